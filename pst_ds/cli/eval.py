@@ -1,0 +1,31 @@
+"""``pst-ds eval RUN``: metrics of a checkpoint on one split."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from pst_ds.cli.main import add_run_arguments, load_run_or_folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser, "run folder, or its run file")
+    parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
+    parser.add_argument("--checkpoint", default="best", help='"best" (default), "final", or another in checkpoints/')
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    config = load_run_or_folder(args)
+    from pst_ds.parallel.launch import launch_environment
+    from pst_ds.train.data import load_examples
+    from pst_ds.train.run import build, evaluate, open_checkpoint, prepare
+
+    prepared = prepare(config, launch_environment(), run_file=args.run)
+    checkpoint = open_checkpoint(config, args.checkpoint)
+    examples = load_examples(config.data, args.split, prepared.tokenizer, prepared.labels)
+    _, engine = build(prepared, checkpoint)
+    metrics = evaluate(engine, examples, prepared)
+    if prepared.launch.rank == 0:
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        print(f"{checkpoint.folder} on {args.split} ({len(examples)} examples): {shown}")
+    return {"checkpoint": str(checkpoint.folder), "split": args.split, "examples": len(examples), **metrics}

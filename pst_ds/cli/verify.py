@@ -1,0 +1,81 @@
+"""``pst-ds verify DIR [--against RUN]``: an export against its manifest, and against the model that was trained."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pst_ds.cli.main import load_run_or_folder
+
+
+class VerificationError(RuntimeError):
+    """The export is well-formed but is not the trained model."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("export", help="export folder")
+    parser.add_argument("--against", dest="run", metavar="RUN", help="run folder the export came from")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the run")
+    parser.add_argument("--checkpoint", default="best", help="checkpoint that was exported (default: best)")
+    parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
+    parser.add_argument("--limit", type=int, default=0, help="compare on the first N examples only")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from pst_ds.export.manifest import check_export
+
+    counts = check_export(Path(args.export))
+    print(
+        f"{args.export}: {counts['tensors']} tensors as in the manifest, sparsity {counts['sparsity_counted']:.6f} "
+        f"counted in the file, {counts['sparsity_asked']} asked"
+    )
+    if args.run is None:
+        return {**counts, "export_dir": args.export}
+    compared = _compare(args)
+    print(
+        f"reloaded with plain transformers against the masked model on {compared['examples']} examples of "
+        f"{args.split}: {compared['differing_weights']} of {compared['compared_weights']} weight tensors differ, "
+        f"{compared['differing_predictions']} predictions differ, largest logit difference "
+        f"{compared['max_logit_difference']:.3g}"
+    )
+    if compared["differing_predictions"] or compared["differing_weights"]:
+        raise VerificationError(f"{args.export} is not the model in {args.run}, checkpoint {args.checkpoint}")
+    return {**counts, **compared, "reloaded_equal": True, "export_dir": args.export}
+
+
+def _compare(args: argparse.Namespace) -> dict[str, Any]:
+    """The masked training model and the export, rebuilt side by side, on the same batches."""
+    config = load_run_or_folder(args)
+    import numpy as np
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from pst_ds.nn.inject import pst_layers
+    from pst_ds.parallel.launch import LaunchEnvironment
+    from pst_ds.train.data import Examples, load_examples
+    from pst_ds.train.evaluate import classification_metrics, predict
+    from pst_ds.train.model import DTYPES
+    from pst_ds.train.run import masked_model, open_checkpoint, prepare_single
+
+    prepared = prepare_single(config, LaunchEnvironment(0, 1, 0))
+    examples = load_examples(config.data, args.split, prepared.tokenizer, prepared.labels)
+    if args.limit:
+        examples = Examples(examples.features[: args.limit], examples.labels[: args.limit])
+    masked = masked_model(prepared, open_checkpoint(config, args.checkpoint))
+    plain = AutoModelForSequenceClassification.from_pretrained(args.export, dtype=DTYPES[config.train.precision])
+    plain = plain.to(prepared.device).eval()
+    layers = pst_layers(masked)
+    loaded = dict(plain.named_parameters())
+    differing = [n for n, layer in layers.items() if not torch.equal(layer.masked_weight(), loaded[f"{n}.weight"])]
+    ours, theirs = (
+        predict(m, examples, prepared.tokenizer, config.eval.batch_size, prepared.device) for m in (masked, plain)
+    )
+    return {
+        "examples": len(examples),
+        "compared_weights": len(layers),
+        "differing_weights": len(differing),
+        "differing_predictions": int((ours.argmax(-1) != theirs.argmax(-1)).sum()),
+        "max_logit_difference": float(np.abs(ours - theirs).max()),
+        "metrics": classification_metrics(theirs, examples.labels),
+    }

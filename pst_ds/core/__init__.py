@@ -1,0 +1,1 @@
+"""The mathematics of PST on plain tensors: no files, no ranks, no DeepSpeed."""

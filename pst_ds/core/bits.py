@@ -1,0 +1,123 @@
+"""Masks as bits: one bit a weight, 1 keeps, little-endian within a byte.
+
+A mask lies in ``num_shards`` equal runs of bytes, one for each ZeRO-3 shard of the weight. Shard i holds the bits of
+flat weights [i * p, (i + 1) * p) with p = ceil(numel / num_shards), from bit 0 of its first byte on, padded with zero
+bits to whole bytes. ZeRO's own split of the byte tensor then gives each rank the bits of its own weights. One shard is
+the canonical form, used in files.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def shard_numel(numel: int, num_shards: int) -> int:
+    """Weights in every shard but the last, which may hold fewer: ceil(numel / num_shards)."""
+    return -(-numel // num_shards)
+
+
+def shard_bytes(numel: int, num_shards: int) -> int:
+    """Bytes of one shard's bits."""
+    return -(-shard_numel(numel, num_shards) // 8)
+
+
+def _unpack_bytes(data: Tensor) -> Tensor:
+    """uint8 (n,) -> uint8 (8n,) of zeros and ones."""
+    if data.device.type == "cpu":  # numpy unpacks ten times as fast as torch shifts
+        return torch.from_numpy(np.unpackbits(data.numpy(), bitorder="little"))
+    shifts = torch.arange(8, dtype=torch.uint8, device=data.device)
+    return (data.unsqueeze(-1) >> shifts).bitwise_and_(1).flatten()
+
+
+def pack_shard(keep: Tensor, num_bytes: int) -> Tensor:
+    """Bits of one shard: ``keep`` (n,) bool or 0/1, to (num_bytes,) uint8 with zero padding bits."""
+    if keep.device.type == "cpu":
+        packed = torch.from_numpy(np.packbits(keep.contiguous().numpy(), bitorder="little"))
+    else:
+        padded = torch.zeros(-(-keep.numel() // 8) * 8, dtype=torch.uint8, device=keep.device)
+        padded[: keep.numel()] = keep
+        weights = 2 ** torch.arange(8, dtype=torch.int32, device=keep.device)
+        packed = (padded.view(-1, 8).int() * weights).sum(-1).to(torch.uint8)
+    out = torch.zeros(num_bytes, dtype=torch.uint8, device=keep.device)
+    out[: packed.numel()] = packed
+    return out
+
+
+def unpack_shard(data: Tensor, count: int) -> Tensor:
+    """The first ``count`` bits of one shard as uint8 zeros and ones, (count,)."""
+    return _unpack_bytes(data[: -(-count // 8)])[:count]
+
+
+def unpack_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: int) -> Tensor:
+    """Mask of flat weights [start, stop), uint8 zeros and ones, from the whole mask ``bits``."""
+    per_shard, per_shard_bytes = shard_numel(numel, num_shards), shard_bytes(numel, num_shards)
+    pieces = []
+    while start < stop:
+        shard, inside = divmod(start, per_shard)
+        count = min(stop - start, per_shard - inside)
+        first = shard * per_shard_bytes + inside // 8
+        last = shard * per_shard_bytes + -(-(inside + count) // 8)
+        pieces.append(_unpack_bytes(bits[first:last])[inside % 8 : inside % 8 + count])
+        start += count
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else bits.new_empty(0)
+
+
+def pack_mask(keep: Tensor, num_shards: int = 1) -> Tensor:
+    """A whole mask, (numel,) bool or 0/1 in storage order, as bits in ``num_shards`` shards."""
+    flat = keep.flatten()
+    per_shard, num_bytes = shard_numel(flat.numel(), num_shards), shard_bytes(flat.numel(), num_shards)
+    return torch.cat([pack_shard(flat[i * per_shard : (i + 1) * per_shard], num_bytes) for i in range(num_shards)])
+
+
+def relayout(bits: Tensor, numel: int, num_shards: int, new_num_shards: int) -> Tensor:
+    """The same mask, in another number of shards."""
+    if num_shards == new_num_shards:
+        return bits.clone()
+    return pack_mask(unpack_range(bits, numel, num_shards, 0, numel), new_num_shards)
+
+
+def all_ones(numel: int, num_shards: int) -> Tensor:
+    """The mask that keeps everything (padding bits are zero)."""
+    return pack_mask(torch.ones(numel, dtype=torch.bool), num_shards)
+
+
+def apply_mask_(weight: Tensor, mask: Tensor) -> Tensor:
+    """Zero the pruned entries of ``weight`` in place, to +0.0 exactly; ``mask`` is uint8 0/1 of the same shape.
+
+    A bitwise AND: one pass, right for NaN, infinity and -0.0, where a product would leave NaN or -0.0.
+    """
+    as_int = weight.view(_INT_OF_SIZE[weight.element_size()])
+    as_int.bitwise_and_(mask.view(torch.int8).neg().to(as_int.dtype))
+    return weight
+
+
+def checksum(keep: Tensor, start: int, seed: int) -> Tensor:
+    """Checksum of the mask bits of flat weights [start, start + n): a 0-d int64 that *adds* over shards.
+
+    The sum over all shards of a weight, modulo 2**64, depends on the mask and ``seed`` alone, not on where it was cut:
+    sum of bit_i * 2**(i % 8) * hash(i // 8, seed), with the finaliser of splitmix64 (Steele et al., 2014) as hash.
+    """
+    lead = start % 8
+    padded = torch.cat([keep.new_zeros(lead), keep]) if lead else keep
+    values = pack_shard(padded, -(-padded.numel() // 8)).to(torch.int64)
+    index = torch.arange(start // 8, start // 8 + values.numel(), dtype=torch.int64, device=values.device)
+    return (values * _splitmix64(index, seed)).sum()
+
+
+def _splitmix64(index: Tensor, seed: int) -> Tensor:
+    """A 64-bit hash of each index; int64 products wrap, as the algorithm wants."""
+
+    def wrapped(constant: int) -> int:
+        return constant - (1 << 64) if constant >= (1 << 63) else constant
+
+    def shift(x: Tensor, by: int) -> Tensor:  # logical, not arithmetic
+        return (x >> by) & ((1 << (64 - by)) - 1)
+
+    x = (index + seed + 1) * wrapped(0x9E3779B97F4A7C15)
+    x = (x ^ shift(x, 30)) * wrapped(0xBF58476D1CE4E5B9)
+    x = (x ^ shift(x, 27)) * wrapped(0x94D049BB133111EB)
+    return x ^ shift(x, 31)

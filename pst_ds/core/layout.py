@@ -1,0 +1,121 @@
+"""Where the matrices of a layer lie inside its stored weight.
+
+``nn.Linear`` stores (O, I); GPT-2's ``Conv1D`` stores (I, O). A fused projection holds several matrices side by side
+along its outputs (``c_attn`` is q, k, v). Everything below works on *storage* coordinates, so that a flat index here
+is a flat index of the tensor in the state dict, and "the lowest flat index is pruned first" has one meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rect:
+    """Rows [r0, r1) by columns [c0, c1) of a stored weight."""
+
+    r0: int
+    r1: int
+    c0: int
+    c1: int
+
+    @property
+    def numel(self) -> int:
+        return (self.r1 - self.r0) * (self.c1 - self.c0)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One matrix: where it is stored, and which outputs of the layer it makes."""
+
+    part: int
+    rect: Rect
+    outputs: slice
+
+
+@dataclass(frozen=True, slots=True)
+class WeightLayout:
+    """Shape of a linear layer, the order of its storage, and how many matrices it fuses.
+
+    Raises ValueError when ``out_features`` cannot be split into ``parts`` equal matrices.
+    """
+
+    out_features: int
+    in_features: int
+    transposed: bool = False
+    """True for Conv1D, which stores (I, O)."""
+    parts: int = 1
+    """Matrices fused along the outputs; each is ranked and scored by itself."""
+
+    def __post_init__(self) -> None:
+        if self.parts < 1 or self.out_features % self.parts:
+            raise ValueError(f"{self.out_features} outputs cannot be split into {self.parts} equal matrices")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Storage shape: (O, I), or (I, O) when transposed."""
+        if self.transposed:
+            return self.in_features, self.out_features
+        return self.out_features, self.in_features
+
+    @property
+    def numel(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def matrix_numel(self) -> int:
+        """Weights in each of the ``parts`` matrices."""
+        return self.numel // self.parts
+
+    def blocks(self) -> tuple[Block, ...]:
+        width = self.out_features // self.parts
+        found = []
+        for part in range(self.parts):
+            o0, o1 = part * width, (part + 1) * width
+            rect = Rect(0, self.in_features, o0, o1) if self.transposed else Rect(o0, o1, 0, self.in_features)
+            found.append(Block(part, rect, slice(o0, o1)))
+        return tuple(found)
+
+
+def row_tiles(rect: Rect, max_elements: int) -> Iterator[Rect]:
+    """``rect`` cut into bands of whole rows with at most ``max_elements`` each (at least one row)."""
+    step = max(1, max_elements // max(1, rect.c1 - rect.c0))
+    for r0 in range(rect.r0, rect.r1, step):
+        yield Rect(r0, min(r0 + step, rect.r1), rect.c0, rect.c1)
+
+
+def shard_tiles(block: Rect, row_length: int, start: int, stop: int, max_elements: int) -> Iterator[Rect]:
+    """The part of ``block`` that lies in the flat range [start, stop), as rectangles in rising flat order.
+
+    A flat range may begin and end inside a row, so it is a partial row, a band of whole rows and a partial row.
+    ``row_length`` is the storage row length of the whole weight.
+    """
+    if stop <= start:
+        return
+    first, last = start // row_length, (stop - 1) // row_length
+    head, tail = start - first * row_length, stop - last * row_length
+    if first == last:
+        pieces = [Rect(first, first + 1, head, tail)]
+    else:
+        pieces = [
+            Rect(first, first + 1, head, row_length),
+            Rect(first + 1, last, 0, row_length),
+            Rect(last, last + 1, 0, tail),
+        ]
+    for piece in pieces:
+        cut = Rect(
+            max(piece.r0, block.r0), min(piece.r1, block.r1), max(piece.c0, block.c0), min(piece.c1, block.c1)
+        )
+        if cut.r0 < cut.r1 and cut.c0 < cut.c1:
+            yield from row_tiles(cut, max_elements)
+
+
+def view_in_shard(shard: Tensor, rect: Rect, row_length: int, start: int) -> Tensor:
+    """A writable (rows, cols) view of ``rect`` in ``shard``, the flat storage from index ``start`` on."""
+    offset = rect.r0 * row_length + rect.c0 - start
+    return shard.as_strided(
+        (rect.r1 - rect.r0, rect.c1 - rect.c0), (row_length, 1), shard.storage_offset() + offset
+    )

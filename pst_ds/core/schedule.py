@@ -1,0 +1,115 @@
+"""How sparse the model is after a number of applied optimizer steps: pure functions, nothing to save or resume."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Schedule(Protocol):
+    """What the training loop asks of a schedule. ``step`` counts applied optimizer steps."""
+
+    def sparsity_at(self, step: int) -> float:
+        """Fraction of zeros in the masks after ``step`` applied steps."""
+        ...
+
+    def updates_masks_at(self, step: int) -> bool:
+        """Whether the masks are selected anew right after step ``step`` (0 is before the first)."""
+        ...
+
+    def is_final(self, step: int) -> bool:
+        """Whether the masks no longer change from ``step`` on."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CubicSchedule:
+    """Cubic ramp (Zhu and Gupta 2017, arXiv 1710.01878) between a warm-up and a cool-down.
+
+    Raises ValueError for fractions outside their ranges, or a warm-up and cool-down that leave no ramp.
+    """
+
+    final_sparsity: float
+    """Fraction of zeros from the end of the ramp on, in [0, 1)."""
+    num_steps: int
+    """Optimizer steps of the whole run."""
+    initial_sparsity: float = 0.0
+    """Fraction of zeros until the ramp starts, in [0, final_sparsity]."""
+    warmup_fraction: float = 0.1
+    """Share of all steps at ``initial_sparsity`` before the ramp."""
+    cooldown_fraction: float = 0.3
+    """Share of all steps at ``final_sparsity`` after the ramp, with fixed masks."""
+    update_interval: int = 1
+    """Optimizer steps between mask updates; the end of the ramp is always one."""
+
+    def __post_init__(self) -> None:
+        _require(0.0 <= self.final_sparsity < 1.0, "final_sparsity", self.final_sparsity, "in [0, 1)")
+        _require(
+            0.0 <= self.initial_sparsity <= self.final_sparsity,
+            "initial_sparsity",
+            self.initial_sparsity,
+            f"in [0, final_sparsity = {self.final_sparsity}]",
+        )
+        _require(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1")
+        _require(self.update_interval >= 1, "update_interval", self.update_interval, "at least 1")
+        for name in ("warmup_fraction", "cooldown_fraction"):
+            _require(0.0 <= getattr(self, name) < 1.0, name, getattr(self, name), "in [0, 1)")
+        if self.warmup_fraction + self.cooldown_fraction >= 1.0:
+            raise ValueError(
+                f"warmup_fraction {self.warmup_fraction} + cooldown_fraction {self.cooldown_fraction} leave no steps "
+                "for the ramp; their sum must be below 1"
+            )
+
+    @property
+    def ramp_start(self) -> int:
+        return math.floor(self.warmup_fraction * self.num_steps)
+
+    @property
+    def ramp_end(self) -> int:
+        """The step of the last mask update. At least one after ``ramp_start``."""
+        return max(self.num_steps - math.floor(self.cooldown_fraction * self.num_steps), self.ramp_start + 1)
+
+    def sparsity_at(self, step: int) -> float:
+        """v_f + (v_i - v_f) (1 - progress)^3 at the latest mask update up to ``step``."""
+        if step >= self.ramp_end:
+            return self.final_sparsity
+        since_start = max(0, step - self.ramp_start) // self.update_interval * self.update_interval
+        if since_start == 0:
+            return self.initial_sparsity  # the formula may be one rounding below it, and so prune one weight fewer
+        left = 1.0 - since_start / (self.ramp_end - self.ramp_start)
+        return self.final_sparsity + (self.initial_sparsity - self.final_sparsity) * left**3
+
+    def updates_masks_at(self, step: int) -> bool:
+        if step == 0:
+            return self.initial_sparsity > 0.0
+        if step == self.ramp_end:
+            return self.final_sparsity > 0.0
+        return self.ramp_start < step < self.ramp_end and (step - self.ramp_start) % self.update_interval == 0
+
+    def is_final(self, step: int) -> bool:
+        return step >= self.ramp_end
+
+
+@dataclass(frozen=True, slots=True)
+class OneShotSchedule:
+    """Pruned once, before the first step, and fixed from then on."""
+
+    final_sparsity: float
+
+    def __post_init__(self) -> None:
+        _require(0.0 <= self.final_sparsity < 1.0, "final_sparsity", self.final_sparsity, "in [0, 1)")
+
+    def sparsity_at(self, step: int) -> float:
+        return self.final_sparsity
+
+    def updates_masks_at(self, step: int) -> bool:
+        return step == 0 and self.final_sparsity > 0.0
+
+    def is_final(self, step: int) -> bool:
+        return True
+
+
+def _require(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} = {value} must be {wanted}")

@@ -1,0 +1,86 @@
+"""Importance scores and merged weights, each formula once (arXiv 2205.11005, equations 4 to 8)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.bits import apply_mask_, unpack_range
+from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
+from pst_ds.core.layout import WeightLayout
+
+
+def _add_low_rank_(out: Tensor, left: Tensor | None, right: Tensor | None, scale: float, scratch: Tensor) -> None:
+    """out += scale * left @ right, one rank after another, multiply and add rounded apart.
+
+    A BLAS product's rounding depends on the shape of the slice, and a fused multiply-add on where a vector loop ends,
+    so neither gives the same score for the same weight at every world size. This does.
+    """
+    if left is None or right is None:
+        return
+    scaled = left if scale == 1.0 else left * scale
+    for k in range(right.shape[0]):
+        torch.mul(scaled[:, k : k + 1], right[k], out=scratch)
+        out.add_(scratch)
+
+
+def importance(weight: Tensor, tile: TileFactors, constants: Constants, weight_scale: float = 1.0) -> Tensor:
+    """S = |W0 + beta U V| / weight_scale + alpha1 A B + alpha2 (R 1' + 1 C') for one rectangle.
+
+    ``weight``: W0, (rows, cols), any float dtype. Returns fp32 (rows, cols), the same bits for a given weight whatever
+    rectangle it is computed in.
+    """
+    scores = weight.to(torch.float32, copy=True)
+    scratch = torch.empty_like(scores)
+    _add_low_rank_(scores, tile.update_left, tile.update_right, constants.beta, scratch)
+    scores.abs_()
+    if weight_scale != 1.0:
+        scores.mul_(1.0 / weight_scale)  # a product: torch divides by a number in two ways, CPU and CUDA
+    _add_low_rank_(scores, tile.score_left, tile.score_right, constants.alpha1, scratch)
+    if tile.score_rows is not None:
+        scores.add_((tile.score_rows * constants.alpha2).unsqueeze(1))
+    if tile.score_cols is not None:
+        scores.add_(tile.score_cols * constants.alpha2)
+    return scores
+
+
+def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants) -> Tensor:
+    """W = W0 + beta U V for one rectangle, a new tensor in the dtype of ``weight``."""
+    if tile.update_left is None or tile.update_right is None:
+        return weight.clone()
+    return torch.addmm(weight, tile.update_left, tile.update_right, alpha=constants.beta)
+
+
+def masked_weight(
+    weight: Tensor, bits: Tensor, num_shards: int, layout: WeightLayout, factors: Factors, constants: Constants
+) -> Tensor:
+    """M . (W0 + beta U V), in storage shape and in the dtype of ``weight``; pruned entries are +0.0.
+
+    The forward pass, evaluation and export all call this on the same values: what is exported is what was multiplied.
+    ``bits``: the layer's whole mask, (num_shards * ceil(shard / 8),) uint8 as in :mod:`pst_ds.core.bits`.
+    """
+    blocks = layout.blocks()
+    pieces = [
+        updated_weight(
+            weight[b.rect.r0 : b.rect.r1, b.rect.c0 : b.rect.c1], tile_factors(factors, layout, b, b.rect), constants
+        )
+        for b in blocks
+    ]
+    merged = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1 if layout.transposed else 0)
+    mask = unpack_range(bits, layout.numel, num_shards, 0, layout.numel)
+    return apply_mask_(merged, mask.view(layout.shape))
+
+
+def abs_sum_fixed_point(weight: Tensor, exponent: int) -> Tensor:
+    """Sum of |w| * 2**exponent, each term rounded to an integer: 0-d int64, the same in any order of summation.
+
+    With ``exponent`` from :func:`fixed_point_exponent` a term is at most 2**30, so 2**33 of them cannot overflow.
+    """
+    return weight.double().abs().mul_(2.0**exponent).round_().to(torch.int64).sum()
+
+
+def fixed_point_exponent(largest: float) -> int:
+    """The power of two that brings the largest |w| of a matrix to at most 2**30."""
+    return 30 - math.frexp(largest)[1] if largest > 0.0 else 0

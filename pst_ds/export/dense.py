@@ -1,0 +1,196 @@
+"""Export to Hugging Face safetensors with exact zeros: one tensor in memory at a time, one file at a time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.core.bits import unpack_range
+from pst_ds.core.factors import Factors
+from pst_ds.core.scores import masked_weight
+from pst_ds.export.base_weights import BaseWeights
+from pst_ds.export.manifest import ExportError, TensorEntry, found_pattern, tensor_sha256, write_manifest
+from pst_ds.nn.checkpoint import Checkpoint, replace_folder
+from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.linear import FACTOR_NAMES, PSTLinear
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SHARD_BYTES = 5 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class _Exported:
+    name: str
+    tensor: Tensor
+    origin: str
+    layer: PSTLinear | None = None
+    mask: Tensor | None = None
+
+
+def export_dense(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    tokenizer: Any,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write ``out``, a model folder that plain transformers loads; whole or not at all. Returns what was written.
+
+    ``model`` gives names, shapes and the config; it may be on the meta device, since values come from the base model's
+    files and the checkpoint. Pruned tensors have the values the masked model multiplied with, +0.0 where pruned; other
+    tensors are the base model's bytes, or were trained. ``dtype`` ("bf16", "fp32") casts all of them instead.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / "pst_manifest.json").is_file():
+        raise ExportError(f"{out.absolute()} exists and is not an export; name another folder with --out")
+    base = BaseWeights(checkpoint.state.base_path, getattr(model, "base_model_prefix", ""))
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    entries = _write_tensors(partial, _tensors(model, checkpoint, base, dtype), shard_bytes)
+    _write_config(partial, model, entries)
+    tokenizer.save_pretrained(partial)
+    pruned = [e for e in entries if e.origin == "pruned"]
+    zeros = sum(_numel(e) - e.nonzero for e in pruned)
+    about = {
+        "kind": "dense",
+        "step": checkpoint.state.step,
+        "base_fingerprint": checkpoint.state.base_fingerprint,
+        "computed_in": checkpoint.state.precision,
+        "sparsity_asked": checkpoint.state.sparsity,
+        "sparsity_counted": zeros / sum(map(_numel, pruned)) if pruned else 0.0,
+        "metrics": checkpoint.state.metrics,
+    }
+    write_manifest(partial, entries, about)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_folder(partial, out)
+    return {**about, "export_dir": str(out), "tensors": len(entries), "pruned_tensors": len(pruned)}
+
+
+def _tensors(model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, dtype: str | None) -> Iterator[_Exported]:
+    """Every tensor that ``save_pretrained`` of the plain model would write, under its name there."""
+    layers = pst_layers(model)
+    compute = DTYPES[checkpoint.state.precision]
+    seen: set[int] = set()
+    for name, param in model.named_parameters():
+        owner, _, last = name.rpartition(".")
+        if last.startswith("pst_") or id(param) in seen:
+            continue
+        seen.add(id(param))
+        trained = checkpoint.trained.get(name)
+        in_base = base.find(name)
+        if trained is None and in_base is None:
+            raise ExportError(f"{name} is neither trained nor in the base model {checkpoint.state.base_path!r}")
+        stored = None if in_base is None else base.read(in_base)
+        if owner in layers and last == "weight":
+            layer, mask = layers[owner], checkpoint.masks[owner]
+            start = trained if trained is not None else stored
+            tensor, origin = _merge(owner, layer, start, mask, checkpoint, compute), "pruned"
+        elif trained is not None:
+            tensor, origin = trained.to(compute), "trained"
+            layer = mask = None
+        else:
+            tensor, origin, layer, mask = stored, "base", None, None
+        if origin != "base" and stored is not None:  # at least the base's width: values stay, files stay uniform
+            tensor = tensor.to(torch.promote_types(compute, stored.dtype))
+        if tensor is not None and tensor.is_floating_point() and dtype is not None:
+            tensor = tensor.to(DTYPES[dtype])
+        if tensor is None or tuple(tensor.shape) != tuple(param.shape):
+            shape = None if tensor is None else tuple(tensor.shape)
+            raise ExportError(f"{name} has shape {shape} in the base model, {tuple(param.shape)} in the trained one")
+        yield _Exported(name, tensor.contiguous(), origin, layer, mask)
+
+
+def _merge(
+    name: str, layer: PSTLinear, start: Tensor | None, mask: Tensor, checkpoint: Checkpoint, compute: torch.dtype
+) -> Tensor:
+    """M . (W0 + beta U V) as the model computed it: same function, same dtype, same kind of device."""
+    if start is None:
+        raise ExportError(f"{name}.weight is not in the base model {checkpoint.state.base_path!r}")
+    device = checkpoint.state.device_type if torch.accelerator.is_available() else "cpu"
+    values = {f: checkpoint.trained[f"{name}.pst_{f}"] for f in FACTOR_NAMES if f"{name}.pst_{f}" in checkpoint.trained}
+    factors = Factors(**{f: v.to(device=device, dtype=compute) for f, v in values.items()})
+    weight = start.to(device=device, dtype=compute)
+    return masked_weight(weight, mask.to(device), 1, layer.layout, factors, layer.constants).cpu()
+
+
+def _write_tensors(folder: Path, tensors: Iterator[_Exported], shard_bytes: int) -> list[TensorEntry]:
+    """Fill one file after another; their final names, which count them, are given at the end."""
+    from safetensors.torch import save_file
+
+    entries: list[TensorEntry] = []
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        save_file(held, folder / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append(list(held))
+        held.clear()
+
+    for exported in tensors:
+        if held and sum(t.nbytes for t in held.values()) + exported.tensor.nbytes > shard_bytes:
+            flush()
+        held[exported.name] = exported.tensor
+        entries.append(_entry(exported))
+    flush()
+    count = len(shards)
+    names = (
+        ["model.safetensors"]
+        if count == 1
+        else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    )
+    file_of = {}
+    for i, (final, keys) in enumerate(zip(names, shards, strict=True)):
+        (folder / f"shard-{i}.safetensors").rename(folder / final)
+        file_of.update(dict.fromkeys(keys, final))
+    if count > 1:
+        total = sum((folder / name).stat().st_size for name in names)
+        index = {"metadata": {"total_size": total}, "weight_map": file_of}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return [replace(entry, file=file_of[entry.name]) for entry in entries]
+
+
+def _entry(exported: _Exported) -> TensorEntry:
+    tensor, layer = exported.tensor, exported.layer
+    pattern, pruned, axis = "dense", [], 0
+    if layer is not None and exported.mask is not None:
+        pattern = found_pattern(tensor, input_axis=0 if layer.layout.transposed else 1)
+        mask = unpack_range(exported.mask, layer.layout.numel, 1, 0, layer.layout.numel).view(layer.layout.shape)
+        for block in layer.layout.blocks():
+            part = mask[block.rect.r0 : block.rect.r1, block.rect.c0 : block.rect.c1]
+            pruned.append(int(block.rect.numel - part.sum(dtype=torch.int64)))
+        axis = 1 if layer.layout.transposed else 0
+    return TensorEntry(
+        name=exported.name,
+        file="",
+        shape=list(tensor.shape),
+        dtype=str(tensor.dtype),
+        origin=exported.origin,
+        nonzero=int(torch.count_nonzero(tensor)),
+        pattern=pattern,
+        pruned_per_matrix=pruned,
+        matrix_axis=axis,
+        sha256=tensor_sha256(tensor),
+    )
+
+
+def _write_config(folder: Path, model: nn.Module, entries: list[TensorEntry]) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    widths = {e.dtype for e in entries if e.dtype in ("torch.bfloat16", "torch.float16", "torch.float32")}
+    config.dtype = widths.pop().removeprefix("torch.") if len(widths) == 1 else "float32"
+    config.save_pretrained(folder)
+
+
+def _numel(entry: TensorEntry) -> int:
+    return math.prod(entry.shape)

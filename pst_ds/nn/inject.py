@@ -1,0 +1,93 @@
+"""Put PST modules into a model, and find them again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from pst_ds.core.layout import WeightLayout, shard_tiles, view_in_shard
+from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent
+from pst_ds.nn.config import PSTConfig
+from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.targets import InjectionError, Target, find_targets, modules_to_save
+from pst_ds.parallel import zero3
+from pst_ds.parallel.ranks import group_max, group_sum
+
+_SCALE_TILE = 1 << 22
+
+
+def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = None) -> nn.Module:
+    """Replace the target layers of ``model`` by PSTLinear in place, freeze the rest, and return the model.
+
+    Call it before ``deepspeed.initialize``. ``num_shards`` is the number of ranks that ZeRO-3 will split the weights
+    over; it is known already when the model was built under ``zero.Init``, and 1 without ZeRO-3.
+    Collective under ``zero.Init``. Raises InjectionError, see :func:`pst_ds.nn.targets.find_targets`.
+    """
+    if pst_layers(model):
+        raise InjectionError("the model already has PST modules; inject into the base model, once")
+    targets = find_targets(model, config)
+    scales = _weight_scales(targets) if config.relative_magnitude and config.has_scores else None
+    for param in model.parameters():
+        param.requires_grad_(False)
+    for target in targets:
+        weight = target.module.weight
+        shards = zero3.num_shards(weight) if zero3.is_partitioned(weight) else num_shards or 1
+        if num_shards not in (None, shards):
+            raise InjectionError(f"{target.name}.weight is split over {shards} ranks, not num_shards = {num_shards}")
+        own = scales[target.name] if scales else (1.0,) * target.layout.parts
+        layer = PSTLinear(target.name, weight, target.module.bias, target.layout, config, shards, own)
+        weight.requires_grad_(config.train_weights)
+        layer.train(target.module.training)
+        for parent, attribute in target.places:
+            setattr(parent, attribute, layer)
+    for module in modules_to_save(model, config).values():
+        module.requires_grad_(True)
+    return model
+
+
+def pst_layers(model: nn.Module) -> dict[str, PSTLinear]:
+    """The PST layers of ``model`` by name, in model order; a shared layer once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PSTLinear)}
+
+
+def freeze_scores(model: nn.Module) -> None:
+    """The masks are fixed from now on: scores have no gradient any more, nor has |W| through them."""
+    for layer in pst_layers(model).values():
+        layer.scores_train = False
+
+
+def _weight_scales(targets: Sequence[Target]) -> dict[str, tuple[float, ...]]:
+    """Mean of |W0| of every matrix, by layer name: exact integer sums, so the same bits for any sharding.
+
+    Collective under ZeRO-3.
+    """
+    owners = [(t, block) for t in targets for block in t.layout.blocks()]
+    largest = torch.tensor([max((float(v.abs().max()) for v in _own_tiles(t, b)), default=0.0) for t, b in owners])
+    weight = targets[0].module.weight
+    exponents = [fixed_point_exponent(v) for v in group_max(largest.double(), weight).tolist()]
+    sums = torch.tensor(
+        [
+            sum(int(abs_sum_fixed_point(v, e)) for v in _own_tiles(t, b))
+            for (t, b), e in zip(owners, exponents, strict=True)
+        ],
+        dtype=torch.int64,
+    )
+    scales: dict[str, tuple[float, ...]] = {}
+    for (target, block), total, exponent in zip(owners, group_sum(sums, weight).tolist(), exponents, strict=True):
+        mean = total / 2.0**exponent / block.rect.numel
+        if mean == 0.0:
+            raise InjectionError(f"{target.name}.weight is all zeros; leave it out with exclude_modules")
+        scales[target.name] = (*scales.get(target.name, ()), mean)
+    return scales
+
+
+def _own_tiles(target: Target, block):
+    """This rank's values of one matrix, in rectangles."""
+    shard = zero3.shard_of(target.module.weight)
+    layout: WeightLayout = target.layout
+    row_length = layout.shape[1]
+    stop = shard.start + shard.values.numel()
+    for rect in shard_tiles(block.rect, row_length, shard.start, stop, _SCALE_TILE):
+        yield view_in_shard(shard.values, rect, row_length, shard.start)

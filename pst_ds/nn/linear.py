@@ -1,0 +1,154 @@
+"""PSTLinear: a linear layer that multiplies with M . (W0 + beta U V) and learns which weights to keep."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.core import masked_linear
+from pst_ds.core.bits import all_ones
+from pst_ds.core.factors import Constants, Factors
+from pst_ds.core.layout import WeightLayout
+from pst_ds.nn.config import InitScale, PSTConfig
+from pst_ds.parallel import zero3
+
+FACTOR_NAMES = ("A", "B", "R", "C", "U", "V")
+SCORE_FACTORS = ("A", "B", "R", "C")
+
+
+class PSTLinear(nn.Module):
+    """Takes the place of an ``nn.Linear`` or ``Conv1D`` and adopts its ``weight`` and ``bias`` Parameters.
+
+    W = W0 + beta U V;  S = |W| / scale + alpha1 A B + alpha2 (R 1' + 1 C');  M keeps the largest S;  y = x (M . W)' + b
+
+    Parameters, beside ``weight`` (frozen unless ``config.train_weights``) and ``bias``:
+        pst_A (O, k), pst_B (P*k, I), pst_R (O,), pst_C (P, I), pst_U (O, r), pst_V (P*r, I): trainable, see
+            :mod:`pst_ds.core.factors` for P; None for those the config leaves out.
+        pst_mask (num_shards * ceil(ceil(O*I / num_shards) / 8),): uint8, one bit a weight, frozen.
+
+    One module holds them all, so ZeRO-3 fetches and releases the layer in one go.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        layout: WeightLayout,
+        config: PSTConfig,
+        num_shards: int,
+        weight_scales: tuple[float, ...],
+    ):
+        super().__init__()
+        self.layout, self.num_shards, self.weight_scales = layout, num_shards, weight_scales
+        self.constants = Constants(config.alpha1, config.alpha2, config.beta, config.detach_magnitude)
+        self.scores_train = config.has_scores
+        """Whether scores have a gradient now; False once the masks are fixed."""
+        self.weight = weight
+        self.bias = bias
+        device = weight.device
+        self.pst_mask = nn.Parameter(all_ones(layout.numel, num_shards).to(device), requires_grad=False)
+
+        def add(factor: str, shape: tuple[int, ...] | None, std: float = 0.0) -> None:
+            param = None
+            if shape is not None:
+                values = _seeded_normal(shape, std, f"{config.seed}/{name}/{factor}")
+                param = nn.Parameter(values.to(device=device, dtype=weight.dtype))
+            self.register_parameter(f"pst_{factor}", param)
+
+        outputs, inputs, parts = layout.out_features, layout.in_features, layout.parts
+        k, r = config.score_rank, config.update_rank
+        structured = config.structured_scores
+        score_std = config.score_init_scale * _init_std(config.score_init, k, inputs)
+        update_std = config.update_init_scale * _init_std(config.update_init, r, inputs)
+        add("A", (outputs, k) if k else None, score_std)
+        add("B", (parts * k, inputs) if k else None)
+        add("R", (outputs,) if structured else None)
+        add("C", (parts, inputs) if structured else None)
+        add("U", (outputs, r) if r else None, update_std)
+        add("V", (parts * r, inputs) if r else None)
+
+    def factor_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name in :data:`FACTOR_NAMES`, Parameter) of the factors this layer has."""
+        for name in FACTOR_NAMES:
+            param = getattr(self, f"pst_{name}")
+            if param is not None:
+                yield name, param
+
+    def state(self) -> masked_linear.LayerState:
+        """What the layer multiplies with now. The parameters must be gathered."""
+        return masked_linear.LayerState(
+            self.weight.detach(),
+            self.pst_mask.detach(),
+            self.num_shards,
+            self.layout,
+            Factors(**{name: param.detach() for name, param in self.factor_parameters()}),
+            self.constants,
+            self.weight_scales,
+            self.scores_train,
+        )
+
+    def masked_weight(self) -> Tensor:
+        """M . W in storage shape, exactly what ``forward`` multiplies with. The parameters must be gathered."""
+        return self.state().masked_weight()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) to (..., O)."""
+        trained_weight = self.weight if self.weight.requires_grad else None
+        factors = (getattr(self, f"pst_{name}") for name in FACTOR_NAMES)
+        return _MaskedLinear.apply(x, self, trained_weight, self.bias, *factors)
+
+    def extra_repr(self) -> str:
+        fused = f", parts={self.layout.parts}" if self.layout.parts > 1 else ""
+        return f"in_features={self.layout.in_features}, out_features={self.layout.out_features}{fused}"
+
+
+class _MaskedLinear(torch.autograd.Function):
+    """Saves x alone; the backward pass reads weight, mask and factors from the layer, where ZeRO-3 has them again."""
+
+    @staticmethod
+    def forward(ctx, x, layer, weight, bias, *factors):
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return masked_linear.forward(x, bias, layer.state())
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        (x,) = ctx.saved_tensors
+        layer: PSTLinear = ctx.layer
+        need_x, _, need_weight, need_bias = ctx.needs_input_grad[:4]
+        params = list(layer.parameters(recurse=False))
+        with zero3.gathered([p for p in params if zero3.is_released(p)]):
+            grads = masked_linear.backward(
+                x.reshape(-1, x.shape[-1]),
+                grad_y.reshape(-1, grad_y.shape[-1]),
+                layer.state(),
+                need_x=need_x,
+                need_weight=need_weight,
+                need_bias=need_bias,
+            )
+        grad_x = None if grads.x is None else grads.x.to(x.dtype).view(x.shape)
+        grad_bias = None if grads.bias is None else grads.bias.to(layer.bias.dtype)
+        of_factors = (getattr(grads, name) for name in FACTOR_NAMES)
+        typed = (None if g is None else g.to(layer.weight.dtype) for g in of_factors)
+        return grad_x, None, grads.weight, grad_bias, *typed
+
+
+def _init_std(kind: InitScale, rank: int, in_features: int) -> float:
+    if kind == "rank":
+        return 1.0 / math.sqrt(max(rank, 1))
+    if kind == "width":  # LoRA's, whose A is Kaiming-uniform with a = sqrt(5)
+        return 1.0 / math.sqrt(3.0 * in_features)
+    return 1.0
+
+
+def _seeded_normal(shape: tuple[int, ...], std: float, key: str) -> Tensor:
+    """N(0, std**2) values fixed by ``key`` alone; zeros when std is 0."""
+    if std == 0.0:
+        return torch.zeros(shape)
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+    return torch.randn(shape, generator=generator) * std

@@ -1,0 +1,165 @@
+"""Which modules are pruned and which are trained in full, with PEFT's meaning of the names."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from pst_ds.core.layout import WeightLayout
+from pst_ds.errors import InputError
+from pst_ds.nn.config import PSTConfig
+from pst_ds.parallel import zero3
+
+ALL_LINEAR = "all-linear"
+HEAD_NAMES = ("classifier", "score", "pre_classifier", "classification_head", "qa_outputs")
+"""Last part of the names that transformers gives to task heads."""
+
+
+class InjectionError(InputError):
+    """A model, or the modules named for it, cannot be injected; the message names the module and the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One layer to prune: its module, every (parent, attribute) that holds it, and its layout."""
+
+    name: str
+    module: nn.Module
+    places: tuple[tuple[nn.Module, str], ...]
+    layout: WeightLayout
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear, or the Conv1D of transformers' GPT-2."""
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
+
+
+def name_matches(name: str, patterns: str | Iterable[str]) -> bool:
+    """A string is a regular expression for the whole name; in a list, each is a name or its dotted ending."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == p or name.endswith("." + p) for p in patterns)
+
+
+def find_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
+    """The layers that ``config`` prunes, in model order.
+
+    Raises InjectionError when nothing matches, or when a match is tied, quantised or not linear.
+    """
+    saved = modules_to_save(model, config)
+    places = _places_by_module(model)
+    targets = []
+    for name, module in model.named_modules():
+        if not _is_wanted(name, module, model, config, saved):
+            continue
+        if not is_linear(module):
+            raise InjectionError(
+                f"target_modules matches {name}, a {type(module).__name__}, which is no linear layer; name the linear "
+                "layers inside it"
+            )
+        _refuse_unfit_weight(name, module)
+        targets.append(Target(name, module, places[module], _layout(name, module, config)))
+    if not targets:
+        raise InjectionError(_nothing_matched(model, config))
+    _refuse_tied(model, targets)
+    return targets
+
+
+def modules_to_save(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]:
+    """The modules trained in full, by name; raises InjectionError for a name that matches none."""
+    if config.modules_to_save is None:
+        return {n: m for n, m in model.named_modules() if "." not in n and n in HEAD_NAMES}
+    found = {n: m for n, m in model.named_modules() if n and name_matches(n, config.modules_to_save)}
+    for wanted in config.modules_to_save:
+        if not any(name_matches(n, (wanted,)) for n in found):
+            raise InjectionError(
+                f"modules_to_save names {wanted!r}, which the model does not have."
+                + _suggestion(wanted, {n.rpartition(".")[2] for n, _ in model.named_modules()})
+            )
+    return found
+
+
+def _is_wanted(name: str, module: nn.Module, model: nn.Module, config: PSTConfig, saved: dict[str, nn.Module]) -> bool:
+    if not name or any(name == s or name.startswith(s + ".") for s in saved):
+        return False
+    if config.exclude_modules and name_matches(name, config.exclude_modules):
+        return False
+    if config.target_modules == ALL_LINEAR:
+        return is_linear(module) and _is_inside_block(name, model)
+    return name_matches(name, config.target_modules)
+
+
+def _is_inside_block(name: str, model: nn.Module) -> bool:
+    """Whether the name passes through an item of a ModuleList: how transformers stacks its blocks."""
+    parts = name.split(".")
+    return any(
+        parts[i].isdigit() and isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList)
+        for i in range(1, len(parts))
+    )
+
+
+def _places_by_module(model: nn.Module) -> dict[nn.Module, tuple[tuple[nn.Module, str], ...]]:
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():  # named_children() names a child held twice only once
+            if child is not None:
+                places.setdefault(child, []).append((parent, attribute))
+    return {module: tuple(found) for module, found in places.items()}
+
+
+def _layout(name: str, module: nn.Module, config: PSTConfig) -> WeightLayout:
+    if _is_conv1d(module):
+        outputs, inputs, transposed = int(module.nf), int(module.nx), True
+    else:
+        outputs, inputs, transposed = int(module.out_features), int(module.in_features), False
+    fused = name_matches(name, config.fused_modules) and outputs % inputs == 0
+    return WeightLayout(outputs, inputs, transposed, outputs // inputs if fused else 1)
+
+
+def _refuse_unfit_weight(name: str, module: nn.Module) -> None:
+    weight = module.weight
+    if not weight.dtype.is_floating_point or weight.element_size() < 2:
+        raise InjectionError(
+            f"{name}.weight is {weight.dtype}: quantised base weights cannot be pruned. Load the model in bfloat16 or "
+            "float32"
+        )
+    layout = _layout(name, module, PSTConfig())
+    if tuple(zero3.full_shape(weight)) != layout.shape:
+        raise InjectionError(
+            f"{name}.weight has shape {tuple(zero3.full_shape(weight))}, not the {layout.shape} of its "
+            f"{type(module).__name__}; exclude it with exclude_modules"
+        )
+
+
+def _refuse_tied(model: nn.Module, targets: list[Target]) -> None:
+    wanted = {id(t.module.weight): t for t in targets}
+    for name, module in model.named_modules():
+        for attribute, param in module.named_parameters(recurse=False):
+            target = wanted.get(id(param))
+            if target is not None and module is not target.module:
+                raise InjectionError(
+                    f"{target.name}.weight is tied to {name}.{attribute}: pruning one would prune the other. Leave it "
+                    f'out with exclude_modules = ["{target.name}"]'
+                )
+
+
+def _nothing_matched(model: nn.Module, config: PSTConfig) -> str:
+    seen = list(dict.fromkeys(n.rpartition(".")[2] for n, m in model.named_modules() if is_linear(m)))
+    patterns = config.target_modules
+    shown = patterns if isinstance(patterns, str) else list(patterns)
+    first = patterns if isinstance(patterns, str) else (patterns[0] if patterns else "")
+    names = ", ".join(seen[:12]) + (", …" if len(seen) > 12 else "")
+    return f"target_modules {shown!r} matched no linear layer.{_suggestion(first, set(seen))} Names seen: {names}"
+
+
+def _suggestion(wanted: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(wanted, sorted(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,201 @@
+"""DeepSpeed's JSON: read it, refuse what PST cannot work with, and fill in what the run file owns."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pst_ds.errors import InputError
+
+MIN_DEEPSPEED = "0.19.8"
+
+
+class DeepSpeedConfigError(InputError):
+    """A DeepSpeed setting that PST refuses, or that contradicts the run file."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunNumbers:
+    """The settings that belong to the run file; the JSON says "auto" for them, or the same."""
+
+    train_batch_size: int
+    train_micro_batch_size_per_gpu: int
+    gradient_accumulation_steps: int
+    gradient_clipping: float
+    bf16: bool
+    num_trainable: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    key: str
+    is_refused: Callable[[Any], bool]
+    why: str
+    fix: str
+
+
+def _is_on(value: Any) -> bool:
+    return bool(value) and value != "auto"
+
+
+def _is_nvme(value: Any) -> bool:
+    return str(value).lower() == "nvme"
+
+
+_REFUSALS = (
+    _Refusal(
+        "zero_optimization.zero_quantized_weights",
+        _is_on,
+        "it would quantise the mask bits and the frozen weights that are ranked",
+        "remove it",
+    ),
+    _Refusal(
+        "zero_optimization.zero_quantized_nontrainable_weights",
+        _is_on,
+        "it would quantise the mask bits",
+        "remove it",
+    ),
+    _Refusal(
+        "zero_optimization.offload_param.device",
+        _is_nvme,
+        "its swap buffers hold one dtype, and masks are uint8 beside float weights",
+        'use "cpu"',
+    ),
+    _Refusal("zero_optimization.zenflow", _is_on, "it transposes the shards that masks follow", "remove it"),
+    _Refusal(
+        "tensor_parallel.autotp_size",
+        lambda size: _is_on(size) and size != 1,
+        "it replaces the linear layers that PST replaces",
+        "remove tensor_parallel",
+    ),
+    _Refusal("compile.deepcompile", _is_on, "it rewrites the gathering that the backward pass relies on", "remove it"),
+    _Refusal(
+        "optimizer",
+        lambda value: value not in (None, "auto"),
+        "the run file owns the optimizer: AdamW with a learning rate for each group of factors (Muon, for one, would "
+        "orthogonalise them)",
+        "remove it and set train.score_learning_rate, train.update_learning_rate and train.head_learning_rate",
+    ),
+    _Refusal(
+        "scheduler",
+        lambda value: value not in (None, "auto"),
+        "the run file owns the learning-rate schedule",
+        "remove it and set train.learning_rate_warmup_fraction",
+    ),
+    _Refusal("compression_training", _is_on, "DeepSpeed removed it", "remove it; PST does the pruning"),
+    _Refusal("elasticity", _is_on, "DeepSpeed removed it", "remove it"),
+    _Refusal("zero_optimization.mics_shard_size", lambda size: _is_on(size) and size > 0, "DeepSpeed removed MiCS",
+             "remove it"),
+)  # fmt: skip
+
+
+def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
+    """The JSON object in ``path``, checked by :func:`validate_deepspeed_config`."""
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DeepSpeedConfigError(
+            f"deepspeed_config = {str(path)!r} does not exist (looked in {Path(path).absolute()})"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise DeepSpeedConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise DeepSpeedConfigError(f"{path} holds a {type(config).__name__}, not an object")
+    validate_deepspeed_config(config, source=str(path))
+    return config
+
+
+def validate_deepspeed_config(config: dict[str, Any], *, source: str = "the DeepSpeed config") -> None:
+    """Raise DeepSpeedConfigError for the first setting that PST cannot work with: its key, value, reason and fix."""
+    for refusal in _REFUSALS:
+        value = _look_up(config, refusal.key)
+        if refusal.is_refused(value):
+            shown = json.dumps(value) if not isinstance(value, dict) else "{…}"
+            raise DeepSpeedConfigError(
+                f"{source}: {refusal.key} = {shown} cannot be used with PST: {refusal.why}. Fix: {refusal.fix}"
+            )
+    if _look_up(config, "fp16.enabled") is True and not _has_accelerator():
+        raise DeepSpeedConfigError(f"{source}: fp16.enabled = true, but the CPU has no fp16 training. Fix: use bf16")
+    stage = zero_stage(config)
+    if stage not in (0, 1, 2, 3):
+        raise DeepSpeedConfigError(f"{source}: zero_optimization.stage = {stage!r} must be 0, 1, 2 or 3")
+
+
+def require_deepspeed() -> None:
+    """Raise DeepSpeedConfigError when DeepSpeed is missing or older than :data:`MIN_DEEPSPEED`."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from packaging.version import Version
+
+    try:
+        found = version("deepspeed")
+    except PackageNotFoundError:
+        raise DeepSpeedConfigError(f"deepspeed is not installed; pip install 'deepspeed>={MIN_DEEPSPEED}'") from None
+    if Version(found) < Version(MIN_DEEPSPEED):
+        raise DeepSpeedConfigError(
+            f"deepspeed {found} is too old: below {MIN_DEEPSPEED} ZeRO-3 on gloo reads uninitialised memory. "
+            f"pip install 'deepspeed>={MIN_DEEPSPEED}'"
+        )
+
+
+def zero_stage(config: dict[str, Any] | None) -> int:
+    """The ZeRO stage; 0 for no config."""
+    return _look_up(config or {}, "zero_optimization.stage") or 0
+
+
+def resolve_deepspeed_config(config: dict[str, Any], numbers: RunNumbers, *, source: str, run_file: str) -> dict[str, Any]:
+    """A copy of ``config`` with every "auto" or absent setting of the run file filled in.
+
+    Raises DeepSpeedConfigError naming both files where they disagree.
+    """
+    resolved = copy.deepcopy(config)
+    owned = {
+        "train_batch_size": numbers.train_batch_size,
+        "train_micro_batch_size_per_gpu": numbers.train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": numbers.gradient_accumulation_steps,
+        "gradient_clipping": numbers.gradient_clipping,
+        "bf16.enabled": numbers.bf16,
+    }
+    for key, value in owned.items():
+        stated = _look_up(resolved, key)
+        if stated not in (None, "auto", value):
+            raise DeepSpeedConfigError(
+                f"{source} has {key} = {json.dumps(stated)}, but {run_file} makes it {json.dumps(value)}. Fix: write "
+                f'"auto" in {source}'
+            )
+        _set(resolved, key, value)
+    if _look_up(resolved, "zero_optimization.reduce_bucket_size") == "auto":
+        # allocated whole whatever is trainable, so as large as what is
+        _set(resolved, "zero_optimization.reduce_bucket_size", max(numbers.num_trainable, 1 << 16))
+    for key in ("optimizer", "scheduler"):
+        resolved.pop(key, None)
+    resolved.setdefault("steps_per_print", 1 << 40)
+    if _look_up(resolved, "zero_optimization.offload_optimizer"):
+        resolved["zero_force_ds_cpu_optimizer"] = False
+    return resolved
+
+
+def _look_up(config: dict[str, Any], dotted: str) -> Any:
+    value: Any = config
+    for key in dotted.split("."):
+        if not isinstance(value, dict):
+            return None
+        value = value.get(key)
+    return value
+
+
+def _set(config: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for key in parents:
+        config = config.setdefault(key, {})
+    config[last] = value
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()

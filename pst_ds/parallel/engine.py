@@ -1,0 +1,160 @@
+"""The engine that the training loop drives: DeepSpeed's, or a small one for a single process without it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.errors import InputError
+
+
+class Engine(Protocol):
+    """What the loop needs of an engine; DeepSpeed's ``DeepSpeedEngine`` has it all."""
+
+    module: nn.Module
+    optimizer: Any
+    global_steps: int
+    """Optimizer steps tried, with those that were skipped."""
+    skipped_steps: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def backward(self, loss: Tensor) -> Any: ...
+
+    def step(self) -> None:
+        """Ends a micro-batch; applies the optimizer at an accumulation boundary."""
+        ...
+
+    def was_step_applied(self) -> bool: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def eval(self) -> Any: ...
+
+    def get_global_grad_norm(self) -> Any: ...
+
+
+class LocalEngine:
+    """One process, AdamW on fp32 masters, accumulation and clipping; skips a step whose gradient is not finite."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        param_groups: Sequence[dict[str, Any]],
+        *,
+        gradient_accumulation_steps: int = 1,
+        gradient_clipping: float = 0.0,
+    ):
+        self.module = module
+        self.global_steps = 0
+        self.skipped_steps = 0
+        self._accumulation = gradient_accumulation_steps
+        self._clipping = gradient_clipping
+        self._micro_steps = 0
+        self._applied = False
+        self._grad_norm: float | None = None
+        self._pairs = [(p, _master(p)) for group in param_groups for p in group["params"]]
+        masters = {id(p): m for p, m in self._pairs}
+        groups = [{**group, "params": [masters[id(p)] for p in group["params"]]} for group in param_groups]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self._accumulation).backward()
+
+    def step(self) -> None:
+        self._applied = False
+        self._micro_steps += 1
+        if self._micro_steps % self._accumulation:
+            return
+        for param, master in self._pairs:
+            if master is not param:
+                master.grad = None if param.grad is None else param.grad.float()
+        masters = [m for _, m in self._pairs]
+        self._grad_norm = float(nn.utils.clip_grad_norm_(masters, self._clipping or math.inf))
+        self._applied = math.isfinite(self._grad_norm)
+        if self._applied:
+            self.optimizer.step()
+            self._copy_back()
+        else:
+            self.skipped_steps += 1
+        self.global_steps += 1
+        for param, master in self._pairs:
+            param.grad = master.grad = None
+
+    def _copy_back(self) -> None:
+        with torch.no_grad():
+            for param, master in self._pairs:
+                if master is not param:
+                    param.copy_(master)
+
+    def was_step_applied(self) -> bool:
+        return self._applied
+
+    def train(self, mode: bool = True) -> LocalEngine:
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> LocalEngine:
+        return self.train(False)
+
+    def get_global_grad_norm(self) -> float | None:
+        return self._grad_norm
+
+
+def _master(param: nn.Parameter) -> nn.Parameter:
+    """The fp32 value the optimizer works on: the parameter itself, or a copy that :func:`fp32_masters` finds."""
+    if param.dtype == torch.float32:
+        return param
+    master = nn.Parameter(param.detach().float())
+    param.fp32_master = master  # type: ignore[attr-defined]
+    return master
+
+
+def build_engine(
+    model: nn.Module,
+    param_groups: Sequence[dict[str, Any]],
+    *,
+    ds_config: dict[str, Any] | None,
+    gradient_accumulation_steps: int = 1,
+    gradient_clipping: float = 0.0,
+) -> Engine:
+    """DeepSpeed's engine for a resolved ``ds_config``, or a LocalEngine without one. Collective.
+
+    Raises InputError when the trainable parameters mix dtypes, which DeepSpeed answers with a bare assertion.
+    """
+    dtypes = {p.dtype for group in param_groups for p in group["params"]}
+    if len(dtypes) > 1:
+        raise InputError(
+            f"trainable parameters mix {', '.join(sorted(map(str, dtypes)))}; load the whole model in one dtype"
+        )
+    if ds_config is None:
+        return LocalEngine(
+            model,
+            param_groups,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            gradient_clipping=gradient_clipping,
+        )
+    import deepspeed
+
+    optimizer = torch.optim.AdamW(list(param_groups), weight_decay=0.0)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    return engine
+
+
+def optimizer_bytes(engine: Engine) -> int:
+    """Bytes of optimizer state on this rank: Adam's two moments, and the fp32 masters where they are kept apart."""
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    model_storage = {p.untyped_storage().data_ptr() for p in engine.module.parameters() if p.numel()}
+    total = 0
+    for master, state in inner.state.items():
+        total += sum(t.nbytes for t in state.values() if torch.is_tensor(t) and t.numel() > 1)
+        if master.untyped_storage().data_ptr() not in model_storage:
+            total += master.nbytes
+    return total

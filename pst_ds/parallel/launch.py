@@ -1,0 +1,96 @@
+"""Who started this process, and the process group it belongs to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pst_ds.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchEnvironment:
+    """Ranks as the launcher gave them."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def launch_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironment:
+    """Ranks from RANK, WORLD_SIZE and LOCAL_RANK (deepspeed, torchrun); one process when none is set.
+
+    Raises InputError when only some are set, or one is not a number.
+    """
+    environ = os.environ if environ is None else environ
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    present = [name for name in names if name in environ]
+    if not present:
+        return LaunchEnvironment(0, 1, 0)
+    if len(present) < len(names):
+        missing = ", ".join(name for name in names if name not in environ)
+        raise InputError(
+            f"the environment sets {', '.join(present)} but not {missing}; start with the deepspeed launcher, torchrun "
+            "or launch/local.sh, or unset them for one process"
+        )
+    try:
+        return LaunchEnvironment(*(int(environ[name]) for name in names))
+    except ValueError:
+        shown = ", ".join(f"{name}={environ[name]!r}" for name in names)
+        raise InputError(f"the launch environment has ranks that are not numbers: {shown}") from None
+
+
+def use_cpu_without_accelerator() -> None:
+    """Tell DeepSpeed to use the CPU when there is no accelerator. Call it before deepspeed is imported."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def init_distributed(launch: LaunchEnvironment) -> None:
+    """Join the process group of all ranks: gloo on CPU, the accelerator's backend elsewhere. Collective.
+
+    With one process no launcher, address or port is needed.
+    """
+    import torch.distributed as dist
+
+    use_cpu_without_accelerator()
+    os.environ["LOCAL_RANK"] = str(launch.local_rank)  # zero.Init reads it from there
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() == "cpu":
+        # Compiled at the first call though nothing in training uses it, which takes minutes; naming it incompatible
+        # before DeepSpeed asks skips that, and the probing of every other op.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    else:
+        get_accelerator().set_device(launch.local_rank)
+    if launch.world_size == 1 and not dist.is_initialized():
+        dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def _backend() -> str:
+    from deepspeed.accelerator import get_accelerator
+
+    return "gloo" if get_accelerator().device_name() == "cpu" else get_accelerator().communication_backend_name()
+
+
+def shut_down() -> None:
+    """Leave the process group, if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def device_of(launch: LaunchEnvironment) -> str:
+    """The device of this rank: "cpu", or the accelerator's with the local rank."""
+    import torch
+
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
+        return "cpu"
+    accelerator = torch.accelerator.current_accelerator()
+    return f"{accelerator.type}:{launch.local_rank}" if accelerator else "cpu"

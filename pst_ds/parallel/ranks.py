@@ -1,0 +1,88 @@
+"""Ranks and their collectives, on one process and on many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pst_ds.core.select import RankSums
+from pst_ds.parallel import zero3
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which talks and writes."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Collective."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """Everyone's ``value``, by rank. Collective."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def all_gather_numbers(value: Tensor) -> Tensor:
+    """Everyone's 0-d ``value`` on its own device, by rank: (world size,). Collective."""
+    if not dist.is_initialized():
+        return value.unsqueeze(0)
+    gathered = value.new_empty(world_size())
+    dist.all_gather_into_tensor(gathered, value.unsqueeze(0))
+    return gathered
+
+
+def _group_of(param: nn.Parameter) -> Any:
+    return getattr(param, "ds_process_group", None)
+
+
+def _reduce(values: Tensor, param: nn.Parameter, op: Any) -> Tensor:
+    if zero3.num_shards(param) == 1:
+        return values
+    on_device = values.to(zero3.shard_of(param).values.device)
+    if dist.get_backend(_group_of(param)) == "nccl":
+        on_device = on_device.cuda()
+    dist.all_reduce(on_device, op=op, group=_group_of(param))
+    return on_device.to(values.device)
+
+
+def group_sum(values: Tensor, param: nn.Parameter) -> Tensor:
+    """Sum over the ranks that ``param`` is split over; the values themselves when it is whole here. Collective."""
+    return _reduce(values, param, dist.ReduceOp.SUM)
+
+
+def group_max(values: Tensor, param: nn.Parameter) -> Tensor:
+    """The same with the maximum."""
+    return _reduce(values, param, dist.ReduceOp.MAX)
+
+
+def rank_sums(param: nn.Parameter) -> RankSums:
+    """The collectives of selection over the ranks that ``param`` is split over."""
+    shards = zero3.num_shards(param)
+    if shards == 1:
+        return RankSums()
+    own = dist.get_rank(_group_of(param))
+
+    def sum_of_lower_ranks(counts: Tensor) -> Tensor:
+        table = counts.new_zeros((shards, *counts.shape))
+        table[own] = counts
+        return group_sum(table, param)[:own].sum(0)
+
+    return RankSums(lambda counts: group_sum(counts, param), sum_of_lower_ranks)

@@ -1,0 +1,131 @@
+"""The one seam to ZeRO-3: every ``ds_*`` attribute of a parameter is read and written here.
+
+DeepSpeed splits a parameter's flat storage into equal shards of ceil(numel / world) elements; the last may be padded
+with uninitialised memory, which nothing here ever hands out. Without ZeRO-3 a parameter is one shard, held by everyone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """This rank's part of a parameter: the flat values from index ``start`` on, without padding."""
+
+    values: Tensor
+    start: int
+
+
+def is_partitioned(param: nn.Parameter) -> bool:
+    """Whether ZeRO-3 splits ``param`` over ranks."""
+    return hasattr(param, "ds_id")
+
+
+def full_shape(param: nn.Parameter) -> torch.Size:
+    """The shape of the whole parameter; under ZeRO-3 ``param.shape`` is (0,) while it is released."""
+    return torch.Size(getattr(param, "ds_shape", param.shape))
+
+
+def full_numel(param: nn.Parameter) -> int:
+    return full_shape(param).numel()
+
+
+def num_shards(param: nn.Parameter) -> int:
+    """Ranks that ``param`` is split over; 1 when it is not."""
+    return getattr(param, "ds_zero_partition_world_size", 1) if is_partitioned(param) else 1
+
+
+def shard_index(param: nn.Parameter) -> int:
+    """Which of the shards of ``param`` is this rank's; 0 when it is not partitioned."""
+    return param.ds_zero_partition_rank if is_partitioned(param) else 0
+
+
+def is_released(param: nn.Parameter) -> bool:
+    """Whether ``param`` is partitioned and its whole value is not here now."""
+    return is_partitioned(param) and param.ds_status.name != "AVAILABLE"
+
+
+def shard_of(param: nn.Parameter) -> Shard:
+    """This rank's shard of ``param`` (the whole of it when it is not partitioned), a view that may be written."""
+    if not is_partitioned(param):
+        return Shard(param.detach().view(-1), 0)
+    start = min(param.ds_zero_partition_rank * param.ds_tensor.ds_numel, param.ds_numel)
+    count = min(param.ds_tensor.ds_numel, param.ds_numel - start)
+    return Shard(param.ds_tensor.detach()[:count], start)
+
+
+def write_shard(param: nn.Parameter, values: Tensor) -> None:
+    """Overwrite this rank's shard of a frozen ``param``. Every rank must do so before the next gather.
+
+    A parameter that is gathered now (ZeRO-3 keeps small ones so) is released, since its whole value is out of date.
+    """
+    if not is_partitioned(param):
+        param.detach().view(-1).copy_(values)
+        return
+    shard_of(param).values.copy_(values)
+    if not is_released(param):
+        param.partition()
+    param.ds_secondary_tensor = None  # an hpZ copy, if any, is made anew from the shard
+
+
+@contextmanager
+def gathered(params: Iterable[nn.Parameter], *, writer_rank: int | None = None) -> Iterator[None]:
+    """Whole tensors inside, shards outside; free when nothing is partitioned.
+
+    Collective: every rank must enter. With ``writer_rank`` the values that rank leaves are kept for all.
+    """
+    partitioned = [p for p in params if is_partitioned(p)]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=writer_rank):
+        yield
+
+
+def fp32_masters(params: Sequence[nn.Parameter]) -> list[Tensor]:
+    """The whole fp32 values that the optimizer holds of trainable ``params``, in their full shapes.
+
+    Parameters that no optimizer keeps a master of are returned as fp32 copies. Collective; under ZeRO-3 the shards of
+    all ``params`` travel in one all-gather.
+    """
+    if params and all(_has_zero3_master(p) for p in params):
+        return _gather_zero3_masters(params)
+    return [_master_of(p) for p in params]
+
+
+def _has_zero3_master(param: nn.Parameter) -> bool:
+    return is_partitioned(param) and param.requires_grad and hasattr(param, "_z3_optimizer")
+
+
+def _gather_zero3_masters(params: Sequence[nn.Parameter]) -> list[Tensor]:
+    import torch.distributed as dist
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    local = [safe_get_local_fp32_param(p).detach().flatten() for p in params]
+    world, group = num_shards(params[0]), params[0].ds_process_group
+    flat = torch.cat(local)
+    everyone = torch.empty(world * flat.numel(), dtype=flat.dtype, device=flat.device)
+    dist.all_gather_into_tensor(everyone, flat, group=group)
+    pieces = everyone.view(world, -1).split([piece.numel() for piece in local], dim=1)
+    return [
+        piece.reshape(-1)[: p.ds_numel].view(p.ds_shape) for p, piece in zip(params, pieces, strict=True)
+    ]
+
+
+def _master_of(param: nn.Parameter) -> Tensor:
+    if getattr(param, "fp32_master", None) is not None:  # set by LocalEngine
+        return param.fp32_master.detach()
+    if hasattr(param, "_hp_mapping"):  # ZeRO stages 1 and 2
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(param).detach()
+    with gathered([param]):
+        return param.detach().to(torch.float32, copy=True)

@@ -1,0 +1,198 @@
+"""The run file: one TOML file into frozen dataclasses. Paths are relative to the working directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pst_ds.core.schedule import CubicSchedule, OneShotSchedule, Schedule
+from pst_ds.errors import InputError
+from pst_ds.nn.config import PSTConfig
+
+Method = Literal["pst", "magnitude", "dense"]
+Precision = Literal["bf16", "fp32"]
+
+
+class ConfigError(InputError):
+    """A run file, or a --set, that cannot be used: the key, its value and the fix."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The pretrained model."""
+
+    path: str
+    """Folder of a Hugging Face model, or its name on the hub."""
+    tokenizer: str = ""
+    """Folder or name of the tokenizer, when it is not the model's."""
+    dropout: float | None = None
+    """Overrides every dropout probability of the model's config; None leaves them."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass (non-reentrant)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Text classification, of one text or a pair."""
+
+    train: str = ""
+    """Local JSONL, CSV or Parquet file to train on."""
+    validation: str = ""
+    """Local file for periodic evaluation and the choice of the best checkpoint."""
+    test: str = ""
+    """Local file that only ``pst-ds eval`` and ``verify`` read."""
+    dataset: str = ""
+    """Name of a dataset on the hub instead of local files; the three settings above then name its splits."""
+    subset: str = ""
+    """Configuration of the hub dataset, such as "sst2" of "glue"."""
+    text_columns: tuple[str, ...] = ("text",)
+    """One column, or two for sentence pairs."""
+    label_column: str = "label"
+    max_length: int = 128
+    """Tokens a text is cut to."""
+    group_by_length: bool = False
+    """Make batches of texts of similar length; less padding, the same examples in another order."""
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ConfigError("data.train is missing: name a JSONL, CSV or Parquet file, or a split of data.dataset")
+        if len(self.text_columns) not in (1, 2):
+            raise ConfigError(f"data.text_columns = {list(self.text_columns)} must name one column or two")
+        _positive("data.max_length", self.max_length)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """How sparse, and when."""
+
+    final_sparsity: float = 0.9
+    """Fraction of zeros at the end, in [0, 1)."""
+    initial_sparsity: float = 0.0
+    """Fraction of zeros until the ramp starts."""
+    warmup_fraction: float = 0.1
+    """Share of all steps before the ramp."""
+    cooldown_fraction: float = 0.3
+    """Share of all steps after the ramp, with fixed masks."""
+    update_interval: int = 1
+    """Optimizer steps between mask updates."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Steps, batches and learning rates."""
+
+    num_steps: int = 0
+    """Optimizer steps; or give ``num_epochs``."""
+    num_epochs: float = 0.0
+    batch_size: int = 32
+    """Examples of an optimizer step, over all ranks and accumulation steps."""
+    gradient_accumulation_steps: int = 1
+    precision: Precision = "bf16"
+    score_learning_rate: float = 1e-2
+    """For A, B, R and C."""
+    update_learning_rate: float = 2e-3
+    """For U and V."""
+    head_learning_rate: float = 1e-3
+    """For the modules trained in full; for every weight with method "dense" or "magnitude"."""
+    learning_rate_warmup_fraction: float = 0.06
+    """Share of all steps over which learning rates rise from zero; they then fall linearly to zero."""
+    gradient_clipping: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    log_interval: int = 10
+    """Optimizer steps between lines of metrics.jsonl; a mask update always writes one."""
+
+    def __post_init__(self) -> None:
+        if (self.num_steps > 0) == (self.num_epochs > 0):
+            raise ConfigError(
+                f"train.num_steps = {self.num_steps} and train.num_epochs = {self.num_epochs}: set exactly one of them "
+                "to a number above 0"
+            )
+        for name in ("batch_size", "gradient_accumulation_steps", "log_interval"):
+            _positive(f"train.{name}", getattr(self, name))
+        for name in ("score_learning_rate", "update_learning_rate", "head_learning_rate", "gradient_clipping"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"train.{name} = {getattr(self, name)} must be a finite number of at least 0")
+        if not 0.0 <= self.learning_rate_warmup_fraction < 1.0:
+            raise ConfigError(
+                f"train.learning_rate_warmup_fraction = {self.learning_rate_warmup_fraction} must be in [0, 1)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Evaluation on the validation file."""
+
+    interval: int = 0
+    """Optimizer steps between evaluations; 0 evaluates at the end only."""
+    batch_size: int = 64
+    """Examples a rank evaluates at a time."""
+    metric: Literal["accuracy", "macro_f1", "matthews_correlation"] = "accuracy"
+    """Chooses the best checkpoint, among those at the final sparsity."""
+
+    def __post_init__(self) -> None:
+        _positive("eval.batch_size", self.batch_size)
+        if self.interval < 0:
+            raise ConfigError(f"eval.interval = {self.interval} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """A whole run."""
+
+    output_dir: str
+    """The run folder: the resolved run file, metrics and checkpoints."""
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    method: Method = "pst"
+    """"pst"; "dense" trains every weight; "magnitude" prunes once by |W0| and trains every weight under the mask."""
+    seed: int = 0
+    deepspeed_config: str = ""
+    """DeepSpeed's JSON; empty runs one process without DeepSpeed."""
+    pst: PSTConfig = field(default_factory=PSTConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ConfigError("output_dir is missing: name the folder that the run writes to")
+        self.make_schedule(1)  # refuses bad numbers now
+
+    def make_schedule(self, num_steps: int) -> Schedule | None:
+        """The sparsity schedule of a run of ``num_steps``; None for the dense method."""
+        if self.method == "dense":
+            return None
+        try:
+            if self.method == "magnitude":
+                return OneShotSchedule(self.schedule.final_sparsity)
+            return CubicSchedule(
+                num_steps=num_steps,
+                final_sparsity=self.schedule.final_sparsity,
+                initial_sparsity=self.schedule.initial_sparsity,
+                warmup_fraction=self.schedule.warmup_fraction,
+                cooldown_fraction=self.schedule.cooldown_fraction,
+                update_interval=self.schedule.update_interval,
+            )
+        except ValueError as error:
+            raise ConfigError(f"schedule.{error}") from None
+
+    def num_steps(self, num_examples: int) -> int:
+        """Optimizer steps of the run, for ``num_examples`` in the training file."""
+        if self.train.num_steps:
+            return self.train.num_steps
+        return max(1, round(self.train.num_epochs * (num_examples // self.train.batch_size)))
+
+    def micro_batch_size(self, world_size: int) -> int:
+        """Examples a rank takes at a time. Raises ConfigError when the batch cannot be shared out evenly."""
+        shares = world_size * self.train.gradient_accumulation_steps
+        if self.train.batch_size % shares:
+            raise ConfigError(
+                f"train.batch_size = {self.train.batch_size} cannot be shared evenly by {world_size} ranks x "
+                f"{self.train.gradient_accumulation_steps} accumulation steps; make it a multiple of {shares}"
+            )
+        return self.train.batch_size // shares
+
+
+def _positive(name: str, value: Any) -> None:
+    if value < 1:
+        raise ConfigError(f"{name} = {value} must be at least 1")

@@ -1,0 +1,181 @@
+"""Text classification data: read, checked, tokenised, and put in an order that no world size changes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pst_ds.train.config import ConfigError, DataConfig
+
+_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_LENGTH_WINDOW_BATCHES = 50
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Tokenised texts with their labels."""
+
+    features: list[dict[str, list[int]]]
+    """Of each example: input_ids, attention_mask and, where the tokenizer makes them, token_type_ids."""
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(f["input_ids"]) for f in self.features]
+
+
+def label_names(data: DataConfig) -> list[str]:
+    """Names of the classes, in the order of their ids: the dataset's own, or the sorted labels of the training file."""
+    rows = _read(data, "train")
+    feature = rows.features[data.label_column]
+    if hasattr(feature, "names"):
+        return list(feature.names)
+    found = set(rows.unique(data.label_column))
+    if None in found:
+        raise ConfigError(f"{data.train}: column {data.label_column!r} has empty values; every example needs a label")
+    if any(isinstance(label, float) for label in found):
+        raise ConfigError(
+            f"{data.train}: column {data.label_column!r} holds fractions, which is regression; only classification is "
+            "supported"
+        )
+    if len(found) < 2:
+        raise ConfigError(f"{data.train}: column {data.label_column!r} has {len(found)} class; at least 2 are needed")
+    return [str(label) for label in sorted(found)]
+
+
+def load_examples(data: DataConfig, split: str, tokenizer: Any, names: Sequence[str]) -> Examples:
+    """The examples of one split. Raises ConfigError for a missing file or column, or a label not in ``names``."""
+    rows = _read(data, split)
+    is_class_label = hasattr(rows.features[data.label_column], "names")
+    ids = {name: i for i, name in enumerate(names)}
+    labels = []
+    for row, label in enumerate(rows[data.label_column]):
+        if is_class_label and 0 <= label < len(names):
+            labels.append(label)
+        elif not is_class_label and str(label) in ids:
+            labels.append(ids[str(label)])
+        else:
+            raise ConfigError(
+                f"{getattr(data, split)}: label {label!r} in row {row} is not one of the training labels "
+                f"{', '.join(names)}"
+            )
+    texts = [[str(text) for text in rows[column]] for column in data.text_columns]
+    encoded = tokenizer(*texts, truncation=True, max_length=data.max_length)
+    keys = list(encoded.keys())
+    features = [{key: encoded[key][i] for key in keys} for i in range(len(labels))]
+    return Examples(features, labels)
+
+
+def collate(examples: Examples, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
+    """Model inputs of some examples, padded to the longest; ``labels`` is (len(indices),) int64."""
+    batch = tokenizer.pad([examples.features[i] for i in indices], return_tensors="pt")
+    return {**batch, "labels": torch.tensor([examples.labels[i] for i in indices])}
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalBatches:
+    """Which examples make each optimizer step: a pure function of the step, the same for every world size.
+
+    An epoch is a seeded permutation cut into whole batches; the few left over sit that epoch out.
+    """
+
+    lengths: Sequence[int]
+    batch_size: int
+    seed: int
+    group_by_length: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.lengths) < self.batch_size:
+            raise ConfigError(
+                f"data.train has {len(self.lengths)} examples, fewer than one batch of train.batch_size = "
+                f"{self.batch_size}"
+            )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return len(self.lengths) // self.batch_size
+
+    def epoch(self, number: int) -> list[list[int]]:
+        """The batches of epoch ``number``, each a list of example indices."""
+        shuffle = random.Random(f"{self.seed}/{number}")
+        order = list(range(len(self.lengths)))
+        shuffle.shuffle(order)
+        order = order[: self.batches_per_epoch * self.batch_size]
+        if not self.group_by_length:
+            return _cut(order, self.batch_size)
+        batches = []
+        for window in _cut(order, self.batch_size * _LENGTH_WINDOW_BATCHES):
+            batches += _cut(sorted(window, key=lambda i: self.lengths[i]), self.batch_size)
+        shuffle.shuffle(batches)
+        for batch in batches:
+            shuffle.shuffle(batch)  # so that every rank has short texts and long ones
+        return batches
+
+    def micro_batches(self, batch: Sequence[int], rank: int, world_size: int, accumulation: int) -> list[Sequence[int]]:
+        """This rank's examples of a global ``batch``, one list for each accumulation step."""
+        size = len(batch) // (world_size * accumulation)
+        starts = [(step * world_size + rank) * size for step in range(accumulation)]
+        return [batch[start : start + size] for start in starts]
+
+
+def _cut(items: list[int], size: int) -> list[list[int]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _read(data: DataConfig, split: str) -> Any:
+    """One split as a ``datasets.Dataset`` whose columns are there."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    where = getattr(data, split)
+    if not where:
+        raise ConfigError(f"data.{split} is not set; name a file, or a split of data.dataset")
+    if data.dataset:
+        rows = _read_from_hub(data, where)
+    else:
+        rows = _read_local(where, f"data.{split}")
+    for column, setting in [*((c, "text_columns") for c in data.text_columns), (data.label_column, "label_column")]:
+        if column not in rows.column_names:
+            raise ConfigError(
+                f"{where} has no column {column!r}, which data.{setting} names. Columns: {', '.join(rows.column_names)}"
+            )
+    if not len(rows):
+        raise ConfigError(f"{where} has no examples")
+    return rows
+
+
+def _read_local(where: str, setting: str) -> Any:
+    import datasets
+
+    path = Path(where)
+    if not path.is_file():
+        raise ConfigError(f"{setting} = {where!r} does not exist (looked in {path.absolute()})")
+    kind = _FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise ConfigError(f"{setting} = {where!r} ends in {path.suffix!r}; known are {', '.join(_FORMATS)}")
+    options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+    try:
+        return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+    except Exception as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ConfigError(f"{setting} = {where!r} cannot be read as {kind}: {reason}") from error
+
+
+def _read_from_hub(data: DataConfig, split: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(data.dataset, data.subset or None, split=split)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"data.dataset = {data.dataset!r}, split {split!r}, cannot be loaded: {reason}") from error

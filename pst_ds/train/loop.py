@@ -1,0 +1,189 @@
+"""The training loop: applied optimizer steps, with mask updates in step with the schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.schedule import Schedule
+from pst_ds.nn.inject import freeze_scores
+from pst_ds.parallel.engine import Engine
+from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
+from pst_ds.train.config import RunConfig
+from pst_ds.train.data import Examples, GlobalBatches, collate
+from pst_ds.train.mask_update import MaskStats, update_masks
+from pst_ds.train.metrics import MetricsWriter, peak_memory_bytes
+
+
+class DivergedError(RuntimeError):
+    """The loss is not finite; raised on every rank."""
+
+
+@dataclass(slots=True)
+class LoopState:
+    """Where the run is. ``step`` counts applied optimizer steps, ``batch`` global batches taken (skipped ones too)."""
+
+    step: int = 0
+    batch: int = 0
+    masks: MaskStats | None = None
+    losses: list[Tensor] = field(default_factory=list)
+    """This rank's micro-batch losses since the last report."""
+    tokens: int = 0
+    last_report_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """Everything one run trains with."""
+
+    run: RunConfig
+    engine: Engine
+    schedule: Schedule | None
+    examples: Examples
+    tokenizer: Any
+    num_steps: int
+    device: str
+    metrics: MetricsWriter
+    after_step: Callable[[LoopState], None]
+    """Called after every applied step, for evaluation and checkpoints."""
+
+
+def train(loop: Loop) -> LoopState:
+    """Run ``loop`` to its last step. Collective. Raises DivergedError on every rank."""
+    state = LoopState()
+    engine = loop.engine
+    engine.train()
+    torch.manual_seed(loop.run.seed + rank())  # dropout
+    if loop.schedule is not None:
+        _update_masks_if_due(loop, state)
+    for micro_batches in _batches(loop):
+        set_learning_rates(loop, state.step)
+        for batch in micro_batches:
+            loss = engine(**batch).loss
+            engine.backward(loss)
+            engine.step()
+            state.losses.append(loss.detach())
+            state.tokens += int(batch["attention_mask"].sum())
+        state.batch += 1
+        _stop_if_diverged(loop, state)
+        if not engine.was_step_applied():
+            continue
+        state.step += 1
+        if loop.schedule is not None:
+            _update_masks_if_due(loop, state)
+        _report_if_due(loop, state)
+        loop.after_step(state)
+        if state.step >= loop.num_steps:
+            break
+    return state
+
+
+def learning_rate_factor(step: int, num_steps: int, warmup_fraction: float) -> float:
+    """Share of the peak rate for the step after ``step`` applied ones: a linear rise, then a linear fall to zero."""
+    warmup_steps = math.floor(warmup_fraction * num_steps)
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    return max(0.0, (num_steps - step) / (num_steps - warmup_steps))
+
+
+def set_learning_rates(loop: Loop, step: int) -> None:
+    """Set every group's rate for the step after ``step``; the scores' is zero once the masks are fixed."""
+    factor = learning_rate_factor(step, loop.num_steps, loop.run.train.learning_rate_warmup_fraction)
+    masks_fixed = loop.schedule is not None and loop.schedule.is_final(step)
+    for group in loop.engine.optimizer.param_groups:
+        group["lr"] = 0.0 if masks_fixed and group["name"] == "scores" else group["peak_lr"] * factor
+
+
+def learning_rates(engine: Engine) -> dict[str, float]:
+    return {f"lr/{group['name']}": group["lr"] for group in engine.optimizer.param_groups}
+
+
+def _batches(loop: Loop) -> Iterator[list[dict[str, Tensor]]]:
+    """This rank's micro-batches of one global batch after another, without end."""
+    run = loop.run
+    batches = GlobalBatches(loop.examples.lengths, run.train.batch_size, run.seed, run.data.group_by_length)
+    epoch = 0
+    while True:
+        for batch in batches.epoch(epoch):
+            yield [
+                {k: v.to(loop.device) for k, v in collate(loop.examples, indices, loop.tokenizer).items()}
+                for indices in batches.micro_batches(
+                    batch, rank(), world_size(), run.train.gradient_accumulation_steps
+                )
+            ]
+        epoch += 1
+
+
+def _update_masks_if_due(loop: Loop, state: LoopState) -> None:
+    """The schedule and ``state.step`` are equal on every rank, so all update or none does."""
+    assert loop.schedule is not None
+    if loop.schedule.updates_masks_at(state.step):
+        target = loop.schedule.sparsity_at(state.step)
+        state.masks = update_masks(loop.engine.module, target)
+        loop.metrics.write(
+            state.step,
+            {
+                "event": "mask_update",
+                "sparsity/target": target,
+                "sparsity/actual": state.masks.sparsity,
+                "flip_rate": state.masks.flip_rate,
+                "mask_checksum": state.masks.checksum,
+            },
+        )
+    if loop.schedule.is_final(state.step):
+        freeze_scores(loop.engine.module)
+
+
+def _stop_if_diverged(loop: Loop, state: LoopState) -> None:
+    """DeepSpeed skips a step for a bad gradient (not at stage 0 in fp32); a bad loss ends the run, on all ranks."""
+    latest = torch.stack(state.losses[-loop.run.train.gradient_accumulation_steps :]).float().sum()
+    bad = [r for r, loss in enumerate(all_gather_numbers(latest).tolist()) if not math.isfinite(loss)]
+    if bad:
+        raise DivergedError(
+            f"the loss of batch {state.batch} is not finite on rank {', '.join(map(str, bad))} (after {state.step} "
+            "applied steps); lower the learning rates, or look for a broken example. Nothing was saved for this step"
+        )
+
+
+def _report_if_due(loop: Loop, state: LoopState) -> None:
+    last = state.step == loop.num_steps
+    if state.step % loop.run.train.log_interval and not last and state.step != 1:
+        return
+    loss, tokens, memory = _over_ranks(state, loop.device)
+    elapsed = loop.metrics.seconds - state.last_report_seconds
+    state.last_report_seconds = loop.metrics.seconds
+    sparsity = loop.schedule.sparsity_at(state.step) if loop.schedule else 0.0
+    values: dict[str, Any] = {
+        "loss": loss,
+        **learning_rates(loop.engine),
+        "sparsity/target": sparsity,
+        "sparsity/actual": state.masks.sparsity if state.masks else 0.0,
+        "flip_rate": state.masks.flip_rate if state.masks else 0.0,
+        "tokens_per_second": tokens / elapsed if elapsed > 0 else 0.0,
+        "peak_memory_bytes": memory,
+        "skipped_steps": loop.engine.skipped_steps,
+    }
+    loop.metrics.write(state.step, {"event": "step", **values})
+    loop.metrics.progress(
+        state.step,
+        {
+            "loss": loss,
+            "sparsity": round(values["sparsity/actual"], 4),
+            "tok/s": round(values["tokens_per_second"]),
+            "GiB": round(memory / 2**30, 2),
+        },
+    )
+
+
+def _over_ranks(state: LoopState, device: str) -> tuple[float, int, int]:
+    """(mean loss, tokens, largest memory) since the last report, over all ranks; resets the counts. Collective."""
+    own = (float(torch.stack(state.losses).double().mean()), state.tokens, peak_memory_bytes(device))
+    state.losses.clear()
+    state.tokens = 0
+    losses, tokens, memory = zip(*all_gather_objects(own), strict=True)
+    return sum(losses) / len(losses), sum(tokens), max(memory)

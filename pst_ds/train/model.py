@@ -1,0 +1,186 @@
+"""From a run file to a model with PST modules, whole or partitioned by ``zero.Init``."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pst_ds.nn.config import PSTConfig
+from pst_ds.nn.inject import inject_pst
+from pst_ds.nn.targets import modules_to_save
+from pst_ds.parallel import zero3
+from pst_ds.train.config import ConfigError, RunConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_DROPOUT_KEYS = (
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attention_dropout", "dropout",
+    "embd_pdrop", "attn_pdrop", "resid_pdrop", "summary_first_dropout", "seq_classif_dropout", "activation_dropout",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltModel:
+    """A model ready for the engine."""
+
+    module: nn.Module
+    tokenizer: Any
+    keep_alive: Any = None
+    """transformers finds the ZeRO-3 config through a weak reference to this."""
+
+
+def pst_config(run: RunConfig) -> PSTConfig:
+    """The modules that the run's method injects."""
+    if run.method == "magnitude":
+        return replace(run.pst, score_rank=0, update_rank=0, structured_scores=False, train_weights=True)
+    return run.pst
+
+
+def load_tokenizer(run: RunConfig) -> Any:
+    """The run's tokenizer, with a padding token."""
+    from transformers import AutoTokenizer
+
+    where = run.model.tokenizer or run.model.path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no tokenizer in {where!r}: {_first_line(error)}. Set model.tokenizer") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any) -> Any:
+    """The transformers config of the run's classifier."""
+    from transformers import AutoConfig
+
+    path = run.model.path
+    if not path:
+        raise ConfigError("model.path is empty; name a model folder, or a model on the hub")
+    if not Path(path).exists() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
+        raise ConfigError(f"model.path = {path!r} does not exist (looked in {Path(path).absolute()})")
+    try:
+        config = AutoConfig.from_pretrained(
+            path,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.path = {path!r} is neither a model folder (looked in {Path(path).absolute()}) nor a model on the "
+            f"hub that can be reached: {_first_line(error)}"
+        ) from error
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    if run.model.dropout is not None:
+        for key in _DROPOUT_KEYS:
+            if getattr(config, key, None) is not None:
+                setattr(config, key, run.model.dropout)
+    return config
+
+
+def build_model(
+    run: RunConfig, labels: list[str], tokenizer: Any, *, zero3_config: dict[str, Any] | None, num_shards: int = 1
+) -> BuiltModel:
+    """The pretrained classifier with the PST modules of the run's method.
+
+    With ``zero3_config``, a resolved DeepSpeed config of stage 3, the weights are partitioned while they load; without
+    it they are whole, and will be split over ``num_shards`` ranks if ``deepspeed.initialize`` is still to do so.
+    New heads are drawn from the run's seed and their names, so they are the same for every world size.
+    Collective with ``zero3_config``.
+    """
+    from transformers import AutoModelForSequenceClassification
+    from transformers.integrations import HfDeepSpeedConfig
+
+    config = load_model_config(run, labels, tokenizer)
+    keep_alive = HfDeepSpeedConfig(zero3_config) if zero3_config is not None else None
+    try:
+        module, info = AutoModelForSequenceClassification.from_pretrained(
+            run.model.path, config=config, dtype=DTYPES[run.train.precision], output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path = {run.model.path!r} cannot be loaded: {_first_line(error)}") from error
+    _initialise_missing(module, info["missing_keys"], run.seed)
+    prepare_for_method(module, run, num_shards=None if keep_alive else num_shards)
+    if run.model.gradient_checkpointing:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return BuiltModel(module, tokenizer, keep_alive)
+
+
+def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | None) -> None:
+    """Inject and freeze what the run's method asks for; also works on the meta device. Collective under zero.Init."""
+    if run.method == "dense":
+        module.requires_grad_(True)
+        return
+    inject_pst(module, pst_config(run), num_shards=num_shards)
+    if run.method == "magnitude":  # full fine-tuning under the mask: everything with a gradient trains
+        for param in module.parameters():
+            param.requires_grad_(param.dtype.is_floating_point)
+
+
+def meta_model(run: RunConfig, labels: list[str], tokenizer: Any, *, num_shards: int = 1) -> nn.Module:
+    """The run's model without its values: names, shapes and what is trained."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = load_model_config(run, labels, tokenizer)
+    with torch.device("meta"):
+        module = AutoModelForSequenceClassification.from_config(config, dtype=DTYPES[run.train.precision])
+        shapes_only = replace(run, pst=replace(run.pst, relative_magnitude=False))
+        prepare_for_method(module, shapes_only, num_shards=num_shards)
+    return module
+
+
+def parameter_groups(module: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
+    """AdamW's groups, named, each with its own learning rate; no group is empty and none has weight decay."""
+    from pst_ds.nn.linear import SCORE_FACTORS
+
+    rates = {
+        "scores": run.train.score_learning_rate,
+        "updates": run.train.update_learning_rate,
+        "head": run.train.head_learning_rate,
+    }
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+    for name, param in module.named_parameters():
+        if not param.requires_grad:
+            continue
+        last = name.rpartition(".")[2]
+        if last.startswith("pst_"):
+            groups["scores" if last.removeprefix("pst_") in SCORE_FACTORS else "updates"].append(param)
+        else:
+            groups["head"].append(param)
+    return [
+        {"params": params, "name": name, "lr": rates[name], "peak_lr": rates[name], "weight_decay": 0.0}
+        for name, params in groups.items()
+        if params
+    ]
+
+
+def num_trainable(module: nn.Module) -> int:
+    return sum(zero3.full_numel(p) for p in module.parameters() if p.requires_grad)
+
+
+def head_names(module: nn.Module, run: RunConfig) -> list[str]:
+    """Modules trained in full."""
+    return list(modules_to_save(module, run.pst)) if run.method == "pst" else ["(every weight)"]
+
+
+def _initialise_missing(module: nn.Module, missing: Any, seed: int) -> None:
+    """Draw the parameters the base checkpoint lacks anew, by the model's own rule, from the seed and their names."""
+    owners = sorted({name.rpartition(".")[0] for name in missing})
+    for owner in owners:
+        part = module.get_submodule(owner)
+        params = list(part.parameters(recurse=False))
+        with zero3.gathered(params, writer_rank=0), torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(zlib.crc32(f"{seed}/{owner}".encode()))
+            for param in params:
+                param._is_hf_initialized = False  # type: ignore[attr-defined]
+            module._init_weights(part)  # type: ignore[operator]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

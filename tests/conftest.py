@@ -1,0 +1,122 @@
+"""Fixtures: ranks forked from this process, which has torch and DeepSpeed imported already."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+RANKS_TIMEOUT_SECONDS = 240
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cheap tests first, launchers last; GPU tests are skipped, with the reason, where there is no GPU."""
+    order = {"zero3": 1, "launcher": 2}
+    items.sort(key=lambda item: max((order.get(mark.name, 0) for mark in item.iter_markers()), default=0))
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_items:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in gpu_items:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths in run files are relative to the top folder."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
+    """``run_ranks(function, world_size, *args)``: its result on every rank, by rank.
+
+    Each rank is a fork with gloo and DeepSpeed's communication up; they meet through a file, so no port can clash.
+    """
+    counter = iter(range(1000))
+
+    def run(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed  # noqa: F401  imported once, before the fork
+        import transformers.integrations  # noqa: F401
+
+        folder = tmp_path / f"ranks-{next(counter)}"
+        folder.mkdir()
+        children = [_fork_rank(function, rank, world_size, folder, args) for rank in range(world_size)]
+        _wait(children)
+        outcomes = [_outcome(folder / str(rank)) for rank in range(world_size)]
+        failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(outcomes) if not ok]
+        assert not failures, "\n".join(failures)
+        return [value for _, value in outcomes]
+
+    return run
+
+
+def _fork_rank(function: Callable[..., Any], rank: int, world_size: int, folder: Path, args: tuple[Any, ...]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        outcome = (True, _as_rank(function, rank, world_size, folder, args))
+    except BaseException:
+        outcome = (False, traceback.format_exc())
+    try:
+        (folder / f"{rank}.partial").write_bytes(pickle.dumps(outcome))
+        (folder / f"{rank}.partial").rename(folder / str(rank))
+    finally:
+        os._exit(0 if outcome[0] else 1)
+
+
+def _as_rank(function: Callable[..., Any], rank: int, world_size: int, folder: Path, args: tuple[Any, ...]) -> Any:
+    import torch.distributed as dist
+
+    from pst_ds.parallel.launch import LaunchEnvironment, init_distributed
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    init_distributed(LaunchEnvironment(rank, world_size, rank))
+    return function(*args)
+
+
+def _wait(children: list[int]) -> None:
+    """Until all have ended; when one fails, or time is up, the others are killed, for they may wait for it for ever."""
+    deadline = time.monotonic() + RANKS_TIMEOUT_SECONDS
+    running = set(children)
+    while running:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in running:
+            running.discard(pid)
+            if status:
+                deadline = min(deadline, time.monotonic() + 5)
+        elif pid == 0:
+            if time.monotonic() > deadline:
+                for child in running:
+                    os.kill(child, signal.SIGKILL)
+                deadline = float("inf")
+            time.sleep(0.01)
+
+
+def _outcome(path: Path) -> tuple[bool, Any]:
+    if not path.is_file():
+        return False, "ended without a result (killed after another rank failed, or out of time)"
+    return pickle.loads(path.read_bytes())

@@ -1,0 +1,57 @@
+"""The same run on 1, 2 and 3 ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from pst_ds.parallel.launch import launch_environment
+from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run_file import load_run
+
+RUN_FILE = "tests/data/world_size.toml"
+
+
+def _train(output_dir, *overrides):
+    run = load_run(RUN_FILE, [f"output_dir={output_dir}", *overrides])
+    return train_run(prepare(run, launch_environment()), quiet=True)
+
+
+def _steps(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if line["event"] == "step"}
+    sums = {line["step"]: line["mask_checksum"] for line in lines if line["event"] == "mask_update"}
+    return losses, sums
+
+
+@pytest.mark.zero3
+def test_losses_and_masks_do_not_depend_on_the_world_size(run_ranks, tmp_path, capsys):
+    for world_size in (1, 2, 3):
+        run_ranks(_train, world_size, str(tmp_path / str(world_size)))
+    reference, sums = _steps(tmp_path / "1")
+    assert len(reference) == 20
+    first_update = min(sums)
+    masks = load_file(tmp_path / "1" / "checkpoints" / "final" / "masks.safetensors")
+    for world_size in (2, 3):
+        losses, other_sums = _steps(tmp_path / str(world_size))
+        assert losses.keys() == reference.keys()
+        assert sums.keys() == other_sums.keys()
+        for step, loss in losses.items():
+            assert loss == pytest.approx(reference[step], abs=1e-5 if step <= first_update else 1e-3), step
+        others = load_file(tmp_path / str(world_size) / "checkpoints" / "final" / "masks.safetensors")
+        bits = sum(int(b).bit_count() for name in masks for b in (masks[name] ^ others[name]).tolist())
+        worst = max(abs(losses[s] - reference[s]) for s in losses)
+        with capsys.disabled():
+            print(f"\n{world_size} ranks against 1: {bits} mask bits differ, largest loss difference {worst:.2e}")
+
+
+@pytest.mark.zero3
+def test_one_process_without_deepspeed_follows_the_same_run(run_ranks, tmp_path):
+    run_ranks(_train, 2, str(tmp_path / "zero3"))
+    run_ranks(_train, 1, str(tmp_path / "local"), "deepspeed_config=")
+    losses, _ = _steps(tmp_path / "zero3")
+    local, _ = _steps(tmp_path / "local")
+    assert local == pytest.approx(losses, abs=1e-3)

