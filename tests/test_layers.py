@@ -81,7 +81,8 @@ def floor_problems(tree: ast.AST, path: Path) -> Iterator[str]:
 
 def _is_attribute_of_package(name: str) -> bool:
     """``from pst_ds import inject_pst``: a name in pst_ds/__init__.py, no module."""
-    return name not in FLOORS and not (PACKAGE / name).is_dir() and not (PACKAGE / f"{name}.py").exists()
+    is_module = name in FLOORS or (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()
+    return not name or not is_module
 
 
 def deepspeed_problems(tree: ast.AST, path: Path) -> Iterator[str]:

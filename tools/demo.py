@@ -40,7 +40,9 @@ def main() -> int:
     started = time.monotonic()
     install_packages(FOLDER / "packages")
     for name, labels in write_splits(FOLDER / "packages", FOLDER / "data").items():
-        print(f"{name:>10}: {sum(labels.values())} reviews ({', '.join(f'{n} {k}' for k, n in sorted(labels.items()))})")
+        print(
+            f"{name:>10}: {sum(labels.values())} reviews ({', '.join(f'{n} {k}' for k, n in sorted(labels.items()))})"
+        )
     common = {"train.precision": precision(), "seed": args.seed, "deepspeed_config": deepspeed_config()}
     if args.steps:
         common["train.num_steps"] = args.steps

@@ -10,9 +10,10 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
 FOLDER = Path("tests/data")
-GOOD = "fine bright warm clever moving lovely sharp funny".split()
-BAD = "dull flat cold clumsy boring ugly vague tired".split()
-OTHER = "the a film plot cast scene story end with of and is was very quite rather".split()
+GOOD = ["fine", "bright", "warm", "clever", "moving", "lovely", "sharp", "funny"]
+BAD = ["dull", "flat", "cold", "clumsy", "boring", "ugly", "vague", "tired"]
+OTHER = ["the", "a", "film", "plot", "cast", "scene", "story", "end", "with", "of", "and", "is", "was"]
+OTHER += ["very", "quite", "rather"]
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pst_ds.cli.main import add_run_arguments, load_run_or_folder
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, "run folder, or its run file")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--format", choices=("dense",), default="dense", help="dense: exact zeros in a plain model folder")
+    parser.add_argument("--format", choices=("dense",), default="dense", help="dense: zeros in a plain model folder")
     parser.add_argument("--checkpoint", default="best", help='"best" (default), "final", or another in checkpoints/')
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="cast every tensor; default: the base model's")
 

@@ -61,7 +61,7 @@ def _layers(model: Any) -> list[dict[str, Any]]:
 
 
 def _counts(model: Any, ranks: int, stage: int | None, precision: str) -> dict[str, Any]:
-    """Parameters and bytes. Adam keeps two fp32 moments a trainable; an fp32 master is kept apart but for fp32 locally."""
+    """Parameters and bytes: two fp32 moments a trainable, and an fp32 master wherever the parameter is not it."""
     params = list(model.parameters())
     trained = [p.numel() for p in params if p.requires_grad]
     has_master = stage is not None or precision != "fp32"

@@ -106,9 +106,7 @@ def shard_tiles(block: Rect, row_length: int, start: int, stop: int, max_element
             Rect(last, last + 1, 0, tail),
         ]
     for piece in pieces:
-        cut = Rect(
-            max(piece.r0, block.r0), min(piece.r1, block.r1), max(piece.c0, block.c0), min(piece.c1, block.c1)
-        )
+        cut = Rect(max(piece.r0, block.r0), min(piece.r1, block.r1), max(piece.c0, block.c0), min(piece.c1, block.c1))
         if cut.r0 < cut.r1 and cut.c0 < cut.c1:
             yield from row_tiles(cut, max_elements)
 
@@ -116,6 +114,4 @@ def shard_tiles(block: Rect, row_length: int, start: int, stop: int, max_element
 def view_in_shard(shard: Tensor, rect: Rect, row_length: int, start: int) -> Tensor:
     """A writable (rows, cols) view of ``rect`` in ``shard``, the flat storage from index ``start`` on."""
     offset = rect.r0 * row_length + rect.c0 - start
-    return shard.as_strided(
-        (rect.r1 - rect.r0, rect.c1 - rect.c0), (row_length, 1), shard.storage_offset() + offset
-    )
+    return shard.as_strided((rect.r1 - rect.r0, rect.c1 - rect.c0), (row_length, 1), shard.storage_offset() + offset)

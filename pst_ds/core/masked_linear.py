@@ -126,7 +126,11 @@ def _tile_backward(x: Tensor, grad_y: Tensor, state: LayerState, block: Block, r
             if state.scores_train and _has_scores(out) and not state.constants.detach_magnitude:
                 through_mask.addcmul_(grad, wide.abs(), value=1.0 / state.weight_scales[block.part])
             _low_rank_gradients(
-                through_mask, tile.update_left, tile.update_right, out.update_left, out.update_right,
+                through_mask,
+                tile.update_left,
+                tile.update_right,
+                out.update_left,
+                out.update_right,
                 state.constants.beta,
             )
     if grads.x is not None:
@@ -140,9 +144,7 @@ def _tile_backward(x: Tensor, grad_y: Tensor, state: LayerState, block: Block, r
 def _tile_mask(state: LayerState, rect: Rect) -> Tensor:
     """Mask of one tile, uint8 0/1 (h, w): whole storage rows are unpacked, and a fused part's columns taken."""
     row_length = state.layout.shape[1]
-    mask = unpack_range(
-        state.bits, state.layout.numel, state.num_shards, rect.r0 * row_length, rect.r1 * row_length
-    )
+    mask = unpack_range(state.bits, state.layout.numel, state.num_shards, rect.r0 * row_length, rect.r1 * row_length)
     return mask.view(-1, row_length)[:, rect.c0 : rect.c1]
 
 

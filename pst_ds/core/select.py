@@ -82,7 +82,9 @@ def order_keys(scores: Tensor) -> Tensor:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def select(matrices: Sequence[MatrixKeys], ranks: RankSums | None = None, device: torch.device | None = None) -> list[Cut]:
+def select(
+    matrices: Sequence[MatrixKeys], ranks: RankSums | None = None, device: torch.device | None = None
+) -> list[Cut]:
     """The cut that prunes exactly ``prune_count`` of each matrix, for this rank's keys.
 
     Collective when ``ranks`` is: four exchanges in all, whatever the number of matrices. Raises NonFiniteScoreError,

@@ -61,7 +61,7 @@ def _index(folder: Path) -> dict[str, str]:
             return json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
-            return {key: name for key in _names(folder / name)}
+            return dict.fromkeys(_names(folder / name), name)
     raise InputError(f"{folder.absolute()} has no model.safetensors or pytorch_model.bin")
 
 

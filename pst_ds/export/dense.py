@@ -80,43 +80,48 @@ def export_dense(
 def _tensors(model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, dtype: str | None) -> Iterator[_Exported]:
     """Every tensor that ``save_pretrained`` of the plain model would write, under its name there."""
     layers = pst_layers(model)
-    compute = DTYPES[checkpoint.state.precision]
     seen: set[int] = set()
     for name, param in model.named_parameters():
         owner, _, last = name.rpartition(".")
         if last.startswith("pst_") or id(param) in seen:
             continue
         seen.add(id(param))
-        trained = checkpoint.trained.get(name)
         in_base = base.find(name)
-        if trained is None and in_base is None:
-            raise ExportError(f"{name} is neither trained nor in the base model {checkpoint.state.base_path!r}")
         stored = None if in_base is None else base.read(in_base)
-        if owner in layers and last == "weight":
-            layer, mask = layers[owner], checkpoint.masks[owner]
-            start = trained if trained is not None else stored
-            tensor, origin = _merge(owner, layer, start, mask, checkpoint, compute), "pruned"
-        elif trained is not None:
-            tensor, origin = trained.to(compute), "trained"
-            layer = mask = None
-        else:
-            tensor, origin, layer, mask = stored, "base", None, None
-        if origin != "base" and stored is not None:  # at least the base's width: values stay, files stay uniform
-            tensor = tensor.to(torch.promote_types(compute, stored.dtype))
-        if tensor is not None and tensor.is_floating_point() and dtype is not None:
-            tensor = tensor.to(DTYPES[dtype])
-        if tensor is None or tuple(tensor.shape) != tuple(param.shape):
-            shape = None if tensor is None else tuple(tensor.shape)
-            raise ExportError(f"{name} has shape {shape} in the base model, {tuple(param.shape)} in the trained one")
-        yield _Exported(name, tensor.contiguous(), origin, layer, mask)
+        layer = layers.get(owner) if last == "weight" else None
+        exported = _tensor(name, stored, checkpoint, layer)
+        if tuple(exported.tensor.shape) != tuple(param.shape):
+            raise ExportError(
+                f"{name} has shape {tuple(exported.tensor.shape)} in the base model or checkpoint, and "
+                f"{tuple(param.shape)} in the trained model"
+            )
+        if dtype is not None and exported.tensor.is_floating_point():
+            exported = replace(exported, tensor=exported.tensor.to(DTYPES[dtype]))
+        yield exported
+
+
+def _tensor(name: str, stored: Tensor | None, checkpoint: Checkpoint, layer: PSTLinear | None) -> _Exported:
+    """One tensor: ``stored`` is the base model's, or None where it has none."""
+    compute = DTYPES[checkpoint.state.precision]
+    trained = checkpoint.trained.get(name)
+    start = stored if trained is None else trained.to(compute)
+    if start is None:
+        raise ExportError(f"{name} is neither trained nor in the base model {checkpoint.state.base_path!r}")
+    if trained is None and layer is None:
+        return _Exported(name, start.contiguous(), "base")
+    # values are those computed with; they are stored at least as wide as the base's, so that files stay uniform
+    width = compute if stored is None else torch.promote_types(compute, stored.dtype)
+    if layer is None:
+        return _Exported(name, start.to(width).contiguous(), "trained")
+    mask = checkpoint.masks[name.removesuffix(".weight")]
+    merged = _merge(name.removesuffix(".weight"), layer, start, mask, checkpoint, compute)
+    return _Exported(name, merged.to(width).contiguous(), "pruned", layer, mask)
 
 
 def _merge(
-    name: str, layer: PSTLinear, start: Tensor | None, mask: Tensor, checkpoint: Checkpoint, compute: torch.dtype
+    name: str, layer: PSTLinear, start: Tensor, mask: Tensor, checkpoint: Checkpoint, compute: torch.dtype
 ) -> Tensor:
     """M . (W0 + beta U V) as the model computed it: same function, same dtype, same kind of device."""
-    if start is None:
-        raise ExportError(f"{name}.weight is not in the base model {checkpoint.state.base_path!r}")
     device = checkpoint.state.device_type if torch.accelerator.is_available() else "cpu"
     values = {f: checkpoint.trained[f"{name}.pst_{f}"] for f in FACTOR_NAMES if f"{name}.pst_{f}" in checkpoint.trained}
     factors = Factors(**{f: v.to(device=device, dtype=compute) for f, v in values.items()})
@@ -145,9 +150,7 @@ def _write_tensors(folder: Path, tensors: Iterator[_Exported], shard_bytes: int)
     flush()
     count = len(shards)
     names = (
-        ["model.safetensors"]
-        if count == 1
-        else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     )
     file_of = {}
     for i, (final, keys) in enumerate(zip(names, shards, strict=True)):
@@ -185,7 +188,7 @@ def _entry(exported: _Exported) -> TensorEntry:
 
 
 def _write_config(folder: Path, model: nn.Module, entries: list[TensorEntry]) -> None:
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     widths = {e.dtype for e in entries if e.dtype in ("torch.bfloat16", "torch.float16", "torch.float32")}
     config.dtype = widths.pop().removeprefix("torch.") if len(widths) == 1 else "float32"

@@ -43,11 +43,11 @@ class TensorEntry:
 
 def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 of the values as stored."""
-    return hashlib.sha256(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def found_pattern(weight: Tensor, *, input_axis: int) -> str:
-    """"2:4" when every 4 consecutive inputs have at most 2 non-zeros, "dense" without zeros, else "unstructured"."""
+    """ "2:4" when every 4 consecutive inputs have at most 2 non-zeros, "dense" without zeros, else "unstructured"."""
     nonzero = weight != 0
     if bool(nonzero.all()):
         return "dense"
@@ -115,7 +115,8 @@ def check_export(folder: Path) -> dict[str, Any]:
 def _check_tensor(entry: TensorEntry, tensor: Tensor, path: Path) -> None:
     if list(tensor.shape) != entry.shape or str(tensor.dtype) != entry.dtype:
         raise ExportError(
-            f"{path}: {entry.name} is {tensor.dtype} {list(tensor.shape)}, the manifest says {entry.dtype} {entry.shape}"
+            f"{path}: {entry.name} is {tensor.dtype} {list(tensor.shape)}, the manifest says {entry.dtype} "
+            f"{entry.shape}"
         )
     if tensor_sha256(tensor) != entry.sha256:
         raise ExportError(f"{path}: {entry.name} is not what was exported: its SHA-256 differs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -64,9 +65,14 @@ def _weight_scales(targets: Sequence[Target]) -> dict[str, tuple[float, ...]]:
     Collective under ZeRO-3.
     """
     owners = [(t, block) for t in targets for block in t.layout.blocks()]
-    largest = torch.tensor([max((float(v.abs().max()) for v in _own_tiles(t, b)), default=0.0) for t, b in owners])
+    zero = zero3.shard_of(targets[0].module.weight).values.new_zeros(())
+    own_largest = [torch.stack([zero, *(v.abs().max() for v in _own_tiles(t, b))]).max() for t, b in owners]
     weight = targets[0].module.weight
-    exponents = [fixed_point_exponent(v) for v in group_max(largest.double(), weight).tolist()]
+    largest = group_max(torch.stack(own_largest).double().nan_to_num(nan=math.inf, posinf=math.inf), weight).tolist()
+    for (target, _), value in zip(owners, largest, strict=True):
+        if not math.isfinite(value):
+            raise InjectionError(f"{target.name}.weight has NaN or infinite values; the base model is damaged")
+    exponents = [fixed_point_exponent(value) for value in largest]
     sums = torch.tensor(
         [
             sum(int(abs_sum_fixed_point(v, e)) for v in _own_tiles(t, b))

@@ -97,10 +97,13 @@ class PSTLinear(nn.Module):
         return self.state().masked_weight()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) to (..., O)."""
+        """(..., I) to (..., O), in the weight's dtype, also under autocast."""
         trained_weight = self.weight if self.weight.requires_grad else None
         factors = (getattr(self, f"pst_{name}") for name in FACTOR_NAMES)
-        return _MaskedLinear.apply(x, self, trained_weight, self.bias, *factors)
+        if not torch.is_autocast_enabled(x.device.type):
+            return _MaskedLinear.apply(x, self, trained_weight, self.bias, *factors)
+        with torch.autocast(x.device.type, enabled=False):
+            return _MaskedLinear.apply(x.to(self.weight.dtype), self, trained_weight, self.bias, *factors)
 
     def extra_repr(self) -> str:
         fused = f", parts={self.layout.parts}" if self.layout.parts > 1 else ""
@@ -132,7 +135,7 @@ class _MaskedLinear(torch.autograd.Function):
                 need_bias=need_bias,
             )
         grad_x = None if grads.x is None else grads.x.to(x.dtype).view(x.shape)
-        grad_bias = None if grads.bias is None else grads.bias.to(layer.bias.dtype)
+        grad_bias = None if grads.bias is None else grads.bias.to(layer.weight.dtype)
         of_factors = (getattr(grads, name) for name in FACTOR_NAMES)
         typed = (None if g is None else g.to(layer.weight.dtype) for g in of_factors)
         return grad_x, None, grads.weight, grad_bias, *typed

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -28,7 +29,7 @@ class Target:
     """One layer to prune: its module, every (parent, attribute) that holds it, and its layout."""
 
     name: str
-    module: nn.Module
+    module: Any
     places: tuple[tuple[nn.Module, str], ...]
     layout: WeightLayout
 
@@ -115,7 +116,7 @@ def _places_by_module(model: nn.Module) -> dict[nn.Module, tuple[tuple[nn.Module
     return {module: tuple(found) for module, found in places.items()}
 
 
-def _layout(name: str, module: nn.Module, config: PSTConfig) -> WeightLayout:
+def _layout(name: str, module: Any, config: PSTConfig) -> WeightLayout:
     if _is_conv1d(module):
         outputs, inputs, transposed = int(module.nf), int(module.nx), True
     else:
@@ -124,7 +125,7 @@ def _layout(name: str, module: nn.Module, config: PSTConfig) -> WeightLayout:
     return WeightLayout(outputs, inputs, transposed, outputs // inputs if fused else 1)
 
 
-def _refuse_unfit_weight(name: str, module: nn.Module) -> None:
+def _refuse_unfit_weight(name: str, module: Any) -> None:
     weight = module.weight
     if not weight.dtype.is_floating_point or weight.element_size() < 2:
         raise InjectionError(

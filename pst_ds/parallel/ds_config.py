@@ -147,7 +147,9 @@ def zero_stage(config: dict[str, Any] | None) -> int:
     return _look_up(config or {}, "zero_optimization.stage") or 0
 
 
-def resolve_deepspeed_config(config: dict[str, Any], numbers: RunNumbers, *, source: str, run_file: str) -> dict[str, Any]:
+def resolve_deepspeed_config(
+    config: dict[str, Any], numbers: RunNumbers, *, source: str, run_file: str
+) -> dict[str, Any]:
     """A copy of ``config`` with every "auto" or absent setting of the run file filled in.
 
     Raises DeepSpeedConfigError naming both files where they disagree.
@@ -168,6 +170,10 @@ def resolve_deepspeed_config(config: dict[str, Any], numbers: RunNumbers, *, sou
                 f'"auto" in {source}'
             )
         _set(resolved, key, value)
+    if _look_up(resolved, "fp16.enabled") is True:
+        raise DeepSpeedConfigError(
+            f"{source} has fp16.enabled = true, but train.precision in {run_file} is bf16 or fp32. Fix: remove fp16"
+        )
     if _look_up(resolved, "zero_optimization.reduce_bucket_size") == "auto":
         # allocated whole whatever is trainable, so as large as what is
         _set(resolved, "zero_optimization.reduce_bucket_size", max(numbers.num_trainable, 1 << 16))

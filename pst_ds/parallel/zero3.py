@@ -115,9 +115,7 @@ def _gather_zero3_masters(params: Sequence[nn.Parameter]) -> list[Tensor]:
     everyone = torch.empty(world * flat.numel(), dtype=flat.dtype, device=flat.device)
     dist.all_gather_into_tensor(everyone, flat, group=group)
     pieces = everyone.view(world, -1).split([piece.numel() for piece in local], dim=1)
-    return [
-        piece.reshape(-1)[: p.ds_numel].view(p.ds_shape) for p, piece in zip(params, pieces, strict=True)
-    ]
+    return [piece.reshape(-1)[: p.ds_numel].view(p.ds_shape) for p, piece in zip(params, pieces, strict=True)]
 
 
 def _master_of(param: nn.Parameter) -> Tensor:

@@ -140,10 +140,7 @@ def _read(data: DataConfig, split: str) -> Any:
     where = getattr(data, split)
     if not where:
         raise ConfigError(f"data.{split} is not set; name a file, or a split of data.dataset")
-    if data.dataset:
-        rows = _read_from_hub(data, where)
-    else:
-        rows = _read_local(where, f"data.{split}")
+    rows = _read_from_hub(data, where) if data.dataset else _read_local(where, f"data.{split}")
     for column, setting in [*((c, "text_columns") for c in data.text_columns), (data.label_column, "label_column")]:
         if column not in rows.column_names:
             raise ConfigError(

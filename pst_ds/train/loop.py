@@ -112,9 +112,7 @@ def _batches(loop: Loop) -> Iterator[list[dict[str, Tensor]]]:
         for batch in batches.epoch(epoch):
             yield [
                 {k: v.to(loop.device) for k, v in collate(loop.examples, indices, loop.tokenizer).items()}
-                for indices in batches.micro_batches(
-                    batch, rank(), world_size(), run.train.gradient_accumulation_steps
-                )
+                for indices in batches.micro_batches(batch, rank(), world_size(), run.train.gradient_accumulation_steps)
             ]
         epoch += 1
 

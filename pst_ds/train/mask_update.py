@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -108,9 +109,7 @@ def update_masks(model: nn.Module, sparsity: float) -> MaskStats:
     shards = _layer_shards(layers)
     any_weight = next(iter(layers.values())).weight
     matrices = [
-        MatrixKeys(
-            prune_count(sparsity, block.rect.numel), lambda shard=shard, block=block: shard.key_tiles(block)
-        )
+        MatrixKeys(prune_count(sparsity, block.rect.numel), partial(shard.key_tiles, block))
         for shard in shards
         for block in shard.blocks
     ]
@@ -154,6 +153,4 @@ def _layer_shards(layers: dict[str, PSTLinear]) -> list[_LayerShard]:
         by_layer[layer][name] = master
     num_here = sum(zero3.shard_of(layer.weight).values.numel() for layer in layers.values())
     cache_keys = num_here * 4 <= KEY_CACHE_BYTES
-    return [
-        _LayerShard(name, layer, Factors(**by_layer[layer]), cache_keys) for name, layer in layers.items()
-    ]
+    return [_LayerShard(name, layer, Factors(**by_layer[layer]), cache_keys) for name, layer in layers.items()]

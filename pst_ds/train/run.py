@@ -18,7 +18,13 @@ from pst_ds.nn.checkpoint import (
     save_checkpoint,
     weight_scales,
 )
-from pst_ds.parallel.ds_config import RunNumbers, load_deepspeed_config, require_deepspeed, resolve_deepspeed_config, zero_stage
+from pst_ds.parallel.ds_config import (
+    RunNumbers,
+    load_deepspeed_config,
+    require_deepspeed,
+    resolve_deepspeed_config,
+    zero_stage,
+)
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
 from pst_ds.parallel.launch import LaunchEnvironment, device_of, init_distributed
 from pst_ds.parallel.ranks import barrier, is_main, world_size
@@ -114,7 +120,7 @@ def train_run(prepared: Prepared, *, quiet: bool = False) -> dict[str, Any]:
     )
     num_steps = run.num_steps(len(examples))
     schedule = run.make_schedule(num_steps)
-    built, engine = build(prepared)
+    _, engine = build(prepared)
     if is_main():
         _start_folder(folder, prepared)
     barrier()

@@ -38,7 +38,8 @@ def bit_at(data: torch.Tensor, numel: int, num_shards: int, index: int) -> int:
 def test_every_bit_lies_where_the_format_says(numel, num_shards):
     keep = random_mask(numel)
     packed = b.pack_mask(keep, num_shards)
-    assert packed.dtype == torch.uint8 and packed.shape == (num_shards * b.shard_bytes(numel, num_shards),)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (num_shards * b.shard_bytes(numel, num_shards),)
     assert [bit_at(packed, numel, num_shards, i) for i in range(numel)] == keep.int().tolist()
 
 

@@ -42,7 +42,8 @@ def test_written_out_ramp():
 def test_the_first_and_last_update_are_the_ends_of_the_ramp():
     schedule = CubicSchedule(final_sparsity=0.5, num_steps=100)
     assert update_steps(schedule, 100) == list(range(11, 71))
-    assert not schedule.is_final(69) and schedule.is_final(70)
+    assert not schedule.is_final(69)
+    assert schedule.is_final(70)
 
 
 def test_updates_lie_on_the_interval_grid_and_at_the_end():
@@ -105,7 +106,8 @@ def test_pure_function_of_the_step(schedule, steps):
     asked = [(schedule.sparsity_at(s), schedule.updates_masks_at(s), schedule.is_final(s)) for s in steps]
     copy = dataclasses.replace(schedule)
     again = [(copy.sparsity_at(s), copy.updates_masks_at(s), copy.is_final(s)) for s in reversed(steps)]
-    assert asked == again[::-1] and copy == schedule
+    assert asked == again[::-1]
+    assert copy == schedule
     with pytest.raises(dataclasses.FrozenInstanceError):
         schedule.num_steps = 3
 

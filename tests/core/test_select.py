@@ -140,7 +140,8 @@ def test_keep_mask_is_a_stable_sort(values, data):
 @given(a=few_values | any_finite, b=few_values | any_finite)
 def test_keys_order_as_scores(a, b):
     key_a, key_b = order_keys(torch.tensor([a, b], dtype=torch.float32)).tolist()
-    assert (key_a < key_b) == (a < b) and (key_a == key_b) == (a == b)
+    assert (key_a < key_b) == (a < b)
+    assert (key_a == key_b) == (a == b)
 
 
 def test_keys_keep_the_flat_order_of_a_strided_tile():

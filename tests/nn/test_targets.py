@@ -153,9 +153,10 @@ def test_names_mean_what_they_mean_in_peft(settings, expected):
     assert names(Toy(), **settings) == expected
 
 
-def test_a_regular_expression_must_match_the_whole_name():
+@pytest.mark.parametrize("pattern", ["q_proj", r"layers\.0\.q", ("proj",), ("layers.0.q",)], ids=repr)
+def test_a_pattern_must_match_the_whole_name_or_a_dotted_ending(pattern):
     with pytest.raises(InjectionError, match="matched no linear layer"):
-        names(Toy(), target_modules="q_proj")
+        names(Toy(), target_modules=pattern)
 
 
 def test_modules_to_save_are_trained_in_full():
@@ -271,3 +272,11 @@ def test_training_mode_is_kept():
     inject_pst(model, PSTConfig())
     assert not model.layers[0].q_proj.training
     assert model.layers[1].q_proj.training
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_base_weight_that_is_not_finite_is_refused_by_name(bad):
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])})
+    model["layers"][1].weight.data[3, 3] = bad
+    with pytest.raises(InjectionError, match=r"layers\.1\.weight has NaN or infinite values"):
+        inject_pst(model, PSTConfig())

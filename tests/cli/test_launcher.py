@@ -1,0 +1,76 @@
+"""The real deepspeed launcher, on two CPU ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN_FILE = "tests/data/world_size.toml"
+DEEPSPEED = str(Path(sys.executable).parent / "deepspeed")
+
+
+def _free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def _launch(*command: str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    python_path = f"{os.getcwd()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environ |= {"PATH": path, "PYTHONPATH": python_path, "MASTER_PORT": _free_port(), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300, check=False)
+
+
+def _deepspeed(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return _launch(
+        DEEPSPEED, "--num_accelerators", "2", "--master_port", _free_port(), "--module", "pst_ds", *arguments
+    )
+
+
+def _last_json(done: subprocess.CompletedProcess[str]) -> dict:
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return json.loads(line)
+
+
+@pytest.mark.launcher
+def test_launcher_and_local_sh_are_the_same_run_and_eval_reads_it(tmp_path):
+    first = _deepspeed("train", RUN_FILE, "--set", f"output_dir={tmp_path}/a", "--json")
+    assert first.returncode == 0, first.stderr[-3000:]
+    second = _launch("launch/local.sh", "--ranks", "2", RUN_FILE, "--set", f"output_dir={tmp_path}/b", "--json")
+    assert second.returncode == 0, second.stderr[-3000:]
+    a, b = _last_json(first), _last_json(second)
+    assert a["world_size"] == 2
+    assert a["mask_checksum"] == b["mask_checksum"] != ""
+    assert a["metrics"] == b["metrics"]
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in "ab"]
+    losses = [[json.loads(line).get("loss") for line in of_run] for of_run in lines]
+    assert losses[0] == losses[1]
+    evaluated = _deepspeed("eval", str(tmp_path / "a"), "--split", "validation", "--json")
+    assert evaluated.returncode == 0, evaluated.stderr[-3000:]
+    assert _last_json(evaluated)["accuracy"] == a["metrics"]["accuracy"]
+
+
+@pytest.mark.launcher
+def test_bad_input_ends_all_ranks_with_2_and_one_message(tmp_path):
+    done = _deepspeed("train", RUN_FILE, "--set", f"output_dir={tmp_path}/a", "--set", "pst.target_modules=['q_porj']")
+    assert done.returncode == 2, done.stderr[-3000:]
+    messages = [line for line in done.stderr.splitlines() if "InjectionError" in line]
+    assert len(messages) == 1
+    assert "q_porj" in messages[0]
+    assert "Names seen:" in messages[0]
+    assert not (tmp_path / "a").exists()
+
+
+def test_local_sh_explains_itself():
+    helped = _launch("launch/local.sh", "--help")
+    assert helped.returncode == 0
+    assert "launch/local.sh --ranks 2 run.toml" in helped.stdout
+    assert _launch("launch/local.sh", "run.toml").returncode == 2

@@ -1,0 +1,124 @@
+"""BERT, RoBERTa, GPT-2 and Llama from the pretrained folder to the reloaded export, on two ZeRO-3 ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+    RobertaConfig,
+    RobertaModel,
+)
+
+from pst_ds.cli.main import main
+from pst_ds.parallel.launch import launch_environment
+from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run_file import load_run
+
+SPARSITY = 0.7
+_ENCODER = {
+    "vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 37,
+    "max_position_embeddings": 48, "initializer_range": 0.2,
+}  # fmt: skip
+FAMILIES = {
+    "bert": (BertModel, BertConfig(**_ENCODER), 12),
+    "roberta": (RobertaModel, RobertaConfig(**_ENCODER, type_vocab_size=1, pad_token_id=0), 12),
+    "gpt2": (GPT2Model, GPT2Config(vocab_size=60, n_embd=24, n_layer=2, n_head=2, n_positions=48, bos_token_id=2,
+                                   eos_token_id=3, initializer_range=0.2), 8),
+    "llama": (LlamaModel, LlamaConfig(**_ENCODER, num_key_value_heads=1, bos_token_id=2, eos_token_id=3), 14),
+}  # fmt: skip
+"""Of each family: model class, config, and how many tensors are pruned."""
+
+
+def _write_base(family, folder):
+    model_class, config, _ = FAMILIES[family]
+    torch.manual_seed(1)
+    model_class(config).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained("tests/data/tiny-bert", model_input_names=["input_ids", "attention_mask"])
+    tokenizer.save_pretrained(folder)
+
+
+def _settings(folder, **more):
+    settings = {
+        "output_dir": str(folder / "run"), "model.path": str(folder / "base"), "train.num_steps": 6,
+        "schedule.final_sparsity": SPARSITY, "schedule.update_interval": 1, "train.precision": "bf16", **more,
+    }  # fmt: skip
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+def _train(settings):
+    run = load_run("tests/data/world_size.toml", settings)
+    return train_run(prepare(run, launch_environment()), quiet=True)
+
+
+@pytest.mark.zero3
+@pytest.mark.parametrize(
+    ("family", "checkpointing"), [*((family, False) for family in FAMILIES), ("bert", True), ("llama", True)]
+)
+def test_family_from_base_to_reloaded_export(run_ranks, tmp_path, family, checkpointing, capsys):
+    _write_base(family, tmp_path / "base")
+    settings = _settings(tmp_path, **{"model.gradient_checkpointing": checkpointing})
+    first, second = run_ranks(_train, 2, settings)
+    assert first == second | {"seconds": first["seconds"]}
+    out = tmp_path / "export"
+    assert main(["export", str(tmp_path / "run"), "--out", str(out)]) == 0
+    assert main(["verify", str(out), "--against", str(tmp_path / "run"), "--json"]) == 0
+    verified = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert verified["max_logit_difference"] == 0.0
+
+    manifest = json.loads((out / "pst_manifest.json").read_text())
+    pruned = [t for t in manifest["tensors"] if t["origin"] == "pruned"]
+    assert len(pruned) == FAMILIES[family][2]
+    exported = load_file(out / "model.safetensors")
+    for entry in pruned:
+        for matrix in exported[entry["name"]].chunk(len(entry["pruned_per_matrix"]), dim=entry["matrix_axis"]):
+            assert int((matrix == 0).sum()) == math.floor(SPARSITY * matrix.numel()), entry["name"]
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    untouched = [t["name"] for t in manifest["tensors"] if t["origin"] == "base"]
+    assert untouched
+    for name in untouched:
+        (match,) = [key for key in base if name == key or name.endswith("." + key)]
+        assert torch.equal(exported[name], base[match]), name
+    AutoModelForSequenceClassification.from_pretrained(out)
+
+
+@pytest.mark.zero3
+def test_gpt2_c_attn_is_three_matrices(run_ranks, tmp_path):
+    _write_base("gpt2", tmp_path / "base")
+    run_ranks(_train, 2, _settings(tmp_path))
+    trained = load_file(tmp_path / "run" / "checkpoints" / "final" / "trained.safetensors")
+    assert trained["transformer.h.0.attn.c_attn.pst_V"].shape == (3 * 8, 24)
+    assert trained["transformer.h.0.attn.c_attn.pst_U"].shape == (3 * 24, 8)
+    assert set(Path(tmp_path / "run" / "checkpoints").iterdir()) >= {tmp_path / "run" / "checkpoints" / "final"}
+
+
+@pytest.mark.zero3
+@pytest.mark.parametrize("method", ["dense", "magnitude"])
+def test_baselines_train_every_weight_and_export(run_ranks, tmp_path, method, capsys):
+    _write_base("bert", tmp_path / "base")
+    settings = _settings(tmp_path, method=method, **{"train.precision": "fp32"})
+    result, _ = run_ranks(_train, 2, settings)
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    assert result["trained_parameters"] > sum(t.numel() for t in base.values())
+    out = tmp_path / "export"
+    assert main(["export", str(tmp_path / "run"), "--out", str(out)]) == 0
+    assert main(["verify", str(out), "--against", str(tmp_path / "run")]) == 0
+    weight = load_file(out / "model.safetensors")["bert.encoder.layer.0.output.dense.weight"]
+    start = base["encoder.layer.0.output.dense.weight"]
+    assert not torch.equal(weight[weight != 0], start[weight != 0])
+    zeros = int((weight == 0).sum())
+    assert zeros == (math.floor(SPARSITY * weight.numel()) if method == "magnitude" else 0)
+    if method == "magnitude":  # those of the smallest |W0|
+        assert float(start[weight == 0].abs().max()) <= float(start[weight != 0].abs().min())
