@@ -61,26 +61,29 @@ def _layers(model: Any) -> list[dict[str, Any]]:
 
 
 def _counts(model: Any, ranks: int, stage: int | None, precision: str) -> dict[str, Any]:
-    """Parameters and bytes: two fp32 moments a trainable, and an fp32 master wherever the parameter is not it."""
+    """Parameters and bytes, as one rank will hold them."""
     params = list(model.parameters())
     trained = [p.numel() for p in params if p.requires_grad]
-    has_master = stage is not None or precision != "fp32"
-    bytes_each = 12 if has_master else 8
     shares = ranks if stage == 3 else 1
     return {
         "parameters": sum(p.numel() for p in params if p.is_floating_point()),
         "trained_parameters": sum(trained),
         "pruned_parameters": sum(layer["out_features"] * layer["in_features"] for layer in _layers(model)),
-        "optimizer_bytes_per_rank": sum(math.ceil(n / shares) * bytes_each for n in trained if n > 1 or shares == 1)
-        if stage in (None, 3)
-        else _flat_bytes(trained, ranks if stage else 1, bytes_each),
+        "optimizer_bytes_per_rank": _optimizer_bytes(trained, ranks, stage, precision),
         "weight_bytes_per_rank": sum(math.ceil(p.numel() / shares) * p.element_size() for p in params),
         "mask_bytes": sum(p.numel() for n, p in model.named_parameters() if n.endswith("pst_mask")),
     }
 
 
-def _flat_bytes(trained: list[int], ranks: int, bytes_each: int) -> int:
-    return math.ceil(sum(trained) / ranks) * bytes_each
+def _optimizer_bytes(trained: list[int], ranks: int, stage: int | None, precision: str) -> int:
+    """Two fp32 moments a trainable, and an fp32 master where the parameter itself is not it.
+
+    Stage 3 splits every parameter over the ranks, stages 1 and 2 the flat whole of them; others keep all.
+    """
+    bytes_each = 8 if stage is None and precision == "fp32" else 12
+    if stage == 3:
+        return sum(math.ceil(count / ranks) for count in trained) * bytes_each
+    return math.ceil(sum(trained) / (ranks if stage else 1)) * bytes_each
 
 
 def _schedule(config: Any, num_steps: int) -> dict[str, Any] | None:

@@ -16,8 +16,8 @@ from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
 from pst_ds.core.layout import Block, Rect, WeightLayout, row_tiles
 from pst_ds.core.scores import masked_weight, updated_weight
 
-TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Weights in a tile of the backward pass: within the second-level cache of a CPU core; enough to fill a GPU."""
+TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
+"""Weights in a tile of the backward pass: 4 MiB of fp32 on a CPU, enough work to fill a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +94,11 @@ def backward(
         grads.bias = grad_y.sum(0, dtype=high)
     if need_weight:
         grads.weight = torch.empty_like(state.weight)
-    if need_x:
-        grads.x = torch.zeros_like(x, dtype=high)
-    for block in state.layout.blocks():
-        for rect in row_tiles(block.rect, tile_elements):
-            _tile_backward(x, grad_y, state, block, rect, grads)
+    tiles = [(block, rect) for block in state.layout.blocks() for rect in row_tiles(block.rect, tile_elements)]
+    if need_x:  # a sum over tiles is kept wide; a single tile has no sum
+        grads.x = torch.zeros_like(x, dtype=high if len(tiles) > 1 else x.dtype)
+    for block, rect in tiles:
+        _tile_backward(x, grad_y, state, block, rect, grads)
     return grads
 
 

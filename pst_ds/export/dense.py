@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +17,16 @@ from pst_ds.core.bits import unpack_range
 from pst_ds.core.factors import Factors
 from pst_ds.core.scores import masked_weight
 from pst_ds.export.base_weights import BaseWeights
-from pst_ds.export.manifest import ExportError, TensorEntry, found_pattern, tensor_sha256, write_manifest
-from pst_ds.nn.checkpoint import Checkpoint, replace_folder
+from pst_ds.export.manifest import (
+    INDEX_FILE,
+    MANIFEST_FILE,
+    ExportError,
+    TensorEntry,
+    found_pattern,
+    tensor_sha256,
+    write_manifest,
+)
+from pst_ds.nn.checkpoint import Checkpoint, whole_folder
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import FACTOR_NAMES, PSTLinear
 
@@ -51,18 +58,31 @@ def export_dense(
     files and the checkpoint. Pruned tensors have the values the masked model multiplied with, +0.0 where pruned; other
     tensors are the base model's bytes, or were trained. ``dtype`` ("bf16", "fp32") casts all of them instead.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "pst_manifest.json").is_file():
+    if not _may_be_replaced(out):
         raise ExportError(f"{out.absolute()} exists and is not an export; name another folder with --out")
     base = BaseWeights(checkpoint.state.base_path, getattr(model, "base_model_prefix", ""))
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    entries = _write_tensors(partial, _tensors(model, checkpoint, base, dtype), shard_bytes)
-    _write_config(partial, model, entries)
-    tokenizer.save_pretrained(partial)
+    with whole_folder(out) as partial:
+        entries = _write_tensors(partial, _tensors(model, checkpoint, base, dtype), shard_bytes)
+        _write_config(partial, model, entries)
+        tokenizer.save_pretrained(partial)
+        about = _about(checkpoint, entries)
+        write_manifest(partial, entries, about)
+    pruned = sum(e.origin == "pruned" for e in entries)
+    return {**about, "export_dir": str(out), "tensors": len(entries), "pruned_tensors": pruned}
+
+
+def _may_be_replaced(out: Path) -> bool:
+    """Whether ``out`` is free, an empty folder, or an older export."""
+    if not out.exists():
+        return True
+    return out.is_dir() and (not any(out.iterdir()) or (out / MANIFEST_FILE).is_file())
+
+
+def _about(checkpoint: Checkpoint, entries: list[TensorEntry]) -> dict[str, Any]:
+    """What the manifest says of the whole export."""
     pruned = [e for e in entries if e.origin == "pruned"]
     zeros = sum(_numel(e) - e.nonzero for e in pruned)
-    about = {
+    return {
         "kind": "dense",
         "step": checkpoint.state.step,
         "base_fingerprint": checkpoint.state.base_fingerprint,
@@ -71,10 +91,6 @@ def export_dense(
         "sparsity_counted": zeros / sum(map(_numel, pruned)) if pruned else 0.0,
         "metrics": checkpoint.state.metrics,
     }
-    write_manifest(partial, entries, about)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    replace_folder(partial, out)
-    return {**about, "export_dir": str(out), "tensors": len(entries), "pruned_tensors": len(pruned)}
 
 
 def _tensors(model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, dtype: str | None) -> Iterator[_Exported]:
@@ -97,6 +113,8 @@ def _tensors(model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, dtype:
             )
         if dtype is not None and exported.tensor.is_floating_point():
             exported = replace(exported, tensor=exported.tensor.to(DTYPES[dtype]))
+        if exported.layer is not None:
+            exported.tensor.add_(0.0)  # a weight of -0.0 that the mask keeps becomes +0.0
         yield exported
 
 
@@ -159,7 +177,7 @@ def _write_tensors(folder: Path, tensors: Iterator[_Exported], shard_bytes: int)
     if count > 1:
         total = sum((folder / name).stat().st_size for name in names)
         index = {"metadata": {"total_size": total}, "weight_map": file_of}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return [replace(entry, file=file_of[entry.name]) for entry in entries]
 
 

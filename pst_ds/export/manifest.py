@@ -14,6 +14,7 @@ from torch import Tensor
 from pst_ds.errors import InputError
 
 MANIFEST_FILE = "pst_manifest.json"
+INDEX_FILE = "model.safetensors.index.json"
 FORMAT = 1
 
 
@@ -39,6 +40,10 @@ class TensorEntry:
     matrix_axis: int
     """Storage axis along which the matrices of a fused tensor lie."""
     sha256: str
+
+    def __post_init__(self) -> None:
+        if (self.origin == "pruned") != bool(self.pruned_per_matrix):
+            raise TypeError(f"{self.name} is {self.origin} with pruned_per_matrix {self.pruned_per_matrix}")
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -69,6 +74,8 @@ def read_manifest(folder: Path) -> tuple[list[TensorEntry], dict[str, Any]]:
         table = json.loads(path.read_text(encoding="utf-8"))
         if table.pop("format") != FORMAT:
             raise ExportError(f"{path} has a format that this version does not read")
+        if "sparsity_asked" not in table:
+            raise KeyError("sparsity_asked")
         return [TensorEntry(**entry) for entry in table.pop("tensors")], table
     except FileNotFoundError:
         raise ExportError(f"{folder.absolute()} is not an export: {MANIFEST_FILE} is missing") from None
@@ -101,6 +108,7 @@ def check_export(folder: Path) -> dict[str, Any]:
         if entry.origin == "pruned":
             weights += tensor.numel()
             zeros += tensor.numel() - entry.nonzero
+    _check_files(folder, entries)
     unknown = {n for names in names_in_files.values() for n in names} - {entry.name for entry in entries}
     if unknown:
         raise ExportError(f"{folder} holds tensors the manifest does not know: {', '.join(sorted(unknown)[:4])}")
@@ -110,6 +118,23 @@ def check_export(folder: Path) -> dict[str, Any]:
         "sparsity_asked": about["sparsity_asked"],
         "sparsity_counted": zeros / weights if weights else 0.0,
     }
+
+
+def _check_files(folder: Path, entries: list[TensorEntry]) -> None:
+    """Exactly the manifest's weight files, and the index that transformers finds the tensors of several by."""
+    files = {entry.file for entry in entries}
+    stray = {path.name for path in folder.glob("*.safetensors")} - files
+    if stray:
+        raise ExportError(f"{folder} holds files the manifest does not know: {', '.join(sorted(stray)[:4])}")
+    index = folder / INDEX_FILE
+    if len(files) == 1:
+        return
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{index} is missing or damaged: {error!r}") from None
+    if found != {entry.name: entry.file for entry in entries}:
+        raise ExportError(f"{index} does not name the tensors and files of the manifest")
 
 
 def _check_tensor(entry: TensorEntry, tensor: Tensor, path: Path) -> None:

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,15 +97,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"no checkpoint in {folder.absolute()}: {_STATE} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder / _STATE} is damaged: {error}") from None
-    if table.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / _STATE} has format {table.get('format')!r}; this version reads {FORMAT}")
-    for name, wanted in table["sha256"].items():
+    found = table.get("format") if isinstance(table, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{folder / _STATE} has format {found!r}; this version reads {FORMAT}")
+    try:
+        state = CheckpointState(**table["state"])
+        sums = {name: table["sha256"][name] for name in (_TRAINED, _MASKS)}
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / _STATE} is damaged: {error!r}") from None
+    for name, wanted in sums.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
         if file_sha256(path) != wanted:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {_STATE}")
-    state = CheckpointState(**table["state"])
     return Checkpoint(folder, state, load_file(folder / _TRAINED), load_file(folder / _MASKS))
 
 
@@ -165,7 +171,21 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def replace_folder(partial: Path, folder: Path) -> None:
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name ``folder`` at the end; after an error nothing of it is left."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _replace_folder(partial, folder)
+
+
+def _replace_folder(partial: Path, folder: Path) -> None:
     """Give a finished folder its name, once its files are on disk; what had the name before is gone then."""
     for path in [*partial.rglob("*"), partial]:
         handle = os.open(path, os.O_RDONLY)
@@ -184,15 +204,12 @@ def replace_folder(partial: Path, folder: Path) -> None:
 def _write(folder: Path, trained: dict[str, Tensor], masks: dict[str, Tensor], state: CheckpointState) -> None:
     from safetensors.torch import save_file
 
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(trained, partial / _TRAINED)
-    save_file(masks, partial / _MASKS)
-    sums = {name: file_sha256(partial / name) for name in (_TRAINED, _MASKS)}
-    table: dict[str, Any] = {"format": FORMAT, "state": asdict(state), "sha256": sums}
-    (partial / _STATE).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    replace_folder(partial, folder)
+    with whole_folder(folder) as partial:
+        save_file(trained, partial / _TRAINED)
+        save_file(masks, partial / _MASKS)
+        sums = {name: file_sha256(partial / name) for name in (_TRAINED, _MASKS)}
+        table: dict[str, Any] = {"format": FORMAT, "state": asdict(state), "sha256": sums}
+        (partial / _STATE).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 def _chunks(named: Sequence[tuple[str, nn.Parameter]]) -> Iterator[tuple[list[str], list[nn.Parameter]]]:

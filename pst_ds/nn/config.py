@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -49,9 +51,14 @@ class PSTConfig:
     """Seed of A and U; together with a layer's name it fixes their values, on any number of ranks."""
 
     def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            _require_regex(name, getattr(self, name))
         for name in ("score_rank", "update_rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
+        for name in ("alpha1", "alpha2", "beta", "score_init_scale", "update_init_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} = {getattr(self, name)} must be a finite number")
         for name in ("score_init", "update_init"):
             if getattr(self, name) not in get_args(InitScale):
                 raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(get_args(InitScale))}")
@@ -64,6 +71,14 @@ class PSTConfig:
     @property
     def has_scores(self) -> bool:
         return self.score_rank > 0 or self.structured_scores
+
+
+def _require_regex(name: str, pattern: str | tuple[str, ...]) -> None:
+    if isinstance(pattern, str):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{name} = {pattern!r} is not a regular expression: {error}") from None
 
 
 PAPER: dict[str, Any] = {

@@ -93,6 +93,12 @@ _REFUSALS = (
 )  # fmt: skip
 
 
+_SECTIONS = (
+    "zero_optimization", "zero_optimization.offload_param", "zero_optimization.offload_optimizer", "bf16", "fp16",
+    "tensor_parallel", "compile",
+)  # fmt: skip
+
+
 def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     """The JSON object in ``path``, checked by :func:`validate_deepspeed_config`."""
     try:
@@ -111,6 +117,12 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
 
 def validate_deepspeed_config(config: dict[str, Any], *, source: str = "the DeepSpeed config") -> None:
     """Raise DeepSpeedConfigError for the first setting that PST cannot work with: its key, value, reason and fix."""
+    for key in _SECTIONS:
+        section = _look_up(config, key)
+        if section is not None and not isinstance(section, dict):
+            raise DeepSpeedConfigError(
+                f"{source}: {key} = {json.dumps(section)} must be an object. Fix: write {{…}} or remove it"
+            )
     for refusal in _REFUSALS:
         value = _look_up(config, refusal.key)
         if refusal.is_refused(value):

@@ -154,7 +154,7 @@ def optimizer_bytes(engine: Engine) -> int:
     model_storage = {p.untyped_storage().data_ptr() for p in engine.module.parameters() if p.numel()}
     total = 0
     for master, state in inner.state.items():
-        total += sum(t.nbytes for t in state.values() if torch.is_tensor(t) and t.numel() > 1)
+        total += sum(t.nbytes for key, t in state.items() if key != "step" and torch.is_tensor(t))
         if master.untyped_storage().data_ptr() not in model_storage:
             total += master.nbytes
     return total

@@ -21,7 +21,7 @@ class LaunchEnvironment:
 def launch_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironment:
     """Ranks from RANK, WORLD_SIZE and LOCAL_RANK (deepspeed, torchrun); one process when none is set.
 
-    Raises InputError when only some are set, or one is not a number.
+    Raises InputError when only some are set, one is not a number, or they cannot be.
     """
     environ = os.environ if environ is None else environ
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -34,11 +34,14 @@ def launch_environment(environ: Mapping[str, str] | None = None) -> LaunchEnviro
             f"the environment sets {', '.join(present)} but not {missing}; start with the deepspeed launcher, torchrun "
             "or launch/local.sh, or unset them for one process"
         )
+    shown = ", ".join(f"{name}={environ[name]!r}" for name in names)
     try:
-        return LaunchEnvironment(*(int(environ[name]) for name in names))
+        found = LaunchEnvironment(*(int(environ[name]) for name in names))
     except ValueError:
-        shown = ", ".join(f"{name}={environ[name]!r}" for name in names)
         raise InputError(f"the launch environment has ranks that are not numbers: {shown}") from None
+    if not (0 <= found.rank < found.world_size and found.local_rank >= 0):
+        raise InputError(f"the launch environment needs 0 <= RANK < WORLD_SIZE and LOCAL_RANK >= 0: {shown}")
+    return found
 
 
 def use_cpu_without_accelerator() -> None:

@@ -30,6 +30,10 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass (non-reentrant)."""
 
+    def __post_init__(self) -> None:
+        if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"model.dropout = {self.dropout} must be in [0, 1)")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
@@ -102,7 +106,8 @@ class TrainConfig:
     """Optimizer steps between lines of metrics.jsonl; a mask update always writes one."""
 
     def __post_init__(self) -> None:
-        if (self.num_steps > 0) == (self.num_epochs > 0):
+        in_range = self.num_steps >= 0 and 0.0 <= self.num_epochs < float("inf")
+        if not in_range or (self.num_steps > 0) == (self.num_epochs > 0):
             raise ConfigError(
                 f"train.num_steps = {self.num_steps} and train.num_epochs = {self.num_epochs}: set exactly one of them "
                 "to a number above 0"
@@ -177,7 +182,12 @@ class RunConfig:
             raise ConfigError(f"schedule.{error}") from None
 
     def num_steps(self, num_examples: int) -> int:
-        """Optimizer steps of the run, for ``num_examples`` in the training file."""
+        """Optimizer steps of the run, for ``num_examples`` in the training file; ConfigError for less than a batch."""
+        if num_examples < self.train.batch_size:
+            raise ConfigError(
+                f"data.train has {num_examples} examples, fewer than one batch of train.batch_size = "
+                f"{self.train.batch_size}; lower it"
+            )
         if self.train.num_steps:
             return self.train.num_steps
         return max(1, round(self.train.num_epochs * (num_examples // self.train.batch_size)))

@@ -41,7 +41,7 @@ def label_names(data: DataConfig) -> list[str]:
     if hasattr(feature, "names"):
         return list(feature.names)
     found = set(rows.unique(data.label_column))
-    if None in found:
+    if None in found or "" in found:
         raise ConfigError(f"{data.train}: column {data.label_column!r} has empty values; every example needs a label")
     if any(isinstance(label, float) for label in found):
         raise ConfigError(
@@ -69,11 +69,21 @@ def load_examples(data: DataConfig, split: str, tokenizer: Any, names: Sequence[
                 f"{getattr(data, split)}: label {label!r} in row {row} is not one of the training labels "
                 f"{', '.join(names)}"
             )
-    texts = [[str(text) for text in rows[column]] for column in data.text_columns]
+    texts = [_texts(rows, column, getattr(data, split)) for column in data.text_columns]
     encoded = tokenizer(*texts, truncation=True, max_length=data.max_length)
     keys = list(encoded.keys())
     features = [{key: encoded[key][i] for key in keys} for i in range(len(labels))]
     return Examples(features, labels)
+
+
+def _texts(rows: Any, column: str, where: str) -> list[str]:
+    texts = list(rows[column])
+    if None in texts:
+        raise ConfigError(
+            f"{where}: column {column!r} has no text in row {texts.index(None)}; give it one (an empty one is written "
+            '"") or take the row out'
+        )
+    return [str(text) for text in texts]
 
 
 def collate(examples: Examples, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
@@ -95,11 +105,7 @@ class GlobalBatches:
     group_by_length: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.lengths) < self.batch_size:
-            raise ConfigError(
-                f"data.train has {len(self.lengths)} examples, fewer than one batch of train.batch_size = "
-                f"{self.batch_size}"
-            )
+        assert self.batches_per_epoch > 0, "RunConfig.num_steps refuses fewer examples than a batch"
 
     @property
     def batches_per_epoch(self) -> int:
@@ -146,6 +152,11 @@ def _read(data: DataConfig, split: str) -> Any:
             raise ConfigError(
                 f"{where} has no column {column!r}, which data.{setting} names. Columns: {', '.join(rows.column_names)}"
             )
+        if not isinstance(rows.features[column], datasets.Value | datasets.ClassLabel):
+            raise ConfigError(
+                f"{where}: column {column!r}, which data.{setting} names, holds {type(rows.features[column]).__name__} "
+                "values; only a plain text, number or label in each row can be read"
+            )
     if not len(rows):
         raise ConfigError(f"{where} has no examples")
     return rows
@@ -160,7 +171,9 @@ def _read_local(where: str, setting: str) -> Any:
     kind = _FORMATS.get(path.suffix.lower())
     if kind is None:
         raise ConfigError(f"{setting} = {where!r} ends in {path.suffix!r}; known are {', '.join(_FORMATS)}")
-    options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+    options: dict[str, Any] = {}
+    if kind == "csv":  # pandas takes words such as "NA", "null" or "None" for empty fields; here they are texts
+        options = {"sep": "\t" if path.suffix.lower() == ".tsv" else ",", "keep_default_na": False}
     try:
         return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
     except Exception as error:

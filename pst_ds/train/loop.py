@@ -19,9 +19,11 @@ from pst_ds.train.data import Examples, GlobalBatches, collate
 from pst_ds.train.mask_update import MaskStats, update_masks
 from pst_ds.train.metrics import MetricsWriter, peak_memory_bytes
 
+MAX_SKIPPED_IN_A_ROW = 100
+
 
 class DivergedError(RuntimeError):
-    """The loss is not finite; raised on every rank."""
+    """The loss, or every gradient for long, is not finite; raised on every rank."""
 
 
 @dataclass(slots=True)
@@ -35,6 +37,7 @@ class LoopState:
     """This rank's micro-batch losses since the last report."""
     tokens: int = 0
     last_report_seconds: float = 0.0
+    skipped_in_a_row: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +75,10 @@ def train(loop: Loop) -> LoopState:
         state.batch += 1
         _stop_if_diverged(loop, state)
         if not engine.was_step_applied():
+            _stop_if_stuck(state)
             continue
         state.step += 1
+        state.skipped_in_a_row = 0
         if loop.schedule is not None:
             _update_masks_if_due(loop, state)
         _report_if_due(loop, state)
@@ -145,6 +150,16 @@ def _stop_if_diverged(loop: Loop, state: LoopState) -> None:
         raise DivergedError(
             f"the loss of batch {state.batch} is not finite on rank {', '.join(map(str, bad))} (after {state.step} "
             "applied steps); lower the learning rates, or look for a broken example. Nothing was saved for this step"
+        )
+
+
+def _stop_if_stuck(state: LoopState) -> None:
+    """Without an end to skipped steps a run would go on for ever; engines skip together, so all ranks stop here."""
+    state.skipped_in_a_row += 1
+    if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        raise DivergedError(
+            f"{MAX_SKIPPED_IN_A_ROW} optimizer steps in a row were skipped for gradients that are not finite (after "
+            f"{state.step} applied steps); lower the learning rates, alphas or beta. Nothing was saved for this step"
         )
 
 

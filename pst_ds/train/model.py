@@ -44,11 +44,15 @@ def load_tokenizer(run: RunConfig) -> Any:
     """The run's tokenizer, with a padding token."""
     from transformers import AutoTokenizer
 
-    where = run.model.tokenizer or run.model.path
+    setting, where = ("tokenizer", run.model.tokenizer) if run.model.tokenizer else ("path", run.model.path)
+    _require_model_place(setting, where)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer in {where!r}: {_first_line(error)}. Set model.tokenizer") from error
+        raise ConfigError(
+            f"model.{setting} = {where!r} has no tokenizer, as a folder (looked in {Path(where).absolute()}) or on the "
+            f"hub: {_first_line(error).rstrip('.')}. Name the folder that has one with model.tokenizer"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -59,10 +63,7 @@ def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any) -> Any:
     from transformers import AutoConfig
 
     path = run.model.path
-    if not path:
-        raise ConfigError("model.path is empty; name a model folder, or a model on the hub")
-    if not Path(path).exists() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
-        raise ConfigError(f"model.path = {path!r} does not exist (looked in {Path(path).absolute()})")
+    _require_model_place("path", path)
     try:
         config = AutoConfig.from_pretrained(
             path,
@@ -180,6 +181,17 @@ def _initialise_missing(module: nn.Module, missing: Any, seed: int) -> None:
             for param in params:
                 param._is_hf_initialized = False  # type: ignore[attr-defined]
             module._init_weights(part)  # type: ignore[operator]
+
+
+def _require_model_place(setting: str, place: str) -> None:
+    """Refuse what is neither there nor spelled like a name on the hub, before the hub is asked for it."""
+    if not place:
+        raise ConfigError(f"model.{setting} is empty; name a model folder, or a model on the hub")
+    if not Path(place).exists() and (place.count("/") > 1 or place.startswith((".", "/", "~"))):
+        raise ConfigError(
+            f"model.{setting} = {place!r} does not exist (looked in {Path(place).absolute()}); name a model folder, or "
+            "a model on the hub"
+        )
 
 
 def _first_line(error: BaseException) -> str:

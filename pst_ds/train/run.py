@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,9 @@ def prepare(run: RunConfig, launch: LaunchEnvironment, *, run_file: str = "the r
         raw = load_deepspeed_config(run.deepspeed_config)
     labels = label_names(run.data)
     tokenizer = load_tokenizer(run)
+    shapes = meta_model(run, labels, tokenizer, num_shards=launch.world_size)  # refuses what cannot be injected
     resolved = None
     if raw is not None:
-        shapes = meta_model(run, labels, tokenizer, num_shards=launch.world_size)
         numbers = RunNumbers(
             run.train.batch_size,
             micro_batch_size,
@@ -253,6 +254,7 @@ def masked_model(prepared: Prepared, checkpoint: Checkpoint) -> nn.Module:
 
 def _start_folder(folder: Path, prepared: Prepared) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # an earlier run's best would pass for this one's
     (folder / RUN_FILE).write_text(dump_run(prepared.run), encoding="utf-8")
     (folder / LABELS_FILE).write_text(json.dumps(prepared.labels) + "\n", encoding="utf-8")
     if prepared.ds_config is not None:

@@ -43,7 +43,7 @@ def run_from_table(table: dict[str, Any]) -> RunConfig:
     pst = table.get("pst", {})
     if isinstance(pst, dict) and "preset" in pst:
         preset = pst["preset"]
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ConfigError(f"pst.preset = {preset!r} must be one of {', '.join(PRESETS)}")
         table["pst"] = {**PRESETS[preset], **{k: v for k, v in pst.items() if k != "preset"}}
     return _build(RunConfig, table, "")
@@ -72,7 +72,8 @@ def _toml_line(name: str, value: Any) -> list[str]:
     if isinstance(value, tuple):
         value = list(value)
     # JSON strings, numbers, booleans and lists of strings are TOML too; a float keeps its point or exponent
-    return [f"{name} = {json.dumps(value, ensure_ascii=False)}"]
+    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which JSON allows as it is
+    return [f"{name} = {text}"]
 
 
 def _apply_override(table: dict[str, Any], override: str) -> None:
@@ -109,7 +110,7 @@ def _build(cls: type[T], table: Any, prefix: str) -> T:
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in table:
-            raise ConfigError(f"'{prefix}{name}' is missing")
+            raise ConfigError(f"'{prefix}{name}' is missing; set it in the run file, or with --set {prefix}{name}=")
     values = {key: _convert(value, hints[key], f"{prefix}{key}") for key, value in table.items()}
     try:
         return cls(**values)

@@ -1,0 +1,257 @@
+"""``check_export`` finds whatever is no longer as it was exported."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, GPT2Config
+from transformers import GPT2ForSequenceClassification as GPT2Classifier
+
+from pst_ds.export.dense import export_dense
+from pst_ds.export.manifest import (
+    INDEX_FILE,
+    MANIFEST_FILE,
+    ExportError,
+    check_export,
+    found_pattern,
+    read_manifest,
+    tensor_sha256,
+)
+from pst_ds.nn.checkpoint import CheckpointState, read_checkpoint, save_checkpoint, weight_scales
+from pst_ds.nn.config import PSTConfig
+from pst_ds.nn.inject import inject_pst
+from pst_ds.train.mask_update import update_masks
+
+ROOT = Path(__file__).resolve().parents[2]
+WEIGHT = "bert.encoder.layer.0.intermediate.dense.weight"
+SHARD_BYTES = 9000
+
+
+def _exported(folder, model, **settings):
+    """An export of ``model`` at half sparsity, without training it."""
+    model.save_pretrained(folder / "base")
+    inject_pst(model, PSTConfig())
+    update_masks(model, 0.5)
+    state = CheckpointState(
+        step=3, sparsity=0.5, masks_final=True, precision="fp32", device_type="cpu", base_path=str(folder / "base"),
+        base_fingerprint="f00d", weight_scales=weight_scales(model), metrics={"accuracy": 0.5},
+    )  # fmt: skip
+    save_checkpoint(folder / "checkpoint", model, state)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tests/data/tiny-bert")
+    export_dense(model, read_checkpoint(folder / "checkpoint"), tokenizer, folder / "export", **settings)
+    return folder / "export"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """An export in one file, one in several, and one of GPT-2's transposed and fused layers."""
+    torch.manual_seed(0)
+    bert = BertConfig.from_pretrained(ROOT / "tests/data/tiny-bert")
+    gpt2 = GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=2, n_positions=16, pad_token_id=0)
+    folders = [tmp_path_factory.mktemp(name) for name in ("one", "several", "gpt2")]
+    return {
+        "one": _exported(folders[0], BertForSequenceClassification(bert)),
+        "several": _exported(folders[1], BertForSequenceClassification(bert), shard_bytes=SHARD_BYTES),
+        "gpt2": _exported(folders[2], GPT2Classifier(gpt2)),
+    }
+
+
+@pytest.fixture
+def export(made, tmp_path):
+    return Path(shutil.copytree(made["one"], tmp_path / "export"))
+
+
+def _refusal(folder):
+    with pytest.raises(ExportError) as caught:
+        check_export(folder)
+    return str(caught.value)
+
+
+def _change(folder, name, change, **entry_changes):
+    """Rewrite one tensor, and make the manifest agree about its hash and what else is given."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name] = change(tensors[name].clone())
+    save_file(tensors, path, metadata={"format": "pt"})
+    table = json.loads((folder / MANIFEST_FILE).read_text())
+    (entry,) = [entry for entry in table["tensors"] if entry["name"] == name]
+    entry |= {"sha256": tensor_sha256(tensors[name]), **entry_changes}
+    (folder / MANIFEST_FILE).write_text(json.dumps(table))
+    return entry
+
+
+def _edit_manifest(folder, edit):
+    table = json.loads((folder / MANIFEST_FILE).read_text())
+    edit(table)
+    (folder / MANIFEST_FILE).write_text(json.dumps(table))
+
+
+@pytest.mark.parametrize(("name", "pruned"), [("one", 12), ("several", 12), ("gpt2", 4)])
+def test_an_export_as_it_was_made_passes(made, name, pruned):
+    counts = check_export(made[name])
+    assert counts["pruned_tensors"] == pruned
+    assert counts["sparsity_asked"] == 0.5
+    assert counts["sparsity_counted"] == 0.5
+    entries, about = read_manifest(made[name])
+    assert counts["tensors"] == len(entries) == sum(len(load_file(p)) for p in made[name].glob("*.safetensors"))
+    assert about["base_fingerprint"] == "f00d"
+    assert about["step"] == 3
+    for entry in entries:
+        tensor = load_file(made[name] / entry.file)[entry.name]
+        assert entry.nonzero == int((tensor != 0).sum())
+        assert entry.sha256 == hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        assert entry.origin == ("pruned" if entry.pattern != "dense" else entry.origin)
+
+
+def test_a_fused_tensor_lists_every_matrix(made):
+    entries = {entry.name: entry for entry in read_manifest(made["gpt2"])[0]}
+    fused = entries["transformer.h.0.attn.c_attn.weight"]
+    assert (fused.shape, fused.matrix_axis, fused.pruned_per_matrix) == ([8, 24], 1, [32, 32, 32])
+    assert entries["transformer.h.0.mlp.c_fc.weight"].pruned_per_matrix == [8 * 32 // 2]
+
+
+def test_zeros_moved_from_one_matrix_of_a_fused_tensor_to_another_are_found(made, tmp_path):
+    folder = Path(shutil.copytree(made["gpt2"], tmp_path / "export"))
+
+    def move(weight):
+        row, column = next(i for i in (weight == 0).nonzero().tolist() if i[1] < 8)
+        weight[row, column] = 1.0
+        row, column = next(i for i in (weight != 0).nonzero().tolist() if i[1] >= 16)
+        weight[row, column] = 0.0
+        return weight
+
+    _change(folder, "transformer.h.0.attn.c_attn.weight", move)
+    assert "c_attn.weight, matrix 0, has fewer zeros than the 32 of its mask" in _refusal(folder)
+
+
+@pytest.mark.parametrize("name", [WEIGHT, "bert.embeddings.word_embeddings.weight", "classifier.bias"])
+def test_a_flipped_bit_of_any_tensor_is_found(export, name):
+    path = export / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    header = int.from_bytes(data[:8], "little")
+    begin, _ = json.loads(data[8 : 8 + header])[name]["data_offsets"]
+    data[8 + header + begin] ^= 1
+    path.write_bytes(data)
+    message = _refusal(export)
+    assert message == f"{path}: {name} is not what was exported: its SHA-256 differs"
+
+
+def test_a_cut_file_and_a_broken_header_are_found(export):
+    path = export / "model.safetensors"
+    data = path.read_bytes()
+    for broken in (data[:-100], data[:4], b"", b"\xff" * 100):
+        path.write_bytes(broken)
+        assert f"{path} is damaged" in _refusal(export)
+
+
+def test_a_missing_file_is_named(made, tmp_path, export):
+    (export / "model.safetensors").unlink()
+    assert _refusal(export) == f"{export / 'model.safetensors'} is missing"
+    folder = Path(shutil.copytree(made["several"], tmp_path / "several"))
+    second = sorted(folder.glob("*.safetensors"))[1]
+    second.unlink()
+    assert _refusal(folder) == f"{second} is missing"
+
+
+def test_a_missing_or_wrong_index_is_found(made, tmp_path):
+    folder = Path(shutil.copytree(made["several"], tmp_path / "several"))
+    index = json.loads((folder / INDEX_FILE).read_text())
+    index["weight_map"][WEIGHT] = "model-00009-of-00009.safetensors"
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    assert f"{folder / INDEX_FILE} does not name the tensors and files of the manifest" in _refusal(folder)
+    (folder / INDEX_FILE).write_text("{")
+    assert f"{folder / INDEX_FILE} is missing or damaged" in _refusal(folder)
+    (folder / INDEX_FILE).unlink()
+    assert f"{folder / INDEX_FILE} is missing or damaged" in _refusal(folder)
+
+
+def test_a_file_that_transformers_would_read_instead_is_found(made, tmp_path):
+    folder = Path(shutil.copytree(made["several"], tmp_path / "several"))
+    shutil.copy(made["one"] / "model.safetensors", folder)
+    assert "holds files the manifest does not know: model.safetensors" in _refusal(folder)
+
+
+def test_a_minus_zero_is_found(export):
+    def negate(weight):
+        row, column = (weight == 0).nonzero()[0].tolist()
+        weight[row, column] = -0.0
+        return weight
+
+    _change(export, WEIGHT, negate)
+    assert f"{WEIGHT} has a -0.0 among its zeros" in _refusal(export)
+
+
+def test_a_weight_that_came_back_is_found_whatever_the_manifest_says(export):
+    def revive(weight):
+        row, column = (weight == 0).nonzero()[0].tolist()
+        weight[row, column] = 1e-20
+        return weight
+
+    entry = _change(export, WEIGHT, revive)
+    before = entry["nonzero"]
+    assert f"{WEIGHT} has {before + 1} non-zeros, not {before}" in _refusal(export)
+    _change(export, WEIGHT, lambda weight: weight, nonzero=before + 1)
+    assert f"{WEIGHT}, matrix 0, has fewer zeros than the {60 * 32 // 2} of its mask" in _refusal(export)
+
+
+def test_another_shape_or_dtype_is_found(export):
+    _change(export, WEIGHT, lambda weight: weight.t().contiguous())
+    assert f"{WEIGHT} is torch.float32 [32, 60], the manifest says torch.float32 [60, 32]" in _refusal(export)
+    _change(export, WEIGHT, lambda weight: weight.t().contiguous().bfloat16())
+    assert f"{WEIGHT} is torch.bfloat16 [60, 32], the manifest says torch.float32 [60, 32]" in _refusal(export)
+
+
+def test_a_tensor_too_many_or_too_few_is_found(export):
+    path = export / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "extra": torch.ones(2)}, path, metadata={"format": "pt"})
+    assert _refusal(export) == f"{export} holds tensors the manifest does not know: extra"
+    save_file({n: t for n, t in tensors.items() if n != WEIGHT}, path, metadata={"format": "pt"})
+    assert WEIGHT in _refusal(export)
+
+
+def test_a_folder_without_a_manifest_is_no_export(tmp_path):
+    assert _refusal(tmp_path) == f"{tmp_path} is not an export: {MANIFEST_FILE} is missing"
+    assert "is not an export" in _refusal(tmp_path / "nothere")
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda table: table.pop("tensors"), "is damaged: KeyError('tensors')"),
+        (lambda table: table.pop("sparsity_asked"), "is damaged: KeyError('sparsity_asked')"),
+        (lambda table: table["tensors"][0].pop("sha256"), "is damaged: TypeError"),
+        (lambda table: table["tensors"][0].update(colour="red"), "is damaged: TypeError"),
+        (lambda table: table["tensors"].append(3), "is damaged: TypeError"),
+        (lambda table: table["tensors"][0].update(origin="pruned"), "is damaged: TypeError"),
+        (lambda table: table.update(format=99), "has a format that this version does not read"),
+        (lambda table: table.pop("format"), "is damaged: KeyError('format')"),
+    ],
+)
+def test_a_damaged_manifest_is_named(export, edit, reason):
+    _edit_manifest(export, edit)
+    message = _refusal(export)
+    assert message.startswith(str(export / MANIFEST_FILE))
+    assert reason in message
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"null", b"\xff\xfe", b""])
+def test_a_manifest_that_is_no_json_object_is_named(export, content):
+    (export / MANIFEST_FILE).write_bytes(content)
+    assert f"{export / MANIFEST_FILE} is damaged" in _refusal(export)
+
+
+def test_the_pattern_of_zeros():
+    two_four = torch.tensor([[1.0, 0, 2, 0, 0, 0, 3, 4]])
+    assert found_pattern(two_four, input_axis=1) == "2:4"
+    assert found_pattern(two_four.t(), input_axis=0) == "2:4"
+    assert found_pattern(two_four.t(), input_axis=1) == "unstructured"
+    assert found_pattern(two_four[:, :6], input_axis=1) == "unstructured"  # no whole groups
+    assert found_pattern(torch.tensor([[1.0, 1, 1, 0]]), input_axis=1) == "unstructured"
+    assert found_pattern(torch.ones(4, 4), input_axis=1) == "dense"

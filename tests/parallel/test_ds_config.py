@@ -1,0 +1,247 @@
+"""DeepSpeed's JSON: what is refused and what the run file fills in."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import json
+
+import pytest
+
+from pst_ds.parallel import ds_config
+from pst_ds.parallel.ds_config import (
+    DeepSpeedConfigError,
+    RunNumbers,
+    load_deepspeed_config,
+    require_deepspeed,
+    resolve_deepspeed_config,
+    validate_deepspeed_config,
+    zero_stage,
+)
+
+NUMBERS = RunNumbers(
+    train_batch_size=24,
+    train_micro_batch_size_per_gpu=6,
+    gradient_accumulation_steps=2,
+    gradient_clipping=1.0,
+    bf16=True,
+    num_trainable=2_820_096,
+)
+SHIPPED = ("ds_configs/zero3.json", "ds_configs/zero3_cpu.json")
+
+
+def _nested(dotted, value):
+    for key in reversed(dotted.split(".")):
+        value = {key: value}
+    return value
+
+
+def _refusal(config):
+    with pytest.raises(DeepSpeedConfigError) as caught:
+        validate_deepspeed_config(config, source="my/ds.json")
+    return str(caught.value)
+
+
+def _resolve(config, **numbers):
+    changed = RunNumbers(**{**{f: getattr(NUMBERS, f) for f in NUMBERS.__slots__}, **numbers})
+    return resolve_deepspeed_config(config, changed, source="my/ds.json", run_file="my/run.toml")
+
+
+REFUSED = [
+    ("zero_optimization.zero_quantized_weights", True, "true", "remove it"),
+    ("zero_optimization.zero_quantized_nontrainable_weights", True, "true", "remove it"),
+    ("zero_optimization.offload_param.device", "nvme", '"nvme"', 'use "cpu"'),
+    ("zero_optimization.offload_param.device", "NVMe", '"NVMe"', 'use "cpu"'),
+    ("zero_optimization.zenflow", {"topk_ratio": 0.1}, "{…}", "remove it"),
+    ("tensor_parallel.autotp_size", 2, "2", "remove tensor_parallel"),
+    ("compile.deepcompile", True, "true", "remove it"),
+    ("optimizer", {"type": "Muon"}, "{…}", "train.score_learning_rate"),
+    ("scheduler", {"type": "WarmupLR"}, "{…}", "train.learning_rate_warmup_fraction"),
+    ("compression_training", {"sparse_pruning": {}}, "{…}", "PST does the pruning"),
+    ("elasticity", {"enabled": True}, "{…}", "remove it"),
+    ("zero_optimization.mics_shard_size", 2, "2", "remove it"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "shown", "fix"), REFUSED)
+def test_a_refusal_names_file_key_value_reason_and_fix(key, value, shown, fix):
+    message = _refusal(_nested(key, value))
+    assert message.startswith(f"my/ds.json: {key} = {shown} cannot be used with PST: ")
+    _, _, after = message.partition(" Fix: ")
+    assert fix in after
+
+
+def test_every_refusal_is_tried_above():
+    assert {refusal.key for refusal in ds_config._REFUSALS} == {key for key, *_ in REFUSED}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("zero_optimization.zero_quantized_weights", False),
+        ("zero_optimization.zero_quantized_nontrainable_weights", False),
+        ("zero_optimization.offload_param.device", "cpu"),
+        ("zero_optimization.offload_param.device", "none"),
+        ("zero_optimization.offload_optimizer.device", "cpu"),
+        ("zero_optimization.mics_shard_size", -1),
+        ("tensor_parallel.autotp_size", 1),
+        ("tensor_parallel.autotp_size", 0),
+        ("compile.deepcompile", False),
+        ("optimizer", "auto"),
+        ("scheduler", None),
+        ("wall_clock_breakdown", True),
+    ],
+)
+def test_what_is_off_or_harmless_is_not_refused(key, value):
+    validate_deepspeed_config(_nested(key, value))
+
+
+@pytest.mark.parametrize("stage", [4, -1, "3", 1.5, [3]])
+def test_an_unknown_stage_is_refused(stage):
+    message = _refusal({"zero_optimization": {"stage": stage}})
+    assert message == f"my/ds.json: zero_optimization.stage = {stage!r} must be 0, 1, 2 or 3"
+
+
+def test_fp16_is_refused_on_cpu_and_beside_our_precision(monkeypatch):
+    monkeypatch.setattr(ds_config, "_has_accelerator", lambda: False)
+    assert "fp16.enabled = true, but the CPU has no fp16 training. Fix: use bf16" in _refusal(
+        {"fp16": {"enabled": True}}
+    )
+    with pytest.raises(DeepSpeedConfigError, match=r"my/ds\.json has fp16.*my/run\.toml.*Fix: remove fp16"):
+        _resolve({"fp16": {"enabled": True}})
+    validate_deepspeed_config({"fp16": {"enabled": False}})
+
+
+def test_auto_and_absent_are_filled_from_the_run():
+    auto = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"},
+    }
+    before = copy.deepcopy(auto)
+    for config in (auto, {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}):
+        resolved = _resolve(config)
+        assert resolved["train_batch_size"] == 24
+        assert resolved["train_micro_batch_size_per_gpu"] == 6
+        assert resolved["gradient_accumulation_steps"] == 2
+        assert resolved["gradient_clipping"] == 1.0
+        assert resolved["bf16"] == {"enabled": True}
+        assert resolved["zero_optimization"]["reduce_bucket_size"] == 2_820_096
+        assert "auto" not in json.dumps(resolved)
+    assert auto == before
+    assert _resolve(auto, bf16=False)["bf16"] == {"enabled": False}
+
+
+def test_the_same_number_in_both_files_is_no_contradiction():
+    assert _resolve({"train_batch_size": 24, "gradient_clipping": 1})["train_batch_size"] == 24
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "stated", "ours"),
+    [
+        ("train_batch_size", 32, "32", "24"),
+        ("train_micro_batch_size_per_gpu", 1, "1", "6"),
+        ("gradient_accumulation_steps", 4, "4", "2"),
+        ("gradient_clipping", 0.5, "0.5", "1.0"),
+        ("bf16.enabled", False, "false", "true"),
+    ],
+)
+def test_a_contradiction_names_both_files_and_both_values(key, value, stated, ours):
+    with pytest.raises(DeepSpeedConfigError) as caught:
+        _resolve(_nested(key, value))
+    message = str(caught.value)
+    assert (
+        message == f'my/ds.json has {key} = {stated}, but my/run.toml makes it {ours}. Fix: write "auto" in my/ds.json'
+    )
+
+
+def test_a_small_bucket_has_a_floor_and_a_stated_one_stands():
+    auto = {"zero_optimization": {"reduce_bucket_size": "auto"}}
+    assert _resolve(auto, num_trainable=100)["zero_optimization"]["reduce_bucket_size"] == 1 << 16
+    stated = {"zero_optimization": {"reduce_bucket_size": 12345}}
+    assert _resolve(stated)["zero_optimization"]["reduce_bucket_size"] == 12345
+
+
+def test_our_optimizer_is_passed_in_and_not_left_to_the_json():
+    resolved = _resolve({"optimizer": "auto", "scheduler": "auto"})
+    assert "optimizer" not in resolved
+    assert "scheduler" not in resolved
+    offloading = _resolve({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}})
+    assert offloading["zero_force_ds_cpu_optimizer"] is False
+
+
+@pytest.mark.parametrize(
+    ("config", "stage"),
+    [(None, 0), ({}, 0), ({"zero_optimization": {}}, 0), ({"zero_optimization": {"stage": 2}}, 2)],
+)
+def test_zero_stage(config, stage):
+    assert zero_stage(config) == stage
+
+
+@pytest.mark.parametrize(
+    ("found", "accepted"),
+    [("0.19.8", True), ("0.19.10", True), ("0.20.0", True), ("1.0", True), ("0.19.7", False), ("0.9.5", False)],
+)
+def test_deepspeed_versions_are_compared_as_numbers(monkeypatch, found, accepted):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"deepspeed": found}[name])
+    if accepted:
+        require_deepspeed()
+        return
+    with pytest.raises(DeepSpeedConfigError) as caught:
+        require_deepspeed()
+    assert f"deepspeed {found} is too old" in str(caught.value)
+    assert "pip install 'deepspeed>=0.19.8'" in str(caught.value)
+
+
+def test_a_missing_deepspeed_says_how_to_install_it(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(DeepSpeedConfigError, match="deepspeed is not installed; pip install 'deepspeed>="):
+        require_deepspeed()
+
+
+def test_the_least_version_is_the_one_that_is_required_of_pip():
+    import tomllib
+
+    with open("pyproject.toml", "rb") as file:
+        dependencies = tomllib.load(file)["project"]["dependencies"]
+    assert any(d.startswith(f"deepspeed>={ds_config.MIN_DEEPSPEED}") for d in dependencies)
+
+
+@pytest.mark.parametrize("path", SHIPPED)
+def test_shipped_configs_load_and_leave_to_the_run_file_what_is_its(path):
+    config = load_deepspeed_config(path)
+    assert zero_stage(config) == 3
+    resolved = resolve_deepspeed_config(config, NUMBERS, source=path, run_file="run.toml")
+    assert "auto" not in json.dumps(resolved)
+    assert resolved["train_batch_size"] == 24
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{'stage': 3}", "is not JSON"),
+        ("[1]", "holds a list, not an object"),
+        ("3", "holds a int, not an object"),
+        ('{"elasticity": {"enabled": true}}', "elasticity = {…} cannot be used"),
+        ('{"zero_optimization": 3}', "zero_optimization = 3 must be an object"),
+        ('{"bf16": true}', "bf16 = true must be an object"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "ds.json"
+    path.write_text(content)
+    with pytest.raises(DeepSpeedConfigError) as caught:
+        load_deepspeed_config(path)
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_says_where_it_looked(tmp_path):
+    with pytest.raises(DeepSpeedConfigError, match=r"deepspeed_config = '.*' does not exist \(looked in /"):
+        load_deepspeed_config(tmp_path / "nothere.json")

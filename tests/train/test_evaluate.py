@@ -1,0 +1,43 @@
+"""Predictions on several ranks: every example once, in order, and no rank left waiting."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pst_ds.parallel.launch import launch_environment
+from pst_ds.train.data import Examples, load_examples
+from pst_ds.train.evaluate import classification_metrics, predict
+from pst_ds.train.run import build, prepare
+from pst_ds.train.run_file import load_run
+
+
+def _predict(count, batch_size, overrides):
+    run = load_run("tests/data/world_size.toml", overrides)
+    prepared = prepare(run, launch_environment())
+    examples = load_examples(run.data, "validation", prepared.tokenizer, prepared.labels)
+    examples = Examples(examples.features[:count], examples.labels[:count])
+    _, engine = build(prepared)
+    engine.eval()
+    return predict(engine, examples, prepared.tokenizer, batch_size, prepared.device)
+
+
+@pytest.mark.zero3
+@pytest.mark.parametrize(
+    ("world_size", "count", "batch_size"),
+    [(2, 61, 8), (3, 61, 8), (3, 5, 8)],  # 8 batches, the last of 5; fewer batches than ranks
+)
+def test_uneven_batches_neither_hang_nor_count_twice(run_ranks, world_size, count, batch_size):
+    whole = _predict(count, batch_size, ["deepspeed_config="])
+    for logits in run_ranks(_predict, world_size, count, batch_size, []):
+        assert logits.shape == (count, 2)
+        np.testing.assert_allclose(logits, whole, atol=1e-5)
+
+
+def test_metrics_are_those_of_their_definitions():
+    logits = np.array([[2.0, 0, 0], [0, 1, 0], [0, 3, 1], [0, 0, 1], [1, 0, 0]])  # predicts 0, 1, 1, 2, 0
+    found = classification_metrics(logits, [0, 1, 2, 2, 1])
+    assert found["accuracy"] == pytest.approx(3 / 5)
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 1 / 2 + 2 / 3) / 3)
+    # correct * all - sum(true * predicted), over the root of the two spreads (Gorodkin 2004)
+    assert found["matthews_correlation"] == pytest.approx((3 * 5 - (1 * 2 + 2 * 2 + 2 * 1)) / 16)

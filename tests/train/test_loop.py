@@ -1,0 +1,312 @@
+"""The loop on one process: sparsity in step with the schedule, skipped steps, divergence, and what is reported."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from pst_ds.core.bits import unpack_range
+from pst_ds.nn.inject import pst_layers
+from pst_ds.parallel.engine import LocalEngine
+from pst_ds.parallel.launch import LaunchEnvironment
+from pst_ds.train import loop as loop_module
+from pst_ds.train.data import load_examples
+from pst_ds.train.loop import DivergedError, Loop, learning_rate_factor, train
+from pst_ds.train.mask_update import mask_stats
+from pst_ds.train.metrics import MetricsWriter
+from pst_ds.train.run import build, prepare, train_run
+from pst_ds.train.run_file import load_run
+
+SCORES, UPDATES = ("pst_A", "pst_B", "pst_R", "pst_C"), ("pst_U", "pst_V")
+
+
+def _prepared(folder, *overrides):
+    run = load_run(
+        "tests/data/world_size.toml", ["deepspeed_config=", f"output_dir={json.dumps(str(folder))}", *overrides]
+    )
+    return prepare(run, LaunchEnvironment(0, 1, 0))
+
+
+class _Ready:
+    """A loop over a fresh tiny model, with the state after each applied step kept by ``seen``."""
+
+    def __init__(self, folder, *overrides, seen=lambda module, state: None):
+        prepared = _prepared(folder, *overrides)
+        run = prepared.run
+        _, self.engine = build(prepared)
+        self.module = self.engine.module
+        self.schedule = run.make_schedule(run.train.num_steps)
+        examples = load_examples(run.data, "train", prepared.tokenizer, prepared.labels)
+        self.metrics = MetricsWriter(Path(folder), num_steps=run.train.num_steps, is_main=True, quiet=True)
+        self.folder = Path(folder)
+        self.loop = Loop(
+            run, self.engine, self.schedule, examples, prepared.tokenizer, run.train.num_steps, "cpu", self.metrics,
+            lambda state: seen(self.module, state),
+        )  # fmt: skip
+
+    def train(self):
+        try:
+            return train(self.loop)
+        finally:
+            self.metrics.close()
+
+
+def _lines(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def _zeros(module):
+    """Pruned weights of each matrix, counted in the mask bits one by one."""
+    counts = []
+    for layer in pst_layers(module).values():
+        numel = layer.layout.numel
+        mask = unpack_range(layer.pst_mask.detach(), numel, layer.num_shards, 0, numel)
+        assert layer.layout.parts == 1
+        counts.append((numel, numel - int(mask.sum())))
+    return counts
+
+
+def _trained(module, endings):
+    return {n: p.detach().clone() for n, p in module.named_parameters() if n.endswith(endings)}
+
+
+def _poison(module, bad_calls):
+    """Make one gradient infinite in the given backward passes."""
+    calls = iter(range(10**6))
+    param = next(p for n, p in module.named_parameters() if n.endswith("pst_V"))
+    param.register_hook(lambda grad: grad * (math.inf if next(calls) in bad_calls else 1.0))
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():
+    factors = [learning_rate_factor(step, 20, 0.25) for step in range(21)]
+    assert factors[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0])
+    assert factors[5:] == pytest.approx([(20 - step) / 15 for step in range(5, 21)])
+    assert min(factors[:-1]) > 0.0
+    assert learning_rate_factor(25, 20, 0.25) == 0.0
+    assert [learning_rate_factor(s, 4, 0.0) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_after_k_applied_steps_the_masks_have_the_schedule_s_sparsity(tmp_path, accumulation):
+    seen = {}
+    ready = _Ready(
+        tmp_path,
+        f"train.gradient_accumulation_steps={accumulation}",
+        "schedule.initial_sparsity=0.2",
+        seen=lambda module, state: seen.__setitem__(state.step, _zeros(module)),
+    )
+    state = ready.train()
+    assert state.step == 20
+    assert ready.engine.global_steps == 20
+    assert list(seen) == list(range(1, 21))
+    for step, counts in seen.items():
+        target = ready.schedule.sparsity_at(step)
+        assert [zeros for _, zeros in counts] == [math.floor(target * numel) for numel, _ in counts], step
+    assert [math.floor(0.2 * n) for n, _ in seen[1]] == [z for _, z in seen[1]]  # pruned before the first step
+    assert [math.floor(0.8 * n) for n, _ in seen[16]] == [z for _, z in seen[16]]  # cool-down 0.2 of 20
+    assert seen[15] != seen[16] == seen[20]
+    assert state.masks.checksum == mask_stats(ready.module).checksum
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_skipped_step_moves_neither_step_nor_mask(tmp_path, accumulation):
+    clean, skipping = {}, {}
+
+    def remember(into):
+        return lambda module, state: into.__setitem__(state.step, (state.batch, _zeros(module)))
+
+    overrides = [f"train.gradient_accumulation_steps={accumulation}", "schedule.update_interval=1"]
+    _Ready(tmp_path, *overrides, seen=remember(clean)).train()
+    ready = _Ready(tmp_path, *overrides, seen=remember(skipping))
+    bad_batches = (0, 6, 7, 12)
+    _poison(ready.module, [batch * accumulation + accumulation - 1 for batch in bad_batches])
+    state = ready.train()
+    assert ready.engine.skipped_steps == 4
+    assert (state.step, state.batch, ready.engine.global_steps) == (20, 24, 24)
+    assert [batch for batch, _ in skipping.values()] == [b + 1 for b in range(24) if b not in bad_batches]
+    assert [zeros for _, zeros in skipping.values()] == [zeros for _, zeros in clean.values()]
+    assert _lines(tmp_path)[-1]["skipped_steps"] == 4
+
+
+def test_a_skipped_step_changes_no_parameter(tmp_path):
+    ready = _Ready(tmp_path, "train.num_steps=1", "schedule.warmup_fraction=0.0")
+    before = {n: p.detach().clone() for n, p in ready.module.named_parameters()}
+    _poison(ready.module, [0])
+    ready.loop.engine.step, step = lambda: (step(), states.append(_same(ready.module, before))), ready.engine.step
+    states = []
+    ready.train()
+    assert states == [True, False]
+
+
+def _same(module, before):
+    return all(torch.equal(p, before[n]) for n, p in module.named_parameters())
+
+
+def test_a_run_that_only_skips_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop_module, "MAX_SKIPPED_IN_A_ROW", 5)
+    ready = _Ready(tmp_path)
+    _poison(ready.module, [*range(2, 6), *range(7, 100)])
+    with pytest.raises(DivergedError, match=r"5 optimizer steps in a row .* \(after 3 applied steps\)"):
+        ready.train()
+    assert ready.engine.skipped_steps == 4 + 5
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, value):
+    ready = _Ready(tmp_path, "train.gradient_accumulation_steps=2")
+    calls = iter(range(100))
+    spoil = {5: value}  # the second micro-batch of the third step
+
+    def forward(module, inputs, output):
+        output.loss = output.loss * spoil.get(next(calls), 1.0)
+
+    ready.module.register_forward_hook(forward)
+    with pytest.raises(DivergedError) as caught:
+        ready.train()
+    message = str(caught.value)
+    assert "the loss of batch 3 is not finite on rank 0 (after 2 applied steps)" in message
+    assert "lower the learning rates" in message
+    assert all(bool(p.isfinite().all()) for p in ready.module.parameters())
+
+
+def test_in_the_cool_down_scores_and_masks_stand_still_and_updates_go_on(tmp_path):
+    seen, rates = {}, {}
+
+    def remember(module, state):
+        both = _trained(module, SCORES), _trained(module, UPDATES)
+        seen[state.step] = (*both, mask_stats(module).checksum)
+        rates[state.step] = {g["name"]: g["lr"] for g in ready.engine.optimizer.param_groups}
+
+    ready = _Ready(tmp_path, seen=remember)
+    ready.train()
+    end = ready.schedule.ramp_end
+    assert end == 16
+    for step in range(end + 1, 21):
+        scores, updates, checksum = seen[step]
+        assert rates[step]["scores"] == 0.0
+        assert rates[step]["updates"] > 0.0
+        assert all(torch.equal(p, seen[end][0][n]) for n, p in scores.items())
+        assert checksum == seen[end][2]
+        assert any(not torch.equal(p, seen[step - 1][1][n]) for n, p in updates.items())
+    assert all(rates[step]["scores"] > 0.0 for step in range(1, end + 1))
+    assert any(not torch.equal(p, seen[end - 1][0][n]) for n, p in seen[end][0].items())
+    assert all(not layer.scores_train for layer in pst_layers(ready.module).values())
+    factor = learning_rate_factor(9, 20, 0.06)
+    assert rates[10] == pytest.approx({"scores": 1e-2 * factor, "updates": 2e-3 * factor, "head": 1e-3 * factor})
+
+
+def test_only_factors_and_the_head_are_trained(tmp_path):
+    ready = _Ready(tmp_path)
+    before = {n: p.detach().clone() for n, p in ready.module.named_parameters()}
+    ready.train()
+    changed = {n for n, p in ready.module.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {n for n in before if ".pst_" in n or n.startswith("classifier.")}
+    in_optimizer = sum(p.numel() for group in ready.engine.optimizer.param_groups for p in group["params"])
+    assert in_optimizer == sum(before[n].numel() for n in changed if not n.endswith("pst_mask"))
+    assert isinstance(ready.engine, LocalEngine)
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path):
+    losses = []
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        (tmp_path / name).mkdir()
+        _Ready(tmp_path / name, f"seed={seed}", "model.dropout=0.1", "train.num_steps=4").train()
+        losses.append([line["loss"] for line in _lines(tmp_path / name) if line["event"] == "step"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_every_line_of_the_metrics_says_what_it_should(tmp_path):
+    result = train_run(_prepared(tmp_path / "run", "eval.interval=5"), quiet=True)
+    lines = _lines(tmp_path / "run")
+    by_event = {name: [line for line in lines if line["event"] == name] for name in {line["event"] for line in lines}}
+    assert by_event.keys() == {"step", "mask_update", "evaluation"}
+    schedule = load_run("tests/data/world_size.toml").make_schedule(20)
+    steps = by_event["step"]
+    assert [line["step"] for line in steps] == list(range(1, 21))
+    for line in steps:
+        expected = {
+            "step", "seconds", "event", "loss", "lr/scores", "lr/updates", "lr/head", "sparsity/target",
+            "sparsity/actual", "flip_rate", "tokens_per_second", "peak_memory_bytes", "skipped_steps",
+        }  # fmt: skip
+        assert line.keys() == expected
+        assert math.isfinite(line["loss"])
+        assert line["sparsity/target"] == schedule.sparsity_at(line["step"])
+        assert line["sparsity/target"] - 0.001 < line["sparsity/actual"] <= line["sparsity/target"]
+        assert line["tokens_per_second"] > 0
+        assert line["peak_memory_bytes"] > 10 * 2**20
+    updates = by_event["mask_update"]
+    assert [line["step"] for line in updates] == [s for s in range(21) if schedule.updates_masks_at(s)] != []
+    for line in updates:
+        assert len(bytes.fromhex(line["mask_checksum"])) == 8
+        assert 0.0 < line["flip_rate"] < 1.0
+    assert len({line["mask_checksum"] for line in updates}) == len(updates)
+    assert updates[-1]["mask_checksum"] == result["mask_checksum"]
+    assert updates[-1]["sparsity/actual"] == result["sparsity_in_masks"]
+    assert [line["step"] for line in by_event["evaluation"]] == [5, 10, 15, 20]
+    assert result["metrics"] == {k: by_event["evaluation"][-1][f"eval/{k}"] for k in result["metrics"]}
+
+
+def test_the_tensorboard_file_holds_the_same_scalars(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_run(_prepared(tmp_path, "train.log_interval=5"), quiet=True)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"loss", "lr/scores", "sparsity/actual", "flip_rate", "eval/accuracy"} <= set(board.Tags()["scalars"])
+    logged = {line["step"]: line["loss"] for line in _lines(tmp_path) if line["event"] == "step"}
+    assert list(logged) == [1, 5, 10, 15, 20]  # the first, every fifth, the last
+    assert {e.step: e.value for e in board.Scalars("loss")} == pytest.approx(logged, rel=1e-6)
+
+
+def test_the_loss_of_a_line_is_the_mean_since_the_line_before(tmp_path):
+    fine, coarse = tmp_path / "fine", tmp_path / "coarse"
+    for folder, interval in ((fine, 1), (coarse, 10)):
+        folder.mkdir()
+        _Ready(folder, f"train.log_interval={interval}", "train.gradient_accumulation_steps=2").train()
+    each, means = ({n["step"]: n["loss"] for n in _lines(f) if n["event"] == "step"} for f in (fine, coarse))
+    assert means[1] == each[1]
+    assert means[10] == pytest.approx(sum(each[s] for s in range(2, 11)) / 9)
+    assert means[20] == pytest.approx(sum(each[s] for s in range(11, 21)) / 10)
+
+
+def test_the_best_checkpoint_is_chosen_among_those_at_the_final_sparsity(tmp_path, monkeypatch):
+    from pst_ds.train import run as run_module
+
+    scores = {4: 0.99, 8: 0.98, 12: 0.97, 16: 0.5, 20: 0.4}  # the sparser, the worse
+    order = iter(scores.values())
+    monkeypatch.setattr(
+        run_module,
+        "classification_metrics",
+        lambda logits, labels: dict.fromkeys(("accuracy", "macro_f1"), next(order)),
+    )
+    result = train_run(_prepared(tmp_path, "eval.interval=4"), quiet=True)
+    assert result["best_step"] == 16
+    best, final = (run_module.read_checkpoint(tmp_path / "checkpoints" / n).state for n in ("best", "final"))
+    assert (best.step, best.masks_final, best.sparsity, best.metrics["accuracy"]) == (16, True, 0.8, 0.5)
+    assert (final.step, final.sparsity, final.metrics["accuracy"]) == (20, 0.8, 0.4)
+
+
+def test_without_an_evaluation_at_the_final_sparsity_there_is_no_best(tmp_path):
+    """Also in a folder where an earlier run left one."""
+    from pst_ds.train.run import open_checkpoint
+
+    train_run(_prepared(tmp_path), quiet=True)
+    assert (tmp_path / "checkpoints" / "best").is_dir()
+    prepared = _prepared(tmp_path, "data.validation=", "train.num_steps=4", "seed=1")
+    result = train_run(prepared, quiet=True)
+    assert result["best_step"] is None
+    assert result["metrics"] == {}
+    opened = open_checkpoint(prepared.run, "best")
+    assert opened.folder.name == "final"
+    assert opened.state.step == 4
+
+
+def test_the_run_folder_can_be_read_back(tmp_path):
+    prepared = _prepared(tmp_path, "train.num_steps=2")
+    result = train_run(prepared, quiet=True)
+    assert load_run(tmp_path / "run.toml") == prepared.run
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert json.loads((tmp_path / "labels.json").read_text()) == ["bad", "good"]
