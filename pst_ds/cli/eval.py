@@ -20,8 +20,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from pst_ds.train.data import load_examples
     from pst_ds.train.run import build, evaluate, open_checkpoint, prepare
 
-    prepared = prepare(config, launch_environment(), run_file=args.run)
     checkpoint = open_checkpoint(config, args.checkpoint)
+    prepared = prepare(config, launch_environment(), run_file=args.run, labels=checkpoint.state.labels)
     examples = load_examples(config.data, args.split, prepared.tokenizer, prepared.labels)
     _, engine = build(prepared, checkpoint)
     metrics = evaluate(engine, examples, prepared)

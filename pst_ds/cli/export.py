@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     config = load_run_or_folder(args)
     from pst_ds.export.dense import export_dense
-    from pst_ds.train.data import label_names
     from pst_ds.train.model import load_tokenizer, meta_model
     from pst_ds.train.run import open_checkpoint
 
     checkpoint = open_checkpoint(config, args.checkpoint)
     tokenizer = load_tokenizer(config)
-    model = meta_model(config, label_names(config.data), tokenizer)
+    without_override = replace(config, model=replace(config.model, dropout=None))
+    model = meta_model(without_override, checkpoint.state.labels, tokenizer)
     written = export_dense(model, checkpoint, tokenizer, Path(args.out), dtype=args.dtype)
     print(
         f"wrote {args.out}: {written['pruned_tensors']} pruned tensors of {written['tensors']}, sparsity "

@@ -52,17 +52,17 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForSequenceClassification
 
     from pst_ds.nn.inject import pst_layers
-    from pst_ds.parallel.launch import LaunchEnvironment
     from pst_ds.train.data import Examples, load_examples
     from pst_ds.train.evaluate import classification_metrics, predict
     from pst_ds.train.model import DTYPES
     from pst_ds.train.run import masked_model, open_checkpoint, prepare_single
 
-    prepared = prepare_single(config, LaunchEnvironment(0, 1, 0))
+    checkpoint = open_checkpoint(config, args.checkpoint)
+    prepared = prepare_single(config, checkpoint)
     examples = load_examples(config.data, args.split, prepared.tokenizer, prepared.labels)
     if args.limit:
         examples = Examples(examples.features[: args.limit], examples.labels[: args.limit])
-    masked = masked_model(prepared, open_checkpoint(config, args.checkpoint))
+    masked = masked_model(prepared, checkpoint)
     plain = AutoModelForSequenceClassification.from_pretrained(args.export, dtype=DTYPES[config.train.precision])
     plain = plain.to(prepared.device).eval()
     layers = pst_layers(masked)

@@ -55,6 +55,8 @@ class CheckpointState:
     """Where it computed: "cpu", "cuda"."""
     base_path: str
     base_fingerprint: str
+    labels: list[str]
+    """Names of the classes, in the order of their ids."""
     weight_scales: dict[str, list[float]]
     """Of each PST layer, the mean |W0| of its matrices (or ones)."""
     metrics: dict[str, float]
@@ -179,10 +181,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        _replace_folder(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _replace_folder(partial, folder)
 
 
 def _replace_folder(partial: Path, folder: Path) -> None:
@@ -194,10 +196,15 @@ def _replace_folder(partial: Path, folder: Path) -> None:
         finally:
             os.close(handle)
     old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -105,6 +105,8 @@ def update_masks(model: nn.Module, sparsity: float) -> MaskStats:
     on the number of layers. Raises NonFiniteScoreError on every rank, naming the layers; the masks are then unchanged.
     """
     layers = pst_layers(model)
+    for name, layer in layers.items():
+        assert zero3.num_shards(layer.weight) == layer.num_shards, f"{name}: num_shards is not how it is partitioned"
     before = [mask_shard(layer) for layer in layers.values()]
     shards = _layer_shards(layers)
     any_weight = next(iter(layers.values())).weight

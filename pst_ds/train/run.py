@@ -37,7 +37,7 @@ from pst_ds.train.metrics import MetricsWriter
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
 from pst_ds.train.run_file import dump_run
 
-RUN_FILE, RESULT_FILE, LABELS_FILE = "run.toml", "result.json", "labels.json"
+RUN_FILE, RESULT_FILE = "run.toml", "result.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,9 @@ class Prepared:
     device: str
 
 
-def prepare(run: RunConfig, launch: LaunchEnvironment, *, run_file: str = "the run file") -> Prepared:
+def prepare(
+    run: RunConfig, launch: LaunchEnvironment, *, run_file: str = "the run file", labels: list[str] | None = None
+) -> Prepared:
     """Read and check everything that costs little, before any rank waits for another. Then join the process group.
 
     Raises InputError. Collective.
@@ -68,7 +70,7 @@ def prepare(run: RunConfig, launch: LaunchEnvironment, *, run_file: str = "the r
     if run.deepspeed_config:
         require_deepspeed()
         raw = load_deepspeed_config(run.deepspeed_config)
-    labels = label_names(run.data)
+    labels = labels or label_names(run.data)
     tokenizer = load_tokenizer(run)
     shapes = meta_model(run, labels, tokenizer, num_shards=launch.world_size)  # refuses what cannot be injected
     resolved = None
@@ -86,10 +88,10 @@ def prepare(run: RunConfig, launch: LaunchEnvironment, *, run_file: str = "the r
     return Prepared(run, launch, labels, tokenizer, resolved, device_of(launch))
 
 
-def prepare_single(run: RunConfig, launch: LaunchEnvironment) -> Prepared:
-    """The same for one process without DeepSpeed, whatever the run trained on."""
-    tokenizer = load_tokenizer(run)
-    return Prepared(run, launch, label_names(run.data), tokenizer, None, device_of(launch))
+def prepare_single(run: RunConfig, checkpoint: Checkpoint) -> Prepared:
+    """The same for one process without DeepSpeed, whatever the run trained on, to read a checkpoint of it."""
+    launch = LaunchEnvironment(0, 1, 0)
+    return Prepared(run, launch, checkpoint.state.labels, load_tokenizer(run), None, device_of(launch))
 
 
 def build(prepared: Prepared, checkpoint: Checkpoint | None = None) -> tuple[BuiltModel, Engine]:
@@ -214,6 +216,7 @@ class _Keeper:
             device_type=self._prepared.device.partition(":")[0],
             base_path=run.model.path,
             base_fingerprint=self._fingerprint,
+            labels=self._prepared.labels,
             weight_scales=weight_scales(module),
             metrics=values,
         )
@@ -254,9 +257,13 @@ def masked_model(prepared: Prepared, checkpoint: Checkpoint) -> nn.Module:
 
 def _start_folder(folder: Path, prepared: Prepared) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # an earlier run's best would pass for this one's
+    checkpoints = folder / "checkpoints"
+    if checkpoints.is_dir():  # an earlier run's best would pass for this one's
+        previous = folder / "checkpoints.previous"
+        shutil.rmtree(previous, ignore_errors=True)
+        checkpoints.rename(previous)
+        print(f"{checkpoints} of an earlier run is now {previous}")
     (folder / RUN_FILE).write_text(dump_run(prepared.run), encoding="utf-8")
-    (folder / LABELS_FILE).write_text(json.dumps(prepared.labels) + "\n", encoding="utf-8")
     if prepared.ds_config is not None:
         text = json.dumps(prepared.ds_config, indent=1) + "\n"
         (folder / "deepspeed.json").write_text(text, encoding="utf-8")

@@ -40,7 +40,7 @@ def _exported(folder, model, **settings):
     update_masks(model, 0.5)
     state = CheckpointState(
         step=3, sparsity=0.5, masks_final=True, precision="fp32", device_type="cpu", base_path=str(folder / "base"),
-        base_fingerprint="f00d", weight_scales=weight_scales(model), metrics={"accuracy": 0.5},
+        base_fingerprint="f00d", labels=["bad", "good"], weight_scales=weight_scales(model), metrics={"accuracy": 0.5},
     )  # fmt: skip
     save_checkpoint(folder / "checkpoint", model, state)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tests/data/tiny-bert")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def _state(model, **changes):
     return CheckpointState(
         **{
             "step": 12, "sparsity": 0.4, "masks_final": False, "precision": "fp32", "device_type": "cpu",
-            "base_path": "base", "base_fingerprint": "f00d", "weight_scales": weight_scales(model),
+            "base_path": "base", "base_fingerprint": "f00d", "labels": ["bad", "good"], "weight_scales": weight_scales(model),
             "metrics": {"accuracy": 0.75}, **changes,
         }
     )  # fmt: skip
@@ -223,20 +224,26 @@ def test_a_newer_checkpoint_replaces_the_older(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
-@pytest.mark.parametrize("moment", ["save_file", "file_sha256", "_replace_folder"])
+@pytest.mark.parametrize("moment", ["save_file", "file_sha256", "_replace_folder", "rename"])
 def test_a_crash_while_saving_keeps_the_older(tmp_path, monkeypatch, moment):
     import safetensors.torch
 
     older = _saved(tmp_path / "c")
 
+    rename = Path.rename
+
     def crash(*arguments):
+        if moment == "rename" and not arguments[0].name.endswith(".partial"):
+            return rename(*arguments)
         raise OSError("No space left on device")
 
     newer = _trained(seed=5)
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch if moment == "save_file" else checkpoint_module, moment, crash)
+        owners = {"save_file": safetensors.torch, "rename": Path}
+        patch.setattr(owners.get(moment, checkpoint_module), moment, crash)
         with pytest.raises(OSError, match="No space left"):
             save_checkpoint(tmp_path / "c", newer, _state(newer, step=99))
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
     checkpoint = read_checkpoint(tmp_path / "c")
     assert checkpoint.state == _state(older)
     assert torch.equal(checkpoint.trained["classifier.weight"], older.classifier.weight)

@@ -145,6 +145,9 @@ def test_bf16_parameters_have_fp32_masters_that_small_steps_add_up_in():
     for _ in range(20):
         engine.backward(engine(x.bfloat16(), target))
         engine.step()
+    wide = _engine(_Model())
+    _run(wide, x, target, 1)
+    assert engine.get_global_grad_norm() == pytest.approx(wide.get_global_grad_norm(), rel=0.05)
     (master,) = zero3.fp32_masters([model.head.weight])
     assert master.dtype == torch.float32
     assert model.head.weight.dtype == torch.bfloat16

@@ -18,7 +18,7 @@ from pst_ds.train.data import load_examples
 from pst_ds.train.loop import DivergedError, Loop, learning_rate_factor, train
 from pst_ds.train.mask_update import mask_stats
 from pst_ds.train.metrics import MetricsWriter
-from pst_ds.train.run import build, prepare, train_run
+from pst_ds.train.run import build, open_checkpoint, prepare, train_run
 from pst_ds.train.run_file import load_run
 
 SCORES, UPDATES = ("pst_A", "pst_B", "pst_R", "pst_C"), ("pst_U", "pst_V")
@@ -291,7 +291,6 @@ def test_the_best_checkpoint_is_chosen_among_those_at_the_final_sparsity(tmp_pat
 
 def test_without_an_evaluation_at_the_final_sparsity_there_is_no_best(tmp_path):
     """Also in a folder where an earlier run left one."""
-    from pst_ds.train.run import open_checkpoint
 
     train_run(_prepared(tmp_path), quiet=True)
     assert (tmp_path / "checkpoints" / "best").is_dir()
@@ -309,4 +308,4 @@ def test_the_run_folder_can_be_read_back(tmp_path):
     result = train_run(prepared, quiet=True)
     assert load_run(tmp_path / "run.toml") == prepared.run
     assert json.loads((tmp_path / "result.json").read_text()) == result
-    assert json.loads((tmp_path / "labels.json").read_text()) == ["bad", "good"]
+    assert open_checkpoint(prepared.run, "final").state.labels == ["bad", "good"]
