@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 InitScale = Literal["normal", "rank", "width"]
+Bias = Literal["none", "pst_only", "all"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +25,8 @@ class PSTConfig:
     """Modules left dense, matched as ``target_modules`` is."""
     modules_to_save: tuple[str, ...] | None = None
     """Modules trained in full; None is the task head. An empty list trains none."""
+    bias: Bias = "none"
+    """Which biases train, as in PEFT: none, those of the pruned layers, or all of the model."""
     fused_modules: tuple[str, ...] = ("c_attn",)
     """Layers that hold several square matrices side by side (q, k, v), each scored and ranked by itself."""
     score_rank: int = 8
@@ -62,6 +65,9 @@ class PSTConfig:
         for name in ("score_init", "update_init"):
             if getattr(self, name) not in get_args(InitScale):
                 raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(get_args(InitScale))}")
+
+        if self.bias not in get_args(Bias):
+            raise ValueError(f"bias = {self.bias!r} must be one of {', '.join(get_args(Bias))}")
 
     @classmethod
     def paper(cls, **overrides: Any) -> PSTConfig:

@@ -10,7 +10,7 @@ from torch import nn
 
 from pst_ds.core.layout import WeightLayout, shard_tiles, view_in_shard
 from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent
-from pst_ds.nn.config import PSTConfig
+from pst_ds.nn.config import Bias, PSTConfig
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.targets import InjectionError, Target, find_targets, modules_to_save
 from pst_ds.parallel import zero3
@@ -45,7 +45,17 @@ def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = 
             setattr(parent, attribute, layer)
     for module in modules_to_save(model, config).values():
         module.requires_grad_(True)
+    _train_biases(model, config.bias)
     return model
+
+
+def _train_biases(model: nn.Module, which: Bias) -> None:
+    if which == "none":
+        return
+    for module in model.modules():
+        bias = module._parameters.get("bias")
+        if bias is not None and (which == "all" or isinstance(module, PSTLinear)):
+            bias.requires_grad_(True)
 
 
 def pst_layers(model: nn.Module) -> dict[str, PSTLinear]:

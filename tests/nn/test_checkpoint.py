@@ -61,8 +61,8 @@ def _state(model, **changes):
     return CheckpointState(
         **{
             "step": 12, "sparsity": 0.4, "masks_final": False, "precision": "fp32", "device_type": "cpu",
-            "base_path": "base", "base_fingerprint": "f00d", "labels": ["bad", "good"], "weight_scales": weight_scales(model),
-            "metrics": {"accuracy": 0.75}, **changes,
+            "base_path": "base", "base_fingerprint": "f00d", "labels": ["bad", "good"],
+            "weight_scales": weight_scales(model), "metrics": {"accuracy": 0.75}, **changes,
         }
     )  # fmt: skip
 

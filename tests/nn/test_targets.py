@@ -280,3 +280,12 @@ def test_a_base_weight_that_is_not_finite_is_refused_by_name(bad):
     model["layers"][1].weight.data[3, 3] = bad
     with pytest.raises(InjectionError, match=r"layers\.1\.weight has NaN or infinite values"):
         inject_pst(model, PSTConfig())
+
+
+@pytest.mark.parametrize(("bias", "trained"), [("none", set()), ("pst_only", {"fc"}), ("all", {"fc", "norm", "embed"})])
+def test_biases_train_as_in_peft(bias, trained):
+    block = nn.ModuleDict({"fc": nn.Linear(8, 8), "norm": nn.LayerNorm(8)})
+    model = nn.ModuleDict({"embed": nn.Linear(8, 8), "layers": nn.ModuleList([block])})
+    inject_pst(model, PSTConfig(bias=bias, modules_to_save=()))
+    found = {n.split(".")[-2] for n, p in model.named_parameters() if n.endswith("bias") and p.requires_grad}
+    assert found == trained
