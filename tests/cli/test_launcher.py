@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from pst_ds.cli.main import main
+
 RUN_FILE = "tests/data/world_size.toml"
 DEEPSPEED = str(Path(sys.executable).parent / "deepspeed")
 
@@ -41,7 +43,7 @@ def _last_json(done: subprocess.CompletedProcess[str]) -> dict:
 
 
 @pytest.mark.launcher
-def test_launcher_and_local_sh_are_the_same_run_and_eval_reads_it(tmp_path):
+def test_launcher_and_local_sh_are_the_same_run_as_planned_and_eval_reads_it(tmp_path, capsys):
     first = _deepspeed("train", RUN_FILE, "--set", f"output_dir={tmp_path}/a", "--json")
     assert first.returncode == 0, first.stderr[-3000:]
     second = _launch("launch/local.sh", "--ranks", "2", RUN_FILE, "--set", f"output_dir={tmp_path}/b", "--json")
@@ -56,6 +58,10 @@ def test_launcher_and_local_sh_are_the_same_run_and_eval_reads_it(tmp_path):
     evaluated = _deepspeed("eval", str(tmp_path / "a"), "--split", "validation", "--json")
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
     assert _last_json(evaluated)["accuracy"] == a["metrics"]["accuracy"]
+    assert main(["plan", RUN_FILE, "--ranks", "2", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert planned["optimizer_bytes_per_rank"] == a["optimizer_bytes_per_rank"]
+    assert planned["trained_parameters"] == a["trained_parameters"]
 
 
 @pytest.mark.launcher
