@@ -13,7 +13,7 @@ Bias = Literal["none", "pst_only", "all"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PSTConfig:
-    """The PST modules of a model. Defaults are the ones that measured best here; ``PSTConfig.paper()`` has the paper's.
+    """The PST modules of a model; defaults as docs/design.md measured them, and ``PSTConfig.paper()`` the paper's.
 
     S = |W| / scale + alpha1 A B + alpha2 (R 1' + 1 C'),  W = W0 + beta U V,  y = x (M . W)' + bias
     """
