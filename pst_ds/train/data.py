@@ -15,7 +15,6 @@ from pst_ds.train.config import ConfigError, DataConfig
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _LENGTH_WINDOW_BATCHES = 50
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, slots=True)
