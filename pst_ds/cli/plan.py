@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "num_examples": num_examples,
         "trained_in_full": head_names(model, config),
         "layers": _layers(model),
+        "updated_embeddings": _embeddings(model),
         **_counts(model, ranks, stage, config.train.precision),
         "schedule": _schedule(config, num_steps),
     }
@@ -57,6 +58,15 @@ def _layers(model: Any) -> list[dict[str, Any]]:
             "factor_parameters": sum(p.numel() for _, p in layer.factor_parameters()),
         }
         for name, layer in pst_layers(model).items()
+    ]
+
+
+def _embeddings(model: Any) -> list[dict[str, Any]]:
+    from pst_ds.nn.embedding import pst_embeddings
+
+    return [
+        {"name": name, "rows": e.num_embeddings, "width": e.embedding_dim, "factor_parameters": e.num_factor_parameters}
+        for name, e in pst_embeddings(model).items()
     ]
 
 
@@ -112,6 +122,8 @@ def _print(plan: dict[str, Any]) -> None:
             f"  {layer['name']}  {layer['out_features']} x {layer['in_features']}{fused}, "
             f"{layer['factor_parameters']:,} factor parameters"
         )
+    for e in plan["updated_embeddings"]:
+        print(f"updated: {e['name']}  {e['rows']} x {e['width']}, {e['factor_parameters']:,} factor parameters")
     print(f"trained in full: {', '.join(plan['trained_in_full']) or 'nothing'}")
     share = plan["trained_parameters"] / plan["parameters"]
     print(f"trained parameters: {plan['trained_parameters']:,} of {plan['parameters']:,} ({share:.2%})")

@@ -51,6 +51,7 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    from pst_ds.nn.embedding import pst_embeddings
     from pst_ds.nn.inject import pst_layers
     from pst_ds.train.data import Examples, load_examples
     from pst_ds.train.evaluate import classification_metrics, predict
@@ -65,15 +66,16 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
     masked = masked_model(prepared, checkpoint)
     plain = AutoModelForSequenceClassification.from_pretrained(args.export, dtype=DTYPES[config.train.precision])
     plain = plain.to(prepared.device).eval()
-    layers = pst_layers(masked)
+    merged = {n: layer.masked_weight() for n, layer in pst_layers(masked).items()}
+    merged |= {n: embedding.updated_weight() for n, embedding in pst_embeddings(masked).items()}
     loaded = dict(plain.named_parameters())
-    differing = [n for n, layer in layers.items() if not torch.equal(layer.masked_weight(), loaded[f"{n}.weight"])]
+    differing = [n for n, weight in merged.items() if not torch.equal(weight, loaded[f"{n}.weight"])]
     ours, theirs = (
         predict(m, examples, prepared.tokenizer, config.eval.batch_size, prepared.device) for m in (masked, plain)
     )
     return {
         "examples": len(examples),
-        "compared_weights": len(layers),
+        "compared_weights": len(merged),
         "differing_weights": len(differing),
         "differing_predictions": int((ours.argmax(-1) != theirs.argmax(-1)).sum()),
         "max_logit_difference": float(np.abs(ours - theirs).max()),

@@ -12,7 +12,7 @@ from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
 from pst_ds.core.layout import WeightLayout
 
 
-def _add_low_rank_(out: Tensor, left: Tensor | None, right: Tensor | None, scale: float, scratch: Tensor) -> None:
+def add_low_rank_(out: Tensor, left: Tensor | None, right: Tensor | None, scale: float, scratch: Tensor) -> None:
     """out += scale * left @ right, one rank after another, multiply and add rounded apart.
 
     A BLAS product's rounding depends on the shape of the slice, and a fused multiply-add on where a vector loop ends,
@@ -34,11 +34,11 @@ def importance(weight: Tensor, tile: TileFactors, constants: Constants, weight_s
     """
     scores = weight.to(torch.float32, copy=True)
     scratch = torch.empty_like(scores)
-    _add_low_rank_(scores, tile.update_left, tile.update_right, constants.beta, scratch)
+    add_low_rank_(scores, tile.update_left, tile.update_right, constants.beta, scratch)
     scores.abs_()
     if weight_scale != 1.0:
         scores.mul_(1.0 / weight_scale)  # a product: torch divides by a number in two ways, CPU and CUDA
-    _add_low_rank_(scores, tile.score_left, tile.score_right, constants.alpha1, scratch)
+    add_low_rank_(scores, tile.score_left, tile.score_right, constants.alpha1, scratch)
     if tile.score_rows is not None:
         scores.add_((tile.score_rows * constants.alpha2).unsqueeze(1))
     if tile.score_cols is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pst_ds.core.bits import unpack_range
 from pst_ds.core.factors import Factors
+from pst_ds.core.low_rank_rows import updated_rows
 from pst_ds.core.scores import masked_weight
 from pst_ds.export.base_weights import BaseWeights
 from pst_ds.export.manifest import (
@@ -27,6 +28,7 @@ from pst_ds.export.manifest import (
     write_manifest,
 )
 from pst_ds.nn.checkpoint import Checkpoint, whole_folder
+from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import FACTOR_NAMES, PSTLinear
 
@@ -95,7 +97,7 @@ def _about(checkpoint: Checkpoint, entries: list[TensorEntry]) -> dict[str, Any]
 
 def _tensors(model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, dtype: str | None) -> Iterator[_Exported]:
     """Every tensor that ``save_pretrained`` of the plain model would write, under its name there."""
-    layers = pst_layers(model)
+    layers, embeddings = pst_layers(model), pst_embeddings(model)
     seen: set[int] = set()
     for name, param in model.named_parameters():
         owner, _, last = name.rpartition(".")
@@ -105,7 +107,10 @@ def _tensors(model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, dtype:
         in_base = base.find(name)
         stored = None if in_base is None else base.read(in_base)
         layer = layers.get(owner) if last == "weight" else None
-        exported = _tensor(name, stored, checkpoint, layer)
+        if last == "weight" and owner in embeddings:
+            exported = _updated_embedding(name, stored, checkpoint, embeddings[owner].beta)
+        else:
+            exported = _tensor(name, stored, checkpoint, layer)
         if tuple(exported.tensor.shape) != tuple(param.shape):
             raise ExportError(
                 f"{name} has shape {tuple(exported.tensor.shape)} in the base model or checkpoint, and "
@@ -134,6 +139,16 @@ def _tensor(name: str, stored: Tensor | None, checkpoint: Checkpoint, layer: PST
     mask = checkpoint.masks[name.removesuffix(".weight")]
     merged = _merge(name.removesuffix(".weight"), layer, start, mask, checkpoint, compute)
     return _Exported(name, merged.to(width).contiguous(), "pruned", layer, mask)
+
+
+def _updated_embedding(name: str, stored: Tensor | None, checkpoint: Checkpoint, beta: float) -> _Exported:
+    """W0 + beta U V of a PSTEmbedding, as the model looked it up."""
+    if stored is None:
+        raise ExportError(f"{name} is not in the base model {checkpoint.state.base_path!r}")
+    compute = DTYPES[checkpoint.state.precision]
+    left, right = (checkpoint.trained[f"{name.removesuffix('weight')}pst_{f}"].to(compute) for f in "UV")
+    merged = updated_rows(stored.to(compute), left, right, beta)
+    return _Exported(name, merged.to(torch.promote_types(compute, stored.dtype)), "trained")
 
 
 def _merge(

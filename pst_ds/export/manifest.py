@@ -31,7 +31,8 @@ class TensorEntry:
     shape: list[int]
     dtype: str
     origin: str
-    """"base": the pretrained bytes; "trained": from the checkpoint; "pruned": M . (W0 + beta U V)."""
+    """"base": the pretrained bytes; "trained": from the checkpoint, or W0 + beta U V of an embedding; "pruned":
+    M . (W0 + beta U V)."""
     nonzero: int
     pattern: str
     """"dense", or what the zeros were found to be: "2:4" along the inputs, or "unstructured"."""

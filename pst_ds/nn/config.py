@@ -33,6 +33,9 @@ class PSTConfig:
     """Rank of A B; 0 leaves both out."""
     update_rank: int = 8
     """Rank of U V; 0 leaves both out."""
+    update_embeddings: tuple[str, ...] = ()
+    """Embeddings that get an update U V of ``update_rank`` too, and no mask, such as "word_embeddings"; matched as a
+    list in ``target_modules`` is."""
     structured_scores: bool = True
     """Whether the scores have R and C."""
     alpha1: float = 1.0
@@ -46,12 +49,13 @@ class PSTConfig:
     """Standard deviation of A at the start: 1, 1/sqrt(rank) or 1/sqrt(3 in_features), times ``score_init_scale``."""
     score_init_scale: float = 0.3
     update_init: InitScale = "normal"
-    """The same for U."""
+    """The same for U (for V of an embedding, whose U starts at zero)."""
     update_init_scale: float = 0.1
     train_weights: bool = False
     """Train the pruned weights themselves, under the mask (for baselines: every weight then has optimizer state)."""
     seed: int = 0
-    """Seed of A and U; together with a layer's name it fixes their values, on any number of ranks."""
+    """Seed of A and U (of V in an embedding); together with a layer's name it fixes their values, on any number of
+    ranks."""
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -65,7 +69,11 @@ class PSTConfig:
         for name in ("score_init", "update_init"):
             if getattr(self, name) not in get_args(InitScale):
                 raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(get_args(InitScale))}")
-
+        if self.update_embeddings and self.update_rank == 0:
+            raise ValueError(
+                f"update_embeddings = {list(self.update_embeddings)} with update_rank = 0 updates nothing; set "
+                "update_rank to at least 1, or update_embeddings to []"
+            )
         if self.bias not in get_args(Bias):
             raise ValueError(f"bias = {self.bias!r} must be one of {', '.join(get_args(Bias))}")
 

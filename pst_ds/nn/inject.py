@@ -11,8 +11,9 @@ from torch import nn
 from pst_ds.core.layout import WeightLayout, shard_tiles, view_in_shard
 from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent
 from pst_ds.nn.config import Bias, PSTConfig
+from pst_ds.nn.embedding import PSTEmbedding
 from pst_ds.nn.linear import PSTLinear
-from pst_ds.nn.targets import InjectionError, Target, find_targets, modules_to_save
+from pst_ds.nn.targets import InjectionError, Target, find_embeddings, find_targets, modules_to_save
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_max, group_sum
 
@@ -22,6 +23,7 @@ _SCALE_TILE = 1 << 22
 def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = None) -> nn.Module:
     """Replace the target layers of ``model`` by PSTLinear in place, freeze the rest, and return the model.
 
+    Embeddings that the config updates become PSTEmbedding.
     Call it before ``deepspeed.initialize``. ``num_shards`` is the number of ranks that ZeRO-3 will split the weights
     over; it is known already when the model was built under ``zero.Init``, and 1 without ZeRO-3.
     Collective under ``zero.Init``. Raises InjectionError, see :func:`pst_ds.nn.targets.find_targets`.
@@ -29,6 +31,7 @@ def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = 
     if pst_layers(model):
         raise InjectionError("the model already has PST modules; inject into the base model, once")
     targets = find_targets(model, config)
+    embeddings = find_embeddings(model, config)
     scales = _weight_scales(targets) if config.relative_magnitude and config.has_scores else None
     for param in model.parameters():
         param.requires_grad_(False)
@@ -43,6 +46,11 @@ def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = 
         layer.train(target.module.training)
         for parent, attribute in target.places:
             setattr(parent, attribute, layer)
+    for found in embeddings:
+        embedding = PSTEmbedding(found.name, found.module, config)
+        embedding.train(found.module.training)
+        for parent, attribute in found.places:
+            setattr(parent, attribute, embedding)
     for module in modules_to_save(model, config).values():
         module.requires_grad_(True)
     _train_biases(model, config.bias)

@@ -56,15 +56,15 @@ class PSTLinear(nn.Module):
         def add(factor: str, shape: tuple[int, ...] | None, std: float = 0.0) -> None:
             param = None
             if shape is not None:
-                values = _seeded_normal(shape, std, f"{config.seed}/{name}/{factor}")
+                values = seeded_normal(shape, std, f"{config.seed}/{name}/{factor}")
                 param = nn.Parameter(values.to(device=device, dtype=weight.dtype))
             self.register_parameter(f"pst_{factor}", param)
 
         outputs, inputs, parts = layout.out_features, layout.in_features, layout.parts
         k, r = config.score_rank, config.update_rank
         structured = config.structured_scores
-        score_std = config.score_init_scale * _init_std(config.score_init, k, inputs)
-        update_std = config.update_init_scale * _init_std(config.update_init, r, inputs)
+        score_std = config.score_init_scale * init_std(config.score_init, k, inputs)
+        update_std = config.update_init_scale * init_std(config.update_init, r, inputs)
         add("A", (outputs, k) if k else None, score_std)
         add("B", (parts * k, inputs) if k else None)
         add("R", (outputs,) if structured else None)
@@ -141,7 +141,7 @@ class _MaskedLinear(torch.autograd.Function):
         return grad_x, None, grads.weight, grad_bias, *typed
 
 
-def _init_std(kind: InitScale, rank: int, in_features: int) -> float:
+def init_std(kind: InitScale, rank: int, in_features: int) -> float:
     if kind == "rank":
         return 1.0 / math.sqrt(max(rank, 1))
     if kind == "width":  # LoRA's, whose A is Kaiming-uniform with a = sqrt(5)
@@ -149,7 +149,7 @@ def _init_std(kind: InitScale, rank: int, in_features: int) -> float:
     return 1.0
 
 
-def _seeded_normal(shape: tuple[int, ...], std: float, key: str) -> Tensor:
+def seeded_normal(shape: tuple[int, ...], std: float, key: str) -> Tensor:
     """N(0, std**2) values fixed by ``key`` alone; zeros when std is 0."""
     if std == 0.0:
         return torch.zeros(shape)

@@ -34,6 +34,15 @@ class Target:
     layout: WeightLayout
 
 
+@dataclass(frozen=True, slots=True)
+class EmbeddingTarget:
+    """One embedding to update, and every (parent, attribute) that holds it."""
+
+    name: str
+    module: nn.Embedding
+    places: tuple[tuple[nn.Module, str], ...]
+
+
 def is_linear(module: nn.Module) -> bool:
     """nn.Linear, or the Conv1D of transformers' GPT-2."""
     return isinstance(module, nn.Linear) or _is_conv1d(module)
@@ -79,13 +88,43 @@ def modules_to_save(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]
     if config.modules_to_save is None:
         return {n: m for n, m in model.named_modules() if "." not in n and n in HEAD_NAMES}
     found = {n: m for n, m in model.named_modules() if n and name_matches(n, config.modules_to_save)}
-    for wanted in config.modules_to_save:
-        if not any(name_matches(n, (wanted,)) for n in found):
-            raise InjectionError(
-                f"modules_to_save names {wanted!r}, which the model does not have."
-                + _suggestion(wanted, {n.rpartition(".")[2] for n, _ in model.named_modules()})
-            )
+    _require_all_found("modules_to_save", config.modules_to_save, found, model)
     return found
+
+
+def _require_all_found(setting: str, wanted: tuple[str, ...], found: Iterable[str], model: nn.Module) -> None:
+    for name in wanted:
+        if not any(name_matches(n, (name,)) for n in found):
+            raise InjectionError(
+                f"{setting} names {name!r}, which the model does not have."
+                + _suggestion(name, {n.rpartition(".")[2] for n, _ in model.named_modules()})
+            )
+
+
+def find_embeddings(model: nn.Module, config: PSTConfig) -> list[EmbeddingTarget]:
+    """The embeddings that ``config.update_embeddings`` names, in model order.
+
+    Raises InjectionError for a name that matches none, and for one that is tied, trained in full or no plain
+    ``nn.Embedding``.
+    """
+    wanted, saved, places = config.update_embeddings, modules_to_save(model, config), _places_by_module(model)
+    found = {n: m for n, m in model.named_modules() if n and name_matches(n, wanted)}
+    _require_all_found("update_embeddings", wanted, found, model)
+    for name, module in found.items():
+        if type(module) is not nn.Embedding or module.max_norm is not None or module.scale_grad_by_freq:
+            raise InjectionError(
+                f"update_embeddings matches {name}, a {type(module).__name__}; only a plain nn.Embedding (no max_norm, "
+                "no scale_grad_by_freq) takes a low-rank update"
+            )
+        if any(name == s or name.startswith(s + ".") for s in saved):
+            raise InjectionError(f"{name} is in update_embeddings and in modules_to_save; name it in one of them")
+        for other, holder in model.named_modules():
+            if holder is not module and any(p is module.weight for p in holder.parameters(recurse=False)):
+                raise InjectionError(
+                    f"{name}.weight is tied to {other}.weight: an update of one would be missing in the other. Take "
+                    f"{name} out of update_embeddings"
+                )
+    return [EmbeddingTarget(name, module, places[module]) for name, module in found.items()]
 
 
 def _is_wanted(name: str, module: nn.Module, model: nn.Module, config: PSTConfig, saved: dict[str, nn.Module]) -> bool:

@@ -36,7 +36,9 @@ class BuiltModel:
 def pst_config(run: RunConfig) -> PSTConfig:
     """The modules that the run's method injects."""
     if run.method == "magnitude":
-        return replace(run.pst, score_rank=0, update_rank=0, structured_scores=False, train_weights=True)
+        return replace(
+            run.pst, score_rank=0, update_rank=0, update_embeddings=(), structured_scores=False, train_weights=True
+        )
     return run.pst
 
 

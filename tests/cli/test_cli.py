@@ -16,6 +16,7 @@ from pst_ds.cli.main import main
 
 RUN_FILE = "tests/data/world_size.toml"
 ONE_PROCESS = ("--set", "deepspeed_config=", "--set", "train.num_steps=6", "--set", "schedule.update_interval=1")
+UPDATED = ("--set", "pst.update_embeddings=['word_embeddings']")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -31,12 +32,12 @@ def _last_json(capsys):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A run that evaluated before the end, so that "best" and "final" differ, and its export."""
+    """A run with an updated embedding that evaluated before the end, so that "best" and "final" differ; its export."""
     top = tmp_path_factory.mktemp("cli")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         at = ("--set", f"output_dir={json.dumps(str(top / 'run'))}")
-        more = ("--set", "schedule.cooldown_fraction=0.5", "--set", "train.update_learning_rate=0.1")
+        more = ("--set", "schedule.cooldown_fraction=0.5", "--set", "train.update_learning_rate=0.1", *UPDATED)
         assert main(["train", RUN_FILE, "--quiet", *ONE_PROCESS, *at, *more, "--set", "eval.interval=3"]) == 0
         assert main(["export", str(top / "run"), "--out", str(top / "export"), "--checkpoint", "final"]) == 0
     best, final = (load_file(top / "run" / "checkpoints" / n / "trained.safetensors") for n in ("best", "final"))
@@ -86,6 +87,14 @@ WRONG = {
     "a target that matches nothing": (
         ["pst.target_modules=['q_porj']"],
         ("InjectionError", "target_modules ['q_porj'] matched no linear layer", "Names seen: query, key, value, dense"),
+    ),
+    "an embedding that is not there": (
+        ["pst.update_embeddings=['word_embedings']"],
+        ("InjectionError: update_embeddings names 'word_embedings'", "Did you mean 'word_embeddings'?"),
+    ),
+    "an update of embeddings without a rank": (
+        ["pst.update_embeddings=['word_embeddings']", "pst.update_rank=0"],
+        ("ConfigError: pst.update_embeddings = ['word_embeddings'] with update_rank = 0 updates nothing",),
     ),
     "a sparsity of 1.2": (["schedule.final_sparsity=1.2"], ("schedule.final_sparsity = 1.2 must be in [0, 1)",)),
     "a missing data file": (["data.train=no.jsonl"], ("data.train = 'no.jsonl' does not exist (looked in",)),
@@ -170,9 +179,11 @@ def test_arguments_that_argparse_refuses_are_2(arguments, capsys):
 @pytest.mark.parametrize(("precision", "bytes_each"), [("fp32", 8), ("bf16", 12)])
 @pytest.mark.parametrize("method", ["pst", "dense", "magnitude"])
 def test_plan_says_what_train_then_measures(tmp_path, capsys, method, precision, bytes_each):
-    arguments = [*_wrong(tmp_path, f"method={method}", f"train.precision={precision}"), "--json"]
+    arguments = [*_wrong(tmp_path, f"method={method}", f"train.precision={precision}"), *UPDATED, "--json"]
     assert main(["plan", *arguments]) == 0
     plan = _last_json(capsys)
+    embedding = {"name": "bert.embeddings.word_embeddings", "rows": 37, "width": 32, "factor_parameters": 8 * (37 + 32)}
+    assert plan["updated_embeddings"] == ([embedding] if method == "pst" else [])
     assert not (tmp_path / "run").exists()  # it starts nothing
     assert main(["train", *arguments, "--quiet"]) == 0
     result = _last_json(capsys)
@@ -181,7 +192,7 @@ def test_plan_says_what_train_then_measures(tmp_path, capsys, method, precision,
     assert result["optimizer_bytes_per_rank"] == bytes_each * result["trained_parameters"]
     base = sum(t.numel() for t in load_file("tests/data/tiny-bert/model.safetensors").values())
     head = 32 * 2 + 2
-    factors = sum((8 + 8 + 1) * (o + i) for o, i in 2 * ([(32, 32)] * 4 + [(60, 32), (32, 60)]))
+    factors = sum((8 + 8 + 1) * (o + i) for o, i in 2 * ([(32, 32)] * 4 + [(60, 32), (32, 60)])) + 8 * (37 + 32)
     assert result["trained_parameters"] == (factors if method == "pst" else base) + head
     asked = 0.0 if method == "dense" else 0.8
     assert (result["method"], result["steps"], result["sparsity_asked"]) == (method, 6, asked)
@@ -190,7 +201,7 @@ def test_plan_says_what_train_then_measures(tmp_path, capsys, method, precision,
 
 
 def test_plan_shows_the_run(capsys, tmp_path):
-    assert main(["plan", *_wrong(tmp_path), "--ranks", "2", "--json"]) == 0
+    assert main(["plan", *_wrong(tmp_path), *UPDATED, "--ranks", "2", "--json"]) == 0
     text = capsys.readouterr().out
     plan = json.loads(text.splitlines()[-1])
     assert plan["ranks"] == 2
@@ -204,8 +215,20 @@ def test_plan_shows_the_run(capsys, tmp_path):
     assert plan["schedule"]["sparsity_at"]["6"] == 0.8
     layer = {entry["name"]: entry for entry in plan["layers"]}["bert.encoder.layer.1.output.dense"]
     assert (layer["out_features"], layer["in_features"], layer["factor_parameters"]) == (32, 60, 17 * 92)
-    for words in ("12 layers to prune", "bert.encoder.layer.1.output.dense  32 x 60", "trained in full: classifier"):
+    for words in (
+        "12 layers to prune",
+        "bert.encoder.layer.1.output.dense  32 x 60",
+        "low-rank update of bert.embeddings.word_embeddings  37 x 32, 552 factor parameters",
+        "trained in full: classifier",
+    ):
         assert words in text
+
+
+def test_plan_lists_no_embedding_unless_one_is_updated(capsys, tmp_path):
+    assert main(["plan", *_wrong(tmp_path), "--json"]) == 0
+    text = capsys.readouterr().out
+    assert json.loads(text.splitlines()[-1])["updated_embeddings"] == []
+    assert "low-rank update" not in text
 
 
 def test_every_verb_ends_with_one_json_object(made, tmp_path, capsys):
@@ -242,12 +265,12 @@ def test_verify_holds_the_export_against_its_checkpoint_and_no_other(made, capsy
     verified = _last_json(capsys)
     assert verified["reloaded_equal"] is True
     assert verified["differing_weights"] == verified["differing_predictions"] == 0
-    assert (verified["compared_weights"], verified["examples"]) == (12, 61)
+    assert (verified["compared_weights"], verified["examples"]) == (12 + 1, 61)
     assert main(["verify", export, "--against", run, "--checkpoint", "best", "--limit", "5", "--json"]) == 1
     said = capsys.readouterr()
     assert f"pst-ds verify: VerificationError: {export} is not the model in {run}, checkpoint best" in said.err
     assert "Traceback" not in said.err
-    assert "12 of 12 weight tensors differ" in said.out
+    assert "13 of 13 weight tensors differ" in said.out  # the updated embedding too
     assert not said.out.splitlines()[-1].startswith("{")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -13,15 +14,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from pst_ds.export.dense import export_dense
 from pst_ds.export.manifest import ExportError, check_export
+from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train import run as run_module
 from pst_ds.train.data import collate, load_examples
 from pst_ds.train.model import meta_model
-from pst_ds.train.run import open_checkpoint, prepare, train_run
+from pst_ds.train.run import masked_model, open_checkpoint, prepare, train_run
 from pst_ds.train.run_file import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,10 +132,14 @@ def reloaded(folders, trained, tmp_path_factory):
 
 
 def _expected_logits(trained):
+    return _logits(trained.module, trained)
+
+
+def _logits(model, trained):
     batch = collate(trained.examples, range(len(trained.examples)), trained.prepared.tokenizer)
     batch.pop("labels")
     with torch.no_grad():
-        return trained.module(**batch).logits.float().numpy()
+        return model(**batch).logits.float().numpy()
 
 
 @pytest.mark.parametrize("name", ["plain", "sharded", "bf16 run"])
@@ -298,3 +305,80 @@ def test_a_model_of_other_shapes_is_refused_by_the_tensor_s_name(trained, tmp_pa
     with pytest.raises(ExportError, match=r"classifier\.bias is neither trained nor in the base model 'tests/data"):
         _export(other, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [tmp_path / "run"]
+
+
+EMBEDDINGS = ["bert.embeddings.word_embeddings", "bert.embeddings.token_type_embeddings"]
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def updated(request, tmp_path_factory):
+    """A run that updated two embeddings, and its export."""
+    top = tmp_path_factory.mktemp("updated")
+    trained = _train(
+        top / "run", f"train.precision={request.param}", "train.update_learning_rate=0.02", "pst.beta=1.3",
+        'pst.update_embeddings=["word_embeddings", "token_type_embeddings"]',
+    )  # fmt: skip
+    trained.said = _export(trained, top / "out")
+    trained.dtype = getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[request.param])
+    trained.out = top / "out"
+    return trained
+
+
+def test_an_updated_embedding_is_exported_as_it_was_looked_up(updated):
+    tensors = _tensors(updated.out)
+    base = load_file(ROOT / "tests/data/tiny-bert/model.safetensors")
+    embeddings = pst_embeddings(updated.module)
+    assert list(embeddings) == EMBEDDINGS
+    for name, embedding in embeddings.items():
+        expected, found = embedding.updated_weight(), tensors[f"{name}.weight"]
+        assert expected.dtype == updated.dtype
+        assert found.dtype == torch.float32  # the base's
+        assert torch.equal(found.view(torch.int32), expected.float().view(torch.int32))
+        start = base[f"{name.removeprefix('bert.')}.weight"].to(updated.dtype).float()
+        unnamed = ~embedding.pst_U.detach().any(1)  # rows that no example has
+        assert unnamed.any()
+        assert torch.equal((found == start).all(1), unnamed)
+    padding = updated.prepared.tokenizer.pad_token_id
+    assert not embeddings[EMBEDDINGS[0]].pst_U[padding].any()
+
+
+def test_the_manifest_says_that_an_updated_embedding_was_trained(updated):
+    manifest = json.loads((updated.out / "pst_manifest.json").read_text())
+    entries = {entry["name"]: entry for entry in manifest["tensors"]}
+    trained = {name for name, entry in entries.items() if entry["origin"] == "trained"}
+    assert trained == {*(f"{name}.weight" for name in EMBEDDINGS), "classifier.weight", "classifier.bias"}
+    assert {entries[f"{name}.weight"]["pattern"] for name in EMBEDDINGS} == {"dense"}
+    assert updated.said["pruned_tensors"] == 12
+    assert not any("pst_" in name for name in entries)
+    assert check_export(updated.out)["tensors"] == len(load_file(ROOT / "tests/data/tiny-bert/model.safetensors")) + 2
+
+
+def test_an_export_with_updated_embeddings_computes_what_the_masked_model_does(updated):
+    plain = AutoModelForSequenceClassification.from_pretrained(updated.out, dtype=updated.dtype).eval()
+    logits = _logits(plain, updated)
+    np.testing.assert_array_equal(logits, _expected_logits(updated))
+    assert len(np.unique(logits[:, 0])) > 10
+
+
+def test_updated_embeddings_survive_the_checkpoint(updated):
+    saved = load_file(updated.checkpoint.folder / "trained.safetensors")
+    assert {n for n in saved if n.startswith("bert.embeddings")} == {f"{n}.pst_{f}" for n in EMBEDDINGS for f in "UV"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        restored = masked_model(updated.prepared, updated.checkpoint)
+    tensors = _tensors(updated.out)
+    for name, embedding in pst_embeddings(restored).items():
+        assert embedding.pst_U.any()
+        assert torch.equal(embedding.updated_weight().float(), tensors[f"{name}.weight"])
+    np.testing.assert_array_equal(_logits(restored, updated), _expected_logits(updated))
+
+
+def test_an_updated_embedding_that_the_base_lacks_is_refused_by_name(updated, tmp_path):
+    tensors = load_file(ROOT / "tests/data/tiny-bert/model.safetensors")
+    del tensors["embeddings.word_embeddings.weight"]
+    (tmp_path / "base").mkdir()
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    state = dataclasses.replace(updated.checkpoint.state, base_path=str(tmp_path / "base"))
+    checkpoint = dataclasses.replace(updated.checkpoint, state=state)
+    with pytest.raises(ExportError, match=r"bert\.embeddings\.word_embeddings\.weight is not in the base model '"):
+        export_dense(updated.model, checkpoint, updated.prepared.tokenizer, tmp_path / "out")

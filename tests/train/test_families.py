@@ -65,11 +65,19 @@ def _train(settings):
 
 @pytest.mark.zero3
 @pytest.mark.parametrize(
-    ("family", "checkpointing"), [*((family, False) for family in FAMILIES), ("bert", True), ("llama", True)]
+    ("family", "checkpointing", "updated"),
+    [
+        ("bert", False, []),
+        ("bert", True, ["bert.embeddings.word_embeddings"]),
+        ("roberta", False, ["roberta.embeddings.word_embeddings", "roberta.embeddings.position_embeddings"]),
+        ("gpt2", False, ["transformer.wte"]),
+        ("llama", False, []),
+        ("llama", True, ["model.embed_tokens"]),
+    ],
 )
-def test_family_from_base_to_reloaded_export(run_ranks, tmp_path, family, checkpointing, capsys):
+def test_family_from_base_to_reloaded_export(run_ranks, tmp_path, family, checkpointing, updated, capsys):
     _write_base(family, tmp_path / "base")
-    settings = _settings(tmp_path, **{"model.gradient_checkpointing": checkpointing})
+    settings = _settings(tmp_path, **{"model.gradient_checkpointing": checkpointing, "pst.update_embeddings": updated})
     first, second = run_ranks(_train, 2, settings)
     assert first == second | {"seconds": first["seconds"]}
     out = tmp_path / "export"
@@ -77,6 +85,7 @@ def test_family_from_base_to_reloaded_export(run_ranks, tmp_path, family, checkp
     assert main(["verify", str(out), "--against", str(tmp_path / "run"), "--json"]) == 0
     verified = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert verified["max_logit_difference"] == 0.0
+    assert verified["compared_weights"] == FAMILIES[family][2] + len(updated)
 
     manifest = json.loads((out / "pst_manifest.json").read_text())
     pruned = [t for t in manifest["tensors"] if t["origin"] == "pruned"]
@@ -86,6 +95,10 @@ def test_family_from_base_to_reloaded_export(run_ranks, tmp_path, family, checkp
         for matrix in exported[entry["name"]].chunk(len(entry["pruned_per_matrix"]), dim=entry["matrix_axis"]):
             assert int((matrix == 0).sum()) == math.floor(SPARSITY * matrix.numel()), entry["name"]
     base = load_file(tmp_path / "base" / "model.safetensors")
+    trained = [t["name"] for t in manifest["tensors"] if t["origin"] == "trained"]
+    assert [name for name in trained if name.split(".")[0] not in ("classifier", "score")] == [
+        f"{name}.weight" for name in updated
+    ]
     untouched = [t["name"] for t in manifest["tensors"] if t["origin"] == "base"]
     assert untouched
     for name in untouched:

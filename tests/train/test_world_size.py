@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from pst_ds.cli.main import main
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.run import prepare, train_run
 from pst_ds.train.run_file import load_run
@@ -55,3 +56,29 @@ def test_one_process_without_deepspeed_follows_the_same_run(run_ranks, tmp_path)
     losses, _ = _steps(tmp_path / "zero3")
     local, _ = _steps(tmp_path / "local")
     assert local == pytest.approx(losses, abs=1e-3)
+
+
+@pytest.mark.zero3
+def test_updated_embeddings_do_not_depend_on_the_world_size(run_ranks, tmp_path, capsys):
+    more = ["pst.update_embeddings=['word_embeddings']", "train.update_learning_rate=0.01", "train.num_steps=8"]
+    result, _ = run_ranks(_train, 2, str(tmp_path / "zero3"), *more)
+    run_ranks(_train, 1, str(tmp_path / "local"), "deepspeed_config=", *more)
+    (losses, sums), (local, local_sums) = (_steps(tmp_path / name) for name in ("zero3", "local"))
+    assert len(losses) == 8
+    assert len(sums) > 1
+    assert sums.keys() == local_sums.keys()
+    for step, loss in local.items():
+        assert losses[step] == pytest.approx(loss, abs=1e-5 if step <= min(sums) else 1e-3), step
+    ours, theirs = (
+        load_file(tmp_path / name / "checkpoints" / "final" / "trained.safetensors") for name in ("zero3", "local")
+    )
+    for factor in ("pst_U", "pst_V"):
+        found, expected = (t[f"bert.embeddings.word_embeddings.{factor}"] for t in (ours, theirs))
+        assert float((found - expected).abs().max()) <= 2e-3, factor
+        assert float(expected.abs().max()) > 0.02  # U began at zero
+    settings = [word for setting in more for word in ("--set", setting)]
+    assert main(["plan", RUN_FILE, "--ranks", "2", "--json", *settings]) == 0
+    planned = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for key in ("optimizer_bytes_per_rank", "trained_parameters"):
+        assert planned[key] == result[key]
+    assert planned["updated_embeddings"][0]["factor_parameters"] == 8 * (37 + 32)

@@ -1,0 +1,51 @@
+"""Rows of W0 + beta U V, where W0 is looked up by row: an embedding with a low-rank update.
+
+Names: n rows in the table, d its width, r the rank, N rows looked up.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.scores import add_low_rank_
+
+TILE_ELEMENTS = 1 << 22
+
+
+def updated_rows(weight: Tensor, left: Tensor, right: Tensor, beta: float) -> Tensor:
+    """``weight`` + beta ``left`` ``right``, in the dtype of ``weight``: (N, d), (N, r), (r, d) to (N, d).
+
+    Summed in fp32 (fp64 for fp64) and one rank after another, so a row has the same bits whether it is looked up alone
+    or the whole table is merged; a row whose ``left`` is zero keeps its values.
+    """
+    out = torch.empty_like(weight)
+    step = max(1, TILE_ELEMENTS // max(1, weight.shape[1]))
+    high = torch.promote_types(weight.dtype, torch.float32)
+    right = right.to(high)
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        wide = weight[rows].to(high, copy=True)
+        add_low_rank_(wide, left[rows].to(high), right, beta, torch.empty_like(wide))
+        out[rows] = wide
+    return out
+
+
+def row_gradients(
+    ids: Tensor, grad_y: Tensor, left: Tensor, right: Tensor, beta: float, *, padding_idx: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of U (n, r) and V (r, d) for ``ids`` (N,) and ``grad_y`` (N, d), in fp32 (fp64 for fp64).
+
+        dU[i] = beta sum over {k : ids[k] = i} of grad_y[k] V'      dV = beta U[ids]' grad_y
+
+    The row ``padding_idx`` gets none, as in ``torch.nn.Embedding``.
+    """
+    high = torch.promote_types(grad_y.dtype, torch.float32)
+    grad = grad_y.to(high) * beta
+    padding = -1 if padding_idx is None else padding_idx
+    of_rows = grad @ right.to(high).t()
+    grad_left = torch.ops.aten.embedding_dense_backward(of_rows, ids, left.shape[0], padding, False)
+    kept = left[ids].to(high)
+    if padding_idx is not None:
+        kept = kept * (ids != padding_idx).unsqueeze(1)
+    return grad_left, kept.t() @ grad
