@@ -218,7 +218,7 @@ def test_plan_shows_the_run(capsys, tmp_path):
     for words in (
         "12 layers to prune",
         "bert.encoder.layer.1.output.dense  32 x 60",
-        "low-rank update of bert.embeddings.word_embeddings  37 x 32, 552 factor parameters",
+        "updated: bert.embeddings.word_embeddings  37 x 32, 552 factor parameters",
         "trained in full: classifier",
     ):
         assert words in text
