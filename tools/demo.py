@@ -22,10 +22,10 @@ sys.path.insert(0, str(ROOT / "tools" / "demo"))
 RUNS: dict[str, dict[str, Any]] = {
     "dense": {"method": "dense", "train.head_learning_rate": 2e-4},
     "magnitude-90": {"method": "magnitude", "schedule.final_sparsity": 0.9, "train.head_learning_rate": 3e-4},
-    "pst-50": {"schedule.final_sparsity": 0.5, "pst.update_rank": 8},
-    "pst-90": {"schedule.final_sparsity": 0.9, "pst.update_rank": 16},
+    "pst-50": {"schedule.final_sparsity": 0.5},
+    "pst-90": {"schedule.final_sparsity": 0.9},
 }
-"""What each run sets over tools/demo/run.toml. Learning rates and ranks were chosen on the validation films."""
+"""What each run sets over tools/demo/run.toml. Learning rates were chosen on the validation films."""
 
 
 def main() -> int:

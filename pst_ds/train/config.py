@@ -96,6 +96,8 @@ class TrainConfig:
     """For A, B, R and C."""
     update_learning_rate: float = 2e-3
     """For U and V."""
+    embedding_learning_rate: float = 4e-4
+    """For U and V of ``pst.update_embeddings``."""
     head_learning_rate: float = 1e-3
     """For the modules trained in full; for every weight with method "dense" or "magnitude"."""
     learning_rate_warmup_fraction: float = 0.06
@@ -114,7 +116,8 @@ class TrainConfig:
             )
         for name in ("batch_size", "gradient_accumulation_steps", "log_interval"):
             _positive(f"train.{name}", getattr(self, name))
-        for name in ("score_learning_rate", "update_learning_rate", "head_learning_rate", "gradient_clipping"):
+        rates = ("score_learning_rate", "update_learning_rate", "embedding_learning_rate", "head_learning_rate")
+        for name in (*rates, "gradient_clipping"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"train.{name} = {getattr(self, name)} must be a finite number of at least 0")
         if not 0.0 <= self.learning_rate_warmup_fraction < 1.0:

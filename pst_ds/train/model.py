@@ -140,19 +140,24 @@ def meta_model(run: RunConfig, labels: list[str], tokenizer: Any, *, num_shards:
 
 def parameter_groups(module: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
     """AdamW's groups, named, each with its own learning rate; no group is empty and none has weight decay."""
+    from pst_ds.nn.embedding import pst_embeddings
     from pst_ds.nn.linear import SCORE_FACTORS
 
     rates = {
         "scores": run.train.score_learning_rate,
         "updates": run.train.update_learning_rate,
+        "embeddings": run.train.embedding_learning_rate,
         "head": run.train.head_learning_rate,
     }
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+    embeddings = pst_embeddings(module)
     for name, param in module.named_parameters():
         if not param.requires_grad:
             continue
-        last = name.rpartition(".")[2]
-        if last.startswith("pst_"):
+        owner, _, last = name.rpartition(".")
+        if owner in embeddings:
+            groups["embeddings"].append(param)
+        elif last.startswith("pst_"):
             groups["scores" if last.removeprefix("pst_") in SCORE_FACTORS else "updates"].append(param)
         else:
             groups["head"].append(param)

@@ -18,6 +18,7 @@ from pst_ds.train.data import load_examples
 from pst_ds.train.loop import DivergedError, Loop, learning_rate_factor, train
 from pst_ds.train.mask_update import mask_stats
 from pst_ds.train.metrics import MetricsWriter
+from pst_ds.train.model import parameter_groups
 from pst_ds.train.run import build, open_checkpoint, prepare, train_run
 from pst_ds.train.run_file import load_run
 
@@ -171,6 +172,17 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, value):
     assert "the loss of batch 3 is not finite on rank 0 (after 2 applied steps)" in message
     assert "lower the learning rates" in message
     assert all(bool(p.isfinite().all()) for p in ready.module.parameters())
+
+
+def test_embeddings_that_are_updated_have_a_rate_of_their_own(tmp_path):
+    ready = _Ready(tmp_path, 'pst.update_embeddings=["word_embeddings"]', "train.embedding_learning_rate=5e-4")
+    groups = {g["name"]: g for g in parameter_groups(ready.module, ready.loop.run)}
+    assert {name: g["peak_lr"] for name, g in groups.items()} == {
+        "scores": 1e-2, "updates": 2e-3, "embeddings": 5e-4, "head": 1e-3,
+    }  # fmt: skip
+    embedding = ready.module.get_submodule("bert.embeddings.word_embeddings")
+    assert [id(p) for p in groups["embeddings"]["params"]] == [id(embedding.pst_U), id(embedding.pst_V)]
+    assert sum(len(g["params"]) for g in groups.values()) == sum(p.requires_grad for p in ready.module.parameters())
 
 
 def test_in_the_cool_down_scores_and_masks_stand_still_and_updates_go_on(tmp_path):
