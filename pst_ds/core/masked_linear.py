@@ -104,27 +104,25 @@ def backward(
 
 def _tile_backward(x: Tensor, grad_y: Tensor, state: LayerState, block: Block, rect: Rect, grads: Gradients) -> None:
     layout = state.layout
-    high = torch.promote_types(x.dtype, torch.float32)
     rows, cols = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
     tile = tile_factors(state.factors, layout, block, rect)
     out = tile_factors(grads.factors(), layout, block, rect)
     weight = updated_weight(state.weight[rows, cols], tile, state.constants)
     mask = _tile_mask(state, rect)
+    needs_scores = state.scores_train and _has_scores(out)
     needs_update = out.update_left is not None or grads.weight is not None
-    if needs_update or (state.scores_train and _has_scores(out)):
-        # G of the tile, (h, w)
+    if needs_update or needs_scores:
+        # G of the tile, (h, w), and all that is made of it are in the dtype of x: what autograd would multiply
         left, right = (x[:, rows], grad_y[:, cols]) if layout.transposed else (grad_y[:, rows], x)
-        grad = (left.t() @ right).to(high)
-        if state.scores_train and _has_scores(out):
-            wide = weight.to(high)
-            grad_scores = grad * wide
-            _score_gradients(grad_scores, tile, out, state.constants)
+        grad = left.t() @ right
+        if needs_scores:
+            _score_gradients(grad * weight, tile, out, state.constants)
         if needs_update:
             through_mask = apply_mask_(grad.clone(), mask)
             if grads.weight is not None:
                 grads.weight[rows, cols] = through_mask
-            if state.scores_train and _has_scores(out) and not state.constants.detach_magnitude:
-                through_mask.addcmul_(grad, wide.abs(), value=1.0 / state.weight_scales[block.part])
+            if needs_scores and not state.constants.detach_magnitude:
+                through_mask.addcmul_(grad, weight.abs(), value=1.0 / state.weight_scales[block.part])
             _low_rank_gradients(
                 through_mask,
                 tile.update_left,
@@ -170,5 +168,5 @@ def _low_rank_gradients(
     """out_left += scale grad right',  out_right += scale left' grad."""
     if left is None or right is None or out_left is None or out_right is None:
         return
-    out_left.add_(grad @ right.to(grad.dtype).t(), alpha=scale)
-    out_right.add_(left.to(grad.dtype).t() @ grad, alpha=scale)
+    out_left.add_(grad @ right.t(), alpha=scale)
+    out_right.add_(left.t() @ grad, alpha=scale)
