@@ -100,6 +100,11 @@ class TrainConfig:
     """For U and V of ``pst.update_embeddings``."""
     head_learning_rate: float = 1e-3
     """For the modules trained in full; for every weight with method "dense" or "magnitude"."""
+    adam_beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: float = 0.98
+    """Decay of Adam's second moment. Shorter than Adam's 0.999: B, V start at zero, so the gradients of A and U grow from
+    zero, and a long memory of small ones makes steps too large."""
     learning_rate_warmup_fraction: float = 0.06
     """Share of all steps over which learning rates rise from zero; they then fall linearly to zero."""
     gradient_clipping: float = 1.0
@@ -120,10 +125,9 @@ class TrainConfig:
         for name in (*rates, "gradient_clipping"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"train.{name} = {getattr(self, name)} must be a finite number of at least 0")
-        if not 0.0 <= self.learning_rate_warmup_fraction < 1.0:
-            raise ConfigError(
-                f"train.learning_rate_warmup_fraction = {self.learning_rate_warmup_fraction} must be in [0, 1)"
-            )
+        for name in ("adam_beta1", "adam_beta2", "learning_rate_warmup_fraction"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"train.{name} = {getattr(self, name)} must be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

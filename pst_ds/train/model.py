@@ -139,7 +139,7 @@ def meta_model(run: RunConfig, labels: list[str], tokenizer: Any, *, num_shards:
 
 
 def parameter_groups(module: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
-    """AdamW's groups, named, each with its own learning rate; no group is empty and none has weight decay."""
+    """AdamW's groups, named, each with its own learning rate and betas; no group is empty or has weight decay."""
     from pst_ds.nn.embedding import pst_embeddings
     from pst_ds.nn.linear import SCORE_FACTORS
 
@@ -161,8 +161,9 @@ def parameter_groups(module: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
             groups["scores" if last.removeprefix("pst_") in SCORE_FACTORS else "updates"].append(param)
         else:
             groups["head"].append(param)
+    shared = {"weight_decay": 0.0, "betas": (run.train.adam_beta1, run.train.adam_beta2)}
     return [
-        {"params": params, "name": name, "lr": rates[name], "peak_lr": rates[name], "weight_decay": 0.0}
+        {"params": params, "name": name, "lr": rates[name], "peak_lr": rates[name], **shared}
         for name, params in groups.items()
         if params
     ]

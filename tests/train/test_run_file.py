@@ -148,6 +148,8 @@ def test_a_wrong_type_names_key_value_and_what_is_wanted(tmp_path, override, pla
         ("train.score_learning_rate=-1", "train.score_learning_rate = -1.0 must be a finite number"),
         ("train.head_learning_rate=inf", "train.head_learning_rate = inf"),
         ("train.embedding_learning_rate=-1", "train.embedding_learning_rate = -1.0 must be a finite number"),
+        ("train.adam_beta2=1", "train.adam_beta2 = 1.0 must be in [0, 1)"),
+        ("train.adam_beta1=-0.1", "train.adam_beta1 = -0.1 must be in [0, 1)"),
         ("train.update_learning_rate=nan", "train.update_learning_rate = nan"),
         ("train.learning_rate_warmup_fraction=1", "train.learning_rate_warmup_fraction = 1.0 must be in [0, 1)"),
         ("train.num_epochs=1", "set exactly one of them"),

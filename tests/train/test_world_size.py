@@ -51,16 +51,22 @@ def test_losses_and_masks_do_not_depend_on_the_world_size(run_ranks, tmp_path, c
 
 @pytest.mark.zero3
 def test_one_process_without_deepspeed_follows_the_same_run(run_ranks, tmp_path):
+    """Adam's betas too reach both engines: with others the losses are elsewhere."""
     run_ranks(_train, 2, str(tmp_path / "zero3"))
     run_ranks(_train, 1, str(tmp_path / "local"), "deepspeed_config=")
-    losses, _ = _steps(tmp_path / "zero3")
-    local, _ = _steps(tmp_path / "local")
+    losses, local = (_steps(tmp_path / name)[0] for name in ("zero3", "local"))
     assert local == pytest.approx(losses, abs=1e-3)
+    betas = ["train.adam_beta1=0.5", "train.adam_beta2=0.5"]
+    run_ranks(_train, 2, str(tmp_path / "zero3-betas"), *betas)
+    run_ranks(_train, 1, str(tmp_path / "local-betas"), "deepspeed_config=", *betas)
+    changed, local = (_steps(tmp_path / name)[0] for name in ("zero3-betas", "local-betas"))
+    assert local == pytest.approx(changed, abs=1e-3)
+    assert max(abs(changed[step] - losses[step]) for step in losses) > 1e-2
 
 
 @pytest.mark.zero3
 def test_updated_embeddings_do_not_depend_on_the_world_size(run_ranks, tmp_path, capsys):
-    more = ["pst.update_embeddings=['word_embeddings']", "train.update_learning_rate=0.01", "train.num_steps=8"]
+    more = ["pst.update_embeddings=['word_embeddings']", "train.embedding_learning_rate=0.01", "train.num_steps=8"]
     result, _ = run_ranks(_train, 2, str(tmp_path / "zero3"), *more)
     run_ranks(_train, 1, str(tmp_path / "local"), "deepspeed_config=", *more)
     (losses, sums), (local, local_sums) = (_steps(tmp_path / name) for name in ("zero3", "local"))
