@@ -20,8 +20,13 @@ FOLDER = Path("runs/demo")
 sys.path.insert(0, str(ROOT / "tools" / "demo"))
 
 RUNS: dict[str, dict[str, Any]] = {
-    "dense": {"method": "dense", "train.head_learning_rate": 2e-4},
-    "magnitude-90": {"method": "magnitude", "schedule.final_sparsity": 0.9, "train.head_learning_rate": 3e-4},
+    "dense": {"method": "dense", "train.head_learning_rate": 2e-4, "train.adam_beta2": 0.999},
+    "magnitude-90": {
+        "method": "magnitude",
+        "schedule.final_sparsity": 0.9,
+        "train.head_learning_rate": 3e-4,
+        "train.adam_beta2": 0.999,
+    },
     "pst-50": {"schedule.final_sparsity": 0.5},
     "pst-90": {"schedule.final_sparsity": 0.9},
 }

@@ -55,7 +55,7 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
     from pst_ds.nn.inject import pst_layers
     from pst_ds.train.data import Examples, load_examples
     from pst_ds.train.evaluate import classification_metrics, predict
-    from pst_ds.train.model import DTYPES
+    from pst_ds.train.model import DTYPES, attention_options
     from pst_ds.train.run import masked_model, open_checkpoint, prepare_single
 
     checkpoint = open_checkpoint(config, args.checkpoint)
@@ -64,7 +64,9 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
     if args.limit:
         examples = Examples(examples.features[: args.limit], examples.labels[: args.limit])
     masked = masked_model(prepared, checkpoint)
-    plain = AutoModelForSequenceClassification.from_pretrained(args.export, dtype=DTYPES[config.train.precision])
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        args.export, dtype=DTYPES[config.train.precision], **attention_options(config)
+    )
     plain = plain.to(prepared.device).eval()
     merged = {n: layer.masked_weight() for n, layer in pst_layers(masked).items()}
     merged |= {n: embedding.updated_weight() for n, embedding in pst_embeddings(masked).items()}

@@ -27,6 +27,9 @@ class ModelConfig:
     """Folder or name of the tokenizer, when it is not the model's."""
     dropout: float | None = None
     """Overrides every dropout probability of the model's config; None leaves them."""
+    attn_implementation: str = ""
+    """As in transformers: "eager", "sdpa", "flash_attention_2" or another; empty is the model's default. On a CPU
+    "eager" trains short texts in bf16 faster than "sdpa"."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass (non-reentrant)."""
 
@@ -94,17 +97,17 @@ class TrainConfig:
     precision: Precision = "bf16"
     score_learning_rate: float = 1e-2
     """For A, B, R and C."""
-    update_learning_rate: float = 2e-3
+    update_learning_rate: float = 1e-3
     """For U and V."""
-    embedding_learning_rate: float = 4e-4
+    embedding_learning_rate: float = 2e-4
     """For U and V of ``pst.update_embeddings``."""
-    head_learning_rate: float = 1e-3
+    head_learning_rate: float = 5e-4
     """For the modules trained in full; for every weight with method "dense" or "magnitude"."""
     adam_beta1: float = 0.9
     """Decay of Adam's first moment."""
     adam_beta2: float = 0.98
-    """Decay of Adam's second moment. Shorter than Adam's 0.999: B, V start at zero, so the gradients of A and U grow from
-    zero, and a long memory of small ones makes steps too large."""
+    """Decay of Adam's second moment. Shorter than Adam's 0.999: B and V start at zero, so the gradients of A and U grow
+    from zero, and a long memory of small ones makes steps too large."""
     learning_rate_warmup_fraction: float = 0.06
     """Share of all steps over which learning rates rise from zero; they then fall linearly to zero."""
     gradient_clipping: float = 1.0

@@ -72,6 +72,7 @@ def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any) -> Any:
             num_labels=len(labels),
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},
+            **attention_options(run),
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -85,6 +86,11 @@ def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any) -> Any:
             if getattr(config, key, None) is not None:
                 setattr(config, key, run.model.dropout)
     return config
+
+
+def attention_options(run: RunConfig) -> dict[str, str]:
+    """What ``from_pretrained`` is told of the attention, so that two models of a run compute it alike."""
+    return {"attn_implementation": run.model.attn_implementation} if run.model.attn_implementation else {}
 
 
 def build_model(
@@ -132,7 +138,13 @@ def meta_model(run: RunConfig, labels: list[str], tokenizer: Any, *, num_shards:
 
     config = load_model_config(run, labels, tokenizer)
     with torch.device("meta"):
-        module = AutoModelForSequenceClassification.from_config(config, dtype=DTYPES[run.train.precision])
+        try:
+            module = AutoModelForSequenceClassification.from_config(config, dtype=DTYPES[run.train.precision])
+        except (ImportError, ValueError) as error:
+            raise ConfigError(
+                f"model.path = {run.model.path!r} with model.attn_implementation = {run.model.attn_implementation!r} "
+                f"cannot be built: {_first_line(error)}"
+            ) from error
         shapes_only = replace(run, pst=replace(run.pst, relative_magnitude=False))
         prepare_for_method(module, shapes_only, num_shards=num_shards)
     return module

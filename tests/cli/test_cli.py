@@ -72,6 +72,10 @@ WRONG = {
         ["model.path=no-such-model"],
         ("model.path = 'no-such-model'", f"looked in {ROOT}/no-such-model", "on the hub"),
     ),
+    "an attention that is none": (
+        ["model.attn_implementation=egar"],
+        ("ConfigError", "model.attn_implementation = 'egar' cannot be built", "eager"),
+    ),
     "a tokenizer that is not there": (
         ["model.tokenizer=/no/tokenizer"],
         ("model.tokenizer = '/no/tokenizer' does not exist",),

@@ -175,14 +175,22 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, value):
 
 
 def test_embeddings_that_are_updated_have_a_rate_of_their_own(tmp_path):
-    ready = _Ready(tmp_path, 'pst.update_embeddings=["word_embeddings"]', "train.embedding_learning_rate=5e-4")
+    rates = {"score": 1e-2, "update": 2e-3, "embedding": 5e-4, "head": 3e-4}
+    settings = (f"train.{name}_learning_rate={rate}" for name, rate in rates.items())
+    ready = _Ready(tmp_path, 'pst.update_embeddings=["word_embeddings"]', *settings)
     groups = {g["name"]: g for g in parameter_groups(ready.module, ready.loop.run)}
     assert {name: g["peak_lr"] for name, g in groups.items()} == {
-        "scores": 1e-2, "updates": 2e-3, "embeddings": 5e-4, "head": 1e-3,
+        "scores": 1e-2, "updates": 2e-3, "embeddings": 5e-4, "head": 3e-4,
     }  # fmt: skip
     embedding = ready.module.get_submodule("bert.embeddings.word_embeddings")
     assert [id(p) for p in groups["embeddings"]["params"]] == [id(embedding.pst_U), id(embedding.pst_V)]
     assert sum(len(g["params"]) for g in groups.values()) == sum(p.requires_grad for p in ready.module.parameters())
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_the_attention_is_the_one_asked_for(tmp_path, kind):
+    ready = _Ready(tmp_path, f"model.attn_implementation={kind}")
+    assert ready.module.config._attn_implementation == kind
 
 
 def test_in_the_cool_down_scores_and_masks_stand_still_and_updates_go_on(tmp_path):
@@ -208,7 +216,8 @@ def test_in_the_cool_down_scores_and_masks_stand_still_and_updates_go_on(tmp_pat
     assert any(not torch.equal(p, seen[end - 1][0][n]) for n, p in seen[end][0].items())
     assert all(not layer.scores_train for layer in pst_layers(ready.module).values())
     factor = learning_rate_factor(9, 20, 0.06)
-    assert rates[10] == pytest.approx({"scores": 1e-2 * factor, "updates": 2e-3 * factor, "head": 1e-3 * factor})
+    peaks = {g["name"]: g["peak_lr"] for g in ready.engine.optimizer.param_groups}
+    assert rates[10] == pytest.approx({name: peak * factor for name, peak in peaks.items()})
 
 
 def test_only_factors_and_the_head_are_trained(tmp_path):
