@@ -263,6 +263,13 @@ def test_without_json_the_last_line_is_for_people(made, capsys):
     assert f"{made / 'export'}: 41 tensors as in the manifest, sparsity 0.799" in last
 
 
+def test_verify_gives_both_models_the_attention_of_the_run(made, capsys):
+    compared = ["verify", str(made / "export"), "--against", str(made / "run"), "--checkpoint", "final", "--json"]
+    for kind in ("eager", "sdpa"):
+        assert main([*compared, "--set", f"model.attn_implementation={kind}"]) == 0
+        assert _last_json(capsys)["max_logit_difference"] == 0.0, kind
+
+
 def test_verify_holds_the_export_against_its_checkpoint_and_no_other(made, capsys):
     run, export = str(made / "run"), str(made / "export")
     assert main(["verify", export, "--against", run, "--checkpoint", "final", "--json"]) == 0
