@@ -15,6 +15,8 @@ from pst_ds.core.scores import importance
 
 LOWEST_FINITE, HIGHEST_FINITE = -0x7F800000, 0x7F7FFFFF
 """Keys of the smallest and the largest finite score."""
+_MORE_ROOM = 16
+"""The native loop writes whole vectors."""
 _NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -96,8 +98,8 @@ class Classifier:
         self.num_below = self.num_not_finite = 0
         self._room, self._taken, self._num_inside = room, 0, 0
         self._above = torch.empty(num_keys, dtype=torch.uint8, device=device)
-        self._keys = torch.empty(room + 1, dtype=torch.int32, device=device)  # the native loop writes one too many
-        self._index = torch.empty(room + 1, dtype=torch.int32, device=device)
+        self._keys = torch.empty(room + _MORE_ROOM, dtype=torch.int32, device=device)
+        self._index = torch.empty(room + _MORE_ROOM, dtype=torch.int32, device=device)
 
     @property
     def overflowed(self) -> bool:
