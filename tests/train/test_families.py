@@ -8,19 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    GPT2Config,
-    GPT2Model,
-    LlamaConfig,
-    LlamaModel,
-    RobertaConfig,
-    RobertaModel,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pst_ds.cli.main import main
 from pst_ds.parallel.launch import launch_environment
@@ -32,20 +22,40 @@ _ENCODER = {
     "vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 37,
     "max_position_embeddings": 48, "initializer_range": 0.2,
 }  # fmt: skip
+_ODD = {**_ENCODER, "hidden_size": 27, "num_attention_heads": 3}
+"""No weight of 27 x 27 or 27 x 37 divides by two ranks: the last shard is padded."""
+_DECODER = {**_ODD, "head_dim": 8, "num_key_value_heads": 1, "bos_token_id": 2, "eos_token_id": 3}
 FAMILIES = {
-    "bert": (BertModel, BertConfig(**_ENCODER), 12),
-    "roberta": (RobertaModel, RobertaConfig(**_ENCODER, type_vocab_size=1, pad_token_id=0), 12),
-    "gpt2": (GPT2Model, GPT2Config(vocab_size=60, n_embd=24, n_layer=2, n_head=2, n_positions=48, bos_token_id=2,
-                                   eos_token_id=3, initializer_range=0.2), 8),
-    "llama": (LlamaModel, LlamaConfig(**_ENCODER, num_key_value_heads=1, bos_token_id=2, eos_token_id=3), 14),
+    "bert": ("BertModel", _ENCODER, 12),
+    "roberta": ("RobertaModel", {**_ENCODER, "type_vocab_size": 1, "pad_token_id": 0}, 12),
+    "gpt2": ("GPT2Model", {"vocab_size": 60, "n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 48,
+                           "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.2}, 8),
+    "llama": ("LlamaModel", {**_ENCODER, "num_key_value_heads": 1, "bos_token_id": 2, "eos_token_id": 3}, 14),
+    "distilbert": ("DistilBertModel", {"vocab_size": 60, "dim": 27, "n_layers": 2, "n_heads": 3, "hidden_dim": 37,
+                                       "max_position_embeddings": 48, "initializer_range": 0.2}, 12),
+    "electra": ("ElectraModel", {**_ODD, "embedding_size": 15}, 12),
+    "deberta_v2": ("DebertaV2Model", {**_ODD, "relative_attention": True, "pos_att_type": ["p2c", "c2p"],
+                                      "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+                                      "position_biased_input": False, "type_vocab_size": 0}, 12),
+    "opt": ("OPTModel", {"vocab_size": 60, "hidden_size": 27, "num_hidden_layers": 2, "num_attention_heads": 3,
+                         "ffn_dim": 37, "word_embed_proj_dim": 15, "max_position_embeddings": 48, "init_std": 0.2,
+                         "bos_token_id": 2, "eos_token_id": 3}, 12),
+    "gpt_neox": ("GPTNeoXModel", {**_ODD, "bos_token_id": 2, "eos_token_id": 3}, 8),
+    "qwen2": ("Qwen2Model", {**_ENCODER, "num_key_value_heads": 1, "intermediate_size": 37}, 14),
+    "qwen3": ("Qwen3Model", _DECODER, 14),
+    "gemma": ("GemmaModel", _DECODER, 14),
+    "phi": ("PhiModel", {**_ODD, "bos_token_id": 2, "eos_token_id": 3}, 12),
+    "t5": ("T5ForConditionalGeneration", {"vocab_size": 60, "d_model": 27, "d_kv": 9, "num_heads": 3, "d_ff": 37,
+                                          "num_layers": 1, "eos_token_id": 3, "initializer_factor": 0.5}, 16),
 }  # fmt: skip
-"""Of each family: model class, config, and how many tensors are pruned."""
+"""Of each family: the class its base checkpoint is saved from, its config, and how many tensors are pruned."""
 
 
 def _write_base(family, folder):
-    model_class, config, _ = FAMILIES[family]
+    class_name, config, _ = FAMILIES[family]
+    model_class = getattr(transformers, class_name)
     torch.manual_seed(1)
-    model_class(config).save_pretrained(folder)
+    model_class(model_class.config_class(**config)).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained("tests/data/tiny-bert", model_input_names=["input_ids", "attention_mask"])
     tokenizer.save_pretrained(folder)
 
@@ -73,6 +83,16 @@ def _train(settings):
         ("gpt2", False, ["transformer.wte"]),
         ("llama", False, []),
         ("llama", True, ["model.embed_tokens"]),
+        ("distilbert", False, []),
+        ("electra", False, []),
+        ("deberta_v2", False, []),
+        ("opt", False, []),
+        ("gpt_neox", False, []),
+        ("qwen2", False, []),
+        ("qwen3", False, []),
+        ("gemma", False, []),
+        ("phi", False, []),
+        ("t5", False, []),
     ],
 )
 def test_family_from_base_to_reloaded_export(run_ranks, tmp_path, family, checkpointing, updated, capsys):
