@@ -17,7 +17,7 @@ from pst_ds.parallel import zero3
 
 ALL_LINEAR = "all-linear"
 HEAD_NAMES = ("classifier", "score", "pre_classifier", "classification_head", "qa_outputs")
-"""Last part of the names that transformers gives to task heads."""
+"""Names of task heads, for models that do not say which part of them is the base model."""
 
 
 class InjectionError(InputError):
@@ -86,10 +86,24 @@ def find_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
 def modules_to_save(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]:
     """The modules trained in full, by name; raises InjectionError for a name that matches none."""
     if config.modules_to_save is None:
-        return {n: m for n, m in model.named_modules() if "." not in n and n in HEAD_NAMES}
+        return _task_head(model)
     found = {n: m for n, m in model.named_modules() if n and name_matches(n, config.modules_to_save)}
     _require_all_found("modules_to_save", config.modules_to_save, found, model)
     return found
+
+
+def _task_head(model: nn.Module) -> dict[str, nn.Module]:
+    """What a model of transformers has on top of its base model; nothing for a language model, whose head is no task's.
+
+    That a model is one is seen by its output embeddings. So DeBERTa's pooler is part of the head, since the base model
+    has none, and BERT's, which it has, is not.
+    """
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    if not isinstance(base, nn.Module):
+        return {n: m for n, m in model.named_children() if n in HEAD_NAMES}
+    if model.get_output_embeddings() is not None:  # type: ignore[operator]
+        return {}
+    return {n: m for n, m in model.named_children() if m is not base and any(True for _ in m.parameters())}
 
 
 def _require_all_found(setting: str, wanted: tuple[str, ...], found: Iterable[str], model: nn.Module) -> None:

@@ -26,33 +26,35 @@ _ODD = {**_ENCODER, "hidden_size": 27, "num_attention_heads": 3}
 """No weight of 27 x 27 or 27 x 37 divides by two ranks: the last shard is padded."""
 _DECODER = {**_ODD, "head_dim": 8, "num_key_value_heads": 1, "bos_token_id": 2, "eos_token_id": 3}
 FAMILIES = {
-    "bert": ("BertModel", _ENCODER, 12),
-    "roberta": ("RobertaModel", {**_ENCODER, "type_vocab_size": 1, "pad_token_id": 0}, 12),
+    "bert": ("BertModel", _ENCODER, 12, "classifier"),
+    "roberta": ("RobertaModel", {**_ENCODER, "type_vocab_size": 1, "pad_token_id": 0}, 12, "classifier"),
     "gpt2": ("GPT2Model", {"vocab_size": 60, "n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 48,
-                           "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.2}, 8),
-    "llama": ("LlamaModel", {**_ENCODER, "num_key_value_heads": 1, "bos_token_id": 2, "eos_token_id": 3}, 14),
+                           "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.2}, 8, "score"),
+    "llama": ("LlamaModel", {**_ENCODER, "num_key_value_heads": 1, "bos_token_id": 2, "eos_token_id": 3}, 14, "score"),
     "distilbert": ("DistilBertModel", {"vocab_size": 60, "dim": 27, "n_layers": 2, "n_heads": 3, "hidden_dim": 37,
-                                       "max_position_embeddings": 48, "initializer_range": 0.2}, 12),
-    "electra": ("ElectraModel", {**_ODD, "embedding_size": 15}, 12),
+                                       "max_position_embeddings": 48, "initializer_range": 0.2},
+                   12, "pre_classifier classifier"),
+    "electra": ("ElectraModel", {**_ODD, "embedding_size": 15}, 12, "classifier"),
     "deberta_v2": ("DebertaV2Model", {**_ODD, "relative_attention": True, "pos_att_type": ["p2c", "c2p"],
                                       "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True,
-                                      "position_biased_input": False, "type_vocab_size": 0}, 12),
+                                      "position_biased_input": False, "type_vocab_size": 0}, 12, "pooler classifier"),
     "opt": ("OPTModel", {"vocab_size": 60, "hidden_size": 27, "num_hidden_layers": 2, "num_attention_heads": 3,
                          "ffn_dim": 37, "word_embed_proj_dim": 15, "max_position_embeddings": 48, "init_std": 0.2,
-                         "bos_token_id": 2, "eos_token_id": 3}, 12),
-    "gpt_neox": ("GPTNeoXModel", {**_ODD, "bos_token_id": 2, "eos_token_id": 3}, 8),
-    "qwen2": ("Qwen2Model", {**_ENCODER, "num_key_value_heads": 1, "intermediate_size": 37}, 14),
-    "qwen3": ("Qwen3Model", _DECODER, 14),
-    "gemma": ("GemmaModel", _DECODER, 14),
-    "phi": ("PhiModel", {**_ODD, "bos_token_id": 2, "eos_token_id": 3}, 12),
+                         "bos_token_id": 2, "eos_token_id": 3}, 12, "score"),
+    "gpt_neox": ("GPTNeoXModel", {**_ODD, "bos_token_id": 2, "eos_token_id": 3}, 8, "score"),
+    "qwen2": ("Qwen2Model", {**_ENCODER, "num_key_value_heads": 1, "intermediate_size": 37}, 14, "score"),
+    "qwen3": ("Qwen3Model", _DECODER, 14, "score"),
+    "gemma": ("GemmaModel", _DECODER, 14, "score"),
+    "phi": ("PhiModel", {**_ODD, "bos_token_id": 2, "eos_token_id": 3}, 12, "score"),
     "t5": ("T5ForConditionalGeneration", {"vocab_size": 60, "d_model": 27, "d_kv": 9, "num_heads": 3, "d_ff": 37,
-                                          "num_layers": 1, "eos_token_id": 3, "initializer_factor": 0.5}, 16),
+                                          "num_layers": 1, "eos_token_id": 3, "decoder_start_token_id": 0,
+                                          "initializer_factor": 0.5}, 16, "classification_head"),
 }  # fmt: skip
-"""Of each family: the class its base checkpoint is saved from, its config, and how many tensors are pruned."""
+"""Of each family: class its base checkpoint is saved from, config, how many tensors are pruned, modules of the head."""
 
 
 def _write_base(family, folder):
-    class_name, config, _ = FAMILIES[family]
+    class_name, config, *_ = FAMILIES[family]
     model_class = getattr(transformers, class_name)
     torch.manual_seed(1)
     model_class(model_class.config_class(**config)).save_pretrained(folder)
@@ -105,6 +107,7 @@ def test_family_from_base_to_reloaded_export(run_ranks, tmp_path, family, checkp
     assert main(["verify", str(out), "--against", str(tmp_path / "run"), "--json"]) == 0
     verified = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert verified["max_logit_difference"] == 0.0
+    assert verified["metrics"] == first["metrics"]  # one process, plain transformers, against two ZeRO-3 ranks
     assert verified["compared_weights"] == FAMILIES[family][2] + len(updated)
 
     manifest = json.loads((out / "pst_manifest.json").read_text())
@@ -116,9 +119,9 @@ def test_family_from_base_to_reloaded_export(run_ranks, tmp_path, family, checkp
             assert int((matrix == 0).sum()) == math.floor(SPARSITY * matrix.numel()), entry["name"]
     base = load_file(tmp_path / "base" / "model.safetensors")
     trained = [t["name"] for t in manifest["tensors"] if t["origin"] == "trained"]
-    assert [name for name in trained if name.split(".")[0] not in ("classifier", "score")] == [
-        f"{name}.weight" for name in updated
-    ]
+    heads = FAMILIES[family][3].split()
+    assert {name.split(".")[0] for name in trained} >= set(heads)
+    assert [name for name in trained if name.split(".")[0] not in heads] == [f"{name}.weight" for name in updated]
     untouched = [t["name"] for t in manifest["tensors"] if t["origin"] == "base"]
     assert untouched
     for name in untouched:
