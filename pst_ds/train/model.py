@@ -125,6 +125,7 @@ def build_model(
         raise ConfigError(f"model.path = {run.model.path!r} cannot be loaded: {_first_line(error)}") from error
     _initialise_missing(module, info["missing_keys"], run.seed)
     prepare_for_method(module, run, num_shards=None if keep_alive else num_shards)
+    _refuse_untrained(module, info["missing_keys"], run)
     if run.model.gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return BuiltModel(module, tokenizer, keep_alive)
@@ -210,6 +211,18 @@ def _initialise_missing(module: nn.Module, missing: Any, seed: int) -> None:
             for param in params:
                 param._is_hf_initialized = False  # type: ignore[attr-defined]
             module._init_weights(part)  # type: ignore[operator]
+
+
+def _refuse_untrained(module: nn.Module, missing: Any, run: RunConfig) -> None:
+    """Refuse random values that would stay as they are: of modules that the base model lacks and the run freezes."""
+    frozen = {name for name, param in module.named_parameters() if not param.requires_grad}
+    owners = sorted({name.rpartition(".")[0] for name in missing if name in frozen})
+    if owners:
+        trained = [*head_names(module, run), *owners]
+        raise ConfigError(
+            f"model.path = {run.model.path!r} has no {', '.join(owners)}: it would be random and never trained. "
+            f"Train it in full with pst.modules_to_save = [{', '.join(chr(34) + name + chr(34) for name in trained)}]"
+        )
 
 
 def _require_model_place(setting: str, place: str) -> None:

@@ -1,4 +1,4 @@
-"""BERT, RoBERTa, GPT-2 and Llama from the pretrained folder to the reloaded export, on two ZeRO-3 ranks."""
+"""Families of models from the pretrained folder to the reloaded export, on two ZeRO-3 ranks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pst_ds.cli.main import main
 from pst_ds.parallel.launch import launch_environment
+from pst_ds.train.config import ConfigError
 from pst_ds.train.run import prepare, train_run
 from pst_ds.train.run_file import load_run
 
@@ -49,8 +50,12 @@ FAMILIES = {
     "t5": ("T5ForConditionalGeneration", {"vocab_size": 60, "d_model": 27, "d_kv": 9, "num_heads": 3, "d_ff": 37,
                                           "num_layers": 1, "eos_token_id": 3, "decoder_start_token_id": 0,
                                           "initializer_factor": 0.5}, 16, "classification_head"),
+    "mixtral": ("MixtralModel", {**_ENCODER, "num_local_experts": 3, "intermediate_size": 16,
+                                 "num_key_value_heads": 1}, 8, "score"),
 }  # fmt: skip
 """Of each family: class its base checkpoint is saved from, config, how many tensors are pruned, modules of the head."""
+
+LEFT_DENSE = {"mixtral": ["experts"]}
 
 
 def _write_base(family, folder):
@@ -75,6 +80,10 @@ def _train(settings):
     return train_run(prepare(run, launch_environment()), quiet=True)
 
 
+def _train_alone(settings):
+    return _train([*settings, 'deepspeed_config=""'])
+
+
 @pytest.mark.zero3
 @pytest.mark.parametrize(
     ("family", "checkpointing", "updated"),
@@ -95,11 +104,13 @@ def _train(settings):
         ("gemma", False, []),
         ("phi", False, []),
         ("t5", False, []),
+        ("mixtral", True, []),
     ],
 )
 def test_family_from_base_to_reloaded_export(run_ranks, tmp_path, family, checkpointing, updated, capsys):
     _write_base(family, tmp_path / "base")
-    settings = _settings(tmp_path, **{"model.gradient_checkpointing": checkpointing, "pst.update_embeddings": updated})
+    settings = _settings(tmp_path, **{"model.gradient_checkpointing": checkpointing, "pst.update_embeddings": updated,
+                                      "pst.exclude_modules": LEFT_DENSE.get(family, [])})  # fmt: skip
     first, second = run_ranks(_train, 2, settings)
     assert first == second | {"seconds": first["seconds"]}
     out = tmp_path / "export"
@@ -127,7 +138,22 @@ def test_family_from_base_to_reloaded_export(run_ranks, tmp_path, family, checkp
     for name in untouched:
         (match,) = [key for key in base if name == key or name.endswith("." + key)]
         assert torch.equal(exported[name], base[match]), name
-    AutoModelForSequenceClassification.from_pretrained(out)
+    AutoModelForSequenceClassification.from_pretrained(out).save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == exported.keys()
+    assert all(torch.equal(again[name], exported[name]) for name in exported)
+
+
+def test_what_the_base_lacks_and_nothing_trains_is_refused_by_name(tmp_path):
+    _write_base("bert", tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({n: t for n, t in weights.items() if "pooler" not in n}, tmp_path / "base" / "model.safetensors")
+    fix = r'pst\.modules_to_save = \["classifier", "bert\.pooler\.dense"\]'
+    with pytest.raises(ConfigError, match=r"has no bert\.pooler\.dense: .*" + fix):
+        _train_alone(_settings(tmp_path))
+    saved = ["classifier", "bert.pooler.dense"]
+    _train_alone(_settings(tmp_path, **{"pst.modules_to_save": saved}))
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "export")]) == 0
 
 
 @pytest.mark.zero3
