@@ -19,7 +19,12 @@ ATTENTION = [f"self_attn.{n}_proj" for n in "qkvo"]
 
 def qwen2_moe():
     config = transformers.Qwen2MoeConfig(
-        **TINY, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=8, shared_expert_intermediate_size=9
+        **TINY,
+        num_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=9,
+        pad_token_id=19,
     )
     return transformers.Qwen2MoeForSequenceClassification(config)
 
