@@ -127,7 +127,10 @@ def build_model(
     prepare_for_method(module, run, num_shards=None if keep_alive else num_shards)
     _refuse_untrained(module, info["missing_keys"], run)
     if run.model.gradient_checkpointing:
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        reentrant = run.model.gradient_checkpointing_reentrant
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        if reentrant:  # a block whose input needs no gradient, as the first one's of frozen embeddings, would get none
+            module.enable_input_require_grads()
     return BuiltModel(module, tokenizer, keep_alive)
 
 

@@ -157,6 +157,21 @@ def test_what_the_base_lacks_and_nothing_trains_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.zero3
+def test_recomputing_activations_in_the_reentrant_way_trains_the_same(run_ranks, tmp_path):
+    _write_base("llama", tmp_path / "base")
+    trained = []
+    for recomputed in ({}, {"model.gradient_checkpointing": True, "model.gradient_checkpointing_reentrant": True}):
+        settings = _settings(tmp_path, **{"train.precision": "fp32", "train.num_steps": 4, **recomputed})
+        result, *_ = run_ranks(_train, 2, settings)
+        file = tmp_path / "run" / "checkpoints" / "final" / "trained.safetensors"
+        trained.append((result["mask_checksum"], load_file(file)))
+    (checksum, plain), (own_checksum, own) = trained
+    assert own_checksum == checksum
+    for name, tensor in plain.items():
+        torch.testing.assert_close(own[name], tensor)
+
+
+@pytest.mark.zero3
 def test_gpt2_c_attn_is_three_matrices(run_ranks, tmp_path):
     _write_base("gpt2", tmp_path / "base")
     run_ranks(_train, 2, _settings(tmp_path))
