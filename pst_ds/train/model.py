@@ -129,8 +129,6 @@ def build_model(
     if run.model.gradient_checkpointing:
         reentrant = run.model.gradient_checkpointing_reentrant
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        if reentrant:  # a block whose input needs no gradient, as the first one's of frozen embeddings, would get none
-            module.enable_input_require_grads()
     return BuiltModel(module, tokenizer, keep_alive)
 
 
