@@ -128,23 +128,28 @@ def _in_files_form(
     layer: PSTLinear | None,
     dtype: str | None,
 ) -> Iterator[_Exported]:
-    """The tensor ``name`` as ``saved``, what the base's files hold of it; one that changed can only be renamed."""
-    stored = {}
-    for part in saved:
-        in_base = base.find(part)
-        stored[part] = None if in_base is None else base.read(in_base)
+    """The tensor ``name`` as ``saved``, the tensors that the base's files hold of it."""
+    in_base = {part: base.find(part) for part in saved}
+    stored = {part: None if found is None else base.read(found) for part, found in in_base.items()}
     if layer is None and name not in checkpoint.trained:
         for part, tensor in stored.items():
             yield _finished(_tensor(part, tensor, checkpoint, None), tuple(saved[part].shape), dtype)
         return
-    (part, tensor), *more = stored.items()
-    exported = _tensor(name, tensor, checkpoint, layer)
-    if more or not torch.equal(saved_tensors(model, name, exported.tensor)[part], exported.tensor):
+    first = next(iter(stored.values()))
+    if layer is not None and not (first is not None and _is_renamed(name, saved, model, first)):
         raise ExportError(
-            f"{name} is made of {', '.join(saved)} by transformers' conversion, and cannot be written back once it has "
-            "changed; leave it out of the pruned and trained modules"
+            f"{name} is made of {', '.join(saved)} by transformers, and cannot be turned back once it is pruned; leave "
+            f"it out with exclude_modules = [{json.dumps(name.rpartition('.')[0])}]"
         )
-    yield _finished(replace(exported, name=part), tuple(saved[part].shape), dtype)
+    whole = _tensor(name, first, checkpoint, layer)
+    for part, tensor in saved_tensors(model, name, whole.tensor).items():
+        changed = replace(whole, name=part, tensor=tensor.clone(memory_format=torch.contiguous_format))
+        yield _finished(changed, tuple(saved[part].shape), dtype)
+
+
+def _is_renamed(name: str, saved: dict[str, Tensor], model: nn.Module, stored: Tensor) -> bool:
+    """Whether the model's tensor ``name`` is the file's ``stored`` under another name, not cut or permuted."""
+    return len(saved) == 1 and all(torch.equal(t, stored) for t in saved_tensors(model, name, stored).values())
 
 
 def _finished(exported: _Exported, shape: tuple[int, ...], dtype: str | None) -> _Exported:

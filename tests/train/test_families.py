@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from pst_ds.cli.main import main
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.config import ConfigError
+from pst_ds.train.model import load_model_config, load_tokenizer
 from pst_ds.train.run import prepare, train_run
 from pst_ds.train.run_file import load_run
 
@@ -144,6 +145,21 @@ def test_family_from_base_to_reloaded_export(run_ranks, tmp_path, family, checkp
     assert all(torch.equal(again[name], exported[name]) for name in exported)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_and_the_padding_token_are_set_whatever_their_names(tmp_path, family):
+    _write_base(family, tmp_path / "base")
+    run = load_run("tests/data/world_size.toml", _settings(tmp_path, **{"model.dropout": 0.25}))
+    tokenizer = load_tokenizer(run)
+    config = load_model_config(run, ["a", "b"], tokenizer)
+    assert config.pad_token_id == tokenizer.pad_token_id == 0
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    probabilities = {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
+    probabilities |= {getattr(m, "attention_dropout", 0.25) for m in model.modules()}
+    assert {p for p in probabilities if isinstance(p, float)} <= {0.25}
+    assert getattr(config, "layerdrop", 0.0) == 0.0
+
+
 def test_what_the_base_lacks_and_nothing_trains_is_refused_by_name(tmp_path):
     _write_base("bert", tmp_path / "base")
     weights = load_file(tmp_path / "base" / "model.safetensors")
@@ -154,6 +170,19 @@ def test_what_the_base_lacks_and_nothing_trains_is_refused_by_name(tmp_path):
     saved = ["classifier", "bert.pooler.dense"]
     _train_alone(_settings(tmp_path, **{"pst.modules_to_save": saved}))
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "export")]) == 0
+
+
+def test_experts_that_are_trained_are_written_as_the_files_hold_them(tmp_path):
+    _write_base("mixtral", tmp_path / "base")
+    _train_alone(_settings(tmp_path, method="dense", **{"train.precision": "fp32", "train.num_steps": 3}))
+    out = tmp_path / "export"
+    assert main(["export", str(tmp_path / "run"), "--out", str(out)]) == 0
+    assert main(["verify", str(out), "--against", str(tmp_path / "run")]) == 0
+    base, exported = load_file(tmp_path / "base" / "model.safetensors"), load_file(out / "model.safetensors")
+    assert set(exported) == {f"model.{name}" for name in base} | {"score.weight"}
+    name = "layers.0.block_sparse_moe.experts.2.w3.weight"
+    assert exported[f"model.{name}"].shape == base[name].shape
+    assert not torch.equal(exported[f"model.{name}"], base[name])
 
 
 @pytest.mark.zero3
