@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pst_ds.errors import InputError
 
@@ -40,6 +40,17 @@ class BaseWeights:
         if file not in self._open:
             self._open[file] = _open_file(self._folder / file)
         return self._open[file](name)
+
+
+def saved_tensors(model: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What ``save_pretrained`` writes for the model's ``tensor``, by name; ``tensor`` may be on the meta device.
+
+    transformers builds some models of other tensors than their files hold: it renames them, or stacks the experts of a
+    layer in one Parameter. This is its own way back.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, {name: tensor})  # type: ignore[arg-type]
 
 
 def _local_folder(path: str | Path) -> Path:
