@@ -143,7 +143,7 @@ def meta_model(run: RunConfig, labels: list[str], tokenizer: Any, *, num_shards:
         except (ImportError, ValueError) as error:
             raise ConfigError(
                 f"model.path = {run.model.path!r} with model.attn_implementation = {run.model.attn_implementation!r} "
-                f"cannot be built: {_first_line(error)}"
+                f"cannot be built for task {run.task!r}: {_first_line(error)}"
             ) from error
         shapes_only = replace(run, pst=replace(run.pst, relative_magnitude=False))
         prepare_for_method(module, shapes_only, num_shards=num_shards)
