@@ -236,6 +236,7 @@ class RunConfig:
             raise ConfigError(
                 f"data.train has {num_examples} examples, fewer than one batch of train.batch_size = "
                 f"{self.train.batch_size}; lower it"
+                + (" or data.max_length, the tokens of an example" if self.task == "causal-lm" else "")
             )
         if self.train.num_steps:
             return self.train.num_steps

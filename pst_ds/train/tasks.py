@@ -132,6 +132,12 @@ class CausalLM:
                 "name the language model's own tokenizer with model.tokenizer"
             )
         _refuse_encoder(config)
+        vocabulary = config.get_text_config().vocab_size
+        if max(tokenizer.vocab_size, tokenizer.eos_token_id + 1) > vocabulary:
+            raise ConfigError(
+                f"the tokenizer has {len(tokenizer)} tokens and the end-of-text token {tokenizer.eos_token_id}, the "
+                f"model only {vocabulary} (vocab_size); name the model's own tokenizer with model.tokenizer"
+            )
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
         if 0 < positions < data.max_length:
             raise ConfigError(
