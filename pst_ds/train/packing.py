@@ -14,7 +14,7 @@ from torch import Tensor
 from pst_ds.train.config import ConfigError, DataConfig
 from pst_ds.train.rows import read_rows, texts_of
 
-_ROWS_AT_A_TIME = 1000
+_ROWS_AT_A_TIME = 100
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,5 +105,6 @@ def collate_sequences(sequences: Sequences, indices: Sequence[int]) -> dict[str,
 
 
 def _batches_of_texts(rows: Any, column: str, where: str) -> Iterable[list[str]]:
+    rows = rows.select_columns([column])
     for start in range(0, len(rows), _ROWS_AT_A_TIME):
         yield texts_of(rows[start : start + _ROWS_AT_A_TIME][column], column, where, first_row=start)
