@@ -323,7 +323,7 @@ def test_a_batch_is_shared_evenly_or_refused(tmp_path):
     assert "a multiple of 10" in message
 
 
-@pytest.mark.parametrize("path", ["tests/data/world_size.toml", "tools/demo/run.toml"])
+@pytest.mark.parametrize("path", ["tests/data/world_size.toml", "tests/data/causal_lm.toml", "tools/demo/run.toml"])
 def test_shipped_run_files_parse_and_name_files_of_ours(path):
     run = load_run(path)
     assert Path(run.deepspeed_config).is_file()
