@@ -1,23 +1,22 @@
 """y = x (M . W)' + b and its straight-through gradient, tile by tile (arXiv 2205.11005, section 3; G = dL/d(M . W)).
 
-Names: N tokens, O outputs, I inputs, h rows of a tile. The gradient G, as large as the weight, exists one tile at a
-time; nothing here keeps a tensor of the weight's size for later.
+Names: N tokens, O outputs, I inputs. The gradient G, as large as the weight, exists one tile at a time, see
+:mod:`pst_ds.core.tiles`; nothing here keeps a tensor of the weight's size for later.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pst_ds.core.bits import apply_mask_, unpack_range
-from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
-from pst_ds.core.layout import Block, Rect, WeightLayout, row_tiles
+from pst_ds.core.bits import INT_OF_SIZE, expand_mask_
+from pst_ds.core.factors import Constants, Factors, tile_factors
+from pst_ds.core.layout import Block, Rect, WeightLayout
 from pst_ds.core.scores import masked_weight, updated_weight
-
-TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
-"""Weights in a tile of the backward pass: 4 MiB of fp32 on a CPU, enough work to fill a GPU."""
+from pst_ds.core.tiles import DEFAULT_TILE_BYTES, Tiles, plan_tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,7 @@ def backward(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
-    tile_elements: int | None = None,
+    tile_bytes: int = 0,
 ) -> Gradients:
     """Gradients for ``x`` (N, I) and ``grad_y`` (N, O), and for every factor the layer has.
 
@@ -82,91 +81,183 @@ def backward(
         dU = beta dW V'   dV = beta U' dW
 
     ``need_weight``: the weight itself is trained (with a fixed mask); its gradient is G . M.
+    ``tile_bytes``: budget of :mod:`pst_ds.core.tiles`; 0 is the device's default. Raises TileBudgetError.
     """
-    tile_elements = tile_elements or TILE_ELEMENTS.get(x.device.type, TILE_ELEMENTS["cpu"])
+    tiles = plan_tiles(state.layout, x.element_size(), tile_bytes or default_tile_bytes(x.device.type))
+    x, grad_y = x.contiguous(), grad_y.contiguous()
     high = torch.promote_types(x.dtype, torch.float32)
+    factors = _with_ones(state) if state.scores_train else Factors(U=state.factors.U, V=state.factors.V)
+    sums = Factors(**{n: torch.zeros_like(f, dtype=high) for n in "ABUV" if (f := getattr(factors, n)) is not None})
     grads = Gradients()
-    for name in ("A", "B", "R", "C", "U", "V"):
-        factor = getattr(state.factors, name)
-        if factor is not None:
-            setattr(grads, name, torch.zeros_like(factor, dtype=high))
     if need_bias:
         grads.bias = grad_y.sum(0, dtype=high)
     if need_weight:
         grads.weight = torch.empty_like(state.weight)
-    tiles = [(block, rect) for block in state.layout.blocks() for rect in row_tiles(block.rect, tile_elements)]
-    if need_x:  # a sum over tiles is kept wide; a single tile has no sum
-        grads.x = torch.zeros_like(x, dtype=high if len(tiles) > 1 else x.dtype)
-    for block, rect in tiles:
-        _tile_backward(x, grad_y, state, block, rect, grads)
+    if need_x:  # a sum over tiles is kept wide
+        grads.x = torch.zeros_like(x, dtype=high) if tiles.cut_outputs else torch.empty_like(x)
+    work = _Work(x, grad_y, state, factors, sums, grads, tiles, _Buffers.of(x, tiles))
+    for rect in tiles.rects:
+        _tile_backward(work, rect)
+    _finish_factors(sums, state, grads)
     return grads
 
 
-def _tile_backward(x: Tensor, grad_y: Tensor, state: LayerState, block: Block, rect: Rect, grads: Gradients) -> None:
-    layout = state.layout
+def default_tile_bytes(device_type: str) -> int:
+    return DEFAULT_TILE_BYTES.get(device_type, DEFAULT_TILE_BYTES["cuda"])
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffers:
+    """The four buffers of a tile, flat; see :mod:`pst_ds.core.tiles`."""
+
+    weight: Tensor
+    grad: Tensor
+    product: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, like: Tensor, tiles: Tiles) -> _Buffers:
+        size, integer = tiles.max_numel, INT_OF_SIZE[like.element_size()]
+        return cls(
+            like.new_empty(size), like.new_empty(size), like.new_empty(size), like.new_empty(size, dtype=integer)
+        )
+
+    def shaped(self, rect: Rect) -> _Buffers:
+        def view(flat: Tensor) -> Tensor:
+            return flat[: rect.numel].view(rect.r1 - rect.r0, rect.c1 - rect.c0)
+
+        return _Buffers(view(self.weight), view(self.grad), view(self.product), view(self.mask))
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What every tile of a layer reads, and adds to."""
+
+    x: Tensor
+    grad_y: Tensor
+    state: LayerState
+    factors: Factors
+    """With ones, see :func:`_with_ones`; without A and B when scores do not train."""
+    sums: Factors
+    grads: Gradients
+    tiles: Tiles
+    buffers: _Buffers
+
+
+def _tile_backward(work: _Work, rect: Rect) -> None:
+    state, grads, layout = work.state, work.grads, work.state.layout
     rows, cols = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
-    tile = tile_factors(state.factors, layout, block, rect)
-    out = tile_factors(grads.factors(), layout, block, rect)
-    weight = updated_weight(state.weight[rows, cols], tile, state.constants)
-    mask = _tile_mask(state, rect)
-    needs_scores = state.scores_train and _has_scores(out)
-    needs_update = out.update_left is not None or grads.weight is not None
+    outputs, inputs = (cols, rows) if layout.transposed else (rows, cols)
+    x, grad_y = work.x[:, inputs], work.grad_y[:, outputs]
+    tile = work.buffers.shaped(rect)
+    pieces = list(_pieces(layout, rect))
+    for block, own, here in pieces:
+        updated_weight(
+            state.weight[own.r0 : own.r1, own.c0 : own.c1],
+            tile_factors(state.factors, layout, block, own),
+            state.constants,
+            out=tile.weight[here],
+        )
+    expand_mask_(tile.mask, state.bits, layout.shape, state.num_shards, rows, cols)
+    needs_scores = work.sums.A is not None
+    needs_update = work.sums.U is not None or grads.weight is not None
     if needs_update or needs_scores:
-        # G of the tile, (h, w), and all that is made of it are in the dtype of x: what autograd would multiply
-        left, right = (x[:, rows], grad_y[:, cols]) if layout.transposed else (grad_y[:, rows], x)
-        grad = left.t() @ right
-        if needs_scores:
-            _score_gradients(grad * weight, tile, out, state.constants)
-        if needs_update:
-            through_mask = apply_mask_(grad.clone(), mask)
-            if grads.weight is not None:
-                grads.weight[rows, cols] = through_mask
-            if needs_scores and not state.constants.detach_magnitude:
-                through_mask.addcmul_(grad, weight.abs(), value=1.0 / state.weight_scales[block.part])
-            _low_rank_gradients(
-                through_mask,
-                tile.update_left,
-                tile.update_right,
-                out.update_left,
-                out.update_right,
-                state.constants.beta,
+        left, right = (x, grad_y) if layout.transposed else (grad_y, x)
+        # G, and all that is made of it, are in the dtype of x: what autograd would multiply
+        torch.mm(left.t(), right, out=tile.grad)
+    if needs_scores:
+        torch.mul(tile.grad, tile.weight, out=tile.product)
+        for block, own, here in pieces:
+            factors, sums = (tile_factors(f, layout, block, own) for f in (work.factors, work.sums))
+            _add_low_rank_gradients(
+                tile.product[here], factors.score_left, factors.score_right, sums.score_left, sums.score_right
             )
     if grads.x is not None:
-        merged = apply_mask_(weight, mask)
-        if layout.transposed:
-            grads.x[:, rows] += grad_y[:, cols] @ merged.t()
+        _and(tile.weight, tile.mask, out=tile.product)
+        merged = tile.product.t() if layout.transposed else tile.product
+        if not work.tiles.cut_outputs:
+            torch.mm(grad_y, merged, out=grads.x[:, inputs])
+        elif grads.x.dtype == x.dtype:
+            grads.x.addmm_(grad_y, merged)
         else:
-            grads.x += grad_y[:, rows] @ merged
+            grads.x += grad_y @ merged
+    if needs_update:
+        _and(tile.grad, tile.mask, out=tile.product)
+        if grads.weight is not None:
+            grads.weight[rows, cols] = tile.product
+        through_magnitude = needs_scores and not state.constants.detach_magnitude
+        if through_magnitude:
+            tile.weight.abs_()
+        for block, own, here in pieces:
+            if through_magnitude:
+                scale = state.weight_scales[block.part]
+                tile.product[here].addcmul_(tile.grad[here], tile.weight[here], value=1.0 / scale)
+            factors, sums = (tile_factors(f, layout, block, own) for f in (work.factors, work.sums))
+            _add_low_rank_gradients(
+                tile.product[here], factors.update_left, factors.update_right, sums.update_left, sums.update_right
+            )
 
 
-def _tile_mask(state: LayerState, rect: Rect) -> Tensor:
-    """Mask of one tile, uint8 0/1 (h, w): whole storage rows are unpacked, and a fused part's columns taken."""
-    row_length = state.layout.shape[1]
-    mask = unpack_range(state.bits, state.layout.numel, state.num_shards, rect.r0 * row_length, rect.r1 * row_length)
-    return mask.view(-1, row_length)[:, rect.c0 : rect.c1]
+def _pieces(layout: WeightLayout, rect: Rect) -> Iterator[tuple[Block, Rect, tuple[slice, slice]]]:
+    """(matrix, its part of ``rect``, the same within the tile) of every fused matrix that ``rect`` meets."""
+    for block in layout.blocks():
+        own = Rect(
+            max(rect.r0, block.rect.r0),
+            min(rect.r1, block.rect.r1),
+            max(rect.c0, block.rect.c0),
+            min(rect.c1, block.rect.c1),
+        )
+        if own.r0 < own.r1 and own.c0 < own.c1:
+            rows = slice(own.r0 - rect.r0, own.r1 - rect.r0)
+            yield block, own, (rows, slice(own.c0 - rect.c0, own.c1 - rect.c0))
 
 
-def _has_scores(tile: TileFactors) -> bool:
-    return tile.score_left is not None or tile.score_rows is not None
+def _and(values: Tensor, mask: Tensor, out: Tensor) -> None:
+    """out = values where the mask keeps, +0.0 elsewhere."""
+    torch.bitwise_and(values.view(mask.dtype), mask, out=out.view(mask.dtype))
 
 
-def _score_gradients(grad: Tensor, tile: TileFactors, out: TileFactors, constants: Constants) -> None:
-    _low_rank_gradients(grad, tile.score_left, tile.score_right, out.score_left, out.score_right, constants.alpha1)
-    if out.score_rows is not None and out.score_cols is not None:
-        out.score_rows.add_(grad.sum(1), alpha=constants.alpha2)
-        out.score_cols.add_(grad.sum(0), alpha=constants.alpha2)
+def _with_ones(state: LayerState) -> Factors:
+    """U, V, and A, B of rank k + 1: the gradients of [A | 1] and [B; 1] have dR and dC as their last row or column.
+
+    So dS is read twice, not four times. Without R and C, A and B are as they are.
+    """
+    own, parts = state.factors, state.layout.parts
+    A, B = own.A, own.B
+    if own.R is not None and own.C is not None:
+        ones_left, ones_right = torch.ones_like(own.R).unsqueeze(1), torch.ones_like(own.C).unsqueeze(1)
+        A = ones_left if A is None else torch.cat([A, ones_left], 1)
+        B = ones_right if B is None else torch.cat([B.view(parts, -1, B.shape[1]), ones_right], 1)
+        B = B.flatten(0, 1)
+    return Factors(A=A, B=B, U=own.U, V=own.V)
 
 
-def _low_rank_gradients(
-    grad: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    out_left: Tensor | None,
-    out_right: Tensor | None,
-    scale: float,
-) -> None:
-    """out_left += scale grad right',  out_right += scale left' grad."""
-    if left is None or right is None or out_left is None or out_right is None:
+def _finish_factors(sums: Factors, state: LayerState, grads: Gradients) -> None:
+    """Gradients of the factors from the sums over tiles; zero for scores that do not train."""
+    own, constants = state.factors, state.constants
+    if sums.U is not None and sums.V is not None:
+        grads.U, grads.V = sums.U * constants.beta, sums.V * constants.beta
+    if sums.A is None or sums.B is None:
+        for name in "ABRC":
+            factor = getattr(own, name)
+            if factor is not None:
+                setattr(grads, name, torch.zeros_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32)))
         return
-    out_left.add_(grad @ right.t(), alpha=scale)
-    out_right.add_(left.t() @ grad, alpha=scale)
+    rank = 0 if own.A is None else own.A.shape[1]
+    by_part = sums.B.view(state.layout.parts, -1, sums.B.shape[1])
+    if own.A is not None:
+        grads.A = sums.A[:, :rank] * constants.alpha1
+        grads.B = by_part[:, :rank].flatten(0, 1) * constants.alpha1
+    if own.R is not None:
+        grads.R = sums.A[:, rank] * constants.alpha2
+        grads.C = by_part[:, rank] * constants.alpha2
+
+
+def _add_low_rank_gradients(
+    grad: Tensor, left: Tensor | None, right: Tensor | None, sum_left: Tensor | None, sum_right: Tensor | None
+) -> None:
+    """sum_left += grad right',  sum_right += left' grad."""
+    if left is None or right is None or sum_left is None or sum_right is None:
+        return
+    sum_left += grad @ right.t()
+    sum_right += left.t() @ grad
