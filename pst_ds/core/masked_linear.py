@@ -16,7 +16,7 @@ from pst_ds.core.bits import INT_OF_SIZE, expand_mask_
 from pst_ds.core.factors import Constants, Factors, tile_factors
 from pst_ds.core.layout import Block, Rect, WeightLayout
 from pst_ds.core.scores import masked_weight, updated_weight
-from pst_ds.core.tiles import DEFAULT_TILE_BYTES, Tiles, plan_tiles
+from pst_ds.core.tiles import Tiles, plan_tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def backward(
     ``need_weight``: the weight itself is trained (with a fixed mask); its gradient is G . M.
     ``tile_bytes``: budget of :mod:`pst_ds.core.tiles`; 0 is the device's default. Raises TileBudgetError.
     """
-    tiles = plan_tiles(state.layout, x.element_size(), tile_bytes or default_tile_bytes(x.device.type))
+    tiles = plan_tiles(state.layout, x.element_size(), tile_bytes, device_type=x.device.type)
     x, grad_y = x.contiguous(), grad_y.contiguous()
     high = torch.promote_types(x.dtype, torch.float32)
     factors = _with_ones(state) if state.scores_train else Factors(U=state.factors.U, V=state.factors.V)
@@ -100,10 +100,6 @@ def backward(
         _tile_backward(work, rect)
     _finish_factors(sums, state, grads)
     return grads
-
-
-def default_tile_bytes(device_type: str) -> int:
-    return DEFAULT_TILE_BYTES.get(device_type, DEFAULT_TILE_BYTES["cuda"])
 
 
 @dataclass(frozen=True, slots=True)
