@@ -141,57 +141,42 @@ class _Work:
 
 
 def _tile_backward(work: _Work, rect: Rect) -> None:
-    state, grads, layout = work.state, work.grads, work.state.layout
-    rows, cols = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
-    outputs, inputs = (cols, rows) if layout.transposed else (rows, cols)
-    x, grad_y = work.x[:, inputs], work.grad_y[:, outputs]
-    tile = work.buffers.shaped(rect)
-    pieces = list(_pieces(layout, rect))
-    for block, own, here in pieces:
-        updated_weight(
-            state.weight[own.r0 : own.r1, own.c0 : own.c1],
-            tile_factors(state.factors, layout, block, own),
-            state.constants,
-            out=tile.weight[here],
-        )
-    expand_mask_(tile.mask, state.bits, layout.shape, state.num_shards, rows, cols)
+    """The steps in the order in which they use the buffers of the tile."""
+    tile = _Tile.of(work, rect)
     needs_scores = work.sums.A is not None
-    needs_update = work.sums.U is not None or grads.weight is not None
-    if needs_update or needs_scores:
-        left, right = (x, grad_y) if layout.transposed else (grad_y, x)
-        # G, and all that is made of it, are in the dtype of x: what autograd would multiply
-        torch.mm(left.t(), right, out=tile.grad)
+    needs_update = work.sums.U is not None or work.grads.weight is not None
+    _merge(work, tile)
+    if needs_scores or needs_update:
+        _weight_gradient(work, tile)
     if needs_scores:
-        torch.mul(tile.grad, tile.weight, out=tile.product)
-        for block, own, here in pieces:
-            factors, sums = (tile_factors(f, layout, block, own) for f in (work.factors, work.sums))
-            _add_low_rank_gradients(
-                tile.product[here], factors.score_left, factors.score_right, sums.score_left, sums.score_right
-            )
-    if grads.x is not None:
-        _and(tile.weight, tile.mask, out=tile.product)
-        merged = tile.product.t() if layout.transposed else tile.product
-        if not work.tiles.cut_outputs:
-            torch.mm(grad_y, merged, out=grads.x[:, inputs])
-        elif grads.x.dtype == x.dtype:
-            grads.x.addmm_(grad_y, merged)
-        else:
-            grads.x += grad_y @ merged
+        _add_score_gradients(work, tile)
+    if work.grads.x is not None:
+        _input_gradient(work, tile)
     if needs_update:
-        _and(tile.grad, tile.mask, out=tile.product)
-        if grads.weight is not None:
-            grads.weight[rows, cols] = tile.product
-        through_magnitude = needs_scores and not state.constants.detach_magnitude
-        if through_magnitude:
-            tile.weight.abs_()
-        for block, own, here in pieces:
-            if through_magnitude:
-                scale = state.weight_scales[block.part]
-                tile.product[here].addcmul_(tile.grad[here], tile.weight[here], value=1.0 / scale)
-            factors, sums = (tile_factors(f, layout, block, own) for f in (work.factors, work.sums))
-            _add_low_rank_gradients(
-                tile.product[here], factors.update_left, factors.update_right, sums.update_left, sums.update_right
-            )
+        _add_update_gradients(work, tile, through_magnitude=needs_scores and not work.state.constants.detach_magnitude)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """A rectangle of the stored weight, and the buffers for it, (rows, cols)."""
+
+    rows: slice
+    cols: slice
+    x: Tensor
+    """(N, inputs of the tile)"""
+    grad_y: Tensor
+    """(N, outputs of the tile)"""
+    pieces: tuple[tuple[Block, Rect, tuple[slice, slice]], ...]
+    """(matrix, its part of the tile, the same counted from the tile's corner) of every fused matrix in the tile."""
+    buffers: _Buffers
+
+    @classmethod
+    def of(cls, work: _Work, rect: Rect) -> _Tile:
+        layout = work.state.layout
+        rows, cols = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
+        outputs, inputs = (cols, rows) if layout.transposed else (rows, cols)
+        x, grad_y = work.x[:, inputs], work.grad_y[:, outputs]
+        return cls(rows, cols, x, grad_y, tuple(_pieces(layout, rect)), work.buffers.shaped(rect))
 
 
 def _pieces(layout: WeightLayout, rect: Rect) -> Iterator[tuple[Block, Rect, tuple[slice, slice]]]:
@@ -206,6 +191,65 @@ def _pieces(layout: WeightLayout, rect: Rect) -> Iterator[tuple[Block, Rect, tup
         if own.r0 < own.r1 and own.c0 < own.c1:
             rows = slice(own.r0 - rect.r0, own.r1 - rect.r0)
             yield block, own, (rows, slice(own.c0 - rect.c0, own.c1 - rect.c0))
+
+
+def _merge(work: _Work, tile: _Tile) -> None:
+    """W and M."""
+    state, layout = work.state, work.state.layout
+    for block, own, here in tile.pieces:
+        weight, factors = (
+            state.weight[own.r0 : own.r1, own.c0 : own.c1],
+            tile_factors(state.factors, layout, block, own),
+        )
+        updated_weight(weight, factors, state.constants, out=tile.buffers.weight[here])
+    expand_mask_(tile.buffers.mask, state.bits, layout.shape, state.num_shards, tile.rows, tile.cols)
+
+
+def _weight_gradient(work: _Work, tile: _Tile) -> None:
+    """G. It, and all that is made of it, are in the dtype of x: what autograd would multiply."""
+    left, right = (tile.x, tile.grad_y) if work.state.layout.transposed else (tile.grad_y, tile.x)
+    torch.mm(left.t(), right, out=tile.buffers.grad)
+
+
+def _add_score_gradients(work: _Work, tile: _Tile) -> None:
+    """P = G . W = dS, times the factors of the scores."""
+    torch.mul(tile.buffers.grad, tile.buffers.weight, out=tile.buffers.product)
+    for block, own, here in tile.pieces:
+        factors, sums = (tile_factors(f, work.state.layout, block, own) for f in (work.factors, work.sums))
+        _add_low_rank_gradients(
+            tile.buffers.product[here], factors.score_left, factors.score_right, sums.score_left, sums.score_right
+        )
+
+
+def _input_gradient(work: _Work, tile: _Tile) -> None:
+    """P = M . W; dX of the tile's inputs, or its share of the sum over tiles."""
+    _and(tile.buffers.weight, tile.buffers.mask, out=tile.buffers.product)
+    transposed, grad_x = work.state.layout.transposed, work.grads.x
+    assert grad_x is not None
+    merged = tile.buffers.product.t() if transposed else tile.buffers.product
+    if not work.tiles.cut_outputs:
+        torch.mm(tile.grad_y, merged, out=grad_x[:, tile.rows if transposed else tile.cols])
+    elif grad_x.dtype == merged.dtype:
+        grad_x.addmm_(tile.grad_y, merged)
+    else:
+        grad_x += tile.grad_y @ merged
+
+
+def _add_update_gradients(work: _Work, tile: _Tile, *, through_magnitude: bool) -> None:
+    """P = dW = G . M + G . |W| / scale, times U and V; W becomes |W|."""
+    weight, grad, product = tile.buffers.weight, tile.buffers.grad, tile.buffers.product
+    _and(grad, tile.buffers.mask, out=product)
+    if work.grads.weight is not None:
+        work.grads.weight[tile.rows, tile.cols] = product
+    if through_magnitude:
+        weight.abs_()
+    for block, own, here in tile.pieces:
+        if through_magnitude:
+            product[here].addcmul_(grad[here], weight[here], value=1.0 / work.state.weight_scales[block.part])
+        factors, sums = (tile_factors(f, work.state.layout, block, own) for f in (work.factors, work.sums))
+        _add_low_rank_gradients(
+            product[here], factors.update_left, factors.update_right, sums.update_left, sums.update_right
+        )
 
 
 def _and(values: Tensor, mask: Tensor, out: Tensor) -> None:
