@@ -6,7 +6,6 @@ Names: N tokens, O outputs, I inputs. The gradient G, as large as the weight, ex
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from pst_ds.core.bits import INT_OF_SIZE, expand_mask_
 from pst_ds.core.factors import Constants, Factors, tile_factors
-from pst_ds.core.layout import Block, Rect, WeightLayout
+from pst_ds.core.layout import Block, Rect, WeightLayout, row_tiles
 from pst_ds.core.scores import masked_weight, updated_weight
 from pst_ds.core.tiles import Tiles, plan_tiles
 
@@ -104,25 +103,19 @@ def backward(
 
 @dataclass(frozen=True, slots=True)
 class _Buffers:
-    """The four buffers of a tile, flat; see :mod:`pst_ds.core.tiles`."""
+    """Flat memory for a tile and a band of its rows; see :mod:`pst_ds.core.tiles`."""
 
     weight: Tensor
     grad: Tensor
     product: Tensor
+    magnitude: Tensor
     mask: Tensor
 
     @classmethod
     def of(cls, like: Tensor, tiles: Tiles) -> _Buffers:
-        size, integer = tiles.max_numel, INT_OF_SIZE[like.element_size()]
-        return cls(
-            like.new_empty(size), like.new_empty(size), like.new_empty(size), like.new_empty(size, dtype=integer)
-        )
-
-    def shaped(self, rect: Rect) -> _Buffers:
-        def view(flat: Tensor) -> Tensor:
-            return flat[: rect.numel].view(rect.r1 - rect.r0, rect.c1 - rect.c0)
-
-        return _Buffers(view(self.weight), view(self.grad), view(self.product), view(self.mask))
+        tile, band, integer = tiles.max_numel, tiles.max_band_numel, INT_OF_SIZE[like.element_size()]
+        weight, grad, product, magnitude = (like.new_empty(size) for size in (tile, tile, band, band))
+        return cls(weight, grad, product, magnitude, like.new_empty(band, dtype=integer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,115 +134,84 @@ class _Work:
 
 
 def _tile_backward(work: _Work, rect: Rect) -> None:
-    """The steps in the order in which they use the buffers of the tile."""
-    tile = _Tile.of(work, rect)
-    needs_scores = work.sums.A is not None
-    needs_update = work.sums.U is not None or work.grads.weight is not None
-    _merge(work, tile)
-    if needs_scores or needs_update:
-        _weight_gradient(work, tile)
-    if needs_scores:
-        _add_score_gradients(work, tile)
-    if work.grads.x is not None:
-        _input_gradient(work, tile)
-    if needs_update:
-        _add_update_gradients(work, tile, through_magnitude=needs_scores and not work.state.constants.detach_magnitude)
-
-
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    """A rectangle of the stored weight, and the buffers for it, (rows, cols)."""
-
-    rows: slice
-    cols: slice
-    x: Tensor
-    """(N, inputs of the tile)"""
-    grad_y: Tensor
-    """(N, outputs of the tile)"""
-    pieces: tuple[tuple[Block, Rect, tuple[slice, slice]], ...]
-    """(matrix, its part of the tile, the same counted from the tile's corner) of every fused matrix in the tile."""
-    buffers: _Buffers
-
-    @classmethod
-    def of(cls, work: _Work, rect: Rect) -> _Tile:
-        layout = work.state.layout
-        rows, cols = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
-        outputs, inputs = (cols, rows) if layout.transposed else (rows, cols)
-        x, grad_y = work.x[:, inputs], work.grad_y[:, outputs]
-        return cls(rows, cols, x, grad_y, tuple(_pieces(layout, rect)), work.buffers.shaped(rect))
-
-
-def _pieces(layout: WeightLayout, rect: Rect) -> Iterator[tuple[Block, Rect, tuple[slice, slice]]]:
-    """(matrix, its part of ``rect``, the same within the tile) of every fused matrix that ``rect`` meets."""
+    layout = work.state.layout
+    rows, cols = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
+    outputs, inputs = (cols, rows) if layout.transposed else (rows, cols)
+    x, grad_y = work.x[:, inputs], work.grad_y[:, outputs]
+    weight, grad = (_shaped(buffer, rect) for buffer in (work.buffers.weight, work.buffers.grad))
+    if work.sums.A is not None or work.sums.U is not None or work.grads.weight is not None:
+        _weight_gradient(x, grad_y, grad, transposed=layout.transposed)
     for block in layout.blocks():
-        own = Rect(
-            max(rect.r0, block.rect.r0),
-            min(rect.r1, block.rect.r1),
-            max(rect.c0, block.rect.c0),
-            min(rect.c1, block.rect.c1),
-        )
-        if own.r0 < own.r1 and own.c0 < own.c1:
-            rows = slice(own.r0 - rect.r0, own.r1 - rect.r0)
-            yield block, own, (rows, slice(own.c0 - rect.c0, own.c1 - rect.c0))
+        part = _meet(rect, block.rect)
+        if part is not None:
+            _merge(work, block, part, weight[_inside(part, rect)])
+            for band in row_tiles(part, work.tiles.band_elements):
+                here = _inside(band, rect)
+                _band_backward(work, block, band, weight[here], grad[here])
+    if work.grads.x is not None:
+        _input_gradient(work, grad_y, weight.t() if layout.transposed else weight, inputs)
 
 
-def _merge(work: _Work, tile: _Tile) -> None:
-    """W and M."""
-    state, layout = work.state, work.state.layout
-    for block, own, here in tile.pieces:
-        weight, factors = (
-            state.weight[own.r0 : own.r1, own.c0 : own.c1],
-            tile_factors(state.factors, layout, block, own),
-        )
-        updated_weight(weight, factors, state.constants, out=tile.buffers.weight[here])
-    expand_mask_(tile.buffers.mask, state.bits, layout.shape, state.num_shards, tile.rows, tile.cols)
+def _shaped(buffer: Tensor, rect: Rect) -> Tensor:
+    return buffer[: rect.numel].view(rect.r1 - rect.r0, rect.c1 - rect.c0)
 
 
-def _weight_gradient(work: _Work, tile: _Tile) -> None:
+def _meet(one: Rect, other: Rect) -> Rect | None:
+    """What two rectangles have in common."""
+    rows, cols = (max(one.r0, other.r0), min(one.r1, other.r1)), (max(one.c0, other.c0), min(one.c1, other.c1))
+    return Rect(*rows, *cols) if rows[0] < rows[1] and cols[0] < cols[1] else None
+
+
+def _inside(rect: Rect, whole: Rect) -> tuple[slice, slice]:
+    """``rect`` counted from the corner of ``whole``."""
+    return slice(rect.r0 - whole.r0, rect.r1 - whole.r0), slice(rect.c0 - whole.c0, rect.c1 - whole.c0)
+
+
+def _weight_gradient(x: Tensor, grad_y: Tensor, grad: Tensor, *, transposed: bool) -> None:
     """G. It, and all that is made of it, are in the dtype of x: what autograd would multiply."""
-    left, right = (tile.x, tile.grad_y) if work.state.layout.transposed else (tile.grad_y, tile.x)
-    torch.mm(left.t(), right, out=tile.buffers.grad)
+    left, right = (x, grad_y) if transposed else (grad_y, x)
+    torch.mm(left.t(), right, out=grad)
 
 
-def _add_score_gradients(work: _Work, tile: _Tile) -> None:
-    """P = G . W = dS, times the factors of the scores."""
-    torch.mul(tile.buffers.grad, tile.buffers.weight, out=tile.buffers.product)
-    for block, own, here in tile.pieces:
-        factors, sums = (tile_factors(f, work.state.layout, block, own) for f in (work.factors, work.sums))
-        _add_low_rank_gradients(
-            tile.buffers.product[here], factors.score_left, factors.score_right, sums.score_left, sums.score_right
-        )
+def _merge(work: _Work, block: Block, rect: Rect, weight: Tensor) -> None:
+    """W of one matrix' part of a tile."""
+    state = work.state
+    factors = tile_factors(state.factors, state.layout, block, rect)
+    updated_weight(state.weight[rect.r0 : rect.r1, rect.c0 : rect.c1], factors, state.constants, out=weight)
 
 
-def _input_gradient(work: _Work, tile: _Tile) -> None:
-    """P = M . W; dX of the tile's inputs, or its share of the sum over tiles."""
-    _and(tile.buffers.weight, tile.buffers.mask, out=tile.buffers.product)
-    transposed, grad_x = work.state.layout.transposed, work.grads.x
+def _band_backward(work: _Work, block: Block, rect: Rect, weight: Tensor, grad: Tensor) -> None:
+    """What is made of G and W in a band; W becomes M . W."""
+    state = work.state
+    rows, cols = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
+    mask = _shaped(work.buffers.mask, rect)
+    expand_mask_(mask, state.bits, state.layout.shape, state.num_shards, rows, cols)
+    product = _shaped(work.buffers.product, rect)
+    factors, sums = (tile_factors(f, state.layout, block, rect) for f in (work.factors, work.sums))
+    if work.sums.A is not None:
+        torch.mul(grad, weight, out=product)  # dS
+        _add_low_rank_gradients(product, factors.score_left, factors.score_right, sums.score_left, sums.score_right)
+    if work.sums.U is not None or work.grads.weight is not None:
+        _and(grad, mask, out=product)  # dW
+        if work.grads.weight is not None:
+            work.grads.weight[rows, cols] = product
+        if work.sums.A is not None and not state.constants.detach_magnitude:
+            magnitude = torch.abs(weight, out=_shaped(work.buffers.magnitude, rect))
+            product.addcmul_(grad, magnitude, value=1.0 / state.weight_scales[block.part])
+        _add_low_rank_gradients(product, factors.update_left, factors.update_right, sums.update_left, sums.update_right)
+    _and(weight, mask, out=weight)
+
+
+def _input_gradient(work: _Work, grad_y: Tensor, merged: Tensor, inputs: slice) -> None:
+    """dX of a tile's inputs, or its share of the sum over tiles; ``merged``: M . W, (outputs, inputs)."""
+    grad_x = work.grads.x
     assert grad_x is not None
-    merged = tile.buffers.product.t() if transposed else tile.buffers.product
     if not work.tiles.cut_outputs:
-        torch.mm(tile.grad_y, merged, out=grad_x[:, tile.rows if transposed else tile.cols])
+        torch.mm(grad_y, merged, out=grad_x[:, inputs])
     elif grad_x.dtype == merged.dtype:
-        grad_x.addmm_(tile.grad_y, merged)
+        grad_x.addmm_(grad_y, merged)
     else:
-        grad_x += tile.grad_y @ merged
-
-
-def _add_update_gradients(work: _Work, tile: _Tile, *, through_magnitude: bool) -> None:
-    """P = dW = G . M + G . |W| / scale, times U and V; W becomes |W|."""
-    weight, grad, product = tile.buffers.weight, tile.buffers.grad, tile.buffers.product
-    _and(grad, tile.buffers.mask, out=product)
-    if work.grads.weight is not None:
-        work.grads.weight[tile.rows, tile.cols] = product
-    if through_magnitude:
-        weight.abs_()
-    for block, own, here in tile.pieces:
-        if through_magnitude:
-            product[here].addcmul_(grad[here], weight[here], value=1.0 / work.state.weight_scales[block.part])
-        factors, sums = (tile_factors(f, work.state.layout, block, own) for f in (work.factors, work.sums))
-        _add_low_rank_gradients(
-            product[here], factors.update_left, factors.update_right, sums.update_left, sums.update_right
-        )
+        grad_x += grad_y @ merged
 
 
 def _and(values: Tensor, mask: Tensor, out: Tensor) -> None:

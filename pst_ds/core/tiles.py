@@ -1,15 +1,19 @@
 """How the backward pass of a layer is cut, so that what it keeps beside its arguments stays within a byte budget.
 
-A tile of h x w weights has four buffers in the dtype of the weight, used again for the next tile:
+A tile has two buffers in the dtype of the weight, used again for the next tile:
 
-    W    W0 + beta U V, later |W|
+    W    W0 + beta U V, later M . W
     G    dL/d(M . W)
-    P    G . W, then M . W, then G . M + G . |W| / scale
+
+What is made of G is made in bands of rows of the tile, small enough to stay in a CPU's cache, in three more buffers:
+
+    P    G . W, later G . M + G . |W| / scale
+    Q    |W|
     M    the mask as integers to AND with
 
-and while M is made up to two more bytes a weight (for which never less than two rows of the stored weight are
-reckoned). Not in the budget: tensors as large as x or the factors (dX, its fp32 sum where it is one, the gradients of
-the factors in fp32), and the scratch memory of the BLAS library.
+and while M is made up to two more bytes a weight of the band (or two rows of the stored weight, if they are more). Not
+in the budget: tensors as large as x or the factors (dX, its fp32 sum where it is one, the gradients of the factors in
+fp32), and the scratch memory of the BLAS library.
 """
 
 from __future__ import annotations
@@ -18,8 +22,10 @@ from dataclasses import dataclass
 
 from pst_ds.core.layout import Rect, WeightLayout
 
-DEFAULT_TILE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+DEFAULT_TILE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 """Bytes of a tile by kind of device, see docs/design.md."""
+_BAND_ELEMENTS = {"cpu": 1 << 18}
+"""Weights of a band, where a quarter of the budget allows them; elsewhere that quarter alone counts."""
 MIN_BAND = 32
 """Rows or columns of the thinnest tile. A thinner one would spend most of its time copying x or dY for the product."""
 _WIDE_BAND = 256
@@ -43,14 +49,21 @@ class Tiles:
     """True: a tile has some outputs and all inputs, and dX is a sum over tiles. False: it has all outputs (of every
     fused part), so that each tile writes its own columns of dX, once."""
 
+    band_elements: int
+    """Weights of a band of rows, or those of one row of the tile if they are more."""
+
     @property
     def max_numel(self) -> int:
         return max(rect.numel for rect in self.rects)
 
+    @property
+    def max_band_numel(self) -> int:
+        return max(min(rect.numel, max(self.band_elements, rect.c1 - rect.c0)) for rect in self.rects)
 
-def tile_bytes_of(numel: int, row_length: int, itemsize: int) -> int:
-    """Bytes alive in the backward pass of a tile of ``numel`` weights of ``itemsize`` bytes."""
-    return numel * 4 * itemsize + 2 * max(numel, row_length)
+
+def tile_bytes_of(numel: int, band: int, itemsize: int) -> int:
+    """Bytes alive in the backward pass of a tile of ``numel`` weights of ``itemsize`` bytes, ``band`` at a time."""
+    return 2 * itemsize * numel + (3 * itemsize + 2) * band
 
 
 def least_tile_bytes(layout: WeightLayout, itemsize: int) -> int:
@@ -68,14 +81,18 @@ def plan_tiles(
     TileBudgetError, naming the layer, when no tile of MIN_BAND rows or columns fits.
     """
     outputs, inputs = layout.out_features, layout.in_features
-    needed = least_tile_bytes(layout, itemsize)
+    least, needed = min(outputs, inputs) * min(max(outputs, inputs), MIN_BAND), least_tile_bytes(layout, itemsize)
     tile_bytes = tile_bytes or max(needed, DEFAULT_TILE_BYTES.get(device_type, DEFAULT_TILE_BYTES["cuda"]))
     if tile_bytes < needed:
         raise TileBudgetError(
             f"{name}: a tile of {tile_bytes} bytes is too small for its {outputs} x {inputs} weights of {itemsize} "
             f"bytes; set pst.tile_bytes to at least {needed}, or to 0 for the default"
         )
-    fits = min((tile_bytes - 2 * layout.shape[1]) // (4 * itemsize), tile_bytes // (4 * itemsize + 2))
+    quarter = tile_bytes // 4 // tile_bytes_of(0, 1, itemsize)
+    band_elements = max(layout.shape[1], min(quarter, _BAND_ELEMENTS.get(device_type, quarter)))
+    fits = (tile_bytes - tile_bytes_of(0, band_elements, itemsize)) // tile_bytes_of(1, 0, itemsize)
+    if fits < least:  # of a small budget the tile needs more than three quarters
+        band_elements, fits = layout.shape[1], least
     input_band, output_band = fits // outputs, fits // inputs
     too_thin = input_band < min(inputs, MIN_BAND)
     cut_outputs = too_thin or (input_band < min(inputs, _WIDE_BAND) and output_band > 2 * input_band)
@@ -85,7 +102,7 @@ def plan_tiles(
         along_rows = cut_outputs != layout.transposed
         height, width = layout.shape
         rects.append(Rect(start, stop, 0, width) if along_rows else Rect(0, height, start, stop))
-    return Tiles(tuple(rects), cut_outputs)
+    return Tiles(tuple(rects), cut_outputs, band_elements)
 
 
 def _bands(whole: int, band: int) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from pst_ds.core.masked_linear import Gradients, LayerState, backward, forward
 from pst_ds.core.tiles import least_tile_bytes, plan_tiles
 
 NUM_TOKENS, OUTPUTS, INPUTS, SCORE_RANK, UPDATE_RANK = 29, 126, 105, 3, 2
-BY_OUTPUTS, BY_INPUTS = 1.0, 1.5
+BY_OUTPUTS, BY_INPUTS = 1.0, 1.8
 BUDGETS = [BY_OUTPUTS, BY_INPUTS, 0]
 CONSTANTS = Constants(alpha1=0.7, alpha2=0.9, beta=1.3)
 SCORE_NAMES, UPDATE_NAMES = "ABRC", "UV"

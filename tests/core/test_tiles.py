@@ -70,13 +70,13 @@ def not_in_the_budget(state: LayerState, x: torch.Tensor, cut_outputs: bool) -> 
 
 @each_layout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("share", [0.0, 0.3, 2.0])
+@pytest.mark.parametrize("share", [0.0, 0.15, 2.0])
 def test_the_backward_pass_keeps_to_its_budget(layout, dtype, share, peak_bytes):
-    """Budgets: the least, 30 % of the whole matrix' and twice it."""
+    """Budgets: the least, and 15 and 200 % of what five buffers of the whole matrix take."""
     state = layer_state(layout, dtype, num_shards=3)
     x, grad_y = (torch.ones(NUM_TOKENS, n, dtype=dtype) for n in (layout.in_features, layout.out_features))
     itemsize = dtype.itemsize
-    whole = tile_bytes_of(layout.numel, layout.shape[1], itemsize)
+    whole = tile_bytes_of(layout.numel, layout.numel, itemsize)
     budget = max(least_tile_bytes(layout, itemsize), int(share * whole))
     tiles = plan_tiles(layout, itemsize, budget)
 
@@ -85,7 +85,7 @@ def test_the_backward_pass_keeps_to_its_budget(layout, dtype, share, peak_bytes)
     )
     outside = not_in_the_budget(state, x, tiles.cut_outputs)
     assert peak <= budget + outside
-    used = tile_bytes_of(tiles.max_numel, layout.shape[1], itemsize)
+    used = tile_bytes_of(tiles.max_numel, tiles.max_band_numel, itemsize)
     assert peak >= 0.8 * used  # the account is no looser than that
     assert used <= budget
     if share < 1:
@@ -114,7 +114,7 @@ def test_tiles_cover_the_weight_once_and_fit(layout, itemsize, excess):
     tiles = plan_tiles(layout, itemsize, budget)
     covered = torch.zeros(layout.shape, dtype=torch.int8)
     for rect in tiles.rects:
-        assert tile_bytes_of(rect.numel, layout.shape[1], itemsize) <= budget
+        assert tile_bytes_of(rect.numel, tiles.max_band_numel, itemsize) <= budget
         covered[rect.r0 : rect.r1, rect.c0 : rect.c1] += 1
         height, width = rect.r1 - rect.r0, rect.c1 - rect.c0
         outputs, inputs = (width, height) if layout.transposed else (height, width)
@@ -152,6 +152,6 @@ def test_a_budget_without_a_useful_tile_is_refused(layout):
 
 
 def test_the_default_takes_any_layer():
-    huge = WeightLayout(200_000, 100_000)
+    huge = WeightLayout(400_000, 200_000)
     assert least_tile_bytes(huge, 8) > 64 << 20
-    assert plan_tiles(huge, 8).max_numel >= MIN_BAND * 100_000
+    assert plan_tiles(huge, 8).max_numel >= MIN_BAND * 200_000

@@ -37,7 +37,7 @@ LLAMA_SHAPES = ((2048, 2048), (5504, 2048), (2048, 5504))
 LLAMA_TOKENS = 2048
 RANK, SPARSITY = 8, 0.9
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-STEPS = ("_merge", "_weight_gradient", "_add_score_gradients", "_input_gradient", "_add_update_gradients")
+STEPS = ("_weight_gradient", "_merge", "_band_backward", "_input_gradient")
 """Parts of the backward pass of a tile, functions of pst_ds.core.masked_linear."""
 
 
