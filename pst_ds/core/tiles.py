@@ -26,14 +26,14 @@ DEFAULT_TILE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 """Bytes of a tile by kind of device, see docs/design.md."""
 _BAND_ELEMENTS = {"cpu": 1 << 18}
 """Weights of a band, where a quarter of the budget allows them; elsewhere that quarter alone counts."""
-MIN_BAND = 32
-"""Rows or columns of the thinnest tile. A thinner one would spend most of its time copying x or dY for the product."""
-_WIDE_BAND = 256
+MIN_STRIP = 32
+"""Rows or columns of the thinnest tile, a strip of the weight. A thinner one would spend most of its time copying x or dY for the product."""
+_WIDE_STRIP = 256
 """Tiles of all outputs are cut at least so wide, or else the other way where that makes them twice as wide."""
-_WIDEST_BAND = {"cpu": 1024}
+_WIDEST_STRIP = {"cpu": 1024}
 """Wider tiles are no faster there: dY' X with 5,504 inputs took 8.6 ns a weight for 1,024 of them, 9.6 for all."""
 _ALIGNMENT = 64
-"""Bands are multiples of this where they can be, so that tiles of the mask begin with whole bytes."""
+"""Strips are multiples of this where they can be, so that tiles of the mask begin with whole bytes."""
 
 
 class TileBudgetError(ValueError):
@@ -69,7 +69,7 @@ def tile_bytes_of(numel: int, band: int, itemsize: int) -> int:
 def least_tile_bytes(layout: WeightLayout, itemsize: int) -> int:
     """The smallest budget that :func:`plan_tiles` takes for a layer."""
     short, long = sorted((layout.out_features, layout.in_features))
-    return tile_bytes_of(short * min(long, MIN_BAND), layout.shape[1], itemsize)
+    return tile_bytes_of(short * min(long, MIN_STRIP), layout.shape[1], itemsize)
 
 
 def plan_tiles(
@@ -78,10 +78,10 @@ def plan_tiles(
     """Cut a layer so that a tile has at most ``tile_bytes``; 0 is the default for ``device_type``.
 
     Tiles have all outputs unless the layer has so many more outputs than inputs that they would be thin. Raises
-    TileBudgetError, naming the layer, when no tile of MIN_BAND rows or columns fits.
+    TileBudgetError, naming the layer, when no tile of MIN_STRIP rows or columns fits.
     """
     outputs, inputs = layout.out_features, layout.in_features
-    least, needed = min(outputs, inputs) * min(max(outputs, inputs), MIN_BAND), least_tile_bytes(layout, itemsize)
+    least, needed = min(outputs, inputs) * min(max(outputs, inputs), MIN_STRIP), least_tile_bytes(layout, itemsize)
     tile_bytes = tile_bytes or max(needed, DEFAULT_TILE_BYTES.get(device_type, DEFAULT_TILE_BYTES["cuda"]))
     if tile_bytes < needed:
         raise TileBudgetError(
@@ -93,27 +93,27 @@ def plan_tiles(
     fits = (tile_bytes - tile_bytes_of(0, band_elements, itemsize)) // tile_bytes_of(1, 0, itemsize)
     if fits < least:  # of a small budget the tile needs more than three quarters
         band_elements, fits = layout.shape[1], least
-    input_band, output_band = fits // outputs, fits // inputs
-    too_thin = input_band < min(inputs, MIN_BAND)
-    cut_outputs = too_thin or (input_band < min(inputs, _WIDE_BAND) and output_band > 2 * input_band)
-    whole, band = (outputs, output_band) if cut_outputs else (inputs, input_band)
+    input_strip, output_strip = fits // outputs, fits // inputs
+    too_thin = input_strip < min(inputs, MIN_STRIP)
+    cut_outputs = too_thin or (input_strip < min(inputs, _WIDE_STRIP) and output_strip > 2 * input_strip)
+    whole, strip = (outputs, output_strip) if cut_outputs else (inputs, input_strip)
     rects = []
-    for start, stop in _bands(whole, min(band, _WIDEST_BAND.get(device_type, band))):
+    for start, stop in _strips(whole, min(strip, _WIDEST_STRIP.get(device_type, strip))):
         along_rows = cut_outputs != layout.transposed
         height, width = layout.shape
         rects.append(Rect(start, stop, 0, width) if along_rows else Rect(0, height, start, stop))
     return Tiles(tuple(rects), cut_outputs, band_elements)
 
 
-def _bands(whole: int, band: int) -> list[tuple[int, int]]:
-    """[0, whole) in bands of nearly equal size, none above ``band``."""
-    if band >= whole:
+def _strips(whole: int, strip: int) -> list[tuple[int, int]]:
+    """[0, whole) in strips of nearly equal size, none above ``strip``."""
+    if strip >= whole:
         return [(0, whole)]
-    step = -(-whole // -(-whole // band))
+    step = -(-whole // -(-whole // strip))
     for alignment in (_ALIGNMENT, 8):
         aligned = -(-step // alignment) * alignment
-        if aligned > band:
-            aligned = band // alignment * alignment
+        if aligned > strip:
+            aligned = strip // alignment * alignment
         if aligned:
             step = aligned
             break

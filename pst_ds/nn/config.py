@@ -105,7 +105,7 @@ class PSTConfig:
     """Train the pruned weights themselves, under the mask (for baselines: every weight then has optimizer state)."""
     tile_bytes: int = 0
     """Bytes that the backward pass of a layer may hold beside tensors as large as its input or its factors, on each
-    rank; 0 is 64 MiB on a CPU and 512 MiB on a GPU. Smaller tiles are slower."""
+    rank; 0 is 32 MiB on a CPU and 512 MiB on a GPU. Smaller tiles are slower."""
     seed: int = 0
     """Seed of A and U (of V in an embedding); together with a layer's name it fixes their values, on any number of
     ranks."""

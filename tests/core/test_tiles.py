@@ -12,7 +12,7 @@ from pst_ds.core.bits import all_ones
 from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.masked_linear import LayerState, backward, forward
-from pst_ds.core.tiles import MIN_BAND, TileBudgetError, least_tile_bytes, plan_tiles, tile_bytes_of
+from pst_ds.core.tiles import MIN_STRIP, TileBudgetError, least_tile_bytes, plan_tiles, tile_bytes_of
 
 NUM_TOKENS, RANK = 16, 2
 LAYOUTS = {
@@ -143,7 +143,7 @@ def test_a_tile_on_a_cpu_is_no_wider_than_pays():
 def test_a_budget_without_a_useful_tile_is_refused(layout):
     least = least_tile_bytes(layout, 2)
     short = min(layout.out_features, layout.in_features)
-    assert least == tile_bytes_of(short * MIN_BAND, layout.shape[1], 2)
+    assert least == tile_bytes_of(short * MIN_STRIP, layout.shape[1], 2)
     plan_tiles(layout, 2, least)
     with pytest.raises(
         TileBudgetError, match=rf"^a\.b: a tile of {least - 1} bytes .* set pst.tile_bytes to at least {least},"
@@ -154,4 +154,4 @@ def test_a_budget_without_a_useful_tile_is_refused(layout):
 def test_the_default_takes_any_layer():
     huge = WeightLayout(400_000, 200_000)
     assert least_tile_bytes(huge, 8) > 64 << 20
-    assert plan_tiles(huge, 8).max_numel >= MIN_BAND * 200_000
+    assert plan_tiles(huge, 8).max_numel >= MIN_STRIP * 200_000
