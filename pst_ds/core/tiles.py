@@ -27,7 +27,7 @@ DEFAULT_TILE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 _BAND_ELEMENTS = {"cpu": 1 << 18}
 """Weights of a band, where a quarter of the budget allows them; elsewhere that quarter alone counts."""
 MIN_STRIP = 32
-"""Rows or columns of the thinnest tile, a strip of the weight. A thinner one would spend most of its time copying x or dY for the product."""
+"""Rows or columns of the thinnest tile, a strip of the weight. Thinner, its products would mostly copy x or dY."""
 _WIDE_STRIP = 256
 """Tiles of all outputs are cut at least so wide, or else the other way where that makes them twice as wide."""
 _WIDEST_STRIP = {"cpu": 1024}
