@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import signal
@@ -45,6 +46,23 @@ def _one_thread() -> None:
 def _at_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths in run files are relative to the top folder."""
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="session")
+def torch_bytes() -> Callable[[Callable[[], object]], tuple[int, int]]:
+    """Measures a call: (the most bytes torch's CPU allocator gives it at a time, those its result still holds)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    def measure(run: Callable[[], object]) -> tuple[int, int]:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+            result = run()
+        del result
+        events = measured.profiler.kineto_results.events()
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        alive = list(itertools.accumulate(nbytes for _, nbytes in changes))
+        return max(alive), alive[-1]
+
+    return measure
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pst_ds.core.native import library
 
-_INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integer as wide as a float of so many bytes: masks are applied to weights as integers."""
 
 
 def shard_numel(numel: int, num_shards: int) -> int:
@@ -68,6 +69,28 @@ def unpack_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: in
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else bits.new_empty(0)
 
 
+def expand_mask_(
+    out: Tensor, bits: Tensor, shape: tuple[int, int], num_shards: int, rows: slice, cols: slice
+) -> Tensor:
+    """Write the mask of a rectangle as integers to AND with: all ones where it keeps, 0 where it prunes.
+
+    ``out``: (rows, cols), int16, int32 or int64. ``shape``: the stored weight's. Beside ``out`` at most
+    2 * max(out.numel(), shape[1]) bytes are alive at a time.
+    """
+    row_length, numel = shape[1], shape[0] * shape[1]
+    if row_length % 8 == 0 and cols.start % 8 == 0 and shard_numel(numel, num_shards) % 8 == 0:
+        # every row, and every shard, begins with a byte of its own
+        part = bits[: numel // 8].view(-1, row_length // 8)[rows, cols.start // 8 : -(-cols.stop // 8)]
+        keep = _unpack_bytes(part.reshape(-1)).view(part.shape[0], -1)[:, : cols.stop - cols.start]
+        return out.copy_(keep.view(torch.int8).neg_())
+    step = max(1, out.numel() // row_length)
+    for r0 in range(rows.start, rows.stop, step):  # whole rows, of which the columns are taken
+        r1 = min(r0 + step, rows.stop)
+        keep = unpack_range(bits, numel, num_shards, r0 * row_length, r1 * row_length).view(-1, row_length)[:, cols]
+        out[r0 - rows.start : r1 - rows.start].copy_(keep.view(torch.int8).neg_())
+    return out
+
+
 def set_bits_(bits: Tensor, index: Tensor) -> None:
     """Set the bits number ``index`` (n,) int32 of ``bits`` in place."""
     native = library() if bits.device.type == "cpu" else None
@@ -114,7 +137,7 @@ def apply_mask_(weight: Tensor, mask: Tensor) -> Tensor:
 
     A bitwise AND: one pass, right for NaN, infinity and -0.0, where a product would leave NaN or -0.0.
     """
-    as_int = weight.view(_INT_OF_SIZE[weight.element_size()])
+    as_int = weight.view(INT_OF_SIZE[weight.element_size()])
     as_int.bitwise_and_(mask.view(torch.int8).neg().to(as_int.dtype))
     return weight
 

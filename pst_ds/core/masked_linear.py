@@ -1,7 +1,7 @@
 """y = x (M . W)' + b and its straight-through gradient, tile by tile (arXiv 2205.11005, section 3; G = dL/d(M . W)).
 
-Names: N tokens, O outputs, I inputs, h rows of a tile. The gradient G, as large as the weight, exists one tile at a
-time; nothing here keeps a tensor of the weight's size for later.
+Names: N tokens, O outputs, I inputs. The gradient G, as large as the weight, exists one tile at a time, see
+:mod:`pst_ds.core.tiles`; nothing here keeps a tensor of the weight's size for later.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pst_ds.core.bits import apply_mask_, unpack_range
-from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
+from pst_ds.core.bits import INT_OF_SIZE, expand_mask_
+from pst_ds.core.factors import Constants, Factors, tile_factors
 from pst_ds.core.layout import Block, Rect, WeightLayout, row_tiles
 from pst_ds.core.scores import masked_weight, updated_weight
-
-TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
-"""Weights in a tile of the backward pass: 4 MiB of fp32 on a CPU, enough work to fill a GPU."""
+from pst_ds.core.tiles import Tiles, plan_tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +71,7 @@ def backward(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
-    tile_elements: int | None = None,
+    tile_bytes: int = 0,
 ) -> Gradients:
     """Gradients for ``x`` (N, I) and ``grad_y`` (N, O), and for every factor the layer has.
 
@@ -82,91 +80,186 @@ def backward(
         dU = beta dW V'   dV = beta U' dW
 
     ``need_weight``: the weight itself is trained (with a fixed mask); its gradient is G . M.
+    ``tile_bytes``: budget of :mod:`pst_ds.core.tiles`; 0 is the device's default. Raises TileBudgetError.
     """
-    tile_elements = tile_elements or TILE_ELEMENTS.get(x.device.type, TILE_ELEMENTS["cpu"])
+    tiles = plan_tiles(state.layout, x.element_size(), tile_bytes, device_type=x.device.type)
+    x, grad_y = x.contiguous(), grad_y.contiguous()
     high = torch.promote_types(x.dtype, torch.float32)
+    factors = _with_ones(state) if state.scores_train else Factors(U=state.factors.U, V=state.factors.V)
+    sums = Factors(**{n: torch.zeros_like(f, dtype=high) for n in "ABUV" if (f := getattr(factors, n)) is not None})
     grads = Gradients()
-    for name in ("A", "B", "R", "C", "U", "V"):
-        factor = getattr(state.factors, name)
-        if factor is not None:
-            setattr(grads, name, torch.zeros_like(factor, dtype=high))
     if need_bias:
         grads.bias = grad_y.sum(0, dtype=high)
     if need_weight:
         grads.weight = torch.empty_like(state.weight)
-    tiles = [(block, rect) for block in state.layout.blocks() for rect in row_tiles(block.rect, tile_elements)]
-    if need_x:  # a sum over tiles is kept wide; a single tile has no sum
-        grads.x = torch.zeros_like(x, dtype=high if len(tiles) > 1 else x.dtype)
-    for block, rect in tiles:
-        _tile_backward(x, grad_y, state, block, rect, grads)
+    if need_x:  # a sum over tiles is kept wide
+        grads.x = torch.zeros_like(x, dtype=high) if tiles.cut_outputs else torch.empty_like(x)
+    work = _Work(x, grad_y, state, factors, sums, grads, tiles, _Buffers.of(x, tiles))
+    for rect in tiles.rects:
+        _tile_backward(work, rect)
+    _finish_factors(sums, state, grads)
     return grads
 
 
-def _tile_backward(x: Tensor, grad_y: Tensor, state: LayerState, block: Block, rect: Rect, grads: Gradients) -> None:
-    layout = state.layout
+@dataclass(frozen=True, slots=True)
+class _Buffers:
+    """Flat memory for a tile and a band of its rows; see :mod:`pst_ds.core.tiles`."""
+
+    weight: Tensor
+    grad: Tensor
+    product: Tensor
+    magnitude: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, like: Tensor, tiles: Tiles) -> _Buffers:
+        tile, band, integer = tiles.max_numel, tiles.max_band_numel, INT_OF_SIZE[like.element_size()]
+        weight, grad, product, magnitude = (like.new_empty(size) for size in (tile, tile, band, band))
+        return cls(weight, grad, product, magnitude, like.new_empty(band, dtype=integer))
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What every tile of a layer reads, and adds to."""
+
+    x: Tensor
+    grad_y: Tensor
+    state: LayerState
+    factors: Factors
+    """With ones, see :func:`_with_ones`; without A and B when scores do not train."""
+    sums: Factors
+    grads: Gradients
+    tiles: Tiles
+    buffers: _Buffers
+
+
+def _tile_backward(work: _Work, rect: Rect) -> None:
+    layout = work.state.layout
     rows, cols = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
-    tile = tile_factors(state.factors, layout, block, rect)
-    out = tile_factors(grads.factors(), layout, block, rect)
-    weight = updated_weight(state.weight[rows, cols], tile, state.constants)
-    mask = _tile_mask(state, rect)
-    needs_scores = state.scores_train and _has_scores(out)
-    needs_update = out.update_left is not None or grads.weight is not None
-    if needs_update or needs_scores:
-        # G of the tile, (h, w), and all that is made of it are in the dtype of x: what autograd would multiply
-        left, right = (x[:, rows], grad_y[:, cols]) if layout.transposed else (grad_y[:, rows], x)
-        grad = left.t() @ right
-        if needs_scores:
-            _score_gradients(grad * weight, tile, out, state.constants)
-        if needs_update:
-            through_mask = apply_mask_(grad.clone(), mask)
-            if grads.weight is not None:
-                grads.weight[rows, cols] = through_mask
-            if needs_scores and not state.constants.detach_magnitude:
-                through_mask.addcmul_(grad, weight.abs(), value=1.0 / state.weight_scales[block.part])
-            _low_rank_gradients(
-                through_mask,
-                tile.update_left,
-                tile.update_right,
-                out.update_left,
-                out.update_right,
-                state.constants.beta,
-            )
-    if grads.x is not None:
-        merged = apply_mask_(weight, mask)
-        if layout.transposed:
-            grads.x[:, rows] += grad_y[:, cols] @ merged.t()
-        else:
-            grads.x += grad_y[:, rows] @ merged
+    outputs, inputs = (cols, rows) if layout.transposed else (rows, cols)
+    x, grad_y = work.x[:, inputs], work.grad_y[:, outputs]
+    weight, grad = (_shaped(buffer, rect) for buffer in (work.buffers.weight, work.buffers.grad))
+    if work.sums.A is not None or work.sums.U is not None or work.grads.weight is not None:
+        _weight_gradient(x, grad_y, grad, transposed=layout.transposed)
+    for block in layout.blocks():
+        part = _meet(rect, block.rect)
+        if part is not None:
+            _merge(work, block, part, weight[_inside(part, rect)])
+            for band in row_tiles(part, work.tiles.band_elements):
+                here = _inside(band, rect)
+                _band_backward(work, block, band, weight[here], grad[here])
+    if work.grads.x is not None:
+        _input_gradient(work, grad_y, weight.t() if layout.transposed else weight, inputs)
 
 
-def _tile_mask(state: LayerState, rect: Rect) -> Tensor:
-    """Mask of one tile, uint8 0/1 (h, w): whole storage rows are unpacked, and a fused part's columns taken."""
-    row_length = state.layout.shape[1]
-    mask = unpack_range(state.bits, state.layout.numel, state.num_shards, rect.r0 * row_length, rect.r1 * row_length)
-    return mask.view(-1, row_length)[:, rect.c0 : rect.c1]
+def _shaped(buffer: Tensor, rect: Rect) -> Tensor:
+    return buffer[: rect.numel].view(rect.r1 - rect.r0, rect.c1 - rect.c0)
 
 
-def _has_scores(tile: TileFactors) -> bool:
-    return tile.score_left is not None or tile.score_rows is not None
+def _meet(one: Rect, other: Rect) -> Rect | None:
+    """What two rectangles have in common."""
+    rows, cols = (max(one.r0, other.r0), min(one.r1, other.r1)), (max(one.c0, other.c0), min(one.c1, other.c1))
+    return Rect(*rows, *cols) if rows[0] < rows[1] and cols[0] < cols[1] else None
 
 
-def _score_gradients(grad: Tensor, tile: TileFactors, out: TileFactors, constants: Constants) -> None:
-    _low_rank_gradients(grad, tile.score_left, tile.score_right, out.score_left, out.score_right, constants.alpha1)
-    if out.score_rows is not None and out.score_cols is not None:
-        out.score_rows.add_(grad.sum(1), alpha=constants.alpha2)
-        out.score_cols.add_(grad.sum(0), alpha=constants.alpha2)
+def _inside(rect: Rect, whole: Rect) -> tuple[slice, slice]:
+    """``rect`` counted from the corner of ``whole``."""
+    return slice(rect.r0 - whole.r0, rect.r1 - whole.r0), slice(rect.c0 - whole.c0, rect.c1 - whole.c0)
 
 
-def _low_rank_gradients(
-    grad: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    out_left: Tensor | None,
-    out_right: Tensor | None,
-    scale: float,
-) -> None:
-    """out_left += scale grad right',  out_right += scale left' grad."""
-    if left is None or right is None or out_left is None or out_right is None:
+def _weight_gradient(x: Tensor, grad_y: Tensor, grad: Tensor, *, transposed: bool) -> None:
+    """G. It, and all that is made of it, are in the dtype of x: what autograd would multiply."""
+    left, right = (x, grad_y) if transposed else (grad_y, x)
+    torch.mm(left.t(), right, out=grad)
+
+
+def _merge(work: _Work, block: Block, rect: Rect, weight: Tensor) -> None:
+    """W of one matrix' part of a tile."""
+    state = work.state
+    factors = tile_factors(state.factors, state.layout, block, rect)
+    updated_weight(state.weight[rect.r0 : rect.r1, rect.c0 : rect.c1], factors, state.constants, out=weight)
+
+
+def _band_backward(work: _Work, block: Block, rect: Rect, weight: Tensor, grad: Tensor) -> None:
+    """What is made of G and W in a band; W becomes M . W."""
+    state = work.state
+    rows, cols = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
+    mask = _shaped(work.buffers.mask, rect)
+    expand_mask_(mask, state.bits, state.layout.shape, state.num_shards, rows, cols)
+    product = _shaped(work.buffers.product, rect)
+    factors, sums = (tile_factors(f, state.layout, block, rect) for f in (work.factors, work.sums))
+    if work.sums.A is not None:
+        torch.mul(grad, weight, out=product)  # dS
+        _add_low_rank_gradients(product, factors.score_left, factors.score_right, sums.score_left, sums.score_right)
+    if work.sums.U is not None or work.grads.weight is not None:
+        _and(grad, mask, out=product)  # dW
+        if work.grads.weight is not None:
+            work.grads.weight[rows, cols] = product
+        if work.sums.A is not None and not state.constants.detach_magnitude:
+            magnitude = torch.abs(weight, out=_shaped(work.buffers.magnitude, rect))
+            product.addcmul_(grad, magnitude, value=1.0 / state.weight_scales[block.part])
+        _add_low_rank_gradients(product, factors.update_left, factors.update_right, sums.update_left, sums.update_right)
+    _and(weight, mask, out=weight)
+
+
+def _input_gradient(work: _Work, grad_y: Tensor, merged: Tensor, inputs: slice) -> None:
+    """dX of a tile's inputs, or its share of the sum over tiles; ``merged``: M . W, (outputs, inputs)."""
+    grad_x = work.grads.x
+    assert grad_x is not None
+    if not work.tiles.cut_outputs:
+        torch.mm(grad_y, merged, out=grad_x[:, inputs])
+    elif grad_x.dtype == merged.dtype:
+        grad_x.addmm_(grad_y, merged)
+    else:
+        grad_x += grad_y @ merged
+
+
+def _and(values: Tensor, mask: Tensor, out: Tensor) -> None:
+    """out = values where the mask keeps, +0.0 elsewhere."""
+    torch.bitwise_and(values.view(mask.dtype), mask, out=out.view(mask.dtype))
+
+
+def _with_ones(state: LayerState) -> Factors:
+    """U, V, and A, B of rank k + 1: the gradients of [A | 1] and [B; 1] have dR and dC as their last row or column.
+
+    So dS is read twice, not four times. Without R and C, A and B are as they are.
+    """
+    own, parts = state.factors, state.layout.parts
+    A, B = own.A, own.B
+    if own.R is not None and own.C is not None:
+        ones_left, ones_right = torch.ones_like(own.R).unsqueeze(1), torch.ones_like(own.C).unsqueeze(1)
+        A = ones_left if A is None else torch.cat([A, ones_left], 1)
+        B = ones_right if B is None else torch.cat([B.view(parts, -1, B.shape[1]), ones_right], 1)
+        B = B.flatten(0, 1)
+    return Factors(A=A, B=B, U=own.U, V=own.V)
+
+
+def _finish_factors(sums: Factors, state: LayerState, grads: Gradients) -> None:
+    """Gradients of the factors from the sums over tiles; zero for scores that do not train."""
+    own, constants = state.factors, state.constants
+    if sums.U is not None and sums.V is not None:
+        grads.U, grads.V = sums.U * constants.beta, sums.V * constants.beta
+    if sums.A is None or sums.B is None:
+        for name in "ABRC":
+            factor = getattr(own, name)
+            if factor is not None:
+                setattr(grads, name, torch.zeros_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32)))
         return
-    out_left.add_(grad @ right.t(), alpha=scale)
-    out_right.add_(left.t() @ grad, alpha=scale)
+    rank = 0 if own.A is None else own.A.shape[1]
+    by_part = sums.B.view(state.layout.parts, -1, sums.B.shape[1])
+    if own.A is not None:
+        grads.A = sums.A[:, :rank] * constants.alpha1
+        grads.B = by_part[:, :rank].flatten(0, 1) * constants.alpha1
+    if own.R is not None:
+        grads.R = sums.A[:, rank] * constants.alpha2
+        grads.C = by_part[:, rank] * constants.alpha2
+
+
+def _add_low_rank_gradients(
+    grad: Tensor, left: Tensor | None, right: Tensor | None, sum_left: Tensor | None, sum_right: Tensor | None
+) -> None:
+    """sum_left += grad right',  sum_right += left' grad."""
+    if left is None or right is None or sum_left is None or sum_right is None:
+        return
+    sum_left += grad @ right.t()
+    sum_right += left.t() @ grad

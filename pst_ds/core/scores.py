@@ -9,7 +9,10 @@ from torch import Tensor
 
 from pst_ds.core.bits import apply_mask_, unpack_range
 from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
-from pst_ds.core.layout import WeightLayout
+from pst_ds.core.layout import Rect, WeightLayout, row_tiles
+
+MASK_BAND_ELEMENTS = {"cpu": 1 << 19}
+"""Weights whose mask is unpacked at a time when a whole matrix is merged; 2**24 on other devices."""
 
 
 def add_low_rank_(out: Tensor, left: Tensor | None, right: Tensor | None, scale: float, scratch: Tensor) -> None:
@@ -46,11 +49,11 @@ def importance(weight: Tensor, tile: TileFactors, constants: Constants, weight_s
     return scores
 
 
-def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants) -> Tensor:
-    """W = W0 + beta U V for one rectangle, a new tensor in the dtype of ``weight``."""
+def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants, out: Tensor | None = None) -> Tensor:
+    """W = W0 + beta U V for one rectangle, in the dtype of ``weight``; a new tensor, or written to ``out``."""
     if tile.update_left is None or tile.update_right is None:
-        return weight.clone()
-    return torch.addmm(weight, tile.update_left, tile.update_right, alpha=constants.beta)
+        return weight.clone() if out is None else out.copy_(weight)
+    return torch.addmm(weight, tile.update_left, tile.update_right, alpha=constants.beta, out=out)
 
 
 def masked_weight(
@@ -59,18 +62,18 @@ def masked_weight(
     """M . (W0 + beta U V), in storage shape and in the dtype of ``weight``; pruned entries are +0.0.
 
     The forward pass, evaluation and export all call this on the same values: what is exported is what was multiplied.
+    The one tensor of the weight's size is the result; the mask is unpacked a band of rows at a time.
     ``bits``: the layer's whole mask, (num_shards * ceil(shard / 8),) uint8 as in :mod:`pst_ds.core.bits`.
     """
-    blocks = layout.blocks()
-    pieces = [
-        updated_weight(
-            weight[b.rect.r0 : b.rect.r1, b.rect.c0 : b.rect.c1], tile_factors(factors, layout, b, b.rect), constants
-        )
-        for b in blocks
-    ]
-    merged = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1 if layout.transposed else 0)
-    mask = unpack_range(bits, layout.numel, num_shards, 0, layout.numel)
-    return apply_mask_(merged, mask.view(layout.shape))
+    merged = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for b in layout.blocks():
+        rows, cols = slice(b.rect.r0, b.rect.r1), slice(b.rect.c0, b.rect.c1)
+        updated_weight(weight[rows, cols], tile_factors(factors, layout, b, b.rect), constants, merged[rows, cols])
+    height, width = layout.shape
+    for band in row_tiles(Rect(0, height, 0, width), MASK_BAND_ELEMENTS.get(weight.device.type, 1 << 24)):
+        mask = unpack_range(bits, layout.numel, num_shards, band.r0 * width, band.r1 * width)
+        apply_mask_(merged[band.r0 : band.r1], mask.view(-1, width))
+    return merged
 
 
 def abs_sum_fixed_point(weight: Tensor, exponent: int) -> Tensor:

@@ -105,6 +105,9 @@ class PSTConfig:
     """Patterns and shares of zeros of some layers; of two that match a layer the later one counts."""
     train_weights: bool = False
     """Train the pruned weights themselves, under the mask (for baselines: every weight then has optimizer state)."""
+    tile_bytes: int = 0
+    """Bytes that the backward pass of a layer may hold beside tensors as large as its input or its factors, on each
+    rank; 0 is 32 MiB on a CPU and 512 MiB on a GPU. Smaller tiles are slower."""
     seed: int = 0
     """Seed of A and U (of V in an embedding); together with a layer's name it fixes their values, on any number of
     ranks."""
@@ -112,7 +115,7 @@ class PSTConfig:
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             _require_regex(name, getattr(self, name))
-        for name in ("score_rank", "update_rank"):
+        for name in ("score_rank", "update_rank", "tile_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
         for name in ("alpha1", "alpha2", "beta", "score_init_scale", "update_init_scale"):

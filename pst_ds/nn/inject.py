@@ -10,6 +10,7 @@ from torch import nn
 
 from pst_ds.core.layout import WeightLayout, shard_tiles, view_in_shard
 from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent
+from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
 from pst_ds.nn.config import Bias, MaskRule, PSTConfig, name_matches
 from pst_ds.nn.embedding import PSTEmbedding
 from pst_ds.nn.linear import PSTLinear
@@ -32,6 +33,7 @@ def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = 
         raise InjectionError("the model already has PST modules; inject into the base model, once")
     targets = find_targets(model, config)
     embeddings = find_embeddings(model, config)
+    _require_tiles(targets, config)
     rules = _fitting_rules(targets, config)
     compared = config.has_scores or any(rule.pattern.kind == "global" for rule in rules)
     scales = _weight_scales(targets) if config.relative_magnitude and compared else None
@@ -98,6 +100,16 @@ def freeze_scores(model: nn.Module) -> None:
     """The masks are fixed from now on: scores have no gradient any more, nor has |W| through them."""
     for layer in pst_layers(model).values():
         layer.scores_train = False
+
+
+def _require_tiles(targets: Sequence[Target], config: PSTConfig) -> None:
+    """Refuse a tile budget that is too small, by the layer that needs most, before anything is changed."""
+    sized = [(target, target.module.weight.element_size()) for target in targets]
+    target, itemsize = max(sized, key=lambda pair: least_tile_bytes(pair[0].layout, pair[1]))
+    try:
+        plan_tiles(target.layout, itemsize, config.tile_bytes, name=target.name)
+    except TileBudgetError as error:
+        raise InjectionError(str(error)) from None
 
 
 def _weight_scales(targets: Sequence[Target]) -> dict[str, tuple[float, ...]]:

@@ -49,6 +49,7 @@ class PSTLinear(nn.Module):
         self.rule = config.rule_for(name)
         self.scores_train = config.has_scores
         """Whether scores have a gradient now; False once the masks are fixed."""
+        self.tile_bytes = config.tile_bytes
         self.weight = weight
         self.bias = bias
         device = weight.device
@@ -134,6 +135,7 @@ class _MaskedLinear(torch.autograd.Function):
                 need_x=need_x,
                 need_weight=need_weight,
                 need_bias=need_bias,
+                tile_bytes=layer.tile_bytes,
             )
         grad_x = None if grads.x is None else grads.x.to(x.dtype).view(x.shape)
         grad_bias = None if grads.bias is None else grads.bias.to(layer.weight.dtype)

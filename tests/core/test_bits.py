@@ -180,3 +180,18 @@ def test_checksum_hashes_with_splitmix64(index, expected):
     """The published first outputs of splitmix64 for seed 0."""
     assert checksum(torch.tensor([True]), start=8 * index) == expected
     assert checksum(torch.tensor([True]), start=8 * index + 3) == wrapped(8 * expected)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(12, 32), (13, 21), (3, 200)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64], ids=str)
+def test_a_rectangle_of_the_mask_is_ones_and_zeros_to_and_with(shape, num_shards, dtype):
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.rand(shape, generator=generator) > 0.5
+    bits = b.pack_mask(keep, num_shards)
+    height, width = shape
+    for rows in (slice(0, height), slice(1, 2), slice(2, height)):
+        for cols in (slice(0, width), slice(8, 16), slice(16, width), slice(5, 12)):
+            out = torch.empty(rows.stop - rows.start, cols.stop - cols.start, dtype=dtype)
+            b.expand_mask_(out, bits, shape, num_shards, rows, cols)
+            assert torch.equal(out, -keep[rows, cols].to(dtype))

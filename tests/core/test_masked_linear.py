@@ -8,10 +8,13 @@ import torch
 
 from pst_ds.core.bits import pack_mask
 from pst_ds.core.factors import Constants, Factors
-from pst_ds.core.layout import WeightLayout, row_tiles
+from pst_ds.core.layout import WeightLayout
 from pst_ds.core.masked_linear import Gradients, LayerState, backward, forward
+from pst_ds.core.tiles import least_tile_bytes, plan_tiles
 
-NUM_TOKENS, OUTPUTS, INPUTS, SCORE_RANK, UPDATE_RANK = 29, 42, 35, 3, 2
+NUM_TOKENS, OUTPUTS, INPUTS, SCORE_RANK, UPDATE_RANK = 29, 126, 105, 3, 2
+BY_OUTPUTS, BY_INPUTS = 1.0, 1.8
+BUDGETS = [BY_OUTPUTS, BY_INPUTS, 0]
 CONSTANTS = Constants(alpha1=0.7, alpha2=0.9, beta=1.3)
 SCORE_NAMES, UPDATE_NAMES = "ABRC", "UV"
 LAYOUTS = [WeightLayout(OUTPUTS, INPUTS, transposed, parts) for transposed in (False, True) for parts in (1, 3)]
@@ -31,7 +34,8 @@ class Case:
     bias: torch.Tensor
     grad_y: torch.Tensor
 
-    def gradients(self, tile_elements: int | None = None, need_weight: bool = False) -> Gradients:
+    def gradients(self, budget: float = 0, need_weight: bool = False) -> Gradients:
+        """``budget``: bytes of a tile, as a multiple of the least that is taken; 0 is the default, one tile."""
         return backward(
             self.x,
             self.grad_y,
@@ -39,7 +43,7 @@ class Case:
             need_x=True,
             need_weight=need_weight,
             need_bias=True,
-            tile_elements=tile_elements,
+            tile_bytes=int(budget * least_tile_bytes(self.state.layout, self.x.element_size())),
         )
 
 
@@ -116,10 +120,10 @@ def assert_gradients(found: Gradients, expected: dict[str, torch.Tensor], names,
 
 @each_layout
 @pytest.mark.parametrize("num_shards", [1, 2, 3])
-@pytest.mark.parametrize("tile_elements", [1, 100, 400, None])
-def test_gradients_are_those_of_the_formula(layout, num_shards, tile_elements):
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_gradients_are_those_of_the_formula(layout, num_shards, budget):
     case = make_case(layout, num_shards)
-    found = case.gradients(tile_elements)
+    found = case.gradients(budget)
     assert_gradients(found, reference(case)[1], ["x", "bias", *SCORE_NAMES, *UPDATE_NAMES])
     assert found.weight is None
 
@@ -137,7 +141,7 @@ def test_forward_is_the_formula(layout, num_shards):
 @each_layout
 def test_detached_magnitude_has_no_path_to_the_update(layout):
     case = make_case(layout, constants=dataclasses.replace(CONSTANTS, detach_magnitude=True))
-    found, attached = case.gradients(300), make_case(layout).gradients(300)
+    found, attached = case.gradients(BY_INPUTS), make_case(layout).gradients(BY_INPUTS)
     assert_gradients(found, reference(case)[1], ["x", *SCORE_NAMES, *UPDATE_NAMES])
     assert all(torch.equal(getattr(found, n), getattr(attached, n)) for n in SCORE_NAMES)
     assert all(not torch.allclose(getattr(found, n), getattr(attached, n)) for n in UPDATE_NAMES)
@@ -147,7 +151,7 @@ def test_detached_magnitude_has_no_path_to_the_update(layout):
 def test_fixed_masks_leave_g_times_m_alone(layout):
     """scores_train False: dW = G . M, and no score has a gradient."""
     case = make_case(layout, scores_train=False)
-    found = case.gradients(300)
+    found = case.gradients(BY_INPUTS)
     assert_gradients(found, reference(case)[1], ["x", "bias", *UPDATE_NAMES])
     assert not any(getattr(found, n).any() for n in SCORE_NAMES)
 
@@ -156,7 +160,7 @@ def test_fixed_masks_leave_g_times_m_alone(layout):
 @pytest.mark.parametrize("scores_train", [True, False])
 def test_a_trained_weight_has_the_gradient_g_times_m(layout, scores_train):
     case = make_case(layout, num_shards=2, scores_train=scores_train)
-    found = case.gradients(300, need_weight=True)
+    found = case.gradients(BY_INPUTS, need_weight=True)
     grad = (case.grad_y.double().t() @ case.x.double()) * case.mask
     grad = grad.t() if layout.transposed else grad
     assert relative_error(found.weight, grad) <= 1e-6
@@ -175,7 +179,7 @@ def test_factors_that_are_left_out_have_no_gradient(layout, left_out):
     whole = make_case(layout)
     has_scores = not set(SCORE_NAMES) <= set(left_out)
     case = make_case(layout, factors=without(whole.state.factors, left_out), scores_train=has_scores)
-    found = case.gradients(300)
+    found = case.gradients(BY_INPUTS)
     assert_gradients(found, reference(case)[1], ["x", "bias", *(n for n in "ABRCUV" if n not in left_out)])
     assert all(getattr(found, n) is None for n in left_out)
 
@@ -193,7 +197,7 @@ def test_backward_only_reads_its_arguments(layout):
     tensors = [case.x, case.grad_y, case.state.weight, case.state.bits]
     tensors += [getattr(case.state.factors, n) for n in "ABRCUV"]
     before = [t.clone() for t in tensors]
-    case.gradients(200, need_weight=True)
+    case.gradients(BY_INPUTS, need_weight=True)
     assert all(torch.equal(now, then) for now, then in zip(tensors, before, strict=True))
 
 
@@ -203,14 +207,18 @@ def test_dtypes_of_the_gradients(dtype):
     high = torch.promote_types(dtype, torch.float32)
     for layout in (LAYOUTS[0], LAYOUTS[3]):
         case = make_case(layout, dtype=dtype)
-        found = case.gradients(200, need_weight=True)
+        found = case.gradients(BY_INPUTS, need_weight=True)
         assert found.weight.dtype == dtype
         assert {getattr(found, n).dtype for n in "ABRCUV"} == {high}
         names = ["x", "bias", *"ABRCUV"]
         assert_gradients(found, reference(case)[1], names, tolerance=1e-13 if dtype == torch.float64 else 2e-2)
 
 
-def test_the_cases_cut_several_tiles():
-    """Guards the sizes above: with 100 and 400 weights a tile, each matrix is several tiles."""
-    for layout, size in itertools.product(LAYOUTS, (100, 400)):
-        assert all(len(list(row_tiles(block.rect, size))) > 1 for block in layout.blocks())
+def test_the_cases_cut_several_tiles_both_ways():
+    """Guards the sizes and budgets above."""
+    for layout, itemsize, (budget, by_outputs) in itertools.product(
+        LAYOUTS, (2, 4, 8), ((BY_OUTPUTS, True), (BY_INPUTS, False))
+    ):
+        tiles = plan_tiles(layout, itemsize, int(budget * least_tile_bytes(layout, itemsize)))
+        assert tiles.cut_outputs == by_outputs
+        assert len(tiles.rects) > 2

@@ -12,7 +12,12 @@ from pathlib import Path
 import torch
 
 
-def medians(candidates: dict[str, Callable[[], object]], repeats: int = 15, warmup: int = 3) -> dict[str, float]:
+def medians(
+    candidates: dict[str, Callable[[], object]],
+    repeats: int = 15,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median seconds of each candidate; they take turns."""
     for _ in range(warmup):
         for run in candidates.values():
@@ -20,9 +25,9 @@ def medians(candidates: dict[str, Callable[[], object]], repeats: int = 15, warm
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, run in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
