@@ -14,6 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 500},
     "0.1B": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12},
     "0.5B": {"hidden_size": 1280, "intermediate_size": 3456, "num_hidden_layers": 20, "num_attention_heads": 20},
     "1.5B": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 28, "num_attention_heads": 16},
@@ -41,7 +42,7 @@ def main() -> None:
 def run(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         job = {
-            "model": {**SHAPES[size], "vocab_size": VOCABULARY},
+            "model": {"vocab_size": VOCABULARY, **SHAPES[size]},
             "ds_config": ds_config(args),
             "threads": 1,
             "batch": args.batch,
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
             str(Path(__file__).with_name("scale_rank.py")), f"{folder}/job.json",
         ]  # fmt: skip
         env = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_LOG_LEVEL": "warning", **os.environ}
-        env["PYTHONPATH"] = str(ROOT)
+        env |= {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "4194304", "MALLOC_ARENA_MAX": "1"}
         subprocess.run(command, env=env, check=True, stdout=sys.stderr)
         return json.loads(Path(folder, "result.json").read_text())
 

@@ -31,7 +31,11 @@ def main() -> None:
     parser.add_argument("job", type=Path)
     args = parser.parse_args()
     job = json.loads(args.job.read_text())
-    import deepspeed  # noqa: F401
+    import deepspeed.runtime.engine
+    import deepspeed.runtime.superoffload.superoffload_stage3
+    import functorch.compile  # what deepspeed.initialize imports too: not memory of the model
+    import torch._inductor.compile_fx
+    import torch._thread_safe_fork
     import transformers.integrations
     from transformers import LlamaForCausalLM  # noqa: F401
 
@@ -51,12 +55,18 @@ class Memory:
 
     def __init__(self) -> None:
         self.base = _status("VmRSS")
+        self.file = _status("RssFile")
         self.phases: dict[str, dict[str, int]] = {}
 
     def phase(self, name: str) -> None:
         """Ends a phase: its peak, and what is resident now."""
-        self.phases[name] = {"peak": _status("VmHWM") - self.base, "now": _status("VmRSS") - self.base}
+        self.phases[name] = {"peak": _status("VmHWM") - self.base, "now": _status("VmRSS") - self.base,
+                             "file": _status("RssFile") - self.file}
         Path("/proc/self/clear_refs").write_text("5")  # the next peak starts from here
+        self.modules = getattr(self, "modules", set(sys.modules))
+        new = set(sys.modules) - self.modules
+        self.modules = set(sys.modules)
+        if rank() == 0: print(name, len(new), [m for m in new if 1], flush=True)
         if _available() < 1 << 30:
             sys.exit("less than 1 GiB of memory is left on this machine; stopping")
 
