@@ -5,22 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
 SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 500},
     "0.1B": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12},
     "0.5B": {"hidden_size": 1280, "intermediate_size": 3456, "num_hidden_layers": 20, "num_attention_heads": 20},
     "1.5B": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 28, "num_attention_heads": 16},
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
 VOCABULARY = 32000
+MIN_AVAILABLE = 1 << 30
+"""Bytes that a run leaves to others on this machine; with less it is stopped."""
 
 
 def main() -> None:
@@ -59,8 +62,30 @@ def run(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
         ]  # fmt: skip
         env = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_LOG_LEVEL": "warning", **os.environ}
         env |= {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "4194304", "MALLOC_ARENA_MAX": "1"}
-        subprocess.run(command, env=env, check=True, stdout=sys.stderr)
+        _run_guarded(command, env)
         return json.loads(Path(folder, "result.json").read_text())
+
+
+def _run_guarded(command: list[str], env: dict[str, str]) -> None:
+    """Run ``command``; end it, and every process it started, before this machine runs out of memory."""
+    process = subprocess.Popen(command, env=env, stdout=sys.stderr, start_new_session=True)
+    lowest = _available()
+    try:
+        while process.poll() is None:
+            lowest = min(lowest, _available())
+            if lowest < MIN_AVAILABLE:
+                sys.exit(f"{lowest >> 20} MiB of memory are left on this machine: stopped before it runs out")
+            time.sleep(0.1)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode:
+        sys.exit(f"{command[-2]} ended with {process.returncode}")
+
+
+def _available() -> int:
+    found = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")]
+    return int(found[0].split()[1]) * 1024
 
 
 def ds_config(args: argparse.Namespace) -> dict[str, Any]:

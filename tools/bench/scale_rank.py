@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
@@ -23,6 +24,12 @@ from pst_ds.parallel.ranks import all_gather_objects, barrier, rank, world_size
 from pst_ds.train.mask_update import update_masks
 
 DRAW_ELEMENTS = 1 << 20
+IMPORTS = (
+    "transformers.models.llama.modeling_llama", "transformers.integrations", "deepspeed.runtime.engine",
+    "deepspeed.runtime.superoffload.superoffload_stage3", "functorch.compile", "torch._inductor.compile_fx",
+    "torch._thread_safe_fork",
+)  # fmt: skip
+"""All that transformers and deepspeed.initialize import in the end, so that it does not count as memory of a model."""
 
 
 def main() -> None:
@@ -31,13 +38,8 @@ def main() -> None:
     parser.add_argument("job", type=Path)
     args = parser.parse_args()
     job = json.loads(args.job.read_text())
-    import deepspeed.runtime.engine
-    import deepspeed.runtime.superoffload.superoffload_stage3
-    import functorch.compile  # what deepspeed.initialize imports too: not memory of the model
-    import torch._inductor.compile_fx
-    import torch._thread_safe_fork
-    import transformers.integrations
-    from transformers import LlamaForCausalLM  # noqa: F401
+    for name in IMPORTS:
+        importlib.import_module(name)
 
     torch.set_num_threads(job["threads"])
     memory = Memory()
@@ -55,20 +57,15 @@ class Memory:
 
     def __init__(self) -> None:
         self.base = _status("VmRSS")
-        self.file = _status("RssFile")
+        Path("/proc/self/clear_refs").write_text("5")
         self.phases: dict[str, dict[str, int]] = {}
 
     def phase(self, name: str) -> None:
         """Ends a phase: its peak, and what is resident now."""
-        self.phases[name] = {"peak": _status("VmHWM") - self.base, "now": _status("VmRSS") - self.base,
-                             "file": _status("RssFile") - self.file}
+        found = {"peak": _status("VmHWM") - self.base, "now": _status("VmRSS") - self.base}
+        before = self.phases.get(name, found)
+        self.phases[name] = {key: max(value, before[key]) for key, value in found.items()}
         Path("/proc/self/clear_refs").write_text("5")  # the next peak starts from here
-        self.modules = getattr(self, "modules", set(sys.modules))
-        new = set(sys.modules) - self.modules
-        self.modules = set(sys.modules)
-        if rank() == 0: print(name, len(new), [m for m in new if 1], flush=True)
-        if _available() < 1 << 30:
-            sys.exit("less than 1 GiB of memory is left on this machine; stopping")
 
     @property
     def peak(self) -> int:
@@ -82,14 +79,9 @@ def _status(key: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {key}")
 
 
-def _available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 1 << 62
-
-
 def measure(job: dict[str, Any], memory: Memory) -> dict[str, Any]:
+    rates = machine_rates(job)
+    memory.phase("rates")
     started = time.perf_counter()
     model, keep_alive = build(job)
     memory.phase("build")
@@ -101,16 +93,45 @@ def measure(job: dict[str, Any], memory: Memory) -> dict[str, Any]:
     seconds = {"build": time.perf_counter() - started}
     torch.manual_seed(rank())
     tokens = torch.randint(0, job["model"]["vocab_size"], (job["batch"], job["sequence"]))
-    steps = [timed(lambda: step(engine, tokens)) for _ in range(1 + job["repeats"])]
-    memory.phase("step")
-    updates = [timed(lambda: update_masks(engine.module, 0.5 + 0.02 * i)) for i in range(job["repeats"])]
-    memory.phase("update")
-    seconds["step_after_update"] = timed(lambda: step(engine, tokens))
-    memory.phase("step after the update")
-    seconds |= {"first_step": steps[0], "step": statistics.median(steps[1:]), "update": statistics.median(updates)}
+    times: dict[str, list[float]] = {"step": [], "update": []}
+    for i in range(1 + job["repeats"]):
+        times["step"].append(timed(lambda: step(engine, tokens)))
+        memory.phase("step")
+        sparsity = 0.5 + 0.02 * i
+        times["update"].append(timed(lambda: update_masks(engine.module, sparsity)))  # noqa: B023
+        memory.phase("update")
+    seconds |= {f"first_{name}": values[0] for name, values in times.items()}
+    seconds |= {name: statistics.median(values[1:] or values) for name, values in times.items()}
     del keep_alive
     return {"rank": rank(), "seconds": seconds, "phases": memory.phases, "peak": memory.peak, "base": memory.base,
-            "held": held(engine)}  # fmt: skip
+            "held": held(engine), "rates": rates}  # fmt: skip
+
+
+def machine_rates(job: dict[str, Any]) -> dict[str, float]:
+    """What this machine does for the products, copies and gathers of the model's largest layer, while every rank does
+    the same: FLOPs, bytes read or written, and bytes received, per second."""
+    outputs, inputs = job["model"]["intermediate_size"], job["model"]["hidden_size"]
+    weight = torch.randn(outputs, inputs).bfloat16()
+    x = torch.randn(job["batch"] * job["sequence"], inputs).bfloat16()
+    y = x @ weight.t()
+    whole, shard = torch.empty(world_size() * weight.numel() // 2, dtype=torch.bfloat16), weight.flatten()
+
+    def products() -> None:
+        torch.nn.functional.linear(x, weight)
+        y @ weight
+        y.t() @ x
+
+    def median(work: Callable[[], Any]) -> float:
+        return statistics.median([timed(work) for _ in range(6)][1:])
+
+    own = shard[: whole.numel() // world_size()]
+    gather = median(lambda: torch.distributed.all_gather_into_tensor(whole, own)) if world_size() > 1 else 0.0
+    return {
+        "flops": 6 * x.shape[0] * weight.numel() / median(products),
+        "memory_bytes": 2 * weight.nbytes / median(lambda: weight.clone()),
+        "network_bytes": (whole.nbytes - own.nbytes) / gather if gather else 0.0,
+        "latency": median(lambda: torch.distributed.all_reduce(torch.zeros(1))),
+    }
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -138,9 +159,8 @@ def build(job: dict[str, Any]) -> tuple[nn.Module, Any]:
 
     keep_alive = HfDeepSpeedConfig(job["ds_config"])
     config = LlamaConfig(**job["model"], dtype=torch.bfloat16, use_cache=False)
-    with no_init_weights(), prevent_arange_dtype_change():
-        with deepspeed.zero.Init(config_dict_or_path=job["ds_config"]):
-            model = LlamaForCausalLM(config)
+    with no_init_weights(), prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=job["ds_config"]):
+        model = LlamaForCausalLM(config)
     draw(model)
     if job["checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
