@@ -12,6 +12,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pst_ds.core.bracket import sample_size
+
 ADAM_BYTES = 12
 """fp32 master, first and second moment of a trainable."""
 GLOO = "gloo"
@@ -52,15 +54,39 @@ class ModuleNumbers:
 
 
 @dataclass(frozen=True, slots=True)
+class MatrixGroup:
+    """``count`` pruned matrices of ``numel`` weights."""
+
+    numel: int
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class ModelNumbers:
     """A model as the formulas see it."""
 
     tensors: tuple[TensorGroup, ...]
     modules: tuple[ModuleNumbers, ...]
-    pruned_weights: int
-    num_matrices: int
-    num_layers: int
-    """Pruned layers; a fused one holds several matrices."""
+    matrices: tuple[MatrixGroup, ...]
+    score_rank: int = 0
+    update_rank: int = 0
+    dense_weights: int = 0
+    """Weights of linear layers that are not pruned, such as a causal model's head."""
+    attention_width: int = 0
+    """Width of all attention heads of a layer, summed over layers."""
+
+    @property
+    def pruned_weights(self) -> int:
+        return sum(m.numel * m.count for m in self.matrices)
+
+    @property
+    def num_matrices(self) -> int:
+        return sum(m.count for m in self.matrices)
+
+    @property
+    def sampled_keys(self) -> int:
+        """Keys of all matrices that a mask update shows to every rank."""
+        return sum(sample_size(m.numel) * m.count for m in self.matrices)
 
     @property
     def parameters(self) -> int:
@@ -205,9 +231,10 @@ def optimizer_bytes(model: ModelNumbers, zero: ZeroSettings, element_size: int =
 
 
 def mask_update_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
-    """Temporaries of a mask update: the masks before, the bracketed keys, the factors' masters twice, one tile.
+    """Temporaries of a mask update: the new masks, the bracketed keys, the sample, the factors' masters, one tile.
 
-    The masters arrive in one gather, (ranks, shard), and are copied out of it parameter by parameter.
+    The masters arrive in one gather, (ranks, shard), and are copied out of it parameter by parameter. The sample is
+    held by the ranks one by one and together, and is sorted.
     """
     if not model.pruned_weights:
         return 0
@@ -216,7 +243,8 @@ def mask_update_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
     staging = 2 * masters if zero.shards > 1 else 0
     if zero.shards > 1 and zero.backend == GLOO:
         staging += masters
-    return here // 8 + int(here * MASK_UPDATE_BRACKET * 8) + masters + staging + SCORED_TILE_BYTES
+    sample = 4 * 4 * model.sampled_keys
+    return here // 8 + int(here * MASK_UPDATE_BRACKET * 8) + sample + masters + staging + SCORED_TILE_BYTES
 
 
 def _shard(numel: int, zero: ZeroSettings) -> int:
@@ -246,21 +274,23 @@ def _optimizer_step_bytes(model: ModelNumbers, zero: ZeroSettings, groups: Seque
 
 
 def _turn(model: ModelNumbers, zero: ZeroSettings, tile_elements: int, element_size: int) -> tuple[int, int, int]:
-    """(whole parameters, staging, temporaries) in bytes when the module that needs most has its turn."""
+    """(whole parameters, staging, temporaries) in bytes, each of the module that needs most of it.
+
+    Their peaks may lie in different modules' turns; an allocator keeps what one has freed until another needs it.
+    """
     tile = 4 * tile_elements * element_size  # G, W, their product and a masked copy
+    work = max((m.work_bytes + (tile if m.work_bytes else 0) for m in model.modules), default=0)
     if zero.stage != 3:
-        return 0, 0, max((m.work_bytes + (tile if m.work_bytes else 0) for m in model.modules), default=0)
+        return 0, 0, work
     resident = _persistent_bytes(model, zero) + _kept_bytes(model, zero)
-    best = (0, 0, 0)
+    whole = staging = 0
     for module in model.modules:
         prefetched = min(zero.prefetch_bucket_size, max(0, zero.max_live_parameters - module.numel)) * element_size
-        whole = min(module.gathered_bytes + resident + prefetched, model.whole_bytes)
-        # gloo flattens what it sends and receives into buffers of its own
-        share = 1 + 1 / zero.world_size if zero.backend == GLOO and zero.world_size > 1 else 0
-        staging = int(max(module.largest_gather_bytes, prefetched) * share)
-        work = module.work_bytes + (tile if module.work_bytes else 0)
-        best = max(best, (whole, staging, work), key=sum)
-    return best
+        whole = max(whole, min(module.gathered_bytes + resident + prefetched, model.whole_bytes))
+        if zero.backend == GLOO and zero.world_size > 1:  # gloo flattens what it sends and receives into its buffers
+            largest = max(module.largest_gather_bytes, min(prefetched, model.whole_bytes))
+            staging = max(staging, int(largest * (1 + 1 / zero.world_size)))
+    return whole, staging, work
 
 
 def _persistent_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:

@@ -7,9 +7,10 @@ from collections import Counter
 
 from torch import nn
 
-from pst_ds.core.cost import ModelNumbers, ModuleNumbers, TensorGroup
+from pst_ds.core.cost import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.targets import is_linear
 from pst_ds.parallel import zero3
 
 
@@ -35,10 +36,31 @@ def model_numbers(model: nn.Module) -> ModelNumbers:
             ModuleNumbers(m.numel, m.gathered_bytes, m.largest_gather_bytes, m.work_bytes, count)
             for m, count in modules.items()
         ),
-        pruned_weights=sum(layer.layout.numel for layer in layers.values()),
-        num_matrices=sum(layer.layout.parts for layer in layers.values()),
-        num_layers=len(layers),
+        matrices=tuple(
+            MatrixGroup(numel, count)
+            for numel, count in Counter(
+                layer.layout.matrix_numel for layer in layers.values() for _ in range(layer.layout.parts)
+            ).items()
+        ),
+        score_rank=max((_rank(layer.pst_A) for layer in layers.values()), default=0),
+        update_rank=max((_rank(layer.pst_U) for layer in layers.values()), default=0),
+        dense_weights=sum(
+            zero3.full_numel(m.weight) for m in model.modules() if is_linear(m) and not isinstance(m, PSTLinear)
+        ),
+        attention_width=_attention_width(model),
     )
+
+
+def _rank(by_output: nn.Parameter | None) -> int:
+    return 0 if by_output is None else zero3.full_shape(by_output)[1]
+
+
+def _attention_width(model: nn.Module) -> int:
+    """Heads x their width x layers, from the config; 0 where it does not say."""
+    config = getattr(model, "config", None)
+    layers, hidden = (getattr(config, key, 0) or 0 for key in ("num_hidden_layers", "hidden_size"))
+    heads, width = (getattr(config, key, 0) or 0 for key in ("num_attention_heads", "head_dim"))
+    return layers * (heads * width or hidden)
 
 
 def _counted(tensors: Counter[TensorGroup]) -> list[TensorGroup]:
