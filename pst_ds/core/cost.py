@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pst_ds.core.bracket import sample_size
+from pst_ds.core.bracket import BRACKET_DEVIATIONS, sample_size
 
 ADAM_BYTES = 12
 """fp32 master, first and second moment of a trainable."""
@@ -22,8 +22,6 @@ RUNTIME_BYTES = {"cpu": 48 << 20, "cuda": 600 << 20}
 measured with a model of 0.1 million parameters. CUDA: context and cuBLAS workspaces, assumed."""
 SCORED_TILE_BYTES = 16 << 20
 """Scratch of the scoring pass of a mask update."""
-MASK_UPDATE_BRACKET = 0.02
-"""Share of the weights whose keys a mask update holds at a time, 8 bytes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,20 +229,30 @@ def optimizer_bytes(model: ModelNumbers, zero: ZeroSettings, element_size: int =
 
 
 def mask_update_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
-    """Temporaries of a mask update: the new masks, the bracketed keys, the sample, the factors' masters, one tile.
+    """Temporaries of a mask update, at the worst of three moments.
 
-    The masters arrive in one gather, (ranks, shard), and are copied out of it parameter by parameter. The sample is
-    held by the ranks one by one and together, and is sorted.
+    The factors' masters arrive in one gather, (ranks, shard), and are copied out of it; the sampled keys are held here,
+    by all ranks together, and sorted; the scan holds the new masks, the keys inside every bracket with their places, 8
+    bytes each, and the largest matrix's keys as bytes.
     """
     if not model.pruned_weights:
         return 0
-    here = math.ceil(model.pruned_weights / zero.shards)
-    masters = model.factor_parameters * 4
-    staging = 2 * masters if zero.shards > 1 else 0
-    if zero.shards > 1 and zero.backend == GLOO:
-        staging += masters
-    sample = 4 * 4 * model.sampled_keys
-    return here // 8 + int(here * MASK_UPDATE_BRACKET * 8) + sample + masters + staging + SCORED_TILE_BYTES
+    masters = 4 * model.factor_parameters
+    gathering = masters
+    if zero.shards > 1:
+        copies = 2 if zero.backend == GLOO else 1
+        gathering += copies * int(masters * (1 + 1 / zero.shards))
+    sampling = masters + 4 * 4 * model.sampled_keys
+    inside = sum(m.count * m.numel * _bracket_share(m.numel) for m in model.matrices) / zero.shards
+    largest = max(m.numel for m in model.matrices) / zero.shards
+    scanning = masters + int(model.pruned_weights / zero.shards / 8 + 8 * inside + largest)
+    return max(gathering, sampling, scanning) + SCORED_TILE_BYTES
+
+
+def _bracket_share(numel: int) -> float:
+    """Share of a matrix's keys inside the bracket of its cut, at a sparsity of one half, where it is widest."""
+    size = sample_size(numel)
+    return min(1.0, 2 * BRACKET_DEVIATIONS * math.sqrt(0.25 / size * (1 - size / numel)) + 4 / size)
 
 
 def _shard(numel: int, zero: ZeroSettings) -> int:

@@ -42,17 +42,16 @@ def model_numbers(model: nn.Module) -> ModelNumbers:
                 layer.layout.matrix_numel for layer in layers.values() for _ in range(layer.layout.parts)
             ).items()
         ),
-        score_rank=max((_rank(layer.pst_A) for layer in layers.values()), default=0),
-        update_rank=max((_rank(layer.pst_U) for layer in layers.values()), default=0),
-        dense_weights=sum(
-            zero3.full_numel(m.weight) for m in model.modules() if is_linear(m) and not isinstance(m, PSTLinear)
-        ),
+        score_rank=max((_rank(layer, "A") for layer in layers.values()), default=0),
+        update_rank=max((_rank(layer, "U") for layer in layers.values()), default=0),
+        dense_weights=sum(zero3.full_numel(m._parameters["weight"]) for m in model.modules() if is_linear(m)),
         attention_width=_attention_width(model),
     )
 
 
-def _rank(by_output: nn.Parameter | None) -> int:
-    return 0 if by_output is None else zero3.full_shape(by_output)[1]
+def _rank(layer: PSTLinear, factor: str) -> int:
+    param = dict(layer.factor_parameters()).get(factor)
+    return 0 if param is None else zero3.full_shape(param)[1]
 
 
 def _attention_width(model: nn.Module) -> int:
@@ -60,7 +59,7 @@ def _attention_width(model: nn.Module) -> int:
     config = getattr(model, "config", None)
     layers, hidden = (getattr(config, key, 0) or 0 for key in ("num_hidden_layers", "hidden_size"))
     heads, width = (getattr(config, key, 0) or 0 for key in ("num_attention_heads", "head_dim"))
-    return layers * (heads * width or hidden)
+    return int(layers * (heads * width or hidden))
 
 
 def _counted(tensors: Counter[TensorGroup]) -> list[TensorGroup]:
