@@ -70,27 +70,21 @@ class _Bracket:
 
 
 class _Scan:
-    """The pass over one matrix's keys on this rank."""
+    """The pass over one matrix's keys on this rank; every key is this rank's own."""
 
     BELOW, NOT_FINITE, OVERFLOWED, INSIDE, NUM_COUNTS = 0, 1, 2, 3, 4
 
     def __init__(self, matrix: MatrixKeys, bracket: _Bracket, shift: int, device: torch.device):
-        self.lead = matrix.lead
         room = min(matrix.num_keys, bracket.most_inside)
-        found = Classifier(matrix.num_keys, bracket.low, bracket.high, lead=self.lead, room=room, device=device)
+        found = Classifier(matrix.num_keys, bracket.low, bracket.high, room=room, device=device)
         for keys in matrix.tiles():
             found.take(keys.flatten())
         self.keys, self.index = found.inside()
         self.bits = pack_shard(found.above(), -(-matrix.num_keys // 8))
-        self.active = self.keys[self.num_lead :]
+        self.active = self.keys
         numbers = [found.num_below, found.num_not_finite, int(found.overflowed), self.active.numel()]
         own = torch.tensor(numbers, dtype=torch.int64, device=device)
         self.counts = torch.cat([own, histogram(self.active, bracket.low, shift, 1 << DIGIT_BITS)])
-
-    @property
-    def num_lead(self) -> int:
-        """Keys inside that are lower ranks' to count; they come first."""
-        return int((self.index < self.lead).sum()) if self.lead else 0
 
     def num_equal(self, threshold: int) -> int:
         return int((self.active == threshold).sum())
@@ -98,8 +92,7 @@ class _Scan:
     def decide(self, threshold: int, ties: int) -> None:
         """Set the bits of the kept among the keys inside: those above, and the equals but for the first ``ties``."""
         equal = (self.keys == threshold).nonzero().flatten()
-        first = max(0, ties + int((equal < self.num_lead).sum()))
-        kept = torch.cat([(self.keys > threshold).nonzero().flatten(), equal[first:]])
+        kept = torch.cat([(self.keys > threshold).nonzero().flatten(), equal[max(0, ties) :]])
         set_bits_(self.bits, self.index[kept])
 
 

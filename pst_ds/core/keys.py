@@ -15,6 +15,8 @@ from pst_ds.core.scores import importance
 
 LOWEST_FINITE, HIGHEST_FINITE = -0x7F800000, 0x7F7FFFFF
 """Keys of the smallest and the largest finite score."""
+_MORE_ROOM = 16
+"""The native loop writes whole vectors."""
 _NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -87,17 +89,17 @@ def keys_at(
 class Classifier:
     """Sorts one matrix's keys into those above an interval, those below, and the few inside, which it remembers.
 
-    ``num_keys`` keys are to come, in rising order, through :meth:`take`; the first ``lead`` of them belong to another
-    rank's count. At most ``room`` keys inside are remembered; ``overflowed`` says that there were more.
+    ``num_keys`` keys are to come, in rising order, through :meth:`take`. At most ``room`` keys inside are remembered;
+    ``overflowed`` says that there were more.
     """
 
-    def __init__(self, num_keys: int, low: int, high: int, *, lead: int, room: int, device: torch.device):
-        self.low, self.high, self.lead = low, high, lead
+    def __init__(self, num_keys: int, low: int, high: int, *, room: int, device: torch.device):
+        self.low, self.high = low, high
         self.num_below = self.num_not_finite = 0
         self._room, self._taken, self._num_inside = room, 0, 0
         self._above = torch.empty(num_keys, dtype=torch.uint8, device=device)
-        self._keys = torch.empty(room + 1, dtype=torch.int32, device=device)  # the native loop writes one too many
-        self._index = torch.empty(room + 1, dtype=torch.int32, device=device)
+        self._keys = torch.empty(room + _MORE_ROOM, dtype=torch.int32, device=device)
+        self._index = torch.empty(room + _MORE_ROOM, dtype=torch.int32, device=device)
 
     @property
     def overflowed(self) -> bool:
@@ -105,12 +107,6 @@ class Classifier:
 
     def take(self, keys: Tensor) -> None:
         """The next ``keys``, (n,) int32."""
-        counted = max(0, self.lead - self._taken)
-        for part, counts in ((keys[:counted], False), (keys[counted:], True)):
-            if part.numel():
-                self._take(part, counts)
-
-    def _take(self, keys: Tensor, counts_below: bool) -> None:
         stored = min(self._num_inside, self._room)
         above = self._above[self._taken : self._taken + keys.numel()]
         native = native_for(keys)
@@ -130,7 +126,7 @@ class Classifier:
             self._index[stored : stored + fitting.numel()] = (fitting + self._taken).int()
             below = int((keys < self.low).sum())
             not_finite = int(((keys < LOWEST_FINITE) | (keys > HIGHEST_FINITE)).sum())
-        self.num_below += below if counts_below else 0
+        self.num_below += below
         self.num_not_finite += not_finite
         self._num_inside += inside
         self._taken += keys.numel()
@@ -141,8 +137,9 @@ class Classifier:
         return self._above
 
     def inside(self) -> tuple[Tensor, Tensor]:
-        """(keys, index among all keys) inside the interval, int32 (n,) each, in rising order of index."""
-        stored = min(self._num_inside, self._room)
+        """(keys, index among all keys) inside the interval, int32 (n,) each, in rising order of index; none of them
+        when ``overflowed``."""
+        stored = 0 if self.overflowed else self._num_inside
         return self._keys[:stored].clone(), self._index[:stored].clone()
 
 

@@ -8,6 +8,10 @@
 #include <cstring>
 #include <vector>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int LANES = 16, CHUNK = 4;  // four vectors of columns at a time, of two rows: eight sums in registers
@@ -122,6 +126,29 @@ void rect_keys(const T* weight, int64_t stride, int64_t rows, int64_t cols, cons
             out[row * cols + col] = one_key(weight[row * stride + col], row, col, t);
 }
 
+// The keys in [low, high] and their index, without a branch a key; up to LANES more of each are written.
+void collect(const int32_t* keys, int64_t start, int64_t stop, int32_t low, int32_t high, int64_t first,
+             int32_t* inside_keys, uint32_t* inside_index) {
+    int64_t at = 0, i = start;
+#ifdef __AVX512F__
+    const __m512i lows = _mm512_set1_epi32(low), highs = _mm512_set1_epi32(high);
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (; i + LANES <= stop; i += LANES) {
+        const __m512i values = _mm512_loadu_si512(keys + i);
+        const __mmask16 in = _mm512_cmpge_epi32_mask(values, lows) & _mm512_cmple_epi32_mask(values, highs);
+        const __m512i index = _mm512_add_epi32(lanes, _mm512_set1_epi32(int32_t(first + i)));
+        _mm512_storeu_si512(inside_keys + at, _mm512_maskz_compress_epi32(in, values));
+        _mm512_storeu_si512(inside_index + at, _mm512_maskz_compress_epi32(in, index));
+        at += __builtin_popcount(in);
+    }
+#endif
+    for (; i < stop; ++i) {
+        inside_keys[at] = keys[i];
+        inside_index[at] = uint32_t(first + i);
+        at += (keys[i] >= low) & (keys[i] <= high);
+    }
+}
+
 uint64_t splitmix64(uint64_t x) {
     x *= 0x9E3779B97F4A7C15ull;
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -147,7 +174,7 @@ void pst_score_keys(const void* weight, int64_t is_bf16, int64_t stride, int64_t
 }
 
 // keep[i] = keys[i] > high; the keys in [low, high] also go to (inside_keys, inside_index) with index first + i while
-// there is room. counts += {below low, inside, not finite}. Returns how many were inside, stored or not.
+// there is room, and up to LANES more of each. counts += {below low, inside, not finite}. Returns how many were inside, stored or not.
 int64_t pst_classify(const int32_t* keys, int64_t n, int32_t low, int32_t high, int64_t first, uint8_t* keep,
                      int32_t* inside_keys, uint32_t* inside_index, int64_t room, int64_t* counts) {
     constexpr int32_t INFINITE = 0x7f800000;
@@ -166,14 +193,7 @@ int64_t pst_classify(const int32_t* keys, int64_t n, int32_t low, int32_t high, 
         below += small;
         not_finite += bad;
         if (!between) continue;
-        if (inside + between <= room) {
-            int64_t at = inside;
-            for (int64_t i = start; i < stop; ++i) {  // written past the end by at most one, which room allows for
-                inside_keys[at] = keys[i];
-                inside_index[at] = uint32_t(first + i);
-                at += (keys[i] >= low) & (keys[i] <= high);
-            }
-        }
+        if (inside + between <= room) collect(keys, start, stop, low, high, first, inside_keys + inside, inside_index + inside);
         inside += between;
     }
     counts[0] += below;

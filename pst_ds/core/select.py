@@ -59,8 +59,9 @@ class MatrixKeys:
     """Called once a pass: int32 key tensors, together this rank's keys in rising order."""
     pool: int | None = None
     """Matrices of one pool share a threshold and a number of keys to prune."""
-    lead: int = 0
-    """How many of the first keys are lower ranks' to count; they are among ``tiles`` to be decided here too."""
+    own: tuple[int, int] | None = None
+    """First and last + 1 of the keys that are this rank's to count, when ``tiles`` has keys of its neighbours' before
+    and after them, to be decided here too."""
     num_keys: int = 0
     """Keys in ``tiles``; for :mod:`pst_ds.core.bracket`."""
     num_in_all: int = 0
@@ -176,7 +177,7 @@ def select(
             _refuse_non_finite(counts)
         bins = search.narrow(counts, shift)
     cuts = cuts_of(search, local.gather(1, bins.unsqueeze(1)).squeeze(1), ranks)
-    cuts = [_with_lead(cut, m) for cut, m in zip(cuts, matrices, strict=True)]
+    cuts = [_from_the_first(cut, m) for cut, m in zip(cuts, matrices, strict=True)]
     _, at_most = search.ties()
     if at_most:
         alone = [replace(matrices[i], pool=None) for i in at_most]
@@ -192,26 +193,29 @@ def cuts_of(search: Search, equal_here: Tensor, ranks: RankSums) -> list[Cut]:
     return [Cut(key, tie - lower) for key, tie, lower in zip(search.low.tolist(), ties, before, strict=True)]
 
 
-def _with_lead(cut: Cut, matrix: MatrixKeys) -> Cut:
-    """The cut counted from the first of the tiles: equals among the lead come before this rank's own."""
+def _from_the_first(cut: Cut, matrix: MatrixKeys) -> Cut:
+    """The cut counted from the first of the tiles, not from this rank's own first: equals before it come first too."""
     equal = 0
-    left = matrix.lead
-    for keys in matrix.tiles() if left else ():
-        equal += int((keys.flatten()[:left] == cut.threshold).sum())
-        left -= min(left, keys.numel())
-        if not left:
-            break
+    for keys in _between(matrix, 0, matrix.own[0]) if matrix.own else ():
+        equal += int((keys == cut.threshold).sum())
     return Cut(cut.threshold, max(0, cut.ties + equal))
+
+
+def _between(matrix: MatrixKeys, first: int, last: int) -> Iterator[Tensor]:
+    """The keys at positions [first, last) of the tiles, flat."""
+    at = 0
+    for keys in matrix.tiles() if first < last else ():
+        yield keys.flatten()[max(0, first - at) : max(0, last - at)]
+        at += keys.numel()
+        if at >= last:
+            break
 
 
 def _counts(matrix: MatrixKeys, low: int, shift: int, bins: int, device: torch.device) -> Tensor:
     """Counts, (bins,) int64, of this rank's own keys in bins of 2**shift keys from ``low`` on."""
     counts = torch.zeros(bins, dtype=torch.int64, device=device)
-    lead = matrix.lead
-    for keys in matrix.tiles():
-        own = keys.flatten()[lead:]
-        lead = max(0, lead - keys.numel())
-        counts += histogram(own, low, shift, bins)
+    for keys in matrix.tiles() if matrix.own is None else _between(matrix, *matrix.own):
+        counts += histogram(keys.flatten(), low, shift, bins)
     return counts
 
 

@@ -84,17 +84,18 @@ class LayerKeys:
         """Units in :meth:`rects`, those that other ranks count included."""
         return sum(rect.numel for rect in self.rects(matrix)) // (self.unit[0] * self.unit[1])
 
-    def num_lead(self, matrix: Block) -> int:
-        """How many of the first units begin on lower ranks, which count them."""
-        rows, cols = self.unit
-        before = 0
-        for rect in unit_tiles(matrix.rect, self.unit, self.row_length, *self.region, 1 << 62):
-            for r0 in range(rect.r0, rect.r1, rows):
-                first = r0 * self.row_length + rect.c0
-                if first >= self.start:
-                    return before
-                before += min(-(-(self.start - first) // cols), (rect.c1 - rect.c0) // cols)
-        return before
+    def own_units(self, matrix: Block) -> tuple[int, int]:
+        """First and last + 1 among the units of :meth:`rects` of those that begin in this rank's shard."""
+        return self._units_before(matrix, self.start), self._units_before(matrix, self.stop)
+
+    def _units_before(self, matrix: Block, index: int) -> int:
+        """How many of the units begin before the flat ``index``."""
+        (rows, cols), length, count = self.unit, self.row_length, 0
+        for rect in self.rects(matrix):
+            across = (rect.c1 - rect.c0) // cols
+            for first in range(rect.r0 * length + rect.c0, rect.r1 * length + rect.c0, rows * length):
+                count += min(max(0, -(-(index - first) // cols)), across)
+        return count
 
     def sample(self, matrix: Block, positions: Tensor) -> Tensor:
         """Keys, int32, of the weights at ``positions`` (int64, among the matrix's in storage order); 0 for those of

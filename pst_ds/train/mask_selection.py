@@ -122,7 +122,7 @@ def _units(m: Matrix) -> MatrixKeys:
     return MatrixKeys(
         prune_count=prune_count(share, m.num_units_in_all),
         tiles=partial(m.layer.unit_keys, m.block, m.prune_per_group if m.kind == "n:m" else 0),
-        lead=m.layer.num_lead(m.block),
+        own=m.layer.own_units(m.block),
         num_keys=m.layer.num_units(m.block),
     )
 
