@@ -1,4 +1,7 @@
-"""Write tests/data anew: a tiny random BERT with its tokenizer, and a small sentiment set. Run from the top folder."""
+"""Write tests/data anew: a tiny random BERT and a tiny random Llama with their tokenizers, and a small sentiment set.
+
+Run from the top folder.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,15 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertModel, BertTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 FOLDER = Path("tests/data")
 GOOD = ["fine", "bright", "warm", "clever", "moving", "lovely", "sharp", "funny"]
@@ -18,6 +29,7 @@ OTHER += ["very", "quite", "rather"]
 
 def main() -> None:
     write_model()
+    write_language_model()
     write_texts("train", 240, seed=1)
     write_texts("validation", 61, seed=2)
 
@@ -40,6 +52,33 @@ def write_model() -> None:
         initializer_range=0.2,
     )
     BertModel(config).save_pretrained(folder)
+
+
+def write_language_model() -> None:
+    """2 layers of width 32, an untied head; every text begins with "<s>", as Llama's tokenizer has it."""
+    folder = FOLDER / "tiny-llama"
+    words = ["<unk>", "<s>", "</s>", *GOOD, *BAD, *OTHER]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=60,
+        max_position_embeddings=48,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def write_texts(name: str, count: int, seed: int) -> None:

@@ -17,15 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     config = load_run_or_folder(args)
     from pst_ds.parallel.launch import launch_environment
-    from pst_ds.train.data import load_examples
     from pst_ds.train.run import build, evaluate, open_checkpoint, prepare
 
     checkpoint = open_checkpoint(config, args.checkpoint)
     prepared = prepare(config, launch_environment(), run_file=args.run, labels=checkpoint.state.labels)
-    examples = load_examples(config.data, args.split, prepared.tokenizer, prepared.labels)
+    examples = prepared.load(args.split)
     _, engine = build(prepared, checkpoint)
     metrics = evaluate(engine, examples, prepared)
     if prepared.launch.rank == 0:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        print(f"{checkpoint.folder} on {args.split} ({len(examples)} examples): {shown}")
+        print(f"{checkpoint.folder} on {args.split} ({len(examples)} {prepared.task.unit}): {shown}")
     return {"checkpoint": str(checkpoint.folder), "split": args.split, "examples": len(examples), **metrics}

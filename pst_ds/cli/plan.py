@@ -18,15 +18,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = load_run_or_folder(args)
     from pst_ds.parallel.ds_config import load_deepspeed_config, zero_stage
     from pst_ds.parallel.launch import launch_environment
-    from pst_ds.train.data import label_names, load_examples
     from pst_ds.train.model import head_names, load_tokenizer, meta_model
+    from pst_ds.train.tasks import task_of
 
     ranks = args.ranks or launch_environment().world_size
     micro_batch_size = config.micro_batch_size(ranks)
     stage = zero_stage(load_deepspeed_config(config.deepspeed_config)) if config.deepspeed_config else None
     tokenizer = load_tokenizer(config)
-    labels = label_names(config.data)
-    num_examples = len(load_examples(config.data, "train", tokenizer, labels))
+    task = task_of(config)
+    labels = task.label_names(config.data)
+    num_examples = len(task.load(config.data, "train", tokenizer, labels))
     model = meta_model(config, labels, tokenizer, num_shards=ranks if stage == 3 else 1)
     num_steps = config.num_steps(num_examples)
     plan = {
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "micro_batch_size": micro_batch_size,
         "num_steps": num_steps,
         "num_examples": num_examples,
+        "unit": task.unit,
         "trained_in_full": head_names(model, config),
         "layers": _layers(model),
         "updated_embeddings": _embeddings(model),
@@ -128,13 +130,15 @@ def _print(plan: dict[str, Any]) -> None:
     share = plan["trained_parameters"] / plan["parameters"]
     print(f"trained parameters: {plan['trained_parameters']:,} of {plan['parameters']:,} ({share:.2%})")
     stage = "no DeepSpeed" if plan["zero_stage"] is None else f"ZeRO stage {plan['zero_stage']}"
-    print(f"{plan['ranks']} ranks, {stage}, {plan['precision']}, {plan['micro_batch_size']} examples a micro-batch")
+    print(
+        f"{plan['ranks']} ranks, {stage}, {plan['precision']}, {plan['micro_batch_size']} {plan['unit']} a micro-batch"
+    )
     print(
         f"bytes a rank: optimizer {plan['optimizer_bytes_per_rank']:,}, parameters {plan['weight_bytes_per_rank']:,} "
         f"(masks, over all ranks: {plan['mask_bytes']:,})"
     )
     schedule = plan["schedule"]
-    print(f"{plan['num_steps']} steps over {plan['num_examples']:,} examples")
+    print(f"{plan['num_steps']} steps over {plan['num_examples']:,} {plan['unit']}")
     if schedule:
         print(
             f"{schedule['mask_updates']} mask updates, steps {schedule['first_update']} to {schedule['last_update']}: "

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return {**counts, "export_dir": args.export}
     compared = _compare(args)
     print(
-        f"reloaded with plain transformers against the masked model on {compared['examples']} examples of "
+        f"reloaded with plain transformers against the masked model on {compared['examples']} {compared['unit']} of "
         f"{args.split}: {compared['differing_weights']} of {compared['compared_weights']} weight tensors differ, "
         f"{compared['differing_predictions']} predictions differ, largest logit difference "
         f"{compared['max_logit_difference']:.3g}"
@@ -47,39 +47,37 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
     """The masked training model and the export, rebuilt side by side, on the same batches."""
     config = load_run_or_folder(args)
-    import numpy as np
     import torch
-    from transformers import AutoModelForSequenceClassification
 
     from pst_ds.nn.embedding import pst_embeddings
     from pst_ds.nn.inject import pst_layers
-    from pst_ds.train.data import Examples, load_examples
-    from pst_ds.train.evaluate import classification_metrics, predict
+    from pst_ds.train.evaluate import compare
     from pst_ds.train.model import DTYPES, attention_options
     from pst_ds.train.run import masked_model, open_checkpoint, prepare_single
 
     checkpoint = open_checkpoint(config, args.checkpoint)
     prepared = prepare_single(config, checkpoint)
-    examples = load_examples(config.data, args.split, prepared.tokenizer, prepared.labels)
+    examples = prepared.load(args.split)
     if args.limit:
-        examples = Examples(examples.features[: args.limit], examples.labels[: args.limit])
+        examples = examples.first(args.limit)
     masked = masked_model(prepared, checkpoint)
-    plain = AutoModelForSequenceClassification.from_pretrained(
+    plain = prepared.task.model_class().from_pretrained(
         args.export, dtype=DTYPES[config.train.precision], **attention_options(config)
     )
     plain = plain.to(prepared.device).eval()
-    merged = {n: layer.masked_weight() for n, layer in pst_layers(masked).items()}
-    merged |= {n: embedding.updated_weight() for n, embedding in pst_embeddings(masked).items()}
+    merged: dict[str, Any] = {f"{n}.weight": layer.masked_weight() for n, layer in pst_layers(masked).items()}
+    merged |= {f"{n}.weight": embedding.updated_weight() for n, embedding in pst_embeddings(masked).items()}
+    merged = merged or dict(masked.named_parameters())  # method "dense" changes no module
     loaded = dict(plain.named_parameters())
-    differing = [n for n, weight in merged.items() if not torch.equal(weight, loaded[f"{n}.weight"])]
-    ours, theirs = (
-        predict(m, examples, prepared.tokenizer, config.eval.batch_size, prepared.device) for m in (masked, plain)
+    differing = [n for n, weight in merged.items() if not torch.equal(weight, loaded[n])]
+    differences, metrics = compare(
+        masked, plain, prepared.task, examples, prepared.tokenizer, config.eval_batch_size, prepared.device
     )
     return {
         "examples": len(examples),
+        "unit": prepared.task.unit,
         "compared_weights": len(merged),
         "differing_weights": len(differing),
-        "differing_predictions": int((ours.argmax(-1) != theirs.argmax(-1)).sum()),
-        "max_logit_difference": float(np.abs(ours - theirs).max()),
-        "metrics": classification_metrics(theirs, examples.labels),
+        **differences,
+        "metrics": metrics,
     }

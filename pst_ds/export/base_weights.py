@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ class BaseWeights:
         if file not in self._open:
             self._open[file] = _open_file(self._folder / file)
         return self._open[file](name)
+
+    def copy_if_there(self, name: str, folder: Path) -> None:
+        """Copy a file of the model's that is no weight file into ``folder``."""
+        if (self._folder / name).is_file():
+            shutil.copyfile(self._folder / name, folder / name)
 
 
 def _local_folder(path: str | Path) -> Path:

@@ -66,6 +66,7 @@ def export_dense(
     with whole_folder(out) as partial:
         entries = _write_tensors(partial, _tensors(model, checkpoint, base, dtype), shard_bytes)
         _write_config(partial, model, entries)
+        base.copy_if_there("generation_config.json", partial)
         tokenizer.save_pretrained(partial)
         about = _about(checkpoint, entries)
         write_manifest(partial, entries, about)

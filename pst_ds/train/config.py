@@ -12,6 +12,13 @@ from pst_ds.nn.config import PSTConfig
 
 Method = Literal["pst", "magnitude", "dense"]
 Precision = Literal["bf16", "fp32"]
+TaskName = Literal["classification", "causal-lm"]
+METRICS: dict[TaskName, tuple[str, ...]] = {
+    "classification": ("accuracy", "macro_f1", "matthews_correlation"),
+    "causal-lm": ("perplexity",),
+}
+"""What may choose the best checkpoint of a task; the first does if nothing else is asked for."""
+_EVAL_BATCH_SIZES: dict[TaskName, int] = {"classification": 64, "causal-lm": 8}
 
 
 class ConfigError(InputError):
@@ -41,10 +48,10 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Text classification, of one text or a pair."""
+    """Where the texts are, and how long the model's inputs."""
 
     train: str = ""
-    """Local JSONL, CSV or Parquet file to train on."""
+    """Local JSONL, CSV, Parquet or text file to train on."""
     validation: str = ""
     """Local file for periodic evaluation and the choice of the best checkpoint."""
     test: str = ""
@@ -54,16 +61,23 @@ class DataConfig:
     subset: str = ""
     """Configuration of the hub dataset, such as "sst2" of "glue"."""
     text_columns: tuple[str, ...] = ("text",)
-    """One column, or two for sentence pairs."""
+    """One column, or two for sentence pairs; task "causal-lm" takes one."""
     label_column: str = "label"
+    """The class of a row; task "causal-lm" has none."""
+    sample_by: Literal["line", "paragraph", "document"] = "line"
+    """What a row of a .txt file is, as in ``datasets``: a line, what stands between empty lines, or the whole file. Its
+    column is "text"."""
     max_length: int = 128
-    """Tokens a text is cut to."""
+    """Tokens a text is cut to. For task "causal-lm" the length of every training sequence: the documents, with the
+    end-of-text token between them, are one stream that is cut into such sequences; what is left at the end, less than a
+    sequence, is not trained on. Positions and attention do not start anew at a document. An evaluation predicts every
+    token but the first once: there a sequence begins with the last token of the one before, and the last is shorter."""
     group_by_length: bool = False
     """Make batches of texts of similar length; less padding, the same examples in another order."""
 
     def __post_init__(self) -> None:
         if not self.train:
-            raise ConfigError("data.train is missing: name a JSONL, CSV or Parquet file, or a split of data.dataset")
+            raise ConfigError("data.train is missing: name a local file, or a split of data.dataset")
         if len(self.text_columns) not in (1, 2):
             raise ConfigError(f"data.text_columns = {list(self.text_columns)} must name one column or two")
         _positive("data.max_length", self.max_length)
@@ -93,7 +107,7 @@ class TrainConfig:
     """Optimizer steps; or give ``num_epochs``."""
     num_epochs: float = 0.0
     batch_size: int = 32
-    """Examples of an optimizer step, over all ranks and accumulation steps."""
+    """Examples (sequences, for task "causal-lm") of an optimizer step, over all ranks and accumulation steps."""
     gradient_accumulation_steps: int = 1
     precision: Precision = "bf16"
     score_learning_rate: float = 1e-2
@@ -139,15 +153,17 @@ class EvalConfig:
 
     interval: int = 0
     """Optimizer steps between evaluations; 0 evaluates at the end only."""
-    batch_size: int = 64
-    """Examples a rank evaluates at a time."""
-    metric: Literal["accuracy", "macro_f1", "matthews_correlation"] = "accuracy"
-    """Chooses the best checkpoint, among those at the final sparsity."""
+    batch_size: int = 0
+    """Examples a rank evaluates at a time. 0 is 64, and 8 for task "causal-lm", where each has logits of max_length x
+    vocabulary."""
+    metric: Literal["", "accuracy", "macro_f1", "matthews_correlation", "perplexity"] = ""
+    """Chooses the best checkpoint, among those at the final sparsity; empty is "accuracy", or for task "causal-lm" the
+    lowest "perplexity"."""
 
     def __post_init__(self) -> None:
-        _positive("eval.batch_size", self.batch_size)
-        if self.interval < 0:
-            raise ConfigError(f"eval.interval = {self.interval} must not be negative")
+        for name in ("interval", "batch_size"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"eval.{name} = {getattr(self, name)} must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,6 +175,9 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    task: TaskName = "classification"
+    """"classification" of a text or a pair, with a new head; "causal-lm" trains a language model on text, with the head
+    it has."""
     method: Method = "pst"
     """"pst"; "dense" trains every weight; "magnitude" prunes once by |W0| and trains every weight under the mask."""
     seed: int = 0
@@ -171,6 +190,17 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ConfigError("output_dir is missing: name the folder that the run writes to")
+        if self.eval.metric and self.eval.metric not in METRICS[self.task]:
+            raise ConfigError(
+                f"eval.metric = {self.eval.metric!r} is not a metric of task {self.task!r}; choose from "
+                f"{', '.join(map(repr, METRICS[self.task]))}, or leave it out"
+            )
+        if self.task == "causal-lm" and len(self.data.text_columns) != 1:
+            raise ConfigError(
+                f"data.text_columns = {list(self.data.text_columns)} must name one column for task 'causal-lm'"
+            )
+        if self.task == "causal-lm" and self.data.max_length < 2:
+            raise ConfigError(f"data.max_length = {self.data.max_length} must be at least 2 for task 'causal-lm'")
         self.make_schedule(1)  # refuses bad numbers now
         self._require_reachable_sparsity()
 
@@ -186,6 +216,16 @@ class RunConfig:
                 f"pst.min_kept_share = {self.pst.min_kept_share} of every matrix is more than schedule.final_sparsity "
                 f"= {asked} keeps in all. Fix: pst.min_kept_share below {1.0 - asked:.4g}"
             )
+
+    @property
+    def metric(self) -> str:
+        """What chooses the best checkpoint."""
+        return self.eval.metric or METRICS[self.task][0]
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Examples a rank evaluates at a time."""
+        return self.eval.batch_size or _EVAL_BATCH_SIZES[self.task]
 
     def make_schedule(self, num_steps: int) -> Schedule | None:
         """The sparsity schedule of a run of ``num_steps``; None for the dense method."""
@@ -211,6 +251,7 @@ class RunConfig:
             raise ConfigError(
                 f"data.train has {num_examples} examples, fewer than one batch of train.batch_size = "
                 f"{self.train.batch_size}; lower it"
+                + (" or data.max_length, the tokens of an example" if self.task == "causal-lm" else "")
             )
         if self.train.num_steps:
             return self.train.num_steps

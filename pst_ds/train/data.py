@@ -1,19 +1,18 @@
-"""Text classification data: read, checked, tokenised, and put in an order that no world size changes."""
+"""Text classification data, read, checked and tokenised; and an order of batches that no world size changes."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pst_ds.train.config import ConfigError, DataConfig
+from pst_ds.train.rows import read_rows, texts_of
 
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _LENGTH_WINDOW_BATCHES = 50
 
 
@@ -31,6 +30,14 @@ class Examples:
     @property
     def lengths(self) -> list[int]:
         return [len(f["input_ids"]) for f in self.features]
+
+    def first(self, count: int) -> Examples:
+        return Examples(self.features[:count], self.labels[:count])
+
+
+def _read(data: DataConfig, split: str) -> Any:
+    columns = {**dict.fromkeys(data.text_columns, "text_columns"), data.label_column: "label_column"}
+    return read_rows(data, split, columns)
 
 
 def label_names(data: DataConfig) -> list[str]:
@@ -68,21 +75,11 @@ def load_examples(data: DataConfig, split: str, tokenizer: Any, names: Sequence[
                 f"{getattr(data, split)}: label {label!r} in row {row} is not one of the training labels "
                 f"{', '.join(names)}"
             )
-    texts = [_texts(rows, column, getattr(data, split)) for column in data.text_columns]
+    texts = [texts_of(rows[column], column, getattr(data, split)) for column in data.text_columns]
     encoded = tokenizer(*texts, truncation=True, max_length=data.max_length)
     keys = list(encoded.keys())
     features = [{key: encoded[key][i] for key in keys} for i in range(len(labels))]
     return Examples(features, labels)
-
-
-def _texts(rows: Any, column: str, where: str) -> list[str]:
-    texts = list(rows[column])
-    if None in texts:
-        raise ConfigError(
-            f"{where}: column {column!r} has no text in row {texts.index(None)}; give it one (an empty one is written "
-            '"") or take the row out'
-        )
-    return [str(text) for text in texts]
 
 
 def collate(examples: Examples, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
@@ -135,56 +132,3 @@ class GlobalBatches:
 
 def _cut(items: list[int], size: int) -> list[list[int]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def _read(data: DataConfig, split: str) -> Any:
-    """One split as a ``datasets.Dataset`` whose columns are there."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    where = getattr(data, split)
-    if not where:
-        raise ConfigError(f"data.{split} is not set; name a file, or a split of data.dataset")
-    rows = _read_from_hub(data, where) if data.dataset else _read_local(where, f"data.{split}")
-    for column, setting in [*((c, "text_columns") for c in data.text_columns), (data.label_column, "label_column")]:
-        if column not in rows.column_names:
-            raise ConfigError(
-                f"{where} has no column {column!r}, which data.{setting} names. Columns: {', '.join(rows.column_names)}"
-            )
-        if not isinstance(rows.features[column], datasets.Value | datasets.ClassLabel):
-            raise ConfigError(
-                f"{where}: column {column!r}, which data.{setting} names, holds {type(rows.features[column]).__name__} "
-                "values; only a plain text, number or label in each row can be read"
-            )
-    if not len(rows):
-        raise ConfigError(f"{where} has no examples")
-    return rows
-
-
-def _read_local(where: str, setting: str) -> Any:
-    import datasets
-
-    path = Path(where)
-    if not path.is_file():
-        raise ConfigError(f"{setting} = {where!r} does not exist (looked in {path.absolute()})")
-    kind = _FORMATS.get(path.suffix.lower())
-    if kind is None:
-        raise ConfigError(f"{setting} = {where!r} ends in {path.suffix!r}; known are {', '.join(_FORMATS)}")
-    options: dict[str, Any] = {}
-    if kind == "csv":  # pandas takes words such as "NA", "null" or "None" for empty fields; here they are texts
-        options = {"sep": "\t" if path.suffix.lower() == ".tsv" else ",", "keep_default_na": False}
-    try:
-        return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
-    except Exception as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ConfigError(f"{setting} = {where!r} cannot be read as {kind}: {reason}") from error
-
-
-def _read_from_hub(data: DataConfig, split: str) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_dataset(data.dataset, data.subset or None, split=split)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"data.dataset = {data.dataset!r}, split {split!r}, cannot be loaded: {reason}") from error

@@ -1,48 +1,81 @@
-"""Predictions and metrics. Every example is counted once, and the batches do not depend on the number of ranks."""
+"""Outcomes of a whole split. Every example is counted once, and the batches do not depend on the number of ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pst_ds.parallel.ranks import all_gather_objects, rank, world_size
-from pst_ds.train.data import Examples, collate
+from pst_ds.train.tasks import ExampleSet, Task
 
 
 @torch.no_grad()
-def predict(model: Callable[..., Any], examples: Examples, tokenizer: Any, batch_size: int, device: str) -> np.ndarray:
-    """Logits, (num examples, num classes) fp32 in the order of ``examples``, on every rank.
+def predict(
+    model: Callable[..., Any], task: Task, examples: ExampleSet, tokenizer: Any, batch_size: int, device: str
+) -> np.ndarray:
+    """The outcomes of ``task``, (num examples, k) in the order of ``examples``, on every rank.
 
     Ranks take turns at the batches; one that runs out repeats its last and drops the answer, since under ZeRO-3 all
     must run the same layers. Collective. ``model`` must be in evaluation mode.
     """
-    order = sorted(range(len(examples)), key=lambda i: (len(examples.features[i]["input_ids"]), i))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = evaluation_batches(examples.lengths, batch_size, mixed=task.pads)
     own: list[tuple[list[int], np.ndarray]] = []
     for first in range(0, len(batches), world_size()):
         turn = first + rank()
-        batch = batches[min(turn, len(batches) - 1)]
-        inputs = {k: v.to(device) for k, v in collate(examples, batch, tokenizer).items() if k != "labels"}
-        logits = model(**inputs).logits.float().cpu().numpy()
+        indices = batches[min(turn, len(batches) - 1)]
+        batch = task.collate(examples, indices, tokenizer)
+        logits = _logits(model, batch, device)
         if turn < len(batches):
-            own.append((batch, logits))
-    pieces = [piece for of_rank in all_gather_objects(own) for piece in of_rank]
-    everything = np.empty((len(examples), pieces[0][1].shape[1]), dtype=np.float32)
-    for indices, logits in pieces:
-        everything[indices] = logits
+            own.append((indices, task.outcomes(logits, batch)))
+    return _in_order([piece for of_rank in all_gather_objects(own) for piece in of_rank], len(examples))
+
+
+@torch.no_grad()
+def compare(
+    one: Callable[..., Any],
+    other: Callable[..., Any],
+    task: Task,
+    examples: ExampleSet,
+    tokenizer: Any,
+    batch_size: int,
+    device: str,
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """How far the predictions of two models on one process differ, and the metrics of the other.
+
+    A prediction is the index of the largest logit: a text's class, or the token that would follow. One batch of logits
+    of each model is held at a time.
+    """
+    differing, largest = 0, torch.zeros((), device=device)
+    pieces: list[tuple[list[int], np.ndarray]] = []
+    for indices in evaluation_batches(examples.lengths, batch_size, mixed=task.pads):
+        batch = task.collate(examples, indices, tokenizer)
+        ours, theirs = (_logits(model, batch, device).float() for model in (one, other))
+        differing += int((ours.argmax(-1) != theirs.argmax(-1)).sum())
+        largest = torch.maximum(largest, (ours - theirs).abs().max())  # keeps a NaN
+        pieces.append((indices, task.outcomes(theirs, batch)))
+    metrics = task.metrics(_in_order(pieces, len(examples)), examples)
+    return {"differing_predictions": differing, "max_logit_difference": float(largest)}, metrics
+
+
+def evaluation_batches(lengths: Sequence[int], batch_size: int, *, mixed: bool) -> list[list[int]]:
+    """Every example in one batch, short ones first; unless ``mixed``, those of a batch are of one length."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    groups = [order] if mixed else [list(same) for _, same in groupby(order, key=lambda i: lengths[i])]
+    return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
+
+
+def _logits(model: Callable[..., Any], batch: dict[str, Tensor], device: str) -> Tensor:
+    return model(**{k: v.to(device) for k, v in batch.items() if k != "labels"}).logits
+
+
+def _in_order(pieces: list[tuple[list[int], np.ndarray]], count: int) -> np.ndarray:
+    first = pieces[0][1]
+    everything = np.empty((count, first.shape[1]), dtype=first.dtype)
+    for indices, outcomes in pieces:
+        everything[indices] = outcomes
     return everything
-
-
-def classification_metrics(logits: np.ndarray, labels: list[int]) -> dict[str, float]:
-    """Accuracy, macro-averaged F1 and Matthews' correlation, as scikit-learn computes them."""
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
-    predicted = logits.argmax(-1)
-    return {
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "macro_f1": float(f1_score(labels, predicted, average="macro")),
-        "matthews_correlation": float(matthews_corrcoef(labels, predicted)),
-    }

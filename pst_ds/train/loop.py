@@ -15,9 +15,10 @@ from pst_ds.nn.inject import freeze_scores
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
 from pst_ds.train.config import RunConfig
-from pst_ds.train.data import Examples, GlobalBatches, collate
+from pst_ds.train.data import GlobalBatches
 from pst_ds.train.mask_update import MaskStats, update_masks
 from pst_ds.train.metrics import MetricsWriter, peak_memory_bytes
+from pst_ds.train.tasks import ExampleSet, task_of
 
 MAX_SKIPPED_IN_A_ROW = 100
 
@@ -47,7 +48,7 @@ class Loop:
     run: RunConfig
     engine: Engine
     schedule: Schedule | None
-    examples: Examples
+    examples: ExampleSet
     tokenizer: Any
     num_steps: int
     device: str
@@ -66,12 +67,12 @@ def train(loop: Loop) -> LoopState:
         _update_masks_if_due(loop, state)
     for micro_batches in _batches(loop):
         set_learning_rates(loop, state.step)
-        for batch in micro_batches:
+        for batch, tokens in micro_batches:
             loss = engine(**batch).loss
             engine.backward(loss)
             engine.step()
             state.losses.append(loss.detach())
-            state.tokens += int(batch["attention_mask"].sum())
+            state.tokens += tokens
         state.batch += 1
         _stop_if_diverged(loop, state)
         if not engine.was_step_applied():
@@ -108,15 +109,18 @@ def learning_rates(engine: Engine) -> dict[str, float]:
     return {f"lr/{group['name']}": group["lr"] for group in engine.optimizer.param_groups}
 
 
-def _batches(loop: Loop) -> Iterator[list[dict[str, Tensor]]]:
-    """This rank's micro-batches of one global batch after another, without end."""
-    run = loop.run
-    batches = GlobalBatches(loop.examples.lengths, run.train.batch_size, run.seed, run.data.group_by_length)
+def _batches(loop: Loop) -> Iterator[list[tuple[dict[str, Tensor], int]]]:
+    """This rank's micro-batches of one global batch after another, each with its count of tokens, without end."""
+    run, task, lengths = loop.run, task_of(loop.run), loop.examples.lengths
+    batches = GlobalBatches(lengths, run.train.batch_size, run.seed, run.data.group_by_length)
     epoch = 0
     while True:
         for batch in batches.epoch(epoch):
             yield [
-                {k: v.to(loop.device) for k, v in collate(loop.examples, indices, loop.tokenizer).items()}
+                (
+                    {k: v.to(loop.device) for k, v in task.collate(loop.examples, indices, loop.tokenizer).items()},
+                    sum(lengths[i] for i in indices),
+                )
                 for indices in batches.micro_batches(batch, rank(), world_size(), run.train.gradient_accumulation_steps)
             ]
         epoch += 1

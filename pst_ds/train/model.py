@@ -15,6 +15,7 @@ from pst_ds.nn.inject import inject_pst
 from pst_ds.nn.targets import modules_to_save
 from pst_ds.parallel import zero3
 from pst_ds.train.config import ConfigError, RunConfig
+from pst_ds.train.tasks import task_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _DROPOUT_KEYS = (
@@ -43,7 +44,7 @@ def pst_config(run: RunConfig) -> PSTConfig:
 
 
 def load_tokenizer(run: RunConfig) -> Any:
-    """The run's tokenizer, with a padding token."""
+    """The run's tokenizer, with a padding token if the task needs one."""
     from transformers import AutoTokenizer
 
     setting, where = ("tokenizer", run.model.tokenizer) if run.model.tokenizer else ("path", run.model.path)
@@ -55,31 +56,26 @@ def load_tokenizer(run: RunConfig) -> Any:
             f"model.{setting} = {where!r} has no tokenizer, as a folder (looked in {Path(where).absolute()}) or on the "
             f"hub: {_first_line(error).rstrip('.')}. Name the folder that has one with model.tokenizer"
         ) from error
-    if tokenizer.pad_token is None:
+    if tokenizer.pad_token is None and task_of(run).pads:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any) -> Any:
-    """The transformers config of the run's classifier."""
+    """The transformers config of the run's model. Raises ConfigError for a model that cannot do the run's task."""
     from transformers import AutoConfig
 
-    path = run.model.path
+    path, task = run.model.path, task_of(run)
     _require_model_place("path", path)
     try:
-        config = AutoConfig.from_pretrained(
-            path,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)},
-            **attention_options(run),
-        )
+        config = AutoConfig.from_pretrained(path, **task.config_options(labels), **attention_options(run))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.path = {path!r} is neither a model folder (looked in {Path(path).absolute()}) nor a model on the "
             f"hub that can be reached: {_first_line(error)}"
         ) from error
-    if config.pad_token_id is None:
+    task.check_model(run.data, config, tokenizer)
+    if task.pads and config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     if run.model.dropout is not None:
         for key in _DROPOUT_KEYS:
@@ -96,26 +92,32 @@ def attention_options(run: RunConfig) -> dict[str, str]:
 def build_model(
     run: RunConfig, labels: list[str], tokenizer: Any, *, zero3_config: dict[str, Any] | None, num_shards: int = 1
 ) -> BuiltModel:
-    """The pretrained classifier with the PST modules of the run's method.
+    """The pretrained model of the run's task with the PST modules of the run's method.
 
     With ``zero3_config``, a resolved DeepSpeed config of stage 3, the weights are partitioned while they load; without
     it they are whole, and will be split over ``num_shards`` ranks if ``deepspeed.initialize`` is still to do so.
-    New heads are drawn from the run's seed and their names, so they are the same for every world size.
+    The new head of a task that has one is drawn from the run's seed and its name, so it is the same for every world
+    size. Raises ConfigError when other weights are missing from the pretrained model.
     Collective with ``zero3_config``.
     """
-    from transformers import AutoModelForSequenceClassification
     from transformers.integrations import HfDeepSpeedConfig
 
-    config = load_model_config(run, labels, tokenizer)
+    config, task = load_model_config(run, labels, tokenizer), task_of(run)
     keep_alive = HfDeepSpeedConfig(zero3_config) if zero3_config is not None else None
     try:
-        module, info = AutoModelForSequenceClassification.from_pretrained(
+        module, info = task.model_class().from_pretrained(
             run.model.path, config=config, dtype=DTYPES[run.train.precision], output_loading_info=True
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path = {run.model.path!r} cannot be loaded: {_first_line(error)}") from error
+    if info["missing_keys"] and not task.new_head:
+        raise ConfigError(
+            f"model.path = {run.model.path!r} lacks {', '.join(sorted(info['missing_keys'])[:4])}, which task "
+            f"{run.task!r} needs pretrained; name a model that was saved with its language modelling head"
+        )
     _initialise_missing(module, info["missing_keys"], run.seed)
     prepare_for_method(module, run, num_shards=None if keep_alive else num_shards)
+    module.config.use_cache = False  # no run generates text; a cache would hold every layer's keys and values
     if run.model.gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return BuiltModel(module, tokenizer, keep_alive)
@@ -134,16 +136,14 @@ def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | N
 
 def meta_model(run: RunConfig, labels: list[str], tokenizer: Any, *, num_shards: int = 1) -> nn.Module:
     """The run's model without its values: names, shapes and what is trained."""
-    from transformers import AutoModelForSequenceClassification
-
     config = load_model_config(run, labels, tokenizer)
     with torch.device("meta"):
         try:
-            module = AutoModelForSequenceClassification.from_config(config, dtype=DTYPES[run.train.precision])
+            module = task_of(run).model_class().from_config(config, dtype=DTYPES[run.train.precision])
         except (ImportError, ValueError) as error:
             raise ConfigError(
                 f"model.path = {run.model.path!r} with model.attn_implementation = {run.model.attn_implementation!r} "
-                f"cannot be built: {_first_line(error)}"
+                f"cannot be built for task {run.task!r}: {_first_line(error)}"
             ) from error
         shapes_only = replace(run, pst=replace(run.pst, relative_magnitude=False))
         prepare_for_method(module, shapes_only, num_shards=num_shards)

@@ -31,11 +31,11 @@ from pst_ds.parallel.launch import LaunchEnvironment, device_of, init_distribute
 from pst_ds.parallel.ranks import barrier, is_main, world_size
 from pst_ds.train import loop as training
 from pst_ds.train.config import ConfigError, RunConfig
-from pst_ds.train.data import Examples, label_names, load_examples
-from pst_ds.train.evaluate import classification_metrics, predict
+from pst_ds.train.evaluate import predict
 from pst_ds.train.metrics import MetricsWriter
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
 from pst_ds.train.run_file import dump_run
+from pst_ds.train.tasks import ExampleSet, Task, task_of
 
 RUN_FILE, RESULT_FILE = "run.toml", "result.json"
 
@@ -51,6 +51,14 @@ class Prepared:
     ds_config: dict[str, Any] | None
     """Resolved, or None for one process without DeepSpeed."""
     device: str
+
+    @property
+    def task(self) -> Task:
+        return task_of(self.run)
+
+    def load(self, split: str) -> Any:
+        """The examples of a split. Raises ConfigError."""
+        return self.task.load(self.run.data, split, self.tokenizer, self.labels)
 
 
 def prepare(
@@ -70,7 +78,7 @@ def prepare(
     if run.deepspeed_config:
         require_deepspeed()
         raw = load_deepspeed_config(run.deepspeed_config)
-    labels = labels or label_names(run.data)
+    labels = labels or task_of(run).label_names(run.data)
     tokenizer = load_tokenizer(run)
     shapes = meta_model(run, labels, tokenizer, num_shards=launch.world_size)  # refuses what cannot be injected
     resolved = None
@@ -117,10 +125,8 @@ def train_run(prepared: Prepared, *, quiet: bool = False) -> dict[str, Any]:
     """Train, evaluate and save; the result, as written to result.json. Collective."""
     run = prepared.run
     folder = Path(run.output_dir)
-    examples = load_examples(run.data, "train", prepared.tokenizer, prepared.labels)
-    validation = (
-        load_examples(run.data, "validation", prepared.tokenizer, prepared.labels) if run.data.validation else None
-    )
+    examples = prepared.load("train")
+    validation = prepared.load("validation") if run.data.validation else None
     num_steps = run.num_steps(len(examples))
     schedule = run.make_schedule(num_steps)
     _, engine = build(prepared)
@@ -140,6 +146,7 @@ def train_run(prepared: Prepared, *, quiet: bool = False) -> dict[str, Any]:
     finally:
         metrics.close()
     result = {
+        "task": run.task,
         "method": run.method,
         "steps": state.step,
         "skipped_steps": engine.skipped_steps,
@@ -167,7 +174,7 @@ class _Keeper:
         prepared: Prepared,
         engine: Engine,
         schedule: Any,
-        validation: Examples | None,
+        validation: ExampleSet | None,
         metrics: MetricsWriter,
         num_steps: int,
     ):
@@ -201,10 +208,15 @@ class _Keeper:
         self._metrics.progress(state.step, {f"eval {k}": v for k, v in values.items()})
         self._last_evaluated = (state.step, values)
         at_final_sparsity = self._schedule is None or self._schedule.is_final(state.step)
-        if at_final_sparsity and (self._best is None or values[run.eval.metric] > self._best):
-            self._best, self.best_step = values[run.eval.metric], state.step
+        if at_final_sparsity and self._is_best(values[run.metric]):
+            self._best, self.best_step = values[run.metric], state.step
             self._save("best", state.step, values)
         return values
+
+    def _is_best(self, value: float) -> bool:
+        if self._best is None:
+            return True
+        return value < self._best if self._prepared.task.lower_is_better else value > self._best
 
     def _save(self, name: str, step: int, values: dict[str, float]) -> None:
         run, module = self._prepared.run, self._engine.module
@@ -223,11 +235,12 @@ class _Keeper:
         save_checkpoint(self._folder / name, module, state)
 
 
-def evaluate(engine: Engine, examples: Examples, prepared: Prepared) -> dict[str, float]:
+def evaluate(engine: Engine, examples: ExampleSet, prepared: Prepared) -> dict[str, float]:
     """Metrics of the engine's model on ``examples``. Collective; leaves the engine in evaluation mode."""
     engine.eval()
-    logits = predict(engine, examples, prepared.tokenizer, prepared.run.eval.batch_size, prepared.device)
-    return classification_metrics(logits, examples.labels)
+    task, batch_size = prepared.task, prepared.run.eval_batch_size
+    outcomes = predict(engine, task, examples, prepared.tokenizer, batch_size, prepared.device)
+    return task.metrics(outcomes, examples)
 
 
 def open_checkpoint(run: RunConfig, name: str) -> Checkpoint:

@@ -6,20 +6,19 @@ import numpy as np
 import pytest
 
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.data import Examples, load_examples
-from pst_ds.train.evaluate import classification_metrics, predict
+from pst_ds.train.evaluate import predict
 from pst_ds.train.run import build, prepare
 from pst_ds.train.run_file import load_run
+from pst_ds.train.tasks import classification_metrics
 
 
 def _predict(count, batch_size, overrides):
     run = load_run("tests/data/world_size.toml", overrides)
     prepared = prepare(run, launch_environment())
-    examples = load_examples(run.data, "validation", prepared.tokenizer, prepared.labels)
-    examples = Examples(examples.features[:count], examples.labels[:count])
+    examples = prepared.load("validation").first(count)
     _, engine = build(prepared)
     engine.eval()
-    return predict(engine, examples, prepared.tokenizer, batch_size, prepared.device)
+    return predict(engine, prepared.task, examples, prepared.tokenizer, batch_size, prepared.device)
 
 
 @pytest.mark.zero3

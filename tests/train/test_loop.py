@@ -295,13 +295,14 @@ def test_the_loss_of_a_line_is_the_mean_since_the_line_before(tmp_path):
 
 def test_the_best_checkpoint_is_chosen_among_those_at_the_final_sparsity(tmp_path, monkeypatch):
     from pst_ds.train import run as run_module
+    from pst_ds.train import tasks
 
     scores = {4: 0.99, 8: 0.98, 12: 0.97, 16: 0.5, 20: 0.4}  # the sparser, the worse
     order = iter(scores.values())
     monkeypatch.setattr(
-        run_module,
-        "classification_metrics",
-        lambda logits, labels: dict.fromkeys(("accuracy", "macro_f1"), next(order)),
+        tasks.Classification,
+        "metrics",
+        lambda self, outcomes, examples: dict.fromkeys(("accuracy", "macro_f1"), next(order)),
     )
     result = train_run(_prepared(tmp_path, "eval.interval=4"), quiet=True)
     assert result["best_step"] == 16
