@@ -286,8 +286,9 @@ def _turn(model: ModelNumbers, zero: ZeroSettings, tile_elements: int, element_s
 
     Their peaks may lie in different modules' turns; an allocator keeps what one has freed until another needs it.
     """
-    tile = 4 * tile_elements * element_size  # G, W, their product and a masked copy
-    work = max((m.work_bytes + (tile if m.work_bytes else 0) for m in model.modules), default=0)
+    # of a tile: G, W, their product and a masked copy
+    tiles = (4 * min(tile_elements, m.numel) * element_size for m in model.modules)
+    work = max((m.work_bytes + tile for m, tile in zip(model.modules, tiles, strict=True) if m.work_bytes), default=0)
     if zero.stage != 3:
         return 0, 0, work
     resident = _persistent_bytes(model, zero) + _kept_bytes(model, zero)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 from torch import nn
 
@@ -44,7 +45,7 @@ def model_numbers(model: nn.Module) -> ModelNumbers:
         ),
         score_rank=max((_rank(layer, "A") for layer in layers.values()), default=0),
         update_rank=max((_rank(layer, "U") for layer in layers.values()), default=0),
-        dense_weights=sum(zero3.full_numel(m._parameters["weight"]) for m in model.modules() if is_linear(m)),
+        dense_weights=sum(_weight_numel(module) for module in model.modules() if is_linear(module)),
         attention_width=_attention_width(model),
     )
 
@@ -52,6 +53,10 @@ def model_numbers(model: nn.Module) -> ModelNumbers:
 def _rank(layer: PSTLinear, factor: str) -> int:
     param = dict(layer.factor_parameters()).get(factor)
     return 0 if param is None else zero3.full_shape(param)[1]
+
+
+def _weight_numel(linear: Any) -> int:
+    return zero3.full_numel(linear.weight)
 
 
 def _attention_width(model: nn.Module) -> int:

@@ -62,7 +62,10 @@ def load_tokenizer(run: RunConfig) -> Any:
 
 
 def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any) -> Any:
-    """The transformers config of the run's model. Raises ConfigError for a model that cannot do the run's task."""
+    """The transformers config of the run's model. Raises ConfigError for a model that cannot do the run's task.
+
+    Without a ``tokenizer``, for shapes alone, that is not checked.
+    """
     from transformers import AutoConfig
 
     path, task = run.model.path, task_of(run)
@@ -74,9 +77,10 @@ def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any) -> Any:
             f"model.path = {path!r} is neither a model folder (looked in {Path(path).absolute()}) nor a model on the "
             f"hub that can be reached: {_first_line(error)}"
         ) from error
-    task.check_model(run.data, config, tokenizer)
+    if tokenizer is not None:
+        task.check_model(run.data, config, tokenizer)
     if task.pads and config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
+        config.pad_token_id = 0 if tokenizer is None else tokenizer.pad_token_id
     if run.model.dropout is not None:
         for key in _DROPOUT_KEYS:
             if getattr(config, key, None) is not None:

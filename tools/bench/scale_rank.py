@@ -173,7 +173,8 @@ def draw(model: nn.Module) -> None:
     scratch = torch.empty(DRAW_ELEMENTS)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
-            for chunk in zero3.shard_of(module._parameters["weight"]).values.split(DRAW_ELEMENTS):
+            weight: Any = module.weight
+            for chunk in zero3.shard_of(weight).values.split(DRAW_ELEMENTS):
                 chunk.copy_(scratch[: chunk.numel()].normal_(0.0, 0.02, generator=generator))
 
 
