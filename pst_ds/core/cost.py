@@ -249,6 +249,19 @@ def mask_update_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
     return max(gathering, sampling, scanning) + SCORED_TILE_BYTES
 
 
+def llama_activation_bytes(
+    tokens: int, *, hidden: int, intermediate: int, layers: int, vocabulary: int, element_size: int = 2
+) -> int:
+    """Activations of a micro-batch of a Llama-shaped causal model with checkpointed layers, without tracing it.
+
+    The input of every layer, and the larger of one layer recomputed and of the loss (logits in the model's dtype, in
+    fp32, their softmax and its gradient).
+    """
+    layer = element_size * (10 * hidden + 6 * intermediate)
+    loss = 12 * vocabulary
+    return tokens * (element_size * hidden * layers + max(layer, loss))
+
+
 def _bracket_share(numel: int) -> float:
     """Share of a matrix's keys inside the bracket of its cut, at a sparsity of one half, where it is widest."""
     size = sample_size(numel)

@@ -166,13 +166,18 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch, element_
     if zero.stage != 3:
         # 0 all-reduces gradients; 1 and 2 reduce them to their owners, who send the parameters back
         return Traffic(0, 2 * gradients, 2 * math.ceil(model.trainables / max(zero.reduce_bucket_size, 1)))
-    largest = max((m.numel for m in model.modules), default=0)
-    keeps = zero.max_reuse_distance >= 2 * largest
+    keeps = zero.max_reuse_distance >= 2 * _block_numel(model)
     passes = (3 if batch.checkpointing and not keeps else 2) * batch.micro_batches
     modules = sum(m.count for m in model.modules)
     buckets = math.ceil(model.trainables / max(zero.reduce_bucket_size, 1))
     received = int(model.whole_bytes * others * passes)
     return Traffic(received, gradients * batch.micro_batches, passes * modules + buckets * batch.micro_batches)
+
+
+def _block_numel(model: ModelNumbers) -> int:
+    """Parameters of one block: between a module's recomputed forward and its backward turn lies at most twice that."""
+    pruned = [m for m in model.modules if m.work_bytes]
+    return sum(m.numel * m.count for m in pruned) // min((m.count for m in pruned), default=1)
 
 
 def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
