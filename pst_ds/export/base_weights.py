@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pst_ds.errors import InputError
 
@@ -46,6 +46,17 @@ class BaseWeights:
         """Copy a file of the model's that is no weight file into ``folder``."""
         if (self._folder / name).is_file():
             shutil.copyfile(self._folder / name, folder / name)
+
+
+def saved_tensors(model: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What ``save_pretrained`` writes for the model's ``tensor``, by name; ``tensor`` may be on the meta device.
+
+    transformers builds some models of other tensors than their files hold: it renames them, or stacks the experts of a
+    layer in one Parameter. This is its own way back.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, {name: tensor})  # type: ignore[arg-type]
 
 
 def _local_folder(path: str | Path) -> Path:

@@ -17,7 +17,7 @@ from pst_ds.core.bits import unpack_range
 from pst_ds.core.factors import Factors
 from pst_ds.core.low_rank_rows import updated_rows
 from pst_ds.core.scores import masked_weight
-from pst_ds.export.base_weights import BaseWeights
+from pst_ds.export.base_weights import BaseWeights, saved_tensors
 from pst_ds.export.manifest import (
     INDEX_FILE,
     MANIFEST_FILE,
@@ -105,23 +105,66 @@ def _tensors(model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, dtype:
         if last.startswith("pst_") or id(param) in seen:
             continue
         seen.add(id(param))
-        in_base = base.find(name)
-        stored = None if in_base is None else base.read(in_base)
         layer = layers.get(owner) if last == "weight" else None
+        in_base = base.find(name)
+        if in_base is None:
+            saved = saved_tensors(model, name, param.to("meta"))
+            if set(saved) != {name}:  # the base's files hold it in another form, and so does the export
+                yield from _in_files_form(name, saved, model, checkpoint, base, layer, dtype)
+                continue
+        stored = None if in_base is None else base.read(in_base)
         if last == "weight" and owner in embeddings:
             exported = _updated_embedding(name, stored, checkpoint, embeddings[owner].beta)
         else:
             exported = _tensor(name, stored, checkpoint, layer)
-        if tuple(exported.tensor.shape) != tuple(param.shape):
-            raise ExportError(
-                f"{name} has shape {tuple(exported.tensor.shape)} in the base model or checkpoint, and "
-                f"{tuple(param.shape)} in the trained model"
-            )
-        if dtype is not None and exported.tensor.is_floating_point():
-            exported = replace(exported, tensor=exported.tensor.to(DTYPES[dtype]))
-        if exported.layer is not None:
-            exported.tensor.add_(0.0)  # a weight of -0.0 that the mask keeps becomes +0.0
-        yield exported
+        yield _finished(exported, tuple(param.shape), dtype)
+
+
+def _in_files_form(
+    name: str,
+    saved: dict[str, Tensor],
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    base: BaseWeights,
+    layer: PSTLinear | None,
+    dtype: str | None,
+) -> Iterator[_Exported]:
+    """The tensor ``name`` as ``saved``, the tensors that the base's files hold of it."""
+    in_base = {part: base.find(part) for part in saved}
+    stored = {part: None if found is None else base.read(found) for part, found in in_base.items()}
+    if layer is None and name not in checkpoint.trained:
+        for part, tensor in stored.items():
+            yield _finished(_tensor(part, tensor, checkpoint, None), tuple(saved[part].shape), dtype)
+        return
+    first = next(iter(stored.values()))
+    if layer is not None and not (first is not None and _is_renamed(name, saved, model, first)):
+        raise ExportError(
+            f"{name} is made of {', '.join(saved)} by transformers, and cannot be turned back once it is pruned; leave "
+            f"it out with exclude_modules = [{json.dumps(name.rpartition('.')[0])}]"
+        )
+    whole = _tensor(name, first, checkpoint, layer)
+    for part, tensor in saved_tensors(model, name, whole.tensor).items():
+        changed = replace(whole, name=part, tensor=tensor.clone(memory_format=torch.contiguous_format))
+        yield _finished(changed, tuple(saved[part].shape), dtype)
+
+
+def _is_renamed(name: str, saved: dict[str, Tensor], model: nn.Module, stored: Tensor) -> bool:
+    """Whether the model's tensor ``name`` is the file's ``stored`` under another name, not cut or permuted."""
+    return len(saved) == 1 and all(torch.equal(t, stored) for t in saved_tensors(model, name, stored).values())
+
+
+def _finished(exported: _Exported, shape: tuple[int, ...], dtype: str | None) -> _Exported:
+    """``exported`` in the dtype asked for, after a look at its shape."""
+    if tuple(exported.tensor.shape) != shape:
+        raise ExportError(
+            f"{exported.name} has shape {tuple(exported.tensor.shape)} in the base model or checkpoint, and {shape} in "
+            "the trained model"
+        )
+    if dtype is not None and exported.tensor.is_floating_point():
+        exported = replace(exported, tensor=exported.tensor.to(DTYPES[dtype]))
+    if exported.layer is not None:
+        exported.tensor.add_(0.0)  # a weight of -0.0 that the mask keeps becomes +0.0
+    return exported
 
 
 def _tensor(name: str, stored: Tensor | None, checkpoint: Checkpoint, layer: PSTLinear | None) -> _Exported:

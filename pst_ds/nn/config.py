@@ -58,12 +58,14 @@ class PSTConfig:
     """
 
     target_modules: str | tuple[str, ...] = "all-linear"
-    """As in PEFT: "all-linear" is every linear layer inside the blocks; another string is a regular expression for
-    the whole module name; a list holds names or their dotted endings."""
+    """As in PEFT: "all-linear" is every linear layer inside the blocks, but the routers of experts, which stay dense;
+    another string is a regular expression for the whole module name; a list holds names or their dotted endings.
+    "all-linear" refuses a model with weights in the blocks that no linear layer has (experts in a 3-D Parameter)."""
     exclude_modules: str | tuple[str, ...] = ()
-    """Modules left dense, matched as ``target_modules`` is."""
+    """Modules left dense and frozen, matched as ``target_modules`` is; also those that "all-linear" refuses."""
     modules_to_save: tuple[str, ...] | None = None
-    """Modules trained in full; None is the task head. An empty list trains none."""
+    """Modules trained in full; None is the task head: all that is on top of the base model, but of a language model
+    nothing. An empty list trains none."""
     bias: Bias = "none"
     """Which biases train, as in PEFT: none, those of the pruned layers, or all of the model."""
     fused_modules: tuple[str, ...] = ("c_attn",)

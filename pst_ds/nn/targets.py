@@ -11,12 +11,21 @@ from torch import nn
 
 from pst_ds.core.layout import WeightLayout
 from pst_ds.errors import InputError
+from pst_ds.nn.blocks import (
+    LooseMatrix,
+    is_conv1d,
+    is_inside_block,
+    is_linear,
+    linear_shape,
+    loose_matrices,
+    router_names,
+)
 from pst_ds.nn.config import PSTConfig, name_matches
 from pst_ds.parallel import zero3
 
 ALL_LINEAR = "all-linear"
 HEAD_NAMES = ("classifier", "score", "pre_classifier", "classification_head", "qa_outputs")
-"""Last part of the names that transformers gives to task heads."""
+"""Names of task heads, for models that do not say which part of them is the base model."""
 
 
 class InjectionError(InputError):
@@ -42,25 +51,22 @@ class EmbeddingTarget:
     places: tuple[tuple[nn.Module, str], ...]
 
 
-def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, or the Conv1D of transformers' GPT-2."""
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
-
-
 def find_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
     """The layers that ``config`` prunes, in model order.
 
-    Raises InjectionError when nothing matches, or when a match is tied, quantised or not linear.
+    "all-linear" is every linear layer inside the blocks but the routers of experts: they choose, hold next to nothing,
+    and stay dense and frozen. Name them in ``target_modules`` to prune them.
+
+    Raises InjectionError when nothing matches, when a match is tied, quantised or not linear, and when "all-linear"
+    would leave matrices inside the blocks dense because they are no linear layers: experts in one 3-D Parameter, for
+    one. Those that ``exclude_modules`` names stay dense and frozen.
     """
     saved = modules_to_save(model, config)
     places = _places_by_module(model)
+    routers = router_names(model) if config.target_modules == ALL_LINEAR else set()
     targets = []
     for name, module in model.named_modules():
-        if not _is_wanted(name, module, model, config, saved):
+        if name in routers or not _is_wanted(name, module, model, config, saved):
             continue
         if not is_linear(module):
             raise InjectionError(
@@ -69,6 +75,8 @@ def find_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
             )
         _refuse_unfit_weight(name, module)
         targets.append(Target(name, module, places[module], _layout(name, module, config)))
+    if config.target_modules == ALL_LINEAR:
+        _refuse_loose_matrices(model, config, saved, targets, routers)
     if not targets:
         raise InjectionError(_nothing_matched(model, config))
     _refuse_tied(model, targets)
@@ -78,10 +86,24 @@ def find_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
 def modules_to_save(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]:
     """The modules trained in full, by name; raises InjectionError for a name that matches none."""
     if config.modules_to_save is None:
-        return {n: m for n, m in model.named_modules() if "." not in n and n in HEAD_NAMES}
+        return _task_head(model)
     found = {n: m for n, m in model.named_modules() if n and name_matches(n, config.modules_to_save)}
     _require_all_found("modules_to_save", config.modules_to_save, found, model)
     return found
+
+
+def _task_head(model: nn.Module) -> dict[str, nn.Module]:
+    """What a model of transformers has on top of its base model; nothing for a language model, whose head is no task's.
+
+    That a model is one is seen by its output embeddings. So DeBERTa's pooler is part of the head, since the base model
+    has none, and BERT's, which it has, is not.
+    """
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    if not isinstance(base, nn.Module):
+        return {n: m for n, m in model.named_children() if n in HEAD_NAMES}
+    if model.get_output_embeddings() is not None:  # type: ignore[operator]
+        return {}
+    return {n: m for n, m in model.named_children() if m is not base and any(True for _ in m.parameters())}
 
 
 def _require_all_found(setting: str, wanted: tuple[str, ...], found: Iterable[str], model: nn.Module) -> None:
@@ -119,23 +141,40 @@ def find_embeddings(model: nn.Module, config: PSTConfig) -> list[EmbeddingTarget
     return [EmbeddingTarget(name, module, places[module]) for name, module in found.items()]
 
 
+def _refuse_loose_matrices(
+    model: nn.Module, config: PSTConfig, saved: dict[str, nn.Module], targets: list[Target], routers: set[str]
+) -> None:
+    """A stack of matrices, or a matrix as large as one that is pruned, must not stay dense unsaid."""
+    least = min((t.layout.numel for t in targets), default=0)
+    loose: list[LooseMatrix] = []
+    for matrix in loose_matrices(model):
+        owner = matrix.owner
+        is_known = owner in routers or any(owner == s or owner.startswith(s + ".") for s in saved)
+        if is_known or (config.exclude_modules and name_matches(owner, config.exclude_modules)):
+            continue
+        if matrix.is_stack or 0 < least <= matrix.numel:
+            loose.append(matrix)
+    if not loose:
+        return
+    first, dense = loose[0], sum(matrix.numel for matrix in loose)
+    owners = list(dict.fromkeys(matrix.owner.rpartition(".")[2] for matrix in loose))
+    raise InjectionError(
+        f"{first.owner} ({type(first.module).__name__}) has {first.attribute} of shape {first.shape}, "
+        f"{'a stack of matrices' if first.is_stack else 'a matrix'} that belongs to no linear layer, which PST cannot "
+        f"prune. With all like it ({len(loose)} Parameters) {dense:,} weights would stay dense, beside "
+        f"{sum(t.layout.numel for t in targets):,} that would be pruned. If that is meant, say so with "
+        f"exclude_modules = [{', '.join(chr(34) + owner + chr(34) for owner in owners)}]"
+    )
+
+
 def _is_wanted(name: str, module: nn.Module, model: nn.Module, config: PSTConfig, saved: dict[str, nn.Module]) -> bool:
     if not name or any(name == s or name.startswith(s + ".") for s in saved):
         return False
     if config.exclude_modules and name_matches(name, config.exclude_modules):
         return False
     if config.target_modules == ALL_LINEAR:
-        return is_linear(module) and _is_inside_block(name, model)
+        return is_linear(module) and is_inside_block(name, model)
     return name_matches(name, config.target_modules)
-
-
-def _is_inside_block(name: str, model: nn.Module) -> bool:
-    """Whether the name passes through an item of a ModuleList: how transformers stacks its blocks."""
-    parts = name.split(".")
-    return any(
-        parts[i].isdigit() and isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList)
-        for i in range(1, len(parts))
-    )
 
 
 def _places_by_module(model: nn.Module) -> dict[nn.Module, tuple[tuple[nn.Module, str], ...]]:
@@ -148,12 +187,9 @@ def _places_by_module(model: nn.Module) -> dict[nn.Module, tuple[tuple[nn.Module
 
 
 def _layout(name: str, module: Any, config: PSTConfig) -> WeightLayout:
-    if _is_conv1d(module):
-        outputs, inputs, transposed = int(module.nf), int(module.nx), True
-    else:
-        outputs, inputs, transposed = int(module.out_features), int(module.in_features), False
+    outputs, inputs = linear_shape(module)
     fused = name_matches(name, config.fused_modules) and outputs % inputs == 0
-    return WeightLayout(outputs, inputs, transposed, outputs // inputs if fused else 1)
+    return WeightLayout(outputs, inputs, is_conv1d(module), outputs // inputs if fused else 1)
 
 
 def _refuse_unfit_weight(name: str, module: Any) -> None:

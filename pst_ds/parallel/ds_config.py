@@ -189,12 +189,24 @@ def resolve_deepspeed_config(
     if _look_up(resolved, "zero_optimization.reduce_bucket_size") == "auto":
         # allocated whole whatever is trainable, so as large as what is
         _set(resolved, "zero_optimization.reduce_bucket_size", max(numbers.num_trainable, 1 << 16))
+    _refuse_uneven_hpz(resolved, numbers, source)
     for key in ("optimizer", "scheduler"):
         resolved.pop(key, None)
     resolved.setdefault("steps_per_print", 1 << 40)
     if _look_up(resolved, "zero_optimization.offload_optimizer"):
         resolved["zero_force_ds_cpu_optimizer"] = False
     return resolved
+
+
+def _refuse_uneven_hpz(config: dict[str, Any], numbers: RunNumbers, source: str) -> None:
+    """DeepSpeed answers groups of unequal size with a bare assertion, and after the model is loaded."""
+    size = _look_up(config, "zero_optimization.zero_hpz_partition_size") or 1
+    ranks = numbers.train_batch_size // (numbers.train_micro_batch_size_per_gpu * numbers.gradient_accumulation_steps)
+    if ranks % min(size, ranks):
+        raise DeepSpeedConfigError(
+            f"{source}: zero_optimization.zero_hpz_partition_size = {size} does not divide the {ranks} ranks. Fix: "
+            "make it the number of ranks on a node, or 1 to keep no second copies"
+        )
 
 
 def _look_up(config: dict[str, Any], dotted: str) -> Any:

@@ -39,9 +39,16 @@ class ModelConfig:
     """As in transformers: "eager", "sdpa", "flash_attention_2" or another; empty is the model's default. On a CPU
     "eager" trains short texts in bf16 faster than "sdpa"."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass (non-reentrant)."""
+    """Recompute activations in the backward pass."""
+    gradient_checkpointing_reentrant: bool = False
+    """Recompute them in torch's older, reentrant way: a backward pass inside the backward pass. Same gradients."""
 
     def __post_init__(self) -> None:
+        if self.gradient_checkpointing_reentrant and not self.gradient_checkpointing:
+            raise ConfigError(
+                "model.gradient_checkpointing_reentrant = true does nothing by itself; set "
+                "model.gradient_checkpointing = true too"
+            )
         if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"model.dropout = {self.dropout} must be in [0, 1)")
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.bits import checksum, count_bits, pack_shard, unpack_shard
+from pst_ds.core.bits import checksum, count_bits, pack_shard
 from pst_ds.core.factors import Factors
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import PSTLinear
@@ -38,17 +38,6 @@ class MaskStats:
     @property
     def flip_rate(self) -> float:
         return self.num_flipped / self.num_weights
-
-
-def mask_shard(layer: PSTLinear) -> Tensor:
-    """This rank's mask, uint8 0/1, one for each weight of its shard."""
-    count = zero3.shard_of(layer.weight).values.numel()
-    return unpack_shard(zero3.shard_of(layer.pst_mask).values, count)
-
-
-def write_mask_shard(layer: PSTLinear, keep: Tensor) -> None:
-    """Write this rank's mask bits, (n,) bool for the n weights of its shard. Every rank must."""
-    zero3.write_shard(layer.pst_mask, pack_shard(keep, zero3.shard_of(layer.pst_mask).values.numel()))
 
 
 @torch.no_grad()

@@ -18,10 +18,6 @@ from pst_ds.train.config import ConfigError, RunConfig
 from pst_ds.train.tasks import task_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_DROPOUT_KEYS = (
-    "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attention_dropout", "dropout",
-    "embd_pdrop", "attn_pdrop", "resid_pdrop", "summary_first_dropout", "seq_classif_dropout", "activation_dropout",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +73,34 @@ def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any) -> Any:
             f"model.path = {path!r} is neither a model folder (looked in {Path(path).absolute()}) nor a model on the "
             f"hub that can be reached: {_first_line(error)}"
         ) from error
+<<<<<<< HEAD
     if tokenizer is not None:
         task.check_model(run.data, config, tokenizer)
     if task.pads and config.pad_token_id is None:
         config.pad_token_id = 0 if tokenizer is None else tokenizer.pad_token_id
+=======
+    task.check_model(run.data, config, tokenizer)
+    if task.pads and tokenizer.pad_token_id is not None:  # a decoder's head reads the token before the padding
+        config.pad_token_id = tokenizer.pad_token_id
+>>>>>>> main
     if run.model.dropout is not None:
-        for key in _DROPOUT_KEYS:
-            if getattr(config, key, None) is not None:
-                setattr(config, key, run.model.dropout)
+        for key in _dropout_keys(config):
+            setattr(config, key, run.model.dropout)
     return config
+
+
+def _dropout_keys(config: Any) -> list[str]:
+    """The config's dropout probabilities: hidden_dropout_prob, resid_pdrop, dropout_rate and so on.
+
+    One that is None follows another; layerdrop, which leaves out layers, is none.
+    """
+    return [
+        key
+        for key, value in config.to_dict().items()
+        if ("dropout" in key or key.endswith("pdrop"))
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+    ]
 
 
 def attention_options(run: RunConfig) -> dict[str, str]:
@@ -121,9 +136,11 @@ def build_model(
         )
     _initialise_missing(module, info["missing_keys"], run.seed)
     prepare_for_method(module, run, num_shards=None if keep_alive else num_shards)
+    _refuse_untrained(module, info["missing_keys"], run)
     module.config.use_cache = False  # no run generates text; a cache would hold every layer's keys and values
     if run.model.gradient_checkpointing:
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        reentrant = run.model.gradient_checkpointing_reentrant
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     return BuiltModel(module, tokenizer, keep_alive)
 
 
@@ -205,6 +222,18 @@ def _initialise_missing(module: nn.Module, missing: Any, seed: int) -> None:
             for param in params:
                 param._is_hf_initialized = False  # type: ignore[attr-defined]
             module._init_weights(part)  # type: ignore[operator]
+
+
+def _refuse_untrained(module: nn.Module, missing: Any, run: RunConfig) -> None:
+    """Refuse random values that would stay as they are: of modules that the base model lacks and the run freezes."""
+    frozen = {name for name, param in module.named_parameters() if not param.requires_grad}
+    owners = sorted({name.rpartition(".")[0] for name in missing if name in frozen})
+    if owners:
+        trained = [*head_names(module, run), *owners]
+        raise ConfigError(
+            f"model.path = {run.model.path!r} has no {', '.join(owners)}: it would be random and never trained. "
+            f"Train it in full with pst.modules_to_save = [{', '.join(chr(34) + name + chr(34) for name in trained)}]"
+        )
 
 
 def _require_model_place(setting: str, place: str) -> None:

@@ -1,4 +1,4 @@
-"""Gradients of x, A, B, R, C, U, V and bias on ZeRO-3 ranks against float64 autograd of the written-out formula."""
+"""Gradients of x, A, B, R, C, U, V and bias under every ZeRO stage against float64 autograd of the formula."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WIDTH, HIDDEN, TOKENS = 24, 41, 10
 class Toy(nn.Module):
     """Two blocks, one with a Conv1D that fuses three matrices; loss is a weighted sum of the output."""
 
-    def __init__(self, checkpointing: bool = False):
+    def __init__(self, checkpointing: str = ""):
         super().__init__()
         self.layers = nn.ModuleList(
             nn.ModuleDict({"up": nn.Linear(WIDTH, HIDDEN), "down": nn.Linear(HIDDEN, WIDTH), "c_attn": conv})
@@ -35,11 +35,14 @@ class Toy(nn.Module):
 
     def forward(self, x, target):
         for block in self.layers:
-            x = checkpoint(self._block, x, block, use_reentrant=False) if self.checkpointing else self._block(x, block)
+            if self.checkpointing:
+                x = checkpoint(self._block, x, block, use_reentrant=self.checkpointing == "reentrant")
+            else:
+                x = self._block(x, block)
         return (x * target).mean()
 
 
-def _model(num_shards, checkpointing=False):
+def _model(num_shards, checkpointing=""):
     torch.manual_seed(11)
     model = inject_pst(Toy(checkpointing), PSTConfig(modules_to_save=(), update_init_scale=1.0), num_shards=num_shards)
     generator = torch.Generator().manual_seed(12)
@@ -106,19 +109,36 @@ def _reference(world_size, accumulation):
     return grads, first_x.grad * world_size * accumulation
 
 
-def _gradients(world_size, accumulation, checkpointing):
+ZERO = {
+    "0": {"stage": 0},
+    "1": {"stage": 1},
+    "2": {"stage": 2},
+    "3": {"stage": 3},
+    "3 persistent": {"stage": 3, "stage3_param_persistence_threshold": 1 << 20},
+    "3 offload": {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}},
+    "3 hpZ": {"stage": 3, "zero_hpz_partition_size": 2},
+}
+
+
+def _zero(kind):
+    whole = {
+        "reduce_bucket_size": 1 << 14, "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, **ZERO[kind],
+    }  # fmt: skip
+    return {k: v for k, v in whole.items() if whole["stage"] == 3 or not k.startswith("stage3_")}
+
+
+def _gradients(kind, world_size, accumulation, checkpointing):
     import torch.distributed as dist
     from deepspeed.utils import safe_get_full_grad
 
-    model = _model(world_size, checkpointing)
+    model = _model(world_size if kind.startswith("3") else 1, checkpointing)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
-        "zero_optimization": {
-            "stage": 3, "reduce_bucket_size": 1 << 14, "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
-        },
-    }  # fmt: skip
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": _zero(kind),
+    }
     trained = [p for p in model.parameters() if p.requires_grad]
     engine = build_engine(model, [{"params": trained, "lr": 0.0}], ds_config=config)
     first_x = None
@@ -139,12 +159,27 @@ def _relative(ours, reference):
 
 @pytest.mark.zero3
 @pytest.mark.parametrize(
-    ("world_size", "accumulation", "checkpointing"),
-    [(1, 1, False), (2, 1, False), (2, 2, False), (2, 1, True), (3, 2, True)],
+    ("kind", "world_size", "accumulation", "checkpointing"),
+    [
+        ("0", 2, 1, ""),
+        ("1", 2, 1, ""),
+        ("2", 2, 1, ""),
+        ("2", 2, 2, "reentrant"),
+        ("3", 1, 1, ""),
+        ("3", 2, 2, ""),
+        ("3", 2, 1, "non-reentrant"),
+        ("3", 2, 1, "reentrant"),
+        ("3", 3, 2, "non-reentrant"),
+        ("3 persistent", 2, 1, ""),
+        ("3 offload", 2, 2, ""),
+        ("3 offload", 2, 1, "reentrant"),
+        ("3 hpZ", 4, 2, "non-reentrant"),
+        ("3 hpZ", 4, 1, "reentrant"),
+    ],
 )
-def test_zero3_gradients_match_float64(run_ranks, world_size, accumulation, checkpointing):
+def test_gradients_match_float64(run_ranks, kind, world_size, accumulation, checkpointing):
     expected, expected_x = _reference(world_size, accumulation)
-    ranks = run_ranks(_gradients, world_size, world_size, accumulation, checkpointing)
+    ranks = run_ranks(_gradients, world_size, kind, world_size, accumulation, checkpointing)
     for grads, _ in ranks:
         assert grads.keys() == expected.keys()
         worst = {name: _relative(grads[name], expected[name]) for name in expected}

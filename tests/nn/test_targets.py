@@ -5,8 +5,13 @@ import torch
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -57,13 +62,34 @@ def tiny_llama() -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**TINY, max_position_embeddings=16))
 
 
+def tiny_deberta() -> nn.Module:
+    return DebertaV2ForSequenceClassification(DebertaV2Config(**TINY, max_position_embeddings=16))
+
+
+def tiny_distilbert() -> nn.Module:
+    return DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=20, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=16)
+    )
+
+
+def tiny_masked_lm() -> nn.Module:
+    return BertForMaskedLM(BertConfig(**TINY, max_position_embeddings=16))
+
+
+DEBERTA_LINEARS = tuple(n.replace("query", "query_proj").replace("key", "key_proj").replace("value", "value_proj")
+                        for n in ENCODER_LINEARS)  # fmt: skip
+DISTILBERT_LINEARS = (*(f"attention.{n}_lin" for n in ("q", "k", "v", "out")), "ffn.lin1", "ffn.lin2")
 FAMILIES = {
+    "deberta": (tiny_deberta, "deberta.encoder.layer", DEBERTA_LINEARS, ["pooler", "classifier"]),
+    "distilbert": (tiny_distilbert, "distilbert.transformer.layer", DISTILBERT_LINEARS,
+                   ["pre_classifier", "classifier"]),
+    "masked-lm": (tiny_masked_lm, "bert.encoder.layer", ENCODER_LINEARS, []),
     "bert": (tiny_bert, "bert.encoder.layer", ENCODER_LINEARS, ["classifier"]),
     "roberta": (tiny_roberta, "roberta.encoder.layer", ENCODER_LINEARS, ["classifier"]),
     "gpt2": (tiny_gpt2, "transformer.h", GPT2_LINEARS, []),
     "gpt2-classifier": (tiny_gpt2_classifier, "transformer.h", GPT2_LINEARS, ["score"]),
     "llama": (tiny_llama, "model.layers", LLAMA_LINEARS, []),
-}
+}  # fmt: skip
 
 
 class Block(nn.Module):

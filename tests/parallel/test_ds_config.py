@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,7 @@ from pst_ds.parallel.ds_config import (
     validate_deepspeed_config,
     zero_stage,
 )
+from pst_ds.parallel.launch import use_cpu_without_accelerator
 
 NUMBERS = RunNumbers(
     train_batch_size=24,
@@ -27,7 +30,8 @@ NUMBERS = RunNumbers(
     bf16=True,
     num_trainable=2_820_096,
 )
-SHIPPED = ("ds_configs/zero3.json", "ds_configs/zero3_cpu.json")
+SHIPPED = {"zero2": 2, "zero3": 3, "zero3_cpu": 3, "zero3_hpz": 3, "zero3_offload": 3}
+"""ZeRO stage of each file of ds_configs/."""
 
 
 def _nested(dotted, value):
@@ -213,13 +217,37 @@ def test_the_least_version_is_the_one_that_is_required_of_pip():
     assert any(d.startswith(f"deepspeed>={ds_config.MIN_DEEPSPEED}") for d in dependencies)
 
 
-@pytest.mark.parametrize("path", SHIPPED)
-def test_shipped_configs_load_and_leave_to_the_run_file_what_is_its(path):
+def test_the_shipped_configs_are_those_below():
+    assert {path.name for path in Path("ds_configs").iterdir()} == {f"{name}.json" for name in SHIPPED}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_load_and_leave_to_the_run_file_what_is_its(name):
+    path = f"ds_configs/{name}.json"
     config = load_deepspeed_config(path)
-    assert zero_stage(config) == 3
-    resolved = resolve_deepspeed_config(config, NUMBERS, source=path, run_file="run.toml")
+    assert zero_stage(config) == SHIPPED[name]
+    resolved = resolve_deepspeed_config(config, replace(NUMBERS, train_batch_size=8 * 6 * 2), source=path, run_file="r")
     assert "auto" not in json.dumps(resolved)
-    assert resolved["train_batch_size"] == 24
+    assert resolved["train_batch_size"] == 96
+    assert resolved["zero_optimization"]["reduce_bucket_size"] == NUMBERS.num_trainable
+    use_cpu_without_accelerator()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    DeepSpeedZeroConfig(**resolved["zero_optimization"])  # refuses a name that DeepSpeed does not know
+
+
+@pytest.mark.parametrize(("ranks", "fits"), [(1, True), (3, True), (8, True), (12, False), (16, True), (20, False)])
+def test_hpz_groups_must_share_out_the_ranks(ranks, fits):
+    config = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}
+    if fits:
+        _resolve(config, train_batch_size=ranks * 6 * 2)
+        return
+    with pytest.raises(DeepSpeedConfigError) as caught:
+        _resolve(config, train_batch_size=ranks * 6 * 2)
+    assert str(caught.value) == (
+        f"my/ds.json: zero_optimization.zero_hpz_partition_size = 8 does not divide the {ranks} ranks. Fix: make it "
+        "the number of ranks on a node, or 1 to keep no second copies"
+    )
 
 
 @pytest.mark.parametrize(

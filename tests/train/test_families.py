@@ -1,4 +1,4 @@
-"""BERT, RoBERTa, GPT-2 and Llama from the pretrained folder to the reloaded export, on two ZeRO-3 ranks."""
+"""Families of models from the pretrained folder to the reloaded export, on two ZeRO-3 ranks."""
 
 from __future__ import annotations
 
@@ -8,22 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    GPT2Config,
-    GPT2Model,
-    LlamaConfig,
-    LlamaModel,
-    RobertaConfig,
-    RobertaModel,
-)
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pst_ds.cli.main import main
 from pst_ds.parallel.launch import launch_environment
+from pst_ds.train.config import ConfigError
+from pst_ds.train.model import load_model_config, load_tokenizer
 from pst_ds.train.run import prepare, train_run
 from pst_ds.train.run_file import load_run
 
@@ -32,20 +24,46 @@ _ENCODER = {
     "vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 37,
     "max_position_embeddings": 48, "initializer_range": 0.2,
 }  # fmt: skip
+_ODD = {**_ENCODER, "hidden_size": 27, "num_attention_heads": 3}
+"""No weight of 27 x 27 or 27 x 37 divides by two ranks: the last shard is padded."""
+_DECODER = {**_ODD, "head_dim": 8, "num_key_value_heads": 1, "bos_token_id": 2, "eos_token_id": 3}
 FAMILIES = {
-    "bert": (BertModel, BertConfig(**_ENCODER), 12),
-    "roberta": (RobertaModel, RobertaConfig(**_ENCODER, type_vocab_size=1, pad_token_id=0), 12),
-    "gpt2": (GPT2Model, GPT2Config(vocab_size=60, n_embd=24, n_layer=2, n_head=2, n_positions=48, bos_token_id=2,
-                                   eos_token_id=3, initializer_range=0.2), 8),
-    "llama": (LlamaModel, LlamaConfig(**_ENCODER, num_key_value_heads=1, bos_token_id=2, eos_token_id=3), 14),
+    "bert": ("BertModel", _ENCODER, 12, "classifier"),
+    "roberta": ("RobertaModel", {**_ENCODER, "type_vocab_size": 1, "pad_token_id": 0}, 12, "classifier"),
+    "gpt2": ("GPT2Model", {"vocab_size": 60, "n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 48,
+                           "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.2}, 8, "score"),
+    "llama": ("LlamaModel", {**_ENCODER, "num_key_value_heads": 1, "bos_token_id": 2, "eos_token_id": 3}, 14, "score"),
+    "distilbert": ("DistilBertModel", {"vocab_size": 60, "dim": 27, "n_layers": 2, "n_heads": 3, "hidden_dim": 37,
+                                       "max_position_embeddings": 48, "initializer_range": 0.2},
+                   12, "pre_classifier classifier"),
+    "electra": ("ElectraModel", {**_ODD, "embedding_size": 15}, 12, "classifier"),
+    "deberta_v2": ("DebertaV2Model", {**_ODD, "relative_attention": True, "pos_att_type": ["p2c", "c2p"],
+                                      "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+                                      "position_biased_input": False, "type_vocab_size": 0}, 12, "pooler classifier"),
+    "opt": ("OPTModel", {"vocab_size": 60, "hidden_size": 27, "num_hidden_layers": 2, "num_attention_heads": 3,
+                         "ffn_dim": 37, "word_embed_proj_dim": 15, "max_position_embeddings": 48, "init_std": 0.2,
+                         "bos_token_id": 2, "eos_token_id": 3}, 12, "score"),
+    "gpt_neox": ("GPTNeoXModel", {**_ODD, "bos_token_id": 2, "eos_token_id": 3}, 8, "score"),
+    "qwen2": ("Qwen2Model", {**_ENCODER, "num_key_value_heads": 1, "intermediate_size": 37}, 14, "score"),
+    "qwen3": ("Qwen3Model", _DECODER, 14, "score"),
+    "gemma": ("GemmaModel", _DECODER, 14, "score"),
+    "phi": ("PhiModel", {**_ODD, "bos_token_id": 2, "eos_token_id": 3}, 12, "score"),
+    "t5": ("T5ForConditionalGeneration", {"vocab_size": 60, "d_model": 27, "d_kv": 9, "num_heads": 3, "d_ff": 37,
+                                          "num_layers": 1, "eos_token_id": 3, "decoder_start_token_id": 0,
+                                          "initializer_factor": 0.5}, 16, "classification_head"),
+    "mixtral": ("MixtralModel", {**_ENCODER, "num_local_experts": 3, "intermediate_size": 16,
+                                 "num_key_value_heads": 1}, 8, "score"),
 }  # fmt: skip
-"""Of each family: model class, config, and how many tensors are pruned."""
+"""Of each family: class its base checkpoint is saved from, config, how many tensors are pruned, modules of the head."""
+
+LEFT_DENSE = {"mixtral": ["experts"]}
 
 
 def _write_base(family, folder):
-    model_class, config, _ = FAMILIES[family]
+    class_name, config, *_ = FAMILIES[family]
+    model_class = getattr(transformers, class_name)
     torch.manual_seed(1)
-    model_class(config).save_pretrained(folder)
+    model_class(model_class.config_class(**config)).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained("tests/data/tiny-bert", model_input_names=["input_ids", "attention_mask"])
     tokenizer.save_pretrained(folder)
 
@@ -63,6 +81,10 @@ def _train(settings):
     return train_run(prepare(run, launch_environment()), quiet=True)
 
 
+def _train_alone(settings):
+    return _train([*settings, 'deepspeed_config=""'])
+
+
 @pytest.mark.zero3
 @pytest.mark.parametrize(
     ("family", "checkpointing", "updated"),
@@ -73,11 +95,23 @@ def _train(settings):
         ("gpt2", False, ["transformer.wte"]),
         ("llama", False, []),
         ("llama", True, ["model.embed_tokens"]),
+        ("distilbert", False, []),
+        ("electra", False, []),
+        ("deberta_v2", False, []),
+        ("opt", False, []),
+        ("gpt_neox", False, []),
+        ("qwen2", False, []),
+        ("qwen3", False, []),
+        ("gemma", False, []),
+        ("phi", False, []),
+        ("t5", False, []),
+        ("mixtral", True, []),
     ],
 )
 def test_family_from_base_to_reloaded_export(run_ranks, tmp_path, family, checkpointing, updated, capsys):
     _write_base(family, tmp_path / "base")
-    settings = _settings(tmp_path, **{"model.gradient_checkpointing": checkpointing, "pst.update_embeddings": updated})
+    settings = _settings(tmp_path, **{"model.gradient_checkpointing": checkpointing, "pst.update_embeddings": updated,
+                                      "pst.exclude_modules": LEFT_DENSE.get(family, [])})  # fmt: skip
     first, second = run_ranks(_train, 2, settings)
     assert first == second | {"seconds": first["seconds"]}
     out = tmp_path / "export"
@@ -85,6 +119,7 @@ def test_family_from_base_to_reloaded_export(run_ranks, tmp_path, family, checkp
     assert main(["verify", str(out), "--against", str(tmp_path / "run"), "--json"]) == 0
     verified = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert verified["max_logit_difference"] == 0.0
+    assert verified["metrics"] == first["metrics"]  # one process, plain transformers, against two ZeRO-3 ranks
     assert verified["compared_weights"] == FAMILIES[family][2] + len(updated)
 
     manifest = json.loads((out / "pst_manifest.json").read_text())
@@ -96,15 +131,73 @@ def test_family_from_base_to_reloaded_export(run_ranks, tmp_path, family, checkp
             assert int((matrix == 0).sum()) == math.floor(SPARSITY * matrix.numel()), entry["name"]
     base = load_file(tmp_path / "base" / "model.safetensors")
     trained = [t["name"] for t in manifest["tensors"] if t["origin"] == "trained"]
-    assert [name for name in trained if name.split(".")[0] not in ("classifier", "score")] == [
-        f"{name}.weight" for name in updated
-    ]
+    heads = FAMILIES[family][3].split()
+    assert {name.split(".")[0] for name in trained} >= set(heads)
+    assert [name for name in trained if name.split(".")[0] not in heads] == [f"{name}.weight" for name in updated]
     untouched = [t["name"] for t in manifest["tensors"] if t["origin"] == "base"]
     assert untouched
     for name in untouched:
         (match,) = [key for key in base if name == key or name.endswith("." + key)]
         assert torch.equal(exported[name], base[match]), name
-    AutoModelForSequenceClassification.from_pretrained(out)
+    AutoModelForSequenceClassification.from_pretrained(out).save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == exported.keys()
+    assert all(torch.equal(again[name], exported[name]) for name in exported)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_and_the_padding_token_are_set_whatever_their_names(tmp_path, family):
+    _write_base(family, tmp_path / "base")
+    run = load_run("tests/data/world_size.toml", _settings(tmp_path, **{"model.dropout": 0.25}))
+    tokenizer = load_tokenizer(run)
+    config = load_model_config(run, ["a", "b"], tokenizer)
+    assert config.pad_token_id == tokenizer.pad_token_id == 0
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    probabilities = {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
+    probabilities |= {getattr(m, "attention_dropout", 0.25) for m in model.modules()}
+    assert {p for p in probabilities if isinstance(p, float)} <= {0.25}
+    assert getattr(config, "layerdrop", 0.0) == 0.0
+
+
+def test_what_the_base_lacks_and_nothing_trains_is_refused_by_name(tmp_path):
+    _write_base("bert", tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({n: t for n, t in weights.items() if "pooler" not in n}, tmp_path / "base" / "model.safetensors")
+    fix = r'pst\.modules_to_save = \["classifier", "bert\.pooler\.dense"\]'
+    with pytest.raises(ConfigError, match=r"has no bert\.pooler\.dense: .*" + fix):
+        _train_alone(_settings(tmp_path))
+    saved = ["classifier", "bert.pooler.dense"]
+    _train_alone(_settings(tmp_path, **{"pst.modules_to_save": saved}))
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "export")]) == 0
+
+
+def test_experts_that_are_trained_are_written_as_the_files_hold_them(tmp_path):
+    _write_base("mixtral", tmp_path / "base")
+    _train_alone(_settings(tmp_path, method="dense", **{"train.precision": "fp32", "train.num_steps": 3}))
+    out = tmp_path / "export"
+    assert main(["export", str(tmp_path / "run"), "--out", str(out)]) == 0
+    assert main(["verify", str(out), "--against", str(tmp_path / "run")]) == 0
+    base, exported = load_file(tmp_path / "base" / "model.safetensors"), load_file(out / "model.safetensors")
+    assert set(exported) == {f"model.{name}" for name in base} | {"score.weight"}
+    name = "layers.0.block_sparse_moe.experts.2.w3.weight"
+    assert exported[f"model.{name}"].shape == base[name].shape
+    assert not torch.equal(exported[f"model.{name}"], base[name])
+
+
+@pytest.mark.zero3
+def test_recomputing_activations_in_the_reentrant_way_trains_the_same(run_ranks, tmp_path):
+    _write_base("llama", tmp_path / "base")
+    trained = []
+    for recomputed in ({}, {"model.gradient_checkpointing": True, "model.gradient_checkpointing_reentrant": True}):
+        settings = _settings(tmp_path, **{"train.precision": "fp32", "train.num_steps": 4, **recomputed})
+        result, *_ = run_ranks(_train, 2, settings)
+        file = tmp_path / "run" / "checkpoints" / "final" / "trained.safetensors"
+        trained.append((result["mask_checksum"], load_file(file)))
+    (checksum, plain), (own_checksum, own) = trained
+    assert own_checksum == checksum
+    for name, tensor in plain.items():
+        torch.testing.assert_close(own[name], tensor)
 
 
 @pytest.mark.zero3

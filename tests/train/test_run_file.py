@@ -113,6 +113,11 @@ def test_an_unknown_key_with_no_near_miss_lists_the_known(tmp_path):
         ("train.num_epochs=false", "train.num_epochs = False", "a number"),
         ('schedule.final_sparsity="0.5"', "schedule.final_sparsity = '0.5'", "a number"),
         ("model.dropout=none", "model.dropout = 'none'", "a number"),
+        (
+            "model.gradient_checkpointing_reentrant=true",
+            "model.gradient_checkpointing_reentrant = true",
+            "set model.gradient_checkpointing = true",
+        ),
         ("model.gradient_checkpointing=1", "model.gradient_checkpointing = 1", "true or false"),
         ("output_dir=3", "output_dir = 3", "a string"),
         ("data.text_columns=text", "data.text_columns = 'text'", "a list of strings"),
@@ -318,7 +323,7 @@ def test_a_batch_is_shared_evenly_or_refused(tmp_path):
     assert "a multiple of 10" in message
 
 
-@pytest.mark.parametrize("path", ["tests/data/world_size.toml", "tools/demo/run.toml"])
+@pytest.mark.parametrize("path", ["tests/data/world_size.toml", "tests/data/causal_lm.toml", "tools/demo/run.toml"])
 def test_shipped_run_files_parse_and_name_files_of_ours(path):
     run = load_run(path)
     assert Path(run.deepspeed_config).is_file()

@@ -1,0 +1,109 @@
+"""What is inside a model's blocks: linear layers, matrices that belong to none, and the routers of experts.
+
+All of it is found by shape and place, never by name, so that a model of tomorrow is looked at as one of today.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from pst_ds.parallel import zero3
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear, or the Conv1D of transformers' GPT-2."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a linear layer."""
+    if is_conv1d(module):
+        return int(module.nf), int(module.nx)  # type: ignore[arg-type]
+    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+
+
+def is_inside_block(name: str, model: nn.Module) -> bool:
+    """Whether the name passes through an item of a ModuleList: how transformers stacks its blocks."""
+    parts = name.split(".")
+    return any(
+        parts[i].isdigit() and isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList)
+        for i in range(1, len(parts))
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LooseMatrix:
+    """A Parameter inside the blocks that holds a matrix, or a stack of them, and is no weight of a linear layer."""
+
+    owner: str
+    """Name of the module that holds it."""
+    module: nn.Module
+    attribute: str
+    shape: tuple[int, ...]
+
+    @property
+    def is_stack(self) -> bool:
+        """Three dimensions or more, such as (experts, out, in)."""
+        return len(self.shape) >= 3
+
+    @property
+    def numel(self) -> int:
+        return zero3.full_numel(getattr(self.module, self.attribute))
+
+
+def loose_matrices(model: nn.Module) -> list[LooseMatrix]:
+    """Every such Parameter, in model order; embeddings and kernels of convolutions are none.
+
+    The last two dimensions must be larger than 1: (1, 1, width) is a vector that broadcasts, (channels, 1, width) a
+    kernel.
+    """
+    found = []
+    for owner, module in model.named_modules():
+        if is_linear(module) or isinstance(module, nn.Embedding | _ConvNd) or not is_inside_block(owner, model):
+            continue
+        for attribute, param in module.named_parameters(recurse=False):
+            shape = tuple(zero3.full_shape(param))
+            if len(shape) >= 2 and min(shape[-2:]) > 1:
+                found.append(LooseMatrix(owner, module, attribute, shape))
+    return found
+
+
+def router_names(model: nn.Module) -> set[str]:
+    """The modules that choose among experts, or weigh a shared one, by name.
+
+    Beside experts (one Parameter that stacks them, or a ModuleList of equals) a router is what turns an expert's input
+    into one number an expert, or one number in all: a linear layer, or another module with such a Parameter.
+    """
+    names = set()
+    for container, num_experts, widths in _experts(model):
+        parent = container.rpartition(".")[0]
+        for name, module in model.get_submodule(parent).named_modules(prefix=parent):
+            if name == container or name.startswith(container + "."):
+                continue
+            shapes: list[tuple[int, ...]] = [tuple(zero3.full_shape(p)) for p in module.parameters(recurse=False)]
+            if is_linear(module):
+                shapes = [linear_shape(module)]
+            if any(len(s) == 2 and s[0] in (1, num_experts) and s[1] in widths for s in shapes):
+                names.add(name)
+    return names
+
+
+def _experts(model: nn.Module) -> Iterator[tuple[str, int, set[int]]]:
+    """(name, number of experts, widths an expert may read) of every container of experts inside a block."""
+    for matrix in loose_matrices(model):
+        if matrix.is_stack:
+            yield matrix.owner, matrix.shape[0], set(matrix.shape[1:])
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or not is_inside_block(name, model):
+            continue
+        if len(module) > 1 and len({type(item) for item in module}) == 1:
+            widths = {linear_shape(m)[1] for m in module[0].modules() if is_linear(m)}
+            yield name, len(module), widths

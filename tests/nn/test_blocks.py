@@ -1,0 +1,148 @@
+"""Mixture of experts and other matrices that are no linear layers: refused by name, or left dense on purpose."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from pst_ds.nn.blocks import loose_matrices, router_names
+from pst_ds.nn.config import PSTConfig
+from pst_ds.nn.inject import inject_pst, pst_layers
+from pst_ds.nn.targets import InjectionError, find_targets
+
+TINY = {
+    "vocab_size": 20, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "intermediate_size": 10, "max_position_embeddings": 16,
+}  # fmt: skip
+ATTENTION = [f"self_attn.{n}_proj" for n in "qkvo"]
+
+
+def qwen2_moe():
+    config = transformers.Qwen2MoeConfig(
+        **TINY,
+        num_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=9,
+        pad_token_id=19,
+    )
+    return transformers.Qwen2MoeForSequenceClassification(config)
+
+
+def mixtral():
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**TINY, num_local_experts=4))
+
+
+def phimoe():
+    """Its router is a subclass of nn.Linear."""
+    return transformers.PhimoeForCausalLM(transformers.PhimoeConfig(**TINY, num_local_experts=4))
+
+
+def xlnet():
+    """No experts: q, k, v and o are Parameters (width, heads, head width)."""
+    config = transformers.XLNetConfig(vocab_size=20, d_model=12, n_layer=2, n_head=2, d_inner=10)
+    return transformers.XLNetForSequenceClassification(config)
+
+
+def names(model, **settings):
+    return [target.name for target in find_targets(model, PSTConfig(**settings))]
+
+
+@pytest.mark.parametrize(
+    ("build", "owner", "shape", "dense"),
+    [
+        (qwen2_moe, "model.layers.0.mlp.experts (Qwen2MoeExperts) has gate_up_proj", (5, 16, 12), 2 * 5 * 3 * 8 * 12),
+        (mixtral, "model.layers.0.mlp.experts (MixtralExperts) has gate_up_proj", (4, 20, 12), 2 * 4 * 3 * 10 * 12),
+        (phimoe, "model.layers.0.mlp.experts (PhimoeExperts) has gate_up_proj", (4, 20, 12), 2 * 4 * 3 * 10 * 12),
+        (xlnet, "transformer.layer.0.rel_attn (XLNetRelativeAttention) has q", (12, 2, 6), 2 * (5 * 12 * 12 + 2 * 12)),
+    ],
+)
+def test_stacks_of_matrices_are_refused_by_name_shape_and_number(build, owner, shape, dense):
+    with pytest.raises(InjectionError) as caught:
+        inject_pst(build(), PSTConfig())
+    message = str(caught.value)
+    assert message.startswith(f"{owner} of shape {shape}, a stack of matrices that belongs to no linear layer")
+    assert f" {dense:,} weights would stay dense" in message
+    assert message.endswith(f'exclude_modules = ["{owner.partition(" ")[0].rpartition(".")[2]}"]')
+
+
+def test_qwen2_moe_with_its_experts_left_dense():
+    model = inject_pst(qwen2_moe(), PSTConfig(exclude_modules=("experts",)))
+    linears = [*ATTENTION, *(f"mlp.shared_expert.{n}_proj" for n in ("gate", "up", "down"))]
+    assert list(pst_layers(model)) == [f"model.layers.{i}.{n}" for i in range(2) for n in linears]
+    for layer in model.model.layers:
+        assert isinstance(layer.mlp.shared_expert_gate, nn.Linear)  # a router of one
+        for dense in (layer.mlp.experts, layer.mlp.gate, layer.mlp.shared_expert_gate):
+            assert not any(p.requires_grad for p in dense.parameters())
+    model.train()
+    loss = model(input_ids=torch.arange(8).view(2, 4), labels=torch.tensor([0, 1])).loss
+    loss.backward()
+    factors = [p for layer in pst_layers(model).values() for _, p in layer.factor_parameters()]
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in factors)
+
+
+@pytest.mark.parametrize("build", [mixtral, phimoe])
+def test_routers_stay_dense_until_they_are_named(build):
+    model = build()
+    routers = {n for n, m in model.named_modules() if type(m).__name__.endswith("TopKRouter")}
+    assert len(routers) == 2
+    assert router_names(model) == routers
+    assert names(model, exclude_modules=("experts",)) == [f"model.layers.{i}.{n}" for i in range(2) for n in ATTENTION]
+
+
+def test_a_linear_router_is_pruned_when_it_is_named():
+    targets = names(qwen2_moe(), target_modules=("q_proj", "shared_expert_gate"))
+    assert [t.rpartition(".")[2] for t in targets] == ["q_proj", "shared_expert_gate"] * 2
+
+
+def test_naming_the_targets_oneself_needs_no_exclusion():
+    assert names(mixtral(), target_modules=("q_proj",)) == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6)
+
+
+class Block(nn.Module):
+    """Experts in a ModuleList, a linear router beside them, and other Parameters."""
+
+    def __init__(self, **parameters):
+        super().__init__()
+        self.router = nn.Linear(6, 3)
+        self.experts = nn.ModuleList(Expert() for _ in range(3))
+        self.other = nn.Module()
+        for name, shape in parameters.items():
+            self.other.register_parameter(name, nn.Parameter(torch.ones(shape)))
+
+
+def blocks(**parameters):
+    return nn.ModuleDict({"layers": nn.ModuleList([Block(**parameters), Block(**parameters)])})
+
+
+def test_experts_that_are_linear_layers_are_pruned_and_their_router_is_not():
+    assert names(blocks()) == [
+        f"layers.{i}.experts.{e}.{n}" for i in range(2) for e in range(3) for n in ("up", "down")
+    ]
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 1, 6), (60, 1, 4), (6, 1), (4, 6)], ids=str)
+def test_vectors_kernels_and_small_tables_are_no_matrices_to_prune(shape):
+    assert len(names(blocks(scale=shape))) == 12
+
+
+@pytest.mark.parametrize(("shape", "kind"), [((2, 3, 4), "a stack of matrices"), ((9, 6), "a matrix")], ids=str)
+def test_what_is_as_large_as_a_pruned_layer_is_refused(shape, kind):
+    model = blocks(weight=shape)
+    with pytest.raises(InjectionError, match=rf"layers\.0\.other \(Module\) has weight of shape .*, {kind} that"):
+        names(model)
+    assert len(names(model, exclude_modules=("other",))) == 12
+    assert len(names(model, modules_to_save=("other",))) == 12
+
+
+def test_convolutions_embeddings_and_what_is_outside_the_blocks_are_no_loose_matrices():
+    inside = nn.ModuleList([nn.ModuleDict({"conv": nn.Conv1d(6, 6, 3), "table": nn.Embedding(30, 6)})])
+    model = nn.ModuleDict({"layers": inside})
+    model.register_parameter("latents", nn.Parameter(torch.ones(3, 4, 5)))
+    assert loose_matrices(model) == []
