@@ -21,9 +21,18 @@ FACTORS_70B = 17 * 80 * (2 * (8192 + 8192) + 2 * (1024 + 8192) + 3 * (28672 + 81
 
 @pytest.fixture
 def llama_70b(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    return _arguments(tmp_path, LLAMA_70B)
+
+
+@pytest.fixture
+def llama_of_4_layers(tmp_path):
+    return _arguments(tmp_path, {**LLAMA_70B, "num_hidden_layers": 4})
+
+
+def _arguments(folder, config):
+    (folder / "config.json").write_text(json.dumps(config))
     return [
-        "plan", "tests/data/causal_lm.toml", "--json", "--no-data", "--set", f"model.path={json.dumps(str(tmp_path))}",
+        "plan", "tests/data/causal_lm.toml", "--json", "--no-data", "--set", f"model.path={json.dumps(str(folder))}",
         "--set", "train.batch_size=512", "--set", 'train.precision="bf16"', "--set", "data.max_length=4096",
         "--set", "model.gradient_checkpointing=true", "--set", 'deepspeed_config="ds_configs/zero3.json"',
     ]  # fmt: skip
@@ -52,9 +61,9 @@ def test_a_70b_model_plans_from_its_config_alone(capsys, llama_70b):
     assert len(text.splitlines()) < 40
 
 
-def test_a_larger_world_holds_less_and_takes_the_same_weights_in(capsys, llama_70b):
-    _, few = _plan(capsys, [*llama_70b, "--world-size", "8"])
-    _, many = _plan(capsys, [*llama_70b, "--ranks", "64"])
+def test_a_larger_world_holds_less_and_takes_the_same_weights_in(capsys, llama_of_4_layers):
+    _, few = _plan(capsys, [*llama_of_4_layers, "--world-size", "8"])
+    _, many = _plan(capsys, [*llama_of_4_layers, "--ranks", "64"])
     memory = [plan["memory_bytes_per_rank"] for plan in (few, many)]
     assert memory[0]["weights"] == pytest.approx(8 * memory[1]["weights"], rel=0.001)
     times = [plan["time"] for plan in (few, many)]
@@ -63,9 +72,9 @@ def test_a_larger_world_holds_less_and_takes_the_same_weights_in(capsys, llama_7
     assert 0 < many["time"]["share_of_masks"] < 0.05
 
 
-def test_rates_are_chosen_by_name(capsys, llama_70b):
-    _, slow = _plan(capsys, [*llama_70b, "--world-size", "8", "--machine", "cpu"])
-    _, fast = _plan(capsys, [*llama_70b, "--world-size", "8", "--machine", "a100"])
+def test_rates_are_chosen_by_name(capsys, llama_of_4_layers):
+    _, slow = _plan(capsys, [*llama_of_4_layers, "--world-size", "8", "--machine", "cpu"])
+    _, fast = _plan(capsys, [*llama_of_4_layers, "--world-size", "8", "--machine", "a100"])
     assert slow["time"]["step"] > 100 * fast["time"]["step"]
     assert slow["memory_bytes_per_rank"]["communication"] > fast["memory_bytes_per_rank"]["communication"] == 0
 
@@ -81,8 +90,8 @@ def test_rates_are_chosen_by_name(capsys, llama_70b):
         (["--set", 'model.path="/no/such/model"'], ("model.path = '/no/such/model' does not exist",)),
     ],
 )
-def test_what_cannot_be_planned_is_2_and_names_the_number(capsys, llama_70b, more, words):
-    assert main([*llama_70b, *more]) == 2
+def test_what_cannot_be_planned_is_2_and_names_the_number(capsys, llama_of_4_layers, more, words):
+    assert main([*llama_of_4_layers, *more]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     for word in words:
