@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,13 +62,24 @@ def test_the_tree_in_the_readme_names_what_is_there():
             assert (ROOT / path).exists(), path
 
 
-def test_the_settings_page_is_the_codes():
-    spec = importlib.util.spec_from_file_location("make_run_file_docs", ROOT / "tools" / "make_run_file_docs.py")
+def _tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "run-file.md").read_text(encoding="utf-8") == module.page() + "\n", (
-        "run tools/make_run_file_docs.py"
-    )
+    return module
+
+
+def test_the_settings_page_is_the_codes():
+    written = (ROOT / "docs" / "run-file.md").read_text(encoding="utf-8")
+    assert written == _tool("make_run_file_docs").page() + "\n", "run tools/make_run_file_docs.py"
+
+
+def test_the_tables_of_the_scaling_page_are_the_formulas():
+    written, tool = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), _tool("make_scaling_docs")
+    assert written == tool.page(written), "run tools/make_scaling_docs.py"
+    for name, table in tool.TABLES.items():
+        assert f"<!-- table: {name} -->\n\n{table()}\n" in written
 
 
 def test_launch_scripts_are_short_and_pass_bash():

@@ -3,49 +3,139 @@
 from __future__ import annotations
 
 import argparse
-import math
+import os
+from dataclasses import asdict
 from typing import Any
 
 from pst_ds.cli.main import add_run_arguments, load_run_or_folder
 
+MACHINE_NAMES = ("cpu", "a100", "h100")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, "run file (TOML)")
-    parser.add_argument("--ranks", type=int, help="ranks to plan for (default: the launcher's, or 1)")
+    parser.add_argument(
+        "--world-size", "--ranks", dest="ranks", type=int, metavar="N",
+        help="ranks to plan for; needs no cluster (default: the launcher's, or 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-data", action="store_true",
+        help="read neither data nor tokenizer: model.path may hold a config.json alone; needs train.num_steps",
+    )  # fmt: skip
+    parser.add_argument(
+        "--machine", choices=MACHINE_NAMES,
+        help="rates for the expected times (default: cpu where there is no GPU and a core for every rank, else h100)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     config = load_run_or_folder(args)
+    from pst_ds.cli.plan_text import print_plan
+    from pst_ds.core.masked_linear import TILE_ELEMENTS
+    from pst_ds.errors import InputError
+    from pst_ds.nn.shapes import model_numbers
     from pst_ds.parallel.ds_config import load_deepspeed_config, zero_stage
     from pst_ds.parallel.launch import launch_environment
-    from pst_ds.train.model import head_names, load_tokenizer, meta_model
-    from pst_ds.train.tasks import task_of
+    from pst_ds.train.model import DTYPES, head_names, meta_model, num_trainable, parameter_groups
 
+    if args.ranks is not None and args.ranks < 1:
+        raise InputError(f"--world-size {args.ranks} must be at least 1")
     ranks = args.ranks or launch_environment().world_size
     micro_batch_size = config.micro_batch_size(ranks)
-    stage = zero_stage(load_deepspeed_config(config.deepspeed_config)) if config.deepspeed_config else None
-    tokenizer = load_tokenizer(config)
-    task = task_of(config)
-    labels = task.label_names(config.data)
-    num_examples = len(task.load(config.data, "train", tokenizer, labels))
+    raw = load_deepspeed_config(config.deepspeed_config) if config.deepspeed_config else None
+    if raw is None and ranks > 1:
+        raise InputError(
+            f"{ranks} ranks, but deepspeed_config is not set; set deepspeed_config = "
+            '"ds_configs/zero3.json", or plan for one process'
+        )
+    stage = zero_stage(raw) if raw is not None else None
+    tokenizer, labels, unit, num_examples = _data(config, args.no_data)
     model = meta_model(config, labels, tokenizer, num_shards=ranks if stage == 3 else 1)
-    num_steps = config.num_steps(num_examples)
-    plan = {
+    num_steps = config.num_steps(num_examples) if num_examples is not None else config.train.num_steps
+    machine = args.machine or _machine_here(ranks)
+    zero = _zero_settings(config, raw, ranks, micro_batch_size, num_trainable(model), machine)
+    numbers = model_numbers(model)
+    plan: dict[str, Any] = {
         "ranks": ranks,
         "zero_stage": stage,
         "precision": config.train.precision,
         "micro_batch_size": micro_batch_size,
         "num_steps": num_steps,
         "num_examples": num_examples,
-        "unit": task.unit,
+        "unit": unit,
+        "sequence": config.data.max_length,
+        "activation_checkpointing": config.model.gradient_checkpointing,
+        "machine": machine,
         "trained_in_full": head_names(model, config),
         "layers": _layers(model),
         "updated_embeddings": _embeddings(model),
-        **_counts(model, ranks, stage, config.train.precision),
+        "parameters": _num_parameters(model),
+        "trained_parameters": numbers.trainables,
+        "pruned_parameters": numbers.pruned_weights,
         "schedule": _schedule(config, num_steps),
     }
-    _print(plan)
+    groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, config)]
+    activations = _activations(model, micro_batch_size, config)  # uses the model up
+    device = "cpu" if machine == "cpu" else "cuda"
+    from pst_ds.core.cost import memory_plan
+
+    memory = memory_plan(
+        numbers,
+        zero,
+        activations=activations or 0,
+        tile_elements=TILE_ELEMENTS[device],
+        element_size=DTYPES[config.train.precision].itemsize,
+        device=device,
+        trainable_groups=groups,
+    )
+    plan["memory_bytes_per_rank"] = {**memory.as_dict(), "activations": activations}
+    plan["optimizer_bytes_per_rank"] = memory.optimizer or memory.host
+    plan["weight_bytes_per_rank"] = memory.weights + memory.masks
+    plan["mask_bytes"] = sum(t.numel * t.count for t in numbers.tensors if t.is_mask)
+    plan["time"] = _times(config, numbers, zero, micro_batch_size, machine, plan["schedule"], num_steps)
+    print_plan(plan)
     return plan
+
+
+def _data(config: Any, no_data: bool) -> tuple[Any, list[str], str, int | None]:
+    """(tokenizer, labels, what an example is called, how many there are); nothing is read with ``no_data``."""
+    from pst_ds.errors import InputError
+    from pst_ds.train.model import load_tokenizer
+    from pst_ds.train.tasks import task_of
+
+    task = task_of(config)
+    if no_data:
+        if not config.train.num_steps:
+            raise InputError(
+                f"--no-data, and train.num_steps = {config.train.num_steps}: the number of steps follows from the data "
+                "then; set it with --set train.num_steps=1000"
+            )
+        return None, ["0", "1"] if task.new_head else [], task.unit, None
+    tokenizer = load_tokenizer(config)
+    labels = task.label_names(config.data)
+    return tokenizer, labels, task.unit, len(task.load(config.data, "train", tokenizer, labels))
+
+
+def _machine_here(ranks: int) -> str:
+    import torch
+
+    return "cpu" if not torch.accelerator.is_available() and ranks <= (os.cpu_count() or 1) else "h100"
+
+
+def _zero_settings(
+    config: Any, raw: dict[str, Any] | None, ranks: int, micro_batch_size: int, trainables: int, machine: str
+) -> Any:
+    from pst_ds.parallel.ds_config import RunNumbers, resolve_deepspeed_config
+    from pst_ds.parallel.zero_settings import zero_settings
+
+    train, resolved = config.train, None
+    if raw is not None:
+        own = RunNumbers(
+            train.batch_size, micro_batch_size, train.gradient_accumulation_steps, train.gradient_clipping,
+            train.precision == "bf16", trainables,
+        )  # fmt: skip
+        resolved = resolve_deepspeed_config(raw, own, source=config.deepspeed_config, run_file="the run file")
+    return zero_settings(resolved, ranks, "gloo" if machine == "cpu" else "nccl")
 
 
 def _layers(model: Any) -> list[dict[str, Any]]:
@@ -72,30 +162,39 @@ def _embeddings(model: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _counts(model: Any, ranks: int, stage: int | None, precision: str) -> dict[str, Any]:
-    """Parameters and bytes, as one rank will hold them."""
-    params = list(model.parameters())
-    trained = [p.numel() for p in params if p.requires_grad]
-    shares = ranks if stage == 3 else 1
-    return {
-        "parameters": sum(p.numel() for p in params if p.is_floating_point()),
-        "trained_parameters": sum(trained),
-        "pruned_parameters": sum(layer["out_features"] * layer["in_features"] for layer in _layers(model)),
-        "optimizer_bytes_per_rank": _optimizer_bytes(trained, ranks, stage, precision),
-        "weight_bytes_per_rank": sum(math.ceil(p.numel() / shares) * p.element_size() for p in params),
-        "mask_bytes": sum(p.numel() for n, p in model.named_parameters() if n.endswith("pst_mask")),
-    }
+def _num_parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.is_floating_point())
 
 
-def _optimizer_bytes(trained: list[int], ranks: int, stage: int | None, precision: str) -> int:
-    """Two fp32 moments a trainable, and an fp32 master where the parameter itself is not it.
+def _activations(model: Any, micro_batch_size: int, config: Any) -> int | None:
+    """Bytes, or None for a model whose forward pass cannot do without values."""
+    from pst_ds.nn.activations import UntraceableError, activation_bytes
 
-    Stage 3 splits every parameter over the ranks, stages 1 and 2 the flat whole of them; others keep all.
-    """
-    bytes_each = 8 if stage is None and precision == "fp32" else 12
-    if stage == 3:
-        return sum(math.ceil(count / ranks) for count in trained) * bytes_each
-    return math.ceil(sum(trained) / (ranks if stage else 1)) * bytes_each
+    try:
+        return activation_bytes(
+            model,
+            batch=micro_batch_size,
+            sequence=config.data.max_length,
+            checkpointing=config.model.gradient_checkpointing,
+        )
+    except UntraceableError:
+        return None
+
+
+def _times(
+    config: Any, numbers: Any, zero: Any, micro_batch_size: int, machine: str, schedule: Any, num_steps: int
+) -> dict[str, Any]:
+    from pst_ds.core.traffic import MACHINES, Batch, time_plan
+
+    batch = Batch(
+        tokens=micro_batch_size * config.data.max_length,
+        sequence=config.data.max_length,
+        micro_batches=config.train.gradient_accumulation_steps,
+        checkpointing=config.model.gradient_checkpointing,
+    )
+    times = time_plan(numbers, zero, batch, MACHINES[machine])
+    updates = schedule["mask_updates"] if schedule else 0
+    return {**asdict(times), "share_of_masks": times.share_of_masks(num_steps, updates)}
 
 
 def _schedule(config: Any, num_steps: int) -> dict[str, Any] | None:
@@ -114,33 +213,3 @@ def _schedule(config: Any, num_steps: int) -> dict[str, Any] | None:
 
 def _eighths(num_steps: int) -> list[int]:
     return sorted({round(num_steps * i / 8) for i in range(9)})
-
-
-def _print(plan: dict[str, Any]) -> None:
-    print(f"{len(plan['layers'])} layers to prune, {plan['pruned_parameters']:,} weights:")
-    for layer in plan["layers"]:
-        fused = f" x {layer['matrices']} matrices" if layer["matrices"] > 1 else ""
-        print(
-            f"  {layer['name']}  {layer['out_features']} x {layer['in_features']}{fused}, "
-            f"{layer['factor_parameters']:,} factor parameters"
-        )
-    for e in plan["updated_embeddings"]:
-        print(f"updated: {e['name']}  {e['rows']} x {e['width']}, {e['factor_parameters']:,} factor parameters")
-    print(f"trained in full: {', '.join(plan['trained_in_full']) or 'nothing'}")
-    share = plan["trained_parameters"] / plan["parameters"]
-    print(f"trained parameters: {plan['trained_parameters']:,} of {plan['parameters']:,} ({share:.2%})")
-    stage = "no DeepSpeed" if plan["zero_stage"] is None else f"ZeRO stage {plan['zero_stage']}"
-    print(
-        f"{plan['ranks']} ranks, {stage}, {plan['precision']}, {plan['micro_batch_size']} {plan['unit']} a micro-batch"
-    )
-    print(
-        f"bytes a rank: optimizer {plan['optimizer_bytes_per_rank']:,}, parameters {plan['weight_bytes_per_rank']:,} "
-        f"(masks, over all ranks: {plan['mask_bytes']:,})"
-    )
-    schedule = plan["schedule"]
-    print(f"{plan['num_steps']} steps over {plan['num_examples']:,} {plan['unit']}")
-    if schedule:
-        print(
-            f"{schedule['mask_updates']} mask updates, steps {schedule['first_update']} to {schedule['last_update']}: "
-            + ", ".join(f"{step}: {value:.3f}" for step, value in schedule["sparsity_at"].items())
-        )

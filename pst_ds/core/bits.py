@@ -129,7 +129,17 @@ def relayout(bits: Tensor, numel: int, num_shards: int, new_num_shards: int) -> 
 
 def all_ones(numel: int, num_shards: int) -> Tensor:
     """The mask that keeps everything (padding bits are zero)."""
-    return pack_mask(torch.ones(numel, dtype=torch.bool), num_shards)
+    per_shard = shard_numel(numel, num_shards)
+    bits = torch.full((num_shards, shard_bytes(numel, num_shards)), 255, dtype=torch.uint8)
+    whole, rest = divmod(numel, per_shard) if per_shard else (num_shards, 0)
+    if per_shard % 8:
+        bits[:whole, -1] = (1 << per_shard % 8) - 1
+    if whole < num_shards:
+        bits[whole:] = 0
+        bits[whole, : rest // 8] = 255
+        if rest % 8:
+            bits[whole, rest // 8] = (1 << rest % 8) - 1
+    return bits.flatten()
 
 
 def apply_mask_(weight: Tensor, mask: Tensor) -> Tensor:

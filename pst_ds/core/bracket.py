@@ -22,7 +22,7 @@ from pst_ds.core.select import DIGIT_BITS, MatrixKeys, NonFiniteScoreError, Rank
 
 SAMPLE_SHARE, MIN_SAMPLE, MAX_SAMPLE = 1 / 64, 4096, 65536
 """Share of a matrix's keys that is sampled, and its bounds; a matrix of fewer keys than the lower is sampled whole."""
-_DEVIATIONS = 5.0
+BRACKET_DEVIATIONS = 5.0
 """Half width of a bracket in standard deviations of the sample's rank of the cut: missed with probability 6e-7."""
 
 
@@ -125,7 +125,7 @@ def _half_width(matrix: MatrixKeys) -> int:
         return 0
     q = 0.5 if matrix.pool is not None else matrix.prune_count / numel
     deviation = math.sqrt(q * (1.0 - q) / size * (1.0 - size / numel))
-    return math.ceil(_DEVIATIONS * deviation * numel + 2 * numel / size)
+    return math.ceil(BRACKET_DEVIATIONS * deviation * numel + 2 * numel / size)
 
 
 def _brackets(matrices: Sequence[MatrixKeys], pools: Sequence[int], samples: list[Tensor]) -> list[_Bracket]:

@@ -58,7 +58,10 @@ def load_tokenizer(run: RunConfig) -> Any:
 
 
 def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any) -> Any:
-    """The transformers config of the run's model. Raises ConfigError for a model that cannot do the run's task."""
+    """The transformers config of the run's model. Raises ConfigError for a model that cannot do the run's task.
+
+    Without a ``tokenizer``, for shapes alone, that is not checked.
+    """
     from transformers import AutoConfig
 
     path, task = run.model.path, task_of(run)
@@ -70,9 +73,11 @@ def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any) -> Any:
             f"model.path = {path!r} is neither a model folder (looked in {Path(path).absolute()}) nor a model on the "
             f"hub that can be reached: {_first_line(error)}"
         ) from error
-    task.check_model(run.data, config, tokenizer)
-    if task.pads and tokenizer.pad_token_id is not None:  # a decoder's head reads the token before the padding
-        config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer is not None:
+        task.check_model(run.data, config, tokenizer)
+    padding = config.pad_token_id or 0 if tokenizer is None else tokenizer.pad_token_id
+    if task.pads and padding is not None:  # a decoder's head reads the token before the padding
+        config.pad_token_id = padding
     if run.model.dropout is not None:
         for key in _dropout_keys(config):
             setattr(config, key, run.model.dropout)

@@ -1,0 +1,95 @@
+"""A plan as lines of text."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+MEMORY_LINES = {
+    "weights": "weights (this rank's share)",
+    "masks": "mask bits",
+    "optimizer": "optimizer state",
+    "gradients": "gradients",
+    "reduce_bucket": "reduction bucket",
+    "runtime": "libraries and threads",
+    "gathers": "gathered parameters",
+    "communication": "staging of a gather",
+    "layer_work": "temporaries of a layer",
+    "activations": "activations of a micro-batch",
+    "optimizer_step": "an optimizer step, at other times",
+    "mask_update": "a mask update, at other times",
+    "host": "in host memory (offloaded)",
+}
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    print(f"{len(plan['layers'])} layers to prune, {plan['pruned_parameters']:,} weights:")
+    for group in layer_groups(plan["layers"]):
+        fused = f" x {group['matrices']} matrices" if group["matrices"] > 1 else ""
+        times = f"{group['count']} times " if group["count"] > 1 else ""
+        print(
+            f"  {group['pattern']}  {times}{group['out_features']} x {group['in_features']}{fused}, "
+            f"{group['factor_parameters']:,} factor parameters{' each' if times else ''}"
+        )
+    for e in plan["updated_embeddings"]:
+        print(f"updated: {e['name']}  {e['rows']} x {e['width']}, {e['factor_parameters']:,} factor parameters")
+    print(f"trained in full: {', '.join(plan['trained_in_full']) or 'nothing'}")
+    share = plan["trained_parameters"] / plan["parameters"]
+    print(f"trained parameters: {plan['trained_parameters']:,} of {plan['parameters']:,} ({share:.2%})")
+    stage = "no DeepSpeed" if plan["zero_stage"] is None else f"ZeRO stage {plan['zero_stage']}"
+    checkpointed = ", checkpointed" if plan["activation_checkpointing"] else ""
+    print(
+        f"{plan['ranks']} ranks, {stage}, {plan['precision']}, micro-batches of {plan['micro_batch_size']} x "
+        f"{plan['sequence']} tokens{checkpointed}"
+    )
+    _print_memory(plan["memory_bytes_per_rank"])
+    examples = "" if plan["num_examples"] is None else f" over {plan['num_examples']:,} {plan['unit']}"
+    print(f"{plan['num_steps']} steps{examples}")
+    schedule = plan["schedule"]
+    if schedule:
+        print(
+            f"{schedule['mask_updates']} mask updates, steps {schedule['first_update']} to {schedule['last_update']}: "
+            + ", ".join(f"{step}: {value:.3f}" for step, value in schedule["sparsity_at"].items())
+        )
+    _print_times(plan["time"], plan["machine"])
+
+
+def layer_groups(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Layers whose names differ in a number alone and that have one shape, with their ``count``."""
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for layer in layers:
+        pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", layer["name"])
+        key = (pattern, layer["out_features"], layer["in_features"], layer["matrices"], layer["factor_parameters"])
+        group = groups.setdefault(key, {**layer, "pattern": layer["name"], "count": 0})
+        group["count"] += 1
+        if group["count"] > 1:
+            group["pattern"] = pattern
+    return list(groups.values())
+
+
+def _print_memory(memory: dict[str, Any]) -> None:
+    print(f"memory of a rank: {_bytes(memory['peak'])} at the peak, {_bytes(memory['resident'])} all the time")
+    for key, text in MEMORY_LINES.items():
+        if memory[key] is None:
+            print(f"  {text}: unknown, the model cannot be traced without values; not in the peak")
+        elif memory[key]:
+            print(f"  {text}: {_bytes(memory[key])}")
+
+
+def _print_times(time: dict[str, Any], machine: str) -> None:
+    print(
+        f"expected on {machine}: a step {_seconds(time['step'])} ({_bytes(time['step_received'])} received by a rank), "
+        f"a mask update {_seconds(time['update'])} ({_bytes(time['update_received'])}); masks take "
+        f"{time['share_of_masks']:.2%} of the run"
+    )
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:,} bytes"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"

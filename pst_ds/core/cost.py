@@ -1,0 +1,329 @@
+"""Memory of a PST run on one rank, from shapes alone: numbers in, bytes out.
+
+ZeRO-3 as DeepSpeed 0.19.8 does it: a parameter of n elements lies on w ranks as ceil(n / w) elements each; a module's
+parameters are gathered whole for its turn; trainables have an fp32 master and two Adam moments, a 16-bit gradient shard
+and a share of one reduction bucket. What is resident all the time is counted from shapes exactly; what comes and goes
+is bounded by the largest module. tools/bench/scale.py holds the sums against the resident memory of real runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pst_ds.core.bracket import BRACKET_DEVIATIONS, sample_size
+
+ADAM_BYTES = 12
+"""fp32 master, first and second moment of a trainable."""
+GLOO = "gloo"
+RUNTIME_BYTES = {"cpu": 48 << 20, "cuda": 600 << 20}
+"""Beside all tensors: library pages, threads and scratch of a process that has trained a step, above its imports. CPU:
+measured with a model of 0.1 million parameters. CUDA: context and cuBLAS workspaces, assumed."""
+SCORED_TILE_BYTES = 16 << 20
+"""Scratch of the scoring pass of a mask update."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorGroup:
+    """``count`` parameter tensors alike."""
+
+    numel: int
+    element_size: int
+    count: int = 1
+    trainable: bool = False
+    is_mask: bool = False
+    is_factor: bool = False
+    """A factor of a pruned matrix, whose fp32 master travels to every rank for a mask update."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleNumbers:
+    """The parameters that one module holds itself: what ZeRO-3 gathers for its turn, by dtype."""
+
+    numel: int
+    gathered_bytes: int
+    """Of all its parameters, whole."""
+    largest_gather_bytes: int
+    """Of one collective: parameters of one dtype travel together."""
+    work_bytes: int = 0
+    """Temporaries of the size of its weight: M . W and the unpacked mask."""
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixGroup:
+    """``count`` pruned matrices of ``numel`` weights."""
+
+    numel: int
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNumbers:
+    """A model as the formulas see it."""
+
+    tensors: tuple[TensorGroup, ...]
+    modules: tuple[ModuleNumbers, ...]
+    matrices: tuple[MatrixGroup, ...]
+    score_rank: int = 0
+    update_rank: int = 0
+    dense_weights: int = 0
+    """Weights of linear layers that are not pruned, such as a causal model's head."""
+    attention_width: int = 0
+    """Width of all attention heads of a layer, summed over layers."""
+
+    @property
+    def pruned_weights(self) -> int:
+        return sum(m.numel * m.count for m in self.matrices)
+
+    @property
+    def num_matrices(self) -> int:
+        return sum(m.count for m in self.matrices)
+
+    @property
+    def sampled_keys(self) -> int:
+        """Keys of all matrices that a mask update shows to every rank."""
+        return sum(sample_size(m.numel) * m.count for m in self.matrices)
+
+    @property
+    def parameters(self) -> int:
+        return sum(t.numel * t.count for t in self.tensors if not t.is_mask)
+
+    @property
+    def trainables(self) -> int:
+        return sum(t.numel * t.count for t in self.tensors if t.trainable)
+
+    @property
+    def factor_parameters(self) -> int:
+        return sum(t.numel * t.count for t in self.tensors if t.is_factor)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of all parameters and masks, unsharded: what a full sweep of gathers brings."""
+        return sum(t.numel * t.count * t.element_size for t in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroSettings:
+    """How DeepSpeed is set; stage None is one process without it. Sizes in elements, as in its JSON."""
+
+    stage: int | None
+    world_size: int = 1
+    backend: str = GLOO
+    reduce_bucket_size: int = 0
+    prefetch_bucket_size: int = 0
+    persistence_threshold: int = 0
+    max_live_parameters: int = 0
+    max_reuse_distance: int = 0
+    offload_optimizer: bool = False
+    """Optimizer state lies in host memory, not the device's."""
+    offload_param: bool = False
+    secondary_partition: int = 1
+    """Ranks of an hpZ group: each holds a second copy of 1 / secondary_partition of all weights; 1 is off."""
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1:
+            raise ValueError(f"world size {self.world_size} must be at least 1")
+
+    @property
+    def shards(self) -> int:
+        """Ranks that a parameter is split over."""
+        return self.world_size if self.stage == 3 else 1
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes on one rank (the fullest), of its device unless named otherwise."""
+
+    weights: int
+    masks: int
+    optimizer: int
+    gradients: int
+    reduce_bucket: int
+    gathers: int
+    """Parameters whole at the peak of a step: persistent, kept for reuse, prefetched, and the module's own."""
+    communication: int
+    """Staging of one gather (gloo copies what it sends and receives)."""
+    layer_work: int
+    """M . W, the unpacked mask and a tile of G, of the largest layer."""
+    activations: int
+    optimizer_step: int
+    """fp32 gradients and Adam's temporaries of the largest group, while it steps."""
+    mask_update: int
+    runtime: int
+    host: int = 0
+    """Host memory of what is offloaded, not in ``peak``."""
+
+    @property
+    def resident(self) -> int:
+        """Held all the time."""
+        return self.weights + self.masks + self.optimizer + self.gradients + self.reduce_bucket + self.runtime
+
+    @property
+    def step_peak(self) -> int:
+        turn = self.gathers + self.communication + self.layer_work + self.activations
+        return self.resident + max(turn, self.optimizer_step)
+
+    @property
+    def update_peak(self) -> int:
+        return self.resident + self.mask_update
+
+    @property
+    def peak(self) -> int:
+        return max(self.step_peak, self.update_peak)
+
+    def as_dict(self) -> dict[str, int]:
+        names = (*MemoryPlan.__slots__, "resident", "step_peak", "update_peak", "peak")
+        return {name: getattr(self, name) for name in names}
+
+
+def memory_plan(
+    model: ModelNumbers,
+    zero: ZeroSettings,
+    *,
+    activations: int,
+    tile_elements: int,
+    element_size: int = 2,
+    device: str = "cpu",
+    trainable_groups: Sequence[int] | None = None,
+) -> MemoryPlan:
+    """What one rank holds of ``model``; ``activations`` in bytes, of one micro-batch.
+
+    ``element_size``: bytes of a weight, and of a gradient. ``tile_elements``: weights of a tile of G in the backward
+    pass. ``trainable_groups``: trainables of each optimizer group, whole; None is one group.
+    """
+    optimizer = optimizer_bytes(model, zero, element_size)
+    weights = sum(t.count * _shard(t.numel, zero) * t.element_size for t in model.tensors if not t.is_mask)
+    masks = sum(t.count * _shard(t.numel, zero) * t.element_size for t in model.tensors if t.is_mask)
+    if zero.secondary_partition > 1:
+        weights += model.whole_bytes // zero.secondary_partition
+    gathers, communication, work = _turn(model, zero, tile_elements, element_size)
+    host = (optimizer if zero.offload_optimizer else 0) + (weights + masks if zero.offload_param else 0)
+    return MemoryPlan(
+        weights=0 if zero.offload_param else weights,
+        masks=0 if zero.offload_param else masks,
+        optimizer=0 if zero.offload_optimizer else optimizer,
+        gradients=_gradient_bytes(model, zero, element_size),
+        reduce_bucket=_bucket_bytes(model, zero, element_size),
+        gathers=gathers,
+        communication=communication,
+        layer_work=work,
+        activations=activations,
+        optimizer_step=0 if zero.offload_optimizer else _optimizer_step_bytes(model, zero, trainable_groups),
+        mask_update=mask_update_bytes(model, zero),
+        runtime=RUNTIME_BYTES.get(device, 0),
+        host=host,
+    )
+
+
+def optimizer_bytes(model: ModelNumbers, zero: ZeroSettings, element_size: int = 2) -> int:
+    """Two fp32 moments a trainable, and an fp32 master where the parameter itself is not it.
+
+    Stage 3 splits every parameter over the ranks, stages 1 and 2 the flat whole of them; others keep all.
+    """
+    bytes_each = 8 if zero.stage is None and element_size == 4 else ADAM_BYTES
+    if zero.stage == 3:
+        return bytes_each * sum(t.count * _shard(t.numel, zero) for t in model.tensors if t.trainable)
+    return bytes_each * math.ceil(model.trainables / (zero.world_size if zero.stage in (1, 2) else 1))
+
+
+def mask_update_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
+    """Temporaries of a mask update, at the worst of three moments.
+
+    The factors' masters arrive in one gather, (ranks, shard), and are copied out of it; the sampled keys are held here,
+    by all ranks together, and sorted; the scan holds the new masks, the keys inside every bracket with their places, 8
+    bytes each, and the largest matrix's keys as bytes.
+    """
+    if not model.pruned_weights:
+        return 0
+    masters = 4 * model.factor_parameters
+    gathering = masters
+    if zero.shards > 1:
+        copies = 2 if zero.backend == GLOO else 1
+        gathering += copies * int(masters * (1 + 1 / zero.shards))
+    sampling = masters + 4 * 4 * model.sampled_keys
+    inside = sum(m.count * m.numel * _bracket_share(m.numel) for m in model.matrices) / zero.shards
+    largest = max(m.numel for m in model.matrices) / zero.shards
+    scanning = masters + int(model.pruned_weights / zero.shards / 8 + 8 * inside + largest)
+    return max(gathering, sampling, scanning) + SCORED_TILE_BYTES
+
+
+def llama_activation_bytes(
+    tokens: int, *, hidden: int, intermediate: int, layers: int, vocabulary: int, element_size: int = 2
+) -> int:
+    """Activations of a micro-batch of a Llama-shaped causal model with checkpointed layers, without tracing it.
+
+    The input of every layer, and the larger of one layer recomputed and of the loss (logits in the model's dtype, in
+    fp32, their softmax and its gradient).
+    """
+    layer = element_size * (10 * hidden + 6 * intermediate)
+    loss = 12 * vocabulary
+    return tokens * (element_size * hidden * layers + max(layer, loss))
+
+
+def _bracket_share(numel: int) -> float:
+    """Share of a matrix's keys inside the bracket of its cut, at a sparsity of one half, where it is widest."""
+    size = sample_size(numel)
+    return min(1.0, 2 * BRACKET_DEVIATIONS * math.sqrt(0.25 / size * (1 - size / numel)) + 4 / size)
+
+
+def _shard(numel: int, zero: ZeroSettings) -> int:
+    return math.ceil(numel / zero.shards)
+
+
+def _gradient_bytes(model: ModelNumbers, zero: ZeroSettings, element_size: int) -> int:
+    """The gradients kept from the backward pass to the step."""
+    if zero.stage == 3:
+        return element_size * sum(t.count * _shard(t.numel, zero) for t in model.tensors if t.trainable)
+    if zero.stage == 2:
+        return element_size * math.ceil(model.trainables / zero.world_size)
+    return element_size * model.trainables
+
+
+def _bucket_bytes(model: ModelNumbers, zero: ZeroSettings, element_size: int) -> int:
+    """ZeRO-3 allocates the bucket whole; memory is touched only as far as gradients fill it."""
+    if zero.stage in (None, 0):
+        return 0
+    return element_size * min(zero.reduce_bucket_size, model.trainables)
+
+
+def _optimizer_step_bytes(model: ModelNumbers, zero: ZeroSettings, groups: Sequence[int] | None) -> int:
+    """fp32 gradients of a group, and two temporaries of AdamW as large."""
+    largest = max(groups) if groups else model.trainables
+    return 3 * 4 * math.ceil(largest / (zero.world_size if zero.stage else 1))
+
+
+def _turn(model: ModelNumbers, zero: ZeroSettings, tile_elements: int, element_size: int) -> tuple[int, int, int]:
+    """(whole parameters, staging, temporaries) in bytes, each of the module that needs most of it.
+
+    Their peaks may lie in different modules' turns; an allocator keeps what one has freed until another needs it.
+    """
+    # of a tile: G, W, their product and a masked copy
+    tiles = (4 * min(tile_elements, m.numel) * element_size for m in model.modules)
+    work = max((m.work_bytes + tile for m, tile in zip(model.modules, tiles, strict=True) if m.work_bytes), default=0)
+    if zero.stage != 3:
+        return 0, 0, work
+    resident = _persistent_bytes(model, zero) + _kept_bytes(model, zero)
+    whole = staging = 0
+    for module in model.modules:
+        prefetched = min(zero.prefetch_bucket_size, max(0, zero.max_live_parameters - module.numel)) * element_size
+        whole = max(whole, min(module.gathered_bytes + resident + prefetched, model.whole_bytes))
+        if zero.backend == GLOO and zero.world_size > 1:  # gloo flattens what it sends and receives into its buffers
+            largest = max(module.largest_gather_bytes, min(prefetched, model.whole_bytes))
+            staging = max(staging, int(largest * (1 + 1 / zero.world_size)))
+    return whole, staging, work
+
+
+def _persistent_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
+    small = (t for t in model.tensors if t.numel <= zero.persistence_threshold)
+    return sum(t.numel * t.count * t.element_size for t in small)
+
+
+def _kept_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
+    """Parameters not released after the forward pass, since the backward pass uses them again within the distance.
+
+    The way from a module's forward to its backward turn passes everything behind it twice.
+    """
+    elements = sum(t.numel * t.count for t in model.tensors)
+    return int(model.whole_bytes * min(1.0, zero.max_reuse_distance / 2 / max(elements, 1)))

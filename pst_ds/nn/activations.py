@@ -1,0 +1,140 @@
+"""Memory of a micro-batch's activations, from a forward and a backward pass on tensors without values."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.linear import PSTLinear
+
+
+class UntraceableError(RuntimeError):
+    """The model's forward pass needs values, not shapes alone."""
+
+
+def activation_bytes(model: nn.Module, *, batch: int, sequence: int, checkpointing: bool) -> int:
+    """Largest sum of all tensors alive at once, beside parameters and what has their size, in a training micro-batch.
+
+    ``model`` is on the meta device and is used up: its parameters become tensors without values on a pretended CPU,
+    so that attention takes the kernel it takes there. Saved tensors, temporaries, logits and loss are all counted, as
+    autograd frees them. Raises UntraceableError for a model that cannot run so.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(  # type: ignore[operator]
+            gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}
+        )
+    _pretend_on_cpu(model, mode)
+    live = _LiveBytes(model)
+    with mode, _layers_save_their_input(model):
+        ids = torch.zeros(batch, sequence, dtype=torch.long)
+        labels = torch.zeros(batch, dtype=torch.long) if _classifies(model) else ids
+        try:
+            with live:
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
+        except Exception as error:
+            raise UntraceableError(f"{type(model).__name__}: {str(error).strip().splitlines()[0]}") from error
+    return live.peak
+
+
+def _classifies(model: nn.Module) -> bool:
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def _pretend_on_cpu(model: nn.Module, mode: Any) -> None:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    def pretend(tensor: Tensor) -> Tensor:
+        return FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
+
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is None:
+                continue
+            if id(param) not in made:
+                new = nn.Parameter(pretend(param), requires_grad=param.requires_grad)
+                # gradients have a share of their own in the plan
+                if param.requires_grad:
+                    new.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+                made[id(param)] = new
+            module._parameters[name] = made[id(param)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = pretend(buffer)
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                setattr(module, name, pretend(value))
+
+
+@contextmanager
+def _layers_save_their_input(model: nn.Module) -> Iterator[None]:
+    """PST layers keep their input alone; their temporaries of the weight's size are counted elsewhere."""
+    layers = pst_layers(model).values()
+    for layer in layers:
+        layer.forward = _SavesInput(layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+class _SavesInput:
+    def __init__(self, layer: PSTLinear):
+        self._out_features = layer.layout.out_features
+        self._anchor = next((param for _, param in layer.factor_parameters()), layer.weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _Linear.apply(x, self._anchor, self._out_features)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, out_features: int) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x.new_empty(*x.shape[:-1], out_features)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return torch.empty_like(ctx.saved_tensors[0]), None, None
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations made and that are still alive."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self._known = {id(t.untyped_storage()): t for t in (*model.parameters(), *model.buffers())}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self._sizes or key in self._known:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.now += self._sizes[key]
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._freed, key)
+
+    def _freed(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)

@@ -1,0 +1,115 @@
+"""``pst-ds plan`` for clusters and models that are not there, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pst_ds.cli.main import main
+from pst_ds.cli.plan_text import layer_groups
+
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
+    "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 8192, "tie_word_embeddings": False,
+}  # fmt: skip
+PARAMETERS_70B = 70_553_706_496
+"""Llama 3 70B, as its model card counts it."""
+FACTORS_70B = 17 * 80 * (2 * (8192 + 8192) + 2 * (1024 + 8192) + 3 * (28672 + 8192))
+
+
+@pytest.fixture
+def llama_70b(tmp_path):
+    return _arguments(tmp_path, LLAMA_70B)
+
+
+@pytest.fixture
+def llama_of_4_layers(tmp_path):
+    return _arguments(tmp_path, {**LLAMA_70B, "num_hidden_layers": 4})
+
+
+def _arguments(folder, config):
+    (folder / "config.json").write_text(json.dumps(config))
+    return [
+        "plan", "tests/data/causal_lm.toml", "--json", "--no-data", "--set", f"model.path={json.dumps(str(folder))}",
+        "--set", "train.batch_size=512", "--set", 'train.precision="bf16"', "--set", "data.max_length=4096",
+        "--set", "model.gradient_checkpointing=true", "--set", 'deepspeed_config="ds_configs/zero3.json"',
+    ]  # fmt: skip
+
+
+def _plan(capsys, arguments):
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    return text, json.loads(text.splitlines()[-1])
+
+
+def test_a_70b_model_plans_from_its_config_alone(capsys, llama_70b):
+    text, plan = _plan(capsys, [*llama_70b, "--world-size", "512"])
+    assert plan["parameters"] == PARAMETERS_70B + FACTORS_70B
+    assert plan["trained_parameters"] == FACTORS_70B
+    assert plan["pruned_parameters"] == 80 * (2 * 8192**2 + 2 * 1024 * 8192 + 3 * 8192 * 28672)
+    assert (plan["ranks"], plan["micro_batch_size"], plan["machine"]) == (512, 1, "h100")
+    assert plan["num_examples"] is None
+    memory = plan["memory_bytes_per_rank"]
+    assert memory["weights"] == pytest.approx(2 * plan["parameters"] / 512, rel=0.001)
+    assert memory["masks"] == pytest.approx(plan["pruned_parameters"] / 8 / 512, rel=0.01)
+    assert memory["optimizer"] == pytest.approx(12 * FACTORS_70B / 512, rel=0.01)
+    assert memory["activations"] > 80 * 4096 * 8192 * 2  # the inputs of 80 layers
+    assert len(plan["layers"]) == 560
+    assert "model.layers.*.self_attn.q_proj  80 times 8192 x 8192, 278,528 factor parameters each" in text
+    assert len(text.splitlines()) < 40
+
+
+def test_a_larger_world_holds_less_and_takes_the_same_weights_in(capsys, llama_of_4_layers):
+    _, few = _plan(capsys, [*llama_of_4_layers, "--world-size", "8"])
+    _, many = _plan(capsys, [*llama_of_4_layers, "--ranks", "64"])
+    memory = [plan["memory_bytes_per_rank"] for plan in (few, many)]
+    assert memory[0]["weights"] == pytest.approx(8 * memory[1]["weights"], rel=0.001)
+    times = [plan["time"] for plan in (few, many)]
+    assert times[1]["step_received"] / times[0]["step_received"] == pytest.approx((63 / 64) / (7 / 8), rel=0.001)
+    assert times[1]["update_compute"] == pytest.approx(times[0]["update_compute"] / 8, rel=0.001)
+    assert 0 < many["time"]["share_of_masks"] < 0.05
+
+
+def test_rates_are_chosen_by_name(capsys, llama_of_4_layers):
+    _, slow = _plan(capsys, [*llama_of_4_layers, "--world-size", "8", "--machine", "cpu"])
+    _, fast = _plan(capsys, [*llama_of_4_layers, "--world-size", "8", "--machine", "a100"])
+    assert slow["time"]["step"] > 100 * fast["time"]["step"]
+    assert slow["memory_bytes_per_rank"]["communication"] > fast["memory_bytes_per_rank"]["communication"] == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--world-size", "0"], ("--world-size 0 must be at least 1",)),
+        (["--world-size", "-4"], ("--world-size -4",)),
+        (["--world-size", "7"], ("train.batch_size = 512", "7 ranks x 1 accumulation steps", "a multiple of 7")),
+        (["--set", "train.num_steps=0", "--set", "train.num_epochs=1.0"], ("--no-data", "train.num_steps = 0")),
+        (["--world-size", "2", "--set", "deepspeed_config="], ("2 ranks, but deepspeed_config is not set",)),
+        (["--set", 'model.path="/no/such/model"'], ("model.path = '/no/such/model' does not exist",)),
+    ],
+)
+def test_what_cannot_be_planned_is_2_and_names_the_number(capsys, llama_of_4_layers, more, words):
+    assert main([*llama_of_4_layers, *more]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    for word in words:
+        assert word in told
+
+
+def test_a_sequence_classifier_plans_without_its_data(capsys):
+    arguments = ["plan", "tests/data/world_size.toml", "--json", "--no-data", "--set", 'data.train="no.jsonl"']
+    _, plan = _plan(capsys, [*arguments, "--ranks", "2"])
+    assert plan["trained_in_full"] == ["classifier"]
+    assert plan["memory_bytes_per_rank"]["activations"] > 0
+
+
+def test_layers_that_differ_in_a_number_are_one_line():
+    layer = {"out_features": 4, "in_features": 4, "matrices": 1, "factor_parameters": 8}
+    names = ["a.0.q", "a.1.q", "a.1.k", "b.0", "b.1.c2.0", "b.1.c2.1"]
+    groups = layer_groups([{**layer, "name": name} for name in names])
+    assert [(g["pattern"], g["count"]) for g in groups] == [
+        ("a.*.q", 2), ("a.1.k", 1), ("b.0", 1), ("b.*.c2.*", 2),
+    ]  # fmt: skip
+    assert len(layer_groups([{**layer, "name": "a.0.q"}, {**layer, "name": "a.1.q", "out_features": 5}])) == 2

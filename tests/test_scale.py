@@ -1,0 +1,46 @@
+"""The scale benchmark's own arithmetic; its runs are tools/bench/scale.py's business."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools" / "bench"))
+import scale
+
+ARGUMENTS = argparse.Namespace(ranks=2, sequence=128, batch=1, no_checkpointing=False)
+RATES = {"flops": 1e11, "memory_bytes": 1e10, "network_bytes": 1e9, "latency": 1e-4}
+
+
+def test_the_fit_is_of_least_squares():
+    sizes = {str(n): {"pruned_weights": n, "seconds": {"step": 3 + 2 * n}} for n in (1, 2, 5)}
+    fit = scale.linear_fit(sizes, "step")
+    assert fit == {
+        "seconds_per_weight": pytest.approx(2), "seconds": pytest.approx(3), "r_squared": pytest.approx(1),
+    }  # fmt: skip
+    sizes["5"]["seconds"]["step"] = 40
+    assert scale.linear_fit(sizes, "step")["r_squared"] < 0.98
+
+
+def test_a_prediction_grows_with_the_model_and_is_of_the_named_size():
+    small, large = (scale.predict(ARGUMENTS, size, RATES) for size in ("0.1B", "0.5B"))
+    assert small["parameters"] == pytest.approx(0.106e9, rel=0.03)
+    assert large["parameters"] == pytest.approx(0.48e9, rel=0.03)
+    assert large["memory"]["peak"] > 2 * small["memory"]["peak"] > 2e8
+    assert large["seconds"]["step"] > 4 * small["seconds"]["step"] > 0
+
+
+def test_a_run_ends_before_the_machines_memory_does(monkeypatch):
+    monkeypatch.setattr(scale, "MIN_AVAILABLE", 1 << 62)
+    began = time.monotonic()
+    with pytest.raises(SystemExit, match="memory are left on this machine: stopped"):
+        scale._run_guarded(["sleep", "600"], {"PATH": "/usr/bin:/bin"})
+    assert time.monotonic() - began < 60
+    monkeypatch.setattr(scale, "MIN_AVAILABLE", 0)
+    scale._run_guarded(["true", "the job"], {"PATH": "/usr/bin:/bin"})
+    with pytest.raises(SystemExit, match="ended with 1"):
+        scale._run_guarded(["false", "the job"], {"PATH": "/usr/bin:/bin"})

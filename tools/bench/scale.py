@@ -1,0 +1,218 @@
+"""Step time, mask update time and peak memory of Llama-shaped models, from 0.1 to 7 billion parameters.
+
+Every size runs through the deepspeed launcher in fresh processes; beside each figure stands what ``plan`` predicts.
+Memory is a rank's peak resident set above what it was after its imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from timing import hardware
+
+from pst_ds.core.cost import memory_plan
+from pst_ds.core.masked_linear import TILE_ELEMENTS
+from pst_ds.core.traffic import MACHINES, Batch, time_plan
+from pst_ds.nn.activations import activation_bytes
+from pst_ds.nn.config import PSTConfig
+from pst_ds.nn.inject import inject_pst
+from pst_ds.nn.shapes import model_numbers
+from pst_ds.parallel.zero_settings import zero_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPES: dict[str, dict[str, int]] = {
+    "0.1B": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12},
+    "0.5B": {"hidden_size": 1280, "intermediate_size": 3456, "num_hidden_layers": 20, "num_attention_heads": 20},
+    "1.5B": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+VOCABULARY = 32000
+MIN_AVAILABLE = 1 << 30
+"""Bytes that a run leaves to others on this machine; with less it is stopped."""
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4194304", "MALLOC_ARENA_MAX": "1"}
+"""glibc returns blocks from 4 MiB on when they are freed, so that a resident set is what tensors take."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--sequence", type=int, default=128, help="tokens of a sequence")
+    parser.add_argument("--batch", type=int, default=1, help="sequences a rank")
+    parser.add_argument("--repeats", type=int, default=2, help="timed steps and updates, after one that is not")
+    parser.add_argument("--no-checkpointing", action="store_true")
+    parser.add_argument("--port", type=int, default=29517)
+    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
+    args = parser.parse_args()
+    print(
+        f"{hardware()}; {args.ranks} ranks, {args.batch} x {args.sequence} tokens a rank, bf16, 1 thread a rank, "
+        f"median of {args.repeats}"
+    )
+    sizes = {size: compared(args, size, run(args, size)) for size in args.sizes}
+    fits = {name: linear_fit(sizes, name) for name in ("step", "update")} if len(sizes) > 2 else {}
+    for name, fit in fits.items():
+        print(
+            f"{name} seconds = {fit['seconds_per_weight'] * 1e9:.2f} ns x pruned weights + {fit['seconds']:.2f}, "
+            f"R^2 = {fit['r_squared']:.4f}"
+        )
+    if args.json:
+        settings = {key: value for key, value in vars(args).items() if key not in ("json", "sizes", "port")}
+        result = {
+            "benchmark": "scale", "hardware": hardware(), **settings, "dtype": "bfloat16", "threads": 1,
+            "vocabulary": VOCABULARY, "shapes": {size: SHAPES[size] for size in args.sizes}, "malloc": MALLOC,
+            "ds_config": ds_config(args), "sizes": sizes, "fits": fits,
+        }  # fmt: skip
+        print(json.dumps(result))
+
+
+def compared(args: argparse.Namespace, size: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the ranks measured of one size, beside what the formulas say."""
+    predicted = predict(args, size, ranks[0]["rates"])
+    seconds, peaks = ranks[0]["seconds"], [one["peak"] for one in ranks]
+    memory = predicted["memory"]
+    found = {
+        "parameters": predicted["parameters"],
+        "pruned_weights": ranks[0]["held"]["pruned_weights"],
+        "seconds": seconds,
+        "peak_bytes_above_imports": peaks,
+        "peak_bytes_of_all_ranks": sum(one["peak"] + one["base"] for one in ranks),
+        "memory_ratio": memory["peak"] / max(peaks),
+        "held_bytes": ranks[0]["held"],
+        "phases": ranks[0]["phases"],
+        "rates": ranks[0]["rates"],
+        "predicted": predicted,
+    }
+    print(
+        f"{size:>5}: {found['parameters'] / 1e9:.2f}e9 parameters; step {seconds['step']:.2f} s "
+        f"(predicted {predicted['seconds']['step']:.2f}), update {seconds['update']:.2f} s "
+        f"({predicted['seconds']['update']:.2f}), build {seconds['build']:.0f} s; peak above imports "
+        f"{max(peaks) / 1e6:,.0f} MB a rank (predicted {memory['peak'] / 1e6:,.0f}, "
+        f"{found['memory_ratio'] - 1:+.1%}); all ranks {found['peak_bytes_of_all_ranks'] / 1e9:.2f} GB",
+        flush=True,
+    )
+    return found
+
+
+def predict(args: argparse.Namespace, size: str, rates: dict[str, float]) -> dict[str, Any]:
+    """Memory from shapes alone; times with the machine's rates, measured by every rank at once."""
+    shape: dict[str, Any] = {**SHAPES[size], "vocab_size": VOCABULARY, "use_cache": False}
+    config = transformers.LlamaConfig(**shape)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        inject_pst(model, PSTConfig(modules_to_save=(), relative_magnitude=False), num_shards=args.ranks)
+    numbers, zero = model_numbers(model), zero_settings(ds_config(args), args.ranks, "gloo")
+    checkpointing = not args.no_checkpointing
+    activations = activation_bytes(model, batch=args.batch, sequence=args.sequence, checkpointing=checkpointing)
+    memory = memory_plan(numbers, zero, activations=activations, tile_elements=TILE_ELEMENTS["cpu"])
+    machine = replace(
+        MACHINES["cpu"],
+        flops=rates["flops"],
+        memory_bytes=rates["memory_bytes"],
+        node_bytes=rates["network_bytes"] or 1.0,
+        latency=rates["latency"],
+    )
+    batch = Batch(args.batch * args.sequence, args.sequence, checkpointing=checkpointing)
+    times = time_plan(numbers, zero, batch, machine)
+    return {
+        "parameters": numbers.parameters,
+        "memory": memory.as_dict(),
+        "seconds": {"step": times.step, "update": times.update},
+        "network_seconds": {"step": times.step_network, "update": times.update_network},
+        "received_bytes": {"step": times.step_received, "update": times.update_received},
+    }
+
+
+def linear_fit(sizes: dict[str, dict[str, Any]], name: str) -> dict[str, float]:
+    """Least squares of seconds against pruned weights."""
+    x = np.array([one["pruned_weights"] for one in sizes.values()], dtype=float)
+    y = np.array([one["seconds"][name] for one in sizes.values()])
+    slope, intercept = np.polyfit(x, y, 1)
+    residual = y - slope * x - intercept
+    r_squared = 1.0 - residual.var() / y.var() if y.var() else 1.0
+    return {"seconds_per_weight": float(slope), "seconds": float(intercept), "r_squared": float(r_squared)}
+
+
+def run(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
+    """What each rank measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        job = {
+            "model": {**SHAPES[size], "vocab_size": VOCABULARY},
+            "ds_config": ds_config(args),
+            "threads": 1,
+            "batch": args.batch,
+            "sequence": args.sequence,
+            "repeats": args.repeats,
+            "checkpointing": not args.no_checkpointing,
+            "result": f"{folder}/result.json",
+        }
+        Path(folder, "job.json").write_text(json.dumps(job))
+        command = [
+            str(Path(sys.executable).parent / "deepspeed"),
+            "--num_accelerators", str(args.ranks), "--master_port", str(args.port),
+            str(Path(__file__).with_name("scale_rank.py")), f"{folder}/job.json",
+        ]  # fmt: skip
+        env = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_LOG_LEVEL": "warning", **os.environ}
+        _run_guarded(command, {**env, **MALLOC, "PYTHONPATH": str(ROOT)})
+        return json.loads(Path(folder, "result.json").read_text())
+
+
+def _run_guarded(command: list[str], env: dict[str, str]) -> None:
+    """Run ``command``; end it, and every process it started, before this machine runs out of memory."""
+    process = subprocess.Popen(command, env=env, stdout=sys.stderr, start_new_session=True)
+    try:
+        while process.poll() is None:
+            if (left := _available()) < MIN_AVAILABLE:
+                sys.exit(f"{left >> 20} MiB of memory are left on this machine: stopped before it runs out")
+            time.sleep(0.1)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode:
+        sys.exit(f"{command[-2]} ended with {process.returncode}")
+
+
+def _available() -> int:
+    found = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")]
+    return int(found[0].split()[1]) * 1024
+
+
+def ds_config(args: argparse.Namespace) -> dict[str, Any]:
+    """ZeRO-3 with nothing kept or fetched ahead of its turn."""
+    return {
+        "train_batch_size": args.batch * args.ranks,
+        "train_micro_batch_size_per_gpu": args.batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "steps_per_print": 1 << 40,
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": 1 << 22,
+            "stage3_prefetch_bucket_size": 0,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""One rank of ``scale.py``: a Llama-shaped model with random weights, built shard by shard, trained and re-masked."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pst_ds.nn.config import PSTConfig
+from pst_ds.nn.inject import inject_pst, pst_layers
+from pst_ds.parallel import zero3
+from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
+from pst_ds.parallel.launch import init_distributed, launch_environment, shut_down
+from pst_ds.parallel.ranks import all_gather_objects, barrier, rank, world_size
+from pst_ds.train.mask_update import update_masks
+
+DRAW_ELEMENTS = 1 << 20
+IMPORTS = (
+    "transformers.models.llama.modeling_llama", "transformers.integrations", "deepspeed.runtime.engine",
+    "deepspeed.runtime.superoffload.superoffload_stage3", "functorch.compile", "torch._inductor.compile_fx",
+    "torch._thread_safe_fork",
+)  # fmt: skip
+"""All that transformers and deepspeed.initialize import in the end, so that it does not count as memory of a model."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--local_rank", type=int)
+    parser.add_argument("job", type=Path)
+    args = parser.parse_args()
+    job = json.loads(args.job.read_text())
+    for name in IMPORTS:
+        importlib.import_module(name)
+
+    torch.set_num_threads(job["threads"])
+    memory = Memory()
+    init_distributed(launch_environment())
+    result = measure(job, memory)
+    everyone = all_gather_objects(result)
+    if rank() == 0:
+        Path(job["result"]).write_text(json.dumps(everyone))
+    barrier()
+    shut_down()
+
+
+class Memory:
+    """Resident memory above what the imports took, in bytes."""
+
+    def __init__(self) -> None:
+        self.base = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        self.phases: dict[str, dict[str, int]] = {}
+
+    def phase(self, name: str) -> None:
+        """Ends a phase: its peak, and what is resident now."""
+        found = {"peak": _status("VmHWM") - self.base, "now": _status("VmRSS") - self.base}
+        before = self.phases.get(name, found)
+        self.phases[name] = {key: max(value, before[key]) for key, value in found.items()}
+        Path("/proc/self/clear_refs").write_text("5")  # the next peak starts from here
+
+    @property
+    def peak(self) -> int:
+        return max(phase["peak"] for phase in self.phases.values())
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def measure(job: dict[str, Any], memory: Memory) -> dict[str, Any]:
+    rates = machine_rates(job)
+    memory.phase("rates")
+    started = time.perf_counter()
+    model, keep_alive = build(job)
+    memory.phase("build")
+    inject_pst(model, PSTConfig(modules_to_save=()))
+    memory.phase("inject")
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3}]
+    engine = build_engine(model, groups, ds_config=job["ds_config"])
+    memory.phase("initialize")
+    seconds = {"build": time.perf_counter() - started}
+    torch.manual_seed(rank())
+    tokens = torch.randint(0, job["model"]["vocab_size"], (job["batch"], job["sequence"]))
+    times: dict[str, list[float]] = {"step": [], "update": []}
+    for i in range(1 + job["repeats"]):
+        times["step"].append(timed(lambda: step(engine, tokens)))
+        memory.phase("step")
+        sparsity = 0.5 + 0.02 * i
+        times["update"].append(timed(lambda: update_masks(engine.module, sparsity)))  # noqa: B023
+        memory.phase("update")
+    seconds |= {f"first_{name}": values[0] for name, values in times.items()}
+    seconds |= {name: statistics.median(values[1:] or values) for name, values in times.items()}
+    del keep_alive
+    return {"rank": rank(), "seconds": seconds, "phases": memory.phases, "peak": memory.peak, "base": memory.base,
+            "held": held(engine), "rates": rates}  # fmt: skip
+
+
+def machine_rates(job: dict[str, Any]) -> dict[str, float]:
+    """What this machine does for the products, copies and gathers of the model's largest layer, while every rank does
+    the same: FLOPs, bytes read or written, and bytes received, per second."""
+    outputs, inputs = job["model"]["intermediate_size"], job["model"]["hidden_size"]
+    weight = torch.randn(outputs, inputs).bfloat16()
+    x = torch.randn(job["batch"] * job["sequence"], inputs).bfloat16()
+    y = x @ weight.t()
+    whole, shard = torch.empty(world_size() * weight.numel() // 2, dtype=torch.bfloat16), weight.flatten()
+
+    def products() -> None:
+        torch.nn.functional.linear(x, weight)
+        y @ weight
+        y.t() @ x
+
+    def median(work: Callable[[], Any]) -> float:
+        return statistics.median([timed(work) for _ in range(6)][1:])
+
+    own = shard[: whole.numel() // world_size()]
+    gather = median(lambda: torch.distributed.all_gather_into_tensor(whole, own)) if world_size() > 1 else 0.0
+    return {
+        "flops": 6 * x.shape[0] * weight.numel() / median(products),
+        "memory_bytes": 2 * weight.nbytes / median(lambda: weight.clone()),
+        "network_bytes": (whole.nbytes - own.nbytes) / gather if gather else 0.0,
+        "latency": median(lambda: torch.distributed.all_reduce(torch.zeros(1))),
+    }
+
+
+def timed(work: Callable[[], Any]) -> float:
+    barrier()
+    start = time.perf_counter()
+    work()
+    barrier()
+    return time.perf_counter() - start
+
+
+def step(engine: Engine, tokens: torch.Tensor) -> None:
+    loss = engine(input_ids=tokens, labels=tokens).loss
+    engine.backward(loss)
+    engine.step()
+    assert engine.was_step_applied()
+
+
+def build(job: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """The model, of which each rank only ever draws its own shards."""
+    import deepspeed
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.initialization import no_init_weights
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import prevent_arange_dtype_change
+
+    keep_alive = HfDeepSpeedConfig(job["ds_config"])
+    config = LlamaConfig(**job["model"], dtype=torch.bfloat16, use_cache=False)
+    with no_init_weights(), prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=job["ds_config"]):
+        model = LlamaForCausalLM(config)
+    draw(model)
+    if job["checkpointing"]:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    return model, keep_alive
+
+
+def draw(model: nn.Module) -> None:
+    """N(0, 0.02**2) for every matrix, on its own shard; the norms are ones from their constructor."""
+    generator = torch.Generator().manual_seed(rank())
+    scratch = torch.empty(DRAW_ELEMENTS)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            weight: Any = module.weight
+            for chunk in zero3.shard_of(weight).values.split(DRAW_ELEMENTS):
+                chunk.copy_(scratch[: chunk.numel()].normal_(0.0, 0.02, generator=generator))
+
+
+def held(engine: Engine) -> dict[str, int]:
+    """Bytes that this rank's tensors hold after a step, counted from the tensors themselves."""
+    params = dict(engine.module.named_parameters())
+    masks = {n for n in params if n.endswith("pst_mask")}
+    size = {n: zero3.shard_of(p).values.nbytes for n, p in params.items()}
+    return {
+        "weights": sum(b for n, b in size.items() if n not in masks),
+        "masks": sum(b for n, b in size.items() if n in masks),
+        "optimizer": optimizer_bytes(engine),
+        "pruned_weights": sum(layer.layout.numel for layer in pst_layers(engine.module).values()),
+        "world_size": world_size(),
+    }
+
+
+if __name__ == "__main__":
+    main()
