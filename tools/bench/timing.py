@@ -1,13 +1,17 @@
-"""Medians of interleaved runs, so that two candidates see the same machine."""
+"""Medians of interleaved runs, so that two candidates see the same machine; and what a result says of its conditions."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,10 +24,17 @@ def medians(candidates: dict[str, Callable[[], object]], repeats: int = 15, warm
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(seconds_of(run))
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Seconds of one call, until an accelerator, if there is one, is done too."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def hardware() -> str:
@@ -32,4 +43,35 @@ def hardware() -> str:
     if cpuinfo.is_file():
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} thread, torch {torch.__version__}"
+    card = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{model}, {os.cpu_count()} cores{card}"
+
+
+def conditions(**stated: Any) -> dict[str, Any]:
+    """Hardware, versions and threads, beside what the benchmark states: shapes, dtype, ranks, repeats."""
+    found = {}
+    for package in ("torch", "deepspeed", "transformers", "peft"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return {"hardware": hardware(), "threads_per_rank": 1, "versions": found, **stated}
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """The last line of stdout: one object, floats to four significant digits."""
+    print(json.dumps(rounded(result)))
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(inner) for inner in value]
+    return value

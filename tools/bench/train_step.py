@@ -1,0 +1,139 @@
+"""A training step of PST against full fine-tuning, LoRA, the plain algorithm and movement pruning: time and memory.
+
+Every method has its own ranks. PST runs beside each of its rivals, step by step in turn, in groups that fit in memory
+together; every group starts PST anew, and a ratio is of two medians from one group. Results are merged into
+``--results`` group by group, so that a long run can be done in parts with ``--methods``.
+
+    python tools/bench/train_step.py --json
+    python tools/bench/train_step.py --json --methods plain --repeats 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from contestants import METHODS, Contestant, Shape
+from ranks import Ranks
+from timing import conditions, print_json, progress, rounded
+
+GROUPS = (("full_finetuning", "lora"), ("plain",), ("movement",))
+"""Rivals that run beside one PST: what 24 GiB hold at the default shape."""
+PARTS = ("forward", "backward", "optimizer", "mask_update", "step")
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    shape = Shape(**{field.name: getattr(arguments, field.name) for field in fields(Shape)})
+    stated = conditions(shape=asdict(shape), ranks=arguments.ranks, repeats=arguments.repeats, zero_stage=3)
+    results = _earlier(arguments.results, stated)
+    for group in GROUPS:
+        rivals = [method for method in group if method in arguments.methods]
+        if rivals:
+            found = run_group(["pst", *rivals], shape, arguments.ranks, arguments.repeats, arguments.warmup)
+            results["groups"] |= {rival: {"pst": found["pst"], rival: found[rival]} for rival in rivals}
+            _write(arguments.results, results)
+    report = summary(results)
+    if arguments.json:
+        print_json(report)
+    else:
+        _print_table(report)
+
+
+def run_group(
+    methods: list[str], shape: Shape, num_ranks: int, repeats: int, warmup: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Median seconds and the facts of each of ``methods``; they take a step in turn."""
+    steps: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
+    with ExitStack() as running:
+        teams = {method: running.enter_context(Ranks(num_ranks, Contestant, method, shape)) for method in methods}
+        for turn in range(warmup + repeats):
+            for method, team in teams.items():
+                seconds = _slowest(team.call("step"))
+                progress(f"{method} step {turn}: " + ", ".join(f"{k} {v:.2f}" for k, v in seconds.items()))
+                if turn >= warmup:
+                    steps[method].append(seconds)
+        facts = {method: _slowest(team.call("facts")) for method, team in teams.items()}
+    medians = {
+        method: {part: statistics.median(s[part] for s in found) for part in PARTS if part in found[0]}
+        for method, found in steps.items()
+    }
+    return {method: {"seconds": medians[method], "bytes_per_rank": facts[method]} for method in methods}
+
+
+def _slowest(by_rank: list[dict[str, Any]]) -> dict[str, Any]:
+    """The largest value among the ranks: they wait for each other, so the slowest is the step."""
+    return {key: max(found[key] for found in by_rank) for key in by_rank[0]}
+
+
+def summary(results: dict[str, Any]) -> dict[str, Any]:
+    """The measured groups, and ours over theirs in time and memory."""
+    report = {**results, "ratios_without_update": {}, "ratios_with_update": {}, "memory_ratios": {}}
+    for rival, pair in results["groups"].items():
+        ours, theirs = pair["pst"], pair[rival]
+        seconds = ours["seconds"]
+        report["ratios_without_update"][rival] = seconds["step"] / theirs["seconds"]["step"]
+        report["ratios_with_update"][rival] = (seconds["step"] + seconds["mask_update"]) / theirs["seconds"]["step"]
+        report["memory_ratios"][rival] = ours["bytes_per_rank"]["memory"] / theirs["bytes_per_rank"]["memory"]
+    selects = ("plain", "movement")  # these select their masks in every step, and so must ours
+    report["ratios"] = {
+        rival: report["ratios_with_update" if rival in selects else "ratios_without_update"][rival]
+        for rival in results["groups"]
+    }
+    return report
+
+
+def _earlier(path: Path, stated: dict[str, Any]) -> dict[str, Any]:
+    """Groups measured before under the same conditions, or none."""
+    if path.is_file():
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if results["conditions"] == json.loads(json.dumps(stated)):
+            return results
+    return {"benchmark": "train_step", "conditions": stated, "groups": {}}
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rounded(results), indent=1) + "\n", encoding="utf-8")
+
+
+def _print_table(report: dict[str, Any]) -> None:
+    stated = report["conditions"]
+    print(f"{stated['hardware']}, {stated['ranks']} ranks, {stated['repeats']} repeats, {stated['shape']}")
+    print(f"{'seconds':<16}" + "".join(f"{part:>12}" for part in PARTS) + "   GB above weights")
+    for rival, pair in report["groups"].items():
+        for method in ("pst", rival):
+            seconds, size = pair[method]["seconds"], pair[method]["bytes_per_rank"]["memory"] / 1e9
+            numbers = "".join(f"{seconds[part]:>12.3f}" if part in seconds else f"{'-':>12}" for part in PARTS)
+            print(f"{method:<16}{numbers}{size:>19.2f}")
+        time, memory = report["ratios"][rival], report["memory_ratios"][rival]
+        print(f"pst / {rival}: time {time:.3f}, memory {memory:.3f}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    parser.add_argument("--methods", type=lambda names: names.split(","), default=list(METHODS), help="comma-separated")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each method")
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=Path("runs/bench/train_step.json"))
+    for field in fields(Shape):
+        name = "--" + field.name.replace("_", "-")
+        if isinstance(field.default, bool):
+            parser.add_argument(name, action="store_true")
+        else:
+            parser.add_argument(name, type=type(field.default), default=field.default)
+    return parser
+
+
+if __name__ == "__main__":
+    main()
