@@ -138,9 +138,10 @@ class Contestant:
         _reset_peak()
 
     def step(self, with_update: bool = True) -> dict[str, float]:
-        """Seconds of each part of a step, from a moment when all ranks are ready."""
+        """Seconds of each part of a step, from a moment when all ranks are ready; ``cpu_*`` is processor time."""
         seconds: dict[str, float] = {}
         ranks.barrier()
+        cpu = time.process_time()
         with _clock(seconds, "forward"):
             loss = self.engine(input_ids=self.tokens, labels=self.tokens).loss
         with _clock(seconds, "backward"):
@@ -149,10 +150,13 @@ class Contestant:
         with _clock(seconds, "optimizer"):
             self.engine.step()
         seconds["step"] = sum(seconds.values())
+        seconds["cpu_step"] = time.process_time() - cpu
         if self.method == "pst" and with_update:
             ranks.barrier()
+            cpu = time.process_time()
             with _clock(seconds, "mask_update"):
                 update_masks(self.engine.module, self.shape.sparsity)
+            seconds["cpu_mask_update"] = time.process_time() - cpu
         return seconds
 
     def facts(self) -> dict[str, int]:

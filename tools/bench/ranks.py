@@ -18,7 +18,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": s
 
 
 class Ranks:
-    """``world_size`` fresh processes, one thread each, joined by gloo (by the accelerator's backend where there is one).
+    """``world_size`` fresh processes, one thread each, joined by gloo, or by the accelerator's backend.
 
     Each builds ``build(*args)``; :meth:`call` then calls a method of what was built on every rank. Between calls the
     processes sleep, so several of these can take turns. A context manager: the processes end with it.

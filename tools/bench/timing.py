@@ -1,4 +1,4 @@
-"""Medians of interleaved runs, so that two candidates see the same machine; and what a result says of its conditions."""
+"""Medians of interleaved runs, so that two candidates see the same machine; and the conditions they ran under."""
 
 from __future__ import annotations
 
