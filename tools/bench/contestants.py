@@ -25,7 +25,7 @@ from pst_ds.train.mask_update import update_masks
 METHODS = ("pst", "full_finetuning", "lora", "plain", "movement")
 LEARNING_RATE = 1e-5
 MAX_BUCKET = 50_000_000
-"""Elements of ZeRO's gradient bucket, allocated whole; fewer where fewer weights train."""
+"""Elements of ZeRO's gradient bucket, allocated whole (fewer where fewer weights train), and of an optimizer group."""
 DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3_cpu.json"
 
 
@@ -56,7 +56,11 @@ def zero3_settings(num_trainable: int) -> dict[str, Any]:
     settings = resolve_deepspeed_config(
         load_deepspeed_config(DS_CONFIG), numbers, source=str(DS_CONFIG), run_file="benchmark"
     )
-    settings["zero_optimization"] |= {"stage3_max_live_parameters": 100_000_000, "stage3_max_reuse_distance": 0}
+    settings["zero_optimization"] |= {
+        "stage3_max_live_parameters": 100_000_000,
+        "stage3_max_reuse_distance": 0,
+        "sub_group_size": MAX_BUCKET,  # Adam's temporaries: with the default, 4 GB where every weight trains
+    }
     return settings
 
 

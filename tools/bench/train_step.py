@@ -1,8 +1,9 @@
 """A training step of PST against full fine-tuning, LoRA, the plain algorithm and movement pruning: time and memory.
 
-Every method has its own ranks. PST runs beside each of its rivals, step by step in turn, in groups that fit in memory
-together; every group starts PST anew, and a ratio is of two medians from one group. Results are merged into
-``--results`` group by group, so that a long run can be done in parts with ``--methods``.
+Every method has its own ranks. For each rival PST is started anew beside it, and the two take a step in turn; where
+both do not fit in memory (``--in-turn-below``, in GiB), PST takes all its steps first. A ratio is of two medians of
+such a pair. Results are merged into ``--results`` pair by pair, so that a long run can be done in parts with
+``--methods``.
 
     python tools/bench/train_step.py --json
     python tools/bench/train_step.py --json --methods plain --repeats 3
@@ -25,8 +26,9 @@ from contestants import METHODS, Contestant, Shape
 from ranks import Ranks
 from timing import conditions, print_json, progress, rounded
 
-GROUPS = (("full_finetuning", "lora"), ("plain",), ("movement",))
-"""Rivals that run beside one PST: what 24 GiB hold at the default shape."""
+RIVALS = METHODS[1:]
+NEEDED_BYTES_PER_WEIGHT = {"full_finetuning": 24, "lora": 8, "plain": 24, "movement": 48}
+"""About what all ranks of the rival need together, activations of 2,048 tokens a rank with them."""
 SELECTING = ("plain", "movement")
 """Rivals that select their masks in every step, which ours must then do too."""
 PARTS = ("forward", "backward", "optimizer", "mask_update", "step", "cpu_step", "cpu_mask_update")
@@ -38,17 +40,31 @@ def main() -> None:
     shape = Shape(**{field.name: getattr(arguments, field.name) for field in fields(Shape)})
     stated = conditions(shape=asdict(shape), ranks=arguments.ranks, repeats=arguments.repeats, zero_stage=3)
     results = _earlier(arguments.results, stated)
-    for group in GROUPS:
-        rivals = [method for method in group if method in arguments.methods]
-        if rivals:
-            found = run_group(["pst", *rivals], shape, arguments.ranks, arguments.repeats, arguments.warmup)
-            results["groups"] |= {rival: {"pst": found["pst"], rival: found[rival]} for rival in rivals}
+    for rival in RIVALS:
+        if rival in arguments.methods:
+            results["pairs"][rival] = run_pair(rival, shape, arguments)
             _write(arguments.results, results)
     report = summary(results)
     if arguments.json:
         print_json(report)
     else:
         _print_table(report)
+
+
+def run_pair(rival: str, shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Median seconds and the facts of PST and of ``rival``."""
+    needed = NEEDED_BYTES_PER_WEIGHT[rival] * weights_of(shape) / 2**30
+    together = needed <= arguments.in_turn_below
+    groups = [["pst", rival]] if together else [["pst"], [rival]]
+    found: dict[str, Any] = {"in_turn": together}
+    for methods in groups:
+        found |= run_group(methods, shape, arguments.ranks, arguments.repeats, arguments.warmup)
+    return found
+
+
+def weights_of(shape: Shape) -> int:
+    block = 4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate
+    return shape.layers * block + 2 * shape.vocabulary * shape.hidden
 
 
 def run_group(
@@ -78,9 +94,9 @@ def _slowest(by_rank: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:
-    """The measured groups, and ours over theirs in time and memory."""
+    """The measured pairs, and ours over theirs in time and memory."""
     report = {**results, "ratios_without_update": {}, "ratios_with_update": {}, "memory_ratios": {}, "cpu_ratios": {}}
-    for rival, pair in results["groups"].items():
+    for rival, pair in results["pairs"].items():
         ours, theirs = pair["pst"], pair[rival]
         seconds = ours["seconds"]
         report["ratios_without_update"][rival] = seconds["step"] / theirs["seconds"]["step"]
@@ -90,18 +106,18 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
         report["memory_ratios"][rival] = ours["bytes_per_rank"]["memory"] / theirs["bytes_per_rank"]["memory"]
     report["ratios"] = {
         rival: report["ratios_with_update" if rival in SELECTING else "ratios_without_update"][rival]
-        for rival in results["groups"]
+        for rival in results["pairs"]
     }
     return report
 
 
 def _earlier(path: Path, stated: dict[str, Any]) -> dict[str, Any]:
-    """Groups measured before under the same conditions, or none."""
+    """Pairs measured before under the same conditions, or none."""
     if path.is_file():
         results = json.loads(path.read_text(encoding="utf-8"))
         if results["conditions"] == json.loads(json.dumps(stated)):
             return results
-    return {"benchmark": "train_step", "conditions": stated, "groups": {}}
+    return {"benchmark": "train_step", "conditions": stated, "pairs": {}}
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:
@@ -113,7 +129,7 @@ def _print_table(report: dict[str, Any]) -> None:
     stated = report["conditions"]
     print(f"{stated['hardware']}, {stated['ranks']} ranks, {stated['repeats']} repeats, {stated['shape']}")
     print(f"{'seconds':<16}" + "".join(f"{part:>16}" for part in PARTS) + "   GB above weights")
-    for rival, pair in report["groups"].items():
+    for rival, pair in report["pairs"].items():
         for method in ("pst", rival):
             seconds, size = pair[method]["seconds"], pair[method]["bytes_per_rank"]["memory"] / 1e9
             numbers = "".join(f"{seconds[part]:>16.3f}" if part in seconds else f"{'-':>16}" for part in PARTS)
@@ -129,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each method")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--in-turn-below", type=float, default=15.0, help="GiB that a rival may need beside PST")
     parser.add_argument("--results", type=Path, default=Path("runs/bench/train_step.json"))
     for field in fields(Shape):
         name = "--" + field.name.replace("_", "-")
