@@ -184,7 +184,8 @@ def test_train_step_prints_its_object_and_goes_on_from_earlier_results(tmp_path)
     assert set(found["ratios"]) == set(found["memory_ratios"]) == {"lora"}
     assert found["conditions"]["ranks"] == 2
     assert found["conditions"]["shape"]["hidden"] == 32
-    assert {"hardware", "threads_per_rank", "versions", "repeats"} <= set(found["conditions"])
+    assert {"hardware", "threads_per_rank", "versions", "zero_stage"} <= set(found["conditions"])
+    assert found["pairs"]["lora"]["repeats"] == 1
     again = run_script("train_step.py", "--methods", "", *options)
     assert again["ratios"] == pytest.approx(found["ratios"], rel=0.01)
 

@@ -38,7 +38,7 @@ PARTS = ("forward", "backward", "optimizer", "mask_update", "step", "cpu_step", 
 def main() -> None:
     arguments = _parser().parse_args()
     shape = Shape(**{field.name: getattr(arguments, field.name) for field in fields(Shape)})
-    stated = conditions(shape=asdict(shape), ranks=arguments.ranks, repeats=arguments.repeats, zero_stage=3)
+    stated = conditions(shape=asdict(shape), ranks=arguments.ranks, zero_stage=3)
     results = _earlier(arguments.results, stated)
     for rival in RIVALS:
         if rival in arguments.methods:
@@ -56,7 +56,7 @@ def run_pair(rival: str, shape: Shape, arguments: argparse.Namespace) -> dict[st
     needed = NEEDED_BYTES_PER_WEIGHT[rival] * weights_of(shape) / 2**30
     together = needed <= arguments.in_turn_below
     groups = [["pst", rival]] if together else [["pst"], [rival]]
-    found: dict[str, Any] = {"in_turn": together}
+    found: dict[str, Any] = {"in_turn": together, "repeats": arguments.repeats, "warmup": arguments.warmup}
     for methods in groups:
         found |= run_group(methods, shape, arguments.ranks, arguments.repeats, arguments.warmup)
     return found
@@ -127,7 +127,7 @@ def _write(path: Path, results: dict[str, Any]) -> None:
 
 def _print_table(report: dict[str, Any]) -> None:
     stated = report["conditions"]
-    print(f"{stated['hardware']}, {stated['ranks']} ranks, {stated['repeats']} repeats, {stated['shape']}")
+    print(f"{stated['hardware']}, {stated['ranks']} ranks, {stated['shape']}")
     print(f"{'seconds':<16}" + "".join(f"{part:>16}" for part in PARTS) + "   GB above weights")
     for rival, pair in report["pairs"].items():
         for method in ("pst", rival):
