@@ -21,6 +21,7 @@ sys.path.insert(0, str(BENCH))
 from contestants import METHODS, Contestant, Shape  # noqa: E402
 from mask_update import PICKS, MaskUpdates, gathered_update, growth  # noqa: E402
 from mask_update import ratios as update_ratios  # noqa: E402
+from ranks import Ranks  # noqa: E402
 from rivals import MovementPruning, PlainPST, replace_linears  # noqa: E402
 from train_step import summary  # noqa: E402
 
@@ -198,3 +199,9 @@ def test_mask_update_prints_its_object():
     assert {"interval_1", "interval_10", "shape", "measured"} <= set(found["share_of_step"])
     (size,) = found["sizes"]
     assert size["weights"] == 8 * 32 * 32
+
+
+@pytest.mark.launcher
+def test_a_rank_that_fails_ends_the_benchmark_with_its_traceback():
+    with pytest.raises(RuntimeError, match=r"(?s)rank 0: Traceback.*ZeroDivisionError"):
+        Ranks(1, divmod, 1, 0)

@@ -141,7 +141,7 @@ def _print_table(report: dict[str, Any]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
-    parser.add_argument("--methods", type=lambda names: names.split(","), default=list(METHODS), help="comma-separated")
+    parser.add_argument("--methods", type=_methods, default=list(RIVALS), help=f"of {', '.join(RIVALS)}")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each method")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=2)
@@ -154,6 +154,13 @@ def _parser() -> argparse.ArgumentParser:
         else:
             parser.add_argument(name, type=type(field.default), default=field.default)
     return parser
+
+
+def _methods(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name not in ("", "pst")]
+    if unknown := set(names) - set(RIVALS):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose from {', '.join(RIVALS)}")
+    return names
 
 
 if __name__ == "__main__":
