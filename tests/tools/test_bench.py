@@ -19,7 +19,7 @@ BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
 sys.path.insert(0, str(BENCH))
 
 from contestants import METHODS, Contestant, Shape  # noqa: E402
-from mask_update import PICKS, MaskUpdates, gathered_update, growth  # noqa: E402
+from mask_update import PICKS, MaskUpdates, gathered_update, growth, share_at  # noqa: E402
 from mask_update import ratios as update_ratios  # noqa: E402
 from ranks import Ranks  # noqa: E402
 from rivals import MovementPruning, PlainPST, replace_linears  # noqa: E402
@@ -104,8 +104,8 @@ def step_of_every_method():
 def test_every_method_takes_a_step_on_two_ranks(run_ranks):
     for by_method in run_ranks(step_of_every_method, 2):
         for method, (seconds, facts) in by_method.items():
-            parts = {"forward", "backward", "optimizer", "step", "cpu_step"}
-            assert set(seconds) == parts | ({"mask_update", "cpu_mask_update"} if method == "pst" else set())
+            parts = {"forward", "backward", "optimizer", "step"} | ({"mask_update"} if method == "pst" else set())
+            assert set(seconds) == parts | {f"cpu_{part}" for part in parts}
             assert seconds["step"] == pytest.approx(sum(seconds[p] for p in ("forward", "backward", "optimizer")))
             assert facts["optimizer_state"] == pytest.approx(facts["trainables"] * 12 / 2, rel=0.02), method
         block = 4 * 32 * 32 + 3 * 32 * 48
@@ -170,6 +170,17 @@ def test_the_ratio_of_ranks_is_taken_at_the_largest_size():
     assert found["after_10_steps"] == 2.0
 
 
+def test_the_share_of_a_step_is_extrapolated_by_layers():
+    def point(layers):  # a step of 1 + 2 s a layer, an update of 0.3 s a layer
+        step, update = 1.0 + 2.0 * layers, 0.3 * layers
+        return {"step": step, "cpu_step": step / 2, "mask_update": update, "cpu_mask_update": update / 4}
+
+    found = share_at(10, {1: point(1), 3: point(3)}, after_10_steps=1.5)
+    assert found["interval_1"] == pytest.approx(3.0 / 21.0)
+    assert found["interval_10"] == pytest.approx(3.0 / 21.0 * 0.15)
+    assert found["cpu_interval_1"] == pytest.approx(3.0 / 21.0 / 2)
+
+
 def run_script(name, *arguments):
     command = [sys.executable, str(BENCH / name), "--json", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
@@ -193,12 +204,11 @@ def test_train_step_prints_its_object_and_goes_on_from_earlier_results(tmp_path)
 
 @pytest.mark.launcher
 def test_mask_update_prints_its_object():
-    options = ["--ranks", "2", "--widths", "32", "--repeats", "1", *TINY_ARGUMENTS]
-    found = run_script("mask_update.py", *options)
+    found = run_script("mask_update.py", "--ranks", "2", "--widths", "32", "--repeats", "1", "--no-share")
     assert {"gather_topk", "gather_kthvalue", "read"} <= set(found["ratios"])
-    assert {"interval_1", "interval_10", "shape", "measured"} <= set(found["share_of_step"])
     (size,) = found["sizes"]
     assert size["weights"] == 8 * 32 * 32
+    assert size["agreement"] > 0.999
 
 
 @pytest.mark.launcher

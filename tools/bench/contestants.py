@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import clock
 from torch import nn
 
 from pst_ds.nn.config import PSTConfig
@@ -145,22 +144,19 @@ class Contestant:
         """Seconds of each part of a step, from a moment when all ranks are ready; ``cpu_*`` is processor time."""
         seconds: dict[str, float] = {}
         ranks.barrier()
-        cpu = time.process_time()
-        with _clock(seconds, "forward"):
+        with clock(seconds, "forward"):
             loss = self.engine(input_ids=self.tokens, labels=self.tokens).loss
-        with _clock(seconds, "backward"):
+        with clock(seconds, "backward"):
             self.engine.backward(loss)
         del loss
-        with _clock(seconds, "optimizer"):
+        with clock(seconds, "optimizer"):
             self.engine.step()
-        seconds["step"] = sum(seconds.values())
-        seconds["cpu_step"] = time.process_time() - cpu
+        for kind in ("", "cpu_"):
+            seconds[f"{kind}step"] = sum(seconds[f"{kind}{part}"] for part in ("forward", "backward", "optimizer"))
         if self.method == "pst" and with_update:
             ranks.barrier()
-            cpu = time.process_time()
-            with _clock(seconds, "mask_update"):
+            with clock(seconds, "mask_update"):
                 update_masks(self.engine.module, self.shape.sparsity)
-            seconds["cpu_mask_update"] = time.process_time() - cpu
         return seconds
 
     def facts(self) -> dict[str, int]:
@@ -185,15 +181,6 @@ class Contestant:
             whole = LlamaForCausalLM(getattr(self.engine.module, "config"))  # noqa: B009
         size = getattr(torch, self.shape.dtype).itemsize
         return sum(-(-p.numel() // ranks.world_size()) * size for p in whole.parameters())
-
-
-@contextmanager
-def _clock(seconds: dict[str, float], part: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds[part] = time.perf_counter() - start
 
 
 def _status_bytes(field: str) -> int:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -31,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from contestants import LEARNING_RATE, Contestant, Shape, zero3_engine
 from ranks import Ranks
-from timing import conditions, print_json, progress
+from timing import clock, conditions, print_json, progress
 
 from pst_ds.core.bits import unpack_shard
 from pst_ds.core.schedule import CubicSchedule
@@ -80,13 +79,11 @@ class MaskUpdates:
         }
         if not warmup:
             candidates |= {name: partial(gathered_update, self.layers, sparsity, pick) for name, pick in PICKS.items()}
-        seconds = {}
+        seconds: dict[str, float] = {}
         for name, run in candidates.items():
             ranks.barrier()
-            cpu, start = time.process_time(), time.perf_counter()
-            run()
-            seconds[name] = time.perf_counter() - start
-            seconds[f"cpu_{name}"] = time.process_time() - cpu
+            with clock(seconds, name):
+                run()
         return seconds
 
     def agreement(self) -> float:
@@ -229,7 +226,7 @@ def growth(sizes: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def share_of_step(shape: Shape, repeats: int, after_10_steps: float) -> dict[str, Any]:
-    """Seconds of an update over seconds of a step for the whole of ``shape`` on two ranks, at interval 1 and 10."""
+    """Measure steps and updates of a few layers of ``shape`` on two ranks, and :func:`share_at` its number of them."""
     points = {}
     for layers in SHARE_LAYERS:
         with Ranks(2, Contestant, "pst", replace(shape, layers=layers)) as team:
@@ -237,11 +234,19 @@ def share_of_step(shape: Shape, repeats: int, after_10_steps: float) -> dict[str
             steps = [slowest(team.call("step")) for _ in range(repeats)]
         points[layers] = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
         progress(f"{layers} layers: " + ", ".join(f"{name} {value:.4f}" for name, value in points[layers].items()))
+    return {**share_at(shape.layers, points, after_10_steps), "measured": points, "shape": asdict(shape)}
+
+
+def share_at(layers: int, points: dict[int, dict[str, float]], after_10_steps: float) -> dict[str, float]:
+    """Seconds of an update over seconds of a step, at interval 1 and 10, on the lines through ``points``, by layers.
+
+    ``after_10_steps``: seconds of an update that is 10 steps from the last, over those of one that is 1 step from it.
+    """
+    few, many = sorted(points)
 
     def whole(name: str) -> float:
-        few, many = SHARE_LAYERS
         a_layer = (points[many][name] - points[few][name]) / (many - few)
-        return points[few][name] + a_layer * (shape.layers - few)
+        return points[few][name] + a_layer * (layers - few)
 
     share = whole("mask_update") / whole("step")
     return {
@@ -250,8 +255,6 @@ def share_of_step(shape: Shape, repeats: int, after_10_steps: float) -> dict[str
         "cpu_interval_1": whole("cpu_mask_update") / whole("cpu_step"),
         "step_seconds": whole("step"),
         "mask_update_seconds": whole("mask_update"),
-        "measured": points,
-        "shape": asdict(shape),
     }
 
 

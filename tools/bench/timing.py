@@ -8,7 +8,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,24 @@ def medians(candidates: dict[str, Callable[[], object]], repeats: int = 15, warm
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, run in candidates.items():
-            seconds[name].append(seconds_of(run))
+            one: dict[str, float] = {}
+            with clock(one, name):
+                run()
+            seconds[name].append(one[name])
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def seconds_of(run: Callable[[], object]) -> float:
-    """Seconds of one call, until an accelerator, if there is one, is done too."""
-    start = time.perf_counter()
-    run()
+@contextmanager
+def clock(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the wall-clock seconds of the block, until an accelerator is done too, as ``name``, and the processor's as
+    ``cpu_name``: other work on the machine disturbs those less.
+    """
+    cpu, start = time.process_time(), time.perf_counter()
+    yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    seconds[name] = time.perf_counter() - start
+    seconds[f"cpu_{name}"] = time.process_time() - cpu
 
 
 def hardware() -> str:

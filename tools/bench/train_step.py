@@ -31,8 +31,8 @@ NEEDED_BYTES_PER_WEIGHT = {"full_finetuning": 24, "lora": 8, "plain": 24, "movem
 """About what all ranks of the rival need together, activations of 2,048 tokens a rank with them."""
 SELECTING = ("plain", "movement")
 """Rivals that select their masks in every step, which ours must then do too."""
-PARTS = ("forward", "backward", "optimizer", "mask_update", "step", "cpu_step", "cpu_mask_update")
-"""``cpu_*``: processor time of the process, which other work on the machine disturbs less than the wall clock."""
+COLUMNS = ("forward", "backward", "optimizer", "mask_update", "step", "cpu_step")
+"""Of the table; every part is measured in seconds and, as ``cpu_*``, in seconds of processor time."""
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def run_group(
                     steps[method].append(seconds)
         facts = {method: _slowest(team.call("facts")) for method, team in teams.items()}
     medians = {
-        method: {part: statistics.median(s[part] for s in found) for part in PARTS if part in found[0]}
+        method: {part: statistics.median(step[part] for step in found) for part in found[0]}
         for method, found in steps.items()
     }
     return {method: {"seconds": medians[method], "bytes_per_rank": facts[method]} for method in methods}
@@ -128,11 +128,11 @@ def _write(path: Path, results: dict[str, Any]) -> None:
 def _print_table(report: dict[str, Any]) -> None:
     stated = report["conditions"]
     print(f"{stated['hardware']}, {stated['ranks']} ranks, {stated['shape']}")
-    print(f"{'seconds':<16}" + "".join(f"{part:>16}" for part in PARTS) + "   GB above weights")
+    print(f"{'seconds':<16}" + "".join(f"{part:>12}" for part in COLUMNS) + "   GB above weights")
     for rival, pair in report["pairs"].items():
         for method in ("pst", rival):
             seconds, size = pair[method]["seconds"], pair[method]["bytes_per_rank"]["memory"] / 1e9
-            numbers = "".join(f"{seconds[part]:>16.3f}" if part in seconds else f"{'-':>16}" for part in PARTS)
+            numbers = "".join(f"{seconds[part]:>12.3f}" if part in seconds else f"{'-':>12}" for part in COLUMNS)
             print(f"{method:<16}{numbers}{size:>19.2f}")
         time, memory = report["ratios"][rival], report["memory_ratios"][rival]
         print(f"pst / {rival}: time {time:.3f}, memory {memory:.3f}")
