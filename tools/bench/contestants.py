@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import clock
+from timing import timed
 from torch import nn
 
 from pst_ds.nn.config import PSTConfig
@@ -144,18 +144,18 @@ class Contestant:
         """Seconds of each part of a step, from a moment when all ranks are ready; ``cpu_*`` is processor time."""
         seconds: dict[str, float] = {}
         ranks.barrier()
-        with clock(seconds, "forward"):
+        with timed(seconds, "forward"):
             loss = self.engine(input_ids=self.tokens, labels=self.tokens).loss
-        with clock(seconds, "backward"):
+        with timed(seconds, "backward"):
             self.engine.backward(loss)
         del loss
-        with clock(seconds, "optimizer"):
+        with timed(seconds, "optimizer"):
             self.engine.step()
         for kind in ("", "cpu_"):
             seconds[f"{kind}step"] = sum(seconds[f"{kind}{part}"] for part in ("forward", "backward", "optimizer"))
         if self.method == "pst" and with_update:
             ranks.barrier()
-            with clock(seconds, "mask_update"):
+            with timed(seconds, "mask_update"):
                 update_masks(self.engine.module, self.shape.sparsity)
         return seconds
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from contestants import LEARNING_RATE, Contestant, Shape, zero3_engine
 from ranks import Ranks
-from timing import clock, conditions, print_json, progress
+from timing import conditions, print_json, progress, timed
 
 from pst_ds.core.bits import unpack_shard
 from pst_ds.core.schedule import CubicSchedule
@@ -82,7 +82,7 @@ class MaskUpdates:
         seconds: dict[str, float] = {}
         for name, run in candidates.items():
             ranks.barrier()
-            with clock(seconds, name):
+            with timed(seconds, name):
                 run()
         return seconds
 

@@ -17,7 +17,12 @@ from typing import Any
 import torch
 
 
-def medians(candidates: dict[str, Callable[[], object]], repeats: int = 15, warmup: int = 3) -> dict[str, float]:
+def medians(
+    candidates: dict[str, Callable[[], object]],
+    repeats: int = 15,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median seconds of each candidate; they take turns."""
     for _ in range(warmup):
         for run in candidates.values():
@@ -25,15 +30,14 @@ def medians(candidates: dict[str, Callable[[], object]], repeats: int = 15, warm
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, run in candidates.items():
-            one: dict[str, float] = {}
-            with clock(one, name):
-                run()
-            seconds[name].append(one[name])
+            start = clock()
+            run()
+            seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 @contextmanager
-def clock(seconds: dict[str, float], name: str) -> Iterator[None]:
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     """Add the wall-clock seconds of the block, until an accelerator is done too, as ``name``, and the processor's as
     ``cpu_name``: other work on the machine disturbs those less.
     """
