@@ -17,7 +17,7 @@ SOURCES = {
         "TrainConfig": "train",
         "EvalConfig": "eval",
     },
-    "pst_ds/nn/config.py": {"PSTConfig": "pst"},
+    "pst_ds/nn/config.py": {"PSTConfig": "pst", "Override": "[pst.overrides]"},
 }
 HEAD = """# The run file
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pst_ds.core.native import library
+
 _INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -66,6 +68,28 @@ def unpack_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: in
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else bits.new_empty(0)
 
 
+def set_bits_(bits: Tensor, index: Tensor) -> None:
+    """Set the bits number ``index`` (n,) int32 of ``bits`` in place."""
+    native = library() if bits.device.type == "cpu" else None
+    if native is not None:
+        native.pst_set_bits(bits.data_ptr(), index.contiguous().data_ptr(), index.numel())
+        return
+    keep = _unpack_bytes(bits)
+    keep[index.long()] = 1
+    bits.copy_(pack_shard(keep, bits.numel()))
+
+
+def count_bits(before: Tensor, after: Tensor) -> tuple[int, int]:
+    """(bits that differ, bits set in ``after``) of two byte tensors of equal size."""
+    native = library() if before.device.type == after.device.type == "cpu" else None
+    if native is not None:
+        counts = torch.zeros(2, dtype=torch.int64)
+        native.pst_count_bits(before.data_ptr(), after.data_ptr(), before.numel(), counts.data_ptr())
+        differ, kept = counts.tolist()
+        return differ, kept
+    return int(_unpack_bytes(before ^ after).sum(dtype=torch.int64)), int(_unpack_bytes(after).sum(dtype=torch.int64))
+
+
 def pack_mask(keep: Tensor, num_shards: int = 1) -> Tensor:
     """A whole mask, (numel,) bool or 0/1 in storage order, as bits in ``num_shards`` shards."""
     flat = keep.flatten()
@@ -95,29 +119,34 @@ def apply_mask_(weight: Tensor, mask: Tensor) -> Tensor:
     return weight
 
 
-def checksum(keep: Tensor, start: int, seed: int) -> Tensor:
-    """Checksum of the mask bits of flat weights [start, start + n): a 0-d int64 that *adds* over shards.
+def checksum(shard: Tensor, count: int, start: int, seed: int) -> int:
+    """Checksum of the mask of flat weights [start, start + count), the bits of one shard; it *adds* over shards.
 
     The sum over all shards of a weight, modulo 2**64, depends on the mask and ``seed`` alone, not on where it was cut:
     sum of bit_i * 2**(i % 8) * hash(i // 8, seed), with the finaliser of splitmix64 (Steele et al., 2014) as hash.
+    Returned as a signed 64-bit number.
     """
-    lead = start % 8
+    native = library() if shard.device.type == "cpu" else None
+    if native is not None:
+        return _signed(native.pst_checksum(shard.data_ptr(), count, start, seed))
+    lead, keep = start % 8, unpack_shard(shard, count)
     padded = torch.cat([keep.new_zeros(lead), keep]) if lead else keep
     values = pack_shard(padded, -(-padded.numel() // 8)).to(torch.int64)
     index = torch.arange(start // 8, start // 8 + values.numel(), dtype=torch.int64, device=values.device)
-    return (values * _splitmix64(index, seed)).sum()
+    return int((values * _splitmix64(index, seed)).sum())
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def _splitmix64(index: Tensor, seed: int) -> Tensor:
     """A 64-bit hash of each index; int64 products wrap, as the algorithm wants."""
 
-    def wrapped(constant: int) -> int:
-        return constant - (1 << 64) if constant >= (1 << 63) else constant
-
     def shift(x: Tensor, by: int) -> Tensor:  # logical, not arithmetic
         return (x >> by) & ((1 << (64 - by)) - 1)
 
-    x = (index + seed + 1) * wrapped(0x9E3779B97F4A7C15)
-    x = (x ^ shift(x, 30)) * wrapped(0xBF58476D1CE4E5B9)
-    x = (x ^ shift(x, 27)) * wrapped(0x94D049BB133111EB)
+    x = (index + seed + 1) * _signed(0x9E3779B97F4A7C15)
+    x = (x ^ shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ shift(x, 27)) * _signed(0x94D049BB133111EB)
     return x ^ shift(x, 31)

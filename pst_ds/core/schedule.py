@@ -10,6 +10,9 @@ from typing import Protocol
 class Schedule(Protocol):
     """What the training loop asks of a schedule. ``step`` counts applied optimizer steps."""
 
+    @property
+    def final_sparsity(self) -> float: ...
+
     def sparsity_at(self, step: int) -> float:
         """Fraction of zeros in the masks after ``step`` applied steps."""
         ...

@@ -4,11 +4,50 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from pst_ds.core.patterns import Pattern, parse_pattern
+
 InitScale = Literal["normal", "rank", "width"]
 Bias = Literal["none", "pst_only", "all"]
+
+
+NMRamp = Literal["share", "steps"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Override:
+    """Another pattern, or another share of zeros, for some layers."""
+
+    modules: str | tuple[str, ...]
+    """Matched as ``target_modules`` is."""
+    pattern: str = ""
+    """Empty is the config's pattern."""
+    final_sparsity: float | None = None
+    """Fraction of zeros at the end of the schedule; None is the schedule's, or 1 - N/M. On the way there these layers
+    keep step with the others: at half of the schedule's final sparsity they have half of theirs."""
+
+    def __post_init__(self) -> None:
+        _require_regex("overrides.modules", self.modules)
+        if not self.modules:
+            raise ValueError("overrides.modules is empty; name the layers that the override is for")
+        if not self.pattern and self.final_sparsity is None:
+            raise ValueError(f"overrides for {self.modules!r} set neither pattern nor final_sparsity")
+        if self.final_sparsity is not None and not 0.0 <= self.final_sparsity < 1.0:
+            raise ValueError(f"overrides.final_sparsity = {self.final_sparsity} must be in [0, 1)")
+
+
+@dataclass(frozen=True, slots=True)
+class MaskRule:
+    """How the mask of one layer is chosen."""
+
+    pattern: Pattern
+    final_sparsity: float | None = None
+    """Of this layer alone; None is the schedule's."""
+    min_kept_share: float = 0.0
+    nm_ramp: NMRamp = "share"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +90,17 @@ class PSTConfig:
     update_init: InitScale = "normal"
     """The same for U (for V of an embedding, whose U starts at zero)."""
     update_init_scale: float = 0.1
+    pattern: str = "matrix"
+    """What is ranked against what: "matrix", every matrix by itself; "global", all matrices together; "row", every
+    output's weights; N:M such as "2:4", N kept of M consecutive inputs; "16x1", blocks of outputs x inputs, kept or
+    pruned whole."""
+    min_kept_share: float = 0.02
+    """Of the "global" pattern: the least share of every matrix that is kept."""
+    nm_ramp: NMRamp = "share"
+    """How N:M comes about along the schedule: "share" constrains a growing share of the groups, those first that lose
+    the least score; "steps" lets every group lose one weight more at a time."""
+    overrides: tuple[Override, ...] = ()
+    """Patterns and shares of zeros of some layers; of two that match a layer the later one counts."""
     train_weights: bool = False
     """Train the pruned weights themselves, under the mask (for baselines: every weight then has optimizer state)."""
     seed: int = 0
@@ -74,6 +124,19 @@ class PSTConfig:
                 f"update_embeddings = {list(self.update_embeddings)} with update_rank = 0 updates nothing; set "
                 "update_rank to at least 1, or update_embeddings to []"
             )
+        if not 0.0 <= self.min_kept_share < 1.0:
+            raise ValueError(f"min_kept_share = {self.min_kept_share} must be in [0, 1)")
+        if self.nm_ramp not in get_args(NMRamp):
+            raise ValueError(f"nm_ramp = {self.nm_ramp!r} must be one of {', '.join(get_args(NMRamp))}")
+        for rule in (
+            self._rule(self.pattern, None),
+            *(self._rule(o.pattern, o.final_sparsity) for o in self.overrides),
+        ):
+            if rule.pattern.kind == "global" and not self.relative_magnitude:
+                raise ValueError(
+                    'pattern = "global" with relative_magnitude = false would rank weights of different scales against '
+                    "each other; set relative_magnitude = true"
+                )
         if self.bias not in get_args(Bias):
             raise ValueError(f"bias = {self.bias!r} must be one of {', '.join(get_args(Bias))}")
 
@@ -82,9 +145,39 @@ class PSTConfig:
         """The constants of the paper: no relative scale, A and U from N(0, 1)."""
         return cls(**{**PAPER, **overrides})
 
+    def rule_for(self, name: str) -> MaskRule:
+        """How the mask of the layer ``name`` is chosen."""
+        pattern, sparsity = self.pattern, None
+        for override in self.overrides:
+            if name_matches(name, override.modules):
+                pattern = override.pattern or self.pattern
+                sparsity = override.final_sparsity
+        return self._rule(pattern, sparsity)
+
+    def _rule(self, name: str, sparsity: float | None) -> MaskRule:
+        pattern = parse_pattern(name or self.pattern)
+        fixed = pattern.fixed_sparsity
+        if fixed is not None and sparsity not in (None, fixed):
+            raise ValueError(
+                f"overrides.final_sparsity = {sparsity} with pattern {name!r}, which has {fixed} zeros; leave it out"
+            )
+        if pattern.kind == "global" and sparsity is not None:
+            raise ValueError(
+                f'overrides.final_sparsity = {sparsity} with pattern "global", whose matrices share one number of '
+                'zeros; leave it out, or set pattern = "matrix"'
+            )
+        return MaskRule(pattern, fixed if fixed is not None else sparsity, self.min_kept_share, self.nm_ramp)
+
     @property
     def has_scores(self) -> bool:
         return self.score_rank > 0 or self.structured_scores
+
+
+def name_matches(name: str, patterns: str | Iterable[str]) -> bool:
+    """A string is a regular expression for the whole name; in a list, each is a name or its dotted ending."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == p or name.endswith("." + p) for p in patterns)
 
 
 def _require_regex(name: str, pattern: str | tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from pst_ds.core.layout import WeightLayout, shard_tiles, view_in_shard
 from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent
-from pst_ds.nn.config import Bias, PSTConfig
+from pst_ds.nn.config import Bias, MaskRule, PSTConfig, name_matches
 from pst_ds.nn.embedding import PSTEmbedding
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.targets import InjectionError, Target, find_embeddings, find_targets, modules_to_save
@@ -32,7 +32,9 @@ def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = 
         raise InjectionError("the model already has PST modules; inject into the base model, once")
     targets = find_targets(model, config)
     embeddings = find_embeddings(model, config)
-    scales = _weight_scales(targets) if config.relative_magnitude and config.has_scores else None
+    rules = _fitting_rules(targets, config)
+    compared = config.has_scores or any(rule.pattern.kind == "global" for rule in rules)
+    scales = _weight_scales(targets) if config.relative_magnitude and compared else None
     for param in model.parameters():
         param.requires_grad_(False)
     for target in targets:
@@ -55,6 +57,27 @@ def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = 
         module.requires_grad_(True)
     _train_biases(model, config.bias)
     return model
+
+
+def _fitting_rules(targets: Sequence[Target], config: PSTConfig) -> list[MaskRule]:
+    """The mask rule of every target.
+
+    Raises InjectionError for a pattern that does not divide, or an override for no layer.
+    """
+    rules = []
+    for target in targets:
+        rules.append(config.rule_for(target.name))
+        try:
+            rules[-1].pattern.require_fit(target.layout)
+        except ValueError as error:
+            raise InjectionError(
+                f'{target.name}: {error}. Leave it out with exclude_modules = ["{target.name}"], or give it another '
+                f'pattern: overrides = [{{modules = ["{target.name}"], pattern = "matrix", final_sparsity = …}}]'
+            ) from None
+    for override in config.overrides:
+        if not any(name_matches(target.name, override.modules) for target in targets):
+            raise InjectionError(f"overrides for {override.modules!r} match none of the pruned layers")
+    return rules
 
 
 def _train_biases(model: nn.Module, which: Bias) -> None:

@@ -46,6 +46,7 @@ class PSTLinear(nn.Module):
         super().__init__()
         self.layout, self.num_shards, self.weight_scales = layout, num_shards, weight_scales
         self.constants = Constants(config.alpha1, config.alpha2, config.beta, config.detach_magnitude)
+        self.rule = config.rule_for(name)
         self.scores_train = config.has_scores
         """Whether scores have a gradient now; False once the masks are fixed."""
         self.weight = weight

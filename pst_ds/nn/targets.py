@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from torch import nn
 
 from pst_ds.core.layout import WeightLayout
 from pst_ds.errors import InputError
-from pst_ds.nn.config import PSTConfig
+from pst_ds.nn.config import PSTConfig, name_matches
 from pst_ds.parallel import zero3
 
 ALL_LINEAR = "all-linear"
@@ -50,13 +49,6 @@ def is_linear(module: nn.Module) -> bool:
 
 def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
-
-
-def name_matches(name: str, patterns: str | Iterable[str]) -> bool:
-    """A string is a regular expression for the whole name; in a list, each is a name or its dotted ending."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == p or name.endswith("." + p) for p in patterns)
 
 
 def find_targets(model: nn.Module, config: PSTConfig) -> list[Target]:

@@ -48,17 +48,13 @@ def all_gather_numbers(value: Tensor) -> Tensor:
     return gathered
 
 
-def _group_of(param: nn.Parameter) -> Any:
-    return getattr(param, "ds_process_group", None)
-
-
 def _reduce(values: Tensor, param: nn.Parameter, op: Any) -> Tensor:
     if zero3.num_shards(param) == 1:
         return values
     on_device = values.to(zero3.shard_of(param).values.device)
-    if dist.get_backend(_group_of(param)) == "nccl":
+    if dist.get_backend(zero3.process_group(param)) == "nccl":
         on_device = on_device.cuda()
-    dist.all_reduce(on_device, op=op, group=_group_of(param))
+    dist.all_reduce(on_device, op=op, group=zero3.process_group(param))
     return on_device.to(values.device)
 
 
@@ -77,7 +73,7 @@ def rank_sums(param: nn.Parameter) -> RankSums:
     shards = zero3.num_shards(param)
     if shards == 1:
         return RankSums()
-    own = dist.get_rank(_group_of(param))
+    own = dist.get_rank(zero3.process_group(param))
 
     def sum_of_lower_ranks(counts: Tensor) -> Tensor:
         table = counts.new_zeros((shards, *counts.shape))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,11 @@ def num_shards(param: nn.Parameter) -> int:
 def shard_index(param: nn.Parameter) -> int:
     """Which of the shards of ``param`` is this rank's; 0 when it is not partitioned."""
     return param.ds_zero_partition_rank if is_partitioned(param) else 0
+
+
+def process_group(param: nn.Parameter) -> Any:
+    """The ranks that ``param`` is split over; None, the default group, when it is not partitioned."""
+    return getattr(param, "ds_process_group", None)
 
 
 def is_released(param: nn.Parameter) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.schedule import CubicSchedule, OneShotSchedule, Schedule
 from pst_ds.errors import InputError
 from pst_ds.nn.config import PSTConfig
@@ -171,6 +172,20 @@ class RunConfig:
         if not self.output_dir:
             raise ConfigError("output_dir is missing: name the folder that the run writes to")
         self.make_schedule(1)  # refuses bad numbers now
+        self._require_reachable_sparsity()
+
+    def _require_reachable_sparsity(self) -> None:
+        asked, pattern = self.schedule.final_sparsity, parse_pattern(self.pst.pattern)
+        if pattern.fixed_sparsity not in (None, asked):
+            raise ConfigError(
+                f'schedule.final_sparsity = {asked}, but pst.pattern = "{pattern}" has {pattern.fixed_sparsity} zeros. '
+                f"Fix: schedule.final_sparsity = {pattern.fixed_sparsity}"
+            )
+        if pattern.kind == "global" and self.pst.min_kept_share > 1.0 - asked:
+            raise ConfigError(
+                f"pst.min_kept_share = {self.pst.min_kept_share} of every matrix is more than schedule.final_sparsity "
+                f"= {asked} keeps in all. Fix: pst.min_kept_share below {1.0 - asked:.4g}"
+            )
 
     def make_schedule(self, num_steps: int) -> Schedule | None:
         """The sparsity schedule of a run of ``num_steps``; None for the dense method."""

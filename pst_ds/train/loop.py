@@ -127,7 +127,7 @@ def _update_masks_if_due(loop: Loop, state: LoopState) -> None:
     assert loop.schedule is not None
     if loop.schedule.updates_masks_at(state.step):
         target = loop.schedule.sparsity_at(state.step)
-        state.masks = update_masks(loop.engine.module, target)
+        state.masks = update_masks(loop.engine.module, target, final_sparsity=loop.schedule.final_sparsity)
         loop.metrics.write(
             state.step,
             {

@@ -69,11 +69,16 @@ def _toml_lines(config: Any) -> list[str]:
 def _toml_line(name: str, value: Any) -> list[str]:
     if value is None:  # TOML has no null; the default is None wherever None is allowed
         return []
+    return [f"{name} = {_toml_value(value)}"]
+
+
+def _toml_value(value: Any) -> str:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return "{" + ", ".join(_toml_lines(value)) + "}"
     if isinstance(value, tuple):
-        value = list(value)
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
     # JSON strings, numbers, booleans and lists of strings are TOML too; a float keeps its point or exponent
-    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which JSON allows as it is
-    return [f"{name} = {text}"]
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which JSON allows as it is
 
 
 def _apply_override(table: dict[str, Any], override: str) -> None:
@@ -136,6 +141,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             return value
         raise ConfigError(f"{key} = {value!r} must be one of {', '.join(map(repr, args))}")
     elif origin is tuple:
+        if dataclasses.is_dataclass(args[0]) and isinstance(value, list | tuple):
+            return tuple(_build(args[0], item, f"{key}.") for item in value)  # type: ignore[arg-type]
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             return tuple(value)
     elif hint is float:
@@ -151,5 +158,5 @@ def _describe(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_describe(a) for a in args if a is not type(None))
     if origin is tuple:
-        return "a list of strings"
+        return "a list of tables" if dataclasses.is_dataclass(args[0]) else "a list of strings"
     return {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}.get(hint, str(hint))

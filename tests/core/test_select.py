@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pst_ds.core.select import MatrixKeys, NonFiniteScoreError, RankSums, keep_mask, order_keys, prune_count, select
+from pst_ds.core.keys import order_keys
+from pst_ds.core.select import MatrixKeys, NonFiniteScoreError, RankSums, keep_mask, prune_count, select
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 LARGEST = torch.finfo(torch.float32).max

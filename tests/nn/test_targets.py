@@ -16,7 +16,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from pst_ds.nn.config import PSTConfig
+from pst_ds.nn.config import Override, PSTConfig
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.targets import InjectionError, find_targets, modules_to_save
@@ -289,3 +289,22 @@ def test_biases_train_as_in_peft(bias, trained):
     inject_pst(model, PSTConfig(bias=bias, modules_to_save=()))
     found = {n.split(".")[-2] for n, p in model.named_parameters() if n.endswith("bias") and p.requires_grad}
     assert found == trained
+
+
+def _linear_model(inputs, outputs):
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Linear(inputs, outputs)])
+    return model
+
+
+def test_a_pattern_that_does_not_divide_names_the_layer_the_number_and_the_fix():
+    with pytest.raises(InjectionError) as caught:
+        inject_pst(_linear_model(6, 8), PSTConfig(pattern="2:4", modules_to_save=()))
+    assert "layers.0: pattern 2:4 needs in_features divisible by 4, got 6" in str(caught.value)
+    assert 'exclude_modules = ["layers.0"]' in str(caught.value)
+
+
+def test_an_override_for_no_layer_is_refused():
+    config = PSTConfig(modules_to_save=(), overrides=(Override(modules=("q_proj",), pattern="row"),))
+    with pytest.raises(InjectionError, match=r"overrides for \('q_proj',\) match none of the pruned layers"):
+        inject_pst(_linear_model(4, 8), config)

@@ -1,0 +1,219 @@
+"""Selection that reads the keys once: a sample brackets the cut, and the exact cut is found among the few keys inside.
+
+One key of every stratum of a matrix, at a place fixed by its number, is shown to all ranks. Order statistics of the
+sample bracket the cut so widely that it is missed about once in a million times. One pass over the keys then counts
+those below, marks those above as kept, and remembers those inside; the exact cut is narrowed down among these. A matrix
+whose bracket missed, or had too much inside (many equal scores), is left to :func:`pst_ds.core.select.select`: the
+result never depends on the sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.bits import pack_shard, set_bits_
+from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, histogram
+from pst_ds.core.select import DIGIT_BITS, MatrixKeys, NonFiniteScoreError, RankSums, Search, cuts_of, select
+
+SAMPLE_SHARE, MIN_SAMPLE, MAX_SAMPLE = 1 / 64, 4096, 65536
+"""Share of a matrix's keys that is sampled, and its bounds; a matrix of fewer keys than the lower is sampled whole."""
+_DEVIATIONS = 5.0
+"""Half width of a bracket in standard deviations of the sample's rank of the cut: missed with probability 6e-7."""
+
+
+def select_bits(
+    matrices: Sequence[MatrixKeys],
+    ranks: RankSums | None = None,
+    device: torch.device | None = None,
+    pools: Sequence[int] = (),
+) -> list[Tensor]:
+    """Bits of the kept among this rank's keys of each matrix, (ceil(num_keys / 8),) uint8; exactly as ``select`` cuts.
+
+    Every matrix needs ``num_keys``, ``num_in_all`` and ``sample``. Collective when ``ranks`` is: at most 6 exchanges,
+    whatever the number of matrices, and those of ``select`` when some matrix is left to it. Raises
+    NonFiniteScoreError, on every rank, when any score of any rank is NaN or infinite.
+    """
+    ranks, device = ranks or RankSums(), device or torch.device("cpu")
+    brackets = _brackets(matrices, pools, _sample(matrices, ranks, device))
+    shift = max(0, max((b.high - b.low).bit_length() for b in brackets) - DIGIT_BITS)
+    found = [_Scan(m, bracket, shift, device) for m, bracket in zip(matrices, brackets, strict=True)]
+    counts = ranks.all_sum(torch.stack([scan.counts for scan in found]))
+    bad = counts[:, _Scan.NOT_FINITE].nonzero().flatten().tolist()
+    if bad:
+        raise NonFiniteScoreError(bad)
+    low = torch.tensor([b.low for b in brackets], dtype=torch.int64, device=device)
+    search = Search(matrices, pools, low, counts[:, _Scan.BELOW])
+    missed = _missed(search, counts)
+    _narrow(search, found, counts[:, _Scan.NUM_COUNTS :], shift, ranks)
+    equal_here = torch.tensor([scan.num_equal(low) for scan, low in zip(found, search.low.tolist(), strict=True)])
+    for scan, cut in zip(found, cuts_of(search, equal_here.to(device), ranks), strict=True):
+        scan.decide(cut.threshold, cut.ties)
+    bits = [scan.bits for scan in found]
+    again = sorted({*missed, *search.ties()[1]})
+    if again:
+        _decide_by_select(again, missed, matrices, pools, bits, ranks, device)
+    return bits
+
+
+@dataclass(frozen=True, slots=True)
+class _Bracket:
+    """Keys that the cut of a matrix lies between, both included; and how many keys inside are too many."""
+
+    low: int
+    high: int
+    most_inside: int
+
+
+class _Scan:
+    """The pass over one matrix's keys on this rank; every key is this rank's own."""
+
+    BELOW, NOT_FINITE, OVERFLOWED, INSIDE, NUM_COUNTS = 0, 1, 2, 3, 4
+
+    def __init__(self, matrix: MatrixKeys, bracket: _Bracket, shift: int, device: torch.device):
+        room = min(matrix.num_keys, bracket.most_inside)
+        found = Classifier(matrix.num_keys, bracket.low, bracket.high, room=room, device=device)
+        for keys in matrix.tiles():
+            found.take(keys.flatten())
+        self.keys, self.index = found.inside()
+        self.bits = pack_shard(found.above(), -(-matrix.num_keys // 8))
+        self.active = self.keys
+        numbers = [found.num_below, found.num_not_finite, int(found.overflowed), self.active.numel()]
+        own = torch.tensor(numbers, dtype=torch.int64, device=device)
+        self.counts = torch.cat([own, histogram(self.active, bracket.low, shift, 1 << DIGIT_BITS)])
+
+    def num_equal(self, threshold: int) -> int:
+        return int((self.active == threshold).sum())
+
+    def decide(self, threshold: int, ties: int) -> None:
+        """Set the bits of the kept among the keys inside: those above, and the equals but for the first ``ties``."""
+        equal = (self.keys == threshold).nonzero().flatten()
+        kept = torch.cat([(self.keys > threshold).nonzero().flatten(), equal[max(0, ties) :]])
+        set_bits_(self.bits, self.index[kept])
+
+
+def _sample(matrices: Sequence[MatrixKeys], ranks: RankSums, device: torch.device) -> list[Tensor]:
+    """The sampled keys of every matrix, sorted, on the CPU. Collective: one exchange."""
+    own = []
+    for matrix in matrices:
+        assert matrix.sample is not None, "a matrix without a sample"
+        own.append(matrix.sample(sample_positions(matrix.num_in_all)).to(device))
+    everyone = ranks.all_sum(torch.cat(own)).cpu()
+    return [keys.sort().values for keys in everyone.split([keys.numel() for keys in own])]
+
+
+def sample_size(numel: int) -> int:
+    return min(numel, max(MIN_SAMPLE, min(MAX_SAMPLE, int(numel * SAMPLE_SHARE))))
+
+
+def sample_positions(numel: int) -> Tensor:
+    """One position in each of ``sample_size(numel)`` equal strata of [0, numel), int64, rising."""
+    size = sample_size(numel)
+    edges = torch.arange(size + 1, dtype=torch.int64) * numel // max(1, size)
+    mixed = torch.arange(size, dtype=torch.int64) * 0x9E3779B1 & 0xFFFFFFFF  # Knuth's multiplicative hash
+    return edges[:-1] + (mixed * (edges[1:] - edges[:-1]) >> 32)
+
+
+def _half_width(matrix: MatrixKeys) -> int:
+    """Half the width of a matrix's bracket, in keys of the whole matrix."""
+    numel, size = matrix.num_in_all, sample_size(matrix.num_in_all)
+    if numel == 0:
+        return 0
+    q = 0.5 if matrix.pool is not None else matrix.prune_count / numel
+    deviation = math.sqrt(q * (1.0 - q) / size * (1.0 - size / numel))
+    return math.ceil(_DEVIATIONS * deviation * numel + 2 * numel / size)
+
+
+def _brackets(matrices: Sequence[MatrixKeys], pools: Sequence[int], samples: list[Tensor]) -> list[_Bracket]:
+    """The bracket of every matrix, the same within a pool."""
+    of_pool = []
+    for pool, wanted in enumerate(pools):
+        members = [i for i, m in enumerate(matrices) if m.pool == pool]
+        of_pool.append(_pool_bracket([matrices[i] for i in members], [samples[i] for i in members], wanted))
+    return [
+        _matrix_bracket(m, sample) if m.pool is None else of_pool[m.pool]
+        for m, sample in zip(matrices, samples, strict=True)
+    ]
+
+
+def _matrix_bracket(matrix: MatrixKeys, sample: Tensor) -> _Bracket:
+    half, scale = _half_width(matrix), sample.numel() / max(1, matrix.num_in_all)
+    first = math.floor((matrix.prune_count - half) * scale)
+    last = math.ceil((matrix.prune_count + half) * scale)
+    low = int(sample[first]) if 1 <= first < sample.numel() else LOWEST_FINITE
+    high = int(sample[last]) if last < sample.numel() else HIGHEST_FINITE
+    return _Bracket(low, max(low, high), 4 * half + MIN_SAMPLE)
+
+
+def _pool_bracket(members: Sequence[MatrixKeys], samples: Sequence[Tensor], wanted: int) -> _Bracket:
+    half = math.ceil(math.sqrt(sum(_half_width(m) ** 2 for m in members)))
+
+    def pruned_below(key: int) -> float:
+        total = 0.0
+        for matrix, sample in zip(members, samples, strict=True):
+            below = int(torch.searchsorted(sample, key)) / max(1, sample.numel()) * matrix.num_in_all
+            total += min(below, matrix.prune_count)
+        return total
+
+    low = _last_key_where(lambda key: pruned_below(key) <= wanted - half)
+    high = _last_key_where(lambda key: pruned_below(key) < wanted + half)
+    return _Bracket(low, max(low, high), 4 * half + MIN_SAMPLE)
+
+
+def _last_key_where(holds: Callable[[int], bool]) -> int:
+    """The last finite key that ``holds``, which is true up to some key and false from there on; the lowest if none."""
+    low, high = LOWEST_FINITE, HIGHEST_FINITE + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def _missed(search: Search, counts: Tensor) -> list[int]:
+    """Matrices, of whole pools, whose cut is not in their bracket, or that had too much inside it."""
+    below, inside = counts[:, _Scan.BELOW], counts[:, _Scan.INSIDE]
+    holds = (search.pruned_up_to(below) <= search.wanted) & (search.pruned_up_to(below + inside) >= search.wanted)
+    overflowed = torch.zeros_like(search.wanted).index_add_(0, search.pool_of, counts[:, _Scan.OVERFLOWED])
+    return (~holds | (overflowed > 0))[search.pool_of].nonzero().flatten().tolist()
+
+
+def _narrow(search: Search, found: Sequence[_Scan], counts: Tensor, shift: int, ranks: RankSums) -> None:
+    """Narrow every interval to one key. ``counts``: (num matrices, bins) over all ranks, of the first digit."""
+    search.narrow(counts, shift)
+    while shift:
+        width, shift = shift, max(0, shift - DIGIT_BITS)
+        local = []
+        for scan, low in zip(found, search.low.tolist(), strict=True):
+            scan.active = scan.active[(scan.active >= low) & (scan.active.long() < low + (1 << width))]
+            local.append(histogram(scan.active, low, shift, 1 << (width - shift)))
+        search.narrow(ranks.all_sum(torch.stack(local)), shift)
+
+
+def _decide_by_select(
+    again: list[int],
+    missed: list[int],
+    matrices: Sequence[MatrixKeys],
+    pools: Sequence[int],
+    bits: list[Tensor],
+    ranks: RankSums,
+    device: torch.device,
+) -> None:
+    """Redo some matrices by passes over all their keys: whole pools that missed, and matrices at their pool's most."""
+    kept_pools = sorted({pool for i in missed if (pool := matrices[i].pool) is not None})
+    chosen = []
+    for i in again:
+        pool = matrices[i].pool if i in missed else None
+        chosen.append(replace(matrices[i], pool=None if pool is None else kept_pools.index(pool)))
+    cuts = select(chosen, ranks, device, [pools[pool] for pool in kept_pools])
+    for i, cut in zip(again, cuts, strict=True):
+        keep = torch.empty(matrices[i].num_keys, dtype=torch.uint8, device=device)
+        position = 0
+        for keys in matrices[i].tiles():
+            kept, cut = cut.keep(keys.flatten())
+            keep[position : position + kept.numel()] = kept
+            position += kept.numel()
+        bits[i] = pack_shard(keep, -(-matrices[i].num_keys // 8))

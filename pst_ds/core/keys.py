@@ -1,0 +1,154 @@
+"""Importance scores as integers that sort like them, and what selection does with runs of such keys.
+
+A key is the int32 that orders like an fp32 score, with -0 equal to +0. On CPU the loops are native code
+(:mod:`pst_ds.core.native`); elsewhere, and without a compiler, torch gives the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.factors import Constants, TileFactors
+from pst_ds.core.native import library
+from pst_ds.core.scores import importance
+
+LOWEST_FINITE, HIGHEST_FINITE = -0x7F800000, 0x7F7FFFFF
+"""Keys of the smallest and the largest finite score."""
+_MORE_ROOM = 16
+"""The native loop writes whole vectors."""
+_NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def order_keys(scores: Tensor) -> Tensor:
+    """int32 keys that sort like the fp32 ``scores``, with -0 equal to +0."""
+    bits = scores.add(0.0).contiguous().view(torch.int32)  # -0.0 + 0.0 is +0.0
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def native_for(*tensors: Tensor):
+    """The native library when every one of ``tensors`` is on the CPU; else None."""
+    return library() if all(t.device.type == "cpu" for t in tensors) else None
+
+
+def score_keys(weight: Tensor, tile: TileFactors, constants: Constants, weight_scale: float = 1.0) -> Tensor:
+    """order_keys(importance(...)) of one rectangle, (rows, cols) int32: the same bits in whatever rectangle.
+
+    ``weight``: W0, (rows, cols). Fastest when rows of the weight, of V and of B are contiguous.
+    """
+    native = native_for(weight) if weight.dtype in _NATIVE_DTYPES and weight.stride(1) == 1 else None
+    if native is None:
+        return order_keys(importance(weight, tile, constants, weight_scale))
+    rows, cols = weight.shape
+    out = torch.empty(rows, cols, dtype=torch.int32)
+    numbers = torch.tensor([constants.beta, 1.0 / weight_scale, constants.alpha1], dtype=torch.float32)
+    by_row = None if tile.score_rows is None else (tile.score_rows * constants.alpha2).contiguous()
+    by_col = None if tile.score_cols is None else (tile.score_cols * constants.alpha2).contiguous()
+    update, kept_update = _product(tile.update_left, tile.update_right)
+    score, kept_score = _product(tile.score_left, tile.score_right)
+    native.pst_score_keys(
+        weight.data_ptr(), _NATIVE_DTYPES[weight.dtype], weight.stride(0), rows, cols, *update, *score,
+        _pointer(by_row), _pointer(by_col), numbers.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    del kept_update, kept_score  # alive until the call has returned
+    return out
+
+
+def _pointer(values: Tensor | None) -> int | None:
+    return None if values is None else values.data_ptr()
+
+
+def _product(left: Tensor | None, right: Tensor | None) -> tuple[tuple[int | None, int | None, int, int], tuple]:
+    """Arguments of a low-rank product for the native loop, and the tensors they point into."""
+    if left is None or right is None:
+        strides = torch.zeros(3, dtype=torch.int64)
+        return (None, None, 0, strides.data_ptr()), (strides,)
+    right = right if right.stride(1) == 1 else right.contiguous()
+    strides = torch.tensor([left.stride(0), left.stride(1), right.stride(0)], dtype=torch.int64)
+    return (left.data_ptr(), right.data_ptr(), right.shape[0], strides.data_ptr()), (left, right, strides)
+
+
+def keys_at(
+    weight: Tensor, rows: Tensor, cols: Tensor, tile: TileFactors, constants: Constants, weight_scale: float = 1.0
+) -> Tensor:
+    """Keys of single weights, (n,) int32: ``weight`` (n,) has W0 at (rows[i], cols[i]) of the rectangle of ``tile``."""
+
+    def at_rows(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[rows]
+
+    def at_cols(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[..., cols].unsqueeze(-1)
+
+    single = TileFactors(  # a column of n rectangles of one weight each
+        at_rows(tile.score_left), at_cols(tile.score_right), at_rows(tile.score_rows), at_cols(tile.score_cols),
+        at_rows(tile.update_left), at_cols(tile.update_right),
+    )  # fmt: skip
+    return order_keys(importance(weight.unsqueeze(1), single, constants, weight_scale)).squeeze(1)
+
+
+class Classifier:
+    """Sorts one matrix's keys into those above an interval, those below, and the few inside, which it remembers.
+
+    ``num_keys`` keys are to come, in rising order, through :meth:`take`. At most ``room`` keys inside are remembered;
+    ``overflowed`` says that there were more.
+    """
+
+    def __init__(self, num_keys: int, low: int, high: int, *, room: int, device: torch.device):
+        self.low, self.high = low, high
+        self.num_below = self.num_not_finite = 0
+        self._room, self._taken, self._num_inside = room, 0, 0
+        self._above = torch.empty(num_keys, dtype=torch.uint8, device=device)
+        self._keys = torch.empty(room + _MORE_ROOM, dtype=torch.int32, device=device)
+        self._index = torch.empty(room + _MORE_ROOM, dtype=torch.int32, device=device)
+
+    @property
+    def overflowed(self) -> bool:
+        return self._num_inside > self._room
+
+    def take(self, keys: Tensor) -> None:
+        """The next ``keys``, (n,) int32."""
+        stored = min(self._num_inside, self._room)
+        above = self._above[self._taken : self._taken + keys.numel()]
+        native = native_for(keys)
+        if native is not None and keys.is_contiguous():
+            counts = torch.zeros(3, dtype=torch.int64)
+            native.pst_classify(
+                keys.data_ptr(), keys.numel(), self.low, self.high, self._taken, above.data_ptr(),
+                self._keys[stored:].data_ptr(), self._index[stored:].data_ptr(), self._room - stored, counts.data_ptr(),
+            )  # fmt: skip
+            below, inside, not_finite = counts.tolist()
+        else:
+            above.copy_(keys > self.high)
+            index = ((keys >= self.low) & (keys <= self.high)).nonzero().flatten()
+            inside = index.numel()
+            fitting = index[: self._room - stored]
+            self._keys[stored : stored + fitting.numel()] = keys[fitting]
+            self._index[stored : stored + fitting.numel()] = (fitting + self._taken).int()
+            below = int((keys < self.low).sum())
+            not_finite = int(((keys < LOWEST_FINITE) | (keys > HIGHEST_FINITE)).sum())
+        self.num_below += below
+        self.num_not_finite += not_finite
+        self._num_inside += inside
+        self._taken += keys.numel()
+
+    def above(self) -> Tensor:
+        """uint8 0/1, (num_keys,): which keys are above the interval."""
+        assert self._taken == self._above.numel(), f"{self._taken} keys came, not {self._above.numel()}"
+        return self._above
+
+    def inside(self) -> tuple[Tensor, Tensor]:
+        """(keys, index among all keys) inside the interval, int32 (n,) each, in rising order of index; none of them
+        when ``overflowed``."""
+        stored = 0 if self.overflowed else self._num_inside
+        return self._keys[:stored].clone(), self._index[:stored].clone()
+
+
+def histogram(keys: Tensor, low: int, shift: int, bins: int) -> Tensor:
+    """Counts, (bins,) int64, of (key - low) >> shift for the keys in [low, low + (bins << shift))."""
+    native = native_for(keys)
+    if native is not None and keys.is_contiguous():
+        counts = torch.zeros(bins, dtype=torch.int64)
+        native.pst_histogram(keys.data_ptr(), keys.numel(), low, shift, bins, counts.data_ptr())
+        return counts
+    digits = (keys.flatten().long() - low) >> shift
+    return torch.bincount(digits[(digits >= 0) & (digits < bins)], minlength=bins)

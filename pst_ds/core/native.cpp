@@ -1,0 +1,284 @@
+// Loops of a mask update, as plain C functions for ctypes. Every function has a torch twin in core/keys.py with the same
+// results to the bit: multiplications and additions are rounded apart (-ffp-contract=off), in the same order.
+//
+// Scores become 32-bit keys that sort like them; -0 equals +0.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LANES = 16, CHUNK = 4;  // four vectors of columns at a time, of two rows: eight sums in registers
+typedef float floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t ints __attribute__((vector_size(LANES * 4)));
+typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
+
+template <class V, class T> inline V load(const T* from) {
+    V value;
+    std::memcpy(&value, from, sizeof(V));
+    return value;
+}
+
+inline float widen(float value) { return value; }
+inline float widen(uint16_t bf16) {
+    uint32_t bits = uint32_t(bf16) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+inline floats widen_many(const float* from) { return load<floats>(from); }
+inline floats widen_many(const uint16_t* from) {
+    typedef uint32_t words __attribute__((vector_size(LANES * 4)));
+    return floats(__builtin_convertvector(load<halves>(from), words) << 16);
+}
+
+inline int32_t key_of(float score) {
+    score += 0.0f;
+    int32_t bits;
+    std::memcpy(&bits, &score, 4);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+inline ints keys_of(floats scores) {
+    ints bits = ints(scores + 0.0f);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+// left @ right, a rank at a time: left is (rows, rank) with any strides, right (rank, cols) with rows one after another.
+struct Product {
+    const float *left, *right;
+    int64_t rank, left_row, left_rank, right_rank;
+    float scale;
+    float at(int64_t row, int64_t k) const {
+        float value = left[row * left_row + k * left_rank];
+        return scale == 1.0f ? value : value * scale;
+    }
+};
+
+template <int ROWS>
+inline void add_product(floats (&sum)[2][CHUNK], const Product& p, int64_t row, int64_t col) {
+    for (int64_t k = 0; k < p.rank; ++k) {
+        floats right[CHUNK];
+        for (int j = 0; j < CHUNK; ++j) right[j] = load<floats>(p.right + k * p.right_rank + col + j * LANES);
+        for (int r = 0; r < ROWS; ++r) {
+            float left = p.at(row + r, k);
+            for (int j = 0; j < CHUNK; ++j) sum[r][j] = sum[r][j] + left * right[j];
+        }
+    }
+}
+
+struct Terms {
+    Product update, score;
+    float inverse_scale;
+    const float *rows, *cols;  // R and C, multiplied by alpha2; null for none
+};
+
+template <int ROWS, class T>
+inline void chunk_keys(const T* weight, int64_t stride, int64_t row, int64_t col, const Terms& t, int32_t* out,
+                       int64_t out_stride) {
+    floats sum[2][CHUNK];
+    for (int r = 0; r < ROWS; ++r)
+        for (int j = 0; j < CHUNK; ++j) sum[r][j] = widen_many(weight + (row + r) * stride + col + j * LANES);
+    add_product<ROWS>(sum, t.update, row, col);
+    for (int r = 0; r < ROWS; ++r)
+        for (int j = 0; j < CHUNK; ++j) {
+            sum[r][j] = floats(ints(sum[r][j]) & 0x7fffffff);
+            if (t.inverse_scale != 1.0f) sum[r][j] = sum[r][j] * t.inverse_scale;
+        }
+    add_product<ROWS>(sum, t.score, row, col);
+    for (int r = 0; r < ROWS; ++r)
+        for (int j = 0; j < CHUNK; ++j) {
+            if (t.rows) sum[r][j] = sum[r][j] + t.rows[row + r];
+            if (t.cols) sum[r][j] = sum[r][j] + load<floats>(t.cols + col + j * LANES);
+            ints keys = keys_of(sum[r][j]);
+            std::memcpy(out + (row + r) * out_stride + col + j * LANES, &keys, sizeof keys);
+        }
+}
+
+template <class T> inline int32_t one_key(T weight, int64_t row, int64_t col, const Terms& t) {
+    float sum = widen(weight);
+    for (int64_t k = 0; k < t.update.rank; ++k)
+        sum = sum + t.update.at(row, k) * t.update.right[k * t.update.right_rank + col];
+    sum = __builtin_fabsf(sum);
+    if (t.inverse_scale != 1.0f) sum = sum * t.inverse_scale;
+    for (int64_t k = 0; k < t.score.rank; ++k)
+        sum = sum + t.score.at(row, k) * t.score.right[k * t.score.right_rank + col];
+    if (t.rows) sum = sum + t.rows[row];
+    if (t.cols) sum = sum + t.cols[col];
+    return key_of(sum);
+}
+
+template <class T>
+void rect_keys(const T* weight, int64_t stride, int64_t rows, int64_t cols, const Terms& t, int32_t* out) {
+    constexpr int64_t step = LANES * CHUNK;
+    int64_t whole = cols / step * step, row = 0;
+    for (; row + 2 <= rows; row += 2)
+        for (int64_t col = 0; col < whole; col += step) chunk_keys<2>(weight, stride, row, col, t, out, cols);
+    for (; row < rows; ++row)
+        for (int64_t col = 0; col < whole; col += step) chunk_keys<1>(weight, stride, row, col, t, out, cols);
+    for (row = 0; row < rows; ++row)
+        for (int64_t col = whole; col < cols; ++col)
+            out[row * cols + col] = one_key(weight[row * stride + col], row, col, t);
+}
+
+// The keys in [low, high] and their index, without a branch a key; up to LANES more of each are written.
+void collect(const int32_t* keys, int64_t start, int64_t stop, int32_t low, int32_t high, int64_t first,
+             int32_t* inside_keys, uint32_t* inside_index) {
+    int64_t at = 0, i = start;
+#ifdef __AVX512F__
+    const __m512i lows = _mm512_set1_epi32(low), highs = _mm512_set1_epi32(high);
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (; i + LANES <= stop; i += LANES) {
+        const __m512i values = _mm512_loadu_si512(keys + i);
+        const __mmask16 in = _mm512_cmpge_epi32_mask(values, lows) & _mm512_cmple_epi32_mask(values, highs);
+        const __m512i index = _mm512_add_epi32(lanes, _mm512_set1_epi32(int32_t(first + i)));
+        _mm512_storeu_si512(inside_keys + at, _mm512_maskz_compress_epi32(in, values));
+        _mm512_storeu_si512(inside_index + at, _mm512_maskz_compress_epi32(in, index));
+        at += __builtin_popcount(in);
+    }
+#endif
+    for (; i < stop; ++i) {
+        inside_keys[at] = keys[i];
+        inside_index[at] = uint32_t(first + i);
+        at += (keys[i] >= low) & (keys[i] <= high);
+    }
+}
+
+uint64_t splitmix64(uint64_t x) {
+    x *= 0x9E3779B97F4A7C15ull;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+    return x ^ (x >> 31);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Keys of a rectangle of weights, (rows, cols) one after another. Constants are {update scale, 1 / |W| scale, score
+// scale}; of a product's strides, {left row, left rank, right rank}.
+void pst_score_keys(const void* weight, int64_t is_bf16, int64_t stride, int64_t rows, int64_t cols,
+                    const float* update_left, const float* update_right, int64_t update_rank, const int64_t* update_strides,
+                    const float* score_left, const float* score_right, int64_t score_rank, const int64_t* score_strides,
+                    const float* score_rows, const float* score_cols, const float* constants, int32_t* out) {
+    Terms t{{update_left, update_right, update_rank, update_strides[0], update_strides[1], update_strides[2], constants[0]},
+            {score_left, score_right, score_rank, score_strides[0], score_strides[1], score_strides[2], constants[2]},
+            constants[1], score_rows, score_cols};
+    if (is_bf16) rect_keys(static_cast<const uint16_t*>(weight), stride, rows, cols, t, out);
+    else rect_keys(static_cast<const float*>(weight), stride, rows, cols, t, out);
+}
+
+// keep[i] = keys[i] > high; the keys in [low, high] also go to (inside_keys, inside_index) with index first + i while
+// there is room, and up to LANES more of each. counts += {below low, inside, not finite}. Returns how many were inside, stored or not.
+int64_t pst_classify(const int32_t* keys, int64_t n, int32_t low, int32_t high, int64_t first, uint8_t* keep,
+                     int32_t* inside_keys, uint32_t* inside_index, int64_t room, int64_t* counts) {
+    constexpr int32_t INFINITE = 0x7f800000;
+    constexpr int64_t STEP = 256;
+    int64_t below = 0, not_finite = 0, inside = 0;
+    for (int64_t start = 0; start < n; start += STEP) {
+        int64_t stop = std::min(start + STEP, n);
+        int32_t small = 0, bad = 0, between = 0;
+        for (int64_t i = start; i < stop; ++i) {
+            int32_t key = keys[i];
+            keep[i] = key > high;
+            small += key < low;
+            between += (key >= low) & (key <= high);
+            bad += (key >= INFINITE) | (key <= -INFINITE - 1);
+        }
+        below += small;
+        not_finite += bad;
+        if (!between) continue;
+        if (inside + between <= room) collect(keys, start, stop, low, high, first, inside_keys + inside, inside_index + inside);
+        inside += between;
+    }
+    counts[0] += below;
+    counts[1] += inside;
+    counts[2] += not_finite;
+    return inside;
+}
+
+// counts[(key - low) >> shift] += 1 for every key in [low, low + (bins << shift)).
+void pst_histogram(const int32_t* keys, int64_t n, int64_t low, int64_t shift, int64_t bins, int64_t* counts) {
+    for (int64_t i = 0; i < n; ++i) {
+        int64_t digit = (int64_t(keys[i]) - low) >> shift;
+        if (digit >= 0 && digit < bins) ++counts[digit];
+    }
+}
+
+// Of every group of m keys (stride apart; `groups` runs of `stride` groups), prune the `prune` smallest, the first of equals.
+void pst_keep_n_of_m(const int32_t* keys, int64_t groups, int64_t m, int64_t stride, int64_t prune, uint8_t* keep) {
+    for (int64_t g = 0; g < groups; ++g) {
+        const int32_t* base = keys + g * m * stride;
+        uint8_t* out = keep + g * m * stride;
+        for (int64_t c = 0; c < stride; ++c)
+            for (int64_t i = 0; i < m; ++i) {
+                int64_t smaller = 0;
+                int32_t own = base[i * stride + c];
+                for (int64_t j = 0; j < i; ++j) smaller += base[j * stride + c] <= own;
+                for (int64_t j = i + 1; j < m; ++j) smaller += base[j * stride + c] < own;
+                out[i * stride + c] = smaller >= prune;
+            }
+    }
+}
+
+// Of every row prune the `prune` smallest keys, the first of equals.
+void pst_keep_in_rows(const int32_t* keys, int64_t rows, int64_t cols, int64_t prune, uint8_t* keep) {
+    std::vector<int32_t> sorted(cols);
+    for (int64_t row = 0; row < rows; ++row, keys += cols, keep += cols) {
+        if (prune <= 0) {
+            std::memset(keep, 1, cols);
+            continue;
+        }
+        std::copy(keys, keys + cols, sorted.begin());
+        std::nth_element(sorted.begin(), sorted.begin() + (prune - 1), sorted.end());
+        int32_t threshold = sorted[prune - 1];
+        int64_t below = 0;
+        for (int64_t i = 0; i < cols; ++i) {
+            below += keys[i] < threshold;
+            keep[i] = keys[i] > threshold;
+        }
+        int64_t ties = prune - below;  // the first of these go; later equals stay
+        for (int64_t i = 0; i < cols; ++i)
+            if (keys[i] == threshold && ties-- <= 0) keep[i] = 1;
+    }
+}
+
+void pst_set_bits(uint8_t* bits, const uint32_t* index, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) bits[index[i] >> 3] |= uint8_t(1u << (index[i] & 7));
+}
+
+// Bits that differ, and bits that are set in `after`: {differ, set}.
+void pst_count_bits(const uint8_t* before, const uint8_t* after, int64_t n, int64_t* counts) {
+    int64_t differ = 0, set = 0, i = 0;
+    for (; i + 8 <= n; i += 8) {
+        uint64_t a = load<uint64_t>(before + i), b = load<uint64_t>(after + i);
+        differ += __builtin_popcountll(a ^ b);
+        set += __builtin_popcountll(b);
+    }
+    for (; i < n; ++i) {
+        differ += __builtin_popcount(before[i] ^ after[i]);
+        set += __builtin_popcount(after[i]);
+    }
+    counts[0] = differ;
+    counts[1] = set;
+}
+
+// The checksum of core/bits.py over `count` bits, the first of which is bit `start` of the whole mask.
+uint64_t pst_checksum(const uint8_t* bits, int64_t count, int64_t start, int64_t seed) {
+    uint64_t total = 0;
+    int64_t lead = start & 7, num_bytes = (count + 7) / 8, last = (start + count + 7) / 8;
+    for (int64_t byte = start / 8; byte < last; ++byte) {
+        int64_t own = byte - start / 8;  // the whole mask's byte is made of bits of our bytes own - 1 and own
+        uint32_t low = own < num_bytes ? bits[own] : 0, before = own > 0 ? bits[own - 1] : 0;
+        uint64_t value = ((low << lead) | (before >> (8 - lead))) & 0xff;
+        total += value * splitmix64(uint64_t(byte) + uint64_t(seed) + 1);
+    }
+    return total;
+}
+
+}  // extern "C"

@@ -1,0 +1,109 @@
+"""Weights around a rank's own shard, fetched from the ranks that have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pst_ds.parallel import zero3
+
+Range = tuple[int, int]
+Widen = Callable[[int, int], Range]
+"""From a rank's shard [start, stop) to the flat range it needs, which holds the shard; rising with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Halo:
+    """Flat values right before and right after this rank's shard; both may be empty."""
+
+    before: Tensor
+    after: Tensor
+
+
+def fetch_halos(params: Sequence[nn.Parameter], widen: Sequence[Widen]) -> list[Halo]:
+    """What this rank lacks of the range that ``widen[i]`` makes of its shard of ``params[i]``.
+
+    Collective over the ranks that ZeRO-3 splits them over: one all-to-all for all of them; free when nothing is split.
+    Every rank works out from the sizes alone who sends what to whom.
+    """
+    nothing = [Halo(values[:0], values[:0]) for values in (zero3.shard_of(p).values for p in params)]
+    if not params or zero3.num_shards(params[0]) == 1:
+        return nothing
+    incoming = sorted(piece for i, p in enumerate(params) for piece in _incoming(i, p, widen[i]))
+    outgoing = sorted(piece for i, p in enumerate(params) for piece in _outgoing(i, p, widen[i]))
+    received = iter(_exchange(params, incoming, outgoing))
+    before: list[list[Tensor]] = [[] for _ in params]
+    after: list[list[Tensor]] = [[] for _ in params]
+    for (sender, i, _, _), values in zip(incoming, received, strict=True):  # by rank, so by rising flat index
+        (before if sender < zero3.shard_index(params[i]) else after)[i].append(values)
+    return [
+        Halo(torch.cat([n.before, *b]), torch.cat([n.after, *a]))
+        for n, b, a in zip(nothing, before, after, strict=True)
+    ]
+
+
+Piece = tuple[int, int, int, int]
+"""(the other rank, which parameter, first and last flat index + 1)"""
+
+
+def _incoming(i: int, param: nn.Parameter, widen: Widen) -> Iterator[Piece]:
+    own = zero3.shard_index(param)
+    start, stop = _shard_range(param, own)
+    wide = widen(start, stop)
+    assert wide[0] <= start <= stop <= wide[1], f"{wide} does not hold [{start}, {stop})"
+    for other in _ranks_of(param, wide):
+        theirs = _shard_range(param, other)
+        if other != own:
+            yield other, i, max(theirs[0], wide[0]), min(theirs[1], wide[1])
+
+
+def _outgoing(i: int, param: nn.Parameter, widen: Widen) -> Iterator[Piece]:
+    own = zero3.shard_index(param)
+    start, stop = _shard_range(param, own)
+    for others in (range(own - 1, -1, -1), range(own + 1, zero3.num_shards(param))):
+        for other in others:
+            wide = widen(*_shard_range(param, other))
+            a, b = max(start, wide[0]), min(stop, wide[1])
+            if a >= b:
+                break  # ranks further off need none of it either
+            yield other, i, a, b
+
+
+def _shard_range(param: nn.Parameter, rank: int) -> Range:
+    numel = zero3.full_numel(param)
+    share = -(-numel // zero3.num_shards(param))
+    return min(rank * share, numel), min((rank + 1) * share, numel)
+
+
+def _ranks_of(param: nn.Parameter, wanted: Range) -> range:
+    """Ranks whose shards meet the flat range ``wanted``."""
+    share = -(-zero3.full_numel(param) // zero3.num_shards(param))
+    return range(wanted[0] // share, -(-wanted[1] // share) if wanted[1] > wanted[0] else wanted[0] // share)
+
+
+def _exchange(params: Sequence[nn.Parameter], incoming: list[Piece], outgoing: list[Piece]) -> list[Tensor]:
+    """Send the ``outgoing`` pieces of this rank's shards; returns the ``incoming`` ones. Bytes travel, so any dtype."""
+    group, world = zero3.process_group(params[0]), zero3.num_shards(params[0])
+    home = zero3.shard_of(params[0]).values.device
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else home
+
+    def bytes_by_rank(pieces: list[Piece]) -> list[int]:
+        total = [0] * world
+        for other, i, start, stop in pieces:
+            total[other] += (stop - start) * params[i].element_size()
+        return total
+
+    send = [torch.empty(0, dtype=torch.uint8, device=device)]
+    for _, i, start, stop in outgoing:
+        shard = zero3.shard_of(params[i])
+        send.append(shard.values[start - shard.start : stop - shard.start].contiguous().view(torch.uint8).to(device))
+    into, out_of = bytes_by_rank(incoming), bytes_by_rank(outgoing)
+    received = torch.empty(sum(into), dtype=torch.uint8, device=device)
+    dist.all_to_all_single(received, torch.cat(send), into, out_of, group=group)
+    pieces = received.to(home).split([(stop - start) * params[i].element_size() for _, i, start, stop in incoming])
+    dtypes = [zero3.shard_of(params[i]).values.dtype for _, i, _, _ in incoming]
+    return [piece.clone().view(dtype) for piece, dtype in zip(pieces, dtypes, strict=True)]

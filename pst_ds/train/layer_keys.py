@@ -1,0 +1,154 @@
+"""Keys of one layer's weights on this rank, in the units of its pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.factors import Factors, tile_factors
+from pst_ds.core.keys import keys_at, score_keys
+from pst_ds.core.layout import Block, Rect, shard_tiles, view_in_shard
+from pst_ds.core.patterns import block_keys, loss_keys, unit_tiles
+from pst_ds.nn.linear import PSTLinear
+from pst_ds.parallel import zero3
+from pst_ds.parallel.halo import Halo
+
+TILE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}
+"""Weights scored at a time: on a CPU the tile's keys stay in a core's cache."""
+UNIT_CACHE_BYTES = 256 << 20
+"""Keys of a layer's units of many weights are kept between passes while they fit in here."""
+
+
+class LayerKeys:
+    """One layer's weights on this rank, with what is around them, and the whole fp32 masters of its factors."""
+
+    def __init__(self, name: str, layer: PSTLinear, factors: Factors, halo: Halo | None = None):
+        self.name, self.layer, self.layout = name, layer, layer.layout
+        self.rule, self.pattern = layer.rule, layer.rule.pattern
+        shard = zero3.shard_of(layer.weight)
+        self.start, self.stop = shard.start, shard.start + shard.values.numel()
+        self._weight, self._halo = shard.values, halo
+        self.unit = self.pattern.unit(self.layout)
+        self.region = self.pattern.aligned(self.layout, self.start, self.stop)
+        self._factors = _with_contiguous_columns(factors) if self.layout.transposed else factors
+        self._unit_keys: dict[int, list[Tensor]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self._weight.device
+
+    @property
+    def row_length(self) -> int:
+        return self.layout.shape[1]
+
+    @property
+    def matrices(self) -> tuple[Block, ...]:
+        return self.layout.blocks()
+
+    def rects(self, matrix: Block) -> Iterator[Rect]:
+        """The part of ``matrix`` that holds this rank's units, in rectangles of whole units, in rising order."""
+        size = TILE_ELEMENTS.get(self.device.type, TILE_ELEMENTS["cuda"])
+        yield from unit_tiles(matrix.rect, self.unit, self.row_length, *self.region, size)
+
+    def keys(self, matrix: Block, rect: Rect) -> Tensor:
+        """Keys of single weights, (rows, cols) int32, of a rectangle of ``matrix``."""
+        tile = tile_factors(self._factors, self.layout, matrix, rect)
+        return score_keys(self._values(rect), tile, self.layer.constants, self.layer.weight_scales[matrix.part])
+
+    def weight_keys(self, matrix: Block) -> Iterator[Tensor]:
+        """This rank's keys of ``matrix`` where every weight is a unit."""
+        for rect in self.rects(matrix):
+            yield self.keys(matrix, rect)
+
+    def unit_keys(self, matrix: Block, prune: int) -> Iterator[Tensor]:
+        """Keys of units of many weights: of blocks, or of N:M groups that would lose ``prune`` weights."""
+        if matrix.part in self._unit_keys:
+            yield from self._unit_keys[matrix.part]
+            return
+        found: list[Tensor] | None = (
+            [] if self.num_units(matrix) * 4 <= UNIT_CACHE_BYTES // len(self.matrices) else None
+        )
+        for rect in self.rects(matrix):
+            keys = self.keys(matrix, rect)
+            keys = block_keys(keys, self.unit) if self.pattern.kind == "block" else loss_keys(keys, self.unit, prune)
+            if found is not None:
+                found.append(keys)
+            yield keys
+        if found is not None:
+            self._unit_keys[matrix.part] = found
+
+    def num_units(self, matrix: Block) -> int:
+        """Units in :meth:`rects`, those that other ranks count included."""
+        return sum(rect.numel for rect in self.rects(matrix)) // (self.unit[0] * self.unit[1])
+
+    def own_units(self, matrix: Block) -> tuple[int, int]:
+        """First and last + 1 among the units of :meth:`rects` of those that begin in this rank's shard."""
+        return self._units_before(matrix, self.start), self._units_before(matrix, self.stop)
+
+    def _units_before(self, matrix: Block, index: int) -> int:
+        """How many of the units begin before the flat ``index``."""
+        (rows, cols), length, count = self.unit, self.row_length, 0
+        for rect in self.rects(matrix):
+            across = (rect.c1 - rect.c0) // cols
+            for first in range(rect.r0 * length + rect.c0, rect.r1 * length + rect.c0, rows * length):
+                count += min(max(0, -(-(index - first) // cols)), across)
+        return count
+
+    def sample(self, matrix: Block, positions: Tensor) -> Tensor:
+        """Keys, int32, of the weights at ``positions`` (int64, among the matrix's in storage order); 0 for those of
+        other ranks."""
+        rect = matrix.rect
+        rows, cols = positions // (rect.c1 - rect.c0), positions % (rect.c1 - rect.c0)
+        flat = (rows + rect.r0) * self.row_length + cols + rect.c0
+        here = ((flat >= self.start) & (flat < self.stop)).nonzero().flatten()
+        keys = torch.zeros(positions.numel(), dtype=torch.int32, device=self.device)
+        if here.numel():
+            rows, cols, flat = (t[here].to(self.device) for t in (rows, cols, flat))
+            tile = tile_factors(self._factors, self.layout, matrix, rect)
+            scale = self.layer.weight_scales[matrix.part]
+            values = self._weight[flat - self.start]
+            keys[here.to(self.device)] = keys_at(values, rows, cols, tile, self.layer.constants, scale)
+        return keys
+
+    def write_own(self, keep: Tensor, rect: Rect, kept: Tensor) -> None:
+        """Copy the part of ``kept`` (rows, cols of ``rect``) that is this rank's into ``keep``, its shard's mask."""
+        for own in shard_tiles(rect, self.row_length, self.start, self.stop, 1 << 62):
+            part = kept[own.r0 - rect.r0 : own.r1 - rect.r0, own.c0 - rect.c0 : own.c1 - rect.c0]
+            view_in_shard(keep, own, self.row_length, self.start).copy_(part)
+
+    def _values(self, rect: Rect) -> Tensor:
+        """W0 of a rectangle, (rows, cols): a view of the shard, or put together with what is around it."""
+        first = rect.r0 * self.row_length + rect.c0
+        last = (rect.r1 - 1) * self.row_length + rect.c1
+        if self.start <= first and last <= self.stop:
+            return view_in_shard(self._weight, rect, self.row_length, self.start)
+        if last - first > 2 * rect.numel:  # a few columns of a tall matrix
+            return view_in_shard(self._whole_region, rect, self.row_length, self.region[0])
+        return view_in_shard(self._region(first, last), rect, self.row_length, first)
+
+    @cached_property
+    def _whole_region(self) -> Tensor:
+        return self._region(*self.region)
+
+    def _region(self, first: int, last: int) -> Tensor:
+        """Flat weights [first, last) of the region, copied together."""
+        assert self._halo is not None, f"{self.name} needs weights of other ranks"
+        begin, before = self.region[0], self._halo.before
+        pieces = [
+            before[max(0, first - begin) : max(0, last - begin)],
+            self._weight[max(0, first - self.start) : max(0, last - self.start)],
+            self._halo.after[max(0, first - self.stop) : max(0, last - self.stop)],
+        ]
+        return torch.cat(pieces)
+
+
+def _with_contiguous_columns(factors: Factors) -> Factors:
+    """A Conv1D's A, U lie transposed under its weight: make their transposes contiguous, once for all tiles."""
+
+    def columns(by_output: Tensor | None) -> Tensor | None:
+        return None if by_output is None else by_output.t().contiguous().t()
+
+    return Factors(columns(factors.A), factors.B, factors.R, factors.C, columns(factors.U), factors.V)

@@ -1,0 +1,205 @@
+"""Selection in one pass: the same cut as a stable sort, whatever the sample says and however the keys are spread."""
+
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pst_ds.core import bracket
+from pst_ds.core.bits import unpack_shard
+from pst_ds.core.bracket import sample_positions, sample_size, select_bits
+from pst_ds.core.keys import order_keys
+from pst_ds.core.select import MatrixKeys, NonFiniteScoreError, RankSums
+
+PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+class Ranks:
+    """Collectives between threads of one process."""
+
+    def __init__(self, world):
+        self.num_exchanges = [0] * world
+        self._slots = [torch.empty(0)] * world
+        self._barrier = threading.Barrier(world, timeout=60)
+
+    def _exchange(self, rank, value):
+        self.num_exchanges[rank] += 1
+        self._slots[rank] = value.clone()
+        self._barrier.wait()
+        everyone = torch.stack(self._slots)
+        self._barrier.wait()
+        return everyone
+
+    def run(self, work):
+        def guarded(rank):
+            sums = RankSums(lambda v: self._exchange(rank, v).sum(0), lambda v: self._exchange(rank, v)[:rank].sum(0))
+            try:
+                return work(rank, sums)
+            except NonFiniteScoreError as error:
+                return error
+            except BaseException:
+                self._barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(len(self._slots)) as pool:
+            return list(pool.map(guarded, range(len(self._slots))))
+
+
+def tiles_of(keys, size):
+    yield from keys.split(size) if keys.numel() else ()
+
+
+def selected(matrices, counts, world, *, pools=(), pool_of=None, tile=50):
+    """Whole keep masks of ``matrices`` (flat fp32 scores), each cut evenly over ranks; and the exchanges of a rank."""
+    ranks = Ranks(world)
+
+    def work(rank, sums):
+        own = []
+        for i, (scores, count) in enumerate(zip(matrices, counts, strict=True)):
+            share = -(-scores.numel() // world)
+            start, stop = min(rank * share, scores.numel()), min((rank + 1) * share, scores.numel())
+            keys = order_keys(scores[start:stop])
+
+            def sample(at, keys=keys, start=start, stop=stop):
+                found = torch.zeros(at.numel(), dtype=torch.int32)
+                here = (at >= start) & (at < stop)
+                found[here] = keys[at[here] - start]
+                return found
+
+            pool = None if pool_of is None else pool_of[i]
+            tiles = partial(tiles_of, keys, tile)
+            sizes = {"num_keys": keys.numel(), "num_in_all": scores.numel()}
+            own.append(MatrixKeys(count, tiles, pool, **sizes, sample=sample))
+        found = select_bits(own, sums, None, pools)
+        return [unpack_shard(bits, m.num_keys) for bits, m in zip(found, own, strict=True)]
+
+    by_rank = ranks.run(work)
+    if any(isinstance(r, NonFiniteScoreError) for r in by_rank):
+        return by_rank, ranks.num_exchanges
+    return [torch.cat(pieces).bool() for pieces in zip(*by_rank, strict=True)], ranks.num_exchanges
+
+
+def stable(scores, count):
+    keep = torch.ones(scores.numel(), dtype=torch.bool)
+    keep[np.argsort(scores.double().numpy(), kind="stable")[:count].copy()] = False
+    return keep
+
+
+def greedy(matrices, most, total):
+    """Of all scores in rising order (of equals the first matrix's lowest index first), prune unless at most."""
+    keep = [torch.ones(m.numel(), dtype=torch.bool) for m in matrices]
+    left = list(most)
+    for _, i, j in sorted((s, i, j) for i, m in enumerate(matrices) for j, s in enumerate(m.tolist())):
+        if total and left[i]:
+            keep[i][j] = False
+            left[i] -= 1
+            total -= 1
+    return keep
+
+
+def random_scores(numel, seed, distinct=None):
+    generator = torch.Generator().manual_seed(seed)
+    if distinct is None:
+        return torch.randn(numel, generator=generator)
+    return torch.randint(0, distinct, (numel,), generator=generator).float() - distinct // 2
+
+
+@pytest.fixture
+def small_samples(monkeypatch):
+    """Brackets from a few keys, so that a bracket is narrower than a small matrix."""
+    monkeypatch.setattr(bracket, "MIN_SAMPLE", 64)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("distinct", [None, 1, 3, 500])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 0.9999])
+def test_it_prunes_what_a_stable_sort_does(small_samples, world, distinct, sparsity):
+    matrices = [random_scores(n, n, distinct) for n in (5000, 1, 700, 64)]
+    counts = [math.floor(sparsity * m.numel()) for m in matrices]
+    masks, _ = selected(matrices, counts, world)
+    for scores, count, mask in zip(matrices, counts, masks, strict=True):
+        assert torch.equal(mask, stable(scores, count))
+
+
+def test_the_number_of_exchanges_does_not_depend_on_the_number_of_matrices(small_samples):
+    few = selected([random_scores(3000, 1)], [1500], 2)[1]
+    many = selected([random_scores(3000, seed) for seed in range(20)], [1500] * 20, 2)[1]
+    assert few == many
+    assert many[0] <= 6
+
+
+@pytest.mark.parametrize(("low", "high", "most_inside"), [(-9, -5, 9999), (5, 9, 9999), (-1, 1, 3), (-0.1, 0.1, 9999)])
+def test_a_bracket_that_misses_changes_nothing(monkeypatch, low, high, most_inside):
+    """Below the cut, above it, with too many keys inside, and right for a few of the matrices."""
+    low, high = order_keys(torch.tensor([low, high])).tolist()
+    monkeypatch.setattr(bracket, "_matrix_bracket", lambda *_: bracket._Bracket(low, high, most_inside))
+    matrices = [random_scores(4000, seed) for seed in range(6)]
+    counts = [int(4000 * s) for s in (0.1, 0.3, 0.5, 0.7, 0.9, 0.95)]
+    masks, _ = selected(matrices, counts, 2)
+    for scores, count, mask in zip(matrices, counts, masks, strict=True):
+        assert torch.equal(mask, stable(scores, count))
+
+
+def test_scores_in_rising_order_over_the_ranks(small_samples):
+    """All of the keys inside the bracket lie on one rank."""
+    scores = torch.linspace(-1, 1, 6000)
+    masks, _ = selected([scores], [4444], 3)
+    assert torch.equal(masks[0], stable(scores, 4444))
+
+
+@PROPERTY
+@given(sizes=st.lists(st.integers(1, 120), min_size=1, max_size=4), world=st.integers(1, 3), share=st.floats(0, 1),
+       most_share=st.floats(0.3, 1), distinct=st.sampled_from([None, 2, 7]), seed=st.integers(0, 10**6))  # fmt: skip
+def test_a_pool_prunes_the_smallest_of_all_its_matrices(sizes, world, share, most_share, distinct, seed):
+    matrices = [random_scores(n, seed + i, distinct) * (1 + i) for i, n in enumerate(sizes)]
+    most = [math.ceil(most_share * n) for n in sizes]
+    total = math.floor(share * sum(most))
+    masks, _ = selected(matrices, most, world, pools=[total], pool_of=[0] * len(sizes))
+    for mask, expected in zip(masks, greedy(matrices, most, total), strict=True):
+        assert torch.equal(mask, expected)
+
+
+def test_pools_and_single_matrices_side_by_side(small_samples):
+    matrices = [random_scores(2000, 1), random_scores(2000, 2) * 5, random_scores(2000, 3)]
+    masks, exchanges = selected(matrices, [1900, 700, 1900], 2, pools=[2600], pool_of=[0, None, 0])
+    alone = greedy([matrices[0], matrices[2]], [1900, 1900], 2600)
+    assert torch.equal(masks[0], alone[0])
+    assert torch.equal(masks[2], alone[1])
+    assert torch.equal(masks[1], stable(matrices[1], 700))
+    assert exchanges[0] <= 6
+
+
+def test_a_pool_with_a_matrix_at_its_most(small_samples):
+    matrices = [random_scores(3000, 1) * 0.01, random_scores(3000, 2), random_scores(3000, 3)]
+    masks, _ = selected(matrices, [1000, 3000, 3000], 2, pools=[4500], pool_of=[0, 0, 0])
+    for mask, expected in zip(masks, greedy(matrices, [1000, 3000, 3000], 4500), strict=True):
+        assert torch.equal(mask, expected)
+    assert int((~masks[0]).sum()) == 1000
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_not_finite_scores_are_refused_on_every_rank_by_matrix(bad):
+    matrices = [random_scores(100, seed) for seed in range(3)]
+    matrices[1][99] = bad
+    errors, _ = selected(matrices, [50] * 3, 3)
+    assert [error.matrices for error in errors] == [[1]] * 3
+
+
+@PROPERTY
+@given(numel=st.integers(0, 10**7))
+def test_one_sample_of_every_stratum(numel):
+    at = sample_positions(numel)
+    assert at.numel() == sample_size(numel)
+    if numel:
+        stratum = at.double() * at.numel() / numel
+        assert bool((at[1:] > at[:-1]).all())
+        assert int(at[0]) >= 0
+        assert int(at[-1]) < numel
+        assert bool(((stratum - torch.arange(at.numel())) > -1).all())
+        assert bool(((stratum - torch.arange(at.numel())) < 1 + at.numel() / numel).all())

@@ -1,0 +1,148 @@
+"""Keys of scores: native loops and their torch twins give the same bits, and keys sort as scores do."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pst_ds.core import bits, keys, native
+from pst_ds.core.factors import Constants, TileFactors
+from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, histogram, keys_at, order_keys, score_keys
+from pst_ds.core.scores import importance
+
+PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    """Run a function a second time in torch alone."""
+
+    def run(function):
+        with monkeypatch.context() as patch:
+            patch.setattr(keys, "library", lambda: None)
+            patch.setattr(bits, "library", lambda: None)
+            return function()
+
+    return run
+
+
+def require_native():
+    assert native.library() is not None, "the tests need the C++ compiler that torch's own extensions need"
+
+
+def tile(rows, cols, seed, score_rank=3, update_rank=2, structured=True, transposed=False):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def pair(rank):
+        if not rank:
+            return None, None
+        if transposed:
+            return random(rank, rows).t(), random(cols, rank).t()
+        return random(rows, rank), random(rank, cols)
+
+    structured_terms = (random(rows), random(cols)) if structured else (None, None)
+    return TileFactors(*pair(score_rank), *structured_terms, *pair(update_rank))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 64), (2, 63), (3, 65), (5, 200), (4, 128)])
+@pytest.mark.parametrize("options", [{}, {"score_rank": 0}, {"update_rank": 0}, {"structured": False},
+                                     {"transposed": True, "score_rank": 8, "update_rank": 8}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(("constants", "scale"), [(Constants(), 1.0), (Constants(0.3, 0.7, 1.7), 0.0123)])
+def test_native_score_keys_are_those_of_importance_to_the_bit(dtype, shape, options, constants, scale):
+    require_native()
+    weight = torch.randn(shape[0], shape[1] + 3, generator=torch.Generator().manual_seed(1)).to(dtype)[:, 1:-2]
+    terms = tile(*shape, seed=2, **options)
+    expected = order_keys(importance(weight, terms, constants, scale))
+    assert torch.equal(score_keys(weight, terms, constants, scale), expected)
+
+
+def test_keys_at_are_the_rectangles_keys():
+    weight, terms = torch.randn(7, 33), tile(7, 33, seed=3)
+    whole = score_keys(weight, terms, Constants(0.5, 2.0, 0.1), 0.2)
+    rows, cols = torch.tensor([0, 6, 3, 3]), torch.tensor([32, 0, 5, 5])
+    assert torch.equal(keys_at(weight[rows, cols], rows, cols, terms, Constants(0.5, 2.0, 0.1), 0.2), whole[rows, cols])
+
+
+def test_zeros_have_one_key_and_not_finite_ones_lie_outside():
+    found = order_keys(torch.tensor([0.0, -0.0, torch.finfo(torch.float32).max, torch.finfo(torch.float32).min]))
+    assert found.tolist() == [0, 0, HIGHEST_FINITE, LOWEST_FINITE]
+    bad = order_keys(torch.tensor([float("inf"), float("-inf"), float("nan"), -float("nan")]))
+    assert all(key > HIGHEST_FINITE or key < LOWEST_FINITE for key in bad.tolist())
+
+
+int32s = st.integers(-(2**31), 2**31 - 1)
+
+
+@PROPERTY
+@given(values=st.lists(int32s | st.integers(-5, 5), max_size=700),
+       bounds=st.tuples(int32s | st.integers(-5, 5), int32s), room=st.integers(0, 800),
+       tile_size=st.integers(1, 300))  # fmt: skip
+def test_classifier_sorts_keys_about_the_interval(values, bounds, room, tile_size):
+    low, high = min(bounds), max(bounds)
+    array = np.array(values, dtype=np.int64)
+    inside = (array >= low) & (array <= high)
+    for use_native in (True, False):
+        sorter = Classifier(len(values), low, high, room=room, device=CPU)
+        held = keys.library
+        keys.library = held if use_native else lambda: None
+        try:
+            for part in torch.from_numpy(array.astype(np.int32)).split(tile_size) if values else ():
+                sorter.take(part)
+        finally:
+            keys.library = held
+        assert sorter.above().bool().tolist() == (array > high).tolist()
+        assert sorter.num_below == int((array < low).sum())
+        assert sorter.num_not_finite == int(((array < LOWEST_FINITE) | (array > HIGHEST_FINITE)).sum())
+        assert sorter.overflowed == (int(inside.sum()) > room)
+        if not sorter.overflowed:
+            found, index = sorter.inside()
+            assert index.tolist() == inside.nonzero()[0].tolist()
+            assert found.tolist() == array[inside].tolist()
+
+
+@PROPERTY
+@given(values=st.lists(int32s, max_size=300), low=int32s, shift=st.integers(0, 21))
+def test_histogram_counts_digits(values, low, shift):
+    expected = np.zeros(64, dtype=np.int64)
+    for value in values:
+        if 0 <= (digit := (value - low) >> shift) < 64:
+            expected[digit] += 1
+    sample = torch.tensor(values, dtype=torch.int32)
+    assert histogram(sample, low, shift, 64).tolist() == expected.tolist()
+
+
+def test_torch_twins_of_the_bit_loops(without_native):
+    require_native()
+    generator = torch.Generator().manual_seed(5)
+    before, after = (torch.randint(0, 256, (37,), generator=generator, dtype=torch.uint8) for _ in range(2))
+    assert bits.count_bits(before, after) == without_native(lambda: bits.count_bits(before, after))
+    index = torch.tensor([0, 9, 200, 295], dtype=torch.int32)
+    ours, twins = before.clone(), before.clone()
+    bits.set_bits_(ours, index)
+    without_native(lambda: bits.set_bits_(twins, index))
+    assert torch.equal(ours, twins)
+    assert bits.unpack_shard(ours, 296)[index.long()].tolist() == [1, 1, 1, 1]
+    for count, start in ((290, 0), (290, 3), (1, 7), (13, 21), (0, 5)):
+        shard = bits.pack_shard(torch.rand(count, generator=generator) > 0.5, 37)
+        assert bits.checksum(shard, count, start, 99) == without_native(
+            lambda c=count, s=start, b=shard: bits.checksum(b, c, s, 99)
+        )
+
+
+def test_native_code_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv("PST_DS_NATIVE", "0")
+    assert native.library.__wrapped__() is None
+
+
+def test_a_compiler_that_fails_is_a_warning_and_torch_takes_over(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.warns(UserWarning, match="native code cannot be built"):
+        assert native.library.__wrapped__() is None
+    assert not list((tmp_path / "pst_ds").iterdir())
