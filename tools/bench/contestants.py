@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
 from pst_ds.train.mask_update import update_masks
 
 METHODS = ("pst", "full_finetuning", "lora", "plain", "movement")
+DTYPE = torch.bfloat16
 LEARNING_RATE = 1e-5
 MAX_BUCKET = 50_000_000
 """Elements of ZeRO's gradient bucket, allocated whole (fewer where fewer weights train), and of an optimizer group."""
@@ -41,7 +42,6 @@ class Shape:
     batch: int = 2
     rank: int = 8
     sparsity: float = 0.9
-    dtype: str = "bfloat16"
     checkpointing: bool = False
     attention: str = "sdpa"
 
@@ -90,12 +90,11 @@ def build_model(method: str, shape: Shape) -> nn.Module:
         use_cache=False,
     )
     keep_alive = HfDeepSpeedConfig(settings)  # transformers finds it through a weak reference
-    dtype = getattr(torch, shape.dtype)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=shape.attention)
+    model = AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation=shape.attention)
     del keep_alive
     if shape.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    new_weights = deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype)
+    new_weights = deepspeed.zero.Init(config_dict_or_path=settings, dtype=DTYPE)
     with new_weights if method == "movement" else nullcontext():  # its scores are as large as the model
         return _apply_method(method, model, shape)
 
@@ -140,8 +139,11 @@ class Contestant:
         self.tokens = tokens.to(device)
         _reset_peak()
 
-    def step(self, with_update: bool = True) -> dict[str, float]:
-        """Seconds of each part of a step, from a moment when all ranks are ready; ``cpu_*`` is processor time."""
+    def step(self) -> dict[str, float]:
+        """Seconds of each part of a step, from a moment when all ranks are ready; ``cpu_*`` is processor time.
+
+        ``step`` is without PST's ``mask_update``, which follows every step. Collective.
+        """
         seconds: dict[str, float] = {}
         ranks.barrier()
         with timed(seconds, "forward"):
@@ -153,7 +155,7 @@ class Contestant:
             self.engine.step()
         for kind in ("", "cpu_"):
             seconds[f"{kind}step"] = sum(seconds[f"{kind}{part}"] for part in ("forward", "backward", "optimizer"))
-        if self.method == "pst" and with_update:
+        if self.method == "pst":
             ranks.barrier()
             with timed(seconds, "mask_update"):
                 update_masks(self.engine.module, self.shape.sparsity)
@@ -179,7 +181,7 @@ class Contestant:
             from transformers import LlamaForCausalLM
 
             whole = LlamaForCausalLM(getattr(self.engine.module, "config"))  # noqa: B009
-        size = getattr(torch, self.shape.dtype).itemsize
+        size = DTYPE.itemsize
         return sum(-(-p.numel() // ranks.world_size()) * size for p in whole.parameters())
 
 
@@ -207,4 +209,5 @@ def _reset_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
         return
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    with suppress(OSError):  # where the kernel does not let us, the peak is that of building too, for every method
+        Path("/proc/self/clear_refs").write_text("5")

@@ -38,7 +38,7 @@ COLUMNS = ("forward", "backward", "optimizer", "mask_update", "step", "cpu_step"
 def main() -> None:
     arguments = _parser().parse_args()
     shape = Shape(**{field.name: getattr(arguments, field.name) for field in fields(Shape)})
-    stated = conditions(shape=asdict(shape), ranks=arguments.ranks, zero_stage=3)
+    stated = conditions(shape=asdict(shape), dtype="bfloat16", ranks=arguments.ranks, zero_stage=3)
     results = _earlier(arguments.results, stated)
     for rival in RIVALS:
         if rival in arguments.methods:
