@@ -153,20 +153,26 @@ def test_ratios_are_ours_over_theirs_and_growth_is_the_line():
     assert report["cpu_ratios"] == pytest.approx({"lora": 0.5, "plain": 0.6})
 
     sizes = [{"weights": n, "seconds": {"ours": 0.5 + n * 2e-9}} for n in (10**8, 4 * 10**8, 10**9)]
-    assert growth(sizes) == pytest.approx({"seconds_at_zero": 0.5, "ns_per_weight": 2.0, "largest_deviation": 0.0})
+    assert growth(sizes, "ours") == pytest.approx(
+        {"seconds_at_zero": 0.5, "ns_per_weight": 2.0, "largest_deviation": 0.0}
+    )
     sizes[1]["seconds"]["ours"] *= 1.5
-    assert growth(sizes)["largest_deviation"] > 0.1
+    assert growth(sizes, "ours")["largest_deviation"] > 0.1
 
 
 def test_the_ratio_of_ranks_is_taken_at_the_largest_size():
     def size(ranks, weights, seconds):
-        measured = {"ours": seconds, "cpu_ours": seconds / 2, "ours_after_10_steps": 2 * seconds}
-        over = {f"over_{name}": seconds / 8 for name in ("gather_topk", "gather_kthvalue", "read")}
-        return {"ranks": ranks, "weights": weights, "seconds": measured, **over}
+        measured = {"ours": seconds, "cpu_ours": seconds**2, "ours_after_10_steps": 2 * seconds}
+        measured |= {
+            f"{kind}{name}": 8.0 for kind in ("", "cpu_") for name in ("gather_topk", "gather_kthvalue", "read")
+        }
+        return {"ranks": ranks, "weights": weights, "seconds": measured}
 
     found = update_ratios([size(1, 10, 9.0), size(2, 10, 9.0), size(1, 20, 4.0), size(2, 20, 2.0)])
     assert found["ratios"]["two_ranks_over_one"] == 0.5
     assert found["ratios"]["gather_topk"] == 0.25
+    assert found["cpu_ratios"]["two_ranks_over_one"] == 0.25
+    assert found["cpu_ratios"]["read"] == 0.5
     assert found["after_10_steps"] == 2.0
 
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from contestants import LEARNING_RATE, Contestant, Shape, zero3_engine
 from ranks import Ranks
-from timing import conditions, print_json, progress, timed
+from timing import conditions, print_json, progress, rounded, timed
 
 from pst_ds.core.bits import unpack_shard
 from pst_ds.core.schedule import CubicSchedule
@@ -152,7 +152,7 @@ def main() -> None:
     sizes = [size for width in arguments.widths for size in measure(width, arguments.ranks, arguments.repeats)]
     result = {"benchmark": "mask_update", "conditions": stated, "sizes": sizes, **ratios(sizes)}
     if not arguments.no_share:
-        result["share_of_step"] = share_of_step(shape, arguments.repeats, result["after_10_steps"])
+        result["share_of_step"] = share_of_step(shape, arguments.repeats, result.get("after_10_steps", 1.0))
     if arguments.json:
         print_json(result)
     else:
@@ -198,24 +198,29 @@ def slowest(by_rank: list[dict[str, float]]) -> dict[str, float]:
 
 
 def ratios(sizes: list[dict[str, Any]]) -> dict[str, Any]:
-    """At the largest size: ours over theirs on two ranks, and a rank's time on two ranks over that on one."""
+    """At the largest size: ours over theirs on two ranks, and a rank's time on two ranks over that on one.
+
+    By the wall clock, and as ``cpu_ratios`` by processor time, in which waiting for another rank does not count.
+    """
     largest = max(size["weights"] for size in sizes)
-    at = {size["ranks"]: size for size in sizes if size["weights"] == largest}
-    result: dict[str, Any] = {"ratios": {}}
+    at = {size["ranks"]: size["seconds"] for size in sizes if size["weights"] == largest}
+    result: dict[str, Any] = {"ratios": {}, "cpu_ratios": {}}
     if two := at.get(2):
-        result["ratios"] = {name: two[f"over_{name}"] for name in ("gather_topk", "gather_kthvalue", "read")}
-        result["after_10_steps"] = two["seconds"]["ours_after_10_steps"] / two["seconds"]["ours"]
-        result["growth"] = growth([size for size in sizes if size["ranks"] == 2])
-        if one := at.get(1):
-            for name, key in (("two_ranks_over_one", "ours"), ("cpu_two_ranks_over_one", "cpu_ours")):
-                result["ratios"][name] = two["seconds"][key] / one["seconds"][key]
+        for kind, found in (("", result["ratios"]), ("cpu_", result["cpu_ratios"])):
+            for name in (*PICKS, "read"):
+                found[name] = two[f"{kind}ours"] / two[f"{kind}{name}"]
+            if one := at.get(1):
+                found["two_ranks_over_one"] = two[f"{kind}ours"] / one[f"{kind}ours"]
+            of_two = [size for size in sizes if size["ranks"] == 2]
+            result[f"{kind}growth"] = growth(of_two, f"{kind}ours")
+        result["after_10_steps"] = two["ours_after_10_steps"] / two["ours"]
     return result
 
 
-def growth(sizes: list[dict[str, Any]]) -> dict[str, float]:
-    """The line through seconds over weights, and the largest deviation from it as a share of what was measured."""
+def growth(sizes: list[dict[str, Any]], name: str) -> dict[str, float]:
+    """The line through the seconds of ``name`` over weights, and the largest deviation from it, relative."""
     weights = torch.tensor([size["weights"] for size in sizes], dtype=torch.float64)
-    seconds = torch.tensor([size["seconds"]["ours"] for size in sizes], dtype=torch.float64)
+    seconds = torch.tensor([size["seconds"][name] for size in sizes], dtype=torch.float64)
     if len(sizes) < 2:
         return {}
     # each size counts by its relative error, or the largest alone would make the line
@@ -267,7 +272,8 @@ def _print_table(result: dict[str, Any]) -> None:
             f"{size['ns_per_weight_of_a_rank']:>13.2f} {size['over_gather_topk']:>15.3f} "
             f"{size['over_gather_kthvalue']:>19.3f} {size['over_read']:>8.1f}"
         )
-    print(f"ratios: {result['ratios']}, growth: {result.get('growth')}")
+    for key in ("ratios", "cpu_ratios", "growth", "cpu_growth"):
+        print(f"{key}: {rounded(result.get(key))}")
     if share := result.get("share_of_step"):
         print(f"share of a step: {share['interval_1']:.4f} at interval 1, {share['interval_10']:.5f} at interval 10")
 
