@@ -32,8 +32,9 @@ check: venv
 	$(BIN)/python -m pytest
 
 bench: venv
-	$(BIN)/python tools/bench/mask_update.py
 	$(BIN)/python tools/bench/step.py
+	$(BIN)/python tools/bench/mask_update.py --json
+	$(BIN)/python tools/bench/train_step.py --json
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info

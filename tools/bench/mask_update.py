@@ -1,62 +1,298 @@
-"""A mask update on one process: nanoseconds a weight, and the ratio to reading the weights once."""
+"""A mask update under ZeRO-3 against gather + torch.topk, one read of the shard, and a training step.
+
+For 1, 2 and 4 ranks and 1x, 4x and 16x parameters: ``update_masks``; the same selection as a user would write it (every
+rank gathers each weight and its fp32 factors, scores it whole and takes ``torch.topk``); and one streaming read of the
+rank's weight shard, which is the floor. All three take turns in the same processes, and the teams of ranks too.
+Between two rounds the masters move as in a training step and the sparsity goes on along its ramp.
+
+The share of a step: seconds of a PST step and of its mask update for a Llama of 1 and of 3 layers; the lines through
+them, at the number of layers of the whole model.
+
+    python tools/bench/mask_update.py --json
+"""
 
 from __future__ import annotations
 
+import argparse
+import statistics
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from timing import hardware, medians
+from contestants import LEARNING_RATE, Contestant, Shape, zero3_engine
+from ranks import Ranks
+from timing import conditions, print_json, progress, rounded, timed
 
+from pst_ds.core.bits import unpack_shard
+from pst_ds.core.schedule import CubicSchedule
 from pst_ds.nn.config import PSTConfig
 from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.train import mask_update
+from pst_ds.nn.linear import PSTLinear
+from pst_ds.parallel import ranks, zero3
 from pst_ds.train.mask_update import update_masks
 
-SHAPES = ((384, 384), (1536, 384), (1024, 1024), (4096, 1024))
-LAYERS = 4
+MATRICES = 8
+RAMP = CubicSchedule(final_sparsity=0.9, num_steps=1000)
+FIRST_STEP = 400
+SHARE_LAYERS = (1, 3)
+PICKS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "gather_topk": lambda scores, keep: _mask_at(scores, scores.topk(keep, sorted=False).indices),
+    "gather_kthvalue": lambda scores, keep: scores > scores.kthvalue(scores.numel() - keep).values,
+}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    print(hardware())
-    print(f"{LAYERS} layers of each shape, fp32 weights, ranks 8 and 8, sparsity 0.9")
-    print("   O x I        ns/weight   ns/weight, keys not kept   ratio to one read of the weights")
-    for outputs, inputs in SHAPES:
+def _mask_at(scores: Tensor, kept: Tensor) -> Tensor:
+    return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, kept, True)
+
+
+class MaskUpdates:
+    """One model's mask updates on this rank: ``MATRICES`` bf16 matrices of width x width under ZeRO-3."""
+
+    def __init__(self, width: int):
+        torch.manual_seed(0)
         model = nn.Module()
-        model.layers = nn.ModuleList(nn.Linear(inputs, outputs) for _ in range(LAYERS))
-        inject_pst(model, PSTConfig(modules_to_save=()))
+        model.layers = nn.ModuleList(nn.Linear(width, width, bias=False).bfloat16() for _ in range(MATRICES))
+        inject_pst(model, PSTConfig(modules_to_save=()), num_shards=ranks.world_size())
         for layer in pst_layers(model).values():
             for _, param in layer.factor_parameters():
                 nn.init.normal_(param, std=0.1)
-        weights = [layer.weight.detach() for layer in pst_layers(model).values()]
-        found = medians(
+        self.engine = zero3_engine(model)
+        self.layers = list(pst_layers(self.engine.module).values())
+        self.step = FIRST_STEP
+
+    def round(self, steps: int, warmup: bool = False) -> dict[str, float]:
+        """Seconds of each candidate, ``steps`` training steps after the last round. Collective."""
+        self._move(steps)
+        sparsity = RAMP.sparsity_at(self.step)
+        candidates: dict[str, Callable[[], object]] = {
+            "ours": partial(update_masks, self.engine.module, sparsity),
+            "read": partial(_read, [zero3.shard_of(layer.weight).values for layer in self.layers]),
+        }
+        if not warmup:
+            candidates |= {name: partial(gathered_update, self.layers, sparsity, pick) for name, pick in PICKS.items()}
+        seconds: dict[str, float] = {}
+        for name, run in candidates.items():
+            ranks.barrier()
+            with timed(seconds, name):
+                run()
+        return seconds
+
+    def agreement(self) -> float:
+        """Share of this rank's mask bits that the gathered update chooses too; rounding may tip scores at the cut."""
+        sparsity = RAMP.sparsity_at(self.step)
+        update_masks(self.engine.module, sparsity)
+        whole = gathered_update(self.layers, sparsity, PICKS["gather_topk"])
+        equal = count = 0
+        for layer, mask in zip(self.layers, whole, strict=True):
+            weight = zero3.shard_of(layer.weight)
+            stop = weight.start + weight.values.numel()
+            own = unpack_shard(zero3.shard_of(layer.pst_mask).values, weight.values.numel())
+            equal += int((own.bool() == mask[weight.start : stop]).sum())
+            count += own.numel()
+        return equal / count
+
+    def _move(self, steps: int) -> None:
+        """As Adam moves every master by about its learning rate a step, all of them in one direction each."""
+        self.step += steps
+        for masters in self.engine.optimizer.fp32_partitioned_groups_flat:
+            masters.data.add_(torch.randn_like(masters), alpha=100 * LEARNING_RATE * steps)
+
+
+def gathered_update(layers: list[PSTLinear], sparsity: float, pick: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
+    """Whole bool masks, (numel,) a layer, each scored and selected whole on every rank. Collective."""
+    masks = []
+    with torch.no_grad():
+        for layer in layers:
+            names, params = zip(*layer.factor_parameters(), strict=True)
+            factors = dict(zip(names, zero3.fp32_masters(params), strict=True))
+            constants = layer.constants
+            with zero3.gathered([layer.weight]):
+                weight = layer.weight.float() + constants.beta * (factors["U"] @ factors["V"])
+            scores = weight.abs() / layer.weight_scales[0] + constants.alpha1 * (factors["A"] @ factors["B"])
+            scores = scores + constants.alpha2 * (factors["R"].unsqueeze(1) + factors["C"])
+            keep = scores.numel() - int(sparsity * scores.numel())
+            masks.append(pick(scores.flatten(), keep))
+    return masks
+
+
+def _read(shards: list[Tensor]) -> None:
+    """Every byte once: as whole words, since torch adds bf16 values slower than memory brings them."""
+    for shard in shards:
+        words = shard[: shard.numel() // 2 * 2].view(torch.float32)
+        words.amax()
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    shape = Shape(
+        hidden=arguments.hidden,
+        intermediate=arguments.intermediate,
+        layers=arguments.layers,
+        heads=arguments.heads,
+        vocabulary=arguments.vocabulary,
+        sequence=arguments.sequence,
+    )
+    stated = conditions(
+        dtype="bfloat16 weights, fp32 masters of the factors",
+        matrices=MATRICES,
+        ranks=arguments.ranks,
+        widths=arguments.widths,
+        repeats=arguments.repeats,
+        zero_stage=3,
+    )
+    sizes = [size for width in arguments.widths for size in measure(width, arguments.ranks, arguments.repeats)]
+    result = {"benchmark": "mask_update", "conditions": stated, "sizes": sizes, **ratios(sizes)}
+    if not arguments.no_share:
+        result["share_of_step"] = share_of_step(shape, arguments.repeats, result.get("after_10_steps", 1.0))
+    if arguments.json:
+        print_json(result)
+    else:
+        _print_table(result)
+
+
+def measure(width: int, rank_counts: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+    """Medians for one model size; a team of ranks for each of ``rank_counts``, and the teams take turns."""
+    with ExitStack() as running:
+        teams = {count: running.enter_context(Ranks(count, MaskUpdates, width)) for count in rank_counts}
+        found: dict[int, list[dict[str, float]]] = {count: [] for count in teams}
+        late: dict[int, list[float]] = {count: [] for count in teams}
+        first = {count: slowest(team.call("round", 1, True))["ours"] for count, team in teams.items()}
+        for turn in range(repeats):
+            for count, team in teams.items():
+                found[count].append(slowest(team.call("round", 1)))
+                late[count].append(slowest(team.call("round", 10, True))["ours"])
+                told = ", ".join(f"{name} {value:.4f}" for name, value in found[count][-1].items())
+                progress(f"width {width}, {count} ranks, round {turn}: {told}")
+        agreement = {count: min(team.call("agreement")) for count, team in teams.items()}
+    weights = MATRICES * width * width
+    sizes = []
+    for count, rounds in found.items():
+        seconds = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+        seconds |= {"ours_first": first[count], "ours_after_10_steps": statistics.median(late[count])}
+        sizes.append(
             {
-                "update": partial(_update, model, 1 << 40),
-                "recompute": partial(_update, model, 0),
-                "read": partial(_read, weights),
+                "ranks": count,
+                "weights": weights,
+                "seconds": seconds,
+                "ns_per_weight_of_a_rank": seconds["ours"] / weights * count * 1e9,
+                "over_gather_topk": seconds["ours"] / seconds["gather_topk"],
+                "over_gather_kthvalue": seconds["ours"] / seconds["gather_kthvalue"],
+                "over_read": seconds["ours"] / seconds["read"],
+                "agreement": agreement[count],
             }
         )
-        count = LAYERS * outputs * inputs
+    return sizes
+
+
+def slowest(by_rank: list[dict[str, float]]) -> dict[str, float]:
+    return {name: max(found[name] for found in by_rank) for name in by_rank[0]}
+
+
+def ratios(sizes: list[dict[str, Any]]) -> dict[str, Any]:
+    """At the largest size: ours over theirs on two ranks, and a rank's time on two ranks over that on one.
+
+    By the wall clock, and as ``cpu_ratios`` by processor time, in which waiting for another rank does not count.
+    """
+    largest = max(size["weights"] for size in sizes)
+    at = {size["ranks"]: size["seconds"] for size in sizes if size["weights"] == largest}
+    result: dict[str, Any] = {"ratios": {}, "cpu_ratios": {}}
+    if two := at.get(2):
+        for kind, found in (("", result["ratios"]), ("cpu_", result["cpu_ratios"])):
+            for name in (*PICKS, "read"):
+                found[name] = two[f"{kind}ours"] / two[f"{kind}{name}"]
+            if one := at.get(1):
+                found["two_ranks_over_one"] = two[f"{kind}ours"] / one[f"{kind}ours"]
+            of_two = [size for size in sizes if size["ranks"] == 2]
+            result[f"{kind}growth"] = growth(of_two, f"{kind}ours")
+        result["after_10_steps"] = two["ours_after_10_steps"] / two["ours"]
+    return result
+
+
+def growth(sizes: list[dict[str, Any]], name: str) -> dict[str, float]:
+    """The line through the seconds of ``name`` over weights, and the largest deviation from it, relative."""
+    weights = torch.tensor([size["weights"] for size in sizes], dtype=torch.float64)
+    seconds = torch.tensor([size["seconds"][name] for size in sizes], dtype=torch.float64)
+    if len(sizes) < 2:
+        return {}
+    # each size counts by its relative error, or the largest alone would make the line
+    design = torch.stack([torch.ones_like(weights), weights], 1) / seconds.unsqueeze(1)
+    constant, slope = torch.linalg.lstsq(design, torch.ones_like(seconds)).solution.tolist()
+    deviation = ((constant + slope * weights) / seconds - 1.0).abs().max()
+    return {"seconds_at_zero": constant, "ns_per_weight": slope * 1e9, "largest_deviation": float(deviation)}
+
+
+def share_of_step(shape: Shape, repeats: int, after_10_steps: float) -> dict[str, Any]:
+    """Measure steps and updates of a few layers of ``shape`` on two ranks, and :func:`share_at` its number of them."""
+    points = {}
+    for layers in SHARE_LAYERS:
+        with Ranks(2, Contestant, "pst", replace(shape, layers=layers)) as team:
+            team.call("step")
+            steps = [slowest(team.call("step")) for _ in range(repeats)]
+        points[layers] = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
+        progress(f"{layers} layers: " + ", ".join(f"{name} {value:.4f}" for name, value in points[layers].items()))
+    return {**share_at(shape.layers, points, after_10_steps), "measured": points, "shape": asdict(shape)}
+
+
+def share_at(layers: int, points: dict[int, dict[str, float]], after_10_steps: float) -> dict[str, float]:
+    """Seconds of an update over seconds of a step, at interval 1 and 10, on the lines through ``points``, by layers.
+
+    ``after_10_steps``: seconds of an update that is 10 steps from the last, over those of one that is 1 step from it.
+    """
+    few, many = sorted(points)
+
+    def whole(name: str) -> float:
+        a_layer = (points[many][name] - points[few][name]) / (many - few)
+        return points[few][name] + a_layer * (layers - few)
+
+    share = whole("mask_update") / whole("step")
+    return {
+        "interval_1": share,
+        "interval_10": share * after_10_steps / 10,
+        "cpu_interval_1": whole("cpu_mask_update") / whole("cpu_step"),
+        "step_seconds": whole("step"),
+        "mask_update_seconds": whole("mask_update"),
+    }
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    print(result["conditions"]["hardware"])
+    print("weights      ranks   ms of ours   ns a weight   / gather+topk   / gather+kthvalue   / read")
+    for size in result["sizes"]:
         print(
-            f"{outputs:>6} x {inputs:<6} {found['update'] / count * 1e9:>9.1f} "
-            f"{found['recompute'] / count * 1e9:>15.1f} {found['update'] / found['read']:>30.0f}"
+            f"{size['weights']:<12} {size['ranks']:>5} {size['seconds']['ours'] * 1e3:>12.1f} "
+            f"{size['ns_per_weight_of_a_rank']:>13.2f} {size['over_gather_topk']:>15.3f} "
+            f"{size['over_gather_kthvalue']:>19.3f} {size['over_read']:>8.1f}"
         )
+    for key in ("ratios", "cpu_ratios", "growth", "cpu_growth"):
+        print(f"{key}: {rounded(result.get(key))}")
+    if share := result.get("share_of_step"):
+        print(f"share of a step: {share['interval_1']:.4f} at interval 1, {share['interval_10']:.5f} at interval 10")
 
 
-def _read(weights: list[torch.Tensor]) -> None:
-    for weight in weights:
-        weight.sum()
+def _parser() -> argparse.ArgumentParser:
+    whole = Shape(layers=24)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    parser.add_argument("--ranks", type=_numbers, default=[1, 2, 4], help="comma-separated")
+    parser.add_argument("--widths", type=_numbers, default=[1024, 2048, 4096], help=f"of the {MATRICES} matrices")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-share", action="store_true", help="leave the share of a training step out")
+    for name in ("hidden", "intermediate", "layers", "heads", "vocabulary", "sequence"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(whole, name), help="of the step's Llama")
+    return parser
 
 
-def _update(model: nn.Module, cache_bytes: int) -> None:
-    mask_update.KEY_CACHE_BYTES = cache_bytes
-    update_masks(model, 0.9)
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 if __name__ == "__main__":

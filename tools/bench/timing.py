@@ -1,13 +1,18 @@
-"""Medians of interleaved runs, so that two candidates see the same machine."""
+"""Medians of interleaved runs, so that two candidates see the same machine; and the conditions they ran under."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,10 +36,54 @@ def medians(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the wall-clock seconds of the block, until an accelerator is done too, as ``name``, and the processor's as
+    ``cpu_name``: other work on the machine disturbs those less.
+    """
+    cpu, start = time.process_time(), time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[name] = time.perf_counter() - start
+    seconds[f"cpu_{name}"] = time.process_time() - cpu
+
+
 def hardware() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} thread, torch {torch.__version__}"
+    card = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{model}, {os.cpu_count()} cores{card}"
+
+
+def conditions(**stated: Any) -> dict[str, Any]:
+    """Hardware, versions and threads, beside what the benchmark states: shapes, dtype, ranks, repeats."""
+    found = {}
+    for package in ("torch", "deepspeed", "transformers", "peft"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return {"hardware": hardware(), "threads_per_rank": 1, "versions": found, **stated}
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """The last line of stdout: one object, floats to four significant digits."""
+    print(json.dumps(rounded(result)))
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(inner) for inner in value]
+    return value

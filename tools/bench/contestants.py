@@ -1,0 +1,213 @@
+"""The models that take a training step against each other, each in its own ranks; all but the method is the same."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import timed
+from torch import nn
+
+from pst_ds.nn.config import PSTConfig
+from pst_ds.nn.inject import inject_pst, pst_layers
+from pst_ds.nn.targets import find_targets
+from pst_ds.parallel import ranks, zero3
+from pst_ds.parallel.ds_config import RunNumbers, load_deepspeed_config, resolve_deepspeed_config
+from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
+from pst_ds.train.mask_update import update_masks
+
+METHODS = ("pst", "full_finetuning", "lora", "plain", "movement")
+DTYPE = torch.bfloat16
+LEARNING_RATE = 1e-5
+MAX_BUCKET = 50_000_000
+"""Elements of ZeRO's gradient bucket, allocated whole (fewer where fewer weights train), and of an optimizer group."""
+DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3_cpu.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A Llama, the batch of a rank, and the method's numbers."""
+
+    hidden: int = 2048
+    intermediate: int = 5504
+    layers: int = 8
+    heads: int = 16
+    vocabulary: int = 8192
+    sequence: int = 1024
+    batch: int = 2
+    rank: int = 8
+    sparsity: float = 0.9
+    checkpointing: bool = False
+    attention: str = "sdpa"
+
+
+def zero3_settings(num_trainable: int) -> dict[str, Any]:
+    """ds_configs/zero3_cpu.json for a batch of one micro-batch a rank; layers are gathered for the forward and again
+    for the backward pass, as they are where a model is too large to stay gathered.
+    """
+    world = ranks.world_size()
+    numbers = RunNumbers(world, 1, 1, 0.0, True, min(num_trainable, MAX_BUCKET))
+    settings = resolve_deepspeed_config(
+        load_deepspeed_config(DS_CONFIG), numbers, source=str(DS_CONFIG), run_file="benchmark"
+    )
+    settings["zero_optimization"] |= {
+        "stage3_max_live_parameters": 100_000_000,
+        "stage3_max_reuse_distance": 0,
+        "sub_group_size": MAX_BUCKET,  # Adam's temporaries: with the default, 4 GB where every weight trains
+    }
+    return settings
+
+
+def zero3_engine(model: nn.Module) -> Engine:
+    """``model`` in DeepSpeed's ZeRO-3 with torch's AdamW on fp32 masters. Collective."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    settings = zero3_settings(sum(map(zero3.full_numel, trained)))
+    return build_engine(model, [{"params": trained, "lr": LEARNING_RATE}], ds_config=settings)
+
+
+def build_model(method: str, shape: Shape) -> nn.Module:
+    """The model of ``method`` with random weights, built under ``zero.Init``: no rank holds it whole. Collective."""
+    import deepspeed
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers.integrations import HfDeepSpeedConfig
+
+    torch.manual_seed(0)
+    settings = zero3_settings(MAX_BUCKET)
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=shape.sequence,
+        attention_dropout=0.0,
+        use_cache=False,
+    )
+    keep_alive = HfDeepSpeedConfig(settings)  # transformers finds it through a weak reference
+    model = AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation=shape.attention)
+    del keep_alive
+    if shape.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    new_weights = deepspeed.zero.Init(config_dict_or_path=settings, dtype=DTYPE)
+    with new_weights if method == "movement" else nullcontext():  # its scores are as large as the model
+        return _apply_method(method, model, shape)
+
+
+def _apply_method(method: str, model: nn.Module, shape: Shape) -> nn.Module:
+    from rivals import MovementPruning, PlainPST, replace_linears
+
+    if method == "full_finetuning":
+        return model.requires_grad_(True)
+    if method == "pst":
+        return inject_pst(model, PSTConfig(score_rank=shape.rank, update_rank=shape.rank))
+    targets = [(target.name, target.module) for target in find_targets(model, PSTConfig())]
+    if method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        names = sorted({name.rpartition(".")[2] for name, _ in targets})
+        lora = LoraConfig(r=shape.rank, lora_alpha=shape.rank, lora_dropout=0.0, target_modules=names)
+        return get_peft_model(model, lora, autocast_adapter_dtype=False)
+    model.requires_grad_(method == "movement")
+    rival = {"plain": PlainPST, "movement": MovementPruning}[method]
+    replace_linears(model, targets, rival, shape.rank, shape.sparsity)
+    return model
+
+
+class Contestant:
+    """One method on this rank: its engine, a fixed random batch, and a clock. Construction is collective."""
+
+    def __init__(self, method: str, shape: Shape):
+        import peft  # noqa: F401  every method starts from the same imports
+        import transformers.models.llama.modeling_llama  # noqa: F401
+
+        self.method, self.shape = method, shape
+        self._memory_at_start = _resident_bytes()
+        model = build_model(method, shape)
+        self.trainables = sum(zero3.full_numel(p) for p in model.parameters() if p.requires_grad)
+        self.engine = zero3_engine(model)
+        if method == "pst":
+            update_masks(self.engine.module, shape.sparsity)
+        device = zero3.shard_of(next(model.parameters())).values.device
+        generator = torch.Generator().manual_seed(ranks.rank())
+        tokens = torch.randint(shape.vocabulary, (shape.batch, shape.sequence), generator=generator)
+        self.tokens = tokens.to(device)
+        _reset_peak()
+
+    def step(self) -> dict[str, float]:
+        """Seconds of each part of a step, from a moment when all ranks are ready; ``cpu_*`` is processor time.
+
+        ``step`` is without PST's ``mask_update``, which follows every step. Collective.
+        """
+        seconds: dict[str, float] = {}
+        ranks.barrier()
+        with timed(seconds, "forward"):
+            loss = self.engine(input_ids=self.tokens, labels=self.tokens).loss
+        with timed(seconds, "backward"):
+            self.engine.backward(loss)
+        del loss
+        with timed(seconds, "optimizer"):
+            self.engine.step()
+        for kind in ("", "cpu_"):
+            seconds[f"{kind}step"] = sum(seconds[f"{kind}{part}"] for part in ("forward", "backward", "optimizer"))
+        if self.method == "pst":
+            ranks.barrier()
+            with timed(seconds, "mask_update"):
+                update_masks(self.engine.module, self.shape.sparsity)
+        return seconds
+
+    def facts(self) -> dict[str, int]:
+        """Bytes and counts on this rank; ``memory`` is the peak above imports and the shard of the base weights."""
+        shards = self._base_weight_shard_bytes()
+        found = {
+            "memory": _peak_bytes() - self._memory_at_start - shards,
+            "weight_shards": shards,
+            "optimizer_state": optimizer_bytes(self.engine),
+            "trainables": self.trainables,
+        }
+        layers = pst_layers(self.engine.module).values()
+        if layers:
+            found["masks"] = sum(zero3.shard_of(layer.pst_mask).values.nbytes for layer in layers)
+        return found
+
+    def _base_weight_shard_bytes(self) -> int:
+        """What this rank holds of the model that every method starts from."""
+        with torch.device("meta"):
+            from transformers import LlamaForCausalLM
+
+            whole = LlamaForCausalLM(getattr(self.engine.module, "config"))  # noqa: B009
+        size = DTYPE.itemsize
+        return sum(-(-p.numel() // ranks.world_size()) * size for p in whole.parameters())
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+def _resident_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return _status_bytes("VmRSS")
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return _status_bytes("VmHWM")
+
+
+def _reset_peak() -> None:
+    """Forget what building the model took."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError):  # where the kernel does not let us, the peak is that of building too, for every method
+        Path("/proc/self/clear_refs").write_text("5")

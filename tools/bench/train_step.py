@@ -1,0 +1,167 @@
+"""A training step of PST against full fine-tuning, LoRA, the plain algorithm and movement pruning: time and memory.
+
+Every method has its own ranks. For each rival PST is started anew beside it, and the two take a step in turn; where
+both do not fit in memory (``--in-turn-below``, in GiB), PST takes all its steps first. A ratio is of two medians of
+such a pair. Results are merged into ``--results`` pair by pair, so that a long run can be done in parts with
+``--methods``.
+
+    python tools/bench/train_step.py --json
+    python tools/bench/train_step.py --json --methods plain --repeats 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from contestants import METHODS, Contestant, Shape
+from ranks import Ranks
+from timing import conditions, print_json, progress, rounded
+
+RIVALS = METHODS[1:]
+NEEDED_BYTES_PER_WEIGHT = {"full_finetuning": 24, "lora": 8, "plain": 24, "movement": 48}
+"""About what all ranks of the rival need together, activations of 2,048 tokens a rank with them."""
+SELECTING = ("plain", "movement")
+"""Rivals that select their masks in every step, which ours must then do too."""
+COLUMNS = ("forward", "backward", "optimizer", "mask_update", "step", "cpu_step")
+"""Of the table; every part is measured in seconds and, as ``cpu_*``, in seconds of processor time."""
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    shape = Shape(**{field.name: getattr(arguments, field.name) for field in fields(Shape)})
+    stated = conditions(shape=asdict(shape), dtype="bfloat16", ranks=arguments.ranks, zero_stage=3)
+    results = _earlier(arguments.results, stated)
+    for rival in RIVALS:
+        if rival in arguments.methods:
+            results["pairs"][rival] = run_pair(rival, shape, arguments)
+            _write(arguments.results, results)
+    report = summary(results)
+    if arguments.json:
+        print_json(report)
+    else:
+        _print_table(report)
+
+
+def run_pair(rival: str, shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Median seconds and the facts of PST and of ``rival``."""
+    needed = NEEDED_BYTES_PER_WEIGHT[rival] * weights_of(shape) / 2**30
+    together = needed <= arguments.in_turn_below
+    groups = [["pst", rival]] if together else [["pst"], [rival]]
+    found: dict[str, Any] = {"in_turn": together, "repeats": arguments.repeats, "warmup": arguments.warmup}
+    for methods in groups:
+        found |= run_group(methods, shape, arguments.ranks, arguments.repeats, arguments.warmup)
+    return found
+
+
+def weights_of(shape: Shape) -> int:
+    block = 4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate
+    return shape.layers * block + 2 * shape.vocabulary * shape.hidden
+
+
+def run_group(
+    methods: list[str], shape: Shape, num_ranks: int, repeats: int, warmup: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Median seconds and the facts of each of ``methods``; they take a step in turn."""
+    steps: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
+    with ExitStack() as running:
+        teams = {method: running.enter_context(Ranks(num_ranks, Contestant, method, shape)) for method in methods}
+        for turn in range(warmup + repeats):
+            for method, team in teams.items():
+                seconds = _slowest(team.call("step"))
+                progress(f"{method} step {turn}: " + ", ".join(f"{k} {v:.2f}" for k, v in seconds.items()))
+                if turn >= warmup:
+                    steps[method].append(seconds)
+        facts = {method: _slowest(team.call("facts")) for method, team in teams.items()}
+    medians = {
+        method: {part: statistics.median(step[part] for step in found) for part in found[0]}
+        for method, found in steps.items()
+    }
+    return {method: {"seconds": medians[method], "bytes_per_rank": facts[method]} for method in methods}
+
+
+def _slowest(by_rank: list[dict[str, Any]]) -> dict[str, Any]:
+    """The largest value among the ranks: they wait for each other, so the slowest is the step."""
+    return {key: max(found[key] for found in by_rank) for key in by_rank[0]}
+
+
+def summary(results: dict[str, Any]) -> dict[str, Any]:
+    """The measured pairs, and ours over theirs in time and memory."""
+    report = {**results, "ratios_without_update": {}, "ratios_with_update": {}, "memory_ratios": {}, "cpu_ratios": {}}
+    for rival, pair in results["pairs"].items():
+        ours, theirs = pair["pst"], pair[rival]
+        seconds = ours["seconds"]
+        report["ratios_without_update"][rival] = seconds["step"] / theirs["seconds"]["step"]
+        report["ratios_with_update"][rival] = (seconds["step"] + seconds["mask_update"]) / theirs["seconds"]["step"]
+        update = seconds["cpu_mask_update"] if rival in SELECTING else 0.0
+        report["cpu_ratios"][rival] = (seconds["cpu_step"] + update) / theirs["seconds"]["cpu_step"]
+        report["memory_ratios"][rival] = ours["bytes_per_rank"]["memory"] / theirs["bytes_per_rank"]["memory"]
+    report["ratios"] = {
+        rival: report["ratios_with_update" if rival in SELECTING else "ratios_without_update"][rival]
+        for rival in results["pairs"]
+    }
+    return report
+
+
+def _earlier(path: Path, stated: dict[str, Any]) -> dict[str, Any]:
+    """Pairs measured before under the same conditions, or none."""
+    if path.is_file():
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if results["conditions"] == json.loads(json.dumps(stated)):
+            return results
+    return {"benchmark": "train_step", "conditions": stated, "pairs": {}}
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rounded(results), indent=1) + "\n", encoding="utf-8")
+
+
+def _print_table(report: dict[str, Any]) -> None:
+    stated = report["conditions"]
+    print(f"{stated['hardware']}, {stated['ranks']} ranks, {stated['shape']}")
+    print(f"{'seconds':<16}" + "".join(f"{part:>12}" for part in COLUMNS) + "   GB above weights")
+    for rival, pair in report["pairs"].items():
+        for method in ("pst", rival):
+            seconds, size = pair[method]["seconds"], pair[method]["bytes_per_rank"]["memory"] / 1e9
+            numbers = "".join(f"{seconds[part]:>12.3f}" if part in seconds else f"{'-':>12}" for part in COLUMNS)
+            print(f"{method:<16}{numbers}{size:>19.2f}")
+        time, memory = report["ratios"][rival], report["memory_ratios"][rival]
+        print(f"pst / {rival}: time {time:.3f}, memory {memory:.3f}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    parser.add_argument("--methods", type=_methods, default=list(RIVALS), help=f"of {', '.join(RIVALS)}")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each method")
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--in-turn-below", type=float, default=15.0, help="GiB that a rival may need beside PST")
+    parser.add_argument("--results", type=Path, default=Path("runs/bench/train_step.json"))
+    for field in fields(Shape):
+        name = "--" + field.name.replace("_", "-")
+        if isinstance(field.default, bool):
+            parser.add_argument(name, action="store_true")
+        else:
+            parser.add_argument(name, type=type(field.default), default=field.default)
+    return parser
+
+
+def _methods(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name not in ("", "pst")]
+    if unknown := set(names) - set(RIVALS):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose from {', '.join(RIVALS)}")
+    return names
+
+
+if __name__ == "__main__":
+    main()
