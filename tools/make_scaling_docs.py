@@ -15,10 +15,11 @@ from pst_ds.core.cost import (
     ModuleNumbers,
     TensorGroup,
     ZeroSettings,
+    layer_work_bytes,
     llama_activation_bytes,
     memory_plan,
 )
-from pst_ds.core.masked_linear import TILE_ELEMENTS
+from pst_ds.core.layout import WeightLayout
 from pst_ds.core.traffic import MACHINES, Batch, time_plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +44,7 @@ class Llama:
         h, i, kv = self.hidden, self.intermediate, self.key_value_width
         return [(h, h), (kv, h), (kv, h), (h, h), (i, h), (i, h), (h, i)]
 
-    def numbers(self, shards: int) -> ModelNumbers:
+    def numbers(self, shards: int, device: str = "cuda") -> ModelNumbers:
         """What pst_ds.nn.shapes reads from such a model with PST modules of ranks 8 and 8, in bf16."""
         tensors = [
             TensorGroup(self.vocabulary * self.hidden, 2, 2),
@@ -66,7 +67,8 @@ class Llama:
             tensors.append(TensorGroup(bits, 1, self.layers, is_mask=True))
             tensors += [TensorGroup(n, 2, self.layers, trainable=True, is_factor=True) for n in factors]
             typed = 2 * (numel + sum(factors))
-            modules.append(ModuleNumbers(numel + sum(factors) + bits, typed + bits, typed, 3 * numel, self.layers))
+            work = layer_work_bytes(WeightLayout(outputs, inputs), 2, device=device)
+            modules.append(ModuleNumbers(numel + sum(factors) + bits, typed + bits, typed, work, self.layers))
         return ModelNumbers(
             tensors=tuple(tensors),
             modules=tuple(modules),
@@ -110,7 +112,6 @@ def memory(model: Llama, world: int) -> MemoryPlan:
         numbers,
         zero3(numbers, world),
         activations=activations,
-        tile_elements=TILE_ELEMENTS["cuda"],
         device="cuda",
         trainable_groups=groups,
     )

@@ -31,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     config = load_run_or_folder(args)
     from pst_ds.cli.plan_text import print_plan
-    from pst_ds.core.masked_linear import TILE_ELEMENTS
     from pst_ds.errors import InputError
     from pst_ds.nn.shapes import model_numbers
     from pst_ds.parallel.ds_config import load_deepspeed_config, zero_stage
@@ -54,7 +53,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     num_steps = config.num_steps(num_examples) if num_examples is not None else config.train.num_steps
     machine = args.machine or _machine_here(ranks)
     zero = _zero_settings(config, raw, ranks, micro_batch_size, num_trainable(model), machine)
-    numbers = model_numbers(model)
+    device = "cpu" if machine == "cpu" else "cuda"
+    numbers = model_numbers(model, device=device)
     plan: dict[str, Any] = {
         "ranks": ranks,
         "zero_stage": stage,
@@ -76,14 +76,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, config)]
     activations = _activations(model, micro_batch_size, config)  # uses the model up
-    device = "cpu" if machine == "cpu" else "cuda"
     from pst_ds.core.cost import memory_plan
 
     memory = memory_plan(
         numbers,
         zero,
         activations=activations or 0,
-        tile_elements=TILE_ELEMENTS[device],
         element_size=DTYPES[config.train.precision].itemsize,
         device=device,
         trainable_groups=groups,

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pst_ds.core.bracket import BRACKET_DEVIATIONS, sample_size
+from pst_ds.core.layout import WeightLayout
+from pst_ds.core.scores import MASK_BAND_ELEMENTS
+from pst_ds.core.tiles import plan_tiles, tile_bytes_of
 
 ADAM_BYTES = 12
 """fp32 master, first and second moment of a trainable."""
@@ -47,7 +50,7 @@ class ModuleNumbers:
     largest_gather_bytes: int
     """Of one collective: parameters of one dtype travel together."""
     work_bytes: int = 0
-    """Temporaries of the size of its weight: M . W and the unpacked mask."""
+    """Temporaries of a pruned layer, see :func:`layer_work_bytes`; 0 for another."""
     count: int = 1
 
 
@@ -146,7 +149,7 @@ class MemoryPlan:
     communication: int
     """Staging of one gather (gloo copies what it sends and receives)."""
     layer_work: int
-    """M . W, the unpacked mask and a tile of G, of the largest layer."""
+    """Temporaries of the layer that needs most."""
     activations: int
     optimizer_step: int
     """fp32 gradients and Adam's temporaries of the largest group, while it steps."""
@@ -183,22 +186,21 @@ def memory_plan(
     zero: ZeroSettings,
     *,
     activations: int,
-    tile_elements: int,
     element_size: int = 2,
     device: str = "cpu",
     trainable_groups: Sequence[int] | None = None,
 ) -> MemoryPlan:
     """What one rank holds of ``model``; ``activations`` in bytes, of one micro-batch.
 
-    ``element_size``: bytes of a weight, and of a gradient. ``tile_elements``: weights of a tile of G in the backward
-    pass. ``trainable_groups``: trainables of each optimizer group, whole; None is one group.
+    ``element_size``: bytes of a weight, and of a gradient. ``trainable_groups``: trainables of each optimizer group,
+    whole; None is one group.
     """
     optimizer = optimizer_bytes(model, zero, element_size)
     weights = sum(t.count * _shard(t.numel, zero) * t.element_size for t in model.tensors if not t.is_mask)
     masks = sum(t.count * _shard(t.numel, zero) * t.element_size for t in model.tensors if t.is_mask)
     if zero.secondary_partition > 1:
         weights += model.whole_bytes // zero.secondary_partition
-    gathers, communication, work = _turn(model, zero, tile_elements, element_size)
+    gathers, communication, work = _turn(model, zero, element_size)
     host = (optimizer if zero.offload_optimizer else 0) + (weights + masks if zero.offload_param else 0)
     return MemoryPlan(
         weights=0 if zero.offload_param else weights,
@@ -226,6 +228,18 @@ def optimizer_bytes(model: ModelNumbers, zero: ZeroSettings, element_size: int =
     if zero.stage == 3:
         return bytes_each * sum(t.count * _shard(t.numel, zero) for t in model.tensors if t.trainable)
     return bytes_each * math.ceil(model.trainables / (zero.world_size if zero.stage in (1, 2) else 1))
+
+
+def layer_work_bytes(layout: WeightLayout, itemsize: int, tile_bytes: int = 0, device: str = "cpu") -> int:
+    """Temporaries of one layer: M . W and a band of its mask in the forward pass, or one tile in the backward pass.
+
+    ``tile_bytes``: the budget of the backward pass, 0 for the device's default.
+    """
+    band = min(layout.numel, MASK_BAND_ELEMENTS.get(device, 1 << 24))
+    tiles = plan_tiles(layout, itemsize, tile_bytes, device_type=device)
+    return max(
+        layout.numel * itemsize + band * (2 + itemsize), tile_bytes_of(tiles.max_numel, tiles.max_band_numel, itemsize)
+    )
 
 
 def mask_update_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
@@ -294,14 +308,12 @@ def _optimizer_step_bytes(model: ModelNumbers, zero: ZeroSettings, groups: Seque
     return 3 * 4 * math.ceil(largest / (zero.world_size if zero.stage else 1))
 
 
-def _turn(model: ModelNumbers, zero: ZeroSettings, tile_elements: int, element_size: int) -> tuple[int, int, int]:
+def _turn(model: ModelNumbers, zero: ZeroSettings, element_size: int) -> tuple[int, int, int]:
     """(whole parameters, staging, temporaries) in bytes, each of the module that needs most of it.
 
     Their peaks may lie in different modules' turns; an allocator keeps what one has freed until another needs it.
     """
-    # of a tile: G, W, their product and a masked copy
-    tiles = (4 * min(tile_elements, m.numel) * element_size for m in model.modules)
-    work = max((m.work_bytes + tile for m, tile in zip(model.modules, tiles, strict=True) if m.work_bytes), default=0)
+    work = max((m.work_bytes for m in model.modules), default=0)
     if zero.stage != 3:
         return 0, 0, work
     resident = _persistent_bytes(model, zero) + _kept_bytes(model, zero)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import Any
 
 from torch import nn
 
-from pst_ds.core.cost import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup
+from pst_ds.core.cost import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, layer_work_bytes
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.targets import is_linear
 from pst_ds.parallel import zero3
 
 
-def model_numbers(model: nn.Module) -> ModelNumbers:
-    """The numbers of an injected model, whole or partitioned, with or without values."""
+def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
+    """The numbers of an injected model, whole or partitioned, with or without values; to train on "cpu" or "cuda"."""
     layers = pst_layers(model)
     factors = {id(param) for layer in layers.values() for _, param in layer.factor_parameters()}
     masks = {id(layer.pst_mask) for layer in layers.values()}
@@ -30,7 +29,7 @@ def model_numbers(model: nn.Module) -> ModelNumbers:
         )
         for param in model.parameters()
     )
-    modules = Counter(_module_numbers(module) for module in model.modules() if module._parameters)
+    modules = Counter(_module_numbers(module, device) for module in model.modules() if module._parameters)
     return ModelNumbers(
         tensors=tuple(_counted(tensors)),
         modules=tuple(
@@ -73,7 +72,7 @@ def _counted(tensors: Counter[TensorGroup]) -> list[TensorGroup]:
     ]
 
 
-def _module_numbers(module: nn.Module) -> ModuleNumbers:
+def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
     params = [p for p in module._parameters.values() if p is not None]
     by_dtype: Counter[object] = Counter()
     for param in params:
@@ -82,12 +81,11 @@ def _module_numbers(module: nn.Module) -> ModuleNumbers:
         numel=sum(zero3.full_numel(p) for p in params),
         gathered_bytes=sum(by_dtype.values()),
         largest_gather_bytes=max(by_dtype.values(), default=0),
-        work_bytes=_work_bytes(module),
+        work_bytes=_work_bytes(module, device),
     )
 
 
-def _work_bytes(module: nn.Module) -> int:
-    """M . W in the weight's dtype, and the mask unpacked to bytes."""
+def _work_bytes(module: nn.Module, device: str) -> int:
     if not isinstance(module, PSTLinear):
         return 0
-    return math.prod(zero3.full_shape(module.weight)) * (module.weight.element_size() + 1)
+    return layer_work_bytes(module.layout, module.weight.element_size(), module.tile_bytes, device)

@@ -11,11 +11,14 @@ from pst_ds.core.cost import (
     ModuleNumbers,
     TensorGroup,
     ZeroSettings,
+    layer_work_bytes,
     llama_activation_bytes,
     mask_update_bytes,
     memory_plan,
     optimizer_bytes,
 )
+from pst_ds.core.layout import WeightLayout
+from pst_ds.core.tiles import least_tile_bytes, plan_tiles
 
 WEIGHT, FACTORS, NORM = 1001, 90, 7
 """One pruned matrix, its factors in one tensor, and a norm; sizes that 3 ranks do not divide."""
@@ -43,7 +46,7 @@ def _model(world: int, count: int = 2) -> ModelNumbers:
 
 
 def _plan(zero, **options):
-    return memory_plan(_model(zero.shards), zero, activations=1000, tile_elements=500, device="none", **options)
+    return memory_plan(_model(zero.shards), zero, activations=1000, device="none", **options)
 
 
 def test_zero3_shares_are_rounded_up_tensor_by_tensor():
@@ -55,7 +58,7 @@ def test_zero3_shares_are_rounded_up_tensor_by_tensor():
     assert plan.reduce_bucket == 2 * 100
     assert plan.gathers == 2 * (WEIGHT + FACTORS) + 126
     assert plan.communication == int(2 * (WEIGHT + FACTORS) * 4 / 3)
-    assert plan.layer_work == 3 * WEIGHT + 4 * 500 * 2
+    assert plan.layer_work == 3 * WEIGHT
     assert plan.step_peak == plan.resident + plan.gathers + plan.communication + plan.layer_work + 1000
 
 
@@ -101,6 +104,15 @@ def test_a_mask_update_at_scale_holds_masters_bits_and_brackets():
         bits, inside = 10 * numel / world / 8, 8 * 10 * numel / world * (2 * 5 * 0.5 / math.sqrt(sample_size(numel)))
         assert found == pytest.approx(4000 + bits + inside + numel / world + (16 << 20), rel=0.01)
     assert mask_update_bytes(ModelNumbers((), (), ()), ZeroSettings(stage=3)) == 0
+
+
+def test_a_layers_temporaries_are_its_merged_weight_or_a_tile():
+    layout = WeightLayout(256, 1024)
+    small = layer_work_bytes(layout, 2, least_tile_bytes(layout, 2))
+    assert small == 2 * layout.numel + layout.numel * 4  # M . W, and its mask in one band
+    large = layer_work_bytes(layout, 2, 1 << 30)
+    tiles = plan_tiles(layout, 2, 1 << 30)
+    assert large == max(small, 2 * 2 * tiles.max_numel + 8 * tiles.max_band_numel) > small
 
 
 def test_activations_of_a_llama_are_layer_inputs_and_the_larger_of_layer_and_loss():

@@ -38,7 +38,7 @@ def _sorted(items):
 
 @pytest.mark.parametrize("num_shards", [1, 3])
 def test_a_models_numbers_are_those_of_its_architecture(num_shards):
-    found, expected = model_numbers(_llama(num_shards)), Llama(56, 101, 3, 71, 28).numbers(num_shards)
+    found, expected = model_numbers(_llama(num_shards)), Llama(56, 101, 3, 71, 28).numbers(num_shards, "cpu")
     assert found.parameters == expected.parameters
     assert (
         found.trainables
@@ -54,7 +54,7 @@ def test_a_models_numbers_are_those_of_its_architecture(num_shards):
     )
     assert max(m.gathered_bytes for m in found.modules) == max(m.gathered_bytes for m in expected.modules)
     zero = ZeroSettings(stage=3, world_size=num_shards)
-    plans = [memory_plan(n, zero, activations=0, tile_elements=1 << 20) for n in (found, expected)]
+    plans = [memory_plan(n, zero, activations=0) for n in (found, expected)]
     assert plans[0] == plans[1]
 
 
@@ -81,7 +81,7 @@ def test_bytes_of_a_rank_are_those_its_tensors_take(run_ranks, world_size):
         "zero_optimization": {"stage": 3, "reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 0},
     }  # fmt: skip
     numbers = model_numbers(_llama(world_size))
-    plan = memory_plan(numbers, ZeroSettings(stage=3, world_size=world_size), activations=0, tile_elements=1 << 20)
+    plan = memory_plan(numbers, ZeroSettings(stage=3, world_size=world_size), activations=0)
     for weights, masks, optimizer, gradients, partitioned in run_ranks(_held, world_size, world_size, config):
         assert (weights, masks, optimizer, gradients) == (plan.weights, plan.masks, plan.optimizer, plan.gradients)
         assert set(partitioned.tensors) == set(numbers.tensors)  # read under ZeRO-3, where shapes are hidden

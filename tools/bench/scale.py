@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from timing import hardware
 
 from pst_ds.core.cost import memory_plan
-from pst_ds.core.masked_linear import TILE_ELEMENTS
 from pst_ds.core.traffic import MACHINES, Batch, time_plan
 from pst_ds.nn.activations import activation_bytes
 from pst_ds.nn.config import PSTConfig
@@ -119,7 +118,7 @@ def predict(args: argparse.Namespace, size: str, rates: dict[str, float]) -> dic
     numbers, zero = model_numbers(model), zero_settings(ds_config(args), args.ranks, "gloo")
     checkpointing = not args.no_checkpointing
     activations = activation_bytes(model, batch=args.batch, sequence=args.sequence, checkpointing=checkpointing)
-    memory = memory_plan(numbers, zero, activations=activations, tile_elements=TILE_ELEMENTS["cpu"])
+    memory = memory_plan(numbers, zero, activations=activations)
     machine = replace(
         MACHINES["cpu"],
         flops=rates["flops"],
