@@ -23,8 +23,8 @@ GLOO = "gloo"
 RUNTIME_BYTES = {"cpu": 48 << 20, "cuda": 600 << 20}
 """Beside all tensors: library pages, threads and scratch of a process that has trained a step, above its imports. CPU:
 measured with a model of 0.1 million parameters. CUDA: context and cuBLAS workspaces, assumed."""
-SCORED_TILE_BYTES = 16 << 20
-"""Scratch of the scoring pass of a mask update."""
+SCORED_TILE_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
+"""Scratch of the scoring pass of a mask update: keys, scores and their terms of one tile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ def memory_plan(
         layer_work=work,
         activations=activations,
         optimizer_step=0 if zero.offload_optimizer else _optimizer_step_bytes(model, zero, trainable_groups),
-        mask_update=mask_update_bytes(model, zero),
+        mask_update=mask_update_bytes(model, zero, device),
         runtime=RUNTIME_BYTES.get(device, 0),
         host=host,
     )
@@ -242,7 +242,7 @@ def layer_work_bytes(layout: WeightLayout, itemsize: int, tile_bytes: int = 0, d
     )
 
 
-def mask_update_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
+def mask_update_bytes(model: ModelNumbers, zero: ZeroSettings, device: str = "cpu") -> int:
     """Temporaries of a mask update, at the worst of three moments.
 
     The factors' masters arrive in one gather, (ranks, shard), and are copied out of it; the sampled keys are held here,
@@ -260,7 +260,7 @@ def mask_update_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
     inside = sum(m.count * m.numel * _bracket_share(m.numel) for m in model.matrices) / zero.shards
     largest = max(m.numel for m in model.matrices) / zero.shards
     scanning = masters + int(model.pruned_weights / zero.shards / 8 + 8 * inside + largest)
-    return max(gathering, sampling, scanning) + SCORED_TILE_BYTES
+    return max(gathering, sampling, scanning) + SCORED_TILE_BYTES.get(device, 0)
 
 
 def llama_activation_bytes(

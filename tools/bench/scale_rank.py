@@ -72,7 +72,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        return max(phase["peak"] for phase in self.phases.values())
+        return max(phase["peak"] for name, phase in self.phases.items() if name != "rates")
 
 
 def _status(key: str) -> int:
