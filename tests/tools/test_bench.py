@@ -221,3 +221,13 @@ def test_mask_update_prints_its_object():
 def test_a_rank_that_fails_ends_the_benchmark_with_its_traceback():
     with pytest.raises(RuntimeError, match=r"(?s)rank 0: Traceback.*ZeroDivisionError"):
         Ranks(1, divmod, 1, 0)
+
+
+@pytest.mark.launcher
+def test_a_rank_that_is_gone_is_reported():
+    with Ranks(1, dict) as gone:
+        assert gone.call("get", "key", 3) == [3]
+        gone._processes[0].kill()
+        gone._processes[0].join()
+        with pytest.raises(RuntimeError, match="rank 0: the process ended"):
+            gone.call("get", "key")
