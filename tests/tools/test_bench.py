@@ -197,10 +197,10 @@ def run_script(name, *arguments):
 @pytest.mark.launcher
 def test_train_step_prints_its_object_and_goes_on_from_earlier_results(tmp_path):
     results = tmp_path / "train_step.json"
-    options = ["--repeats", "1", "--results", str(results), *TINY_ARGUMENTS]
+    options = ["--ranks", "1", "--repeats", "1", "--results", str(results), *TINY_ARGUMENTS]
     found = run_script("train_step.py", "--methods", "lora", *options)
     assert set(found["ratios"]) == set(found["memory_ratios"]) == {"lora"}
-    assert found["conditions"]["ranks"] == 2
+    assert found["conditions"]["ranks"] == 1
     assert found["conditions"]["shape"]["hidden"] == 32
     assert {"hardware", "threads_per_rank", "versions", "zero_stage"} <= set(found["conditions"])
     assert found["pairs"]["lora"]["repeats"] == 1
@@ -221,3 +221,13 @@ def test_mask_update_prints_its_object():
 def test_a_rank_that_fails_ends_the_benchmark_with_its_traceback():
     with pytest.raises(RuntimeError, match=r"(?s)rank 0: Traceback.*ZeroDivisionError"):
         Ranks(1, divmod, 1, 0)
+
+
+@pytest.mark.launcher
+def test_a_rank_that_is_gone_is_reported():
+    with Ranks(1, dict) as gone:
+        assert gone.call("get", "key", 3) == [3]
+        gone._processes[0].kill()
+        gone._processes[0].join()
+        with pytest.raises(RuntimeError, match="rank 0: the process ended"):
+            gone.call("get", "key")
