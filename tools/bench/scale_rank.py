@@ -115,6 +115,8 @@ def machine_rates(job: dict[str, Any]) -> dict[str, float]:
     y = x @ weight.t()
     whole, shard = torch.empty(world_size() * weight.numel() // 2, dtype=torch.bfloat16), weight.flatten()
 
+    copy = torch.empty_like(weight)
+
     def products() -> None:
         torch.nn.functional.linear(x, weight)
         y @ weight
@@ -127,7 +129,7 @@ def machine_rates(job: dict[str, Any]) -> dict[str, float]:
     gather = median(lambda: torch.distributed.all_gather_into_tensor(whole, own)) if world_size() > 1 else 0.0
     return {
         "flops": 6 * x.shape[0] * weight.numel() / median(products),
-        "memory_bytes": 2 * weight.nbytes / median(lambda: weight.clone()),
+        "memory_bytes": 2 * weight.nbytes / median(lambda: copy.copy_(weight)),
         "network_bytes": (whole.nbytes - own.nbytes) / gather if gather else 0.0,
         "latency": median(lambda: torch.distributed.all_reduce(torch.zeros(1))),
     }
