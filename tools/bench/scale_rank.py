@@ -23,6 +23,8 @@ from pst_ds.parallel.ranks import all_gather_objects, barrier, rank, world_size
 from pst_ds.train.mask_update import update_masks
 
 DRAW_ELEMENTS = 1 << 20
+COPY_ELEMENTS = 1 << 25
+"""Of the copy that measures memory: more than caches hold."""
 IMPORTS = (
     "transformers.models.llama.modeling_llama", "transformers.integrations", "deepspeed.runtime.engine",
     "deepspeed.runtime.superoffload.superoffload_stage3", "functorch.compile", "torch._inductor.compile_fx",
@@ -115,7 +117,7 @@ def machine_rates(job: dict[str, Any]) -> dict[str, float]:
     y = x @ weight.t()
     whole, shard = torch.empty(world_size() * weight.numel() // 2, dtype=torch.bfloat16), weight.flatten()
 
-    copy = torch.empty_like(weight)
+    large, copy = (torch.zeros(COPY_ELEMENTS, dtype=torch.bfloat16) for _ in range(2))
 
     def products() -> None:
         torch.nn.functional.linear(x, weight)
@@ -129,7 +131,7 @@ def machine_rates(job: dict[str, Any]) -> dict[str, float]:
     gather = median(lambda: torch.distributed.all_gather_into_tensor(whole, own)) if world_size() > 1 else 0.0
     return {
         "flops": 6 * x.shape[0] * weight.numel() / median(products),
-        "memory_bytes": 2 * weight.nbytes / median(lambda: copy.copy_(weight)),
+        "memory_bytes": 2 * copy.nbytes / median(lambda: copy.copy_(large)),
         "network_bytes": (whole.nbytes - own.nbytes) / gather if gather else 0.0,
         "latency": median(lambda: torch.distributed.all_reduce(torch.zeros(1))),
     }
