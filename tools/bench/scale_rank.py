@@ -48,7 +48,9 @@ def main() -> None:
     result = measure(job, memory)
     everyone = all_gather_objects(result)
     if rank() == 0:
-        Path(job["result"]).write_text(json.dumps(everyone))
+        written = Path(job["result"]).with_suffix(".partial")
+        written.write_text(json.dumps(everyone))
+        written.rename(job["result"])
     barrier()
     shut_down()
 
