@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,13 +98,13 @@ class _Scan:
 
 
 def _sample(matrices: Sequence[MatrixKeys], ranks: RankSums, device: torch.device) -> list[Tensor]:
-    """The sampled keys of every matrix, sorted, on the CPU. Collective: one exchange."""
+    """The sampled keys of every matrix, on the CPU. Collective: one exchange."""
     own = []
     for matrix in matrices:
         assert matrix.sample is not None, "a matrix without a sample"
         own.append(matrix.sample(sample_positions(matrix.num_in_all)).to(device))
     everyone = ranks.all_sum(torch.cat(own)).cpu()
-    return [keys.sort().values for keys in everyone.split([keys.numel() for keys in own])]
+    return list(everyone.split([keys.numel() for keys in own]))
 
 
 def sample_size(numel: int) -> int:
@@ -144,13 +145,16 @@ def _matrix_bracket(matrix: MatrixKeys, sample: Tensor) -> _Bracket:
     half, scale = _half_width(matrix), sample.numel() / max(1, matrix.num_in_all)
     first = math.floor((matrix.prune_count - half) * scale)
     last = math.ceil((matrix.prune_count + half) * scale)
-    low = int(sample[first]) if 1 <= first < sample.numel() else LOWEST_FINITE
-    high = int(sample[last]) if last < sample.numel() else HIGHEST_FINITE
+    wanted = [at for at in (first, last) if 0 <= at < sample.numel()]
+    ordered = np.partition(sample.numpy(), wanted) if wanted else sample.numpy()
+    low = int(ordered[first]) if 1 <= first < sample.numel() else LOWEST_FINITE
+    high = int(ordered[last]) if 0 <= last < sample.numel() else HIGHEST_FINITE
     return _Bracket(low, max(low, high), 4 * half + MIN_SAMPLE)
 
 
 def _pool_bracket(members: Sequence[MatrixKeys], samples: Sequence[Tensor], wanted: int) -> _Bracket:
     half = math.ceil(math.sqrt(sum(_half_width(m) ** 2 for m in members)))
+    samples = [sample.sort().values for sample in samples]
 
     def pruned_below(key: int) -> float:
         total = 0.0

@@ -24,7 +24,7 @@ from pst_ds.core.layout import Rect, WeightLayout
 
 DEFAULT_TILE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 """Bytes of a tile by kind of device, see docs/design.md."""
-_BAND_ELEMENTS = {"cpu": 1 << 18}
+_BAND_ELEMENTS = {"cpu": 1 << 19}
 """Weights of a band, where a quarter of the budget allows them; elsewhere that quarter alone counts."""
 MIN_STRIP = 32
 """Rows or columns of the thinnest tile, a strip of the weight. Thinner, its products would mostly copy x or dY."""

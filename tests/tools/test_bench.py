@@ -23,7 +23,7 @@ from mask_update import PICKS, MaskUpdates, gathered_update, growth, share_at  #
 from mask_update import ratios as update_ratios  # noqa: E402
 from ranks import Ranks  # noqa: E402
 from rivals import MovementPruning, PlainPST, replace_linears  # noqa: E402
-from train_step import summary  # noqa: E402
+from train_step import needed_gib, summary, too_large  # noqa: E402
 
 TINY = Shape(hidden=32, intermediate=48, layers=2, heads=2, vocabulary=64, sequence=8, batch=2, rank=2)
 TINY_ARGUMENTS = [
@@ -137,6 +137,12 @@ def test_a_round_of_mask_updates_on_two_ranks(run_ranks):
         assert agreement > 0.999
 
 
+def test_a_rival_that_memory_does_not_hold_is_not_started():
+    assert too_large("lora", TINY) == ""
+    huge = Shape(layers=10_000)
+    assert f"needs about {needed_gib('movement', huge):.0f} GiB" in too_large("movement", huge)
+
+
 def test_ratios_are_ours_over_theirs_and_growth_is_the_line():
     def pair(rival):
         ours = {"step": 2.0, "mask_update": 1.0, "cpu_step": 1.5, "cpu_mask_update": 0.3}
@@ -145,7 +151,7 @@ def test_ratios_are_ours_over_theirs_and_growth_is_the_line():
             rival: {"seconds": {"step": 4.0, "cpu_step": 3.0}, "bytes_per_rank": {"memory": 12}},
         }
 
-    report = summary({"pairs": {"lora": pair("lora"), "plain": pair("plain")}})
+    report = summary({"not_run": {}, "pairs": {"lora": pair("lora"), "plain": pair("plain")}})
     assert report["ratios"] == {"lora": 0.5, "plain": 0.75}
     assert report["ratios_with_update"] == {"lora": 0.75, "plain": 0.75}
     assert report["ratios_without_update"] == {"lora": 0.5, "plain": 0.5}
@@ -197,10 +203,10 @@ def run_script(name, *arguments):
 @pytest.mark.launcher
 def test_train_step_prints_its_object_and_goes_on_from_earlier_results(tmp_path):
     results = tmp_path / "train_step.json"
-    options = ["--repeats", "1", "--results", str(results), *TINY_ARGUMENTS]
+    options = ["--ranks", "1", "--repeats", "1", "--results", str(results), *TINY_ARGUMENTS]
     found = run_script("train_step.py", "--methods", "lora", *options)
     assert set(found["ratios"]) == set(found["memory_ratios"]) == {"lora"}
-    assert found["conditions"]["ranks"] == 2
+    assert found["conditions"]["ranks"] == 1
     assert found["conditions"]["shape"]["hidden"] == 32
     assert {"hardware", "threads_per_rank", "versions", "zero_stage"} <= set(found["conditions"])
     assert found["pairs"]["lora"]["repeats"] == 1
@@ -221,3 +227,13 @@ def test_mask_update_prints_its_object():
 def test_a_rank_that_fails_ends_the_benchmark_with_its_traceback():
     with pytest.raises(RuntimeError, match=r"(?s)rank 0: Traceback.*ZeroDivisionError"):
         Ranks(1, divmod, 1, 0)
+
+
+@pytest.mark.launcher
+def test_a_rank_that_is_gone_is_reported():
+    with Ranks(1, dict) as gone:
+        assert gone.call("get", "key", 3) == [3]
+        gone._processes[0].kill()
+        gone._processes[0].join()
+        with pytest.raises(RuntimeError, match="rank 0: the process ended"):
+            gone.call("get", "key")

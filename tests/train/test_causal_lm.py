@@ -314,7 +314,7 @@ def test_eval_and_plan_speak_of_sequences(tmp_path, capsys):
     assert (planned["num_examples"], planned["trained_in_full"]) == (93, [])
     assert planned["trained_parameters"] == result["trained_parameters"]
     assert "20 steps over 93 sequences" in said
-    assert "6 sequences a micro-batch" in said
+    assert "micro-batches of 6 x 32 tokens" in said
 
 
 def test_verify_finds_another_model(tmp_path, capsys):

@@ -9,6 +9,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ class Ranks:
     def call(self, method: str, *args: Any) -> list[Any]:
         """What ``method`` returned, by rank. Raises RuntimeError with the traceback of the first rank that failed."""
         for pipe in self._pipes:
-            pipe.send((method, args))
+            with suppress(BrokenPipeError):  # that rank has ended; its silence is the answer
+                pipe.send((method, args))
         return self._answers()
 
     def _answers(self) -> list[Any]:
@@ -54,7 +56,7 @@ class Ranks:
                 rank = next(i for i, pipe in enumerate(self._pipes) if pipe is ready)
                 try:
                     ok, value = self._pipes[rank].recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     ok, value = False, "the process ended (out of memory?)"
                 if not ok:
                     self.close()

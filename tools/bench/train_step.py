@@ -27,7 +27,7 @@ from ranks import Ranks
 from timing import conditions, print_json, progress, rounded
 
 RIVALS = METHODS[1:]
-NEEDED_BYTES_PER_WEIGHT = {"full_finetuning": 24, "lora": 8, "plain": 24, "movement": 48}
+NEEDED_BYTES_PER_WEIGHT = {"full_finetuning": 24, "lora": 8, "plain": 24, "movement": 54}
 """About what all ranks of the rival need together, activations of 2,048 tokens a rank with them."""
 SELECTING = ("plain", "movement")
 """Rivals that select their masks in every step, which ours must then do too."""
@@ -42,7 +42,12 @@ def main() -> None:
     results = _earlier(arguments.results, stated)
     for rival in RIVALS:
         if rival in arguments.methods:
-            results["pairs"][rival] = run_pair(rival, shape, arguments)
+            results["not_run"].pop(rival, None)
+            if reason := too_large(rival, shape):
+                progress(f"{rival}: {reason}")
+                results["not_run"][rival] = reason
+            else:
+                results["pairs"][rival] = run_pair(rival, shape, arguments)
             _write(arguments.results, results)
     report = summary(results)
     if arguments.json:
@@ -53,13 +58,28 @@ def main() -> None:
 
 def run_pair(rival: str, shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
     """Median seconds and the facts of PST and of ``rival``."""
-    needed = NEEDED_BYTES_PER_WEIGHT[rival] * weights_of(shape) / 2**30
-    together = needed <= arguments.in_turn_below
+    together = needed_gib(rival, shape) <= arguments.in_turn_below
     groups = [["pst", rival]] if together else [["pst"], [rival]]
     found: dict[str, Any] = {"in_turn": together, "repeats": arguments.repeats, "warmup": arguments.warmup}
     for methods in groups:
         found |= run_group(methods, shape, arguments.ranks, arguments.repeats, arguments.warmup)
     return found
+
+
+def needed_gib(rival: str, shape: Shape) -> float:
+    return NEEDED_BYTES_PER_WEIGHT[rival] * weights_of(shape) / 2**30
+
+
+def too_large(rival: str, shape: Shape) -> str:
+    """Why a rival is not run: it would be killed, and others with it. Empty when there is room."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return ""
+    (line,) = [line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")]
+    available, needed = int(line.split()[1]) / 2**20, needed_gib(rival, shape)
+    if needed <= available:
+        return ""
+    return f"needs about {needed:.0f} GiB in all, and {available:.0f} are free; run it with fewer --layers"
 
 
 def weights_of(shape: Shape) -> int:
@@ -117,7 +137,7 @@ def _earlier(path: Path, stated: dict[str, Any]) -> dict[str, Any]:
         results = json.loads(path.read_text(encoding="utf-8"))
         if results["conditions"] == json.loads(json.dumps(stated)):
             return results
-    return {"benchmark": "train_step", "conditions": stated, "pairs": {}}
+    return {"benchmark": "train_step", "conditions": stated, "pairs": {}, "not_run": {}}
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:
@@ -136,6 +156,8 @@ def _print_table(report: dict[str, Any]) -> None:
             print(f"{method:<16}{numbers}{size:>19.2f}")
         time, memory = report["ratios"][rival], report["memory_ratios"][rival]
         print(f"pst / {rival}: time {time:.3f}, memory {memory:.3f}")
+    for rival, reason in report["not_run"].items():
+        print(f"{rival}: {reason}")
 
 
 def _parser() -> argparse.ArgumentParser:
