@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from pst_ds.core.bits import pack_shard, set_bits_
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, histogram
 from pst_ds.core.select import DIGIT_BITS, MatrixKeys, NonFiniteScoreError, RankSums, Search, cuts_of, select
 
-SAMPLE_SHARE, MIN_SAMPLE, MAX_SAMPLE = 1 / 64, 4096, 65536
+SAMPLE_SHARE, MIN_SAMPLE, MAX_SAMPLE = 1 / 64, 4096, 32768
 """Share of a matrix's keys that is sampled, and its bounds; a matrix of fewer keys than the lower is sampled whole."""
 BRACKET_DEVIATIONS = 5.0
 """Half width of a bracket in standard deviations of the sample's rank of the cut: missed with probability 6e-7."""
@@ -111,8 +112,9 @@ def sample_size(numel: int) -> int:
     return min(numel, max(MIN_SAMPLE, min(MAX_SAMPLE, int(numel * SAMPLE_SHARE))))
 
 
+@lru_cache(maxsize=16)
 def sample_positions(numel: int) -> Tensor:
-    """One position in each of ``sample_size(numel)`` equal strata of [0, numel), int64, rising."""
+    """One position in each of ``sample_size(numel)`` equal strata of [0, numel), int64, rising; not to be changed."""
     size = sample_size(numel)
     edges = torch.arange(size + 1, dtype=torch.int64) * numel // max(1, size)
     mixed = torch.arange(size, dtype=torch.int64) * 0x9E3779B1 & 0xFFFFFFFF  # Knuth's multiplicative hash

@@ -101,17 +101,27 @@ class LayerKeys:
         """Keys, int32, of the weights at ``positions`` (int64, among the matrix's in storage order); 0 for those of
         other ranks."""
         rect = matrix.rect
+        if rect.c1 - rect.c0 == self.row_length:  # in the order of the shard: look at none but this rank's
+            offset = rect.r0 * self.row_length
+            own = torch.tensor([self.start - offset, self.stop - offset])
+            first, last = torch.searchsorted(positions, own).tolist()
+            keys = torch.zeros(positions.numel(), dtype=torch.int32, device=self.device)
+            keys[first:last] = self._keys_at(matrix, positions[first:last])
+            return keys
         rows, cols = positions // (rect.c1 - rect.c0), positions % (rect.c1 - rect.c0)
         flat = (rows + rect.r0) * self.row_length + cols + rect.c0
         here = ((flat >= self.start) & (flat < self.stop)).nonzero().flatten()
         keys = torch.zeros(positions.numel(), dtype=torch.int32, device=self.device)
-        if here.numel():
-            rows, cols, flat = (t[here].to(self.device) for t in (rows, cols, flat))
-            tile = tile_factors(self._factors, self.layout, matrix, rect)
-            scale = self.layer.weight_scales[matrix.part]
-            values = self._weight[flat - self.start]
-            keys[here.to(self.device)] = keys_at(values, rows, cols, tile, self.layer.constants, scale)
+        keys[here.to(self.device)] = self._keys_at(matrix, positions[here])
         return keys
+
+    def _keys_at(self, matrix: Block, positions: Tensor) -> Tensor:
+        """Keys of this rank's weights at ``positions`` of the matrix."""
+        rect, positions = matrix.rect, positions.to(self.device)
+        rows, cols = positions // (rect.c1 - rect.c0), positions % (rect.c1 - rect.c0)
+        values = self._weight[(rows + rect.r0) * self.row_length + cols + rect.c0 - self.start]
+        tile = tile_factors(self._factors, self.layout, matrix, rect)
+        return keys_at(values, rows, cols, tile, self.layer.constants, self.layer.weight_scales[matrix.part])
 
     def write_own(self, keep: Tensor, rect: Rect, kept: Tensor) -> None:
         """Copy the part of ``kept`` (rows, cols of ``rect``) that is this rank's into ``keep``, its shard's mask."""
