@@ -35,7 +35,6 @@ bench: venv
 	$(BIN)/python tools/bench/step.py
 	$(BIN)/python tools/bench/mask_update.py --json
 	$(BIN)/python tools/bench/train_step.py --json
-	$(BIN)/python tools/bench/train_step.py --json --methods movement --layers 2 --results runs/bench/movement.json
 	$(BIN)/python tools/bench/scale.py --json
 
 clean:

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from mask_update import PICKS, MaskUpdates, gathered_update, growth, share_at  #
 from mask_update import ratios as update_ratios  # noqa: E402
 from ranks import Ranks  # noqa: E402
 from rivals import MovementPruning, PlainPST, replace_linears  # noqa: E402
-from train_step import needed_gib, summary, too_large  # noqa: E402
+from train_step import fitting_layers, needed_gib, summary  # noqa: E402
 
 TINY = Shape(hidden=32, intermediate=48, layers=2, heads=2, vocabulary=64, sequence=8, batch=2, rank=2)
 TINY_ARGUMENTS = [
@@ -137,10 +138,12 @@ def test_a_round_of_mask_updates_on_two_ranks(run_ranks):
         assert agreement > 0.999
 
 
-def test_a_rival_that_memory_does_not_hold_is_not_started():
-    assert too_large("lora", TINY) == ""
-    huge = Shape(layers=10_000)
-    assert f"needs about {needed_gib('movement', huge):.0f} GiB" in too_large("movement", huge)
+def test_a_rival_that_memory_does_not_hold_runs_at_fewer_layers():
+    shape = Shape()
+    needs = [needed_gib("movement", replace(shape, layers=n)) for n in range(1, shape.layers + 1)]
+    assert fitting_layers("movement", shape, free=1000.0) == shape.layers
+    assert fitting_layers("movement", shape, free=needs[3] / 0.8 + 0.01) == 4
+    assert fitting_layers("movement", shape, free=needs[0] / 0.8 - 0.01) == 0
 
 
 def test_ratios_are_ours_over_theirs_and_growth_is_the_line():

@@ -1,8 +1,9 @@
 """A training step of PST against full fine-tuning, LoRA, the plain algorithm and movement pruning: time and memory.
 
 Every method has its own ranks. For each rival PST is started anew beside it, and the two take a step in turn; where
-both do not fit in memory (``--in-turn-below``, in GiB), PST takes all its steps first. A ratio is of two medians of
-such a pair. Results are merged into ``--results`` pair by pair, so that a long run can be done in parts with
+both do not fit in memory (``--in-turn-below``, in GiB), PST takes all its steps first. Where the rival alone does not
+fit, both are measured at as many layers as it does, and the pair says so. A ratio is of two medians of such a pair.
+Results are merged into ``--results`` pair by pair, so that a long run can be done in parts with
 ``--methods``.
 
     python tools/bench/train_step.py --json
@@ -13,10 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from timing import conditions, print_json, progress, rounded
 RIVALS = METHODS[1:]
 NEEDED_BYTES_PER_WEIGHT = {"full_finetuning": 24, "lora": 8, "plain": 24, "movement": 54}
 """About what all ranks of the rival need together, activations of 2,048 tokens a rank with them."""
+FREE_SHARE = 0.8
+"""Of the free memory, how much a rival may need."""
 SELECTING = ("plain", "movement")
 """Rivals that select their masks in every step, which ours must then do too."""
 COLUMNS = ("forward", "backward", "optimizer", "mask_update", "step", "cpu_step")
@@ -43,11 +47,12 @@ def main() -> None:
     for rival in RIVALS:
         if rival in arguments.methods:
             results["not_run"].pop(rival, None)
-            if reason := too_large(rival, shape):
-                progress(f"{rival}: {reason}")
-                results["not_run"][rival] = reason
+            layers = fitting_layers(rival, shape, free_gib())
+            if layers:
+                results["pairs"][rival] = run_pair(rival, replace(shape, layers=layers), arguments)
             else:
-                results["pairs"][rival] = run_pair(rival, shape, arguments)
+                needed = needed_gib(rival, replace(shape, layers=1))
+                results["not_run"][rival] = f"needs about {needed:.0f} GiB at one layer"
             _write(arguments.results, results)
     report = summary(results)
     if arguments.json:
@@ -60,7 +65,8 @@ def run_pair(rival: str, shape: Shape, arguments: argparse.Namespace) -> dict[st
     """Median seconds and the facts of PST and of ``rival``."""
     together = needed_gib(rival, shape) <= arguments.in_turn_below
     groups = [["pst", rival]] if together else [["pst"], [rival]]
-    found: dict[str, Any] = {"in_turn": together, "repeats": arguments.repeats, "warmup": arguments.warmup}
+    found: dict[str, Any] = {"layers": shape.layers, "in_turn": together}
+    found |= {"repeats": arguments.repeats, "warmup": arguments.warmup}
     for methods in groups:
         found |= run_group(methods, shape, arguments.ranks, arguments.repeats, arguments.warmup)
     return found
@@ -70,16 +76,19 @@ def needed_gib(rival: str, shape: Shape) -> float:
     return NEEDED_BYTES_PER_WEIGHT[rival] * weights_of(shape) / 2**30
 
 
-def too_large(rival: str, shape: Shape) -> str:
-    """Why a rival is not run: it would be killed, and others with it. Empty when there is room."""
+def free_gib() -> float:
+    """Memory that can be had without swapping; infinite where the system does not say."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.is_file():
-        return ""
+        return math.inf
     (line,) = [line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")]
-    available, needed = int(line.split()[1]) / 2**20, needed_gib(rival, shape)
-    if needed <= available:
-        return ""
-    return f"needs about {needed:.0f} GiB in all, and {available:.0f} are free; run it with fewer --layers"
+    return int(line.split()[1]) / 2**20
+
+
+def fitting_layers(rival: str, shape: Shape, free: float) -> int:
+    """The most layers of ``shape``, up to its own, whose rival needs no more than FREE_SHARE of ``free`` GiB; or 0."""
+    fits = [n for n in range(1, shape.layers + 1) if needed_gib(rival, replace(shape, layers=n)) <= FREE_SHARE * free]
+    return max(fits, default=0)
 
 
 def weights_of(shape: Shape) -> int:
@@ -155,7 +164,7 @@ def _print_table(report: dict[str, Any]) -> None:
             numbers = "".join(f"{seconds[part]:>12.3f}" if part in seconds else f"{'-':>12}" for part in COLUMNS)
             print(f"{method:<16}{numbers}{size:>19.2f}")
         time, memory = report["ratios"][rival], report["memory_ratios"][rival]
-        print(f"pst / {rival}: time {time:.3f}, memory {memory:.3f}")
+        print(f"pst / {rival}, {pair['layers']} layers: time {time:.3f}, memory {memory:.3f}")
     for rival, reason in report["not_run"].items():
         print(f"{rival}: {reason}")
 
