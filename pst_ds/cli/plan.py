@@ -31,22 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     config = load_run_or_folder(args)
     from pst_ds.cli.plan_text import print_plan
-    from pst_ds.errors import InputError
+    from pst_ds.core.cost import memory_plan
     from pst_ds.nn.shapes import model_numbers
-    from pst_ds.parallel.ds_config import load_deepspeed_config, zero_stage
-    from pst_ds.parallel.launch import launch_environment
+    from pst_ds.parallel.ds_config import zero_stage
     from pst_ds.train.model import DTYPES, head_names, meta_model, num_trainable, parameter_groups
 
-    if args.ranks is not None and args.ranks < 1:
-        raise InputError(f"--world-size {args.ranks} must be at least 1")
-    ranks = args.ranks or launch_environment().world_size
+    ranks, raw = _ranks_and_deepspeed(config, args.ranks)
     micro_batch_size = config.micro_batch_size(ranks)
-    raw = load_deepspeed_config(config.deepspeed_config) if config.deepspeed_config else None
-    if raw is None and ranks > 1:
-        raise InputError(
-            f"{ranks} ranks, but deepspeed_config is not set; set deepspeed_config = "
-            '"ds_configs/zero3.json", or plan for one process'
-        )
     stage = zero_stage(raw) if raw is not None else None
     tokenizer, labels, unit, num_examples = _data(config, args.no_data)
     model = meta_model(config, labels, tokenizer, num_shards=ranks if stage == 3 else 1)
@@ -76,8 +67,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, config)]
     activations = _activations(model, micro_batch_size, config)  # uses the model up
-    from pst_ds.core.cost import memory_plan
-
     memory = memory_plan(
         numbers,
         zero,
@@ -93,6 +82,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plan["time"] = _times(config, numbers, zero, micro_batch_size, machine, plan["schedule"], num_steps)
     print_plan(plan)
     return plan
+
+
+def _ranks_and_deepspeed(config: Any, wanted: int | None) -> tuple[int, dict[str, Any] | None]:
+    """How many ranks to plan for, and the DeepSpeed settings as they are in the file; none for one process without."""
+    from pst_ds.errors import InputError
+    from pst_ds.parallel.ds_config import load_deepspeed_config
+    from pst_ds.parallel.launch import launch_environment
+
+    if wanted is not None and wanted < 1:
+        raise InputError(f"--world-size {wanted} must be at least 1")
+    ranks = wanted or launch_environment().world_size
+    if config.deepspeed_config:
+        return ranks, load_deepspeed_config(config.deepspeed_config)
+    if ranks > 1:
+        raise InputError(
+            f"{ranks} ranks, but deepspeed_config is not set; set deepspeed_config = "
+            '"ds_configs/zero3.json", or plan for one process'
+        )
+    return ranks, None
 
 
 def _data(config: Any, no_data: bool) -> tuple[Any, list[str], str, int | None]:
