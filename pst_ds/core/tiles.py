@@ -13,7 +13,7 @@ What is made of G is made in bands of rows of the tile, small enough to stay in 
 
 and while M is made up to two more bytes a weight of the band (or two rows of the stored weight, if they are more). Not
 in the budget: tensors as large as x or the factors (dX, its fp32 sum where it is one, the gradients of the factors in
-fp32), and the scratch memory of the BLAS library.
+fp32), and the scratch memory of the BLAS library (on CPUs with AMX, oneDNN packs copies of bf16 operands).
 """
 
 from __future__ import annotations
