@@ -12,9 +12,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pst_ds.core.bits import shard_numel
 from pst_ds.core.bracket import BRACKET_DEVIATIONS, sample_size
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.scores import MASK_BAND_ELEMENTS
+from pst_ds.core.scores import mask_band_elements
 from pst_ds.core.tiles import plan_tiles, tile_bytes_of
 
 ADAM_BYTES = 12
@@ -196,8 +197,8 @@ def memory_plan(
     whole; None is one group.
     """
     optimizer = optimizer_bytes(model, zero, element_size)
-    weights = sum(t.count * _shard(t.numel, zero) * t.element_size for t in model.tensors if not t.is_mask)
-    masks = sum(t.count * _shard(t.numel, zero) * t.element_size for t in model.tensors if t.is_mask)
+    weights = sum(t.count * shard_numel(t.numel, zero.shards) * t.element_size for t in model.tensors if not t.is_mask)
+    masks = sum(t.count * shard_numel(t.numel, zero.shards) * t.element_size for t in model.tensors if t.is_mask)
     if zero.secondary_partition > 1:
         weights += model.whole_bytes // zero.secondary_partition
     gathers, communication, work = _turn(model, zero, element_size)
@@ -226,7 +227,7 @@ def optimizer_bytes(model: ModelNumbers, zero: ZeroSettings, element_size: int =
     """
     bytes_each = 8 if zero.stage is None and element_size == 4 else ADAM_BYTES
     if zero.stage == 3:
-        return bytes_each * sum(t.count * _shard(t.numel, zero) for t in model.tensors if t.trainable)
+        return bytes_each * sum(t.count * shard_numel(t.numel, zero.shards) for t in model.tensors if t.trainable)
     return bytes_each * math.ceil(model.trainables / (zero.world_size if zero.stage in (1, 2) else 1))
 
 
@@ -235,7 +236,7 @@ def layer_work_bytes(layout: WeightLayout, itemsize: int, tile_bytes: int = 0, d
 
     ``tile_bytes``: the budget of the backward pass, 0 for the device's default.
     """
-    band = min(layout.numel, MASK_BAND_ELEMENTS.get(device, 1 << 24))
+    band = min(layout.numel, mask_band_elements(device))
     tiles = plan_tiles(layout, itemsize, tile_bytes, device_type=device)
     return max(
         layout.numel * itemsize + band * (2 + itemsize), tile_bytes_of(tiles.max_numel, tiles.max_band_numel, itemsize)
@@ -282,14 +283,10 @@ def _bracket_share(numel: int) -> float:
     return min(1.0, 2 * BRACKET_DEVIATIONS * math.sqrt(0.25 / size * (1 - size / numel)) + 4 / size)
 
 
-def _shard(numel: int, zero: ZeroSettings) -> int:
-    return math.ceil(numel / zero.shards)
-
-
 def _gradient_bytes(model: ModelNumbers, zero: ZeroSettings, element_size: int) -> int:
     """The gradients kept from the backward pass to the step."""
     if zero.stage == 3:
-        return element_size * sum(t.count * _shard(t.numel, zero) for t in model.tensors if t.trainable)
+        return element_size * sum(t.count * shard_numel(t.numel, zero.shards) for t in model.tensors if t.trainable)
     if zero.stage == 2:
         return element_size * math.ceil(model.trainables / zero.world_size)
     return element_size * model.trainables

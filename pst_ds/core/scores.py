@@ -15,6 +15,11 @@ MASK_BAND_ELEMENTS = {"cpu": 1 << 19}
 """Weights whose mask is unpacked at a time when a whole matrix is merged; 2**24 on other devices."""
 
 
+def mask_band_elements(device_type: str) -> int:
+    """:data:`MASK_BAND_ELEMENTS` of a kind of device."""
+    return MASK_BAND_ELEMENTS.get(device_type, 1 << 24)
+
+
 def add_low_rank_(out: Tensor, left: Tensor | None, right: Tensor | None, scale: float, scratch: Tensor) -> None:
     """out += scale * left @ right, one rank after another, multiply and add rounded apart.
 
@@ -70,7 +75,7 @@ def masked_weight(
         rows, cols = slice(b.rect.r0, b.rect.r1), slice(b.rect.c0, b.rect.c1)
         updated_weight(weight[rows, cols], tile_factors(factors, layout, b, b.rect), constants, merged[rows, cols])
     height, width = layout.shape
-    for band in row_tiles(Rect(0, height, 0, width), MASK_BAND_ELEMENTS.get(weight.device.type, 1 << 24)):
+    for band in row_tiles(Rect(0, height, 0, width), mask_band_elements(weight.device.type)):
         mask = unpack_range(bits, layout.numel, num_shards, band.r0 * width, band.r1 * width)
         apply_mask_(merged[band.r0 : band.r1], mask.view(-1, width))
     return merged

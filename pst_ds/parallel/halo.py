@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pst_ds.core.bits import shard_numel
 from pst_ds.parallel import zero3
 
 Range = tuple[int, int]
@@ -75,13 +76,13 @@ def _outgoing(i: int, param: nn.Parameter, widen: Widen) -> Iterator[Piece]:
 
 def _shard_range(param: nn.Parameter, rank: int) -> Range:
     numel = zero3.full_numel(param)
-    share = -(-numel // zero3.num_shards(param))
+    share = shard_numel(numel, zero3.num_shards(param))
     return min(rank * share, numel), min((rank + 1) * share, numel)
 
 
 def _ranks_of(param: nn.Parameter, wanted: Range) -> range:
     """Ranks whose shards meet the flat range ``wanted``."""
-    share = -(-zero3.full_numel(param) // zero3.num_shards(param))
+    share = shard_numel(zero3.full_numel(param), zero3.num_shards(param))
     return range(wanted[0] // share, -(-wanted[1] // share) if wanted[1] > wanted[0] else wanted[0] // share)
 
 

@@ -65,20 +65,17 @@ class LayerKeys:
 
     def unit_keys(self, matrix: Block, prune: int) -> Iterator[Tensor]:
         """Keys of units of many weights: of blocks, or of N:M groups that would lose ``prune`` weights."""
-        if matrix.part in self._unit_keys:
-            yield from self._unit_keys[matrix.part]
+        made = (self._keys_of_units(matrix, rect, prune) for rect in self.rects(matrix))
+        if self.num_units(matrix) * 4 > UNIT_CACHE_BYTES // len(self.matrices):
+            yield from made
             return
-        found: list[Tensor] | None = (
-            [] if self.num_units(matrix) * 4 <= UNIT_CACHE_BYTES // len(self.matrices) else None
-        )
-        for rect in self.rects(matrix):
-            keys = self.keys(matrix, rect)
-            keys = block_keys(keys, self.unit) if self.pattern.kind == "block" else loss_keys(keys, self.unit, prune)
-            if found is not None:
-                found.append(keys)
-            yield keys
-        if found is not None:
-            self._unit_keys[matrix.part] = found
+        if matrix.part not in self._unit_keys:  # whole, even if the caller stops early
+            self._unit_keys[matrix.part] = list(made)
+        yield from self._unit_keys[matrix.part]
+
+    def _keys_of_units(self, matrix: Block, rect: Rect, prune: int) -> Tensor:
+        keys = self.keys(matrix, rect)
+        return block_keys(keys, self.unit) if self.pattern.kind == "block" else loss_keys(keys, self.unit, prune)
 
     def num_units(self, matrix: Block) -> int:
         """Units in :meth:`rects`, those that other ranks count included."""

@@ -15,6 +15,7 @@ from pst_ds.nn.config import Override, PSTConfig
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import build_engine
+from pst_ds.train import layer_keys
 from pst_ds.train.mask_update import update_masks
 
 RANK = 8
@@ -211,6 +212,22 @@ def test_masks_are_the_same_bits_on_ranks_that_cut_units(run_ranks, kind, world_
         for case, (stats, masks) in found.items():
             assert stats == local[case][0], case
             assert all(torch.equal(a, b) for a, b in zip(masks, local[case][1], strict=True)), case
+
+
+@pytest.mark.parametrize("case", ["2:4 in part", "blocks"])
+def test_unit_keys_that_are_not_kept_between_passes_give_the_same_masks(case, monkeypatch):
+    kept, kept_masks = _updated("gpt2", None, 1, *CASES[case])
+    tiles_made = []
+    for name in ("block_keys", "loss_keys"):
+        made = getattr(layer_keys, name)
+        monkeypatch.setattr(layer_keys, name, lambda *a, made=made: tiles_made.append(1) or made(*a))
+    _updated("gpt2", None, 1, *CASES[case])
+    once = len(tiles_made)
+    monkeypatch.setattr(layer_keys, "UNIT_CACHE_BYTES", 0)
+    stats, masks = _updated("gpt2", None, 1, *CASES[case])
+    assert len(tiles_made) - once > 2 * once  # made anew in every pass
+    assert stats == kept
+    assert all(torch.equal(a, b) for a, b in zip(masks, kept_masks, strict=True))
 
 
 def test_a_global_cut_holds_the_least_share_of_a_matrix():
