@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     config = load_run_or_folder(args)
     from pst_ds.parallel.launch import launch_environment
-    from pst_ds.train.run import build, evaluate, open_checkpoint, prepare
+    from pst_ds.train.run import build, evaluate, prepare
+    from pst_ds.train.run_folder import open_checkpoint
 
     checkpoint = open_checkpoint(config, args.checkpoint)
     prepared = prepare(config, launch_environment(), run_file=args.run, labels=checkpoint.state.labels)

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = load_run_or_folder(args)
     from pst_ds.export.dense import export_dense
     from pst_ds.train.model import load_tokenizer, meta_model
-    from pst_ds.train.run import open_checkpoint
+    from pst_ds.train.run_folder import open_checkpoint
 
     checkpoint = open_checkpoint(config, args.checkpoint)
     tokenizer = load_tokenizer(config)

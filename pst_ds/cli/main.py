@@ -1,4 +1,4 @@
-"""``pst-ds VERB``: arguments in, exit code out. 0 done, 1 failed, 2 bad input."""
+"""``pst-ds VERB``: arguments in, exit code out. 0 done, 1 failed, 2 bad input, 75 stopped by a signal and saved."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from pst_ds import __version__
 from pst_ds.errors import InputError
+from pst_ds.parallel.stop_signals import EXIT_STOPPED
 
 VERBS = {
     "plan": "show what a run would do: modules, parameters, memory, schedule; starts nothing",
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         else:
             _say_on_main(f"pst-ds {args.verb}: {type(error).__name__}: {error}")
-        return _leave(1)
+        return _leave(EXIT_STOPPED if type(error).__name__ == "StoppedError" else 1)
     if args.json and _rank() == 0:
         print(json.dumps(result), flush=True)
     return _leave(0)
@@ -64,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_reported_error(error: Exception) -> bool:
     """Failures of a run whose message says everything, and that all ranks raise together."""
-    return type(error).__name__ in ("DivergedError", "VerificationError", "FloatingPointError")
+    return type(error).__name__ in (
+        "DivergedError", "VerificationError", "FloatingPointError", "StoppedError", "CheckpointWriteError",
+    )  # fmt: skip
 
 
 def _rank() -> int:
@@ -79,7 +82,7 @@ def _say_on_main(message: str) -> None:
 
 def _leave(code: int) -> int:
     torch = sys.modules.get("torch")
-    if torch is not None and code == 0:
+    if torch is not None and code in (0, EXIT_STOPPED):
         from pst_ds.parallel.launch import shut_down
 
         shut_down()

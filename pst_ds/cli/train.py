@@ -6,20 +6,29 @@ import argparse
 from typing import Any
 
 from pst_ds.cli.main import add_run_arguments, load_run_or_folder
+from pst_ds.parallel import stop_signals
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run_arguments(parser, "run file (TOML)")
+    add_run_arguments(parser, "run file (TOML), or a run folder to go on with")
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument(
+        "--resume", action="store_true", help="go on from the newest valid checkpoint of the run, if there is one"
+    )
+    begin.add_argument(
+        "--restart", action="store_true", help="begin anew in a folder with checkpoints, which are set aside"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress lines")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    stop_signals.install()
     config = load_run_or_folder(args)
     from pst_ds.parallel.launch import launch_environment
     from pst_ds.train.run import prepare, train_run
 
     prepared = prepare(config, launch_environment(), run_file=args.run)
-    result = train_run(prepared, quiet=args.quiet)
+    result = train_run(prepared, resume=args.resume, restart=args.restart, quiet=args.quiet)
     if prepared.launch.rank == 0:
         print(f"run folder: {config.output_dir} (checkpoints/, metrics.jsonl, result.json, tensorboard/)")
     return {**result, "output_dir": config.output_dir}

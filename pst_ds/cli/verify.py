@@ -53,7 +53,8 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
     from pst_ds.nn.inject import pst_layers
     from pst_ds.train.evaluate import compare
     from pst_ds.train.model import DTYPES, attention_options
-    from pst_ds.train.run import masked_model, open_checkpoint, prepare_single
+    from pst_ds.train.run import masked_model, prepare_single
+    from pst_ds.train.run_folder import open_checkpoint
 
     checkpoint = open_checkpoint(config, args.checkpoint)
     prepared = prepare_single(config, checkpoint)

@@ -17,6 +17,7 @@ from pst_ds.core.bits import unpack_range
 from pst_ds.core.factors import Factors
 from pst_ds.core.low_rank_rows import updated_rows
 from pst_ds.core.scores import masked_weight
+from pst_ds.durable import whole_folder
 from pst_ds.export.base_weights import BaseWeights, saved_tensors
 from pst_ds.export.manifest import (
     INDEX_FILE,
@@ -27,7 +28,7 @@ from pst_ds.export.manifest import (
     tensor_sha256,
     write_manifest,
 )
-from pst_ds.nn.checkpoint import Checkpoint, whole_folder
+from pst_ds.nn.checkpoint import Checkpoint
 from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import FACTOR_NAMES, PSTLinear

@@ -1,38 +1,39 @@
-"""The portable checkpoint: what training changed, in a form that no world size or ZeRO stage shows in.
+"""The portable checkpoint: what training changed, in a form that any world size and ZeRO stage reads.
 
 A folder with
 
-    trained.safetensors   fp32 masters of every trainable parameter, by its name in the model
-    masks.safetensors     mask bits of every PST layer, by the layer's name, in the canonical one-shard form
-    state.json            counters, the scales of |W|, the base model's fingerprint, and a SHA-256 of each file
+    manifest.json                          what the run was doing, and where every value lies
+    shard-00001-of-00002.safetensors, ...  one file a rank that wrote it, each with four flat tensors: "master",
+                                           "exp_avg" and "exp_avg_sq" (fp32) of its part of every trainable parameter,
+                                           and "mask" (uint8), the bits of its part of every pruned weight
+    SHA256SUMS                             of all the above, as ``sha256sum -c`` reads it
 
-The frozen weights are the base model's and are not copied. No pickle; written beside, synced to disk, then renamed.
+The frozen weights are the base model's and are not copied. No pickle: safetensors and JSON alone, and a folder with any
+other file is refused. :mod:`pst_ds.nn.checkpoint_writer` writes it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pst_ds.core.bits import relayout
+from pst_ds.core.bits import pack_shard, shard_bytes, shard_numel, unpack_range
+from pst_ds.core.pieces import CutTensors
+from pst_ds.durable import file_sha256
 from pst_ds.errors import InputError
-from pst_ds.nn.inject import pst_layers
-from pst_ds.parallel import zero3
-from pst_ds.parallel.ranks import barrier, is_main
+from pst_ds.parallel.optimizer_state import KINDS, MASTER
 
-FORMAT = 1
-_TRAINED, _MASKS, _STATE = "trained.safetensors", "masks.safetensors", "state.json"
-_GATHER_BYTES = 256 << 20
+FORMAT = 2
+MANIFEST, SUMS, MASK = "manifest.json", "SHA256SUMS", "mask"
+_SHARD_NAME = re.compile(r"shard-(\d{5,})-of-(\d{5,})\.safetensors")
 
 
 class CheckpointError(InputError):
@@ -60,177 +61,233 @@ class CheckpointState:
     weight_scales: dict[str, list[float]]
     """Of each PST layer, the mean |W0| of its matrices (or ones)."""
     metrics: dict[str, float]
+    """Of the evaluation at this step, if there was one."""
+    progress: dict[str, Any] = field(default_factory=dict)
+    """What continuing the run takes, as JSON values; see :class:`pst_ds.train.resume.Progress`."""
 
 
 @dataclass(frozen=True, slots=True)
+class Contents:
+    """Which tensors a checkpoint holds, and how they are cut over its files."""
+
+    num_shards: int
+    trained: dict[str, tuple[int, ...]]
+    """Shape of every trainable parameter, in the order of the files' values."""
+    masks: dict[str, int]
+    """Weights under each mask, by PST layer, in the order of the files' bytes."""
+    steps: dict[str, int]
+    """Adam's count of steps of each trainable parameter."""
+    cuts: list[list[tuple[int, int, int]]] | None = None
+    """Of the trainable parameters; None for even ones. See :class:`pst_ds.core.pieces.CutTensors`."""
+
+    def cut_tensors(self) -> CutTensors:
+        """Raises ValueError for cuts that do not add up."""
+        sizes = {name: torch.Size(shape).numel() for name, shape in self.trained.items()}
+        return CutTensors(sizes, self.num_shards, self.cuts)
+
+
 class Checkpoint:
-    """A checkpoint read back, its checksums verified."""
+    """A checkpoint opened for reading; ranges of it are read from disk when they are asked for."""
 
-    folder: Path
-    state: CheckpointState
-    trained: dict[str, Tensor]
-    masks: dict[str, Tensor]
+    def __init__(self, folder: Path, state: CheckpointState, contents: Contents):
+        self.folder, self.state, self.contents = folder, state, contents
+        self.trained: Mapping[str, Tensor] = _Lazily(list(contents.trained), self._whole_master)
+        """Whole fp32 masters in their shapes, by name; read at every access."""
+        self.masks: Mapping[str, Tensor] = _Lazily(list(contents.masks), lambda name: self.mask_shard(name, 1, 0))
+        """Bits of whole masks in the canonical one-shard form, by layer; read at every access."""
+        self._tensors = contents.cut_tensors()
+        self._mask_offsets: dict[str, int] = {}
+        end = 0
+        for name, numel in contents.masks.items():
+            self._mask_offsets[name] = end
+            end += shard_bytes(numel, contents.num_shards)
+        self._mask_bytes = end
+        self._open: dict[int, Any] = {}
+
+    def values(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        """Values [start, stop) of a trainable parameter, (stop - start,) fp32; ``kind`` is one of KINDS."""
+        runs = self._tensors.runs(name, start, stop)
+        parts = [self._slice(run.file, kind, run.offset, run.offset + run.stop - run.start) for run in runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
+
+    def mask_shard(self, name: str, num_shards: int, index: int) -> Tensor:
+        """The bits of shard ``index`` of a mask cut into ``num_shards``, uint8; padding bits are zero."""
+        numel, own = self.contents.masks[name], self.contents.num_shards
+        if num_shards == own:
+            return self._mask_file(name, index)
+        per_shard = shard_numel(numel, num_shards)
+        start = min(index * per_shard, numel)
+        stop = min(start + per_shard, numel)
+        per_file = shard_numel(numel, own)
+        keep = [
+            unpack_range(self._mask_file(name, file), min(per_file, numel - file * per_file), 1, first, last)
+            for file in range(start // per_file, -(-stop // per_file))
+            for first, last in [(max(start - file * per_file, 0), min(stop - file * per_file, per_file))]
+        ]
+        return pack_shard(torch.cat(keep) if keep else torch.empty(0), shard_bytes(numel, num_shards))
+
+    def check_shard(self, file: int) -> None:
+        """Raise CheckpointError when a file does not hold tensors of the types and sizes that the manifest says."""
+        path = self.folder / shard_name(file, self.contents.num_shards)
+        values = self._tensors.length(file)
+        wanted = {kind: ("F32", [values]) for kind in KINDS} | {MASK: ("U8", [self._mask_bytes])}
+        tensors = {key: self._tensor(file, key) for key in self._handle(file).keys()}  # noqa: SIM118  not iterable
+        found = {key: (tensor.get_dtype(), tensor.get_shape()) for key, tensor in tensors.items()}
+        if found != wanted:
+            raise CheckpointError(f"{path} is damaged: it holds {found}, and {MANIFEST} says {wanted}")
+
+    def _mask_file(self, name: str, file: int) -> Tensor:
+        start = self._mask_offsets[name]
+        return self._slice(file, MASK, start, start + shard_bytes(self.contents.masks[name], self.contents.num_shards))
+
+    def _whole_master(self, name: str) -> Tensor:
+        shape = torch.Size(self.contents.trained[name])
+        return self.values(name, MASTER, 0, shape.numel()).view(shape)
+
+    def _slice(self, file: int, key: str, start: int, stop: int) -> Tensor:
+        return self._tensor(file, key)[start:stop]
+
+    def _tensor(self, file: int, key: str) -> Any:
+        return self._handle(file).get_slice(key)
+
+    def _handle(self, file: int) -> Any:
+        if file not in self._open:
+            from safetensors import SafetensorError, safe_open
+
+            path = self.folder / shard_name(file, self.contents.num_shards)
+            try:
+                self._open[file] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is damaged: {error}") from None
+        return self._open[file]
 
 
-def save_checkpoint(folder: Path, model: nn.Module, state: CheckpointState) -> None:
-    """Write ``folder`` whole or not at all; an older one of that name is replaced. Collective; rank 0 writes."""
-    trained: dict[str, Tensor] = {}
-    for names, params in _chunks([(n, p) for n, p in model.named_parameters() if p.requires_grad]):
-        masters = zero3.fp32_masters(params)
-        if is_main():
-            trained.update({n: m.cpu().contiguous().clone() for n, m in zip(names, masters, strict=True)})
-    masks: dict[str, Tensor] = {}
-    for name, layer in pst_layers(model).items():
-        with zero3.gathered([layer.pst_mask]):
-            if is_main():
-                masks[name] = relayout(layer.pst_mask.detach().cpu(), layer.layout.numel, layer.num_shards, 1)
-    if is_main():
-        _write(folder, trained, masks, state)
-    barrier()
+class _Lazily(Mapping[str, Tensor]):
+    """Names with values that are read when asked for."""
+
+    def __init__(self, names: Sequence[str], read: Any):
+        self._names, self._read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the value
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def shard_name(file: int, num_shards: int) -> str:
+    return f"shard-{file + 1:05d}-of-{num_shards:05d}.safetensors"
+
+
+def sums_text(sums: Mapping[str, str]) -> str:
+    """The content of SHA256SUMS for file names with their sums."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+
+
+def manifest_bytes(state: CheckpointState, contents: Contents) -> bytes:
+    table = {"format": FORMAT, "state": asdict(state), "contents": asdict(contents)}
+    return (json.dumps(table, indent=1) + "\n").encode()
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in ``folder``. Raises CheckpointError when it is missing, unknown or damaged, naming the file."""
-    from safetensors.torch import load_file
+    """Open the checkpoint in ``folder``, all its files verified.
 
+    Raises CheckpointError when it is missing, unknown or damaged, naming the file.
+    """
+    checkpoint = open_checkpoint(folder)
+    check_sums(folder, {name: file_sha256(folder / name) for name in listed_files(folder)})
+    for file in range(checkpoint.contents.num_shards):
+        checkpoint.check_shard(file)
+    return checkpoint
+
+
+def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Raise CheckpointError, naming the file, unless SHA256SUMS says exactly ``sums``."""
+    text = (folder / SUMS).read_bytes()
+    if text == sums_text(sums).encode():
+        return
+    lines = dict(line.split("  ", 1)[::-1] for line in text.decode(errors="replace").splitlines() if "  " in line)
+    for name, digest in sums.items():
+        if name in lines and lines[name] != digest:
+            raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the one in {SUMS}")
+    raise CheckpointError(f"{folder / SUMS} is damaged: it does not list the files of the checkpoint")
+
+
+def listed_files(folder: Path) -> list[str]:
+    """The names of manifest and shards in ``folder``; CheckpointError for a file that is missing or does not belong."""
+    for name in (MANIFEST, SUMS):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"no whole checkpoint in {folder.absolute()}: {name} is missing")
+    names = []
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or not path.is_file():
+            raise CheckpointError(f"{path} is a link or a folder; a checkpoint holds plain files only")
+        if path.name not in (MANIFEST, SUMS) and not _SHARD_NAME.fullmatch(path.name):
+            raise CheckpointError(
+                f"{path} does not belong in a checkpoint, which holds {MANIFEST}, {SUMS} and shard-*.safetensors; it "
+                "was not opened. Move it elsewhere"
+            )
+        if path.name != SUMS:
+            names.append(path.name)
+    return names
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open the checkpoint in ``folder`` by its manifest; of the other files only the names are checked.
+
+    Raises CheckpointError for a manifest that is missing, damaged or of another format, and for missing files.
+    """
+    names = listed_files(folder)
+    path = folder / MANIFEST
+    data = path.read_bytes()
+    if f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n".encode() not in (folder / SUMS).read_bytes():
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {SUMS}")
     try:
-        table = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"no checkpoint in {folder.absolute()}: {_STATE} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / _STATE} is damaged: {error}") from None
-    found = table.get("format") if isinstance(table, dict) else None
+        table = json.loads(data)
+        found = table.get("format") if isinstance(table, dict) else None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
     if found != FORMAT:
-        raise CheckpointError(f"{folder / _STATE} has format {found!r}; this version reads {FORMAT}")
+        raise CheckpointError(f"{path} has format {found!r}; this version reads {FORMAT}")
     try:
-        state = CheckpointState(**table["state"])
-        sums = {name: table["sha256"][name] for name in (_TRAINED, _MASKS)}
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / _STATE} is damaged: {error!r}") from None
-    for name, wanted in sums.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        if file_sha256(path) != wanted:
-            raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {_STATE}")
-    return Checkpoint(folder, state, load_file(folder / _TRAINED), load_file(folder / _MASKS))
+        state, contents = CheckpointState(**table["state"]), _contents(table["contents"])
+        checkpoint = Checkpoint(folder, state, contents)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from None
+    shards = range(min(contents.num_shards, len(names) + 1))  # enough to name one that is missing
+    wanted = {MANIFEST, *(shard_name(i, contents.num_shards) for i in shards)}
+    for name in sorted(wanted ^ set(names)):
+        raise CheckpointError(f"{folder / name} is {'missing' if name in wanted else 'not in the manifest'}")
+    return checkpoint
 
 
-def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's values into an injected ``model``, before an engine is made of it. Collective under ZeRO-3.
-
-    Raises CheckpointError when the names or shapes are not the model's.
-    """
-    layers = pst_layers(model)
-    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    for kind, ours, theirs in (("trained parameters", params, checkpoint.trained), ("masks", layers, checkpoint.masks)):
-        if set(ours) != set(theirs):
-            extra = sorted(set(ours) ^ set(theirs))
-            raise CheckpointError(
-                f"{checkpoint.folder} does not fit the model: {kind} differ in {', '.join(extra[:4])}"
-                + (f" and {len(extra) - 4} more" if len(extra) > 4 else "")
-            )
-    for name, param in params.items():
-        value = checkpoint.trained[name]
-        if tuple(value.shape) != tuple(zero3.full_shape(param)):
-            raise CheckpointError(
-                f"{checkpoint.folder}: {name} has shape {tuple(value.shape)}, the model's is "
-                f"{tuple(zero3.full_shape(param))}"
-            )
-        with zero3.gathered([param], writer_rank=0), torch.no_grad():
-            param.copy_(value)
-    for name, layer in layers.items():
-        layer.weight_scales = tuple(checkpoint.state.weight_scales[name])
-        bits = relayout(checkpoint.masks[name], layer.layout.numel, 1, layer.num_shards).to(layer.pst_mask.device)
-        if zero3.is_partitioned(layer.pst_mask):
-            bits = bits.view(layer.num_shards, -1)[zero3.shard_index(layer.pst_mask)]
-        zero3.write_shard(layer.pst_mask, bits)
+def _contents(table: dict[str, Any]) -> Contents:
+    """Contents from their JSON; ValueError or TypeError for values that cannot be."""
+    unknown = set(table) ^ {f.name for f in fields(Contents)}
+    if unknown:
+        raise ValueError(f"contents differ in {', '.join(sorted(unknown))}")
+    cuts = table["cuts"]
+    contents = Contents(
+        num_shards=_count(table["num_shards"], 1),
+        trained={name: tuple(_count(n) for n in shape) for name, shape in table["trained"].items()},
+        masks={name: _count(numel, 1) for name, numel in table["masks"].items()},
+        steps={name: _count(step) for name, step in table["steps"].items()},
+        cuts=None if cuts is None else [[(_count(i), _count(a), _count(b)) for i, a, b in of_file] for of_file in cuts],
+    )
+    if set(contents.steps) != set(contents.trained):
+        raise ValueError("steps are not those of the trained parameters")
+    return contents
 
 
-def weight_scales(model: nn.Module) -> dict[str, list[float]]:
-    """The scales of |W| that a checkpoint of ``model`` must keep."""
-    return {name: list(layer.weight_scales) for name, layer in pst_layers(model).items()}
-
-
-def base_fingerprint(path: str | Path) -> str:
-    """A SHA-256 over the names, shapes and a sample of the bytes of a model folder's weight files; "" for none.
-
-    64 KiB out of every 4 MiB are read, so that a model of any size takes seconds.
-    """
-    digest = hashlib.sha256()
-    files = sorted([*Path(path).glob("*.safetensors"), *Path(path).glob("pytorch_model*.bin")])
-    for file in files:
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        with file.open("rb") as stream:
-            for offset in range(0, file.stat().st_size, 4 << 20):
-                stream.seek(offset)
-                digest.update(stream.read(64 << 10))
-    return digest.hexdigest() if files else ""
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name ``folder`` at the end; after an error nothing of it is left."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        _replace_folder(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _replace_folder(partial: Path, folder: Path) -> None:
-    """Give a finished folder its name, once its files are on disk; what had the name before is gone then."""
-    for path in [*partial.rglob("*"), partial]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    try:
-        partial.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write(folder: Path, trained: dict[str, Tensor], masks: dict[str, Tensor], state: CheckpointState) -> None:
-    from safetensors.torch import save_file
-
-    with whole_folder(folder) as partial:
-        save_file(trained, partial / _TRAINED)
-        save_file(masks, partial / _MASKS)
-        sums = {name: file_sha256(partial / name) for name in (_TRAINED, _MASKS)}
-        table: dict[str, Any] = {"format": FORMAT, "state": asdict(state), "sha256": sums}
-        (partial / _STATE).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-
-
-def _chunks(named: Sequence[tuple[str, nn.Parameter]]) -> Iterator[tuple[list[str], list[nn.Parameter]]]:
-    """Parameters in groups that gather to at most :data:`_GATHER_BYTES` (or one parameter)."""
-    names: list[str] = []
-    params: list[nn.Parameter] = []
-    size = 0
-    for name, param in named:
-        nbytes = zero3.full_numel(param) * 4
-        if params and size + nbytes > _GATHER_BYTES:
-            yield names, params
-            names, params, size = [], [], 0
-        names.append(name)
-        params.append(param)
-        size += nbytes
-    if params:
-        yield names, params
+def _count(value: Any, least: int = 0) -> int:
+    if type(value) is not int or not least <= value < 1 << 48:
+        raise ValueError(f"{value!r} is not a size")
+    return value

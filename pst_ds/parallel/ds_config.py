@@ -65,6 +65,12 @@ _REFUSALS = (
         "its swap buffers hold one dtype, and masks are uint8 beside float weights",
         'use "cpu"',
     ),
+    _Refusal(
+        "zero_optimization.offload_optimizer.device",
+        _is_nvme,
+        "checkpoints read its moments in memory, and those of the small matrices fit there",
+        'use "cpu"',
+    ),
     _Refusal("zero_optimization.zenflow", _is_on, "it transposes the shards that masks follow", "remove it"),
     _Refusal(
         "tensor_parallel.autotp_size",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 from pst_ds.errors import InputError
 
@@ -52,13 +53,16 @@ def use_cpu_without_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def init_distributed(launch: LaunchEnvironment) -> None:
+def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0) -> None:
     """Join the process group of all ranks: gloo on CPU, the accelerator's backend elsewhere. Collective.
 
-    With one process no launcher, address or port is needed.
+    With one process no launcher, address or port is needed; with more, their lack is an InputError. A collective that
+    lasts for ``timeout_seconds`` is an error; 0 leaves that to the backend.
     """
     import torch.distributed as dist
 
+    if launch.world_size > 1 and not dist.is_initialized():
+        _require_meeting_point(os.environ)
     use_cpu_without_accelerator()
     os.environ["LOCAL_RANK"] = str(launch.local_rank)  # zero.Init reads it from there
     import deepspeed
@@ -70,9 +74,19 @@ def init_distributed(launch: LaunchEnvironment) -> None:
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     else:
         get_accelerator().set_device(launch.local_rank)
+    timeout = {"timeout": timedelta(seconds=timeout_seconds)} if timeout_seconds else {}
     if launch.world_size == 1 and not dist.is_initialized():
         dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed(dist_backend=_backend(), auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(dist_backend=_backend(), auto_mpi_discovery=False, verbose=False, **timeout)
+
+
+def _require_meeting_point(environ: Mapping[str, str]) -> None:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
+    if missing:
+        raise InputError(
+            f"the environment sets RANK and WORLD_SIZE but not {', '.join(missing)}, where the ranks meet; start with "
+            "the deepspeed launcher, torchrun or a script in launch/"
+        )
 
 
 def _backend() -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from pst_ds.core.select import RankSums
+from pst_ds.errors import InputError
 from pst_ds.parallel import zero3
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -40,12 +45,51 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 
 def all_gather_numbers(value: Tensor) -> Tensor:
-    """Everyone's 0-d ``value`` on its own device, by rank: (world size,). Collective."""
+    """Everyone's ``value``, of one shape, on its own device, by rank: (world size, *shape). Collective."""
     if not dist.is_initialized():
         return value.unsqueeze(0)
-    gathered = value.new_empty(world_size())
+    gathered = value.new_empty(world_size(), *value.shape)
     dist.all_gather_into_tensor(gathered, value.unsqueeze(0))
     return gathered
+
+
+def together(action: Callable[[], T]) -> T:
+    """``action()`` on every rank; when it is bad input on some, that is an InputError on all. Collective.
+
+    The message is that of the lowest such rank, which it names if not all agree.
+    """
+    try:
+        result, problem = action(), None
+    except InputError as error:
+        result, problem = None, error
+    if world_size() > 1:
+        own = None if problem is None else (f"{type(problem).__name__}: {problem}", socket.gethostname())
+        problems = all_gather_objects(own)
+        found = [(i, *entry) for i, entry in enumerate(problems) if entry is not None]
+        if found and (len(found) < len(problems) or problem is None):
+            first, text, host = found[0]
+            raise InputError(f"rank {first} on {host}: {text}") from problem
+    if problem is not None:
+        raise problem
+    return result  # type: ignore[return-value]
+
+
+class BackgroundGroup:
+    """All ranks once more, over gloo, for objects that a thread exchanges while training uses the other group.
+
+    Making it is collective.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() and world_size() > 1 else None
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Everyone's ``value``, by rank. Collective over the threads that use the group."""
+        if self._group is None:
+            return [value]
+        gathered: list[Any] = [None] * world_size()
+        dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
 
 
 def _reduce(values: Tensor, param: nn.Parameter, op: Any) -> Tensor:

@@ -135,6 +135,9 @@ class TrainConfig:
     """Largest global gradient norm; 0 switches clipping off."""
     log_interval: int = 10
     """Optimizer steps between lines of metrics.jsonl; a mask update always writes one."""
+    stall_timeout_seconds: float = 1800.0
+    """A rank that makes no progress for so long ends the run, with its number and stack. Longer than the longest
+    micro-batch, mask update and evaluation batch. 0 never does."""
 
     def __post_init__(self) -> None:
         in_range = self.num_steps >= 0 and 0.0 <= self.num_epochs < float("inf")
@@ -149,6 +152,8 @@ class TrainConfig:
         for name in (*rates, "gradient_clipping"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"train.{name} = {getattr(self, name)} must be a finite number of at least 0")
+        if not 0.0 <= self.stall_timeout_seconds < 1e7:  # what a timer can hold
+            raise ConfigError(f"train.stall_timeout_seconds = {self.stall_timeout_seconds} must be in [0, 1e7)")
         for name in ("adam_beta1", "adam_beta2", "learning_rate_warmup_fraction"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"train.{name} = {getattr(self, name)} must be in [0, 1)")
@@ -174,6 +179,21 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Checkpoints to go on from, with ``pst-ds train RUN --resume``."""
+
+    interval: int = 100
+    """Optimizer steps between checkpoints; 0 saves only the best, the last, and when a signal asks for it."""
+    keep_last: int = 2
+    """Newest checkpoints to keep, beside the best one and the last."""
+
+    def __post_init__(self) -> None:
+        if self.interval < 0:
+            raise ConfigError(f"checkpoint.interval = {self.interval} must not be negative")
+        _positive("checkpoint.keep_last", self.keep_last)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """A whole run."""
 
@@ -193,6 +213,7 @@ class RunConfig:
     pst: PSTConfig = field(default_factory=PSTConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         if not self.output_dir:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +32,15 @@ class Examples:
     @property
     def lengths(self) -> list[int]:
         return [len(f["input_ids"]) for f in self.features]
+
+    @property
+    def digest(self) -> str:
+        digest = hashlib.sha256(array("q", self.labels))
+        for feature in self.features:
+            for key, values in feature.items():
+                digest.update(f"{key} {len(values)}".encode())
+                digest.update(array("q", values))
+        return digest.hexdigest()
 
     def first(self, count: int) -> Examples:
         return Examples(self.features[:count], self.labels[:count])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.parallel.ranks import all_gather_objects, rank, world_size
+from pst_ds.parallel.watchdog import beat
 from pst_ds.train.tasks import ExampleSet, Task
 
 
@@ -26,6 +27,7 @@ def predict(
     batches = evaluation_batches(examples.lengths, batch_size, mixed=task.pads)
     own: list[tuple[list[int], np.ndarray]] = []
     for first in range(0, len(batches), world_size()):
+        beat("evaluation")
         turn = first + rank()
         indices = batches[min(turn, len(batches) - 1)]
         batch = task.collate(examples, indices, tokenizer)

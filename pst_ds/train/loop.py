@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pst_ds.core.schedule import Schedule
 from pst_ds.nn.inject import freeze_scores
+from pst_ds.parallel import stop_signals
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
+from pst_ds.parallel.watchdog import beat
 from pst_ds.train.config import RunConfig
 from pst_ds.train.data import GlobalBatches
 from pst_ds.train.mask_update import MaskStats, update_masks
@@ -34,11 +39,14 @@ class LoopState:
     step: int = 0
     batch: int = 0
     masks: MaskStats | None = None
-    losses: list[Tensor] = field(default_factory=list)
-    """This rank's micro-batch losses since the last report."""
+    losses: list[float] = field(default_factory=list)
+    """Mean loss of each global batch since the last report; the same on every rank."""
     tokens: int = 0
+    """Of these batches."""
     last_report_seconds: float = 0.0
     skipped_in_a_row: int = 0
+    stopped_by: int = 0
+    """The signal that asked some rank to stop; the same on every rank, after the same step. 0 for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,24 +65,34 @@ class Loop:
     """Called after every applied step, for evaluation and checkpoints."""
 
 
-def train(loop: Loop) -> LoopState:
-    """Run ``loop`` to its last step. Collective. Raises DivergedError on every rank."""
-    state = LoopState()
+def train(loop: Loop, state: LoopState | None = None) -> LoopState:
+    """Run ``loop`` to its last step, or to the first after a signal; from ``state`` if the run is continued.
+
+    Collective. Raises DivergedError on every rank.
+    """
     engine = loop.engine
     engine.train()
-    torch.manual_seed(loop.run.seed + rank())  # dropout
-    if loop.schedule is not None:
-        _update_masks_if_due(loop, state)
-    for micro_batches in _batches(loop):
+    if state is None:
+        state = LoopState()
+        if loop.schedule is not None:
+            _update_masks_if_due(loop, state)
+    elif loop.schedule is not None and loop.schedule.is_final(state.step):
+        freeze_scores(engine.module)
+    if state.step >= loop.num_steps:
+        return state
+    for micro_batches, tokens in _batches(loop, state.batch):
         set_learning_rates(loop, state.step)
-        for batch, tokens in micro_batches:
+        seed_random_numbers(loop.run.seed, state.batch)
+        losses = []
+        for batch in micro_batches:
+            beat(f"batch {state.batch + 1}")
             loss = engine(**batch).loss
             engine.backward(loss)
             engine.step()
-            state.losses.append(loss.detach())
-            state.tokens += tokens
+            losses.append(loss.detach())
         state.batch += 1
-        _stop_if_diverged(loop, state)
+        state.tokens += tokens
+        _agree_on_batch(state, losses)
         if not engine.was_step_applied():
             _stop_if_stuck(state)
             continue
@@ -84,9 +102,21 @@ def train(loop: Loop) -> LoopState:
             _update_masks_if_due(loop, state)
         _report_if_due(loop, state)
         loop.after_step(state)
-        if state.step >= loop.num_steps:
+        if state.stopped_by or state.step >= loop.num_steps:
             break
     return state
+
+
+def seed_random_numbers(seed: int, batch: int) -> None:
+    """Let dropout and the like of a global batch depend on the run's seed, its number and the rank alone.
+
+    So there is no state of generators to save: a run that is continued draws as one that was not interrupted.
+    """
+    digest = hashlib.blake2b(f"{seed}/{batch}/{rank()}".encode(), digest_size=8).digest()
+    number = int.from_bytes(digest) >> 1
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % (1 << 32))
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup_fraction: float) -> float:
@@ -109,21 +139,19 @@ def learning_rates(engine: Engine) -> dict[str, float]:
     return {f"lr/{group['name']}": group["lr"] for group in engine.optimizer.param_groups}
 
 
-def _batches(loop: Loop) -> Iterator[list[tuple[dict[str, Tensor], int]]]:
-    """This rank's micro-batches of one global batch after another, each with its count of tokens, without end."""
+def _batches(loop: Loop, first: int) -> Iterator[tuple[list[dict[str, Tensor]], int]]:
+    """This rank's micro-batches of one global batch after another from number ``first`` on, without end; each time with
+    the tokens of the whole batch."""
     run, task, lengths = loop.run, task_of(loop.run), loop.examples.lengths
     batches = GlobalBatches(lengths, run.train.batch_size, run.seed, run.data.group_by_length)
-    epoch = 0
+    epoch, done = divmod(first, batches.batches_per_epoch)
     while True:
-        for batch in batches.epoch(epoch):
-            yield [
-                (
-                    {k: v.to(loop.device) for k, v in task.collate(loop.examples, indices, loop.tokenizer).items()},
-                    sum(lengths[i] for i in indices),
-                )
-                for indices in batches.micro_batches(batch, rank(), world_size(), run.train.gradient_accumulation_steps)
-            ]
-        epoch += 1
+        for batch in batches.epoch(epoch)[done:]:
+            own = batches.micro_batches(batch, rank(), world_size(), run.train.gradient_accumulation_steps)
+            collated = (task.collate(loop.examples, indices, loop.tokenizer) for indices in own)
+            on_device = [{k: v.to(loop.device) for k, v in inputs.items()} for inputs in collated]
+            yield on_device, sum(lengths[i] for i in batch)
+        epoch, done = epoch + 1, 0
 
 
 def _update_masks_if_due(loop: Loop, state: LoopState) -> None:
@@ -146,10 +174,17 @@ def _update_masks_if_due(loop: Loop, state: LoopState) -> None:
         freeze_scores(loop.engine.module)
 
 
-def _stop_if_diverged(loop: Loop, state: LoopState) -> None:
-    """DeepSpeed skips a step for a bad gradient (not at stage 0 in fp32); a bad loss ends the run, on all ranks."""
-    latest = torch.stack(state.losses[-loop.run.train.gradient_accumulation_steps :]).float().sum()
-    bad = [r for r, loss in enumerate(all_gather_numbers(latest).tolist()) if not math.isfinite(loss)]
+def _agree_on_batch(state: LoopState, losses: list[Tensor]) -> None:
+    """What every rank must know of the batch just done: its mean loss, and whether one was asked to stop. Collective.
+
+    DeepSpeed skips a step for a bad gradient (not at stage 0 in fp32); a bad loss ends the run, on all ranks.
+    """
+    own = torch.stack(losses).double().mean()
+    stop = own.new_tensor(float(stop_signals.asked_by()))
+    by_rank = all_gather_numbers(torch.stack([own, stop])).tolist()
+    state.stopped_by = int(max(stop for _, stop in by_rank))
+    state.losses.append(sum(loss for loss, _ in by_rank) / len(by_rank))
+    bad = [r for r, (loss, _) in enumerate(by_rank) if not math.isfinite(loss)]
     if bad:
         raise DivergedError(
             f"the loss of batch {state.batch} is not finite on rank {', '.join(map(str, bad))} (after {state.step} "
@@ -171,7 +206,10 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
     last = state.step == loop.num_steps
     if state.step % loop.run.train.log_interval and not last and state.step != 1:
         return
-    loss, tokens, memory = _over_ranks(state, loop.device)
+    loss, tokens = sum(state.losses) / len(state.losses), state.tokens
+    memory = max(all_gather_objects(peak_memory_bytes(loop.device)))
+    state.losses.clear()
+    state.tokens = 0
     elapsed = loop.metrics.seconds - state.last_report_seconds
     state.last_report_seconds = loop.metrics.seconds
     sparsity = loop.schedule.sparsity_at(state.step) if loop.schedule else 0.0
@@ -195,12 +233,3 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
             "GiB": round(memory / 2**30, 2),
         },
     )
-
-
-def _over_ranks(state: LoopState, device: str) -> tuple[float, int, int]:
-    """(mean loss, tokens, largest memory) since the last report, over all ranks; resets the counts. Collective."""
-    own = (float(torch.stack(state.losses).double().mean()), state.tokens, peak_memory_bytes(device))
-    state.losses.clear()
-    state.tokens = 0
-    losses, tokens, memory = zip(*all_gather_objects(own), strict=True)
-    return sum(losses) / len(losses), sum(tokens), max(memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,11 @@ class Sequences:
     @property
     def _stride(self) -> int:
         return self.length - self.overlap
+
+    @property
+    def digest(self) -> str:
+        about = f"{self.length} {self.overlap} ".encode()
+        return hashlib.sha256(about + np.ascontiguousarray(self.tokens).tobytes()).hexdigest()
 
     @property
     def lengths(self) -> list[int]:

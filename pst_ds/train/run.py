@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from pst_ds.nn.checkpoint import (
-    Checkpoint,
-    CheckpointState,
-    base_fingerprint,
-    load_into,
-    read_checkpoint,
-    save_checkpoint,
-    weight_scales,
-)
+from pst_ds.durable import replace_text
+from pst_ds.errors import InputError
+from pst_ds.nn.checkpoint import Checkpoint
+from pst_ds.nn.checkpoint_model import base_fingerprint, load_into
+from pst_ds.parallel import stop_signals
 from pst_ds.parallel.ds_config import (
     RunNumbers,
     load_deepspeed_config,
@@ -28,16 +25,34 @@ from pst_ds.parallel.ds_config import (
 )
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
 from pst_ds.parallel.launch import LaunchEnvironment, device_of, init_distributed
-from pst_ds.parallel.ranks import barrier, is_main, world_size
+from pst_ds.parallel.ranks import barrier, is_main, together, world_size
+from pst_ds.parallel.watchdog import watching
 from pst_ds.train import loop as training
 from pst_ds.train.config import ConfigError, RunConfig
 from pst_ds.train.evaluate import predict
+from pst_ds.train.keeper import Keeper
 from pst_ds.train.metrics import MetricsWriter
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
+from pst_ds.train.resume import Progress, restore
 from pst_ds.train.run_file import dump_run
+from pst_ds.train.run_folder import (
+    CHECKPOINTS,
+    RESULT_FILE,
+    RUN_FILE,
+    STALLS,
+    checkpoint_to_go_on_from,
+    require_same_everywhere,
+    require_shared,
+    set_aside_checkpoints,
+)
 from pst_ds.train.tasks import ExampleSet, Task, task_of
 
-RUN_FILE, RESULT_FILE = "run.toml", "result.json"
+_AFTER_STALL_SECONDS = 60.0
+"""Longer than the watchdog's patience, so that it is the one to say which rank hangs, and not the collective."""
+
+
+class StoppedError(RuntimeError):
+    """The run was asked to stop by a signal, and saved; raised on every rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +79,33 @@ class Prepared:
 def prepare(
     run: RunConfig, launch: LaunchEnvironment, *, run_file: str = "the run file", labels: list[str] | None = None
 ) -> Prepared:
-    """Read and check everything that costs little, before any rank waits for another. Then join the process group.
+    """Read and check everything that costs little, and join the process group.
 
     Raises InputError. Collective.
     """
-    micro_batch_size = run.micro_batch_size(launch.world_size)
+    run.micro_batch_size(launch.world_size)
     if not run.deepspeed_config and launch.world_size > 1:
         raise ConfigError(
             f"{launch.world_size} ranks, but deepspeed_config is not set; set deepspeed_config = "
             '"ds_configs/zero3_cpu.json" (or zero3.json on GPUs), or start one process'
         )
+    checked, problem = None, None
+    try:
+        checked = _checked(run, launch, run_file, labels)
+    except InputError as error:
+        if launch.world_size == 1:
+            raise
+        problem = error  # perhaps on this rank alone: the others must hear of it
+        if find_spec("deepspeed") is None:
+            raise
+    if run.deepspeed_config:
+        timeout = run.train.stall_timeout_seconds
+        init_distributed(launch, timeout_seconds=timeout + _AFTER_STALL_SECONDS if timeout else 0.0)
+    return together(lambda: _raise_or(checked, problem))
+
+
+def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: list[str] | None) -> Prepared:
+    micro_batch_size = run.micro_batch_size(launch.world_size)
     raw = None
     if run.deepspeed_config:
         require_deepspeed()
@@ -92,8 +124,14 @@ def prepare(
             num_trainable(shapes),
         )
         resolved = resolve_deepspeed_config(raw, numbers, source=run.deepspeed_config, run_file=run_file)
-        init_distributed(launch)
     return Prepared(run, launch, labels, tokenizer, resolved, device_of(launch))
+
+
+def _raise_or(checked: Prepared | None, problem: InputError | None) -> Prepared:
+    if problem is not None:
+        raise problem
+    assert checked is not None
+    return checked
 
 
 def prepare_single(run: RunConfig, checkpoint: Checkpoint) -> Prepared:
@@ -121,118 +159,108 @@ def build(prepared: Prepared, checkpoint: Checkpoint | None = None) -> tuple[Bui
     return built, engine
 
 
-def train_run(prepared: Prepared, *, quiet: bool = False) -> dict[str, Any]:
-    """Train, evaluate and save; the result, as written to result.json. Collective."""
+def train_run(
+    prepared: Prepared, *, resume: bool = False, restart: bool = False, quiet: bool = False
+) -> dict[str, Any]:
+    """Train, evaluate and save; the result, as written to result.json. Collective.
+
+    ``resume`` goes on from the newest valid checkpoint of the run's folder, or begins if nothing was saved yet;
+    ``restart`` begins anew and sets the checkpoints that are there aside; without either a folder that has some is
+    refused. Raises InputError, StoppedError after a signal, DivergedError, CheckpointWriteError.
+    """
     run = prepared.run
     folder = Path(run.output_dir)
-    examples = prepared.load("train")
-    validation = prepared.load("validation") if run.data.validation else None
+    examples = together(lambda: prepared.load("train"))
+    validation = together(lambda: prepared.load("validation")) if run.data.validation else None
+    digest = require_same_everywhere(examples.digest, "data.train", run.data.train)
     num_steps = run.num_steps(len(examples))
     schedule = run.make_schedule(num_steps)
-    _, engine = build(prepared)
+    require_shared(folder)
+    checkpoint = checkpoint_to_go_on_from(run, digest, quiet=quiet) if resume else None
+    if checkpoint is None:
+        set_aside_checkpoints(folder, restart=restart)
+    _, engine = build(prepared, checkpoint)
+    state = restore(engine, checkpoint, run) if checkpoint else None
     if is_main():
         _start_folder(folder, prepared)
     barrier()
-    metrics = MetricsWriter(folder, num_steps=num_steps, is_main=is_main(), quiet=quiet)
-    keeper = _Keeper(prepared, engine, schedule, validation, metrics, num_steps)
+    progress = Progress.read(checkpoint) if checkpoint else None
+    metrics = MetricsWriter(
+        folder,
+        num_steps=num_steps,
+        is_main=is_main(),
+        quiet=quiet,
+        step=state.step if state else 0,
+        seconds=progress.seconds if progress else 0.0,
+    )
+    keeper = Keeper(
+        run,
+        folder=folder / CHECKPOINTS,
+        evaluate=(lambda: evaluate(engine, validation, prepared)) if validation is not None else None,
+        lower_is_better=prepared.task.lower_is_better,
+        describe=_description(prepared),
+        data_digest=digest,
+        zero_stage=zero_stage(prepared.ds_config),
+    )
+    if checkpoint is not None and progress is not None:
+        keeper.go_on_from(progress, checkpoint.state.metrics)
+    loop = training.Loop(
+        run, engine, schedule, examples, prepared.tokenizer, num_steps, prepared.device, metrics, keeper.after_step
+    )
+    keeper.start(loop)
     try:
-        state = training.train(
-            training.Loop(
-                run, engine, schedule, examples, prepared.tokenizer, num_steps, prepared.device, metrics,
-                keeper.after_step,
-            )
-        )  # fmt: skip
-        final = keeper.finish(state)
+        with watching(folder / STALLS, run.train.stall_timeout_seconds):
+            state = training.train(loop, state)
+            final = keeper.finish(state)
+    except training.DivergedError as error:
+        raise training.DivergedError(
+            f"{error}. Lower rates can be tried from {keeper.newest()} on: --resume --set train.update_learning_rate=…"
+        ) from None
     finally:
+        keeper.close()
         metrics.close()
+    if state.stopped_by and state.step < num_steps:
+        raise StoppedError(
+            f"stopped by {stop_signals.name_of(state.stopped_by)} after step {state.step} of {num_steps}, saved in "
+            f"{keeper.newest()}; go on with --resume"
+        )
+    return _result(prepared, engine, schedule, state, keeper, final, metrics.seconds)
+
+
+def _result(
+    prepared: Prepared, engine: Engine, schedule: Any, state: Any, keeper: Keeper, metrics: Any, seconds: float
+) -> dict[str, Any]:
+    """The result of a finished run, written by rank 0. Collective."""
     result = {
-        "task": run.task,
-        "method": run.method,
+        "task": prepared.run.task,
+        "method": prepared.run.method,
         "steps": state.step,
         "skipped_steps": engine.skipped_steps,
         "world_size": world_size(),
-        "sparsity_asked": schedule.sparsity_at(num_steps) if schedule else 0.0,
+        "sparsity_asked": schedule.sparsity_at(state.step) if schedule else 0.0,
         "sparsity_in_masks": state.masks.sparsity if state.masks else 0.0,
         "mask_checksum": state.masks.checksum if state.masks else "",
         "trained_parameters": num_trainable(engine.module),
         "optimizer_bytes_per_rank": optimizer_bytes(engine),
-        "metrics": final,
+        "metrics": metrics,
         "best_step": keeper.best_step,
-        "seconds": round(metrics.seconds, 1),
+        "seconds": round(seconds, 1),
     }
     if is_main():
-        (folder / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        replace_text(Path(prepared.run.output_dir) / RESULT_FILE, json.dumps(result, indent=1) + "\n")
     barrier()
     return result
 
 
-class _Keeper:
-    """Evaluates and saves on the way: the best checkpoint among those at the final sparsity, and the last."""
-
-    def __init__(
-        self,
-        prepared: Prepared,
-        engine: Engine,
-        schedule: Any,
-        validation: ExampleSet | None,
-        metrics: MetricsWriter,
-        num_steps: int,
-    ):
-        self._prepared, self._engine, self._schedule = prepared, engine, schedule
-        self._validation, self._metrics, self._num_steps = validation, metrics, num_steps
-        self._folder = Path(prepared.run.output_dir) / "checkpoints"
-        self._fingerprint = base_fingerprint(prepared.run.model.path)
-        self._best: float | None = None
-        self.best_step: int | None = None
-        self._last_evaluated: tuple[int, dict[str, float]] = (-1, {})
-
-    def after_step(self, state: training.LoopState) -> None:
-        interval = self._prepared.run.eval.interval
-        if interval and state.step % interval == 0 and self._validation is not None:
-            self._evaluate(state)
-
-    def finish(self, state: training.LoopState) -> dict[str, float]:
-        """The last evaluation and checkpoint; returns the metrics."""
-        step, values = self._last_evaluated
-        if step != state.step and self._validation is not None:
-            values = self._evaluate(state)
-        self._save("final", state.step, values)
-        return values
-
-    def _evaluate(self, state: training.LoopState) -> dict[str, float]:
-        assert self._validation is not None
-        run = self._prepared.run
-        values = evaluate(self._engine, self._validation, self._prepared)
-        self._engine.train()
-        self._metrics.write(state.step, {"event": "evaluation", **{f"eval/{k}": v for k, v in values.items()}})
-        self._metrics.progress(state.step, {f"eval {k}": v for k, v in values.items()})
-        self._last_evaluated = (state.step, values)
-        at_final_sparsity = self._schedule is None or self._schedule.is_final(state.step)
-        if at_final_sparsity and self._is_best(values[run.metric]):
-            self._best, self.best_step = values[run.metric], state.step
-            self._save("best", state.step, values)
-        return values
-
-    def _is_best(self, value: float) -> bool:
-        if self._best is None:
-            return True
-        return value < self._best if self._prepared.task.lower_is_better else value > self._best
-
-    def _save(self, name: str, step: int, values: dict[str, float]) -> None:
-        run, module = self._prepared.run, self._engine.module
-        state = CheckpointState(
-            step=step,
-            sparsity=self._schedule.sparsity_at(step) if self._schedule else 0.0,
-            masks_final=self._schedule is None or self._schedule.is_final(step),
-            precision=run.train.precision,
-            device_type=self._prepared.device.partition(":")[0],
-            base_path=run.model.path,
-            base_fingerprint=self._fingerprint,
-            labels=self._prepared.labels,
-            weight_scales=weight_scales(module),
-            metrics=values,
-        )
-        save_checkpoint(self._folder / name, module, state)
+def _description(prepared: Prepared) -> dict[str, Any]:
+    """What a checkpoint says of the run that does not change in it."""
+    return {
+        "precision": prepared.run.train.precision,
+        "device_type": prepared.device.partition(":")[0],
+        "base_path": prepared.run.model.path,
+        "base_fingerprint": base_fingerprint(prepared.run.model.path),
+        "labels": prepared.labels,
+    }
 
 
 def evaluate(engine: Engine, examples: ExampleSet, prepared: Prepared) -> dict[str, float]:
@@ -243,24 +271,6 @@ def evaluate(engine: Engine, examples: ExampleSet, prepared: Prepared) -> dict[s
     return task.metrics(outcomes, examples)
 
 
-def open_checkpoint(run: RunConfig, name: str) -> Checkpoint:
-    """A checkpoint of the run's folder: "best" (falling back to "final" when none was chosen), or another by name.
-
-    Raises CheckpointError, also when the base model is not the one that was trained.
-    """
-    folder = Path(run.output_dir) / "checkpoints"
-    if name == "best" and not (folder / "best").is_dir():
-        name = "final"
-    checkpoint = read_checkpoint(folder / name)
-    found = base_fingerprint(run.model.path)
-    if found != checkpoint.state.base_fingerprint:
-        raise ConfigError(
-            f"model.path = {run.model.path!r} is not the base model that {checkpoint.folder} was trained from (its "
-            "fingerprint differs); point --set model.path= at the right one"
-        )
-    return checkpoint
-
-
 def masked_model(prepared: Prepared, checkpoint: Checkpoint) -> nn.Module:
     """The model as it was trained, PST modules and all, in evaluation mode on one process."""
     built = build_model(prepared.run, prepared.labels, prepared.tokenizer, zero3_config=None)
@@ -269,14 +279,7 @@ def masked_model(prepared: Prepared, checkpoint: Checkpoint) -> nn.Module:
 
 
 def _start_folder(folder: Path, prepared: Prepared) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoints = folder / "checkpoints"
-    if checkpoints.is_dir():  # an earlier run's best would pass for this one's
-        previous = folder / "checkpoints.previous"
-        shutil.rmtree(previous, ignore_errors=True)
-        checkpoints.rename(previous)
-        print(f"{checkpoints} of an earlier run is now {previous}")
-    (folder / RUN_FILE).write_text(dump_run(prepared.run), encoding="utf-8")
+    shutil.rmtree(folder / STALLS, ignore_errors=True)
+    replace_text(folder / RUN_FILE, dump_run(prepared.run))
     if prepared.ds_config is not None:
-        text = json.dumps(prepared.ds_config, indent=1) + "\n"
-        (folder / "deepspeed.json").write_text(text, encoding="utf-8")
+        replace_text(folder / "deepspeed.json", json.dumps(prepared.ds_config, indent=1) + "\n")

@@ -26,6 +26,11 @@ class ExampleSet(Protocol):
         """Tokens of each."""
         ...
 
+    @property
+    def digest(self) -> str:
+        """A SHA-256 of all that a model reads of them."""
+        ...
+
     def first(self, count: int) -> Any:
         """The first ``count`` of them."""
         ...

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pst_ds.cli.main import main
+from pst_ds.nn.checkpoint import read_checkpoint
 
 RUN_FILE = "tests/data/world_size.toml"
 ONE_PROCESS = ("--set", "deepspeed_config=", "--set", "train.num_steps=6", "--set", "schedule.update_interval=1")
@@ -40,7 +41,7 @@ def made(tmp_path_factory):
         more = ("--set", "schedule.cooldown_fraction=0.5", "--set", "train.update_learning_rate=0.1", *UPDATED)
         assert main(["train", RUN_FILE, "--quiet", *ONE_PROCESS, *at, *more, "--set", "eval.interval=3"]) == 0
         assert main(["export", str(top / "run"), "--out", str(top / "export"), "--checkpoint", "final"]) == 0
-    best, final = (load_file(top / "run" / "checkpoints" / n / "trained.safetensors") for n in ("best", "final"))
+    best, final = (read_checkpoint((top / "run" / "checkpoints" / n).resolve()).trained for n in ("best", "final"))
     assert any(not torch.equal(best[name], final[name]) for name in final)
     return top
 
@@ -152,7 +153,9 @@ def test_a_run_that_is_not_there_is_2(tmp_path, capsys, verb):
 
 def test_what_is_not_there_of_a_run_is_2(made, tmp_path, capsys):
     run, export = str(made / "run"), str(made / "export")
-    _assert_refused(capsys, ["eval", run, "--checkpoint", "step-9"], "no checkpoint in", "checkpoints/step-9")
+    _assert_refused(
+        capsys, ["eval", run, "--checkpoint", "step-9"], "no checkpoint 'step-9' in", "There are: best, final, "
+    )
     _assert_refused(capsys, ["export", run, "--out", run], "exists and is not an export; name another", "--out")
     _assert_refused(capsys, ["export", run, "--out", f"{run}/run.toml"], "run.toml exists and is not an export")
     _assert_refused(capsys, ["eval", run, "--set", "data.test=no.csv"], "data.test = 'no.csv' does not exist")
@@ -240,7 +243,7 @@ def test_every_verb_ends_with_one_json_object(made, tmp_path, capsys):
     assert main(["--local_rank=0", "eval", str(made / "run"), "--split", "validation", "--json"]) == 0
     evaluated = _last_json(capsys)
     assert (evaluated["examples"], evaluated["split"]) == (61, "validation")
-    assert evaluated["checkpoint"].endswith("checkpoints/best")
+    assert Path(evaluated["checkpoint"]) == (made / "run" / "checkpoints" / "best").resolve()
     lines = [json.loads(line) for line in (made / "run" / "metrics.jsonl").read_text().splitlines()]
     (at_best,) = [
         line for line in lines if line["event"] == "evaluation" and line["step"] == _result(made)["best_step"]

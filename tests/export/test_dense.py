@@ -18,14 +18,16 @@ from transformers import AutoModelForSequenceClassification
 
 from pst_ds.export.dense import export_dense
 from pst_ds.export.manifest import ExportError, check_export
+from pst_ds.nn.checkpoint import Checkpoint
 from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train import run as run_module
 from pst_ds.train.data import collate, load_examples
 from pst_ds.train.model import meta_model
-from pst_ds.train.run import masked_model, open_checkpoint, prepare, train_run
+from pst_ds.train.run import masked_model, prepare, train_run
 from pst_ds.train.run_file import load_run
+from pst_ds.train.run_folder import open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SPARSITY, SHARD_BYTES = 0.7, 9000
@@ -298,7 +300,7 @@ def test_a_kept_minus_zero_becomes_plus_zero(tmp_path):
 
 def test_a_model_of_other_shapes_is_refused_by_the_tensor_s_name(trained, tmp_path):
     other = _train(tmp_path / "run", "train.num_steps=2")
-    other.checkpoint.trained["classifier.bias"] = torch.zeros(3)
+    other.checkpoint.trained = {**other.checkpoint.trained, "classifier.bias": torch.zeros(3)}
     with pytest.raises(ExportError, match=r"classifier\.bias has shape \(3,\) .* \(2,\) in the trained model"):
         _export(other, tmp_path / "out")
     del other.checkpoint.trained["classifier.bias"]
@@ -361,7 +363,7 @@ def test_an_export_with_updated_embeddings_computes_what_the_masked_model_does(u
 
 
 def test_updated_embeddings_survive_the_checkpoint(updated):
-    saved = load_file(updated.checkpoint.folder / "trained.safetensors")
+    saved = updated.checkpoint.trained
     assert {n for n in saved if n.startswith("bert.embeddings")} == {f"{n}.pst_{f}" for n in EMBEDDINGS for f in "UV"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -379,6 +381,6 @@ def test_an_updated_embedding_that_the_base_lacks_is_refused_by_name(updated, tm
     (tmp_path / "base").mkdir()
     save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     state = dataclasses.replace(updated.checkpoint.state, base_path=str(tmp_path / "base"))
-    checkpoint = dataclasses.replace(updated.checkpoint, state=state)
+    checkpoint = Checkpoint(updated.checkpoint.folder, state, updated.checkpoint.contents)
     with pytest.raises(ExportError, match=r"bert\.embeddings\.word_embeddings\.weight is not in the base model '"):
         export_dense(updated.model, checkpoint, updated.prepared.tokenizer, tmp_path / "out")

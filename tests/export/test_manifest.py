@@ -23,9 +23,12 @@ from pst_ds.export.manifest import (
     read_manifest,
     tensor_sha256,
 )
-from pst_ds.nn.checkpoint import CheckpointState, read_checkpoint, save_checkpoint, weight_scales
+from pst_ds.nn.checkpoint import CheckpointState, read_checkpoint
+from pst_ds.nn.checkpoint_model import trainable, weight_scales
+from pst_ds.nn.checkpoint_writer import save_checkpoint
 from pst_ds.nn.config import PSTConfig
 from pst_ds.nn.inject import inject_pst
+from pst_ds.parallel.engine import build_engine
 from pst_ds.train.mask_update import update_masks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +45,8 @@ def _exported(folder, model, **settings):
         step=3, sparsity=0.5, masks_final=True, precision="fp32", device_type="cpu", base_path=str(folder / "base"),
         base_fingerprint="f00d", labels=["bad", "good"], weight_scales=weight_scales(model), metrics={"accuracy": 0.5},
     )  # fmt: skip
-    save_checkpoint(folder / "checkpoint", model, state)
+    params = [{"params": [param for _, param in trainable(model)], "name": "all"}]
+    save_checkpoint(folder / "checkpoint", build_engine(model, params, ds_config=None), state)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tests/data/tiny-bert")
     export_dense(model, read_checkpoint(folder / "checkpoint"), tokenizer, folder / "export", **settings)
     return folder / "export"

@@ -56,6 +56,7 @@ REFUSED = [
     ("zero_optimization.zero_quantized_nontrainable_weights", True, "true", "remove it"),
     ("zero_optimization.offload_param.device", "nvme", '"nvme"', 'use "cpu"'),
     ("zero_optimization.offload_param.device", "NVMe", '"NVMe"', 'use "cpu"'),
+    ("zero_optimization.offload_optimizer.device", "nvme", '"nvme"', 'use "cpu"'),
     ("zero_optimization.zenflow", {"topk_ratio": 0.1}, "{…}", "remove it"),
     ("tensor_parallel.autotp_size", 2, "2", "remove tensor_parallel"),
     ("compile.deepcompile", True, "true", "remove it"),

@@ -17,13 +17,14 @@ from transformers import (
 )
 
 from pst_ds.cli.main import main
+from pst_ds.nn.checkpoint import read_checkpoint
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
 from pst_ds.train import loop as loop_module
 from pst_ds.train import tasks
 from pst_ds.train.evaluate import evaluation_batches, predict
 from pst_ds.train.model import meta_model
-from pst_ds.train.run import build, prepare, read_checkpoint, train_run
+from pst_ds.train.run import build, prepare, train_run
 from pst_ds.train.run_file import load_run
 
 RUN_FILE, LLAMA = "tests/data/causal_lm.toml", "tests/data/tiny-llama"
@@ -203,9 +204,10 @@ def test_every_token_of_a_batch_is_counted_and_the_loss_is_its_mean(tmp_path):
     loop = loop_module.Loop(
         prepared.run, engine, None, prepared.load("train"), prepared.tokenizer, 6, "cpu", None, lambda state: None
     )
-    micro_batches = next(loop_module._batches(loop))
-    assert [tokens for _, tokens in micro_batches] == [6 * 32] * 2
-    for batch, _ in micro_batches:
+    micro_batches, tokens = next(loop_module._batches(loop, 0))
+    assert tokens == 2 * 6 * 32
+    assert len(micro_batches) == 2
+    for batch in micro_batches:
         assert batch["input_ids"].shape == (6, 32)
         with torch.no_grad():
             output = engine(**batch)
@@ -219,7 +221,7 @@ def test_padding_is_not_counted_among_tokens(tmp_path):
     loop = loop_module.Loop(
         run, None, None, prepared.load("train"), prepared.tokenizer, 6, "cpu", None, lambda state: None
     )
-    ((batch, tokens),) = next(loop_module._batches(loop))
+    (batch,), tokens = next(loop_module._batches(loop, 0))
     assert tokens == int(batch["attention_mask"].sum()) < batch["input_ids"].numel()
 
 

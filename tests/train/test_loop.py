@@ -10,17 +10,20 @@ import pytest
 import torch
 
 from pst_ds.core.bits import unpack_range
+from pst_ds.nn.checkpoint import read_checkpoint
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.engine import LocalEngine
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train import loop as loop_module
+from pst_ds.train.config import ConfigError
 from pst_ds.train.data import load_examples
 from pst_ds.train.loop import DivergedError, Loop, learning_rate_factor, train
 from pst_ds.train.mask_update import mask_stats
 from pst_ds.train.metrics import MetricsWriter
 from pst_ds.train.model import parameter_groups
-from pst_ds.train.run import build, open_checkpoint, prepare, train_run
+from pst_ds.train.run import build, prepare, train_run
 from pst_ds.train.run_file import load_run
+from pst_ds.train.run_folder import open_checkpoint
 
 SCORES, UPDATES = ("pst_A", "pst_B", "pst_R", "pst_C"), ("pst_U", "pst_V")
 
@@ -244,7 +247,7 @@ def test_every_line_of_the_metrics_says_what_it_should(tmp_path):
     result = train_run(_prepared(tmp_path / "run", "eval.interval=5"), quiet=True)
     lines = _lines(tmp_path / "run")
     by_event = {name: [line for line in lines if line["event"] == name] for name in {line["event"] for line in lines}}
-    assert by_event.keys() == {"step", "mask_update", "evaluation"}
+    assert by_event.keys() == {"step", "mask_update", "evaluation", "checkpoint"}
     schedule = load_run("tests/data/world_size.toml").make_schedule(20)
     steps = by_event["step"]
     assert [line["step"] for line in steps] == list(range(1, 21))
@@ -294,7 +297,6 @@ def test_the_loss_of_a_line_is_the_mean_since_the_line_before(tmp_path):
 
 
 def test_the_best_checkpoint_is_chosen_among_those_at_the_final_sparsity(tmp_path, monkeypatch):
-    from pst_ds.train import run as run_module
     from pst_ds.train import tasks
 
     scores = {4: 0.99, 8: 0.98, 12: 0.97, 16: 0.5, 20: 0.4}  # the sparser, the worse
@@ -306,7 +308,7 @@ def test_the_best_checkpoint_is_chosen_among_those_at_the_final_sparsity(tmp_pat
     )
     result = train_run(_prepared(tmp_path, "eval.interval=4"), quiet=True)
     assert result["best_step"] == 16
-    best, final = (run_module.read_checkpoint(tmp_path / "checkpoints" / n).state for n in ("best", "final"))
+    best, final = (read_checkpoint(tmp_path / "checkpoints" / n).state for n in ("best", "final"))
     assert (best.step, best.masks_final, best.sparsity, best.metrics["accuracy"]) == (16, True, 0.8, 0.5)
     assert (final.step, final.sparsity, final.metrics["accuracy"]) == (20, 0.8, 0.4)
 
@@ -317,11 +319,14 @@ def test_without_an_evaluation_at_the_final_sparsity_there_is_no_best(tmp_path):
     train_run(_prepared(tmp_path), quiet=True)
     assert (tmp_path / "checkpoints" / "best").is_dir()
     prepared = _prepared(tmp_path, "data.validation=", "train.num_steps=4", "seed=1")
-    result = train_run(prepared, quiet=True)
+    with pytest.raises(ConfigError, match=r"has checkpoints up to step-00000020: continue them with --resume"):
+        train_run(prepared, quiet=True)
+    result = train_run(prepared, quiet=True, restart=True)
+    assert (tmp_path / "checkpoints.previous" / "best").is_dir()
     assert result["best_step"] is None
     assert result["metrics"] == {}
     opened = open_checkpoint(prepared.run, "best")
-    assert opened.folder.name == "final"
+    assert opened.folder.name == "step-00000004"
     assert opened.state.step == 4
 
 

@@ -1,0 +1,106 @@
+"""Files and folders that are whole on disk or not there at all, whatever kills the process that writes them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL, OLD = ".partial", ".old"
+"""Endings of a folder that is being written, and of one that is being replaced."""
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_new(path: Path, data: bytes) -> str:
+    """Write a file, wait for the disk, read it back from there; its SHA-256.
+
+    Raises OSError when the disk is full, or gives back other bytes than it was given.
+    """
+    digest = hashlib.sha256(data).hexdigest()
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+        if hasattr(os, "posix_fadvise"):  # or the page cache would answer for the disk
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if file_sha256(path) != digest:
+        raise OSError(f"{path} was read back with other bytes than were written; the disk is failing")
+    return digest
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Give ``path`` a new content; a reader, also after a crash, finds the old one or the new one."""
+    beside = path.with_name(f".{path.name}{PARTIAL}")
+    write_new(beside, text.encode())
+    beside.replace(path)
+    sync(path.parent)
+
+
+def replace_link(path: Path, target: str) -> None:
+    """Make ``path`` a symbolic link to ``target`` beside it, in one step."""
+    beside = path.with_name(f".{path.name}{PARTIAL}")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(target)
+    beside.replace(path)
+    sync(path.parent)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name ``folder`` at the end; after an error nothing of it is left."""
+    restore_replaced(folder)
+    partial = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in partial.rglob("*"):
+            sync(path)
+        take_name(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def take_name(partial: Path, folder: Path) -> None:
+    """Give a finished folder, its files on disk, its name; what had the name before is gone then."""
+    sync(partial)
+    old = folder.with_name(folder.name + OLD)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_replaced(folder: Path) -> None:
+    """After a crash between the two renames of :func:`take_name`: give the older folder its name back."""
+    old = folder.with_name(folder.name + OLD)
+    if old.is_dir():
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(folder)

@@ -1,0 +1,127 @@
+"""The optimizer's fp32 masters and Adam moments as each engine keeps them, read and written where they lie.
+
+Every engine holds the values of a trainable parameter in flat fp32 tensors, its *owners*: ZeRO-3 in one a sub-group
+with this rank's shards, ZeRO-1 and 2 (and DeepSpeed's bf16 optimizer) in one a parameter group with an arbitrary run of
+it, others in one a parameter. Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.parallel import zero3
+from pst_ds.parallel.engine import Engine
+
+MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
+KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
+"""What is kept of every trainable value: its fp32 master and Adam's two moments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Flat values [start, stop) of a parameter, held here from index ``offset`` of ``owner`` on."""
+
+    name: str
+    start: int
+    stop: int
+    owner: Tensor
+    offset: int
+
+    def cut(self, start: int, stop: int) -> Piece:
+        """The part of it within [start, stop), which may be empty."""
+        start, stop = max(start, self.start), min(stop, self.stop)
+        return Piece(self.name, start, max(start, stop), self.owner, self.offset + start - self.start)
+
+
+def is_replicated(params: Iterable[nn.Parameter]) -> bool:
+    """Whether every rank holds the optimizer state of all ``params`` whole."""
+    return not any(zero3.is_partitioned(p) or hasattr(p, "_hp_mapping") for p in params)
+
+
+def is_cut_evenly(params: Iterable[nn.Parameter]) -> bool:
+    """Whether rank r holds shard r of every parameter, as ZeRO-3 cuts it; ZeRO-1 and 2 cut elsewhere."""
+    return not any(hasattr(p, "_hp_mapping") for p in params)
+
+
+def local_pieces(engine: Engine, named: Sequence[tuple[str, nn.Parameter]]) -> list[Piece]:
+    """What this rank's optimizer holds of trainable parameters, in their order; without padding."""
+    inner = _inner(engine)
+    found = []
+    for name, param in named:
+        if zero3.is_partitioned(param):
+            found.append(_zero3_piece(name, param))
+        elif hasattr(param, "_hp_mapping"):
+            mapping = param._hp_mapping
+            if mapping is not None:
+                owner = inner.param_groups[mapping.param_group_index]["params"][0]
+                inside, outside = mapping.hp_fragment_address, mapping.lp_fragment_address
+                found.append(Piece(name, outside.start, outside.start + outside.numel, owner, inside.start))
+        else:
+            owner = getattr(param, "fp32_master", None)
+            found.append(Piece(name, 0, param.numel(), param if owner is None else owner, 0))
+    return found
+
+
+def values(engine: Engine, pieces: Sequence[Piece], kind: str) -> list[Tensor]:
+    """The values of each piece, flat fp32; views of the engine's own, or zeros for a moment that does not exist yet."""
+    state = _inner(engine).state
+    views = []
+    for piece in pieces:
+        flat = piece.owner if kind == MASTER else state.get(piece.owner, {}).get(kind)
+        count = piece.stop - piece.start
+        if flat is None:
+            views.append(torch.zeros(count))
+        else:
+            views.append(flat.detach().view(-1).narrow(0, piece.offset, count))
+    return views
+
+
+def adam_steps(engine: Engine, pieces: Sequence[Piece]) -> dict[str, int]:
+    """Steps that Adam has counted for each piece's parameter: its bias correction depends on them."""
+    state = _inner(engine).state
+    return {piece.name: int(state.get(piece.owner, {}).get("step", 0)) for piece in pieces}
+
+
+def prepare_moments(engine: Engine, pieces: Sequence[Piece], steps: dict[str, int]) -> None:
+    """Give the owners of ``pieces`` moments of zero and their count of steps, as after ``steps`` by parameter name.
+
+    Parameters of one owner share a count, the largest. An owner with none is left to the optimizer.
+    """
+    state = _inner(engine).state
+    counts: dict[int, int] = {}
+    owners = {id(piece.owner): piece.owner for piece in pieces}
+    for piece in pieces:
+        counts[id(piece.owner)] = max(counts.get(id(piece.owner), 0), steps.get(piece.name, 0))
+    for key, owner in owners.items():
+        if counts[key]:
+            entry = state[owner]
+            entry["step"] = torch.tensor(float(counts[key]))
+            for kind in (EXP_AVG, EXP_AVG_SQ):
+                if kind not in entry:
+                    entry[kind] = torch.zeros_like(owner, memory_format=torch.preserve_format).detach()
+                entry[kind].zero_()
+
+
+def set_counters(engine: Engine, *, applied: int, skipped: int, accumulation: int) -> None:
+    """Let the engine count optimizer steps on from those of an earlier process."""
+    engine.global_steps, engine.skipped_steps = applied + skipped, skipped
+    if hasattr(engine, "micro_steps"):
+        engine.micro_steps = engine.global_steps * accumulation
+
+
+def _inner(engine: Engine) -> Any:
+    """The torch optimizer inside DeepSpeed's."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _zero3_piece(name: str, param: nn.Parameter) -> Piece:
+    optimizer = param._z3_optimizer
+    group, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
+    shard = zero3.shard_of(param)
+    stop = shard.start + shard.values.numel()
+    return Piece(name, shard.start, stop, optimizer.fp32_partitioned_groups_flat[group], offset)

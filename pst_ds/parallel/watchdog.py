@@ -1,0 +1,154 @@
+"""Ends a process that no longer gets on, and says which rank, where it stands, and whom it waits for.
+
+A rank that hangs makes all others wait in a collective. Each has a thread that notices, puts the rank's stack into the
+run folder and on stderr, reads what the others put there, and ends the process: who gave no report is stopped or cut
+off, and who does not wait in a collective is the one that hangs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pst_ds.parallel.ranks import rank, world_size
+
+_GRACE_SECONDS = 5.0
+_BACKSTOP_SECONDS = 30.0
+_EXIT_CODE = 1
+_COLLECTIVE_FILES = (os.path.join("torch", "distributed", ""), os.path.join("deepspeed", "comm", ""))
+
+
+@dataclass(frozen=True, slots=True)
+class StallReport:
+    """Where a rank stood when it had made no progress for too long."""
+
+    rank: int
+    host: str
+    pid: int
+    doing: str
+    waits: bool
+    """Whether it was inside a collective, which waits for other ranks."""
+    stack: str
+
+
+class Watchdog:
+    """Watches the thread that makes it, until it is closed."""
+
+    def __init__(self, folder: Path, timeout_seconds: float):
+        self._folder, self._timeout = folder, timeout_seconds
+        self._rank, self._world = rank(), world_size()
+        self._main = threading.get_ident()
+        self._closed = threading.Event()
+        self.beat("start")
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def beat(self, doing: str) -> None:
+        """Progress was made, and ``doing`` comes next."""
+        self._last, self._doing = time.monotonic(), doing
+        # for a main thread that never gives the interpreter to ours; this one is C and needs no interpreter
+        if sys.__stderr__ is not None:
+            after = self._timeout + _GRACE_SECONDS + _BACKSTOP_SECONDS
+            faulthandler.dump_traceback_later(after, exit=True, file=sys.__stderr__)
+
+    def close(self) -> None:
+        self._closed.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self._timeout / 4)):
+            if time.monotonic() - self._last > self._timeout:
+                self._end()
+
+    def _end(self) -> None:
+        frames = sys._current_frames()[self._main]
+        stack = traceback.extract_stack(frames)
+        waits = any(part in entry.filename for entry in stack for part in _COLLECTIVE_FILES)
+        text = "".join(traceback.format_list(stack))
+        own = StallReport(self._rank, socket.gethostname(), os.getpid(), self._doing, waits, text)
+        with contextlib.suppress(OSError):  # a full disk must not keep the process alive
+            _write(self._folder, own)
+        print(_describe(own, self._timeout), file=sys.stderr, flush=True)
+        others = _gather(self._folder, self._world, min(_GRACE_SECONDS, self._timeout))
+        if self._rank == min([own.rank, *(report.rank for report in others)]):
+            print(verdict(others, self._world, self._timeout), file=sys.stderr, flush=True)
+        os._exit(_EXIT_CODE)
+
+
+def verdict(reports: list[StallReport], world: int, timeout: float) -> str:
+    """One line that names the rank to look at."""
+    silent = sorted(set(range(world)) - {report.rank for report in reports})
+    hanging = [report for report in reports if not report.waits]
+    if silent:
+        ranks = ", ".join(map(str, silent))
+        why = f"rank {ranks} gave no sign of life: its process is stopped, or its host is down or cut off"
+    elif hanging:
+        why = "; ".join(f"rank {r.rank} ({r.host}, pid {r.pid}) hangs in {r.doing}" for r in hanging)
+        why += ", and the others wait for it" if world > len(hanging) else ""
+    else:
+        why = "every rank waits for another: the network between them is cut, or not all reached the same collective"
+    return (
+        f"pst-ds train: StalledError: no progress for {timeout:g} seconds (train.stall_timeout_seconds): {why}. "
+        "Continue from the newest checkpoint with --resume"
+    )
+
+
+_current: Watchdog | None = None
+
+
+@contextlib.contextmanager
+def watching(folder: Path, timeout_seconds: float) -> Iterator[None]:
+    """End the process with code 1 when :func:`beat` was not called for so long inside; 0 watches nothing.
+
+    ``folder`` is where the ranks leave their reports for each other.
+    """
+    global _current
+    if timeout_seconds <= 0:
+        yield
+        return
+    _current = Watchdog(folder, timeout_seconds)
+    try:
+        yield
+    finally:
+        _current.close()
+        _current = None
+
+
+def beat(doing: str) -> None:
+    """Tell the watchdog of this process, if there is one, that progress was made, and what comes next."""
+    if _current is not None:
+        _current.beat(doing)
+
+
+def _describe(report: StallReport, timeout: float) -> str:
+    state = "waiting for other ranks" if report.waits else "not waiting for other ranks"
+    return (
+        f"rank {report.rank} ({report.host}, pid {report.pid}) made no progress for {timeout:g} seconds in "
+        f"{report.doing}, {state}:\n{report.stack}"
+    )
+
+
+def _write(folder: Path, report: StallReport) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"rank-{report.rank}.partial"
+    partial.write_text(json.dumps(asdict(report)), encoding="utf-8")
+    partial.replace(folder / f"rank-{report.rank}.json")
+
+
+def _gather(folder: Path, world: int, seconds: float) -> list[StallReport]:
+    """The reports of all ranks; of those alone that came within ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = sorted(folder.glob("rank-*.json"))
+        if len(found) >= world or time.monotonic() > deadline:
+            return [StallReport(**json.loads(path.read_text(encoding="utf-8"))) for path in found]
+        time.sleep(0.05)

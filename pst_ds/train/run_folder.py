@@ -1,0 +1,109 @@
+"""The folder of a run: what begins in it, what goes on in it, and that all ranks see the same one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+from pst_ds.nn.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from pst_ds.nn.checkpoint_model import base_fingerprint
+from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, together
+from pst_ds.train import checkpoints
+from pst_ds.train.config import ConfigError, RunConfig
+from pst_ds.train.resume import require_base, require_same_run
+
+RUN_FILE, RESULT_FILE, CHECKPOINTS, STALLS = "run.toml", "result.json", "checkpoints", "stalls"
+
+
+def require_shared(folder: Path) -> None:
+    """Raise ConfigError when the ranks do not see one and the same ``folder``, which is made. Collective."""
+    probe = folder / f".shared-{os.getpid()}"
+    try:
+        if is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.write_text("")
+    except OSError as error:
+        problem = f"output_dir = {str(folder)!r} cannot be written: {error}"
+    else:
+        problem = ""
+    name, problem = all_gather_objects((probe.name, problem))[0]
+    seen = bool(problem) or (folder / name).exists()
+    everywhere = all_gather_objects((seen, socket.gethostname()))
+    if is_main():
+        probe.unlink(missing_ok=True)
+    if problem:
+        raise ConfigError(problem)
+    blind = [(i, host) for i, (there, host) in enumerate(everywhere) if not there]
+    if blind:
+        raise ConfigError(
+            f"output_dir = {str(folder)!r} is not the same folder on rank {blind[0][0]} ({blind[0][1]}) as on rank 0 "
+            f"({everywhere[0][1]}); put it on a file system that all hosts share: every rank writes its part there"
+        )
+
+
+def require_same_everywhere(digest: str, setting: str, value: str) -> str:
+    """``digest``; ConfigError when the ranks do not read the same. Collective."""
+    found = all_gather_objects((digest, socket.gethostname()))
+    other = next((i for i, (theirs, _) in enumerate(found) if theirs != found[0][0]), None)
+    if other is not None:
+        raise ConfigError(
+            f"{setting} = {value!r} is another text on rank {other} ({found[other][1]}) than on rank 0 "
+            f"({found[0][1]}); every host must read the same file"
+        )
+    return digest
+
+
+def set_aside_checkpoints(folder: Path, *, restart: bool) -> None:
+    """Refuse to begin a run where one was saved; with ``restart``, set what was saved aside. Collective.
+
+    Raises ConfigError on every rank.
+    """
+    names = [path.name for path in checkpoints.step_folders(folder / CHECKPOINTS)]
+    there = all_gather_objects(names)[0]
+    if there and not restart:
+        raise ConfigError(
+            f"output_dir = {str(folder)!r} has checkpoints up to {there[0]}: continue them with --resume, begin anew "
+            "with --restart, or name another output_dir"
+        )
+    if is_main() and (folder / CHECKPOINTS).is_dir():
+        previous = folder / f"{CHECKPOINTS}.previous"
+        shutil.rmtree(previous, ignore_errors=True)
+        (folder / CHECKPOINTS).rename(previous)
+        if there:
+            print(f"{folder / CHECKPOINTS} of an earlier run is now {previous}")
+    barrier()
+
+
+def checkpoint_to_go_on_from(run: RunConfig, data_digest: str, *, quiet: bool) -> Checkpoint | None:
+    """The newest valid checkpoint of the run, if it has any. Raises InputError. Collective."""
+    folder = Path(run.output_dir) / CHECKPOINTS
+    if is_main():
+        checkpoints.clean_up(folder)
+    barrier()
+    checkpoint, problems = checkpoints.newest_valid(folder)
+    said = [f"WARNING: {problem}. It is set aside as {checkpoints.BROKEN}" for problem in problems]
+    if checkpoint is None and problems:
+        raise CheckpointError(f"no checkpoint in {folder} is whole: {'; '.join(problems)}. --restart begins anew")
+    if checkpoint is None:
+        said.append(f"nothing was saved in {folder} yet: beginning at step 0")
+    else:
+        fingerprint = base_fingerprint(run.model.path)
+        changed = together(lambda: require_same_run(checkpoint, run, fingerprint, data_digest))
+        said.append(f"going on from {checkpoint.folder}, after step {checkpoint.state.step}")
+        said += [f"  with {change}" for change in changed]
+    if is_main() and not quiet:
+        print("\n".join(said), file=sys.stderr, flush=True)
+    return checkpoint
+
+
+def open_checkpoint(run: RunConfig, name: str) -> Checkpoint:
+    """A checkpoint of the run's folder: "best" (falling back to "final" when none was chosen), or another by name.
+
+    Raises CheckpointError, also when the base model is not the one that was trained.
+    """
+    checkpoint = read_checkpoint(checkpoints.find(Path(run.output_dir) / CHECKPOINTS, name))
+    require_base(checkpoint, run.model.path, base_fingerprint(run.model.path))
+    return checkpoint

@@ -1,0 +1,268 @@
+"""A run that was stopped goes on as if it had not been: on the same ranks to the bit, on others with the same masks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pst_ds.nn.checkpoint import read_checkpoint
+from pst_ds.nn.inject import pst_layers
+from pst_ds.parallel import stop_signals
+from pst_ds.parallel.launch import LaunchEnvironment
+from pst_ds.parallel.ranks import rank, world_size
+from pst_ds.train import data
+from pst_ds.train.config import ConfigError
+from pst_ds.train.run import StoppedError, prepare, train_run
+from pst_ds.train.run_file import load_run
+
+STOP_AT = 9
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+STAGES = {
+    "local": "",
+    "0": '{"zero_optimization": {"stage": 0}}',
+    "1": '{"zero_optimization": {"stage": 1}}',
+    "2": '{"zero_optimization": {"stage": 2}}',
+    "3": '{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}',
+    "3-persistent": '{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100000}}',
+    "3-offload": '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}',
+}
+
+
+def _settings(folder, stage, *more):
+    """A run with dropout, clipping and a log line in every third step, so that a stop falls between two."""
+    config = ""
+    if STAGES[stage]:
+        path = Path(folder).parent / f"stage-{stage}-{rank()}.json"
+        path.write_text(STAGES[stage])
+        config = str(path)
+    return [
+        f"output_dir={json.dumps(str(folder))}", f"deepspeed_config={config}", "model.dropout=0.1",
+        "train.log_interval=3", "eval.interval=4", "schedule.cooldown_fraction=0.3", "checkpoint.interval=4", *more,
+    ]  # fmt: skip
+
+
+def _train(folder, stage, *more, resume=False):
+    run = load_run("tests/data/world_size.toml", _settings(folder, stage, *more))
+    prepared = prepare(run, LaunchEnvironment(rank(), world_size(), rank()))
+    return train_run(prepared, resume=resume, quiet=True)
+
+
+def _stopped(folder, stage, *more, at=STOP_AT, resume=False):
+    """Train until a signal on the last rank asks to stop at batch ``at``; the message."""
+    order = data.GlobalBatches.micro_batches
+    calls = iter(range(1, 10**6))
+
+    def micro_batches(self, *arguments):
+        if next(calls) == at and rank() == world_size() - 1:
+            stop_signals._asked_by = 10
+        return order(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stop_signals, "_asked_by", 0)
+        patch.setattr(data.GlobalBatches, "micro_batches", micro_batches)
+        with pytest.raises(StoppedError) as caught:
+            _train(folder, stage, *more, resume=resume)
+    return str(caught.value)
+
+
+def _lines(folder, *dropped):
+    """metrics.jsonl without times, and without the lines that only a stopped run has."""
+    times = {"seconds", "tokens_per_second", "peak_memory_bytes"}
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in times} for line in lines if line["event"] != "checkpoint"]
+
+
+def _values(folder, name="final"):
+    """All that a checkpoint holds of the tensors, whole."""
+    checkpoint = read_checkpoint((Path(folder) / "checkpoints" / name).resolve())
+    shapes = checkpoint.contents.trained
+    found = {
+        f"{kind} {n}": checkpoint.values(n, kind, 0, torch.Size(shape).numel())
+        for n, shape in shapes.items()
+        for kind in KINDS
+    }
+    return found | {f"mask {n}": bits for n, bits in checkpoint.masks.items()}
+
+
+def _differing(one, other):
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def _whole_and_stopped(folder, stage, more):
+    whole = _train(folder / "whole", stage, *more)
+    said = _stopped(folder / "stopped", stage, *more)
+    resumed = _train(folder / "stopped", stage, *more, resume=True)
+    return whole, said, resumed
+
+
+def _assert_same_run(folder, outcomes):
+    for whole, said, resumed in outcomes:
+        assert f"stopped by SIGUSR1 after step {STOP_AT} of 20, saved in {folder}/stopped" in said
+        assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
+    assert _lines(folder / "whole") == _lines(folder / "stopped")
+    assert _differing(_values(folder / "whole"), _values(folder / "stopped")) == []
+    assert _differing(_values(folder / "whole", "best"), _values(folder / "stopped", "best")) == []
+
+
+@pytest.mark.parametrize("method", ["pst", "magnitude", "dense"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_stopped_run_ends_as_an_uninterrupted_one_on_one_process(tmp_path, method, precision):
+    more = (f"method={method}", f"train.precision={precision}", "train.gradient_accumulation_steps=2")
+    _assert_same_run(tmp_path, [_whole_and_stopped(tmp_path, "local", more)])
+
+
+@pytest.mark.zero3
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [("0", "fp32"), ("0", "bf16"), ("1", "bf16"), ("2", "fp32"), ("2", "bf16"), ("3", "fp32"), ("3", "bf16"),
+     ("3-persistent", "bf16"), ("3-offload", "bf16")],
+)  # fmt: skip
+def test_a_stopped_run_ends_as_an_uninterrupted_one_on_two_ranks(run_ranks, tmp_path, stage, precision):
+    more = (f"train.precision={precision}", 'pst.pattern="2:4"', "schedule.final_sparsity=0.5")
+    _assert_same_run(tmp_path, run_ranks(_whole_and_stopped, 2, tmp_path, stage, more))
+
+
+def _masks_at_load(folder, stage, more):
+    """The masks in a model that a checkpoint was loaded into, and what the run then ends with."""
+    from pst_ds.train import run as run_module
+
+    seen = {}
+    restore = run_module.restore
+
+    def spied(engine, checkpoint, run):
+        state = restore(engine, checkpoint, run)
+        masks = run_module.restore.__globals__["mask_stats"](engine.module)
+        seen.update(step=state.step, checksum=masks.checksum, layers=len(pst_layers(engine.module)))
+        return state
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "restore", spied)
+        result = _train(folder, stage, *more, resume=True)
+    return seen, result
+
+
+def _batches_of_rank(folder, stage, more):
+    """Which examples every global batch had, seen by this rank, and how the run ended."""
+    batches = []
+    order = data.GlobalBatches.micro_batches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            data.GlobalBatches,
+            "micro_batches",
+            lambda self, batch, *arguments: (batches.append(list(batch)), order(self, batch, *arguments))[1],
+        )
+        return (*_masks_at_load(folder, stage, more), batches)
+
+
+@pytest.mark.zero3
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((2, "3"), (1, "local")), ((2, "3"), (1, "3")), ((2, "2"), (2, "3")), ((2, "3"), (2, "2")), ((2, "3"), (3, "3")),
+     ((1, "local"), (2, "3")), ((3, "1"), (2, "0")), ((2, "0"), (2, "1"))],
+)  # fmt: skip
+def test_a_run_goes_on_with_other_ranks_and_stages(run_ranks, tmp_path, before, after):
+    more = ("model.dropout=0.0", "eval.interval=0")  # dropout differs by rank
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run_ranks(_train, 1, whole, "local", *more)
+    run_ranks(_stopped, before[0], stopped, before[1], *more)
+    saved = read_checkpoint((stopped / "checkpoints" / "latest").resolve())
+    outcomes = run_ranks(_batches_of_rank, after[0], stopped, after[1], more)
+    texts = [json.loads(line)["text"] for line in Path("tests/data/train.jsonl").read_text().splitlines()]
+    lengths = [len(text.split()) + 2 for text in texts]
+    expected = data.GlobalBatches(lengths, 24, 7).epoch(0) + data.GlobalBatches(lengths, 24, 7).epoch(1)
+    for seen, result, batches in outcomes:
+        assert seen["step"] == STOP_AT
+        assert seen["checksum"] == saved.state.progress["masks"]["checksum"]
+        assert result["steps"] == 20
+        assert batches == expected[STOP_AT:20]
+    of_whole, of_resumed = ({n["step"]: n for n in _lines(f) if n["event"] == "step"} for f in (whole, stopped))
+    assert of_whole.keys() == of_resumed.keys()
+    for step, line in of_whole.items():
+        assert of_resumed[step]["loss"] == pytest.approx(line["loss"], rel=2e-4), step
+        assert of_resumed[step]["sparsity/actual"] == line["sparsity/actual"]
+
+
+def test_a_run_can_be_stopped_again_and_again(tmp_path):
+    _train(tmp_path / "whole", "local")
+    _stopped(tmp_path / "stopped", "local", at=3)
+    for _ in range(3):
+        _stopped(tmp_path / "stopped", "local", at=4, resume=True)
+    _train(tmp_path / "stopped", "local", resume=True)
+    assert _lines(tmp_path / "whole") == _lines(tmp_path / "stopped")
+    assert _differing(_values(tmp_path / "whole"), _values(tmp_path / "stopped")) == []
+
+
+def test_a_finished_run_is_finished_again(tmp_path):
+    whole = _train(tmp_path / "run", "local")
+    before = _lines(tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()  # killed before it was written
+    again = _train(tmp_path / "run", "local", resume=True)
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == again
+    assert _lines(tmp_path / "run") == before
+
+
+def test_with_nothing_saved_a_resumed_run_begins(tmp_path, capsys):
+    run = load_run("tests/data/world_size.toml", _settings(tmp_path / "run", "local", "train.num_steps=2"))
+    prepared = prepare(run, LaunchEnvironment(0, 1, 0))
+    assert train_run(prepared, resume=True)["steps"] == 2
+    assert "nothing was saved in" in capsys.readouterr().err
+
+
+def _resume(folder, *more):
+    return _train(folder, "local", *more, resume=True)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(Path(__file__).parents[2])
+        _stopped(folder / "run", "local")
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("seed=8", "seed = 8, but the run in"),
+        ("train.num_steps=30", "train.num_steps = 30, but the run in"),
+        ("train.batch_size=12", "has 24, and a run goes on only as it began"),
+        ("schedule.final_sparsity=0.7", "schedule.final_sparsity = 0.7, but"),
+        ("pst.score_rank=4", "pst.score_rank = 4, but"),
+        ('pst.pattern="2:4"', "schedule.final_sparsity = 0.8, but pst.pattern"),
+        ("data.train=tests/data/validation.jsonl", "is not the text that the run in"),
+    ],
+)
+def test_another_run_is_not_taken_for_this_one(stopped, tmp_path, setting, said):
+    folder = Path(shutil.copytree(stopped, tmp_path / "run", symlinks=True))
+    with pytest.raises(ConfigError) as caught:
+        _resume(folder, setting)
+    assert said in str(caught.value)
+    assert (folder / "checkpoints" / f"step-{STOP_AT:08d}").is_dir()
+
+
+def test_rates_may_be_changed_and_it_is_said(stopped, tmp_path, capsys):
+    folder = Path(shutil.copytree(stopped, tmp_path / "run", symlinks=True))
+    run = load_run(
+        "tests/data/world_size.toml", _settings(folder, "local", "train.update_learning_rate=1e-4", "eval.interval=5")
+    )
+    train_run(prepare(run, LaunchEnvironment(0, 1, 0)), resume=True)
+    said = capsys.readouterr().err
+    assert f"going on from {folder}/checkpoints/step-{STOP_AT:08d}, after step {STOP_AT}" in said
+    assert "train.update_learning_rate = 0.0001 (was 0.001)" in said
+
+
+def test_a_base_model_of_other_values_is_refused(stopped, tmp_path):
+    folder = Path(shutil.copytree(stopped, tmp_path / "run", symlinks=True))
+    base = Path(shutil.copytree("tests/data/tiny-bert", tmp_path / "base"))
+    raw = bytearray((base / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (base / "model.safetensors").write_bytes(raw)
+    with pytest.raises(ConfigError, match="is not the base model that"):
+        _resume(folder, f"model.path={json.dumps(str(base))}")
