@@ -109,7 +109,7 @@ class LocalEngine:
 
 
 def _master(param: nn.Parameter) -> nn.Parameter:
-    """The fp32 value the optimizer works on: the parameter itself, or a copy that :func:`fp32_masters` finds."""
+    """The fp32 value the optimizer works on: the parameter itself, or a copy that ``fp32_masters`` finds."""
     if param.dtype == torch.float32:
         return param
     master = nn.Parameter(param.detach().float())
@@ -145,7 +145,17 @@ def build_engine(
 
     optimizer = torch.optim.AdamW(list(param_groups), weight_decay=0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    _note_masters(engine.optimizer)
     return engine
+
+
+def _note_masters(optimizer: Any) -> None:
+    """Where stage 0 keeps fp32 masters in bf16 training: DeepSpeed tells no parameter of its own."""
+    for params, masters in zip(
+        getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=False
+    ):
+        for param, master in zip(params, masters, strict=True):
+            param.fp32_master = master
 
 
 def optimizer_bytes(engine: Engine) -> int:

@@ -125,7 +125,7 @@ def _gather_zero3_masters(params: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 def _master_of(param: nn.Parameter) -> Tensor:
-    if getattr(param, "fp32_master", None) is not None:  # set by LocalEngine
+    if getattr(param, "fp32_master", None) is not None:  # LocalEngine's, or DeepSpeed's at stage 0
         return param.fp32_master.detach()
     if hasattr(param, "_hp_mapping"):  # ZeRO stages 1 and 2
         from deepspeed.utils import safe_get_full_fp32_param

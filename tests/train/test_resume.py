@@ -16,6 +16,7 @@ from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
 from pst_ds.train import data
 from pst_ds.train.config import ConfigError
+from pst_ds.train.mask_update import mask_stats
 from pst_ds.train.run import StoppedError, prepare, train_run
 from pst_ds.train.run_file import load_run
 
@@ -93,15 +94,12 @@ def _differing(one, other):
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
-def _whole_and_stopped(folder, stage, more):
-    whole = _train(folder / "whole", stage, *more)
-    said = _stopped(folder / "stopped", stage, *more)
-    resumed = _train(folder / "stopped", stage, *more, resume=True)
-    return whole, said, resumed
+def _go_on(folder, stage, *more):
+    return _train(folder, stage, *more, resume=True)
 
 
-def _assert_same_run(folder, outcomes):
-    for whole, said, resumed in outcomes:
+def _assert_same_run(folder, *outcomes):
+    for whole, said, resumed in zip(*outcomes, strict=True):
         assert f"stopped by SIGUSR1 after step {STOP_AT} of 20, saved in {folder}/stopped" in said
         assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
     assert _lines(folder / "whole") == _lines(folder / "stopped")
@@ -113,7 +111,9 @@ def _assert_same_run(folder, outcomes):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_stopped_run_ends_as_an_uninterrupted_one_on_one_process(tmp_path, method, precision):
     more = (f"method={method}", f"train.precision={precision}", "train.gradient_accumulation_steps=2")
-    _assert_same_run(tmp_path, [_whole_and_stopped(tmp_path, "local", more)])
+    whole = _train(tmp_path / "whole", "local", *more)
+    said = _stopped(tmp_path / "stopped", "local", *more)
+    _assert_same_run(tmp_path, [whole], [said], [_train(tmp_path / "stopped", "local", *more, resume=True)])
 
 
 @pytest.mark.zero3
@@ -124,7 +124,9 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one_on_one_process(tmp_path, met
 )  # fmt: skip
 def test_a_stopped_run_ends_as_an_uninterrupted_one_on_two_ranks(run_ranks, tmp_path, stage, precision):
     more = (f"train.precision={precision}", 'pst.pattern="2:4"', "schedule.final_sparsity=0.5")
-    _assert_same_run(tmp_path, run_ranks(_whole_and_stopped, 2, tmp_path, stage, more))
+    whole = run_ranks(_train, 2, tmp_path / "whole", stage, *more)
+    said = run_ranks(_stopped, 2, tmp_path / "stopped", stage, *more)
+    _assert_same_run(tmp_path, whole, said, run_ranks(_go_on, 2, tmp_path / "stopped", stage, *more))
 
 
 def _masks_at_load(folder, stage, more):
@@ -136,7 +138,7 @@ def _masks_at_load(folder, stage, more):
 
     def spied(engine, checkpoint, run):
         state = restore(engine, checkpoint, run)
-        masks = run_module.restore.__globals__["mask_stats"](engine.module)
+        masks = mask_stats(engine.module)
         seen.update(step=state.step, checksum=masks.checksum, layers=len(pst_layers(engine.module)))
         return state
 
@@ -214,10 +216,6 @@ def test_with_nothing_saved_a_resumed_run_begins(tmp_path, capsys):
     assert "nothing was saved in" in capsys.readouterr().err
 
 
-def _resume(folder, *more):
-    return _train(folder, "local", *more, resume=True)
-
-
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped")
@@ -242,7 +240,7 @@ def stopped(tmp_path_factory):
 def test_another_run_is_not_taken_for_this_one(stopped, tmp_path, setting, said):
     folder = Path(shutil.copytree(stopped, tmp_path / "run", symlinks=True))
     with pytest.raises(ConfigError) as caught:
-        _resume(folder, setting)
+        _go_on(folder, "local", setting)
     assert said in str(caught.value)
     assert (folder / "checkpoints" / f"step-{STOP_AT:08d}").is_dir()
 
@@ -265,4 +263,4 @@ def test_a_base_model_of_other_values_is_refused(stopped, tmp_path):
     raw[-1] ^= 1
     (base / "model.safetensors").write_bytes(raw)
     with pytest.raises(ConfigError, match="is not the base model that"):
-        _resume(folder, f"model.path={json.dumps(str(base))}")
+        _go_on(folder, "local", f"model.path={json.dumps(str(base))}")
