@@ -33,7 +33,7 @@ class CutTensors:
         self.sizes, self.num_files, self._cuts = dict(sizes), num_files, cuts
         self._names = list(sizes)
         self._tables: dict[int, dict[str, list[Run]]] = {}
-        self._places: dict[str, list[int]] = {}
+        self._places: dict[str, dict[int, None]] = {}
         if cuts is not None:
             self._check(cuts)
 
@@ -53,7 +53,7 @@ class CutTensors:
 
     def _files(self, name: str, start: int, stop: int) -> Sequence[int]:
         if self._cuts is not None:
-            return self._places.get(name, ())
+            return list(self._places.get(name, ()))
         if start >= stop:
             return ()
         per_file = shard_numel(self.sizes[name], self.num_files)
@@ -87,7 +87,7 @@ class CutTensors:
                 if i not in runs or not 0 <= start <= stop:
                     raise ValueError(f"file {file} has a cut {i, start, stop} of no tensor")
                 runs[i].append((start, stop))
-                self._places.setdefault(self._names[i], []).append(file)
+                self._places.setdefault(self._names[i], {})[file] = None
         for i, found in runs.items():
             end = 0
             for start, stop in sorted(found):

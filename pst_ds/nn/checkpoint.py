@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -124,7 +124,8 @@ class Checkpoint:
             for file in range(start // per_file, -(-stop // per_file))
             for first, last in [(max(start - file * per_file, 0), min(stop - file * per_file, per_file))]
         ]
-        return pack_shard(torch.cat(keep) if keep else torch.empty(0), shard_bytes(numel, num_shards))
+        none = torch.empty(0, dtype=torch.uint8)
+        return pack_shard(torch.cat(keep) if keep else none, shard_bytes(numel, num_shards))
 
     def check_shard(self, file: int) -> None:
         """Raise CheckpointError when a file does not hold tensors of the types and sizes that the manifest says."""
@@ -253,12 +254,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     try:
         table = json.loads(data)
         found = table.get("format") if isinstance(table, dict) else None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number of thousands of digits
         raise CheckpointError(f"{path} is damaged: {error}") from None
     if found != FORMAT:
         raise CheckpointError(f"{path} has format {found!r}; this version reads {FORMAT}")
     try:
-        state, contents = CheckpointState(**table["state"]), _contents(table["contents"])
+        _require_keys(table, {"format", "state", "contents"}, "its parts")
+        state, contents = _state(table["state"]), _contents(table["contents"])
         checkpoint = Checkpoint(folder, state, contents)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from None
@@ -269,11 +271,31 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return checkpoint
 
 
+def _require_keys(table: dict[str, Any], wanted: set[str], what: str) -> None:
+    unknown = set(table) ^ wanted
+    if unknown:
+        raise ValueError(f"{what} differ in {', '.join(sorted(unknown))}")
+
+
+def _state(table: dict[str, Any]) -> CheckpointState:
+    """State from its JSON; ValueError or TypeError for values of other types."""
+    state = CheckpointState(**table)
+    _count(state.step)
+    for name, hint in get_type_hints(CheckpointState).items():
+        value, kind = getattr(state, name), get_origin(hint) or hint
+        if type(value) is not kind and (kind is not float or type(value) is not int):
+            raise ValueError(f"{name} is {value!r}")
+    scales = [scale for of_layer in state.weight_scales.values() for scale in of_layer]
+    if not all(type(number) in (int, float) for number in [*scales, *state.metrics.values()]):
+        raise ValueError("weight_scales or metrics have what is no number")
+    if not all(type(label) is str for label in state.labels):
+        raise ValueError(f"labels are {state.labels!r}")
+    return state
+
+
 def _contents(table: dict[str, Any]) -> Contents:
     """Contents from their JSON; ValueError or TypeError for values that cannot be."""
-    unknown = set(table) ^ {f.name for f in fields(Contents)}
-    if unknown:
-        raise ValueError(f"contents differ in {', '.join(sorted(unknown))}")
+    _require_keys(table, {f.name for f in fields(Contents)}, "contents")
     cuts = table["cuts"]
     contents = Contents(
         num_shards=_count(table["num_shards"], 1),

@@ -2,7 +2,7 @@
 
 A rank that hangs makes all others wait in a collective. Each has a thread that notices, puts the rank's stack into the
 run folder and on stderr, reads what the others put there, and ends the process: who gave no report is stopped or cut
-off, and who does not wait in a collective is the one that hangs.
+off, and who got less far than the others, and does not wait in a collective, is the one that hangs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _GRACE_SECONDS = 5.0
 _BACKSTOP_SECONDS = 30.0
 _EXIT_CODE = 1
 _COLLECTIVE_FILES = (os.path.join("torch", "distributed", ""), os.path.join("deepspeed", "comm", ""))
+_DEEPSPEED_FILES = os.path.join("deepspeed", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class StallReport:
     host: str
     pid: int
     doing: str
+    beats: int
+    """How often it had made progress; all ranks count the same things."""
     waits: bool
     """Whether it was inside a collective, which waits for other ranks."""
     stack: str
@@ -49,12 +52,13 @@ class Watchdog:
         self._rank, self._world = rank(), world_size()
         self._main = threading.get_ident()
         self._closed = threading.Event()
+        self._beats = 0
         self.beat("start")
         threading.Thread(target=self._watch, daemon=True).start()
 
     def beat(self, doing: str) -> None:
         """Progress was made, and ``doing`` comes next."""
-        self._last, self._doing = time.monotonic(), doing
+        self._last, self._doing, self._beats = time.monotonic(), doing, self._beats + 1
         # for a main thread that never gives the interpreter to ours; this one is C and needs no interpreter
         if sys.__stderr__ is not None:
             after = self._timeout + _GRACE_SECONDS + _BACKSTOP_SECONDS
@@ -72,9 +76,8 @@ class Watchdog:
     def _end(self) -> None:
         frames = sys._current_frames()[self._main]
         stack = traceback.extract_stack(frames)
-        waits = any(part in entry.filename for entry in stack for part in _COLLECTIVE_FILES)
         text = "".join(traceback.format_list(stack))
-        own = StallReport(self._rank, socket.gethostname(), os.getpid(), self._doing, waits, text)
+        own = StallReport(self._rank, socket.gethostname(), os.getpid(), self._doing, self._beats, _waits(stack), text)
         with contextlib.suppress(OSError):  # a full disk must not keep the process alive
             _write(self._folder, own)
         print(_describe(own, self._timeout), file=sys.stderr, flush=True)
@@ -87,7 +90,8 @@ class Watchdog:
 def verdict(reports: list[StallReport], world: int, timeout: float) -> str:
     """One line that names the rank to look at."""
     silent = sorted(set(range(world)) - {report.rank for report in reports})
-    hanging = [report for report in reports if not report.waits]
+    fewest = min(report.beats for report in reports)
+    hanging = [report for report in reports if not report.waits and report.beats == fewest]
     if silent:
         ranks = ", ".join(map(str, silent))
         why = f"rank {ranks} gave no sign of life: its process is stopped, or its host is down or cut off"
@@ -127,6 +131,12 @@ def beat(doing: str) -> None:
     """Tell the watchdog of this process, if there is one, that progress was made, and what comes next."""
     if _current is not None:
         _current.beat(doing)
+
+
+def _waits(stack: traceback.StackSummary) -> bool:
+    """Whether a stack is inside a collective, or in DeepSpeed's wait for one that was begun before."""
+    handles = (entry for entry in stack[-3:] if entry.name == "wait" and _DEEPSPEED_FILES in entry.filename)
+    return any(handles) or any(part in entry.filename for entry in stack for part in _COLLECTIVE_FILES)
 
 
 def _describe(report: StallReport, timeout: float) -> str:

@@ -85,7 +85,7 @@ def train(loop: Loop, state: LoopState | None = None) -> LoopState:
         seed_random_numbers(loop.run.seed, state.batch)
         losses = []
         for batch in micro_batches:
-            beat(f"batch {state.batch + 1}")
+            beat(f"the forward and backward pass of batch {state.batch + 1}")
             loss = engine(**batch).loss
             engine.backward(loss)
             engine.step()
@@ -147,6 +147,7 @@ def _batches(loop: Loop, first: int) -> Iterator[tuple[list[dict[str, Tensor]], 
     epoch, done = divmod(first, batches.batches_per_epoch)
     while True:
         for batch in batches.epoch(epoch)[done:]:
+            beat("reading a batch")
             own = batches.micro_batches(batch, rank(), world_size(), run.train.gradient_accumulation_steps)
             collated = (task.collate(loop.examples, indices, loop.tokenizer) for indices in own)
             on_device = [{k: v.to(loop.device) for k, v in inputs.items()} for inputs in collated]

@@ -1,0 +1,285 @@
+"""What goes wrong on a cluster: each ends in continued work or one clear error, and no checkpoint is lost or wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pst_ds.errors import InputError
+from pst_ds.nn import checkpoint_writer
+from pst_ds.nn.checkpoint import read_checkpoint
+from pst_ds.parallel.launch import LaunchEnvironment
+from pst_ds.parallel.ranks import rank, world_size
+from pst_ds.train import checkpoints
+from pst_ds.train import run as run_module
+from pst_ds.train.keeper import CheckpointWriteError
+from pst_ds.train.loop import DivergedError
+from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run_file import load_run
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN_FILE = "tests/data/world_size.toml"
+
+
+def _train(folder, *more, resume=False):
+    settings = [f"output_dir={json.dumps(str(folder))}", "checkpoint.interval=4", "eval.interval=0", *more]
+    run = load_run(RUN_FILE, settings if world_size() > 1 else ["deepspeed_config=", *settings])
+    return train_run(prepare(run, LaunchEnvironment(rank(), world_size(), rank())), resume=resume, quiet=True)
+
+
+def _events(folder, event):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def _steps_saved(folder):
+    return [path.name for path in checkpoints.step_folders(Path(folder) / "checkpoints")]
+
+
+def _poisoned(patch, bad):
+    """Let the gradient be infinite in the backward passes numbered ``bad``."""
+    build = run_module.build
+    calls = iter(range(10**6))
+
+    def poisoned(*arguments):
+        built, engine = build(*arguments)
+        param = next(p for n, p in engine.module.named_parameters() if n.endswith("pst_V"))
+        param.register_hook(lambda grad: grad * (math.inf if next(calls) in bad else 1.0))
+        return built, engine
+
+    patch.setattr(run_module, "build", poisoned)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_checkpoints_and_says_where_to_go_on(tmp_path, monkeypatch):
+    build = run_module.build
+    calls = iter(range(10**6))
+
+    def spoiled(*arguments):
+        built, engine = build(*arguments)
+
+        def forward(module, inputs, output):
+            if module.training and next(calls) == 10:
+                output.loss = output.loss * math.nan
+
+        engine.module.register_forward_hook(forward)
+        return built, engine
+
+    whole = _train(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "build", spoiled)
+        with pytest.raises(DivergedError) as caught:
+            _train(tmp_path / "run")
+    assert "the loss of batch 11 is not finite on rank 0" in str(caught.value)
+    assert f"can be tried from {tmp_path}/run/checkpoints/step-00000008 on: --resume --set" in str(caught.value)
+    assert _steps_saved(tmp_path / "run") == ["step-00000008", "step-00000004"]
+    assert {**_train(tmp_path / "run", resume=True), "seconds": 0} == {**whole, "seconds": 0}
+
+
+def test_skipped_steps_are_remembered(tmp_path, monkeypatch):
+    bad = (1, 6, 7, 12)
+    with monkeypatch.context() as patch:
+        _poisoned(patch, bad)
+        whole = _train(tmp_path / "whole")
+    assert whole["skipped_steps"] == 4
+    with monkeypatch.context() as patch:
+        _poisoned(patch, (*bad, *range(14, 200)))  # no step after the tenth
+        patch.setattr("pst_ds.train.loop.MAX_SKIPPED_IN_A_ROW", 5)
+        with pytest.raises(DivergedError, match=r"5 optimizer steps in a row .* \(after 10 applied steps\)"):
+            _train(tmp_path / "run")
+    assert read_checkpoint(tmp_path / "run/checkpoints/step-00000008").state.progress["batch"] == 11
+    with monkeypatch.context() as patch:
+        _poisoned(patch, (1,))  # batch 12 is the second from step 8 on
+        resumed = _train(tmp_path / "run", resume=True)
+    assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
+    losses = [[(n["step"], n["loss"]) for n in _events(tmp_path / name, "step")] for name in ("whole", "run")]
+    assert losses[0] == losses[1]
+
+
+def _full_disk(patch, *, after):
+    """From the ``after``-th file on no shard can be written."""
+    write_new = checkpoint_writer.write_new
+    calls = iter(range(10**6))
+
+    def failing(path, data):
+        if path.name.startswith("shard") and next(calls) in after:
+            path.write_bytes(data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_new(path, data)
+
+    patch.setattr(checkpoint_writer, "write_new", failing)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, capsys):
+    whole = _train(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        _full_disk(patch, after=(2, 3))
+        result = _train(tmp_path / "run")
+    assert {**result, "seconds": 0} == {**whole, "seconds": 0}
+    said = capsys.readouterr().err
+    assert "checkpoints/step-00000012 could not be written: rank 0: [Errno 28] No space left on device" in said
+    assert "The run goes on; its newest checkpoint is" in said
+    assert [n["step"] for n in _events(tmp_path / "run", "checkpoint_failed")] == [12, 16]
+    assert [n["step"] for n in _events(tmp_path / "run", "checkpoint")] == [4, 8, 20]
+    assert _steps_saved(tmp_path / "run") == ["step-00000020", "step-00000008"]
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    whole = _train(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        _full_disk(patch, after=(4,))
+        with pytest.raises(CheckpointWriteError, match=r"step-00000020 could not be written: .* The run goes on from"):
+            _train(tmp_path / "run")
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert {**_train(tmp_path / "run", resume=True), "seconds": 0} == {**whole, "seconds": 0}
+
+
+def _refused(settings_of_rank, folder):
+    with pytest.raises(InputError) as caught:
+        _train(folder, *settings_of_rank[rank()])
+    return str(caught.value)
+
+
+@pytest.mark.zero3
+def test_data_that_one_rank_lacks_ends_all_ranks_with_its_name(run_ranks, tmp_path):
+    missing = ((), ("data.train=tests/data/not-there.jsonl",))
+    for said in run_ranks(_refused, 2, missing, tmp_path / "run"):
+        assert said.startswith(
+            f"rank 1 on {socket.gethostname()}: ConfigError: data.train = 'tests/data/not-there.jsonl'"
+        )
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.zero3
+def test_data_that_one_rank_cannot_read_ends_all_ranks_with_its_name(run_ranks, tmp_path):
+    lines = Path("tests/data/validation.jsonl").read_text()
+    (tmp_path / "cut.jsonl").write_text(lines[: len(lines) // 2])
+    damaged = ((), (f"data.validation={tmp_path}/cut.jsonl",))
+    for said in run_ranks(_refused, 2, damaged, tmp_path / "run"):
+        assert said.startswith(
+            f"rank 1 on {socket.gethostname()}: ConfigError: data.validation = '{tmp_path}/cut.jsonl'"
+        )
+
+
+@pytest.mark.zero3
+def test_ranks_that_read_other_data_are_refused(run_ranks, tmp_path):
+    text = Path("tests/data/train.jsonl").read_text()
+    (tmp_path / "other.jsonl").write_text(text.replace("the", "a", 1))
+    other = ((), (f"data.train={tmp_path}/other.jsonl",))
+    for said in run_ranks(_refused, 2, other, tmp_path / "run"):
+        assert "is another text on rank 1" in said
+
+
+@pytest.mark.zero3
+def test_a_run_folder_that_is_not_shared_is_refused(run_ranks, tmp_path):
+    own = tuple((f"output_dir={json.dumps(str(tmp_path / str(i)))}",) for i in range(2))
+    for said in run_ranks(_refused, 2, own, tmp_path / "run"):
+        assert "is not the same folder on rank 1" in said
+        assert "file system that all hosts share" in said
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+HANGING = """
+import sys, threading
+from pst_ds.train import tasks
+collate, calls = tasks.Classification.collate, iter(range(100))
+def hanging(*arguments):
+    if next(calls) == 6:
+        threading.Event().wait()
+    return collate(*arguments)
+tasks.Classification.collate = hanging
+"""
+MAIN = "from pst_ds.cli.main import main\nimport sys\nsys.exit(main(sys.argv[1:]))\n"
+
+
+def _ranks(folder, *more, hanging=()):
+    """Two real processes, each a rank, their stderr in files of ``folder``."""
+    port, processes = _free_port(), []
+    settings = [f"output_dir={json.dumps(str(folder / 'run'))}", "checkpoint.interval=1", *more]
+    arguments = ["train", RUN_FILE, *(word for setting in settings for word in ("--set", setting))]
+    for i in range(2):
+        environ = {
+            **os.environ, "RANK": str(i), "WORLD_SIZE": "2", "LOCAL_RANK": str(i), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+        }  # fmt: skip
+        script = (HANGING if i in hanging else "") + MAIN
+        with (folder / f"{i}.err").open("w") as err:
+            processes.append(
+                subprocess.Popen([sys.executable, "-c", script, *arguments], env=environ, stderr=err, cwd=ROOT)
+            )
+    return processes
+
+
+def _wait_for(condition, seconds, what):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+@pytest.mark.launcher
+def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path):
+    processes = _ranks(tmp_path, "train.stall_timeout_seconds=4", hanging=(1,))
+    try:
+        codes = [process.wait(120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [1, 1]
+    first, second = ((tmp_path / f"{i}.err").read_text() for i in range(2))
+    host = socket.gethostname()
+    hangs = f"rank 1 ({host}, pid {processes[1].pid}) hangs in reading a batch, and the others wait for it"
+    assert f"StalledError: no progress for 4 seconds (train.stall_timeout_seconds): {hangs}" in first
+    assert "Continue from the newest checkpoint with --resume" in first
+    assert f"rank 0 ({host}, pid {processes[0].pid}) made no progress" in first
+    assert ", waiting for other ranks" in first
+    assert "in hanging" in second
+    assert "not waiting for other ranks" in second
+    assert read_checkpoint((tmp_path / "run/checkpoints/latest").resolve()).state.step == 6
+
+
+@pytest.mark.launcher
+def test_a_rank_whose_process_is_stopped_is_named(tmp_path):
+    processes = _ranks(tmp_path, "train.stall_timeout_seconds=4", "train.num_steps=100000")
+    try:
+        _wait_for((tmp_path / "run/checkpoints/latest").exists, 120, "no checkpoint was written")
+        processes[1].send_signal(signal.SIGSTOP)
+        assert processes[0].wait(120) == 1
+    finally:
+        for process in processes:
+            process.kill()
+    said = (tmp_path / "0.err").read_text()
+    assert "rank 1 gave no sign of life: its process is stopped, or its host is down or cut off" in said
+    assert checkpoints.step_folders(tmp_path / "run/checkpoints")
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, number):
+    processes = _ranks(tmp_path, "train.num_steps=100000")
+    try:
+        _wait_for((tmp_path / "run/checkpoints/latest").exists, 120, "no checkpoint was written")
+        processes[1].send_signal(number)
+        assert [process.wait(120) for process in processes] == [75, 75]
+    finally:
+        for process in processes:
+            process.kill()
+    saved = read_checkpoint((tmp_path / "run/checkpoints/latest").resolve())
+    (line,) = [n for n in (tmp_path / "0.err").read_text().splitlines() if "StoppedError" in n]
+    assert f"stopped by {number.name} after step {saved.state.step} of 100000, saved in" in line
+    assert "StoppedError" not in (tmp_path / "1.err").read_text()
