@@ -16,6 +16,7 @@ SOURCES = {
         "ScheduleConfig": "schedule",
         "TrainConfig": "train",
         "EvalConfig": "eval",
+        "CheckpointConfig": "checkpoint",
     },
     "pst_ds/nn/config.py": {"PSTConfig": "pst", "Override": "[pst.overrides]"},
 }

@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = load_run_or_folder(args)
     from pst_ds.cli.plan_text import print_plan
     from pst_ds.core.cost import memory_plan
+    from pst_ds.nn.checkpoint import most_bytes
     from pst_ds.nn.shapes import model_numbers
     from pst_ds.parallel.ds_config import zero_stage
     from pst_ds.train.model import DTYPES, head_names, meta_model, num_trainable, parameter_groups
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plan["memory_bytes_per_rank"] = {**memory.as_dict(), "activations": activations}
     plan["optimizer_bytes_per_rank"] = memory.optimizer or memory.host
     plan["weight_bytes_per_rank"] = memory.weights + memory.masks
+    plan["checkpoint_bytes"] = most_bytes(numbers.trainables, numbers.pruned_weights)
     plan["mask_bytes"] = sum(t.numel * t.count for t in numbers.tensors if t.is_mask)
     plan["time"] = _times(config, numbers, zero, micro_batch_size, machine, plan["schedule"], num_steps)
     print_plan(plan)

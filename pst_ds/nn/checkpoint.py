@@ -184,6 +184,11 @@ class _Lazily(Mapping[str, Tensor]):
         return len(self._names)
 
 
+def most_bytes(trained: int, masked: int) -> int:
+    """Bytes that a checkpoint may take: 12 a trained value, one bit a weight under a mask, and 1 MB for the rest."""
+    return trained * 12 + masked // 8 + 10**6
+
+
 def shard_name(file: int, num_shards: int) -> str:
     return f"shard-{file + 1:05d}-of-{num_shards:05d}.safetensors"
 

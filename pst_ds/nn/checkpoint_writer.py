@@ -23,6 +23,7 @@ from pst_ds.nn.checkpoint import (
     CheckpointState,
     Contents,
     manifest_bytes,
+    most_bytes,
     shard_name,
     sums_text,
 )
@@ -204,9 +205,9 @@ def save_checkpoint(folder: Path, engine: Engine, state: CheckpointState) -> Non
 
 
 def size_limit(model: nn.Module) -> int:
-    """Bytes that a checkpoint of ``model`` may take: trainables x 12 + pruned weights / 8 + 1 MB."""
+    """Bytes that a checkpoint of ``model`` may take."""
     trained = sum(zero3.full_numel(param) for _, param in trainable(model))
-    return trained * 12 + sum(layer.layout.numel for layer in pst_layers(model).values()) // 8 + 10**6
+    return most_bytes(trained, sum(layer.layout.numel for layer in pst_layers(model).values()))
 
 
 def _mask_share(layer: PSTLinear) -> Tensor:

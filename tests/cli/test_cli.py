@@ -195,6 +195,8 @@ def test_plan_says_what_train_then_measures(tmp_path, capsys, method, precision,
     assert main(["train", *arguments, "--quiet"]) == 0
     result = _last_json(capsys)
     assert plan["optimizer_bytes_per_rank"] == result["optimizer_bytes_per_rank"]
+    saved = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoints" / "final").iterdir())
+    assert 0 < plan["checkpoint_bytes"] - saved < 10**6
     assert plan["trained_parameters"] == result["trained_parameters"]
     assert result["optimizer_bytes_per_rank"] == bytes_each * result["trained_parameters"]
     base = sum(t.numel() for t in load_file("tests/data/tiny-bert/model.safetensors").values())
