@@ -39,9 +39,13 @@ def test_every_readme_command_parses(command):
     elif words[0] == "pst-ds":
         verb = next(word for word in words[1:] if not word.startswith("-"))
         build_parser(verb).parse_args(words[1:])
-    elif words[0].endswith(".sh"):
-        assert (ROOT / words[0]).is_file()
-        assert words[1] == "--ranks"
+    elif words[0].endswith(".sh") or words[0] == "sbatch":
+        script, *arguments = words[1:] if words[0] == "sbatch" else words
+        assert (ROOT / script).is_file()
+        option = {"launch/local.sh": "--ranks", "launch/multinode.sh": "--hostfile"}.get(script)
+        first = {"launch/slurm_array.sbatch": 1}.get(script, 2 if option else 0)
+        assert option in (None, arguments[0])
+        build_parser("train").parse_args(["train", *arguments[first:]])
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file()
     else:

@@ -89,7 +89,7 @@ def run_one(name: str, settings: list[str]) -> dict[str, Any]:
 def train(run_file: str, options: list[str]) -> None:
     """launch/local.sh with this Python's deepspeed on the path."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    command = ["launch/local.sh", "--ranks", str(ranks()), run_file, *options]
+    command = ["launch/local.sh", "--ranks", str(ranks()), run_file, "--restart", *options]
     subprocess.run(command, check=True, env={**os.environ, "PATH": path})
 
 

@@ -14,6 +14,7 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel import optimizer_state, zero3
 from pst_ds.parallel.engine import Engine
 
+_HUB = "hub:"
 _READ_WHOLE, _STRIDE, _SAMPLE = 256 << 20, 4 << 20, 64 << 10
 """Bytes of a weight file that is hashed whole; of a larger one, how often and how much of it is."""
 
@@ -60,10 +61,13 @@ def weight_scales(model: nn.Module) -> dict[str, list[float]]:
 
 
 def base_fingerprint(path: str | Path) -> str:
-    """A SHA-256 over the names, sizes and bytes of a model folder's weight files; "" for none.
+    """A SHA-256 over the names, sizes and bytes of a model folder's weight files; "" when there are none.
 
-    Of a file above 256 MiB 64 KiB out of every 4 MiB are read, so that a model of any size takes seconds.
+    Of a file above 256 MiB 64 KiB out of every 4 MiB are read, so that a model of any size takes seconds. Of a model by
+    its name on the hub, the revision that its config came from, as "hub:…": its weights may not be here yet.
     """
+    if not Path(path).is_dir():
+        return _hub_revision(str(path))
     digest = hashlib.sha256()
     files = sorted([*Path(path).glob("*.safetensors"), *Path(path).glob("pytorch_model*.bin")])
     for file in files:
@@ -75,6 +79,22 @@ def base_fingerprint(path: str | Path) -> str:
                 stream.seek(offset)
                 digest.update(stream.read(piece))
     return digest.hexdigest() if files else ""
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two fingerprints can be of one base model; a folder and a revision on the hub cannot be compared."""
+    return one == other or one.startswith(_HUB) != other.startswith(_HUB)
+
+
+def _hub_revision(name: str) -> str:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return ""
+    return f"{_HUB}{Path(config).parent.name}" if isinstance(config, str) else ""
 
 
 def _require_fit(model: nn.Module, checkpoint: Checkpoint) -> None:

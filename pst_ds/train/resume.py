@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pst_ds.nn.checkpoint import Checkpoint, CheckpointError
-from pst_ds.nn.checkpoint_model import load_optimizer
+from pst_ds.nn.checkpoint_model import load_optimizer, same_base
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.optimizer_state import set_counters
 from pst_ds.train.config import ConfigError, RunConfig
@@ -89,7 +89,7 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
 
 def require_base(checkpoint: Checkpoint, path: str, fingerprint: str) -> None:
     """Raise ConfigError unless ``fingerprint``, of the model at ``path``, is that of the checkpoint's base model."""
-    if fingerprint != checkpoint.state.base_fingerprint:
+    if not same_base(fingerprint, checkpoint.state.base_fingerprint):
         raise ConfigError(
             f"model.path = {path!r} is not the base model that {checkpoint.folder} was trained from (its fingerprint "
             "differs); point --set model.path= at the right one"
