@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from pst_ds import __version__
 from pst_ds.errors import InputError
@@ -61,6 +62,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json and _rank() == 0:
         print(json.dumps(result), flush=True)
     return _leave(0)
+
+
+def program() -> NoReturn:
+    """:func:`main` as a process of its own.
+
+    A rank ends without the interpreter's clean-up. gloo's threads may free their last tensors at any time, and one that
+    does so during the clean-up aborts the process: exit code 134, whatever the run came to.
+    """
+    code = main()
+    launch = sys.modules.get("pst_ds.parallel.launch")
+    if launch is not None and launch.joined:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _is_reported_error(error: Exception) -> bool:
@@ -130,4 +147,4 @@ def load_run_or_folder(args: argparse.Namespace) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

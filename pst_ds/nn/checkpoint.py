@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
@@ -91,10 +91,6 @@ class Checkpoint:
 
     def __init__(self, folder: Path, state: CheckpointState, contents: Contents):
         self.folder, self.state, self.contents = folder, state, contents
-        self.trained: Mapping[str, Tensor] = _Lazily(list(contents.trained), self._whole_master)
-        """Whole fp32 masters in their shapes, by name; read at every access."""
-        self.masks: Mapping[str, Tensor] = _Lazily(list(contents.masks), lambda name: self.mask_shard(name, 1, 0))
-        """Bits of whole masks in the canonical one-shard form, by layer; read at every access."""
         self._tensors = contents.cut_tensors()
         self._mask_offsets: dict[str, int] = {}
         end = 0
@@ -103,6 +99,16 @@ class Checkpoint:
             end += shard_bytes(numel, contents.num_shards)
         self._mask_bytes = end
         self._open: dict[int, Any] = {}
+
+    @property
+    def trained(self) -> Mapping[str, Tensor]:
+        """Whole fp32 masters in their shapes, by name; read at every access."""
+        return _Lazily(self.contents.trained, self._whole_master)
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Bits of whole masks in the canonical one-shard form, by layer; read at every access."""
+        return _Lazily(self.contents.masks, lambda name: self.mask_shard(name, 1, 0))
 
     def values(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Values [start, stop) of a trainable parameter, (stop - start,) fp32; ``kind`` is one of KINDS."""
@@ -166,8 +172,8 @@ class Checkpoint:
 class _Lazily(Mapping[str, Tensor]):
     """Names with values that are read when asked for."""
 
-    def __init__(self, names: Sequence[str], read: Any):
-        self._names, self._read = dict.fromkeys(names), read
+    def __init__(self, names: Mapping[str, Any], read: Any):
+        self._names, self._read = names, read
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:

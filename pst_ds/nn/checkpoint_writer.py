@@ -46,7 +46,7 @@ class Written:
     blocked_seconds: float
     """For how long this rank's training thread was held up."""
     error: str = ""
-    """Why there is no checkpoint, with the rank; empty when there is."""
+    """Why there is no checkpoint, or why ``when_written`` failed, with the rank; empty when all is well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,8 @@ class CheckpointWriter:
         total = sum(piece.stop - piece.start for piece in pieces)
         for kind in optimizer_state.KINDS:
             parts = self._buffer(kind, total, torch.float32).split([piece.stop - piece.start for piece in pieces])
-            torch._foreach_copy_(list(parts), optimizer_state.values(self._engine, pieces, kind))
+            if pieces:  # ZeRO-1 and 2 may leave a rank with none
+                torch._foreach_copy_(list(parts), optimizer_state.values(self._engine, pieces, kind))
 
     def _copy_masks(self) -> None:
         sizes = [shard_bytes(layer.layout.numel, world_size()) for layer in self._layers.values()]
@@ -144,7 +145,7 @@ class CheckpointWriter:
                     shutil.rmtree(partial, ignore_errors=True)
             problem, size = self._group.all_gather((problem, size))[0]
         except Exception as error:  # of the exchange: another rank is gone, and this one will hear of it in training
-            problem, size = f"{type(error).__name__}: {error}", 0
+            problem, size = _in_words(error), 0
         self._outcome = Written(name, size, self._blocked, problem)
 
     def _write_shard(self, partial: Path, pieces: list[Piece], steps: dict[str, int]) -> _Report:
@@ -158,8 +159,8 @@ class CheckpointWriter:
             partial.mkdir(parents=True, exist_ok=True)
             data = save(dict(self._buffers))
             digest = write_new(partial / shard_name(rank(), world_size()), data)
-        except OSError as error:
-            return _Report(str(error), "", 0, cuts, steps)
+        except Exception as error:  # MemoryError too: who does not report leaves the others waiting
+            return _Report(_in_words(error), "", 0, cuts, steps)
         return _Report("", digest, len(data), cuts, steps)
 
     def _finish(
@@ -170,14 +171,17 @@ class CheckpointWriter:
             sums = {shard_name(i, len(reports)): report.digest for i, report in enumerate(reports)}
             manifest = manifest_bytes(state, self._contents(reports))
             sums[MANIFEST] = hashlib.sha256(manifest).hexdigest()
+            for path in partial.iterdir():  # of a save by other ranks that was killed
+                if path.name not in sums:
+                    path.unlink()
             write_new(partial / MANIFEST, manifest)
             listing = sums_text(sums).encode()
             write_new(partial / SUMS, listing)
             take_name(partial, self._folder / name)
             sync(self._folder)
             done()
-        except OSError as error:
-            return f"rank 0: {error}", 0
+        except Exception as error:
+            return f"rank 0: {_in_words(error)}", 0
         return "", sum(report.bytes for report in reports) + len(manifest) + len(listing)
 
     def _contents(self, reports: list[_Report]) -> Contents:
@@ -226,3 +230,7 @@ def _mask_share(layer: PSTLinear) -> Tensor:
 
 def _first_problem(errors: list[str]) -> str:
     return next((f"rank {i}: {error}" for i, error in enumerate(errors) if error), "")
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"

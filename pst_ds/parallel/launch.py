@@ -53,6 +53,10 @@ def use_cpu_without_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+joined = False
+"""Whether this process has joined a process group through :func:`init_distributed`."""
+
+
 def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0) -> None:
     """Join the process group of all ranks: gloo on CPU, the accelerator's backend elsewhere. Collective.
 
@@ -77,6 +81,8 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
     timeout = {"timeout": timedelta(seconds=timeout_seconds)} if timeout_seconds else {}
     if launch.world_size == 1 and not dist.is_initialized():
         dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
+    global joined
+    joined = True
     deepspeed.init_distributed(dist_backend=_backend(), auto_mpi_discovery=False, verbose=False, **timeout)
 
 

@@ -80,16 +80,18 @@ def _verified(path: Path) -> tuple[Checkpoint | None, str]:
     if not problem:
         try:
             check_sums(path, {name: digest for _, of_rank in gathered for name, digest in of_rank.items()})
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             problem = str(error)
+        # before rank 0 may set the folder aside, all have read it; and all say the same
+        problem = next(filter(None, all_gather_objects(problem)), "")
     return (None if problem else checkpoint), problem
 
 
 def keep(folder: Path, keep_last: int) -> list[str]:
     """Remove all but the newest ``keep_last`` good checkpoints, and the best that any of these knows; their names.
 
-    A checkpoint counts when its manifest is intact and its files have their full length. What is not good is not
-    touched, and the last good one is never removed.
+    A checkpoint counts when its manifest is intact and its files have their full length. One that is not good is
+    removed only when it is older than ``keep_last`` good ones, and the last good one never.
     """
     kept: list[Checkpoint] = []
     older: list[Path] = []
@@ -119,10 +121,17 @@ def _intact(path: Path) -> Checkpoint | None:
     return checkpoint
 
 
-def point_to(folder: Path, link: str, name: str) -> None:
-    """Let ``folder/link`` be the checkpoint ``name``, if there is one."""
-    if (folder / name).is_dir():
-        replace_link(folder / link, name)
+def settle(folder: Path, step: int, *, best_step: int | None, is_last: bool, keep_last: int) -> None:
+    """Let the links follow a checkpoint of ``step`` that is there now, and remove those it makes superfluous.
+
+    Also after a crash between its writing and this.
+    """
+    for link, of_step in ((LATEST, step), (BEST, best_step), (FINAL, step if is_last else None)):
+        if of_step is not None and (folder / step_name(of_step)).is_dir():
+            replace_link(folder / link, step_name(of_step))
+        elif (folder / link).is_symlink() and not (folder / link).exists():
+            (folder / link).unlink()  # to one that was damaged
+    keep(folder, keep_last)
 
 
 def find(folder: Path, name: str) -> Path:
@@ -132,7 +141,7 @@ def find(folder: Path, name: str) -> Path:
     path = folder / name
     if path.is_symlink():
         target = path.readlink()
-        if not _STEP_FOLDER.fullmatch(str(target)):
+        if not _STEP_FOLDER.fullmatch(str(target)) or (folder / target).is_symlink():
             raise CheckpointError(f"{path} is a link to {str(target)!r}; it must name a checkpoint beside it")
         path = folder / target
     if not path.is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,11 @@ class Keeper:
         self._last_evaluated: tuple[int, dict[str, float]] = (-1, {})
         self.loop: Loop
 
-    def start(self, loop: Loop) -> None:
-        """Before the first step of ``loop``. Collective."""
+    def start(self, loop: Loop, state: LoopState | None) -> None:
+        """Before ``loop`` begins, or goes on from ``state``. Collective."""
         self.loop = loop
+        if state is not None and is_main():
+            self._settle(state.step, self.best_step, state.step == loop.num_steps)
         self._writer = CheckpointWriter(self._folder, loop.engine)
         self._size_limit = size_limit(loop.engine.module)
 
@@ -118,18 +121,13 @@ class Keeper:
 
     def _save(self, state: LoopState, is_last: bool) -> None:
         beat("saving")
-        name, best_step, folder = step_name(state.step), self.best_step, self._folder
-
-        def when_written() -> None:
-            checkpoints.point_to(folder, checkpoints.LATEST, name)
-            if best_step is not None:
-                checkpoints.point_to(folder, checkpoints.BEST, step_name(best_step))
-            if is_last:
-                checkpoints.point_to(folder, checkpoints.FINAL, name)
-            checkpoints.keep(folder, self._run.checkpoint.keep_last)
-
+        settle = partial(self._settle, state.step, self.best_step, is_last)
         self._report(self._writer.wait())
-        self._writer.save(name, self._state(state), when_written=when_written)
+        self._writer.save(step_name(state.step), self._state(state), when_written=settle)
+
+    def _settle(self, step: int, best_step: int | None, is_last: bool) -> None:
+        keep_last = self._run.checkpoint.keep_last
+        checkpoints.settle(self._folder, step, best_step=best_step, is_last=is_last, keep_last=keep_last)
 
     def _state(self, state: LoopState) -> CheckpointState:
         step, metrics = self._last_evaluated

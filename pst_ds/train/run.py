@@ -207,7 +207,7 @@ def train_run(
     loop = training.Loop(
         run, engine, schedule, examples, prepared.tokenizer, num_steps, prepared.device, metrics, keeper.after_step
     )
-    keeper.start(loop)
+    keeper.start(loop, state)
     try:
         with watching(folder / STALLS, run.train.stall_timeout_seconds):
             state = training.train(loop, state)

@@ -204,7 +204,7 @@ def hanging(*arguments):
     return collate(*arguments)
 tasks.Classification.collate = hanging
 """
-MAIN = "from pst_ds.cli.main import main\nimport sys\nsys.exit(main(sys.argv[1:]))\n"
+MAIN = "from pst_ds.cli.main import program\nprogram()\n"
 
 
 def _ranks(folder, *more, hanging=()):

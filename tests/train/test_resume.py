@@ -209,6 +209,21 @@ def test_a_finished_run_is_finished_again(tmp_path):
     assert _lines(tmp_path / "run") == before
 
 
+def test_links_that_a_crash_left_behind_are_mended(tmp_path):
+    """Killed after the last checkpoint had its name, before any link moved; and one to a checkpoint that is no more."""
+    _train(tmp_path / "run", "local", "checkpoint.keep_last=1")
+    folder = tmp_path / "run" / "checkpoints"
+    links = {name: (folder / name).readlink() for name in ("latest", "best", "final")}
+    names = sorted(path.name for path in folder.iterdir())
+    shutil.copytree(folder / "step-00000020", folder / "step-00000012")  # superfluous
+    for name in links:
+        (folder / name).unlink()
+    (folder / "best").symlink_to("step-00000099")
+    _train(tmp_path / "run", "local", "checkpoint.keep_last=1", resume=True)
+    assert {name: (folder / name).readlink() for name in links} == links
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
 def test_with_nothing_saved_a_resumed_run_begins(tmp_path, capsys):
     run = load_run("tests/data/world_size.toml", _settings(tmp_path / "run", "local", "train.num_steps=2"))
     prepared = prepare(run, LaunchEnvironment(0, 1, 0))
