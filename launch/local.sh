@@ -1,24 +1,18 @@
 #!/usr/bin/env bash
 # Train one run on this host, on CPU ranks or on GPUs, through the deepspeed launcher.
-#   launch/local.sh --ranks 2 run.toml [--set key=value ...]
+#   launch/local.sh --ranks 2 run.toml [--resume] [--set key=value ...]
+# TERM, USR1, HUP or Ctrl-C to this script: all ranks save a checkpoint, and it exits with 75; then --resume goes on.
+# MASTER_PORT (29500) must differ between two runs on one host.
 set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "$0")/common.sh"
 
-usage() { sed -n '2,3s/^# \{0,3\}//p' "$0"; }
+[[ ${1:-} == --ranks && ${2:-} =~ ^[1-9][0-9]*$ ]] || refuse "--ranks NUMBER comes first, not '${*:1:2}'"
+[[ $# -gt 2 ]] || refuse "the run file is missing"
+need deepspeed "activate the Python environment of pst-ds"
 
-ranks=
-while [[ $# -gt 0 ]]; do
-  case "$1" in
-    --ranks) ranks=${2:?--ranks needs a number}; shift 2 ;;
-    -h | --help) usage; exit 0 ;;
-    *) break ;;
-  esac
-done
-[[ $# -gt 0 && -n $ranks ]] || { usage >&2; exit 2; }
+# Ranks only: those in the launcher's process group. Before there are any, nothing is lost with the launcher.
+stop_ranks() { pkill -TERM -g "$1" -f 'pst_ds --local_rank=' || kill -TERM -- "-$1"; }
 
-# One thread a rank: spinning threads of many ranks on few cores cost a factor of ten.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Keep freed memory in the process: glibc would otherwise fault every large temporary in anew.
-export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824}
-export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1073741824}
-
-exec deepspeed --num_accelerators "$ranks" --master_port "${MASTER_PORT:-29500}" --module pst_ds train "$@"
+run_stoppable stop_ranks deepspeed --num_accelerators "$2" --master_port "${MASTER_PORT:-29500}" \
+  --module pst_ds train "${@:3}"

@@ -1,290 +1,393 @@
-"""The portable checkpoint: what is written is read back, whole or not at all, and only into the model it fits."""
+"""The portable checkpoint: written files are what the format says; damaged and hostile ones are refused, unopened."""
 
 from __future__ import annotations
 
-import dataclasses
+import gc
+import hashlib
 import json
+import pickle
+import random
+import shutil
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
-from pst_ds.core.bits import unpack_range
-from pst_ds.nn import checkpoint as checkpoint_module
-from pst_ds.nn.checkpoint import (
-    CheckpointError,
-    CheckpointState,
-    base_fingerprint,
-    load_into,
-    read_checkpoint,
-    save_checkpoint,
-    weight_scales,
-)
-from pst_ds.nn.config import PSTConfig
-from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.parallel.engine import build_engine
-from pst_ds.train.config import ConfigError
-from pst_ds.train.mask_update import update_masks
-from pst_ds.train.run import open_checkpoint
-from pst_ds.train.run_file import load_run
+from pst_ds.nn.checkpoint import CheckpointError, CheckpointState, read_checkpoint
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+STATE = {
+    "step": 12, "sparsity": 0.4, "masks_final": False, "precision": "fp32", "device_type": "cpu", "base_path": "base",
+    "base_fingerprint": "f00d", "labels": ["bad", "good"], "weight_scales": {"m": [0.5], "n": [1.0, 2.0]},
+    "metrics": {"accuracy": 0.75}, "progress": {"batch": 3},
+}  # fmt: skip
 
 
-class _Net(torch.nn.Module):
-    def __init__(self, width=12):
-        super().__init__()
-        self.layers = torch.nn.ModuleList([torch.nn.Linear(12, 9), torch.nn.Linear(9, width)])
-        self.classifier = torch.nn.Linear(width, 2)
+def _shards(values, keep, num_shards, cuts):
+    """The tensors of every file, by the description of the format alone, from flat arrays by name."""
+    files = []
+    for i in range(num_shards):
 
-    def forward(self, x):
-        return self.classifier(torch.tanh(self.layers[1](torch.tanh(self.layers[0](x)))))
+        def even(flat, i=i):
+            share = -(-flat.size // num_shards)
+            return flat[i * share : (i + 1) * share]
 
-
-def _model(seed=0, width=12, num_shards=1, **settings):
-    torch.manual_seed(seed)
-    return inject_pst(_Net(width), PSTConfig(**settings), num_shards=num_shards)
-
-
-def _trained(seed=0, sparsity=0.4, **settings):
-    """Every trained value and mask bit is unlike that of a fresh model."""
-    model = _model(seed, **settings)
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for param in model.parameters():
-            if param.requires_grad:
-                param.add_(torch.randn(param.shape, generator=generator))
-    update_masks(model, sparsity)
-    return model
+        tensors = {}
+        for kind in KINDS:
+            flat = list(values[kind].values())
+            runs = [flat[t][a:b] for t, a, b in cuts[i]] if cuts else [even(array) for array in flat]
+            tensors[kind] = np.concatenate([*runs, np.empty(0, np.float32)])
+        bits = [np.empty(0, np.uint8)]
+        for mask in keep.values():
+            share = -(-mask.size // num_shards)
+            bits.append(np.packbits(np.pad(even(mask), (0, -(-share // 8) * 8 - even(mask).size)), bitorder="little"))
+        files.append(tensors | {"mask": np.concatenate(bits)})
+    return files
 
 
-def _state(model, **changes):
-    return CheckpointState(
-        **{
-            "step": 12, "sparsity": 0.4, "masks_final": False, "precision": "fp32", "device_type": "cpu",
-            "base_path": "base", "base_fingerprint": "f00d", "labels": ["bad", "good"],
-            "weight_scales": weight_scales(model), "metrics": {"accuracy": 0.75}, **changes,
-        }
-    )  # fmt: skip
+def _sum(folder, manifest):
+    """Give a folder this manifest, and sums that fit all its files."""
+    (folder / "manifest.json").write_bytes(manifest)
+    names = sorted(p.name for p in folder.iterdir() if p.name != "SHA256SUMS")
+    sums = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (folder / "SHA256SUMS").write_text("".join(sums))
 
 
-def _saved(folder, **settings):
-    model = _trained(**settings)
-    save_checkpoint(folder, model, _state(model))
-    return model
+def _hand_made(folder, shapes, mask_sizes, num_shards=2, cuts=None):
+    """A checkpoint that no code of the package has written: (manifest, values of each kind, masks)."""
+    random_numbers = np.random.default_rng(3)
+    values = {
+        kind: {n: random_numbers.standard_normal(int(np.prod(s)), np.float32) for n, s in shapes.items()}
+        for kind in KINDS
+    }
+    keep = {n: random_numbers.random(size) < 0.5 for n, size in mask_sizes.items()}
+    folder.mkdir()
+    for i, tensors in enumerate(_shards(values, keep, num_shards, cuts)):
+        save_file(tensors, folder / f"shard-{i + 1:05d}-of-{num_shards:05d}.safetensors")
+    contents = {"num_shards": num_shards, "trained": shapes, "masks": mask_sizes, "steps": dict.fromkeys(shapes, 3)}
+    manifest = {"format": 2, "state": STATE, "contents": contents | {"cuts": cuts}}
+    text = json.dumps(manifest).encode()
+    _sum(folder, text)
+    return json.loads(text), values, keep
 
 
-def _masks(model):
-    layers = pst_layers(model).values()
-    return [unpack_range(m.pst_mask.detach(), m.layout.numel, m.num_shards, 0, m.layout.numel) for m in layers]
+def _small(folder):
+    """Two files cut unevenly, for what is damaged and forged below."""
+    cuts = [[[0, 0, 12], [1, 0, 2]], [[1, 2, 7]]]
+    return _hand_made(folder, {"a": [3, 4], "b": [7]}, {"m": 35, "n": 16}, 2, cuts)[0]
 
 
-def _refusal(call, *arguments):
+def _bits(keep, num_shards=1, index=0):
+    share = -(-keep.size // num_shards)
+    part = keep[index * share : (index + 1) * share]
+    return np.packbits(np.pad(part, (0, -(-share // 8) * 8 - part.size)), bitorder="little")
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_a_hand_made_checkpoint_is_read_in_any_range_and_any_number_of_mask_shards(tmp_path_factory, data):
+    sizes = data.draw(st.lists(st.integers(0, 21), min_size=1, max_size=3))
+    masks = {f"m{i}": size for i, size in enumerate(data.draw(st.lists(st.integers(1, 70), max_size=3)))}
+    num_shards, cuts = data.draw(st.integers(1, 4)), None
+    if data.draw(st.booleans()):
+        runs = [(t, a, b) for t, size in enumerate(sizes) for a, b in ((0, size // 3), (size // 3, size)) if a < b]
+        runs = data.draw(st.permutations(runs))
+        cuts = [runs[i::num_shards] for i in range(num_shards)]
+    folder = tmp_path_factory.mktemp("any") / "c"
+    _, values, keep = _hand_made(folder, {f"t{i}": [size] for i, size in enumerate(sizes)}, masks, num_shards, cuts)
+    checkpoint = read_checkpoint(folder)
+    assert checkpoint.state == CheckpointState(**STATE)
+    for kind in KINDS:
+        for name, flat in values[kind].items():
+            start = data.draw(st.integers(0, flat.size))
+            stop = data.draw(st.integers(start, flat.size))
+            assert checkpoint.values(name, kind, start, stop).tolist() == flat[start:stop].tolist()
+            assert checkpoint.values(name, kind, 0, flat.size).tolist() == flat.tolist()
+    for name, mask in keep.items():
+        assert checkpoint.masks[name].tolist() == _bits(mask).tolist()
+        for new in range(1, 6):
+            for index in range(new):
+                assert checkpoint.mask_shard(name, new, index).tolist() == _bits(mask, new, index).tolist()
+
+
+def _refusal(folder):
+    """Why a folder is refused. Nothing but a CheckpointError that names it may come out."""
     with pytest.raises(CheckpointError) as caught:
-        call(*arguments)
+        read_checkpoint(folder)
+    assert str(folder) in str(caught.value)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("num_shards", [1, 2, 3])
-def test_what_is_saved_is_loaded_whatever_the_number_of_shards(tmp_path, num_shards):
-    model = _saved(tmp_path / "c")
-    checkpoint = read_checkpoint(tmp_path / "c")
-    assert checkpoint.state == _state(model)
-    fresh = _model(num_shards=num_shards)
-    assert not torch.equal(fresh(torch.ones(12)), model(torch.ones(12)))
-    for layer in pst_layers(fresh).values():
-        layer.weight_scales = (99.0,)
-    load_into(fresh, checkpoint)
-    values = dict(fresh.named_parameters())
-    for name, param in model.named_parameters():
-        if not name.endswith("pst_mask"):
-            assert torch.equal(values[name], param), name
-    assert all(torch.equal(a, b) for a, b in zip(_masks(fresh), _masks(model), strict=True))
-    assert weight_scales(fresh) == weight_scales(model)
-    assert torch.equal(fresh(torch.ones(12)), model(torch.ones(12)))
-    if num_shards == 1:
-        assert update_masks(fresh, 0.4).num_flipped == 0  # the scores are the same too
+NAMES = ("manifest.json", "SHA256SUMS", "shard-00001-of-00002.safetensors", "shard-00002-of-00002.safetensors")
 
 
-def test_the_file_does_not_show_the_number_of_shards(tmp_path):
-    model = _saved(tmp_path / "1")
-    sharded = _model(num_shards=3)
-    load_into(sharded, read_checkpoint(tmp_path / "1"))
-    assert not torch.equal(pst_layers(sharded)["layers.0"].pst_mask, pst_layers(model)["layers.0"].pst_mask)
-    save_checkpoint(tmp_path / "3", sharded, _state(sharded))
-    one, three = (load_file(tmp_path / name / "masks.safetensors") for name in "13")
-    assert one.keys() == three.keys() == {"layers.0", "layers.1"}
-    assert all(torch.equal(one[name], three[name]) for name in one)
-    assert one["layers.0"].numel() == -(-9 * 12 // 8)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_truncation_and_every_flipped_bit_is_found(tmp_path, name):
+    folder = tmp_path / "c"
+    _small(folder)
+    path, chance = folder / name, random.Random(f"4 {name}")
+    whole = path.read_bytes()
+    for length in {0, 1, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(25))}:
+        path.write_bytes(whole[:length])
+        assert "damaged" in _refusal(folder), length
+    for place in {0, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(45))}:
+        changed = bytearray(whole)
+        changed[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(changed)
+        assert "damaged" in _refusal(folder), place
+    path.write_bytes(whole)
+    read_checkpoint(folder)
 
 
-def test_the_frozen_weights_are_not_copied(tmp_path):
-    model = _saved(tmp_path / "c")
-    trained = load_file(tmp_path / "c" / "trained.safetensors")
-    assert set(trained) == {n for n, p in model.named_parameters() if p.requires_grad}
-    assert "layers.0.weight" not in trained
-    assert "classifier.weight" in trained
-    assert {p.name for p in (tmp_path / "c").iterdir()} == {"trained.safetensors", "masks.safetensors", "state.json"}
-    assert {p.name for p in tmp_path.iterdir()} == {"c"}
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_file_is_named(tmp_path, name):
+    _small(tmp_path / "c")
+    (tmp_path / "c" / name).unlink()
+    said = _refusal(tmp_path / "c")
+    assert said.endswith(f"{name} is missing")
 
 
-def test_masters_are_saved_and_not_their_bf16_copies(tmp_path):
-    model = _model().bfloat16()
-    params = [p for p in model.parameters() if p.requires_grad]
-    engine = build_engine(model, [{"params": params, "lr": 1e-4, "name": "all"}], ds_config=None)
-    for _ in range(3):
-        engine.backward(engine(torch.ones(4, 12, dtype=torch.bfloat16)).float().square().sum())
-        engine.step()
-    save_checkpoint(tmp_path / "c", model, _state(model, precision="bf16"))
-    trained = read_checkpoint(tmp_path / "c").trained
-    head = dict(model.named_parameters())["classifier.weight"]
-    assert {t.dtype for t in trained.values()} == {torch.float32}
-    assert torch.equal(trained["classifier.weight"], head.fp32_master.detach())
-    assert not torch.equal(trained["classifier.weight"], head.detach().float())
-    assert torch.equal(trained["classifier.weight"].bfloat16(), head.detach())
-
-
-@pytest.mark.parametrize("name", ["trained.safetensors", "masks.safetensors"])
-def test_a_flipped_byte_or_a_missing_file_is_found(tmp_path, name):
-    _saved(tmp_path / "c")
-    path = tmp_path / "c" / name
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    assert _refusal(read_checkpoint, tmp_path / "c") == (f"{path} is damaged: its SHA-256 is not the one in state.json")
-    path.unlink()
-    assert _refusal(read_checkpoint, tmp_path / "c") == f"{path} is missing"
+def test_a_folder_that_is_empty_or_a_file_or_not_there_says_where_it_looked(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    for name in ("empty", "file", "absent"):
+        assert _refusal(tmp_path / name) == f"no whole checkpoint in {tmp_path / name}: manifest.json is missing"
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ("{", "is damaged"),
-        ("[]", "has format None; this version reads 1"),
-        ('{"format": 2}', "has format 2; this version reads 1"),
-        ('{"format": 1}', "is damaged: KeyError('state')"),
-        ('{"format": 1, "state": {"step": 1}, "sha256": {}}', "is damaged: TypeError"),
-    ],
+    "name", ["extra", "shard-00003-of-00002.safetensors", "shard-00001-of-00001.safetensors", ".x"]
 )
-def test_a_damaged_state_is_named(tmp_path, content, reason):
-    _saved(tmp_path / "c")
-    (tmp_path / "c" / "state.json").write_text(content)
-    message = _refusal(read_checkpoint, tmp_path / "c")
-    assert message.startswith(str(tmp_path / "c" / "state.json"))
-    assert reason in message
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_a_file_that_does_not_belong_is_refused_also_with_a_sum(tmp_path, name, as_folder):
+    folder = tmp_path / "c"
+    manifest = _small(folder)
+    path = folder / name
+    path.mkdir() if as_folder else path.write_bytes(b"x")
+    assert str(path) in _refusal(folder)
+    if not as_folder:
+        _sum(folder, json.dumps(manifest).encode())
+        assert str(path) in _refusal(folder)
 
 
-def test_a_state_without_checksums_is_damaged(tmp_path):
-    _saved(tmp_path / "c")
-    table = json.loads((tmp_path / "c" / "state.json").read_text())
-    table["sha256"].pop("masks.safetensors")
-    (tmp_path / "c" / "state.json").write_text(json.dumps(table))
-    assert "is damaged: KeyError('masks.safetensors')" in _refusal(read_checkpoint, tmp_path / "c")
+def test_links_are_refused(tmp_path):
+    for name in NAMES:
+        folder = tmp_path / f"c-{name}"
+        _small(folder)
+        (folder / name).rename(tmp_path / name)
+        (folder / name).symlink_to(tmp_path / name)
+        assert f"{folder / name} is a link" in _refusal(folder)
 
 
-def test_no_checkpoint_says_where_it_looked(tmp_path):
-    assert _refusal(read_checkpoint, tmp_path / "c") == f"no checkpoint in {tmp_path / 'c'}: state.json is missing"
+class _Pickled:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "x.pt", "x.pkl", "optimizer.pt", NAMES[2]])
+def test_a_pickle_is_refused_without_being_executed(tmp_path, monkeypatch, name):
+    folder, marker = tmp_path / "c", tmp_path / "marker"
+    manifest = _small(folder)
+    bomb = pickle.dumps(_Pickled(marker))
+    pickle.loads(bomb)
+    assert marker.exists()  # so it goes off
+    marker.unlink()
+    (folder / name).write_bytes(bomb)
+    _sum(folder, json.dumps(manifest).encode())
+    _forbid_pickle(monkeypatch)
+    assert str(folder / name) in _refusal(folder)
+    assert not marker.exists()
+
+
+def _forbid_pickle(patch):
+    def forbidden(*arguments, **keywords):
+        raise AssertionError("unpickled")
+
+    for owner, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        patch.setattr(owner, name, forbidden)
+
+
+def test_nothing_is_unpickled_while_a_good_checkpoint_is_read(tmp_path, monkeypatch):
+    _small(tmp_path / "c")
+    _forbid_pickle(monkeypatch)
+    assert {n: t.shape for n, t in read_checkpoint(tmp_path / "c").trained.items()} == {"a": (3, 4), "b": (7,)}
+
+
+def test_a_checkpoint_that_is_no_longer_used_does_not_keep_its_files_open(tmp_path):
+    """Or the room of removed ones would not be free until the garbage collector comes by."""
+    _small(tmp_path / "c")
+    gc.disable()
+    try:
+        checkpoint = read_checkpoint(tmp_path / "c")
+        assert checkpoint.trained["a"].shape == (3, 4)
+        assert str(tmp_path) in Path("/proc/self/maps").read_text()
+        del checkpoint
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("outside", ["../x", "/etc/hostname", "sub/../../x"])
+def test_sums_and_manifests_that_name_files_outside_are_refused(tmp_path, outside):
+    folder = tmp_path / "c"
+    manifest = _small(folder)
+    (tmp_path / "x").write_text("x")
+    sums = (folder / "SHA256SUMS").read_text()
+    digest = hashlib.sha256(b"x").hexdigest()
+    (folder / "SHA256SUMS").write_text(f"{sums}{digest}  {outside}\n")
+    assert "SHA256SUMS is damaged: it does not list the files of the checkpoint" in _refusal(folder)
+    for key in ("files", "num_shards"):
+        forged = manifest | {"contents": manifest["contents"] | {key: [outside, outside]}}
+        _sum(folder, json.dumps(forged).encode())
+        assert "manifest.json is damaged" in _refusal(folder)
 
 
 @pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"exclude_modules": ("layers.0",)}, "trained parameters differ in layers.0.pst_A, layers.0.pst_B"),
-        ({"structured_scores": False}, "trained parameters differ in layers.0.pst_C, layers.0.pst_R"),
-        ({"modules_to_save": ()}, "trained parameters differ in classifier.bias, classifier.weight"),
-        ({"width": 13}, "layers.1.pst_A has shape (12, 8), the model's is (13, 8)"),
-        ({"update_rank": 4}, "layers.0.pst_U has shape (9, 8), the model's is (9, 4)"),
-    ],
+    ("key", "array"),
+    [("master", np.zeros(14, np.float64)), ("master", np.zeros(13, np.float32)), ("mask", np.zeros(4, np.int8)),
+     ("mask", np.zeros((1, 4), np.uint8)), ("extra", np.zeros(1, np.uint8)), ("exp_avg", None)],
+)  # fmt: skip
+def test_tensors_of_other_names_types_or_sizes_are_refused(tmp_path, key, array):
+    manifest = _small(tmp_path / "c")
+    path = tmp_path / "c" / NAMES[2]
+    tensors = load_file(path) | {key: array}
+    save_file({k: v for k, v in tensors.items() if v is not None}, path)
+    _sum(tmp_path / "c", json.dumps(manifest).encode())
+    assert f"{path} is damaged: it holds" in _refusal(tmp_path / "c")
+
+
+NOT_SIZES = (-1, True, "3", 3.0, None, [], [3], {}, float("nan"), float("inf"), 1 << 48, 10**400)
+OUT_OF_PLACE = (None, True, 7, -0.5, "x", "", [], ["a"], [None], {"x": 1}, float("nan"))
+ABSURD: list[tuple[str, tuple]] = [
+    ("format", (1, 3, "2", None, [], 2.5)),
+    ("contents.num_shards", (*NOT_SIZES, 0, 1, 3, 10**12)),
+    ("contents.trained.a", (*(n for n in NOT_SIZES if n not in ([], {}, [3])), [-1], [3.0], ["3"], [True], [[1]],
+                            [1 << 47, 1 << 47], [1 << 32, 1 << 32], [1 << 62, 4], [0], [3, 5], [1 << 47], "34")),
+    ("contents.masks.m", (*NOT_SIZES, 0, 10**12)),
+    ("contents.steps.a", NOT_SIZES),
+    ("contents.steps", ({"a": 3}, {"a": 3, "b": 3, "c": 3}, {"a": 3, "x": 3})),
+    ("contents.cuts", ([], [[], []], [[[0, 0, 12], [1, 0, 7]]], [[[0, 0, 12], [1, 0, 3]], [[1, 2, 7]]], [[[0, 0]], []],
+                       [[[0, 0, 12], [1, 0, 2]], [[1, 2, 7.0]]], [[[0, False, 12], [1, 0, 2]], [[1, 2, 7]]],
+                       [[[0, 0, 12], [1, 0, 2]], [[2, 2, 7]]], [[[0, 0, 12], [1, 0, 2]], [[1, 2, 10**15]]],
+                       [[[0, 0, 12], [1, 0, 2]], [[1, 2, 7, 7]]], [None, None], 5, "xy", {}, {"0": [], "1": []})),
+    *((key, OUT_OF_PLACE) for key in ("contents", "contents.trained", "contents.masks", "contents.steps", "state")),
+    ("state.step", (*NOT_SIZES,)),
+    ("state.sparsity", (None, True, "0.4", [], {})),
+    ("state.masks_final", (None, 1, "true", [])),
+    *((f"state.{key}", (None, 1, [], {})) for key in ("precision", "device_type", "base_path", "base_fingerprint")),
+    ("state.labels", (None, "good", {}, [1], [None])),
+    ("state.weight_scales", (None, [], "x", {"m": 1.0}, {"m": "1"}, {"m": ["1"]}, {"m": [True]}, {"m": None})),
+    ("state.metrics", (None, [], "x", {"loss": "1"}, {"loss": None}, {"loss": [1]})),
+    ("state.progress", (None, [], "x", 3)),
+]  # fmt: skip
+ABSENT = object()
+
+
+def _forge(folder, manifest, dotted, value):
+    """Put ``value`` in place of a part of the manifest; take it out for ABSENT."""
+    forged = json.loads(json.dumps(manifest))
+    *parents, last = dotted.split(".")
+    table = forged
+    for key in parents:
+        table = table[key]
+    table.pop(last, None) if value is ABSENT else table.update({last: value})
+    _sum(folder, json.dumps(forged).encode())
+
+
+@pytest.fixture
+def small(tmp_path):
+    return tmp_path / "c", _small(tmp_path / "c")
+
+
+@pytest.mark.parametrize(("dotted", "values"), ABSURD, ids=[key for key, _ in ABSURD])
+def test_a_forged_manifest_is_refused_with_little_memory(small, dotted, values):
+    tracemalloc.start()
+    for value in values:
+        _forge(*small, dotted, value)
+        _refusal(small[0])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
+    _forge(*small, "state.step", 13)
+    assert read_checkpoint(small[0]).state.step == 13
+
+
+def test_a_manifest_that_lacks_a_key_or_has_another_is_refused(small):
+    manifest = small[1]
+    keys = [*manifest, *(f"{part}.{key}" for part in ("state", "contents") for key in manifest[part])]
+    for dotted in keys:
+        _forge(*small, dotted, ABSENT)
+        if dotted == "state.progress":  # which has a default
+            assert read_checkpoint(small[0]).state.progress == {}
+            continue
+        _refusal(small[0])
+    for dotted in ("more", "state.more", "contents.more", "contents.steps.more"):
+        _forge(*small, dotted, 1)
+        _refusal(small[0])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b"null", b"2", b'"x"', b"\xff\xfe\xff", b'{"format": "\xc3\x28"}', b"[" * 200_000, b"9" * 5000,
+     b'{"format": ' * 100_000, b'{"format": ' + b"9" * 5000 + b"}", b'{"format": 2, "state": 1e999}', b"\x00" * 100],
+    ids=range(14),
+)  # fmt: skip
+def test_a_manifest_that_is_no_json_object_is_refused(small, data):
+    _sum(small[0], data)
+    assert "manifest.json" in _refusal(small[0])
+
+
+def _read_all(folder):
+    """Read everything, or be refused; whether it was read."""
+    try:
+        checkpoint = read_checkpoint(folder)
+    except CheckpointError:
+        return False
+    for name, shape in checkpoint.contents.trained.items():
+        assert all(checkpoint.values(name, k, 0, int(np.prod(shape))).numel() == np.prod(shape) for k in KINDS)
+    assert all(bits.numel() == -(-checkpoint.contents.masks[n] // 8) for n, bits in checkpoint.masks.items())
+    return True
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 40) | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abmn") | st.text(), inner, max_size=3),
+    max_leaves=6,
 )
-def test_a_model_that_it_does_not_fit_is_refused_by_name(tmp_path, settings, reason):
-    _saved(tmp_path / "c")
-    model = _model(**settings)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    message = _refusal(load_into, model, read_checkpoint(tmp_path / "c"))
-    assert message.startswith(str(tmp_path / "c"))
-    assert reason in message
-    if "differ" in reason:  # found before anything is written
-        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-def test_masks_of_other_layers_are_refused(tmp_path):
-    _saved(tmp_path / "c")
-    checkpoint = read_checkpoint(tmp_path / "c")
-    masks = {"layers.1": checkpoint.masks["layers.1"], "layers.2": checkpoint.masks["layers.0"]}
-    message = _refusal(load_into, _model(), dataclasses.replace(checkpoint, masks=masks))
-    assert "masks differ in layers.0, layers.2" in message
+@settings(max_examples=300)
+@given(st.data())
+def test_a_fuzzed_manifest_is_refused_or_read_whole(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "fuzzed"
+    shutil.rmtree(folder, ignore_errors=True)
+    node = manifest = _small(folder)
+    while True:
+        key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+        if not isinstance(node[key], dict | list) or not node[key] or data.draw(st.integers(0, 4)) == 0:
+            break
+        node = node[key]
+    if data.draw(st.booleans()):
+        node[key] = data.draw(JSON_VALUES)
+    else:
+        del node[key]
+    _sum(folder, json.dumps(manifest).encode())
+    _read_all(folder)
 
 
-def test_a_newer_checkpoint_replaces_the_older(tmp_path):
-    _saved(tmp_path / "c")
-    newer = _trained(seed=5)
-    save_checkpoint(tmp_path / "c", newer, _state(newer, step=99))
-    checkpoint = read_checkpoint(tmp_path / "c")
-    assert checkpoint.state.step == 99
-    assert torch.equal(checkpoint.trained["classifier.weight"], newer.classifier.weight)
-    assert [p.name for p in tmp_path.iterdir()] == ["c"]
-
-
-@pytest.mark.parametrize("moment", ["save_file", "file_sha256", "_replace_folder", "rename"])
-def test_a_crash_while_saving_keeps_the_older(tmp_path, monkeypatch, moment):
-    import safetensors.torch
-
-    older = _saved(tmp_path / "c")
-
-    rename = Path.rename
-
-    def crash(*arguments):
-        if moment == "rename" and not arguments[0].name.endswith(".partial"):
-            return rename(*arguments)
-        raise OSError("No space left on device")
-
-    newer = _trained(seed=5)
-    with monkeypatch.context() as patch:
-        owners = {"save_file": safetensors.torch, "rename": Path}
-        patch.setattr(owners.get(moment, checkpoint_module), moment, crash)
-        with pytest.raises(OSError, match="No space left"):
-            save_checkpoint(tmp_path / "c", newer, _state(newer, step=99))
-    assert [p.name for p in tmp_path.iterdir()] == ["c"]
-    checkpoint = read_checkpoint(tmp_path / "c")
-    assert checkpoint.state == _state(older)
-    assert torch.equal(checkpoint.trained["classifier.weight"], older.classifier.weight)
-    save_checkpoint(tmp_path / "c", newer, _state(newer, step=99))  # and the next attempt is not in the way
-    assert read_checkpoint(tmp_path / "c").state.step == 99
-    assert [p.name for p in tmp_path.iterdir()] == ["c"]
-
-
-def test_another_base_model_is_refused(tmp_path):
-    base = tmp_path / "base"
-    base.mkdir()
-    (base / "model.safetensors").write_bytes(b"one")
-    model = _trained()
-    run = load_run(
-        "tests/data/world_size.toml",
-        [f"output_dir={json.dumps(str(tmp_path / 'run'))}", f"model.path={json.dumps(str(base))}"],
-    )
-    state = _state(model, base_path=str(base), base_fingerprint=base_fingerprint(base))
-    save_checkpoint(tmp_path / "run" / "checkpoints" / "final", model, state)
-    assert open_checkpoint(run, "best").folder.name == "final"  # no best was chosen
-    save_checkpoint(tmp_path / "run" / "checkpoints" / "best", model, state)
-    assert open_checkpoint(run, "best").folder.name == "best"
-    (base / "model.safetensors").write_bytes(b"two")
-    with pytest.raises(ConfigError) as caught:
-        open_checkpoint(run, "final")
-    message = str(caught.value)
-    assert f"model.path = {str(base)!r} is not the base model that" in message
-    assert str(tmp_path / "run" / "checkpoints" / "final") in message
-    assert "--set model.path=" in message
-
-
-def test_the_fingerprint_follows_names_sizes_and_a_sample_of_the_bytes(tmp_path):
-    assert base_fingerprint(tmp_path) == ""
-    (tmp_path / "notes.txt").write_text("x")
-    assert base_fingerprint(tmp_path) == ""
-    seen = set()
-    for name, data in (("a", b"1"), ("a", b"2"), ("a", b"12"), ("b", b"1"), ("c", bytes(5 << 20))):
-        for path in tmp_path.glob("*.safetensors"):
-            path.unlink()
-        (tmp_path / f"{name}.safetensors").write_bytes(data)
-        seen.add(base_fingerprint(tmp_path))
-    (tmp_path / "c.safetensors").write_bytes(bytes(4 << 20) + b"1" + bytes((1 << 20) - 1))
-    seen.add(base_fingerprint(tmp_path))
-    assert len(seen) == 6
+@settings(max_examples=150)
+@given(st.integers(0, 10**6), st.integers(0, 30), st.binary(max_size=12) | st.sampled_from([b"9" * 12, b"[{", b"NaN"]))
+def test_a_manifest_with_other_bytes_is_refused_or_read_whole(tmp_path_factory, place, length, data):
+    folder = tmp_path_factory.getbasetemp() / "fuzzed"
+    shutil.rmtree(folder, ignore_errors=True)
+    text = json.dumps(_small(folder)).encode()
+    place %= len(text)
+    _sum(folder, text[:place] + data + text[place + length :])
+    _read_all(folder)

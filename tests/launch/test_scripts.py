@@ -1,0 +1,131 @@
+"""The launch scripts by themselves: help, refusals, shellcheck, and what they hand to srun and scontrol."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "launch"
+SCRIPTS = sorted(path for path in FOLDER.iterdir() if path.name != "common.sh")
+RUN_FILE = "tests/data/world_size.toml"
+# srun of two tasks on two nodes, one after the other; its exit code is the largest
+SRUN = """#!/bin/bash
+echo "$*" >>"$RECORD/srun"
+while [[ $1 == --* ]]; do shift; done
+code=0
+for task in 0 1; do
+  SLURM_PROCID=$task SLURM_NTASKS=2 SLURM_LOCALID=0 SLURM_LAUNCH_NODE_IPADDR=10.1.2.3 "$@" || code=$?
+done
+exit $code
+"""
+RECORD = '#!/bin/bash\necho "$*" >>"$RECORD/{name}"\n'
+PST_DS = """#!/bin/bash
+echo "$RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $MASTER_PORT: $*" >>"$RECORD/pst-ds"
+exit "${CODE:-0}"
+"""
+
+
+def _run(*command: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+def _job(tmp_path: Path, script: str, *arguments: str, **variables: str) -> tuple[int, dict[str, str]]:
+    """Runs an sbatch script as Slurm does, with programs that only record; its exit code, and the records by name."""
+    programs, record = tmp_path / "bin", tmp_path / "record"
+    programs.mkdir()
+    record.mkdir()
+    texts = {"srun": SRUN, "scontrol": RECORD.format(name="scontrol"), "pst-ds": PST_DS}
+    for name, text in texts.items():
+        (programs / name).write_text(text, encoding="utf-8")
+        (programs / name).chmod(0o755)
+    spooled = shutil.copy(FOLDER / script, tmp_path / "slurm_script")
+    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
+    job = {"SLURM_JOB_ID": "41", "SLURM_SUBMIT_DIR": str(Path.cwd()), "RECORD": str(record), "PATH": path}
+    done = _run("bash", str(spooled), *arguments, env={**os.environ, **job, **variables})
+    return done.returncode, {path.name: path.read_text(encoding="utf-8") for path in record.iterdir()}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_help_says_how_to_start_it_and_no_arguments_are_refused(script):
+    helped = _run("bash", str(script), "--help")
+    assert helped.returncode == 0
+    assert f"launch/{script.name}" in helped.stdout
+    assert "run.toml" in helped.stdout
+    assert "#SBATCH" not in helped.stdout
+    refused = _run("bash", str(script))
+    assert refused.returncode == 2
+    assert f"{script.name}: " in refused.stderr
+    assert "see --help" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("local.sh", "run.toml"),
+        ("local.sh", "--ranks"),
+        ("local.sh", "--ranks", "two", "run.toml"),
+        ("local.sh", "--ranks", "2"),
+        ("multinode.sh", "run.toml"),
+        ("multinode.sh", "--hostfile", "no-such-file", "run.toml"),
+        ("multinode.sh", "--hostfile", "pyproject.toml"),
+    ],
+)
+def test_bad_arguments_exit_with_2(arguments):
+    done = _run(f"launch/{arguments[0]}", *arguments[1:])
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"{arguments[0]}: ")
+
+
+def test_scripts_are_short_and_pass_shellcheck():
+    for script in FOLDER.iterdir():
+        assert len(script.read_text(encoding="utf-8").splitlines()) <= 40, script
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    done = _run("shellcheck", "-x", *map(str, FOLDER.iterdir()))
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_slurm_task_becomes_a_rank_that_resumes(tmp_path):
+    folder = tmp_path / "run"
+    settings = ("--set", f"output_dir={folder}")
+    code, records = _job(tmp_path, "slurm.sbatch", RUN_FILE, *settings, SLURM_CPUS_PER_TASK="3")
+    assert code == 0
+    said = f"train {RUN_FILE} --set output_dir={folder} --resume"
+    assert records["pst-ds"].splitlines() == [f"{rank} 2 0 10.1.2.3 10041: {said}" for rank in (0, 1)]
+    assert " --cpus-per-task=3 bash " in records["srun"]  # which srun does not take over from sbatch
+    assert records["scontrol"] == f"write batch_script 41 {folder}/submitted.sbatch\n"
+
+
+@pytest.mark.parametrize(("code", "requeues"), [(75, True), (1, False)])
+def test_a_job_requeues_itself_after_75_and_not_after_a_failure(tmp_path, code, requeues):
+    ended, records = _job(tmp_path, "slurm.sbatch", RUN_FILE, "--set", f"output_dir={tmp_path}/run", CODE=str(code))
+    assert ended == code
+    assert ("requeue 41\n" in records["scontrol"]) == requeues
+
+
+def test_a_task_of_an_array_has_its_sparsity_and_folder_and_requeues_only_itself(tmp_path):
+    array = {"SLURM_ARRAY_JOB_ID": "41", "SLURM_ARRAY_TASK_ID": "75"}
+    code, records = _job(tmp_path, "slurm_array.sbatch", f"{tmp_path}/a sweep", RUN_FILE, CODE="75", **array)
+    assert code == 75
+    settings = f'--set schedule.final_sparsity=0.075 --set output_dir="{tmp_path}/a sweep/sparsity-0.075"'
+    assert f"train {RUN_FILE} {settings} --resume\n" in records["pst-ds"]
+    wrote, requeued = records["scontrol"].splitlines()
+    assert wrote == f"write batch_script 41_75 {tmp_path}/a sweep/sparsity-0.075/submitted.sbatch"
+    assert requeued == "requeue 41_75"
+
+
+def test_a_variable_that_the_launcher_cannot_forward_is_refused(tmp_path):
+    (tmp_path / "hosts").write_text("host-a slots=1\n", encoding="utf-8")
+    env = {**os.environ, "MASTER_ADDR": "10.1.2.3", "NCCL_TEST": "two\nlines"}
+    for name in ("deepspeed", "pdsh"):
+        (tmp_path / name).write_text("#!/bin/sh\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    env["PATH"] = f"{tmp_path}{os.pathsep}{env['PATH']}"
+    done = _run("launch/multinode.sh", "--hostfile", str(tmp_path / "hosts"), RUN_FILE, env=env)
+    assert done.returncode == 2
+    assert "NCCL_TEST=two" in done.stderr
