@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pst_ds.nn.checkpoint import CheckpointState
+from pst_ds.nn.checkpoint import Checkpoint, CheckpointState
 from pst_ds.nn.checkpoint_model import weight_scales
 from pst_ds.nn.checkpoint_writer import CheckpointWriter, Written, size_limit
 from pst_ds.parallel.ranks import is_main, world_size
@@ -52,18 +52,17 @@ class Keeper:
         self._last_evaluated: tuple[int, dict[str, float]] = (-1, {})
         self.loop: Loop
 
-    def start(self, loop: Loop, state: LoopState | None) -> None:
-        """Before ``loop`` begins, or goes on from ``state``. Collective."""
+    def start(self, loop: Loop, checkpoint: Checkpoint | None) -> None:
+        """Before ``loop`` begins, or goes on from ``checkpoint``. Collective."""
         self.loop = loop
-        if state is not None and is_main():
-            self._settle(state.step, self.best_step, state.step == loop.num_steps)
+        if checkpoint is not None:
+            progress, step = Progress.read(checkpoint), checkpoint.state.step
+            self._best, self.best_step = progress.best_value, progress.best_step
+            self._last_evaluated = (progress.evaluated_step, checkpoint.state.metrics)
+            if is_main():
+                self._settle(step, self.best_step, step == loop.num_steps)
         self._writer = CheckpointWriter(self._folder, loop.engine)
         self._size_limit = size_limit(loop.engine.module)
-
-    def go_on_from(self, progress: Progress, metrics: dict[str, float]) -> None:
-        """The run is continued from a checkpoint with these metrics."""
-        self._best, self.best_step = progress.best_value, progress.best_step
-        self._last_evaluated = (progress.evaluated_step, metrics)
 
     def after_step(self, state: LoopState) -> None:
         """To be called by the loop after each applied step."""

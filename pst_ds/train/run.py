@@ -168,15 +168,10 @@ def train_run(
     ``restart`` begins anew and sets the checkpoints that are there aside; without either a folder that has some is
     refused. Raises InputError, StoppedError after a signal, DivergedError, CheckpointWriteError.
     """
-    run = prepared.run
-    folder = Path(run.output_dir)
-    examples = together(lambda: prepared.load("train"))
-    validation = together(lambda: prepared.load("validation")) if run.data.validation else None
-    digest = require_same_everywhere(examples.digest, "data.train", run.data.train)
-    num_steps = run.num_steps(len(examples))
-    schedule = run.make_schedule(num_steps)
+    run, folder = prepared.run, Path(prepared.run.output_dir)
+    data = _load(prepared)
     require_shared(folder)
-    checkpoint = checkpoint_to_go_on_from(run, digest, quiet=quiet) if resume else None
+    checkpoint = checkpoint_to_go_on_from(run, data.digest, quiet=quiet) if resume else None
     if checkpoint is None:
         set_aside_checkpoints(folder, restart=restart)
     _, engine = build(prepared, checkpoint)
@@ -184,32 +179,60 @@ def train_run(
     if is_main():
         _start_folder(folder, prepared)
     barrier()
-    progress = Progress.read(checkpoint) if checkpoint else None
+    seconds = Progress.read(checkpoint).seconds if checkpoint else 0.0
+    step = state.step if state else 0
     metrics = MetricsWriter(
-        folder,
-        num_steps=num_steps,
-        is_main=is_main(),
-        quiet=quiet,
-        step=state.step if state else 0,
-        seconds=progress.seconds if progress else 0.0,
-    )
-    keeper = Keeper(
-        run,
-        folder=folder / CHECKPOINTS,
-        evaluate=(lambda: evaluate(engine, validation, prepared)) if validation is not None else None,
+        folder, num_steps=data.num_steps, is_main=is_main(), quiet=quiet, step=step, seconds=seconds
+    )  # fmt: skip
+    keeper = _keeper(prepared, engine, data)
+    loop = training.Loop(
+        run, engine, run.make_schedule(data.num_steps), data.examples, prepared.tokenizer, data.num_steps,
+        prepared.device, metrics, keeper.after_step,
+    )  # fmt: skip
+    keeper.start(loop, checkpoint)
+    state, final = _train_to_the_end(loop, keeper, state, folder / STALLS)
+    return _result(prepared, loop, state, keeper, final)
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """What a run trains on and is evaluated on, the same on every rank."""
+
+    examples: ExampleSet
+    validation: ExampleSet | None
+    digest: str
+    """Of the examples."""
+    num_steps: int
+
+
+def _load(prepared: Prepared) -> _Data:
+    """Raises InputError on every rank when one cannot read its files, or reads others. Collective."""
+    run = prepared.run
+    examples = together(lambda: prepared.load("train"))
+    validation = together(lambda: prepared.load("validation")) if run.data.validation else None
+    digest = require_same_everywhere(examples.digest, "data.train", run.data.train)
+    return _Data(examples, validation, digest, run.num_steps(len(examples)))
+
+
+def _keeper(prepared: Prepared, engine: Engine, data: _Data) -> Keeper:
+    validation = data.validation
+    return Keeper(
+        prepared.run,
+        folder=Path(prepared.run.output_dir) / CHECKPOINTS,
+        evaluate=None if validation is None else lambda: evaluate(engine, validation, prepared),
         lower_is_better=prepared.task.lower_is_better,
         describe=_description(prepared),
-        data_digest=digest,
+        data_digest=data.digest,
         zero_stage=zero_stage(prepared.ds_config),
     )
-    if checkpoint is not None and progress is not None:
-        keeper.go_on_from(progress, checkpoint.state.metrics)
-    loop = training.Loop(
-        run, engine, schedule, examples, prepared.tokenizer, num_steps, prepared.device, metrics, keeper.after_step
-    )
-    keeper.start(loop, state)
+
+
+def _train_to_the_end(
+    loop: training.Loop, keeper: Keeper, state: training.LoopState | None, stalls: Path
+) -> tuple[training.LoopState, dict[str, float]]:
+    """The state after the last step, and the last metrics; all is on disk. Collective. Raises as train_run."""
     try:
-        with watching(folder / STALLS, run.train.stall_timeout_seconds):
+        with watching(stalls, loop.run.train.stall_timeout_seconds):
             state = training.train(loop, state)
             final = keeper.finish(state)
     except training.DivergedError as error:
@@ -218,19 +241,20 @@ def train_run(
         ) from None
     finally:
         keeper.close()
-        metrics.close()
-    if state.stopped_by and state.step < num_steps:
+        loop.metrics.close()
+    if state.stopped_by and state.step < loop.num_steps:
         raise StoppedError(
-            f"stopped by {stop_signals.name_of(state.stopped_by)} after step {state.step} of {num_steps}, saved in "
-            f"{keeper.newest()}; go on with --resume"
+            f"stopped by {stop_signals.name_of(state.stopped_by)} after step {state.step} of {loop.num_steps}, saved "
+            f"in {keeper.newest()}; go on with --resume"
         )
-    return _result(prepared, engine, schedule, state, keeper, final, metrics.seconds)
+    return state, final
 
 
 def _result(
-    prepared: Prepared, engine: Engine, schedule: Any, state: Any, keeper: Keeper, metrics: Any, seconds: float
+    prepared: Prepared, loop: training.Loop, state: training.LoopState, keeper: Keeper, metrics: dict[str, float]
 ) -> dict[str, Any]:
     """The result of a finished run, written by rank 0. Collective."""
+    engine, schedule = loop.engine, loop.schedule
     result = {
         "task": prepared.run.task,
         "method": prepared.run.method,
@@ -244,7 +268,7 @@ def _result(
         "optimizer_bytes_per_rank": optimizer_bytes(engine),
         "metrics": metrics,
         "best_step": keeper.best_step,
-        "seconds": round(seconds, 1),
+        "seconds": round(loop.metrics.seconds, 1),
     }
     if is_main():
         replace_text(Path(prepared.run.output_dir) / RESULT_FILE, json.dumps(result, indent=1) + "\n")
