@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pst_ds.cli.main import main
+from pst_ds.nn.checkpoint import read_checkpoint
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.config import ConfigError
 from pst_ds.train.model import load_model_config, load_tokenizer
@@ -190,10 +191,11 @@ def test_recomputing_activations_in_the_reentrant_way_trains_the_same(run_ranks,
     _write_base("llama", tmp_path / "base")
     trained = []
     for recomputed in ({}, {"model.gradient_checkpointing": True, "model.gradient_checkpointing_reentrant": True}):
-        settings = _settings(tmp_path, **{"train.precision": "fp32", "train.num_steps": 4, **recomputed})
+        folder = tmp_path / f"run{len(trained)}"
+        more = {"output_dir": str(folder), "train.precision": "fp32", "train.num_steps": 4, **recomputed}
+        settings = _settings(tmp_path, **more)
         result, *_ = run_ranks(_train, 2, settings)
-        file = tmp_path / "run" / "checkpoints" / "final" / "trained.safetensors"
-        trained.append((result["mask_checksum"], load_file(file)))
+        trained.append((result["mask_checksum"], dict(read_checkpoint(folder / "checkpoints" / "final").trained)))
     (checksum, plain), (own_checksum, own) = trained
     assert own_checksum == checksum
     for name, tensor in plain.items():
@@ -204,7 +206,7 @@ def test_recomputing_activations_in_the_reentrant_way_trains_the_same(run_ranks,
 def test_gpt2_c_attn_is_three_matrices(run_ranks, tmp_path):
     _write_base("gpt2", tmp_path / "base")
     run_ranks(_train, 2, _settings(tmp_path))
-    trained = load_file(tmp_path / "run" / "checkpoints" / "final" / "trained.safetensors")
+    trained = dict(read_checkpoint(tmp_path / "run" / "checkpoints" / "final").trained)
     assert trained["transformer.h.0.attn.c_attn.pst_V"].shape == (3 * 8, 24)
     assert trained["transformer.h.0.attn.c_attn.pst_U"].shape == (3 * 24, 8)
     assert set(Path(tmp_path / "run" / "checkpoints").iterdir()) >= {tmp_path / "run" / "checkpoints" / "final"}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
+from pst_ds.nn.checkpoint import read_checkpoint
 from pst_ds.nn.config import PSTConfig
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel import zero3
@@ -33,14 +33,14 @@ def _losses(folder):
 @pytest.mark.zero3
 def test_every_shipped_config_trains_as_one_process_does(run_ranks, tmp_path):
     alone = _train(tmp_path / "alone", "")
-    trained = load_file(tmp_path / "alone" / "checkpoints" / "final" / "trained.safetensors")
+    trained = dict(read_checkpoint(tmp_path / "alone" / "checkpoints" / "final").trained)
     for name in ("zero2", "zero3", "zero3_hpz", "zero3_offload"):
         folder = tmp_path / name
         for result in run_ranks(_train, 2, folder, f"ds_configs/{name}.json"):
             assert result["mask_checksum"] == alone["mask_checksum"], name
             assert result["trained_parameters"] == alone["trained_parameters"]
         assert _losses(folder) == pytest.approx(_losses(tmp_path / "alone"), rel=1e-4), name
-        own = load_file(folder / "checkpoints" / "final" / "trained.safetensors")
+        own = dict(read_checkpoint(folder / "checkpoints" / "final").trained)
         assert own.keys() == trained.keys()
         assert all(own[n].shape == trained[n].shape for n in own)
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from pst_ds.cli.main import main
+from pst_ds.nn.checkpoint import read_checkpoint
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.run import prepare, train_run
 from pst_ds.train.run_file import load_run
@@ -35,14 +35,14 @@ def test_losses_and_masks_do_not_depend_on_the_world_size(run_ranks, tmp_path, c
     reference, sums = _steps(tmp_path / "1")
     assert len(reference) == 20
     first_update = min(sums)
-    masks = load_file(tmp_path / "1" / "checkpoints" / "final" / "masks.safetensors")
+    masks = dict(read_checkpoint(tmp_path / "1" / "checkpoints" / "final").masks)
     for world_size in (2, 3):
         losses, other_sums = _steps(tmp_path / str(world_size))
         assert losses.keys() == reference.keys()
         assert sums.keys() == other_sums.keys()
         for step, loss in losses.items():
             assert loss == pytest.approx(reference[step], abs=1e-5 if step <= first_update else 1e-3), step
-        others = load_file(tmp_path / str(world_size) / "checkpoints" / "final" / "masks.safetensors")
+        others = dict(read_checkpoint(tmp_path / str(world_size) / "checkpoints" / "final").masks)
         bits = sum(int(b).bit_count() for name in masks for b in (masks[name] ^ others[name]).tolist())
         worst = max(abs(losses[s] - reference[s]) for s in losses)
         with capsys.disabled():
@@ -76,7 +76,7 @@ def test_updated_embeddings_do_not_depend_on_the_world_size(run_ranks, tmp_path,
     for step, loss in local.items():
         assert losses[step] == pytest.approx(loss, abs=1e-5 if step <= min(sums) else 1e-3), step
     ours, theirs = (
-        load_file(tmp_path / name / "checkpoints" / "final" / "trained.safetensors") for name in ("zero3", "local")
+        dict(read_checkpoint(tmp_path / name / "checkpoints" / "final").trained) for name in ("zero3", "local")
     )
     for factor in ("pst_U", "pst_V"):
         found, expected = (t[f"bert.embeddings.word_embeddings.{factor}"] for t in (ours, theirs))

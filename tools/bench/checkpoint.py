@@ -1,0 +1,257 @@
+"""What a checkpoint costs a training step: how long the save holds training up, and what writing it takes beside.
+
+A Llama of 135 M parameters (the shape of SmolLM2-135M) with random weights trains on ZeRO-3 ranks; in every other step
+a checkpoint is written. The step before it has the machine to itself, the step after it runs while it is written. Times
+are medians, of the slowest rank each. The last checkpoint is then verified and read by one process, whole.
+
+    python tools/bench/checkpoint.py --json
+    python tools/bench/checkpoint.py --json --ranks 1 --sequence 512
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+from contestants import DTYPE, MAX_BUCKET, Contestant, Shape, zero3_engine, zero3_settings
+from ranks import Ranks
+from timing import conditions, medians, print_json, progress
+from torch import nn
+
+from pst_ds.nn.checkpoint import CheckpointState, read_checkpoint
+from pst_ds.nn.checkpoint_model import weight_scales
+from pst_ds.nn.checkpoint_writer import CheckpointWriter, size_limit
+from pst_ds.nn.config import PSTConfig
+from pst_ds.nn.inject import inject_pst
+from pst_ds.parallel import ranks, zero3
+from pst_ds.train.mask_update import update_masks
+
+MOST_BLOCKED = 0.05
+"""Of a step: what a save may hold training up for."""
+WARMUP_STEPS, WARMUP_SAVES = 3, 1
+"""Not counted: steps until memory has settled, then saves, the first of which makes the buffers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmolShape(Shape):
+    """SmolLM2-135M, whose embeddings are tied, and one sequence of 1,024 tokens a rank."""
+
+    hidden: int = 576
+    intermediate: int = 1536
+    layers: int = 30
+    heads: int = 9
+    kv_heads: int = 3
+    vocabulary: int = 49152
+    batch: int = 1
+
+
+class Saver(Contestant):
+    """PST on this rank with a writer of checkpoints into ``folder``. Construction is collective."""
+
+    def __init__(self, shape: SmolShape, folder: str):
+        self.method, self.shape = "pst", shape
+        model = build_model(shape)
+        self.trainables = sum(zero3.full_numel(p) for p in model.parameters() if p.requires_grad)
+        self.engine = zero3_engine(model)
+        update_masks(self.engine.module, shape.sparsity)
+        generator = torch.Generator().manual_seed(ranks.rank())
+        tokens = torch.randint(shape.vocabulary, (shape.batch, shape.sequence), generator=generator)
+        self.tokens = tokens.to(zero3.shard_of(next(model.parameters())).values.device)
+        self._writer = CheckpointWriter(Path(folder), self.engine)
+        self._saves = 0
+        for _ in range(WARMUP_STEPS):
+            self.step()
+        self._peak_without_saves = peak_bytes()
+
+    def round(self) -> dict[str, float]:
+        """Seconds of a step alone, of a save, and of the step while it is written; with its bytes. Collective."""
+        alone = self.step()
+        self._saves += 1
+        began = time.perf_counter()
+        ends = [began]  # of rank 0 alone
+
+        def when_written() -> None:
+            ends.append(time.perf_counter())
+
+        self._writer.save(f"step-{self._saves:08d}", self._state(), when_written=when_written)
+        outside = time.perf_counter() - began
+        beside = self.step()
+        written = self._writer.wait()
+        if written is None or written.error:
+            raise OSError(f"the checkpoint was not written: {written and written.error}")
+        return {
+            "step": alone["step"],
+            "step_while_writing": beside["step"],
+            "cpu_step": alone["cpu_step"],
+            "cpu_step_while_writing": beside["cpu_step"],
+            "blocked": written.blocked_seconds,
+            "blocked_outside": outside,
+            "until_written": ends[-1] - began,
+            "bytes": written.bytes,
+        }
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes and counts, the same on every rank but for the memory."""
+        return {
+            "trainables": self.trainables,
+            "limit": size_limit(self.engine.module),
+            "peak_memory_added": peak_bytes() - self._peak_without_saves,
+        }
+
+    def _state(self) -> CheckpointState:
+        return CheckpointState(
+            step=self._saves,
+            sparsity=self.shape.sparsity,
+            masks_final=False,
+            precision="bf16",
+            device_type=self.tokens.device.type,
+            base_path="",
+            base_fingerprint="",
+            labels=[],
+            weight_scales=weight_scales(self.engine.module),
+            metrics={},
+        )
+
+
+def build_model(shape: SmolShape) -> nn.Module:
+    """The PST model with random weights, built under ``zero.Init``. Collective."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers.integrations import HfDeepSpeedConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=shape.sequence,
+        tie_word_embeddings=True,
+        attention_dropout=0.0,
+        use_cache=False,
+    )
+    keep_alive = HfDeepSpeedConfig(zero3_settings(MAX_BUCKET))  # transformers finds it through a weak reference
+    model = AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation=shape.attention)
+    del keep_alive
+    if shape.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return inject_pst(model, PSTConfig(score_rank=shape.rank, update_rank=shape.rank))
+
+
+def peak_bytes() -> int:
+    """The most that this process has held."""
+    from pst_ds.train.metrics import peak_memory_bytes
+
+    return peak_memory_bytes("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    shape = SmolShape(**{field.name: getattr(arguments, field.name) for field in fields(SmolShape)})
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        report = measure(shape, arguments.ranks, arguments.saves, Path(folder))
+    if arguments.json:
+        print_json(report)
+    else:
+        _print(report)
+
+
+def measure(shape: SmolShape, num_ranks: int, saves: int, folder: Path) -> dict[str, Any]:
+    """Medians of ``saves`` rounds, and what the last checkpoint takes on disk and to read."""
+    rounds = []
+    with Ranks(num_ranks, Saver, shape, str(folder)) as team:
+        for turn in range(WARMUP_SAVES + saves):
+            found = _slowest(team.call("round"))
+            progress(f"save {turn}: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
+            if turn >= WARMUP_SAVES:
+                rounds.append(found)
+            for older in sorted(folder.glob("step-*"))[:-1]:
+                shutil.rmtree(older)
+        sizes = _slowest(team.call("sizes"))
+    (newest,) = folder.glob("step-*")
+    seconds = {name: statistics.median(found[name] for found in rounds) for name in rounds[0] if name != "bytes"}
+    seconds |= read_seconds(newest)
+    stated = conditions(shape=asdict(shape), dtype="bfloat16", ranks=num_ranks, zero_stage=3, saves=saves)
+    return summary(stated, seconds, {"checkpoint": int(rounds[-1]["bytes"]), **sizes})
+
+
+def read_seconds(folder: Path, repeats: int = 3) -> dict[str, float]:
+    """Median seconds of one process to open and verify a checkpoint, and then to read every mask and master whole."""
+
+    def read() -> None:
+        for found in (checkpoint.trained, checkpoint.masks):
+            for name in found:
+                found[name]
+
+    checkpoint = read_checkpoint(folder)
+    candidates: dict[str, Callable[[], object]] = {
+        "read_checkpoint": lambda: read_checkpoint(folder),
+        "read_all_values": read,
+    }
+    return medians(candidates, repeats, warmup=0)
+
+
+def summary(stated: dict[str, Any], seconds: dict[str, float], sizes: dict[str, int]) -> dict[str, Any]:
+    """The report: what a save blocks and adds, as shares of a step, and its bytes against the limit."""
+    step, blocked = seconds["step"], max(seconds["blocked"], seconds["blocked_outside"])
+    return {
+        "benchmark": "checkpoint",
+        "conditions": stated,
+        "seconds": seconds,
+        "blocked_ratio": blocked / step,
+        "blocked_within_bar": blocked <= MOST_BLOCKED * step,
+        "hidden_ratio": seconds["step_while_writing"] / step - 1.0,
+        "cpu_hidden_ratio": seconds["cpu_step_while_writing"] / seconds["cpu_step"] - 1.0,
+        "bytes": sizes,
+        "bytes_ratio": sizes["checkpoint"] / sizes["limit"],
+    }
+
+
+def _slowest(by_rank: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: max(found[key] for found in by_rank) for key in by_rank[0]}
+
+
+def _print(report: dict[str, Any]) -> None:
+    stated, seconds, sizes = report["conditions"], report["seconds"], report["bytes"]
+    print(f"{stated['hardware']}, {stated['ranks']} ranks, {stated['shape']}")
+    print(f"a step {seconds['step']:.3f} s, while a checkpoint is written {seconds['step_while_writing']:.3f} s")
+    print(
+        f"a save blocks {seconds['blocked'] * 1e3:.1f} ms ({seconds['blocked_outside'] * 1e3:.1f} ms with its state), "
+        f"{report['blocked_ratio']:.2%} of a step; written after {seconds['until_written']:.2f} s"
+    )
+    print(
+        f"{sizes['checkpoint'] / 1e6:.2f} MB ({sizes['limit'] / 1e6:.2f} MB is the most), peak memory "
+        f"+{sizes['peak_memory_added'] / 1e6:.0f} MB a rank; verified in "
+        f"{seconds['read_checkpoint']:.2f} s, all of it read in {seconds['read_all_values']:.2f} s"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    parser.add_argument("--saves", type=int, default=10, help="checkpoints that are measured")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="an existing folder on the disk to write to (default: temporary)")
+    for field in fields(SmolShape):
+        name = "--" + field.name.replace("_", "-")
+        if isinstance(field.default, bool):
+            parser.add_argument(name, action="store_true")
+        else:
+            parser.add_argument(name, type=type(field.default), default=field.default)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""Kill the ranks of a training again and again, and see that it ends as if nobody had.
+
+A small training is done once without interruption. Then it is started anew through the deepspeed launcher, and ranks of
+it (one, several or all) are killed with SIGKILL at random moments: while they start, in a step, while a checkpoint is
+written or gets its name, in the last save. Each time it is resumed. A training that comes to its end before all kills
+are spent is compared, and another one is begun. At the end masks, every tensor of the last checkpoint, the exported
+weights and the losses must be those of the uninterrupted one, to the bit, and no checkpoint may have been lost.
+
+    python tools/chaos.py --kills 20 --json
+    python tools/chaos.py --run my_run.toml --set train.num_steps=200 --ranks 4 --out chaos
+
+Paths in a run file are relative to the top folder. The seed fixes what is aimed at, not what the timing makes of it.
+Exit codes: 0 identical and every kill resumed, 1 not, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "chaos"))
+
+from chaos_compare import differences, false_failures, set_aside, whole_checkpoints
+from chaos_launch import ROOT, Launch
+from chaos_moments import WHERE, Timing, Watch, deck, moment, victims
+
+RUN_FILE = "tests/data/world_size.toml"
+SETTINGS = (
+    "deepspeed_config=ds_configs/zero3_cpu.json", "model.dropout=0.1", "train.num_steps=60", "eval.interval=10",
+    "checkpoint.interval=3", "checkpoint.keep_last=2",
+)  # fmt: skip
+"""Of the default run: long enough to be hit, with a save in every third step and evaluations that choose a best one."""
+LOOK_SECONDS = 0.001
+MOST_MISSES = 5
+"""Trainings in a row that may end before the kill that was aimed at them."""
+_WENT_ON = re.compile(r"going on from .*, after step (\d+)$|nothing was saved in .*: beginning at step (0)$", re.M)
+
+
+class ChaosError(Exception):
+    """The run did what it must not do, or could not be hit."""
+
+
+class RefusedError(Exception):
+    """The training refused its input."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """One kill and what was left after it."""
+
+    where: str
+    ranks: list[int]
+    step: int
+    """The last one that this start of the run had reported; 0 when it had not come to train."""
+    resumes_from: int
+    lost_steps: int
+    left_partial: bool
+    """Whether a checkpoint was left half written, or half removed."""
+    forced: int
+    """Ranks that did not end by themselves within the grace."""
+
+
+@dataclass(slots=True)
+class Findings:
+    """What went on in all trainings together."""
+
+    kills: list[Kill] = field(default_factory=list)
+    resumed: int = 0
+    starts: int = 0
+    runs: int = 0
+    broken: set[str] = field(default_factory=set)
+    false_failures: int = 0
+    """Checkpoints that are whole, but that a run says could not be written; counted, and no reason to fail."""
+    identical: bool = True
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def all_is_well(self) -> bool:
+        return self.identical and self.resumed == len(self.kills) and not (self.broken or self.problems)
+
+
+class Soak:
+    """Trainings of one run file in ``out``, which are killed."""
+
+    def __init__(self, arguments: argparse.Namespace, out: Path, findings: Findings):
+        self._arguments, self._out, self._findings = arguments, out, findings
+        self._rng = random.Random(arguments.seed)
+        own = arguments.run is not None
+        self._run_file = str(Path(arguments.run).absolute()) if own else RUN_FILE
+        settings = [*(() if own else SETTINGS), *arguments.set, "train.log_interval=1"]
+        self._options = [option for setting in settings for option in ("--set", setting)]
+        self._newest = 0  # step of the newest whole checkpoint of the training that is being killed
+        self._pending = 0  # kills that no start has gone on from yet
+
+    def run(self) -> None:
+        """Raises ChaosError, RefusedError."""
+        reference = self._out / "reference"
+        timing = self._uninterrupted(reference)
+        print(
+            f"uninterrupted: {timing.num_steps} steps in {timing.whole:.0f} s, {timing.start:.0f} s of it to start, "
+            f"{timing.save * 1e3:.0f} ms to write a checkpoint",
+            flush=True,
+        )
+        aims, misses = deck(self._arguments.kills, self._rng), 0
+        folder = self._begin()
+        while True:
+            kill = self._start(folder, timing, aims[0] if aims else None)
+            if kill is not None:
+                aims.pop(0)
+                misses = 0
+                self._note(kill)
+                continue
+            self._compare(reference, folder)
+            if not aims:
+                return
+            misses += 1
+            if misses > MOST_MISSES:
+                raise ChaosError(
+                    f"{misses} trainings ended before they could be hit at {aims[0]!r}; let them be longer"
+                )
+            folder = self._begin()
+
+    def _begin(self) -> Path:
+        self._newest = 0
+        return self._out / f"killed-{self._findings.runs + 1}"
+
+    def _uninterrupted(self, folder: Path) -> Timing:
+        watch = Watch(folder)
+        launch = self._launch(folder, "reference", [])
+        try:
+            self._look(launch, watch)
+            ended = time.monotonic()
+            code, _ = launch.end(self._arguments.grace)
+        finally:
+            launch.close()
+        if code:
+            raise (RefusedError if code == 2 else ChaosError)(f"the uninterrupted run ended with {_said(launch, code)}")
+        num_steps = json.loads((folder / "result.json").read_text(encoding="utf-8"))["steps"]
+        return watch.timing(ended, num_steps)
+
+    def _start(self, folder: Path, timing: Timing, where: str | None) -> Kill | None:
+        """Start the training in ``folder``, or resume it, and kill it as ``where`` says; None when it ended first."""
+        self._findings.starts += 1
+        watch, hit = Watch(folder), []
+        launch = self._launch(folder, f"start-{self._findings.starts:03d}", ["--resume"])
+        try:
+            if self._look(launch, watch, moment(where, watch, timing, self._rng) if where else None):
+                chosen = victims(self._arguments.ranks, self._rng)
+                hit = chosen if launch.kill(chosen) else []
+            code, forced = launch.end(self._arguments.grace)
+        finally:
+            launch.close()
+        self._check_resume(launch)
+        self._findings.broken.update(set_aside(folder))
+        if not hit or code == 0:  # too late: the ranks were done
+            if code:
+                raise ChaosError(f"a start in {folder} that nobody killed ended with {_said(launch, code)}")
+            return None
+        assert where is not None
+        return self._killed(folder, watch, where, hit, forced)
+
+    def _launch(self, folder: Path, name: str, more: list[str]) -> Launch:
+        options = [*self._options, "--set", f"output_dir={json.dumps(str(folder))}"]
+        return Launch([self._run_file, *more, *options], self._arguments.ranks, self._out / f"{name}.log")
+
+    @staticmethod
+    def _look(launch: Launch, watch: Watch, until: Iterator[None] | None = None) -> bool:
+        """Look at a run until it ends, or ``until`` does, which begins when the ranks are there; whether it did."""
+        while launch.is_running():
+            watch.look()
+            if launch.pids():
+                watch.ranks_seen()
+                if until is not None and next(until, "now") == "now":
+                    return True
+            time.sleep(LOOK_SECONDS)
+        return False
+
+    def _check_resume(self, launch: Launch) -> None:
+        """Whether this start said that it goes on from the newest checkpoint; it may have been killed before that."""
+        match = _WENT_ON.search(launch.said())
+        if match is None:
+            return
+        step = int(match[1] or match[2])
+        if step != self._newest:
+            self._findings.problems.append(f"{launch.log.name}: went on from step {step}, {self._newest} was there")
+        self._findings.resumed += self._pending
+        self._pending = 0
+
+    def _killed(self, folder: Path, watch: Watch, where: str, hit: list[int], forced: int) -> Kill:
+        """What a kill has left; notes damaged and lost checkpoints."""
+        step = watch.last_step()
+        left_partial = watch.has_partial()
+        whole, problems = whole_checkpoints(folder)
+        self._findings.problems += problems
+        newest = max(whole, default=0)
+        if newest < max(self._newest, watch.newest):
+            self._findings.problems.append(f"{folder}: checkpoint of step {max(self._newest, watch.newest)} was lost")
+        self._newest = newest
+        self._pending += 1
+        return Kill(where, hit, step, newest, max(0, step - newest), left_partial, forced)
+
+    def _note(self, kill: Kill) -> None:
+        self._findings.kills.append(kill)
+        ranks = ", ".join(map(str, kill.ranks))
+        more = "; left a .partial" if kill.left_partial else ""
+        more += f"; {kill.forced} other ranks had to be killed" if kill.forced else ""
+        print(
+            f"kill {len(self._findings.kills):>3}/{self._arguments.kills} {kill.where:<6} rank {ranks:<8} step "
+            f"{kill.step:>4}, resumes from {kill.resumes_from:>4}, lost {kill.lost_steps}{more}",
+            flush=True,
+        )
+
+    def _compare(self, reference: Path, folder: Path) -> None:
+        self._findings.runs += 1
+        found = differences(reference, folder)
+        self._findings.false_failures += len(false_failures(folder))
+        if found:
+            self._findings.identical = False
+            self._findings.problems += [f"{folder}: {difference}" for difference in found[:10]]
+        print(f"{folder.name} ended: {'identical' if not found else f'{len(found)} differences'}", flush=True)
+
+
+def _said(launch: Launch, code: int) -> str:
+    lines = [line for line in launch.said().splitlines() if line.strip() and "[INFO]" not in line]
+    return f"exit code {code}: " + " | ".join(lines[-3:])
+
+
+def summary(findings: Findings, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """The JSON object."""
+    kills = findings.kills
+    counts = Counter(kill.where for kill in kills)
+    return {
+        "kills": len(kills),
+        "where": {where: counts[where] for where in WHERE},
+        "resumed": findings.resumed,
+        "broken_checkpoints": len(findings.broken),
+        "false_failures": findings.false_failures,
+        "lost_steps": [kill.lost_steps for kill in kills],
+        "lost_steps_max": max((kill.lost_steps for kill in kills), default=0),
+        "left_partial": sum(kill.left_partial for kill in kills),
+        "forced_ranks": sum(kill.forced for kill in kills),
+        "ranks_killed": [len(kill.ranks) for kill in kills],
+        "starts": findings.starts,
+        "runs": findings.runs,
+        "identical": findings.identical and findings.runs > 0,
+        "problems": findings.problems,
+        "seconds": round(seconds, 1),
+        "ranks": arguments.ranks,
+        "seed": arguments.seed,
+    }
+
+
+def main() -> int:
+    arguments = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no rank is left behind
+    began, findings = time.monotonic(), Findings()
+    out = Path(arguments.out).absolute() if arguments.out else Path(tempfile.mkdtemp(prefix="pst-ds-chaos-"))
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        Soak(arguments, out, findings).run()
+    except RefusedError as error:
+        print(f"chaos: {error}", file=sys.stderr)
+        if not arguments.out:
+            shutil.rmtree(out)
+        return 2
+    except ChaosError as error:
+        findings.identical = False
+        findings.problems.append(str(error))
+    for problem in findings.problems:
+        print(f"PROBLEM: {problem}")
+    if not findings.all_is_well:
+        print(f"not as it must be; everything is in {out}")
+    elif not arguments.out:
+        shutil.rmtree(out)
+    if arguments.json:
+        print(json.dumps(summary(findings, arguments, time.monotonic() - began)))
+    return 0 if findings.all_is_well else 1
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", help=f"run file (default: {RUN_FILE} with {' '.join(SETTINGS)})")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--grace", type=float, default=45.0, help="seconds that other ranks may take to end after a kill"
+    )
+    parser.add_argument(
+        "--out", help="a new folder, which stays (default: temporary, and stays when something is wrong)"
+    )
+    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line of stdout")
+    arguments = parser.parse_args(argv)
+    for name in ("ranks", "kills"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} {getattr(arguments, name)} must be at least 1")
+    run = ROOT / RUN_FILE if arguments.run is None else Path(arguments.run)
+    if not run.is_file():
+        parser.error(f"--run {run}: no such file")
+    out = Path(arguments.out) if arguments.out else None
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        parser.error(f"--out {out} is not an empty folder; name a new one")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

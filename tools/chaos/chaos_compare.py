@@ -1,0 +1,128 @@
+"""Whether two runs ended alike, to the bit, and which checkpoints of a run are whole."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pst_ds.errors import InputError
+from pst_ds.nn.checkpoint import CheckpointError, read_checkpoint
+from pst_ds.parallel.optimizer_state import KINDS
+from pst_ds.train import checkpoints
+from pst_ds.train.metrics import METRICS_FILE
+from pst_ds.train.run_folder import CHECKPOINTS, RESULT_FILE
+
+TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes")
+"""What no two runs have alike."""
+_SAVES = ("checkpoint", "checkpoint_failed")
+"""Events of metrics.jsonl."""
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What is not the same in two finished runs, in words. Exports each of them into its folder, once."""
+    try:
+        return [
+            *_differing("result.json", _result(one), _result(other)),
+            *_differing("link", _links(one), _links(other)),
+            *_differing("final checkpoint", _checkpoint_values(one), _checkpoint_values(other)),
+            *_differing("export", _exported(one), _exported(other)),
+            *_differing_lines(metric_lines(one / METRICS_FILE), metric_lines(other / METRICS_FILE)),
+        ]
+    except (InputError, OSError) as error:
+        return [f"{type(error).__name__}: {error}"]
+
+
+def whole_checkpoints(run: Path) -> tuple[list[int], list[str]]:
+    """Steps of the checkpoints whose files are as they were written, the newest first; what is wrong with others."""
+    steps, problems = [], []
+    for folder in checkpoints.step_folders(run / CHECKPOINTS):
+        try:
+            steps.append(read_checkpoint(folder).state.step)
+        except CheckpointError as error:
+            problems.append(str(error))
+    return steps, problems
+
+
+def set_aside(run: Path) -> list[str]:
+    """The checkpoints that a resume found damaged."""
+    return sorted(str(path) for path in (run / CHECKPOINTS).glob(f"*{checkpoints.BROKEN}"))
+
+
+def metric_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file without times; those that tell of a save are written when it ends, so left out."""
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in _lines(path) if line["event"] not in _SAVES]
+
+
+def false_failures(run: Path) -> list[int]:
+    """Steps whose checkpoint a finished run, which nothing but kills befell, says could not be written.
+
+    Where that is true the run goes on from an earlier one, and the line is cut.
+    """
+    return [line["step"] for line in _lines(run / METRICS_FILE) if line["event"] == "checkpoint_failed"]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    """Equality; of tensors in type, shape and every bit, so that NaN is itself and -0.0 is not 0.0."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return bool(one == other)
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+def _differing(what: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    names = sorted(one.keys() | other.keys())
+    return [f"{what}: {n}" for n in names if n not in one or n not in other or not same_bits(one[n], other[n])]
+
+
+def _differing_lines(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[str]:
+    found = [f"{METRICS_FILE}: {a} and {b}" for a, b in zip(one, other, strict=False) if a != b]
+    if len(one) != len(other):
+        found.append(f"{METRICS_FILE}: {len(one)} and {len(other)} lines")
+    return found
+
+
+def _result(run: Path) -> dict[str, Any]:
+    result = json.loads((run / RESULT_FILE).read_text(encoding="utf-8"))
+    return {key: value for key, value in result.items() if key != "seconds"}
+
+
+def _links(run: Path) -> dict[str, str]:
+    names = (checkpoints.LATEST, checkpoints.BEST, checkpoints.FINAL)
+    links = {name: run / CHECKPOINTS / name for name in names}
+    return {name: str(path.readlink()) for name, path in links.items() if path.is_symlink()}
+
+
+def _checkpoint_values(run: Path) -> dict[str, Any]:
+    """Every tensor of the last checkpoint whole, and Adam's counts."""
+    checkpoint = read_checkpoint(checkpoints.find(run / CHECKPOINTS, checkpoints.FINAL))
+    found: dict[str, Any] = {f"mask of {name}": bits for name, bits in checkpoint.masks.items()}
+    for name, shape in checkpoint.contents.trained.items():
+        for kind in KINDS:
+            found[f"{kind} of {name}"] = checkpoint.values(name, kind, 0, torch.Size(shape).numel())
+        found[f"steps of {name}"] = checkpoint.contents.steps[name]
+    return found
+
+
+def _exported(run: Path) -> dict[str, Tensor]:
+    """Every tensor of what ``pst-ds export`` writes."""
+    from safetensors.torch import load_file
+
+    from pst_ds.cli.main import build_parser, quiet_libraries
+
+    folder = run / "export"
+    if not folder.is_dir():
+        quiet_libraries()
+        arguments = build_parser("export").parse_args(["export", str(run), "--out", str(folder)])
+        importlib.import_module("pst_ds.cli.export").run(arguments)
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
