@@ -36,6 +36,7 @@ bench: venv
 	$(BIN)/python tools/bench/mask_update.py --json
 	$(BIN)/python tools/bench/train_step.py --json
 	$(BIN)/python tools/bench/scale.py --json
+	$(BIN)/python tools/bench/checkpoint.py --json
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info

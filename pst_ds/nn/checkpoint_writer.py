@@ -65,8 +65,8 @@ class CheckpointWriter:
 
     :meth:`save` copies this rank's part (its trainable values' 12 bytes each and its mask bits) and returns; a thread
     writes it, hears from the other ranks, and gives the folder its name when all is on disk and was read back. The
-    copy is the only memory it takes, beside as much again while the file is made. Making it, and :meth:`save`, are
-    collective.
+    copy is kept for the next save; while the file is made it takes twice as much again. Making a writer, and
+    :meth:`save`, are collective.
     """
 
     def __init__(self, folder: Path, engine: Engine):

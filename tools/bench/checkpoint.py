@@ -24,14 +24,24 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from contestants import DTYPE, MAX_BUCKET, Contestant, Shape, zero3_engine, zero3_settings
+from contestants import (
+    DTYPE,
+    MAX_BUCKET,
+    Contestant,
+    Shape,
+    _peak_bytes,
+    _reset_peak,
+    _resident_bytes,
+    zero3_engine,
+    zero3_settings,
+)
 from ranks import Ranks
 from timing import conditions, medians, print_json, progress
 from torch import nn
 
 from pst_ds.nn.checkpoint import CheckpointState, read_checkpoint
 from pst_ds.nn.checkpoint_model import weight_scales
-from pst_ds.nn.checkpoint_writer import CheckpointWriter, size_limit
+from pst_ds.nn.checkpoint_writer import CheckpointWriter, Written, size_limit
 from pst_ds.nn.config import PSTConfig
 from pst_ds.nn.inject import inject_pst
 from pst_ds.parallel import ranks, zero3
@@ -39,8 +49,8 @@ from pst_ds.train.mask_update import update_masks
 
 MOST_BLOCKED = 0.05
 """Of a step: what a save may hold training up for."""
-WARMUP_STEPS, WARMUP_SAVES = 3, 1
-"""Not counted: steps until memory has settled, then saves, the first of which makes the buffers."""
+WARMUP_STEPS = 3
+"""Not timed; nor is the first save, which makes the buffers and tells what memory a save takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,27 +79,23 @@ class Saver(Contestant):
         tokens = torch.randint(shape.vocabulary, (shape.batch, shape.sequence), generator=generator)
         self.tokens = tokens.to(zero3.shard_of(next(model.parameters())).values.device)
         self._writer = CheckpointWriter(Path(folder), self.engine)
-        self._saves = 0
+        self._saves, self._written_at = 0, 0.0
         for _ in range(WARMUP_STEPS):
             self.step()
-        self._peak_without_saves = peak_bytes()
+        _reset_peak()
+        before = _resident_bytes()
+        self._save()
+        self._written()
+        self._save_memory = _peak_bytes() - before
 
     def round(self) -> dict[str, float]:
         """Seconds of a step alone, of a save, and of the step while it is written; with its bytes. Collective."""
         alone = self.step()
-        self._saves += 1
         began = time.perf_counter()
-        ends = [began]  # of rank 0 alone
-
-        def when_written() -> None:
-            ends.append(time.perf_counter())
-
-        self._writer.save(f"step-{self._saves:08d}", self._state(), when_written=when_written)
+        self._save()
         outside = time.perf_counter() - began
         beside = self.step()
-        written = self._writer.wait()
-        if written is None or written.error:
-            raise OSError(f"the checkpoint was not written: {written and written.error}")
+        written = self._written()
         return {
             "step": alone["step"],
             "step_while_writing": beside["step"],
@@ -97,7 +103,7 @@ class Saver(Contestant):
             "cpu_step_while_writing": beside["cpu_step"],
             "blocked": written.blocked_seconds,
             "blocked_outside": outside,
-            "until_written": ends[-1] - began,
+            "until_written": max(0.0, self._written_at - began),  # known to rank 0 alone
             "bytes": written.bytes,
         }
 
@@ -106,8 +112,21 @@ class Saver(Contestant):
         return {
             "trainables": self.trainables,
             "limit": size_limit(self.engine.module),
-            "peak_memory_added": peak_bytes() - self._peak_without_saves,
+            "save_memory": self._save_memory,
         }
+
+    def _save(self) -> None:
+        self._saves += 1
+        self._writer.save(f"step-{self._saves:08d}", self._state(), when_written=self._note_written)
+
+    def _note_written(self) -> None:
+        self._written_at = time.perf_counter()
+
+    def _written(self) -> Written:
+        written = self._writer.wait()
+        if written is None or written.error:
+            raise OSError(f"the checkpoint was not written: {written and written.error}")
+        return written
 
     def _state(self) -> CheckpointState:
         return CheckpointState(
@@ -150,13 +169,6 @@ def build_model(shape: SmolShape) -> nn.Module:
     return inject_pst(model, PSTConfig(score_rank=shape.rank, update_rank=shape.rank))
 
 
-def peak_bytes() -> int:
-    """The most that this process has held."""
-    from pst_ds.train.metrics import peak_memory_bytes
-
-    return peak_memory_bytes("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def main() -> None:
     arguments = _parser().parse_args()
     shape = SmolShape(**{field.name: getattr(arguments, field.name) for field in fields(SmolShape)})
@@ -172,11 +184,10 @@ def measure(shape: SmolShape, num_ranks: int, saves: int, folder: Path) -> dict[
     """Medians of ``saves`` rounds, and what the last checkpoint takes on disk and to read."""
     rounds = []
     with Ranks(num_ranks, Saver, shape, str(folder)) as team:
-        for turn in range(WARMUP_SAVES + saves):
+        for turn in range(saves):
             found = _slowest(team.call("round"))
             progress(f"save {turn}: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
-            if turn >= WARMUP_SAVES:
-                rounds.append(found)
+            rounds.append(found)
             for older in sorted(folder.glob("step-*"))[:-1]:
                 shutil.rmtree(older)
         sizes = _slowest(team.call("sizes"))
@@ -232,8 +243,8 @@ def _print(report: dict[str, Any]) -> None:
         f"{report['blocked_ratio']:.2%} of a step; written after {seconds['until_written']:.2f} s"
     )
     print(
-        f"{sizes['checkpoint'] / 1e6:.2f} MB ({sizes['limit'] / 1e6:.2f} MB is the most), peak memory "
-        f"+{sizes['peak_memory_added'] / 1e6:.0f} MB a rank; verified in "
+        f"{sizes['checkpoint'] / 1e6:.2f} MB ({sizes['limit'] / 1e6:.2f} MB is the most); a save takes "
+        f"{sizes['save_memory'] / 1e6:.0f} MB of memory a rank; verified in "
         f"{seconds['read_checkpoint']:.2f} s, all of it read in {seconds['read_all_values']:.2f} s"
     )
 
