@@ -43,7 +43,9 @@ def print_plan(plan: dict[str, Any]) -> None:
         f"{plan['sequence']} tokens{checkpointed}"
     )
     _print_memory(plan["memory_bytes_per_rank"])
-    print(f"a checkpoint: at most {_bytes(plan['checkpoint_bytes'])}, and three times a rank's share of it in host memory")
+    print(
+        f"a checkpoint: at most {_bytes(plan['checkpoint_bytes'])}, and three times a rank's share of it in host memory"
+    )
     examples = "" if plan["num_examples"] is None else f" over {plan['num_examples']:,} {plan['unit']}"
     print(f"{plan['num_steps']} steps{examples}")
     schedule = plan["schedule"]
