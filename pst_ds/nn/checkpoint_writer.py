@@ -134,18 +134,19 @@ class CheckpointWriter:
 
     def _run(self, name: str, state: CheckpointState, pieces: list[Piece], steps: dict[str, int], done: Any) -> None:
         partial = self._folder / (name + PARTIAL)
+        problem, size, is_there = "", 0, False
         try:
             reports = self._group.all_gather(self._write_shard(partial, pieces, steps))
             problem = _first_problem([report.error for report in reports])
-            size = 0
             if rank() == 0:
                 if not problem:
                     problem, size = self._finish(partial, name, state, reports, done)
                 if problem:
                     shutil.rmtree(partial, ignore_errors=True)
+                is_there = not problem
             problem, size = self._group.all_gather((problem, size))[0]
         except Exception as error:  # of the exchange: another rank is gone, and this one will hear of it in training
-            problem, size = _in_words(error), 0
+            problem = "" if is_there else _in_words(error)
         self._outcome = Written(name, size, self._blocked, problem)
 
     def _write_shard(self, partial: Path, pieces: list[Piece], steps: dict[str, int]) -> _Report:

@@ -19,7 +19,7 @@ from pst_ds.errors import InputError
 from pst_ds.nn import checkpoint_writer
 from pst_ds.nn.checkpoint import read_checkpoint
 from pst_ds.parallel.launch import LaunchEnvironment
-from pst_ds.parallel.ranks import rank, world_size
+from pst_ds.parallel.ranks import BackgroundGroup, rank, world_size
 from pst_ds.train import checkpoints
 from pst_ds.train import run as run_module
 from pst_ds.train.keeper import CheckpointWriteError
@@ -283,3 +283,20 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, number):
     (line,) = [n for n in (tmp_path / "0.err").read_text().splitlines() if "StoppedError" in n]
     assert f"stopped by {number.name} after step {saved.state.step} of 100000, saved in" in line
     assert "StoppedError" not in (tmp_path / "1.err").read_text()
+
+
+def test_a_checkpoint_that_is_there_is_not_said_to_have_failed(tmp_path, monkeypatch, capsys):
+    """Another rank that is killed right after rank 0 gave the last checkpoint its name."""
+    all_gather = BackgroundGroup.all_gather
+
+    def cut_off(group, value):
+        if isinstance(value, tuple):  # the last exchange of a save
+            raise RuntimeError("Connection closed by peer")
+        return all_gather(group, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BackgroundGroup, "all_gather", cut_off)
+        assert _train(tmp_path / "run")["steps"] == 20
+    assert "could not be written" not in capsys.readouterr().err
+    assert [n["step"] for n in _events(tmp_path / "run", "checkpoint")] == [4, 8, 12, 16, 20]
+    assert _events(tmp_path / "run", "checkpoint_failed") == []
