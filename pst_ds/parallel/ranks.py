@@ -66,7 +66,7 @@ def together(action: Callable[[], T]) -> T:
         own = None if problem is None else (f"{type(problem).__name__}: {problem}", socket.gethostname())
         problems = all_gather_objects(own)
         found = [(i, *entry) for i, entry in enumerate(problems) if entry is not None]
-        if found and (len(found) < len(problems) or problem is None):
+        if 0 < len(found) < len(problems):
             first, text, host = found[0]
             raise InputError(f"rank {first} on {host}: {text}") from problem
     if problem is not None:

@@ -80,8 +80,10 @@ class Keeper:
         """Wait for the last save; returns the last metrics. Raises CheckpointWriteError when it failed."""
         beat("the last checkpoint")
         written = self._writer.wait()
-        self._report(written)
-        if written is not None and written.error:
+        if written is None or not written.error:
+            self._report(written)
+        else:
+            self._write_failure(written)
             raise CheckpointWriteError(
                 f"{self._folder / written.name} could not be written: {written.error}. The run goes on from "
                 f"{self.newest()} with --resume, once there is room"
@@ -154,9 +156,8 @@ class Keeper:
     def _report(self, written: Written | None) -> None:
         if written is None:
             return
-        step = int(written.name.rpartition("-")[2])
         if written.error:
-            self.loop.metrics.write(step, {"event": "checkpoint_failed", "error": written.error})
+            self._write_failure(written)
             if is_main():
                 print(
                     f"WARNING: {self._folder / written.name} could not be written: {written.error}. The run goes on; "
@@ -166,6 +167,13 @@ class Keeper:
                 )
             return
         about = {"bytes": written.bytes, "blocked_seconds": round(written.blocked_seconds, 4)}
-        self.loop.metrics.write(step, {"event": "checkpoint", **about})
+        self.loop.metrics.write(_step_of(written), {"event": "checkpoint", **about})
         limit = f"{self._size_limit / 1e6:.2f} MB is the most"
         self.loop.metrics.say(f"saved {self._folder / written.name}: {written.bytes / 1e6:.2f} MB ({limit})")
+
+    def _write_failure(self, written: Written) -> None:
+        self.loop.metrics.write(_step_of(written), {"event": "checkpoint_failed", "error": written.error})
+
+
+def _step_of(written: Written) -> int:
+    return int(written.name.rpartition("-")[2])

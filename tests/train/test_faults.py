@@ -134,12 +134,14 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, c
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path, monkeypatch, capsys):
     whole = _train(tmp_path / "whole")
     with monkeypatch.context() as patch:
         _full_disk(patch, after=(4,))
         with pytest.raises(CheckpointWriteError, match=r"step-00000020 could not be written: .* The run goes on from"):
             _train(tmp_path / "run")
+    assert "WARNING" not in capsys.readouterr().err  # the error says it
+    assert [n["step"] for n in _events(tmp_path / "run", "checkpoint_failed")] == [20]
     assert not (tmp_path / "run" / "result.json").exists()
     assert {**_train(tmp_path / "run", resume=True), "seconds": 0} == {**whole, "seconds": 0}
 
