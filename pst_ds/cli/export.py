@@ -1,36 +1,96 @@
-"""``pst-ds export RUN --out DIR``"""
+"""``pst-ds export SRC --format FORMAT --out DIR``: a run or any model folder as a folder of dense or packed weights."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pst_ds.cli.main import add_run_arguments, load_run_or_folder
+from pst_ds.cli.main import load_run_or_folder
+from pst_ds.errors import InputError
+
+FORMATS = ("dense", "bitmask", "2:4", "csr")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run_arguments(parser, "run folder, or its run file")
+    parser.add_argument("run", metavar="SRC", help="run folder, its run file, or a model folder with zeros in it")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of a run")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--format", choices=("dense",), default="dense", help="dense: zeros in a plain model folder")
-    parser.add_argument("--checkpoint", default="best", help='"best" (default), "final", or another in checkpoints/')
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="cast every tensor; default: the base model's")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="dense",
+        help="dense (default): zeros in a plain model folder; the others are smaller, and load after import pst_ds.hf",
+    )
+    parser.add_argument("--checkpoint", help='of a run: "best" (default), "final", or another in checkpoints/')
+    add_writing_arguments(parser)
+
+
+def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of everything that writes a model folder."""
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="cast every tensor; default: as they are")
+    parser.add_argument("--processes", type=_count, default=1, metavar="N", help="processes to write with (default: 1)")
+    parser.add_argument(
+        "--shard-bytes", type=_count, default=5 << 30, metavar="B", help="most bytes of a weight file (default: 5 GiB)"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    written = _written(args)
+    for name in written["stay_dense"][:4]:
+        print(f"{name} stays dense: {args.format} cannot hold it, or would make it larger")
+    if len(written["stay_dense"]) > 4:
+        print(f"and {len(written['stay_dense']) - 4} more stay dense")
+    asked = written["sparsity_asked"]
+    share = written["file_bytes"] / max(written["dense_bf16_bytes"], 1)
+    print(
+        f"wrote {args.out}: {written['pruned_tensors']} pruned tensors of {written['tensors']}, sparsity "
+        f"{written['sparsity_counted']:.6f} counted, {'an unknown one' if asked is None else asked} asked; "
+        f"{written['packed_tensors']} packed, {written['file_bytes']:,} bytes, {share:.3f} of dense bf16"
+    )
+    return written
+
+
+def _written(args: argparse.Namespace) -> dict[str, Any]:
+    source = Path(args.run)
+    how = {
+        "packing": args.format,
+        "dtype": args.dtype,
+        "shard_bytes": args.shard_bytes,
+        "processes": args.processes,
+    }
+    is_model = source.is_dir() and not (source / "run.toml").is_file() and (source / "config.json").exists()
+    if not is_model:
+        return _write_run(args, how)
+    if args.set or args.checkpoint:
+        raise InputError(f"{source} is a model folder, which has no settings and no checkpoints: leave out --set and "
+                         "--checkpoint")  # fmt: skip
+    from pst_ds.export.export import export_folder
+
+    return export_folder(source, Path(args.out), **how)
+
+
+def _write_run(args: argparse.Namespace, how: dict[str, Any]) -> dict[str, Any]:
     config = load_run_or_folder(args)
-    from pst_ds.export.dense import export_dense
+    import tomllib
+
+    from pst_ds.export.export import export_run
     from pst_ds.train.model import load_tokenizer, meta_model
+    from pst_ds.train.run_file import dump_run
     from pst_ds.train.run_folder import open_checkpoint
 
-    checkpoint = open_checkpoint(config, args.checkpoint)
+    checkpoint = open_checkpoint(config, args.checkpoint or "best")
     tokenizer = load_tokenizer(config)
     without_override = replace(config, model=replace(config.model, dropout=None))
     model = meta_model(without_override, checkpoint.state.labels, tokenizer)
-    written = export_dense(model, checkpoint, tokenizer, Path(args.out), dtype=args.dtype)
-    print(
-        f"wrote {args.out}: {written['pruned_tensors']} pruned tensors of {written['tensors']}, sparsity "
-        f"{written['sparsity_counted']:.6f} counted, {written['sparsity_asked']} asked"
-    )
+    table = json.loads(json.dumps(tomllib.loads(dump_run(config))))
+    written = export_run(model, checkpoint, tokenizer, Path(args.out), run=table, **how)
     return {**written, "checkpoint": str(checkpoint.folder)}
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)

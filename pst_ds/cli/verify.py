@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pst_ds.cli.main import load_run_or_folder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from pst_ds.train.run import Prepared
+
+ROUNDINGS = 2.0
+"""Of the two computations of one logit that are compared, one each."""
 
 
 class VerificationError(RuntimeError):
@@ -23,36 +33,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from pst_ds.export.manifest import check_export
+    from pst_ds.export.check import check_export, check_model
 
-    counts = check_export(Path(args.export))
+    folder = Path(args.export)
+    counts = check_export(folder)
+    check_model(folder)
+    packed = f"{counts['packed_tensors']} packed as {counts['kind']}, " if counts["packed_tensors"] else ""
+    asked = counts["sparsity_asked"]
     print(
-        f"{args.export}: {counts['tensors']} tensors as in the manifest, sparsity {counts['sparsity_counted']:.6f} "
-        f"counted in the file, {counts['sparsity_asked']} asked"
+        f"{args.export}: {counts['tensors']} tensors as in the manifest, {packed}sparsity "
+        f"{counts['sparsity_counted']:.6f} counted in the file, {'an unknown one' if asked is None else asked} asked"
     )
     if args.run is None:
         return {**counts, "export_dir": args.export}
-    compared = _compare(args)
+    compared = _compare(args, packed=bool(packed))
     print(
-        f"reloaded with plain transformers against the masked model on {compared['examples']} {compared['unit']} of "
-        f"{args.split}: {compared['differing_weights']} of {compared['compared_weights']} weight tensors differ, "
-        f"{compared['differing_predictions']} predictions differ, largest logit difference "
-        f"{compared['max_logit_difference']:.3g}"
+        f"reloaded with {'pst_ds.hf, made dense,' if packed else 'plain transformers'} against the masked model on "
+        f"{compared['examples']} {compared['unit']} of {args.split}: {compared['differing_weights']} of "
+        f"{compared['compared_weights']} weight tensors differ, {compared['differing_predictions']} predictions "
+        f"differ, largest logit difference {compared['max_logit_difference']:.3g}"
     )
-    if compared["differing_predictions"] or compared["differing_weights"]:
-        raise VerificationError(f"{args.export} is not the model in {args.run}, checkpoint {args.checkpoint}")
+    kept = compared.get("kept_sparse")
+    if kept:
+        print(
+            f"kept sparse: {kept['differing_weights']} of {kept['layers']} layers differ, "
+            f"{kept['differing_predictions']} predictions differ, largest logit difference "
+            f"{kept['max_logit_difference']:.3g}, allowed {kept['allowed_logit_difference']:.3g} ({kept['rule']})"
+        )
+    _require_equal(args, compared, kept)
     return {**counts, **compared, "reloaded_equal": True, "export_dir": args.export}
 
 
-def _compare(args: argparse.Namespace) -> dict[str, Any]:
+def _require_equal(args: argparse.Namespace, compared: dict[str, Any], kept: dict[str, Any] | None) -> None:
+    what = f"{args.export} is not the model in {args.run}, checkpoint {args.checkpoint}"
+    if compared["differing_predictions"] or compared["differing_weights"]:
+        raise VerificationError(what)
+    if kept and kept["differing_weights"]:
+        raise VerificationError(f"{what}: kept sparse, its weights differ")
+    # a NaN is not within
+    if kept and not kept["max_logit_difference"] <= kept["allowed_logit_difference"]:
+        raise VerificationError(f"{what}: kept sparse, its logits differ by more than rounding explains")
+
+
+def _compare(args: argparse.Namespace, *, packed: bool) -> dict[str, Any]:
     """The masked training model and the export, rebuilt side by side, on the same batches."""
     config = load_run_or_folder(args)
     import torch
 
     from pst_ds.nn.embedding import pst_embeddings
     from pst_ds.nn.inject import pst_layers
-    from pst_ds.train.evaluate import compare
-    from pst_ds.train.model import DTYPES, attention_options
     from pst_ds.train.run import masked_model, prepare_single
     from pst_ds.train.run_folder import open_checkpoint
 
@@ -62,19 +91,14 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
     if args.limit:
         examples = examples.first(args.limit)
     masked = masked_model(prepared, checkpoint)
-    plain = prepared.task.model_class().from_pretrained(
-        args.export, dtype=DTYPES[config.train.precision], **attention_options(config)
-    )
-    plain = plain.to(prepared.device).eval()
+    plain = _loaded(prepared, args.export, "dense" if packed else "")
     merged: dict[str, Any] = {f"{n}.weight": layer.masked_weight() for n, layer in pst_layers(masked).items()}
     merged |= {f"{n}.weight": embedding.updated_weight() for n, embedding in pst_embeddings(masked).items()}
     merged = merged or dict(masked.named_parameters())  # method "dense" changes no module
     loaded = dict(plain.named_parameters())
     differing = [n for n, weight in merged.items() if not torch.equal(weight, loaded[n])]
-    differences, metrics = compare(
-        masked, plain, prepared.task, examples, prepared.tokenizer, config.eval_batch_size, prepared.device
-    )
-    return {
+    differences, metrics = _on_examples(prepared, examples, masked, plain)
+    compared = {
         "examples": len(examples),
         "unit": prepared.task.unit,
         "compared_weights": len(merged),
@@ -82,3 +106,86 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
         **differences,
         "metrics": metrics,
     }
+    if packed:
+        compared["kept_sparse"] = _compare_sparse(prepared, examples, masked, plain, args.export)
+    return compared
+
+
+def _compare_sparse(
+    prepared: Prepared, examples: Any, masked: nn.Module, plain: nn.Module, folder: str
+) -> dict[str, Any]:
+    """The export with its weights kept packed: its weights to the bit, its logits up to rounding."""
+    import torch
+
+    from pst_ds.nn.blocks import is_conv1d
+    from pst_ds.runtime import sparse_layers
+
+    sparse = _loaded(prepared, folder, "sparse")
+    layers, differing = sparse_layers(sparse), 0
+    for name, layer in layers.items():
+        module: Any = plain.get_submodule(name)
+        weight = module.weight.t() if is_conv1d(module) else module.weight
+        differing += not torch.equal(layer.dense_weight().to(weight.device), weight)
+    largest = _LargestLogit(masked)
+    differences, _ = _on_examples(prepared, examples, largest, sparse)
+    dtype = next(plain.parameters()).dtype
+    allowed, rule = allowed_difference(dtype, len(layers), max((n.in_features for n in layers.values()), default=1))
+    return {
+        "layers": len(layers),
+        "differing_weights": differing,
+        **differences,
+        "allowed_logit_difference": allowed * largest.value,
+        "rule": rule,
+    }
+
+
+def allowed_difference(dtype: torch.dtype, num_layers: int, inputs: int) -> tuple[float, str]:
+    """(how far two computations of the same logits may be apart, as a share of the largest logit; how it comes about).
+
+    Each layer rounds its outputs by at most one unit, u = eps / 2, and errors that know nothing of each other add up
+    like the square root of their number; there are two computations: 2 u sqrt(layers). An fp32 product is summed in
+    another order besides, which is one more rounding for each of its ``inputs``: times their square root. Products of
+    bf16 and fp16 are summed in fp32, whose rounding is small beside theirs.
+    """
+    import torch
+
+    unit = torch.finfo(dtype).eps / 2
+    share = ROUNDINGS * unit * math.sqrt(max(num_layers, 1))
+    rule = f"{ROUNDINGS:g} x {unit:.3g} x sqrt({num_layers} layers)"
+    if dtype in (torch.float32, torch.float64):
+        share, rule = share * math.sqrt(inputs), f"{rule} x sqrt({inputs} inputs)"
+    return share, f"{rule} x the largest logit"
+
+
+class _LargestLogit:
+    """A model that remembers its largest logit."""
+
+    def __init__(self, model: nn.Module):
+        self._model, self.value = model, 0.0
+
+    def __call__(self, **inputs: Any) -> Any:
+        result = self._model(**inputs)
+        self.value = max(self.value, float(result.logits.abs().max()))
+        return result
+
+
+def _loaded(prepared: Prepared, folder: str, load_as: Literal["", "dense", "sparse"]) -> Any:
+    """The export by transformers; ``load_as``: "" for a dense folder, else what to do with packed weights."""
+    from pst_ds.train.model import DTYPES, attention_options
+
+    options: dict[str, Any] = attention_options(prepared.run)
+    if load_as:
+        from pst_ds.hf import PackedWeightsConfig
+
+        options["quantization_config"] = PackedWeightsConfig(load_as=load_as)
+    dtype = DTYPES[prepared.run.train.precision]
+    model = prepared.task.model_class().from_pretrained(folder, dtype=dtype, **options)
+    return model.to(prepared.device).eval()
+
+
+def _on_examples(prepared: Prepared, examples: Any, one: Any, other: Any) -> tuple[dict[str, Any], dict[str, float]]:
+    """How far the logits of two models differ, and the metrics of the other."""
+    from pst_ds.train.evaluate import compare
+
+    batch_size = prepared.run.eval_batch_size
+    return compare(one, other, prepared.task, examples, prepared.tokenizer, batch_size, prepared.device)

@@ -61,6 +61,18 @@ def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants, out:
     return torch.addmm(weight, tile.update_left, tile.update_right, alpha=constants.beta, out=out)
 
 
+def merged_weight(weight: Tensor, layout: WeightLayout, factors: Factors, constants: Constants) -> Tensor:
+    """W0 + beta U V of a whole layer, in storage shape and in the dtype of ``weight``: a new, contiguous tensor.
+
+    The products are made matrix by matrix, as :func:`masked_weight` makes them: where its mask keeps, the bits agree.
+    """
+    merged = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for b in layout.blocks():
+        rows, cols = slice(b.rect.r0, b.rect.r1), slice(b.rect.c0, b.rect.c1)
+        updated_weight(weight[rows, cols], tile_factors(factors, layout, b, b.rect), constants, merged[rows, cols])
+    return merged
+
+
 def masked_weight(
     weight: Tensor, bits: Tensor, num_shards: int, layout: WeightLayout, factors: Factors, constants: Constants
 ) -> Tensor:
@@ -70,10 +82,7 @@ def masked_weight(
     The one tensor of the weight's size is the result; the mask is unpacked a band of rows at a time.
     ``bits``: the layer's whole mask, (num_shards * ceil(shard / 8),) uint8 as in :mod:`pst_ds.core.bits`.
     """
-    merged = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for b in layout.blocks():
-        rows, cols = slice(b.rect.r0, b.rect.r1), slice(b.rect.c0, b.rect.c1)
-        updated_weight(weight[rows, cols], tile_factors(factors, layout, b, b.rect), constants, merged[rows, cols])
+    merged = merged_weight(weight, layout, factors, constants)
     height, width = layout.shape
     for band in row_tiles(Rect(0, height, 0, width), mask_band_elements(weight.device.type)):
         mask = unpack_range(bits, layout.numel, num_shards, band.r0 * width, band.r1 * width)

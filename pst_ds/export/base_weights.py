@@ -1,4 +1,4 @@
-"""The tensors of a pretrained model's files, one at a time, under the names the model gives them."""
+"""The tensors of a model folder's files, one at a time, under the names the model gives them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.errors import InputError
+from pst_ds.export.tensor_files import TensorFile
 
 _OLD_ENDINGS = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
 
@@ -18,11 +19,20 @@ _OLD_ENDINGS = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", "
 class BaseWeights:
     """Reads single tensors of a model folder (safetensors, or PyTorch files) without loading the rest."""
 
-    def __init__(self, path: str | Path, base_model_prefix: str):
-        self._folder = _local_folder(path)
+    def __init__(self, path: str | Path, base_model_prefix: str, index: str = ""):
+        """``index``: the weight file, or the index of several, if it is not one that transformers looks for.
+
+        Raises InputError.
+        """
+        self.folder = _local_folder(path)
         self._prefix = base_model_prefix + "." if base_model_prefix else ""
-        self._file_of = _index(self._folder)
+        self._file_of = _index(self.folder, index)
         self._open: dict[str, Any] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The files' own names, in the order of the files."""
+        return list(self._file_of)
 
     def find(self, name: str) -> str | None:
         """The file's name for the model's tensor ``name``: with or without the base model's prefix; None if absent."""
@@ -35,17 +45,32 @@ class BaseWeights:
                         return spelled
         return None
 
+    def size(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """dtype and shape of the tensor under the file's own ``name``; its values are not read."""
+        file = self._file(name)
+        found = file.slots[name] if isinstance(file, TensorFile) else file[name]
+        return found.dtype, tuple(found.shape)
+
     def read(self, name: str) -> Tensor:
-        """The tensor under the file's own ``name``."""
+        """The tensor under the file's own ``name``; of a safetensors file in memory of its own."""
+        file = self._file(name)
+        return file.read(name) if isinstance(file, TensorFile) else file[name]
+
+    def _file(self, name: str) -> Any:
         file = self._file_of[name]
         if file not in self._open:
-            self._open[file] = _open_file(self._folder / file)
-        return self._open[file](name)
+            opened = _opened(self.folder / file)
+            there = opened.slots if isinstance(opened, TensorFile) else opened
+            missing = {n for n, at in self._file_of.items() if at == file} - set(there)
+            if missing:
+                raise InputError(f"{self.folder / file} lacks {min(missing)}, which the index says is in it")
+            self._open[file] = opened
+        return self._open[file]
 
     def copy_if_there(self, name: str, folder: Path) -> None:
         """Copy a file of the model's that is no weight file into ``folder``."""
-        if (self._folder / name).is_file():
-            shutil.copyfile(self._folder / name, folder / name)
+        if (self.folder / name).is_file():
+            shutil.copyfile(self.folder / name, folder / name)
 
 
 def saved_tensors(model: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -71,30 +96,43 @@ def _local_folder(path: str | Path) -> Path:
         raise InputError(f"base model {str(path)!r} is neither a folder nor in the hub's cache") from error
 
 
-def _index(folder: Path) -> dict[str, str]:
+def _index(folder: Path, named: str) -> dict[str, str]:
     """File of each tensor."""
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+    indices = [named] if named.endswith(".json") else []
+    whole = [named] if named and not indices else []
+    if not named:
+        indices = ["model.safetensors.index.json", "pytorch_model.bin.index.json"]
+        whole = ["model.safetensors", "pytorch_model.bin"]
+    for index in indices:
         if (folder / index).is_file():
-            return json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
-    for name in ("model.safetensors", "pytorch_model.bin"):
+            return _weight_map(folder / index)
+    for name in whole:
         if (folder / name).is_file():
             return dict.fromkeys(_names(folder / name), name)
-    raise InputError(f"{folder.absolute()} has no model.safetensors or pytorch_model.bin")
+    raise InputError(f"{folder.absolute()} has no {named or 'model.safetensors or pytorch_model.bin'}")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = set(table.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{index} is damaged: {error!r}") from None
+    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if strange:
+        raise InputError(f"{index} names {strange[0]!r}, which is no file in its own folder")
+    return table
 
 
 def _names(path: Path) -> list[str]:
+    opened = _opened(path)
+    return list(opened.slots if isinstance(opened, TensorFile) else opened)
+
+
+def _opened(path: Path) -> Any:
+    """A TensorFile, or the tensors of a PyTorch file by name, mapped from it."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing")
     if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as file:
-            return list(file.keys())
-    return list(torch.load(path, mmap=True, weights_only=True, map_location="cpu"))
-
-
-def _open_file(path: Path) -> Any:
-    """A function from a tensor's name to the tensor."""
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        return safe_open(path, "pt").get_tensor
-    return torch.load(path, mmap=True, weights_only=True, map_location="cpu").__getitem__
+        return TensorFile(path)
+    return torch.load(path, mmap=True, weights_only=True, map_location="cpu")

@@ -1,21 +1,33 @@
-"""What an export holds, tensor by tensor, and the check that a folder still holds it."""
+"""``pst_manifest.json``: what an export holds, tensor by tensor and file by file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import math
+import re
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
+from pst_ds.core.formats import FORMATS
 from pst_ds.errors import InputError
+from pst_ds.export.tensor_files import DTYPE_OF_CODE, tensor_bytes, unique_json
 
 MANIFEST_FILE = "pst_manifest.json"
-INDEX_FILE = "model.safetensors.index.json"
-FORMAT = 1
+FORMAT = 2
+DENSE = "dense"
+FORMAT_FILES = {DENSE: "model", "bitmask": "pst_bitmask", "2:4": "pst_2of4", "csr": "pst_csr"}
+"""How the names of an export's weight files begin. Plain transformers looks for model.safetensors alone."""
+QUANT_METHOD, FORMAT_VERSION = "pst_ds", 1
+ORIGINS = ("base", "trained", "pruned", "model")
+MOST_BYTES = 1 << 30
+"""Of a manifest or an index."""
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_WEIGHT_FILE = re.compile(rf"(?:{'|'.join(FORMAT_FILES.values())})(?:-\d{{5}}-of-\d{{5}})?\.safetensors")
 
 
 class ExportError(InputError):
@@ -23,136 +35,179 @@ class ExportError(InputError):
 
 
 @dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One tensor of an export."""
+class PartEntry:
+    """One tensor of a file."""
 
     name: str
+    """In the file."""
     file: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of the model."""
+
+    name: str
     shape: list[int]
+    """As the model has it."""
     dtype: str
+    """As safetensors spells it: "BF16"."""
     origin: str
     """"base": the pretrained bytes; "trained": from the checkpoint, or W0 + beta U V of an embedding; "pruned":
-    M . (W0 + beta U V)."""
+    M . (W0 + beta U V); "model": from a model folder."""
     nonzero: int
     pattern: str
-    """"dense", or what the zeros were found to be: "2:4" along the inputs, or "unstructured"."""
+    """What the zeros of a linear layer's weight were found to be; "dense" for other tensors."""
     pruned_per_matrix: list[int]
     """Of a pruned tensor: zeros in the mask of each of its matrices."""
     matrix_axis: int
     """Storage axis along which the matrices of a fused tensor lie."""
-    sha256: str
+    packing: str
+    """The format that it is packed in, or "dense"."""
+    transposed: bool
+    """Whether the model has it as (I, O), and a packed part as (O, I)."""
+    parts: list[PartEntry]
 
     def __post_init__(self) -> None:
-        if (self.origin == "pruned") != bool(self.pruned_per_matrix):
-            raise TypeError(f"{self.name} is {self.origin} with pruned_per_matrix {self.pruned_per_matrix}")
+        """Raises ValueError for what cannot be."""
+        for name, hint in get_type_hints(TensorEntry).items():
+            if type(getattr(self, name)) is not (get_origin(hint) or hint):
+                raise ValueError(f"{name} of {str(self.name)[:80]} is {str(getattr(self, name))[:80]!r}")
+        _require(bool(self.pruned_per_matrix) <= (self.origin == "pruned"), self.name, "pruned_per_matrix")
+        _require(self.origin in ORIGINS, self.name, "origin")
+        _require(self.origin != "pruned" or bool(self.pruned_per_matrix), self.name, "pruned_per_matrix")
+        _require(all(type(n) is int and 0 <= n < 1 << 48 for n in (*self.shape, self.nonzero)), self.name, "shape")
+        _require(all(type(n) is int and n >= 0 for n in self.pruned_per_matrix), self.name, "pruned_per_matrix")
+        _require(self.matrix_axis in (0, 1), self.name, "matrix_axis")
+        _require(self.dtype in DTYPE_OF_CODE, self.name, "dtype")
+        _require(self.packing == DENSE or self.packing in FORMATS, self.name, "packing")
+        wanted = len(FORMATS[self.packing].part_names) if self.packing != DENSE else 1
+        _require(len(self.parts) == wanted, self.name, "parts")
+        if self.packing != DENSE or self.pruned_per_matrix or self.transposed:
+            _require(len(self.shape) == 2, self.name, "shape")
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(O, I) of a matrix."""
+        rows, columns = self.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def part_names(self) -> list[str]:
+        """What its parts must be named, in their order."""
+        if self.packing == DENSE:
+            return [self.name]
+        module = self.name.removesuffix(".weight")
+        return [f"{module}.{part}" for part in FORMATS[self.packing].part_names]
+
+
+def _require(holds: bool, name: str, what: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} has {what} that cannot be")
 
 
 def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 of the values as stored."""
-    return hashlib.sha256(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(tensor_bytes(tensor.detach().cpu().contiguous())).hexdigest()
 
 
-def found_pattern(weight: Tensor, *, input_axis: int) -> str:
-    """ "2:4" when every 4 consecutive inputs have at most 2 non-zeros, "dense" without zeros, else "unstructured"."""
-    nonzero = weight != 0
-    if bool(nonzero.all()):
-        return "dense"
-    along = nonzero if input_axis == 1 else nonzero.t()
-    if along.shape[1] % 4 == 0 and int(along.reshape(-1, 4).sum(1).max()) <= 2:
-        return "2:4"
-    return "unstructured"
+def count_nonzero(tensor: Tensor) -> int:
+    """Values that are not zero; of dtypes that torch does not count in, those with a bit set."""
+    try:
+        return int(torch.count_nonzero(tensor))
+    except (RuntimeError, NotImplementedError):
+        as_int = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        return int(torch.count_nonzero(tensor.view(as_int)))
 
 
 def write_manifest(folder: Path, entries: list[TensorEntry], about: dict[str, Any]) -> None:
     table = {"format": FORMAT, **about, "tensors": [asdict(entry) for entry in entries]}
-    (folder / MANIFEST_FILE).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(sealed(table), indent=1, ensure_ascii=False)
+    (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def sealed(table: dict[str, Any]) -> dict[str, Any]:
+    """``table`` with the SHA-256 of all its other values as its last one."""
+    rest = {key: value for key, value in table.items() if key != "sha256"}
+    return {**rest, "sha256": _digest(rest)}
+
+
+def _digest(table: dict[str, Any]) -> str:
+    text = json.dumps(table, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> tuple[list[TensorEntry], dict[str, Any]]:
     """(entries, everything else) of an export. Raises ExportError when it is missing or not a manifest."""
     path = folder / MANIFEST_FILE
+    table = read_table(path, f"{folder.absolute()} is not an export: {MANIFEST_FILE} is missing")
+    if table.get("format") != FORMAT:
+        raise ExportError(
+            f"{path} has format {str(table.get('format'))[:40]}, and this version reads {FORMAT}; export the run again"
+        )
+    if table.get("sha256") != sealed(table)["sha256"]:
+        raise ExportError(f"{path} is damaged: it was changed after it was written, its own SHA-256 says")
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        if table.pop("format") != FORMAT:
-            raise ExportError(f"{path} has a format that this version does not read")
-        if "sparsity_asked" not in table:
-            raise KeyError("sparsity_asked")
-        return [TensorEntry(**entry) for entry in table.pop("tensors")], table
-    except FileNotFoundError:
-        raise ExportError(f"{folder.absolute()} is not an export: {MANIFEST_FILE} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        return _entries(table.pop("tensors")), _about(table)
+    except (KeyError, TypeError, ValueError) as error:
         raise ExportError(f"{path} is damaged: {error!r}") from None
 
 
-def check_export(folder: Path) -> dict[str, Any]:
-    """Read every tensor and hold it against the manifest. Returns counts; raises ExportError naming the tensor.
-
-    Checked: the set of tensors, shape, dtype, hash, non-zeros, that zeros are +0.0, and that every matrix has at least
-    the zeros of its mask.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    entries, about = read_manifest(folder)
-    names_in_files: dict[str, set[str]] = {}
-    zeros = weights = 0
-    for entry in entries:
-        path = folder / entry.file
-        try:
-            with safe_open(path, "pt") as file:
-                names_in_files.setdefault(entry.file, set(file.keys()))
-                tensor = file.get_tensor(entry.name)
-        except FileNotFoundError:
-            raise ExportError(f"{path} is missing") from None
-        except SafetensorError as error:
-            raise ExportError(f"{path} is damaged at {entry.name}: {error}") from None
-        _check_tensor(entry, tensor, path)
-        if entry.origin == "pruned":
-            weights += tensor.numel()
-            zeros += tensor.numel() - entry.nonzero
-    _check_files(folder, entries)
-    unknown = {n for names in names_in_files.values() for n in names} - {entry.name for entry in entries}
-    if unknown:
-        raise ExportError(f"{folder} holds tensors the manifest does not know: {', '.join(sorted(unknown)[:4])}")
-    return {
-        "tensors": len(entries),
-        "pruned_tensors": sum(entry.origin == "pruned" for entry in entries),
-        "sparsity_asked": about["sparsity_asked"],
-        "sparsity_counted": zeros / weights if weights else 0.0,
-    }
-
-
-def _check_files(folder: Path, entries: list[TensorEntry]) -> None:
-    """Exactly the manifest's weight files, and the index that transformers finds the tensors of several by."""
-    files = {entry.file for entry in entries}
-    stray = {path.name for path in folder.glob("*.safetensors")} - files
-    if stray:
-        raise ExportError(f"{folder} holds files the manifest does not know: {', '.join(sorted(stray)[:4])}")
-    index = folder / INDEX_FILE
-    if len(files) == 1:
-        return
+def read_table(path: Path, missing: str) -> dict[str, Any]:
+    """A JSON object of a plain file. Raises ExportError, with the text ``missing`` if it is not there."""
+    require_plain(path, missing)
+    if path.stat().st_size > MOST_BYTES:
+        raise ExportError(f"{path} is damaged: it is larger than {MOST_BYTES:,} bytes")
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{index} is missing or damaged: {error!r}") from None
-    if found != {entry.name: entry.file for entry in entries}:
-        raise ExportError(f"{index} does not name the tensors and files of the manifest")
+        table = unique_json(path.read_bytes())
+        json.dumps(table, allow_nan=False).encode()  # no lone surrogates, no NaN
+    except ValueError as error:  # no JSON, no UTF-8, a key twice, or a number of thousands of digits
+        raise ExportError(f"{path} is damaged: {error}") from None
+    if not isinstance(table, dict):
+        raise ExportError(f"{path} is damaged: it is no JSON object")
+    return table
 
 
-def _check_tensor(entry: TensorEntry, tensor: Tensor, path: Path) -> None:
-    if list(tensor.shape) != entry.shape or str(tensor.dtype) != entry.dtype:
-        raise ExportError(
-            f"{path}: {entry.name} is {tensor.dtype} {list(tensor.shape)}, the manifest says {entry.dtype} "
-            f"{entry.shape}"
-        )
-    if tensor_sha256(tensor) != entry.sha256:
-        raise ExportError(f"{path}: {entry.name} is not what was exported: its SHA-256 differs")
-    if int(torch.count_nonzero(tensor)) != entry.nonzero:
-        raise ExportError(f"{path}: {entry.name} has {int(torch.count_nonzero(tensor))} non-zeros, not {entry.nonzero}")
-    if entry.origin != "pruned":
-        return
-    if bool((torch.signbit(tensor) & (tensor == 0)).any()):
-        raise ExportError(f"{path}: {entry.name} has a -0.0 among its zeros")
-    matrices = tensor.chunk(len(entry.pruned_per_matrix), dim=entry.matrix_axis)
-    for part, (matrix, pruned) in enumerate(zip(matrices, entry.pruned_per_matrix, strict=True)):
-        if int((matrix == 0).sum()) < pruned:
-            raise ExportError(f"{path}: {entry.name}, matrix {part}, has fewer zeros than the {pruned} of its mask")
+def require_plain(path: Path, missing: str) -> None:
+    """Raise ExportError unless ``path`` is a file, and no link to one."""
+    if path.is_symlink():
+        raise ExportError(f"{path} is a link; an export holds plain files only")
+    if not path.is_file():
+        raise ExportError(missing)
+
+
+def _entries(table: Any) -> list[TensorEntry]:
+    entries = []
+    for row in table:
+        parts = [PartEntry(**part) for part in row["parts"]]
+        entry = TensorEntry(**{**row, "parts": parts})
+        for part in parts:
+            _require_part(part)
+        _require([part.name for part in parts] == entry.part_names(), entry.name, "parts")
+        entries.append(entry)
+    names = [name for entry in entries for name in {entry.name, *entry.part_names()}]
+    if len(set(names)) != len(names):
+        raise ValueError("two tensors have the same name")
+    return entries
+
+
+def _require_part(part: PartEntry) -> None:
+    if not all(isinstance(getattr(part, f.name), str) for f in fields(part)) or not _DIGEST.fullmatch(part.sha256):
+        raise ValueError(f"{str(part.name)[:80]} has no SHA-256")
+    if not _WEIGHT_FILE.fullmatch(part.file):
+        raise ValueError(f"{part.name} would be in {part.file[:80]!r}, which is no weight file of an export")
+
+
+def _about(table: dict[str, Any]) -> dict[str, Any]:
+    kind, files = table["kind"], table["files"]
+    if kind not in FORMAT_FILES or "sparsity_asked" not in table:
+        raise ValueError(f"kind is {kind!r}")
+    if not isinstance(files, dict) or not all(
+        Path(name).name == name and isinstance(digest, str) for name, digest in files.items()
+    ):
+        raise ValueError("files are not plain names with a SHA-256")
+    return {key: value for key, value in table.items() if key not in ("format", "sha256")}

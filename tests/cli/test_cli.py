@@ -259,6 +259,62 @@ def test_every_verb_ends_with_one_json_object(made, tmp_path, capsys):
     assert _last_json(capsys)["pruned_tensors"] == 12
 
 
+@pytest.fixture(scope="module")
+def packed(made):
+    """The export of the run's last checkpoint, packed as bitmask; a second, packed as csr from the first."""
+    assert main(["export", str(made / "run"), "--format", "bitmask", "--out", str(made / "bitmask"),
+                 "--checkpoint", "final"]) == 0  # fmt: skip
+    assert main(["export", str(made / "bitmask"), "--format", "csr", "--out", str(made / "csr")]) == 0
+    return {"bitmask": made / "bitmask", "csr": made / "csr"}
+
+
+@pytest.mark.parametrize("kind", ["bitmask", "csr"])
+def test_a_packed_export_is_verified_dense_and_kept_sparse(made, packed, capsys, kind):
+    folder = str(packed[kind])
+    assert main(["verify", folder, "--against", str(made / "run"), "--checkpoint", "final", "--json"]) == 0
+    said = capsys.readouterr().out
+    verified = json.loads(said.splitlines()[-1])
+    assert (verified["kind"], verified["packed_tensors"], verified["reloaded_equal"]) == (kind, 12, True)
+    assert verified["differing_weights"] == verified["differing_predictions"] == 0
+    assert verified["max_logit_difference"] == 0.0
+    kept = verified["kept_sparse"]
+    assert (kept["layers"], kept["differing_weights"]) == (12, 0)
+    assert 0.0 <= kept["max_logit_difference"] <= kept["allowed_logit_difference"] < 1e-3
+    assert "kept sparse: 0 of 12 layers differ" in said
+    assert "the largest logit)" in said
+    assert main(["verify", folder, "--against", str(made / "run"), "--checkpoint", "best", "--limit", "5"]) == 1
+
+
+def test_logits_kept_sparse_that_rounding_does_not_explain_fail(made, packed, capsys, monkeypatch):
+    from pst_ds.runtime import SparseLinear
+
+    forward = SparseLinear.forward
+    monkeypatch.setattr(SparseLinear, "forward", lambda self, x: forward(self, x) * 1.01)
+    assert main(["verify", str(packed["bitmask"]), "--against", str(made / "run"), "--checkpoint", "final"]) == 1
+    assert "kept sparse, its logits differ by more than rounding explains" in capsys.readouterr().err
+
+
+def test_a_packed_export_that_was_damaged_is_2(made, packed, tmp_path, capsys):
+    folder = Path(shutil.copytree(packed["bitmask"], tmp_path / "packed"))
+    path = folder / "pst_bitmask.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    _assert_refused(capsys, ["verify", str(folder)], "ExportError", "its SHA-256 differs")
+    (folder / "pst_manifest.json").unlink()
+    _assert_refused(capsys, ["verify", str(folder)], "is not an export: pst_manifest.json is missing")
+
+
+def test_a_model_folder_takes_no_settings_of_a_run(packed, tmp_path, capsys):
+    export = ["export", str(packed["bitmask"]), "--out", str(tmp_path / "out")]
+    _assert_refused(capsys, [*export, "--checkpoint", "best"], "is a model folder", "leave out --set and --checkpoint")
+    _assert_refused(capsys, [*export, "--set", "model.path=x"], "is a model folder")
+    _assert_refused(capsys, [*export, "--format", "2:4"], 'train with pst.pattern = "2:4"')
+    with pytest.raises(SystemExit):
+        main([*export, "--processes", "0"])
+    assert "'0' is not a whole number of at least 1" in capsys.readouterr().err
+
+
 def _result(made):
     return json.loads((made / "run" / "result.json").read_text())
 

@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from pst_ds.export.dense import export_dense
-from pst_ds.export.manifest import ExportError, check_export
+from pst_ds.export import tensor_files, write
+from pst_ds.export.check import check_export
+from pst_ds.export.export import export_run
+from pst_ds.export.manifest import ExportError
 from pst_ds.nn.checkpoint import Checkpoint
 from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import pst_layers
@@ -83,7 +85,7 @@ def _train(folder, *overrides, base=None):
 def _export(trained, out, **settings):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        return export_dense(trained.model, trained.checkpoint, trained.prepared.tokenizer, out, **settings)
+        return export_run(trained.model, trained.checkpoint, trained.prepared.tokenizer, out, **settings)
 
 
 def _tensors(folder):
@@ -261,17 +263,15 @@ def test_an_interrupted_export_leaves_nothing_and_takes_nothing(trained, tmp_pat
     if older:
         _export(trained, tmp_path / "out")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    import safetensors.torch
-
     calls = []
 
-    def save_file_until_the_disk_is_full(*arguments, **named):
+    def write_until_the_disk_is_full(*arguments):
         calls.append(arguments)
         if len(calls) == 3:
             raise OSError("No space left on device")
-        save_file(*arguments, **named)
+        tensor_files.write_at(*arguments)
 
-    monkeypatch.setattr(safetensors.torch, "save_file", save_file_until_the_disk_is_full)
+    monkeypatch.setattr(write, "write_at", write_until_the_disk_is_full)
     with pytest.raises(OSError, match="No space left"):
         _export(trained, tmp_path / "out", shard_bytes=SHARD_BYTES)
     assert len(calls) == 3
@@ -298,13 +298,18 @@ def test_a_kept_minus_zero_becomes_plus_zero(tmp_path):
     check_export(tmp_path / "out")
 
 
-def test_a_model_of_other_shapes_is_refused_by_the_tensor_s_name(tmp_path, monkeypatch):
+def test_a_model_of_other_shapes_is_refused_by_the_tensor_s_name(tmp_path):
     other = _train(tmp_path / "run", "train.num_steps=2")
-    values = {**other.checkpoint.trained, "classifier.bias": torch.zeros(3)}
-    monkeypatch.setattr(Checkpoint, "trained", values)
+
+    def with_trained(trained):
+        contents = dataclasses.replace(other.checkpoint.contents, trained=trained, steps=dict.fromkeys(trained, 2))
+        other.checkpoint = Checkpoint(other.checkpoint.folder, other.checkpoint.state, contents)
+
+    shapes = {**other.checkpoint.contents.trained, "classifier.bias": (3,)}
+    with_trained(shapes)
     with pytest.raises(ExportError, match=r"classifier\.bias has shape \(3,\) .* \(2,\) in the trained model"):
         _export(other, tmp_path / "out")
-    del values["classifier.bias"]
+    with_trained({name: shape for name, shape in shapes.items() if name != "classifier.bias"})
     with pytest.raises(ExportError, match=r"classifier\.bias is neither trained nor in the base model 'tests/data"):
         _export(other, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [tmp_path / "run"]
@@ -384,4 +389,4 @@ def test_an_updated_embedding_that_the_base_lacks_is_refused_by_name(updated, tm
     state = dataclasses.replace(updated.checkpoint.state, base_path=str(tmp_path / "base"))
     checkpoint = Checkpoint(updated.checkpoint.folder, state, updated.checkpoint.contents)
     with pytest.raises(ExportError, match=r"bert\.embeddings\.word_embeddings\.weight is not in the base model '"):
-        export_dense(updated.model, checkpoint, updated.prepared.tokenizer, tmp_path / "out")
+        export_run(updated.model, checkpoint, updated.prepared.tokenizer, tmp_path / "out")

@@ -13,16 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, GPT2Config
 from transformers import GPT2ForSequenceClassification as GPT2Classifier
 
-from pst_ds.export.dense import export_dense
-from pst_ds.export.manifest import (
-    INDEX_FILE,
-    MANIFEST_FILE,
-    ExportError,
-    check_export,
-    found_pattern,
-    read_manifest,
-    tensor_sha256,
-)
+from pst_ds.export.check import check_export
+from pst_ds.export.export import export_run
+from pst_ds.export.manifest import MANIFEST_FILE, ExportError, read_manifest, sealed, tensor_sha256
 from pst_ds.nn.checkpoint import CheckpointState, read_checkpoint
 from pst_ds.nn.checkpoint_model import trainable, weight_scales
 from pst_ds.nn.checkpoint_writer import save_checkpoint
@@ -32,6 +25,7 @@ from pst_ds.parallel.engine import build_engine
 from pst_ds.train.mask_update import update_masks
 
 ROOT = Path(__file__).resolve().parents[2]
+INDEX_FILE = "model.safetensors.index.json"
 WEIGHT = "bert.encoder.layer.0.intermediate.dense.weight"
 SHARD_BYTES = 9000
 
@@ -48,7 +42,7 @@ def _exported(folder, model, **settings):
     params = [{"params": [param for _, param in trainable(model)], "name": "all"}]
     save_checkpoint(folder / "checkpoint", build_engine(model, params, ds_config=None), state)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tests/data/tiny-bert")
-    export_dense(model, read_checkpoint(folder / "checkpoint"), tokenizer, folder / "export", **settings)
+    export_run(model, read_checkpoint(folder / "checkpoint"), tokenizer, folder / "export", **settings)
     return folder / "export"
 
 
@@ -71,6 +65,10 @@ def export(made, tmp_path):
     return Path(shutil.copytree(made["one"], tmp_path / "export"))
 
 
+def _sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _refusal(folder):
     with pytest.raises(ExportError) as caught:
         check_export(folder)
@@ -85,15 +83,16 @@ def _change(folder, name, change, **entry_changes):
     save_file(tensors, path, metadata={"format": "pt"})
     table = json.loads((folder / MANIFEST_FILE).read_text())
     (entry,) = [entry for entry in table["tensors"] if entry["name"] == name]
-    entry |= {"sha256": tensor_sha256(tensors[name]), **entry_changes}
-    (folder / MANIFEST_FILE).write_text(json.dumps(table))
+    entry["parts"][0]["sha256"] = tensor_sha256(tensors[name])
+    entry |= entry_changes
+    (folder / MANIFEST_FILE).write_text(json.dumps(sealed(table)))
     return entry
 
 
 def _edit_manifest(folder, edit):
     table = json.loads((folder / MANIFEST_FILE).read_text())
     edit(table)
-    (folder / MANIFEST_FILE).write_text(json.dumps(table))
+    (folder / MANIFEST_FILE).write_text(json.dumps(sealed(table)))
 
 
 @pytest.mark.parametrize(("name", "pruned"), [("one", 12), ("several", 12), ("gpt2", 4)])
@@ -107,9 +106,10 @@ def test_an_export_as_it_was_made_passes(made, name, pruned):
     assert about["base_fingerprint"] == "f00d"
     assert about["step"] == 3
     for entry in entries:
-        tensor = load_file(made[name] / entry.file)[entry.name]
+        (part,) = entry.parts
+        tensor = load_file(made[name] / part.file)[entry.name]
         assert entry.nonzero == int((tensor != 0).sum())
-        assert entry.sha256 == hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        assert part.sha256 == hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
         assert entry.origin == ("pruned" if entry.pattern != "dense" else entry.origin)
 
 
@@ -168,11 +168,16 @@ def test_a_missing_or_wrong_index_is_found(made, tmp_path):
     index = json.loads((folder / INDEX_FILE).read_text())
     index["weight_map"][WEIGHT] = "model-00009-of-00009.safetensors"
     (folder / INDEX_FILE).write_text(json.dumps(index))
+    assert f"{folder / INDEX_FILE} is not what was exported: its SHA-256 differs" in _refusal(folder)
+    _edit_manifest(folder, lambda table: table["files"].update({INDEX_FILE: _sha256(folder / INDEX_FILE)}))
     assert f"{folder / INDEX_FILE} does not name the tensors and files of the manifest" in _refusal(folder)
     (folder / INDEX_FILE).write_text("{")
-    assert f"{folder / INDEX_FILE} is missing or damaged" in _refusal(folder)
+    _edit_manifest(folder, lambda table: table["files"].update({INDEX_FILE: _sha256(folder / INDEX_FILE)}))
+    assert f"{folder / INDEX_FILE} is damaged" in _refusal(folder)
     (folder / INDEX_FILE).unlink()
-    assert f"{folder / INDEX_FILE} is missing or damaged" in _refusal(folder)
+    assert f"{folder / INDEX_FILE} is missing" in _refusal(folder)
+    _edit_manifest(folder, lambda table: table["files"].pop(INDEX_FILE))
+    assert f"{folder / INDEX_FILE} is missing" in _refusal(folder)
 
 
 def test_a_file_that_transformers_would_read_instead_is_found(made, tmp_path):
@@ -206,9 +211,9 @@ def test_a_weight_that_came_back_is_found_whatever_the_manifest_says(export):
 
 def test_another_shape_or_dtype_is_found(export):
     _change(export, WEIGHT, lambda weight: weight.t().contiguous())
-    assert f"{WEIGHT} is torch.float32 [32, 60], the manifest says torch.float32 [60, 32]" in _refusal(export)
+    assert f"{WEIGHT} is F32 [32, 60], the manifest says F32 [60, 32]" in _refusal(export)
     _change(export, WEIGHT, lambda weight: weight.t().contiguous().bfloat16())
-    assert f"{WEIGHT} is torch.bfloat16 [60, 32], the manifest says torch.float32 [60, 32]" in _refusal(export)
+    assert f"{WEIGHT} is BF16 [60, 32], the manifest says F32 [60, 32]" in _refusal(export)
 
 
 def test_a_tensor_too_many_or_too_few_is_found(export):
@@ -229,13 +234,27 @@ def test_a_folder_without_a_manifest_is_no_export(tmp_path):
     ("edit", "reason"),
     [
         (lambda table: table.pop("tensors"), "is damaged: KeyError('tensors')"),
-        (lambda table: table.pop("sparsity_asked"), "is damaged: KeyError('sparsity_asked')"),
-        (lambda table: table["tensors"][0].pop("sha256"), "is damaged: TypeError"),
+        (lambda table: table.pop("sparsity_asked"), "is damaged: ValueError"),
+        (lambda table: table.pop("files"), "is damaged: KeyError('files')"),
+        (lambda table: table["files"].update({"../config.json": "00"}), "files are not plain names"),
+        (lambda table: table["tensors"][0].pop("nonzero"), "is damaged: TypeError"),
         (lambda table: table["tensors"][0].update(colour="red"), "is damaged: TypeError"),
         (lambda table: table["tensors"].append(3), "is damaged: TypeError"),
-        (lambda table: table["tensors"][0].update(origin="pruned"), "is damaged: TypeError"),
-        (lambda table: table.update(format=99), "has a format that this version does not read"),
-        (lambda table: table.pop("format"), "is damaged: KeyError('format')"),
+        (lambda table: table["tensors"].append(table["tensors"][0]), "two tensors have the same name"),
+        (lambda table: table["tensors"][0].update(origin="pruned"), "has pruned_per_matrix that cannot be"),
+        (lambda table: table["tensors"][0].update(shape=[-1, 32]), "has shape that cannot be"),
+        (lambda table: table["tensors"][0].update(shape=[1 << 60, 32]), "has shape that cannot be"),
+        (lambda table: table["tensors"][0].update(nonzero=True), "is damaged: ValueError"),
+        (lambda table: table["tensors"][0].update(packing="zip"), "has packing that cannot be"),
+        (lambda table: table["tensors"][0]["parts"].pop(), "has parts that cannot be"),
+        (lambda table: table["tensors"][0]["parts"][0].update(name="other"), "has parts that cannot be"),
+        (lambda table: table["tensors"][0]["parts"][0].update(sha256="0"), "has no SHA-256"),
+        (lambda table: table["tensors"][0]["parts"][0].update(file="../model.safetensors"), "which is no weight file"),
+        (lambda table: table["tensors"][0]["parts"][0].update(file="/etc/passwd"), "which is no weight file"),
+        (lambda table: table.update(kind="zip"), "kind is 'zip'"),
+        (lambda table: table.update(format=99), "has format 99, and this version reads 2; export the run again"),
+        (lambda table: table.update(format=1), "has format 1, and this version reads 2; export the run again"),
+        (lambda table: table.pop("format"), "has format None"),
     ],
 )
 def test_a_damaged_manifest_is_named(export, edit, reason):
@@ -245,17 +264,28 @@ def test_a_damaged_manifest_is_named(export, edit, reason):
     assert reason in message
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"null", b"\xff\xfe", b""])
+def test_a_manifest_that_was_edited_by_hand_is_named(export):
+    table = json.loads((export / MANIFEST_FILE).read_text())
+    table["step"] += 1
+    (export / MANIFEST_FILE).write_text(json.dumps(table))
+    assert f"{export / MANIFEST_FILE} is damaged: it was changed after it was written" in _refusal(export)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", MANIFEST_FILE])
+def test_a_link_in_place_of_a_file_is_refused(export, tmp_path, name):
+    (export / name).rename(tmp_path / name)
+    (export / name).symlink_to(tmp_path / name)
+    assert _refusal(export) == f"{export / name} is a link; an export holds plain files only"
+
+
+def test_a_config_that_changed_is_found_and_a_card_may_change(export):
+    (export / "README.md").write_text("mine")
+    check_export(export)
+    (export / "config.json").write_text((export / "config.json").read_text().replace("gelu", "relu"))
+    assert f"{export / 'config.json'} is not what was exported" in _refusal(export)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"null", b"\xff\xfe", b"", b'{"a": 1, "a": 2}', b"[" * 100_000])
 def test_a_manifest_that_is_no_json_object_is_named(export, content):
     (export / MANIFEST_FILE).write_bytes(content)
     assert f"{export / MANIFEST_FILE} is damaged" in _refusal(export)
-
-
-def test_the_pattern_of_zeros():
-    two_four = torch.tensor([[1.0, 0, 2, 0, 0, 0, 3, 4]])
-    assert found_pattern(two_four, input_axis=1) == "2:4"
-    assert found_pattern(two_four.t(), input_axis=0) == "2:4"
-    assert found_pattern(two_four.t(), input_axis=1) == "unstructured"
-    assert found_pattern(two_four[:, :6], input_axis=1) == "unstructured"  # no whole groups
-    assert found_pattern(torch.tensor([[1.0, 1, 1, 0]]), input_axis=1) == "unstructured"
-    assert found_pattern(torch.ones(4, 4), input_axis=1) == "dense"

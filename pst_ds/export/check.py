@@ -1,0 +1,184 @@
+"""The check that a folder still holds what was exported, and that nothing in it is other than it says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.formats import FORMATS, FormatError
+from pst_ds.durable import file_sha256
+from pst_ds.export.export import sparse_entries
+from pst_ds.export.from_folder import CONFIG_FILE, model_of
+from pst_ds.export.manifest import (
+    DENSE,
+    FORMAT_FILES,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    QUANT_METHOD,
+    ExportError,
+    TensorEntry,
+    count_nonzero,
+    read_manifest,
+    read_table,
+    require_plain,
+    tensor_sha256,
+)
+from pst_ds.export.model_card import CARD_FILE
+from pst_ds.export.tensor_files import CODE_OF_DTYPE, TensorFile, TensorFileError
+
+
+def check_export(folder: Path) -> dict[str, Any]:
+    """Read every tensor and hold it against the manifest. Returns counts; raises ExportError naming the tensor.
+
+    Checked: that there are these files and no others, none of them a link; their SHA-256; headers, index and config;
+    the set of tensors, their shapes, dtypes and SHA-256; every invariant of the packed ones; non-zeros; that zeros of
+    pruned tensors are +0.0, and that every matrix has at least the zeros of its mask.
+    """
+    entries, about = read_manifest(folder)
+    _check_files(folder, entries, about)
+    files = _opened(folder, entries)
+    _check_index(folder, entries, files, about["kind"])
+    for entry in entries:
+        _check_entry(folder, entry, files)
+    sparse = sparse_entries(entries)
+    zeros = sum(entry.numel - entry.nonzero for entry in sparse)
+    return {
+        "tensors": len(entries),
+        "pruned_tensors": sum(entry.origin == "pruned" for entry in entries),
+        "packed_tensors": sum(entry.packing != DENSE for entry in entries),
+        "kind": about["kind"],
+        "sparsity_asked": about["sparsity_asked"],
+        "sparsity_counted": zeros / sum(entry.numel for entry in sparse) if sparse else 0.0,
+    }
+
+
+def check_model(folder: Path) -> None:
+    """Hold names and shapes of a checked export against the model of its config. Raises ExportError."""
+    entries, model = read_manifest(folder)[0], model_of(folder)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for entry in entries:
+        known = tensors.get(entry.name)
+        if known is not None and list(known.shape) != entry.shape:
+            raise ExportError(f"{folder}: {entry.name} is {entry.shape}, and {list(known.shape)} in the model")
+        if known is None and entry.packing != DENSE:
+            raise ExportError(f"{folder}: {entry.name} is packed, and the model has no such tensor")
+
+
+def _check_files(folder: Path, entries: Sequence[TensorEntry], about: dict[str, Any]) -> None:
+    """Exactly the manifest's files; those beside the weights byte by byte."""
+    weights = {part.file for entry in entries for part in entry.parts}
+    beside: dict[str, str] = about["files"]
+    for name, digest in beside.items():
+        require_plain(folder / name, f"{folder / name} is missing")
+        if file_sha256(folder / name) != digest:
+            raise ExportError(f"{folder / name} is not what was exported: its SHA-256 differs")
+    for name in sorted(weights):
+        require_plain(folder / name, f"{folder / name} is missing")
+    known = weights | set(beside) | {MANIFEST_FILE, CARD_FILE}
+    stray = {path.name for path in folder.iterdir()} - known
+    loaded = sorted(n for n in stray if n.endswith((".safetensors", ".bin", ".index.json", ".py", ".pt")))
+    if loaded:
+        raise ExportError(f"{folder} holds files the manifest does not know: {', '.join(loaded[:4])}")
+    _check_config(folder, about["kind"], len(weights))
+
+
+def _check_config(folder: Path, kind: str, num_files: int) -> None:
+    """config.json must send transformers to the weights of the manifest."""
+    path = folder / CONFIG_FILE
+    found = read_table(path, f"{path} is missing").get("quantization_config")
+    wanted = None
+    if kind != DENSE:
+        name = f"{FORMAT_FILES[kind]}.safetensors" + (".index.json" if num_files > 1 else "")
+        wanted = {"quant_method": QUANT_METHOD, "format": kind, "format_version": FORMAT_VERSION, "weights_file": name}
+    if found != wanted:
+        raise ExportError(f"{path} has quantization_config {str(found)[:200]}, and {kind} weights need {wanted}")
+
+
+def _opened(folder: Path, entries: Sequence[TensorEntry]) -> dict[str, TensorFile]:
+    """The weight files, whose headers name the tensors of the manifest and no others."""
+    wanted: dict[str, set[str]] = {}
+    for entry in entries:
+        for part in entry.parts:
+            wanted.setdefault(part.file, set()).add(part.name)
+    files = {}
+    for name, parts in wanted.items():
+        try:
+            files[name] = TensorFile(folder / name)
+        except TensorFileError as error:
+            raise ExportError(str(error)) from None
+        unknown, lacking = sorted(set(files[name].slots) - parts), sorted(parts - set(files[name].slots))
+        if unknown:
+            raise ExportError(f"{folder} holds tensors the manifest does not know: {', '.join(unknown[:4])}")
+        if lacking:
+            raise ExportError(f"{folder / name} lacks {', '.join(lacking[:4])}")
+    return files
+
+
+def _check_index(folder: Path, entries: Sequence[TensorEntry], files: dict[str, TensorFile], kind: str) -> None:
+    """The index that transformers finds the tensors of several files by; of one file there is none."""
+    path = folder / f"{FORMAT_FILES[kind]}.safetensors.index.json"
+    if any(not name.startswith(FORMAT_FILES[kind]) for name in files):
+        raise ExportError(f"{folder} is {kind}, and has its tensors in {', '.join(sorted(files)[:2])}")
+    if len(files) == 1:
+        if path.exists():
+            raise ExportError(f"{path} is an index, and there is one file")
+        return
+    found = read_table(path, f"{path} is missing")
+    total = sum(slot.nbytes for file in files.values() for slot in file.slots.values())
+    where = {part.name: part.file for entry in entries for part in entry.parts}
+    if found != {"metadata": {"total_size": total}, "weight_map": where}:
+        raise ExportError(f"{path} does not name the tensors and files of the manifest")
+
+
+def _check_entry(folder: Path, entry: TensorEntry, files: dict[str, TensorFile]) -> None:
+    parts: dict[str, Tensor] = {}
+    for part in entry.parts:
+        path = folder / part.file
+        try:
+            tensor = files[part.file].read(part.name)
+        except TensorFileError as error:
+            raise ExportError(str(error)) from None
+        if tensor_sha256(tensor) != part.sha256:
+            raise ExportError(f"{path}: {part.name} is not what was exported: its SHA-256 differs")
+        parts[part.name] = tensor
+    _check_tensor(entry, _dense(entry, parts, path), path)
+
+
+def _dense(entry: TensorEntry, parts: dict[str, Tensor], path: Path) -> Tensor:
+    """The tensor in the model's shape, from parts that hold every invariant of their format."""
+    if entry.packing == DENSE:
+        return parts[entry.name]
+    form = FORMATS[entry.packing]
+    by_part = {part: parts[name] for part, name in zip(form.part_names, entry.part_names(), strict=True)}
+    try:
+        form.check(f"{path}: {entry.name}", by_part, entry.matrix)
+    except FormatError as error:
+        raise ExportError(str(error)) from None
+    dense = form.unpack(by_part)
+    return dense.t() if entry.transposed else dense
+
+
+def _check_tensor(entry: TensorEntry, tensor: Tensor, path: Path) -> None:
+    if list(tensor.shape) != entry.shape or CODE_OF_DTYPE[tensor.dtype] != entry.dtype:
+        raise ExportError(
+            f"{path}: {entry.name} is {CODE_OF_DTYPE[tensor.dtype]} {list(tensor.shape)}, the manifest says "
+            f"{entry.dtype} {entry.shape}"
+        )
+    nonzero = count_nonzero(tensor)
+    if nonzero != entry.nonzero:
+        raise ExportError(f"{path}: {entry.name} has {nonzero} non-zeros, not {entry.nonzero}")
+    if entry.origin != "pruned":
+        return
+    if bool((torch.signbit(tensor) & (tensor == 0)).any()):
+        raise ExportError(f"{path}: {entry.name} has a -0.0 among its zeros")
+    count, width = len(entry.pruned_per_matrix), entry.shape[entry.matrix_axis]
+    if width % count:
+        raise ExportError(f"{path}: {entry.name} cannot be {count} matrices: {width} does not divide")
+    matrices = tensor.split(width // count, dim=entry.matrix_axis) if width else [tensor] * count
+    for part, (matrix, pruned) in enumerate(zip(matrices, entry.pruned_per_matrix, strict=True)):
+        if int((matrix == 0).sum()) < pruned:
+            raise ExportError(f"{path}: {entry.name}, matrix {part}, has fewer zeros than the {pruned} of its mask")

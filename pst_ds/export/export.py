@@ -1,0 +1,209 @@
+"""Export: a run or a model folder becomes a folder of dense or packed weights, whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pst_ds.durable import file_sha256, whole_folder
+from pst_ds.export.base_weights import BaseWeights
+from pst_ds.export.from_folder import CONFIG_FILE, ModelFolder, copy_beside, open_folder, plan_folder
+from pst_ds.export.from_run import RunSource, plan_run
+from pst_ds.export.manifest import (
+    DENSE,
+    FORMAT_FILES,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    QUANT_METHOD,
+    ExportError,
+    TensorEntry,
+    write_manifest,
+)
+from pst_ds.export.model_card import CARD_FILE, model_card
+from pst_ds.export.plan import SHARD_BYTES, Job, PlannedFile, Source, plan_files, require_packed, require_space
+from pst_ds.export.write import write_tensors
+from pst_ds.nn.checkpoint import Checkpoint
+
+_SPARE_BYTES = 64 << 20
+"""Free space to ask for beside the weights: tokenizer, manifest, card."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """What goes into a folder, and what is said of it."""
+
+    jobs: list[Job]
+    source: Source
+    about: dict[str, Any]
+    write_beside: Callable[[Path], None]
+    """Writes config.json and what else lies beside the weights."""
+
+
+def export_run(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    tokenizer: Any,
+    out: Path,
+    *,
+    packing: str = DENSE,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    processes: int = 1,
+    run: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write ``out``, a model folder of the model in ``checkpoint``; whole or not at all. Returns what was written.
+
+    ``model`` gives names, shapes and the config; it may be on the meta device, since values come from the base model's
+    files and the checkpoint. Pruned tensors have the values the masked model multiplied with, +0.0 where pruned; other
+    tensors are the base model's bytes, or were trained. ``dtype`` ("bf16", "fp32") casts all of them instead.
+    ``packing``: "dense", or a format that pruned weights are packed in. ``run``: the resolved run file, to be kept.
+    Raises ExportError, and WorkerError when one of several ``processes`` was killed.
+    """
+    _require_free(out)
+    base = BaseWeights(checkpoint.state.base_path, getattr(model, "base_model_prefix", ""))
+    state = checkpoint.state
+
+    def write_beside(folder: Path) -> None:
+        config: Any = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(folder)
+        base.copy_if_there("generation_config.json", folder)
+        tokenizer.save_pretrained(folder)
+
+    about = {
+        "step": state.step,
+        "base_model": state.base_path,
+        "base_fingerprint": state.base_fingerprint,
+        "computed_in": state.precision,
+        "sparsity_asked": state.sparsity,
+        "metrics": {name: value if math.isfinite(value) else None for name, value in state.metrics.items()},
+        "run": run,
+    }
+    jobs = plan_run(model, checkpoint, base, packing, dtype)
+    contents = _Contents(jobs, RunSource(checkpoint, base, model), about, write_beside)
+    return _write_folder(contents, out, packing, shard_bytes, processes)
+
+
+def export_folder(
+    source: Path,
+    out: Path,
+    *,
+    packing: str = DENSE,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    processes: int = 1,
+) -> dict[str, Any]:
+    """The same from a model folder: dense with zeros, whoever pruned it, or one of our packed folders.
+
+    Weights keep their bits, but for a -0.0 that is packed, which becomes +0.0. Raises ExportError and WorkerError.
+    """
+    _require_free(out)
+    if out.resolve() == source.resolve():
+        raise ExportError(f"{out} is the folder to read; name another with --out")
+    folder = open_folder(source)
+    jobs, values = plan_folder(folder, packing, dtype)
+    contents = _Contents(jobs, values, _about_folder(folder), lambda beside: _copy_folder(folder, beside))
+    return _write_folder(contents, out, packing, shard_bytes, processes)
+
+
+def _about_folder(folder: ModelFolder) -> dict[str, Any]:
+    """What its manifest says that a conversion leaves as it is, or that nothing is known."""
+    known = ("step", "base_model", "base_fingerprint", "computed_in", "sparsity_asked", "metrics", "run")
+    return {key: folder.about.get(key) for key in known} | {"metrics": folder.about.get("metrics") or {}}
+
+
+def _copy_folder(folder: ModelFolder, out: Path) -> None:
+    copy_beside(folder.path, out)
+    config = {key: value for key, value in folder.config.items() if key != "quantization_config"}
+    (out / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _require_free(out: Path) -> None:
+    """``out`` must be free, an empty folder, or an older export."""
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MANIFEST_FILE).is_file())):
+        raise ExportError(f"{out.absolute()} exists and is not an export; name another folder with --out")
+
+
+def _write_folder(contents: _Contents, out: Path, packing: str, shard_bytes: int, processes: int) -> dict[str, Any]:
+    stay_dense = require_packed(contents.jobs, packing)
+    files = plan_files(contents.jobs, packing, shard_bytes)
+    require_space(out, sum(file.nbytes for file in files) + _SPARE_BYTES)
+    with whole_folder(out) as partial:
+        entries = write_tensors(partial, files, contents.jobs, contents.source, processes)
+        weights_file = _write_index(partial, files, packing)
+        contents.write_beside(partial)
+        architecture = _finish_config(partial, entries, packing, weights_file)
+        about = {"kind": packing, "architecture": architecture, **contents.about, **_counted(entries, files)}
+        (partial / CARD_FILE).write_text(model_card(out.name, entries, about), encoding="utf-8")
+        about["files"] = _sums(partial)
+        write_manifest(partial, entries, about)
+    said = {key: value for key, value in about.items() if key not in ("files", "run")}
+    return {
+        **said,
+        "export_dir": str(out),
+        "tensors": len(entries),
+        "pruned_tensors": sum(entry.origin == "pruned" for entry in entries),
+        "packed_tensors": sum(entry.packing != DENSE for entry in entries),
+        "stay_dense": stay_dense,
+    }
+
+
+def _write_index(folder: Path, files: Sequence[PlannedFile], packing: str) -> str:
+    """The name of the one file, or of the index of several, which is written."""
+    if len(files) == 1:
+        return files[0].name
+    total = sum(slot.nbytes for file in files for slot in file.slots.values())
+    index = {"metadata": {"total_size": total}, "weight_map": {n: file.name for file in files for n in file.slots}}
+    name = f"{FORMAT_FILES[packing]}.safetensors.index.json"
+    (folder / name).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return name
+
+
+def _finish_config(folder: Path, entries: Sequence[TensorEntry], packing: str, weights_file: str) -> str:
+    """Put the dtype of the tensors into config.json, and how they are packed; the name of the model's class."""
+    path = folder / CONFIG_FILE
+    table = json.loads(path.read_text(encoding="utf-8"))
+    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+    widths = {names[entry.dtype] for entry in entries if entry.dtype in names}
+    table.pop("torch_dtype", None)  # its older name
+    table["dtype"] = widths.pop() if len(widths) == 1 else "float32"
+    if packing != DENSE:
+        table["quantization_config"] = {
+            "quant_method": QUANT_METHOD,
+            "format": packing,
+            "format_version": FORMAT_VERSION,
+            "weights_file": weights_file,
+        }
+    path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return (table.get("architectures") or [""])[0]
+
+
+def _counted(entries: Sequence[TensorEntry], files: Sequence[PlannedFile]) -> dict[str, Any]:
+    """Sparsity and sizes, as counted."""
+    sparse = sparse_entries(entries)
+    zeros = sum(entry.numel - entry.nonzero for entry in sparse)
+    return {
+        "sparsity_counted": zeros / sum(entry.numel for entry in sparse) if sparse else 0.0,
+        "dense_bf16_bytes": 2 * sum(entry.numel for entry in entries),
+        "weight_bytes": sum(slot.nbytes for file in files for slot in file.slots.values()),
+        "file_bytes": sum(file.nbytes for file in files),
+    }
+
+
+def sparse_entries(entries: Sequence[TensorEntry]) -> list[TensorEntry]:
+    """What a sparsity is of: the pruned tensors; of a model that was pruned elsewhere the linear weights with zeros."""
+    pruned = [entry for entry in entries if entry.origin == "pruned"]
+    return pruned or [entry for entry in entries if entry.pattern != DENSE]
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but the weights, which have their own, and the card, which is for people to edit."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return {n: file_sha256(folder / n) for n in names if n != CARD_FILE and not n.endswith(".safetensors")}

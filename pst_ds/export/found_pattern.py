@@ -1,0 +1,103 @@
+"""Which pattern the zeros of a matrix make, seen from one bit a weight."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pst_ds.core.formats.rows import row_counts
+
+LEAST_FILLED = 0.75
+"""Share of the places of N:M that must be non-zero: any matrix with next to nothing in it would pass for one else."""
+_LARGEST_BLOCK, _SAMPLE = 64, 64
+"""Outputs or inputs of the largest block that is looked for, and rows that are looked at before all are."""
+Bits = NDArray[np.uint8]
+"""(O, ceil(I/8)): a set bit for each non-zero, little-endian, padding bits zero."""
+
+
+def found_pattern(bits: Bits, inputs: int) -> str:
+    """What the zeros of a matrix (O, I) were found to be, by the name that ``pst.pattern`` has for it.
+
+    "dense" without zeros; blocks of outputs x inputs, such as "16x1", that are kept or pruned whole; "2:4" or another
+    N:M for groups of 4, 8 or 16 consecutive inputs; "row" when all rows have the same number of non-zeros; else
+    "unstructured". Of several that hold it is the first of these, and of several N:M the one that keeps least.
+    """
+    counts = per_row(bits)
+    nonzero, outputs = int(counts.sum()), bits.shape[0]
+    if nonzero == outputs * inputs:
+        return "dense"
+    if nonzero:
+        found = _blocks(bits, inputs) or _groups(bits, inputs, nonzero / (outputs * inputs))
+        if found:
+            return found
+    return "row" if outputs > 1 and bool((counts == counts[0]).all()) else "unstructured"
+
+
+def per_row(bits: Bits) -> NDArray[np.int64]:
+    """Non-zeros of each row, (O,)."""
+    return row_counts(torch.from_numpy(bits)).numpy()
+
+
+def _groups(bits: Bits, inputs: int, density: float) -> str:
+    """N:M, or ''."""
+    found = []
+    for m in (4, 8, 16):
+        most, n = min(m - 1, int(density / LEAST_FILLED * m)), None
+        for rows in (bits[:_SAMPLE], bits):  # nearly every matrix that has no groups shows it soon
+            n = largest_group(rows, inputs, m)
+            if n is None or n > most:
+                break
+        if n is not None and n <= most:
+            found.append((n / m, m, n))
+    return "{2}:{1}".format(*min(found)) if found else ""
+
+
+def largest_group(bits: Bits, inputs: int, m: int) -> int | None:
+    """The most non-zeros in any ``m`` (4, 8 or 16) consecutive inputs of a row; None when ``m`` does not divide I."""
+    if inputs % m or not bits.size:
+        return None
+    if m == 4:
+        return int(max(_ONES[bits & 15].max(), _ONES[bits >> 4].max()))
+    ones = _ONES[bits].reshape(bits.shape[0], -1, m // 8).sum(2)
+    return int(ones.max())
+
+
+def _blocks(bits: Bits, inputs: int) -> str:
+    """The largest blocks of outputs x inputs (powers of two, at most 64) that are zero or not as a whole; or ''."""
+    outputs = bits.shape[0]
+    tall = wide = 1
+    while outputs % (2 * tall) == 0 and tall < _LARGEST_BLOCK and _alike(bits, 2 * tall):
+        tall *= 2
+    while inputs % (2 * wide) == 0 and wide < _LARGEST_BLOCK and _uniform(bits, inputs, 2 * wide):
+        wide *= 2
+    return f"{tall}x{wide}" if tall * wide > 1 else ""
+
+
+def _alike(bits: Bits, size: int) -> bool:
+    """Whether every ``size`` rows that follow each other are equal."""
+    first, rest = bits[::size], (bits[i::size] for i in range(1, size))
+    return all(np.array_equal(first[:_SAMPLE], rows[:_SAMPLE]) and np.array_equal(first, rows) for rows in rest)
+
+
+def _uniform(bits: Bits, inputs: int, size: int) -> bool:
+    """Whether every ``size`` consecutive inputs are all zero or all non-zero."""
+    if len(bits) > _SAMPLE and not _uniform(bits[:_SAMPLE], inputs, size):
+        return False
+    if size >= 8:
+        grouped = bits.reshape(bits.shape[0], -1, size // 8)
+        return bool((((grouped == 0) | (grouped == 255)) & (grouped == grouped[:, :, :1])).all())
+    if inputs % 8 == 0:
+        return bool(_UNIFORM[size][bits].all())
+    bytes_of_bits = np.unpackbits(bits, axis=1, count=inputs, bitorder="little").reshape(bits.shape[0], -1, size)
+    return bool((bytes_of_bits == bytes_of_bits[:, :, :1]).all())
+
+
+def _uniform_bytes(size: int) -> NDArray[np.bool_]:
+    """Of each byte: whether its groups of ``size`` bits are all zeros or all ones."""
+    grouped = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").reshape(256, -1, size)
+    return (grouped == grouped[:, :, :1]).all((1, 2))
+
+
+_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1).astype(np.uint8)
+_UNIFORM = {size: _uniform_bytes(size) for size in (2, 4)}

@@ -1,0 +1,259 @@
+"""A model folder's tensors for an export: dense with zeros in them, from anywhere, or one of our packed folders."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.core.formats import FORMATS, FormatError
+from pst_ds.errors import InputError
+from pst_ds.export.base_weights import BaseWeights
+from pst_ds.export.from_run import DTYPES
+from pst_ds.export.manifest import (
+    DENSE,
+    FORMAT_FILES,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    QUANT_METHOD,
+    ExportError,
+    TensorEntry,
+    read_manifest,
+    read_table,
+    tensor_sha256,
+)
+from pst_ds.export.plan import Job, Made, Planned, has_2_of_4
+from pst_ds.nn.blocks import is_conv1d, is_linear, linear_shape
+
+CONFIG_FILE = "config.json"
+_COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+"""Endings of the small files beside the weights that go along: tokenizer, vocabulary, settings of generation."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    parts: dict[str, str]
+    """Name in the files of each part; of a dense tensor its own under ""."""
+    packing: str
+    matrix: tuple[int, int] | None
+    """(O, I) of a packed tensor."""
+    transposed: bool
+    sha256: dict[str, str]
+    """What the manifest says of the files' tensors; nothing without a manifest."""
+    pruned_per_matrix: tuple[int, ...] = ()
+
+
+class FolderSource:
+    """Values of a model folder."""
+
+    def __init__(self, weights: BaseWeights):
+        self._weights = weights
+
+    def make(self, job: Job) -> Iterator[Made]:
+        """The values of the job's one output. Raises ExportError and InputError."""
+        recipe: _Recipe = job.recipe
+        yield Made(self.read(recipe, job.outputs[0].name), None, recipe.pruned_per_matrix)
+
+    def read(self, recipe: _Recipe, name: str, *, hashed: bool = True) -> Tensor:
+        """A tensor in the model's shape. Raises ExportError for parts that no packed tensor has.
+
+        ``hashed``: hold it against the SHA-256 of the manifest, if there is one.
+        """
+        parts = {part: self._weights.read(stored) for part, stored in recipe.parts.items()}
+        for part, tensor in parts.items():
+            stored = recipe.parts[part]
+            if hashed and stored in recipe.sha256 and tensor_sha256(tensor) != recipe.sha256[stored]:
+                raise ExportError(
+                    f"{self._weights.folder}: {stored} is not what was exported: its SHA-256 differs. If the weights "
+                    f"were changed on purpose, delete {MANIFEST_FILE}"
+                )
+        if recipe.packing == DENSE:
+            return parts[""]
+        form = FORMATS[recipe.packing]
+        try:
+            form.check(name, parts, recipe.matrix)
+        except FormatError as error:
+            raise ExportError(f"{self._weights.folder}: {error}") from None
+        dense = form.unpack(parts)
+        del parts
+        return dense.t().contiguous() if recipe.transposed else dense
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A model folder, opened: its config, the model's names and shapes, and its tensors."""
+
+    path: Path
+    config: dict[str, Any]
+    """config.json."""
+    model: nn.Module
+    """On the meta device."""
+    weights: BaseWeights
+    packing: str
+    entries: dict[str, TensorEntry]
+    """Of its manifest by name; none without one."""
+    about: dict[str, Any]
+
+
+def open_folder(path: Path) -> ModelFolder:
+    """Raises ExportError for a folder that is not a model of transformers, and InputError for damaged files."""
+    config = read_table(path / CONFIG_FILE, f"{path.absolute()} is not a model folder: {CONFIG_FILE} is missing")
+    packing, index = _packing_of(path, config)
+    model = model_of(path)
+    entries, about = read_manifest(path) if (path / MANIFEST_FILE).exists() else ([], {})
+    weights = BaseWeights(path, getattr(model, "base_model_prefix", ""), index)
+    return ModelFolder(path, config, model, weights, packing, {entry.name: entry for entry in entries}, about)
+
+
+def _packing_of(path: Path, config: dict[str, Any]) -> tuple[str, str]:
+    """(format, weight file or index) by the config of a folder."""
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return DENSE, ""
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ExportError(f"{path} is quantised ({str(method)[:40]}); export the model before it was quantised")
+    packing, version, index = (quantization.get(key) for key in ("format", "format_version", "weights_file"))
+    if packing not in FORMATS or version != FORMAT_VERSION:
+        raise ExportError(f"{path} is packed as {packing!r}, version {version!r}, which this version does not read")
+    stem = FORMAT_FILES[str(packing)]
+    if index not in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+        raise ExportError(f"{path / CONFIG_FILE} names the weights {str(index)[:80]!r}, which {packing} never has")
+    return str(packing), index
+
+
+def model_of(path: Path) -> Any:
+    """The plain model of a folder's config, on the meta device. Raises ExportError when transformers has none such."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        names = config.architectures or []
+        kind = getattr(transformers, names[0], None) if names else None
+        if kind is None:
+            raise ExportError(
+                f"{path / CONFIG_FILE} names the architecture {names[:1]}, which is no model of transformers "
+                f"{transformers.__version__}"
+            )
+        with torch.device("meta"):
+            return kind._from_config(config)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a config of strange values makes transformers do
+        text = str(error).strip().splitlines()
+        raise ExportError(
+            f"{path / CONFIG_FILE} is no config of transformers: {text[0] if text else type(error).__name__}"
+        ) from None
+
+
+def linear_weights(model: nn.Module) -> dict[str, bool]:
+    """Weights of linear layers that no other module shares, by name; whether they are stored (I, O)."""
+    holders: dict[int, int] = {}
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            holders[id(param)] = holders.get(id(param), 0) + 1
+    return {
+        f"{name}.weight": is_conv1d(module)
+        for name, module in model.named_modules()
+        if is_linear(module) and isinstance(module.weight, nn.Parameter) and holders[id(module.weight)] == 1
+    }
+
+
+def plan_folder(folder: ModelFolder, packing: str, dtype: str | None) -> tuple[list[Job], FolderSource]:
+    """Every tensor of a model folder, under the model's name for it. Reads the weights of linear layers once.
+
+    Raises ExportError and InputError.
+    """
+    source, linear = FolderSource(folder.weights), linear_weights(folder.model)
+    cast = None if dtype is None else DTYPES[dtype]
+    jobs = []
+    for name, parts in _tensors(folder, linear).items():
+        recipe = _recipe(folder, name, parts, linear)
+        planned = _planned(folder, name, recipe, linear, cast)
+        if planned.is_linear and packing != DENSE:
+            planned = _as_packed(source, recipe, planned, packing)
+        jobs.append(Job((planned,), recipe))
+    return jobs, source
+
+
+def _tensors(folder: ModelFolder, linear: dict[str, bool]) -> dict[str, dict[str, str]]:
+    """By the model's name of each tensor: the files' name of each part ("" for a dense tensor)."""
+    by_model = {}
+    for name in (*dict(folder.model.named_parameters()), *dict(folder.model.named_buffers())):
+        found = folder.weights.find(name)
+        if found is not None:
+            by_model[found] = name
+    part_of: dict[str, tuple[str, str]] = {}
+    if folder.packing != DENSE:
+        known = set(folder.weights.names)
+        for weight in linear:
+            named = {f"{weight.removesuffix('.weight')}.{part}": part for part in FORMATS[folder.packing].part_names}
+            if known & set(named):
+                part_of |= {stored: (weight, part) for stored, part in named.items()}
+        lacking = sorted(set(part_of) - known)
+        if lacking:
+            raise ExportError(f"{folder.path} lacks {lacking[0]}, which a weight packed as {folder.packing} has")
+    tensors: dict[str, dict[str, str]] = {}
+    for stored in folder.weights.names:
+        name, part = part_of.get(stored, (by_model.get(stored, stored), ""))
+        tensors.setdefault(name, {})[part] = stored
+    mixed = next((name for name, parts in tensors.items() if "" in parts and len(parts) > 1), None)
+    if mixed:
+        raise ExportError(f"{folder.path} has {mixed} both dense and packed")
+    return tensors
+
+
+def _recipe(folder: ModelFolder, name: str, parts: dict[str, str], linear: dict[str, bool]) -> _Recipe:
+    entry = folder.entries.get(name)
+    if folder.entries and entry is None:
+        raise ExportError(f"{folder.path} has {name}, which its {MANIFEST_FILE} does not know")
+    sums = {part.name: part.sha256 for part in entry.parts} if entry else {}
+    pruned = tuple(entry.pruned_per_matrix) if entry else ()
+    if "" in parts:
+        return _Recipe(parts, DENSE, None, False, sums, pruned)
+    matrix = linear_shape(folder.model.get_submodule(name.removesuffix(".weight")))
+    return _Recipe(parts, folder.packing, matrix, linear[name], sums, pruned)
+
+
+def _planned(
+    folder: ModelFolder, name: str, recipe: _Recipe, linear: dict[str, bool], cast: torch.dtype | None
+) -> Planned:
+    entry = folder.entries.get(name)
+    if recipe.packing == DENSE:
+        dtype, shape = folder.weights.size(recipe.parts[""])
+    else:
+        dtype = folder.weights.size(recipe.parts[FORMATS[recipe.packing].values_name])[0]
+        outputs, inputs = recipe.matrix or (0, 0)
+        shape = (inputs, outputs) if recipe.transposed else (outputs, inputs)
+    if cast is not None and dtype.is_floating_point:
+        dtype = cast
+    is_weight = name in linear and len(shape) == 2
+    transposed = is_weight and linear[name]
+    return Planned(name, shape, dtype, entry.origin if entry else "model", transposed=transposed, is_linear=is_weight)
+
+
+def _as_packed(source: FolderSource, recipe: _Recipe, planned: Planned, packing: str) -> Planned:
+    """``planned``, packed if its values fit the format and it pays."""
+    weight = source.read(recipe, planned.name, hashed=False).to(planned.dtype)
+    nonzero = int(torch.count_nonzero(weight))
+    if packing == "2:4":
+        matrix = weight.t().contiguous() if planned.transposed else weight
+        if not has_2_of_4(matrix):
+            return planned if nonzero == math.prod(planned.shape) else replace(planned, stays_dense=True)
+    return planned.packed(packing, nonzero)
+
+
+def copy_beside(folder: Path, out: Path) -> None:
+    """Copy the small files beside the weights: of the tokenizer, of generation."""
+    for path in sorted(folder.iterdir()):
+        is_ours = path.name in (CONFIG_FILE, MANIFEST_FILE) or path.name.endswith(".index.json")
+        if path.is_file() and path.suffix in _COPIED and not is_ours:
+            shutil.copyfile(path, out / path.name)

@@ -1,0 +1,229 @@
+"""A run's tensors for an export: W = (W0 + beta U V) . M from the base model's files and a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.core.factors import Constants, Factors
+from pst_ds.core.formats import FORMATS, mask_row_bits
+from pst_ds.core.layout import WeightLayout
+from pst_ds.core.low_rank_rows import updated_rows
+from pst_ds.core.scores import masked_weight, merged_weight
+from pst_ds.export.base_weights import BaseWeights, saved_tensors
+from pst_ds.export.found_pattern import per_row
+from pst_ds.export.manifest import DENSE, ExportError
+from pst_ds.export.plan import Job, Made, Planned
+from pst_ds.nn.blocks import is_conv1d, is_linear
+from pst_ds.nn.checkpoint import Checkpoint
+from pst_ds.nn.embedding import pst_embeddings
+from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.linear import FACTOR_NAMES
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    """How one tensor of the trained model comes about."""
+
+    name: str
+    in_base: str | None
+    """Its name in the base model's files."""
+    dtype: torch.dtype
+    """Of the result, before any cast that was asked for."""
+    trained: bool = False
+    layer: tuple[WeightLayout, Constants] | None = None
+    embedding_beta: float | None = None
+    masked: bool = True
+    """False where values that the mask prunes may be anything, because the packing does not look at them."""
+    in_files_form: bool = False
+    """Whether transformers makes several tensors of it, or one of another name."""
+
+
+class RunSource:
+    """Values of the model in a checkpoint. In another process it reads the same files, without the model."""
+
+    def __init__(self, checkpoint: Checkpoint, base: BaseWeights, model: nn.Module | None = None):
+        self._checkpoint, self._base, self._model = checkpoint, base, model
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_checkpoint": _reopened(self._checkpoint), "_base": self._base, "_model": None}
+
+    def make(self, job: Job) -> Iterator[Made]:
+        """The values of the job's outputs. Raises ExportError."""
+        recipe: _Recipe = job.recipe
+        self._checkpoint = _reopened(self._checkpoint)  # lets go of the pages that were read for the job before
+        if not recipe.in_files_form:
+            yield self._made(recipe)
+            return
+        assert self._model is not None
+        whole = self._made(recipe)
+        saved = saved_tensors(self._model, recipe.name, whole.tensor)
+        for output in job.outputs:
+            tensor = saved.pop(output.name).clone(memory_format=torch.contiguous_format)
+            yield replace(whole, tensor=tensor, keep=None)
+
+    def _made(self, recipe: _Recipe) -> Made:
+        if recipe.layer is not None:
+            return self._pruned(recipe, *recipe.layer)
+        if recipe.embedding_beta is not None:
+            return Made(self._updated_embedding(recipe).to(recipe.dtype))
+        if recipe.trained:
+            compute = DTYPES[self._checkpoint.state.precision]
+            return Made(self._checkpoint.trained[recipe.name].to(compute).to(recipe.dtype).contiguous())
+        assert recipe.in_base is not None
+        return Made(self._base.read(recipe.in_base).contiguous())
+
+    def _updated_embedding(self, recipe: _Recipe) -> Tensor:
+        """W0 + beta U V of a PSTEmbedding, as the model looked it up."""
+        assert recipe.in_base is not None
+        assert recipe.embedding_beta is not None
+        compute, owner = DTYPES[self._checkpoint.state.precision], recipe.name.removesuffix("weight")
+        left, right = (self._checkpoint.trained[f"{owner}pst_{f}"].to(compute) for f in "UV")
+        return updated_rows(self._base.read(recipe.in_base).to(compute), left, right, recipe.embedding_beta)
+
+    def _pruned(self, recipe: _Recipe, layout: WeightLayout, constants: Constants) -> Made:
+        """M . (W0 + beta U V) as the model computed it: same function, same dtype, same kind of device."""
+        checkpoint, owner = self._checkpoint, recipe.name.removesuffix(".weight")
+        compute = DTYPES[checkpoint.state.precision]
+        device = checkpoint.state.device_type if torch.accelerator.is_available() else "cpu"
+        start = checkpoint.trained[recipe.name] if recipe.trained else self._base.read(recipe.in_base or "")
+        start = start.to(compute).to(device)
+        self._checkpoint = checkpoint = _reopened(checkpoint)  # lets go of the pages of a trained weight
+        mask = checkpoint.masks[owner].clone()
+        names = [f for f in FACTOR_NAMES if f"{owner}.pst_{f}" in checkpoint.trained]
+        values = {f: checkpoint.trained[f"{owner}.pst_{f}"].to(device=device, dtype=compute) for f in names}
+        if recipe.masked:
+            merged = masked_weight(start, mask.to(device), 1, layout, Factors(**values), constants)
+        else:
+            merged = merged_weight(start, layout, Factors(**values), constants)
+        del start
+        merged = merged.cpu().to(recipe.dtype).contiguous()
+        if recipe.masked:
+            merged.add_(0.0)  # a weight of -0.0 that the mask keeps becomes +0.0
+        keep = mask_row_bits(mask, layout)
+        return Made(merged, keep, pruned_per_matrix(keep, layout))
+
+
+def pruned_per_matrix(keep: Tensor, layout: WeightLayout) -> tuple[int, ...]:
+    """Zeros in the mask of each matrix of a layer; ``keep``: its row bits."""
+    kept = per_row(keep.numpy())
+    return tuple(block.rect.numel - int(kept[block.outputs].sum()) for block in layout.blocks())
+
+
+def _reopened(checkpoint: Checkpoint) -> Checkpoint:
+    return Checkpoint(checkpoint.folder, checkpoint.state, checkpoint.contents)
+
+
+def plan_run(model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, packing: str, dtype: str | None) -> list[Job]:
+    """Every tensor that ``save_pretrained`` of the plain model would write, under its name there.
+
+    ``model`` has PST modules and may be on the meta device. Raises ExportError.
+    """
+    return list(_Planner(model, checkpoint, base, packing, dtype).jobs())
+
+
+class _Planner:
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, packing: str, dtype: str | None):
+        self._model, self._checkpoint, self._base = model, checkpoint, base
+        self._packing, self._cast = packing, None if dtype is None else DTYPES[dtype]
+        self._layers, self._embeddings = pst_layers(model), pst_embeddings(model)
+        self._linear = {name: module for name, module in model.named_modules() if is_linear(module)}
+
+    def jobs(self) -> Iterator[Job]:
+        seen: set[int] = set()
+        for name, param in self._model.named_parameters():
+            if name.rpartition(".")[2].startswith("pst_") or id(param) in seen:
+                continue
+            seen.add(id(param))
+            in_base = self._base.find(name)
+            if in_base is None:
+                saved = saved_tensors(self._model, name, param.to("meta"))
+                if set(saved) != {name}:  # the base's files hold it in another form, and so does the export
+                    yield from self._in_files_form(name, saved)
+                    continue
+            recipe = self._recipe(name, in_base)
+            planned = self._planned(recipe, name, tuple(param.shape))
+            yield Job((planned,), replace(recipe, masked=planned.packing == DENSE))
+
+    def _recipe(self, name: str, in_base: str | None, of_base: str | None = None) -> _Recipe:
+        """Of the model's tensor ``name``; ``of_base``: a tensor of the base that tells its dtype."""
+        owner, _, last = name.rpartition(".")
+        state, trained = self._checkpoint.state, name in self._checkpoint.contents.trained
+        compute, stored = DTYPES[state.precision], in_base or of_base
+        layer = self._layers.get(owner) if last == "weight" else None
+        embedding = self._embeddings.get(owner) if last == "weight" else None
+        if in_base is None and embedding is not None:
+            raise ExportError(f"{name} is not in the base model {state.base_path!r}")
+        if in_base is None and not trained:
+            raise ExportError(f"{name} is neither trained nor in the base model {state.base_path!r}")
+        # values are those computed with; they are stored at least as wide as the base's, so that files stay uniform
+        width = compute if stored is None else self._base.size(stored)[0]
+        if layer is not None or trained or embedding is not None:
+            width = torch.promote_types(compute, width)
+        return _Recipe(
+            name, in_base, width, trained,
+            layer=None if layer is None else (layer.layout, layer.constants),
+            embedding_beta=None if embedding is None else embedding.beta,
+        )  # fmt: skip
+
+    def _planned(self, recipe: _Recipe, name: str, shape: tuple[int, ...]) -> Planned:
+        """The tensor of ``recipe`` under its ``name`` in the file."""
+        self._require_shape(recipe, shape)
+        owner, _, last = name.rpartition(".")
+        linear = self._linear.get(owner) if last == "weight" else None
+        if recipe.layer is not None:
+            transposed, origin = recipe.layer[0].transposed, "pruned"
+        else:
+            transposed = linear is not None and is_conv1d(linear)
+            origin = "trained" if recipe.trained or recipe.embedding_beta is not None else "base"
+        is_linear_weight = linear is not None or recipe.layer is not None
+        dtype = self._cast if self._cast and recipe.dtype.is_floating_point else recipe.dtype
+        planned = Planned(name, shape, dtype, origin, transposed=transposed, is_linear=is_linear_weight)
+        if recipe.layer is None or self._packing == DENSE or name != recipe.name or recipe.in_files_form:
+            return planned
+        keep = mask_row_bits(_reopened(self._checkpoint).masks[owner], recipe.layer[0])
+        if not FORMATS[self._packing].accepts(keep, planned.matrix):
+            return replace(planned, stays_dense=True)
+        pruned = sum(pruned_per_matrix(keep, recipe.layer[0]))
+        return planned.packed(self._packing, recipe.layer[0].numel - pruned)
+
+    def _require_shape(self, recipe: _Recipe, shape: tuple[int, ...]) -> None:
+        contents = self._checkpoint.contents
+        found = contents.trained[recipe.name] if recipe.trained else self._base.size(recipe.in_base or "")[1]
+        if tuple(found) != shape and not recipe.in_files_form:
+            raise ExportError(
+                f"{recipe.name} has shape {tuple(found)} in the base model or checkpoint, and {shape} in the trained "
+                "model"
+            )
+
+    def _in_files_form(self, name: str, saved: dict[str, Tensor]) -> Iterator[Job]:
+        """The tensor ``name`` as ``saved``, the tensors that the base's files hold of it."""
+        in_base = {part: self._base.find(part) for part in saved}
+        layer = self._layers.get(name.removesuffix(".weight"))
+        if layer is None and name not in self._checkpoint.contents.trained:
+            for part, tensor in saved.items():
+                recipe = self._recipe(part, in_base[part])
+                yield Job((self._planned(recipe, part, tuple(tensor.shape)),), recipe)
+            return
+        first = next(iter(in_base.values()))
+        if layer is not None and not (first is not None and self._is_renamed(name, saved, first)):
+            raise ExportError(
+                f"{name} is made of {', '.join(saved)} by transformers, and cannot be turned back once it is pruned; "
+                f"leave it out with exclude_modules = [{json.dumps(name.rpartition('.')[0])}]"
+            )
+        recipe = replace(self._recipe(name, first if layer is not None else None, first), in_files_form=True)
+        outputs = tuple(self._planned(recipe, part, tuple(tensor.shape)) for part, tensor in saved.items())
+        yield Job(outputs, recipe, in_parent=True)
+
+    def _is_renamed(self, name: str, saved: dict[str, Tensor], first: str) -> bool:
+        """Whether the model's tensor is the file's ``first`` under another name, not cut or permuted."""
+        stored = self._base.read(first)
+        again = saved_tensors(self._model, name, stored)
+        return len(saved) == 1 and all(torch.equal(tensor, stored) for tensor in again.values())

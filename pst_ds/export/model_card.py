@@ -1,0 +1,97 @@
+"""README.md of an export: what it is, how sparse and how large, how it did, how to load and check it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pst_ds.core.formats import FORMATS
+from pst_ds.export.manifest import DENSE, TensorEntry
+
+CARD_FILE = "README.md"
+_TASKS = ("ForCausalLM", "ForSequenceClassification", "ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering")
+
+
+def model_card(name: str, entries: Sequence[TensorEntry], about: dict[str, Any]) -> str:
+    """The text of the card of the export in the folder ``name``; ``about`` is what its manifest says."""
+    return "\n".join([*_front_matter(about), *_summary(name, about), *_sparsity(entries, about), *_size(about),
+                      *_metrics(about), *_use(about)])  # fmt: skip
+
+
+def _front_matter(about: dict[str, Any]) -> list[str]:
+    packed = about["kind"] != DENSE
+    base = about.get("base_model")
+    tags = ["sparse", "pruned", "pst-ds", *([f"format-{about['kind'].replace(':', '-of-')}"] if packed else [])]
+    lines = ["---", "library_name: transformers"]
+    if base and not base.startswith((".", "/", "~")):  # a name on the hub, as far as one can see
+        lines.append(f"base_model: {json.dumps(base)}")
+    return [*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+
+
+def _summary(name: str, about: dict[str, Any]) -> list[str]:
+    how = "stored densely, with exact zeros" if about["kind"] == DENSE else f"packed as {about['kind']}"
+    base = f" of {about['base_model']}" if about.get("base_model") else ""
+    lines = [f"# {name}", "", f"A sparse version{base}. {about['sparsity_counted']:.2%} of the weights in its pruned"]
+    lines[-1] += f" layers are zero; they are {how}."
+    if about.get("step") is not None:
+        lines += ["", f"Trained by pst-ds for {about['step']} steps, computed in {about['computed_in']}."]
+    return [*lines, ""]
+
+
+def kind_of_layer(name: str) -> str:
+    """A tensor's name with a star for the number of its block: "model.layers.*.mlp.up_proj"."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name.removesuffix(".weight"))
+
+
+def _sparsity(entries: Sequence[TensorEntry], about: dict[str, Any]) -> list[str]:
+    kinds: dict[str, list[TensorEntry]] = {}
+    for entry in entries:
+        if entry.origin == "pruned" or entry.pattern != DENSE:
+            kinds.setdefault(kind_of_layer(entry.name), []).append(entry)
+    lines = ["## Sparsity", "", "| layer | tensors | weights | zeros | pattern found | stored |"]
+    lines.append("|---|---|---|---|---|---|")
+    for kind, found in kinds.items():
+        weights, nonzero = sum(e.numel for e in found), sum(e.nonzero for e in found)
+        patterns, packings = sorted({e.pattern for e in found}), sorted({e.packing for e in found})
+        lines.append(
+            f"| `{kind}` | {len(found)} | {weights:,} | {1 - nonzero / max(weights, 1):.2%} | {', '.join(patterns)} | "
+            f"{', '.join(packings)} |"
+        )
+    weights = sum(entry.numel for entry in entries)
+    zeros = sum(entry.numel - entry.nonzero for entry in entries)
+    lines.append(f"| whole model | {len(entries)} | {weights:,} | {zeros / max(weights, 1):.2%} | | |")
+    asked = about.get("sparsity_asked")
+    said = [f"{asked:.2%} zeros were asked of every pruned matrix.", ""] if asked is not None else []
+    return [*lines, "", *said]
+
+
+def _size(about: dict[str, Any]) -> list[str]:
+    share = about["file_bytes"] / max(about["dense_bf16_bytes"], 1)
+    return [
+        "## Size",
+        "",
+        f"The weight files have {about['file_bytes']:,} bytes. Dense in bfloat16 they would have "
+        f"{about['dense_bf16_bytes']:,}: {share:.3f} of it.",
+        "",
+    ]
+
+
+def _metrics(about: dict[str, Any]) -> list[str]:
+    metrics = {name: value for name, value in about["metrics"].items() if value is not None}
+    if not metrics:
+        return ["## Metrics", "", "None were recorded for this model.", ""]
+    rows = [f"| {name} | {value:.6g} |" for name, value in metrics.items()]
+    return ["## Metrics", "", "On the validation data of the run:", "", "| metric | value |", "|---|---|", *rows, ""]
+
+
+def _use(about: dict[str, Any]) -> list[str]:
+    kind = next((f"AutoModel{task}" for task in _TASKS if about["architecture"].endswith(task)), "AutoModel")
+    first = [] if about["kind"] == DENSE else ["import pst_ds.hf  # teaches transformers the packed format", ""]
+    lines = ["## Load it", "", "```python", *first, f"from transformers import {kind}", ""]
+    lines += [f'model = {kind}.from_pretrained("path/to/this/folder")', "```", ""]
+    if about["kind"] in FORMATS:
+        lines += ["Without the import transformers finds no weights here, and says so.", ""]
+    checks = "pst-ds verify path/to/this/folder"
+    return [*lines, "## Check it", "", "```bash", checks, "```", "", "Tensors and hashes are in pst_manifest.json.", ""]

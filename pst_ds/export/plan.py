@@ -1,0 +1,166 @@
+"""What an export will hold, known before the first value is made: tensors, their packing, and their places in files."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.formats import FORMATS, VALUE_DTYPES, row_bits
+from pst_ds.export.manifest import DENSE, FORMAT_FILES, ExportError
+from pst_ds.export.tensor_files import Slot, header_and_slots
+
+SHARD_BYTES = 5 << 30
+MOST_OF_DENSE = 1.01
+"""A weight is packed when its parts take at most this share of its dense bytes: csr of half zeros is just above 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One tensor of an export."""
+
+    name: str
+    shape: tuple[int, ...]
+    """As the model has it: (I, O) for a Conv1D."""
+    dtype: torch.dtype
+    origin: str
+    """See :class:`pst_ds.export.manifest.TensorEntry`."""
+    packing: str = DENSE
+    """A format, or "dense"."""
+    stored: int = 0
+    """Of a packed tensor: positions that are kept."""
+    transposed: bool = False
+    """Whether it is stored (I, O)."""
+    is_linear: bool = False
+    """Whether it is the weight of a linear layer, in which patterns are looked for."""
+    stays_dense: bool = False
+    """Whether it has zeros and was to be packed, but the format cannot hold it, or would make it larger."""
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(O, I) of a linear layer's weight."""
+        rows, columns = self.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the dense tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """dtype and shape of what is written for it, by the name in the file."""
+        if self.packing == DENSE:
+            return {self.name: (self.dtype, self.shape)}
+        sizes = FORMATS[self.packing].parts(self.matrix, self.stored, self.dtype)
+        return {f"{self.name.removesuffix('.weight')}.{part}": size for part, size in sizes.items()}
+
+    def packed(self, packing: str, stored: int) -> Planned:
+        """The same, packed, if that is not larger than dense; else it stays dense."""
+        if self.dtype not in VALUE_DTYPES or not self.is_linear or not self.nbytes:
+            return self
+        nbytes = FORMATS[packing].nbytes(self.matrix, stored, self.dtype)
+        if nbytes > MOST_OF_DENSE * self.nbytes:
+            return replace(self, stays_dense=stored < math.prod(self.shape))
+        return replace(self, packing=packing, stored=stored)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """The values of a planned tensor."""
+
+    tensor: Tensor
+    """In the model's shape; where ``keep`` is given, values that are not kept may be anything."""
+    keep: Tensor | None = None
+    """Row bits (O, ceil(I/8)) of the mask that the tensor was pruned by."""
+    pruned_per_matrix: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Tensors that are made together: one, but where transformers makes several of one of its own."""
+
+    outputs: tuple[Planned, ...]
+    recipe: Any
+    """What the source makes them by; it can be sent to another process."""
+    in_parent: bool = False
+    """Whether making them takes the model, which other processes do not have."""
+
+
+class Source(Protocol):
+    """Where an export's values come from. It is sent to every process that writes."""
+
+    def make(self, job: Job) -> Iterator[Made]:
+        """The values of the job's outputs, in their order. Raises ExportError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """One weight file."""
+
+    name: str
+    header: bytes
+    slots: dict[str, Slot]
+    nbytes: int
+
+
+def plan_files(jobs: Sequence[Job], packing: str, shard_bytes: int) -> list[PlannedFile]:
+    """The files that hold all outputs, in their order; a tensor's parts are in one file.
+
+    A file holds at most ``shard_bytes`` of tensors, unless a single one has more.
+    """
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    filled = 0
+    for output in (output for job in jobs for output in job.outputs):
+        parts = output.parts()
+        nbytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape in parts.values())
+        if shards[-1] and filled + nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        twice = next((name for name in parts for shard in shards if name in shard), None)
+        if twice:
+            raise ExportError(f"two tensors of the model would be named {twice} in the export")
+        shards[-1] |= parts
+        filled += nbytes
+    stem, count = FORMAT_FILES[packing], len(shards)
+    names = [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    if count == 1:
+        names = [f"{stem}.safetensors"]
+    return [PlannedFile(n, *header_and_slots(shard)) for n, shard in zip(names, shards, strict=True)]
+
+
+def require_space(folder: Path, nbytes: int) -> None:
+    """Raise ExportError when the disk of ``folder``, which need not be there yet, has not ``nbytes`` free."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if nbytes > free:
+        raise ExportError(f"{folder} needs {nbytes:,} bytes, and the disk has {free:,} free; name another with --out")
+
+
+def require_packed(jobs: Sequence[Job], packing: str) -> list[str]:
+    """Names of the linear layers' sparse weights that stay dense. Raises ExportError when nothing is packed."""
+    outputs = [output for job in jobs for output in job.outputs]
+    if packing == DENSE or any(output.packing != DENSE for output in outputs):
+        return [output.name for output in outputs if output.stays_dense]
+    if packing == "2:4":
+        raise ExportError(
+            "no weight is 2:4 (at most two non-zeros in every four consecutive inputs), so nothing can be packed; "
+            'train with pst.pattern = "2:4" (final sparsity 0.5), or export with --format bitmask'
+        )
+    raise ExportError(
+        f"no weight would be smaller as {packing} than it is dense, so nothing can be packed; bitmask needs more than "
+        "7 % zeros in a weight and csr more than half. Export with --format dense"
+    )
+
+
+def has_2_of_4(weight: Tensor) -> bool:
+    """Whether the non-zeros of ``weight``, (O, I), fit 2:4."""
+    return FORMATS["2:4"].accepts(row_bits(weight), (weight.shape[0], weight.shape[1]))

@@ -1,0 +1,178 @@
+"""Safetensors files, read and written by offset: a strict reader of headers, and the layout of a file to be written.
+
+A file is 8 bytes with the little-endian length of its header, the header as JSON, and the tensors' bytes without a gap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pst_ds.errors import InputError
+
+DTYPE_OF_CODE = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "I64": torch.int64, "U64": torch.uint64,
+    "F64": torch.float64, "C64": torch.complex64,
+}  # fmt: skip
+CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
+MOST_HEADER_BYTES = 100_000_000
+"""What the safetensors library reads at most."""
+_AT_A_TIME = 1 << 28
+_NAME = re.compile(r"[^\x00-\x1f\x7f]{1,512}")
+
+
+class TensorFileError(InputError):
+    """A safetensors file that is damaged or hostile; the message begins with its path."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a tensor lies in a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes from the start of the file."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorFile:
+    """One safetensors file. Its header is checked when it is opened; tensors are read when they are asked for.
+
+    Bytes are read into memory of their own, not mapped, so that a file's pages do not stay with the process.
+    """
+
+    def __init__(self, path: Path):
+        """Raises TensorFileError, naming the tensor where there is one, and FileNotFoundError."""
+        self.path = path
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            self.slots = _slots(stream.read(8), stream, size, path)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor ``name``, in memory of its own. Raises TensorFileError when the file has become shorter."""
+        slot = self.slots[name]
+        data = torch.empty(slot.nbytes, dtype=torch.uint8)
+        with self.path.open("rb", buffering=0) as stream:
+            stream.seek(slot.offset)
+            view, done = data.numpy().data, 0
+            while done < slot.nbytes:
+                count = stream.readinto(view[done : done + _AT_A_TIME])
+                if not count:
+                    raise TensorFileError(f"{self.path} is damaged: it ends inside {name}")
+                done += count
+        return data.view(slot.dtype).view(slot.shape)
+
+
+def unique_json(text: str | bytes) -> Any:
+    """JSON in which no object has a key twice. Raises ValueError."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return table
+
+
+def _slots(length: bytes, stream: Any, size: int, path: Path) -> dict[str, Slot]:
+    count = int.from_bytes(length, "little")
+    if len(length) < 8 or count > min(MOST_HEADER_BYTES, size - 8):
+        raise TensorFileError(f"{path} is damaged: its header would be {count} bytes of a file of {size}")
+    try:
+        table = unique_json(stream.read(count))
+    except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
+        raise TensorFileError(f"{path} is damaged: its header is no JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise TensorFileError(f"{path} is damaged: its header is no table")
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise TensorFileError(f"{path} is damaged: __metadata__ holds other things than texts")
+    slots = {name: _slot(name, entry, 8 + count, path) for name, entry in table.items()}
+    end = 8 + count
+    for name, slot in sorted(slots.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if slot.offset != end:
+            where = "overlaps the tensor before it" if slot.offset < end else "leaves a gap before it"
+            raise TensorFileError(f"{path} is damaged: {name} {where}")
+        end += slot.nbytes
+    if end != size:
+        raise TensorFileError(f"{path} is damaged: its tensors end at byte {end}, and the file at {size}")
+    return slots
+
+
+def _slot(name: str, entry: Any, start: int, path: Path) -> Slot:
+    """One entry of a header, by itself."""
+    if not _NAME.fullmatch(name):
+        raise TensorFileError(f"{path} is damaged: a tensor is named {name[:80]!r}")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise TensorFileError(f"{path} is damaged: the entry of {name} has not dtype, shape and data_offsets")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = DTYPE_OF_CODE.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        raise TensorFileError(f"{path}: {name} has dtype {str(code)[:40]!r}; known are {', '.join(DTYPE_OF_CODE)}")
+    sizes_hold = isinstance(shape, list) and len(shape) <= 16 and all(map(_is_size, shape))
+    sizes_hold = sizes_hold and math.prod(max(size, 1) for size in shape) < 1 << 60  # torch multiplies them too
+    if not sizes_hold or not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise TensorFileError(f"{path} is damaged: {name} has shape {str(shape)[:80]} at {str(offsets)[:80]}")
+    slot = Slot(dtype, tuple(shape), start + offsets[0])
+    if offsets[1] - offsets[0] != slot.nbytes:
+        raise TensorFileError(
+            f"{path} is damaged: {name} has {slot.nbytes} bytes by its shape, {offsets[1] - offsets[0]} by its offsets"
+        )
+    return slot
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 48
+
+
+def header_and_slots(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, Slot], int]:
+    """(first bytes of a file, slot of each tensor, size of the file) for tensors of these dtypes and shapes.
+
+    Wide items come first, then names in order, so every tensor is aligned to its item size; the header is padded with
+    spaces to a multiple of 8 bytes.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        size = math.prod(shape) * dtype.itemsize
+        table[name] = {"dtype": CODE_OF_DTYPE[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    slots = {n: Slot(*tensors[n], start + table[n]["data_offsets"][0]) for n in order}
+    return len(text).to_bytes(8, "little") + text, slots, start + end
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def write_at(handle: int, data: memoryview, offset: int) -> None:
+    """Write all of ``data`` at ``offset`` of an open file; one call writes at most 2 GB."""
+    while data:
+        count = os.pwrite(handle, data[:_AT_A_TIME], offset)
+        data, offset = data[count:], offset + count

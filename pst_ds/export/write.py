@@ -1,0 +1,198 @@
+"""Values into files: each tensor is made, packed, hashed and written to its own place, on one process or several."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pst_ds.core.bits import INT_OF_SIZE
+from pst_ds.core.formats import FORMATS, FormatError, row_bits
+from pst_ds.export.found_pattern import found_pattern, per_row
+from pst_ds.export.manifest import DENSE, ExportError, PartEntry, TensorEntry, count_nonzero
+from pst_ds.export.plan import Job, Made, Planned, PlannedFile, Source
+from pst_ds.export.progress import Progress
+from pst_ds.export.tensor_files import CODE_OF_DTYPE, Slot, tensor_bytes, write_at
+
+
+class WorkerError(RuntimeError):
+    """A process of an export ended before its work was done."""
+
+
+class Writer:
+    """Fills planned files; every process has one."""
+
+    def __init__(self, folder: Path, files: Sequence[PlannedFile], source: Source):
+        self._folder, self._source = folder, source
+        self._place: dict[str, tuple[str, Slot]] = {n: (f.name, slot) for f in files for n, slot in f.slots.items()}
+        self._handles: dict[str, int] = {}
+
+    def write(self, job: Job) -> list[TensorEntry]:
+        """Make and write all outputs of ``job``. Raises ExportError."""
+        entries = []
+        made = self._source.make(job)
+        for output in job.outputs:
+            entries.append(self._write_one(output, [next(made)]))
+        return entries
+
+    def close(self) -> None:
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles.clear()
+
+    def _write_one(self, output: Planned, made: list[Made]) -> TensorEntry:
+        """``made`` holds the one reference to the values, so that they are gone once they are packed."""
+        one = made.pop()
+        keep, pruned = one.keep, list(one.pruned_per_matrix)
+        parts = [_require_planned(output, one.tensor)]
+        del one
+        nonzero, pattern = -1, DENSE
+        if output.packing != DENSE:
+            packed = _packed(output, parts, keep)
+            nonzero, pattern = _found(output, packed, keep)
+            parts = [packed[name] for name in FORMATS[output.packing].part_names]
+            del packed
+        elif output.is_linear:
+            bits = row_bits(_matrix(output, parts[0])).numpy()
+            nonzero, pattern = int(per_row(bits).sum()), found_pattern(bits, output.matrix[1])
+        else:
+            nonzero = count_nonzero(parts[0])
+        written = [self._write_part(n, part) for n, part in zip(output.parts(), parts, strict=True)]
+        return TensorEntry(
+            name=output.name, shape=list(output.shape), dtype=CODE_OF_DTYPE[output.dtype], origin=output.origin,
+            nonzero=nonzero, pattern=pattern, pruned_per_matrix=pruned, matrix_axis=int(output.transposed),
+            packing=output.packing, transposed=output.transposed, parts=written,
+        )  # fmt: skip
+
+    def _write_part(self, name: str, tensor: Tensor) -> PartEntry:
+        file, slot = self._place[name]
+        if (tensor.dtype, tuple(tensor.shape)) != (slot.dtype, slot.shape):
+            raise RuntimeError(f"{name} was planned as {slot} and made as {tensor.dtype} {tuple(tensor.shape)}")
+        if file not in self._handles:
+            self._handles[file] = os.open(self._folder / file, os.O_WRONLY)
+        data = tensor_bytes(tensor)
+        write_at(self._handles[file], data, slot.offset)
+        return PartEntry(name, file, hashlib.sha256(data).hexdigest())
+
+
+def write_tensors(
+    folder: Path, files: Sequence[PlannedFile], jobs: Sequence[Job], source: Source, processes: int
+) -> list[TensorEntry]:
+    """Write all files into ``folder``; the entries in the order of the jobs.
+
+    The bytes do not depend on ``processes``. Raises ExportError, and WorkerError when a process was killed.
+    """
+    for file in files:
+        with (folder / file.name).open("wb") as stream:
+            stream.write(file.header)
+            stream.truncate(file.nbytes)
+    progress = Progress("export", sum(output.nbytes for job in jobs for output in job.outputs))
+    entries: dict[int, list[TensorEntry]] = {}
+    arguments = (folder, files, source)
+    with progress:
+        for index, found in _written(arguments, jobs, processes):
+            entries[index] = found
+            progress.add(sum(output.nbytes for output in jobs[index].outputs))
+    return [entry for index in range(len(jobs)) for entry in entries[index]]
+
+
+def _written(
+    arguments: tuple[Any, ...], jobs: Sequence[Job], processes: int
+) -> Iterator[tuple[int, list[TensorEntry]]]:
+    """(index of a job, its entries) as they get done."""
+    shared = [i for i, job in enumerate(jobs) if processes > 1 and not job.in_parent]
+    with ExitStack() as stack:
+        running = stack.enter_context(_running(arguments, [jobs[i] for i in shared], processes)) if shared else {}
+        writer = Writer(*arguments)
+        stack.callback(writer.close)
+        for i in sorted(set(range(len(jobs))) - set(shared)):
+            yield i, writer.write(jobs[i])
+        pending = set(running)
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield shared[running[future]], _result(future)
+
+
+@contextmanager
+def _running(arguments: tuple[Any, ...], jobs: list[Job], processes: int) -> Iterator[dict[Future[Any], int]]:
+    """The jobs on processes of their own, started anew: a fork would copy locks that torch's threads may hold."""
+    threads = max(1, torch.get_num_threads() // processes)
+    pool = ProcessPoolExecutor(
+        min(processes, len(jobs)), multiprocessing.get_context("spawn"), _begin, (arguments, threads)
+    )
+    try:
+        yield {pool.submit(_write_in_worker, job): i for i, job in enumerate(jobs)}
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _result(future: Future[Any]) -> list[TensorEntry]:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise WorkerError(
+            "a process of the export was killed, perhaps for memory; nothing was written. Use fewer --processes"
+        ) from error
+
+
+_writer: Writer | None = None
+"""Of a process that :func:`_running` started."""
+
+
+def _begin(arguments: tuple[Any, ...], threads: int) -> None:
+    global _writer
+    torch.set_num_threads(threads)
+    _writer = Writer(*arguments)
+
+
+def _write_in_worker(job: Job) -> list[TensorEntry]:
+    assert _writer is not None
+    return _writer.write(job)
+
+
+def _require_planned(output: Planned, tensor: Tensor) -> Tensor:
+    if tuple(tensor.shape) != output.shape:
+        raise ExportError(
+            f"{output.name} has shape {tuple(tensor.shape)} in the base model or checkpoint, and {output.shape} in the "
+            "trained model"
+        )
+    return tensor.to(output.dtype)
+
+
+def _matrix(output: Planned, tensor: Tensor) -> Tensor:
+    """``tensor`` in (O, I) orientation."""
+    return tensor.t() if output.transposed else tensor
+
+
+def _packed(output: Planned, held: list[Tensor], keep: Tensor | None) -> dict[str, Tensor]:
+    """The parts of the one tensor in ``held``, which is let go. Raises ExportError."""
+    matrix = _matrix(output, held.pop())
+    if output.transposed:
+        matrix = matrix.contiguous()  # and the stored orientation is gone
+    try:
+        return FORMATS[output.packing].pack(matrix, keep, output.name)
+    except FormatError as error:
+        raise ExportError(str(error)) from None
+
+
+def _found(output: Planned, packed: dict[str, Tensor], keep: Tensor | None) -> tuple[int, str]:
+    """(non-zeros, pattern found) of a packed tensor."""
+    form = FORMATS[output.packing]
+    values, inputs = packed[form.values_name], output.matrix[1]
+    as_int = values.view(INT_OF_SIZE[values.element_size()])  # a packed zero is +0.0, and integers are counted sooner
+    nonzero = int(torch.count_nonzero(as_int))
+    bits = packed.get("bitmask", keep)
+    if nonzero != values.numel() or bits is None:  # some kept positions are zero
+        bits = row_bits(form.unpack(packed))
+    return nonzero, found_pattern(np.asarray(bits.numpy()), inputs)

@@ -1,0 +1,16 @@
+"""Packed folders in transformers: ``import pst_ds.hf``, then ``AutoModelForCausalLM.from_pretrained(DIR)`` as ever.
+
+Every Auto class loads bitmask, 2:4 and csr. ``quantization_config=PackedWeightsConfig(load_as="dense")`` (or "sparse")
+chooses between an ordinary model and one whose weights stay packed. Without this import transformers finds no weight
+file in such a folder and raises.
+"""
+
+from pst_ds.hf.config import PackedWeightsConfig
+from pst_ds.hf.quantizer import PackedWeightsQuantizer
+from pst_ds.hf.registration import register
+from pst_ds.hf.semi_structured import to_semi_structured
+from pst_ds.hf.weight_files import PackedFolderError
+
+register()
+
+__all__ = ["PackedFolderError", "PackedWeightsConfig", "PackedWeightsQuantizer", "to_semi_structured"]

@@ -1,0 +1,92 @@
+"""The "quantization_config" of a packed folder, and what a user may ask for when it is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any, Literal, get_args
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from pst_ds.core.formats import FORMATS
+from pst_ds.hf.weight_files import PackedFolderError
+
+QUANT_METHOD = "pst_ds"
+FORMAT_VERSION = 1
+LoadAs = Literal["auto", "dense", "sparse"]
+
+# transformers 5.0 joins this name to the folder as it is, so nothing here may lead out of it
+_WEIGHTS_FILE = re.compile(r"pst_[A-Za-z0-9_-]+\.safetensors(\.index\.json)?")
+
+
+class PackedWeightsConfig(QuantizationConfigMixin):
+    """How packed weights are stored, and how they are loaded.
+
+    ``load_as`` is for the user: ``from_pretrained(DIR, quantization_config=PackedWeightsConfig(load_as="dense"))``.
+
+    "dense"     ordinary nn.Linear and Conv1D, equal to the dense export: for training, saving and every other tool
+    "sparse"    the weights stay packed in :class:`pst_ds.runtime.SparseLinear`: smaller in memory, for inference.
+                A model that looks at a projection's weight in its forward pass, as T5 does, unpacks it each time:
+                right but slow, so load such a model dense
+    "auto"      "sparse" for bitmask on the CPU, where that is the faster one, else "dense"
+
+    The rest is read from config.json: ``format``, ``format_version``, ``weights_file``.
+    """
+
+    def __init__(
+        self,
+        load_as: LoadAs = "auto",
+        *,
+        format: str | None = None,
+        format_version: int = FORMAT_VERSION,
+        weights_file: str | None = None,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ):
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.load_as = load_as
+        self.format = format
+        self.format_version = format_version
+        self.weights_file = weights_file
+        if load_as not in get_args(LoadAs):
+            raise PackedFolderError(f"load_as is 'auto', 'dense' or 'sparse', got {load_as!r}")
+        if unknown:
+            raise PackedFolderError(_unknown_keys(unknown))
+
+    @property
+    def dequantize(self) -> bool:
+        """Asked by transformers: whether nothing of the packing is left in the loaded model."""
+        return self.load_as == "dense"
+
+    def check_folder(self) -> None:
+        """Raises PackedFolderError unless these are the settings of a folder that this version reads."""
+        if self.format not in FORMATS:
+            known = ", ".join(FORMATS)
+            raise PackedFolderError(f"config.json: quantization_config.format is one of {known}, got {self.format!r}")
+        if self.format_version != FORMAT_VERSION:
+            raise PackedFolderError(
+                f"config.json: quantization_config.format_version is {self.format_version!r}, and this pst-ds reads "
+                f"version {FORMAT_VERSION}. Load the folder with a newer pst-ds, or export it again."
+            )
+        if not isinstance(self.weights_file, str) or not _WEIGHTS_FILE.fullmatch(self.weights_file):
+            raise PackedFolderError(
+                "config.json: quantization_config.weights_file must be a name pst_*.safetensors or "
+                f"pst_*.safetensors.index.json in the same folder, got {self.weights_file!r}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of config.json; ``load_as`` is no property of a folder."""
+        return {
+            "quant_method": self.quant_method,
+            "format": self.format,
+            "format_version": self.format_version,
+            "weights_file": self.weights_file,
+        }
+
+
+def _unknown_keys(unknown: dict[str, Any]) -> str:
+    key = next(iter(unknown))
+    known = ("load_as", "format", "format_version", "weights_file")
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+    return f"quantization_config of pst_ds: unknown key {key!r}. {hint}"

@@ -1,0 +1,152 @@
+"""Linear layers of a transformers model become sparse ones, and dense again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.core.formats import PackedFormat
+from pst_ds.hf.weight_files import PackedFolderError, StoredTensor, kept_values
+from pst_ds.nn.blocks import is_conv1d, is_linear, linear_shape
+from pst_ds.runtime import SparseLinear, sparse_layers
+
+
+class SparseProjection(SparseLinear):
+    """A SparseLinear whose ``weight`` can be read, as T5 and others do between their products.
+
+    Every reading unpacks the matrix: right wherever a model does it, and slow where it does so in each forward pass.
+    """
+
+    stores_transposed = False
+    """Whether it stands for a Conv1D, whose weight is (I, O)."""
+
+    @property
+    def weight(self) -> Tensor:
+        """What the dense layer's weight would hold; a copy."""
+        weight = self.dense_weight().to(getattr(self, self.format.values_name).device)
+        return weight.t() if self.stores_transposed else weight
+
+
+class LoadingProjection(SparseProjection):
+    """A SparseProjection until its parts are read; :func:`end_loading` makes it an ordinary one.
+
+    After loading, transformers initialises what was not in the files, and models such as GPT-2 reach into their
+    projections' ``weight`` there. They find one that is marked as initialised, and leave it alone.
+    """
+
+    weight = torch.empty(0)  # type: ignore[assignment]
+    weight._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def end_loading(layer: SparseLinear) -> None:
+    """Makes it a plain, frozen layer; transformers' loader lets every float tensor have a gradient."""
+    layer.__class__ = SparseProjection
+    layer.requires_grad_(False)
+
+
+def linear_named(model: nn.Module, name: str) -> str | None:
+    """Name in ``model`` of the linear layer that a file calls ``name``; None where there is none.
+
+    A file of ``LlamaForCausalLM`` says "model.layers.0...", the base model itself "layers.0...": transformers puts the
+    prefix on or takes it off, and so does this.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    names = [name]
+    if prefix:
+        names = [name.removeprefix(f"{prefix}."), name, f"{prefix}.{name}"]
+    modules = dict(model.named_modules())
+    return next((candidate for candidate in names if candidate in modules and is_linear(modules[candidate])), None)
+
+
+def named_groups(
+    model: nn.Module, groups: Mapping[str, Mapping[str, StoredTensor]]
+) -> dict[str, Mapping[str, StoredTensor]]:
+    """``groups`` under the names of the model; without those that are no linear layer of it.
+
+    Raises PackedFolderError when two names of the file are one layer of the model.
+    """
+    named: dict[str, Mapping[str, StoredTensor]] = {}
+    for name, group in groups.items():
+        found = linear_named(model, name)
+        if found in named:
+            raise PackedFolderError(
+                f"{name}: the folder has this layer twice, with and without its prefix. Export again."
+            )
+        if found is not None:
+            named[found] = group
+    return named
+
+
+def put_sparse_layers(
+    model: nn.Module, groups: Mapping[str, Mapping[str, StoredTensor]], form: PackedFormat, tied: set[str]
+) -> dict[str, nn.Module]:
+    """Puts an empty SparseLinear in the place of every linear layer in ``groups``; returns those it took out, by name.
+
+    ``groups``: headers of the parts, by name in the model. ``tied``: names of tied parameters. Nothing is read.
+    Raises PackedFolderError for parts that do not fit the layer, and for a packed weight that the model ties.
+    """
+    taken = {}
+    for name, group in groups.items():
+        module = model.get_submodule(name)
+        if f"{name}.weight" in tied:
+            raise PackedFolderError(
+                f"{name}: packed in the folder, but this model ties it to another weight. Set tie_word_embeddings to "
+                "false in config.json if they differ, or export again."
+            )
+        shape = linear_shape(module)
+        sparse = LoadingProjection(
+            shape[1],
+            shape[0],
+            kept_values(name, form, group, shape),
+            format=form.name,
+            bias=module.bias is not None,
+            dtype=module.weight.dtype,  # type: ignore[arg-type]
+            device="meta",
+        )
+        sparse.stores_transposed = is_conv1d(module)
+        model.set_submodule(name, sparse)
+        taken[name] = module
+    return taken
+
+
+def clear_cast_zeros(layer: SparseLinear) -> None:
+    """Turns -0.0 into +0.0: a small negative value may become one when it is cast, and no packed weight holds one."""
+    values = getattr(layer, layer.format.values_name)
+    with torch.no_grad():
+        values.add_(0.0)
+
+
+def reread_integers(layer: SparseLinear, group: Mapping[str, StoredTensor]) -> None:
+    """Reads again, as stored, the integer parts of a layer that the model keeps in fp32.
+
+    Some versions of transformers cast every tensor under such a module's name, offsets among them.
+    """
+    for part in layer.format.part_names:
+        tensor = getattr(layer, part)
+        if part != layer.format.values_name and tensor.is_floating_point():
+            setattr(layer, part, group[part].read().to(tensor.device))
+
+
+def make_dense(model: nn.Module, taken: Mapping[str, nn.Module]) -> None:
+    """Puts the layers of :func:`put_sparse_layers` back, with the unpacked weights; one layer is held twice at a time.
+
+    The sparse layers must have passed their check.
+    """
+    for name in list(sparse_layers(model)):
+        _put_back(model, name, taken[name])
+
+
+def _put_back(model: nn.Module, name: str, linear: nn.Module) -> None:
+    sparse = model.get_submodule(name)
+    assert isinstance(sparse, SparseLinear)
+    device = getattr(sparse, sparse.format.values_name).device
+    weight = sparse.dense_weight()
+    if is_conv1d(linear):
+        weight = weight.t()
+    linear.weight = nn.Parameter(weight.contiguous().to(device))
+    if sparse.bias is not None:
+        linear.bias = nn.Parameter(sparse.bias.detach())
+    linear.train(sparse.training)
+    model.set_submodule(name, linear)

@@ -1,0 +1,163 @@
+"""The quantizer through which transformers loads a packed folder."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+
+from pst_ds.core.formats import FORMATS, PackedFormat
+from pst_ds.hf.config import PackedWeightsConfig
+from pst_ds.hf.layers import clear_cast_zeros, end_loading, make_dense, named_groups, put_sparse_layers, reread_integers
+from pst_ds.hf.loaded_keys import LoadedKeys
+from pst_ds.hf.weight_files import PackedFolderError, StoredTensor, outside_base_model, packed_groups, read_headers
+from pst_ds.runtime import SparseLinear, sparse_layers
+
+
+class PackedWeightsQuantizer(HfQuantizer):
+    """Loads packed weights: kept in :class:`~pst_ds.runtime.SparseLinear`, or unpacked into the model's own layers.
+
+    What transformers calls, in order: :meth:`update_device_map` settles ``load_as``; the config hooks name the weight
+    file; ``_process_model_before_weight_loading`` reads the headers and puts empty sparse layers in place; when every
+    tensor is read :meth:`_finish` compares the keys, checks every packed weight and unpacks those that shall be dense;
+    ``_process_model_after_weight_loading`` leaves no trace of the loading.
+    """
+
+    def __init__(self, quantization_config: PackedWeightsConfig, **kwargs: Any):
+        super().__init__(copy.copy(quantization_config), **kwargs)
+        if not self.pre_quantized:
+            raise PackedFolderError(
+                "PackedWeightsConfig is for folders with packed weights, and this config.json has no "
+                "quantization_config of pst_ds. Load it without, or pack it: pst-ds export DIR --format bitmask."
+            )
+        self._taken: dict[str, nn.Module] = {}
+        self._groups: Mapping[str, Mapping[str, StoredTensor]] = {}
+        self._finished = False
+
+    @property
+    def form(self) -> PackedFormat:
+        return FORMATS[self.quantization_config.format]
+
+    # before the model is built
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuses settings in config.json that this version does not read, and offloading to disk."""
+        self.quantization_config.check_folder()
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise PackedFolderError(_NO_DISK)
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Leaves the device map as it is; settles ``load_as`` = "auto", which depends on it."""
+        config = self.quantization_config
+        if config.load_as == "auto":
+            config.load_as = "sparse" if config.format == "bitmask" and _is_on_cpu(device_map) else "dense"
+        return device_map
+
+    # One of these two is called by every transformers 5, before it looks for the weight file.
+
+    def update_tp_plan(self, config: Any) -> Any:
+        return self._name_weights_file(config)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        return self._name_weights_file(config)
+
+    def _name_weights_file(self, config: Any) -> Any:
+        config.transformers_weights = self.quantization_config.weights_file
+        return config
+
+    # around the loading
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        if not checkpoint_files:
+            raise PackedFolderError(
+                "packed weights are loaded from their folder; state_dict= and gguf_file= are not read"
+            )
+        headers = read_headers(checkpoint_files)
+        heads = set()
+        if type(model).__name__ not in (model.config.architectures or ()):
+            heads = outside_base_model(headers, model.base_model_prefix)
+        groups = named_groups(model, packed_groups(headers, self.form))
+        tied = getattr(model, "all_tied_weights_keys", {})
+        self._taken = put_sparse_layers(model, groups, self.form, {*tied, *tied.values()})
+        self._groups = groups
+        keys = LoadedKeys(model, has_heads=bool(heads))
+        model._adjust_missing_and_unexpected_keys = functools.partial(
+            self._finish, model, keys, model._adjust_missing_and_unexpected_keys
+        )
+        # transformers 5.0 does not cast renamed tensors of what it thinks is packed already
+        self.pre_quantized = hasattr(HfQuantizer, "get_new_dtype")
+
+    def _finish(self, model: Any, keys: LoadedKeys, adjust: Any, *loading_info: Any) -> Any:
+        """In the place of transformers' own step, the last one before the model is spread over its devices."""
+        del model._adjust_missing_and_unexpected_keys
+        self.pre_quantized = True
+        result = adjust(*loading_info)
+        keys.compare(model, loading_info[0] if result is None else result)
+        for name, layer in sparse_layers(model).items():
+            self._check(name, layer)
+        if self.quantization_config.dequantize:
+            make_dense(model, self._taken)
+        self._groups = {}
+        self._finished = True
+        return result
+
+    def _check(self, name: str, layer: SparseLinear) -> None:
+        values = getattr(layer, self.form.values_name)
+        if any(tensor.is_meta for tensor in layer.state_dict().values()):
+            raise PackedFolderError(f"{name}: {_NO_DISK}")
+        end_loading(layer)
+        reread_integers(layer, self._groups[name])
+        if _safetensors_dtype(values.dtype) != self._groups[name][self.form.values_name].dtype:
+            clear_cast_zeros(layer)
+        layer.check(name)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if not self._finished:
+            import transformers
+
+            raise RuntimeError(
+                f"transformers {transformers.__version__} loads models in a way that this pst-ds does not know: "
+                "the packed weights were not checked. Install transformers>=5.0 of a version that pst-ds names."
+            )
+        model.config.__dict__.pop("transformers_weights", None)
+
+    # afterwards
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """``model.dequantize()``: unpacks a model that was kept sparse, in place; ``dtype`` casts all of it."""
+        make_dense(model, self._taken)
+        self.remove_quantization_config(model)
+        return model if dtype is None else model.to(dtype)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Refuses: save_pretrained would name the file model.safetensors, and transformers would load it as random."""
+        raise PackedFolderError(
+            "save_pretrained: a model whose weights are kept packed is not saved by transformers. Call "
+            "model.dequantize() first, which gives an ordinary dense folder (pst-ds export packs it again), or copy "
+            "the packed folder."
+        )
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+_NO_DISK = "offloading packed weights to disk is not supported: leave 'disk' out of device_map, or use the dense export"
+
+
+def _is_on_cpu(device_map: Any) -> bool:
+    if device_map is None:
+        return True
+    if isinstance(device_map, str):
+        # "auto", "balanced", ...: transformers prefers an accelerator
+        return not torch.accelerator.is_available()
+    return all(str(device) == "cpu" for device in device_map.values())
+
+
+def _safetensors_dtype(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}[dtype]

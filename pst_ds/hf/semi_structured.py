@@ -1,0 +1,160 @@
+"""2:4 weights for NVIDIA's sparse tensor cores, after a look at every group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
+
+from pst_ds.errors import InputError
+from pst_ds.nn.blocks import is_conv1d, is_linear
+from pst_ds.runtime import SparseLinear
+
+DTYPES = (torch.bfloat16, torch.float16)
+MIN_COMPUTE_CAPABILITY = (8, 0)
+
+
+class SemiStructuredError(InputError):
+    """A layer that cannot become semi-structured; the message names it."""
+
+
+def to_semi_structured(model: nn.Module, modules: Iterable[str] | None = None) -> list[str]:
+    """Gives linear layers of a model on CUDA semi-structured weights, in place; returns the layers' names.
+
+    ``modules``: full names of the layers. None takes every linear layer that qualifies: a bf16 or fp16 weight, on CUDA,
+    of a shape that torch's kernels take, not tied, with at most two non-zeros in each group of four inputs. Conv1D and
+    SparseLinear become nn.Linear. Nothing is written to disk from these: keep the folder that the model came from.
+
+    Raises SemiStructuredError, with the model unchanged, when a named layer does not qualify, or none does.
+    """
+    candidates = _linear_layers(model)
+    tied = _tied_weights(model)
+    if modules is None:
+        reasons = {name: _reason_against(module, tied) for name, module in candidates.items()}
+        chosen = [name for name, reason in reasons.items() if reason is None]
+        if not chosen:
+            raise SemiStructuredError(_none_qualifies(reasons))
+    else:
+        chosen = list(dict.fromkeys(modules))
+        for name in chosen:
+            if name not in candidates:
+                known = ", ".join(list(candidates)[:4]) or "none"
+                raise SemiStructuredError(f"{name}: no linear layer of this model. Names seen: {known}")
+            if reason := _reason_against(candidates[name], tied):
+                raise SemiStructuredError(f"{name}: {reason}")
+    for name in chosen:
+        _convert(model, name, candidates[name])
+    return chosen
+
+
+def is_two_four(weight: Tensor) -> bool:
+    """Whether an (O, I) matrix has at most two non-zeros in every four consecutive inputs."""
+    if weight.dim() != 2 or weight.shape[1] % 4:
+        return False
+    return bool(((weight != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all())
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SparseLinear) or (is_linear(module) and type(module.weight.data) is Tensor)
+    }
+
+
+def _tied_weights(model: nn.Module) -> set[int]:
+    """Identities of the parameters that two modules share, as an output layer and its embedding do."""
+    seen: dict[int, int] = {}
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            seen[id(param)] = seen.get(id(param), 0) + 1
+    return {param for param, count in seen.items() if count > 1}
+
+
+def _reason_against(module: nn.Module, tied: set[int]) -> str | None:
+    """Why this layer cannot be converted, and the way out; None when it can. The cheap questions come first."""
+    values = next(module.parameters())
+    if not isinstance(module, SparseLinear) and id(module.weight) in tied:
+        return "its weight is tied to another layer, which would lose it. Leave it out."
+    if values.dtype not in DTYPES:
+        return f"its weight is {values.dtype}, and bf16 or fp16 is needed. Load the model with dtype=torch.bfloat16."
+    weight_shape = _shape(module)
+    rows, columns = _multiples(values.dtype)
+    if weight_shape[0] % rows or weight_shape[1] % columns:
+        needed = f"multiples of ({rows}, {columns}) are needed"
+        return f"its shape (outputs, inputs) is {weight_shape}, and {needed}. Leave it out."
+    if reason := _reason_against_device(values.device):
+        return reason
+    weight = _dense_weight(module)
+    if not is_two_four(weight):
+        row, group = _first_bad_group(weight)
+        return (
+            f"not 2:4: output {row} has more than two non-zeros in inputs {4 * group} to {4 * group + 3}. "
+            "Train with mask_structure = '2:4', or leave it out."
+        )
+    return None
+
+
+def _reason_against_device(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"it is on {device}, and semi-structured weights need CUDA. Move the model: model.to('cuda')."
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_COMPUTE_CAPABILITY:
+        return f"the GPU has compute capability {capability}, and {MIN_COMPUTE_CAPABILITY} is needed. Keep it dense."
+    return None
+
+
+def _none_qualifies(reasons: dict[str, str | None]) -> str:
+    if not reasons:
+        return "to_semi_structured: the model has no linear layer"
+    # a layer that fails late is nearer to what the user has to mend than one of an odd shape
+    name, reason = next(
+        ((n, r) for n, r in reasons.items() if r and "Leave it out" not in r), next(iter(reasons.items()))
+    )
+    return f"to_semi_structured: none of {len(reasons)} linear layers qualifies; {name}: {reason}"
+
+
+def _first_bad_group(weight: Tensor) -> tuple[int, int]:
+    counts = (weight != 0).unflatten(1, (-1, 4)).sum(-1)
+    row, group = (counts > 2).nonzero()[0].tolist()
+    return row, group
+
+
+def _multiples(dtype: torch.dtype) -> tuple[int, int]:
+    """(outputs, inputs) that torch's kernels of this build take multiples of."""
+    kernels: Any = torch.sparse.SparseSemiStructuredTensorCUSPARSELT
+    if SparseSemiStructuredTensor._FORCE_CUTLASS:
+        kernels = torch.sparse.SparseSemiStructuredTensorCUTLASS
+    limits = kernels._DTYPE_SHAPE_CONSTRAINTS[dtype]
+    return limits.sparse_min_rows, limits.sparse_min_cols
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    if is_conv1d(module):
+        return module.nf, module.nx
+    return module.out_features, module.in_features
+
+
+def _dense_weight(module: Any) -> Tensor:
+    """(O, I), contiguous, where the layer is."""
+    if isinstance(module, SparseLinear):
+        return module.dense_weight().to(next(module.parameters()).device)
+    weight: Tensor = module.weight.detach()
+    return weight.t().contiguous() if is_conv1d(module) else weight.contiguous()
+
+
+def _convert(model: nn.Module, name: str, module: Any) -> None:
+    weight = nn.Parameter(to_sparse_semi_structured(_dense_weight(module)), requires_grad=False)
+    if isinstance(module, nn.Linear):
+        module.weight = weight
+        return
+    out_features, in_features = _shape(module)
+    linear = nn.Linear(in_features, out_features, bias=module.bias is not None, device="meta")
+    linear.weight = weight
+    if module.bias is not None:
+        linear.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
+    linear.train(module.training)
+    model.set_submodule(name, linear)

@@ -1,0 +1,132 @@
+"""What the headers of packed weight files say, before one byte of a tensor is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pst_ds.core.formats import FormatError, PackedFormat
+from pst_ds.errors import InputError
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""torch's dtype of safetensors' name for it; float8 and complex are in no folder of ours."""
+
+
+class PackedFolderError(InputError):
+    """A packed folder, or the way it is loaded, cannot be used; the message names the tensor, file or setting."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor's line in a header."""
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def file(self) -> str:
+        return self.path.name
+
+    def read(self) -> torch.Tensor:
+        """The tensor as it is stored, on the CPU."""
+        with safe_open(self.path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(self.name)
+            return tensor
+
+
+def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:
+    """Every tensor of the files by name. Raises PackedFolderError for a bad file and for a name that comes twice."""
+    paths = [Path(file) for file in files]
+    if len({path.parent for path in paths}) != 1:
+        raise PackedFolderError(f"weight files of one model lie in one folder, got {', '.join(map(str, paths))}")
+    found: dict[str, StoredTensor] = {}
+    for path in paths:
+        if path.suffix != ".safetensors":
+            raise PackedFolderError(f"{path}: packed weights are read from safetensors files alone")
+        for name, stored in _header(path).items():
+            if name in found:
+                raise PackedFolderError(f"{name}: stands in {found[name].file} and in {path.name}. Export again.")
+            found[name] = stored
+    return found
+
+
+def _header(path: Path) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            return {
+                name: StoredTensor(name, path, part.get_dtype(), tuple(part.get_shape()))
+                for name, part in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise PackedFolderError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def packed_groups(headers: Mapping[str, StoredTensor], form: PackedFormat) -> dict[str, dict[str, StoredTensor]]:
+    """The parts of ``form`` by module name and part; a name that only ends like a part may be among them."""
+    groups: dict[str, dict[str, StoredTensor]] = {}
+    for name, stored in headers.items():
+        module, _, part = name.rpartition(".")
+        if part in form.part_names:
+            groups.setdefault(module, {})[part] = stored
+    return groups
+
+
+def kept_values(name: str, form: PackedFormat, group: Mapping[str, StoredTensor], shape: tuple[int, int]) -> int:
+    """Number of stored values of the matrix ``name``, (O, I) = ``shape``, whose parts' headers are ``group``.
+
+    Raises PackedFolderError when a part is absent, or has another dtype or shape than this matrix needs.
+    """
+    absent = [part for part in form.part_names if part not in group]
+    if absent:
+        file = next(iter(group.values())).file
+        raise PackedFolderError(
+            f"{name}.{absent[0]}: not in the folder, though other parts are in {file}. Export again."
+        )
+    values = group[form.values_name]
+    count = 1
+    for size in values.shape:
+        count *= size
+    dtype = _DTYPES.get(values.dtype)
+    if dtype is None or not dtype.is_floating_point:
+        raise PackedFolderError(f"{name}.{form.values_name}: {values.dtype} in {values.file} is no dtype of a weight")
+    try:
+        expected = form.parts(shape, count, dtype)
+    except FormatError as error:
+        raise PackedFolderError(f"{name}: {error}") from None
+    for part, (part_dtype, dims) in expected.items():
+        stored = group[part]
+        if _DTYPES.get(stored.dtype) != part_dtype or stored.shape != dims:
+            raise PackedFolderError(
+                f"{name}.{part}: a {shape[0]} x {shape[1]} weight with {count} values needs {part_dtype} of shape "
+                f"{dims}, {stored.file} has {stored.dtype} of shape {stored.shape}. Is it the folder of another model?"
+            )
+    return count
+
+
+def outside_base_model(names: Iterable[str], base_prefix: str) -> set[str]:
+    """The names of a head's tensors: those beside the ones that begin with the base model's prefix, if any do."""
+    names = set(names)
+    inside = {name for name in names if base_prefix and re.match(rf"{re.escape(base_prefix)}\.", name)}
+    return names - inside if inside else set()

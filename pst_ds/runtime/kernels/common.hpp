@@ -1,0 +1,108 @@
+// What every instruction set's kernels share: the packed matrix, scratch memory, and rounding.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define PST_X86 1
+#include <immintrin.h>
+#include <omp.h>
+#endif
+
+namespace pst {
+
+using bf16 = uint16_t;
+
+inline float widen(float value) { return value; }
+inline float widen(bf16 value) {
+    uint32_t bits = uint32_t(value) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, 4);
+    return wide;
+}
+
+inline void narrow(float value, float* to) { *to = value; }
+inline void narrow(float value, bf16* to) {  // to nearest, ties to even; a NaN stays one
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) {
+        *to = bf16(bits >> 16 | 0x40);
+        return;
+    }
+    *to = bf16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+template <class T> inline void convert(T value, T* to) { *to = value; }
+inline void convert(bf16 value, float* to) { *to = widen(value); }
+
+// A matrix of `rows` by `cols` of which only the values kept by the mask are stored, row after row.
+template <class T> struct Packed {
+    const T* values;
+    const uint8_t* mask;         // bytes_per_row() a row, little-endian bits, padding bits zero
+    const int64_t* row_offsets;  // first value of each row
+    int64_t rows, cols, count;
+
+    int64_t bytes_per_row() const { return (cols + 7) / 8; }
+    const uint8_t* mask_row(int64_t row) const { return mask + row * bytes_per_row(); }
+    // Whether reading a whole vector of `lanes` values from any place of this row stays inside the array.
+    bool may_overread(int64_t row, int64_t lanes) const {
+        int64_t end = row + 1 < rows ? row_offsets[row + 1] : count;
+        return end + lanes <= count;
+    }
+    // Values in 128 columns, on average, in cache lines of 64 bytes, rounded up; how much to prefetch at a time.
+    int lines_in_128() const {
+        double bytes = double(count) / double(rows * cols ? rows * cols : 1) * 128 * sizeof(T);
+        return int(bytes / 64) + 1;
+    }
+};
+
+// 32 mask bits from column `col` (a multiple of 32) on; zeros beyond the row's end, whose bytes are not read.
+inline uint32_t mask_word(const uint8_t* row, int64_t bytes_per_row, int64_t col) {
+    uint32_t word = 0;
+    int64_t left = bytes_per_row - col / 8;
+    std::memcpy(&word, row + col / 8, left < 4 ? size_t(left) : 4);
+    return word;
+}
+
+inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+// Memory that a thread keeps from call to call, aligned to a cache line.
+class Scratch {
+   public:
+    Scratch() = default;
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    ~Scratch() { std::free(data_); }
+
+    template <class C> C* get(int64_t count) {
+        size_t bytes = size_t(round_up(count * int64_t(sizeof(C)), 64));
+        if (bytes > size_) {
+            std::free(data_);
+            data_ = std::aligned_alloc(64, bytes);
+            size_ = data_ ? bytes : 0;
+        }
+        return static_cast<C*>(data_);
+    }
+
+   private:
+    void* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+// What is multiplied: y (n, rows) = x (n, cols) W' + bias; x and y have rows one after another.
+template <class T> struct Job {
+    Packed<T> weight;
+    const T* x;
+    const T* bias;  // or null
+    T* y;
+    int64_t n;
+
+    void store(int64_t column, int64_t row, float sum) const {
+        narrow(bias ? sum + widen(bias[row]) : sum, y + column * weight.rows + row);
+    }
+};
+
+}  // namespace pst

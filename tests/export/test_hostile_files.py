@@ -1,0 +1,308 @@
+"""Damaged and hostile exports: refused with one message before anything unpacks them, and never a crash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pst_ds.core.formats import FORMATS
+from pst_ds.errors import InputError
+from pst_ds.export.check import check_export
+from pst_ds.export.manifest import MANIFEST_FILE, ExportError, sealed
+from pst_ds.export.tensor_files import TensorFile, TensorFileError, header_and_slots
+
+RAW, AGREEING, MANIFESTS = 6500, 2500, 1000
+"""Mutated files of each kind, over all folders: ten thousand."""
+KINDS = ("bitmask", "2:4", "csr", "sharded", "dense")
+STRANGE = [
+    -1, 0, 1, 2**31, 2**32, 2**47, 2**62, 2**63, 2**64, 10**400, 1.5, None, True, "", "../x", "/etc/passwd", [], {},
+    [[]], "pruned", "csr", "BF16", "a" * 3000, "\x00",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(models):
+    """A small export of each kind, in memory where the system has a file system there."""
+    top = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    made = {}
+    for kind in KINDS:
+        packing = "bitmask" if kind == "sharded" else kind
+        made[kind] = top / kind.replace(":", "of")
+        models["2:4"].export(made[kind], packing=packing, shard_bytes=9000 if kind == "sharded" else 5 << 30)
+        (made[kind] / "README.md").unlink()
+        for path in made[kind].glob("tokenizer*"):  # they would only take time
+            path.unlink()
+        _reseal(made[kind])
+        check_export(made[kind])
+    yield made
+    shutil.rmtree(top)
+
+
+def _reseal(folder: Path) -> None:
+    """A manifest that agrees with the files about every hash, as an attacker would write it."""
+    table = json.loads((folder / MANIFEST_FILE).read_text())
+    names = [path.name for path in folder.iterdir() if path.suffix == ".json" and path.name != MANIFEST_FILE]
+    table["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    sums = {}
+    for path in folder.glob("*.safetensors"):
+        try:
+            file = TensorFile(path)
+        except (TensorFileError, ValueError):
+            continue
+        sums |= {name: hashlib.sha256(_bytes_of(file, name)).hexdigest() for name in file.slots}
+    for entry in table["tensors"]:
+        for part in entry["parts"]:
+            part["sha256"] = sums.get(part["name"], part["sha256"])
+    (folder / MANIFEST_FILE).write_text(json.dumps(sealed(table)))
+
+
+def _bytes_of(file: TensorFile, name: str) -> bytes:
+    slot = file.slots[name]
+    return file.path.read_bytes()[slot.offset : slot.offset + slot.nbytes]
+
+
+def _mutated(data: bytes, rng: random.Random) -> bytes:
+    """``data`` with one thing done to it."""
+    at, end = sorted((rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)))
+    some = data[at : min(end, at + 64)]
+    match rng.randrange(7):
+        case 0:
+            flipped = bytearray(data)
+            flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            return bytes(flipped)
+        case 1:
+            return data[:at]
+        case 2:
+            return data[:at] + data[at + len(some) :]
+        case 3:
+            return data[:at] + some + data[at:]
+        case 4:
+            return data[:at] + rng.randbytes(len(some)) + data[at + len(some) :]
+        case 5:
+            return data[:at] + bytes(len(some)) + data[at + len(some) :]
+        case _:  # of the first bytes, where lengths and keys are
+            changed = bytearray(data)
+            changed[rng.randrange(min(200, len(data)))] = rng.randrange(256)
+            return bytes(changed)
+
+
+def _meaning(folder: Path) -> tuple:
+    """What a folder holds: its manifest, and its tensors as another library reads them."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= {n: (t.dtype, t.shape, t.numpy().tobytes()) for n, t in load_file(path).items()}
+    return json.loads((folder / MANIFEST_FILE).read_text()), tensors
+
+
+def _refused(folder: Path) -> bool:
+    """Whether the export is refused; any error but an InputError is the test's failure."""
+    try:
+        check_export(folder)
+        message = ""
+    except InputError as error:
+        message = str(error)
+    assert str(folder) in message or not message
+    return bool(message)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_is_refused_or_changes_nothing(folders, kind):
+    folder, rng = folders[kind], random.Random(kind)
+    before, refused = _meaning(folder), 0
+    originals = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    weights = [path for path in originals if path.suffix == ".safetensors"]
+    for _ in range(RAW // len(KINDS)):
+        path = rng.choice([*originals, *weights])
+        path.write_bytes(_mutated(originals[path], rng))
+        if _refused(folder):
+            refused += 1
+        else:
+            assert _meaning(folder) == before, path
+        path.write_bytes(originals[path])
+    assert refused > 0.9 * (RAW // len(KINDS))
+    assert not _refused(folder)
+
+
+def _hostile_header(data: bytes, rng: random.Random) -> bytes:
+    """The file with another header: offsets, shapes, dtypes and names that no writer would write."""
+    length = int.from_bytes(data[:8], "little")
+    table, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    name = rng.choice([key for key in table if key != "__metadata__"])
+    entry = table[name]
+    match rng.randrange(7):
+        case 0:
+            entry["data_offsets"][rng.randrange(2)] = rng.choice([*STRANGE, rng.randrange(len(body) + 9)])
+        case 1:
+            entry["shape"] = rng.choice(
+                [*STRANGE, [2**40, 2**40], [0, 2**47, 2**47], [-1, 4], entry["shape"][::-1], [[2]]]
+            )
+        case 2:
+            entry["dtype"] = rng.choice(["F16", "BF16", "I8", "F4", "", None, "F64", "U16", "I32"])
+        case 3:
+            table[rng.choice(["x", "", "\u0000", "a" * 600, "../x", "__metadata__"])] = table.pop(name)
+        case 4:
+            other = rng.choice([key for key in table if key != "__metadata__"])
+            table[name], table[other] = table[other], table[name]
+        case 5:
+            entry[rng.choice(["x", "shape", "dtype"])] = rng.choice(STRANGE)
+        case _:
+            text = json.dumps(table)[:-1] + "," + json.dumps({name: entry})[1:]  # the key twice
+            return len(text).to_bytes(8, "little") + text.encode() + body
+    text = json.dumps(table).encode()
+    length = rng.choice([len(text)] * 8 + [2**63, 2**64 - 1, 100_000_001, len(text) + 1, 0])
+    return length.to_bytes(8, "little") + text + body
+
+
+def _hostile_part(data: bytes, rng: random.Random, path: Path) -> bytes:
+    """The file with changed values, or another length, of one tensor, written right."""
+    tensors = {n: (t.dtype, tuple(t.shape), t.numpy().tobytes()) for n, t in load_file(path).items()}
+    name = rng.choice(sorted(tensors))
+    dtype, shape, values = tensors[name]
+    match rng.randrange(5):
+        case 0:
+            changed = bytearray(values)
+            changed[rng.randrange(len(values))] ^= 1 << rng.randrange(8)
+            values = bytes(changed)
+        case 1:
+            values = rng.randbytes(len(values))
+        case 2 if len(shape) == 1:
+            count = rng.randrange(shape[0] + 3)
+            values, shape = (values + bytes(3 * dtype.itemsize))[: count * dtype.itemsize], (count,)
+        case 3:
+            shape = shape[::-1]
+        case _:
+            other = rng.choice(sorted(tensors))
+            tensors[name], (dtype, shape, values) = tensors[other], tensors[name]
+            name = other
+    tensors[name] = (dtype, shape, values)
+    header, slots, _ = header_and_slots({n: (d, s) for n, (d, s, _) in tensors.items()})
+    return header + b"".join(tensors[n][2] for n in slots)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hostile_files_with_agreeing_hashes_are_refused_or_unpack_to_what_they_say(folders, kind):
+    folder, rng = folders[kind], random.Random(f"agreeing {kind}")
+    weights, manifest = sorted(folder.glob("*.safetensors")), (folder / MANIFEST_FILE).read_bytes()
+    refused = 0
+    for turn in range(AGREEING // len(KINDS)):
+        path = rng.choice(weights)
+        data = path.read_bytes()
+        path.write_bytes(_hostile_header(data, rng) if turn % 2 else _hostile_part(data, rng, path))
+        _reseal(folder)
+        if _refused(folder):
+            refused += 1
+        else:
+            _assert_consistent(folder)
+        path.write_bytes(data)
+        (folder / MANIFEST_FILE).write_bytes(manifest)
+    assert refused > 0.7 * (AGREEING // len(KINDS))
+
+
+def _assert_consistent(folder: Path) -> None:
+    """Every packed tensor, unpacked by numpy, is what the format makes of it."""
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+    for entry in json.loads((folder / MANIFEST_FILE).read_text())["tensors"]:
+        if entry["packing"] == "dense":
+            continue
+        form, module = FORMATS[entry["packing"]], entry["name"].removesuffix(".weight")
+        parts = {part: tensors[f"{module}.{part}"] for part in form.part_names}
+        values = parts[form.values_name].flatten().view(torch.int32).numpy()
+        dense = np.zeros(entry["shape"], np.int32)
+        if entry["packing"] == "csr":
+            rows = np.repeat(np.arange(dense.shape[0]), np.diff(parts["crow_indices"].numpy()))
+            dense[rows, parts["col_indices"].numpy()] = values
+        else:
+            keep = np.unpackbits(parts["bitmask"].numpy(), axis=1, bitorder="little")[:, : dense.shape[1]]
+            dense[keep == 1] = values
+        assert np.array_equal(form.unpack(parts).view(torch.int32).numpy(), dense)
+
+
+def _leaves(value, at=()):
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield (*at, key)
+            yield from _leaves(value[key], (*at, key))
+
+
+@pytest.mark.parametrize("kind", ["bitmask", "sharded"])
+def test_a_manifest_or_index_of_strange_values_never_crashes(folders, kind):
+    folder, rng = folders[kind], random.Random(f"manifest {kind}")
+    manifest = (folder / MANIFEST_FILE).read_bytes()
+    refused = 0
+    for _ in range(MANIFESTS // 2):
+        path = rng.choice([folder / MANIFEST_FILE, *folder.glob("*.index.json"), folder / "config.json"])
+        original = path.read_bytes()
+        table = json.loads(original)
+        *parents, last = rng.choice(list(_leaves(table)))
+        inner = table
+        for key in parents:
+            inner = inner[key]
+        inner[last] = rng.choice(STRANGE)
+        path.write_text(json.dumps(table))
+        try:
+            _reseal(folder)
+        except (AttributeError, TypeError, KeyError, ValueError):  # of a manifest that is not even a table of tables
+            (folder / MANIFEST_FILE).write_text(json.dumps(sealed(table)) if path.name == MANIFEST_FILE else "{}")
+        refused += _refused(folder)
+        path.write_bytes(original)
+        (folder / MANIFEST_FILE).write_bytes(manifest)
+    assert refused > 0.3 * MANIFESTS / 2
+    assert not _refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (b"{}", "its tensors end at byte 10"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": 1}', "the key 'a' is there twice"),
+        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [1], '
+         b'"data_offsets": [4, 8]}}', "b overlaps the tensor before it"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}', "a leaves a gap before it"),
+        (b'{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}', "a has shape [-2]"),
+        (b'{"a": {"dtype": "F32", "shape": [1099511627776, 16777216], "data_offsets": [0, 8]}}', "a has shape"),
+        (b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}', "a has 12 bytes by its shape, 8 by its off"),
+        (b'{"a": {"dtype": "F33", "shape": [2], "data_offsets": [0, 8]}}', "a has dtype 'F33'"),
+        (b'{"a": {"shape": [2], "data_offsets": [0, 8]}}', "the entry of a has not dtype"),
+        (b'{"__metadata__": {"format": 1}}', "__metadata__"),
+        (b"[" * 5000, "its header is no JSON"),
+        (b"[1]", "its header is no table"),
+    ],
+)  # fmt: skip
+def test_every_kind_of_bad_header_has_its_message(tmp_path, header, reason):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(TensorFileError) as caught:
+        TensorFile(path)
+    assert str(caught.value).startswith(str(path))
+    assert reason in str(caught.value)
+
+
+def test_a_header_longer_than_its_file_is_refused_unread(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes((2**63).to_bytes(8, "little") + b"{}")
+    with pytest.raises(TensorFileError, match="its header would be 9223372036854775808 bytes of a file of 10"):
+        TensorFile(path)
+
+
+def test_parts_that_break_an_invariant_are_refused_by_the_tensor_s_name(folders, tmp_path):
+    folder = Path(shutil.copytree(folders["csr"], tmp_path / "csr"))
+    path, name = folder / "pst_csr.safetensors", "model.layers.0.mlp.up_proj"
+    data, slot = bytearray(path.read_bytes()), TensorFile(path).slots[f"{name}.col_indices"]
+    data[slot.offset : slot.offset + 2] = (60000).to_bytes(2, "little")
+    path.write_bytes(data)
+    with pytest.raises(ExportError, match=rf"{name}\.col_indices is not what was exported"):
+        check_export(folder)
+    _reseal(folder)
+    with pytest.raises(ExportError, match=rf"{name}\.weight: col_indices has column 60000"):
+        check_export(folder)
