@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -32,6 +33,13 @@ class NativeSource:
     functions: dict[str, Signature]
     purpose: str
     flags: tuple[str, ...] = FLAGS
+    may_flags: tuple[str, ...] = ()
+    """Left out where the compiler refuses them."""
+    headers: tuple[Path, ...] = ()
+    prebuilt: Path | None = None
+    """A library that an installation may have made; used unless a source is newer."""
+    announce: bool = False
+    """Say on stderr that it is being compiled: it takes more than a moment."""
 
 
 _MASKS = NativeSource(
@@ -66,32 +74,40 @@ def load(source: NativeSource) -> ctypes.CDLL | None:
     """The compiled functions of ``source``, or None where they cannot be had, with a warning. Keep what it returns."""
     if os.environ.get("PST_DS_NATIVE") == "0":
         return None
+    if source.prebuilt is not None and _is_newer(source.prebuilt, (source.path, *source.headers)):
+        return _declared(source.prebuilt, source.functions)
     slow = f"{source.purpose} run in torch, several times slower"
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         warnings.warn(f"no C++ compiler found: {slow}", stacklevel=2)
         return None
     try:
-        loaded = ctypes.CDLL(str(compiled(source, compiler)))
+        return _declared(compiled(source, compiler), source.functions)
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or error
         warnings.warn(f"native code cannot be built, {slow}: {said}", stacklevel=2)
         return None
-    declare(loaded, source.functions)
-    return loaded
 
 
-def declare(loaded: ctypes.CDLL, functions: dict[str, Signature]) -> None:
-    """Give the functions of a library their types."""
+def _is_newer(built: Path, sources: tuple[Path, ...]) -> bool:
+    return built.is_file() and built.stat().st_mtime >= max(path.stat().st_mtime for path in sources)
+
+
+def _declared(path: Path, functions: dict[str, Signature]) -> ctypes.CDLL:
+    """The library with its functions given their types."""
+    loaded = ctypes.CDLL(str(path))
     for name, (arguments, result) in functions.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, result
+    return loaded
 
 
 def compiled(source: NativeSource, compiler: str) -> Path:
     """The library for this source, compiler and processor; compiled now if it is not in the cache."""
     flags = (*source.flags, "-shared", "-fPIC")
-    key = hashlib.sha256("\n".join([source.path.read_text(), compiler, *flags, _processor()]).encode()).hexdigest()[:16]
+    texts = [path.read_text(encoding="utf-8") for path in (source.path, *source.headers)]
+    parts = [*texts, compiler, *flags, *source.may_flags, _processor()]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pst_ds"
     target = folder / f"{source.path.stem}-{key}.so"
     if target.is_file():
@@ -101,10 +117,17 @@ def compiled(source: NativeSource, compiler: str) -> Path:
     except OSError:  # no home to write to
         folder = Path(tempfile.mkdtemp(prefix="pst_ds-"))
         target = folder / target.name
+    if source.announce:
+        print(f"pst-ds: compiling {source.purpose} with {compiler}, once for this machine", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=folder) as beside:  # ranks may compile at the same time; the last rename stays
         made = Path(beside) / target.name
         command = [compiler, *flags, str(source.path), "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        try:
+            subprocess.run([*command, *source.may_flags], check=True, capture_output=True, text=True)
+        except subprocess.CalledProcessError:
+            if not source.may_flags:
+                raise
+            subprocess.run(command, check=True, capture_output=True, text=True)
         made.replace(target)
     return target
 

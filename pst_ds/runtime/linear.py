@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from pst_ds.core.formats import FORMATS
 from pst_ds.runtime import ops
+from pst_ds.runtime.backends import backend_for
 
 
 class SparseLinear(nn.Module):
-    """y = x W' + bias with W packed: (..., in_features) to (..., out_features). For inference: it has no gradient.
+    """y = x W' + bias with W packed: (..., in_features) to (..., out_features). For inference: x may have a gradient, the weight has none.
 
     The parts of the weight (:mod:`pst_ds.core.formats`) are tensors of this module, so that state-dict keys are those of
     the files. A new layer's are empty: load them, then call :meth:`check`, which must come before the first forward.
@@ -49,6 +50,7 @@ class SparseLinear(nn.Module):
         )  # fmt: skip
         for name, part in parts.items():
             layer._set_part(name, part)
+        layer._prepare()
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return layer
@@ -66,13 +68,41 @@ class SparseLinear(nn.Module):
     def check(self, name: str) -> None:
         """Raises FormatError, naming ``name``, unless the parts are a weight of this layer's shape."""
         self.format.check(name, self.parts(), (self.out_features, self.in_features))
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What the product needs beside the parts: 2:4 has as many values in each row, torch's CSR product is fp32."""
+        if self.format.name == "2:4":
+            offsets = torch.arange(self.out_features, device=self.bitmask.device) * (self.in_features // 2)
+            self.register_buffer("row_offsets", offsets, persistent=False)
+        elif self.format.name == "csr":
+            index = torch.int64 if self.crow_indices.dtype == torch.int64 else torch.int32
+            self.register_buffer("csr_columns", self.col_indices.to(index), persistent=False)
+            self.register_buffer("csr_values", self.values.detach().float(), persistent=False)
 
     def dense_weight(self) -> Tensor:
         """(O, I), +0.0 where pruned."""
         return self.format.unpack(self.parts())
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self)
+        values = getattr(self, self.format.values_name)
+        if x.dtype != values.dtype:
+            if not torch.is_autocast_enabled(x.device.type):
+                raise TypeError(f"x is {x.dtype}, the sparse weight {values.dtype}; convert one of them")
+            x = x.to(values.dtype)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x is {tuple(x.shape)}, the layer takes {self.in_features} features")
+        if x.requires_grad and torch.is_grad_enabled():
+            return linear(x, self.dense_weight().to(x.device), self.bias)
+        in_eager = type(x) is Tensor and not torch.compiler.is_compiling()
+        if self.format.name == "csr":
+            density = values.numel() / max(1, self.in_features * self.out_features)
+            if backend_for("csr", x.dtype, x.device.type, x.numel() // max(1, self.in_features), density) == "expand":
+                return linear(x, self.dense_weight().to(x.device), self.bias)
+            csr = ops.csr_linear if in_eager else torch.ops.pst_ds.csr_linear
+            return csr(x, self.crow_indices, self.csr_columns, self.csr_values, self.bias)
+        product = ops.bitmask_linear if in_eager else torch.ops.pst_ds.bitmask_linear
+        return product(x, values.view(-1), self.bitmask, self.row_offsets, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.format.name}, bias={self.bias is not None}"

@@ -162,6 +162,13 @@ def test_negative_columns_of_wide_csr_are_refused():
         FORMATS["csr"].check(NAME, parts)
 
 
+def test_falling_columns_are_found_behind_an_empty_first_row():
+    parts = FORMATS["csr"].pack(torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]]))
+    parts["col_indices"].copy_(torch.tensor([0, 2, 1]))
+    with pytest.raises(FormatError, match=f"^{NAME}: col_indices must rise .* row 1 has 2 before 1"):
+        FORMATS["csr"].check(NAME, parts)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_check_does_not_judge_values(name, value):

@@ -6,106 +6,152 @@
 
 namespace pst::avx512 {
 
-constexpr int64_t LANES = 32, AHEAD = 3072, MASK_AHEAD = 1024;  // bytes to prefetch ahead, measured on two Xeons
+constexpr int64_t LANES = 32, AHEAD = 3072, MASK_AHEAD = 1024;  // bytes to prefetch ahead of a row's values and mask
 
 template <bool OVERREAD> inline __m512i load_values(const bf16* from, int count) {
     if (OVERREAD) return _mm512_loadu_si512(from);
-    return _mm512_maskz_loadu_epi16(_bzhi_u32(~0u, unsigned(count)), from);  // the last row: nothing beyond the array
+    return _mm512_maskz_loadu_epi16(_bzhi_u32(~0u, unsigned(count)), from);  // nothing beyond the array is read
 }
 
 template <bool OVERREAD> inline __m512i expand(uint32_t mask, const bf16*& from) {
-    int count = _mm_popcnt_u32(mask);
-    __m512i values = _mm512_maskz_expand_epi16(mask, load_values<OVERREAD>(from, count));
+    const int count = _mm_popcnt_u32(mask);
+    const __m512i values = _mm512_maskz_expand_epi16(mask, load_values<OVERREAD>(from, count));
     from += count;
     return values;
+}
+
+inline uint32_t load_word(const uint8_t* mask) {
+    uint32_t word;
+    std::memcpy(&word, mask, 4);
+    return word;
 }
 
 inline __m512 dot(__m512 sum, __m512i a, const bf16* b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)_mm512_loadu_si512(b));
 }
 
-template <int LINES> inline void prefetch(const bf16* values, const uint8_t* mask) {
-    const char* at = reinterpret_cast<const char*>(values) + AHEAD;
+template <int LINES> inline void prefetch(const bf16* values, const uint8_t* mask, int64_t ahead = AHEAD) {
+    const char* at = reinterpret_cast<const char*>(values) + ahead;
     for (int i = 0; i < LINES; ++i) _mm_prefetch(at + 64 * i, _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(mask) + MASK_AHEAD, _MM_HINT_T0);
 }
 
-// One row times one vector.
-template <int LINES, bool OVERREAD>
-inline float row_dot(const bf16* values, const uint8_t* mask, int64_t bytes, int64_t cols, const bf16* x) {
+// One row times one vector. LINES: cache lines of values in 128 columns, to prefetch.
+template <int LINES, bool OVERREAD> inline float row_dot(const Packed<bf16>& w, int64_t row, const bf16* x) {
+    const bf16* values = w.values + w.row_offsets[row];
+    const uint8_t* mask = w.mask_row(row);
     __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
     int64_t col = 0;
-    for (; col + 4 * LANES <= cols; col += 4 * LANES) {
+    for (; col + 4 * LANES <= w.cols; col += 4 * LANES) {
         prefetch<LINES>(values, mask + col / 8);
-        for (int i = 0; i < 4; ++i) {
-            uint32_t word;
-            std::memcpy(&word, mask + col / 8 + 4 * i, 4);
-            sum[i] = dot(sum[i], expand<OVERREAD>(word, values), x + col + i * LANES);
-        }
+        for (int i = 0; i < 4; ++i)
+            sum[i] = dot(sum[i], expand<OVERREAD>(load_word(mask + col / 8 + 4 * i), values), x + col + i * LANES);
     }
-    for (; col < cols; col += LANES) sum[0] = dot(sum[0], expand<OVERREAD>(mask_word(mask, bytes, col), values), x + col);
+    for (; col < w.cols; col += LANES)
+        sum[0] = dot(sum[0], expand<OVERREAD>(mask_word(mask, w.bytes_per_row(), col), values), x + col);
     return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
 }
 
-template <int LINES> void vector_rows(const Job<bf16>& job, const bf16* x, int64_t first, int64_t last) {
-    const Packed<bf16>& w = job.weight;
-    for (int64_t row = first; row < last; ++row) {
-        const bf16* values = w.values + w.row_offsets[row];
-        float sum = w.may_overread(row, LANES)
-                        ? row_dot<LINES, true>(values, w.mask_row(row), w.bytes_per_row(), w.cols, x)
-                        : row_dot<LINES, false>(values, w.mask_row(row), w.bytes_per_row(), w.cols, x);
-        job.store(0, row, sum);
+// A whole row, pruned entries zero, to `out`; up to the next multiple of 32 columns.
+template <int LINES, bool OVERREAD> inline void expand_row(const Packed<bf16>& w, int64_t row, bf16* out) {
+    const bf16* values = w.values + w.row_offsets[row];
+    const uint8_t* mask = w.mask_row(row);
+    int64_t col = 0;
+    for (; col + 4 * LANES <= w.cols; col += 4 * LANES) {
+        prefetch<LINES>(values, mask + col / 8);
+        for (int i = 0; i < 4; ++i)
+            _mm512_store_si512(out + col + i * LANES, expand<OVERREAD>(load_word(mask + col / 8 + 4 * i), values));
     }
+    for (; col < w.cols; col += LANES)
+        _mm512_store_si512(out + col, expand<OVERREAD>(mask_word(mask, w.bytes_per_row(), col), values));
 }
 
-// A whole row, pruned entries zero, to `out`; up to the next multiple of 32 columns.
-template <int LINES, bool OVERREAD>
-inline void expand_row(const bf16* values, const uint8_t* mask, int64_t bytes, int64_t cols, bf16* out) {
-    int64_t col = 0;
-    for (; col + 4 * LANES <= cols; col += 4 * LANES) {
-        prefetch<LINES>(values, mask + col / 8);
-        for (int i = 0; i < 4; ++i) {
-            uint32_t word;
-            std::memcpy(&word, mask + col / 8 + 4 * i, 4);
-            _mm512_store_si512(out + col + i * LANES, expand<OVERREAD>(word, values));
+constexpr int ROWS = 3, COLUMNS = 8;  // 24 sums and 3 rows' values in 32 registers
+
+// The rows to expand while others are multiplied: as many, in step, so that the ports for both and the memory are busy.
+template <int N> struct Beside {
+    const bf16* values[N];
+    const uint8_t* mask[N];
+    bf16* out;
+};
+
+// sums[r][c] = row r of a times row c of b. Both are `length` long, a multiple of LANES.
+template <int R, int C, bool BESIDE>
+inline void block(const bf16* a, const bf16* b, int64_t stride, int64_t length, float* sums, const Packed<bf16>* w = nullptr,
+                  const Beside<R>* beside = nullptr) {
+    __m512 sum[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) sum[r][c] = _mm512_setzero_ps();
+    const bf16* next[R];
+    for (int r = 0; r < R; ++r) next[r] = BESIDE ? beside->values[r] : nullptr;
+    const int64_t whole = BESIDE ? w->cols / LANES * LANES : 0;
+    for (int64_t k = 0; k < length; k += LANES) {
+        __m512i values[R];
+        for (int r = 0; r < R; ++r) values[r] = _mm512_load_si512(a + r * stride + k);
+        for (int c = 0; c < C; ++c) {
+            const __m512bh x = (__m512bh)_mm512_load_si512(b + c * stride + k);
+            for (int r = 0; r < R; ++r) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], (__m512bh)values[r], x);
         }
+        if (BESIDE)
+            for (int r = 0; r < R; ++r) {
+                const uint8_t* mask = beside->mask[r];
+                _mm_prefetch(reinterpret_cast<const char*>(next[r]) + AHEAD, _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(mask + k / 8) + MASK_AHEAD, _MM_HINT_T0);
+                const uint32_t word = k < whole ? load_word(mask + k / 8) : mask_word(mask, w->bytes_per_row(), k);
+                _mm512_store_si512(beside->out + r * stride + k, expand<true>(word, next[r]));
+            }
     }
-    for (; col < cols; col += LANES) _mm512_store_si512(out + col, expand<OVERREAD>(mask_word(mask, bytes, col), values));
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) sums[r * C + c] = _mm512_reduce_add_ps(sum[r][c]);
 }
 
 template <int LINES> struct Bf16 {
     using T = bf16;
     using C = bf16;
     static constexpr int64_t lanes = LANES;
-    static constexpr bool has_vector_rows = true;
-    static constexpr int rows_at_once = 3, columns_at_once = 8;  // 24 sums and 3 rows' values in 32 registers
+    static constexpr int rows_at_once = ROWS, columns_at_once = COLUMNS;
 
-    static void vector_rows(const Job<bf16>& job, const bf16* x, int64_t first, int64_t last) {
-        avx512::vector_rows<LINES>(job, x, first, last);
-    }
     static void expand(const Packed<bf16>& w, int64_t row, bf16* out) {
-        const bf16* values = w.values + w.row_offsets[row];
-        if (w.may_overread(row, LANES))
-            expand_row<LINES, true>(values, w.mask_row(row), w.bytes_per_row(), w.cols, out);
-        else
-            expand_row<LINES, false>(values, w.mask_row(row), w.bytes_per_row(), w.cols, out);
+        w.may_overread(row, LANES) ? expand_row<LINES, true>(w, row, out) : expand_row<LINES, false>(w, row, out);
     }
-    // sums[r][c] = row r of a times row c of b, both `length` long, a multiple of LANES
-    template <int ROWS, int COLUMNS>
-    static void block(const bf16* a, int64_t a_stride, const bf16* b, int64_t b_stride, int64_t length, float* sums) {
-        __m512 sum[ROWS][COLUMNS];
-        for (int r = 0; r < ROWS; ++r)
-            for (int c = 0; c < COLUMNS; ++c) sum[r][c] = _mm512_setzero_ps();
-        for (int64_t k = 0; k < length; k += LANES) {
-            __m512i values[ROWS];
-            for (int r = 0; r < ROWS; ++r) values[r] = _mm512_load_si512(a + r * a_stride + k);
-            for (int c = 0; c < COLUMNS; ++c) {
-                __m512bh x = (__m512bh)_mm512_load_si512(b + c * b_stride + k);
-                for (int r = 0; r < ROWS; ++r) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], (__m512bh)values[r], x);
+    template <int R, int C>
+    static void block(const bf16* a, const bf16* b, int64_t stride, int64_t length, float* sums) {
+        avx512::block<R, C, false>(a, b, stride, length, sums);
+    }
+};
+
+struct Fp32 {
+    using T = float;
+    using C = float;
+    static constexpr int64_t lanes = 16;
+    static constexpr int rows_at_once = 4, columns_at_once = 4;
+
+    static void expand(const Packed<float>& w, int64_t row, float* out) {
+        const float* values = w.values + w.row_offsets[row];
+        for (int64_t col = 0; col < w.cols; col += LANES, out += LANES) {
+            const uint32_t word = mask_word(w.mask_row(row), w.bytes_per_row(), col);
+            for (int half = 0; half < 2; ++half) {
+                const uint32_t bits = word >> 16 * half & 0xffff;
+                if (col + 16 * half >= w.cols) return;
+                const int count = _mm_popcnt_u32(bits);
+                const __m512 packed = _mm512_maskz_loadu_ps(__mmask16(_bzhi_u32(~0u, unsigned(count))), values);
+                _mm512_store_ps(out + 16 * half, _mm512_maskz_expand_ps(__mmask16(bits), packed));
+                values += count;
             }
         }
-        for (int r = 0; r < ROWS; ++r)
-            for (int c = 0; c < COLUMNS; ++c) sums[r * COLUMNS + c] = _mm512_reduce_add_ps(sum[r][c]);
+    }
+    template <int R, int C>
+    static void block(const float* a, const float* b, int64_t stride, int64_t length, float* sums) {
+        __m512 sum[R][C];
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < C; ++c) sum[r][c] = _mm512_setzero_ps();
+        for (int64_t k = 0; k < length; k += 16)
+            for (int c = 0; c < C; ++c) {
+                const __m512 x = _mm512_load_ps(b + c * stride + k);
+                for (int r = 0; r < R; ++r) sum[r][c] = _mm512_fmadd_ps(_mm512_load_ps(a + r * stride + k), x, sum[r][c]);
+            }
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < C; ++c) sums[r * C + c] = _mm512_reduce_add_ps(sum[r][c]);
     }
 };
 

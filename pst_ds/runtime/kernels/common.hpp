@@ -6,10 +6,14 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define PST_X86 1
+#include <cpuid.h>
 #include <immintrin.h>
-#include <omp.h>
 #endif
 
 namespace pst {
@@ -54,7 +58,7 @@ template <class T> struct Packed {
     }
     // Values in 128 columns, on average, in cache lines of 64 bytes, rounded up; how much to prefetch at a time.
     int lines_in_128() const {
-        double bytes = double(count) / double(rows * cols ? rows * cols : 1) * 128 * sizeof(T);
+        double bytes = double(count) / double(rows > 0 && cols > 0 ? rows * cols : 1) * 128 * sizeof(T);
         return int(bytes / 64) + 1;
     }
 };
@@ -104,5 +108,24 @@ template <class T> struct Job {
         narrow(bias ? sum + widen(bias[row]) : sum, y + column * weight.rows + row);
     }
 };
+
+// Calls work(first, last) on each thread's part of the rows, cut at multiples of 16. False when any call gave false.
+template <class Work> bool in_parallel(int64_t rows, int threads, const Work& work) {
+    const int64_t groups = (rows + 15) / 16;
+    if (threads > groups) threads = int(groups);
+#ifdef _OPENMP
+    if (threads > 1) {
+        bool done = true;
+#pragma omp parallel num_threads(threads) reduction(&& : done)
+        {
+            const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+            const int64_t first = groups * me / all * 16, last = groups * (me + 1) / all * 16;
+            done = work(first, last < rows ? last : rows);
+        }
+        return done;
+    }
+#endif
+    return work(int64_t(0), rows);
+}
 
 }  // namespace pst

@@ -1,10 +1,10 @@
 // Products by way of panels: a few rows of the weight are expanded into a buffer that stays in the cache, then multiplied.
 // Included once for each instruction set, inside a region compiled for it and a namespace of its own: no #pragma once.
-
+//
 // `Kernel` has: T, the type of the weight; C, the type computed with; lanes; rows_at_once; columns_at_once;
-// vector_rows(job, x, first, last); expand(weight, row, out); block<ROWS, COLUMNS>(a, a_stride, b, b_stride, length, sums).
+// expand(weight, row, out); block<ROWS, COLUMNS>(a, b, stride, length, sums).
 
-constexpr int64_t MANY_COLUMNS = 32, PANEL_ROWS = 48;
+constexpr int64_t MANY_VECTORS = 32, PANEL_ROWS = 48;
 
 // Rows and vectors begin this many elements after each other: whole cache lines, and not a power of two of them.
 template <class Kernel> inline int64_t stride_of(int64_t cols) {
@@ -16,8 +16,7 @@ template <class Kernel, int ROWS, int COLUMNS>
 inline void store_block(const Job<typename Kernel::T>& job, const typename Kernel::C* a, int64_t row,
                         const typename Kernel::C* x, int64_t column, int64_t stride) {
     float sums[ROWS * COLUMNS];
-    Kernel::template block<ROWS, COLUMNS>(a, stride, x + column * stride, stride,
-                                          round_up(job.weight.cols, Kernel::lanes), sums);
+    Kernel::template block<ROWS, COLUMNS>(a, x + column * stride, stride, round_up(job.weight.cols, Kernel::lanes), sums);
     for (int r = 0; r < ROWS; ++r)
         for (int c = 0; c < COLUMNS; ++c) job.store(column + c, row + r, sums[r * COLUMNS + c]);
 }
@@ -39,10 +38,7 @@ inline void multiply_panel(const Job<typename Kernel::T>& job, const typename Ke
     constexpr int N = Kernel::columns_at_once;
     int64_t column = 0;
     for (; column + N <= job.n; column += N) multiply_columns<Kernel, N>(job, panel, first, last, x, column, stride);
-    int64_t left = job.n - column;
-    if (N > 4 && left >= 4) multiply_columns<Kernel, 4>(job, panel, first, last, x, column, stride), column += 4, left -= 4;
-    if (left >= 2) multiply_columns<Kernel, 2>(job, panel, first, last, x, column, stride), column += 2, left -= 2;
-    if (left) multiply_columns<Kernel, 1>(job, panel, first, last, x, column, stride);
+    for (; column < job.n; ++column) multiply_columns<Kernel, 1>(job, panel, first, last, x, column, stride);
 }
 
 // x in the type computed with, each vector `stride` long and zero beyond its end.
@@ -59,26 +55,20 @@ template <class Kernel> inline void copy_x(const Job<typename Kernel::T>& job, t
 template <class Kernel> bool multiply(const Job<typename Kernel::T>& job, int threads) {
     using C = typename Kernel::C;
     static thread_local Scratch x_memory;
-    const int64_t rows = job.weight.rows, stride = stride_of<Kernel>(job.weight.cols);
+    const int64_t stride = stride_of<Kernel>(job.weight.cols);
     C* x = x_memory.get<C>(stride * job.n);
     if (!x) return false;
     copy_x<Kernel>(job, x, stride);
-    const int64_t panel = job.n == 1 ? 64 : job.n < MANY_COLUMNS ? Kernel::rows_at_once : PANEL_ROWS;
-    const int64_t panels = (rows + panel - 1) / panel;
-    bool enough = true;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1) reduction(&& : enough)
-    for (int64_t i = 0; i < panels; ++i) {
+    return in_parallel(job.weight.rows, threads, [&](int64_t first, int64_t last) {
         static thread_local Scratch panel_memory;
-        const int64_t first = i * panel, last = first + panel < rows ? first + panel : rows;
-        if (job.n == 1 && Kernel::has_vector_rows) {
-            Kernel::vector_rows(job, x, first, last);
-            continue;
-        }
+        const int64_t panel = job.n < MANY_VECTORS ? Kernel::rows_at_once : PANEL_ROWS;
         C* buffer = panel_memory.get<C>(stride * panel);
-        enough = enough && buffer;
-        if (!buffer) continue;
-        for (int64_t row = first; row < last; ++row) Kernel::expand(job.weight, row, buffer + (row - first) * stride);
-        multiply_panel<Kernel>(job, buffer, first, last, x, stride);
-    }
-    return enough;
+        if (!buffer) return false;
+        for (int64_t row = first; row < last; row += panel) {
+            const int64_t end = row + panel < last ? row + panel : last;
+            for (int64_t r = row; r < end; ++r) Kernel::expand(job.weight, r, buffer + (r - row) * stride);
+            multiply_panel<Kernel>(job, buffer, row, end, x, stride);
+        }
+        return true;
+    });
 }

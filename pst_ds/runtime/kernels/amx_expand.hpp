@@ -1,0 +1,168 @@
+// For Intel AMX: how the work is cut, x as tiles, and the expansion of the weight piece by piece.
+// Included inside a region that is compiled for AVX-512, after avx512.hpp.
+#pragma once
+
+#include "avx512.hpp"
+
+namespace pst::amx {
+
+using avx512::LANES;
+constexpr int64_t TILE = 16 * 32, SUMS = 16 * 16, GROUP = 32;  // elements of a tile and of its sums; rows of two tiles
+constexpr int64_t MOST_GROUPS = 8, FEW_VECTORS = 128;
+
+// The weight is expanded in pieces of groups * 32 rows by blocks * 32 columns. With few vectors a piece is 32 whole rows
+// (up to 4096 columns of them): they are read one after another, as memory likes it. With many, 256 rows by 256 columns:
+// then x crosses the cache less often, and what is multiplied at a time stays in the first-level cache.
+struct Plan {
+    int64_t groups, blocks, all_blocks, pairs;  // pairs: of column tiles, 32 vectors of x
+    bool few;
+
+    Plan(int64_t cols, int64_t n) : all_blocks((cols + LANES - 1) / LANES), pairs((n + 31) / 32), few(n <= FEW_VECTORS) {
+        groups = few ? 1 : MOST_GROUPS;
+        const int64_t most = few ? 128 : 8, pieces = (all_blocks + most - 1) / most;
+        blocks = (all_blocks + pieces - 1) / pieces;
+    }
+    int64_t rows() const { return groups * GROUP; }
+    int64_t blocks_from(int64_t first) const { return all_blocks - first < blocks ? all_blocks - first : blocks; }
+    int64_t stride() const { return blocks * LANES + LANES; }  // of a piece's rows; not a power of two of cache lines
+    int64_t piece() const { return rows() * stride(); }
+    int64_t x_elements() const { return pairs * all_blocks * 2 * TILE; }
+    int64_t sums() const { return pairs * groups * 4 * SUMS; }
+};
+
+inline int64_t tiles_in_pair(int64_t n, int64_t pair) { return n - pair * 32 > 16 ? 2 : 1; }
+
+// Rows become columns: 16 rows of 16 numbers of 32 bits.
+inline void transpose(__m512i (&r)[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+            r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+        }
+    for (int half = 0; half < 16; half += 8)
+        for (int j = 0; j < 4; ++j) {
+            t[half + j] = _mm512_shuffle_i32x4(r[half + j], r[half + 4 + j], 0x88);
+            t[half + 4 + j] = _mm512_shuffle_i32x4(r[half + j], r[half + 4 + j], 0xdd);
+        }
+    for (int j = 0; j < 8; ++j) {
+        r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
+        r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
+    }
+}
+
+// x as tiles of 16 pairs of columns by 16 vectors: [pair of column tiles][block of 32 columns][1 or 2 tiles].
+inline void pack_x(const Job<bf16>& job, bf16* out, const Plan& plan) {
+    const int64_t cols = job.weight.cols;
+    for (int64_t first = 0; first < job.n; first += 16) {
+        const int64_t tiles = tiles_in_pair(job.n, first / 32), vectors = job.n - first < 16 ? job.n - first : 16;
+        bf16* to = out + first / 32 * plan.all_blocks * 2 * TILE + first / 16 % 2 * TILE;
+        const bf16* from = job.x + first * cols;
+        for (int64_t block = 0; block < plan.all_blocks; ++block, to += tiles * TILE) {
+            const int64_t left = cols - block * LANES;
+            const __mmask32 here = left < LANES ? (__mmask32(1) << left) - 1 : ~__mmask32(0);
+            __m512i tile[16];
+            for (int64_t v = 0; v < 16; ++v)
+                tile[v] = v < vectors ? _mm512_maskz_loadu_epi16(here, from + v * cols + block * LANES)
+                                      : _mm512_setzero_si512();
+            transpose(tile);
+            for (int k = 0; k < 16; ++k) _mm512_store_si512(to + k * 32, tile[k]);
+        }
+    }
+}
+
+// Expands one piece of the weight after another, a slice at a time.
+template <int LINES> class Expander {
+   public:
+    Expander(const Packed<bf16>& weight, const Plan& plan) : w_(weight), plan_(plan), bytes_(weight.bytes_per_row()) {
+        const double row = double(w_.count) / double(w_.rows) * sizeof(bf16);
+        ahead_ = plan.few ? avx512::AHEAD : int64_t(row * double(plan.blocks) / double(plan.all_blocks));
+    }
+
+    // Rows [row0, row0 + rows) come next, from their first column on.
+    void begin_rows(int64_t row0, int64_t rows) {
+        row0_ = row0, rows_ = safe_ = rows;
+        while (safe_ > 0 && !w_.may_overread(row0 + safe_ - 1, LANES)) --safe_;
+        for (int64_t r = 0; r < rows; ++r) {
+            values_[r] = w_.values + w_.row_offsets[row0 + r];
+            if (!plan_.few) prefetch_piece(values_[r], w_.mask_row(row0 + r), 0);
+        }
+    }
+    void begin_piece(int64_t first_block, bf16* out) {
+        first_ = first_block, out_ = out, row_ = at_ = 0;
+        count_ = plan_.blocks_from(first_block);
+    }
+    // At least `blocks` more of the piece, if it has them.
+    void run(int64_t blocks) { plan_.few ? run_along_rows(blocks) : run_down_rows((blocks + count_ - 1) / count_); }
+    void finish() { run(int64_t(1) << 40); }
+
+   private:
+    static void prefetch_piece(const bf16* values, const uint8_t* mask, int64_t ahead) {
+        const char* at = reinterpret_cast<const char*>(values) + ahead;
+        for (int i = 0; i < 2 * LINES; ++i) _mm_prefetch(at + 64 * i, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(mask), _MM_HINT_T0);
+    }
+
+    void run_along_rows(int64_t blocks) {
+        while (blocks > 0 && row_ < rows_) {
+            const int64_t end = blocks < count_ - at_ ? round_up(at_ + blocks, 4) : count_;
+            const int64_t stop = end < count_ ? end : count_;
+            expand(at_, stop);
+            blocks -= stop - at_;
+            at_ = stop;
+            if (at_ == count_) at_ = 0, ++row_;
+        }
+    }
+
+    void run_down_rows(int64_t rows) {
+        const int64_t end = rows < rows_ - row_ ? row_ + rows : rows_;
+        const bool whole = count_ == 8 && first_ + 8 <= w_.cols / LANES;
+        for (; row_ < end; ++row_) {
+            if (!whole || row_ >= safe_) {
+                expand(0, count_);
+                continue;
+            }
+            const bf16* values = values_[row_];
+            const uint8_t* mask = w_.mask_row(row0_ + row_) + first_ * 4;
+            bf16* out = out_ + row_ * plan_.stride();
+            prefetch_piece(values, mask + 32, ahead_);
+            for (int i = 0; i < 8; ++i)
+                _mm512_store_si512(out + i * LANES, avx512::expand<true>(avx512::load_word(mask + i * 4), values));
+            values_[row_] = values;
+        }
+    }
+
+    void expand(int64_t block, int64_t stop) {
+        row_ < safe_ ? expand<true>(block, stop) : expand<false>(block, stop);
+    }
+    template <bool OVERREAD> void expand(int64_t block, int64_t stop) {
+        const bf16* values = values_[row_];
+        const uint8_t* mask = w_.mask_row(row0_ + row_) + first_ * 4;
+        bf16* out = out_ + row_ * plan_.stride();
+        const int64_t whole = w_.cols / LANES - first_;  // blocks all of whose columns exist
+        for (; block + 4 <= stop && block + 4 <= whole; block += 4) {
+            avx512::prefetch<LINES>(values, mask + block * 4, ahead_);
+            for (int64_t i = block; i < block + 4; ++i)
+                _mm512_store_si512(out + i * LANES, avx512::expand<OVERREAD>(avx512::load_word(mask + i * 4), values));
+        }
+        for (; block < stop; ++block) {
+            const uint32_t word = mask_word(mask, bytes_ - first_ * 4, block * LANES);
+            _mm512_store_si512(out + block * LANES, avx512::expand<OVERREAD>(word, values));
+        }
+        values_[row_] = values;
+    }
+
+    const Packed<bf16>& w_;
+    const Plan& plan_;
+    int64_t bytes_, ahead_, row0_ = 0, rows_ = 0, first_ = 0, count_ = 0;
+    int64_t safe_ = 0;           // rows from whose end a whole vector may be read
+    int64_t row_ = 0, at_ = 0;   // where the piece goes on: row, and block in it
+    bf16* out_ = nullptr;
+    const bf16* values_[MOST_GROUPS * GROUP];
+};
+
+}  // namespace pst::amx

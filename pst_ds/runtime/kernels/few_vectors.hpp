@@ -1,0 +1,79 @@
+// AVX-512, bf16, 1 to 31 vectors: the weight is read once, at the memory's pace. Included after avx512.hpp and panel.hpp.
+#pragma once
+
+namespace pst::avx512 {
+
+template <int LINES> void one_vector(const Job<bf16>& job, const bf16* x, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row)
+        job.store(0, row, job.weight.may_overread(row, LANES) ? row_dot<LINES, true>(job.weight, row, x)
+                                                               : row_dot<LINES, false>(job.weight, row, x));
+}
+
+// Rows [first, first + ROWS) times all vectors, while the next ROWS rows are expanded. False if they could not be.
+class RowsInTurn {
+   public:
+    RowsInTurn(const Job<bf16>& job, const bf16* x, int64_t stride, bf16* buffers)
+        : job_(job), x_(x), stride_(stride), length_(round_up(job.weight.cols, LANES)),
+          buffers_{buffers, buffers + ROWS * stride} {}
+
+    template <int LINES> void rows(int64_t first, int64_t last) {
+        bool expanded = false;
+        for (int64_t row = first; row < last; row += ROWS, turn_ ^= 1) {
+            const int64_t here = row + ROWS < last ? ROWS : last - row;
+            if (!expanded)
+                for (int64_t r = 0; r < here; ++r) Bf16<LINES>::expand(job_.weight, row + r, buffers_[turn_] + r * stride_);
+            const int64_t next = row + ROWS;
+            expanded = here == ROWS && next + ROWS <= last && job_.weight.may_overread(next + ROWS - 1, LANES);
+            if (expanded) begin(next);
+            multiply(row, here, expanded);
+        }
+    }
+
+   private:
+    void begin(int64_t row) {
+        for (int r = 0; r < ROWS; ++r)
+            beside_.values[r] = job_.weight.values + job_.weight.row_offsets[row + r], beside_.mask[r] = job_.weight.mask_row(row + r);
+        beside_.out = buffers_[turn_ ^ 1];
+    }
+    void multiply(int64_t row, int64_t rows, bool beside) {
+        int64_t column = 0;
+        for (; column + COLUMNS <= job_.n; column += COLUMNS, beside = false) columns<COLUMNS>(row, rows, column, beside);
+        for (; column + 4 <= job_.n; column += 4, beside = false) columns<4>(row, rows, column, beside);
+        for (; column < job_.n; ++column, beside = false) columns<1>(row, rows, column, beside);
+    }
+    template <int C> void columns(int64_t row, int64_t rows, int64_t column, bool beside) {
+        const bf16 *a = buffers_[turn_], *x = x_ + column * stride_;
+        float sums[ROWS * C];
+        if (rows == ROWS) {
+            beside ? block<ROWS, C, true>(a, x, stride_, length_, sums, &job_.weight, &beside_)
+                   : block<ROWS, C, false>(a, x, stride_, length_, sums);
+        } else
+            for (int64_t r = 0; r < rows; ++r) block<1, C, false>(a + r * stride_, x, stride_, length_, sums + r * C);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int c = 0; c < C; ++c) job_.store(column + c, row + r, sums[r * C + c]);
+    }
+
+    const Job<bf16>& job_;
+    const bf16* x_;
+    int64_t stride_, length_;
+    bf16* buffers_[2];
+    int turn_ = 0;
+    Beside<ROWS> beside_;
+};
+
+template <int LINES> bool few_vectors(const Job<bf16>& job, int threads) {
+    static thread_local Scratch x_memory;
+    const int64_t stride = stride_of<Bf16<LINES>>(job.weight.cols);
+    bf16* x = x_memory.get<bf16>(stride * job.n);
+    if (!x) return false;
+    copy_x<Bf16<LINES>>(job, x, stride);
+    return in_parallel(job.weight.rows, threads, [&](int64_t first, int64_t last) {
+        static thread_local Scratch buffers;
+        if (job.n == 1) return one_vector<LINES>(job, x, first, last), true;
+        if (!buffers.get<bf16>(2 * ROWS * stride)) return false;
+        RowsInTurn(job, x, stride, buffers.get<bf16>(0)).template rows<LINES>(first, last);
+        return true;
+    });
+}
+
+}  // namespace pst::avx512

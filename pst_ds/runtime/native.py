@@ -1,0 +1,74 @@
+"""The CPU kernels: products with a bitmask weight, in C++ for what the processor has; see ``kernels/bitmask.cpp``."""
+
+from __future__ import annotations
+
+import sysconfig
+from ctypes import CDLL, c_int
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.native import INT, POINTER, NativeSource, load
+
+LEVELS = ("portable", "avx2", "avx512", "amx")
+"""Instructions a kernel may use: plain C++; AVX2 with FMA; AVX-512 with VBMI2 and BF16; that and AMX."""
+DTYPES = (torch.bfloat16, torch.float32)
+_FOLDER = Path(__file__).with_name("kernels")
+SOURCE = NativeSource(
+    _FOLDER / "bitmask.cpp",
+    {
+        "pst_best_level": ([], c_int),
+        "pst_bitmask_linear": (
+            [POINTER, POINTER, POINTER, INT, INT, INT, POINTER, POINTER, POINTER, INT, c_int, c_int, c_int],
+            c_int,
+        ),
+    },
+    "sparse layers",
+    flags=("-std=c++17", "-O3"),
+    may_flags=("-fopenmp",),
+    headers=tuple(sorted(_FOLDER.glob("*.hpp"))),
+    prebuilt=_FOLDER.parent / f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}",
+    announce=True,
+)
+
+
+@cache
+def library() -> CDLL | None:
+    """The compiled kernels, or None where they cannot be had: the layers then compute with torch.
+
+    torch is loaded first, so that its OpenMP is the one they use: one pool of threads, ``torch.set_num_threads`` and
+    ``OMP_NUM_THREADS`` honoured.
+    """
+    return load(SOURCE)
+
+
+@cache
+def best_level() -> int:
+    """Index in :data:`LEVELS` of the best that this processor has."""
+    native = library()
+    return 0 if native is None else native.pst_best_level()
+
+
+def bitmask_linear(
+    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, level: int
+) -> Tensor:
+    """x W' + bias on the CPU: (..., I) to (..., O), in the dtype of ``values`` and ``x``, one of :data:`DTYPES`.
+
+    ``values``, ``bitmask`` (O, ceil(I / 8)) and ``row_offsets`` (O,) are parts that have passed their format's check.
+    Sums are fp32. Raises MemoryError when there is no room for a copy of ``x``.
+    """
+    native = library()
+    assert native is not None
+    x = x.contiguous()
+    columns, rows = x.shape[-1], bitmask.shape[0]
+    y = x.new_empty((*x.shape[:-1], rows))
+    failed = native.pst_bitmask_linear(
+        values.data_ptr(), bitmask.data_ptr(), row_offsets.data_ptr(), rows, columns, values.numel(),
+        x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), x.numel() // columns,
+        x.element_size(), torch.get_num_threads(), level,
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"no memory to multiply {tuple(x.shape)} with a sparse weight of {rows} x {columns}")
+    return y
