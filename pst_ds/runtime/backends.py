@@ -15,7 +15,7 @@ CSR_UP_TO, CSR_FROM_SPARSITY = 32, 0.8
 
 
 def backend_for(format_name: str, dtype: torch.dtype, device_type: str, vectors: int, density: float) -> str:
-    """One of :data:`BACKENDS` for a product of ``vectors`` vectors with a weight that keeps ``density`` of its values."""
+    """One of :data:`BACKENDS` for a product of ``vectors`` vectors with a weight of which ``density`` is kept."""
     if device_type != "cpu":
         return "expand"
     if format_name == "csr":

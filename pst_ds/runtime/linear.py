@@ -12,12 +12,19 @@ from pst_ds.runtime.backends import backend_for
 
 
 class SparseLinear(nn.Module):
-    """y = x W' + bias with W packed: (..., in_features) to (..., out_features). For inference: x may have a gradient, the weight has none.
+    """y = x W' + bias with W packed: (..., in_features) to (..., out_features).
 
-    The parts of the weight (:mod:`pst_ds.core.formats`) are tensors of this module, so that state-dict keys are those of
-    the files. A new layer's are empty: load them, then call :meth:`check`, which must come before the first forward.
+    For inference: x may have a gradient, the weight has none. The parts of the weight (:mod:`pst_ds.core.formats`) are
+    tensors of this module, so that state-dict keys are those of the files. A new layer's are empty: load them, then call :meth:`check`, which must come before the first forward.
     It stands for ``nn.Linear`` and for GPT-2's ``Conv1D``.
     """
+
+    bitmask: Tensor
+    row_offsets: Tensor
+    crow_indices: Tensor
+    col_indices: Tensor
+    csr_columns: Tensor
+    csr_values: Tensor
 
     def __init__(
         self,
