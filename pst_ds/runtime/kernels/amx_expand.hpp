@@ -8,7 +8,7 @@ namespace pst::amx {
 
 using avx512::LANES;
 constexpr int64_t TILE = 16 * 32, SUMS = 16 * 16, GROUP = 32;  // elements of a tile and of its sums; rows of two tiles
-constexpr int64_t MOST_GROUPS = 8, FEW_VECTORS = 128;
+constexpr int64_t MOST_GROUPS = 8, FEW_VECTORS = 128, STREAMS = 2, STREAMS_APART = GROUP / STREAMS;
 
 // The weight is expanded in pieces of groups * 32 rows by blocks * 32 columns. With few vectors a piece is 32 whole rows
 // (up to 4096 columns of them): they are read one after another, as memory likes it. With many, 256 rows by 256 columns:
@@ -107,15 +107,38 @@ template <int LINES> class Expander {
         _mm_prefetch(reinterpret_cast<const char*>(mask), _MM_HINT_T0);
     }
 
+    // STREAMS rows at a time, STREAMS_APART from each other: one stream would leave the memory waiting.
     void run_along_rows(int64_t blocks) {
-        while (blocks > 0 && row_ < rows_) {
-            const int64_t end = blocks < count_ - at_ ? round_up(at_ + blocks, 4) : count_;
+        while (blocks > 0 && row_ < STREAMS_APART && row_ < rows_) {
+            const int64_t wanted = (blocks + STREAMS - 1) / STREAMS;
+            const int64_t end = wanted < count_ - at_ ? round_up(at_ + wanted, 4) : count_;
             const int64_t stop = end < count_ ? end : count_;
-            expand(at_, stop);
-            blocks -= stop - at_;
+            const int64_t whole = w_.cols / LANES - first_ < stop ? w_.cols / LANES - first_ : stop;
+            int64_t block = at_;
+            if (row_ + (STREAMS - 1) * STREAMS_APART < safe_) block = expand_streams(at_, whole);
+            for (int64_t row = row_; row < rows_; row += STREAMS_APART) expand(row, block, stop);
+            blocks -= STREAMS * (stop - at_);
             at_ = stop;
             if (at_ == count_) at_ = 0, ++row_;
         }
+    }
+
+    // Blocks of STREAMS rows, four at a time as far as they go; returns the first that was left.
+    int64_t expand_streams(int64_t block, int64_t stop) {
+        const bf16* values[STREAMS];
+        for (int64_t s = 0; s < STREAMS; ++s) values[s] = values_[row_ + s * STREAMS_APART];
+        const uint8_t* mask = w_.mask_row(row0_ + row_) + first_ * 4;
+        bf16* out = out_ + row_ * plan_.stride();
+        for (; block + 4 <= stop; block += 4)
+            for (int64_t s = 0; s < STREAMS; ++s) {
+                const uint8_t* words = mask + s * STREAMS_APART * bytes_ + block * 4;
+                bf16* to = out + s * STREAMS_APART * plan_.stride() + block * LANES;
+                avx512::prefetch<LINES>(values[s], words, ahead_);
+                for (int i = 0; i < 4; ++i)
+                    _mm512_store_si512(to + i * LANES, avx512::expand<true>(avx512::load_word(words + i * 4), values[s]));
+            }
+        for (int64_t s = 0; s < STREAMS; ++s) values_[row_ + s * STREAMS_APART] = values[s];
+        return block;
     }
 
     void run_down_rows(int64_t rows) {
@@ -123,7 +146,7 @@ template <int LINES> class Expander {
         const bool whole = count_ == 8 && first_ + 8 <= w_.cols / LANES;
         for (; row_ < end; ++row_) {
             if (!whole || row_ >= safe_) {
-                expand(0, count_);
+                expand(row_, 0, count_);
                 continue;
             }
             const bf16* values = values_[row_];
@@ -136,13 +159,13 @@ template <int LINES> class Expander {
         }
     }
 
-    void expand(int64_t block, int64_t stop) {
-        row_ < safe_ ? expand<true>(block, stop) : expand<false>(block, stop);
+    void expand(int64_t row, int64_t block, int64_t stop) {
+        row < safe_ ? expand<true>(row, block, stop) : expand<false>(row, block, stop);
     }
-    template <bool OVERREAD> void expand(int64_t block, int64_t stop) {
-        const bf16* values = values_[row_];
-        const uint8_t* mask = w_.mask_row(row0_ + row_) + first_ * 4;
-        bf16* out = out_ + row_ * plan_.stride();
+    template <bool OVERREAD> void expand(int64_t row, int64_t block, int64_t stop) {
+        const bf16* values = values_[row];
+        const uint8_t* mask = w_.mask_row(row0_ + row) + first_ * 4;
+        bf16* out = out_ + row * plan_.stride();
         const int64_t whole = w_.cols / LANES - first_;  // blocks all of whose columns exist
         for (; block + 4 <= stop && block + 4 <= whole; block += 4) {
             avx512::prefetch<LINES>(values, mask + block * 4, ahead_);
@@ -153,7 +176,7 @@ template <int LINES> class Expander {
             const uint32_t word = mask_word(mask, bytes_ - first_ * 4, block * LANES);
             _mm512_store_si512(out + block * LANES, avx512::expand<OVERREAD>(word, values));
         }
-        values_[row_] = values;
+        values_[row] = values;
     }
 
     const Packed<bf16>& w_;

@@ -36,20 +36,34 @@ template <int LINES> inline void prefetch(const bf16* values, const uint8_t* mas
     _mm_prefetch(reinterpret_cast<const char*>(mask) + MASK_AHEAD, _MM_HINT_T0);
 }
 
-// One row times one vector. LINES: cache lines of values in 128 columns, to prefetch.
-template <int LINES, bool OVERREAD> inline float row_dot(const Packed<bf16>& w, int64_t row, const bf16* x) {
-    const bf16* values = w.values + w.row_offsets[row];
-    const uint8_t* mask = w.mask_row(row);
-    __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-    int64_t col = 0;
-    for (; col + 4 * LANES <= w.cols; col += 4 * LANES) {
-        prefetch<LINES>(values, mask + col / 8);
-        for (int i = 0; i < 4; ++i)
-            sum[i] = dot(sum[i], expand<OVERREAD>(load_word(mask + col / 8 + 4 * i), values), x + col + i * LANES);
+// ROWS rows, far from each other, times one vector: as many streams keep the memory busy, where one would wait for it.
+// LINES: cache lines of values in 128 columns, to prefetch. OVERREAD: whether whole vectors may be read to the rows' ends.
+template <int LINES, int ROWS, bool OVERREAD>
+inline void rows_dot(const Packed<bf16>& w, const int64_t (&row)[ROWS], const bf16* x, float (&sums)[ROWS]) {
+    const bf16* values[ROWS];
+    const uint8_t* mask[ROWS];
+    __m512 sum[ROWS][4];
+    for (int r = 0; r < ROWS; ++r) {
+        values[r] = w.values + w.row_offsets[row[r]];
+        mask[r] = w.mask_row(row[r]);
+        for (int i = 0; i < 4; ++i) sum[r][i] = _mm512_setzero_ps();
     }
+    int64_t col = 0;
+    for (; col + 4 * LANES <= w.cols; col += 4 * LANES)
+        for (int r = 0; r < ROWS; ++r) {
+            prefetch<LINES>(values[r], mask[r] + col / 8);
+            for (int i = 0; i < 4; ++i) {
+                const uint32_t word = load_word(mask[r] + col / 8 + 4 * i);
+                sum[r][i] = dot(sum[r][i], expand<OVERREAD>(word, values[r]), x + col + i * LANES);
+            }
+        }
     for (; col < w.cols; col += LANES)
-        sum[0] = dot(sum[0], expand<OVERREAD>(mask_word(mask, w.bytes_per_row(), col), values), x + col);
-    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+        for (int r = 0; r < ROWS; ++r) {
+            const uint32_t word = mask_word(mask[r], w.bytes_per_row(), col);
+            sum[r][0] = dot(sum[r][0], expand<OVERREAD>(word, values[r]), x + col);
+        }
+    for (int r = 0; r < ROWS; ++r)
+        sums[r] = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[r][0], sum[r][1]), _mm512_add_ps(sum[r][2], sum[r][3])));
 }
 
 // A whole row, pruned entries zero, to `out`; up to the next multiple of 32 columns.

@@ -3,10 +3,24 @@
 
 namespace pst::avx512 {
 
+template <int LINES> void one_row(const Job<bf16>& job, const bf16* x, int64_t row) {
+    float sum[1];
+    job.weight.may_overread(row, LANES) ? rows_dot<LINES, 1, true>(job.weight, {row}, x, sum)
+                                        : rows_dot<LINES, 1, false>(job.weight, {row}, x, sum);
+    job.store(0, row, sum[0]);
+}
+
 template <int LINES> void one_vector(const Job<bf16>& job, const bf16* x, int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row)
-        job.store(0, row, job.weight.may_overread(row, LANES) ? row_dot<LINES, true>(job.weight, row, x)
-                                                               : row_dot<LINES, false>(job.weight, row, x));
+    constexpr int STREAMS = 4;
+    const int64_t apart = (last - first) / STREAMS;
+    for (int64_t i = 0; i < apart; ++i) {
+        const int64_t row[STREAMS] = {first + i, first + apart + i, first + 2 * apart + i, first + 3 * apart + i};
+        float sums[STREAMS];
+        job.weight.may_overread(row[STREAMS - 1], LANES) ? rows_dot<LINES, STREAMS, true>(job.weight, row, x, sums)
+                                                         : rows_dot<LINES, STREAMS, false>(job.weight, row, x, sums);
+        for (int s = 0; s < STREAMS; ++s) job.store(0, row[s], sums[s]);
+    }
+    for (int64_t row = first + STREAMS * apart; row < last; ++row) one_row<LINES>(job, x, row);
 }
 
 // Rows [first, first + ROWS) times all vectors, while the next ROWS rows are expanded. False if they could not be.
