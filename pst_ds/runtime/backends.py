@@ -8,8 +8,8 @@ from pst_ds.runtime import native
 
 BACKENDS = ("native", "csr", "expand")
 """Our CPU kernel on bits; torch's CSR product; the weight expanded, some rows at a time, and a dense product."""
-NATIVE_UP_TO = {"portable": 4, "avx2": 8, "avx512": 64, "amx": 1 << 62}
-"""Most vectors in a product for which the kernel of a level is quicker than expanding and a dense product, in bf16."""
+NATIVE_UP_TO = {torch.bfloat16: 1 << 62, torch.float32: 128}
+"""Most vectors in a product for which our kernel is quicker than expanding the weight for a dense product."""
 CSR_UP_TO, CSR_FROM_SPARSITY = 32, 0.8
 """torch's CSR product is fp32 and breaks even there."""
 
@@ -20,6 +20,6 @@ def backend_for(format_name: str, dtype: torch.dtype, device_type: str, vectors:
         return "expand"
     if format_name == "csr":
         return "csr" if vectors <= CSR_UP_TO and density <= 1 - CSR_FROM_SPARSITY else "expand"
-    if dtype not in native.DTYPES or native.library() is None:
+    if dtype not in NATIVE_UP_TO or native.library() is None:
         return "expand"
-    return "native" if vectors <= NATIVE_UP_TO[native.LEVELS[native.best_level()]] else "expand"
+    return "native" if vectors <= NATIVE_UP_TO[dtype] else "expand"

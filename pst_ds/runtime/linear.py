@@ -25,6 +25,7 @@ class SparseLinear(nn.Module):
     col_indices: Tensor
     csr_columns: Tensor
     csr_values: Tensor
+    values: Tensor
 
     def __init__(
         self,

@@ -43,6 +43,7 @@ BARS = {
 }
 """Speed-ups that are asked of the bitmask kernel; at every other batch and sparsity :data:`BAR_ELSEWHERE`."""
 BAR_ELSEWHERE = 0.9
+DENSE = ("F.linear", "matmul", "matmul_weight_first", "prepacked")
 Product = Callable[[Any, Tensor], Tensor]
 Contestant = tuple[Product, list[Any]]
 
@@ -129,13 +130,15 @@ def _two_of_four(weight: Tensor) -> Tensor:
 
 
 def dense_contestants(weights: list[Tensor], batch: int) -> dict[str, Contestant]:
-    packed = [torch.ops.mkldnn._reorder_linear_weight(weight, batch) for weight in weights]
-    return {
+    found: dict[str, Contestant] = {
         "F.linear": (lambda w, x: linear(x, w), weights),
         "matmul": (lambda w, x: torch.mm(x, w.t()), weights),
         "matmul_weight_first": (lambda w, x: torch.mv(w, x[0]) if len(x) == 1 else torch.mm(w, x.t()), weights),
-        "prepacked": (lambda w, x: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""), packed),
     }
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packed = [torch.ops.mkldnn._reorder_linear_weight(weight, batch) for weight in weights]
+        found["prepacked"] = (lambda w, x: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""), packed)
+    return found
 
 
 def sparse_contestants(layers: dict[str, list[SparseLinear]], levels: list[str]) -> dict[str, Contestant]:
@@ -183,7 +186,7 @@ def summary(
     sparsity: float,
 ) -> Iterator[dict[str, Any]]:
     """A row for each sparse contestant."""
-    dense = {name: seconds[name] for name in ("F.linear", "matmul", "matmul_weight_first", "prepacked")}
+    dense = {name: seconds[name] for name in DENSE if name in seconds}
     best = min(dense.values())
     for name in seconds.keys() - dense.keys():
         layer = layers[name.partition("/")[0]][0]

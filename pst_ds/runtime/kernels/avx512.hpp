@@ -90,7 +90,7 @@ template <int N> struct Beside {
 };
 
 // sums[r][c] = row r of a times row c of b. Both are `length` long, a multiple of LANES.
-template <int R, int C, bool BESIDE>
+template <int R, int C, bool BESIDE, int LINES = 1>
 inline void block(const bf16* a, const bf16* b, int64_t stride, int64_t length, float* sums, const Packed<bf16>* w = nullptr,
                   const Beside<R>* beside = nullptr) {
     __m512 sum[R][C];
@@ -106,11 +106,11 @@ inline void block(const bf16* a, const bf16* b, int64_t stride, int64_t length, 
             const __m512bh x = (__m512bh)_mm512_load_si512(b + c * stride + k);
             for (int r = 0; r < R; ++r) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], (__m512bh)values[r], x);
         }
+        if (BESIDE && k % (4 * LANES) == 0)
+            for (int r = 0; r < R; ++r) prefetch<LINES>(next[r], beside->mask[r] + k / 8);
         if (BESIDE)
             for (int r = 0; r < R; ++r) {
                 const uint8_t* mask = beside->mask[r];
-                _mm_prefetch(reinterpret_cast<const char*>(next[r]) + AHEAD, _MM_HINT_T0);
-                _mm_prefetch(reinterpret_cast<const char*>(mask + k / 8) + MASK_AHEAD, _MM_HINT_T0);
                 const uint32_t word = k < whole ? load_word(mask + k / 8) : mask_word(mask, w->bytes_per_row(), k);
                 _mm512_store_si512(beside->out + r * stride + k, expand<true>(word, next[r]));
             }
@@ -141,15 +141,19 @@ struct Fp32 {
     static constexpr int rows_at_once = 4, columns_at_once = 4;
 
     static void expand(const Packed<float>& w, int64_t row, float* out) {
+        w.may_overread(row, lanes) ? expand_row<true>(w, row, out) : expand_row<false>(w, row, out);
+    }
+    template <bool OVERREAD> static void expand_row(const Packed<float>& w, int64_t row, float* out) {
         const float* values = w.values + w.row_offsets[row];
-        for (int64_t col = 0; col < w.cols; col += LANES, out += LANES) {
-            const uint32_t word = mask_word(w.mask_row(row), w.bytes_per_row(), col);
-            for (int half = 0; half < 2; ++half) {
-                const uint32_t bits = word >> 16 * half & 0xffff;
-                if (col + 16 * half >= w.cols) return;
+        const uint8_t* mask = w.mask_row(row);
+        for (int64_t col = 0; col < w.cols; col += LANES) {
+            const uint32_t word = mask_word(mask, w.bytes_per_row(), col);
+            _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
+            for (int half = 0; half < 2 && col + half * lanes < w.cols; ++half) {
+                const __mmask16 bits = __mmask16(word >> 16 * half);
                 const int count = _mm_popcnt_u32(bits);
-                const __m512 packed = _mm512_maskz_loadu_ps(__mmask16(_bzhi_u32(~0u, unsigned(count))), values);
-                _mm512_store_ps(out + 16 * half, _mm512_maskz_expand_ps(__mmask16(bits), packed));
+                const __mmask16 there = OVERREAD ? __mmask16(0xffff) : __mmask16(_bzhi_u32(~0u, unsigned(count)));
+                _mm512_store_ps(out + col + half * lanes, _mm512_maskz_expand_ps(bits, _mm512_maskz_loadu_ps(there, values)));
                 values += count;
             }
         }

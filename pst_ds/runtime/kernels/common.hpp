@@ -66,8 +66,12 @@ template <class T> struct Packed {
 // 32 mask bits from column `col` (a multiple of 32) on; zeros beyond the row's end, whose bytes are not read.
 inline uint32_t mask_word(const uint8_t* row, int64_t bytes_per_row, int64_t col) {
     uint32_t word = 0;
-    int64_t left = bytes_per_row - col / 8;
-    std::memcpy(&word, row + col / 8, left < 4 ? size_t(left) : 4);
+    const uint8_t* from = row + col / 8;
+    const int64_t left = bytes_per_row - col / 8;
+    if (left >= 4)
+        std::memcpy(&word, from, 4);  // of a known size: one load, where any other is a call
+    else
+        for (int64_t i = 0; i < left; ++i) word |= uint32_t(from[i]) << 8 * i;
     return word;
 }
 

@@ -24,13 +24,13 @@ template <int LINES> void one_vector(const Job<bf16>& job, const bf16* x, int64_
 }
 
 // Rows [first, first + ROWS) times all vectors, while the next ROWS rows are expanded. False if they could not be.
-class RowsInTurn {
+template <int LINES> class RowsInTurn {
    public:
     RowsInTurn(const Job<bf16>& job, const bf16* x, int64_t stride, bf16* buffers)
         : job_(job), x_(x), stride_(stride), length_(round_up(job.weight.cols, LANES)),
           buffers_{buffers, buffers + ROWS * stride} {}
 
-    template <int LINES> void rows(int64_t first, int64_t last) {
+    void rows(int64_t first, int64_t last) {
         bool expanded = false;
         for (int64_t row = first; row < last; row += ROWS, turn_ ^= 1) {
             const int64_t here = row + ROWS < last ? ROWS : last - row;
@@ -59,7 +59,7 @@ class RowsInTurn {
         const bf16 *a = buffers_[turn_], *x = x_ + column * stride_;
         float sums[ROWS * C];
         if (rows == ROWS) {
-            beside ? block<ROWS, C, true>(a, x, stride_, length_, sums, &job_.weight, &beside_)
+            beside ? block<ROWS, C, true, LINES>(a, x, stride_, length_, sums, &job_.weight, &beside_)
                    : block<ROWS, C, false>(a, x, stride_, length_, sums);
         } else
             for (int64_t r = 0; r < rows; ++r) block<1, C, false>(a + r * stride_, x, stride_, length_, sums + r * C);
@@ -85,7 +85,7 @@ template <int LINES> bool few_vectors(const Job<bf16>& job, int threads) {
         static thread_local Scratch buffers;
         if (job.n == 1) return one_vector<LINES>(job, x, first, last), true;
         if (!buffers.get<bf16>(2 * ROWS * stride)) return false;
-        RowsInTurn(job, x, stride, buffers.get<bf16>(0)).template rows<LINES>(first, last);
+        RowsInTurn<LINES>(job, x, stride, buffers.get<bf16>(0)).rows(first, last);
         return true;
     });
 }
