@@ -4,7 +4,7 @@ Each contestant has matrices of its own, as many as fill --input-bytes (default:
 through them in turn, so that weights come from memory; contestants take turns too. Times are medians. ``dense`` is the
 fastest of F.linear, matmul (x W' and W x') and prepacked oneDNN, all shown. ``speedup`` is dense / contestant.
 
-Roofline: ``bytes_per_weight`` is what a product must read of the packed weight, ``gb_per_second`` what that came to, and
+Roofline: ``bytes_per_weight`` is what a product must read of the weight, ``gb_per_second`` what that came to, and
 ``share_of_bandwidth`` that against the bandwidth measured in the same run (torch.dot of a large fp32 vector with
 itself, as many threads).
 
@@ -126,7 +126,7 @@ def sparse_layers(weight: Tensor, sparsity: float, arguments: argparse.Namespace
 def _two_of_four(weight: Tensor) -> Tensor:
     groups = weight.float().abs().view(-1, 4)
     keep = torch.zeros_like(groups).scatter_(1, groups.topk(2, dim=1).indices, 1.0).view_as(weight)
-    return (weight * keep).contiguous()
+    return (weight * keep.to(weight.dtype)).contiguous()
 
 
 def dense_contestants(weights: list[Tensor], batch: int) -> dict[str, Contestant]:
