@@ -37,6 +37,9 @@ bench: venv
 	$(BIN)/python tools/bench/train_step.py --json
 	$(BIN)/python tools/bench/scale.py --json
 	$(BIN)/python tools/bench/checkpoint.py --json
+	$(BIN)/python tools/bench/pack.py --json
+	$(BIN)/python tools/bench/runtime.py --json
+	$(BIN)/python tools/bench/decode.py --json
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info

@@ -1,6 +1,6 @@
 """make demo: a pretrained encoder becomes 50 % and 90 % sparse under ZeRO-3 on two ranks, beside two baselines.
 
-Trains through the deepspeed launcher, exports, reloads with plain transformers, and prints one table of what was
+Trains through the deepspeed launcher, exports, reloads with plain transformers, packs, and prints one table of what was
 measured here; the same goes to runs/demo/results.json. Text and model: see tools/demo/demo_data.py.
 """
 
@@ -73,6 +73,7 @@ def run_one(name: str, settings: list[str]) -> dict[str, Any]:
     trained = json.loads((FOLDER / name / "result.json").read_text(encoding="utf-8"))
     exported = verb("export", folder, "--out", out)
     verified = verb("verify", out, "--against", folder)
+    packed = pack(folder, exported["file_bytes"]) if exported["sparsity_counted"] else {}
     return {
         "name": name,
         "sparsity_asked": exported["sparsity_asked"],
@@ -83,6 +84,19 @@ def run_one(name: str, settings: list[str]) -> dict[str, Any]:
         "seconds": trained["seconds"],
         "reloaded_equal": verified["reloaded_equal"],
         "export_dir": out,
+        **packed,
+    }
+
+
+def pack(folder: str, dense_bytes: int) -> dict[str, Any]:
+    """Export as bitmask, and verify that on some of the test text."""
+    out = f"{folder}/packed"
+    exported = verb("export", folder, "--format", "bitmask", "--out", out)
+    verified = verb("verify", out, "--against", folder, "--limit", "256")
+    return {
+        "packed_dir": out,
+        "packed_bytes_ratio": exported["file_bytes"] / dense_bytes,
+        "packed_equal": verified["reloaded_equal"],
     }
 
 
@@ -142,7 +156,7 @@ def machine() -> str:
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    head = ("run", "asked", "counted in file", "trained", "optimizer B/rank", "accuracy", "seconds", "reloaded equal")
+    head = ("run", "asked", "counted in file", "trained", "optimizer B/rank", "accuracy", "seconds", "reloaded equal", "bitmask file")
     rows = [
         (
             r["name"],
@@ -153,6 +167,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
             f"{r['accuracy']:.2%}",
             f"{r['seconds']:.0f}",
             "yes" if r["reloaded_equal"] else "NO",
+            f"{r['packed_bytes_ratio']:.3f} of it" if r.get("packed_equal") else "-",
         )
         for r in results
     ]
