@@ -23,6 +23,8 @@ VERBS = {
     "eval": "evaluate a checkpoint of a run",
     "export": "write a checkpoint of a run as a model folder that transformers loads",
     "verify": "check an export, alone or against the run it came from",
+    "generate": "write text with a causal model, dense or packed",
+    "bench": "measure how fast and how large a model is, dense and sparse",
 }
 
 
