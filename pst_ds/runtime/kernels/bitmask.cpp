@@ -53,7 +53,7 @@ int best_level() {
 
 #if PST_X86
 template <int LINES> bool run_avx512(const Job<bf16>& job, int threads, int level) {
-    if (level == AMX && job.n > 1) return amx::multiply<LINES>(job, threads);
+    if (level == AMX) return job.n == 1 ? avx512::one_vector_fp32<LINES>(job, threads) : amx::multiply<LINES>(job, threads);
     if (job.n < avx512::MANY_VECTORS) return avx512::few_vectors<LINES>(job, threads);
     return avx512::multiply<avx512::Bf16<LINES>>(job, threads);
 }

@@ -3,14 +3,14 @@
 
 namespace pst::avx512 {
 
-template <int LINES> void one_row(const Job<bf16>& job, const bf16* x, int64_t row) {
+template <int LINES, class X> void one_row(const Job<bf16>& job, const X* x, int64_t row) {
     float sum[1];
     job.weight.may_overread(row, LANES) ? rows_dot<LINES, 1, true>(job.weight, {row}, x, sum)
                                         : rows_dot<LINES, 1, false>(job.weight, {row}, x, sum);
     job.store(0, row, sum[0]);
 }
 
-template <int LINES> void one_vector(const Job<bf16>& job, const bf16* x, int64_t first, int64_t last) {
+template <int LINES, class X> void one_vector(const Job<bf16>& job, const X* x, int64_t first, int64_t last) {
     constexpr int STREAMS = 4;
     const int64_t apart = (last - first) / STREAMS;
     for (int64_t i = 0; i < apart; ++i) {
@@ -83,9 +83,25 @@ template <int LINES> bool few_vectors(const Job<bf16>& job, int threads) {
     copy_x<Bf16<LINES>>(job, x, stride);
     return in_parallel(job.weight.rows, threads, [&](int64_t first, int64_t last) {
         static thread_local Scratch buffers;
-        if (job.n == 1) return one_vector<LINES>(job, x, first, last), true;
+        if (job.n == 1) {
+            one_vector<LINES>(job, x, first, last);
+            return true;
+        }
         if (!buffers.get<bf16>(2 * ROWS * stride)) return false;
         RowsInTurn<LINES>(job, x, stride, buffers.get<bf16>(0)).rows(first, last);
+        return true;
+    });
+}
+
+// One vector by fp32 products.
+template <int LINES> bool one_vector_fp32(const Job<bf16>& job, int threads) {
+    static thread_local Scratch x_memory;
+    const int64_t cols = job.weight.cols, padded = round_up(cols, LANES);
+    float* x = x_memory.get<float>(padded);
+    if (!x) return false;
+    for (int64_t k = 0; k < padded; ++k) x[k / 32 * 32 + k % 2 * 16 + k % 32 / 2] = k < cols ? widen(job.x[k]) : 0.0f;
+    return in_parallel(job.weight.rows, threads, [&](int64_t first, int64_t last) {
+        one_vector<LINES>(job, x, first, last);
         return true;
     });
 }
