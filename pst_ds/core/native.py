@@ -21,6 +21,7 @@ from pathlib import Path
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno")
 INT, POINTER = ctypes.c_int64, ctypes.c_void_p
+_PACKAGE = Path(__file__).resolve().parents[1]
 Signature = tuple[list[type], type | None]
 """ctypes of the arguments, and of the result."""
 
@@ -37,7 +38,7 @@ class NativeSource:
     """Left out where the compiler refuses them."""
     headers: tuple[Path, ...] = ()
     prebuilt: Path | None = None
-    """A library that an installation may have made; used unless a source is newer."""
+    """A library that an installation may have made; a checkout uses it unless a source is newer."""
     announce: bool = False
     """Say on stderr that it is being compiled: it takes more than a moment."""
 
@@ -74,8 +75,11 @@ def load(source: NativeSource) -> ctypes.CDLL | None:
     """The compiled functions of ``source``, or None where they cannot be had, with a warning. Keep what it returns."""
     if os.environ.get("PST_DS_NATIVE") == "0":
         return None
-    if source.prebuilt is not None and _is_newer(source.prebuilt, (source.path, *source.headers)):
-        return _declared(source.prebuilt, source.functions)
+    if source.prebuilt is not None and _is_current(source.prebuilt, (source.path, *source.headers)):
+        try:
+            return _declared(source.prebuilt, source.functions)
+        except (OSError, AttributeError):  # made for another machine, or for other sources: compile here
+            pass
     slow = f"{source.purpose} run in torch, several times slower"
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -89,8 +93,12 @@ def load(source: NativeSource) -> ctypes.CDLL | None:
         return None
 
 
-def _is_newer(built: Path, sources: tuple[Path, ...]) -> bool:
-    return built.is_file() and built.stat().st_mtime >= max(path.stat().st_mtime for path in sources)
+def _is_current(built: Path, sources: tuple[Path, ...]) -> bool:
+    """Whether ``built`` was made from these sources. An installation's was, though pip may date them in any order."""
+    if not built.is_file():
+        return False
+    is_installed = any(_PACKAGE.parent.glob("pst_ds-*.dist-info"))
+    return is_installed or built.stat().st_mtime >= max(path.stat().st_mtime for path in sources)
 
 
 def _declared(path: Path, functions: dict[str, Signature]) -> ctypes.CDLL:

@@ -19,7 +19,8 @@ def backend_for(format_name: str, dtype: torch.dtype, device_type: str, vectors:
     if device_type != "cpu":
         return "expand"
     if format_name == "csr":
-        return "csr" if vectors <= CSR_UP_TO and density <= 1 - CSR_FROM_SPARSITY else "expand"
+        few = vectors <= CSR_UP_TO and density <= 1 - CSR_FROM_SPARSITY
+        return "csr" if few and dtype != torch.float64 else "expand"
     if dtype not in NATIVE_UP_TO or native.library() is None:
         return "expand"
     return "native" if vectors <= NATIVE_UP_TO[dtype] else "expand"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from pst_ds.core.formats import FORMATS
+from pst_ds.core.formats import FORMATS, FormatError
 from pst_ds.runtime import ops
 from pst_ds.runtime.backends import backend_for
 
@@ -15,7 +17,8 @@ class SparseLinear(nn.Module):
     """y = x W' + bias with W packed: (..., in_features) to (..., out_features).
 
     For inference: x may have a gradient, the weight has none. The parts of the weight (:mod:`pst_ds.core.formats`) are
-    tensors of this module, so that state-dict keys are those of the files. A new layer's are empty: load them, then call :meth:`check`, which must come before the first forward.
+    tensors of this module, so that state-dict keys are those of the files. A new layer's are empty: load them, then
+    call :meth:`check`, which must come before the first forward, and again after every load_state_dict.
     It stands for ``nn.Linear`` and for GPT-2's ``Conv1D``.
     """
 
@@ -40,6 +43,7 @@ class SparseLinear(nn.Module):
     ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self._is_checked = False
         self.format = FORMATS[format]
         for name, (part_dtype, shape) in self.format.parts((out_features, in_features), nonzero, dtype).items():
             self._set_part(name, torch.empty(shape, dtype=part_dtype, device=device))
@@ -60,7 +64,7 @@ class SparseLinear(nn.Module):
             layer._set_part(name, part)
         layer._prepare()
         if bias is not None:
-            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+            layer.bias = nn.Parameter(bias.detach().to(weight.dtype).contiguous(), requires_grad=False)
         return layer
 
     def _set_part(self, name: str, part: Tensor) -> None:
@@ -74,26 +78,66 @@ class SparseLinear(nn.Module):
         return {name: getattr(self, name).detach() for name in self.format.part_names}
 
     def check(self, name: str) -> None:
-        """Raises FormatError, naming ``name``, unless the parts are a weight of this layer's shape."""
+        """Raises FormatError, naming ``name``, unless the parts and the bias are those of a layer of this shape."""
         self.format.check(name, self.parts(), (self.out_features, self.in_features))
+        if self.bias is not None:
+            self._check_bias(name, self.bias)
         self._prepare()
+
+    def _check_bias(self, name: str, bias: Tensor) -> None:
+        dtype, shape = getattr(self, self.format.values_name).dtype, (self.out_features,)
+        if bias.dtype != dtype or tuple(bias.shape) != shape or not bias.is_contiguous():
+            raise FormatError(
+                f"{name}: bias must be a contiguous {dtype} of shape {shape}, found {bias.dtype} of shape "
+                f"{tuple(bias.shape)}, strides {bias.stride()}"
+            )
 
     def _prepare(self) -> None:
         """What the product needs beside the parts: 2:4 has as many values in each row, torch's CSR product is fp32."""
+        self._is_checked = True
         if self.format.name == "2:4":
             offsets = torch.arange(self.out_features, device=self.bitmask.device) * (self.in_features // 2)
             self.register_buffer("row_offsets", offsets, persistent=False)
         elif self.format.name == "csr":
             index = torch.int64 if self.crow_indices.dtype == torch.int64 else torch.int32
             self.register_buffer("csr_columns", self.col_indices.to(index), persistent=False)
-            self.register_buffer("csr_values", self.values.detach().float(), persistent=False)
+            wide = self.values.detach() if self.values.dtype == torch.float64 else self.values.detach().float()
+            self.register_buffer("csr_values", wide, persistent=False)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._is_checked = False
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        """``.to`` and the like. A cast makes a -0.0 of a small negative value, and one of ``csr_values`` is undone."""
+        before = getattr(self, self.format.values_name)
+        dtype, had_values = before.dtype, not before.is_meta
+        super()._apply(fn, recurse)
+        values = getattr(self, self.format.values_name)
+        self._is_checked = self._is_checked and had_values
+        if self._is_checked and (values.dtype != dtype or self.format.name == "csr"):
+            with torch.no_grad():
+                values.add_(0.0)
+            self._prepare()
+        return self
+
+    def _refuse_unchecked(self) -> None:
+        if not self._is_checked:
+            raise RuntimeError(
+                "the parts of this sparse layer have not been checked since they were made or loaded: call check(name) "
+                "before its first product"
+            )
 
     def dense_weight(self) -> Tensor:
-        """(O, I), +0.0 where pruned."""
+        """(O, I), +0.0 where pruned. Raises RuntimeError before :meth:`check`."""
+        self._refuse_unchecked()
         return self.format.unpack(self.parts())
 
     def forward(self, x: Tensor) -> Tensor:
-        values = getattr(self, self.format.values_name)
+        """(..., out_features) in the weight's dtype, under autocast too, where x may have another."""
+        if not self._is_checked:
+            self._refuse_unchecked()
+        values: Tensor = self._parameters[self.format.values_name]  # type: ignore[assignment]
         if x.dtype != values.dtype:
             if not torch.is_autocast_enabled(x.device.type):
                 raise TypeError(f"x is {x.dtype}, the sparse weight {values.dtype}; convert one of them")
@@ -101,16 +145,20 @@ class SparseLinear(nn.Module):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x is {tuple(x.shape)}, the layer takes {self.in_features} features")
         if x.requires_grad and torch.is_grad_enabled():
-            return linear(x, self.dense_weight().to(x.device), self.bias)
+            return ops.dense_linear(x, self.dense_weight().to(x.device), self.bias)
         in_eager = type(x) is Tensor and not torch.compiler.is_compiling()
+        if in_eager and self.format.name != "csr":
+            # found in the dictionaries: a small product takes no longer than four of nn.Module's look-ups
+            flat, buffers = values if values.dim() == 1 else values.view(-1), self._buffers
+            return ops.bitmask_linear(x, flat, buffers["bitmask"], buffers["row_offsets"], self._parameters["bias"])  # type: ignore[arg-type]
         if self.format.name == "csr":
             density = values.numel() / max(1, self.in_features * self.out_features)
-            if backend_for("csr", x.dtype, x.device.type, x.numel() // max(1, self.in_features), density) == "expand":
-                return linear(x, self.dense_weight().to(x.device), self.bias)
+            vectors = x.numel() // max(1, self.in_features)
+            if in_eager and backend_for("csr", x.dtype, x.device.type, vectors, density) == "expand":
+                return ops.dense_linear(x, self.dense_weight().to(x.device), self.bias)
             csr = ops.csr_linear if in_eager else torch.ops.pst_ds.csr_linear
             return csr(x, self.crow_indices, self.csr_columns, self.csr_values, self.bias)
-        product = ops.bitmask_linear if in_eager else torch.ops.pst_ds.bitmask_linear
-        return product(x, values.view(-1), self.bitmask, self.row_offsets, self.bias)
+        return torch.ops.pst_ds.bitmask_linear(x, values.view(-1), self.bitmask, self.row_offsets, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.format.name}, bias={self.bias is not None}"

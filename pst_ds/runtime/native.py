@@ -57,7 +57,8 @@ def bitmask_linear(
     """x W' + bias on the CPU: (..., I) to (..., O), in the dtype of ``values`` and ``x``, one of :data:`DTYPES`.
 
     ``values``, ``bitmask`` (O, ceil(I / 8)) and ``row_offsets`` (O,) are parts that have passed their format's check.
-    Sums are fp32. Raises MemoryError when there is no room for a copy of ``x``.
+    Sums are fp32. The dot instructions of AVX-512 and AMX take denormal bf16 numbers, those below 2^-126, as zeros.
+    Raises MemoryError when there is no room for a copy of ``x``.
     """
     native = library()
     assert native is not None

@@ -7,6 +7,8 @@ where one is wanted.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -30,19 +32,34 @@ def bitmask_linear(
     if backend == "native" and x.shape[-1] and compressed.dtype == x.dtype:
         return native.bitmask_linear(x, compressed, bitmask, row_offsets, bias, native.best_level())
     if x.device.type != "cpu":
-        return linear(x, expand_on_device(compressed, bitmask, x.shape[-1]), bias)
+        return dense_linear(x, expand_on_device(compressed, bitmask, x.shape[-1]), bias)
     return _by_panels(x, compressed, bitmask, row_offsets, bias)
 
 
 def csr_linear(x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """x W' + bias with torch's CSR product, which computes in fp32: (..., I) to (..., O) in the dtype of ``x``."""
+    """x W' + bias with torch's CSR product, which computes in fp32: (..., I) to (..., O) in the dtype of ``x``.
+
+    ``values`` are fp32, or fp64 where ``x`` is. With too many vectors or values for it the weight is expanded.
+    """
     shape = (crow_indices.numel() - 1, x.shape[-1])
+    vectors, density = x.numel() // max(1, shape[1]), values.numel() / max(1, shape[0] * shape[1])
+    if backend_for("csr", x.dtype, x.device.type, vectors, density) == "expand":
+        parts = {"crow_indices": crow_indices, "col_indices": col_indices, "values": values}
+        dense = FORMATS["csr"].unpack({**parts, "shape": torch.tensor(shape)})
+        return dense_linear(x, dense.to(x), bias)
     weight = torch.sparse_csr_tensor(crow_indices, col_indices, values, shape, check_invariants=False)
-    flat = x.reshape(-1, x.shape[-1]).float()
-    y = torch.mm(weight, flat.t()).t()
+    flat = x.reshape(math.prod(x.shape[:-1]), shape[1]).float()
+    with torch.autocast(x.device.type, enabled=False):
+        y = torch.mm(weight, flat.t()).t()
     if bias is not None:
         y = y + bias
-    return y.to(x.dtype).reshape(*x.shape[:-1], shape[0])
+    return y.to(x.dtype).contiguous().view(*x.shape[:-1], shape[0])
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W' + bias in their dtype, autocast or not: how a product is computed must not change what it gives."""
+    with torch.autocast(x.device.type, enabled=False):
+        return linear(x, weight, bias)
 
 
 def expand_on_device(compressed: Tensor, bitmask: Tensor, columns: int) -> Tensor:
@@ -56,12 +73,12 @@ def _by_panels(x: Tensor, compressed: Tensor, bitmask: Tensor, row_offsets: Tens
     """Some rows of the weight after others are expanded and multiplied: one panel is dense at a time."""
     rows, columns = bitmask.shape[0], x.shape[-1]
     if rows <= PANEL_ROWS:
-        return linear(x, _rows(compressed, bitmask, row_offsets, columns, 0, rows), bias)
+        return dense_linear(x, _rows(compressed, bitmask, row_offsets, columns, 0, rows), bias)
     y = x.new_empty((*x.shape[:-1], rows))
     for first in range(0, rows, PANEL_ROWS):
         last = min(first + PANEL_ROWS, rows)
         panel = _rows(compressed, bitmask, row_offsets, columns, first, last)
-        y[..., first:last] = linear(x, panel, None if bias is None else bias[first:last])
+        y[..., first:last] = dense_linear(x, panel, None if bias is None else bias[first:last])
     return y
 
 
