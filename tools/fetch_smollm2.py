@@ -71,8 +71,10 @@ def _read_gguf(package: Path) -> tuple[Any, Any]:
 
     folder, name = package / GGUF.parent, GGUF.name
     read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    config = type(read.config).from_dict({k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
-    model = LlamaForCausalLM(config)
+    config: Any = type(read.config).from_dict(
+        {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
+    )
+    model: Any = LlamaForCausalLM(config)
     model.load_state_dict(read.state_dict())
     model.tie_weights()
     model.generation_config = read.generation_config
@@ -80,7 +82,7 @@ def _read_gguf(package: Path) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def prune(model: nn.Module, sparsity: float) -> None:
+def prune(model: Any, sparsity: float) -> None:
     """Zeroes the ``sparsity`` smallest weights of each nn.Linear by themselves; tied ones stay whole."""
     embedding = model.get_input_embeddings().weight
     for module in model.modules():

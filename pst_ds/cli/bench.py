@@ -1,0 +1,117 @@
+"""``pst-ds bench DIR``: how fast and how large a model is: dense, dense with prepacked layers, and sparse."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from pst_ds.cli.bench_text import bench_text
+from pst_ds.errors import InputError
+
+if TYPE_CHECKING:
+    from pst_ds.cli.contestants import Contestant
+    from pst_ds.cli.model_folder import ModelFolder
+
+SPARSE = ("bitmask", "csr", "2:4")
+
+
+class BenchError(InputError):
+    """Something that cannot be measured as it was asked for."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="DIR", help="model folder: packed, or dense with zeros in it")
+    parser.add_argument("--dense", metavar="DIR", help="dense model to compare with; default: DIR itself, unpacked")
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        choices=SPARSE,
+        default=[],
+        metavar="FORMAT",
+        help=f"sparse layers to measure, of {', '.join(SPARSE)}; default: the folder's (bitmask of a dense one), and "
+        "csr and 2:4 where they apply",
+    )
+    parser.add_argument("--batch", type=_counts, default=[1], metavar="N,...", help="sequences at a time (default: 1)")
+    parser.add_argument("--prompt-tokens", type=_count, default=128, metavar="N", help="(default: 128)")
+    parser.add_argument("--new-tokens", type=_count, default=32, metavar="N", help="(default: 32)")
+    parser.add_argument("--threads", type=_counts, metavar="N,...", help="of torch (default: OMP_NUM_THREADS)")
+    parser.add_argument("--repeats", type=_count, default=3, metavar="N", help="runs of each, in turn (default: 3)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of every model (default: bf16)")
+    parser.add_argument(
+        "--from-memory",
+        action="store_true",
+        help="go through copies of each model, twice the last-level cache together, a token each in turn",
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from pst_ds.cli.contestants import conditions, contestants, copy_until, last_level_cache_bytes
+    from pst_ds.cli.measure import measure
+    from pst_ds.cli.model_folder import open_model_folder
+
+    folder = open_model_folder(args.model)
+    dense = open_model_folder(args.dense) if args.dense else None
+    if dense is not None and dense.format != "dense":
+        raise BenchError(
+            f"--dense {args.dense}: its weights are packed; leave --dense out to unpack {args.model} itself"
+        )
+    _check_positions(folder, args)
+    found = contestants(folder, dense, args.formats, args.dtype)
+    if args.from_memory:
+        copy_until(found, 2 * last_level_cache_bytes())
+    threads_before, rows = torch.get_num_threads(), []
+    try:
+        for threads in args.threads or [threads_before]:
+            torch.set_num_threads(threads)
+            for batch in args.batch:
+                rows += _rows(measure(found, folder, batch, args), found, {"threads": threads, "batch": batch})
+    finally:
+        torch.set_num_threads(threads_before)
+    result = {
+        "model": args.model,
+        "dense": args.dense or f"{args.model}, unpacked",
+        "causal": folder.is_causal,
+        "prompt_tokens": args.prompt_tokens,
+        "new_tokens": args.new_tokens if folder.is_causal else 0,
+        "conditions": {**conditions(), "dtype": args.dtype, "repeats": args.repeats, "clock": "wall, medians, in turn"},
+        "rows": rows,
+    }
+    print(bench_text(result))
+    return result
+
+
+def _rows(
+    measured: dict[str, dict[str, float]], found: dict[str, Contestant], at: dict[str, int]
+) -> list[dict[str, Any]]:
+    """A row for each contestant, with its rates against both dense ones."""
+    rows: list[dict[str, Any]] = []
+    for name, contestant in found.items():
+        row = {"contestant": name, **at, **measured[name], **contestant.facts(), "copies": len(contestant.models)}
+        for stage in ("prefill", "decode"):
+            rate = f"{stage}_tokens_per_second"
+            for base in ("dense", "prepacked"):
+                if rate in row and base in measured:
+                    row[f"{stage}_over_{base}"] = row[rate] / measured[base][rate]
+        rows.append(row)
+    return rows
+
+
+def _check_positions(folder: ModelFolder, args: argparse.Namespace) -> None:
+    positions = getattr(folder.config.get_text_config(), "max_position_embeddings", None)
+    tokens = args.prompt_tokens + (args.new_tokens if folder.is_causal else 0)
+    if isinstance(positions, int) and tokens > positions:
+        raise BenchError(
+            f"{args.model} has {positions} positions, and --prompt-tokens and --new-tokens come to {tokens}: lower them"
+        )
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]

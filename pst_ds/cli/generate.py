@@ -1,0 +1,165 @@
+"""``pst-ds generate DIR --prompt TEXT``: a model, dense or packed, writes text; its tokens a second go to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from pst_ds.errors import InputError
+
+
+class PromptError(InputError):
+    """A prompt that this model cannot go on from."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="DIR", help="model folder: dense, or packed by pst-ds export")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help='text to go on from; "-" reads stdin')
+    parser.add_argument(
+        "--chat", action="store_true", help="the prompt is a message: use the tokenizer's chat template"
+    )
+    parser.add_argument("--max-new-tokens", type=_count, default=128, metavar="N", help="(default: 128)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="draw tokens; default: always the likeliest")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that sum up to P")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
+    add_loading_arguments(parser)
+    parser.add_argument("--threads", type=_count, metavar="N", help="of torch (default: OMP_NUM_THREADS, or all cores)")
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--load-as",
+        choices=("auto", "sparse", "dense"),
+        default="auto",
+        help="packed weights: keep them packed, or unpack them; auto takes the quicker",
+    )
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    sampling = _sampling(args)
+    import torch
+
+    from pst_ds.cli.model_folder import open_model_folder
+    from pst_ds.runtime import sparse_layers
+    from pst_ds.runtime.dense import quicken_output_layer
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    folder = open_model_folder(args.model)
+    folder.require_causal()
+    tokenizer = folder.tokenizer()
+    inputs = _encoded(_prompt(args), tokenizer, args)
+    new_tokens = _new_tokens(args, inputs["input_ids"], folder.config.get_text_config())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    start = time.perf_counter()
+    model = folder.load(args.load_as, args.dtype, device)
+    quicken_output_layer(model)
+    load_seconds = time.perf_counter() - start
+    torch.manual_seed(args.seed)
+    written = _write(model, tokenizer, inputs, new_tokens, sampling)
+    result = {
+        "model": args.model,
+        "format": folder.format,
+        "sparse_layers": len(sparse_layers(model)),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "load_seconds": load_seconds,
+        **written,
+    }
+    print(_speed(result), file=sys.stderr, flush=True)
+    return result
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """What generate() takes; everything that a generation_config.json may say of it is set."""
+    if args.temperature is not None and not 0 <= args.temperature < float("inf"):
+        raise InputError(f"--temperature is a number of at least 0, got {args.temperature}")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise InputError(f"--top-p is above 0 and at most 1, got {args.top_p}")
+    if args.temperature == 0 or (args.temperature is None and args.top_p is None):
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    temperature = 1.0 if args.temperature is None else args.temperature
+    return {"do_sample": True, "temperature": temperature, "top_p": args.top_p or 1.0, "top_k": 0}
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not text.strip():
+        raise PromptError("--prompt is empty: give a text to go on from")
+    return str(text)
+
+
+def _encoded(prompt: str, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """``input_ids`` and ``attention_mask``, both (1, tokens)."""
+    if not args.chat:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    elif tokenizer.chat_template is None:
+        raise PromptError(f"{args.model}: the tokenizer has no chat template; leave out --chat")
+    else:
+        message = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def _new_tokens(args: argparse.Namespace, ids: Any, config: Any) -> int:
+    """How many are asked for, or fewer where the model's positions end. Raises PromptError."""
+    tokens = ids.shape[1]
+    if tokens == 0:
+        raise PromptError("--prompt: the tokenizer makes no token of it")
+    largest = int(ids.max())
+    if largest >= config.vocab_size:
+        raise PromptError(
+            f"{args.model}: the tokenizer gives token {largest}, and the model has {config.vocab_size}: "
+            "they do not belong together"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return int(args.max_new_tokens)
+    if tokens >= positions:
+        raise PromptError(f"--prompt has {tokens} tokens, and the model {positions} positions: shorten it")
+    if tokens + args.max_new_tokens > positions:
+        print(f"stops after {positions - tokens} tokens: the model has {positions} positions", file=sys.stderr)
+    return min(args.max_new_tokens, positions - tokens)
+
+
+def _write(model: Any, tokenizer: Any, inputs: dict[str, Any], new_tokens: int, sampling: dict[str, Any]) -> Any:
+    """Streams the text to stdout; returns it, with how long it took."""
+    import torch
+
+    from pst_ds.cli.timed_streamer import TimedStreamer
+
+    streamer = TimedStreamer(tokenizer)
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    if model.generation_config.pad_token_id is None:
+        sampling = {**sampling, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id or 0}
+    with torch.inference_mode():
+        ids = model.generate(**inputs, streamer=streamer, max_new_tokens=new_tokens, **sampling)
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    return {
+        "prompt_tokens": inputs["input_ids"].shape[1],
+        "new_tokens": len(new),
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        **streamer.rates(),
+    }
+
+
+def _speed(result: dict[str, Any]) -> str:
+    decode = result["decode_tokens_per_second"]
+    after = "" if decode is None else f", then {result['new_tokens']} tokens at {decode:.1f} a second"
+    layers = f"{result['sparse_layers']} sparse layers, " if result["sparse_layers"] else ""
+    return (
+        f"prefill: {result['prompt_tokens']} tokens at {result['prefill_tokens_per_second']:.1f} a second{after} "
+        f"({layers}{result['dtype']}, {result['threads']} threads, loaded in {result['load_seconds']:.1f} s)"
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)

@@ -1,0 +1,114 @@
+"""A model folder, dense or packed, as ``generate`` and ``bench`` open it: what it holds, its model, its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from pst_ds.core.formats import FormatError
+from pst_ds.errors import InputError
+from pst_ds.hf import PackedWeightsConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LOAD_AS = ("auto", "sparse", "dense")
+_WEIGHT_ENDINGS = (".safetensors", ".bin")
+
+
+class ModelFolderError(InputError):
+    """A model folder that cannot be opened, or not for what is asked; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A folder with a config.json that was read."""
+
+    path: Path
+    config: Any
+    format: str
+    """"dense", or that of its packed weights."""
+
+    @property
+    def is_causal(self) -> bool:
+        names = self.config.architectures or ()
+        return any(name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in names)
+
+    @property
+    def weight_file_bytes(self) -> int:
+        """Of all weight files in the folder."""
+        return sum(file.stat().st_size for file in self.path.iterdir() if file.suffix in _WEIGHT_ENDINGS)
+
+    def require_causal(self) -> None:
+        if not self.is_causal:
+            names = ", ".join(self.config.architectures or ("nothing",))
+            raise ModelFolderError(
+                f"{self.path}: {names} in config.json is no causal language model, and no other writes text"
+            )
+
+    def load(self, load_as: str = "auto", dtype: str | None = None, device: str = "cpu") -> Any:
+        """The model in eval mode. ``dtype``: a key of :data:`DTYPES`; None takes the folder's.
+
+        Raises ModelFolderError, with what was wrong with the files.
+        """
+        options: dict[str, Any] = {"dtype": DTYPES[dtype] if dtype else "auto", "local_files_only": True}
+        if self.format != "dense":
+            options["quantization_config"] = PackedWeightsConfig(load_as=load_as)  # type: ignore[arg-type]
+        elif load_as == "sparse":
+            raise ModelFolderError(
+                f"{self.path}: its weights are dense. Pack them: pst-ds export {self.path} --format bitmask --out DIR"
+            )
+        if device != "cpu":
+            options["device_map"] = {"": device}
+        try:
+            model = self._model_class().from_pretrained(self.path, **options)
+        except (FormatError, SafetensorError, OSError) as error:
+            raise ModelFolderError(f"{self.path}: {error}") from None
+        return model.eval()
+
+    def _model_class(self) -> Any:
+        if self.is_causal:
+            return transformers.AutoModelForCausalLM
+        return getattr(transformers, (self.config.architectures or [""])[0], transformers.AutoModel)
+
+    def tokenizer(self) -> Any:
+        """Raises ModelFolderError where there is none."""
+        try:
+            return transformers.AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            said = str(error).strip().partition("\n")[0]
+            raise ModelFolderError(
+                f"{self.path}: no tokenizer that can be read ({said}). Copy tokenizer.json and tokenizer_config.json "
+                "from the model it was made of."
+            ) from None
+
+
+def open_model_folder(path: str | Path) -> ModelFolder:
+    """Reads config.json. Raises ModelFolderError."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ModelFolderError(f"{path}: no such folder (looked in {path.absolute()})")
+    if (path / "run.toml").is_file():
+        raise ModelFolderError(f"{path} is a run folder. Make a model of it first: pst-ds export {path} --out DIR")
+    if not (path / "config.json").is_file():
+        raise ModelFolderError(f"{path}: config.json is missing, so it is no model folder")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelFolderError(f"{path / 'config.json'}: {error}") from None
+    return ModelFolder(path, config, _format(path, config))
+
+
+def _format(path: Path, config: Any) -> str:
+    quantization = getattr(config, "quantization_config", None) or {}
+    found: dict[str, Any] = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    if not found:
+        return "dense"
+    method = found.get("quant_method")
+    if method != "pst_ds":
+        raise ModelFolderError(f"{path}: its weights are quantized with {method!r}; dense and pst_ds folders are read")
+    return str(found.get("format"))

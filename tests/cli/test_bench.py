@@ -1,0 +1,206 @@
+"""``pst-ds bench`` on tiny models: what is counted, which contestants there are, and what is refused. No speed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pst_ds.cli import contestants as benched
+from pst_ds.cli.bench_text import bench_text
+from pst_ds.cli.contestants import Contestant, contestants, copy_until, make_sparse
+from pst_ds.cli.main import main
+from pst_ds.cli.model_folder import ModelFolderError, open_model_folder
+from pst_ds.runtime import sparse_layers
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+SHORT = ("--prompt-tokens", "5", "--new-tokens", "4", "--repeats", "2")
+
+
+def _with_zeros(source, out, sparsity, two_four=False):
+    """A copy of a tiny model of which the matrices of the blocks are pruned."""
+    shutil.copytree(source, out)
+    tensors = load_file(out / "model.safetensors")
+    rng = torch.Generator().manual_seed(2)
+    for name, tensor in tensors.items():
+        if "layer" in name and tensor.dim() == 2:
+            drop = torch.rand(tensor.shape, generator=rng) < sparsity
+            if two_four:
+                ranks = torch.rand((len(tensor), tensor.shape[1] // 4, 4), generator=rng).argsort(-1)
+                drop = (ranks < 2).reshape(tensor.shape)
+            tensor[drop] = 0.0
+        elif two_four and name == "lm_head.weight":
+            tensor.view(len(tensor), -1, 4)[..., :2] = 0.0
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    top = tmp_path_factory.mktemp("models")
+    for name, sparsity in (("half", 0.5), ("few", 0.9), ("2:4", 0.5)):
+        _with_zeros(DATA / "tiny-llama", top / name, sparsity, two_four=name == "2:4")
+    _with_zeros(DATA / "tiny-bert", top / "bert", 0.8)
+    for name, form in (("half", "bitmask"), ("few", "csr")):
+        command = ["export", str(top / name), "--format", form, "--dtype", "bf16", "--out", str(top / f"{name}-{form}")]
+        assert main(command) == 0
+    return top
+
+
+def _bench(capsys, folder, *arguments):
+    """(the result, the table's lines)."""
+    capsys.readouterr()
+    assert main(["bench", str(folder), *SHORT, *arguments, "--json"]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    return json.loads(last), table
+
+
+def _refused(capsys, *arguments):
+    capsys.readouterr()
+    assert main(["bench", *map(str, arguments)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pst-ds bench: ")]
+    return line
+
+
+def test_every_contestant_has_its_rates_and_ratios(folders, capsys):
+    result, table = _bench(capsys, folders / "half-bitmask", "--batch", "1,3", "--threads", "1")
+    rows = {(row["contestant"], row["batch"]): row for row in result["rows"]}
+    names = ["dense", "bitmask"]
+    if ("prepacked", 1) in rows:
+        names.insert(1, "prepacked")
+        row = rows["bitmask", 3]
+        for stage in ("prefill", "decode"):
+            rate = f"{stage}_tokens_per_second"
+            assert row[f"{stage}_over_prepacked"] == pytest.approx(row[rate] / rows["prepacked", 3][rate])
+    assert set(rows) == {(name, batch) for name in names for batch in (1, 3)}
+    for (_, batch), row in rows.items():
+        assert row["threads"] == 1
+        assert row["decode_tokens_per_second"] == pytest.approx(batch / row["decode_step_seconds"])
+        assert row["prefill_tokens_per_second"] > 0
+        assert 0 < row["outside_linear_layers"] < 1
+        assert 0 < row["output_layer_share"] < 1 - row["outside_linear_layers"]
+    assert len(table) == 3 + len(rows)
+    assert result["conditions"]["last_level_cache_bytes"] > 0
+    assert result["conditions"]["versions"]["torch"] == torch.__version__
+
+
+def test_bytes_are_those_of_files_and_tensors(folders, capsys):
+    result, _ = _bench(capsys, folders / "half-bitmask")
+    rows = {row["contestant"]: row for row in result["rows"]}
+    stored = load_file(folders / "half-bitmask" / "pst_bitmask.safetensors")
+    assert rows["bitmask"]["file_bytes"] == (folders / "half-bitmask" / "pst_bitmask.safetensors").stat().st_size
+    # rotary frequencies stand in the model and in no file
+    assert 0 <= rows["bitmask"]["resident_bytes"] - sum(tensor.nbytes for tensor in stored.values()) < 200
+    dense = 2 * sum(tensor.numel() for tensor in load_file(folders / "half" / "model.safetensors").values())
+    assert 0 <= rows["dense"]["resident_bytes"] - dense < 200
+    assert rows["dense"]["file_bytes"] is None
+    if "prepacked" in rows:
+        assert rows["prepacked"]["resident_bytes"] == rows["dense"]["resident_bytes"]
+
+
+def test_dense_model_of_ones_own(folders, capsys):
+    result, _ = _bench(capsys, folders / "half-bitmask", "--dense", str(folders / "half"))
+    rows = {row["contestant"]: row for row in result["rows"]}
+    assert rows["dense"]["file_bytes"] == (folders / "half" / "model.safetensors").stat().st_size
+    assert "leave --dense out" in _refused(capsys, folders / "half", *SHORT, "--dense", folders / "half-bitmask")
+
+
+def test_default_formats_are_those_that_apply(folders):
+    found = {
+        name: benched.default_formats(
+            open_model_folder(folders / name), open_model_folder(folders / model).load("dense")
+        )
+        for name, model in (("half-bitmask", "half"), ("few-csr", "few"), ("2:4", "2:4"))
+    }
+    assert found == {"half-bitmask": ["bitmask"], "few-csr": ["csr", "bitmask"], "2:4": ["bitmask", "2:4"]}
+
+
+@pytest.mark.parametrize("form", ["bitmask", "csr", "2:4"])
+def test_layers_made_sparse_hold_the_same_weights(folders, form):
+    name = {"bitmask": "half", "csr": "few", "2:4": "2:4"}[form]
+    folder = open_model_folder(folders / name)
+    dense, model = folder.load("dense", "bf16"), folder.load("dense", "bf16")
+    made = make_sparse(model, form)
+    layers = sparse_layers(model)
+    assert made == len(layers) > 0
+    for layer_name, layer in layers.items():
+        assert torch.equal(layer.dense_weight(), dense.get_submodule(layer_name).weight)
+        assert sum(part.nbytes for part in layer.parts().values()) < dense.get_submodule(layer_name).weight.nbytes
+
+
+def test_a_format_that_holds_nothing_is_refused(folders, capsys):
+    line = _refused(capsys, folders / "half", *SHORT, "--formats", "2:4")
+    assert "no linear layer can be packed as 2:4" in line
+
+
+def test_copies_fill_what_is_asked_and_share_nothing(folders):
+    found = contestants(open_model_folder(folders / "half-bitmask"), None, [], "bf16")
+    size = found["bitmask"].loaded_bytes
+    copy_until(found, 3 * size)
+    assert len(found["bitmask"].models) == 3
+    assert len(found["dense"].models) == max(2, -(-3 * size // found["dense"].loaded_bytes))
+    ids = torch.arange(6)[None]
+    for contestant in found.values():
+        pointers = {param.data_ptr() for model in contestant.models for param in model.parameters()}
+        assert len(pointers) == len(contestant.models) * len(list(contestant.model.parameters()))
+        with torch.inference_mode():
+            one, *others = (model(input_ids=ids).logits for model in contestant.models)
+        assert all(torch.equal(one, other) for other in others)
+
+
+def test_copies_that_do_not_fit_are_refused(monkeypatch):
+    monkeypatch.setattr(benched, "_available_bytes", lambda: 1000)
+    found = {"dense": Contestant(torch.nn.Linear(8, 8))}
+    with pytest.raises(ModelFolderError, match="leave it out"):
+        copy_until(found, 900)
+    assert len(found["dense"].models) == 1
+    copy_until(found, 700)
+
+
+def test_from_memory_steps_through_the_copies(folders, capsys, monkeypatch):
+    monkeypatch.setattr("pst_ds.cli.contestants.last_level_cache_bytes", lambda: 30_000)
+    result, _ = _bench(capsys, folders / "half-bitmask", "--from-memory")
+    assert {row["copies"] for row in result["rows"] if row["contestant"] == "bitmask"} != {1}
+    assert all(row["copies"] * row["resident_bytes"] >= 60_000 for row in result["rows"])
+
+
+def test_a_model_that_writes_nothing_has_its_forward_pass_measured(folders, capsys):
+    result, table = _bench(capsys, folders / "bert")
+    assert result["causal"] is False
+    assert {row["contestant"] for row in result["rows"]} >= {"dense", "bitmask"}
+    for row in result["rows"]:
+        assert "decode_tokens_per_second" not in row
+        assert row["prefill_tokens_per_second"] > 0
+    assert "decode" not in table[2]
+
+
+def test_more_tokens_than_positions_are_refused(folders, capsys):
+    assert "48 positions" in _refused(capsys, folders / "half", "--prompt-tokens", "40", "--new-tokens", "9")
+
+
+def test_wrong_numbers_are_refused(folders, capsys):
+    for wrong in (("--batch", "0"), ("--threads", "1,x"), ("--repeats", "-1")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["bench", str(folders / "half"), *wrong])
+        assert stopped.value.code == 2
+
+
+def test_the_number_of_threads_is_put_back(folders, capsys):
+    before = torch.get_num_threads()
+    _bench(capsys, folders / "half-bitmask", "--threads", f"{before + 1}")
+    assert torch.get_num_threads() == before
+
+
+def test_the_table_shows_what_there_is():
+    row = {"contestant": "bitmask", "threads": 1, "batch": 1, "decode_tokens_per_second": 12.34, "file_bytes": None}
+    row |= {"decode_over_prepacked": 1.5, "resident_bytes": 2_500_000, "outside_linear_layers": 0.25}
+    conditions = {"dtype": "bf16", "repeats": 3, "hardware": "a CPU", "last_level_cache_bytes": 10**6}
+    conditions |= {"sparse_kernel": "amx", "versions": {"torch": "2"}}
+    result = {"model": "m", "dense": "d", "prompt_tokens": 1, "new_tokens": 2, "causal": True, "conditions": conditions}
+    heading, cells = bench_text({**result, "rows": [row]}).splitlines()[2:]
+    assert cells.split() == ["bitmask", "1", "1", "12.3", "1.50", "25%", "2.5"]
+    assert "file MB" not in heading

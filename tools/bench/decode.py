@@ -1,0 +1,223 @@
+"""Decoding of a real model, the 135M-parameter Llama of tools/fetch_smollm2.py: sparse against dense, on this CPU.
+
+Its linear layers are pruned by magnitude, the folders packed by ``pst-ds export --format bitmask`` and loaded by
+transformers. ``dense`` is bf16 as transformers runs it; ``prepacked`` has every linear layer in oneDNN's layout. The
+output layer is dense in all of them, being the embedding too; beside ``dense`` it is the same one on both sides, the
+quickest that torch has. Contestants take turns, and each has copies of its model, twice the last-level cache together,
+which step in turn, so that weights come from memory. Prompt and new tokens are the same for all; times are medians.
+
+Beside it: where a step's time goes, what is resident (all parameters and buffers, and the growth of a fresh process),
+and how far the logits on real text are from those of the unpacked model.
+
+    OMP_NUM_THREADS=2 python tools/bench/decode.py --json
+    OMP_NUM_THREADS=2 python tools/bench/decode.py --sparsity 0.5 --threads 1 --warm-cache
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+from fetch_smollm2 import FOLDER, dense_folder, pruned_folder
+from timing import conditions, print_json, progress
+
+import pst_ds.cli.contestants as benched
+from pst_ds.cli.main import main as pst_ds_main
+from pst_ds.cli.measure import measure
+from pst_ds.cli.model_folder import ModelFolder, open_model_folder
+from pst_ds.cli.verify import allowed_difference
+from pst_ds.runtime import sparse_layers
+from pst_ds.runtime.decode import Decoder
+from pst_ds.runtime.dense import quicken_output_layer
+
+BARS = {0.5: 1.25, 0.8: 1.45}
+"""Times as many tokens a second as prepacked, by sparsity."""
+RESIDENT_BAR = 1.05
+"""Bytes of a loaded model's weights to those of its file."""
+TEXT = Path(__file__).resolve().parents[2] / "LICENSE"
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    if arguments.resident:
+        print_json(resident(arguments.resident))
+        return
+    torch.manual_seed(0)
+    dense = open_model_folder(dense_folder(arguments.folder))
+    packed = {sparsity: packed_folder(arguments.folder, sparsity) for sparsity in arguments.sparsity}
+    found = models(dense, packed)
+    if not arguments.warm_cache:
+        benched.copy_until(found, 2 * benched.last_level_cache_bytes())
+    rows: list[dict[str, Any]] = []
+    for threads in arguments.threads:
+        progress(f"decoding with {threads} threads")
+        torch.set_num_threads(threads)
+        rows += speed_rows(measure(found, dense, 1, arguments), threads)
+    stated = conditions(
+        **{k: v for k, v in benched.conditions().items() if k != "versions"}, dtype="bfloat16", batch=1,
+        copies={name: len(contestant.models) for name, contestant in found.items()},
+        prompt_tokens=arguments.prompt_tokens, new_tokens=arguments.new_tokens, repeats=arguments.repeats,
+        clock="wall, medians, contestants in turn",
+    )  # fmt: skip
+    stated["threads_per_rank"] = arguments.threads
+    del found
+    report = {
+        "benchmark": "decode",
+        "conditions": stated,
+        "rows": rows,
+        "resident": [resident_row(folder) for folder in packed.values()],
+        "logits": [logits_row(folder, sparsity, arguments.text_tokens) for sparsity, folder in packed.items()],
+    }
+    print_json(report) if arguments.json else _print(report)
+
+
+def packed_folder(top: Path, sparsity: float) -> ModelFolder:
+    """``top``/bitmask-50 and the like, by the real command; made if it is not there."""
+    out = top / f"bitmask-{100 * sparsity:g}"
+    if not (out / "config.json").is_file():
+        progress(f"packing {out}")
+        zeros = pruned_folder(top, sparsity)
+        with contextlib.redirect_stdout(sys.stderr):
+            code = pst_ds_main(["export", str(zeros), "--format", "bitmask", "--out", str(out)])
+        if code:
+            raise SystemExit(f"pst-ds export {zeros} ended with {code}")
+    return open_model_folder(out)
+
+
+def models(dense: ModelFolder, packed: dict[float, ModelFolder]) -> dict[str, benched.Contestant]:
+    found: dict[str, benched.Contestant] = {}
+    for sparsity, folder in packed.items():
+        made = benched.contestants(folder, dense, ["bitmask"], "bf16")
+        found |= {name: model for name, model in made.items() if name != "bitmask" and name not in found}
+        found[f"bitmask-{100 * sparsity:g}"] = made["bitmask"]
+    return dict(sorted(found.items(), key=lambda item: item[0].startswith("bitmask")))
+
+
+def speed_rows(measured: dict[str, dict[str, float]], threads: int) -> list[dict[str, Any]]:
+    """A row for each contestant: its rates, against both dense ones, and the bar."""
+    rows = []
+    for name, rates in measured.items():
+        row: dict[str, Any] = {"model": name, "threads": threads, **rates}
+        for base in measured.keys() & {"dense", "prepacked"}:
+            for stage in ("prefill", "decode"):
+                key = f"{stage}_tokens_per_second"
+                row[f"{stage}_over_{base}"] = rates[key] / measured[base][key]
+        sparsity = round(float(name.partition("-")[2] or 0) / 100, 4)
+        row["bar"] = BARS.get(sparsity)
+        row["met"] = None if row["bar"] is None else row.get("decode_over_prepacked", 0.0) >= row["bar"]
+        rows.append(row)
+    return rows
+
+
+def resident_row(folder: ModelFolder) -> dict[str, Any]:
+    """What a fresh process holds of the loaded model."""
+    command = [sys.executable, __file__, "--resident", str(folder.path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    ratio = found["weight_bytes"] / found["file_bytes"]
+    return {
+        "model": folder.path.name,
+        **found,
+        "weights_to_file": ratio,
+        "bar": RESIDENT_BAR,
+        "met": ratio <= RESIDENT_BAR,
+    }
+
+
+def resident(path: Path) -> dict[str, Any]:
+    """The second of two models that this process holds: the first brings in code, threads and buffers as well."""
+    folder = open_model_folder(path)
+    held, sizes = [], []
+    for _ in range(2):
+        model = folder.load("sparse")
+        quicken_output_layer(model)
+        decoder = Decoder(model)
+        decoder.prefill(torch.zeros(1, 8, dtype=torch.long))
+        decoder.step()
+        held.append(decoder)
+        sizes.append(_process_bytes())
+    weights = benched.Contestant(model).loaded_bytes
+    file_bytes = folder.weight_file_bytes
+    return {"weight_bytes": weights, "process_growth_bytes": sizes[1] - sizes[0], "file_bytes": file_bytes}
+
+
+def _process_bytes() -> int:
+    """Memory of this process in use now, its own and mapped files."""
+    import gc
+
+    gc.collect()
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS"))
+
+
+@torch.inference_mode()
+def logits_row(folder: ModelFolder, sparsity: float, tokens: int) -> dict[str, Any]:
+    """Sparse against unpacked on real text, and both against the same weights in fp32."""
+    ids = folder.tokenizer()(TEXT.read_text(encoding="utf-8"), return_tensors="pt").input_ids[:, :tokens]
+    sparse = folder.load("sparse")
+    layers = len(sparse_layers(sparse))
+    logits = {"sparse": sparse(input_ids=ids).logits.float()}
+    logits["unpacked"] = folder.load("dense")(input_ids=ids).logits.float()
+    exact = folder.load("dense", "fp32")(input_ids=ids).logits
+    share, rule = allowed_difference(torch.bfloat16, layers, 0)
+    largest = float((logits["sparse"] - logits["unpacked"]).abs().max())
+    allowed = share * float(exact.abs().max())
+    return {
+        "model": folder.path.name,
+        "sparsity": sparsity,
+        "tokens": ids.numel(),
+        "max_difference": largest,
+        "allowed": allowed,
+        "rule": rule,
+        "met": largest <= allowed,
+        "same_prediction": float((logits["sparse"].argmax(-1) == logits["unpacked"].argmax(-1)).float().mean()),
+        "from_fp32": {name: _errors(found, exact) for name, found in logits.items()},
+    }
+
+
+def _errors(found: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
+    error = (found - exact).abs()
+    return {"max": float(error.max()), "mean": float(error.mean())}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the models are, and are made")
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.8])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--text-tokens", type=int, default=512, help="of the text whose logits are compared")
+    parser.add_argument("--warm-cache", action="store_true", help="one model of each, which a large cache may hold")
+    parser.add_argument("--resident", type=Path, metavar="DIR", help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def _print(report: dict[str, Any]) -> None:
+    for key, value in report["conditions"].items():
+        print(f"{key}: {value}")
+    print(f"{'model':<12} {'threads':>7} {'tok/s':>7} {'ms':>7} {'/prepacked':>10} {'bar':>5} {'/dense':>6} "
+          f"{'outside linears':>15} {'output layer':>12} {'prefill tok/s':>13}")  # fmt: skip
+    for row in report["rows"]:
+        bar = "" if row["bar"] is None else f"{row['bar']}{'' if row['met'] else '!'}"
+        print(f"{row['model']:<12} {row['threads']:>7} {row['decode_tokens_per_second']:>7.1f} "
+              f"{1e3 * row['decode_step_seconds']:>7.2f} {row.get('decode_over_prepacked', float('nan')):>10.2f} "
+              f"{bar:>5} {row['decode_over_dense']:>6.2f} {row['outside_linear_layers']:>15.0%} "
+              f"{row['output_layer_share']:>12.0%} {row['prefill_tokens_per_second']:>13.0f}")  # fmt: skip
+    for row in (*report["resident"], *report["logits"]):
+        print(row)
+
+
+if __name__ == "__main__":
+    main()
