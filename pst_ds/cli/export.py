@@ -45,8 +45,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"and {len(written['stay_dense']) - 4} more stay dense")
     asked = written["sparsity_asked"]
     share = written["file_bytes"] / max(written["dense_bf16_bytes"], 1)
+    pruned = f"{written['pruned_tensors']} pruned tensors of " if written["pruned_tensors"] else "tensors: "
     print(
-        f"wrote {args.out}: {written['pruned_tensors']} pruned tensors of {written['tensors']}, sparsity "
+        f"wrote {args.out}: {pruned}{written['tensors']}, sparsity "
         f"{written['sparsity_counted']:.6f} counted, {'an unknown one' if asked is None else asked} asked; "
         f"{written['packed_tensors']} packed, {written['file_bytes']:,} bytes, {share:.3f} of dense bf16"
     )

@@ -21,8 +21,8 @@ VERBS = {
     "plan": "show what a run would do: modules, parameters, memory, schedule; starts nothing",
     "train": "train a run, on one process or as every rank of a launcher",
     "eval": "evaluate a checkpoint of a run",
-    "export": "write a checkpoint of a run as a model folder that transformers loads",
-    "verify": "check an export, alone or against the run it came from",
+    "export": "write a run, or a folder with zeros, as a model folder: dense, bitmask, 2:4 or csr",
+    "verify": "check an export, alone or against the run it came from: files, tensors, weights, logits",
     "generate": "write text with a causal model, dense or packed",
     "bench": "measure how fast and how large a model is, dense and sparse",
 }
