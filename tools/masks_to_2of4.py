@@ -8,24 +8,14 @@ SRC is a run folder, a run file or a model folder with zeros in it; OUT is writt
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-FORMAT = "2:4"
+from pst_ds.cli.export import convert
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("source", metavar="SRC", help="run folder, run file, or model folder with zeros in it")
-    parser.add_argument("out", metavar="OUT", help="folder to write")
-    parser.add_argument("--processes", default="1", metavar="N", help="processes to write with (default: 1)")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line of stdout")
-    args = parser.parse_args(argv)
-    from pst_ds.cli.main import main as pst_ds
-
-    options = ["--format", FORMAT, "--out", args.out, "--processes", args.processes]
-    return pst_ds(["export", args.source, *options, *(["--json"] if args.json else [])])
+    return convert("2:4", (__doc__ or "").partition("\n")[0], argv)
 
 
 if __name__ == "__main__":

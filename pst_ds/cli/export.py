@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pst_ds.cli.main import load_run_or_folder
+from pst_ds.cli.main import load_run_or_folder, main
 from pst_ds.errors import InputError
 
 FORMATS = ("dense", "bitmask", "2:4", "csr")
@@ -95,3 +96,15 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def convert(format_name: str, description: str, argv: Sequence[str] | None = None) -> int:
+    """``pst-ds export`` to one format, as tools/masks_to_*.py offer it: ``SRC OUT``. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("source", metavar="SRC", help="run folder, run file, or model folder with zeros in it")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument("--processes", default="1", metavar="N", help="processes to write with (default: 1)")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line of stdout")
+    args = parser.parse_args(argv)
+    options = ["--format", format_name, "--out", args.out, "--processes", args.processes]
+    return main(["export", args.source, *options, *(["--json"] if args.json else [])])
