@@ -58,12 +58,18 @@ def bitmask_linear(
 
     ``values``, ``bitmask`` (O, ceil(I / 8)) and ``row_offsets`` (O,) are parts that have passed their format's check.
     Sums are fp32. The dot instructions of AVX-512 and AMX take denormal bf16 numbers, those below 2^-126, as zeros.
-    Raises MemoryError when there is no room for a copy of ``x``.
+    Raises ValueError when ``x`` has features that the mask has no bits for, or the parts are not of one matrix;
+    MemoryError when there is no room for a copy of ``x``.
     """
     native = library()
     assert native is not None
     x = x.contiguous()
     columns, rows = x.shape[-1], bitmask.shape[0]
+    if bitmask.shape[1] != (columns + 7) // 8 or row_offsets.shape[0] != rows or values.dtype != x.dtype:
+        raise ValueError(
+            f"x is {x.dtype} {tuple(x.shape)}; the weight has {values.dtype} values, a bitmask of {tuple(bitmask.shape)} "
+            f"bytes and {row_offsets.shape[0]} row offsets"
+        )
     y = x.new_empty((*x.shape[:-1], rows))
     failed = native.pst_bitmask_linear(
         values.data_ptr(), bitmask.data_ptr(), row_offsets.data_ptr(), rows, columns, values.numel(),

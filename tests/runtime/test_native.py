@@ -6,6 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from pst_ds.core.formats import FORMATS
 from pst_ds.runtime import native
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -160,3 +161,13 @@ def test_arguments_that_no_tensor_has_are_refused(levels, problem):
     assert code() == 0
     wrong = [{"rows": -1}, {"cols": 0}, {"count": -1}, {"n": -1}, {"size": 8}, {"threads": 0}, {"level": -1}]
     assert [code(**bad) for bad in [*wrong, {"level": native.best_level() + 1}]] == [2] * 8
+
+
+@pytest.mark.parametrize("wrong", ["features", "rows", "dtype"])
+def test_parts_that_do_not_belong_together_are_refused(wrong):
+    weight = torch.ones(6, 24)
+    parts = FORMATS["bitmask"].pack(weight)
+    x = torch.ones(2, 33 if wrong == "features" else 24, dtype=torch.bfloat16 if wrong == "dtype" else torch.float32)
+    offsets = parts["row_offsets"][: 5 if wrong == "rows" else 6]
+    with pytest.raises(ValueError, match="float32 values, a bitmask"):
+        native.bitmask_linear(x, parts["compressed"], parts["bitmask"], offsets, None, 0)
