@@ -67,8 +67,8 @@ def bitmask_linear(
     columns, rows = x.shape[-1], bitmask.shape[0]
     if bitmask.shape[1] != (columns + 7) // 8 or row_offsets.shape[0] != rows or values.dtype != x.dtype:
         raise ValueError(
-            f"x is {x.dtype} {tuple(x.shape)}; the weight has {values.dtype} values, a bitmask of {tuple(bitmask.shape)} "
-            f"bytes and {row_offsets.shape[0]} row offsets"
+            f"x is {x.dtype} {tuple(x.shape)}; the weight has {values.dtype} values, a bitmask of "
+            f"{tuple(bitmask.shape)} bytes and {row_offsets.shape[0]} row offsets"
         )
     y = x.new_empty((*x.shape[:-1], rows))
     failed = native.pst_bitmask_linear(
