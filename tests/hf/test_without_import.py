@@ -1,6 +1,7 @@
 """Without ``import pst_ds.hf`` plain transformers refuses a packed folder, whatever class loads it."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -39,7 +40,10 @@ print(json.dumps(outcomes))
 def test_every_auto_class_raises_and_none_gives_random_weights(packed):
     models = [("llama", "bitmask"), ("bert", "2:4"), ("gpt2", "csr")]
     folders = [str(packed(name, form, shards=shards)[0]) for name, form in models for shards in (1, 2)]
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *folders], capture_output=True, text=True, check=False)
+    loud = {**os.environ, "TRANSFORMERS_VERBOSITY": "warning"}  # our verbs quiet it in the environment
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *folders], capture_output=True, text=True, check=False, env=loud
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     outcomes = json.loads(done.stdout.splitlines()[-1])
     classes = {key.split()[1] for key in outcomes}
