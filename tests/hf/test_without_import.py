@@ -40,7 +40,8 @@ print(json.dumps(outcomes))
 def test_every_auto_class_raises_and_none_gives_random_weights(packed):
     models = [("llama", "bitmask"), ("bert", "2:4"), ("gpt2", "csr")]
     folders = [str(packed(name, form, shards=shards)[0]) for name, form in models for shards in (1, 2)]
-    loud = {**os.environ, "TRANSFORMERS_VERBOSITY": "warning"}  # our verbs quiet it in the environment
+    # our verbs, run in this process by other tests, quiet it in the environment
+    loud = {**os.environ, "TRANSFORMERS_VERBOSITY": "warning"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *folders], capture_output=True, text=True, check=False, env=loud
     )
