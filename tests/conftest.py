@@ -111,11 +111,13 @@ def _fork_rank(function: Callable[..., Any], rank: int, world_size: int, folder:
 
 
 def _as_rank(function: Callable[..., Any], rank: int, world_size: int, folder: Path, args: tuple[Any, ...]) -> Any:
+    import torch
     import torch.distributed as dist
 
     from pst_ds.parallel.launch import LaunchEnvironment, init_distributed
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)  # makes torch's pool anew: threads that do so at once after a fork find none and fail
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
     init_distributed(LaunchEnvironment(rank, world_size, rank))
     return function(*args)

@@ -23,6 +23,8 @@ from pathlib import Path
 from pst_ds.parallel.ranks import rank, world_size
 
 _GRACE_SECONDS = 5.0
+_SAID = "said"
+"""File that is there once the verdict was printed."""
 _BACKSTOP_SECONDS = 30.0
 _EXIT_CODE = 1
 _COLLECTIVE_FILES = (os.path.join("torch", "distributed", ""), os.path.join("deepspeed", "comm", ""))
@@ -84,6 +86,10 @@ class Watchdog:
         others = _gather(self._folder, self._world, min(_GRACE_SECONDS, self._timeout))
         if self._rank == min([own.rank, *(report.rank for report in others)]):
             print(verdict(others, self._world, self._timeout), file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                (self._folder / _SAID).touch()
+        else:
+            _wait_for(self._folder / _SAID, min(_GRACE_SECONDS, self._timeout))
         os._exit(_EXIT_CODE)
 
 
@@ -152,6 +158,13 @@ def _write(folder: Path, report: StallReport) -> None:
     partial = folder / f"rank-{report.rank}.partial"
     partial.write_text(json.dumps(asdict(report)), encoding="utf-8")
     partial.replace(folder / f"rank-{report.rank}.json")
+
+
+def _wait_for(path: Path, seconds: float) -> None:
+    """Until ``path`` exists. A rank that leaves before the verdict cuts off the one that is about to say it."""
+    deadline = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _gather(folder: Path, world: int, seconds: float) -> list[StallReport]:

@@ -81,7 +81,27 @@ def test_a_process_that_no_longer_gets_on_is_ended(tmp_path, monkeypatch, capsys
     assert "made no progress for 0.05 seconds in part 2, not waiting for other ranks" in said
     assert "hangs in part 2. Continue" in said
     assert "ended.wait(30)" in said  # the stack
-    assert [path.name for path in (tmp_path / "stalls").iterdir()] == ["rank-0.json"]
+    assert sorted(path.name for path in (tmp_path / "stalls").iterdir()) == ["rank-0.json", "said"]
+
+
+def test_a_rank_stays_until_the_verdict_was_said(tmp_path, monkeypatch, capsys):
+    """One that left before would cut off the rank that is about to say it."""
+    monkeypatch.setattr(watchdog, "rank", lambda: 1)
+    monkeypatch.setattr(watchdog, "world_size", lambda: 2)
+    waited_for = []
+    monkeypatch.setattr(watchdog, "_wait_for", lambda path, seconds: waited_for.append((path.name, seconds > 0)))
+    watchdog._write(tmp_path, _report(0))
+    assert _watch(monkeypatch, tmp_path, 0.05, beats=1) == [1]
+    assert waited_for == [(watchdog._SAID, True)]
+    assert "StalledError" not in capsys.readouterr().err
+
+
+def test_waiting_for_the_verdict_ends_with_it_or_with_time(tmp_path):
+    start = time.monotonic()
+    watchdog._wait_for(tmp_path / "said", 0.1)
+    assert time.monotonic() - start >= 0.1
+    (tmp_path / "said").touch()
+    watchdog._wait_for(tmp_path / "said", 1e9)
 
 
 def test_a_process_that_gets_on_is_left_alone(tmp_path, monkeypatch):
