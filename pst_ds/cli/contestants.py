@@ -16,11 +16,11 @@ from torch import nn
 from pst_ds.cli.model_folder import ModelFolder, ModelFolderError
 from pst_ds.core.formats import FORMATS, FormatError
 from pst_ds.hf.semi_structured import is_two_four
-from pst_ds.nn.blocks import is_conv1d
+from pst_ds.nn.blocks import is_conv1d, untied_linear_layers
 from pst_ds.runtime import SparseLinear, native, sparse_layers
 from pst_ds.runtime.backends import CSR_FROM_SPARSITY
 from pst_ds.runtime.decode import resident_bytes
-from pst_ds.runtime.dense import can_prepack, prepack, quicken_output_layer, untied_linear_layers
+from pst_ds.runtime.dense import can_prepack, prepack, quicken_output_layer
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -74,7 +74,7 @@ def contestants(
 
 
 def default_formats(folder: ModelFolder, plain: Any) -> list[str]:
-    """The folder's own, or bitmask of a dense one; csr from the sparsity on that it wins at; 2:4 where all are 2:4."""
+    """The folder's own, or bitmask of a dense one; csr where it beats expansion; 2:4 where all are 2:4."""
     layers = untied_linear_layers(plain).values()
     own = folder.format if folder.format in FORMATS else "bitmask"
     kept = sum(int(layer.weight.count_nonzero()) for layer in layers)

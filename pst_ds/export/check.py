@@ -11,21 +11,21 @@ from torch import Tensor
 
 from pst_ds.core.formats import FORMATS, FormatError
 from pst_ds.durable import file_sha256
-from pst_ds.export.export import sparse_entries
+from pst_ds.export.export import counted_sparsity
 from pst_ds.export.from_folder import CONFIG_FILE, model_of
 from pst_ds.export.manifest import (
     DENSE,
     FORMAT_FILES,
-    FORMAT_VERSION,
     MANIFEST_FILE,
-    QUANT_METHOD,
     ExportError,
     TensorEntry,
     count_nonzero,
+    quantization_config,
     read_manifest,
     read_table,
     require_plain,
     tensor_sha256,
+    weights_file_of,
 )
 from pst_ds.export.model_card import CARD_FILE
 from pst_ds.export.tensor_files import CODE_OF_DTYPE, TensorFile, TensorFileError
@@ -44,15 +44,13 @@ def check_export(folder: Path) -> dict[str, Any]:
     _check_index(folder, entries, files, about["kind"])
     for entry in entries:
         _check_entry(folder, entry, files)
-    sparse = sparse_entries(entries)
-    zeros = sum(entry.numel - entry.nonzero for entry in sparse)
     return {
         "tensors": len(entries),
         "pruned_tensors": sum(entry.origin == "pruned" for entry in entries),
         "packed_tensors": sum(entry.packing != DENSE for entry in entries),
         "kind": about["kind"],
         "sparsity_asked": about["sparsity_asked"],
-        "sparsity_counted": zeros / sum(entry.numel for entry in sparse) if sparse else 0.0,
+        "sparsity_counted": counted_sparsity(entries),
     }
 
 
@@ -90,10 +88,7 @@ def _check_config(folder: Path, kind: str, num_files: int) -> None:
     """config.json must send transformers to the weights of the manifest."""
     path = folder / CONFIG_FILE
     found = read_table(path, f"{path} is missing").get("quantization_config")
-    wanted = None
-    if kind != DENSE:
-        name = f"{FORMAT_FILES[kind]}.safetensors" + (".index.json" if num_files > 1 else "")
-        wanted = {"quant_method": QUANT_METHOD, "format": kind, "format_version": FORMAT_VERSION, "weights_file": name}
+    wanted = None if kind == DENSE else quantization_config(kind, num_files)
     if found != wanted:
         raise ExportError(f"{path} has quantization_config {str(found)[:200]}, and {kind} weights need {wanted}")
 
@@ -120,7 +115,7 @@ def _opened(folder: Path, entries: Sequence[TensorEntry]) -> dict[str, TensorFil
 
 def _check_index(folder: Path, entries: Sequence[TensorEntry], files: dict[str, TensorFile], kind: str) -> None:
     """The index that transformers finds the tensors of several files by; of one file there is none."""
-    path = folder / f"{FORMAT_FILES[kind]}.safetensors.index.json"
+    path = folder / weights_file_of(kind, 2)
     if any(not name.startswith(FORMAT_FILES[kind]) for name in files):
         raise ExportError(f"{folder} is {kind}, and has its tensors in {', '.join(sorted(files)[:2])}")
     if len(files) == 1:

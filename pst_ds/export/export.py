@@ -18,12 +18,11 @@ from pst_ds.export.from_folder import CONFIG_FILE, ModelFolder, copy_beside, ope
 from pst_ds.export.from_run import RunSource, plan_run
 from pst_ds.export.manifest import (
     DENSE,
-    FORMAT_FILES,
-    FORMAT_VERSION,
     MANIFEST_FILE,
-    QUANT_METHOD,
     ExportError,
     TensorEntry,
+    quantization_config,
+    weights_file_of,
     write_manifest,
 )
 from pst_ds.export.model_card import CARD_FILE, model_card
@@ -137,9 +136,9 @@ def _write_folder(contents: _Contents, out: Path, packing: str, shard_bytes: int
     require_space(out, sum(file.nbytes for file in files) + _SPARE_BYTES)
     with whole_folder(out) as partial:
         entries = write_tensors(partial, files, contents.jobs, contents.source, processes)
-        weights_file = _write_index(partial, files, packing)
+        _write_index(partial, files, packing)
         contents.write_beside(partial)
-        architecture = _finish_config(partial, entries, packing, weights_file)
+        architecture = _finish_config(partial, entries, packing, len(files))
         about = {"kind": packing, "architecture": architecture, **contents.about, **_counted(entries, files)}
         (partial / CARD_FILE).write_text(model_card(out.name, entries, about), encoding="utf-8")
         about["files"] = _sums(partial)
@@ -155,18 +154,17 @@ def _write_folder(contents: _Contents, out: Path, packing: str, shard_bytes: int
     }
 
 
-def _write_index(folder: Path, files: Sequence[PlannedFile], packing: str) -> str:
-    """The name of the one file, or of the index of several, which is written."""
+def _write_index(folder: Path, files: Sequence[PlannedFile], packing: str) -> None:
+    """The index of several files; of one there is none."""
     if len(files) == 1:
-        return files[0].name
+        return
     total = sum(slot.nbytes for file in files for slot in file.slots.values())
     index = {"metadata": {"total_size": total}, "weight_map": {n: file.name for file in files for n in file.slots}}
-    name = f"{FORMAT_FILES[packing]}.safetensors.index.json"
-    (folder / name).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return name
+    path = folder / weights_file_of(packing, len(files))
+    path.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _finish_config(folder: Path, entries: Sequence[TensorEntry], packing: str, weights_file: str) -> str:
+def _finish_config(folder: Path, entries: Sequence[TensorEntry], packing: str, num_files: int) -> str:
     """Put the dtype of the tensors into config.json, and how they are packed; the name of the model's class."""
     path = folder / CONFIG_FILE
     table = json.loads(path.read_text(encoding="utf-8"))
@@ -175,32 +173,27 @@ def _finish_config(folder: Path, entries: Sequence[TensorEntry], packing: str, w
     table.pop("torch_dtype", None)  # its older name
     table["dtype"] = widths.pop() if len(widths) == 1 else "float32"
     if packing != DENSE:
-        table["quantization_config"] = {
-            "quant_method": QUANT_METHOD,
-            "format": packing,
-            "format_version": FORMAT_VERSION,
-            "weights_file": weights_file,
-        }
+        table["quantization_config"] = quantization_config(packing, num_files)
     path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return (table.get("architectures") or [""])[0]
 
 
 def _counted(entries: Sequence[TensorEntry], files: Sequence[PlannedFile]) -> dict[str, Any]:
     """Sparsity and sizes, as counted."""
-    sparse = sparse_entries(entries)
-    zeros = sum(entry.numel - entry.nonzero for entry in sparse)
     return {
-        "sparsity_counted": zeros / sum(entry.numel for entry in sparse) if sparse else 0.0,
+        "sparsity_counted": counted_sparsity(entries),
         "dense_bf16_bytes": 2 * sum(entry.numel for entry in entries),
         "weight_bytes": sum(slot.nbytes for file in files for slot in file.slots.values()),
         "file_bytes": sum(file.nbytes for file in files),
     }
 
 
-def sparse_entries(entries: Sequence[TensorEntry]) -> list[TensorEntry]:
-    """What a sparsity is of: the pruned tensors; of a model that was pruned elsewhere the linear weights with zeros."""
+def counted_sparsity(entries: Sequence[TensorEntry]) -> float:
+    """Share of zeros in the pruned tensors; of a model that was pruned elsewhere, in the linear weights with zeros."""
     pruned = [entry for entry in entries if entry.origin == "pruned"]
-    return pruned or [entry for entry in entries if entry.pattern != DENSE]
+    sparse = pruned or [entry for entry in entries if entry.pattern != DENSE]
+    zeros = sum(entry.numel - entry.nonzero for entry in sparse)
+    return zeros / sum(entry.numel for entry in sparse) if sparse else 0.0
 
 
 def _sums(folder: Path) -> dict[str, str]:

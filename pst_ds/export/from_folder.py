@@ -18,7 +18,6 @@ from pst_ds.export.base_weights import BaseWeights
 from pst_ds.export.from_run import DTYPES
 from pst_ds.export.manifest import (
     DENSE,
-    FORMAT_FILES,
     FORMAT_VERSION,
     MANIFEST_FILE,
     QUANT_METHOD,
@@ -27,9 +26,10 @@ from pst_ds.export.manifest import (
     read_manifest,
     read_table,
     tensor_sha256,
+    weights_file_of,
 )
 from pst_ds.export.plan import Job, Made, Planned, has_2_of_4
-from pst_ds.nn.blocks import is_conv1d, is_linear, linear_shape
+from pst_ds.nn.blocks import is_conv1d, linear_shape, untied_linear_layers
 
 CONFIG_FILE = "config.json"
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -122,10 +122,9 @@ def _packing_of(path: Path, config: dict[str, Any]) -> tuple[str, str]:
     packing, version, index = (quantization.get(key) for key in ("format", "format_version", "weights_file"))
     if packing not in FORMATS or version != FORMAT_VERSION:
         raise ExportError(f"{path} is packed as {packing!r}, version {version!r}, which this version does not read")
-    stem = FORMAT_FILES[str(packing)]
-    if index not in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+    if str(index) not in [weights_file_of(str(packing), count) for count in (1, 2)]:
         raise ExportError(f"{path / CONFIG_FILE} names the weights {str(index)[:80]!r}, which {packing} never has")
-    return str(packing), index
+    return str(packing), str(index)
 
 
 def model_of(path: Path) -> Any:
@@ -156,15 +155,7 @@ def model_of(path: Path) -> Any:
 
 def linear_weights(model: nn.Module) -> dict[str, bool]:
     """Weights of linear layers that no other module shares, by name; whether they are stored (I, O)."""
-    holders: dict[int, int] = {}
-    for module in model.modules():
-        for param in module.parameters(recurse=False):
-            holders[id(param)] = holders.get(id(param), 0) + 1
-    return {
-        f"{name}.weight": is_conv1d(module)
-        for name, module in model.named_modules()
-        if is_linear(module) and isinstance(module.weight, nn.Parameter) and holders[id(module.weight)] == 1
-    }
+    return {f"{name}.weight": is_conv1d(module) for name, module in untied_linear_layers(model).items()}
 
 
 def plan_folder(folder: ModelFolder, packing: str, dtype: str | None) -> tuple[list[Job], FolderSource]:

@@ -27,6 +27,19 @@ ORIGINS = ("base", "trained", "pruned", "model")
 MOST_BYTES = 1 << 30
 """Of a manifest or an index."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def weights_file_of(kind: str, num_files: int) -> str:
+    """Name of the one weight file, or of the index of several."""
+    return f"{FORMAT_FILES[kind]}.safetensors" + (".index.json" if num_files > 1 else "")
+
+
+def quantization_config(kind: str, num_files: int) -> dict[str, Any]:
+    """What config.json of a packed folder says, so that transformers finds the weights by way of pst_ds.hf."""
+    name = weights_file_of(kind, num_files)
+    return {"quant_method": QUANT_METHOD, "format": kind, "format_version": FORMAT_VERSION, "weights_file": name}
+
+
 _WEIGHT_FILE = re.compile(rf"(?:{'|'.join(FORMAT_FILES.values())})(?:-\d{{5}}-of-\d{{5}})?\.safetensors")
 
 

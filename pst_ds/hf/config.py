@@ -9,10 +9,9 @@ from typing import Any, Literal, get_args
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pst_ds.core.formats import FORMATS
+from pst_ds.export.manifest import FORMAT_VERSION, QUANT_METHOD
 from pst_ds.hf.weight_files import PackedFolderError
 
-QUANT_METHOD = "pst_ds"
-FORMAT_VERSION = 1
 LoadAs = Literal["auto", "dense", "sparse"]
 
 # transformers 5.0 joins this name to the folder as it is, so nothing here may lead out of it

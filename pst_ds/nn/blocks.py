@@ -5,8 +5,10 @@ All of it is found by shape and place, never by name, so that a model of tomorro
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -28,6 +30,12 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     if is_conv1d(module):
         return int(module.nf), int(module.nx)  # type: ignore[arg-type]
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+
+
+def untied_linear_layers(model: nn.Module) -> dict[str, Any]:
+    """nn.Linear and Conv1D by name, without those whose weight another module has too, such as the embedding."""
+    users = Counter(id(param) for module in model.modules() for param in module.parameters(recurse=False))
+    return {name: m for name, m in model.named_modules() if is_linear(m) and users[id(m.weight)] == 1}
 
 
 def is_inside_block(name: str, model: nn.Module) -> bool:

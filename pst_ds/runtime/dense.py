@@ -6,13 +6,12 @@ it: good for an output layer that stays dense. oneDNN's own layout is quicker st
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pst_ds.nn.blocks import is_conv1d, is_linear
+from pst_ds.nn.blocks import is_conv1d, untied_linear_layers
 
 
 class VectorLinear(nn.Linear):
@@ -57,12 +56,6 @@ def can_prepack(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype == torch.float32
-
-
-def untied_linear_layers(model: nn.Module) -> dict[str, Any]:
-    """nn.Linear and Conv1D by name, without those whose weight another module has too, such as the embedding."""
-    users = Counter(id(param) for module in model.modules() for param in module.parameters(recurse=False))
-    return {name: m for name, m in model.named_modules() if is_linear(m) and users[id(m.weight)] == 1}
 
 
 def prepack(model: nn.Module, vectors: int) -> list[str]:

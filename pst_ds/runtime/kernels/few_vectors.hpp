@@ -23,7 +23,7 @@ template <int LINES, class X> void one_vector(const Job<bf16>& job, const X* x, 
     for (int64_t row = first + STREAMS * apart; row < last; ++row) one_row<LINES>(job, x, row);
 }
 
-// Rows [first, first + ROWS) times all vectors, while the next ROWS rows are expanded. False if they could not be.
+// ROWS rows times all vectors, while the next ROWS rows are expanded, and so on.
 template <int LINES> class RowsInTurn {
    public:
     RowsInTurn(const Job<bf16>& job, const bf16* x, int64_t stride, bf16* buffers)
