@@ -46,9 +46,14 @@ def write_new(path: Path, data: bytes) -> str:
 
 
 def replace_text(path: Path, text: str) -> None:
+    """:func:`replace_bytes` of a text."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
     """Give ``path`` a new content; a reader, also after a crash, finds the old one or the new one."""
     beside = path.with_name(f".{path.name}{PARTIAL}")
-    write_new(beside, text.encode())
+    write_new(beside, data)
     beside.replace(path)
     sync(path.parent)
 

@@ -1,6 +1,6 @@
 """The floors of the package: imports run downward only, and ZeRO-3 and DeepSpeed are known in one place.
 
-    core 0   parallel 1   nn 2   train, export, runtime 3 (none imports another)   cli 4
+    core 0   parallel 1   nn 2   train, export, runtime, prune 3 (none imports another)   cli 4
 
 Every import counts, wherever it stands: inside a function, under TYPE_CHECKING, or by ``importlib.import_module``.
 """
@@ -24,6 +24,7 @@ FLOORS = {
     "train": 3,
     "export": 3,
     "runtime": 3,
+    "prune": 3,
     "cli": TOP,
 }
 FLOORS |= {"__init__": TOP, "__main__": TOP, "hf": TOP}

@@ -12,12 +12,12 @@ SOURCES = {
     "pst_ds/train/config.py": {
         "RunConfig": "",
         "ModelConfig": "model",
-        "DataConfig": "data",
         "ScheduleConfig": "schedule",
         "TrainConfig": "train",
-        "EvalConfig": "eval",
+        "DistillationConfig": "distillation",
         "CheckpointConfig": "checkpoint",
     },
+    "pst_ds/train/data_config.py": {"DataConfig": "data", "EvalConfig": "eval"},
     "pst_ds/nn/config.py": {"PSTConfig": "pst", "Override": "[pst.overrides]"},
 }
 HEAD = """# The run file
@@ -25,7 +25,8 @@ HEAD = """# The run file
 One TOML file describes a run. Paths are relative to the working directory; `--set key=value` on the command line
 overrides any setting (`--set train.num_steps=20`). An unknown key is an error that names the nearest known one, and the
 resolved file is written to the run folder as `run.toml`. `pst.preset = "paper"` sets the paper's constants (no relative
-magnitude, A and U from N(0, 1)); settings in the file win over it.
+magnitude, A and U from N(0, 1)), and `data.preset` those of a benchmark ([tasks.md](tasks.md)); settings in the file
+win over both.
 
 This page is written by `tools/make_run_file_docs.py` from the code.
 """

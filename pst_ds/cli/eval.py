@@ -1,21 +1,29 @@
-"""``pst-ds eval RUN``: metrics of a checkpoint on one split."""
+"""``pst-ds eval RUN``: metrics of a checkpoint on one split, and of the texts that it writes."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 from pst_ds.cli.main import add_run_arguments, load_run_or_folder
+from pst_ds.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, "run folder, or its run file")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
     parser.add_argument("--checkpoint", default="best", help='"best" (default), "final", or another in checkpoints/')
+    parser.add_argument(
+        "--texts", metavar="FILE", help='of task "data-to-text": a JSON line for each text written, with its references'
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     config = load_run_or_folder(args)
+    if args.texts and config.task != "data-to-text":
+        raise InputError(f"--texts {args.texts}: task {config.task!r} writes no texts; leave it out")
     from pst_ds.parallel.launch import launch_environment
     from pst_ds.train.run import build, evaluate, prepare
     from pst_ds.train.run_folder import open_checkpoint
@@ -23,9 +31,35 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     checkpoint = open_checkpoint(config, args.checkpoint)
     prepared = prepare(config, launch_environment(), run_file=args.run, labels=checkpoint.state.labels)
     examples = prepared.load(args.split)
-    _, engine = build(prepared, checkpoint)
-    metrics = evaluate(engine, examples, prepared)
+    if config.task == "data-to-text" and prepared.launch.world_size == 1:
+        metrics = _with_texts(prepared, checkpoint, examples, args.texts)
+    else:
+        _, engine = build(prepared, checkpoint)
+        metrics = evaluate(engine, examples, prepared)
+        if config.task == "data-to-text" and prepared.launch.rank == 0:
+            print("texts are written and scored by one process: run pst-ds eval without a launcher for BLEU")
     if prepared.launch.rank == 0:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         print(f"{checkpoint.folder} on {args.split} ({len(examples)} {prepared.task.unit}): {shown}")
     return {"checkpoint": str(checkpoint.folder), "split": args.split, "examples": len(examples), **metrics}
+
+
+def _with_texts(prepared: Any, checkpoint: Any, examples: Any, file: str | None) -> dict[str, float]:
+    """Metrics of the model, and of what it writes; the texts go to ``file`` if one is named. On one process, without
+    DeepSpeed, whatever the run trained on."""
+    from pst_ds.train.evaluate import predict
+    from pst_ds.train.run import masked_model
+    from pst_ds.train.tasks import DataToText
+    from pst_ds.train.text_metrics import require_text_metrics
+
+    require_text_metrics()
+    task = prepared.task
+    assert isinstance(task, DataToText)
+    model, batch_size = masked_model(prepared, checkpoint), prepared.run.eval_batch_size
+    written = task.write(model, examples, prepared.tokenizer, batch_size, prepared.device)
+    if file:
+        pairs = zip(written, examples.references, strict=True)
+        lines = [json.dumps({"text": text, "references": wanted}, ensure_ascii=False) + "\n" for text, wanted in pairs]
+        Path(file).write_text("".join(lines), encoding="utf-8")
+    outcomes = predict(model, task, examples, prepared.tokenizer, batch_size, prepared.device)
+    return {**task.metrics(outcomes, examples), **task.text_metrics(written, examples)}

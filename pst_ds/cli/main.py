@@ -20,6 +20,7 @@ from pst_ds.parallel.stop_signals import EXIT_STOPPED
 VERBS = {
     "plan": "show what a run would do: modules, parameters, memory, schedule; starts nothing",
     "train": "train a run, on one process or as every rank of a launcher",
+    "prune": "prune a run's pretrained model once, on calibration text: magnitude, Wanda or SparseGPT",
     "eval": "evaluate a checkpoint of a run",
     "export": "write a run, or a folder with zeros, as a model folder: dense, bitmask, 2:4 or csr",
     "verify": "check an export, alone or against the run it came from: files, tensors, weights, logits",

@@ -53,6 +53,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"{compared['compared_weights']} weight tensors differ, {compared['differing_predictions']} predictions "
         f"differ, largest logit difference {compared['max_logit_difference']:.3g}"
     )
+    if "differing_texts" in compared:
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in compared["text_metrics"].items()) or "not scored"
+        print(f"of {compared['texts']} texts that both write {compared['differing_texts']} differ: {shown}")
     kept = compared.get("kept_sparse")
     if kept:
         print(
@@ -105,10 +108,35 @@ def _compare(args: argparse.Namespace, *, packed: bool) -> dict[str, Any]:
         "differing_weights": len(differing),
         **differences,
         "metrics": metrics,
+        **_compare_texts(prepared, examples, masked, plain),
     }
     if packed:
         compared["kept_sparse"] = _compare_sparse(prepared, examples, masked, plain, args.export)
     return compared
+
+
+def _compare_texts(prepared: Prepared, examples: Any, masked: nn.Module, plain: nn.Module) -> dict[str, Any]:
+    """How many texts of the two models differ, and the metrics of the export's, if the libraries for them are
+    installed; nothing for tasks that write none.
+
+    A text hangs on every logit before it, so texts may differ where sums are not taken in the same order each time, as
+    on a GPU: they are counted and not required to be equal.
+    """
+    from pst_ds.train.tasks import DataToText
+    from pst_ds.train.text_metrics import missing_libraries
+
+    task = prepared.task
+    if not isinstance(task, DataToText):
+        return {}
+    ours, theirs = (
+        task.write(model, examples, prepared.tokenizer, prepared.run.eval_batch_size, prepared.device)
+        for model in (masked, plain)
+    )
+    return {
+        "texts": len(theirs),
+        "differing_texts": sum(one != other for one, other in zip(ours, theirs, strict=True)),
+        "text_metrics": {} if missing_libraries() else task.text_metrics(theirs, examples),
+    }
 
 
 def _compare_sparse(

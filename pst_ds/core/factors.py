@@ -6,12 +6,16 @@ Shapes, for O outputs, I inputs, P fused parts, score rank k and update rank r:
 
 Each output row belongs to exactly one part, so A, R and U are shared by stacking, while B, C and V hold one set a
 part. For an ordinary layer P = 1 and these are the matrices of the paper (arXiv 2205.11005, section 3).
+
+A multiplicative update, SPP's (arXiv 2405.16057), has r groups of consecutive outputs: its U is (O,), one factor an
+output, and a row of V belongs to one group. :func:`grouped_columns` makes the (O, r) matrix of it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pst_ds.core.layout import Block, Rect, WeightLayout
@@ -22,6 +26,7 @@ class Constants:
     """The numbers of the score and of the update.
 
     S = |W| / weight_scale + alpha1 A B + alpha2 (R 1' + 1 C'),  W = W0 + beta U V
+    |W| is |W| . 1 n' where the inputs have norms n.
     """
 
     alpha1: float = 1.0
@@ -29,6 +34,14 @@ class Constants:
     beta: float = 1.0
     detach_magnitude: bool = False
     """True drops the path of the gradient through |W| in S."""
+    magnitude: bool = True
+    """False leaves |W| out of S."""
+    multiplicative: bool = False
+    """True makes W = W0 + beta W0 . (U V), which keeps every zero of W0."""
+
+    def magnitude_factor(self, weight_scale: float) -> float:
+        """What |W| is multiplied by in S."""
+        return 1.0 / weight_scale if self.magnitude else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +54,8 @@ class Factors:
     C: Tensor | None = None
     U: Tensor | None = None
     V: Tensor | None = None
+    norms: Tensor | None = None
+    """(I,) fp32: how large each input is, relative to their mean; not trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +74,10 @@ class TileFactors:
     """(rows, r)"""
     update_right: Tensor | None
     """(r, cols)"""
+    row_norms: Tensor | None = None
+    """(rows,), of a weight stored (I, O)"""
+    col_norms: Tensor | None = None
+    """(cols,), of one stored (O, I)"""
 
 
 def tile_factors(factors: Factors, layout: WeightLayout, block: Block, rect: Rect) -> TileFactors:
@@ -78,5 +97,32 @@ def tile_factors(factors: Factors, layout: WeightLayout, block: Block, rect: Rec
     update_left, update_right = pair(factors.U, factors.V)
     by_output = factors.R[outputs] if factors.R is not None else None
     by_input = factors.C[block.part, inputs] if factors.C is not None else None
+    norms = factors.norms[inputs] if factors.norms is not None else None
     score_rows, score_cols = (by_input, by_output) if layout.transposed else (by_output, by_input)
-    return TileFactors(score_left, score_right, score_rows, score_cols, update_left, update_right)
+    row_norms, col_norms = (norms, None) if layout.transposed else (None, norms)
+    return TileFactors(score_left, score_right, score_rows, score_cols, update_left, update_right, row_norms, col_norms)
+
+
+def layer_factors(values: dict[str, Tensor], parts: int, constants: Constants, norms: Tensor | None = None) -> Factors:
+    """The matrices of the formulas from those a layer holds, by name: they differ in a multiplicative update's U."""
+    if constants.multiplicative and "U" in values:
+        values = {**values, "U": grouped_columns(values["U"], values["V"].shape[0] // parts)}
+    return Factors(**values, norms=norms)
+
+
+def group_of_rows(num_rows: int, num_groups: int, device: torch.device | None = None) -> Tensor:
+    """Which of ``num_groups`` runs of nearly equal length each row belongs to: (num_rows,) int64."""
+    return torch.arange(num_rows, device=device) * num_groups // max(num_rows, 1)
+
+
+def grouped_columns(column: Tensor, num_groups: int) -> Tensor:
+    """(O,) to (O, num_groups): each value in the column of its row's group, zeros beside it."""
+    wide = column.new_zeros(column.numel(), num_groups)
+    groups = group_of_rows(column.numel(), num_groups, column.device)
+    return wide.scatter_(1, groups.unsqueeze(1), column.unsqueeze(1))
+
+
+def ungrouped_columns(wide: Tensor) -> Tensor:
+    """The adjoint of :func:`grouped_columns`: (O, num_groups) to (O,)."""
+    groups = group_of_rows(wide.shape[0], wide.shape[1], wide.device)
+    return wide.gather(1, groups.unsqueeze(1)).squeeze(1)

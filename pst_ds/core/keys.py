@@ -41,14 +41,17 @@ def score_keys(weight: Tensor, tile: TileFactors, constants: Constants, weight_s
         return order_keys(importance(weight, tile, constants, weight_scale))
     rows, cols = weight.shape
     out = torch.empty(rows, cols, dtype=torch.int32)
-    numbers = torch.tensor([constants.beta, 1.0 / weight_scale, constants.alpha1], dtype=torch.float32)
+    magnitude = constants.magnitude_factor(weight_scale)
+    numbers = torch.tensor([constants.beta, magnitude, constants.alpha1], dtype=torch.float32)
     by_row = None if tile.score_rows is None else (tile.score_rows * constants.alpha2).contiguous()
     by_col = None if tile.score_cols is None else (tile.score_cols * constants.alpha2).contiguous()
-    update, kept_update = _product(tile.update_left, tile.update_right)
+    norms = [None if n is None else n.float().contiguous() for n in (tile.row_norms, tile.col_norms)]
+    updates = (None, None) if constants.multiplicative else (tile.update_left, tile.update_right)
+    update, kept_update = _product(*updates)
     score, kept_score = _product(tile.score_left, tile.score_right)
     native.pst_score_keys(
         weight.data_ptr(), _NATIVE_DTYPES[weight.dtype], weight.stride(0), rows, cols, *update, *score,
-        _pointer(by_row), _pointer(by_col), numbers.data_ptr(), out.data_ptr(),
+        _pointer(by_row), _pointer(by_col), *map(_pointer, norms), numbers.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     del kept_update, kept_score  # alive until the call has returned
     return out
@@ -81,9 +84,16 @@ def keys_at(
 
     single = TileFactors(  # a column of n rectangles of one weight each
         at_rows(tile.score_left), at_cols(tile.score_right), at_rows(tile.score_rows), at_cols(tile.score_cols),
-        at_rows(tile.update_left), at_cols(tile.update_right),
+        at_rows(tile.update_left), at_cols(tile.update_right), _norms_at(tile, rows, cols),
     )  # fmt: skip
     return order_keys(importance(weight.unsqueeze(1), single, constants, weight_scale)).squeeze(1)
+
+
+def _norms_at(tile: TileFactors, rows: Tensor, cols: Tensor) -> Tensor | None:
+    """The norm of each single weight's input."""
+    if tile.row_norms is not None:
+        return tile.row_norms[rows]
+    return None if tile.col_norms is None else tile.col_norms[cols]
 
 
 class Classifier:

@@ -52,6 +52,8 @@ class Gradients:
     C: Tensor | None = None
     U: Tensor | None = None
     V: Tensor | None = None
+    S: Tensor | None = None
+    """Of a score of each weight (movement pruning): G . W, in storage shape and the dtype of x."""
 
     def factors(self) -> Factors:
         return Factors(self.A, self.B, self.R, self.C, self.U, self.V)
@@ -71,15 +73,17 @@ def backward(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
+    need_scores: bool = False,
     tile_bytes: int = 0,
 ) -> Gradients:
     """Gradients for ``x`` (N, I) and ``grad_y`` (N, O), and for every factor the layer has.
 
         dS = G . W     dA = alpha1 dS B'   dB = alpha1 A' dS   dR = alpha2 rowsum(dS)   dC = alpha2 colsum(dS)
         dW = G . M + G . |W| / weight_scale (not when |W| is detached, or the masks are fixed)
-        dU = beta dW V'   dV = beta U' dW
+        dU = beta dW V'   dV = beta U' dW (of a multiplicative update, with dW . W0 for dW)
 
-    ``need_weight``: the weight itself is trained (with a fixed mask); its gradient is G . M.
+    ``need_weight``: the weight itself is trained; its gradient is G . M. ``need_scores``: so is a score of each weight,
+    whose gradient is G . W (arXiv 2005.07683).
     ``tile_bytes``: budget of :mod:`pst_ds.core.tiles`; 0 is the device's default. Raises TileBudgetError.
     """
     tiles = plan_tiles(state.layout, x.element_size(), tile_bytes, device_type=x.device.type)
@@ -92,6 +96,8 @@ def backward(
         grads.bias = grad_y.sum(0, dtype=high)
     if need_weight:
         grads.weight = torch.empty_like(state.weight)
+    if need_scores:
+        grads.S = torch.empty_like(state.weight)
     if need_x:  # a sum over tiles is kept wide
         grads.x = torch.zeros_like(x, dtype=high) if tiles.cut_outputs else torch.empty_like(x)
     work = _Work(x, grad_y, state, factors, sums, grads, tiles, _Buffers.of(x, tiles))
@@ -139,7 +145,7 @@ def _tile_backward(work: _Work, rect: Rect) -> None:
     outputs, inputs = (cols, rows) if layout.transposed else (rows, cols)
     x, grad_y = work.x[:, inputs], work.grad_y[:, outputs]
     weight, grad = (_shaped(buffer, rect) for buffer in (work.buffers.weight, work.buffers.grad))
-    if work.sums.A is not None or work.sums.U is not None or work.grads.weight is not None:
+    if any(wanted is not None for wanted in (work.sums.A, work.sums.U, work.grads.weight, work.grads.S)):
         _weight_gradient(x, grad_y, grad, transposed=layout.transposed)
     for block in layout.blocks():
         part = _meet(rect, block.rect)
@@ -188,6 +194,8 @@ def _band_backward(work: _Work, block: Block, rect: Rect, weight: Tensor, grad: 
     expand_mask_(mask, state.bits, state.layout.shape, state.num_shards, rows, cols)
     product = _shaped(work.buffers.product, rect)
     factors, sums = (tile_factors(f, state.layout, block, rect) for f in (work.factors, work.sums))
+    if work.grads.S is not None:
+        torch.mul(grad, weight, out=work.grads.S[rows, cols])
     if work.sums.A is not None:
         torch.mul(grad, weight, out=product)  # dS
         _add_low_rank_gradients(product, factors.score_left, factors.score_right, sums.score_left, sums.score_right)
@@ -195,9 +203,15 @@ def _band_backward(work: _Work, block: Block, rect: Rect, weight: Tensor, grad: 
         _and(grad, mask, out=product)  # dW
         if work.grads.weight is not None:
             work.grads.weight[rows, cols] = product
-        if work.sums.A is not None and not state.constants.detach_magnitude:
+        if work.sums.A is not None and state.constants.magnitude and not state.constants.detach_magnitude:
             magnitude = torch.abs(weight, out=_shaped(work.buffers.magnitude, rect))
-            product.addcmul_(grad, magnitude, value=1.0 / state.weight_scales[block.part])
+            if factors.row_norms is not None:
+                magnitude.mul_(factors.row_norms.unsqueeze(1))
+            if factors.col_norms is not None:
+                magnitude.mul_(factors.col_norms)
+            product.addcmul_(grad, magnitude, value=state.constants.magnitude_factor(state.weight_scales[block.part]))
+        if state.constants.multiplicative:
+            product.mul_(state.weight[rows, cols])
         _add_low_rank_gradients(product, factors.update_left, factors.update_right, sums.update_left, sums.update_right)
     _and(weight, mask, out=weight)
 
@@ -231,7 +245,7 @@ def _with_ones(state: LayerState) -> Factors:
         A = ones_left if A is None else torch.cat([A, ones_left], 1)
         B = ones_right if B is None else torch.cat([B.view(parts, -1, B.shape[1]), ones_right], 1)
         B = B.flatten(0, 1)
-    return Factors(A=A, B=B, U=own.U, V=own.V)
+    return Factors(A=A, B=B, U=own.U, V=own.V, norms=own.norms)
 
 
 def _finish_factors(sums: Factors, state: LayerState, grads: Gradients) -> None:

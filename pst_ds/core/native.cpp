@@ -76,6 +76,7 @@ struct Terms {
     Product update, score;
     float inverse_scale;
     const float *rows, *cols;  // R and C, multiplied by alpha2; null for none
+    const float *row_norms, *col_norms;  // |W| is multiplied by; null for none
 };
 
 template <int ROWS, class T>
@@ -89,6 +90,8 @@ inline void chunk_keys(const T* weight, int64_t stride, int64_t row, int64_t col
         for (int j = 0; j < CHUNK; ++j) {
             sum[r][j] = floats(ints(sum[r][j]) & 0x7fffffff);
             if (t.inverse_scale != 1.0f) sum[r][j] = sum[r][j] * t.inverse_scale;
+            if (t.row_norms) sum[r][j] = sum[r][j] * t.row_norms[row + r];
+            if (t.col_norms) sum[r][j] = sum[r][j] * load<floats>(t.col_norms + col + j * LANES);
         }
     add_product<ROWS>(sum, t.score, row, col);
     for (int r = 0; r < ROWS; ++r)
@@ -106,6 +109,8 @@ template <class T> inline int32_t one_key(T weight, int64_t row, int64_t col, co
         sum = sum + t.update.at(row, k) * t.update.right[k * t.update.right_rank + col];
     sum = __builtin_fabsf(sum);
     if (t.inverse_scale != 1.0f) sum = sum * t.inverse_scale;
+    if (t.row_norms) sum = sum * t.row_norms[row];
+    if (t.col_norms) sum = sum * t.col_norms[col];
     for (int64_t k = 0; k < t.score.rank; ++k)
         sum = sum + t.score.at(row, k) * t.score.right[k * t.score.right_rank + col];
     if (t.rows) sum = sum + t.rows[row];
@@ -165,10 +170,11 @@ extern "C" {
 void pst_score_keys(const void* weight, int64_t is_bf16, int64_t stride, int64_t rows, int64_t cols,
                     const float* update_left, const float* update_right, int64_t update_rank, const int64_t* update_strides,
                     const float* score_left, const float* score_right, int64_t score_rank, const int64_t* score_strides,
-                    const float* score_rows, const float* score_cols, const float* constants, int32_t* out) {
+                    const float* score_rows, const float* score_cols, const float* row_norms, const float* col_norms,
+                    const float* constants, int32_t* out) {
     Terms t{{update_left, update_right, update_rank, update_strides[0], update_strides[1], update_strides[2], constants[0]},
             {score_left, score_right, score_rank, score_strides[0], score_strides[1], score_strides[2], constants[2]},
-            constants[1], score_rows, score_cols};
+            constants[1], score_rows, score_cols, row_norms, col_norms};
     if (is_bf16) rect_keys(static_cast<const uint16_t*>(weight), stride, rows, cols, t, out);
     else rect_keys(static_cast<const float*>(weight), stride, rows, cols, t, out);
 }

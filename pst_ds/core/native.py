@@ -47,7 +47,7 @@ _MASKS = NativeSource(
     Path(__file__).with_name("native.cpp"),
     {
         "pst_score_keys": (
-            [POINTER, INT, INT, INT, INT, *([POINTER, POINTER, INT, POINTER] * 2), *([POINTER] * 4)],
+            [POINTER, INT, INT, INT, INT, *([POINTER, POINTER, INT, POINTER] * 2), *([POINTER] * 6)],
             None,
         ),
         "pst_classify": (

@@ -35,17 +35,23 @@ def add_low_rank_(out: Tensor, left: Tensor | None, right: Tensor | None, scale:
 
 
 def importance(weight: Tensor, tile: TileFactors, constants: Constants, weight_scale: float = 1.0) -> Tensor:
-    """S = |W0 + beta U V| / weight_scale + alpha1 A B + alpha2 (R 1' + 1 C') for one rectangle.
+    """S = |W0 + beta U V| . 1 n' / weight_scale + alpha1 A B + alpha2 (R 1' + 1 C') for one rectangle.
 
     ``weight``: W0, (rows, cols), any float dtype. Returns fp32 (rows, cols), the same bits for a given weight whatever
-    rectangle it is computed in.
+    rectangle it is computed in. A multiplicative update is not looked at: masks are chosen before it.
     """
     scores = weight.to(torch.float32, copy=True)
     scratch = torch.empty_like(scores)
-    add_low_rank_(scores, tile.update_left, tile.update_right, constants.beta, scratch)
+    if not constants.multiplicative:
+        add_low_rank_(scores, tile.update_left, tile.update_right, constants.beta, scratch)
     scores.abs_()
-    if weight_scale != 1.0:
-        scores.mul_(1.0 / weight_scale)  # a product: torch divides by a number in two ways, CPU and CUDA
+    factor = constants.magnitude_factor(weight_scale)
+    if factor != 1.0:
+        scores.mul_(factor)  # a product: torch divides by a number in two ways, CPU and CUDA
+    if tile.row_norms is not None:
+        scores.mul_(tile.row_norms.unsqueeze(1))
+    if tile.col_norms is not None:
+        scores.mul_(tile.col_norms)
     add_low_rank_(scores, tile.score_left, tile.score_right, constants.alpha1, scratch)
     if tile.score_rows is not None:
         scores.add_((tile.score_rows * constants.alpha2).unsqueeze(1))
@@ -55,9 +61,15 @@ def importance(weight: Tensor, tile: TileFactors, constants: Constants, weight_s
 
 
 def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants, out: Tensor | None = None) -> Tensor:
-    """W = W0 + beta U V for one rectangle, in the dtype of ``weight``; a new tensor, or written to ``out``."""
+    """W = W0 + beta U V for one rectangle, in the dtype of ``weight``; a new tensor, or written to ``out``.
+
+    Or W0 + beta W0 . (U V), whose zeros are those of W0.
+    """
     if tile.update_left is None or tile.update_right is None:
         return weight.clone() if out is None else out.copy_(weight)
+    if constants.multiplicative:
+        product = torch.mm(tile.update_left, tile.update_right)
+        return torch.addcmul(weight, weight, product, value=constants.beta, out=out)
     return torch.addmm(weight, tile.update_left, tile.update_right, alpha=constants.beta, out=out)
 
 
@@ -68,8 +80,10 @@ def merged_weight(weight: Tensor, layout: WeightLayout, factors: Factors, consta
     """
     merged = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for b in layout.blocks():
-        rows, cols = slice(b.rect.r0, b.rect.r1), slice(b.rect.c0, b.rect.c1)
-        updated_weight(weight[rows, cols], tile_factors(factors, layout, b, b.rect), constants, merged[rows, cols])
+        bands = row_tiles(b.rect, mask_band_elements(weight.device.type)) if constants.multiplicative else (b.rect,)
+        for rect in bands:
+            rows, cols = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
+            updated_weight(weight[rows, cols], tile_factors(factors, layout, b, rect), constants, merged[rows, cols])
     return merged
 
 

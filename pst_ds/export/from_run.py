@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.factors import Constants, Factors
+from pst_ds.core.factors import Constants, layer_factors
 from pst_ds.core.formats import FORMATS, mask_row_bits
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.low_rank_rows import updated_rows
@@ -99,10 +99,11 @@ class RunSource:
         mask = checkpoint.masks[owner].clone()
         names = [f for f in FACTOR_NAMES if f"{owner}.pst_{f}" in checkpoint.trained]
         values = {f: checkpoint.trained[f"{owner}.pst_{f}"].to(device=device, dtype=compute) for f in names}
+        factors = layer_factors(values, layout.parts, constants)
         if recipe.masked:
-            merged = masked_weight(start, mask.to(device), 1, layout, Factors(**values), constants)
+            merged = masked_weight(start, mask.to(device), 1, layout, factors, constants)
         else:
-            merged = merged_weight(start, layout, Factors(**values), constants)
+            merged = merged_weight(start, layout, factors, constants)
         del start
         merged = merged.cpu().to(recipe.dtype).contiguous()
         if recipe.masked:

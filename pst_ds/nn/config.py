@@ -11,6 +11,9 @@ from typing import Any, Literal, get_args
 from pst_ds.core.patterns import Pattern, parse_pattern
 
 InitScale = Literal["normal", "rank", "width"]
+UpdateInit = Literal["normal", "rank", "width", "lora"]
+Magnitude = Literal["weight", "activation", "none"]
+InitialMask = Literal["magnitude", "zeros"]
 Bias = Literal["none", "pst_only", "all"]
 
 
@@ -82,6 +85,11 @@ class PSTConfig:
     alpha1: float = 1.0
     alpha2: float = 1.0
     beta: float = 1.0
+    magnitude: Magnitude = "weight"
+    """The term of the scores that needs no training: "weight" is |W|; "activation" |W| times the norm of its input over
+    some training text (relative to the mean norm), as in Wanda (arXiv 2306.11695); "none" leaves it out."""
+    calibration_examples: int = 128
+    """Training examples that the norms of "activation" are taken over, before the first step."""
     relative_magnitude: bool = True
     """Divide |W| in the scores by the mean of |W0|, matrix by matrix, so that scores of every layer are near 1."""
     detach_magnitude: bool = False
@@ -89,8 +97,9 @@ class PSTConfig:
     score_init: InitScale = "normal"
     """Standard deviation of A at the start: 1, 1/sqrt(rank) or 1/sqrt(3 in_features), times ``score_init_scale``."""
     score_init_scale: float = 0.3
-    update_init: InitScale = "normal"
-    """The same for U (for V of an embedding, whose U starts at zero)."""
+    update_init: UpdateInit = "normal"
+    """The same for U (for V of an embedding, whose U starts at zero). "lora" starts as LoRA does: U at zero, and V with
+    1/sqrt(3 in_features)."""
     update_init_scale: float = 0.1
     pattern: str = "matrix"
     """What is ranked against what: "matrix", every matrix by itself; "global", all matrices together; "row", every
@@ -103,8 +112,17 @@ class PSTConfig:
     the least score; "steps" lets every group lose one weight more at a time."""
     overrides: tuple[Override, ...] = ()
     """Patterns and shares of zeros of some layers; of two that match a layer the later one counts."""
+    initial_mask: InitialMask = "magnitude"
+    """Of the methods with a fixed mask: "magnitude" ranks |W0| once, in ``pattern``; "zeros" keeps the non-zeros of the
+    base model, such as a folder that ``pst-ds prune`` wrote."""
     train_weights: bool = False
     """Train the pruned weights themselves, under the mask (for baselines: every weight then has optimizer state)."""
+    full_scores: bool = False
+    """Give every weight a score of its own instead of the small factors and |W| (movement pruning, arXiv 2005.07683);
+    every score has optimizer state."""
+    multiplicative_update: bool = False
+    """W = W0 + beta W0 . (U V) with U (out_features,) and an output of each of ``update_rank`` groups sharing a row of
+    V: SPP (arXiv 2405.16057), which keeps every zero of W0. For masks that are fixed before the first step."""
     tile_bytes: int = 0
     """Bytes that the backward pass of a layer may hold beside tensors as large as its input or its factors, on each
     rank; 0 is 32 MiB on a CPU and 512 MiB on a GPU. Smaller tiles are slower."""
@@ -118,12 +136,27 @@ class PSTConfig:
         for name in ("score_rank", "update_rank", "tile_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
+        if self.calibration_examples < 1:
+            raise ValueError(f"calibration_examples = {self.calibration_examples} must be at least 1")
         for name in ("alpha1", "alpha2", "beta", "score_init_scale", "update_init_scale"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} = {getattr(self, name)} must be a finite number")
-        for name in ("score_init", "update_init"):
-            if getattr(self, name) not in get_args(InitScale):
-                raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(get_args(InitScale))}")
+        for name, kinds in (
+            ("score_init", InitScale), ("update_init", UpdateInit), ("magnitude", Magnitude),
+            ("initial_mask", InitialMask),
+        ):  # fmt: skip
+            if getattr(self, name) not in get_args(kinds):
+                raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(get_args(kinds))}")
+        if self.full_scores and self.has_scores:
+            raise ValueError(
+                "full_scores = true takes the place of the small factors of the scores; set score_rank = 0 and "
+                "structured_scores = false"
+            )
+        if self.multiplicative_update and (self.has_scores or self.update_rank == 0):
+            raise ValueError(
+                "multiplicative_update = true is for fixed masks, and needs factors; set score_rank = 0, "
+                "structured_scores = false, full_scores = false and update_rank of at least 1"
+            )
         if self.update_embeddings and self.update_rank == 0:
             raise ValueError(
                 f"update_embeddings = {list(self.update_embeddings)} with update_rank = 0 updates nothing; set "
@@ -137,7 +170,7 @@ class PSTConfig:
             self._rule(self.pattern, None),
             *(self._rule(o.pattern, o.final_sparsity) for o in self.overrides),
         ):
-            if rule.pattern.kind == "global" and not self.relative_magnitude:
+            if rule.pattern.kind == "global" and not self.relative_magnitude and not self.full_scores:
                 raise ValueError(
                     'pattern = "global" with relative_magnitude = false would rank weights of different scales against '
                     "each other; set relative_magnitude = true"
@@ -175,6 +208,7 @@ class PSTConfig:
 
     @property
     def has_scores(self) -> bool:
+        """Whether the scores are made of A B, or R and C, too."""
         return self.score_rank > 0 or self.structured_scores
 
 

@@ -25,6 +25,8 @@ class PSTEmbedding(nn.Module):
     def __init__(self, name: str, base: nn.Embedding, config: PSTConfig):
         super().__init__()
         self.padding_idx, self.beta = base.padding_idx, config.beta
+        self.bypassed = False
+        """Whether W0 alone is looked up; see :func:`pst_ds.nn.inject.bypassed`."""
         self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
         self.weight = base.weight
         rank = config.update_rank
@@ -40,6 +42,8 @@ class PSTEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...,) row numbers to (..., d)."""
+        if self.bypassed:
+            return functional.embedding(ids, self.weight)
         return _UpdatedRows.apply(ids, self, self.pst_U, self.pst_V)
 
     def updated_weight(self) -> Tensor:

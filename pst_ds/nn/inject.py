@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from pst_ds.core.layout import WeightLayout, shard_tiles, view_in_shard
 from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent
 from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
 from pst_ds.nn.config import Bias, MaskRule, PSTConfig, name_matches
-from pst_ds.nn.embedding import PSTEmbedding
+from pst_ds.nn.embedding import PSTEmbedding, pst_embeddings
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.targets import InjectionError, Target, find_embeddings, find_targets, modules_to_save
 from pst_ds.parallel import zero3
@@ -24,7 +25,7 @@ _SCALE_TILE = 1 << 22
 def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = None) -> nn.Module:
     """Replace the target layers of ``model`` by PSTLinear in place, freeze the rest, and return the model.
 
-    Embeddings that the config updates become PSTEmbedding.
+    Embeddings that the config updates become PSTEmbedding. On the meta device |W| has no scale.
     Call it before ``deepspeed.initialize``. ``num_shards`` is the number of ranks that ZeRO-3 will split the weights
     over; it is known already when the model was built under ``zero.Init``, and 1 without ZeRO-3.
     Collective under ``zero.Init``. Raises InjectionError, see :func:`pst_ds.nn.targets.find_targets`.
@@ -35,8 +36,9 @@ def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = 
     embeddings = find_embeddings(model, config)
     _require_tiles(targets, config)
     rules = _fitting_rules(targets, config)
-    compared = config.has_scores or any(rule.pattern.kind == "global" for rule in rules)
-    scales = _weight_scales(targets) if config.relative_magnitude and compared else None
+    compared = not config.full_scores and (config.has_scores or any(rule.pattern.kind == "global" for rule in rules))
+    has_values = not targets[0].module.weight.is_meta
+    scales = _weight_scales(targets) if config.relative_magnitude and compared and has_values else None
     for param in model.parameters():
         param.requires_grad_(False)
     for target in targets:
@@ -94,6 +96,29 @@ def _train_biases(model: nn.Module, which: Bias) -> None:
 def pst_layers(model: nn.Module) -> dict[str, PSTLinear]:
     """The PST layers of ``model`` by name, in model order; a shared layer once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PSTLinear)}
+
+
+@contextmanager
+def bypassed(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` computes without masks and updates, as the dense model it was made from."""
+    layers: list[PSTLinear | PSTEmbedding] = [*pst_layers(model).values(), *pst_embeddings(model).values()]
+    for layer in layers:
+        layer.bypassed = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.bypassed = False
+
+
+def set_score_penalty(model: nn.Module, penalty: float) -> None:
+    """Let the mean of sigmoid(S) over all scores of single weights cost ``penalty`` (soft movement pruning).
+
+    The mean is over the layers and, in each, its weights, as arXiv 2005.07683 has it.
+    """
+    layers = pst_layers(model).values()
+    for layer in layers:
+        layer.score_penalty = penalty / len(layers)
 
 
 def freeze_scores(model: nn.Module) -> None:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from pst_ds.core import masked_linear
 from pst_ds.core.bits import all_ones
-from pst_ds.core.factors import Constants, Factors
+from pst_ds.core.factors import Constants, Factors, layer_factors, ungrouped_columns
 from pst_ds.core.layout import WeightLayout
-from pst_ds.nn.config import InitScale, PSTConfig
+from pst_ds.nn.config import PSTConfig, UpdateInit
 from pst_ds.parallel import zero3
 
 FACTOR_NAMES = ("A", "B", "R", "C", "U", "V")
-SCORE_FACTORS = ("A", "B", "R", "C")
+"""The small ones; a score of each weight, S, is none of them."""
+SCORE_FACTORS = ("A", "B", "R", "C", "S")
 
 
 class PSTLinear(nn.Module):
@@ -28,10 +29,14 @@ class PSTLinear(nn.Module):
     Parameters, beside ``weight`` (frozen unless ``config.train_weights``) and ``bias``:
         pst_A (O, k), pst_B (P*k, I), pst_R (O,), pst_C (P, I), pst_U (O, r), pst_V (P*r, I): trainable, see
             :mod:`pst_ds.core.factors` for P; None for those the config leaves out.
+        pst_S, as the weight: a score of each weight, with ``config.full_scores`` alone; trainable.
         pst_mask (num_shards * ceil(ceil(O*I / num_shards) / 8),): uint8, one bit a weight, frozen.
+    A multiplicative update has pst_U (O,) and pst_V (P*r, I).
 
     One module holds them all, so ZeRO-3 fetches and releases the layer in one go.
     """
+
+    pst_S: nn.Parameter | None
 
     def __init__(
         self,
@@ -45,10 +50,19 @@ class PSTLinear(nn.Module):
     ):
         super().__init__()
         self.layout, self.num_shards, self.weight_scales = layout, num_shards, weight_scales
-        self.constants = Constants(config.alpha1, config.alpha2, config.beta, config.detach_magnitude)
+        self.constants = Constants(
+            config.alpha1, config.alpha2, config.beta, config.detach_magnitude,
+            magnitude=config.magnitude != "none", multiplicative=config.multiplicative_update,
+        )  # fmt: skip
         self.rule = config.rule_for(name)
-        self.scores_train = config.has_scores
+        self.scores_train = config.has_scores or config.full_scores
         """Whether scores have a gradient now; False once the masks are fixed."""
+        self.input_norms: Tensor | None = None
+        """(I,) fp32, of ``magnitude = "activation"``; the same on every rank, and on the weight's device."""
+        self.score_penalty = 0.0
+        """What the mean of sigmoid(S) of a score of each weight adds to the loss, times this."""
+        self.bypassed = False
+        """Whether it multiplies with W0 alone, as the dense model does; see :func:`pst_ds.nn.inject.bypassed`."""
         self.tile_bytes = config.tile_bytes
         self.weight = weight
         self.bias = bias
@@ -67,12 +81,15 @@ class PSTLinear(nn.Module):
         structured = config.structured_scores
         score_std = config.score_init_scale * init_std(config.score_init, k, inputs)
         update_std = config.update_init_scale * init_std(config.update_init, r, inputs)
+        starts_at_v = config.update_init == "lora" or config.multiplicative_update  # one of U and V is zero
         add("A", (outputs, k) if k else None, score_std)
         add("B", (parts * k, inputs) if k else None)
         add("R", (outputs,) if structured else None)
         add("C", (parts, inputs) if structured else None)
-        add("U", (outputs, r) if r else None, update_std)
-        add("V", (parts * r, inputs) if r else None)
+        of_output = (outputs,) if config.multiplicative_update else (outputs, r)
+        add("U", of_output if r else None, 0.0 if starts_at_v else update_std)
+        add("V", (parts * r, inputs) if r else None, update_std if starts_at_v else 0.0)
+        add("S", tuple(layout.shape) if config.full_scores else None)
 
     def factor_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name in :data:`FACTOR_NAMES`, Parameter) of the factors this layer has."""
@@ -81,6 +98,10 @@ class PSTLinear(nn.Module):
             if param is not None:
                 yield name, param
 
+    def factors(self, values: dict[str, Tensor]) -> Factors:
+        """The matrices of the formulas, from the ``values`` of :meth:`factor_parameters`."""
+        return layer_factors(values, self.layout.parts, self.constants, self.input_norms)
+
     def state(self) -> masked_linear.LayerState:
         """What the layer multiplies with now. The parameters must be gathered."""
         return masked_linear.LayerState(
@@ -88,7 +109,7 @@ class PSTLinear(nn.Module):
             self.pst_mask.detach(),
             self.num_shards,
             self.layout,
-            Factors(**{name: param.detach() for name, param in self.factor_parameters()}),
+            self.factors({name: param.detach() for name, param in self.factor_parameters()}),
             self.constants,
             self.weight_scales,
             self.scores_train,
@@ -100,12 +121,19 @@ class PSTLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O), in the weight's dtype, also under autocast."""
+        if self.bypassed:
+            return self._dense(x)
         trained_weight = self.weight if self.weight.requires_grad else None
-        factors = (getattr(self, f"pst_{name}") for name in FACTOR_NAMES)
+        factors = (getattr(self, f"pst_{name}") for name in (*FACTOR_NAMES, "S"))
         if not torch.is_autocast_enabled(x.device.type):
             return _MaskedLinear.apply(x, self, trained_weight, self.bias, *factors)
         with torch.autocast(x.device.type, enabled=False):
             return _MaskedLinear.apply(x.to(self.weight.dtype), self, trained_weight, self.bias, *factors)
+
+    def _dense(self, x: Tensor) -> Tensor:
+        weight = self.weight.t() if self.layout.transposed else self.weight
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.nn.functional.linear(x.to(weight.dtype), weight, self.bias)
 
     def extra_repr(self) -> str:
         fused = f", parts={self.layout.parts}" if self.layout.parts > 1 else ""
@@ -135,19 +163,35 @@ class _MaskedLinear(torch.autograd.Function):
                 need_x=need_x,
                 need_weight=need_weight,
                 need_bias=need_bias,
+                need_scores=layer.pst_S is not None and layer.scores_train,
                 tile_bytes=layer.tile_bytes,
             )
+            _finish(grads, layer)
         grad_x = None if grads.x is None else grads.x.to(x.dtype).view(x.shape)
         grad_bias = None if grads.bias is None else grads.bias.to(layer.weight.dtype)
-        of_factors = (getattr(grads, name) for name in FACTOR_NAMES)
+        of_factors = (getattr(grads, name) for name in (*FACTOR_NAMES, "S"))
         typed = (None if g is None else g.to(layer.weight.dtype) for g in of_factors)
         return grad_x, None, grads.weight, grad_bias, *typed
 
 
-def init_std(kind: InitScale, rank: int, in_features: int) -> float:
+@torch.no_grad()
+def _finish(grads: masked_linear.Gradients, layer: PSTLinear) -> None:
+    """What the formulas of one weight matrix do not know: how the layer holds U, and the penalty on its scores."""
+    if layer.constants.multiplicative and grads.U is not None:
+        grads.U = ungrouped_columns(grads.U)
+    if layer.pst_S is None:
+        return
+    if grads.S is None:  # the masks are fixed
+        grads.S = torch.zeros_like(layer.pst_S)
+    elif layer.score_penalty:
+        probability = torch.sigmoid(layer.pst_S)
+        grads.S.addcmul_(probability, 1.0 - probability, value=layer.score_penalty / layer.layout.numel)
+
+
+def init_std(kind: UpdateInit, rank: int, in_features: int) -> float:
     if kind == "rank":
         return 1.0 / math.sqrt(max(rank, 1))
-    if kind == "width":  # LoRA's, whose A is Kaiming-uniform with a = sqrt(5)
+    if kind in ("width", "lora"):  # LoRA's, whose A is Kaiming-uniform with a = sqrt(5)
         return 1.0 / math.sqrt(3.0 * in_features)
     return 1.0
 

@@ -42,16 +42,17 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
                 layer.layout.matrix_numel for layer in layers.values() for _ in range(layer.layout.parts)
             ).items()
         ),
-        score_rank=max((_rank(layer, "A") for layer in layers.values()), default=0),
-        update_rank=max((_rank(layer, "U") for layer in layers.values()), default=0),
+        score_rank=max((_rank(layer, "B") for layer in layers.values()), default=0),
+        update_rank=max((_rank(layer, "V") for layer in layers.values()), default=0),
         dense_weights=sum(_weight_numel(module) for module in model.modules() if is_linear(module)),
         attention_width=_attention_width(model),
     )
 
 
 def _rank(layer: PSTLinear, factor: str) -> int:
+    """Of the pair whose matrix by input is ``factor``."""
     param = dict(layer.factor_parameters()).get(factor)
-    return 0 if param is None else zero3.full_shape(param)[1]
+    return 0 if param is None else zero3.full_shape(param)[0] // layer.layout.parts
 
 
 def _weight_numel(linear: Any) -> int:

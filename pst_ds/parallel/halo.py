@@ -25,18 +25,23 @@ class Halo:
     after: Tensor
 
 
-def fetch_halos(params: Sequence[nn.Parameter], widen: Sequence[Widen]) -> list[Halo]:
+def fetch_halos(
+    params: Sequence[nn.Parameter], widen: Sequence[Widen], shards: Sequence[Tensor] | None = None
+) -> list[Halo]:
     """What this rank lacks of the range that ``widen[i]`` makes of its shard of ``params[i]``.
+
+    ``shards[i]``: flat values to send in place of the shard of ``params[i]``, such as its fp32 masters.
 
     Collective over the ranks that ZeRO-3 splits them over: one all-to-all for all of them; free when nothing is split.
     Every rank works out from the sizes alone who sends what to whom.
     """
-    nothing = [Halo(values[:0], values[:0]) for values in (zero3.shard_of(p).values for p in params)]
+    shards = shards if shards is not None else [zero3.shard_of(p).values for p in params]
+    nothing = [Halo(values[:0], values[:0]) for values in shards]
     if not params or zero3.num_shards(params[0]) == 1:
         return nothing
     incoming = sorted(piece for i, p in enumerate(params) for piece in _incoming(i, p, widen[i]))
     outgoing = sorted(piece for i, p in enumerate(params) for piece in _outgoing(i, p, widen[i]))
-    received = iter(_exchange(params, incoming, outgoing))
+    received = iter(_exchange(params, shards, incoming, outgoing))
     before: list[list[Tensor]] = [[] for _ in params]
     after: list[list[Tensor]] = [[] for _ in params]
     for (sender, i, _, _), values in zip(incoming, received, strict=True):  # by rank, so by rising flat index
@@ -86,25 +91,27 @@ def _ranks_of(param: nn.Parameter, wanted: Range) -> range:
     return range(wanted[0] // share, -(-wanted[1] // share) if wanted[1] > wanted[0] else wanted[0] // share)
 
 
-def _exchange(params: Sequence[nn.Parameter], incoming: list[Piece], outgoing: list[Piece]) -> list[Tensor]:
+def _exchange(
+    params: Sequence[nn.Parameter], shards: Sequence[Tensor], incoming: list[Piece], outgoing: list[Piece]
+) -> list[Tensor]:
     """Send the ``outgoing`` pieces of this rank's shards; returns the ``incoming`` ones. Bytes travel, so any dtype."""
     group, world = zero3.process_group(params[0]), zero3.num_shards(params[0])
-    home = zero3.shard_of(params[0]).values.device
+    home = shards[0].device
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else home
 
     def bytes_by_rank(pieces: list[Piece]) -> list[int]:
         total = [0] * world
         for other, i, start, stop in pieces:
-            total[other] += (stop - start) * params[i].element_size()
+            total[other] += (stop - start) * shards[i].element_size()
         return total
 
     send = [torch.empty(0, dtype=torch.uint8, device=device)]
     for _, i, start, stop in outgoing:
-        shard = zero3.shard_of(params[i])
-        send.append(shard.values[start - shard.start : stop - shard.start].contiguous().view(torch.uint8).to(device))
+        first = zero3.shard_of(params[i]).start
+        send.append(shards[i][start - first : stop - first].contiguous().view(torch.uint8).to(device))
     into, out_of = bytes_by_rank(incoming), bytes_by_rank(outgoing)
     received = torch.empty(sum(into), dtype=torch.uint8, device=device)
     dist.all_to_all_single(received, torch.cat(send), into, out_of, group=group)
-    pieces = received.to(home).split([(stop - start) * params[i].element_size() for _, i, start, stop in incoming])
-    dtypes = [zero3.shard_of(params[i]).values.dtype for _, i, _, _ in incoming]
+    pieces = received.to(home).split([(stop - start) * shards[i].element_size() for _, i, start, stop in incoming])
+    dtypes = [shards[i].dtype for _, i, _, _ in incoming]
     return [piece.clone().view(dtype) for piece, dtype in zip(pieces, dtypes, strict=True)]

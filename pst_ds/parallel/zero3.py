@@ -96,6 +96,21 @@ def gathered(params: Iterable[nn.Parameter], *, writer_rank: int | None = None) 
         yield
 
 
+def master_shard(param: nn.Parameter) -> Shard:
+    """This rank's shard of the fp32 values that the optimizer holds of a trained ``param``; the shard of a frozen one.
+
+    The whole of it where no rank holds less: then collective, as at ZeRO stages 1 and 2.
+    """
+    if not param.requires_grad:
+        return shard_of(param)
+    if not _has_zero3_master(param):
+        return shard_of(param) if is_partitioned(param) else Shard(_master_of(param).view(-1), 0)
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    own = shard_of(param)
+    return Shard(safe_get_local_fp32_param(param).detach().flatten()[: own.values.numel()], own.start)
+
+
 def fp32_masters(params: Sequence[nn.Parameter]) -> list[Tensor]:
     """The whole fp32 values that the optimizer holds of trainable ``params``, in their full shapes.
 

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.schedule import CubicSchedule, OneShotSchedule, Schedule
-from pst_ds.errors import InputError
 from pst_ds.nn.config import PSTConfig
+from pst_ds.train.config_error import ConfigError, require_positive
+from pst_ds.train.data_config import EVAL_BATCH_SIZES, METRICS, DataConfig, EvalConfig, TaskName, check_task
+from pst_ds.train.methods import METHODS as METHODS_BY_NAME
+from pst_ds.train.methods import Method, MethodName
 
-Method = Literal["pst", "magnitude", "dense"]
 Precision = Literal["bf16", "fp32"]
-TaskName = Literal["classification", "causal-lm"]
-METRICS: dict[TaskName, tuple[str, ...]] = {
-    "classification": ("accuracy", "macro_f1", "matthews_correlation"),
-    "causal-lm": ("perplexity",),
-}
-"""What may choose the best checkpoint of a task; the first does if nothing else is asked for."""
-_EVAL_BATCH_SIZES: dict[TaskName, int] = {"classification": 64, "causal-lm": 8}
-
-
-class ConfigError(InputError):
-    """A run file, or a --set, that cannot be used: the key, its value and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,43 +45,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """Where the texts are, and how long the model's inputs."""
-
-    train: str = ""
-    """Local JSONL, CSV, Parquet or text file to train on."""
-    validation: str = ""
-    """Local file for periodic evaluation and the choice of the best checkpoint."""
-    test: str = ""
-    """Local file that only ``pst-ds eval`` and ``verify`` read."""
-    dataset: str = ""
-    """Name of a dataset on the hub instead of local files; the three settings above then name its splits."""
-    subset: str = ""
-    """Configuration of the hub dataset, such as "sst2" of "glue"."""
-    text_columns: tuple[str, ...] = ("text",)
-    """One column, or two for sentence pairs; task "causal-lm" takes one."""
-    label_column: str = "label"
-    """The class of a row; task "causal-lm" has none."""
-    sample_by: Literal["line", "paragraph", "document"] = "line"
-    """What a row of a .txt file is, as in ``datasets``: a line, what stands between empty lines, or the whole file. Its
-    column is "text"."""
-    max_length: int = 128
-    """Tokens a text is cut to. For task "causal-lm" the length of every training sequence: the documents, with the
-    end-of-text token between them, are one stream that is cut into such sequences; what is left at the end, less than a
-    sequence, is not trained on. Positions and attention do not start anew at a document. An evaluation predicts every
-    token but the first once: there a sequence begins with the last token of the one before, and the last is shorter."""
-    group_by_length: bool = False
-    """Make batches of texts of similar length; less padding, the same examples in another order."""
-
-    def __post_init__(self) -> None:
-        if not self.train:
-            raise ConfigError("data.train is missing: name a local file, or a split of data.dataset")
-        if len(self.text_columns) not in (1, 2):
-            raise ConfigError(f"data.text_columns = {list(self.text_columns)} must name one column or two")
-        _positive("data.max_length", self.max_length)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
     """How sparse, and when."""
 
@@ -118,13 +72,15 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     precision: Precision = "bf16"
     score_learning_rate: float = 1e-2
-    """For A, B, R and C."""
+    """For A, B, R and C, and for the scores of movement pruning."""
     update_learning_rate: float = 1e-3
     """For U and V."""
     embedding_learning_rate: float = 2e-4
     """For U and V of ``pst.update_embeddings``."""
     head_learning_rate: float = 5e-4
-    """For the modules trained in full; for every weight with method "dense" or "magnitude"."""
+    """For the modules trained in full; for every weight with the methods that train all of them."""
+    score_penalty: float = 0.0
+    """Of method "soft-movement": what the mean of sigmoid(S) costs at the final sparsity; less before it."""
     adam_beta1: float = 0.9
     """Decay of Adam's first moment."""
     adam_beta2: float = 0.98
@@ -147,9 +103,9 @@ class TrainConfig:
                 "to a number above 0"
             )
         for name in ("batch_size", "gradient_accumulation_steps", "log_interval"):
-            _positive(f"train.{name}", getattr(self, name))
+            require_positive(f"train.{name}", getattr(self, name))
         rates = ("score_learning_rate", "update_learning_rate", "embedding_learning_rate", "head_learning_rate")
-        for name in (*rates, "gradient_clipping"):
+        for name in (*rates, "gradient_clipping", "score_penalty"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"train.{name} = {getattr(self, name)} must be a finite number of at least 0")
         if not 0.0 <= self.stall_timeout_seconds < 1e7:  # what a timer can hold
@@ -157,25 +113,6 @@ class TrainConfig:
         for name in ("adam_beta1", "adam_beta2", "learning_rate_warmup_fraction"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"train.{name} = {getattr(self, name)} must be in [0, 1)")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvalConfig:
-    """Evaluation on the validation file."""
-
-    interval: int = 0
-    """Optimizer steps between evaluations; 0 evaluates at the end only."""
-    batch_size: int = 0
-    """Examples a rank evaluates at a time. 0 is 64, and 8 for task "causal-lm", where each has logits of max_length x
-    vocabulary."""
-    metric: Literal["", "accuracy", "macro_f1", "matthews_correlation", "perplexity"] = ""
-    """Chooses the best checkpoint, among those at the final sparsity; empty is "accuracy", or for task "causal-lm" the
-    lowest "perplexity"."""
-
-    def __post_init__(self) -> None:
-        for name in ("interval", "batch_size"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"eval.{name} = {getattr(self, name)} must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,7 +127,31 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.interval < 0:
             raise ConfigError(f"checkpoint.interval = {self.interval} must not be negative")
-        _positive("checkpoint.keep_last", self.keep_last)
+        require_positive("checkpoint.keep_last", self.keep_last)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillationConfig:
+    """Learning from a dense teacher's predictions beside the labels (arXiv 1503.02531)."""
+
+    weight: float = 0.0
+    """Share of the loss that is KL(teacher || student) of the predictions; the rest is the task's own. 0 has no
+    teacher."""
+    temperature: float = 1.0
+    """Both logits are divided by it; the divergence is multiplied by its square."""
+    teacher: str = ""
+    """Folder of a model of the same task and classes. Empty is the model itself without masks and updates: it costs no
+    memory, and takes that nothing but the small matrices trains."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.weight <= 1.0:
+            raise ConfigError(f"distillation.weight = {self.weight} must be in [0, 1]")
+        if not 0.0 < self.temperature < float("inf"):
+            raise ConfigError(f"distillation.temperature = {self.temperature} must be a finite number above 0")
+        if self.teacher and not self.weight:
+            raise ConfigError(
+                f"distillation.teacher = {self.teacher!r} is not asked with distillation.weight = 0; set a weight"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,34 +164,51 @@ class RunConfig:
     data: DataConfig
     train: TrainConfig
     task: TaskName = "classification"
-    """"classification" of a text or a pair, with a new head; "causal-lm" trains a language model on text, with the head
-    it has."""
-    method: Method = "pst"
-    """"pst"; "dense" trains every weight; "magnitude" prunes once by |W0| and trains every weight under the mask."""
+    """"classification" of a text or a pair, and "regression" of a number, with a new head; "causal-lm" trains a
+    language model on text, and "data-to-text" to write texts from data, with the head it has."""
+    method: MethodName = "pst"
+    """"pst"; the dense ones: "dense" trains every weight, "lora" an update U V; with a fixed mask, which
+    ``pst.initial_mask`` names: "magnitude" trains every weight under it, "masked-lora" an update U V, "spp" a
+    multiplicative one; along the schedule, all weights: "gmp" prunes the smallest, "movement" and "soft-movement" by a
+    score of each weight. docs/methods.md tells what each is for."""
     seed: int = 0
     deepspeed_config: str = ""
     """DeepSpeed's JSON; empty runs one process without DeepSpeed."""
     pst: PSTConfig = field(default_factory=PSTConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ConfigError("output_dir is missing: name the folder that the run writes to")
-        if self.eval.metric and self.eval.metric not in METRICS[self.task]:
-            raise ConfigError(
-                f"eval.metric = {self.eval.metric!r} is not a metric of task {self.task!r}; choose from "
-                f"{', '.join(map(repr, METRICS[self.task]))}, or leave it out"
-            )
-        if self.task == "causal-lm" and len(self.data.text_columns) != 1:
-            raise ConfigError(
-                f"data.text_columns = {list(self.data.text_columns)} must name one column for task 'causal-lm'"
-            )
-        if self.task == "causal-lm" and self.data.max_length < 2:
-            raise ConfigError(f"data.max_length = {self.data.max_length} must be at least 2 for task 'causal-lm'")
+        check_task(self.task, self.data, self.eval)
+        self._require_method_fits()
         self.make_schedule(1)  # refuses bad numbers now
         self._require_reachable_sparsity()
+
+    def _require_method_fits(self) -> None:
+        masks = self.mask_method.masks
+        if self.pst.initial_mask == "zeros" and masks != "fixed":
+            fixed = ", ".join(repr(name) for name, method in METHODS_BY_NAME.items() if method.masks == "fixed")
+            raise ConfigError(
+                f'pst.initial_mask = "zeros" is for methods with a fixed mask ({fixed}), not for method = '
+                f"{self.method!r}; leave it out"
+            )
+        if (self.method == "soft-movement") != (self.train.score_penalty > 0.0):
+            raise ConfigError(
+                f"train.score_penalty = {self.train.score_penalty} with method = {self.method!r}: method "
+                '"soft-movement" needs one above 0, and no other method has one'
+            )
+        try:
+            self.mask_method.pst_config(self.pst)
+        except ValueError as error:
+            raise ConfigError(f"method = {self.method!r}: pst.{error}") from None
+        if self.pst.multiplicative_update and masks != "fixed":
+            raise ConfigError(
+                f'pst.multiplicative_update = true is for fixed masks, not for method = {self.method!r}; use "spp"'
+            )
 
     def _require_reachable_sparsity(self) -> None:
         asked, pattern = self.schedule.final_sparsity, parse_pattern(self.pst.pattern)
@@ -246,6 +224,11 @@ class RunConfig:
             )
 
     @property
+    def mask_method(self) -> Method:
+        """What the method is."""
+        return METHODS_BY_NAME[self.method]
+
+    @property
     def metric(self) -> str:
         """What chooses the best checkpoint."""
         return self.eval.metric or METRICS[self.task][0]
@@ -253,14 +236,15 @@ class RunConfig:
     @property
     def eval_batch_size(self) -> int:
         """Examples a rank evaluates at a time."""
-        return self.eval.batch_size or _EVAL_BATCH_SIZES[self.task]
+        return self.eval.batch_size or EVAL_BATCH_SIZES[self.task]
 
     def make_schedule(self, num_steps: int) -> Schedule | None:
-        """The sparsity schedule of a run of ``num_steps``; None for the dense method."""
-        if self.method == "dense":
+        """The sparsity schedule of a run of ``num_steps``; None for the dense methods."""
+        masks = self.mask_method.masks
+        if masks == "none":
             return None
         try:
-            if self.method == "magnitude":
+            if masks == "fixed":
                 return OneShotSchedule(self.schedule.final_sparsity)
             return CubicSchedule(
                 num_steps=num_steps,
@@ -294,8 +278,3 @@ class RunConfig:
                 f"{self.train.gradient_accumulation_steps} accumulation steps; make it a multiple of {shares}"
             )
         return self.train.batch_size // shares
-
-
-def _positive(name: str, value: Any) -> None:
-    if value < 1:
-        raise ConfigError(f"{name} = {value} must be at least 1")

@@ -1,4 +1,4 @@
-"""Text classification data, read, checked and tokenised; and an order of batches that no world size changes."""
+"""Texts with a class or a number, read, checked and tokenised; and an order of batches that no world size changes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Examples:
 
     features: list[dict[str, list[int]]]
     """Of each example: input_ids, attention_mask and, where the tokenizer makes them, token_type_ids."""
-    labels: list[int]
+    labels: list[int] | list[float]
+    """Ids of classes, or numbers."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -35,7 +36,7 @@ class Examples:
 
     @property
     def digest(self) -> str:
-        digest = hashlib.sha256(array("q", self.labels))
+        digest = hashlib.sha256(array("d" if isinstance(self.labels[0], float) else "q", self.labels))
         for feature in self.features:
             for key, values in feature.items():
                 digest.update(f"{key} {len(values)}".encode())
@@ -46,14 +47,15 @@ class Examples:
         return Examples(self.features[:count], self.labels[:count])
 
 
-def _read(data: DataConfig, split: str) -> Any:
+def read_labelled(data: DataConfig, split: str) -> Any:
+    """The rows of a split, with the text columns and the label column. Raises ConfigError."""
     columns = {**dict.fromkeys(data.text_columns, "text_columns"), data.label_column: "label_column"}
     return read_rows(data, split, columns)
 
 
 def label_names(data: DataConfig) -> list[str]:
     """Names of the classes, in the order of their ids: the dataset's own, or the sorted labels of the training file."""
-    rows = _read(data, "train")
+    rows = read_labelled(data, "train")
     feature = rows.features[data.label_column]
     if hasattr(feature, "names"):
         return list(feature.names)
@@ -62,8 +64,7 @@ def label_names(data: DataConfig) -> list[str]:
         raise ConfigError(f"{data.train}: column {data.label_column!r} has empty values; every example needs a label")
     if any(isinstance(label, float) for label in found):
         raise ConfigError(
-            f"{data.train}: column {data.label_column!r} holds fractions, which is regression; only classification is "
-            "supported"
+            f'{data.train}: column {data.label_column!r} holds fractions, which is regression; set task = "regression"'
         )
     if len(found) < 2:
         raise ConfigError(f"{data.train}: column {data.label_column!r} has {len(found)} class; at least 2 are needed")
@@ -72,7 +73,7 @@ def label_names(data: DataConfig) -> list[str]:
 
 def load_examples(data: DataConfig, split: str, tokenizer: Any, names: Sequence[str]) -> Examples:
     """The examples of one split. Raises ConfigError for a missing file or column, or a label not in ``names``."""
-    rows = _read(data, split)
+    rows = read_labelled(data, split)
     is_class_label = hasattr(rows.features[data.label_column], "names")
     ids = {name: i for i, name in enumerate(names)}
     labels = []
@@ -82,19 +83,33 @@ def load_examples(data: DataConfig, split: str, tokenizer: Any, names: Sequence[
         elif not is_class_label and str(label) in ids:
             labels.append(ids[str(label)])
         else:
+            refuse_hidden(label, row, getattr(data, split))
             raise ConfigError(
                 f"{getattr(data, split)}: label {label!r} in row {row} is not one of the training labels "
                 f"{', '.join(names)}"
             )
+    return Examples(tokenized_texts(rows, data, split, tokenizer), labels)
+
+
+def refuse_hidden(label: Any, row: int, where: str) -> None:
+    """Raise ConfigError for -1, which benchmarks such as GLUE give for a label that they keep to themselves."""
+    if label in (-1, "-1"):
+        raise ConfigError(
+            f"{where}: label {label!r} in row {row} stands for a hidden label, as in the test sets of GLUE; name a "
+            'split that has labels, such as "validation"'
+        )
+
+
+def tokenized_texts(rows: Any, data: DataConfig, split: str, tokenizer: Any) -> list[dict[str, list[int]]]:
+    """The features of each row's text, or pair of texts. Raises ConfigError for a row without one."""
     texts = [texts_of(rows[column], column, getattr(data, split)) for column in data.text_columns]
     encoded = tokenizer(*texts, truncation=True, max_length=data.max_length)
     keys = list(encoded.keys())
-    features = [{key: encoded[key][i] for key in keys} for i in range(len(labels))]
-    return Examples(features, labels)
+    return [{key: encoded[key][i] for key in keys} for i in range(len(rows))]
 
 
 def collate(examples: Examples, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
-    """Model inputs of some examples, padded to the longest; ``labels`` is (len(indices),) int64."""
+    """Model inputs of some examples, padded to the longest; ``labels`` is (len(indices),), int64 or fp32."""
     batch = tokenizer.pad([examples.features[i] for i in indices], return_tensors="pt")
     return {**batch, "labels": torch.tensor([examples.labels[i] for i in indices])}
 

@@ -14,6 +14,9 @@ from pst_ds.parallel.ranks import all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import beat
 from pst_ds.train.tasks import ExampleSet, Task
 
+_ROUNDINGS = 8
+"""Of a number that two models computed alike."""
+
 
 @torch.no_grad()
 def predict(
@@ -49,19 +52,28 @@ def compare(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """How far the predictions of two models on one process differ, and the metrics of the other.
 
-    A prediction is the index of the largest logit: a text's class, or the token that would follow. One batch of logits
-    of each model is held at a time.
+    A prediction is the index of the largest logit: a text's class, or the token that would follow; of a single output
+    (regression) it is the number, and others within a few roundings are the same. One batch of logits of each model is
+    held at a time.
     """
     differing, largest = 0, torch.zeros((), device=device)
     pieces: list[tuple[list[int], np.ndarray]] = []
     for indices in evaluation_batches(examples.lengths, batch_size, mixed=task.pads):
         batch = task.collate(examples, indices, tokenizer)
-        ours, theirs = (_logits(model, batch, device).float() for model in (one, other))
-        differing += int((ours.argmax(-1) != theirs.argmax(-1)).sum())
+        ours, theirs = (_logits(model, batch, device) for model in (one, other))
+        differing += _differing(ours, theirs)
+        ours, theirs = ours.float(), theirs.float()
         largest = torch.maximum(largest, (ours - theirs).abs().max())  # keeps a NaN
         pieces.append((indices, task.outcomes(theirs, batch)))
     metrics = task.metrics(_in_order(pieces, len(examples)), examples)
     return {"differing_predictions": differing, "max_logit_difference": float(largest)}, metrics
+
+
+def _differing(ours: Tensor, theirs: Tensor) -> int:
+    if ours.shape[-1] > 1:
+        return int((ours.argmax(-1) != theirs.argmax(-1)).sum())
+    rounding = _ROUNDINGS * torch.finfo(theirs.dtype).eps
+    return int((~torch.isclose(ours.float(), theirs.float(), rtol=rounding, atol=rounding)).sum())
 
 
 def evaluation_batches(lengths: Sequence[int], batch_size: int, *, mixed: bool) -> list[list[int]]:

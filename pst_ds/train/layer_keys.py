@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pst_ds.core.factors import Factors, tile_factors
-from pst_ds.core.keys import keys_at, score_keys
+from pst_ds.core.keys import keys_at, order_keys, score_keys
 from pst_ds.core.layout import Block, Rect, shard_tiles, view_in_shard
 from pst_ds.core.patterns import block_keys, loss_keys, unit_tiles
 from pst_ds.nn.linear import PSTLinear
@@ -23,14 +24,16 @@ UNIT_CACHE_BYTES = 256 << 20
 
 
 class LayerKeys:
-    """One layer's weights on this rank, with what is around them, and the whole fp32 masters of its factors."""
+    """One layer's weights on this rank, with what is around them, and the whole fp32 masters of its factors.
 
-    def __init__(self, name: str, layer: PSTLinear, factors: Factors, halo: Halo | None = None):
+    ``values``: this rank's shard of :func:`ranked_parameter`.
+    """
+
+    def __init__(self, name: str, layer: PSTLinear, factors: Factors, values: zero3.Shard, halo: Halo | None = None):
         self.name, self.layer, self.layout = name, layer, layer.layout
         self.rule, self.pattern = layer.rule, layer.rule.pattern
-        shard = zero3.shard_of(layer.weight)
-        self.start, self.stop = shard.start, shard.start + shard.values.numel()
-        self._weight, self._halo = shard.values, halo
+        self.start, self.stop = values.start, values.start + values.values.numel()
+        self._weight, self._halo = values.values, halo
         self.unit = self.pattern.unit(self.layout)
         self.region = self.pattern.aligned(self.layout, self.start, self.stop)
         self._factors = _with_contiguous_columns(factors) if self.layout.transposed else factors
@@ -55,6 +58,8 @@ class LayerKeys:
 
     def keys(self, matrix: Block, rect: Rect) -> Tensor:
         """Keys of single weights, (rows, cols) int32, of a rectangle of ``matrix``."""
+        if self.layer.pst_S is not None:
+            return order_keys(self._values(rect).float())
         tile = tile_factors(self._factors, self.layout, matrix, rect)
         return score_keys(self._values(rect), tile, self.layer.constants, self.layer.weight_scales[matrix.part])
 
@@ -117,6 +122,8 @@ class LayerKeys:
         rect, positions = matrix.rect, positions.to(self.device)
         rows, cols = positions // (rect.c1 - rect.c0), positions % (rect.c1 - rect.c0)
         values = self._weight[(rows + rect.r0) * self.row_length + cols + rect.c0 - self.start]
+        if self.layer.pst_S is not None:
+            return order_keys(values.float())
         tile = tile_factors(self._factors, self.layout, matrix, rect)
         return keys_at(values, rows, cols, tile, self.layer.constants, self.layer.weight_scales[matrix.part])
 
@@ -152,10 +159,15 @@ class LayerKeys:
         return torch.cat(pieces)
 
 
+def ranked_parameter(layer: PSTLinear) -> nn.Parameter:
+    """What a layer's weights are ranked by, before any factors: the weight, or a score of each."""
+    return layer.weight if layer.pst_S is None else layer.pst_S
+
+
 def _with_contiguous_columns(factors: Factors) -> Factors:
     """A Conv1D's A, U lie transposed under its weight: make their transposes contiguous, once for all tiles."""
 
     def columns(by_output: Tensor | None) -> Tensor | None:
         return None if by_output is None else by_output.t().contiguous().t()
 
-    return Factors(columns(factors.A), factors.B, factors.R, factors.C, columns(factors.U), factors.V)
+    return replace(factors, A=columns(factors.A), U=columns(factors.U))

@@ -14,18 +14,21 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.schedule import Schedule
-from pst_ds.nn.inject import freeze_scores
+from pst_ds.nn.inject import freeze_scores, set_score_penalty
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import beat
-from pst_ds.train.config import RunConfig
+from pst_ds.train.config import ConfigError, RunConfig
 from pst_ds.train.data import GlobalBatches
-from pst_ds.train.mask_update import MaskStats, update_masks
+from pst_ds.train.mask_update import MaskStats, masks_of_zeros, update_masks
 from pst_ds.train.metrics import MetricsWriter, peak_memory_bytes
+from pst_ds.train.objective import Objective
 from pst_ds.train.tasks import ExampleSet, task_of
 
 MAX_SKIPPED_IN_A_ROW = 100
+_ZEROS_MAY_DIFFER = 0.01
+"""From the sparsity asked: a share of every row, or of every group, rounds down."""
 
 
 class DivergedError(RuntimeError):
@@ -61,6 +64,7 @@ class Loop:
     num_steps: int
     device: str
     metrics: MetricsWriter
+    objective: Objective
     after_step: Callable[[LoopState], None]
     """Called after every applied step, for evaluation and checkpoints."""
 
@@ -81,12 +85,12 @@ def train(loop: Loop, state: LoopState | None = None) -> LoopState:
     if state.step >= loop.num_steps:
         return state
     for micro_batches, tokens in _batches(loop, state.batch):
-        set_learning_rates(loop, state.step)
+        set_rates(loop, state.step)
         seed_random_numbers(loop.run.seed, state.batch)
         losses = []
         for batch in micro_batches:
             beat(f"the forward and backward pass of batch {state.batch + 1}")
-            loss = engine(**batch).loss
+            loss = loop.objective(engine, batch)
             engine.backward(loss)
             engine.step()
             losses.append(loss.detach())
@@ -127,12 +131,19 @@ def learning_rate_factor(step: int, num_steps: int, warmup_fraction: float) -> f
     return max(0.0, (num_steps - step) / (num_steps - warmup_steps))
 
 
-def set_learning_rates(loop: Loop, step: int) -> None:
-    """Set every group's rate for the step after ``step``; the scores' is zero once the masks are fixed."""
+def set_rates(loop: Loop, step: int) -> None:
+    """Set every group's learning rate for the step after ``step``, the scores' to zero once the masks are fixed; and
+    the penalty on scores."""
+    if loop.run.train.score_penalty and loop.schedule is not None:
+        set_score_penalty(loop.engine.module, loop.run.train.score_penalty * _share_of_ramp(loop.schedule, step))
     factor = learning_rate_factor(step, loop.num_steps, loop.run.train.learning_rate_warmup_fraction)
     masks_fixed = loop.schedule is not None and loop.schedule.is_final(step)
     for group in loop.engine.optimizer.param_groups:
         group["lr"] = 0.0 if masks_fixed and group["name"] == "scores" else group["peak_lr"] * factor
+
+
+def _share_of_ramp(schedule: Schedule, step: int) -> float:
+    return schedule.sparsity_at(step) / schedule.final_sparsity if schedule.final_sparsity else 1.0
 
 
 def learning_rates(engine: Engine) -> dict[str, float]:
@@ -160,7 +171,11 @@ def _update_masks_if_due(loop: Loop, state: LoopState) -> None:
     assert loop.schedule is not None
     if loop.schedule.updates_masks_at(state.step):
         target = loop.schedule.sparsity_at(state.step)
-        state.masks = update_masks(loop.engine.module, target, final_sparsity=loop.schedule.final_sparsity)
+        if loop.run.pst.initial_mask == "zeros":
+            state.masks = masks_of_zeros(loop.engine.module)
+            _require_sparsity(loop.run, state.masks)
+        else:
+            state.masks = update_masks(loop.engine.module, target, final_sparsity=loop.schedule.final_sparsity)
         loop.metrics.write(
             state.step,
             {
@@ -173,6 +188,17 @@ def _update_masks_if_due(loop: Loop, state: LoopState) -> None:
         )
     if loop.schedule.is_final(state.step):
         freeze_scores(loop.engine.module)
+
+
+def _require_sparsity(run: RunConfig, masks: MaskStats) -> None:
+    """A run that starts from zeros must find as many as it was told: the share is the same on every rank."""
+    asked = run.schedule.final_sparsity
+    if abs(masks.sparsity - asked) > _ZEROS_MAY_DIFFER:
+        raise ConfigError(
+            f"schedule.final_sparsity = {asked}, but {masks.sparsity:.4f} of the pruned weights of model.path = "
+            f'{run.model.path!r} are zero, and pst.initial_mask = "zeros" keeps just the others. Fix: '
+            f"schedule.final_sparsity = {masks.sparsity:.4f}, or another model folder"
+        )
 
 
 def _agree_on_batch(state: LoopState, losses: list[Tensor]) -> None:

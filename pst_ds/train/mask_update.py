@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.bits import checksum, count_bits, pack_shard
-from pst_ds.core.factors import Factors
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel import zero3
 from pst_ds.parallel.halo import fetch_halos
 from pst_ds.parallel.ranks import group_sum
-from pst_ds.train.layer_keys import LayerKeys
+from pst_ds.train.layer_keys import LayerKeys, ranked_parameter
 from pst_ds.train.mask_selection import Matrix, select_kept, weights_kept
 
 
@@ -68,6 +67,18 @@ def update_masks(model: nn.Module, sparsity: float, *, final_sparsity: float | N
     return mask_stats(model, num_flipped_here=flipped)
 
 
+@torch.no_grad()
+def masks_of_zeros(model: nn.Module) -> MaskStats:
+    """Keep exactly the non-zeros of the weights, as they are now. Each rank looks at its own shard. Collective."""
+    flipped = 0
+    for layer in pst_layers(model).values():
+        before = zero3.shard_of(layer.pst_mask).values
+        bits = pack_shard((zero3.shard_of(layer.weight).values != 0).to(torch.uint8), before.numel())
+        flipped += count_bits(before, bits)[0]
+        zero3.write_shard(layer.pst_mask, bits)
+    return mask_stats(model, num_flipped_here=flipped)
+
+
 def mask_stats(model: nn.Module, *, num_flipped_here: int = 0) -> MaskStats:
     """Counts and checksum of the masks as they are; ``num_flipped_here`` is summed over ranks. Collective."""
     layers = pst_layers(model)
@@ -113,8 +124,14 @@ def _layer_keys(layers: dict[str, PSTLinear]) -> list[LayerKeys]:
         by_layer[layer][name] = master
     wide = {layer: layer.rule.pattern.unit(layer.layout) != (1, 1) for layer in layers.values()}
     wide_layers = [layer for layer in layers.values() if wide[layer]]
+    shards = {layer: zero3.master_shard(ranked_parameter(layer)) for layer in layers.values()}
     halos = fetch_halos(
-        [w.weight for w in wide_layers], [partial(w.rule.pattern.aligned, w.layout) for w in wide_layers]
+        [ranked_parameter(w) for w in wide_layers],
+        [partial(w.rule.pattern.aligned, w.layout) for w in wide_layers],
+        [shards[w].values for w in wide_layers],
     )
     halo_of = dict(zip(wide_layers, halos, strict=True))
-    return [LayerKeys(n, layer, Factors(**by_layer[layer]), halo_of.get(layer)) for n, layer in layers.items()]
+    return [
+        LayerKeys(name, layer, layer.factors(by_layer[layer]), shards[layer], halo_of.get(layer))
+        for name, layer in layers.items()
+    ]

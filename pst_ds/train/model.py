@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,7 @@ class BuiltModel:
 
 def pst_config(run: RunConfig) -> PSTConfig:
     """The modules that the run's method injects."""
-    if run.method == "magnitude":
-        return replace(
-            run.pst, score_rank=0, update_rank=0, update_embeddings=(), structured_scores=False, train_weights=True
-        )
-    return run.pst
+    return run.mask_method.pst_config(run.pst)
 
 
 def load_tokenizer(run: RunConfig) -> Any:
@@ -141,11 +137,10 @@ def build_model(
 
 def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | None) -> None:
     """Inject and freeze what the run's method asks for; also works on the meta device. Collective under zero.Init."""
-    if run.method == "dense":
-        module.requires_grad_(True)
-        return
-    inject_pst(module, pst_config(run), num_shards=num_shards)
-    if run.method == "magnitude":  # full fine-tuning under the mask: everything with a gradient trains
+    method = run.mask_method
+    if method.injects:
+        inject_pst(module, pst_config(run), num_shards=num_shards)
+    if method.trains_everything:  # that can have a gradient
         for param in module.parameters():
             param.requires_grad_(param.dtype.is_floating_point)
 
@@ -161,8 +156,7 @@ def meta_model(run: RunConfig, labels: list[str], tokenizer: Any, *, num_shards:
                 f"model.path = {run.model.path!r} with model.attn_implementation = {run.model.attn_implementation!r} "
                 f"cannot be built for task {run.task!r}: {_first_line(error)}"
             ) from error
-        shapes_only = replace(run, pst=replace(run.pst, relative_magnitude=False))
-        prepare_for_method(module, shapes_only, num_shards=num_shards)
+        prepare_for_method(module, run, num_shards=num_shards)
     return module
 
 
@@ -203,7 +197,7 @@ def num_trainable(module: nn.Module) -> int:
 
 def head_names(module: nn.Module, run: RunConfig) -> list[str]:
     """Modules trained in full."""
-    return list(modules_to_save(module, run.pst)) if run.method == "pst" else ["(every weight)"]
+    return ["(every weight)"] if run.mask_method.trains_everything else list(modules_to_save(module, run.pst))
 
 
 def _initialise_missing(module: nn.Module, missing: Any, seed: int) -> None:

@@ -31,6 +31,8 @@ class Sequences:
     """(tokens of the stream,) int32."""
     length: int
     overlap: int = 0
+    num_bytes: np.ndarray | None = None
+    """Of each token how many bytes of text it stands for: (tokens of the stream,) int32. None if not counted."""
 
     def __len__(self) -> int:
         if self.overlap:
@@ -56,9 +58,16 @@ class Sequences:
         start = index * self._stride
         return self.tokens[start : start + self.length]
 
+    @property
+    def predicted_bytes(self) -> int | None:
+        """Bytes of text that the predicted tokens stand for; with an overlap, all but those of the first token."""
+        return None if self.num_bytes is None or not self.overlap else int(self.num_bytes[1:].sum(dtype=np.int64))
+
     def first(self, count: int) -> Sequences:
         """The first ``count`` sequences."""
-        return replace(self, tokens=self.tokens[: min(count, len(self)) * self._stride + self.overlap])
+        tokens = min(count, len(self)) * self._stride + self.overlap
+        num_bytes = None if self.num_bytes is None else self.num_bytes[:tokens]
+        return replace(self, tokens=self.tokens[:tokens], num_bytes=num_bytes)
 
 
 def load_sequences(data: DataConfig, split: str, tokenizer: Any) -> Sequences:
@@ -68,12 +77,16 @@ def load_sequences(data: DataConfig, split: str, tokenizer: Any) -> Sequences:
     """
     column, where = data.text_columns[0], getattr(data, split)
     rows = read_rows(data, split, {column: "text_columns"})
-    tokens = token_stream(_batches_of_texts(rows, column, where), tokenizer)
-    sequences = Sequences(tokens, data.max_length, overlap=0 if split == "train" else 1)
+    texts = _batches_of_texts(rows, column, where)
+    if split == "train":
+        sequences = Sequences(token_stream(texts, tokenizer), data.max_length)
+    else:
+        tokens, num_bytes = counted_token_stream(texts, tokenizer)
+        sequences = Sequences(tokens, data.max_length, 1, num_bytes)
     if not len(sequences):
         needed = f"one sequence of data.max_length = {data.max_length}" if split == "train" else "2, a token to predict"
         raise ConfigError(
-            f"{where}: the text of column {column!r} has {len(tokens)} tokens in all, fewer than {needed}"
+            f"{where}: the text of column {column!r} has {len(sequences.tokens)} tokens in all, fewer than {needed}"
             + ("; lower it, or give more text" if split == "train" else "; give more text")
         )
     return sequences
@@ -86,18 +99,61 @@ def token_stream(batches: Iterable[Sequence[str]], tokenizer: Any) -> np.ndarray
     at the end of a text already, no second one follows. Texts of white space alone are left out. 4 bytes a token are
     held, and some 6 % to spare.
     """
-    end = tokenizer.eos_token_id
-    stream = array("i")
+    return _stream(batches, tokenizer, count=False)[0]
+
+
+def counted_token_stream(batches: Iterable[Sequence[str]], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`token_stream`, and the bytes that each token stands for: both (tokens of the stream,) int32.
+
+    Every byte of a text in UTF-8 counts for one token: the first whose end lies at or behind it, as the tokenizer
+    gives the places (offsets) of its tokens in the text. So white space between two tokens belongs to the second,
+    special tokens have no bytes, and the counts of a text add up to its length. What stands behind the last place, if
+    anything, belongs to the last token. A tokenizer that gives no places has a text's bytes spread evenly.
+    """
+    return _stream(batches, tokenizer, count=True)
+
+
+def _stream(batches: Iterable[Sequence[str]], tokenizer: Any, *, count: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and, if they are to be counted, bytes; else none of these."""
+    end, with_places = tokenizer.eos_token_id, count and tokenizer.is_fast
+    stream, num_bytes = array("i"), array("i")
     assert stream.itemsize == 4
     for texts in batches:
         texts = [text for text in texts if text.strip()]
         if not texts:
             continue
-        for ids in tokenizer(texts, return_attention_mask=False, return_token_type_ids=False)["input_ids"]:
+        encoded = tokenizer(
+            texts, return_attention_mask=False, return_token_type_ids=False, return_offsets_mapping=with_places
+        )
+        for i, ids in enumerate(encoded["input_ids"]):
             if stream and stream[-1] != end:
                 stream.append(end)
+                num_bytes.extend([0] * count)
             stream.extend(ids)
-    return np.frombuffer(stream, dtype=np.int32) if stream else np.empty(0, dtype=np.int32)
+            if count:
+                ends = [stop for _, stop in encoded["offset_mapping"][i]] if with_places else None
+                num_bytes.extend(_bytes_of_tokens(texts[i], len(ids), ends))
+    return _as_int32(stream), _as_int32(num_bytes)
+
+
+def _as_int32(values: array[int]) -> np.ndarray:
+    return np.frombuffer(values, dtype=np.int32) if values else np.empty(0, dtype=np.int32)
+
+
+def _bytes_of_tokens(text: str, num_tokens: int, ends: Sequence[int] | None) -> list[int]:
+    """How many of the bytes of ``text`` each token stands for; ``ends``: where in the text each ends, in characters."""
+    if not num_tokens:
+        return []
+    characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    widths = 1 + (characters >= 0x80) + (characters >= 0x800) + (characters >= 0x10000)
+    upto = np.concatenate([[0], np.cumsum(widths)])
+    if ends is None:
+        reached = upto[-1] * np.arange(1, num_tokens + 1) // num_tokens
+    else:
+        places = np.maximum.accumulate(np.clip(ends, 0, len(text)))
+        places[-1] = len(text)
+        reached = upto[places]
+    return np.diff(reached, prepend=0).tolist()
 
 
 def collate_sequences(sequences: Sequences, indices: Sequence[int]) -> dict[str, Tensor]:

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.train.config import ConfigError, DataConfig
+from pst_ds.train.data_config import PARQUET_BRANCH
 
 _FORMATS = {
     ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"
 }  # fmt: skip
 
 
-def read_rows(data: DataConfig, split: str, columns: Mapping[str, str]) -> Any:
+def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, nested: bool = False) -> Any:
     """One split as a ``datasets.Dataset`` that has ``columns``: of each, the setting of ``data`` that names it.
 
     A .txt file has the one column "text", and ``data.sample_by`` says what a row of it is. Raises ConfigError for a
-    file or column that is missing, and for a column that holds no plain values.
+    file or column that is missing, and for a column that holds no plain values. With ``nested`` a column may hold any
+    values, and be a path into them, such as "lex.text", which :func:`values_of` follows.
     """
     import datasets
 
@@ -27,18 +29,70 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str]) -> Any:
         raise ConfigError(f"data.{split} is not set; name a file, or a split of data.dataset")
     rows = _read_from_hub(data, where) if data.dataset else _read_local(where, split, data.sample_by)
     for column, setting in columns.items():
-        if column not in rows.column_names:
-            raise ConfigError(
-                f"{where} has no column {column!r}, which data.{setting} names. Columns: {', '.join(rows.column_names)}"
-            )
-        if not isinstance(rows.features[column], datasets.Value | datasets.ClassLabel):
+        top, *path = _path_of(column, rows) if nested else [column]
+        _require_column(rows, top, setting, where)
+        if nested:
+            _require_path(rows.features[top], path, column, setting, where)
+        elif not isinstance(rows.features[column], datasets.Value | datasets.ClassLabel):
             raise ConfigError(
                 f"{where}: column {column!r}, which data.{setting} names, holds {type(rows.features[column]).__name__} "
                 "values; only a plain text, number or label in each row can be read"
             )
     if not len(rows):
         raise ConfigError(f"{where} has no examples")
+    if split == "test" and data.test_rows:
+        column, wanted = data.test_rows
+        rows = _rows_with(rows, column, wanted, where)
     return rows
+
+
+def values_of(rows: Any, column: str) -> Iterable[Any]:
+    """The values of all rows at ``column``, a name or a path; a path leads through every item of a list."""
+    top, *path = _path_of(column, rows)
+    for value in rows[top]:
+        yield _value_at(value, path)
+
+
+def _path_of(column: str, rows: Any) -> list[str]:
+    return [column] if column in rows.column_names else column.split(".")
+
+
+def _value_at(value: Any, path: list[str]) -> Any:
+    if not path or value is None:
+        return value
+    if isinstance(value, list):
+        return [_value_at(item, path) for item in value]
+    return _value_at(value[path[0]], path[1:])
+
+
+def _require_column(rows: Any, column: str, setting: str, where: str) -> None:
+    if column not in rows.column_names:
+        raise ConfigError(
+            f"{where} has no column {column!r}, which data.{setting} names. Columns: {', '.join(rows.column_names)}"
+        )
+
+
+def _require_path(feature: Any, path: list[str], column: str, setting: str, where: str) -> None:
+    while hasattr(feature, "feature"):  # a list of
+        feature = feature.feature
+    if not path:
+        return
+    if not isinstance(feature, dict) or path[0] not in feature:
+        there = ", ".join(feature) if isinstance(feature, dict) else type(feature).__name__
+        raise ConfigError(f"{where}: {path[0]!r} of data.{setting} = {column!r} is not there, but {there}")
+    _require_path(feature[path[0]], path[1:], column, setting, where)
+
+
+def _rows_with(rows: Any, column: str, wanted: str, where: str) -> Any:
+    """The rows whose ``column`` has the value ``wanted``, as text."""
+    _require_column(rows, column, "test_rows", where)
+    values = [str(value) for value in rows[column]]
+    if wanted not in values:
+        raise ConfigError(
+            f"{where}: no row has {wanted!r} in column {column!r}, as data.test_rows asks; found are "
+            f"{', '.join(sorted(set(values))[:6])}"
+        )
+    return rows.select([row for row, value in enumerate(values) if value == wanted])
 
 
 def _read_local(where: str, split: str, sample_by: str) -> Any:
@@ -66,10 +120,16 @@ def _read_local(where: str, split: str, sample_by: str) -> Any:
 def _read_from_hub(data: DataConfig, split: str) -> Any:
     import datasets
 
+    options: dict[str, Any] = {"revision": data.revision or None}
+    if Path(data.dataset).is_dir():
+        options = {}
+    subset = {"data_dir" if data.revision == PARQUET_BRANCH else "name": data.subset or None}
     try:
-        return datasets.load_dataset(data.dataset, data.subset or None, split=split)
+        return datasets.load_dataset(data.dataset, split=split, **subset, **options)
     except Exception as error:
         reason = str(error).splitlines()[0]
+        if "scripts are no longer supported" in reason:
+            reason += f'; try data.revision = "{PARQUET_BRANCH}", where the hub may have converted it'
         raise ConfigError(f"data.dataset = {data.dataset!r}, split {split!r}, cannot be loaded: {reason}") from error
 
 

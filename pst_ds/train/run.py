@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -28,11 +29,13 @@ from pst_ds.parallel.launch import LaunchEnvironment, device_of, init_distribute
 from pst_ds.parallel.ranks import barrier, is_main, together, world_size
 from pst_ds.parallel.watchdog import watching
 from pst_ds.train import loop as training
+from pst_ds.train.calibration import activation_norms, load_norms, save_norms, set_norms
 from pst_ds.train.config import ConfigError, RunConfig
 from pst_ds.train.evaluate import predict
 from pst_ds.train.keeper import Keeper
 from pst_ds.train.metrics import MetricsWriter
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
+from pst_ds.train.objective import Objective, load_teacher, require_teacher
 from pst_ds.train.resume import Progress, restore
 from pst_ds.train.run_file import dump_run
 from pst_ds.train.run_folder import (
@@ -113,6 +116,7 @@ def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: l
     labels = labels or task_of(run).label_names(run.data)
     tokenizer = load_tokenizer(run)
     shapes = meta_model(run, labels, tokenizer, num_shards=launch.world_size)  # refuses what cannot be injected
+    require_teacher(run, shapes)
     resolved = None
     if raw is not None:
         numbers = RunNumbers(
@@ -174,11 +178,14 @@ def train_run(
     checkpoint = checkpoint_to_go_on_from(run, data.digest, quiet=quiet) if resume else None
     if checkpoint is None:
         set_aside_checkpoints(folder, restart=restart)
+    objective = Objective(run, together(lambda: load_teacher(run, prepared.labels, prepared.device)))
     _, engine = build(prepared, checkpoint)
     state = restore(engine, checkpoint, run) if checkpoint else None
     if is_main():
         _start_folder(folder, prepared)
     barrier()
+    if run.pst.magnitude == "activation" and run.mask_method.masks == "ramp":
+        _calibrate(prepared, engine, data.examples, resumed=checkpoint is not None)
     seconds = Progress.read(checkpoint).seconds if checkpoint else 0.0
     step = state.step if state else 0
     metrics = MetricsWriter(
@@ -187,7 +194,7 @@ def train_run(
     keeper = _keeper(prepared, engine, data)
     loop = training.Loop(
         run, engine, run.make_schedule(data.num_steps), data.examples, prepared.tokenizer, data.num_steps,
-        prepared.device, metrics, keeper.after_step,
+        prepared.device, metrics, objective, keeper.after_step,
     )  # fmt: skip
     keeper.start(loop, checkpoint)
     state, final = _train_to_the_end(loop, keeper, state, folder / STALLS)
@@ -212,6 +219,26 @@ def _load(prepared: Prepared) -> _Data:
     validation = together(lambda: prepared.load("validation")) if run.data.validation else None
     digest = require_same_everywhere(examples.digest, "data.train", run.data.train)
     return _Data(examples, validation, digest, run.num_steps(len(examples)))
+
+
+def _calibrate(prepared: Prepared, engine: Engine, examples: ExampleSet, *, resumed: bool) -> None:
+    """Give the scores the norms of their inputs; those of a run that is continued are the ones it began with.
+
+    Collective.
+    """
+    run, folder = prepared.run, Path(prepared.run.output_dir)
+    if resumed:
+        set_norms(engine.module, together(lambda: load_norms(folder, engine.module)))
+        return
+    chosen = random.Random(f"{run.seed}/calibration").sample(
+        range(len(examples)), min(run.pst.calibration_examples, len(examples))
+    )
+    norms = activation_norms(
+        engine, prepared.task, examples, chosen, prepared.tokenizer, run.eval_batch_size, prepared.device
+    )
+    if is_main():
+        save_norms(folder, norms)
+    set_norms(engine.module, norms)
 
 
 def _keeper(prepared: Prepared, engine: Engine, data: _Data) -> Keeper:

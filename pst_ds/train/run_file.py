@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pst_ds.nn.config import PAPER, PSTConfig
-from pst_ds.train.config import ConfigError, RunConfig
+from pst_ds.train.config import ConfigError, DataConfig, RunConfig
+from pst_ds.train.presets import with_data_preset
 
 T = TypeVar("T")
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER}
@@ -38,8 +39,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def run_from_table(table: dict[str, Any]) -> RunConfig:
-    """A RunConfig from nested tables. ``pst.preset`` sets what the table does not."""
-    table = dict(table)
+    """A RunConfig from nested tables. ``pst.preset`` and ``data.preset`` set what the table does not."""
+    table = with_data_preset(dict(table))
     pst = table.get("pst", {})
     if isinstance(pst, dict) and "preset" in pst:
         preset = pst["preset"]
@@ -108,7 +109,7 @@ def _build(cls: type[T], table: Any, prefix: str) -> T:
     hints = typing.get_type_hints(cls)
     for key in table:
         if key not in fields:
-            known = [*fields, "preset"] if cls is PSTConfig else list(fields)
+            known = [*fields, "preset"] if cls in (PSTConfig, DataConfig) else list(fields)
             near = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" Known keys: {', '.join(known)}"
             raise ConfigError(f"unknown key '{prefix}{key}'.{hint}")

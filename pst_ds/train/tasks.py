@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from pst_ds.train import data as texts
-from pst_ds.train import packing
-from pst_ds.train.config import ConfigError, DataConfig, RunConfig, TaskName
+from pst_ds.train import data_to_text, generation, packing, regression
+from pst_ds.train.config import ConfigError, DataConfig, EvalConfig, RunConfig, TaskName
+from pst_ds.train.text_metrics import text_metrics
 
 
 class ExampleSet(Protocol):
@@ -46,7 +47,7 @@ class Task(Protocol):
     new_head: bool
     """Whether the model may have weights that the pretrained one lacks; they are drawn anew."""
     lower_is_better: bool
-    """Of its metrics."""
+    """Of the metric that chooses the best checkpoint."""
 
     def model_class(self) -> Any:
         """The ``Auto`` class of transformers that builds its model."""
@@ -89,6 +90,9 @@ class Classification:
     new_head = True
     lower_is_better = False
 
+    def __init__(self, metric: str = ""):
+        self._metric = metric
+
     def model_class(self) -> Any:
         from transformers import AutoModelForSequenceClassification
 
@@ -98,7 +102,13 @@ class Classification:
         pass
 
     def label_names(self, data: DataConfig) -> list[str]:
-        return texts.label_names(data)
+        names = texts.label_names(data)
+        if self._metric == "f1" and len(names) != 2:
+            raise ConfigError(
+                f"eval.metric = 'f1' is that of the second of two classes, and data.train has {len(names)}; set "
+                'eval.metric = "macro_f1"'
+            )
+        return names
 
     def config_options(self, labels: Sequence[str]) -> dict[str, Any]:
         ids = dict(enumerate(labels))
@@ -117,6 +127,26 @@ class Classification:
         return classification_metrics(outcomes, examples.labels)
 
 
+class Regression(Classification):
+    """A number for a text or a pair of texts, by the squared error; outcomes are predictions, (examples, 1) fp32."""
+
+    def __init__(self, metric: str = ""):
+        super().__init__(metric)
+        self.lower_is_better = metric == "mse"
+
+    def label_names(self, data: DataConfig) -> list[str]:
+        return []
+
+    def config_options(self, labels: Sequence[str]) -> dict[str, Any]:
+        return {"num_labels": 1, "problem_type": "regression"}
+
+    def load(self, data: DataConfig, split: str, tokenizer: Any, labels: Sequence[str]) -> texts.Examples:
+        return regression.load_scored_texts(data, split, tokenizer)
+
+    def metrics(self, outcomes: np.ndarray, examples: texts.Examples) -> dict[str, float]:
+        return regression.regression_metrics(outcomes[:, 0], examples.labels)
+
+
 class CausalLM:
     """The next token of text; outcomes are the sums of the token losses of each sequence, (sequences, 1) float64."""
 
@@ -131,24 +161,7 @@ class CausalLM:
         return AutoModelForCausalLM
 
     def check_model(self, data: DataConfig, config: Any, tokenizer: Any) -> None:
-        if tokenizer.eos_token_id is None:
-            raise ConfigError(
-                "the tokenizer has no end-of-text token (eos_token), which task 'causal-lm' puts between documents; "
-                "name the language model's own tokenizer with model.tokenizer"
-            )
-        _refuse_encoder(config)
-        vocabulary = config.get_text_config().vocab_size
-        if max(tokenizer.vocab_size, tokenizer.eos_token_id + 1) > vocabulary:
-            raise ConfigError(
-                f"the tokenizer has {len(tokenizer)} tokens and the end-of-text token {tokenizer.eos_token_id}, the "
-                f"model only {vocabulary} (vocab_size); name the model's own tokenizer with model.tokenizer"
-            )
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
-        if 0 < positions < data.max_length:
-            raise ConfigError(
-                f"data.max_length = {data.max_length} is more than the {positions} positions of the model "
-                f"(max_position_embeddings); set it to at most {positions}"
-            )
+        _check_causal_model(data, config, tokenizer, "'causal-lm', which puts it between documents")
 
     def label_names(self, data: DataConfig) -> list[str]:
         return []
@@ -166,40 +179,107 @@ class CausalLM:
         return np.array([[_loss_sum(of, ids)] for of, ids in zip(logits, batch["labels"], strict=True)])
 
     def metrics(self, outcomes: np.ndarray, examples: packing.Sequences) -> dict[str, float]:
-        return language_model_metrics(outcomes[:, 0], sum(examples.lengths) - len(examples))
+        num_predicted = sum(examples.lengths) - len(examples)
+        return language_model_metrics(outcomes[:, 0], num_predicted, examples.predicted_bytes)
+
+
+class DataToText(CausalLM):
+    """The text that tells some data, after the data; outcomes are the sum of the losses of its tokens, and how many
+    these are: (examples, 2) float64. ``pst-ds eval`` and ``verify`` also have texts written, and score them."""
+
+    unit = "examples"
+    pads = True
+
+    def __init__(self, settings: EvalConfig):
+        self.settings = settings
+
+    def check_model(self, data: DataConfig, config: Any, tokenizer: Any) -> None:
+        _check_causal_model(data, config, tokenizer, "'data-to-text', which ends texts with it")
+        positions = _positions(config)
+        if 0 < positions <= self.settings.max_new_tokens + 1:
+            raise ConfigError(
+                f"eval.max_new_tokens = {self.settings.max_new_tokens} leaves no room for data in the {positions} "
+                "positions of the model (max_position_embeddings); lower it"
+            )
+
+    def load(self, data: DataConfig, split: str, tokenizer: Any, labels: Sequence[str]) -> Any:
+        return data_to_text.load_pairs(data, split, tokenizer)
+
+    def collate(self, examples: Any, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
+        return data_to_text.collate_pairs(examples, indices, tokenizer)
+
+    def outcomes(self, logits: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
+        predicted = (batch["labels"] != data_to_text.IGNORED).sum(1).tolist()
+        sums = super().outcomes(logits, batch)[:, 0]
+        return np.array([*zip(sums, predicted, strict=True)], dtype=np.float64)
+
+    def metrics(self, outcomes: np.ndarray, examples: Any) -> dict[str, float]:
+        return language_model_metrics(outcomes[:, 0], int(outcomes[:, 1].sum()))
+
+    def write(self, model: Any, examples: Any, tokenizer: Any, batch_size: int, device: str) -> list[str]:
+        """What a whole ``model`` of transformers writes for each distinct piece of data."""
+        positions = _positions(model.config)
+        room = positions - self.settings.max_new_tokens if positions else examples.max_length
+        return generation.write_texts(model, examples.prompts(room), tokenizer, self.settings, batch_size, device)
+
+    def text_metrics(self, written: Sequence[str], examples: Any) -> dict[str, float]:
+        """BLEU, ROUGE-L and chrF of the texts that :meth:`write` returned."""
+        return text_metrics(written, examples.references)
 
 
 def task_of(run: RunConfig) -> Task:
     """The task of a run."""
-    return _TASKS[run.task]
+    return _TASKS[run.task](run)
 
 
-_TASKS: dict[TaskName, Task] = {"classification": Classification(), "causal-lm": CausalLM()}
+_TASKS: dict[TaskName, Callable[[RunConfig], Task]] = {
+    "classification": lambda run: Classification(run.metric),
+    "regression": lambda run: Regression(run.metric),
+    "causal-lm": lambda run: CausalLM(),
+    "data-to-text": lambda run: DataToText(run.eval),
+}
 
 
-def classification_metrics(logits: np.ndarray, labels: list[int]) -> dict[str, float]:
-    """Accuracy, macro-averaged F1 and Matthews' correlation, as scikit-learn computes them."""
+def classification_metrics(logits: np.ndarray, labels: Sequence[float]) -> dict[str, float]:
+    """Accuracy, macro-averaged F1 and Matthews' correlation, as scikit-learn computes them; of two classes also the F1
+    of the second, as GLUE has it."""
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     predicted = logits.argmax(-1)
-    return {
+    metrics = {
         "accuracy": float(accuracy_score(labels, predicted)),
         "macro_f1": float(f1_score(labels, predicted, average="macro")),
         "matthews_correlation": float(matthews_corrcoef(labels, predicted)),
     }
+    if logits.shape[1] == 2:
+        metrics["f1"] = float(f1_score(labels, predicted, zero_division=0.0))
+    return metrics
 
 
-def language_model_metrics(loss_sums: np.ndarray, num_predicted: int) -> dict[str, float]:
-    """Mean loss of a predicted token (nats) and perplexity, its exponential.
+def language_model_metrics(loss_sums: np.ndarray, num_predicted: int, num_bytes: int | None = None) -> dict[str, float]:
+    """Mean loss of a predicted token (nats) and perplexity, its exponential; and the same of a byte of text.
 
     ``loss_sums`` is (sequences,) float64; its sum is correctly rounded, so it does not depend on an order.
+    ``num_bytes``: of the text that the predicted tokens stand for, in UTF-8, as :func:`packing.counted_token_stream`
+    counts them. ``byte_perplexity`` is exp(sum / bytes) and ``bits_per_byte`` its binary logarithm; unlike perplexity
+    they can be compared between tokenizers. The loss of end-of-text and other special tokens, which have no bytes, is
+    in the sum.
     """
-    loss = math.fsum(loss_sums.tolist()) / num_predicted
-    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700.0 else math.inf}
+    total = math.fsum(loss_sums.tolist())
+    loss = total / num_predicted
+    metrics = {"loss": loss, "perplexity": _exponential(loss)}
+    if num_bytes:
+        metrics["byte_perplexity"] = _exponential(total / num_bytes)
+        metrics["bits_per_byte"] = total / num_bytes / math.log(2)
+    return metrics
+
+
+def _exponential(loss: float) -> float:
+    return math.exp(loss) if loss < 700.0 else math.inf
 
 
 def _loss_sum(logits: Tensor, ids: Tensor) -> float:
-    """Sum of the losses of all tokens of one sequence but its first.
+    """Sum of the losses of all tokens of one sequence but its first, and but those with the label -100.
 
     ``logits`` (length, vocabulary), ``ids`` (length,): one sequence at a time, for its fp32 logits may be large.
     """
@@ -207,7 +287,33 @@ def _loss_sum(logits: Tensor, ids: Tensor) -> float:
     return float(losses.sum(dtype=torch.float64))
 
 
-def _refuse_encoder(config: Any) -> None:
+def _check_causal_model(data: DataConfig, config: Any, tokenizer: Any, task: str) -> None:
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"the tokenizer has no end-of-text token (eos_token) for task {task}; name the language model's own "
+            "tokenizer with model.tokenizer"
+        )
+    _refuse_encoder(config, task.partition(",")[0])
+    vocabulary = config.get_text_config().vocab_size
+    if max(tokenizer.vocab_size, tokenizer.eos_token_id + 1) > vocabulary:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens and the end-of-text token {tokenizer.eos_token_id}, the "
+            f"model only {vocabulary} (vocab_size); name the model's own tokenizer with model.tokenizer"
+        )
+    positions = _positions(config)
+    if 0 < positions < data.max_length:
+        raise ConfigError(
+            f"data.max_length = {data.max_length} is more than the {positions} positions of the model "
+            f"(max_position_embeddings); set it to at most {positions}"
+        )
+
+
+def _positions(config: Any) -> int:
+    """How many a model has; 0 for no limit that its config names."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+
+
+def _refuse_encoder(config: Any, task: str) -> None:
     """BERT and its like have a causal class in transformers, which looks both ways unless the config says otherwise."""
     from transformers.models.auto import modeling_auto as known
 
@@ -215,5 +321,5 @@ def _refuse_encoder(config: Any) -> None:
     if both_ways and not getattr(config, "is_decoder", True):
         raise ConfigError(
             f"the model is a {config.model_type} whose config says is_decoder = false: it sees the tokens that task "
-            "'causal-lm' has it predict. Name a causal language model (GPT-2, Llama, Qwen, ...)"
+            f"{task} has it predict. Name a causal language model (GPT-2, Llama, Qwen, ...)"
         )

@@ -1,5 +1,7 @@
 """Keys of scores: native loops and their torch twins give the same bits, and keys sort as scores do."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,37 @@ def test_native_score_keys_are_those_of_importance_to_the_bit(dtype, shape, opti
     terms = tile(*shape, seed=2, **options)
     expected = order_keys(importance(weight, terms, constants, scale))
     assert torch.equal(score_keys(weight, terms, constants, scale), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 65), (5, 200)])
+@pytest.mark.parametrize("of_rows", [True, False])
+@pytest.mark.parametrize("constants", [Constants(beta=0.3), Constants(magnitude=False), Constants(multiplicative=True)])
+def test_norms_and_kinds_of_scores_give_the_same_bits_natively(dtype, shape, of_rows, constants, without_native):
+    require_native()
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(*shape, generator=generator).to(dtype)
+    norms = torch.rand(shape[0 if of_rows else 1], generator=generator) * 3.0
+    terms = replace(tile(*shape, seed=2), **{"row_norms" if of_rows else "col_norms": norms})
+    found = score_keys(weight, terms, constants, 0.0123)
+    assert torch.equal(found, order_keys(importance(weight, terms, constants, 0.0123)))
+    assert torch.equal(found, without_native(lambda: score_keys(weight, terms, constants, 0.0123)))
+    rows, cols = torch.meshgrid(torch.arange(shape[0]), torch.arange(shape[1]), indexing="ij")
+    rows, cols = rows.flatten(), cols.flatten()
+    assert torch.equal(keys_at(weight.flatten(), rows, cols, terms, constants, 0.0123), found.flatten())
+
+
+def test_scores_of_every_kind_are_the_written_out_formula():
+    weight, terms = torch.randn(6, 40), tile(6, 40, seed=3)
+    norms = torch.rand(40)
+    rest = terms.score_left @ terms.score_right + terms.score_rows.unsqueeze(1) + terms.score_cols
+    update = terms.update_left @ terms.update_right
+    for constants, tiles, expected in (
+        (Constants(), replace(terms, col_norms=norms), (weight + update).abs() * norms / 0.5 + rest),
+        (Constants(magnitude=False), terms, rest),
+        (Constants(multiplicative=True), terms, weight.abs() / 0.5 + rest),  # masks are chosen before the update
+    ):
+        assert torch.allclose(importance(weight, tiles, constants, 0.5), expected, atol=1e-5)
 
 
 def test_keys_at_are_the_rectangles_keys():

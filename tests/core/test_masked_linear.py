@@ -82,6 +82,7 @@ def reference(case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     state, parts = case.state, case.state.layout.parts
     leaves = {n: getattr(state.factors, n).double() for n in "ABRCUV" if getattr(state.factors, n) is not None}
     leaves |= {"x": case.x.double(), "weight": state.weight.double(), "bias": case.bias.double()}
+    norms = 1.0 if state.factors.norms is None else state.factors.norms.double()
     for leaf in leaves.values():
         leaf.requires_grad_()
 
@@ -93,10 +94,11 @@ def reference(case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
     width = OUTPUTS // parts
     dense = leaves["weight"].t() if state.layout.transposed else leaves["weight"]
-    merged = dense + state.constants.beta * by_part("U", "V")
+    update = by_part("U", "V") * (dense if state.constants.multiplicative else 1.0)
+    merged = dense + state.constants.beta * update
     magnitude = merged.detach().abs() if state.constants.detach_magnitude else merged.abs()
     scale = torch.tensor(state.weight_scales, dtype=torch.float64).repeat_interleave(width).unsqueeze(1)
-    scores = magnitude / scale + state.constants.alpha1 * by_part("A", "B")
+    scores = magnitude * norms / scale * state.constants.magnitude + state.constants.alpha1 * by_part("A", "B")
     if "R" in leaves:
         by_column = leaves["C"].repeat_interleave(width, 0)
         scores = scores + state.constants.alpha2 * (leaves["R"].unsqueeze(1) + by_column)
@@ -167,6 +169,62 @@ def test_a_trained_weight_has_the_gradient_g_times_m(layout, scores_train):
     assert torch.equal(found.weight != 0, grad != 0)
     names = [*UPDATE_NAMES, *(SCORE_NAMES if scores_train else "")]
     assert_gradients(found, reference(case)[1], names)
+
+
+@each_layout
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_input_norms_weigh_the_magnitude(layout, budget):
+    """S has |W| . 1 n', so dW has G . |W| . 1 n'."""
+    norms = torch.rand(INPUTS, generator=torch.Generator().manual_seed(3)) * 4.0
+    case = make_case(layout)
+    case = make_case(layout, factors=dataclasses.replace(case.state.factors, norms=norms))
+    assert_gradients(case.gradients(budget), reference(case)[1], ["x", "bias", *SCORE_NAMES, *UPDATE_NAMES])
+
+
+@each_layout
+def test_scores_without_magnitude_have_no_path_to_the_update(layout):
+    case = make_case(layout, constants=dataclasses.replace(CONSTANTS, magnitude=False))
+    detached = make_case(layout, constants=dataclasses.replace(CONSTANTS, detach_magnitude=True))
+    found, expected = case.gradients(BY_INPUTS), detached.gradients(BY_INPUTS)
+    assert_gradients(found, reference(case)[1], ["x", *SCORE_NAMES, *UPDATE_NAMES])
+    assert all(torch.equal(getattr(found, n), getattr(expected, n)) for n in UPDATE_NAMES)
+
+
+@each_layout
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_multiplicative_update_has_the_gradient_of_its_formula(layout, budget):
+    """W = W0 + beta W0 . (U V) under a fixed mask."""
+    own = make_case(layout).state.factors
+    constants = dataclasses.replace(CONSTANTS, multiplicative=True)
+    case = make_case(layout, constants=constants, factors=Factors(U=own.U, V=own.V), scores_train=False)
+    y, expected = reference(case)
+    assert relative_error(forward(case.x, case.bias, case.state), y) <= 1e-6
+    assert_gradients(case.gradients(budget), expected, ["x", "bias", *UPDATE_NAMES])
+    zero = case.state.weight.clone()
+    zero[3] = 0.0
+    merged = dataclasses.replace(case.state, weight=zero).masked_weight()
+    assert not merged[3].any()
+    assert merged.count_nonzero() > 0
+
+
+@each_layout
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_score_of_each_weight_has_the_gradient_g_times_w(layout, budget):
+    """With U and V, and without factors; whatever the mask keeps."""
+    for names in ("ABRC", "ABRCUV"):
+        whole = make_case(layout)
+        case = make_case(layout, factors=without(whole.state.factors, names), scores_train=True)
+        tile_bytes = int(budget * least_tile_bytes(layout, 4))
+        found = backward(
+            case.x, case.grad_y, case.state, need_x=False, need_weight=True, need_bias=False, need_scores=True,
+            tile_bytes=tile_bytes,
+        )  # fmt: skip
+        parts = zip(whole.state.factors.U.chunk(layout.parts), whole.state.factors.V.chunk(layout.parts), strict=True)
+        weight = case.state.weight.t() if layout.transposed else case.state.weight
+        if names == "ABRC":
+            weight = weight + CONSTANTS.beta * torch.cat([u @ v for u, v in parts])
+        grad = (case.grad_y.double().t() @ case.x.double()) * weight.double()
+        assert relative_error(found.S, grad.t() if layout.transposed else grad) <= 1e-6
 
 
 def without(factors: Factors, names: str) -> Factors:

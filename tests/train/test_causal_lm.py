@@ -193,6 +193,9 @@ def test_metrics_are_those_of_their_definitions():
     found = tasks.language_model_metrics(np.array([3.0, 1.0, 2.0]), 4)
     assert found == {"loss": 1.5, "perplexity": pytest.approx(math.e**1.5)}
     assert tasks.language_model_metrics(np.array([1e5]), 2)["perplexity"] == math.inf
+    found = tasks.language_model_metrics(np.array([3.0, 1.0, 2.0]), 4, num_bytes=8)
+    assert (found["byte_perplexity"], found["bits_per_byte"]) == pytest.approx((math.e**0.75, 0.75 * math.log2(math.e)))
+    assert tasks.language_model_metrics(np.array([1e5]), 2, num_bytes=2)["byte_perplexity"] == math.inf
     logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.125, 0.125, 0.75], [0.9, 0.05, 0.05]]]))
     (loss,) = tasks.CausalLM().outcomes(logits, {"labels": torch.tensor([[0, 1, 2]])})[0]
     assert loss == pytest.approx(math.log(4) + math.log(4 / 3))  # 1 after the first, 2 after the second
@@ -202,7 +205,7 @@ def test_every_token_of_a_batch_is_counted_and_the_loss_is_its_mean(tmp_path):
     prepared = _prepared(tmp_path, **{"train.gradient_accumulation_steps": 2})
     _, engine = build(prepared)
     loop = loop_module.Loop(
-        prepared.run, engine, None, prepared.load("train"), prepared.tokenizer, 6, "cpu", None, lambda state: None
+        prepared.run, engine, None, prepared.load("train"), prepared.tokenizer, 6, "cpu", None, None, lambda state: None
     )
     micro_batches, tokens = next(loop_module._batches(loop, 0))
     assert tokens == 2 * 6 * 32
@@ -219,7 +222,7 @@ def test_padding_is_not_counted_among_tokens(tmp_path):
     run = load_run("tests/data/world_size.toml", ["deepspeed_config=", f"output_dir={tmp_path}"])
     prepared = prepare(run, LaunchEnvironment(0, 1, 0))
     loop = loop_module.Loop(
-        run, None, None, prepared.load("train"), prepared.tokenizer, 6, "cpu", None, lambda state: None
+        run, None, None, prepared.load("train"), prepared.tokenizer, 6, "cpu", None, None, lambda state: None
     )
     (batch,), tokens = next(loop_module._batches(loop, 0))
     assert tokens == int(batch["attention_mask"].sum()) < batch["input_ids"].numel()

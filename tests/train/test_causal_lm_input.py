@@ -46,7 +46,7 @@ def test_settings_that_do_not_fit_the_task_are_refused(tmp_path):
     assert "is not a metric of task 'classification'; choose from 'accuracy', 'macro_f1', 'matthews_cor" in message
     assert "must name one column for task 'causal-lm'" in _refusal(tmp_path, **{"data.text_columns": ["a", "b"]})
     assert "data.max_length = 1 must be at least 2" in _refusal(tmp_path, **{"data.max_length": 1})
-    assert "task = 'lm' must be one of 'classification', 'causal-lm'" in _refusal(tmp_path, task="lm")
+    assert "task = 'lm' must be one of 'classification', 'regression', 'causal-lm'" in _refusal(tmp_path, task="lm")
 
 
 def test_sequences_longer_than_the_model_s_positions_are_refused(tmp_path):

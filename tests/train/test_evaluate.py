@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.evaluate import predict
+from pst_ds.train.evaluate import _differing, predict
 from pst_ds.train.run import build, prepare
 from pst_ds.train.run_file import load_run
 from pst_ds.train.tasks import classification_metrics
@@ -40,3 +41,13 @@ def test_metrics_are_those_of_their_definitions():
     assert found["macro_f1"] == pytest.approx((2 / 3 + 1 / 2 + 2 / 3) / 3)
     # correct * all - sum(true * predicted), over the root of the two spreads (Gorodkin 2004)
     assert found["matthews_correlation"] == pytest.approx((3 * 5 - (1 * 2 + 2 * 2 + 2 * 1)) / 16)
+
+
+def test_a_number_differs_beyond_its_rounding():
+    """Of a single output there is no largest one to compare."""
+    ours = torch.tensor([[1.0], [200.0], [0.0], [float("nan")]])
+    assert _differing(ours, ours) == 1  # a NaN is not the same
+    assert _differing(ours[:3], ours[:3] * 1.01) == 2
+    assert _differing(ours[:3], ours[:3] * (1 + 2**-22)) == 0
+    assert _differing(ours[:3].bfloat16(), (ours[:3] * (1 + 2**-7)).bfloat16()) == 0
+    assert _differing(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.5]])) == 1

@@ -21,6 +21,7 @@ from pst_ds.train.loop import DivergedError, Loop, learning_rate_factor, train
 from pst_ds.train.mask_update import mask_stats
 from pst_ds.train.metrics import MetricsWriter
 from pst_ds.train.model import parameter_groups
+from pst_ds.train.objective import Objective
 from pst_ds.train.run import build, prepare, train_run
 from pst_ds.train.run_file import load_run
 from pst_ds.train.run_folder import open_checkpoint
@@ -49,6 +50,7 @@ class _Ready:
         self.folder = Path(folder)
         self.loop = Loop(
             run, self.engine, self.schedule, examples, prepared.tokenizer, run.train.num_steps, "cpu", self.metrics,
+            Objective(run),
             lambda state: seen(self.module, state),
         )  # fmt: skip
 

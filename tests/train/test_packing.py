@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import processors
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pst_ds.train import packing
 from pst_ds.train.config import ConfigError, DataConfig
-from pst_ds.train.packing import Sequences, collate_sequences, load_sequences, token_stream
+from pst_ds.train.packing import Sequences, collate_sequences, counted_token_stream, load_sequences, token_stream
 
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny-llama"
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)
@@ -183,3 +183,72 @@ def test_files_that_are_not_there_or_not_read(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     message = _refusal(load_sequences, _data(tmp_path / "empty.txt"), "train", TOKENIZER)
     assert str(tmp_path / "empty.txt") in message
+
+
+# --- bytes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """A byte-level BPE, which cuts letters of several bytes into several tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the warm film", "the plot of the film is dull"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+@given(st.lists(st.text(st.sampled_from("the fılm é漢字😀\u0301 \n"), max_size=12), max_size=4))
+def test_the_bytes_of_a_document_add_up_to_its_length(byte_level, texts):
+    texts = [text for text in texts if text.strip()]
+    tokens, num_bytes = counted_token_stream([texts], byte_level)
+    assert tokens.tolist() == token_stream([texts], byte_level).tolist()
+    assert len(num_bytes) == len(tokens)
+    ends = [i for i, token in enumerate(tokens.tolist()) if token == 0]
+    assert [int(num_bytes[i]) for i in ends] == [0] * max(0, len(texts) - 1)
+    pieces = np.split(num_bytes, ends) if texts else []
+    assert [int(piece.sum()) for piece in pieces] == [len(text.encode("utf-8")) for text in texts]
+
+
+def test_which_token_has_which_bytes(byte_level):
+    tokens, num_bytes = counted_token_stream([["the é"]], byte_level)
+    # é is two tokens of one byte each; both end behind the letter, so the first has its bytes
+    assert (len(tokens), num_bytes.tolist()[-2:], int(num_bytes.sum())) == (len(num_bytes), [2, 0], 6)
+    tokens, num_bytes = counted_token_stream([[" film  plot ", "warm"]], TOKENIZER)
+    assert tokens.tolist() == [START, WORDS["film"], WORDS["plot"], END, START, WORDS["warm"]]
+    assert num_bytes.tolist() == [0, 5, 7, 0, 0, 4]  # white space belongs to the next word, the last to the last
+
+
+def test_a_tokenizer_without_places_spreads_the_bytes():
+    class Slow:
+        eos_token_id, is_fast = END, False
+
+        def __call__(self, texts, **options):
+            assert not options["return_offsets_mapping"]
+            return {"input_ids": [[5, 6, 7] for _ in texts]}
+
+    _, num_bytes = counted_token_stream([["äöüß", "abcdefg"]], Slow())
+    assert num_bytes.tolist() == [2, 3, 3, 0, 2, 2, 3]
+
+
+@given(st.integers(2, 30), st.integers(2, 9), st.integers(1, 8))
+def test_the_first_token_s_bytes_are_not_predicted(count, length, first):
+    num_bytes = np.arange(1, count + 1, dtype=np.int32)
+    sequences = Sequences(np.zeros(count, dtype=np.int32), length, 1, num_bytes)
+    assert sequences.predicted_bytes == sum(range(2, count + 1))
+    some = sequences.first(first)
+    assert some.predicted_bytes == sum(range(2, len(some.tokens) + 1))
+    assert len(some.num_bytes) == len(some.tokens)
+    assert Sequences(sequences.tokens, length).predicted_bytes is None
+
+
+def test_only_evaluation_counts_bytes(tmp_path):
+    path = _write(tmp_path / "texts.jsonl", DOCUMENTS)
+    train, validation = (load_sequences(_data(path), split, TOKENIZER) for split in ("train", "validation"))
+    assert train.predicted_bytes is None
+    assert validation.predicted_bytes == sum(len(text) for text in DOCUMENTS)  # a start token comes before the first

@@ -1,0 +1,137 @@
+"""``pst-ds prune RUN_FILE --method METHOD --out DIR``: the run's pretrained model, pruned once on calibration text."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from pst_ds.cli.main import add_run_arguments, load_run_or_folder
+
+METHODS = ("magnitude", "wanda", "sparsegpt")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser, "run file (TOML) that names the model, the layers and the text")
+    parser.add_argument("--method", required=True, choices=METHODS)
+    parser.add_argument("--out", required=True, metavar="DIR", help="model folder to write, dense with zeros")
+    parser.add_argument(
+        "--sparsity", type=float, metavar="S", help="fraction of zeros (default: schedule.final_sparsity, or 1 - N/M)"
+    )
+    parser.add_argument(
+        "--pattern", default="", metavar="P",
+        help='row, matrix, N:M or blocks (default: pst.pattern, but row instead of matrix for wanda and sparsegpt)',
+    )  # fmt: skip
+    parser.add_argument(
+        "--samples", type=_count, default=128, metavar="N", help="examples of data.train to calibrate on (default: 128)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of examples (default: 0)")
+    parser.add_argument(
+        "--shard-bytes", type=_count, default=5 << 30, metavar="B", help="most bytes of a weight file (default: 5 GiB)"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    start, config = time.perf_counter(), load_run_or_folder(args)
+    from pst_ds.export.base_weights import BaseWeights
+    from pst_ds.export.from_folder import copy_beside
+    from pst_ds.export.plan import require_space
+    from pst_ds.prune.base_model import load_base
+    from pst_ds.prune.folder import record_of, require_free, write_folder
+    from pst_ds.train.model import attention_options
+
+    out, path = Path(args.out), config.model.path
+    require_free(out, path)
+    model, base = load_base(path, **attention_options(config)), BaseWeights(path, "").folder
+    require_space(out, sum(param.nbytes for param in model.parameters()))
+    layers, about, seconds = _pruned(model, config, args)
+    record = record_of(layers, about)
+    write_folder(model, record, out, shard_bytes=args.shard_bytes, copy_beside=lambda to: copy_beside(base, to))
+    result = {key: value for key, value in record.items() if key not in ("format", "layers")}
+    result |= {"out": args.out, "num_layers": len(layers)}
+    result |= {"prune_seconds": seconds, "seconds": time.perf_counter() - start}
+    print(_summary(result))
+    return result
+
+
+def _pruned(model: Any, config: Any, args: argparse.Namespace) -> tuple[list[Any], dict[str, Any], float]:
+    """Prune ``model`` in place: (its layers, what the record says of the run, how long it took)."""
+    import torch
+
+    from pst_ds.nn.checkpoint_model import base_fingerprint
+    from pst_ds.nn.targets import find_targets
+    from pst_ds.prune.model import prune_model
+    from pst_ds.prune.rules import layer_rules, settings_for, share_of_zeros
+    from pst_ds.train.model import DTYPES
+
+    settings = settings_for(model, config.pst, args.method, args.pattern)
+    share = share_of_zeros(settings, args.sparsity, config.schedule.final_sparsity)
+    rules = layer_rules(find_targets(model, settings), settings, args.method, share)
+    batches = [] if args.method == "magnitude" else _calibration(config, model.config, args)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    start = time.perf_counter()
+    layers = prune_model(model, rules, args.method, batches, device=device, dtype=DTYPES[config.train.precision])
+    seconds = time.perf_counter() - start
+    about = {
+        "method": args.method,
+        "pattern": settings.pattern,
+        "sparsity_asked": share,
+        "base_model": config.model.path,
+        "base_fingerprint": base_fingerprint(config.model.path),
+        **(_text(config, batches, args) if batches else {}),
+    }
+    return layers, about, seconds
+
+
+def _calibration(config: Any, model_config: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Model inputs of some examples of data.train, drawn without repetition; short and long ones are in other batches.
+
+    Raises ConfigError for data or a tokenizer that do not do, and PruneError for fewer examples than asked for.
+    """
+    from pst_ds.prune.errors import PruneError
+    from pst_ds.train.model import load_tokenizer
+    from pst_ds.train.tasks import task_of
+
+    task, tokenizer = task_of(config), load_tokenizer(config)
+    task.check_model(config.data, model_config, tokenizer)
+    examples = task.load(config.data, "train", tokenizer, task.label_names(config.data))
+    if len(examples) < args.samples:
+        raise PruneError(
+            f"data.train has {len(examples)} {task.unit}, fewer than --samples {args.samples}; lower it"
+            + (f", or data.max_length = {config.data.max_length}" if not task.pads else "")
+        )
+    lengths, size = examples.lengths, config.eval_batch_size
+    drawn = random.Random(args.seed).sample(range(len(examples)), args.samples)
+    drawn.sort(key=lambda i: lengths[i])
+    batches = [task.collate(examples, drawn[at : at + size], tokenizer) for at in range(0, len(drawn), size)]
+    return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+
+
+def _text(config: Any, batches: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """What the record says of the calibration."""
+    tokens = sum(int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in batches)
+    return {
+        "data": config.data.train,
+        "max_length": config.data.max_length,
+        "samples": args.samples,
+        "tokens": tokens,
+        "seed": args.seed,
+        "precision": config.train.precision,
+    }
+
+
+def _summary(result: dict[str, Any]) -> str:
+    text = f", on {result['samples']} examples of {result['tokens']:,} tokens" if "tokens" in result else ""
+    return (
+        f"wrote {result['out']}: {result['method']}, pattern {result['pattern']}, {result['num_layers']} layers, "
+        f"sparsity {result['sparsity_counted']:.6f} counted, {result['sparsity_asked']} asked{text}; pruned in "
+        f"{result['prune_seconds']:.1f} s, {result['seconds']:.1f} s in all"
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)

@@ -1,0 +1,51 @@
+"""A pruned model as a folder that plain transformers loads, with an account of what was pruned beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pst_ds.durable import whole_folder
+from pst_ds.prune.errors import PruneError
+from pst_ds.prune.model import PrunedLayer
+
+RECORD_FILE = "pruning.json"
+FORMAT = 1
+
+
+def require_free(out: Path, base: str) -> None:
+    """``out`` must be free, an empty folder, or an earlier result. Raises PruneError."""
+    if out.resolve() == Path(base).resolve():
+        raise PruneError(f"--out {out} is the model to prune; name another folder")
+    is_ours = (out / RECORD_FILE).is_file() and not (out / "pst_manifest.json").exists()
+    if out.exists() and not (out.is_dir() and (is_ours or not any(out.iterdir()))):
+        raise PruneError(f"--out {out.absolute()} exists and was not written by pst-ds prune; name another folder")
+
+
+def record_of(layers: Sequence[PrunedLayer], about: dict[str, Any]) -> dict[str, Any]:
+    """What :data:`RECORD_FILE` holds: ``about`` the run, counts over all layers, and of each layer."""
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    return {
+        "format": FORMAT,
+        **about,
+        "sparsity_counted": sum(layer.zeros for layer in layers) / weights,
+        "pruned_weights": sum(layer.pruned for layer in layers),
+        "weights": weights,
+        "layers": [asdict(layer) for layer in layers],
+    }
+
+
+def write_folder(
+    model: Any, record: dict[str, Any], out: Path, *, shard_bytes: int, copy_beside: Callable[[Path], None]
+) -> None:
+    """Write ``out``, whole or not at all: weights in files of at most ``shard_bytes``, config, ``record``.
+
+    ``copy_beside`` is given the folder to put the small files of the base model into: its tokenizer's, for one.
+    """
+    with whole_folder(out) as folder:
+        model.save_pretrained(folder, max_shard_size=shard_bytes)
+        copy_beside(folder)
+        (folder / RECORD_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

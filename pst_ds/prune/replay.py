@@ -1,0 +1,120 @@
+"""A model run block by block on all batches: block i sees what the blocks before it, as they are by then, give.
+
+Every block runs inside the model's own forward pass, with the arguments that the model gives it. In the pass for block
+i the blocks before it do not compute: they hand on the output of block i - 1 from the pass before, and the pass ends as
+block i has run. What a model does ahead of its blocks (embeddings, masks, rotations) it so does anew in each pass, and
+what comes after them never. Between passes only the output of one block is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.prune.errors import PruneError
+
+Batch = Mapping[str, Tensor]
+"""Arguments of a model's forward pass, on the CPU."""
+
+
+class _BlockDone(Exception):
+    """Ends a forward pass at the block that it was for."""
+
+
+class BlockReplay:
+    """Runs the ``blocks`` of ``model``, one after another, on all ``batches``.
+
+    The model stays on the CPU; the block that runs is moved to ``device`` and ``dtype`` by :meth:`resident`, and its
+    arguments are too. Use it as a context: within it the blocks' forward passes are replaced.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: nn.ModuleList,
+        batches: Sequence[Batch],
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self._model, self._blocks, self._batches = model, list(blocks), batches
+        self._device, self._dtype = device, dtype
+        self._outputs: list[Any] = [None] * len(batches)
+        self._block = self._batch = 0
+        self._keeps_output = False
+
+    def __enter__(self) -> BlockReplay:
+        self._own_forward = [block.__dict__.get("forward") for block in self._blocks]
+        for index, block in enumerate(self._blocks):
+            block.forward = self._stand_in(index, block.forward)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for block, own in zip(self._blocks, self._own_forward, strict=True):
+            del block.forward
+            if own is not None:
+                block.forward = own
+
+    @contextmanager
+    def resident(self, index: int) -> Iterator[None]:
+        """Block ``index`` on the device, in the dtype of the passes; its values are as they were afterwards.
+
+        A change of ``parameter.data`` on the device is lost when it is a copy: change the held values too.
+        """
+        block = self._blocks[index]
+        tensors = [*block.parameters(), *block.buffers()]
+        held = [tensor.data for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.data = _moved(tensor.data, self._device, self._dtype)
+            yield
+        finally:
+            for tensor, data in zip(tensors, held, strict=True):
+                tensor.data = data
+
+    def run(self, index: int, *, keep_output: bool, before: Callable[[Batch], None] | None = None) -> None:
+        """Block ``index`` on every batch; with ``keep_output`` its outputs go to the block after it.
+
+        ``before`` is called with every batch ahead of its pass. Blocks must be run in order, each with ``keep_output``
+        last. Raises PruneError when the model's pass does not come to the block.
+        """
+        self._block, self._keeps_output = index, keep_output
+        for number, batch in enumerate(self._batches):
+            self._batch = number
+            if before is not None:
+                before(batch)
+            try:
+                with torch.no_grad():
+                    self._model(**batch)
+            except _BlockDone:
+                continue
+            raise PruneError(
+                f"the model's forward pass does not run its block {index} of {len(self._blocks)}, a "
+                f"{type(self._blocks[index]).__name__}; it cannot be pruned block by block"
+            )
+
+    def _stand_in(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def replay(*args: Any, **kwargs: Any) -> Any:
+            if index < self._block:
+                return self._outputs[self._batch]
+            args, kwargs = _moved((args, kwargs), self._device, self._dtype)
+            output = forward(*args, **kwargs)
+            if self._keeps_output:
+                self._outputs[self._batch] = _moved(output, torch.device("cpu"), self._dtype)
+            raise _BlockDone
+
+        return replay
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """``value`` with every tensor in it on ``device``, and those of floating-point numbers in ``dtype``."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+    if type(value) in (tuple, list):
+        return type(value)(_moved(item, device, dtype) for item in value)
+    if type(value) is dict:
+        return {key: _moved(item, device, dtype) for key, item in value.items()}
+    return value

@@ -1,0 +1,128 @@
+"""How large the inputs of every pruned layer are on training text: the norms of ``pst.magnitude = "activation"``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.durable import replace_bytes
+from pst_ds.nn.inject import bypassed, pst_layers
+from pst_ds.nn.linear import PSTLinear
+from pst_ds.parallel.engine import Engine
+from pst_ds.parallel.ranks import all_gather_objects, rank, world_size
+from pst_ds.parallel.watchdog import beat
+from pst_ds.train.config import ConfigError
+from pst_ds.train.evaluate import evaluation_batches
+from pst_ds.train.tasks import ExampleSet, Task
+
+NORMS_FILE = "activation_norms.safetensors"
+
+
+class _SquareSums:
+    """Sums over tokens of squared inputs, by layer: (I,) float64."""
+
+    def __init__(self, layers: dict[str, PSTLinear]):
+        self.sums = {name: torch.zeros(layer.layout.in_features, dtype=torch.float64) for name, layer in layers.items()}
+        self.real_tokens: Tensor | None = None
+        """(texts, length) bool of the batch in work; None when all are."""
+
+    @contextmanager
+    def listening(self, layers: dict[str, PSTLinear]) -> Iterator[None]:
+        hooks = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in layers.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hook(self, name: str) -> Any:
+        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x, real = args[0], self.real_tokens
+            if real is not None and x.shape[:2] == real.shape:
+                x = x[real]
+            squares = x.reshape(-1, x.shape[-1]).float().square_().sum(0, dtype=torch.float64)
+            self.sums[name] += squares.cpu()
+
+        return add
+
+
+@torch.no_grad()
+def activation_norms(
+    engine: Engine,
+    task: Task,
+    examples: ExampleSet,
+    indices: Sequence[int],
+    tokenizer: Any,
+    batch_size: int,
+    device: str,
+) -> dict[str, Tensor]:
+    """Of every PST layer the root of the summed squares of each input over the real tokens of ``indices``, divided by
+    their mean: (I,) fp32, 1 for a layer whose inputs were all zero.
+
+    The model runs as the dense one it was. Ranks take turns at the batches, and the sums are added in the order of the
+    ranks. Collective.
+    """
+    layers = pst_layers(engine.module)
+    found = _SquareSums(layers)
+    lengths = [examples.lengths[i] for i in indices]
+    batches = evaluation_batches(lengths, batch_size, mixed=task.pads)
+    engine.eval()
+    with bypassed(engine.module):
+        for first in range(0, len(batches), world_size()):
+            beat("the calibration pass")
+            turn = first + rank()
+            own = batches[min(turn, len(batches) - 1)]
+            batch = {k: v.to(device) for k, v in task.collate(examples, [indices[i] for i in own], tokenizer).items()}
+            found.real_tokens = batch["attention_mask"].bool() if "attention_mask" in batch else None
+            with found.listening(layers) if turn < len(batches) else _nothing():
+                engine(**{k: v for k, v in batch.items() if k != "labels"})
+    engine.train()
+    by_rank = all_gather_objects(found.sums)
+    return {name: _relative(sum((sums[name] for sums in by_rank[1:]), by_rank[0][name]).sqrt()) for name in layers}
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _relative(norms: Tensor) -> Tensor:
+    mean = norms.mean()
+    return (norms / mean if mean > 0 else torch.ones_like(norms)).float()
+
+
+def set_norms(model: nn.Module, norms: dict[str, Tensor]) -> None:
+    """Let the scores of every layer weigh |W| by its input's norm."""
+    for name, layer in pst_layers(model).items():
+        layer.input_norms = norms[name].to(layer.pst_mask.device)
+
+
+def save_norms(folder: Path, norms: dict[str, Tensor]) -> None:
+    """Write them beside the run; whole or not at all."""
+    from safetensors.torch import save
+
+    replace_bytes(folder / NORMS_FILE, save({name: values.contiguous() for name, values in norms.items()}))
+
+
+def load_norms(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The norms that the run in ``folder`` began with. Raises ConfigError when they are gone, or of another model."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / NORMS_FILE
+    layers = pst_layers(model)
+    try:
+        norms = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f'{path} cannot be read ({error}), and a run with pst.magnitude = "activation" goes on with the norms it '
+            "began with. Fix: bring the file back, or start a new run"
+        ) from None
+    if {n: tuple(v.shape) for n, v in norms.items()} != {n: (x.layout.in_features,) for n, x in layers.items()}:
+        raise ConfigError(f"{path} holds the norms of other layers than the model's")
+    return norms

@@ -1,0 +1,111 @@
+"""The loss of a batch: the task's own, and with a teacher how far the predictions are from a dense model's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.core.distillation import divergence
+from pst_ds.nn.inject import bypassed
+from pst_ds.parallel.engine import Engine
+from pst_ds.train.config import ConfigError, RunConfig
+from pst_ds.train.model import DTYPES, attention_options
+from pst_ds.train.tasks import task_of
+
+IGNORED_LABEL = -100
+
+
+class Objective:
+    """loss = (1 - w) task loss + w T^2 KL(teacher || student), w and T of the run's ``[distillation]``.
+
+    The teacher is a frozen model of its own, or the trained one with masks and updates bypassed.
+    """
+
+    def __init__(self, run: RunConfig, teacher: nn.Module | None = None):
+        self._weight, self._temperature = run.distillation.weight, run.distillation.temperature
+        self._teacher = teacher
+
+    def __call__(self, engine: Engine, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of ``batch``, with a gradient. Collective under ZeRO-3; the engine is in training mode."""
+        if not self._weight:
+            return engine(**batch).loss
+        inputs = {name: values for name, values in batch.items() if name != "labels"}
+        taught = self._teacher_logits(engine, inputs)
+        out = engine(**(inputs if self._weight == 1.0 else batch))
+        rows = predicted_rows(out.logits, batch["labels"])
+        distance = divergence(out.logits[rows], taught[rows], self._temperature)
+        return distance if self._weight == 1.0 else (1.0 - self._weight) * out.loss + self._weight * distance
+
+    @torch.no_grad()
+    def _teacher_logits(self, engine: Engine, inputs: dict[str, Tensor]) -> Tensor:
+        if self._teacher is not None:
+            return self._teacher(**inputs).logits
+        engine.eval()
+        try:
+            with bypassed(engine.module):
+                return engine(**inputs).logits
+        finally:
+            engine.train()
+
+
+def predicted_rows(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which of the logits predict something: bool, (texts,) for one prediction a text, (texts, length) for tokens.
+
+    Of a language model those whose next token is a label; the last predicts none.
+    """
+    if logits.dim() == 2:
+        return torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device)
+    rows = torch.zeros(labels.shape, dtype=torch.bool, device=logits.device)
+    rows[:, :-1] = (labels[:, 1:] != IGNORED_LABEL).to(logits.device)
+    return rows
+
+
+def require_teacher(run: RunConfig, shapes: nn.Module) -> None:
+    """Raise ConfigError when the run's teacher cannot be one; ``shapes``: the run's model, on the meta device."""
+    if not run.distillation.weight:
+        return
+    if run.task == "regression":
+        raise ConfigError("distillation.weight above 0 compares classes or tokens; task 'regression' predicts a number")
+    if run.distillation.teacher:
+        if not Path(run.distillation.teacher).is_dir():
+            raise ConfigError(
+                f"distillation.teacher = {run.distillation.teacher!r} does not exist (looked in "
+                f"{Path(run.distillation.teacher).absolute()}); name a model folder, such as an exported dense run"
+            )
+        return
+    trained = [
+        n for n, p in shapes.named_parameters() if p.requires_grad and not n.rpartition(".")[2].startswith("pst_")
+    ]
+    if trained:
+        raise ConfigError(
+            f"distillation.teacher is empty, so the model is its own teacher; but {', '.join(trained[:3])}"
+            f"{' and more' if len(trained) > 3 else ''} would train, and the teacher with it. Name a model folder "
+            "(distillation.teacher), such as an exported dense run"
+        )
+
+
+def load_teacher(run: RunConfig, labels: list[str], device: str) -> nn.Module | None:
+    """The run's teacher, whole on every rank, frozen and in evaluation mode; None if there is none of its own.
+
+    Call it before a model is built under ``zero.Init``. Raises ConfigError for other classes, or another vocabulary.
+    """
+    path = run.distillation.teacher
+    if not run.distillation.weight or not path:
+        return None
+    task = task_of(run)
+    try:
+        teacher: Any = task.model_class().from_pretrained(
+            path, dtype=DTYPES[run.train.precision], **attention_options(run)
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"distillation.teacher = {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    found = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)] if labels else []
+    if found != labels:
+        raise ConfigError(
+            f"distillation.teacher = {path!r} has the classes {', '.join(map(str, found))}, and the run "
+            f"{', '.join(labels)}, in this order; name a teacher that was trained on the same labels"
+        )
+    return teacher.requires_grad_(False).to(device).eval()

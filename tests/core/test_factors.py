@@ -1,0 +1,37 @@
+"""A multiplicative update's grouped factor: its matrix, and the adjoint that gradients go back through."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pst_ds.core.factors import Constants, group_of_rows, grouped_columns, layer_factors, ungrouped_columns
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 50), st.integers(1, 12))
+def test_groups_are_runs_of_nearly_equal_length(rows, groups):
+    found = group_of_rows(rows, groups).tolist()
+    assert found == sorted(found)
+    assert set(found) <= set(range(groups))
+    counts = [found.count(g) for g in range(groups)]
+    assert max(counts) - min(counts) <= 1
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 40), st.integers(1, 8), st.integers(0, 10**6))
+def test_the_two_are_adjoint(rows, groups, seed):
+    """<grouped(u), X> = <u, ungrouped(X)> for every X."""
+    generator = torch.Generator().manual_seed(seed)
+    column = torch.randn(rows, generator=generator, dtype=torch.float64)
+    wide = torch.randn(rows, groups, generator=generator, dtype=torch.float64)
+    left, right = (grouped_columns(column, groups) * wide).sum(), (column * ungrouped_columns(wide)).sum()
+    assert float(left) == pytest.approx(float(right), rel=1e-12, abs=1e-12)
+
+
+def test_spp_repeats_a_row_factor_over_a_group_of_outputs():
+    """Row i of the multiplier is U[i] times the row of V of its group (arXiv 2405.16057)."""
+    U, V = torch.tensor([2.0, 3.0, 5.0, 7.0]), torch.tensor([[1.0, 10.0, 100.0], [-1.0, -10.0, -100.0]])
+    factors = layer_factors({"U": U, "V": V}, 1, Constants(multiplicative=True))
+    assert (factors.U @ factors.V).tolist() == [[2, 20, 200], [3, 30, 300], [-5, -50, -500], [-7, -70, -700]]
+    assert layer_factors({"U": U}, 1, Constants()).U is U

@@ -1,0 +1,378 @@
+"""The results table: its grid, the order of its cells, the choice of tries, its bars and its page, without a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT / "tools" / "quality"))
+
+import quality  # noqa: E402
+from quality_bars import check_bars, verdicts  # noqa: E402
+from quality_cells import cell_of, chosen, plan  # noqa: E402
+from quality_figures import Figure, figure, figure_of, shown  # noqa: E402
+from quality_grid import GridError, grid_from_table, laid_over, load_grid, sparsity_settings  # noqa: E402
+from quality_lines import Lines, LinesError  # noqa: E402
+from quality_report import write_report  # noqa: E402
+from quality_workers import Options, next_cell, selected  # noqa: E402
+
+GRIDS = sorted((ROOT / "tools" / "quality").glob("*.toml"))
+
+
+def table(**changes):
+    """A grid of two texts; every method has two tries."""
+    tries = [{"train": {"head_learning_rate": rate}} for rate in (1e-4, 1e-3)]
+    return laid_over(
+        {
+            "name": "small",
+            "title": "Small",
+            "metric": "accuracy",
+            "cpu_seconds": 60,
+            "sparsities": ["0.5", "2:4"],
+            "seeds": [0, 1],
+            "search": {"sparsity": "0.5"},
+            "run": {"model": {"path": "base"}, "train": {"num_steps": 4}},
+            "data_sets": {
+                "films": {"title": "Films", "run": {"data": {"train": "f.jsonl"}}, "tests": {"test": "ft.jsonl"}},
+                "tweets": {"run": {"data": {"train": "t.jsonl", "test": "tt.jsonl"}}},
+            },
+            "methods": {
+                "dense": {"sparsities": ["0"], "run": {"method": "dense"}, "tries": tries},
+                "pst": {"title": "PST", "run": {"method": "pst"}, "tries": tries},
+                "pst-plain": {
+                    "run": {"method": "pst", "pst": {"score_rank": 0}},
+                    "tries_of": "pst",
+                    "sparsities": ["0.5"],
+                },
+            },
+        },
+        changes,
+    )
+
+
+def line_of(cell, accuracy, **more):
+    tests = {name: {"accuracy": accuracy, "loss": 1 - accuracy} for name in cell.tests}
+    facts = {
+        "id": cell.id, "name": cell.name, "outcome": "done", "tests": tests, "cpu_seconds": 30.0, "machine": "a CPU",
+        "validation": {"accuracy": accuracy}, "trained_share": 0.05, "verified": True, "budget_cpu_seconds": 60,
+        "sparsity_counted": 0.5, "settings": cell.settings,
+    }  # fmt: skip
+    return {**facts, **more}
+
+
+def filled(grid, accuracy_of):
+    """Lines of all cells, run in order; ``accuracy_of(cell)``."""
+    lines, order = {}, []
+    while True:
+        todo = [planned.cell for planned in plan(grid, lines) if planned.state == "to do"]
+        if not todo:
+            return lines, order
+        lines[todo[0].id] = line_of(todo[0], accuracy_of(todo[0]))
+        order.append(todo[0].name)
+
+
+def test_tries_come_first_and_then_one_seed_of_everything():
+    grid = grid_from_table(table())
+    assert [p.state for p in plan(grid, {})].count("to do") == 8
+    _, order = filled(grid, lambda cell: 0.8 + (cell.attempt or 0) / 100)
+    assert order[:8] == [
+        f"{text}/{method}/search/{attempt}"
+        for attempt in (0, 1)
+        for text in ("films", "tweets")
+        for method in ("dense", "pst")
+    ]
+    # what the search has run is not run again: seed 0 of dense, and of pst at the sparsity searched at
+    assert order[8:12] == ["films/pst-plain/0.5/0", "tweets/pst-plain/0.5/0", "films/pst/2:4/0", "tweets/pst/2:4/0"]
+    assert all(name.endswith("/1") for name in order[12:])
+    assert len(order) == 8 + 4 + 8 == len(set(order))
+
+
+def test_a_try_is_chosen_on_validation_alone_once_all_have_ended():
+    grid = grid_from_table(table())
+    first, second = (cell_of(grid, {}, "search", "films", "pst", "0.5", 0, i) for i in (0, 1))
+    lines = {first.id: line_of(first, 0.7)}
+    assert chosen(grid, lines, "films", "pst") is None
+    better_on_test = line_of(second, 0.9, validation={"accuracy": 0.6})
+    lines[second.id] = better_on_test
+    assert chosen(grid, lines, "films", "pst") == 0
+    lines[second.id] = {**better_on_test, "validation": {"accuracy": 0.7}}
+    assert chosen(grid, lines, "films", "pst") == 0  # of equals the first
+    lines[first.id] = {**lines[first.id], "outcome": "failed"}
+    assert chosen(grid, lines, "films", "pst") == 1
+    lines[second.id] = {**lines[second.id], "validation": {"accuracy": math.nan}}
+    assert chosen(grid, lines, "films", "pst") is None
+    cell = cell_of(grid, {**lines, second.id: better_on_test}, "cell", "films", "pst-plain", "0.5", 1)
+    assert cell.settings["train"] == {"num_steps": 4, "head_learning_rate": 1e-3}
+    assert (cell.settings["seed"], cell.settings["pst"]["seed"], cell.attempt) == (1, 1, 1)
+
+
+def test_lower_perplexity_is_better():
+    grid = grid_from_table(table(metric="perplexity"))
+    cells = [cell_of(grid, {}, "search", "films", "pst", "0.5", 0, i) for i in (0, 1)]
+    values = (40.0, 30.0)
+    lines = {c.id: line_of(c, 0.5, validation={"perplexity": v}) for c, v in zip(cells, values, strict=True)}
+    assert chosen(grid, lines, "films", "pst") == 1
+
+
+def test_one_text_may_be_searched_for_all():
+    grid = grid_from_table(table(search={"sparsity": "0.5", "data_sets": ["tweets"]}))
+    names = [p.name for p in plan(grid, {}) if p.cell]
+    assert names == [f"tweets/{method}/search/{i}" for i in (0, 1) for method in ("dense", "pst")]
+    lines, _ = filled(grid, lambda cell: 0.8 + (cell.attempt or 0) / 100)
+    assert chosen(grid, lines, "films", "pst") == 1
+
+
+def test_a_cell_is_its_settings():
+    def of(**changes):
+        return cell_of(grid_from_table(table(**changes)), {}, "search", "films", "pst", "0.5", 0, 0)
+
+    cell = of()
+    assert cell.id == of(title="Another", cpu_seconds=90, seeds=[0, 1, 2]).id
+    assert cell.id != of(run={"train": {"num_steps": 5}}).id
+    assert cell.id != of(data_sets={"films": {"tests": {"test": "other.jsonl"}}}).id
+    overridden = grid_from_table(table(), ["train.num_steps=5", "model.path=other"])
+    assert cell_of(overridden, {}, "search", "films", "pst", "0.5", 0, 0).settings["model"]["path"] == "other"
+    assert cell.settings == {
+        "method": "pst",
+        "model": {"path": "base"},
+        "data": {"train": "f.jsonl", "test": "ft.jsonl"},
+        "train": {"num_steps": 4, "head_learning_rate": 1e-4},
+        "schedule": {"final_sparsity": 0.5},
+        "seed": 0,
+        "pst": {"seed": 0},
+    }
+    assert sparsity_settings("1:4") == {"pst": {"pattern": "1:4"}, "schedule": {"final_sparsity": 0.75}}
+
+
+def test_what_comes_before_a_cell_belongs_to_it():
+    more = {
+        "wanda": {"train": False, "base": {"prune": "wanda", "samples": 8}, "seeds": [0]},
+        "masked": {"run": {"method": "spp"}, "base": {"prune": "wanda", "samples": 8}, "tries_of": "pst"},
+        "taught": {"run": {"method": "pst"}, "teacher": "dense", "tries_of": "pst"},
+    }
+    grid = grid_from_table(table(methods=more))
+    wanda = cell_of(grid, {}, "cell", "films", "wanda", "2:4", 0)
+    assert wanda.base.prune == {"prune": "wanda", "samples": 8, "seed": 0, "sparsity": "2:4"}
+    longer = grid_from_table(table(methods=more), ["train.num_steps=9"])
+    assert cell_of(longer, {}, "cell", "films", "wanda", "2:4", 0).id == wanda.id  # no training is in it
+    assert cell_of(grid, {}, "cell", "films", "taught", "0.5", 0) is None  # waits for two searches
+    lines, _ = filled(grid, lambda cell: 0.8)
+    masked = cell_of(grid, lines, "cell", "films", "masked", "2:4", 1)
+    assert masked.settings["pst"] == {"seed": 1, "pattern": "2:4", "initial_mask": "zeros"}
+    assert masked.base.id == wanda.base.id
+    taught = cell_of(grid, lines, "cell", "films", "taught", "0.5", 1)
+    assert taught.teacher.settings == cell_of(grid, lines, "cell", "films", "dense", "0", 1).settings
+    wanted = selected(grid, plan(grid, {}), "films/taught/0.5/1")
+    searched = {p.name.rpartition("/")[0] for p in wanted if "/search/" in p.name}
+    assert searched == {"films/pst/search", "films/dense/search"}
+
+
+def test_sessions_go_on_where_the_lines_end(tmp_path):
+    grid, lines = grid_from_table(table()), Lines(tmp_path / "small.jsonl")
+    first = next_cell(grid, lines, Options(), set())
+    assert next_cell(grid, lines, Options(), {first.id}).name == "films/pst/search/0"
+    lines.put(line_of(first, 0.8))
+    assert next_cell(grid, Lines(lines.path), Options(), set()).name == "films/pst/search/0"
+    lines.put(line_of(first, 0.8, outcome="failed"))
+    assert next_cell(grid, lines, Options(), set()).id != first.id
+    assert next_cell(grid, lines, Options(retry_failed=True), set()).id == first.id
+    assert next_cell(grid, lines, Options(retry_failed=True), {first.id}).id != first.id  # once a session
+    lines.put(line_of(first, 0.8, outcome="over budget", budget_cpu_seconds=60))
+    assert next_cell(grid, lines, Options(), set()).id != first.id
+    lines.put(line_of(first, 0.8, outcome="over budget", budget_cpu_seconds=59))  # the grid allows more now
+    assert next_cell(grid, lines, Options(), set()).id == first.id
+    assert next_cell(grid, lines, Options(only="tweets/pst"), set()).name == "tweets/pst/search/0"
+    assert len(lines.path.read_text().splitlines()) == 1
+    assert lines.keep({"another"}) == 1
+    assert Lines(lines.path).by_id == {}
+    lines.path.write_text('{"id": "a"}\nhalf a li')
+    with pytest.raises(LinesError, match="line 2"):
+        Lines(lines.path)
+
+
+def test_figures_are_means_with_standard_errors():
+    assert figure_of([]) is None
+    assert figure_of([0.8]) == Figure(0.8, 0.0, 1)
+    three = figure_of([0.80, 0.81, 0.85])
+    assert three.mean == pytest.approx(0.82)
+    assert three.error == pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3) / 100)
+    assert shown(three, "accuracy") == "82.00 ± 1.53 (3)"
+    assert shown(Figure(1234.5, 0.0, 1), "perplexity") == "1,234 (1)"
+    assert shown(None, "accuracy") == ""
+
+
+BARS = [
+    {"title": "near", "kind": "within", "method": "pst", "sparsity": "0.5", "against": ["dense"], "points": 1.0},
+    {
+        "title": "level", "kind": "not-below", "method": "pst", "sparsity": "0.5", "against": ["pst-plain"],
+        "standard_errors": 1.0, "data_sets": ["films"],
+    },
+    {
+        "title": "back", "kind": "won-back", "method": "pst", "sparsity": "0.5", "against": ["pst-plain"],
+        "dense": "dense", "share": 0.7, "data_sets": ["films"],
+    },
+    {"title": "all pass", "kind": "verified"},
+]  # fmt: skip
+
+
+def test_bars_are_computed_from_the_lines():
+    grid = grid_from_table(table(bars=BARS))
+    check_bars(grid)
+    assert {v.met for v in verdicts(grid, {})} == {None}
+    means = {"dense": 0.80, "pst": 0.796, "pst-plain": 0.79}
+
+    def accuracy(cell):
+        return means[cell.method] + (0.004 if cell.seed == 1 else -0.004) - (cell.attempt == 1) / 100
+
+    lines, _ = filled(grid, accuracy)
+    assert figure(grid, lines, "films", "pst", "0.5").mean == pytest.approx(0.796)
+    near, near_tweets, level, back, verified = verdicts(grid, lines)
+    assert (near.measured, near.met) == ("0.40 points below", True)
+    assert (near_tweets.data_set, near_tweets.met) == ("tweets", True)
+    assert level.met
+    assert "0.6 points ahead of pst-plain (standard error 0.57)" in level.measured
+    assert (back.measured, back.met) == ("60% of the 0.010 nats that pst-plain adds", False)
+    assert (verified.measured, verified.met) == ("20 of 20 exports", True)
+    means["pst"] = 0.78
+    near, _, level, *_ = verdicts(grid, filled(grid, accuracy)[0])
+    assert (near.met, level.met) == (False, False)
+
+
+def test_a_bar_that_cannot_be_computed_is_refused():
+    for change, said in (
+        ({"kind": "near"}, "must be one of"),
+        ({"points": None}, "points missing"),
+        ({"against": ["pts"]}, "'pts' is not one of the methods"),
+        ({"limit": 1}, "limit missing or not of kind"),
+    ):
+        bar = {key: value for key, value in {**BARS[0], **change}.items() if value is not None}
+        with pytest.raises(GridError, match=said):
+            check_bars(grid_from_table(table(bars=[bar])))
+
+
+PAGE = """| bar | text | measured |  |
+|---|---|---|---|
+| near | Films | 0.40 points below | met |
+| near | tweets | 0.40 points below | met |
+| level | Films | 0.6 points ahead of pst-plain (standard error 0.57) | met |
+| back | Films | 60% of the 0.010 nats that pst-plain adds | not met |
+| all pass | all | 20 of 20 exports | met |
+
+### Films
+
+| accuracy in %, at zeros | trained share | 0 % | 50 % | 2:4 | CPU s | in a paper |
+|---|---|---|---|---|---|---|
+| dense | 5.00% | 80.00 ± 0.40 (2) |  |  | 30 |  |
+| PST | 5.00% |  | 79.60 ± 0.40 (2) | 79.60 ± 0.40 (2) | 30 | 50 %: 84.1 (a paper, Table 2) |
+| pst-plain | 5.00% |  | 79.00 ± 0.40 (2) |  | 30 |  |
+
+![Films](results/small-films-test.svg)
+"""
+
+
+def test_the_page_is_written_from_the_lines_alone(tmp_path):
+    paper = {"methods": {"pst": {"paper": {"source": "a paper, Table 2", "0.5": 84.1}}}}
+    grid = grid_from_table(table(bars=BARS, **paper))
+    means = {"dense": 0.80, "pst": 0.796, "pst-plain": 0.79}
+
+    def accuracy(cell):
+        return means[cell.method] + (0.004 if cell.seed == 1 else -0.004) - (cell.attempt == 1) / 100
+
+    lines = Lines(tmp_path / "results" / "small.jsonl")
+    for line in filled(grid, accuracy)[0].values():
+        lines.put(line)
+    page = write_report([grid], tmp_path / "results")
+    text = page.read_text(encoding="utf-8")
+    assert page == tmp_path / "results.md"
+    assert PAGE in text
+    assert "* Cells of the tables: 16 of 16 done; none missing. Tries: 8 of 8 run." in text
+    assert "| PST | `train.head_learning_rate = 0.0001` | **79.20** | **79.20** |" in text
+    plots = sorted((tmp_path / "results").glob("*.svg"))
+    assert [plot.name for plot in plots] == ["small-films-test.svg", "small-tweets-test.svg"]
+    drawn = [plot.read_text() for plot in plots]
+    assert all("fill: #ffffff" in drawing for drawing in drawn)  # a ground of its own
+    write_report([grid], tmp_path / "results")
+    assert [plot.read_text() for plot in plots] == drawn  # the same bytes for the same lines
+    some = {key: line for key, line in lines.by_id.items() if line["name"] != "films/pst/2:4/0"}
+    failed = {**lines.by_id[next(iter(lines.by_id.keys() - some.keys()))], "outcome": "failed", "error": "no memory"}
+    lines.put(failed)
+    text = write_report([grid], tmp_path / "results").read_text()
+    assert "films/pst/2:4/0: failed (no memory)" in text
+    assert "15 of 16 done; missing: 1 failed. Tries" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"metrik": "accuracy"}, "unknown key 'metrik'. Did you mean 'metric'"),
+        ({"methods": {"pst": {"trys": []}}}, "unknown key 'methods.pst.trys'"),
+        ({"methods": {"pst": {"tries": [{}]}}}, "same number of tries: dense 2, pst 1"),
+        ({"methods": {"pst": {"tries": []}}}, "methods.pst has no tries"),
+        ({"methods": {"gmp": {"tries_of": "mgp"}}}, "'mgp' is not one of"),
+        ({"methods": {"one-shot": {"train": False, "tries_of": "pst"}}}, "train = false"),
+        ({"methods": {"pst": {"sparsities": ["0.9", "0.7"]}}}, "lacks search.sparsity"),
+        ({"methods": {"pst": {"sparsities": ["50 %"]}}}, "methods.pst.sparsities: '50 %'"),
+        ({"methods": {"pst": {"base": {"samples": 3}}}}, "must say how to prune"),
+        ({"methods": {"pst": {"teacher": "pst-plain"}}}, "must be a method with sparsities"),
+        ({"methods": {"pst": {"at": {"0.9": {}}}}}, "methods.pst.at: '0.9'"),
+        ({"search": {"data_sets": ["film"]}}, "search.data_sets: 'film'"),
+        ({"cpu_seconds": 0}, "must be above 0"),
+        ({"cpu_seconds": "60"}, "not of the kind float"),
+    ],
+)
+def test_a_grid_that_cannot_be_used_is_refused(changes, said):
+    with pytest.raises(GridError, match=said.replace("(", r"\(")):
+        grid_from_table(table(**changes))
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.name)
+def test_the_grids_of_the_project_can_be_used(path):
+    """Every cell's settings make a run; those of what is made before it are there when they are needed."""
+    from pst_ds.train.run_file import run_from_table
+
+    grid = load_grid(path)
+    check_bars(grid)
+    value = {"accuracy": 0.8, "perplexity": 50.0, "loss": 4.0}
+    lines = {}
+    for _ in range(3):  # searches, what waits for them, what waits for that
+        for planned in plan(grid, lines):
+            if planned.cell is not None and planned.cell.id not in lines:
+                cell = planned.cell
+                run = run_from_table({**cell.settings, "output_dir": "out"})
+                assert run.data.test == next(iter(cell.tests.values()))
+                assert run.metric == grid.metric
+                for step in filter(None, (cell.base, cell.teacher)):
+                    run_from_table({**step.settings, "output_dir": "out"})
+                lines[cell.id] = line_of(cell, 0.8, validation=value, tests=dict.fromkeys(cell.tests, value))
+    assert {planned.state for planned in plan(grid, lines)} == {"done"}
+    assert all(verdict.met is not None for verdict in verdicts(grid, lines) if grid.metric == "accuracy")
+
+
+def test_bad_arguments_end_with_2_and_one_message(tmp_path, capsys):
+    assert quality.main([str(tmp_path / "no.toml")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    grid = tmp_path / "grid.toml"
+    grid.write_text("name = 1")
+    assert quality.main([str(grid), "--list"]) == 2
+    assert str(grid) in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        quality.main([str(grid), "--workers", "0"])
+
+
+def test_the_list_says_what_is_known_of_each_cell(tmp_path, capsys):
+    toml = "\n".join(f"{key} = {json.dumps(value)}" for key, value in table().items() if not isinstance(value, dict))
+    grid = tmp_path / "small.toml"
+    grid.write_text(
+        toml + '\n[search]\nsparsity = "0.5"\n[run]\ntrain.num_steps = 4\n[data_sets.films]\n'
+        '[methods.dense]\nsparsities = ["0"]\ntries = [{train.head_learning_rate = 1e-4}]\n'
+    )
+    assert quality.main([str(grid), "--list", "--results", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "to do       films/dense/search/0", "waits       films/dense/0/0", "waits       films/dense/0/1",
+    ]  # fmt: skip

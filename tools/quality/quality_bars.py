@@ -1,0 +1,144 @@
+"""What a grid's table is measured against: its ``[[bars]]``, computed from the lines.
+
+kind = "within"      the method is at most ``points`` (of the metric in percent) below the best of ``against``
+kind = "not-below"   the method is not below any of ``against`` by more than ``standard_errors`` of the difference
+kind = "won-back"    of the loss that the best of ``against`` adds to ``dense``, the method wins ``share`` back
+kind = "verified"    every export of the grid passed ``pst-ds verify``
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from quality_cells import Line, plan
+from quality_figures import Figure, figure
+from quality_grid import Grid, GridError, Table
+
+KINDS: dict[str, frozenset[str]] = {
+    "within": frozenset({"method", "sparsity", "against", "points"}),
+    "not-below": frozenset({"method", "sparsity", "against", "standard_errors"}),
+    "won-back": frozenset({"method", "sparsity", "against", "dense", "share"}),
+    "verified": frozenset(),
+}
+_EVERY_KIND = frozenset({"title", "kind", "data_sets", "test"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One bar on one data set."""
+
+    title: str
+    data_set: str
+    measured: str
+    met: bool | None
+    """None while figures are missing."""
+
+
+def check_bars(grid: Grid) -> None:
+    """Raise GridError for a bar that cannot be computed, whatever the lines are."""
+    for bar in grid.bars:
+        title = bar.get("title", "a bar without title")
+        kind = bar.get("kind")
+        if kind not in KINDS:
+            raise GridError(f"bars, {title!r}: kind = {kind!r} must be one of {', '.join(KINDS)}")
+        wanted = KINDS[kind] | {"title"}
+        wrong = sorted((wanted - bar.keys()) | (bar.keys() - wanted - _EVERY_KIND))
+        if wrong:
+            raise GridError(f"bars, {title!r}: {', '.join(wrong)} missing or not of kind {kind!r}")
+        for name in [bar.get("method"), bar.get("dense"), *bar.get("against", [])]:
+            if name is not None and name not in grid.methods:
+                raise GridError(f"bars, {title!r}: {name!r} is not one of the methods {', '.join(grid.methods)}")
+        for name in bar.get("data_sets", []):
+            if name not in grid.data_sets:
+                raise GridError(f"bars, {title!r}: {name!r} is not one of the data sets {', '.join(grid.data_sets)}")
+
+
+def verdicts(grid: Grid, lines: Mapping[str, Line]) -> list[Verdict]:
+    """Every bar on every data set that it is for."""
+    found = []
+    for bar in grid.bars:
+        if bar["kind"] == "verified":
+            found.append(_verified(grid, lines, bar))
+            continue
+        for data_set in bar.get("data_sets", grid.data_sets):
+            found.append(_RULES[bar["kind"]](grid, lines, bar, data_set))
+    return found
+
+
+def _verified(grid: Grid, lines: Mapping[str, Line], bar: Table) -> Verdict:
+    cells = {planned.cell.id for planned in plan(grid, lines) if planned.cell}
+    exports = [line for key, line in lines.items() if key in cells and "verified" in line]
+    passed = sum(line["verified"] for line in exports)
+    said = f"{passed} of {len(exports)} exports"
+    return Verdict(title=bar["title"], data_set="all", measured=said, met=passed == len(exports) if exports else None)
+
+
+def _within(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) -> Verdict:
+    own, others = _figures(grid, lines, bar, data_set, grid.metric)
+    if own is None or not others or None in others.values():
+        return _missing(bar, data_set, own, others)
+    best = max(f.mean for f in others.values() if f)
+    below = 100 * (best - own.mean)
+    said = f"{abs(below):.2f} points {'below' if below > 0 else 'above'}"
+    return Verdict(title=bar["title"], data_set=data_set, measured=said, met=below <= bar["points"])
+
+
+def _not_below(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) -> Verdict:
+    """Perplexities are compared by their logarithm, the loss."""
+    metric = "loss" if grid.metric == "perplexity" else grid.metric
+    own, others = _figures(grid, lines, bar, data_set, metric)
+    if own is None or not others or None in others.values():
+        return _missing(bar, data_set, own, others)
+    said, met = [], True
+    for name, other in others.items():
+        assert other is not None
+        ahead = other.mean - own.mean if grid.lower_is_better else own.mean - other.mean
+        error = math.hypot(own.error, other.error)
+        scale, unit = (1.0, "nats") if metric == "loss" else (100.0, "points")
+        side = "ahead of" if ahead >= 0 else "behind"
+        said.append(f"{abs(scale * ahead):.3g} {unit} {side} {name} (standard error {scale * error:.2g})")
+        met = met and ahead >= -bar["standard_errors"] * error
+    return Verdict(title=bar["title"], data_set=data_set, measured="; ".join(said), met=met)
+
+
+def _won_back(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) -> Verdict:
+    own, others = _figures(grid, lines, bar, data_set, "loss")
+    dense = _figure_at(grid, lines, data_set, bar["dense"], bar["sparsity"], bar.get("test", ""), "loss")
+    if own is None or dense is None or not others or None in others.values():
+        return _missing(bar, data_set, own, {**others, bar["dense"]: dense})
+    name, best = min(((n, f.mean) for n, f in others.items() if f), key=lambda pair: pair[1])
+    added = best - dense.mean
+    if added <= 0:
+        return Verdict(title=bar["title"], data_set=data_set, measured=f"{name} adds no loss to dense", met=None)
+    share = (best - own.mean) / added
+    said = f"{share:.0%} of the {added:.3f} nats that {name} adds"
+    return Verdict(title=bar["title"], data_set=data_set, measured=said, met=share >= bar["share"])
+
+
+_RULES = {"within": _within, "not-below": _not_below, "won-back": _won_back}
+
+
+def _figures(
+    grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str, metric: str
+) -> tuple[Figure | None, dict[str, Figure | None]]:
+    """Of the bar's method, and of those it is measured against."""
+    test = bar.get("test", "")
+    own = figure(grid, lines, data_set, bar["method"], bar["sparsity"], test, metric)
+    others = {n: _figure_at(grid, lines, data_set, n, bar["sparsity"], test, metric) for n in bar["against"]}
+    return own, others
+
+
+def _figure_at(
+    grid: Grid, lines: Mapping[str, Line], data_set: str, method: str, sparsity: str, test: str, metric: str
+) -> Figure | None:
+    """At ``sparsity``, or of a method that is not run there at its only one."""
+    sparsities = grid.sparsities_of(grid.methods[method])
+    return figure(grid, lines, data_set, method, sparsity if sparsity in sparsities else sparsities[0], test, metric)
+
+
+def _missing(bar: Table, data_set: str, own: Figure | None, others: Mapping[str, Figure | None]) -> Verdict:
+    names = [name for name, found in {bar["method"]: own, **others}.items() if found is None]
+    said = f"not measured: {', '.join(names)}"
+    return Verdict(title=bar["title"], data_set=data_set, measured=said, met=None)

@@ -1,0 +1,202 @@
+"""Which cells a grid has, in which order they are run, and which of them the lines already have."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from quality_grid import Grid, Method, Table, laid_over, sparsity_settings
+
+Line = dict[str, Any]
+Kind = Literal["search", "cell"]
+State = Literal["to do", "waits", "done", "failed", "over budget"]
+FIXED_MASK = frozenset({"magnitude", "spp", "masked-lora"})
+"""Methods of the run file whose mask is there before they train."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What is made before a cell: a pruned folder, or a teacher."""
+
+    settings: Table
+    prune: Table = field(default_factory=dict)
+    """``pst-ds prune`` with these options; without them the settings are trained, and exported dense."""
+
+    @property
+    def id(self) -> str:
+        return digest({"settings": self.settings, "prune": self.prune})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run, or one evaluation."""
+
+    kind: Kind
+    data_set: str
+    method: str
+    sparsity: str
+    seed: int
+    attempt: int | None
+    """Number of the method's try, from 0; None without any."""
+    settings: Table
+    """Of the run file, but for the output_dir and for what the steps give."""
+    tests: dict[str, str]
+    train: bool
+    base: Step | None = None
+    teacher: Step | None = None
+
+    @property
+    def name(self) -> str:
+        if self.kind == "search":
+            return f"{self.data_set}/{self.method}/search/{self.attempt}"
+        return f"{self.data_set}/{self.method}/{self.sparsity}/{self.seed}"
+
+    @property
+    def id(self) -> str:
+        """A hash of all that decides the result. A try that was run for the search is thus the cell that needs it."""
+        steps = {name: step and step.id for name, step in (("base", self.base), ("teacher", self.teacher))}
+        return digest({"settings": self.settings, "tests": self.tests, "train": self.train, **steps})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A cell of the grid and what is known of it; ``cell`` is None while it waits for a search."""
+
+    name: str
+    data_set: str
+    method: str
+    state: State
+    cell: Cell | None = None
+
+    @property
+    def is_search(self) -> bool:
+        return "/search/" in self.name
+
+
+def digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def plan(grid: Grid, lines: Mapping[str, Line]) -> list[Planned]:
+    """Every cell, in the order to run them: all tries; then one seed of everything, then the next seed.
+
+    Wherever it is stopped, the table is balanced.
+    """
+    searched = grid.search.data_sets or tuple(grid.data_sets)
+    found = []
+    for attempt in range(max((len(m.tries) for m in grid.methods.values()), default=0)):
+        for data_set in searched:
+            for method in grid.methods_of(data_set):
+                if method.tries:
+                    place = (data_set, method.name, grid.search_sparsity(method), grid.search.seed)
+                    found.append(_planned(grid, lines, "search", *place, attempt))
+    seeds = list(dict.fromkeys(seed for m in grid.methods.values() for seed in grid.seeds_of(m)))
+    sparsities = list(dict.fromkeys(s for m in grid.methods.values() for s in grid.sparsities_of(m)))
+    for seed in seeds:
+        for sparsity in sparsities:
+            for data_set in grid.data_sets:
+                for method in grid.methods_of(data_set):
+                    if seed in grid.seeds_of(method) and sparsity in grid.sparsities_of(method):
+                        found.append(_planned(grid, lines, "cell", data_set, method.name, sparsity, seed, None))
+    return found
+
+
+def _planned(
+    grid: Grid, lines: Mapping[str, Line], kind: Kind, data_set: str, method: str, sparsity: str, seed: int,
+    attempt: int | None,
+) -> Planned:  # fmt: skip
+    cell = cell_of(grid, lines, kind, data_set, method, sparsity, seed, attempt)
+    if cell is None:
+        return Planned(name=f"{data_set}/{method}/{sparsity}/{seed}", data_set=data_set, method=method, state="waits")
+    return Planned(
+        name=cell.name, data_set=data_set, method=method, state=state_of(grid, lines.get(cell.id)), cell=cell
+    )
+
+
+def state_of(grid: Grid, line: Line | None) -> State:
+    """Of a cell with this line. One that was over a smaller budget than the grid's is to do again."""
+    if line is None or (line["outcome"] == "over budget" and line["budget_cpu_seconds"] < grid.cpu_seconds):
+        return "to do"
+    outcome: State = line["outcome"]
+    return outcome
+
+
+def cell_of(
+    grid: Grid, lines: Mapping[str, Line], kind: Kind, data_set: str, method: str, sparsity: str, seed: int,
+    attempt: int | None = None,
+) -> Cell | None:  # fmt: skip
+    """A cell with all its settings; None while a search that it needs is not done.
+
+    ``attempt`` is the number of the try; None is the chosen one.
+    """
+    row = grid.methods[method]
+    source = grid.methods[row.tries_of] if row.tries_of else row
+    if attempt is None and source.tries:
+        attempt = chosen(grid, lines, data_set, source.name)
+        if attempt is None:
+            return None
+    teacher = None
+    if row.teacher:
+        trained = cell_of(grid, lines, "cell", data_set, row.teacher, "0", seed)
+        if trained is None:
+            return None
+        teacher = Step(settings=trained.settings)
+    tries = source.tries[attempt] if attempt is not None else {}
+    given = (grid.run, grid.data_sets[data_set].run, sparsity_settings(sparsity))
+    settings = laid_over(*given, row.run, tries, row.at.get(sparsity, {}), grid.overrides, _seeds(seed))
+    tests = grid.data_sets[data_set].tests or {"test": settings.get("data", {}).get("test", "")}
+    settings = laid_over(settings, {"data": {"test": next(iter(tests.values()))}})
+    base = None
+    if row.base:
+        base = Step(
+            settings=untrained(laid_over(*given, grid.overrides)), prune={"seed": 0, **row.base, "sparsity": sparsity}
+        )
+        if settings.get("method") in FIXED_MASK and "initial_mask" not in settings.get("pst", {}):
+            settings = laid_over(settings, {"pst": {"initial_mask": "zeros"}})
+    settings = settings if row.train else untrained(settings)
+    return Cell(
+        kind=kind, data_set=data_set, method=method, sparsity=sparsity, seed=seed, attempt=attempt, settings=settings,
+        tests=tests, train=row.train, base=base, teacher=teacher,
+    )  # fmt: skip
+
+
+def untrained(settings: Table) -> Table:
+    """What a model that is not trained depends on, so that others do not make another cell of it."""
+    kept: Table = {key: settings[key] for key in ("task", "model", "data", "eval", "pst") if key in settings}
+    parts = (("schedule", "final_sparsity"), ("train", "precision"))
+    found = {table: {key: settings[table][key]} for table, key in parts if key in settings.get(table, {})}
+    return laid_over(kept, found, {"train": {"num_steps": 1}})  # a run file must have some
+
+
+def _seeds(seed: int) -> Table:
+    """Of the batches and the head, and of the factors."""
+    return {"seed": seed, "pst": {"seed": seed}}
+
+
+def chosen(grid: Grid, lines: Mapping[str, Line], data_set: str, method: str) -> int | None:
+    """The try of a method that was best on the validation file; None until every try has been run.
+
+    Of equals the first. A try that failed, or was over budget, is not chosen.
+    """
+    tries = tries_run(grid, lines, data_set, method)
+    if any(line is None or state_of(grid, line) == "to do" for line in tries):
+        return None
+    values = {i: line["validation"][grid.metric] for i, line in enumerate(tries) if line and line["outcome"] == "done"}
+    values = {i: value for i, value in values.items() if math.isfinite(value)}
+    if not values:
+        return None
+    sign = 1 if grid.lower_is_better else -1
+    return min(values, key=lambda i: (sign * values[i], i))
+
+
+def tries_run(grid: Grid, lines: Mapping[str, Line], data_set: str, method: str) -> list[Line | None]:
+    """The line of each try that counts for a data set; None for one that has not been run."""
+    row: Method = grid.methods[method]
+    place = (grid.searched_data_set(data_set), method, grid.search_sparsity(row), grid.search.seed)
+    cells = [cell_of(grid, lines, "search", *place, attempt) for attempt in range(len(row.tries))]
+    return [None if cell is None else lines.get(cell.id) for cell in cells]

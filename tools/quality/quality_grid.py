@@ -1,0 +1,294 @@
+"""A grid: methods x sparsities x seeds x data sets, as a TOML file says it. docs/results.md is made of such files.
+
+Tables called ``run`` hold settings of the run file and are laid over one another: the grid's, the data set's, the
+sparsity's, the method's, the try's, the method's for that sparsity, and those given on the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pst_ds.errors import InputError
+
+Table = dict[str, Any]
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mse", "byte_perplexity", "bits_per_byte"})
+_SPARSITY = re.compile(r"0|0\.\d+|\d+:\d+")
+
+
+class GridError(InputError):
+    """A grid file that cannot be used: the key, its value and the fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """One text; every method runs on each."""
+
+    name: str
+    title: str
+    make: tuple[str, ...] = ()
+    """What tools/quality/texts.py makes of it."""
+    run: Table = field(default_factory=dict)
+    tests: dict[str, str] = field(default_factory=dict)
+    """Test files by name. The first is the run's data.test, on which an export is verified; one called "test" if none
+    is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One row of the tables."""
+
+    name: str
+    title: str
+    train: bool = True
+    """Whether to train; without, the base model, or what ``base`` makes of it, is evaluated."""
+    run: Table = field(default_factory=dict)
+    at: dict[str, Table] = field(default_factory=dict)
+    """More settings for some sparsities."""
+    tries: tuple[Table, ...] = ()
+    """What the search chooses from; the same number for each method that has its own."""
+    tries_of: str = ""
+    """Take the chosen try of that method instead, which this one varies."""
+    sparsities: tuple[str, ...] = ()
+    """Some of the grid's, or others, such as "0" for a dense method; empty is the grid's."""
+    seeds: tuple[int, ...] = ()
+    """Empty is the grid's."""
+    data_sets: tuple[str, ...] = ()
+    """Empty is all."""
+    base: Table = field(default_factory=dict)
+    """{prune = "wanda", samples = 128, seed = 0, pattern = ""}: first ``pst-ds prune`` to the sparsity of the cell; the
+    result is the cell's base model, and a method with a fixed mask takes its zeros."""
+    teacher: str = ""
+    """A method without zeros, trained first with the cell's seed; its export is distillation.teacher."""
+    paper: dict[str, Any] = field(default_factory=dict)
+    """{source = "...", "0.5" = 84.1}: figures of a paper, on the test; shown in a column of their own."""
+    plot: bool = True
+    """Whether the plots have a line of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """Where the tries are run: once each, at one sparsity and seed. The best on the validation file is taken."""
+
+    sparsity: str
+    """A method that has only one other sparsity is searched at that."""
+    seed: int = 0
+    data_sets: tuple[str, ...] = ()
+    """Empty is each; a data set that is not among them takes what was chosen on the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """All cells of one table."""
+
+    name: str
+    title: str
+    about: str = ""
+    """A paragraph for the page."""
+    metric: str
+    """Shown, and used for the choice of a try."""
+    cpu_seconds: float
+    """Budget of a cell, of its evaluations too; and once more of what is made before it, such as pruning."""
+    sparsities: tuple[str, ...]
+    seeds: tuple[int, ...]
+    search: Search
+    run: Table
+    data_sets: dict[str, DataSet]
+    methods: dict[str, Method]
+    verify_examples: int = 0
+    """Compare an export with the masked model on so many examples of the test; 0 is all, whose metrics are then the
+    cell's."""
+    bars: tuple[Table, ...] = ()
+    """What the table is measured against; see quality_bars.py."""
+    overrides: Table = field(default_factory=dict)
+    """Settings from the command line."""
+    path: str = ""
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.metric in LOWER_IS_BETTER
+
+    def sparsities_of(self, method: Method) -> tuple[str, ...]:
+        return method.sparsities or self.sparsities
+
+    def seeds_of(self, method: Method) -> tuple[int, ...]:
+        return method.seeds or self.seeds
+
+    def methods_of(self, data_set: str) -> list[Method]:
+        return [m for m in self.methods.values() if not m.data_sets or data_set in m.data_sets]
+
+    def search_sparsity(self, method: Method) -> str:
+        """Where the tries of a method are run."""
+        own = self.sparsities_of(method)
+        return self.search.sparsity if self.search.sparsity in own else own[0]
+
+    def searched_data_set(self, data_set: str) -> str:
+        """The data set whose search counts for ``data_set``."""
+        searched = self.search.data_sets or tuple(self.data_sets)
+        return data_set if data_set in searched else searched[0]
+
+
+def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
+    """The grid of a TOML file. Raises GridError."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GridError(f"grid {str(path)!r} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise GridError(f"{path} is not TOML: {error}") from None
+    try:
+        return grid_from_table({"name": path.stem, **table}, overrides, str(path))
+    except GridError as error:
+        raise GridError(f"{path}: {error}") from None
+
+
+def grid_from_table(table: Table, overrides: Sequence[str] = (), path: str = "") -> Grid:
+    """The same from nested tables. Raises GridError."""
+    table = dict(table)
+    parts = {name: _table(table.pop(name, {}), name) for name in ("data_sets", "methods", "search")}
+    data_sets = {
+        n: _build(DataSet, {"title": n, **t, "name": n}, f"data_sets.{n}") for n, t in parts["data_sets"].items()
+    }
+    methods = {n: _build(Method, {"title": n, **t, "name": n}, f"methods.{n}") for n, t in parts["methods"].items()}
+    grid = _build(
+        Grid,
+        {
+            **table,
+            "search": _build(Search, parts["search"], "search"),
+            "data_sets": data_sets,
+            "methods": methods,
+            "overrides": nested(overrides),
+            "path": path,
+        },
+        "",
+    )
+    _check(grid)
+    return grid
+
+
+def nested(settings: Sequence[str]) -> Table:
+    """ "train.num_steps=8" and the like as nested tables; values as in TOML, or a string."""
+    table: Table = {}
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator or not key.strip():
+            raise GridError(f"--set {setting!r} must have the form key=value, such as train.num_steps=8")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        for part in reversed(key.strip().split(".")):
+            value = {part: value}
+        table = laid_over(table, value)
+    return table
+
+
+def laid_over(*tables: Table) -> Table:
+    """Nested tables, a later one over an earlier one."""
+    result: Table = {}
+    for table in tables:
+        for key, value in table.items():
+            both = isinstance(value, dict) and isinstance(result.get(key), dict)
+            result[key] = laid_over(result[key], value) if both else value
+    return result
+
+
+def sparsity_settings(sparsity: str) -> Table:
+    """The run settings of "0.9" or "2:4"; none of "0"."""
+    if sparsity == "0":
+        return {}
+    if ":" not in sparsity:
+        return {"schedule": {"final_sparsity": float(sparsity)}}
+    return {"pst": {"pattern": sparsity}, "schedule": {"final_sparsity": zeros(sparsity)}}
+
+
+def zeros(sparsity: str) -> float:
+    """The share of zeros of "0.9" or "2:4"."""
+    kept, _, of = sparsity.partition(":")
+    return 1.0 - int(kept) / int(of) if of else float(sparsity)
+
+
+def _check(grid: Grid) -> None:
+    if grid.cpu_seconds <= 0:
+        raise GridError(f"cpu_seconds = {grid.cpu_seconds} must be above 0")
+    for where, sparsities in [("", grid.sparsities), *((m.name, m.sparsities) for m in grid.methods.values())]:
+        for sparsity in sparsities:
+            if not _SPARSITY.fullmatch(sparsity):
+                at = f"methods.{where}." if where else ""
+                raise GridError(f'{at}sparsities: {sparsity!r} must be a share such as "0.9", or N:M such as "2:4"')
+    if not grid.methods or not grid.data_sets:
+        raise GridError("[data_sets.NAME] and [methods.NAME] are needed, at least one of each")
+    numbers = {len(m.tries) for m in grid.methods.values() if m.tries}
+    if len(numbers) > 1:
+        counts = ", ".join(f"{m.name} {len(m.tries)}" for m in grid.methods.values() if m.tries)
+        raise GridError(f"every method must have the same number of tries: {counts}")
+    for method in grid.methods.values():
+        _check_method(grid, method)
+    _require_known(grid.search.data_sets, grid.data_sets, "search.data_sets")
+
+
+def _check_method(grid: Grid, method: Method) -> None:
+    where = f"methods.{method.name}"
+    if method.train and not method.tries and not method.tries_of:
+        raise GridError(f"{where} has no tries; give it as many as the others have, or tries_of another method")
+    if method.tries and method.tries_of:
+        raise GridError(f"{where} has tries and tries_of; leave one of them out")
+    if not method.train and (method.tries or method.tries_of or method.teacher):
+        raise GridError(f"{where} has train = false, so it can have no tries, tries_of or teacher")
+    _require_known([n for n in (method.tries_of, method.teacher) if n], grid.methods, f"{where}.tries_of or teacher")
+    _require_known(method.data_sets, grid.data_sets, f"{where}.data_sets")
+    if method.tries_of and not grid.methods[method.tries_of].tries:
+        raise GridError(f"{where}.tries_of = {method.tries_of!r} names a method without tries of its own")
+    own = grid.sparsities_of(method)
+    if method.tries and grid.search.sparsity not in own and len(own) > 1:
+        raise GridError(f"{where}.sparsities lacks search.sparsity = {grid.search.sparsity!r}, where tries are run")
+    if method.teacher and grid.sparsities_of(grid.methods[method.teacher]) != ("0",):
+        raise GridError(f'{where}.teacher = {method.teacher!r} must be a method with sparsities = ["0"]')
+    _require_known(method.at, own, f"{where}.at")
+    _require_known(method.base, ("prune", "samples", "seed", "pattern"), f"{where}.base")
+    if method.base and "prune" not in method.base:
+        raise GridError(f'{where}.base must say how to prune, such as base = {{prune = "wanda"}}')
+
+
+def _require_known(names: Any, known: Any, where: str) -> None:
+    for name in names:
+        if name not in known:
+            raise GridError(f"{where}: {name!r} is not one of {', '.join(map(str, known))}")
+
+
+def _table(value: Any, where: str) -> Table:
+    if not isinstance(value, dict):
+        raise GridError(f"{where} must be a table, got {value!r}")
+    return value
+
+
+def _build(cls: Any, table: Table, where: str) -> Any:
+    """A dataclass from a table, lists as tuples; GridError for a key that is unknown, missing or of another kind."""
+    known, prefix = {f.name: f for f in fields(cls)}, f"{where}." if where else ""
+    for key in _table(table, where):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise GridError(
+                f"unknown key '{prefix}{key}'."
+                + (f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}")
+            )
+    for name, spec in known.items():
+        if name not in table and spec.default is MISSING and spec.default_factory is MISSING:
+            raise GridError(f"'{prefix}{name}' is missing")
+    return cls(**{key: _converted(value, str(known[key].type), prefix + key) for key, value in table.items()})
+
+
+def _converted(value: Any, kind: str, where: str) -> Any:
+    wanted: Any = {"str": str, "bool": bool, "float": (int, float), "int": int}.get(kind)
+    if kind.startswith("tuple"):
+        wanted, value = tuple, tuple(value) if isinstance(value, list) else value
+    elif kind == "Table" or kind.startswith("dict"):
+        wanted = dict
+    if wanted is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool")):
+        raise GridError(f"{where} = {value!r} is not of the kind {kind}")
+    return value

