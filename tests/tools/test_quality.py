@@ -322,6 +322,7 @@ def test_the_page_is_written_from_the_lines_alone(tmp_path):
         ({"methods": {"pst": {"teacher": "pst-plain"}}}, "must be a method with sparsities"),
         ({"methods": {"pst": {"at": {"0.9": {}}}}}, "methods.pst.at: '0.9'"),
         ({"search": {"data_sets": ["film"]}}, "search.data_sets: 'film'"),
+        ({"methods": {"pst": {"data_sets": ["films"]}}}, "methods.pst-plain needs the tries of 'pst' on 'tweets'"),
         ({"cpu_seconds": 0}, "must be above 0"),
         ({"cpu_seconds": "60"}, "not of the kind float"),
     ],

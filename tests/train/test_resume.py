@@ -107,7 +107,7 @@ def _assert_same_run(folder, *outcomes):
     assert _differing(_values(folder / "whole", "best"), _values(folder / "stopped", "best")) == []
 
 
-@pytest.mark.parametrize("method", ["pst", "magnitude", "dense"])
+@pytest.mark.parametrize("method", ["pst", "magnitude", "dense", "movement"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_stopped_run_ends_as_an_uninterrupted_one_on_one_process(tmp_path, method, precision):
     more = (f"method={method}", f"train.precision={precision}", "train.gradient_accumulation_steps=2")

@@ -227,9 +227,9 @@ def _check(grid: Grid) -> None:
     if len(numbers) > 1:
         counts = ", ".join(f"{m.name} {len(m.tries)}" for m in grid.methods.values() if m.tries)
         raise GridError(f"every method must have the same number of tries: {counts}")
+    _require_known(grid.search.data_sets, grid.data_sets, "search.data_sets")
     for method in grid.methods.values():
         _check_method(grid, method)
-    _require_known(grid.search.data_sets, grid.data_sets, "search.data_sets")
 
 
 def _check_method(grid: Grid, method: Method) -> None:
@@ -244,6 +244,13 @@ def _check_method(grid: Grid, method: Method) -> None:
     _require_known(method.data_sets, grid.data_sets, f"{where}.data_sets")
     if method.tries_of and not grid.methods[method.tries_of].tries:
         raise GridError(f"{where}.tries_of = {method.tries_of!r} names a method without tries of its own")
+    source = grid.methods[method.tries_of] if method.tries_of else method
+    for data_set in (name for name in grid.data_sets if method.train and name in (method.data_sets or grid.data_sets)):
+        searched = grid.searched_data_set(data_set)
+        if searched not in (source.data_sets or grid.data_sets):
+            raise GridError(
+                f"{where} needs the tries of {source.name!r} on {searched!r}, which its data_sets leave out"
+            )
     own = grid.sparsities_of(method)
     if method.tries and grid.search.sparsity not in own and len(own) > 1:
         raise GridError(f"{where}.sparsities lacks search.sparsity = {grid.search.sparsity!r}, where tries are run")
