@@ -137,6 +137,9 @@ class DistillationConfig:
     weight: float = 0.0
     """Share of the loss that is KL(teacher || student) of the predictions; the rest is the task's own. 0 has no
     teacher."""
+    hidden_states: float = 0.0
+    """Weight of the relative squared distance of the hidden states after each block, beside the divergence of the
+    predictions (arXiv 2310.06927)."""
     temperature: float = 1.0
     """Both logits are divided by it; the divergence is multiplied by its square."""
     teacher: str = ""
@@ -146,12 +149,18 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         if not 0.0 <= self.weight <= 1.0:
             raise ConfigError(f"distillation.weight = {self.weight} must be in [0, 1]")
+        if not 0.0 <= self.hidden_states < float("inf"):
+            raise ConfigError(
+                f"distillation.hidden_states = {self.hidden_states} must be a finite number of at least 0"
+            )
         if not 0.0 < self.temperature < float("inf"):
             raise ConfigError(f"distillation.temperature = {self.temperature} must be a finite number above 0")
-        if self.teacher and not self.weight:
-            raise ConfigError(
-                f"distillation.teacher = {self.teacher!r} is not asked with distillation.weight = 0; set a weight"
-            )
+        for name in ("teacher", "hidden_states"):
+            if getattr(self, name) and not self.weight:
+                raise ConfigError(
+                    f"distillation.{name} = {getattr(self, name)!r} does nothing with distillation.weight = 0; set a "
+                    "weight"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

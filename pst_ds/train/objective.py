@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.distillation import divergence
+from pst_ds.core.distillation import divergence, relative_distance
 from pst_ds.nn.inject import bypassed
 from pst_ds.parallel.engine import Engine
 from pst_ds.train.config import ConfigError, RunConfig
@@ -19,34 +19,42 @@ IGNORED_LABEL = -100
 
 
 class Objective:
-    """loss = (1 - w) task loss + w T^2 KL(teacher || student), w and T of the run's ``[distillation]``.
+    """loss = (1 - w) task loss + w (T^2 KL(teacher || student) + h distance of the hidden states).
 
-    The teacher is a frozen model of its own, or the trained one with masks and updates bypassed.
+    w, T and h are those of the run's ``[distillation]``. The teacher is a frozen model of its own, or the trained one
+    with masks and updates bypassed.
     """
 
     def __init__(self, run: RunConfig, teacher: nn.Module | None = None):
         self._weight, self._temperature = run.distillation.weight, run.distillation.temperature
+        self._hidden = run.distillation.hidden_states
         self._teacher = teacher
 
     def __call__(self, engine: Engine, batch: dict[str, Tensor]) -> Tensor:
         """The loss of ``batch``, with a gradient. Collective under ZeRO-3; the engine is in training mode."""
         if not self._weight:
             return engine(**batch).loss
-        inputs = {name: values for name, values in batch.items() if name != "labels"}
-        taught = self._teacher_logits(engine, inputs)
-        out = engine(**(inputs if self._weight == 1.0 else batch))
+        inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "labels"}
+        more = {"output_hidden_states": True} if self._hidden else {}
+        taught = self._teach(engine, {**inputs, **more})
+        out = engine(**(inputs if self._weight == 1.0 else batch), **more)
         rows = predicted_rows(out.logits, batch["labels"])
-        distance = divergence(out.logits[rows], taught[rows], self._temperature)
+        distance = divergence(out.logits[rows], taught.logits[rows], self._temperature)
+        if self._hidden:
+            real = batch["attention_mask"].bool() if "attention_mask" in batch else None
+            states = relative_distance(out.hidden_states[1:], taught.hidden_states[1:], real)
+            distance = distance + self._hidden * states
         return distance if self._weight == 1.0 else (1.0 - self._weight) * out.loss + self._weight * distance
 
     @torch.no_grad()
-    def _teacher_logits(self, engine: Engine, inputs: dict[str, Tensor]) -> Tensor:
+    def _teach(self, engine: Engine, inputs: dict[str, Any]) -> Any:
+        """The teacher's output."""
         if self._teacher is not None:
-            return self._teacher(**inputs).logits
+            return self._teacher(**inputs)
         engine.eval()
         try:
             with bypassed(engine.module):
-                return engine(**inputs).logits
+                return engine(**inputs)
         finally:
             engine.train()
 

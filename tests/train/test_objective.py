@@ -34,11 +34,14 @@ def _divergence(student, teacher, temperature):
     return temperature**2 * float(kl_div(q, p, reduction="batchmean", log_target=True))
 
 
-@pytest.mark.parametrize(("weight", "temperature"), [(1.0, 1.0), (0.25, 2.0)])
-def test_the_model_teaches_itself_as_the_dense_one_it_was(tmp_path, weight, temperature):
+@pytest.mark.parametrize(("weight", "temperature", "hidden"), [(1.0, 1.0, 0.0), (0.25, 2.0, 0.0), (0.5, 1.0, 3.0)])
+def test_the_model_teaches_itself_as_the_dense_one_it_was(tmp_path, weight, temperature, hidden):
     from transformers import AutoModelForCausalLM
 
-    settings = [f"distillation.weight={weight}", f"distillation.temperature={temperature}"]
+    settings = [
+        f"distillation.weight={weight}", f"distillation.temperature={temperature}",
+        f"distillation.hidden_states={hidden}",
+    ]  # fmt: skip
     prepared = _prepared(CAUSAL, tmp_path, *settings)
     _, engine = build(prepared)
     update_masks(engine.module, 0.7)
@@ -49,11 +52,17 @@ def test_the_model_teaches_itself_as_the_dense_one_it_was(tmp_path, weight, temp
     loss = Objective(prepared.run)(engine, batch)
     dense = AutoModelForCausalLM.from_pretrained("tests/data/tiny-llama", dtype=torch.float32)
     with torch.no_grad():
-        student, teacher = engine(**batch), dense(input_ids=batch["input_ids"])
+        student = engine(**batch, output_hidden_states=True)
+        teacher = dense(input_ids=batch["input_ids"], output_hidden_states=True)
     rows = predicted_rows(student.logits, batch["labels"])
     assert int(rows.sum()) == 3 * 31
     expected = _divergence(student.logits[rows], teacher.logits[rows], temperature)
     assert expected > 0.01
+    states = list(zip(student.hidden_states, teacher.hidden_states, strict=True))[1:]
+    assert len(states) == dense.config.num_hidden_layers
+    apart = [((s - t).norm(dim=-1) / t.norm(dim=-1)).square().mean() for s, t in states]
+    assert min(apart) > 1e-4
+    expected += hidden * float(sum(apart)) / len(apart)
     assert float(loss.detach()) == pytest.approx(weight * expected + (1 - weight) * float(student.loss), rel=1e-4)
     engine.backward(loss)
     assert all(bool(layer.pst_A.grad.any() or layer.pst_B.grad.any()) for layer in pst_layers(engine.module).values())
@@ -111,7 +120,9 @@ def test_a_folder_teaches_a_classifier(tmp_path):
         (CLASSIFY, ["distillation.weight=0.5"], "classifier.weight, classifier.bias"),
         (CAUSAL, ["distillation.weight=0.5", "pst.bias=all", "method=dense"], "would train, and the teacher with it"),
         (CAUSAL, ["distillation.weight=0.5", "distillation.teacher=/nowhere"], "'/nowhere' does not exist"),
-        (CAUSAL, ["distillation.teacher=/nowhere"], "is not asked with distillation.weight = 0"),
+        (CAUSAL, ["distillation.teacher=/nowhere"], "does nothing with distillation.weight = 0"),
+        (CAUSAL, ["distillation.hidden_states=1.0"], "does nothing with distillation.weight = 0"),
+        (CAUSAL, ["distillation.hidden_states=-1.0", "distillation.weight=1.0"], "finite number of at least 0"),
         (CAUSAL, ["distillation.weight=1.5"], "distillation.weight = 1.5 must be in [0, 1]"),
         (CAUSAL, ["distillation.temperature=0.0"], "distillation.temperature = 0.0 must be"),
     ],
