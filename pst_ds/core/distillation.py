@@ -8,17 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ROWS_AT_A_TIME = 256
+_NUMBERS_AT_A_TIME = 1 << 20
+"""Of fp32 logits: a few rows of a large vocabulary stay in the caches."""
 
 
-def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 times the mean over rows of KL(softmax(teacher / T) || softmax(student / T)), in nats: 0-d, fp32
-    (arXiv 1503.02531, section 2).
+def distilled_loss(
+    student: Tensor, teacher: Tensor, targets: Tensor, weight: float, temperature: float = 1.0
+) -> Tensor:
+    """(1 - w) CE(targets, student) + w T^2 KL(softmax(teacher / T) || softmax(student / T)): means over rows, in nats;
+    0-d, fp32 (arXiv 1503.02531, section 2).
 
-    ``student`` and ``teacher``: logits (rows, classes). The gradient goes to ``student`` alone; with the vocabulary of
-    a language model as classes, one tensor in the dtype of ``student`` is all that is kept for it.
+    ``student`` and ``teacher``: logits (rows, classes); ``targets``: (rows,) int64; w = ``weight`` in [0, 1]. The
+    gradient goes to ``student`` alone. With the vocabulary of a language model as classes, one tensor in the dtype of
+    ``student`` is all that is kept for it, where autograd would keep several in fp32.
     """
-    return _Divergence.apply(student, teacher, temperature)
+    return _DistilledLoss.apply(student, teacher, targets, weight, temperature)
 
 
 def relative_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
@@ -37,25 +41,53 @@ def relative_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], rows
     return total / len(student)
 
 
-class _Divergence(torch.autograd.Function):
-    """d/dz of T^2 KL(p || softmax(z / T)) is T (softmax(z / T) - p): known as soon as the divergence is."""
+class _DistilledLoss(torch.autograd.Function):
+    """Its gradient is known as soon as the loss is: of a row's logits (1 - w) (q - onehot) + w T (q_T - p_T)."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:  # type: ignore[override]
-        rows = student.shape[0]
+    def forward(  # type: ignore[override]
+        ctx: Any, student: Tensor, teacher: Tensor, targets: Tensor, weight: float, temperature: float
+    ) -> Tensor:
+        rows, classes = student.shape
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         grad = torch.empty_like(student)
-        for start in range(0, rows, _ROWS_AT_A_TIME):
-            part = slice(start, start + _ROWS_AT_A_TIME)
-            log_q = torch.log_softmax(student[part].float() / temperature, -1)
-            log_p = torch.log_softmax(teacher[part].float() / temperature, -1)
-            p = log_p.exp()
-            total += (p * log_p.sub_(log_q)).sum(dtype=torch.float64)
-            grad[part] = log_q.exp_().sub_(p).mul_(temperature / max(rows, 1))
+        for start in range(0, rows, max(1, _NUMBERS_AT_A_TIME // classes)):
+            part = slice(start, start + max(1, _NUMBERS_AT_A_TIME // classes))
+            loss, own = _loss_and_gradient(
+                student[part].float(), teacher[part].float(), targets[part].unsqueeze(1), weight, temperature
+            )
+            total += loss
+            grad[part] = own
         ctx.save_for_backward(grad)
-        return (total * (temperature**2 / max(rows, 1))).float()
+        return (total / max(rows, 1)).float()
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
         (grad,) = ctx.saved_tensors
-        return grad * grad_out.to(grad.dtype), None, None
+        return grad * (grad_out / max(grad.shape[0], 1)).to(grad.dtype), None, None, None, None
+
+
+def _loss_and_gradient(
+    student: Tensor, teacher: Tensor, targets: Tensor, weight: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Sum over rows, 0-d float64, and its gradient, (rows, classes) fp32; ``targets``: (rows, 1)."""
+    if temperature == 1.0:
+        log_q = torch.log_softmax(student, -1)
+        hard = log_q.gather(1, targets).sum(dtype=torch.float64)
+        soft, p, q = _divergence(log_q, teacher)
+        q.sub_(p, alpha=weight)
+    else:
+        log_q = torch.log_softmax(student, -1)
+        hard = log_q.gather(1, targets).sum(dtype=torch.float64)
+        soft, p, soft_q = _divergence(torch.log_softmax(student / temperature, -1), teacher / temperature)
+        q = log_q.exp_().mul_(1.0 - weight).add_(soft_q.sub_(p), alpha=weight * temperature)
+    q.scatter_add_(1, targets, torch.full_like(targets, weight - 1.0, dtype=q.dtype))
+    return weight * temperature**2 * soft - (1.0 - weight) * hard, q
+
+
+def _divergence(log_q: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum over rows of KL(p || q), p, q) from log q, which is overwritten, and the teacher's logits."""
+    log_p = torch.log_softmax(teacher, -1)
+    p = log_p.exp()
+    apart = torch.linalg.vecdot(p, log_p.sub_(log_q)).sum(dtype=torch.float64)
+    return apart, p, log_q.exp_()

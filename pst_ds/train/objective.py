@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.distillation import divergence, relative_distance
+from pst_ds.core.distillation import distilled_loss, relative_distance
 from pst_ds.nn.inject import bypassed
 from pst_ds.parallel.engine import Engine
 from pst_ds.train.config import ConfigError, RunConfig
@@ -19,10 +19,11 @@ IGNORED_LABEL = -100
 
 
 class Objective:
-    """loss = (1 - w) task loss + w (T^2 KL(teacher || student) + h distance of the hidden states).
+    """The model's own loss; with a teacher (1 - w) CE + w (T^2 KL(teacher || student) + h distance of hidden states).
 
-    w, T and h are those of the run's ``[distillation]``. The teacher is a frozen model of its own, or the trained one
-    with masks and updates bypassed.
+    CE is the cross-entropy of the labels, which is the own loss of the tasks that can have a teacher. w, T and h are
+    those of the run's ``[distillation]``. The teacher is a frozen model of its own, or the trained one with masks and
+    updates bypassed.
     """
 
     def __init__(self, run: RunConfig, teacher: nn.Module | None = None):
@@ -35,16 +36,16 @@ class Objective:
         if not self._weight:
             return engine(**batch).loss
         inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "labels"}
-        more = {"output_hidden_states": True} if self._hidden else {}
-        taught = self._teach(engine, {**inputs, **more})
-        out = engine(**(inputs if self._weight == 1.0 else batch), **more)
-        rows = predicted_rows(out.logits, batch["labels"])
-        distance = divergence(out.logits[rows], taught.logits[rows], self._temperature)
+        if self._hidden:
+            inputs["output_hidden_states"] = True
+        taught, out = self._teach(engine, inputs), engine(**inputs)
+        rows, targets = predictions(out.logits, batch["labels"])
+        loss = distilled_loss(out.logits[rows], taught.logits[rows], targets, self._weight, self._temperature)
         if self._hidden:
             real = batch["attention_mask"].bool() if "attention_mask" in batch else None
             states = relative_distance(out.hidden_states[1:], taught.hidden_states[1:], real)
-            distance = distance + self._hidden * states
-        return distance if self._weight == 1.0 else (1.0 - self._weight) * out.loss + self._weight * distance
+            loss = loss + self._weight * self._hidden * states
+        return loss
 
     @torch.no_grad()
     def _teach(self, engine: Engine, inputs: dict[str, Any]) -> Any:
@@ -59,16 +60,18 @@ class Objective:
             engine.train()
 
 
-def predicted_rows(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which of the logits predict something: bool, (texts,) for one prediction a text, (texts, length) for tokens.
+def predictions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(which of the logits predict something, (rows,) what they are to predict).
 
-    Of a language model those whose next token is a label; the last predicts none.
+    The first is bool, (texts,) for one prediction a text, (texts, length) for tokens: of a language model the logits
+    whose next token is a label; the last predicts none.
     """
     if logits.dim() == 2:
-        return torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device)
+        return torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device), labels
+    is_label = labels[:, 1:] != IGNORED_LABEL
     rows = torch.zeros(labels.shape, dtype=torch.bool, device=logits.device)
-    rows[:, :-1] = (labels[:, 1:] != IGNORED_LABEL).to(logits.device)
-    return rows
+    rows[:, :-1] = is_label
+    return rows, labels[:, 1:][is_label]
 
 
 def require_teacher(run: RunConfig, shapes: nn.Module) -> None:

@@ -12,7 +12,7 @@ from pst_ds.nn.inject import bypassed, pst_layers
 from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
 from pst_ds.train.config import ConfigError
 from pst_ds.train.mask_update import update_masks
-from pst_ds.train.objective import Objective, predicted_rows
+from pst_ds.train.objective import Objective, predictions
 from pst_ds.train.run import build, prepare, train_run
 from pst_ds.train.run_file import load_run
 
@@ -54,8 +54,9 @@ def test_the_model_teaches_itself_as_the_dense_one_it_was(tmp_path, weight, temp
     with torch.no_grad():
         student = engine(**batch, output_hidden_states=True)
         teacher = dense(input_ids=batch["input_ids"], output_hidden_states=True)
-    rows = predicted_rows(student.logits, batch["labels"])
+    rows, targets = predictions(student.logits, batch["labels"])
     assert int(rows.sum()) == 3 * 31
+    assert torch.equal(targets, batch["labels"][:, 1:].flatten())
     expected = _divergence(student.logits[rows], teacher.logits[rows], temperature)
     assert expected > 0.01
     states = list(zip(student.hidden_states, teacher.hidden_states, strict=True))[1:]
@@ -83,13 +84,14 @@ def test_an_embedding_with_an_update_is_bypassed_too(tmp_path):
         assert torch.equal(module(input_ids=ids).logits, before)
 
 
-def test_rows_of_texts_and_of_tokens():
-    assert predicted_rows(torch.zeros(3, 2), torch.zeros(3)).tolist() == [True] * 3
+def test_predictions_of_texts_and_of_tokens():
+    rows, targets = predictions(torch.zeros(3, 2), torch.tensor([1, 0, 1]))
+    assert rows.tolist() == [True] * 3
+    assert targets.tolist() == [1, 0, 1]
     labels = torch.tensor([[-100, -100, 7, 8], [5, 6, -100, -100]])
-    assert predicted_rows(torch.zeros(2, 4, 9), labels).tolist() == [
-        [False, True, True, False],
-        [True, False, False, False],
-    ]
+    rows, targets = predictions(torch.zeros(2, 4, 9), labels)
+    assert rows.tolist() == [[False, True, True, False], [True, False, False, False]]
+    assert targets.tolist() == [7, 8, 6]
 
 
 def _train(run_file, folder, *overrides):
