@@ -28,7 +28,7 @@ def test_loss_and_gradient(temperature, weight, rows, classes):
     (found * 0.5).backward()
     loss, grad = reference(student.detach(), teacher, targets, weight, temperature)
     assert float(found.detach()) == pytest.approx(loss, rel=1e-4)  # sums of half a million in fp32
-    assert float((student.grad.double() - 0.5 * grad).norm()) <= 1e-5 * float(grad.norm())
+    assert float((student.grad.double() - 0.5 * grad).norm()) <= 1e-4 * float(grad.norm())
 
 
 def test_it_is_zero_for_equal_predictions_and_keeps_the_dtype():
