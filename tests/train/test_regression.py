@@ -20,16 +20,10 @@ from pst_ds.train.run import prepare, train_run
 from pst_ds.train.run_file import load_run
 from pst_ds.train.tasks import task_of
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 WORDS = ["cast", "clever", "story", "end", "fine", "plot", "film", "vague", "tired", "sharp", "scene", "warm", "dull"]
 _values = st.lists(st.tuples(st.integers(-20, 20), st.integers(-20, 20)), min_size=2, max_size=20)
-
-
-@pytest.fixture(autouse=True)
-def _alone(tmp_path_factory, monkeypatch):
-    """One process, with a cache of its own."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def _ranks(values):
@@ -111,32 +105,27 @@ final_sparsity = 0.5
     return path
 
 
-def _json(capsys, *arguments):
-    assert main([*arguments, "--json"]) == 0
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
 @pytest.mark.parametrize("task", ["regression", "classification"])
 @pytest.mark.parametrize(
     ("ending", "columns"),
     [("jsonl", ["one", "other"]), ("csv", ["one", "other"]), ("tsv", ["one"]), ("parquet", ["one", "other"])],
 )
-def test_from_local_files_to_a_verified_export(tmp_path, task, ending, columns, capsys):
+def test_from_local_files_to_a_verified_export(tmp_path, task, ending, columns, capsys, verb):
     path = _run_file(tmp_path, ending, task, columns)
     metrics = {
         "regression": {"pearson", "spearman", "mse"},
         "classification": {"accuracy", "f1", "matthews_correlation"},
     }
-    trained = _json(capsys, "train", str(path), "--quiet")
+    trained = verb("train", str(path), "--quiet")
     assert trained["metrics"].keys() >= metrics[task]
     assert main(["eval", f"{tmp_path}/run", "--texts", "texts.jsonl"]) == 2
     assert f"task '{task}' writes no texts" in capsys.readouterr().err
-    evaluated = _json(capsys, "eval", f"{tmp_path}/run")
+    evaluated = verb("eval", f"{tmp_path}/run")
     assert evaluated.items() >= trained["metrics"].items()
     out = str(tmp_path / "out")
     packing = "bitmask" if ending == "parquet" else "dense"
     assert main(["export", f"{tmp_path}/run", "--format", packing, "--out", out]) == 0
-    verified = _json(capsys, "verify", out, "--against", f"{tmp_path}/run")
+    verified = verb("verify", out, "--against", f"{tmp_path}/run")
     assert verified["max_logit_difference"] == verified["differing_predictions"] == verified["differing_weights"] == 0
     assert verified["metrics"].items() <= evaluated.items()
 
@@ -232,7 +221,7 @@ def test_losses_do_not_depend_on_the_world_size(run_ranks, tmp_path):
     assert losses[1] == pytest.approx(losses[3], rel=1e-4)
 
 
-def test_plan_knows_the_task(tmp_path, capsys):
-    planned = _json(capsys, "plan", str(_run_file(tmp_path, "jsonl", "regression", ["one"])))
+def test_plan_knows_the_task(tmp_path, verb):
+    planned = verb("plan", str(_run_file(tmp_path, "jsonl", "regression", ["one"])))
     assert planned["num_examples"] == 48
     assert "classifier" in planned["trained_in_full"]

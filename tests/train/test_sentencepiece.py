@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 
-import datasets
 import pytest
 import sentencepiece
 import torch
@@ -15,6 +14,8 @@ from pst_ds.cli.main import main
 from pst_ds.train.run_file import load_run
 from pst_ds.train.tasks import task_of
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 WORDS = ["naïve", "film", "plot", "warm", "dull", "the", "Zoë", "and", "very", "scene", "tired", "cast", "story"]
 
 
@@ -22,14 +23,6 @@ def _lines(start, count):
     """Lines with a rule in them, and letters of more than one byte."""
     for i in range(start, start + count):
         yield " ".join(WORDS[(i * i + 3 * j) % len(WORDS)] for j in range(4 + i % 7)) + "."
-
-
-@pytest.fixture(autouse=True)
-def _alone(tmp_path_factory, monkeypatch):
-    """One process, with a cache of its own."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -81,20 +74,15 @@ final_sparsity = 0.5
     return path
 
 
-def _json(capsys, *arguments):
-    assert main([*arguments, "--json"]) == 0
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
-def test_from_text_to_a_verified_export(tmp_path, llama, capsys):
+def test_from_text_to_a_verified_export(tmp_path, llama, verb):
     path = _run_file(tmp_path, llama)
-    trained = _json(capsys, "train", str(path), "--quiet")
-    evaluated = _json(capsys, "eval", f"{tmp_path}/run")
+    trained = verb("train", str(path), "--quiet")
+    evaluated = verb("eval", f"{tmp_path}/run")
     assert evaluated.items() >= trained["metrics"].items()
     assert evaluated["perplexity"] < 64
     out = str(tmp_path / "out")
     assert main(["export", f"{tmp_path}/run", "--out", out]) == 0
-    verified = _json(capsys, "verify", out, "--against", f"{tmp_path}/run")
+    verified = verb("verify", out, "--against", f"{tmp_path}/run")
     assert verified["max_logit_difference"] == verified["differing_predictions"] == verified["differing_weights"] == 0
     assert verified["metrics"] == {name: evaluated[name] for name in verified["metrics"]}
     total, num_tokens, num_bytes = _in_plain_words(out, tmp_path / "test.txt")

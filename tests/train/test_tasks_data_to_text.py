@@ -21,20 +21,14 @@ from pst_ds.train.run import prepare, train_run
 from pst_ds.train.run_file import load_run
 from pst_ds.train.tasks import task_of
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 PLACES = ["The Vaults", "Café Adriatic", "Crowne Plaza Hotel", "The Rice Boat"]
 FOODS = ["French", "Italian", "Indian", "fast food"]
 SUBSETS = {"e2e": "default", "dart": "default", "webnlg": "release_v3.0_en"}
 FOLDERS = {"webnlg": {"validation": "dev"}}
 END = "<|endoftext|>"
 TEXT = Value("string")
-
-
-@pytest.fixture(autouse=True)
-def _alone(tmp_path_factory, monkeypatch):
-    """One process, with a cache of its own."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -154,13 +148,8 @@ final_sparsity = 0.5
     return path
 
 
-def _json(capsys, *arguments):
-    assert main([*arguments, "--json"]) == 0
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
 @pytest.mark.parametrize("name", SHAPES)
-def test_from_the_hub_s_files_to_a_verified_export(tmp_path, gpt2, name, capsys):
+def test_from_the_hub_s_files_to_a_verified_export(tmp_path, gpt2, name, verb):
     path = _run_file(tmp_path, gpt2, name, _repository(tmp_path / "hub", name))
     run = load_run(path)
     assert (run.task, run.metric, run.eval.num_beams, run.eval.no_repeat_ngram_size) == (
@@ -169,10 +158,10 @@ def test_from_the_hub_s_files_to_a_verified_export(tmp_path, gpt2, name, capsys)
         3,
         4,
     )
-    trained = _json(capsys, "train", str(path), "--quiet")
+    trained = verb("train", str(path), "--quiet")
     assert trained["metrics"].keys() == {"loss", "perplexity"}
     texts_file = tmp_path / "texts.jsonl"
-    evaluated = _json(capsys, "eval", f"{tmp_path}/run", "--texts", str(texts_file))
+    evaluated = verb("eval", f"{tmp_path}/run", "--texts", str(texts_file))
     assert all(0.0 <= evaluated[metric] <= 100.0 for metric in ("bleu", "rouge_l", "chrf"))
     written = [json.loads(line) for line in texts_file.read_text().splitlines()]
     examples = task_of(run).load(run.data, "test", AutoTokenizer.from_pretrained(gpt2), [])
@@ -180,7 +169,7 @@ def test_from_the_hub_s_files_to_a_verified_export(tmp_path, gpt2, name, capsys)
     assert len(examples) == evaluated["examples"]
     out = str(tmp_path / "out")
     assert main(["export", f"{tmp_path}/run", "--out", out]) == 0
-    verified = _json(capsys, "verify", out, "--against", f"{tmp_path}/run")
+    verified = verb("verify", out, "--against", f"{tmp_path}/run")
     assert verified["max_logit_difference"] == verified["differing_predictions"] == verified["differing_weights"] == 0
     assert (verified["texts"], verified["differing_texts"]) == (len(written), 0)
     assert verified["text_metrics"].items() <= evaluated.items()
@@ -197,17 +186,17 @@ def _train(path, *overrides):
 
 
 @pytest.mark.zero3
-def test_what_two_ranks_trained_one_process_writes_with(run_ranks, tmp_path, gpt2, capsys):
+def test_what_two_ranks_trained_one_process_writes_with(run_ranks, tmp_path, gpt2, verb):
     path = _run_file(tmp_path, gpt2, "dart", _repository(tmp_path / "hub", "dart"))
     zero3 = ["deepspeed_config=ds_configs/zero3_cpu.json", "train.precision=bf16"]
     first, second = run_ranks(_train, 2, path, *zero3)
     assert first == second | {"seconds": first["seconds"]}
     alone = ["--set", "deepspeed_config="]
-    evaluated = _json(capsys, "eval", f"{tmp_path}/run", "--split", "validation", *alone)
+    evaluated = verb("eval", f"{tmp_path}/run", "--split", "validation", *alone)
     assert evaluated["loss"] == pytest.approx(first["metrics"]["loss"], rel=0.01)
     assert evaluated["bleu"] >= 0.0
     assert main(["export", f"{tmp_path}/run", "--out", f"{tmp_path}/out"]) == 0
-    verified = _json(capsys, "verify", f"{tmp_path}/out", "--against", f"{tmp_path}/run", *alone)
+    verified = verb("verify", f"{tmp_path}/out", "--against", f"{tmp_path}/run", *alone)
     assert verified["max_logit_difference"] == verified["differing_texts"] == 0
 
 
@@ -279,8 +268,8 @@ def test_what_cannot_be_read_is_named(tmp_path, gpt2):
     assert "data.separator = " in refusal(f"data.separator={'=>' * 40}")
 
 
-def test_plan_counts_a_text_of_each_row(tmp_path, gpt2, capsys):
-    planned = _json(capsys, "plan", str(_run_file(tmp_path, gpt2, "dart", _repository(tmp_path / "hub", "dart"))))
+def test_plan_counts_a_text_of_each_row(tmp_path, gpt2, verb):
+    planned = verb("plan", str(_run_file(tmp_path, gpt2, "dart", _repository(tmp_path / "hub", "dart"))))
     assert (planned["num_examples"], planned["unit"], planned["trained_in_full"]) == (16, "examples", [])
 
 

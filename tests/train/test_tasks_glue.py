@@ -14,6 +14,8 @@ from pst_ds.train.config import ConfigError
 from pst_ds.train.run_file import load_run
 from pst_ds.train.tasks import task_of
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 WORDS = ["cast", "clever", "story", "end", "fine", "plot", "film", "vague", "tired", "sharp", "scene", "warm", "the"]
 COLUMNS = {
     "cola": ("sentence",), "sst2": ("sentence",), "mrpc": ("sentence1", "sentence2"),
@@ -32,14 +34,6 @@ METRICS = {  # the benchmark's own, the first of them chooses the best
     "rte": ["accuracy"],
 }  # fmt: skip
 SIZES = {"train": 24, "validation": 13, "test": 5}
-
-
-@pytest.fixture(autouse=True)
-def _alone(tmp_path_factory, monkeypatch):
-    """One process, with a cache of its own."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -103,26 +97,21 @@ final_sparsity = 0.5
     return path
 
 
-def _json(capsys, *arguments):
-    assert main([*arguments, "--json"]) == 0
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
 @pytest.mark.parametrize("name", COLUMNS)
-def test_from_the_hub_s_files_to_a_verified_export(tmp_path, glue, name, capsys):
+def test_from_the_hub_s_files_to_a_verified_export(tmp_path, glue, name, verb):
     path = _run_file(tmp_path, glue, name)
     run = load_run(path)
     assert run.metric == METRICS[name][0]
-    trained = _json(capsys, "train", str(path), "--quiet")
+    trained = verb("train", str(path), "--quiet")
     assert trained["metrics"].keys() >= set(METRICS[name])
-    evaluated = _json(capsys, "eval", f"{tmp_path}/run", "--split", "test")
+    evaluated = verb("eval", f"{tmp_path}/run", "--split", "test")
     assert evaluated["examples"] == SIZES["validation"]
     assert all(-1.0 <= evaluated[metric] <= 1.0 for metric in METRICS[name])
     if name != "mnli":  # which has another file to test on
         assert evaluated.items() >= trained["metrics"].items()
     out = str(tmp_path / "out")
     assert main(["export", f"{tmp_path}/run", "--out", out]) == 0
-    verified = _json(capsys, "verify", out, "--against", f"{tmp_path}/run")
+    verified = verb("verify", out, "--against", f"{tmp_path}/run")
     assert verified["max_logit_difference"] == verified["differing_predictions"] == verified["differing_weights"] == 0
     assert verified["metrics"].items() <= evaluated.items()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -147,10 +136,10 @@ def test_a_hidden_label_is_named(tmp_path, glue, name, capsys):
     assert 'such as "validation"' in said
 
 
-def test_a_validation_split_can_be_cut_from_the_training_split(tmp_path, glue, capsys):
+def test_a_validation_split_can_be_cut_from_the_training_split(tmp_path, glue, verb):
     path = _run_file(tmp_path, glue, "rte", 'train = "train[:16]"\nvalidation = "train[16:]"')
-    assert _json(capsys, "train", str(path), "--quiet")["steps"] == 4
-    assert _json(capsys, "eval", f"{tmp_path}/run", "--split", "validation")["examples"] == SIZES["train"] - 16
+    assert verb("train", str(path), "--quiet")["steps"] == 4
+    assert verb("eval", f"{tmp_path}/run", "--split", "validation")["examples"] == SIZES["train"] - 16
 
 
 def test_f1_is_for_two_classes(tmp_path, glue):
