@@ -128,6 +128,15 @@ def test_one_text_may_be_searched_for_all():
     assert chosen(grid, lines, "films", "pst") == 1
 
 
+def test_tries_may_be_shorter_than_cells():
+    grid = grid_from_table(table(search={"sparsity": "0.5", "run": {"train": {"num_steps": 2}}}))
+    lines, _ = filled(grid, lambda cell: 0.8 + (cell.attempt or 0) / 100)
+    cells = [planned.cell for planned in plan(grid, lines)]
+    assert {(cell.kind, cell.settings["train"]["num_steps"]) for cell in cells} == {("search", 2), ("cell", 4)}
+    assert chosen(grid, lines, "films", "pst") == 1
+    assert len(lines) == len(cells)  # none is both
+
+
 def test_a_cell_is_its_settings():
     def of(**changes):
         return cell_of(grid_from_table(table(**changes)), {}, "search", "films", "pst", "0.5", 0, 0)

@@ -148,7 +148,8 @@ def cell_of(
         teacher = Step(settings=trained.settings)
     tries = source.tries[attempt] if attempt is not None else {}
     given = (grid.run, grid.data_sets[data_set].run, sparsity_settings(sparsity))
-    settings = laid_over(*given, row.run, tries, row.at.get(sparsity, {}), grid.overrides, _seeds(seed))
+    shorter = grid.search.run if kind == "search" else {}
+    settings = laid_over(*given, row.run, tries, row.at.get(sparsity, {}), shorter, grid.overrides, _seeds(seed))
     tests = grid.data_sets[data_set].tests or {"test": settings.get("data", {}).get("test", "")}
     settings = laid_over(settings, {"data": {"test": next(iter(tests.values()))}})
     base = None

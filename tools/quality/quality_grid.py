@@ -80,6 +80,8 @@ class Search:
     seed: int = 0
     data_sets: tuple[str, ...] = ()
     """Empty is each; a data set that is not among them takes what was chosen on the first."""
+    run: Table = field(default_factory=dict)
+    """Settings of these runs alone, over all others, such as fewer steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,6 +154,8 @@ def tries_table(grid: Grid, lines: Mapping[str, Line]) -> str:
             values = [validation(grid, runs[name][i], bold=i == taken[name]) for name in runs]
             rows.append((method.title, ", ".join(flat(settings)), *values))
     where = f"seed {grid.search.seed} and {of_zeros(grid.search.sparsity)} zeros (methods without zeros: none)"
+    if grid.search.run:
+        where += f", with {', '.join(flat(grid.search.run))}"
     said = f"Tries, a run each at {where}; in bold the one taken for all cells of its method:\n\n"
     head = ("method", "settings", *(f"{d.title}: validation {metric_name(grid)}" for d in data_sets))
     return said + table(head, rows) if rows else ""
