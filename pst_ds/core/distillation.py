@@ -71,14 +71,12 @@ def _loss_and_gradient(
     student: Tensor, teacher: Tensor, targets: Tensor, weight: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Sum over rows, 0-d float64, and its gradient, (rows, classes) fp32; ``targets``: (rows, 1)."""
+    log_q = torch.log_softmax(student, -1)
+    hard = log_q.gather(1, targets).sum(dtype=torch.float64)
     if temperature == 1.0:
-        log_q = torch.log_softmax(student, -1)
-        hard = log_q.gather(1, targets).sum(dtype=torch.float64)
         soft, p, q = _divergence(log_q, teacher)
         q.sub_(p, alpha=weight)
     else:
-        log_q = torch.log_softmax(student, -1)
-        hard = log_q.gather(1, targets).sum(dtype=torch.float64)
         soft, p, soft_q = _divergence(torch.log_softmax(student / temperature, -1), teacher / temperature)
         q = log_q.exp_().mul_(1.0 - weight).add_(soft_q.sub_(p), alpha=weight * temperature)
     q.scatter_add_(1, targets, torch.full_like(targets, weight - 1.0, dtype=q.dtype))

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from pst_ds.core.bits import apply_mask_
 from pst_ds.core.one_shot import InverseFactor, inverse_factor, keep_by_score, sparsegpt, wanda_scores
+from pst_ds.nn.input_sums import InputGatherer, products, squares
 from pst_ds.prune.blocks import block_of, find_blocks
 from pst_ds.prune.errors import PruneError
 from pst_ds.prune.replay import Batch, BlockReplay
 from pst_ds.prune.rules import LayerRule, Method
-from pst_ds.prune.statistics import InputGatherer, products, squares
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def _prune_block(
     layers = []
     with replay.resident(index):
         if rules:
-            with gatherer.listening([rule.target for rule in rules]):
+            with gatherer.listening({rule.target.name: rule.target.module for rule in rules}):
                 replay.run(index, keep_output=False, before=gatherer.begin)
         for rule, weight in zip(rules, weights, strict=True):
             with _naming(rule):

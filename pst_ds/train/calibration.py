@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pst_ds.durable import replace_bytes
 from pst_ds.nn.inject import bypassed, pst_layers
+from pst_ds.nn.input_sums import InputGatherer, squares
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_objects, rank, world_size
@@ -21,34 +22,6 @@ from pst_ds.train.evaluate import evaluation_batches
 from pst_ds.train.tasks import ExampleSet, Task
 
 NORMS_FILE = "activation_norms.safetensors"
-
-
-class _SquareSums:
-    """Sums over tokens of squared inputs, by layer: (I,) float64."""
-
-    def __init__(self, layers: dict[str, PSTLinear]):
-        self.sums = {name: torch.zeros(layer.layout.in_features, dtype=torch.float64) for name, layer in layers.items()}
-        self.real_tokens: Tensor | None = None
-        """(texts, length) bool of the batch in work; None when all are."""
-
-    @contextmanager
-    def listening(self, layers: dict[str, PSTLinear]) -> Iterator[None]:
-        hooks = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in layers.items()]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _hook(self, name: str) -> Any:
-        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x, real = args[0], self.real_tokens
-            if real is not None and x.shape[:2] == real.shape:
-                x = x[real]
-            squares = x.reshape(-1, x.shape[-1]).float().square_().sum(0, dtype=torch.float64)
-            self.sums[name] += squares.cpu()
-
-        return add
 
 
 @torch.no_grad()
@@ -68,7 +41,7 @@ def activation_norms(
     ranks. Collective.
     """
     layers = pst_layers(engine.module)
-    found = _SquareSums(layers)
+    gatherer = InputGatherer(squares)
     lengths = [examples.lengths[i] for i in indices]
     batches = evaluation_batches(lengths, batch_size, mixed=task.pads)
     engine.eval()
@@ -78,17 +51,21 @@ def activation_norms(
             turn = first + rank()
             own = batches[min(turn, len(batches) - 1)]
             batch = {k: v.to(device) for k, v in task.collate(examples, [indices[i] for i in own], tokenizer).items()}
-            found.real_tokens = batch["attention_mask"].bool() if "attention_mask" in batch else None
-            with found.listening(layers) if turn < len(batches) else _nothing():
+            gatherer.begin(batch)
+            with gatherer.listening(layers) if turn < len(batches) else nullcontext():
                 engine(**{k: v for k, v in batch.items() if k != "labels"})
     engine.train()
-    by_rank = all_gather_objects(found.sums)
-    return {name: _relative(sum((sums[name] for sums in by_rank[1:]), by_rank[0][name]).sqrt()) for name in layers}
+    by_rank = all_gather_objects(
+        {name: found.total.cpu() for name, found in gatherer.sums.items() if found.total is not None}
+    )
+    return {
+        name: _relative(sum((sums[name] for sums in by_rank if name in sums), _zeros(layer)).sqrt())
+        for name, layer in layers.items()
+    }
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _zeros(layer: PSTLinear) -> Tensor:
+    return torch.zeros(layer.layout.in_features, dtype=torch.float64)
 
 
 def _relative(norms: Tensor) -> Tensor:

@@ -12,10 +12,9 @@ from pst_ds.core.distillation import distilled_loss, relative_distance
 from pst_ds.nn.inject import bypassed
 from pst_ds.parallel.engine import Engine
 from pst_ds.train.config import ConfigError, RunConfig
+from pst_ds.train.data_to_text import IGNORED
 from pst_ds.train.model import DTYPES, attention_options
 from pst_ds.train.tasks import task_of
-
-IGNORED_LABEL = -100
 
 
 class Objective:
@@ -68,7 +67,7 @@ def predictions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     if logits.dim() == 2:
         return torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device), labels
-    is_label = labels[:, 1:] != IGNORED_LABEL
+    is_label = labels[:, 1:] != IGNORED
     rows = torch.zeros(labels.shape, dtype=torch.bool, device=logits.device)
     rows[:, :-1] = is_label
     return rows, labels[:, 1:][is_label]

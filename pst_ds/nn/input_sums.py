@@ -1,15 +1,13 @@
-"""What the layers of a block were given: sums of squares, or of products, of their inputs over all tokens."""
+"""What layers are given: sums of squares, or of products, of their inputs over all tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-
-from pst_ds.nn.targets import Target
+from torch import Tensor, nn
 
 
 def squares(inputs: Tensor) -> Tensor:
@@ -54,9 +52,9 @@ class InputGatherer:
         self._tokens = None if mask is None else mask.flatten().bool()
 
     @contextmanager
-    def listening(self, targets: Sequence[Target]) -> Iterator[None]:
-        """Adds what these layers are given while the context lasts."""
-        hooks = [target.module.register_forward_pre_hook(self._hook(target.name)) for target in targets]
+    def listening(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Adds what these layers, by name, are given while the context lasts."""
+        hooks = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in layers.items()]
         try:
             yield
         finally:
