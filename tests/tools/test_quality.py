@@ -93,6 +93,15 @@ def test_tries_come_first_and_then_one_seed_of_everything():
     assert len(order) == 8 + 4 + 8 == len(set(order))
 
 
+def test_some_sparsities_may_have_fewer_seeds():
+    grid = grid_from_table(table(seeds_at={"2:4": [1]}))
+    lines, order = filled(grid, lambda cell: 0.8)
+    assert [name for name in order if "2:4" in name] == ["films/pst/2:4/1", "tweets/pst/2:4/1"]
+    assert [figure(grid, lines, "films", "pst", s).seeds for s in ("0.5", "2:4")] == [2, 1]
+    with pytest.raises(GridError, match=r"seeds_at\.2:4: 7 is not one of 0, 1"):
+        grid_from_table(table(seeds_at={"2:4": [7]}))
+
+
 def test_a_try_is_chosen_on_validation_alone_once_all_have_ended():
     grid = grid_from_table(table())
     first, second = (cell_of(grid, {}, "search", "films", "pst", "0.5", 0, i) for i in (0, 1))

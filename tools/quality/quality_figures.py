@@ -23,7 +23,7 @@ class Figure:
 def lines_of(grid: Grid, lines: Mapping[str, Line], data_set: str, method: str, sparsity: str) -> list[Line]:
     """The finished cells of one place in the table, by seed."""
     found = []
-    for seed in grid.seeds_of(grid.methods[method]):
+    for seed in grid.seeds_of(grid.methods[method], sparsity):
         cell = cell_of(grid, lines, "cell", data_set, method, sparsity, seed)
         line = lines.get(cell.id) if cell else None
         if line is not None and line["outcome"] == "done":

@@ -98,6 +98,8 @@ class Grid:
     """Budget of a cell, of its evaluations too; and once more of what is made before it, such as pruning."""
     sparsities: tuple[str, ...]
     seeds: tuple[int, ...]
+    seeds_at: dict[str, list[int]] = field(default_factory=dict)
+    """Some of the seeds alone, for some sparsities."""
     search: Search
     run: Table
     data_sets: dict[str, DataSet]
@@ -118,8 +120,10 @@ class Grid:
     def sparsities_of(self, method: Method) -> tuple[str, ...]:
         return method.sparsities or self.sparsities
 
-    def seeds_of(self, method: Method) -> tuple[int, ...]:
-        return method.seeds or self.seeds
+    def seeds_of(self, method: Method, sparsity: str = "") -> tuple[int, ...]:
+        """The seeds of a method's cells; of all its sparsities where none is given."""
+        seeds = method.seeds or self.seeds
+        return tuple(seed for seed in seeds if seed in self.seeds_at.get(sparsity, seeds))
 
     def methods_of(self, data_set: str) -> list[Method]:
         return [m for m in self.methods.values() if not m.data_sets or data_set in m.data_sets]
@@ -223,6 +227,11 @@ def _check(grid: Grid) -> None:
             if not _SPARSITY.fullmatch(sparsity):
                 at = f"methods.{where}." if where else ""
                 raise GridError(f'{at}sparsities: {sparsity!r} must be a share such as "0.9", or N:M such as "2:4"')
+    _require_known(grid.seeds_at, grid.sparsities, "seeds_at")
+    for sparsity, seeds in grid.seeds_at.items():
+        if not isinstance(seeds, list):
+            raise GridError(f"seeds_at.{sparsity} = {seeds!r} must be a list, such as [0]")
+        _require_known(seeds, grid.seeds, f"seeds_at.{sparsity}")
     if not grid.methods or not grid.data_sets:
         raise GridError("[data_sets.NAME] and [methods.NAME] are needed, at least one of each")
     numbers = {len(m.tries) for m in grid.methods.values() if m.tries}
