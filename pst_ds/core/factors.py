@@ -36,8 +36,20 @@ class Constants:
     """True drops the path of the gradient through |W| in S."""
     magnitude: bool = True
     """False leaves |W| out of S."""
+    frozen_magnitude: bool = False
+    """True has |W0| in S, which the update does not move."""
     multiplicative: bool = False
     """True makes W = W0 + beta W0 . (U V), which keeps every zero of W0."""
+
+    @property
+    def update_in_scores(self) -> bool:
+        """Whether S is made of the updated weight. The mask of a multiplicative update is chosen before it."""
+        return not self.multiplicative and not self.frozen_magnitude
+
+    @property
+    def magnitude_has_gradient(self) -> bool:
+        """Whether the gradient of S reaches U and V through |W|."""
+        return self.magnitude and not self.detach_magnitude and not self.frozen_magnitude
 
     def magnitude_factor(self, weight_scale: float) -> float:
         """What |W| is multiplied by in S."""

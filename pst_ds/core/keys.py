@@ -26,6 +26,11 @@ def order_keys(scores: Tensor) -> Tensor:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
+def scores_of_keys(keys: Tensor) -> Tensor:
+    """The fp32 scores that have these keys."""
+    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
 def native_for(*tensors: Tensor):
     """The native library when every one of ``tensors`` is on the CPU; else None."""
     return library() if all(t.device.type == "cpu" for t in tensors) else None
@@ -46,7 +51,7 @@ def score_keys(weight: Tensor, tile: TileFactors, constants: Constants, weight_s
     by_row = None if tile.score_rows is None else (tile.score_rows * constants.alpha2).contiguous()
     by_col = None if tile.score_cols is None else (tile.score_cols * constants.alpha2).contiguous()
     norms = [None if n is None else n.float().contiguous() for n in (tile.row_norms, tile.col_norms)]
-    updates = (None, None) if constants.multiplicative else (tile.update_left, tile.update_right)
+    updates = (tile.update_left, tile.update_right) if constants.update_in_scores else (None, None)
     update, kept_update = _product(*updates)
     score, kept_score = _product(tile.score_left, tile.score_right)
     native.pst_score_keys(

@@ -203,7 +203,7 @@ def _band_backward(work: _Work, block: Block, rect: Rect, weight: Tensor, grad: 
         _and(grad, mask, out=product)  # dW
         if work.grads.weight is not None:
             work.grads.weight[rows, cols] = product
-        if work.sums.A is not None and state.constants.magnitude and not state.constants.detach_magnitude:
+        if work.sums.A is not None and state.constants.magnitude_has_gradient:
             magnitude = torch.abs(weight, out=_shaped(work.buffers.magnitude, rect))
             if factors.row_norms is not None:
                 magnitude.mul_(factors.row_norms.unsqueeze(1))

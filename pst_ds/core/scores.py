@@ -38,11 +38,11 @@ def importance(weight: Tensor, tile: TileFactors, constants: Constants, weight_s
     """S = |W0 + beta U V| . 1 n' / weight_scale + alpha1 A B + alpha2 (R 1' + 1 C') for one rectangle.
 
     ``weight``: W0, (rows, cols), any float dtype. Returns fp32 (rows, cols), the same bits for a given weight whatever
-    rectangle it is computed in. A multiplicative update is not looked at: masks are chosen before it.
+    rectangle it is computed in. The update is left out of S where ``constants.update_in_scores`` says so.
     """
     scores = weight.to(torch.float32, copy=True)
     scratch = torch.empty_like(scores)
-    if not constants.multiplicative:
+    if constants.update_in_scores:
         add_low_rank_(scores, tile.update_left, tile.update_right, constants.beta, scratch)
     scores.abs_()
     factor = constants.magnitude_factor(weight_scale)

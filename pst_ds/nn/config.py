@@ -88,6 +88,9 @@ class PSTConfig:
     magnitude: Magnitude = "weight"
     """The term of the scores that needs no training: "weight" is |W|; "activation" |W| times the norm of its input over
     some training text (relative to the mean norm), as in Wanda (arXiv 2306.11695); "none" leaves it out."""
+    frozen_magnitude: bool = False
+    """Have |W0| in the scores, not |W|: then weights near the cut do not come and go as U V moves, and only what the
+    scores learn changes the masks. For models that are pruned at once and then recover."""
     calibration_examples: int = 128
     """Training examples that the norms of "activation" are taken over, before the first step."""
     relative_magnitude: bool = True
@@ -147,6 +150,11 @@ class PSTConfig:
         ):  # fmt: skip
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(get_args(kinds))}")
+        if self.frozen_magnitude and self.train_weights:
+            raise ValueError(
+                "frozen_magnitude = true ranks by the pretrained weights, and train_weights = true does not keep them; "
+                "set one of them to false"
+            )
         if self.full_scores and self.has_scores:
             raise ValueError(
                 "full_scores = true takes the place of the small factors of the scores; set score_rank = 0 and "

@@ -52,7 +52,8 @@ class PSTLinear(nn.Module):
         self.layout, self.num_shards, self.weight_scales = layout, num_shards, weight_scales
         self.constants = Constants(
             config.alpha1, config.alpha2, config.beta, config.detach_magnitude,
-            magnitude=config.magnitude != "none", multiplicative=config.multiplicative_update,
+            magnitude=config.magnitude != "none", frozen_magnitude=config.frozen_magnitude,
+            multiplicative=config.multiplicative_update,
         )  # fmt: skip
         self.rule = config.rule_for(name)
         self.scores_train = config.has_scores or config.full_scores
@@ -119,6 +120,7 @@ class PSTLinear(nn.Module):
         """M . W in storage shape, exactly what ``forward`` multiplies with. The parameters must be gathered."""
         return self.state().masked_weight()
 
+    @torch.compiler.disable  # tiles, bits and native code are nothing that a graph could hold
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O), in the weight's dtype, also under autocast."""
         if self.bypassed:

@@ -1,5 +1,6 @@
 """Keys of scores: native loops and their torch twins give the same bits, and keys sort as scores do."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,16 @@ from hypothesis import strategies as st
 
 from pst_ds.core import bits, keys, native
 from pst_ds.core.factors import Constants, TileFactors
-from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, histogram, keys_at, order_keys, score_keys
+from pst_ds.core.keys import (
+    HIGHEST_FINITE,
+    LOWEST_FINITE,
+    Classifier,
+    histogram,
+    keys_at,
+    order_keys,
+    score_keys,
+    scores_of_keys,
+)
 from pst_ds.core.scores import importance
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
@@ -67,7 +77,13 @@ def test_native_score_keys_are_those_of_importance_to_the_bit(dtype, shape, opti
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 65), (5, 200)])
 @pytest.mark.parametrize("of_rows", [True, False])
-@pytest.mark.parametrize("constants", [Constants(beta=0.3), Constants(magnitude=False), Constants(multiplicative=True)])
+@pytest.mark.parametrize(
+    "constants",
+    [
+        Constants(beta=0.3), Constants(magnitude=False), Constants(multiplicative=True),
+        Constants(frozen_magnitude=True),
+    ],
+)  # fmt: skip
 def test_norms_and_kinds_of_scores_give_the_same_bits_natively(dtype, shape, of_rows, constants, without_native):
     require_native()
     generator = torch.Generator().manual_seed(5)
@@ -91,6 +107,7 @@ def test_scores_of_every_kind_are_the_written_out_formula():
         (Constants(), replace(terms, col_norms=norms), (weight + update).abs() * norms / 0.5 + rest),
         (Constants(magnitude=False), terms, rest),
         (Constants(multiplicative=True), terms, weight.abs() / 0.5 + rest),  # masks are chosen before the update
+        (Constants(frozen_magnitude=True), replace(terms, col_norms=norms), weight.abs() * norms / 0.5 + rest),
     ):
         assert torch.allclose(importance(weight, tiles, constants, 0.5), expected, atol=1e-5)
 
@@ -179,3 +196,8 @@ def test_a_compiler_that_fails_is_a_warning_and_torch_takes_over(monkeypatch, tm
     with pytest.warns(UserWarning, match="native code cannot be built"):
         assert native.library.__wrapped__() is None
     assert not list((tmp_path / "pst_ds").iterdir())
+
+
+def test_scores_come_back_from_their_keys():
+    scores = torch.tensor([0.0, -0.0, 1.5, -1.5, 3e38, -3e38, 1e-45, -1e-45, math.inf, -math.inf])
+    assert torch.equal(scores_of_keys(order_keys(scores)), scores)

@@ -96,7 +96,8 @@ def reference(case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     dense = leaves["weight"].t() if state.layout.transposed else leaves["weight"]
     update = by_part("U", "V") * (dense if state.constants.multiplicative else 1.0)
     merged = dense + state.constants.beta * update
-    magnitude = merged.detach().abs() if state.constants.detach_magnitude else merged.abs()
+    ranked = dense.detach() if state.constants.frozen_magnitude else merged
+    magnitude = ranked.detach().abs() if state.constants.detach_magnitude else ranked.abs()
     scale = torch.tensor(state.weight_scales, dtype=torch.float64).repeat_interleave(width).unsqueeze(1)
     scores = magnitude * norms / scale * state.constants.magnitude + state.constants.alpha1 * by_part("A", "B")
     if "R" in leaves:
@@ -141,8 +142,9 @@ def test_forward_is_the_formula(layout, num_shards):
 
 
 @each_layout
-def test_detached_magnitude_has_no_path_to_the_update(layout):
-    case = make_case(layout, constants=dataclasses.replace(CONSTANTS, detach_magnitude=True))
+@pytest.mark.parametrize("setting", ["detach_magnitude", "frozen_magnitude"])
+def test_detached_magnitude_has_no_path_to_the_update(layout, setting):
+    case = make_case(layout, constants=dataclasses.replace(CONSTANTS, **{setting: True}))
     found, attached = case.gradients(BY_INPUTS), make_case(layout).gradients(BY_INPUTS)
     assert_gradients(found, reference(case)[1], ["x", *SCORE_NAMES, *UPDATE_NAMES])
     assert all(torch.equal(getattr(found, n), getattr(attached, n)) for n in SCORE_NAMES)

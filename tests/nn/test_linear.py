@@ -66,12 +66,13 @@ def reference_gradients(layer: PSTLinear, mask: torch.Tensor, x: torch.Tensor, g
     pieces = []
     for part in range(parts):
         rows = slice(part * width, (part + 1) * width)
-        weight = (own["weight"].t() if layer.layout.transposed else own["weight"])[rows]
+        base = (own["weight"].t() if layer.layout.transposed else own["weight"])[rows]
         keep = (mask.t() if layer.layout.transposed else mask)[rows].double()
         a, r, u = (own[f"pst_{n}"][rows] for n in "ARU")
         b, c, v = (own[f"pst_{n}"].chunk(parts)[part] for n in "BCV")
-        weight = weight + constants.beta * u @ v
-        magnitude = weight.detach().abs() if constants.detach_magnitude else weight.abs()
+        weight = base + constants.beta * u @ v
+        ranked = base if constants.frozen_magnitude else weight
+        magnitude = ranked.detach().abs() if constants.detach_magnitude else ranked.abs()
         scores = magnitude / layer.weight_scales[part] + constants.alpha1 * a @ b
         scores = scores + constants.alpha2 * (r.unsqueeze(1) + c)
         straight_through = keep + scores - scores.detach() if layer.scores_train else keep
@@ -169,7 +170,9 @@ def test_injection_leaves_the_global_generator_alone():
 
 
 @each_kind
-@pytest.mark.parametrize("settings", [{}, {"detach_magnitude": True}, {"relative_magnitude": False}], ids=repr)
+@pytest.mark.parametrize(
+    "settings", [{}, {"detach_magnitude": True}, {"frozen_magnitude": True}, {"relative_magnitude": False}], ids=repr
+)
 def test_gradients_are_those_of_the_formula(kind, settings):
     layer = injected(kind, num_shards=2, alpha1=0.7, alpha2=0.9, beta=1.3, **settings)
     layer.bias.requires_grad_()

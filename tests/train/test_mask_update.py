@@ -49,6 +49,21 @@ def _mid_ramp(kind, num_shards):
     return model
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_frozen_magnitude_is_that_of_the_pretrained_weights(kind):
+    def checksum(frozen, *, updated):
+        torch.manual_seed(3)
+        config = PSTConfig(frozen_magnitude=frozen, modules_to_save=(), update_init="lora", seed=4)
+        model = inject_pst(MODELS[kind](), config)
+        for layer in pst_layers(model).values():
+            if updated:
+                layer.pst_U.data.normal_()
+        return update_masks(model, SPARSITY).checksum
+
+    assert checksum(True, updated=True) == checksum(True, updated=False) == checksum(False, updated=False)
+    assert checksum(False, updated=True) != checksum(False, updated=False)
+
+
 def _groups(model):
     return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 0.0, "name": "all"}]
 

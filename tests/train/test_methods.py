@@ -199,6 +199,7 @@ def test_a_fixed_mask_of_zeros_is_the_base_models(tmp_path):
         (["pst.multiplicative_update=true", "pst.score_rank=0", "pst.structured_scores=false"], 'use "spp"'),
         (["method=gpm"], "method = 'gpm' must be one of 'pst', 'dense', 'lora'"),
         (["pst.magnitude=wanda"], "pst.magnitude = 'wanda' must be one of"),
+        (["method=gmp", "pst.frozen_magnitude=true"], "frozen_magnitude = true ranks by the pretrained weights"),
         (["pst.calibration_examples=0"], "calibration_examples = 0 must be at least 1"),
     ],
 )
