@@ -98,6 +98,9 @@ def test_some_sparsities_may_have_fewer_seeds():
     lines, order = filled(grid, lambda cell: 0.8)
     assert [name for name in order if "2:4" in name] == ["films/pst/2:4/1", "tweets/pst/2:4/1"]
     assert [figure(grid, lines, "films", "pst", s).seeds for s in ("0.5", "2:4")] == [2, 1]
+    small = grid_from_table(table(data_sets={"tweets": {"sparsities": ["0", "0.5"]}}))
+    _, order = filled(small, lambda cell: 0.8)
+    assert [name for name in order if "2:4" in name] == ["films/pst/2:4/0", "films/pst/2:4/1"]
     with pytest.raises(GridError, match=r"seeds_at\.2:4: 7 is not one of 0, 1"):
         grid_from_table(table(seeds_at={"2:4": [7]}))
 

@@ -101,7 +101,7 @@ def plan(grid: Grid, lines: Mapping[str, Line]) -> list[Planned]:
         for sparsity in sparsities:
             for data_set in grid.data_sets:
                 for method in grid.methods_of(data_set):
-                    if seed in grid.seeds_of(method, sparsity) and sparsity in grid.sparsities_of(method):
+                    if seed in grid.seeds_of(method, sparsity) and sparsity in grid.sparsities_of(method, data_set):
                         found.append(_planned(grid, lines, "cell", data_set, method.name, sparsity, seed, None))
     return found
 

@@ -34,6 +34,8 @@ class DataSet:
     make: tuple[str, ...] = ()
     """What tools/quality/texts.py makes of it."""
     run: Table = field(default_factory=dict)
+    sparsities: tuple[str, ...] = ()
+    """Some of the methods' sparsities; empty is all."""
     tests: dict[str, str] = field(default_factory=dict)
     """Test files by name. The first is the run's data.test, on which an export is verified; one called "test" if none
     is given."""
@@ -117,8 +119,10 @@ class Grid:
     def lower_is_better(self) -> bool:
         return self.metric in LOWER_IS_BETTER
 
-    def sparsities_of(self, method: Method) -> tuple[str, ...]:
-        return method.sparsities or self.sparsities
+    def sparsities_of(self, method: Method, data_set: str = "") -> tuple[str, ...]:
+        """Those of a method, on one data set or on any."""
+        some = self.data_sets[data_set].sparsities if data_set else ()
+        return tuple(s for s in method.sparsities or self.sparsities if not some or s in some)
 
     def seeds_of(self, method: Method, sparsity: str = "") -> tuple[int, ...]:
         """The seeds of a method's cells; of all its sparsities where none is given."""

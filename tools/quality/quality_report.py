@@ -100,7 +100,7 @@ def bars_table(grid: Grid, lines: Mapping[str, Line]) -> str:
 def results_table(grid: Grid, lines: Mapping[str, Line], data_set: str, test: str) -> str:
     """Methods x sparsities: the metric, with what was trained, and the CPU seconds of a cell; without empty rows."""
     methods = grid.methods_of(data_set)
-    sparsities = list(dict.fromkeys(s for m in methods for s in grid.sparsities_of(m)))
+    sparsities = list(dict.fromkeys(s for m in methods for s in grid.sparsities_of(m, data_set)))
     papers = [m for m in methods if m.paper]
     head = [f"{metric_name(grid)}, at zeros", "trained share", *(of_zeros(s) for s in sparsities), "CPU s"]
     rows = []
