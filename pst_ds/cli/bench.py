@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from pst_ds.cli.bench_text import bench_text
+from pst_ds.cli.main import add_quiet_argument, count
 from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,16 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "csr and 2:4 where they apply",
     )
     parser.add_argument("--batch", type=_counts, default=[1], metavar="N,...", help="sequences at a time (default: 1)")
-    parser.add_argument("--prompt-tokens", type=_count, default=128, metavar="N", help="(default: 128)")
-    parser.add_argument("--new-tokens", type=_count, default=32, metavar="N", help="(default: 32)")
+    parser.add_argument("--prompt-tokens", type=count, default=128, metavar="N", help="(default: 128)")
+    parser.add_argument("--new-tokens", type=count, default=32, metavar="N", help="(default: 32)")
     parser.add_argument("--threads", type=_counts, metavar="N,...", help="of torch (default: OMP_NUM_THREADS)")
-    parser.add_argument("--repeats", type=_count, default=3, metavar="N", help="runs of each, in turn (default: 3)")
+    parser.add_argument("--repeats", type=count, default=3, metavar="N", help="runs of each, in turn (default: 3)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of every model (default: bf16)")
     parser.add_argument(
         "--from-memory",
         action="store_true",
         help="go through copies of each model, twice the last-level cache together, a token each in turn",
     )
+    add_quiet_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -107,11 +109,5 @@ def _check_positions(folder: ModelFolder, args: argparse.Namespace) -> None:
         )
 
 
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
 def _counts(text: str) -> list[int]:
-    return [_count(part) for part in text.split(",")]
+    return [count(part) for part in text.split(",")]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pst_ds.cli.text_table import aligned
+
 COLUMNS = (
     ("contestant", "contestant", "{}"),
     ("threads", "threads", "{}"),
@@ -33,15 +35,14 @@ def bench_text(result: dict[str, Any]) -> str:
         f"{conditions['hardware']}; last-level cache {conditions['last_level_cache_bytes'] / 1e6:.0f} MB; "
         f"sparse kernel: {conditions['sparse_kernel']}; torch {conditions['versions']['torch']}",
     ]
-    columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in result["rows"])]
-    table = [[heading for _, heading, _ in columns]]
-    table += [[_cell(row.get(key), key, form) for key, _, form in columns] for row in result["rows"]]
-    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
-    lines += [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(pairs)).rstrip()
-        for pairs in (list(zip(line, widths, strict=True)) for line in table)
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *aligned(bench_table(result["rows"]))])
+
+
+def bench_table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The headings of the columns that any of ``rows`` has a value for, and the cells of each row."""
+    columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+    cells = [[_cell(row.get(key), key, form) for key, _, form in columns] for row in rows]
+    return [[heading for _, heading, _ in columns], *cells]
 
 
 def _cell(value: Any, key: str, form: str) -> str:

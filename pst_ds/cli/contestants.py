@@ -93,7 +93,9 @@ def _sparse(folder: ModelFolder, plain: Any, name: str, dtype: str) -> Contestan
         return Contestant(folder.load("sparse", dtype), folder.weight_file_bytes)
     model = copy.deepcopy(plain) if plain is not None else folder.load("dense", dtype)
     if not make_sparse(model, name):
-        raise ModelFolderError(f"{folder.path}: no linear layer can be packed as {name} and become smaller")
+        raise ModelFolderError(
+            f"{folder.path}: no linear layer can be packed as {name} and become smaller; leave {name} out of --formats"
+        )
     return Contestant(model)
 
 

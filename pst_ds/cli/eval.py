@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pst_ds.cli.main import add_run_arguments, load_run_or_folder
+from pst_ds.cli.main import add_quiet_argument, add_run_arguments, load_run_or_folder
+from pst_ds.durable import require_writable
 from pst_ds.errors import InputError
 
 
@@ -18,12 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--texts", metavar="FILE", help='of task "data-to-text": a JSON line for each text written, with its references'
     )
+    add_quiet_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     config = load_run_or_folder(args)
     if args.texts and config.task != "data-to-text":
         raise InputError(f"--texts {args.texts}: task {config.task!r} writes no texts; leave it out")
+    if args.texts:
+        require_writable(Path(args.texts), f"--texts {args.texts}")
     from pst_ds.parallel.launch import launch_environment
     from pst_ds.train.run import build, evaluate, prepare
     from pst_ds.train.run_folder import open_checkpoint

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pst_ds.cli.main import load_run_or_folder, main
+from pst_ds.cli.main import add_quiet_argument, count, load_run_or_folder, main
 from pst_ds.errors import InputError
 
 FORMATS = ("dense", "bitmask", "2:4", "csr")
@@ -27,14 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--checkpoint", help='of a run: "best" (default), "final", or another in checkpoints/')
     add_writing_arguments(parser)
+    add_quiet_argument(parser)
 
 
 def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of everything that writes a model folder."""
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="cast every tensor; default: as they are")
-    parser.add_argument("--processes", type=_count, default=1, metavar="N", help="processes to write with (default: 1)")
+    parser.add_argument("--processes", type=count, default=1, metavar="N", help="processes to write with (default: 1)")
     parser.add_argument(
-        "--shard-bytes", type=_count, default=5 << 30, metavar="B", help="most bytes of a weight file (default: 5 GiB)"
+        "--shard-bytes", type=count, default=5 << 30, metavar="B", help="most bytes of a weight file (default: 5 GiB)"
     )
 
 
@@ -64,6 +65,11 @@ def _written(args: argparse.Namespace) -> dict[str, Any]:
         "processes": args.processes,
     }
     is_model = source.is_dir() and not (source / "run.toml").is_file() and (source / "config.json").exists()
+    if source.is_dir() and not is_model and not (source / "run.toml").is_file():
+        raise InputError(
+            f"{str(source)!r} is not a run folder: run.toml is missing; and no model folder: config.json is missing "
+            f"(looked in {source.absolute()})"
+        )
     if not is_model:
         return _write_run(args, how)
     if args.set or args.checkpoint:
@@ -90,12 +96,6 @@ def _write_run(args: argparse.Namespace, how: dict[str, Any]) -> dict[str, Any]:
     table = json.loads(json.dumps(tomllib.loads(dump_run(config))))
     written = export_run(model, checkpoint, tokenizer, Path(args.out), run=table, **how)
     return {**written, "checkpoint": str(checkpoint.folder)}
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def convert(format_name: str, description: str, argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Any
 
+from pst_ds.cli.main import count
 from pst_ds.errors import InputError
 
 
@@ -20,12 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat", action="store_true", help="the prompt is a message: use the tokenizer's chat template"
     )
-    parser.add_argument("--max-new-tokens", type=_count, default=128, metavar="N", help="(default: 128)")
+    parser.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="(default: 128)")
     parser.add_argument("--temperature", type=float, metavar="T", help="draw tokens; default: always the likeliest")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that sum up to P")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
     add_loading_arguments(parser)
-    parser.add_argument("--threads", type=_count, metavar="N", help="of torch (default: OMP_NUM_THREADS, or all cores)")
+    parser.add_argument("--threads", type=count, metavar="N", help="of torch (default: OMP_NUM_THREADS, or all cores)")
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +59,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = folder.load(args.load_as, args.dtype, device)
     quicken_output_layer(model)
     load_seconds = time.perf_counter() - start
+    if new_tokens < args.max_new_tokens:
+        positions = inputs["input_ids"].shape[1] + new_tokens
+        print(f"stops after {new_tokens} tokens: the model has {positions} positions", file=sys.stderr)
     torch.manual_seed(args.seed)
     written = _write(model, tokenizer, inputs, new_tokens, sampling)
     result = {
@@ -123,8 +127,6 @@ def _new_tokens(args: argparse.Namespace, ids: Any, config: Any) -> int:
         return int(args.max_new_tokens)
     if tokens >= positions:
         raise PromptError(f"--prompt has {tokens} tokens, and the model {positions} positions: shorten it")
-    if tokens + args.max_new_tokens > positions:
-        print(f"stops after {positions - tokens} tokens: the model has {positions} positions", file=sys.stderr)
     return min(args.max_new_tokens, positions - tokens)
 
 
@@ -157,9 +159,3 @@ def _speed(result: dict[str, Any]) -> str:
         f"prefill: {result['prompt_tokens']} tokens at {result['prefill_tokens_per_second']:.1f} a second{after} "
         f"({layers}{result['dtype']}, {result['threads']} threads, loaded in {result['load_seconds']:.1f} s)"
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import json
 import logging
@@ -10,14 +11,15 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from pst_ds import __version__
+from pst_ds import __version__, progress
 from pst_ds.errors import InputError
 from pst_ds.parallel.stop_signals import EXIT_STOPPED
 
 VERBS = {
+    "init": "write a commented run file for a model and its text, from flags and a few questions",
     "plan": "show what a run would do: modules, parameters, memory, schedule; starts nothing",
     "train": "train a run, on one process or as every rank of a launcher",
     "prune": "prune a run's pretrained model once, on calibration text: magnitude, Wanda or SparseGPT",
@@ -26,19 +28,42 @@ VERBS = {
     "verify": "check an export, alone or against the run it came from: files, tensors, weights, logits",
     "generate": "write text with a causal model, dense or packed",
     "bench": "measure how fast and how large a model is, dense and sparse",
+    "report": "write one HTML page about runs, side by side: curves, heat maps of layers, tables, exports, speed",
+    "inspect": "say what a folder or file is and holds: run, checkpoint, export, model; layer by layer",
+    "doctor": "check this machine: versions, accelerator, compiler, communication, disk; says what to fix",
+    "completion": "print a script that completes pst-ds in a shell: bash, zsh or fish",
 }
 
 
-def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
-    """The parser; only ``verb``'s own module is imported, so that help is quick."""
-    parser = argparse.ArgumentParser(prog="pst-ds", description="Parameter-efficient Sparse Training on DeepSpeed.")
+class _Parser(argparse.ArgumentParser):
+    """A wrong command line is one message of rank 0 with the near miss, without the usage, and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        _say_on_main(f"{self.prog}: {message}{'' if message.endswith('?') else '.'} See {self.prog} --help")
+        self.exit(2)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # said by the verb's own parser, which knows its options
+            self.error(f"unknown argument {unknown[0]!r}{_near_miss(unknown[0], self._option_string_actions)}")
+        return found, unknown
+
+
+def _near_miss(wrong: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(wrong, known, n=1)
+    return f". Did you mean {near[0]!r}?" if near else ""
+
+
+def build_parser(*loaded: str | None) -> argparse.ArgumentParser:
+    """The parser, with the arguments of the verbs ``loaded``; no other's module is imported, so that help is quick."""
+    parser = _Parser(prog="pst-ds", description="Parameter-efficient Sparse Training on DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"pst-ds {__version__}")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from the launcher
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, summary in VERBS.items():
         sub = verbs.add_parser(name, help=summary, description=summary)
         sub.add_argument("--json", action="store_true", help="end with one JSON object on the last line of stdout")
-        if name == verb:
+        if name in loaded:
             importlib.import_module(f"pst_ds.cli.{name}").add_arguments(sub)
     return parser
 
@@ -47,8 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = next((a for a in arguments if a in VERBS), None)
-    args = build_parser(verb).parse_args(arguments)
+    parser = build_parser(verb)
+    first = next((a for a in arguments if not a.startswith("-")), None)
+    if verb is None and first is not None:
+        parser.error(f"unknown verb {first!r}; there are {', '.join(VERBS)}{_near_miss(first, VERBS)}")
+    args = parser.parse_args(arguments)
     quiet_libraries()
+    progress.quiet = getattr(args, "quiet", False)
     try:
         result = importlib.import_module(f"pst_ds.cli.{args.verb}").run(args)
     except InputError as error:
@@ -62,9 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _say_on_main(f"pst-ds {args.verb}: {type(error).__name__}: {error}")
         return _leave(EXIT_STOPPED if type(error).__name__ == "StoppedError" else 1)
-    if args.json and _rank() == 0:
+    if args.json and progress.is_first_rank():
         print(json.dumps(result), flush=True)
-    return _leave(0)
+    return _leave(result.get("exit_code", 0))
 
 
 def program() -> NoReturn:
@@ -90,13 +120,9 @@ def _is_reported_error(error: Exception) -> bool:
     )  # fmt: skip
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0") or 0) if os.environ.get("RANK", "0").isdigit() else 0
-
-
 def _say_on_main(message: str) -> None:
     """One message, not one a rank: input is the same on all of them."""
-    if _rank() == 0:
+    if progress.is_first_rank():
         print(message, file=sys.stderr, flush=True)
 
 
@@ -116,7 +142,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
-        "DATASETS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "critical",  # it logs what it raises
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TQDM_DISABLE": "1",
         "DS_LOG_LEVEL": "warning",
@@ -132,6 +158,18 @@ def add_run_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, such as train.num_steps=20"
     )
+
+
+def add_quiet_argument(parser: argparse.ArgumentParser) -> None:
+    """The argument every verb shares that may take long."""
+    parser.add_argument("--quiet", action="store_true", help="say nothing of how far the work is")
+
+
+def count(text: str) -> int:
+    """The type of arguments that are whole numbers of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def load_run_or_folder(args: argparse.Namespace) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pst_ds.cli.contestants import Contestant
 from pst_ds.cli.model_folder import ModelFolder, ModelFolderError
+from pst_ds.progress import Progress
 from pst_ds.runtime.decode import Decoder, LinearTime
 
 Times = dict[str, list[float]]
@@ -27,12 +28,14 @@ def measure(
     ids = _token_ids(folder, batch, args.prompt_tokens)
     prefill: Times = {name: [] for name in found}
     decode: Times = {name: [] for name in found}
-    for turn in range(args.repeats + 1):
-        for name, contestant in found.items():
-            seconds, steps = _run(contestant, ids, args.new_tokens) if folder.is_causal else _forward(contestant, ids)
-            if turn:  # the first warms up
-                prefill[name] += seconds
-                decode[name] += steps
+    with Progress("measure", (args.repeats + 1) * len(found), "times") as shown:
+        for turn in range(args.repeats + 1):
+            for name, contestant in found.items():
+                timed = _run(contestant, ids, args.new_tokens) if folder.is_causal else _forward(contestant, ids)
+                if turn:  # the first warms up
+                    prefill[name] += timed[0]
+                    decode[name] += timed[1]
+                shown.add(1, name)
     rates: dict[str, dict[str, float]] = {}
     for name, contestant in found.items():
         rates[name] = {"prefill_tokens_per_second": ids.numel() / statistics.median(prefill[name])}

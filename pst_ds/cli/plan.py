@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict
 from typing import Any
 
-from pst_ds.cli.main import add_run_arguments, load_run_or_folder
+from pst_ds.cli.main import add_run_arguments, count, load_run_or_folder
 
 MACHINE_NAMES = ("cpu", "a100", "h100")
 
@@ -15,7 +15,7 @@ MACHINE_NAMES = ("cpu", "a100", "h100")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, "run file (TOML)")
     parser.add_argument(
-        "--world-size", "--ranks", dest="ranks", type=int, metavar="N",
+        "--world-size", "--ranks", dest="ranks", type=count, metavar="N",
         help="ranks to plan for; needs no cluster (default: the launcher's, or 1)",
     )  # fmt: skip
     parser.add_argument(
@@ -92,8 +92,6 @@ def _ranks_and_deepspeed(config: Any, wanted: int | None) -> tuple[int, dict[str
     from pst_ds.parallel.ds_config import load_deepspeed_config
     from pst_ds.parallel.launch import launch_environment
 
-    if wanted is not None and wanted < 1:
-        raise InputError(f"--world-size {wanted} must be at least 1")
     ranks = wanted or launch_environment().world_size
     if config.deepspeed_config:
         return ranks, load_deepspeed_config(config.deepspeed_config)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from pst_ds.cli.text_table import bytes_text
+
 MEMORY_LINES = {
     "weights": "weights (this rank's share)",
     "masks": "mask bits",
@@ -44,7 +46,8 @@ def print_plan(plan: dict[str, Any]) -> None:
     )
     _print_memory(plan["memory_bytes_per_rank"])
     print(
-        f"a checkpoint: at most {_bytes(plan['checkpoint_bytes'])}, and three times a rank's share of it in host memory"
+        f"a checkpoint: at most {bytes_text(plan['checkpoint_bytes'])}, and three times a rank's share of it in host "
+        "memory"
     )
     examples = "" if plan["num_examples"] is None else f" over {plan['num_examples']:,} {plan['unit']}"
     print(f"{plan['num_steps']} steps{examples}")
@@ -57,11 +60,16 @@ def print_plan(plan: dict[str, Any]) -> None:
     _print_times(plan["time"], plan["machine"])
 
 
+def name_across_blocks(name: str) -> str:
+    """The name that a layer has in common with its like in other blocks: "layers.*.mlp.up_proj"."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+
+
 def layer_groups(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Layers whose names differ in a number alone and that have one shape, with their ``count``."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for layer in layers:
-        pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", layer["name"])
+        pattern = name_across_blocks(layer["name"])
         key = (pattern, layer["out_features"], layer["in_features"], layer["matrices"], layer["factor_parameters"])
         group = groups.setdefault(key, {**layer, "pattern": layer["name"], "count": 0})
         group["count"] += 1
@@ -71,27 +79,20 @@ def layer_groups(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _print_memory(memory: dict[str, Any]) -> None:
-    print(f"memory of a rank: {_bytes(memory['peak'])} at the peak, {_bytes(memory['resident'])} all the time")
+    print(f"memory of a rank: {bytes_text(memory['peak'])} at the peak, {bytes_text(memory['resident'])} all the time")
     for key, text in MEMORY_LINES.items():
         if memory[key] is None:
             print(f"  {text}: unknown, the model cannot be traced without values; not in the peak")
         elif memory[key]:
-            print(f"  {text}: {_bytes(memory[key])}")
+            print(f"  {text}: {bytes_text(memory[key])}")
 
 
 def _print_times(time: dict[str, Any], machine: str) -> None:
     print(
-        f"expected on {machine}: a step {_seconds(time['step'])} ({_bytes(time['step_received'])} received by a rank), "
-        f"a mask update {_seconds(time['update'])} ({_bytes(time['update_received'])}); masks take "
+        f"expected on {machine}: a step {_seconds(time['step'])} ({bytes_text(time['step_received'])} received by a "
+        f"rank), a mask update {_seconds(time['update'])} ({bytes_text(time['update_received'])}); masks take "
         f"{time['share_of_masks']:.2%} of the run"
     )
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:,} bytes"
 
 
 def _seconds(seconds: float) -> str:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pst_ds.cli.main import add_run_arguments, load_run_or_folder
+from pst_ds.cli.main import add_quiet_argument, add_run_arguments, count, load_run_or_folder
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 
@@ -25,12 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='row, matrix, N:M or blocks (default: pst.pattern, but row instead of matrix for wanda and sparsegpt)',
     )  # fmt: skip
     parser.add_argument(
-        "--samples", type=_count, default=128, metavar="N", help="examples of data.train to calibrate on (default: 128)"
+        "--samples", type=count, default=128, metavar="N", help="examples of data.train to calibrate on (default: 128)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of examples (default: 0)")
     parser.add_argument(
-        "--shard-bytes", type=_count, default=5 << 30, metavar="B", help="most bytes of a weight file (default: 5 GiB)"
+        "--shard-bytes", type=count, default=5 << 30, metavar="B", help="most bytes of a weight file (default: 5 GiB)"
     )
+    add_quiet_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -129,9 +130,3 @@ def _summary(result: dict[str, Any]) -> str:
         f"sparsity {result['sparsity_counted']:.6f} counted, {result['sparsity_asked']} asked{text}; pruned in "
         f"{result['prune_seconds']:.1f} s, {result['seconds']:.1f} s in all"
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from pst_ds.cli.main import add_run_arguments, load_run_or_folder
+from pst_ds.cli.main import add_quiet_argument, add_run_arguments, load_run_or_folder
 from pst_ds.parallel import stop_signals
 
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     begin.add_argument(
         "--restart", action="store_true", help="begin anew in a folder with checkpoints, which are set aside"
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress lines")
+    add_quiet_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

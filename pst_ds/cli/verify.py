@@ -7,12 +7,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pst_ds.cli.main import load_run_or_folder
+from pst_ds.cli.main import add_quiet_argument, count, load_run_or_folder
+from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from pst_ds.train.config import RunConfig
     from pst_ds.train.run import Prepared
 
 ROUNDINGS = 2.0
@@ -29,13 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the run")
     parser.add_argument("--checkpoint", default="best", help="checkpoint that was exported (default: best)")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
-    parser.add_argument("--limit", type=int, default=0, help="compare on the first N examples only")
+    parser.add_argument("--limit", type=count, metavar="N", help="compare on the first N examples only")
+    add_quiet_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from pst_ds.export.check import check_export, check_model
 
     folder = Path(args.export)
+    config = load_run_or_folder(args) if args.run is not None else None
     counts = check_export(folder)
     check_model(folder)
     packed = f"{counts['packed_tensors']} packed as {counts['kind']}, " if counts["packed_tensors"] else ""
@@ -44,9 +48,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"{args.export}: {counts['tensors']} tensors as in the manifest, {packed}sparsity "
         f"{counts['sparsity_counted']:.6f} counted in the file, {'an unknown one' if asked is None else asked} asked"
     )
-    if args.run is None:
+    if config is None:
         return {**counts, "export_dir": args.export}
-    compared = _compare(args, packed=bool(packed))
+    compared = _compare(args, config, packed=bool(packed))
     print(
         f"reloaded with {'pst_ds.hf, made dense,' if packed else 'plain transformers'} against the masked model on "
         f"{compared['examples']} {compared['unit']} of {args.split}: {compared['differing_weights']} of "
@@ -78,9 +82,8 @@ def _require_equal(args: argparse.Namespace, compared: dict[str, Any], kept: dic
         raise VerificationError(f"{what}: kept sparse, its logits differ by more than rounding explains")
 
 
-def _compare(args: argparse.Namespace, *, packed: bool) -> dict[str, Any]:
-    """The masked training model and the export, rebuilt side by side, on the same batches."""
-    config = load_run_or_folder(args)
+def _compare(args: argparse.Namespace, config: RunConfig, *, packed: bool) -> dict[str, Any]:
+    """The masked training model and the export, rebuilt side by side, on the same batches. Raises InputError."""
     import torch
 
     from pst_ds.nn.embedding import pst_embeddings
@@ -99,6 +102,12 @@ def _compare(args: argparse.Namespace, *, packed: bool) -> dict[str, Any]:
     merged |= {f"{n}.weight": embedding.updated_weight() for n, embedding in pst_embeddings(masked).items()}
     merged = merged or dict(masked.named_parameters())  # method "dense" changes no module
     loaded = dict(plain.named_parameters())
+    foreign = [n for n, weight in merged.items() if n not in loaded or loaded[n].shape != weight.shape]
+    if foreign:
+        raise InputError(
+            f"{args.export} has no {foreign[0]} such as the model of --against {args.run} has ({len(foreign)} weights "
+            "differ in name or shape): it is the export of another model; name the run it came from"
+        )
     differing = [n for n, weight in merged.items() if not torch.equal(weight, loaded[n])]
     differences, metrics = _on_examples(prepared, examples, masked, plain)
     compared = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -135,4 +136,7 @@ def _opened(path: Path) -> Any:
         raise InputError(f"{path} is missing")
     if path.suffix == ".safetensors":
         return TensorFile(path)
-    return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+    try:
+        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+    except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+        raise InputError(f"{path} is damaged: {str(error).strip().partition(chr(10))[0]}") from None

@@ -29,6 +29,7 @@ from pst_ds.export.manifest import (
 )
 from pst_ds.export.model_card import CARD_FILE
 from pst_ds.export.tensor_files import CODE_OF_DTYPE, TensorFile, TensorFileError
+from pst_ds.progress import Progress
 
 
 def check_export(folder: Path) -> dict[str, Any]:
@@ -42,8 +43,11 @@ def check_export(folder: Path) -> dict[str, Any]:
     _check_files(folder, entries, about)
     files = _opened(folder, entries)
     _check_index(folder, entries, files, about["kind"])
-    for entry in entries:
-        _check_entry(folder, entry, files)
+    sizes = [sum(files[part.file].slots[part.name].nbytes for part in entry.parts) for entry in entries]
+    with Progress("check", sum(sizes), "bytes") as shown:
+        for entry, nbytes in zip(entries, sizes, strict=True):
+            _check_entry(folder, entry, files)
+            shown.add(nbytes)
     return {
         "tensors": len(entries),
         "pruned_tensors": sum(entry.origin == "pruned" for entry in entries),

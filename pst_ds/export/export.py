@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from pst_ds.durable import file_sha256, whole_folder
+from pst_ds.durable import file_sha256, require_writable, whole_folder
 from pst_ds.export.base_weights import BaseWeights
 from pst_ds.export.from_folder import CONFIG_FILE, ModelFolder, copy_beside, open_folder, plan_folder
 from pst_ds.export.from_run import RunSource, plan_run
@@ -128,6 +128,7 @@ def _require_free(out: Path) -> None:
     """``out`` must be free, an empty folder, or an older export."""
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MANIFEST_FILE).is_file())):
         raise ExportError(f"{out.absolute()} exists and is not an export; name another folder with --out")
+    require_writable(out, f"--out {out}")
 
 
 def _write_folder(contents: _Contents, out: Path, packing: str, shard_bytes: int, processes: int) -> dict[str, Any]:

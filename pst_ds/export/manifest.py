@@ -163,7 +163,9 @@ def read_manifest(folder: Path) -> tuple[list[TensorEntry], dict[str, Any]]:
             f"{path} has format {str(table.get('format'))[:40]}, and this version reads {FORMAT}; export the run again"
         )
     if table.get("sha256") != sealed(table)["sha256"]:
-        raise ExportError(f"{path} is damaged: it was changed after it was written, its own SHA-256 says")
+        raise ExportError(
+            f"{path} is damaged: it was changed after it was written, its own SHA-256 says; export the model again"
+        )
     try:
         return _entries(table.pop("tensors")), _about(table)
     except (KeyError, TypeError, ValueError) as error:
@@ -179,7 +181,7 @@ def read_table(path: Path, missing: str) -> dict[str, Any]:
         table = unique_json(path.read_bytes())
         json.dumps(table, allow_nan=False).encode()  # no lone surrogates, no NaN
     except ValueError as error:  # no JSON, no UTF-8, a key twice, or a number of thousands of digits
-        raise ExportError(f"{path} is damaged: {error}") from None
+        raise ExportError(f"{path} is damaged: {error}; it must be written again") from None
     if not isinstance(table, dict):
         raise ExportError(f"{path} is damaged: it is no JSON object")
     return table

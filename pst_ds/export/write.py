@@ -21,8 +21,8 @@ from pst_ds.core.formats import FORMATS, FormatError, row_bits
 from pst_ds.export.found_pattern import found_pattern, per_row
 from pst_ds.export.manifest import DENSE, ExportError, PartEntry, TensorEntry, count_nonzero
 from pst_ds.export.plan import Job, Made, Planned, PlannedFile, Source
-from pst_ds.export.progress import Progress
 from pst_ds.export.tensor_files import CODE_OF_DTYPE, Slot, tensor_bytes, write_at
+from pst_ds.progress import Progress
 
 
 class WorkerError(RuntimeError):
@@ -96,7 +96,7 @@ def write_tensors(
         with (folder / file.name).open("wb") as stream:
             stream.write(file.header)
             stream.truncate(file.nbytes)
-    progress = Progress("export", sum(output.nbytes for job in jobs for output in job.outputs))
+    progress = Progress("export", sum(output.nbytes for job in jobs for output in job.outputs), "bytes")
     entries: dict[int, list[TensorEntry]] = {}
     arguments = (folder, files, source)
     with progress:

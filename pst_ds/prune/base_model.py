@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pst_ds.errors import InputError, first_line
+from pst_ds.nn.base_model import refuse_packed, require_model_place
 from pst_ds.prune.errors import PruneError
 
 
@@ -12,24 +14,24 @@ def load_base(path: str, **options: Any) -> Any:
     """The model of transformers at ``path``, a folder or a name on the hub, on the CPU and in its own dtype.
 
     Its class is the first of ``architectures`` in its config, or what ``AutoModel`` takes. ``options`` go to
-    ``from_pretrained``. Raises PruneError when it cannot be loaded, is quantised or packed, or lacks weights.
+    ``from_pretrained``. Raises InputError when it cannot be loaded, is quantised or packed, or lacks weights.
     """
     import transformers
     from safetensors import SafetensorError
 
     try:
+        require_model_place("model.path", path)
         config = transformers.AutoConfig.from_pretrained(path)
-        _refuse_packed(config, path)
+        refuse_packed("model.path", path, config)
         names = getattr(config, "architectures", None) or [""]
         kind = getattr(transformers, names[0], None) or transformers.AutoModel
         model, info = kind.from_pretrained(path, dtype="auto", output_loading_info=True, **options)
-    except PruneError:
+    except InputError:
         raise
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        said = str(error).strip().partition("\n")[0] or type(error).__name__
         raise PruneError(
             f"model.path = {path!r} cannot be loaded, as a folder (looked in {Path(path).absolute()}) or from the hub: "
-            f"{said}"
+            f"{first_line(error)}"
         ) from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -39,11 +41,3 @@ def load_base(path: str, **options: Any) -> Any:
             '"architectures" of its config.json the class that it was saved from'
         )
     return model.eval()
-
-
-def _refuse_packed(config: Any, path: str) -> None:
-    if getattr(config, "quantization_config", None):
-        raise PruneError(
-            f"model.path = {path!r} is packed or quantised, and its weights cannot be ranked as they are. One that "
-            f"pst-ds packed becomes dense with: pst-ds export {path} --format dense --out DIR"
-        )

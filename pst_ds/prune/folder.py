@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pst_ds.durable import whole_folder
+from pst_ds.durable import require_writable, whole_folder
 from pst_ds.prune.errors import PruneError
 from pst_ds.prune.model import PrunedLayer
 
@@ -23,6 +23,7 @@ def require_free(out: Path, base: str) -> None:
     is_ours = (out / RECORD_FILE).is_file() and not (out / "pst_manifest.json").exists()
     if out.exists() and not (out.is_dir() and (is_ours or not any(out.iterdir()))):
         raise PruneError(f"--out {out.absolute()} exists and was not written by pst-ds prune; name another folder")
+    require_writable(out, f"--out {out}")
 
 
 def record_of(layers: Sequence[PrunedLayer], about: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from pst_ds.core.bits import apply_mask_
 from pst_ds.core.one_shot import InverseFactor, inverse_factor, keep_by_score, sparsegpt, wanda_scores
 from pst_ds.nn.input_sums import InputGatherer, products, squares
+from pst_ds.progress import Progress
 from pst_ds.prune.blocks import block_of, find_blocks
 from pst_ds.prune.errors import PruneError
 from pst_ds.prune.replay import Batch, BlockReplay
@@ -64,12 +63,16 @@ def prune_model(
     for rule in rules:
         by_block.setdefault(block_of(rule.target, stack), []).append(rule)
     done: dict[str, PrunedLayer] = {}
-    last, start = max(by_block), time.monotonic()
-    with _without_cache(model), BlockReplay(model, blocks, batches, device, dtype) as replay:
+    last = max(by_block)
+    with (
+        _without_cache(model),
+        BlockReplay(model, blocks, batches, device, dtype) as replay,
+        Progress("prune", last + 1, "blocks") as shown,
+    ):
         for index in range(last + 1):
             for layer in _prune_block(replay, index, by_block.get(index, []), method, goes_on=index < last):
                 done[layer.name] = layer
-            _say(f"{stack}.{index}", index + 1, last + 1, time.monotonic() - start)
+            shown.add(1, f"{stack}.{index}")
     return [done[rule.target.name] for rule in rules]
 
 
@@ -192,8 +195,3 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         config.use_cache = before
-
-
-def _say(block: str, number: int, count: int, seconds: float) -> None:
-    left = seconds / number * (count - number)
-    print(f"prune: {block}, {number} of {count}, {seconds:.1f} s, {left:.0f} s left", file=sys.stderr, flush=True)

@@ -21,12 +21,6 @@ UPDATED = ("--set", "pst.update_embeddings=['word_embeddings']")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _no_launcher(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-
-
 def _last_json(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -67,7 +61,7 @@ def _assert_refused(capsys, arguments, *parts):
 WRONG = {
     "a missing model folder": (
         ["model.path=./no/such/model"],
-        ("ConfigError", "model.path = './no/such/model' does not exist", f"looked in {ROOT}/", "name a model folder"),
+        ("InputError", "model.path = './no/such/model' does not exist", f"looked in {ROOT}/", "name a model folder"),
     ),
     "a model that only the hub could have": (
         ["model.path=no-such-model"],
@@ -180,7 +174,10 @@ def test_arguments_that_argparse_refuses_are_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert "usage: pst-ds" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("pst-ds")
+    assert said.endswith(" --help\n")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(("precision", "bytes_each"), [("fp32", 8), ("bf16", 12)])
@@ -384,14 +381,3 @@ print("heavy:", sorted(heavy))
     for verb in ("plan", "train", "eval", "export", "verify"):
         assert f"    {verb} " in done.stdout
     assert done.stdout.splitlines()[-1] == "heavy: []"
-
-
-@pytest.mark.parametrize("verb", ["plan", "train", "eval", "export", "verify"])
-def test_each_verb_explains_itself(verb, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main([verb, "--help"])
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    assert text.startswith(f"usage: pst-ds {verb}")
-    assert "--json" in text
-    assert "--set KEY=VALUE" in text

@@ -82,8 +82,6 @@ def test_rates_are_chosen_by_name(capsys, llama_of_4_layers):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--world-size", "0"], ("--world-size 0 must be at least 1",)),
-        (["--world-size", "-4"], ("--world-size -4",)),
         (["--world-size", "7"], ("train.batch_size = 512", "7 ranks x 1 accumulation steps", "a multiple of 7")),
         (["--set", "train.num_steps=0", "--set", "train.num_epochs=1.0"], ("--no-data", "train.num_steps = 0")),
         (["--world-size", "2", "--set", "deepspeed_config="], ("2 ranks, but deepspeed_config is not set",)),

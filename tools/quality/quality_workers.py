@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from quality_cell import OUTCOME
-from quality_cells import Cell, Line, Planned, plan
+from quality_cells import Cell, Line, Planned, State, plan
 from quality_grid import Grid, Method
 from quality_lines import Lines
 
+from pst_ds.progress import Progress
+
 ROOT = Path(__file__).resolve().parents[2]
 CELL = Path(__file__).resolve().with_name("quality_cell.py")
-_LOOK_SECONDS = 0.2
+_LOOK_SECONDS, _LINE_SECONDS = 0.2, 600.0
 _WALL_FACTOR = 10.0
 """A cell that takes so many times its budget of CPU seconds by the clock does not go on: it is ended."""
 _WALL_LEAST = 600.0
@@ -76,6 +78,8 @@ def run_cells(grid: Grid, lines: Lines, options: Options) -> int:
     running: list[Job] = []
     begun: set[str] = set()
     ended = 0
+    to_do = sum(p.state in {"waits", *_wanted(options)} for p in selected(grid, plan(grid, lines.by_id), options.only))
+    shown = Progress("cells", to_do, line_seconds=_LINE_SECONDS)
     try:
         while True:
             while len(running) < options.workers and time.monotonic() < deadline:
@@ -86,6 +90,7 @@ def run_cells(grid: Grid, lines: Lines, options: Options) -> int:
                 running.append(start(grid, cell, options.folder))
             if not running:
                 return ended
+            shown.at(ended, ", ".join(job.cell.name for job in running))
             time.sleep(_LOOK_SECONDS)
             for job in list(running):
                 line = outcome_of(grid, job, options)
@@ -95,6 +100,7 @@ def run_cells(grid: Grid, lines: Lines, options: Options) -> int:
                     lines.put(line)
                     print(said_of(line, grid), flush=True)
     finally:
+        shown.close()
         for job in running:
             _kill(job)
             job.process.wait()
@@ -103,11 +109,14 @@ def run_cells(grid: Grid, lines: Lines, options: Options) -> int:
 
 def next_cell(grid: Grid, lines: Lines, options: Options, begun: set[str]) -> Cell | None:
     """The first cell that is to do, and was not begun in this session."""
-    wanted = {"to do", "failed", "over budget"} if options.retry_failed else {"to do"}
     for planned in selected(grid, plan(grid, lines.by_id), options.only):
-        if planned.cell is not None and planned.state in wanted and planned.cell.id not in begun:
+        if planned.cell is not None and planned.state in _wanted(options) and planned.cell.id not in begun:
             return planned.cell
     return None
+
+
+def _wanted(options: Options) -> set[State]:
+    return {"to do", "failed", "over budget"} if options.retry_failed else {"to do"}
 
 
 def start(grid: Grid, cell: Cell, folder: Path) -> Job:

@@ -1,0 +1,153 @@
+"""Run files, run folders and checkpoints for ``pst-ds inspect``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pst_ds.cli.inspect_text import Inspected, Layer
+from pst_ds.cli.inspect_trained import Mask, counted, trained_layers
+from pst_ds.core.bits import count_bits, shard_bytes
+from pst_ds.errors import InputError
+from pst_ds.export.manifest import read_table
+from pst_ds.nn.checkpoint import Checkpoint, CheckpointError, open_checkpoint, read_checkpoint
+from pst_ds.train import checkpoints
+from pst_ds.train.config import ConfigError, RunConfig
+from pst_ds.train.json_lines import lines_until
+from pst_ds.train.layer_log import LAYERS_FILE
+from pst_ds.train.model import pst_config
+from pst_ds.train.run_file import load_run, run_from_table
+from pst_ds.train.run_folder import CHECKPOINTS, RESULT_FILE, RUN_FILE
+
+_WHOLE = "whose files are whole: every SHA-256 is as it should be"
+_BYTES_TRAINED = 12
+"""Of a trained parameter in a checkpoint: its fp32 master and two moments."""
+
+
+def run_file(path: Path) -> Inspected:
+    """The settings that matter most. Raises ConfigError for what is no run file."""
+    run = load_run(path)
+    facts = {**_settings(run), "output_dir": run.output_dir}
+    return Inspected(f"{path}: a run file", facts, [], f"pst-ds plan {path} shows what the run would do")
+
+
+def run_folder(path: Path) -> Inspected:
+    """Settings, result, checkpoints; the layers of the best or newest. Raises InputError for damaged files."""
+    run, folder = load_run(path / RUN_FILE), path / CHECKPOINTS
+    result = read_table(path / RESULT_FILE, "") if (path / RESULT_FILE).is_file() else {}
+    deepspeed = read_table(path / "deepspeed.json", "") if (path / "deepspeed.json").is_file() else {}
+    layers: list[Layer] = []
+    held: dict[str, Any] = {}
+    note = "it has no checkpoint yet"
+    name = next((n for n in (checkpoints.BEST, checkpoints.FINAL, checkpoints.LATEST) if (folder / n).is_dir()), None)
+    if name is not None:
+        checkpoint = read_checkpoint(checkpoints.find(folder, name))
+        layers = _layers(checkpoint, run)
+        held = _held(checkpoint, layers)
+        note = f"layers are those of {checkpoint.folder} ({name}), {_WHOLE}"
+    _add_figures(layers, path / LAYERS_FILE)
+    facts = {
+        **_settings(run),
+        **held,
+        "finished": bool(result),
+        **{key: result.get(key) for key in ("steps", "skipped_steps", "seconds", "world_size", "metrics")},
+        "zero_stage": (deepspeed.get("zero_optimization") or {}).get("stage"),
+        "checkpoints": _checkpoints(folder),
+        "tensorboard": (path / "tensorboard").is_dir(),
+    }
+    return Inspected(f"{path}: a run folder", facts, layers, note)
+
+
+def checkpoint_folder(path: Path) -> Inspected:
+    """State and contents; its masks are counted. Raises CheckpointError for a damaged one."""
+    checkpoint = read_checkpoint(path)
+    state = checkpoint.state
+    try:
+        run = run_from_table(json.loads(json.dumps(state.progress["run"])))
+    except (KeyError, ConfigError):  # of another version
+        run = None
+    layers = _layers(checkpoint, run)
+    facts = {
+        **(_settings(run) if run else {}),
+        "step": state.step,
+        "sparsity_asked": state.sparsity,
+        **_held(checkpoint, layers),
+        "masks_final": state.masks_final,
+        "metrics": state.metrics,
+        "computed_in": state.precision,
+        "device": state.device_type,
+        "labels": state.labels or None,
+        "base_model": state.base_path,
+        "world_size": state.progress.get("world_size"),
+        "zero_stage": state.progress.get("zero_stage"),
+        "files": checkpoint.contents.num_shards,
+    }
+    return Inspected(f"{path}: a checkpoint", facts, layers, f"it is one {_WHOLE}")
+
+
+def _settings(run: RunConfig) -> dict[str, Any]:
+    steps = {"num_steps": run.train.num_steps} if run.train.num_steps else {"num_epochs": run.train.num_epochs}
+    return {
+        "task": run.task,
+        "method": run.method,
+        "base_model": run.model.path,
+        "pattern": run.pst.pattern,
+        "sparsity_asked": 0.0 if run.mask_method.masks == "none" else run.schedule.final_sparsity,
+        "precision": run.train.precision,
+        "batch_size": run.train.batch_size,
+        **steps,
+        "train": run.data.train,
+        "deepspeed_config": run.deepspeed_config or None,
+    }
+
+
+def _checkpoints(folder: Path) -> list[dict[str, Any]]:
+    """Name, links, step and size of every checkpoint, the newest first; of one with a damaged manifest the problem."""
+    links = {name: (folder / name).resolve().name for name in (checkpoints.LATEST, checkpoints.BEST, checkpoints.FINAL)}
+    found = []
+    for path in checkpoints.step_folders(folder):
+        about: dict[str, Any] = {"name": path.name, "links": [n for n, to in links.items() if to == path.name]}
+        try:
+            about["step"] = open_checkpoint(path).state.step
+        except CheckpointError as error:
+            about["problem"] = str(error)
+        found.append(about | {"size_bytes": sum(file.stat().st_size for file in path.iterdir())})
+    return found
+
+
+def _held(checkpoint: Checkpoint, layers: list[Layer]) -> dict[str, Any]:
+    nbytes = sum(file.stat().st_size for file in checkpoint.folder.iterdir())
+    return {**counted(layers), "base_fingerprint": checkpoint.state.base_fingerprint, "checkpoint_bytes": nbytes}
+
+
+def _layers(checkpoint: Checkpoint, run: RunConfig | None) -> list[Layer]:
+    """Every module with a mask or trained parameters; bits of masks are counted."""
+    contents, rules = checkpoint.contents, pst_config(run) if run else None
+    masks = {}
+    for name, weights in contents.masks.items():
+        bits = checkpoint.masks[name]
+        nbytes = contents.num_shards * shard_bytes(weights, contents.num_shards)
+        masks[name] = Mask(weights, weights - count_bits(bits, bits)[1], nbytes)
+
+    def pattern_of(name: str) -> str:
+        return str(rules.rule_for(name).pattern) if rules else ""
+
+    return trained_layers(contents.trained, masks, pattern_of, _BYTES_TRAINED)
+
+
+def _add_figures(layers: list[Layer], file: Path) -> None:
+    """Put the newest per-layer figures of the run's :data:`LAYERS_FILE` in, if there is one. Raises InputError."""
+    if not file.is_file():
+        return
+    newest = {line.get("event"): line for line in lines_until(file, sys.maxsize)}
+    by_name = {layer["name"]: layer for layer in layers}
+    try:
+        names = json.loads(file.read_text(encoding="utf-8").partition("\n")[0])["layers"]
+        for event, key in (("masks", "flipped"), ("scores", "correlation")):
+            for name, value in zip(names, newest[event][key], strict=True) if event in newest else ():
+                if name in by_name:
+                    by_name[name][key] = value
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is damaged: {error!r}") from None

@@ -1,0 +1,48 @@
+"""``pst-ds report RUN ...``: one HTML page about runs, with curves, heat maps and tables; it needs no network."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pst_ds.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several are shown side by side")
+    parser.add_argument("--out", metavar="FILE", help="HTML file to write (default: report.html in the first run)")
+    parser.add_argument("--export", nargs="+", default=[], metavar="DIR", help="exports that are in none of the runs")
+    parser.add_argument("--bench", nargs="+", default=[], metavar="FILE", help="what pst-ds bench --json printed")
+    parser.add_argument("--verified", nargs="+", default=[], metavar="FILE", help="what pst-ds verify --json printed")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from pst_ds.report.outcomes import bench_tables, export_table, find_exports, verification_table
+    from pst_ds.report.page import page
+    from pst_ds.report.run_data import read_runs
+    from pst_ds.report.tables import checkpoint_table
+
+    runs = read_runs([Path(name) for name in args.runs])
+    exports = find_exports(runs, [Path(name) for name in args.export])
+    saved = [checkpoint_table(runs), export_table(exports), verification_table([Path(name) for name in args.verified])]
+    outcomes = [
+        ("Checkpoints and exports", [table for table in saved if table]),
+        ("Speed", list(bench_tables([Path(name) for name in args.bench]))),
+    ]
+    text = page(runs, exports, outcomes)
+    out = Path(args.out) if args.out else Path(args.runs[0]) / "report.html"
+    _write(out, text)
+    nbytes = len(text.encode())
+    print(f"wrote {out}: {', '.join(run.name for run in runs)}; {nbytes:,} bytes")
+    return {"out": str(out), "bytes": nbytes, "runs": [run.name for run in runs], "exports": [e.name for e in exports]}
+
+
+def _write(out: Path, text: str) -> None:
+    from pst_ds.durable import replace_text
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(out, text)
+    except OSError as error:
+        raise InputError(f"--out {str(out)!r} cannot be written: {error}; name an HTML file to write") from None

@@ -1,0 +1,224 @@
+"""``pst-ds init``: run files that ``plan`` takes, from flags and from answers, and never over what is there."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import sys
+import tomllib
+import typing
+from pathlib import Path
+
+import pytest
+
+from pst_ds.cli import init
+from pst_ds.cli.init_text import deepspeed_settings
+from pst_ds.cli.main import main
+from pst_ds.train.data_config import TaskName
+from pst_ds.train.methods import MethodName
+from pst_ds.train.run_file import load_run
+
+ROOT = Path(__file__).resolve().parents[2]
+BERT, LLAMA, TRAIN = "tests/data/tiny-bert", "tests/data/tiny-llama", "tests/data/train.jsonl"
+
+
+@pytest.fixture
+def made(tmp_path, capsys):
+    """``made(...)``: (the run file, its tables, the JSON) of ``pst-ds init`` with these arguments."""
+
+    def run(*arguments):
+        out = tmp_path / "mine.toml"
+        assert main(["init", *arguments, "--out", str(out), "--json"]) == 0
+        said = capsys.readouterr()
+        return out, tomllib.loads(out.read_text()), json.loads(said.out.splitlines()[-1])
+
+    return run
+
+
+def _planned(capsys, out, *options):
+    assert main(["plan", str(out), *options, "--json"]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_classifier(made, capsys):
+    out, table, result = made(BERT, "--train", TRAIN, "--validation", "tests/data/validation.jsonl")
+    assert (table["task"], table["method"]) == ("classification", "pst")
+    assert table["data"]["max_length"] == 48  # of the model's positions; 128 would be more
+    assert table["data"]["validation"] == "tests/data/validation.jsonl"
+    assert "deepspeed_config" not in table
+    assert (result["classes"], result["examples"], result["num_layers"]) == (["bad", "good"], 240, 12)
+    plan = _planned(capsys, out)
+    assert (plan["num_steps"], plan["trained_parameters"]) == (result["num_steps"], result["trained_parameters"])
+    text = out.read_text()
+    for words in (
+        "# 2 classes: bad, good",
+        "# family bert",
+        "at most 48",
+        "# 240 examples",
+        "query, key, value, dense",
+    ):
+        assert words in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_every_setting_that_has_a_choice_has_a_comment(made):
+    out, _, _ = made(BERT, "--train", TRAIN, "--ranks", "2")
+    lines = out.read_text().splitlines()
+    plain = [line for above, line in itertools.pairwise(lines) if " = " in line and not above.startswith("#")]
+    assert plain == ['task = "classification"', 'text_columns = ["text"]']
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_several_ranks_have_deepspeeds_settings_beside_the_run_file(made, capsys, ranks):
+    out, table, result = made(BERT, "--train", TRAIN, "--ranks", str(ranks))
+    assert table["train"]["batch_size"] == {2: 32, 3: 30}[ranks]
+    written = json.loads(Path(table["deepspeed_config"]).read_text())
+    assert table["deepspeed_config"] == result["deepspeed_config"] == str(out.with_suffix(".deepspeed.json"))
+    assert written == json.loads((ROOT / "ds_configs/zero3_cpu.json").read_text())
+    assert _planned(capsys, out, "--ranks", str(ranks))["zero_stage"] == 3
+    assert f"deepspeed --num_accelerators {ranks} --module pst_ds train {out}" in out.read_text()
+
+
+@pytest.mark.parametrize(("on_cpu", "name"), [(True, "zero3_cpu"), (False, "zero3")])
+def test_the_settings_are_those_of_ds_configs(on_cpu, name):
+    assert deepspeed_settings(on_cpu=on_cpu) == json.loads((ROOT / f"ds_configs/{name}.json").read_text())
+
+
+def test_a_language_model(made, capsys):
+    flags = ("--task", "causal-lm", "--pattern", "2:4", "--steps", "7")
+    out, table, result = made(LLAMA, "--train", TRAIN, *flags)
+    assert "label_column" not in table["data"]
+    assert (table["schedule"]["final_sparsity"], table["pst"]["pattern"]) == (0.5, "2:4")
+    assert _planned(capsys, out)["num_steps"] == result["num_steps"] == 7
+    assert result["unit"] == "sequences"
+
+
+@pytest.mark.parametrize(
+    ("columns", "task"),
+    [
+        ({"text": ["a film", "the plot"], "label": [0.5, 1.0]}, "regression"),
+        ({"sentence": ["a film", "the plot"], "label": [1, 0]}, "classification"),
+        ({"premise": ["a", "b"], "hypothesis": ["c", "d"], "source": ["x", "y"], "label": [1, 0]}, "classification"),
+    ],
+)  # fmt: skip
+def test_the_task_and_the_texts_are_seen_in_the_columns(made, tmp_path, columns, task):
+    file = tmp_path / "rows.jsonl"
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows * 20))
+    out, table, _ = made(BERT, "--train", str(file))
+    assert table["task"] == task
+    assert table["data"]["text_columns"] == [name for name in columns if name not in ("label", "source")]
+    assert load_run(out).train.batch_size == 32
+
+
+def test_a_text_file_is_for_a_language_model(made, tmp_path):
+    file = tmp_path / "prose.txt"
+    file.write_text("the film was fine and the plot was a clever story\n" * 60)
+    _, table, _ = made(LLAMA, "--train", str(file))
+    assert table["task"] == "causal-lm"
+
+
+@pytest.mark.parametrize("method", init.METHODS)
+def test_every_method_is_planned(made, capsys, method):
+    out, table, result = made(BERT, "--train", TRAIN, "--method", method, "--sparsity", "0.7")
+    assert _planned(capsys, out)["trained_parameters"] == result["trained_parameters"]
+    assert table.get("schedule", {}).get("final_sparsity", 0.0) == (0.0 if method in ("dense", "lora") else 0.7)
+
+
+def test_the_choices_are_the_run_files():
+    assert typing.get_args(TaskName) == init.TASKS
+    assert set(typing.get_args(MethodName)) == set(init.METHODS)
+
+
+def _refused(capsys, *arguments):
+    capsys.readouterr()
+    assert main(["init", *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    return said.err
+
+
+def test_nothing_is_written_over(made, tmp_path, capsys):
+    out, _, _ = made(BERT, "--train", TRAIN)
+    before = out.read_bytes()
+    assert f"{out} exists; name another file with --out, or write over it with --force" in _refused(
+        capsys, BERT, "--train", TRAIN, "--sparsity", "0.5", "--out", str(out)
+    )
+    assert out.read_bytes() == before
+    _, table, _ = made(BERT, "--train", TRAIN, "--sparsity", "0.5", "--force")
+    assert table["schedule"]["final_sparsity"] == 0.5
+
+
+def test_what_cannot_be_is_2_and_writes_nothing(tmp_path, capsys):
+    out = ("--out", str(tmp_path / "run.toml"))
+    odd = tmp_path / "odd.csv"
+    odd.write_text("a,b,c,label\nx,y,z,1\n")
+    for arguments, words in (
+        ((BERT, "--train", "no.jsonl"), "data.train = 'no.jsonl' does not exist"),
+        (("no/such/model", "--train", TRAIN), "no/such/model"),
+        ((BERT, "--train", str(odd)), "name them with --text-columns. Columns: a, b, c, label"),
+        ((BERT, "--train", TRAIN, "--sparsity", "1.5"), "schedule.final_sparsity = 1.5"),
+        ((BERT, "--train", TRAIN, "--pattern", "3:2"), "3:2"),
+        ((BERT, "--train", TRAIN, "--pattern", "2:4", "--sparsity", "0.9"), "Fix: schedule.final_sparsity = 0.5"),
+        ((BERT, "--train", TRAIN, "--epochs", "0"), "train.num_epochs = 0.0"),
+        ((BERT, "--train", TRAIN, "--ranks", "2", "--batch-size", "5"), "make it a multiple of 2"),
+        ((BERT, "--train", TRAIN, "--batch-size", "999"), "train.batch_size = 999"),
+        ((BERT, "--train", TRAIN, "--task", "causal-lm"), "Name a causal language model"),
+    ):
+        assert words in _refused(capsys, *arguments, *out)
+    assert list(tmp_path.iterdir()) == [odd]
+
+
+def test_without_a_terminal_nothing_is_asked(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("tests/data/tiny-bert\n"))
+    out = ("--out", str(tmp_path / "run.toml"))
+    assert "the model folder and --train missing, and no terminal to ask on" in _refused(capsys, *out)
+    assert "--train missing" in _refused(capsys, BERT, *out)
+
+
+class _Typed(io.StringIO):
+    """A terminal at which someone has typed all answers."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    def answer(text):
+        monkeypatch.setattr(sys, "stdin", _Typed(text))
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+
+    return answer
+
+
+def test_a_terminal_is_asked_for_what_is_missing(typed, made, capsys):
+    typed(f"{BERT}\nno.jsonl\n{TRAIN}\n\n1.5\n0.8\n2\n")
+    _, table, result = made()
+    assert (table["model"]["path"], table["data"]["train"]) == (BERT, TRAIN)
+    assert "validation" not in table["data"]
+    assert (table["schedule"]["final_sparsity"], result["ranks"]) == (0.8, 2)
+
+
+def test_the_questions_go_to_stderr_and_say_what_is_wrong(typed, tmp_path, capsys):
+    typed(f"{TRAIN}\n\n\n1\n")
+    assert main(["init", BERT, "--out", str(tmp_path / "run.toml")]) == 0
+    said = capsys.readouterr()
+    assert "fraction of zeros at the end [0.9]: " in said.err
+    assert said.out.startswith("wrote ")
+    typed("no.jsonl\n" * 9)
+    assert "file to train on" in _refused(capsys, BERT, "--out", str(tmp_path / "other.toml"))
+    assert sys.stdin.read() == "no.jsonl\n" * 6  # three answers are enough
+
+
+def test_an_end_of_input_is_no_answer(typed, tmp_path, capsys):
+    typed("")
+    assert "no answer was given" in _refused(capsys, "--out", str(tmp_path / "run.toml"))
+    assert not (tmp_path / "run.toml").exists()
+
+
+def test_flags_are_not_asked_again(typed, made):
+    typed("")
+    _, table, _ = made(BERT, "--train", TRAIN, "--sparsity", "0.3", "--ranks", "1")
+    assert table["schedule"]["final_sparsity"] == 0.3

@@ -1,0 +1,290 @@
+"""``pst-ds inspect``: what it says of each kind of path, against the tensors in the files; and damaged ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from pst_ds.cli.inspect_text import layer_table
+from pst_ds.cli.main import main
+from pst_ds.nn.config import PSTConfig
+from pst_ds.nn.inject import inject_pst, pst_layers
+from pst_ds.nn.pretrained import save_pretrained
+from pst_ds.train.mask_update import update_masks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def inspect(capsys):
+    """``inspect(path, ...)``: (the JSON, the text before it)."""
+
+    def run(path, *options):
+        capsys.readouterr()
+        assert main(["inspect", str(path), "--json", *options]) == 0
+        text, _, last = capsys.readouterr().out.rstrip("\n").rpartition("\n")
+        return json.loads(last), text
+
+    return run
+
+
+def _zeros(file):
+    """Zeros of every tensor of a safetensors file, by name."""
+    return {name: int((tensor == 0).sum()) for name, tensor in load_file(file).items()}
+
+
+def _modules(zeros):
+    return {name.removesuffix(".weight"): count for name, count in zeros.items()}
+
+
+def _by_name(found):
+    return {layer["name"]: layer for layer in found["layers"]}
+
+
+def test_a_run_folder(folders, inspect):
+    found, text = inspect(folders / "run")
+    result = json.loads((folders / "run" / "result.json").read_text())
+    assert found["kind"] == f"{folders / 'run'}: a run folder"
+    assert (found["method"], found["task"], found["finished"], found["steps"]) == ("pst", "causal-lm", True, 6)
+    assert found["sparsity_asked"] == 0.6
+    assert found["sparsity_counted"] == result["sparsity_in_masks"]
+    assert found["trained_parameters"] == result["trained_parameters"]
+    assert [c["step"] for c in found["checkpoints"]] == [6, 4]
+    assert found["checkpoints"][0]["links"] == ["latest", "best", "final"]
+    layers = _by_name(found)
+    exported, in_file = (
+        load_file(folders / "dense" / "model.safetensors"),
+        _modules(_zeros(folders / "dense" / "model.safetensors")),
+    )
+    assert {n: layer["zeros"] for n, layer in layers.items()} == {n: in_file[n] for n in layers}
+    assert {n: layer["shape"] for n, layer in layers.items()} == {n: [*exported[f"{n}.weight"].shape] for n in layers}
+    assert "model.layers.*.mlp.down_proj" in text
+    assert f"sparsity counted    {result['sparsity_in_masks']:.6g}" in text
+
+
+def test_the_bytes_of_a_checkpoints_layers_are_those_of_its_files(folders, inspect):
+    found, _ = inspect(folders / "run" / "checkpoints" / "best")
+    assert found["kind"].endswith(": a checkpoint")
+    assert (found["step"], found["masks_final"], found["method"]) == (6, True, "pst")
+    held = 0
+    for file in (folders / "run" / "checkpoints" / "best").glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            held += sum(tensors.get_tensor(name).nbytes for name in tensors.keys())  # noqa: SIM118  not iterable
+    assert sum(layer["bytes"] for layer in found["layers"]) == held
+    assert sum(layer["trained"] for layer in found["layers"]) == found["trained_parameters"]
+
+
+def test_a_runs_layers_have_the_newest_figures_of_layers_jsonl(folders, inspect, copied):
+    layers = _by_name(inspect(folders / "run")[0])
+    lines = [json.loads(line) for line in (folders / "run" / "layers.jsonl").read_text().splitlines()]
+    newest = [line for line in lines if line.get("event") == "masks"][-1]
+    assert [layers[name]["flipped"] for name in lines[0]["layers"]] == newest["flipped"]
+    last = [json.loads(line) for line in (folders / "run" / "metrics.jsonl").read_text().splitlines()]
+    rate = [line for line in last if line["event"] == "mask_update"][-1]["flip_rate"]
+    weights = sum(layer["weights"] for layer in layers.values())
+    assert sum(newest["flipped"]) / weights == pytest.approx(rate)
+    run = copied("run")
+    with (run / "layers.jsonl").open("a") as file:
+        file.write('{"step": 7, "event": "mas')  # a crash
+    assert _by_name(inspect(run)[0]) == layers
+    (run / "layers.jsonl").unlink()
+    assert "flipped" not in inspect(run)[0]["layers"][0]
+
+
+@pytest.mark.parametrize(("folder", "file"), [("dense", "model.safetensors"), ("bitmask", "pst_bitmask.safetensors")])
+def test_an_export(folders, inspect, folder, file):
+    found, text = inspect(folders / folder)
+    manifest = json.loads((folders / folder / "pst_manifest.json").read_text())
+    assert (found["format"], found["step"], found["method"]) == (folder if folder != "dense" else "dense", 6, "pst")
+    assert found["base_fingerprint"] == manifest["base_fingerprint"]
+    assert {n: layer["zeros"] for n, layer in _by_name(found).items()} == _zeros(
+        folders / "dense" / "model.safetensors"
+    )
+    assert sum(layer["bytes"] for layer in found["layers"]) == manifest["weight_bytes"]
+    assert found["weight_file_bytes"] == (folders / folder / file).stat().st_size
+    pruned = [layer for layer in found["layers"] if layer["origin"] == "pruned"]
+    zeros, weights = sum(x["zeros"] for x in pruned), sum(x["weights"] for x in pruned)
+    assert found["sparsity_counted"] == zeros / weights
+    assert "pst-ds verify" in text
+
+
+def test_a_pruned_folder(folders, inspect):
+    found, _ = inspect(folders / "pruned")
+    assert (found["method"], found["sparsity_asked"], found["sparsity_counted"]) == ("magnitude", 0.5, 0.5)
+    in_file = _modules(_zeros(folders / "pruned" / "model.safetensors"))
+    layers = _by_name(found)
+    assert layers
+    assert {n: layer["zeros"] for n, layer in layers.items()} == {n: in_file[n] for n in layers}
+
+
+def test_a_small_state(inspect, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained("tests/data/tiny-llama")
+    inject_pst(model, PSTConfig(pattern="row", update_rank=4))
+    update_masks(model, 0.5)
+    save_pretrained(model, tmp_path, step=3)
+    found, _ = inspect(tmp_path)
+    assert found["kind"].endswith(": a small state, to be put onto its base model")
+    assert (found["step"], found["pattern"], found["sparsity_counted"]) == (3, "row", 0.5)
+    layers = _by_name(found)
+    for name, layer in pst_layers(model).items():
+        weight = layer.masked_weight()
+        assert (layers[name]["shape"], layers[name]["zeros"]) == ([*weight.shape], int((weight == 0).sum()))
+    assert found["trained_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    held = load_file(tmp_path / "pst_model.safetensors")
+    assert sum(layer["bytes"] for layer in found["layers"]) == sum(t.nbytes for t in held.values())
+    _flip(tmp_path / "pst_model.safetensors")
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "pst_model.safetensors is damaged: its SHA-256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["one file", "shards", "pytorch"])
+def test_any_model_folder_is_counted(folders, inspect, tmp_path, form):
+    tensors = load_file(folders / "pruned" / "model.safetensors")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(folders / "pruned" / "config.json", folder)
+    if form == "one file":
+        save_file(tensors, folder / "model.safetensors")
+    elif form == "pytorch":
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        names = sorted(tensors)
+        parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+        for file, held in parts.items():
+            save_file({name: tensors[name] for name in held}, folder / file)
+        index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    found, _ = inspect(folder)
+    assert (found["family"], found["num_hidden_layers"]) == ("llama", 2)
+    assert {n: layer["zeros"] for n, layer in _by_name(found).items()} == {
+        n: int((t == 0).sum()) for n, t in tensors.items()
+    }
+    assert found["parameters"] == sum(t.numel() for t in tensors.values())
+    assert found["sparsity_counted"] == 0.5
+    assert sum(layer["bytes"] for layer in found["layers"]) == sum(t.nbytes for t in tensors.values())
+
+
+def test_a_run_file(inspect):
+    found, text = inspect("tests/data/world_size.toml")
+    assert (found["method"], found["sparsity_asked"], found["num_steps"]) == ("pst", 0.8, 20)
+    assert found["layers"] == []
+    assert "pst-ds plan tests/data/world_size.toml" in text
+
+
+def test_a_line_is_for_all_blocks_or_for_each_layer(folders, inspect):
+    grouped, every = inspect(folders / "dense")[1], inspect(folders / "dense", "--layers")[1]
+    assert "model.layers.*.mlp.up_proj.weight" in grouped
+    assert "model.layers.1.mlp.up_proj.weight" not in grouped
+    assert "(vectors)" in grouped
+    for name in load_file(folders / "dense" / "model.safetensors"):
+        assert f"\n{name} " in every
+
+
+def test_a_group_has_the_least_the_mean_and_the_greatest():
+    layer = {"shape": [4, 25], "dtype": "F32", "pattern": "matrix", "weights": 100, "bytes": 400}
+    zeros = (50, 60, 90)
+    layers = [{**layer, "name": f"blocks.{i}.up", "zeros": z, "flipped": i} for i, z in enumerate(zeros)]
+    heading, row = layer_table(layers, every_layer=False)
+    assert "correlation" not in heading
+    assert row.split("  ")[0] == "blocks.*.up"
+    assert "0.5000 .. 0.9000, mean 0.6667" in row
+    assert "0 .. 2, mean 1" in row
+    assert row.endswith("1,200")
+    assert len(layer_table(layers, every_layer=True)) == 4
+
+
+def test_no_model_is_built(folders):
+    script = """
+import sys
+from pst_ds.cli.main import main
+for folder in sys.argv[1:]:
+    assert main(["inspect", folder]) == 0
+print(sorted({"transformers", "deepspeed", "datasets"} & set(sys.modules)))
+"""
+    names = ("run", "dense", "bitmask", "pruned")
+    command = [sys.executable, "-c", script, *(str(folders / name) for name in names)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def _flip(path, at=-1):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def _text(path, text):
+    path.write_text(text)
+
+
+DAMAGED = {
+    "a bit of a checkpoint": ("run/checkpoints/final", "shard-00001-of-00001.safetensors", _flip, "SHA-256"),
+    "a checkpoint of a run": ("run", "checkpoints/step-00000006/manifest.json", _flip, "SHA-256"),
+    "a result": ("run", "result.json", _cut, "damaged"),
+    "figures of layers": ("run", "layers.jsonl", lambda path: _text(path, "[]\n"), "damaged"),
+    "an export cut short": ("dense", "model.safetensors", _cut, "damaged"),
+    "a header": ("bitmask", "pst_bitmask.safetensors", lambda path: _flip(path, 20), "pst_bitmask.safetensors"),
+    "a manifest": ("bitmask", "pst_manifest.json", lambda path: _flip(path, -80), "pst_manifest.json is damaged"),
+    "a missing file": ("dense", "model.safetensors", Path.unlink, "model.safetensors is missing"),
+    "a record": ("pruned", "pruning.json", _cut, "pruning.json is damaged"),
+    "a record of something else": ("pruned", "pruning.json", lambda path: _text(path, "{}"), "pruning.json is damaged"),
+    "layers of another model": (
+        "pruned", "pruning.json", lambda path: _text(path, '{"layers": [{"name": "x"}]}'), "has no x.weight"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_file_is_2_and_one_message(copied, capsys, case):
+    where, file, damage, words = DAMAGED[case]
+    top, _, rest = where.partition("/")
+    folder = copied(top) / rest
+    damage(folder.resolve() / file)
+    capsys.readouterr()
+    assert main(["inspect", str(folder)]) == 2
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert line.startswith("pst-ds inspect: ")
+    assert words in line
+    assert said.out == ""
+
+
+def test_weights_that_pytorch_cannot_read_are_2(tmp_path, capsys):
+    shutil.copy(ROOT / "tests/data/tiny-bert/config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"no zip")
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "pytorch_model.bin is damaged" in capsys.readouterr().err
+
+
+def test_what_is_none_of_these_is_2(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path / "no")]) == 2
+    assert "does not exist (looked in" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "It is empty" in capsys.readouterr().err
+    (tmp_path / "notes.txt").write_text("hello")
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "none of run.toml, SHA256SUMS, manifest.json, pst_config.json, pst_manifest.json" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "notes.txt")]) == 2
+    assert "is not TOML" in capsys.readouterr().err
+
+
+def test_a_config_without_weights_says_what_the_config_says(tmp_path, inspect):
+    shutil.copy(ROOT / "tests/data/tiny-bert/config.json", tmp_path)
+    found, text = inspect(tmp_path)
+    assert found["kind"].endswith("without weights")
+    assert found["hidden_size"] == 32
+    assert found["layers"] == []
+    assert "hidden size              32" in text

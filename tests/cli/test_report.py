@@ -1,0 +1,77 @@
+"""``pst-ds report`` on a run that was really trained and exported."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pst_ds.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_trained_run_has_its_curves_layers_and_exports(folders, tmp_path, capsys):
+    out = tmp_path / "new" / "page.html"
+    exports = [str(folders / name) for name in ("dense", "bitmask")]
+    verified, arguments = tmp_path / "verified.json", ["report", str(folders / "run"), "--out", str(out), "--json"]
+    capsys.readouterr()
+    assert main(["verify", exports[0], "--json"]) == 0
+    verified.write_text(capsys.readouterr().out)
+    assert main([*arguments, "--export", *exports, "--verified", str(verified)]) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said == {"out": str(out), "bytes": out.stat().st_size, "runs": ["run"], "exports": exports}
+    text = out.read_text(encoding="utf-8")
+    for title in ("Loss", "Sparsity", "Flip rate", "Correlation of S with |W|", "Learning rates", "Evaluation: loss"):
+        assert f"<b>{title}</b>" in text
+    assert text.count('<figure class="heat-map">') == 2
+    assert len(re.findall("<figcaption>scores, step", text)) >= 3
+    layers = json.loads((folders / "run" / "layers.jsonl").read_text().partition("\n")[0])["layers"]
+    (table,) = re.findall(r'<table class="sortable">(.*?)</table>', text, flags=re.S)
+    assert table.count('<th scope="row">') == len(layers)
+    nbytes = (folders / "bitmask" / "pst_bitmask.safetensors").stat().st_size
+    assert f'data-value="{float(nbytes)}"' in text
+    assert "Verified" in text
+
+
+def test_the_page_goes_into_the_first_run_unless_it_is_told_where(copied, folders):
+    run = copied("run")
+    assert main(["report", str(run), str(folders / "run")]) == 0
+    assert "2 runs" in (run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["no/such"], ["'no/such' is not a run folder: run.toml is missing", "looked in", "output_dir"]),
+        (["{run}", "--export", "{run}"], ["is no export: pst_manifest.json is missing"]),
+        (["{run}", "--bench", "{run}/result.json"], ["result.json' is not what pst-ds bench --json prints"]),
+        (["{run}", "--verified", "none.json"], ["'none.json' cannot be read"]),
+        (["{run}", "--out", "{run}"], ["--out", "cannot be written", "name an HTML file"]),
+    ],
+)
+def test_what_cannot_be_reported_is_one_message_and_2(folders, capsys, arguments, parts):
+    capsys.readouterr()
+    assert main(["report", *(word.format(run=folders / "run") for word in arguments)]) == 2
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert line.startswith("pst-ds report: InputError: ")
+    assert all(part in line for part in parts)
+    assert said.out == ""
+
+
+def test_it_needs_no_torch(folders, tmp_path):
+    script = f"""
+import sys
+from pst_ds.cli.main import main
+assert main(["report", {str(folders / "run")!r}, "--out", {str(tmp_path / "page.html")!r}]) == 0
+print(sorted({{"torch", "transformers", "deepspeed", "datasets", "matplotlib"}} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT
+    )
+    assert done.stdout.endswith("[]\n")

@@ -1,0 +1,116 @@
+"""What all verbs have in common: one JSON object at the end, help that is quick, ``--quiet``."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+from pst_ds import progress
+from pst_ds.cli import doctor_checks, doctor_processes
+from pst_ds.cli.main import VERBS, build_parser, main
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN_FILE = "tests/data/causal_lm.toml"
+RUN_VERBS = ("plan", "train", "prune", "eval", "export", "verify")
+QUIET = ("train", "prune", "eval", "export", "verify", "bench")
+
+
+def _arguments(verb, folders, out):
+    """A short piece of work of each verb."""
+    run, dense = str(folders / "run"), str(folders / "dense")
+    tiny = ["--set", f"output_dir={json.dumps(str(out))}", "--set", "deepspeed_config=", "--set", "train.num_steps=2"]
+    return {
+        "init": ["tests/data/tiny-bert", "--train", "tests/data/train.jsonl", "--out", str(out / "run.toml")],
+        "plan": [RUN_FILE, "--ranks", "2"],
+        "train": [RUN_FILE, *tiny],
+        "prune": [RUN_FILE, "--method", "wanda", "--samples", "4", "--out", str(out)],
+        "eval": [run],
+        "export": [run, "--out", str(out)],
+        "verify": [dense, "--against", run, "--limit", "2"],
+        "generate": [dense, "--prompt", "the film", "--max-new-tokens", "2"],
+        "bench": [dense, "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1", "--dtype", "fp32"],
+        "report": [run, "--out", str(out / "report.html")],
+        "inspect": [run],
+        "doctor": ["--folder", str(out.parent)],
+        "completion": ["bash"],
+    }[verb]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_ends_with_one_json_object(folders, tmp_path, capsys, monkeypatch, verb):
+    monkeypatch.setattr(doctor_checks, "_WRITTEN_MB", 1)  # what it tries in other processes has tests of its own
+    for name in ("native_code", "two_ranks"):
+        monkeypatch.setattr(doctor_processes, name, lambda limit: iter(()))
+    quiet = ["--quiet"] if verb in QUIET else []
+    transformers.utils.logging.disable_progress_bar()  # which in a process of its own is done before the import
+    capsys.readouterr()
+    assert main([verb, *_arguments(verb, folders, tmp_path / "out"), *quiet, "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.out.endswith("}\n")
+    result = json.loads(said.out.splitlines()[-1])
+    assert isinstance(result, dict)
+    assert len(result) > 1
+    if quiet:
+        assert said.err == ""
+        assert progress.quiet
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: pst-ds {verb}")
+    assert "--json" in text
+    assert ("--quiet" in text) == (verb in QUIET)
+    assert ("--set KEY=VALUE" in text) == (verb in RUN_VERBS)
+
+
+def test_quiet_is_for_one_call(folders, capsys):
+    assert main(["verify", str(folders / "dense"), "--quiet"]) == 0
+    assert main(["verify", str(folders / "dense")]) == 0
+    assert not progress.quiet
+
+
+def test_the_help_of_no_verb_imports_anything_heavy():
+    script = """
+import sys
+from pst_ds.cli.main import VERBS, build_parser
+build_parser(*VERBS)
+print(sorted({"torch", "transformers", "deepspeed", "datasets", "numpy", "rich", "shtab"} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT
+    )
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("rank", ["1", "x"])
+def test_an_error_is_said_by_rank_0_or_by_a_process_whose_rank_is_no_number(capsys, monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
+    assert main(["inspect", "no/such/path"]) == 2
+    assert bool(capsys.readouterr().err) == (rank == "x")
+
+
+def test_training_on_a_terminal_has_a_bar_and_lines_above_it(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(progress, "DRAW_SECONDS", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["train", *_arguments("train", folders, tmp_path / "out")]) == 0
+    told = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().err)
+    assert re.search(r"step ━+ +2/2 \| loss [0-9.]+ \| sparsity 0\.[0-9]+ .* eta 0m00s", told)
+    assert re.search(r"\nstep 2: loss [0-9.]+, perplexity", told.replace("\x1b[2K", "\n"))
+    assert told.endswith("\x1b[2K")
+
+
+def test_the_parser_knows_every_verb():
+    (verbs,) = (action.choices for action in build_parser()._actions if action.choices)
+    assert list(verbs) == list(VERBS)

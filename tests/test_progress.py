@@ -1,0 +1,165 @@
+"""Progress goes to stderr alone: a plain line now and then, or a bar on a terminal that is wiped at the end."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pst_ds import progress
+from pst_ds.progress import Progress
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class _Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = _Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.delenv("RANK", raising=False)
+    return clock
+
+
+def _work(clock):
+    with Progress("export", 4_000_000_000, "bytes") as shown:
+        for block in range(4):
+            clock.now += 6
+            shown.add(1_000_000_000, f"block {block}")
+
+
+def test_off_a_terminal_it_is_a_line_in_ten_seconds(clock, capsys):
+    _work(clock)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == [
+        "export 2.00/4.00 GB | block 1 | 167 MB/s | eta 0m12s",
+        "export 4.00/4.00 GB | block 3 | 167 MB/s | eta 0m00s",
+    ]
+
+
+def test_short_work_says_nothing(clock, capsys):
+    with Progress("export", 10, "bytes") as shown:
+        clock.now += 5
+        shown.add(10)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_end_is_reckoned_from_where_the_work_began(clock, capsys):
+    shown = Progress("step", 100, done=40, line_seconds=0.0)
+    clock.now += 60
+    shown.at(50, "loss 2.3")
+    shown.say("saved")
+    clock.now += 21600
+    shown.at(70)
+    shown.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "step 50/100 | loss 2.3 | eta 5m00s",  # 10 steps took a minute, and 50 are left
+        "saved",
+        "step 70/100 | eta 6h01m",
+    ]
+
+
+def test_of_work_inside_other_work_only_the_outer_is_shown(clock, capsys):
+    for _ in range(2):  # and once the outer one is done, another may be
+        with Progress("train", 2, "steps", line_seconds=0.0) as outer:
+            with Progress("evaluate", 5, "batches", line_seconds=0.0) as inner:
+                inner.add(5)
+                inner.say("from within")
+            outer.add(1)
+    assert capsys.readouterr().err == "train 1/2 steps | eta 0m00s\n" * 2
+
+
+@pytest.mark.parametrize("rank", ["1", "0", "", "x"])
+def test_rank_0_alone_speaks(clock, capsys, monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
+    with Progress("evaluate", 2, "batches", line_seconds=0.0) as shown:
+        shown.add(1)
+    assert bool(capsys.readouterr().err) == (rank != "1")
+
+
+def test_quiet_says_nothing_even_on_a_terminal(clock, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "quiet", True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Progress("evaluate", 2, "batches", line_seconds=0.0) as shown:
+        shown.add(1)
+        shown.say("saved")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_error_wipes_the_bar_and_lets_others_be_shown(clock, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+
+    def broken():
+        with Progress("prune", 2, "blocks") as shown:
+            shown.add(1)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        broken()
+    assert capsys.readouterr().err.endswith("\x1b[2K")
+    assert progress._outermost is None
+
+
+SCRIPT = """
+import sys
+from pst_ds import progress
+from pst_ds.progress import Progress
+progress.DRAW_SECONDS = 0.0
+with Progress("export", 3, "blocks") as shown:
+    shown.add(1, "[first] block")
+    shown.say("saved [it]")
+    print("for a program")
+    shown.add(2)
+print("done", file=sys.stderr)
+"""
+
+
+def _on_terminal(term):
+    """(what a terminal was told, what stdout, a pipe, holds) of SCRIPT."""
+    ours, theirs = pty.openpty()
+    environ = {**os.environ, "TERM": term, "COLUMNS": "100", "NO_COLOR": "1"}
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=theirs, env=environ, cwd=ROOT, text=True, timeout=60, check=True
+    )
+    os.close(theirs)
+    told = b""
+    try:
+        while block := os.read(ours, 65536):
+            told += block
+    except OSError:  # Linux's end of a terminal that no one holds
+        pass
+    os.close(ours)
+    return told.decode(), done.stdout
+
+
+def test_a_terminal_has_a_bar_with_what_is_said_above_it():
+    told, stdout = _on_terminal("xterm")
+    assert stdout == "for a program\n"
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", told)]
+    bars = [line for line in lines if line.startswith("export ")]
+    assert bars[0].rstrip().endswith("0/3 blocks")
+    assert "━" in bars[-1]
+    assert "saved [it]" in lines
+    assert told.index("saved [it]") < told.rindex("export ")
+    assert told.index("\x1b[?25h") < told.index("saved [it]")  # a process that is killed leaves the cursor there
+    assert told.rstrip().endswith("\x1b[2Kdone")  # where the bar was
+
+
+def test_a_dumb_terminal_has_plain_lines():
+    told, _ = _on_terminal("dumb")
+    assert told.split() == ["saved", "[it]", "done"]
