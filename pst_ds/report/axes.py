@@ -1,0 +1,75 @@
+"""Where numbers lie in a drawing, the ticks beside them, and how they are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+WIDTH, HEIGHT = 360, 190
+"""Of a chart, in its own units: of a phone's width, so that its text is as large as it says."""
+LEFT, RIGHT, TOP, BOTTOM = 48, 350, 10, 166
+"""Of the plot within."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    at: float
+    """Place in the drawing."""
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """Values from ``low`` to ``high`` on the places from ``start`` to ``end``."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    is_log: bool = False
+
+    def place(self, value: float) -> float:
+        low, high, at = (math.log10(v) if self.is_log else v for v in (self.low, self.high, value))
+        return self.start + (at - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self, most: int, text: Callable[[float], str]) -> list[Tick]:
+        values = decades(self.low, self.high, most) if self.is_log else round_numbers(self.low, self.high, most)
+        return [Tick(round(self.place(value), 1), text(value)) for value in values]
+
+
+def axis_of(low: float, high: float, start: float, end: float, *, is_log: bool = False) -> Axis:
+    """An axis that has ``low`` and ``high`` on it, with some room where they are the same."""
+    if is_log:
+        return Axis(10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high * 1.0001)), start, end, True)
+    if low == high:
+        room = abs(low) / 2 or 0.5
+        low, high = low - room, high + room
+    return Axis(low, high, start, end)
+
+
+def round_numbers(low: float, high: float, most: int) -> list[float]:
+    """At most ``most`` + 1 multiples of 1, 2 or 5 times a power of ten in [low, high]."""
+    step = 10.0 ** math.floor(math.log10((high - low) / most))
+    step *= next(factor for factor in (1, 2, 5, 10, 20) if (high - low) / (step * factor) <= most)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def decades(low: float, high: float, most: int) -> list[float]:
+    """Powers of ten in [low, high], at most about ``most`` of them."""
+    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+    return [10.0**power for power in range(first, last + 1, max(1, math.ceil((last - first) / most)))]
+
+
+def short(value: float) -> str:
+    """At most four digits: "0.8999", "12.3k", "4.5M", "2e-05"."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e4)):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == 'k' else size):.4g}{unit}"
+    return f"{value:.4g}"
+
+
+def whole(value: float) -> str:
+    """ "12,345"."""
+    return f"{round(value):,}"

@@ -1,0 +1,95 @@
+"""What layers.jsonl says, in as much memory for a long run as for a short one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pst_ds.train.json_lines import lines_until
+from pst_ds.train.pictures import MaskHistory
+
+LAYERS_FILE = "layers.jsonl"
+FIGURES = ("correlation", "score_norm", "update_norm", "weight_norm")
+_MOST_PICTURES = 64
+"""Of one layer that are held at a time."""
+
+Picture = dict[str, Any]
+"""A line of one of the events of _PICTURES, with these fields."""
+_PICTURES = {"histogram": {"low", "high", "kept", "pruned", "threshold"}, "thumbnail": {"share"}}
+
+
+@dataclass(slots=True)
+class LayerData:
+    """The layers of a run, in model order."""
+
+    names: list[str]
+    weights: list[int]
+    history: MaskHistory
+    update_steps: list[int] = field(default_factory=list)
+    """Steps of the mask updates."""
+    kept: list[int] = field(default_factory=list)
+    """Weights of each layer after the last mask update; empty before the first."""
+    flipped: list[int] = field(default_factory=list)
+    """Mask bits of each layer that changed, over all mask updates."""
+    figures: dict[str, list[float | None]] = field(default_factory=dict)
+    """The last known value of each of FIGURES, a layer; None where there was none."""
+    histograms: dict[int, list[Picture]] = field(default_factory=dict)
+    """By layer, some of those there are, the last among them."""
+    thumbnails: dict[int, list[Picture]] = field(default_factory=dict)
+
+    def sparsity(self, layer: int) -> float | None:
+        """Share of zeros after the last mask update."""
+        return 1.0 - self.kept[layer] / self.weights[layer] if self.kept and self.weights[layer] else None
+
+    def column_steps(self) -> list[tuple[int, int]]:
+        """Of each column of the history: the steps of its first and its last mask update."""
+        size, steps = self.history.merged, self.update_steps
+        return [(steps[i], steps[min(i + size, len(steps)) - 1]) for i in range(0, len(steps), size)]
+
+
+def read_layers(path: Path) -> LayerData | None:
+    """None without a file, or when its first line is not whole. Lines that are not as they should be are skipped."""
+    try:
+        with path.open(encoding="utf-8") as stream:
+            head = json.loads(stream.readline())
+        names, weights = list(map(str, head["layers"])), list(map(int, head["weights"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not names or len(names) != len(weights):
+        return None
+    found = LayerData(names, weights, MaskHistory(weights))
+    for line in lines_until(path, sys.maxsize):
+        try:
+            _add(found, line)
+        except (KeyError, TypeError, ValueError):
+            continue
+    return found
+
+
+def _add(found: LayerData, line: dict[str, Any]) -> None:
+    count, event = len(found.names), line["event"]
+    if event == "masks":
+        kept, flipped = (_list_of(line[key], count) for key in ("kept", "flipped"))
+        found.history.add(kept, flipped)
+        found.update_steps.append(line["step"])
+        found.kept = kept
+        found.flipped = [a + b for a, b in zip(found.flipped or [0] * count, flipped, strict=True)]
+    elif event == "scores":
+        for name in FIGURES:
+            new, old = _list_of(line[name], count), found.figures.get(name, [None] * count)
+            found.figures[name] = [b if a is None else a for a, b in zip(new, old, strict=True)]
+    elif event in _PICTURES and _PICTURES[event] <= line.keys() and 0 <= line["layer"] < count:
+        pictures = found.histograms if event == "histogram" else found.thumbnails
+        of_layer = pictures.setdefault(line["layer"], [])
+        of_layer.append(line)
+        if len(of_layer) > _MOST_PICTURES:
+            del of_layer[1:-1:2]
+
+
+def _list_of(values: Any, count: int) -> list[Any]:
+    if not isinstance(values, list) or len(values) != count:
+        raise ValueError(f"not a list of {count}")
+    return values

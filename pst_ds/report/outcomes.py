@@ -1,0 +1,136 @@
+"""What was made of the runs: exports and their sizes, speed, verification."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pst_ds.cli.bench_text import bench_table
+from pst_ds.cli.text_table import bytes_text
+from pst_ds.errors import InputError
+from pst_ds.report.axes import whole
+from pst_ds.report.run_data import RunData, is_number, read_object
+from pst_ds.report.tables import MISSING, Cell, Table, number
+
+MANIFEST_FILE = "pst_manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportData:
+    """An export folder, by its manifest and the sizes of its files."""
+
+    name: str
+    kind: str
+    step: int | None
+    sparsity_asked: float | None
+    sparsity_counted: float | None
+    """Share of zeros in the pruned tensors."""
+    weight_bytes: int
+    """Of the weight files."""
+    dense_bytes: int
+    """Of the same model, dense in bf16."""
+    shapes: dict[str, list[int]]
+    """Of the pruned tensors, by module."""
+
+
+def find_exports(runs: Sequence[RunData], others: Sequence[Path]) -> list[ExportData]:
+    """Those inside the run folders, and ``others``. Raises InputError for one of these that is none."""
+    inside = [(run, path.parent) for run in runs for path in sorted(run.folder.glob(f"*/{MANIFEST_FILE}"))]
+    known = {folder.resolve() for _, folder in inside}
+    found = [read_export(folder, f"{run.name}/{folder.name}") for run, folder in inside]
+    return found + [read_export(path, str(path)) for path in others if path.resolve() not in known]
+
+
+def read_export(folder: Path, name: str) -> ExportData:
+    """Raises InputError for a folder without a manifest, or with one that is damaged."""
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise InputError(f"{str(folder)!r} is no export: {MANIFEST_FILE} is missing; name a folder of pst-ds export")
+    manifest = read_object(path)
+    try:
+        tensors = manifest["tensors"]
+        files = {part["file"] for tensor in tensors for part in tensor["parts"]}
+        # of a model that was pruned elsewhere, the linear weights with zeros
+        sparse = [t for t in tensors if t["origin"] == "pruned"] or [t for t in tensors if t["pattern"] != "dense"]
+        weights = sum(math.prod(t["shape"]) for t in sparse)
+        return ExportData(
+            name=name,
+            kind=manifest["kind"],
+            step=manifest.get("step"),
+            sparsity_asked=manifest.get("sparsity_asked"),
+            sparsity_counted=1.0 - sum(t["nonzero"] for t in sparse) / weights if weights else None,
+            weight_bytes=sum((folder / Path(file).name).stat().st_size for file in files),
+            dense_bytes=2 * sum(math.prod(t["shape"]) for t in tensors),
+            shapes={t["name"].removesuffix(".weight"): t["shape"] for t in sparse},
+        )
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise InputError(f"{path} is damaged: {error!r}; pst-ds verify says more") from None
+
+
+def export_table(exports: Sequence[ExportData]) -> Table | None:
+    if not exports:
+        return None
+    rows = [
+        [
+            Cell(export.name),
+            Cell(export.kind),
+            number(export.step, whole),
+            number(export.sparsity_asked),
+            number(export.sparsity_counted, "{:.6f}".format),
+            number(export.weight_bytes, bytes_text),
+            number(export.weight_bytes / export.dense_bytes if export.dense_bytes else None, "{:.3f}".format),
+        ]
+        for export in exports
+    ]
+    head = ["export", "format", "step", "sparsity asked", "counted", "weight files", "of dense bf16"]
+    return Table("Exports", head, rows)
+
+
+def bench_tables(files: Sequence[Path]) -> Iterator[Table]:
+    """Of what ``pst-ds bench --json`` printed. Raises InputError for anything else."""
+    for path in files:
+        result = read_object(path)
+        try:
+            conditions = result["conditions"]
+            new = f", {result['new_tokens']} new ones" if result["causal"] else ""
+            note = (
+                f"Against {result['dense']}: {result['prompt_tokens']} tokens{new}, {conditions['dtype']}, medians of "
+                f"{conditions['repeats']}; {conditions['hardware']}"
+            )
+            head, *rows = bench_table(result["rows"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{str(path)!r} is not what pst-ds bench --json prints: {error!r}") from None
+        cells = [[Cell(row[0]), *map(_from_text, row[1:])] for row in rows]
+        yield Table(f"Speed of {result['model']}", head, cells, note=note)
+
+
+def _from_text(text: str) -> Cell:
+    """A number that is a text already."""
+    return Cell(MISSING, is_missing=True) if text == "-" else Cell(text, 0.0)
+
+
+def verification_table(files: Sequence[Path]) -> Table | None:
+    """Of what ``pst-ds verify --json`` printed, and only an export that is right has that. Raises InputError."""
+    rows = [_verified(path, read_object(path)) for path in files]
+    head = ["export", "tensors", "sparsity counted", "differing weights", "differing predictions", "logits differ by"]
+    return Table("Verified", head, rows) if rows else None
+
+
+def _verified(path: Path, result: dict[str, Any]) -> list[Cell]:
+    if not {"export_dir", "tensors", "sparsity_counted"} <= result.keys():
+        raise InputError(f"{str(path)!r} is not what pst-ds verify --json prints: it has no export_dir, or no counts")
+    counts = (("differing_weights", "compared_weights"), ("differing_predictions", "examples"))
+    return [
+        Cell(str(result["export_dir"])),
+        number(result["tensors"], whole),
+        number(result["sparsity_counted"], "{:.6f}".format),
+        *(_of(result.get(some), result.get(all_of)) for some, all_of in counts),
+        number(result.get("max_logit_difference"), "{:.3g}".format),
+    ]
+
+
+def _of(some: Any, all_of: Any) -> Cell:
+    return number(some if is_number(all_of) else None, lambda value: f"{whole(value)} of {whole(all_of)}")

@@ -1,0 +1,65 @@
+"""The page: everything laid out, and put into the template."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pst_ds import __version__
+from pst_ds.report import axes
+from pst_ds.report.charts import charts
+from pst_ds.report.layer_pictures import heat_maps, layer_pictures
+from pst_ds.report.layer_table import layer_table
+from pst_ds.report.outcomes import ExportData
+from pst_ds.report.run_data import RunData
+from pst_ds.report.tables import Table, result_table, setting_tables
+
+T = TypeVar("T")
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def page(runs: Sequence[RunData], exports: Sequence[ExportData], outcomes: Sequence[tuple[str, list[Table]]]) -> str:
+    """The HTML of a report about ``runs``. ``outcomes``: further headings, each with its tables.
+
+    Every text of the data is escaped, and the browser is told to load nothing and to run no script but ours.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    return environment.get_template("report.html").render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        version=__version__,
+        style=Markup(style),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+        axes=axes,
+        **_contents(runs, exports),
+        outcomes=[(heading, tables) for heading, tables in outcomes if tables],
+    )
+
+
+def _contents(runs: Sequence[RunData], exports: Sequence[ExportData]) -> dict[str, Any]:
+    shapes = {name: shape for export in exports for name, shape in export.shapes.items()}
+    return {
+        "runs": runs,
+        "results": result_table(runs),
+        "settings": list(setting_tables(runs)),
+        "charts": list(charts(runs)),
+        "heat_maps": _in_rows([[(run, heat_map) for heat_map in heat_maps(run)] for run in runs]),
+        "layers": layer_table(runs, shapes),
+        "pictures": [(run, pictures) for run in runs for pictures in layer_pictures(run)],
+    }
+
+
+def _in_rows(of_runs: list[list[T]]) -> list[list[T]]:
+    """Those of one run in a row; of several runs a row for each kind, so that runs stand side by side."""
+    of_runs = [found for found in of_runs if found]
+    return of_runs if len(of_runs) < 2 else [list(of_kind) for of_kind in zip(*of_runs, strict=True)]

@@ -1,0 +1,162 @@
+"""What a run folder holds for a report: settings, result, curves, layers, checkpoints. Read without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pst_ds.errors import InputError
+from pst_ds.report.layer_data import LAYERS_FILE, LayerData, read_layers
+from pst_ds.train.json_lines import lines_until
+
+RUN_FILE, RESULT_FILE, METRICS_FILE, CHECKPOINTS = "run.toml", "result.json", "metrics.jsonl", "checkpoints"
+LINKS = ("latest", "best", "final")
+
+Point = tuple[int, float]
+"""A step and a finite value."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointData:
+    """A finished checkpoint, by its manifest."""
+
+    name: str
+    links: list[str]
+    step: int
+    sparsity: float | None
+    metrics: dict[str, float]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """One run."""
+
+    name: str
+    """Short, and no other run's of the report."""
+    folder: Path
+    run_file: str
+    settings: dict[str, Any]
+    """By dotted name."""
+    result: dict[str, Any]
+    """Empty for a run that has not finished."""
+    curves: dict[str, list[Point]]
+    """By the names of metrics.jsonl, in order of steps."""
+    layers: LayerData | None
+    checkpoints: list[CheckpointData]
+
+    @property
+    def last_step(self) -> int:
+        """Of the curves."""
+        return max([0, *(points[-1][0] for points in self.curves.values())])
+
+    def last(self, curve: str) -> float | None:
+        """The last value of a curve, if there is one."""
+        points = self.curves.get(curve)
+        return points[-1][1] if points else None
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunData]:
+    """The runs, in this order. Raises InputError for a folder that is no run, is damaged, or is named twice."""
+    resolved = [folder.resolve() for folder in folders]
+    for folder, place in zip(folders, resolved, strict=True):
+        if resolved.count(place) > 1:
+            raise InputError(f"{str(folder)!r} is named twice; name every run once")
+    return [_read_run(folder, name) for folder, name in zip(folders, short_names(resolved), strict=True)]
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The fewest last parts of every path that tell all of them apart."""
+    for depth in range(1, max(len(folder.parts) for folder in folders)):
+        names = [str(Path(*folder.parts[-depth:])) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def _read_run(folder: Path, name: str) -> RunData:
+    if not (folder / RUN_FILE).is_file():
+        raise InputError(
+            f"{str(folder)!r} is not a run folder: {RUN_FILE} is missing (looked in {folder.absolute()}); name the "
+            "output_dir of a run"
+        )
+    try:
+        run_file = (folder / RUN_FILE).read_text(encoding="utf-8")
+        settings = dict(flat(tomllib.loads(run_file)))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder / RUN_FILE} is not TOML: {error}") from None
+    result = read_object(folder / RESULT_FILE) if (folder / RESULT_FILE).is_file() else {}
+    curves, layers = read_curves(folder / METRICS_FILE), read_layers(folder / LAYERS_FILE)
+    return RunData(name, folder, run_file, settings, result, curves, layers, list(_checkpoints(folder / CHECKPOINTS)))
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested tables as ("schedule.final_sparsity", 0.9) and so on."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, or on its last line: what ``--json`` prints after the text for people.
+
+    Raises InputError when there is none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{str(path)!r} cannot be read: {error}") from None
+    for candidate in (text, text.rpartition("\n")[2]):
+        try:
+            found = json.loads(candidate)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(found, dict):
+            return found
+    raise InputError(f"{str(path)!r} holds no JSON object, as a whole or on its last line; name what --json wrote")
+
+
+def read_curves(path: Path) -> dict[str, list[Point]]:
+    """Every number of metrics.jsonl that is finite, by name; the last one where a step has several.
+
+    Step lines repeat the flip rate of the mask update before, so that of mask updates alone is taken.
+    """
+    curves: dict[str, list[Point]] = {}
+    for line in lines_until(path, sys.maxsize):
+        step, event = line.pop("step"), line.pop("event", None)
+        line.pop("seconds", None)
+        if event == "step":
+            line.pop("flip_rate", None)
+        for name, value in line.items():
+            if is_number(value) and math.isfinite(value):
+                points = curves.setdefault(name, [])
+                if points and points[-1][0] == step:
+                    points.pop()
+                points.append((step, value))
+    return curves
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _checkpoints(folder: Path) -> Iterator[CheckpointData]:
+    """By step; one whose manifest cannot be read is for ``inspect`` and ``--resume`` to complain about."""
+    links = {link: (folder / link).resolve().name for link in LINKS}
+    for path in sorted(folder.glob("step-*[0-9]")):
+        try:
+            state = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["state"]
+            sparsity, metrics = state.get("sparsity"), state.get("metrics") or {}
+            nbytes = sum(file.stat().st_size for file in path.iterdir())
+            found = [link for link, name in links.items() if name == path.name]
+            yield CheckpointData(path.name, found, state["step"], sparsity, metrics, nbytes)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue

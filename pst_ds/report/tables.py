@@ -1,0 +1,143 @@
+"""The tables of a report about its runs: results, settings, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pst_ds.cli.text_table import bytes_text
+from pst_ds.progress import duration_text
+from pst_ds.report.axes import short, whole
+from pst_ds.report.charts import EVALUATION
+from pst_ds.report.run_data import RunData, is_number
+
+MISSING = "–"
+MAIN_SETTINGS = (
+    "task", "method", "model.path", "data.train", "data.dataset", "schedule.final_sparsity", "pst.pattern",
+    "pst.score_rank", "pst.update_rank", "train.num_steps", "train.num_epochs", "train.batch_size", "train.precision",
+    "deepspeed_config", "seed",
+)  # fmt: skip
+"""Shown of every run, unless they are empty or zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    text: str
+    value: float | None = None
+    """What it is sorted by; None for texts, and for what is missing."""
+    is_missing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """``head``: of the columns; ``groups``: headings above several of them, with their numbers of columns. ``note``: of
+    how the numbers came about."""
+
+    caption: str
+    head: list[str]
+    rows: list[list[Cell]]
+    groups: list[tuple[str, int]] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def is_numeric(self) -> list[bool]:
+        """Whether each column has a number in it, or nothing at all."""
+        columns = [[row[i] for row in self.rows] for i in range(len(self.head))]
+        return [any(c.value is not None for c in cells) or all(c.is_missing for c in cells) for cells in columns]
+
+
+def number(value: Any, text: Callable[[Any], str] = short) -> Cell:
+    """A cell with a number; a missing one for what is none."""
+    if not is_number(value):
+        return Cell(MISSING, is_missing=True)
+    return Cell(text(value) if math.isfinite(value) else str(value), float(value))
+
+
+def result_table(runs: Sequence[RunData]) -> Table:
+    """What came of the runs, the final metrics first."""
+    rows = [[Cell(label), *cells] for label, cells in _results(runs) if not all(cell.is_missing for cell in cells)]
+    return Table("Results", ["", *(run.name for run in runs)], rows)
+
+
+def _results(runs: Sequence[RunData]) -> Iterator[tuple[str, list[Cell]]]:
+    yield "state", [_state(run) for run in runs]
+    metrics = [_final_metrics(run) for run in runs]
+    for name in dict.fromkeys(name for of_run in metrics for name in of_run):
+        yield name, [number(of_run.get(name)) for of_run in metrics]
+    yield "sparsity asked", [number(run.result.get("sparsity_asked", run.last("sparsity/target"))) for run in runs]
+    in_masks = [run.result.get("sparsity_in_masks", run.last("sparsity/actual")) for run in runs]
+    yield "sparsity in the masks", [number(value, "{:.6f}".format) for value in in_masks]
+    for key, label, text in (
+        ("best_step", "best step", whole),
+        ("skipped_steps", "skipped steps", whole),
+        ("trained_parameters", "trained parameters", whole),
+        ("optimizer_bytes_per_rank", "optimizer state of a rank", bytes_text),
+    ):
+        yield label, [number(run.result.get(key), text) for run in runs]
+    peaks = [max((int(value) for _, value in run.curves.get("peak_memory_bytes", [])), default=None) for run in runs]
+    yield "peak memory of a rank", [number(peak, bytes_text) for peak in peaks]
+    yield "checkpoint", [number(run.checkpoints[-1].nbytes if run.checkpoints else None, bytes_text) for run in runs]
+    yield "tokens a second, median", [number(_median(run, "tokens_per_second"), whole) for run in runs]
+    yield "ranks", [number(run.result.get("world_size"), whole) for run in runs]
+    yield "time", [number(run.result.get("seconds"), duration_text) for run in runs]
+
+
+def _state(run: RunData) -> Cell:
+    step = number(run.result.get("steps", run.last_step), whole).text
+    return Cell(f"finished, {step} steps" if run.result else f"not finished, at step {step}")
+
+
+def _final_metrics(run: RunData) -> dict[str, float | None]:
+    """Of the result; of a run that has not finished the last evaluation's."""
+    names = [name.removeprefix(EVALUATION) for name in run.curves if name.startswith(EVALUATION)]
+    return run.result.get("metrics") or {name: run.last(EVALUATION + name) for name in names}
+
+
+def _median(run: RunData, curve: str) -> float | None:
+    values = [value for _, value in run.curves.get(curve, [])]
+    return statistics.median(values) if values else None
+
+
+def setting_tables(runs: Sequence[RunData]) -> Iterator[Table]:
+    """Settings that differ between the runs; the main ones that they have in common."""
+    names = list(dict.fromkeys(name for run in runs for name in run.settings if name != "output_dir"))
+    differ = [name for name in names if any(_setting(run, name) != _setting(runs[0], name) for run in runs)]
+    if differ:
+        rows = [[Cell(name), *(_setting(run, name) for run in runs)] for name in differ]
+        yield Table("Settings that differ", ["", *(run.name for run in runs)], rows)
+    main = [name for name in MAIN_SETTINGS if name not in differ and runs[0].settings.get(name)]
+    if main:
+        caption = "Main settings" if len(runs) == 1 else "Main settings in common"
+        yield Table(caption, ["", "value"], [[Cell(name), _setting(runs[0], name)] for name in main])
+
+
+def _setting(run: RunData, name: str) -> Cell:
+    """Empty is the same as not there."""
+    value = run.settings.get(name)
+    if value is None or value in ("", []):
+        return Cell(MISSING, is_missing=True)
+    return Cell(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+
+
+def checkpoint_table(runs: Sequence[RunData]) -> Table | None:
+    """The finished checkpoints of every run, if there is one."""
+    found = [(run, checkpoint) for run in runs for checkpoint in run.checkpoints]
+    if not found:
+        return None
+    metrics = list(dict.fromkeys(name for _, checkpoint in found for name in checkpoint.metrics))
+    rows = [
+        [
+            Cell(checkpoint.name if len(runs) == 1 else f"{run.name}/{checkpoint.name}"),
+            Cell(", ".join(checkpoint.links)),
+            number(checkpoint.step, whole),
+            number(checkpoint.sparsity),
+            *(number(checkpoint.metrics.get(name)) for name in metrics),
+            number(checkpoint.nbytes, bytes_text),
+        ]
+        for run, checkpoint in found
+    ]
+    return Table("Checkpoints", ["checkpoint", "links", "step", "sparsity", *metrics, "size"], rows)

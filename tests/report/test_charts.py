@@ -1,0 +1,89 @@
+"""Axes, ticks, and which curves come to stand in which chart."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pst_ds.report.axes import BOTTOM, LEFT, RIGHT, TOP, axis_of, decades, round_numbers, short
+from pst_ds.report.charts import MOST_POINTS, Series, charts, drawn
+from pst_ds.report.run_data import read_runs
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(3, 6))
+def test_ticks_are_few_round_and_within(low, span, most):
+    ticks = round_numbers(low, low + span, most)
+    room = 1e-6 * (abs(low) + span)
+    assert len(ticks) <= most + 1
+    assert all(low - room <= tick <= low + span + room for tick in ticks)
+
+
+def test_ticks_of_usual_ranges():
+    assert round_numbers(0, 240, 5) == [0, 50, 100, 150, 200]
+    assert round_numbers(0, 0.9, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+    assert decades(1e-7, 1e-1, 6) == pytest.approx([1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1])
+    assert len(decades(1e-12, 1.0, 5)) <= 6
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.89999, "0.9"), (523.84, "523.8"), (12300.0, "12.3k"), (4.5e6, "4.5M"), (2e9, "2G"), (0, "0")]
+)
+def test_numbers_are_short(value, text):
+    assert short(value) == text
+
+
+def test_an_axis_of_one_value_has_room():
+    axis = axis_of(3.0, 3.0, 0.0, 100.0)
+    assert axis.place(3.0) == 50.0
+    assert axis_of(0.0, 0.0, 0.0, 100.0).place(0.0) == 50.0
+
+
+def _only(found):
+    (chart,) = found
+    return chart
+
+
+def test_a_line_runs_from_corner_to_corner():
+    chart = _only(drawn("t", "", [Series("a", 0, [(0, 1.0), (10, 3.0)])], 10))
+    assert chart.lines[0].path == f"M{LEFT} {BOTTOM}L{RIGHT} {TOP}"
+    assert chart.data["series"] == [{"x": [0, 10], "y": [1.0, 3.0]}]
+
+
+def test_zeros_have_no_place_on_a_logarithmic_axis():
+    points = [(0, 0.1), (1, 0.0), (2, 0.001)]
+    chart = _only(drawn("t", "of it", [Series("a", 0, points), Series("b", 1, [(0, 0.0)])], 2, is_log=True))
+    assert chart.note == "of it, log scale"
+    assert [line.series.points for line in chart.lines] == [[(0, 0.1), (2, 0.001)]]
+    near = _only(drawn("t", "of it", [Series("a", 0, [(0, 0.1), (1, 0.05)])], 1, is_log=True))
+    assert near.note == "of it"
+    assert list(drawn("t", "", [Series("a", 0, [])], 2)) == []
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_spike():
+    points = [(step, 9.0 if step == 54_321 else 1.0) for step in range(100_000)]
+    chart = _only(drawn("t", "", [Series("a", 0, points)], 100_000))
+    (line,) = chart.lines
+    assert len(line.series.points) <= MOST_POINTS
+    assert (54_321, 9.0) in line.series.points
+    assert len(re.findall("[ML]", line.path)) == len(line.series.points)
+
+
+def test_one_run_has_its_rates_in_one_chart_and_several_a_chart_a_group(a_run):
+    one = list(charts(read_runs([a_run("one")])))
+    titles = ["Loss", "Sparsity", "Flip rate", "Correlation of S with |W|", "Evaluation: accuracy", "Learning rates"]
+    assert [chart.title for chart in one] == [*titles, "Tokens a second"]
+    assert [line.series.label for line in one[5].lines] == ["head", "scores"]
+    assert {line.series.label: line.series.is_dashed for line in one[1].lines} == {"target": True, "actual": False}
+    two = {chart.title: chart for chart in charts(read_runs([a_run("a"), a_run("b", steps=20)]))}
+    assert [line.series.label for line in two["Learning rate of head"].lines] == ["a", "b"]
+    assert {chart.steps.high for chart in two.values()} == {40}
+    assert [line.series.colour for line in two["Sparsity"].lines] == [0, 0, 1, 1]
+
+
+def test_a_run_without_masks_has_no_chart_of_them(write_run):
+    nothing = {"sparsity/target": 0.0, "sparsity/actual": 0.0}
+    metrics = [{"step": step, "event": "step", "loss": 1.0, **nothing} for step in (1, 2)]
+    assert [chart.title for chart in charts(read_runs([write_run(metrics=metrics)]))] == ["Loss"]

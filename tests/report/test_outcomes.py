@@ -1,0 +1,86 @@
+"""Exports, speed and verification in a report."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pst_ds.errors import InputError
+from pst_ds.report.outcomes import bench_tables, export_table, find_exports, read_export, verification_table
+from pst_ds.report.run_data import read_runs
+
+
+def _tensor(name, shape, nonzero, origin):
+    parts = [{"name": name, "file": "model.safetensors", "sha256": ""}]
+    return {"name": name, "shape": shape, "nonzero": nonzero, "origin": origin, "pattern": "dense", "parts": parts}
+
+
+@pytest.fixture
+def export():
+    """Writes an export of two tensors, one of them pruned to a quarter, whose file has 40 bytes."""
+
+    def write(folder):
+        folder.mkdir()
+        tensors = [_tensor("l.weight", [4, 4], 4, "pruned"), _tensor("e.weight", [2, 2], 4, "base")]
+        about = {"kind": "dense", "step": 9, "sparsity_asked": 0.75, "tensors": tensors}
+        (folder / "pst_manifest.json").write_text(json.dumps(about))
+        (folder / "model.safetensors").write_bytes(bytes(40))
+        return folder
+
+    return write
+
+
+def test_exports_in_the_run_and_elsewhere_have_their_sizes(write_run, export, tmp_path):
+    run = write_run()
+    inside, outside = export(run / "export"), export(tmp_path / "other")
+    found = find_exports(read_runs([run]), [outside, inside])
+    assert [one.name for one in found] == ["mine/export", str(outside)]
+    assert found[0].sparsity_counted == 0.75
+    assert found[0].shapes == {"l": [4, 4]}
+    row = [cell.text for cell in export_table(found).rows[0]]
+    assert row == ["mine/export", "dense", "9", "0.75", "0.750000", "40 bytes", "1.000"]
+    assert export_table([]) is None
+
+
+@pytest.mark.parametrize("content", ["{}", '{"kind": "dense", "tensors": [{"parts": [3]}]}', '{"tensors": 3}'])
+def test_a_damaged_manifest_is_named(tmp_path, content):
+    with pytest.raises(InputError, match=r"is no export: pst_manifest\.json is missing"):
+        read_export(tmp_path, "x")
+    (tmp_path / "pst_manifest.json").write_text(content)
+    with pytest.raises(InputError, match=r"pst_manifest\.json is damaged: .*; pst-ds verify says more"):
+        read_export(tmp_path, "x")
+
+
+def test_speed_is_what_bench_printed(tmp_path):
+    row = {"contestant": "dense", "threads": 2, "batch": 1, "decode_tokens_per_second": 31.2, "file_bytes": None}
+    result = {
+        "model": "m", "dense": "d", "causal": True, "prompt_tokens": 8, "new_tokens": 4,
+        "conditions": {"dtype": "bf16", "repeats": 3, "hardware": "a CPU"}, "rows": [row],
+    }  # fmt: skip
+    path = tmp_path / "bench.json"
+    path.write_text("the table\n" + json.dumps(result))
+    (table,) = bench_tables([path])
+    assert table.caption == "Speed of m"
+    assert table.note == "Against d: 8 tokens, 4 new ones, bf16, medians of 3; a CPU"
+    assert table.head == ["contestant", "threads", "batch", "decode tok/s"]
+    assert [cell.text for cell in table.rows[0]] == ["dense", "2", "1", "31.2"]
+    path.write_text('{"rows": []}')
+    with pytest.raises(InputError, match=r"bench\.json' is not what pst-ds bench --json prints"):
+        list(bench_tables([path]))
+
+
+def test_verification_is_what_verify_printed(tmp_path):
+    path = tmp_path / "verify.json"
+    alone = {"export_dir": "e", "tensors": 3, "sparsity_counted": 0.5}
+    compared = {"compared_weights": 2, "differing_weights": 0, "examples": 7, "differing_predictions": 0}
+    path.write_text(json.dumps({**alone, **compared, "max_logit_difference": 0.0}))
+    (row,) = verification_table([path]).rows
+    assert [cell.text for cell in row] == ["e", "3", "0.500000", "0 of 2", "0 of 7", "0"]
+    path.write_text(json.dumps(alone))
+    (row,) = verification_table([path]).rows
+    assert [cell.text for cell in row] == ["e", "3", "0.500000", "–", "–", "–"]
+    path.write_text("{}")
+    with pytest.raises(InputError, match=r"is not what pst-ds verify --json prints"):
+        verification_table([path])
+    assert verification_table([]) is None

@@ -1,0 +1,101 @@
+"""Reading run folders: curves, names, damaged lines, what is no run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pst_ds.errors import InputError
+from pst_ds.report import layer_data, outcomes, run_data
+from pst_ds.report.run_data import read_curves, read_object, read_runs, short_names
+
+
+def test_files_are_named_as_those_who_write_them_name_them():
+    from pst_ds.export import manifest
+    from pst_ds.train import checkpoints, layer_log, metrics, run_folder
+
+    assert run_data.RUN_FILE == run_folder.RUN_FILE
+    assert run_data.RESULT_FILE == run_folder.RESULT_FILE
+    assert run_data.CHECKPOINTS == run_folder.CHECKPOINTS
+    assert run_data.METRICS_FILE == metrics.METRICS_FILE
+    assert layer_data.LAYERS_FILE == layer_log.LAYERS_FILE
+    assert outcomes.MANIFEST_FILE == manifest.MANIFEST_FILE
+    assert run_data.LINKS == (checkpoints.LATEST, checkpoints.BEST, checkpoints.FINAL)
+
+
+def test_curves_are_finite_numbers_by_name_with_the_last_of_each_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        {"step": 1, "seconds": 0.1, "event": "step", "loss": 2.0, "flip_rate": 0.3, "sparsity/actual": 0.0},
+        {"step": 2, "seconds": 0.2, "event": "mask_update", "flip_rate": 0.2, "mask_checksum": "ab"},
+        {"step": 2, "seconds": 0.2, "event": "step", "loss": float("nan"), "sparsity/actual": 0.4},
+        {"step": 2, "seconds": 0.3, "event": "step", "sparsity/actual": 0.5, "is_odd": True},
+    ]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '[1]\n\n{"step": 3, "los')
+    assert read_curves(path) == {
+        "loss": [(1, 2.0)],
+        "sparsity/actual": [(1, 0.0), (2, 0.5)],
+        "flip_rate": [(2, 0.2)],
+    }
+
+
+def test_a_run_that_has_just_begun_is_one(write_run):
+    (run,) = read_runs([write_run()])
+    assert run.name == "mine"
+    assert run.settings == {"method": "pst", "schedule.final_sparsity": 0.9}
+    assert (run.result, run.curves, run.layers, run.checkpoints, run.last_step) == ({}, {}, None, [], 0)
+
+
+def test_names_are_as_short_as_tells_them_apart():
+    assert short_names([Path("/a/one/run"), Path("/a/two/run")]) == ["one/run", "two/run"]
+    assert short_names([Path("/a/one"), Path("/a/two")]) == ["one", "two"]
+    assert short_names([Path("/a/b/run"), Path("/b/run"), Path("/c/run")]) == ["a/b/run", "/b/run", "/c/run"]
+    assert short_names([Path("/")]) == ["/"]
+
+
+def test_checkpoints_are_listed_with_their_links_and_those_without_a_manifest_are_not(write_run):
+    run = write_run()
+    for step in (10, 20, 30):
+        folder = run / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        state = {"step": step, "sparsity": 0.5, "metrics": {"accuracy": 0.7}}
+        (folder / "manifest.json").write_text(json.dumps({"state": state}) if step < 30 else '{"sta')
+        (folder / "shard").write_bytes(bytes(100))
+    (run / "checkpoints" / "step-00000040.partial").mkdir()
+    (run / "checkpoints" / "best").symlink_to("step-00000010")
+    (read,) = read_runs([run])
+    assert [(c.name, c.step, c.links) for c in read.checkpoints] == [
+        ("step-00000010", 10, ["best"]),
+        ("step-00000020", 20, []),
+    ]
+    first = run / "checkpoints" / "step-00000010" / "manifest.json"
+    assert read.checkpoints[0].nbytes == 100 + first.stat().st_size
+
+
+def test_what_is_no_run_is_said_with_the_fix(tmp_path, write_run):
+    with pytest.raises(InputError, match=r"'no/such' is not a run folder: run.toml is missing \(looked in /"):
+        read_runs([Path("no/such")])
+    with pytest.raises(InputError, match=r"run\.toml is not TOML: "):
+        read_runs([write_run("broken", run_file="a = ")])
+    run = write_run("cut")
+    (run / "result.json").write_text('{"steps": 1')
+    with pytest.raises(InputError, match=r"result\.json' holds no JSON object"):
+        read_runs([run])
+    run = write_run("twice")
+    with pytest.raises(InputError, match=r"twice' is named twice; name every run once"):
+        read_runs([run, tmp_path / "." / "twice"])
+
+
+def test_an_object_may_come_after_the_text_for_people(tmp_path):
+    path = tmp_path / "out.txt"
+    path.write_text('a table\n{"rows": []}\n')
+    assert read_object(path) == {"rows": []}
+    path.write_text('{\n "rows": []\n}\n')
+    assert read_object(path) == {"rows": []}
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_object(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_object(tmp_path / "none.json")
