@@ -16,6 +16,7 @@ SOURCES = {
         "TrainConfig": "train",
         "DistillationConfig": "distillation",
         "CheckpointConfig": "checkpoint",
+        "PicturesConfig": "pictures",
     },
     "pst_ds/train/data_config.py": {"DataConfig": "data", "EvalConfig": "eval"},
     "pst_ds/nn/config.py": {"PSTConfig": "pst", "Override": "[pst.overrides]"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -55,6 +55,11 @@ class LayerKeys:
         """The part of ``matrix`` that holds this rank's units, in rectangles of whole units, in rising order."""
         size = TILE_ELEMENTS.get(self.device.type, TILE_ELEMENTS["cuda"])
         yield from unit_tiles(matrix.rect, self.unit, self.row_length, *self.region, size)
+
+    def own_rects(self, matrix: Block) -> Iterator[Rect]:
+        """This rank's weights of ``matrix`` and no others, in rectangles in rising order, whatever its units are."""
+        size = TILE_ELEMENTS.get(self.device.type, TILE_ELEMENTS["cuda"])
+        yield from shard_tiles(matrix.rect, self.row_length, self.start, self.stop, size)
 
     def keys(self, matrix: Block, rect: Rect) -> Tensor:
         """Keys of single weights, (rows, cols) int32, of a rectangle of ``matrix``."""
@@ -157,6 +162,15 @@ class LayerKeys:
             self._halo.after[max(0, first - self.stop) : max(0, last - self.stop)],
         ]
         return torch.cat(pieces)
+
+
+def whole_factors(layers: Sequence[PSTLinear]) -> list[Factors]:
+    """The factors of each layer, from their whole fp32 masters. Collective: under ZeRO-3 one all-gather for all."""
+    owned = [(i, name, param) for i, layer in enumerate(layers) for name, param in layer.factor_parameters()]
+    values: list[dict[str, Tensor]] = [{} for _ in layers]
+    for (i, name, _), master in zip(owned, zero3.fp32_masters([param for *_, param in owned]), strict=True):
+        values[i][name] = master
+    return [layer.factors(own) for layer, own in zip(layers, values, strict=True)]
 
 
 def ranked_parameter(layer: PSTLinear) -> nn.Parameter:

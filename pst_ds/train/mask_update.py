@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -15,7 +16,7 @@ from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel import zero3
 from pst_ds.parallel.halo import fetch_halos
 from pst_ds.parallel.ranks import group_sum
-from pst_ds.train.layer_keys import LayerKeys, ranked_parameter
+from pst_ds.train.layer_keys import LayerKeys, ranked_parameter, whole_factors
 from pst_ds.train.mask_selection import Matrix, select_kept, weights_kept
 
 
@@ -29,6 +30,10 @@ class MaskStats:
     """Bits that differ from those before the update."""
     checksum: str
     """16 hexadecimal digits; a function of the masks and the layer names alone."""
+    kept: tuple[int, ...] = field(default=(), repr=False)
+    """Weights that each layer keeps, in model order."""
+    flipped: tuple[int, ...] = field(default=(), repr=False)
+    """Bits of each layer that differ."""
 
     @property
     def sparsity(self) -> float:
@@ -37,6 +42,15 @@ class MaskStats:
     @property
     def flip_rate(self) -> float:
         return self.num_flipped / self.num_weights
+
+    def totals(self) -> dict[str, int | str]:
+        """All but the figures of single layers, as JSON values: what a checkpoint keeps."""
+        return {
+            "num_weights": self.num_weights,
+            "num_pruned": self.num_pruned,
+            "num_flipped": self.num_flipped,
+            "checksum": self.checksum,
+        }
 
 
 @torch.no_grad()
@@ -58,40 +72,46 @@ def update_masks(model: nn.Module, sparsity: float, *, final_sparsity: float | N
     keyed = _layer_keys(layers)
     matrices = [Matrix(k, b, _target(k.layer, sparsity, progress)) for k in keyed for b in k.matrices]
     kept = dict(zip(map(id, matrices), select_kept(matrices, next(iter(layers.values())).weight), strict=True))
-    flipped = 0
+    flipped = []
     for keys in keyed:
         own = [m for m in matrices if m.layer is keys]
-        bits = _shard_bits(keys, own, [kept.pop(id(m)) for m in own])
-        flipped += count_bits(zero3.shard_of(keys.layer.pst_mask).values, bits)[0]
-        zero3.write_shard(keys.layer.pst_mask, bits)
-    return mask_stats(model, num_flipped_here=flipped)
+        flipped.append(_write_mask(keys.layer, _shard_bits(keys, own, [kept.pop(id(m)) for m in own])))
+    return mask_stats(model, flipped_here=flipped)
 
 
 @torch.no_grad()
 def masks_of_zeros(model: nn.Module) -> MaskStats:
     """Keep exactly the non-zeros of the weights, as they are now. Each rank looks at its own shard. Collective."""
-    flipped = 0
+    flipped = []
     for layer in pst_layers(model).values():
-        before = zero3.shard_of(layer.pst_mask).values
-        bits = pack_shard((zero3.shard_of(layer.weight).values != 0).to(torch.uint8), before.numel())
-        flipped += count_bits(before, bits)[0]
-        zero3.write_shard(layer.pst_mask, bits)
-    return mask_stats(model, num_flipped_here=flipped)
+        num_bytes = zero3.shard_of(layer.pst_mask).values.numel()
+        flipped.append(_write_mask(layer, pack_shard((zero3.shard_of(layer.weight).values != 0).byte(), num_bytes)))
+    return mask_stats(model, flipped_here=flipped)
 
 
-def mask_stats(model: nn.Module, *, num_flipped_here: int = 0) -> MaskStats:
-    """Counts and checksum of the masks as they are; ``num_flipped_here`` is summed over ranks. Collective."""
+def mask_stats(model: nn.Module, *, flipped_here: Sequence[int] = ()) -> MaskStats:
+    """Counts and checksum of the masks as they are. ``flipped_here``: this rank's flipped bits of each layer; none by
+    default. Collective: one sum over ranks for all layers."""
     layers = pst_layers(model)
-    kept = total_sum = 0
+    kept, total_sum = [], 0
     for name, layer in layers.items():
         bits, shard = zero3.shard_of(layer.pst_mask).values, zero3.shard_of(layer.weight)
-        kept += count_bits(bits, bits)[1]
+        kept.append(count_bits(bits, bits)[1])
         total_sum += checksum(bits, shard.values.numel(), shard.start, zlib.crc32(name.encode()))
     total_sum = (total_sum + (1 << 63)) % (1 << 64) - (1 << 63)
-    any_weight = next(iter(layers.values())).weight
-    kept, flipped, total_sum = group_sum(torch.tensor([kept, num_flipped_here, total_sum]), any_weight).tolist()
+    here = torch.tensor([*kept, *(flipped_here or [0] * len(layers)), total_sum])
+    *counts, total_sum = group_sum(here, next(iter(layers.values())).weight).tolist()
     num_weights = sum(layer.layout.numel for layer in layers.values())
-    return MaskStats(num_weights, num_weights - kept, flipped, f"{total_sum % (1 << 64):016x}")
+    kept, flipped = counts[: len(layers)], counts[len(layers) :]
+    digits = f"{total_sum % (1 << 64):016x}"
+    return MaskStats(num_weights, num_weights - sum(kept), sum(flipped), digits, tuple(kept), tuple(flipped))
+
+
+def _write_mask(layer: PSTLinear, bits: Tensor) -> int:
+    """Make ``bits`` this rank's part of the mask; how many of them differ from those before."""
+    differ, _ = count_bits(zero3.shard_of(layer.pst_mask).values, bits)
+    zero3.write_shard(layer.pst_mask, bits)
+    return differ
 
 
 def _target(layer: PSTLinear, sparsity: float, progress: float) -> float:
@@ -117,11 +137,7 @@ def _layer_keys(layers: dict[str, PSTLinear]) -> list[LayerKeys]:
 
     Collective: one all-gather and one all-to-all for all layers under ZeRO-3.
     """
-    owned = [(layer, name, param) for layer in layers.values() for name, param in layer.factor_parameters()]
-    masters = zero3.fp32_masters([param for _, _, param in owned])
-    by_layer: dict[PSTLinear, dict[str, Tensor]] = {layer: {} for layer in layers.values()}
-    for (layer, name, _), master in zip(owned, masters, strict=True):
-        by_layer[layer][name] = master
+    factors = whole_factors(list(layers.values()))
     wide = {layer: layer.rule.pattern.unit(layer.layout) != (1, 1) for layer in layers.values()}
     wide_layers = [layer for layer in layers.values() if wide[layer]]
     shards = {layer: zero3.master_shard(ranked_parameter(layer)) for layer in layers.values()}
@@ -132,6 +148,6 @@ def _layer_keys(layers: dict[str, PSTLinear]) -> list[LayerKeys]:
     )
     halo_of = dict(zip(wide_layers, halos, strict=True))
     return [
-        LayerKeys(name, layer, layer.factors(by_layer[layer]), shards[layer], halo_of.get(layer))
-        for name, layer in layers.items()
+        LayerKeys(name, layer, own, shards[layer], halo_of.get(layer))
+        for (name, layer), own in zip(layers.items(), factors, strict=True)
     ]

@@ -1,17 +1,21 @@
-"""What a run reports: metrics.jsonl, TensorBoard scalars and a progress line, all from rank 0."""
+"""What a run reports: metrics.jsonl, layers.jsonl, TensorBoard and a progress line, all from rank 0."""
 
 from __future__ import annotations
 
-import json
 import resource
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pst_ds.durable import replace_text
+from pst_ds.progress import Progress
+from pst_ds.train.board import Board
+from pst_ds.train.json_lines import JsonLines
+from pst_ds.train.layer_figures import LayerFigures
+from pst_ds.train.layer_log import LayerLog
+from pst_ds.train.mask_update import MaskStats
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -20,23 +24,29 @@ class MetricsWriter:
     """Writes on rank 0 and does nothing elsewhere.
 
     A run that is continued after ``step``, ``seconds`` into it, keeps its lines up to there; later ones are made anew.
+    ``layers``: weights of each PST layer, by name in model order.
     """
 
     def __init__(
-        self, folder: Path, *, num_steps: int, is_main: bool, quiet: bool = False, step: int = 0, seconds: float = 0.0
+        self,
+        folder: Path,
+        *,
+        num_steps: int,
+        is_main: bool,
+        quiet: bool = False,
+        step: int = 0,
+        seconds: float = 0.0,
+        layers: dict[str, int] | None = None,
     ):
-        self._file = self._board = None
-        self._num_steps, self._quiet = num_steps, quiet
-        self._last_time = time.monotonic()
-        self._started = self._last_time - seconds
-        self._last_step = step
+        self._file: JsonLines | None = None
+        self._layers: LayerLog | None = None
+        self._shown = Progress("step", num_steps, done=step, line_seconds=0.0) if is_main and not quiet else None
+        self._started = time.monotonic() - seconds
         if is_main:
-            from torch.utils.tensorboard import SummaryWriter
-
-            path = folder / METRICS_FILE
-            replace_text(path, "".join(_lines_until(path, step)) if step else "")
-            self._file = path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+            self._file = JsonLines(folder / METRICS_FILE, step)
+            self._board = Board(folder, step)
+            if layers:
+                self._layers = LayerLog(folder, self._board, layers, step)
 
     @property
     def seconds(self) -> float:
@@ -44,49 +54,48 @@ class MetricsWriter:
         return time.monotonic() - self._started
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and a scalar for every number."""
-        if self._file is None or self._board is None:
+        """One line of metrics.jsonl, and a scalar for every number; those of checkpoints are a group of their own."""
+        if self._file is None:
             return
-        line = {"step": step, "seconds": round(self.seconds, 3), **values}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._file.write({"step": step, "seconds": round(self.seconds, 3), **values})
+        group = "checkpoint/" if values.get("event") == "checkpoint" else ""
         for name, value in values.items():
             if isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
+                self._board.scalar(group + name, value, step)
+
+    def masks(self, step: int, masks: MaskStats) -> None:
+        """What a mask update did to each layer."""
+        if self._layers is not None:
+            self._layers.masks(step, masks)
+
+    def figures(self, step: int, found: LayerFigures) -> None:
+        """What the layers look like after ``step``."""
+        if self._layers is not None:
+            self._layers.figures(step, found)
+
+    def settings(self, settings: dict[str, Any], metric_tags: Sequence[str]) -> None:
+        """The settings of a run that has ended; its last values of ``metric_tags`` are what came of them."""
+        if self._file is not None:
+            self._board.hparams(settings, metric_tags)
 
     def progress(self, step: int, values: dict[str, Any]) -> None:
-        """One line on the terminal: where the run is and when it will end."""
-        if self._file is None or self._quiet:
-            return
-        now = time.monotonic()
-        per_step = (now - self._last_time) / max(1, step - self._last_step)
-        self._last_time, self._last_step = now, step
-        eta = _duration(per_step * (self._num_steps - step))
-        parts = [f"step {step:>6}/{self._num_steps}", *(f"{k} {_short(v)}" for k, v in values.items()), f"eta {eta}"]
-        print(" | ".join(parts), file=sys.stderr, flush=True)
+        """Show people where the run is and when it will end."""
+        if self._shown is not None:
+            self._shown.at(step, " | ".join(f"{k} {_short(v)}" for k, v in values.items()))
 
     def say(self, text: str) -> None:
-        """One line on the terminal."""
-        if self._file is not None and not self._quiet:
-            print(text, file=sys.stderr, flush=True)
+        """One line for people."""
+        if self._shown is not None:
+            self._shown.say(text)
 
     def close(self) -> None:
-        if self._file is not None and self._board is not None:
+        if self._shown is not None:
+            self._shown.close()
+        if self._file is not None:
             self._file.close()
             self._board.close()
-
-
-def _lines_until(path: Path, step: int) -> list[str]:
-    """The whole lines of a metrics file up to ``step``; a crash may have left half a line at the end."""
-    lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            of_step = json.loads(line)["step"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
-        if of_step <= step:
-            lines.append(line + "\n")
-    return lines
+        if self._layers is not None:
+            self._layers.close()
 
 
 def peak_memory_bytes(device: str) -> int:
@@ -98,9 +107,3 @@ def peak_memory_bytes(device: str) -> int:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

@@ -1,0 +1,143 @@
+"""Figures that describe a layer: how its scores go with |W|, norms, a histogram of scores, a thumbnail of its mask.
+
+All that is counted or summed over weights adds up over parts of a matrix, so every rank looks at its own. Norms of
+products come from the small matrices alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
+from pst_ds.core.layout import Rect, WeightLayout
+
+HISTOGRAM_BINS = 64
+HISTOGRAM_DEVIATIONS = 4.0
+"""A histogram reaches so many standard deviations to either side of the mean."""
+THUMBNAIL_CELLS = 32
+"""Most rows, and most columns, of a thumbnail."""
+_LEAST_VARIANCE = 1e-12
+"""Relative to the mean square; below it what is left of the sums is rounding."""
+
+
+def moment_sums(x: Tensor, y: Tensor) -> Tensor:
+    """Sums of x, y, x**2, y**2 and x y over two tensors of one shape: (5,) float64."""
+    x, y = x.flatten().double(), y.flatten().double()
+    return torch.stack([x.sum(), y.sum(), x @ x, y @ y, x @ y])
+
+
+def correlation(sums: Tensor, count: int) -> float | None:
+    """Pearson's of x and y, in [-1, 1], from :func:`moment_sums` over ``count`` pairs; None where one does not vary, or
+    is not finite."""
+    x, y, xx, yy, xy = (sums.double() / count).tolist()
+    variances = xx - x * x, yy - y * y
+    if not (variances[0] > _LEAST_VARIANCE * xx and variances[1] > _LEAST_VARIANCE * yy):
+        return None
+    found = (xy - x * y) / math.sqrt(variances[0] * variances[1])
+    return max(-1.0, min(1.0, found)) if math.isfinite(found) else None
+
+
+def product_norm(left: Tensor, right: Tensor) -> float:
+    """Frobenius norm of left @ right, for (O, k) and (k, I), from their two (k, k) Gram matrices.
+
+    |L R|^2 = trace(R' L' L R) = sum of (L' L) . (R R')
+    """
+    left, right = left.double(), right.double()
+    squared = ((left.t() @ left) * (right @ right.t())).sum()
+    return math.sqrt(squared.clamp(min=0.0))
+
+
+def update_norm(layout: WeightLayout, factors: Factors, constants: Constants) -> float:
+    """Frobenius norm of beta U V of a whole layer; 0 without U and V. Not of a multiplicative update."""
+    norms = []
+    for tile in _matrices(layout, factors):
+        if tile.update_left is not None and tile.update_right is not None:
+            norms.append(product_norm(tile.update_left, tile.update_right))
+    return abs(constants.beta) * math.hypot(*norms)
+
+
+def learned_score_norm(layout: WeightLayout, factors: Factors, constants: Constants) -> float:
+    """Frobenius norm of alpha1 A B + alpha2 (R 1' + 1 C') of a whole layer; 0 without these factors.
+
+    The sum is one product, of [alpha1 A | alpha2 R | alpha2 1] and [B; 1'; C].
+    """
+    norms = []
+    for tile in _matrices(layout, factors):
+        left, right = [], []
+        if tile.score_left is not None and tile.score_right is not None:
+            left.append(constants.alpha1 * tile.score_left.double())
+            right.append(tile.score_right.double())
+        if tile.score_rows is not None and tile.score_cols is not None:
+            rows, cols = tile.score_rows.double(), tile.score_cols.double()
+            left.append(constants.alpha2 * torch.stack([rows, torch.ones_like(rows)], 1))
+            right.append(torch.stack([torch.ones_like(cols), cols]))
+        if left:
+            norms.append(product_norm(torch.cat(left, 1), torch.cat(right)))
+    return math.hypot(*norms)
+
+
+def _matrices(layout: WeightLayout, factors: Factors) -> list[TileFactors]:
+    return [tile_factors(factors, layout, block, block.rect) for block in layout.blocks()]
+
+
+def histogram_range(total: float, total_of_squares: float, count: int) -> tuple[float, float]:
+    """(low, high) of a histogram over ``count`` values with these sums.
+
+    Rounded to a few digits, so that sums that differ by their order alone give the same one.
+    """
+    mean = total / count
+    deviation = math.sqrt(max(0.0, total_of_squares / count - mean * mean))
+    half = HISTOGRAM_DEVIATIONS * (float(f"{deviation:.3g}") or abs(mean) or 1.0)
+    middle = float(f"{mean:.3g}")
+    return middle - half, middle + half
+
+
+def count_in_bins(values: Tensor, kept: Tensor, low: float, high: float) -> Tensor:
+    """How many of ``values`` are in each of HISTOGRAM_BINS equal bins of [low, high]: (2, bins) int64, pruned and kept.
+
+    ``kept``: uint8 0/1, of the same shape. The first and the last bin have what is beyond them too.
+    """
+    bins = ((values.flatten() - low) * (HISTOGRAM_BINS / (high - low))).long().clamp_(0, HISTOGRAM_BINS - 1)
+    bins += kept.flatten().long() * HISTOGRAM_BINS
+    return torch.bincount(bins, minlength=2 * HISTOGRAM_BINS).view(2, HISTOGRAM_BINS)
+
+
+def cut_in_bins(counts: Tensor, num_below: int, low: float, high: float) -> float | None:
+    """The value that ``num_below`` of the values in ``counts`` (bins,) are below, within a bin; None for 0."""
+    if num_below == 0:
+        return None
+    up_to = counts.cumsum(0)
+    at = min(int((up_to < num_below).sum()), counts.numel() - 1)
+    share = (num_below - int(up_to[at]) + int(counts[at])) / max(1, int(counts[at]))
+    return low + (at + share) * (high - low) / counts.numel()
+
+
+def add_kept_by_cell_(counts: Tensor, kept: Tensor, rect: Rect, shape: tuple[int, int]) -> None:
+    """Add the kept weights of ``rect`` to the cells they lie in.
+
+    ``counts``: (rows, cols) int64, the cells of the whole stored weight of ``shape``. ``kept``: uint8 0/1, (rows, cols)
+    of the rectangle.
+    """
+    row_of, col_of = (_cell_of(n, cells, counts.device) for n, cells in zip(shape, counts.shape, strict=True))
+    by_col = counts.new_zeros(kept.shape[0], counts.shape[1])
+    by_col.index_add_(1, col_of[rect.c0 : rect.c1], kept.long())
+    counts.index_add_(0, row_of[rect.r0 : rect.r1], by_col)
+
+
+def thumbnail_cells(shape: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of cells for a stored weight of ``shape``."""
+    return min(shape[0], THUMBNAIL_CELLS), min(shape[1], THUMBNAIL_CELLS)
+
+
+def weights_by_cell(shape: tuple[int, int]) -> Tensor:
+    """How many weights lie in each cell of :func:`thumbnail_cells`: (rows, cols) int64."""
+    rows, cols = (torch.bincount(_cell_of(n, k)) for n, k in zip(shape, thumbnail_cells(shape), strict=True))
+    return rows.unsqueeze(1) * cols
+
+
+def _cell_of(count: int, cells: int, device: torch.device | None = None) -> Tensor:
+    """Which of ``cells`` nearly equal cells each of ``count`` rows or columns lies in: (count,) int64."""
+    return torch.arange(count, device=device) * cells // count

@@ -1,0 +1,46 @@
+"""Files of one JSON object a line, which go on where a run does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pst_ds.durable import replace_text
+
+
+class JsonLines:
+    """A file that is written a line at a time.
+
+    Of a run that is continued after ``step`` the lines up to there stay; without a step the file begins anew. ``head``
+    is a first line that has no step.
+    """
+
+    def __init__(self, path: Path, step: int, head: dict[str, Any] | None = None):
+        first = [json.dumps(head)] if head is not None else []
+        kept = [json.dumps(line) for line in lines_until(path, step)] if step else []
+        replace_text(path, "".join(f"{line}\n" for line in [*first, *kept]))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def lines_until(path: Path, step: int) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file with steps up to ``step``; a crash may have left half a line at the end."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                found = json.loads(line)
+                is_kept = found["step"] <= step
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue
+            if is_kept:
+                yield found

@@ -1,0 +1,117 @@
+"""Pictures of a run as arrays of RGBA pixels, (height, width, 4) uint8, legible on a light and on a dark page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+MOST_COLUMNS = 256
+"""Of a heat map; more are to be merged before."""
+MAP_SIZE, THUMBNAIL_SIZE, HISTOGRAM_WIDTH = 512, 256, 480
+FLIP_DECADES = -5.0, -1.0
+"""Powers of ten between which the colour of a share of flipped weights runs."""
+_MOST_CELL_PIXELS = 24
+_HISTOGRAM_HEIGHT = 192
+_GAP, _SCALE_WIDTH = 8, 12
+_COLOURS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], dtype=float)
+"""From low to high: even steps of the viridis map, which gets lighter all the way."""
+_PRUNED, _KEPT, _AXIS = (224, 130, 40, 255), (60, 130, 220, 255), (128, 128, 128, 255)
+_THRESHOLD = (255, 255, 255, 255), (0, 0, 0, 255), (255, 255, 255, 255)
+"""A dark line between two light ones: it shows on every colour, and on both pages."""
+
+
+def heat_map(values: np.ndarray, size: int = MAP_SIZE) -> np.ndarray:
+    """Cells of ``values``, (rows, columns) in [0, 1], row 0 on top, and beside them the scale of colours from 1 to 0.
+
+    About ``size`` pixels wide, and high: cells are of whole pixels, at least one wide and two high.
+    """
+    down = max(2, min(_MOST_CELL_PIXELS, size // values.shape[0]))
+    across = max(1, min(_MOST_CELL_PIXELS, size // values.shape[1]))
+    cells = coloured(values).repeat(down, 0).repeat(across, 1)
+    scale = coloured(np.linspace(1.0, 0.0, len(cells))[:, None].repeat(_SCALE_WIDTH, 1))
+    return np.hstack([cells, np.zeros((len(cells), _GAP, 4), np.uint8), scale])
+
+
+def flips_on_scale(flipped: np.ndarray) -> np.ndarray:
+    """Shares of flipped weights as values in [0, 1] for :func:`heat_map`, logarithmic between FLIP_DECADES."""
+    low, high = FLIP_DECADES
+    decades = np.log10(np.maximum(flipped, 10.0**low))
+    return np.clip((decades - low) / (high - low), 0.0, 1.0)
+
+
+def thumbnail(share: Sequence[Sequence[float]]) -> np.ndarray:
+    """Cells of a mask, coloured by the share of weights they keep, from 0 to twice the mean, and the scale of colours.
+
+    Relative to the mean, for at 90 % of zeros all cells of a large matrix keep nearly a tenth.
+    """
+    return heat_map(share_on_scale(share), THUMBNAIL_SIZE)
+
+
+def share_on_scale(share: Sequence[Sequence[float]]) -> np.ndarray:
+    """Shares of kept weights as values in [0, 1] for :func:`heat_map`, 0.5 for their mean."""
+    values = np.asarray(share, dtype=float)
+    return np.clip(values / (2.0 * values.mean() or 1.0), 0.0, 1.0)
+
+
+def histogram(kept: Sequence[int], pruned: Sequence[int], threshold: float | None) -> np.ndarray:
+    """Bars of the pruned with the kept on top of them, and a line at ``threshold``, in bins from the left; empty bins
+    at both ends are left out."""
+    counts = np.array([pruned, kept], dtype=float)
+    filled = np.flatnonzero(counts.sum(0))
+    first, last = (int(filled[0]), int(filled[-1]) + 1) if filled.size else (0, counts.shape[1])
+    counts = counts[:, first:last]
+    heights = np.rint(counts.cumsum(0) / max(1.0, counts.sum(0).max()) * (_HISTOGRAM_HEIGHT - 2)).astype(int)
+    width = max(4, HISTOGRAM_WIDTH // counts.shape[1])
+    picture = np.zeros((_HISTOGRAM_HEIGHT, counts.shape[1] * width, 4), np.uint8)
+    floor = _HISTOGRAM_HEIGHT - 2
+    for i, (low, high) in enumerate(heights.T):
+        bar = slice(i * width, (i + 1) * width - 1)
+        picture[floor - high : floor - low, bar] = _KEPT
+        picture[floor - low : floor, bar] = _PRUNED
+    picture[floor:] = _AXIS
+    if threshold is not None:
+        at = min(max(1, round((threshold - first) * width)), picture.shape[1] - 2)
+        picture[:, at - 1 : at + 2] = _THRESHOLD
+    return picture
+
+
+class MaskHistory:
+    """Sparsity and flips of every layer at the mask updates so far; neighbours are merged once there are too many."""
+
+    def __init__(self, weights: Sequence[int]):
+        self._weights = np.array(weights, dtype=float)
+        self._columns: list[np.ndarray] = []
+        self.merged = 1
+        """Updates that a column stands for; the last column may have fewer."""
+        self._in_last = 0
+
+    def add(self, kept: Sequence[int], flipped: Sequence[int]) -> None:
+        """One update more: weights kept and flipped of each layer."""
+        new = np.stack([1.0 - np.array(kept) / self._weights, np.array(flipped) / self._weights])
+        if self._columns and self._in_last < self.merged:
+            self._in_last += 1
+            flips = self._columns[-1][1] + (new[1] - self._columns[-1][1]) / self._in_last
+            self._columns[-1] = np.stack([new[0], flips])
+            return
+        if len(self._columns) == MOST_COLUMNS:
+            pairs = zip(self._columns[::2], self._columns[1::2], strict=True)
+            self._columns = [np.stack([b[0], (a[1] + b[1]) / 2.0]) for a, b in pairs]
+            self.merged *= 2
+        self._columns.append(new)
+        self._in_last = 1
+
+    def sparsity(self) -> np.ndarray:
+        """(layers, columns): the share of zeros after the last update of each column."""
+        return np.stack([column[0] for column in self._columns], 1)
+
+    def flips(self) -> np.ndarray:
+        """(layers, columns): the share of weights that flip at an update, on average over those of each column."""
+        return np.stack([column[1] for column in self._columns], 1)
+
+
+def coloured(values: np.ndarray) -> np.ndarray:
+    """RGBA of values in [0, 1]."""
+    places = np.linspace(0.0, 1.0, len(_COLOURS))
+    channels = [np.interp(values, places, _COLOURS[:, i]) for i in range(3)]
+    return np.stack([*channels, np.full(values.shape, 255.0)], -1).astype(np.uint8)
