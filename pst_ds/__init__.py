@@ -1,3 +1,38 @@
-"""pst-ds: Parameter-efficient Sparse Training (arXiv 2205.11005) on DeepSpeed ZeRO-3."""
+"""pst-ds: Parameter-efficient Sparse Training (arXiv 2205.11005) on DeepSpeed ZeRO-3.
+
+What a script of your own needs is here (docs/in-your-script.md); ``pst_ds.hf`` has what is for transformers' Trainer.
+"""
+
+from typing import Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "CubicSchedule": "core.schedule",
+    "MaskUpdater": "train.mask_updater",
+    "OneShotSchedule": "core.schedule",
+    "PSTConfig": "nn.config",
+    "inject_pst": "nn.inject",
+    "load_pretrained": "nn.pretrained",
+    "merge_and_unload": "nn.merge",
+    "print_trainable_parameters": "nn.merge",
+    "pst_optimizer": "train.optimizer",
+    "pst_parameter_groups": "train.optimizer",
+    "save_pretrained": "nn.pretrained",
+    "small_checkpoints": "nn.small_checkpoints",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for, and torch with it, only then."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pst_ds' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"pst_ds.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -18,6 +18,7 @@ TOP = 4
 FLOORS = {
     "errors": 0,
     "durable": 0,
+    "progress": 0,
     "core": 0,
     "parallel": 1,
     "nn": 2,
@@ -27,7 +28,7 @@ FLOORS = {
     "prune": 3,
     "cli": TOP,
 }
-FLOORS |= {"__init__": TOP, "__main__": TOP, "hf": TOP}
+FLOORS |= {"__init__": TOP, "__main__": TOP, "hf": TOP, "report": TOP}
 """Floor of every package and single file right below pst_ds."""
 CORE_MAY_IMPORT = {"torch", "numpy", *sys.stdlib_module_names}
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "misc"}

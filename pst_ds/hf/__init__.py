@@ -3,7 +3,11 @@
 Every Auto class loads bitmask, 2:4 and csr. ``quantization_config=PackedWeightsConfig(load_as="dense")`` (or "sparse")
 chooses between an ordinary model and one whose weights stay packed. Without this import transformers finds no weight
 file in such a folder and raises.
+
+``PSTCallback`` and ``trainer_optimizer`` train with HF Trainer (docs/in-your-script.md).
 """
+
+from typing import Any
 
 from pst_ds.hf.config import PackedWeightsConfig
 from pst_ds.hf.quantizer import PackedWeightsQuantizer
@@ -13,4 +17,20 @@ from pst_ds.hf.weight_files import PackedFolderError
 
 register()
 
-__all__ = ["PackedFolderError", "PackedWeightsConfig", "PackedWeightsQuantizer", "to_semi_structured"]
+__all__ = [
+    "PSTCallback",
+    "PackedFolderError",
+    "PackedWeightsConfig",
+    "PackedWeightsQuantizer",
+    "to_semi_structured",
+    "trainer_optimizer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The Trainer's part, and with it all that trains, only when it is asked for."""
+    if name not in ("PSTCallback", "trainer_optimizer"):
+        raise AttributeError(f"module 'pst_ds.hf' has no attribute {name!r}")
+    from pst_ds.hf import callback
+
+    return getattr(callback, name)

@@ -80,7 +80,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
-        raise PackedFolderError(f"{path}: not a readable safetensors file: {error}") from None
+        raise PackedFolderError(f"{path}: not a readable safetensors file: {error}; export the model again") from None
 
 
 def packed_groups(headers: Mapping[str, StoredTensor], form: PackedFormat) -> dict[str, dict[str, StoredTensor]]:

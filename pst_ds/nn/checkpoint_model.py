@@ -15,6 +15,7 @@ from pst_ds.parallel import optimizer_state, zero3
 from pst_ds.parallel.engine import Engine
 
 _HUB = "hub:"
+_FIX = "; take the method and the [pst] settings that it was trained with"
 _READ_WHOLE, _STRIDE, _SAMPLE = 256 << 20, 4 << 20, 64 << 10
 """Bytes of a weight file that is hashed whole; of a larger one, how often and how much of it is."""
 
@@ -106,11 +107,14 @@ def _require_fit(model: nn.Module, checkpoint: Checkpoint) -> None:
             raise CheckpointError(
                 f"{checkpoint.folder} does not fit the model: {kind} differ in {', '.join(extra[:4])}"
                 + (f" and {len(extra) - 4} more" if len(extra) > 4 else "")
+                + _FIX
             )
     shapes = {name: (contents.trained[name], tuple(zero3.full_shape(param))) for name, param in params.items()}
     shapes |= {f"the mask of {n}": ((contents.masks[n],), (layer.layout.numel,)) for n, layer in layers.items()}
     for name, (saved, own) in shapes.items():
         if saved != own:
-            raise CheckpointError(f"{checkpoint.folder}: {name} has shape {saved}, the model's is {own}")
+            raise CheckpointError(f"{checkpoint.folder}: {name} has shape {saved}, the model's is {own}{_FIX}")
     if set(checkpoint.state.weight_scales) != set(layers):
-        raise CheckpointError(f"{checkpoint.folder} does not fit the model: weight_scales are those of other layers")
+        raise CheckpointError(
+            f"{checkpoint.folder} does not fit the model: weight_scales are those of other layers{_FIX}"
+        )

@@ -33,13 +33,13 @@ class Override:
     keep step with the others: at half of the schedule's final sparsity they have half of theirs."""
 
     def __post_init__(self) -> None:
-        _require_regex("overrides.modules", self.modules)
+        _require_regex("modules", self.modules)
         if not self.modules:
-            raise ValueError("overrides.modules is empty; name the layers that the override is for")
+            raise ValueError(f"modules = {self.modules!r} is empty; name the layers that the override is for")
         if not self.pattern and self.final_sparsity is None:
-            raise ValueError(f"overrides for {self.modules!r} set neither pattern nor final_sparsity")
+            raise ValueError(f"modules = {self.modules!r} set neither pattern nor final_sparsity; set one of them")
         if self.final_sparsity is not None and not 0.0 <= self.final_sparsity < 1.0:
-            raise ValueError(f"overrides.final_sparsity = {self.final_sparsity} must be in [0, 1)")
+            raise ValueError(f"final_sparsity = {self.final_sparsity} must be in [0, 1)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +232,9 @@ def _require_regex(name: str, pattern: str | tuple[str, ...]) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"{name} = {pattern!r} is not a regular expression: {error}") from None
+            raise ValueError(
+                f"{name} = {pattern!r} is not a regular expression: {error}; mend it, or give a list of names"
+            ) from None
 
 
 PAPER: dict[str, Any] = {

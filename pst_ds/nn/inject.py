@@ -15,7 +15,7 @@ from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
 from pst_ds.nn.config import Bias, MaskRule, PSTConfig, name_matches
 from pst_ds.nn.embedding import PSTEmbedding, pst_embeddings
 from pst_ds.nn.linear import PSTLinear
-from pst_ds.nn.targets import InjectionError, Target, find_embeddings, find_targets, modules_to_save
+from pst_ds.nn.targets import InjectionError, Target, find_embeddings, find_targets, modules_to_save, suggestion
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_max, group_sum
 
@@ -25,7 +25,8 @@ _SCALE_TILE = 1 << 22
 def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = None) -> nn.Module:
     """Replace the target layers of ``model`` by PSTLinear in place, freeze the rest, and return the model.
 
-    Embeddings that the config updates become PSTEmbedding. On the meta device |W| has no scale.
+    Embeddings that the config updates become PSTEmbedding; ``model.pst_config`` is the config. On the meta device |W|
+    has no scale.
     Call it before ``deepspeed.initialize``. ``num_shards`` is the number of ranks that ZeRO-3 will split the weights
     over; it is known already when the model was built under ``zero.Init``, and 1 without ZeRO-3.
     Collective under ``zero.Init``. Raises InjectionError, see :func:`pst_ds.nn.targets.find_targets`.
@@ -60,6 +61,7 @@ def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = 
     for module in modules_to_save(model, config).values():
         module.requires_grad_(True)
     _train_biases(model, config.bias)
+    model.pst_config = config  # type: ignore[assignment]
     return model
 
 
@@ -80,7 +82,12 @@ def _fitting_rules(targets: Sequence[Target], config: PSTConfig) -> list[MaskRul
             ) from None
     for override in config.overrides:
         if not any(name_matches(target.name, override.modules) for target in targets):
-            raise InjectionError(f"overrides for {override.modules!r} match none of the pruned layers")
+            first = override.modules if isinstance(override.modules, str) else override.modules[0]
+            seen = {target.name.rpartition(".")[2] for target in targets}
+            raise InjectionError(
+                f"overrides for {override.modules!r} match none of the pruned layers."
+                f"{suggestion(first, seen)} Names seen: {', '.join(sorted(seen)[:12])}"
+            )
     return rules
 
 

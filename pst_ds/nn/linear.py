@@ -14,6 +14,7 @@ from pst_ds.core.bits import all_ones
 from pst_ds.core.factors import Constants, Factors, layer_factors, ungrouped_columns
 from pst_ds.core.layout import WeightLayout
 from pst_ds.nn.config import PSTConfig, UpdateInit
+from pst_ds.nn.outside_graphs import outside_graphs
 from pst_ds.parallel import zero3
 
 FACTOR_NAMES = ("A", "B", "R", "C", "U", "V")
@@ -120,7 +121,7 @@ class PSTLinear(nn.Module):
         """M . W in storage shape, exactly what ``forward`` multiplies with. The parameters must be gathered."""
         return self.state().masked_weight()
 
-    @torch.compiler.disable  # tiles, bits and native code are nothing that a graph could hold
+    @outside_graphs
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O), in the weight's dtype, also under autocast."""
         if self.bypassed:

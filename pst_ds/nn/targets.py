@@ -62,7 +62,7 @@ def find_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
     one. Those that ``exclude_modules`` names stay dense and frozen.
     """
     saved = modules_to_save(model, config)
-    places = _places_by_module(model)
+    places = places_by_module(model)
     routers = router_names(model) if config.target_modules == ALL_LINEAR else set()
     targets = []
     for name, module in model.named_modules():
@@ -111,7 +111,7 @@ def _require_all_found(setting: str, wanted: tuple[str, ...], found: Iterable[st
         if not any(name_matches(n, (name,)) for n in found):
             raise InjectionError(
                 f"{setting} names {name!r}, which the model does not have."
-                + _suggestion(name, {n.rpartition(".")[2] for n, _ in model.named_modules()})
+                + suggestion(name, {n.rpartition(".")[2] for n, _ in model.named_modules()})
             )
 
 
@@ -121,7 +121,7 @@ def find_embeddings(model: nn.Module, config: PSTConfig) -> list[EmbeddingTarget
     Raises InjectionError for a name that matches none, and for one that is tied, trained in full or no plain
     ``nn.Embedding``.
     """
-    wanted, saved, places = config.update_embeddings, modules_to_save(model, config), _places_by_module(model)
+    wanted, saved, places = config.update_embeddings, modules_to_save(model, config), places_by_module(model)
     found = {n: m for n, m in model.named_modules() if n and name_matches(n, wanted)}
     _require_all_found("update_embeddings", wanted, found, model)
     for name, module in found.items():
@@ -177,7 +177,8 @@ def _is_wanted(name: str, module: nn.Module, model: nn.Module, config: PSTConfig
     return name_matches(name, config.target_modules)
 
 
-def _places_by_module(model: nn.Module) -> dict[nn.Module, tuple[tuple[nn.Module, str], ...]]:
+def places_by_module(model: nn.Module) -> dict[nn.Module, tuple[tuple[nn.Module, str], ...]]:
+    """Every (parent, attribute) that holds a module, by module."""
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for attribute, child in parent._modules.items():  # named_children() names a child held twice only once
@@ -225,9 +226,10 @@ def _nothing_matched(model: nn.Module, config: PSTConfig) -> str:
     shown = patterns if isinstance(patterns, str) else list(patterns)
     first = patterns if isinstance(patterns, str) else (patterns[0] if patterns else "")
     names = ", ".join(seen[:12]) + (", …" if len(seen) > 12 else "")
-    return f"target_modules {shown!r} matched no linear layer.{_suggestion(first, set(seen))} Names seen: {names}"
+    return f"target_modules {shown!r} matched no linear layer.{suggestion(first, set(seen))} Names seen: {names}"
 
 
-def _suggestion(wanted: str, known: set[str]) -> str:
+def suggestion(wanted: str, known: set[str]) -> str:
+    """The sentence that names the nearest of the ``known`` names, after a space; nothing where none is near."""
     near = difflib.get_close_matches(wanted, sorted(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -111,12 +111,17 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DeepSpeedConfigError(
-            f"deepspeed_config = {str(path)!r} does not exist (looked in {Path(path).absolute()})"
+            f"deepspeed_config = {str(path)!r} does not exist (looked in {Path(path).absolute()}); name a JSON file, "
+            "such as ds_configs/zero3.json"
         ) from None
-    except json.JSONDecodeError as error:
-        raise DeepSpeedConfigError(f"{path} is not JSON: {error}") from None
+    except IsADirectoryError:
+        raise DeepSpeedConfigError(f"deepspeed_config = {str(path)!r} is a folder; name the JSON file in it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DeepSpeedConfigError(f"deepspeed_config = {str(path)!r} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise DeepSpeedConfigError(f"{path} holds a {type(config).__name__}, not an object")
+        raise DeepSpeedConfigError(
+            f"deepspeed_config = {str(path)!r} holds a {type(config).__name__}, not an object: {{…}}"
+        )
     validate_deepspeed_config(config, source=str(path))
     return config
 

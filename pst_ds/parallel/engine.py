@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.errors import InputError
+from pst_ds.parallel.master_adamw import MasterAdamW
 
 
 class Engine(Protocol):
@@ -57,13 +58,10 @@ class LocalEngine:
         self._micro_steps = 0
         self._applied = False
         self._grad_norm: float | None = None
-        self._pairs = [(p, _master(p)) for group in param_groups for p in group["params"]]
-        masters = {id(p): m for p, m in self._pairs}
-        groups: list[dict[str, Any]] = [
-            {**group, "params": [masters[id(p)] for p in group["params"]]} for group in param_groups
-        ]
-        on_cpu = all(master.device.type == "cpu" for _, master in self._pairs)
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=on_cpu)  # on a CPU four times as fast
+        params = [param for group in param_groups for param in group["params"]]
+        on_cpu = all(param.device.type == "cpu" for param in params)
+        self.optimizer = MasterAdamW(list(param_groups), fused=on_cpu)  # on a CPU four times as fast
+        self.optimizer.masters()  # there from the first mask update on
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -76,26 +74,15 @@ class LocalEngine:
         self._micro_steps += 1
         if self._micro_steps % self._accumulation:
             return
-        for param, master in self._pairs:
-            if master is not param:
-                master.grad = None if param.grad is None else param.grad.float()
-        masters = [m for _, m in self._pairs]
+        masters = self.optimizer.take_gradients()
         self._grad_norm = float(nn.utils.clip_grad_norm_(masters, self._clipping or math.inf))
         self._applied = math.isfinite(self._grad_norm)
         if self._applied:
             self.optimizer.step()
-            self._copy_back()
         else:
             self.skipped_steps += 1
         self.global_steps += 1
-        for param, master in self._pairs:
-            param.grad = master.grad = None
-
-    def _copy_back(self) -> None:
-        with torch.no_grad():
-            for param, master in self._pairs:
-                if master is not param:
-                    param.copy_(master)
+        self.optimizer.zero_grad()
 
     def was_step_applied(self) -> bool:
         return self._applied
@@ -109,15 +96,6 @@ class LocalEngine:
 
     def get_global_grad_norm(self) -> float | None:
         return self._grad_norm
-
-
-def _master(param: nn.Parameter) -> nn.Parameter:
-    """The fp32 value the optimizer works on: the parameter itself, or a copy that ``fp32_masters`` finds."""
-    if param.dtype == torch.float32:
-        return param
-    master = nn.Parameter(param.detach().float())
-    param.fp32_master = master  # type: ignore[attr-defined]
-    return master
 
 
 def build_engine(
@@ -148,12 +126,13 @@ def build_engine(
 
     optimizer = torch.optim.AdamW(list(param_groups), weight_decay=0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
-    _note_masters(engine.optimizer)
+    note_masters(engine.optimizer)
     return engine
 
 
-def _note_masters(optimizer: Any) -> None:
-    """Where stage 0 keeps fp32 masters in bf16 training: DeepSpeed tells no parameter of its own."""
+def note_masters(optimizer: Any) -> None:
+    """Let :func:`pst_ds.parallel.zero3.fp32_masters` find those of DeepSpeed's ``optimizer`` at stage 0 in 16 bits: it
+    tells no parameter of its own."""
     for params, masters in zip(
         getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=False
     ):

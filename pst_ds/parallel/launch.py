@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -39,18 +40,30 @@ def launch_environment(environ: Mapping[str, str] | None = None) -> LaunchEnviro
     try:
         found = LaunchEnvironment(*(int(environ[name]) for name in names))
     except ValueError:
-        raise InputError(f"the launch environment has ranks that are not numbers: {shown}") from None
+        raise InputError(
+            f"the launch environment has ranks that are not numbers: {shown}; start with a launcher, or unset them for "
+            "one process"
+        ) from None
     if not (0 <= found.rank < found.world_size and found.local_rank >= 0):
         raise InputError(f"the launch environment needs 0 <= RANK < WORLD_SIZE and LOCAL_RANK >= 0: {shown}")
     return found
 
 
 def use_cpu_without_accelerator() -> None:
-    """Tell DeepSpeed to use the CPU when there is no accelerator. Call it before deepspeed is imported."""
+    """Tell DeepSpeed to use the CPU when there is no accelerator. Call it before deepspeed is imported.
+
+    Raises InputError when the environment asks for one.
+    """
     import torch
 
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if torch.accelerator.is_available():
+        return
+    asked = os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if asked != "cpu":
+        raise InputError(
+            f"the environment sets DS_ACCELERATOR = {asked!r}, and torch {torch.__version__} finds no accelerator on "
+            f"{socket.gethostname()}: unset it to compute on the CPU, or see what pst-ds doctor says"
+        )
 
 
 joined = False
@@ -110,9 +123,10 @@ def shut_down() -> None:
 
 
 def device_of(launch: LaunchEnvironment) -> str:
-    """The device of this rank: "cpu", or the accelerator's with the local rank."""
+    """The device of this rank: "cpu", or the accelerator's with the local rank. Raises InputError."""
     import torch
 
+    use_cpu_without_accelerator()
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
         return "cpu"
     accelerator = torch.accelerator.current_accelerator()

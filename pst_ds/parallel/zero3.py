@@ -139,9 +139,21 @@ def _gather_zero3_masters(params: Sequence[nn.Parameter]) -> list[Tensor]:
     return [piece.reshape(-1)[: p.ds_numel].view(p.ds_shape) for p, piece in zip(params, pieces, strict=True)]
 
 
+def kept_master(param: nn.Parameter) -> Tensor | None:
+    """The fp32 values that MasterAdamW, or DeepSpeed at stage 0, keeps of a whole ``param``.
+
+    None if there are none, or ``param`` was given other values since.
+    """
+    master = getattr(param, "fp32_master", None)
+    if master is None or not torch.equal(master.detach().to(param), param.detach()):
+        return None
+    return master.detach()
+
+
 def _master_of(param: nn.Parameter) -> Tensor:
-    if getattr(param, "fp32_master", None) is not None:  # LocalEngine's, or DeepSpeed's at stage 0
-        return param.fp32_master.detach()
+    kept = kept_master(param)
+    if kept is not None:
+        return kept
     if hasattr(param, "_hp_mapping"):  # ZeRO stages 1 and 2
         from deepspeed.utils import safe_get_full_fp32_param
 

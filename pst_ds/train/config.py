@@ -131,6 +131,32 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PicturesConfig:
+    """Figures of every layer and pictures of some, for TensorBoard and layers.jsonl (docs/watching.md)."""
+
+    interval: int = 0
+    """Optimizer steps between two; 0 is about 20 times in the run, -1 never. The last step always has one."""
+    layers: tuple[str, ...] = ()
+    """Layers with a histogram of scores and a picture of the mask, each by name or dotted ending; empty is the first,
+    the middle and the last pruned one."""
+
+    def __post_init__(self) -> None:
+        if self.interval < -1:
+            raise ConfigError(f"pictures.interval = {self.interval} must be a number of steps, 0 or -1")
+
+    def last_before(self, step: int, num_steps: int) -> int:
+        """The last step before ``step`` that has pictures; -1 for none."""
+        return (step - 1) // self._interval(num_steps) * self._interval(num_steps) if step else -1
+
+    def is_due(self, step: int, num_steps: int) -> bool:
+        """Whether there are pictures of the run of ``num_steps`` after ``step`` (0 is before the first)."""
+        return self.interval >= 0 and (step % self._interval(num_steps) == 0 or step == num_steps)
+
+    def _interval(self, num_steps: int) -> int:
+        return self.interval or max(1, num_steps // 20)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DistillationConfig:
     """Learning from a dense teacher's predictions beside the labels (arXiv 1503.02531)."""
 
@@ -188,10 +214,11 @@ class RunConfig:
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
 
     def __post_init__(self) -> None:
         if not self.output_dir:
-            raise ConfigError("output_dir is missing: name the folder that the run writes to")
+            raise ConfigError("output_dir = '' is empty: name the folder that the run writes to")
         check_task(self.task, self.data, self.eval)
         self._require_method_fits()
         self.make_schedule(1)  # refuses bad numbers now

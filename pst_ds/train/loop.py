@@ -14,19 +14,23 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.schedule import Schedule
-from pst_ds.nn.inject import freeze_scores, set_score_penalty
+from pst_ds.nn.inject import freeze_scores, pst_layers, set_score_penalty
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import beat
 from pst_ds.train.config import ConfigError, RunConfig
 from pst_ds.train.data import GlobalBatches
-from pst_ds.train.mask_update import MaskStats, masks_of_zeros, update_masks
+from pst_ds.train.layer_figures import chosen_layers, measure
+from pst_ds.train.mask_update import MaskStats
+from pst_ds.train.mask_updater import update_masks_if_due
 from pst_ds.train.metrics import MetricsWriter, peak_memory_bytes
 from pst_ds.train.objective import Objective
 from pst_ds.train.tasks import ExampleSet, task_of
 
 MAX_SKIPPED_IN_A_ROW = 100
+FINAL_TAGS = ("loss", "sparsity/actual", "tokens_per_second")
+"""Of what is reported on the way: what a run is judged by at its end, beside its evaluation."""
 _ZEROS_MAY_DIFFER = 0.01
 """From the sparsity asked: a share of every row, or of every group, rounds down."""
 
@@ -80,6 +84,7 @@ def train(loop: Loop, state: LoopState | None = None) -> LoopState:
         state = LoopState()
         if loop.schedule is not None:
             _update_masks_if_due(loop, state)
+        _picture_if_due(loop, state)
     elif loop.schedule is not None and loop.schedule.is_final(state.step):
         freeze_scores(engine.module)
     if state.step >= loop.num_steps:
@@ -104,6 +109,7 @@ def train(loop: Loop, state: LoopState | None = None) -> LoopState:
         state.skipped_in_a_row = 0
         if loop.schedule is not None:
             _update_masks_if_due(loop, state)
+        _picture_if_due(loop, state)
         _report_if_due(loop, state)
         loop.after_step(state)
         if state.stopped_by or state.step >= loop.num_steps:
@@ -168,26 +174,25 @@ def _batches(loop: Loop, first: int) -> Iterator[tuple[list[dict[str, Tensor]], 
 
 def _update_masks_if_due(loop: Loop, state: LoopState) -> None:
     """The schedule and ``state.step`` are equal on every rank, so all update or none does."""
-    assert loop.schedule is not None
-    if loop.schedule.updates_masks_at(state.step):
-        target = loop.schedule.sparsity_at(state.step)
-        if loop.run.pst.initial_mask == "zeros":
-            state.masks = masks_of_zeros(loop.engine.module)
-            _require_sparsity(loop.run, state.masks)
-        else:
-            state.masks = update_masks(loop.engine.module, target, final_sparsity=loop.schedule.final_sparsity)
-        loop.metrics.write(
-            state.step,
-            {
-                "event": "mask_update",
-                "sparsity/target": target,
-                "sparsity/actual": state.masks.sparsity,
-                "flip_rate": state.masks.flip_rate,
-                "mask_checksum": state.masks.checksum,
-            },
-        )
-    if loop.schedule.is_final(state.step):
-        freeze_scores(loop.engine.module)
+    schedule, from_zeros = loop.schedule, loop.run.pst.initial_mask == "zeros"
+    assert schedule is not None
+    masks = update_masks_if_due(loop.engine.module, schedule, state.step, from_zeros=from_zeros)
+    if masks is None:
+        return
+    if from_zeros:
+        _require_sparsity(loop.run, masks)
+    state.masks = masks
+    loop.metrics.write(
+        state.step,
+        {
+            "event": "mask_update",
+            "sparsity/target": schedule.sparsity_at(state.step),
+            "sparsity/actual": masks.sparsity,
+            "flip_rate": masks.flip_rate,
+            "mask_checksum": masks.checksum,
+        },
+    )
+    loop.metrics.masks(state.step, masks)
 
 
 def _require_sparsity(run: RunConfig, masks: MaskStats) -> None:
@@ -227,6 +232,20 @@ def _stop_if_stuck(state: LoopState) -> None:
             f"{MAX_SKIPPED_IN_A_ROW} optimizer steps in a row were skipped for gradients that are not finite (after "
             f"{state.step} applied steps); lower the learning rates, alphas or beta. Nothing was saved for this step"
         )
+
+
+def _picture_if_due(loop: Loop, state: LoopState) -> None:
+    """Figures of every layer and pictures of some. Once the masks are fixed, updates alone still change. Collective."""
+    pictures, layers = loop.run.pictures, list(pst_layers(loop.engine.module))
+    if not layers or not pictures.is_due(state.step, loop.num_steps):
+        return
+    beat("the figures of the layers")
+    before = pictures.last_before(state.step, loop.num_steps)
+    masks_change = loop.schedule is not None and (before < 0 or not loop.schedule.is_final(before))
+    found = measure(loop.engine.module, chosen_layers(layers, pictures.layers), with_scores=masks_change)
+    if found.mean_correlation is not None:
+        loop.metrics.write(state.step, {"event": "scores", "correlation": found.mean_correlation})
+    loop.metrics.figures(state.step, found)
 
 
 def _report_if_due(loop: Loop, state: LoopState) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from pst_ds.errors import first_line
+from pst_ds.nn.base_model import refuse_packed, require_model_place
 from pst_ds.nn.config import PSTConfig
 from pst_ds.nn.inject import inject_pst
 from pst_ds.nn.targets import modules_to_save
 from pst_ds.parallel import zero3
+from pst_ds.parallel.ranks import together
 from pst_ds.train.config import ConfigError, RunConfig
+from pst_ds.train.optimizer import pst_parameter_groups
 from pst_ds.train.tasks import task_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_MISMATCH = re.compile(r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[([\d, ]*)\]\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,39 +42,42 @@ def pst_config(run: RunConfig) -> PSTConfig:
 
 
 def load_tokenizer(run: RunConfig) -> Any:
-    """The run's tokenizer, with a padding token if the task needs one."""
+    """The run's tokenizer, with a padding token if the task needs one. Raises InputError."""
     from transformers import AutoTokenizer
 
     setting, where = ("tokenizer", run.model.tokenizer) if run.model.tokenizer else ("path", run.model.path)
-    _require_model_place(setting, where)
+    require_model_place(f"model.{setting}", where)
+    if setting == "path":
+        _read_config(run)  # without which transformers finds no tokenizer, and says so
+    tokenizer, problem = None, "the files that would make it are missing"
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
+        problem = first_line(error)
+    if tokenizer is None or is_without_words(tokenizer):
         raise ConfigError(
             f"model.{setting} = {where!r} has no tokenizer, as a folder (looked in {Path(where).absolute()}) or on the "
-            f"hub: {_first_line(error).rstrip('.')}. Name the folder that has one with model.tokenizer"
-        ) from error
+            f"hub: {problem}. Name the folder that has one with model.tokenizer"
+        )
     if tokenizer.pad_token is None and task_of(run).pads:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+def is_without_words(tokenizer: Any) -> bool:
+    """Whether a tokenizer has special tokens alone, as transformers makes one of a folder that has no files of it."""
+    return len(tokenizer) <= len(set(tokenizer.all_special_ids))
+
+
 def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any) -> Any:
-    """The transformers config of the run's model. Raises ConfigError for a model that cannot do the run's task.
+    """The transformers config of the run's model. Raises InputError for a model that cannot do the run's task.
 
     Without a ``tokenizer``, for shapes alone, that is not checked.
     """
-    from transformers import AutoConfig
-
-    path, task = run.model.path, task_of(run)
-    _require_model_place("path", path)
-    try:
-        config = AutoConfig.from_pretrained(path, **task.config_options(labels), **attention_options(run))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.path = {path!r} is neither a model folder (looked in {Path(path).absolute()}) nor a model on the "
-            f"hub that can be reached: {_first_line(error)}"
-        ) from error
+    task = task_of(run)
+    require_model_place("model.path", run.model.path)
+    config = _read_config(run, **task.config_options(labels), **attention_options(run))
+    refuse_packed("model.path", run.model.path, config)
     if tokenizer is not None:
         task.check_model(run.data, config, tokenizer)
     padding = config.pad_token_id or 0 if tokenizer is None else tokenizer.pad_token_id
@@ -78,6 +87,20 @@ def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any) -> Any:
         for key in _dropout_keys(config):
             setattr(config, key, run.model.dropout)
     return config
+
+
+def _read_config(run: RunConfig, **options: Any) -> Any:
+    """The config of the run's model as transformers reads it. Raises ConfigError."""
+    from transformers import AutoConfig
+
+    path = run.model.path
+    try:
+        return AutoConfig.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.path = {path!r} is neither a model folder (looked in {Path(path).absolute()}) nor a model on the "
+            f"hub that can be reached: {first_line(error)}. Name a folder with a config.json, or a model on the hub"
+        ) from error
 
 
 def _dropout_keys(config: Any) -> list[str]:
@@ -107,19 +130,14 @@ def build_model(
     With ``zero3_config``, a resolved DeepSpeed config of stage 3, the weights are partitioned while they load; without
     it they are whole, and will be split over ``num_shards`` ranks if ``deepspeed.initialize`` is still to do so.
     The new head of a task that has one is drawn from the run's seed and its name, so it is the same for every world
-    size. Raises ConfigError when other weights are missing from the pretrained model.
-    Collective with ``zero3_config``.
+    size. Raises ConfigError when other weights are missing from the pretrained model, or have another shape.
+    Collective.
     """
     from transformers.integrations import HfDeepSpeedConfig
 
     config, task = load_model_config(run, labels, tokenizer), task_of(run)
     keep_alive = HfDeepSpeedConfig(zero3_config) if zero3_config is not None else None
-    try:
-        module, info = task.model_class().from_pretrained(
-            run.model.path, config=config, dtype=DTYPES[run.train.precision], output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path = {run.model.path!r} cannot be loaded: {_first_line(error)}") from error
+    module, info = together(lambda: _load_weights(run, config))  # rank 0 alone reads them for ZeRO-3
     if info["missing_keys"] and not task.new_head:
         raise ConfigError(
             f"model.path = {run.model.path!r} lacks {', '.join(sorted(info['missing_keys'])[:4])}, which task "
@@ -133,6 +151,42 @@ def build_model(
         reentrant = run.model.gradient_checkpointing_reentrant
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     return BuiltModel(module, tokenizer, keep_alive)
+
+
+def _load_weights(run: RunConfig, config: Any) -> tuple[Any, dict[str, Any]]:
+    """(the model with its pretrained weights, what transformers says of them). Raises ConfigError."""
+    from safetensors import SafetensorError
+
+    try:
+        module, info = (
+            task_of(run)
+            .model_class()
+            .from_pretrained(
+                run.model.path,
+                config=config,
+                dtype=DTYPES[run.train.precision],
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+            )
+        )
+        differing = [f"{name} of shape {tuple(found)}" for name, found, _ in sorted(info["mismatched_keys"])]
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ConfigError(
+            f"model.path = {run.model.path!r} cannot be loaded: {first_line(error)}. Name a folder with whole weights"
+        ) from error
+    except RuntimeError as error:  # how transformers says it under ZeRO-3
+        differing = [
+            f"{name} of shape {tuple(map(int, shape.split(', ')))}" for name, shape in _MISMATCH.findall(str(error))
+        ]
+        if not differing:
+            raise
+    if differing:
+        raise ConfigError(
+            f"model.path = {run.model.path!r} has {', '.join(differing[:3])}, which is not that of the model that "
+            f"config.json and the {config.num_labels} classes of the data ask for. Name the model without that head, "
+            "or the one that the config belongs to"
+        )
+    return module, info
 
 
 def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | None) -> None:
@@ -154,41 +208,22 @@ def meta_model(run: RunConfig, labels: list[str], tokenizer: Any, *, num_shards:
         except (ImportError, ValueError) as error:
             raise ConfigError(
                 f"model.path = {run.model.path!r} with model.attn_implementation = {run.model.attn_implementation!r} "
-                f"cannot be built for task {run.task!r}: {_first_line(error)}"
+                f"cannot be built for task {run.task!r}: {first_line(error)}. Choose another of them"
             ) from error
         prepare_for_method(module, run, num_shards=num_shards)
     return module
 
 
 def parameter_groups(module: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
-    """AdamW's groups, named, each with its own learning rate and betas; no group is empty or has weight decay."""
-    from pst_ds.nn.embedding import pst_embeddings
-    from pst_ds.nn.linear import SCORE_FACTORS
-
-    rates = {
-        "scores": run.train.score_learning_rate,
-        "updates": run.train.update_learning_rate,
-        "embeddings": run.train.embedding_learning_rate,
-        "head": run.train.head_learning_rate,
-    }
-    groups: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
-    embeddings = pst_embeddings(module)
-    for name, param in module.named_parameters():
-        if not param.requires_grad:
-            continue
-        owner, _, last = name.rpartition(".")
-        if owner in embeddings:
-            groups["embeddings"].append(param)
-        elif last.startswith("pst_"):
-            groups["scores" if last.removeprefix("pst_") in SCORE_FACTORS else "updates"].append(param)
-        else:
-            groups["head"].append(param)
-    shared = {"weight_decay": 0.0, "betas": (run.train.adam_beta1, run.train.adam_beta2)}
-    return [
-        {"params": params, "name": name, "lr": rates[name], "peak_lr": rates[name], **shared}
-        for name, params in groups.items()
-        if params
-    ]
+    """:func:`pst_parameter_groups` with the run's rates."""
+    return pst_parameter_groups(
+        module,
+        score_learning_rate=run.train.score_learning_rate,
+        update_learning_rate=run.train.update_learning_rate,
+        embedding_learning_rate=run.train.embedding_learning_rate,
+        head_learning_rate=run.train.head_learning_rate,
+        betas=(run.train.adam_beta1, run.train.adam_beta2),
+    )
 
 
 def num_trainable(module: nn.Module) -> int:
@@ -223,18 +258,3 @@ def _refuse_untrained(module: nn.Module, missing: Any, run: RunConfig) -> None:
             f"model.path = {run.model.path!r} has no {', '.join(owners)}: it would be random and never trained. "
             f"Train it in full with pst.modules_to_save = [{', '.join(chr(34) + name + chr(34) for name in trained)}]"
         )
-
-
-def _require_model_place(setting: str, place: str) -> None:
-    """Refuse what is neither there nor spelled like a name on the hub, before the hub is asked for it."""
-    if not place:
-        raise ConfigError(f"model.{setting} is empty; name a model folder, or a model on the hub")
-    if not Path(place).exists() and (place.count("/") > 1 or place.startswith((".", "/", "~"))):
-        raise ConfigError(
-            f"model.{setting} = {place!r} does not exist (looked in {Path(place).absolute()}); name a model folder, or "
-            "a model on the hub"
-        )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -18,6 +18,7 @@ _MAY_DIFFER = (
     "model.gradient_checkpointing", "model.gradient_checkpointing_reentrant", "data.train", "data.validation",
     "data.test", "train.gradient_accumulation_steps", "train.log_interval", "train.stall_timeout_seconds",
     "eval.interval", "eval.batch_size", "checkpoint.interval", "checkpoint.keep_last", "pst.tile_bytes",
+    "pictures.interval", "pictures.layers",
 )  # fmt: skip
 """Settings that a run may be continued with other values of: places, and how the same numbers are computed."""
 _MAY_BE_CHANGED = (
@@ -45,7 +46,7 @@ class Progress:
     seconds: float
     last_report_seconds: float
     masks: dict[str, Any] | None
-    """MaskStats of the last update."""
+    """Totals of the last update, see MaskStats."""
     groups: dict[str, dict[str, float]]
     """Learning rate, its peak, and Adam's betas of each parameter group."""
     best_step: int | None
@@ -70,7 +71,7 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
     """Raise ConfigError when ``run`` is not the run of ``checkpoint``; returns what is allowed to differ, and does."""
     progress = Progress.read(checkpoint)
     require_base(checkpoint, run.model.path, fingerprint)
-    before, now = _flat(progress.run), _flat(as_table(run))
+    before, now = _flat(progress.run), flat_table(run)
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     for key in changed:
         if key not in _MAY_DIFFER and key not in _MAY_BE_CHANGED:
@@ -101,6 +102,11 @@ def as_table(run: RunConfig) -> dict[str, Any]:
     return _plain(asdict(run))
 
 
+def flat_table(run: RunConfig) -> dict[str, Any]:
+    """The settings of ``run`` as JSON values, by their dotted names."""
+    return _flat(as_table(run))
+
+
 def progress_of(loop: Loop, state: LoopState, **more: Any) -> Progress:
     """Where ``loop`` is now."""
     groups = {
@@ -115,7 +121,7 @@ def progress_of(loop: Loop, state: LoopState, **more: Any) -> Progress:
         tokens=state.tokens,
         seconds=loop.metrics.seconds,
         last_report_seconds=state.last_report_seconds,
-        masks=asdict(state.masks) if state.masks else None,
+        masks=state.masks.totals() if state.masks else None,
         groups=groups,
         run=as_table(loop.run),
         **more,

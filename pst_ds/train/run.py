@@ -16,6 +16,7 @@ from pst_ds.durable import replace_text
 from pst_ds.errors import InputError
 from pst_ds.nn.checkpoint import Checkpoint
 from pst_ds.nn.checkpoint_model import base_fingerprint, load_into
+from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.ds_config import (
     RunNumbers,
@@ -33,10 +34,11 @@ from pst_ds.train.calibration import activation_norms, load_norms, save_norms, s
 from pst_ds.train.config import ConfigError, RunConfig
 from pst_ds.train.evaluate import predict
 from pst_ds.train.keeper import Keeper
+from pst_ds.train.layer_figures import chosen_layers
 from pst_ds.train.metrics import MetricsWriter
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
 from pst_ds.train.objective import Objective, load_teacher, require_teacher
-from pst_ds.train.resume import Progress, restore
+from pst_ds.train.resume import Progress, flat_table, restore
 from pst_ds.train.run_file import dump_run
 from pst_ds.train.run_folder import (
     CHECKPOINTS,
@@ -44,9 +46,10 @@ from pst_ds.train.run_folder import (
     RUN_FILE,
     STALLS,
     checkpoint_to_go_on_from,
+    require_no_checkpoints,
     require_same_everywhere,
-    require_shared,
     set_aside_checkpoints,
+    shared_folder,
 )
 from pst_ds.train.tasks import ExampleSet, Task, task_of
 
@@ -117,6 +120,7 @@ def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: l
     tokenizer = load_tokenizer(run)
     shapes = meta_model(run, labels, tokenizer, num_shards=launch.world_size)  # refuses what cannot be injected
     require_teacher(run, shapes)
+    chosen_layers(list(pst_layers(shapes)), run.pictures.layers)  # refuses what is not there
     resolved = None
     if raw is not None:
         numbers = RunNumbers(
@@ -174,13 +178,15 @@ def train_run(
     """
     run, folder = prepared.run, Path(prepared.run.output_dir)
     data = _load(prepared)
-    require_shared(folder)
-    checkpoint = checkpoint_to_go_on_from(run, data.digest, quiet=quiet) if resume else None
+    with shared_folder(folder):
+        checkpoint = checkpoint_to_go_on_from(run, data.digest, quiet=quiet) if resume else None
+        if checkpoint is None and not restart:
+            require_no_checkpoints(folder)
+        objective = Objective(run, together(lambda: load_teacher(run, prepared.labels, prepared.device)))
+        _, engine = build(prepared, checkpoint)
+        state = restore(engine, checkpoint, run) if checkpoint else None
     if checkpoint is None:
-        set_aside_checkpoints(folder, restart=restart)
-    objective = Objective(run, together(lambda: load_teacher(run, prepared.labels, prepared.device)))
-    _, engine = build(prepared, checkpoint)
-    state = restore(engine, checkpoint, run) if checkpoint else None
+        set_aside_checkpoints(folder)
     if is_main():
         _start_folder(folder, prepared)
     barrier()
@@ -188,8 +194,9 @@ def train_run(
         _calibrate(prepared, engine, data.examples, resumed=checkpoint is not None)
     seconds = Progress.read(checkpoint).seconds if checkpoint else 0.0
     step = state.step if state else 0
+    layers = {name: layer.layout.numel for name, layer in pst_layers(engine.module).items()}
     metrics = MetricsWriter(
-        folder, num_steps=data.num_steps, is_main=is_main(), quiet=quiet, step=step, seconds=seconds
+        folder, num_steps=data.num_steps, is_main=is_main(), quiet=quiet, step=step, seconds=seconds, layers=layers
     )  # fmt: skip
     keeper = _keeper(prepared, engine, data)
     loop = training.Loop(
@@ -262,6 +269,8 @@ def _train_to_the_end(
         with watching(stalls, loop.run.train.stall_timeout_seconds):
             state = training.train(loop, state)
             final = keeper.finish(state)
+        if state.step == loop.num_steps:
+            loop.metrics.settings(_settings(loop.run), [*(f"eval/{name}" for name in final), *training.FINAL_TAGS])
     except training.DivergedError as error:
         raise training.DivergedError(
             f"{error}. Lower rates can be tried from {keeper.newest()} on: --resume --set train.update_learning_rate=…"
@@ -275,6 +284,12 @@ def _train_to_the_end(
             f"in {keeper.newest()}; go on with --resume"
         )
     return state, final
+
+
+def _settings(run: RunConfig) -> dict[str, Any]:
+    """What TensorBoard compares runs by; neither data nor places."""
+    names = ("task", "method", "seed", "model.path", "model.dropout", "distillation.weight")
+    return {k: v for k, v in flat_table(run).items() if k in names or k.startswith(("pst.", "schedule.", "train."))}
 
 
 def _result(

@@ -93,9 +93,7 @@ def _sgd_step(clipping):
     model = _Model()
     before = _values(model)
     engine = _engine(model, gradient_clipping=clipping)
-    engine.optimizer = torch.optim.SGD(engine.optimizer.param_groups, lr=1.0)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = 1.0
+    engine.optimizer.step = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0).step
     grads = torch.autograd.grad(model(x, target), [p for p in model.parameters() if p.requires_grad])
     engine.backward(engine(x, target))
     engine.step()

@@ -1,0 +1,75 @@
+"""The plain model that a trained one stands for, and how much of it is trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pst_ds.errors import InputError
+from pst_ds.nn.embedding import PSTEmbedding
+from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.small_checkpoints import whole_checkpoints
+from pst_ds.nn.targets import places_by_module
+from pst_ds.parallel import zero3
+from pst_ds.parallel.steps import unwrapped
+
+
+@torch.no_grad()
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Turn the PST modules of ``model`` (or of the engine around it) into plain ones, in place, and return the model.
+
+    A PSTLinear becomes an ``nn.Linear``, or ``Conv1D``, whose weight is M . W as the masked model multiplied with it,
+    bit for bit but that a kept -0.0 is +0.0; a PSTEmbedding an ``nn.Embedding``. The weights are frozen: without its
+    mask a layer that is trained on loses its zeros. On one process, or under ZeRO stages 0 to 2 (each rank for itself).
+    Raises InputError under ZeRO-3, where no rank holds a weight whole.
+    """
+    model = unwrapped(model)
+    if any(zero3.is_partitioned(param) for param in model.parameters()):
+        raise InputError(
+            "merge_and_unload needs whole weights, and ZeRO-3 has them in shards. Call save_pretrained(model, FOLDER) "
+            "on every rank, then in one process merge_and_unload(load_pretrained(BASE, FOLDER)); of a run of `pst-ds "
+            "train`, use `pst-ds export`"
+        )
+    whole_checkpoints(model)
+    for module, places in places_by_module(model).items():
+        if isinstance(module, PSTLinear | PSTEmbedding):
+            plain = _plain_linear(module) if isinstance(module, PSTLinear) else _plain_embedding(module)
+            plain.train(module.training)
+            for parent, attribute in places:
+                setattr(parent, attribute, plain)
+    for name in ("pst_config", "save_pretrained"):  # that of PSTCallback writes the small state
+        vars(model).pop(name, None)
+    return model
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many parameters are trained, of how many, as PEFT words it. Mask bits are not counted."""
+    model = unwrapped(model)
+    masks = {layer.pst_mask for layer in pst_layers(model).values()}
+    params = [param for param in model.parameters() if param not in masks]
+    total = sum(zero3.full_numel(param) for param in params)
+    trained = sum(zero3.full_numel(param) for param in params if param.requires_grad)
+    print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+
+def _plain_linear(layer: PSTLinear) -> nn.Module:
+    layout, has_bias = layer.layout, layer.bias is not None
+    plain: nn.Module
+    with torch.device("meta"):
+        if layout.transposed:
+            from transformers.pytorch_utils import Conv1D
+
+            plain = Conv1D(layout.out_features, layout.in_features)
+        else:
+            plain = nn.Linear(layout.in_features, layout.out_features, bias=has_bias)
+    plain.weight = nn.Parameter(layer.masked_weight().add_(0.0), requires_grad=False)
+    plain.register_parameter("bias", layer.bias)
+    return plain
+
+
+def _plain_embedding(module: PSTEmbedding) -> nn.Module:
+    weight = nn.Parameter(module.updated_weight(), requires_grad=False)
+    return nn.Embedding(
+        module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx, _weight=weight, _freeze=True
+    )

@@ -1,0 +1,220 @@
+"""The small state of a trained model in a folder, in PEFT's manner: what is to be put onto the base model.
+
+    pst_config.json               the PSTConfig, the base model and its fingerprint, where in its schedule training was
+    pst_model.safetensors         fp32 values of all that is trained, and the bits of every mask
+    model.safetensors.index.json  names the file above, for Trainer.train(resume_from_checkpoint=...)
+
+``from_pretrained`` of such a folder is an error, and not a model with random weights: there is no config.json, and the
+"metadata" of the index is no table, which the Trainer does not look at.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds import __version__
+from pst_ds.core.bits import count_bits, relayout
+from pst_ds.durable import file_sha256, replace_bytes, replace_text
+from pst_ds.errors import InputError
+from pst_ds.nn.checkpoint_model import base_fingerprint, same_base, trainable, weight_scales
+from pst_ds.nn.config import Override, PSTConfig
+from pst_ds.nn.inject import freeze_scores, inject_pst, pst_layers
+from pst_ds.nn.small_checkpoints import MASK_BITS
+from pst_ds.parallel import zero3
+from pst_ds.parallel.ranks import all_gather_objects, is_main
+from pst_ds.parallel.steps import unwrapped
+
+CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "pst_config.json", "pst_model.safetensors", "model.safetensors.index.json"
+FORMAT = 1
+_WHAT_IT_IS = "not a model, but what training changed of one: load it with pst_ds.load_pretrained"
+
+
+class PretrainedError(InputError):
+    """A folder of a small state that is not there, is damaged, or belongs to another model."""
+
+
+def save_pretrained(model: nn.Module, folder: str | Path, *, step: int | None = None) -> None:
+    """Write the small state of ``model`` (or of the engine around it) into ``folder``; other files there stay.
+
+    Rank 0 writes, each file whole or not at all; one parameter is gathered at a time. ``step`` is how many optimizer
+    steps were applied, for the record. Collective. Raises OSError on every rank.
+    """
+    model = unwrapped(model)
+    tensors, problem = small_state(model), ""
+    if is_main():
+        try:
+            write_small_state(model, folder, tensors, step=step)
+        except OSError as error:
+            problem = str(error)
+    problem = all_gather_objects(problem)[0]
+    if problem:
+        raise OSError(f"{folder} could not be written: {problem}")
+
+
+def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Put the small state in ``folder`` onto the base ``model``, in place, and return it.
+
+    A model without PST modules gets those of the saved config. Under ``zero.Init`` each rank keeps what it holds; call
+    it before ``deepspeed.initialize``. Raises PretrainedError, naming the file, before a value is changed; and
+    InjectionError.
+    """
+    folder = Path(folder)
+    saved = _read_config(folder)
+    _require_base(model, saved, folder)
+    if not pst_layers(model):
+        inject_pst(model, _pst_config(saved["pst_config"], folder))
+    tensors = _read_tensors(folder, saved["sha256"])
+    _require_fit(model, tensors, saved, folder)
+    with torch.no_grad():
+        for name, param in trainable(model):
+            shard = zero3.shard_of(param)
+            zero3.write_shard(param, tensors[name].flatten()[shard.start : shard.start + shard.values.numel()])
+        for name, layer in pst_layers(model).items():
+            bits = relayout(tensors[f"{name}.{MASK_BITS}"], layer.layout.numel, 1, layer.num_shards)
+            shards = bits.view(layer.num_shards, -1)
+            own = shards[zero3.shard_index(layer.pst_mask)] if zero3.is_partitioned(layer.pst_mask) else bits
+            zero3.write_shard(layer.pst_mask, own.to(layer.pst_mask.device))
+            layer.weight_scales = tuple(saved["weight_scales"][name])
+    if saved["masks_final"]:
+        freeze_scores(model)
+    return model
+
+
+@torch.no_grad()
+def small_state(model: nn.Module, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of pst_model.safetensors: fp32 values of the trained parameters, and masks in one shard each.
+
+    Values are the optimizer's masters where there are any; with ``gathered``, a state dict of the whole model, they are
+    taken from it. On ranks but 0 the dict is empty. Collective without ``gathered`` under DeepSpeed.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, param in trainable(model):
+        value = zero3.fp32_masters([param])[0] if gathered is None else gathered[name].float()
+        if is_main():
+            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+    for name, layer in pst_layers(model).items():
+        with zero3.gathered([layer.pst_mask] if gathered is None else []):
+            bits = layer.pst_mask if gathered is None else _mask_of(gathered, name)
+            if is_main():
+                tensors[f"{name}.{MASK_BITS}"] = relayout(bits.detach().cpu(), layer.layout.numel, layer.num_shards, 1)
+    return tensors
+
+
+def write_small_state(
+    model: nn.Module, folder: str | Path, tensors: dict[str, Tensor], *, step: int | None = None
+) -> None:
+    """Write the three files of ``tensors``, from :func:`small_state`. For one rank alone. Raises OSError."""
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = save(tensors, metadata={"format": "pt"})
+    layers, base = pst_layers(model), getattr(model, "name_or_path", "")
+    kept = sum(count_bits(bits, bits)[1] for name, bits in tensors.items() if name.endswith(MASK_BITS))
+    table = {
+        "format": FORMAT,
+        "pst_ds_version": __version__,
+        "pst_config": asdict(model.pst_config),  # type: ignore[call-overload]
+        "base_model_name_or_path": base,
+        "base_fingerprint": _fingerprint(base),
+        "dtype": str(next(iter(layers.values())).weight.dtype).removeprefix("torch."),
+        "step": step,
+        "sparsity": 1.0 - kept / sum(layer.layout.numel for layer in layers.values()),
+        "masks_final": not any(layer.scores_train for layer in layers.values()),
+        "weight_scales": weight_scales(model),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    index = {"metadata": _WHAT_IT_IS, "weight_map": dict.fromkeys(tensors, WEIGHTS_FILE)}
+    replace_bytes(folder / WEIGHTS_FILE, data)
+    replace_text(folder / INDEX_FILE, json.dumps(index, indent=1) + "\n")
+    replace_text(folder / CONFIG_FILE, json.dumps(table, indent=1) + "\n")
+
+
+def _mask_of(gathered: Mapping[str, Tensor], name: str) -> Tensor:
+    """Bits of a mask in a state dict with or without :func:`~pst_ds.nn.small_checkpoints.small_checkpoints`."""
+    return gathered[f"{name}.{MASK_BITS}"] if f"{name}.{MASK_BITS}" in gathered else gathered[f"{name}.pst_mask"]
+
+
+@functools.cache
+def _fingerprint(base: str) -> str:
+    """Once a process: files of hundreds of MB are read for it."""
+    return base_fingerprint(base) if base else ""
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    try:
+        table = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise PretrainedError(
+            f"{path.absolute()} does not exist; name a folder that save_pretrained, or the Trainer, has written"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise PretrainedError(f"{path} is damaged: {error}") from None
+    found = table.get("format") if isinstance(table, dict) else None
+    if found != FORMAT:
+        raise PretrainedError(f"{path} has format {found!r}; this version reads {FORMAT}")
+    wanted = ("pst_config", "base_model_name_or_path", "base_fingerprint", "masks_final", "weight_scales", "sha256")
+    for key in wanted:
+        if key not in table:
+            raise PretrainedError(f"{path} is damaged: it has no {key!r}")
+    return table
+
+
+def _pst_config(table: dict[str, Any], folder: Path) -> PSTConfig:
+    try:
+        values = _with_tuples(table)
+        values["overrides"] = tuple(Override(**_with_tuples(override)) for override in values.get("overrides", ()))
+        return PSTConfig(**values)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise PretrainedError(f"{folder / CONFIG_FILE}: pst_config cannot be read: {error}") from None
+
+
+def _with_tuples(table: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+
+
+def _require_base(model: nn.Module, saved: dict[str, Any], folder: Path) -> None:
+    base, name = _fingerprint(getattr(model, "name_or_path", "")), saved["base_model_name_or_path"]
+    if base and saved["base_fingerprint"] and not same_base(base, saved["base_fingerprint"]):
+        raise PretrainedError(
+            f"{folder} was trained on {name!r}, and the model from {model.name_or_path!r} has other weights; load the "
+            "base that it was trained on"
+        )
+
+
+def _read_tensors(folder: Path, digest: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS_FILE
+    try:
+        if file_sha256(path) != digest:
+            raise PretrainedError(f"{path} is damaged: its SHA-256 is not the one in {CONFIG_FILE}; take another save")
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise PretrainedError(f"{path} cannot be read: {error}") from None
+
+
+def _require_fit(model: nn.Module, tensors: dict[str, Tensor], saved: dict[str, Any], folder: Path) -> None:
+    wanted = {name: tuple(zero3.full_shape(param)) for name, param in trainable(model)}
+    for name, layer in pst_layers(model).items():
+        wanted[f"{name}.{MASK_BITS}"] = (-(-layer.layout.numel // 8),)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise PretrainedError(
+                f"{folder / WEIGHTS_FILE} does not fit the model: {name} has shape {found.get(name)} there, and "
+                f"{wanted.get(name)} in the model (None: it is not there)"
+            )
+    if set(saved["weight_scales"]) != set(pst_layers(model)):
+        raise PretrainedError(f"{folder / CONFIG_FILE} does not fit the model: weight_scales are those of other layers")

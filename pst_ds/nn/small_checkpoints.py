@@ -1,0 +1,91 @@
+"""What training changed and nothing else, in ``state_dict``: for checkpoints that other code writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pst_ds.nn.inject import pst_layers
+from pst_ds.parallel import zero3
+from pst_ds.parallel.deepspeed_checkpoint import keep_frozen, leave_out_frozen
+
+MASK_BITS = "pst_mask_bits"
+"""Name of a mask in a state dict: with all frozen parameters ``pst_mask`` itself is left out."""
+_HANDLES = "pst_small_checkpoints"
+
+
+def small_checkpoints(model: nn.Module) -> None:
+    """Leave the frozen base out of every checkpoint of ``model`` from now on.
+
+    ``model.state_dict()`` then has the trained parameters, each once, the masks' bits as ``NAME.pst_mask_bits`` and the
+    buffers; ``load_state_dict`` takes such a dict, strictly too, and leaves the rest of the model as it is.
+    ``save_checkpoint`` of a DeepSpeed engine leaves the frozen parameters out; under ZeRO-3 every rank then keeps its
+    shard of each mask, so such a checkpoint is loaded by as many ranks. Call it after ``inject_pst``, and after
+    ``import deepspeed`` where that is used. What was saved without this call can still be loaded.
+    """
+    if hasattr(model, _HANDLES):
+        return
+    setattr(model, _HANDLES, (
+        model.register_state_dict_post_hook(_leave_out),
+        model.register_load_state_dict_pre_hook(_load_masks),
+        model.register_load_state_dict_post_hook(_forgive),
+    ))  # fmt: skip
+    leave_out_frozen(model)
+
+
+def whole_checkpoints(model: nn.Module) -> None:
+    """Undo :func:`small_checkpoints`."""
+    for handle in vars(model).pop(_HANDLES, ()):
+        handle.remove()
+    keep_frozen(model)
+
+
+def _leave_out(model: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    for name in _names_left_out(model):
+        state_dict.pop(prefix + name, None)
+    for name, layer in pst_layers(model).items():
+        state_dict.pop(f"{prefix}{name}.pst_mask", None)
+        state_dict[f"{prefix}{name}.{MASK_BITS}"] = zero3.shard_of(layer.pst_mask).values.clone()
+
+
+@torch.no_grad()
+def _load_masks(
+    model: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any, _strict: bool, _missing: list[str],
+    _unexpected: list[str], errors: list[str],
+) -> None:  # fmt: skip
+    for name, layer in pst_layers(model).items():
+        bits = state_dict.pop(f"{prefix}{name}.{MASK_BITS}", None)
+        if bits is None:
+            continue
+        own = zero3.shard_of(layer.pst_mask).values
+        if bits.shape != own.shape:
+            errors.append(
+                f"{prefix}{name}.{MASK_BITS} has {bits.numel()} bytes, this rank's shard {own.numel()}: load the "
+                "checkpoint on as many ranks as saved it"
+            )
+            continue
+        zero3.write_shard(layer.pst_mask, bits.to(own.device))
+        state_dict[f"{prefix}{name}.pst_mask"] = layer.pst_mask.detach()  # itself, so that it is not missing
+
+
+def _forgive(model: nn.Module, incompatible: Any) -> None:
+    """Of the missing keys forget those that are left out on purpose; they may have the prefix of a wrapper."""
+    left_out = _names_left_out(model)
+
+    def is_left_out(key: str) -> bool:
+        parts = key.split(".")
+        return any(".".join(parts[i:]) in left_out for i in range(len(parts)))
+
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not is_left_out(key)]
+
+
+def _names_left_out(model: nn.Module) -> set[str]:
+    """Frozen parameters but the masks, and further names of tied ones."""
+    names, seen = set(), set()
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if param in seen or (not param.requires_grad and not name.endswith("pst_mask")):
+            names.add(name)
+        seen.add(param)
+    return names

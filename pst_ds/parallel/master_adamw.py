@@ -1,0 +1,99 @@
+"""AdamW that keeps an fp32 master of every bf16 parameter, so that small steps add up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from pst_ds.parallel import zero3
+
+_MASTERS = "masters"
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW without weight decay. Its groups hold the model's parameters, its steps are taken on their fp32 masters.
+
+    An fp32 parameter is its own master, so under DeepSpeed, which puts flat fp32 tensors into the groups, it is plain
+    AdamW. A master is made when it is first needed, and anew when the parameter was given other values since, as by
+    ``load_state_dict`` of the model; :func:`pst_ds.parallel.zero3.fp32_masters` finds it. The masters are part of
+    :meth:`state_dict`.
+    """
+
+    def __init__(self, params: Any, *, fused: bool = False, **settings: Any):
+        super().__init__(params, weight_decay=0.0, fused=fused, **settings)
+        self._masters: dict[nn.Parameter, nn.Parameter] = {}
+
+    def masters(self) -> list[nn.Parameter]:
+        """One of each parameter, in the order of the groups."""
+        return [self._master(param) for group in self.param_groups for param in group["params"]]
+
+    def take_gradients(self) -> list[nn.Parameter]:
+        """The masters, with the gradients of their parameters in fp32; those have none any more."""
+        masters = self.masters()
+        for param, master in zip(self._params(), masters, strict=True):
+            if master is not param and param.grad is not None:
+                master.grad, param.grad = param.grad.float(), None
+        return masters
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; a parameter apart from its master has no gradient afterwards."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.take_gradients()
+        with self._groups_of_masters():
+            super().step()
+        for param, master in self._masters.items():
+            param.copy_(master)
+            master.grad = None
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for master in self._masters.values():
+            master.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """AdamW's, and the masters by the number of their parameter."""
+        with self._groups_of_masters():
+            state = super().state_dict()
+        pairs = enumerate(zip(self._params(), self.masters(), strict=True))
+        numbered = {i: master.detach() for i, (param, master) in pairs if master is not param}
+        return state | {_MASTERS: numbered} if numbered else state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        with self._groups_of_masters():
+            super().load_state_dict(state_dict)
+        masters = self.masters()
+        for number, values in state_dict.get(_MASTERS, {}).items():
+            masters[number].detach().copy_(values)
+
+    def _params(self) -> list[nn.Parameter]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _master(self, param: nn.Parameter) -> nn.Parameter:
+        if param.dtype == torch.float32:
+            return param
+        if param not in self._masters:
+            self._masters[param] = param.fp32_master = nn.Parameter(param.detach().float())  # type: ignore[attr-defined]
+        elif zero3.kept_master(param) is None:
+            self._masters[param].data = param.detach().float()
+        return self._masters[param]
+
+    @contextmanager
+    def _groups_of_masters(self) -> Iterator[None]:
+        """Inside, the groups hold the masters, by which AdamW keeps its state."""
+        params = [group["params"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["params"] = [self._master(param) for param in group["params"]]
+        try:
+            yield
+        finally:
+            for group, own in zip(self.param_groups, params, strict=True):
+                group["params"] = own

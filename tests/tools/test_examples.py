@@ -1,0 +1,211 @@
+"""The example scripts: they end in counted zeros, go on from their checkpoints, and agree with ``pst-ds train``."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pst_ds.cli.main import main as pst_ds
+from pst_ds.nn.checkpoint import read_checkpoint
+from pst_ds.parallel.launch import LaunchEnvironment
+from pst_ds.train.data import GlobalBatches
+from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run_file import load_run
+
+EXAMPLES = Path("tools/examples").resolve()
+STEPS, BATCH = 8, 8
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """``example(name)``: the script's module, in a process without an accelerator's state."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    _forget_accelerator()
+    yield importlib.import_module
+    _forget_accelerator()
+
+
+def _forget_accelerator():
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A tiny encoder with a classifier and without dropout, so that scripts and runs begin alike."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(3)
+    settings = {"num_labels": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    AutoModelForSequenceClassification.from_pretrained("tests/data/tiny-bert", **settings).save_pretrained(folder)
+    AutoTokenizer.from_pretrained("tests/data/tiny-bert").save_pretrained(folder)
+    return folder
+
+
+def _run(folder, classifier):
+    run = load_run("tests/data/world_size.toml", [
+        f"{key}={json.dumps(value)}" for key, value in {
+            "deepspeed_config": "", "output_dir": str(folder), "model.path": str(classifier), "seed": 11,
+            "train.num_steps": STEPS, "train.batch_size": BATCH, "train.learning_rate_warmup_fraction": 0.0,
+            "schedule.final_sparsity": 0.8, "schedule.warmup_fraction": 0.1, "schedule.cooldown_fraction": 0.3,
+            "schedule.update_interval": 1,
+        }.items()
+    ])  # fmt: skip
+    return train_run(prepare(run, LaunchEnvironment(0, 1, 0)), quiet=True)
+
+
+def _in_the_run_s_order(path, rows):
+    order = [i for batch in GlobalBatches([1] * len(rows), BATCH, 11).epoch(0) for i in batch]
+    path.write_text("\n".join(rows[i] for i in order[: STEPS * BATCH]))
+
+
+def _arguments(classifier, data, out, *more):
+    return [
+        str(classifier), str(data), str(out), "--sparsity=0.8", f"--steps={STEPS}", f"--batch-size={BATCH}",
+        "--max-length=32", "--in-order", "--cpu", "--logging-steps=1", "--save-steps=4", *more,
+    ]  # fmt: skip
+
+
+def test_the_trainer_gives_the_masks_of_pst_ds_train(example, classifier, tmp_path, capsys):
+    """Same batches, rates and schedule: HF Trainer's loop and ours end in the same bits."""
+    result = _run(tmp_path / "run", classifier)
+    _in_the_run_s_order(tmp_path / "data.jsonl", Path("tests/data/train.jsonl").read_text().splitlines())
+    example("trainer_classification").main(_arguments(classifier, tmp_path / "data.jsonl", tmp_path / "out"))
+    assert "trainable params: " in capsys.readouterr().out
+
+    small = json.loads((tmp_path / "out" / "pst" / "pst_config.json").read_text())
+    assert (small["step"], small["masks_final"]) == (STEPS, True)
+    checkpoint = read_checkpoint(tmp_path / "run" / "checkpoints" / "latest")
+    masks = _masks(tmp_path / "out" / "pst")
+    assert set(masks) == set(checkpoint.masks)
+    for name, bits in masks.items():
+        assert torch.equal(bits, checkpoint.masks[name]), name
+    assert small["sparsity"] == pytest.approx(result["sparsity_in_masks"])
+
+
+def _masks(folder):
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "pst_model.safetensors")
+    return {n.removesuffix(".pst_mask_bits"): t for n, t in tensors.items() if n.endswith(".pst_mask_bits")}
+
+
+def test_the_trainer_s_model_is_packed_and_verified(example, classifier, tmp_path, capsys):
+    module = example("trainer_classification")
+    data = "tests/data/train.jsonl"
+    module.main(_arguments(classifier, data, tmp_path / "out"))
+    assert f"{tmp_path}/out/merged: 0.79" in capsys.readouterr().out  # floor(0.8 x 32 x 32) is less than 0.8
+    module.main(_arguments(classifier, data, tmp_path / "again", f"--resume={tmp_path}/out/checkpoint-4"))
+    one, other = ((tmp_path / name / "pst" / "pst_model.safetensors").read_bytes() for name in ("out", "again"))
+    assert one == other
+    packed = str(tmp_path / "packed")
+    assert pst_ds(["export", str(tmp_path / "out" / "merged"), "--format", "bitmask", "--out", packed]) == 0
+    assert pst_ds(["verify", packed]) == 0
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_accelerate_s_loop_ends_in_zeros_and_goes_on_to_the_same_bits(example, tmp_path, accumulation):
+    text = " ".join(json.loads(line)["text"] for line in Path("tests/data/train.jsonl").read_text().splitlines())
+    (tmp_path / "text.txt").write_text(text)
+    module = example("accelerate_causal_lm")
+
+    def run(out, *more):
+        _forget_accelerator()
+        module.main([
+            "tests/data/tiny-llama", str(tmp_path / "text.txt"), str(tmp_path / out), "--sparsity=0.5", "--steps=6",
+            "--batch-size=4", "--max-length=16", "--cpu", f"--accumulation={accumulation}", *more,
+        ])  # fmt: skip
+        return (tmp_path / out / "pst" / "pst_model.safetensors").read_bytes()
+
+    whole = run("whole")
+    run("part", "--stop-at=3")
+    names = _tensor_names(tmp_path / "part" / "state" / "model.safetensors")
+    assert not any(name.endswith("q_proj.weight") for name in names)
+    assert run("rest", f"--resume={tmp_path}/part/state") == whole
+    assert json.loads((tmp_path / "rest" / "pst" / "pst_config.json").read_text())["sparsity"] == pytest.approx(0.5)
+
+
+def _accelerate_loop(text, out, config, *more):
+    import os
+    import sys
+
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    if config is not None:
+        from accelerate import PartialState
+
+        os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(config))
+        PartialState(cpu=True)  # with Accelerator(cpu=True) there is no DeepSpeed
+    sys.path.insert(0, str(EXAMPLES))
+    importlib.import_module("accelerate_causal_lm").main([
+        "tests/data/tiny-llama", str(text), str(out), "--sparsity=0.5", "--steps=6", "--batch-size=2",
+        "--max-length=16", "--accumulation=2", *(["--cpu"] if config is None else []), *more,
+    ])  # fmt: skip
+
+
+@pytest.mark.zero3
+@pytest.mark.parametrize("stage", [None, 2, 3], ids=["ddp", "zero2", "zero3"])
+def test_accelerate_s_loop_on_two_ranks_goes_on_to_the_same_bits(run_ranks, tmp_path, stage):
+    text = " ".join(json.loads(line)["text"] for line in Path("tests/data/train.jsonl").read_text().splitlines())
+    (tmp_path / "text.txt").write_text(text)
+    config = None if stage is None else tmp_path / "zero.json"
+    if config is not None:
+        config.write_text(json.dumps({
+            "train_micro_batch_size_per_gpu": 2, "train_batch_size": "auto", "gradient_accumulation_steps": 2,
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": 1 << 16},
+        }))  # fmt: skip
+    for out, more in (("whole", ()), ("part", ("--stop-at=3",)), ("rest", (f"--resume={tmp_path}/part/state",))):
+        run_ranks(_accelerate_loop, 2, tmp_path / "text.txt", tmp_path / out, config, *more)
+    whole, rest = ((tmp_path / name / "pst" / "pst_model.safetensors").read_bytes() for name in ("whole", "rest"))
+    assert whole == rest
+    small = json.loads((tmp_path / "rest" / "pst" / "pst_config.json").read_text())
+    assert (small["step"], small["masks_final"]) == (6, True)
+    assert small["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert (tmp_path / "part" / "state" / "pytorch_model").is_dir() == (stage is not None)  # DeepSpeed's files
+
+
+def _tensor_names(path):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return set(file.keys())
+
+
+def _deepspeed_loop(classifier, out, config, *more):
+    import sys
+
+    sys.path.insert(0, str(EXAMPLES))
+    importlib.import_module("deepspeed_loop").main([
+        str(classifier), "tests/data/train.jsonl", str(out), f"--config={config}", "--sparsity=0.8", f"--steps={STEPS}",
+        *more,
+    ])  # fmt: skip
+
+
+@pytest.mark.zero3
+@pytest.mark.parametrize(("stage", "bf16"), [(3, True), (2, False), (0, True)])
+def test_the_deepspeed_loop_goes_on_to_the_same_bits(run_ranks, classifier, tmp_path, stage, bf16):
+    config = tmp_path / "zero.json"
+    config.write_text(json.dumps({
+        "train_micro_batch_size_per_gpu": 4, "train_batch_size": 8, "bf16": {"enabled": bf16},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 1 << 16},
+    }))  # fmt: skip
+    run_ranks(_deepspeed_loop, 2, classifier, tmp_path / "whole", config)
+    run_ranks(_deepspeed_loop, 2, classifier, tmp_path / "part", config, "--stop-at=3")
+    run_ranks(_deepspeed_loop, 2, classifier, tmp_path / "rest", config, f"--resume={tmp_path}/part/state")
+    whole, part, rest = (
+        (tmp_path / name / "pst" / "pst_model.safetensors").read_bytes() for name in ("whole", "part", "rest")
+    )
+    assert whole == rest != part
+    small = json.loads((tmp_path / "rest" / "pst" / "pst_config.json").read_text())
+    assert (small["step"], small["masks_final"], small["dtype"]) == (STEPS, True, "bfloat16" if bf16 else "float32")
+    assert small["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    assert (tmp_path / "rest" / "merged" / "config.json").is_file()
