@@ -1,0 +1,64 @@
+"""The documents, and the blocks of code in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from pst_ds.train.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+         for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What stands between two fences."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks(page: str) -> list[Block]:
+    """Those of a page, in its order."""
+    text = PAGES[page]
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, flags=re.M | re.S)
+    return [Block(page, text[: match.start()].count("\n") + 1, match[1], match[2]) for match in found]
+
+
+def all_blocks(language: str) -> list[Block]:
+    return [block for page in PAGES for block in blocks(page) if block.language == language]
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The words of each command of a shell block: without comments, assignments before it, and where output goes."""
+    split = (shlex.split(line, comments=True) for line in block.text.replace("\\\n", " ").splitlines())
+    return [_bare(words) for words in split if words]
+
+
+def _bare(words: list[str]) -> list[str]:
+    inner = re.fullmatch(r"\$\((.*)\)", words[-1])
+    if words[0] == "eval" and inner:
+        return shlex.split(inner[1])
+    words = words[: words.index(">")] if ">" in words else words
+    while words[0] == "time" or re.match(r"\w+=", words[0]):
+        words = words[1:]
+    return words
+
+
+def settings() -> set[str]:
+    """Every key of a run file, such as "train.num_steps"."""
+    sections = typing.get_type_hints(RunConfig)
+    inner = {f"{name}.{f.name}" for name, t in sections.items() if dataclasses.is_dataclass(t)
+             for f in dataclasses.fields(t)}  # fmt: skip
+    return set(sections) | inner | {"pst.preset", "data.preset"}

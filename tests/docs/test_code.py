@@ -1,0 +1,69 @@
+"""Blocks of code in the documents: run files load, Python compiles and calls what there is."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import tomllib
+from typing import Any
+
+import pytest
+
+from pst_ds.train.run_file import run_from_table
+
+from .pages import PAGES, Block, all_blocks, blocks
+
+FOR_THE_REST = {"output_dir": "runs/x", "model": {"path": "model"}, "data": {"train": "a.jsonl"}, "train": {}}
+
+
+@pytest.mark.parametrize("block", all_blocks("toml"), ids=str)
+def test_a_run_file_loads(block):
+    """With the least that a run needs where the block is a part of one."""
+    table = {**FOR_THE_REST, **tomllib.loads(block.text)}
+    table["model"] = {**FOR_THE_REST["model"], **table["model"]}
+    if not table["train"].keys() & {"num_steps", "num_epochs"}:
+        table["train"] = {**table["train"], "num_steps": 10}
+    run_from_table(table)
+
+
+@pytest.mark.parametrize("block", all_blocks("python"), ids=str)
+def test_imports_resolve_and_calls_fit(block):
+    """Names that are imported exist; functions of ours have the arguments that they are called with."""
+    ours = {}
+    for node in ast.walk(ast.parse(block.text)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                importlib.import_module(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                value = getattr(module, alias.name)
+                if node.module.startswith("pst_ds"):
+                    ours[alias.name] = value
+    for node in ast.walk(ast.parse(block.text)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ours:
+            _require_fit(ours[node.func.id], node)
+
+
+def _require_fit(function: Any, call: ast.Call) -> None:
+    if any(isinstance(value, ast.Constant) and value.value is ... for value in call.args):
+        return  # f(...): the arguments are left out
+    named = {keyword.arg: None for keyword in call.keywords if keyword.arg}
+    inspect.signature(function).bind(*([None] * len(call.args)), **named)
+
+
+def test_every_block_says_its_language():
+    known = {"bash", "toml", "python", "text"}
+    unknown = [
+        f"{block}: {block.language!r}" for page in PAGES for block in blocks(page) if block.language not in known
+    ]
+    assert not unknown
+
+
+def test_the_checks_find_what_is_wrong():
+    wrong = Block("a", 1, "python", "from pst_ds import PSTConfig\nPSTConfig(rank=1)\n")
+    with pytest.raises(TypeError, match="rank"):
+        test_imports_resolve_and_calls_fit(wrong)
+    with pytest.raises(Exception, match="final_sparsty"):
+        test_a_run_file_loads(Block("a", 1, "toml", "[schedule]\nfinal_sparsty = 0.5\n"))

@@ -1,0 +1,63 @@
+"""The documents point to what there is: pages, headings, files, settings; and the index has every page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+
+import pytest
+
+from .pages import PAGES, ROOT, settings
+
+TREE_FOLDERS = ("pst_ds", "tests", "tools", "launch", "docs", "ds_configs")
+
+
+def _prose(page: str) -> str:
+    """Without blocks of code."""
+    return re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.M | re.S)
+
+
+def _anchors(page: str) -> set[str]:
+    """Of the page's headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)$", _prose(page), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    folder = PurePosixPath(page).parent
+    for target in re.findall(r"\]\(([^)\s]+)\)", _prose(page)):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        named = page if not path else (ROOT / folder / path).resolve().relative_to(ROOT).as_posix()
+        assert (ROOT / named).exists(), target
+        if anchor:
+            assert anchor in _anchors(named), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page):
+    for words in re.findall(r"`([^`\n]+)`", _prose(page)):
+        path = words.split()[0]
+        if re.fullmatch(rf"({'|'.join(TREE_FOLDERS)})/[\w./-]*", path):
+            assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_settings_that_are_named_exist(page):
+    sections = {key.partition(".")[0] for key in settings() if "." in key}
+    for section, name in re.findall(r"`(\w+)\.([a-z_0-9]+)(?: = [^`]*)?`", _prose(page)):
+        is_file = name in ("json", "jsonl", "toml", "txt", "csv", "parquet", "safetensors", "tsv")
+        if section in sections and not is_file:
+            assert f"{section}.{name}" in settings(), f"{section}.{name}"
+
+
+def test_the_index_has_every_page():
+    index = PAGES["docs/README.md"]
+    pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")} - {"README.md"}
+    assert pages == set(re.findall(r"\]\((\w[\w-]*\.md)\)", index))
+
+
+def test_the_readme_is_short_enough_to_read():
+    assert len(PAGES["README.md"].splitlines()) <= 250

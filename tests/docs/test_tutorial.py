@@ -1,0 +1,76 @@
+"""The tutorial and the README's first run, command by command, for real; what the tutorial shows is what is printed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+
+from pst_ds.cli.main import main
+
+from ..cluster.tools import environment, free_ports
+from .pages import ROOT, blocks, commands
+
+pytestmark = pytest.mark.launcher
+RUN_SECONDS = 240
+
+
+@pytest.fixture
+def at_a_copy_of_the_top_folder(tmp_path, monkeypatch):
+    """What the commands read is there, and what they write is not written into the checkout."""
+    for name in ("tests", "launch", "ds_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def _run(words: list[str]) -> str:
+    """Runs a launch script, and returns what it printed."""
+    (port,) = free_ports(1)
+    done = subprocess.run(
+        words, env=environment(MASTER_PORT=str(port)), capture_output=True, text=True, timeout=RUN_SECONDS, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stderr + done.stdout
+
+
+def _shape(line: str) -> str:
+    """The line without what differs from machine to machine: values, and the width of columns."""
+    line = re.sub(r"\d[\d,]*(\.\d+)?(e-?\d+)?", "0", line)
+    return " ".join(line.replace("0 .. 0, mean 0", "0").split())
+
+
+def _require_lines(shown: str, printed: str, at: str) -> None:
+    """Every line that is shown was printed, in this order; between them may be others."""
+    rest = iter([_shape(line) for line in printed.splitlines()])
+    for line in shown.splitlines():
+        assert line == "..." or _shape(line) in rest, f"{at}: not printed: {line}\n{printed}"
+
+
+def test_the_tutorial_does_what_it_says(at_a_copy_of_the_top_folder, capfd):
+    printed = ""
+    for block in blocks("docs/tutorial.md"):
+        if block.language == "text":
+            _require_lines(block.text, printed, str(block))
+            continue
+        printed = ""
+        if block.language == "python":
+            exec(compile(block.text, str(block), "exec"), {})
+        for words in commands(block) if block.language == "bash" else []:
+            if words[0] == "pst-ds":
+                assert main(words[1:]) == 0, words
+                said = capfd.readouterr()
+                printed += said.err + said.out
+            elif words[0].startswith("launch/"):
+                printed += _run(words)
+        printed += capfd.readouterr().out
+
+
+def test_the_first_run_of_the_readme_ends_in_a_verified_checkpoint(at_a_copy_of_the_top_folder, capfd):
+    (block,) = [block for block in blocks("README.md") if block.text.startswith("pst-ds init")]
+    for words in commands(block):
+        steps = ["--set", "train.num_steps=20"] if words[1] == "train" else []  # enough to see it
+        assert main([*words[1:], *steps]) == 0, words
+    assert "0 of 12 weight tensors differ, 0 predictions differ" in capfd.readouterr().out
