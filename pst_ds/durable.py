@@ -9,8 +9,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pst_ds.errors import InputError
+
 PARTIAL, OLD = ".partial", ".old"
 """Endings of a folder that is being written, and of one that is being replaced."""
+
+
+def require_writable(path: Path, what: str) -> None:
+    """Raise InputError when ``path``, which need not be there yet, cannot be made; ``what`` names it: "--out a/b"."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    if place != path.absolute() and not place.is_dir():
+        raise InputError(f"{what} cannot be written: {place} is a file, and no folder; name a place elsewhere")
+    if not os.access(place, os.W_OK):
+        raise InputError(f"{what} cannot be written: no permission to write in {place}; name a place elsewhere")
 
 
 def sync(path: Path) -> None:

@@ -9,12 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from transformers.trainer_callback import (
-    ExportableState,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from pst_ds.core.schedule import CubicSchedule, Schedule
@@ -32,7 +27,17 @@ _FIGURES: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
 """What is logged of each model that is being trained."""
 
 
-class PSTCallback(TrainerCallback, ExportableState):
+class _LogFigures(TrainerCallback):
+    """Ahead of the callbacks that report: a user's own callback comes after them, too late to add to the logs."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
+        logs: dict[str, Any] | None = None, **_: Any,
+    ) -> None:  # fmt: skip
+        _add_figures(model, state, logs)
+
+
+class PSTCallback(_LogFigures, ExportableState):
     """Keeps the masks of the Trainer's model in step with a schedule. The model must have PST layers (``inject_pst``).
 
         PSTCallback(final_sparsity=0.9)         # fields of CubicSchedule; num_steps is the Trainer's max_steps
@@ -72,12 +77,18 @@ class PSTCallback(TrainerCallback, ExportableState):
         if not pst_layers(model):
             raise InputError("the Trainer's model has no PST layers; call inject_pst(model, PSTConfig(...)) before it")
         small_checkpoints(model)
-        model.save_pretrained = MethodType(self._save_pretrained, model)
+        self._write_checkpoints_of(model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
         optimizer: Any = None, **_: Any,
     ) -> None:  # fmt: skip
+        if "save_pretrained" not in vars(model):
+            raise InputError(
+                "PSTCallback came after the Trainer was made: give it in Trainer(callbacks=[PSTCallback(...)]), so "
+                "that checkpoints are read and written with their masks"
+            )
+        self._write_checkpoints_of(model)  # the Trainer may have made this callback anew from a checkpoint
         _require_groups(torch_optimizer(optimizer), model)
         schedule = self._schedule or _cubic(state.max_steps, **self._fields)
         callbacks: Any = state.stateful_callbacks
@@ -99,12 +110,6 @@ class PSTCallback(TrainerCallback, ExportableState):
         self._masks.after_step(optimizer)
         self._note_figures(model)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
-        logs: dict[str, Any] | None = None, **_: Any,
-    ) -> None:  # fmt: skip
-        _add_figures(model, state, logs)
-
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
@@ -120,6 +125,9 @@ class PSTCallback(TrainerCallback, ExportableState):
     @property
     def _step(self) -> int:
         return 0 if self._masks is None else self._masks.step
+
+    def _write_checkpoints_of(self, model: Any) -> None:
+        model.save_pretrained = MethodType(self._save_pretrained, model)
 
     def _note_figures(self, model: nn.Module) -> None:
         assert self._masks is not None
@@ -152,16 +160,6 @@ def trainer_optimizer(model: nn.Module, **rates: Any) -> tuple[type[MasterAdamW]
             super().__init__(pst_parameter_groups(model, **rates), fused=like.defaults["fused"])
 
     return Optimizer, {}
-
-
-class _LogFigures(TrainerCallback):
-    """Ahead of the callbacks that report: a user's own callback comes after them, too late to add to the logs."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
-        logs: dict[str, Any] | None = None, **_: Any,
-    ) -> None:  # fmt: skip
-        _add_figures(model, state, logs)
 
 
 def _log_before_others() -> None:

@@ -17,8 +17,8 @@ def require_model_place(setting: str, place: str) -> None:
         raise InputError(f"{setting} = '' is empty; name a model folder, or a model on the hub")
     if not Path(place).exists() and (place.count("/") > 1 or place.startswith((".", "/", "~"))):
         raise InputError(
-            f"{setting} = {place!r} does not exist (looked in {Path(place).absolute()}); name a model folder, or a model "
-            "on the hub"
+            f"{setting} = {place!r} does not exist (looked in {Path(place).absolute()}); name a model folder, or a "
+            "model on the hub"
         )
 
 
@@ -30,10 +30,10 @@ def refuse_packed(setting: str, place: str, config: Any) -> None:
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
     if method == "pst_ds":
         raise InputError(
-            f"{setting} = {place!r} is packed, and its weights cannot be ranked as they are. Make it dense: pst-ds export "
-            f"{place} --format dense --out DIR"
+            f"{setting} = {place!r} is packed, and its weights cannot be ranked as they are. Make it dense: pst-ds "
+            f"export {place} --format dense --out DIR"
         )
     raise InputError(
-        f"{setting} = {place!r} is quantised ({getattr(method, 'value', method)}), and its weights cannot be ranked; name "
-        "the model as it was before that"
+        f"{setting} = {place!r} is quantised ({getattr(method, 'value', method)}), and its weights cannot be ranked; "
+        "name the model as it was before that"
     )

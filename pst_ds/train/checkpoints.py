@@ -136,16 +136,19 @@ def settle(folder: Path, step: int, *, best_step: int | None, is_last: bool, kee
 
 def find(folder: Path, name: str) -> Path:
     """The folder of a checkpoint by name; "best" is "final" when none was chosen. Raises CheckpointError."""
-    if name == BEST and not (folder / BEST).exists():
-        name = FINAL
-    path = folder / name
+    path = folder / (FINAL if name == BEST and not (folder / BEST).exists() else name)
     if path.is_symlink():
         target = path.readlink()
         if not _STEP_FOLDER.fullmatch(str(target)) or (folder / target).is_symlink():
             raise CheckpointError(f"{path} is a link to {str(target)!r}; it must name a checkpoint beside it")
         path = folder / target
     if not path.is_dir():
-        links = [link for link in (BEST, FINAL, LATEST) if (folder / link).is_dir()]
-        there = ", ".join([*links, *(p.name for p in step_folders(folder))]) or "none"
+        there = ", ".join(known_names(folder)) or "none; train the run first"
         raise CheckpointError(f"no checkpoint {name!r} in {folder.absolute()}. There are: {there}")
     return path
+
+
+def known_names(folder: Path) -> list[str]:
+    """What :func:`find` finds in ``folder``."""
+    links = [link for link in (BEST, FINAL, LATEST) if (folder / link).is_dir()]
+    return [*links, *(path.name for path in step_folders(folder))]

@@ -16,6 +16,8 @@ from pst_ds.train.config import ConfigError, DataConfig
 from pst_ds.train.rows import read_rows, texts_of
 
 _LENGTH_WINDOW_BATCHES = 50
+_FEW_ROWS = 20
+"""So many may well have as many labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,15 @@ def label_names(data: DataConfig) -> list[str]:
             f'{data.train}: column {data.label_column!r} holds fractions, which is regression; set task = "regression"'
         )
     if len(found) < 2:
-        raise ConfigError(f"{data.train}: column {data.label_column!r} has {len(found)} class; at least 2 are needed")
+        raise ConfigError(
+            f"{data.train}: column {data.label_column!r} has {len(found)} class; at least 2 are needed: name "
+            "another data.label_column, or give examples of another class"
+        )
+    if len(found) == len(rows) > _FEW_ROWS:
+        raise ConfigError(
+            f"{data.train}: column {data.label_column!r} has another value in each of its {len(rows)} rows, so it "
+            "holds no classes; name the column that does with data.label_column"
+        )
     return [str(label) for label in sorted(found)]
 
 
@@ -86,7 +96,7 @@ def load_examples(data: DataConfig, split: str, tokenizer: Any, names: Sequence[
             refuse_hidden(label, row, getattr(data, split))
             raise ConfigError(
                 f"{getattr(data, split)}: label {label!r} in row {row} is not one of the training labels "
-                f"{', '.join(names)}"
+                f"{', '.join(names[:12])}{f' and {len(names) - 12} more' if len(names) > 12 else ''}"
             )
     return Examples(tokenized_texts(rows, data, split, tokenizer), labels)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pst_ds.parallel.ranks import all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import beat
+from pst_ds.progress import Progress
 from pst_ds.train.tasks import ExampleSet, Task
 
 _ROUNDINGS = 8
@@ -29,14 +30,16 @@ def predict(
     """
     batches = evaluation_batches(examples.lengths, batch_size, mixed=task.pads)
     own: list[tuple[list[int], np.ndarray]] = []
-    for first in range(0, len(batches), world_size()):
-        beat("evaluation")
-        turn = first + rank()
-        indices = batches[min(turn, len(batches) - 1)]
-        batch = task.collate(examples, indices, tokenizer)
-        logits = _logits(model, batch, device)
-        if turn < len(batches):
-            own.append((indices, task.outcomes(logits, batch)))
+    with Progress("evaluate", len(batches), "batches") as shown:
+        for first in range(0, len(batches), world_size()):
+            beat("evaluation")
+            turn = first + rank()
+            indices = batches[min(turn, len(batches) - 1)]
+            batch = task.collate(examples, indices, tokenizer)
+            logits = _logits(model, batch, device)
+            if turn < len(batches):
+                own.append((indices, task.outcomes(logits, batch)))
+            shown.at(min(first + world_size(), len(batches)))
     return _in_order([piece for of_rank in all_gather_objects(own) for piece in of_rank], len(examples))
 
 
@@ -58,13 +61,16 @@ def compare(
     """
     differing, largest = 0, torch.zeros((), device=device)
     pieces: list[tuple[list[int], np.ndarray]] = []
-    for indices in evaluation_batches(examples.lengths, batch_size, mixed=task.pads):
-        batch = task.collate(examples, indices, tokenizer)
-        ours, theirs = (_logits(model, batch, device) for model in (one, other))
-        differing += _differing(ours, theirs)
-        ours, theirs = ours.float(), theirs.float()
-        largest = torch.maximum(largest, (ours - theirs).abs().max())  # keeps a NaN
-        pieces.append((indices, task.outcomes(theirs, batch)))
+    batches = evaluation_batches(examples.lengths, batch_size, mixed=task.pads)
+    with Progress("compare", len(batches), "batches") as shown:
+        for indices in batches:
+            batch = task.collate(examples, indices, tokenizer)
+            ours, theirs = (_logits(model, batch, device) for model in (one, other))
+            differing += _differing(ours, theirs)
+            ours, theirs = ours.float(), theirs.float()
+            largest = torch.maximum(largest, (ours - theirs).abs().max())  # keeps a NaN
+            pieces.append((indices, task.outcomes(theirs, batch)))
+            shown.add(1)
     metrics = task.metrics(_in_order(pieces, len(examples)), examples)
     return {"differing_predictions": differing, "max_logit_difference": float(largest)}, metrics
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.parallel.watchdog import beat
+from pst_ds.progress import Progress
 from pst_ds.train.data_config import EvalConfig
 
 
@@ -26,12 +27,14 @@ def write_texts(
     model.generation_config = _generation_config(settings, tokenizer)
     texts = [""] * len(prompts)
     try:
-        for first in range(0, len(order), batch_size):
-            beat("writing texts")
-            batch = order[first : first + batch_size]
-            written = _write(model, [prompts[i] for i in batch], tokenizer, settings, device)
-            for i, text in zip(batch, written, strict=True):
-                texts[i] = text
+        with Progress("write", len(prompts), "texts") as shown:
+            for first in range(0, len(order), batch_size):
+                beat("writing texts")
+                batch = order[first : first + batch_size]
+                written = _write(model, [prompts[i] for i in batch], tokenizer, settings, device)
+                for i, text in zip(batch, written, strict=True):
+                    texts[i] = text
+                shown.add(len(batch))
     finally:
         model.generation_config = own_config
     return texts

@@ -107,7 +107,7 @@ class Keeper:
         self.loop.engine.train()
         metrics, schedule = self.loop.metrics, self.loop.schedule
         metrics.write(state.step, {"event": "evaluation", **{f"eval/{k}": v for k, v in values.items()}})
-        metrics.progress(state.step, {f"eval {k}": v for k, v in values.items()})
+        metrics.say(f"step {state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
         self._last_evaluated = (state.step, values)
         value = values[self._run.metric]
         if (schedule is not None and not schedule.is_final(state.step)) or not self._is_better(value):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.distillation import distilled_loss, relative_distance
+from pst_ds.errors import first_line
 from pst_ds.nn.inject import bypassed
 from pst_ds.parallel.engine import Engine
 from pst_ds.train.config import ConfigError, RunConfig
@@ -78,7 +79,10 @@ def require_teacher(run: RunConfig, shapes: nn.Module) -> None:
     if not run.distillation.weight:
         return
     if run.task == "regression":
-        raise ConfigError("distillation.weight above 0 compares classes or tokens; task 'regression' predicts a number")
+        raise ConfigError(
+            f"distillation.weight = {run.distillation.weight} compares classes or tokens, and task 'regression' "
+            "predicts a number; set distillation.weight = 0"
+        )
     if run.distillation.teacher:
         if not Path(run.distillation.teacher).is_dir():
             raise ConfigError(
@@ -111,7 +115,7 @@ def load_teacher(run: RunConfig, labels: list[str], device: str) -> nn.Module | 
             path, dtype=DTYPES[run.train.precision], **attention_options(run)
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"distillation.teacher = {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"distillation.teacher = {path!r} cannot be loaded: {first_line(error)}") from error
     found = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)] if labels else []
     if found != labels:
         raise ConfigError(

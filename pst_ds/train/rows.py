@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pst_ds.errors import first_line
 from pst_ds.train.config import ConfigError, DataConfig
 from pst_ds.train.data_config import PARQUET_BRANCH
 
@@ -31,6 +33,7 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
     for column, setting in columns.items():
         top, *path = _path_of(column, rows) if nested else [column]
         _require_column(rows, top, setting, where)
+        _require_utf8(rows, top, where)
         if nested:
             _require_path(rows.features[top], path, column, setting, where)
         elif not isinstance(rows.features[column], datasets.Value | datasets.ClassLabel):
@@ -39,7 +42,7 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
                 "values; only a plain text, number or label in each row can be read"
             )
     if not len(rows):
-        raise ConfigError(f"{where} has no examples")
+        raise ConfigError(f"data.{split} = {where!r} has no examples; give it a row for each")
     if split == "test" and data.test_rows:
         column, wanted = data.test_rows
         rows = _rows_with(rows, column, wanted, where)
@@ -72,6 +75,22 @@ def _require_column(rows: Any, column: str, setting: str, where: str) -> None:
         )
 
 
+def _require_utf8(rows: Any, column: str, where: str) -> None:
+    """JSON and Parquet are read without a look at the bytes of their texts."""
+    import pyarrow
+
+    first = 0
+    for chunk in rows.data.column(column).chunks:
+        try:
+            chunk.validate(full=True)
+        except pyarrow.ArrowInvalid as error:
+            raise ConfigError(
+                f"{where}: column {column!r} is not UTF-8 text in the rows from {first} on ({error}); save the file in "
+                "UTF-8"
+            ) from None
+        first += len(chunk)
+
+
 def _require_path(feature: Any, path: list[str], column: str, setting: str, where: str) -> None:
     while hasattr(feature, "feature"):  # a list of
         feature = feature.feature
@@ -101,7 +120,10 @@ def _read_local(where: str, split: str, sample_by: str) -> Any:
     setting = f"data.{split}"
     path = Path(where)
     if not path.is_file():
-        raise ConfigError(f"{setting} = {where!r} does not exist (looked in {path.absolute()})")
+        raise ConfigError(
+            f"{setting} = {where!r} does not exist (looked in {path.absolute()}); name a local file, or a split of "
+            "data.dataset"
+        )
     kind = _FORMATS.get(path.suffix.lower())
     if kind is None:
         raise ConfigError(f"{setting} = {where!r} ends in {path.suffix!r}; known are {', '.join(_FORMATS)}")
@@ -113,8 +135,34 @@ def _read_local(where: str, split: str, sample_by: str) -> Any:
     try:
         return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
     except Exception as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ConfigError(f"{setting} = {where!r} cannot be read as {kind}: {reason}") from error
+        problem = _why_unreadable(path, kind, error)
+        raise ConfigError(f"{setting} = {where!r} {problem}") from error
+
+
+def _why_unreadable(path: Path, kind: str, error: Exception) -> str:
+    """What is wrong with a file that ``datasets`` fails to read, and the fix."""
+    with path.open("rb") as stream:
+        if not any(line.strip() for line in stream):
+            return "is empty; give it a row for each example"
+    cause = error.__cause__ or error
+    if "corresponds to no data" in str(cause):
+        return "has no examples; give it a row for each"
+    if isinstance(cause, UnicodeDecodeError):
+        return f"is not UTF-8 text: {cause}; save it in UTF-8"
+    if kind == "json" and path.suffix.lower() == ".jsonl":
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if problem := _json_problem(line):
+                    return f"cannot be read as json: line {number} is no JSON object ({problem}); each line must be one"
+    return f"cannot be read as {kind}: {first_line(cause)}; mend it, or name another file"
+
+
+def _json_problem(line: bytes) -> str:
+    try:
+        found = json.loads(line) if line.strip() else {}
+    except ValueError as error:
+        return str(error)
+    return "" if isinstance(found, dict) else f"it is a {type(found).__name__}"
 
 
 def _read_from_hub(data: DataConfig, split: str) -> Any:
@@ -127,7 +175,7 @@ def _read_from_hub(data: DataConfig, split: str) -> Any:
     try:
         return datasets.load_dataset(data.dataset, split=split, **subset, **options)
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         if "scripts are no longer supported" in reason:
             reason += f'; try data.revision = "{PARQUET_BRANCH}", where the hub may have converted it'
         raise ConfigError(f"data.dataset = {data.dataset!r}, split {split!r}, cannot be loaded: {reason}") from error

@@ -28,10 +28,15 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"run file {str(path)!r} does not exist (looked in {Path(path).absolute()})") from None
+        raise ConfigError(
+            f"run file {str(path)!r} does not exist (looked in {Path(path).absolute()}); name a run file or a run "
+            "folder"
+        ) from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder, not a run file; name the TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not TOML, which is UTF-8: {error}; save it in UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     for override in overrides:
         _apply_override(table, override)
@@ -70,14 +75,15 @@ def _toml_lines(config: Any) -> list[str]:
 def _toml_line(name: str, value: Any) -> list[str]:
     if value is None:  # TOML has no null; the default is None wherever None is allowed
         return []
-    return [f"{name} = {_toml_value(value)}"]
+    return [f"{name} = {toml_value(value)}"]
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A setting's value as TOML spells it, in one line."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return "{" + ", ".join(_toml_lines(value)) + "}"
     if isinstance(value, tuple):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     # JSON strings, numbers, booleans and lists of strings are TOML too; a float keeps its point or exponent
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which JSON allows as it is
 
@@ -115,7 +121,9 @@ def _build(cls: type[T], table: Any, prefix: str) -> T:
             raise ConfigError(f"unknown key '{prefix}{key}'.{hint}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in table:
+        if required and name not in table and dataclasses.is_dataclass(hints[name]):
+            table = {**table, name: {}}  # which then says what it lacks
+        elif required and name not in table:
             raise ConfigError(f"'{prefix}{name}' is missing; set it in the run file, or with --set {prefix}{name}=")
     values = {key: _convert(value, hints[key], f"{prefix}{key}") for key, value in table.items()}
     try:

@@ -6,8 +6,12 @@ import os
 import shutil
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pst_ds.durable import require_writable
+from pst_ds.errors import InputError
 from pst_ds.nn.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from pst_ds.nn.checkpoint_model import base_fingerprint
 from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, together
@@ -18,24 +22,41 @@ from pst_ds.train.resume import require_base, require_same_run
 RUN_FILE, RESULT_FILE, CHECKPOINTS, STALLS = "run.toml", "result.json", "checkpoints", "stalls"
 
 
-def require_shared(folder: Path) -> None:
-    """Raise ConfigError when the ranks do not see one and the same ``folder``, which is made. Collective."""
-    probe = folder / f".shared-{os.getpid()}"
+@contextmanager
+def shared_folder(folder: Path) -> Iterator[None]:
+    """Makes ``folder``, which all ranks see; after bad input inside, what was made for it is gone again.
+
+    Raises ConfigError when they do not see one and the same. Collective.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        _require_shared(folder)
+        yield
+    except InputError:
+        for path in made if is_main() else ():
+            with suppress(OSError):  # never made, or no longer empty
+                path.rmdir()
+        raise
+
+
+def _require_shared(folder: Path) -> None:
+    probe, problem = folder / f".shared-{os.getpid()}", ""
     try:
         if is_main():
+            require_writable(folder, f"output_dir = {str(folder)!r}")
             folder.mkdir(parents=True, exist_ok=True)
             probe.write_text("")
+    except InputError as error:
+        problem = str(error)
     except OSError as error:
-        problem = f"output_dir = {str(folder)!r} cannot be written: {error}"
-    else:
-        problem = ""
+        problem = f"output_dir = {str(folder)!r} cannot be written: {error}; name another folder"
     name, problem = all_gather_objects((probe.name, problem))[0]
     seen = bool(problem) or (folder / name).exists()
     everywhere = all_gather_objects((seen, socket.gethostname()))
-    if is_main():
-        probe.unlink(missing_ok=True)
     if problem:
         raise ConfigError(problem)
+    if is_main():
+        probe.unlink()
     blind = [(i, host) for i, (there, host) in enumerate(everywhere) if not there]
     if blind:
         raise ConfigError(
@@ -56,19 +77,21 @@ def require_same_everywhere(digest: str, setting: str, value: str) -> str:
     return digest
 
 
-def set_aside_checkpoints(folder: Path, *, restart: bool) -> None:
-    """Refuse to begin a run where one was saved; with ``restart``, set what was saved aside. Collective.
-
-    Raises ConfigError on every rank.
-    """
+def require_no_checkpoints(folder: Path) -> None:
+    """Raise ConfigError on every rank where a run was saved in ``folder``. Collective."""
     names = [path.name for path in checkpoints.step_folders(folder / CHECKPOINTS)]
     there = all_gather_objects(names)[0]
-    if there and not restart:
+    if there:
         raise ConfigError(
             f"output_dir = {str(folder)!r} has checkpoints up to {there[0]}: continue them with --resume, begin anew "
             "with --restart, or name another output_dir"
         )
+
+
+def set_aside_checkpoints(folder: Path) -> None:
+    """Give the checkpoints of an earlier run another name. Collective."""
     if is_main() and (folder / CHECKPOINTS).is_dir():
+        there = checkpoints.step_folders(folder / CHECKPOINTS)
         previous = folder / f"{CHECKPOINTS}.previous"
         shutil.rmtree(previous, ignore_errors=True)
         (folder / CHECKPOINTS).rename(previous)
@@ -102,8 +125,14 @@ def checkpoint_to_go_on_from(run: RunConfig, data_digest: str, *, quiet: bool) -
 def open_checkpoint(run: RunConfig, name: str) -> Checkpoint:
     """A checkpoint of the run's folder: "best" (falling back to "final" when none was chosen), or another by name.
 
-    Raises CheckpointError, also when the base model is not the one that was trained.
+    Raises InputError, also when the base model is not the one that was trained.
     """
-    checkpoint = read_checkpoint(checkpoints.find(Path(run.output_dir) / CHECKPOINTS, name))
+    folder = Path(run.output_dir) / CHECKPOINTS
+    path = checkpoints.find(folder, name)
+    try:
+        checkpoint = read_checkpoint(path)
+    except CheckpointError as error:
+        there = ", ".join(checkpoints.known_names(folder))
+        raise CheckpointError(f"{error}. Name another with --checkpoint; there are {there}") from None
     require_base(checkpoint, run.model.path, base_fingerprint(run.model.path))
     return checkpoint

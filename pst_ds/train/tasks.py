@@ -99,7 +99,8 @@ class Classification:
         return AutoModelForSequenceClassification
 
     def check_model(self, data: DataConfig, config: Any, tokenizer: Any) -> None:
-        pass
+        _require_vocabulary(config, tokenizer)
+        _require_positions(data, config)
 
     def label_names(self, data: DataConfig) -> list[str]:
         names = texts.label_names(data)
@@ -288,18 +289,27 @@ def _loss_sum(logits: Tensor, ids: Tensor) -> float:
 
 
 def _check_causal_model(data: DataConfig, config: Any, tokenizer: Any, task: str) -> None:
+    _refuse_encoder(config, task.partition(",")[0])
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"the tokenizer has no end-of-text token (eos_token) for task {task}; name the language model's own "
             "tokenizer with model.tokenizer"
         )
-    _refuse_encoder(config, task.partition(",")[0])
-    vocabulary = config.get_text_config().vocab_size
-    if max(tokenizer.vocab_size, tokenizer.eos_token_id + 1) > vocabulary:
+    _require_vocabulary(config, tokenizer)
+    _require_positions(data, config)
+
+
+def _require_vocabulary(config: Any, tokenizer: Any) -> None:
+    vocabulary, end = getattr(config.get_text_config(), "vocab_size", None), tokenizer.eos_token_id
+    if vocabulary is not None and max(tokenizer.vocab_size, (end or 0) + 1) > vocabulary:
+        also = f" and the end-of-text token {end}" if end is not None else ""
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens and the end-of-text token {tokenizer.eos_token_id}, the "
-            f"model only {vocabulary} (vocab_size); name the model's own tokenizer with model.tokenizer"
+            f"the tokenizer has {len(tokenizer)} tokens{also}, the model only {vocabulary} (vocab_size); name the "
+            "model's own tokenizer with model.tokenizer"
         )
+
+
+def _require_positions(data: DataConfig, config: Any) -> None:
     positions = _positions(config)
     if 0 < positions < data.max_length:
         raise ConfigError(
@@ -309,7 +319,9 @@ def _check_causal_model(data: DataConfig, config: Any, tokenizer: Any, task: str
 
 
 def _positions(config: Any) -> int:
-    """How many a model has; 0 for no limit that its config names."""
+    """How many a model has; 0 for no limit that its config names, or for positions that are relative alone."""
+    if getattr(config, "position_biased_input", True) is False:  # DeBERTa
+        return 0
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 0
 
 

@@ -99,14 +99,12 @@ def test_the_trainer_s_logs_have_the_sparsity_of_every_step(base, data, tmp_path
     assert not any(layer.scores_train for layer in pst_layers(model).values())
 
 
-def test_a_callback_that_is_added_later_logs_too(base, data, tmp_path):
+def test_a_callback_that_is_added_later_is_refused(base, data, tmp_path):
     model = _model(base)
-    trainer = Trainer(model, _arguments(tmp_path), train_dataset=data[:16], optimizers=(pst_optimizer(model), None))
-    callback = PSTCallback(CubicSchedule(num_steps=STEPS, **SCHEDULE))
-    trainer.add_callback(callback)
-    callback.on_init_end(trainer.args, trainer.state, trainer.control, model=model)
-    trainer.train()
-    assert trainer.state.log_history[0]["sparsity/target"] == _schedule().sparsity_at(1)
+    trainer = Trainer(model, _arguments(tmp_path), train_dataset=data, optimizers=(pst_optimizer(model), None))
+    trainer.add_callback(PSTCallback(CubicSchedule(num_steps=STEPS, **SCHEDULE)))
+    with pytest.raises(InputError, match="PSTCallback came after the Trainer was made: give it in Trainer"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -128,9 +126,10 @@ def test_callback_states_may_be_restored_by_the_trainer(base, data, tmp_path):
     _trainer(model, data, tmp_path / "one", save_strategy="steps", save_steps=3).train()
     trainer = _trainer(
         resumed, data, tmp_path / "two", callback=PSTCallback(OneShotSchedule(0.1)),
-        restore_callback_states_from_checkpoint=True,
+        restore_callback_states_from_checkpoint=True, save_strategy="steps", save_steps=3,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-3"))
+    assert json.loads((tmp_path / "two" / "checkpoint-6" / "pst_config.json").read_text())["step"] == 6
     assert mask_stats(resumed).checksum == mask_stats(model).checksum
 
 

@@ -195,7 +195,7 @@ def test_wrong_input_is_one_message(capsys, tmp_path):
     assert 'pattern "global" ranks the weights of all layers' in said("--pattern", "global", method="magnitude")
     assert "SparseGPT prunes by matrix, row or N:M" in said("--pattern", "2x2", method="sparsegpt")
     assert "sequences, fewer than --samples 99999; lower it, or data.max_length = 32" in said("--samples", "99999")
-    assert "cannot be loaded" in said("--set", "model.path=nowhere/at/all", method="magnitude")
+    assert "does not exist (looked in" in said("--set", "model.path=nowhere/at/all", method="magnitude")
     assert "run file 'nothing.toml' does not exist" in said(run_file="nothing.toml")
     assert "matched no linear layer" in said("--set", "pst.target_modules=['nothing']")
 
@@ -213,7 +213,7 @@ def test_a_packed_folder_is_refused(capsys, tmp_path):
     _prune(capsys, tmp_path / "zeros", CAUSAL, "magnitude")
     assert main(["export", str(tmp_path / "zeros"), "--format", "bitmask", "--out", str(tmp_path / "packed")]) == 0
     line = _refused(capsys, tmp_path, "--set", _model_path(tmp_path / "packed"))
-    assert "is packed or quantised" in line
+    assert "is packed, and its weights cannot be ranked" in line
     assert f"pst-ds export {tmp_path / 'packed'} --format dense" in line
 
 

@@ -182,7 +182,7 @@ def test_an_empty_file_is_refused(tmp_path):
     path = _write(tmp_path / "rows.csv", ("text", "label"), [])
     message = _refusal(label_names, _data(path))
     assert path in message
-    assert "no data" in message
+    assert "has no examples" in message
 
 
 def test_a_missing_text_is_refused_and_an_empty_one_is_a_text(tmp_path, tokenizer):

@@ -249,7 +249,7 @@ def test_every_line_of_the_metrics_says_what_it_should(tmp_path):
     result = train_run(_prepared(tmp_path / "run", "eval.interval=5"), quiet=True)
     lines = _lines(tmp_path / "run")
     by_event = {name: [line for line in lines if line["event"] == name] for name in {line["event"] for line in lines}}
-    assert by_event.keys() == {"step", "mask_update", "evaluation", "checkpoint"}
+    assert by_event.keys() == {"step", "mask_update", "scores", "evaluation", "checkpoint"}
     schedule = load_run("tests/data/world_size.toml").make_schedule(20)
     steps = by_event["step"]
     assert [line["step"] for line in steps] == list(range(1, 21))

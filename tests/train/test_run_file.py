@@ -167,7 +167,7 @@ def test_a_wrong_type_names_key_value_and_what_is_wanted(tmp_path, override, pla
         ("eval.interval=-1", "eval.interval = -1 must not be negative"),
         ("pst.score_rank=-1", "pst.score_rank = -1 must not be negative"),
         ("pst.alpha1=nan", "pst.alpha1 = nan must be a finite number"),
-        ("output_dir=", "output_dir is missing"),
+        ("output_dir=", "output_dir = '' is empty"),
     ],
 )
 def test_numbers_out_of_range_are_refused_by_name(tmp_path, override, message):
@@ -202,7 +202,7 @@ def test_the_schedule_takes_its_numbers_from_the_file(tmp_path):
         ('path = "some/model"', "'model.path' is missing"),
         ('train = "train.jsonl"', "data.train is missing"),
         ("num_steps = 10", "train.num_steps = 0"),
-        ('[model]\npath = "some/model"', "'model' is missing"),
+        ('[model]\npath = "some/model"', "'model.path' is missing"),
     ],
 )
 def test_a_missing_key_is_named(tmp_path, line, missing):
@@ -363,7 +363,7 @@ def test_overrides_are_tables_and_survive_the_resolved_file(tmp_path):
         (["pst.min_kept_share=1.0"], "min_kept_share = 1.0 must be in [0, 1)"),
         (['pst.overrides=[{modules = ["q"]}]'], "set neither pattern nor final_sparsity"),
         (['pst.overrides=[{modules = ["q"], patern = "row"}]'], "Did you mean 'pattern'?"),
-        (['pst.overrides=[{modules = [], pattern = "row"}]'], "overrides.modules is empty"),
+        (['pst.overrides=[{modules = [], pattern = "row"}]'], "overrides.modules = () is empty"),
         (['pst.overrides=[{modules = ["q"], pattern = "2:4", final_sparsity = 0.9}]'], "which has 0.5 zeros"),
         (['pst.overrides=[{modules = ["q"], final_sparsity = 1.5}]'], "final_sparsity = 1.5 must be in [0, 1)"),
         (['pst.overrides=["q"]'], "pst.overrides must be a table"),
