@@ -14,7 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds import durable
-from pst_ds.durable import replace_link, replace_text, restore_replaced, take_name, whole_folder, write_new
+from pst_ds.durable import (
+    replace_link,
+    replace_text,
+    require_writable,
+    restore_replaced,
+    take_name,
+    whole_folder,
+    write_new,
+)
+from pst_ds.errors import InputError
 
 
 def _full(*arguments, **keywords):
@@ -249,3 +258,15 @@ def test_a_killed_process_leaves_no_folder_of_the_name_and_the_next_begins_anew(
         assert _tree(tmp_path / "c") == _made(b"old")
     _make(tmp_path / "c", b"new")
     assert _tree(tmp_path) == {f"c/{name}": data for name, data in _made(b"new").items()}
+
+
+def test_what_cannot_be_made_is_said_before_it_is_tried(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for there in ("", "new", "new/deeper/still", "file"):
+        require_writable(tmp_path / there, "--out x")
+    with pytest.raises(InputError, match=r"^--out x cannot be written: .*/file is a file, .*name a place elsewhere"):
+        require_writable(tmp_path / "file" / "a" / "b", "--out x")
+    monkeypatch.setattr(os, "access", lambda place, mode: False)  # as for a user who is not root
+    with pytest.raises(InputError, match=rf"no permission to write in {tmp_path}; name a place elsewhere"):
+        require_writable(tmp_path / "new", "--out x")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

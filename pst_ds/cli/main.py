@@ -150,6 +150,10 @@ def quiet_libraries() -> None:
         "TOKENIZERS_PARALLELISM": "false",
     }.items():
         os.environ.setdefault(name, value)
+    if "transformers" in sys.modules:  # which has looked at the environment already
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, what: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
 from .workshop import BERT, Workshop, Wrong, words
 
 
@@ -33,6 +35,11 @@ def _resumed(*settings: str):
     return lambda shop: [
         "train", str(shop.copied("run")), "--resume", *(w for one in settings for w in ("--set", shop.filled(one)))
     ]  # fmt: skip
+
+
+def _restarted_on_nan(shop: Workshop) -> list[str]:
+    base = shop.model_with(lambda weights: weights["encoder.layer.0.output.dense.weight"][0].fill_(torch.nan))
+    return ["train", str(shop.copied("run")), "--restart", "--set", f"model.path={base}"]
 
 
 def _resumed_on_other_text(shop: Workshop) -> list[str]:
@@ -74,6 +81,12 @@ RUNS = {
         "model.path",
         "{tmp}/model",
         "point --set model.path= at the right one",
+    ),
+    "restart from a base with a NaN": Wrong(
+        _restarted_on_nan,
+        "bert.encoder.layer.0.output.dense.weight",
+        "NaN",
+        "the base model is damaged",
     ),
     "a folder with checkpoints": Wrong(
         lambda shop: ["train", str(shop.copied("run"))],

@@ -8,11 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+)
 
 from pst_ds.nn.config import Override, PSTConfig
 from pst_ds.nn.inject import freeze_scores, inject_pst, pst_layers
+from pst_ds.nn.merge import merge_and_unload
 from pst_ds.nn.pretrained import PretrainedError, load_pretrained, save_pretrained, small_state
+from pst_ds.nn.small_checkpoints import small_checkpoints
 from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import LocalEngine
 from pst_ds.train.mask_update import mask_stats, update_masks
@@ -89,6 +97,33 @@ def test_the_paper_s_config_and_a_model_that_is_no_transformer_s(tmp_path):
     assert again.pst_config == PSTConfig.paper(seed=4)
     assert mask_stats(again).checksum == mask_stats(model).checksum
     assert all(layer.scores_train for layer in pst_layers(again).values())
+
+
+def test_a_tied_head_that_is_trained_is_saved_once_and_stays_tied(tmp_path):
+    config = GPT2Config(vocab_size=60, n_embd=24, n_layer=1, n_head=2, n_positions=48, initializer_range=0.2)
+
+    def base():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    def logits(model):
+        return model(input_ids=torch.arange(5, 15).view(1, -1)).logits
+
+    model = inject_pst(base(), PSTConfig(modules_to_save=("lm_head",)))
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.5)
+    update_masks(model, 0.5)
+    save_pretrained(model, tmp_path)
+    names = set(load_file(tmp_path / "pst_model.safetensors"))
+    assert len(names & {"lm_head.weight", "transformer.wte.weight"}) == 1
+    again, other = load_pretrained(base(), tmp_path), inject_pst(base(), PSTConfig(modules_to_save=("lm_head",)))
+    small_checkpoints(model)
+    small_checkpoints(other)
+    other.load_state_dict(model.state_dict())
+    assert len(set(model.state_dict()) & {"lm_head.weight", "transformer.wte.weight"}) == 1
+    for loaded in (again, other, merge_and_unload(again)):
+        assert loaded.lm_head.weight is loaded.transformer.wte.weight
+        assert torch.equal(logits(loaded), logits(model))
 
 
 def test_values_of_a_gathered_state_dict_are_taken():
