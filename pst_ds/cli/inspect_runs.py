@@ -15,11 +15,10 @@ from pst_ds.export.manifest import read_table
 from pst_ds.nn.checkpoint import Checkpoint, CheckpointError, open_checkpoint, read_checkpoint
 from pst_ds.train import checkpoints
 from pst_ds.train.config import ConfigError, RunConfig
+from pst_ds.train.file_names import BEST, CHECKPOINTS, FINAL, LATEST, LAYERS_FILE, RESULT_FILE, RUN_FILE
 from pst_ds.train.json_lines import lines_until
-from pst_ds.train.layer_log import LAYERS_FILE
 from pst_ds.train.model import pst_config
 from pst_ds.train.run_file import load_run, run_from_table
-from pst_ds.train.run_folder import CHECKPOINTS, RESULT_FILE, RUN_FILE
 
 _WHOLE = "whose files are whole: every SHA-256 is as it should be"
 _BYTES_TRAINED = 12
@@ -41,7 +40,7 @@ def run_folder(path: Path) -> Inspected:
     layers: list[Layer] = []
     held: dict[str, Any] = {}
     note = "it has no checkpoint yet"
-    name = next((n for n in (checkpoints.BEST, checkpoints.FINAL, checkpoints.LATEST) if (folder / n).is_dir()), None)
+    name = next((n for n in (BEST, FINAL, LATEST) if (folder / n).is_dir()), None)
     if name is not None:
         checkpoint = read_checkpoint(checkpoints.find(folder, name))
         layers = _layers(checkpoint, run)
@@ -105,7 +104,7 @@ def _settings(run: RunConfig) -> dict[str, Any]:
 
 def _checkpoints(folder: Path) -> list[dict[str, Any]]:
     """Name, links, step and size of every checkpoint, the newest first; of one with a damaged manifest the problem."""
-    links = {name: (folder / name).resolve().name for name in (checkpoints.LATEST, checkpoints.BEST, checkpoints.FINAL)}
+    links = {name: (folder / name).resolve().name for name in (LATEST, BEST, FINAL)}
     found = []
     for path in checkpoints.step_folders(folder):
         about: dict[str, Any] = {"name": path.name, "links": [n for n, to in links.items() if to == path.name]}

@@ -11,7 +11,6 @@ from typing import Any
 from pst_ds.train.json_lines import lines_until
 from pst_ds.train.pictures import MaskHistory
 
-LAYERS_FILE = "layers.jsonl"
 FIGURES = ("correlation", "score_norm", "update_norm", "weight_norm")
 _MOST_PICTURES = 64
 """Of one layer that are held at a time."""

@@ -13,7 +13,7 @@ from pst_ds.report.axes import BOTTOM, LEFT, RIGHT, TOP, Axis, Tick, axis_of, sh
 from pst_ds.report.layer_data import LayerData, Picture
 from pst_ds.report.run_data import RunData
 from pst_ds.report.thin import spread
-from pst_ds.train.pictures import FLIP_DECADES, coloured, flips_on_scale, share_on_scale
+from pst_ds.train.pictures import FLIP_DECADES, coloured, filled_bins, flips_on_scale, share_on_scale
 
 MOST_SNAPSHOTS = 4
 """Of a layer's scores, or of its mask."""
@@ -124,8 +124,7 @@ def _histogram(line: Picture) -> Histogram:
     """Empty bins at both ends are left out."""
     counts = np.array([line["pruned"], line["kept"]], dtype=float)
     width = (line["high"] - line["low"]) / counts.shape[1]
-    filled = np.flatnonzero(counts.sum(0))
-    first, last = (int(filled[0]), int(filled[-1]) + 1) if filled.size else (0, counts.shape[1])
+    first, last = filled_bins(counts)
     scores = axis_of(line["low"] + first * width, line["low"] + last * width, LEFT, RIGHT)
     heights = Axis(0.0, max(1.0, counts.sum(0).max()), BOTTOM, TOP)
     bars = [

@@ -12,11 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.errors import InputError
-from pst_ds.report.layer_data import LAYERS_FILE, LayerData, read_layers
+from pst_ds.report.layer_data import LayerData, read_layers
+from pst_ds.train.file_names import (
+    BEST,
+    CHECKPOINTS,
+    FINAL,
+    LATEST,
+    LAYERS_FILE,
+    METRICS_FILE,
+    RESULT_FILE,
+    RUN_FILE,
+)
 from pst_ds.train.json_lines import lines_until
-
-RUN_FILE, RESULT_FILE, METRICS_FILE, CHECKPOINTS = "run.toml", "result.json", "metrics.jsonl", "checkpoints"
-LINKS = ("latest", "best", "final")
 
 Point = tuple[int, float]
 """A step and a finite value."""
@@ -150,7 +157,7 @@ def is_number(value: Any) -> bool:
 
 def _checkpoints(folder: Path) -> Iterator[CheckpointData]:
     """By step; one whose manifest cannot be read is for ``inspect`` and ``--resume`` to complain about."""
-    links = {link: (folder / link).resolve().name for link in LINKS}
+    links = {link: (folder / link).resolve().name for link in (LATEST, BEST, FINAL)}
     for path in sorted(folder.glob("step-*[0-9]")):
         try:
             state = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["state"]

@@ -13,8 +13,8 @@ from pathlib import Path
 from pst_ds.durable import OLD, PARTIAL, file_sha256, replace_link, restore_replaced
 from pst_ds.nn.checkpoint import Checkpoint, CheckpointError, check_sums, listed_files, open_checkpoint
 from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, rank, world_size
+from pst_ds.train.file_names import BEST, FINAL, LATEST
 
-LATEST, BEST, FINAL = "latest", "best", "final"
 BROKEN = ".broken"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from pst_ds.train import pictures
 from pst_ds.train.board import Board
+from pst_ds.train.file_names import LAYERS_FILE
 from pst_ds.train.json_lines import JsonLines, lines_until
 from pst_ds.train.layer_figures import Histogram, LayerFigures, Thumbnail
 from pst_ds.train.mask_update import MaskStats
 
-LAYERS_FILE = "layers.jsonl"
 _ROWS = "One row a layer, the first on top; one column a mask update, the oldest left (of long runs a few updates)."
 SPARSITY_MAP = f"Share of zeros: dark violet 0, yellow 1, as on the scale beside it. {_ROWS}"
 FLIPS_MAP = (

@@ -12,12 +12,11 @@ import torch
 
 from pst_ds.progress import Progress
 from pst_ds.train.board import Board
+from pst_ds.train.file_names import METRICS_FILE
 from pst_ds.train.json_lines import JsonLines
 from pst_ds.train.layer_figures import LayerFigures
 from pst_ds.train.layer_log import LayerLog
 from pst_ds.train.mask_update import MaskStats
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:

@@ -157,17 +157,14 @@ def _load_weights(run: RunConfig, config: Any) -> tuple[Any, dict[str, Any]]:
     """(the model with its pretrained weights, what transformers says of them). Raises ConfigError."""
     from safetensors import SafetensorError
 
+    model_class = task_of(run).model_class()
     try:
-        module, info = (
-            task_of(run)
-            .model_class()
-            .from_pretrained(
-                run.model.path,
-                config=config,
-                dtype=DTYPES[run.train.precision],
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-            )
+        module, info = model_class.from_pretrained(
+            run.model.path,
+            config=config,
+            dtype=DTYPES[run.train.precision],
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
         differing = [f"{name} of shape {tuple(found)}" for name, found, _ in sorted(info["mismatched_keys"])]
     except (OSError, ValueError, ImportError, SafetensorError) as error:

@@ -58,8 +58,7 @@ def histogram(kept: Sequence[int], pruned: Sequence[int], threshold: float | Non
     """Bars of the pruned with the kept on top of them, and a line at ``threshold``, in bins from the left; empty bins
     at both ends are left out."""
     counts = np.array([pruned, kept], dtype=float)
-    filled = np.flatnonzero(counts.sum(0))
-    first, last = (int(filled[0]), int(filled[-1]) + 1) if filled.size else (0, counts.shape[1])
+    first, last = filled_bins(counts)
     counts = counts[:, first:last]
     heights = np.rint(counts.cumsum(0) / max(1.0, counts.sum(0).max()) * (_HISTOGRAM_HEIGHT - 2)).astype(int)
     width = max(4, HISTOGRAM_WIDTH // counts.shape[1])
@@ -74,6 +73,12 @@ def histogram(kept: Sequence[int], pruned: Sequence[int], threshold: float | Non
         at = min(max(1, round((threshold - first) * width)), picture.shape[1] - 2)
         picture[:, at - 1 : at + 2] = _THRESHOLD
     return picture
+
+
+def filled_bins(counts: np.ndarray) -> tuple[int, int]:
+    """The first and last + 1 of the bins of ``counts``, (rows, bins), that are not empty; all if all are."""
+    filled = np.flatnonzero(counts.sum(0))
+    return (int(filled[0]), int(filled[-1]) + 1) if filled.size else (0, counts.shape[1])
 
 
 class MaskHistory:

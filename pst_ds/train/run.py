@@ -33,6 +33,7 @@ from pst_ds.train import loop as training
 from pst_ds.train.calibration import activation_norms, load_norms, save_norms, set_norms
 from pst_ds.train.config import ConfigError, RunConfig
 from pst_ds.train.evaluate import predict
+from pst_ds.train.file_names import CHECKPOINTS, RESULT_FILE, RUN_FILE, STALLS
 from pst_ds.train.keeper import Keeper
 from pst_ds.train.layer_figures import chosen_layers
 from pst_ds.train.metrics import MetricsWriter
@@ -41,10 +42,6 @@ from pst_ds.train.objective import Objective, load_teacher, require_teacher
 from pst_ds.train.resume import Progress, flat_table, restore
 from pst_ds.train.run_file import dump_run
 from pst_ds.train.run_folder import (
-    CHECKPOINTS,
-    RESULT_FILE,
-    RUN_FILE,
-    STALLS,
     checkpoint_to_go_on_from,
     require_no_checkpoints,
     require_same_everywhere,

@@ -17,9 +17,8 @@ from pst_ds.nn.checkpoint_model import base_fingerprint
 from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, together
 from pst_ds.train import checkpoints
 from pst_ds.train.config import ConfigError, RunConfig
+from pst_ds.train.file_names import CHECKPOINTS
 from pst_ds.train.resume import require_base, require_same_run
-
-RUN_FILE, RESULT_FILE, CHECKPOINTS, STALLS = "run.toml", "result.json", "checkpoints", "stalls"
 
 
 @contextmanager

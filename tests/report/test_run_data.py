@@ -8,21 +8,14 @@ from pathlib import Path
 import pytest
 
 from pst_ds.errors import InputError
-from pst_ds.report import layer_data, outcomes, run_data
+from pst_ds.report import outcomes
 from pst_ds.report.run_data import read_curves, read_object, read_runs, short_names
 
 
-def test_files_are_named_as_those_who_write_them_name_them():
+def test_a_manifest_is_named_as_the_export_names_it():
     from pst_ds.export import manifest
-    from pst_ds.train import checkpoints, layer_log, metrics, run_folder
 
-    assert run_data.RUN_FILE == run_folder.RUN_FILE
-    assert run_data.RESULT_FILE == run_folder.RESULT_FILE
-    assert run_data.CHECKPOINTS == run_folder.CHECKPOINTS
-    assert run_data.METRICS_FILE == metrics.METRICS_FILE
-    assert layer_data.LAYERS_FILE == layer_log.LAYERS_FILE
     assert outcomes.MANIFEST_FILE == manifest.MANIFEST_FILE
-    assert run_data.LINKS == (checkpoints.LATEST, checkpoints.BEST, checkpoints.FINAL)
 
 
 def test_curves_are_finite_numbers_by_name_with_the_last_of_each_step(tmp_path):

@@ -15,8 +15,7 @@ from pst_ds.errors import InputError
 from pst_ds.nn.checkpoint import CheckpointError, read_checkpoint
 from pst_ds.parallel.optimizer_state import KINDS
 from pst_ds.train import checkpoints
-from pst_ds.train.metrics import METRICS_FILE
-from pst_ds.train.run_folder import CHECKPOINTS, RESULT_FILE
+from pst_ds.train.file_names import BEST, CHECKPOINTS, FINAL, LATEST, METRICS_FILE, RESULT_FILE
 
 TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes")
 """What no two runs have alike."""
@@ -98,14 +97,14 @@ def _result(run: Path) -> dict[str, Any]:
 
 
 def _links(run: Path) -> dict[str, str]:
-    names = (checkpoints.LATEST, checkpoints.BEST, checkpoints.FINAL)
+    names = (LATEST, BEST, FINAL)
     links = {name: run / CHECKPOINTS / name for name in names}
     return {name: str(path.readlink()) for name, path in links.items() if path.is_symlink()}
 
 
 def _checkpoint_values(run: Path) -> dict[str, Any]:
     """Every tensor of the last checkpoint whole, and Adam's counts."""
-    checkpoint = read_checkpoint(checkpoints.find(run / CHECKPOINTS, checkpoints.FINAL))
+    checkpoint = read_checkpoint(checkpoints.find(run / CHECKPOINTS, FINAL))
     found: dict[str, Any] = {f"mask of {name}": bits for name, bits in checkpoint.masks.items()}
     for name, shape in checkpoint.contents.trained.items():
         for kind in KINDS:

@@ -12,6 +12,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from merged import save_merged
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
@@ -22,11 +23,13 @@ from pst_ds.hf import PSTCallback, trainer_optimizer
 
 def main(argv: Sequence[str] | None = None) -> None:
     asked = _arguments(argv)
+    # not every transformers 5 knows of it
+    order: dict[str, Any] = {"train_sampling_strategy": "sequential"} if asked.in_order else {}
     arguments = TrainingArguments(  # before from_pretrained, which partitions the weights under ZeRO-3
         asked.out,
         max_steps=asked.steps,
         per_device_train_batch_size=asked.batch_size,
-        train_sampling_strategy="sequential" if asked.in_order else "random",
+        **order,
         deepspeed=asked.deepspeed,
         use_cpu=asked.cpu,
         logging_steps=asked.logging_steps,
