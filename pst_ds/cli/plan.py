@@ -35,13 +35,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from pst_ds.nn.checkpoint import most_bytes
     from pst_ds.nn.shapes import model_numbers
     from pst_ds.parallel.ds_config import zero_stage
+    from pst_ds.nn.inject import pst_layers
+    from pst_ds.train.layer_figures import chosen_layers
     from pst_ds.train.model import DTYPES, head_names, meta_model, num_trainable, parameter_groups
+    from pst_ds.train.objective import require_teacher
 
     ranks, raw = _ranks_and_deepspeed(config, args.ranks)
     micro_batch_size = config.micro_batch_size(ranks)
     stage = zero_stage(raw) if raw is not None else None
     tokenizer, labels, unit, num_examples = _data(config, args.no_data)
     model = meta_model(config, labels, tokenizer, num_shards=ranks if stage == 3 else 1)
+    chosen_layers(list(pst_layers(model)), config.pictures.layers)  # as train would: refuses what is not there
+    if not args.no_data:
+        require_teacher(config, model)
     num_steps = config.num_steps(num_examples) if num_examples is not None else config.train.num_steps
     machine = args.machine or _machine_here(ranks)
     zero = _zero_settings(config, raw, ranks, micro_batch_size, num_trainable(model), machine)

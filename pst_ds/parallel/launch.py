@@ -90,6 +90,7 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
         # before DeepSpeed asks skips that, and the probing of every other op.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     else:
+        _require_device(launch, get_accelerator().device_count())
         get_accelerator().set_device(launch.local_rank)
     timeout = {"timeout": timedelta(seconds=timeout_seconds)} if timeout_seconds else {}
     if launch.world_size == 1 and not dist.is_initialized():
@@ -105,6 +106,16 @@ def _require_meeting_point(environ: Mapping[str, str]) -> None:
         raise InputError(
             f"the environment sets RANK and WORLD_SIZE but not {', '.join(missing)}, where the ranks meet; start with "
             "the deepspeed launcher, torchrun or a script in launch/"
+        )
+
+
+def _require_device(launch: LaunchEnvironment, num_devices: int) -> None:
+    if launch.local_rank >= num_devices:
+        raise InputError(
+            f"rank {launch.rank} has LOCAL_RANK = {launch.local_rank}, and {num_devices} accelerators are visible to it "
+            f"on {socket.gethostname()}: start no more ranks on a host than it has accelerators (deepspeed --num_gpus, "
+            "torchrun --nproc_per_node), and let every rank see them all (CUDA_VISIBLE_DEVICES; in Slurm "
+            "--gpus-per-node, not --gpus-per-task)"
         )
 
 
@@ -129,5 +140,6 @@ def device_of(launch: LaunchEnvironment) -> str:
     use_cpu_without_accelerator()
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
         return "cpu"
+    _require_device(launch, torch.accelerator.device_count())
     accelerator = torch.accelerator.current_accelerator()
     return f"{accelerator.type}:{launch.local_rank}" if accelerator else "cpu"

@@ -178,10 +178,11 @@ def _load_weights(run: RunConfig, config: Any) -> tuple[Any, dict[str, Any]]:
         if not differing:
             raise
     if differing:
+        other_head = f", with a head for the {config.num_labels} classes of the data" if task_of(run).new_head else ""
+        fix = "Name the model without that head, or" if other_head else "Name"
         raise ConfigError(
-            f"model.path = {run.model.path!r} has {', '.join(differing[:3])}, which is not that of the model that "
-            f"config.json and the {config.num_labels} classes of the data ask for. Name the model without that head, "
-            "or the one that the config belongs to"
+            f"model.path = {run.model.path!r} has {', '.join(differing[:3])}, which is not that of the model in its "
+            f"config.json{other_head}. {fix} one that the config belongs to"
         )
     return module, info
 

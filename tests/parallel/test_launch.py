@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 from pst_ds.errors import InputError
 from pst_ds.parallel.launch import LaunchEnvironment, device_of, launch_environment
@@ -56,3 +57,13 @@ def test_ranks_that_cannot_be_are_refused(rank, world_size):
 def test_the_cpu_is_used_when_deepspeed_is_told_so(monkeypatch):
     monkeypatch.setitem(os.environ, "DS_ACCELERATOR", "cpu")
     assert device_of(LaunchEnvironment(1, 2, 1)) == "cpu"
+
+
+def test_a_rank_without_an_accelerator_of_its_own_is_refused(monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert device_of(LaunchEnvironment(7, 8, 3)) == "cuda:3"
+    with pytest.raises(InputError, match="rank 4 has LOCAL_RANK = 4, and 4 accelerators are visible"):
+        device_of(LaunchEnvironment(4, 8, 4))
