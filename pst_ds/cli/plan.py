@@ -33,9 +33,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from pst_ds.cli.plan_text import print_plan
     from pst_ds.core.cost import memory_plan
     from pst_ds.nn.checkpoint import most_bytes
+    from pst_ds.nn.inject import pst_layers
     from pst_ds.nn.shapes import model_numbers
     from pst_ds.parallel.ds_config import zero_stage
-    from pst_ds.nn.inject import pst_layers
     from pst_ds.train.layer_figures import chosen_layers
     from pst_ds.train.model import DTYPES, head_names, meta_model, num_trainable, parameter_groups
     from pst_ds.train.objective import require_teacher

@@ -39,8 +39,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(out: Path, text: str) -> None:
-    from pst_ds.durable import replace_text
+    from pst_ds.durable import replace_text, require_writable
 
+    require_writable(out, f"--out {str(out)!r}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_text(out, text)

@@ -82,10 +82,11 @@ def _fitting_rules(targets: Sequence[Target], config: PSTConfig) -> list[MaskRul
             ) from None
     for override in config.overrides:
         if not any(name_matches(target.name, override.modules) for target in targets):
-            first = override.modules if isinstance(override.modules, str) else override.modules[0]
+            asked = override.modules if isinstance(override.modules, str) else list(override.modules)
+            first = asked if isinstance(asked, str) else asked[0]
             seen = {target.name.rpartition(".")[2] for target in targets}
             raise InjectionError(
-                f"overrides for {override.modules!r} match none of the pruned layers."
+                f"overrides for {asked!r} match none of the pruned layers."
                 f"{suggestion(first, seen)} Names seen: {', '.join(sorted(seen)[:12])}"
             )
     return rules

@@ -99,8 +99,8 @@ class TrainConfig:
         in_range = self.num_steps >= 0 and 0.0 <= self.num_epochs < float("inf")
         if not in_range or (self.num_steps > 0) == (self.num_epochs > 0):
             raise ConfigError(
-                f"train.num_steps = {self.num_steps} and train.num_epochs = {self.num_epochs}: set exactly one of them "
-                "to a number above 0"
+                f"train.num_steps = {self.num_steps} and train.num_epochs = {self.num_epochs}: set one of them to a "
+                "number above 0, and the other to 0"
             )
         for name in ("batch_size", "gradient_accumulation_steps", "log_interval"):
             require_positive(f"train.{name}", getattr(self, name))

@@ -115,7 +115,9 @@ def load_teacher(run: RunConfig, labels: list[str], device: str) -> nn.Module | 
             path, dtype=DTYPES[run.train.precision], **attention_options(run)
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"distillation.teacher = {path!r} cannot be loaded: {first_line(error)}") from error
+        raise ConfigError(
+            f"distillation.teacher = {path!r} cannot be loaded: {first_line(error)}. Name a model of the same task"
+        ) from error
     found = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)] if labels else []
     if found != labels:
         raise ConfigError(

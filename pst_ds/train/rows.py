@@ -176,9 +176,12 @@ def _read_from_hub(data: DataConfig, split: str) -> Any:
         return datasets.load_dataset(data.dataset, split=split, **subset, **options)
     except Exception as error:
         reason = first_line(error)
+        fix = "name a data set of the hub that can be reached or is in its cache, a folder, or local files without one"
         if "scripts are no longer supported" in reason:
-            reason += f'; try data.revision = "{PARQUET_BRANCH}", where the hub may have converted it'
-        raise ConfigError(f"data.dataset = {data.dataset!r}, split {split!r}, cannot be loaded: {reason}") from error
+            fix = f'try data.revision = "{PARQUET_BRANCH}", where the hub may have converted it'
+        raise ConfigError(
+            f"data.dataset = {data.dataset!r}, split {split!r}, cannot be loaded: {reason}; {fix}"
+        ) from error
 
 
 def texts_of(values: Iterable[Any], column: str, where: str, first_row: int = 0) -> list[str]:

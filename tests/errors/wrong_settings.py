@@ -55,7 +55,7 @@ SETTINGS = {
         setting("pst.pattern='2:4'"), "schedule.final_sparsity", "0.8", "Fix: schedule.final_sparsity = 0.5"
     ),
     "steps and epochs": Wrong(
-        setting("train.num_epochs=2"), "train.num_steps = 4 and train.num_epochs", "2.0", "set exactly one"
+        setting("train.num_epochs=2"), "train.num_steps = 4 and train.num_epochs", "2.0", "set one of them"
     ),
     "a learning rate below 0": Wrong(
         setting("train.score_learning_rate=-1e-3"), "train.score_learning_rate", "-0.001", "of at least 0"

@@ -332,5 +332,5 @@ def test_a_pattern_that_does_not_divide_names_the_layer_the_number_and_the_fix()
 
 def test_an_override_for_no_layer_is_refused():
     config = PSTConfig(modules_to_save=(), overrides=(Override(modules=("q_proj",), pattern="row"),))
-    with pytest.raises(InjectionError, match=r"overrides for \('q_proj',\) match none of the pruned layers"):
+    with pytest.raises(InjectionError, match=r"overrides for \['q_proj'\] match none of the pruned layers"):
         inject_pst(_linear_model(4, 8), config)
