@@ -113,8 +113,8 @@ def _require_device(launch: LaunchEnvironment, num_devices: int) -> None:
     if launch.local_rank >= num_devices:
         raise InputError(
             f"rank {launch.rank} has LOCAL_RANK = {launch.local_rank}, and {num_devices} accelerators are visible to "
-            f"it on {socket.gethostname()}: start no more ranks on a host than it has accelerators (deepspeed --num_gpus, "
-            "torchrun --nproc_per_node), and let every rank see them all (CUDA_VISIBLE_DEVICES; in Slurm "
+            f"it on {socket.gethostname()}: start no more ranks on a host than it has accelerators (deepspeed "
+            "--num_gpus, torchrun --nproc_per_node), and let every rank see them all (CUDA_VISIBLE_DEVICES; in Slurm "
             "--gpus-per-node, not --gpus-per-task)"
         )
 
