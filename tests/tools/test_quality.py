@@ -144,7 +144,8 @@ def test_tries_may_be_shorter_than_cells():
     grid = grid_from_table(table(search={"sparsity": "0.5", "run": {"train": {"num_steps": 2}}}))
     lines, _ = filled(grid, lambda cell: 0.8 + (cell.attempt or 0) / 100)
     cells = [planned.cell for planned in plan(grid, lines)]
-    assert {(cell.kind, cell.settings["train"]["num_steps"]) for cell in cells} == {("search", 2), ("cell", 4)}
+    found = {(cell.kind, cell.settings["train"]["num_steps"], bool(cell.tests)) for cell in cells}
+    assert found == {("search", 2, False), ("cell", 4, True)}
     assert chosen(grid, lines, "films", "pst") == 1
     assert len(lines) == len(cells)  # none is both
 

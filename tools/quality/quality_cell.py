@@ -73,7 +73,7 @@ def trained(spec: Table, settings: Table, folder: Path) -> Table:
     exported = verb("export", str(run_folder), "--out", str(export))
     limit = spec["verify_examples"]
     verified = verb("verify", str(export), "--against", str(run_folder), *(["--limit", str(limit)] if limit else []))
-    tests = {} if limit else {next(iter(spec["tests"])): verified["metrics"]}
+    tests = {} if limit or not spec["tests"] else {next(iter(spec["tests"])): verified["metrics"]}
     tests |= test(run_file, export, {name: path for name, path in spec["tests"].items() if name not in tests})
     parameters = count_parameters(export)
     return {

@@ -211,11 +211,11 @@ def said_of(line: Line, grid: Grid) -> str:
     """One line for the terminal."""
     if line["outcome"] != "done":
         return f"{line['name']}: {line['outcome']} after {line['cpu_seconds']:.0f} CPU s: {line.get('error', '')}"
-    tests = ", ".join(f"{name} {metrics[grid.metric]:.4g}" for name, metrics in line["tests"].items())
+    tests = ",".join(f" {name} {metrics[grid.metric]:.4g}" for name, metrics in line["tests"].items())
     validation = line["validation"].get(grid.metric)
     chosen_by = "" if validation is None else f" (validation {validation:.4g})"
     return (
-        f"{line['name']}: {grid.metric} {tests}{chosen_by}, {line['sparsity_counted']:.4f} zeros, "
+        f"{line['name']}: {grid.metric}{tests}{chosen_by}, {line['sparsity_counted']:.4f} zeros, "
         f"{line['cpu_seconds']:.0f} CPU s"
     )
 
