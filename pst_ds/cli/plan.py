@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "schedule": _schedule(config, num_steps),
     }
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, config)]
+    teacher = _teacher(config, numbers, args.no_data)
     activations = _activations(model, micro_batch_size, config)  # uses the model up
     memory = memory_plan(
         numbers,
@@ -81,13 +82,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         element_size=DTYPES[config.train.precision].itemsize,
         device=device,
         trainable_groups=groups,
+        teacher=teacher["bytes"],
     )
     plan["memory_bytes_per_rank"] = {**memory.as_dict(), "activations": activations}
     plan["optimizer_bytes_per_rank"] = memory.optimizer or memory.host
     plan["weight_bytes_per_rank"] = memory.weights + memory.masks
     plan["checkpoint_bytes"] = most_bytes(numbers.trainables, numbers.pruned_weights)
     plan["mask_bytes"] = sum(t.numel * t.count for t in numbers.tensors if t.is_mask)
-    plan["time"] = _times(config, numbers, zero, micro_batch_size, machine, plan["schedule"], num_steps)
+    plan["time"] = _times(config, numbers, zero, teacher, micro_batch_size, machine, plan["schedule"], num_steps)
     print_plan(plan)
     return plan
 
@@ -178,12 +180,33 @@ def _num_parameters(model: Any) -> int:
     return sum(p.numel() for p in model.parameters() if p.is_floating_point())
 
 
+def _teacher(config: Any, numbers: Any, no_data: bool) -> dict[str, Any]:
+    """Of the run's distillation: ``bytes`` that every rank holds for it, ``weights`` it multiplies with, and whether it
+    is the model's ``own``. One in a folder is not looked for with ``no_data``, and taken to be of the model's size."""
+    from pst_ds.nn.shapes import model_numbers
+    from pst_ds.train.objective import teacher_shapes
+
+    if not config.distillation.weight:
+        return {"bytes": 0, "weights": 0, "own": False}
+    shapes = None if no_data else teacher_shapes(config)
+    own, tensors = not config.distillation.teacher, numbers.tensors
+    if shapes is not None:
+        numbers = model_numbers(shapes)
+        tensors = numbers.tensors
+    kept = (t for t in tensors if not (t.is_mask or t.is_factor))
+    nbytes = 0 if own else sum(t.numel * t.element_size * t.count for t in kept)
+    return {"bytes": nbytes, "weights": numbers.pruned_weights + numbers.dense_weights, "own": own}
+
+
 def _activations(model: Any, micro_batch_size: int, config: Any) -> int | None:
     """Bytes, or None for a model whose forward pass cannot do without values."""
     from pst_ds.nn.activations import UntraceableError, activation_bytes
 
+    logits = 0
+    if config.distillation.weight and config.task == "causal-lm":  # the teacher's, beside the model's own
+        logits = micro_batch_size * config.data.max_length * model.config.vocab_size * model.dtype.itemsize
     try:
-        return activation_bytes(
+        return logits + activation_bytes(
             model,
             batch=micro_batch_size,
             sequence=config.data.max_length,
@@ -194,8 +217,9 @@ def _activations(model: Any, micro_batch_size: int, config: Any) -> int | None:
 
 
 def _times(
-    config: Any, numbers: Any, zero: Any, micro_batch_size: int, machine: str, schedule: Any, num_steps: int
-) -> dict[str, Any]:
+    config: Any, numbers: Any, zero: Any, teacher: dict[str, Any], micro_batch_size: int, machine: str, schedule: Any,
+    num_steps: int,
+) -> dict[str, Any]:  # fmt: skip
     from pst_ds.core.traffic import MACHINES, Batch, time_plan
 
     batch = Batch(
@@ -203,6 +227,8 @@ def _times(
         sequence=config.data.max_length,
         micro_batches=config.train.gradient_accumulation_steps,
         checkpointing=config.model.gradient_checkpointing,
+        teacher_weights=teacher["weights"],
+        own_teacher=teacher["own"],
     )
     times = time_plan(numbers, zero, batch, MACHINES[machine])
     updates = schedule["mask_updates"] if schedule else 0

@@ -14,6 +14,7 @@ MEMORY_LINES = {
     "gradients": "gradients",
     "reduce_bucket": "reduction bucket",
     "runtime": "libraries and threads",
+    "teacher": "the teacher, whole",
     "gathers": "gathered parameters",
     "communication": "staging of a gather",
     "layer_work": "temporaries of a layer",

@@ -156,13 +156,16 @@ class MemoryPlan:
     """fp32 gradients and Adam's temporaries of the largest group, while it steps."""
     mask_update: int
     runtime: int
+    teacher: int = 0
+    """Of a teacher that is a model of its own: whole on every rank."""
     host: int = 0
     """Host memory of what is offloaded, not in ``peak``."""
 
     @property
     def resident(self) -> int:
         """Held all the time."""
-        return self.weights + self.masks + self.optimizer + self.gradients + self.reduce_bucket + self.runtime
+        trained = self.weights + self.masks + self.optimizer + self.gradients + self.reduce_bucket
+        return trained + self.runtime + self.teacher
 
     @property
     def step_peak(self) -> int:
@@ -190,11 +193,12 @@ def memory_plan(
     element_size: int = 2,
     device: str = "cpu",
     trainable_groups: Sequence[int] | None = None,
+    teacher: int = 0,
 ) -> MemoryPlan:
     """What one rank holds of ``model``; ``activations`` in bytes, of one micro-batch.
 
     ``element_size``: bytes of a weight, and of a gradient. ``trainable_groups``: trainables of each optimizer group,
-    whole; None is one group.
+    whole; None is one group. ``teacher``: bytes of a teacher that is a model of its own.
     """
     optimizer = optimizer_bytes(model, zero, element_size)
     weights = sum(t.count * shard_numel(t.numel, zero.shards) * t.element_size for t in model.tensors if not t.is_mask)
@@ -216,6 +220,7 @@ def memory_plan(
         optimizer_step=0 if zero.offload_optimizer else _optimizer_step_bytes(model, zero, trainable_groups),
         mask_update=mask_update_bytes(model, zero, device),
         runtime=RUNTIME_BYTES.get(device, 0),
+        teacher=teacher,
         host=host,
     )
 

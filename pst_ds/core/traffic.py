@@ -105,6 +105,10 @@ class Batch:
     sequence: int
     micro_batches: int = 1
     checkpointing: bool = False
+    teacher_weights: int = 0
+    """Weights in the linear layers of the teacher of a distillation; 0 for none."""
+    own_teacher: bool = False
+    """The teacher is the model itself, whose weights are gathered for it once more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,19 +149,21 @@ def step_flops(model: ModelNumbers, batch: Batch) -> float:
     """Of one micro-batch on one rank: forward 2, dX 2 and G 2 a pruned weight and token, and 2 more to recompute.
 
     The low-rank products cost FLOPs a weight, whatever the tokens: U V in every forward and backward, and the four
-    factor gradients.
+    factor gradients. A teacher is a forward pass, without masks or low-rank products.
     """
     again = 2 if batch.checkpointing else 1
     pruned = model.pruned_weights * batch.tokens * (2 * again + 4)
     low_rank = model.pruned_weights * (2 * model.update_rank * (again + 1) + 4 * (model.score_rank + model.update_rank))
     dense = model.dense_weights * batch.tokens * 4
-    attention = model.attention_width * batch.tokens * batch.sequence * 2 * (2 * again + 4) / 2  # causal: half of it
-    return pruned + low_rank + dense + attention
+    taught = 2 if batch.teacher_weights else 0
+    teacher = batch.teacher_weights * batch.tokens * taught
+    attention = model.attention_width * batch.tokens * batch.sequence * 2 * (2 * again + 4 + taught) / 2  # causal: half
+    return pruned + low_rank + dense + teacher + attention
 
 
 def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch, element_size: int = 2) -> Traffic:
     """Of one optimizer step. Stage 3 gathers every module in each forward and each backward pass, and again for a
-    recomputed forward unless the reuse distance keeps it."""
+    recomputed forward unless the reuse distance keeps it, and for the model as its own teacher."""
     w = zero.world_size
     if w == 1:
         return Traffic(0, 0, 0)
@@ -167,7 +173,7 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch, element_
         # 0 all-reduces gradients; 1 and 2 reduce them to their owners, who send the parameters back
         return Traffic(0, 2 * gradients, 2 * math.ceil(model.trainables / max(zero.reduce_bucket_size, 1)))
     keeps = zero.max_reuse_distance >= 2 * _block_numel(model)
-    passes = (3 if batch.checkpointing and not keeps else 2) * batch.micro_batches
+    passes = (2 + (batch.checkpointing and not keeps) + batch.own_teacher) * batch.micro_batches
     modules = sum(m.count for m in model.modules)
     buckets = math.ceil(model.trainables / max(zero.reduce_bucket_size, 1))
     received = int(model.whole_bytes * others * passes)

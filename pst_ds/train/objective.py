@@ -101,6 +101,31 @@ def require_teacher(run: RunConfig, shapes: nn.Module) -> None:
         )
 
 
+def teacher_shapes(run: RunConfig) -> nn.Module | None:
+    """A teacher of its own without its values, on the meta device; None if there is none. Raises ConfigError."""
+    from transformers import AutoConfig
+
+    path = run.distillation.teacher
+    if not run.distillation.weight or not path:
+        return None
+    try:
+        with torch.device("meta"):
+            shapes: nn.Module = (
+                task_of(run)
+                .model_class()
+                .from_config(AutoConfig.from_pretrained(path), dtype=DTYPES[run.train.precision])
+            )
+    except (OSError, ValueError) as error:
+        raise _no_teacher(path, error) from error
+    return shapes
+
+
+def _no_teacher(path: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"distillation.teacher = {path!r} cannot be loaded: {first_line(error)}. Name a model of the same task"
+    )
+
+
 def load_teacher(run: RunConfig, labels: list[str], device: str) -> nn.Module | None:
     """The run's teacher, whole on every rank, frozen and in evaluation mode; None if there is none of its own.
 
@@ -115,9 +140,7 @@ def load_teacher(run: RunConfig, labels: list[str], device: str) -> nn.Module | 
             path, dtype=DTYPES[run.train.precision], **attention_options(run)
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"distillation.teacher = {path!r} cannot be loaded: {first_line(error)}. Name a model of the same task"
-        ) from error
+        raise _no_teacher(path, error) from error
     found = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)] if labels else []
     if found != labels:
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import safetensors.numpy
 
 from pst_ds.cli.main import main
 from pst_ds.cli.plan_text import layer_groups
@@ -101,6 +102,31 @@ def test_a_sequence_classifier_plans_without_its_data(capsys):
     _, plan = _plan(capsys, [*arguments, "--ranks", "2"])
     assert plan["trained_in_full"] == ["classifier"]
     assert plan["memory_bytes_per_rank"]["activations"] > 0
+
+
+def test_a_teacher_costs_its_weights_on_every_rank_or_of_the_model_itself_one_more_gather(capsys, llama_of_4_layers):
+    def planned(*settings):
+        _, plan = _plan(capsys, [*llama_of_4_layers, "--ranks", "8", *settings])
+        return plan["memory_bytes_per_rank"], plan["time"]
+
+    weight = ("--set", "distillation.weight=0.5")
+    (none, alone), (own, taught) = planned(), planned(*weight)
+    (folder, led) = planned(*weight, "--set", "distillation.teacher=not/looked/for")
+    assert none["teacher"] == own["teacher"] == 0
+    assert folder["teacher"] == 2 * (PARAMETERS_70B - 76 * (PARAMETERS_70B - 2 * 128256 * 8192 - 8192) // 80)
+    assert own["activations"] - none["activations"] == 8 * 8 * 4096 * 128256 * 2  # the teacher's logits
+    assert taught["step_received"] > 1.3 * alone["step_received"] > led["step_received"]
+    assert taught["step_compute"] == led["step_compute"] > 1.2 * alone["step_compute"]
+
+
+def test_a_teacher_in_a_folder_is_counted_from_its_config(capsys):
+    teacher = "tests/data/tiny-bert"
+    arguments = ["plan", "tests/data/world_size.toml", "--json", "--set", "distillation.weight=0.5"]
+    text, plan = _plan(capsys, [*arguments, "--set", f"distillation.teacher={teacher}"])
+    weights = safetensors.numpy.load_file(f"{teacher}/model.safetensors")
+    head = 2 * 32 + 2  # two classes, drawn anew
+    assert plan["memory_bytes_per_rank"]["teacher"] == 4 * (sum(w.size for w in weights.values()) + head)
+    assert "the teacher, whole:" in text
 
 
 def test_layers_that_differ_in_a_number_are_one_line():

@@ -89,6 +89,12 @@ def test_what_is_kept_or_fetched_ahead_is_gathered_too_but_never_more_than_the_m
     assert _plan(everything).gathers == _model(2).whole_bytes
 
 
+def test_a_teacher_of_its_own_is_there_all_the_time():
+    zero = ZeroSettings(stage=3, world_size=3)
+    without, plan = _plan(zero), _plan(zero, teacher=5000)
+    assert plan.resident - without.resident == plan.peak - without.peak == 5000
+
+
 def test_offload_moves_shares_to_the_host():
     here = _plan(ZeroSettings(stage=3, world_size=2))
     moved = _plan(ZeroSettings(stage=3, world_size=2, offload_optimizer=True, offload_param=True))

@@ -35,6 +35,14 @@ def test_a_pruned_weight_costs_six_flops_a_token_and_eight_when_recomputed():
     assert again == 4_000_000 * (10 * 2 + 2 * 2)
 
 
+def test_a_teacher_is_one_more_forward_pass_and_of_the_model_itself_one_more_gather():
+    taught = replace(BATCH, teacher_weights=7_000_000)
+    assert step_flops(MODEL, taught) - step_flops(MODEL, BATCH) == 7_000_000 * 10 * 2
+    zero = ZeroSettings(stage=3, world_size=4)
+    assert step_traffic(MODEL, zero, taught) == step_traffic(MODEL, zero, BATCH)  # it is whole on every rank
+    assert step_traffic(MODEL, zero, replace(taught, own_teacher=True)).gathers == WHOLE * 3 * 3 // 4
+
+
 def test_zero3_receives_all_weights_of_others_twice_and_three_times_when_they_are_fetched_to_recompute():
     zero = ZeroSettings(stage=3, world_size=4, reduce_bucket_size=30_000)
     found = step_traffic(MODEL, zero, BATCH)
