@@ -13,6 +13,7 @@ from typing import Any
 
 from pst_ds.errors import InputError
 from pst_ds.report.layer_data import LayerData, read_layers
+from pst_ds.train.dotted import dotted
 from pst_ds.train.file_names import (
     BEST,
     CHECKPOINTS,
@@ -95,21 +96,12 @@ def _read_run(folder: Path, name: str) -> RunData:
         )
     try:
         run_file = (folder / RUN_FILE).read_text(encoding="utf-8")
-        settings = dict(flat(tomllib.loads(run_file)))
+        settings = dotted(tomllib.loads(run_file))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{folder / RUN_FILE} is not TOML: {error}") from None
     result = read_object(folder / RESULT_FILE) if (folder / RESULT_FILE).is_file() else {}
     curves, layers = read_curves(folder / METRICS_FILE), read_layers(folder / LAYERS_FILE)
     return RunData(name, folder, run_file, settings, result, curves, layers, list(_checkpoints(folder / CHECKPOINTS)))
-
-
-def flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested tables as ("schedule.final_sparsity", 0.9) and so on."""
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pst_ds.nn.checkpoint_model import load_optimizer, same_base
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.optimizer_state import set_counters
 from pst_ds.train.config import ConfigError, RunConfig
+from pst_ds.train.dotted import dotted
 from pst_ds.train.loop import Loop, LoopState
 from pst_ds.train.mask_update import MaskStats, mask_stats
 
@@ -71,7 +72,7 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
     """Raise ConfigError when ``run`` is not the run of ``checkpoint``; returns what is allowed to differ, and does."""
     progress = Progress.read(checkpoint)
     require_base(checkpoint, run.model.path, fingerprint)
-    before, now = _flat(progress.run), flat_table(run)
+    before, now = dotted(progress.run), flat_table(run)
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     for key in changed:
         if key not in _MAY_DIFFER and key not in _MAY_BE_CHANGED:
@@ -104,7 +105,7 @@ def as_table(run: RunConfig) -> dict[str, Any]:
 
 def flat_table(run: RunConfig) -> dict[str, Any]:
     """The settings of ``run`` as JSON values, by their dotted names."""
-    return _flat(as_table(run))
+    return dotted(as_table(run))
 
 
 def progress_of(loop: Loop, state: LoopState, **more: Any) -> Progress:
@@ -164,13 +165,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -13,6 +13,7 @@ from quality_grid import Grid, Method, Table
 from quality_lines import Lines
 
 from pst_ds.durable import replace_text
+from pst_ds.train.dotted import dotted
 
 _HEAD = """# Results
 
@@ -152,10 +153,10 @@ def tries_table(grid: Grid, lines: Mapping[str, Line]) -> str:
             continue
         for i, settings in enumerate(method.tries):
             values = [validation(grid, runs[name][i], bold=i == taken[name]) for name in runs]
-            rows.append((method.title, ", ".join(flat(settings)), *values))
+            rows.append((method.title, settings_text(settings), *values))
     where = f"seed {grid.search.seed} and {of_zeros(grid.search.sparsity)} zeros (methods without zeros: none)"
     if grid.search.run:
-        where += f", with {', '.join(flat(grid.search.run))}"
+        where += f", with {settings_text(grid.search.run)}"
     said = f"Tries, a run each at {where}; in bold the one taken for all cells of its method:\n\n"
     head = ("method", "settings", *(f"{d.title}: validation {metric_name(grid)}" for d in data_sets))
     return said + table(head, rows) if rows else ""
@@ -169,12 +170,9 @@ def validation(grid: Grid, line: Line | None, *, bold: bool) -> str:
     return f"**{value}**" if bold else value
 
 
-def flat(table: Table, prefix: str = "") -> list[str]:
-    """ "train.head_learning_rate = 0.0002" and the like of nested tables."""
-    found = []
-    for key, value in table.items():
-        found += flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"`{prefix}{key} = {value}`"]
-    return found
+def settings_text(settings: Table) -> str:
+    """`train.head_learning_rate = 0.0002` and the like, after one another."""
+    return ", ".join(f"`{name} = {value}`" for name, value in dotted(settings).items())
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
