@@ -19,6 +19,7 @@ from quality_cells import cell_of, chosen, plan  # noqa: E402
 from quality_figures import Figure, figure, figure_of, shown  # noqa: E402
 from quality_grid import GridError, grid_from_table, laid_over, load_grid, sparsity_settings  # noqa: E402
 from quality_lines import Lines, LinesError  # noqa: E402
+from quality_report import table as markdown  # noqa: E402
 from quality_report import write_report  # noqa: E402
 from quality_workers import Options, next_cell, selected  # noqa: E402
 
@@ -296,6 +297,13 @@ PAGE = """| bar | text | measured |  |
 
 ![Films](results/small-films-test.svg)
 """
+
+
+def test_a_title_with_bars_stays_in_its_column():
+    assert markdown(("a", "|W0|"), [("without |W|", "1")]).splitlines()[::2] == [
+        r"| a | \|W0\| |",
+        r"| without \|W\| | 1 |",
+    ]
 
 
 def test_the_page_is_written_from_the_lines_alone(tmp_path):
