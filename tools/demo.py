@@ -146,14 +146,11 @@ def precision() -> str:
 def machine() -> str:
     import torch
 
+    from pst_ds.core.host import cpu_name
+
     if num_gpus():
         return f"{ranks()} x {torch.cuda.get_device_name(0)}, {precision()}"
-    model = "CPU"
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return f"{model}, {os.cpu_count()} cores, {ranks()} ranks, {precision()}"
+    return f"{cpu_name()}, {os.cpu_count()} cores, {ranks()} ranks, {precision()}"
 
 
 def print_table(results: list[dict[str, Any]]) -> None:

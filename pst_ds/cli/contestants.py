@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import platform
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 
 from pst_ds.cli.model_folder import ModelFolder, ModelFolderError
 from pst_ds.core.formats import FORMATS, FormatError
+from pst_ds.core.host import available_bytes, cpu_name
 from pst_ds.hf.semi_structured import is_two_four
 from pst_ds.nn.blocks import is_conv1d, untied_linear_layers
 from pst_ds.runtime import SparseLinear, native, sparse_layers
@@ -118,7 +118,7 @@ def make_sparse(model: nn.Module, format_name: str) -> int:
 def copy_until(found: dict[str, Contestant], total_bytes: int) -> None:
     """Copies each model until its weights fill ``total_bytes``. Raises ModelFolderError where memory is short."""
     needed = sum(max(0, total_bytes - c.loaded_bytes) + c.loaded_bytes for c in found.values())
-    available = _available_bytes()
+    available = available_bytes()
     if available is not None and needed > 0.8 * available:
         raise ModelFolderError(
             f"--from-memory needs {needed / 1e9:.1f} GB of copies, and {available / 1e9:.1f} GB are free: leave it out"
@@ -151,26 +151,9 @@ def last_level_cache_bytes() -> int:
 def conditions() -> dict[str, Any]:
     """The machine, its caches and instructions, and the versions."""
     return {
-        "hardware": f"{_processor()}, {os.cpu_count()} cores",
+        "hardware": f"{cpu_name()}, {os.cpu_count()} cores",
         "last_level_cache_bytes": last_level_cache_bytes(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "sparse_kernel": native.LEVELS[native.best_level()] if native.library() is not None else "torch",
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
-
-
-def _available_bytes() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")), None)

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from pst_ds.core.host import cpu_facts
+
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno")
 INT, POINTER = ctypes.c_int64, ctypes.c_void_p
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -114,7 +116,7 @@ def compiled(source: NativeSource, compiler: str) -> Path:
     """The library for this source, compiler and processor; compiled now if it is not in the cache."""
     flags = (*source.flags, "-shared", "-fPIC")
     texts = [path.read_text(encoding="utf-8") for path in (source.path, *source.headers)]
-    parts = [*texts, compiler, *flags, *source.may_flags, _processor()]
+    parts = [*texts, compiler, *flags, *source.may_flags, _instructions()]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pst_ds"
     target = folder / f"{source.path.stem}-{key}.so"
@@ -140,10 +142,7 @@ def compiled(source: NativeSource, compiler: str) -> Path:
     return target
 
 
-def _processor() -> str:
+def _instructions() -> str:
     """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    facts = cpu_facts()
+    return facts.get("flags") or facts.get("Features", "")

@@ -153,7 +153,7 @@ def test_copies_fill_what_is_asked_and_share_nothing(folders):
 
 
 def test_copies_that_do_not_fit_are_refused(monkeypatch):
-    monkeypatch.setattr(benched, "_available_bytes", lambda: 1000)
+    monkeypatch.setattr(benched, "available_bytes", lambda: 1000)
     found = {"dense": Contestant(torch.nn.Linear(8, 8))}
     with pytest.raises(ModelFolderError, match="leave it out"):
         copy_until(found, 900)

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from timing import hardware
 
 from pst_ds.core.cost import memory_plan
+from pst_ds.core.host import available_bytes
 from pst_ds.core.traffic import MACHINES, Batch, time_plan
 from pst_ds.nn.activations import activation_bytes
 from pst_ds.nn.config import PSTConfig
@@ -181,18 +182,13 @@ def _run_guarded(command: list[str], env: dict[str, str]) -> int:
     process = subprocess.Popen(command, env=env, stdout=sys.stderr, start_new_session=True)
     try:
         while process.poll() is None:
-            if (left := _available()) < MIN_AVAILABLE:
+            if (left := available_bytes()) is not None and left < MIN_AVAILABLE:
                 sys.exit(f"{left >> 20} MiB of memory are left on this machine: stopped before it runs out")
             time.sleep(0.1)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     return process.returncode
-
-
-def _available() -> int:
-    found = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")]
-    return int(found[0].split()[1]) * 1024
 
 
 def ds_config(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from pst_ds.core.host import cpu_name
 
 
 def medians(
@@ -50,13 +50,8 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def hardware() -> str:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
     card = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{model}, {os.cpu_count()} cores{card}"
+    return f"{cpu_name()}, {os.cpu_count()} cores{card}"
 
 
 def conditions(**stated: Any) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from contestants import METHODS, Contestant, Shape
 from ranks import Ranks
 from timing import conditions, print_json, progress, rounded
 
+from pst_ds.core.host import available_bytes
+
 RIVALS = METHODS[1:]
 NEEDED_BYTES_PER_WEIGHT = {"full_finetuning": 24, "lora": 8, "plain": 24, "movement": 54}
 """About what all ranks of the rival need together, activations of 2,048 tokens a rank with them."""
@@ -78,11 +80,8 @@ def needed_gib(rival: str, shape: Shape) -> float:
 
 def free_gib() -> float:
     """Memory that can be had without swapping; infinite where the system does not say."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return math.inf
-    (line,) = [line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")]
-    return int(line.split()[1]) / 2**20
+    free = available_bytes()
+    return math.inf if free is None else free / 2**30
 
 
 def fitting_layers(rival: str, shape: Shape, free: float) -> int:

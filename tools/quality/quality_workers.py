@@ -14,13 +14,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 from quality_cell import OUTCOME
 from quality_cells import Cell, Line, Planned, State, plan
 from quality_grid import Grid, Method
 from quality_lines import Lines
 
+from pst_ds.core.host import cpu_facts, cpu_name
 from pst_ds.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -233,13 +233,7 @@ def _kill(job: Job) -> None:
 
 def machine() -> str:
     """The kind of processor in words, such as "Intel Xeon with AMX"."""
-    info = Path("/proc/cpuinfo")
-    facts: dict[str, Any] = {}
-    if info.is_file():
-        for text in info.read_text(encoding="utf-8").splitlines():
-            key, _, value = text.partition(":")
-            facts.setdefault(key.strip(), value.strip())
-    name = facts.get("model name", "a CPU")
+    facts, name = cpu_facts(), cpu_name()
     kinds = ("Intel Xeon", "Intel Core", "AMD EPYC", "AMD Ryzen")
     kind = next((k for k in kinds if all(word in name for word in k.split())), name)
     flags = facts.get("flags", "").split()

@@ -1,0 +1,33 @@
+"""What the host says of itself: its processor, and the memory that is free."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+
+def cpu_facts() -> dict[str, str]:
+    """/proc/cpuinfo of the first processor, such as "model name" and "flags"; empty where there is none."""
+    facts: dict[str, str] = {}
+    for line in _lines("/proc/cpuinfo"):
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    return facts
+
+
+def cpu_name() -> str:
+    """The processor's name as it gives it, or else its architecture."""
+    return cpu_facts().get("model name") or platform.processor() or platform.machine()
+
+
+def available_bytes() -> int | None:
+    """Memory that can be had without swapping; None where the system does not say."""
+    found = (line.split() for line in _lines("/proc/meminfo") if line.startswith("MemAvailable"))
+    return next((int(words[1]) << 10 for words in found), None)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []

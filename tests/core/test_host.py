@@ -1,0 +1,48 @@
+"""What the host says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pst_ds.core import host
+
+PROC = {
+    "/proc/cpuinfo": """processor\t: 0
+model name\t: Intel(R) Xeon(R) Processor
+flags\t\t: fpu avx2 amx_tile
+
+processor\t: 1
+model name\t: another
+""",
+    "/proc/meminfo": "MemTotal:       24683116 kB\nMemAvailable:   20935544 kB\n",
+}
+
+
+@pytest.fixture
+def of_linux(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: PROC[str(path)])
+
+
+@pytest.fixture
+def of_another_system(monkeypatch):
+    def missing(path, **_):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+
+
+def test_facts_are_those_of_the_first_processor(of_linux):
+    assert host.cpu_name() == "Intel(R) Xeon(R) Processor"
+    assert host.cpu_facts()["flags"].split() == ["fpu", "avx2", "amx_tile"]
+
+
+def test_free_memory_is_in_bytes(of_linux):
+    assert host.available_bytes() == 20935544 * 1024
+
+
+def test_a_system_without_proc_has_a_name_and_no_facts(of_another_system):
+    assert host.cpu_facts() == {}
+    assert host.cpu_name()
+    assert host.available_bytes() is None
