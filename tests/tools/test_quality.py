@@ -221,12 +221,12 @@ def test_sessions_go_on_where_the_lines_end(tmp_path):
 
 def test_figures_are_means_with_standard_errors():
     assert figure_of([]) is None
-    assert figure_of([0.8]) == Figure(0.8, 0.0, 1)
+    assert figure_of([0.8]) == Figure(0.8, None, 1)
     three = figure_of([0.80, 0.81, 0.85])
     assert three.mean == pytest.approx(0.82)
     assert three.error == pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3) / 100)
     assert shown(three, "accuracy") == "82.00 ± 1.53 (3)"
-    assert shown(Figure(1234.5, 0.0, 1), "perplexity") == "1,234 (1)"
+    assert shown(Figure(1234.5, None, 1), "perplexity") == "1,234 (1)"
     assert shown(None, "accuracy") == ""
 
 
@@ -297,6 +297,17 @@ PAGE = """| bar | text | measured |  |
 
 ![Films](results/small-films-test.svg)
 """
+
+
+def test_of_one_seed_there_is_no_standard_error_to_be_within():
+    bar = {**BARS[1], "against": ["dense"], "data_sets": ["tweets"]}
+    for ahead in (0.001, -0.001):
+        grid = grid_from_table(table(bars=[bar], seeds=[0]))
+        lines, _ = filled(grid, lambda cell, ahead=ahead: 0.8 + (ahead if cell.method == "pst" else 0.0))
+        (level,) = verdicts(grid, lines)
+        assert level.met == (ahead > 0)
+        assert "0.1 points" in level.measured
+        assert "(one seed: no standard error)" in level.measured
 
 
 def test_a_title_with_bars_stays_in_its_column():

@@ -86,7 +86,7 @@ def _within(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) ->
 
 
 def _not_below(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) -> Verdict:
-    """Perplexities are compared by their logarithm, the loss."""
+    """Perplexities are compared by their logarithm, the loss. One seed has no standard error, so no room below."""
     metric = "loss" if grid.metric == "perplexity" else grid.metric
     own, others = _figures(grid, lines, bar, data_set, metric)
     if own is None or not others or None in others.values():
@@ -95,12 +95,16 @@ def _not_below(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str)
     for name, other in others.items():
         assert other is not None
         ahead = other.mean - own.mean if grid.lower_is_better else own.mean - other.mean
-        error = math.hypot(own.error, other.error)
+        error = None if own.error is None or other.error is None else math.hypot(own.error, other.error)
         scale, unit = (1.0, "nats") if metric == "loss" else (100.0, "points")
         side = "ahead of" if ahead >= 0 else "behind"
-        said.append(f"{abs(scale * ahead):.3g} {unit} {side} {name} (standard error {scale * error:.2g})")
-        met = met and ahead >= -bar["standard_errors"] * error
+        said.append(f"{abs(scale * ahead):.3g} {unit} {side} {name} ({_error_text(error, scale)})")
+        met = met and ahead >= -bar["standard_errors"] * (error or 0.0)
     return Verdict(title=bar["title"], data_set=data_set, measured="; ".join(said), met=met)
+
+
+def _error_text(error: float | None, scale: float) -> str:
+    return "one seed: no standard error" if error is None else f"standard error {scale * error:.2g}"
 
 
 def _won_back(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) -> Verdict:

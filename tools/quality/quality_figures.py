@@ -13,10 +13,10 @@ from quality_grid import Grid
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over seeds. ``error`` is its standard error, 0 of one seed."""
+    """A mean over seeds. ``error`` is its standard error, unknown of one seed."""
 
     mean: float
-    error: float
+    error: float | None
     seeds: int
 
 
@@ -34,7 +34,7 @@ def lines_of(grid: Grid, lines: Mapping[str, Line], data_set: str, method: str, 
 def figure_of(values: list[float]) -> Figure | None:
     if not values:
         return None
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return Figure(statistics.fmean(values), error, len(values))
 
 
@@ -64,5 +64,5 @@ def shown(figure: Figure | None, metric: str) -> str:
     """ "82.31 ± 0.24 (3)": mean, standard error and number of seeds; without an error for one seed."""
     if figure is None:
         return ""
-    error = f" ± {number(figure.error, metric)}" if figure.seeds > 1 else ""
+    error = "" if figure.error is None else f" ± {number(figure.error, metric)}"
     return f"{number(figure.mean, metric)}{error} ({figure.seeds})"

@@ -83,9 +83,9 @@ def _positions(curves: Mapping[str, Mapping[str, Figure]]) -> dict[str, int]:
 
 def _draw_dense(grid: Grid, axes: Any, figure: Figure, look: dict[str, Any]) -> None:
     """A model without zeros: a line through the whole width, and its standard error as a band."""
-    scale = 1.0 if grid.lower_is_better else 100.0
+    scale, error = 1.0 if grid.lower_is_better else 100.0, figure.error or 0.0
     axes.axhline(scale * figure.mean, linestyle="--", linewidth=1.2, **look)
-    low, high = scale * (figure.mean - figure.error), scale * (figure.mean + figure.error)
+    low, high = scale * (figure.mean - error), scale * (figure.mean + error)
     axes.axhspan(low, high, color=look["color"], alpha=0.15, linewidth=0)
 
 
@@ -98,6 +98,6 @@ def _draw_method(
     shares = sorted((s for s in figures if ":" not in s and s in ticks), key=float)
     for i, part in enumerate(filter(None, [shares, *([s] for s in figures if ":" in s)])):
         means = [scale * figures[s].mean for s in part]
-        errors = [scale * figures[s].error for s in part]
+        errors = [scale * (figures[s].error or 0.0) for s in part]
         label = {} if i == 0 else {"label": "_"}
         axes.errorbar([ticks[s] + aside for s in part], means, yerr=errors, **{**bars, **label})
