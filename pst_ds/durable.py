@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -64,10 +65,23 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """Give ``path`` a new content; a reader, also after a crash, finds the old one or the new one."""
+    """Give ``path`` a new content; a reader, also after a crash, finds the old one or the new one.
+
+    A link stays one: the file that it names is replaced. A device or a pipe is written to. Raises IsADirectoryError.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    path = Path(os.path.realpath(path))
     beside = path.with_name(f".{path.name}{PARTIAL}")
-    write_new(beside, data)
-    beside.replace(path)
+    try:
+        write_new(beside, data)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
@@ -82,7 +96,11 @@ def replace_link(path: Path, target: str) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name ``folder`` at the end; after an error nothing of it is left."""
+    """A folder to write into, which takes the name ``folder`` at the end; after an error nothing of it is left.
+
+    A link stays one: the folder that it names is replaced.
+    """
+    folder = Path(os.path.realpath(folder))
     restore_replaced(folder)
     partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)

@@ -18,6 +18,8 @@ quiet = False
 """Set by ``--quiet``."""
 DRAW_SECONDS, LINE_SECONDS = 0.1, 10.0
 """Between two pictures of a bar, and two plain lines."""
+_BAR_COLUMNS, _LEAST_NOTE = 24, 4
+"""Widths on a terminal: of a bar, and of the shortest note beside it."""
 _outermost: Progress | None = None
 
 
@@ -96,18 +98,35 @@ class Progress:
         return self._is_shown
 
     def _text(self) -> str:
+        """How far it has come, and last the note, beside a bar cut to the room that is left."""
         since, is_bytes = self._done - self._first, self._unit == "bytes"
         parts = [
             f"{self._done / 1e9:.2f}/{self._total / 1e9:.2f} GB"
             if is_bytes
-            else f"{self._done}/{self._total} {self._unit}".rstrip(),
-            self._note,
+            else f"{self._done}/{self._total} {self._unit}".rstrip()
         ]
         if since > 0:
             seconds_each = (time.monotonic() - self._start) / since
             parts.append(f"{1e-6 / seconds_each:.0f} MB/s" if is_bytes and seconds_each else "")
-            parts.append(f"eta {duration_text(seconds_each * (self._total - self._done))}")
-        return " | ".join(filter(None, parts))
+            parts.append(f"eta {duration_text(seconds_each * max(0, self._total - self._done))}")
+        text = " | ".join(filter(None, parts))
+        note = self._note if self._bar is None else _cut(self._note, self._room(self._bar) - len(f"{text} | "))
+        return f"{text} | {note}" if note else text
+
+    def _room(self, bar: rich.progress.Progress) -> int:
+        """Columns of the terminal that are left beside the name and the bar."""
+        return bar.console.width - len(f"{self._what}  ") - _BAR_COLUMNS
+
+
+def _cut(text: str, columns: int) -> str:
+    """``text``, or its beginning with an ellipsis; nothing where that is too short to say something."""
+    from rich.text import Text
+
+    if columns < _LEAST_NOTE:
+        return ""
+    cut = Text(text)
+    cut.truncate(columns, overflow="ellipsis")
+    return cut.plain
 
 
 def _new_bar() -> rich.progress.Progress:
@@ -119,7 +138,7 @@ def _new_bar() -> rich.progress.Progress:
     text = Column(no_wrap=True, overflow="ellipsis")
     return Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=_BAR_COLUMNS),
         TextColumn("{task.fields[text]}", markup=False, table_column=text),
         console=Console(stderr=True, force_terminal=True, highlight=False, markup=False, emoji=False),
         auto_refresh=False,

@@ -113,6 +113,57 @@ def test_text_and_links_are_the_old_or_the_new_ones_after_an_error(tmp_path, own
     assert {p.name for p in tmp_path.iterdir()} == {"text", "link", "one", "two"}
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_one_and_the_file_that_it_names_is_replaced(tmp_path, there):
+    (tmp_path / "deeper").mkdir()
+    target, link = tmp_path / "deeper" / "text", tmp_path / "link"
+    link.symlink_to("deeper/text")
+    if there:
+        target.write_text("old")
+    replace_text(link, "new")
+    assert str(link.readlink()) == "deeper/text"
+    assert target.read_text() == "new"
+    assert _tree(tmp_path) == {"link": b"new", "deeper/text": b"new"}
+
+
+def test_a_device_and_a_pipe_are_written_to_and_a_folder_is_refused(tmp_path):
+    fifo, link = tmp_path / "fifo", tmp_path / "link"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    replace_text(fifo, "through the pipe")
+    assert os.read(reader, 100) == b"through the pipe"
+    os.close(reader)
+    assert fifo.is_fifo()
+    link.symlink_to("/dev/null")
+    replace_text(link, "into nothing")
+    assert Path("/dev/null").is_char_device()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match="folder"):
+        replace_text(tmp_path / "folder", "text")
+    assert {p.name for p in tmp_path.iterdir()} == {"fifo", "link", "folder"}
+
+
+def test_an_error_leaves_nothing_beside_the_file(tmp_path, monkeypatch):
+    replace_text(tmp_path / "text", "old")
+    monkeypatch.setattr(os, "fsync", _full)
+    with pytest.raises(OSError, match="No space"):
+        replace_text(tmp_path / "text", "new")
+    assert _tree(tmp_path) == {"text": b"old"}
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_link_to_a_folder_stays_one_and_the_folder_that_it_names_is_replaced(tmp_path, older):
+    link, target = tmp_path / "link", tmp_path / "disk" / "c"
+    link.symlink_to("disk/c")
+    if older:
+        _make(target, b"old")
+    for content in (b"new", b"newer"):
+        _make(link, content)
+        assert str(link.readlink()) == "disk/c"
+        assert _tree(target) == _made(content)
+        assert [p.name for p in target.parent.iterdir()] == ["c"]
+
+
 def test_a_link_can_be_read_at_every_moment_of_its_replacement(tmp_path, monkeypatch):
     replace_link(tmp_path / "link", "one")
     seen = []

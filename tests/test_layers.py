@@ -18,6 +18,7 @@ TOP = 4
 FLOORS = {
     "errors": 0,
     "durable": 0,
+    "json_text": 0,
     "progress": 0,
     "core": 0,
     "parallel": 1,

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from pst_ds import progress
 from pst_ds.progress import Progress
@@ -45,8 +46,8 @@ def test_off_a_terminal_it_is_a_line_in_ten_seconds(clock, capsys):
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.splitlines() == [
-        "export 2.00/4.00 GB | block 1 | 167 MB/s | eta 0m12s",
-        "export 4.00/4.00 GB | block 3 | 167 MB/s | eta 0m00s",
+        "export 2.00/4.00 GB | 167 MB/s | eta 0m12s | block 1",
+        "export 4.00/4.00 GB | 167 MB/s | eta 0m00s | block 3",
     ]
 
 
@@ -66,10 +67,32 @@ def test_the_end_is_reckoned_from_where_the_work_began(clock, capsys):
     shown.at(70)
     shown.close()
     assert capsys.readouterr().err.splitlines() == [
-        "step 50/100 | loss 2.3 | eta 5m00s",  # 10 steps took a minute, and 50 are left
+        "step 50/100 | eta 5m00s | loss 2.3",  # 10 steps took a minute, and 50 are left
         "saved",
         "step 70/100 | eta 6h01m",
     ]
+
+
+def test_more_than_the_total_is_at_its_end(clock, capsys):
+    with Progress("count", 100, "bytes", line_seconds=0.0) as shown:
+        clock.now += 3600
+        shown.add(300)
+    assert capsys.readouterr().err.endswith(" | eta 0m00s\n")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("note", ["loss 0.4613 | sparsity 0.8722 | " * 3, "層" * 70], ids=["figures", "wide"])
+def test_a_long_note_is_cut_and_leaves_bar_and_end(clock, capsys, monkeypatch, width, note):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for name, value in (("TERM", "xterm"), ("COLUMNS", str(width)), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    with Progress("step", 620) as shown:
+        clock.now += 100
+        shown.at(400, note)
+    told = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    frame = re.split(r"[\r\n]+", told)[1].rstrip()
+    assert re.match("step ━{15} {10}400/620 \\| eta 0m55s \\| [^ ].*…$", frame)  # 15 of 24 are done
+    assert width - 3 <= cell_len(frame) <= width
 
 
 def test_of_work_inside_other_work_only_the_outer_is_shown(clock, capsys):

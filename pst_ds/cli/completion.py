@@ -45,7 +45,9 @@ def completion_script(shell: str) -> str:
             action.choices = [str(choice).replace(":", r"\:") for choice in action.choices]  # its own separator
         if name in _FILES | _FOLDERS and not action.choices:
             action.complete = shtab.FILE if name in _FILES else shtab.DIRECTORY  # type: ignore[attr-defined]
-    return str(shtab.complete(parser, shell=shell))
+    script = str(shtab.complete(parser, shell=shell))
+    # shtab has zsh take one value of an argument that takes several; a star takes all that are left
+    return script.replace('"(*):', '"*:') if shell == "zsh" else script
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

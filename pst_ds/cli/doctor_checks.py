@@ -74,10 +74,9 @@ def accelerator() -> Iterator[Finding]:
     except (ImportError, OSError) as error:
         yield Finding("accelerator", "fail", f"torch cannot be imported: {error}", "install torch anew")
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if not torch.accelerator.is_available():
         capability = torch.backends.cpu.get_cpu_capability()
-        yield Finding("accelerator", "ok", f"none: runs train on the CPU ({cores} cores, {capability})")
+        yield Finding("accelerator", "ok", f"none: runs train on the CPU ({_cores()} cores, {capability})")
         return
     device, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
     text = f"{count} x {device.type if device else 'unknown'}"
@@ -137,7 +136,7 @@ def shared_memory() -> Iterator[Finding]:
 
 def threads() -> Iterator[Finding]:
     """OMP_NUM_THREADS against the cores."""
-    name, cores = "OMP_NUM_THREADS", os.cpu_count() or 1
+    name, cores = "OMP_NUM_THREADS", _cores()
     value = os.environ.get(name)
     if value is None:
         yield Finding(
@@ -149,3 +148,8 @@ def threads() -> Iterator[Finding]:
         yield Finding(name, "warn", f"{value} threads on {cores} cores wait for each other", f"export {name}={cores}")
     else:
         yield Finding(name, "ok", f"{value} of {cores} cores")
+
+
+def _cores() -> int:
+    """That this process may use, of a container or a job often fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -79,13 +79,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """What generate() takes; everything that a generation_config.json may say of it is set."""
+    """How the next token is chosen, as transformers names it. Raises InputError."""
     if args.temperature is not None and not 0 <= args.temperature < float("inf"):
         raise InputError(f"--temperature is a number of at least 0, got {args.temperature}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise InputError(f"--top-p is above 0 and at most 1, got {args.top_p}")
     if args.temperature == 0 or (args.temperature is None and args.top_p is None):
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {"do_sample": False}
     temperature = 1.0 if args.temperature is None else args.temperature
     return {"do_sample": True, "temperature": temperature, "top_p": args.top_p or 1.0, "top_k": 0}
 
@@ -138,10 +138,9 @@ def _write(model: Any, tokenizer: Any, inputs: dict[str, Any], new_tokens: int, 
 
     streamer = TimedStreamer(tokenizer)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    if model.generation_config.pad_token_id is None:
-        sampling = {**sampling, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id or 0}
+    model.generation_config = _generation_config(model.generation_config, tokenizer, new_tokens, sampling)
     with torch.inference_mode():
-        ids = model.generate(**inputs, streamer=streamer, max_new_tokens=new_tokens, **sampling)
+        ids = model.generate(**inputs, streamer=streamer)
     new = ids[0, inputs["input_ids"].shape[1] :]
     return {
         "prompt_tokens": inputs["input_ids"].shape[1],
@@ -151,9 +150,26 @@ def _write(model: Any, tokenizer: Any, inputs: dict[str, Any], new_tokens: int, 
     }
 
 
+def _generation_config(of_folder: Any, tokenizer: Any, new_tokens: int, sampling: dict[str, Any]) -> Any:
+    """Of what a folder's own says its special tokens count, and nothing else: beams, penalties and the like are those
+    of this command. In place of the model's own, which ``generate()`` takes all from that it is not told."""
+    from transformers import GenerationConfig
+
+    padding = of_folder.pad_token_id
+    return GenerationConfig(
+        max_new_tokens=new_tokens,
+        num_beams=1,
+        use_cache=True,
+        bos_token_id=of_folder.bos_token_id,
+        eos_token_id=of_folder.eos_token_id,
+        pad_token_id=(tokenizer.pad_token_id or tokenizer.eos_token_id or 0) if padding is None else padding,
+        **sampling,
+    )
+
+
 def _speed(result: dict[str, Any]) -> str:
     decode = result["decode_tokens_per_second"]
-    after = "" if decode is None else f", then {result['new_tokens']} tokens at {decode:.1f} a second"
+    after = "" if decode is None else f", then {result['new_tokens'] - 1} tokens at {decode:.1f} a second"
     layers = f"{result['sparse_layers']} sparse layers, " if result["sparse_layers"] else ""
     return (
         f"prefill: {result['prompt_tokens']} tokens at {result['prefill_tokens_per_second']:.1f} a second{after} "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from pst_ds.train.methods import METHODS
 from pst_ds.train.model import load_model_config, load_tokenizer, meta_model, num_trainable
 from pst_ds.train.rows import read_rows
 from pst_ds.train.run_file import run_from_table
-from pst_ds.train.tasks import task_of
+from pst_ds.train.tasks import is_causal, task_of
 
 _MAX_LENGTHS = {"causal-lm": 512, "data-to-text": 256}
 _OTHER_MAX_LENGTH, _BATCH_SIZE, _UPDATE_INTERVAL = 128, 32, 4
@@ -49,12 +51,15 @@ class Chosen:
     summary: dict[str, Any]
 
     def plan_command(self, out: Path) -> str:
-        return f"pst-ds plan {out}" + (f" --ranks {self.summary['ranks']}" if self.run.deepspeed_config else "")
+        """For a shell, as :meth:`train_command` too."""
+        ranks = f" --ranks {self.summary['ranks']}" if self.run.deepspeed_config else ""
+        return f"pst-ds plan {shlex.quote(str(out))}{ranks}"
 
     def train_command(self, out: Path) -> str:
+        file = shlex.quote(str(out))
         if not self.run.deepspeed_config:
-            return f"pst-ds train {out}"
-        return f"deepspeed --num_accelerators {self.summary['ranks']} --module pst_ds train {out}"
+            return f"pst-ds train {file}"
+        return f"deepspeed --num_accelerators {self.summary['ranks']} --module pst_ds train {file}"
 
 
 def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
@@ -97,7 +102,14 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> dict[
     nothing."""
     rows = read_rows(DataConfig(train=args.train), "train", {})
     features = {name: getattr(feature, "dtype", "") for name, feature in rows.features.items()}
+    if args.label_column and args.label_column not in features:
+        raise InputError(
+            f"--label-column {args.label_column!r} is not in {args.train}; name one of the columns: "
+            f"{', '.join(features)}"
+        )
     task = args.task or _task_of_columns(features, args.label_column or "label")
+    if task == "causal-lm" and not args.task:
+        _require_labels_or_causal(args, features)
     data: dict[str, Any] = {"train": args.train}
     data |= {name: getattr(args, name) for name in ("validation", "test") if getattr(args, name)}
     data["text_columns"] = args.text_columns or _text_columns(features, args.label_column or "label", task, args.train)
@@ -147,10 +159,31 @@ def _task_of_columns(features: dict[str, str], label_column: str) -> str:
     return "regression" if features[label_column].startswith("float") else "classification"
 
 
+def _require_labels_or_causal(args: argparse.Namespace, features: dict[str, str]) -> None:
+    """Raises InputError where text without labels was found for a model that writes none, and some other column may
+    hold them."""
+    others = [name for name in features if name not in _usual_texts(features)]
+    if not others:
+        return
+    table = {"output_dir": args.out, "task": "causal-lm", "model": {"path": args.model}, "data": {"train": args.train}}
+    run = run_from_table({**table, "train": {"num_epochs": 1.0}})
+    config = load_model_config(run, [], None)
+    if not is_causal(config):
+        raise InputError(
+            f"--train {args.train} has no column 'label', and the model is a {config.model_type}, which learns from "
+            f"labels and writes no text. Name the column of the labels with --label-column: {', '.join(others)}"
+        )
+
+
+def _usual_texts(names: Iterable[str]) -> list[str]:
+    """The columns that texts are in by their names; none where there are no such."""
+    return next((texts for texts in _GUESSED_TEXTS if set(texts) <= set(names)), [])
+
+
 def _text_columns(features: dict[str, str], label_column: str, task: str, where: str) -> list[str]:
     """The columns with the texts. Raises InputError where that is a guess."""
     texts = [name for name, kind in features.items() if kind in _TEXT_TYPES and name != label_column]
-    found = next((names for names in _GUESSED_TEXTS if set(names) <= set(texts)), texts)
+    found = _usual_texts(texts) or texts
     if 1 <= len(found) <= (1 if task in ("causal-lm", "data-to-text") else 2):
         return found
     raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ _COMMENTS = {
     "schedule.update_interval": "optimizer steps between mask updates",
 }
 
+_NOT_IN_COMMENTS = ("Cc", "Cs", "Zl", "Zp")
+"""Categories of Unicode: control characters, halves of surrogate pairs, ends of lines and of paragraphs."""
+
 
 def write_files(chosen: Chosen, out: Path, deepspeed_file: Path) -> None:
     """Raises InputError for a folder that cannot be written."""
@@ -45,9 +49,9 @@ def run_file_text(chosen: Chosen, out: Path) -> str:
     """TOML with a comment above every setting."""
     comments = _COMMENTS | _found(chosen)
     lines = [
-        f"# What the run would do: {chosen.plan_command(out)}",
-        f"# Start it: {chosen.train_command(out)}",
-        "# Every other setting: docs/run-file.md",
+        _comment(f"What the run would do: {chosen.plan_command(out)}"),
+        _comment(f"Start it: {chosen.train_command(out)}"),
+        _comment("Every other setting: docs/run-file.md"),
     ]
     tables = {name: value for name, value in chosen.table.items() if isinstance(value, dict)}
     lines += _lines({name: value for name, value in chosen.table.items() if name not in tables}, "", comments)
@@ -60,8 +64,15 @@ def _lines(table: dict[str, Any], prefix: str, comments: dict[str, str]) -> list
     lines = [""]
     for name, value in table.items():
         comment = comments.get(prefix + name)
-        lines += [*([f"# {comment}"] if comment else []), f"{name} = {toml_value(_tuples(value))}"]
+        lines += [*([_comment(comment)] if comment else []), f"{name} = {toml_value(_tuples(value))}"]
     return lines
+
+
+def _comment(text: str) -> str:
+    """One line, whatever the data calls its classes: line ends and control characters are written as escapes."""
+    return "# " + "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in _NOT_IN_COMMENTS else c for c in text
+    )
 
 
 def _tuples(value: Any) -> Any:

@@ -29,7 +29,7 @@ from pst_ds.export.tensor_files import CODE_OF_DTYPE, TensorFile
 from pst_ds.progress import Progress
 from pst_ds.prune.folder import RECORD_FILE
 
-_WEIGHT_ENDINGS = (".safetensors", ".bin")
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
 def export_folder(path: Path) -> Inspected:
@@ -53,7 +53,7 @@ def export_folder(path: Path) -> Inspected:
         "packed_tensors": sum(entry.packing != DENSE for entry in entries),
         "parameters": sum(entry.numel for entry in entries),
         "weight_files": sorted(files),
-        **_sizes(path, about.get("dense_bf16_bytes")),
+        **_sizes(sum((path / name).stat().st_size for name in files), about.get("dense_bf16_bytes")),
     }
     note = f"zeros and patterns are the manifest's; pst-ds verify {path} counts them in the files and checks every hash"
     return Inspected(f"{path}: an export, {about['kind']}", facts, layers, note)
@@ -86,7 +86,7 @@ def pruned_folder(path: Path) -> Inspected:
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path / RECORD_FILE} is damaged: {error!r}") from None
     note = f"zeros are as pst-ds prune counted them, {RECORD_FILE} says"
-    return Inspected(f"{path}: a model that pst-ds prune made", {**facts, **_sizes(path)}, layers, note)
+    return Inspected(f"{path}: a model that pst-ds prune made", {**facts, **_sizes(weights.file_bytes)}, layers, note)
 
 
 def _recorded(row: dict[str, Any], weights: BaseWeights) -> Layer:
@@ -120,24 +120,25 @@ def model_folder(path: Path) -> Inspected:
         "quantization": quantization.get("quant_method"),
         **{key: text.get(key) for key in ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings")},
     }
-    if not any(file.suffix in _WEIGHT_ENDINGS for file in path.iterdir()):
+    if not any(any(path.glob(pattern)) for pattern in _WEIGHT_FILES):
         return Inspected(f"{path}: a model folder without weights", facts, [])
-    layers = _counted(path)
+    weights = BaseWeights(path, "")
+    layers = _counted(weights)
     in_blocks = [x for x in layers if len(x["shape"]) == 2 and name_across_blocks(x["name"]) != x["name"]]
     facts |= {
         "dtypes": sorted({layer["dtype"] for layer in layers}),
         "tensors": len(layers),
         "parameters": sum(layer["weights"] for layer in layers),
         "sparsity_counted": counted_sparsity(in_blocks),
-        **_sizes(path),
+        **_sizes(weights.file_bytes),
     }
     note = "sparsity counted: of the matrices inside blocks. Patterns are along the rows as they are stored"
     return Inspected(f"{path}: a model folder", facts, layers, note)
 
 
-def _counted(path: Path) -> list[Layer]:
-    weights, layers = BaseWeights(path, ""), []
-    with Progress("count", _sizes(path)["weight_file_bytes"], "bytes") as shown:
+def _counted(weights: BaseWeights) -> list[Layer]:
+    layers: list[Layer] = []
+    with Progress("count", weights.file_bytes, "bytes") as shown:
         for name in weights.names:
             layers.append(_counted_tensor(name, weights.read(name)))
             shown.add(layers[-1]["bytes"], name)
@@ -161,8 +162,7 @@ def _counted_tensor(name: str, tensor: Tensor) -> Layer:
     }
 
 
-def _sizes(path: Path, dense_bf16_bytes: int | None = None) -> dict[str, Any]:
+def _sizes(nbytes: int, dense_bf16_bytes: int | None = None) -> dict[str, Any]:
     """Bytes of the weight files, and against those of a dense bf16 model."""
-    nbytes = sum(file.stat().st_size for file in path.iterdir() if file.suffix in _WEIGHT_ENDINGS)
     share = round(nbytes / dense_bf16_bytes, 4) if dense_bf16_bytes else None
     return {"weight_file_bytes": nbytes, "of_dense_bf16": share}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pst_ds.cli.inspect_text import Inspected, Layer
 from pst_ds.cli.inspect_trained import Mask, counted, trained_layers
 from pst_ds.core.bits import count_bits, shard_bytes
-from pst_ds.errors import InputError
 from pst_ds.export.manifest import read_table
 from pst_ds.nn.checkpoint import Checkpoint, CheckpointError, open_checkpoint, read_checkpoint
 from pst_ds.train import checkpoints
@@ -21,6 +21,8 @@ from pst_ds.train.model import pst_config
 from pst_ds.train.run_file import load_run, run_from_table
 
 _WHOLE = "whose files are whole: every SHA-256 is as it should be"
+_FIGURES = {"masks": "flipped", "scores": "correlation"}
+"""What is shown of a layer, by the event in :data:`LAYERS_FILE` that it is from."""
 _BYTES_TRAINED = 12
 """Of a trained parameter in a checkpoint: its fp32 master and two moments."""
 
@@ -33,30 +35,53 @@ def run_file(path: Path) -> Inspected:
 
 
 def run_folder(path: Path) -> Inspected:
-    """Settings, result, checkpoints; the layers of the best or newest. Raises InputError for damaged files."""
+    """Settings, result, checkpoints; the layers of the best or newest. Raises InputError for damaged files.
+
+    A damaged checkpoint is told in the note, and the next one that is whole is shown.
+    """
     run, folder = load_run(path / RUN_FILE), path / CHECKPOINTS
     result = read_table(path / RESULT_FILE, "") if (path / RESULT_FILE).is_file() else {}
     deepspeed = read_table(path / "deepspeed.json", "") if (path / "deepspeed.json").is_file() else {}
     layers: list[Layer] = []
     held: dict[str, Any] = {}
-    note = "it has no checkpoint yet"
-    name = next((n for n in (BEST, FINAL, LATEST) if (folder / n).is_dir()), None)
-    if name is not None:
-        checkpoint = read_checkpoint(checkpoints.find(folder, name))
+    checkpoint, name, problems = _whole_checkpoint(folder)
+    if checkpoint is not None:
         layers = _layers(checkpoint, run)
         held = _held(checkpoint, layers)
         note = f"layers are those of {checkpoint.folder} ({name}), {_WHOLE}"
-    _add_figures(layers, path / LAYERS_FILE)
+    else:
+        note = "none of its checkpoints is whole" if problems else "it has no checkpoint yet"
+    damaged_figures = _add_figures(layers, path / LAYERS_FILE)
     facts = {
         **_settings(run),
         **held,
         "finished": bool(result),
         **{key: result.get(key) for key in ("steps", "skipped_steps", "seconds", "world_size", "metrics")},
         "zero_stage": (deepspeed.get("zero_optimization") or {}).get("stage"),
-        "checkpoints": _checkpoints(folder),
+        "checkpoints": _checkpoints(folder, problems),
         "tensorboard": (path / "tensorboard").is_dir(),
     }
-    return Inspected(f"{path}: a run folder", facts, layers, note)
+    notes = [note, *problems.values(), *([damaged_figures] if damaged_figures else [])]
+    return Inspected(f"{path}: a run folder", facts, layers, "\n".join(notes))
+
+
+def _whole_checkpoint(folder: Path) -> tuple[Checkpoint | None, str, dict[str, str]]:
+    """The best checkpoint in ``folder``, or else the final, the latest or the newest, of those that are whole.
+
+    With what it is called, and what is wrong with those that came first, by the names of their folders.
+    """
+    problems: dict[str, str] = {}
+    for name in checkpoints.known_names(folder):
+        place = (folder / name).resolve().name
+        if place in problems:
+            continue
+        try:
+            checkpoint = read_checkpoint(checkpoints.find(folder, name))
+        except (CheckpointError, OSError) as error:
+            problems[place] = str(error)
+        else:
+            return checkpoint, name if problems or name != place else "the newest", problems
+    return None, "", problems
 
 
 def checkpoint_folder(path: Path) -> Inspected:
@@ -102,8 +127,11 @@ def _settings(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def _checkpoints(folder: Path) -> list[dict[str, Any]]:
-    """Name, links, step and size of every checkpoint, the newest first; of one with a damaged manifest the problem."""
+def _checkpoints(folder: Path, problems: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Name, links, step and size of every checkpoint, the newest first; of a damaged one its problem.
+
+    ``problems``: those that are known already, by name.
+    """
     links = {name: (folder / name).resolve().name for name in (LATEST, BEST, FINAL)}
     found = []
     for path in checkpoints.step_folders(folder):
@@ -112,6 +140,7 @@ def _checkpoints(folder: Path) -> list[dict[str, Any]]:
             about["step"] = open_checkpoint(path).state.step
         except CheckpointError as error:
             about["problem"] = str(error)
+        about |= {"problem": problems[path.name]} if path.name in problems else {}
         found.append(about | {"size_bytes": sum(file.stat().st_size for file in path.iterdir())})
     return found
 
@@ -136,17 +165,27 @@ def _layers(checkpoint: Checkpoint, run: RunConfig | None) -> list[Layer]:
     return trained_layers(contents.trained, masks, pattern_of, _BYTES_TRAINED)
 
 
-def _add_figures(layers: list[Layer], file: Path) -> None:
-    """Put the newest per-layer figures of the run's :data:`LAYERS_FILE` in, if there is one. Raises InputError."""
+def _add_figures(layers: list[Layer], file: Path) -> str:
+    """Put the newest per-layer figures of the run's :data:`LAYERS_FILE` in, if there is one; what is wrong with it.
+
+    A line that is not as it should be is passed over.
+    """
     if not file.is_file():
-        return
-    newest = {line.get("event"): line for line in lines_until(file, sys.maxsize)}
+        return ""
     by_name = {layer["name"]: layer for layer in layers}
     try:
-        names = json.loads(file.read_text(encoding="utf-8").partition("\n")[0])["layers"]
-        for event, key in (("masks", "flipped"), ("scores", "correlation")):
-            for name, value in zip(names, newest[event][key], strict=True) if event in newest else ():
-                if name in by_name:
-                    by_name[name][key] = value
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is damaged: {error!r}") from None
+        with file.open(encoding="utf-8") as stream:
+            of_layers = [by_name.get(name, {}) for name in json.loads(stream.readline())["layers"]]
+    except (ValueError, KeyError, TypeError):
+        return f"{file} is damaged: its first line does not name the layers"
+    for line in lines_until(file, sys.maxsize):
+        key = _FIGURES.get(str(line.get("event")), "")
+        values = line.get(key)
+        if isinstance(values, list) and len(values) == len(of_layers) and all(map(_is_figure, values)):
+            for layer, value in zip(of_layers, values, strict=True):
+                layer[key] = value
+    return ""
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))

@@ -1,22 +1,29 @@
-"""``pst-ds VERB``: arguments in, exit code out. 0 done, 1 failed, 2 bad input, 75 stopped by a signal and saved."""
+"""``pst-ds VERB``: arguments in, exit code out. 0 done, 1 failed, 2 bad input, 75 stopped by a signal and saved, 141
+whoever read the output had enough."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
-import json
+import io
 import logging
 import os
+import select
 import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from pst_ds import __version__, progress
 from pst_ds.errors import InputError
+from pst_ds.json_text import json_of
 from pst_ds.parallel.stop_signals import EXIT_STOPPED
+
+EXIT_UNREAD = 141
+"""What a shell says of a program that SIGPIPE ended: 128 and its number."""
 
 VERBS = {
     "init": "write a commented run file for a model and its text, from flags and a few questions",
@@ -81,19 +88,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress.quiet = getattr(args, "quiet", False)
     try:
         result = importlib.import_module(f"pst_ds.cli.{args.verb}").run(args)
+        if args.json and progress.is_first_rank():
+            print(json_of(result), flush=True)
     except InputError as error:
         _say_on_main(f"pst-ds {args.verb}: {type(error).__name__}: {error}")
         return _leave(2)
     except KeyboardInterrupt:
         return _leave(130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return _leave(EXIT_UNREAD)
         if not _is_reported_error(error):
             traceback.print_exc()
         else:
             _say_on_main(f"pst-ds {args.verb}: {type(error).__name__}: {error}")
         return _leave(EXIT_STOPPED if type(error).__name__ == "StoppedError" else 1)
-    if args.json and progress.is_first_rank():
-        print(json.dumps(result), flush=True)
     return _leave(result.get("exit_code", 0))
 
 
@@ -103,14 +112,52 @@ def program() -> NoReturn:
     A rank ends without the interpreter's clean-up. gloo's threads may free their last tensors at any time, and one that
     does so during the clean-up aborts the process: exit code 134, whatever the run came to.
     """
-    code = main()
+    for stream in _streams():
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be of any bytes
+    try:
+        code = main()
+    except SystemExit as ended:  # of argparse
+        code = int(ended.code or 0)
+    except BrokenPipeError:  # of the message that says how it ended
+        code = EXIT_UNREAD
     launch = sys.modules.get("pst_ds.parallel.launch")
-    if launch is not None and launch.joined:
+    joined = launch is not None and launch.joined
+    if joined:
         logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+    if not _flushed():
+        code = code or EXIT_UNREAD
+    if joined:
         os._exit(code)
     sys.exit(code)
+
+
+def _streams() -> list[TextIO]:
+    """stdout and stderr, those that are not closed."""
+    return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout or stderr is a pipe whose reader has gone, as after ``| head``."""
+    poll = select.poll()
+    for stream in _streams():
+        with contextlib.suppress(OSError):  # of a stream without a file
+            poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _flushed() -> bool:
+    """Write what is still to be said; False when nobody reads it, and then it is dropped."""
+    read = True
+    for stream in _streams():
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            read = False
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+    return read
 
 
 def _is_reported_error(error: Exception) -> bool:
@@ -181,13 +228,13 @@ def load_run_or_folder(args: argparse.Namespace) -> Any:
     from pathlib import Path
 
     from pst_ds.train.config import ConfigError
-    from pst_ds.train.run_file import load_run
+    from pst_ds.train.run_file import load_run, load_run_folder
 
     path = Path(args.run)
     if path.is_dir():
         if not (path / "run.toml").is_file():
             raise ConfigError(f"{str(path)!r} is not a run folder: run.toml is missing (looked in {path.absolute()})")
-        return load_run(path / "run.toml", [*args.set, f"output_dir={json.dumps(str(path))}"])
+        return load_run_folder(path, args.set)
     return load_run(path, args.set)
 
 

@@ -13,11 +13,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from pst_ds.core.formats import FormatError
 from pst_ds.errors import InputError
+from pst_ds.export.base_weights import BaseWeights
 from pst_ds.hf import PackedWeightsConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LOAD_AS = ("auto", "sparse", "dense")
-_WEIGHT_ENDINGS = (".safetensors", ".bin")
 
 
 class ModelFolderError(InputError):
@@ -40,8 +40,9 @@ class ModelFolder:
 
     @property
     def weight_file_bytes(self) -> int:
-        """Of all weight files in the folder."""
-        return sum(file.stat().st_size for file in self.path.iterdir() if file.suffix in _WEIGHT_ENDINGS)
+        """Of the files that the model is loaded from. Raises InputError for one that is missing or damaged."""
+        packed = _quantization(self.config).get("weights_file") or ""
+        return BaseWeights(self.path, "", str(packed)).file_bytes
 
     def require_causal(self) -> None:
         if not self.is_causal:
@@ -104,11 +105,16 @@ def open_model_folder(path: str | Path) -> ModelFolder:
 
 
 def _format(path: Path, config: Any) -> str:
-    quantization = getattr(config, "quantization_config", None) or {}
-    found: dict[str, Any] = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    found = _quantization(config)
     if not found:
         return "dense"
     method = found.get("quant_method")
     if method != "pst_ds":
         raise ModelFolderError(f"{path}: its weights are quantized with {method!r}; dense and pst_ds folders are read")
     return str(found.get("format"))
+
+
+def _quantization(config: Any) -> dict[str, Any]:
+    """Of a transformers config; empty without one."""
+    found = getattr(config, "quantization_config", None) or {}
+    return dict(found) if isinstance(found, dict) else dict(found.to_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,31 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from pst_ds.report.tables import checkpoint_table
 
     runs = read_runs([Path(name) for name in args.runs])
-    exports = find_exports(runs, [Path(name) for name in args.export])
-    saved = [checkpoint_table(runs), export_table(exports), verification_table([Path(name) for name in args.verified])]
+    exports, notes = find_exports(runs, [Path(name) for name in args.export])
+    for note in notes:
+        print(f"pst-ds report: {note}", file=sys.stderr)
+    verified = verification_table([Path(name) for name in args.verified])
+    saved = [checkpoint_table(runs), export_table(exports, notes), verified]
     outcomes = [
         ("Checkpoints and exports", [table for table in saved if table]),
         ("Speed", list(bench_tables([Path(name) for name in args.bench]))),
     ]
-    text = page(runs, exports, outcomes)
+    data = page(runs, exports, outcomes).encode(errors="replace")  # names of folders may be of any bytes
     out = Path(args.out) if args.out else Path(args.runs[0]) / "report.html"
-    _write(out, text)
-    nbytes = len(text.encode())
-    print(f"wrote {out}: {', '.join(run.name for run in runs)}; {nbytes:,} bytes")
-    return {"out": str(out), "bytes": nbytes, "runs": [run.name for run in runs], "exports": [e.name for e in exports]}
+    _write(out, data)
+    print(f"wrote {out}: {', '.join(run.name for run in runs)}; {len(data):,} bytes")
+    names = {"runs": [run.name for run in runs], "exports": [export.name for export in exports]}
+    return {"out": str(out), "bytes": len(data), **names}
 
 
-def _write(out: Path, text: str) -> None:
-    from pst_ds.durable import replace_text, require_writable
+def _write(out: Path, data: bytes) -> None:
+    from pst_ds.durable import replace_bytes, require_writable
 
     require_writable(out, f"--out {str(out)!r}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(out, text)
+        replace_bytes(out, data)
+    except BrokenPipeError:  # --out /dev/stdout, whose reader has had enough
+        raise
     except OSError as error:
         raise InputError(f"--out {str(out)!r} cannot be written: {error}; name an HTML file to write") from None

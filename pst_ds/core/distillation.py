@@ -84,8 +84,14 @@ def _loss_and_gradient(
 
 
 def _divergence(log_q: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum over rows of KL(p || q), p, q) from log q, which is overwritten, and the teacher's logits."""
+    """(sum over rows of KL(p || q), p, q) from log q, which is overwritten, and the teacher's logits.
+
+    A class that the teacher rules out with a logit of -inf adds 0, the limit of p log p.
+    """
     log_p = torch.log_softmax(teacher, -1)
     p = log_p.exp()
-    apart = torch.linalg.vecdot(p, log_p.sub_(log_q)).sum(dtype=torch.float64)
-    return apart, p, log_q.exp_()
+    difference = log_p.sub_(log_q)
+    apart = torch.linalg.vecdot(p, difference)
+    if apart.device.type != "cpu" or not apart.isfinite().all():  # to look would make an accelerator wait
+        apart = torch.linalg.vecdot(p, difference.masked_fill_(p == 0.0, 0.0))
+    return apart.sum(dtype=torch.float64), p, log_q.exp_()

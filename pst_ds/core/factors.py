@@ -7,8 +7,8 @@ Shapes, for O outputs, I inputs, P fused parts, score rank k and update rank r:
 Each output row belongs to exactly one part, so A, R and U are shared by stacking, while B, C and V hold one set a
 part. For an ordinary layer P = 1 and these are the matrices of the paper (arXiv 2205.11005, section 3).
 
-A multiplicative update, SPP's (arXiv 2405.16057), has r groups of consecutive outputs: its U is (O,), one factor an
-output, and a row of V belongs to one group. :func:`grouped_columns` makes the (O, r) matrix of it.
+A multiplicative update, SPP's (arXiv 2405.16057), has r groups of consecutive outputs in each part: its U is (O,), one
+factor an output, and a row of V belongs to one group. :func:`grouped_columns` makes the (O, r) matrix of it.
 """
 
 from __future__ import annotations
@@ -118,23 +118,27 @@ def tile_factors(factors: Factors, layout: WeightLayout, block: Block, rect: Rec
 def layer_factors(values: dict[str, Tensor], parts: int, constants: Constants, norms: Tensor | None = None) -> Factors:
     """The matrices of the formulas from those a layer holds, by name: they differ in a multiplicative update's U."""
     if constants.multiplicative and "U" in values:
-        values = {**values, "U": grouped_columns(values["U"], values["V"].shape[0] // parts)}
+        values = {**values, "U": grouped_columns(values["U"], parts, values["V"].shape[0] // parts)}
     return Factors(**values, norms=norms)
 
 
-def group_of_rows(num_rows: int, num_groups: int, device: torch.device | None = None) -> Tensor:
-    """Which of ``num_groups`` runs of nearly equal length each row belongs to: (num_rows,) int64."""
-    return torch.arange(num_rows, device=device) * num_groups // max(num_rows, 1)
+def group_of_rows(num_rows: int, parts: int, num_groups: int, device: torch.device | None = None) -> Tensor:
+    """Which of its part's ``num_groups`` runs of nearly equal length each row belongs to: (num_rows,) int64.
+
+    ``num_rows``: of all ``parts`` together.
+    """
+    per_part = max(num_rows // parts, 1)
+    return torch.arange(num_rows, device=device) % per_part * num_groups // per_part
 
 
-def grouped_columns(column: Tensor, num_groups: int) -> Tensor:
+def grouped_columns(column: Tensor, parts: int, num_groups: int) -> Tensor:
     """(O,) to (O, num_groups): each value in the column of its row's group, zeros beside it."""
     wide = column.new_zeros(column.numel(), num_groups)
-    groups = group_of_rows(column.numel(), num_groups, column.device)
+    groups = group_of_rows(column.numel(), parts, num_groups, column.device)
     return wide.scatter_(1, groups.unsqueeze(1), column.unsqueeze(1))
 
 
-def ungrouped_columns(wide: Tensor) -> Tensor:
+def ungrouped_columns(wide: Tensor, parts: int) -> Tensor:
     """The adjoint of :func:`grouped_columns`: (O, num_groups) to (O,)."""
-    groups = group_of_rows(wide.shape[0], wide.shape[1], wide.device)
+    groups = group_of_rows(wide.shape[0], parts, wide.shape[1], wide.device)
     return wide.gather(1, groups.unsqueeze(1)).squeeze(1)

@@ -86,12 +86,18 @@ def _matrices(layout: WeightLayout, factors: Factors) -> list[TileFactors]:
 def histogram_range(total: float, total_of_squares: float, count: int) -> tuple[float, float]:
     """(low, high) of a histogram over ``count`` values with these sums.
 
-    Rounded to a few digits, so that sums that differ by their order alone give the same one.
+    The deviation is rounded to three digits and the mean to the last of them, so that sums that differ by their order
+    alone give the same one. Without a deviation the range is as wide as for one of the mean.
     """
-    mean = total / count
-    deviation = math.sqrt(max(0.0, total_of_squares / count - mean * mean))
-    half = HISTOGRAM_DEVIATIONS * (float(f"{deviation:.3g}") or abs(mean) or 1.0)
-    middle = float(f"{mean:.3g}")
+    mean, mean_square = total / count, total_of_squares / count
+    variance = mean_square - mean * mean
+    if variance > _LEAST_VARIANCE * mean_square:
+        digits, _, power = f"{math.sqrt(variance):.2e}".partition("e")
+        middle, deviation = round(mean, 2 - int(power)), float(f"{digits}e{power}")
+    else:
+        middle = float(f"{mean:.3g}")
+        deviation = abs(middle) or 1.0
+    half = HISTOGRAM_DEVIATIONS * deviation
     return middle - half, middle + half
 
 

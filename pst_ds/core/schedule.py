@@ -17,6 +17,11 @@ class Schedule(Protocol):
         """Fraction of zeros in the masks after ``step`` applied steps."""
         ...
 
+    def progress_at(self, step: int) -> float:
+        """How far ``sparsity_at`` is on its way from 0 to ``final_sparsity``, in [0, 1]; so far is a layer with a final
+        sparsity of its own."""
+        ...
+
     def updates_masks_at(self, step: int) -> bool:
         """Whether the masks are selected anew right after step ``step`` (0 is before the first)."""
         ...
@@ -34,7 +39,7 @@ class CubicSchedule:
     """
 
     final_sparsity: float
-    """Fraction of zeros from the end of the ramp on, in [0, 1)."""
+    """Fraction of zeros from the end of the ramp on, in [0, 1). 0 is for layers with one of their own alone."""
     num_steps: int
     """Optimizer steps of the whole run."""
     initial_sparsity: float = 0.0
@@ -75,23 +80,32 @@ class CubicSchedule:
 
     def sparsity_at(self, step: int) -> float:
         """v_f + (v_i - v_f) (1 - progress)^3 at the latest mask update up to ``step``."""
-        if step >= self.ramp_end:
-            return self.final_sparsity
-        since_start = max(0, step - self.ramp_start) // self.update_interval * self.update_interval
-        if since_start == 0:
+        left = self._left_at(step)
+        if left == 1.0:
             return self.initial_sparsity  # the formula may be one rounding below it, and so prune one weight fewer
-        left = 1.0 - since_start / (self.ramp_end - self.ramp_start)
         return self.final_sparsity + (self.initial_sparsity - self.final_sparsity) * left**3
+
+    def progress_at(self, step: int) -> float:
+        if self.final_sparsity == 0.0:
+            return 1.0 - self._left_at(step) ** 3
+        return self.sparsity_at(step) / self.final_sparsity
 
     def updates_masks_at(self, step: int) -> bool:
         if step == 0:
             return self.initial_sparsity > 0.0
         if step == self.ramp_end:
-            return self.final_sparsity > 0.0
+            return True
         return self.ramp_start < step < self.ramp_end and (step - self.ramp_start) % self.update_interval == 0
 
     def is_final(self, step: int) -> bool:
         return step >= self.ramp_end
+
+    def _left_at(self, step: int) -> float:
+        """Share of the ramp that is still to come at the latest mask update up to ``step``."""
+        if step >= self.ramp_end:
+            return 0.0
+        since_start = max(0, step - self.ramp_start) // self.update_interval * self.update_interval
+        return 1.0 - since_start / (self.ramp_end - self.ramp_start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +120,11 @@ class OneShotSchedule:
     def sparsity_at(self, step: int) -> float:
         return self.final_sparsity
 
+    def progress_at(self, step: int) -> float:
+        return 1.0
+
     def updates_masks_at(self, step: int) -> bool:
-        return step == 0 and self.final_sparsity > 0.0
+        return step == 0
 
     def is_final(self, step: int) -> bool:
         return True

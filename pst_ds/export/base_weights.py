@@ -35,6 +35,15 @@ class BaseWeights:
         """The files' own names, in the order of the files."""
         return list(self._file_of)
 
+    @property
+    def file_bytes(self) -> int:
+        """Of the files that the tensors are in. Raises InputError for one that is missing."""
+        files = [self.folder / file for file in sorted(set(self._file_of.values()))]
+        for file in files:
+            if not file.is_file():
+                raise InputError(f"{file} is missing")
+        return sum(file.stat().st_size for file in files)
+
     def find(self, name: str) -> str | None:
         """The file's name for the model's tensor ``name``: with or without the base model's prefix; None if absent."""
         candidates = [name, name.removeprefix(self._prefix), self._prefix + name]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import warnings
 from pathlib import Path
-from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,11 +15,12 @@ from transformers.training_args import TrainingArguments
 
 from pst_ds.core.schedule import CubicSchedule, Schedule
 from pst_ds.errors import InputError
-from pst_ds.nn.inject import pst_layers
-from pst_ds.nn.pretrained import save_pretrained, small_state, write_small_state
+from pst_ds.nn.inject import injected_config
+from pst_ds.nn.pretrained import CONFIG_FILE, save_pretrained, small_state, write_small_state
 from pst_ds.nn.small_checkpoints import small_checkpoints
 from pst_ds.parallel.ds_config import require_deepspeed, validate_deepspeed_config
 from pst_ds.parallel.master_adamw import MasterAdamW
+from pst_ds.parallel.ranks import all_gather_objects, is_main
 from pst_ds.parallel.steps import torch_optimizer, unwrapped
 from pst_ds.train.mask_updater import MaskUpdater
 from pst_ds.train.optimizer import pst_optimizer, pst_parameter_groups
@@ -47,6 +49,10 @@ class PSTCallback(_LogFigures, ExportableState):
     nothing. At the end of the ramp the scores train no more. "sparsity/target", "sparsity/actual" and "flip_rate" go
     into the Trainer's logs, and so to TensorBoard, W&B or MLflow.
 
+    The Trainer's best metric is that of the masks as they end: what was evaluated on the ramp, where the model is
+    denser, is forgotten. So ``load_best_model_at_end`` and EarlyStoppingCallback begin at the end of the ramp. It is a
+    warning when training ends before that.
+
     Checkpoints hold what training changed and not the frozen base: pst_config.json and pst_model.safetensors, for
     :func:`pst_ds.load_pretrained` and for ``Trainer.train(resume_from_checkpoint=...)``; under DeepSpeed its own files
     too, without the frozen weights. ``model.save_pretrained`` writes the same. Raises InputError for what cannot work.
@@ -58,12 +64,13 @@ class PSTCallback(_LogFigures, ExportableState):
                 "PSTCallback takes a schedule, or the fields of one: PSTCallback(final_sparsity=0.9), with "
                 "initial_sparsity, warmup_fraction, cooldown_fraction, update_interval and num_steps"
             )
-        if isinstance(schedule, CubicSchedule):
+        if type(schedule) is CubicSchedule:  # a subclass has a ramp of its own
             fields, schedule = dataclasses.asdict(schedule), None
         self._schedule, self._fields = schedule, fields
         if schedule is None:
             _cubic(1, **fields)  # refuses bad fields now
         self._masks: MaskUpdater | None = None
+        self._came_with_trainer = False
         _log_before_others()
 
     def on_init_end(
@@ -74,21 +81,32 @@ class PSTCallback(_LogFigures, ExportableState):
             require_deepspeed()
             ours = {key: value for key, value in config.items() if key not in ("optimizer", "scheduler")}
             validate_deepspeed_config(ours, source="the Trainer's DeepSpeed config")
-        if not pst_layers(model):
-            raise InputError("the Trainer's model has no PST layers; call inject_pst(model, PSTConfig(...)) before it")
+        injected_config(model)  # refuses a model without PST, or with PST in a part
+        if self._schedule is not None and args.restore_callback_states_from_checkpoint:
+            raise InputError(
+                f"restore_callback_states_from_checkpoint = True makes PSTCallback anew from JSON, which holds no "
+                f"{type(self._schedule).__name__}; leave it out (masks go on at their step all the same), or give "
+                "PSTCallback the fields of CubicSchedule"
+            )
         small_checkpoints(model)
-        self._write_checkpoints_of(model)
+        model.save_pretrained = _SavesSmallState(model)
+        self._came_with_trainer = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
         optimizer: Any = None, **_: Any,
     ) -> None:  # fmt: skip
-        if "save_pretrained" not in vars(model):
+        if not isinstance(vars(model).get("save_pretrained"), _SavesSmallState):
+            if self._came_with_trainer:
+                raise InputError(
+                    "the Trainer's model is not the one that it was made with. model_init, and hyperparameter_search "
+                    "with it, make a new model in train(), which PSTCallback does not know of: make the model, "
+                    "inject_pst and the Trainer anew for each run"
+                )
             raise InputError(
                 "PSTCallback came after the Trainer was made: give it in Trainer(callbacks=[PSTCallback(...)]), so "
                 "that checkpoints are read and written with their masks"
             )
-        self._write_checkpoints_of(model)  # the Trainer may have made this callback anew from a checkpoint
         _require_groups(torch_optimizer(optimizer), model)
         schedule = self._schedule or _cubic(state.max_steps, **self._fields)
         callbacks: Any = state.stateful_callbacks
@@ -101,12 +119,22 @@ class PSTCallback(_LogFigures, ExportableState):
         step = saved["attributes"]["step"] if state.global_step else 0
         self._masks = MaskUpdater(model, schedule, step=step)
         self._note_figures(model)
+        self._forget_best_of_ramp(state)
+        last = step + state.max_steps - state.global_step
+        if not schedule.is_final(last) and is_main():
+            warnings.warn(
+                f"the Trainer ends at step {state.max_steps}, ahead of the schedule's end: at a sparsity of "
+                f"{schedule.sparsity_at(last):.3g}, not {schedule.final_sparsity:.3g}. Leave out num_steps, or give a "
+                "schedule of so many steps",
+                stacklevel=2,
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
         optimizer: Any = None, **_: Any,
     ) -> None:  # fmt: skip
         assert self._masks is not None
+        self._forget_best_of_ramp(state)
         self._masks.after_step(optimizer)
         self._note_figures(model)
 
@@ -115,8 +143,25 @@ class PSTCallback(_LogFigures, ExportableState):
     ) -> None:
         """Under DeepSpeed ``save_pretrained`` is called on one rank, which holds no masters; here all meet."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if _deepspeed_config() is not None and folder.is_dir():
-            save_pretrained(model, folder, step=self._step)
+        if _deepspeed_config() is not None and all_gather_objects(folder.is_dir())[0]:
+            save_pretrained(model, folder, step=self._step, writes=args.should_save)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """The Trainer may have loaded its best checkpoint by now: step and masks are those of its folder."""
+        assert self._masks is not None
+        if args.load_best_model_at_end:
+            loaded = all_gather_objects(_step_of(state.best_model_checkpoint))[0]
+            if loaded is not None:
+                self._masks.load_state_dict({"step": loaded})
+                self._note_figures(model)
+        if not self._masks.is_final and is_main():
+            warnings.warn(
+                f"training ended after {self._step} applied steps, ahead of the schedule's end: the masks have a "
+                f"sparsity of {self._masks.masks.sparsity:.3g}, not {self._masks.schedule.final_sparsity:.3g}",
+                stacklevel=2,
+            )
 
     def state(self) -> dict[str, Any]:
         """What trainer_state.json keeps."""
@@ -126,40 +171,70 @@ class PSTCallback(_LogFigures, ExportableState):
     def _step(self) -> int:
         return 0 if self._masks is None else self._masks.step
 
-    def _write_checkpoints_of(self, model: Any) -> None:
-        model.save_pretrained = MethodType(self._save_pretrained, model)
+    def _forget_best_of_ramp(self, state: TrainerState) -> None:
+        """Before a step: whatever was evaluated so far had masks that still change. The step that ends the ramp is
+        followed by the first evaluation that counts."""
+        assert self._masks is not None
+        if not self._masks.is_final:
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
-    def _note_figures(self, model: nn.Module) -> None:
+    def _note_figures(self, model: Any) -> None:
         assert self._masks is not None
         masks = self._masks.masks
+        model.save_pretrained.step = self._masks.step
         _FIGURES[model] = {
             "sparsity/target": self._masks.schedule.sparsity_at(self._masks.step),
             "sparsity/actual": masks.sparsity,
             "flip_rate": masks.flip_rate,
         }
 
-    def _save_pretrained(
-        self, model: nn.Module, save_directory: str, state_dict: dict[str, Tensor] | None = None,
-        is_main_process: bool = True, **_: Any,
-    ) -> None:  # fmt: skip
-        """In the place of the model's: the small state. Nothing for an empty ``state_dict``, which the Trainer passes
-        under ZeRO-3 where it gathers no weights; :meth:`on_save` follows."""
+
+class _SavesSmallState:
+    """In the place of a model's ``save_pretrained``; goes with the model where that is pickled or copied."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.step = model, 0
+
+    def __call__(
+        self, save_directory: str, state_dict: dict[str, Tensor] | None = None, is_main_process: bool = True, **_: Any
+    ) -> None:
+        """Write the small state, on the rank that calls. Nothing for an empty ``state_dict``, which the Trainer passes
+        under ZeRO-3 where it gathers no weights; :meth:`PSTCallback.on_save` follows."""
         if is_main_process and state_dict != {}:
-            write_small_state(model, save_directory, small_state(model, state_dict), step=self._step)
+            tensors = small_state(self.model, state_dict, keep=True)
+            write_small_state(self.model, save_directory, tensors, step=self.step)
 
 
 def trainer_optimizer(model: nn.Module, **rates: Any) -> tuple[type[MasterAdamW], dict[str, Any]]:
     """For ``Trainer(optimizer_cls_and_kwargs=trainer_optimizer(model))``: :func:`pst_ds.pst_optimizer` of ``model``.
 
-    Made when training begins, so under DeepSpeed too, where the Trainer drops an optimizer that it was given.
+    Made when training begins, so under DeepSpeed too, where the Trainer drops an optimizer that it was given. Raises
+    InputError then if the Trainer has another model.
     """
     like = pst_optimizer(model, **rates)  # refuses what cannot be trained now
+    return _TrainerAdamW, {"trained": model, "rates": rates, "fused": like.defaults["fused"]}
 
-    class Optimizer(MasterAdamW):
-        def __init__(self, _groups: Any):
-            super().__init__(pst_parameter_groups(model, **rates), fused=like.defaults["fused"])
 
-    return Optimizer, {}
+class _TrainerAdamW(MasterAdamW):
+    """Of PST's groups in place of the Trainer's; those say whether it is of the same model."""
+
+    def __init__(self, groups: Any, *, trained: nn.Module, rates: dict[str, Any], fused: bool):
+        own = {id(param) for param in trained.parameters()}
+        if any(id(param) not in own for group in groups for param in group["params"]):
+            raise InputError(
+                "trainer_optimizer(model) was given another model than the Trainer, which would train nothing: give "
+                "both the same. model_init, and hyperparameter_search with it, makes a new one in train(), so PST "
+                "cannot be used with it"
+            )
+        super().__init__(pst_parameter_groups(trained, **rates), fused=fused)
+
+
+def _step_of(folder: str | None) -> int | None:
+    """The applied steps of a checkpoint; None where it does not say."""
+    try:
+        return None if folder is None else json.loads((Path(folder) / CONFIG_FILE).read_bytes())["step"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _log_before_others() -> None:
@@ -202,3 +277,12 @@ def _require_groups(optimizer: Any, model: nn.Module) -> None:
             "need rates of their own. Pass Trainer(optimizer_cls_and_kwargs=trainer_optimizer(model)). Under DeepSpeed "
             "the Trainer drops optimizers=(pst_optimizer(model), None), and an optimizer in its JSON replaces both"
         )
+    if _deepspeed_config() is not None:
+        return  # its groups hold flat tensors
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    for name, param in unwrapped(model).named_parameters():
+        if param.requires_grad and id(param) not in held:
+            raise InputError(
+                f"the optimizer does not hold {name}, which is trained: it was made of another model, or before all "
+                "of this one was there. Make it of the Trainer's model: pst_optimizer(model), after inject_pst"
+            )

@@ -96,8 +96,8 @@ class _SavesInput:
         self._out_features = layer.layout.out_features
         self._anchor = next((param for _, param in layer.factor_parameters()), layer.weight)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self._anchor, self._out_features)
+    def __call__(self, input: Tensor) -> Tensor:
+        return _Linear.apply(input, self._anchor, self._out_features)
 
 
 class _Linear(torch.autograd.Function):

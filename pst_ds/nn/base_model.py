@@ -7,6 +7,9 @@ from typing import Any
 
 from pst_ds.errors import InputError
 
+PRUNING_RECORD = "pruning.json"
+"""What ``pst-ds prune`` writes beside the weights of a folder."""
+
 
 def require_model_place(setting: str, place: str) -> None:
     """Raise InputError for what is neither there nor spelled like a name on the hub, before the hub is asked for it.

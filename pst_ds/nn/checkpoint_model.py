@@ -87,6 +87,11 @@ def same_base(one: str, other: str) -> bool:
     return one == other or one.startswith(_HUB) != other.startswith(_HUB)
 
 
+def is_of_hub(fingerprint: str) -> bool:
+    """Whether it is that of a name on the hub, which knows a revision and not the weights."""
+    return fingerprint.startswith(_HUB)
+
+
 def _hub_revision(name: str) -> str:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

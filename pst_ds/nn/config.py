@@ -18,6 +18,7 @@ Bias = Literal["none", "pst_only", "all"]
 
 
 NMRamp = Literal["share", "steps"]
+_BARE_NAME = re.compile(r"[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +34,7 @@ class Override:
     keep step with the others: at half of the schedule's final sparsity they have half of theirs."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "modules", _names(self.modules))
         _require_regex("modules", self.modules)
         if not self.modules:
             raise ValueError(f"modules = {self.modules!r} is empty; name the layers that the override is for")
@@ -65,7 +67,8 @@ class PSTConfig:
     another string is a regular expression for the whole module name; a list holds names or their dotted endings.
     "all-linear" refuses a model with weights in the blocks that no linear layer has (experts in a 3-D Parameter)."""
     exclude_modules: str | tuple[str, ...] = ()
-    """Modules left dense and frozen, matched as ``target_modules`` is; also those that "all-linear" refuses."""
+    """Modules left dense and frozen, matched as ``target_modules`` is, but a string that is a plain name counts as a
+    list of it; also those that "all-linear" refuses."""
     modules_to_save: tuple[str, ...] | None = None
     """Modules trained in full; None is the task head: all that is on top of the base model, but of a language model
     nothing. An empty list trains none."""
@@ -92,7 +95,7 @@ class PSTConfig:
     """Have |W0| in the scores, not |W|: then weights near the cut do not come and go as U V moves, and only what the
     scores learn changes the masks. For models that are pruned at once and then recover."""
     calibration_examples: int = 128
-    """Training examples that the norms of "activation" are taken over, before the first step."""
+    """Training examples that the norms of "activation" are taken over, before the first step and the first masks."""
     relative_magnitude: bool = True
     """Divide |W| in the scores by the mean of |W0|, matrix by matrix, so that scores of every layer are near 1."""
     detach_magnitude: bool = False
@@ -134,6 +137,12 @@ class PSTConfig:
     ranks."""
 
     def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "fused_modules", "update_embeddings"):
+            object.__setattr__(self, name, _names(getattr(self, name), bare=name != "target_modules"))
+        object.__setattr__(self, "overrides", tuple(self.overrides))
+        for name in ("modules_to_save", "fused_modules", "update_embeddings"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} = {getattr(self, name)!r} is no name of a module; give a list of names")
         for name in ("target_modules", "exclude_modules"):
             _require_regex(name, getattr(self, name))
         for name in ("score_rank", "update_rank", "tile_bytes"):
@@ -174,10 +183,7 @@ class PSTConfig:
             raise ValueError(f"min_kept_share = {self.min_kept_share} must be in [0, 1)")
         if self.nm_ramp not in get_args(NMRamp):
             raise ValueError(f"nm_ramp = {self.nm_ramp!r} must be one of {', '.join(get_args(NMRamp))}")
-        for rule in (
-            self._rule(self.pattern, None),
-            *(self._rule(o.pattern, o.final_sparsity) for o in self.overrides),
-        ):
+        for rule in self.rules:
             if rule.pattern.kind == "global" and not self.relative_magnitude and not self.full_scores:
                 raise ValueError(
                     'pattern = "global" with relative_magnitude = false would rank weights of different scales against '
@@ -190,6 +196,12 @@ class PSTConfig:
     def paper(cls, **overrides: Any) -> PSTConfig:
         """The constants of the paper: no relative scale, A and U from N(0, 1)."""
         return cls(**{**PAPER, **overrides})
+
+    @property
+    def rules(self) -> tuple[MaskRule, ...]:
+        """How masks are chosen: the config's own rule, then that of every override."""
+        overridden = (self._rule(o.pattern, o.final_sparsity) for o in self.overrides)
+        return self._rule(self.pattern, None), *overridden
 
     def rule_for(self, name: str) -> MaskRule:
         """How the mask of the layer ``name`` is chosen."""
@@ -218,6 +230,24 @@ class PSTConfig:
     def has_scores(self) -> bool:
         """Whether the scores are made of A B, or R and C, too."""
         return self.score_rank > 0 or self.structured_scores
+
+    @property
+    def scores_start_equal(self) -> bool:
+        """Whether no score differs from another before the first step: S, B, R and C start at zero."""
+        return self.full_scores or self.magnitude == "none"
+
+    @property
+    def scores_stay_equal(self) -> bool:
+        """Whether there is nothing either that training could tell weights apart by."""
+        learned = (self.score_rank > 0 and self.alpha1 != 0.0) or (self.structured_scores and self.alpha2 != 0.0)
+        return self.scores_start_equal and not (self.full_scores or learned)
+
+
+def _names(value: Any, *, bare: bool = False) -> Any:
+    """Lists and sets as tuples, sets in order; if ``bare``, a plain name as a tuple of it."""
+    if isinstance(value, list | set | frozenset):
+        return tuple(value) if isinstance(value, list) else tuple(sorted(value))
+    return (value,) if bare and isinstance(value, str) and _BARE_NAME.fullmatch(value) else value
 
 
 def name_matches(name: str, patterns: str | Iterable[str]) -> bool:

@@ -12,12 +12,15 @@ from torch import nn
 from pst_ds.core.layout import WeightLayout, shard_tiles, view_in_shard
 from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent
 from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
-from pst_ds.nn.config import Bias, MaskRule, PSTConfig, name_matches
+from pst_ds.errors import InputError
+from pst_ds.nn import fast_paths
+from pst_ds.nn.config import MaskRule, PSTConfig, name_matches
 from pst_ds.nn.embedding import PSTEmbedding, pst_embeddings
 from pst_ds.nn.linear import PSTLinear
-from pst_ds.nn.targets import InjectionError, Target, find_embeddings, find_targets, modules_to_save, suggestion
+from pst_ds.nn.targets import InjectionError, Target, find_embeddings, find_targets, modules_named_to_save, suggestion
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_max, group_sum
+from pst_ds.parallel.steps import unwrapped
 
 _SCALE_TILE = 1 << 22
 
@@ -49,20 +52,64 @@ def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = 
             raise InjectionError(f"{target.name}.weight is split over {shards} ranks, not num_shards = {num_shards}")
         own = scales[target.name] if scales else (1.0,) * target.layout.parts
         layer = PSTLinear(target.name, weight, target.module.bias, target.layout, config, shards, own)
-        weight.requires_grad_(config.train_weights)
         layer.train(target.module.training)
         for parent, attribute in target.places:
             setattr(parent, attribute, layer)
+    fast_paths.switch_off(model)
     for found in embeddings:
         embedding = PSTEmbedding(found.name, found.module, config)
         embedding.train(found.module.training)
         for parent, attribute in found.places:
             setattr(parent, attribute, embedding)
-    for module in modules_to_save(model, config).values():
-        module.requires_grad_(True)
-    _train_biases(model, config.bias)
+    for param in configured_parameters(model, config):
+        param.requires_grad_(True)
     model.pst_config = config  # type: ignore[assignment]
     return model
+
+
+def configured_parameters(model: nn.Module, config: PSTConfig) -> set[nn.Parameter]:
+    """What ``config`` trains of an injected ``model``: factors, modules trained in full, biases, pruned weights.
+
+    By what the config says, whether or not it has a gradient now.
+    """
+    params: set[nn.Parameter] = set()
+    for name, param in model.named_parameters():
+        part = name.rpartition(".")[2]
+        if part.startswith("pst_") and part != "pst_mask":
+            params.add(param)
+    for module in modules_named_to_save(model, config).values():
+        params.update(module.parameters())
+    for module in model.modules():
+        is_pruned, bias = isinstance(module, PSTLinear), module._parameters.get("bias")
+        if bias is not None and (config.bias == "all" or (config.bias == "pst_only" and is_pruned)):
+            params.add(bias)
+        if is_pruned and config.train_weights:
+            params.add(module.weight)  # type: ignore[arg-type]
+    return params
+
+
+def injected_config(model: nn.Module) -> PSTConfig:
+    """The config that ``model`` was injected with. Raises InputError for a model that was not, or only in part."""
+    config = vars(model).get("pst_config")
+    if isinstance(config, PSTConfig):
+        return config
+    if pst_layers(model):
+        raise InputError(
+            f"inject_pst was called on a part of this {type(model).__name__}, and what is saved or loaded is a whole "
+            "model with its config: inject the whole model, and name the part by target_modules and modules_to_save"
+        )
+    raise InputError(f"this {type(model).__name__} has no PST layers; call inject_pst(model, PSTConfig(...)) first")
+
+
+def small_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """(name, Parameter) of all that a small state has beside masks, in model order.
+
+    That is what the config trains, also when it was frozen since, and whatever else has a gradient.
+    """
+    inner = unwrapped(model)
+    config = vars(inner).get("pst_config")
+    configured = configured_parameters(inner, config) if isinstance(config, PSTConfig) else set()
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad or p in configured]
 
 
 def _fitting_rules(targets: Sequence[Target], config: PSTConfig) -> list[MaskRule]:
@@ -92,18 +139,24 @@ def _fitting_rules(targets: Sequence[Target], config: PSTConfig) -> list[MaskRul
     return rules
 
 
-def _train_biases(model: nn.Module, which: Bias) -> None:
-    if which == "none":
-        return
-    for module in model.modules():
-        bias = module._parameters.get("bias")
-        if bias is not None and (which == "all" or isinstance(module, PSTLinear)):
-            bias.requires_grad_(True)
-
-
 def pst_layers(model: nn.Module) -> dict[str, PSTLinear]:
     """The PST layers of ``model`` by name, in model order; a shared layer once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PSTLinear)}
+
+
+def layers_never_called(model: nn.Module) -> list[str]:
+    """Names of the PST layers that no forward pass of this process has called since they were made, in model order.
+
+    Of some that is no fault: an expert that no token was sent to, a layer that layerdrop left out. The others' weights
+    are read by code around them, and neither mask nor update is in what the model computes.
+    """
+    return [name for name, layer in pst_layers(model).items() if not layer.was_called]
+
+
+def shortened(names: Sequence[str], most: int = 4) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 @contextmanager
@@ -129,10 +182,15 @@ def set_score_penalty(model: nn.Module, penalty: float) -> None:
         layer.score_penalty = penalty / len(layers)
 
 
-def freeze_scores(model: nn.Module) -> None:
-    """The masks are fixed from now on: scores have no gradient any more, nor has |W| through them."""
+def freeze_scores(model: nn.Module, *, frozen: bool = True) -> None:
+    """The masks are fixed from now on: scores have no gradient any more, nor has |W| through them.
+
+    ``frozen=False`` undoes it, where the model was injected with scores that train.
+    """
+    config: PSTConfig | None = getattr(model, "pst_config", None)
+    can_train = config is not None and (config.has_scores or config.full_scores)
     for layer in pst_layers(model).values():
-        layer.scores_train = False
+        layer.scores_train = can_train and not frozen
 
 
 def _require_tiles(targets: Sequence[Target], config: PSTConfig) -> None:

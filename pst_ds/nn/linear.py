@@ -62,9 +62,11 @@ class PSTLinear(nn.Module):
         self.input_norms: Tensor | None = None
         """(I,) fp32, of ``magnitude = "activation"``; the same on every rank, and on the weight's device."""
         self.score_penalty = 0.0
-        """What the mean of sigmoid(S) of a score of each weight adds to the loss, times this."""
+        """What the mean of sigmoid(S) of a score of each weight adds in each backward pass to the loss, times this."""
         self.bypassed = False
         """Whether it multiplies with W0 alone, as the dense model does; see :func:`pst_ds.nn.inject.bypassed`."""
+        self.was_called = False
+        """Whether ``forward`` ever was; see :func:`pst_ds.nn.inject.layers_never_called`."""
         self.tile_bytes = config.tile_bytes
         self.weight = weight
         self.bias = bias
@@ -92,6 +94,14 @@ class PSTLinear(nn.Module):
         add("U", of_output if r else None, 0.0 if starts_at_v else update_std)
         add("V", (parts * r, inputs) if r else None, update_std if starts_at_v else 0.0)
         add("S", tuple(layout.shape) if config.full_scores else None)
+
+    @property
+    def in_features(self) -> int:
+        return self.layout.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.layout.out_features
 
     def factor_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name in :data:`FACTOR_NAMES`, Parameter) of the factors this layer has."""
@@ -122,8 +132,11 @@ class PSTLinear(nn.Module):
         return self.state().masked_weight()
 
     @outside_graphs
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., I) to (..., O), in the weight's dtype, also under autocast."""
+        x = input  # nn.Linear's name for it
+        if not self.was_called:
+            self.was_called = True
         if self.bypassed:
             return self._dense(x)
         trained_weight = self.weight if self.weight.requires_grad else None
@@ -140,7 +153,7 @@ class PSTLinear(nn.Module):
 
     def extra_repr(self) -> str:
         fused = f", parts={self.layout.parts}" if self.layout.parts > 1 else ""
-        return f"in_features={self.layout.in_features}, out_features={self.layout.out_features}{fused}"
+        return f"in_features={self.in_features}, out_features={self.out_features}{fused}"
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -181,7 +194,7 @@ class _MaskedLinear(torch.autograd.Function):
 def _finish(grads: masked_linear.Gradients, layer: PSTLinear) -> None:
     """What the formulas of one weight matrix do not know: how the layer holds U, and the penalty on its scores."""
     if layer.constants.multiplicative and grads.U is not None:
-        grads.U = ungrouped_columns(grads.U)
+        grads.U = ungrouped_columns(grads.U, layer.layout.parts)
     if layer.pst_S is None:
         return
     if grads.S is None:  # the masks are fixed

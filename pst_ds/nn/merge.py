@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 
 from pst_ds.errors import InputError
+from pst_ds.nn import fast_paths
 from pst_ds.nn.embedding import PSTEmbedding
-from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.inject import injected_config, layers_never_called, pst_layers, shortened
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.small_checkpoints import whole_checkpoints
 from pst_ds.nn.targets import places_by_module
@@ -22,14 +25,25 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     A PSTLinear becomes an ``nn.Linear``, or ``Conv1D``, whose weight is M . W as the masked model multiplied with it,
     bit for bit but that a kept -0.0 is +0.0; a PSTEmbedding an ``nn.Embedding``. The weights are frozen: without its
     mask a layer that is trained on loses its zeros. On one process, or under ZeRO stages 0 to 2 (each rank for itself).
-    Raises InputError under ZeRO-3, where no rank holds a weight whole.
+    Raises InputError under ZeRO-3, where no rank holds a weight whole, and for a model that was injected in part. Warns
+    of layers that were never called where others were: what they become is not what the model computed.
     """
     model = unwrapped(model)
+    if pst_layers(model):
+        injected_config(model)
     if any(zero3.is_partitioned(param) for param in model.parameters()):
         raise InputError(
             "merge_and_unload needs whole weights, and ZeRO-3 has them in shards. Call save_pretrained(model, FOLDER) "
             "on every rank, then in one process merge_and_unload(load_pretrained(BASE, FOLDER)); of a run of `pst-ds "
             "train`, use `pst-ds export`"
+        )
+    idle = layers_never_called(model)
+    if 0 < len(idle) < len(pst_layers(model)):
+        warnings.warn(
+            f"{shortened(idle)} {'was' if len(idle) == 1 else 'were'} merged, but no forward pass has called "
+            f"{'it' if len(idle) == 1 else 'them'}: if other code read the weight itself, the merged model computes "
+            "something else than the one that was trained. Compare the two",
+            stacklevel=2,
         )
     whole_checkpoints(model)
     for module, places in places_by_module(model).items():
@@ -38,6 +52,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             plain.train(module.training)
             for parent, attribute in places:
                 setattr(parent, attribute, plain)
+    fast_paths.restore(model)
     for name in ("pst_config", "save_pretrained"):  # that of PSTCallback writes the small state
         vars(model).pop(name, None)
     return model

@@ -19,9 +19,9 @@ def outside_graphs(method: Method) -> Method:
     """
 
     @functools.wraps(method)
-    def called(*args: object) -> Tensor:
+    def called(*args: object, **named: object) -> Tensor:
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(method)(*args)
-        return method(*args)
+            return torch.compiler.disable(method)(*args, **named)
+        return method(*args, **named)
 
     return called  # type: ignore[return-value]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,9 +26,16 @@ from pst_ds import __version__
 from pst_ds.core.bits import count_bits, relayout
 from pst_ds.durable import file_sha256, replace_bytes, replace_text
 from pst_ds.errors import InputError
-from pst_ds.nn.checkpoint_model import base_fingerprint, same_base, trainable, weight_scales
+from pst_ds.nn.checkpoint_model import base_fingerprint, is_of_hub, same_base, weight_scales
 from pst_ds.nn.config import Override, PSTConfig
-from pst_ds.nn.inject import freeze_scores, inject_pst, pst_layers
+from pst_ds.nn.inject import (
+    configured_parameters,
+    freeze_scores,
+    inject_pst,
+    injected_config,
+    pst_layers,
+    small_parameters,
+)
 from pst_ds.nn.small_checkpoints import MASK_BITS
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import all_gather_objects, is_main
@@ -35,6 +43,11 @@ from pst_ds.parallel.steps import unwrapped
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "pst_config.json", "pst_model.safetensors", "model.safetensors.index.json"
 FORMAT = 1
+_FORMULA = (
+    "alpha1", "alpha2", "beta", "magnitude", "frozen_magnitude", "relative_magnitude", "detach_magnitude",
+    "multiplicative_update",
+)  # fmt: skip
+"""Settings that no shape shows, and that the loaded values mean something else under."""
 _WHAT_IT_IS = "not a model, but what training changed of one: load it with pst_ds.load_pretrained"
 
 
@@ -42,40 +55,61 @@ class PretrainedError(InputError):
     """A folder of a small state that is not there, is damaged, or belongs to another model."""
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, *, step: int | None = None) -> None:
+def save_pretrained(
+    model: nn.Module, folder: str | Path, *, step: int | None = None, writes: bool | None = None
+) -> None:
     """Write the small state of ``model`` (or of the engine around it) into ``folder``; other files there stay.
 
-    Rank 0 writes, each file whole or not at all; one parameter is gathered at a time. ``step`` is how many optimizer
-    steps were applied, for the record. Collective. Raises OSError on every rank.
+    Rank 0 writes, or each rank whose ``writes`` says so (one on each node, say): each file whole or not at all; one
+    parameter is gathered at a time. ``step`` is how many optimizer steps were applied, for the record. Collective.
+    Raises InputError for a model that was not injected as a whole; OSError on every rank for what cannot be written;
+    for whatever else a rank raises there, RuntimeError on the others.
     """
     model = unwrapped(model)
-    tensors, problem = small_state(model), ""
-    if is_main():
+    injected_config(model)
+    writes = is_main() if writes is None else writes
+    tensors, failure = small_state(model, keep=writes), None
+    if writes:
         try:
             write_small_state(model, folder, tensors, step=step)
-        except OSError as error:
-            problem = str(error)
-    problem = all_gather_objects(problem)[0]
+        except Exception as error:  # whatever it is, the other ranks wait
+            failure = error
+    told = "" if failure is None else str(failure) if isinstance(failure, OSError) else repr(failure)
+    problems = all_gather_objects((told, isinstance(failure, OSError)))
+    problem, is_os_error = next((entry for entry in problems if entry[0]), ("", False))
+    if failure is not None and not is_os_error:
+        raise failure
     if problem:
-        raise OSError(f"{folder} could not be written: {problem}")
+        kind = OSError if is_os_error else RuntimeError
+        raise kind(f"{folder} could not be written: {problem}") from failure
 
 
 def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
     """Put the small state in ``folder`` onto the base ``model``, in place, and return it.
 
-    A model without PST modules gets those of the saved config. Under ``zero.Init`` each rank keeps what it holds; call
-    it before ``deepspeed.initialize``. Raises PretrainedError, naming the file, before a value is changed; and
-    InjectionError.
+    A model without PST modules gets those of the saved config; one that has them must compute as the saved config says.
+    What was trained beside what the config trains has a gradient afterwards. Under ``zero.Init`` each rank keeps what
+    it holds; call it before ``deepspeed.initialize``. Raises PretrainedError, naming the file, before a value is
+    changed; and InjectionError.
     """
     folder = Path(folder)
     saved = _read_config(folder)
-    _require_base(model, saved, folder)
-    if not pst_layers(model):
-        inject_pst(model, _pst_config(saved["pst_config"], folder))
+    is_other_revision = _require_base(model, saved, folder)
+    config = _pst_config(saved["pst_config"], folder)
+    if pst_layers(model):
+        _require_formula(injected_config(model), config, folder)
+    else:
+        inject_pst(model, config)
+    also_trained = set(saved.get("also_trained", ()))
+    for name, param in model.named_parameters():
+        if name in also_trained:
+            param.requires_grad_(True)
     tensors = _read_tensors(folder, saved["sha256"])
     _require_fit(model, tensors, saved, folder)
+    if is_other_revision:
+        _require_weights(model, saved, folder)
     with torch.no_grad():
-        for name, param in trainable(model):
+        for name, param in small_parameters(model):
             shard = zero3.shard_of(param)
             zero3.write_shard(param, tensors[name].flatten()[shard.start : shard.start + shard.values.numel()])
         for name, layer in pst_layers(model).items():
@@ -90,21 +124,25 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 @torch.no_grad()
-def small_state(model: nn.Module, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The tensors of pst_model.safetensors: fp32 values of the trained parameters, and masks in one shard each.
+def small_state(
+    model: nn.Module, gathered: Mapping[str, Tensor] | None = None, *, keep: bool | None = None
+) -> dict[str, Tensor]:
+    """The tensors of pst_model.safetensors: fp32 values of :func:`small_parameters`, and masks in one shard each.
 
     Values are the optimizer's masters where there are any; with ``gathered``, a state dict of the whole model, they are
-    taken from it. On ranks but 0 the dict is empty. Collective without ``gathered`` under DeepSpeed.
+    taken from it. Where ``keep`` is false, by default on all ranks but 0, the dict is empty. Collective without
+    ``gathered`` under DeepSpeed.
     """
+    keep = is_main() if keep is None else keep
     tensors: dict[str, Tensor] = {}
-    for name, param in trainable(model):
+    for name, param in small_parameters(model):
         value = zero3.fp32_masters([param])[0] if gathered is None else gathered[name].float()
-        if is_main():
+        if keep:
             tensors[name] = value.detach().to("cpu", copy=True).contiguous()
     for name, layer in pst_layers(model).items():
         with zero3.gathered([layer.pst_mask] if gathered is None else []):
             bits = layer.pst_mask if gathered is None else _mask_of(gathered, name)
-            if is_main():
+            if keep:
                 tensors[f"{name}.{MASK_BITS}"] = relayout(bits.detach().cpu(), layer.layout.numel, layer.num_shards, 1)
     return tensors
 
@@ -115,18 +153,20 @@ def write_small_state(
     """Write the three files of ``tensors``, from :func:`small_state`. For one rank alone. Raises OSError."""
     from safetensors.torch import save
 
-    folder = Path(folder)
+    folder, config = Path(folder), injected_config(model)
     folder.mkdir(parents=True, exist_ok=True)
     data = save(tensors, metadata={"format": "pt"})
     layers, base = pst_layers(model), getattr(model, "name_or_path", "")
+    configured = configured_parameters(model, config)
     kept = sum(count_bits(bits, bits)[1] for name, bits in tensors.items() if name.endswith(MASK_BITS))
     table = {
         "format": FORMAT,
         "pst_ds_version": __version__,
-        "pst_config": asdict(model.pst_config),  # type: ignore[call-overload]
+        "pst_config": asdict(config),
+        "also_trained": [name for name, param in small_parameters(model) if param not in configured],
         "base_model_name_or_path": base,
         "base_fingerprint": _fingerprint(base),
-        "dtype": str(next(iter(layers.values())).weight.dtype).removeprefix("torch."),
+        "dtype": _dtype(model),
         "step": step,
         "sparsity": 1.0 - kept / sum(layer.layout.numel for layer in layers.values()),
         "masks_final": not any(layer.scores_train for layer in layers.values()),
@@ -179,17 +219,58 @@ def _pst_config(table: dict[str, Any], folder: Path) -> PSTConfig:
         raise PretrainedError(f"{folder / CONFIG_FILE}: pst_config cannot be read: {error}") from None
 
 
+def _require_formula(own: PSTConfig, saved: PSTConfig, folder: Path) -> None:
+    for name in _FORMULA:
+        if getattr(own, name) != getattr(saved, name):
+            raise PretrainedError(
+                f"{folder / CONFIG_FILE} has {name} = {getattr(saved, name)!r}, and the model was injected with {name} "
+                f"= {getattr(own, name)!r}: it would compute something else. Load onto the base model, or inject "
+                f"PSTConfig({name}={getattr(saved, name)!r})"
+            )
+
+
 def _with_tuples(table: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
 
 
-def _require_base(model: nn.Module, saved: dict[str, Any], folder: Path) -> None:
-    base, name = _fingerprint(getattr(model, "name_or_path", "")), saved["base_model_name_or_path"]
-    if base and saved["base_fingerprint"] and not same_base(base, saved["base_fingerprint"]):
-        raise PretrainedError(
-            f"{folder} was trained on {name!r}, and the model from {model.name_or_path!r} has other weights; load the "
-            "base that it was trained on"
+def _require_base(model: nn.Module, saved: dict[str, Any], folder: Path) -> bool:
+    """Raise PretrainedError for the weights of another folder. Whether the base is another revision on the hub, as far
+    as the cache tells, which knows the newest alone: see :func:`_require_weights`."""
+    base, known = _fingerprint(getattr(model, "name_or_path", "")), saved["base_fingerprint"]
+    if not base or not known or same_base(base, known):
+        return False
+    if not is_of_hub(base):
+        raise PretrainedError(_other_weights(model, saved, folder))
+    return True
+
+
+def _require_weights(model: nn.Module, saved: dict[str, Any], folder: Path) -> None:
+    """Of an injected ``model`` from another revision on the hub: the mean |W0| of each matrix tells weights apart.
+
+    Raises PretrainedError where they differ; warns where there are none, or only those of another dtype.
+    """
+    scales = weight_scales(model)
+    is_comparable = _dtype(model) == saved.get("dtype") and any(scale != 1.0 for of in scales.values() for scale in of)
+    if is_comparable and scales != saved["weight_scales"]:
+        raise PretrainedError(f"{_other_weights(model, saved, folder)}, by from_pretrained(..., revision=)")
+    if not is_comparable:
+        warnings.warn(
+            f"{folder} was trained on {saved['base_model_name_or_path']!r} when its revision was "
+            f"{saved['base_fingerprint']}, and now it is {_fingerprint(model.name_or_path)}: whether the weights are "  # type: ignore[arg-type]
+            "the same cannot be told. If they are not, load the base with revision=",
+            stacklevel=3,
         )
+
+
+def _other_weights(model: nn.Module, saved: dict[str, Any], folder: Path) -> str:
+    return (
+        f"{folder} was trained on {saved['base_model_name_or_path']!r}, and the model from {model.name_or_path!r} has "
+        "other weights; load the base that it was trained on"
+    )
+
+
+def _dtype(model: nn.Module) -> str:
+    return str(next(iter(pst_layers(model).values())).weight.dtype).removeprefix("torch.")
 
 
 def _read_tensors(folder: Path, digest: str) -> dict[str, Tensor]:
@@ -206,7 +287,7 @@ def _read_tensors(folder: Path, digest: str) -> dict[str, Tensor]:
 
 
 def _require_fit(model: nn.Module, tensors: dict[str, Tensor], saved: dict[str, Any], folder: Path) -> None:
-    wanted = {name: tuple(zero3.full_shape(param)) for name, param in trainable(model)}
+    wanted = {name: tuple(zero3.full_shape(param)) for name, param in small_parameters(model)}
     for name, layer in pst_layers(model).items():
         wanted[f"{name}.{MASK_BITS}"] = (-(-layer.layout.numel // 8),)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

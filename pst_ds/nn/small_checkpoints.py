@@ -7,20 +7,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.inject import pst_layers, small_parameters
 from pst_ds.parallel import zero3
 from pst_ds.parallel.deepspeed_checkpoint import keep_frozen, leave_out_frozen
 
 MASK_BITS = "pst_mask_bits"
 """Name of a mask in a state dict: with all frozen parameters ``pst_mask`` itself is left out."""
-_HANDLES = "pst_small_checkpoints"
+_HANDLES, _PREFIX = "pst_small_checkpoints", "pst_loading_prefix"
 
 
 def small_checkpoints(model: nn.Module) -> None:
     """Leave the frozen base out of every checkpoint of ``model`` from now on.
 
-    ``model.state_dict()`` then has the trained parameters, each once, the masks' bits as ``NAME.pst_mask_bits`` and the
-    buffers; ``load_state_dict`` takes such a dict, strictly too, and leaves the rest of the model as it is.
+    ``model.state_dict()`` then has what the config trains and what else has a gradient, each once, the masks' bits as
+    ``NAME.pst_mask_bits`` and the buffers; ``load_state_dict`` takes such a dict, strictly too, and leaves the rest of
+    the model as it is.
     ``save_checkpoint`` of a DeepSpeed engine leaves the frozen parameters out; under ZeRO-3 every rank then keeps its
     shard of each mask, so such a checkpoint is loaded by as many ranks. Call it after ``inject_pst``, and after
     ``import deepspeed`` where that is used. What was saved without this call can still be loaded.
@@ -55,6 +56,7 @@ def _load_masks(
     model: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any, _strict: bool, _missing: list[str],
     _unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
+    setattr(model, _PREFIX, prefix)
     for name, layer in pst_layers(model).items():
         bits = state_dict.pop(f"{prefix}{name}.{MASK_BITS}", None)
         if bits is None:
@@ -71,21 +73,13 @@ def _load_masks(
 
 
 def _forgive(model: nn.Module, incompatible: Any) -> None:
-    """Of the missing keys forget those that are left out on purpose; they may have the prefix of a wrapper."""
-    left_out = _names_left_out(model)
-
-    def is_left_out(key: str) -> bool:
-        parts = key.split(".")
-        return any(".".join(parts[i:]) in left_out for i in range(len(parts)))
-
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not is_left_out(key)]
+    """Of the missing keys forget those that are left out on purpose; they have the prefix of the wrappers."""
+    prefix = vars(model).pop(_PREFIX, "")
+    left_out = {prefix + name for name in _names_left_out(model)}
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in left_out]
 
 
 def _names_left_out(model: nn.Module) -> set[str]:
-    """Frozen parameters but the masks, and further names of tied ones."""
-    names, seen = set(), set()
-    for name, param in model.named_parameters(remove_duplicate=False):
-        if param in seen or (not param.requires_grad and not name.endswith("pst_mask")):
-            names.add(name)
-        seen.add(param)
-    return names
+    """All parameters but those of a small state and the masks; of tied ones the further names too."""
+    kept = {name for name, _ in small_parameters(model)} | {f"{name}.pst_mask" for name in pst_layers(model)}
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)} - kept

@@ -21,6 +21,7 @@ from pst_ds.nn.blocks import (
     router_names,
 )
 from pst_ds.nn.config import PSTConfig, name_matches
+from pst_ds.nn.replaceable import attention_names, hooks, listed, obstacle, short_name
 from pst_ds.parallel import zero3
 
 ALL_LINEAR = "all-linear"
@@ -57,9 +58,10 @@ def find_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
     "all-linear" is every linear layer inside the blocks but the routers of experts: they choose, hold next to nothing,
     and stay dense and frozen. Name them in ``target_modules`` to prune them.
 
-    Raises InjectionError when nothing matches, when a match is tied, quantised or not linear, and when "all-linear"
-    would leave matrices inside the blocks dense because they are no linear layers: experts in one 3-D Parameter, for
-    one. Those that ``exclude_modules`` names stay dense and frozen.
+    Raises InjectionError when nothing matches, when a match is tied, quantised or not linear, or cannot be replaced
+    (:func:`pst_ds.nn.replaceable.obstacle`), and when "all-linear" would leave matrices inside the blocks dense because
+    they are no linear layers: experts in one 3-D Parameter, for one. Those that ``exclude_modules`` names stay dense
+    and frozen.
     """
     saved = modules_to_save(model, config)
     places = places_by_module(model)
@@ -73,7 +75,7 @@ def find_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
                 f"target_modules matches {name}, a {type(module).__name__}, which is no linear layer; name the linear "
                 "layers inside it"
             )
-        _refuse_unfit_weight(name, module)
+        _refuse_unfit(name, module, places[module], model)
         targets.append(Target(name, module, places[module], _layout(name, module, config)))
     if config.target_modules == ALL_LINEAR:
         _refuse_loose_matrices(model, config, saved, targets, routers)
@@ -85,11 +87,16 @@ def find_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
 
 def modules_to_save(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]:
     """The modules trained in full, by name; raises InjectionError for a name that matches none."""
+    found = modules_named_to_save(model, config)
+    _require_all_found("modules_to_save", config.modules_to_save or (), found, model)
+    return found
+
+
+def modules_named_to_save(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]:
+    """The same of a model that may have been changed since: a name that matches none is passed over."""
     if config.modules_to_save is None:
         return _task_head(model)
-    found = {n: m for n, m in model.named_modules() if n and name_matches(n, config.modules_to_save)}
-    _require_all_found("modules_to_save", config.modules_to_save, found, model)
-    return found
+    return {n: m for n, m in model.named_modules() if n and name_matches(n, config.modules_to_save)}
 
 
 def _task_head(model: nn.Module) -> dict[str, nn.Module]:
@@ -125,6 +132,8 @@ def find_embeddings(model: nn.Module, config: PSTConfig) -> list[EmbeddingTarget
     found = {n: m for n, m in model.named_modules() if n and name_matches(n, wanted)}
     _require_all_found("update_embeddings", wanted, found, model)
     for name, module in found.items():
+        if hooks(name, module):
+            raise InjectionError(hooks(name, module))
         if type(module) is not nn.Embedding or module.max_norm is not None or module.scale_grad_by_freq:
             raise InjectionError(
                 f"update_embeddings matches {name}, a {type(module).__name__}; only a plain nn.Embedding (no max_norm, "
@@ -157,13 +166,15 @@ def _refuse_loose_matrices(
     if not loose:
         return
     first, dense = loose[0], sum(matrix.numel for matrix in loose)
-    owners = list(dict.fromkeys(matrix.owner.rpartition(".")[2] for matrix in loose))
+    owners = [short_name(matrix.owner) for matrix in loose]
+    if any(isinstance(matrix.module, nn.MultiheadAttention) for matrix in loose):
+        owners += attention_names(model)
     raise InjectionError(
         f"{first.owner} ({type(first.module).__name__}) has {first.attribute} of shape {first.shape}, "
         f"{'a stack of matrices' if first.is_stack else 'a matrix'} that belongs to no linear layer, which PST cannot "
         f"prune. With all like it ({len(loose)} Parameters) {dense:,} weights would stay dense, beside "
         f"{sum(t.layout.numel for t in targets):,} that would be pruned. If that is meant, say so with "
-        f"exclude_modules = [{', '.join(chr(34) + owner + chr(34) for owner in owners)}]"
+        f"exclude_modules = {listed(dict.fromkeys(owners))}"
     )
 
 
@@ -193,7 +204,7 @@ def _layout(name: str, module: Any, config: PSTConfig) -> WeightLayout:
     return WeightLayout(outputs, inputs, is_conv1d(module), outputs // inputs if fused else 1)
 
 
-def _refuse_unfit_weight(name: str, module: Any) -> None:
+def _refuse_unfit(name: str, module: Any, places: tuple[tuple[nn.Module, str], ...], model: nn.Module) -> None:
     weight = module.weight
     if not weight.dtype.is_floating_point or weight.element_size() < 2:
         raise InjectionError(
@@ -206,6 +217,9 @@ def _refuse_unfit_weight(name: str, module: Any) -> None:
             f"{name}.weight has shape {tuple(zero3.full_shape(weight))}, not the {layout.shape} of its "
             f"{type(module).__name__}; exclude it with exclude_modules"
         )
+    problem = obstacle(name, module, [holder for holder, _ in places], model)
+    if problem:
+        raise InjectionError(problem)
 
 
 def _refuse_tied(model: nn.Module, targets: list[Target]) -> None:

@@ -74,6 +74,16 @@ class MasterAdamW(torch.optim.AdamW):
         for number, values in state_dict.get(_MASTERS, {}).items():
             masters[number].detach().copy_(values)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy. torch's own leaves out what it does not know of."""
+        return super().__getstate__() | {"_masters": self._masters}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """torch's ``load_state_dict`` calls it too, without the masters."""
+        super().__setstate__(state)
+        for param, master in self._masters.items():
+            param.fp32_master = master  # type: ignore[attr-defined]
+
     def _params(self) -> list[nn.Parameter]:
         return [param for group in self.param_groups for param in group["params"]]
 
@@ -82,9 +92,11 @@ class MasterAdamW(torch.optim.AdamW):
             return param
         if param not in self._masters:
             self._masters[param] = param.fp32_master = nn.Parameter(param.detach().float())  # type: ignore[attr-defined]
-        elif zero3.kept_master(param) is None:
-            self._masters[param].data = param.detach().float()
-        return self._masters[param]
+            return self._masters[param]
+        master, kept = self._masters[param], zero3.kept_master(param)
+        if kept is None or master.device != kept.device:  # other values, or the model was moved
+            master.data = param.detach().float() if kept is None else kept
+        return master
 
     @contextmanager
     def _groups_of_masters(self) -> Iterator[None]:

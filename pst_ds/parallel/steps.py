@@ -3,23 +3,55 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pst_ds.parallel.engine import note_masters
 
+_num_steps = 0
+_LAST_STEPS: WeakKeyDictionary[Optimizer, tuple[int, Tensor | None]] = WeakKeyDictionary()
+"""Of each optimizer: the number of its last step, and whether a GradScaler lets a fused one skip it (not 0) or not."""
 
-def applied_steps(stepper: Any, before: int) -> int:
-    """Applied optimizer steps after the call of ``step`` just made, where they were ``before`` ahead of it.
+
+_WRAPPERS = {
+    "DistributedDataParallel": "module", "DataParallel": "module", "AveragedModel": "module",
+    "DeepSpeedEngine": "module", "OptimizedModule": "_orig_mod",
+}  # fmt: skip
+"""Classes of torch and DeepSpeed, by name: nothing is imported for this."""
+
+
+def _note_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    global _num_steps
+    _num_steps += 1
+    _LAST_STEPS[optimizer] = _num_steps, getattr(optimizer, "found_inf", None)
+
+
+register_optimizer_step_post_hook(_note_step)
+
+
+def steps_noted() -> int:
+    """Number of the last step that an optimizer of torch has taken in this process, whichever optimizer."""
+    return _num_steps
+
+
+def applied_steps(stepper: Any, before: int, *, noted: int) -> int:
+    """Applied optimizer steps of ``stepper`` now; they were ``before`` when :func:`steps_noted` was ``noted``.
 
     ``stepper`` is DeepSpeed's engine or a LocalEngine, which count; or an optimizer, of accelerate (which knows of
-    skipped steps and of gradient accumulation) or of torch. The same on every rank.
+    skipped steps and of gradient accumulation) or of torch (whose steps are noted; one at most since then). An
+    optimizer of another kind is taken to have made one step. The same on every rank.
     """
     if hasattr(stepper, "global_steps"):
         return stepper.global_steps - stepper.skipped_steps
     accumulation = getattr(stepper, "gradient_state", None)
     if accumulation is not None and not accumulation.sync_gradients:
         return before
+    if accumulation is None and isinstance(stepper, Optimizer):
+        number, skipped = _LAST_STEPS.get(stepper, (0, None))
+        return before + (number > noted and not skipped)
     return before + (not getattr(stepper, "step_was_skipped", False))
 
 
@@ -32,9 +64,18 @@ def torch_optimizer(stepper: Any) -> Any:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DeepSpeed's engine, DistributedDataParallel and torch.compile; the names in it are its own."""
-    for name in ("_orig_mod", "module"):
-        inner = getattr(model, name, None)
-        if isinstance(inner, nn.Module):
-            return unwrapped(inner)
+    """The model inside DeepSpeed's engine, DistributedDataParallel and torch.compile; the names in it are its own.
+
+    Of wrappers that are none of these nothing is known: a ``module`` in a model of one's own is a part of it.
+    """
+    while "pst_config" not in vars(model) and (attribute := _wraps(model)):
+        model = getattr(model, attribute)
     return model
+
+
+def _wraps(model: nn.Module) -> str:
+    """The attribute with what ``model`` is wrapped around; "" if it is no wrapper."""
+    for kind in type(model).__mro__:
+        if kind.__module__.partition(".")[0] in ("torch", "deepspeed") and kind.__name__ in _WRAPPERS:
+            return _WRAPPERS[kind.__name__]
+    return ""

@@ -147,7 +147,7 @@ def kept_master(param: nn.Parameter) -> Tensor | None:
     master = getattr(param, "fp32_master", None)
     if master is None or not torch.equal(master.detach().to(param), param.detach()):
         return None
-    return master.detach()
+    return master.detach().to(param.device)
 
 
 def _master_of(param: nn.Parameter) -> Tensor:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.durable import require_writable, whole_folder
+from pst_ds.nn.base_model import PRUNING_RECORD
 from pst_ds.prune.errors import PruneError
 from pst_ds.prune.model import PrunedLayer
 
-RECORD_FILE = "pruning.json"
+RECORD_FILE = PRUNING_RECORD
 FORMAT = 1
 
 

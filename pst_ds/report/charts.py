@@ -15,6 +15,10 @@ _MOST_MARKS = 20
 """Of a line that shows its points."""
 _LEAST_LOG_RANGE = 10.0
 """Between the least and the greatest value of a chart on a logarithmic axis."""
+_LEAST_SHARE = 1e-3
+"""Of the greatest value of a chart that an axis reaches over: rounding does not fill it."""
+_TINY, _LEAST_SHARE_OF_TINY = 1e-4, 0.5
+"""What is smaller is written with an exponent, and beside the plot is room for two digits of it."""
 LEARNING_RATE, EVALUATION = "lr/", "eval/"
 
 
@@ -50,11 +54,11 @@ class Chart:
 
     @property
     def step_ticks(self) -> list[Tick]:
-        return self.steps.ticks(5, short)
+        return self.steps.ticks(5)
 
     @property
     def value_ticks(self) -> list[Tick]:
-        return self.values.ticks(5, short)
+        return self.values.ticks(5)
 
     @property
     def data(self) -> dict[str, object]:
@@ -89,7 +93,7 @@ def _chart(runs: Sequence[RunData], title: str, note: str, curve: str, *, is_log
 
 
 def _sparsity(runs: Sequence[RunData]) -> Iterator[Chart]:
-    """The target dashed, the actual solid, in the colour of the run."""
+    """The target dashed, the actual solid, in the colour of the run; from 0, for the two are nearly the same."""
     series = []
     for i, run in enumerate(runs):
         for name in ("target", "actual"):
@@ -97,7 +101,7 @@ def _sparsity(runs: Sequence[RunData]) -> Iterator[Chart]:
             if any(value for _, value in points):
                 label = name if len(runs) == 1 else f"{run.name}, {name}"
                 series.append(Series(label, i, points, is_dashed=name == "target"))
-    yield from drawn("Sparsity", "zeros in the pruned matrices", series, _last_step(runs))
+    yield from drawn("Sparsity", "zeros in the pruned matrices", series, _last_step(runs), from_zero=True)
 
 
 def _learning_rates(runs: Sequence[RunData]) -> Iterator[Chart]:
@@ -116,9 +120,11 @@ def _last_step(runs: Sequence[RunData]) -> int:
     return max(run.last_step for run in runs)
 
 
-def drawn(title: str, note: str, series: Sequence[Series], end: int, *, is_log: bool = False) -> Iterator[Chart]:
+def drawn(
+    title: str, note: str, series: Sequence[Series], end: int, *, is_log: bool = False, from_zero: bool = False
+) -> Iterator[Chart]:
     """The chart, from step 0 to ``end``, unless no series has a point. On a logarithmic axis zeros are left out; it is
-    one only if values are far apart."""
+    one only if values are far apart. ``from_zero``: whether 0 is on the axis of values, whatever they are."""
     points = [point for one in series for point in one.points]
     positive = [value for _, value in points if value > 0]
     is_log = is_log and bool(positive) and max(positive) / min(positive) > _LEAST_LOG_RANGE
@@ -129,7 +135,9 @@ def drawn(title: str, note: str, series: Sequence[Series], end: int, *, is_log: 
     if not points:
         return
     steps = axis_of(0, end, LEFT, RIGHT)
-    values = axis_of(min(v for _, v in points), max(v for _, v in points), BOTTOM, TOP, is_log=is_log)
+    found = [value for _, value in points] + ([0.0] if from_zero else [])
+    share = _LEAST_SHARE if max(map(abs, found)) >= _TINY else _LEAST_SHARE_OF_TINY
+    values = axis_of(min(found), max(found), BOTTOM, TOP, is_log=is_log, least_share=share)
     lines = [_line(one, steps, values) for one in series if one.points]
     yield Chart(title, note, steps, values, lines)
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pst_ds.report.thin import EvenlyApart
 from pst_ds.train.json_lines import lines_until
 from pst_ds.train.pictures import MaskHistory
 
 FIGURES = ("correlation", "score_norm", "update_norm", "weight_norm")
 _MOST_PICTURES = 64
-"""Of one layer that are held at a time."""
+"""Of one layer that are held at a time, besides the last."""
 
 Picture = dict[str, Any]
 """A line of one of the events of _PICTURES, with these fields."""
@@ -35,9 +36,9 @@ class LayerData:
     """Mask bits of each layer that changed, over all mask updates."""
     figures: dict[str, list[float | None]] = field(default_factory=dict)
     """The last known value of each of FIGURES, a layer; None where there was none."""
-    histograms: dict[int, list[Picture]] = field(default_factory=dict)
-    """By layer, some of those there are, the last among them."""
-    thumbnails: dict[int, list[Picture]] = field(default_factory=dict)
+    histograms: dict[int, EvenlyApart[Picture]] = field(default_factory=dict)
+    """By layer, some of those there are, evenly apart, the first and the last among them."""
+    thumbnails: dict[int, EvenlyApart[Picture]] = field(default_factory=dict)
 
     def sparsity(self, layer: int) -> float | None:
         """Share of zeros after the last mask update."""
@@ -82,10 +83,7 @@ def _add(found: LayerData, line: dict[str, Any]) -> None:
             found.figures[name] = [b if a is None else a for a, b in zip(new, old, strict=True)]
     elif event in _PICTURES and _PICTURES[event] <= line.keys() and 0 <= line["layer"] < count:
         pictures = found.histograms if event == "histogram" else found.thumbnails
-        of_layer = pictures.setdefault(line["layer"], [])
-        of_layer.append(line)
-        if len(of_layer) > _MOST_PICTURES:
-            del of_layer[1:-1:2]
+        pictures.setdefault(line["layer"], EvenlyApart(_MOST_PICTURES)).add(line)
 
 
 def _list_of(values: Any, count: int) -> list[Any]:

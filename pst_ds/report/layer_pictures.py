@@ -134,7 +134,7 @@ def _histogram(line: Picture) -> Histogram:
     cut, kept_share = line["threshold"], counts[1].sum() / max(1.0, counts.sum())
     about = f"{kept_share:.1%} kept" + (f", cut at {short(cut)}" if cut is not None else "")
     place = None if cut is None else round(min(max(scores.place(cut), LEFT), RIGHT), 1)
-    return Histogram(line["step"], bars, scores.ticks(4, short), place, about)
+    return Histogram(line["step"], bars, scores.ticks(4), place, about)
 
 
 def _bar(left: float, right: float, counts: np.ndarray, heights: Axis) -> Bar:

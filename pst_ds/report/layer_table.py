@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from itertools import takewhile
-from typing import Any
 
 from pst_ds.report.axes import whole
 from pst_ds.report.layer_data import LayerData
@@ -12,36 +12,64 @@ from pst_ds.report.run_data import RunData
 from pst_ds.report.tables import Cell, Table, number
 
 LayerFigure = Callable[[LayerData, int], Cell]
+Shapes = dict[str, list[int]]
+"""By layer."""
 
 
-def layer_table(runs: Sequence[RunData], shapes: dict[str, list[int]]) -> Table | None:
+def layer_table(runs: Sequence[RunData], shapes: Sequence[tuple[str, Shapes]]) -> Table | None:
     """Every layer of any run; a figure that none of them has is left out. None without layers.
 
-    ``shapes``: of the weights by layer, where they are known.
+    ``shapes``: of the weights, where they are known, each with the name of its run, or "". Another's shape is good for
+    a layer of as many weights, if its own run has none.
     """
     known = {run.name: run.layers for run in runs if run.layers is not None}
     if not known:
         return None
-    weights: dict[str, int] = {}
-    for layers in known.values():
-        weights |= dict(zip(layers.names, layers.weights, strict=True))
-    columns = {title: [_column(layers, of, weights) for layers in known.values()] for title, of in FIGURES.items()}
-    columns = {title: of_runs for title, of_runs in columns.items() if _has_values(of_runs)}
-    prefix = common_prefix(weights)
+    names = list(dict.fromkeys(name for layers in known.values() for name in layers.names))
+    sizes = [_sizes(layers, names, _own_first(shapes, run)) for run, layers in known.items()]
+    has_shapes = any("×" in cell.text for of_run in sizes for cell in of_run)
+    same = _in_one(sizes)
+    columns = {} if same else {"shape" if has_shapes else "weights": sizes}
+    for title, of in FIGURES.items():
+        of_runs = [_column(layers, of, names) for layers in known.values()]
+        if _has_values(of_runs):
+            columns[title] = of_runs
+    prefix = common_prefix(names)
+    first = ["layer", *(["shape" if has_shapes else "weights"] if same else [])]
     rows = [
         [
             Cell(name.removeprefix(prefix)),
-            number(weights[name], _shape_text(shapes.get(name))),
+            *([same[i]] if same else []),
             *(of_run[i] for of_runs in columns.values() for of_run in of_runs),
         ]
-        for i, name in enumerate(weights)
+        for i, name in enumerate(names)
     ]
-    first = ["layer", "shape" if shapes.keys() & weights.keys() else "weights"]
     caption = f"Layers of {prefix.rstrip('.')}" if prefix else "Layers"
     if len(known) == 1:
         return Table(caption, [*first, *columns], rows)
     groups = [("", len(first)), *((title, len(known)) for title in columns)]
     return Table(caption, [*first, *(name for _ in columns for name in known)], rows, groups)
+
+
+def _own_first(shapes: Sequence[tuple[str, Shapes]], run: str) -> list[Shapes]:
+    return [found for name, found in sorted(shapes, key=lambda pair: pair[0] != run)]
+
+
+def _sizes(layers: LayerData, names: Collection[str], shapes: Sequence[Shapes]) -> list[Cell]:
+    """Of each of ``names`` the first of its shapes that has its number of weights, or this number alone."""
+
+    def size(layers: LayerData, i: int) -> Cell:
+        fitting = [of[layers.names[i]] for of in shapes if layers.names[i] in of]
+        shape = next((shape for shape in fitting if math.prod(shape) == layers.weights[i]), None)
+        return number(layers.weights[i], whole if shape is None else lambda _: " × ".join(map(str, shape)))
+
+    return _column(layers, size, names)
+
+
+def _in_one(columns: Sequence[Sequence[Cell]]) -> list[Cell]:
+    """The cells of several columns in one, where no two of a row differ; none where some do."""
+    found = [[cell for cell in row if not cell.is_missing] for row in zip(*columns, strict=True)]
+    return [cells[0] for cells in found] if all(len(set(cells)) == 1 for cells in found) else []
 
 
 def common_prefix(names: Collection[str]) -> str:
@@ -59,10 +87,6 @@ def _column(layers: LayerData, figure: LayerFigure, names: Collection[str]) -> l
 
 def _has_values(columns: Sequence[Sequence[Cell]]) -> bool:
     return any(not cell.is_missing for column in columns for cell in column)
-
-
-def _shape_text(shape: list[int] | None) -> Callable[[Any], str]:
-    return whole if shape is None else lambda _: " × ".join(map(str, shape))
 
 
 def _sparsity(layers: LayerData, i: int) -> Cell:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from pst_ds.cli.bench_text import bench_table
 from pst_ds.cli.text_table import bytes_text
+from pst_ds.durable import PARTIAL
 from pst_ds.errors import InputError
 from pst_ds.report.axes import whole
 from pst_ds.report.run_data import RunData, is_number, read_object
@@ -23,6 +25,8 @@ class ExportData:
     """An export folder, by its manifest and the sizes of its files."""
 
     name: str
+    run: str
+    """Name of the run whose folder it is in; "" for any other."""
     kind: str
     step: int | None
     sparsity_asked: float | None
@@ -36,21 +40,36 @@ class ExportData:
     """Of the pruned tensors, by module."""
 
 
-def find_exports(runs: Sequence[RunData], others: Sequence[Path]) -> list[ExportData]:
-    """Those inside the run folders, and ``others``. Raises InputError for one of these that is none."""
-    inside = [(run, path.parent) for run in runs for path in sorted(run.folder.glob(f"*/{MANIFEST_FILE}"))]
+def find_exports(runs: Sequence[RunData], others: Sequence[Path]) -> tuple[list[ExportData], list[str]]:
+    """Those inside the run folders, and ``others``; and a note on each inside that is damaged. Raises InputError for
+    one of ``others`` that is none."""
+    inside = [
+        (run, path.parent)
+        for run in runs
+        for path in sorted(run.folder.glob(f"*/{MANIFEST_FILE}"))
+        if path.parent.suffix != PARTIAL
+    ]
+    found: list[ExportData] = []
+    notes: list[str] = []
+    named = {path.resolve() for path in others}
+    for run, folder in inside:
+        try:
+            found.append(read_export(folder, f"{run.name}/{folder.name}", run.name))
+        except InputError as error:
+            if folder.resolve() in named:
+                raise
+            notes.append(f"{run.name}/{folder.name} is left out: {error}")
     known = {folder.resolve() for _, folder in inside}
-    found = [read_export(folder, f"{run.name}/{folder.name}") for run, folder in inside]
-    return found + [read_export(path, str(path)) for path in others if path.resolve() not in known]
+    return found + [read_export(path, str(path)) for path in others if path.resolve() not in known], notes
 
 
-def read_export(folder: Path, name: str) -> ExportData:
+def read_export(folder: Path, name: str, run: str = "") -> ExportData:
     """Raises InputError for a folder without a manifest, or with one that is damaged."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise InputError(f"{str(folder)!r} is no export: {MANIFEST_FILE} is missing; name a folder of pst-ds export")
-    manifest = read_object(path)
     try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         tensors = manifest["tensors"]
         files = {part["file"] for tensor in tensors for part in tensor["parts"]}
         # of a model that was pruned elsewhere, the linear weights with zeros
@@ -58,6 +77,7 @@ def read_export(folder: Path, name: str) -> ExportData:
         weights = sum(math.prod(t["shape"]) for t in sparse)
         return ExportData(
             name=name,
+            run=run,
             kind=manifest["kind"],
             step=manifest.get("step"),
             sparsity_asked=manifest.get("sparsity_asked"),
@@ -66,11 +86,11 @@ def read_export(folder: Path, name: str) -> ExportData:
             dense_bytes=2 * sum(math.prod(t["shape"]) for t in tensors),
             shapes={t["name"].removesuffix(".weight"): t["shape"] for t in sparse},
         )
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {error!r}; pst-ds verify says more") from None
 
 
-def export_table(exports: Sequence[ExportData]) -> Table | None:
+def export_table(exports: Sequence[ExportData], notes: Sequence[str] = ()) -> Table | None:
     if not exports:
         return None
     rows = [
@@ -86,7 +106,7 @@ def export_table(exports: Sequence[ExportData]) -> Table | None:
         for export in exports
     ]
     head = ["export", "format", "step", "sparsity asked", "counted", "weight files", "of dense bf16"]
-    return Table("Exports", head, rows)
+    return Table("Exports", head, rows, note="; ".join(notes))
 
 
 def bench_tables(files: Sequence[Path]) -> Iterator[Table]:
@@ -115,7 +135,14 @@ def _from_text(text: str) -> Cell:
 def verification_table(files: Sequence[Path]) -> Table | None:
     """Of what ``pst-ds verify --json`` printed, and only an export that is right has that. Raises InputError."""
     rows = [_verified(path, read_object(path)) for path in files]
-    head = ["export", "tensors", "sparsity counted", "differing weights", "differing predictions", "logits differ by"]
+    head = [
+        "export",
+        "tensors",
+        "sparsity counted",
+        "differing weight tensors",
+        "differing predictions",
+        "logits differ by",
+    ]
     return Table("Verified", head, rows) if rows else None
 
 

@@ -47,14 +47,13 @@ def page(runs: Sequence[RunData], exports: Sequence[ExportData], outcomes: Seque
 
 
 def _contents(runs: Sequence[RunData], exports: Sequence[ExportData]) -> dict[str, Any]:
-    shapes = {name: shape for export in exports for name, shape in export.shapes.items()}
     return {
         "runs": runs,
         "results": result_table(runs),
         "settings": list(setting_tables(runs)),
         "charts": list(charts(runs)),
         "heat_maps": _in_rows([[(run, heat_map) for heat_map in heat_maps(run)] for run in runs]),
-        "layers": layer_table(runs, shapes),
+        "layers": layer_table(runs, [(export.run, export.shapes) for export in exports]),
         "pictures": [(run, pictures) for run in runs for pictures in layer_pictures(run)],
     }
 

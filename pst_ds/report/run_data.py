@@ -95,7 +95,7 @@ def _read_run(folder: Path, name: str) -> RunData:
             "output_dir of a run"
         )
     try:
-        run_file = (folder / RUN_FILE).read_text(encoding="utf-8")
+        run_file = (folder / RUN_FILE).read_text(encoding="utf-8-sig")
         settings = dotted(tomllib.loads(run_file))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{folder / RUN_FILE} is not TOML: {error}") from None

@@ -1,9 +1,9 @@
-"""Fewer points that draw the same curve."""
+"""Fewer points that draw the same curve, and fewer pictures that tell the same story."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Generic, TypeVar, overload
 
 T = TypeVar("T")
 P = TypeVar("P", bound=tuple[float, float])
@@ -29,3 +29,36 @@ def spread(items: Sequence[T], most: int) -> list[T]:
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+class EvenlyApart(Sequence[T], Generic[T]):
+    """Of a stream of items every k-th from the first on, and the last: at most ``most`` (at least 2) and one more. k
+    doubles whenever there are too many."""
+
+    def __init__(self, most: int):
+        self._most, self._stride, self._seen = most, 1, 0
+        self._kept: list[T] = []
+        self._last: list[T] = []
+        """The last item, while it is not among the kept."""
+
+    def add(self, item: T) -> None:
+        self._last = [item]
+        if self._seen % self._stride == 0:
+            self._kept.append(item)
+            self._last = []
+        self._seen += 1
+        if len(self._kept) > self._most:
+            self._last = self._kept[-1:] if len(self._kept) % 2 == 0 else []
+            self._kept, self._stride = self._kept[::2], 2 * self._stride
+
+    def __len__(self) -> int:
+        return len(self._kept) + len(self._last)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        return (self._kept + self._last)[index]

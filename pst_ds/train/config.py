@@ -49,9 +49,10 @@ class ScheduleConfig:
     """How sparse, and when."""
 
     final_sparsity: float = 0.9
-    """Fraction of zeros at the end, in [0, 1)."""
+    """Fraction of zeros at the end, in [0, 1). 0 prunes only the layers that ``pst.overrides`` gives a share."""
     initial_sparsity: float = 0.0
-    """Fraction of zeros until the ramp starts."""
+    """Fraction of zeros until the ramp starts; 0 where all scores begin equal: methods "movement" and "soft-movement",
+    and "pst" with ``pst.magnitude = "none"``."""
     warmup_fraction: float = 0.1
     """Share of all steps before the ramp."""
     cooldown_fraction: float = 0.3
@@ -169,8 +170,8 @@ class DistillationConfig:
     temperature: float = 1.0
     """Both logits are divided by it; the divergence is multiplied by its square."""
     teacher: str = ""
-    """Folder of a model of the same task and classes. Empty is the model itself without masks and updates: it costs no
-    memory, and takes that nothing but the small matrices trains."""
+    """Folder of a model of the same task, classes and vocabulary. Empty is the model itself without masks and updates:
+    it costs no memory, and takes that nothing but the small matrices trains and that the base is dense."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.weight <= 1.0:
@@ -238,31 +239,68 @@ class RunConfig:
                 '"soft-movement" needs one above 0, and no other method has one'
             )
         try:
-            self.mask_method.pst_config(self.pst)
+            injected = self.mask_method.pst_config(self.pst)
         except ValueError as error:
             raise ConfigError(f"method = {self.method!r}: pst.{error}") from None
         if self.pst.multiplicative_update and masks != "fixed":
             raise ConfigError(
                 f'pst.multiplicative_update = true is for fixed masks, not for method = {self.method!r}; use "spp"'
             )
+        if masks != "none":
+            self._require_ranking(injected)
+
+    def _require_ranking(self, injected: PSTConfig) -> None:
+        """Refuse masks that the order of the weights in memory would decide, for want of scores that differ."""
+        from_zeros, masks = self.pst.initial_mask == "zeros", self.mask_method.masks
+        if self.pst.magnitude == "activation" and (from_zeros or injected.full_scores):
+            what = 'pst.initial_mask = "zeros"' if from_zeros else f"method = {self.method!r}"
+            raise ConfigError(
+                f'pst.magnitude = "activation" is another way to rank by |W|, which {what} does not do; leave it out'
+            )
+        if injected.scores_stay_equal and not from_zeros:
+            raise ConfigError(
+                f"pst.magnitude = {self.pst.magnitude!r} leaves method = {self.method!r} nothing to rank weights by; "
+                'set pst.magnitude = "weight" or "activation", or keep scores that train'
+            )
+        if masks != "ramp" or not injected.scores_start_equal:
+            return
+        without = "" if injected.full_scores else f" with pst.magnitude = {self.pst.magnitude!r}"
+        begin = f"all scores of method = {self.method!r}{without} are equal at first"
+        if self.schedule.initial_sparsity > 0.0:
+            raise ConfigError(
+                f"schedule.initial_sparsity = {self.schedule.initial_sparsity}, but {begin}, and nothing says which "
+                "weights to prune before the first step. Fix: schedule.initial_sparsity = 0"
+            )
+        if self.train.score_learning_rate == 0.0:
+            raise ConfigError(
+                f"train.score_learning_rate = {self.train.score_learning_rate}, but {begin}, and would stay so; set it "
+                "above 0"
+            )
 
     def _require_reachable_sparsity(self) -> None:
         asked, pattern = self.schedule.final_sparsity, parse_pattern(self.pst.pattern)
+        rules = self.mask_method.pst_config(self.pst).rules
         if pattern.fixed_sparsity not in (None, asked):
             raise ConfigError(
                 f'schedule.final_sparsity = {asked}, but pst.pattern = "{pattern}" has {pattern.fixed_sparsity} zeros. '
                 f"Fix: schedule.final_sparsity = {pattern.fixed_sparsity}"
             )
-        if pattern.kind == "global" and self.pst.min_kept_share > 1.0 - asked:
+        if any(rule.pattern.kind == "global" for rule in rules) and self.pst.min_kept_share > 1.0 - asked:
             raise ConfigError(
-                f"pst.min_kept_share = {self.pst.min_kept_share} of every matrix is more than schedule.final_sparsity "
-                f"= {asked} keeps in all. Fix: pst.min_kept_share below {1.0 - asked:.4g}"
+                f'pst.min_kept_share = {self.pst.min_kept_share} of every matrix of pattern "global" (method = '
+                f"{self.method!r}) is more than schedule.final_sparsity = {asked} keeps in all. Fix: "
+                f"pst.min_kept_share below {1.0 - asked:.4g}"
             )
 
     @property
     def mask_method(self) -> Method:
         """What the method is."""
         return METHODS_BY_NAME[self.method]
+
+    @property
+    def ranks_by_activation(self) -> bool:
+        """Whether masks are chosen by |W| times the norms of the inputs."""
+        return self.mask_method.masks != "none" and self.pst.magnitude == "activation"
 
     @property
     def metric(self) -> str:

@@ -56,7 +56,20 @@ def read_labelled(data: DataConfig, split: str) -> Any:
 
 
 def label_names(data: DataConfig) -> list[str]:
-    """Names of the classes, in the order of their ids: the dataset's own, or the sorted labels of the training file."""
+    """Names of the classes, in the order of their ids: that of ``data.label_names``, of the dataset's own names, or of
+    the sorted labels of the training file. Raises ConfigError."""
+    found, wanted = _names_in_training(data), data.label_names
+    if set(found) == set(wanted):
+        return list(wanted)
+    if not set(found).isdisjoint(wanted):
+        raise ConfigError(
+            f"data.label_names = {list(wanted)} are not those of {data.train}, whose column {data.label_column!r} has "
+            f"the labels {_listed(found)}; name just these, or none"
+        )
+    return found
+
+
+def _names_in_training(data: DataConfig) -> list[str]:
     rows = read_labelled(data, "train")
     feature = rows.features[data.label_column]
     if hasattr(feature, "names"):
@@ -84,21 +97,24 @@ def label_names(data: DataConfig) -> list[str]:
 def load_examples(data: DataConfig, split: str, tokenizer: Any, names: Sequence[str]) -> Examples:
     """The examples of one split. Raises ConfigError for a missing file or column, or a label not in ``names``."""
     rows = read_labelled(data, split)
-    is_class_label = hasattr(rows.features[data.label_column], "names")
+    # a split that was encoded by itself has ids of its own for the same names
+    own_names = dict(enumerate(getattr(rows.features[data.label_column], "names", ())))
     ids = {name: i for i, name in enumerate(names)}
     labels = []
-    for row, label in enumerate(rows[data.label_column]):
-        if is_class_label and 0 <= label < len(names):
-            labels.append(label)
-        elif not is_class_label and str(label) in ids:
-            labels.append(ids[str(label)])
-        else:
+    for row, found in enumerate(rows[data.label_column]):
+        label = own_names.get(found, found)
+        if str(label) not in ids:
             refuse_hidden(label, row, getattr(data, split))
             raise ConfigError(
                 f"{getattr(data, split)}: label {label!r} in row {row} is not one of the training labels "
-                f"{', '.join(names[:12])}{f' and {len(names) - 12} more' if len(names) > 12 else ''}"
+                f"{_listed(names)}"
             )
+        labels.append(ids[str(label)])
     return Examples(tokenized_texts(rows, data, split, tokenizer), labels)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 def refuse_hidden(label: Any, row: int, where: str) -> None:

@@ -49,6 +49,9 @@ class DataConfig:
     label_column: str = "label"
     """The class or the number of a row; for task "data-to-text" the text to write, or a list of such texts. Task
     "causal-lm" has none."""
+    label_names: tuple[str, ...] = ()
+    """The classes in the order of their ids, where those of the training data are just these: "f1" is that of the
+    second of two. Empty is the order of the dataset's own class names, or else of the alphabet."""
     separator: str = ""
     """For task "data-to-text", what stands between the data and the text; empty is the end-of-text token."""
     sample_by: Literal["line", "paragraph", "document"] = "line"
@@ -68,6 +71,8 @@ class DataConfig:
             raise ConfigError("data.train is missing: name a local file, or a split of data.dataset")
         if len(self.text_columns) not in (1, 2):
             raise ConfigError(f"data.text_columns = {list(self.text_columns)} must name one column or two")
+        if len(set(self.label_names)) != len(self.label_names):
+            raise ConfigError(f"data.label_names = {list(self.label_names)} must be different names, or empty")
         if len(self.test_rows) not in (0, 2):
             raise ConfigError(f"data.test_rows = {list(self.test_rows)} must be a column and a value, or empty")
         require_positive("data.max_length", self.max_length)

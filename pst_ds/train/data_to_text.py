@@ -67,6 +67,11 @@ class Pairs:
         prompt = self._prompt(data, max(self.max_length - len(target), self.max_length // 2))
         return prompt, target[: self.max_length - len(prompt)]
 
+    def num_targets(self, example: int) -> int:
+        """Tokens of one example that are predicted: those of its text, but never the first of all."""
+        prompt, target = self.tokens(example)
+        return len(target) - (not prompt)
+
     def prompts(self, most: int) -> list[list[int]]:
         """What a text is written after, for each distinct piece of data: at most ``most`` tokens."""
         return [self._prompt(data, min(most, self.max_length)) for data in self.inputs]

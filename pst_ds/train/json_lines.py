@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.durable import replace_text
+from pst_ds.json_text import json_of
 
 
 class JsonLines:
@@ -18,13 +19,13 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, step: int, head: dict[str, Any] | None = None):
-        first = [json.dumps(head)] if head is not None else []
-        kept = [json.dumps(line) for line in lines_until(path, step)] if step else []
+        first = [json_of(head)] if head is not None else []
+        kept = [json_of(line) for line in lines_until(path, step)] if step else []
         replace_text(path, "".join(f"{line}\n" for line in [*first, *kept]))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json_of(line) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -116,7 +117,10 @@ class Keeper:
         return True
 
     def _is_better(self, value: float) -> bool:
-        if self._best is None:
+        """No NaN is better than anything, and any number is better than a NaN."""
+        if math.isnan(value):
+            return False
+        if self._best is None or math.isnan(self._best):
             return True
         return value < self._best if self._lower_is_better else value > self._best
 

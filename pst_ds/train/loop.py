@@ -93,9 +93,9 @@ def train(loop: Loop, state: LoopState | None = None) -> LoopState:
         set_rates(loop, state.step)
         seed_random_numbers(loop.run.seed, state.batch)
         losses = []
-        for batch in micro_batches:
+        for batch, share in micro_batches:
             beat(f"the forward and backward pass of batch {state.batch + 1}")
-            loss = loop.objective(engine, batch)
+            loss = share * loop.objective(engine, batch)
             engine.backward(loss)
             engine.step()
             losses.append(loss.detach())
@@ -141,24 +141,26 @@ def set_rates(loop: Loop, step: int) -> None:
     """Set every group's learning rate for the step after ``step``, the scores' to zero once the masks are fixed; and
     the penalty on scores."""
     if loop.run.train.score_penalty and loop.schedule is not None:
-        set_score_penalty(loop.engine.module, loop.run.train.score_penalty * _share_of_ramp(loop.schedule, step))
+        penalty = loop.run.train.score_penalty * loop.schedule.progress_at(step)
+        backward_passes = loop.run.train.gradient_accumulation_steps  # each adds its share
+        set_score_penalty(loop.engine.module, penalty / backward_passes)
     factor = learning_rate_factor(step, loop.num_steps, loop.run.train.learning_rate_warmup_fraction)
     masks_fixed = loop.schedule is not None and loop.schedule.is_final(step)
     for group in loop.engine.optimizer.param_groups:
         group["lr"] = 0.0 if masks_fixed and group["name"] == "scores" else group["peak_lr"] * factor
 
 
-def _share_of_ramp(schedule: Schedule, step: int) -> float:
-    return schedule.sparsity_at(step) / schedule.final_sparsity if schedule.final_sparsity else 1.0
-
-
 def learning_rates(engine: Engine) -> dict[str, float]:
     return {f"lr/{group['name']}": group["lr"] for group in engine.optimizer.param_groups}
 
 
-def _batches(loop: Loop, first: int) -> Iterator[tuple[list[dict[str, Tensor]], int]]:
+def _batches(loop: Loop, first: int) -> Iterator[tuple[list[tuple[dict[str, Tensor], float]], int]]:
     """This rank's micro-batches of one global batch after another from number ``first`` on, without end; each time with
-    the tokens of the whole batch."""
+    the tokens of the whole batch.
+
+    A micro-batch has a share, on average 1 over all ranks', by which its mean loss is to be multiplied: then the mean
+    of all is the global batch's, however it is cut.
+    """
     run, task, lengths = loop.run, task_of(loop.run), loop.examples.lengths
     batches = GlobalBatches(lengths, run.train.batch_size, run.seed, run.data.group_by_length)
     epoch, done = divmod(first, batches.batches_per_epoch)
@@ -166,9 +168,11 @@ def _batches(loop: Loop, first: int) -> Iterator[tuple[list[dict[str, Tensor]], 
         for batch in batches.epoch(epoch)[done:]:
             beat("reading a batch")
             own = batches.micro_batches(batch, rank(), world_size(), run.train.gradient_accumulation_steps)
+            per_target = len(own) * world_size() / task.num_targets(loop.examples, batch)
             collated = (task.collate(loop.examples, indices, loop.tokenizer) for indices in own)
             on_device = [{k: v.to(loop.device) for k, v in inputs.items()} for inputs in collated]
-            yield on_device, sum(lengths[i] for i in batch)
+            shares = [per_target * task.num_targets(loop.examples, indices) for indices in own]
+            yield list(zip(on_device, shares, strict=True)), sum(lengths[i] for i in batch)
         epoch, done = epoch + 1, 0
 
 

@@ -54,18 +54,16 @@ class MaskStats:
 
 
 @torch.no_grad()
-def update_masks(model: nn.Module, sparsity: float, *, final_sparsity: float | None = None) -> MaskStats:
-    """Prune by the smallest scores, from the fp32 masters, in the pattern of each layer; at ``sparsity`` of a ramp to
-    ``final_sparsity`` (itself by default).
+def update_masks(model: nn.Module, sparsity: float, *, progress: float = 1.0) -> MaskStats:
+    """Prune by the smallest scores, from the fp32 masters, in the pattern of each layer. A layer with a final sparsity
+    of its own has ``progress`` times that, the others ``sparsity``.
 
     Of a matrix, exactly floor(sparsity * numel) weights are pruned; of "global" ones together, as many as they would be
     each by itself; in every row floor(sparsity * in_features); of blocks, or groups of N:M, floor(share * number).
-    A layer with a sparsity of its own is as far on its way to it as the others are to theirs. Among equal scores the
-    lowest flat index goes first. Collective, with a number of collectives that does not depend on the number of layers.
-    Raises FloatingPointError on every rank, naming the layers, for scores that are not finite; the masks are then
-    unchanged.
+    Among equal scores the lowest flat index goes first. Collective, with a number of collectives that does not depend
+    on the number of layers. Raises FloatingPointError on every rank, naming the layers, for scores that are not finite;
+    the masks are then unchanged.
     """
-    progress = 1.0 if final_sparsity in (None, 0.0) else sparsity / final_sparsity
     layers = pst_layers(model)
     for name, layer in layers.items():
         assert zero3.num_shards(layer.weight) == layer.num_shards, f"{name}: num_shards is not how it is partitioned"

@@ -20,7 +20,7 @@ from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import together
 from pst_ds.train.config import ConfigError, RunConfig
 from pst_ds.train.optimizer import pst_parameter_groups
-from pst_ds.train.tasks import task_of
+from pst_ds.train.tasks import Task, task_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _MISMATCH = re.compile(r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[([\d, ]*)\]\)")
@@ -78,15 +78,20 @@ def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any) -> Any:
     require_model_place("model.path", run.model.path)
     config = _read_config(run, **task.config_options(labels), **attention_options(run))
     refuse_packed("model.path", run.model.path, config)
+    set_padding(config, task, tokenizer)
     if tokenizer is not None:
         task.check_model(run.data, config, tokenizer)
-    padding = config.pad_token_id or 0 if tokenizer is None else tokenizer.pad_token_id
-    if task.pads and padding is not None:  # a decoder's head reads the token before the padding
-        config.pad_token_id = padding
     if run.model.dropout is not None:
         for key in _dropout_keys(config):
             setattr(config, key, run.model.dropout)
     return config
+
+
+def set_padding(config: Any, task: Task, tokenizer: Any) -> None:
+    """Let a model of transformers ``config`` pad as ``tokenizer`` does, if the task pads; without one as it says."""
+    padding = config.pad_token_id or 0 if tokenizer is None else tokenizer.pad_token_id
+    if task.pads and padding is not None:  # a decoder's head reads the token before the padding
+        config.pad_token_id = padding
 
 
 def _read_config(run: RunConfig, **options: Any) -> Any:
@@ -198,7 +203,7 @@ def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | N
 
 
 def meta_model(run: RunConfig, labels: list[str], tokenizer: Any, *, num_shards: int = 1) -> nn.Module:
-    """The run's model without its values: names, shapes and what is trained."""
+    """The run's model without its values: names, shapes and what is trained. Raises InputError."""
     config = load_model_config(run, labels, tokenizer)
     with torch.device("meta"):
         try:
@@ -209,6 +214,11 @@ def meta_model(run: RunConfig, labels: list[str], tokenizer: Any, *, num_shards:
                 f"cannot be built for task {run.task!r}: {first_line(error)}. Choose another of them"
             ) from error
         prepare_for_method(module, run, num_shards=num_shards)
+    if not num_trainable(module):
+        raise ConfigError(
+            f"method = {run.method!r} with pst.update_rank = {run.pst.update_rank} would train nothing of model.path = "
+            f"{run.model.path!r}. Fix: pst.update_rank of at least 1, or pst.modules_to_save with a module to train"
+        )
     return module
 
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from pst_ds.core.distillation import distilled_loss, relative_distance
 from pst_ds.errors import first_line
+from pst_ds.nn.base_model import PRUNING_RECORD
 from pst_ds.nn.inject import bypassed
 from pst_ds.parallel.engine import Engine
 from pst_ds.train.config import ConfigError, RunConfig
 from pst_ds.train.data_to_text import IGNORED
-from pst_ds.train.model import DTYPES, attention_options
+from pst_ds.train.model import DTYPES, attention_options, set_padding
 from pst_ds.train.tasks import task_of
 
 
@@ -89,7 +90,10 @@ def require_teacher(run: RunConfig, shapes: nn.Module) -> None:
                 f"distillation.teacher = {run.distillation.teacher!r} does not exist (looked in "
                 f"{Path(run.distillation.teacher).absolute()}); name a model folder, such as an exported dense run"
             )
+        taught: Any = shapes
+        _require_comparable(run, taught.config, _teacher_config(run))
         return
+    _require_dense_base(run)
     trained = [
         n for n, p in shapes.named_parameters() if p.requires_grad and not n.rpartition(".")[2].startswith("pst_")
     ]
@@ -101,21 +105,66 @@ def require_teacher(run: RunConfig, shapes: nn.Module) -> None:
         )
 
 
-def teacher_shapes(run: RunConfig) -> nn.Module | None:
-    """A teacher of its own without its values, on the meta device; None if there is none. Raises ConfigError."""
+def _require_dense_base(run: RunConfig) -> None:
+    """Raise ConfigError when the run's model is no dense one, and so cannot be its own teacher."""
+    record = Path(run.model.path) / PRUNING_RECORD
+    if run.pst.initial_mask == "zeros":
+        why = 'with pst.initial_mask = "zeros" it has the zeros that it trains with'
+    elif record.is_file():
+        why = f"{record} says that it was pruned"
+    else:
+        return
+    raise ConfigError(
+        f"distillation.teacher is empty, so model.path = {run.model.path!r} is its own teacher, and {why}; name the "
+        "folder of the dense model in distillation.teacher"
+    )
+
+
+def _require_comparable(run: RunConfig, own: Any, config: Any) -> None:
+    """Raise ConfigError when a teacher of transformers ``config`` cannot read what a model of ``own`` reads, or what it
+    predicts cannot be compared."""
+    path, task, hidden = run.distillation.teacher, task_of(run), run.distillation.hidden_states
+    try:
+        task.check_model(run.data, config, None)
+    except ConfigError as error:
+        raise ConfigError(f"distillation.teacher = {path!r}: {error}") from None
+    words, others = (getattr(c.get_text_config(), "vocab_size", None) for c in (own, config))
+    if words and others and (others < words if task.new_head else others != words):
+        raise ConfigError(
+            f"distillation.teacher = {path!r} has a vocabulary of {others} tokens, and model.path = {run.model.path!r} "
+            f"one of {words} (vocab_size); name a teacher that reads the tokens of the same tokenizer"
+        )
+    for name in ("num_hidden_layers", "hidden_size") if hidden else ():
+        here, there = (getattr(c.get_text_config(), name, None) for c in (own, config))
+        if here != there:
+            raise ConfigError(
+                f"distillation.teacher = {path!r} has {name} = {there}, and model.path = {run.model.path!r} {here}: "
+                f"their hidden states cannot be compared. Fix: distillation.hidden_states = 0 (it is {hidden}), or a "
+                "teacher of the same depth and width"
+            )
+
+
+def _teacher_config(run: RunConfig) -> Any:
+    """The transformers config of a teacher of its own. Raises ConfigError."""
     from transformers import AutoConfig
 
     path = run.distillation.teacher
+    try:
+        return AutoConfig.from_pretrained(path, **attention_options(run))
+    except (OSError, ValueError) as error:
+        raise _no_teacher(path, error) from error
+
+
+def teacher_shapes(run: RunConfig) -> nn.Module | None:
+    """A teacher of its own without its values, on the meta device; None if there is none. Raises ConfigError."""
+    path = run.distillation.teacher
     if not run.distillation.weight or not path:
         return None
+    config = _teacher_config(run)
     try:
         with torch.device("meta"):
-            shapes: nn.Module = (
-                task_of(run)
-                .model_class()
-                .from_config(AutoConfig.from_pretrained(path), dtype=DTYPES[run.train.precision])
-            )
-    except (OSError, ValueError) as error:
+            shapes: nn.Module = task_of(run).model_class().from_config(config, dtype=DTYPES[run.train.precision])
+    except (ImportError, ValueError) as error:
         raise _no_teacher(path, error) from error
     return shapes
 
@@ -126,25 +175,47 @@ def _no_teacher(path: str, error: Exception) -> ConfigError:
     )
 
 
-def load_teacher(run: RunConfig, labels: list[str], device: str) -> nn.Module | None:
+def load_teacher(run: RunConfig, labels: list[str], tokenizer: Any, device: str) -> nn.Module | None:
     """The run's teacher, whole on every rank, frozen and in evaluation mode; None if there is none of its own.
 
-    Call it before a model is built under ``zero.Init``. Raises ConfigError for other classes, or another vocabulary.
+    It pads as the run's model does, and keeps no keys and values of what it read. Call it before a model is built under
+    ``zero.Init``. Raises ConfigError for other classes, and for weights that are missing or have another shape.
     """
-    path = run.distillation.teacher
+    path, task = run.distillation.teacher, task_of(run)
     if not run.distillation.weight or not path:
         return None
-    task = task_of(run)
-    try:
-        teacher: Any = task.model_class().from_pretrained(
-            path, dtype=DTYPES[run.train.precision], **attention_options(run)
-        )
-    except (OSError, ValueError) as error:
-        raise _no_teacher(path, error) from error
-    found = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)] if labels else []
+    config = _teacher_config(run)
+    found = [config.id2label[i] for i in range(config.num_labels)] if labels else []
     if found != labels:
         raise ConfigError(
             f"distillation.teacher = {path!r} has the classes {', '.join(map(str, found))}, and the run "
             f"{', '.join(labels)}, in this order; name a teacher that was trained on the same labels"
         )
+    set_padding(config, task, tokenizer)
+    teacher = _with_weights(run, config)
+    teacher.config.use_cache = False
     return teacher.requires_grad_(False).to(device).eval()
+
+
+def _with_weights(run: RunConfig, config: Any) -> Any:
+    """A teacher of ``config`` with all its weights from the folder. Raises ConfigError."""
+    from safetensors import SafetensorError
+
+    path, task = run.distillation.teacher, task_of(run)
+    try:
+        teacher, info = task.model_class().from_pretrained(
+            path,
+            config=config,
+            dtype=DTYPES[run.train.precision],
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise _no_teacher(path, error) from error
+    random = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    if random:
+        raise ConfigError(
+            f"distillation.teacher = {path!r} has no {', '.join(random[:4])} that fits its config.json, which would be "
+            f"random: name a whole model that was trained for task {run.task!r}"
+        )
+    return teacher

@@ -16,13 +16,16 @@ _PLACES = ("dataset", "subset", "revision", "train", "validation", "test", "test
 """Settings of a preset that say where the data is; the others say how to read it."""
 
 
-def _glue(subset: str, *text_columns: str, metric: str, task: str = "classification", splits: str = "") -> Table:
+def _glue(subset: str, *text_columns: str, metric: str, labels: str = "", splits: str = "") -> Table:
     """The labels of GLUE's test sets are hidden, so what is tested on is the validation split; of MNLI, which has two,
-    the matched one chooses the best checkpoint and the mismatched one is tested on."""
+    the matched one chooses the best checkpoint and the mismatched one is tested on. ``labels`` are the classes in the
+    hub's order; without them the task is regression."""
     validation, test = splits.split() if splits else ("validation", "validation")
     places = {"train": "train", "validation": validation, "test": test}
-    data = {"dataset": "nyu-mll/glue", "subset": subset, **places, "text_columns": list(text_columns)}
-    return {"task": task, "data": {**data, "label_column": "label"}, "eval": {"metric": metric}}
+    columns = {"text_columns": list(text_columns), "label_column": "label", "label_names": labels.split()}
+    task = "classification" if labels else "regression"
+    data = {"dataset": "nyu-mll/glue", "subset": subset, **places, **columns}
+    return {"task": task, "data": data, "eval": {"metric": metric}}
 
 
 def _data_to_text(dataset: str, subset: str, text_column: str, label_column: str, penalty: float, **more: Any) -> Table:
@@ -35,16 +38,17 @@ def _data_to_text(dataset: str, subset: str, text_column: str, label_column: str
 
 
 DATA_PRESETS: dict[str, Table] = {
-    "glue/cola": _glue("cola", "sentence", metric="matthews_correlation"),
-    "glue/sst2": _glue("sst2", "sentence", metric="accuracy"),
-    "glue/mrpc": _glue("mrpc", "sentence1", "sentence2", metric="f1"),
-    "glue/stsb": _glue("stsb", "sentence1", "sentence2", metric="pearson", task="regression"),
-    "glue/qqp": _glue("qqp", "question1", "question2", metric="f1"),
+    "glue/cola": _glue("cola", "sentence", metric="matthews_correlation", labels="unacceptable acceptable"),
+    "glue/sst2": _glue("sst2", "sentence", metric="accuracy", labels="negative positive"),
+    "glue/mrpc": _glue("mrpc", "sentence1", "sentence2", metric="f1", labels="not_equivalent equivalent"),
+    "glue/stsb": _glue("stsb", "sentence1", "sentence2", metric="pearson"),
+    "glue/qqp": _glue("qqp", "question1", "question2", metric="f1", labels="not_duplicate duplicate"),
     "glue/mnli": _glue(
-        "mnli", "premise", "hypothesis", metric="accuracy", splits="validation_matched validation_mismatched"
+        "mnli", "premise", "hypothesis", metric="accuracy", labels="entailment neutral contradiction",
+        splits="validation_matched validation_mismatched",
     ),
-    "glue/qnli": _glue("qnli", "question", "sentence", metric="accuracy"),
-    "glue/rte": _glue("rte", "sentence1", "sentence2", metric="accuracy"),
+    "glue/qnli": _glue("qnli", "question", "sentence", metric="accuracy", labels="entailment not_entailment"),
+    "glue/rte": _glue("rte", "sentence1", "sentence2", metric="accuracy", labels="entailment not_entailment"),
     "e2e": _data_to_text("tuetschek/e2e_nlg", "default", "meaning_representation", "human_reference", 0.9),
     "dart": _data_to_text("Yale-LILY/dart", "default", "tripleset", "annotations.text", 0.8),
     "webnlg": _data_to_text(

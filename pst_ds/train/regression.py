@@ -45,14 +45,18 @@ def regression_metrics(predicted: np.ndarray, labels: Iterable[float]) -> dict[s
     """Pearson's and Spearman's correlation, as scipy computes them, and the mean squared error.
 
     ``predicted`` is (examples,). A correlation is 0 where it is not defined: with one example, or when all predictions
-    or all labels are the same.
+    or all labels are the same; it is NaN where a prediction is not finite.
     """
     from scipy.stats import pearsonr, spearmanr
 
     found, wanted = predicted.astype(np.float64), np.array(list(labels), dtype=np.float64)
-    defined = len(found) > 1 and np.ptp(found) > 0 and np.ptp(wanted) > 0
+    mse = float(np.mean((found - wanted) ** 2))
+    if not np.isfinite(found).all():
+        return {"pearson": math.nan, "spearman": math.nan, "mse": mse}
+    if len(found) < 2 or np.ptp(found) == 0 or np.ptp(wanted) == 0:
+        return {"pearson": 0.0, "spearman": 0.0, "mse": mse}
     return {
-        "pearson": float(pearsonr(found, wanted).statistic) if defined else 0.0,
-        "spearman": float(spearmanr(found, wanted).statistic) if defined else 0.0,
-        "mse": float(np.mean((found - wanted) ** 2)),
+        "pearson": float(pearsonr(found, wanted).statistic),
+        "spearman": float(spearmanr(found, wanted).statistic),
+        "mse": mse,
     }

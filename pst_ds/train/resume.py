@@ -17,11 +17,12 @@ from pst_ds.train.mask_update import MaskStats, mask_stats
 _MAY_DIFFER = (
     "output_dir", "deepspeed_config", "model.path", "model.tokenizer", "model.attn_implementation",
     "model.gradient_checkpointing", "model.gradient_checkpointing_reentrant", "data.train", "data.validation",
-    "data.test", "train.gradient_accumulation_steps", "train.log_interval", "train.stall_timeout_seconds",
-    "eval.interval", "eval.batch_size", "checkpoint.interval", "checkpoint.keep_last", "pst.tile_bytes",
-    "pictures.interval", "pictures.layers",
+    "data.test", "data.label_names", "train.gradient_accumulation_steps", "train.log_interval",
+    "train.stall_timeout_seconds", "eval.interval", "eval.batch_size", "checkpoint.interval", "checkpoint.keep_last",
+    "pst.tile_bytes", "pictures.interval", "pictures.layers",
 )  # fmt: skip
-"""Settings that a run may be continued with other values of: places, and how the same numbers are computed."""
+"""Settings that a run may be continued with other values of: places, how the same numbers are computed, and what the
+digest of the examples tells."""
 _MAY_BE_CHANGED = (
     "train.score_learning_rate", "train.update_learning_rate", "train.embedding_learning_rate",
     "train.head_learning_rate", "train.gradient_clipping",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,16 +12,20 @@ from pst_ds.errors import first_line
 from pst_ds.train.config import ConfigError, DataConfig
 from pst_ds.train.data_config import PARQUET_BRANCH
 
+_TSV = ".tsv"
 _FORMATS = {
-    ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"
+    ".jsonl": "json", ".json": "json", ".csv": "csv", _TSV: "csv", ".parquet": "parquet", ".txt": "text"
 }  # fmt: skip
+
+_QUOTED, _QUOTED_INSIDE = r'^"([^"]|"")*"$', r'^"([^"]|"")*""([^"]|"")*"$'
 
 
 def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, nested: bool = False) -> Any:
     """One split as a ``datasets.Dataset`` that has ``columns``: of each, the setting of ``data`` that names it.
 
-    A .txt file has the one column "text", and ``data.sample_by`` says what a row of it is. Raises ConfigError for a
-    file or column that is missing, and for a column that holds no plain values. With ``nested`` a column may hold any
+    A .txt file has the one column "text", and ``data.sample_by`` says what a row of it is. In a .tsv file quotes are
+    characters like others, as in GLUE's. Raises ConfigError for a file or column that is missing, and for a column that
+    holds no plain values. With ``nested`` a column may hold any
     values, and be a path into them, such as "lex.text", which :func:`values_of` follows.
     """
     import datasets
@@ -30,6 +35,8 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
     if not where:
         raise ConfigError(f"data.{split} is not set; name a file, or a split of data.dataset")
     rows = _read_from_hub(data, where) if data.dataset else _read_local(where, split, data.sample_by)
+    if not data.dataset and Path(where).suffix.lower() == _TSV:
+        _require_unquoted(rows, [column for column in columns if column in rows.column_names], where)
     for column, setting in columns.items():
         top, *path = _path_of(column, rows) if nested else [column]
         _require_column(rows, top, setting, where)
@@ -91,6 +98,27 @@ def _require_utf8(rows: Any, column: str, where: str) -> None:
         first += len(chunk)
 
 
+def _require_unquoted(rows: Any, columns: Iterable[str], where: str) -> None:
+    """Refuse a .tsv that a CSV writer made: quotes stand around the names of columns, or around all values of one, or
+    around all that have quotes, with those inside doubled."""
+    import pyarrow.compute as arrow
+
+    def found(values: Any, pattern: str) -> int:
+        return arrow.sum(arrow.match_substring_regex(values, pattern)).as_py() or 0
+
+    quoted = "names of columns" if any(name[:1] == name[-1:] == '"' for name in rows.column_names) else ""
+    for column in columns:
+        values = rows.data.column(column)
+        around = found(values, _QUOTED) if "string" in rows.features[column].dtype else 0
+        if around and (around == len(values) or (around == found(values, '"') and found(values, _QUOTED_INSIDE))):
+            quoted = f"values in column {column!r}"
+    if quoted:
+        raise ConfigError(
+            f"{where} was written with quotes around its {quoted}, and quotes of a .tsv file are characters like "
+            "others; save it without them, or as .csv or .jsonl"
+        )
+
+
 def _require_path(feature: Any, path: list[str], column: str, setting: str, where: str) -> None:
     while hasattr(feature, "feature"):  # a list of
         feature = feature.feature
@@ -129,7 +157,9 @@ def _read_local(where: str, split: str, sample_by: str) -> Any:
         raise ConfigError(f"{setting} = {where!r} ends in {path.suffix!r}; known are {', '.join(_FORMATS)}")
     options: dict[str, Any] = {}
     if kind == "csv":  # pandas takes words such as "NA", "null" or "None" for empty fields; here they are texts
-        options = {"sep": "\t" if path.suffix.lower() == ".tsv" else ",", "keep_default_na": False}
+        options = {"keep_default_na": False}
+        if path.suffix.lower() == _TSV:
+            options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
     elif kind == "text":
         options = {"sample_by": sample_by}
     try:

@@ -14,6 +14,7 @@ from torch import nn
 
 from pst_ds.durable import replace_text
 from pst_ds.errors import InputError
+from pst_ds.json_text import json_of
 from pst_ds.nn.checkpoint import Checkpoint
 from pst_ds.nn.checkpoint_model import base_fingerprint, load_into
 from pst_ds.nn.inject import pst_layers
@@ -179,15 +180,15 @@ def train_run(
         checkpoint = checkpoint_to_go_on_from(run, data.digest, quiet=quiet) if resume else None
         if checkpoint is None and not restart:
             require_no_checkpoints(folder)
-        objective = Objective(run, together(lambda: load_teacher(run, prepared.labels, prepared.device)))
+        objective = _objective(prepared)
         _, engine = build(prepared, checkpoint)
         state = restore(engine, checkpoint, run) if checkpoint else None
     if checkpoint is None:
         set_aside_checkpoints(folder)
     if is_main():
-        _start_folder(folder, prepared)
+        _start_folder(folder, prepared, is_over=state is not None and state.step == data.num_steps)
     barrier()
-    if run.pst.magnitude == "activation" and run.mask_method.masks == "ramp":
+    if run.ranks_by_activation:
         _calibrate(prepared, engine, data.examples, resumed=checkpoint is not None)
     seconds = Progress.read(checkpoint).seconds if checkpoint else 0.0
     step = state.step if state else 0
@@ -223,6 +224,12 @@ def _load(prepared: Prepared) -> _Data:
     validation = together(lambda: prepared.load("validation")) if run.data.validation else None
     digest = require_same_everywhere(examples.digest, "data.train", run.data.train)
     return _Data(examples, validation, digest, run.num_steps(len(examples)))
+
+
+def _objective(prepared: Prepared) -> Objective:
+    """Raises InputError on every rank when one cannot load the teacher. Collective."""
+    run = prepared.run
+    return Objective(run, together(lambda: load_teacher(run, prepared.labels, prepared.tokenizer, prepared.device)))
 
 
 def _calibrate(prepared: Prepared, engine: Engine, examples: ExampleSet, *, resumed: bool) -> None:
@@ -310,7 +317,7 @@ def _result(
         "seconds": round(loop.metrics.seconds, 1),
     }
     if is_main():
-        replace_text(Path(prepared.run.output_dir) / RESULT_FILE, json.dumps(result, indent=1) + "\n")
+        replace_text(Path(prepared.run.output_dir) / RESULT_FILE, json_of(result, indent=1) + "\n")
     barrier()
     return result
 
@@ -341,7 +348,10 @@ def masked_model(prepared: Prepared, checkpoint: Checkpoint) -> nn.Module:
     return built.module.to(prepared.device).eval()
 
 
-def _start_folder(folder: Path, prepared: Prepared) -> None:
+def _start_folder(folder: Path, prepared: Prepared, *, is_over: bool) -> None:
+    """``is_over``: whether the run has taken all its steps, so that the result that may be there is its own."""
+    if not is_over:
+        (folder / RESULT_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / STALLS, ignore_errors=True)
     replace_text(folder / RUN_FILE, dump_run(prepared.run))
     if prepared.ds_config is not None:

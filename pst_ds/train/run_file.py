@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from pst_ds.nn.config import PAPER, PSTConfig
 from pst_ds.train.config import ConfigError, DataConfig, RunConfig
+from pst_ds.train.file_names import RUN_FILE
 from pst_ds.train.presets import with_data_preset
 
 T = TypeVar("T")
@@ -25,8 +26,23 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError with the key, its value and the fix.
     """
+    return run_from_table(_table(path, overrides))
+
+
+def load_run_folder(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run in ``folder``, which is its output_dir wherever it was moved to. Raises ConfigError."""
+    other = next((o for o in overrides if o.partition("=")[0].strip() == "output_dir"), None)
+    if other is not None:
+        raise ConfigError(
+            f"--set {other!r}: {str(folder)!r} is a run folder, which is its own output_dir. Leave it out, or name the "
+            f"run file {str(folder / RUN_FILE)!r} to train elsewhere"
+        )
+    return run_from_table({**_table(folder / RUN_FILE, overrides), "output_dir": str(folder)})
+
+
+def _table(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(
             f"run file {str(path)!r} does not exist (looked in {Path(path).absolute()}); name a run file or a run "
@@ -40,7 +56,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     for override in overrides:
         _apply_override(table, override)
-    return run_from_table(table)
+    return table
 
 
 def run_from_table(table: dict[str, Any]) -> RunConfig:
@@ -136,6 +152,11 @@ def _build(cls: type[T], table: Any, prefix: str) -> T:
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
     """``value`` as the annotated type, or a ConfigError that says what was wanted."""
+    for text in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(text, str) and not _is_utf8(text):
+            raise ConfigError(
+                f"{key} = {text!r} is not UTF-8, as a run file has to be; give the file or folder another name"
+            )
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, key + ".")  # type: ignore[arg-type]
@@ -160,6 +181,15 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"{key} = {value!r} must be {_describe(hint)}")
+
+
+def _is_utf8(text: str) -> bool:
+    """Python holds the bytes of a path that are no UTF-8 as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _describe(hint: Any) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -88,15 +88,28 @@ def require_no_checkpoints(folder: Path) -> None:
 
 
 def set_aside_checkpoints(folder: Path) -> None:
-    """Give the checkpoints of an earlier run another name. Collective."""
-    if is_main() and (folder / CHECKPOINTS).is_dir():
-        there = checkpoints.step_folders(folder / CHECKPOINTS)
-        previous = folder / f"{CHECKPOINTS}.previous"
-        shutil.rmtree(previous, ignore_errors=True)
-        (folder / CHECKPOINTS).rename(previous)
-        if there:
-            print(f"{folder / CHECKPOINTS} of an earlier run is now {previous}")
+    """Give the checkpoints of an earlier run a name that nothing has; of a save that was cut short nothing stays.
+
+    Collective.
+    """
+    made = folder / CHECKPOINTS
+    if is_main() and made.is_dir():
+        checkpoints.clean_up(made)
+        there = list(made.iterdir())
+        if all(path.is_symlink() for path in there):
+            for link in there:
+                link.unlink()
+        else:
+            previous = _free_name(folder / f"{CHECKPOINTS}.previous")
+            made.rename(previous)
+            print(f"{made} of an earlier run is now {previous}")
     barrier()
+
+
+def _free_name(path: Path) -> Path:
+    """``path``, or with "-2", "-3" and so on after it where it is taken."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}-{i}") for i in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def checkpoint_to_go_on_from(run: RunConfig, data_digest: str, *, quiet: bool) -> Checkpoint | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -54,7 +55,8 @@ class Task(Protocol):
         ...
 
     def check_model(self, data: DataConfig, config: Any, tokenizer: Any) -> None:
-        """Raise ConfigError when the model of a transformers ``config`` cannot do the task."""
+        """Raise ConfigError when the model of a transformers ``config`` cannot do the task; without a ``tokenizer`` its
+        vocabulary may be any."""
         ...
 
     def label_names(self, data: DataConfig) -> list[str]:
@@ -71,6 +73,10 @@ class Task(Protocol):
 
     def collate(self, examples: Any, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
         """Model inputs of some examples, with their ``labels``: the model's loss is the mean over them."""
+        ...
+
+    def num_targets(self, examples: Any, indices: Sequence[int]) -> int:
+        """How many values that mean is over, up to a factor that all examples have in common."""
         ...
 
     def outcomes(self, logits: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
@@ -99,7 +105,8 @@ class Classification:
         return AutoModelForSequenceClassification
 
     def check_model(self, data: DataConfig, config: Any, tokenizer: Any) -> None:
-        _require_vocabulary(config, tokenizer)
+        if tokenizer is not None:
+            _require_vocabulary(config, tokenizer, pads=self.pads)
         _require_positions(data, config)
 
     def label_names(self, data: DataConfig) -> list[str]:
@@ -113,13 +120,21 @@ class Classification:
 
     def config_options(self, labels: Sequence[str]) -> dict[str, Any]:
         ids = dict(enumerate(labels))
-        return {"num_labels": len(labels), "id2label": ids, "label2id": {label: i for i, label in ids.items()}}
+        return {
+            "num_labels": len(labels),
+            "id2label": ids,
+            "label2id": {label: i for i, label in ids.items()},
+            "problem_type": "single_label_classification",  # whatever the base was trained for
+        }
 
     def load(self, data: DataConfig, split: str, tokenizer: Any, labels: Sequence[str]) -> texts.Examples:
         return texts.load_examples(data, split, tokenizer, labels)
 
     def collate(self, examples: texts.Examples, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
         return texts.collate(examples, indices, tokenizer)
+
+    def num_targets(self, examples: Any, indices: Sequence[int]) -> int:
+        return len(indices)
 
     def outcomes(self, logits: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
         return logits.float().cpu().numpy()
@@ -162,7 +177,7 @@ class CausalLM:
         return AutoModelForCausalLM
 
     def check_model(self, data: DataConfig, config: Any, tokenizer: Any) -> None:
-        _check_causal_model(data, config, tokenizer, "'causal-lm', which puts it between documents")
+        _check_causal_model(data, config, tokenizer, "'causal-lm', which puts it between documents", pads=self.pads)
 
     def label_names(self, data: DataConfig) -> list[str]:
         return []
@@ -175,6 +190,9 @@ class CausalLM:
 
     def collate(self, examples: packing.Sequences, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
         return packing.collate_sequences(examples, indices)
+
+    def num_targets(self, examples: Any, indices: Sequence[int]) -> int:
+        return len(indices)  # all sequences have one length
 
     def outcomes(self, logits: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
         return np.array([[_loss_sum(of, ids)] for of, ids in zip(logits, batch["labels"], strict=True)])
@@ -195,8 +213,8 @@ class DataToText(CausalLM):
         self.settings = settings
 
     def check_model(self, data: DataConfig, config: Any, tokenizer: Any) -> None:
-        _check_causal_model(data, config, tokenizer, "'data-to-text', which ends texts with it")
-        positions = _positions(config)
+        _check_causal_model(data, config, tokenizer, "'data-to-text', which ends texts with it", pads=self.pads)
+        positions = positions_of(config)
         if 0 < positions <= self.settings.max_new_tokens + 1:
             raise ConfigError(
                 f"eval.max_new_tokens = {self.settings.max_new_tokens} leaves no room for data in the {positions} "
@@ -209,6 +227,9 @@ class DataToText(CausalLM):
     def collate(self, examples: Any, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
         return data_to_text.collate_pairs(examples, indices, tokenizer)
 
+    def num_targets(self, examples: Any, indices: Sequence[int]) -> int:
+        return sum(examples.num_targets(i) for i in indices)
+
     def outcomes(self, logits: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
         predicted = (batch["labels"] != data_to_text.IGNORED).sum(1).tolist()
         sums = super().outcomes(logits, batch)[:, 0]
@@ -219,7 +240,7 @@ class DataToText(CausalLM):
 
     def write(self, model: Any, examples: Any, tokenizer: Any, batch_size: int, device: str) -> list[str]:
         """What a whole ``model`` of transformers writes for each distinct piece of data."""
-        positions = _positions(model.config)
+        positions = positions_of(model.config)
         room = positions - self.settings.max_new_tokens if positions else examples.max_length
         return generation.write_texts(model, examples.prompts(room), tokenizer, self.settings, batch_size, device)
 
@@ -288,29 +309,37 @@ def _loss_sum(logits: Tensor, ids: Tensor) -> float:
     return float(losses.sum(dtype=torch.float64))
 
 
-def _check_causal_model(data: DataConfig, config: Any, tokenizer: Any, task: str) -> None:
+def _check_causal_model(data: DataConfig, config: Any, tokenizer: Any, task: str, *, pads: bool) -> None:
     _refuse_encoder(config, task.partition(",")[0])
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"the tokenizer has no end-of-text token (eos_token) for task {task}; name the language model's own "
-            "tokenizer with model.tokenizer"
-        )
-    _require_vocabulary(config, tokenizer)
+    if tokenizer is not None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"the tokenizer has no end-of-text token (eos_token) for task {task}; name the language model's own "
+                "tokenizer with model.tokenizer"
+            )
+        _require_vocabulary(config, tokenizer, pads=pads)
     _require_positions(data, config)
 
 
-def _require_vocabulary(config: Any, tokenizer: Any) -> None:
+def _require_vocabulary(config: Any, tokenizer: Any, *, pads: bool) -> None:
     vocabulary, end = getattr(config.get_text_config(), "vocab_size", None), tokenizer.eos_token_id
-    if vocabulary is not None and max(tokenizer.vocab_size, (end or 0) + 1) > vocabulary:
+    if vocabulary is None:
+        return
+    if max(tokenizer.vocab_size, (end or 0) + 1) > vocabulary:
         also = f" and the end-of-text token {end}" if end is not None else ""
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens{also}, the model only {vocabulary} (vocab_size); name the "
             "model's own tokenizer with model.tokenizer"
         )
+    if pads and (tokenizer.pad_token_id or 0) >= vocabulary:
+        raise ConfigError(
+            f"the tokenizer's padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, and the model "
+            f"only {vocabulary} tokens (vocab_size); name a tokenizer whose pad_token is one of them (model.tokenizer)"
+        )
 
 
 def _require_positions(data: DataConfig, config: Any) -> None:
-    positions = _positions(config)
+    positions = positions_of(config)
     if 0 < positions < data.max_length:
         raise ConfigError(
             f"data.max_length = {data.max_length} is more than the {positions} positions of the model "
@@ -318,19 +347,44 @@ def _require_positions(data: DataConfig, config: Any) -> None:
         )
 
 
-def _positions(config: Any) -> int:
-    """How many a model has; 0 for no limit that its config names, or for positions that are relative alone."""
+def positions_of(config: Any) -> int:
+    """How many tokens of a text a model of transformers ``config`` has positions for; 0 for no limit that the config
+    names, or for positions that are relative alone."""
     if getattr(config, "position_biased_input", True) is False:  # DeBERTa
         return 0
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    return positions - (config.pad_token_id or 0) - 1 if positions and _counts_from_padding(config) else positions
 
 
-def _refuse_encoder(config: Any, task: str) -> None:
+def _counts_from_padding(config: Any) -> bool:
+    """Whether the first token has the position after the padding token's id, as in RoBERTa and all that took its
+    embeddings over: their code has a function of its own for it."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    model_class = MODEL_MAPPING.get(type(config), None)
+    if not isinstance(model_class, type):
+        return False
+    code = sys.modules[model_class.__module__]
+    return any(hasattr(thing, "create_position_ids_from_input_ids") for thing in (code, *vars(code).values()))
+
+
+def is_causal(config: Any) -> bool:
+    """Whether transformers has a language model for ``config`` that sees no token it is to predict."""
+    from transformers.models.auto import modeling_auto as known
+
+    return config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _sees_both_ways(config)
+
+
+def _sees_both_ways(config: Any) -> bool:
     """BERT and its like have a causal class in transformers, which looks both ways unless the config says otherwise."""
     from transformers.models.auto import modeling_auto as known
 
     both_ways = config.model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if both_ways and not getattr(config, "is_decoder", True):
+    return both_ways and not getattr(config, "is_decoder", True)
+
+
+def _refuse_encoder(config: Any, task: str) -> None:
+    if _sees_both_ways(config):
         raise ConfigError(
             f"the model is a {config.model_type} whose config says is_decoder = false: it sees the tokens that task "
             f"{task} has it predict. Name a causal language model (GPT-2, Llama, Qwen, ...)"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import shutil
 import subprocess
+import termios
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from pst_ds.cli.main import VERBS, build_parser, main
 ROOT = Path(__file__).resolve().parents[2]
 BASH = shutil.which("bash")
 needs_bash = pytest.mark.skipif(BASH is None, reason="needs bash")
+needs_zsh = pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+TEST = "tests/cli/test_completion.py"
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +106,47 @@ def test_a_colon_in_a_choice_is_no_separator_for_zsh(scripts):
     assert r"(dense bitmask 2\:4 csr)" in (scripts / "zsh").read_text()
 
 
-@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+@needs_zsh
 def test_zsh_reads_the_script(scripts):
     subprocess.run(["zsh", "-n", str(scripts / "zsh")], check=True, timeout=60)
+
+
+@needs_zsh
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("expo\ttests/data/tiny-b\t --form\tbitm\t", "export tests/data/tiny-bert --format bitmask"),
+        ("export x --format 2\t", "export x --format 2:4"),
+        (
+            "report tests/cli/test_com\t tests/cli/test_comp\t tests/data/tiny-b\t",
+            f"report {TEST} {TEST} tests/data/tiny-bert",
+        ),
+        (
+            "report --export tests/data/tiny-b\t tests/data/tiny-l\t",
+            "report --export tests/data/tiny-bert tests/data/tiny-llama",
+        ),
+        ("bench tests/data/tiny-b\t --thr\t 1 2", "bench tests/data/tiny-bert --threads 1 2"),
+    ],
+    ids=lambda value: value.replace("\t", "") if "\t" in value else "",
+)
+def test_tab_completes_in_a_zsh_that_someone_types_into(scripts, typed, words):
+    ours, theirs = pty.openpty()
+    environ = {**os.environ, "TERM": "dumb", "HISTFILE": ""}
+    zsh = subprocess.Popen(
+        ["zsh", "-f", "-i"], stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, env=environ, cwd=ROOT, text=True,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.write(ours, b"autoload -U compinit; compinit -D -u\n")
+    os.write(ours, f'eval "$(<{scripts / "zsh"})"\n'.encode())
+    os.write(ours, b'pst-ds() { echo "GOT $*"; }\n')
+    os.write(ours, f"pst-ds {typed}\nexit\n".encode())
+    try:
+        said, _ = zsh.communicate(timeout=60)
+    finally:
+        zsh.kill()
+        os.close(theirs)
+        os.close(ours)
+    assert f"GOT {words}\n" in said.replace("/ ", " ").replace("/\n", "\n")
 
 
 def test_the_verb_prints_the_script(capsys):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import email.message
 import json
+import os
 from importlib.metadata import PackageNotFoundError
 
 import psutil
 import pytest
+import torch
 
 from pst_ds.cli import doctor_checks, doctor_processes
 from pst_ds.cli.doctor_checks import Finding
@@ -107,6 +109,20 @@ def test_threads(monkeypatch, value, status, words):
     (finding,) = doctor_checks.threads()
     assert finding.status == status
     assert words in finding.text + finding.fix
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a system that pins processes to cores")
+def test_cores_are_those_that_this_process_may_use(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        (of_threads,), (of_accelerator,) = doctor_checks.threads(), doctor_checks.accelerator()
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert (of_threads.status, of_threads.text) == ("warn", "2 threads on 1 cores wait for each other")
+    assert "(1 cores, " in of_accelerator.text
 
 
 def test_little_shared_memory_is_a_warning(monkeypatch):

@@ -114,6 +114,41 @@ def test_a_folder_that_wants_to_draw_does_not_by_default(copied, folders, capsys
     assert _generate(capsys, copied, "--max-new-tokens", "12")[0]["text"] == expected
 
 
+OF_A_FOLDER = [
+    {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"repetition_penalty": 9.0},
+    {"no_repeat_ngram_size": 1}, {"min_p": 0.9}, {"typical_p": 0.1}, {"min_new_tokens": 12},
+    {"suppress_tokens": [3, 4, 5, 6]}, {"stop_strings": ["film"]}, {"max_time": 1e-9}, {"use_cache": False},
+    {"return_dict_in_generate": True}, {"prompt_lookup_num_tokens": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("said", OF_A_FOLDER, ids=lambda said: " ".join(said))
+def test_what_a_folder_says_of_the_search_does_not_count(copied, folders, capsys, said):
+    settings = json.loads((copied / "generation_config.json").read_text())
+    (copied / "generation_config.json").write_text(json.dumps(settings | said))
+    arguments = ("--max-new-tokens", "12")
+    expected, _ = _likeliest(folders / "dense", PROMPT, 12)
+    assert _generate(capsys, copied, *arguments)[0]["text"] == expected
+    drawn = [_generate(capsys, at, *arguments, "--temperature", "2")[0]["text"] for at in (folders / "dense", copied)]
+    assert drawn[0] == drawn[1]
+
+
+def test_the_ends_that_a_folder_names_do_count(copied, folders, capsys):
+    whole, _ = _likeliest(folders / "dense", PROMPT, 12)
+    ids = AutoTokenizer.from_pretrained(copied)(whole, add_special_tokens=False).input_ids
+    settings = json.loads((copied / "generation_config.json").read_text())
+    settings["eos_token_id"] = [settings["eos_token_id"], ids[2]]
+    (copied / "generation_config.json").write_text(json.dumps(settings))
+    assert _generate(capsys, copied, "--max-new-tokens", "12")[0]["new_tokens"] == ids.index(ids[2]) + 1
+
+
+def test_the_rate_after_the_first_token_is_of_the_others(folders, capsys):
+    result, _, err = _generate(capsys, folders / "dense", "--max-new-tokens", "5")
+    assert result["new_tokens"] == 5
+    assert ", then 4 tokens at " in err
+    assert ", then " not in _generate(capsys, folders / "dense", "--max-new-tokens", "1")[2]
+
+
 def test_stops_where_the_positions_end(folders, capsys):
     prompt = "film " * 20
     tokens = len(AutoTokenizer.from_pretrained(folders / "dense")(prompt).input_ids)

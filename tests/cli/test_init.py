@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import shlex
 import sys
 import tomllib
 import typing
@@ -119,6 +120,30 @@ def test_a_text_file_is_for_a_language_model(made, tmp_path):
     assert table["task"] == "causal-lm"
 
 
+@pytest.mark.parametrize("odd", ["bad\nmethod = 3", "bad\x00\x1b[2J", "bad\r\x7f", "bad\u2028x"])
+def test_a_comment_is_one_line_whatever_the_classes_are_called(made, tmp_path, odd):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"text": "the film", "label": label} for label in (odd, "good", "schön")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows * 9))
+    out, table, result = made(BERT, "--train", str(file))
+    assert set(result["classes"]) == {odd, "good", "schön"}
+    assert table["method"] == "pst"
+    (comment,) = [line for line in out.read_text().splitlines() if "3 classes" in line]
+    assert comment.isprintable()
+    assert "schön" in comment
+
+
+def test_commands_are_quoted_for_the_shell(tmp_path, capsys):
+    out = tmp_path / "my runs; rm -r $HOME" / "it's.toml"
+    assert main(["init", BERT, "--train", TRAIN, "--ranks", "2", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    plan, train = said.partition("next: ")[2].rstrip("\n").split("; then ")
+    assert shlex.split(plan) == ["pst-ds", "plan", str(out), "--ranks", "2"]
+    assert shlex.split(train)[-3:] == ["pst_ds", "train", str(out)]
+    in_comments = [shlex.split(line.partition(": ")[2]) for line in out.read_text().splitlines()[:2]]
+    assert in_comments == [shlex.split(plan), shlex.split(train)]
+
+
 @pytest.mark.parametrize("method", init.METHODS)
 def test_every_method_is_planned(made, capsys, method):
     out, table, result = made(BERT, "--train", TRAIN, "--method", method, "--sparsity", "0.7")
@@ -165,9 +190,28 @@ def test_what_cannot_be_is_2_and_writes_nothing(tmp_path, capsys):
         ((BERT, "--train", TRAIN, "--ranks", "2", "--batch-size", "5"), "make it a multiple of 2"),
         ((BERT, "--train", TRAIN, "--batch-size", "999"), "train.batch_size = 999"),
         ((BERT, "--train", TRAIN, "--task", "causal-lm"), "Name a causal language model"),
+        ((BERT, "--train", TRAIN, "--label-column", "lable"), "--label-column 'lable'"),
+        ((LLAMA, "--train", TRAIN, "--label-column", "lable"), "columns: text, label"),
     ):
         assert words in _refused(capsys, *arguments, *out)
     assert list(tmp_path.iterdir()) == [odd]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"sentence": "a film", "stars": 3, "id": 7}, "--label-column: stars, id"),
+        ({"a": "a film", "b": "the plot", "c": "good"}, "--label-column: a, b, c"),
+        ({"text": "a film"}, "Name a causal language model"),
+    ],
+)
+def test_a_model_that_writes_no_text_needs_a_label_column(tmp_path, capsys, row, words):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{json.dumps(row)}\n" * 30)
+    said = _refused(capsys, BERT, "--train", str(file), "--out", str(tmp_path / "run.toml"))
+    assert words in said
+    assert ("is_decoder" in said) is ("--label-column" not in said)
+    assert not (tmp_path / "run.toml").exists()
 
 
 def test_without_a_terminal_nothing_is_asked(tmp_path, capsys, monkeypatch):

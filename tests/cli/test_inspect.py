@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from pst_ds.cli.inspect_text import layer_table
 from pst_ds.cli.main import main
+from pst_ds.cli.model_folder import open_model_folder
 from pst_ds.nn.config import PSTConfig
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.pretrained import save_pretrained
@@ -96,8 +97,56 @@ def test_a_runs_layers_have_the_newest_figures_of_layers_jsonl(folders, inspect,
     with (run / "layers.jsonl").open("a") as file:
         file.write('{"step": 7, "event": "mas')  # a crash
     assert _by_name(inspect(run)[0]) == layers
+    odd = [{"flipped": [1]}, {"flipped": 3}, {"flipped": ["x"] * len(layers)}, {}, {"event": ["masks"]}]
+    with (run / "layers.jsonl").open("a") as file:
+        file.write("\n[]\nNaN\n")
+        file.writelines(json.dumps({"step": 7, "event": "masks", **line}) + "\n" for line in odd)
+    assert _by_name(inspect(run)[0]) == layers
+    for text in ("[]\n", "", '{"layers": 3}\n', '{"layers": [["a"]]}\n'):
+        (run / "layers.jsonl").write_text(text)
+        found, said = inspect(run)
+        assert f"{run}/layers.jsonl is damaged: its first line does not name the layers" in said
+        assert "flipped" not in found["layers"][0]
     (run / "layers.jsonl").unlink()
     assert "flipped" not in inspect(run)[0]["layers"][0]
+
+
+@pytest.mark.parametrize("links", ["gone", "files"])
+def test_a_run_whose_links_were_lost_has_the_layers_of_its_newest_checkpoint(inspect, copied, links):
+    """As after a copy by way of a store that knows no links, which drops them or makes files of them."""
+    run = copied("run")
+    whole = inspect(run)[0]
+    for name in ("best", "final", "latest"):
+        target = (run / "checkpoints" / name).readlink()
+        (run / "checkpoints" / name).unlink()
+        if links == "files":
+            (run / "checkpoints" / name).write_text(str(target))
+    found, text = inspect(run)
+    assert found["layers"] == whole["layers"]
+    assert [c["links"] for c in found["checkpoints"]] == [[], []]
+    assert f"layers are those of {run}/checkpoints/step-00000006 (the newest)" in text
+
+
+def test_a_damaged_checkpoint_of_a_run_is_told_and_the_next_is_shown(inspect, copied):
+    run = copied("run")
+    newest, older = (run / "checkpoints" / f"step-0000000{step}" for step in (6, 4))
+    _flip(next(newest.glob("*.safetensors")))
+    found, text = inspect(run)
+    problem = f"{newest}/shard-00001-of-00001.safetensors is damaged: its SHA-256 is not the one in SHA256SUMS"
+    assert f"layers are those of {older} (step-00000004)" in text
+    assert text.endswith(f"\n{problem}")
+    assert [c.get("problem") for c in found["checkpoints"]] == [problem, None]
+    assert {n: x["zeros"] for n, x in _by_name(found).items()} == {
+        n: x["zeros"] for n, x in _by_name(inspect(older)[0]).items()
+    }
+    (older / "manifest.json").unlink()
+    found, text = inspect(run)
+    assert (found["layers"], found["finished"]) == ([], True)
+    assert "none of its checkpoints is whole" in text
+    assert problem in text
+    assert "manifest.json is missing" in text
+    shutil.rmtree(run / "checkpoints")
+    assert "it has no checkpoint yet" in inspect(run)[1]
 
 
 @pytest.mark.parametrize(("folder", "file"), [("dense", "model.safetensors"), ("bitmask", "pst_bitmask.safetensors")])
@@ -173,6 +222,45 @@ def test_any_model_folder_is_counted(folders, inspect, tmp_path, form):
     assert sum(layer["bytes"] for layer in found["layers"]) == sum(t.nbytes for t in tensors.values())
 
 
+@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin", "shards"])
+def test_the_weight_files_are_those_that_are_read(inspect, tmp_path, form):
+    shutil.copytree("tests/data/tiny-llama", tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    read = [form]
+    if form == "pytorch_model.bin":
+        (tmp_path / "model.safetensors").unlink()
+    if form == "shards":
+        read = ["model-1.safetensors", "model-2.safetensors"]
+        save_file({name: t for name, t in tensors.items() if "0" in name}, tmp_path / read[0])
+        save_file({name: t for name, t in tensors.items() if "0" not in name}, tmp_path / read[1])
+        index = {"weight_map": {name: read["0" not in name] for name in tensors}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    (tmp_path / "training_args.bin").write_bytes(bytes(5000))
+    nbytes = sum((tmp_path / name).stat().st_size for name in read)
+    assert inspect(tmp_path)[0]["weight_file_bytes"] == nbytes
+    if form != "shards":  # transformers takes the whole file
+        assert open_model_folder(tmp_path).weight_file_bytes == nbytes
+
+
+def test_what_lies_beside_an_export_is_not_its_weights(copied, inspect):
+    for folder, file in (("bitmask", "pst_bitmask.safetensors"), ("pruned", "model.safetensors")):
+        path = copied(folder)
+        for name in ("training_args.bin", "adapter_model.safetensors"):
+            (path / name).write_bytes(bytes(5000))
+        nbytes = (path / file).stat().st_size
+        assert inspect(path)[0]["weight_file_bytes"] == nbytes
+        assert open_model_folder(path).weight_file_bytes == nbytes
+
+
+def test_a_missing_shard_is_2(tmp_path, capsys):
+    shutil.copytree("tests/data/tiny-llama", tmp_path, dirs_exist_ok=True)
+    index = {"weight_map": {"lm_head.weight": "model-9.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "model-9.safetensors is missing" in capsys.readouterr().err
+
+
 def test_a_run_file(inspect):
     found, text = inspect("tests/data/world_size.toml")
     assert (found["method"], found["sparsity_asked"], found["num_steps"]) == ("pst", 0.8, 20)
@@ -232,9 +320,7 @@ def _text(path, text):
 
 DAMAGED = {
     "a bit of a checkpoint": ("run/checkpoints/final", "shard-00001-of-00001.safetensors", _flip, "SHA-256"),
-    "a checkpoint of a run": ("run", "checkpoints/step-00000006/manifest.json", _flip, "SHA-256"),
     "a result": ("run", "result.json", _cut, "damaged"),
-    "figures of layers": ("run", "layers.jsonl", lambda path: _text(path, "[]\n"), "damaged"),
     "an export cut short": ("dense", "model.safetensors", _cut, "damaged"),
     "a header": ("bitmask", "pst_bitmask.safetensors", lambda path: _flip(path, 20), "pst_bitmask.safetensors"),
     "a manifest": ("bitmask", "pst_manifest.json", lambda path: _flip(path, -80), "pst_manifest.json is damaged"),
@@ -283,6 +369,7 @@ def test_what_is_none_of_these_is_2(tmp_path, capsys):
 
 def test_a_config_without_weights_says_what_the_config_says(tmp_path, inspect):
     shutil.copy(ROOT / "tests/data/tiny-bert/config.json", tmp_path)
+    (tmp_path / "training_args.bin").write_bytes(b"no weights")
     found, text = inspect(tmp_path)
     assert found["kind"].endswith("without weights")
     assert found["hidden_size"] == 32

@@ -38,6 +38,18 @@ def test_a_trained_run_has_its_curves_layers_and_exports(folders, tmp_path, caps
     assert "Verified" in text
 
 
+def test_half_an_export_in_the_run_is_said_and_left_out(copied, tmp_path, capsys):
+    run = copied("run")
+    (run / "half").mkdir()
+    (run / "half" / "pst_manifest.json").write_text('{"kind": "den')
+    capsys.readouterr()
+    assert main(["report", str(run), "--out", str(tmp_path / "page.html"), "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["exports"] == []
+    (line,) = said.err.splitlines()
+    assert line.startswith("pst-ds report: run/half is left out: ")
+
+
 def test_the_page_goes_into_the_first_run_unless_it_is_told_where(copied, folders):
     run = copied("run")
     assert main(["report", str(run), str(folders / "run")]) == 0

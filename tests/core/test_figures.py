@@ -95,6 +95,31 @@ def test_the_range_is_four_deviations_and_does_not_depend_on_the_order_of_sums()
         assert low < constant < high
 
 
+@pytest.mark.parametrize(("mean", "deviation"), [(1.2345, 1e-4), (-87_654.3, 1.23), (3.21e-7, 4e-10), (0.00123, 4.56)])
+def test_the_range_is_around_the_mean_however_narrow(mean, deviation):
+    values = mean + deviation * _normal(100_000).double()
+    total, squares = float(values.sum()), float(values @ values)
+    low, high = figures.histogram_range(total, squares, values.numel())
+    exact = float(values.std(correction=0))
+    assert (low + high) / 2 == pytest.approx(float(values.mean()), abs=0.01 * exact)
+    assert high - low == pytest.approx(8 * exact, rel=0.01)
+    counts = figures.count_in_bins(values.float(), torch.zeros(len(values)), low, high).sum(0)
+    assert counts.max() < 0.06 * len(values)
+    ordered = values[values.sort().indices]
+    again = figures.histogram_range(float(ordered.sum()), float(ordered @ ordered), values.numel())
+    assert again == (low, high)
+
+
+def test_what_rounding_leaves_of_a_constant_is_no_deviation():
+    values = torch.full((1000,), 0.1, dtype=torch.float64)
+    ranges = {
+        figures.histogram_range(sum(values.tolist()[::step]) * step, 0.01 * 1000 * (1 + step * 1e-16), 1000)
+        for step in (1, 2, 5)
+    }
+    ((low, high),) = ranges
+    assert (low, high) == (pytest.approx(-0.3), pytest.approx(0.5))
+
+
 def test_the_cut_is_within_a_bin_of_the_order_statistic():
     values = _normal(5000)
     low, high = -4.0, 4.0

@@ -65,9 +65,18 @@ def test_initial_sparsity_is_set_before_the_first_step():
     assert [schedule.sparsity_at(s) for s in (0, 7, 10)] == [0.1] * 3  # 0.7 + (0.1 - 0.7) is below 0.1
 
 
-def test_a_dense_schedule_never_updates():
-    schedule = CubicSchedule(final_sparsity=0.0, num_steps=10, warmup_fraction=0.0, update_interval=100)
-    assert update_steps(schedule, 10) == []
+def test_layers_with_a_sparsity_of_their_own_ramp_where_the_others_stay_dense():
+    """1 - (1 - progress)^3 of the way to it, as the others would with a final sparsity above 0."""
+    dense = CubicSchedule(final_sparsity=0.0, num_steps=100, update_interval=16)
+    assert update_steps(dense, 100) == [26, 42, 58, 70]
+    assert {dense.sparsity_at(s) for s in range(101)} == {0.0}
+    assert [dense.progress_at(s) for s in (0, 10, 25)] == [0.0] * 3
+    assert [dense.progress_at(s) for s in (26, 41)] == pytest.approx([1 - (44 / 60) ** 3] * 2, rel=1e-15)
+    assert [dense.progress_at(s) for s in (70, 100)] == [1.0] * 2
+    sparse = dataclasses.replace(dense, final_sparsity=0.7)
+    for step in range(101):
+        assert dense.updates_masks_at(step) == sparse.updates_masks_at(step)
+        assert dense.progress_at(step) == pytest.approx(sparse.progress_at(step), abs=1e-15)
 
 
 @PROPERTY
@@ -96,7 +105,20 @@ def test_masks_are_fixed_once_final(schedule):
         if schedule.is_final(step):
             assert schedule.sparsity_at(step) == schedule.final_sparsity
             assert not schedule.updates_masks_at(step + 1)
-    assert schedule.updates_masks_at(schedule.ramp_end) == (schedule.final_sparsity > 0)
+    assert schedule.updates_masks_at(schedule.ramp_end)
+
+
+@PROPERTY
+@given(schedule=cubic_schedules())
+def test_progress_is_the_share_of_the_final_sparsity_and_ends_at_one(schedule):
+    path = [schedule.progress_at(step) for step in range(schedule.num_steps + 2)]
+    assert path == sorted(path)
+    assert path[schedule.ramp_end :] == [1.0] * len(path[schedule.ramp_end :])
+    if schedule.final_sparsity:
+        assert path == [schedule.sparsity_at(s) / schedule.final_sparsity for s in range(len(path))]
+    for step in range(1, len(path)):
+        if path[step] != path[step - 1]:
+            assert schedule.updates_masks_at(step)
 
 
 @PROPERTY
@@ -138,6 +160,7 @@ def test_one_shot_prunes_before_the_first_step_only():
     assert update_steps(schedule, 50) == [0]
     assert {schedule.sparsity_at(s) for s in range(50)} == {0.6}
     assert schedule.is_final(0)
-    assert update_steps(OneShotSchedule(0.0), 5) == []
+    assert update_steps(OneShotSchedule(0.0), 5) == [0]  # of layers with a sparsity of their own
+    assert {OneShotSchedule(0.0).progress_at(s) for s in range(5)} == {1.0}
     with pytest.raises(ValueError, match=r"final_sparsity = 1\.5 must be in \[0, 1\)"):
         OneShotSchedule(1.5)

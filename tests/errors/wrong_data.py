@@ -51,6 +51,9 @@ DATA = {
     "a CSV row with too many fields": Wrong(
         _train_on("train.csv", "text,label\na,b\nc,d,e\n"), "{tmp}/train.csv", "line 3", "mend it"
     ),
+    "a TSV file with quotes around its texts": Wrong(
+        _train_on("train.tsv", 'text\tlabel\n"a ""b"" c"\tx\nd\ty\n'), "{tmp}/train.tsv", "'text'", "as .csv or .jsonl"
+    ),
     "text in another encoding": Wrong(
         _train_on("train.jsonl", '{"text": "café", "label": "a"}\n'.encode("latin-1")),
         _FILE,
@@ -99,6 +102,12 @@ DATA = {
         "{tmp}/val.jsonl",
         "label 'so-so' in row 0",
         "bad, good",
+    ),
+    "an order of other classes": Wrong(
+        setting("data.label_names=['good', 'poor']"), "data.label_names", "['good', 'poor']", "name just these"
+    ),
+    "a class twice": Wrong(
+        setting("data.label_names=['good', 'good']"), "data.label_names", "['good', 'good']", "different names"
     ),
     "hidden labels": Wrong(
         lambda shop: shop.train(f"data.validation={shop.rows('val.jsonl', {'text': 'film', 'label': -1})}"),

@@ -88,6 +88,12 @@ RUNS = {
         "NaN",
         "the base model is damaged",
     ),
+    "another place of a run folder": Wrong(
+        lambda shop: ["train", str(shop.copied("run")), "--restart", "--set", "output_dir=runs/b"],
+        "--set",
+        "'output_dir=runs/b'",
+        "name the run file '{tmp}/run/run.toml' to train elsewhere",
+    ),
     "a folder with checkpoints": Wrong(
         lambda shop: ["train", str(shop.copied("run"))],
         "output_dir",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 from .workshop import BERT, LLAMA, Workshop, Wrong, causal_setting, setting
 
@@ -58,6 +59,42 @@ def _nan(weights: dict[str, torch.Tensor]) -> None:
 
 def _zeros(weights: dict[str, torch.Tensor]) -> None:
     weights["encoder.layer.0.output.dense.weight"].zero_()
+
+
+def _padding_that_the_model_lacks(shop: Workshop) -> list[str]:
+    folder = shop.model(LLAMA)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[NEW]"})
+    tokenizer.save_pretrained(folder)
+    return shop.train(f"model.path={folder}")
+
+
+def _roberta(shop: Workshop) -> list[str]:
+    """The arguments of a run on the config of a RoBERTa, which is all that is read before it is refused."""
+    folder = shop.model(
+        BERT, model_type="roberta", architectures=["RobertaModel"], max_position_embeddings=32, type_vocab_size=1
+    )
+    return shop.train(f"model.path={folder}")
+
+
+def _taught_by(**config):
+    """The arguments of a language model's run whose teacher is one with other values in its config."""
+
+    def arguments(shop: Workshop) -> list[str]:
+        teacher = f"distillation.teacher={shop.model(LLAMA, **config)}"
+        return shop.causal("distillation.weight=0.5", "distillation.hidden_states=1", teacher)
+
+    return arguments
+
+
+def _taught_by_a_headless_model(shop: Workshop) -> list[str]:
+    return shop.causal("distillation.weight=0.5", f"distillation.teacher={shop.model_with(_no_head, LLAMA)}")
+
+
+def _taught_by_its_pruned_self(shop: Workshop) -> list[str]:
+    folder = shop.model(LLAMA)
+    (folder / "pruning.json").write_text("{}")
+    return shop.causal("distillation.weight=0.5", f"model.path={folder}")
 
 
 def _head_of_three(weights: dict[str, torch.Tensor]) -> None:
@@ -124,6 +161,13 @@ MODELS = {
     ),
     "sequences longer than the model's": Wrong(
         causal_setting("data.max_length=64"), "data.max_length", "64", "set it to at most 48"
+    ),
+    "a padding token that the model lacks": Wrong(
+        _padding_that_the_model_lacks, "padding token '[NEW]'", "35", "model.tokenizer"
+    ),
+    "texts longer than a RoBERTa's": Wrong(_roberta, "data.max_length", "32", "set it to at most 31"),
+    "nothing to train": Wrong(
+        causal_setting("method=lora", "pst.update_rank=0"), "pst.update_rank", "0", "pst.update_rank of at least 1"
     ),
     "an encoder as a language model": Wrong(
         causal_setting("model.path=tests/data/tiny-bert"), "model", "bert", "Name a causal language model"
@@ -207,6 +251,42 @@ MODELS = {
         "distillation.teacher",
         "LABEL_0, LABEL_1",
         "the same labels",
+    ),
+    "a teacher of another vocabulary": Wrong(
+        _taught_by(vocab_size=64), "distillation.teacher", "vocabulary of 64 tokens", "the same tokenizer"
+    ),
+    "a teacher of another depth": Wrong(
+        _taught_by(num_hidden_layers=3),
+        "distillation.teacher",
+        "num_hidden_layers = 3",
+        "distillation.hidden_states = 0",
+    ),
+    "a teacher of another width": Wrong(
+        _taught_by(hidden_size=16), "distillation.teacher", "hidden_size = 16", "distillation.hidden_states = 0"
+    ),
+    "a teacher of fewer positions": Wrong(
+        _taught_by(max_position_embeddings=24), "distillation.teacher", "24 positions", "set it to at most 24"
+    ),
+    "a teacher that sees both ways": Wrong(
+        causal_setting("distillation.weight=0.5", f"distillation.teacher={BERT}"),
+        "distillation.teacher",
+        "is_decoder = false",
+        "Name a causal language model",
+    ),
+    "a teacher without its head": Wrong(
+        _taught_by_a_headless_model, "distillation.teacher", "no lm_head.weight", "name a whole model"
+    ),
+    "a teacher that was pruned": Wrong(
+        _taught_by_its_pruned_self,
+        "distillation.teacher is empty",
+        "{tmp}/model/pruning.json",
+        "name the folder of the dense model in distillation.teacher",
+    ),
+    "a teacher with the zeros that are kept": Wrong(
+        causal_setting("distillation.weight=0.5", "method=masked-lora", "pst.initial_mask=zeros"),
+        "distillation.teacher is empty",
+        'pst.initial_mask = "zeros"',
+        "name the folder of the dense model in distillation.teacher",
     ),
     "a teacher that would train": Wrong(
         setting("distillation.weight=0.5"), "distillation.teacher", "classifier.weight", "Name a model folder"

@@ -69,6 +69,33 @@ SETTINGS = {
     "a penalty that the method does not have": Wrong(
         setting("train.score_penalty=0.1"), "train.score_penalty", "0.1", '"soft-movement" needs one'
     ),
+    "scores without anything in them": Wrong(
+        setting("method=masked-lora", "pst.magnitude=none"), "pst.magnitude", "'none'", 'set pst.magnitude = "weight"'
+    ),
+    "zeros before there are scores": Wrong(
+        setting("method=movement", "schedule.initial_sparsity=0.5"),
+        "schedule.initial_sparsity",
+        "0.5",
+        "Fix: schedule.initial_sparsity = 0",
+    ),
+    "scores that begin equal and do not train": Wrong(
+        setting("method=movement", "train.score_learning_rate=0"), "train.score_learning_rate", "0.0", "set it above 0"
+    ),
+    "activations in scores that have none": Wrong(
+        setting("method=movement", "pst.magnitude=activation"), "pst.magnitude", '"activation"', "leave it out"
+    ),
+    "activations beside zeros that are kept": Wrong(
+        setting("method=spp", "pst.initial_mask=zeros", "pst.magnitude=activation"),
+        "pst.magnitude",
+        'pst.initial_mask = "zeros"',
+        "leave it out",
+    ),
+    "a sparsity that soft movement cannot reach": Wrong(
+        setting("method=soft-movement", "train.score_penalty=1", "schedule.final_sparsity=0.99"),
+        "pst.min_kept_share",
+        "0.02",
+        "Fix: pst.min_kept_share below 0.01",
+    ),
     "a regular expression that is none": Wrong(
         setting("pst.target_modules='(query'"), "pst.target_modules", "'(query'", "give a list of names"
     ),
@@ -91,6 +118,9 @@ SETTINGS = {
         setting("train.batch_size=480"), "train.batch_size", "480", "240 examples, fewer than one batch"
     ),
     "sequences of one token": Wrong(causal_setting("data.max_length=1"), "data.max_length", "1", "must be at least 2"),
+    "an output_dir that is not UTF-8": Wrong(
+        setting("output_dir={tmp}/\udcff"), "output_dir", "{tmp}/\\udcff", "give the file or folder another name"
+    ),
     "an empty output_dir": Wrong(setting("output_dir="), "output_dir", "''", "name the folder"),
     "an output_dir below a file": Wrong(
         lambda shop: shop.train(f"output_dir={shop.below_a_file('run')}"),

@@ -166,7 +166,19 @@ VERBS = {
     "init with a sparsity above 1": Wrong(_init("--sparsity", "2"), "final_sparsity", "2.0", "must be in [0, 1)"),
     "init with an unknown pattern": Wrong(_init("--pattern", "rows"), "--pattern", "'rows'", 'there are "matrix"'),
     "init with a column that is not there": Wrong(
-        _init("--label-column", "class", "--task", "classification"), "'class'", _TRAIN, "Columns: text, label"
+        _init("--label-column", "class", "--task", "classification"), "'class'", _TRAIN, "columns: text, label"
+    ),
+    "init with a label column that is not there": Wrong(
+        _init("--label-column", "lable"), "--label-column", "'lable'", "name one of the columns: text, label"
+    ),
+    "init of an encoder without a label column": Wrong(
+        lambda shop: [
+            *("init", BERT, "--out", f"{shop.tmp}/run.toml", "--train"),
+            shop.rows("rows.jsonl", *[{"sentence": "the film", "stars": 3}] * 9),
+        ],
+        "{tmp}/rows.jsonl",
+        "no column 'label'",
+        "with --label-column: stars",
     ),
     "init into a place below a file": Wrong(
         lambda shop: ["init", BERT, "--train", _TRAIN, "--out", shop.below_a_file("run.toml")],

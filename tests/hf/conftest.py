@@ -180,3 +180,33 @@ def edited(packed: Any, tmp_path: Path) -> Callable[..., Path]:
         return copy
 
     return make
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """No trace of another Trainer's accelerate, nor of a launcher."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(3)
+    transformers.AutoModelForSequenceClassification.from_pretrained("tests/data/tiny-bert").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data():
+    tokenizer = transformers.AutoTokenizer.from_pretrained("tests/data/tiny-bert")
+    rows = [json.loads(line) for line in Path("tests/data/train.jsonl").read_text().splitlines()]
+    options = {"truncation": True, "max_length": 24, "padding": "max_length"}
+    return [{**tokenizer(row["text"], **options), "labels": int(row["label"] == "good")} for row in rows]

@@ -29,14 +29,15 @@ def _config(stage, gather):
     }  # fmt: skip
 
 
-def _trainer(folder, out, stage, *, gather=False, precision="fp32"):
+def _trainer(folder, out, stage, *, gather=False, precision="fp32", **settings):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
     from pst_ds.hf import PSTCallback, trainer_optimizer
 
     arguments = TrainingArguments(
         str(out), deepspeed=_config(stage, gather), use_cpu=True, bf16=precision == "bf16", max_steps=STEPS,
-        per_device_train_batch_size=4, logging_steps=1, save_steps=SAVED, report_to=[], disable_tqdm=True, seed=5,
+        per_device_train_batch_size=4, logging_steps=1, report_to=[], disable_tqdm=True, seed=5,
+        **{"save_steps": SAVED, **settings},
     )  # fmt: skip
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = inject_pst(AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype), PSTConfig())
@@ -45,7 +46,7 @@ def _trainer(folder, out, stage, *, gather=False, precision="fp32"):
     rows = [json.loads(line) for line in Path("tests/data/train.jsonl").read_text().splitlines()]
     data = [{**tokenizer(r["text"], truncation=True, max_length=24), "labels": int(r["label"] == "good")} for r in rows]
     return Trainer(
-        model, arguments, train_dataset=data, processing_class=tokenizer,
+        model, arguments, train_dataset=data, eval_dataset=data[:8], processing_class=tokenizer,
         optimizer_cls_and_kwargs=trainer_optimizer(model),
         callbacks=[PSTCallback(final_sparsity=0.8, initial_sparsity=0.2, cooldown_fraction=0.2)],
     )  # fmt: skip
@@ -123,3 +124,32 @@ def test_checkpoints_are_small_and_resume_to_the_same_bits(run_ranks, tmp_path, 
     assert mask_stats(model).checksum == checksum
     assert all(torch.equal(param, values[name]) for name, param in model.named_parameters() if param.requires_grad)
     assert not any(layer.scores_train for layer in pst_layers(model).values())
+
+
+def _train_to_the_best(folder, out, stage):
+    """Every evaluation is worse than the one before."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    trainer = _trainer(
+        folder, out, stage, save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", greater_is_better=False, save_total_limit=2,
+    )  # fmt: skip
+    trainer.evaluate = lambda **_: {"eval_loss": float(trainer.state.global_step)}
+    trainer.train()
+    trainer.save_model(str(out / "final"))
+    return trainer.state.best_metric, trainer.state.best_model_checkpoint, mask_stats(trainer.model).checksum
+
+
+@pytest.mark.parametrize("stage", [3, 2])
+def test_the_best_model_is_one_of_the_final_sparsity(run_ranks, tmp_path, stage):
+    from transformers import AutoModelForSequenceClassification
+
+    AutoModelForSequenceClassification.from_pretrained("tests/data/tiny-bert").save_pretrained(tmp_path / "base")
+    results = run_ranks(_train_to_the_best, 2, tmp_path / "base", tmp_path, stage)
+    best = tmp_path / f"checkpoint-{STEPS - 1}"  # the ramp's end
+    assert results[0] == results[1]
+    assert results[0][:2] == (STEPS - 1, str(best))
+    model = load_pretrained(AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"), best)
+    assert mask_stats(model).checksum == results[0][2]
+    assert mask_stats(model).sparsity == pytest.approx(0.8, abs=1e-3)
+    if stage == 2:  # under ZeRO-3 save_model gathers nothing
+        assert json.loads((tmp_path / "final" / "pst_config.json").read_text())["step"] == STEPS - 1

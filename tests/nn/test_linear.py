@@ -272,6 +272,14 @@ def test_any_leading_dimensions(shape):
     torch.testing.assert_close(x.grad, layer.masked_weight().sum(0).expand(shape), rtol=1e-5, atol=1e-5)
 
 
+@each_kind
+def test_it_is_asked_as_a_linear_layer_is(kind):
+    layer = injected(kind)
+    x, _ = random_batch(layer)
+    assert (layer.in_features, layer.out_features) == (layer.layout.in_features, layer.layout.out_features)
+    assert torch.equal(layer(input=x), layer(x))
+
+
 def test_a_layer_without_bias():
     model = inject_pst(nn.ModuleDict({"fc": nn.Linear(INPUTS, 8, bias=False)}), PSTConfig(target_modules=("fc",)))
     x = torch.randn(3, INPUTS)

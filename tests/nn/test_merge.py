@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -94,6 +96,19 @@ def test_a_layer_held_twice_is_merged_in_both_places():
     merge_and_unload(model)
     assert type(model.also) is nn.Linear
     assert model.also is model.blocks[0]
+
+
+def test_merging_a_layer_that_was_never_called_warns_where_others_were():
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    inject_pst(model, PSTConfig())
+    fresh = copy.deepcopy(model)
+    model.blocks[1](input=torch.ones(1, 4))
+    with pytest.warns(UserWarning, match=r"^blocks\.0 was merged, but no forward pass has called it"):
+        merge_and_unload(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge_and_unload(fresh)
 
 
 def test_trainable_parameters_are_worded_as_peft_does(capsys):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import warnings
 
 import pytest
 import torch
@@ -16,10 +18,11 @@ from transformers import (
     GPT2Config,
 )
 
+from pst_ds.errors import InputError
 from pst_ds.nn.config import Override, PSTConfig
 from pst_ds.nn.inject import freeze_scores, inject_pst, pst_layers
 from pst_ds.nn.merge import merge_and_unload
-from pst_ds.nn.pretrained import PretrainedError, load_pretrained, save_pretrained, small_state
+from pst_ds.nn.pretrained import PretrainedError, _fingerprint, load_pretrained, save_pretrained, small_state
 from pst_ds.nn.small_checkpoints import small_checkpoints
 from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import LocalEngine
@@ -132,6 +135,131 @@ def test_values_of_a_gathered_state_dict_are_taken():
     assert tensors.keys() == small_state(model).keys()
     assert torch.equal(tensors["classifier.weight"], model.classifier.weight.float())
     assert not torch.equal(tensors["classifier.weight"], small_state(model)["classifier.weight"])
+
+
+def test_a_model_that_was_frozen_is_saved_whole(tmp_path):
+    """For inference, say: what is saved follows the config, not the gradients of the moment."""
+    model = _trained()
+    small_checkpoints(model)
+    expected, state = small_state(model), model.state_dict()
+    model.requires_grad_(False)
+    assert small_state(model).keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in small_state(model).items())
+    assert model.state_dict().keys() == state.keys()
+    save_pretrained(model, tmp_path)
+    assert json.loads((tmp_path / "pst_config.json").read_text())["also_trained"] == []
+    assert torch.equal(_logits(load_pretrained(_base(), tmp_path)), _logits(model))
+    frozen = inject_pst(_base(), CONFIG).requires_grad_(False)
+    assert torch.equal(_logits(load_pretrained(frozen, tmp_path)), _logits(model))
+
+
+def test_biases_and_pruned_weights_of_the_config_are_saved_when_frozen_too(tmp_path):
+    config = PSTConfig(bias="pst_only", train_weights=True, score_rank=0, structured_scores=False, update_rank=0)
+    model = inject_pst(_base(), config)
+    with torch.no_grad():
+        for layer in pst_layers(model).values():
+            layer.weight.mul_(1.5)
+            layer.bias.add_(1.0)
+    save_pretrained(model.requires_grad_(False), tmp_path)
+    assert torch.equal(_logits(load_pretrained(_base(), tmp_path)), _logits(model))
+
+
+def test_what_was_trained_by_hand_comes_back_trainable(tmp_path):
+    model = _trained()
+    by_hand = [name for name, _ in model.named_parameters() if "LayerNorm" in name]
+    with torch.no_grad():
+        for name in by_hand:
+            model.get_parameter(name).requires_grad_(True).mul_(1.25)
+    save_pretrained(model, tmp_path)
+    assert json.loads((tmp_path / "pst_config.json").read_text())["also_trained"] == by_hand
+    loaded = load_pretrained(_base(), tmp_path)
+    assert torch.equal(_logits(loaded), _logits(model))
+    assert all(loaded.get_parameter(name).requires_grad for name in by_hand)
+
+
+def test_a_folder_from_before_there_was_a_list_of_the_others_loads(tmp_path):
+    save_pretrained(_trained(), tmp_path)
+    _damage(tmp_path, "pst_config.json", _without("also_trained"))
+    load_pretrained(_base(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"beta": 3.0}, {"alpha1": 0.5}, {"magnitude": "none"}, {"frozen_magnitude": True}], ids=str
+)
+def test_a_model_injected_with_another_formula_is_refused_by_the_setting(tmp_path, setting):
+    save_pretrained(_trained(), tmp_path)
+    (name,) = setting
+    other = inject_pst(_base(), dataclasses.replace(CONFIG, **setting))
+    with pytest.raises(PretrainedError, match=rf"pst_config\.json has {name} = .*was injected with {name} = "):
+        load_pretrained(other, tmp_path)
+    same = inject_pst(_base(), dataclasses.replace(CONFIG, seed=3, score_init_scale=0.1, tile_bytes=1 << 20))
+    load_pretrained(same, tmp_path)
+
+
+def test_a_model_that_was_injected_in_part_is_refused_with_the_way_out(tmp_path):
+    save_pretrained(_trained(), tmp_path)
+    part = _base()
+    inject_pst(part.bert, PSTConfig())
+    for action in (save_pretrained, load_pretrained, lambda model, _: merge_and_unload(model)):
+        with pytest.raises(InputError, match=r"inject_pst was called on a part.*inject the whole model, and name the"):
+            action(part, tmp_path)
+    with pytest.raises(InputError, match=r"has no PST layers; call inject_pst\(model"):
+        save_pretrained(_base(), tmp_path)
+
+
+def _unwritable(folder):
+    model = inject_pst(_base(), CONFIG)
+    model.name_or_path = {1, 2}  # JSON has no sets
+    with pytest.raises((TypeError, RuntimeError)) as caught:
+        save_pretrained(model, folder)
+    torch.distributed.barrier()  # none leaves before all have heard
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+@pytest.mark.zero3
+def test_ranks_do_not_wait_for_one_that_cannot_write(run_ranks, tmp_path):
+    first, second = run_ranks(_unwritable, 2, tmp_path)
+    assert first.startswith("TypeError: ")
+    assert second.startswith(f"RuntimeError: {tmp_path} could not be written: TypeError(")
+
+
+def _commit(hub, revision, *, seed):
+    """A revision of who/model in the cache of the hub, as the newest."""
+    snapshot = hub / "models--who--model" / "snapshots" / revision
+    (hub / "models--who--model" / "refs").mkdir(parents=True, exist_ok=True)
+    (hub / "models--who--model" / "refs" / "main").write_text(revision)
+    torch.manual_seed(seed)
+    BertForSequenceClassification(BertConfig.from_pretrained(BASE)).save_pretrained(snapshot)
+    _fingerprint.cache_clear()
+
+
+def test_weights_are_told_apart_at_other_revisions_of_the_hub(tmp_path, monkeypatch):
+    """Any commit to a model on the hub is another revision, and from_pretrained tells nobody which it took."""
+    hub, first, same, other = tmp_path / "hub", "a" * 40, "b" * 40, "c" * 40
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+
+    def base(**options):
+        return AutoModelForSequenceClassification.from_pretrained(
+            "who/model", cache_dir=hub, local_files_only=True, **options
+        )
+
+    _commit(hub, first, seed=0)
+    save_pretrained(inject_pst(base(), PSTConfig()), tmp_path / "small")
+    save_pretrained(inject_pst(base(), PSTConfig(relative_magnitude=False)), tmp_path / "no scales")
+    _commit(hub, same, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load_pretrained(base(), tmp_path / "small")
+    for folder, options in (("no scales", {}), ("small", {"dtype": torch.bfloat16})):
+        message = rf"trained on 'who/model' when its revision was hub:{first}, and now it is hub:{same}"
+        with pytest.warns(UserWarning, match=message):
+            load_pretrained(base(**options), tmp_path / folder)
+    _commit(hub, other, seed=1)
+    with pytest.raises(
+        PretrainedError, match=r"other weights; load the base .* by from_pretrained\(\.\.\., revision=\)"
+    ):
+        load_pretrained(base(), tmp_path / "small")
+    load_pretrained(base(revision=first), tmp_path / "small")
 
 
 def _damage(folder, name, change):

@@ -72,6 +72,35 @@ def test_what_training_changed_must_all_be_there():
         _ready().load_state_dict({**model.state_dict(), "blocks.0.pst_mask_bits": torch.zeros(9, dtype=torch.uint8)})
 
 
+def test_a_missing_value_is_missing_whatever_its_ending():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(8, 8)])
+            self.proj, self.head = nn.Linear(8, 8), nn.Module()
+            self.head.proj = nn.Linear(8, 8)
+
+    model, wrapped = inject_pst(Model(), PSTConfig(modules_to_save=("head",))), nn.Module()
+    small_checkpoints(model)
+    state = model.state_dict()
+    del state["head.proj.weight"]  # the frozen proj.weight may be missing, not this
+    with pytest.raises(RuntimeError, match=r"Missing key.*head\.proj\.weight"):
+        model.load_state_dict(state)
+    wrapped.module = model
+    with pytest.raises(RuntimeError, match=r"Missing key.*module\.head\.proj\.weight"):
+        wrapped.load_state_dict({f"module.{name}": value for name, value in state.items()})
+
+
+def test_a_layer_in_two_places_is_kept_once():
+    model = _Model()
+    model.also = model.blocks[0]
+    inject_pst(model, PSTConfig(modules_to_save=("classifier",)))
+    small_checkpoints(model)
+    state = model.state_dict()
+    assert [name for name in state if "mask" in name] == ["blocks.0.pst_mask_bits", "blocks.1.pst_mask_bits"]
+    assert model.load_state_dict(state).missing_keys == []
+
+
 def _ready():
     model = _injected()
     small_checkpoints(model)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import pickle
+from copy import deepcopy
 
 import pytest
 import torch
@@ -107,6 +109,33 @@ def test_a_parameter_that_was_given_other_values_begins_anew_from_them():
     assert torch.equal(_masters(layer)[0], torch.full((5, 6), 3.0))
     _train(layer, optimizer, [1])
     assert float((_masters(layer)[0] - 3.0).abs().max()) < 10 * RATE
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_of_model_and_optimizer_goes_on_to_the_same_bits(copied):
+    layer = _layer(torch.bfloat16)
+    optimizer = _optimizer(layer)
+    _train(layer, optimizer, range(3))
+    before = _masters(layer)
+    other, others = copied((layer, optimizer))
+    assert all(torch.equal(one, two) for one, two in zip(_masters(other), before, strict=True))
+    _train(other, others, range(3, 6))
+    assert all(torch.equal(one, two) for one, two in zip(_masters(layer), before, strict=True))
+    _train(layer, optimizer, range(3, 6))
+    assert all(torch.equal(one, two) for one, two in zip(_masters(layer), _masters(other), strict=True))
+
+
+@pytest.mark.gpu
+def test_masters_made_before_the_model_moved_train_on():
+    layer, moved = _layer(torch.bfloat16), _layer(torch.bfloat16).cuda()
+    optimizer, other = _optimizer(layer), _optimizer(moved)
+    before = [master.detach().clone() for master in optimizer.masters()]
+    layer.cuda()
+    assert all(torch.equal(master.cpu(), b) for master, b in zip(optimizer.masters(), before, strict=True))
+    for one, its in ((layer, optimizer), (moved, other)):
+        one(torch.ones(1, 6, device="cuda", dtype=torch.bfloat16)).float().square().sum().backward()
+        its.step()
+    assert all(torch.equal(one, two) for one, two in zip(_masters(layer), _masters(moved), strict=True))
 
 
 def test_zero_grad_forgets_gradients_that_were_taken():

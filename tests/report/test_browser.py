@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pst_ds.report.axes import LEFT, RIGHT
 from pst_ds.report.page import page
 from pst_ds.report.run_data import read_runs
 
@@ -71,7 +72,7 @@ def test_a_chart_says_the_values_at_the_pointer_and_by_arrow_keys(tab, written):
     tab.open(written[0], width=1280)
     at_rest = tab.value(LEGEND.format("chart"))
     assert at_rest == "last values first 0.025 second <b> 0.025"
-    tab.point(*tab.value(CENTRE.format("chart", (48 + (350 - 48) / 2) / 360, 0.5)))  # step 20 of 40
+    tab.point(*tab.value(CENTRE.format("chart", (LEFT + (RIGHT - LEFT) / 2) / 360, 0.5)))  # step 20 of 40
     assert tab.value(LEGEND.format("chart")) == "step 20 first 0.05 second <b> 0.05"
     tab.value("document.querySelector('figure.chart .plot').focus()")
     tab.press("ArrowLeft")
@@ -82,12 +83,44 @@ def test_a_chart_says_the_values_at_the_pointer_and_by_arrow_keys(tab, written):
 
 def test_a_heat_map_says_the_value_of_the_cell_at_the_pointer(tab, written):
     tab.open(written[1], width=390)
-    first = (50 / 360, 12 / 190)
+    first = ((LEFT + 2) / 360, 12 / 190)
     tab.point(*tab.value(CENTRE.format("heat-map", *first)))
     assert tab.value(LEGEND.format("heat-map")) == "0 1 model.layers.0.proj, step 4: 0.09"
     tab.value("document.querySelector('figure.heat-map .plot').focus()")
     tab.press("ArrowRight")
     assert tab.value(LEGEND.format("heat-map")) == "0 1 model.layers.0.proj, step 8: 0.18"
+
+
+def test_nine_runs_have_a_line_each_that_looks_like_no_other(tab, a_run, tmp_path):
+    path = tmp_path / "nine.html"
+    folders = [a_run(f"run-{i}", layers=1) for i in range(9)]
+    path.write_text(page(read_runs(folders), [], []), encoding="utf-8")
+    tab.open(path, width=1280)
+    lines = tab.value("""[...document.querySelectorAll('figure.chart')].map((figure) =>
+      [...figure.querySelectorAll('.plot path.curve')].map((line) => {
+        const style = getComputedStyle(line);
+        return `${style.stroke} ${style.strokeDasharray}`;
+      }))""")
+    assert max(map(len, lines)) == 18  # target and actual sparsity
+    for of_chart in lines:
+        assert len(set(of_chart)) == len(of_chart)
+
+
+def test_the_labels_of_an_axis_have_room_beside_the_plot(tab, write_run, tmp_path):
+    path = tmp_path / "close.html"
+    firsts = {"tokens_per_second": 12_345.6, "loss": 0.9, "correlation": -1.0001, "lr/head": 1.0001e-5, "eval/f1": 0.1}
+    metrics = [
+        {"step": i, "event": "step", **{name: value * (1 + 1e-7 * i) for name, value in firsts.items()}}
+        for i in range(2)
+    ]
+    path.write_text(page(read_runs([write_run(metrics=metrics)]), [], []), encoding="utf-8")
+    tab.open(path, width=1280)
+    left = tab.value("""[...document.querySelectorAll('figure.chart .axes text[text-anchor=end]')]
+      .map((label) => [label.textContent, label.getBBox().x])""")
+    assert len(left) >= 15
+    assert min(x for _, x in left) >= 0, left
+    assert tab.value("""[...document.querySelectorAll('figure.chart .plot path.curve')]
+      .every((line) => line.getBBox().x >= Number(document.querySelector('.axes line').getAttribute('x1')))""")
 
 
 def test_markup_in_the_data_is_not_run(tab, write_run, tmp_path):

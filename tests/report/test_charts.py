@@ -29,8 +29,13 @@ def test_ticks_of_usual_ranges():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.89999, "0.9"), (523.84, "523.8"), (12300.0, "12.3k"), (4.5e6, "4.5M"), (2e9, "2G"), (0, "0")]
-)
+    ("value", "text"),
+    [
+        (0.89999, "0.9"), (523.84, "523.8"), (12300.0, "12.3k"), (4.5e6, "4.5M"), (2e9, "2G"), (0, "0"),
+        (9999.4, "9999"), (9999.6, "10k"), (-9999.6, "-10k"), (999_960.0, "1M"), (999_999_999, "1G"), (2e-5, "2e-05"),
+        (9.9999e12, "1e+13"),
+    ],
+)  # fmt: skip
 def test_numbers_are_short(value, text):
     assert short(value) == text
 
@@ -39,6 +44,45 @@ def test_an_axis_of_one_value_has_room():
     axis = axis_of(3.0, 3.0, 0.0, 100.0)
     assert axis.place(3.0) == 50.0
     assert axis_of(0.0, 0.0, 0.0, 100.0).place(0.0) == 50.0
+
+
+def _number(text):
+    """What a label stands for."""
+    units = {"k": 1e3, "M": 1e6, "G": 1e9}
+    return float(text.rstrip("kMG")) * units.get(text[-1], 1.0)
+
+
+@given(st.floats(-1e9, 1e9), st.floats(1e-9, 1.0))
+def test_a_label_says_where_its_tick_is(middle, share):
+    half = max(abs(middle), 1e-6) * share
+    axis = axis_of(middle - half, middle + half, 0.0, 1000.0)
+    ticks = axis.ticks(5)
+    assert len({tick.text for tick in ticks}) == len(ticks) >= 2
+    for tick in ticks:
+        assert axis.place(_number(tick.text)) == pytest.approx(tick.at, abs=0.1)
+
+
+@pytest.mark.parametrize("value", [0.9, -3.0, 523.8, 12_300.0])
+def test_lines_that_lie_close_together_are_drawn_so(value):
+    chart = _only(
+        drawn("t", "", [Series("a", 0, [(0, value), (9, value)]), Series("b", 1, [(0, value * (1 - 1e-6))])], 9)
+    )
+    (one, two) = [float(re.match(r"M\S+ ([\d.]+)", line.path)[1]) for line in chart.lines]
+    assert abs(one - two) <= 0.2
+    texts = [tick.text for tick in chart.value_ticks]
+    assert len(set(texts)) == len(texts) >= 3
+    assert max(map(len, texts)) <= 7  # which is what there is room for beside the plot
+    assert TOP < one < BOTTOM
+
+
+def test_sparsity_begins_at_zero(write_run):
+    metrics = [
+        {"step": step, "event": "step", "loss": 1.0, "sparsity/target": 0.9, "sparsity/actual": 0.899998}
+        for step in (1, 2)
+    ]
+    chart = {chart.title: chart for chart in charts(read_runs([write_run(metrics=metrics)]))}["Sparsity"]
+    assert (chart.values.low, chart.values.high) == (0.0, 0.9)
+    assert [tick.text for tick in chart.value_ticks] == ["0", "0.2", "0.4", "0.6", "0.8"]
 
 
 def _only(found):

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from pst_ds.report.layer_data import read_layers
+from pst_ds.report.layer_pictures import layer_pictures
+from pst_ds.report.run_data import read_runs
 from pst_ds.train.pictures import MOST_COLUMNS
 
 HEAD = {"layers": ["a", "b"], "weights": [10, 20]}
@@ -85,6 +87,20 @@ def test_many_updates_and_pictures_are_merged_and_thinned(read):
     assert steps[0] == (0, 3)
     assert steps[-1] == (updates - 1, updates - 1)
     shown = [line["step"] for line in found.thumbnails[1]]
-    assert len(shown) <= 64
+    assert len(shown) <= 65
     assert shown == sorted(shown)
     assert (shown[0], shown[-1]) == (0, 999)
+
+
+@pytest.mark.parametrize("count", [3, 64, 65, 200, 1000])
+def test_the_pictures_of_a_layer_are_evenly_apart(write_run, count):
+    scores = {"low": 0.0, "high": 1.0, "kept": [1, 2], "pruned": [2, 1], "threshold": 0.5}
+    lines = [{"step": s, "event": "thumbnail", "layer": 1, "share": [[0.5]]} for s in range(1, count + 1)]
+    lines += [{"step": s, "event": "histogram", "layer": 1, **scores} for s in range(1, count + 1)]
+    (run,) = read_runs([write_run(layers=[HEAD, *lines])])
+    (pictures,) = layer_pictures(run)
+    for shown in (pictures.thumbnails, pictures.histograms):
+        steps = [picture.step for picture in shown]
+        assert (len(steps), steps[0], steps[-1]) == (min(count, 4), 1, count)
+        gaps = np.diff(steps)
+        assert gaps.max() - gaps.min() <= max(1, 0.1 * count)

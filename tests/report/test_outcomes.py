@@ -34,7 +34,9 @@ def export():
 def test_exports_in_the_run_and_elsewhere_have_their_sizes(write_run, export, tmp_path):
     run = write_run()
     inside, outside = export(run / "export"), export(tmp_path / "other")
-    found = find_exports(read_runs([run]), [outside, inside])
+    found, notes = find_exports(read_runs([run]), [outside, inside])
+    assert notes == []
+    assert [one.run for one in found] == ["mine", ""]
     assert [one.name for one in found] == ["mine/export", str(outside)]
     assert found[0].sparsity_counted == 0.75
     assert found[0].shapes == {"l": [4, 4]}
@@ -43,7 +45,25 @@ def test_exports_in_the_run_and_elsewhere_have_their_sizes(write_run, export, tm
     assert export_table([]) is None
 
 
-@pytest.mark.parametrize("content", ["{}", '{"kind": "dense", "tensors": [{"parts": [3]}]}', '{"tensors": 3}'])
+@pytest.mark.parametrize("content", ['{"kind": "dense", "tens', "", "[]", "\\u00ff"])
+def test_what_is_no_whole_export_in_a_run_is_left_out_with_a_note(write_run, export, content):
+    run = write_run()
+    for name in ("export", "export.partial", "half"):
+        export(run / name)
+    (run / "half" / "pst_manifest.json").write_text(content)
+    found, (note,) = find_exports(read_runs([run]), [])
+    assert [one.name for one in found] == ["mine/export"]
+    assert str(run / "half" / "pst_manifest.json") in note
+    assert "is left out" in note
+    assert "--json" not in note
+    assert export_table(found, [note]).note == note
+    with pytest.raises(InputError, match=r"pst_manifest\.json is damaged"):
+        find_exports(read_runs([run]), [run / "half"])
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"kind"', '{"kind": "dense", "tensors": [{"parts": [3]}]}', '{"tensors": 3}']
+)
 def test_a_damaged_manifest_is_named(tmp_path, content):
     with pytest.raises(InputError, match=r"is no export: pst_manifest\.json is missing"):
         read_export(tmp_path, "x")
@@ -75,8 +95,9 @@ def test_verification_is_what_verify_printed(tmp_path):
     alone = {"export_dir": "e", "tensors": 3, "sparsity_counted": 0.5}
     compared = {"compared_weights": 2, "differing_weights": 0, "examples": 7, "differing_predictions": 0}
     path.write_text(json.dumps({**alone, **compared, "max_logit_difference": 0.0}))
-    (row,) = verification_table([path]).rows
-    assert [cell.text for cell in row] == ["e", "3", "0.500000", "0 of 2", "0 of 7", "0"]
+    table = verification_table([path])
+    assert table.head[3:5] == ["differing weight tensors", "differing predictions"]
+    assert [cell.text for cell in table.rows[0]] == ["e", "3", "0.500000", "0 of 2", "0 of 7", "0"]
     path.write_text(json.dumps(alone))
     (row,) = verification_table([path]).rows
     assert [cell.text for cell in row] == ["e", "3", "0.500000", "–", "–", "–"]

@@ -41,6 +41,11 @@ def test_a_run_that_has_just_begun_is_one(write_run):
     assert (run.result, run.curves, run.layers, run.checkpoints, run.last_step) == ({}, {}, None, [], 0)
 
 
+def test_a_run_file_may_begin_with_a_byte_order_mark(write_run):
+    (run,) = read_runs([write_run(run_file='\ufeffmethod = "pst"\n')])
+    assert (run.run_file, run.settings) == ('method = "pst"\n', {"method": "pst"})
+
+
 def test_names_are_as_short_as_tells_them_apart():
     assert short_names([Path("/a/one/run"), Path("/a/two/run")]) == ["one/run", "two/run"]
     assert short_names([Path("/a/one"), Path("/a/two")]) == ["one", "two"]

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pst_ds.report.thin import spread, thinned
+from pst_ds.report.thin import EvenlyApart, spread, thinned
 
 VALUES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400)
 
@@ -39,3 +39,21 @@ def test_what_is_spread_has_both_ends_and_is_in_order(items, most):
     assert places == sorted(set(places))
     gaps = [b - a for a, b in pairwise(places)]
     assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+@given(st.integers(1, 2000), st.integers(2, 70))
+def test_a_stream_is_kept_evenly_apart_in_little_memory(count, most):
+    kept = EvenlyApart(most)
+    for item in range(count):
+        kept.add(item)
+        assert len(kept) <= most + 1
+    found = list(kept)
+    assert (found[0], found[-1]) == (0, count - 1)
+    assert len(found) >= min(count, most // 2)
+    gaps = {b - a for a, b in pairwise(found[:-1])}
+    assert len(gaps) <= 1
+    assert not gaps or found[-1] - found[-2] <= gaps.pop()
+
+
+def test_nothing_is_kept_of_nothing():
+    assert list(EvenlyApart(4)) == []

@@ -135,6 +135,46 @@ def test_accelerate_s_loop_ends_in_zeros_and_goes_on_to_the_same_bits(example, t
     assert json.loads((tmp_path / "rest" / "pst" / "pst_config.json").read_text())["sparsity"] == pytest.approx(0.5)
 
 
+@pytest.fixture
+def text(tmp_path):
+    """A corpus, and the number of sequences of 16 tokens in it."""
+    from transformers import AutoTokenizer
+
+    text = " ".join(json.loads(line)["text"] for line in Path("tests/data/train.jsonl").read_text().splitlines())
+    (tmp_path / "text.txt").write_text(text)
+    return tmp_path / "text.txt", len(AutoTokenizer.from_pretrained("tests/data/tiny-llama")(text)["input_ids"]) // 16
+
+
+def test_an_accumulation_goes_on_over_the_end_of_the_text(example, text, tmp_path):
+    """Five batches in all, two a step: some step has the last batch and the first."""
+    path, sequences = text
+    module = example("accelerate_causal_lm")
+
+    def run(out, *more):
+        _forget_accelerator()
+        module.main([
+            "tests/data/tiny-llama", str(path), str(tmp_path / out), "--sparsity=0.5", "--steps=8",
+            f"--batch-size={-(-sequences // 5)}", "--max-length=16", "--cpu", "--accumulation=2", *more,
+        ])  # fmt: skip
+        return (tmp_path / out / "pst" / "pst_model.safetensors").read_bytes()
+
+    whole = run("whole")
+    run("part", "--stop-at=4")
+    assert run("rest", f"--resume={tmp_path}/part/state") == whole
+    run("all", "--stop-at=8")
+    assert run("nothing left", f"--resume={tmp_path}/all/state") == whole
+
+
+def test_a_text_shorter_than_one_sequence_is_refused(example, text, tmp_path):
+    path, _ = text
+    with pytest.raises(
+        SystemExit, match=r"text\.txt has \d+ tokens, which is less than one sequence of --max-length=1"
+    ):
+        example("accelerate_causal_lm").main(
+            ["tests/data/tiny-llama", str(path), str(tmp_path / "out"), "--max-length=100000", "--cpu"]
+        )
+
+
 def _accelerate_loop(text, out, config, *more):
     import os
     import sys
@@ -180,13 +220,35 @@ def _tensor_names(path):
         return set(file.keys())
 
 
-def _deepspeed_loop(classifier, out, config, *more):
+def _refused_deepspeed_loops(classifier, out, config):
+    """What the loop says of too few rows, and of a folder without a checkpoint."""
+    few = Path(config).with_name("few.jsonl")
+    few.write_text("\n".join(Path("tests/data/train.jsonl").read_text().splitlines()[:7]))
+    said = []
+    for more in ((str(few),), ("tests/data/train.jsonl", f"--resume={out}/nowhere")):
+        with pytest.raises(SystemExit) as caught:
+            _deepspeed_loop(classifier, out, config, *more[1:], data=more[0])
+        said.append(str(caught.value))
+    return said
+
+
+@pytest.mark.zero3
+def test_the_deepspeed_loop_refuses_too_few_rows_and_a_folder_without_a_checkpoint(run_ranks, classifier, tmp_path):
+    config = tmp_path / "zero.json"
+    config.write_text(json.dumps({
+        "train_micro_batch_size_per_gpu": 4, "train_batch_size": 8, "zero_optimization": {"stage": 2},
+    }))  # fmt: skip
+    for rows, resume in run_ranks(_refused_deepspeed_loops, 2, classifier, tmp_path / "out", config):
+        assert rows == f"{tmp_path}/few.jsonl has 7 rows, and 2 ranks take 8 at a time"
+        assert resume.startswith(f"--resume={tmp_path}/out/nowhere has no checkpoint")
+
+
+def _deepspeed_loop(classifier, out, config, *more, data="tests/data/train.jsonl"):
     import sys
 
     sys.path.insert(0, str(EXAMPLES))
     importlib.import_module("deepspeed_loop").main([
-        str(classifier), "tests/data/train.jsonl", str(out), f"--config={config}", "--sparsity=0.8", f"--steps={STEPS}",
-        *more,
+        str(classifier), data, str(out), f"--config={config}", "--sparsity=0.8", f"--steps={STEPS}", *more,
     ])  # fmt: skip
 
 
@@ -201,6 +263,9 @@ def test_the_deepspeed_loop_goes_on_to_the_same_bits(run_ranks, classifier, tmp_
     run_ranks(_deepspeed_loop, 2, classifier, tmp_path / "whole", config)
     run_ranks(_deepspeed_loop, 2, classifier, tmp_path / "part", config, "--stop-at=3")
     run_ranks(_deepspeed_loop, 2, classifier, tmp_path / "rest", config, f"--resume={tmp_path}/part/state")
+    if stage == 2:  # nothing is left to do
+        run_ranks(_deepspeed_loop, 2, classifier, tmp_path / "all", config, f"--stop-at={STEPS}")
+        run_ranks(_deepspeed_loop, 2, classifier, tmp_path / "rest", config, f"--resume={tmp_path}/all/state")
     whole, part, rest = (
         (tmp_path / name / "pst" / "pst_model.safetensors").read_bytes() for name in ("whole", "part", "rest")
     )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel, AutoTokenizer
 
+from pst_ds.core.bits import unpack_range
 from pst_ds.nn.checkpoint import read_checkpoint
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
@@ -56,6 +59,35 @@ def test_norms_are_those_of_real_tokens_whatever_the_batches(tmp_path, batch_siz
     assert engine.module.training
 
 
+@pytest.mark.parametrize("method", ["masked-lora", "spp", "magnitude"])
+def test_a_fixed_mask_ranks_weights_times_the_norms_of_a_plain_model(tmp_path, method):
+    lines = Path("tests/data/train.jsonl").read_text().splitlines(keepends=True)[:12]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    data = [f'data.train="{tmp_path / "train.jsonl"}"', "data.validation=", "train.batch_size=12"]
+    folder = tmp_path / "run"
+    _train(folder, f"method={method}", *ACTIVATION, *data, "deepspeed_config=", "train.num_steps=1")
+    masks = read_checkpoint(folder / "checkpoints" / "final").masks
+    base = AutoModel.from_pretrained("tests/data/tiny-bert").eval()
+    tokenizer = AutoTokenizer.from_pretrained("tests/data/tiny-bert")
+    squares = {name.removeprefix("bert."): 0.0 for name in masks}
+    for name in squares:
+        base.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: squares.update({name: squares[name] + args[0].double().square().sum((0, 1))})
+        )
+    with torch.no_grad():
+        for line in lines:
+            text = json.loads(line)["text"]
+            base(**tokenizer(text, truncation=True, max_length=32, return_tensors="pt"))
+    for name, bits in masks.items():
+        weight = base.get_submodule(name.removeprefix("bert.")).weight.detach()
+        scores = (weight.double().abs() * squares[name.removeprefix("bert.")].sqrt()).flatten()
+        kept = unpack_range(bits, weight.numel(), 1, 0, weight.numel()).bool()
+        assert int((~kept).sum()) == int(0.8 * weight.numel())
+        assert float(scores[kept].min()) >= float(scores[~kept].max()) * (1 - 1e-5), name
+        plain = weight.abs().flatten()
+        assert float(plain[kept].min()) < 0.9 * float(plain[~kept].max()), name
+
+
 def _train(folder, *overrides, resume=False):
     run = load_run(RUN_FILE, [f"output_dir={json.dumps(str(folder))}", *overrides])
     return train_run(prepare(run, launch_environment()), quiet=True, resume=resume)
@@ -89,10 +121,11 @@ def test_a_continued_run_has_the_norms_it_began_with(tmp_path):
 
 
 @pytest.mark.zero3
-def test_two_ranks_count_the_same_norms(run_ranks, tmp_path):
+@pytest.mark.parametrize("method", ["pst", "masked-lora"])
+def test_two_ranks_count_the_same_norms(run_ranks, tmp_path, method):
     from safetensors.torch import load_file
 
-    settings = [*ACTIVATION, "train.num_steps=6"]
+    settings = [*ACTIVATION, "train.num_steps=6", f"method={method}"]
     run_ranks(_train, 2, tmp_path / "zero3", *settings)
     _train(tmp_path / "local", *settings, "deepspeed_config=")
     ours, alone = (load_file(tmp_path / name / NORMS_FILE) for name in ("zero3", "local"))

@@ -150,6 +150,23 @@ def test_losses_and_masks_do_not_depend_on_the_world_size(run_ranks, tmp_path, f
                 assert line[key] == pytest.approx(expected[event][step][key], abs=1e-5), (ranks, event, step)
 
 
+def test_a_multiplicative_update_of_fused_layers_is_exported_and_verified(tmp_path, capsys):
+    more = {"model.path": _base("gpt2", tmp_path / "base"), "deepspeed_config": "", "method": "spp"}
+    rates = {"train.update_learning_rate": 0.05, "train.precision": "fp32"}
+    _train(_settings(tmp_path, **more, **rates))
+    for kind in ("dense", "bitmask"):
+        assert main(["export", str(tmp_path / "run"), "--format", kind, "--out", str(tmp_path / kind)]) == 0
+        assert main(["verify", str(tmp_path / kind), "--against", str(tmp_path / "run"), "--json"]) == 0
+        verified = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert verified["max_logit_difference"] == verified["differing_weights"] == 0
+    base, found = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "dense"))
+    name = next(name for name in found if name.endswith("h.0.attn.c_attn.weight"))
+    kept = found[name] != 0
+    assert float((~kept).float().mean()) == pytest.approx(SPARSITY, abs=0.01)
+    changed = (found[name] != base[name]) & kept
+    assert all(part.any() for part in changed.chunk(3, dim=1))
+
+
 def _outcomes(path, batch_size, count, overrides):
     more = {"model.path": path, "output_dir": "unused", **overrides}
     run = load_run(RUN_FILE, [f"{key}={json.dumps(value)}" for key, value in more.items()])

@@ -25,7 +25,7 @@ from pst_ds.train import checkpoints
 from pst_ds.train.checkpoints import clean_up, find, keep, newest_valid, settle, step_folders, step_name
 from pst_ds.train.config import ConfigError
 from pst_ds.train.run_file import load_run
-from pst_ds.train.run_folder import open_checkpoint
+from pst_ds.train.run_folder import open_checkpoint, set_aside_checkpoints
 
 
 class _Net(torch.nn.Module):
@@ -338,6 +338,44 @@ def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(tmp_path, on
     assert find(tmp_path, "best") == tmp_path / step_name(3)
     shutil.rmtree(tmp_path / step_name(3))
     assert find(tmp_path, "best") == tmp_path / step_name(20)  # a link to nothing is no choice
+
+
+def test_checkpoints_are_set_aside_under_a_name_that_is_free(tmp_path, capsys):
+    for count, name in enumerate(("checkpoints.previous", "checkpoints.previous-2", "checkpoints.previous-3")):
+        _saved(tmp_path / "checkpoints", count + 1)
+        replace_link(tmp_path / "checkpoints" / "latest", step_name(count + 1))
+        set_aside_checkpoints(tmp_path)
+        assert capsys.readouterr().out == f"{tmp_path}/checkpoints of an earlier run is now {tmp_path / name}\n"
+        assert read_checkpoint(find(tmp_path / name, "latest")).state.step == count + 1
+    assert len(_names(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("left", [(), ("step-00000002.partial/shard",), (".latest.partial",)])
+def test_what_holds_no_checkpoint_takes_the_place_of_none(tmp_path, capsys, left):
+    """Killed while the first checkpoint after a restart was written, and restarted."""
+    _saved(tmp_path / "checkpoints", 1)
+    set_aside_checkpoints(tmp_path)
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "best").symlink_to(step_name(9))
+    for name in left:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("half")
+    capsys.readouterr()
+    set_aside_checkpoints(tmp_path)
+    assert list(folder.iterdir()) == []
+    assert [name for name in _names(tmp_path) if name != "checkpoints"] == ["checkpoints.previous"]
+    assert read_checkpoint(tmp_path / "checkpoints.previous" / step_name(1)).state.step == 1
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("ending", [".broken", ".old"])
+def test_a_damaged_checkpoint_or_one_between_two_names_is_set_aside_too(tmp_path, ending):
+    _saved(tmp_path / "checkpoints", 1)
+    (tmp_path / "checkpoints" / step_name(1)).rename(tmp_path / "checkpoints" / (step_name(1) + ending))
+    set_aside_checkpoints(tmp_path)
+    kept = step_name(1) + (ending if ending == ".broken" else "")
+    assert _names(tmp_path / "checkpoints.previous") == [kept]
 
 
 def test_another_base_model_is_refused(tmp_path):

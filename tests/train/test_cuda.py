@@ -29,7 +29,8 @@ def _model(dtype, pattern):
 def test_masks_are_the_bits_of_the_cpu(dtype, pattern):
     on_cpu, on_cuda = _model(dtype, pattern), _model(dtype, pattern).cuda()
     for sparsity in (0.25, 0.5):
-        assert update_masks(on_cuda, sparsity, final_sparsity=0.5) == update_masks(on_cpu, sparsity, final_sparsity=0.5)
+        progress = sparsity / 0.5
+        assert update_masks(on_cuda, sparsity, progress=progress) == update_masks(on_cpu, sparsity, progress=progress)
     for ours, reference in zip(pst_layers(on_cuda).values(), pst_layers(on_cpu).values(), strict=True):
         assert torch.equal(ours.pst_mask.cpu(), reference.pst_mask)
 

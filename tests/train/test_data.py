@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from pst_ds.train.config import ConfigError, DataConfig
-from pst_ds.train.data import Examples, GlobalBatches, collate, label_names, load_examples
+from pst_ds.train.data import Examples, GlobalBatches, collate, label_names, load_examples, read_labelled
 
 ROWS = [
     ("a warm and moving film", "good"),
@@ -44,10 +44,11 @@ def _write(path, columns, rows):
         import datasets
 
         datasets.Dataset.from_dict({c: [row[i] for row in rows] for i, c in enumerate(columns)}).to_parquet(path)
+    elif path.suffix == ".tsv":
+        path.write_text("".join("\t".join(map(str, row)) + "\n" for row in [columns, *rows]))
     else:
         with path.open("w", newline="") as file:
-            writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            writer.writerows([columns, *rows])
+            csv.writer(file).writerows([columns, *rows])
     return str(path)
 
 
@@ -64,19 +65,41 @@ def _refusal(call, *arguments):
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv", "parquet", "CSV"])
 def test_every_format_reads_the_same(tmp_path, tokenizer, ending):
     path = tmp_path / f"rows.{ending.lower()}"
+    rows = ROWS if ending != "tsv" else [(text.replace("\t", " "), label) for text, label in ROWS]
     if ending == "json":
-        path.write_text(json.dumps([{"text": text, "label": label} for text, label in ROWS]))
+        path.write_text(json.dumps([{"text": text, "label": label} for text, label in rows]))
     else:
-        _write(path, ("text", "label"), ROWS)
+        _write(path, ("text", "label"), rows)
     path = path.rename(tmp_path / f"rows.{ending}")
     data = _data(path)
     names = label_names(data)
     assert names == ["None", "bad", "good"]
     examples = load_examples(data, "train", tokenizer, names)
     assert examples.labels == [2, 1, 1, 2, 0]
-    assert [f["input_ids"] for f in examples.features] == [tokenizer(text)["input_ids"] for text, _ in ROWS]
-    assert examples.lengths == [len(tokenizer(text)["input_ids"]) for text, _ in ROWS]
+    assert [f["input_ids"] for f in examples.features] == [tokenizer(text)["input_ids"] for text, _ in rows]
+    assert examples.lengths == [len(tokenizer(text)["input_ids"]) for text, _ in rows]
     assert len(examples) == 5
+
+
+def test_quotes_of_a_tsv_are_characters_like_others(tmp_path):
+    """As in the files of GLUE: one that begins a field does not run on to the next."""
+    texts = ["fine film", '"Quiet, he said', "another one", 'and "more" here', '"Loud," she said.', 'a ""b"" c', '"d"']
+    path = _write(tmp_path / "rows.tsv", ("text", "label"), [(text, i % 2) for i, text in enumerate(texts)])
+    rows = read_labelled(_data(path), "train")
+    assert rows["text"][:] == texts
+    assert rows["label"][:] == [0, 1, 0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_NONNUMERIC, csv.QUOTE_ALL])
+def test_a_tsv_that_was_written_with_quotes_is_refused(tmp_path, quoting):
+    path = tmp_path / "rows.tsv"
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter="\t", quoting=quoting).writerows([("text", "label"), ('a "b" c', 1), ("d", 0)])
+    message = _refusal(label_names, _data(path))
+    assert message.startswith(f"{path} was written with quotes around its ")
+    assert "save it without them, or as .csv or .jsonl" in message
+    path.write_text('text\tlabel\n"a b"\t1\n"c d"\t0\n')  # every value of a column
+    assert "quotes around" in _refusal(label_names, _data(path))
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv", "parquet"])
@@ -109,6 +132,26 @@ def test_labels_are_in_their_own_order_whatever_the_order_of_rows(tmp_path, toke
     assert label_names(_data(path)) == ["10", "2", "a"]
 
 
+def test_the_order_of_the_classes_can_be_named(tmp_path, tokenizer):
+    path = _write(tmp_path / "rows.jsonl", ("text", "label"), [("film", name) for name in ("same", "not_same")])
+    data = _data(path, label_names=("not_same", "same"))
+    assert label_names(data) == ["not_same", "same"]
+    assert load_examples(data, "train", tokenizer, label_names(data)).labels == [1, 0]
+    encoded = _data(
+        _class_labels(tmp_path / "rows.parquet", ["not_same", "same"], [0, 1]), label_names=data.label_names
+    )
+    turned = _data(encoded.train, label_names=("same", "not_same"))
+    assert (label_names(encoded), label_names(turned)) == (["not_same", "same"], ["same", "not_same"])
+    assert load_examples(turned, "train", tokenizer, label_names(turned)).labels == [1, 0]
+    ids = _write(tmp_path / "ids.jsonl", ("text", "label"), [("film", i) for i in (1, 0)])
+    assert label_names(_data(ids, label_names=data.label_names)) == ["0", "1"]  # as in GLUE's own files
+    message = _refusal(label_names, _data(path, label_names=("same", "notsame")))
+    assert message.startswith("data.label_names = ['same', 'notsame']")
+    assert "labels not_same, same; name just these, or none" in message
+    with pytest.raises(ConfigError, match=r"data\.label_names = \['a', 'a'\] must be different names"):
+        _data(path, label_names=("a", "a"))
+
+
 def test_a_class_label_keeps_the_dataset_s_order(tmp_path, tokenizer):
     import datasets
 
@@ -120,6 +163,42 @@ def test_a_class_label_keeps_the_dataset_s_order(tmp_path, tokenizer):
     data = _data(tmp_path / "rows.parquet")
     assert label_names(data) == ["world", "art", "none"]
     assert load_examples(data, "train", tokenizer, ["world", "art", "none"]).labels == [1, 0]
+
+
+def _class_labels(path, names, labels):
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    datasets.Dataset.from_dict({"text": ["film"] * len(labels), "label": labels}, features=features).to_parquet(path)
+    return str(path)
+
+
+def test_a_split_s_own_names_are_read_as_those_of_training(tmp_path, tokenizer):
+    """Files whose columns were encoded one by one have other ids for the same names."""
+    train = _class_labels(tmp_path / "train.parquet", ["bad", "good", "ugly"], [0, 1, 2])
+    words = _write(tmp_path / "train.jsonl", ("text", "label"), [("film", n) for n in ("ugly", "bad", "good")])
+    validation = _class_labels(tmp_path / "validation.parquet", ["good", "ugly"], [0, 1, 0])
+    for path in (train, words):
+        data = _data(path, validation=validation)
+        assert load_examples(data, "validation", tokenizer, label_names(data)).labels == [1, 2, 1]
+    back = _data(validation, validation=words)
+    assert "label 'bad' in row 1 is not one of the training labels good, ugly" in _refusal(
+        load_examples, back, "validation", tokenizer, label_names(back)
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        ([0, 2], "label 'ugly' in row 1 is not one of the training labels bad, good"),
+        ([0, -1], "label -1 in row 1 stands for a hidden label"),
+        ([0, None], "label None in row 1 is not one of the training labels bad, good"),
+    ],
+)
+def test_a_class_label_that_training_lacks_is_refused(tmp_path, labels, reason):
+    train = _class_labels(tmp_path / "train.parquet", ["bad", "good"], [0, 1])
+    data = _data(train, validation=_class_labels(tmp_path / "validation.parquet", ["bad", "good", "ugly"], labels))
+    assert reason in _refusal(load_examples, data, "validation", None, label_names(data))
 
 
 def test_a_missing_file_names_the_setting_and_where_it_looked(tmp_path):

@@ -17,6 +17,7 @@ from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train import loop as loop_module
 from pst_ds.train.config import ConfigError
 from pst_ds.train.data import load_examples
+from pst_ds.train.keeper import Keeper
 from pst_ds.train.loop import DivergedError, Loop, learning_rate_factor, train
 from pst_ds.train.mask_update import mask_stats
 from pst_ds.train.metrics import MetricsWriter
@@ -313,6 +314,37 @@ def test_the_best_checkpoint_is_chosen_among_those_at_the_final_sparsity(tmp_pat
     best, final = (read_checkpoint(tmp_path / "checkpoints" / n).state for n in ("best", "final"))
     assert (best.step, best.masks_final, best.sparsity, best.metrics["accuracy"]) == (16, True, 0.8, 0.5)
     assert (final.step, final.sparsity, final.metrics["accuracy"]) == (20, 0.8, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [((math.nan, -0.3), 20), ((-0.3, math.nan), 16), ((math.nan, math.nan), None)],
+    ids=lambda v: str(v).replace(" ", ""),
+)
+def test_a_metric_that_is_no_number_is_never_the_best(tmp_path, monkeypatch, scores, best):
+    from pst_ds.train import tasks
+
+    order = iter(scores)
+    monkeypatch.setattr(tasks.Classification, "metrics", lambda self, outcomes, examples: {"accuracy": next(order)})
+    result = train_run(_prepared(tmp_path, "eval.interval=16"), quiet=True)
+    assert result["best_step"] == best
+    assert (tmp_path / "checkpoints" / "best").is_dir() == (best is not None)
+    assert read_checkpoint(tmp_path / "checkpoints" / "final").state.progress["best_value"] == (best and -0.3)
+
+
+def test_a_number_is_better_than_a_value_that_is_none(tmp_path, monkeypatch):
+    """Of a run that goes on from a checkpoint with such a value for its best."""
+    from pst_ds.train import tasks
+
+    monkeypatch.setattr(tasks.Classification, "metrics", lambda self, outcomes, examples: {"accuracy": -0.3})
+    made = Keeper.__init__
+
+    def with_nan(self, *arguments, **named):
+        made(self, *arguments, **named)
+        self._best, self.best_step = math.nan, 3
+
+    monkeypatch.setattr(Keeper, "__init__", with_nan)
+    assert train_run(_prepared(tmp_path, "train.num_steps=4"), quiet=True)["best_step"] == 4
 
 
 def test_without_an_evaluation_at_the_final_sparsity_there_is_no_best(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -12,8 +13,8 @@ from torch import nn
 
 from pst_ds.core.schedule import CubicSchedule, OneShotSchedule
 from pst_ds.errors import InputError
-from pst_ds.nn.config import PSTConfig
-from pst_ds.nn.inject import inject_pst, pst_layers
+from pst_ds.nn.config import Override, PSTConfig
+from pst_ds.nn.inject import inject_pst, layers_never_called, pst_layers
 from pst_ds.parallel.engine import LocalEngine
 from pst_ds.train.mask_update import mask_stats
 from pst_ds.train.mask_updater import MaskUpdater
@@ -77,6 +78,31 @@ def test_masks_follow_the_schedule_and_are_fixed_at_its_end(kind):
     assert checksums[7] == checksums[10] != checksums[6]
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_one_layer_is_pruned_along_the_ramp_while_the_other_stays_dense(resumed):
+    schedule = CubicSchedule(final_sparsity=0.0, num_steps=10, warmup_fraction=0.1, cooldown_fraction=0.3)
+    model = _model(overrides=(Override(modules=("1",), final_sparsity=0.5),))
+    optimizer = pst_optimizer(model)
+    masks = MaskUpdater(model, schedule)
+    for step in range(1, 11):
+        optimizer.zero_grad()
+        _backward(model, step)
+        optimizer.step()
+        masks.after_step(optimizer)
+        left = 1.0 - min(max(step - 1, 0), 6) / 6
+        assert _zeros(model) == [0, math.floor(0.5 * 64 * (1.0 - left**3))]
+        if resumed:
+            masks = MaskUpdater(model, schedule, step=step)
+    assert _zeros(model) == [0, 32]
+    assert _scores_train(model) == {False}
+
+
+def test_one_layer_is_pruned_at_once_while_the_other_stays_dense():
+    model = _model(overrides=(Override(modules=("1",), final_sparsity=0.5),))
+    MaskUpdater(model, OneShotSchedule(0.0))
+    assert _zeros(model) == [0, 32]
+
+
 def test_skipped_steps_and_micro_batches_count_for_nothing():
     model = _model()
     engine = LocalEngine(model, pst_parameter_groups(model), gradient_accumulation_steps=2)
@@ -103,6 +129,87 @@ def test_an_optimizer_that_knows_of_skipped_steps_is_believed():
         masks.after_step(wrapper)
         seen.append(masks.step)
     assert seen == [0, 1, 1, 1, 2]
+
+
+def test_micro_batches_without_a_step_of_torch_s_optimizer_count_for_nothing():
+    model, other = _model(), _model()
+    optimizer, others = pst_optimizer(model), torch.optim.AdamW(other.parameters())
+    _backward(model, 99)
+    optimizer.step()  # before there is an updater
+    masks = MaskUpdater(model, SCHEDULE)
+    seen = []
+    for number in range(7):
+        _backward(model, number)
+        others.step()
+        if number % 3 == 2:
+            optimizer.step()
+            optimizer.zero_grad()
+        masks.after_step(optimizer)
+        seen.append(masks.step)
+    assert seen == [0, 0, 1, 1, 1, 2, 2]
+    masks.load_state_dict({"step": 5})
+    masks.after_step(optimizer)
+    assert masks.step == 5
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_loss_scaler_skips_counts_for_nothing(fused):
+    model = _model()
+    optimizer = torch.optim.AdamW(pst_parameter_groups(model), fused=fused)
+    masks = MaskUpdater(model, SCHEDULE)
+    scaler, seen = torch.amp.GradScaler("cpu", init_scale=4.0), []
+    for number in range(4):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(number)) * (math.inf if number == 1 else 1.0)
+        scaler.scale(model(x).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        masks.after_step(optimizer)
+        seen.append(masks.step)
+    assert seen == [1, 1, 2, 3]
+
+
+def _train(model, optimizer, masks, steps):
+    for step in range(steps):
+        optimizer.zero_grad()
+        _backward(model, step)
+        optimizer.step()
+        masks.after_step(optimizer)
+
+
+@pytest.mark.parametrize("way", ["another schedule", "a step further back"])
+def test_scores_train_again_after_masks_that_were_final(way):
+    model = _model()
+    optimizer = pst_optimizer(model)
+    masks = MaskUpdater(model, SCHEDULE)
+    _train(model, optimizer, masks, 10)
+    assert _scores_train(model) == {False}
+    if way == "another schedule":
+        again = CubicSchedule(final_sparsity=0.875, initial_sparsity=0.75, num_steps=10)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            masks = MaskUpdater(model, again)
+    else:
+        masks.load_state_dict({"step": 0})
+    assert _scores_train(model) == {True}
+    before = [layer.pst_B.clone() for layer in pst_layers(model).values()]
+    _train(model, optimizer, masks, 2)
+    assert not any(torch.equal(b, layer.pst_B) for b, layer in zip(before, pst_layers(model).values(), strict=True))
+    assert optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["peak_lr"]
+    _train(model, optimizer, masks, 8)
+    assert _scores_train(model) == {False}
+
+
+def test_a_schedule_that_begins_below_the_masks_sparsity_is_warned_of():
+    model = _model()
+    MaskUpdater(model, OneShotSchedule(0.5))
+    with pytest.warns(
+        UserWarning, match=r"sparsity of 0\.5 already, .* begins at 0\.25: .* initial_sparsity = 0\.5 to"
+    ):
+        MaskUpdater(model, SCHEDULE)
+    MaskUpdater(model, OneShotSchedule(0.5))
+    with pytest.warns(UserWarning, match=r"already, and the schedule begins at 0: pruned weights come back"):
+        MaskUpdater(model, CubicSchedule(final_sparsity=0.75, num_steps=10))
 
 
 @pytest.mark.parametrize("at", [3, 8])
@@ -164,8 +271,15 @@ def test_a_mask_that_is_chosen_once():
 def test_a_model_that_cannot_be_masked_is_refused():
     with pytest.raises(InputError, match=r"no PST layers; call inject_pst"):
         MaskUpdater(nn.Linear(2, 2), SCHEDULE)
+    with pytest.raises(InputError, match=r"called on a part of this Sequential, .* name the part by target_modules"):
+        MaskUpdater(nn.Sequential(_model(), nn.Linear(8, 2)), SCHEDULE)
     with pytest.raises(InputError, match=r'magnitude = "activation", but 0\.0 has no norms of its inputs; set them'):
         MaskUpdater(_model(magnitude="activation"), SCHEDULE)
+
+
+def test_what_is_no_schedule_is_refused_by_what_it_lacks():
+    with pytest.raises(InputError, match="SimpleNamespace is no schedule: it has no progress_at, is_final"):
+        MaskUpdater(_model(), SimpleNamespace(final_sparsity=0.5, sparsity_at=min, updates_masks_at=bool))
 
 
 def test_rates_are_the_run_file_s_unless_given():
@@ -181,3 +295,34 @@ def test_rates_are_the_run_file_s_unless_given():
 def test_fp16_parameters_are_refused_with_the_way_out():
     with pytest.raises(InputError, match=r"torch\.float16, which AdamW cannot train: load the model in torch\.float32"):
         pst_optimizer(_model(torch.float16))
+
+
+class _Reader(nn.Module):
+    """As a Mamba mixer does, it multiplies with the weight of a layer that it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x):
+        return self.blocks[0](x) @ self.blocks[1].weight.t()
+
+
+def test_layers_that_are_read_and_never_called_are_named_once():
+    torch.manual_seed(0)
+    model = inject_pst(_Reader(), PSTConfig())
+    assert layers_never_called(model) == ["blocks.0", "blocks.1"]
+    optimizer, masks = pst_optimizer(model), MaskUpdater(model, SCHEDULE)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(torch.randn(4, 8)).square().mean().backward()
+            optimizer.step()
+            masks.after_step(optimizer)
+    assert layers_never_called(model) == ["blocks.1"]
+    assert [str(w.message).partition(". ")[0] for w in caught] == [
+        "no forward pass has called blocks.1 (1 of 2 pruned layers)"
+    ]
+    called = inject_pst(_Reader(), PSTConfig(exclude_modules=("blocks.1",)))
+    called(torch.randn(4, 8))
+    assert layers_never_called(called) == []

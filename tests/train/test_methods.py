@@ -16,8 +16,10 @@ from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
 from pst_ds.train.config import ConfigError
+from pst_ds.train.loop import Loop, set_rates
 from pst_ds.train.mask_update import masks_of_zeros, update_masks
 from pst_ds.train.methods import METHODS
+from pst_ds.train.objective import Objective
 from pst_ds.train.run import build, prepare, train_run
 from pst_ds.train.run_file import load_run
 
@@ -146,6 +148,35 @@ def test_the_penalty_adds_the_gradient_of_the_mean_sigmoid(tmp_path):
         assert torch.allclose(with_penalty - without, score.grad.float(), atol=1e-6)
 
 
+@pytest.mark.parametrize("passes", [1, 4])
+def test_the_penalty_does_not_depend_on_the_number_of_backward_passes(tmp_path, passes):
+    """The step's gradient on the same examples, with the penalty and without."""
+    grads = []
+    for penalty in (1e-9, 30.0):
+        settings = [f"train.score_penalty={penalty}", f"train.gradient_accumulation_steps={passes}"]
+        run = load_run(RUN_FILE, ["deepspeed_config=", f"output_dir={tmp_path}", "method=soft-movement", *settings])
+        prepared = prepare(run, LaunchEnvironment(0, 1, 0))
+        engine = build(prepared)[1]
+        layers = list(pst_layers(engine.module).values())
+        with torch.no_grad():
+            for layer in layers:
+                layer.pst_S.copy_(torch.linspace(-2.0, 2.0, layer.layout.numel).view_as(layer.pst_S))
+        examples, num_steps = prepared.load("train"), run.train.num_steps
+        loop = Loop(
+            run, engine, run.make_schedule(num_steps), examples, prepared.tokenizer, num_steps, "cpu", None,
+            Objective(run), lambda state: None,
+        )  # fmt: skip
+        set_rates(loop, num_steps)
+        for first in range(0, 24, 24 // passes):
+            batch = prepared.task.collate(examples, range(first, first + 24 // passes), prepared.tokenizer)
+            engine.backward(loop.objective(engine, batch))
+        grads.append([layer.pst_S.grad.clone() for layer in layers])
+    scores = [layer.pst_S.detach().double().requires_grad_() for layer in layers]
+    (30.0 * sum(torch.sigmoid(s).mean() for s in scores) / len(scores)).backward()
+    for without, with_penalty, score in zip(*grads, scores, strict=True):
+        assert torch.allclose(with_penalty - without, score.grad.float(), rtol=1e-3, atol=1e-6)
+
+
 def test_gmp_ranks_the_fp32_masters(tmp_path):
     """In bf16 a step of Adam is often lost in the weight; the masters have it, and the masks follow them."""
     module = _built(tmp_path, "method=gmp", "train.precision=bf16")
@@ -202,12 +233,45 @@ def test_a_fixed_mask_of_zeros_is_the_base_models(tmp_path):
         (["pst.magnitude=wanda"], "pst.magnitude = 'wanda' must be one of"),
         (["method=gmp", "pst.frozen_magnitude=true"], "frozen_magnitude = true ranks by the pretrained weights"),
         (["pst.calibration_examples=0"], "calibration_examples = 0 must be at least 1"),
+        *((["pst.magnitude=none", f"method={method}"], "nothing to rank") for method in ("magnitude", "gmp", "spp")),
+        (["pst.magnitude=none", "pst.score_rank=0", "pst.structured_scores=false"], "nothing to rank weights by"),
+        (["pst.magnitude=none", "pst.alpha1=0", "pst.alpha2=0"], "nothing to rank weights by"),
+        (["method=movement", "schedule.initial_sparsity=0.5"], "schedule.initial_sparsity = 0.5, but all scores"),
+        (["pst.magnitude=none", "schedule.initial_sparsity=0.5"], "schedule.initial_sparsity = 0.5, but all scores"),
+        (["method=movement", "train.score_learning_rate=0"], "train.score_learning_rate = 0.0, but all scores"),
+        (["method=movement", "pst.magnitude=activation"], "which method = 'movement' does not do"),
+        (
+            ["method=spp", "pst.initial_mask=zeros", "pst.magnitude=activation"],
+            'which pst.initial_mask = "zeros" does not do',
+        ),
+        (
+            ["method=soft-movement", "train.score_penalty=1", "schedule.final_sparsity=0.99"],
+            "(method = 'soft-movement') is more than schedule.final_sparsity = 0.99 keeps",
+        ),
+        (
+            ['pst.overrides=[{modules=["query"], pattern="global"}]', "schedule.final_sparsity=0.99"],
+            'pst.min_kept_share = 0.02 of every matrix of pattern "global"',
+        ),
     ],
 )
 def test_settings_that_a_method_cannot_have_are_refused(settings, said):
     with pytest.raises(ConfigError) as error:
         load_run(RUN_FILE, settings)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["pst.magnitude=none", "method=dense"],
+        ["pst.magnitude=none", "method=masked-lora", "pst.initial_mask=zeros"],
+        ["pst.magnitude=none", "pst.score_rank=0"],
+        ["method=gmp", "schedule.initial_sparsity=0.5"],
+        ["method=soft-movement", "train.score_penalty=1", "schedule.final_sparsity=0.99", "pst.min_kept_share=0.005"],
+    ],
+)
+def test_settings_that_a_method_can_have_are_not_refused(settings):
+    assert load_run(RUN_FILE, settings)
 
 
 def test_a_global_pattern_can_be_trained(tmp_path):

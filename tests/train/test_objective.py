@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+import transformers
 from torch.nn.functional import kl_div, log_softmax
 
 from pst_ds.nn.inject import bypassed, pst_layers
 from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
 from pst_ds.train.config import ConfigError
 from pst_ds.train.mask_update import update_masks
-from pst_ds.train.objective import Objective, predictions
+from pst_ds.train.objective import Objective, load_teacher, predictions
 from pst_ds.train.run import build, prepare, train_run
 from pst_ds.train.run_file import load_run
 
@@ -143,6 +145,105 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path):
     settings = [f'distillation.teacher="{tmp_path / "teacher"}"', "distillation.weight=0.5", "deepspeed_config="]
     with pytest.raises(ConfigError, match="has the classes LABEL_0, LABEL_1, LABEL_2, and the run"):
         _train(CLASSIFY, tmp_path / "run", *settings)
+
+
+def _taught(teacher, *overrides):
+    return [f'distillation.teacher="{teacher}"', "distillation.weight=0.5", *overrides]
+
+
+def _llama(folder, model_class="AutoModelForCausalLM", **config):
+    """A folder with a random Llama, as tiny-llama but for ``config``."""
+    made = transformers.AutoConfig.from_pretrained("tests/data/tiny-llama", **config)
+    getattr(transformers, model_class).from_config(made).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "said"),
+    [
+        ({"vocab_size": 64}, [], "has a vocabulary of 64 tokens, and model.path = 'tests/data/tiny-llama' one of 35"),
+        ({"num_hidden_layers": 3}, ["distillation.hidden_states=1.0"], "num_hidden_layers = 3, and model.path = "),
+        ({"hidden_size": 16}, ["distillation.hidden_states=1.0"], "hidden_size = 16, and model.path = "),
+        ({"max_position_embeddings": 24}, [], "data.max_length = 32 is more than the 24 positions"),
+    ],
+)
+def test_a_teacher_of_another_shape_is_refused_before_it_is_loaded(tmp_path, config, settings, said):
+    folder = tmp_path / "teacher"
+    transformers.AutoConfig.from_pretrained("tests/data/tiny-llama", **config).save_pretrained(folder)
+    with pytest.raises(ConfigError) as error:
+        _prepared(CAUSAL, tmp_path, *_taught(folder, *settings))
+    assert said in str(error.value)
+
+
+def test_an_encoder_teaches_no_language_model(tmp_path):
+    with pytest.raises(ConfigError, match=r"distillation\.teacher = .*bert whose config says is_decoder = false"):
+        _prepared(CAUSAL, tmp_path, *_taught("tests/data/tiny-bert"))
+
+
+def test_a_teacher_of_another_depth_teaches_predictions(tmp_path):
+    prepared = _prepared(CAUSAL, tmp_path, *_taught(_llama(tmp_path / "teacher", num_hidden_layers=3)))
+    teacher = load_teacher(prepared.run, prepared.labels, prepared.tokenizer, "cpu")
+    loss = Objective(prepared.run, teacher)(build(prepared)[1], _batch(prepared))
+    assert bool(loss.isfinite())
+
+
+def test_a_teacher_keeps_no_keys_and_values(tmp_path):
+    prepared = _prepared(CAUSAL, tmp_path, *_taught("tests/data/tiny-llama"))
+    teacher = load_teacher(prepared.run, prepared.labels, prepared.tokenizer, "cpu")
+    assert teacher(input_ids=_batch(prepared)["input_ids"]).past_key_values is None
+
+
+def test_a_teacher_without_all_its_weights_is_refused(tmp_path):
+    headless = _llama(tmp_path / "headless", "AutoModel")
+    other = _llama(tmp_path / "other", vocab_size=64)
+    shutil.copy("tests/data/tiny-llama/config.json", other)
+    for folder, name in ((headless, "lm_head.weight"), (other, "lm_head.weight, model.embed_tokens.weight")):
+        prepared = _prepared(CAUSAL, tmp_path, *_taught(folder))
+        with pytest.raises(ConfigError, match=rf"has no {name} that fits its config\.json"):
+            load_teacher(prepared.run, prepared.labels, prepared.tokenizer, "cpu")
+
+
+def test_a_decoder_teaches_a_classifier_of_padded_texts(tmp_path):
+    """Its config names no padding token, without which transformers takes the last token for the text's."""
+    ids = {0: "bad", 1: "good"}
+    labels = {"num_labels": 2, "id2label": ids, "label2id": {label: i for i, label in ids.items()}}
+    folder = _llama(tmp_path / "teacher", "AutoModelForSequenceClassification", **labels)
+    prepared = _prepared(CLASSIFY, tmp_path, "model.path=tests/data/tiny-llama", *_taught(folder))
+    teacher = load_teacher(prepared.run, prepared.labels, prepared.tokenizer, "cpu")
+    batch = _batch(prepared, 8)
+    assert not batch["attention_mask"].all()
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        found = teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        for text, mask, logits in zip(batch["input_ids"], batch["attention_mask"], found, strict=True):
+            alone = plain(input_ids=text[mask.bool()].unsqueeze(0)).logits[0]
+            assert torch.allclose(logits, alone, atol=1e-5)
+
+
+def _with_zeros(folder):
+    """tiny-llama, half of every pruned layer zero, and the record that ``pst-ds prune`` leaves."""
+    model = transformers.AutoModelForCausalLM.from_pretrained("tests/data/tiny-llama")
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if "_proj" in name:
+                param[param.abs() <= param.abs().median()] = 0.0
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained("tests/data/tiny-llama").save_pretrained(folder)
+    (folder / "pruning.json").write_text("{}")
+
+
+def test_a_pruned_model_is_not_its_own_teacher(tmp_path):
+    _with_zeros(tmp_path / "pruned")
+    base = [f'model.path="{tmp_path / "pruned"}"', "schedule.final_sparsity=0.5"]
+    zeros = ["method=masked-lora", "pst.initial_mask=zeros"]
+    with pytest.raises(ConfigError, match=r"pruning\.json says that it was pruned; name the folder of the dense model"):
+        _prepared(CAUSAL, tmp_path, *base, "distillation.weight=0.5")
+    with pytest.raises(ConfigError, match=r'is its own teacher, and with pst\.initial_mask = "zeros" it has the zeros'):
+        _prepared(CAUSAL, tmp_path, *base, *zeros, "distillation.weight=0.5")
+    (tmp_path / "pruned" / "pruning.json").unlink()
+    with pytest.raises(ConfigError, match=r'is its own teacher, and with pst\.initial_mask = "zeros" it has the zeros'):
+        _prepared(CAUSAL, tmp_path, *base, *zeros, "distillation.weight=0.5")
+    _prepared(CAUSAL, tmp_path, *base, *zeros, *_taught("tests/data/tiny-llama"))
 
 
 @pytest.mark.zero3

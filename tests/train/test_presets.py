@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from pst_ds.train.config import METRICS, ConfigError
 from pst_ds.train.presets import DATA_PRESETS
 from pst_ds.train.rows import read_rows
 from pst_ds.train.run_file import dump_run, load_run, run_from_table
+from pst_ds.train.tasks import task_of
 
 GLUE = {"cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"}
 
@@ -60,6 +63,28 @@ def test_local_files_take_the_columns_and_the_metric_alone():
     assert (run.data.text_columns, run.data.label_column) == (("modified_triple_sets.mtriple_set",), "lex.text")
     with pytest.raises(ConfigError, match=r"data\.train is missing"):
         run_from_table(_table("webnlg", data={"dataset": ""}))
+
+
+CLASSES = {
+    "cola": ["unacceptable", "acceptable"],
+    "sst2": ["negative", "positive"],
+    "mrpc": ["not_equivalent", "equivalent"],
+    "qqp": ["not_duplicate", "duplicate"],
+    "mnli": ["entailment", "neutral", "contradiction"],
+    "qnli": ["entailment", "not_entailment"],
+    "rte": ["entailment", "not_entailment"],
+}
+"""The ClassLabel names of nyu-mll/glue, by id."""
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_classes_of_local_files_have_the_order_of_the_hub_s(tmp_path, name):
+    """F1 is that of the second, "equivalent" or "duplicate", though it comes first in the alphabet."""
+    path = tmp_path / "train.jsonl"
+    texts = dict.fromkeys(DATA_PRESETS[f"glue/{name}"]["data"]["text_columns"], "a")
+    path.write_text("".join(json.dumps({**texts, "label": label}) + "\n" for label in sorted(CLASSES[name])))
+    run = run_from_table(_table(f"glue/{name}", data={"dataset": "", "train": str(path)}))
+    assert task_of(run).label_names(run.data) == CLASSES[name]
 
 
 @pytest.mark.parametrize("name", ["glue/wnli", "cola", 3, ["e2e"]])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
+import warnings
 
 import datasets
 import numpy as np
@@ -51,6 +53,18 @@ def test_metrics_are_those_of_their_definitions(pairs):
 
 def test_one_example_has_no_correlation():
     assert regression_metrics(np.array([2.0]), [5.0]) == {"pearson": 0.0, "spearman": 0.0, "mse": 9.0}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_predictions_that_are_not_finite_have_no_correlation(bad):
+    """Not 0.0, by which such a model would be better than one whose correlation is negative."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics = regression_metrics(np.array([bad, 1.0, 2.0], dtype=np.float32), [1.0, 2.0, 3.0])
+    assert math.isnan(metrics["pearson"])
+    assert math.isnan(metrics["spearman"])
+    assert not math.isfinite(metrics["mse"])
+    assert math.isnan(regression_metrics(np.array([bad]), [1.0])["pearson"])
 
 
 def _rows(count, seed, classes=False):

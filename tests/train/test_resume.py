@@ -129,6 +129,34 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one_on_two_ranks(run_ranks, tmp_
     _assert_same_run(tmp_path, whole, said, run_ranks(_go_on, 2, tmp_path / "stopped", stage, *more))
 
 
+SOME_LAYERS = (
+    "schedule.final_sparsity=0.0", "schedule.update_interval=2",
+    'pst.overrides=[{modules = ["intermediate.dense"], final_sparsity = 0.5}]',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.zero3)])
+def test_a_run_that_prunes_some_layers_alone_ramps_and_goes_on(run_ranks, tmp_path, ranks):
+    stage = "local" if ranks == 1 else "3"
+    whole = run_ranks(_train, ranks, tmp_path / "whole", stage, *SOME_LAYERS)
+    said = run_ranks(_stopped, ranks, tmp_path / "stopped", stage, *SOME_LAYERS)
+    _assert_same_run(tmp_path, whole, said, run_ranks(_go_on, ranks, tmp_path / "stopped", stage, *SOME_LAYERS))
+    masks = read_checkpoint(tmp_path / "whole" / "checkpoints" / "final").masks
+    sizes = {name: 8 * len(bits) for name, bits in masks.items()}
+    for name, bits in masks.items():
+        zeros = sizes[name] - sum(int(b).bit_count() for b in bits.tolist())
+        assert zeros == ("intermediate.dense" in name) * sizes[name] // 2, name
+    share = sum(size for name, size in sizes.items() if "intermediate.dense" in name) / sum(sizes.values())
+    settings = _settings(tmp_path / "whole", "local", *SOME_LAYERS)
+    ramp = load_run("tests/data/world_size.toml", settings).make_schedule(20)
+    updates = [line for line in _lines(tmp_path / "whole") if line["event"] == "mask_update"]
+    assert [line["step"] for line in updates] == [step for step in range(21) if ramp.updates_masks_at(step)]
+    for line in updates:
+        left = (ramp.ramp_end - line["step"]) / (ramp.ramp_end - ramp.ramp_start)
+        assert line["sparsity/target"] == 0.0
+        assert line["sparsity/actual"] == pytest.approx(share * 0.5 * (1.0 - left**3), abs=1e-3)
+
+
 def _masks_at_load(folder, stage, more):
     """The masks in a model that a checkpoint was loaded into, and what the run then ends with."""
     from pst_ds.train import run as run_module
@@ -250,6 +278,7 @@ def stopped(tmp_path_factory):
         ("pst.score_rank=4", "pst.score_rank = 4, but"),
         ('pst.pattern="2:4"', "schedule.final_sparsity = 0.8, but pst.pattern"),
         ("data.train=tests/data/validation.jsonl", "is not the text that the run in"),
+        ("data.label_names=['good', 'bad']", "tokens or labels differ"),
     ],
 )
 def test_another_run_is_not_taken_for_this_one(stopped, tmp_path, setting, said):
@@ -263,7 +292,10 @@ def test_another_run_is_not_taken_for_this_one(stopped, tmp_path, setting, said)
 def test_rates_may_be_changed_and_it_is_said(stopped, tmp_path, capsys):
     folder = Path(shutil.copytree(stopped, tmp_path / "run", symlinks=True))
     run = load_run(
-        "tests/data/world_size.toml", _settings(folder, "local", "train.update_learning_rate=1e-4", "eval.interval=5")
+        "tests/data/world_size.toml",
+        _settings(
+            folder, "local", "train.update_learning_rate=1e-4", "eval.interval=5", "data.label_names=['bad', 'good']"
+        ),
     )
     train_run(prepare(run, LaunchEnvironment(0, 1, 0)), resume=True)
     said = capsys.readouterr().err

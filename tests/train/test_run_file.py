@@ -22,7 +22,7 @@ from pst_ds.train.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from pst_ds.train.run_file import dump_run, load_run, run_from_table
+from pst_ds.train.run_file import dump_run, load_run, load_run_folder, run_from_table
 
 MINIMAL = """
 output_dir = "runs/a"
@@ -220,6 +220,45 @@ def test_a_file_that_is_no_run_file(tmp_path):
     (tmp_path / "run.toml").write_bytes(b'output_dir = "\xff"')
     with pytest.raises(ConfigError, match="is not TOML"):
         load_run(tmp_path / "run.toml")
+
+
+def test_a_run_file_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode())
+    assert load_run(tmp_path / "run.toml") == run_from_table(tomllib.loads(MINIMAL))
+
+
+@pytest.mark.parametrize("name", ["plain", "\U0001f600 \u00e9", 'a "b" = \\u0041', "42", "true"])
+def test_a_run_folder_is_its_own_place_whatever_it_is_called(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "run.toml").write_text(MINIMAL, encoding="utf-8")
+    run = load_run_folder(folder, ["train.num_steps=20"])
+    assert (run.output_dir, run.train.num_steps) == (str(folder), 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert load_run_folder(Path(name)).output_dir == name
+
+
+@pytest.mark.parametrize("override", ["output_dir=runs/b", " output_dir = 'runs/b'"])
+def test_a_run_folder_cannot_be_given_another_place(tmp_path, override):
+    (tmp_path / "run.toml").write_text(MINIMAL, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_run_folder(tmp_path, ["train.num_steps=20", override])
+    assert str(caught.value) == (
+        f"--set {override!r}: {str(tmp_path)!r} is a run folder, which is its own output_dir. Leave it out, or name "
+        f"the run file {str(tmp_path / 'run.toml')!r} to train elsewhere"
+    )
+
+
+@pytest.mark.parametrize("override", ["output_dir=runs/\udcff", "data.text_columns=['a', '\udcff']"])
+def test_bytes_that_are_no_text_are_refused(tmp_path, override):
+    """A run file could not hold them. Python gives such bytes of a command line as halves of surrogate pairs."""
+    key = override.partition("=")[0]
+    message = _refusal(tmp_path, override)
+    assert message.startswith(f"{key} = ")
+    assert "'" in message
+    assert "\\udcff" in message
+    assert "not UTF-8" in message
 
 
 @pytest.mark.parametrize("override", ["train.num_steps", "=3", " = 3"])

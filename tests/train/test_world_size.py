@@ -88,3 +88,41 @@ def test_updated_embeddings_do_not_depend_on_the_world_size(run_ranks, tmp_path,
     for key in ("optimizer_bytes_per_rank", "trained_parameters"):
         assert planned[key] == result[key]
     assert planned["updated_embeddings"][0]["factor_parameters"] == 8 * (37 + 32)
+
+
+def _texts(folder):
+    """The settings of a data-to-text run whose texts have 4 to 20 words."""
+    rows = [{"data": f"name[film {i}]", "text": "film plot end good " * (1 + i % 5)} for i in range(40)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "task": "data-to-text", "model.path": "tests/data/tiny-llama", "data.train": str(folder / "texts.jsonl"),
+        "data.validation": "", "data.test": "", "data.text_columns": ["data"], "data.label_column": "text",
+        "data.max_length": 40, "train.batch_size": 8, "train.precision": "fp32", "train.num_steps": 6,
+        "train.update_learning_rate": 0.1, "train.log_interval": 1, "eval.max_new_tokens": 4,
+        "pst.modules_to_save": [],
+    }  # fmt: skip
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+def test_texts_of_any_length_weigh_the_same_in_however_many_micro_batches(tmp_path):
+    for passes in (1, 2, 4):
+        _train(
+            tmp_path / str(passes),
+            *_texts(tmp_path),
+            "deepspeed_config=",
+            f"train.gradient_accumulation_steps={passes}",
+        )
+    whole, *cut = (_steps(tmp_path / str(passes))[0] for passes in (1, 2, 4))
+    assert len(whole) == 6
+    assert max(whole.values()) - min(whole.values()) > 0.05
+    for losses in cut:
+        assert losses == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.zero3
+def test_texts_of_any_length_weigh_the_same_on_however_many_ranks(run_ranks, tmp_path):
+    run_ranks(_train, 1, str(tmp_path / "1"), *_texts(tmp_path))
+    run_ranks(_train, 2, str(tmp_path / "2"), *_texts(tmp_path), "train.gradient_accumulation_steps=2")
+    one, two = (_steps(tmp_path / name)[0] for name in ("1", "2"))
+    assert len(one) == 6
+    assert two == pytest.approx(one, rel=1e-4)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from merged import save_merged
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
@@ -34,7 +35,9 @@ from pst_ds import (
 
 def main(argv: Sequence[str] | None = None) -> None:
     asked = _arguments(argv)
-    accelerator = Accelerator(gradient_accumulation_steps=asked.accumulation, cpu=asked.cpu)  # before from_pretrained
+    # an optimizer step takes as many batches at the end of the text as elsewhere, so a resumed run can count them
+    accumulation = GradientAccumulationPlugin(num_steps=asked.accumulation, sync_with_dataloader=False)
+    accelerator = Accelerator(gradient_accumulation_plugin=accumulation, cpu=asked.cpu)  # before from_pretrained
     tokenizer = AutoTokenizer.from_pretrained(asked.model)
     loader: Any = DataLoader(_sequences(tokenizer, asked), batch_size=asked.batch_size)  # type: ignore[arg-type]
 
@@ -52,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     model.train()
     for batch in islice(_endless(loader), masks.step * asked.accumulation, None):
+        if masks.step >= (asked.stop_at or asked.steps):
+            break
         with accelerator.accumulate(model):
             loss = model(input_ids=batch, labels=batch).loss
             accelerator.backward(loss)
@@ -61,8 +66,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             new = masks.after_step(optimizer)
         if new and accelerator.is_main_process:
             print(f"step {masks.step}: loss {loss.item():.4f}, sparsity {new.sparsity:.4f}, flips {new.flip_rate:.4f}")
-        if masks.step == (asked.stop_at or asked.steps):
-            break
 
     if asked.stop_at:
         accelerator.save_state(asked.out + "/state")
@@ -76,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _sequences(tokenizer: Any, asked: argparse.Namespace) -> torch.Tensor:
     """The text as sequences of equal length, (sequences, tokens)."""
     tokens = torch.tensor(tokenizer(Path(asked.data).read_text(encoding="utf-8"))["input_ids"])
+    if len(tokens) < asked.max_length:
+        raise SystemExit(
+            f"{asked.data} has {len(tokens)} tokens, which is less than one sequence of --max-length={asked.max_length}"
+        )
     return tokens[: len(tokens) // asked.max_length * asked.max_length].view(-1, asked.max_length)
 
 

@@ -44,22 +44,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     small_checkpoints(model)
     optimizer = torch.optim.AdamW(pst_parameter_groups(model))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    if asked.resume:
-        engine.load_checkpoint(asked.resume)
+    if asked.resume and engine.load_checkpoint(asked.resume)[0] is None:
+        raise SystemExit(f"--resume={asked.resume} has no checkpoint of DeepSpeed's; name the folder out/state")
     schedule = CubicSchedule(final_sparsity=asked.sparsity, num_steps=asked.steps)
     masks = MaskUpdater(engine, schedule, step=engine.global_steps - engine.skipped_steps)
 
     engine.train()
     seen = engine.global_steps * engine.gradient_accumulation_steps()
     for batch in islice(batches, seen, None):
+        if masks.step >= (asked.stop_at or asked.steps):
+            break
         loss = engine(**{key: value.to(engine.device) for key, value in batch.items()}).loss
         engine.backward(loss)
         engine.step()
         new = masks.after_step(engine)
         if new and engine.global_rank == 0:
             print(f"step {masks.step}: loss {loss.item():.4f}, sparsity {new.sparsity:.4f}, flips {new.flip_rate:.4f}")
-        if masks.step == (asked.stop_at or asked.steps):
-            break
 
     if asked.stop_at:
         engine.save_checkpoint(f"{asked.out}/state")
@@ -76,6 +76,8 @@ def _batches(asked: argparse.Namespace, size: int) -> tuple[list[str], Iterator[
     rows = [json.loads(line) for line in Path(asked.data).read_text(encoding="utf-8").splitlines()]
     labels = sorted({row["label"] for row in rows})
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if len(rows) < world * size:
+        raise SystemExit(f"{asked.data} has {len(rows)} rows, and {world} ranks take {world * size} at a time")
 
     def endless() -> Iterator[dict[str, Any]]:
         while True:

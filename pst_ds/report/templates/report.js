@@ -1,6 +1,6 @@
 "use strict";
 // The plot of a chart or heat map within its drawing; the same numbers are in pst_ds/report/axes.py.
-const WIDTH = 360, HEIGHT = 190, LEFT = 48, RIGHT = 350, TOP = 10, BOTTOM = 166;
+const WIDTH = 360, HEIGHT = 190, LEFT = 54, RIGHT = 350, TOP = 10, BOTTOM = 166;
 
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 const digits = (value) => String(Number(value.toPrecision(4)));

@@ -1,0 +1,65 @@
+"""A multiplicative update in layers that fuse several matrices, as GPT-2's c_attn does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from pst_ds.nn.config import PSTConfig
+from pst_ds.nn.inject import inject_pst, pst_layers
+from pst_ds.nn.merge import merge_and_unload
+from pst_ds.train.mask_update import update_masks
+
+SPP = {"multiplicative_update": True, "score_rank": 0, "structured_scores": False, "update_rank": 4}
+
+
+def _gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=60, n_embd=24, n_layer=1, n_head=2, n_positions=48, initializer_range=0.2)
+    model = inject_pst(AutoModelForCausalLM.from_config(config), PSTConfig(modules_to_save=(), **SPP)).eval()
+    update_masks(model, 0.5)
+    for layer in pst_layers(model).values():
+        layer.pst_U.data.normal_()
+        layer.pst_V.data.normal_()
+    return model
+
+
+def _weight(layer, U, V):
+    """M . W0 . (1 + beta U_i V_g) in storage shape, one output after another: g is its group among its part's."""
+    outputs, parts = layer.layout.out_features, layer.layout.parts
+    per_part, groups = outputs // parts, V.shape[0] // parts
+    multiplier = []
+    for output in range(outputs):
+        part, row = divmod(output, per_part)
+        multiplier.append(1.0 + layer.constants.beta * U[output] * V[part * groups + row * groups // per_part])
+    kept = (layer.masked_weight() != 0) * layer.weight.detach()
+    return kept.to(U.dtype) * torch.stack(multiplier, 1 if layer.layout.transposed else 0)
+
+
+@pytest.mark.parametrize(("name", "parts"), [("attn.c_attn", 3), ("attn.c_proj", 1), ("mlp.c_fc", 1)])
+def test_weight_and_gradients_are_those_of_the_formula(name, parts):
+    layer = pst_layers(_gpt2())[f"transformer.h.0.{name}"]
+    assert layer.layout.parts == parts
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(5, layer.layout.in_features, generator=generator)
+    grad_y = torch.randn(5, layer.layout.out_features, generator=generator)
+    layer(x).backward(grad_y)
+    U, V = (p.detach().double().requires_grad_() for p in (layer.pst_U, layer.pst_V))
+    weight = _weight(layer, U, V)
+    assert torch.allclose(layer.masked_weight().double(), weight, atol=1e-6)
+    (x.double() @ weight).backward(grad_y.double())  # GPT-2 stores (inputs, outputs)
+    for ours, theirs in ((layer.pst_U.grad, U.grad), (layer.pst_V.grad, V.grad)):
+        assert torch.allclose(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+    assert (layer.pst_V.grad != 0).any(1).all()  # every factor has a part in it
+
+
+def test_a_merged_model_has_its_logits():
+    model = _gpt2()
+    ids = torch.randint(60, (3, 11), generator=torch.Generator().manual_seed(2))
+    logits = model(input_ids=ids).logits
+    masked = {name: layer.masked_weight() for name, layer in pst_layers(model).items()}
+    merge_and_unload(model)
+    assert torch.equal(model(input_ids=ids).logits, logits)
+    for name, weight in masked.items():
+        assert torch.equal(model.get_submodule(name).weight.data, weight)
