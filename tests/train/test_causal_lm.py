@@ -227,8 +227,9 @@ def test_every_token_of_a_batch_is_counted_and_the_loss_is_its_mean(tmp_path):
     micro_batches, tokens = next(loop_module._batches(loop, 0))
     assert tokens == 2 * 6 * 32
     assert len(micro_batches) == 2
-    for batch in micro_batches:
+    for batch, share in micro_batches:
         assert batch["input_ids"].shape == (6, 32)
+        assert share == 1.0
         with torch.no_grad():
             output = engine(**batch)
         sums = prepared.task.outcomes(output.logits, batch)
@@ -241,7 +242,7 @@ def test_padding_is_not_counted_among_tokens(tmp_path):
     loop = loop_module.Loop(
         run, None, None, prepared.load("train"), prepared.tokenizer, 6, "cpu", None, None, lambda state: None
     )
-    (batch,), tokens = next(loop_module._batches(loop, 0))
+    ((batch, _),), tokens = next(loop_module._batches(loop, 0))
     assert tokens == int(batch["attention_mask"].sum()) < batch["input_ids"].numel()
 
 
