@@ -31,13 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     config = load_run_or_folder(args)
     from pst_ds.cli.plan_text import print_plan
-    from pst_ds.core.cost import memory_plan
     from pst_ds.nn.checkpoint import most_bytes
     from pst_ds.nn.inject import pst_layers
     from pst_ds.nn.shapes import model_numbers
     from pst_ds.parallel.ds_config import zero_stage
     from pst_ds.train.layer_figures import chosen_layers
-    from pst_ds.train.model import DTYPES, head_names, meta_model, num_trainable, parameter_groups
+    from pst_ds.train.model import head_names, meta_model, num_trainable
     from pst_ds.train.objective import require_teacher
 
     ranks, raw = _ranks_and_deepspeed(config, args.ranks)
@@ -72,21 +71,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "pruned_parameters": numbers.pruned_weights,
         "schedule": _schedule(config, num_steps),
     }
-    groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, config)]
     teacher = _teacher(config, numbers, args.no_data)
-    activations = _activations(model, micro_batch_size, config)  # uses the model up
-    memory = memory_plan(
-        numbers,
-        zero,
-        activations=activations or 0,
-        element_size=DTYPES[config.train.precision].itemsize,
-        device=device,
-        trainable_groups=groups,
-        teacher=teacher["bytes"],
-    )
-    plan["memory_bytes_per_rank"] = {**memory.as_dict(), "activations": activations}
-    plan["optimizer_bytes_per_rank"] = memory.optimizer or memory.host
-    plan["weight_bytes_per_rank"] = memory.weights + memory.masks
+    plan |= _memory(model, config, numbers, zero, teacher, micro_batch_size, device)
     plan["checkpoint_bytes"] = most_bytes(numbers.trainables, numbers.pruned_weights)
     plan["mask_bytes"] = sum(t.numel * t.count for t in numbers.tensors if t.is_mask)
     plan["time"] = _times(config, numbers, zero, teacher, micro_batch_size, machine, plan["schedule"], num_steps)
@@ -178,6 +164,31 @@ def _embeddings(model: Any) -> list[dict[str, Any]]:
 
 def _num_parameters(model: Any) -> int:
     return sum(p.numel() for p in model.parameters() if p.is_floating_point())
+
+
+def _memory(
+    model: Any, config: Any, numbers: Any, zero: Any, teacher: dict[str, Any], micro_batch_size: int, device: str
+) -> dict[str, Any]:
+    """What a rank holds. Uses the model up."""
+    from pst_ds.core.cost import memory_plan
+    from pst_ds.train.model import DTYPES, parameter_groups
+
+    groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, config)]
+    activations = _activations(model, micro_batch_size, config)
+    memory = memory_plan(
+        numbers,
+        zero,
+        activations=activations or 0,
+        element_size=DTYPES[config.train.precision].itemsize,
+        device=device,
+        trainable_groups=groups,
+        teacher=teacher["bytes"],
+    )
+    return {
+        "memory_bytes_per_rank": {**memory.as_dict(), "activations": activations},
+        "optimizer_bytes_per_rank": memory.optimizer or memory.host,
+        "weight_bytes_per_rank": memory.weights + memory.masks,
+    }
 
 
 def _teacher(config: Any, numbers: Any, no_data: bool) -> dict[str, Any]:
