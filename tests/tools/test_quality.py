@@ -230,6 +230,15 @@ def test_figures_are_means_with_standard_errors():
     assert shown(None, "accuracy") == ""
 
 
+def test_a_method_has_no_figure_at_a_sparsity_that_it_leaves_out():
+    """With a pattern of its own it would have the settings of its cell at 50 % at 2:4 too."""
+    row = {"run": {"pst": {"pattern": "row"}}, "tries_of": "pst", "sparsities": ["0.5"]}
+    grid = grid_from_table(table(methods={"pst-row": row}))
+    lines, _ = filled(grid, lambda cell: 0.8)
+    assert figure(grid, lines, "films", "pst-row", "0.5").seeds == 2
+    assert figure(grid, lines, "films", "pst-row", "2:4") is None
+
+
 BARS = [
     {"title": "near", "kind": "within", "method": "pst", "sparsity": "0.5", "against": ["dense"], "points": 1.0},
     {

@@ -21,8 +21,10 @@ class Figure:
 
 
 def lines_of(grid: Grid, lines: Mapping[str, Line], data_set: str, method: str, sparsity: str) -> list[Line]:
-    """The finished cells of one place in the table, by seed."""
-    found = []
+    """The finished cells of one place in the table, by seed; none at a sparsity that the method leaves out."""
+    found: list[Line] = []
+    if sparsity not in grid.sparsities_of(grid.methods[method], data_set):
+        return found
     for seed in grid.seeds_of(grid.methods[method], sparsity):
         cell = cell_of(grid, lines, "cell", data_set, method, sparsity, seed)
         line = lines.get(cell.id) if cell else None
