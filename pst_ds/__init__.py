@@ -9,16 +9,16 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CubicSchedule": "core.schedule",
-    "MaskUpdater": "train.mask_updater",
+    "MaskUpdater": "masks.updater",
     "OneShotSchedule": "core.schedule",
-    "PSTConfig": "nn.config",
+    "PSTConfig": "config.pst",
     "inject_pst": "nn.inject",
-    "load_pretrained": "nn.pretrained",
+    "load_pretrained": "checkpoint.adapter",
     "merge_and_unload": "nn.merge",
     "print_trainable_parameters": "nn.merge",
-    "pst_optimizer": "train.optimizer",
-    "pst_parameter_groups": "train.optimizer",
-    "save_pretrained": "nn.pretrained",
+    "pst_optimizer": "nn.optimizer",
+    "pst_parameter_groups": "nn.optimizer",
+    "save_pretrained": "checkpoint.adapter",
     "small_checkpoints": "nn.small_checkpoints",
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "run-file.md"
 SOURCES = {
-    "pst_ds/train/config.py": {
+    "pst_ds/config/run.py": {
         "RunConfig": "",
         "ModelConfig": "model",
         "ScheduleConfig": "schedule",
@@ -18,8 +18,8 @@ SOURCES = {
         "CheckpointConfig": "checkpoint",
         "PicturesConfig": "pictures",
     },
-    "pst_ds/train/data_config.py": {"DataConfig": "data", "EvalConfig": "eval"},
-    "pst_ds/nn/config.py": {"PSTConfig": "pst", "Override": "[pst.overrides]"},
+    "pst_ds/config/data.py": {"DataConfig": "data", "EvalConfig": "eval"},
+    "pst_ds/config/pst.py": {"PSTConfig": "pst", "Override": "[pst.overrides]"},
 }
 HEAD = """# The run file
 

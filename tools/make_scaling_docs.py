@@ -1,4 +1,4 @@
-"""Write the tables of docs/scaling.md from pst_ds/core/cost.py and pst_ds/core/traffic.py."""
+"""Write the tables of docs/scaling.md from pst_ds/planning/memory.py and pst_ds/planning/time.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pst_ds.core.bits import shard_bytes
-from pst_ds.core.cost import (
+from pst_ds.core.layout import WeightLayout
+from pst_ds.planning.memory import (
     MatrixGroup,
     MemoryPlan,
     ModelNumbers,
@@ -19,8 +20,7 @@ from pst_ds.core.cost import (
     llama_activation_bytes,
     memory_plan,
 )
-from pst_ds.core.layout import WeightLayout
-from pst_ds.core.traffic import MACHINES, Batch, time_plan
+from pst_ds.planning.time import MACHINES, Batch, time_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "scaling.md"
@@ -45,7 +45,7 @@ class Llama:
         return [(h, h), (kv, h), (kv, h), (h, h), (i, h), (i, h), (h, i)]
 
     def numbers(self, shards: int, device: str = "cuda") -> ModelNumbers:
-        """What pst_ds.nn.shapes reads from such a model with PST modules of ranks 8 and 8, in bf16."""
+        """What pst_ds.planning.shapes reads from such a model with PST modules of ranks 8 and 8, in bf16."""
         tensors = [
             TensorGroup(self.vocabulary * self.hidden, 2, 2),
             TensorGroup(self.hidden, 2, 2 * self.layers + 1),

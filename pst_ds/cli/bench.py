@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from pst_ds.cli.bench_text import bench_text
+from pst_ds.bench.table import bench_text
 from pst_ds.cli.main import add_quiet_argument, count
 from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
-    from pst_ds.cli.contestants import Contestant
-    from pst_ds.cli.model_folder import ModelFolder
+    from pst_ds.bench.variants import Contestant
+    from pst_ds.hf.model_folder import ModelFolder
 
 SPARSE = ("bitmask", "csr", "2:4")
 
@@ -49,9 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from pst_ds.cli.contestants import conditions, contestants, copy_until, last_level_cache_bytes
-    from pst_ds.cli.measure import measure
-    from pst_ds.cli.model_folder import open_model_folder
+    from pst_ds.bench.measure import measure
+    from pst_ds.bench.variants import conditions, contestants, copy_until, last_level_cache_bytes
+    from pst_ds.hf.model_folder import open_model_folder
 
     folder = open_model_folder(args.model)
     dense = open_model_folder(args.dense) if args.dense else None

@@ -51,10 +51,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _with_texts(prepared: Any, checkpoint: Any, examples: Any, file: str | None) -> dict[str, float]:
     """Metrics of the model, and of what it writes; the texts go to ``file`` if one is named. On one process, without
     DeepSpeed, whatever the run trained on."""
+    from pst_ds.data.tasks import DataToText
+    from pst_ds.data.text_metrics import require_text_metrics
     from pst_ds.train.evaluate import predict
     from pst_ds.train.run import masked_model
-    from pst_ds.train.tasks import DataToText
-    from pst_ds.train.text_metrics import require_text_metrics
 
     require_text_metrics()
     task = prepared.task

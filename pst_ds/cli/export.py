@@ -84,9 +84,9 @@ def _write_run(args: argparse.Namespace, how: dict[str, Any]) -> dict[str, Any]:
     config = load_run_or_folder(args)
     import tomllib
 
+    from pst_ds.config.toml import dump_run
     from pst_ds.export.export import export_run
     from pst_ds.train.model import load_tokenizer, meta_model
-    from pst_ds.train.run_file import dump_run
     from pst_ds.train.run_folder import open_checkpoint
 
     checkpoint = open_checkpoint(config, args.checkpoint or "best")

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     sampling = _sampling(args)
     import torch
 
-    from pst_ds.cli.model_folder import open_model_folder
+    from pst_ds.hf.model_folder import open_model_folder
     from pst_ds.runtime import sparse_layers
     from pst_ds.runtime.dense import quicken_output_layer
 

@@ -227,8 +227,8 @@ def load_run_or_folder(args: argparse.Namespace) -> Any:
     """The RunConfig of a run file, or of the resolved run file in a run folder."""
     from pathlib import Path
 
-    from pst_ds.train.config import ConfigError
-    from pst_ds.train.run_file import load_run, load_run_folder
+    from pst_ds.config.run import ConfigError
+    from pst_ds.config.toml import load_run, load_run_folder
 
     path = Path(args.run)
     if path.is_dir():

@@ -30,12 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     config = load_run_or_folder(args)
+    from pst_ds.checkpoint.format import most_bytes
     from pst_ds.cli.plan_text import print_plan
-    from pst_ds.nn.checkpoint import most_bytes
+    from pst_ds.masks.layer_stats import chosen_layers
     from pst_ds.nn.inject import pst_layers
-    from pst_ds.nn.shapes import model_numbers
     from pst_ds.parallel.ds_config import zero_stage
-    from pst_ds.train.layer_figures import chosen_layers
+    from pst_ds.planning.shapes import model_numbers
     from pst_ds.train.model import head_names, meta_model, num_trainable
     from pst_ds.train.objective import require_teacher
 
@@ -99,9 +99,9 @@ def _ranks_and_deepspeed(config: Any, wanted: int | None) -> tuple[int, dict[str
 
 def _data(config: Any, no_data: bool) -> tuple[Any, list[str], str, int | None]:
     """(tokenizer, labels, what an example is called, how many there are); nothing is read with ``no_data``."""
+    from pst_ds.data.tasks import task_of
     from pst_ds.errors import InputError
     from pst_ds.train.model import load_tokenizer
-    from pst_ds.train.tasks import task_of
 
     task = task_of(config)
     if no_data:
@@ -126,7 +126,7 @@ def _zero_settings(
     config: Any, raw: dict[str, Any] | None, ranks: int, micro_batch_size: int, trainables: int, machine: str
 ) -> Any:
     from pst_ds.parallel.ds_config import RunNumbers, resolve_deepspeed_config
-    from pst_ds.parallel.zero_settings import zero_settings
+    from pst_ds.planning.zero_settings import zero_settings
 
     train, resolved = config.train, None
     if raw is not None:
@@ -170,7 +170,7 @@ def _memory(
     model: Any, config: Any, numbers: Any, zero: Any, teacher: dict[str, Any], micro_batch_size: int, device: str
 ) -> dict[str, Any]:
     """What a rank holds. Uses the model up."""
-    from pst_ds.core.cost import memory_plan
+    from pst_ds.planning.memory import memory_plan
     from pst_ds.train.model import DTYPES, parameter_groups
 
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, config)]
@@ -194,7 +194,7 @@ def _memory(
 def _teacher(config: Any, numbers: Any, no_data: bool) -> dict[str, Any]:
     """Of the run's distillation: ``bytes`` that every rank holds for it, ``weights`` it multiplies with, and whether it
     is the model's ``own``. One in a folder is not looked for with ``no_data``, and taken to be of the model's size."""
-    from pst_ds.nn.shapes import model_numbers
+    from pst_ds.planning.shapes import model_numbers
     from pst_ds.train.objective import teacher_shapes
 
     if not config.distillation.weight:
@@ -211,7 +211,7 @@ def _teacher(config: Any, numbers: Any, no_data: bool) -> dict[str, Any]:
 
 def _activations(model: Any, micro_batch_size: int, config: Any) -> int | None:
     """Bytes, or None for a model whose forward pass cannot do without values."""
-    from pst_ds.nn.activations import UntraceableError, activation_bytes
+    from pst_ds.planning.activations import UntraceableError, activation_bytes
 
     logits = 0
     if config.distillation.weight and config.task == "causal-lm":  # the teacher's, beside the model's own
@@ -231,7 +231,7 @@ def _times(
     config: Any, numbers: Any, zero: Any, teacher: dict[str, Any], micro_batch_size: int, machine: str, schedule: Any,
     num_steps: int,
 ) -> dict[str, Any]:  # fmt: skip
-    from pst_ds.core.traffic import MACHINES, Batch, time_plan
+    from pst_ds.planning.time import MACHINES, Batch, time_plan
 
     batch = Batch(
         tokens=micro_batch_size * config.data.max_length,

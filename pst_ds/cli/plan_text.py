@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pst_ds.cli.text_table import bytes_text
+from pst_ds.text_table import bytes_text
 
 MEMORY_LINES = {
     "weights": "weights (this rank's share)",

@@ -61,7 +61,7 @@ def _pruned(model: Any, config: Any, args: argparse.Namespace) -> tuple[list[Any
     """Prune ``model`` in place: (its layers, what the record says of the run, how long it took)."""
     import torch
 
-    from pst_ds.nn.checkpoint_model import base_fingerprint
+    from pst_ds.checkpoint.restore import base_fingerprint
     from pst_ds.nn.targets import find_targets
     from pst_ds.prune.model import prune_model
     from pst_ds.prune.rules import layer_rules, settings_for, share_of_zeros
@@ -91,9 +91,9 @@ def _calibration(config: Any, model_config: Any, args: argparse.Namespace) -> li
 
     Raises ConfigError for data or a tokenizer that do not do, and PruneError for fewer examples than asked for.
     """
+    from pst_ds.data.tasks import task_of
     from pst_ds.prune.errors import PruneError
     from pst_ds.train.model import load_tokenizer
-    from pst_ds.train.tasks import task_of
 
     task, tokenizer = task_of(config), load_tokenizer(config)
     task.check_model(config.data, model_config, tokenizer)

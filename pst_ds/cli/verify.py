@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from pst_ds.train.config import RunConfig
+    from pst_ds.config.run import RunConfig
     from pst_ds.train.run import Prepared
 
 ROUNDINGS = 2.0
@@ -131,8 +131,8 @@ def _compare_texts(prepared: Prepared, examples: Any, masked: nn.Module, plain: 
     A text hangs on every logit before it, so texts may differ where sums are not taken in the same order each time, as
     on a GPU: they are counted and not required to be equal.
     """
-    from pst_ds.train.tasks import DataToText
-    from pst_ds.train.text_metrics import missing_libraries
+    from pst_ds.data.tasks import DataToText
+    from pst_ds.data.text_metrics import missing_libraries
 
     task = prepared.task
     if not isinstance(task, DataToText):

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.durable import file_sha256, require_writable, whole_folder
 from pst_ds.export.base_weights import BaseWeights
 from pst_ds.export.from_folder import CONFIG_FILE, ModelFolder, copy_beside, open_folder, plan_folder
@@ -28,7 +29,6 @@ from pst_ds.export.manifest import (
 from pst_ds.export.model_card import CARD_FILE, model_card
 from pst_ds.export.plan import SHARD_BYTES, Job, PlannedFile, Source, plan_files, require_packed, require_space
 from pst_ds.export.write import write_tensors
-from pst_ds.nn.checkpoint import Checkpoint
 
 _SPARE_BYTES = 64 << 20
 """Free space to ask for beside the weights: tokenizer, manifest, card."""

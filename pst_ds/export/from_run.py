@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.core.factors import Constants, layer_factors
 from pst_ds.core.formats import FORMATS, mask_row_bits
 from pst_ds.core.layout import WeightLayout
@@ -20,7 +21,6 @@ from pst_ds.export.found_pattern import per_row
 from pst_ds.export.manifest import DENSE, ExportError
 from pst_ds.export.plan import Job, Made, Planned
 from pst_ds.nn.blocks import is_conv1d, is_linear
-from pst_ds.nn.checkpoint import Checkpoint
 from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import FACTOR_NAMES

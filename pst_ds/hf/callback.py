@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from pst_ds.checkpoint.adapter import CONFIG_FILE, save_pretrained, small_state, write_small_state
 from pst_ds.core.schedule import CubicSchedule, Schedule
 from pst_ds.errors import InputError
+from pst_ds.masks.updater import MaskUpdater
 from pst_ds.nn.inject import injected_config
-from pst_ds.nn.pretrained import CONFIG_FILE, save_pretrained, small_state, write_small_state
+from pst_ds.nn.optimizer import pst_optimizer, pst_parameter_groups
 from pst_ds.nn.small_checkpoints import small_checkpoints
 from pst_ds.parallel.ds_config import require_deepspeed, validate_deepspeed_config
 from pst_ds.parallel.master_adamw import MasterAdamW
 from pst_ds.parallel.ranks import all_gather_objects, is_main
 from pst_ds.parallel.steps import torch_optimizer, unwrapped
-from pst_ds.train.mask_updater import MaskUpdater
-from pst_ds.train.optimizer import pst_optimizer, pst_parameter_groups
 
 _FIGURES: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
 """What is logged of each model that is being trained."""

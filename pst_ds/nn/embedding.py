@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pst_ds.config.pst import PSTConfig
 from pst_ds.core.low_rank_rows import row_gradients, updated_rows
-from pst_ds.nn.config import PSTConfig
 from pst_ds.nn.linear import init_std, seeded_normal
 from pst_ds.nn.outside_graphs import outside_graphs
 from pst_ds.parallel import zero3

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from pst_ds.config.pst import MaskRule, PSTConfig, name_matches
 from pst_ds.core.layout import WeightLayout, shard_tiles, view_in_shard
 from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent
 from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
 from pst_ds.errors import InputError
 from pst_ds.nn import fast_paths
-from pst_ds.nn.config import MaskRule, PSTConfig, name_matches
 from pst_ds.nn.embedding import PSTEmbedding, pst_embeddings
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.targets import InjectionError, Target, find_embeddings, find_targets, modules_named_to_save, suggestion

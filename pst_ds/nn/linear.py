@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from pst_ds.config.pst import PSTConfig, UpdateInit
 from pst_ds.core import masked_linear
 from pst_ds.core.bits import all_ones
 from pst_ds.core.factors import Constants, Factors, layer_factors, ungrouped_columns
 from pst_ds.core.layout import WeightLayout
-from pst_ds.nn.config import PSTConfig, UpdateInit
 from pst_ds.nn.outside_graphs import outside_graphs
 from pst_ds.parallel import zero3
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from pst_ds.config.pst import PSTConfig, name_matches
 from pst_ds.core.layout import WeightLayout
 from pst_ds.errors import InputError
 from pst_ds.nn.blocks import (
@@ -20,7 +21,6 @@ from pst_ds.nn.blocks import (
     loose_matrices,
     router_names,
 )
-from pst_ds.nn.config import PSTConfig, name_matches
 from pst_ds.nn.replaceable import attention_names, hooks, listed, obstacle, short_name
 from pst_ds.parallel import zero3
 

@@ -8,8 +8,8 @@ from typing import Literal
 
 from torch import nn
 
+from pst_ds.config.pst import PSTConfig, name_matches
 from pst_ds.core.patterns import Pattern, parse_pattern
-from pst_ds.nn.config import PSTConfig, name_matches
 from pst_ds.nn.targets import Target
 from pst_ds.prune.errors import PruneError
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pst_ds.monitor.images import FLIP_DECADES, coloured, filled_bins, flips_on_scale, share_on_scale
 from pst_ds.report.axes import BOTTOM, LEFT, RIGHT, TOP, Axis, Tick, axis_of, short, whole
 from pst_ds.report.layer_data import LayerData, Picture
 from pst_ds.report.run_data import RunData
 from pst_ds.report.thin import spread
-from pst_ds.train.pictures import FLIP_DECADES, coloured, filled_bins, flips_on_scale, share_on_scale
 
 MOST_SNAPSHOTS = 4
 """Of a layer's scores, or of its mask."""

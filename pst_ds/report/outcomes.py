@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pst_ds.cli.bench_text import bench_table
-from pst_ds.cli.text_table import bytes_text
+from pst_ds.bench.table import bench_table
 from pst_ds.durable import PARTIAL
 from pst_ds.errors import InputError
 from pst_ds.report.axes import whole
 from pst_ds.report.run_data import RunData, is_number, read_object
 from pst_ds.report.tables import MISSING, Cell, Table, number
+from pst_ds.text_table import bytes_text
 
 MANIFEST_FILE = "pst_manifest.json"
 

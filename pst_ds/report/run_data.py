@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pst_ds.errors import InputError
-from pst_ds.report.layer_data import LayerData, read_layers
-from pst_ds.train.dotted import dotted
-from pst_ds.train.file_names import (
+from pst_ds.config.file_names import (
     BEST,
     CHECKPOINTS,
     FINAL,
@@ -24,7 +21,10 @@ from pst_ds.train.file_names import (
     RESULT_FILE,
     RUN_FILE,
 )
-from pst_ds.train.json_lines import lines_until
+from pst_ds.config.flatten import dotted
+from pst_ds.errors import InputError
+from pst_ds.monitor.jsonl import lines_until
+from pst_ds.report.layer_data import LayerData, read_layers
 
 Point = tuple[int, float]
 """A step and a finite value."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pst_ds.config.run import ConfigError
+from pst_ds.data.tasks import ExampleSet, Task
 from pst_ds.durable import replace_bytes
 from pst_ds.nn.inject import bypassed, pst_layers
 from pst_ds.nn.input_sums import InputGatherer, squares
@@ -17,9 +19,7 @@ from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import beat
-from pst_ds.train.config import ConfigError
 from pst_ds.train.evaluate import evaluation_batches
-from pst_ds.train.tasks import ExampleSet, Task
 
 NORMS_FILE = "activation_norms.safetensors"
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pst_ds.data.tasks import ExampleSet, Task
 from pst_ds.parallel.ranks import all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import beat
 from pst_ds.progress import Progress
-from pst_ds.train.tasks import ExampleSet, Task
 
 _ROUNDINGS = 8
 """Of a number that two models computed alike."""

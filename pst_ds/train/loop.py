@@ -13,20 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.core.schedule import Schedule
+from pst_ds.data.labelled import GlobalBatches
+from pst_ds.data.tasks import ExampleSet, task_of
+from pst_ds.masks.layer_stats import chosen_layers, measure
+from pst_ds.masks.update import MaskStats
+from pst_ds.masks.updater import update_masks_if_due
+from pst_ds.monitor.metrics import MetricsWriter, peak_memory_bytes
 from pst_ds.nn.inject import freeze_scores, pst_layers, set_score_penalty
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import beat
-from pst_ds.train.config import ConfigError, RunConfig
-from pst_ds.train.data import GlobalBatches
-from pst_ds.train.layer_figures import chosen_layers, measure
-from pst_ds.train.mask_update import MaskStats
-from pst_ds.train.mask_updater import update_masks_if_due
-from pst_ds.train.metrics import MetricsWriter, peak_memory_bytes
 from pst_ds.train.objective import Objective
-from pst_ds.train.tasks import ExampleSet, task_of
 
 MAX_SKIPPED_IN_A_ROW = 100
 FINAL_TAGS = ("loss", "sparsity/actual", "tokens_per_second")

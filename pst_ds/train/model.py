@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from pst_ds.config.pst import PSTConfig
+from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.data.tasks import Task, task_of
 from pst_ds.errors import first_line
 from pst_ds.nn.base_model import refuse_packed, require_model_place
-from pst_ds.nn.config import PSTConfig
 from pst_ds.nn.inject import inject_pst
+from pst_ds.nn.optimizer import pst_parameter_groups
 from pst_ds.nn.targets import modules_to_save
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import together
-from pst_ds.train.config import ConfigError, RunConfig
-from pst_ds.train.optimizer import pst_parameter_groups
-from pst_ds.train.tasks import Task, task_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _MISMATCH = re.compile(r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[([\d, ]*)\]\)")

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.core.distillation import distilled_loss, relative_distance
+from pst_ds.data.data_to_text import IGNORED
+from pst_ds.data.tasks import task_of
 from pst_ds.errors import first_line
 from pst_ds.nn.base_model import PRUNING_RECORD
 from pst_ds.nn.inject import bypassed
 from pst_ds.parallel.engine import Engine
-from pst_ds.train.config import ConfigError, RunConfig
-from pst_ds.train.data_to_text import IGNORED
 from pst_ds.train.model import DTYPES, attention_options, set_padding
-from pst_ds.train.tasks import task_of
 
 
 class Objective:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pst_ds.nn.checkpoint import Checkpoint, CheckpointError
-from pst_ds.nn.checkpoint_model import load_optimizer, same_base
+from pst_ds.checkpoint.format import Checkpoint, CheckpointError
+from pst_ds.checkpoint.restore import load_optimizer, same_base
+from pst_ds.config.flatten import dotted
+from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.masks.update import MaskStats, mask_stats
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.optimizer_state import set_counters
-from pst_ds.train.config import ConfigError, RunConfig
-from pst_ds.train.dotted import dotted
 from pst_ds.train.loop import Loop, LoopState
-from pst_ds.train.mask_update import MaskStats, mask_stats
 
 _MAY_DIFFER = (
     "output_dir", "deepspeed_config", "model.path", "model.tokenizer", "model.attn_implementation",

@@ -12,11 +12,17 @@ from typing import Any
 
 from torch import nn
 
+from pst_ds.checkpoint.format import Checkpoint
+from pst_ds.checkpoint.restore import base_fingerprint, load_into
+from pst_ds.config.file_names import CHECKPOINTS, RESULT_FILE, RUN_FILE, STALLS
+from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.config.toml import dump_run
+from pst_ds.data.tasks import ExampleSet, Task, task_of
 from pst_ds.durable import replace_text
 from pst_ds.errors import InputError
 from pst_ds.json_text import json_of
-from pst_ds.nn.checkpoint import Checkpoint
-from pst_ds.nn.checkpoint_model import base_fingerprint, load_into
+from pst_ds.masks.layer_stats import chosen_layers
+from pst_ds.monitor.metrics import MetricsWriter
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.ds_config import (
@@ -32,16 +38,11 @@ from pst_ds.parallel.ranks import barrier, is_main, together, world_size
 from pst_ds.parallel.watchdog import watching
 from pst_ds.train import loop as training
 from pst_ds.train.calibration import activation_norms, load_norms, save_norms, set_norms
-from pst_ds.train.config import ConfigError, RunConfig
+from pst_ds.train.checkpointer import Keeper
 from pst_ds.train.evaluate import predict
-from pst_ds.train.file_names import CHECKPOINTS, RESULT_FILE, RUN_FILE, STALLS
-from pst_ds.train.keeper import Keeper
-from pst_ds.train.layer_figures import chosen_layers
-from pst_ds.train.metrics import MetricsWriter
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
 from pst_ds.train.objective import Objective, load_teacher, require_teacher
 from pst_ds.train.resume import Progress, flat_table, restore
-from pst_ds.train.run_file import dump_run
 from pst_ds.train.run_folder import (
     checkpoint_to_go_on_from,
     require_no_checkpoints,
@@ -49,7 +50,6 @@ from pst_ds.train.run_folder import (
     set_aside_checkpoints,
     shared_folder,
 )
-from pst_ds.train.tasks import ExampleSet, Task, task_of
 
 _AFTER_STALL_SECONDS = 60.0
 """Longer than the watchdog's patience, so that it is the one to say which rank hangs, and not the collective."""

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pst_ds.checkpoint import retention as checkpoints
+from pst_ds.checkpoint.format import Checkpoint, CheckpointError, read_checkpoint
+from pst_ds.checkpoint.restore import base_fingerprint
+from pst_ds.config.file_names import CHECKPOINTS
+from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.durable import require_writable
 from pst_ds.errors import InputError
-from pst_ds.nn.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from pst_ds.nn.checkpoint_model import base_fingerprint
 from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, together
-from pst_ds.train import checkpoints
-from pst_ds.train.config import ConfigError, RunConfig
-from pst_ds.train.file_names import CHECKPOINTS
 from pst_ds.train.resume import require_base, require_same_run
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pst_ds.cli import contestants as benched
-from pst_ds.cli.bench_text import bench_text
-from pst_ds.cli.contestants import Contestant, contestants, copy_until, make_sparse
+from pst_ds.bench import variants as benched
+from pst_ds.bench.table import bench_text
+from pst_ds.bench.variants import Contestant, contestants, copy_until, make_sparse
 from pst_ds.cli.main import main
-from pst_ds.cli.model_folder import ModelFolderError, open_model_folder
+from pst_ds.hf.model_folder import ModelFolderError, open_model_folder
 from pst_ds.runtime import sparse_layers
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -162,7 +162,7 @@ def test_copies_that_do_not_fit_are_refused(monkeypatch):
 
 
 def test_from_memory_steps_through_the_copies(folders, capsys, monkeypatch):
-    monkeypatch.setattr("pst_ds.cli.contestants.last_level_cache_bytes", lambda: 30_000)
+    monkeypatch.setattr("pst_ds.bench.variants.last_level_cache_bytes", lambda: 30_000)
     result, _ = _bench(capsys, folders / "half-bitmask", "--from-memory")
     assert {row["copies"] for row in result["rows"] if row["contestant"] == "bitmask"} != {1}
     assert all(row["copies"] * row["resident_bytes"] >= 60_000 for row in result["rows"])

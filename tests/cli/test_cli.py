@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.cli.main import main
-from pst_ds.nn.checkpoint import read_checkpoint
 
 RUN_FILE = "tests/data/world_size.toml"
 ONE_PROCESS = ("--set", "deepspeed_config=", "--set", "train.num_steps=6", "--set", "schedule.update_interval=1")
@@ -345,7 +345,7 @@ def test_verify_holds_the_export_against_its_checkpoint_and_no_other(made, capsy
 
 
 def test_a_bug_of_ours_is_1_with_its_traceback(monkeypatch, capsys, tmp_path):
-    from pst_ds.train import run_file
+    from pst_ds.config import toml as run_file
 
     def broken(*arguments):
         raise RuntimeError("a bug")

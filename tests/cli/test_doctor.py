@@ -11,8 +11,9 @@ import psutil
 import pytest
 import torch
 
-from pst_ds.cli import doctor_checks, doctor_processes
-from pst_ds.cli.doctor_checks import Finding
+from pst_ds.cli.doctor import checks as doctor_checks
+from pst_ds.cli.doctor import processes as doctor_processes
+from pst_ds.cli.doctor.checks import Finding
 from pst_ds.cli.main import main
 
 LIMIT = 900

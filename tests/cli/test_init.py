@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from pst_ds.cli import init
-from pst_ds.cli.init_text import deepspeed_settings
+from pst_ds.cli.init.text import deepspeed_settings
 from pst_ds.cli.main import main
-from pst_ds.train.data_config import TaskName
-from pst_ds.train.methods import MethodName
-from pst_ds.train.run_file import load_run
+from pst_ds.config.data import TaskName
+from pst_ds.config.methods import MethodName
+from pst_ds.config.toml import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 BERT, LLAMA, TRAIN = "tests/data/tiny-bert", "tests/data/tiny-llama", "tests/data/train.jsonl"

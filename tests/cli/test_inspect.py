@@ -14,13 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pst_ds.cli.inspect_text import layer_table
+from pst_ds.checkpoint.adapter import save_pretrained
+from pst_ds.cli.inspect.text import layer_table
 from pst_ds.cli.main import main
-from pst_ds.cli.model_folder import open_model_folder
-from pst_ds.nn.config import PSTConfig
+from pst_ds.config.pst import PSTConfig
+from pst_ds.hf.model_folder import open_model_folder
+from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.nn.pretrained import save_pretrained
-from pst_ds.train.mask_update import update_masks
 
 ROOT = Path(__file__).resolve().parents[2]
 

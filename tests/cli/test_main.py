@@ -14,7 +14,7 @@ import pytest
 
 from pst_ds.cli import completion
 from pst_ds.cli.main import main
-from pst_ds.train import run_file
+from pst_ds.config import toml as run_file
 
 ROOT = Path(__file__).resolve().parents[2]
 

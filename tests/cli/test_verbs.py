@@ -12,7 +12,8 @@ import pytest
 import transformers
 
 from pst_ds import progress
-from pst_ds.cli import doctor_checks, doctor_processes
+from pst_ds.cli.doctor import checks as doctor_checks
+from pst_ds.cli.doctor import processes as doctor_processes
 from pst_ds.cli.main import VERBS, build_parser, main
 
 ROOT = Path(__file__).resolve().parents[2]

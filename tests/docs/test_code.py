@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pst_ds.train.run_file import run_from_table
+from pst_ds.config.toml import run_from_table
 
 from .pages import PAGES, Block, all_blocks, blocks
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from pst_ds.checkpoint.format import Checkpoint, CheckpointState, read_checkpoint
+from pst_ds.checkpoint.restore import trainable, weight_scales
+from pst_ds.checkpoint.writer import save_checkpoint
+from pst_ds.config.pst import PSTConfig
 from pst_ds.export.export import export_run
-from pst_ds.nn.checkpoint import Checkpoint, CheckpointState, read_checkpoint
-from pst_ds.nn.checkpoint_model import trainable, weight_scales
-from pst_ds.nn.checkpoint_writer import save_checkpoint
-from pst_ds.nn.config import PSTConfig
+from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel.engine import build_engine
-from pst_ds.train.mask_update import update_masks
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,9 +11,9 @@ from transformers import BertConfig, BertModel, conversion_mapping
 from transformers.core_model_loading import Concatenate, Transpose, WeightConverter, WeightRenaming
 
 from pst_ds.cli.main import main
+from pst_ds.config.toml import load_run
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.run import prepare, train_run
-from pst_ds.train.run_file import load_run
 
 RENAMED = [WeightRenaming("intermediate.wide", "intermediate.dense")]
 SPLIT = [WeightConverter(["output.upper.weight", "output.lower.weight"], "output.dense.weight", [Concatenate(dim=0)])]

@@ -16,19 +16,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+from pst_ds.checkpoint.format import Checkpoint
+from pst_ds.config.toml import load_run
+from pst_ds.data.labelled import collate, load_examples
 from pst_ds.export import tensor_files, write
 from pst_ds.export.check import check_export
 from pst_ds.export.export import export_run
 from pst_ds.export.manifest import ExportError
-from pst_ds.nn.checkpoint import Checkpoint
 from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train import run as run_module
-from pst_ds.train.data import collate, load_examples
 from pst_ds.train.model import meta_model
 from pst_ds.train.run import masked_model, prepare, train_run
-from pst_ds.train.run_file import load_run
 from pst_ds.train.run_folder import open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

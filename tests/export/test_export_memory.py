@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from pst_ds.export.export import export_folder, export_run
-from pst_ds.nn.checkpoint import read_checkpoint
-from pst_ds.nn.config import PSTConfig
+from pst_ds.checkpoint.format import read_checkpoint
+from pst_ds.config.pst import PSTConfig
 from pst_ds.nn.inject import inject_pst
 
 torch.set_num_threads(1)

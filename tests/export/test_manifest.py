@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, GPT2Config
 from transformers import GPT2ForSequenceClassification as GPT2Classifier
 
+from pst_ds.checkpoint.format import CheckpointState, read_checkpoint
+from pst_ds.checkpoint.restore import trainable, weight_scales
+from pst_ds.checkpoint.writer import save_checkpoint
+from pst_ds.config.pst import PSTConfig
 from pst_ds.export.check import check_export
 from pst_ds.export.export import export_run
 from pst_ds.export.manifest import MANIFEST_FILE, ExportError, read_manifest, sealed, tensor_sha256
-from pst_ds.nn.checkpoint import CheckpointState, read_checkpoint
-from pst_ds.nn.checkpoint_model import trainable, weight_scales
-from pst_ds.nn.checkpoint_writer import save_checkpoint
-from pst_ds.nn.config import PSTConfig
+from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst
 from pst_ds.parallel.engine import build_engine
-from pst_ds.train.mask_update import update_masks
 
 ROOT = Path(__file__).resolve().parents[2]
 INDEX_FILE = "model.safetensors.index.json"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback
 
 from pst_ds.hf import PSTCallback
-from pst_ds.train.mask_update import mask_stats
+from pst_ds.masks.update import mask_stats
 
 from .trainers import SCHEDULE, STEPS, pst_model, pst_schedule, pst_trainer
 

@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
+from pst_ds.checkpoint import adapter as pretrained
+from pst_ds.checkpoint.adapter import load_pretrained
+from pst_ds.config.pst import PSTConfig
 from pst_ds.core.schedule import CubicSchedule, OneShotSchedule
 from pst_ds.errors import InputError
 from pst_ds.hf import PSTCallback, trainer_optimizer
-from pst_ds.nn import pretrained
-from pst_ds.nn.config import PSTConfig
+from pst_ds.masks.update import mask_stats
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.merge import merge_and_unload
-from pst_ds.nn.pretrained import load_pretrained
+from pst_ds.nn.optimizer import pst_optimizer
 from pst_ds.parallel.ds_config import DeepSpeedConfigError
-from pst_ds.train.mask_update import mask_stats
-from pst_ds.train.optimizer import pst_optimizer
 
 from .trainers import SCHEDULE, STEPS, pst_arguments, pst_model, pst_schedule, pst_trainer
 

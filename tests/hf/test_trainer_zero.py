@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 
 from pst_ds import PSTConfig, inject_pst, load_pretrained
+from pst_ds.masks.update import mask_stats
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel import zero3
-from pst_ds.train.mask_update import mask_stats
 
 pytestmark = pytest.mark.zero3
 STEPS, SAVED = 6, 4

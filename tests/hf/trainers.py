@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
+from pst_ds.config.pst import PSTConfig
 from pst_ds.core.schedule import CubicSchedule
 from pst_ds.hf import PSTCallback
-from pst_ds.nn.config import PSTConfig
 from pst_ds.nn.inject import inject_pst
-from pst_ds.train.optimizer import pst_optimizer
+from pst_ds.nn.optimizer import pst_optimizer
 
 STEPS = 6
 SCHEDULE = {"final_sparsity": 0.8, "initial_sparsity": 0.2, "warmup_fraction": 0.2, "cooldown_fraction": 0.4}

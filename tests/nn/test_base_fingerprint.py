@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pst_ds.nn import checkpoint_model
-from pst_ds.nn.checkpoint_model import base_fingerprint, same_base
+from pst_ds.checkpoint import restore as checkpoint_model
+from pst_ds.checkpoint.restore import base_fingerprint, same_base
 
 
 def test_the_fingerprint_follows_names_sizes_and_bytes(tmp_path):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pst_ds.nn.config import PSTConfig
+from pst_ds.config.pst import PSTConfig
+from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst
-from pst_ds.train.mask_update import update_masks
 
 
 class _Block(nn.Module):

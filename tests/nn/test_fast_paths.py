@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from pst_ds.nn.config import PSTConfig
+from pst_ds.config.pst import PSTConfig
+from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.merge import merge_and_unload
-from pst_ds.train.mask_update import update_masks
 
 EXCLUDED = ("self_attn", "self_attn.out_proj")
 

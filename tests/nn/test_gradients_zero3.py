@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from pst_ds.config.pst import PSTConfig
 from pst_ds.core.bits import unpack_range
-from pst_ds.nn.config import PSTConfig
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel.engine import build_engine
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from pst_ds.config.pst import PSTConfig
 from pst_ds.core.bits import pack_mask
-from pst_ds.nn.config import PSTConfig
 from pst_ds.nn.inject import freeze_scores, inject_pst, pst_layers
 from pst_ds.nn.linear import PSTLinear
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pst_ds.nn.config import PSTConfig
+from pst_ds.config.pst import PSTConfig
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.targets import InjectionError
 

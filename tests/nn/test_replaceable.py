@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import FalconConfig, FalconForCausalLM
 
-from pst_ds.nn.config import PSTConfig
+from pst_ds.config.pst import PSTConfig
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.targets import InjectionError
 

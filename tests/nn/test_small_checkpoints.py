@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from pst_ds.nn.config import PSTConfig
+from pst_ds.config.pst import PSTConfig
+from pst_ds.masks.update import mask_stats, update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.small_checkpoints import small_checkpoints, whole_checkpoints
 from pst_ds.parallel import zero3
-from pst_ds.train.mask_update import mask_stats, update_masks
 
 
 class _Model(nn.Module):

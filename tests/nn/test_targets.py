@@ -21,7 +21,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from pst_ds.nn.config import Override, PSTConfig
+from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.targets import InjectionError, find_targets, modules_to_save

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.core.one_shot import inverse_factor
-from pst_ds.nn.config import Override, PSTConfig
 from pst_ds.nn.targets import find_targets
 from pst_ds.prune import model as pruning
 from pst_ds.prune.errors import PruneError

@@ -12,12 +12,12 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from pst_ds.checkpoint.restore import base_fingerprint
 from pst_ds.cli.main import main
+from pst_ds.config.pst import PSTConfig
 from pst_ds.core.one_shot import keep_by_score
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.durable import file_sha256
-from pst_ds.nn.checkpoint_model import base_fingerprint
-from pst_ds.nn.config import PSTConfig
 from pst_ds.nn.targets import find_targets
 
 CAUSAL, CLASSES = "tests/data/causal_lm.toml", "tests/data/world_size.toml"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pst_ds.nn.config import Override, PSTConfig
+from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.nn.targets import find_targets
 from pst_ds.prune.errors import PruneError
 from pst_ds.prune.rules import layer_rules, settings_for, share_of_zeros

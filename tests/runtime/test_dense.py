@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from pst_ds.bench.decode import resident_bytes
 from pst_ds.runtime import SparseLinear
-from pst_ds.runtime.decode import resident_bytes
 from pst_ds.runtime.dense import PrepackedLinear, VectorLinear, can_prepack, prepack, quicken_output_layer
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-8}

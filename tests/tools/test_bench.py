@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from pst_ds.config.pst import PSTConfig
 from pst_ds.core.bits import unpack_range
-from pst_ds.nn.config import PSTConfig
+from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.train.mask_update import update_masks
 
 BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
 sys.path.insert(0, str(BENCH))

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pst_ds.config.toml import load_run
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train.run import prepare, train_run
-from pst_ds.train.run_file import load_run
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))

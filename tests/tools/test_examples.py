@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.cli.main import main as pst_ds
-from pst_ds.nn.checkpoint import read_checkpoint
+from pst_ds.config.toml import load_run
+from pst_ds.data.labelled import GlobalBatches
 from pst_ds.parallel.launch import LaunchEnvironment
-from pst_ds.train.data import GlobalBatches
 from pst_ds.train.run import prepare, train_run
-from pst_ds.train.run_file import load_run
 
 EXAMPLES = Path("tools/examples").resolve()
 STEPS, BATCH = 8, 8

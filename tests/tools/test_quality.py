@@ -385,7 +385,7 @@ def test_a_grid_that_cannot_be_used_is_refused(changes, said):
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.name)
 def test_the_grids_of_the_project_can_be_used(path):
     """Every cell's settings make a run; those of what is made before it are there when they are needed."""
-    from pst_ds.train.run_file import run_from_table
+    from pst_ds.config.toml import run_from_table
 
     grid = load_grid(path)
     check_bars(grid)

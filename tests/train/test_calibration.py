@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from pst_ds.checkpoint.format import read_checkpoint
+from pst_ds.config.run import ConfigError
+from pst_ds.config.toml import load_run
 from pst_ds.core.bits import unpack_range
-from pst_ds.nn.checkpoint import read_checkpoint
+from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
 from pst_ds.train.calibration import NORMS_FILE, activation_norms
-from pst_ds.train.config import ConfigError
-from pst_ds.train.mask_update import update_masks
 from pst_ds.train.run import build, prepare, train_run
-from pst_ds.train.run_file import load_run
 
 RUN_FILE = "tests/data/world_size.toml"
 ACTIVATION = ["pst.magnitude=activation", "pst.calibration_examples=16"]

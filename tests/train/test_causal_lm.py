@@ -16,16 +16,16 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
+from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.cli.main import main
-from pst_ds.nn.checkpoint import read_checkpoint
+from pst_ds.config.toml import load_run
+from pst_ds.data import tasks
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
 from pst_ds.train import loop as loop_module
-from pst_ds.train import tasks
 from pst_ds.train.evaluate import evaluation_batches, predict
 from pst_ds.train.model import meta_model
 from pst_ds.train.run import build, prepare, train_run
-from pst_ds.train.run_file import load_run
 
 RUN_FILE, LLAMA = "tests/data/causal_lm.toml", "tests/data/tiny-llama"
 SPARSITY = 0.7

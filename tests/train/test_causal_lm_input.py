@@ -7,11 +7,11 @@ import json
 import pytest
 from transformers import AutoConfig, AutoTokenizer, DistilBertConfig, GPT2Config, LlamaModel
 
+from pst_ds.config.run import ConfigError
+from pst_ds.config.toml import load_run
 from pst_ds.nn.targets import InjectionError
 from pst_ds.parallel.launch import LaunchEnvironment
-from pst_ds.train.config import ConfigError
 from pst_ds.train.run import build, prepare, train_run
-from pst_ds.train.run_file import load_run
 
 LLAMA = "tests/data/tiny-llama"
 

@@ -10,11 +10,11 @@ import transformers
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from pst_ds.config.run import ConfigError
+from pst_ds.config.toml import load_run
+from pst_ds.data.tasks import positions_of
 from pst_ds.parallel.launch import LaunchEnvironment
-from pst_ds.train.config import ConfigError
 from pst_ds.train.run import build, prepare
-from pst_ds.train.run_file import load_run
-from pst_ds.train.tasks import positions_of
 
 BERT, LLAMA = "tests/data/tiny-bert", "tests/data/tiny-llama"
 CLASSIFY, CAUSAL = "tests/data/world_size.toml", "tests/data/causal_lm.toml"

@@ -12,13 +12,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.cli.main import main
-from pst_ds.nn.checkpoint import read_checkpoint
+from pst_ds.config.run import ConfigError
+from pst_ds.config.toml import load_run
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.config import ConfigError
 from pst_ds.train.model import load_model_config, load_tokenizer
 from pst_ds.train.run import prepare, train_run
-from pst_ds.train.run_file import load_run
 
 SPARSITY = 0.7
 _ENCODER = {

@@ -15,17 +15,17 @@ from pathlib import Path
 
 import pytest
 
+from pst_ds.checkpoint import retention as checkpoints
+from pst_ds.checkpoint import writer as checkpoint_writer
+from pst_ds.checkpoint.format import read_checkpoint
+from pst_ds.config.toml import load_run
 from pst_ds.errors import InputError
-from pst_ds.nn import checkpoint_writer
-from pst_ds.nn.checkpoint import read_checkpoint
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import BackgroundGroup, rank, world_size
-from pst_ds.train import checkpoints
 from pst_ds.train import run as run_module
-from pst_ds.train.keeper import CheckpointWriteError
+from pst_ds.train.checkpointer import CheckpointWriteError
 from pst_ds.train.loop import DivergedError
 from pst_ds.train.run import prepare, train_run
-from pst_ds.train.run_file import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_FILE = "tests/data/world_size.toml"
@@ -198,7 +198,7 @@ def _free_port():
 
 HANGING = """
 import sys, threading
-from pst_ds.train import tasks
+from pst_ds.data import tasks
 collate, calls = tasks.Classification.collate, iter(range(100))
 def hanging(*arguments):
     if next(calls) == 6:

@@ -9,22 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from pst_ds.checkpoint.format import read_checkpoint
+from pst_ds.config.run import ConfigError
+from pst_ds.config.toml import load_run
 from pst_ds.core.bits import unpack_range
-from pst_ds.nn.checkpoint import read_checkpoint
+from pst_ds.data.labelled import load_examples
+from pst_ds.masks.update import mask_stats
+from pst_ds.monitor.metrics import MetricsWriter
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.engine import LocalEngine
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train import loop as loop_module
-from pst_ds.train.config import ConfigError
-from pst_ds.train.data import load_examples
-from pst_ds.train.keeper import Keeper
+from pst_ds.train.checkpointer import Keeper
 from pst_ds.train.loop import DivergedError, Loop, learning_rate_factor, train
-from pst_ds.train.mask_update import mask_stats
-from pst_ds.train.metrics import MetricsWriter
 from pst_ds.train.model import parameter_groups
 from pst_ds.train.objective import Objective
 from pst_ds.train.run import build, prepare, train_run
-from pst_ds.train.run_file import load_run
 from pst_ds.train.run_folder import open_checkpoint
 
 SCORES, UPDATES = ("pst_A", "pst_B", "pst_R", "pst_C"), ("pst_U", "pst_V")
@@ -300,7 +300,7 @@ def test_the_loss_of_a_line_is_the_mean_since_the_line_before(tmp_path):
 
 
 def test_the_best_checkpoint_is_chosen_among_those_at_the_final_sparsity(tmp_path, monkeypatch):
-    from pst_ds.train import tasks
+    from pst_ds.data import tasks
 
     scores = {4: 0.99, 8: 0.98, 12: 0.97, 16: 0.5, 20: 0.4}  # the sparser, the worse
     order = iter(scores.values())
@@ -322,7 +322,7 @@ def test_the_best_checkpoint_is_chosen_among_those_at_the_final_sparsity(tmp_pat
     ids=lambda v: str(v).replace(" ", ""),
 )
 def test_a_metric_that_is_no_number_is_never_the_best(tmp_path, monkeypatch, scores, best):
-    from pst_ds.train import tasks
+    from pst_ds.data import tasks
 
     order = iter(scores)
     monkeypatch.setattr(tasks.Classification, "metrics", lambda self, outcomes, examples: {"accuracy": next(order)})
@@ -334,7 +334,7 @@ def test_a_metric_that_is_no_number_is_never_the_best(tmp_path, monkeypatch, sco
 
 def test_a_number_is_better_than_a_value_that_is_none(tmp_path, monkeypatch):
     """Of a run that goes on from a checkpoint with such a value for its best."""
-    from pst_ds.train import tasks
+    from pst_ds.data import tasks
 
     monkeypatch.setattr(tasks.Classification, "metrics", lambda self, outcomes, examples: {"accuracy": -0.3})
     made = Keeper.__init__

@@ -10,13 +10,13 @@ import torch
 import transformers
 from torch.nn.functional import kl_div, log_softmax
 
+from pst_ds.config.run import ConfigError
+from pst_ds.config.toml import load_run
+from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import bypassed, pst_layers
 from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
-from pst_ds.train.config import ConfigError
-from pst_ds.train.mask_update import update_masks
 from pst_ds.train.objective import Objective, load_teacher, predictions
 from pst_ds.train.run import build, prepare, train_run
-from pst_ds.train.run_file import load_run
 
 CAUSAL, CLASSIFY = "tests/data/causal_lm.toml", "tests/data/world_size.toml"
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from pst_ds.nn.checkpoint import read_checkpoint
+from pst_ds.checkpoint.format import read_checkpoint
+from pst_ds.config.run import ConfigError
+from pst_ds.config.toml import load_run
+from pst_ds.data import labelled as data
+from pst_ds.masks.update import mask_stats
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
-from pst_ds.train import data
-from pst_ds.train.config import ConfigError
-from pst_ds.train.mask_update import mask_stats
 from pst_ds.train.run import StoppedError, prepare, train_run
-from pst_ds.train.run_file import load_run
 
 STOP_AT = 9
 KINDS = ("master", "exp_avg", "exp_avg_sq")

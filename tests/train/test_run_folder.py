@@ -8,13 +8,13 @@ import shutil
 
 import pytest
 
+from pst_ds.config.toml import load_run
+from pst_ds.data import tasks
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.report.page import page
 from pst_ds.report.run_data import read_runs
 from pst_ds.train import loop as training
-from pst_ds.train import tasks
 from pst_ds.train.run import prepare, train_run
-from pst_ds.train.run_file import load_run
 
 
 def _prepared(folder, *overrides):

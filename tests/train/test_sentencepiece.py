@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pst_ds.cli.main import main
-from pst_ds.train.run_file import load_run
-from pst_ds.train.tasks import task_of
+from pst_ds.config.toml import load_run
+from pst_ds.data.tasks import task_of
 
 pytestmark = pytest.mark.usefixtures("alone")
 

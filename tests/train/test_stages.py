@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from pst_ds.nn.checkpoint import read_checkpoint
-from pst_ds.nn.config import PSTConfig
+from pst_ds.checkpoint.format import read_checkpoint
+from pst_ds.config.pst import PSTConfig
+from pst_ds.config.toml import load_run
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import build_engine, optimizer_bytes
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.run import prepare, train_run
-from pst_ds.train.run_file import load_run
 
 
 def _train(folder, deepspeed_config):

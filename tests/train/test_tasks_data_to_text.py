@@ -14,12 +14,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from pst_ds.cli.main import main
+from pst_ds.config.run import ConfigError
+from pst_ds.config.toml import load_run
+from pst_ds.data.generation import write_texts
+from pst_ds.data.tasks import task_of
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.config import ConfigError
-from pst_ds.train.generation import write_texts
 from pst_ds.train.run import prepare, train_run
-from pst_ds.train.run_file import load_run
-from pst_ds.train.tasks import task_of
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -285,7 +285,7 @@ def test_scores_need_their_libraries(tmp_path, gpt2, capsys, monkeypatch):
     path = _run_file(tmp_path, gpt2, "e2e", _repository(tmp_path / "hub", "e2e"))
     assert main(["train", str(path), "--quiet"]) == 0
     assert main(["export", f"{tmp_path}/run", "--out", f"{tmp_path}/out"]) == 0
-    monkeypatch.setattr("pst_ds.train.text_metrics.find_spec", lambda name: None)
+    monkeypatch.setattr("pst_ds.data.text_metrics.find_spec", lambda name: None)
     assert main(["eval", f"{tmp_path}/run"]) == 2
     assert "pip install 'pst-ds[nlg]'" in capsys.readouterr().err
     assert main(["verify", f"{tmp_path}/out", "--against", f"{tmp_path}/run"]) == 0

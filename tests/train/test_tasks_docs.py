@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pst_ds.cli.main import build_parser
-from pst_ds.train.config import METRICS
-from pst_ds.train.presets import DATA_PRESETS
-from pst_ds.train.run_file import run_from_table
+from pst_ds.config.presets import DATA_PRESETS
+from pst_ds.config.run import METRICS
+from pst_ds.config.toml import run_from_table
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
 

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from pst_ds.cli.main import main
-from pst_ds.train.config import ConfigError
-from pst_ds.train.run_file import load_run
-from pst_ds.train.tasks import task_of
+from pst_ds.config.run import ConfigError
+from pst_ds.config.toml import load_run
+from pst_ds.data.tasks import task_of
 
 pytestmark = pytest.mark.usefixtures("alone")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.cli.main import main
-from pst_ds.nn.checkpoint import read_checkpoint
+from pst_ds.config.toml import load_run
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.run import prepare, train_run
-from pst_ds.train.run_file import load_run
 
 RUN_FILE = "tests/data/world_size.toml"
 

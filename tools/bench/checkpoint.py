@@ -39,13 +39,13 @@ from ranks import Ranks
 from timing import conditions, medians, print_json, progress
 from torch import nn
 
-from pst_ds.nn.checkpoint import CheckpointState, read_checkpoint
-from pst_ds.nn.checkpoint_model import weight_scales
-from pst_ds.nn.checkpoint_writer import CheckpointWriter, Written, size_limit
-from pst_ds.nn.config import PSTConfig
+from pst_ds.checkpoint.format import CheckpointState, read_checkpoint
+from pst_ds.checkpoint.restore import weight_scales
+from pst_ds.checkpoint.writer import CheckpointWriter, Written, size_limit
+from pst_ds.config.pst import PSTConfig
+from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst
 from pst_ds.parallel import ranks, zero3
-from pst_ds.train.mask_update import update_masks
 
 MOST_BLOCKED = 0.05
 """Of a step: what a save may hold training up for."""

@@ -13,13 +13,13 @@ import torch
 from timing import timed
 from torch import nn
 
-from pst_ds.nn.config import PSTConfig
+from pst_ds.config.pst import PSTConfig
+from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.targets import find_targets
 from pst_ds.parallel import ranks, zero3
 from pst_ds.parallel.ds_config import RunNumbers, load_deepspeed_config, resolve_deepspeed_config
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
-from pst_ds.train.mask_update import update_masks
 
 METHODS = ("pst", "full_finetuning", "lora", "plain", "movement")
 DTYPE = torch.bfloat16

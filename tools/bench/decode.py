@@ -30,13 +30,13 @@ import torch
 from fetch_smollm2 import FOLDER, dense_folder, pruned_folder
 from timing import conditions, print_json, progress
 
-import pst_ds.cli.contestants as benched
+import pst_ds.bench.variants as benched
+from pst_ds.bench.decode import Decoder
+from pst_ds.bench.measure import measure
 from pst_ds.cli.main import main as pst_ds_main
-from pst_ds.cli.measure import measure
-from pst_ds.cli.model_folder import ModelFolder, open_model_folder
 from pst_ds.cli.verify import allowed_difference
+from pst_ds.hf.model_folder import ModelFolder, open_model_folder
 from pst_ds.runtime import sparse_layers
-from pst_ds.runtime.decode import Decoder
 from pst_ds.runtime.dense import quicken_output_layer
 
 BARS = {0.5: 1.25, 0.8: 1.45}

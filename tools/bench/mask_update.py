@@ -32,13 +32,13 @@ from contestants import LEARNING_RATE, Contestant, Shape, zero3_engine
 from ranks import Ranks
 from timing import conditions, print_json, progress, rounded, timed
 
+from pst_ds.config.pst import PSTConfig
 from pst_ds.core.bits import unpack_shard
 from pst_ds.core.schedule import CubicSchedule
-from pst_ds.nn.config import PSTConfig
+from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel import ranks, zero3
-from pst_ds.train.mask_update import update_masks
 
 MATRICES = 8
 RAMP = CubicSchedule(final_sparsity=0.9, num_steps=1000)

@@ -26,14 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from timing import hardware
 
-from pst_ds.core.cost import memory_plan
+from pst_ds.config.pst import PSTConfig
 from pst_ds.core.host import available_bytes
-from pst_ds.core.traffic import MACHINES, Batch, time_plan
-from pst_ds.nn.activations import activation_bytes
-from pst_ds.nn.config import PSTConfig
 from pst_ds.nn.inject import inject_pst
-from pst_ds.nn.shapes import model_numbers
-from pst_ds.parallel.zero_settings import zero_settings
+from pst_ds.planning.activations import activation_bytes
+from pst_ds.planning.memory import memory_plan
+from pst_ds.planning.shapes import model_numbers
+from pst_ds.planning.time import MACHINES, Batch, time_plan
+from pst_ds.planning.zero_settings import zero_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES: dict[str, dict[str, int]] = {

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pst_ds.nn.config import PSTConfig
+from pst_ds.config.pst import PSTConfig
+from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
 from pst_ds.parallel.launch import init_distributed, launch_environment, shut_down
 from pst_ds.parallel.ranks import all_gather_objects, barrier, rank, world_size
-from pst_ds.train.mask_update import update_masks
 
 DRAW_ELEMENTS = 1 << 20
 COPY_ELEMENTS = 1 << 25

@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from timing import hardware, medians
 
+from pst_ds.config.pst import PSTConfig
 from pst_ds.core import masked_linear
-from pst_ds.nn.config import PSTConfig
+from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.linear import PSTLinear
-from pst_ds.train.mask_update import update_masks
 
 SMALL_SHAPES = ((384, 384), (1536, 384), (384, 1536), (1024, 1024))
 SMALL_TOKENS = (256, 1024, 4096)

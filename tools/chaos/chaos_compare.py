@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pst_ds.checkpoint import retention as checkpoints
+from pst_ds.checkpoint.format import CheckpointError, read_checkpoint
+from pst_ds.config.file_names import BEST, CHECKPOINTS, FINAL, LATEST, METRICS_FILE, RESULT_FILE
 from pst_ds.errors import InputError
-from pst_ds.nn.checkpoint import CheckpointError, read_checkpoint
 from pst_ds.parallel.optimizer_state import KINDS
-from pst_ds.train import checkpoints
-from pst_ds.train.file_names import BEST, CHECKPOINTS, FINAL, LATEST, METRICS_FILE, RESULT_FILE
 
 TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes")
 """What no two runs have alike."""

@@ -146,11 +146,11 @@ def taught(step: Table, place: Path, model: Path) -> Table:
 
 def test(run_file: Path, model: Path, tests: dict[str, str]) -> dict[str, dict[str, float]]:
     """Metrics of a dense model folder, read by plain transformers, on each file of ``tests``."""
+    from pst_ds.config.toml import load_run
+    from pst_ds.data.tasks import task_of
     from pst_ds.parallel.launch import LaunchEnvironment, device_of
     from pst_ds.train.evaluate import predict
     from pst_ds.train.model import DTYPES, attention_options, load_tokenizer
-    from pst_ds.train.run_file import load_run
-    from pst_ds.train.tasks import task_of
 
     if not tests:
         return {}
@@ -170,7 +170,7 @@ def test(run_file: Path, model: Path, tests: dict[str, str]) -> dict[str, dict[s
 
 def best_validation(run_file: Path, result: Table) -> dict[str, float]:
     """The validation metrics of the checkpoint that was exported."""
-    from pst_ds.train.run_file import load_run
+    from pst_ds.config.toml import load_run
     from pst_ds.train.run_folder import open_checkpoint
 
     return dict(open_checkpoint(load_run(run_file), "best").state.metrics) or dict(result["metrics"])
@@ -178,10 +178,10 @@ def best_validation(run_file: Path, result: Table) -> dict[str, float]:
 
 def counted_sparsity(run_file: Path, model: Path) -> float:
     """The share of zeros in the layers that the run would prune."""
+    from pst_ds.config.toml import load_run
+    from pst_ds.data.tasks import task_of
     from pst_ds.nn.targets import find_targets
     from pst_ds.train.model import pst_config
-    from pst_ds.train.run_file import load_run
-    from pst_ds.train.tasks import task_of
 
     run = load_run(run_file)
     network = task_of(run).model_class().from_pretrained(model)
@@ -206,7 +206,7 @@ def count_parameters(model: Path) -> int:
 
 def write_run(settings: Table, folder: Path, name: str) -> Path:
     """A run file ``name``.toml in ``folder`` whose run goes to ``folder``/``name``."""
-    from pst_ds.train.run_file import dump_run, run_from_table
+    from pst_ds.config.toml import dump_run, run_from_table
 
     run = run_from_table({**settings, "output_dir": str(folder / name)})
     path = folder / f"{name}.toml"

@@ -12,8 +12,8 @@ from quality_figures import figure, lines_of, number, shown, test_names
 from quality_grid import Grid, Method, Table
 from quality_lines import Lines
 
+from pst_ds.config.flatten import dotted
 from pst_ds.durable import replace_text
-from pst_ds.train.dotted import dotted
 
 _HEAD = """# Results
 

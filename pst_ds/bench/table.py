@@ -1,0 +1,51 @@
+"""The table that ``pst-ds bench`` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pst_ds.text_table import aligned
+
+COLUMNS = (
+    ("contestant", "contestant", "{}"),
+    ("threads", "threads", "{}"),
+    ("batch", "batch", "{}"),
+    ("prefill_tokens_per_second", "prefill tok/s", "{:.1f}"),
+    ("decode_tokens_per_second", "decode tok/s", "{:.1f}"),
+    ("decode_over_dense", "/dense", "{:.2f}"),
+    ("decode_over_prepacked", "/prepacked", "{:.2f}"),
+    ("prefill_over_dense", "prefill /dense", "{:.2f}"),
+    ("prefill_over_prepacked", "prefill /prepacked", "{:.2f}"),
+    ("outside_linear_layers", "outside linears", "{:.0%}"),
+    ("output_layer_share", "output layer", "{:.0%}"),
+    ("resident_bytes", "resident MB", "{}"),
+    ("file_bytes", "file MB", "{}"),
+)
+"""Key of a row, heading, and how it is written."""
+_MB = ("resident_bytes", "file_bytes")
+
+
+def bench_text(result: dict[str, Any]) -> str:
+    """The conditions, and one line for each contestant, thread count and batch."""
+    conditions = result["conditions"]
+    what = f"{result['prompt_tokens']} tokens in" + (f", {result['new_tokens']} out" if result["causal"] else "")
+    lines = [
+        f"{result['model']} against {result['dense']}: {what}, {conditions['dtype']}, medians of "
+        f"{conditions['repeats']} in turn",
+        f"{conditions['hardware']}; last-level cache {conditions['last_level_cache_bytes'] / 1e6:.0f} MB; "
+        f"sparse kernel: {conditions['sparse_kernel']}; torch {conditions['versions']['torch']}",
+    ]
+    return "\n".join([*lines, *aligned(bench_table(result["rows"]))])
+
+
+def bench_table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The headings of the columns that any of ``rows`` has a value for, and the cells of each row."""
+    columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+    cells = [[_cell(row.get(key), key, form) for key, _, form in columns] for row in rows]
+    return [[heading for _, heading, _ in columns], *cells]
+
+
+def _cell(value: Any, key: str, form: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value / 1e6:.1f}" if key in _MB else form.format(value)

@@ -1,0 +1,159 @@
+"""The models that ``pst-ds bench`` measures side by side, and the machine it does so on."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pst_ds.bench.decode import resident_bytes
+from pst_ds.core.formats import FORMATS, FormatError
+from pst_ds.core.host import available_bytes, cpu_name
+from pst_ds.hf.model_folder import ModelFolder, ModelFolderError
+from pst_ds.hf.semi_structured import is_two_four
+from pst_ds.nn.blocks import is_conv1d, untied_linear_layers
+from pst_ds.runtime import SparseLinear, native, sparse_layers
+from pst_ds.runtime.backends import CSR_FROM_SPARSITY
+from pst_ds.runtime.dense import can_prepack, prepack, quicken_output_layer
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+@dataclass
+class Contestant:
+    """One way to run the model."""
+
+    model: Any
+    file_bytes: int | None = None
+    """Of its weight files; None where it was made in memory."""
+    models: list[Any] = field(default_factory=list)
+    """The model and its copies."""
+    loaded_bytes: int = 0
+    """Resident weights."""
+
+    def __post_init__(self) -> None:
+        self.models = [self.model]
+        self.loaded_bytes = resident_bytes(self.model)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "resident_bytes": self.loaded_bytes,
+            "file_bytes": self.file_bytes,
+            "sparse_layers": len(sparse_layers(self.model)),
+        }
+
+
+def contestants(
+    folder: ModelFolder, dense: ModelFolder | None, formats: list[str], dtype: str
+) -> dict[str, Contestant]:
+    """By name: "dense" as transformers runs it, "prepacked", and each sparse format.
+
+    ``formats``: none takes :func:`default_formats`. ``dense`` None unpacks the folder.
+    Prepacked and sparse models share what is quick for an output layer that stays dense; "dense" is left as it is.
+    Raises ModelFolderError.
+    """
+    base = dense or folder
+    plain = base.load("dense", dtype)
+    found = {"dense": Contestant(plain, base.weight_file_bytes if base.format == "dense" else None)}
+    if can_prepack(plain.dtype):
+        packed = copy.deepcopy(plain)
+        prepack(packed, vectors=1)
+        quicken_output_layer(packed)
+        found["prepacked"] = Contestant(packed)
+    for name in formats or default_formats(folder, plain if dense is None else folder.load("dense", dtype)):
+        found[name] = _sparse(folder, plain if dense is None else None, name, dtype)
+        quicken_output_layer(found[name].model)
+    return found
+
+
+def default_formats(folder: ModelFolder, plain: Any) -> list[str]:
+    """The folder's own, or bitmask of a dense one; csr where it beats expansion; 2:4 where all are 2:4."""
+    layers = untied_linear_layers(plain).values()
+    own = folder.format if folder.format in FORMATS else "bitmask"
+    kept = sum(int(layer.weight.count_nonzero()) for layer in layers)
+    all_weights = sum(layer.weight.numel() for layer in layers)
+    apply = {
+        "bitmask": True,
+        "csr": kept <= (1 - CSR_FROM_SPARSITY) * all_weights,
+        "2:4": all(is_two_four(layer.weight.t() if is_conv1d(layer) else layer.weight) for layer in layers),
+    }
+    return [own, *(name for name, does in apply.items() if does and name != own)]
+
+
+def _sparse(folder: ModelFolder, plain: Any, name: str, dtype: str) -> Contestant:
+    """The folder as loaded where that is its format; else made of the dense model, layer by layer."""
+    if folder.format == name:
+        return Contestant(folder.load("sparse", dtype), folder.weight_file_bytes)
+    model = copy.deepcopy(plain) if plain is not None else folder.load("dense", dtype)
+    if not make_sparse(model, name):
+        raise ModelFolderError(
+            f"{folder.path}: no linear layer can be packed as {name} and become smaller; leave {name} out of --formats"
+        )
+    return Contestant(model)
+
+
+@torch.no_grad()
+def make_sparse(model: nn.Module, format_name: str) -> int:
+    """Packs each linear layer that ``format_name`` makes smaller, in place, as an export does; returns how many."""
+    made = 0
+    for name, module in untied_linear_layers(model).items():
+        weight = module.weight.t().contiguous() if is_conv1d(module) else module.weight
+        try:
+            layer = SparseLinear.from_dense(weight, module.bias, format_name)
+        except FormatError:
+            continue  # 2:4 with three in a group of four
+        if sum(part.nbytes for part in layer.parts().values()) < weight.nbytes:
+            model.set_submodule(name, layer.train(module.training))
+            made += 1
+    return made
+
+
+def copy_until(found: dict[str, Contestant], total_bytes: int) -> None:
+    """Copies each model until its weights fill ``total_bytes``. Raises ModelFolderError where memory is short."""
+    needed = sum(max(0, total_bytes - c.loaded_bytes) + c.loaded_bytes for c in found.values())
+    available = available_bytes()
+    if available is not None and needed > 0.8 * available:
+        raise ModelFolderError(
+            f"--from-memory needs {needed / 1e9:.1f} GB of copies, and {available / 1e9:.1f} GB are free: leave it out"
+        )
+    for contestant in found.values():
+        count = max(2, -(-total_bytes // max(1, contestant.loaded_bytes)))
+        contestant.models = [contestant.model, *(_copied(contestant.model) for _ in range(count - 1))]
+
+
+def _copied(model: Any) -> Any:
+    """A copy with weights of its own; oneDNN's tensors know clone() only."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        packed = getattr(module, "packed", None)
+        if packed is not None:
+            memo[id(packed)] = packed.clone()
+    return copy.deepcopy(model, memo)
+
+
+def last_level_cache_bytes() -> int:
+    """The largest cache of the first processor; 32 MiB where it cannot be read."""
+    sizes = []
+    for path in _CACHES.glob("index*/size"):
+        text = path.read_text(encoding="ascii").strip()
+        if text[:-1].isdigit():
+            sizes.append(int(text[:-1]) * _UNITS.get(text[-1], 1))
+    return max(sizes, default=32 << 20)
+
+
+def conditions() -> dict[str, Any]:
+    """The machine, its caches and instructions, and the versions."""
+    return {
+        "hardware": f"{cpu_name()}, {os.cpu_count()} cores",
+        "last_level_cache_bytes": last_level_cache_bytes(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "sparse_kernel": native.LEVELS[native.best_level()] if native.library() is not None else "torch",
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }

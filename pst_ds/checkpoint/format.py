@@ -1,0 +1,326 @@
+"""The portable checkpoint: what training changed, in a form that any world size and ZeRO stage reads.
+
+A folder with
+
+    manifest.json                          what the run was doing, and where every value lies
+    shard-00001-of-00002.safetensors, ...  one file a rank that wrote it, each with four flat tensors: "master",
+                                           "exp_avg" and "exp_avg_sq" (fp32) of its part of every trainable parameter,
+                                           and "mask" (uint8), the bits of its part of every pruned weight
+    SHA256SUMS                             of all the above, as ``sha256sum -c`` reads it
+
+The frozen weights are the base model's and are not copied. No pickle: safetensors and JSON alone, and a folder with any
+other file is refused. :mod:`pst_ds.checkpoint.writer` writes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from pst_ds.checkpoint.chunks import CutTensors
+from pst_ds.core.bits import pack_shard, shard_bytes, shard_numel, unpack_range
+from pst_ds.durable import file_sha256
+from pst_ds.errors import InputError
+from pst_ds.parallel.optimizer_state import KINDS, MASTER
+
+FORMAT = 2
+MANIFEST, SUMS, MASK = "manifest.json", "SHA256SUMS", "mask"
+_SHARD_NAME = re.compile(r"shard-(\d{5,})-of-(\d{5,})\.safetensors")
+
+
+class CheckpointError(InputError):
+    """A checkpoint that is not there, is damaged, or belongs to another model."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointState:
+    """What a checkpoint knows beside its tensors."""
+
+    step: int
+    """Applied optimizer steps."""
+    sparsity: float
+    """Fraction of zeros asked of every pruned matrix."""
+    masks_final: bool
+    """Whether the masks were at their final sparsity and fixed."""
+    precision: str
+    """What the model computed in: "bf16" or "fp32"."""
+    device_type: str
+    """Where it computed: "cpu", "cuda"."""
+    base_path: str
+    base_fingerprint: str
+    labels: list[str]
+    """Names of the classes, in the order of their ids."""
+    weight_scales: dict[str, list[float]]
+    """Of each PST layer, the mean |W0| of its matrices (or ones)."""
+    metrics: dict[str, float]
+    """Of the evaluation at this step, if there was one."""
+    progress: dict[str, Any] = field(default_factory=dict)
+    """What continuing the run takes, as JSON values; see :class:`pst_ds.train.resume.Progress`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """Which tensors a checkpoint holds, and how they are cut over its files."""
+
+    num_shards: int
+    trained: dict[str, tuple[int, ...]]
+    """Shape of every trainable parameter, in the order of the files' values."""
+    masks: dict[str, int]
+    """Weights under each mask, by PST layer, in the order of the files' bytes."""
+    steps: dict[str, int]
+    """Adam's count of steps of each trainable parameter."""
+    cuts: list[list[tuple[int, int, int]]] | None = None
+    """Of the trainable parameters; None for even ones. See :class:`pst_ds.checkpoint.chunks.CutTensors`."""
+
+    def cut_tensors(self) -> CutTensors:
+        """Raises ValueError for cuts that do not add up."""
+        sizes = {name: torch.Size(shape).numel() for name, shape in self.trained.items()}
+        return CutTensors(sizes, self.num_shards, self.cuts)
+
+
+class Checkpoint:
+    """A checkpoint opened for reading; ranges of it are read from disk when they are asked for."""
+
+    def __init__(self, folder: Path, state: CheckpointState, contents: Contents):
+        self.folder, self.state, self.contents = folder, state, contents
+        self._tensors = contents.cut_tensors()
+        self._mask_offsets: dict[str, int] = {}
+        end = 0
+        for name, numel in contents.masks.items():
+            self._mask_offsets[name] = end
+            end += shard_bytes(numel, contents.num_shards)
+        self._mask_bytes = end
+        self._open: dict[int, Any] = {}
+
+    @property
+    def trained(self) -> Mapping[str, Tensor]:
+        """Whole fp32 masters in their shapes, by name; read at every access."""
+        return _Lazily(self.contents.trained, self._whole_master)
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Bits of whole masks in the canonical one-shard form, by layer; read at every access."""
+        return _Lazily(self.contents.masks, lambda name: self.mask_shard(name, 1, 0))
+
+    def values(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        """Values [start, stop) of a trainable parameter, (stop - start,) fp32; ``kind`` is one of KINDS."""
+        runs = self._tensors.runs(name, start, stop)
+        parts = [self._slice(run.file, kind, run.offset, run.offset + run.stop - run.start) for run in runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
+
+    def mask_shard(self, name: str, num_shards: int, index: int) -> Tensor:
+        """The bits of shard ``index`` of a mask cut into ``num_shards``, uint8; padding bits are zero."""
+        numel, own = self.contents.masks[name], self.contents.num_shards
+        if num_shards == own:
+            return self._mask_file(name, index)
+        per_shard = shard_numel(numel, num_shards)
+        start = min(index * per_shard, numel)
+        stop = min(start + per_shard, numel)
+        per_file = shard_numel(numel, own)
+        keep = [
+            unpack_range(self._mask_file(name, file), min(per_file, numel - file * per_file), 1, first, last)
+            for file in range(start // per_file, -(-stop // per_file))
+            for first, last in [(max(start - file * per_file, 0), min(stop - file * per_file, per_file))]
+        ]
+        none = torch.empty(0, dtype=torch.uint8)
+        return pack_shard(torch.cat(keep) if keep else none, shard_bytes(numel, num_shards))
+
+    def check_shard(self, file: int) -> None:
+        """Raise CheckpointError when a file does not hold tensors of the types and sizes that the manifest says."""
+        path = self.folder / shard_name(file, self.contents.num_shards)
+        values = self._tensors.length(file)
+        wanted = {kind: ("F32", [values]) for kind in KINDS} | {MASK: ("U8", [self._mask_bytes])}
+        tensors = {key: self._tensor(file, key) for key in self._handle(file).keys()}  # noqa: SIM118  not iterable
+        found = {key: (tensor.get_dtype(), tensor.get_shape()) for key, tensor in tensors.items()}
+        if found != wanted:
+            raise CheckpointError(f"{path} is damaged: it holds {found}, and {MANIFEST} says {wanted}")
+
+    def _mask_file(self, name: str, file: int) -> Tensor:
+        start = self._mask_offsets[name]
+        return self._slice(file, MASK, start, start + shard_bytes(self.contents.masks[name], self.contents.num_shards))
+
+    def _whole_master(self, name: str) -> Tensor:
+        shape = torch.Size(self.contents.trained[name])
+        return self.values(name, MASTER, 0, shape.numel()).view(shape)
+
+    def _slice(self, file: int, key: str, start: int, stop: int) -> Tensor:
+        return self._tensor(file, key)[start:stop]
+
+    def _tensor(self, file: int, key: str) -> Any:
+        return self._handle(file).get_slice(key)
+
+    def _handle(self, file: int) -> Any:
+        if file not in self._open:
+            from safetensors import SafetensorError, safe_open
+
+            path = self.folder / shard_name(file, self.contents.num_shards)
+            try:
+                self._open[file] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is damaged: {error}") from None
+        return self._open[file]
+
+
+class _Lazily(Mapping[str, Tensor]):
+    """Names with values that are read when asked for."""
+
+    def __init__(self, names: Mapping[str, Any], read: Any):
+        self._names, self._read = names, read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the value
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def most_bytes(trained: int, masked: int) -> int:
+    """Bytes that a checkpoint may take: 12 a trained value, one bit a weight under a mask, and 1 MB for the rest."""
+    return trained * 12 + masked // 8 + 10**6
+
+
+def shard_name(file: int, num_shards: int) -> str:
+    return f"shard-{file + 1:05d}-of-{num_shards:05d}.safetensors"
+
+
+def sums_text(sums: Mapping[str, str]) -> str:
+    """The content of SHA256SUMS for file names with their sums."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+
+
+def manifest_bytes(state: CheckpointState, contents: Contents) -> bytes:
+    table = {"format": FORMAT, "state": asdict(state), "contents": asdict(contents)}
+    return (json.dumps(table, indent=1) + "\n").encode()
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Open the checkpoint in ``folder``, all its files verified.
+
+    Raises CheckpointError when it is missing, unknown or damaged, naming the file.
+    """
+    checkpoint = open_checkpoint(folder)
+    check_sums(folder, {name: file_sha256(folder / name) for name in listed_files(folder)})
+    for file in range(checkpoint.contents.num_shards):
+        checkpoint.check_shard(file)
+    return checkpoint
+
+
+def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Raise CheckpointError, naming the file, unless SHA256SUMS says exactly ``sums``."""
+    text = (folder / SUMS).read_bytes()
+    if text == sums_text(sums).encode():
+        return
+    lines = dict(line.split("  ", 1)[::-1] for line in text.decode(errors="replace").splitlines() if "  " in line)
+    for name, digest in sums.items():
+        if name in lines and lines[name] != digest:
+            raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the one in {SUMS}")
+    raise CheckpointError(f"{folder / SUMS} is damaged: it does not list the files of the checkpoint")
+
+
+def listed_files(folder: Path) -> list[str]:
+    """The names of manifest and shards in ``folder``; CheckpointError for a file that is missing or does not belong."""
+    for name in (MANIFEST, SUMS):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"no whole checkpoint in {folder.absolute()}: {name} is missing")
+    names = []
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or not path.is_file():
+            raise CheckpointError(f"{path} is a link or a folder; a checkpoint holds plain files only")
+        if path.name not in (MANIFEST, SUMS) and not _SHARD_NAME.fullmatch(path.name):
+            raise CheckpointError(
+                f"{path} does not belong in a checkpoint, which holds {MANIFEST}, {SUMS} and shard-*.safetensors; it "
+                "was not opened. Move it elsewhere"
+            )
+        if path.name != SUMS:
+            names.append(path.name)
+    return names
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open the checkpoint in ``folder`` by its manifest; of the other files only the names are checked.
+
+    Raises CheckpointError for a manifest that is missing, damaged or of another format, and for missing files.
+    """
+    names = listed_files(folder)
+    path = folder / MANIFEST
+    data = path.read_bytes()
+    if f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n".encode() not in (folder / SUMS).read_bytes():
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {SUMS}")
+    try:
+        table = json.loads(data)
+        found = table.get("format") if isinstance(table, dict) else None
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number of thousands of digits
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has format {found!r}; this version reads {FORMAT}")
+    try:
+        _require_keys(table, {"format", "state", "contents"}, "its parts")
+        state, contents = _state(table["state"]), _contents(table["contents"])
+        checkpoint = Checkpoint(folder, state, contents)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from None
+    shards = range(min(contents.num_shards, len(names) + 1))  # enough to name one that is missing
+    wanted = {MANIFEST, *(shard_name(i, contents.num_shards) for i in shards)}
+    for name in sorted(wanted ^ set(names)):
+        raise CheckpointError(f"{folder / name} is {'missing' if name in wanted else 'not in the manifest'}")
+    return checkpoint
+
+
+def _require_keys(table: dict[str, Any], wanted: set[str], what: str) -> None:
+    unknown = set(table) ^ wanted
+    if unknown:
+        raise ValueError(f"{what} differ in {', '.join(sorted(unknown))}")
+
+
+def _state(table: dict[str, Any]) -> CheckpointState:
+    """State from its JSON; ValueError or TypeError for values of other types."""
+    state = CheckpointState(**table)
+    _count(state.step)
+    for name, hint in get_type_hints(CheckpointState).items():
+        value, kind = getattr(state, name), get_origin(hint) or hint
+        if type(value) is not kind and (kind is not float or type(value) is not int):
+            raise ValueError(f"{name} is {value!r}")
+    scales = [scale for of_layer in state.weight_scales.values() for scale in of_layer]
+    if not all(type(number) in (int, float) for number in [*scales, *state.metrics.values()]):
+        raise ValueError("weight_scales or metrics have what is no number")
+    if not all(type(label) is str for label in state.labels):
+        raise ValueError(f"labels are {state.labels!r}")
+    return state
+
+
+def _contents(table: dict[str, Any]) -> Contents:
+    """Contents from their JSON; ValueError or TypeError for values that cannot be."""
+    _require_keys(table, {f.name for f in fields(Contents)}, "contents")
+    cuts = table["cuts"]
+    contents = Contents(
+        num_shards=_count(table["num_shards"], 1),
+        trained={name: tuple(_count(n) for n in shape) for name, shape in table["trained"].items()},
+        masks={name: _count(numel, 1) for name, numel in table["masks"].items()},
+        steps={name: _count(step) for name, step in table["steps"].items()},
+        cuts=None if cuts is None else [[(_count(i), _count(a), _count(b)) for i, a, b in of_file] for of_file in cuts],
+    )
+    if set(contents.steps) != set(contents.trained):
+        raise ValueError("steps are not those of the trained parameters")
+    return contents
+
+
+def _count(value: Any, least: int = 0) -> int:
+    if type(value) is not int or not least <= value < 1 << 48:
+        raise ValueError(f"{value!r} is not a size")
+    return value

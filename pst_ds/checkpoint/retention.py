@@ -1,0 +1,154 @@
+"""The checkpoints of a run: ``checkpoints/step-00000120`` and so on, which to keep, and which to go on from.
+
+``latest``, ``best`` and ``final`` are links to them. A folder has its name only once it is whole, so a crash leaves at
+most a ``.partial`` one; a damaged one is set aside as ``.broken``, never used and never counted.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from pst_ds.checkpoint.format import Checkpoint, CheckpointError, check_sums, listed_files, open_checkpoint
+from pst_ds.config.file_names import BEST, FINAL, LATEST
+from pst_ds.durable import OLD, PARTIAL, file_sha256, replace_link, restore_replaced
+from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, rank, world_size
+
+BROKEN = ".broken"
+_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The finished checkpoints in ``folder``, the newest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True) if path.is_dir() and not path.is_symlink()]
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what a killed process left half-written. No process may be writing."""
+    if not folder.is_dir():
+        return
+    for path in list(folder.glob(f"step-*{OLD}")):
+        restore_replaced(path.with_name(path.name.removesuffix(OLD)))
+    for path in [*folder.glob(f"step-*{PARTIAL}"), *folder.glob(f".*{PARTIAL}")]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose files are all as they were written, and what is wrong with newer ones.
+
+    The damaged are set aside. Every rank verifies a share of the files. Collective; the same on every rank.
+    """
+    problems: list[str] = []
+    names = all_gather_objects([path.name for path in step_folders(folder)])[0]
+    for name in names:
+        checkpoint, problem = _verified(folder / name)
+        if checkpoint is not None:
+            return checkpoint, problems
+        problems.append(problem)
+        if is_main():
+            broken = folder / (name + BROKEN)
+            shutil.rmtree(broken, ignore_errors=True)
+            (folder / name).rename(broken)
+        barrier()
+    return None, problems
+
+
+def _verified(path: Path) -> tuple[Checkpoint | None, str]:
+    """The checkpoint, or the first problem that any rank finds with it. Collective."""
+    checkpoint, sums, problem = None, {}, ""
+    try:
+        checkpoint = open_checkpoint(path)
+        names = listed_files(path)
+        sums = {name: file_sha256(path / name) for name in names[rank() :: world_size()]}
+        for file in range(rank(), checkpoint.contents.num_shards, world_size()):
+            checkpoint.check_shard(file)
+    except (CheckpointError, OSError) as error:
+        problem = str(error)
+    gathered = all_gather_objects((problem, sums))
+    problem = next((found for found, _ in gathered if found), "")
+    if not problem:
+        try:
+            check_sums(path, {name: digest for _, of_rank in gathered for name, digest in of_rank.items()})
+        except (CheckpointError, OSError) as error:
+            problem = str(error)
+        # before rank 0 may set the folder aside, all have read it; and all say the same
+        problem = next(filter(None, all_gather_objects(problem)), "")
+    return (None if problem else checkpoint), problem
+
+
+def keep(folder: Path, keep_last: int) -> list[str]:
+    """Remove all but the newest ``keep_last`` good checkpoints, and the best that any of these knows; their names.
+
+    A checkpoint counts when its manifest is intact and its files have their full length. One that is not good is
+    removed only when it is older than ``keep_last`` good ones, and the last good one never.
+    """
+    kept: list[Checkpoint] = []
+    older: list[Path] = []
+    for path in step_folders(folder):
+        if len(kept) < keep_last:
+            checkpoint = _intact(path)
+            if checkpoint is not None:
+                kept.append(checkpoint)
+        else:
+            older.append(path)
+    best = {step_name(c.state.progress["best_step"]) for c in kept if c.state.progress.get("best_step") is not None}
+    removed = [path for path in older if path.name not in best] if kept else []
+    for path in removed:
+        doomed = path.with_name(path.name + PARTIAL)  # whole or gone, also when we are killed now
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+    return [path.name for path in removed]
+
+
+def _intact(path: Path) -> Checkpoint | None:
+    try:
+        checkpoint = open_checkpoint(path)
+        for file in range(checkpoint.contents.num_shards):
+            checkpoint.check_shard(file)
+    except (CheckpointError, OSError):
+        return None
+    return checkpoint
+
+
+def settle(folder: Path, step: int, *, best_step: int | None, is_last: bool, keep_last: int) -> None:
+    """Let the links follow a checkpoint of ``step`` that is there now, and remove those it makes superfluous.
+
+    Also after a crash between its writing and this.
+    """
+    for link, of_step in ((LATEST, step), (BEST, best_step), (FINAL, step if is_last else None)):
+        if of_step is not None and (folder / step_name(of_step)).is_dir():
+            replace_link(folder / link, step_name(of_step))
+        elif (folder / link).is_symlink() and not (folder / link).exists():
+            (folder / link).unlink()  # to one that was damaged
+    keep(folder, keep_last)
+
+
+def find(folder: Path, name: str) -> Path:
+    """The folder of a checkpoint by name; "best" is "final" when none was chosen. Raises CheckpointError."""
+    path = folder / (FINAL if name == BEST and not (folder / BEST).exists() else name)
+    if path.is_symlink():
+        target = path.readlink()
+        if not _STEP_FOLDER.fullmatch(str(target)) or (folder / target).is_symlink():
+            raise CheckpointError(f"{path} is a link to {str(target)!r}; it must name a checkpoint beside it")
+        path = folder / target
+    if not path.is_dir():
+        there = ", ".join(known_names(folder)) or "none; train the run first"
+        raise CheckpointError(f"no checkpoint {name!r} in {folder.absolute()}. There are: {there}")
+    return path
+
+
+def known_names(folder: Path) -> list[str]:
+    """What :func:`find` finds in ``folder``."""
+    links = [link for link in (BEST, FINAL, LATEST) if (folder / link).is_dir()]
+    return [*links, *(path.name for path in step_folders(folder))]

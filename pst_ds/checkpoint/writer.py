@@ -1,0 +1,237 @@
+"""Writes portable checkpoints: every rank its own part, in a thread of its own while training goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.checkpoint.format import (
+    MANIFEST,
+    MASK,
+    SUMS,
+    CheckpointState,
+    Contents,
+    manifest_bytes,
+    most_bytes,
+    shard_name,
+    sums_text,
+)
+from pst_ds.checkpoint.restore import trainable
+from pst_ds.core.bits import pack_shard, shard_bytes, shard_numel, unpack_range
+from pst_ds.durable import PARTIAL, sync, take_name, write_new
+from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.linear import PSTLinear
+from pst_ds.parallel import optimizer_state, zero3
+from pst_ds.parallel.engine import Engine
+from pst_ds.parallel.optimizer_state import Piece
+from pst_ds.parallel.ranks import BackgroundGroup, rank, world_size
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """How a save ended; the same on every rank."""
+
+    name: str
+    bytes: int
+    """Of all its files."""
+    blocked_seconds: float
+    """For how long this rank's training thread was held up."""
+    error: str = ""
+    """Why there is no checkpoint, or why ``when_written`` failed, with the rank; empty when all is well."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """What a rank tells the others of its part."""
+
+    error: str
+    digest: str
+    bytes: int
+    cuts: list[tuple[int, int, int]]
+    steps: dict[str, int]
+
+
+class CheckpointWriter:
+    """Saves checkpoints of one engine into ``folder``, one at a time.
+
+    :meth:`save` copies this rank's part (its trainable values' 12 bytes each and its mask bits) and returns; a thread
+    writes it, hears from the other ranks, and gives the folder its name when all is on disk and was read back. The
+    copy is kept for the next save; while the file is made it takes twice as much again. Making a writer, and
+    :meth:`save`, are collective.
+    """
+
+    def __init__(self, folder: Path, engine: Engine):
+        self._folder, self._engine = folder, engine
+        self._named = trainable(engine.module)
+        self._layers = pst_layers(engine.module)
+        self._group = BackgroundGroup()
+        self._buffers: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._outcome: Written | None = None
+
+    def save(self, name: str, state: CheckpointState, *, when_written: Callable[[], None] = lambda: None) -> None:
+        """Begin to write ``folder/name``; waits first for a save that is still being written.
+
+        ``when_written`` is called on rank 0, in the thread, once the checkpoint is there.
+        """
+        began = time.perf_counter()
+        self.wait()
+        pieces = self._own_pieces()
+        self._copy_values(pieces)
+        self._copy_masks()
+        steps = optimizer_state.adam_steps(self._engine, pieces)
+        self._thread = threading.Thread(target=self._run, args=(name, state, pieces, steps, when_written), daemon=True)
+        self._blocked = time.perf_counter() - began
+        self._thread.start()
+
+    def wait(self, timeout: float | None = None) -> Written | None:
+        """Wait until nothing is being written; how the last save ended, the first time it is asked for."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                return None
+            self._thread = None
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+    def _own_pieces(self) -> list[Piece]:
+        pieces = optimizer_state.local_pieces(self._engine, self._named)
+        if not optimizer_state.is_replicated(param for _, param in self._named):
+            return pieces
+        shares = []
+        for piece in pieces:
+            share = shard_numel(piece.stop, world_size())
+            shares.append(piece.cut(min(rank() * share, piece.stop), min((rank() + 1) * share, piece.stop)))
+        return shares
+
+    def _copy_values(self, pieces: list[Piece]) -> None:
+        total = sum(piece.stop - piece.start for piece in pieces)
+        for kind in optimizer_state.KINDS:
+            parts = self._buffer(kind, total, torch.float32).split([piece.stop - piece.start for piece in pieces])
+            if pieces:  # ZeRO-1 and 2 may leave a rank with none
+                torch._foreach_copy_(list(parts), optimizer_state.values(self._engine, pieces, kind))
+
+    def _copy_masks(self) -> None:
+        sizes = [shard_bytes(layer.layout.numel, world_size()) for layer in self._layers.values()]
+        parts = self._buffer(MASK, sum(sizes), torch.uint8).split(sizes)
+        for part, layer in zip(parts, self._layers.values(), strict=True):
+            part.copy_(_mask_share(layer))
+
+    def _buffer(self, key: str, count: int, dtype: torch.dtype) -> Tensor:
+        found = self._buffers.get(key)
+        if found is None or found.numel() != count:
+            found = self._buffers[key] = torch.empty(count, dtype=dtype)
+        return found
+
+    def _run(self, name: str, state: CheckpointState, pieces: list[Piece], steps: dict[str, int], done: Any) -> None:
+        partial = self._folder / (name + PARTIAL)
+        problem, size, is_there = "", 0, False
+        try:
+            reports = self._group.all_gather(self._write_shard(partial, pieces, steps))
+            problem = _first_problem([report.error for report in reports])
+            if rank() == 0:
+                if not problem:
+                    problem, size = self._finish(partial, name, state, reports, done)
+                if problem:
+                    shutil.rmtree(partial, ignore_errors=True)
+                is_there = not problem
+            problem, size = self._group.all_gather((problem, size))[0]
+        except Exception as error:  # of the exchange: another rank is gone, and this one will hear of it in training
+            problem = "" if is_there else _in_words(error)
+        self._outcome = Written(name, size, self._blocked, problem)
+
+    def _write_shard(self, partial: Path, pieces: list[Piece], steps: dict[str, int]) -> _Report:
+        from safetensors.torch import save
+
+        cuts: list[tuple[int, int, int]] = []
+        if not optimizer_state.is_cut_evenly(param for _, param in self._named):
+            index = {name: i for i, (name, _) in enumerate(self._named)}
+            cuts = [(index[piece.name], piece.start, piece.stop) for piece in pieces]
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            data = save(dict(self._buffers))
+            digest = write_new(partial / shard_name(rank(), world_size()), data)
+        except Exception as error:  # MemoryError too: who does not report leaves the others waiting
+            return _Report(_in_words(error), "", 0, cuts, steps)
+        return _Report("", digest, len(data), cuts, steps)
+
+    def _finish(
+        self, partial: Path, name: str, state: CheckpointState, reports: list[_Report], done: Callable[[], None]
+    ) -> tuple[str, int]:
+        """Manifest, sums, and the name; returns (problem, bytes)."""
+        try:
+            sums = {shard_name(i, len(reports)): report.digest for i, report in enumerate(reports)}
+            manifest = manifest_bytes(state, self._contents(reports))
+            sums[MANIFEST] = hashlib.sha256(manifest).hexdigest()
+            for path in partial.iterdir():  # of a save by other ranks that was killed
+                if path.name not in sums:
+                    path.unlink()
+            write_new(partial / MANIFEST, manifest)
+            listing = sums_text(sums).encode()
+            write_new(partial / SUMS, listing)
+            take_name(partial, self._folder / name)
+            sync(self._folder)
+            done()
+        except Exception as error:
+            return f"rank 0: {_in_words(error)}", 0
+        return "", sum(report.bytes for report in reports) + len(manifest) + len(listing)
+
+    def _contents(self, reports: list[_Report]) -> Contents:
+        steps = {name: 0 for name, _ in self._named}
+        for report in reports:
+            steps |= report.steps
+        cuts = [report.cuts for report in reports]
+        return Contents(
+            num_shards=len(reports),
+            trained={name: tuple(zero3.full_shape(param)) for name, param in self._named},
+            masks={name: layer.layout.numel for name, layer in self._layers.items()},
+            steps=steps,
+            cuts=cuts if any(cuts) else None,
+        )
+
+
+def save_checkpoint(folder: Path, engine: Engine, state: CheckpointState) -> None:
+    """Write ``folder`` whole or not at all, and wait for it. Collective. Raises OSError on every rank."""
+    writer = CheckpointWriter(folder.parent, engine)
+    writer.save(folder.name, state)
+    written = writer.wait()
+    assert written is not None
+    if written.error:
+        raise OSError(f"{folder} could not be written: {written.error}")
+
+
+def size_limit(model: nn.Module) -> int:
+    """Bytes that a checkpoint of ``model`` may take."""
+    trained = sum(zero3.full_numel(param) for _, param in trainable(model))
+    return most_bytes(trained, sum(layer.layout.numel for layer in pst_layers(model).values()))
+
+
+def _mask_share(layer: PSTLinear) -> Tensor:
+    """Bits of this rank's share of a mask: shard ``rank`` of as many as there are ranks."""
+    bits, numel, world = layer.pst_mask, layer.layout.numel, world_size()
+    if zero3.is_partitioned(bits):
+        return zero3.shard_of(bits).values
+    per_shard = shard_numel(numel, world)
+    start = min(rank() * per_shard, numel)
+    stop = min(start + per_shard, numel)
+    num_bytes = shard_bytes(numel, world)
+    if layer.num_shards == 1 and per_shard % 8 == 0 and stop - start == per_shard:
+        return bits.detach()[start // 8 : start // 8 + num_bytes]
+    return pack_shard(unpack_range(bits.detach(), numel, layer.num_shards, start, stop), num_bytes)
+
+
+def _first_problem(errors: list[str]) -> str:
+    return next((f"rank {i}: {error}" for i, error in enumerate(errors) if error), "")
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"

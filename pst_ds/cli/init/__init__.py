@@ -1,0 +1,122 @@
+"""``pst-ds init MODEL --train FILE``: a commented run file that ``pst-ds plan`` takes, from a model and its text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pst_ds.cli.main import count
+from pst_ds.durable import require_writable
+from pst_ds.errors import InputError
+
+TASKS = ("classification", "regression", "causal-lm", "data-to-text")
+METHODS = ("pst", "dense", "lora", "magnitude", "gmp", "movement", "soft-movement", "spp", "masked-lora")
+_TRIES = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="DIR", help="model folder, or a name on the hub")
+    parser.add_argument("--train", metavar="FILE", help="JSONL, CSV, Parquet or text file to train on")
+    parser.add_argument("--validation", metavar="FILE", help="file that chooses the best checkpoint")
+    parser.add_argument("--test", metavar="FILE", help="file for pst-ds eval and verify")
+    parser.add_argument("--task", choices=TASKS, help="default: what the columns of the training file suggest")
+    parser.add_argument("--text-columns", type=_names, metavar="COLUMN,...", help="one column, or two for pairs")
+    parser.add_argument("--label-column", metavar="COLUMN", help="default: label")
+    parser.add_argument("--method", choices=METHODS, default="pst", help="default: pst")
+    parser.add_argument("--sparsity", type=float, metavar="S", help="fraction of zeros at the end (default: 0.9)")
+    parser.add_argument("--pattern", metavar="P", help='matrix (default), global, row, N:M or blocks such as "16x1"')
+    steps = parser.add_mutually_exclusive_group()
+    steps.add_argument("--epochs", type=float, metavar="N", help="default: 3, and 1 for causal-lm")
+    steps.add_argument("--steps", type=count, metavar="N", help="optimizer steps")
+    parser.add_argument("--batch-size", type=count, metavar="N", help="of all ranks together (default: about 32)")
+    parser.add_argument(
+        "--max-length", type=count, metavar="N", help="tokens (default: 128, 512 for causal-lm, or less)"
+    )
+    parser.add_argument("--ranks", type=count, metavar="N", help="processes to train on (default: 1)")
+    parser.add_argument("--output-dir", metavar="DIR", help="run folder (default: runs/ and the name of the run file)")
+    parser.add_argument("--out", default="run.toml", metavar="FILE", help="run file to write (default: run.toml)")
+    parser.add_argument("--force", action="store_true", help="write over a run file that is there")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    out = Path(args.out)
+    deepspeed_file = out.with_suffix(".deepspeed.json")
+    for path in (out, deepspeed_file):
+        if path.exists() and not args.force:
+            raise InputError(f"{path} exists; name another file with --out, or write over it with --force")
+        require_writable(path, f"--out {out}")
+    _complete(args)
+    from pst_ds.cli.init.run import chosen_run
+    from pst_ds.cli.init.text import write_files
+
+    chosen = chosen_run(args, deepspeed_file)
+    write_files(chosen, out, deepspeed_file)
+    result = chosen.summary | {"out": args.out, "deepspeed_config": chosen.run.deepspeed_config}
+    shown = f", {result['sparsity']} zeros" if result["sparsity"] else ""
+    print(
+        f"wrote {out}: {result['task']}, method {result['method']}{shown}, {result['num_layers']} layers, "
+        f"{result['trained_parameters']:,} trained parameters, {result['num_steps']} steps over {result['examples']} "
+        f"{result['unit']}"
+    )
+    print(f"next: {chosen.plan_command(out)}; then {chosen.train_command(out)}")
+    return result
+
+
+def _complete(args: argparse.Namespace) -> None:
+    """Ask for what the flags leave open. Raises InputError where there is no terminal to ask on."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        missing = [name for name, value in (("the model folder", args.model), ("--train", args.train)) if not value]
+        if missing:
+            raise InputError(
+                f"{' and '.join(missing)} missing, and no terminal to ask on: pst-ds init DIR --train FILE"
+            )
+        return
+    if not args.model:
+        args.model = _ask("model folder, or its name on the hub")
+    if not args.train:
+        args.train = _ask("file to train on (.jsonl, .csv, .parquet, .txt)", check=_file_problem)
+        args.validation = args.validation or _ask("file for validation", "none", check=_file_problem)
+    if args.sparsity is None and args.pattern is None and args.method not in ("dense", "lora"):
+        args.sparsity = float(_ask("fraction of zeros at the end", "0.9", check=_share_problem))
+    if args.ranks is None:
+        args.ranks = int(_ask("processes to train on", "1", check=_count_problem))
+
+
+def _ask(question: str, default: str = "", check: Callable[[str], str] = lambda answer: "") -> str:
+    """The answer, "" for the default "none". Raises InputError after three that do not do, or at the end of input."""
+    problem = ""
+    for _ in range(_TRIES):
+        print(f"{question}{f' [{default}]' if default else ''}: ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        answer = line.strip() or default
+        if not line:
+            break
+        if answer == default == "none":
+            return ""
+        problem = check(answer) if answer else "an answer is needed"
+        if not problem:
+            return answer
+        print(f"  {problem}", file=sys.stderr)
+    raise InputError(f"{question}: {problem or 'no answer was given'}")
+
+
+def _file_problem(answer: str) -> str:
+    return "" if Path(answer).is_file() else f"{answer!r} is no file (looked in {Path(answer).absolute()})"
+
+
+def _share_problem(answer: str) -> str:
+    try:
+        return "" if 0.0 <= float(answer) < 1.0 else f"{answer} is not in [0, 1)"
+    except ValueError:
+        return f"{answer!r} is no number"
+
+
+def _count_problem(answer: str) -> str:
+    return "" if answer.isdigit() and int(answer) else f"{answer!r} is not a whole number of at least 1"
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]

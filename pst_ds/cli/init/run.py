@@ -1,0 +1,208 @@
+"""The settings that ``pst-ds init`` chooses, by the flags, the columns of the training file and the model's config."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pst_ds.config.methods import METHODS
+from pst_ds.config.run import DataConfig, RunConfig
+from pst_ds.config.toml import run_from_table
+from pst_ds.data.dataset import read_rows
+from pst_ds.data.tasks import is_causal, task_of
+from pst_ds.errors import InputError
+from pst_ds.nn.inject import pst_layers
+from pst_ds.train.model import load_model_config, load_tokenizer, meta_model, num_trainable
+
+_MAX_LENGTHS = {"causal-lm": 512, "data-to-text": 256}
+_OTHER_MAX_LENGTH, _BATCH_SIZE, _UPDATE_INTERVAL = 128, 32, 4
+_SHORTEST = 4
+"""Tokens that every task can do with, while the model's own limit is looked up."""
+_GUESSED_TEXTS = (
+    ["text"],
+    ["sentence"],
+    ["sentence1", "sentence2"],
+    ["premise", "hypothesis"],
+    ["question1", "question2"],
+)
+_TEXT_TYPES = ("string", "large_string")
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A run, and what was seen on the way to it."""
+
+    table: dict[str, Any]
+    """Of the run file: the settings that it names."""
+    run: RunConfig
+    labels: list[str]
+    family: str
+    positions: int | None
+    """The most tokens that model and tokenizer can take; None without a limit."""
+    has_accelerator: bool
+    layers: list[str]
+    """Last parts of the names of the layers to prune."""
+    summary: dict[str, Any]
+
+    def plan_command(self, out: Path) -> str:
+        """For a shell, as :meth:`train_command` too."""
+        ranks = f" --ranks {self.summary['ranks']}" if self.run.deepspeed_config else ""
+        return f"pst-ds plan {shlex.quote(str(out))}{ranks}"
+
+    def train_command(self, out: Path) -> str:
+        file = shlex.quote(str(out))
+        if not self.run.deepspeed_config:
+            return f"pst-ds train {file}"
+        return f"deepspeed --num_accelerators {self.summary['ranks']} --module pst_ds train {file}"
+
+
+def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
+    """The run that ``args`` ask for, checked as ``pst-ds plan`` does. Raises InputError."""
+    ranks = args.ranks or 1
+    has_accelerator = torch.accelerator.is_available()
+    table = _first_table(args, deepspeed_file if ranks > 1 or has_accelerator else None)
+    asked = table["data"].pop("max_length", 0)
+    first = run_from_table(_laid_over(table, "data", max_length=_SHORTEST))
+    task, tokenizer = task_of(first), load_tokenizer(first)
+    labels = task.label_names(first.data)
+    config = load_model_config(first, labels, tokenizer)
+    positions = _positions(config, tokenizer)
+    length = asked or min(_MAX_LENGTHS.get(first.task, _OTHER_MAX_LENGTH), positions or _OTHER_MAX_LENGTH)
+    table = _laid_over(table, "data", max_length=length)
+    examples = len(task.load(run_from_table(table).data, "train", tokenizer, labels))
+    table = _laid_over(table, "train", batch_size=args.batch_size or _batch_size(examples, ranks))
+    run = run_from_table(table)
+    run.micro_batch_size(ranks)
+    model = meta_model(run, labels, tokenizer)
+    layers = pst_layers(model)
+    summary = {
+        "task": run.task,
+        "method": run.method,
+        "sparsity": run.schedule.final_sparsity if run.mask_method.masks != "none" else 0.0,
+        "classes": labels,
+        "num_layers": len(layers),
+        "trained_parameters": num_trainable(model),
+        "num_steps": run.num_steps(examples),
+        "examples": examples,
+        "unit": task.unit,
+        "ranks": ranks,
+    }
+    names = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    return Chosen(table, run, labels, config.model_type, positions, has_accelerator, names, summary)
+
+
+def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> dict[str, Any]:
+    """All that needs no model, in the order of the file; what is the default of a run file is left out where it says
+    nothing."""
+    rows = read_rows(DataConfig(train=args.train), "train", {})
+    features = {name: getattr(feature, "dtype", "") for name, feature in rows.features.items()}
+    if args.label_column and args.label_column not in features:
+        raise InputError(
+            f"--label-column {args.label_column!r} is not in {args.train}; name one of the columns: "
+            f"{', '.join(features)}"
+        )
+    task = args.task or _task_of_columns(features, args.label_column or "label")
+    if task == "causal-lm" and not args.task:
+        _require_labels_or_causal(args, features)
+    data: dict[str, Any] = {"train": args.train}
+    data |= {name: getattr(args, name) for name in ("validation", "test") if getattr(args, name)}
+    data["text_columns"] = args.text_columns or _text_columns(features, args.label_column or "label", task, args.train)
+    if task != "causal-lm":
+        data["label_column"] = args.label_column or "label"
+    if args.max_length:
+        data["max_length"] = args.max_length
+    if args.steps:
+        steps: dict[str, Any] = {"num_steps": args.steps}
+    else:
+        default = 1.0 if task == "causal-lm" else 3.0
+        steps = {"num_epochs": default if args.epochs is None else args.epochs}
+    table: dict[str, Any] = {
+        "output_dir": args.output_dir or f"runs/{Path(args.out).stem}",
+        "task": task,
+        "method": args.method,
+        **({"deepspeed_config": str(deepspeed_file)} if deepspeed_file else {}),
+        "model": {"path": args.model},
+        "data": data,
+        "train": {**steps, "precision": "bf16"},
+    }
+    if args.method == "soft-movement":
+        table["train"]["score_penalty"] = 1.0
+    masks = METHODS[args.method].masks
+    if masks != "none":
+        table["pst"] = {"target_modules": "all-linear", "pattern": args.pattern or "matrix"}
+        table["schedule"] = {"final_sparsity": _sparsity(args)}
+    if masks == "ramp":
+        table["schedule"]["update_interval"] = _UPDATE_INTERVAL
+    return table
+
+
+def _sparsity(args: argparse.Namespace) -> float:
+    from pst_ds.core.patterns import parse_pattern
+
+    try:
+        fixed = parse_pattern(args.pattern or "matrix").fixed_sparsity
+    except ValueError as error:
+        raise InputError(f"--pattern {args.pattern!r}: {error}") from None
+    default = 0.9 if fixed is None else fixed
+    return default if args.sparsity is None else float(args.sparsity)
+
+
+def _task_of_columns(features: dict[str, str], label_column: str) -> str:
+    if label_column not in features:
+        return "causal-lm"
+    return "regression" if features[label_column].startswith("float") else "classification"
+
+
+def _require_labels_or_causal(args: argparse.Namespace, features: dict[str, str]) -> None:
+    """Raises InputError where text without labels was found for a model that writes none, and some other column may
+    hold them."""
+    others = [name for name in features if name not in _usual_texts(features)]
+    if not others:
+        return
+    table = {"output_dir": args.out, "task": "causal-lm", "model": {"path": args.model}, "data": {"train": args.train}}
+    run = run_from_table({**table, "train": {"num_epochs": 1.0}})
+    config = load_model_config(run, [], None)
+    if not is_causal(config):
+        raise InputError(
+            f"--train {args.train} has no column 'label', and the model is a {config.model_type}, which learns from "
+            f"labels and writes no text. Name the column of the labels with --label-column: {', '.join(others)}"
+        )
+
+
+def _usual_texts(names: Iterable[str]) -> list[str]:
+    """The columns that texts are in by their names; none where there are no such."""
+    return next((texts for texts in _GUESSED_TEXTS if set(texts) <= set(names)), [])
+
+
+def _text_columns(features: dict[str, str], label_column: str, task: str, where: str) -> list[str]:
+    """The columns with the texts. Raises InputError where that is a guess."""
+    texts = [name for name, kind in features.items() if kind in _TEXT_TYPES and name != label_column]
+    found = _usual_texts(texts) or texts
+    if 1 <= len(found) <= (1 if task in ("causal-lm", "data-to-text") else 2):
+        return found
+    raise InputError(
+        f"--train {where}: which columns hold the text of task {task!r} is not clear; name them with --text-columns. "
+        f"Columns: {', '.join(features)}"
+    )
+
+
+def _positions(config: Any, tokenizer: Any) -> int | None:
+    """The smaller of what the model and the tokenizer can take; None when neither has a limit."""
+    of_model = getattr(config.get_text_config(), "max_position_embeddings", None)
+    known = [n for n in (of_model, tokenizer.model_max_length) if isinstance(n, int) and 0 < n < 10**9]
+    return min(known, default=None)
+
+
+def _batch_size(examples: int, ranks: int) -> int:
+    """About 32, a multiple of ``ranks``, and no more than there are examples."""
+    return ranks * max(1, min(_BATCH_SIZE, examples) // ranks)
+
+
+def _laid_over(table: dict[str, Any], section: str, **settings: Any) -> dict[str, Any]:
+    return {**table, section: {**table[section], **settings}}

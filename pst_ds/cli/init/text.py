@@ -1,0 +1,110 @@
+"""The files that ``pst-ds init`` writes: the run file with a comment at every setting, and DeepSpeed's JSON."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+from pst_ds.cli.init.run import Chosen
+from pst_ds.config.toml import run_from_table, toml_value
+from pst_ds.durable import replace_text
+from pst_ds.errors import InputError
+
+_COMMENTS = {
+    "output_dir": "the run folder: the resolved run file, metrics, checkpoints",
+    "method": '"pst", or a rival with the same data, schedule and export: docs/methods.md',
+    "deepspeed_config": "memory, precision and communication; batch and optimizer are this file's",
+    "data.validation": "chooses the best checkpoint, among those at the final sparsity",
+    "data.test": "read by pst-ds eval and verify alone",
+    "train.batch_size": "examples of an optimizer step, over all ranks",
+    "train.precision": '"bf16" or "fp32"; optimizer and masters are fp32 in both',
+    "train.score_penalty": "what the mean of sigmoid(S) costs at the final sparsity",
+    "pst.pattern": '"matrix", "global", "row", N:M such as "2:4", or blocks such as "16x1"',
+    "schedule.final_sparsity": "fraction of zeros in every pruned matrix at the end",
+    "schedule.update_interval": "optimizer steps between mask updates",
+}
+
+_NOT_IN_COMMENTS = ("Cc", "Cs", "Zl", "Zp")
+"""Categories of Unicode: control characters, halves of surrogate pairs, ends of lines and of paragraphs."""
+
+
+def write_files(chosen: Chosen, out: Path, deepspeed_file: Path) -> None:
+    """Raises InputError for a folder that cannot be written."""
+    text = run_file_text(chosen, out)
+    assert run_from_table(tomllib.loads(text)) == chosen.run, "the run file does not say what was chosen"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if chosen.run.deepspeed_config:
+            table = deepspeed_settings(on_cpu=not chosen.has_accelerator)
+            replace_text(deepspeed_file, json.dumps(table, indent=2) + "\n")
+        replace_text(out, text)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written: {error}") from None
+
+
+def run_file_text(chosen: Chosen, out: Path) -> str:
+    """TOML with a comment above every setting."""
+    comments = _COMMENTS | _found(chosen)
+    lines = [
+        _comment(f"What the run would do: {chosen.plan_command(out)}"),
+        _comment(f"Start it: {chosen.train_command(out)}"),
+        _comment("Every other setting: docs/run-file.md"),
+    ]
+    tables = {name: value for name, value in chosen.table.items() if isinstance(value, dict)}
+    lines += _lines({name: value for name, value in chosen.table.items() if name not in tables}, "", comments)
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *_lines(table, f"{name}.", comments)[1:]]
+    return "\n".join(lines) + "\n"
+
+
+def _lines(table: dict[str, Any], prefix: str, comments: dict[str, str]) -> list[str]:
+    lines = [""]
+    for name, value in table.items():
+        comment = comments.get(prefix + name)
+        lines += [*([_comment(comment)] if comment else []), f"{name} = {toml_value(_tuples(value))}"]
+    return lines
+
+
+def _comment(text: str) -> str:
+    """One line, whatever the data calls its classes: line ends and control characters are written as escapes."""
+    return "# " + "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in _NOT_IN_COMMENTS else c for c in text
+    )
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _found(chosen: Chosen) -> dict[str, str]:
+    """Comments that say what was seen in the model and its text."""
+    classes = ", ".join(chosen.labels[:8]) + (", …" if len(chosen.labels) > 8 else "")
+    limit = f"; the model takes at most {chosen.positions}" if chosen.positions else ""
+    what = "length of every training sequence" if chosen.run.task == "causal-lm" else "tokens a text is cut to"
+    found = {
+        "model.path": f"family {chosen.family}",
+        "data.train": f"{chosen.summary['examples']} {chosen.summary['unit']}",
+        "data.max_length": f"{what}{limit}",
+        "train.num_epochs": f"optimizer steps: {chosen.summary['num_steps']}",
+        "pst.target_modules": f"{chosen.summary['num_layers']} layers: {', '.join(chosen.layers)}",
+    }
+    return found | ({"data.label_column": f"{len(chosen.labels)} classes: {classes}"} if chosen.labels else {})
+
+
+def deepspeed_settings(*, on_cpu: bool) -> dict[str, Any]:
+    """ZeRO-3 for ranks on a CPU or on GPUs, as ds_configs/zero3_cpu.json and zero3.json have it."""
+    numbers = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "overlap_comm": not on_cpu,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": 5_000_000 if on_cpu else 50_000_000,
+        "stage3_param_persistence_threshold": 0 if on_cpu else 100_000,
+    }
+    if not on_cpu:
+        zero |= {"stage3_max_live_parameters": 10**9, "stage3_max_reuse_distance": 10**9}
+    return {**dict.fromkeys(numbers, "auto"), "bf16": {"enabled": "auto"}, "zero_optimization": zero}

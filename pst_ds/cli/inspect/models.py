@@ -1,0 +1,168 @@
+"""Model folders for ``pst-ds inspect``: exports, results of ``pst-ds prune``, and any other of transformers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pst_ds.cli.inspect.text import Inspected, Layer, counted_sparsity
+from pst_ds.cli.plan_text import name_across_blocks
+from pst_ds.core.bits import INT_OF_SIZE
+from pst_ds.core.formats import row_bits
+from pst_ds.errors import InputError
+from pst_ds.export.base_weights import BaseWeights
+from pst_ds.export.found_pattern import found_pattern, per_row
+from pst_ds.export.from_folder import CONFIG_FILE
+from pst_ds.export.manifest import (
+    DENSE,
+    QUANT_METHOD,
+    ExportError,
+    TensorEntry,
+    count_nonzero,
+    read_manifest,
+    read_table,
+)
+from pst_ds.export.tensor_files import CODE_OF_DTYPE, TensorFile
+from pst_ds.progress import Progress
+from pst_ds.prune.folder import RECORD_FILE
+
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+def export_folder(path: Path) -> Inspected:
+    """By its manifest and the headers of its weight files. Raises InputError for damaged ones."""
+    entries, about = read_manifest(path)
+    files: dict[str, TensorFile] = {}
+    for name in sorted({part.file for entry in entries for part in entry.parts}):
+        if not (path / name).is_file():
+            raise ExportError(f"{path / name} is missing")
+        files[name] = TensorFile(path / name)
+    layers = [_exported(entry, files, path) for entry in entries]
+    known = ("architecture", "step", "sparsity_asked", "sparsity_counted", "computed_in", "metrics", "base_model")
+    facts = {
+        "format": about["kind"],
+        **{key: about.get(key) for key in known},
+        "base_fingerprint": about.get("base_fingerprint"),
+        "method": (about.get("run") or {}).get("method"),
+        "dtypes": sorted({entry.dtype for entry in entries}),
+        "tensors": len(entries),
+        "pruned_tensors": sum(entry.origin == "pruned" for entry in entries),
+        "packed_tensors": sum(entry.packing != DENSE for entry in entries),
+        "parameters": sum(entry.numel for entry in entries),
+        "weight_files": sorted(files),
+        **_sizes(sum((path / name).stat().st_size for name in files), about.get("dense_bf16_bytes")),
+    }
+    note = f"zeros and patterns are the manifest's; pst-ds verify {path} counts them in the files and checks every hash"
+    return Inspected(f"{path}: an export, {about['kind']}", facts, layers, note)
+
+
+def _exported(entry: TensorEntry, files: dict[str, TensorFile], path: Path) -> Layer:
+    for part in entry.parts:
+        if part.name not in files[part.file].slots:
+            raise ExportError(f"{path / part.file} lacks {part.name}, which the manifest says is in it")
+    return {
+        "name": entry.name,
+        "shape": entry.shape,
+        "dtype": entry.dtype,
+        "pattern": entry.pattern,
+        "weights": entry.numel,
+        "zeros": entry.numel - entry.nonzero,
+        "bytes": sum(files[part.file].slots[part.name].nbytes for part in entry.parts),
+        "packing": entry.packing,
+        "origin": entry.origin,
+    }
+
+
+def pruned_folder(path: Path) -> Inspected:
+    """By the record of ``pst-ds prune``. Raises InputError for a damaged one, or damaged weight files."""
+    record = read_table(path / RECORD_FILE, f"{path / RECORD_FILE} is missing")
+    weights = BaseWeights(path, "")
+    try:
+        layers = [_recorded(row, weights) for row in record["layers"]]
+        facts = {key: value for key, value in record.items() if key not in ("format", "layers")}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path / RECORD_FILE} is damaged: {error!r}") from None
+    note = f"zeros are as pst-ds prune counted them, {RECORD_FILE} says"
+    return Inspected(f"{path}: a model that pst-ds prune made", {**facts, **_sizes(weights.file_bytes)}, layers, note)
+
+
+def _recorded(row: dict[str, Any], weights: BaseWeights) -> Layer:
+    stored = weights.find(f"{row['name']}.weight")
+    if stored is None:
+        raise InputError(f"{weights.folder} has no {row['name']}.weight, which {RECORD_FILE} says was pruned")
+    dtype, shape = weights.size(stored)
+    numel = math.prod(shape)
+    return {
+        "name": row["name"],
+        "shape": row["shape"],
+        "dtype": CODE_OF_DTYPE[dtype],
+        "pattern": row["pattern"],
+        "weights": numel,
+        "zeros": int(row["zeros"]),
+        "bytes": numel * dtype.itemsize,
+        "sparsity_asked": row["sparsity_asked"],
+    }
+
+
+def model_folder(path: Path) -> Inspected:
+    """By its config and its weights, which are read one at a time and counted. Raises InputError."""
+    config = read_table(path / CONFIG_FILE, f"{path / CONFIG_FILE} is missing")
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") == QUANT_METHOD:
+        raise ExportError(f"{path} is a packed export without pst_manifest.json, which says what it holds")
+    text: dict[str, Any] = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    facts = {
+        "architectures": config.get("architectures"),
+        "family": config.get("model_type"),
+        "quantization": quantization.get("quant_method"),
+        **{key: text.get(key) for key in ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings")},
+    }
+    if not any(any(path.glob(pattern)) for pattern in _WEIGHT_FILES):
+        return Inspected(f"{path}: a model folder without weights", facts, [])
+    weights = BaseWeights(path, "")
+    layers = _counted(weights)
+    in_blocks = [x for x in layers if len(x["shape"]) == 2 and name_across_blocks(x["name"]) != x["name"]]
+    facts |= {
+        "dtypes": sorted({layer["dtype"] for layer in layers}),
+        "tensors": len(layers),
+        "parameters": sum(layer["weights"] for layer in layers),
+        "sparsity_counted": counted_sparsity(in_blocks),
+        **_sizes(weights.file_bytes),
+    }
+    note = "sparsity counted: of the matrices inside blocks. Patterns are along the rows as they are stored"
+    return Inspected(f"{path}: a model folder", facts, layers, note)
+
+
+def _counted(weights: BaseWeights) -> list[Layer]:
+    layers: list[Layer] = []
+    with Progress("count", weights.file_bytes, "bytes") as shown:
+        for name in weights.names:
+            layers.append(_counted_tensor(name, weights.read(name)))
+            shown.add(layers[-1]["bytes"], name)
+    return layers
+
+
+def _counted_tensor(name: str, tensor: Tensor) -> Layer:
+    if tensor.dim() == 2 and tensor.is_floating_point() and tensor.element_size() in INT_OF_SIZE:
+        bits = row_bits(tensor).numpy()
+        nonzero, pattern = int(per_row(bits).sum()), found_pattern(bits, tensor.shape[1])
+    else:
+        nonzero, pattern = count_nonzero(tensor), ""
+    return {
+        "name": name,
+        "shape": list(tensor.shape),
+        "dtype": CODE_OF_DTYPE[tensor.dtype],
+        "pattern": pattern,
+        "weights": tensor.numel(),
+        "zeros": tensor.numel() - nonzero,
+        "bytes": tensor.nbytes,
+    }
+
+
+def _sizes(nbytes: int, dense_bf16_bytes: int | None = None) -> dict[str, Any]:
+    """Bytes of the weight files, and against those of a dense bf16 model."""
+    share = round(nbytes / dense_bf16_bytes, 4) if dense_bf16_bytes else None
+    return {"weight_file_bytes": nbytes, "of_dense_bf16": share}

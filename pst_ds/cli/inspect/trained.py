@@ -1,0 +1,112 @@
+"""What was trained, layer by layer, for ``pst-ds inspect``; and the small states that ``save_pretrained`` writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pst_ds.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE
+from pst_ds.cli.inspect.text import Inspected, Layer, counted_sparsity
+from pst_ds.core.bits import count_bits
+from pst_ds.durable import file_sha256
+from pst_ds.errors import InputError
+from pst_ds.export.manifest import read_table
+from pst_ds.export.tensor_files import TensorFile
+from pst_ds.nn.small_checkpoints import MASK_BITS
+
+_OUTPUTS, _INPUTS = "ARU", "BCV"
+"""Factors with as many rows as a layer has outputs, and with as many columns as it has inputs."""
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """One layer's."""
+
+    weights: int
+    zeros: int
+    nbytes: int
+
+
+def trained_layers(
+    trained: Shapes, masks: Mapping[str, Mask], pattern_of: Callable[[str], str], bytes_each: int
+) -> list[Layer]:
+    """Every module with trained parameters, ``bytes_each`` on disk, or a mask, in the order of these."""
+    counts: dict[str, int] = {}
+    for name, shape in trained.items():
+        owner = name.rpartition(".")[0]
+        counts[owner] = counts.get(owner, 0) + math.prod(shape)
+    layers = []
+    for name in {**counts, **masks}:
+        mask, count = masks.get(name), counts.get(name, 0)
+        layers.append(
+            {
+                "name": name,
+                "shape": matrix_shape(name, trained),
+                "dtype": "",
+                "pattern": pattern_of(name) if mask else "",
+                "weights": mask.weights if mask else count,
+                "zeros": mask.zeros if mask else None,
+                "bytes": bytes_each * count + (mask.nbytes if mask else 0),
+                "trained": count,
+            }
+        )
+    return layers
+
+
+def matrix_shape(name: str, trained: Shapes) -> list[int] | None:
+    """Of a layer whose weight trains its shape, of others (O, I) by their factors; None without any."""
+    if f"{name}.weight" in trained:
+        return list(trained[f"{name}.weight"])
+    outputs, inputs = (
+        [trained[f"{name}.pst_{factor}"] for factor in factors if f"{name}.pst_{factor}" in trained]
+        for factors in (_OUTPUTS, _INPUTS)
+    )
+    return [outputs[0][0], inputs[0][-1]] if outputs and inputs else None
+
+
+def counted(layers: list[Layer]) -> dict[str, Any]:
+    """Facts of all layers together."""
+    pruned = [layer for layer in layers if layer["zeros"] is not None]
+    return {
+        "sparsity_counted": counted_sparsity(pruned),
+        "pruned_weights": sum(layer["weights"] for layer in pruned),
+        "trained_parameters": sum(layer["trained"] for layer in layers),
+    }
+
+
+def small_state(path: Path) -> Inspected:
+    """By its config and its weight file, whose masks are counted. Raises InputError for damaged ones."""
+    table = read_table(path / CONFIG_FILE, f"{path / CONFIG_FILE} is missing")
+    if not (path / WEIGHTS_FILE).is_file():
+        raise InputError(f"{path / WEIGHTS_FILE} is missing")
+    if file_sha256(path / WEIGHTS_FILE) != table.get("sha256"):
+        raise InputError(f"{path / WEIGHTS_FILE} is damaged: its SHA-256 is not the one in {CONFIG_FILE}")
+    file = TensorFile(path / WEIGHTS_FILE)
+    ending = f".{MASK_BITS}"
+    trained = {name: slot.shape for name, slot in file.slots.items() if not name.endswith(ending)}
+    masks = {}
+    for name in file.slots:
+        if name.endswith(ending):
+            bits, shape = file.read(name), matrix_shape(name.removesuffix(ending), trained)
+            weights = math.prod(shape) if shape else 8 * bits.numel()
+            masks[name.removesuffix(ending)] = Mask(weights, weights - count_bits(bits, bits)[1], bits.nbytes)
+    config = table.get("pst_config") or {}
+    pattern = "" if config.get("overrides") else str(config.get("pattern", ""))
+    layers = trained_layers(trained, masks, lambda name: pattern, 4)
+    known = (
+        "step",
+        "sparsity",
+        "masks_final",
+        "dtype",
+        "base_model_name_or_path",
+        "base_fingerprint",
+        "pst_ds_version",
+    )
+    facts = {**{key: table.get(key) for key in known}, **counted(layers), "pattern": config.get("pattern")}
+    facts["file_bytes"] = (path / WEIGHTS_FILE).stat().st_size
+    note = "its weight file is whole: its SHA-256 is as it should be"
+    return Inspected(f"{path}: a small state, to be put onto its base model", facts, layers, note)

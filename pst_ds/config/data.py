@@ -1,0 +1,125 @@
+"""What a run is trained to do, on which data, and how it is evaluated: a part of the run file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from pst_ds.config.error import ConfigError, require_positive
+
+TaskName = Literal["classification", "regression", "causal-lm", "data-to-text"]
+METRICS: dict[TaskName, tuple[str, ...]] = {
+    "classification": ("accuracy", "macro_f1", "matthews_correlation", "f1"),
+    "regression": ("pearson", "spearman", "mse"),
+    "causal-lm": ("perplexity",),
+    "data-to-text": ("perplexity",),
+}
+"""What may choose the best checkpoint of a task; the first does if nothing else is asked for."""
+EVAL_BATCH_SIZES: dict[TaskName, int] = {
+    "classification": 64, "regression": 64, "causal-lm": 8, "data-to-text": 8
+}  # fmt: skip
+PARQUET_BRANCH = "refs/convert/parquet"
+"""Where the hub keeps its own conversion of a dataset; each subset is a folder there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where the texts are, and how long the model's inputs. ``data.preset`` fills in a benchmark's (docs/tasks.md)."""
+
+    train: str = ""
+    """Local JSONL, CSV, Parquet or text file to train on."""
+    validation: str = ""
+    """Local file for periodic evaluation and the choice of the best checkpoint."""
+    test: str = ""
+    """Local file that only ``pst-ds eval`` and ``verify`` read."""
+    dataset: str = ""
+    """Name of a dataset on the hub, or a folder in its shape, instead of local files; the three settings above then
+    name its splits, or pieces of them such as "train[:90%]"."""
+    subset: str = ""
+    """Configuration of the hub dataset, such as "sst2" of "nyu-mll/glue"."""
+    revision: str = ""
+    """Branch, tag or commit of the hub dataset. On "refs/convert/parquet", the hub's conversion of datasets that are
+    scripts, the subset names a folder."""
+    test_rows: tuple[str, ...] = ()
+    """A column and a value: of the test split, only rows that have this value there. Empty takes all."""
+    text_columns: tuple[str, ...] = ("text",)
+    """One column, or two for sentence pairs; tasks "causal-lm" and "data-to-text" take one. For "data-to-text" it may
+    be a path into nested values, such as "lex.text"."""
+    label_column: str = "label"
+    """The class or the number of a row; for task "data-to-text" the text to write, or a list of such texts. Task
+    "causal-lm" has none."""
+    label_names: tuple[str, ...] = ()
+    """The classes in the order of their ids, where those of the training data are just these: "f1" is that of the
+    second of two. Empty is the order of the dataset's own class names, or else of the alphabet."""
+    separator: str = ""
+    """For task "data-to-text", what stands between the data and the text; empty is the end-of-text token."""
+    sample_by: Literal["line", "paragraph", "document"] = "line"
+    """What a row of a .txt file is, as in ``datasets``: a line, what stands between empty lines, or the whole file. Its
+    column is "text"."""
+    max_length: int = 128
+    """Tokens a text is cut to. For task "causal-lm" the length of every training sequence: the documents, with the
+    end-of-text token between them, are one stream that is cut into such sequences; what is left at the end, less than a
+    sequence, is not trained on. Positions and attention do not start anew at a document. An evaluation predicts every
+    token but the first once: there a sequence begins with the last token of the one before, and the last is shorter.
+    For task "data-to-text" data and text together; the data is cut first."""
+    group_by_length: bool = False
+    """Make batches of texts of similar length; less padding, the same examples in another order."""
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ConfigError("data.train is missing: name a local file, or a split of data.dataset")
+        if len(self.text_columns) not in (1, 2):
+            raise ConfigError(f"data.text_columns = {list(self.text_columns)} must name one column or two")
+        if len(set(self.label_names)) != len(self.label_names):
+            raise ConfigError(f"data.label_names = {list(self.label_names)} must be different names, or empty")
+        if len(self.test_rows) not in (0, 2):
+            raise ConfigError(f"data.test_rows = {list(self.test_rows)} must be a column and a value, or empty")
+        require_positive("data.max_length", self.max_length)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Evaluation on the validation file, and how text is written for task "data-to-text"."""
+
+    interval: int = 0
+    """Optimizer steps between evaluations; 0 evaluates at the end only."""
+    batch_size: int = 0
+    """Examples a rank evaluates at a time. 0 is 64, and 8 for tasks "causal-lm" and "data-to-text", where each has
+    logits of max_length x vocabulary."""
+    metric: Literal[
+        "", "accuracy", "macro_f1", "matthews_correlation", "f1", "pearson", "spearman", "mse", "perplexity"
+    ] = ""
+    """Chooses the best checkpoint, among those at the final sparsity. Empty is "accuracy", for task "regression"
+    "pearson", and for the others the lowest "perplexity". "f1" is that of the second of two classes."""
+    num_beams: int = 10
+    """Of the beam search that writes texts."""
+    length_penalty: float = 0.9
+    """A beam's log-probability is divided by its length to this power; above 0 it favours longer texts."""
+    no_repeat_ngram_size: int = 4
+    """No so many tokens in a row stand twice in a text; what stands in the data may be repeated. 0 switches it off."""
+    max_new_tokens: int = 64
+    """The longest text."""
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "batch_size", "no_repeat_ngram_size"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"eval.{name} = {getattr(self, name)} must not be negative")
+        for name in ("num_beams", "max_new_tokens"):
+            require_positive(f"eval.{name}", getattr(self, name))
+        if not math.isfinite(self.length_penalty):
+            raise ConfigError(f"eval.length_penalty = {self.length_penalty} must be a finite number")
+
+
+def check_task(task: TaskName, data: DataConfig, evaluation: EvalConfig) -> None:
+    """Raise ConfigError for settings that do not fit the task."""
+    if evaluation.metric and evaluation.metric not in METRICS[task]:
+        raise ConfigError(
+            f"eval.metric = {evaluation.metric!r} is not a metric of task {task!r}; choose from "
+            f"{', '.join(map(repr, METRICS[task]))}, or leave it out"
+        )
+    if task in ("causal-lm", "data-to-text") and len(data.text_columns) != 1:
+        raise ConfigError(f"data.text_columns = {list(data.text_columns)} must name one column for task {task!r}")
+    shortest = {"causal-lm": 2, "data-to-text": 4}.get(task, 1)
+    if data.max_length < shortest:
+        raise ConfigError(f"data.max_length = {data.max_length} must be at least {shortest} for task {task!r}")

@@ -1,0 +1,354 @@
+"""The run file: one TOML file into frozen dataclasses. Paths are relative to the working directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pst_ds.config.data import EVAL_BATCH_SIZES, METRICS, DataConfig, EvalConfig, TaskName, check_task
+from pst_ds.config.error import ConfigError, require_positive
+from pst_ds.config.methods import METHODS as METHODS_BY_NAME
+from pst_ds.config.methods import Method, MethodName
+from pst_ds.config.pst import PSTConfig
+from pst_ds.core.patterns import parse_pattern
+from pst_ds.core.schedule import CubicSchedule, OneShotSchedule, Schedule
+
+Precision = Literal["bf16", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The pretrained model."""
+
+    path: str
+    """Folder of a Hugging Face model, or its name on the hub."""
+    tokenizer: str = ""
+    """Folder or name of the tokenizer, when it is not the model's."""
+    dropout: float | None = None
+    """Overrides every dropout probability of the model's config; None leaves them."""
+    attn_implementation: str = ""
+    """As in transformers: "eager", "sdpa", "flash_attention_2" or another; empty is the model's default. On a CPU
+    "eager" trains short texts in bf16 faster than "sdpa"."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    gradient_checkpointing_reentrant: bool = False
+    """Recompute them in torch's older, reentrant way: a backward pass inside the backward pass. Same gradients."""
+
+    def __post_init__(self) -> None:
+        if self.gradient_checkpointing_reentrant and not self.gradient_checkpointing:
+            raise ConfigError(
+                "model.gradient_checkpointing_reentrant = true does nothing by itself; set "
+                "model.gradient_checkpointing = true too"
+            )
+        if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"model.dropout = {self.dropout} must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """How sparse, and when."""
+
+    final_sparsity: float = 0.9
+    """Fraction of zeros at the end, in [0, 1). 0 prunes only the layers that ``pst.overrides`` gives a share."""
+    initial_sparsity: float = 0.0
+    """Fraction of zeros until the ramp starts; 0 where all scores begin equal: methods "movement" and "soft-movement",
+    and "pst" with ``pst.magnitude = "none"``."""
+    warmup_fraction: float = 0.1
+    """Share of all steps before the ramp."""
+    cooldown_fraction: float = 0.3
+    """Share of all steps after the ramp, with fixed masks."""
+    update_interval: int = 1
+    """Optimizer steps between mask updates."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Steps, batches and learning rates."""
+
+    num_steps: int = 0
+    """Optimizer steps; or give ``num_epochs``."""
+    num_epochs: float = 0.0
+    batch_size: int = 32
+    """Examples (sequences, for task "causal-lm") of an optimizer step, over all ranks and accumulation steps."""
+    gradient_accumulation_steps: int = 1
+    precision: Precision = "bf16"
+    score_learning_rate: float = 1e-2
+    """For A, B, R and C, and for the scores of movement pruning."""
+    update_learning_rate: float = 1e-3
+    """For U and V."""
+    embedding_learning_rate: float = 2e-4
+    """For U and V of ``pst.update_embeddings``."""
+    head_learning_rate: float = 5e-4
+    """For the modules trained in full; for every weight with the methods that train all of them."""
+    score_penalty: float = 0.0
+    """Of method "soft-movement": what the mean of sigmoid(S) costs at the final sparsity; less before it."""
+    adam_beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: float = 0.98
+    """Decay of Adam's second moment. Shorter than Adam's 0.999: held-out loss was lower (docs/design.md)."""
+    learning_rate_warmup_fraction: float = 0.06
+    """Share of all steps over which learning rates rise from zero; they then fall linearly to zero."""
+    gradient_clipping: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    log_interval: int = 10
+    """Optimizer steps between lines of metrics.jsonl; a mask update always writes one."""
+    stall_timeout_seconds: float = 1800.0
+    """A rank that makes no progress for so long ends the run, with its number and stack. Longer than the longest
+    micro-batch, mask update and evaluation batch. 0 never does."""
+
+    def __post_init__(self) -> None:
+        in_range = self.num_steps >= 0 and 0.0 <= self.num_epochs < float("inf")
+        if not in_range or (self.num_steps > 0) == (self.num_epochs > 0):
+            raise ConfigError(
+                f"train.num_steps = {self.num_steps} and train.num_epochs = {self.num_epochs}: set one of them to a "
+                "number above 0, and the other to 0"
+            )
+        for name in ("batch_size", "gradient_accumulation_steps", "log_interval"):
+            require_positive(f"train.{name}", getattr(self, name))
+        rates = ("score_learning_rate", "update_learning_rate", "embedding_learning_rate", "head_learning_rate")
+        for name in (*rates, "gradient_clipping", "score_penalty"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"train.{name} = {getattr(self, name)} must be a finite number of at least 0")
+        if not 0.0 <= self.stall_timeout_seconds < 1e7:  # what a timer can hold
+            raise ConfigError(f"train.stall_timeout_seconds = {self.stall_timeout_seconds} must be in [0, 1e7)")
+        for name in ("adam_beta1", "adam_beta2", "learning_rate_warmup_fraction"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"train.{name} = {getattr(self, name)} must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Checkpoints to go on from, with ``pst-ds train RUN --resume``."""
+
+    interval: int = 100
+    """Optimizer steps between checkpoints; 0 saves only the best, the last, and when a signal asks for it."""
+    keep_last: int = 2
+    """Newest checkpoints to keep, beside the best one and the last."""
+
+    def __post_init__(self) -> None:
+        if self.interval < 0:
+            raise ConfigError(f"checkpoint.interval = {self.interval} must not be negative")
+        require_positive("checkpoint.keep_last", self.keep_last)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PicturesConfig:
+    """Figures of every layer and pictures of some, for TensorBoard and layers.jsonl (docs/watching.md)."""
+
+    interval: int = 0
+    """Optimizer steps between two; 0 is about 20 times in the run, -1 never. The last step always has one."""
+    layers: tuple[str, ...] = ()
+    """Layers with a histogram of scores and a picture of the mask, each by name or dotted ending; empty is the first,
+    the middle and the last pruned one."""
+
+    def __post_init__(self) -> None:
+        if self.interval < -1:
+            raise ConfigError(f"pictures.interval = {self.interval} must be a number of steps, 0 or -1")
+
+    def last_before(self, step: int, num_steps: int) -> int:
+        """The last step before ``step`` that has pictures; -1 for none."""
+        return (step - 1) // self._interval(num_steps) * self._interval(num_steps) if step else -1
+
+    def is_due(self, step: int, num_steps: int) -> bool:
+        """Whether there are pictures of the run of ``num_steps`` after ``step`` (0 is before the first)."""
+        return self.interval >= 0 and (step % self._interval(num_steps) == 0 or step == num_steps)
+
+    def _interval(self, num_steps: int) -> int:
+        return self.interval or max(1, num_steps // 20)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillationConfig:
+    """Learning from a dense teacher's predictions beside the labels (arXiv 1503.02531)."""
+
+    weight: float = 0.0
+    """Share of the loss that is KL(teacher || student) of the predictions; the rest is the task's own. 0 has no
+    teacher."""
+    hidden_states: float = 0.0
+    """Weight of the relative squared distance of the hidden states after each block, beside the divergence of the
+    predictions (arXiv 2310.06927)."""
+    temperature: float = 1.0
+    """Both logits are divided by it; the divergence is multiplied by its square."""
+    teacher: str = ""
+    """Folder of a model of the same task, classes and vocabulary. Empty is the model itself without masks and updates:
+    it costs no memory, and takes that nothing but the small matrices trains and that the base is dense."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.weight <= 1.0:
+            raise ConfigError(f"distillation.weight = {self.weight} must be in [0, 1]")
+        if not 0.0 <= self.hidden_states < float("inf"):
+            raise ConfigError(
+                f"distillation.hidden_states = {self.hidden_states} must be a finite number of at least 0"
+            )
+        if not 0.0 < self.temperature < float("inf"):
+            raise ConfigError(f"distillation.temperature = {self.temperature} must be a finite number above 0")
+        for name in ("teacher", "hidden_states"):
+            if getattr(self, name) and not self.weight:
+                raise ConfigError(
+                    f"distillation.{name} = {getattr(self, name)!r} does nothing with distillation.weight = 0; set a "
+                    "weight"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """A whole run."""
+
+    output_dir: str
+    """The run folder: the resolved run file, metrics and checkpoints."""
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    task: TaskName = "classification"
+    """"classification" of a text or a pair, and "regression" of a number, with a new head; "causal-lm" trains a
+    language model on text, and "data-to-text" to write texts from data, with the head it has."""
+    method: MethodName = "pst"
+    """"pst"; the dense ones: "dense" trains every weight, "lora" an update U V; with a fixed mask, which
+    ``pst.initial_mask`` names: "magnitude" trains every weight under it, "masked-lora" an update U V, "spp" a
+    multiplicative one; along the schedule, all weights: "gmp" prunes the smallest, "movement" and "soft-movement" by a
+    score of each weight. docs/methods.md tells what each is for."""
+    seed: int = 0
+    deepspeed_config: str = ""
+    """DeepSpeed's JSON; empty runs one process without DeepSpeed."""
+    pst: PSTConfig = field(default_factory=PSTConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ConfigError("output_dir = '' is empty: name the folder that the run writes to")
+        check_task(self.task, self.data, self.eval)
+        self._require_method_fits()
+        self.make_schedule(1)  # refuses bad numbers now
+        self._require_reachable_sparsity()
+
+    def _require_method_fits(self) -> None:
+        masks = self.mask_method.masks
+        if self.pst.initial_mask == "zeros" and masks != "fixed":
+            fixed = ", ".join(repr(name) for name, method in METHODS_BY_NAME.items() if method.masks == "fixed")
+            raise ConfigError(
+                f'pst.initial_mask = "zeros" is for methods with a fixed mask ({fixed}), not for method = '
+                f"{self.method!r}; leave it out"
+            )
+        if (self.method == "soft-movement") != (self.train.score_penalty > 0.0):
+            raise ConfigError(
+                f"train.score_penalty = {self.train.score_penalty} with method = {self.method!r}: method "
+                '"soft-movement" needs one above 0, and no other method has one'
+            )
+        try:
+            injected = self.mask_method.pst_config(self.pst)
+        except ValueError as error:
+            raise ConfigError(f"method = {self.method!r}: pst.{error}") from None
+        if self.pst.multiplicative_update and masks != "fixed":
+            raise ConfigError(
+                f'pst.multiplicative_update = true is for fixed masks, not for method = {self.method!r}; use "spp"'
+            )
+        if masks != "none":
+            self._require_ranking(injected)
+
+    def _require_ranking(self, injected: PSTConfig) -> None:
+        """Refuse masks that the order of the weights in memory would decide, for want of scores that differ."""
+        from_zeros, masks = self.pst.initial_mask == "zeros", self.mask_method.masks
+        if self.pst.magnitude == "activation" and (from_zeros or injected.full_scores):
+            what = 'pst.initial_mask = "zeros"' if from_zeros else f"method = {self.method!r}"
+            raise ConfigError(
+                f'pst.magnitude = "activation" is another way to rank by |W|, which {what} does not do; leave it out'
+            )
+        if injected.scores_stay_equal and not from_zeros:
+            raise ConfigError(
+                f"pst.magnitude = {self.pst.magnitude!r} leaves method = {self.method!r} nothing to rank weights by; "
+                'set pst.magnitude = "weight" or "activation", or keep scores that train'
+            )
+        if masks != "ramp" or not injected.scores_start_equal:
+            return
+        without = "" if injected.full_scores else f" with pst.magnitude = {self.pst.magnitude!r}"
+        begin = f"all scores of method = {self.method!r}{without} are equal at first"
+        if self.schedule.initial_sparsity > 0.0:
+            raise ConfigError(
+                f"schedule.initial_sparsity = {self.schedule.initial_sparsity}, but {begin}, and nothing says which "
+                "weights to prune before the first step. Fix: schedule.initial_sparsity = 0"
+            )
+        if self.train.score_learning_rate == 0.0:
+            raise ConfigError(
+                f"train.score_learning_rate = {self.train.score_learning_rate}, but {begin}, and would stay so; set it "
+                "above 0"
+            )
+
+    def _require_reachable_sparsity(self) -> None:
+        asked, pattern = self.schedule.final_sparsity, parse_pattern(self.pst.pattern)
+        rules = self.mask_method.pst_config(self.pst).rules
+        if pattern.fixed_sparsity not in (None, asked):
+            raise ConfigError(
+                f'schedule.final_sparsity = {asked}, but pst.pattern = "{pattern}" has {pattern.fixed_sparsity} zeros. '
+                f"Fix: schedule.final_sparsity = {pattern.fixed_sparsity}"
+            )
+        if any(rule.pattern.kind == "global" for rule in rules) and self.pst.min_kept_share > 1.0 - asked:
+            raise ConfigError(
+                f'pst.min_kept_share = {self.pst.min_kept_share} of every matrix of pattern "global" (method = '
+                f"{self.method!r}) is more than schedule.final_sparsity = {asked} keeps in all. Fix: "
+                f"pst.min_kept_share below {1.0 - asked:.4g}"
+            )
+
+    @property
+    def mask_method(self) -> Method:
+        """What the method is."""
+        return METHODS_BY_NAME[self.method]
+
+    @property
+    def ranks_by_activation(self) -> bool:
+        """Whether masks are chosen by |W| times the norms of the inputs."""
+        return self.mask_method.masks != "none" and self.pst.magnitude == "activation"
+
+    @property
+    def metric(self) -> str:
+        """What chooses the best checkpoint."""
+        return self.eval.metric or METRICS[self.task][0]
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Examples a rank evaluates at a time."""
+        return self.eval.batch_size or EVAL_BATCH_SIZES[self.task]
+
+    def make_schedule(self, num_steps: int) -> Schedule | None:
+        """The sparsity schedule of a run of ``num_steps``; None for the dense methods."""
+        masks = self.mask_method.masks
+        if masks == "none":
+            return None
+        try:
+            if masks == "fixed":
+                return OneShotSchedule(self.schedule.final_sparsity)
+            return CubicSchedule(
+                num_steps=num_steps,
+                final_sparsity=self.schedule.final_sparsity,
+                initial_sparsity=self.schedule.initial_sparsity,
+                warmup_fraction=self.schedule.warmup_fraction,
+                cooldown_fraction=self.schedule.cooldown_fraction,
+                update_interval=self.schedule.update_interval,
+            )
+        except ValueError as error:
+            raise ConfigError(f"schedule.{error}") from None
+
+    def num_steps(self, num_examples: int) -> int:
+        """Optimizer steps of the run, for ``num_examples`` in the training file; ConfigError for less than a batch."""
+        if num_examples < self.train.batch_size:
+            raise ConfigError(
+                f"data.train has {num_examples} examples, fewer than one batch of train.batch_size = "
+                f"{self.train.batch_size}; lower it"
+                + (" or data.max_length, the tokens of an example" if self.task == "causal-lm" else "")
+            )
+        if self.train.num_steps:
+            return self.train.num_steps
+        return max(1, round(self.train.num_epochs * (num_examples // self.train.batch_size)))
+
+    def micro_batch_size(self, world_size: int) -> int:
+        """Examples a rank takes at a time. Raises ConfigError when the batch cannot be shared out evenly."""
+        shares = world_size * self.train.gradient_accumulation_steps
+        if self.train.batch_size % shares:
+            raise ConfigError(
+                f"train.batch_size = {self.train.batch_size} cannot be shared evenly by {world_size} ranks x "
+                f"{self.train.gradient_accumulation_steps} accumulation steps; make it a multiple of {shares}"
+            )
+        return self.train.batch_size // shares

@@ -1,0 +1,201 @@
+"""Read, override, check and write run files: TOML to :class:`RunConfig` and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pst_ds.config.file_names import RUN_FILE
+from pst_ds.config.presets import with_data_preset
+from pst_ds.config.pst import PAPER, PSTConfig
+from pst_ds.config.run import ConfigError, DataConfig, RunConfig
+
+T = TypeVar("T")
+PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER}
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run of a TOML file, with ``overrides`` such as "train.num_steps=20" laid over it.
+
+    Raises ConfigError with the key, its value and the fix.
+    """
+    return run_from_table(_table(path, overrides))
+
+
+def load_run_folder(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run in ``folder``, which is its output_dir wherever it was moved to. Raises ConfigError."""
+    other = next((o for o in overrides if o.partition("=")[0].strip() == "output_dir"), None)
+    if other is not None:
+        raise ConfigError(
+            f"--set {other!r}: {str(folder)!r} is a run folder, which is its own output_dir. Leave it out, or name the "
+            f"run file {str(folder / RUN_FILE)!r} to train elsewhere"
+        )
+    return run_from_table({**_table(folder / RUN_FILE, overrides), "output_dir": str(folder)})
+
+
+def _table(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"run file {str(path)!r} does not exist (looked in {Path(path).absolute()}); name a run file or a run "
+            "folder"
+        ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder, not a run file; name the TOML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not TOML, which is UTF-8: {error}; save it in UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    for override in overrides:
+        _apply_override(table, override)
+    return table
+
+
+def run_from_table(table: dict[str, Any]) -> RunConfig:
+    """A RunConfig from nested tables. ``pst.preset`` and ``data.preset`` set what the table does not."""
+    table = with_data_preset(dict(table))
+    pst = table.get("pst", {})
+    if isinstance(pst, dict) and "preset" in pst:
+        preset = pst["preset"]
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise ConfigError(f"pst.preset = {preset!r} must be one of {', '.join(PRESETS)}")
+        table["pst"] = {**PRESETS[preset], **{k: v for k, v in pst.items() if k != "preset"}}
+    return _build(RunConfig, table, "")
+
+
+def dump_run(run: RunConfig) -> str:
+    """``run`` as TOML, every setting written out; :func:`load_run` reads it back to an equal RunConfig."""
+    lines: list[str] = []
+    tables: list[str] = []
+    for field in dataclasses.fields(run):
+        value = getattr(run, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            tables += ["", f"[{field.name}]", *_toml_lines(value)]
+        else:
+            lines += _toml_line(field.name, value)
+    return "\n".join([*lines, *tables]) + "\n"
+
+
+def _toml_lines(config: Any) -> list[str]:
+    return [line for f in dataclasses.fields(config) for line in _toml_line(f.name, getattr(config, f.name))]
+
+
+def _toml_line(name: str, value: Any) -> list[str]:
+    if value is None:  # TOML has no null; the default is None wherever None is allowed
+        return []
+    return [f"{name} = {toml_value(value)}"]
+
+
+def toml_value(value: Any) -> str:
+    """A setting's value as TOML spells it, in one line."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return "{" + ", ".join(_toml_lines(value)) + "}"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    # JSON strings, numbers, booleans and lists of strings are TOML too; a float keeps its point or exponent
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which JSON allows as it is
+
+
+def _apply_override(table: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {override!r} must have the form key=value, such as train.num_steps=20")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is a value, not a table")
+    table[last] = _parse_value(text.strip())
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value; anything else is taken as a string, so that --set output_dir=runs/a needs no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _build(cls: type[T], table: Any, prefix: str) -> T:
+    if not isinstance(table, dict):
+        raise ConfigError(f"{prefix.rstrip('.')} must be a table, got {table!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in table:
+        if key not in fields:
+            known = [*fields, "preset"] if cls in (PSTConfig, DataConfig) else list(fields)
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Known keys: {', '.join(known)}"
+            raise ConfigError(f"unknown key '{prefix}{key}'.{hint}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in table and dataclasses.is_dataclass(hints[name]):
+            table = {**table, name: {}}  # which then says what it lacks
+        elif required and name not in table:
+            raise ConfigError(f"'{prefix}{name}' is missing; set it in the run file, or with --set {prefix}{name}=")
+    values = {key: _convert(value, hints[key], f"{prefix}{key}") for key, value in table.items()}
+    try:
+        return cls(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{prefix}{error}") from None
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    """``value`` as the annotated type, or a ConfigError that says what was wanted."""
+    for text in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(text, str) and not _is_utf8(text):
+            raise ConfigError(
+                f"{key} = {text!r} is not UTF-8, as a run file has to be; give the file or folder another name"
+            )
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, key + ".")  # type: ignore[arg-type]
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return _convert(value, option, key)
+            except ConfigError:
+                continue
+    elif origin is typing.Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{key} = {value!r} must be one of {', '.join(map(repr, args))}")
+    elif origin is tuple:
+        if dataclasses.is_dataclass(args[0]) and isinstance(value, list | tuple):
+            return tuple(_build(args[0], item, f"{key}.") for item in value)  # type: ignore[arg-type]
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+    elif hint is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{key} = {value!r} must be {_describe(hint)}")
+
+
+def _is_utf8(text: str) -> bool:
+    """Python holds the bytes of a path that are no UTF-8 as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _describe(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(a) for a in args if a is not type(None))
+    if origin is tuple:
+        return "a list of tables" if dataclasses.is_dataclass(args[0]) else "a list of strings"
+    return {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}.get(hint, str(hint))

@@ -1,0 +1,172 @@
+"""Text for language modelling: one stream of tokens, cut into sequences of equal length."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pst_ds.config.run import ConfigError, DataConfig
+from pst_ds.data.dataset import read_rows, texts_of
+
+_ROWS_AT_A_TIME = 100
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sequences:
+    """Consecutive pieces of a token stream; sequence i starts at token ``i * (length - overlap)``.
+
+    Without ``overlap`` (for training) every sequence has ``length`` tokens, and what is left at the end, less than
+    ``length``, is in none. With an overlap of 1 (for evaluation) a sequence begins with the last token of the one
+    before, so that each token but the stream's first is predicted in exactly one; the last may be shorter, down to 2.
+    """
+
+    tokens: np.ndarray
+    """(tokens of the stream,) int32."""
+    length: int
+    overlap: int = 0
+    num_bytes: np.ndarray | None = None
+    """Of each token how many bytes of text it stands for: (tokens of the stream,) int32. None if not counted."""
+
+    def __len__(self) -> int:
+        if self.overlap:
+            return max(0, -(-(len(self.tokens) - 1) // self._stride))
+        return len(self.tokens) // self.length
+
+    @property
+    def _stride(self) -> int:
+        return self.length - self.overlap
+
+    @property
+    def digest(self) -> str:
+        about = f"{self.length} {self.overlap} ".encode()
+        return hashlib.sha256(about + np.ascontiguousarray(self.tokens).tobytes()).hexdigest()
+
+    @property
+    def lengths(self) -> list[int]:
+        starts = range(0, len(self) * self._stride, self._stride)
+        return [min(self.length, len(self.tokens) - start) for start in starts]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The tokens of one sequence, a view."""
+        start = index * self._stride
+        return self.tokens[start : start + self.length]
+
+    @property
+    def predicted_bytes(self) -> int | None:
+        """Bytes of text that the predicted tokens stand for; with an overlap, all but those of the first token."""
+        return None if self.num_bytes is None or not self.overlap else int(self.num_bytes[1:].sum(dtype=np.int64))
+
+    def first(self, count: int) -> Sequences:
+        """The first ``count`` sequences."""
+        tokens = min(count, len(self)) * self._stride + self.overlap
+        num_bytes = None if self.num_bytes is None else self.num_bytes[:tokens]
+        return replace(self, tokens=self.tokens[:tokens], num_bytes=num_bytes)
+
+
+def load_sequences(data: DataConfig, split: str, tokenizer: Any) -> Sequences:
+    """The sequences of one split: for "train" without overlap, for others with one of a token.
+
+    Raises ConfigError for a missing file or column, a row without text, and too little text for one sequence.
+    """
+    column, where = data.text_columns[0], getattr(data, split)
+    rows = read_rows(data, split, {column: "text_columns"})
+    texts = _batches_of_texts(rows, column, where)
+    if split == "train":
+        sequences = Sequences(token_stream(texts, tokenizer), data.max_length)
+    else:
+        tokens, num_bytes = counted_token_stream(texts, tokenizer)
+        sequences = Sequences(tokens, data.max_length, 1, num_bytes)
+    if not len(sequences):
+        needed = f"one sequence of data.max_length = {data.max_length}" if split == "train" else "2, a token to predict"
+        raise ConfigError(
+            f"{where}: the text of column {column!r} has {len(sequences.tokens)} tokens in all, fewer than {needed}"
+            + ("; lower it, or give more text" if split == "train" else "; give more text")
+        )
+    return sequences
+
+
+def token_stream(batches: Iterable[Sequence[str]], tokenizer: Any) -> np.ndarray:
+    """The tokens of all texts one after another, with the end-of-text token between two: (tokens,) int32.
+
+    A text is tokenised with the special tokens that the tokenizer adds by itself; where that puts the end-of-text token
+    at the end of a text already, no second one follows. Texts of white space alone are left out. 4 bytes a token are
+    held, and some 6 % to spare.
+    """
+    return _stream(batches, tokenizer, count=False)[0]
+
+
+def counted_token_stream(batches: Iterable[Sequence[str]], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`token_stream`, and the bytes that each token stands for: both (tokens of the stream,) int32.
+
+    Every byte of a text in UTF-8 counts for one token: the first whose end lies at or behind it, as the tokenizer
+    gives the places (offsets) of its tokens in the text. So white space between two tokens belongs to the second,
+    special tokens have no bytes, and the counts of a text add up to its length. What stands behind the last place, if
+    anything, belongs to the last token. A tokenizer that gives no places has a text's bytes spread evenly.
+    """
+    return _stream(batches, tokenizer, count=True)
+
+
+def _stream(batches: Iterable[Sequence[str]], tokenizer: Any, *, count: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and, if they are to be counted, bytes; else none of these."""
+    end, with_places = tokenizer.eos_token_id, count and tokenizer.is_fast
+    stream, num_bytes = array("i"), array("i")
+    assert stream.itemsize == 4
+    for texts in batches:
+        texts = [text for text in texts if text.strip()]
+        if not texts:
+            continue
+        encoded = tokenizer(
+            texts, return_attention_mask=False, return_token_type_ids=False, return_offsets_mapping=with_places
+        )
+        for i, ids in enumerate(encoded["input_ids"]):
+            if stream and stream[-1] != end:
+                stream.append(end)
+                num_bytes.extend([0] * count)
+            stream.extend(ids)
+            if count:
+                ends = [stop for _, stop in encoded["offset_mapping"][i]] if with_places else None
+                num_bytes.extend(_bytes_of_tokens(texts[i], len(ids), ends))
+    return _as_int32(stream), _as_int32(num_bytes)
+
+
+def _as_int32(values: array[int]) -> np.ndarray:
+    return np.frombuffer(values, dtype=np.int32) if values else np.empty(0, dtype=np.int32)
+
+
+def _bytes_of_tokens(text: str, num_tokens: int, ends: Sequence[int] | None) -> list[int]:
+    """How many of the bytes of ``text`` each token stands for; ``ends``: where in the text each ends, in characters."""
+    if not num_tokens:
+        return []
+    characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    widths = 1 + (characters >= 0x80) + (characters >= 0x800) + (characters >= 0x10000)
+    upto = np.concatenate([[0], np.cumsum(widths)])
+    if ends is None:
+        reached = upto[-1] * np.arange(1, num_tokens + 1) // num_tokens
+    else:
+        places = np.maximum.accumulate(np.clip(ends, 0, len(text)))
+        places[-1] = len(text)
+        reached = upto[places]
+    return np.diff(reached, prepend=0).tolist()
+
+
+def collate_sequences(sequences: Sequences, indices: Sequence[int]) -> dict[str, Tensor]:
+    """Model inputs of sequences of equal length: input_ids and labels, (len(indices), length) int64.
+
+    Labels are the input: the model predicts each from those before it. There is no padding, so no attention mask.
+    """
+    rows = [sequences[i] for i in indices]
+    ids = torch.from_numpy(np.stack(rows).astype(np.int64))
+    return {"input_ids": ids, "labels": ids}
+
+
+def _batches_of_texts(rows: Any, column: str, where: str) -> Iterable[list[str]]:
+    rows = rows.select_columns([column])
+    for start in range(0, len(rows), _ROWS_AT_A_TIME):
+        yield texts_of(rows[start : start + _ROWS_AT_A_TIME][column], column, where, first_row=start)

@@ -1,0 +1,225 @@
+"""Rows of a local file or of a dataset on the hub, with the columns that a task needs."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pst_ds.config.data import PARQUET_BRANCH
+from pst_ds.config.run import ConfigError, DataConfig
+from pst_ds.errors import first_line
+
+_TSV = ".tsv"
+_FORMATS = {
+    ".jsonl": "json", ".json": "json", ".csv": "csv", _TSV: "csv", ".parquet": "parquet", ".txt": "text"
+}  # fmt: skip
+
+_QUOTED, _QUOTED_INSIDE = r'^"([^"]|"")*"$', r'^"([^"]|"")*""([^"]|"")*"$'
+
+
+def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, nested: bool = False) -> Any:
+    """One split as a ``datasets.Dataset`` that has ``columns``: of each, the setting of ``data`` that names it.
+
+    A .txt file has the one column "text", and ``data.sample_by`` says what a row of it is. In a .tsv file quotes are
+    characters like others, as in GLUE's. Raises ConfigError for a file or column that is missing, and for a column that
+    holds no plain values. With ``nested`` a column may hold any
+    values, and be a path into them, such as "lex.text", which :func:`values_of` follows.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    where = getattr(data, split)
+    if not where:
+        raise ConfigError(f"data.{split} is not set; name a file, or a split of data.dataset")
+    rows = _read_from_hub(data, where) if data.dataset else _read_local(where, split, data.sample_by)
+    if not data.dataset and Path(where).suffix.lower() == _TSV:
+        _require_unquoted(rows, [column for column in columns if column in rows.column_names], where)
+    for column, setting in columns.items():
+        top, *path = _path_of(column, rows) if nested else [column]
+        _require_column(rows, top, setting, where)
+        _require_utf8(rows, top, where)
+        if nested:
+            _require_path(rows.features[top], path, column, setting, where)
+        elif not isinstance(rows.features[column], datasets.Value | datasets.ClassLabel):
+            raise ConfigError(
+                f"{where}: column {column!r}, which data.{setting} names, holds {type(rows.features[column]).__name__} "
+                "values; only a plain text, number or label in each row can be read"
+            )
+    if not len(rows):
+        raise ConfigError(f"data.{split} = {where!r} has no examples; give it a row for each")
+    if split == "test" and data.test_rows:
+        column, wanted = data.test_rows
+        rows = _rows_with(rows, column, wanted, where)
+    return rows
+
+
+def values_of(rows: Any, column: str) -> Iterable[Any]:
+    """The values of all rows at ``column``, a name or a path; a path leads through every item of a list."""
+    top, *path = _path_of(column, rows)
+    for value in rows[top]:
+        yield _value_at(value, path)
+
+
+def _path_of(column: str, rows: Any) -> list[str]:
+    return [column] if column in rows.column_names else column.split(".")
+
+
+def _value_at(value: Any, path: list[str]) -> Any:
+    if not path or value is None:
+        return value
+    if isinstance(value, list):
+        return [_value_at(item, path) for item in value]
+    return _value_at(value[path[0]], path[1:])
+
+
+def _require_column(rows: Any, column: str, setting: str, where: str) -> None:
+    if column not in rows.column_names:
+        raise ConfigError(
+            f"{where} has no column {column!r}, which data.{setting} names. Columns: {', '.join(rows.column_names)}"
+        )
+
+
+def _require_utf8(rows: Any, column: str, where: str) -> None:
+    """JSON and Parquet are read without a look at the bytes of their texts."""
+    import pyarrow
+
+    first = 0
+    for chunk in rows.data.column(column).chunks:
+        try:
+            chunk.validate(full=True)
+        except pyarrow.ArrowInvalid as error:
+            raise ConfigError(
+                f"{where}: column {column!r} is not UTF-8 text in the rows from {first} on ({error}); save the file in "
+                "UTF-8"
+            ) from None
+        first += len(chunk)
+
+
+def _require_unquoted(rows: Any, columns: Iterable[str], where: str) -> None:
+    """Refuse a .tsv that a CSV writer made: quotes stand around the names of columns, or around all values of one, or
+    around all that have quotes, with those inside doubled."""
+    import pyarrow.compute as arrow
+
+    def found(values: Any, pattern: str) -> int:
+        return arrow.sum(arrow.match_substring_regex(values, pattern)).as_py() or 0
+
+    quoted = "names of columns" if any(name[:1] == name[-1:] == '"' for name in rows.column_names) else ""
+    for column in columns:
+        values = rows.data.column(column)
+        around = found(values, _QUOTED) if "string" in rows.features[column].dtype else 0
+        if around and (around == len(values) or (around == found(values, '"') and found(values, _QUOTED_INSIDE))):
+            quoted = f"values in column {column!r}"
+    if quoted:
+        raise ConfigError(
+            f"{where} was written with quotes around its {quoted}, and quotes of a .tsv file are characters like "
+            "others; save it without them, or as .csv or .jsonl"
+        )
+
+
+def _require_path(feature: Any, path: list[str], column: str, setting: str, where: str) -> None:
+    while hasattr(feature, "feature"):  # a list of
+        feature = feature.feature
+    if not path:
+        return
+    if not isinstance(feature, dict) or path[0] not in feature:
+        there = ", ".join(feature) if isinstance(feature, dict) else type(feature).__name__
+        raise ConfigError(f"{where}: {path[0]!r} of data.{setting} = {column!r} is not there, but {there}")
+    _require_path(feature[path[0]], path[1:], column, setting, where)
+
+
+def _rows_with(rows: Any, column: str, wanted: str, where: str) -> Any:
+    """The rows whose ``column`` has the value ``wanted``, as text."""
+    _require_column(rows, column, "test_rows", where)
+    values = [str(value) for value in rows[column]]
+    if wanted not in values:
+        raise ConfigError(
+            f"{where}: no row has {wanted!r} in column {column!r}, as data.test_rows asks; found are "
+            f"{', '.join(sorted(set(values))[:6])}"
+        )
+    return rows.select([row for row, value in enumerate(values) if value == wanted])
+
+
+def _read_local(where: str, split: str, sample_by: str) -> Any:
+    import datasets
+
+    setting = f"data.{split}"
+    path = Path(where)
+    if not path.is_file():
+        raise ConfigError(
+            f"{setting} = {where!r} does not exist (looked in {path.absolute()}); name a local file, or a split of "
+            "data.dataset"
+        )
+    kind = _FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise ConfigError(f"{setting} = {where!r} ends in {path.suffix!r}; known are {', '.join(_FORMATS)}")
+    options: dict[str, Any] = {}
+    if kind == "csv":  # pandas takes words such as "NA", "null" or "None" for empty fields; here they are texts
+        options = {"keep_default_na": False}
+        if path.suffix.lower() == _TSV:
+            options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
+    elif kind == "text":
+        options = {"sample_by": sample_by}
+    try:
+        return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+    except Exception as error:
+        problem = _why_unreadable(path, kind, error)
+        raise ConfigError(f"{setting} = {where!r} {problem}") from error
+
+
+def _why_unreadable(path: Path, kind: str, error: Exception) -> str:
+    """What is wrong with a file that ``datasets`` fails to read, and the fix."""
+    with path.open("rb") as stream:
+        if not any(line.strip() for line in stream):
+            return "is empty; give it a row for each example"
+    cause = error.__cause__ or error
+    if "corresponds to no data" in str(cause):
+        return "has no examples; give it a row for each"
+    if isinstance(cause, UnicodeDecodeError):
+        return f"is not UTF-8 text: {cause}; save it in UTF-8"
+    if kind == "json" and path.suffix.lower() == ".jsonl":
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if problem := _json_problem(line):
+                    return f"cannot be read as json: line {number} is no JSON object ({problem}); each line must be one"
+    return f"cannot be read as {kind}: {first_line(cause)}; mend it, or name another file"
+
+
+def _json_problem(line: bytes) -> str:
+    try:
+        found = json.loads(line) if line.strip() else {}
+    except ValueError as error:
+        return str(error)
+    return "" if isinstance(found, dict) else f"it is a {type(found).__name__}"
+
+
+def _read_from_hub(data: DataConfig, split: str) -> Any:
+    import datasets
+
+    options: dict[str, Any] = {"revision": data.revision or None}
+    if Path(data.dataset).is_dir():
+        options = {}
+    subset = {"data_dir" if data.revision == PARQUET_BRANCH else "name": data.subset or None}
+    try:
+        return datasets.load_dataset(data.dataset, split=split, **subset, **options)
+    except Exception as error:
+        reason = first_line(error)
+        fix = "name a data set of the hub that can be reached or is in its cache, a folder, or local files without one"
+        if "scripts are no longer supported" in reason:
+            fix = f'try data.revision = "{PARQUET_BRANCH}", where the hub may have converted it'
+        raise ConfigError(
+            f"data.dataset = {data.dataset!r}, split {split!r}, cannot be loaded: {reason}; {fix}"
+        ) from error
+
+
+def texts_of(values: Iterable[Any], column: str, where: str, first_row: int = 0) -> list[str]:
+    """The texts of consecutive rows of ``column``, counted from ``first_row``; ConfigError for a row without one."""
+    texts = list(values)
+    if None in texts:
+        raise ConfigError(
+            f"{where}: column {column!r} has no text in row {first_row + texts.index(None)}; give it one (an "
+            'empty one is written "") or take the row out'
+        )
+    return [str(text) for text in texts]

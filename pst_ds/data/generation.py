@@ -1,0 +1,85 @@
+"""Writing texts with a causal model on one process: beam search over a batch of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pst_ds.config.data import EvalConfig
+from pst_ds.parallel.watchdog import beat
+from pst_ds.progress import Progress
+
+
+@torch.inference_mode()
+def write_texts(
+    model: Any, prompts: Sequence[Sequence[int]], tokenizer: Any, settings: EvalConfig, batch_size: int, device: str
+) -> list[str]:
+    """What ``model`` writes after each of the ``prompts``, which are tokens, up to its end-of-text token.
+
+    ``model`` is one of transformers, whole and in evaluation mode. What its own generation_config.json says does not
+    count. The texts do not depend on which prompts share a batch, but for rounding.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    own_config = model.generation_config
+    model.generation_config = _generation_config(settings, tokenizer)
+    texts = [""] * len(prompts)
+    try:
+        with Progress("write", len(prompts), "texts") as shown:
+            for first in range(0, len(order), batch_size):
+                beat("writing texts")
+                batch = order[first : first + batch_size]
+                written = _write(model, [prompts[i] for i in batch], tokenizer, settings, device)
+                for i, text in zip(batch, written, strict=True):
+                    texts[i] = text
+                shown.add(len(batch))
+    finally:
+        model.generation_config = own_config
+    return texts
+
+
+def _write(model: Any, prompts: list[Sequence[int]], tokenizer: Any, settings: EvalConfig, device: str) -> list[str]:
+    from transformers import LogitsProcessorList
+
+    length = max(map(len, prompts))
+    padding = model.generation_config.pad_token_id
+    ids = torch.tensor([[padding] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    real = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    size = settings.no_repeat_ngram_size
+    rules = LogitsProcessorList([_NoRepeatAfter(length, size)] if size else [])
+    written = model.generate(input_ids=ids, attention_mask=real, logits_processor=rules)
+    return [text.strip() for text in tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)]
+
+
+def _generation_config(settings: EvalConfig, tokenizer: Any) -> Any:
+    """``use_cache`` is switched off in the config of a model in training."""
+    from transformers import GenerationConfig
+
+    end = tokenizer.eos_token_id
+    beams = {"length_penalty": settings.length_penalty} if settings.num_beams > 1 else {}
+    return GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        num_beams=settings.num_beams,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=end,
+        pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **beams,
+    )
+
+
+class _NoRepeatAfter:
+    """No ``size`` tokens in a row twice, among those behind the first ``length``.
+
+    The processor of transformers also counts the prompt of a decoder, from which a name must be copied.
+    """
+
+    def __init__(self, length: int, size: int):
+        from transformers import NoRepeatNGramLogitsProcessor
+
+        self._length, self._processor = length, NoRepeatNGramLogitsProcessor(size)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self._processor(input_ids[:, self._length :], scores)

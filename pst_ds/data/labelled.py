@@ -1,0 +1,186 @@
+"""Texts with a class or a number, read, checked and tokenised; and an order of batches that no world size changes."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pst_ds.config.run import ConfigError, DataConfig
+from pst_ds.data.dataset import read_rows, texts_of
+
+_LENGTH_WINDOW_BATCHES = 50
+_FEW_ROWS = 20
+"""So many may well have as many labels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Tokenised texts with their labels."""
+
+    features: list[dict[str, list[int]]]
+    """Of each example: input_ids, attention_mask and, where the tokenizer makes them, token_type_ids."""
+    labels: list[int] | list[float]
+    """Ids of classes, or numbers."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(f["input_ids"]) for f in self.features]
+
+    @property
+    def digest(self) -> str:
+        digest = hashlib.sha256(array("d" if isinstance(self.labels[0], float) else "q", self.labels))
+        for feature in self.features:
+            for key, values in feature.items():
+                digest.update(f"{key} {len(values)}".encode())
+                digest.update(array("q", values))
+        return digest.hexdigest()
+
+    def first(self, count: int) -> Examples:
+        return Examples(self.features[:count], self.labels[:count])
+
+
+def read_labelled(data: DataConfig, split: str) -> Any:
+    """The rows of a split, with the text columns and the label column. Raises ConfigError."""
+    columns = {**dict.fromkeys(data.text_columns, "text_columns"), data.label_column: "label_column"}
+    return read_rows(data, split, columns)
+
+
+def label_names(data: DataConfig) -> list[str]:
+    """Names of the classes, in the order of their ids: that of ``data.label_names``, of the dataset's own names, or of
+    the sorted labels of the training file. Raises ConfigError."""
+    found, wanted = _names_in_training(data), data.label_names
+    if set(found) == set(wanted):
+        return list(wanted)
+    if not set(found).isdisjoint(wanted):
+        raise ConfigError(
+            f"data.label_names = {list(wanted)} are not those of {data.train}, whose column {data.label_column!r} has "
+            f"the labels {_listed(found)}; name just these, or none"
+        )
+    return found
+
+
+def _names_in_training(data: DataConfig) -> list[str]:
+    rows = read_labelled(data, "train")
+    feature = rows.features[data.label_column]
+    if hasattr(feature, "names"):
+        return list(feature.names)
+    found = set(rows.unique(data.label_column))
+    if None in found or "" in found:
+        raise ConfigError(f"{data.train}: column {data.label_column!r} has empty values; every example needs a label")
+    if any(isinstance(label, float) for label in found):
+        raise ConfigError(
+            f'{data.train}: column {data.label_column!r} holds fractions, which is regression; set task = "regression"'
+        )
+    if len(found) < 2:
+        raise ConfigError(
+            f"{data.train}: column {data.label_column!r} has {len(found)} class; at least 2 are needed: name "
+            "another data.label_column, or give examples of another class"
+        )
+    if len(found) == len(rows) > _FEW_ROWS:
+        raise ConfigError(
+            f"{data.train}: column {data.label_column!r} has another value in each of its {len(rows)} rows, so it "
+            "holds no classes; name the column that does with data.label_column"
+        )
+    return [str(label) for label in sorted(found)]
+
+
+def load_examples(data: DataConfig, split: str, tokenizer: Any, names: Sequence[str]) -> Examples:
+    """The examples of one split. Raises ConfigError for a missing file or column, or a label not in ``names``."""
+    rows = read_labelled(data, split)
+    # a split that was encoded by itself has ids of its own for the same names
+    own_names = dict(enumerate(getattr(rows.features[data.label_column], "names", ())))
+    ids = {name: i for i, name in enumerate(names)}
+    labels = []
+    for row, found in enumerate(rows[data.label_column]):
+        label = own_names.get(found, found)
+        if str(label) not in ids:
+            refuse_hidden(label, row, getattr(data, split))
+            raise ConfigError(
+                f"{getattr(data, split)}: label {label!r} in row {row} is not one of the training labels "
+                f"{_listed(names)}"
+            )
+        labels.append(ids[str(label)])
+    return Examples(tokenized_texts(rows, data, split, tokenizer), labels)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+
+
+def refuse_hidden(label: Any, row: int, where: str) -> None:
+    """Raise ConfigError for -1, which benchmarks such as GLUE give for a label that they keep to themselves."""
+    if label in (-1, "-1"):
+        raise ConfigError(
+            f"{where}: label {label!r} in row {row} stands for a hidden label, as in the test sets of GLUE; name a "
+            'split that has labels, such as "validation"'
+        )
+
+
+def tokenized_texts(rows: Any, data: DataConfig, split: str, tokenizer: Any) -> list[dict[str, list[int]]]:
+    """The features of each row's text, or pair of texts. Raises ConfigError for a row without one."""
+    texts = [texts_of(rows[column], column, getattr(data, split)) for column in data.text_columns]
+    encoded = tokenizer(*texts, truncation=True, max_length=data.max_length)
+    keys = list(encoded.keys())
+    return [{key: encoded[key][i] for key in keys} for i in range(len(rows))]
+
+
+def collate(examples: Examples, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
+    """Model inputs of some examples, padded to the longest; ``labels`` is (len(indices),), int64 or fp32."""
+    batch = tokenizer.pad([examples.features[i] for i in indices], return_tensors="pt")
+    return {**batch, "labels": torch.tensor([examples.labels[i] for i in indices])}
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalBatches:
+    """Which examples make each optimizer step: a pure function of the step, the same for every world size.
+
+    An epoch is a seeded permutation cut into whole batches; the few left over sit that epoch out.
+    """
+
+    lengths: Sequence[int]
+    batch_size: int
+    seed: int
+    group_by_length: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.batches_per_epoch > 0, "RunConfig.num_steps refuses fewer examples than a batch"
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return len(self.lengths) // self.batch_size
+
+    def epoch(self, number: int) -> list[list[int]]:
+        """The batches of epoch ``number``, each a list of example indices."""
+        shuffle = random.Random(f"{self.seed}/{number}")
+        order = list(range(len(self.lengths)))
+        shuffle.shuffle(order)
+        order = order[: self.batches_per_epoch * self.batch_size]
+        if not self.group_by_length:
+            return _cut(order, self.batch_size)
+        batches = []
+        for window in _cut(order, self.batch_size * _LENGTH_WINDOW_BATCHES):
+            batches += _cut(sorted(window, key=lambda i: self.lengths[i]), self.batch_size)
+        shuffle.shuffle(batches)
+        for batch in batches:
+            shuffle.shuffle(batch)  # so that every rank has short texts and long ones
+        return batches
+
+    def micro_batches(self, batch: Sequence[int], rank: int, world_size: int, accumulation: int) -> list[Sequence[int]]:
+        """This rank's examples of a global ``batch``, one list for each accumulation step."""
+        size = len(batch) // (world_size * accumulation)
+        starts = [(step * world_size + rank) * size for step in range(accumulation)]
+        return [batch[start : start + size] for start in starts]
+
+
+def _cut(items: list[int], size: int) -> list[list[int]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]

@@ -1,0 +1,47 @@
+"""How near written texts are to texts by people: BLEU, ROUGE-L and chrF, each with several references."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from itertools import zip_longest
+
+from pst_ds.config.run import ConfigError
+
+
+def missing_libraries() -> list[str]:
+    """What must be installed before texts can be scored."""
+    return [name for name in ("sacrebleu", "rouge_score") if find_spec(name) is None]
+
+
+def require_text_metrics() -> None:
+    """Raise ConfigError when the libraries are not installed."""
+    missing = missing_libraries()
+    if missing:
+        raise ConfigError(
+            f"task 'data-to-text' is scored with {' and '.join(missing)}, which is not installed: "
+            "pip install 'pst-ds[nlg]'"
+        )
+
+
+def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Scores of ``texts``, each against all of its ``references``; all are in [0, 100].
+
+    ``bleu`` and ``chrf`` are sacrebleu's, of the corpus, with its default tokens and orders (arXiv 1804.08771; chrF
+    without word order). ``rouge_l`` is the mean over texts of the F1 of the longest common subsequence of words with
+    that reference for which it is largest, as rouge-score counts it, without stemming.
+    """
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    streams = [list(stream) for stream in zip_longest(*references)]  # None where a text has fewer references
+    scorer = RougeScorer(["rougeL"])
+    longest = [
+        scorer.score_multi(list(wanted), text)["rougeL"].fmeasure
+        for text, wanted in zip(texts, references, strict=True)
+    ]
+    return {
+        "bleu": sacrebleu.corpus_bleu(list(texts), streams).score,
+        "rouge_l": 100.0 * sum(longest) / len(longest),
+        "chrf": sacrebleu.corpus_chrf(list(texts), streams).score,
+    }

@@ -1,0 +1,240 @@
+"""What each layer looks like now: norms, how its scores go with |W|, and of chosen layers a histogram and a thumbnail.
+
+Every rank looks at its own shards, in tiles; no weight is gathered.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.config.error import ConfigError
+from pst_ds.config.pst import name_matches
+from pst_ds.core import figures
+from pst_ds.core.bits import unpack_shard
+from pst_ds.core.factors import Factors, tile_factors
+from pst_ds.core.keys import scores_of_keys
+from pst_ds.core.layout import Block, Rect, view_in_shard
+from pst_ds.core.scores import updated_weight
+from pst_ds.masks.layer_scores import LayerKeys, ranked_parameter, whole_factors
+from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.linear import SCORE_FACTORS, PSTLinear
+from pst_ds.parallel import zero3
+from pst_ds.parallel.ranks import group_sum
+
+_MOMENTS, _OF_SCORES = slice(0, 5), slice(0, 3, 2)
+_WEIGHT_SQUARES, _UPDATE_SQUARES, _NUM_SUMS = 5, 6, 7
+"""Places in a layer's sums: :func:`pst_ds.core.figures.moment_sums` of S and |W| (S and its square among them), the
+square of W0, and that of a multiplicative update."""
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """The scores of one layer in equal bins of [low, high]; what is beyond is in the first and the last."""
+
+    layer: int
+    low: float
+    high: float
+    kept: list[int]
+    pruned: list[int]
+    threshold: float | None
+    """Where an update would cut now, to a fraction of a bin; None where no one threshold cuts the layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Thumbnail:
+    """The share of kept weights in each cell of one layer: rows of outputs, columns of inputs."""
+
+    layer: int
+    share: list[list[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFigures:
+    """Figures of every PST layer, in model order; None where a layer has no such thing. The same on every rank."""
+
+    correlation: list[float | None]
+    """Pearson's, of S with |W| over the mean of |W0|; where scores are learned."""
+    score_norm: list[float | None]
+    """Frobenius norm of what is learned in S: of alpha1 A B + alpha2 (R 1' + 1 C'), or of a score of each weight."""
+    update_norm: list[float | None]
+    """Frobenius norm of beta U V, or of beta W0 . (U V)."""
+    weight_norm: list[float | None]
+    """Frobenius norm of W0, or of the weight that is trained in its place."""
+    with_scores: bool
+    """Whether scores and masks were looked at."""
+    histograms: list[Histogram] = field(default_factory=list)
+    thumbnails: list[Thumbnail] = field(default_factory=list)
+
+    @property
+    def mean_correlation(self) -> float | None:
+        """Over the layers that have one."""
+        known = [value for value in self.correlation if value is not None]
+        return math.fsum(known) / len(known) if known else None
+
+
+def chosen_layers(names: Sequence[str], asked: Sequence[str]) -> list[int]:
+    """Which of the layers ``names`` are drawn: those that ``asked`` matches, or the first, middle and last for none.
+
+    Raises ConfigError for an entry of ``asked`` that matches no layer, where there are any.
+    """
+    if not names:
+        return []
+    if not asked:
+        return sorted({0, (len(names) - 1) // 2, len(names) - 1})
+    for entry in asked:
+        if not any(name_matches(name, [entry]) for name in names):
+            near = difflib.get_close_matches(entry, names, n=3, cutoff=0.4) or names[:3]
+            raise ConfigError(
+                f"pictures.layers: {entry!r} is none of the pruned layers. Give a name or its dotted ending; near are "
+                f"{', '.join(near)}"
+            )
+    return [i for i, name in enumerate(names) if name_matches(name, asked)]
+
+
+@torch.no_grad()
+def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> LayerFigures:
+    """Figures of the PST layers of ``model``, with pictures of the ``chosen`` ones.
+
+    Without ``with_scores`` norms of updates and weights alone: scores and masks are not looked at. Collective: the
+    factors travel in one all-gather, the sums of all layers in one exchange, and all that is counted in another.
+    """
+    layers = pst_layers(model)
+    parts = [_Part(*each) for each in zip(layers.items(), whole_factors(list(layers.values())), strict=True)]
+    any_weight = parts[0].layer.weight
+    here = [part.sums(with_scores and (part.learns_scores or i in chosen)) for i, part in enumerate(parts)]
+    sums = group_sum(torch.stack(here), any_weight)
+    found = LayerFigures(
+        [part.correlation(s) if with_scores else None for part, s in zip(parts, sums, strict=True)],
+        [part.score_norm(s) if with_scores else None for part, s in zip(parts, sums, strict=True)],
+        [part.update_norm(s) for part, s in zip(parts, sums, strict=True)],
+        [_finite(math.sqrt(s[_WEIGHT_SQUARES])) for s in sums],
+        with_scores,
+    )
+    finite = [i for i in chosen if bool(sums[i].isfinite().all())]
+    if with_scores and finite:
+        ranges = [parts[i].histogram_range(sums[i]) for i in finite]
+        counts = [parts[i].counts(*bounds) for i, bounds in zip(finite, ranges, strict=True)]
+        for i, bounds, counted in zip(finite, ranges, _summed(counts, any_weight), strict=True):
+            bins, cells = counted[: 2 * figures.HISTOGRAM_BINS], counted[2 * figures.HISTOGRAM_BINS :]
+            found.histograms.append(_histogram(i, parts[i].layer, bounds, bins))
+            found.thumbnails.append(_thumbnail(i, parts[i].layer, cells))
+    return found
+
+
+class _Part:
+    """What this rank holds of one layer: its weights, as masters where they train, and the keys of their scores."""
+
+    def __init__(self, named: tuple[str, PSTLinear], factors: Factors):
+        name, self.layer = named
+        self._factors = factors
+        ranked = zero3.master_shard(ranked_parameter(self.layer))
+        self._weight = ranked if self.layer.pst_S is None else zero3.master_shard(self.layer.weight)
+        self._keys = LayerKeys(name, self.layer, factors, ranked)
+
+    @property
+    def numel(self) -> int:
+        """Weights of the whole layer."""
+        return self.layer.layout.numel
+
+    @property
+    def learns_scores(self) -> bool:
+        return any(getattr(self.layer, f"pst_{name}") is not None for name in SCORE_FACTORS)
+
+    def sums(self, with_scores: bool) -> Tensor:
+        """(_NUM_SUMS,) float64 over this rank's weights; those of scores only where asked for."""
+        sums = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=self._weight.values.device)
+        for block, rect in self._rects():
+            weight = self._view(self._weight.values, rect).float()
+            sums[_WEIGHT_SQUARES] += _squares(weight)
+            if not with_scores and not self.layer.constants.multiplicative:
+                continue
+            tile = tile_factors(self._factors, self.layer.layout, block, rect)
+            updated = updated_weight(weight, tile, self.layer.constants)
+            if self.layer.constants.multiplicative:
+                sums[_UPDATE_SQUARES] += _squares(updated - weight)
+            if with_scores:
+                magnitude = updated.abs_() / self.layer.weight_scales[block.part]
+                sums[_MOMENTS] += figures.moment_sums(self._scores(block, rect), magnitude)
+        return sums.cpu()
+
+    def counts(self, low: float, high: float) -> Tensor:
+        """This rank's counts: of scores in bins, pruned then kept, and of the kept in the cells of a thumbnail."""
+        shape = self.layer.layout.shape
+        kept_here = unpack_shard(zero3.shard_of(self.layer.pst_mask).values, self._weight.values.numel())
+        bins = torch.zeros(2, figures.HISTOGRAM_BINS, dtype=torch.int64, device=kept_here.device)
+        cells = torch.zeros(figures.thumbnail_cells(shape), dtype=torch.int64, device=kept_here.device)
+        for block, rect in self._rects():
+            kept = self._view(kept_here, rect)
+            bins += figures.count_in_bins(self._scores(block, rect), kept, low, high)
+            figures.add_kept_by_cell_(cells, kept, rect, shape)
+        return torch.cat([bins.flatten(), cells.flatten()]).cpu()
+
+    def correlation(self, sums: Tensor) -> float | None:
+        """From the ``sums`` over all ranks, as all below."""
+        return figures.correlation(sums[_MOMENTS], self.numel) if self.learns_scores else None
+
+    def histogram_range(self, sums: Tensor) -> tuple[float, float]:
+        total, squares = sums[_OF_SCORES].tolist()
+        return figures.histogram_range(total, squares, self.numel)
+
+    def score_norm(self, sums: Tensor) -> float | None:
+        if self.layer.pst_S is not None:
+            return _finite(math.sqrt(sums[_OF_SCORES][1]))
+        if not self.learns_scores:
+            return None
+        return _finite(figures.learned_score_norm(self.layer.layout, self._factors, self.layer.constants))
+
+    def update_norm(self, sums: Tensor) -> float | None:
+        if self.layer.pst_U is None:
+            return None
+        if self.layer.constants.multiplicative:
+            return _finite(math.sqrt(sums[_UPDATE_SQUARES]))
+        return _finite(figures.update_norm(self.layer.layout, self._factors, self.layer.constants))
+
+    def _rects(self) -> Iterator[tuple[Block, Rect]]:
+        for block in self.layer.layout.blocks():
+            for rect in self._keys.own_rects(block):
+                yield block, rect
+
+    def _scores(self, block: Block, rect: Rect) -> Tensor:
+        """S, (rows, cols) fp32, as masks are selected by it."""
+        return scores_of_keys(self._keys.keys(block, rect))
+
+    def _view(self, values: Tensor, rect: Rect) -> Tensor:
+        return view_in_shard(values, rect, self.layer.layout.shape[1], self._weight.start)
+
+
+def _squares(values: Tensor) -> Tensor:
+    flat = values.flatten().double()
+    return flat @ flat
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _summed(counts: Sequence[Tensor], any_weight: nn.Parameter) -> tuple[Tensor, ...]:
+    """Each of ``counts`` over all ranks. Collective: one exchange."""
+    return group_sum(torch.cat(list(counts)), any_weight).split([count.numel() for count in counts])
+
+
+def _histogram(index: int, layer: PSTLinear, bounds: tuple[float, float], counts: Tensor) -> Histogram:
+    pruned, kept = counts.view(2, -1)
+    one_threshold = layer.rule.pattern.kind == "global" or (
+        layer.rule.pattern.kind == "matrix" and layer.layout.parts == 1
+    )
+    threshold = figures.cut_in_bins(pruned + kept, int(pruned.sum()), *bounds) if one_threshold else None
+    return Histogram(index, *bounds, kept.tolist(), pruned.tolist(), threshold)
+
+
+def _thumbnail(index: int, layer: PSTLinear, counts: Tensor) -> Thumbnail:
+    shape = layer.layout.shape
+    share = counts.view(figures.thumbnail_cells(shape)) / figures.weights_by_cell(shape)
+    return Thumbnail(index, (share.t() if layer.layout.transposed else share).tolist())

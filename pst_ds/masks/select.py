@@ -1,0 +1,174 @@
+"""What each matrix keeps, in the units of its pattern: the selections of all layers, side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.core.bits import pack_shard, unpack_shard
+from pst_ds.core.bracket import select_bits
+from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE
+from pst_ds.core.layout import Block, Rect
+from pst_ds.core.patterns import expand_units, keep_in_rows, keep_n_of_m
+from pst_ds.core.select import Cut, MatrixKeys, NonFiniteScoreError, prune_count, select
+from pst_ds.masks.layer_scores import LayerKeys
+from pst_ds.parallel import zero3
+from pst_ds.parallel.ranks import group_sum, rank_sums
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One matrix of a layer, and its share of zeros now."""
+
+    layer: LayerKeys
+    block: Block
+    sparsity: float
+
+    @property
+    def kind(self) -> str:
+        return self.layer.pattern.kind
+
+    @property
+    def prune_per_group(self) -> int:
+        """Of N:M: how many of a group's M weights go, once the group is constrained."""
+        pattern = self.layer.pattern
+        if self.sparsity == pattern.fixed_sparsity or self.layer.rule.nm_ramp == "share":
+            return pattern.m - pattern.n
+        return math.floor(self.sparsity * pattern.m + 1e-9)  # 0.3333 * 6 is 2
+
+    @property
+    def selects_units(self) -> bool:
+        """Whether units of many weights are ranked: blocks, and the groups of N:M while only a share is constrained."""
+        if self.kind == "n:m":
+            return self.layer.rule.nm_ramp == "share" and self.sparsity != self.layer.pattern.fixed_sparsity
+        return self.kind == "block"
+
+    @property
+    def num_units_in_all(self) -> int:
+        return self.block.rect.numel // (self.layer.unit[0] * self.layer.unit[1])
+
+
+def select_kept(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Tensor]:
+    """Bits of what every matrix keeps on this rank: of its units if it ``selects_units``, else of its weights.
+
+    Collective: a number of exchanges that does not depend on the number of matrices. Raises FloatingPointError on every
+    rank, naming the layers, for scores that are not finite.
+    """
+    ranks, device = rank_sums(any_weight), zero3.shard_of(any_weight).values.device
+    single = [m for m in matrices if m.kind in ("matrix", "global")]
+    units = [m for m in matrices if m.selects_units]
+    found: dict[int, Tensor] = {}
+    if single:
+        keys, pools = _single_weights(single)
+        with _naming(single):
+            found.update(zip(map(id, single), select_bits(keys, ranks, device, pools), strict=True))
+    if units:
+        with _naming(units):
+            cuts = select([_units(m) for m in units], ranks, device)
+        found.update({id(m): _unit_bits(m, cut) for m, cut in zip(units, cuts, strict=True)})
+    alone = [m for m in matrices if id(m) not in found]
+    if alone:
+        found.update(zip(map(id, alone), _each_unit_by_itself(alone, any_weight), strict=True))
+    return [found[id(m)] for m in matrices]
+
+
+def weights_kept(matrix: Matrix, bits: Tensor) -> Iterator[tuple[Rect, Tensor]]:
+    """(rectangle, its mask (rows, cols) uint8) of a matrix on this rank, from :func:`select_kept`'s bits."""
+    layer = matrix.layer
+    per_unit = layer.unit[0] * layer.unit[1] if matrix.selects_units else 1
+    flags = unpack_shard(bits, sum(rect.numel for rect in layer.rects(matrix.block)) // per_unit)
+    at = 0
+    for rect in layer.rects(matrix.block):
+        count = rect.numel // per_unit
+        own = flags[at : at + count]
+        at += count
+        if not matrix.selects_units:
+            yield rect, own.view(rect.r1 - rect.r0, rect.c1 - rect.c0)
+            continue
+        kept = expand_units(own, rect, layer.unit)
+        if matrix.kind == "n:m":  # a constrained group keeps its best
+            kept = kept | keep_n_of_m(layer.keys(matrix.block, rect), layer.unit, matrix.prune_per_group)
+        yield rect, kept
+
+
+def _single_weights(matrices: Sequence[Matrix]) -> tuple[list[MatrixKeys], list[int]]:
+    """Keys of single weights; those of the "global" pattern are one pool with a number to prune."""
+    keys, pooled = [], 0
+    for m in matrices:
+        numel, is_pooled = m.block.rect.numel, m.kind == "global"
+        wanted = prune_count(m.sparsity, numel)
+        pooled += wanted if is_pooled else 0
+        keys.append(
+            MatrixKeys(
+                prune_count=numel - math.ceil(m.layer.rule.min_kept_share * numel) if is_pooled else wanted,
+                tiles=partial(m.layer.weight_keys, m.block),
+                pool=0 if is_pooled else None,
+                num_keys=m.layer.num_units(m.block),
+                num_in_all=numel,
+                sample=partial(m.layer.sample, m.block),
+            )
+        )
+    return keys, [pooled] if any(m.kind == "global" for m in matrices) else []
+
+
+def _units(m: Matrix) -> MatrixKeys:
+    share = m.sparsity if m.kind == "block" else m.sparsity / (m.layer.pattern.fixed_sparsity or 1.0)
+    return MatrixKeys(
+        prune_count=prune_count(share, m.num_units_in_all),
+        tiles=partial(m.layer.unit_keys, m.block, m.prune_per_group if m.kind == "n:m" else 0),
+        own=m.layer.own_units(m.block),
+        num_keys=m.layer.num_units(m.block),
+    )
+
+
+def _unit_bits(m: Matrix, cut: Cut) -> Tensor:
+    keys = _units(m)
+    keep = torch.empty(keys.num_keys, dtype=torch.uint8, device=m.layer.device)
+    at = 0
+    for tile in keys.tiles():
+        kept, cut = cut.keep(tile)
+        keep[at : at + kept.numel()] = kept
+        at += kept.numel()
+    return pack_shard(keep, -(-keys.num_keys // 8))
+
+
+def _each_unit_by_itself(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Tensor]:
+    """Bits of the weights kept in rows, or groups of N:M, each of which is decided by its own weights. Collective."""
+    found, bad = [], torch.zeros(len(matrices), dtype=torch.int64)
+    for i, m in enumerate(matrices):
+        rects = list(m.layer.rects(m.block))
+        keep = torch.empty(sum(rect.numel for rect in rects), dtype=torch.uint8, device=m.layer.device)
+        at = 0
+        for rect in rects:
+            keys = m.layer.keys(m.block, rect)
+            bad[i] += ((keys < LOWEST_FINITE) | (keys > HIGHEST_FINITE)).sum().cpu()
+            if m.kind == "row":
+                kept = keep_in_rows(keys, m.layer.unit, prune_count(m.sparsity, m.layer.layout.in_features))
+            else:
+                kept = keep_n_of_m(keys, m.layer.unit, m.prune_per_group)
+            keep[at : at + rect.numel] = kept.reshape(-1)
+            at += rect.numel
+        found.append(pack_shard(keep, -(-keep.numel() // 8)))
+    bad = group_sum(bad, any_weight)
+    with _naming(matrices):
+        if bool(bad.any()):
+            raise NonFiniteScoreError(bad.nonzero().flatten().tolist())
+    return found
+
+
+@contextmanager
+def _naming(matrices: Sequence[Matrix]) -> Iterator[None]:
+    try:
+        yield
+    except NonFiniteScoreError as error:
+        names = dict.fromkeys(matrices[i].layer.name for i in error.matrices)
+        raise FloatingPointError(
+            f"importance scores of {', '.join(names)} are not finite; lower the learning rate of the scores or "
+            "updates, or resume from the last checkpoint"
+        ) from None

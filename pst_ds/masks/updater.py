@@ -1,0 +1,169 @@
+"""Masks in step with a schedule: the rule, for the loop of a run and for anybody's."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from pst_ds.core.schedule import Schedule
+from pst_ds.errors import InputError
+from pst_ds.masks.update import MaskStats, mask_stats, masks_of_zeros, update_masks
+from pst_ds.nn.inject import freeze_scores, injected_config, layers_never_called, pst_layers, shortened
+from pst_ds.parallel.ranks import is_main
+from pst_ds.parallel.steps import applied_steps, steps_noted, torch_optimizer, unwrapped
+
+_ZEROS_MAY_DIFFER = 0.01
+"""Between the sparsity asked and that of masks: a share of every row, or of every group, rounds down."""
+
+
+def update_masks_if_due(
+    model: nn.Module, schedule: Schedule, step: int, *, from_zeros: bool = False
+) -> MaskStats | None:
+    """Select the masks anew if ``schedule`` does so after applied step ``step`` (0: before the first), and fix them for
+    good once it is final. The new masks' counts, or None.
+
+    After the first step it warns, on rank 0, of layers that no forward pass there has called.
+    ``from_zeros`` keeps the non-zeros of the weights instead of selecting. Collective: a schedule and a step that are
+    equal on every rank update on all or on none. Raises FloatingPointError on every rank for scores that are not
+    finite.
+    """
+    masks = None
+    if step == 1:
+        _warn_of_layers_never_called(model)
+    if schedule.updates_masks_at(step):
+        target = schedule.sparsity_at(step)
+        masks = masks_of_zeros(model) if from_zeros else update_masks(
+            model, target, progress=schedule.progress_at(step)
+        )  # fmt: skip
+    if schedule.is_final(step):
+        freeze_scores(model)
+    return masks
+
+
+class MaskUpdater:
+    """Keeps the masks of a model in step with a schedule, in a loop that is not ours.
+
+        masks = MaskUpdater(model, schedule)
+        for batch in loader:
+            ...  # forward, backward
+            optimizer.step()
+            masks.after_step(optimizer)      # or the DeepSpeed engine
+
+    Make it last before the loop: after ``deepspeed.initialize`` or ``accelerator.prepare``, and after a checkpoint was
+    loaded. ``model`` may be what those return. Of a run that is continued, ``step`` is the number of optimizer steps
+    applied so far; or let accelerate save and load the updater (``register_for_checkpointing``).
+
+    Making it, and :meth:`after_step`, are collective. Whether scores train is the schedule's to say from now on, also
+    of a model whose masks were final once. Rank 0 warns when the schedule begins below the sparsity that the masks have
+    already. Raises InputError for a model that ``inject_pst`` was not called on.
+    """
+
+    def __init__(self, model: nn.Module, schedule: Schedule, *, step: int = 0):
+        _require_schedule(schedule)
+        self.schedule = schedule
+        self._model = unwrapped(model)
+        _require_pst(self._model)
+        new = self._begin() if step == 0 else None
+        self.step = 0
+        """Applied optimizer steps."""
+        self.masks: MaskStats
+        """The masks as they are."""
+        self._noted: int
+        self.load_state_dict({"step": step})
+        self.masks = new or self.masks
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the masks do not change any more."""
+        return self.schedule.is_final(self.step)
+
+    def after_step(self, stepper: Any) -> MaskStats | None:
+        """Call it after every ``step`` of ``stepper``: a DeepSpeed engine, or an optimizer of accelerate or torch.
+
+        Skipped steps, and micro-batches that end no step, count for nothing, under a GradScaler too. The new masks'
+        counts if they were selected anew, else None. Once they are final, scores train no more: the groups named
+        "scores" have a rate of 0.
+        """
+        optimizer = torch_optimizer(stepper)
+        step, new = applied_steps(stepper, self.step, noted=self._noted), None
+        self._noted = steps_noted()
+        if step not in (self.step, self.step + 1):
+            raise InputError(
+                f"the engine has applied {step} optimizer steps, and the masks are those of step {self.step}: call "
+                "after_step after every step, and make MaskUpdater(..., step=engine.global_steps - "
+                "engine.skipped_steps) after engine.load_checkpoint"
+            )
+        if step > self.step:
+            self.step, new = step, update_masks_if_due(self._model, self.schedule, step)
+            self.masks = new or self.masks
+        _stop_scores(optimizer, self.is_final)
+        return new
+
+    def state_dict(self) -> dict[str, int]:
+        """The step; masks are part of the model."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from the step of ``state``, with the masks that the model has by now. Collective."""
+        self.step, self.masks = state["step"], mask_stats(self._model)
+        self._noted = steps_noted()
+        freeze_scores(self._model, frozen=self.is_final)
+
+    def _begin(self) -> MaskStats | None:
+        """The masks before the first step."""
+        found = mask_stats(self._model)
+        new = update_masks_if_due(self._model, self.schedule, 0)
+        begins = new.sparsity if new else self.schedule.sparsity_at(0)
+        if begins + _ZEROS_MAY_DIFFER < found.sparsity and is_main():
+            warnings.warn(
+                f"the model's masks have a sparsity of {found.sparsity:.3g} already, and the schedule begins at "
+                f"{begins:.3g}: pruned weights come back before they are pruned again. Give the schedule "
+                f"initial_sparsity = {found.sparsity:.3g} to go on from here",
+                stacklevel=3,
+            )
+        return new
+
+
+def _require_schedule(schedule: Any) -> None:
+    wanted = ("final_sparsity", "sparsity_at", "progress_at", "updates_masks_at", "is_final")
+    missing = [name for name in wanted if not hasattr(schedule, name)]
+    if missing:
+        raise InputError(
+            f"{type(schedule).__name__} is no schedule: it has no {', '.join(missing)}. Take pst_ds.CubicSchedule, or "
+            "derive yours from it and give it a sparsity_at of its own"
+        )
+
+
+def _stop_scores(optimizer: Any, stop: bool) -> None:
+    """No gradient is not enough: Adam's momentum would move scores on, and with them what is saved."""
+    for group in optimizer.param_groups:
+        if group.get("name") == "scores":
+            if stop:
+                group["lr_of_ramp"] = group["lr"] or group.get("lr_of_ramp", 0.0)
+                group["lr"] = 0.0
+            elif "lr_of_ramp" in group:  # another schedule, or a step further back
+                group["lr"] = group["lr"] or group["lr_of_ramp"]
+                del group["lr_of_ramp"]
+
+
+def _warn_of_layers_never_called(model: nn.Module) -> None:
+    names = layers_never_called(model) if is_main() else []
+    if names:
+        warnings.warn(
+            f"no forward pass has called {shortened(names)} ({len(names)} of {len(pst_layers(model))} pruned layers). "
+            "An expert that no token was sent to, or a layer that layerdrop left out, is none to care about. If other "
+            "code reads the layer's weight, its mask does nothing: leave it out with exclude_modules",
+            stacklevel=4,
+        )
+
+
+def _require_pst(model: nn.Module) -> None:
+    if injected_config(model).magnitude == "activation":
+        for name, layer in pst_layers(model).items():
+            if layer.input_norms is None:
+                raise InputError(
+                    f'magnitude = "activation", but {name} has no norms of its inputs; set them with '
+                    'pst_ds.train.calibration.set_norms, or take PSTConfig(magnitude="weight")'
+                )

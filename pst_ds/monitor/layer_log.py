@@ -1,0 +1,112 @@
+"""What a run says of its layers: layers.jsonl, and for TensorBoard scalars of each layer and pictures; from rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pst_ds.config.file_names import LAYERS_FILE
+from pst_ds.masks.layer_stats import Histogram, LayerFigures, Thumbnail
+from pst_ds.masks.update import MaskStats
+from pst_ds.monitor import images as pictures
+from pst_ds.monitor.jsonl import JsonLines, lines_until
+from pst_ds.monitor.tensorboard import Board
+
+_ROWS = "One row a layer, the first on top; one column a mask update, the oldest left (of long runs a few updates)."
+SPARSITY_MAP = f"Share of zeros: dark violet 0, yellow 1, as on the scale beside it. {_ROWS}"
+FLIPS_MAP = (
+    "Share of a layer's weights whose mask bit flips at an update, on a logarithmic scale: dark violet one in 100,000 "
+    f"or fewer, yellow one in ten or more. {_ROWS}"
+)
+THUMBNAIL = (
+    "The mask, shrunk: share of kept weights in each cell, dark violet none, green as many as on average, yellow twice "
+    "as many or more. Outputs from top to bottom, inputs from left to right."
+)
+SCORES = (
+    "Importance scores S of single weights, from four standard deviations below their mean to four above it; the bars "
+    "at both ends have all that is beyond."
+)
+SPLIT_SCORES = (
+    f"{SCORES} Orange: pruned by the mask; blue: kept. The line: where a mask update would cut now. Orange on its "
+    "right and blue on its left have crossed it since the last update."
+)
+
+
+class LayerLog:
+    """``layers``: names in model order, with their numbers of weights. ``step``: where a continued run goes on."""
+
+    def __init__(self, folder: Path, board: Board, layers: dict[str, int], step: int):
+        self._board = board
+        self._names, self._weights = list(layers), list(layers.values())
+        self._history = pictures.MaskHistory(self._weights)
+        self._latest: tuple[Sequence[int], Sequence[int]] | None = None
+        path = folder / LAYERS_FILE
+        self._file = JsonLines(path, step, head={"layers": self._names, "weights": self._weights})
+        for line in lines_until(path, step):
+            if line["event"] == "masks":
+                self._remember(line["kept"], line["flipped"])
+
+    def masks(self, step: int, masks: MaskStats) -> None:
+        """After a mask update."""
+        self._remember(masks.kept, masks.flipped)
+        self._file.write({"step": step, "event": "masks", "kept": masks.kept, "flipped": masks.flipped})
+
+    def figures(self, step: int, found: LayerFigures) -> None:
+        """Figures and pictures of the layers as they are after ``step``."""
+        line: dict[str, Any] = {"step": step, "event": "scores"}
+        for name in ("correlation", "score_norm", "update_norm", "weight_norm"):
+            line[name] = [_short(value) for value in getattr(found, name)]
+        self._file.write(line)
+        self._scalars(step, found)
+        if found.with_scores and self._latest is not None:
+            sparsity, flips = self._history.sparsity(), pictures.flips_on_scale(self._history.flips())
+            self._board.picture("heatmap/sparsity", pictures.heat_map(sparsity), step, SPARSITY_MAP)
+            self._board.picture("heatmap/flips", pictures.heat_map(flips), step, FLIPS_MAP)
+        for histogram in found.histograms:
+            self._histogram(step, histogram)
+        for thumbnail in found.thumbnails:
+            self._thumbnail(step, thumbnail)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _remember(self, kept: Sequence[int], flipped: Sequence[int]) -> None:
+        self._latest = kept, flipped
+        self._history.add(kept, flipped)
+
+    def _scalars(self, step: int, found: LayerFigures) -> None:
+        for i, name in enumerate(self._names):
+            values = {"correlation": found.correlation[i], "score_norm": found.score_norm[i]}
+            if found.with_scores and self._latest is not None:
+                kept, flipped = self._latest
+                values["sparsity"] = 1.0 - kept[i] / self._weights[i]
+                values["flip_rate"] = flipped[i] / self._weights[i]
+            update, weight = found.update_norm[i], found.weight_norm[i]
+            values["relative_update_norm"] = update / weight if update is not None and weight else None
+            for figure, value in values.items():
+                if value is not None:
+                    self._board.scalar(f"layers/{name}/{figure}", value, step)
+
+    def _histogram(self, step: int, found: Histogram) -> None:
+        name, width = self._names[found.layer], (found.high - found.low) / len(found.kept)
+        line = {
+            "layer": found.layer, "low": found.low, "high": found.high, "kept": found.kept, "pruned": found.pruned,
+            "threshold": _short(found.threshold),
+        }  # fmt: skip
+        self._file.write({"step": step, "event": "histogram", **line})
+        at = None if found.threshold is None else (found.threshold - found.low) / width
+        drawn = pictures.histogram(found.kept, found.pruned, at)
+        self._board.picture(f"histogram/{name}", drawn, step, SPLIT_SCORES)
+        counts = [kept + pruned for kept, pruned in zip(found.kept, found.pruned, strict=True)]
+        self._board.histogram(f"scores/{name}", counts, found.low, found.high, step, SCORES)
+
+    def _thumbnail(self, step: int, found: Thumbnail) -> None:
+        share = [[_short(cell) for cell in row] for row in found.share]
+        self._file.write({"step": step, "event": "thumbnail", "layer": found.layer, "share": share})
+        self._board.picture(f"mask/{self._names[found.layer]}", pictures.thumbnail(found.share), step, THUMBNAIL)
+
+
+def _short(value: float | None) -> float | None:
+    """To six digits, which is all that lines of many layers need."""
+    return None if value is None else float(f"{value:.6g}")

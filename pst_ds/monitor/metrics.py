@@ -1,0 +1,108 @@
+"""What a run reports: metrics.jsonl, layers.jsonl, TensorBoard and a progress line, all from rank 0."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pst_ds.config.file_names import METRICS_FILE
+from pst_ds.masks.layer_stats import LayerFigures
+from pst_ds.masks.update import MaskStats
+from pst_ds.monitor.jsonl import JsonLines
+from pst_ds.monitor.layer_log import LayerLog
+from pst_ds.monitor.tensorboard import Board
+from pst_ds.progress import Progress
+
+
+class MetricsWriter:
+    """Writes on rank 0 and does nothing elsewhere.
+
+    A run that is continued after ``step``, ``seconds`` into it, keeps its lines up to there; later ones are made anew.
+    ``layers``: weights of each PST layer, by name in model order.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        num_steps: int,
+        is_main: bool,
+        quiet: bool = False,
+        step: int = 0,
+        seconds: float = 0.0,
+        layers: dict[str, int] | None = None,
+    ):
+        self._file: JsonLines | None = None
+        self._layers: LayerLog | None = None
+        self._shown = Progress("step", num_steps, done=step, line_seconds=0.0) if is_main and not quiet else None
+        self._started = time.monotonic() - seconds
+        if is_main:
+            self._file = JsonLines(folder / METRICS_FILE, step)
+            self._board = Board(folder, step)
+            if layers:
+                self._layers = LayerLog(folder, self._board, layers, step)
+
+    @property
+    def seconds(self) -> float:
+        """That the run has taken, over all its processes."""
+        return time.monotonic() - self._started
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and a scalar for every number; those of checkpoints are a group of their own."""
+        if self._file is None:
+            return
+        self._file.write({"step": step, "seconds": round(self.seconds, 3), **values})
+        group = "checkpoint/" if values.get("event") == "checkpoint" else ""
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.scalar(group + name, value, step)
+
+    def masks(self, step: int, masks: MaskStats) -> None:
+        """What a mask update did to each layer."""
+        if self._layers is not None:
+            self._layers.masks(step, masks)
+
+    def figures(self, step: int, found: LayerFigures) -> None:
+        """What the layers look like after ``step``."""
+        if self._layers is not None:
+            self._layers.figures(step, found)
+
+    def settings(self, settings: dict[str, Any], metric_tags: Sequence[str]) -> None:
+        """The settings of a run that has ended; its last values of ``metric_tags`` are what came of them."""
+        if self._file is not None:
+            self._board.hparams(settings, metric_tags)
+
+    def progress(self, step: int, values: dict[str, Any]) -> None:
+        """Show people where the run is and when it will end."""
+        if self._shown is not None:
+            self._shown.at(step, " | ".join(f"{k} {_short(v)}" for k, v in values.items()))
+
+    def say(self, text: str) -> None:
+        """One line for people."""
+        if self._shown is not None:
+            self._shown.say(text)
+
+    def close(self) -> None:
+        if self._shown is not None:
+            self._shown.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+        if self._layers is not None:
+            self._layers.close()
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Largest memory this rank has held: of the accelerator, or resident memory of the process on CPU."""
+    if device != "cpu":
+        return int(torch.accelerator.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,76 @@
+"""The groups that PST trains in, each with a learning rate of its own, and AdamW over them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pst_ds.config.run import TrainConfig
+from pst_ds.errors import InputError
+from pst_ds.nn.embedding import pst_embeddings
+from pst_ds.nn.linear import SCORE_FACTORS
+from pst_ds.parallel import zero3
+from pst_ds.parallel.master_adamw import MasterAdamW
+
+_DEFAULTS = TrainConfig(num_steps=1)
+
+
+def pst_parameter_groups(
+    model: nn.Module,
+    *,
+    score_learning_rate: float = _DEFAULTS.score_learning_rate,
+    update_learning_rate: float = _DEFAULTS.update_learning_rate,
+    embedding_learning_rate: float = _DEFAULTS.embedding_learning_rate,
+    head_learning_rate: float = _DEFAULTS.head_learning_rate,
+    betas: tuple[float, float] = (_DEFAULTS.adam_beta1, _DEFAULTS.adam_beta2),
+) -> list[dict[str, Any]]:
+    """AdamW's groups, named, each with its own learning rate and betas; no group is empty or has weight decay.
+
+    "scores": A, B, R and C, or a score of each weight; "updates": U and V; "embeddings": U and V of embeddings; "head":
+    all that is trained in full. The defaults are those of the run file.
+    """
+    rates = {
+        "scores": score_learning_rate,
+        "updates": update_learning_rate,
+        "embeddings": embedding_learning_rate,
+        "head": head_learning_rate,
+    }
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+    embeddings = pst_embeddings(model)
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        owner, _, last = name.rpartition(".")
+        if owner in embeddings:
+            groups["embeddings"].append(param)
+        elif last.startswith("pst_"):
+            groups["scores" if last.removeprefix("pst_") in SCORE_FACTORS else "updates"].append(param)
+        else:
+            groups["head"].append(param)
+    shared = {"weight_decay": 0.0, "betas": betas}
+    return [
+        {"params": params, "name": name, "lr": rates[name], "peak_lr": rates[name], **shared}
+        for name, params in groups.items()
+        if params
+    ]
+
+
+def pst_optimizer(model: nn.Module, **rates: Any) -> MasterAdamW:
+    """AdamW over :func:`pst_parameter_groups` with ``rates``, on fp32 masters where the model is in bf16.
+
+    Under DeepSpeed the engine keeps the masters, and this is plain AdamW; ``deepspeed.initialize`` itself wants torch's
+    class: ``torch.optim.AdamW(pst_parameter_groups(model))``. Raises InputError for a model in fp16, which only ZeRO-3
+    has masters for at once.
+    """
+    groups = pst_parameter_groups(model, **rates)
+    params = [param for group in groups for param in group["params"]]
+    is_partitioned = any(zero3.is_partitioned(param) for param in model.parameters())
+    if not is_partitioned and any(param.dtype == torch.float16 for param in params):
+        raise InputError(
+            "the trained parameters are torch.float16, which AdamW cannot train: load the model in torch.float32 and "
+            "let the loss be scaled (fp16=True), or load it in torch.bfloat16"
+        )
+    stays_here = not torch.accelerator.is_available() and not is_partitioned  # fused is for the CPU, see LocalEngine
+    return MasterAdamW(groups, fused=stays_here)

@@ -1,0 +1,92 @@
+"""What the cost formulas need to know of a model: read from names and shapes, also on the meta device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.targets import is_linear
+from pst_ds.parallel import zero3
+from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, layer_work_bytes
+
+
+def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
+    """The numbers of an injected model, whole or partitioned, with or without values; to train on "cpu" or "cuda"."""
+    layers = pst_layers(model)
+    factors = {id(param) for layer in layers.values() for _, param in layer.factor_parameters()}
+    masks = {id(layer.pst_mask) for layer in layers.values()}
+    tensors = Counter(
+        TensorGroup(
+            zero3.full_numel(param),
+            param.element_size(),
+            trainable=param.requires_grad,
+            is_mask=id(param) in masks,
+            is_factor=id(param) in factors,
+        )
+        for param in model.parameters()
+    )
+    modules = Counter(_module_numbers(module, device) for module in model.modules() if module._parameters)
+    return ModelNumbers(
+        tensors=tuple(_counted(tensors)),
+        modules=tuple(
+            ModuleNumbers(m.numel, m.gathered_bytes, m.largest_gather_bytes, m.work_bytes, count)
+            for m, count in modules.items()
+        ),
+        matrices=tuple(
+            MatrixGroup(numel, count)
+            for numel, count in Counter(
+                layer.layout.matrix_numel for layer in layers.values() for _ in range(layer.layout.parts)
+            ).items()
+        ),
+        score_rank=max((_rank(layer, "B") for layer in layers.values()), default=0),
+        update_rank=max((_rank(layer, "V") for layer in layers.values()), default=0),
+        dense_weights=sum(_weight_numel(module) for module in model.modules() if is_linear(module)),
+        attention_width=_attention_width(model),
+    )
+
+
+def _rank(layer: PSTLinear, factor: str) -> int:
+    """Of the pair whose matrix by input is ``factor``."""
+    param = dict(layer.factor_parameters()).get(factor)
+    return 0 if param is None else zero3.full_shape(param)[0] // layer.layout.parts
+
+
+def _weight_numel(linear: Any) -> int:
+    return zero3.full_numel(linear.weight)
+
+
+def _attention_width(model: nn.Module) -> int:
+    """Heads x their width x layers, from the config; 0 where it does not say."""
+    config = getattr(model, "config", None)
+    layers, hidden = (getattr(config, key, 0) or 0 for key in ("num_hidden_layers", "hidden_size"))
+    heads, width = (getattr(config, key, 0) or 0 for key in ("num_attention_heads", "head_dim"))
+    return int(layers * (heads * width or hidden))
+
+
+def _counted(tensors: Counter[TensorGroup]) -> list[TensorGroup]:
+    return [
+        TensorGroup(t.numel, t.element_size, count, t.trainable, t.is_mask, t.is_factor) for t, count in tensors.items()
+    ]
+
+
+def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
+    params = [p for p in module._parameters.values() if p is not None]
+    by_dtype: Counter[object] = Counter()
+    for param in params:
+        by_dtype[param.dtype] += zero3.full_numel(param) * param.element_size()
+    return ModuleNumbers(
+        numel=sum(zero3.full_numel(p) for p in params),
+        gathered_bytes=sum(by_dtype.values()),
+        largest_gather_bytes=max(by_dtype.values(), default=0),
+        work_bytes=_work_bytes(module, device),
+    )
+
+
+def _work_bytes(module: nn.Module, device: str) -> int:
+    if not isinstance(module, PSTLinear):
+        return 0
+    return layer_work_bytes(module.layout, module.weight.element_size(), module.tile_bytes, device)

@@ -1,0 +1,219 @@
+"""Time and network traffic of a step and of a mask update, from shapes and stated rates: numbers in, numbers out.
+
+Bytes are those a rank receives; a ring all-gather or reduce-scatter of n bytes over w ranks receives n (w - 1) / w, an
+all-reduce twice that. Rates are what a machine is assumed to reach, not its data sheet; each names its source.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pst_ds.core.select import DIGIT_BITS
+from pst_ds.planning.memory import ModelNumbers, ZeroSettings
+
+FORWARD_BYTES, BACKWARD_BYTES = 10, 40
+"""Bytes moved for a pruned weight beside the products: M . W once (W, bits, the result, the AND in place), and in the
+backward pass M . W again, G, G . W, the masked G and the reads of both by the low-rank products (16-bit values)."""
+HISTOGRAMS = 3
+"""Exchanges of counts in a mask update: with the scan, and to narrow what is left to a key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What one rank of a kind of cluster reaches."""
+
+    name: str
+    flops: float
+    """16-bit matrix products, per second."""
+    memory_bytes: float
+    """Read or written per second."""
+    node_size: int
+    """Ranks that share the faster links."""
+    node_bytes: float
+    """Received per second and rank from ranks of the same node."""
+    network_bytes: float
+    """Received per second and rank from other nodes."""
+    latency: float
+    """Seconds a hop of a collective takes between nodes."""
+    update_seconds: float
+    """Scoring and selecting one weight of the shard, in a mask update."""
+    overlaps: bool
+    """Whether communication runs beside computation."""
+    source: str
+
+    def transfer_seconds(self, received: float, collectives: float, world_size: int) -> float:
+        """Rings over all ranks: the slowest link decides, and every collective passes every node once."""
+        if world_size == 1:
+            return 0.0
+        nodes = math.ceil(world_size / self.node_size)
+        hops = nodes if nodes > 1 else world_size - 1
+        return received / (self.network_bytes if nodes > 1 else self.node_bytes) + collectives * hops * self.latency
+
+
+MACHINES = {
+    "h100": Machine(
+        name="8 x H100 SXM a node, 400 Gb/s InfiniBand a GPU",
+        flops=0.40 * 989e12,
+        memory_bytes=0.8 * 3.35e12,
+        node_size=8,
+        node_bytes=0.8 * 450e9,
+        network_bytes=0.8 * 50e9,
+        latency=5e-6,
+        update_seconds=20 / (0.8 * 3.35e12),
+        overlaps=True,
+        source="NVIDIA H100 data sheet (989 TFLOP/s bf16 dense, 3.35 TB/s, NVLink 450 GB/s a direction) and DGX H100 "
+        "guide (one ConnectX-7 of 400 Gb/s a GPU); 40 % of the FLOPs, as Llama 3 (arXiv 2407.21783, table 4: 38 to "
+        "43 %), 80 % of every bandwidth, 5 us a hop and 20 bytes a scored weight assumed",
+    ),
+    "a100": Machine(
+        name="8 x A100 80 GB SXM a node, 200 Gb/s InfiniBand a GPU",
+        flops=0.45 * 312e12,
+        memory_bytes=0.8 * 2.039e12,
+        node_size=8,
+        node_bytes=0.8 * 300e9,
+        network_bytes=0.8 * 25e9,
+        latency=5e-6,
+        update_seconds=20 / (0.8 * 2.039e12),
+        overlaps=True,
+        source="NVIDIA A100 80 GB data sheet (312 TFLOP/s bf16 dense, 2.039 TB/s, NVLink 300 GB/s a direction) and DGX "
+        "A100 guide (200 Gb/s a GPU); 45 % of the FLOPs, 80 % of every bandwidth, 5 us a hop, 20 bytes a scored weight "
+        "assumed",
+    ),
+    "cpu": Machine(
+        name="one core of an AMD EPYC with AVX-512-BF16 a rank, gloo on one host",
+        flops=280e9,
+        memory_bytes=40e9,
+        node_size=1 << 30,
+        node_bytes=0.6e9,
+        network_bytes=0.6e9,
+        latency=2e-4,
+        update_seconds=3e-9,
+        overlaps=False,
+        source="measured by tools/bench/scale.py on two free cores: products at 128 tokens, copies, gathers of two "
+        "ranks, an all-reduce of one number, and the native scoring of a mask update (2.2 ns at 7B)",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a rank computes for one optimizer step."""
+
+    tokens: int
+    """Of a micro-batch, padding included."""
+    sequence: int
+    micro_batches: int = 1
+    checkpointing: bool = False
+    teacher_weights: int = 0
+    """Weights in the linear layers of the teacher of a distillation; 0 for none."""
+    own_teacher: bool = False
+    """The teacher is the model itself, whose weights are gathered for it once more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Received by one rank."""
+
+    gathers: int
+    """Whole weights, for forward and backward passes; of the factors' masters in a mask update."""
+    reductions: int
+    """Gradients in a step; samples and counts in a mask update."""
+    collectives: int
+
+    @property
+    def received(self) -> int:
+        return self.gathers + self.reductions
+
+
+@dataclass(frozen=True, slots=True)
+class TimePlan:
+    """Expected seconds on one rank."""
+
+    step_compute: float
+    step_network: float
+    step: float
+    update_compute: float
+    update_network: float
+    update: float
+    step_received: int
+    update_received: int
+
+    def share_of_masks(self, steps: int, updates: int) -> float:
+        """Part of a run's time that mask updates take."""
+        total = steps * self.step + updates * self.update
+        return updates * self.update / total if total else 0.0
+
+
+def step_flops(model: ModelNumbers, batch: Batch) -> float:
+    """Of one micro-batch on one rank: forward 2, dX 2 and G 2 a pruned weight and token, and 2 more to recompute.
+
+    The low-rank products cost FLOPs a weight, whatever the tokens: U V in every forward and backward, and the four
+    factor gradients. A teacher is a forward pass, without masks or low-rank products.
+    """
+    again = 2 if batch.checkpointing else 1
+    pruned = model.pruned_weights * batch.tokens * (2 * again + 4)
+    low_rank = model.pruned_weights * (2 * model.update_rank * (again + 1) + 4 * (model.score_rank + model.update_rank))
+    dense = model.dense_weights * batch.tokens * 4
+    taught = 2 if batch.teacher_weights else 0
+    teacher = batch.teacher_weights * batch.tokens * taught
+    attention = model.attention_width * batch.tokens * batch.sequence * 2 * (2 * again + 4 + taught) / 2  # causal: half
+    return pruned + low_rank + dense + teacher + attention
+
+
+def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch, element_size: int = 2) -> Traffic:
+    """Of one optimizer step. Stage 3 gathers every module in each forward and each backward pass, and again for a
+    recomputed forward unless the reuse distance keeps it, and for the model as its own teacher."""
+    w = zero.world_size
+    if w == 1:
+        return Traffic(0, 0, 0)
+    others = (w - 1) / w
+    gradients = int(model.trainables * element_size * others)
+    if zero.stage != 3:
+        # 0 all-reduces gradients; 1 and 2 reduce them to their owners, who send the parameters back
+        return Traffic(0, 2 * gradients, 2 * math.ceil(model.trainables / max(zero.reduce_bucket_size, 1)))
+    keeps = zero.max_reuse_distance >= 2 * _block_numel(model)
+    passes = (2 + (batch.checkpointing and not keeps) + batch.own_teacher) * batch.micro_batches
+    modules = sum(m.count for m in model.modules)
+    buckets = math.ceil(model.trainables / max(zero.reduce_bucket_size, 1))
+    received = int(model.whole_bytes * others * passes)
+    return Traffic(received, gradients * batch.micro_batches, passes * modules + buckets * batch.micro_batches)
+
+
+def _block_numel(model: ModelNumbers) -> int:
+    """Parameters of one block: between a module's recomputed forward and its backward turn lies at most twice that."""
+    pruned = [m for m in model.modules if m.work_bytes]
+    return sum(m.numel * m.count for m in pruned) // min((m.count for m in pruned), default=1)
+
+
+def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
+    """Of one mask update: fp32 masters in one all-gather; sample, counts, ties and statistics in all-reduces."""
+    w = zero.shards
+    if w == 1:
+        return Traffic(0, 0, 0)
+    others = (w - 1) / w
+    counts = HISTOGRAMS * model.num_matrices * (4 + (1 << DIGIT_BITS)) * 8
+    ties = w * model.num_matrices * 8
+    reduced = 4 * model.sampled_keys + counts + ties + 3 * 8
+    return Traffic(int(4 * model.factor_parameters * others), int(2 * reduced * others), HISTOGRAMS + 4)
+
+
+def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Machine) -> TimePlan:
+    """Expected times; where ``machine`` overlaps, a step takes the longer of computing and communicating."""
+    again = 2 if batch.checkpointing else 1
+    moved = model.pruned_weights * (FORWARD_BYTES * again + BACKWARD_BYTES)
+    compute = batch.micro_batches * (step_flops(model, batch) / machine.flops + moved / machine.memory_bytes)
+    in_step, in_update = step_traffic(model, zero, batch), update_traffic(model, zero)
+    network = machine.transfer_seconds(in_step.received, in_step.collectives, zero.world_size)
+    update_compute = math.ceil(model.pruned_weights / zero.shards) * machine.update_seconds
+    update_network = machine.transfer_seconds(in_update.received, in_update.collectives, zero.shards)
+    return TimePlan(
+        step_compute=compute,
+        step_network=network,
+        step=max(compute, network) if machine.overlaps else compute + network,
+        update_compute=update_compute,
+        update_network=update_network,
+        update=update_compute + update_network,
+        step_received=in_step.received,
+        update_received=in_update.received,
+    )

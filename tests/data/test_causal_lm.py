@@ -1,0 +1,254 @@
+"""Text into one stream of tokens, and the stream into sequences: nothing lost but what is documented."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from pst_ds.config.run import ConfigError, DataConfig
+from pst_ds.data import causal_lm as packing
+from pst_ds.data.causal_lm import Sequences, collate_sequences, counted_token_stream, load_sequences, token_stream
+
+TINY = Path(__file__).resolve().parents[1] / "data" / "tiny-llama"
+TOKENIZER = AutoTokenizer.from_pretrained(TINY)
+START, END = 1, 2
+WORDS = {word: TOKENIZER.convert_tokens_to_ids(word) for word in ("film", "plot", "warm", "dull", "the")}
+DOCUMENTS = ["the warm film", "the dull plot, the film", "NA", "plot"]
+
+_texts = st.lists(st.lists(st.sampled_from(sorted(WORDS)), max_size=6).map(" ".join), max_size=12)
+_streams = st.integers(0, 60).map(lambda count: np.arange(100, 100 + count, dtype=np.int32))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def _data(path, **settings):
+    return DataConfig(**{"train": str(path), "validation": str(path), "max_length": 4, **settings})
+
+
+def _write(path, texts, column="text"):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({column: texts, "n": list(range(len(texts)))})
+    if path.suffix == ".txt":
+        path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({column: text}) + "\n" for text in texts), encoding="utf-8")
+    else:
+        getattr(rows, {".csv": "to_csv", ".parquet": "to_parquet"}[path.suffix])(path)
+    return path
+
+
+def _refusal(call, *arguments):
+    with pytest.raises(ConfigError) as caught:
+        call(*arguments)
+    return str(caught.value)
+
+
+@given(_texts, st.integers(1, 5))
+def test_the_stream_is_the_texts_with_the_end_token_between_two(texts, at_a_time):
+    batches = [texts[i : i + at_a_time] for i in range(0, len(texts), at_a_time)]
+    stream = token_stream(batches, TOKENIZER)
+    expected: list[int] = []
+    for text in filter(None, texts):
+        expected += ([END] if expected else []) + [START] + [WORDS[word] for word in text.split()]
+    assert stream.dtype == np.int32
+    assert stream.tolist() == expected
+
+
+def test_white_space_alone_is_no_document():
+    assert token_stream([["", " \n\t"], ["film", "  ", "plot"], []], TOKENIZER).tolist() == [
+        START, WORDS["film"], END, START, WORDS["plot"],
+    ]  # fmt: skip
+    assert token_stream([["", " "]], TOKENIZER).tolist() == []
+
+
+def test_a_tokenizer_that_ends_texts_by_itself_gets_no_second_end():
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", END)]
+    )
+    assert token_stream([["film", "plot"]], tokenizer).tolist() == [WORDS["film"], END, WORDS["plot"], END]
+
+
+@given(_streams, st.integers(2, 9))
+def test_training_sequences_are_the_stream_less_than_a_sequence_short(stream, length):
+    sequences = Sequences(stream, length)
+    pieces = [sequences[i] for i in range(len(sequences))]
+    assert sequences.lengths == [len(piece) for piece in pieces] == [length] * (len(stream) // length)
+    together = np.concatenate([*pieces, stream[len(pieces) * length :]])
+    assert together.tolist() == stream.tolist()
+    assert len(stream) - length * len(pieces) < length
+
+
+@given(_streams, st.integers(2, 9))
+def test_evaluation_sequences_predict_every_token_but_the_first_once(stream, length):
+    sequences = Sequences(stream, length, overlap=1)
+    pieces = [sequences[i] for i in range(len(sequences))]
+    assert sequences.lengths == [len(piece) for piece in pieces]
+    assert all(2 <= len(piece) <= length for piece in pieces)
+    assert [len(piece) for piece in pieces[:-1]] == [length] * (len(pieces) - 1)
+    predicted = [token for piece in pieces for token in piece[1:].tolist()]
+    assert predicted == stream[1:].tolist()
+    assert all(one[-1] == other[0] for one, other in pairwise(pieces))
+
+
+@given(_streams, st.integers(2, 9), st.sampled_from([0, 1]), st.integers(1, 8))
+def test_the_first_sequences_are_the_first(stream, length, overlap, count):
+    sequences = Sequences(stream, length, overlap)
+    first = sequences.first(count)
+    assert len(first) == min(count, len(sequences))
+    assert [first[i].tolist() for i in range(len(first))] == [sequences[i].tolist() for i in range(len(first))]
+
+
+def test_labels_are_the_input_and_nothing_is_padded():
+    batch = collate_sequences(Sequences(np.arange(10, 30, dtype=np.int32), 5), [3, 0])
+    assert batch.keys() == {"input_ids", "labels"}
+    assert batch["input_ids"].tolist() == [[25, 26, 27, 28, 29], [10, 11, 12, 13, 14]]
+    assert torch.equal(batch["labels"], batch["input_ids"])
+    assert batch["input_ids"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet", "txt"])
+def test_every_format_gives_the_same_stream(tmp_path, ending, monkeypatch):
+    monkeypatch.setattr(packing, "_ROWS_AT_A_TIME", 3)
+    path = _write(tmp_path / f"texts.{ending}", DOCUMENTS)
+    expected = token_stream([DOCUMENTS], TOKENIZER).tolist()
+    train, validation = (load_sequences(_data(path), split, TOKENIZER) for split in ("train", "validation"))
+    assert train.tokens.tolist() == validation.tokens.tolist() == expected
+    assert (train.overlap, validation.overlap) == (0, 1)
+    assert len(train) == len(expected) // 4
+    assert sum(validation.lengths) - len(validation) == len(expected) - 1
+
+
+def test_a_column_of_another_name(tmp_path):
+    path = _write(tmp_path / "texts.jsonl", DOCUMENTS, column="body")
+    tokens = load_sequences(_data(path, text_columns=("body",)), "train", TOKENIZER).tokens
+    assert tokens.tolist() == token_stream([DOCUMENTS], TOKENIZER).tolist()
+    message = _refusal(load_sequences, _data(path), "train", TOKENIZER)
+    assert f"{path} has no column 'text', which data.text_columns names. Columns: body" in message
+
+
+@pytest.mark.parametrize(
+    ("sample_by", "documents"),
+    [
+        ("line", ["the film", "is warm", "the plot", "is dull"]),
+        ("paragraph", ["the film\nis warm", "the plot\nis dull"]),
+        ("document", ["the film\nis warm\n\nthe plot\nis dull\n"]),
+    ],
+)
+def test_what_a_document_of_a_text_file_is(tmp_path, sample_by, documents):
+    (tmp_path / "texts.txt").write_text("the film\nis warm\n\nthe plot\nis dull\n", encoding="utf-8")
+    data = _data(tmp_path / "texts.txt", sample_by=sample_by)
+    assert load_sequences(data, "train", TOKENIZER).tokens.tolist() == token_stream([documents], TOKENIZER).tolist()
+
+
+def test_too_little_text_is_refused_with_its_tokens(tmp_path):
+    path = _write(tmp_path / "texts.jsonl", ["film", "plot"])  # <s> film </s> <s> plot
+    message = _refusal(load_sequences, _data(path, max_length=6), "train", TOKENIZER)
+    assert message.startswith(f"{path}: the text of column 'text' has 5 tokens in all, fewer than one sequence of ")
+    assert "data.max_length = 6; lower it, or give more text" in message
+    assert load_sequences(_data(path, max_length=6), "validation", TOKENIZER).lengths == [5]
+    path = _write(tmp_path / "empty.jsonl", ["", "  "])
+    for split in ("train", "validation"):
+        assert "has 0 tokens in all, fewer than" in _refusal(load_sequences, _data(path), split, TOKENIZER)
+
+
+def test_a_row_without_text_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "_ROWS_AT_A_TIME", 2)
+    path = _write(tmp_path / "texts.jsonl", ["film", "plot", "warm", None])
+    message = _refusal(load_sequences, _data(path), "train", TOKENIZER)
+    assert message.startswith(f"{path}: column 'text' has no text in row 3;")
+
+
+def test_files_that_are_not_there_or_not_read(tmp_path):
+    assert "does not exist" in _refusal(load_sequences, _data(tmp_path / "no.txt"), "train", TOKENIZER)
+    (tmp_path / "texts.pdf").write_text("film")
+    assert "known are .jsonl, .json, .csv, .tsv, .parquet, .txt" in _refusal(
+        load_sequences, _data(tmp_path / "texts.pdf"), "train", TOKENIZER
+    )
+    (tmp_path / "empty.txt").write_text("")
+    message = _refusal(load_sequences, _data(tmp_path / "empty.txt"), "train", TOKENIZER)
+    assert str(tmp_path / "empty.txt") in message
+
+
+# --- bytes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """A byte-level BPE, which cuts letters of several bytes into several tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the warm film", "the plot of the film is dull"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+@given(st.lists(st.text(st.sampled_from("the fılm é漢字😀\u0301 \n"), max_size=12), max_size=4))
+def test_the_bytes_of_a_document_add_up_to_its_length(byte_level, texts):
+    texts = [text for text in texts if text.strip()]
+    tokens, num_bytes = counted_token_stream([texts], byte_level)
+    assert tokens.tolist() == token_stream([texts], byte_level).tolist()
+    assert len(num_bytes) == len(tokens)
+    ends = [i for i, token in enumerate(tokens.tolist()) if token == 0]
+    assert [int(num_bytes[i]) for i in ends] == [0] * max(0, len(texts) - 1)
+    pieces = np.split(num_bytes, ends) if texts else []
+    assert [int(piece.sum()) for piece in pieces] == [len(text.encode("utf-8")) for text in texts]
+
+
+def test_which_token_has_which_bytes(byte_level):
+    tokens, num_bytes = counted_token_stream([["the é"]], byte_level)
+    # é is two tokens of one byte each; both end behind the letter, so the first has its bytes
+    assert (len(tokens), num_bytes.tolist()[-2:], int(num_bytes.sum())) == (len(num_bytes), [2, 0], 6)
+    tokens, num_bytes = counted_token_stream([[" film  plot ", "warm"]], TOKENIZER)
+    assert tokens.tolist() == [START, WORDS["film"], WORDS["plot"], END, START, WORDS["warm"]]
+    assert num_bytes.tolist() == [0, 5, 7, 0, 0, 4]  # white space belongs to the next word, the last to the last
+
+
+def test_a_tokenizer_without_places_spreads_the_bytes():
+    class Slow:
+        eos_token_id, is_fast = END, False
+
+        def __call__(self, texts, **options):
+            assert not options["return_offsets_mapping"]
+            return {"input_ids": [[5, 6, 7] for _ in texts]}
+
+    _, num_bytes = counted_token_stream([["äöüß", "abcdefg"]], Slow())
+    assert num_bytes.tolist() == [2, 3, 3, 0, 2, 2, 3]
+
+
+@given(st.integers(2, 30), st.integers(2, 9), st.integers(1, 8))
+def test_the_first_token_s_bytes_are_not_predicted(count, length, first):
+    num_bytes = np.arange(1, count + 1, dtype=np.int32)
+    sequences = Sequences(np.zeros(count, dtype=np.int32), length, 1, num_bytes)
+    assert sequences.predicted_bytes == sum(range(2, count + 1))
+    some = sequences.first(first)
+    assert some.predicted_bytes == sum(range(2, len(some.tokens) + 1))
+    assert len(some.num_bytes) == len(some.tokens)
+    assert Sequences(sequences.tokens, length).predicted_bytes is None
+
+
+def test_only_evaluation_counts_bytes(tmp_path):
+    path = _write(tmp_path / "texts.jsonl", DOCUMENTS)
+    train, validation = (load_sequences(_data(path), split, TOKENIZER) for split in ("train", "validation"))
+    assert train.predicted_bytes is None
+    assert validation.predicted_bytes == sum(len(text) for text in DOCUMENTS)  # a start token comes before the first

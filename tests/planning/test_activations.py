@@ -1,0 +1,78 @@
+"""Activations without values, against what autograd saves and against a formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertConfig, LlamaConfig, LlamaForCausalLM
+
+from pst_ds.config.pst import PSTConfig
+from pst_ds.nn.inject import inject_pst
+from pst_ds.planning.activations import UntraceableError, activation_bytes
+from pst_ds.planning.memory import llama_activation_bytes
+
+WIDE = {"hidden": 256, "intermediate": 640, "layers": 6}
+
+
+def _llama(vocabulary, attention="sdpa"):
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=640, num_hidden_layers=6, num_attention_heads=4, vocab_size=vocabulary,
+        use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+        return inject_pst(model, PSTConfig(modules_to_save=(), relative_magnitude=False))
+
+
+@pytest.mark.parametrize("vocabulary", [100, 4000])
+def test_checkpointed_layers_keep_their_inputs_alone(vocabulary):
+    found = activation_bytes(_llama(vocabulary), batch=2, sequence=64, checkpointing=True)
+    assert found == pytest.approx(llama_activation_bytes(128, **WIDE, vocabulary=vocabulary), rel=0.1)
+
+
+def test_without_checkpointing_every_layer_keeps_what_its_matrices_multiply():
+    found = activation_bytes(_llama(100), batch=2, sequence=64, checkpointing=False)
+    inputs = 6 * 128 * 2 * (3 * 256 + 640)  # of q k v, of o, of gate and up, of down
+    assert inputs * 2 < found < inputs * 8
+    twice = activation_bytes(_llama(100), batch=4, sequence=64, checkpointing=False)
+    assert twice == pytest.approx(2 * found, rel=0.05)
+
+
+def test_eager_attention_keeps_a_square_for_every_head():
+    sizes = [
+        activation_bytes(_llama(100, attention), batch=1, sequence=512, checkpointing=False)
+        for attention in ("eager", "sdpa")
+    ]
+    assert sizes[0] - sizes[1] > 6 * 4 * 512 * 512 * 2
+
+
+def test_at_least_what_autograd_saves_of_a_real_classifier():
+    config = BertConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=50, num_labels=3
+    )
+    real = AutoModelForSequenceClassification.from_config(config)
+    inject_pst(real, PSTConfig())
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    known = {p.untyped_storage().data_ptr() for p in (*real.parameters(), *real.buffers())}
+    ids = torch.zeros(3, 40, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = real(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.zeros(3, dtype=torch.long)).loss
+    total = sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in known)
+    assert loss.requires_grad
+    with torch.device("meta"):
+        traced = AutoModelForSequenceClassification.from_config(config)
+        inject_pst(traced, PSTConfig(relative_magnitude=False))
+    found = activation_bytes(traced, batch=3, sequence=40, checkpointing=False)
+    assert total <= found <= 1.5 * total
+
+
+def test_a_model_that_needs_values_says_so():
+    model = _llama(100)
+    model.model.register_forward_pre_hook(lambda module, args: float(module.norm.weight.sum()))
+    with pytest.raises(UntraceableError, match="LlamaForCausalLM"):
+        activation_bytes(model, batch=1, sequence=8, checkpointing=False)

@@ -1,0 +1,132 @@
+"""Memory formulas against counts made another way."""
+
+import math
+
+import pytest
+
+from pst_ds.core.bracket import sample_size
+from pst_ds.core.layout import WeightLayout
+from pst_ds.core.tiles import least_tile_bytes, plan_tiles
+from pst_ds.planning.memory import (
+    MatrixGroup,
+    ModelNumbers,
+    ModuleNumbers,
+    TensorGroup,
+    ZeroSettings,
+    layer_work_bytes,
+    llama_activation_bytes,
+    mask_update_bytes,
+    memory_plan,
+    optimizer_bytes,
+)
+
+WEIGHT, FACTORS, NORM = 1001, 90, 7
+"""One pruned matrix, its factors in one tensor, and a norm; sizes that 3 ranks do not divide."""
+
+
+def _model(world: int, count: int = 2) -> ModelNumbers:
+    bits = world * math.ceil(math.ceil(WEIGHT / world) / 8)
+    return ModelNumbers(
+        tensors=(
+            TensorGroup(WEIGHT, 2, count),
+            TensorGroup(FACTORS, 2, count, trainable=True, is_factor=True),
+            TensorGroup(bits, 1, count, is_mask=True),
+            TensorGroup(NORM, 2),
+        ),
+        modules=(
+            ModuleNumbers(
+                WEIGHT + FACTORS + bits, 2 * (WEIGHT + FACTORS) + bits, 2 * (WEIGHT + FACTORS), 3 * WEIGHT, 2
+            ),
+            ModuleNumbers(NORM, 2 * NORM, 2 * NORM),
+        ),
+        matrices=(MatrixGroup(WEIGHT, count),),
+        score_rank=1,
+        update_rank=1,
+    )
+
+
+def _plan(zero, **options):
+    return memory_plan(_model(zero.shards), zero, activations=1000, device="none", **options)
+
+
+def test_zero3_shares_are_rounded_up_tensor_by_tensor():
+    plan = _plan(ZeroSettings(stage=3, world_size=3, reduce_bucket_size=100))
+    assert plan.weights == 2 * (2 * 334 + 2 * 30 + 3)
+    assert plan.masks == 2 * 42
+    assert plan.optimizer == 12 * 2 * 30
+    assert plan.gradients == 2 * 2 * 30
+    assert plan.reduce_bucket == 2 * 100
+    assert plan.gathers == 2 * (WEIGHT + FACTORS) + 126
+    assert plan.communication == int(2 * (WEIGHT + FACTORS) * 4 / 3)
+    assert plan.layer_work == 3 * WEIGHT
+    assert plan.step_peak == plan.resident + plan.gathers + plan.communication + plan.layer_work + 1000
+
+
+@pytest.mark.parametrize(
+    ("stage", "optimizer", "gradients"), [(None, 2160, 360), (0, 2160, 360), (1, 720, 360), (2, 720, 120)]
+)
+def test_lower_stages_keep_weights_whole_and_share_the_flat_optimizer_state(stage, optimizer, gradients):
+    plan = _plan(ZeroSettings(stage=stage, world_size=1 if stage is None else 3, reduce_bucket_size=1 << 30))
+    assert (plan.optimizer, plan.gradients) == (optimizer, gradients)
+    assert plan.weights == 2 * (2 * (WEIGHT + FACTORS) + NORM)
+    assert plan.gathers == plan.communication == 0
+    assert plan.reduce_bucket == (360 if stage else 0)  # no more than there are gradients
+
+
+def test_fp32_on_one_process_needs_no_master():
+    assert optimizer_bytes(_model(1), ZeroSettings(stage=None), element_size=4) == 8 * 2 * FACTORS
+    assert optimizer_bytes(_model(1), ZeroSettings(stage=0), element_size=4) == 12 * 2 * FACTORS
+
+
+def test_what_is_kept_or_fetched_ahead_is_gathered_too_but_never_more_than_the_model():
+    base = {"stage": 3, "world_size": 2, "backend": "nccl"}
+    alone = _plan(ZeroSettings(**base)).gathers
+    assert _plan(ZeroSettings(**base, persistence_threshold=7)).gathers == alone + 2 * NORM
+    ahead = ZeroSettings(**base, prefetch_bucket_size=50, max_live_parameters=1 << 30)
+    assert _plan(ahead).gathers == alone + 2 * 50
+    assert _plan(ZeroSettings(**base, prefetch_bucket_size=50, max_live_parameters=10)).gathers == alone
+    everything = ZeroSettings(**base, max_reuse_distance=1 << 40)
+    assert _plan(everything).gathers == _model(2).whole_bytes
+
+
+def test_a_teacher_of_its_own_is_there_all_the_time():
+    zero = ZeroSettings(stage=3, world_size=3)
+    without, plan = _plan(zero), _plan(zero, teacher=5000)
+    assert plan.resident - without.resident == plan.peak - without.peak == 5000
+
+
+def test_offload_moves_shares_to_the_host():
+    here = _plan(ZeroSettings(stage=3, world_size=2))
+    moved = _plan(ZeroSettings(stage=3, world_size=2, offload_optimizer=True, offload_param=True))
+    assert moved.weights == moved.masks == moved.optimizer == moved.optimizer_step == 0
+    assert moved.host == here.weights + here.masks + here.optimizer
+
+
+def test_a_mask_update_at_scale_holds_masters_bits_and_brackets():
+    numel = 1 << 26
+    model = ModelNumbers((TensorGroup(1000, 2, 1, True, is_factor=True),), (), (MatrixGroup(numel, 10),))
+    for world in (1, 4):
+        found = mask_update_bytes(model, ZeroSettings(stage=3, world_size=world))
+        bits, inside = 10 * numel / world / 8, 8 * 10 * numel / world * (2 * 5 * 0.5 / math.sqrt(sample_size(numel)))
+        assert found == pytest.approx(4000 + bits + inside + numel / world + (2 << 20), rel=0.01)
+    assert mask_update_bytes(ModelNumbers((), (), ()), ZeroSettings(stage=3)) == 0
+
+
+def test_a_layers_temporaries_are_its_merged_weight_or_a_tile():
+    layout = WeightLayout(256, 1024)
+    small = layer_work_bytes(layout, 2, least_tile_bytes(layout, 2))
+    assert small == 2 * layout.numel + layout.numel * 4  # M . W, and its mask in one band
+    large = layer_work_bytes(layout, 2, 1 << 30)
+    tiles = plan_tiles(layout, 2, 1 << 30)
+    assert large == max(small, 2 * 2 * tiles.max_numel + 8 * tiles.max_band_numel) > small
+
+
+def test_activations_of_a_llama_are_layer_inputs_and_the_larger_of_layer_and_loss():
+    shape = {"hidden": 100, "intermediate": 300, "layers": 5}
+    assert llama_activation_bytes(10, **shape, vocabulary=1) == 10 * (2 * 100 * 5 + 2 * (1000 + 1800))
+    assert llama_activation_bytes(10, **shape, vocabulary=1000) == 10 * (2 * 100 * 5 + 12000)
+
+
+def test_a_world_of_none_is_refused():
+    with pytest.raises(ValueError, match="world size 0 must be at least 1"):
+        ZeroSettings(stage=3, world_size=0)

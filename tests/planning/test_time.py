@@ -1,0 +1,95 @@
+"""Times and traffic against sums done by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from pst_ds.core.bracket import sample_size
+from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, ZeroSettings
+from pst_ds.planning.time import MACHINES, Batch, step_flops, step_traffic, time_plan, update_traffic
+
+MODEL = ModelNumbers(
+    tensors=(
+        TensorGroup(1_000_000, 2, 4),
+        TensorGroup(10_000, 2, 4, trainable=True, is_factor=True),
+        TensorGroup(125_000, 1, 4, is_mask=True),
+        TensorGroup(500_000, 2),
+    ),
+    modules=(
+        ModuleNumbers(1_135_000, 2_145_000, 2_020_000, 3_000_000, 4),
+        ModuleNumbers(500_000, 1_000_000, 1_000_000),
+    ),
+    matrices=(MatrixGroup(1_000_000, 4),),
+    score_rank=4,
+    update_rank=2,
+    dense_weights=500_000,
+)
+WHOLE = 4 * (2_000_000 + 20_000 + 125_000) + 1_000_000
+BATCH = Batch(tokens=10, sequence=10)
+
+
+def test_a_pruned_weight_costs_six_flops_a_token_and_eight_when_recomputed():
+    low_rank = 4_000_000 * (2 * 2 * 2 + 4 * 6)
+    assert step_flops(MODEL, BATCH) == 4_000_000 * 10 * 6 + low_rank + 500_000 * 10 * 4
+    again = step_flops(MODEL, replace(BATCH, checkpointing=True)) - step_flops(MODEL, BATCH)
+    assert again == 4_000_000 * (10 * 2 + 2 * 2)
+
+
+def test_a_teacher_is_one_more_forward_pass_and_of_the_model_itself_one_more_gather():
+    taught = replace(BATCH, teacher_weights=7_000_000)
+    assert step_flops(MODEL, taught) - step_flops(MODEL, BATCH) == 7_000_000 * 10 * 2
+    zero = ZeroSettings(stage=3, world_size=4)
+    assert step_traffic(MODEL, zero, taught) == step_traffic(MODEL, zero, BATCH)  # it is whole on every rank
+    assert step_traffic(MODEL, zero, replace(taught, own_teacher=True)).gathers == WHOLE * 3 * 3 // 4
+
+
+def test_zero3_receives_all_weights_of_others_twice_and_three_times_when_they_are_fetched_to_recompute():
+    zero = ZeroSettings(stage=3, world_size=4, reduce_bucket_size=30_000)
+    found = step_traffic(MODEL, zero, BATCH)
+    assert found.gathers == WHOLE * 2 * 3 // 4
+    assert found.reductions == 40_000 * 2 * 3 // 4
+    assert found.collectives == 2 * 5 + 2
+    recomputed = replace(BATCH, checkpointing=True)
+    assert step_traffic(MODEL, zero, recomputed).gathers == WHOLE * 3 * 3 // 4
+    kept = replace(zero, max_reuse_distance=1 << 30)
+    assert step_traffic(MODEL, kept, recomputed).gathers == found.gathers
+    twice = step_traffic(MODEL, zero, replace(BATCH, micro_batches=2))
+    assert (twice.gathers, twice.reductions) == (2 * found.gathers, 2 * found.reductions)
+
+
+def test_one_rank_receives_nothing_and_lower_stages_no_weights():
+    assert step_traffic(MODEL, ZeroSettings(stage=3), BATCH).received == 0
+    assert update_traffic(MODEL, ZeroSettings(stage=3)).received == 0
+    zero2 = ZeroSettings(stage=2, world_size=4, reduce_bucket_size=1 << 30)
+    assert step_traffic(MODEL, zero2, BATCH).received == 2 * 40_000 * 2 * 3 // 4
+    assert update_traffic(MODEL, zero2).received == 0  # every rank scores all weights, alike
+
+
+def test_a_mask_update_moves_masters_samples_and_counts_but_no_weight():
+    found = update_traffic(MODEL, ZeroSettings(stage=3, world_size=4))
+    assert found.gathers == 4 * 40_000 * 3 // 4
+    counts = 3 * 4 * (4 + 2048) * 8
+    reduced = 4 * 4 * sample_size(1_000_000) + counts + 4 * 4 * 8 + 24
+    assert found.reductions == int(2 * reduced * 3 / 4)
+    assert found.collectives == 7
+
+
+def test_times_add_up_and_overlap_where_the_machine_does():
+    cpu, zero = MACHINES["cpu"], ZeroSettings(stage=3, world_size=2, reduce_bucket_size=1 << 20)
+    t = time_plan(MODEL, zero, BATCH, cpu)
+    moved = 4_000_000 * 50 / cpu.memory_bytes
+    assert t.step_compute == pytest.approx(step_flops(MODEL, BATCH) / cpu.flops + moved)
+    assert t.step_network == pytest.approx(t.step_received / cpu.node_bytes + 11 * cpu.latency)
+    assert t.step == pytest.approx(t.step_compute + t.step_network)
+    assert t.update_compute == pytest.approx(2_000_000 * cpu.update_seconds)
+    overlapped = time_plan(MODEL, zero, BATCH, replace(cpu, overlaps=True))
+    assert overlapped.step == max(t.step_compute, t.step_network)
+    assert t.share_of_masks(10, 2) == pytest.approx(2 * t.update / (10 * t.step + 2 * t.update))
+    assert t.share_of_masks(10, 0) == 0.0
+
+
+def test_beyond_a_node_the_network_between_nodes_decides():
+    h100 = MACHINES["h100"]
+    assert h100.transfer_seconds(1e9, 0, 8) == pytest.approx(1e9 / h100.node_bytes)
+    assert h100.transfer_seconds(1e9, 3, 16) == pytest.approx(1e9 / h100.network_bytes + 3 * 2 * h100.latency)
+    assert h100.transfer_seconds(1e9, 3, 1) == 0.0
