@@ -26,6 +26,8 @@ class Method:
     """Whether every weight of the model trains, not the small factors and the head alone."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of :class:`PSTConfig`, over those of the run file."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """Of :class:`PSTConfig`, for what the run file leaves out."""
     injects: bool = True
 
     def pst_config(self, asked: PSTConfig) -> PSTConfig:
@@ -46,7 +48,11 @@ METHODS: dict[MethodName, Method] = {
     "soft-movement": Method(
         "ramp", trains_everything=True, settings={**_WEIGHTS, "full_scores": True, "pattern": "global"}
     ),
-    "spp": Method("fixed", settings={**_LORA, "multiplicative_update": True, "update_embeddings": ()}),
+    "spp": Method(
+        "fixed",
+        settings={**_LORA, "multiplicative_update": True, "update_embeddings": ()},
+        defaults={"update_rank": 16, "beta": 2.0},  # its authors' groups and factor
+    ),
     "masked-lora": Method("fixed", settings=_LORA),
 }
 """LoRA is arXiv 2106.09685, gradual magnitude pruning (GMP) 1710.01878, movement and soft movement pruning 2005.07683,

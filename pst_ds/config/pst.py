@@ -128,7 +128,8 @@ class PSTConfig:
     every score has optimizer state."""
     multiplicative_update: bool = False
     """W = W0 + beta W0 . (U V) with U (out_features,) and an output of each of ``update_rank`` groups sharing a row of
-    V: SPP (arXiv 2405.16057), which keeps every zero of W0. For masks that are fixed before the first step."""
+    V: SPP (arXiv 2405.16057), which keeps every zero of W0. For masks that are fixed before the first step. With
+    method = "spp" ``update_rank`` is 16 and ``beta`` 2 unless the run file sets them, as its authors have them."""
     tile_bytes: int = 0
     """Bytes that the backward pass of a layer may hold beside tensors as large as its input or its factors, on each
     rank; 0 is 32 MiB on a CPU and 512 MiB on a GPU. Smaller tiles are slower."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pst_ds.config.file_names import RUN_FILE
+from pst_ds.config.methods import METHODS
 from pst_ds.config.presets import with_data_preset
 from pst_ds.config.pst import PAPER, PSTConfig
 from pst_ds.config.run import ConfigError, DataConfig, RunConfig
@@ -60,14 +61,18 @@ def _table(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def run_from_table(table: dict[str, Any]) -> RunConfig:
-    """A RunConfig from nested tables. ``pst.preset`` and ``data.preset`` set what the table does not."""
+    """A RunConfig from nested tables. ``method``, ``pst.preset`` and ``data.preset`` set what the table does not."""
     table = with_data_preset(dict(table))
     pst = table.get("pst", {})
     if isinstance(pst, dict) and "preset" in pst:
         preset = pst["preset"]
         if not isinstance(preset, str) or preset not in PRESETS:
             raise ConfigError(f"pst.preset = {preset!r} must be one of {', '.join(PRESETS)}")
-        table["pst"] = {**PRESETS[preset], **{k: v for k, v in pst.items() if k != "preset"}}
+        pst = {**PRESETS[preset], **{k: v for k, v in pst.items() if k != "preset"}}
+    method = table.get("method")
+    if isinstance(pst, dict) and isinstance(method, str) and method in METHODS:
+        pst = {**METHODS[method].defaults, **pst}
+    table["pst"] = pst
     return _build(RunConfig, table, "")
 
 

@@ -123,12 +123,12 @@ def layer_factors(values: dict[str, Tensor], parts: int, constants: Constants, n
 
 
 def group_of_rows(num_rows: int, parts: int, num_groups: int, device: torch.device | None = None) -> Tensor:
-    """Which of its part's ``num_groups`` runs of nearly equal length each row belongs to: (num_rows,) int64.
+    """Return which of its part's ``num_groups`` runs of nearly equal length each row belongs to: (num_rows,) int64.
 
-    ``num_rows``: of all ``parts`` together.
+    Run g of a part with n rows begins at floor(g n / num_groups). ``num_rows`` counts all ``parts`` together.
     """
     per_part = max(num_rows // parts, 1)
-    return torch.arange(num_rows, device=device) % per_part * num_groups // per_part
+    return ((torch.arange(num_rows, device=device) % per_part + 1) * num_groups - 1) // per_part
 
 
 def grouped_columns(column: Tensor, parts: int, num_groups: int) -> Tensor:

@@ -284,6 +284,17 @@ def test_the_paper_preset_and_what_stands_beside_it(tmp_path):
     assert all(getattr(PSTConfig(), k) != v for k, v in PAPER.items() if not k.endswith("_init"))
 
 
+def test_spp_has_its_authors_groups_and_factor_where_the_run_file_has_none(tmp_path):
+    spp = _load(tmp_path, MINIMAL, "method=spp")
+    assert (spp.pst.update_rank, spp.pst.beta) == (16, 2.0)
+    assert run_from_table(tomllib.loads(dump_run(spp))) == spp
+    asked = _load(tmp_path, MINIMAL, "method=spp", "pst.update_rank=8", "pst.beta=1", "pst.preset=paper")
+    assert (asked.pst.update_rank, asked.pst.beta) == (8, 1.0)
+    assert run_from_table(tomllib.loads(dump_run(asked))) == asked
+    other = _load(tmp_path, MINIMAL, "method=masked-lora")
+    assert (other.pst.update_rank, other.pst.beta) == (8, 1.0)
+
+
 def test_run_from_table_leaves_the_table_alone():
     table = {**tomllib.loads(MINIMAL), "pst": {"preset": "paper"}}
     run_from_table(table)

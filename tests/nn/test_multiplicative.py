@@ -1,4 +1,4 @@
-"""A multiplicative update in layers that fuse several matrices, as GPT-2's c_attn does."""
+"""A multiplicative update: SPP's formula, also in layers that fuse several matrices, as GPT-2's c_attn does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.merge import merge_and_unload
 
-SPP = {"multiplicative_update": True, "score_rank": 0, "structured_scores": False, "update_rank": 4}
+GROUPS = 5
+SPP = {"multiplicative_update": True, "score_rank": 0, "structured_scores": False, "update_rank": GROUPS, "beta": 2.0}
 
 
 def _gpt2():
@@ -25,16 +26,15 @@ def _gpt2():
     return model
 
 
-def _weight(layer, U, V):
-    """M . W0 . (1 + beta U_i V_g) in storage shape, one output after another: g is its group among its part's."""
-    outputs, parts = layer.layout.out_features, layer.layout.parts
-    per_part, groups = outputs // parts, V.shape[0] // parts
-    multiplier = []
-    for output in range(outputs):
-        part, row = divmod(output, per_part)
-        multiplier.append(1.0 + layer.constants.beta * U[output] * V[part * groups + row * groups // per_part])
-    kept = (layer.masked_weight() != 0) * layer.weight.detach()
-    return kept.to(U.dtype) * torch.stack(multiplier, 1 if layer.layout.transposed else 0)
+def _spp(x, kept, U, V, parts):
+    """y of SPP (arXiv 2405.16057): group g of n is the outputs floor(g O / n) up to floor((g + 1) O / n), whose inputs
+    its row of V scales; U then scales every output. ``kept`` is M . W0, (outputs, inputs)."""
+    updates = []
+    for part_kept, part_rows in zip(kept.chunk(parts), V.chunk(parts), strict=True):
+        borders = [g * len(part_kept) // len(part_rows) for g in range(len(part_rows) + 1)]
+        for row, first, end in zip(part_rows, borders[:-1], borders[1:], strict=True):
+            updates.append((x * row) @ part_kept[first:end].t())
+    return x @ kept.t() + SPP["beta"] * U * torch.cat(updates, dim=1)
 
 
 @pytest.mark.parametrize(("name", "parts"), [("attn.c_attn", 3), ("attn.c_proj", 1), ("mlp.c_fc", 1)])
@@ -44,11 +44,16 @@ def test_weight_and_gradients_are_those_of_the_formula(name, parts):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(5, layer.layout.in_features, generator=generator)
     grad_y = torch.randn(5, layer.layout.out_features, generator=generator)
-    layer(x).backward(grad_y)
+    y = layer(x)
+    y.backward(grad_y)
     U, V = (p.detach().double().requires_grad_() for p in (layer.pst_U, layer.pst_V))
-    weight = _weight(layer, U, V)
-    assert torch.allclose(layer.masked_weight().double(), weight, atol=1e-6)
-    (x.double() @ weight).backward(grad_y.double())  # GPT-2 stores (inputs, outputs)
+    kept = ((layer.masked_weight() != 0) * layer.weight).detach().double().t()  # GPT-2 stores (inputs, outputs)
+    assert len(kept) % GROUPS != 0
+    expected = _spp(x.double(), kept, U, V, parts)
+    assert (y - expected).abs().max() < 1e-6 * expected.abs().max()
+    identity = torch.eye(kept.shape[1], dtype=torch.float64)
+    assert torch.allclose(layer.masked_weight().double(), _spp(identity, kept, U, V, parts), atol=1e-6)
+    expected.backward(grad_y.double())
     for ours, theirs in ((layer.pst_U.grad, U.grad), (layer.pst_V.grad, V.grad)):
         assert torch.allclose(ours.double(), theirs, rtol=1e-4, atol=1e-5)
     assert (layer.pst_V.grad != 0).any(1).all()  # every factor has a part in it
