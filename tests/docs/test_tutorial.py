@@ -38,8 +38,16 @@ def _run(words: list[str]) -> str:
 
 def _shape(line: str) -> str:
     """The line without what differs from machine to machine: values, and the width of columns."""
-    line = re.sub(r"\d[\d,]*(\.\d+)?(e-?\d+)?", "0", line)
+    line = re.sub(r"-?\d+(,\d{3})*(\.\d+)?(e[+-]?\d+)?", "0", line)
     return " ".join(line.replace("0 .. 0, mean 0", "0").split())
+
+
+def test_lines_of_other_figures_have_the_same_shape():
+    shown = "query  2  32 x 32  0.5000  3 .. 7, mean 5  2,176  0"
+    for printed in ("query 2 32 x 32 0.4 5 12,176 1.2e-07", "query     11  8 x 8  1  0 .. 1,024, mean -0.5  9  1e+01"):
+        assert _shape(printed) == _shape(shown)
+    for other in ("query 2 32 x 32 0.5 3 .. 7 2,176 0", "query 2 32 x 32 0.5 2,176 0", "key 2 32 x 32 0.5 5 2,176 0"):
+        assert _shape(other) != _shape(shown)
 
 
 def _require_lines(shown: str, printed: str, at: str) -> None:
