@@ -291,6 +291,28 @@ def test_logits_kept_sparse_that_rounding_does_not_explain_fail(made, packed, ca
     assert "kept sparse, its logits differ by more than rounding explains" in capsys.readouterr().err
 
 
+def test_logits_of_a_dense_export_that_rounding_does_not_explain_fail(made, capsys, monkeypatch):
+    forward = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: forward(self, x) * 1.0001)  # PST layers are none
+    assert main(["verify", str(made / "export"), "--against", str(made / "run"), "--checkpoint", "final"]) == 1
+    said = capsys.readouterr()
+    assert "0 of 13 weight tensors differ, 0 predictions differ" in said.out
+    assert "checkpoint final: its logits differ by more than rounding explains" in said.err
+
+
+def test_verify_does_not_depend_on_where_a_file_has_its_weights(made, packed, capsys, monkeypatch):
+    """On some processors a product is summed in another order where a matrix begins within a line of memory."""
+    linear = torch.nn.functional.linear
+
+    def by_address(x, weight, bias=None):
+        return linear(x, weight, bias) * (1 + 2.0**-22 if weight.data_ptr() % 64 else 1.0)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", by_address)
+    for export in (made / "export", packed["bitmask"]):
+        assert main(["verify", str(export), "--against", str(made / "run"), "--checkpoint", "final", "--json"]) == 0
+        assert _last_json(capsys)["max_logit_difference"] == 0.0
+
+
 def test_a_packed_export_that_was_damaged_is_2(made, packed, tmp_path, capsys):
     folder = Path(shutil.copytree(packed["bitmask"], tmp_path / "packed"))
     path = folder / "pst_bitmask.safetensors"
