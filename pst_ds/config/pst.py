@@ -133,9 +133,9 @@ class PSTConfig:
     tile_bytes: int = 0
     """Bytes that the backward pass of a layer may hold beside tensors as large as its input or its factors, on each
     rank; 0 is 32 MiB on a CPU and 512 MiB on a GPU. Smaller tiles are slower."""
-    seed: int = 0
+    seed: int | None = None
     """Seed of A and U (of V in an embedding); together with a layer's name it fixes their values, on any number of
-    ranks."""
+    ranks. None takes the run's ``seed``, or 0 outside a run."""
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save", "fused_modules", "update_embeddings"):
@@ -197,6 +197,11 @@ class PSTConfig:
     def paper(cls, **overrides: Any) -> PSTConfig:
         """The constants of the paper: no relative scale, A and U from N(0, 1)."""
         return cls(**{**PAPER, **overrides})
+
+    @property
+    def factor_seed(self) -> int:
+        """``seed``, or 0 if it is None."""
+        return self.seed or 0
 
     @property
     def rules(self) -> tuple[MaskRule, ...]:

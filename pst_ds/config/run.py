@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pst_ds.config.data import EVAL_BATCH_SIZES, METRICS, DataConfig, EvalConfig, TaskName, check_task
@@ -208,6 +208,7 @@ class RunConfig:
     multiplicative one; along the schedule, all weights: "gmp" prunes the smallest, "movement" and "soft-movement" by a
     score of each weight. docs/methods.md tells what each is for."""
     seed: int = 0
+    """Seed of the batches' order, dropout, a new head and, unless ``pst.seed`` is set, the factors."""
     deepspeed_config: str = ""
     """DeepSpeed's JSON; empty runs one process without DeepSpeed."""
     pst: PSTConfig = field(default_factory=PSTConfig)
@@ -296,6 +297,11 @@ class RunConfig:
     def mask_method(self) -> Method:
         """What the method is."""
         return METHODS_BY_NAME[self.method]
+
+    @property
+    def seeded_pst(self) -> PSTConfig:
+        """``pst`` with a seed: its own, or else the run's."""
+        return replace(self.pst, seed=self.seed) if self.pst.seed is None else self.pst
 
     @property
     def ranks_by_activation(self) -> bool:

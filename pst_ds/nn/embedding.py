@@ -33,7 +33,7 @@ class PSTEmbedding(nn.Module):
         rank = config.update_rank
         like: dict[str, Any] = {"device": base.weight.device, "dtype": base.weight.dtype}
         std = config.update_init_scale * init_std(config.update_init, rank, base.embedding_dim)
-        values = seeded_normal((rank, base.embedding_dim), std, f"{config.seed}/{name}/V")
+        values = seeded_normal((rank, base.embedding_dim), std, f"{config.factor_seed}/{name}/V")
         self.pst_U = nn.Parameter(torch.zeros(base.num_embeddings, rank, **like))
         self.pst_V = nn.Parameter(values.to(**like))
 

@@ -76,7 +76,7 @@ class PSTLinear(nn.Module):
         def add(factor: str, shape: tuple[int, ...] | None, std: float = 0.0) -> None:
             param = None
             if shape is not None:
-                values = seeded_normal(shape, std, f"{config.seed}/{name}/{factor}")
+                values = seeded_normal(shape, std, f"{config.factor_seed}/{name}/{factor}")
                 param = nn.Parameter(values.to(device=device, dtype=weight.dtype))
             self.register_parameter(f"pst_{factor}", param)
 

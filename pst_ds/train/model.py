@@ -38,7 +38,7 @@ class BuiltModel:
 
 def pst_config(run: RunConfig) -> PSTConfig:
     """The modules that the run's method injects."""
-    return run.mask_method.pst_config(run.pst)
+    return run.mask_method.pst_config(run.seeded_pst)
 
 
 def load_tokenizer(run: RunConfig) -> Any:

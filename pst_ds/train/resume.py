@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError
@@ -74,7 +74,7 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
     progress = Progress.read(checkpoint)
     require_base(checkpoint, run.model.path, fingerprint)
     before, now = dotted(progress.run), flat_table(run)
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    changed = [key for key in now | before if before.get(key) != now.get(key)]  # pst.seed after the seed it may follow
     for key in changed:
         if key not in _MAY_DIFFER and key not in _MAY_BE_CHANGED:
             raise ConfigError(
@@ -100,8 +100,8 @@ def require_base(checkpoint: Checkpoint, path: str, fingerprint: str) -> None:
 
 
 def as_table(run: RunConfig) -> dict[str, Any]:
-    """``run`` as JSON values."""
-    return _plain(asdict(run))
+    """``run`` as JSON values, with the seed of the factors that counts."""
+    return _plain(asdict(replace(run, pst=run.seeded_pst)))
 
 
 def flat_table(run: RunConfig) -> dict[str, Any]:

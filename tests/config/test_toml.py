@@ -341,7 +341,7 @@ def test_a_dumped_run_reads_back_equal(run):
 
 
 def test_every_setting_is_written_out(tmp_path):
-    run = _load(tmp_path, MINIMAL, "model.dropout=0.25", "pst.preset=paper", "pst.modules_to_save=[]")
+    run = _load(tmp_path, MINIMAL, "model.dropout=0.25", "pst.preset=paper", "pst.modules_to_save=[]", "pst.seed=3")
     (tmp_path / "dumped.toml").write_text(dump_run(run), encoding="utf-8")
     assert load_run(tmp_path / "dumped.toml") == run
     table = tomllib.loads(dump_run(run))

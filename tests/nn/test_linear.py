@@ -148,7 +148,7 @@ def test_standard_deviation_of_the_start(settings, std_a, std_u):
 
 
 def test_start_depends_on_seed_and_name_alone():
-    def start(names, name: str, seed: int = 0, torch_seed: int = 0, num_shards: int = 1):
+    def start(names, name: str, seed: int | None = 0, torch_seed: int = 0, num_shards: int = 1):
         torch.manual_seed(torch_seed)
         model = nn.ModuleDict({n: nn.Linear(INPUTS, 10) for n in names})
         layer = inject_pst(model, PSTConfig(target_modules=tuple(names), seed=seed), num_shards=num_shards)[name]
@@ -156,6 +156,7 @@ def test_start_depends_on_seed_and_name_alone():
 
     first = start(["one"], "one")
     assert torch.equal(first, start(["zero", "one"], "one", torch_seed=5, num_shards=3))
+    assert torch.equal(first, start(["one"], "one", seed=None))
     assert not torch.equal(first, start(["one"], "one", seed=1))
     assert not torch.equal(first, start(["two"], "two"))
     a, u = first[:, :8], first[:, 8:]

@@ -246,6 +246,17 @@ def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path):
     assert losses[0] == losses[1] != losses[2]
 
 
+def test_the_factors_start_by_the_seed_of_the_run_unless_they_have_one(tmp_path):
+    def start(*overrides):
+        _, engine = build(_prepared(tmp_path, *overrides))
+        return torch.cat([layer.pst_A.detach() for layer in pst_layers(engine.module).values()])
+
+    first = start("seed=1")
+    assert torch.equal(first, start("seed=2", "pst.seed=1"))
+    assert not torch.equal(first, start("seed=2"))
+    assert not torch.equal(first, start("seed=1", "pst.seed=0"))
+
+
 def test_every_line_of_the_metrics_says_what_it_should(tmp_path):
     result = train_run(_prepared(tmp_path / "run", "eval.interval=5"), quiet=True)
     lines = _lines(tmp_path / "run")

@@ -18,6 +18,7 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
+from pst_ds.train.resume import require_same_run
 from pst_ds.train.run import StoppedError, prepare, train_run
 
 STOP_AT = 9
@@ -272,6 +273,7 @@ def stopped(tmp_path_factory):
     ("setting", "said"),
     [
         ("seed=8", "seed = 8, but the run in"),
+        ("pst.seed=0", "pst.seed = 0, but the run in"),
         ("train.num_steps=30", "train.num_steps = 30, but the run in"),
         ("train.batch_size=12", "has 24, and a run goes on only as it began"),
         ("schedule.final_sparsity=0.7", "schedule.final_sparsity = 0.7, but"),
@@ -287,6 +289,24 @@ def test_another_run_is_not_taken_for_this_one(stopped, tmp_path, setting, said)
         _go_on(folder, "local", setting)
     assert said in str(caught.value)
     assert (folder / "checkpoints" / f"step-{STOP_AT:08d}").is_dir()
+
+
+def test_the_seed_that_counts_is_compared_not_where_it_stands(stopped):
+    checkpoint = read_checkpoint(stopped / "checkpoints" / "latest")
+    state = checkpoint.state
+
+    def changes(*overrides):
+        run = load_run("tests/data/world_size.toml", _settings(stopped, "local", *overrides))
+        return require_same_run(checkpoint, run, state.base_fingerprint, state.progress["data_digest"])
+
+    assert state.progress["run"]["pst"]["seed"] == 7
+    assert changes() == changes("pst.seed=7") == []
+    with pytest.raises(ConfigError, match=r"^seed = 8, but"):  # not the pst.seed that follows it
+        changes("seed=8")
+    state.progress["run"]["pst"]["seed"] = 0  # as runs had it when factors did not follow the seed
+    assert changes("pst.seed=0") == []
+    with pytest.raises(ConfigError, match=r"^pst\.seed = 7, but the run in .* has 0"):
+        changes()
 
 
 def test_rates_may_be_changed_and_it_is_said(stopped, tmp_path, capsys):
