@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pst_ds.errors import InputError
+from pst_ds.errors import InputError, first_line
 from pst_ds.export.tensor_files import TensorFile
 
 _OLD_ENDINGS = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
@@ -148,4 +148,4 @@ def _opened(path: Path) -> Any:
     try:
         return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
     except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
-        raise InputError(f"{path} is damaged: {str(error).strip().partition(chr(10))[0]}") from None
+        raise InputError(f"{path} is damaged: {first_line(error)}") from None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.formats import FORMATS, FormatError
-from pst_ds.errors import InputError
+from pst_ds.errors import InputError, first_line
 from pst_ds.export.base_weights import BaseWeights
 from pst_ds.export.from_run import DTYPES
 from pst_ds.export.manifest import (
@@ -147,10 +147,7 @@ def model_of(path: Path) -> Any:
     except InputError:
         raise
     except Exception as error:  # whatever a config of strange values makes transformers do
-        text = str(error).strip().splitlines()
-        raise ExportError(
-            f"{path / CONFIG_FILE} is no config of transformers: {text[0] if text else type(error).__name__}"
-        ) from None
+        raise ExportError(f"{path / CONFIG_FILE} is no config of transformers: {first_line(error)}") from None
 
 
 def linear_weights(model: nn.Module) -> dict[str, bool]:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pst_ds.core.formats import FormatError
-from pst_ds.errors import InputError
+from pst_ds.errors import InputError, first_line
 from pst_ds.export.base_weights import BaseWeights
 from pst_ds.hf import PackedWeightsConfig
 
@@ -81,10 +81,9 @@ class ModelFolder:
         try:
             return transformers.AutoTokenizer.from_pretrained(self.path, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
-            said = str(error).strip().partition("\n")[0]
             raise ModelFolderError(
-                f"{self.path}: no tokenizer that can be read ({said}). Copy tokenizer.json and tokenizer_config.json "
-                "from the model it was made of."
+                f"{self.path}: no tokenizer that can be read ({first_line(error)}). Copy tokenizer.json and "
+                "tokenizer_config.json from the model it was made of."
             ) from None
 
 

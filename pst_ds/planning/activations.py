@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pst_ds.errors import first_line
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import PSTLinear
 
@@ -44,7 +45,7 @@ def activation_bytes(model: nn.Module, *, batch: int, sequence: int, checkpointi
             with live:
                 model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
         except Exception as error:
-            raise UntraceableError(f"{type(model).__name__}: {str(error).strip().splitlines()[0]}") from error
+            raise UntraceableError(f"{type(model).__name__}: {first_line(error)}") from error
     return live.peak
 
 

@@ -76,3 +76,13 @@ def test_a_model_that_needs_values_says_so():
     model.model.register_forward_pre_hook(lambda module, args: float(module.norm.weight.sum()))
     with pytest.raises(UntraceableError, match="LlamaForCausalLM"):
         activation_bytes(model, batch=1, sequence=8, checkpointing=False)
+
+
+def test_an_exception_without_text_is_named():
+    def refuse(module, args):
+        raise NotImplementedError
+
+    model = _llama(100)
+    model.model.register_forward_pre_hook(refuse)
+    with pytest.raises(UntraceableError, match=r"^LlamaForCausalLM: NotImplementedError$"):
+        activation_bytes(model, batch=1, sequence=8, checkpointing=False)
