@@ -44,17 +44,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from pst_ds.hf.model_folder import open_model_folder
+    from pst_ds.parallel.launch import LaunchEnvironment, device_of
     from pst_ds.runtime import sparse_layers
     from pst_ds.runtime.dense import quicken_output_layer
 
     if args.threads:
         torch.set_num_threads(args.threads)
+    device = device_of(LaunchEnvironment(0, 1, 0))
     folder = open_model_folder(args.model)
     folder.require_causal()
     tokenizer = folder.tokenizer()
     inputs = _encoded(_prompt(args), tokenizer, args)
     new_tokens = _new_tokens(args, inputs["input_ids"], folder.config.get_text_config())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     start = time.perf_counter()
     model = folder.load(args.load_as, args.dtype, device)
     quicken_output_layer(model)

@@ -39,15 +39,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from pst_ds.export.base_weights import BaseWeights
     from pst_ds.export.from_folder import copy_beside
     from pst_ds.export.plan import require_space
+    from pst_ds.parallel.launch import LaunchEnvironment, device_of
     from pst_ds.prune.base_model import load_base
     from pst_ds.prune.folder import record_of, require_free, write_folder
     from pst_ds.train.model import attention_options
 
-    out, path = Path(args.out), config.model.path
+    out, path, device = Path(args.out), config.model.path, device_of(LaunchEnvironment(0, 1, 0))
     require_free(out, path)
     model, base = load_base(path, **attention_options(config)), BaseWeights(path, "").folder
     require_space(out, sum(param.nbytes for param in model.parameters()))
-    layers, about, seconds = _pruned(model, config, args)
+    layers, about, seconds = _pruned(model, config, args, device)
     record = record_of(layers, about)
     write_folder(model, record, out, shard_bytes=args.shard_bytes, copy_beside=lambda to: copy_beside(base, to))
     result = {key: value for key, value in record.items() if key not in ("format", "layers")}
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _pruned(model: Any, config: Any, args: argparse.Namespace) -> tuple[list[Any], dict[str, Any], float]:
+def _pruned(model: Any, config: Any, args: argparse.Namespace, device: str) -> tuple[list[Any], dict[str, Any], float]:
     """Prune ``model`` in place: (its layers, what the record says of the run, how long it took)."""
     import torch
 
@@ -71,9 +72,10 @@ def _pruned(model: Any, config: Any, args: argparse.Namespace) -> tuple[list[Any
     share = share_of_zeros(settings, args.sparsity, config.schedule.final_sparsity)
     rules = layer_rules(find_targets(model, settings), settings, args.method, share)
     batches = [] if args.method == "magnitude" else _calibration(config, model.config, args)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start = time.perf_counter()
-    layers = prune_model(model, rules, args.method, batches, device=device, dtype=DTYPES[config.train.precision])
+    layers = prune_model(
+        model, rules, args.method, batches, device=torch.device(device), dtype=DTYPES[config.train.precision]
+    )
     seconds = time.perf_counter() - start
     about = {
         "method": args.method,

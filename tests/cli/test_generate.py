@@ -74,6 +74,13 @@ def _likeliest(folder, prompt, count):
     return tokenizer.decode(ids[0, start:], skip_special_tokens=True), ids.shape[1] - start
 
 
+def test_the_cpu_is_used_when_deepspeed_is_told_so(folders, capsys, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for accelerator in (torch.accelerator, torch.cuda):
+        monkeypatch.setattr(accelerator, "is_available", lambda: True)
+    assert _generate(capsys, folders / "dense", "--max-new-tokens", "2")[0]["device"] == "cpu"
+
+
 @pytest.mark.parametrize(
     ("name", "options", "sparse"),
     [

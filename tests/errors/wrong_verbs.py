@@ -23,7 +23,14 @@ def _without_tokenizer(shop: Workshop) -> list[str]:
     return ["generate", str(shop.without("causal-dense", "tokenizer*")), "--prompt", "the film"]
 
 
+_CUDA = {"DS_ACCELERATOR": "cuda"}
 VERBS = {
+    "prune on an accelerator that is not there": Wrong(
+        _prune("--method", "magnitude"), "DS_ACCELERATOR", "'cuda'", "unset it", environment=_CUDA, without_gpu=True
+    ),
+    "generate on an accelerator that is not there": Wrong(
+        _generate(), "DS_ACCELERATOR", "'cuda'", "unset it", environment=_CUDA, without_gpu=True
+    ),
     "prune over all matrices": Wrong(
         _prune("--method", "magnitude", "--pattern", "global"),
         "pattern",

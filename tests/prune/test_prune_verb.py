@@ -19,6 +19,7 @@ from pst_ds.core.one_shot import keep_by_score
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.durable import file_sha256
 from pst_ds.nn.targets import find_targets
+from pst_ds.prune import model as pruning
 
 CAUSAL, CLASSES = "tests/data/causal_lm.toml", "tests/data/world_size.toml"
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -43,6 +44,21 @@ def _refused(capsys, tmp_path, *arguments, run_file=CAUSAL, method="wanda"):
     assert not list(tmp_path.glob("*.partial"))
     (line,) = [line for line in said.err.splitlines() if line.startswith("pst-ds prune: ")]
     return line
+
+
+def test_the_cpu_is_used_when_deepspeed_is_told_so(capsys, tmp_path, monkeypatch):
+    used, prune_model = [], pruning.prune_model
+
+    def seen(*arguments, device, **more):
+        used.append(device.type)
+        return prune_model(*arguments, device=device, **more)
+
+    monkeypatch.setattr(pruning, "prune_model", seen)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for accelerator in (torch.accelerator, torch.cuda):
+        monkeypatch.setattr(accelerator, "is_available", lambda: True)
+    _prune(capsys, tmp_path / "out", CAUSAL, "wanda")
+    assert used == ["cpu"]
 
 
 @pytest.mark.parametrize(
