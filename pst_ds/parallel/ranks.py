@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -51,6 +52,15 @@ def all_gather_numbers(value: Tensor) -> Tensor:
     gathered = value.new_empty(world_size(), *value.shape)
     dist.all_gather_into_tensor(gathered, value.unsqueeze(0))
     return gathered
+
+
+def broadcast(value: Tensor, source: int) -> Tensor:
+    """The ``value`` of rank ``source``; it has one shape, dtype and kind of device on all ranks. Collective."""
+    if not dist.is_initialized():
+        return value
+    received = value.clone() if rank() == source else torch.empty_like(value)
+    dist.broadcast(received, source)
+    return received
 
 
 def together(action: Callable[[], T]) -> T:

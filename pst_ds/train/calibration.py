@@ -14,17 +14,15 @@ from pst_ds.config.run import ConfigError
 from pst_ds.data.tasks import ExampleSet, Task
 from pst_ds.durable import replace_bytes
 from pst_ds.nn.inject import bypassed, pst_layers
-from pst_ds.nn.input_sums import InputGatherer, squares
-from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.input_sums import InputGatherer, InputSum, squares
 from pst_ds.parallel.engine import Engine
-from pst_ds.parallel.ranks import all_gather_objects, rank, world_size
+from pst_ds.parallel.ranks import broadcast, rank, world_size
 from pst_ds.parallel.watchdog import beat
 from pst_ds.train.evaluate import evaluation_batches
 
 NORMS_FILE = "activation_norms.safetensors"
 
 
-@torch.no_grad()
 def activation_norms(
     engine: Engine,
     task: Task,
@@ -34,14 +32,31 @@ def activation_norms(
     batch_size: int,
     device: str,
 ) -> dict[str, Tensor]:
-    """Of every PST layer the root of the summed squares of each input over the real tokens of ``indices``, divided by
-    their mean: (I,) fp32, 1 for a layer whose inputs were all zero.
+    """Of every PST layer the root of its :func:`summed_squares`, divided by their mean: (I,) fp32, 1 for a layer whose
+    inputs were all zero. Collective."""
+    sums = summed_squares(engine, task, examples, indices, tokenizer, batch_size, device)
+    return {name: _relative(of_layer.sqrt()) for name, of_layer in sums.items()}
 
-    The model runs as the dense one it was. Ranks take turns at the batches, and the sums are added in the order of the
-    ranks. Collective.
+
+@torch.no_grad()
+def summed_squares(
+    engine: Engine,
+    task: Task,
+    examples: ExampleSet,
+    indices: Sequence[int],
+    tokenizer: Any,
+    batch_size: int,
+    device: str,
+) -> dict[str, Tensor]:
+    """Of every PST layer the sum of squares of each input over the real tokens of ``indices``: (I,) float64.
+
+    The model runs as the dense one it was. Ranks take turns at the batches, and every rank adds one batch's sums after
+    the other, in the order of the batches: the same bits on any number of ranks, which an all-reduce would not give,
+    and no more memory on many. Collective.
     """
     layers = pst_layers(engine.module)
-    gatherer = InputGatherer(squares)
+    sizes = [layer.layout.in_features for layer in layers.values()]
+    totals = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
     lengths = [examples.lengths[i] for i in indices]
     batches = evaluation_batches(lengths, batch_size, mixed=task.pads)
     engine.eval()
@@ -51,21 +66,16 @@ def activation_norms(
             turn = first + rank()
             own = batches[min(turn, len(batches) - 1)]
             batch = {k: v.to(device) for k, v in task.collate(examples, [indices[i] for i in own], tokenizer).items()}
+            gatherer = InputGatherer(squares)
             gatherer.begin(batch)
             with gatherer.listening(layers) if turn < len(batches) else nullcontext():
                 engine(**{k: v for k, v in batch.items() if k != "labels"})
+            found = [gatherer.sums.get(name, InputSum()).total for name in layers]
+            sums = torch.cat([totals.new_zeros(n) if s is None else s for n, s in zip(sizes, found, strict=True)])
+            for source in range(min(world_size(), len(batches) - first)):
+                totals += broadcast(sums, source)
     engine.train()
-    by_rank = all_gather_objects(
-        {name: found.total.cpu() for name, found in gatherer.sums.items() if found.total is not None}
-    )
-    return {
-        name: _relative(sum((sums[name] for sums in by_rank if name in sums), _zeros(layer)).sqrt())
-        for name, layer in layers.items()
-    }
-
-
-def _zeros(layer: PSTLinear) -> Tensor:
-    return torch.zeros(layer.layout.in_features, dtype=torch.float64)
+    return dict(zip(layers, totals.cpu().split(sizes), strict=True))
 
 
 def _relative(norms: Tensor) -> Tensor:

@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from pst_ds.checkpoint.format import read_checkpoint
+from pst_ds.config.pst import PSTConfig
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
 from pst_ds.core.bits import unpack_range
 from pst_ds.masks.update import update_masks
-from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
-from pst_ds.train.calibration import NORMS_FILE, activation_norms
+from pst_ds.train.calibration import NORMS_FILE, activation_norms, summed_squares
 from pst_ds.train.run import build, prepare, train_run
 
 RUN_FILE = "tests/data/world_size.toml"
@@ -118,6 +121,63 @@ def test_a_continued_run_has_the_norms_it_began_with(tmp_path):
     again = _train(folder, *settings, resume=True)
     assert again["mask_checksum"] == whole["mask_checksum"]
     assert (folder / NORMS_FILE).read_bytes() == norms
+
+
+class _Toy(nn.Module):
+    """Layers that are given numbers as they are, of which one is called twice, and one for some batches alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(24, 2) for name in ("twice", "even", "never")})
+        inject_pst(self, PSTConfig(target_modules=("twice", "even", "never"), modules_to_save=()))
+
+    @property
+    def module(self):
+        return self
+
+    def forward(self, x):
+        for part in (x, 3 * x):
+            self.layers["twice"](part)
+        if int(x[0, 0, 0]) % 2 == 0:
+            self.layers["even"](x)
+
+
+class _Numbers:
+    """Examples of (length, 24) numbers whose squares are so far apart that the order of their sum can be seen."""
+
+    pads = False
+
+    def __init__(self, count):
+        rng = torch.Generator().manual_seed(0)
+        self.values = torch.randn(count, 3, 24, generator=rng) * 10.0 ** torch.randint(
+            -9, 9, (count, 1, 24), generator=rng
+        )
+        self.values[:, 0, 0] = torch.arange(count)
+        self.lengths = [3] * count
+
+    def collate(self, examples, indices, tokenizer):
+        return {"x": self.values[indices]}
+
+
+def _sums_of_toy(indices):
+    """Batches of one example each."""
+    numbers = _Numbers(24)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather_object", None)  # would hold the sums of every rank at once
+        found = summed_squares(_Toy(), numbers, numbers, indices, None, 1, "cpu")
+    return {name: sums.tolist() for name, sums in found.items()}
+
+
+@pytest.mark.zero3
+@pytest.mark.parametrize("count", [23, 2], ids=["many batches", "fewer batches than ranks"])
+def test_sums_are_the_same_bits_on_any_number_of_ranks_and_are_not_gathered(run_ranks, count):
+    alone = _sums_of_toy(range(count))
+    assert count == 2 or alone != _sums_of_toy(range(count)[::-1])
+    assert any(alone["layers.twice"])
+    assert any(alone["layers.even"])
+    assert not any(alone["layers.never"])
+    for ranks in (1, 2, 3):
+        assert run_ranks(_sums_of_toy, ranks, range(count)) == [alone] * ranks
 
 
 @pytest.mark.zero3
