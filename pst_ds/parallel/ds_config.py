@@ -78,6 +78,12 @@ _REFUSALS = (
         "it replaces the linear layers that PST replaces",
         "remove tensor_parallel",
     ),
+    _Refusal(
+        "expert_parallel.enabled",
+        _is_on,
+        "AutoEP replaces the experts whose linear layers PST replaces",
+        "remove expert_parallel",
+    ),
     _Refusal("compile.deepcompile", _is_on, "it rewrites the gathering that the backward pass relies on", "remove it"),
     _Refusal(
         "optimizer",
@@ -101,7 +107,7 @@ _REFUSALS = (
 
 _SECTIONS = (
     "zero_optimization", "zero_optimization.offload_param", "zero_optimization.offload_optimizer", "bf16", "fp16",
-    "tensor_parallel", "compile",
+    "tensor_parallel", "expert_parallel", "compile",
 )  # fmt: skip
 
 

@@ -69,6 +69,12 @@ DEEPSPEED = {
     "AutoTP": Wrong(
         _config(tensor_parallel={"autotp_size": 2}), "tensor_parallel.autotp_size", "2", "Fix: remove tensor_parallel"
     ),
+    "AutoEP": Wrong(
+        _config(expert_parallel={"enabled": True, "autoep_size": 2}),
+        "expert_parallel.enabled",
+        "true",
+        "Fix: remove expert_parallel",
+    ),
     "DeepCompile": Wrong(_config(compile={"deepcompile": True}), "compile.deepcompile", "true", "Fix: remove it"),
     "an optimizer in the JSON": Wrong(
         _config(optimizer={"type": "Muon"}), f"{_FILE}: optimizer", "{…}", "set train.score_learning_rate"
