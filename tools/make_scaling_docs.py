@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pst_ds.core.bits import shard_bytes
 from pst_ds.core.layout import WeightLayout
+from pst_ds.parallel.ds_config import auto_reduce_bucket
 from pst_ds.planning.memory import (
     MatrixGroup,
     MemoryPlan,
@@ -93,7 +94,7 @@ def zero3(numbers: ModelNumbers, world: int) -> ZeroSettings:
         stage=3,
         world_size=world,
         backend="nccl",
-        reduce_bucket_size=numbers.trainables,
+        reduce_bucket_size=auto_reduce_bucket(numbers.trainables),
         prefetch_bucket_size=50_000_000,
         persistence_threshold=100_000,
         max_live_parameters=1_000_000_000,

@@ -12,6 +12,8 @@ from typing import Any
 from pst_ds.errors import InputError
 
 MIN_DEEPSPEED = "0.19.8"
+REDUCE_BUCKET = 500_000_000
+"""Elements of ``reduce_bucket_size`` that DeepSpeed takes where the JSON says nothing."""
 
 
 class DeepSpeedConfigError(InputError):
@@ -203,9 +205,11 @@ def resolve_deepspeed_config(
         raise DeepSpeedConfigError(
             f"{source} has fp16.enabled = true, but train.precision in {run_file} is bf16 or fp32. Fix: remove fp16"
         )
-    if _look_up(resolved, "zero_optimization.reduce_bucket_size") == "auto":
-        # allocated whole whatever is trainable, so as large as what is
-        _set(resolved, "zero_optimization.reduce_bucket_size", max(numbers.num_trainable, 1 << 16))
+    zero = resolved.get("zero_optimization") or {}
+    if zero.get("reduce_bucket_size") == "auto":
+        zero["reduce_bucket_size"] = auto_reduce_bucket(numbers.num_trainable)
+    for key in [key for key, value in zero.items() if value == "auto"]:
+        del zero[key]  # DeepSpeed's default
     _refuse_uneven_hpz(resolved, numbers, source)
     for key in ("optimizer", "scheduler"):
         resolved.pop(key, None)
@@ -213,6 +217,12 @@ def resolve_deepspeed_config(
     if _look_up(resolved, "zero_optimization.offload_optimizer"):
         resolved["zero_force_ds_cpu_optimizer"] = False
     return resolved
+
+
+def auto_reduce_bucket(num_trainable: int) -> int:
+    """Elements of the "auto" bucket, which ZeRO-3 allocates whole: as many as are trainable, at most
+    :data:`REDUCE_BUCKET`. DeepSpeed reduces a gradient that does not fit by itself."""
+    return min(max(num_trainable, 1 << 16), REDUCE_BUCKET)
 
 
 def _refuse_uneven_hpz(config: dict[str, Any], numbers: RunNumbers, source: str) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pst_ds.parallel.ds_config import zero_stage
+from pst_ds.parallel.ds_config import REDUCE_BUCKET, zero_stage
 from pst_ds.planning.memory import ZeroSettings
 
 _DEFAULTS = {
-    "reduce_bucket_size": int(5e8),
+    "reduce_bucket_size": REDUCE_BUCKET,
     "stage3_prefetch_bucket_size": int(5e7),
     "stage3_param_persistence_threshold": int(1e5),
     "stage3_max_live_parameters": int(1e9),

@@ -21,6 +21,7 @@ from pst_ds.parallel.ds_config import (
     zero_stage,
 )
 from pst_ds.parallel.launch import use_cpu_without_accelerator
+from pst_ds.planning.zero_settings import zero_settings
 
 NUMBERS = RunNumbers(
     train_batch_size=24,
@@ -170,6 +171,24 @@ def test_a_small_bucket_has_a_floor_and_a_stated_one_stands():
     assert _resolve(auto, num_trainable=100)["zero_optimization"]["reduce_bucket_size"] == 1 << 16
     stated = {"zero_optimization": {"reduce_bucket_size": 12345}}
     assert _resolve(stated)["zero_optimization"]["reduce_bucket_size"] == 12345
+
+
+def test_auto_sizes_are_deepspeeds_where_the_model_is_large():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    names = (
+        "reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
+        "stage3_max_live_parameters", "stage3_max_reuse_distance", "zero_hpz_partition_size",
+    )  # fmt: skip
+    auto = {"stage": 3, **dict.fromkeys(names, "auto")}
+    resolved = _resolve({"zero_optimization": auto}, num_trainable=7_000_000_000)
+    theirs, planned = DeepSpeedZeroConfig(**resolved["zero_optimization"]), zero_settings(resolved, 2, "nccl")
+    assert theirs.reduce_bucket_size == planned.reduce_bucket_size == 500_000_000
+    assert theirs.prefetch_bucket_size == planned.prefetch_bucket_size
+    assert theirs.param_persistence_threshold == planned.persistence_threshold
+    assert theirs.max_live_parameters == planned.max_live_parameters
+    assert theirs.max_reuse_distance == planned.max_reuse_distance
+    assert theirs.reduce_bucket_size == DeepSpeedZeroConfig().reduce_bucket_size
 
 
 def test_our_optimizer_is_passed_in_and_not_left_to_the_json():
