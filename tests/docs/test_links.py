@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from .pages import PAGES, ROOT, settings
+from .pages import PAGES, ROOT, blocks, settings
 
 TREE_FOLDERS = ("pst_ds", "tests", "tools", "launch", "docs", "ds_configs")
 
@@ -60,4 +60,12 @@ def test_the_index_has_every_page():
 
 
 def test_the_readme_is_short_enough_to_read():
-    assert len(PAGES["README.md"].splitlines()) <= 250
+    assert len(PAGES["README.md"].splitlines()) <= 130
+
+
+def test_the_readme_starts_with_a_command_and_has_one_table_after_the_python_example():
+    languages = {block.language: block.line for block in reversed(blocks("README.md"))}
+    lines = PAGES["README.md"].splitlines()
+    (table,) = [at for at, line in enumerate(lines, 1) if re.fullmatch(r"\|[-|: ]+\|", line)]
+    assert languages["bash"] <= 30
+    assert languages["python"] < table
