@@ -30,7 +30,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "pst-50": {"schedule.final_sparsity": 0.5},
     "pst-90": {"schedule.final_sparsity": 0.9},
 }
-"""What each run sets over tools/demo/run.toml. docs/design.md tells how the settings were chosen."""
+"""What each run sets over tools/demo/run.toml. docs/tuning-log.md tells how the settings were chosen."""
 
 
 def main() -> int:

@@ -57,7 +57,7 @@ class MaskRule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PSTConfig:
-    """The PST modules of a model; defaults as docs/design.md measured them, and ``PSTConfig.paper()`` the paper's.
+    """The PST modules of a model; defaults as docs/tuning-log.md measured them, and ``PSTConfig.paper()`` the paper's.
 
     S = |W| / scale + alpha1 A B + alpha2 (R 1' + 1 C'),  W = W0 + beta U V,  y = x (M . W)' + bias
     """

@@ -85,7 +85,7 @@ class TrainConfig:
     adam_beta1: float = 0.9
     """Decay of Adam's first moment."""
     adam_beta2: float = 0.98
-    """Decay of Adam's second moment. Shorter than Adam's 0.999: held-out loss was lower (docs/design.md)."""
+    """Decay of Adam's second moment. Shorter than Adam's 0.999: held-out loss was lower (docs/tuning-log.md)."""
     learning_rate_warmup_fraction: float = 0.06
     """Share of all steps over which learning rates rise from zero; they then fall linearly to zero."""
     gradient_clipping: float = 1.0

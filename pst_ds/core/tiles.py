@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pst_ds.core.layout import Rect, WeightLayout
 
 DEFAULT_TILE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
-"""Bytes of a tile by kind of device, see docs/design.md."""
+"""Bytes of a tile by kind of device, see docs/decisions.md."""
 _BAND_ELEMENTS = {"cpu": 1 << 19}
 """Weights of a band, where a quarter of the budget allows them; elsewhere that quarter alone counts."""
 MIN_STRIP = 32
