@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo test test-unit check bench clean
+.PHONY: venv demo test test-unit check bench docs clean
 
 venv: $(STAMP)
 
@@ -40,6 +40,10 @@ bench: venv
 	$(BIN)/python tools/bench/pack.py --json
 	$(BIN)/python tools/bench/runtime.py --json
 	$(BIN)/python tools/bench/decode.py --json
+
+docs: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file tools/docs/mkdocs.yml
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info

@@ -1,0 +1,71 @@
+"""The site that ``make docs`` writes: every page is in it, links are checked, and every public name is described."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import pst_ds
+import pst_ds.hf
+
+from .pages import PAGES, ROOT
+
+CONFIG = ROOT / "tools" / "docs" / "mkdocs.yml"
+PUBLIC = {f"{module.__name__}.{name}" for module in (pst_ds, pst_ds.hf) for name in module.__all__} - {
+    "pst_ds.__version__"
+}
+
+
+@pytest.fixture(scope="module")
+def site_pages():
+    spec = importlib.util.spec_from_file_location("site_pages", CONFIG.with_name("site_pages.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_page_is_in_the_navigation():
+    nav = CONFIG.read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
+    assert sorted(re.findall(r"- (\S+\.md)$", nav, flags=re.M)) == sorted(pages | {"overview.md", "api.md"})
+
+
+def test_the_overview_leads_to_pages_only(site_pages):
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", site_pages.overview()) if not link.startswith("https://")]
+    assert len(links) > 15
+    assert not [link for link in links if f"docs/{link.partition('#')[0]}" not in PAGES]
+
+
+def test_links_out_of_the_folder_become_words(site_pages):
+    page = "[a](../README.md), [b](../tools/examples), [c](run-file.md), [d](https://arxiv.org)"
+    assert site_pages.on_page_markdown(page) == "[a](overview.md), b, [c](run-file.md), [d](https://arxiv.org)"
+
+
+def test_the_reference_has_every_public_name(site_pages):
+    assert set(re.findall(r'heading: "(.+)"', site_pages.api_reference())) == PUBLIC
+
+
+def test_make_docs_is_strict_and_lets_warnings_count():
+    done = subprocess.run(["make", "-n", "docs"], cwd=ROOT, capture_output=True, text=True, check=True)
+    (command,) = [line for line in done.stdout.splitlines() if "mkdocs build" in line]
+    assert "--strict" in command
+    assert "--quiet" not in command  # mkdocs counts only the warnings that it prints
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    for package in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(package, reason="mkdocs is not installed: pip install 'pst-ds[docs]'")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", CONFIG, "--site-dir", tmp_path],
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "api.html").read_text(encoding="utf-8")
+    assert {name for name in PUBLIC if name in reference} == PUBLIC
+    assert 'class="doc doc-contents' in reference
