@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: venv
-	$(BIN)/python tools/demo.py
+	$(BIN)/python -m tools.demo
 
 test: venv
 	$(BIN)/python -m pytest
@@ -32,14 +32,14 @@ check: venv
 	$(BIN)/python -m pytest
 
 bench: venv
-	$(BIN)/python tools/bench/step.py
-	$(BIN)/python tools/bench/mask_update.py --json
-	$(BIN)/python tools/bench/train_step.py --json
-	$(BIN)/python tools/bench/scale.py --json
-	$(BIN)/python tools/bench/checkpoint.py --json
-	$(BIN)/python tools/bench/pack.py --json
-	$(BIN)/python tools/bench/runtime.py --json
-	$(BIN)/python tools/bench/decode.py --json
+	$(BIN)/python -m tools.bench.step
+	$(BIN)/python -m tools.bench.mask_update --json
+	$(BIN)/python -m tools.bench.train_step --json
+	$(BIN)/python -m tools.bench.scale --json
+	$(BIN)/python -m tools.bench.checkpoint --json
+	$(BIN)/python -m tools.bench.pack --json
+	$(BIN)/python -m tools.bench.runtime --json
+	$(BIN)/python -m tools.bench.decode --json
 
 docs: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'

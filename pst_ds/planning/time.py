@@ -90,7 +90,7 @@ MACHINES = {
         latency=2e-4,
         update_seconds=3e-9,
         overlaps=False,
-        source="measured by tools/bench/scale.py on two free cores: products at 128 tokens, copies, gathers of two "
+        source="measured by tools.bench.scale on two free cores: products at 128 tokens, copies, gathers of two "
         "ranks, an all-reduce of one number, and the native scoring of a mask update (2.2 ns at 7B)",
     ),
 }

@@ -83,13 +83,16 @@ def _accelerate(arguments: list[str]) -> None:
 
 
 def _script(arguments: list[str]) -> None:
-    """A script of ours knows the options it is given: it, or a module of the folder of its name, has them in quotes."""
+    """A script or module of ours knows the options it is given: its source has them in quotes."""
     name, *rest = arguments
     if name == "-c":
         compile(rest[0], "-c", "exec")
         return
-    script = ROOT / name
-    source = "".join(path.read_text(encoding="utf-8") for path in (script, *script.with_suffix("").glob("*.py")))
+    if name == "-m":
+        module, *rest = rest
+        name = module.replace(".", "/")
+        name += "/__main__.py" if (ROOT / name).is_dir() else ".py"
+    source = (ROOT / name).read_text(encoding="utf-8")
     if "import convert" in source:  # it hands its options on
         _pst_ds(["export", rest[0], "--out", *rest[1:]])
         return

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +14,7 @@ from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import build_engine, optimizer_bytes
 from pst_ds.planning.memory import ZeroSettings, memory_plan
 from pst_ds.planning.shapes import model_numbers
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-from make_scaling_docs import Llama
+from tools.docs.scaling import Llama
 
 SHAPE = {
     "hidden_size": 56, "intermediate_size": 101, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,16 +14,12 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.core.bits import unpack_range
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
-
-BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
-sys.path.insert(0, str(BENCH))
-
-from contestants import METHODS, Contestant, Shape  # noqa: E402
-from mask_update import PICKS, MaskUpdates, gathered_update, growth, share_at  # noqa: E402
-from mask_update import ratios as update_ratios  # noqa: E402
-from ranks import Ranks  # noqa: E402
-from rivals import MovementPruning, PlainPST, replace_linears  # noqa: E402
-from train_step import fitting_layers, needed_gib, summary  # noqa: E402
+from tools.bench.baselines import MovementPruning, PlainPST, replace_linears
+from tools.bench.mask_update import PICKS, MaskUpdates, gathered_update, growth, share_at
+from tools.bench.mask_update import ratios as update_ratios
+from tools.bench.ranks import Ranks
+from tools.bench.train_step import fitting_layers, needed_gib, summary
+from tools.bench.variants import METHODS, Contestant, Shape
 
 TINY = Shape(hidden=32, intermediate=48, layers=2, heads=2, vocabulary=64, sequence=8, batch=2, rank=2)
 TINY_ARGUMENTS = [
@@ -197,7 +192,7 @@ def test_the_share_of_a_step_is_extrapolated_by_layers():
 
 
 def run_script(name, *arguments):
-    command = [sys.executable, str(BENCH / name), "--json", *arguments]
+    command = [sys.executable, "-m", f"tools.bench.{name}", "--json", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -207,19 +202,19 @@ def run_script(name, *arguments):
 def test_train_step_prints_its_object_and_goes_on_from_earlier_results(tmp_path):
     results = tmp_path / "train_step.json"
     options = ["--ranks", "1", "--repeats", "1", "--results", str(results), *TINY_ARGUMENTS]
-    found = run_script("train_step.py", "--methods", "lora", *options)
+    found = run_script("train_step", "--methods", "lora", *options)
     assert set(found["ratios"]) == set(found["memory_ratios"]) == {"lora"}
     assert found["conditions"]["ranks"] == 1
     assert found["conditions"]["shape"]["hidden"] == 32
     assert {"hardware", "threads_per_rank", "versions", "zero_stage"} <= set(found["conditions"])
     assert found["pairs"]["lora"]["repeats"] == 1
-    again = run_script("train_step.py", "--methods", "", *options)
+    again = run_script("train_step", "--methods", "", *options)
     assert again["ratios"] == pytest.approx(found["ratios"], rel=0.01)
 
 
 @pytest.mark.launcher
 def test_mask_update_prints_its_object():
-    found = run_script("mask_update.py", "--ranks", "2", "--widths", "32", "--repeats", "1", "--no-share")
+    found = run_script("mask_update", "--ranks", "2", "--widths", "32", "--repeats", "1", "--no-share")
     assert {"gather_topk", "gather_kthvalue", "read"} <= set(found["ratios"])
     (size,) = found["sizes"]
     assert size["weights"] == 8 * 32 * 32

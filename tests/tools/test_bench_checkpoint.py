@@ -3,14 +3,10 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
-sys.path.insert(0, str(BENCH))
-
-from checkpoint import SmolShape, summary  # noqa: E402
+from tools.bench.checkpoint import SmolShape, summary
 
 TINY = {
     "hidden": 32, "intermediate": 48, "layers": 2, "heads": 4, "kv-heads": 2, "vocabulary": 64, "sequence": 8,
@@ -42,7 +38,7 @@ def test_the_default_shape_is_smollm2_135m():
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_it_prints_its_object(tmp_path, ranks):
     options = [f"--{name}={value}" for name, value in TINY.items()]
-    command = [sys.executable, str(BENCH / "checkpoint.py"), "--json", f"--ranks={ranks}", "--saves=2", *options]
+    command = [sys.executable, "-m", "tools.bench.checkpoint", "--json", f"--ranks={ranks}", "--saves=2", *options]
     done = subprocess.run([*command, f"--folder={tmp_path}"], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

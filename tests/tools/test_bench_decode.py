@@ -14,12 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-sys.path.insert(0, str(ROOT / "tools" / "bench"))
+from tools.bench import decode
+from tools.fetch_smollm2 import magnitude_pruned, prune, pruned_folder
 
-import decode  # noqa: E402
-from fetch_smollm2 import magnitude_pruned, prune, pruned_folder  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.floats(0, 1), st.integers(0, 99))
@@ -83,7 +81,7 @@ def test_logits_are_compared_on_text(top):
 def test_it_prints_its_object(top):
     arguments = ["--json", "--warm-cache", "--sparsity", "0.5", "--threads", "1", "--repeats", "1"]
     arguments += ["--prompt-tokens", "5", "--new-tokens", "3", "--text-tokens", "30", "--folder", str(top)]
-    command = [sys.executable, str(ROOT / "tools/bench/decode.py"), *arguments]
+    command = [sys.executable, "-m", "tools.bench.decode", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

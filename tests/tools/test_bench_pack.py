@@ -3,17 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
-sys.path.insert(0, str(BENCH))
-
-from pack import base_weights, cases, measure, summary  # noqa: E402
-
-from pst_ds.core.bits import unpack_range  # noqa: E402
+from pst_ds.core.bits import unpack_range
+from tools.bench.pack import base_weights, cases, measure, summary
 
 RUN = {"merge": 0.02, "pack": 0.01, "hash": 0.01, "masked_merge": 5.0, "check": 5.0, "unpack": 5.0}
 RUN |= {f"cpu_{stage}": seconds / 2 for stage, seconds in RUN.items()}
@@ -58,7 +53,16 @@ def test_every_case_is_measured():
 
 @pytest.mark.launcher
 def test_it_prints_its_object():
-    command = [sys.executable, str(BENCH / "pack.py"), "--json", "--shapes", "16x64", "--repeats=1", "--input-bytes=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.bench.pack",
+        "--json",
+        "--shapes",
+        "16x64",
+        "--repeats=1",
+        "--input-bytes=1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -4,17 +4,12 @@ import argparse
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
-sys.path.insert(0, str(BENCH))
-
-import runtime as bench  # noqa: E402
-
-from pst_ds.runtime import native  # noqa: E402
+from pst_ds.runtime import native
+from tools.bench import runtime as bench
 
 SHAPE = (64, 96)
 TIMES = {"F.linear": 4.0, "matmul": 3.0, "matmul_weight_first": 2.0, "prepacked": 2.5, "bitmask": 1.0}
@@ -84,8 +79,9 @@ def test_every_contestant_computes_the_same_product(layers):
 @pytest.mark.launcher
 def test_it_prints_its_object():
     command = [
-        sys.executable, str(BENCH / "runtime.py"), "--json", "--shapes", "64x96", "--batch", "1", "3", "--sparsity=0.5",
-        "--threads", "1", "--seconds", "0", "--input-bytes", "1", "--two-four", "--formats", "bitmask", "csr",
+        sys.executable, "-m", "tools.bench.runtime", "--json", "--shapes", "64x96", "--batch", "1", "3",
+        "--sparsity=0.5", "--threads", "1", "--seconds", "0", "--input-bytes", "1", "--two-four",
+        "--formats", "bitmask", "csr",
     ]  # fmt: skip
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     report = json.loads(printed.splitlines()[-1])

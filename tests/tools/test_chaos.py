@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,15 +13,11 @@ import torch
 from pst_ds.config.toml import load_run
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train.run import prepare, train_run
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import chaos  # noqa: E402
-import chaos_moments  # noqa: E402
-from chaos_compare import differences, false_failures, metric_lines, same_bits, set_aside, whole_checkpoints  # noqa: E402
-from chaos_launch import descendants, ranks_below  # noqa: E402
-from chaos_moments import WHERE, Timing, Watch, deck, last_step, moment, victims  # noqa: E402
+from tools.chaos import kill_points
+from tools.chaos.__main__ import Findings, Kill, parse, summary
+from tools.chaos.compare import differences, false_failures, metric_lines, same_bits, set_aside, whole_checkpoints
+from tools.chaos.kill_points import WHERE, Timing, Watch, deck, last_step, moment, victims
+from tools.chaos.launch import descendants, ranks_below
 
 TIMING = Timing(start=1.0, step=1.0, save=1.0, whole=9.0, num_steps=12)
 
@@ -91,7 +86,7 @@ def test_a_watch_sees_saves_of_this_start_alone(tmp_path):
 
 
 def test_moments_wait_for_what_they_aim_at(tmp_path, monkeypatch):
-    monkeypatch.setattr(chaos_moments, "_pause", lambda seconds: iter(()))
+    monkeypatch.setattr(kill_points, "_pause", lambda seconds: iter(()))
     run, rng = Run(tmp_path), random.Random(0)
     watch = Watch(tmp_path)
     moments = {where: moment(where, watch, TIMING, rng) for where in ("step", "saving", "named", "final")}
@@ -196,13 +191,13 @@ def test_equal_runs_have_no_differences_and_others_are_told_apart(tmp_path):
 
 
 def test_all_is_well_only_when_every_kill_was_resumed_and_nothing_broke():
-    kill = chaos.Kill("saving", [0, 1], 8, 3, 5, True, 0)
+    kill = Kill("saving", [0, 1], 8, 3, 5, True, 0)
     well = {"kills": [kill], "resumed": 1, "runs": 1}
-    assert chaos.Findings(**well).all_is_well
+    assert Findings(**well).all_is_well
     for bad in ({"resumed": 0}, {"broken": {"a"}}, {"problems": ["lost"]}, {"identical": False}):
-        assert not chaos.Findings(**{**well, **bad}).all_is_well
-    arguments = chaos.parse(["--kills", "1", "--seed", "4"])
-    found = chaos.summary(chaos.Findings(**well), arguments, 1.23)
+        assert not Findings(**{**well, **bad}).all_is_well
+    arguments = parse(["--kills", "1", "--seed", "4"])
+    found = summary(Findings(**well), arguments, 1.23)
     assert found["where"] == {**dict.fromkeys(WHERE, 0), "saving": 1}
     assert (found["lost_steps"], found["lost_steps_max"], found["left_partial"]) == ([5], 5, 1)
     assert (found["ranks"], found["seed"], found["seconds"], found["identical"]) == (2, 4, 1.2, True)
@@ -219,13 +214,13 @@ def test_all_is_well_only_when_every_kill_was_resumed_and_nothing_broke():
 )
 def test_bad_arguments_end_with_2_and_one_message(capsys, arguments, said):
     with pytest.raises(SystemExit) as caught:
-        chaos.parse(arguments)
+        parse(arguments)
     assert caught.value.code == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def _chaos(*arguments):
-    command = [sys.executable, str(TOOLS / "chaos.py"), "--json", *arguments]
+    command = [sys.executable, "-m", "tools.chaos", "--json", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
 
 

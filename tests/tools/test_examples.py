@@ -16,19 +16,17 @@ from pst_ds.data.labelled import GlobalBatches
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train.run import prepare, train_run
 
-EXAMPLES = Path("tools/examples").resolve()
 STEPS, BATCH = 8, 8
 
 
 @pytest.fixture
 def example(monkeypatch):
     """``example(name)``: the script's module, in a process without an accelerator's state."""
-    monkeypatch.syspath_prepend(EXAMPLES)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
     _forget_accelerator()
-    yield importlib.import_module
+    yield lambda name: importlib.import_module(f"tools.examples.{name}")
     _forget_accelerator()
 
 
@@ -177,7 +175,6 @@ def test_a_text_shorter_than_one_sequence_is_refused(example, text, tmp_path):
 
 def _accelerate_loop(text, out, config, *more):
     import os
-    import sys
 
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     if config is not None:
@@ -185,8 +182,7 @@ def _accelerate_loop(text, out, config, *more):
 
         os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(config))
         PartialState(cpu=True)  # with Accelerator(cpu=True) there is no DeepSpeed
-    sys.path.insert(0, str(EXAMPLES))
-    importlib.import_module("accelerate_causal_lm").main([
+    importlib.import_module("tools.examples.accelerate_causal_lm").main([
         "tests/data/tiny-llama", str(text), str(out), "--sparsity=0.5", "--steps=6", "--batch-size=2",
         "--max-length=16", "--accumulation=2", *(["--cpu"] if config is None else []), *more,
     ])  # fmt: skip
@@ -244,10 +240,7 @@ def test_the_deepspeed_loop_refuses_too_few_rows_and_a_folder_without_a_checkpoi
 
 
 def _deepspeed_loop(classifier, out, config, *more, data="tests/data/train.jsonl"):
-    import sys
-
-    sys.path.insert(0, str(EXAMPLES))
-    importlib.import_module("deepspeed_loop").main([
+    importlib.import_module("tools.examples.deepspeed_loop").main([
         str(classifier), data, str(out), f"--config={config}", "--sparsity=0.8", f"--steps={STEPS}", *more,
     ])  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,16 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pst_ds.cli.main import main as pst_ds
+from tools import masks_to_2of4, masks_to_csr
 
 ROOT = Path(__file__).resolve().parents[2]
-FORMAT_OF = {"masks_to_2of4": "2:4", "masks_to_csr": "csr"}
-
-
-def _tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+FORMAT_OF = {masks_to_2of4: "2:4", masks_to_csr: "csr"}
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +40,13 @@ def pruned(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", FORMAT_OF)
-def test_it_writes_what_export_does_and_dense_again_has_the_same_bits(pruned, tmp_path, capsys, name):
+@pytest.mark.parametrize("tool", FORMAT_OF)
+def test_it_writes_what_export_does_and_dense_again_has_the_same_bits(pruned, tmp_path, capsys, tool):
     out = tmp_path / "tool"
-    assert _tool(name)([str(pruned), str(out), "--json"]) == 0
+    assert tool.main([str(pruned), str(out), "--json"]) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (said["kind"], said["packed_tensors"], said["stay_dense"]) == (FORMAT_OF[name], 14, [])
-    assert pst_ds(["export", str(pruned), "--format", FORMAT_OF[name], "--out", str(tmp_path / "verb" / "tool")]) == 0
+    assert (said["kind"], said["packed_tensors"], said["stay_dense"]) == (FORMAT_OF[tool], 14, [])
+    assert pst_ds(["export", str(pruned), "--format", FORMAT_OF[tool], "--out", str(tmp_path / "verb" / "tool")]) == 0
     for path in out.iterdir():
         assert path.read_bytes() == (tmp_path / "verb" / "tool" / path.name).read_bytes(), path.name
     assert pst_ds(["verify", str(out)]) == 0
@@ -74,11 +67,11 @@ def test_it_runs_by_itself_with_several_processes_and_refuses_what_is_not_there(
     assert "'no/such' does not exist" in done.stderr
 
 
-@pytest.mark.parametrize("name", FORMAT_OF)
-def test_it_explains_itself(name, capsys):
+@pytest.mark.parametrize("tool", FORMAT_OF)
+def test_it_explains_itself(tool, capsys):
     with pytest.raises(SystemExit) as caught:
-        _tool(name)(["--help"])
+        tool.main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    assert f"packed format {FORMAT_OF[name]}" in text
+    assert f"packed format {FORMAT_OF[tool]}" in text
     assert "--processes N" in text

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 
+from tools.quality.__main__ import main
+from tools.quality.bars import check_bars, verdicts
+from tools.quality.cells import cell_of, chosen, plan
+from tools.quality.grid import GridError, grid_from_table, laid_over, load_grid, sparsity_settings
+from tools.quality.lines import Lines, LinesError
+from tools.quality.report import table as markdown
+from tools.quality.report import write_report
+from tools.quality.stats import Figure, figure, figure_of, shown
+from tools.quality.workers import Options, next_cell, selected
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-sys.path.insert(0, str(ROOT / "tools" / "quality"))
-
-import quality  # noqa: E402
-from quality_bars import check_bars, verdicts  # noqa: E402
-from quality_cells import cell_of, chosen, plan  # noqa: E402
-from quality_figures import Figure, figure, figure_of, shown  # noqa: E402
-from quality_grid import GridError, grid_from_table, laid_over, load_grid, sparsity_settings  # noqa: E402
-from quality_lines import Lines, LinesError  # noqa: E402
-from quality_report import table as markdown  # noqa: E402
-from quality_report import write_report  # noqa: E402
-from quality_workers import Options, next_cell, selected  # noqa: E402
-
 GRIDS = sorted((ROOT / "tools" / "quality").glob("*.toml"))
 
 
@@ -406,14 +402,14 @@ def test_the_grids_of_the_project_can_be_used(path):
 
 
 def test_bad_arguments_end_with_2_and_one_message(tmp_path, capsys):
-    assert quality.main([str(tmp_path / "no.toml")]) == 2
+    assert main([str(tmp_path / "no.toml")]) == 2
     assert "cannot be read" in capsys.readouterr().err
     grid = tmp_path / "grid.toml"
     grid.write_text("name = 1")
-    assert quality.main([str(grid), "--list"]) == 2
+    assert main([str(grid), "--list"]) == 2
     assert str(grid) in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        quality.main([str(grid), "--workers", "0"])
+        main([str(grid), "--workers", "0"])
 
 
 def test_the_list_says_what_is_known_of_each_cell(tmp_path, capsys):
@@ -423,7 +419,7 @@ def test_the_list_says_what_is_known_of_each_cell(tmp_path, capsys):
         toml + '\n[search]\nsparsity = "0.5"\n[run]\ntrain.num_steps = 4\n[data_sets.films]\n'
         '[methods.dense]\nsparsities = ["0"]\ntries = [{train.head_learning_rate = 1e-4}]\n'
     )
-    assert quality.main([str(grid), "--list", "--results", str(tmp_path)]) == 0
+    assert main([str(grid), "--list", "--results", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "to do       films/dense/search/0", "waits       films/dense/0/0", "waits       films/dense/0/1",
     ]  # fmt: skip

@@ -13,12 +13,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-sys.path.insert(0, str(ROOT / "tools" / "quality"))
+from tools.quality.__main__ import main
+from tools.quality.run_cell import count_parameters
 
-import quality  # noqa: E402
-from quality_cell import count_parameters  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 GRID = """
 name = "tiny"
@@ -77,7 +75,7 @@ def lines_in(folder):
 
 def test_cells_become_lines_and_a_page_and_are_not_run_again(tmp_path, capsys):
     arguments = write_grid(tmp_path)
-    assert quality.main([*arguments, "--workers", "2"]) == 1  # one method cannot be run
+    assert main([*arguments, "--workers", "2"]) == 1  # one method cannot be run
     said = capsys.readouterr().out
     assert "lines/dense/search/0: accuracy test" in said
     lines = lines_in(tmp_path)
@@ -107,7 +105,7 @@ def test_cells_become_lines_and_a_page_and_are_not_run_again(tmp_path, capsys):
     assert "| Every export passes | all | 2 of 2 exports | met |" in page
     assert "lines/wrong/search/0: failed" in page
     before = (tmp_path / "results" / "tiny.jsonl").read_bytes()
-    assert quality.main([*arguments, "--workers", "2"]) == 1
+    assert main([*arguments, "--workers", "2"]) == 1
     assert "0 cells run" in capsys.readouterr().out
     assert (tmp_path / "results" / "tiny.jsonl").read_bytes() == before
 
@@ -124,7 +122,7 @@ def _head(line):
 def test_a_cell_over_its_budget_is_ended_and_said_to_be(tmp_path, capsys):
     methods = "[methods.pst]\ntries = [{train.update_learning_rate = 1e-3}]\n"
     arguments = write_grid(tmp_path, methods, cpu_seconds=1)
-    assert quality.main(arguments) == 1
+    assert main(arguments) == 1
     line = lines_in(tmp_path)["lines/pst/search/0"]
     assert (line["outcome"], line["error"]) == ("over budget", "more than 1 CPU seconds")
     assert "over budget" in capsys.readouterr().out
@@ -145,7 +143,7 @@ base = {prune = "wanda", samples = 8}
     path = tmp_path / "tiny.toml"
     path.write_text(text)
     arguments = [str(path), "--results", str(tmp_path / "results"), "--folder", str(tmp_path / "work")]
-    assert quality.main(arguments) == 0
+    assert main(arguments) == 0
     lines = lines_in(tmp_path)
     dense, wanda = lines["lines/dense/0/0"], lines["lines/wanda/0.5/0"]
     assert (dense["sparsity_counted"], wanda["sparsity_counted"]) == (0.0, pytest.approx(0.5, abs=0.01))
@@ -160,7 +158,7 @@ def test_a_signal_ends_the_children_and_leaves_nothing_half_written(tmp_path):
     methods = "[methods.pst]\ntries = [{train.update_learning_rate = 1e-3}]\n"
     arguments = write_grid(tmp_path, methods, num_steps=1_000_000)
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tools" / "quality.py"), *arguments], stderr=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-m", "tools.quality", *arguments], stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
     try:
         child = _child(tmp_path / "work")
@@ -182,7 +180,7 @@ def _child(folder):
             for path in Path("/proc").glob("[0-9]*/cmdline"):
                 with suppress(OSError):
                     words = path.read_bytes().decode().split("\0")
-                    if len(words) > 1 and words[1].endswith("quality_cell.py") and str(folder) in words[2]:
+                    if words[1:3] == ["-m", "tools.quality.run_cell"] and str(folder) in words[3]:
                         return int(path.parent.name)
         time.sleep(0.05)
     raise AssertionError("the cell did not begin to train")
@@ -195,6 +193,6 @@ def test_one_process_at_a_time_runs_a_grid(tmp_path, capsys):
     (tmp_path / "work").mkdir()
     with (tmp_path / "work" / "tiny.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert quality.main(arguments) == 2
+        assert main(arguments) == 2
     assert "another process" in capsys.readouterr().err
     assert os.listdir(tmp_path / "work") == ["tiny.lock"]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "quality"))
-
-import texts
-from brown_prose import prose
+from tools.quality import texts
+from tools.quality.brown_prose import prose
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "bench"))
-import scale
+from tools.bench import scale
 
 ARGUMENTS = argparse.Namespace(ranks=2, sequence=128, batch=1, no_checkpointing=False)
 RATES = {"flops": 1e11, "memory_bytes": 1e10, "network_bytes": 1e9, "latency": 1e-4}

@@ -4,8 +4,8 @@ A Llama of 135 M parameters (the shape of SmolLM2-135M) with random weights trai
 a checkpoint is written. The step before it has the machine to itself, the step after it runs while it is written. Times
 are medians, of the slowest rank each. The last checkpoint is then verified and read by one process, whole.
 
-    python tools/bench/checkpoint.py --json
-    python tools/bench/checkpoint.py --json --ranks 1 --sequence 512
+    python -m tools.bench.checkpoint --json
+    python -m tools.bench.checkpoint --json --ranks 1 --sequence 512
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,10 +20,19 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import torch
-from contestants import (
+from torch import nn
+
+from pst_ds.checkpoint.format import CheckpointState, read_checkpoint
+from pst_ds.checkpoint.restore import weight_scales
+from pst_ds.checkpoint.writer import CheckpointWriter, Written, size_limit
+from pst_ds.config.pst import PSTConfig
+from pst_ds.masks.update import update_masks
+from pst_ds.nn.inject import inject_pst
+from pst_ds.parallel import ranks, zero3
+from tools.bench.ranks import Ranks
+from tools.bench.timing import conditions, medians, print_json, progress
+from tools.bench.variants import (
     DTYPE,
     MAX_BUCKET,
     Contestant,
@@ -35,17 +43,6 @@ from contestants import (
     zero3_engine,
     zero3_settings,
 )
-from ranks import Ranks
-from timing import conditions, medians, print_json, progress
-from torch import nn
-
-from pst_ds.checkpoint.format import CheckpointState, read_checkpoint
-from pst_ds.checkpoint.restore import weight_scales
-from pst_ds.checkpoint.writer import CheckpointWriter, Written, size_limit
-from pst_ds.config.pst import PSTConfig
-from pst_ds.masks.update import update_masks
-from pst_ds.nn.inject import inject_pst
-from pst_ds.parallel import ranks, zero3
 
 MOST_BLOCKED = 0.05
 """Of a step: what a save may hold training up for."""

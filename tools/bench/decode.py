@@ -9,8 +9,8 @@ which step in turn, so that weights come from memory. Prompt and new tokens are 
 Beside it: where a step's time goes, what is resident (all parameters and buffers, and the growth of a fresh process),
 and how far the logits on real text are from those of the unpacked model.
 
-    OMP_NUM_THREADS=2 python tools/bench/decode.py --json
-    OMP_NUM_THREADS=2 python tools/bench/decode.py --sparsity 0.5 --threads 1 --warm-cache
+    OMP_NUM_THREADS=2 python -m tools.bench.decode --json
+    OMP_NUM_THREADS=2 python -m tools.bench.decode --sparsity 0.5 --threads 1 --warm-cache
 """
 
 from __future__ import annotations
@@ -23,12 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import torch
-from fetch_smollm2 import FOLDER, dense_folder, pruned_folder
-from timing import conditions, print_json, progress
 
 import pst_ds.bench.variants as benched
 from pst_ds.bench.decode import Decoder
@@ -38,6 +33,8 @@ from pst_ds.cli.verify import allowed_difference
 from pst_ds.hf.model_folder import ModelFolder, open_model_folder
 from pst_ds.runtime import sparse_layers
 from pst_ds.runtime.dense import quicken_output_layer
+from tools.bench.timing import conditions, print_json, progress
+from tools.fetch_smollm2 import FOLDER, dense_folder, pruned_folder
 
 BARS = {0.5: 1.25, 0.8: 1.45}
 """Times as many tokens a second as prepacked, by sparsity."""
@@ -120,7 +117,7 @@ def speed_rows(measured: dict[str, dict[str, float]], threads: int) -> list[dict
 
 def resident_row(folder: ModelFolder) -> dict[str, Any]:
     """What a fresh process holds of the loaded model."""
-    command = [sys.executable, __file__, "--resident", str(folder.path)]
+    command = [sys.executable, "-m", "tools.bench.decode", "--resident", str(folder.path)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     ratio = found["weight_bytes"] / found["file_bytes"]

@@ -8,29 +8,21 @@ Between two rounds the masters move as in a training step and the sparsity goes 
 The share of a step: seconds of a PST step and of its mask update for a Llama of 1 and of 3 layers; the lines through
 them, at the number of layers of the whole model.
 
-    python tools/bench/mask_update.py --json
+    python -m tools.bench.mask_update --json
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from contestants import LEARNING_RATE, Contestant, Shape, zero3_engine
-from ranks import Ranks
-from timing import conditions, print_json, progress, rounded, timed
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.bits import unpack_shard
@@ -39,6 +31,9 @@ from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel import ranks, zero3
+from tools.bench.ranks import Ranks
+from tools.bench.timing import conditions, print_json, progress, rounded, timed
+from tools.bench.variants import LEARNING_RATE, Contestant, Shape, zero3_engine
 
 MATRICES = 8
 RAMP = CubicSchedule(final_sparsity=0.9, num_steps=1000)

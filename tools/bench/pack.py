@@ -7,8 +7,8 @@ matrix, by the wall clock and by the processor's, which other work on the machin
 and the formats take turns. The merge with its mask, as in the forward pass, the check and unpacking are timed beside,
 and not counted.
 
-    python tools/bench/pack.py --json
-    python tools/bench/pack.py --shapes 4096x4096 --sparsity 0.5 0.9 --repeats 15
+    python -m tools.bench.pack --json
+    python -m tools.bench.pack --shapes 4096x4096 --sparsity 0.5 0.9 --repeats 15
 """
 
 from __future__ import annotations
@@ -16,15 +16,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import torch
-from timing import conditions, print_json, progress, timed
 from torch import Tensor
 
 from pst_ds.core.bits import pack_mask
@@ -32,6 +28,7 @@ from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.formats import FORMATS, mask_row_bits
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.scores import masked_weight, merged_weight
+from tools.bench.timing import conditions, print_json, progress, timed
 
 DTYPE, RANK = torch.bfloat16, 8
 BARS = {("bitmask", 0.5): 400.0, ("bitmask", 0.9): 800.0}

@@ -8,9 +8,9 @@ Roofline: ``bytes_per_weight`` is what a product must read of the weight, ``gb_p
 ``share_of_bandwidth`` that against the bandwidth measured in the same run (torch.dot of a large fp32 vector with
 itself, as many threads).
 
-    python tools/bench/runtime.py --json
-    python tools/bench/runtime.py --batch 1 8 --sparsity 0.5 --levels avx2 avx512 amx --threads 1
-    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python tools/bench/runtime.py --levels avx512     # as on a CPU without AMX
+    python -m tools.bench.runtime --json
+    python -m tools.bench.runtime --batch 1 8 --sparsity 0.5 --levels avx2 avx512 amx --threads 1
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python -m tools.bench.runtime --levels avx512     # as on a CPU without AMX
 """
 
 from __future__ import annotations
@@ -19,22 +19,18 @@ import argparse
 import itertools
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import torch
-from pack import default_input_bytes
-from timing import conditions, print_json, progress
 from torch import Tensor
 from torch.nn.functional import linear
 
 from pst_ds.core.formats import FORMATS
 from pst_ds.runtime import SparseLinear, native, ops
+from tools.bench.pack import default_input_bytes
+from tools.bench.timing import conditions, print_json, progress
 
 BARS = {
     1: {0.5: 1.7, 0.7: 2.2, 0.8: 2.5, 0.9: 3.0},

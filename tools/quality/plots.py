@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quality_cells import Line
-from quality_figures import Figure, figure, test_names
-from quality_grid import Grid, zeros
+from tools.quality.cells import Line
+from tools.quality.grid import Grid, zeros
+from tools.quality.stats import Figure, figure, test_names
 
 COLORS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#555555", "#a6761d", "#1b9e77"

@@ -6,7 +6,7 @@ import ast
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "run-file.md"
 SOURCES = {
     "pst_ds/config/run.py": {
@@ -29,7 +29,7 @@ resolved file is written to the run folder as `run.toml`. `pst.preset = "paper"`
 magnitude, A and U from N(0, 1)), and `data.preset` those of a benchmark ([tasks.md](tasks.md)); settings in the file
 win over both.
 
-This page is written by `tools/make_run_file_docs.py` from the code.
+This page is written by `python -m tools.docs.run_file` from the code.
 """
 
 

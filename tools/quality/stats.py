@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from quality_cells import Line, cell_of
-from quality_grid import Grid
+from tools.quality.cells import Line, cell_of
+from tools.quality.grid import Grid
 
 
 @dataclass(frozen=True)

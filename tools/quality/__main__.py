@@ -4,10 +4,10 @@ A grid is a TOML file (tools/quality/encoders.toml, causal.toml). Each cell trai
 process with one thread and a budget of CPU seconds; it becomes a line of docs/results/NAME.jsonl. Cells that have a
 line are not run again, so the command can be stopped at any time and given again.
 
-    python tools/quality.py tools/quality/encoders.toml --workers 2
-    python tools/quality.py tools/quality/encoders.toml --list
-    python tools/quality.py tools/quality/encoders.toml --only 'films/pst/0.9' --minutes 30
-    python tools/quality.py tools/quality/encoders.toml --report-only
+    python -m tools.quality tools/quality/encoders.toml --workers 2
+    python -m tools.quality tools/quality/encoders.toml --list
+    python -m tools.quality tools/quality/encoders.toml --only 'films/pst/0.9' --minutes 30
+    python -m tools.quality tools/quality/encoders.toml --report-only
 
 Exit codes: 0 done, 1 some cell failed, 2 bad input, 130 stopped.
 """
@@ -25,17 +25,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "quality"))
-
-from quality_cells import plan
-from quality_grid import Grid, GridError, load_grid
-from quality_lines import Lines
-from quality_report import write_report
-from quality_workers import Options, run_cells, selected
-
 from pst_ds.errors import InputError
+from tools.quality.cells import plan
+from tools.quality.grid import Grid, GridError, load_grid
+from tools.quality.lines import Lines
+from tools.quality.report import write_report
+from tools.quality.workers import Options, run_cells, selected
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("docs/results")
 
 
@@ -53,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m tools.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("grid", type=Path, help="TOML file")
     parser.add_argument("--only", default="", metavar="PATTERN", help="cells whose name begins so, such as 'films/pst'")
     parser.add_argument("--workers", type=_count, default=1, help="cells at a time, one thread each (default: 1)")
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{forgotten} lines taken out of {lines.path}")
     elif not args.report_only:
         with stopped_by_signals(), alone(args.folder / f"{grid.name}.lock", grid):
-            from texts import make
+            from tools.quality.texts import make
 
             make(dict.fromkeys(name for data_set in grid.data_sets.values() for name in data_set.make))
             options = Options(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from quality_grid import Grid, Method, Table, laid_over, sparsity_settings
+from tools.quality.grid import Grid, Method, Table, laid_over, sparsity_settings
 
 Line = dict[str, Any]
 Kind = Literal["search", "cell"]

@@ -23,7 +23,7 @@ from pst_ds.planning.memory import (
 )
 from pst_ds.planning.time import MACHINES, Batch, time_plan
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "scaling.md"
 RANK = 8
 TOKENS = 4096

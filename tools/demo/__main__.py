@@ -1,7 +1,7 @@
 """make demo: a pretrained encoder becomes 50 % and 90 % sparse under ZeRO-3 on two ranks, beside two baselines.
 
 Trains through the deepspeed launcher, exports, reloads with plain transformers, packs, and prints one table of what was
-measured here; the same goes to runs/demo/results.json. Text and model: see tools/demo/demo_data.py.
+measured here; the same goes to runs/demo/results.json. Text and model: see tools/demo/films.py.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path("runs/demo")
-sys.path.insert(0, str(ROOT / "tools" / "demo"))
-
 RUNS: dict[str, dict[str, Any]] = {
     "dense": {"method": "dense", "train.head_learning_rate": 2e-4, "train.adam_beta2": 0.999},
     "magnitude-90": {
@@ -34,13 +32,13 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m tools.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, help="optimizer steps of every run (default: the run file's)")
     parser.add_argument("--only", nargs="*", choices=list(RUNS), help="some of the runs")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     os.chdir(ROOT)
-    from demo_data import install_packages, write_splits
+    from tools.demo.films import install_packages, write_splits
 
     started = time.monotonic()
     install_packages(FOLDER / "packages")

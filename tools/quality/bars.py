@@ -12,9 +12,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from quality_cells import Line, plan
-from quality_figures import Figure, figure
-from quality_grid import Grid, GridError, Table
+from tools.quality.cells import Line, plan
+from tools.quality.grid import Grid, GridError, Table
+from tools.quality.stats import Figure, figure
 
 KINDS: dict[str, frozenset[str]] = {
     "within": frozenset({"method", "sparsity", "against", "points"}),

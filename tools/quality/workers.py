@@ -15,16 +15,14 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from quality_cell import OUTCOME
-from quality_cells import Cell, Line, Planned, State, plan
-from quality_grid import Grid, Method
-from quality_lines import Lines
-
 from pst_ds.core.host import cpu_facts, cpu_name
 from pst_ds.progress import Progress
+from tools.quality.cells import Cell, Line, Planned, State, plan
+from tools.quality.grid import Grid, Method
+from tools.quality.lines import Lines
+from tools.quality.run_cell import OUTCOME
 
 ROOT = Path(__file__).resolve().parents[2]
-CELL = Path(__file__).resolve().with_name("quality_cell.py")
 _LOOK_SECONDS, _LINE_SECONDS = 0.2, 600.0
 _WALL_FACTOR = 10.0
 """A cell that takes so many times its budget of CPU seconds by the clock does not go on: it is ended."""
@@ -139,8 +137,8 @@ def start(grid: Grid, cell: Cell, folder: Path) -> Job:
     environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environ.get("PYTHONPATH")])])
     with (place / "log.txt").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, str(CELL), str(place / "spec.json")], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-            env=environ, start_new_session=True,
+            [sys.executable, "-m", "tools.quality.run_cell", str(place / "spec.json")],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, start_new_session=True,
         )  # fmt: skip
     return Job(cell, process, place, time.monotonic())
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from quality_cells import Line
-
 from pst_ds.durable import replace_text
 from pst_ds.errors import InputError
+from tools.quality.cells import Line
 
 
 class LinesError(InputError):

@@ -6,8 +6,8 @@ written or gets its name, in the last save. Each time it is resumed. A training 
 are spent is compared, and another one is begun. At the end masks, every tensor of the last checkpoint, the exported
 weights and the losses must be those of the uninterrupted one, to the bit, and no checkpoint may have been lost.
 
-    python tools/chaos.py --kills 20 --json
-    python tools/chaos.py --run my_run.toml --set train.num_steps=200 --ranks 4 --out chaos
+    python -m tools.chaos --kills 20 --json
+    python -m tools.chaos --run my_run.toml --set train.num_steps=200 --ranks 4 --out chaos
 
 Paths in a run file are relative to the top folder. The seed fixes what is aimed at, not what the timing makes of it.
 Exit codes: 0 identical and every kill resumed, 1 not, 2 bad input.
@@ -30,11 +30,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "chaos"))
-
-from chaos_compare import differences, false_failures, set_aside, whole_checkpoints
-from chaos_launch import ROOT, Launch
-from chaos_moments import WHERE, Timing, Watch, deck, moment, victims
+from tools.chaos.compare import differences, false_failures, set_aside, whole_checkpoints
+from tools.chaos.kill_points import WHERE, Timing, Watch, deck, moment, victims
+from tools.chaos.launch import ROOT, Launch
 
 RUN_FILE = "tests/data/world_size.toml"
 SETTINGS = (
@@ -291,7 +289,9 @@ def main() -> int:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments, checked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m tools.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", help=f"run file (default: {RUN_FILE} with {' '.join(SETTINGS)})")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
     parser.add_argument("--ranks", type=int, default=2)

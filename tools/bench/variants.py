@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import timed
 from torch import nn
 
 from pst_ds.config.pst import PSTConfig
@@ -20,6 +19,7 @@ from pst_ds.nn.targets import find_targets
 from pst_ds.parallel import ranks, zero3
 from pst_ds.parallel.ds_config import RunNumbers, load_deepspeed_config, resolve_deepspeed_config
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
+from tools.bench.timing import timed
 
 METHODS = ("pst", "full_finetuning", "lora", "plain", "movement")
 DTYPE = torch.bfloat16
@@ -100,7 +100,7 @@ def build_model(method: str, shape: Shape) -> nn.Module:
 
 
 def _apply_method(method: str, model: nn.Module, shape: Shape) -> nn.Module:
-    from rivals import MovementPruning, PlainPST, replace_linears
+    from tools.bench.baselines import MovementPruning, PlainPST, replace_linears
 
     if method == "full_finetuning":
         return model.requires_grad_(True)

@@ -6,19 +6,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from quality_bars import check_bars, verdicts
-from quality_cells import Line, chosen, plan, tries_run
-from quality_figures import figure, lines_of, number, shown, test_names
-from quality_grid import Grid, Method, Table
-from quality_lines import Lines
-
 from pst_ds.config.flatten import dotted
 from pst_ds.durable import replace_text
+from tools.quality.bars import check_bars, verdicts
+from tools.quality.cells import Line, chosen, plan, tries_run
+from tools.quality.grid import Grid, Method, Table
+from tools.quality.lines import Lines
+from tools.quality.stats import figure, lines_of, number, shown, test_names
 
 _HEAD = """# Results
 
 What sparsity costs under each method: one model, one text and one budget for all of a table. Written by
-`tools/quality.py` from the lines under `{results}`; every line has all the settings of its run.
+`python -m tools.quality` from the lines under `{results}`; every line has all the settings of its run.
 
 * Figures are of the test files, mean ± standard error over seeds, with the number of seeds in brackets. No choice was
   made on them: of each method's tries, the same number for all, the best on the validation file was taken.
@@ -30,7 +29,7 @@ What sparsity costs under each method: one model, one text and one budget for al
 
 def write_report(grids: Sequence[Grid], results: Path) -> Path:
     """Write the page of every grid that has lines in ``results``, beside that folder, with its plots in it."""
-    from quality_plots import write_plots
+    from tools.quality.plots import write_plots
 
     sections = []
     for grid in grids:
@@ -75,7 +74,7 @@ def costs(grid: Grid, lines: Mapping[str, Line]) -> str:
         f"* Cells of the tables: {cells['done']} of {cells.total()} done; "
         + (f"missing: {missing}. " if missing else "none missing. ")
         + f"Tries: {tries.total() - tries['to do'] - tries['waits']} of {tries.total()} run.",
-        f"* Command: `python tools/quality.py {grid.path}`; settings, tries and seeds are in that file.",
+        f"* Command: `python -m tools.quality {grid.path}`; settings, tries and seeds are in that file.",
     ]
     for p in planned:
         line = lines.get(p.cell.id) if p.cell else None

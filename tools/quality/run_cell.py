@@ -1,6 +1,6 @@
 """One cell in a process of its own: what comes before it, training, dense export, verify, and every test.
 
-    python tools/quality/quality_cell.py runs/quality/cells/ID/spec.json
+    python -m tools.quality.run_cell runs/quality/cells/ID/spec.json
 
 The outcome is written beside the spec, in one go. The CPU seconds of the process are limited: beyond them the system
 ends it with SIGXCPU.
