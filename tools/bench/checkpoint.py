@@ -16,33 +16,27 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 from pst_ds.checkpoint.format import CheckpointState, read_checkpoint
 from pst_ds.checkpoint.restore import weight_scales
 from pst_ds.checkpoint.writer import CheckpointWriter, Written, size_limit
 from pst_ds.config.pst import PSTConfig
-from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst
-from pst_ds.parallel import ranks, zero3
-from tools.bench.ranks import Ranks
+from tools.bench.ranks import Ranks, slowest
 from tools.bench.timing import conditions, medians, print_json, progress
 from tools.bench.variants import (
-    DTYPE,
-    MAX_BUCKET,
-    Contestant,
     Shape,
-    _peak_bytes,
-    _reset_peak,
-    _resident_bytes,
-    zero3_engine,
-    zero3_settings,
-)
+    Variant,
+    add_shape_options,
+    peak_bytes,
+    random_llama,
+    reset_peak,
+    resident_bytes,
+    shape_of,
+)  # fmt: skip
 
 MOST_BLOCKED = 0.05
 """Of a step: what a save may hold training up for."""
@@ -63,27 +57,22 @@ class SmolShape(Shape):
     batch: int = 1
 
 
-class Saver(Contestant):
+class Saver(Variant):
     """PST on this rank with a writer of checkpoints into ``folder``. Construction is collective."""
 
     def __init__(self, shape: SmolShape, folder: str):
-        self.method, self.shape = "pst", shape
-        model = build_model(shape)
-        self.trainables = sum(zero3.full_numel(p) for p in model.parameters() if p.requires_grad)
-        self.engine = zero3_engine(model)
-        update_masks(self.engine.module, shape.sparsity)
-        generator = torch.Generator().manual_seed(ranks.rank())
-        tokens = torch.randint(shape.vocabulary, (shape.batch, shape.sequence), generator=generator)
-        self.tokens = tokens.to(zero3.shard_of(next(model.parameters())).values.device)
+        model = random_llama(shape, num_key_value_heads=shape.kv_heads, tie_word_embeddings=True)
+        inject_pst(model, PSTConfig(score_rank=shape.rank, update_rank=shape.rank))
+        self._begin("pst", shape, model)
         self._writer = CheckpointWriter(Path(folder), self.engine)
         self._saves, self._written_at = 0, 0.0
         for _ in range(WARMUP_STEPS):
             self.step()
-        _reset_peak()
-        before = _resident_bytes()
+        reset_peak()
+        before = resident_bytes()
         self._save()
         self._written()
-        self._save_memory = _peak_bytes() - before
+        self._save_memory = peak_bytes() - before
 
     def round(self) -> dict[str, float]:
         """Seconds of a step alone, of a save, and of the step while it is written; with its bytes. Collective."""
@@ -140,35 +129,9 @@ class Saver(Contestant):
         )
 
 
-def build_model(shape: SmolShape) -> nn.Module:
-    """The PST model with random weights, built under ``zero.Init``. Collective."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-    from transformers.integrations import HfDeepSpeedConfig
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=shape.sequence,
-        tie_word_embeddings=True,
-        attention_dropout=0.0,
-        use_cache=False,
-    )
-    keep_alive = HfDeepSpeedConfig(zero3_settings(MAX_BUCKET))  # transformers finds it through a weak reference
-    model = AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation=shape.attention)
-    del keep_alive
-    if shape.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return inject_pst(model, PSTConfig(score_rank=shape.rank, update_rank=shape.rank))
-
-
 def main() -> None:
     arguments = _parser().parse_args()
-    shape = SmolShape(**{field.name: getattr(arguments, field.name) for field in fields(SmolShape)})
+    shape = shape_of(arguments, SmolShape)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         report = measure(shape, arguments.ranks, arguments.saves, Path(folder))
     if arguments.json:
@@ -182,12 +145,12 @@ def measure(shape: SmolShape, num_ranks: int, saves: int, folder: Path) -> dict[
     rounds = []
     with Ranks(num_ranks, Saver, shape, str(folder)) as team:
         for turn in range(saves):
-            found = _slowest(team.call("round"))
+            found = slowest(team.call("round"))
             progress(f"save {turn}: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
             rounds.append(found)
             for older in sorted(folder.glob("step-*"))[:-1]:
                 shutil.rmtree(older)
-        sizes = _slowest(team.call("sizes"))
+        sizes = slowest(team.call("sizes"))
     (newest,) = folder.glob("step-*")
     seconds = {name: statistics.median(found[name] for found in rounds) for name in rounds[0] if name != "bytes"}
     seconds |= read_seconds(newest)
@@ -227,10 +190,6 @@ def summary(stated: dict[str, Any], seconds: dict[str, float], sizes: dict[str, 
     }
 
 
-def _slowest(by_rank: list[dict[str, Any]]) -> dict[str, Any]:
-    return {key: max(found[key] for found in by_rank) for key in by_rank[0]}
-
-
 def _print(report: dict[str, Any]) -> None:
     stated, seconds, sizes = report["conditions"], report["seconds"], report["bytes"]
     print(f"{stated['hardware']}, {stated['ranks']} ranks, {stated['shape']}")
@@ -252,12 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--saves", type=int, default=10, help="checkpoints that are measured")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="an existing folder on the disk to write to (default: temporary)")
-    for field in fields(SmolShape):
-        name = "--" + field.name.replace("_", "-")
-        if isinstance(field.default, bool):
-            parser.add_argument(name, action="store_true")
-        else:
-            parser.add_argument(name, type=type(field.default), default=field.default)
+    add_shape_options(parser, SmolShape)
     return parser
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from pst_ds.cli.verify import allowed_difference
 from pst_ds.hf.model_folder import ModelFolder, open_model_folder
 from pst_ds.runtime import sparse_layers
 from pst_ds.runtime.dense import quicken_output_layer
-from tools.bench.timing import conditions, print_json, progress
+from tools.bench.timing import conditions, print_json, progress, status_bytes
 from tools.fetch_smollm2 import FOLDER, dense_folder, pruned_folder
 
 BARS = {0.5: 1.25, 0.8: 1.45}
@@ -141,19 +142,11 @@ def resident(path: Path) -> dict[str, Any]:
         decoder.prefill(torch.zeros(1, 8, dtype=torch.long))
         decoder.step()
         held.append(decoder)
-        sizes.append(_process_bytes())
+        gc.collect()
+        sizes.append(status_bytes("VmRSS"))
     weights = benched.Contestant(model).loaded_bytes
     file_bytes = folder.weight_file_bytes
     return {"weight_bytes": weights, "process_growth_bytes": sizes[1] - sizes[0], "file_bytes": file_bytes}
-
-
-def _process_bytes() -> int:
-    """Memory of this process in use now, its own and mapped files."""
-    import gc
-
-    gc.collect()
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS"))
 
 
 @torch.inference_mode()

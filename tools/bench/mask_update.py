@@ -31,9 +31,9 @@ from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel import ranks, zero3
-from tools.bench.ranks import Ranks
+from tools.bench.ranks import Ranks, slowest
 from tools.bench.timing import conditions, print_json, progress, rounded, timed
-from tools.bench.variants import LEARNING_RATE, Contestant, Shape, zero3_engine
+from tools.bench.variants import LEARNING_RATE, Shape, Variant, add_shape_options, shape_of, zero3_engine
 
 MATRICES = 8
 RAMP = CubicSchedule(final_sparsity=0.9, num_steps=1000)
@@ -128,14 +128,6 @@ def _read(shards: list[Tensor]) -> None:
 
 def main() -> None:
     arguments = _parser().parse_args()
-    shape = Shape(
-        hidden=arguments.hidden,
-        intermediate=arguments.intermediate,
-        layers=arguments.layers,
-        heads=arguments.heads,
-        vocabulary=arguments.vocabulary,
-        sequence=arguments.sequence,
-    )
     stated = conditions(
         dtype="bfloat16 weights, fp32 masters of the factors",
         matrices=MATRICES,
@@ -147,7 +139,9 @@ def main() -> None:
     sizes = [size for width in arguments.widths for size in measure(width, arguments.ranks, arguments.repeats)]
     result = {"benchmark": "mask_update", "conditions": stated, "sizes": sizes, **ratios(sizes)}
     if not arguments.no_share:
-        result["share_of_step"] = share_of_step(shape, arguments.repeats, result.get("after_10_steps", 1.0))
+        result["share_of_step"] = share_of_step(
+            shape_of(arguments, Shape), arguments.repeats, result.get("after_10_steps", 1.0)
+        )
     if arguments.json:
         print_json(result)
     else:
@@ -188,10 +182,6 @@ def measure(width: int, rank_counts: Sequence[int], repeats: int) -> list[dict[s
     return sizes
 
 
-def slowest(by_rank: list[dict[str, float]]) -> dict[str, float]:
-    return {name: max(found[name] for found in by_rank) for name in by_rank[0]}
-
-
 def ratios(sizes: list[dict[str, Any]]) -> dict[str, Any]:
     """At the largest size: ours over theirs on two ranks, and a rank's time on two ranks over that on one.
 
@@ -229,7 +219,7 @@ def share_of_step(shape: Shape, repeats: int, after_10_steps: float) -> dict[str
     """Measure steps and updates of a few layers of ``shape`` on two ranks, and :func:`share_at` its number of them."""
     points = {}
     for layers in SHARE_LAYERS:
-        with Ranks(2, Contestant, "pst", replace(shape, layers=layers)) as team:
+        with Ranks(2, Variant, "pst", replace(shape, layers=layers)) as team:
             team.call("step")
             steps = [slowest(team.call("step")) for _ in range(repeats)]
         points[layers] = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
@@ -274,15 +264,14 @@ def _print_table(result: dict[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    whole = Shape(layers=24)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     parser.add_argument("--ranks", type=_numbers, default=[1, 2, 4], help="comma-separated")
     parser.add_argument("--widths", type=_numbers, default=[1024, 2048, 4096], help=f"of the {MATRICES} matrices")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-share", action="store_true", help="leave the share of a training step out")
-    for name in ("hidden", "intermediate", "layers", "heads", "vocabulary", "sequence"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(whole, name), help="of the step's Llama")
+    add_shape_options(parser, Shape)
+    parser.set_defaults(layers=24)
     return parser
 
 

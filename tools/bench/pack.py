@@ -173,7 +173,7 @@ def _print(report: dict[str, Any]) -> None:
         print("  ".join(f"{cell:>{max(10, len(column))}}" for cell, column in zip(cells, columns, strict=True)))
 
 
-def _shape(text: str) -> tuple[int, int]:
+def shape_of(text: str) -> tuple[int, int]:
     outputs, _, inputs = text.partition("x")
     return int(outputs), int(inputs)
 
@@ -181,7 +181,7 @@ def _shape(text: str) -> tuple[int, int]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
-    parser.add_argument("--shapes", nargs="+", type=_shape, default=[(4096, 4096), (11008, 4096)], metavar="OxI")
+    parser.add_argument("--shapes", nargs="+", type=shape_of, default=[(4096, 4096), (11008, 4096)], metavar="OxI")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.9])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--input-bytes", type=int, help="of the matrices together (default: twice the cache)")

@@ -77,6 +77,11 @@ class Ranks:
         self.close()
 
 
+def slowest(by_rank: list[dict[str, Any]]) -> dict[str, Any]:
+    """The largest value among the ranks: they wait for each other, so the slowest is the step."""
+    return {key: max(found[key] for found in by_rank) for key in by_rank[0]}
+
+
 def _serve(pipe: Connection, rank: int, world_size: int, folder: str, build: Callable[..., Any], args: tuple) -> None:
     sys.stdout = sys.stderr  # libraries greet; stdout is for the result
     warnings.filterwarnings("ignore", category=FutureWarning)  # of DeepSpeed's use of torch

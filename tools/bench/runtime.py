@@ -16,6 +16,7 @@ itself, as many threads).
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import os
 import statistics
@@ -29,7 +30,7 @@ from torch.nn.functional import linear
 
 from pst_ds.core.formats import FORMATS
 from pst_ds.runtime import SparseLinear, native, ops
-from tools.bench.pack import default_input_bytes
+from tools.bench.pack import default_input_bytes, shape_of
 from tools.bench.timing import conditions, print_json, progress
 
 BARS = {
@@ -96,14 +97,7 @@ def measure_shape(shape: tuple[int, int], arguments: argparse.Namespace, bandwid
 def copies(value: Any, total_bytes: int) -> list[Any]:
     """The tensor, or the layer, as often as fills ``total_bytes``; at least twice."""
     size = value.nbytes if isinstance(value, Tensor) else resident_bytes(value)
-    clone = (lambda: value.clone()) if isinstance(value, Tensor) else (lambda: _copy_of(value))
-    return [clone() for _ in range(max(2, -(-total_bytes // size)))]
-
-
-def _copy_of(layer: SparseLinear) -> SparseLinear:
-    import copy
-
-    return copy.deepcopy(layer)
+    return [copy.deepcopy(value) for _ in range(max(2, -(-total_bytes // size)))]
 
 
 def resident_bytes(layer: SparseLinear) -> int:
@@ -204,19 +198,14 @@ def summary(
 
 
 def _roofline(row: dict[str, Any], bandwidth: float) -> dict[str, float]:
-    rows, columns = (int(n) for n in row["shape"].split("x"))
+    rows, columns = shape_of(row["shape"])
     reached = row["bytes_per_weight"] * rows * columns / row["milliseconds"] / 1e6
     return {"gb_per_second": reached, "share_of_bandwidth": reached / bandwidth}
 
 
-def _shape(text: str) -> tuple[int, int]:
-    rows, columns = (int(n) for n in text.split("x"))
-    return rows, columns
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", type=_shape, default=[(4096, 4096), (11008, 4096)], metavar="OxI")
+    parser.add_argument("--shapes", nargs="+", type=shape_of, default=[(4096, 4096), (11008, 4096)], metavar="OxI")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 8, 16, 64, 128, 256, 512])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.7, 0.8, 0.9])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])

@@ -21,6 +21,7 @@ from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
 from pst_ds.parallel.launch import init_distributed, launch_environment, shut_down
 from pst_ds.parallel.ranks import all_gather_objects, barrier, rank, world_size
+from tools.bench.timing import status_bytes
 
 DRAW_ELEMENTS = 1 << 20
 COPY_ELEMENTS = 1 << 25
@@ -59,13 +60,13 @@ class Memory:
     """Resident memory above what the imports took, in bytes."""
 
     def __init__(self) -> None:
-        self.base = _status("VmRSS")
+        self.base = status_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
         self.phases: dict[str, dict[str, int]] = {}
 
     def phase(self, name: str) -> None:
         """Ends a phase: its peak, and what is resident now."""
-        found = {"peak": _status("VmHWM") - self.base, "now": _status("VmRSS") - self.base}
+        found = {"peak": status_bytes("VmHWM") - self.base, "now": status_bytes("VmRSS") - self.base}
         before = self.phases.get(name, found)
         self.phases[name] = {key: max(value, before[key]) for key, value in found.items()}
         Path("/proc/self/clear_refs").write_text("5")  # the next peak starts from here
@@ -73,13 +74,6 @@ class Memory:
     @property
     def peak(self) -> int:
         return max(phase["peak"] for name, phase in self.phases.items() if name != "rates")
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")
 
 
 def measure(job: dict[str, Any], memory: Memory) -> dict[str, Any]:

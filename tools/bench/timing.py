@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +48,12 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
         torch.cuda.synchronize()
     seconds[name] = time.perf_counter() - start
     seconds[f"cpu_{name}"] = time.process_time() - cpu
+
+
+def status_bytes(field: str) -> int:
+    """Memory of this process by /proc/self/status: "VmRSS" is resident now, "VmHWM" the peak of that."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
 
 
 def hardware() -> str:

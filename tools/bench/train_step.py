@@ -1,10 +1,9 @@
 """A training step of PST against full fine-tuning, LoRA, the plain algorithm and movement pruning: time and memory.
 
-Every method has its own ranks. For each rival PST is started anew beside it, and the two take a step in turn; where
-both do not fit in memory (``--in-turn-below``, in GiB), PST takes all its steps first. Where the rival alone does not
-fit, both are measured at as many layers as it does, and the pair says so. A ratio is of two medians of such a pair.
-Results are merged into ``--results`` pair by pair, so that a long run can be done in parts with
-``--methods``.
+Every method has its own ranks. PST is started again for each baseline, and the two take steps in turn; where both do
+not fit in memory (``--in-turn-below``, in GiB), PST takes all its steps first. Where the baseline alone does not fit,
+both are measured at as many layers as do, and the pair says so. A ratio is of two medians of such a pair. Results are
+merged into ``--results`` pair by pair, so that a long run can be done in parts with ``--methods``.
 
     python -m tools.bench.train_step --json
     python -m tools.bench.train_step --json --methods plain --repeats 3
@@ -17,40 +16,40 @@ import json
 import math
 import statistics
 from contextlib import ExitStack
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from pst_ds.core.host import available_bytes
-from tools.bench.ranks import Ranks
+from tools.bench.ranks import Ranks, slowest
 from tools.bench.timing import conditions, print_json, progress, rounded
-from tools.bench.variants import METHODS, Contestant, Shape
+from tools.bench.variants import METHODS, Shape, Variant, add_shape_options, shape_of
 
-RIVALS = METHODS[1:]
+BASELINES = METHODS[1:]
 NEEDED_BYTES_PER_WEIGHT = {"full_finetuning": 24, "lora": 8, "plain": 24, "movement": 54}
-"""About what all ranks of the rival need together, activations of 2,048 tokens a rank with them."""
+"""About what all ranks of the baseline need together, activations of 2,048 tokens a rank with them."""
 FREE_SHARE = 0.8
-"""Of the free memory, how much a rival may need."""
+"""Of the free memory, how much a baseline may need."""
 SELECTING = ("plain", "movement")
-"""Rivals that select their masks in every step, which ours must then do too."""
+"""Baselines that select their masks in every step, which ours must then do too."""
 COLUMNS = ("forward", "backward", "optimizer", "mask_update", "step", "cpu_step")
 """Of the table; every part is measured in seconds and, as ``cpu_*``, in seconds of processor time."""
 
 
 def main() -> None:
     arguments = _parser().parse_args()
-    shape = Shape(**{field.name: getattr(arguments, field.name) for field in fields(Shape)})
+    shape = shape_of(arguments, Shape)
     stated = conditions(shape=asdict(shape), dtype="bfloat16", ranks=arguments.ranks, zero_stage=3)
     results = _earlier(arguments.results, stated)
-    for rival in RIVALS:
-        if rival in arguments.methods:
-            results["not_run"].pop(rival, None)
-            layers = fitting_layers(rival, shape, free_gib())
+    for baseline in BASELINES:
+        if baseline in arguments.methods:
+            results["not_run"].pop(baseline, None)
+            layers = fitting_layers(baseline, shape, free_gib())
             if layers:
-                results["pairs"][rival] = run_pair(rival, replace(shape, layers=layers), arguments)
+                results["pairs"][baseline] = run_pair(baseline, replace(shape, layers=layers), arguments)
             else:
-                needed = needed_gib(rival, replace(shape, layers=1))
-                results["not_run"][rival] = f"needs about {needed:.0f} GiB at one layer"
+                needed = needed_gib(baseline, replace(shape, layers=1))
+                results["not_run"][baseline] = f"needs about {needed:.0f} GiB at one layer"
             _write(arguments.results, results)
     report = summary(results)
     if arguments.json:
@@ -59,10 +58,10 @@ def main() -> None:
         _print_table(report)
 
 
-def run_pair(rival: str, shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Median seconds and the facts of PST and of ``rival``."""
-    together = needed_gib(rival, shape) <= arguments.in_turn_below
-    groups = [["pst", rival]] if together else [["pst"], [rival]]
+def run_pair(baseline: str, shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Median seconds and the facts of PST and of ``baseline``."""
+    together = needed_gib(baseline, shape) <= arguments.in_turn_below
+    groups = [["pst", baseline]] if together else [["pst"], [baseline]]
     found: dict[str, Any] = {"layers": shape.layers, "in_turn": together}
     found |= {"repeats": arguments.repeats, "warmup": arguments.warmup}
     for methods in groups:
@@ -70,8 +69,8 @@ def run_pair(rival: str, shape: Shape, arguments: argparse.Namespace) -> dict[st
     return found
 
 
-def needed_gib(rival: str, shape: Shape) -> float:
-    return NEEDED_BYTES_PER_WEIGHT[rival] * weights_of(shape) / 2**30
+def needed_gib(baseline: str, shape: Shape) -> float:
+    return NEEDED_BYTES_PER_WEIGHT[baseline] * weights_of(shape) / 2**30
 
 
 def free_gib() -> float:
@@ -80,10 +79,10 @@ def free_gib() -> float:
     return math.inf if free is None else free / 2**30
 
 
-def fitting_layers(rival: str, shape: Shape, free: float) -> int:
-    """The most layers of ``shape``, up to its own, whose rival needs no more than FREE_SHARE of ``free`` GiB; or 0."""
-    fits = [n for n in range(1, shape.layers + 1) if needed_gib(rival, replace(shape, layers=n)) <= FREE_SHARE * free]
-    return max(fits, default=0)
+def fitting_layers(baseline: str, shape: Shape, free: float) -> int:
+    """The most layers, up to those of ``shape``, at which the baseline fits in FREE_SHARE of ``free`` GiB; or 0."""
+    needed = {n: needed_gib(baseline, replace(shape, layers=n)) for n in range(1, shape.layers + 1)}
+    return max((n for n, gib in needed.items() if gib <= FREE_SHARE * free), default=0)
 
 
 def weights_of(shape: Shape) -> int:
@@ -97,14 +96,14 @@ def run_group(
     """Median seconds and the facts of each of ``methods``; they take a step in turn."""
     steps: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
     with ExitStack() as running:
-        teams = {method: running.enter_context(Ranks(num_ranks, Contestant, method, shape)) for method in methods}
+        teams = {method: running.enter_context(Ranks(num_ranks, Variant, method, shape)) for method in methods}
         for turn in range(warmup + repeats):
             for method, team in teams.items():
-                seconds = _slowest(team.call("step"))
+                seconds = slowest(team.call("step"))
                 progress(f"{method} step {turn}: " + ", ".join(f"{k} {v:.2f}" for k, v in seconds.items()))
                 if turn >= warmup:
                     steps[method].append(seconds)
-        facts = {method: _slowest(team.call("facts")) for method, team in teams.items()}
+        facts = {method: slowest(team.call("facts")) for method, team in teams.items()}
     medians = {
         method: {part: statistics.median(step[part] for step in found) for part in found[0]}
         for method, found in steps.items()
@@ -112,25 +111,20 @@ def run_group(
     return {method: {"seconds": medians[method], "bytes_per_rank": facts[method]} for method in methods}
 
 
-def _slowest(by_rank: list[dict[str, Any]]) -> dict[str, Any]:
-    """The largest value among the ranks: they wait for each other, so the slowest is the step."""
-    return {key: max(found[key] for found in by_rank) for key in by_rank[0]}
-
-
 def summary(results: dict[str, Any]) -> dict[str, Any]:
     """The measured pairs, and ours over theirs in time and memory."""
     report = {**results, "ratios_without_update": {}, "ratios_with_update": {}, "memory_ratios": {}, "cpu_ratios": {}}
-    for rival, pair in results["pairs"].items():
-        ours, theirs = pair["pst"], pair[rival]
+    for baseline, pair in results["pairs"].items():
+        ours, theirs = pair["pst"], pair[baseline]
         seconds = ours["seconds"]
-        report["ratios_without_update"][rival] = seconds["step"] / theirs["seconds"]["step"]
-        report["ratios_with_update"][rival] = (seconds["step"] + seconds["mask_update"]) / theirs["seconds"]["step"]
-        update = seconds["cpu_mask_update"] if rival in SELECTING else 0.0
-        report["cpu_ratios"][rival] = (seconds["cpu_step"] + update) / theirs["seconds"]["cpu_step"]
-        report["memory_ratios"][rival] = ours["bytes_per_rank"]["memory"] / theirs["bytes_per_rank"]["memory"]
+        report["ratios_without_update"][baseline] = seconds["step"] / theirs["seconds"]["step"]
+        report["ratios_with_update"][baseline] = (seconds["step"] + seconds["mask_update"]) / theirs["seconds"]["step"]
+        update = seconds["cpu_mask_update"] if baseline in SELECTING else 0.0
+        report["cpu_ratios"][baseline] = (seconds["cpu_step"] + update) / theirs["seconds"]["cpu_step"]
+        report["memory_ratios"][baseline] = ours["bytes_per_rank"]["memory"] / theirs["bytes_per_rank"]["memory"]
     report["ratios"] = {
-        rival: report["ratios_with_update" if rival in SELECTING else "ratios_without_update"][rival]
-        for rival in results["pairs"]
+        baseline: report["ratios_with_update" if baseline in SELECTING else "ratios_without_update"][baseline]
+        for baseline in results["pairs"]
     }
     return report
 
@@ -153,39 +147,34 @@ def _print_table(report: dict[str, Any]) -> None:
     stated = report["conditions"]
     print(f"{stated['hardware']}, {stated['ranks']} ranks, {stated['shape']}")
     print(f"{'seconds':<16}" + "".join(f"{part:>12}" for part in COLUMNS) + "   GB above weights")
-    for rival, pair in report["pairs"].items():
-        for method in ("pst", rival):
+    for baseline, pair in report["pairs"].items():
+        for method in ("pst", baseline):
             seconds, size = pair[method]["seconds"], pair[method]["bytes_per_rank"]["memory"] / 1e9
             numbers = "".join(f"{seconds[part]:>12.3f}" if part in seconds else f"{'-':>12}" for part in COLUMNS)
             print(f"{method:<16}{numbers}{size:>19.2f}")
-        time, memory = report["ratios"][rival], report["memory_ratios"][rival]
-        print(f"pst / {rival}, {pair['layers']} layers: time {time:.3f}, memory {memory:.3f}")
-    for rival, reason in report["not_run"].items():
-        print(f"{rival}: {reason}")
+        time, memory = report["ratios"][baseline], report["memory_ratios"][baseline]
+        print(f"pst / {baseline}, {pair['layers']} layers: time {time:.3f}, memory {memory:.3f}")
+    for baseline, reason in report["not_run"].items():
+        print(f"{baseline}: {reason}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
-    parser.add_argument("--methods", type=_methods, default=list(RIVALS), help=f"of {', '.join(RIVALS)}")
+    parser.add_argument("--methods", type=_methods, default=list(BASELINES), help=f"of {', '.join(BASELINES)}")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each method")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--in-turn-below", type=float, default=15.0, help="GiB that a rival may need beside PST")
+    parser.add_argument("--in-turn-below", type=float, default=15.0, help="GiB that a baseline may need beside PST")
     parser.add_argument("--results", type=Path, default=Path("runs/bench/train_step.json"))
-    for field in fields(Shape):
-        name = "--" + field.name.replace("_", "-")
-        if isinstance(field.default, bool):
-            parser.add_argument(name, action="store_true")
-        else:
-            parser.add_argument(name, type=type(field.default), default=field.default)
+    add_shape_options(parser, Shape)
     return parser
 
 
 def _methods(text: str) -> list[str]:
     names = [name for name in text.split(",") if name not in ("", "pst")]
-    if unknown := set(names) - set(RIVALS):
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose from {', '.join(RIVALS)}")
+    if unknown := set(names) - set(BASELINES):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose from {', '.join(BASELINES)}")
     return names
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,8 +20,9 @@ from pst_ds.nn.targets import find_targets
 from pst_ds.parallel import ranks, zero3
 from pst_ds.parallel.ds_config import RunNumbers, load_deepspeed_config, resolve_deepspeed_config
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
-from tools.bench.timing import timed
+from tools.bench.timing import status_bytes, timed
 
+AnyShape = TypeVar("AnyShape", bound="Shape")
 METHODS = ("pst", "full_finetuning", "lora", "plain", "movement")
 DTYPE = torch.bfloat16
 LEARNING_RATE = 1e-5
@@ -44,6 +46,20 @@ class Shape:
     sparsity: float = 0.9
     checkpointing: bool = False
     attention: str = "sdpa"
+
+
+def add_shape_options(parser: argparse.ArgumentParser, cls: type[Shape]) -> None:
+    """An option for every field of ``cls``, which :func:`shape_of` reads."""
+    for field in fields(cls):
+        name = "--" + field.name.replace("_", "-")
+        if isinstance(field.default, bool):
+            parser.add_argument(name, action="store_true")
+        else:
+            parser.add_argument(name, type=type(field.default), default=field.default)
+
+
+def shape_of(arguments: argparse.Namespace, cls: type[AnyShape]) -> AnyShape:
+    return cls(**{field.name: getattr(arguments, field.name) for field in fields(cls)})
 
 
 def zero3_settings(num_trainable: int) -> dict[str, Any]:
@@ -70,31 +86,37 @@ def zero3_engine(model: nn.Module) -> Engine:
     return build_engine(model, [{"params": trained, "lr": LEARNING_RATE}], ds_config=settings)
 
 
-def build_model(method: str, shape: Shape) -> nn.Module:
-    """The model of ``method`` with random weights, built under ``zero.Init``: no rank holds it whole. Collective."""
-    import deepspeed
+def random_llama(shape: Shape, **more: Any) -> nn.Module:
+    """A Llama with random weights, built under ``zero.Init``: no rank holds it whole. Collective."""
     from transformers import AutoModelForCausalLM, LlamaConfig
     from transformers.integrations import HfDeepSpeedConfig
 
     torch.manual_seed(0)
-    settings = zero3_settings(MAX_BUCKET)
     config = LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
         vocab_size=shape.vocabulary,
         max_position_embeddings=shape.sequence,
         attention_dropout=0.0,
         use_cache=False,
+        **more,
     )
-    keep_alive = HfDeepSpeedConfig(settings)  # transformers finds it through a weak reference
+    keep_alive = HfDeepSpeedConfig(zero3_settings(MAX_BUCKET))  # transformers finds it through a weak reference
     model = AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation=shape.attention)
     del keep_alive
     if shape.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    new_weights = deepspeed.zero.Init(config_dict_or_path=settings, dtype=DTYPE)
+    return model
+
+
+def build_model(method: str, shape: Shape) -> nn.Module:
+    """The model of ``method`` with random weights. Collective."""
+    import deepspeed
+
+    model = random_llama(shape)
+    new_weights = deepspeed.zero.Init(config_dict_or_path=zero3_settings(MAX_BUCKET), dtype=DTYPE)
     with new_weights if method == "movement" else nullcontext():  # its scores are as large as the model
         return _apply_method(method, model, shape)
 
@@ -114,30 +136,31 @@ def _apply_method(method: str, model: nn.Module, shape: Shape) -> nn.Module:
         lora = LoraConfig(r=shape.rank, lora_alpha=shape.rank, lora_dropout=0.0, target_modules=names)
         return get_peft_model(model, lora, autocast_adapter_dtype=False)
     model.requires_grad_(method == "movement")
-    rival = {"plain": PlainPST, "movement": MovementPruning}[method]
-    replace_linears(model, targets, rival, shape.rank, shape.sparsity)
+    baseline = {"plain": PlainPST, "movement": MovementPruning}[method]
+    replace_linears(model, targets, baseline, shape.rank, shape.sparsity)
     return model
 
 
-class Contestant:
+class Variant:
     """One method on this rank: its engine, a fixed random batch, and a clock. Construction is collective."""
 
     def __init__(self, method: str, shape: Shape):
         import peft  # noqa: F401  every method starts from the same imports
         import transformers.models.llama.modeling_llama  # noqa: F401
 
+        self._memory_at_start = resident_bytes()
+        self._begin(method, shape, build_model(method, shape))
+        reset_peak()
+
+    def _begin(self, method: str, shape: Shape, model: nn.Module) -> None:
         self.method, self.shape = method, shape
-        self._memory_at_start = _resident_bytes()
-        model = build_model(method, shape)
         self.trainables = sum(zero3.full_numel(p) for p in model.parameters() if p.requires_grad)
         self.engine = zero3_engine(model)
         if method == "pst":
             update_masks(self.engine.module, shape.sparsity)
-        device = zero3.shard_of(next(model.parameters())).values.device
         generator = torch.Generator().manual_seed(ranks.rank())
         tokens = torch.randint(shape.vocabulary, (shape.batch, shape.sequence), generator=generator)
-        self.tokens = tokens.to(device)
-        _reset_peak()
+        self.tokens = tokens.to(zero3.shard_of(next(model.parameters())).values.device)
 
     def step(self) -> dict[str, float]:
         """Seconds of each part of a step, from a moment when all ranks are ready; ``cpu_*`` is processor time.
@@ -165,7 +188,7 @@ class Contestant:
         """Bytes and counts on this rank; ``memory`` is the peak above imports and the shard of the base weights."""
         shards = self._base_weight_shard_bytes()
         found = {
-            "memory": _peak_bytes() - self._memory_at_start - shards,
+            "memory": peak_bytes() - self._memory_at_start - shards,
             "weight_shards": shards,
             "optimizer_state": optimizer_bytes(self.engine),
             "trainables": self.trainables,
@@ -185,24 +208,19 @@ class Contestant:
         return sum(-(-p.numel() // ranks.world_size()) * size for p in whole.parameters())
 
 
-def _status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
-
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
-    return _status_bytes("VmRSS")
+    return status_bytes("VmRSS")
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return _status_bytes("VmHWM")
+    return status_bytes("VmHWM")
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     """Forget what building the model took."""
     gc.collect()
     if torch.cuda.is_available():

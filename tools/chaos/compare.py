@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from pst_ds.checkpoint.format import CheckpointError, read_checkpoint
 from pst_ds.config.file_names import BEST, CHECKPOINTS, FINAL, LATEST, METRICS_FILE, RESULT_FILE
 from pst_ds.errors import InputError
 from pst_ds.parallel.optimizer_state import KINDS
+from tools.verbs import verb
 
 TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes")
 """What no two runs have alike."""
@@ -117,11 +117,7 @@ def _exported(run: Path) -> dict[str, Tensor]:
     """Every tensor of what ``pst-ds export`` writes."""
     from safetensors.torch import load_file
 
-    from pst_ds.cli.main import build_parser, quiet_libraries
-
     folder = run / "export"
     if not folder.is_dir():
-        quiet_libraries()
-        arguments = build_parser("export").parse_args(["export", str(run), "--out", str(folder)])
-        importlib.import_module("pst_ds.cli.export").run(arguments)
+        verb("export", str(run), "--out", str(folder))
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}

