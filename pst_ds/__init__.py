@@ -19,7 +19,7 @@ _HOMES = {
     "pst_optimizer": "nn.optimizer",
     "pst_parameter_groups": "nn.optimizer",
     "save_pretrained": "checkpoint.adapter",
-    "small_checkpoints": "nn.small_checkpoints",
+    "adapter_checkpoints": "nn.adapter_checkpoints",
 }
 
 __all__ = ["__version__", *_HOMES]

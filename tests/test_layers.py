@@ -19,7 +19,7 @@ FLOORS = {
     "progress": 0,
     "text_table": 0,
     "core": 0,
-    "durable": 1,
+    "atomic_files": 1,
     "config": 1,
     "parallel": 1,
     "data": 2,

@@ -1,4 +1,4 @@
-"""Times of the contestants of ``pst-ds bench``: they take turns, and what counts is the median."""
+"""Times of the variants of ``pst-ds bench``: they take turns, and what counts is the median."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.bench.decode import Decoder, LinearTime
-from pst_ds.bench.variants import Contestant
+from pst_ds.bench.variants import Variant
 from pst_ds.hf.model_folder import ModelFolder, ModelFolderError
 from pst_ds.progress import Progress
 
@@ -19,9 +19,9 @@ Times = dict[str, list[float]]
 
 
 def measure(
-    found: dict[str, Contestant], folder: ModelFolder, batch: int, args: argparse.Namespace
+    found: dict[str, Variant], folder: ModelFolder, batch: int, args: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
-    """Rates of each contestant: tokens a second of prefill and decode, and where a decoding step's time goes.
+    """Rates of each variant: tokens a second of prefill and decode, and where a decoding step's time goes.
 
     A model that is not causal has a forward pass only, which counts as its prefill.
     """
@@ -30,25 +30,25 @@ def measure(
     decode: Times = {name: [] for name in found}
     with Progress("measure", (args.repeats + 1) * len(found), "times") as shown:
         for turn in range(args.repeats + 1):
-            for name, contestant in found.items():
-                timed = _run(contestant, ids, args.new_tokens) if folder.is_causal else _forward(contestant, ids)
+            for name, variant in found.items():
+                timed = _run(variant, ids, args.new_tokens) if folder.is_causal else _forward(variant, ids)
                 if turn:  # the first warms up
                     prefill[name] += timed[0]
                     decode[name] += timed[1]
                 shown.add(1, name)
     rates: dict[str, dict[str, float]] = {}
-    for name, contestant in found.items():
+    for name, variant in found.items():
         rates[name] = {"prefill_tokens_per_second": ids.numel() / statistics.median(prefill[name])}
         if decode[name]:
             step = statistics.median(decode[name])
             rates[name] |= {"decode_tokens_per_second": batch / step, "decode_step_seconds": step}
-            rates[name] |= shares(contestant, ids, args.new_tokens)
+            rates[name] |= shares(variant, ids, args.new_tokens)
     return rates
 
 
-def _run(contestant: Contestant, ids: Tensor, new_tokens: int) -> tuple[list[float], list[float]]:
+def _run(variant: Variant, ids: Tensor, new_tokens: int) -> tuple[list[float], list[float]]:
     """Seconds of each prefill, and of each step; the copies of the model step in turn."""
-    decoders = [Decoder(model) for model in contestant.models]
+    decoders = [Decoder(model) for model in variant.models]
     prefill, decode = [], []
     for decoder in decoders:
         start = time.perf_counter()
@@ -63,9 +63,9 @@ def _run(contestant: Contestant, ids: Tensor, new_tokens: int) -> tuple[list[flo
 
 
 @torch.inference_mode()
-def _forward(contestant: Contestant, ids: Tensor) -> tuple[list[float], list[float]]:
+def _forward(variant: Variant, ids: Tensor) -> tuple[list[float], list[float]]:
     seconds = []
-    for model in contestant.models:
+    for model in variant.models:
         inputs = {"input_ids": ids}
         if model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = ids[:, :1]
@@ -75,10 +75,10 @@ def _forward(contestant: Contestant, ids: Tensor) -> tuple[list[float], list[flo
     return seconds, []
 
 
-def shares(contestant: Contestant, ids: Tensor, new_tokens: int) -> dict[str, float]:
+def shares(variant: Variant, ids: Tensor, new_tokens: int) -> dict[str, float]:
     """Of the time of a step: what is outside the linear layers, and what the output layer takes. Medians of steps."""
-    decoders = [Decoder(model) for model in contestant.models]
-    clocks = [LinearTime(model) for model in contestant.models]
+    decoders = [Decoder(model) for model in variant.models]
+    clocks = [LinearTime(model) for model in variant.models]
     for decoder, clock in zip(decoders, clocks, strict=True):
         decoder.prefill(ids)
         clock.start()

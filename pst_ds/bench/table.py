@@ -7,7 +7,7 @@ from typing import Any
 from pst_ds.text_table import aligned
 
 COLUMNS = (
-    ("contestant", "contestant", "{}"),
+    ("variant", "variant", "{}"),
     ("threads", "threads", "{}"),
     ("batch", "batch", "{}"),
     ("prefill_tokens_per_second", "prefill tok/s", "{:.1f}"),
@@ -26,7 +26,7 @@ _MB = ("resident_bytes", "file_bytes")
 
 
 def bench_text(result: dict[str, Any]) -> str:
-    """The conditions, and one line for each contestant, thread count and batch."""
+    """The conditions, and one line for each variant, thread count and batch."""
     conditions = result["conditions"]
     what = f"{result['prompt_tokens']} tokens in" + (f", {result['new_tokens']} out" if result["causal"] else "")
     lines = [

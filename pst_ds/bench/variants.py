@@ -27,7 +27,7 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 @dataclass
-class Contestant:
+class Variant:
     """One way to run the model."""
 
     model: Any
@@ -50,9 +50,7 @@ class Contestant:
         }
 
 
-def contestants(
-    folder: ModelFolder, dense: ModelFolder | None, formats: list[str], dtype: str
-) -> dict[str, Contestant]:
+def variants(folder: ModelFolder, dense: ModelFolder | None, formats: list[str], dtype: str) -> dict[str, Variant]:
     """By name: "dense" as transformers runs it, "prepacked", and each sparse format.
 
     ``formats``: none takes :func:`default_formats`. ``dense`` None unpacks the folder.
@@ -61,12 +59,12 @@ def contestants(
     """
     base = dense or folder
     plain = base.load("dense", dtype)
-    found = {"dense": Contestant(plain, base.weight_file_bytes if base.format == "dense" else None)}
+    found = {"dense": Variant(plain, base.weight_file_bytes if base.format == "dense" else None)}
     if can_prepack(plain.dtype):
         packed = copy.deepcopy(plain)
         prepack(packed, vectors=1)
         quicken_output_layer(packed)
-        found["prepacked"] = Contestant(packed)
+        found["prepacked"] = Variant(packed)
     for name in formats or default_formats(folder, plain if dense is None else folder.load("dense", dtype)):
         found[name] = _sparse(folder, plain if dense is None else None, name, dtype)
         quicken_output_layer(found[name].model)
@@ -87,16 +85,16 @@ def default_formats(folder: ModelFolder, plain: Any) -> list[str]:
     return [own, *(name for name, does in apply.items() if does and name != own)]
 
 
-def _sparse(folder: ModelFolder, plain: Any, name: str, dtype: str) -> Contestant:
+def _sparse(folder: ModelFolder, plain: Any, name: str, dtype: str) -> Variant:
     """The folder as loaded where that is its format; else made of the dense model, layer by layer."""
     if folder.format == name:
-        return Contestant(folder.load("sparse", dtype), folder.weight_file_bytes)
+        return Variant(folder.load("sparse", dtype), folder.weight_file_bytes)
     model = copy.deepcopy(plain) if plain is not None else folder.load("dense", dtype)
     if not make_sparse(model, name):
         raise ModelFolderError(
             f"{folder.path}: no linear layer can be packed as {name} and become smaller; leave {name} out of --formats"
         )
-    return Contestant(model)
+    return Variant(model)
 
 
 @torch.no_grad()
@@ -115,7 +113,7 @@ def make_sparse(model: nn.Module, format_name: str) -> int:
     return made
 
 
-def copy_until(found: dict[str, Contestant], total_bytes: int) -> None:
+def copy_until(found: dict[str, Variant], total_bytes: int) -> None:
     """Copies each model until its weights fill ``total_bytes``. Raises ModelFolderError where memory is short."""
     needed = sum(max(0, total_bytes - c.loaded_bytes) + c.loaded_bytes for c in found.values())
     available = available_bytes()
@@ -123,9 +121,9 @@ def copy_until(found: dict[str, Contestant], total_bytes: int) -> None:
         raise ModelFolderError(
             f"--from-memory needs {needed / 1e9:.1f} GB of copies, and {available / 1e9:.1f} GB are free: leave it out"
         )
-    for contestant in found.values():
-        count = max(2, -(-total_bytes // max(1, contestant.loaded_bytes)))
-        contestant.models = [contestant.model, *(_copied(contestant.model) for _ in range(count - 1))]
+    for variant in found.values():
+        count = max(2, -(-total_bytes // max(1, variant.loaded_bytes)))
+        variant.models = [variant.model, *(_copied(variant.model) for _ in range(count - 1))]
 
 
 def _copied(model: Any) -> Any:

@@ -23,20 +23,20 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds import __version__
+from pst_ds.atomic_files import file_sha256, write_bytes_atomic, write_text_atomic
 from pst_ds.checkpoint.restore import base_fingerprint, is_of_hub, same_base, weight_scales
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.core.bits import count_bits, relayout
-from pst_ds.durable import file_sha256, replace_bytes, replace_text
 from pst_ds.errors import InputError
+from pst_ds.nn.adapter_checkpoints import MASK_BITS
 from pst_ds.nn.inject import (
+    adapter_parameters,
     configured_parameters,
     freeze_scores,
     inject_pst,
     injected_config,
     pst_layers,
-    small_parameters,
 )
-from pst_ds.nn.small_checkpoints import MASK_BITS
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import all_gather_objects, is_main
 from pst_ds.parallel.steps import unwrapped
@@ -109,7 +109,7 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
     if is_other_revision:
         _require_weights(model, saved, folder)
     with torch.no_grad():
-        for name, param in small_parameters(model):
+        for name, param in adapter_parameters(model):
             shard = zero3.shard_of(param)
             zero3.write_shard(param, tensors[name].flatten()[shard.start : shard.start + shard.values.numel()])
         for name, layer in pst_layers(model).items():
@@ -118,7 +118,7 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
             own = shards[zero3.shard_index(layer.pst_mask)] if zero3.is_partitioned(layer.pst_mask) else bits
             zero3.write_shard(layer.pst_mask, own.to(layer.pst_mask.device))
             layer.weight_scales = tuple(saved["weight_scales"][name])
-    if saved["masks_final"]:
+    if saved["masks_frozen"]:
         freeze_scores(model)
     return model
 
@@ -127,7 +127,7 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
 def small_state(
     model: nn.Module, gathered: Mapping[str, Tensor] | None = None, *, keep: bool | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of pst_model.safetensors: fp32 values of :func:`small_parameters`, and masks in one shard each.
+    """The tensors of pst_model.safetensors: fp32 values of :func:`adapter_parameters`, and masks in one shard each.
 
     Values are the optimizer's masters where there are any; with ``gathered``, a state dict of the whole model, they are
     taken from it. Where ``keep`` is false, by default on all ranks but 0, the dict is empty. Collective without
@@ -135,7 +135,7 @@ def small_state(
     """
     keep = is_main() if keep is None else keep
     tensors: dict[str, Tensor] = {}
-    for name, param in small_parameters(model):
+    for name, param in adapter_parameters(model):
         value = zero3.fp32_masters([param])[0] if gathered is None else gathered[name].float()
         if keep:
             tensors[name] = value.detach().to("cpu", copy=True).contiguous()
@@ -163,24 +163,24 @@ def write_small_state(
         "format": FORMAT,
         "pst_ds_version": __version__,
         "pst_config": asdict(config),
-        "also_trained": [name for name, param in small_parameters(model) if param not in configured],
+        "also_trained": [name for name, param in adapter_parameters(model) if param not in configured],
         "base_model_name_or_path": base,
         "base_fingerprint": _fingerprint(base),
         "dtype": _dtype(model),
         "step": step,
         "sparsity": 1.0 - kept / sum(layer.layout.numel for layer in layers.values()),
-        "masks_final": not any(layer.scores_train for layer in layers.values()),
+        "masks_frozen": not any(layer.scores_train for layer in layers.values()),
         "weight_scales": weight_scales(model),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     index = {"metadata": _WHAT_IT_IS, "weight_map": dict.fromkeys(tensors, WEIGHTS_FILE)}
-    replace_bytes(folder / WEIGHTS_FILE, data)
-    replace_text(folder / INDEX_FILE, json.dumps(index, indent=1) + "\n")
-    replace_text(folder / CONFIG_FILE, json.dumps(table, indent=1) + "\n")
+    write_bytes_atomic(folder / WEIGHTS_FILE, data)
+    write_text_atomic(folder / INDEX_FILE, json.dumps(index, indent=1) + "\n")
+    write_text_atomic(folder / CONFIG_FILE, json.dumps(table, indent=1) + "\n")
 
 
 def _mask_of(gathered: Mapping[str, Tensor], name: str) -> Tensor:
-    """Bits of a mask in a state dict with or without :func:`~pst_ds.nn.small_checkpoints.small_checkpoints`."""
+    """Mask bits in a state dict, with or without :func:`adapter_checkpoints`."""
     return gathered[f"{name}.{MASK_BITS}"] if f"{name}.{MASK_BITS}" in gathered else gathered[f"{name}.pst_mask"]
 
 
@@ -203,7 +203,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     found = table.get("format") if isinstance(table, dict) else None
     if found != FORMAT:
         raise PretrainedError(f"{path} has format {found!r}; this version reads {FORMAT}")
-    wanted = ("pst_config", "base_model_name_or_path", "base_fingerprint", "masks_final", "weight_scales", "sha256")
+    wanted = ("pst_config", "base_model_name_or_path", "base_fingerprint", "masks_frozen", "weight_scales", "sha256")
     for key in wanted:
         if key not in table:
             raise PretrainedError(f"{path} is damaged: it has no {key!r}")
@@ -287,7 +287,7 @@ def _read_tensors(folder: Path, digest: str) -> dict[str, Tensor]:
 
 
 def _require_fit(model: nn.Module, tensors: dict[str, Tensor], saved: dict[str, Any], folder: Path) -> None:
-    wanted = {name: tuple(zero3.full_shape(param)) for name, param in small_parameters(model)}
+    wanted = {name: tuple(zero3.full_shape(param)) for name, param in adapter_parameters(model)}
     for name, layer in pst_layers(model).items():
         wanted[f"{name}.{MASK_BITS}"] = (-(-layer.layout.numel // 8),)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

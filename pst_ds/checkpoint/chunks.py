@@ -21,7 +21,7 @@ class Run:
     offset: int
 
 
-class CutTensors:
+class ChunkedTensors:
     """Tensors of ``sizes`` values each, cut over ``num_files`` files.
 
     A file holds its runs one after another, in the order of the tensors. Without ``cuts`` every tensor is cut evenly as

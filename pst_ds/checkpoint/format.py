@@ -25,9 +25,9 @@ from typing import Any, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from pst_ds.checkpoint.chunks import CutTensors
+from pst_ds.atomic_files import file_sha256
+from pst_ds.checkpoint.chunks import ChunkedTensors
 from pst_ds.core.bits import pack_shard, shard_bytes, shard_numel, unpack_range
-from pst_ds.durable import file_sha256
 from pst_ds.errors import InputError
 from pst_ds.parallel.optimizer_state import KINDS, MASTER
 
@@ -48,7 +48,7 @@ class CheckpointState:
     """Applied optimizer steps."""
     sparsity: float
     """Fraction of zeros asked of every pruned matrix."""
-    masks_final: bool
+    masks_frozen: bool
     """Whether the masks were at their final sparsity and fixed."""
     precision: str
     """What the model computed in: "bf16" or "fp32"."""
@@ -78,12 +78,12 @@ class Contents:
     steps: dict[str, int]
     """Adam's count of steps of each trainable parameter."""
     cuts: list[list[tuple[int, int, int]]] | None = None
-    """Of the trainable parameters; None for even ones. See :class:`pst_ds.checkpoint.chunks.CutTensors`."""
+    """Of the trainable parameters; None for even ones. See :class:`pst_ds.checkpoint.chunks.ChunkedTensors`."""
 
-    def cut_tensors(self) -> CutTensors:
+    def cut_tensors(self) -> ChunkedTensors:
         """Raises ValueError for cuts that do not add up."""
         sizes = {name: torch.Size(shape).numel() for name, shape in self.trained.items()}
-        return CutTensors(sizes, self.num_shards, self.cuts)
+        return ChunkedTensors(sizes, self.num_shards, self.cuts)
 
 
 class Checkpoint:

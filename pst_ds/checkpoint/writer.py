@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pst_ds.atomic_files import PARTIAL, publish, sync, write_new
 from pst_ds.checkpoint.format import (
     MANIFEST,
     MASK,
@@ -27,7 +28,6 @@ from pst_ds.checkpoint.format import (
 )
 from pst_ds.checkpoint.restore import trainable
 from pst_ds.core.bits import pack_shard, shard_bytes, shard_numel, unpack_range
-from pst_ds.durable import PARTIAL, sync, take_name, write_new
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel import optimizer_state, zero3
@@ -178,7 +178,7 @@ class CheckpointWriter:
             write_new(partial / MANIFEST, manifest)
             listing = sums_text(sums).encode()
             write_new(partial / SUMS, listing)
-            take_name(partial, self._folder / name)
+            publish(partial, self._folder / name)
             sync(self._folder)
             done()
         except Exception as error:

@@ -10,7 +10,7 @@ from pst_ds.cli.main import add_quiet_argument, count
 from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
-    from pst_ds.bench.variants import Contestant
+    from pst_ds.bench.variants import Variant
     from pst_ds.hf.model_folder import ModelFolder
 
 SPARSE = ("bitmask", "csr", "2:4")
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from pst_ds.bench.measure import measure
-    from pst_ds.bench.variants import conditions, contestants, copy_until, last_level_cache_bytes
+    from pst_ds.bench.variants import conditions, copy_until, last_level_cache_bytes, variants
     from pst_ds.hf.model_folder import open_model_folder
 
     folder = open_model_folder(args.model)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"--dense {args.dense}: its weights are packed; leave --dense out to unpack {args.model} itself"
         )
     _check_positions(folder, args)
-    found = contestants(folder, dense, args.formats, args.dtype)
+    found = variants(folder, dense, args.formats, args.dtype)
     if args.from_memory:
         copy_until(found, 2 * last_level_cache_bytes())
     threads_before, rows = torch.get_num_threads(), []
@@ -84,13 +84,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _rows(
-    measured: dict[str, dict[str, float]], found: dict[str, Contestant], at: dict[str, int]
-) -> list[dict[str, Any]]:
-    """A row for each contestant, with its rates against both dense ones."""
+def _rows(measured: dict[str, dict[str, float]], found: dict[str, Variant], at: dict[str, int]) -> list[dict[str, Any]]:
+    """A row for each variant, with its rates against both dense ones."""
     rows: list[dict[str, Any]] = []
-    for name, contestant in found.items():
-        row = {"contestant": name, **at, **measured[name], **contestant.facts(), "copies": len(contestant.models)}
+    for name, variant in found.items():
+        row = {"variant": name, **at, **measured[name], **variant.facts(), "copies": len(variant.models)}
         for stage in ("prefill", "decode"):
             rate = f"{stage}_tokens_per_second"
             for base in ("dense", "prepacked"):

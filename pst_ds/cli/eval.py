@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pst_ds.atomic_files import require_writable
 from pst_ds.cli.main import add_quiet_argument, add_run_arguments, load_run_or_folder
-from pst_ds.durable import require_writable
 from pst_ds.errors import InputError
 
 

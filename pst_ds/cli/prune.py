@@ -80,7 +80,7 @@ def _pruned(model: Any, config: Any, args: argparse.Namespace, device: str) -> t
     about = {
         "method": args.method,
         "pattern": settings.pattern,
-        "sparsity_asked": share,
+        "sparsity_requested": share,
         "base_model": config.model.path,
         "base_fingerprint": base_fingerprint(config.model.path),
         **(_text(config, batches, args) if batches else {}),
@@ -129,6 +129,6 @@ def _summary(result: dict[str, Any]) -> str:
     text = f", on {result['samples']} examples of {result['tokens']:,} tokens" if "tokens" in result else ""
     return (
         f"wrote {result['out']}: {result['method']}, pattern {result['pattern']}, {result['num_layers']} layers, "
-        f"sparsity {result['sparsity_counted']:.6f} counted, {result['sparsity_asked']} asked{text}; pruned in "
+        f"sparsity {result['sparsity_measured']:.6f} counted, {result['sparsity_requested']} asked{text}; pruned in "
         f"{result['prune_seconds']:.1f} s, {result['seconds']:.1f} s in all"
     )

@@ -43,12 +43,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(out: Path, data: bytes) -> None:
-    from pst_ds.durable import replace_bytes, require_writable
+    from pst_ds.atomic_files import require_writable, write_bytes_atomic
 
     require_writable(out, f"--out {str(out)!r}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        replace_bytes(out, data)
+        write_bytes_atomic(out, data)
     except BrokenPipeError:  # --out /dev/stdout, whose reader has had enough
         raise
     except OSError as error:

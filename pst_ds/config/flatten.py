@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 
-def dotted(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as one: {"schedule.final_sparsity": 0.9, ...}, in their order."""
     found: dict[str, Any] = {}
     for key, value in table.items():
         name = f"{prefix}{key}"
-        found |= dotted(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        found |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return found

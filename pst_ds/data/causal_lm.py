@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.config.run import ConfigError, DataConfig
-from pst_ds.data.dataset import read_rows, texts_of
+from pst_ds.data.dataset import read_rows, text_column
 
 _ROWS_AT_A_TIME = 100
 
@@ -169,4 +169,4 @@ def collate_sequences(sequences: Sequences, indices: Sequence[int]) -> dict[str,
 def _batches_of_texts(rows: Any, column: str, where: str) -> Iterable[list[str]]:
     rows = rows.select_columns([column])
     for start in range(0, len(rows), _ROWS_AT_A_TIME):
-        yield texts_of(rows[start : start + _ROWS_AT_A_TIME][column], column, where, first_row=start)
+        yield text_column(rows[start : start + _ROWS_AT_A_TIME][column], column, where, first_row=start)

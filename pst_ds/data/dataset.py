@@ -214,7 +214,7 @@ def _read_from_hub(data: DataConfig, split: str) -> Any:
         ) from error
 
 
-def texts_of(values: Iterable[Any], column: str, where: str, first_row: int = 0) -> list[str]:
+def text_column(values: Iterable[Any], column: str, where: str, first_row: int = 0) -> list[str]:
     """The texts of consecutive rows of ``column``, counted from ``first_row``; ConfigError for a row without one."""
     texts = list(values)
     if None in texts:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.config.data import EvalConfig
-from pst_ds.parallel.watchdog import beat
+from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.progress import Progress
 
 
@@ -29,7 +29,7 @@ def write_texts(
     try:
         with Progress("write", len(prompts), "texts") as shown:
             for first in range(0, len(order), batch_size):
-                beat("writing texts")
+                heartbeat("writing texts")
                 batch = order[first : first + batch_size]
                 written = _write(model, [prompts[i] for i in batch], tokenizer, settings, device)
                 for i, text in zip(batch, written, strict=True):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.config.run import ConfigError, DataConfig
-from pst_ds.data.dataset import read_rows, texts_of
+from pst_ds.data.dataset import read_rows, text_column
 
 _LENGTH_WINDOW_BATCHES = 50
 _FEW_ROWS = 20
@@ -128,7 +128,7 @@ def refuse_hidden(label: Any, row: int, where: str) -> None:
 
 def tokenized_texts(rows: Any, data: DataConfig, split: str, tokenizer: Any) -> list[dict[str, list[int]]]:
     """The features of each row's text, or pair of texts. Raises ConfigError for a row without one."""
-    texts = [texts_of(rows[column], column, getattr(data, split)) for column in data.text_columns]
+    texts = [text_column(rows[column], column, getattr(data, split)) for column in data.text_columns]
     encoded = tokenizer(*texts, truncation=True, max_length=data.max_length)
     keys = list(encoded.keys())
     return [{key: encoded[key][i] for key in keys} for i in range(len(rows))]

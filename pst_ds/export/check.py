@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pst_ds.atomic_files import file_sha256
 from pst_ds.core.formats import FORMATS, FormatError
-from pst_ds.durable import file_sha256
-from pst_ds.export.export import counted_sparsity
+from pst_ds.export.export import measured_sparsity
 from pst_ds.export.from_folder import CONFIG_FILE, model_of
 from pst_ds.export.manifest import (
     DENSE,
@@ -53,8 +53,8 @@ def check_export(folder: Path) -> dict[str, Any]:
         "pruned_tensors": sum(entry.origin == "pruned" for entry in entries),
         "packed_tensors": sum(entry.packing != DENSE for entry in entries),
         "kind": about["kind"],
-        "sparsity_asked": about["sparsity_asked"],
-        "sparsity_counted": counted_sparsity(entries),
+        "sparsity_requested": about["sparsity_requested"],
+        "sparsity_measured": measured_sparsity(entries),
     }
 
 

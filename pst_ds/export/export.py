@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from pst_ds.atomic_files import atomic_folder, file_sha256, require_writable
 from pst_ds.checkpoint.format import Checkpoint
-from pst_ds.durable import file_sha256, require_writable, whole_folder
 from pst_ds.export.base_weights import BaseWeights
 from pst_ds.export.from_folder import CONFIG_FILE, ModelFolder, copy_beside, open_folder, plan_folder
 from pst_ds.export.from_run import RunSource, plan_run
@@ -81,7 +81,7 @@ def export_run(
         "base_model": state.base_path,
         "base_fingerprint": state.base_fingerprint,
         "computed_in": state.precision,
-        "sparsity_asked": state.sparsity,
+        "sparsity_requested": state.sparsity,
         "metrics": {name: value if math.isfinite(value) else None for name, value in state.metrics.items()},
         "run": run,
     }
@@ -114,7 +114,7 @@ def export_folder(
 
 def _about_folder(folder: ModelFolder) -> dict[str, Any]:
     """What its manifest says that a conversion leaves as it is, or that nothing is known."""
-    known = ("step", "base_model", "base_fingerprint", "computed_in", "sparsity_asked", "metrics", "run")
+    known = ("step", "base_model", "base_fingerprint", "computed_in", "sparsity_requested", "metrics", "run")
     return {key: folder.about.get(key) for key in known} | {"metrics": folder.about.get("metrics") or {}}
 
 
@@ -135,7 +135,7 @@ def _write_folder(contents: _Contents, out: Path, packing: str, shard_bytes: int
     stay_dense = require_packed(contents.jobs, packing)
     files = plan_files(contents.jobs, packing, shard_bytes)
     require_space(out, sum(file.nbytes for file in files) + _SPARE_BYTES)
-    with whole_folder(out) as partial:
+    with atomic_folder(out) as partial:
         entries = write_tensors(partial, files, contents.jobs, contents.source, processes)
         _write_index(partial, files, packing)
         contents.write_beside(partial)
@@ -182,14 +182,14 @@ def _finish_config(folder: Path, entries: Sequence[TensorEntry], packing: str, n
 def _counted(entries: Sequence[TensorEntry], files: Sequence[PlannedFile]) -> dict[str, Any]:
     """Sparsity and sizes, as counted."""
     return {
-        "sparsity_counted": counted_sparsity(entries),
+        "sparsity_measured": measured_sparsity(entries),
         "dense_bf16_bytes": 2 * sum(entry.numel for entry in entries),
         "weight_bytes": sum(slot.nbytes for file in files for slot in file.slots.values()),
         "file_bytes": sum(file.nbytes for file in files),
     }
 
 
-def counted_sparsity(entries: Sequence[TensorEntry]) -> float:
+def measured_sparsity(entries: Sequence[TensorEntry]) -> float:
     """Share of zeros in the pruned tensors; of a model that was pruned elsewhere, in the linear weights with zeros."""
     pruned = [entry for entry in entries if entry.origin == "pruned"]
     sparse = pruned or [entry for entry in entries if entry.pattern != DENSE]

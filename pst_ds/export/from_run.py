@@ -17,7 +17,7 @@ from pst_ds.core.layout import WeightLayout
 from pst_ds.core.low_rank_rows import updated_rows
 from pst_ds.core.scores import masked_weight, merged_weight
 from pst_ds.export.base_weights import BaseWeights, saved_tensors
-from pst_ds.export.found_pattern import per_row
+from pst_ds.export.detect_pattern import per_row
 from pst_ds.export.manifest import DENSE, ExportError
 from pst_ds.export.plan import Job, Made, Planned
 from pst_ds.nn.blocks import is_conv1d, is_linear

@@ -219,7 +219,7 @@ def _require_part(part: PartEntry) -> None:
 
 def _about(table: dict[str, Any]) -> dict[str, Any]:
     kind, files = table["kind"], table["files"]
-    if kind not in FORMAT_FILES or "sparsity_asked" not in table:
+    if kind not in FORMAT_FILES or "sparsity_requested" not in table:
         raise ValueError(f"kind is {kind!r}")
     if not isinstance(files, dict) or not all(
         Path(name).name == name and isinstance(digest, str) for name, digest in files.items()

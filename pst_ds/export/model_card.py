@@ -33,7 +33,7 @@ def _front_matter(about: dict[str, Any]) -> list[str]:
 def _summary(name: str, about: dict[str, Any]) -> list[str]:
     how = "stored densely, with exact zeros" if about["kind"] == DENSE else f"packed as {about['kind']}"
     base = f" of {about['base_model']}" if about.get("base_model") else ""
-    lines = [f"# {name}", "", f"A sparse version{base}. {about['sparsity_counted']:.2%} of the weights in its pruned"]
+    lines = [f"# {name}", "", f"A sparse version{base}. {about['sparsity_measured']:.2%} of the weights in its pruned"]
     lines[-1] += f" layers are zero; they are {how}."
     if about.get("step") is not None:
         lines += ["", f"Trained by pst-ds for {about['step']} steps, computed in {about['computed_in']}."]
@@ -62,7 +62,7 @@ def _sparsity(entries: Sequence[TensorEntry], about: dict[str, Any]) -> list[str
     weights = sum(entry.numel for entry in entries)
     zeros = sum(entry.numel - entry.nonzero for entry in entries)
     lines.append(f"| whole model | {len(entries)} | {weights:,} | {zeros / max(weights, 1):.2%} | | |")
-    asked = about.get("sparsity_asked")
+    asked = about.get("sparsity_requested")
     said = [f"{asked:.2%} zeros were asked of every pruned matrix.", ""] if asked is not None else []
     return [*lines, "", *said]
 

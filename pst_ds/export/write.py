@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pst_ds.core.bits import INT_OF_SIZE
 from pst_ds.core.formats import FORMATS, FormatError, row_bits
-from pst_ds.export.found_pattern import found_pattern, per_row
+from pst_ds.export.detect_pattern import detect_pattern, per_row
 from pst_ds.export.manifest import DENSE, ExportError, PartEntry, TensorEntry, count_nonzero
 from pst_ds.export.plan import Job, Made, Planned, PlannedFile, Source
 from pst_ds.export.tensor_files import CODE_OF_DTYPE, Slot, tensor_bytes, write_at
@@ -64,7 +64,7 @@ class Writer:
             del packed
         elif output.is_linear:
             bits = row_bits(_matrix(output, parts[0])).numpy()
-            nonzero, pattern = int(per_row(bits).sum()), found_pattern(bits, output.matrix[1])
+            nonzero, pattern = int(per_row(bits).sum()), detect_pattern(bits, output.matrix[1])
         else:
             nonzero = count_nonzero(parts[0])
         written = [self._write_part(n, part) for n, part in zip(output.parts(), parts, strict=True)]
@@ -195,4 +195,4 @@ def _found(output: Planned, packed: dict[str, Tensor], keep: Tensor | None) -> t
     bits = packed.get("bitmask", keep)
     if nonzero != values.numel() or bits is None:  # some kept positions are zero
         bits = row_bits(form.unpack(packed))
-    return nonzero, found_pattern(np.asarray(bits.numpy()), inputs)
+    return nonzero, detect_pattern(np.asarray(bits.numpy()), inputs)

@@ -17,9 +17,9 @@ from pst_ds.checkpoint.adapter import CONFIG_FILE, save_pretrained, small_state,
 from pst_ds.core.schedule import CubicSchedule, Schedule
 from pst_ds.errors import InputError
 from pst_ds.masks.updater import MaskUpdater
+from pst_ds.nn.adapter_checkpoints import adapter_checkpoints
 from pst_ds.nn.inject import injected_config
 from pst_ds.nn.optimizer import pst_optimizer, pst_parameter_groups
-from pst_ds.nn.small_checkpoints import small_checkpoints
 from pst_ds.parallel.ds_config import require_deepspeed, validate_deepspeed_config
 from pst_ds.parallel.master_adamw import MasterAdamW
 from pst_ds.parallel.ranks import all_gather_objects, is_main
@@ -88,7 +88,7 @@ class PSTCallback(_LogFigures, ExportableState):
                 f"{type(self._schedule).__name__}; leave it out (masks go on at their step all the same), or give "
                 "PSTCallback the fields of CubicSchedule"
             )
-        small_checkpoints(model)
+        adapter_checkpoints(model)
         model.save_pretrained = _SavesSmallState(model)
         self._came_with_trainer = True
 

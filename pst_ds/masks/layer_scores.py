@@ -23,7 +23,7 @@ UNIT_CACHE_BYTES = 256 << 20
 """Keys of a layer's units of many weights are kept between passes while they fit in here."""
 
 
-class LayerKeys:
+class LayerScores:
     """One layer's weights on this rank, with what is around them, and the whole fp32 masters of its factors.
 
     ``values``: this rank's shard of :func:`ranked_parameter`.

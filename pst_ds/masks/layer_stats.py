@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from pst_ds.config.error import ConfigError
 from pst_ds.config.pst import name_matches
-from pst_ds.core import figures
+from pst_ds.core import stats
 from pst_ds.core.bits import unpack_shard
 from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.keys import scores_of_keys
 from pst_ds.core.layout import Block, Rect, view_in_shard
 from pst_ds.core.scores import updated_weight
-from pst_ds.masks.layer_scores import LayerKeys, ranked_parameter, whole_factors
+from pst_ds.masks.layer_scores import LayerScores, ranked_parameter, whole_factors
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import SCORE_FACTORS, PSTLinear
 from pst_ds.parallel import zero3
@@ -29,7 +29,7 @@ from pst_ds.parallel.ranks import group_sum
 
 _MOMENTS, _OF_SCORES = slice(0, 5), slice(0, 3, 2)
 _WEIGHT_SQUARES, _UPDATE_SQUARES, _NUM_SUMS = 5, 6, 7
-"""Places in a layer's sums: :func:`pst_ds.core.figures.moment_sums` of S and |W| (S and its square among them), the
+"""Places in a layer's sums: :func:`pst_ds.core.stats.moment_sums` of S and |W| (S and its square among them), the
 square of W0, and that of a multiplicative update."""
 
 
@@ -55,7 +55,7 @@ class Thumbnail:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerFigures:
+class LayerStats:
     """Figures of every PST layer, in model order; None where a layer has no such thing. The same on every rank."""
 
     correlation: list[float | None]
@@ -98,7 +98,7 @@ def chosen_layers(names: Sequence[str], asked: Sequence[str]) -> list[int]:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> LayerFigures:
+def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> LayerStats:
     """Figures of the PST layers of ``model``, with pictures of the ``chosen`` ones.
 
     Without ``with_scores`` norms of updates and weights alone: scores and masks are not looked at. Collective: the
@@ -109,7 +109,7 @@ def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> La
     any_weight = parts[0].layer.weight
     here = [part.sums(with_scores and (part.learns_scores or i in chosen)) for i, part in enumerate(parts)]
     sums = group_sum(torch.stack(here), any_weight)
-    found = LayerFigures(
+    found = LayerStats(
         [part.correlation(s) if with_scores else None for part, s in zip(parts, sums, strict=True)],
         [part.score_norm(s) if with_scores else None for part, s in zip(parts, sums, strict=True)],
         [part.update_norm(s) for part, s in zip(parts, sums, strict=True)],
@@ -121,7 +121,7 @@ def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> La
         ranges = [parts[i].histogram_range(sums[i]) for i in finite]
         counts = [parts[i].counts(*bounds) for i, bounds in zip(finite, ranges, strict=True)]
         for i, bounds, counted in zip(finite, ranges, _summed(counts, any_weight), strict=True):
-            bins, cells = counted[: 2 * figures.HISTOGRAM_BINS], counted[2 * figures.HISTOGRAM_BINS :]
+            bins, cells = counted[: 2 * stats.HISTOGRAM_BINS], counted[2 * stats.HISTOGRAM_BINS :]
             found.histograms.append(_histogram(i, parts[i].layer, bounds, bins))
             found.thumbnails.append(_thumbnail(i, parts[i].layer, cells))
     return found
@@ -135,7 +135,7 @@ class _Part:
         self._factors = factors
         ranked = zero3.master_shard(ranked_parameter(self.layer))
         self._weight = ranked if self.layer.pst_S is None else zero3.master_shard(self.layer.weight)
-        self._keys = LayerKeys(name, self.layer, factors, ranked)
+        self._keys = LayerScores(name, self.layer, factors, ranked)
 
     @property
     def numel(self) -> int:
@@ -160,42 +160,42 @@ class _Part:
                 sums[_UPDATE_SQUARES] += _squares(updated - weight)
             if with_scores:
                 magnitude = updated.abs_() / self.layer.weight_scales[block.part]
-                sums[_MOMENTS] += figures.moment_sums(self._scores(block, rect), magnitude)
+                sums[_MOMENTS] += stats.moment_sums(self._scores(block, rect), magnitude)
         return sums.cpu()
 
     def counts(self, low: float, high: float) -> Tensor:
         """This rank's counts: of scores in bins, pruned then kept, and of the kept in the cells of a thumbnail."""
         shape = self.layer.layout.shape
         kept_here = unpack_shard(zero3.shard_of(self.layer.pst_mask).values, self._weight.values.numel())
-        bins = torch.zeros(2, figures.HISTOGRAM_BINS, dtype=torch.int64, device=kept_here.device)
-        cells = torch.zeros(figures.thumbnail_cells(shape), dtype=torch.int64, device=kept_here.device)
+        bins = torch.zeros(2, stats.HISTOGRAM_BINS, dtype=torch.int64, device=kept_here.device)
+        cells = torch.zeros(stats.thumbnail_cells(shape), dtype=torch.int64, device=kept_here.device)
         for block, rect in self._rects():
             kept = self._view(kept_here, rect)
-            bins += figures.count_in_bins(self._scores(block, rect), kept, low, high)
-            figures.add_kept_by_cell_(cells, kept, rect, shape)
+            bins += stats.count_in_bins(self._scores(block, rect), kept, low, high)
+            stats.add_kept_by_cell_(cells, kept, rect, shape)
         return torch.cat([bins.flatten(), cells.flatten()]).cpu()
 
     def correlation(self, sums: Tensor) -> float | None:
         """From the ``sums`` over all ranks, as all below."""
-        return figures.correlation(sums[_MOMENTS], self.numel) if self.learns_scores else None
+        return stats.correlation(sums[_MOMENTS], self.numel) if self.learns_scores else None
 
     def histogram_range(self, sums: Tensor) -> tuple[float, float]:
         total, squares = sums[_OF_SCORES].tolist()
-        return figures.histogram_range(total, squares, self.numel)
+        return stats.histogram_range(total, squares, self.numel)
 
     def score_norm(self, sums: Tensor) -> float | None:
         if self.layer.pst_S is not None:
             return _finite(math.sqrt(sums[_OF_SCORES][1]))
         if not self.learns_scores:
             return None
-        return _finite(figures.learned_score_norm(self.layer.layout, self._factors, self.layer.constants))
+        return _finite(stats.learned_score_norm(self.layer.layout, self._factors, self.layer.constants))
 
     def update_norm(self, sums: Tensor) -> float | None:
         if self.layer.pst_U is None:
             return None
         if self.layer.constants.multiplicative:
             return _finite(math.sqrt(sums[_UPDATE_SQUARES]))
-        return _finite(figures.update_norm(self.layer.layout, self._factors, self.layer.constants))
+        return _finite(stats.update_norm(self.layer.layout, self._factors, self.layer.constants))
 
     def _rects(self) -> Iterator[tuple[Block, Rect]]:
         for block in self.layer.layout.blocks():
@@ -230,11 +230,11 @@ def _histogram(index: int, layer: PSTLinear, bounds: tuple[float, float], counts
     one_threshold = layer.rule.pattern.kind == "global" or (
         layer.rule.pattern.kind == "matrix" and layer.layout.parts == 1
     )
-    threshold = figures.cut_in_bins(pruned + kept, int(pruned.sum()), *bounds) if one_threshold else None
+    threshold = stats.cut_in_bins(pruned + kept, int(pruned.sum()), *bounds) if one_threshold else None
     return Histogram(index, *bounds, kept.tolist(), pruned.tolist(), threshold)
 
 
 def _thumbnail(index: int, layer: PSTLinear, counts: Tensor) -> Thumbnail:
     shape = layer.layout.shape
-    share = counts.view(figures.thumbnail_cells(shape)) / figures.weights_by_cell(shape)
+    share = counts.view(stats.thumbnail_cells(shape)) / stats.weights_by_cell(shape)
     return Thumbnail(index, (share.t() if layer.layout.transposed else share).tolist())

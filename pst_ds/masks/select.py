@@ -17,7 +17,7 @@ from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE
 from pst_ds.core.layout import Block, Rect
 from pst_ds.core.patterns import expand_units, keep_in_rows, keep_n_of_m
 from pst_ds.core.select import Cut, MatrixKeys, NonFiniteScoreError, prune_count, select
-from pst_ds.masks.layer_scores import LayerKeys
+from pst_ds.masks.layer_scores import LayerScores
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_sum, rank_sums
 
@@ -26,7 +26,7 @@ from pst_ds.parallel.ranks import group_sum, rank_sums
 class Matrix:
     """One matrix of a layer, and its share of zeros now."""
 
-    layer: LayerKeys
+    layer: LayerScores
     block: Block
     sparsity: float
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.bits import checksum, count_bits, pack_shard
-from pst_ds.masks.layer_scores import LayerKeys, ranked_parameter, whole_factors
+from pst_ds.masks.layer_scores import LayerScores, ranked_parameter, whole_factors
 from pst_ds.masks.select import Matrix, select_kept, weights_kept
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import PSTLinear
@@ -118,7 +118,7 @@ def _target(layer: PSTLinear, sparsity: float, progress: float) -> float:
     return sparsity if own is None else own * progress
 
 
-def _shard_bits(layer: LayerKeys, matrices: list[Matrix], kept: list[Tensor]) -> Tensor:
+def _shard_bits(layer: LayerScores, matrices: list[Matrix], kept: list[Tensor]) -> Tensor:
     """This rank's mask bits of a layer from what its matrices keep."""
     num_bytes = zero3.shard_of(layer.layer.pst_mask).values.numel()
     if len(matrices) == 1 and layer.unit == (1, 1):  # in the order of the shard already
@@ -130,7 +130,7 @@ def _shard_bits(layer: LayerKeys, matrices: list[Matrix], kept: list[Tensor]) ->
     return pack_shard(keep, num_bytes)
 
 
-def _layer_keys(layers: dict[str, PSTLinear]) -> list[LayerKeys]:
+def _layer_keys(layers: dict[str, PSTLinear]) -> list[LayerScores]:
     """Every layer with the whole fp32 masters of its factors, and the weights its units need of other ranks.
 
     Collective: one all-gather and one all-to-all for all layers under ZeRO-3.
@@ -146,6 +146,6 @@ def _layer_keys(layers: dict[str, PSTLinear]) -> list[LayerKeys]:
     )
     halo_of = dict(zip(wide_layers, halos, strict=True))
     return [
-        LayerKeys(name, layer, own, shards[layer], halo_of.get(layer))
+        LayerScores(name, layer, own, shards[layer], halo_of.get(layer))
         for (name, layer), own in zip(layers.items(), factors, strict=True)
     ]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pst_ds.durable import replace_text
+from pst_ds.atomic_files import write_text_atomic
 from pst_ds.json_text import json_of
 
 
@@ -21,7 +21,7 @@ class JsonLines:
     def __init__(self, path: Path, step: int, head: dict[str, Any] | None = None):
         first = [json_of(head)] if head is not None else []
         kept = [json_of(line) for line in lines_until(path, step)] if step else []
-        replace_text(path, "".join(f"{line}\n" for line in [*first, *kept]))
+        write_text_atomic(path, "".join(f"{line}\n" for line in [*first, *kept]))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.config.file_names import LAYERS_FILE
-from pst_ds.masks.layer_stats import Histogram, LayerFigures, Thumbnail
+from pst_ds.masks.layer_stats import Histogram, LayerStats, Thumbnail
 from pst_ds.masks.update import MaskStats
 from pst_ds.monitor import images as pictures
 from pst_ds.monitor.jsonl import JsonLines, lines_until
-from pst_ds.monitor.tensorboard import Board
+from pst_ds.monitor.tensorboard import TensorBoardWriter
 
 _ROWS = "One row a layer, the first on top; one column a mask update, the oldest left (of long runs a few updates)."
 SPARSITY_MAP = f"Share of zeros: dark violet 0, yellow 1, as on the scale beside it. {_ROWS}"
@@ -36,7 +36,7 @@ SPLIT_SCORES = (
 class LayerLog:
     """``layers``: names in model order, with their numbers of weights. ``step``: where a continued run goes on."""
 
-    def __init__(self, folder: Path, board: Board, layers: dict[str, int], step: int):
+    def __init__(self, folder: Path, board: TensorBoardWriter, layers: dict[str, int], step: int):
         self._board = board
         self._names, self._weights = list(layers), list(layers.values())
         self._history = pictures.MaskHistory(self._weights)
@@ -52,7 +52,7 @@ class LayerLog:
         self._remember(masks.kept, masks.flipped)
         self._file.write({"step": step, "event": "masks", "kept": masks.kept, "flipped": masks.flipped})
 
-    def figures(self, step: int, found: LayerFigures) -> None:
+    def figures(self, step: int, found: LayerStats) -> None:
         """Figures and pictures of the layers as they are after ``step``."""
         line: dict[str, Any] = {"step": step, "event": "scores"}
         for name in ("correlation", "score_norm", "update_norm", "weight_norm"):
@@ -75,7 +75,7 @@ class LayerLog:
         self._latest = kept, flipped
         self._history.add(kept, flipped)
 
-    def _scalars(self, step: int, found: LayerFigures) -> None:
+    def _scalars(self, step: int, found: LayerStats) -> None:
         for i, name in enumerate(self._names):
             values = {"correlation": found.correlation[i], "score_norm": found.score_norm[i]}
             if found.with_scores and self._latest is not None:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from pst_ds.config.file_names import METRICS_FILE
-from pst_ds.masks.layer_stats import LayerFigures
+from pst_ds.masks.layer_stats import LayerStats
 from pst_ds.masks.update import MaskStats
 from pst_ds.monitor.jsonl import JsonLines
 from pst_ds.monitor.layer_log import LayerLog
-from pst_ds.monitor.tensorboard import Board
+from pst_ds.monitor.tensorboard import TensorBoardWriter
 from pst_ds.progress import Progress
 
 
@@ -43,7 +43,7 @@ class MetricsWriter:
         self._started = time.monotonic() - seconds
         if is_main:
             self._file = JsonLines(folder / METRICS_FILE, step)
-            self._board = Board(folder, step)
+            self._board = TensorBoardWriter(folder, step)
             if layers:
                 self._layers = LayerLog(folder, self._board, layers, step)
 
@@ -67,7 +67,7 @@ class MetricsWriter:
         if self._layers is not None:
             self._layers.masks(step, masks)
 
-    def figures(self, step: int, found: LayerFigures) -> None:
+    def figures(self, step: int, found: LayerStats) -> None:
         """What the layers look like after ``step``."""
         if self._layers is not None:
             self._layers.figures(step, found)

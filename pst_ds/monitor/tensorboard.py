@@ -13,7 +13,7 @@ import numpy as np
 FOLDER = "tensorboard"
 
 
-class Board:
+class TensorBoardWriter:
     """The event files of a run folder. Of a run that is continued after ``step`` the points up to there stay."""
 
     def __init__(self, folder: Path, step: int):

@@ -11,7 +11,7 @@ from torch.nn import functional
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.low_rank_rows import row_gradients, updated_rows
 from pst_ds.nn.linear import init_std, seeded_normal
-from pst_ds.nn.outside_graphs import outside_graphs
+from pst_ds.nn.no_compile import no_compile
 from pst_ds.parallel import zero3
 
 
@@ -41,7 +41,7 @@ class PSTEmbedding(nn.Module):
     def num_factor_parameters(self) -> int:
         return zero3.full_numel(self.pst_U) + zero3.full_numel(self.pst_V)
 
-    @outside_graphs
+    @no_compile
     def forward(self, ids: Tensor) -> Tensor:
         """(...,) row numbers to (..., d)."""
         if self.bypassed:

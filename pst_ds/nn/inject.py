@@ -101,7 +101,7 @@ def injected_config(model: nn.Module) -> PSTConfig:
     raise InputError(f"this {type(model).__name__} has no PST layers; call inject_pst(model, PSTConfig(...)) first")
 
 
-def small_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """(name, Parameter) of all that a small state has beside masks, in model order.
 
     That is what the config trains, also when it was frozen since, and whatever else has a gradient.

@@ -14,7 +14,7 @@ from pst_ds.core import masked_linear
 from pst_ds.core.bits import all_ones
 from pst_ds.core.factors import Constants, Factors, layer_factors, ungrouped_columns
 from pst_ds.core.layout import WeightLayout
-from pst_ds.nn.outside_graphs import outside_graphs
+from pst_ds.nn.no_compile import no_compile
 from pst_ds.parallel import zero3
 
 FACTOR_NAMES = ("A", "B", "R", "C", "U", "V")
@@ -131,7 +131,7 @@ class PSTLinear(nn.Module):
         """M . W in storage shape, exactly what ``forward`` multiplies with. The parameters must be gathered."""
         return self.state().masked_weight()
 
-    @outside_graphs
+    @no_compile
     def forward(self, input: Tensor) -> Tensor:
         """(..., I) to (..., O), in the weight's dtype, also under autocast."""
         x = input  # nn.Linear's name for it

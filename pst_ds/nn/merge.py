@@ -9,10 +9,10 @@ from torch import nn
 
 from pst_ds.errors import InputError
 from pst_ds.nn import fast_paths
+from pst_ds.nn.adapter_checkpoints import whole_checkpoints
 from pst_ds.nn.embedding import PSTEmbedding
 from pst_ds.nn.inject import injected_config, layers_never_called, pst_layers, shortened
 from pst_ds.nn.linear import PSTLinear
-from pst_ds.nn.small_checkpoints import whole_checkpoints
 from pst_ds.nn.targets import places_by_module
 from pst_ds.parallel import zero3
 from pst_ds.parallel.steps import unwrapped

@@ -16,7 +16,7 @@ _HOOKS = {
 }  # fmt: skip
 
 
-def obstacle(name: str, module: nn.Module, holders: Sequence[nn.Module], model: nn.Module) -> str:
+def why_not_replaceable(name: str, module: nn.Module, holders: Sequence[nn.Module], model: nn.Module) -> str:
     """Why the linear layer ``name`` of ``model`` must stay where it is, and what to do; "" if it need not.
 
     ``holders`` are the modules that hold it.

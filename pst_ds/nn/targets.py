@@ -21,7 +21,7 @@ from pst_ds.nn.blocks import (
     loose_matrices,
     router_names,
 )
-from pst_ds.nn.replaceable import attention_names, hooks, listed, obstacle, short_name
+from pst_ds.nn.replaceable import attention_names, hooks, listed, short_name, why_not_replaceable
 from pst_ds.parallel import zero3
 
 ALL_LINEAR = "all-linear"
@@ -59,9 +59,9 @@ def find_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
     and stay dense and frozen. Name them in ``target_modules`` to prune them.
 
     Raises InjectionError when nothing matches, when a match is tied, quantised or not linear, or cannot be replaced
-    (:func:`pst_ds.nn.replaceable.obstacle`), and when "all-linear" would leave matrices inside the blocks dense because
-    they are no linear layers: experts in one 3-D Parameter, for one. Those that ``exclude_modules`` names stay dense
-    and frozen.
+    (:func:`~pst_ds.nn.replaceable.why_not_replaceable`), and when "all-linear" would
+    leave matrices inside the blocks dense because they are not linear layers, such as experts in one 3-D Parameter. Those
+    that ``exclude_modules`` names stay dense and frozen.
     """
     saved = modules_to_save(model, config)
     places = places_by_module(model)
@@ -217,7 +217,7 @@ def _refuse_unfit(name: str, module: Any, places: tuple[tuple[nn.Module, str], .
             f"{name}.weight has shape {tuple(zero3.full_shape(weight))}, not the {layout.shape} of its "
             f"{type(module).__name__}; exclude it with exclude_modules"
         )
-    problem = obstacle(name, module, [holder for holder, _ in places], model)
+    problem = why_not_replaceable(name, module, [holder for holder, _ in places], model)
     if problem:
         raise InjectionError(problem)
 

@@ -63,7 +63,7 @@ def broadcast(value: Tensor, source: int) -> Tensor:
     return received
 
 
-def together(action: Callable[[], T]) -> T:
+def raise_on_all_ranks(action: Callable[[], T]) -> T:
     """``action()`` on every rank; when it is bad input on some, that is an InputError on all. Collective.
 
     The message is that of the lowest such rank, which it names if not all agree.

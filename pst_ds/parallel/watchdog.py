@@ -55,10 +55,10 @@ class Watchdog:
         self._main = threading.get_ident()
         self._closed = threading.Event()
         self._beats = 0
-        self.beat("start")
+        self.heartbeat("start")
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def beat(self, doing: str) -> None:
+    def heartbeat(self, doing: str) -> None:
         """Progress was made, and ``doing`` comes next."""
         self._last, self._doing, self._beats = time.monotonic(), doing, self._beats + 1
         # for a main thread that never gives the interpreter to ours; this one is C and needs no interpreter
@@ -117,7 +117,7 @@ _current: Watchdog | None = None
 
 @contextlib.contextmanager
 def watching(folder: Path, timeout_seconds: float) -> Iterator[None]:
-    """End the process with code 1 when :func:`beat` was not called for so long inside; 0 watches nothing.
+    """End the process with code 1 when :func:`heartbeat` was not called for so long inside; 0 watches nothing.
 
     ``folder`` is where the ranks leave their reports for each other.
     """
@@ -133,10 +133,10 @@ def watching(folder: Path, timeout_seconds: float) -> Iterator[None]:
         _current = None
 
 
-def beat(doing: str) -> None:
+def heartbeat(doing: str) -> None:
     """Tell the watchdog of this process, if there is one, that progress was made, and what comes next."""
     if _current is not None:
-        _current.beat(doing)
+        _current.heartbeat(doing)
 
 
 def _waits(stack: traceback.StackSummary) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pst_ds.durable import require_writable, whole_folder
+from pst_ds.atomic_files import atomic_folder, require_writable
 from pst_ds.nn.base_model import PRUNING_RECORD
 from pst_ds.prune.errors import PruneError
 from pst_ds.prune.model import PrunedLayer
@@ -33,7 +33,7 @@ def record_of(layers: Sequence[PrunedLayer], about: dict[str, Any]) -> dict[str,
     return {
         "format": FORMAT,
         **about,
-        "sparsity_counted": sum(layer.zeros for layer in layers) / weights,
+        "sparsity_measured": sum(layer.zeros for layer in layers) / weights,
         "pruned_weights": sum(layer.pruned for layer in layers),
         "weights": weights,
         "layers": [asdict(layer) for layer in layers],
@@ -47,7 +47,7 @@ def write_folder(
 
     ``copy_beside`` is given the folder to put the small files of the base model into: its tokenizer's, for one.
     """
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         model.save_pretrained(folder, max_shard_size=shard_bytes)
         copy_beside(folder)
         (folder / RECORD_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -30,7 +30,7 @@ class PrunedLayer:
     matrices: int
     """Fused in it, each pruned by itself."""
     pattern: str
-    sparsity_asked: float
+    sparsity_requested: float
     pruned: int
     """Weights that the mask prunes."""
     zeros: int
@@ -133,7 +133,7 @@ def _prune(rule: LayerRule, weight: Tensor, given: Tensor | InverseFactor | None
         shape=(layout.out_features, layout.in_features),
         matrices=layout.parts,
         pattern=str(rule.pattern),
-        sparsity_asked=rule.sparsity,
+        sparsity_requested=rule.sparsity,
         pruned=layout.numel - int(keep.sum()),
         zeros=layout.numel - int(torch.count_nonzero(weight)),
     )

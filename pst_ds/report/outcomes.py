@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pst_ds.atomic_files import PARTIAL
 from pst_ds.bench.table import bench_table
-from pst_ds.durable import PARTIAL
 from pst_ds.errors import InputError
 from pst_ds.report.axes import whole
 from pst_ds.report.run_data import RunData, is_number, read_object
@@ -29,8 +29,8 @@ class ExportData:
     """Name of the run whose folder it is in; "" for any other."""
     kind: str
     step: int | None
-    sparsity_asked: float | None
-    sparsity_counted: float | None
+    sparsity_requested: float | None
+    sparsity_measured: float | None
     """Share of zeros in the pruned tensors."""
     weight_bytes: int
     """Of the weight files."""
@@ -80,8 +80,8 @@ def read_export(folder: Path, name: str, run: str = "") -> ExportData:
             run=run,
             kind=manifest["kind"],
             step=manifest.get("step"),
-            sparsity_asked=manifest.get("sparsity_asked"),
-            sparsity_counted=1.0 - sum(t["nonzero"] for t in sparse) / weights if weights else None,
+            sparsity_requested=manifest.get("sparsity_requested"),
+            sparsity_measured=1.0 - sum(t["nonzero"] for t in sparse) / weights if weights else None,
             weight_bytes=sum((folder / Path(file).name).stat().st_size for file in files),
             dense_bytes=2 * sum(math.prod(t["shape"]) for t in tensors),
             shapes={t["name"].removesuffix(".weight"): t["shape"] for t in sparse},
@@ -98,8 +98,8 @@ def export_table(exports: Sequence[ExportData], notes: Sequence[str] = ()) -> Ta
             Cell(export.name),
             Cell(export.kind),
             number(export.step, whole),
-            number(export.sparsity_asked),
-            number(export.sparsity_counted, "{:.6f}".format),
+            number(export.sparsity_requested),
+            number(export.sparsity_measured, "{:.6f}".format),
             number(export.weight_bytes, bytes_text),
             number(export.weight_bytes / export.dense_bytes if export.dense_bytes else None, "{:.3f}".format),
         ]
@@ -147,13 +147,13 @@ def verification_table(files: Sequence[Path]) -> Table | None:
 
 
 def _verified(path: Path, result: dict[str, Any]) -> list[Cell]:
-    if not {"export_dir", "tensors", "sparsity_counted"} <= result.keys():
+    if not {"export_dir", "tensors", "sparsity_measured"} <= result.keys():
         raise InputError(f"{str(path)!r} is not what pst-ds verify --json prints: it has no export_dir, or no counts")
     counts = (("differing_weights", "compared_weights"), ("differing_predictions", "examples"))
     return [
         Cell(str(result["export_dir"])),
         number(result["tensors"], whole),
-        number(result["sparsity_counted"], "{:.6f}".format),
+        number(result["sparsity_measured"], "{:.6f}".format),
         *(_of(result.get(some), result.get(all_of)) for some, all_of in counts),
         number(result.get("max_logit_difference"), "{:.3g}".format),
     ]

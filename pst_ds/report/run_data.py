@@ -21,7 +21,7 @@ from pst_ds.config.file_names import (
     RESULT_FILE,
     RUN_FILE,
 )
-from pst_ds.config.flatten import dotted
+from pst_ds.config.flatten import flatten
 from pst_ds.errors import InputError
 from pst_ds.monitor.jsonl import lines_until
 from pst_ds.report.layer_data import LayerData, read_layers
@@ -96,7 +96,7 @@ def _read_run(folder: Path, name: str) -> RunData:
         )
     try:
         run_file = (folder / RUN_FILE).read_text(encoding="utf-8-sig")
-        settings = dotted(tomllib.loads(run_file))
+        settings = flatten(tomllib.loads(run_file))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{folder / RUN_FILE} is not TOML: {error}") from None
     result = read_object(folder / RESULT_FILE) if (folder / RESULT_FILE).is_file() else {}

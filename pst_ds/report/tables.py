@@ -68,7 +68,7 @@ def _results(runs: Sequence[RunData]) -> Iterator[tuple[str, list[Cell]]]:
     metrics = [_final_metrics(run) for run in runs]
     for name in dict.fromkeys(name for of_run in metrics for name in of_run):
         yield name, [number(of_run.get(name)) for of_run in metrics]
-    yield "sparsity asked", [number(run.result.get("sparsity_asked", run.last("sparsity/target"))) for run in runs]
+    yield "sparsity asked", [number(run.result.get("sparsity_requested", run.last("sparsity/target"))) for run in runs]
     in_masks = [run.result.get("sparsity_in_masks", run.last("sparsity/actual")) for run in runs]
     yield "sparsity in the masks", [number(value, "{:.6f}".format) for value in in_masks]
     for key, label, text in (

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pst_ds.atomic_files import write_bytes_atomic
 from pst_ds.config.run import ConfigError
 from pst_ds.data.tasks import ExampleSet, Task
-from pst_ds.durable import replace_bytes
 from pst_ds.nn.inject import bypassed, pst_layers
 from pst_ds.nn.input_sums import InputGatherer, InputSum, squares
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import broadcast, rank, world_size
-from pst_ds.parallel.watchdog import beat
+from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.evaluate import evaluation_batches
 
 NORMS_FILE = "activation_norms.safetensors"
@@ -62,7 +62,7 @@ def summed_squares(
     engine.eval()
     with bypassed(engine.module):
         for first in range(0, len(batches), world_size()):
-            beat("the calibration pass")
+            heartbeat("the calibration pass")
             turn = first + rank()
             own = batches[min(turn, len(batches) - 1)]
             batch = {k: v.to(device) for k, v in task.collate(examples, [indices[i] for i in own], tokenizer).items()}
@@ -93,7 +93,7 @@ def save_norms(folder: Path, norms: dict[str, Tensor]) -> None:
     """Write them beside the run; whole or not at all."""
     from safetensors.torch import save
 
-    replace_bytes(folder / NORMS_FILE, save({name: values.contiguous() for name, values in norms.items()}))
+    write_bytes_atomic(folder / NORMS_FILE, save({name: values.contiguous() for name, values in norms.items()}))
 
 
 def load_norms(folder: Path, model: nn.Module) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from pst_ds.checkpoint.retention import step_name
 from pst_ds.checkpoint.writer import CheckpointWriter, Written, size_limit
 from pst_ds.config.run import RunConfig
 from pst_ds.parallel.ranks import is_main, world_size
-from pst_ds.parallel.watchdog import beat
+from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.loop import Loop, LoopState
 from pst_ds.train.resume import Progress, progress_of
 
@@ -28,7 +28,7 @@ class CheckpointWriteError(RuntimeError):
     """A checkpoint that the run cannot do without was not written; raised on every rank."""
 
 
-class Keeper:
+class Checkpointer:
     """Decides after each step what to evaluate and save. Collective in all it does.
 
     ``describe`` gives the parts of a checkpoint's state that do not change in a run.
@@ -79,7 +79,7 @@ class Keeper:
 
     def finish(self, state: LoopState) -> dict[str, float]:
         """Wait for the last save; returns the last metrics. Raises CheckpointWriteError when it failed."""
-        beat("the last checkpoint")
+        heartbeat("the last checkpoint")
         written = self._writer.wait()
         if written is None or not written.error:
             self._report(written)
@@ -125,7 +125,7 @@ class Keeper:
         return value < self._best if self._lower_is_better else value > self._best
 
     def _save(self, state: LoopState, is_last: bool) -> None:
-        beat("saving")
+        heartbeat("saving")
         settle = partial(self._settle, state.step, self.best_step, is_last)
         self._report(self._writer.wait())
         self._writer.save(step_name(state.step), self._state(state), when_written=settle)
@@ -150,7 +150,7 @@ class Keeper:
         return CheckpointState(
             step=state.step,
             sparsity=schedule.sparsity_at(state.step) if schedule else 0.0,
-            masks_final=schedule is None or schedule.is_final(state.step),
+            masks_frozen=schedule is None or schedule.is_final(state.step),
             weight_scales=weight_scales(self.loop.engine.module),
             metrics=metrics if step == state.step else {},
             progress=asdict(progress),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pst_ds.data.tasks import ExampleSet, Task
 from pst_ds.parallel.ranks import all_gather_objects, rank, world_size
-from pst_ds.parallel.watchdog import beat
+from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.progress import Progress
 
 _ROUNDINGS = 8
@@ -32,7 +32,7 @@ def predict(
     own: list[tuple[list[int], np.ndarray]] = []
     with Progress("evaluate", len(batches), "batches") as shown:
         for first in range(0, len(batches), world_size()):
-            beat("evaluation")
+            heartbeat("evaluation")
             turn = first + rank()
             indices = batches[min(turn, len(batches) - 1)]
             batch = task.collate(examples, indices, tokenizer)

@@ -25,7 +25,7 @@ from pst_ds.nn.inject import freeze_scores, pst_layers, set_score_penalty
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
-from pst_ds.parallel.watchdog import beat
+from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.objective import Objective
 
 MAX_SKIPPED_IN_A_ROW = 100
@@ -94,7 +94,7 @@ def train(loop: Loop, state: LoopState | None = None) -> LoopState:
         seed_random_numbers(loop.run.seed, state.batch)
         losses = []
         for batch, share in micro_batches:
-            beat(f"the forward and backward pass of batch {state.batch + 1}")
+            heartbeat(f"the forward and backward pass of batch {state.batch + 1}")
             loss = share * loop.objective(engine, batch)
             engine.backward(loss)
             engine.step()
@@ -166,7 +166,7 @@ def _batches(loop: Loop, first: int) -> Iterator[tuple[list[tuple[dict[str, Tens
     epoch, done = divmod(first, batches.batches_per_epoch)
     while True:
         for batch in batches.epoch(epoch)[done:]:
-            beat("reading a batch")
+            heartbeat("reading a batch")
             own = batches.micro_batches(batch, rank(), world_size(), run.train.gradient_accumulation_steps)
             per_target = len(own) * world_size() / task.num_targets(loop.examples, batch)
             collated = (task.collate(loop.examples, indices, loop.tokenizer) for indices in own)
@@ -243,7 +243,7 @@ def _picture_if_due(loop: Loop, state: LoopState) -> None:
     pictures, layers = loop.run.pictures, list(pst_layers(loop.engine.module))
     if not layers or not pictures.is_due(state.step, loop.num_steps):
         return
-    beat("the figures of the layers")
+    heartbeat("the figures of the layers")
     before = pictures.last_before(state.step, loop.num_steps)
     masks_change = loop.schedule is not None and (before < 0 or not loop.schedule.is_final(before))
     found = measure(loop.engine.module, chosen_layers(layers, pictures.layers), with_scores=masks_change)

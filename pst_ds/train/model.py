@@ -20,7 +20,7 @@ from pst_ds.nn.inject import inject_pst
 from pst_ds.nn.optimizer import pst_parameter_groups
 from pst_ds.nn.targets import modules_to_save
 from pst_ds.parallel import zero3
-from pst_ds.parallel.ranks import together
+from pst_ds.parallel.ranks import raise_on_all_ranks
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _MISMATCH = re.compile(r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[([\d, ]*)\]\)")
@@ -142,7 +142,7 @@ def build_model(
 
     config, task = load_model_config(run, labels, tokenizer), task_of(run)
     keep_alive = HfDeepSpeedConfig(zero3_config) if zero3_config is not None else None
-    module, info = together(lambda: _load_weights(run, config))  # rank 0 alone reads them for ZeRO-3
+    module, info = raise_on_all_ranks(lambda: _load_weights(run, config))  # rank 0 alone reads them for ZeRO-3
     if info["missing_keys"] and not task.new_head:
         raise ConfigError(
             f"model.path = {run.model.path!r} lacks {', '.join(sorted(info['missing_keys'])[:4])}, which task "

@@ -7,7 +7,7 @@ from typing import Any
 
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError
 from pst_ds.checkpoint.restore import load_optimizer, same_base
-from pst_ds.config.flatten import dotted
+from pst_ds.config.flatten import flatten
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.masks.update import MaskStats, mask_stats
 from pst_ds.parallel.engine import Engine
@@ -73,7 +73,7 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
     """Raise ConfigError when ``run`` is not the run of ``checkpoint``; returns what is allowed to differ, and does."""
     progress = Progress.read(checkpoint)
     require_base(checkpoint, run.model.path, fingerprint)
-    before, now = dotted(progress.run), flat_table(run)
+    before, now = flatten(progress.run), flat_table(run)
     changed = [key for key in now | before if before.get(key) != now.get(key)]  # pst.seed after the seed it may follow
     for key in changed:
         if key not in _MAY_DIFFER and key not in _MAY_BE_CHANGED:
@@ -106,7 +106,7 @@ def as_table(run: RunConfig) -> dict[str, Any]:
 
 def flat_table(run: RunConfig) -> dict[str, Any]:
     """The settings of ``run`` as JSON values, by their dotted names."""
-    return dotted(as_table(run))
+    return flatten(as_table(run))
 
 
 def progress_of(loop: Loop, state: LoopState, **more: Any) -> Progress:

@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import nn
 
+from pst_ds.atomic_files import write_text_atomic
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.checkpoint.restore import base_fingerprint, load_into
 from pst_ds.config.file_names import CHECKPOINTS, RESULT_FILE, RUN_FILE, STALLS
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.toml import dump_run
 from pst_ds.data.tasks import ExampleSet, Task, task_of
-from pst_ds.durable import replace_text
 from pst_ds.errors import InputError
 from pst_ds.json_text import json_of
 from pst_ds.masks.layer_stats import chosen_layers
@@ -34,11 +34,11 @@ from pst_ds.parallel.ds_config import (
 )
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
 from pst_ds.parallel.launch import LaunchEnvironment, device_of, init_distributed
-from pst_ds.parallel.ranks import barrier, is_main, together, world_size
+from pst_ds.parallel.ranks import barrier, is_main, raise_on_all_ranks, world_size
 from pst_ds.parallel.watchdog import watching
 from pst_ds.train import loop as training
 from pst_ds.train.calibration import activation_norms, load_norms, save_norms, set_norms
-from pst_ds.train.checkpointer import Keeper
+from pst_ds.train.checkpointer import Checkpointer
 from pst_ds.train.evaluate import predict
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
 from pst_ds.train.objective import Objective, load_teacher, require_teacher
@@ -105,7 +105,7 @@ def prepare(
     if run.deepspeed_config:
         timeout = run.train.stall_timeout_seconds
         init_distributed(launch, timeout_seconds=timeout + _AFTER_STALL_SECONDS if timeout else 0.0)
-    return together(lambda: _raise_or(checked, problem))
+    return raise_on_all_ranks(lambda: _raise_or(checked, problem))
 
 
 def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: list[str] | None) -> Prepared:
@@ -196,14 +196,14 @@ def train_run(
     metrics = MetricsWriter(
         folder, num_steps=data.num_steps, is_main=is_main(), quiet=quiet, step=step, seconds=seconds, layers=layers
     )  # fmt: skip
-    keeper = _keeper(prepared, engine, data)
+    checkpointer = _keeper(prepared, engine, data)
     loop = training.Loop(
         run, engine, run.make_schedule(data.num_steps), data.examples, prepared.tokenizer, data.num_steps,
-        prepared.device, metrics, objective, keeper.after_step,
+        prepared.device, metrics, objective, checkpointer.after_step,
     )  # fmt: skip
-    keeper.start(loop, checkpoint)
-    state, final = _train_to_the_end(loop, keeper, state, folder / STALLS)
-    return _result(prepared, loop, state, keeper, final)
+    checkpointer.start(loop, checkpoint)
+    state, final = _train_to_the_end(loop, checkpointer, state, folder / STALLS)
+    return _result(prepared, loop, state, checkpointer, final)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +220,8 @@ class _Data:
 def _load(prepared: Prepared) -> _Data:
     """Raises InputError on every rank when one cannot read its files, or reads others. Collective."""
     run = prepared.run
-    examples = together(lambda: prepared.load("train"))
-    validation = together(lambda: prepared.load("validation")) if run.data.validation else None
+    examples = raise_on_all_ranks(lambda: prepared.load("train"))
+    validation = raise_on_all_ranks(lambda: prepared.load("validation")) if run.data.validation else None
     digest = require_same_everywhere(examples.digest, "data.train", run.data.train)
     return _Data(examples, validation, digest, run.num_steps(len(examples)))
 
@@ -229,7 +229,9 @@ def _load(prepared: Prepared) -> _Data:
 def _objective(prepared: Prepared) -> Objective:
     """Raises InputError on every rank when one cannot load the teacher. Collective."""
     run = prepared.run
-    return Objective(run, together(lambda: load_teacher(run, prepared.labels, prepared.tokenizer, prepared.device)))
+    return Objective(
+        run, raise_on_all_ranks(lambda: load_teacher(run, prepared.labels, prepared.tokenizer, prepared.device))
+    )
 
 
 def _calibrate(prepared: Prepared, engine: Engine, examples: ExampleSet, *, resumed: bool) -> None:
@@ -239,7 +241,7 @@ def _calibrate(prepared: Prepared, engine: Engine, examples: ExampleSet, *, resu
     """
     run, folder = prepared.run, Path(prepared.run.output_dir)
     if resumed:
-        set_norms(engine.module, together(lambda: load_norms(folder, engine.module)))
+        set_norms(engine.module, raise_on_all_ranks(lambda: load_norms(folder, engine.module)))
         return
     chosen = random.Random(f"{run.seed}/calibration").sample(
         range(len(examples)), min(run.pst.calibration_examples, len(examples))
@@ -252,9 +254,9 @@ def _calibrate(prepared: Prepared, engine: Engine, examples: ExampleSet, *, resu
     set_norms(engine.module, norms)
 
 
-def _keeper(prepared: Prepared, engine: Engine, data: _Data) -> Keeper:
+def _keeper(prepared: Prepared, engine: Engine, data: _Data) -> Checkpointer:
     validation = data.validation
-    return Keeper(
+    return Checkpointer(
         prepared.run,
         folder=Path(prepared.run.output_dir) / CHECKPOINTS,
         evaluate=None if validation is None else lambda: evaluate(engine, validation, prepared),
@@ -266,26 +268,27 @@ def _keeper(prepared: Prepared, engine: Engine, data: _Data) -> Keeper:
 
 
 def _train_to_the_end(
-    loop: training.Loop, keeper: Keeper, state: training.LoopState | None, stalls: Path
+    loop: training.Loop, checkpointer: Checkpointer, state: training.LoopState | None, stalls: Path
 ) -> tuple[training.LoopState, dict[str, float]]:
     """The state after the last step, and the last metrics; all is on disk. Collective. Raises as train_run."""
     try:
         with watching(stalls, loop.run.train.stall_timeout_seconds):
             state = training.train(loop, state)
-            final = keeper.finish(state)
+            final = checkpointer.finish(state)
         if state.step == loop.num_steps:
             loop.metrics.settings(_settings(loop.run), [*(f"eval/{name}" for name in final), *training.FINAL_TAGS])
     except training.DivergedError as error:
         raise training.DivergedError(
-            f"{error}. Lower rates can be tried from {keeper.newest()} on: --resume --set train.update_learning_rate=…"
+            f"{error}. Lower rates can be tried from {checkpointer.newest()} on: --resume "
+            "--set train.update_learning_rate=…"
         ) from None
     finally:
-        keeper.close()
+        checkpointer.close()
         loop.metrics.close()
     if state.stopped_by and state.step < loop.num_steps:
         raise StoppedError(
             f"stopped by {stop_signals.name_of(state.stopped_by)} after step {state.step} of {loop.num_steps}, saved "
-            f"in {keeper.newest()}; go on with --resume"
+            f"in {checkpointer.newest()}; go on with --resume"
         )
     return state, final
 
@@ -297,7 +300,11 @@ def _settings(run: RunConfig) -> dict[str, Any]:
 
 
 def _result(
-    prepared: Prepared, loop: training.Loop, state: training.LoopState, keeper: Keeper, metrics: dict[str, float]
+    prepared: Prepared,
+    loop: training.Loop,
+    state: training.LoopState,
+    checkpointer: Checkpointer,
+    metrics: dict[str, float],
 ) -> dict[str, Any]:
     """The result of a finished run, written by rank 0. Collective."""
     engine, schedule = loop.engine, loop.schedule
@@ -307,17 +314,17 @@ def _result(
         "steps": state.step,
         "skipped_steps": engine.skipped_steps,
         "world_size": world_size(),
-        "sparsity_asked": schedule.sparsity_at(state.step) if schedule else 0.0,
+        "sparsity_requested": schedule.sparsity_at(state.step) if schedule else 0.0,
         "sparsity_in_masks": state.masks.sparsity if state.masks else 0.0,
         "mask_checksum": state.masks.checksum if state.masks else "",
         "trained_parameters": num_trainable(engine.module),
         "optimizer_bytes_per_rank": optimizer_bytes(engine),
         "metrics": metrics,
-        "best_step": keeper.best_step,
+        "best_step": checkpointer.best_step,
         "seconds": round(loop.metrics.seconds, 1),
     }
     if is_main():
-        replace_text(Path(prepared.run.output_dir) / RESULT_FILE, json_of(result, indent=1) + "\n")
+        write_text_atomic(Path(prepared.run.output_dir) / RESULT_FILE, json_of(result, indent=1) + "\n")
     barrier()
     return result
 
@@ -353,6 +360,6 @@ def _start_folder(folder: Path, prepared: Prepared, *, is_over: bool) -> None:
     if not is_over:
         (folder / RESULT_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / STALLS, ignore_errors=True)
-    replace_text(folder / RUN_FILE, dump_run(prepared.run))
+    write_text_atomic(folder / RUN_FILE, dump_run(prepared.run))
     if prepared.ds_config is not None:
-        replace_text(folder / "deepspeed.json", json.dumps(prepared.ds_config, indent=1) + "\n")
+        write_text_atomic(folder / "deepspeed.json", json.dumps(prepared.ds_config, indent=1) + "\n")

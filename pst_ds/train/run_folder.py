@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pst_ds.atomic_files import require_writable
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError, read_checkpoint
 from pst_ds.checkpoint.restore import base_fingerprint
 from pst_ds.config.file_names import CHECKPOINTS
 from pst_ds.config.run import ConfigError, RunConfig
-from pst_ds.durable import require_writable
 from pst_ds.errors import InputError
-from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, together
+from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, raise_on_all_ranks
 from pst_ds.train.resume import require_base, require_same_run
 
 
@@ -126,7 +126,7 @@ def checkpoint_to_go_on_from(run: RunConfig, data_digest: str, *, quiet: bool) -
         said.append(f"nothing was saved in {folder} yet: beginning at step 0")
     else:
         fingerprint = base_fingerprint(run.model.path)
-        changed = together(lambda: require_same_run(checkpoint, run, fingerprint, data_digest))
+        changed = raise_on_all_ranks(lambda: require_same_run(checkpoint, run, fingerprint, data_digest))
         said.append(f"going on from {checkpoint.folder}, after step {checkpoint.state.step}")
         said += [f"  with {change}" for change in changed]
     if is_main() and not quiet:

@@ -22,10 +22,10 @@ from pst_ds.checkpoint.adapter import PretrainedError, _fingerprint, load_pretra
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.errors import InputError
 from pst_ds.masks.update import mask_stats, update_masks
+from pst_ds.nn.adapter_checkpoints import adapter_checkpoints
 from pst_ds.nn.inject import freeze_scores, inject_pst, pst_layers
 from pst_ds.nn.merge import merge_and_unload
 from pst_ds.nn.optimizer import pst_parameter_groups
-from pst_ds.nn.small_checkpoints import small_checkpoints
 from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import LocalEngine
 
@@ -66,7 +66,7 @@ def test_a_saved_model_comes_back_on_its_base(tmp_path, dtype):
         "pst_config.json", "pst_model.safetensors", "model.safetensors.index.json",
     }  # fmt: skip
     table = json.loads((tmp_path / "pst_config.json").read_text())
-    assert (table["step"], table["masks_final"], table["base_model_name_or_path"]) == (2, True, BASE)
+    assert (table["step"], table["masks_frozen"], table["base_model_name_or_path"]) == (2, True, BASE)
     assert table["sparsity"] == pytest.approx(mask_stats(model).sparsity)
     assert len(table["base_fingerprint"]) == 64
     tensors = load_file(tmp_path / "pst_model.safetensors")
@@ -120,8 +120,8 @@ def test_a_tied_head_that_is_trained_is_saved_once_and_stays_tied(tmp_path):
     names = set(load_file(tmp_path / "pst_model.safetensors"))
     assert len(names & {"lm_head.weight", "transformer.wte.weight"}) == 1
     again, other = load_pretrained(base(), tmp_path), inject_pst(base(), PSTConfig(modules_to_save=("lm_head",)))
-    small_checkpoints(model)
-    small_checkpoints(other)
+    adapter_checkpoints(model)
+    adapter_checkpoints(other)
     other.load_state_dict(model.state_dict())
     assert len(set(model.state_dict()) & {"lm_head.weight", "transformer.wte.weight"}) == 1
     for loaded in (again, other, merge_and_unload(again)):
@@ -140,7 +140,7 @@ def test_values_of_a_gathered_state_dict_are_taken():
 def test_a_model_that_was_frozen_is_saved_whole(tmp_path):
     """For inference, say: what is saved follows the config, not the gradients of the moment."""
     model = _trained()
-    small_checkpoints(model)
+    adapter_checkpoints(model)
     expected, state = small_state(model), model.state_dict()
     model.requires_grad_(False)
     assert small_state(model).keys() == expected.keys()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pst_ds.checkpoint.chunks import CutTensors
+from pst_ds.checkpoint.chunks import ChunkedTensors
 
 SIZES = st.lists(st.integers(0, 23), min_size=1, max_size=5)
 
@@ -53,7 +53,7 @@ def _assert_holds(cut, sizes, files, data):
 
 @given(SIZES, st.integers(1, 7), st.data())
 def test_even_cuts_are_zero_3_s(sizes, num_files, data):
-    _assert_holds(CutTensors(_named(sizes), num_files), sizes, _even_files(sizes, num_files), data)
+    _assert_holds(ChunkedTensors(_named(sizes), num_files), sizes, _even_files(sizes, num_files), data)
 
 
 def _cuts(bounds, sizes):
@@ -80,7 +80,7 @@ def _consecutive(draw):
 @given(_consecutive(), st.data())
 def test_runs_over_tensors_one_after_another_are_found_also_with_empty_files(case, data):
     sizes, cuts = case
-    _assert_holds(CutTensors(_named(sizes), len(cuts), cuts), sizes, _contents_of(cuts), data)
+    _assert_holds(ChunkedTensors(_named(sizes), len(cuts), cuts), sizes, _contents_of(cuts), data)
 
 
 @st.composite
@@ -97,11 +97,11 @@ def _scattered(draw):
 def test_runs_in_any_order_are_found(case, data):
     sizes, cuts = case
     # a file has its runs in the order of its cuts
-    _assert_holds(CutTensors(_named(sizes), len(cuts), cuts), sizes, _contents_of(cuts), data)
+    _assert_holds(ChunkedTensors(_named(sizes), len(cuts), cuts), sizes, _contents_of(cuts), data)
 
 
 def test_the_runs_of_one_tensor_in_one_file_are_each_found_once():
-    cut = CutTensors({"a": 5}, 2, [[(0, 0, 2), (0, 4, 5)], [(0, 2, 4)]])
+    cut = ChunkedTensors({"a": 5}, 2, [[(0, 0, 2), (0, 4, 5)], [(0, 2, 4)]])
     assert [(run.file, run.start, run.stop, run.offset) for run in cut.runs("a", 1, 5)] == [
         (0, 1, 2, 1),
         (1, 2, 4, 0),
@@ -129,7 +129,7 @@ def test_the_runs_of_one_tensor_in_one_file_are_each_found_once():
 )
 def test_cuts_that_do_not_hold_every_value_once_are_refused(cuts, said):
     with pytest.raises(ValueError) as caught:  # noqa: PT011  the message is compared
-        CutTensors({"a": 5, "b": 3}, 2, cuts)
+        ChunkedTensors({"a": 5, "b": 3}, 2, cuts)
     assert said in str(caught.value)
 
 
@@ -144,4 +144,4 @@ def test_cuts_with_one_run_moved_or_lost_are_refused(case, data):
     wrong = data.draw(st.sampled_from([None, (start + 1, stop + 1), (start, stop + 1), (start - 1, stop)]))
     cuts[file][i : i + 1] = [] if wrong is None else [(t, *wrong)]
     with pytest.raises(ValueError):  # noqa: PT011  which one depends on the neighbours
-        CutTensors(_named(sizes), len(cuts), cuts)
+        ChunkedTensors(_named(sizes), len(cuts), cuts)

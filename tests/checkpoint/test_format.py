@@ -22,7 +22,7 @@ from pst_ds.checkpoint.format import CheckpointError, CheckpointState, read_chec
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 STATE = {
-    "step": 12, "sparsity": 0.4, "masks_final": False, "precision": "fp32", "device_type": "cpu", "base_path": "base",
+    "step": 12, "sparsity": 0.4, "masks_frozen": False, "precision": "fp32", "device_type": "cpu", "base_path": "base",
     "base_fingerprint": "f00d", "labels": ["bad", "good"], "weight_scales": {"m": [0.5], "n": [1.0, 2.0]},
     "metrics": {"accuracy": 0.75}, "progress": {"batch": 3},
 }  # fmt: skip
@@ -280,7 +280,7 @@ ABSURD: list[tuple[str, tuple]] = [
     *((key, OUT_OF_PLACE) for key in ("contents", "contents.trained", "contents.masks", "contents.steps", "state")),
     ("state.step", (*NOT_SIZES,)),
     ("state.sparsity", (None, True, "0.4", [], {})),
-    ("state.masks_final", (None, 1, "true", [])),
+    ("state.masks_frozen", (None, 1, "true", [])),
     *((f"state.{key}", (None, 1, [], {})) for key in ("precision", "device_type", "base_path", "base_fingerprint")),
     ("state.labels", (None, "good", {}, [1], [None])),
     ("state.weight_scales", (None, [], "x", {"m": 1.0}, {"m": "1"}, {"m": ["1"]}, {"m": [True]}, {"m": None})),

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pst_ds.atomic_files import replace_link
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import CheckpointError, CheckpointState, read_checkpoint
 from pst_ds.checkpoint.restore import base_fingerprint, weight_scales
@@ -21,7 +22,6 @@ from pst_ds.checkpoint.writer import save_checkpoint
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
-from pst_ds.durable import replace_link
 from pst_ds.nn.inject import inject_pst
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.ranks import barrier, is_main
@@ -45,7 +45,7 @@ def _engine():
 
 def _save(folder, step=1, best_step=None, **changes):
     state = {
-        "step": step, "sparsity": 0.4, "masks_final": False, "precision": "fp32", "device_type": "cpu",
+        "step": step, "sparsity": 0.4, "masks_frozen": False, "precision": "fp32", "device_type": "cpu",
         "base_path": "base", "base_fingerprint": "f00d", "labels": [], "weight_scales": weight_scales(_engine().module),
         "metrics": {}, "progress": {"best_step": best_step}, **changes,
     }  # fmt: skip

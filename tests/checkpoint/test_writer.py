@@ -59,7 +59,7 @@ def _trained(seed=1, dtype=torch.float32):
 def _state(model, **changes):
     return CheckpointState(
         **{
-            "step": 12, "sparsity": 0.4, "masks_final": False, "precision": "fp32", "device_type": "cpu",
+            "step": 12, "sparsity": 0.4, "masks_frozen": False, "precision": "fp32", "device_type": "cpu",
             "base_path": "base", "base_fingerprint": "f00d", "labels": ["bad", "good"],
             "weight_scales": weight_scales(model), "metrics": {"accuracy": 0.75}, "progress": {"batch": 3}, **changes,
         }
@@ -243,7 +243,7 @@ FAILURES = {  # name: (rank, owner of the function, its name, which call, error,
     "the shard of rank 0": (0, checkpoint_writer, "write_new", 0, NO_SPACE, f"rank 0: {NO_SPACE}"),
     "the manifest": (0, checkpoint_writer, "write_new", 1, NO_SPACE, f"rank 0: {NO_SPACE}"),
     "the sums": (0, checkpoint_writer, "write_new", 2, NO_SPACE, f"rank 0: {NO_SPACE}"),
-    "the name": (0, checkpoint_writer, "take_name", 0, NO_SPACE, f"rank 0: {NO_SPACE}"),
+    "the name": (0, checkpoint_writer, "publish", 0, NO_SPACE, f"rank 0: {NO_SPACE}"),
     "the rename": (0, Path, "rename", 0, NO_SPACE, f"rank 0: {NO_SPACE}"),
     "the folder": (1, Path, "mkdir", 0, NO_SPACE, f"rank 1: {NO_SPACE}"),
     "memory of rank 1": (1, safetensors.torch, "save", 0, MemoryError("no room"), "rank 1: MemoryError: no room"),

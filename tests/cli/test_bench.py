@@ -1,4 +1,4 @@
-"""``pst-ds bench`` on tiny models: what is counted, which contestants there are, and what is refused. No speed."""
+"""``pst-ds bench`` on tiny models: what is counted, which variants there are, and what is refused. No speed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from pst_ds.bench import variants as benched
 from pst_ds.bench.table import bench_text
-from pst_ds.bench.variants import Contestant, contestants, copy_until, make_sparse
+from pst_ds.bench.variants import Variant, copy_until, make_sparse, variants
 from pst_ds.cli.main import main
 from pst_ds.hf.model_folder import ModelFolderError, open_model_folder
 from pst_ds.runtime import sparse_layers
@@ -68,7 +68,7 @@ def _refused(capsys, *arguments):
 
 def test_every_contestant_has_its_rates_and_ratios(folders, capsys):
     result, table = _bench(capsys, folders / "half-bitmask", "--batch", "1,3", "--threads", "1")
-    rows = {(row["contestant"], row["batch"]): row for row in result["rows"]}
+    rows = {(row["variant"], row["batch"]): row for row in result["rows"]}
     names = ["dense", "bitmask"]
     if ("prepacked", 1) in rows:
         names.insert(1, "prepacked")
@@ -90,7 +90,7 @@ def test_every_contestant_has_its_rates_and_ratios(folders, capsys):
 
 def test_bytes_are_those_of_files_and_tensors(folders, capsys):
     result, _ = _bench(capsys, folders / "half-bitmask")
-    rows = {row["contestant"]: row for row in result["rows"]}
+    rows = {row["variant"]: row for row in result["rows"]}
     stored = load_file(folders / "half-bitmask" / "pst_bitmask.safetensors")
     assert rows["bitmask"]["file_bytes"] == (folders / "half-bitmask" / "pst_bitmask.safetensors").stat().st_size
     # rotary frequencies stand in the model and in no file
@@ -104,7 +104,7 @@ def test_bytes_are_those_of_files_and_tensors(folders, capsys):
 
 def test_dense_model_of_ones_own(folders, capsys):
     result, _ = _bench(capsys, folders / "half-bitmask", "--dense", str(folders / "half"))
-    rows = {row["contestant"]: row for row in result["rows"]}
+    rows = {row["variant"]: row for row in result["rows"]}
     assert rows["dense"]["file_bytes"] == (folders / "half" / "model.safetensors").stat().st_size
     assert "leave --dense out" in _refused(capsys, folders / "half", *SHORT, "--dense", folders / "half-bitmask")
 
@@ -138,23 +138,23 @@ def test_a_format_that_holds_nothing_is_refused(folders, capsys):
 
 
 def test_copies_fill_what_is_asked_and_share_nothing(folders):
-    found = contestants(open_model_folder(folders / "half-bitmask"), None, [], "bf16")
+    found = variants(open_model_folder(folders / "half-bitmask"), None, [], "bf16")
     size = found["bitmask"].loaded_bytes
     copy_until(found, 3 * size)
     assert len(found["bitmask"].models) == 3
     assert len(found["dense"].models) == max(2, -(-3 * size // found["dense"].loaded_bytes))
     ids = torch.arange(6)[None]
-    for contestant in found.values():
-        pointers = {param.data_ptr() for model in contestant.models for param in model.parameters()}
-        assert len(pointers) == len(contestant.models) * len(list(contestant.model.parameters()))
+    for variant in found.values():
+        pointers = {param.data_ptr() for model in variant.models for param in model.parameters()}
+        assert len(pointers) == len(variant.models) * len(list(variant.model.parameters()))
         with torch.inference_mode():
-            one, *others = (model(input_ids=ids).logits for model in contestant.models)
+            one, *others = (model(input_ids=ids).logits for model in variant.models)
         assert all(torch.equal(one, other) for other in others)
 
 
 def test_copies_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setattr(benched, "available_bytes", lambda: 1000)
-    found = {"dense": Contestant(torch.nn.Linear(8, 8))}
+    found = {"dense": Variant(torch.nn.Linear(8, 8))}
     with pytest.raises(ModelFolderError, match="leave it out"):
         copy_until(found, 900)
     assert len(found["dense"].models) == 1
@@ -164,14 +164,14 @@ def test_copies_that_do_not_fit_are_refused(monkeypatch):
 def test_from_memory_steps_through_the_copies(folders, capsys, monkeypatch):
     monkeypatch.setattr("pst_ds.bench.variants.last_level_cache_bytes", lambda: 30_000)
     result, _ = _bench(capsys, folders / "half-bitmask", "--from-memory")
-    assert {row["copies"] for row in result["rows"] if row["contestant"] == "bitmask"} != {1}
+    assert {row["copies"] for row in result["rows"] if row["variant"] == "bitmask"} != {1}
     assert all(row["copies"] * row["resident_bytes"] >= 60_000 for row in result["rows"])
 
 
 def test_a_model_that_writes_nothing_has_its_forward_pass_measured(folders, capsys):
     result, table = _bench(capsys, folders / "bert")
     assert result["causal"] is False
-    assert {row["contestant"] for row in result["rows"]} >= {"dense", "bitmask"}
+    assert {row["variant"] for row in result["rows"]} >= {"dense", "bitmask"}
     for row in result["rows"]:
         assert "decode_tokens_per_second" not in row
         assert row["prefill_tokens_per_second"] > 0
@@ -196,7 +196,7 @@ def test_the_number_of_threads_is_put_back(folders, capsys):
 
 
 def test_the_table_shows_what_there_is():
-    row = {"contestant": "bitmask", "threads": 1, "batch": 1, "decode_tokens_per_second": 12.34, "file_bytes": None}
+    row = {"variant": "bitmask", "threads": 1, "batch": 1, "decode_tokens_per_second": 12.34, "file_bytes": None}
     row |= {"decode_over_prepacked": 1.5, "resident_bytes": 2_500_000, "outside_linear_layers": 0.25}
     conditions = {"dtype": "bf16", "repeats": 3, "hardware": "a CPU", "last_level_cache_bytes": 10**6}
     conditions |= {"sparse_kernel": "amx", "versions": {"torch": "2"}}

@@ -201,7 +201,7 @@ def test_plan_says_what_train_then_measures(tmp_path, capsys, method, precision,
     factors = sum((8 + 8 + 1) * (o + i) for o, i in 2 * ([(32, 32)] * 4 + [(60, 32), (32, 60)])) + 8 * (37 + 32)
     assert result["trained_parameters"] == (factors if method == "pst" else base) + head
     asked = 0.0 if method == "dense" else 0.8
-    assert (result["method"], result["steps"], result["sparsity_asked"]) == (method, 6, asked)
+    assert (result["method"], result["steps"], result["sparsity_requested"]) == (method, 6, asked)
     assert asked - 0.001 < result["sparsity_in_masks"] <= asked
     assert len(plan["layers"]) == (0 if method == "dense" else 12)
 
@@ -251,7 +251,7 @@ def test_every_verb_ends_with_one_json_object(made, tmp_path, capsys):
     assert main(["export", str(made / "run"), "--out", str(tmp_path / "e"), "--json", "--dtype", "bf16"]) == 0
     exported = _last_json(capsys)
     assert exported["export_dir"] == str(tmp_path / "e")
-    assert exported["sparsity_counted"] == _result(made)["sparsity_in_masks"]
+    assert exported["sparsity_measured"] == _result(made)["sparsity_in_masks"]
     assert main(["verify", str(tmp_path / "e"), "--json"]) == 0
     assert _last_json(capsys)["pruned_tensors"] == 12
 

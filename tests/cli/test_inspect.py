@@ -56,8 +56,8 @@ def test_a_run_folder(folders, inspect):
     result = json.loads((folders / "run" / "result.json").read_text())
     assert found["kind"] == f"{folders / 'run'}: a run folder"
     assert (found["method"], found["task"], found["finished"], found["steps"]) == ("pst", "causal-lm", True, 6)
-    assert found["sparsity_asked"] == 0.6
-    assert found["sparsity_counted"] == result["sparsity_in_masks"]
+    assert found["sparsity_requested"] == 0.6
+    assert found["sparsity_measured"] == result["sparsity_in_masks"]
     assert found["trained_parameters"] == result["trained_parameters"]
     assert [c["step"] for c in found["checkpoints"]] == [6, 4]
     assert found["checkpoints"][0]["links"] == ["latest", "best", "final"]
@@ -75,7 +75,7 @@ def test_a_run_folder(folders, inspect):
 def test_the_bytes_of_a_checkpoints_layers_are_those_of_its_files(folders, inspect):
     found, _ = inspect(folders / "run" / "checkpoints" / "best")
     assert found["kind"].endswith(": a checkpoint")
-    assert (found["step"], found["masks_final"], found["method"]) == (6, True, "pst")
+    assert (found["step"], found["masks_frozen"], found["method"]) == (6, True, "pst")
     held = 0
     for file in (folders / "run" / "checkpoints" / "best").glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
@@ -162,13 +162,13 @@ def test_an_export(folders, inspect, folder, file):
     assert found["weight_file_bytes"] == (folders / folder / file).stat().st_size
     pruned = [layer for layer in found["layers"] if layer["origin"] == "pruned"]
     zeros, weights = sum(x["zeros"] for x in pruned), sum(x["weights"] for x in pruned)
-    assert found["sparsity_counted"] == zeros / weights
+    assert found["sparsity_measured"] == zeros / weights
     assert "pst-ds verify" in text
 
 
 def test_a_pruned_folder(folders, inspect):
     found, _ = inspect(folders / "pruned")
-    assert (found["method"], found["sparsity_asked"], found["sparsity_counted"]) == ("magnitude", 0.5, 0.5)
+    assert (found["method"], found["sparsity_requested"], found["sparsity_measured"]) == ("magnitude", 0.5, 0.5)
     in_file = _modules(_zeros(folders / "pruned" / "model.safetensors"))
     layers = _by_name(found)
     assert layers
@@ -182,7 +182,7 @@ def test_a_small_state(inspect, tmp_path, capsys):
     save_pretrained(model, tmp_path, step=3)
     found, _ = inspect(tmp_path)
     assert found["kind"].endswith(": a small state, to be put onto its base model")
-    assert (found["step"], found["pattern"], found["sparsity_counted"]) == (3, "row", 0.5)
+    assert (found["step"], found["pattern"], found["sparsity_measured"]) == (3, "row", 0.5)
     layers = _by_name(found)
     for name, layer in pst_layers(model).items():
         weight = layer.masked_weight()
@@ -218,7 +218,7 @@ def test_any_model_folder_is_counted(folders, inspect, tmp_path, form):
         n: int((t == 0).sum()) for n, t in tensors.items()
     }
     assert found["parameters"] == sum(t.numel() for t in tensors.values())
-    assert found["sparsity_counted"] == 0.5
+    assert found["sparsity_measured"] == 0.5
     assert sum(layer["bytes"] for layer in found["layers"]) == sum(t.nbytes for t in tensors.values())
 
 
@@ -263,7 +263,7 @@ def test_a_missing_shard_is_2(tmp_path, capsys):
 
 def test_a_run_file(inspect):
     found, text = inspect("tests/data/world_size.toml")
-    assert (found["method"], found["sparsity_asked"], found["num_steps"]) == ("pst", 0.8, 20)
+    assert (found["method"], found["sparsity_requested"], found["num_steps"]) == ("pst", 0.8, 20)
     assert found["layers"] == []
     assert "pst-ds plan tests/data/world_size.toml" in text
 

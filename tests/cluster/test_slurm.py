@@ -115,7 +115,7 @@ def test_a_sweep_trains_every_sparsity_in_a_folder_of_its_own(slurm, tmp_path):
         shown = slurm.wait(f"{job}_{index}", JOB_SECONDS, tmp_path / f"{index}.log")
         assert shown["JobState"] == "COMPLETED", (tmp_path / f"{index}.log").read_text()
         folder = sweep / f"sparsity-{sparsity:.3f}"
-        assert (result(folder)["sparsity_asked"], result(folder)["world_size"]) == (sparsity, 2)
+        assert (result(folder)["sparsity_requested"], result(folder)["world_size"]) == (sparsity, 2)
         assert (folder / "submitted.sbatch").read_text() == Path("launch/slurm_array.sbatch").read_text()
     assert sorted(path.name for path in sweep.iterdir()) == ["sparsity-0.500", "sparsity-0.750"]
 

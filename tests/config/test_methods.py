@@ -59,8 +59,8 @@ def test_every_method_trains_exports_and_verifies(tmp_path, capsys, method, prec
     verified = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert verified["reloaded_equal"]
     asked = 0.8 if method in SPARSE else 0.0
-    assert exported["sparsity_asked"] == asked
-    assert exported["sparsity_counted"] == pytest.approx(asked, abs=0.01)
+    assert exported["sparsity_requested"] == asked
+    assert exported["sparsity_measured"] == pytest.approx(asked, abs=0.01)
     trained = json.loads((tmp_path / "run" / "result.json").read_text())["trained_parameters"]
     assert (trained >= _num_weights()) == (method in FULL)
 

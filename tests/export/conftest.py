@@ -50,7 +50,7 @@ def prune(
         for layer in pst_layers(model).values():
             layer.pst_V.normal_(std=0.02)
     state = CheckpointState(
-        step=3, sparsity=sparsity, masks_final=True, precision=precision, device_type="cpu",
+        step=3, sparsity=sparsity, masks_frozen=True, precision=precision, device_type="cpu",
         base_path=str(folder / "base"), base_fingerprint="f00d", labels=[], weight_scales=weight_scales(model),
         metrics={"loss": 1.5},
     )  # fmt: skip

@@ -56,8 +56,8 @@ def test_what_torch_pruned_is_packed_and_comes_back(gpt2, tmp_path, packing):
     folder, names = gpt2
     said = export_folder(folder, tmp_path / "packed", packing=packing)
     assert (said["packed_tensors"], said["pruned_tensors"]) == (len(names), 0)
-    assert said["sparsity_counted"] == pytest.approx(0.75, abs=1e-3)
-    assert said["sparsity_asked"] is None
+    assert said["sparsity_measured"] == pytest.approx(0.75, abs=1e-3)
+    assert said["sparsity_requested"] is None
     modules = {n.removesuffix(".shape") for n in _stored(tmp_path / "packed") if n.endswith(".shape")}
     assert modules == set(names)
     assert "transformer.wte.weight" in _stored(tmp_path / "packed")  # tied to the head, and an embedding

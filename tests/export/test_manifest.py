@@ -36,7 +36,7 @@ def _exported(folder, model, **settings):
     inject_pst(model, PSTConfig())
     update_masks(model, 0.5)
     state = CheckpointState(
-        step=3, sparsity=0.5, masks_final=True, precision="fp32", device_type="cpu", base_path=str(folder / "base"),
+        step=3, sparsity=0.5, masks_frozen=True, precision="fp32", device_type="cpu", base_path=str(folder / "base"),
         base_fingerprint="f00d", labels=["bad", "good"], weight_scales=weight_scales(model), metrics={"accuracy": 0.5},
     )  # fmt: skip
     params = [{"params": [param for _, param in trainable(model)], "name": "all"}]
@@ -99,8 +99,8 @@ def _edit_manifest(folder, edit):
 def test_an_export_as_it_was_made_passes(made, name, pruned):
     counts = check_export(made[name])
     assert counts["pruned_tensors"] == pruned
-    assert counts["sparsity_asked"] == 0.5
-    assert counts["sparsity_counted"] == 0.5
+    assert counts["sparsity_requested"] == 0.5
+    assert counts["sparsity_measured"] == 0.5
     entries, about = read_manifest(made[name])
     assert counts["tensors"] == len(entries) == sum(len(load_file(p)) for p in made[name].glob("*.safetensors"))
     assert about["base_fingerprint"] == "f00d"
@@ -234,7 +234,7 @@ def test_a_folder_without_a_manifest_is_no_export(tmp_path):
     ("edit", "reason"),
     [
         (lambda table: table.pop("tensors"), "is damaged: KeyError('tensors')"),
-        (lambda table: table.pop("sparsity_asked"), "is damaged: ValueError"),
+        (lambda table: table.pop("sparsity_requested"), "is damaged: ValueError"),
         (lambda table: table.pop("files"), "is damaged: KeyError('files')"),
         (lambda table: table["files"].update({"../config.json": "00"}), "files are not plain names"),
         (lambda table: table["tensors"][0].pop("nonzero"), "is damaged: TypeError"),

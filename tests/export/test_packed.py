@@ -118,8 +118,8 @@ def test_every_format_becomes_every_other_and_dense_again_to_the_bit(exports, tm
     assert _same(_stored(tmp_path / "dense"), _stored(exports[name, "dense"]))
     for folder in (tmp_path / "second", tmp_path / "dense"):
         said, before = check_export(folder), check_export(exports[name, "dense"])
-        assert {said[k] for k in ("pruned_tensors", "sparsity_counted")} == {
-            before[k] for k in ("pruned_tensors", "sparsity_counted")
+        assert {said[k] for k in ("pruned_tensors", "sparsity_measured")} == {
+            before[k] for k in ("pruned_tensors", "sparsity_measured")
         }
     config, before = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "dense", exports[name, "dense"]))
     assert config == before
@@ -196,7 +196,7 @@ def test_an_error_midway_leaves_the_older_export(models, tmp_path, monkeypatch, 
         calls.append(arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(write, "found_pattern", fail)
+    monkeypatch.setattr(write, "detect_pattern", fail)
     with pytest.raises(KeyboardInterrupt):
         models["llama"].export(tmp_path / "out", packing=packing)
     assert calls

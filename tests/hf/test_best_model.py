@@ -58,7 +58,7 @@ def test_the_best_model_is_one_of_the_final_sparsity_and_is_saved_afterwards(bas
             assert torch.equal(param, final[name].to(param.dtype))
     assert all(torch.equal(final[name], best[name]) for name in best if name.endswith("pst_mask_bits"))
     tables = [json.loads((folder / "pst_config.json").read_text()) for folder in folders]
-    assert {(table["step"], table["masks_final"], table["sparsity"]) for table in tables} == {
+    assert {(table["step"], table["masks_frozen"], table["sparsity"]) for table in tables} == {
         (RAMP_END, True, mask_stats(model).sparsity)
     }
 

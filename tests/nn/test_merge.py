@@ -15,11 +15,11 @@ from transformers.pytorch_utils import Conv1D
 from pst_ds.config.pst import PSTConfig
 from pst_ds.errors import InputError
 from pst_ds.masks.update import update_masks
+from pst_ds.nn.adapter_checkpoints import adapter_checkpoints
 from pst_ds.nn.embedding import PSTEmbedding
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.merge import merge_and_unload, print_trainable_parameters
-from pst_ds.nn.small_checkpoints import small_checkpoints
 
 BERT = AutoConfig.from_pretrained("tests/data/tiny-bert")
 GPT2 = GPT2Config(vocab_size=60, n_embd=24, n_layer=2, n_head=2, n_positions=48, initializer_range=0.2)
@@ -50,7 +50,7 @@ def test_a_merged_model_has_the_masked_one_s_logits_and_exact_zeros(model_class,
     logits = model(input_ids=ids).logits
     masked = {name: layer.masked_weight() for name, layer in pst_layers(model).items()}
     sizes = {name: layer.layout for name, layer in pst_layers(model).items()}
-    small_checkpoints(model)
+    adapter_checkpoints(model)
     assert merge_and_unload(model) is model
     assert not any(isinstance(module, PSTLinear | PSTEmbedding) for module in model.modules())
     assert not any("pst" in name for name in model.state_dict())

@@ -70,7 +70,7 @@ def _watch(monkeypatch, folder, timeout, beats):
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     with watchdog.watching(folder, timeout):
         for i in range(beats):
-            watchdog.beat(f"part {i}")
+            watchdog.heartbeat(f"part {i}")
         ended.wait(30)
     return codes
 
@@ -109,7 +109,7 @@ def test_a_process_that_gets_on_is_left_alone(tmp_path, monkeypatch):
     with watchdog.watching(tmp_path, 0.2):
         until = time.monotonic() + 0.6
         while time.monotonic() < until:
-            watchdog.beat("work")
+            watchdog.heartbeat("work")
     assert list(tmp_path.iterdir()) == []
     assert watchdog._current is None
 
@@ -118,10 +118,10 @@ def test_no_timeout_watches_nothing(tmp_path):
     before = threading.active_count()
     with watchdog.watching(tmp_path, 0):
         assert threading.active_count() == before
-        watchdog.beat("work")
+        watchdog.heartbeat("work")
 
 
 def test_it_can_be_imported_where_stderr_is_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "__stderr__", None)
     with watchdog.watching(tmp_path, 30):
-        watchdog.beat("work")
+        watchdog.heartbeat("work")

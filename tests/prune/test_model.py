@@ -175,7 +175,7 @@ def test_overrides_and_exclusions_are_those_of_the_run(tiny, batches):
     layers = {layer.name: layer for layer in _prune(model, rules, "wanda", batches("llama"))}
     assert len(layers) == 3 * 6 - 1
     down = layers["model.layers.2.mlp.down_proj"]
-    assert (down.pattern, down.sparsity_asked, down.pruned) == ("matrix", 0.7, int(0.7 * 32 * 48))
+    assert (down.pattern, down.sparsity_requested, down.pruned) == ("matrix", 0.7, int(0.7 * 32 * 48))
     assert layers["model.layers.2.mlp.up_proj"].pattern == "2:4"
     assert not (model.model.layers[1].mlp.up_proj.weight == 0).any()
 

@@ -12,12 +12,12 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from pst_ds.atomic_files import file_sha256
 from pst_ds.checkpoint.restore import base_fingerprint
 from pst_ds.cli.main import main
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.one_shot import keep_by_score
 from pst_ds.core.patterns import parse_pattern
-from pst_ds.durable import file_sha256
 from pst_ds.nn.targets import find_targets
 from pst_ds.prune import model as pruning
 
@@ -72,7 +72,7 @@ def test_a_causal_model_is_pruned_exported_and_verified(capsys, tmp_path, method
     model, base = (AutoModelForCausalLM.from_pretrained(p) for p in (tmp_path / "out", DATA / "tiny-llama"))
     record = json.loads((tmp_path / "out" / "pruning.json").read_text())
 
-    assert (record["method"], record["pattern"], record["sparsity_asked"]) == (method, pattern, sparsity)
+    assert (record["method"], record["pattern"], record["sparsity_requested"]) == (method, pattern, sparsity)
     assert record["base_fingerprint"] == base_fingerprint(DATA / "tiny-llama")
     if method != "magnitude":
         assert (record["samples"], record["tokens"], record["seed"]) == (12, 12 * 32, 0)
@@ -89,7 +89,7 @@ def test_a_causal_model_is_pruned_exported_and_verified(capsys, tmp_path, method
     for name, param in base.named_parameters():
         if name.removesuffix(".weight") not in targets:
             assert torch.equal(param, weights[name]), name
-    assert result["sparsity_counted"] == record["sparsity_counted"] == pytest.approx(sparsity, abs=0.02)
+    assert result["sparsity_measured"] == record["sparsity_measured"] == pytest.approx(sparsity, abs=0.02)
 
     packed = tmp_path / "packed"
     assert main(["export", str(tmp_path / "out"), "--format", FORMATS[pattern], "--out", str(packed)]) == 0
@@ -111,7 +111,7 @@ def test_a_magnitude_mask_is_that_of_training(capsys, tmp_path):
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_an_encoder_keeps_its_architecture_and_needs_no_head(capsys, tmp_path, method):
     result = _prune(capsys, tmp_path / "out", CLASSES, method)
-    assert result["sparsity_asked"] == 0.8  # schedule.final_sparsity
+    assert result["sparsity_requested"] == 0.8  # schedule.final_sparsity
     assert 12 * 5 < result["tokens"] < 12 * 32  # padding is not counted
     assert AutoConfig.from_pretrained(tmp_path / "out").architectures == ["BertModel"]
     base, pruned = (load_file(folder / "model.safetensors") for folder in (DATA / "tiny-bert", tmp_path / "out"))
@@ -187,7 +187,7 @@ def test_the_precision_is_the_runs_and_the_dtype_the_models(capsys, tmp_path):
 
 def test_an_older_result_is_replaced_and_other_folders_are_not(capsys, tmp_path):
     _prune(capsys, tmp_path / "a", CAUSAL, "magnitude")
-    assert _prune(capsys, tmp_path / "a", CAUSAL, "magnitude", "--sparsity", "0.25")["sparsity_asked"] == 0.25
+    assert _prune(capsys, tmp_path / "a", CAUSAL, "magnitude", "--sparsity", "0.25")["sparsity_requested"] == 0.25
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     assert "exists and was not written by pst-ds prune" in _refused(capsys, tmp_path, "--out", tmp_path / "mine")

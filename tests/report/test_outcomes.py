@@ -23,7 +23,7 @@ def export():
     def write(folder):
         folder.mkdir()
         tensors = [_tensor("l.weight", [4, 4], 4, "pruned"), _tensor("e.weight", [2, 2], 4, "base")]
-        about = {"kind": "dense", "step": 9, "sparsity_asked": 0.75, "tensors": tensors}
+        about = {"kind": "dense", "step": 9, "sparsity_requested": 0.75, "tensors": tensors}
         (folder / "pst_manifest.json").write_text(json.dumps(about))
         (folder / "model.safetensors").write_bytes(bytes(40))
         return folder
@@ -38,7 +38,7 @@ def test_exports_in_the_run_and_elsewhere_have_their_sizes(write_run, export, tm
     assert notes == []
     assert [one.run for one in found] == ["mine", ""]
     assert [one.name for one in found] == ["mine/export", str(outside)]
-    assert found[0].sparsity_counted == 0.75
+    assert found[0].sparsity_measured == 0.75
     assert found[0].shapes == {"l": [4, 4]}
     row = [cell.text for cell in export_table(found).rows[0]]
     assert row == ["mine/export", "dense", "9", "0.75", "0.750000", "40 bytes", "1.000"]
@@ -73,7 +73,7 @@ def test_a_damaged_manifest_is_named(tmp_path, content):
 
 
 def test_speed_is_what_bench_printed(tmp_path):
-    row = {"contestant": "dense", "threads": 2, "batch": 1, "decode_tokens_per_second": 31.2, "file_bytes": None}
+    row = {"variant": "dense", "threads": 2, "batch": 1, "decode_tokens_per_second": 31.2, "file_bytes": None}
     result = {
         "model": "m", "dense": "d", "causal": True, "prompt_tokens": 8, "new_tokens": 4,
         "conditions": {"dtype": "bf16", "repeats": 3, "hardware": "a CPU"}, "rows": [row],
@@ -83,7 +83,7 @@ def test_speed_is_what_bench_printed(tmp_path):
     (table,) = bench_tables([path])
     assert table.caption == "Speed of m"
     assert table.note == "Against d: 8 tokens, 4 new ones, bf16, medians of 3; a CPU"
-    assert table.head == ["contestant", "threads", "batch", "decode tok/s"]
+    assert table.head == ["variant", "threads", "batch", "decode tok/s"]
     assert [cell.text for cell in table.rows[0]] == ["dense", "2", "1", "31.2"]
     path.write_text('{"rows": []}')
     with pytest.raises(InputError, match=r"bench\.json' is not what pst-ds bench --json prints"):
@@ -92,7 +92,7 @@ def test_speed_is_what_bench_printed(tmp_path):
 
 def test_verification_is_what_verify_printed(tmp_path):
     path = tmp_path / "verify.json"
-    alone = {"export_dir": "e", "tensors": 3, "sparsity_counted": 0.5}
+    alone = {"export_dir": "e", "tensors": 3, "sparsity_measured": 0.5}
     compared = {"compared_weights": 2, "differing_weights": 0, "examples": 7, "differing_predictions": 0}
     path.write_text(json.dumps({**alone, **compared, "max_logit_difference": 0.0}))
     table = verification_table([path])

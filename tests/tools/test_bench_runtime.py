@@ -59,8 +59,8 @@ def test_matrices_are_copies_of_their_own(layers):
 def test_contestants_that_share_matrices_never_take_the_same_one_in_a_turn():
     seen = []
     weights = list(range(8))
-    contestants = {name: ((lambda w, x, n=name: seen.append((n, w))), weights) for name in "abcd"}
-    bench.take_turns(contestants, torch.zeros(1), 0.0)
+    variants = {name: ((lambda w, x, n=name: seen.append((n, w))), weights) for name in "abcd"}
+    bench.take_turns(variants, torch.zeros(1), 0.0)
     turns = [seen[i : i + 4] for i in range(4, len(seen), 4)]  # after one call each to warm up
     assert all([name for name, _ in turn] == list("abcd") for turn in turns)
     assert all(len({w for _, w in turn}) == 4 for turn in turns)

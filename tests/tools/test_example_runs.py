@@ -99,7 +99,7 @@ def test_on_a_tiny_model_it_ends_in_the_zeros_that_it_asks_for(path, verb, tmp_p
     trained = verb("train", path, "--quiet", *_set(settings))
     exported = verb("export", tmp_path / "run", "--out", tmp_path / "export")
     assert planned["trained_parameters"] == trained["trained_parameters"]
-    assert exported["sparsity_counted"] == pytest.approx(load_run(path).schedule.final_sparsity, abs=0.01)
+    assert exported["sparsity_measured"] == pytest.approx(load_run(path).schedule.final_sparsity, abs=0.01)
 
 
 def _set(settings: dict[str, object]) -> list[str]:

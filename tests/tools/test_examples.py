@@ -82,7 +82,7 @@ def test_the_trainer_gives_the_masks_of_pst_ds_train(example, classifier, tmp_pa
     assert "trainable params: " in capsys.readouterr().out
 
     small = json.loads((tmp_path / "out" / "pst" / "pst_config.json").read_text())
-    assert (small["step"], small["masks_final"]) == (STEPS, True)
+    assert (small["step"], small["masks_frozen"]) == (STEPS, True)
     checkpoint = read_checkpoint(tmp_path / "run" / "checkpoints" / "latest")
     masks = _masks(tmp_path / "out" / "pst")
     assert set(masks) == set(checkpoint.masks)
@@ -204,7 +204,7 @@ def test_accelerate_s_loop_on_two_ranks_goes_on_to_the_same_bits(run_ranks, tmp_
     whole, rest = ((tmp_path / name / "pst" / "pst_model.safetensors").read_bytes() for name in ("whole", "rest"))
     assert whole == rest
     small = json.loads((tmp_path / "rest" / "pst" / "pst_config.json").read_text())
-    assert (small["step"], small["masks_final"]) == (6, True)
+    assert (small["step"], small["masks_frozen"]) == (6, True)
     assert small["sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert (tmp_path / "part" / "state" / "pytorch_model").is_dir() == (stage is not None)  # DeepSpeed's files
 
@@ -264,6 +264,6 @@ def test_the_deepspeed_loop_goes_on_to_the_same_bits(run_ranks, classifier, tmp_
     )
     assert whole == rest != part
     small = json.loads((tmp_path / "rest" / "pst" / "pst_config.json").read_text())
-    assert (small["step"], small["masks_final"], small["dtype"]) == (STEPS, True, "bfloat16" if bf16 else "float32")
+    assert (small["step"], small["masks_frozen"], small["dtype"]) == (STEPS, True, "bfloat16" if bf16 else "float32")
     assert small["sparsity"] == pytest.approx(0.8, abs=1e-3)
     assert (tmp_path / "rest" / "merged" / "config.json").is_file()

@@ -93,8 +93,8 @@ def test_cells_become_lines_and_a_page_and_are_not_run_again(tmp_path, capsys):
         assert line["optimizer_bytes"] >= 8 * line["trained_parameters"]
         assert line["parameters"] == count_parameters(Path("tests/data/tiny-bert")) + _head(line)
         assert line["trained_share"] == line["trained_parameters"] / line["parameters"]
-    assert (dense["trained_share"], dense["sparsity_counted"]) == (1.0, 0.0)
-    assert (pst["trained_share"] < 1.0, pst["sparsity_counted"]) == (True, 0.5)
+    assert (dense["trained_share"], dense["sparsity_measured"]) == (1.0, 0.0)
+    assert (pst["trained_share"] < 1.0, pst["sparsity_measured"]) == (True, 0.5)
     assert pst["settings"]["schedule"] == {"final_sparsity": 0.5}
     folders = list((tmp_path / "work" / "cells").iterdir())
     assert len(folders) == 3
@@ -146,7 +146,7 @@ base = {prune = "wanda", samples = 8}
     assert main(arguments) == 0
     lines = lines_in(tmp_path)
     dense, wanda = lines["lines/dense/0/0"], lines["lines/wanda/0.5/0"]
-    assert (dense["sparsity_counted"], wanda["sparsity_counted"]) == (0.0, pytest.approx(0.5, abs=0.01))
+    assert (dense["sparsity_measured"], wanda["sparsity_measured"]) == (0.0, pytest.approx(0.5, abs=0.01))
     assert dense["tests"]["test"]["perplexity"] == dense["validation"]["perplexity"] > 1.0
     assert wanda["tests"]["test"]["perplexity"] != dense["tests"]["test"]["perplexity"]
     assert wanda["steps_before"]["base"]["prune"] == "wanda"

@@ -20,7 +20,7 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.engine import LocalEngine
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train import loop as loop_module
-from pst_ds.train.checkpointer import Keeper
+from pst_ds.train.checkpointer import Checkpointer
 from pst_ds.train.loop import DivergedError, Loop, learning_rate_factor, train
 from pst_ds.train.model import parameter_groups
 from pst_ds.train.objective import Objective
@@ -323,7 +323,7 @@ def test_the_best_checkpoint_is_chosen_among_those_at_the_final_sparsity(tmp_pat
     result = train_run(_prepared(tmp_path, "eval.interval=4"), quiet=True)
     assert result["best_step"] == 16
     best, final = (read_checkpoint(tmp_path / "checkpoints" / n).state for n in ("best", "final"))
-    assert (best.step, best.masks_final, best.sparsity, best.metrics["accuracy"]) == (16, True, 0.8, 0.5)
+    assert (best.step, best.masks_frozen, best.sparsity, best.metrics["accuracy"]) == (16, True, 0.8, 0.5)
     assert (final.step, final.sparsity, final.metrics["accuracy"]) == (20, 0.8, 0.4)
 
 
@@ -348,13 +348,13 @@ def test_a_number_is_better_than_a_value_that_is_none(tmp_path, monkeypatch):
     from pst_ds.data import tasks
 
     monkeypatch.setattr(tasks.Classification, "metrics", lambda self, outcomes, examples: {"accuracy": -0.3})
-    made = Keeper.__init__
+    made = Checkpointer.__init__
 
     def with_nan(self, *arguments, **named):
         made(self, *arguments, **named)
         self._best, self.best_step = math.nan, 3
 
-    monkeypatch.setattr(Keeper, "__init__", with_nan)
+    monkeypatch.setattr(Checkpointer, "__init__", with_nan)
     assert train_run(_prepared(tmp_path, "train.num_steps=4"), quiet=True)["best_step"] == 4
 
 

@@ -118,7 +118,7 @@ class Saver(Variant):
         return CheckpointState(
             step=self._saves,
             sparsity=self.shape.sparsity,
-            masks_final=False,
+            masks_frozen=False,
             precision="bf16",
             device_type=self.tokens.device.type,
             base_path="",

@@ -3,7 +3,7 @@
 Its linear layers are pruned by magnitude, the folders packed by ``pst-ds export --format bitmask`` and loaded by
 transformers. ``dense`` is bf16 as transformers runs it; ``prepacked`` has every linear layer in oneDNN's layout. The
 output layer is dense in all of them, being the embedding too; beside ``dense`` it is the same one on both sides, the
-quickest that torch has. Contestants take turns, and each has copies of its model, twice the last-level cache together,
+quickest that torch has. Variants take turns, and each has copies of its model, twice the last-level cache together,
 which step in turn, so that weights come from memory. Prompt and new tokens are the same for all; times are medians.
 
 Beside it: where a step's time goes, what is resident (all parameters and buffers, and the growth of a fresh process),
@@ -62,9 +62,9 @@ def main() -> None:
         rows += speed_rows(measure(found, dense, 1, arguments), threads)
     stated = conditions(
         **{k: v for k, v in benched.conditions().items() if k != "versions"}, dtype="bfloat16", batch=1,
-        copies={name: len(contestant.models) for name, contestant in found.items()},
+        copies={name: len(variant.models) for name, variant in found.items()},
         prompt_tokens=arguments.prompt_tokens, new_tokens=arguments.new_tokens, repeats=arguments.repeats,
-        clock="wall, medians, contestants in turn",
+        clock="wall, medians, variants in turn",
     )  # fmt: skip
     stated["threads_per_rank"] = arguments.threads
     del found
@@ -91,17 +91,17 @@ def packed_folder(top: Path, sparsity: float) -> ModelFolder:
     return open_model_folder(out)
 
 
-def models(dense: ModelFolder, packed: dict[float, ModelFolder]) -> dict[str, benched.Contestant]:
-    found: dict[str, benched.Contestant] = {}
+def models(dense: ModelFolder, packed: dict[float, ModelFolder]) -> dict[str, benched.Variant]:
+    found: dict[str, benched.Variant] = {}
     for sparsity, folder in packed.items():
-        made = benched.contestants(folder, dense, ["bitmask"], "bf16")
+        made = benched.variants(folder, dense, ["bitmask"], "bf16")
         found |= {name: model for name, model in made.items() if name != "bitmask" and name not in found}
         found[f"bitmask-{100 * sparsity:g}"] = made["bitmask"]
     return dict(sorted(found.items(), key=lambda item: item[0].startswith("bitmask")))
 
 
 def speed_rows(measured: dict[str, dict[str, float]], threads: int) -> list[dict[str, Any]]:
-    """A row for each contestant: its rates, against both dense ones, and the bar."""
+    """A row for each variant: its rates, against both dense ones, and the bar."""
     rows = []
     for name, rates in measured.items():
         row: dict[str, Any] = {"model": name, "threads": threads, **rates}
@@ -144,7 +144,7 @@ def resident(path: Path) -> dict[str, Any]:
         held.append(decoder)
         gc.collect()
         sizes.append(status_bytes("VmRSS"))
-    weights = benched.Contestant(model).loaded_bytes
+    weights = benched.Variant(model).loaded_bytes
     file_bytes = folder.weight_file_bytes
     return {"weight_bytes": weights, "process_growth_bytes": sizes[1] - sizes[0], "file_bytes": file_bytes}
 

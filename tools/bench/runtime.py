@@ -1,8 +1,8 @@
 """How fast products with packed weights are against dense bf16, on this CPU.
 
-Each contestant has matrices of its own, as many as fill --input-bytes (default: twice the last-level cache), and goes
-through them in turn, so that weights come from memory; contestants take turns too. Times are medians. ``dense`` is the
-fastest of F.linear, matmul (x W' and W x') and prepacked oneDNN, all shown. ``speedup`` is dense / contestant.
+Each variant has matrices of its own, as many as fill --input-bytes (default: twice the last-level cache), and goes
+through them in turn, so that weights come from memory; variants take turns too. Times are medians. ``dense`` is the
+fastest of F.linear, matmul (x W' and W x') and prepacked oneDNN, all shown. ``speedup`` is dense / variant.
 
 Roofline: ``bytes_per_weight`` is what a product must read of the weight, ``gb_per_second`` what that came to, and
 ``share_of_bandwidth`` that against the bandwidth measured in the same run (torch.dot of a large fp32 vector with
@@ -42,7 +42,7 @@ BARS = {
 BAR_ELSEWHERE = 0.9
 DENSE = ("F.linear", "matmul", "matmul_weight_first", "prepacked")
 Product = Callable[[Any, Tensor], Tensor]
-Contestant = tuple[Product, list[Any]]
+Variant = tuple[Product, list[Any]]
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
     stated = conditions(
         dtype="bfloat16", input_bytes=arguments.input_bytes, best_level=native.LEVELS[native.best_level()],
         onednn_max_isa=os.environ.get("ONEDNN_MAX_CPU_ISA", "as found"), memory_gb_per_second=bandwidth,
-        clock="wall, medians, contestants in turn",
+        clock="wall, medians, variants in turn",
     )  # fmt: skip
     stated["threads_per_rank"] = arguments.threads
     report = {"benchmark": "runtime", "conditions": stated, "rows": rows}
@@ -87,8 +87,8 @@ def measure_shape(shape: tuple[int, int], arguments: argparse.Namespace, bandwid
             progress(f"{shape[0]}x{shape[1]}, {sparsity:.0%} zeros, batch {batch}, {threads} threads")
             torch.set_num_threads(threads)
             x = torch.randn(batch, shape[1]).bfloat16()
-            contestants = dense_contestants(dense, batch) | sparse_contestants(layers, arguments.levels)
-            seconds = take_turns(contestants, x, arguments.seconds)
+            variants = dense_contestants(dense, batch) | sparse_contestants(layers, arguments.levels)
+            seconds = take_turns(variants, x, arguments.seconds)
             for row in summary(seconds, layers, shape, batch, sparsity):
                 rows.append({**row, "threads": threads, **_roofline(row, bandwidth[threads])})
     return rows
@@ -119,8 +119,8 @@ def _two_of_four(weight: Tensor) -> Tensor:
     return (weight * keep.to(weight.dtype)).contiguous()
 
 
-def dense_contestants(weights: list[Tensor], batch: int) -> dict[str, Contestant]:
-    found: dict[str, Contestant] = {
+def dense_contestants(weights: list[Tensor], batch: int) -> dict[str, Variant]:
+    found: dict[str, Variant] = {
         "F.linear": (lambda w, x: linear(x, w), weights),
         "matmul": (lambda w, x: torch.mm(x, w.t()), weights),
         "matmul_weight_first": (lambda w, x: torch.mv(w, x[0]) if len(x) == 1 else torch.mm(w, x.t()), weights),
@@ -131,9 +131,9 @@ def dense_contestants(weights: list[Tensor], batch: int) -> dict[str, Contestant
     return found
 
 
-def sparse_contestants(layers: dict[str, list[SparseLinear]], levels: list[str]) -> dict[str, Contestant]:
+def sparse_contestants(layers: dict[str, list[SparseLinear]], levels: list[str]) -> dict[str, Variant]:
     """The layers as they are used, and the ways of computing that they choose among."""
-    found: dict[str, Contestant] = {name: (lambda layer, x: layer(x), these) for name, these in layers.items()}
+    found: dict[str, Variant] = {name: (lambda layer, x: layer(x), these) for name, these in layers.items()}
     bits = layers.get("bitmask", [])
     for level in levels if bits else []:
         found[f"bitmask/{level}"] = (_at_level(native.LEVELS.index(level)), bits)
@@ -149,16 +149,16 @@ def _at_level(level: int) -> Product:
     return lambda layer, x: native.bitmask_linear(x, layer.compressed, layer.bitmask, layer.row_offsets, None, level)
 
 
-def take_turns(contestants: dict[str, Contestant], x: Tensor, seconds: float) -> dict[str, float]:
-    """Median seconds of each. Contestants that share matrices are far apart in them: none finds one in the cache."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    starts = {name: i / len(contestants) for i, name in enumerate(contestants)}
+def take_turns(variants: dict[str, Variant], x: Tensor, seconds: float) -> dict[str, float]:
+    """Median seconds of each. Variants that share matrices are far apart in them: none finds one in the cache."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    starts = {name: i / len(variants) for i, name in enumerate(variants)}
     with torch.inference_mode():
-        for product, weights in contestants.values():
+        for product, weights in variants.values():
             product(weights[-1], x)
         end = time.perf_counter() + seconds
         for turn in itertools.count():
-            for name, (product, weights) in contestants.items():
+            for name, (product, weights) in variants.items():
                 weight = weights[(turn + int(starts[name] * len(weights))) % len(weights)]
                 start = time.perf_counter()
                 product(weight, x)
@@ -175,7 +175,7 @@ def summary(
     batch: int,
     sparsity: float,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each sparse contestant."""
+    """A row for each sparse variant."""
     dense = {name: seconds[name] for name in DENSE if name in seconds}
     best = min(dense.values())
     for name in seconds.keys() - dense.keys():
@@ -215,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
         "--levels", nargs="*", default=[], choices=native.LEVELS, help="these kernels by themselves too"
     )
     parser.add_argument("--seconds", type=float, default=4.0, help="for each shape, sparsity, batch and thread count")
-    parser.add_argument("--input-bytes", type=int, default=default_input_bytes(), help="of matrices of a contestant")
+    parser.add_argument("--input-bytes", type=int, default=default_input_bytes(), help="of matrices of a variant")
     parser.add_argument("--json", action="store_true")
     return parser
 

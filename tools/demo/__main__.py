@@ -73,11 +73,11 @@ def run_one(name: str, settings: list[str]) -> dict[str, Any]:
     trained = json.loads((FOLDER / name / "result.json").read_text(encoding="utf-8"))
     exported = verb("export", folder, "--out", out)
     verified = verb("verify", out, "--against", folder)
-    packed = pack(folder) if exported["sparsity_counted"] else {}
+    packed = pack(folder) if exported["sparsity_measured"] else {}
     return {
         "name": name,
-        "sparsity_asked": exported["sparsity_asked"],
-        "sparsity_counted": exported["sparsity_counted"],
+        "sparsity_requested": exported["sparsity_requested"],
+        "sparsity_measured": exported["sparsity_measured"],
         "trained_parameters": trained["trained_parameters"],
         "optimizer_bytes_per_rank": trained["optimizer_bytes_per_rank"],
         "accuracy": verified["metrics"]["accuracy"],
@@ -151,8 +151,8 @@ def print_table(results: list[dict[str, Any]]) -> None:
     rows = [
         (
             r["name"],
-            f"{r['sparsity_asked']:.2f}",
-            f"{r['sparsity_counted']:.6f}",
+            f"{r['sparsity_requested']:.2f}",
+            f"{r['sparsity_measured']:.6f}",
             f"{r['trained_parameters']:,}",
             f"{r['optimizer_bytes_per_rank']:,}",
             f"{r['accuracy']:.2%}",

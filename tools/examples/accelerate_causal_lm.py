@@ -25,11 +25,11 @@ from pst_ds import (
     CubicSchedule,
     MaskUpdater,
     PSTConfig,
+    adapter_checkpoints,
     inject_pst,
     print_trainable_parameters,
     pst_optimizer,
     save_pretrained,
-    small_checkpoints,
 )
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = inject_pst(AutoModelForCausalLM.from_pretrained(asked.model), PSTConfig())
     if accelerator.is_main_process:
         print_trainable_parameters(model)
-    small_checkpoints(model)
+    adapter_checkpoints(model)
     optimizer = pst_optimizer(model)
     rates = get_linear_schedule_with_warmup(optimizer, 0, asked.steps * accelerator.num_processes)
     model, optimizer, loader, rates = accelerator.prepare(model, optimizer, loader, rates)

@@ -25,10 +25,10 @@ from pst_ds import (
     CubicSchedule,
     MaskUpdater,
     PSTConfig,
+    adapter_checkpoints,
     inject_pst,
     pst_parameter_groups,
     save_pretrained,
-    small_checkpoints,
 )
 
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
     options = {"num_labels": len(labels), "dtype": dtype}
     model = inject_pst(AutoModelForSequenceClassification.from_pretrained(asked.model, **options), PSTConfig())
-    small_checkpoints(model)
+    adapter_checkpoints(model)
     optimizer = torch.optim.AdamW(pst_parameter_groups(model))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if asked.resume and engine.load_checkpoint(asked.resume)[0] is None:

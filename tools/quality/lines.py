@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pst_ds.durable import replace_text
+from pst_ds.atomic_files import write_text_atomic
 from pst_ds.errors import InputError
 from tools.quality.cells import Line
 
@@ -44,4 +44,4 @@ class Lines:
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(self.path, "".join(json.dumps(kept, sort_keys=True) + "\n" for kept in self.by_id.values()))
+        write_text_atomic(self.path, "".join(json.dumps(kept, sort_keys=True) + "\n" for kept in self.by_id.values()))

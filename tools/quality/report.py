@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from pst_ds.config.flatten import dotted
-from pst_ds.durable import replace_text
+from pst_ds.atomic_files import write_text_atomic
+from pst_ds.config.flatten import flatten
 from tools.quality.bars import check_bars, verdicts
 from tools.quality.cells import Line, chosen, plan, tries_run
 from tools.quality.grid import Grid, Method, Table
@@ -39,7 +39,7 @@ def write_report(grids: Sequence[Grid], results: Path) -> Path:
             sections.append(section(grid, lines, write_plots(grid, lines, results)))
     page = results.with_name(f"{results.name}.md")
     head = _HEAD.format(results=results.as_posix() if not results.is_absolute() else results.name)
-    replace_text(page, "\n".join([head, *sections]))
+    write_text_atomic(page, "\n".join([head, *sections]))
     return page
 
 
@@ -164,7 +164,7 @@ def validation(grid: Grid, line: Line | None, *, bold: bool) -> str:
 
 def settings_text(settings: Table) -> str:
     """`train.head_learning_rate = 0.0002` and the like, after one another."""
-    return ", ".join(f"`{name} = {value}`" for name, value in dotted(settings).items())
+    return ", ".join(f"`{name} = {value}`" for name, value in flatten(settings).items())
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

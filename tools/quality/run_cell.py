@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pst_ds.durable import replace_text
+from pst_ds.atomic_files import write_text_atomic
 from tools.verbs import verb
 
 Table = dict[str, Any]
@@ -40,7 +40,7 @@ def main(spec_file: Path) -> int:
         traceback.print_exc()
         said = " ".join(str(error).split())
         outcome = {"outcome": "failed", "error": f"{type(error).__name__}: {said}"[:500]}
-    replace_text(folder / OUTCOME, json.dumps(outcome))
+    write_text_atomic(folder / OUTCOME, json.dumps(outcome))
     return 0 if outcome["outcome"] == "done" else 1
 
 
@@ -82,7 +82,7 @@ def trained(spec: Table, settings: Table, folder: Path) -> Table:
         "tests": tests,
         "steps": result["steps"],
         "training_seconds": result["seconds"],
-        "sparsity_counted": exported["sparsity_counted"],
+        "sparsity_measured": exported["sparsity_measured"],
         "trained_parameters": result["trained_parameters"],
         "parameters": parameters,
         "trained_share": result["trained_parameters"] / parameters,
@@ -100,7 +100,7 @@ def evaluated(spec: Table, settings: Table, folder: Path) -> Table:
     return {
         "validation": metrics.pop("", {}),
         "tests": metrics,
-        "sparsity_counted": counted_sparsity(run_file, model),
+        "sparsity_measured": measured_sparsity(run_file, model),
         "parameters": count_parameters(model),
     }
 
@@ -118,7 +118,7 @@ def make_step(step: Table, place: Path, budget: float) -> tuple[Table, Path]:
             started, cpu = time.monotonic(), cpu_seconds()
             made = pruned(step, place, model) if step["prune"] else taught(step, place, model)
             made |= {"seconds": round(time.monotonic() - started, 1), "cpu_seconds": round(cpu_seconds() - cpu, 1)}
-            replace_text(place / MADE, json.dumps(made, indent=1) + "\n")
+            write_text_atomic(place / MADE, json.dumps(made, indent=1) + "\n")
         limit_cpu(budget)
         return json.loads((place / MADE).read_text(encoding="utf-8")), model
 
@@ -177,7 +177,7 @@ def best_validation(run_file: Path, result: Table) -> dict[str, float]:
     return dict(open_checkpoint(load_run(run_file), "best").state.metrics) or dict(result["metrics"])
 
 
-def counted_sparsity(run_file: Path, model: Path) -> float:
+def measured_sparsity(run_file: Path, model: Path) -> float:
     """The share of zeros in the layers that the run would prune."""
     from pst_ds.config.toml import load_run
     from pst_ds.data.tasks import task_of
@@ -208,7 +208,7 @@ def write_run(settings: Table, folder: Path, name: str) -> Path:
 
     run = run_from_table({**settings, "output_dir": str(folder / name)})
     path = folder / f"{name}.toml"
-    replace_text(path, dump_run(run))
+    write_text_atomic(path, dump_run(run))
     return path
 
 

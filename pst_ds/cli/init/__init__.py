@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pst_ds.atomic_files import require_writable
 from pst_ds.cli.main import count
-from pst_ds.durable import require_writable
 from pst_ds.errors import InputError
 
 TASKS = ("classification", "regression", "causal-lm", "data-to-text")

@@ -8,9 +8,9 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+from pst_ds.atomic_files import write_text_atomic
 from pst_ds.cli.init.run import Chosen
 from pst_ds.config.toml import run_from_table, toml_value
-from pst_ds.durable import replace_text
 from pst_ds.errors import InputError
 
 _COMMENTS = {
@@ -39,8 +39,8 @@ def write_files(chosen: Chosen, out: Path, deepspeed_file: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         if chosen.run.deepspeed_config:
             table = deepspeed_settings(on_cpu=not chosen.has_accelerator)
-            replace_text(deepspeed_file, json.dumps(table, indent=2) + "\n")
-        replace_text(out, text)
+            write_text_atomic(deepspeed_file, json.dumps(table, indent=2) + "\n")
+        write_text_atomic(out, text)
     except OSError as error:
         raise InputError(f"--out {out} cannot be written: {error}") from None
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from pst_ds.cli.inspect.text import Inspected, Layer, counted_sparsity
+from pst_ds.cli.inspect.text import Inspected, Layer, measured_sparsity
 from pst_ds.cli.plan_text import name_across_blocks
 from pst_ds.core.bits import INT_OF_SIZE
 from pst_ds.core.formats import row_bits
 from pst_ds.errors import InputError
 from pst_ds.export.base_weights import BaseWeights
-from pst_ds.export.found_pattern import found_pattern, per_row
+from pst_ds.export.detect_pattern import detect_pattern, per_row
 from pst_ds.export.from_folder import CONFIG_FILE
 from pst_ds.export.manifest import (
     DENSE,
@@ -41,7 +41,7 @@ def export_folder(path: Path) -> Inspected:
             raise ExportError(f"{path / name} is missing")
         files[name] = TensorFile(path / name)
     layers = [_exported(entry, files, path) for entry in entries]
-    known = ("architecture", "step", "sparsity_asked", "sparsity_counted", "computed_in", "metrics", "base_model")
+    known = ("architecture", "step", "sparsity_requested", "sparsity_measured", "computed_in", "metrics", "base_model")
     facts = {
         "format": about["kind"],
         **{key: about.get(key) for key in known},
@@ -103,7 +103,7 @@ def _recorded(row: dict[str, Any], weights: BaseWeights) -> Layer:
         "weights": numel,
         "zeros": int(row["zeros"]),
         "bytes": numel * dtype.itemsize,
-        "sparsity_asked": row["sparsity_asked"],
+        "sparsity_requested": row["sparsity_requested"],
     }
 
 
@@ -129,7 +129,7 @@ def model_folder(path: Path) -> Inspected:
         "dtypes": sorted({layer["dtype"] for layer in layers}),
         "tensors": len(layers),
         "parameters": sum(layer["weights"] for layer in layers),
-        "sparsity_counted": counted_sparsity(in_blocks),
+        "sparsity_measured": measured_sparsity(in_blocks),
         **_sizes(weights.file_bytes),
     }
     note = "sparsity counted: of the matrices inside blocks. Patterns are along the rows as they are stored"
@@ -148,7 +148,7 @@ def _counted(weights: BaseWeights) -> list[Layer]:
 def _counted_tensor(name: str, tensor: Tensor) -> Layer:
     if tensor.dim() == 2 and tensor.is_floating_point() and tensor.element_size() in INT_OF_SIZE:
         bits = row_bits(tensor).numpy()
-        nonzero, pattern = int(per_row(bits).sum()), found_pattern(bits, tensor.shape[1])
+        nonzero, pattern = int(per_row(bits).sum()), detect_pattern(bits, tensor.shape[1])
     else:
         nonzero, pattern = count_nonzero(tensor), ""
     return {

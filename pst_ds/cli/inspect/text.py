@@ -28,7 +28,7 @@ class Inspected:
     """What the reader should know of how this was found."""
 
 
-def counted_sparsity(layers: Sequence[Layer]) -> float | None:
+def measured_sparsity(layers: Sequence[Layer]) -> float | None:
     """Share of zeros of all ``layers`` together; None without any."""
     weights = sum(layer["weights"] for layer in layers)
     return sum(layer["zeros"] for layer in layers) / weights if weights else None

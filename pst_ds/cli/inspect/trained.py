@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pst_ds.atomic_files import file_sha256
 from pst_ds.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE
-from pst_ds.cli.inspect.text import Inspected, Layer, counted_sparsity
+from pst_ds.cli.inspect.text import Inspected, Layer, measured_sparsity
 from pst_ds.core.bits import count_bits
-from pst_ds.durable import file_sha256
 from pst_ds.errors import InputError
 from pst_ds.export.manifest import read_table
 from pst_ds.export.tensor_files import TensorFile
-from pst_ds.nn.small_checkpoints import MASK_BITS
+from pst_ds.nn.adapter_checkpoints import MASK_BITS
 
 _OUTPUTS, _INPUTS = "ARU", "BCV"
 """Factors with as many rows as a layer has outputs, and with as many columns as it has inputs."""
@@ -72,7 +72,7 @@ def counted(layers: list[Layer]) -> dict[str, Any]:
     """Facts of all layers together."""
     pruned = [layer for layer in layers if layer["zeros"] is not None]
     return {
-        "sparsity_counted": counted_sparsity(pruned),
+        "sparsity_measured": measured_sparsity(pruned),
         "pruned_weights": sum(layer["weights"] for layer in pruned),
         "trained_parameters": sum(layer["trained"] for layer in layers),
     }
@@ -100,7 +100,7 @@ def small_state(path: Path) -> Inspected:
     known = (
         "step",
         "sparsity",
-        "masks_final",
+        "masks_frozen",
         "dtype",
         "base_model_name_or_path",
         "base_fingerprint",

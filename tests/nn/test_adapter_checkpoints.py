@@ -8,8 +8,8 @@ from torch import nn
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.masks.update import mask_stats, update_masks
+from pst_ds.nn.adapter_checkpoints import adapter_checkpoints, whole_checkpoints
 from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.nn.small_checkpoints import small_checkpoints, whole_checkpoints
 from pst_ds.parallel import zero3
 
 
@@ -44,8 +44,8 @@ def _trained():
 def test_a_small_state_dict_has_what_changed_and_loads_into_the_same_base(strict):
     model, other = _trained(), _injected()
     for one in (model, other):
-        small_checkpoints(one)
-        small_checkpoints(one)  # a second time changes nothing
+        adapter_checkpoints(one)
+        adapter_checkpoints(one)  # a second time changes nothing
     state = model.state_dict()
     trained = {name for name, param in model.named_parameters() if param.requires_grad}
     masks = {f"{name}.pst_mask_bits" for name in pst_layers(model)}
@@ -60,7 +60,7 @@ def test_a_small_state_dict_has_what_changed_and_loads_into_the_same_base(strict
 
 def test_what_training_changed_must_all_be_there():
     model = _trained()
-    small_checkpoints(model)
+    adapter_checkpoints(model)
     for gone in ("blocks.0.pst_A", "blocks.1.pst_mask_bits", "classifier.bias"):
         state = model.state_dict()
         del state[gone]
@@ -81,7 +81,7 @@ def test_a_missing_value_is_missing_whatever_its_ending():
             self.head.proj = nn.Linear(8, 8)
 
     model, wrapped = inject_pst(Model(), PSTConfig(modules_to_save=("head",))), nn.Module()
-    small_checkpoints(model)
+    adapter_checkpoints(model)
     state = model.state_dict()
     del state["head.proj.weight"]  # the frozen proj.weight may be missing, not this
     with pytest.raises(RuntimeError, match=r"Missing key.*head\.proj\.weight"):
@@ -95,7 +95,7 @@ def test_a_layer_in_two_places_is_kept_once():
     model = _Model()
     model.also = model.blocks[0]
     inject_pst(model, PSTConfig(modules_to_save=("classifier",)))
-    small_checkpoints(model)
+    adapter_checkpoints(model)
     state = model.state_dict()
     assert [name for name in state if "mask" in name] == ["blocks.0.pst_mask_bits", "blocks.1.pst_mask_bits"]
     assert model.load_state_dict(state).missing_keys == []
@@ -103,7 +103,7 @@ def test_a_layer_in_two_places_is_kept_once():
 
 def _ready():
     model = _injected()
-    small_checkpoints(model)
+    adapter_checkpoints(model)
     return model
 
 
@@ -119,7 +119,7 @@ def test_whole_state_dicts_load_still_and_come_back():
 def test_names_with_a_wrapper_s_prefix_are_the_same():
     wrapped, other = nn.Module(), nn.Module()
     wrapped.module, other.module = _trained(), _ready()
-    small_checkpoints(wrapped.module)
+    adapter_checkpoints(wrapped.module)
     state = wrapped.state_dict()
     assert all(name.startswith("module.") for name in state)
     assert "module.blocks.0.weight" not in state
@@ -132,7 +132,7 @@ def test_safetensors_load_model_takes_one(tmp_path):
     from safetensors.torch import load_model, save_file
 
     model, other = _trained(), _ready()
-    small_checkpoints(model)
+    adapter_checkpoints(model)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     load_model(other, tmp_path / "model.safetensors")
     assert mask_stats(other).checksum == mask_stats(model).checksum
@@ -150,7 +150,7 @@ def _save(folder, stage, marked):
         shards = 2 if stage == 3 else 1
         inject_pst(model, PSTConfig(score_rank=2, update_rank=2, modules_to_save=("classifier",)), num_shards=shards)
         if marked:
-            small_checkpoints(model)
+            adapter_checkpoints(model)
         params = [p for p in model.parameters() if p.requires_grad]
         return deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(params), config=config)[0]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 Method = TypeVar("Method", bound=Callable[..., Tensor])
 
 
-def outside_graphs(method: Method) -> Method:
+def no_compile(method: Method) -> Method:
     """``method`` itself, which a compiled model calls as it is: between graphs, and without new ones for new masks.
 
     ``torch.compiler.disable`` at once would import torch's compiler, which takes as long as torch.

@@ -16,7 +16,7 @@ Bits = NDArray[np.uint8]
 """(O, ceil(I/8)): a set bit for each non-zero, little-endian, padding bits zero."""
 
 
-def found_pattern(bits: Bits, inputs: int) -> str:
+def detect_pattern(bits: Bits, inputs: int) -> str:
     """What the zeros of a matrix (O, I) were found to be, by the name that ``pst.pattern`` has for it.
 
     "dense" without zeros; blocks of outputs x inputs, such as "16x1", that are kept or pruned whole; "2:4" or another

@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pst_ds import durable
-from pst_ds.durable import (
+from pst_ds import atomic_files as durable
+from pst_ds.atomic_files import (
+    atomic_folder,
+    publish,
     replace_link,
-    replace_text,
     require_writable,
     restore_replaced,
-    take_name,
-    whole_folder,
     write_new,
+    write_text_atomic,
 )
 from pst_ds.errors import InputError
 
@@ -48,7 +48,7 @@ def _tree(folder):
 
 def _make(folder, content):
     """A folder of two files, one of them deeper."""
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         write_new(partial / "a", content)
         (partial / "sub").mkdir()
         write_new(partial / "sub" / "b", content * 2)
@@ -87,11 +87,11 @@ def test_text_and_links_are_the_old_or_the_new_ones_after_an_error(tmp_path, own
     text, link = tmp_path / "text", tmp_path / "link"
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    replace_text(text, "old")
+    write_text_atomic(text, "old")
     replace_link(link, "one")
     failed = 0
     for change, look, old, new in (
-        (lambda: replace_text(text, "new"), text.read_text, "old", "new"),
+        (lambda: write_text_atomic(text, "new"), text.read_text, "old", "new"),
         (lambda: replace_link(link, "two"), lambda: str(link.readlink()), "one", "two"),
     ):
         with pytest.MonkeyPatch.context() as patch:
@@ -120,7 +120,7 @@ def test_a_link_stays_one_and_the_file_that_it_names_is_replaced(tmp_path, there
     link.symlink_to("deeper/text")
     if there:
         target.write_text("old")
-    replace_text(link, "new")
+    write_text_atomic(link, "new")
     assert str(link.readlink()) == "deeper/text"
     assert target.read_text() == "new"
     assert _tree(tmp_path) == {"link": b"new", "deeper/text": b"new"}
@@ -130,24 +130,24 @@ def test_a_device_and_a_pipe_are_written_to_and_a_folder_is_refused(tmp_path):
     fifo, link = tmp_path / "fifo", tmp_path / "link"
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    replace_text(fifo, "through the pipe")
+    write_text_atomic(fifo, "through the pipe")
     assert os.read(reader, 100) == b"through the pipe"
     os.close(reader)
     assert fifo.is_fifo()
     link.symlink_to("/dev/null")
-    replace_text(link, "into nothing")
+    write_text_atomic(link, "into nothing")
     assert Path("/dev/null").is_char_device()
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError, match="folder"):
-        replace_text(tmp_path / "folder", "text")
+        write_text_atomic(tmp_path / "folder", "text")
     assert {p.name for p in tmp_path.iterdir()} == {"fifo", "link", "folder"}
 
 
 def test_an_error_leaves_nothing_beside_the_file(tmp_path, monkeypatch):
-    replace_text(tmp_path / "text", "old")
+    write_text_atomic(tmp_path / "text", "old")
     monkeypatch.setattr(os, "fsync", _full)
     with pytest.raises(OSError, match="No space"):
-        replace_text(tmp_path / "text", "new")
+        write_text_atomic(tmp_path / "text", "new")
     assert _tree(tmp_path) == {"text": b"old"}
 
 
@@ -220,7 +220,7 @@ def test_an_error_of_the_writer_leaves_the_older_folder_and_nothing_else(tmp_pat
     _make(tmp_path / "c", b"old")
 
     def write():
-        with whole_folder(tmp_path / "c") as partial:
+        with atomic_folder(tmp_path / "c") as partial:
             write_new(partial / "a", b"half")
             raise error
 
@@ -234,7 +234,7 @@ class _Killed(BaseException):
     """Stands for the end of the process: no handler of errors of the disk sees it."""
 
 
-@pytest.mark.parametrize("again", ["restore_replaced", "whole_folder"])
+@pytest.mark.parametrize("again", ["restore_replaced", "atomic_folder"])
 def test_a_kill_between_the_two_renames_is_repaired(tmp_path, monkeypatch, again):
     folder = tmp_path / "c"
     _make(folder, b"old")
@@ -251,7 +251,7 @@ def test_a_kill_between_the_two_renames_is_repaired(tmp_path, monkeypatch, again
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", killed)
         with pytest.raises(_Killed):
-            take_name(partial, folder)
+            publish(partial, folder)
     assert not folder.exists()  # this is what the kill leaves
     assert _tree(tmp_path / "c.old") == _made(b"old")
     if again == "restore_replaced":
@@ -261,7 +261,7 @@ def test_a_kill_between_the_two_renames_is_repaired(tmp_path, monkeypatch, again
         restore_replaced(folder)  # and does nothing where nothing is to be done
         assert _tree(folder) == _made(b"old")
     else:
-        with pytest.raises(OSError, match="No space"), whole_folder(folder):
+        with pytest.raises(OSError, match="No space"), atomic_folder(folder):
             _full()
         assert _tree(tmp_path) == {f"c/{name}": data for name, data in _made(b"old").items()}
 
@@ -279,7 +279,7 @@ def _killed_while_writing(folder, chunks):
     pid = os.fork()
     if not pid:
         try:
-            with whole_folder(folder) as partial, (partial / "a").open("wb") as stream:
+            with atomic_folder(folder) as partial, (partial / "a").open("wb") as stream:
                 for i in range(100):
                     stream.write(bytes([i]) * 1000)
                     stream.flush()

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pst_ds.export.found_pattern import found_pattern, largest_group, per_row
+from pst_ds.export.detect_pattern import detect_pattern, largest_group, per_row
 
 
 def _pattern(matrix) -> str:
     matrix = np.asarray(matrix)
-    return found_pattern(np.packbits(matrix != 0, axis=1, bitorder="little"), matrix.shape[1])
+    return detect_pattern(np.packbits(matrix != 0, axis=1, bitorder="little"), matrix.shape[1])
 
 
 def _random(rows, columns, density, seed=0):
@@ -62,7 +62,7 @@ def test_counts_are_those_of_the_matrix(rows, columns, density, seed):
     for m in (4, 8, 16):
         groups = matrix.reshape(rows, -1, m).sum(2) if columns % m == 0 else None
         assert largest_group(bits, columns, m) == (None if groups is None else groups.max())
-    found = found_pattern(bits, columns)
+    found = detect_pattern(bits, columns)
     assert (found == "dense") == bool(matrix.all())
     if "x" in found and matrix.any():
         tall, wide = map(int, found.split("x"))

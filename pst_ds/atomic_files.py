@@ -59,12 +59,12 @@ def write_new(path: Path, data: bytes) -> str:
     return digest
 
 
-def replace_text(path: Path, text: str) -> None:
-    """:func:`replace_bytes` of a text."""
-    replace_bytes(path, text.encode())
+def write_text_atomic(path: Path, text: str) -> None:
+    """:func:`write_bytes_atomic` of a text."""
+    write_bytes_atomic(path, text.encode())
 
 
-def replace_bytes(path: Path, data: bytes) -> None:
+def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Give ``path`` a new content; a reader, also after a crash, finds the old one or the new one.
 
     A link stays one: the file that it names is replaced. A device or a pipe is written to. Raises IsADirectoryError.
@@ -95,7 +95,7 @@ def replace_link(path: Path, target: str) -> None:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into, which takes the name ``folder`` at the end; after an error nothing of it is left.
 
     A link stays one: the folder that it names is replaced.
@@ -109,13 +109,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         yield partial
         for path in partial.rglob("*"):
             sync(path)
-        take_name(partial, folder)
+        publish(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def take_name(partial: Path, folder: Path) -> None:
+def publish(partial: Path, folder: Path) -> None:
     """Give a finished folder, its files on disk, its name; what had the name before is gone then."""
     sync(partial)
     old = folder.with_name(folder.name + OLD)
@@ -133,7 +133,7 @@ def take_name(partial: Path, folder: Path) -> None:
 
 
 def restore_replaced(folder: Path) -> None:
-    """After a crash between the two renames of :func:`take_name`: give the older folder its name back."""
+    """After a crash between the two renames of :func:`publish`: give the older folder its name back."""
     old = folder.with_name(folder.name + OLD)
     if old.is_dir():
         if folder.exists():

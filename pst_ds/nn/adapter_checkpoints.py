@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pst_ds.nn.inject import pst_layers, small_parameters
+from pst_ds.nn.inject import adapter_parameters, pst_layers
 from pst_ds.parallel import zero3
 from pst_ds.parallel.deepspeed_checkpoint import keep_frozen, leave_out_frozen
 
@@ -16,7 +16,7 @@ MASK_BITS = "pst_mask_bits"
 _HANDLES, _PREFIX = "pst_small_checkpoints", "pst_loading_prefix"
 
 
-def small_checkpoints(model: nn.Module) -> None:
+def adapter_checkpoints(model: nn.Module) -> None:
     """Leave the frozen base out of every checkpoint of ``model`` from now on.
 
     ``model.state_dict()`` then has what the config trains and what else has a gradient, each once, the masks' bits as
@@ -37,7 +37,7 @@ def small_checkpoints(model: nn.Module) -> None:
 
 
 def whole_checkpoints(model: nn.Module) -> None:
-    """Undo :func:`small_checkpoints`."""
+    """Undo :func:`adapter_checkpoints`."""
     for handle in vars(model).pop(_HANDLES, ()):
         handle.remove()
     keep_frozen(model)
@@ -81,5 +81,5 @@ def _forgive(model: nn.Module, incompatible: Any) -> None:
 
 def _names_left_out(model: nn.Module) -> set[str]:
     """All parameters but those of a small state and the masks; of tied ones the further names too."""
-    kept = {name for name, _ in small_parameters(model)} | {f"{name}.pst_mask" for name in pst_layers(model)}
+    kept = {name for name, _ in adapter_parameters(model)} | {f"{name}.pst_mask" for name in pst_layers(model)}
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - kept

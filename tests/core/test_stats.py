@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pst_ds.core import figures
+from pst_ds.core import stats
 from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.layout import Rect, WeightLayout, shard_tiles
 
@@ -37,61 +37,61 @@ def _by_part(left, right, parts):
 def test_norms_are_those_of_the_whole_matrices(layout):
     f = _factors(layout)
     update = CONSTANTS.beta * _by_part(f.U, f.V, layout.parts)
-    assert figures.update_norm(layout, f, CONSTANTS) == pytest.approx(float(update.norm()), rel=1e-12)
+    assert stats.update_norm(layout, f, CONSTANTS) == pytest.approx(float(update.norm()), rel=1e-12)
     structured = f.R.double()[:, None] + f.C.double().repeat_interleave(layout.out_features // layout.parts, 0)
     low_rank = CONSTANTS.alpha1 * _by_part(f.A, f.B, layout.parts)
     whole = low_rank + CONSTANTS.alpha2 * structured
-    assert figures.learned_score_norm(layout, f, CONSTANTS) == pytest.approx(float(whole.norm()), rel=1e-12)
+    assert stats.learned_score_norm(layout, f, CONSTANTS) == pytest.approx(float(whole.norm()), rel=1e-12)
     without = Factors(A=f.A, B=f.B)
-    assert figures.learned_score_norm(layout, without, CONSTANTS) == pytest.approx(float(low_rank.norm()), rel=1e-12)
-    assert figures.update_norm(layout, without, CONSTANTS) == 0.0
-    assert figures.learned_score_norm(layout, Factors(U=f.U, V=f.V), CONSTANTS) == 0.0
+    assert stats.learned_score_norm(layout, without, CONSTANTS) == pytest.approx(float(low_rank.norm()), rel=1e-12)
+    assert stats.update_norm(layout, without, CONSTANTS) == 0.0
+    assert stats.learned_score_norm(layout, Factors(U=f.U, V=f.V), CONSTANTS) == 0.0
 
 
 def test_a_norm_of_nothing_is_zero_exactly():
-    assert figures.product_norm(_normal(40, 3), torch.zeros(3, 50)) == 0.0
+    assert stats.product_norm(_normal(40, 3), torch.zeros(3, 50)) == 0.0
 
 
 @pytest.mark.parametrize("cuts", [(0, 5000), (0, 17, 17, 2600, 5000)])
 def test_the_correlation_is_pearson_s_over_all_parts(cuts):
     x, noise = _normal(5000).double(), _normal(5000, seed=1).double()
     y = 1e3 + 0.3 * x + noise
-    sums = torch.stack([figures.moment_sums(x[a:b], y[a:b]) for a, b in itertools.pairwise(cuts)]).sum(0)
-    assert figures.correlation(sums, 5000) == pytest.approx(np.corrcoef(x, y)[0, 1], rel=1e-9)
+    sums = torch.stack([stats.moment_sums(x[a:b], y[a:b]) for a, b in itertools.pairwise(cuts)]).sum(0)
+    assert stats.correlation(sums, 5000) == pytest.approx(np.corrcoef(x, y)[0, 1], rel=1e-9)
 
 
 def test_what_is_equal_has_correlation_one_and_what_does_not_vary_none():
     x = _normal(1000).abs() + 3.0
-    assert figures.correlation(figures.moment_sums(x, x), 1000) == pytest.approx(1.0, abs=1e-12)
-    assert figures.correlation(figures.moment_sums(x, -x), 1000) == pytest.approx(-1.0, abs=1e-12)
-    assert figures.correlation(figures.moment_sums(x, torch.full_like(x, 0.1)), 1000) is None
-    assert figures.correlation(figures.moment_sums(x, torch.zeros_like(x)), 1000) is None
+    assert stats.correlation(stats.moment_sums(x, x), 1000) == pytest.approx(1.0, abs=1e-12)
+    assert stats.correlation(stats.moment_sums(x, -x), 1000) == pytest.approx(-1.0, abs=1e-12)
+    assert stats.correlation(stats.moment_sums(x, torch.full_like(x, 0.1)), 1000) is None
+    assert stats.correlation(stats.moment_sums(x, torch.zeros_like(x)), 1000) is None
     for bad in (math.nan, math.inf):
         x[7] = bad
-        assert figures.correlation(figures.moment_sums(x, x), 1000) is None
+        assert stats.correlation(stats.moment_sums(x, x), 1000) is None
 
 
 def test_bins_are_numpys_and_the_ends_have_what_is_beyond():
     values, kept = _normal(4000), (_normal(4000, seed=1) > 0.3).byte()
     low, high = -1.5, 1.25
-    found = figures.count_in_bins(values.view(40, 100), kept.view(40, 100), low, high)
+    found = stats.count_in_bins(values.view(40, 100), kept.view(40, 100), low, high)
     clipped = values.double().clamp(low, high).numpy()
     for i in (0, 1):
-        expected, _ = np.histogram(clipped[kept.numpy() == i], figures.HISTOGRAM_BINS, (low, high))
+        expected, _ = np.histogram(clipped[kept.numpy() == i], stats.HISTOGRAM_BINS, (low, high))
         assert found[i].tolist() == expected.tolist()
-    in_parts = sum(figures.count_in_bins(values[a:b], kept[a:b], low, high) for a, b in ((0, 9), (9, 9), (9, 4000)))
+    in_parts = sum(stats.count_in_bins(values[a:b], kept[a:b], low, high) for a, b in ((0, 9), (9, 9), (9, 4000)))
     assert torch.equal(found, in_parts)
 
 
 def test_the_range_is_four_deviations_and_does_not_depend_on_the_order_of_sums():
     values = (_normal(100_000) * 0.2 + 0.7).double()
     total, squares = float(values.sum()), float(values @ values)
-    low, high = figures.histogram_range(total, squares, values.numel())
+    low, high = stats.histogram_range(total, squares, values.numel())
     assert low == pytest.approx(0.7 - 0.8, abs=0.01)
     assert high == pytest.approx(0.7 + 0.8, abs=0.01)
-    assert (low, high) == figures.histogram_range(total * (1 + 1e-14), squares * (1 - 1e-14), values.numel())
+    assert (low, high) == stats.histogram_range(total * (1 + 1e-14), squares * (1 - 1e-14), values.numel())
     for constant in (0.0, -3.0):
-        low, high = figures.histogram_range(constant * 10, constant**2 * 10, 10)
+        low, high = stats.histogram_range(constant * 10, constant**2 * 10, 10)
         assert low < constant < high
 
 
@@ -99,21 +99,21 @@ def test_the_range_is_four_deviations_and_does_not_depend_on_the_order_of_sums()
 def test_the_range_is_around_the_mean_however_narrow(mean, deviation):
     values = mean + deviation * _normal(100_000).double()
     total, squares = float(values.sum()), float(values @ values)
-    low, high = figures.histogram_range(total, squares, values.numel())
+    low, high = stats.histogram_range(total, squares, values.numel())
     exact = float(values.std(correction=0))
     assert (low + high) / 2 == pytest.approx(float(values.mean()), abs=0.01 * exact)
     assert high - low == pytest.approx(8 * exact, rel=0.01)
-    counts = figures.count_in_bins(values.float(), torch.zeros(len(values)), low, high).sum(0)
+    counts = stats.count_in_bins(values.float(), torch.zeros(len(values)), low, high).sum(0)
     assert counts.max() < 0.06 * len(values)
     ordered = values[values.sort().indices]
-    again = figures.histogram_range(float(ordered.sum()), float(ordered @ ordered), values.numel())
+    again = stats.histogram_range(float(ordered.sum()), float(ordered @ ordered), values.numel())
     assert again == (low, high)
 
 
 def test_what_rounding_leaves_of_a_constant_is_no_deviation():
     values = torch.full((1000,), 0.1, dtype=torch.float64)
     ranges = {
-        figures.histogram_range(sum(values.tolist()[::step]) * step, 0.01 * 1000 * (1 + step * 1e-16), 1000)
+        stats.histogram_range(sum(values.tolist()[::step]) * step, 0.01 * 1000 * (1 + step * 1e-16), 1000)
         for step in (1, 2, 5)
     }
     ((low, high),) = ranges
@@ -123,21 +123,21 @@ def test_what_rounding_leaves_of_a_constant_is_no_deviation():
 def test_the_cut_is_within_a_bin_of_the_order_statistic():
     values = _normal(5000)
     low, high = -4.0, 4.0
-    counts = figures.count_in_bins(values, torch.zeros(5000), low, high).sum(0)
+    counts = stats.count_in_bins(values, torch.zeros(5000), low, high).sum(0)
     ordered = values.sort().values
-    width = (high - low) / figures.HISTOGRAM_BINS
+    width = (high - low) / stats.HISTOGRAM_BINS
     for below in (1, 2, 37, 2500, 4500, 4999):
-        cut = figures.cut_in_bins(counts, below, low, high)
+        cut = stats.cut_in_bins(counts, below, low, high)
         assert cut == pytest.approx(float(ordered[below - 1]), abs=width)
-    assert figures.cut_in_bins(counts, 5000, low, high) <= high
-    assert figures.cut_in_bins(counts, 0, low, high) is None
+    assert stats.cut_in_bins(counts, 5000, low, high) <= high
+    assert stats.cut_in_bins(counts, 0, low, high) is None
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (32, 33), (100, 31), (64, 96)])
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_cells_count_every_weight_once_whatever_the_shards(shape, world_size):
     kept = (_normal(*shape) > 0.5).byte()
-    cells = figures.thumbnail_cells(shape)
+    cells = stats.thumbnail_cells(shape)
     expected, size = torch.zeros(cells, dtype=torch.int64), torch.zeros(cells, dtype=torch.int64)
     for i in range(shape[0]):
         for j in range(shape[1]):
@@ -149,7 +149,7 @@ def test_cells_count_every_weight_once_whatever_the_shards(shape, world_size):
     share = -(-numel // world_size)
     for start in range(0, numel, share):
         for rect in shard_tiles(Rect(0, shape[0], 0, shape[1]), shape[1], start, min(start + share, numel), 40):
-            figures.add_kept_by_cell_(counts, kept[rect.r0 : rect.r1, rect.c0 : rect.c1], rect, shape)
+            stats.add_kept_by_cell_(counts, kept[rect.r0 : rect.r1, rect.c0 : rect.c1], rect, shape)
     assert torch.equal(counts, expected)
-    assert torch.equal(figures.weights_by_cell(shape), size)
-    assert max(cells) <= figures.THUMBNAIL_CELLS
+    assert torch.equal(stats.weights_by_cell(shape), size)
+    assert max(cells) <= stats.THUMBNAIL_CELLS
