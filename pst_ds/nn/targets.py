@@ -59,9 +59,9 @@ def find_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
     and stay dense and frozen. Name them in ``target_modules`` to prune them.
 
     Raises InjectionError when nothing matches, when a match is tied, quantised or not linear, or cannot be replaced
-    (:func:`~pst_ds.nn.replaceable.why_not_replaceable`), and when "all-linear" would
-    leave matrices inside the blocks dense because they are not linear layers, such as experts in one 3-D Parameter. Those
-    that ``exclude_modules`` names stay dense and frozen.
+    (:func:`~pst_ds.nn.replaceable.why_not_replaceable`), and when "all-linear" would leave matrices inside the blocks
+    dense because they are not linear layers, such as experts in one 3-D Parameter. Those that ``exclude_modules`` names
+    stay dense and frozen.
     """
     saved = modules_to_save(model, config)
     places = places_by_module(model)
