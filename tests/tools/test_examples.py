@@ -54,6 +54,7 @@ def _run(folder, classifier):
     run = load_run("tests/data/world_size.toml", [
         f"{key}={json.dumps(value)}" for key, value in {
             "deepspeed_config": "", "output_dir": str(folder), "model.path": str(classifier), "seed": 11,
+            "pst.seed": 0,  # as in the script's PSTConfig()
             "train.num_steps": STEPS, "train.batch_size": BATCH, "train.learning_rate_warmup_fraction": 0.0,
             "schedule.final_sparsity": 0.8, "schedule.warmup_fraction": 0.1, "schedule.cooldown_fraction": 0.3,
             "schedule.update_interval": 1,
