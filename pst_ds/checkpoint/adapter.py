@@ -1,7 +1,7 @@
 """The small state of a trained model in a folder, in PEFT's manner: what is to be put onto the base model.
 
     pst_config.json               the PSTConfig, the base model and its fingerprint, where in its schedule training was
-    pst_model.safetensors         fp32 values of all that is trained, and the bits of every mask
+    pst_model.safetensors         fp32 values of all that is trained, the bits of every mask, and the buffers
     model.safetensors.index.json  names the file above, for Trainer.train(resume_from_checkpoint=...)
 
 ``from_pretrained`` of such a folder is an error, and not a model with random weights: there is no config.json, and the
@@ -35,6 +35,7 @@ from pst_ds.nn.inject import (
     freeze_scores,
     inject_pst,
     injected_config,
+    persistent_buffers,
     pst_layers,
 )
 from pst_ds.parallel import zero3
@@ -112,6 +113,8 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
         for name, param in adapter_parameters(model):
             shard = zero3.shard_of(param)
             zero3.write_shard(param, tensors[name].flatten()[shard.start : shard.start + shard.values.numel()])
+        for name, buffer in persistent_buffers(model).items():
+            buffer.copy_(tensors.get(name, buffer))
         for name, layer in pst_layers(model).items():
             bits = relayout(tensors[f"{name}.{MASK_BITS}"], layer.layout.numel, 1, layer.num_shards)
             shards = bits.view(layer.num_shards, -1)
@@ -127,7 +130,7 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
 def small_state(
     model: nn.Module, gathered: Mapping[str, Tensor] | None = None, *, keep: bool | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of pst_model.safetensors: fp32 values of :func:`adapter_parameters`, and masks in one shard each.
+    """The tensors of pst_model.safetensors: fp32 values of :func:`adapter_parameters`, masks in one shard each, buffers.
 
     Values are the optimizer's masters where there are any; with ``gathered``, a state dict of the whole model, they are
     taken from it. Where ``keep`` is false, by default on all ranks but 0, the dict is empty. Collective without
@@ -139,6 +142,8 @@ def small_state(
         value = zero3.fp32_masters([param])[0] if gathered is None else gathered[name].float()
         if keep:
             tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+    for name, buffer in persistent_buffers(model).items() if keep else ():
+        tensors[name] = (buffer if gathered is None else gathered[name]).detach().to("cpu", copy=True).contiguous()
     for name, layer in pst_layers(model).items():
         with zero3.gathered([layer.pst_mask] if gathered is None else []):
             bits = layer.pst_mask if gathered is None else _mask_of(gathered, name)
@@ -291,6 +296,7 @@ def _require_fit(model: nn.Module, tensors: dict[str, Tensor], saved: dict[str, 
     for name, layer in pst_layers(model).items():
         wanted[f"{name}.{MASK_BITS}"] = (-(-layer.layout.numel // 8),)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wanted |= {name: tuple(buffer.shape) for name, buffer in persistent_buffers(model).items() if name in found}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise PretrainedError(

@@ -91,7 +91,7 @@ def _compare(args: argparse.Namespace, config: RunConfig, *, packed: bool) -> di
     import torch
 
     from pst_ds.nn.embedding import pst_embeddings
-    from pst_ds.nn.inject import pst_layers
+    from pst_ds.nn.inject import persistent_buffers, pst_layers
     from pst_ds.train.run import masked_model, prepare_single
     from pst_ds.train.run_folder import open_checkpoint
 
@@ -105,7 +105,8 @@ def _compare(args: argparse.Namespace, config: RunConfig, *, packed: bool) -> di
     merged: dict[str, Any] = {f"{n}.weight": layer.masked_weight() for n, layer in pst_layers(masked).items()}
     merged |= {f"{n}.weight": embedding.updated_weight() for n, embedding in pst_embeddings(masked).items()}
     merged = merged or dict(masked.named_parameters())  # method "dense" changes no module
-    loaded = dict(plain.named_parameters())
+    merged |= persistent_buffers(masked)
+    loaded = {**dict(plain.named_parameters()), **persistent_buffers(plain)}
     foreign = [n for n, weight in merged.items() if n not in loaded or loaded[n].shape != weight.shape]
     if foreign:
         raise InputError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -46,14 +48,7 @@ class BaseWeights:
 
     def find(self, name: str) -> str | None:
         """The file's name for the model's tensor ``name``: with or without the base model's prefix; None if absent."""
-        candidates = [name, name.removeprefix(self._prefix), self._prefix + name]
-        for candidate in candidates:
-            for new, old in (("", ""), *_OLD_ENDINGS):
-                if candidate.endswith(new):
-                    spelled = candidate[: len(candidate) - len(new)] + old
-                    if spelled in self._file_of:
-                        return spelled
-        return None
+        return _spelled(name, self._prefix, self._file_of)
 
     def size(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """dtype and shape of the tensor under the file's own ``name``; its values are not read."""
@@ -83,15 +78,58 @@ class BaseWeights:
             shutil.copyfile(self.folder / name, folder / name)
 
 
-def saved_tensors(model: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """What ``save_pretrained`` writes for the model's ``tensor``, by name; ``tensor`` may be on the meta device.
+def saved_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What ``save_pretrained`` writes for these of the model's tensors, by name; they may be on the meta device.
 
     transformers builds some models of other tensors than their files hold: it renames them, or stacks the experts of a
-    layer in one Parameter. This is its own way back.
+    layer in one Parameter. This is its own way back. One that is renamed is the same object.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    return revert_weight_conversion(model, {name: tensor})  # type: ignore[arg-type]
+    return revert_weight_conversion(model, dict(tensors))  # type: ignore[arg-type]
+
+
+def names_in_files(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The model's names of ``tensors`` by those that ``save_pretrained`` gives them; without what it takes apart."""
+    name_of = {id(tensor): name for name, tensor in tensors.items()}
+    return {saved: name_of[id(t)] for saved, t in saved_tensors(model, tensors).items() if id(t) in name_of}
+
+
+def may_be_missing(model: nn.Module, name: str) -> bool:
+    """Whether transformers has a rule of its own for the tensor ``name`` where the files do not have it."""
+    rules = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]  # type: ignore[misc]
+    return any(re.search(rule, name) for rule in rules)
+
+
+def tensors_lacking(model: nn.Module, in_files: Collection[str]) -> list[str]:
+    """The tensors of ``model``, as ``save_pretrained`` names them, that ``in_files`` lacks; tied ones once."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}.".removeprefix(".")
+    state = model.state_dict(keep_vars=True)
+
+    def is_there(name: str) -> bool:
+        return may_be_missing(model, name) or _spelled(name, prefix, in_files) is not None
+
+    lacking = [names for names in _tied(state.items()) if not any(map(is_there, names))]
+    saved = saved_tensors(model, {name: state[name] for names in lacking for name in names})
+    return [min(names) for names in _tied(saved.items()) if not any(name in in_files for name in names)]
+
+
+def _tied(tensors: Iterable[tuple[str, Tensor]]) -> list[list[str]]:
+    """The names of each tensor."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors:
+        names.setdefault(id(tensor), []).append(name)
+    return list(names.values())
+
+
+def _spelled(name: str, prefix: str, known: Collection[str]) -> str | None:
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        for new, old in (("", ""), *_OLD_ENDINGS):
+            if candidate.endswith(new):
+                spelled = candidate[: len(candidate) - len(new)] + old
+                if spelled in known:
+                    return spelled
+    return None
 
 
 def _local_folder(path: str | Path) -> Path:

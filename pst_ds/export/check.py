@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pst_ds.atomic_files import file_sha256
 from pst_ds.core.formats import FORMATS, FormatError
+from pst_ds.export.base_weights import saved_tensors, tensors_lacking
 from pst_ds.export.export import measured_sparsity
 from pst_ds.export.from_folder import CONFIG_FILE, model_of
 from pst_ds.export.manifest import (
@@ -29,6 +30,7 @@ from pst_ds.export.manifest import (
 )
 from pst_ds.export.model_card import CARD_FILE
 from pst_ds.export.tensor_files import CODE_OF_DTYPE, TensorFile, TensorFileError
+from pst_ds.nn.inject import shortened
 from pst_ds.progress import Progress
 
 
@@ -59,15 +61,25 @@ def check_export(folder: Path) -> dict[str, Any]:
 
 
 def check_model(folder: Path) -> None:
-    """Hold names and shapes of a checked export against the model of its config. Raises ExportError."""
+    """Hold names and shapes of a checked export against the model of its config, and its against the export's.
+
+    Raises ExportError.
+    """
     entries, model = read_manifest(folder)[0], model_of(folder)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = model.state_dict(keep_vars=True)
+    tensors |= saved_tensors(model, tensors)
     for entry in entries:
         known = tensors.get(entry.name)
         if known is not None and list(known.shape) != entry.shape:
             raise ExportError(f"{folder}: {entry.name} is {entry.shape}, and {list(known.shape)} in the model")
         if known is None and entry.packing != DENSE:
             raise ExportError(f"{folder}: {entry.name} is packed, and the model has no such tensor")
+    lacking = tensors_lacking(model, {entry.name for entry in entries})
+    if lacking:
+        raise ExportError(
+            f"{folder} lacks {shortened(lacking)}, which a {type(model).__name__} has, as config.json names it: "
+            "transformers would load initial values there. Export the model again, from files that have all its tensors"
+        )
 
 
 def _check_files(folder: Path, entries: Sequence[TensorEntry], about: dict[str, Any]) -> None:

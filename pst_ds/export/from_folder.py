@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pst_ds.core.formats import FORMATS, FormatError
 from pst_ds.errors import InputError, first_line
-from pst_ds.export.base_weights import BaseWeights
+from pst_ds.export.base_weights import BaseWeights, names_in_files
 from pst_ds.export.from_run import DTYPES
 from pst_ds.export.manifest import (
     DENSE,
@@ -150,9 +150,12 @@ def model_of(path: Path) -> Any:
         raise ExportError(f"{path / CONFIG_FILE} is no config of transformers: {first_line(error)}") from None
 
 
-def linear_weights(model: nn.Module) -> dict[str, bool]:
-    """Weights of linear layers that no other module shares, by name; whether they are stored (I, O)."""
-    return {f"{name}.weight": is_conv1d(module) for name, module in untied_linear_layers(model).items()}
+def linear_weights(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers that share their weight with no other module, by the name of the weight: the model's and the
+    files'."""
+    layers = {f"{name}.weight": module for name, module in untied_linear_layers(model).items()}
+    in_files = names_in_files(model, {name: module.weight for name, module in layers.items()})
+    return layers | {saved: layers[name] for saved, name in in_files.items()}
 
 
 def plan_folder(folder: ModelFolder, packing: str, dtype: str | None) -> tuple[list[Job], FolderSource]:
@@ -172,7 +175,7 @@ def plan_folder(folder: ModelFolder, packing: str, dtype: str | None) -> tuple[l
     return jobs, source
 
 
-def _tensors(folder: ModelFolder, linear: dict[str, bool]) -> dict[str, dict[str, str]]:
+def _tensors(folder: ModelFolder, linear: dict[str, nn.Module]) -> dict[str, dict[str, str]]:
     """By the model's name of each tensor: the files' name of each part ("" for a dense tensor)."""
     by_model = {}
     for name in (*dict(folder.model.named_parameters()), *dict(folder.model.named_buffers())):
@@ -199,7 +202,7 @@ def _tensors(folder: ModelFolder, linear: dict[str, bool]) -> dict[str, dict[str
     return tensors
 
 
-def _recipe(folder: ModelFolder, name: str, parts: dict[str, str], linear: dict[str, bool]) -> _Recipe:
+def _recipe(folder: ModelFolder, name: str, parts: dict[str, str], linear: dict[str, nn.Module]) -> _Recipe:
     entry = folder.entries.get(name)
     if folder.entries and entry is None:
         raise ExportError(f"{folder.path} has {name}, which its {MANIFEST_FILE} does not know")
@@ -207,12 +210,11 @@ def _recipe(folder: ModelFolder, name: str, parts: dict[str, str], linear: dict[
     pruned = tuple(entry.pruned_per_matrix) if entry else ()
     if "" in parts:
         return _Recipe(parts, DENSE, None, False, sums, pruned)
-    matrix = linear_shape(folder.model.get_submodule(name.removesuffix(".weight")))
-    return _Recipe(parts, folder.packing, matrix, linear[name], sums, pruned)
+    return _Recipe(parts, folder.packing, linear_shape(linear[name]), is_conv1d(linear[name]), sums, pruned)
 
 
 def _planned(
-    folder: ModelFolder, name: str, recipe: _Recipe, linear: dict[str, bool], cast: torch.dtype | None
+    folder: ModelFolder, name: str, recipe: _Recipe, linear: dict[str, nn.Module], cast: torch.dtype | None
 ) -> Planned:
     entry = folder.entries.get(name)
     if recipe.packing == DENSE:
@@ -224,7 +226,7 @@ def _planned(
     if cast is not None and dtype.is_floating_point:
         dtype = cast
     is_weight = name in linear and len(shape) == 2
-    transposed = is_weight and linear[name]
+    transposed = is_weight and is_conv1d(linear[name])
     return Planned(name, shape, dtype, entry.origin if entry else "model", transposed=transposed, is_linear=is_weight)
 
 

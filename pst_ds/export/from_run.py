@@ -16,13 +16,13 @@ from pst_ds.core.formats import FORMATS, mask_row_bits
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.low_rank_rows import updated_rows
 from pst_ds.core.scores import masked_weight, merged_weight
-from pst_ds.export.base_weights import BaseWeights, saved_tensors
+from pst_ds.export.base_weights import BaseWeights, may_be_missing, saved_tensors
 from pst_ds.export.detect_pattern import per_row
 from pst_ds.export.manifest import DENSE, ExportError
 from pst_ds.export.plan import Job, Made, Planned
 from pst_ds.nn.blocks import is_conv1d, is_linear
 from pst_ds.nn.embedding import pst_embeddings
-from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.inject import persistent_buffers, pst_layers
 from pst_ds.nn.linear import FACTOR_NAMES
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -64,7 +64,7 @@ class RunSource:
             return
         assert self._model is not None
         whole = self._made(recipe)
-        saved = saved_tensors(self._model, recipe.name, whole.tensor)
+        saved = saved_tensors(self._model, {recipe.name: whole.tensor})
         for output in job.outputs:
             tensor = saved.pop(output.name).clone(memory_format=torch.contiguous_format)
             yield replace(whole, tensor=tensor, keep=None)
@@ -139,19 +139,26 @@ class _Planner:
 
     def jobs(self) -> Iterator[Job]:
         seen: set[int] = set()
-        for name, param in self._model.named_parameters():
+        for name, param in (*self._model.named_parameters(), *persistent_buffers(self._model).items()):
             if name.rpartition(".")[2].startswith("pst_") or id(param) in seen:
                 continue
             seen.add(id(param))
             in_base = self._base.find(name)
+            if in_base is None and not isinstance(param, nn.Parameter) and may_be_missing(self._model, name):
+                continue
             if in_base is None:
-                saved = saved_tensors(self._model, name, param.to("meta"))
+                whole = param.to("meta")
+                saved = saved_tensors(self._model, {name: whole})
                 if set(saved) != {name}:  # the base's files hold it in another form, and so does the export
-                    yield from self._in_files_form(name, saved)
+                    yield from self._in_files_form(name, whole, saved)
                     continue
-            recipe = self._recipe(name, in_base)
-            planned = self._planned(recipe, name, tuple(param.shape))
-            yield Job((planned,), replace(recipe, masked=planned.packing == DENSE))
+            yield self._job(name, in_base, name, param)
+
+    def _job(self, name: str, in_base: str | None, out_name: str, tensor: Tensor) -> Job:
+        """The model's tensor ``name`` alone, as ``out_name`` in the export."""
+        recipe = self._recipe(name, in_base)
+        planned = self._planned(recipe, out_name, tuple(tensor.shape))
+        return Job((planned,), replace(recipe, masked=planned.packing == DENSE))
 
     def _recipe(self, name: str, in_base: str | None, of_base: str | None = None) -> _Recipe:
         """Of the model's tensor ``name``; ``of_base``: a tensor of the base that tells its dtype."""
@@ -177,7 +184,7 @@ class _Planner:
     def _planned(self, recipe: _Recipe, name: str, shape: tuple[int, ...]) -> Planned:
         """The tensor of ``recipe`` under its ``name`` in the file."""
         self._require_shape(recipe, shape)
-        owner, _, last = name.rpartition(".")
+        owner, _, last = recipe.name.rpartition(".")
         linear = self._linear.get(owner) if last == "weight" else None
         if recipe.layer is not None:
             transposed, origin = recipe.layer[0].transposed, "pruned"
@@ -187,7 +194,7 @@ class _Planner:
         is_linear_weight = linear is not None or recipe.layer is not None
         dtype = self._cast if self._cast and recipe.dtype.is_floating_point else recipe.dtype
         planned = Planned(name, shape, dtype, origin, transposed=transposed, is_linear=is_linear_weight)
-        if recipe.layer is None or self._packing == DENSE or name != recipe.name or recipe.in_files_form:
+        if recipe.layer is None or self._packing == DENSE:
             return planned
         keep = mask_row_bits(_reopened(self._checkpoint).masks[owner], recipe.layer[0])
         if not FORMATS[self._packing].accepts(keep, planned.matrix):
@@ -204,27 +211,23 @@ class _Planner:
                 "model"
             )
 
-    def _in_files_form(self, name: str, saved: dict[str, Tensor]) -> Iterator[Job]:
-        """The tensor ``name`` as ``saved``, the tensors that the base's files hold of it."""
+    def _in_files_form(self, name: str, whole: Tensor, saved: dict[str, Tensor]) -> Iterator[Job]:
+        """The tensor ``name``, ``whole`` in the model, as ``saved``, the tensors that the base's files hold of it."""
         in_base = {part: self._base.find(part) for part in saved}
-        layer = self._layers.get(name.removesuffix(".weight"))
-        if layer is None and name not in self._checkpoint.contents.trained:
-            for part, tensor in saved.items():
-                recipe = self._recipe(part, in_base[part])
-                yield Job((self._planned(recipe, part, tuple(tensor.shape)),), recipe)
+        first_name, first = next(iter(in_base.items()))
+        if saved[first_name] is whole:  # under another name
+            yield self._job(name, first, first_name, whole)
             return
-        first = next(iter(in_base.values()))
-        if layer is not None and not (first is not None and self._is_renamed(name, saved, first)):
+        is_pruned = name.removesuffix(".weight") in self._layers
+        if not is_pruned and name not in self._checkpoint.contents.trained:
+            for part, tensor in saved.items():
+                yield self._job(part, in_base[part], part, tensor)
+            return
+        if is_pruned:
             raise ExportError(
                 f"{name} is made of {', '.join(saved)} by transformers, and cannot be turned back once it is pruned; "
                 f"leave it out with exclude_modules = [{json.dumps(name.rpartition('.')[0])}]"
             )
-        recipe = replace(self._recipe(name, first if layer is not None else None, first), in_files_form=True)
+        recipe = replace(self._recipe(name, None, first), in_files_form=True)
         outputs = tuple(self._planned(recipe, part, tuple(tensor.shape)) for part, tensor in saved.items())
         yield Job(outputs, recipe, in_parent=True)
-
-    def _is_renamed(self, name: str, saved: dict[str, Tensor], first: str) -> bool:
-        """Whether the model's tensor is the file's ``first`` under another name, not cut or permuted."""
-        stored = self._base.read(first)
-        again = saved_tensors(self._model, name, stored)
-        return len(saved) == 1 and all(torch.equal(tensor, stored) for tensor in again.values())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from pst_ds.core.formats import PackedFormat
+from pst_ds.export.base_weights import names_in_files
 from pst_ds.hf.weight_files import PackedFolderError, StoredTensor, kept_values
 from pst_ds.nn.blocks import is_conv1d, is_linear, linear_shape
 from pst_ds.runtime import SparseLinear, sparse_layers
@@ -46,18 +47,24 @@ def end_loading(layer: SparseLinear) -> None:
     layer.requires_grad_(False)
 
 
-def linear_named(model: nn.Module, name: str) -> str | None:
-    """Name in ``model`` of the linear layer that a file calls ``name``; None where there is none.
+def linear_names(model: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
+    """The linear layer of ``model`` that a file calls so, for each of ``names``; None where there is none.
 
     A file of ``LlamaForCausalLM`` says "model.layers.0...", the base model itself "layers.0...": transformers puts the
-    prefix on or takes it off, and so does this.
+    prefix on or takes it off, and so does this. Other models have names of their own in files.
     """
-    prefix = getattr(model, "base_model_prefix", "")
-    names = [name]
-    if prefix:
-        names = [name.removeprefix(f"{prefix}."), name, f"{prefix}.{name}"]
-    modules = dict(model.named_modules())
-    return next((candidate for candidate in names if candidate in modules and is_linear(modules[candidate])), None)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}.".removeprefix(".")
+    weights: dict[str, Tensor] = {f"{n}.weight": m.weight for n, m in model.named_modules() if is_linear(m)}  # type: ignore[misc]
+    renamed = names_in_files(model, weights)
+
+    def found(name: str) -> str | None:
+        for candidate in (name.removeprefix(prefix), name, prefix + name):
+            weight = f"{candidate}.weight"
+            if weight in weights or weight in renamed:
+                return (weight if weight in weights else renamed[weight]).removesuffix(".weight")
+        return None
+
+    return {name: found(name) for name in names}
 
 
 def named_groups(
@@ -68,14 +75,13 @@ def named_groups(
     Raises PackedFolderError when two names of the file are one layer of the model.
     """
     named: dict[str, Mapping[str, StoredTensor]] = {}
-    for name, group in groups.items():
-        found = linear_named(model, name)
+    for name, found in linear_names(model, groups).items():
         if found in named:
             raise PackedFolderError(
                 f"{name}: the folder has this layer twice, with and without its prefix. Export again."
             )
         if found is not None:
-            named[found] = group
+            named[found] = groups[name]
     return named
 
 

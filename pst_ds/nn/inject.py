@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pst_ds.config.pst import MaskRule, PSTConfig, name_matches
 from pst_ds.core.layout import WeightLayout, shard_tiles, view_in_shard
@@ -110,6 +110,16 @@ def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     config = vars(inner).get("pst_config")
     configured = configured_parameters(inner, config) if isinstance(config, PSTConfig) else set()
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad or p in configured]
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong in a state dict, by name: constants and running statistics, which are not trained."""
+    return {
+        f"{owner}.{name}" if owner else name: buffer
+        for owner, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
 
 
 def _fitting_rules(targets: Sequence[Target], config: PSTConfig) -> list[MaskRule]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.core.schedule import Schedule
@@ -21,7 +21,7 @@ from pst_ds.masks.layer_stats import chosen_layers, measure
 from pst_ds.masks.update import MaskStats
 from pst_ds.masks.updater import update_masks_if_due
 from pst_ds.monitor.metrics import MetricsWriter, peak_memory_bytes
-from pst_ds.nn.inject import freeze_scores, pst_layers, set_score_penalty
+from pst_ds.nn.inject import freeze_scores, persistent_buffers, pst_layers, set_score_penalty, shortened
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
@@ -89,6 +89,7 @@ def train(loop: Loop, state: LoopState | None = None) -> LoopState:
         freeze_scores(engine.module)
     if state.step >= loop.num_steps:
         return state
+    buffers = {name: buffer.clone() for name, buffer in persistent_buffers(engine.module).items()}
     for micro_batches, tokens in _batches(loop, state.batch):
         set_rates(loop, state.step)
         seed_random_numbers(loop.run.seed, state.batch)
@@ -107,6 +108,9 @@ def train(loop: Loop, state: LoopState | None = None) -> LoopState:
             continue
         state.step += 1
         state.skipped_in_a_row = 0
+        if buffers:
+            _require_unchanged(engine.module, buffers)
+            buffers = {}
         if loop.schedule is not None:
             _update_masks_if_due(loop, state)
         _picture_if_due(loop, state)
@@ -115,6 +119,18 @@ def train(loop: Loop, state: LoopState | None = None) -> LoopState:
         if state.stopped_by or state.step >= loop.num_steps:
             break
     return state
+
+
+def _require_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Checkpoints have no buffers: raise ConfigError on every rank for a model that changes its own. Collective."""
+    now = persistent_buffers(model)
+    changed = sorted(name for name in before if not torch.equal(now[name], before[name]))
+    found = sorted({name for names in all_gather_objects(changed) for name in names})
+    if found:
+        raise ConfigError(
+            f"the forward pass of model.path changes {shortened(found)}, and the checkpoints of a run have no buffers. "
+            "Train it in your own loop with pst_ds.MaskUpdater: pst_ds.save_pretrained keeps them"
+        )
 
 
 def seed_random_numbers(seed: int, batch: int) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.data.tasks import Task, task_of
 from pst_ds.errors import first_line
 from pst_ds.nn.base_model import refuse_packed, require_model_place
-from pst_ds.nn.inject import inject_pst
+from pst_ds.nn.inject import inject_pst, persistent_buffers, shortened
 from pst_ds.nn.optimizer import pst_parameter_groups
 from pst_ds.nn.targets import modules_to_save
 from pst_ds.parallel import zero3
@@ -148,7 +149,8 @@ def build_model(
             f"model.path = {run.model.path!r} lacks {', '.join(sorted(info['missing_keys'])[:4])}, which task "
             f"{run.task!r} needs pretrained; name a model that was saved with its language modelling head"
         )
-    _initialise_missing(module, info["missing_keys"], run.seed)
+    _initialise_missing(module, info["missing_keys"], run)
+    _keep_statistics(module)
     prepare_for_method(module, run, num_shards=None if keep_alive else num_shards)
     _refuse_untrained(module, info["missing_keys"], run)
     module.config.use_cache = False  # no run generates text; a cache would hold every layer's keys and values
@@ -243,17 +245,36 @@ def head_names(module: nn.Module, run: RunConfig) -> list[str]:
     return ["(every weight)"] if run.mask_method.trains_everything else list(modules_to_save(module, run.pst))
 
 
-def _initialise_missing(module: nn.Module, missing: Any, seed: int) -> None:
-    """Draw the parameters the base checkpoint lacks anew, by the model's own rule, from the seed and their names."""
+def _initialise_missing(module: nn.Module, missing: Any, run: RunConfig) -> None:
+    """Draw the parameters the base checkpoint lacks anew, by the model's own rule, from the seed and their names.
+
+    Raises ConfigError for buffers, which nothing trains.
+    """
+    buffers = sorted(set(missing) & set(persistent_buffers(module)))
+    if buffers:
+        raise ConfigError(
+            f"model.path = {run.model.path!r} lacks {shortened(buffers)}, which training leaves as it is; name a model "
+            "that was saved with its buffers"
+        )
     owners = sorted({name.rpartition(".")[0] for name in missing})
     for owner in owners:
         part = module.get_submodule(owner)
-        params = list(part.parameters(recurse=False))
-        with zero3.gathered(params, writer_rank=0), torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(zlib.crc32(f"{seed}/{owner}".encode()))
-            for param in params:
-                param._is_hf_initialized = False  # type: ignore[attr-defined]
+        params = dict(part.named_parameters(recurse=False))
+        with zero3.gathered(params.values(), writer_rank=0), torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(zlib.crc32(f"{run.seed}/{owner}".encode()))
+            for name, param in params.items():
+                param._is_hf_initialized = f"{owner}.{name}" not in missing  # type: ignore[attr-defined]
             module._init_weights(part)  # type: ignore[operator]
+
+
+def _keep_statistics(module: nn.Module) -> None:
+    """Let batch norms train as they evaluate, with the base's statistics.
+
+    Those of a batch hang on its padding, and on the ranks and micro-batches it is cut into.
+    """
+    for part in module.modules():
+        if isinstance(part, _NormBase) and part.track_running_stats:
+            part.eval().train = lambda mode=True, part=part: part  # type: ignore[method-assign, misc]
 
 
 def _refuse_untrained(module: nn.Module, missing: Any, run: RunConfig) -> None:
