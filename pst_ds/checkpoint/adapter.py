@@ -130,7 +130,7 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
 def small_state(
     model: nn.Module, gathered: Mapping[str, Tensor] | None = None, *, keep: bool | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of pst_model.safetensors: fp32 values of :func:`adapter_parameters`, masks in one shard each, buffers.
+    """The tensors of pst_model.safetensors: fp32 values of :func:`adapter_parameters`, one-shard masks, buffers.
 
     Values are the optimizer's masters where there are any; with ``gathered``, a state dict of the whole model, they are
     taken from it. Where ``keep`` is false, by default on all ranks but 0, the dict is empty. Collective without

