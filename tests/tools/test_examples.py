@@ -26,7 +26,7 @@ def example(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
     _forget_accelerator()
-    yield lambda name: importlib.import_module(f"tools.examples.{name}")
+    yield importlib.import_module
     _forget_accelerator()
 
 
@@ -183,7 +183,7 @@ def _accelerate_loop(text, out, config, *more):
 
         os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(config))
         PartialState(cpu=True)  # with Accelerator(cpu=True) there is no DeepSpeed
-    importlib.import_module("tools.examples.accelerate_causal_lm").main([
+    importlib.import_module("accelerate_causal_lm").main([
         "tests/data/tiny-llama", str(text), str(out), "--sparsity=0.5", "--steps=6", "--batch-size=2",
         "--max-length=16", "--accumulation=2", *(["--cpu"] if config is None else []), *more,
     ])  # fmt: skip
@@ -241,7 +241,7 @@ def test_the_deepspeed_loop_refuses_too_few_rows_and_a_folder_without_a_checkpoi
 
 
 def _deepspeed_loop(classifier, out, config, *more, data="tests/data/train.jsonl"):
-    importlib.import_module("tools.examples.deepspeed_loop").main([
+    importlib.import_module("deepspeed_loop").main([
         str(classifier), data, str(out), f"--config={config}", "--sparsity=0.8", f"--steps={STEPS}", *more,
     ])  # fmt: skip
 
