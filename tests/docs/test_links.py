@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 
 import pytest
 
+from ..test_layers import FLOORS
 from .pages import PAGES, ROOT, blocks, settings
 
 TREE_FOLDERS = ("pst_ds", "tests", "tools", "launch", "docs", "ds_configs")
@@ -57,6 +58,12 @@ def test_the_index_has_every_page():
     index = PAGES["docs/README.md"]
     pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")} - {"README.md"}
     assert pages == set(re.findall(r"\]\((\w[\w-]*\.md)\)", index))
+
+
+def test_the_floors_of_the_architecture_page_are_those_of_the_code():
+    rows = re.findall(r"^\| `pst_ds/(\w+)` \| (\d) \|", PAGES["docs/architecture.md"], flags=re.M)
+    packages = {path.name for path in (ROOT / "pst_ds").iterdir() if (path / "__init__.py").exists()}
+    assert {name: int(floor) for name, floor in rows} == {name: FLOORS[name] for name in packages}
 
 
 def test_the_readme_is_short_enough_to_read():
