@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise InputError(f"{path} exists; name another file with --out, or write over it with --force")
         require_writable(path, f"--out {out}")
     _complete(args)
-    from pst_ds.cli.init.run import chosen_run
+    from pst_ds.cli.init.draft import chosen_run
     from pst_ds.cli.init.text import write_files
 
     chosen = chosen_run(args, deepspeed_file)

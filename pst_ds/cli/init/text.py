@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.atomic_files import write_text_atomic
-from pst_ds.cli.init.run import Chosen
+from pst_ds.cli.init.draft import Chosen
 from pst_ds.config.toml import run_from_table, toml_value
 from pst_ds.errors import InputError
 
