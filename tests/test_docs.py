@@ -5,6 +5,7 @@ Commands, code and links of the documents: tests/docs.
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -27,8 +28,9 @@ def test_the_tree_in_the_readme_names_what_is_there():
 
 
 def test_the_settings_page_is_the_codes():
-    written = (ROOT / "docs" / "run-file.md").read_text(encoding="utf-8")
-    assert written == run_file.page() + "\n", "run python -m tools.docs.run_file"
+    schema = run_file.schema()
+    for path, code in ((run_file.PAGE, run_file.page(schema)), (run_file.SCHEMA, json.dumps(schema, indent=1) + "\n")):
+        assert path.read_text(encoding="utf-8") == code, "run python -m tools.docs.run_file"
 
 
 def test_the_tables_of_the_scaling_page_are_the_formulas():

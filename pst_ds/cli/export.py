@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.cli.main import add_quiet_argument, count, load_run_or_folder, main
+from pst_ds.core.packings import PACKINGS
 from pst_ds.errors import InputError
 
-FORMATS = ("dense", "bitmask", "2:4", "csr")
+FORMATS = ("dense", *PACKINGS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

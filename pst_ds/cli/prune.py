@@ -6,16 +6,15 @@ import argparse
 import random
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pst_ds.cli.main import add_quiet_argument, add_run_arguments, count, load_run_or_folder
-
-METHODS = ("magnitude", "wanda", "sparsegpt")
+from pst_ds.config.methods import OneShotMethod
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, "run file (TOML) that names the model, the layers and the text")
-    parser.add_argument("--method", required=True, choices=METHODS)
+    parser.add_argument("--method", required=True, choices=get_args(OneShotMethod))
     parser.add_argument("--out", required=True, metavar="DIR", help="model folder to write, dense with zeros")
     parser.add_argument(
         "--sparsity", type=float, metavar="S", help="fraction of zeros (default: schedule.final_sparsity, or 1 - N/M)"

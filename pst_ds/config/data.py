@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pst_ds.config.error import ConfigError, require_positive
+from pst_ds.config.checks import ConfigError, Finite, NotNegative, Positive, check_fields
 
 TaskName = Literal["classification", "regression", "causal-lm", "data-to-text"]
 METRICS: dict[TaskName, tuple[str, ...]] = {
@@ -57,7 +56,7 @@ class DataConfig:
     sample_by: Literal["line", "paragraph", "document"] = "line"
     """What a row of a .txt file is, as in ``datasets``: a line, what stands between empty lines, or the whole file. Its
     column is "text"."""
-    max_length: int = 128
+    max_length: Positive = 128
     """Tokens a text is cut to. For task "causal-lm" the length of every training sequence: the documents, with the
     end-of-text token between them, are one stream that is cut into such sequences; what is left at the end, less than a
     sequence, is not trained on. Positions and attention do not start anew at a document. An evaluation predicts every
@@ -75,40 +74,32 @@ class DataConfig:
             raise ConfigError(f"data.label_names = {list(self.label_names)} must be different names, or empty")
         if len(self.test_rows) not in (0, 2):
             raise ConfigError(f"data.test_rows = {list(self.test_rows)} must be a column and a value, or empty")
-        require_positive("data.max_length", self.max_length)
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
     """Evaluation on the validation file, and how text is written for task "data-to-text"."""
 
-    interval: int = 0
+    interval: NotNegative = 0
     """Optimizer steps between evaluations; 0 evaluates at the end only."""
-    batch_size: int = 0
+    batch_size: NotNegative = 0
     """Examples a rank evaluates at a time. 0 is 64, and 8 for tasks "causal-lm" and "data-to-text", where each has
     logits of max_length x vocabulary."""
-    metric: Literal[
-        "", "accuracy", "macro_f1", "matthews_correlation", "f1", "pearson", "spearman", "mse", "perplexity"
-    ] = ""
+    metric: str = ""
     """Chooses the best checkpoint, among those at the final sparsity. Empty is "accuracy", for task "regression"
     "pearson", and for the others the lowest "perplexity". "f1" is that of the second of two classes."""
-    num_beams: int = 10
+    num_beams: Positive = 10
     """Of the beam search that writes texts."""
-    length_penalty: float = 0.9
+    length_penalty: Finite = 0.9
     """A beam's log-probability is divided by its length to this power; above 0 it favours longer texts."""
-    no_repeat_ngram_size: int = 4
+    no_repeat_ngram_size: NotNegative = 4
     """No so many tokens in a row stand twice in a text; what stands in the data may be repeated. 0 switches it off."""
-    max_new_tokens: int = 64
+    max_new_tokens: Positive = 64
     """The longest text."""
 
     def __post_init__(self) -> None:
-        for name in ("interval", "batch_size", "no_repeat_ngram_size"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"eval.{name} = {getattr(self, name)} must not be negative")
-        for name in ("num_beams", "max_new_tokens"):
-            require_positive(f"eval.{name}", getattr(self, name))
-        if not math.isfinite(self.length_penalty):
-            raise ConfigError(f"eval.length_penalty = {self.length_penalty} must be a finite number")
+        check_fields(self)
 
 
 def check_task(task: TaskName, data: DataConfig, evaluation: EvalConfig) -> None:

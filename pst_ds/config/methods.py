@@ -10,6 +10,7 @@ from pst_ds.config.pst import PSTConfig
 MethodName = Literal[
     "pst", "dense", "lora", "magnitude", "gmp", "movement", "soft-movement", "spp", "masked-lora"
 ]  # fmt: skip
+OneShotMethod = Literal["magnitude", "wanda", "sparsegpt"]
 Masks = Literal["none", "fixed", "ramp"]
 _NO_SCORES: dict[str, Any] = {"score_rank": 0, "structured_scores": False}
 _WEIGHTS: dict[str, Any] = {**_NO_SCORES, "update_rank": 0, "update_embeddings": (), "train_weights": True}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from pst_ds.config.checks import Finite, NotNegative, Positive, Share, check_fields
 from pst_ds.core.patterns import Pattern, parse_pattern
 
 InitScale = Literal["normal", "rank", "width"]
@@ -15,8 +15,6 @@ UpdateInit = Literal["normal", "rank", "width", "lora"]
 Magnitude = Literal["weight", "activation", "none"]
 InitialMask = Literal["magnitude", "zeros"]
 Bias = Literal["none", "pst_only", "all"]
-
-
 NMRamp = Literal["share", "steps"]
 _BARE_NAME = re.compile(r"[\w.-]+")
 
@@ -29,7 +27,7 @@ class Override:
     """Matched as ``target_modules`` is."""
     pattern: str = ""
     """Empty is the config's pattern."""
-    final_sparsity: float | None = None
+    final_sparsity: Share | None = None
     """Fraction of zeros at the end of the schedule; None is the schedule's, or 1 - N/M. On the way there these layers
     keep step with the others: at half of the schedule's final sparsity they have half of theirs."""
 
@@ -40,8 +38,7 @@ class Override:
             raise ValueError(f"modules = {self.modules!r} is empty; name the layers that the override is for")
         if not self.pattern and self.final_sparsity is None:
             raise ValueError(f"modules = {self.modules!r} set neither pattern nor final_sparsity; set one of them")
-        if self.final_sparsity is not None and not 0.0 <= self.final_sparsity < 1.0:
-            raise ValueError(f"final_sparsity = {self.final_sparsity} must be in [0, 1)")
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,25 +73,28 @@ class PSTConfig:
     """Which biases train, as in PEFT: none, those of the pruned layers, or all of the model."""
     fused_modules: tuple[str, ...] = ("c_attn",)
     """Layers that hold several square matrices side by side (q, k, v), each scored and ranked by itself."""
-    score_rank: int = 8
+    score_rank: NotNegative = 8
     """Rank of A B; 0 leaves both out."""
-    update_rank: int = 8
+    update_rank: NotNegative = 8
     """Rank of U V; 0 leaves both out."""
     update_embeddings: tuple[str, ...] = ()
     """Embeddings that get an update U V of ``update_rank`` too, and no mask, such as "word_embeddings"; matched as a
     list in ``target_modules`` is."""
     structured_scores: bool = True
     """Whether the scores have R and C."""
-    alpha1: float = 1.0
-    alpha2: float = 1.0
-    beta: float = 1.0
+    alpha1: Finite = 1.0
+    """Weight of A B in the scores."""
+    alpha2: Finite = 1.0
+    """Weight of R and C in the scores."""
+    beta: Finite = 1.0
+    """Weight of U V in the merged weight."""
     magnitude: Magnitude = "weight"
     """The term of the scores that needs no training: "weight" is |W|; "activation" |W| times the norm of its input over
     some training text (relative to the mean norm), as in Wanda (arXiv 2306.11695); "none" leaves it out."""
     frozen_magnitude: bool = False
     """Have |W0| in the scores, not |W|: then weights near the cut do not come and go as U V moves, and only what the
     scores learn changes the masks. For models that are pruned at once and then recover."""
-    calibration_examples: int = 128
+    calibration_examples: Positive = 128
     """Training examples that the norms of "activation" are taken over, before the first step and the first masks."""
     relative_magnitude: bool = True
     """Divide |W| in the scores by the mean of |W0|, matrix by matrix, so that scores of every layer are near 1."""
@@ -102,16 +102,18 @@ class PSTConfig:
     """True stops the gradient of the scores from reaching U V through |W|."""
     score_init: InitScale = "normal"
     """Standard deviation of A at the start: 1, 1/sqrt(rank) or 1/sqrt(3 in_features), times ``score_init_scale``."""
-    score_init_scale: float = 0.3
+    score_init_scale: Finite = 0.3
+    """Factor on the standard deviation that ``score_init`` names."""
     update_init: UpdateInit = "normal"
     """The same for U (for V of an embedding, whose U starts at zero). "lora" starts as LoRA does: U at zero, and V with
     1/sqrt(3 in_features)."""
-    update_init_scale: float = 0.1
+    update_init_scale: Finite = 0.1
+    """Factor on the standard deviation that ``update_init`` names."""
     pattern: str = "matrix"
     """What is ranked against what: "matrix", every matrix by itself; "global", all matrices together; "row", every
     output's weights; N:M such as "2:4", N kept of M consecutive inputs; "16x1", blocks of outputs x inputs, kept or
     pruned whole."""
-    min_kept_share: float = 0.02
+    min_kept_share: Share = 0.02
     """Of the "global" pattern: the least share of every matrix that is kept."""
     nm_ramp: NMRamp = "share"
     """How N:M comes about along the schedule: "share" constrains a growing share of the groups, those first that lose
@@ -130,7 +132,7 @@ class PSTConfig:
     """W = W0 + beta W0 . (U V) with U (out_features,) and an output of each of ``update_rank`` groups sharing a row of
     V: SPP (arXiv 2405.16057), which keeps every zero of W0. For masks that are fixed before the first step. With
     method = "spp" ``update_rank`` is 16 and ``beta`` 2 unless the run file sets them, as its authors have them."""
-    tile_bytes: int = 0
+    tile_bytes: NotNegative = 0
     """Bytes that the backward pass of a layer may hold beside tensors as large as its input or its factors, on each
     rank; 0 is 32 MiB on a CPU and 512 MiB on a GPU. Smaller tiles are slower."""
     seed: int | None = None
@@ -146,20 +148,7 @@ class PSTConfig:
                 raise ValueError(f"{name} = {getattr(self, name)!r} is no name of a module; give a list of names")
         for name in ("target_modules", "exclude_modules"):
             _require_regex(name, getattr(self, name))
-        for name in ("score_rank", "update_rank", "tile_bytes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
-        if self.calibration_examples < 1:
-            raise ValueError(f"calibration_examples = {self.calibration_examples} must be at least 1")
-        for name in ("alpha1", "alpha2", "beta", "score_init_scale", "update_init_scale"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} = {getattr(self, name)} must be a finite number")
-        for name, kinds in (
-            ("score_init", InitScale), ("update_init", UpdateInit), ("magnitude", Magnitude),
-            ("initial_mask", InitialMask),
-        ):  # fmt: skip
-            if getattr(self, name) not in get_args(kinds):
-                raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(get_args(kinds))}")
+        check_fields(self)
         if self.frozen_magnitude and self.train_weights:
             raise ValueError(
                 "frozen_magnitude = true ranks by the pretrained weights, and train_weights = true does not keep them; "
@@ -180,18 +169,12 @@ class PSTConfig:
                 f"update_embeddings = {list(self.update_embeddings)} with update_rank = 0 updates nothing; set "
                 "update_rank to at least 1, or update_embeddings to []"
             )
-        if not 0.0 <= self.min_kept_share < 1.0:
-            raise ValueError(f"min_kept_share = {self.min_kept_share} must be in [0, 1)")
-        if self.nm_ramp not in get_args(NMRamp):
-            raise ValueError(f"nm_ramp = {self.nm_ramp!r} must be one of {', '.join(get_args(NMRamp))}")
         for rule in self.rules:
             if rule.pattern.kind == "global" and not self.relative_magnitude and not self.full_scores:
                 raise ValueError(
                     'pattern = "global" with relative_magnitude = false would rank weights of different scales against '
                     "each other; set relative_magnitude = true"
                 )
-        if self.bias not in get_args(Bias):
-            raise ValueError(f"bias = {self.bias!r} must be one of {', '.join(get_args(Bias))}")
 
     @classmethod
     def paper(cls, **overrides: Any) -> PSTConfig:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Gt, Le, Lt
+
+from pst_ds.config.checks import FINITE, ConfigError, NotNegative, Positive, Rate, Share, check_fields
 from pst_ds.config.data import EVAL_BATCH_SIZES, METRICS, DataConfig, EvalConfig, TaskName, check_task
-from pst_ds.config.error import ConfigError, require_positive
 from pst_ds.config.methods import METHODS as METHODS_BY_NAME
 from pst_ds.config.methods import Method, MethodName
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.patterns import parse_pattern
-from pst_ds.core.schedule import CubicSchedule, OneShotSchedule, Schedule
+from pst_ds.core.schedule import CubicSchedule, OneShotSchedule, Schedule, ScheduleConfig
 
 Precision = Literal["bf16", "fp32"]
 
@@ -24,7 +26,7 @@ class ModelConfig:
     """Folder of a Hugging Face model, or its name on the hub."""
     tokenizer: str = ""
     """Folder or name of the tokenizer, when it is not the model's."""
-    dropout: float | None = None
+    dropout: Share | None = None
     """Overrides every dropout probability of the model's config; None leaves them."""
     attn_implementation: str = ""
     """As in transformers: "eager", "sdpa", "flash_attention_2" or another; empty is the model's default. On a CPU
@@ -40,25 +42,7 @@ class ModelConfig:
                 "model.gradient_checkpointing_reentrant = true does nothing by itself; set "
                 "model.gradient_checkpointing = true too"
             )
-        if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"model.dropout = {self.dropout} must be in [0, 1)")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScheduleConfig:
-    """How sparse, and when."""
-
-    final_sparsity: float = 0.9
-    """Fraction of zeros at the end, in [0, 1). 0 prunes only the layers that ``pst.overrides`` gives a share."""
-    initial_sparsity: float = 0.0
-    """Fraction of zeros until the ramp starts; 0 where all scores begin equal: methods "movement" and "soft-movement",
-    and "pst" with ``pst.magnitude = "none"``."""
-    warmup_fraction: float = 0.1
-    """Share of all steps before the ramp."""
-    cooldown_fraction: float = 0.3
-    """Share of all steps after the ramp, with fixed masks."""
-    update_interval: int = 1
-    """Optimizer steps between mask updates."""
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,31 +52,34 @@ class TrainConfig:
     num_steps: int = 0
     """Optimizer steps; or give ``num_epochs``."""
     num_epochs: float = 0.0
-    batch_size: int = 32
+    """Passes over the training data, rounded to whole steps; or give ``num_steps``."""
+    batch_size: Positive = 32
     """Examples (sequences, for task "causal-lm") of an optimizer step, over all ranks and accumulation steps."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Positive = 1
+    """Micro-batches whose gradients are summed for one optimizer step."""
     precision: Precision = "bf16"
-    score_learning_rate: float = 1e-2
+    """What the model computes in; factors, moments and losses are kept in fp32 either way."""
+    score_learning_rate: Rate = 1e-2
     """For A, B, R and C, and for the scores of movement pruning."""
-    update_learning_rate: float = 1e-3
+    update_learning_rate: Rate = 1e-3
     """For U and V."""
-    embedding_learning_rate: float = 2e-4
+    embedding_learning_rate: Rate = 2e-4
     """For U and V of ``pst.update_embeddings``."""
-    head_learning_rate: float = 5e-4
+    head_learning_rate: Rate = 5e-4
     """For the modules trained in full; for every weight with the methods that train all of them."""
-    score_penalty: float = 0.0
+    score_penalty: Rate = 0.0
     """Of method "soft-movement": what the mean of sigmoid(S) costs at the final sparsity; less before it."""
-    adam_beta1: float = 0.9
+    adam_beta1: Share = 0.9
     """Decay of Adam's first moment."""
-    adam_beta2: float = 0.98
+    adam_beta2: Share = 0.98
     """Decay of Adam's second moment. Shorter than Adam's 0.999: held-out loss was lower (docs/tuning-log.md)."""
-    learning_rate_warmup_fraction: float = 0.06
+    learning_rate_warmup_fraction: Share = 0.06
     """Share of all steps over which learning rates rise from zero; they then fall linearly to zero."""
-    gradient_clipping: float = 1.0
+    gradient_clipping: Rate = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
-    log_interval: int = 10
+    log_interval: Positive = 10
     """Optimizer steps between lines of metrics.jsonl; a mask update always writes one."""
-    stall_timeout_seconds: float = 1800.0
+    stall_timeout_seconds: Annotated[float, Ge(0.0), Lt(1e7)] = 1800.0
     """A rank that makes no progress for so long ends the run, with its number and stack. Longer than the longest
     micro-batch, mask update and evaluation batch. 0 never does."""
 
@@ -103,32 +90,20 @@ class TrainConfig:
                 f"train.num_steps = {self.num_steps} and train.num_epochs = {self.num_epochs}: set one of them to a "
                 "number above 0, and the other to 0"
             )
-        for name in ("batch_size", "gradient_accumulation_steps", "log_interval"):
-            require_positive(f"train.{name}", getattr(self, name))
-        rates = ("score_learning_rate", "update_learning_rate", "embedding_learning_rate", "head_learning_rate")
-        for name in (*rates, "gradient_clipping", "score_penalty"):
-            if not 0.0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"train.{name} = {getattr(self, name)} must be a finite number of at least 0")
-        if not 0.0 <= self.stall_timeout_seconds < 1e7:  # what a timer can hold
-            raise ConfigError(f"train.stall_timeout_seconds = {self.stall_timeout_seconds} must be in [0, 1e7)")
-        for name in ("adam_beta1", "adam_beta2", "learning_rate_warmup_fraction"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(f"train.{name} = {getattr(self, name)} must be in [0, 1)")
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
     """Checkpoints to go on from, with ``pst-ds train RUN --resume``."""
 
-    interval: int = 100
+    interval: NotNegative = 100
     """Optimizer steps between checkpoints; 0 saves only the best, the last, and when a signal asks for it."""
-    keep_last: int = 2
+    keep_last: Positive = 2
     """Newest checkpoints to keep, beside the best one and the last."""
 
     def __post_init__(self) -> None:
-        if self.interval < 0:
-            raise ConfigError(f"checkpoint.interval = {self.interval} must not be negative")
-        require_positive("checkpoint.keep_last", self.keep_last)
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,27 +136,20 @@ class PicturesConfig:
 class DistillationConfig:
     """Learning from a dense teacher's predictions beside the labels (arXiv 1503.02531)."""
 
-    weight: float = 0.0
+    weight: Annotated[float, Ge(0.0), Le(1.0)] = 0.0
     """Share of the loss that is KL(teacher || student) of the predictions; the rest is the task's own. 0 has no
     teacher."""
-    hidden_states: float = 0.0
+    hidden_states: Rate = 0.0
     """Weight of the relative squared distance of the hidden states after each block, beside the divergence of the
     predictions (arXiv 2310.06927)."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Gt(0.0), FINITE] = 1.0
     """Both logits are divided by it; the divergence is multiplied by its square."""
     teacher: str = ""
     """Folder of a model of the same task, classes and vocabulary. Empty is the model itself without masks and updates:
     it costs no memory, and takes that nothing but the small matrices trains and that the base is dense."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.weight <= 1.0:
-            raise ConfigError(f"distillation.weight = {self.weight} must be in [0, 1]")
-        if not 0.0 <= self.hidden_states < float("inf"):
-            raise ConfigError(
-                f"distillation.hidden_states = {self.hidden_states} must be a finite number of at least 0"
-            )
-        if not 0.0 < self.temperature < float("inf"):
-            raise ConfigError(f"distillation.temperature = {self.temperature} must be a finite number above 0")
+        check_fields(self)
         for name in ("teacher", "hidden_states"):
             if getattr(self, name) and not self.weight:
                 raise ConfigError(
@@ -326,14 +294,7 @@ class RunConfig:
         try:
             if masks == "fixed":
                 return OneShotSchedule(self.schedule.final_sparsity)
-            return CubicSchedule(
-                num_steps=num_steps,
-                final_sparsity=self.schedule.final_sparsity,
-                initial_sparsity=self.schedule.initial_sparsity,
-                warmup_fraction=self.schedule.warmup_fraction,
-                cooldown_fraction=self.schedule.cooldown_fraction,
-                update_interval=self.schedule.update_interval,
-            )
+            return CubicSchedule(num_steps=num_steps, **asdict(self.schedule))
         except ValueError as error:
             raise ConfigError(f"schedule.{error}") from None
 

@@ -89,6 +89,15 @@ def dump_run(run: RunConfig) -> str:
     return "\n".join([*lines, *tables]) + "\n"
 
 
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, by the dotted names that ``--set`` takes: {"schedule.final_sparsity": 0.9, ...}."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
 def _toml_lines(config: Any) -> list[str]:
     return [line for f in dataclasses.fields(config) for line in _toml_line(f.name, getattr(config, f.name))]
 

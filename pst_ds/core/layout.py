@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # layouts are needed where torch is not
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

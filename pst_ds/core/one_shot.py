@@ -18,8 +18,9 @@ from torch import Tensor
 
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, order_keys
 from pst_ds.core.layout import Rect, WeightLayout
-from pst_ds.core.patterns import Pattern, block_keys, expand_units, keep_in_rows, keep_n_of_m
+from pst_ds.core.patterns import Pattern
 from pst_ds.core.select import MatrixKeys, prune_count, select
+from pst_ds.core.units import block_keys, expand_units, keep_in_rows, keep_n_of_m
 
 DAMPING = 0.01
 """Share of the mean of H's diagonal that is added to it (the paper's)."""

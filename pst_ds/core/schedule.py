@@ -32,23 +32,22 @@ class Schedule(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CubicSchedule:
-    """Cubic ramp (Zhu and Gupta 2017, arXiv 1710.01878) between a warm-up and a cool-down.
+class ScheduleConfig:
+    """How sparse the model becomes, and when.
 
     Raises ValueError for fractions outside their ranges, or a warm-up and cool-down that leave no ramp.
     """
 
-    final_sparsity: float
-    """Fraction of zeros from the end of the ramp on, in [0, 1). 0 is for layers with one of their own alone."""
-    num_steps: int
-    """Optimizer steps of the whole run."""
+    final_sparsity: float = 0.9
+    """Fraction of zeros at the end, in [0, 1). 0 prunes only the layers that ``pst.overrides`` gives a share."""
     initial_sparsity: float = 0.0
-    """Fraction of zeros until the ramp starts, in [0, final_sparsity]."""
+    """Fraction of zeros until the ramp starts, at most ``final_sparsity``; 0 where all scores begin equal: methods
+    "movement" and "soft-movement", and "pst" with ``pst.magnitude = "none"``."""
     warmup_fraction: float = 0.1
-    """Share of all steps at ``initial_sparsity`` before the ramp."""
+    """Share of all steps at ``initial_sparsity``, before the ramp."""
     cooldown_fraction: float = 0.3
-    """Share of all steps at ``final_sparsity`` after the ramp, with fixed masks."""
-    update_interval: int = 1
+    """Share of all steps at ``final_sparsity``, after the ramp, with fixed masks."""
+    update_interval: int = 4
     """Optimizer steps between mask updates; the end of the ramp is always one."""
 
     def __post_init__(self) -> None:
@@ -59,7 +58,6 @@ class CubicSchedule:
             self.initial_sparsity,
             f"in [0, final_sparsity = {self.final_sparsity}]",
         )
-        _require(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1")
         _require(self.update_interval >= 1, "update_interval", self.update_interval, "at least 1")
         for name in ("warmup_fraction", "cooldown_fraction"):
             _require(0.0 <= getattr(self, name) < 1.0, name, getattr(self, name), "in [0, 1)")
@@ -68,6 +66,18 @@ class CubicSchedule:
                 f"warmup_fraction {self.warmup_fraction} + cooldown_fraction {self.cooldown_fraction} leave no steps "
                 "for the ramp; their sum must be below 1"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CubicSchedule(ScheduleConfig):
+    """Cubic ramp between a warm-up and a cool-down (Zhu and Gupta 2017, arXiv 1710.01878)."""
+
+    num_steps: int
+    """Optimizer steps of the whole run."""
+
+    def __post_init__(self) -> None:
+        ScheduleConfig.__post_init__(self)  # super() does not work in a dataclass with slots
+        _require(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1")
 
     @property
     def ramp_start(self) -> int:

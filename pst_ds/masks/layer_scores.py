@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.keys import keys_at, order_keys, score_keys
 from pst_ds.core.layout import Block, Rect, shard_tiles, view_in_shard
-from pst_ds.core.patterns import block_keys, loss_keys, unit_tiles
+from pst_ds.core.units import block_keys, loss_keys, unit_tiles
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel import zero3
 from pst_ds.parallel.halo import Halo

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pst_ds.config.error import ConfigError
+from pst_ds.config.checks import ConfigError
 from pst_ds.config.pst import name_matches
 from pst_ds.core import stats
 from pst_ds.core.bits import unpack_shard

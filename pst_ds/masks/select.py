@@ -15,8 +15,8 @@ from pst_ds.core.bits import pack_shard, unpack_shard
 from pst_ds.core.bracket import select_bits
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE
 from pst_ds.core.layout import Block, Rect
-from pst_ds.core.patterns import expand_units, keep_in_rows, keep_n_of_m
 from pst_ds.core.select import Cut, MatrixKeys, NonFiniteScoreError, prune_count, select
+from pst_ds.core.units import expand_units, keep_in_rows, keep_n_of_m
 from pst_ds.masks.layer_scores import LayerScores
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_sum, rank_sums

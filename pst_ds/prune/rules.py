@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from torch import nn
 
+from pst_ds.config.methods import OneShotMethod as Method
 from pst_ds.config.pst import PSTConfig, name_matches
 from pst_ds.core.patterns import Pattern, parse_pattern
 from pst_ds.nn.targets import Target
 from pst_ds.prune.errors import PruneError
 
-Method = Literal["magnitude", "wanda", "sparsegpt"]
 METHOD_PATTERNS: dict[Method, str] = {"magnitude": "matrix", "wanda": "row", "sparsegpt": "row"}
 """What each method ranks against what if nothing else is asked for."""
 

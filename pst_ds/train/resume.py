@@ -7,8 +7,8 @@ from typing import Any
 
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError
 from pst_ds.checkpoint.restore import load_optimizer, same_base
-from pst_ds.config.flatten import flatten
 from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.config.toml import flatten
 from pst_ds.masks.update import MaskStats, mask_stats
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.optimizer_state import set_counters

@@ -9,15 +9,8 @@ from hypothesis import strategies as st
 from pst_ds.core import patterns
 from pst_ds.core.keys import order_keys
 from pst_ds.core.layout import Rect, WeightLayout
-from pst_ds.core.patterns import (
-    block_keys,
-    expand_units,
-    keep_in_rows,
-    keep_n_of_m,
-    loss_keys,
-    parse_pattern,
-    unit_tiles,
-)
+from pst_ds.core.patterns import parse_pattern
+from pst_ds.core.units import block_keys, expand_units, keep_in_rows, keep_n_of_m, loss_keys, unit_tiles
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 

@@ -1,26 +1,37 @@
-"""Write docs/run-file.md from the dataclasses of a run file and the sentences under their fields."""
+"""Write docs/run-file.md and docs/run-file.schema.json from the settings classes and the docstrings of their fields."""
 
 from __future__ import annotations
 
-import ast
+import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter
+
+from pst_ds.config.data import DataConfig, EvalConfig
+from pst_ds.config.presets import DATA_PRESETS
+from pst_ds.config.pst import Override, PSTConfig
+from pst_ds.config.run import (
+    CheckpointConfig,
+    DistillationConfig,
+    ModelConfig,
+    PicturesConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from pst_ds.config.toml import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "run-file.md"
-SOURCES = {
-    "pst_ds/config/run.py": {
-        "RunConfig": "",
-        "ModelConfig": "model",
-        "ScheduleConfig": "schedule",
-        "TrainConfig": "train",
-        "DistillationConfig": "distillation",
-        "CheckpointConfig": "checkpoint",
-        "PicturesConfig": "pictures",
-    },
-    "pst_ds/config/data.py": {"DataConfig": "data", "EvalConfig": "eval"},
-    "pst_ds/config/pst.py": {"PSTConfig": "pst", "Override": "[pst.overrides]"},
-}
+PAGE, SCHEMA = ROOT / "docs" / "run-file.md", ROOT / "docs" / "run-file.schema.json"
+TABLES = {
+    "": RunConfig, "model": ModelConfig, "data": DataConfig, "train": TrainConfig, "schedule": ScheduleConfig,
+    "pst": PSTConfig, "[pst.overrides]": Override, "distillation": DistillationConfig, "eval": EvalConfig,
+    "checkpoint": CheckpointConfig, "pictures": PicturesConfig,
+}  # fmt: skip
+KINDS = {"string": "a string", "integer": "a whole number", "number": "a number", "boolean": "`true` or `false`"}
 HEAD = """# The run file
 
 One TOML file describes a run. Paths are relative to the working directory; `--set key=value` on the command line
@@ -29,39 +40,71 @@ resolved file is written to the run folder as `run.toml`. `pst.preset = "paper"`
 magnitude, A and U from N(0, 1)), and `data.preset` those of a benchmark ([tasks.md](tasks.md)); settings in the file
 win over both.
 
+Editors that know TOML complete and check a run file by [run-file.schema.json](run-file.schema.json): the first line
+`#:schema PATH/run-file.schema.json` tells Taplo and the editors that use it.
+
 This page is written by `python -m tools.docs.run_file` from the code.
 """
 
 
-def page() -> str:
+def schema() -> dict[str, Any]:
+    """The JSON schema of a run file (draft 2020-12)."""
+    for cls in TABLES.values():
+        cls.__pydantic_config__ = ConfigDict(use_attribute_docstrings=True, extra="forbid")  # type: ignore[union-attr]
+    table = TypeAdapter(RunConfig).json_schema()
+    table["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    for name, presets in (("PSTConfig", PRESETS), ("DataConfig", DATA_PRESETS)):
+        preset = {"description": "Settings to start from.", "enum": list(presets), "type": "string"}
+        table["$defs"][name]["properties"]["preset"] = preset
+    table["$defs"]["DataConfig"].pop("required", None)  # a preset may have them
+    return _in_markdown(table)
+
+
+def _in_markdown(value: Any) -> Any:
+    """``value`` without titles, and with sentences in one line and single backticks."""
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if k != "title" or isinstance(v, dict)}
+        return {
+            k: " ".join(v.replace("``", "`").split()) if k == "description" else _in_markdown(v)
+            for k, v in kept.items()
+        }
+    return [_in_markdown(item) for item in value] if isinstance(value, list) else value
+
+
+def page(table: dict[str, Any]) -> str:
     sections = [HEAD]
-    for source, classes in SOURCES.items():
-        tree = ast.parse((ROOT / source).read_text(encoding="utf-8"))
-        found = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-        for name, table in classes.items():
-            sections.append(_section(found[name], table))
-    return "\n".join(sections)
+    for name, cls in TABLES.items():
+        one = table["$defs"][cls.__name__] if name else table
+        title = f"## [{name}]" if name else "## Top level"
+        summary = re.split(r"(?<=[.)]) (?=[A-Z])", one["description"])[0]
+        rows = ["", title, "", summary, "", "| setting | value | default | |", "|---|---|---|---|"]
+        rows += [
+            _row(key, entry) for key, entry in one["properties"].items() if "$ref" not in entry and key != "preset"
+        ]
+        sections.append("\n".join(rows))
+    return "\n".join(sections) + "\n"
 
 
-def _section(node: ast.ClassDef, table: str) -> str:
-    title = f"## [{table}]" if table else "## Top level"
-    summary = (ast.get_docstring(node) or "").splitlines()[0]
-    rows = ["", title, "", summary, "", "| setting | type | default | |", "|---|---|---|---|"]
-    for i, statement in enumerate(node.body):
-        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
-            continue
-        kind = ast.unparse(statement.annotation)
-        if kind.endswith("Config"):
-            continue  # a table of its own
-        default = "required" if statement.value is None else f"`{ast.unparse(statement.value)}`"
-        following = node.body[i + 1] if i + 1 < len(node.body) else None
-        text = ""
-        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-            text = " ".join(str(following.value.value).split())
-        rows.append(f"| `{statement.target.id}` | `{kind}` | {default} | {text} |".replace(" | None`", "`"))
-    return "\n".join(rows)
+def _row(name: str, entry: dict[str, Any]) -> str:
+    default = (
+        "" if entry.get("default", "") is None else json.dumps(entry["default"]) if "default" in entry else "required"
+    )
+    shown = f"`{default}`" if default not in ("", "required") else default
+    return f"| `{name}` | {_kind(entry)} | {shown} | {entry.get('description', '')} |"
+
+
+def _kind(entry: dict[str, Any]) -> str:
+    if "enum" in entry:
+        return ", ".join(f'`"{choice}"`' for choice in entry["enum"])
+    if "anyOf" in entry:
+        return " or ".join(_kind(option) for option in entry["anyOf"] if option.get("type") != "null")
+    if entry.get("type") == "array":
+        return "a list of tables" if "$ref" in entry["items"] else "a list of strings"
+    return KINDS[entry["type"]]
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page() + "\n", encoding="utf-8")
-    sys.stdout.write(f"{PAGE.relative_to(ROOT)} written\n")
+    written = schema()
+    SCHEMA.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page(written), encoding="utf-8")
+    sys.stdout.write(f"{PAGE.relative_to(ROOT)} and {SCHEMA.relative_to(ROOT)} written\n")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pst_ds.atomic_files import write_text_atomic
-from pst_ds.config.flatten import flatten
+from pst_ds.config.toml import flatten
 from tools.quality.bars import check_bars, verdicts
 from tools.quality.cells import Line, chosen, plan, tries_run
 from tools.quality.grid import Grid, Method, Table

@@ -6,14 +6,14 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pst_ds.atomic_files import require_writable
 from pst_ds.cli.main import count
+from pst_ds.config.data import TaskName
+from pst_ds.config.methods import METHODS
 from pst_ds.errors import InputError
 
-TASKS = ("classification", "regression", "causal-lm", "data-to-text")
-METHODS = ("pst", "dense", "lora", "magnitude", "gmp", "movement", "soft-movement", "spp", "masked-lora")
 _TRIES = 3
 
 
@@ -22,10 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", metavar="FILE", help="JSONL, CSV, Parquet or text file to train on")
     parser.add_argument("--validation", metavar="FILE", help="file that chooses the best checkpoint")
     parser.add_argument("--test", metavar="FILE", help="file for pst-ds eval and verify")
-    parser.add_argument("--task", choices=TASKS, help="default: what the columns of the training file suggest")
+    parser.add_argument(
+        "--task", choices=get_args(TaskName), help="default: what the columns of the training file suggest"
+    )
     parser.add_argument("--text-columns", type=_names, metavar="COLUMN,...", help="one column, or two for pairs")
     parser.add_argument("--label-column", metavar="COLUMN", help="default: label")
-    parser.add_argument("--method", choices=METHODS, default="pst", help="default: pst")
+    parser.add_argument("--method", choices=tuple(METHODS), default="pst", help="default: pst")
     parser.add_argument("--sparsity", type=float, metavar="S", help="fraction of zeros at the end (default: 0.9)")
     parser.add_argument("--pattern", metavar="P", help='matrix (default), global, row, N:M or blocks such as "16x1"')
     steps = parser.add_mutually_exclusive_group()

@@ -21,7 +21,7 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.train.model import load_model_config, load_tokenizer, meta_model, num_trainable
 
 _MAX_LENGTHS = {"causal-lm": 512, "data-to-text": 256}
-_OTHER_MAX_LENGTH, _BATCH_SIZE, _UPDATE_INTERVAL = 128, 32, 4
+_OTHER_MAX_LENGTH, _BATCH_SIZE = 128, 32
 _SHORTEST = 4
 """Tokens that every task can do with, while the model's own limit is looked up."""
 _GUESSED_TEXTS = (
@@ -137,8 +137,6 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> dict[
     if masks != "none":
         table["pst"] = {"target_modules": "all-linear", "pattern": args.pattern or "matrix"}
         table["schedule"] = {"final_sparsity": _sparsity(args)}
-    if masks == "ramp":
-        table["schedule"]["update_interval"] = _UPDATE_INTERVAL
     return table
 
 

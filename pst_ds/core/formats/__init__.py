@@ -16,7 +16,9 @@ from pst_ds.core.formats.csr import CsrFormat
 from pst_ds.core.formats.parts import VALUE_DTYPES, FormatError, PackedFormat, Part
 from pst_ds.core.formats.rows import mask_row_bits, row_bits
 from pst_ds.core.formats.two_four import TwoFourFormat
+from pst_ds.core.packings import PACKINGS
 
-FORMATS: dict[str, PackedFormat] = {form.name: form for form in (BitmaskFormat(), TwoFourFormat(), CsrFormat())}
+_FORMATS: tuple[PackedFormat, ...] = (BitmaskFormat(), TwoFourFormat(), CsrFormat())
+FORMATS = dict(zip(PACKINGS, _FORMATS, strict=True))
 
 __all__ = ["FORMATS", "VALUE_DTYPES", "FormatError", "PackedFormat", "Part", "mask_row_bits", "row_bits"]
