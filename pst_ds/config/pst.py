@@ -64,8 +64,11 @@ class PSTConfig:
     another string is a regular expression for the whole module name; a list holds names or their dotted endings.
     "all-linear" refuses a model with weights in the blocks that no linear layer has (experts in a 3-D Parameter)."""
     exclude_modules: str | tuple[str, ...] = ()
-    """Modules left dense and frozen, matched as ``target_modules`` is, but a string that is a plain name counts as a
-    list of it; also those that "all-linear" refuses."""
+    """Modules left dense and frozen, matched as ``target_modules`` is, but a list also names all that is in its
+    modules, and a string that is a plain name counts as a list of it; also those that "all-linear" refuses."""
+    prune_uncalled: bool = False
+    """Prune layers too that no forward pass of the first step calls. Such a layer is an error otherwise, as a vision
+    tower is in training on text alone; an expert without a token in a step is none."""
     modules_to_save: tuple[str, ...] | None = None
     """Modules trained in full; None is the task head: all that is on top of the base model, but of a language model
     nothing. An empty list trains none."""
@@ -244,6 +247,14 @@ def name_matches(name: str, patterns: str | Iterable[str]) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == p or name.endswith("." + p) for p in patterns)
+
+
+def is_inside(name: str, patterns: str | Iterable[str]) -> bool:
+    """Whether :func:`name_matches`; a list also names what is in its modules."""
+    if isinstance(patterns, str):
+        return name_matches(name, patterns)
+    parts = name.split(".")
+    return any(name_matches(".".join(parts[:i]), patterns) for i in range(len(parts), 0, -1))
 
 
 def _require_regex(name: str, pattern: str | tuple[str, ...]) -> None:

@@ -37,6 +37,14 @@ class BaseWeights:
         """The files' own names, in the order of the files."""
         return list(self._file_of)
 
+    def has(self, name: str) -> bool:
+        """Whether the files have a tensor of that very name."""
+        return name in self._file_of
+
+    def is_around(self, model: nn.Module) -> bool:
+        """Whether ``model`` is the text part of this one."""
+        return is_text_part(model, self.folder)
+
     @property
     def file_bytes(self) -> int:
         """Of the files that the tensors are in. Raises InputError for one that is missing."""
@@ -76,6 +84,23 @@ class BaseWeights:
         """Copy a file of the model's that is no weight file into ``folder``."""
         if (self.folder / name).is_file():
             shutil.copyfile(self.folder / name, folder / name)
+
+
+def is_text_part(model: nn.Module, folder: Path) -> bool:
+    """Whether the config of ``model`` is the text config of the model in ``folder``.
+
+    If so, :func:`saved_tensors` from now on gives the names in the whole model, as far as transformers knows them.
+    """
+    from transformers import AutoConfig
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if not (folder / "config.json").is_file():
+        return False
+    config, own = AutoConfig.from_pretrained(folder), type(model.config)
+    if own is type(config) or config.sub_configs.get("text_config") is not own:
+        return False
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # type: ignore
+    return True
 
 
 def saved_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -30,6 +30,10 @@ from pst_ds.export.model_card import CARD_FILE, model_card
 from pst_ds.export.plan import SHARD_BYTES, Job, PlannedFile, Source, plan_files, require_packed, require_space
 from pst_ds.export.write import write_tensors
 
+_BESIDE = (
+    "generation_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
+)  # fmt: skip
+"""Small files of the base that the tokenizer does not write."""
 _SPARE_BYTES = 64 << 20
 """Free space to ask for beside the weights: tokenizer, manifest, card."""
 
@@ -70,10 +74,14 @@ def export_run(
     state = checkpoint.state
 
     def write_beside(folder: Path) -> None:
-        config: Any = copy.deepcopy(model.config)
-        config.architectures = [type(model).__name__]
-        config.save_pretrained(folder)
-        base.copy_if_there("generation_config.json", folder)
+        if base.is_around(model):
+            base.copy_if_there(CONFIG_FILE, folder)
+        else:
+            config: Any = copy.deepcopy(model.config)
+            config.architectures = [type(model).__name__]
+            config.save_pretrained(folder)
+        for name in _BESIDE:
+            base.copy_if_there(name, folder)
         tokenizer.save_pretrained(folder)
 
     about = {
@@ -173,6 +181,9 @@ def _finish_config(folder: Path, entries: Sequence[TensorEntry], packing: str, n
     widths = {names[entry.dtype] for entry in entries if entry.dtype in names}
     table.pop("torch_dtype", None)  # its older name
     table["dtype"] = widths.pop() if len(widths) == 1 else "float32"
+    for part in table.values():  # such as text_config
+        if isinstance(part, dict) and part.get("dtype"):
+            part["dtype"] = table["dtype"]
     if packing != DENSE:
         table["quantization_config"] = quantization_config(packing, num_files)
     path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

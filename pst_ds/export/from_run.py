@@ -16,7 +16,7 @@ from pst_ds.core.formats import FORMATS, mask_row_bits
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.low_rank_rows import updated_rows
 from pst_ds.core.scores import masked_weight, merged_weight
-from pst_ds.export.base_weights import BaseWeights, may_be_missing, saved_tensors
+from pst_ds.export.base_weights import BaseWeights, may_be_missing, names_in_files, saved_tensors
 from pst_ds.export.detect_pattern import per_row
 from pst_ds.export.manifest import DENSE, ExportError
 from pst_ds.export.plan import Job, Made, Planned
@@ -125,6 +125,7 @@ def _reopened(checkpoint: Checkpoint) -> Checkpoint:
 def plan_run(model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, packing: str, dtype: str | None) -> list[Job]:
     """Every tensor that ``save_pretrained`` of the plain model would write, under its name there.
 
+    Of a model that is the text part of its base every tensor of the base, under the base's names.
     ``model`` has PST modules and may be on the meta device. Raises ExportError.
     """
     return list(_Planner(model, checkpoint, base, packing, dtype).jobs())
@@ -136,28 +137,36 @@ class _Planner:
         self._packing, self._cast = packing, None if dtype is None else DTYPES[dtype]
         self._layers, self._embeddings = pst_layers(model), pst_embeddings(model)
         self._linear = {name: module for name, module in model.named_modules() if is_linear(module)}
+        self._buffers, self._keeps_rest = persistent_buffers(model), base.is_around(model)
 
     def jobs(self) -> Iterator[Job]:
-        seen: set[int] = set()
-        for name, param in (*self._model.named_parameters(), *persistent_buffers(self._model).items()):
-            if name.rpartition(".")[2].startswith("pst_") or id(param) in seen:
-                continue
-            seen.add(id(param))
-            in_base = self._base.find(name)
-            if in_base is None and not isinstance(param, nn.Parameter) and may_be_missing(self._model, name):
-                continue
-            if in_base is None:
-                whole = param.to("meta")
-                saved = saved_tensors(self._model, {name: whole})
-                if set(saved) != {name}:  # the base's files hold it in another form, and so does the export
-                    yield from self._in_files_form(name, whole, saved)
-                    continue
-            yield self._job(name, in_base, name, param)
+        tensors = {n: p.to("meta") for n, p in self._model.named_parameters() if ".pst_" not in n}
+        tensors |= {name: buffer.to("meta") for name, buffer in self._buffers.items()}
+        in_files = {name: saved for saved, name in names_in_files(self._model, tensors).items()}
+        done: set[str] = set()
+        for name, tensor in tensors.items():
+            for job in self._jobs_of(name, tensor, in_files.get(name)):
+                done.update(output.name for output in job.outputs)
+                yield job
+        for name in self._base.names if self._keeps_rest else ():
+            if name not in done:
+                yield self._job(name, name, name, torch.empty(self._base.size(name)[1], device="meta"))
+
+    def _jobs_of(self, name: str, tensor: Tensor, in_files: str | None) -> Iterator[Job]:
+        """``in_files``: how ``save_pretrained`` names it; None where it takes it apart."""
+        if self._base.has(name):
+            yield self._job(name, name, name, tensor)
+        elif in_files is None:
+            yield from self._in_parts(name, saved_tensors(self._model, {name: tensor}))
+        else:
+            in_base = self._base.find(in_files) or self._base.find(name)
+            if in_base or name not in self._buffers or not may_be_missing(self._model, name):
+                yield self._job(name, in_base, in_files, tensor)
 
     def _job(self, name: str, in_base: str | None, out_name: str, tensor: Tensor) -> Job:
-        """The model's tensor ``name`` alone, as ``out_name`` in the export."""
+        """The model's tensor ``name`` alone, as ``out_name`` in the export, or as a base that is kept whole has it."""
         recipe = self._recipe(name, in_base)
-        planned = self._planned(recipe, out_name, tuple(tensor.shape))
+        planned = self._planned(recipe, in_base if in_base and self._keeps_rest else out_name, tuple(tensor.shape))
         return Job((planned,), replace(recipe, masked=planned.packing == DENSE))
 
     def _recipe(self, name: str, in_base: str | None, of_base: str | None = None) -> _Recipe:
@@ -211,13 +220,9 @@ class _Planner:
                 "model"
             )
 
-    def _in_files_form(self, name: str, whole: Tensor, saved: dict[str, Tensor]) -> Iterator[Job]:
-        """The tensor ``name``, ``whole`` in the model, as ``saved``, the tensors that the base's files hold of it."""
+    def _in_parts(self, name: str, saved: dict[str, Tensor]) -> Iterator[Job]:
+        """The tensor ``name`` as ``saved``, the tensors that the base's files hold of it."""
         in_base = {part: self._base.find(part) for part in saved}
-        first_name, first = next(iter(in_base.items()))
-        if saved[first_name] is whole:  # under another name
-            yield self._job(name, first, first_name, whole)
-            return
         is_pruned = name.removesuffix(".weight") in self._layers
         if not is_pruned and name not in self._checkpoint.contents.trained:
             for part, tensor in saved.items():
@@ -228,6 +233,6 @@ class _Planner:
                 f"{name} is made of {', '.join(saved)} by transformers, and cannot be turned back once it is pruned; "
                 f"leave it out with exclude_modules = [{json.dumps(name.rpartition('.')[0])}]"
             )
-        recipe = replace(self._recipe(name, None, first), in_files_form=True)
+        recipe = replace(self._recipe(name, None, next(iter(in_base.values()))), in_files_form=True)
         outputs = tuple(self._planned(recipe, part, tuple(tensor.shape)) for part, tensor in saved.items())
         yield Job(outputs, recipe, in_parent=True)

@@ -12,8 +12,10 @@ from pst_ds.hf.weight_files import PackedFolderError
 class LoadedKeys:
     """What a model expects from its files. transformers gives random weights, and a warning, for what is missing."""
 
-    def __init__(self, model: Any, *, has_heads: bool):
-        """``has_heads``: the files hold another class of the same base model, whose head is left out."""
+    def __init__(self, model: Any, *, has_heads: bool, is_part: bool):
+        """``has_heads``: the files hold another class of the same base model, whose head is left out; ``is_part``: the
+        rest of a model of text and pictures too."""
+        self._is_part = is_part
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._base_prefix = f"{model.base_model_prefix}." if has_heads else ""
 
@@ -46,7 +48,7 @@ class LoadedKeys:
             )
 
     def _is_of_a_head(self, name: str) -> bool:
-        return bool(self._base_prefix) and not name.startswith(self._base_prefix)
+        return self._is_part or (bool(self._base_prefix) and not name.startswith(self._base_prefix))
 
 
 def _missing(model: Any, missing: list[str]) -> str:

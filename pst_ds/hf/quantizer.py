@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from pst_ds.core.formats import FORMATS, PackedFormat
+from pst_ds.export.base_weights import is_text_part
 from pst_ds.hf.config import PackedWeightsConfig
 from pst_ds.hf.layers import clear_cast_zeros, end_loading, make_dense, named_groups, put_sparse_layers, reread_integers
 from pst_ds.hf.loaded_keys import LoadedKeys
@@ -81,11 +83,12 @@ class PackedWeightsQuantizer(HfQuantizer):
         heads = set()
         if type(model).__name__ not in (model.config.architectures or ()):
             heads = outside_base_model(headers, model.base_model_prefix)
+        is_part = is_text_part(model, Path(checkpoint_files[0]).parent)
         groups = named_groups(model, packed_groups(headers, self.form))
         tied = getattr(model, "all_tied_weights_keys", {})
         self._taken = put_sparse_layers(model, groups, self.form, {*tied, *tied.values()})
         self._groups = groups
-        keys = LoadedKeys(model, has_heads=bool(heads))
+        keys = LoadedKeys(model, has_heads=bool(heads), is_part=is_part)
         model._adjust_missing_and_unexpected_keys = functools.partial(
             self._finish, model, keys, model._adjust_missing_and_unexpected_keys
         )

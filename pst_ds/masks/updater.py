@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
 from typing import Any
 
 from torch import nn
 
+from pst_ds.config.pst import PSTConfig
 from pst_ds.core.schedule import Schedule
 from pst_ds.errors import InputError
 from pst_ds.masks.update import MaskStats, mask_stats, masks_of_zeros, update_masks
+from pst_ds.nn.blocks import is_inside_block
 from pst_ds.nn.inject import freeze_scores, injected_config, layers_never_called, pst_layers, shortened
-from pst_ds.parallel.ranks import is_main
+from pst_ds.nn.replaceable import listed
+from pst_ds.parallel.ranks import all_gather_objects, is_main
 from pst_ds.parallel.steps import applied_steps, steps_noted, torch_optimizer, unwrapped
 
 _ZEROS_MAY_DIFFER = 0.01
@@ -24,14 +29,14 @@ def update_masks_if_due(
     """Select the masks anew if ``schedule`` does so after applied step ``step`` (0: before the first), and fix them for
     good once it is final. The new masks' counts, or None.
 
-    After the first step it warns, on rank 0, of layers that no forward pass there has called.
+    After the first step it refuses layers that no forward pass has called (``PSTConfig.prune_uncalled``).
     ``from_zeros`` keeps the non-zeros of the weights instead of selecting. Collective: a schedule and a step that are
     equal on every rank update on all or on none. Raises FloatingPointError on every rank for scores that are not
-    finite.
+    finite, and InputError for layers never called.
     """
     masks = None
     if step == 1:
-        _warn_of_layers_never_called(model)
+        _require_called(model)
     if schedule.updates_masks_at(step):
         target = schedule.sparsity_at(step)
         masks = masks_of_zeros(model) if from_zeros else update_masks(
@@ -148,15 +153,53 @@ def _stop_scores(optimizer: Any, stop: bool) -> None:
                 del group["lr_of_ramp"]
 
 
-def _warn_of_layers_never_called(model: nn.Module) -> None:
-    names = layers_never_called(model) if is_main() else []
-    if names:
-        warnings.warn(
-            f"no forward pass has called {shortened(names)} ({len(names)} of {len(pst_layers(model))} pruned layers). "
-            "An expert that no token was sent to, or a layer that layerdrop left out, is none to care about. If other "
-            "code reads the layer's weight, its mask does nothing: leave it out with exclude_modules",
-            stacklevel=4,
+def _require_called(model: nn.Module) -> None:
+    """Raise InputError on every rank for pruned layers that no rank has called. Collective."""
+    layers, config = list(pst_layers(model)), getattr(model, "pst_config", PSTConfig())
+    idle = set(layers_never_called(model))
+    called_by_rank = all_gather_objects(bytes(name not in idle for name in layers))
+    called = {name for name, *flags in zip(layers, *called_by_rank, strict=True) if any(flags)}
+    called |= _left_to_chance(model, set(layers) - called, called)
+    idle = set(layers) - called
+    if idle and not config.prune_uncalled:
+        names = [name for name in layers if name in idle]
+        raise InputError(
+            f"the first step has called {len(called)} of {len(layers)} pruned layers, and not {shortened(names)}: "
+            "masks there prune what is not trained, or do nothing where other code reads the weight. Leave them dense "
+            f"with exclude_modules = {_excluding(names, called, config.exclude_modules)}, or prune them all the same "
+            "with prune_uncalled = true"
         )
+
+
+def _left_to_chance(model: nn.Module, idle: set[str], called: set[str]) -> set[str]:
+    """Those of ``idle`` that another step may call: experts beside called ones, and blocks under layerdrop."""
+    config = getattr(model, "config", None)
+    drops_blocks = config is not None and any(value for key, value in vars(config).items() if "layerdrop" in key)
+    found = set()
+    for name in idle:
+        parts = name.split(".")
+        for i in (i for i, part in enumerate(parts) if part.isdigit()):
+            stack = ".".join(parts[:i])
+            items = model.get_submodule(stack)
+            if isinstance(items, nn.ModuleList) and (drops_blocks or is_inside_block(stack, model)):
+                alike = (".".join([*parts[:i], str(j), *parts[i + 1 :]]) for j in range(len(items)))
+                found |= {name for other in alike if other in called}
+    return found
+
+
+def _excluding(names: list[str], called: set[str], excluded: str | tuple[str, ...]) -> str:
+    """A value of ``exclude_modules`` that covers ``names`` too: the outermost modules that no called layer is in."""
+    alive = {".".join(name.split(".")[:i]) for name in called for i in range(name.count(".") + 2)}
+    ending_of_alive = {name.rpartition(".")[2] for name in alive}
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        outermost = next(".".join(parts[:i]) for i in range(1, len(parts) + 1) if ".".join(parts[:i]) not in alive)
+        ending = outermost.rpartition(".")[2]
+        found[outermost if ending.isdigit() or ending in ending_of_alive else ending] = None
+    if isinstance(excluded, str):
+        return json.dumps(f"{excluded}|(.*\\.)?({'|'.join(map(re.escape, found))})(\\..*)?")
+    return listed([*excluded, *found])
 
 
 def _require_pst(model: nn.Module) -> None:

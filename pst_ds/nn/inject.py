@@ -157,8 +157,8 @@ def pst_layers(model: nn.Module) -> dict[str, PSTLinear]:
 def layers_never_called(model: nn.Module) -> list[str]:
     """Names of the PST layers that no forward pass of this process has called since they were made, in model order.
 
-    Of some that is no fault: an expert that no token was sent to, a layer that layerdrop left out. The others' weights
-    are read by code around them, and neither mask nor update is in what the model computes.
+    Of some that is no fault: an expert that no token was sent to, a layer that layerdrop left out. Others are not used
+    at all, or code around them reads their weights, and neither mask nor update is in what the model computes.
     """
     return [name for name, layer in pst_layers(model).items() if not layer.was_called]
 

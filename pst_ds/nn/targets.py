@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from pst_ds.config.pst import PSTConfig, name_matches
+from pst_ds.config.pst import PSTConfig, is_inside, name_matches
 from pst_ds.core.layout import WeightLayout
 from pst_ds.errors import InputError
 from pst_ds.nn.blocks import (
@@ -159,7 +159,7 @@ def _refuse_loose_matrices(
     for matrix in loose_matrices(model):
         owner = matrix.owner
         is_known = owner in routers or any(owner == s or owner.startswith(s + ".") for s in saved)
-        if is_known or (config.exclude_modules and name_matches(owner, config.exclude_modules)):
+        if is_known or is_inside(owner, config.exclude_modules):
             continue
         if matrix.is_stack or 0 < least <= matrix.numel:
             loose.append(matrix)
@@ -181,7 +181,7 @@ def _refuse_loose_matrices(
 def _is_wanted(name: str, module: nn.Module, model: nn.Module, config: PSTConfig, saved: dict[str, nn.Module]) -> bool:
     if not name or any(name == s or name.startswith(s + ".") for s in saved):
         return False
-    if config.exclude_modules and name_matches(name, config.exclude_modules):
+    if is_inside(name, config.exclude_modules):
         return False
     if config.target_modules == ALL_LINEAR:
         return is_linear(module) and is_inside_block(name, model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from copy import deepcopy
 from types import SimpleNamespace
@@ -10,15 +11,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.core.schedule import CubicSchedule, OneShotSchedule
 from pst_ds.errors import InputError
 from pst_ds.masks.update import mask_stats
-from pst_ds.masks.updater import MaskUpdater
+from pst_ds.masks.updater import MaskUpdater, _require_called
 from pst_ds.nn.inject import inject_pst, layers_never_called, pst_layers
 from pst_ds.nn.optimizer import pst_optimizer, pst_parameter_groups
 from pst_ds.parallel.engine import LocalEngine
+from pst_ds.parallel.ranks import rank
 
 SCHEDULE = CubicSchedule(
     final_sparsity=0.75, initial_sparsity=0.25, num_steps=10, warmup_fraction=0.1, cooldown_fraction=0.3,
@@ -123,6 +126,7 @@ def test_an_optimizer_that_knows_of_skipped_steps_is_believed():
         optimizer=inner, gradient_state=SimpleNamespace(sync_gradients=True), step_was_skipped=False
     )
     masks = MaskUpdater(model, SCHEDULE)
+    _backward(model, 0)
     seen = []
     for syncs, skipped in [(False, False), (True, False), (True, True), (False, True), (True, False)]:
         wrapper.gradient_state.sync_gradients, wrapper.step_was_skipped = syncs, skipped
@@ -308,21 +312,80 @@ class _Reader(nn.Module):
         return self.blocks[0](x) @ self.blocks[1].weight.t()
 
 
-def test_layers_that_are_read_and_never_called_are_named_once():
-    torch.manual_seed(0)
-    model = inject_pst(_Reader(), PSTConfig())
-    assert layers_never_called(model) == ["blocks.0", "blocks.1"]
+def _step(model):
     optimizer, masks = pst_optimizer(model), MaskUpdater(model, SCHEDULE)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            model(torch.randn(4, 8)).square().mean().backward()
-            optimizer.step()
-            masks.after_step(optimizer)
+    model(torch.randn(4, 8)).square().mean().backward()
+    optimizer.step()
+    masks.after_step(optimizer)
+    return masks.step == 1
+
+
+def test_layers_that_are_read_and_never_called_are_refused():
+    torch.manual_seed(0)
+    model = inject_pst(_Reader(), PSTConfig(exclude_modules=("head",)))
+    assert layers_never_called(model) == ["blocks.0", "blocks.1"]
+    fix = re.escape('called 1 of 2 pruned layers, and not blocks.1: ') + '.*' + re.escape(
+        'exclude_modules = ["head", "blocks.1"], or prune them all the same with prune_uncalled = true'
+    )  # fmt: skip
+    with pytest.raises(InputError, match=fix):
+        _step(model)
     assert layers_never_called(model) == ["blocks.1"]
-    assert [str(w.message).partition(". ")[0] for w in caught] == [
-        "no forward pass has called blocks.1 (1 of 2 pruned layers)"
-    ]
-    called = inject_pst(_Reader(), PSTConfig(exclude_modules=("blocks.1",)))
-    called(torch.randn(4, 8))
-    assert layers_never_called(called) == []
+    with pytest.raises(InputError, match=re.escape(r'exclude_modules = "no+e|(.*\\.)?(blocks\\.1)(\\..*)?"')):
+        _step(inject_pst(_Reader(), PSTConfig(exclude_modules="no+e")))
+    for fixed in (
+        PSTConfig(exclude_modules=("head", "blocks.1")),
+        PSTConfig(exclude_modules=r"no+e|(.*\.)?(blocks\.1)(\..*)?"),
+        PSTConfig(prune_uncalled=True),
+    ):
+        assert _step(inject_pst(_Reader(), fixed))
+
+
+class _Experts(nn.Module):
+    """Blocks of experts, of which one in each gets the tokens, and a tower that gets none."""
+
+    def __init__(self, chosen):
+        super().__init__()
+        self.chosen = chosen
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"experts": nn.ModuleList(_Expert() for _ in range(3))}) for _ in "ab"
+        )
+        self.tower = nn.ModuleDict({"blocks": nn.ModuleList(_Expert() for _ in range(2))})
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block["experts"][self.chosen].up(x)
+        return x
+
+
+class _Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+
+def test_an_expert_without_tokens_is_not_refused_and_a_tower_is():
+    with pytest.raises(InputError, match=r"called 6 of 8 pruned layers, and not tower\.blocks\.0\.up.*= \[.tower.\]"):
+        _step(inject_pst(_Experts(1), PSTConfig()))
+    model = inject_pst(_Experts(1), PSTConfig(exclude_modules=("tower",)))
+    assert _step(model)
+    assert len(layers_never_called(model)) == 4
+    with pytest.raises(InputError, match=r"called 0 of 6 .*exclude_modules = \[.tower., .blocks.\]"):
+        _require_called(inject_pst(_Experts(1), PSTConfig(exclude_modules=("tower",))))
+
+
+def test_a_block_that_layerdrop_left_out_is_not_refused():
+    model = inject_pst(_Reader(), PSTConfig())
+    model.config = PretrainedConfig(encoder_layerdrop=0.1)
+    assert _step(model)
+
+
+def _steps_of_a_rank():
+    torch.manual_seed(0)
+    model = _Reader()
+    model.forward = lambda x: model.blocks[rank()](x)
+    return _step(inject_pst(model, PSTConfig()))
+
+
+@pytest.mark.zero3
+def test_a_layer_that_another_rank_called_is_not_refused(run_ranks):
+    assert run_ranks(_steps_of_a_rank, 2) == [True, True]
