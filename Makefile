@@ -3,33 +3,48 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# versions to install, such as .ci/constraints.txt; without it, the newest of the ranges in pyproject.toml
+CONSTRAINTS ?=
+# processes that run the unit tests, each of up to 5 GiB
+TEST_WORKERS ?= 2
+RANK_TESTS := zero3 or launcher or cluster
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo test test-unit check bench docs clean
+.PHONY: venv demo lint types test test-unit check constraints bench docs clean
+.NOTPARALLEL:
 
 venv: $(STAMP)
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pst-ds needs Python 3.11 or newer: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint=,$(CONSTRAINTS)) --editable '.[dev]'
 	touch $@
 
 demo: venv
 	$(BIN)/python -m tools.demo
 
-test: venv
-	$(BIN)/python -m pytest
-
-test-unit: venv
-	$(BIN)/python -m pytest -m 'not zero3 and not launcher and not gpu'
-
-check: venv
+lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: venv
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+
+# tests that start ranks run one at a time, after the others
+test: test-unit
+	$(BIN)/python -m pytest -m '$(RANK_TESTS)'
+
+test-unit: venv
+	$(BIN)/python -m pytest -m 'not ($(RANK_TESTS))' --numprocesses $(TEST_WORKERS) --dist loadfile
+
+check: lint types test
+
+# keeps the versions that are installed; see CONTRIBUTING.md
+constraints: venv
+	(echo '# Versions that passed `make check` together. `make constraints` writes this file.'; \
+	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//' | grep -vE '^(nvidia|cuda|triton)') > .ci/constraints.txt
 
 bench: venv
 	$(BIN)/python -m tools.bench.step

@@ -1,0 +1,76 @@
+"""The gates and the release agree: CI runs `make check`, pins lie in their ranges, one version stands everywhere."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from pst_ds import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    """Requirements of the package and of ``extras``, those of extras named in extras included."""
+    found = [Requirement(text) for extra in extras for text in PROJECT["optional-dependencies"][extra]]
+    inner = [r for own in found if own.name == "pst-ds" for r in requirements(*own.extras)]
+    return [Requirement(text) for text in PROJECT["dependencies"]] + [r for r in found if r.name != "pst-ds"] + inner
+
+
+def pins() -> dict[str, Version]:
+    lines = [line for line in read(".ci/constraints.txt").splitlines() if not line.startswith("#")]
+    return {canonicalize_name(name): Version(version) for name, version in (line.split("==") for line in lines)}
+
+
+def test_every_requirement_of_a_check_is_pinned_within_its_range():
+    pinned = pins()
+    for requirement in requirements("dev"):
+        assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+
+
+def test_pins_can_be_installed_anywhere():
+    assert [name for name, version in pins().items() if version.local] == []
+
+
+def test_every_requirement_has_a_floor():
+    """The lowest versions are installed and tested as such; without a floor that would be the oldest release."""
+    for requirement in requirements(*PROJECT["optional-dependencies"]):
+        assert any(clause.operator == ">=" for clause in requirement.specifier), requirement
+
+
+def test_ci_runs_the_checks_in_their_order():
+    checks = re.search(r"^check: (.*)$", read("Makefile"), flags=re.M)
+    made = re.findall(r"^make (.*)$", read(".ci/run"), flags=re.M)
+    assert checks is not None
+    assert " ".join(made) == checks[1]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_a_workflow_makes_what_there_is(workflow):
+    targets = {name for line in re.findall(r"\bmake ([a-z- ]+)", read(str(workflow))) for name in line.split()}
+    known = set(re.findall(r"^([a-z-]+):", read("Makefile"), flags=re.M))
+    assert targets
+    assert targets <= known
+
+
+def test_the_newest_release_is_this_version():
+    headings = re.findall(r"^## \[(.*?)\](?: - (\d{4}-\d\d-\d\d))?$", read("CHANGELOG.md"), flags=re.M)
+    assert headings[0] == ("Unreleased", "")
+    assert all(date for _, date in headings[1:])
+    citation = read("CITATION.cff")
+    number, date = headings[1]
+    assert number == __version__
+    assert f"\nversion: {number}\n" in citation
+    assert f"\ndate-released: {date}\n" in citation
