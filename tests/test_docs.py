@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pst_ds.cli.main import main
 from tools.docs import run_file, scaling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,11 +34,28 @@ def test_the_settings_page_is_the_codes():
         assert path.read_text(encoding="utf-8") == code, "run python -m tools.docs.run_file"
 
 
-def test_the_tables_of_the_scaling_page_are_the_formulas():
+def test_the_tables_of_the_scaling_page_are_what_is_planned():
     written = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     assert written == scaling.page(written), "run python -m tools.docs.scaling"
     for name, table in scaling.TABLES.items():
         assert f"<!-- table: {name} -->\n\n{table()}\n" in written
+
+
+@pytest.mark.parametrize(("model", "gpus"), [("7B", 8), ("70B", 512)])
+def test_a_row_of_the_scaling_page_is_what_the_command_says(capsys, tmp_path, model, gpus):
+    run = scaling.write_run(tmp_path, model, gpus)
+    arguments = ["plan", str(run), "--json", "--no-data", "--ranks", str(gpus), "--machine", "h100"]
+    assert main(arguments) == 0
+    plan = json.loads(capsys.readouterr().out.splitlines()[-1])
+    memory, time = plan["memory_bytes_per_rank"], plan["time"]
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    rows = re.findall(rf"^\| {model} \| {gpus} \| (.*) \|$", page, flags=re.M)
+    held, spent = ([float(cell.strip(" %")) for cell in row.split("|")] for row in rows)
+    parts = ("weights", "masks", "optimizer", "gathers", "activations", "mask_update", "peak")
+    assert held == pytest.approx([memory[part] / 1e9 for part in parts], rel=0.01, abs=0.005)
+    found = [time["step_received"] / 1e9, time["update_received"] / 1e9]
+    found += [time["step_compute"], time["step_network"], time["step"], time["update"] * 1e3]
+    assert spent[:6] == pytest.approx(found, rel=0.01, abs=0.005)  # a figure's last digit
 
 
 def test_launch_scripts_are_short_and_pass_bash():

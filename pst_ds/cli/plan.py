@@ -30,25 +30,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     config = load_run_or_folder(args)
-    from pst_ds.checkpoint.format import most_bytes
     from pst_ds.cli.plan_text import print_plan
+
+    plan = make_plan(config, args.ranks, args.machine, no_data=args.no_data)
+    print_plan(plan)
+    return plan
+
+
+def make_plan(
+    config: Any, ranks: int | None, machine: str | None, *, no_data: bool, trace: Any = None
+) -> dict[str, Any]:
+    """Return the plan of a run as JSON values; ``trace``: a Trace of the same micro-batch, on any number of ranks."""
+    from pst_ds.checkpoint.format import most_bytes
     from pst_ds.masks.layer_stats import chosen_layers
     from pst_ds.nn.inject import pst_layers
     from pst_ds.parallel.ds_config import zero_stage
     from pst_ds.planning.shapes import model_numbers
-    from pst_ds.train.model import head_names, meta_model, num_trainable
+    from pst_ds.train.model import head_names, meta_model, num_trainable, parameter_groups
     from pst_ds.train.objective import require_teacher
 
-    ranks, raw = _ranks_and_deepspeed(config, args.ranks)
+    ranks, raw = _ranks_and_deepspeed(config, ranks)
     micro_batch_size = config.micro_batch_size(ranks)
     stage = zero_stage(raw) if raw is not None else None
-    tokenizer, labels, unit, num_examples = _data(config, args.no_data)
+    tokenizer, labels, unit, num_examples = _data(config, no_data)
     model = meta_model(config, labels, tokenizer, num_shards=ranks if stage == 3 else 1)
     chosen_layers(list(pst_layers(model)), config.pictures.layers)  # as train would: refuses what is not there
-    if not args.no_data:
+    if not no_data:
         require_teacher(config, model)
     num_steps = config.num_steps(num_examples) if num_examples is not None else config.train.num_steps
-    machine = args.machine or _machine_here(ranks)
+    machine = machine or _machine_here(ranks)
     zero = _zero_settings(config, raw, ranks, micro_batch_size, num_trainable(model), machine)
     device = "cpu" if machine == "cpu" else "cuda"
     numbers = model_numbers(model, device=device)
@@ -71,12 +81,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "pruned_parameters": numbers.pruned_weights,
         "schedule": _schedule(config, num_steps),
     }
-    teacher = _teacher(config, numbers, args.no_data)
-    plan |= _memory(model, config, numbers, zero, teacher, micro_batch_size, device)
+    teacher = _teacher(config, numbers, no_data)
+    groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, config)]
+    trace = trace or _trace(model, config, micro_batch_size, zero.persistence_threshold)  # uses the model up
+    plan |= _memory(config, numbers, zero, teacher, groups, trace, device)
+    plan["trace"] = asdict(trace) if trace else None
     plan["checkpoint_bytes"] = most_bytes(numbers.trainables, numbers.pruned_weights)
     plan["mask_bytes"] = sum(t.numel * t.count for t in numbers.tensors if t.is_mask)
-    plan["time"] = _times(config, numbers, zero, teacher, micro_batch_size, machine, plan["schedule"], num_steps)
-    print_plan(plan)
+    plan["time"] = _times(config, numbers, zero, teacher, trace, micro_batch_size, machine, plan["schedule"], num_steps)
     return plan
 
 
@@ -167,25 +179,22 @@ def _num_parameters(model: Any) -> int:
 
 
 def _memory(
-    model: Any, config: Any, numbers: Any, zero: Any, teacher: dict[str, Any], micro_batch_size: int, device: str
+    config: Any, numbers: Any, zero: Any, teacher: dict[str, Any], groups: list[int], trace: Any, device: str
 ) -> dict[str, Any]:
-    """What a rank holds. Uses the model up."""
     from pst_ds.planning.memory import memory_plan
-    from pst_ds.train.model import DTYPES, parameter_groups
+    from pst_ds.train.model import DTYPES
 
-    groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, config)]
-    activations = _activations(model, micro_batch_size, config)
     memory = memory_plan(
         numbers,
         zero,
-        activations=activations or 0,
+        activations=trace.activations if trace else 0,
         element_size=DTYPES[config.train.precision].itemsize,
         device=device,
         trainable_groups=groups,
         teacher=teacher["bytes"],
     )
     return {
-        "memory_bytes_per_rank": {**memory.as_dict(), "activations": activations},
+        "memory_bytes_per_rank": {**memory.as_dict(), "activations": memory.activations if trace else None},
         "optimizer_bytes_per_rank": memory.optimizer or memory.host,
         "weight_bytes_per_rank": memory.weights + memory.masks,
     }
@@ -209,27 +218,28 @@ def _teacher(config: Any, numbers: Any, no_data: bool) -> dict[str, Any]:
     return {"bytes": nbytes, "weights": numbers.pruned_weights + numbers.dense_weights, "own": own}
 
 
-def _activations(model: Any, micro_batch_size: int, config: Any) -> int | None:
-    """Bytes, or None for a model whose forward pass cannot do without values."""
-    from pst_ds.planning.activations import UntraceableError, activation_bytes
+def _trace(model: Any, config: Any, micro_batch_size: int, threshold: int) -> Any:
+    """A Trace, or None for a model whose forward pass cannot do without values."""
+    from pst_ds.planning.activations import UntraceableError, trace_micro_batch
 
-    logits = 0
-    if config.distillation.weight and config.task == "causal-lm":  # the teacher's, beside the model's own
-        logits = micro_batch_size * config.data.max_length * model.config.vocab_size * model.dtype.itemsize
     try:
-        return logits + activation_bytes(
+        trace = trace_micro_batch(
             model,
             batch=micro_batch_size,
             sequence=config.data.max_length,
             checkpointing=config.model.gradient_checkpointing,
+            persistence_threshold=threshold,
         )
     except UntraceableError:
         return None
+    if config.distillation.weight and config.task == "causal-lm":  # the teacher's logits, beside the model's own
+        trace.activations += micro_batch_size * config.data.max_length * model.config.vocab_size * model.dtype.itemsize
+    return trace
 
 
 def _times(
-    config: Any, numbers: Any, zero: Any, teacher: dict[str, Any], micro_batch_size: int, machine: str, schedule: Any,
-    num_steps: int,
+    config: Any, numbers: Any, zero: Any, teacher: dict[str, Any], trace: Any, micro_batch_size: int, machine: str,
+    schedule: Any, num_steps: int,
 ) -> dict[str, Any]:  # fmt: skip
     from pst_ds.planning.time import MACHINES, Batch, time_plan
 
@@ -240,6 +250,8 @@ def _times(
         checkpointing=config.model.gradient_checkpointing,
         teacher_weights=teacher["weights"],
         own_teacher=teacher["own"],
+        gathered=trace.gathered if trace else 0,
+        gathers=trace.gathers if trace else 0,
     )
     times = time_plan(numbers, zero, batch, MACHINES[machine])
     updates = schedule["mask_updates"] if schedule else 0

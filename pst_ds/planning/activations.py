@@ -1,10 +1,11 @@
-"""Memory of a micro-batch's activations, from a forward and a backward pass on tensors without values."""
+"""A micro-batch's activations and gathers, from a forward and a backward pass on tensors without values."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,53 @@ from pst_ds.nn.linear import PSTLinear
 
 class UntraceableError(RuntimeError):
     """The model's forward pass needs values, not shapes alone."""
+
+
+@dataclass(slots=True)
+class Trace:
+    """What a micro-batch takes of a rank."""
+
+    activations: int = 0
+    gathered: int = 0
+    """Bytes of the parameters that ZeRO-3 fetches for the modules' turns if it keeps none between them."""
+    gathers: int = 0
+    """Collectives that bring them: one a module and dtype."""
+
+
+def trace_micro_batch(
+    model: nn.Module, *, batch: int, sequence: int, checkpointing: bool, persistence_threshold: int = 0
+) -> Trace:
+    """:func:`activation_bytes`, and the gathers of all parameters larger than ``persistence_threshold``."""
+    trace = Trace()
+
+    def start(root: nn.Module, args: Any) -> None:  # late, for checkpointing hooks the embedding to need a gradient
+        for module in root.modules():
+            _count_gathers(module, trace, persistence_threshold)
+
+    model.register_forward_pre_hook(start)
+    trace.activations = activation_bytes(model, batch=batch, sequence=sequence, checkpointing=checkpointing)
+    return trace
+
+
+def _count_gathers(module: nn.Module, trace: Trace, threshold: int) -> None:
+    """A fetch for every forward turn that ends, and one for its backward turn.
+
+    A recomputed forward turn has its backward counted already, and the turn that recomputing stops in, since nothing
+    behind it is needed, does not end: DeepSpeed, too, finds the parameters of that module there.
+    """
+    params = [p for p in module.parameters(recurse=False) if p.numel() > threshold]
+    nbytes, dtypes = sum(p.numel() * p.element_size() for p in params), len({p.dtype for p in params})
+    if not params:
+        return
+
+    def count(module: nn.Module, args: Any, output: Any) -> None:
+        recomputes = torch._C._current_graph_task_id() != -1
+        has_backward = any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(output))
+        turns = 1 if recomputes else 1 + has_backward
+        trace.gathered += turns * nbytes
+        trace.gathers += turns * dtypes
+
+    module.register_forward_hook(count)
 
 
 def activation_bytes(model: nn.Module, *, batch: int, sequence: int, checkpointing: bool) -> int:

@@ -146,7 +146,7 @@ class MemoryPlan:
     gradients: int
     reduce_bucket: int
     gathers: int
-    """Parameters whole at the peak of a step: persistent, kept for reuse, prefetched, and the module's own."""
+    """Parameters whole at the peak of a step: persistent, kept or fetched ahead, and the module's own."""
     communication: int
     """Staging of one gather (gloo copies what it sends and receives)."""
     layer_work: int
@@ -269,17 +269,20 @@ def mask_update_bytes(model: ModelNumbers, zero: ZeroSettings, device: str = "cp
     return max(gathering, sampling, scanning) + SCORED_TILE_BYTES.get(device, 0)
 
 
-def llama_activation_bytes(
-    tokens: int, *, hidden: int, intermediate: int, layers: int, vocabulary: int, element_size: int = 2
-) -> int:
-    """Activations of a micro-batch of a Llama-shaped causal model with checkpointed layers, without tracing it.
+def kept_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
+    """Parameters that ZeRO-3 leaves whole from the forward to the backward pass.
 
-    The input of every layer, and the larger of one layer recomputed and of the loss (logits in the model's dtype, in
-    fp32, their softmax and its gradient).
+    They are the last ones: those used again within the reuse distance, which passes everything behind them twice, or,
+    where DeepSpeed fetches ahead, as many as may be live: it runs ahead on every turn of a module until they are.
     """
-    layer = element_size * (10 * hidden + 6 * intermediate)
-    loss = 12 * vocabulary
-    return tokens * (element_size * hidden * layers + max(layer, loss))
+    elements = max(zero.max_reuse_distance / 2, zero.max_live_parameters if zero.prefetch_bucket_size else 0)
+    return int(model.whole_bytes * min(1.0, elements / max(sum(t.numel * t.count for t in model.tensors), 1)))
+
+
+def persistent_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
+    """Parameters small enough to stay whole all the time."""
+    small = (t for t in model.tensors if t.numel <= zero.persistence_threshold)
+    return sum(t.numel * t.count * t.element_size for t in small)
 
 
 def _bracket_share(numel: int) -> float:
@@ -318,26 +321,11 @@ def _turn(model: ModelNumbers, zero: ZeroSettings, element_size: int) -> tuple[i
     work = max((m.work_bytes for m in model.modules), default=0)
     if zero.stage != 3:
         return 0, 0, work
-    resident = _persistent_bytes(model, zero) + _kept_bytes(model, zero)
-    whole = staging = 0
-    for module in model.modules:
-        prefetched = min(zero.prefetch_bucket_size, max(0, zero.max_live_parameters - module.numel)) * element_size
-        whole = max(whole, min(module.gathered_bytes + resident + prefetched, model.whole_bytes))
-        if zero.backend == GLOO and zero.world_size > 1:  # gloo flattens what it sends and receives into its buffers
-            largest = max(module.largest_gather_bytes, min(prefetched, model.whole_bytes))
-            staging = max(staging, int(largest * (1 + 1 / zero.world_size)))
+    resident = persistent_bytes(model, zero) + kept_bytes(model, zero)
+    whole = min(resident + max((m.gathered_bytes for m in model.modules), default=0), model.whole_bytes)
+    staging = 0
+    if zero.backend == GLOO and zero.world_size > 1:  # gloo flattens what it sends and receives into its buffers
+        ahead = min(zero.prefetch_bucket_size, zero.max_live_parameters) * element_size
+        largest = max((m.largest_gather_bytes for m in model.modules), default=0)
+        staging = int(max(largest, min(ahead, model.whole_bytes)) * (1 + 1 / zero.world_size))
     return whole, staging, work
-
-
-def _persistent_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
-    small = (t for t in model.tensors if t.numel <= zero.persistence_threshold)
-    return sum(t.numel * t.count * t.element_size for t in small)
-
-
-def _kept_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
-    """Parameters not released after the forward pass, since the backward pass uses them again within the distance.
-
-    The way from a module's forward to its backward turn passes everything behind it twice.
-    """
-    elements = sum(t.numel * t.count for t in model.tensors)
-    return int(model.whole_bytes * min(1.0, zero.max_reuse_distance / 2 / max(elements, 1)))

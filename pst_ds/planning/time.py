@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from pst_ds.core.select import DIGIT_BITS
-from pst_ds.planning.memory import ModelNumbers, ZeroSettings
+from pst_ds.planning.memory import ModelNumbers, ZeroSettings, kept_bytes, persistent_bytes
 
 FORWARD_BYTES, BACKWARD_BYTES = 10, 40
 """Bytes moved for a pruned weight beside the products: M . W once (W, bits, the result, the AND in place), and in the
@@ -109,6 +109,10 @@ class Batch:
     """Weights in the linear layers of the teacher of a distillation; 0 for none."""
     own_teacher: bool = False
     """The teacher is the model itself, whose weights are gathered for it once more."""
+    gathered: int = 0
+    """Bytes that ZeRO-3 gathers in a micro-batch if nothing is kept, and in how many ``gathers``, as traced; 0 where no
+    trace can be had: every parameter is taken to be fetched in every pass then."""
+    gathers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,28 +166,25 @@ def step_flops(model: ModelNumbers, batch: Batch) -> float:
 
 
 def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch, element_size: int = 2) -> Traffic:
-    """Of one optimizer step. Stage 3 gathers every module in each forward and each backward pass, and again for a
-    recomputed forward unless the reuse distance keeps it, and for the model as its own teacher."""
+    """Of one optimizer step. Stage 3 gathers a module for its forward and its backward turn, and for its recomputed
+    forward in between; DeepSpeed 0.19.8 lets go of frozen parameters after that whatever the reuse distance. Those of
+    the module that ends a checkpointed block are still there from its backward turn, and what is kept from the forward
+    to the backward pass is fetched once less. The model as its own teacher takes one more pass."""
     w = zero.world_size
     if w == 1:
         return Traffic(0, 0, 0)
     others = (w - 1) / w
     gradients = int(model.trainables * element_size * others)
+    buckets = math.ceil(model.trainables / max(zero.reduce_bucket_size, 1))
     if zero.stage != 3:
         # 0 all-reduces gradients; 1 and 2 reduce them to their owners, who send the parameters back
-        return Traffic(0, 2 * gradients, 2 * math.ceil(model.trainables / max(zero.reduce_bucket_size, 1)))
-    keeps = zero.max_reuse_distance >= 2 * _block_numel(model)
-    passes = (2 + (batch.checkpointing and not keeps) + batch.own_teacher) * batch.micro_batches
-    modules = sum(m.count for m in model.modules)
-    buckets = math.ceil(model.trainables / max(zero.reduce_bucket_size, 1))
-    received = int(model.whole_bytes * others * passes)
-    return Traffic(received, gradients * batch.micro_batches, passes * modules + buckets * batch.micro_batches)
-
-
-def _block_numel(model: ModelNumbers) -> int:
-    """Parameters of one block: between a module's recomputed forward and its backward turn lies at most twice that."""
-    pruned = [m for m in model.modules if m.work_bytes]
-    return sum(m.numel * m.count for m in pruned) // min((m.count for m in pruned), default=1)
+        return Traffic(0, 2 * gradients, 2 * buckets)
+    passes, modules = 2 + batch.checkpointing, sum(m.count for m in model.modules)
+    gathered = max((batch.gathered or passes * model.whole_bytes) - kept_bytes(model, zero), model.whole_bytes)
+    gathered += batch.own_teacher * model.whole_bytes
+    received = batch.micro_batches * gathered + persistent_bytes(model, zero)  # the latter after the optimizer's step
+    collectives = (batch.gathers or passes * modules) + batch.own_teacher * modules + buckets
+    return Traffic(int(received * others), gradients * batch.micro_batches, collectives * batch.micro_batches)
 
 
 def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:

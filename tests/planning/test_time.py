@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from pst_ds.core.bracket import sample_size
-from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, ZeroSettings
+from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, ZeroSettings, kept_bytes
 from pst_ds.planning.time import MACHINES, Batch, step_flops, step_traffic, time_plan, update_traffic
 
 MODEL = ModelNumbers(
@@ -43,18 +43,30 @@ def test_a_teacher_is_one_more_forward_pass_and_of_the_model_itself_one_more_gat
     assert step_traffic(MODEL, zero, replace(taught, own_teacher=True)).gathers == WHOLE * 3 * 3 // 4
 
 
-def test_zero3_receives_all_weights_of_others_twice_and_three_times_when_they_are_fetched_to_recompute():
+def test_without_a_trace_zero3_receives_all_weights_of_others_in_every_pass():
     zero = ZeroSettings(stage=3, world_size=4, reduce_bucket_size=30_000)
     found = step_traffic(MODEL, zero, BATCH)
     assert found.gathers == WHOLE * 2 * 3 // 4
     assert found.reductions == 40_000 * 2 * 3 // 4
     assert found.collectives == 2 * 5 + 2
-    recomputed = replace(BATCH, checkpointing=True)
-    assert step_traffic(MODEL, zero, recomputed).gathers == WHOLE * 3 * 3 // 4
-    kept = replace(zero, max_reuse_distance=1 << 30)
-    assert step_traffic(MODEL, kept, recomputed).gathers == found.gathers
+    assert step_traffic(MODEL, zero, replace(BATCH, checkpointing=True)).gathers == WHOLE * 3 * 3 // 4
     twice = step_traffic(MODEL, zero, replace(BATCH, micro_batches=2))
     assert (twice.gathers, twice.reductions) == (2 * found.gathers, 2 * found.reductions)
+
+
+def test_zero3_receives_what_was_traced_less_what_is_kept_and_small_parameters_once_a_step():
+    zero = ZeroSettings(stage=3, world_size=4, reduce_bucket_size=40_000)
+    traced = replace(BATCH, checkpointing=True, gathered=WHOLE * 2 + 500_000, gathers=13)
+    found = step_traffic(MODEL, zero, traced)
+    assert (found.gathers, found.collectives) == ((WHOLE * 2 + 500_000) * 3 // 4, 14)
+    kept = kept_bytes(MODEL, zero_kept := replace(zero, max_reuse_distance=1_000_000))
+    assert kept == WHOLE * 500_000 // 5_040_000
+    assert step_traffic(MODEL, zero_kept, traced).gathers == (WHOLE * 2 + 500_000 - kept) * 3 // 4
+    everything = replace(zero, prefetch_bucket_size=1, max_live_parameters=1 << 30)
+    assert step_traffic(MODEL, everything, traced).gathers == (WHOLE + 500_000) * 3 // 4
+    small = replace(zero, persistence_threshold=10_000)
+    twice = replace(traced, micro_batches=2)
+    assert step_traffic(MODEL, small, twice).gathers == (2 * (WHOLE * 2 + 500_000) + 4 * 20_000) * 3 // 4
 
 
 def test_one_rank_receives_nothing_and_lower_stages_no_weights():

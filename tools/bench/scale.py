@@ -25,7 +25,7 @@ import transformers
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.host import available_bytes
 from pst_ds.nn.inject import inject_pst
-from pst_ds.planning.activations import activation_bytes
+from pst_ds.planning.activations import trace_micro_batch
 from pst_ds.planning.memory import memory_plan
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import MACHINES, Batch, time_plan
@@ -115,8 +115,8 @@ def predict(args: argparse.Namespace, size: str, rates: dict[str, float]) -> dic
         inject_pst(model, PSTConfig(modules_to_save=(), relative_magnitude=False), num_shards=args.ranks)
     numbers, zero = model_numbers(model), zero_settings(ds_config(args), args.ranks, "gloo")
     checkpointing = not args.no_checkpointing
-    activations = activation_bytes(model, batch=args.batch, sequence=args.sequence, checkpointing=checkpointing)
-    memory = memory_plan(numbers, zero, activations=activations)
+    trace = trace_micro_batch(model, batch=args.batch, sequence=args.sequence, checkpointing=checkpointing)
+    memory = memory_plan(numbers, zero, activations=trace.activations)
     machine = replace(
         MACHINES["cpu"],
         flops=rates["flops"],
@@ -124,7 +124,8 @@ def predict(args: argparse.Namespace, size: str, rates: dict[str, float]) -> dic
         node_bytes=rates["network_bytes"] or 1.0,
         latency=rates["latency"],
     )
-    batch = Batch(args.batch * args.sequence, args.sequence, checkpointing=checkpointing)
+    tokens = args.batch * args.sequence
+    batch = Batch(tokens, args.sequence, checkpointing=checkpointing, gathered=trace.gathered, gathers=trace.gathers)
     times = time_plan(numbers, zero, batch, machine)
     return {
         "parameters": numbers.parameters,
