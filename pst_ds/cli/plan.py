@@ -76,7 +76,7 @@ def make_plan(
         "trained_in_full": head_names(model, config),
         "layers": _layers(model),
         "updated_embeddings": _embeddings(model),
-        "parameters": _num_parameters(model),
+        "parameters": numbers.parameters,
         "trained_parameters": numbers.trainables,
         "pruned_parameters": numbers.pruned_weights,
         "schedule": _schedule(config, num_steps),
@@ -172,10 +172,6 @@ def _embeddings(model: Any) -> list[dict[str, Any]]:
         {"name": name, "rows": e.num_embeddings, "width": e.embedding_dim, "factor_parameters": e.num_factor_parameters}
         for name, e in pst_embeddings(model).items()
     ]
-
-
-def _num_parameters(model: Any) -> int:
-    return sum(p.numel() for p in model.parameters() if p.is_floating_point())
 
 
 def _memory(

@@ -201,8 +201,10 @@ def memory_plan(
     whole; None is one group. ``teacher``: bytes of a teacher that is a model of its own.
     """
     optimizer = optimizer_bytes(model, zero, element_size)
-    weights = sum(t.count * shard_numel(t.numel, zero.shards) * t.element_size for t in model.tensors if not t.is_mask)
-    masks = sum(t.count * shard_numel(t.numel, zero.shards) * t.element_size for t in model.tensors if t.is_mask)
+    weights, masks = (
+        sum(t.count * shard_numel(t.numel, zero.shards) * t.element_size for t in model.tensors if t.is_mask is is_mask)
+        for is_mask in (False, True)
+    )
     if zero.secondary_partition > 1:
         weights += model.whole_bytes // zero.secondary_partition
     gathers, communication, work = _turn(model, zero, element_size)
@@ -211,7 +213,7 @@ def memory_plan(
         weights=0 if zero.offload_param else weights,
         masks=0 if zero.offload_param else masks,
         optimizer=0 if zero.offload_optimizer else optimizer,
-        gradients=_gradient_bytes(model, zero, element_size),
+        gradients=element_size * _trainables_here(model, zero, shared_from_stage=2),
         reduce_bucket=_bucket_bytes(model, zero, element_size),
         gathers=gathers,
         communication=communication,
@@ -231,9 +233,7 @@ def optimizer_bytes(model: ModelNumbers, zero: ZeroSettings, element_size: int =
     Stage 3 splits every parameter over the ranks, stages 1 and 2 the flat whole of them; others keep all.
     """
     bytes_each = 8 if zero.stage is None and element_size == 4 else ADAM_BYTES
-    if zero.stage == 3:
-        return bytes_each * sum(t.count * shard_numel(t.numel, zero.shards) for t in model.tensors if t.trainable)
-    return bytes_each * math.ceil(model.trainables / (zero.world_size if zero.stage in (1, 2) else 1))
+    return bytes_each * _trainables_here(model, zero, shared_from_stage=1)
 
 
 def layer_work_bytes(layout: WeightLayout, itemsize: int, tile_bytes: int = 0, device: str = "cpu") -> int:
@@ -291,13 +291,11 @@ def _bracket_share(numel: int) -> float:
     return min(1.0, 2 * BRACKET_DEVIATIONS * math.sqrt(0.25 / size * (1 - size / numel)) + 4 / size)
 
 
-def _gradient_bytes(model: ModelNumbers, zero: ZeroSettings, element_size: int) -> int:
-    """The gradients kept from the backward pass to the step."""
+def _trainables_here(model: ModelNumbers, zero: ZeroSettings, *, shared_from_stage: int) -> int:
+    """A rank's share of what there is for every trainable."""
     if zero.stage == 3:
-        return element_size * sum(t.count * shard_numel(t.numel, zero.shards) for t in model.tensors if t.trainable)
-    if zero.stage == 2:
-        return element_size * math.ceil(model.trainables / zero.world_size)
-    return element_size * model.trainables
+        return sum(t.count * shard_numel(t.numel, zero.shards) for t in model.tensors if t.trainable)
+    return math.ceil(model.trainables / (zero.world_size if (zero.stage or 0) >= shared_from_stage else 1))
 
 
 def _bucket_bytes(model: ModelNumbers, zero: ZeroSettings, element_size: int) -> int:

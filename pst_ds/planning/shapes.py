@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TypeVar
 
 from torch import nn
 
+from pst_ds.nn.blocks import is_linear, linear_shape
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import PSTLinear
-from pst_ds.nn.targets import is_linear
 from pst_ds.parallel import zero3
 from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, layer_work_bytes
+
+Group = TypeVar("Group", TensorGroup, ModuleNumbers, MatrixGroup)
 
 
 def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
@@ -19,32 +24,24 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
     layers = pst_layers(model)
     factors = {id(param) for layer in layers.values() for _, param in layer.factor_parameters()}
     masks = {id(layer.pst_mask) for layer in layers.values()}
-    tensors = Counter(
-        TensorGroup(
-            zero3.full_numel(param),
-            param.element_size(),
-            trainable=param.requires_grad,
-            is_mask=id(param) in masks,
-            is_factor=id(param) in factors,
-        )
-        for param in model.parameters()
-    )
-    modules = Counter(_module_numbers(module, device) for module in model.modules() if module._parameters)
     return ModelNumbers(
-        tensors=tuple(_counted(tensors)),
-        modules=tuple(
-            ModuleNumbers(m.numel, m.gathered_bytes, m.largest_gather_bytes, m.work_bytes, count)
-            for m, count in modules.items()
+        tensors=_counted(
+            TensorGroup(
+                zero3.full_numel(param),
+                param.element_size(),
+                trainable=param.requires_grad,
+                is_mask=id(param) in masks,
+                is_factor=id(param) in factors,
+            )
+            for param in model.parameters()
         ),
-        matrices=tuple(
-            MatrixGroup(numel, count)
-            for numel, count in Counter(
-                layer.layout.matrix_numel for layer in layers.values() for _ in range(layer.layout.parts)
-            ).items()
+        modules=_counted(_module_numbers(module, device) for module in model.modules() if module._parameters),
+        matrices=_counted(
+            MatrixGroup(layer.layout.matrix_numel) for layer in layers.values() for _ in range(layer.layout.parts)
         ),
         score_rank=max((_rank(layer, "B") for layer in layers.values()), default=0),
         update_rank=max((_rank(layer, "V") for layer in layers.values()), default=0),
-        dense_weights=sum(_weight_numel(module) for module in model.modules() if is_linear(module)),
+        dense_weights=sum(math.prod(linear_shape(module)) for module in model.modules() if is_linear(module)),
         attention_width=_attention_width(model),
     )
 
@@ -55,10 +52,6 @@ def _rank(layer: PSTLinear, factor: str) -> int:
     return 0 if param is None else zero3.full_shape(param)[0] // layer.layout.parts
 
 
-def _weight_numel(linear: Any) -> int:
-    return zero3.full_numel(linear.weight)
-
-
 def _attention_width(model: nn.Module) -> int:
     """Heads x their width x layers, from the config; 0 where it does not say."""
     config = getattr(model, "config", None)
@@ -67,10 +60,9 @@ def _attention_width(model: nn.Module) -> int:
     return int(layers * (heads * width or hidden))
 
 
-def _counted(tensors: Counter[TensorGroup]) -> list[TensorGroup]:
-    return [
-        TensorGroup(t.numel, t.element_size, count, t.trainable, t.is_mask, t.is_factor) for t, count in tensors.items()
-    ]
+def _counted(groups: Iterable[Group]) -> tuple[Group, ...]:
+    """Merge equal groups into one with their count."""
+    return tuple(replace(group, count=count) for group, count in Counter(groups).items())
 
 
 def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
@@ -82,11 +74,7 @@ def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
         numel=sum(zero3.full_numel(p) for p in params),
         gathered_bytes=sum(by_dtype.values()),
         largest_gather_bytes=max(by_dtype.values(), default=0),
-        work_bytes=_work_bytes(module, device),
+        work_bytes=layer_work_bytes(module.layout, module.weight.element_size(), module.tile_bytes, device)
+        if isinstance(module, PSTLinear)
+        else 0,
     )
-
-
-def _work_bytes(module: nn.Module, device: str) -> int:
-    if not isinstance(module, PSTLinear):
-        return 0
-    return layer_work_bytes(module.layout, module.weight.element_size(), module.tile_bytes, device)
