@@ -1,8 +1,9 @@
 """Three tiny runs, step by step, against the figures recorded beside them.
 
 A change that moves a figure must mean to, and say why in its commit message. Record the new figures with
-``python tests/golden/test_golden.py``. Masks and sparsities are exact; a loss may differ in its last digits, which
-depend on the processor (none did by more than 5e-7 with AVX-512, AVX2, SSE4.1 and MKL's compatible mode).
+``python tests/golden/test_golden.py``. Sparsities are exact. Losses may differ in their last digits, which depend on the
+processor, and masks are held to the bit as long as the losses are: from then on a near-tie may fall the other way. (With
+AVX-512, AVX2, SSE4.1 and MKL's compatible mode losses differed by at most 5e-7, and no mask did.)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parent
 RUNS = ("encoder", "causal", "two_of_four")
-LOSS_TOLERANCE = 1e-5
+LOSS_TOLERANCE = 1e-4
 
 
 def figures_of(run: str, folder: Path) -> list[dict[str, Any]]:
@@ -41,10 +42,15 @@ def recorded(run: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("run", RUNS)
 def test_losses_and_masks_are_those_recorded(run, tmp_path):
-    expected, figures = recorded(run), figures_of(run, tmp_path)
-    losses = [line.pop("loss") for line in figures if "loss" in line]
-    assert losses == pytest.approx([line.pop("loss") for line in expected if "loss" in line], rel=LOSS_TOLERANCE)
-    assert figures == expected
+    same_bits = True
+    for expected, found in zip(recorded(run), figures_of(run, tmp_path), strict=True):
+        loss, expected_loss = found.pop("loss", None), expected.pop("loss", None)
+        same_bits = same_bits and loss == expected_loss
+        if expected_loss is not None:
+            assert loss == pytest.approx(expected_loss, rel=LOSS_TOLERANCE)
+        if not same_bits:
+            found.pop("mask_checksum", None), expected.pop("mask_checksum", None)
+        assert found == expected
 
 
 @pytest.mark.parametrize("run", RUNS)
