@@ -1,9 +1,9 @@
 """Three tiny runs, step by step, against the figures recorded beside them.
 
 A change that moves a figure must mean to, and say why in its commit message. Record the new figures with
-``python tests/golden/test_golden.py``. Sparsities are exact. Losses may differ in their last digits, which depend on the
-processor, and masks are held to the bit as long as the losses are: from then on a near-tie may fall the other way. (With
-AVX-512, AVX2, SSE4.1 and MKL's compatible mode losses differed by at most 5e-7, and no mask did.)
+``python tests/golden/test_golden.py``. Sparsities are exact. Losses may differ in their last digits, which depend on
+the processor, and masks are held to the bit as long as the losses are: after that a near-tie may fall the other way.
+(With AVX-512, AVX2, SSE4.1 and MKL's compatible mode losses differed by at most 5e-7, and no mask did.)
 """
 
 from __future__ import annotations
