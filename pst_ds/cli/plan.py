@@ -8,8 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pst_ds.cli.main import add_run_arguments, count, load_run_or_folder
-
-MACHINE_NAMES = ("cpu", "a100", "h100")
+from pst_ds.planning.machines import MACHINES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="read neither data nor tokenizer: model.path may hold a config.json alone; needs train.num_steps",
     )  # fmt: skip
     parser.add_argument(
-        "--machine", choices=MACHINE_NAMES,
+        "--machine", choices=tuple(MACHINES),
         help="rates for the expected times (default: cpu where there is no GPU and a core for every rank, else h100)",
     )  # fmt: skip
 
@@ -237,7 +236,7 @@ def _times(
     config: Any, numbers: Any, zero: Any, teacher: dict[str, Any], trace: Any, micro_batch_size: int, machine: str,
     schedule: Any, num_steps: int,
 ) -> dict[str, Any]:  # fmt: skip
-    from pst_ds.planning.time import MACHINES, Batch, time_plan
+    from pst_ds.planning.time import Batch, time_plan
 
     batch = Batch(
         tokens=micro_batch_size * config.data.max_length,

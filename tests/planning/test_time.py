@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from pst_ds.core.bracket import sample_size
+from pst_ds.planning.machines import MACHINES
 from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, ZeroSettings, kept_bytes
-from pst_ds.planning.time import MACHINES, Batch, step_flops, step_traffic, time_plan, update_traffic
+from pst_ds.planning.time import Batch, step_flops, step_traffic, time_plan, update_traffic
 
 MODEL = ModelNumbers(
     tensors=(

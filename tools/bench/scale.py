@@ -26,9 +26,10 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.core.host import available_bytes
 from pst_ds.nn.inject import inject_pst
 from pst_ds.planning.activations import trace_micro_batch
+from pst_ds.planning.machines import MACHINES
 from pst_ds.planning.memory import memory_plan
 from pst_ds.planning.shapes import model_numbers
-from pst_ds.planning.time import MACHINES, Batch, time_plan
+from pst_ds.planning.time import Batch, time_plan
 from pst_ds.planning.zero_settings import zero_settings
 from tools.bench.timing import hardware
 

@@ -14,7 +14,7 @@ from typing import Any
 from pst_ds.cli.plan import make_plan
 from pst_ds.config.toml import load_run
 from pst_ds.planning.activations import Trace
-from pst_ds.planning.time import MACHINES
+from pst_ds.planning.machines import MACHINES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "scaling.md"
