@@ -1,4 +1,4 @@
-"""Evaluation on the way, and checkpoints: every so many steps, of the best model, and of the last step."""
+"""Evaluation during training, and checkpoints: at intervals, of the best model, and of the last step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointState
@@ -16,9 +15,12 @@ from pst_ds.checkpoint.restore import weight_scales
 from pst_ds.checkpoint.retention import step_name
 from pst_ds.checkpoint.writer import CheckpointWriter, Written, size_limit
 from pst_ds.config.run import RunConfig
+from pst_ds.core.schedule import Schedule
+from pst_ds.monitor.metrics import MetricsWriter
+from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import is_main, world_size
 from pst_ds.parallel.watchdog import heartbeat
-from pst_ds.train.loop import Loop, LoopState
+from pst_ds.train.loop import LoopState
 from pst_ds.train.resume import Progress, progress_of
 
 _CLOSE_SECONDS = 60.0
@@ -29,46 +31,54 @@ class CheckpointWriteError(RuntimeError):
 
 
 class Checkpointer:
-    """Decides after each step what to evaluate and save. Collective in all it does.
+    """Decides after each step what to evaluate and save. All methods, and making it, are collective.
 
-    ``describe`` gives the parts of a checkpoint's state that do not change in a run.
+    Args:
+        folder: Where the checkpoints go.
+        num_steps: The last step, which is always evaluated and saved.
+        evaluate: Computes the metrics of the engine's model; None for a run without validation data.
+        lower_is_better: Whether the run's metric is one to minimise.
+        new_state: Makes a CheckpointState, given what changes during the run.
+        data_digest: Digest of the training examples, which a run that continues must have too.
+        checkpoint: The one that the run continues from.
     """
 
     def __init__(
         self,
         run: RunConfig,
+        engine: Engine,
+        schedule: Schedule | None,
+        metrics: MetricsWriter,
         *,
         folder: Path,
+        num_steps: int,
         evaluate: Callable[[], dict[str, float]] | None,
         lower_is_better: bool,
-        describe: dict[str, Any],
+        new_state: partial[CheckpointState],
         data_digest: str,
         zero_stage: int,
+        checkpoint: Checkpoint | None = None,
     ):
-        self._run, self._folder = run, folder
+        self._run, self._engine, self._schedule, self._metrics = run, engine, schedule, metrics
+        self._folder, self._num_steps = folder, num_steps
         self._evaluate_now, self._lower_is_better = evaluate, lower_is_better
-        self._describe, self._data_digest, self._zero_stage = describe, data_digest, zero_stage
+        self._new_state, self._data_digest, self._zero_stage = new_state, data_digest, zero_stage
         self._best: float | None = None
         self.best_step: int | None = None
         self._last_evaluated: tuple[int, dict[str, float]] = (-1, {})
-        self.loop: Loop
-
-    def start(self, loop: Loop, checkpoint: Checkpoint | None) -> None:
-        """Before ``loop`` begins, or goes on from ``checkpoint``. Collective."""
-        self.loop = loop
         if checkpoint is not None:
             progress, step = Progress.read(checkpoint), checkpoint.state.step
             self._best, self.best_step = progress.best_value, progress.best_step
             self._last_evaluated = (progress.evaluated_step, checkpoint.state.metrics)
             if is_main():
-                self._settle(step, self.best_step, step == loop.num_steps)
-        self._writer = CheckpointWriter(self._folder, loop.engine)
-        self._size_limit = size_limit(loop.engine.module)
+                self._settle(step, self.best_step, step == num_steps)
+        self._writer = CheckpointWriter(folder, engine)
+        self._size_limit = size_limit(engine.module)
 
     def after_step(self, state: LoopState) -> None:
-        """To be called by the loop after each applied step."""
+        """Evaluate and save what is due; to be called after each applied step."""
         self._report(self._writer.wait(0.0))
-        is_last = state.step == self.loop.num_steps
+        is_last = state.step == self._num_steps
         interval = self._run.eval.interval
         is_best = False
         if self._evaluate_now is not None and (is_last or (interval and state.step % interval == 0)):
@@ -78,7 +88,7 @@ class Checkpointer:
             self._save(state, is_last)
 
     def finish(self, state: LoopState) -> dict[str, float]:
-        """Wait for the last save; returns the last metrics. Raises CheckpointWriteError when it failed."""
+        """Wait for the last save; return the metrics at ``state``. Raises CheckpointWriteError if it failed."""
         heartbeat("the last checkpoint")
         written = self._writer.wait()
         if written is None or not written.error:
@@ -93,31 +103,30 @@ class Checkpointer:
         return metrics if step == state.step else {}
 
     def close(self) -> None:
-        """Give a save that is being written the time to end, after an error."""
+        """After an error, give a save that is being written time to end."""
         self._writer.wait(_CLOSE_SECONDS)
 
     def newest(self) -> str:
-        """The newest checkpoint, in words."""
-        found = checkpoints.step_folders(self._folder)
-        return str(found[0]) if found else "the beginning (nothing was saved yet)"
+        """Name the newest checkpoint, for a message."""
+        folders = checkpoints.step_folders(self._folder)
+        return str(folders[0]) if folders else "the beginning (nothing was saved yet)"
 
     def _evaluate(self, state: LoopState) -> bool:
-        """Whether the model is the best so far at the final sparsity."""
+        """Return whether the model is the best so far at the final sparsity."""
         assert self._evaluate_now is not None
         values = self._evaluate_now()
-        self.loop.engine.train()
-        metrics, schedule = self.loop.metrics, self.loop.schedule
-        metrics.write(state.step, {"event": "evaluation", **{f"eval/{k}": v for k, v in values.items()}})
-        metrics.say(f"step {state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        self._engine.train()
+        self._metrics.write(state.step, {"event": "evaluation", **{f"eval/{k}": v for k, v in values.items()}})
+        self._metrics.say(f"step {state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
         self._last_evaluated = (state.step, values)
         value = values[self._run.metric]
-        if (schedule is not None and not schedule.is_final(state.step)) or not self._is_better(value):
+        if (self._schedule is not None and not self._schedule.is_final(state.step)) or not self._is_better(value):
             return False
         self._best, self.best_step = value, state.step
         return True
 
     def _is_better(self, value: float) -> bool:
-        """No NaN is better than anything, and any number is better than a NaN."""
+        """A NaN is never better, and any number is better than a NaN."""
         if math.isnan(value):
             return False
         if self._best is None or math.isnan(self._best):
@@ -135,26 +144,26 @@ class Checkpointer:
         checkpoints.settle(self._folder, step, best_step=best_step, is_last=is_last, keep_last=keep_last)
 
     def _state(self, state: LoopState) -> CheckpointState:
-        step, metrics = self._last_evaluated
-        schedule = self.loop.schedule
+        (evaluated_step, metrics), schedule = self._last_evaluated, self._schedule
         progress = progress_of(
-            self.loop,
+            self._run,
+            self._engine,
             state,
+            seconds=self._metrics.seconds,
             best_step=self.best_step,
             best_value=self._best,
-            evaluated_step=step,
+            evaluated_step=evaluated_step,
             data_digest=self._data_digest,
             world_size=world_size(),
             zero_stage=self._zero_stage,
         )
-        return CheckpointState(
+        return self._new_state(
             step=state.step,
             sparsity=schedule.sparsity_at(state.step) if schedule else 0.0,
             masks_frozen=schedule is None or schedule.is_final(state.step),
-            weight_scales=weight_scales(self.loop.engine.module),
-            metrics=metrics if step == state.step else {},
+            weight_scales=weight_scales(self._engine.module),
+            metrics=metrics if evaluated_step == state.step else {},
             progress=asdict(progress),
-            **self._describe,
         )
 
     def _report(self, written: Written | None) -> None:
@@ -170,13 +179,15 @@ class Checkpointer:
                     flush=True,
                 )
             return
-        about = {"bytes": written.bytes, "blocked_seconds": round(written.blocked_seconds, 4)}
-        self.loop.metrics.write(_step_of(written), {"event": "checkpoint", **about})
-        limit = f"{self._size_limit / 1e6:.2f} MB is the most"
-        self.loop.metrics.say(f"saved {self._folder / written.name}: {written.bytes / 1e6:.2f} MB ({limit})")
+        size, limit = written.bytes, self._size_limit
+        line = {"event": "checkpoint", "bytes": size, "blocked_seconds": round(written.blocked_seconds, 4)}
+        self._metrics.write(_step_of(written), line)
+        self._metrics.say(
+            f"saved {self._folder / written.name}: {size / 1e6:.2f} MB ({limit / 1e6:.2f} MB is the most)"
+        )
 
     def _write_failure(self, written: Written) -> None:
-        self.loop.metrics.write(_step_of(written), {"event": "checkpoint_failed", "error": written.error})
+        self._metrics.write(_step_of(written), {"event": "checkpoint_failed", "error": written.error})
 
 
 def _step_of(written: Written) -> int:

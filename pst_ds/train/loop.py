@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +58,7 @@ class LoopState:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """Everything one run trains with."""
+    """Trains one run; whoever iterates over :meth:`steps` evaluates, saves and decides when to stop."""
 
     run: RunConfig
     engine: Engine
@@ -69,56 +69,49 @@ class Loop:
     device: str
     metrics: MetricsWriter
     objective: Objective
-    after_step: Callable[[LoopState], None]
-    """Called after every applied step, for evaluation and checkpoints."""
 
+    def steps(self, state: LoopState) -> Iterator[LoopState]:
+        """Train from ``state`` to the last step; yield ``state`` after each applied step, once it is reported.
 
-def train(loop: Loop, state: LoopState | None = None) -> LoopState:
-    """Run ``loop`` to its last step, or to the first after a signal; from ``state`` if the run is continued.
-
-    Collective. Raises DivergedError on every rank.
-    """
-    engine = loop.engine
-    engine.train()
-    if state is None:
-        state = LoopState()
-        if loop.schedule is not None:
-            _update_masks_if_due(loop, state)
-        _picture_if_due(loop, state)
-    elif loop.schedule is not None and loop.schedule.is_final(state.step):
-        freeze_scores(engine.module)
-    if state.step >= loop.num_steps:
-        return state
-    buffers = {name: buffer.clone() for name, buffer in persistent_buffers(engine.module).items()}
-    for micro_batches, tokens in _batches(loop, state.batch):
-        set_rates(loop, state.step)
-        seed_random_numbers(loop.run.seed, state.batch)
-        losses = []
-        for batch, share in micro_batches:
-            heartbeat(f"the forward and backward pass of batch {state.batch + 1}")
-            loss = share * loop.objective(engine, batch)
-            engine.backward(loss)
-            engine.step()
-            losses.append(loss.detach())
-        state.batch += 1
-        state.tokens += tokens
-        _agree_on_batch(state, losses)
-        if not engine.was_step_applied():
-            _stop_if_stuck(state)
-            continue
-        state.step += 1
-        state.skipped_in_a_row = 0
-        if buffers:
-            _require_unchanged(engine.module, buffers)
-            buffers = {}
-        if loop.schedule is not None:
-            _update_masks_if_due(loop, state)
-        _picture_if_due(loop, state)
-        _report_if_due(loop, state)
-        loop.after_step(state)
-        if state.stopped_by or state.step >= loop.num_steps:
-            break
-    return state
+        Collective. Raises DivergedError on every rank.
+        """
+        engine = self.engine
+        engine.train()
+        if not state.batch:
+            _update_masks_if_due(self, state)
+            _picture_if_due(self, state)
+        elif self.schedule is not None and self.schedule.is_final(state.step):
+            freeze_scores(engine.module)
+        if state.step >= self.num_steps:
+            return
+        buffers = {name: buffer.clone() for name, buffer in persistent_buffers(engine.module).items()}
+        for micro_batches, tokens in _batches(self, state.batch):
+            set_rates(self, state.step)
+            seed_random_numbers(self.run.seed, state.batch)
+            losses = []
+            for batch, share in micro_batches:
+                heartbeat(f"the forward and backward pass of batch {state.batch + 1}")
+                loss = share * self.objective(engine, batch)
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.detach())
+            state.batch += 1
+            state.tokens += tokens
+            _agree_on_batch(state, losses)
+            if not engine.was_step_applied():
+                _stop_if_stuck(state)
+                continue
+            state.step += 1
+            state.skipped_in_a_row = 0
+            if buffers:
+                _require_unchanged(engine.module, buffers)
+                buffers = {}
+            _update_masks_if_due(self, state)
+            _picture_if_due(self, state)
+            _report_if_due(self, state)
+            yield state
+            if state.step >= self.num_steps:
+                return
 
 
 def _require_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
@@ -195,7 +188,8 @@ def _batches(loop: Loop, first: int) -> Iterator[tuple[list[tuple[dict[str, Tens
 def _update_masks_if_due(loop: Loop, state: LoopState) -> None:
     """The schedule and ``state.step`` are equal on every rank, so all update or none does."""
     schedule, from_zeros = loop.schedule, loop.run.pst.initial_mask == "zeros"
-    assert schedule is not None
+    if schedule is None:
+        return
     masks = update_masks_if_due(loop.engine.module, schedule, state.step, from_zeros=from_zeros)
     if masks is None:
         return

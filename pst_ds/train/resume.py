@@ -12,7 +12,7 @@ from pst_ds.config.toml import flatten
 from pst_ds.masks.update import MaskStats, mask_stats
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.optimizer_state import set_counters
-from pst_ds.train.loop import Loop, LoopState
+from pst_ds.train.loop import LoopState
 
 _MAY_DIFFER = (
     "output_dir", "deepspeed_config", "model.path", "model.tokenizer", "model.attn_implementation",
@@ -109,23 +109,22 @@ def flat_table(run: RunConfig) -> dict[str, Any]:
     return flatten(as_table(run))
 
 
-def progress_of(loop: Loop, state: LoopState, **more: Any) -> Progress:
-    """Where ``loop`` is now."""
+def progress_of(run: RunConfig, engine: Engine, state: LoopState, **more: Any) -> Progress:
+    """Where ``run`` is after ``state``; ``more``: the fields that its engine and ``state`` do not tell."""
     groups = {
         group["name"]: {"lr": group["lr"], "peak_lr": group["peak_lr"], "betas": list(group["betas"])}
-        for group in loop.engine.optimizer.param_groups
+        for group in engine.optimizer.param_groups
     }
     return Progress(
         batch=state.batch,
-        skipped_steps=loop.engine.skipped_steps,
+        skipped_steps=engine.skipped_steps,
         skipped_in_a_row=state.skipped_in_a_row,
         losses=list(state.losses),
         tokens=state.tokens,
-        seconds=loop.metrics.seconds,
         last_report_seconds=state.last_report_seconds,
         masks=state.masks.totals() if state.masks else None,
         groups=groups,
-        run=as_table(loop.run),
+        run=as_table(run),
         **more,
     )
 

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from pst_ds.atomic_files import write_text_atomic
-from pst_ds.checkpoint.format import Checkpoint
+from pst_ds.checkpoint.format import Checkpoint, CheckpointState
 from pst_ds.checkpoint.restore import base_fingerprint, load_into
 from pst_ds.config.file_names import CHECKPOINTS, RESULT_FILE, RUN_FILE, STALLS
 from pst_ds.config.run import ConfigError, RunConfig
@@ -36,10 +37,10 @@ from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
 from pst_ds.parallel.launch import LaunchEnvironment, device_of, init_distributed
 from pst_ds.parallel.ranks import barrier, is_main, raise_on_all_ranks, world_size
 from pst_ds.parallel.watchdog import watching
-from pst_ds.train import loop as training
 from pst_ds.train.calibration import activation_norms, load_norms, save_norms, set_norms
 from pst_ds.train.checkpointer import Checkpointer
 from pst_ds.train.evaluate import predict
+from pst_ds.train.loop import FINAL_TAGS, DivergedError, Loop, LoopState
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
 from pst_ds.train.objective import Objective, load_teacher, require_teacher
 from pst_ds.train.resume import Progress, flat_table, restore
@@ -182,26 +183,38 @@ def train_run(
             require_no_checkpoints(folder)
         objective = _objective(prepared)
         _, engine = build(prepared, checkpoint)
-        state = restore(engine, checkpoint, run) if checkpoint else None
+        state = restore(engine, checkpoint, run) if checkpoint else LoopState()
     if checkpoint is None:
         set_aside_checkpoints(folder)
     if is_main():
-        _start_folder(folder, prepared, is_over=state is not None and state.step == data.num_steps)
+        _start_folder(folder, prepared, is_over=state.step == data.num_steps)
     barrier()
     if run.ranks_by_activation:
         _calibrate(prepared, engine, data.examples, resumed=checkpoint is not None)
     seconds = Progress.read(checkpoint).seconds if checkpoint else 0.0
-    step = state.step if state else 0
     layers = {name: layer.layout.numel for name, layer in pst_layers(engine.module).items()}
     metrics = MetricsWriter(
-        folder, num_steps=data.num_steps, is_main=is_main(), quiet=quiet, step=step, seconds=seconds, layers=layers
+        folder, num_steps=data.num_steps, is_main=is_main(), quiet=quiet, step=state.step, seconds=seconds,
+        layers=layers,
     )  # fmt: skip
-    checkpointer = _keeper(prepared, engine, data)
-    loop = training.Loop(
+    loop = Loop(
         run, engine, run.make_schedule(data.num_steps), data.examples, prepared.tokenizer, data.num_steps,
-        prepared.device, metrics, objective, checkpointer.after_step,
+        prepared.device, metrics, objective,
     )  # fmt: skip
-    checkpointer.start(loop, checkpoint)
+    checkpointer = Checkpointer(
+        run,
+        engine,
+        loop.schedule,
+        metrics,
+        folder=folder / CHECKPOINTS,
+        num_steps=data.num_steps,
+        evaluate=None if data.validation is None else partial(evaluate, engine, data.validation, prepared),
+        lower_is_better=prepared.task.lower_is_better,
+        new_state=_new_state(prepared),
+        data_digest=data.digest,
+        zero_stage=zero_stage(prepared.ds_config),
+        checkpoint=checkpoint,
+    )
     state, final = _train_to_the_end(loop, checkpointer, state, folder / STALLS)
     return _result(prepared, loop, state, checkpointer, final)
 
@@ -254,31 +267,22 @@ def _calibrate(prepared: Prepared, engine: Engine, examples: ExampleSet, *, resu
     set_norms(engine.module, norms)
 
 
-def _keeper(prepared: Prepared, engine: Engine, data: _Data) -> Checkpointer:
-    validation = data.validation
-    return Checkpointer(
-        prepared.run,
-        folder=Path(prepared.run.output_dir) / CHECKPOINTS,
-        evaluate=None if validation is None else lambda: evaluate(engine, validation, prepared),
-        lower_is_better=prepared.task.lower_is_better,
-        describe=_description(prepared),
-        data_digest=data.digest,
-        zero_stage=zero_stage(prepared.ds_config),
-    )
-
-
 def _train_to_the_end(
-    loop: training.Loop, checkpointer: Checkpointer, state: training.LoopState | None, stalls: Path
-) -> tuple[training.LoopState, dict[str, float]]:
+    loop: Loop, checkpointer: Checkpointer, start: LoopState, stalls: Path
+) -> tuple[LoopState, dict[str, float]]:
     """The state after the last step, and the last metrics; all is on disk. Collective. Raises as train_run."""
+    state = start
     try:
         with watching(stalls, loop.run.train.stall_timeout_seconds):
-            state = training.train(loop, state)
+            for state in loop.steps(start):
+                checkpointer.after_step(state)
+                if state.stopped_by:
+                    break
             final = checkpointer.finish(state)
         if state.step == loop.num_steps:
-            loop.metrics.settings(_settings(loop.run), [*(f"eval/{name}" for name in final), *training.FINAL_TAGS])
-    except training.DivergedError as error:
-        raise training.DivergedError(
+            loop.metrics.settings(_settings(loop.run), [*(f"eval/{name}" for name in final), *FINAL_TAGS])
+    except DivergedError as error:
+        raise DivergedError(
             f"{error}. Lower rates can be tried from {checkpointer.newest()} on: --resume "
             "--set train.update_learning_rate=…"
         ) from None
@@ -301,8 +305,8 @@ def _settings(run: RunConfig) -> dict[str, Any]:
 
 def _result(
     prepared: Prepared,
-    loop: training.Loop,
-    state: training.LoopState,
+    loop: Loop,
+    state: LoopState,
     checkpointer: Checkpointer,
     metrics: dict[str, float],
 ) -> dict[str, Any]:
@@ -329,15 +333,17 @@ def _result(
     return result
 
 
-def _description(prepared: Prepared) -> dict[str, Any]:
-    """What a checkpoint says of the run that does not change in it."""
-    return {
-        "precision": prepared.run.train.precision,
-        "device_type": prepared.device.partition(":")[0],
-        "base_path": prepared.run.model.path,
-        "base_fingerprint": base_fingerprint(prepared.run.model.path),
-        "labels": prepared.labels,
-    }
+def _new_state(prepared: Prepared) -> partial[CheckpointState]:
+    """Make a CheckpointState with what all checkpoints of a run have in common."""
+    run = prepared.run
+    return partial(
+        CheckpointState,
+        precision=run.train.precision,
+        device_type=prepared.device.partition(":")[0],
+        base_path=run.model.path,
+        base_fingerprint=base_fingerprint(run.model.path),
+        labels=prepared.labels,
+    )
 
 
 def evaluate(engine: Engine, examples: ExampleSet, prepared: Prepared) -> dict[str, float]:

@@ -164,7 +164,7 @@ def test_the_penalty_does_not_depend_on_the_number_of_backward_passes(tmp_path, 
         examples, num_steps = prepared.load("train"), run.train.num_steps
         loop = Loop(
             run, engine, run.make_schedule(num_steps), examples, prepared.tokenizer, num_steps, "cpu", None,
-            Objective(run), lambda state: None,
+            Objective(run),
         )  # fmt: skip
         set_rates(loop, num_steps)
         for first in range(0, 24, 24 // passes):

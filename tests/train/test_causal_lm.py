@@ -222,7 +222,7 @@ def test_every_token_of_a_batch_is_counted_and_the_loss_is_its_mean(tmp_path):
     prepared = _prepared(tmp_path, **{"train.gradient_accumulation_steps": 2})
     _, engine = build(prepared)
     loop = loop_module.Loop(
-        prepared.run, engine, None, prepared.load("train"), prepared.tokenizer, 6, "cpu", None, None, lambda state: None
+        prepared.run, engine, None, prepared.load("train"), prepared.tokenizer, 6, "cpu", None, None
     )
     micro_batches, tokens = next(loop_module._batches(loop, 0))
     assert tokens == 2 * 6 * 32
@@ -239,9 +239,7 @@ def test_every_token_of_a_batch_is_counted_and_the_loss_is_its_mean(tmp_path):
 def test_padding_is_not_counted_among_tokens(tmp_path):
     run = load_run("tests/data/world_size.toml", ["deepspeed_config=", f"output_dir={tmp_path}"])
     prepared = prepare(run, LaunchEnvironment(0, 1, 0))
-    loop = loop_module.Loop(
-        run, None, None, prepared.load("train"), prepared.tokenizer, 6, "cpu", None, None, lambda state: None
-    )
+    loop = loop_module.Loop(run, None, None, prepared.load("train"), prepared.tokenizer, 6, "cpu", None, None)
     ((batch, _),), tokens = next(loop_module._batches(loop, 0))
     assert tokens == int(batch["attention_mask"].sum()) < batch["input_ids"].numel()
 

@@ -21,7 +21,7 @@ from pst_ds.parallel.engine import LocalEngine
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train import loop as loop_module
 from pst_ds.train.checkpointer import Checkpointer
-from pst_ds.train.loop import DivergedError, Loop, learning_rate_factor, train
+from pst_ds.train.loop import DivergedError, Loop, LoopState, learning_rate_factor
 from pst_ds.train.model import parameter_groups
 from pst_ds.train.objective import Objective
 from pst_ds.train.run import build, prepare, train_run
@@ -52,12 +52,14 @@ class _Ready:
         self.loop = Loop(
             run, self.engine, self.schedule, examples, prepared.tokenizer, run.train.num_steps, "cpu", self.metrics,
             Objective(run),
-            lambda state: seen(self.module, state),
         )  # fmt: skip
+        self.seen = seen
 
     def train(self):
         try:
-            return train(self.loop)
+            for state in self.loop.steps(LoopState()):
+                self.seen(self.module, state)
+            return state
         finally:
             self.metrics.close()
 
