@@ -1,4 +1,4 @@
-"""The small state of a trained model in a folder, in PEFT's manner: what is to be put onto the base model.
+"""The adapter state of a trained model in a folder, in PEFT's manner: what is to be put onto the base model.
 
     pst_config.json               the PSTConfig, the base model and its fingerprint, where in its schedule training was
     pst_model.safetensors         fp32 values of all that is trained, the bits of every mask, and the buffers
@@ -53,13 +53,13 @@ _WHAT_IT_IS = "not a model, but what training changed of one: load it with pst_d
 
 
 class PretrainedError(InputError):
-    """A folder of a small state that is not there, is damaged, or belongs to another model."""
+    """A folder of a adapter state that is not there, is damaged, or belongs to another model."""
 
 
 def save_pretrained(
     model: nn.Module, folder: str | Path, *, step: int | None = None, writes: bool | None = None
 ) -> None:
-    """Write the small state of ``model`` (or of the engine around it) into ``folder``; other files there stay.
+    """Write the adapter state of ``model`` (or of the engine around it) into ``folder``; other files there stay.
 
     Rank 0 writes, or each rank whose ``writes`` says so (one on each node, say): each file whole or not at all; one
     parameter is gathered at a time. ``step`` is how many optimizer steps were applied, for the record. Collective.
@@ -69,10 +69,10 @@ def save_pretrained(
     model = unwrapped(model)
     injected_config(model)
     writes = is_main() if writes is None else writes
-    tensors, failure = small_state(model, keep=writes), None
+    tensors, failure = adapter_state(model, keep=writes), None
     if writes:
         try:
-            write_small_state(model, folder, tensors, step=step)
+            write_adapter_state(model, folder, tensors, step=step)
         except Exception as error:  # whatever it is, the other ranks wait
             failure = error
     told = "" if failure is None else str(failure) if isinstance(failure, OSError) else repr(failure)
@@ -86,7 +86,7 @@ def save_pretrained(
 
 
 def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put the small state in ``folder`` onto the base ``model``, in place, and return it.
+    """Put the adapter state in ``folder`` onto the base ``model``, in place, and return it.
 
     A model without PST modules gets those of the saved config; one that has them must compute as the saved config says.
     What was trained beside what the config trains has a gradient afterwards. Under ``zero.Init`` each rank keeps what
@@ -127,7 +127,7 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 @torch.no_grad()
-def small_state(
+def adapter_state(
     model: nn.Module, gathered: Mapping[str, Tensor] | None = None, *, keep: bool | None = None
 ) -> dict[str, Tensor]:
     """The tensors of pst_model.safetensors: fp32 values of :func:`adapter_parameters`, one-shard masks, buffers.
@@ -152,10 +152,10 @@ def small_state(
     return tensors
 
 
-def write_small_state(
+def write_adapter_state(
     model: nn.Module, folder: str | Path, tensors: dict[str, Tensor], *, step: int | None = None
 ) -> None:
-    """Write the three files of ``tensors``, from :func:`small_state`. For one rank alone. Raises OSError."""
+    """Write the three files of ``tensors``, from :func:`adapter_state`. For one rank alone. Raises OSError."""
     from safetensors.torch import save
 
     folder, config = Path(folder), injected_config(model)

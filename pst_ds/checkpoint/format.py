@@ -63,12 +63,12 @@ class CheckpointState:
     metrics: dict[str, float]
     """Of the evaluation at this step, if there was one."""
     progress: dict[str, Any] = field(default_factory=dict)
-    """What continuing the run takes, as JSON values; see :class:`pst_ds.train.resume.Progress`."""
+    """What continuing the run takes, as JSON values; see :class:`pst_ds.train.resume.RunProgress`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """Which tensors a checkpoint holds, and how they are cut over its files."""
+    """Which tensors a checkpoint holds, and into which chunks they are cut over its files."""
 
     num_shards: int
     trained: dict[str, tuple[int, ...]]
@@ -78,10 +78,10 @@ class Contents:
     steps: dict[str, int]
     """Adam's count of steps of each trainable parameter."""
     cuts: list[list[tuple[int, int, int]]] | None = None
-    """Of the trainable parameters; None for even ones. See :class:`pst_ds.checkpoint.chunks.ChunkedTensors`."""
+    """Chunks of the trainable parameters; None for even ones. See :class:`pst_ds.checkpoint.chunks.ChunkedTensors`."""
 
-    def cut_tensors(self) -> ChunkedTensors:
-        """Raises ValueError for cuts that do not add up."""
+    def chunked_tensors(self) -> ChunkedTensors:
+        """Raises ValueError for chunks that do not add up."""
         sizes = {name: torch.Size(shape).numel() for name, shape in self.trained.items()}
         return ChunkedTensors(sizes, self.num_shards, self.cuts)
 
@@ -91,7 +91,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, state: CheckpointState, contents: Contents):
         self.folder, self.state, self.contents = folder, state, contents
-        self._tensors = contents.cut_tensors()
+        self._tensors = contents.chunked_tensors()
         self._mask_offsets: dict[str, int] = {}
         end = 0
         for name, numel in contents.masks.items():
@@ -112,8 +112,8 @@ class Checkpoint:
 
     def values(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Values [start, stop) of a trainable parameter, (stop - start,) fp32; ``kind`` is one of KINDS."""
-        runs = self._tensors.runs(name, start, stop)
-        parts = [self._slice(run.file, kind, run.offset, run.offset + run.stop - run.start) for run in runs]
+        fragments = self._tensors.fragments(name, start, stop)
+        parts = [self._slice(f.file, kind, f.offset, f.offset + f.stop - f.start) for f in fragments]
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
 
     def mask_shard(self, name: str, num_shards: int, index: int) -> Tensor:

@@ -37,7 +37,7 @@ from pst_ds.parallel.ranks import BackgroundGroup, rank, world_size
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class SaveResult:
     """How a save ended; the same on every rank."""
 
     name: str
@@ -76,7 +76,7 @@ class CheckpointWriter:
         self._group = BackgroundGroup()
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
-        self._outcome: Written | None = None
+        self._outcome: SaveResult | None = None
 
     def save(self, name: str, state: CheckpointState, *, when_written: Callable[[], None] = lambda: None) -> None:
         """Begin to write ``folder/name``; waits first for a save that is still being written.
@@ -93,7 +93,7 @@ class CheckpointWriter:
         self._blocked = time.perf_counter() - began
         self._thread.start()
 
-    def wait(self, timeout: float | None = None) -> Written | None:
+    def wait(self, timeout: float | None = None) -> SaveResult | None:
         """Wait until nothing is being written; how the last save ended, the first time it is asked for."""
         if self._thread is not None:
             self._thread.join(timeout)
@@ -147,7 +147,7 @@ class CheckpointWriter:
             problem, size = self._group.all_gather((problem, size))[0]
         except Exception as error:  # of the exchange: another rank is gone, and this one will hear of it in training
             problem = "" if is_there else _in_words(error)
-        self._outcome = Written(name, size, self._blocked, problem)
+        self._outcome = SaveResult(name, size, self._blocked, problem)
 
     def _write_shard(self, partial: Path, pieces: list[Piece], steps: dict[str, int]) -> _Report:
         from safetensors.torch import save

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from pst_ds.checkpoint.adapter import CONFIG_FILE, save_pretrained, small_state, write_small_state
+from pst_ds.checkpoint.adapter import CONFIG_FILE, adapter_state, save_pretrained, write_adapter_state
 from pst_ds.core.schedule import CubicSchedule, Schedule
 from pst_ds.errors import InputError
 from pst_ds.masks.updater import MaskUpdater
@@ -198,11 +198,11 @@ class _SavesSmallState:
     def __call__(
         self, save_directory: str, state_dict: dict[str, Tensor] | None = None, is_main_process: bool = True, **_: Any
     ) -> None:
-        """Write the small state, on the rank that calls. Nothing for an empty ``state_dict``, which the Trainer passes
-        under ZeRO-3 where it gathers no weights; :meth:`PSTCallback.on_save` follows."""
+        """Write the adapter state on the rank that calls; nothing for an empty ``state_dict``, which the Trainer passes
+        under ZeRO-3 where it gathers no weights: :meth:`PSTCallback.on_save` follows."""
         if is_main_process and state_dict != {}:
-            tensors = small_state(self.model, state_dict, keep=True)
-            write_small_state(self.model, save_directory, tensors, step=self.step)
+            tensors = adapter_state(self.model, state_dict, keep=True)
+            write_adapter_state(self.model, save_directory, tensors, step=self.step)
 
 
 def trainer_optimizer(model: nn.Module, **rates: Any) -> tuple[type[MasterAdamW], dict[str, Any]]:

@@ -13,7 +13,7 @@ from pst_ds.parallel.deepspeed_checkpoint import keep_frozen, leave_out_frozen
 
 MASK_BITS = "pst_mask_bits"
 """Name of a mask in a state dict: with all frozen parameters ``pst_mask`` itself is left out."""
-_HANDLES, _PREFIX = "pst_small_checkpoints", "pst_loading_prefix"
+_HANDLES, _PREFIX = "pst_adapter_checkpoints", "pst_loading_prefix"
 
 
 def adapter_checkpoints(model: nn.Module) -> None:
@@ -80,6 +80,6 @@ def _forgive(model: nn.Module, incompatible: Any) -> None:
 
 
 def _names_left_out(model: nn.Module) -> set[str]:
-    """All parameters but those of a small state and the masks; of tied ones the further names too."""
+    """All parameters but those of an adapter state and the masks; of tied ones the further names too."""
     kept = {name for name, _ in adapter_parameters(model)} | {f"{name}.pst_mask" for name in pst_layers(model)}
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - kept

@@ -13,7 +13,7 @@ from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointState
 from pst_ds.checkpoint.restore import weight_scales
 from pst_ds.checkpoint.retention import step_name
-from pst_ds.checkpoint.writer import CheckpointWriter, Written, size_limit
+from pst_ds.checkpoint.writer import CheckpointWriter, SaveResult, size_limit
 from pst_ds.config.run import RunConfig
 from pst_ds.core.schedule import Schedule
 from pst_ds.monitor.metrics import MetricsWriter
@@ -21,7 +21,7 @@ from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import is_main, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.loop import LoopState
-from pst_ds.train.resume import Progress, progress_of
+from pst_ds.train.resume import RunProgress, progress_of
 
 _CLOSE_SECONDS = 60.0
 
@@ -67,7 +67,7 @@ class Checkpointer:
         self.best_step: int | None = None
         self._last_evaluated: tuple[int, dict[str, float]] = (-1, {})
         if checkpoint is not None:
-            progress, step = Progress.read(checkpoint), checkpoint.state.step
+            progress, step = RunProgress.read(checkpoint), checkpoint.state.step
             self._best, self.best_step = progress.best_value, progress.best_step
             self._last_evaluated = (progress.evaluated_step, checkpoint.state.metrics)
             if is_main():
@@ -166,7 +166,7 @@ class Checkpointer:
             progress=asdict(progress),
         )
 
-    def _report(self, written: Written | None) -> None:
+    def _report(self, written: SaveResult | None) -> None:
         if written is None:
             return
         if written.error:
@@ -186,9 +186,9 @@ class Checkpointer:
             f"saved {self._folder / written.name}: {size / 1e6:.2f} MB ({limit / 1e6:.2f} MB is the most)"
         )
 
-    def _write_failure(self, written: Written) -> None:
+    def _write_failure(self, written: SaveResult) -> None:
         self._metrics.write(_step_of(written), {"event": "checkpoint_failed", "error": written.error})
 
 
-def _step_of(written: Written) -> int:
+def _step_of(written: SaveResult) -> int:
     return int(written.name.rpartition("-")[2])

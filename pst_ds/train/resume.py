@@ -31,7 +31,7 @@ _MAY_BE_CHANGED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class RunProgress:
     """Where a run is, as JSON values; the same on every rank, and for any number of them.
 
     The random numbers of a step and the order of the batches are functions of the seed and ``batch``, and the
@@ -61,7 +61,7 @@ class Progress:
     zero_stage: int
 
     @classmethod
-    def read(cls, checkpoint: Checkpoint) -> Progress:
+    def read(cls, checkpoint: Checkpoint) -> RunProgress:
         """Raises CheckpointError when a checkpoint has none, or not this one."""
         try:
             return cls(**checkpoint.state.progress)
@@ -71,7 +71,7 @@ class Progress:
 
 def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, data_digest: str) -> list[str]:
     """Raise ConfigError when ``run`` is not the run of ``checkpoint``; returns what is allowed to differ, and does."""
-    progress = Progress.read(checkpoint)
+    progress = RunProgress.read(checkpoint)
     require_base(checkpoint, run.model.path, fingerprint)
     before, now = flatten(progress.run), flat_table(run)
     changed = [key for key in now | before if before.get(key) != now.get(key)]  # pst.seed after the seed it may follow
@@ -109,13 +109,13 @@ def flat_table(run: RunConfig) -> dict[str, Any]:
     return flatten(as_table(run))
 
 
-def progress_of(run: RunConfig, engine: Engine, state: LoopState, **more: Any) -> Progress:
+def progress_of(run: RunConfig, engine: Engine, state: LoopState, **more: Any) -> RunProgress:
     """Where ``run`` is after ``state``; ``more``: the fields that its engine and ``state`` do not tell."""
     groups = {
         group["name"]: {"lr": group["lr"], "peak_lr": group["peak_lr"], "betas": list(group["betas"])}
         for group in engine.optimizer.param_groups
     }
-    return Progress(
+    return RunProgress(
         batch=state.batch,
         skipped_steps=engine.skipped_steps,
         skipped_in_a_row=state.skipped_in_a_row,
@@ -134,7 +134,7 @@ def restore(engine: Engine, checkpoint: Checkpoint, run: RunConfig) -> LoopState
 
     The model has the checkpoint's values already. Raises CheckpointError when its masks are not those that were saved.
     """
-    progress, step = Progress.read(checkpoint), checkpoint.state.step
+    progress, step = RunProgress.read(checkpoint), checkpoint.state.step
     load_optimizer(engine, checkpoint)
     set_counters(
         engine, applied=step, skipped=progress.skipped_steps, accumulation=run.train.gradient_accumulation_steps

@@ -43,7 +43,7 @@ from pst_ds.train.evaluate import predict
 from pst_ds.train.loop import FINAL_TAGS, DivergedError, Loop, LoopState
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
 from pst_ds.train.objective import Objective, load_teacher, require_teacher
-from pst_ds.train.resume import Progress, flat_table, restore
+from pst_ds.train.resume import RunProgress, flat_table, restore
 from pst_ds.train.run_folder import (
     checkpoint_to_go_on_from,
     require_no_checkpoints,
@@ -191,7 +191,7 @@ def train_run(
     barrier()
     if run.ranks_by_activation:
         _calibrate(prepared, engine, data.examples, resumed=checkpoint is not None)
-    seconds = Progress.read(checkpoint).seconds if checkpoint else 0.0
+    seconds = RunProgress.read(checkpoint).seconds if checkpoint else 0.0
     layers = {name: layer.layout.numel for name, layer in pst_layers(engine.module).items()}
     metrics = MetricsWriter(
         folder, num_steps=data.num_steps, is_main=is_main(), quiet=quiet, step=state.step, seconds=seconds,

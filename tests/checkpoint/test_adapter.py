@@ -1,4 +1,4 @@
-"""The small state in a folder: what it holds, where it goes, and what is refused by name."""
+"""The adapter state in a folder: what it holds, where it goes, and what is refused by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import (
     GPT2Config,
 )
 
-from pst_ds.checkpoint.adapter import PretrainedError, _fingerprint, load_pretrained, save_pretrained, small_state
+from pst_ds.checkpoint.adapter import PretrainedError, _fingerprint, adapter_state, load_pretrained, save_pretrained
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.errors import InputError
 from pst_ds.masks.update import mask_stats, update_masks
@@ -131,20 +131,20 @@ def test_a_tied_head_that_is_trained_is_saved_once_and_stays_tied(tmp_path):
 
 def test_values_of_a_gathered_state_dict_are_taken():
     model = _trained(torch.bfloat16)
-    tensors = small_state(model, model.state_dict())
-    assert tensors.keys() == small_state(model).keys()
+    tensors = adapter_state(model, model.state_dict())
+    assert tensors.keys() == adapter_state(model).keys()
     assert torch.equal(tensors["classifier.weight"], model.classifier.weight.float())
-    assert not torch.equal(tensors["classifier.weight"], small_state(model)["classifier.weight"])
+    assert not torch.equal(tensors["classifier.weight"], adapter_state(model)["classifier.weight"])
 
 
 def test_a_model_that_was_frozen_is_saved_whole(tmp_path):
     """For inference, say: what is saved follows the config, not the gradients of the moment."""
     model = _trained()
     adapter_checkpoints(model)
-    expected, state = small_state(model), model.state_dict()
+    expected, state = adapter_state(model), model.state_dict()
     model.requires_grad_(False)
-    assert small_state(model).keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in small_state(model).items())
+    assert adapter_state(model).keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter_state(model).items())
     assert model.state_dict().keys() == state.keys()
     save_pretrained(model, tmp_path)
     assert json.loads((tmp_path / "pst_config.json").read_text())["also_trained"] == []

@@ -45,7 +45,7 @@ def _assert_holds(cut, sizes, files, data):
         stop = data.draw(st.integers(start, size))
         for first, last in ((start, stop), (0, size), (start, start)):
             found = []
-            for run in cut.runs(f"t{t}", first, last):
+            for run in cut.fragments(f"t{t}", first, last):
                 assert run.start < run.stop
                 found += [(value, (run.file, run.offset + value - run.start)) for value in range(run.start, run.stop)]
             assert found == [(value, where[t, value]) for value in range(first, last)]
@@ -102,7 +102,7 @@ def test_runs_in_any_order_are_found(case, data):
 
 def test_the_runs_of_one_tensor_in_one_file_are_each_found_once():
     cut = ChunkedTensors({"a": 5}, 2, [[(0, 0, 2), (0, 4, 5)], [(0, 2, 4)]])
-    assert [(run.file, run.start, run.stop, run.offset) for run in cut.runs("a", 1, 5)] == [
+    assert [(run.file, run.start, run.stop, run.offset) for run in cut.fragments("a", 1, 5)] == [
         (0, 1, 2, 1),
         (1, 2, 4, 0),
         (0, 4, 5, 2),
@@ -112,19 +112,19 @@ def test_the_runs_of_one_tensor_in_one_file_are_each_found_once():
 @pytest.mark.parametrize(
     ("cuts", "said"),
     [
-        ([[(0, 0, 2)], [(0, 3, 5), (1, 0, 3)]], "the cuts of a leave or repeat values from 2 on"),
-        ([[(0, 1, 5)], [(1, 0, 3)]], "the cuts of a leave or repeat values from 0 on"),
-        ([[(0, 0, 4)], [(0, 3, 5), (1, 0, 3)]], "the cuts of a leave or repeat values from 3 on"),
-        ([[(0, 0, 5), (1, 0, 3)], [(0, 0, 5)]], "the cuts of a leave or repeat values from 0 on"),
-        ([[(0, 0, 6)], [(1, 0, 3)]], "the cuts of a end at 6 of 5"),
-        ([[(0, 0, 5)], [(1, 0, 2)]], "the cuts of b end at 2 of 3"),
-        ([[(0, 0, 5)], []], "the cuts of b end at 0 of 3"),
-        ([[(0, 0, 5)], [(2, 0, 3)]], "file 1 has a cut (2, 0, 3) of no tensor"),
-        ([[(0, 0, 5)], [(-1, 0, 3)]], "file 1 has a cut (-1, 0, 3) of no tensor"),
-        ([[(0, -1, 5)], [(1, 0, 3)]], "file 0 has a cut (0, -1, 5) of no tensor"),
-        ([[(0, 5, 0)], [(1, 0, 3)]], "file 0 has a cut (0, 5, 0) of no tensor"),
-        ([[(0, 0, 5), (1, 0, 3)]], "cuts of 1 files, not of 2"),
-        ([[(0, 0, 5)], [(1, 0, 3)], []], "cuts of 3 files, not of 2"),
+        ([[(0, 0, 2)], [(0, 3, 5), (1, 0, 3)]], "the chunks of a leave or repeat values from 2 on"),
+        ([[(0, 1, 5)], [(1, 0, 3)]], "the chunks of a leave or repeat values from 0 on"),
+        ([[(0, 0, 4)], [(0, 3, 5), (1, 0, 3)]], "the chunks of a leave or repeat values from 3 on"),
+        ([[(0, 0, 5), (1, 0, 3)], [(0, 0, 5)]], "the chunks of a leave or repeat values from 0 on"),
+        ([[(0, 0, 6)], [(1, 0, 3)]], "the chunks of a end at 6 of 5"),
+        ([[(0, 0, 5)], [(1, 0, 2)]], "the chunks of b end at 2 of 3"),
+        ([[(0, 0, 5)], []], "the chunks of b end at 0 of 3"),
+        ([[(0, 0, 5)], [(2, 0, 3)]], "file 1 has a chunk (2, 0, 3) of no tensor"),
+        ([[(0, 0, 5)], [(-1, 0, 3)]], "file 1 has a chunk (-1, 0, 3) of no tensor"),
+        ([[(0, -1, 5)], [(1, 0, 3)]], "file 0 has a chunk (0, -1, 5) of no tensor"),
+        ([[(0, 5, 0)], [(1, 0, 3)]], "file 0 has a chunk (0, 5, 0) of no tensor"),
+        ([[(0, 0, 5), (1, 0, 3)]], "chunks of 1 files, not of 2"),
+        ([[(0, 0, 5)], [(1, 0, 3)], []], "chunks of 3 files, not of 2"),
     ],
 )
 def test_cuts_that_do_not_hold_every_value_once_are_refused(cuts, said):

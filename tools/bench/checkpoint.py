@@ -22,7 +22,7 @@ from typing import Any
 
 from pst_ds.checkpoint.format import CheckpointState, read_checkpoint
 from pst_ds.checkpoint.restore import weight_scales
-from pst_ds.checkpoint.writer import CheckpointWriter, Written, size_limit
+from pst_ds.checkpoint.writer import CheckpointWriter, SaveResult, size_limit
 from pst_ds.config.pst import PSTConfig
 from pst_ds.nn.inject import inject_pst
 from tools.bench.ranks import Ranks, slowest
@@ -108,7 +108,7 @@ class Saver(Variant):
     def _note_written(self) -> None:
         self._written_at = time.perf_counter()
 
-    def _written(self) -> Written:
+    def _written(self) -> SaveResult:
         written = self._writer.wait()
         if written is None or written.error:
             raise OSError(f"the checkpoint was not written: {written and written.error}")
