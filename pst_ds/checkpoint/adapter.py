@@ -28,7 +28,7 @@ from pst_ds.checkpoint.restore import base_fingerprint, is_of_hub, same_base, we
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.core.bits import count_bits, relayout
 from pst_ds.errors import InputError
-from pst_ds.nn.adapter_checkpoints import MASK_BITS
+from pst_ds.nn.adapter_checkpoints import MASK_BITS, write_mask
 from pst_ds.nn.inject import (
     adapter_parameters,
     configured_parameters,
@@ -116,10 +116,7 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
         for name, buffer in persistent_buffers(model).items():
             buffer.copy_(tensors.get(name, buffer))
         for name, layer in pst_layers(model).items():
-            bits = relayout(tensors[f"{name}.{MASK_BITS}"], layer.layout.numel, 1, layer.num_shards)
-            shards = bits.view(layer.num_shards, -1)
-            own = shards[zero3.shard_index(layer.pst_mask)] if zero3.is_partitioned(layer.pst_mask) else bits
-            zero3.write_shard(layer.pst_mask, own.to(layer.pst_mask.device))
+            write_mask(layer, tensors[f"{name}.{MASK_BITS}"])
             layer.weight_scales = tuple(saved["weight_scales"][name])
     if saved["masks_frozen"]:
         freeze_scores(model)
@@ -145,10 +142,15 @@ def adapter_state(
     for name, buffer in persistent_buffers(model).items() if keep else ():
         tensors[name] = (buffer if gathered is None else gathered[name]).detach().to("cpu", copy=True).contiguous()
     for name, layer in pst_layers(model).items():
-        with zero3.gathered([layer.pst_mask] if gathered is None else []):
-            bits = layer.pst_mask if gathered is None else _mask_of(gathered, name)
-            if keep:
-                tensors[f"{name}.{MASK_BITS}"] = relayout(bits.detach().cpu(), layer.layout.numel, layer.num_shards, 1)
+        key = f"{name}.{MASK_BITS}"
+        if gathered is not None and key in gathered:  # a state dict with adapter_checkpoints
+            bits = gathered[key].cpu()
+        else:
+            with zero3.gathered([layer.pst_mask] if gathered is None else []):
+                whole = layer.pst_mask if gathered is None else gathered[f"{name}.pst_mask"]
+                bits = relayout(whole.detach().cpu(), layer.layout.numel, layer.num_shards, 1) if keep else whole
+        if keep:
+            tensors[key] = bits
     return tensors
 
 
@@ -182,11 +184,6 @@ def write_adapter_state(
     write_bytes_atomic(folder / WEIGHTS_FILE, data)
     write_text_atomic(folder / INDEX_FILE, json.dumps(index, indent=1) + "\n")
     write_text_atomic(folder / CONFIG_FILE, json.dumps(table, indent=1) + "\n")
-
-
-def _mask_of(gathered: Mapping[str, Tensor], name: str) -> Tensor:
-    """Mask bits in a state dict, with or without :func:`adapter_checkpoints`."""
-    return gathered[f"{name}.{MASK_BITS}"] if f"{name}.{MASK_BITS}" in gathered else gathered[f"{name}.pst_mask"]
 
 
 @functools.cache

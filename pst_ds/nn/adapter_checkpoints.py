@@ -5,26 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from pst_ds.core.bits import relayout, shard_bytes
 from pst_ds.nn.inject import adapter_parameters, pst_layers
+from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel import zero3
 from pst_ds.parallel.deepspeed_checkpoint import keep_frozen, leave_out_frozen
 
-MASK_BITS = "pst_mask_bits"
-"""Name of a mask in a state dict: with all frozen parameters ``pst_mask`` itself is left out."""
+MASK_BITS, MASK_SHARD = "pst_mask_bits", "pst_mask_shard"
+"""Names of a mask in a state dict, where ``pst_mask`` itself is left out: the whole mask in the canonical one-shard
+form, and under ZeRO-3 this rank's shard."""
 _HANDLES, _PREFIX = "pst_adapter_checkpoints", "pst_loading_prefix"
 
 
 def adapter_checkpoints(model: nn.Module) -> None:
     """Leave the frozen base out of every checkpoint of ``model`` from now on.
 
-    ``model.state_dict()`` then has what the config trains and what else has a gradient, each once, the masks' bits as
+    ``model.state_dict()`` then has what the config trains and what else has a gradient, each once, the masks as
     ``NAME.pst_mask_bits`` and the buffers; ``load_state_dict`` takes such a dict, strictly too, and leaves the rest of
-    the model as it is.
-    ``save_checkpoint`` of a DeepSpeed engine leaves the frozen parameters out; under ZeRO-3 every rank then keeps its
-    shard of each mask, so such a checkpoint is loaded by as many ranks. Call it after ``inject_pst``, and after
-    ``import deepspeed`` where that is used. What was saved without this call can still be loaded.
+    the model as it is. ``save_checkpoint`` of a DeepSpeed engine leaves the frozen parameters out; under ZeRO-3 every
+    rank then keeps its shard of each mask (``NAME.pst_mask_shard``), so such a checkpoint is loaded by as many ranks.
+    Call it after ``inject_pst``, and after ``import deepspeed`` where that is used. What was saved
+    without this call can still be loaded.
     """
     if hasattr(model, _HANDLES):
         return
@@ -48,7 +51,19 @@ def _leave_out(model: nn.Module, state_dict: dict[str, Any], prefix: str, _metad
         state_dict.pop(prefix + name, None)
     for name, layer in pst_layers(model).items():
         state_dict.pop(f"{prefix}{name}.pst_mask", None)
-        state_dict[f"{prefix}{name}.{MASK_BITS}"] = zero3.shard_of(layer.pst_mask).values.clone()
+        own = zero3.shard_of(layer.pst_mask).values
+        if zero3.is_partitioned(layer.pst_mask):
+            state_dict[f"{prefix}{name}.{MASK_SHARD}"] = own.clone()
+        else:
+            state_dict[f"{prefix}{name}.{MASK_BITS}"] = relayout(own, layer.layout.numel, layer.num_shards, 1)
+
+
+def write_mask(layer: PSTLinear, bits: Tensor) -> None:
+    """Write a whole mask in the canonical form, or under ZeRO-3 the shard of it that this rank holds."""
+    bits = relayout(bits, layer.layout.numel, 1, layer.num_shards)
+    if zero3.is_partitioned(layer.pst_mask):
+        bits = bits.view(layer.num_shards, -1)[zero3.shard_index(layer.pst_mask)]
+    zero3.write_shard(layer.pst_mask, bits.to(layer.pst_mask.device))
 
 
 @torch.no_grad()
@@ -58,17 +73,25 @@ def _load_masks(
 ) -> None:  # fmt: skip
     setattr(model, _PREFIX, prefix)
     for name, layer in pst_layers(model).items():
+        own, mask_bytes = zero3.shard_of(layer.pst_mask).values, shard_bytes(layer.layout.numel, 1)
         bits = state_dict.pop(f"{prefix}{name}.{MASK_BITS}", None)
-        if bits is None:
-            continue
-        own = zero3.shard_of(layer.pst_mask).values
-        if bits.shape != own.shape:
+        shard = state_dict.pop(f"{prefix}{name}.{MASK_SHARD}", None)
+        if bits is not None and bits.numel() != mask_bytes:
             errors.append(
-                f"{prefix}{name}.{MASK_BITS} has {bits.numel()} bytes, this rank's shard {own.numel()}: load the "
+                f"{prefix}{name}.{MASK_BITS} has {bits.numel()} bytes, this model's mask {mask_bytes}: load it into "
+                "the model that it was saved from"
+            )
+        elif bits is not None:
+            write_mask(layer, bits)
+        elif shard is not None and shard.shape != own.shape:
+            errors.append(
+                f"{prefix}{name}.{MASK_SHARD} has {shard.numel()} bytes, this rank's shard {own.numel()}: load the "
                 "checkpoint on as many ranks as saved it"
             )
+        elif shard is not None:
+            zero3.write_shard(layer.pst_mask, shard.to(own.device))
+        else:
             continue
-        zero3.write_shard(layer.pst_mask, bits.to(own.device))
         state_dict[f"{prefix}{name}.pst_mask"] = layer.pst_mask.detach()  # itself, so that it is not missing
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pst_ds.config.pst import PSTConfig
+from pst_ds.core.bits import pack_mask
 from pst_ds.masks.update import mask_stats, update_masks
 from pst_ds.nn.adapter_checkpoints import adapter_checkpoints, whole_checkpoints
 from pst_ds.nn.inject import inject_pst, pst_layers
@@ -68,8 +69,31 @@ def test_what_training_changed_must_all_be_there():
             _ready().load_state_dict(state)
     with pytest.raises(RuntimeError, match="unknown"):
         _ready().load_state_dict({**model.state_dict(), "unknown": torch.zeros(1)})
-    with pytest.raises(RuntimeError, match=r"blocks.0.pst_mask_bits has 9 bytes, this rank's shard 8: load the"):
-        _ready().load_state_dict({**model.state_dict(), "blocks.0.pst_mask_bits": torch.zeros(9, dtype=torch.uint8)})
+    state, nine = model.state_dict(), torch.zeros(9, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=r"blocks.0.pst_mask_bits has 9 bytes, this model's mask 8: load it into"):
+        _ready().load_state_dict({**state, "blocks.0.pst_mask_bits": nine})
+    del state["blocks.0.pst_mask_bits"]
+    with pytest.raises(RuntimeError, match=r"blocks.0.pst_mask_shard has 9 bytes, this rank's shard 8: load the"):
+        _ready().load_state_dict({**state, "blocks.0.pst_mask_shard": nine})
+
+
+def test_the_bits_of_a_mask_have_one_layout_however_many_shards_it_lies_in():
+    config = PSTConfig(score_rank=2, update_rank=2, modules_to_save=("classifier",))
+    models = [inject_pst(_Model(), config, num_shards=shards) for shards in (1, 3)]
+    for model in models:
+        for layer in pst_layers(model).values():
+            keep = torch.rand(layer.layout.numel, generator=torch.Generator().manual_seed(1)) > 0.6
+            zero3.write_shard(layer.pst_mask, pack_mask(keep, layer.num_shards))
+        adapter_checkpoints(model)
+    one, three = (model.state_dict() for model in models)
+    for name, layer in pst_layers(models[1]).items():
+        assert torch.equal(one[f"{name}.pst_mask_bits"], three[f"{name}.pst_mask_bits"])
+        assert layer.pst_mask.numel() > one[f"{name}.pst_mask_bits"].numel()  # each shard is padded
+    fresh = inject_pst(_Model(), config, num_shards=3)
+    adapter_checkpoints(fresh)
+    fresh.load_state_dict(one)
+    for layer, same in zip(pst_layers(fresh).values(), pst_layers(models[1]).values(), strict=True):
+        assert torch.equal(layer.pst_mask, same.pst_mask)
 
 
 def test_a_missing_value_is_missing_whatever_its_ending():
@@ -163,6 +187,8 @@ def _save(folder, stage, marked):
     name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
     file = torch.load(folder / "here" / name, weights_only=False)
     frozen = set(file["module"]) | set(file["frozen_param_fragments"] or {})
+    masks = {n.rpartition(".")[2] for n in file["module"] if ".pst_mask" in n}
+    assert not marked or masks == {"pst_mask_shard" if stage == 3 else "pst_mask_bits"}
     own = zero3.shard_of(pst_layers(again.module)["blocks.0"].pst_mask).values
     assert torch.equal(own, zero3.shard_of(pst_layers(engine.module)["blocks.0"].pst_mask).values)
     return sorted(n for n in frozen if n.endswith(("embedding.weight", "blocks.0.weight"))), mask_stats(again.module)
