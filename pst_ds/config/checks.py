@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import astuple
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -23,6 +23,12 @@ Share = Annotated[float, Ge(0.0), Lt(1.0)]
 
 class ConfigError(InputError):
     """A run file, or a --set, that cannot be used: the key, its value and the fix."""
+
+
+def require_choice(key: str, value: str, choices: Collection[str]) -> None:
+    """Raise ConfigError for a value that is not one of the names of a table."""
+    if value not in choices:
+        raise ConfigError(f"{key} = {value!r} must be one of {', '.join(map(repr, choices))}")
 
 
 def check_fields(config: object) -> None:

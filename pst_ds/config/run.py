@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from pst_ds.config.checks import FINITE, ConfigError, NotNegative, Positive, Rate, Share, check_fields
+from pst_ds.config.checks import FINITE, ConfigError, NotNegative, Positive, Rate, Share, check_fields, require_choice
 from pst_ds.config.data import EVAL_BATCH_SIZES, METRICS, DataConfig, EvalConfig, TaskName, check_task
 from pst_ds.config.methods import METHODS as METHODS_BY_NAME
-from pst_ds.config.methods import Method, MethodName
+from pst_ds.config.methods.method import Method
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.schedule import CubicSchedule, OneShotSchedule, Schedule, ScheduleConfig
@@ -170,11 +170,8 @@ class RunConfig:
     task: TaskName = "classification"
     """"classification" of a text or a pair, and "regression" of a number, with a new head; "causal-lm" trains a
     language model on text, and "data-to-text" to write texts from data, with the head it has."""
-    method: MethodName = "pst"
-    """"pst"; the dense ones: "dense" trains every weight, "lora" an update U V; with a fixed mask, which
-    ``pst.initial_mask`` names: "magnitude" trains every weight under it, "masked-lora" an update U V, "spp" a
-    multiplicative one; along the schedule, all weights: "gmp" prunes the smallest, "movement" and "soft-movement" by a
-    score of each weight. docs/methods.md tells what each is for."""
+    method: str = "pst"
+    """What is pruned and what trains; docs/methods.md says what each method is for."""
     seed: int = 0
     """Seed of the batches' order, dropout, a new head and, unless ``pst.seed`` is set, the factors."""
     deepspeed_config: str = ""
@@ -189,6 +186,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ConfigError("output_dir = '' is empty: name the folder that the run writes to")
+        require_choice("method", self.method, METHODS_BY_NAME)
         check_task(self.task, self.data, self.eval)
         self._require_method_fits()
         self.make_schedule(1)  # refuses bad numbers now
@@ -202,10 +200,11 @@ class RunConfig:
                 f'pst.initial_mask = "zeros" is for methods with a fixed mask ({fixed}), not for method = '
                 f"{self.method!r}; leave it out"
             )
-        if (self.method == "soft-movement") != (self.train.score_penalty > 0.0):
+        if bool(self.mask_method.score_penalty) != (self.train.score_penalty > 0.0):
+            penalised = " and ".join(f'"{name}"' for name, method in METHODS_BY_NAME.items() if method.score_penalty)
             raise ConfigError(
                 f"train.score_penalty = {self.train.score_penalty} with method = {self.method!r}: method "
-                '"soft-movement" needs one above 0, and no other method has one'
+                f"{penalised} needs one above 0, and no other method has one"
             )
         try:
             injected = self.mask_method.pst_config(self.pst)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
 
 from pst_ds.config.data import DataConfig, EvalConfig
+from pst_ds.config.methods import METHODS
 from pst_ds.config.presets import DATA_PRESETS
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.config.run import (
@@ -56,8 +59,17 @@ def schema() -> dict[str, Any]:
     for name, presets in (("PSTConfig", PRESETS), ("DataConfig", DATA_PRESETS)):
         preset = {"description": "Settings to start from.", "enum": list(presets), "type": "string"}
         table["$defs"][name]["properties"]["preset"] = preset
+    for key, names, package in (("method", METHODS, "pst_ds.config.methods"),):
+        setting = table["properties"][key]
+        setting |= {"enum": list(names), "description": f"{setting['description']} {_choices(names, package)}"}
     table["$defs"]["DataConfig"].pop("required", None)  # a preset may have them
     return _in_markdown(table)
+
+
+def _choices(names: Iterable[str], package: str) -> str:
+    """The first lines of the files that the names stand for."""
+    lines = {name: str(import_module(f"{package}.{name.replace('-', '_')}").__doc__).strip(".\n") for name in names}
+    return "; ".join(f'"{name}": {line[0].lower()}{line[1:]}' for name, line in lines.items()) + "."
 
 
 def _in_markdown(value: Any) -> Any:

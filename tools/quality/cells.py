@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pst_ds.config.methods import METHODS
 from tools.quality.grid import Grid, Method, Table, laid_over, sparsity_settings
 
 Line = dict[str, Any]
 Kind = Literal["search", "cell"]
 State = Literal["to do", "waits", "done", "failed", "over budget"]
-FIXED_MASK = frozenset({"magnitude", "spp", "masked-lora"})
+FIXED_MASK = frozenset(name for name, method in METHODS.items() if method.masks == "fixed")
 """Methods of the run file whose mask is there before they train."""
 
 

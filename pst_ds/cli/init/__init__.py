@@ -81,7 +81,7 @@ def _complete(args: argparse.Namespace) -> None:
     if not args.train:
         args.train = _ask("file to train on (.jsonl, .csv, .parquet, .txt)", check=_file_problem)
         args.validation = args.validation or _ask("file for validation", "none", check=_file_problem)
-    if args.sparsity is None and args.pattern is None and args.method not in ("dense", "lora"):
+    if args.sparsity is None and args.pattern is None and METHODS[args.method].masks != "none":
         args.sparsity = float(_ask("fraction of zeros at the end", "0.9", check=_share_problem))
     if args.ranks is None:
         args.ranks = int(_ask("processes to train on", "1", check=_count_problem))

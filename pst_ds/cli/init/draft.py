@@ -131,10 +131,10 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> dict[
         "data": data,
         "train": {**steps, "precision": "bf16"},
     }
-    if args.method == "soft-movement":
-        table["train"]["score_penalty"] = 1.0
-    masks = METHODS[args.method].masks
-    if masks != "none":
+    method = METHODS[args.method]
+    if method.score_penalty:
+        table["train"]["score_penalty"] = method.score_penalty
+    if method.masks != "none":
         table["pst"] = {"target_modules": "all-linear", "pattern": args.pattern or "matrix"}
         table["schedule"] = {"final_sparsity": _sparsity(args)}
     return table
