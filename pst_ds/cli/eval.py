@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     config = load_run_or_folder(args)
-    if args.texts and config.task != "data-to-text":
+    if args.texts and not config.task_facts.writes_texts:
         raise InputError(f"--texts {args.texts}: task {config.task!r} writes no texts; leave it out")
     if args.texts:
         require_writable(Path(args.texts), f"--texts {args.texts}")
@@ -35,12 +35,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     checkpoint = open_checkpoint(config, args.checkpoint)
     prepared = prepare(config, launch_environment(), run_file=args.run, labels=checkpoint.state.labels)
     examples = prepared.load(args.split)
-    if config.task == "data-to-text" and prepared.launch.world_size == 1:
+    if config.task_facts.writes_texts and prepared.launch.world_size == 1:
         metrics = _with_texts(prepared, checkpoint, examples, args.texts)
     else:
         _, engine = build(prepared, checkpoint)
         metrics = evaluate(engine, examples, prepared)
-        if config.task == "data-to-text" and prepared.launch.rank == 0:
+        if config.task_facts.writes_texts and prepared.launch.rank == 0:
             print("texts are written and scored by one process: run pst-ds eval without a launcher for BLEU")
     if prepared.launch.rank == 0:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _with_texts(prepared: Any, checkpoint: Any, examples: Any, file: str | None) -> dict[str, float]:
     """Metrics of the model, and of what it writes; the texts go to ``file`` if one is named. On one process, without
     DeepSpeed, whatever the run trained on."""
-    from pst_ds.data.tasks import DataToText
+    from pst_ds.data.tasks.data_to_text import DataToText
     from pst_ds.data.text_metrics import require_text_metrics
     from pst_ds.train.evaluate import predict
     from pst_ds.train.run import masked_model

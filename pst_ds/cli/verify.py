@@ -139,7 +139,7 @@ def _compare_texts(prepared: Prepared, examples: Any, masked: nn.Module, plain: 
     A text hangs on every logit before it, so texts may differ where sums are not taken in the same order each time, as
     on a GPU: they are counted and not required to be equal.
     """
-    from pst_ds.data.tasks import DataToText
+    from pst_ds.data.tasks.data_to_text import DataToText
     from pst_ds.data.text_metrics import missing_libraries
 
     task = prepared.task

@@ -7,17 +7,6 @@ from typing import Literal
 
 from pst_ds.config.checks import ConfigError, Finite, NotNegative, Positive, check_fields
 
-TaskName = Literal["classification", "regression", "causal-lm", "data-to-text"]
-METRICS: dict[TaskName, tuple[str, ...]] = {
-    "classification": ("accuracy", "macro_f1", "matthews_correlation", "f1"),
-    "regression": ("pearson", "spearman", "mse"),
-    "causal-lm": ("perplexity",),
-    "data-to-text": ("perplexity",),
-}
-"""What may choose the best checkpoint of a task; the first does if nothing else is asked for."""
-EVAL_BATCH_SIZES: dict[TaskName, int] = {
-    "classification": 64, "regression": 64, "causal-lm": 8, "data-to-text": 8
-}  # fmt: skip
 PARQUET_BRANCH = "refs/convert/parquet"
 """Where the hub keeps its own conversion of a dataset; each subset is a folder there."""
 
@@ -100,17 +89,3 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-
-def check_task(task: TaskName, data: DataConfig, evaluation: EvalConfig) -> None:
-    """Raise ConfigError for settings that do not fit the task."""
-    if evaluation.metric and evaluation.metric not in METRICS[task]:
-        raise ConfigError(
-            f"eval.metric = {evaluation.metric!r} is not a metric of task {task!r}; choose from "
-            f"{', '.join(map(repr, METRICS[task]))}, or leave it out"
-        )
-    if task in ("causal-lm", "data-to-text") and len(data.text_columns) != 1:
-        raise ConfigError(f"data.text_columns = {list(data.text_columns)} must name one column for task {task!r}")
-    shortest = {"causal-lm": 2, "data-to-text": 4}.get(task, 1)
-    if data.max_length < shortest:
-        raise ConfigError(f"data.max_length = {data.max_length} must be at least {shortest} for task {task!r}")

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from pst_ds.config.checks import FINITE, ConfigError, NotNegative, Positive, Rate, Share, check_fields, require_choice
-from pst_ds.config.data import EVAL_BATCH_SIZES, METRICS, DataConfig, EvalConfig, TaskName, check_task
+from pst_ds.config.data import DataConfig, EvalConfig
 from pst_ds.config.methods import METHODS as METHODS_BY_NAME
 from pst_ds.config.methods.method import Method
 from pst_ds.config.pst import PSTConfig
+from pst_ds.config.tasks import TASKS, TaskFacts, check_task
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.schedule import CubicSchedule, OneShotSchedule, Schedule, ScheduleConfig
 
@@ -167,9 +168,8 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
-    task: TaskName = "classification"
-    """"classification" of a text or a pair, and "regression" of a number, with a new head; "causal-lm" trains a
-    language model on text, and "data-to-text" to write texts from data, with the head it has."""
+    task: str = "classification"
+    """What the model learns; docs/tasks.md says what data each task takes."""
     method: str = "pst"
     """What is pruned and what trains; docs/methods.md says what each method is for."""
     seed: int = 0
@@ -186,6 +186,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ConfigError("output_dir = '' is empty: name the folder that the run writes to")
+        require_choice("task", self.task, TASKS)
         require_choice("method", self.method, METHODS_BY_NAME)
         check_task(self.task, self.data, self.eval)
         self._require_method_fits()
@@ -261,6 +262,11 @@ class RunConfig:
             )
 
     @property
+    def task_facts(self) -> TaskFacts:
+        """What is known of the task without its code."""
+        return TASKS[self.task]
+
+    @property
     def mask_method(self) -> Method:
         """What the method is."""
         return METHODS_BY_NAME[self.method]
@@ -278,12 +284,12 @@ class RunConfig:
     @property
     def metric(self) -> str:
         """What chooses the best checkpoint."""
-        return self.eval.metric or METRICS[self.task][0]
+        return self.eval.metric or self.task_facts.metrics[0]
 
     @property
     def eval_batch_size(self) -> int:
         """Examples a rank evaluates at a time."""
-        return self.eval.batch_size or EVAL_BATCH_SIZES[self.task]
+        return self.eval.batch_size or self.task_facts.eval_batch_size
 
     def make_schedule(self, num_steps: int) -> Schedule | None:
         """The sparsity schedule of a run of ``num_steps``; None for the dense methods."""
@@ -303,7 +309,7 @@ class RunConfig:
             raise ConfigError(
                 f"data.train has {num_examples} examples, fewer than one batch of train.batch_size = "
                 f"{self.train.batch_size}; lower it"
-                + (" or data.max_length, the tokens of an example" if self.task == "causal-lm" else "")
+                + (" or data.max_length, the tokens of an example" if self.task_facts.packs_text else "")
             )
         if self.train.num_steps:
             return self.train.num_steps

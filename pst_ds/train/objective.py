@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.core.distillation import distilled_loss, relative_distance
-from pst_ds.data.data_to_text import IGNORED
 from pst_ds.data.tasks import task_of
+from pst_ds.data.tasks.task import IGNORED
 from pst_ds.errors import first_line
 from pst_ds.nn.base_model import PRUNING_RECORD
 from pst_ds.nn.inject import bypassed
@@ -79,10 +79,10 @@ def require_teacher(run: RunConfig, shapes: nn.Module) -> None:
     """Raise ConfigError when the run's teacher cannot be one; ``shapes``: the run's model, on the meta device."""
     if not run.distillation.weight:
         return
-    if run.task == "regression":
+    if run.task_facts.no_teacher:
         raise ConfigError(
-            f"distillation.weight = {run.distillation.weight} compares classes or tokens, and task 'regression' "
-            "predicts a number; set distillation.weight = 0"
+            f"distillation.weight = {run.distillation.weight} compares classes or tokens, and task "
+            f"{run.task!r} {run.task_facts.no_teacher}; set distillation.weight = 0"
         )
     if run.distillation.teacher:
         if not Path(run.distillation.teacher).is_dir():

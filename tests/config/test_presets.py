@@ -7,7 +7,8 @@ import json
 import pytest
 
 from pst_ds.config.presets import DATA_PRESETS
-from pst_ds.config.run import METRICS, ConfigError
+from pst_ds.config.run import ConfigError
+from pst_ds.config.tasks import TASKS
 from pst_ds.config.toml import dump_run, load_run, run_from_table
 from pst_ds.data.dataset import read_rows
 from pst_ds.data.tasks import task_of
@@ -32,7 +33,7 @@ def test_every_preset_makes_a_run_that_is_written_out_and_read_back(tmp_path, na
     assert run.data.dataset
     assert run.data.subset
     assert all([run.data.train, run.data.validation, run.data.test])
-    assert run.metric == METRICS[run.task][0] or run.eval.metric
+    assert run.metric == TASKS[run.task].metrics[0] or run.eval.metric
     (tmp_path / "run.toml").write_text(dump_run(run), encoding="utf-8")
     assert load_run(tmp_path / "run.toml") == run
 

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pst_ds.config.run import ConfigError, DataConfig
-from pst_ds.data import causal_lm as packing
-from pst_ds.data.causal_lm import Sequences, collate_sequences, counted_token_stream, load_sequences, token_stream
+from pst_ds.data.tasks import causal_lm as packing
+from pst_ds.data.tasks.causal_lm import Sequences, collate_sequences, counted_token_stream, load_sequences, token_stream
 
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny-llama"
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)

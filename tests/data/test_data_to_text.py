@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pst_ds.config.run import DataConfig, EvalConfig
-from pst_ds.data.data_to_text import IGNORED, Pairs, collate_pairs, linearize, load_pairs
-from pst_ds.data.tasks import DataToText
+from pst_ds.config.data import EvalConfig
+from pst_ds.config.run import DataConfig
+from pst_ds.data.tasks.data_to_text import IGNORED, DataToText, Pairs, collate_pairs, linearize, load_pairs
 
 TOKENIZER = AutoTokenizer.from_pretrained("tests/data/tiny-llama")
 START, END = 1, 2

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from pst_ds.cli.main import main
 from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.config.toml import load_run
-from pst_ds.data.regression import load_scored_texts, regression_metrics
 from pst_ds.data.tasks import task_of
+from pst_ds.data.tasks.regression import load_scored_texts, regression_metrics
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.run import prepare, train_run
 

@@ -18,8 +18,9 @@ from transformers import (
 
 from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.cli.main import main
+from pst_ds.config.data import EvalConfig
 from pst_ds.config.toml import load_run
-from pst_ds.data import tasks
+from pst_ds.data.tasks import causal_lm as tasks
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
 from pst_ds.train import loop as loop_module
@@ -214,7 +215,7 @@ def test_metrics_are_those_of_their_definitions():
     assert (found["byte_perplexity"], found["bits_per_byte"]) == pytest.approx((math.e**0.75, 0.75 * math.log2(math.e)))
     assert tasks.language_model_metrics(np.array([1e5]), 2, num_bytes=2)["byte_perplexity"] == math.inf
     logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.125, 0.125, 0.75], [0.9, 0.05, 0.05]]]))
-    (loss,) = tasks.CausalLM().outcomes(logits, {"labels": torch.tensor([[0, 1, 2]])})[0]
+    (loss,) = tasks.CausalLM(EvalConfig()).outcomes(logits, {"labels": torch.tensor([[0, 1, 2]])})[0]
     assert loss == pytest.approx(math.log(4) + math.log(4 / 3))  # 1 after the first, 2 after the second
 
 

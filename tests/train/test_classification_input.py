@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
-from pst_ds.data.tasks import positions_of
+from pst_ds.data.model_limits import positions_of
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train.run import build, prepare
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pst_ds.config.toml import load_run
-from pst_ds.data.tasks import classification_metrics
+from pst_ds.data.tasks.classification import classification_metrics
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.evaluate import _differing, predict
 from pst_ds.train.run import build, prepare

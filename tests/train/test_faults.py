@@ -198,7 +198,7 @@ def _free_port():
 
 HANGING = """
 import sys, threading
-from pst_ds.data import tasks
+from pst_ds.data.tasks import classification as tasks
 collate, calls = tasks.Classification.collate, iter(range(100))
 def hanging(*arguments):
     if next(calls) == 6:

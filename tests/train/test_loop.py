@@ -313,7 +313,7 @@ def test_the_loss_of_a_line_is_the_mean_since_the_line_before(tmp_path):
 
 
 def test_the_best_checkpoint_is_chosen_among_those_at_the_final_sparsity(tmp_path, monkeypatch):
-    from pst_ds.data import tasks
+    from pst_ds.data.tasks import classification as tasks
 
     scores = {4: 0.99, 8: 0.98, 12: 0.97, 16: 0.5, 20: 0.4}  # the sparser, the worse
     order = iter(scores.values())
@@ -335,7 +335,7 @@ def test_the_best_checkpoint_is_chosen_among_those_at_the_final_sparsity(tmp_pat
     ids=lambda v: str(v).replace(" ", ""),
 )
 def test_a_metric_that_is_no_number_is_never_the_best(tmp_path, monkeypatch, scores, best):
-    from pst_ds.data import tasks
+    from pst_ds.data.tasks import classification as tasks
 
     order = iter(scores)
     monkeypatch.setattr(tasks.Classification, "metrics", lambda self, outcomes, examples: {"accuracy": next(order)})
@@ -347,7 +347,7 @@ def test_a_metric_that_is_no_number_is_never_the_best(tmp_path, monkeypatch, sco
 
 def test_a_number_is_better_than_a_value_that_is_none(tmp_path, monkeypatch):
     """Of a run that goes on from a checkpoint with such a value for its best."""
-    from pst_ds.data import tasks
+    from pst_ds.data.tasks import classification as tasks
 
     monkeypatch.setattr(tasks.Classification, "metrics", lambda self, outcomes, examples: {"accuracy": -0.3})
     made = Checkpointer.__init__

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from pst_ds.config.toml import load_run
-from pst_ds.data import tasks
+from pst_ds.data.tasks import classification as tasks
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.report.page import page
 from pst_ds.report.run_data import read_runs

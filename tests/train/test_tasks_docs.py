@@ -11,7 +11,7 @@ import pytest
 
 from pst_ds.cli.main import build_parser
 from pst_ds.config.presets import DATA_PRESETS
-from pst_ds.config.run import METRICS
+from pst_ds.config.tasks import TASKS
 from pst_ds.config.toml import run_from_table
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
@@ -41,5 +41,5 @@ def test_every_command_parses(command):
 def test_every_task_metric_and_preset_is_told_of():
     assert len(_blocks("toml")) >= 4
     assert len(_commands()) >= 4
-    for name in [*METRICS, *(metric for metrics in METRICS.values() for metric in metrics), *DATA_PRESETS]:
+    for name in [*TASKS, *(metric for facts in TASKS.values() for metric in facts.metrics), *DATA_PRESETS]:
         assert f"`{name}`" in PAGE, name

@@ -25,6 +25,7 @@ from pst_ds.config.run import (
     ScheduleConfig,
     TrainConfig,
 )
+from pst_ds.config.tasks import TASKS
 from pst_ds.config.toml import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +60,9 @@ def schema() -> dict[str, Any]:
     for name, presets in (("PSTConfig", PRESETS), ("DataConfig", DATA_PRESETS)):
         preset = {"description": "Settings to start from.", "enum": list(presets), "type": "string"}
         table["$defs"][name]["properties"]["preset"] = preset
-    for key, names, package in (("method", METHODS, "pst_ds.config.methods"),):
+    for key, names, package in (
+        ("task", TASKS, "pst_ds.data.tasks"), ("method", METHODS, "pst_ds.config.methods")
+    ):  # fmt: skip
         setting = table["properties"][key]
         setting |= {"enum": list(names), "description": f"{setting['description']} {_choices(names, package)}"}
     table["$defs"]["DataConfig"].pop("required", None)  # a preset may have them

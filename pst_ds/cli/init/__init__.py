@@ -6,12 +6,12 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pst_ds.atomic_files import require_writable
 from pst_ds.cli.main import count
-from pst_ds.config.data import TaskName
 from pst_ds.config.methods import METHODS
+from pst_ds.config.tasks import TASKS
 from pst_ds.errors import InputError
 
 _TRIES = 3
@@ -22,9 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", metavar="FILE", help="JSONL, CSV, Parquet or text file to train on")
     parser.add_argument("--validation", metavar="FILE", help="file that chooses the best checkpoint")
     parser.add_argument("--test", metavar="FILE", help="file for pst-ds eval and verify")
-    parser.add_argument(
-        "--task", choices=get_args(TaskName), help="default: what the columns of the training file suggest"
-    )
+    parser.add_argument("--task", choices=tuple(TASKS), help="default: what the columns of the training file suggest")
     parser.add_argument("--text-columns", type=_names, metavar="COLUMN,...", help="one column, or two for pairs")
     parser.add_argument("--label-column", metavar="COLUMN", help="default: label")
     parser.add_argument("--method", choices=tuple(METHODS), default="pst", help="default: pst")

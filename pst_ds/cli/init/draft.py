@@ -13,17 +13,16 @@ import torch
 
 from pst_ds.config.methods import METHODS
 from pst_ds.config.run import DataConfig, RunConfig
+from pst_ds.config.tasks import TASKS
 from pst_ds.config.toml import run_from_table
 from pst_ds.data.dataset import read_rows
-from pst_ds.data.tasks import is_causal, task_of
+from pst_ds.data.model_limits import is_causal
+from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError
 from pst_ds.nn.inject import pst_layers
 from pst_ds.train.model import load_model_config, load_tokenizer, meta_model, num_trainable
 
-_MAX_LENGTHS = {"causal-lm": 512, "data-to-text": 256}
-_OTHER_MAX_LENGTH, _BATCH_SIZE = 128, 32
-_SHORTEST = 4
-"""Tokens that every task can do with, while the model's own limit is looked up."""
+_UNKNOWN_LIMIT, _BATCH_SIZE = 128, 32
 _GUESSED_TEXTS = (
     ["text"],
     ["sentence"],
@@ -68,12 +67,12 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     has_accelerator = torch.accelerator.is_available()
     table = _first_table(args, deepspeed_file if ranks > 1 or has_accelerator else None)
     asked = table["data"].pop("max_length", 0)
-    first = run_from_table(_laid_over(table, "data", max_length=_SHORTEST))
+    first = run_from_table(_laid_over(table, "data", max_length=TASKS[table["task"]].min_length))
     task, tokenizer = task_of(first), load_tokenizer(first)
     labels = task.label_names(first.data)
     config = load_model_config(first, labels, tokenizer)
     positions = _positions(config, tokenizer)
-    length = asked or min(_MAX_LENGTHS.get(first.task, _OTHER_MAX_LENGTH), positions or _OTHER_MAX_LENGTH)
+    length = asked or min(first.task_facts.init_max_length, positions or _UNKNOWN_LIMIT)
     table = _laid_over(table, "data", max_length=length)
     examples = len(task.load(run_from_table(table).data, "train", tokenizer, labels))
     table = _laid_over(table, "train", batch_size=args.batch_size or _batch_size(examples, ranks))
@@ -107,21 +106,21 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> dict[
             f"--label-column {args.label_column!r} is not in {args.train}; name one of the columns: "
             f"{', '.join(features)}"
         )
-    task = args.task or _task_of_columns(features, args.label_column or "label")
-    if task == "causal-lm" and not args.task:
+    task = args.task or _suggested_task(features.get(args.label_column or "label"))
+    facts = TASKS[task]
+    if facts.packs_text and not args.task:
         _require_labels_or_causal(args, features)
     data: dict[str, Any] = {"train": args.train}
     data |= {name: getattr(args, name) for name in ("validation", "test") if getattr(args, name)}
     data["text_columns"] = args.text_columns or _text_columns(features, args.label_column or "label", task, args.train)
-    if task != "causal-lm":
+    if not facts.packs_text:
         data["label_column"] = args.label_column or "label"
     if args.max_length:
         data["max_length"] = args.max_length
     if args.steps:
         steps: dict[str, Any] = {"num_steps": args.steps}
     else:
-        default = 1.0 if task == "causal-lm" else 3.0
-        steps = {"num_epochs": default if args.epochs is None else args.epochs}
+        steps = {"num_epochs": facts.init_epochs if args.epochs is None else args.epochs}
     table: dict[str, Any] = {
         "output_dir": args.output_dir or f"runs/{Path(args.out).stem}",
         "task": task,
@@ -151,10 +150,8 @@ def _sparsity(args: argparse.Namespace) -> float:
     return default if args.sparsity is None else float(args.sparsity)
 
 
-def _task_of_columns(features: dict[str, str], label_column: str) -> str:
-    if label_column not in features:
-        return "causal-lm"
-    return "regression" if features[label_column].startswith("float") else "classification"
+def _suggested_task(label_type: str | None) -> str:
+    return next(name for name, facts in TASKS.items() if facts.suggested_by(label_type))
 
 
 def _require_labels_or_causal(args: argparse.Namespace, features: dict[str, str]) -> None:
@@ -182,7 +179,7 @@ def _text_columns(features: dict[str, str], label_column: str, task: str, where:
     """The columns with the texts. Raises InputError where that is a guess."""
     texts = [name for name, kind in features.items() if kind in _TEXT_TYPES and name != label_column]
     found = _usual_texts(texts) or texts
-    if 1 <= len(found) <= (1 if task in ("causal-lm", "data-to-text") else 2):
+    if 1 <= len(found) <= TASKS[task].max_text_columns:
         return found
     raise InputError(
         f"--train {where}: which columns hold the text of task {task!r} is not clear; name them with --text-columns. "

@@ -83,7 +83,7 @@ def _found(chosen: Chosen) -> dict[str, str]:
     """Comments that say what was seen in the model and its text."""
     classes = ", ".join(chosen.labels[:8]) + (", …" if len(chosen.labels) > 8 else "")
     limit = f"; the model takes at most {chosen.positions}" if chosen.positions else ""
-    what = "length of every training sequence" if chosen.run.task == "causal-lm" else "tokens a text is cut to"
+    what = "length of every training sequence" if chosen.run.task_facts.packs_text else "tokens a text is cut to"
     found = {
         "model.path": f"family {chosen.family}",
         "data.train": f"{chosen.summary['examples']} {chosen.summary['unit']}",

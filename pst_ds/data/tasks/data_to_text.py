@@ -1,4 +1,4 @@
-"""Data and the texts that tell it, for causal models: put in a line, tokenised, and scored on the text alone."""
+"""The text that tells some data, after the data in a line: a language model scored on the text alone."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pst_ds.config.run import ConfigError, DataConfig
+from pst_ds.data import generation
 from pst_ds.data.dataset import read_rows, values_of
+from pst_ds.data.model_limits import check_causal_model, positions_of
+from pst_ds.data.tasks.causal_lm import CausalTask, language_model_metrics
+from pst_ds.data.tasks.task import IGNORED
+from pst_ds.data.text_metrics import text_metrics
 
-IGNORED = -100
-"""The label of a token that is not predicted, as in torch's cross-entropy."""
 _ATTRIBUTE = re.compile(r"\s*([^\[\],]+?)\s*\[([^\[\]]*)\]\s*(?:,|$)")
 _PARTS = " | "
 
@@ -194,3 +198,49 @@ def _separator(data: DataConfig, tokenizer: Any) -> list[int]:
 def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
     """A tokenizer may end every text by itself."""
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+class DataToText(CausalTask[Pairs]):
+    """Outcomes are the sum of the losses of the tokens of a text, and how many these are: (examples, 2) float64.
+
+    ``pst-ds eval`` and ``verify`` also have texts written, and score them.
+    """
+
+    def check_model(self, data: DataConfig, config: Any, tokenizer: Any) -> None:
+        check_causal_model(data, config, tokenizer, "'data-to-text', which ends texts with it", pads=self.pads)
+        positions = positions_of(config)
+        if 0 < positions <= self.evaluation.max_new_tokens + 1:
+            raise ConfigError(
+                f"eval.max_new_tokens = {self.evaluation.max_new_tokens} leaves no room for data in the {positions} "
+                "positions of the model (max_position_embeddings); lower it"
+            )
+
+    def load(self, data: DataConfig, split: str, tokenizer: Any, labels: Sequence[str]) -> Pairs:
+        return load_pairs(data, split, tokenizer)
+
+    def collate(self, examples: Pairs, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
+        return collate_pairs(examples, indices, tokenizer)
+
+    def num_targets(self, examples: Pairs, indices: Sequence[int]) -> int:
+        return sum(examples.num_targets(i) for i in indices)
+
+    def outcomes(self, logits: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
+        predicted = (batch["labels"] != IGNORED).sum(1).tolist()
+        sums = super().outcomes(logits, batch)[:, 0]
+        return np.array([*zip(sums, predicted, strict=True)], dtype=np.float64)
+
+    def metrics(self, outcomes: np.ndarray, examples: Pairs) -> dict[str, float]:
+        return language_model_metrics(outcomes[:, 0], int(outcomes[:, 1].sum()))
+
+    def write(self, model: Any, examples: Pairs, tokenizer: Any, batch_size: int, device: str) -> list[str]:
+        """Return what a whole ``model`` of transformers writes for each distinct piece of data."""
+        positions = positions_of(model.config)
+        room = positions - self.evaluation.max_new_tokens if positions else examples.max_length
+        return generation.write_texts(model, examples.prompts(room), tokenizer, self.evaluation, batch_size, device)
+
+    def text_metrics(self, written: Sequence[str], examples: Pairs) -> dict[str, float]:
+        """Return BLEU, ROUGE-L and chrF of the texts that :meth:`write` returned."""
+        return text_metrics(written, examples.references)
+
+
+TASK = DataToText

@@ -1,8 +1,9 @@
-"""Text for language modelling: one stream of tokens, cut into sequences of equal length."""
+"""The next token of text: a language model on one stream of tokens, cut into sequences of equal length."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.data.dataset import read_rows, text_column
+from pst_ds.data.model_limits import check_causal_model
+from pst_ds.data.tasks.task import E, Task
 
 _ROWS_AT_A_TIME = 100
 
@@ -170,3 +174,72 @@ def _batches_of_texts(rows: Any, column: str, where: str) -> Iterable[list[str]]
     rows = rows.select_columns([column])
     for start in range(0, len(rows), _ROWS_AT_A_TIME):
         yield text_column(rows[start : start + _ROWS_AT_A_TIME][column], column, where, first_row=start)
+
+
+class CausalTask(Task[E]):
+    """A task of language models; outcomes are the sums of the token losses of each example, (examples, 1) float64."""
+
+    new_head = False
+    lower_is_better = True
+
+    def model_class(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
+
+    def outcomes(self, logits: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
+        return np.array([[_loss_sum(of, ids)] for of, ids in zip(logits, batch["labels"], strict=True)])
+
+
+class CausalLM(CausalTask[Sequences]):
+    """Sequences of one length, so that each counts alike in the mean loss."""
+
+    unit = "sequences"
+    pads = False
+
+    def check_model(self, data: DataConfig, config: Any, tokenizer: Any) -> None:
+        check_causal_model(data, config, tokenizer, "'causal-lm', which puts it between documents", pads=self.pads)
+
+    def load(self, data: DataConfig, split: str, tokenizer: Any, labels: Sequence[str]) -> Sequences:
+        return load_sequences(data, split, tokenizer)
+
+    def collate(self, examples: Sequences, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
+        return collate_sequences(examples, indices)
+
+    def metrics(self, outcomes: np.ndarray, examples: Sequences) -> dict[str, float]:
+        num_predicted = sum(examples.lengths) - len(examples)
+        return language_model_metrics(outcomes[:, 0], num_predicted, examples.predicted_bytes)
+
+
+def language_model_metrics(loss_sums: np.ndarray, num_predicted: int, num_bytes: int | None = None) -> dict[str, float]:
+    """Mean loss of a predicted token (nats) and perplexity, its exponential; and the same of a byte of text.
+
+    ``loss_sums`` is (sequences,) float64; its sum is correctly rounded, so it does not depend on an order.
+    ``num_bytes``: of the text that the predicted tokens stand for, in UTF-8, as :func:`counted_token_stream`
+    counts them. ``byte_perplexity`` is exp(sum / bytes) and ``bits_per_byte`` its binary logarithm; unlike perplexity
+    they can be compared between tokenizers. The loss of end-of-text and other special tokens, which have no bytes, is
+    in the sum.
+    """
+    total = math.fsum(loss_sums.tolist())
+    loss = total / num_predicted
+    metrics = {"loss": loss, "perplexity": _exponential(loss)}
+    if num_bytes:
+        metrics["byte_perplexity"] = _exponential(total / num_bytes)
+        metrics["bits_per_byte"] = total / num_bytes / math.log(2)
+    return metrics
+
+
+def _exponential(loss: float) -> float:
+    return math.exp(loss) if loss < 700.0 else math.inf
+
+
+def _loss_sum(logits: Tensor, ids: Tensor) -> float:
+    """Sum of the losses of all tokens of one sequence but its first, and but those with the label -100.
+
+    ``logits`` (length, vocabulary), ``ids`` (length,): one sequence at a time, for its fp32 logits may be large.
+    """
+    losses = cross_entropy(logits[:-1].float(), ids[1:].to(logits.device), reduction="none")
+    return float(losses.sum(dtype=torch.float64))
+
+
+TASK = CausalLM

@@ -1,15 +1,17 @@
-"""Texts with a number each: reading the numbers, and how close predictions come."""
+"""A number for a text or a pair of texts, by the squared error, with a new head."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from pst_ds.config.data import EvalConfig
 from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.data.labelled import Examples, read_labelled, refuse_hidden, tokenized_texts
+from pst_ds.data.tasks.classification import Classification
 
 
 def load_scored_texts(data: DataConfig, split: str, tokenizer: Any) -> Examples:
@@ -60,3 +62,26 @@ def regression_metrics(predicted: np.ndarray, labels: Iterable[float]) -> dict[s
         "spearman": float(spearmanr(found, wanted).statistic),
         "mse": mse,
     }
+
+
+class Regression(Classification):
+    """Outcomes are predictions, (examples, 1) fp32."""
+
+    def __init__(self, evaluation: EvalConfig):
+        super().__init__(evaluation)
+        self.lower_is_better = evaluation.metric == "mse"
+
+    def label_names(self, data: DataConfig) -> list[str]:
+        return []
+
+    def config_options(self, labels: Sequence[str]) -> dict[str, object]:
+        return {"num_labels": 1, "problem_type": "regression"}
+
+    def load(self, data: DataConfig, split: str, tokenizer: Any, labels: Sequence[str]) -> Examples:
+        return load_scored_texts(data, split, tokenizer)
+
+    def metrics(self, outcomes: np.ndarray, examples: Examples) -> dict[str, float]:
+        return regression_metrics(outcomes[:, 0], examples.labels)
+
+
+TASK = Regression

@@ -1,0 +1,69 @@
+"""The tasks of a run file: what can be said of each without its code, which is in pst_ds/data/tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pst_ds.config.checks import ConfigError
+from pst_ds.config.data import DataConfig, EvalConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskFacts:
+    """What the run file and ``pst-ds init`` must know of a task."""
+
+    metrics: tuple[str, ...]
+    """Those that may choose the best checkpoint; the first does by default."""
+    eval_batch_size: int = 64
+    max_text_columns: int = 2
+    min_length: int = 1
+    """Smallest ``data.max_length``."""
+    packs_text: bool = False
+    """Examples are cut from one stream of text, ``data.max_length`` tokens each, and have no label column."""
+    writes_texts: bool = False
+    """``pst-ds eval`` and ``verify`` have the model write texts."""
+    predicts_tokens: bool = False
+    """There are logits for every token, not for every example."""
+    no_teacher: str = ""
+    """Why its predictions cannot be compared with a teacher's; empty if they can."""
+    init_max_length: int = 128
+    init_epochs: float = 3.0
+    suggested_by: Callable[[str | None], bool] = lambda label_type: False
+    """Whether ``pst-ds init`` proposes it for a label column of this Arrow type; None is no such column. The first
+    task that says yes is taken."""
+
+
+TASKS: dict[str, TaskFacts] = {
+    "classification": TaskFacts(
+        metrics=("accuracy", "macro_f1", "matthews_correlation", "f1"),
+        suggested_by=lambda label_type: label_type is not None and not label_type.startswith("float"),
+    ),
+    "regression": TaskFacts(
+        metrics=("pearson", "spearman", "mse"),
+        no_teacher="predicts a number",
+        suggested_by=lambda label_type: (label_type or "").startswith("float"),
+    ),
+    "causal-lm": TaskFacts(
+        metrics=("perplexity",), eval_batch_size=8, max_text_columns=1, min_length=2, packs_text=True,
+        predicts_tokens=True, init_max_length=512, init_epochs=1.0, suggested_by=lambda label_type: label_type is None,
+    ),
+    "data-to-text": TaskFacts(
+        metrics=("perplexity",), eval_batch_size=8, max_text_columns=1, min_length=4, writes_texts=True,
+        predicts_tokens=True, init_max_length=256,
+    ),
+}  # fmt: skip
+
+
+def check_task(task: str, data: DataConfig, evaluation: EvalConfig) -> None:
+    """Raise ConfigError for settings that do not fit the task."""
+    facts = TASKS[task]
+    if evaluation.metric and evaluation.metric not in facts.metrics:
+        raise ConfigError(
+            f"eval.metric = {evaluation.metric!r} is not a metric of task {task!r}; choose from "
+            f"{', '.join(map(repr, facts.metrics))}, or leave it out"
+        )
+    if len(data.text_columns) > facts.max_text_columns:
+        raise ConfigError(f"data.text_columns = {list(data.text_columns)} must name one column for task {task!r}")
+    if data.max_length < facts.min_length:
+        raise ConfigError(f"data.max_length = {data.max_length} must be at least {facts.min_length} for task {task!r}")

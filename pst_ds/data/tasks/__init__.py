@@ -1,0 +1,19 @@
+"""What a run is trained to do: a file here for each task, with its TASK, and a line in pst_ds/config/tasks.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+from pst_ds.config.run import RunConfig
+from pst_ds.data.tasks.task import ExampleSet, Task
+
+__all__ = ["ExampleSet", "Task", "task_of"]
+
+
+def task_of(run: RunConfig) -> Task[Any]:
+    """Return the task of a run."""
+    module = import_module(f"pst_ds.data.tasks.{run.task.replace('-', '_')}")
+    task: Task[Any] = module.TASK(replace(run.eval, metric=run.metric))
+    return task

@@ -1,0 +1,77 @@
+"""One of several classes for a text or a pair of texts, with a new head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from pst_ds.config.run import ConfigError, DataConfig
+from pst_ds.data import labelled as texts
+from pst_ds.data.model_limits import require_positions, require_vocabulary
+from pst_ds.data.tasks.task import Task
+
+
+class Classification(Task[texts.Examples]):
+    """One of several classes for a text or a pair of texts; outcomes are logits, (examples, classes) fp32."""
+
+    def model_class(self) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification
+
+    def check_model(self, data: DataConfig, config: Any, tokenizer: Any) -> None:
+        if tokenizer is not None:
+            require_vocabulary(config, tokenizer, pads=self.pads)
+        require_positions(data, config)
+
+    def label_names(self, data: DataConfig) -> list[str]:
+        names = texts.label_names(data)
+        if self.evaluation.metric == "f1" and len(names) != 2:
+            raise ConfigError(
+                f"eval.metric = 'f1' is that of the second of two classes, and data.train has {len(names)}; set "
+                'eval.metric = "macro_f1"'
+            )
+        return names
+
+    def config_options(self, labels: Sequence[str]) -> dict[str, object]:
+        ids = dict(enumerate(labels))
+        return {
+            "num_labels": len(labels),
+            "id2label": ids,
+            "label2id": {label: i for i, label in ids.items()},
+            "problem_type": "single_label_classification",  # whatever the base was trained for
+        }
+
+    def load(self, data: DataConfig, split: str, tokenizer: Any, labels: Sequence[str]) -> texts.Examples:
+        return texts.load_examples(data, split, tokenizer, labels)
+
+    def collate(self, examples: texts.Examples, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
+        return texts.collate(examples, indices, tokenizer)
+
+    def outcomes(self, logits: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
+        return logits.float().cpu().numpy()
+
+    def metrics(self, outcomes: np.ndarray, examples: texts.Examples) -> dict[str, float]:
+        return classification_metrics(outcomes, examples.labels)
+
+
+def classification_metrics(logits: np.ndarray, labels: Sequence[float]) -> dict[str, float]:
+    """Accuracy, macro-averaged F1 and Matthews' correlation, as scikit-learn computes them; of two classes also the F1
+    of the second, as GLUE has it."""
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    predicted = logits.argmax(-1)
+    metrics = {
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "macro_f1": float(f1_score(labels, predicted, average="macro")),
+        "matthews_correlation": float(matthews_corrcoef(labels, predicted)),
+    }
+    if logits.shape[1] == 2:
+        metrics["f1"] = float(f1_score(labels, predicted, zero_division=0.0))
+    return metrics
+
+
+TASK = Classification

@@ -1,0 +1,92 @@
+"""What a task must be able to do: read examples, make batches of them, name the model's class, and score."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from pst_ds.config.data import DataConfig, EvalConfig
+
+IGNORED = -100
+"""The label of a token that is not predicted, as in torch's cross-entropy."""
+
+
+class ExampleSet(Protocol):
+    """The examples of one split."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """A SHA-256 of all that a model reads of them."""
+        ...
+
+    def first(self, count: int) -> Self:
+        """Return the first ``count`` of them."""
+        ...
+
+
+E = TypeVar("E", bound=ExampleSet)
+
+
+class Task(ABC, Generic[E]):
+    """Everything in which one task differs from another. Examples go back only to the task that loaded them."""
+
+    unit = "examples"
+    """What its examples are called."""
+    pads = True
+    """Examples of different length go into one batch; the tokenizer and the model then have a padding token."""
+    new_head = True
+    """The model may have weights that the pretrained one lacks; they are initialised at random."""
+    lower_is_better = False
+    """The lowest value of the metric is the best checkpoint's."""
+
+    def __init__(self, evaluation: EvalConfig):
+        """``evaluation`` names the metric that chooses the best checkpoint."""
+        self.evaluation = evaluation
+
+    @abstractmethod
+    def model_class(self) -> Any:
+        """Return the ``Auto`` class of transformers that builds its model."""
+
+    @abstractmethod
+    def check_model(self, data: DataConfig, config: Any, tokenizer: Any) -> None:
+        """Raise ConfigError when the model of a transformers ``config`` cannot do the task; without a ``tokenizer`` its
+        vocabulary may be any."""
+
+    def label_names(self, data: DataConfig) -> list[str]:
+        """Return the names of the classes in the order of their ids; none for a task without classes."""
+        return []
+
+    def config_options(self, labels: Sequence[str]) -> dict[str, object]:
+        """Return what overrides the pretrained model's own transformers config."""
+        return {}
+
+    @abstractmethod
+    def load(self, data: DataConfig, split: str, tokenizer: Any, labels: Sequence[str]) -> E:
+        """Return the examples of a split. Raises ConfigError."""
+
+    @abstractmethod
+    def collate(self, examples: E, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
+        """Return model inputs of some examples, with their ``labels``: the model's loss is the mean over them."""
+
+    def num_targets(self, examples: E, indices: Sequence[int]) -> int:
+        """Return how many values that mean is over, up to a factor that all examples have in common."""
+        return len(indices)
+
+    @abstractmethod
+    def outcomes(self, logits: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
+        """Return what the metrics need of each example of a batch: (examples, k)."""
+
+    @abstractmethod
+    def metrics(self, outcomes: np.ndarray, examples: E) -> dict[str, float]:
+        """Return the metrics of all examples, from their outcomes in the order of ``examples``."""

@@ -1,0 +1,83 @@
+"""A task or a method is one new file and one line: those of docs/extending.md, in a copy of the package."""
+
+from __future__ import annotations
+
+import difflib
+import filecmp
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+LAST_ENTRY = {"pst_ds/config/tasks.py": '    "data-to-text": TaskFacts(', "pst_ds/config/methods/__init__.py": ")"}
+"""The line that a new one is put before."""
+
+
+def _blocks(language):
+    """(path, code) of the blocks of the page."""
+    return re.findall(rf"```{language}\n# ([\w/]+\.py)[^\n]*\n(.*?)```", PAGE, flags=re.S)
+
+
+def _extended(folder, name):
+    """Copy the package, and add the file and the line of ``name``: the line."""
+    shutil.copytree(ROOT / "pst_ds", folder / "pst_ds", ignore=shutil.ignore_patterns("__pycache__"))
+    ((path, code),) = [block for block in _blocks("python") if name in block[0]]
+    (folder / path).write_text(code, encoding="utf-8")
+    ((table, line),) = [block for block in _blocks("text") if f'"{name.replace("_", "-")}"' in block[1]]
+    lines = (folder / table).read_text(encoding="utf-8").splitlines(keepends=True)
+    place = next(i for i, known in enumerate(lines) if known.rstrip("\n").startswith(LAST_ENTRY[table]))
+    (folder / table).write_text("".join([*lines[:place], line, *lines[place:]]), encoding="utf-8")
+    return line
+
+
+def _differences(compared, where=""):
+    """(new files, changed files) of the right folder, those below it too."""
+    new, changed = [where + n for n in compared.right_only], [where + n for n in compared.diff_files]
+    assert not compared.left_only
+    for name, inner in compared.subdirs.items():
+        more_new, more_changed = _differences(inner, f"{where}{name}/")
+        new, changed = new + more_new, changed + more_changed
+    return new, changed
+
+
+def _run(package, *words):
+    environment = {**os.environ, "PYTHONPATH": str(package)}
+    command = [sys.executable, "-P", "-m", "pst_ds", *words]  # -P: not the package in cwd
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize(
+    ("name", "setting"), [("word_count", "task=word-count"), ("masked_probe", "method=masked-probe")]
+)
+def test_one_file_and_one_line_are_all_it_takes(tmp_path, name, setting):
+    line, run = _extended(tmp_path, name), str(tmp_path / "run")
+    new, changed = _differences(filecmp.dircmp(ROOT / "pst_ds", tmp_path / "pst_ds"))
+    assert [Path(path).name for path in new] == [f"{name}.py"]
+    (table,) = changed
+    before, after = ((top / "pst_ds" / table).read_text(encoding="utf-8").splitlines() for top in (ROOT, tmp_path))
+    difference = [shown for shown in difflib.ndiff(before, after) if shown[0] in "+-"]
+    assert difference == [f"+ {line.rstrip()}"]
+
+    settings = [setting, "deepspeed_config=", f"output_dir={run}", "train.num_steps=2", "schedule.update_interval=1"]
+    _run(tmp_path, "train", "tests/data/world_size.toml", "--quiet", *(w for s in settings for w in ("--set", s)))
+    metrics = json.loads(_run(tmp_path, "eval", run, "--json").splitlines()[-1])
+    assert ("mse" if name == "word_count" else "accuracy") in metrics
+    _run(tmp_path, "export", run, "--out", str(tmp_path / "exported"))
+    found = json.loads(_run(tmp_path, "inspect", str(tmp_path / "exported"), "--json").splitlines()[-1])
+    assert found["sparsity_measured"] == pytest.approx(0.8, abs=1e-3)
+
+
+def test_the_names_are_in_no_other_file():
+    """Else the copies would not be what a contributor has before them."""
+    for path in (ROOT / "pst_ds").rglob("*.py"):
+        assert "word-count" not in path.read_text(encoding="utf-8"), path
