@@ -227,7 +227,7 @@ def _trace(model: Any, config: Any, micro_batch_size: int, threshold: int) -> An
         )
     except UntraceableError:
         return None
-    if config.distillation.weight and config.task == "causal-lm":  # the teacher's logits, beside the model's own
+    if config.distillation.weight and config.task_facts.predicts_tokens:  # the teacher's logits, beside the model's own
         trace.activations += micro_batch_size * config.data.max_length * model.config.vocab_size * model.dtype.itemsize
     return trace
 
