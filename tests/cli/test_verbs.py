@@ -85,7 +85,7 @@ def test_the_help_of_no_verb_imports_anything_heavy():
 import sys
 from pst_ds.cli.main import VERBS, build_parser
 build_parser(*VERBS)
-print(sorted({"torch", "transformers", "deepspeed", "datasets", "numpy", "rich", "shtab"} & set(sys.modules)))
+print(sorted({"torch", "transformers", "deepspeed", "datasets", "numpy", "tqdm", "shtab"} & set(sys.modules)))
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT
