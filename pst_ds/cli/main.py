@@ -1,5 +1,7 @@
-"""``pst-ds VERB``: arguments in, exit code out. 0 done, 1 failed, 2 bad input, 75 stopped by a signal and saved, 141
-whoever read the output had enough."""
+"""``pst-ds VERB``: arguments in, exit code out.
+
+0 done, 1 failed, 2 bad input, 75 stopped by a signal and saved, 141 the reader of the output has gone.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,18 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn
 
 from pst_ds import __version__, progress
 from pst_ds.errors import InputError
 from pst_ds.json_text import json_of
 from pst_ds.parallel.stop_signals import EXIT_STOPPED
 
+if TYPE_CHECKING:
+    from pst_ds.config.run import RunConfig
+
 EXIT_UNREAD = 141
-"""What a shell says of a program that SIGPIPE ended: 128 and its number."""
+"""The exit code that a shell reports for a program ended by SIGPIPE: 128 and its number."""
 
 VERBS = {
     "init": "write a commented run file for a model and its text, from flags and a few questions",
@@ -43,17 +48,17 @@ VERBS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """A wrong command line is one message of rank 0 with the near miss, without the usage, and exit code 2."""
+    """A parser that answers a wrong command line with one message from rank 0, the near miss and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         _say_on_main(f"{self.prog}: {message}{'' if message.endswith('?') else '.'} See {self.prog} --help")
         self.exit(2)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, unknown = super().parse_known_args(args, namespace)
-        if unknown:  # said by the verb's own parser, which knows its options
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # reported by the verb's own parser, which knows its options
             self.error(f"unknown argument {unknown[0]!r}{_near_miss(unknown[0], self._option_string_actions)}")
-        return found, unknown
+        return parsed, unknown
 
 
 def _near_miss(wrong: str, known: Iterable[str]) -> str:
@@ -62,7 +67,7 @@ def _near_miss(wrong: str, known: Iterable[str]) -> str:
 
 
 def build_parser(*loaded: str | None) -> argparse.ArgumentParser:
-    """The parser, with the arguments of the verbs ``loaded``; no other's module is imported, so that help is quick."""
+    """Build the parser with the arguments of the verbs ``loaded``; other modules are not imported, so help is quick."""
     parser = _Parser(prog="pst-ds", description="Parameter-efficient Sparse Training on DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"pst-ds {__version__}")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from the launcher
@@ -76,7 +81,7 @@ def build_parser(*loaded: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code."""
+    """Run one verb and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = next((a for a in arguments if a in VERBS), None)
     parser = build_parser(verb)
@@ -96,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _leave(130)
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+        if isinstance(error, BrokenPipeError) and _is_unread():
             return _leave(EXIT_UNREAD)
         if not _is_reported_error(error):
             traceback.print_exc()
@@ -107,68 +112,52 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def program() -> NoReturn:
-    """:func:`main` as a process of its own.
+    """Run :func:`main` as a process of its own.
 
-    A rank ends without the interpreter's clean-up. gloo's threads may free their last tensors at any time, and one that
-    does so during the clean-up aborts the process: exit code 134, whatever the run came to.
+    A rank ends without the interpreter's clean-up: gloo's threads may free their last tensors at any time, and one that
+    does so during the clean-up aborts the process with exit code 134.
     """
-    for stream in _streams():
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be of any bytes
     try:
         code = main()
-    except SystemExit as ended:  # of argparse
+    except SystemExit as ended:  # from argparse
         code = int(ended.code or 0)
-    except BrokenPipeError:  # of the message that says how it ended
+    except BrokenPipeError:  # from the message about how it ended
         code = EXIT_UNREAD
     launch = sys.modules.get("pst_ds.parallel.launch")
     joined = launch is not None and launch.joined
     if joined:
         logging.shutdown()
-    if not _flushed():
+    with contextlib.suppress(BrokenPipeError, AttributeError):  # stdout may be closed
+        sys.stdout.flush()
+    is_unread = _is_unread()
+    if is_unread:
         code = code or EXIT_UNREAD
-    if joined:
+    if joined or is_unread:  # the interpreter would complain about the text that is left
         os._exit(code)
     sys.exit(code)
 
 
-def _streams() -> list[TextIO]:
-    """stdout and stderr, those that are not closed."""
-    return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
-
-
-def _nobody_reads() -> bool:
-    """Whether stdout or stderr is a pipe whose reader has gone, as after ``| head``."""
+def _is_unread() -> bool:
+    """Return whether stdout or stderr is a pipe whose reader has gone, as after ``| head``."""
     poll = select.poll()
-    for stream in _streams():
-        with contextlib.suppress(OSError):  # of a stream without a file
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):  # a stream without a file, or closed
             poll.register(stream.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _flushed() -> bool:
-    """Write what is still to be said; False when nobody reads it, and then it is dropped."""
-    read = True
-    for stream in _streams():
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            read = False
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
-    return read
-
-
 def _is_reported_error(error: Exception) -> bool:
-    """Failures of a run whose message says everything, and that all ranks raise together."""
+    """Return whether this is a failure that all ranks raise together and whose message says everything."""
     return type(error).__name__ in (
         "DivergedError", "VerificationError", "FloatingPointError", "StoppedError", "CheckpointWriteError",
     )  # fmt: skip
 
 
 def _say_on_main(message: str) -> None:
-    """One message, not one a rank: input is the same on all of them."""
+    """Print one message, not one per rank: all of them have the same input."""
     if progress.is_first_rank():
         print(message, file=sys.stderr, flush=True)
 
@@ -183,7 +172,7 @@ def _leave(code: int) -> int:
 
 
 def quiet_libraries() -> None:
-    """Libraries' notices would bury ours; set PST_DS_VERBOSE=1 to see them."""
+    """Silence the notices of libraries, which would bury ours; set PST_DS_VERBOSE=1 to see them."""
     if os.environ.get("PST_DS_VERBOSE"):
         return
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -204,7 +193,7 @@ def quiet_libraries() -> None:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, what: str) -> None:
-    """The arguments every verb shares that starts from a run file or a run folder."""
+    """Add the arguments of verbs that start from a run file or a run folder."""
     parser.add_argument("run", help=what)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, such as train.num_steps=20"
@@ -212,19 +201,19 @@ def add_run_arguments(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def add_quiet_argument(parser: argparse.ArgumentParser) -> None:
-    """The argument every verb shares that may take long."""
-    parser.add_argument("--quiet", action="store_true", help="say nothing of how far the work is")
+    """Add the argument of verbs that may take long."""
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
 def count(text: str) -> int:
-    """The type of arguments that are whole numbers of at least 1."""
+    """Parse an argument that is a whole number of at least 1."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
-def load_run_or_folder(args: argparse.Namespace) -> Any:
-    """The RunConfig of a run file, or of the resolved run file in a run folder."""
+def load_run_or_folder(args: argparse.Namespace) -> RunConfig:
+    """Load a run file, or the resolved run file of a run folder."""
     from pathlib import Path
 
     from pst_ds.config.run import ConfigError
