@@ -1,18 +1,21 @@
-"""``pst-ds generate DIR --prompt TEXT``: a model, dense or packed, writes text; its tokens a second go to stderr."""
+"""``pst-ds generate DIR --prompt TEXT``: a model, dense or packed, writes text; tokens per second go to stderr."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from pst_ds.cli.main import count
 from pst_ds.errors import InputError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase, TextStreamer
 
-class PromptError(InputError):
-    """A prompt that this model cannot go on from."""
+Sampling = dict[str, bool | float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="(default: 128)")
     parser.add_argument("--temperature", type=float, metavar="T", help="draw tokens; default: always the likeliest")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that sum up to P")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     add_loading_arguments(parser)
     parser.add_argument("--threads", type=count, metavar="N", help="of torch (default: OMP_NUM_THREADS, or all cores)")
 
@@ -39,7 +42,7 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     sampling = _sampling(args)
     import torch
 
@@ -64,7 +67,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         positions = inputs["input_ids"].shape[1] + new_tokens
         print(f"stops after {new_tokens} tokens: the model has {positions} positions", file=sys.stderr)
     torch.manual_seed(args.seed)
-    written = _write(model, tokenizer, inputs, new_tokens, sampling)
     result = {
         "model": args.model,
         "format": folder.format,
@@ -73,14 +75,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "load_seconds": load_seconds,
-        **written,
+        **_write(model, tokenizer, inputs, new_tokens, sampling),
     }
     print(_speed(result), file=sys.stderr, flush=True)
     return result
 
 
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """How the next token is chosen, as transformers names it. Raises InputError."""
+def _sampling(args: argparse.Namespace) -> Sampling:
+    """Return how the next token is chosen, in transformers' terms. Raises InputError."""
     if args.temperature is not None and not 0 <= args.temperature < float("inf"):
         raise InputError(f"--temperature is a number of at least 0, got {args.temperature}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
@@ -94,16 +96,16 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 def _prompt(args: argparse.Namespace) -> str:
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not text.strip():
-        raise PromptError("--prompt is empty: give a text to go on from")
+        raise InputError("--prompt is empty: give a text to go on from")
     return str(text)
 
 
-def _encoded(prompt: str, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """``input_ids`` and ``attention_mask``, both (1, tokens)."""
+def _encoded(prompt: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> dict[str, Tensor]:
+    """Return ``input_ids`` and ``attention_mask``, both (1, tokens)."""
     if not args.chat:
         encoded = tokenizer(prompt, return_tensors="pt")
     elif tokenizer.chat_template is None:
-        raise PromptError(f"{args.model}: the tokenizer has no chat template; leave out --chat")
+        raise InputError(f"{args.model}: the tokenizer has no chat template; leave out --chat")
     else:
         message = [{"role": "user", "content": prompt}]
         encoded = tokenizer.apply_chat_template(
@@ -112,14 +114,14 @@ def _encoded(prompt: str, tokenizer: Any, args: argparse.Namespace) -> dict[str,
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
-def _new_tokens(args: argparse.Namespace, ids: Any, config: Any) -> int:
-    """How many are asked for, or fewer where the model's positions end. Raises PromptError."""
+def _new_tokens(args: argparse.Namespace, ids: Tensor, config: PretrainedConfig) -> int:
+    """Return how many tokens are requested, or fewer where the model's positions end. Raises InputError."""
     tokens = ids.shape[1]
     if tokens == 0:
-        raise PromptError("--prompt: the tokenizer makes no token of it")
+        raise InputError("--prompt: the tokenizer makes no token from it")
     largest = int(ids.max())
     if largest >= config.vocab_size:
-        raise PromptError(
+        raise InputError(
             f"{args.model}: the tokenizer gives token {largest}, and the model has {config.vocab_size}: "
             "they do not belong together"
         )
@@ -127,48 +129,67 @@ def _new_tokens(args: argparse.Namespace, ids: Any, config: Any) -> int:
     if not isinstance(positions, int):
         return int(args.max_new_tokens)
     if tokens >= positions:
-        raise PromptError(f"--prompt has {tokens} tokens, and the model {positions} positions: shorten it")
+        raise InputError(f"--prompt has {tokens} tokens, and the model {positions} positions: shorten it")
     return min(args.max_new_tokens, positions - tokens)
 
 
-def _write(model: Any, tokenizer: Any, inputs: dict[str, Any], new_tokens: int, sampling: dict[str, Any]) -> Any:
-    """Streams the text to stdout; returns it, with how long it took."""
+class _Stopwatch:
+    """A streamer of ``generate()`` that notes when the prompt and every token come, and hands them on."""
+
+    def __init__(self, streamer: TextStreamer):
+        self._streamer, self._times = streamer, list[float]()
+
+    def put(self, value: Tensor) -> None:
+        self._times.append(time.perf_counter())
+        self._streamer.put(value)
+
+    def end(self) -> None:
+        self._streamer.end()
+
+    def rates(self, prompt_tokens: int) -> dict[str, float | None]:
+        """Return seconds to the first token, and tokens per second of the prefill and after it (None for one token)."""
+        prompt, first, *later = self._times
+        return {
+            "first_token_seconds": first - prompt,
+            "prefill_tokens_per_second": prompt_tokens / (first - prompt),
+            "decode_tokens_per_second": len(later) / (later[-1] - first) if later else None,
+        }
+
+
+def _write(
+    model: Any, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, Tensor], new_tokens: int, sampling: Sampling
+) -> dict[str, object]:
+    """Stream the text to stdout; return it, with how long it took."""
     import torch
+    from transformers import GenerationConfig, TextStreamer
 
-    from pst_ds.cli.timed_streamer import TimedStreamer
-
-    streamer = TimedStreamer(tokenizer)
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    model.generation_config = _generation_config(model.generation_config, tokenizer, new_tokens, sampling)
-    with torch.inference_mode():
-        ids = model.generate(**inputs, streamer=streamer)
-    new = ids[0, inputs["input_ids"].shape[1] :]
-    return {
-        "prompt_tokens": inputs["input_ids"].shape[1],
-        "new_tokens": len(new),
-        "text": tokenizer.decode(new, skip_special_tokens=True),
-        **streamer.rates(),
-    }
-
-
-def _generation_config(of_folder: Any, tokenizer: Any, new_tokens: int, sampling: dict[str, Any]) -> Any:
-    """Of what a folder's own says its special tokens count, and nothing else: beams, penalties and the like are those
-    of this command. In place of the model's own, which ``generate()`` takes all from that it is not told."""
-    from transformers import GenerationConfig
-
-    padding = of_folder.pad_token_id
-    return GenerationConfig(
+    stopwatch = _Stopwatch(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    own = model.generation_config
+    # in place of the folder's own, of which the special tokens count, but no beams, penalties and the like
+    model.generation_config = GenerationConfig(
         max_new_tokens=new_tokens,
         num_beams=1,
         use_cache=True,
-        bos_token_id=of_folder.bos_token_id,
-        eos_token_id=of_folder.eos_token_id,
-        pad_token_id=(tokenizer.pad_token_id or tokenizer.eos_token_id or 0) if padding is None else padding,
+        bos_token_id=own.bos_token_id,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=(tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
+        if own.pad_token_id is None
+        else own.pad_token_id,
         **sampling,
     )
+    prompt_tokens = inputs["input_ids"].shape[1]
+    with torch.inference_mode():
+        ids = model.generate(**{name: t.to(model.device) for name, t in inputs.items()}, streamer=stopwatch)
+    new = ids[0, prompt_tokens:]
+    return {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": len(new),
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        **stopwatch.rates(prompt_tokens),
+    }
 
 
-def _speed(result: dict[str, Any]) -> str:
+def _speed(result: Mapping[str, Any]) -> str:
     decode = result["decode_tokens_per_second"]
     after = "" if decode is None else f", then {result['new_tokens'] - 1} tokens at {decode:.1f} a second"
     layers = f"{result['sparse_layers']} sparse layers, " if result["sparse_layers"] else ""

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from pst_ds.cli import timed_streamer
+from pst_ds.cli import generate
 from pst_ds.cli.main import main
-from pst_ds.cli.timed_streamer import TimedStreamer
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 PROMPT = "the film is"
@@ -240,14 +239,14 @@ def test_refuses_damaged_weights(folders, tmp_path, capsys):
 
 def test_rates_are_of_the_prompt_and_of_what_follows(monkeypatch, capsys):
     moments = iter([10.0, 12.0, 12.5, 13.0, 14.0])
-    streamer = TimedStreamer(AutoTokenizer.from_pretrained(DATA / "tiny-llama"))
-    monkeypatch.setattr(timed_streamer.time, "perf_counter", lambda: next(moments))
-    streamer.put(torch.arange(3, 11)[None])
-    streamer.put(torch.tensor([4]))
-    assert streamer.rates()["decode_tokens_per_second"] is None
+    stopwatch = generate._Stopwatch(TextStreamer(AutoTokenizer.from_pretrained(DATA / "tiny-llama"), skip_prompt=True))
+    monkeypatch.setattr(generate.time, "perf_counter", lambda: next(moments))
+    stopwatch.put(torch.arange(3, 11)[None])
+    stopwatch.put(torch.tensor([4]))
+    assert stopwatch.rates(8)["decode_tokens_per_second"] is None
     for token in (5, 6, 7):
-        streamer.put(torch.tensor([token]))
-    assert streamer.rates() == {
+        stopwatch.put(torch.tensor([token]))
+    assert stopwatch.rates(8) == {
         "first_token_seconds": 2.0,
         "prefill_tokens_per_second": 4.0,
         "decode_tokens_per_second": 1.5,
