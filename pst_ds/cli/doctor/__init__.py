@@ -1,11 +1,11 @@
-"""``pst-ds doctor``: whether this machine can train, and what to fix; every line is ok, a warning or a failure."""
+"""``pst-ds doctor``: check whether this machine can train; every line is ok, a warning or a failure with its fix."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,26 +26,23 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    from pst_ds.cli.doctor import checks as doctor_checks
-    from pst_ds.cli.doctor import processes as doctor_processes
+def run(args: argparse.Namespace) -> dict[str, object]:
+    from pst_ds.cli.doctor import checks, processes
 
-    checks = (
-        doctor_checks.versions,
-        doctor_checks.accelerator,
-        lambda: doctor_processes.native_code(args.time_limit),
-        lambda: doctor_processes.two_ranks(args.time_limit),
-        lambda: doctor_checks.folder(Path(args.folder)),
-        doctor_checks.shared_memory,
-        doctor_checks.threads,
-    )
     findings = []
-    for check in checks:
-        for finding in check():
-            findings.append(finding)
-            print(f"{finding.status:<6}{finding.name}: {finding.text}", flush=True)
-            if finding.fix:
-                print(f"      fix: {finding.fix}", flush=True)
+    for finding in chain(
+        checks.versions(),
+        checks.accelerator(),
+        processes.native_code(args.time_limit),
+        processes.two_ranks(args.time_limit),
+        checks.folder(Path(args.folder)),
+        checks.shared_memory(),
+        checks.threads(),
+    ):
+        findings.append(finding)
+        print(f"{finding.status:<6}{finding.name}: {finding.text}", flush=True)
+        if finding.fix:
+            print(f"      fix: {finding.fix}", flush=True)
     counts = {status: sum(f.status == status for f in findings) for status in ("ok", "warn", "fail")}
     print(f"{counts['ok']} ok, {counts['warn']} warnings, {counts['fail']} failures")
     return {"findings": [asdict(f) for f in findings], **counts, "exit_code": 1 if counts["fail"] else 0}

@@ -1,4 +1,4 @@
-"""What ``pst-ds doctor`` looks at in its own process: versions, accelerator, disk, shared memory, threads."""
+"""The checks of ``pst-ds doctor`` in its own process: versions, accelerator, disk, shared memory, threads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, version
@@ -14,15 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 DISTRIBUTION = "pst-ds"
-_FREE_GB, _MB_PER_SECOND, _SHM_GB = 10.0, 50.0, 1.0
+_FREE_GB, _SHM_GB = 10.0, 1.0
 """Less is a warning."""
-_WRITTEN_MB, _WRITING_SECONDS = 256, 10.0
-"""Most that is written to measure a disk, and for how long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the doctor's."""
+    """One line of the output."""
 
     name: str
     status: Literal["ok", "warn", "fail"]
@@ -32,57 +29,49 @@ class Finding:
 
 
 def versions() -> Iterator[Finding]:
-    """Python and every requirement of the installed package; those of its extras where they are installed."""
+    """Check Python and the requirements of the installed package; those of its extras where they are installed."""
     from packaging.requirements import Requirement
-    from packaging.specifiers import SpecifierSet
 
     try:
         about = metadata(DISTRIBUTION)
     except PackageNotFoundError:
-        yield Finding(DISTRIBUTION, "fail", "it is not installed, so what it requires is not known", "pip install .")
+        yield Finding(DISTRIBUTION, "fail", "not installed, so its requirements are unknown", "pip install .")
         return
-    wanted, found = SpecifierSet(about["Requires-Python"]), platform.python_version()
-    fits = wanted.contains(found)
-    fix = "" if fits else f"make a virtual environment with Python {wanted}"
-    yield Finding("python", "ok" if fits else "fail", f"{found} ({wanted})", fix)
-    for text in about.get_all("Requires-Dist") or ():
+    for text in (f"python{about['Requires-Python']}", *(about.get_all("Requires-Dist") or ())):
         requirement = Requirement(text)
+        name, wanted = requirement.name, requirement.specifier
         is_extra = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
-        if requirement.name != DISTRIBUTION:
-            yield from _requirement(requirement.name, requirement.specifier, is_extra=is_extra)
-
-
-def _requirement(name: str, wanted: object, *, is_extra: bool) -> Iterator[Finding]:
-    fix = f"pip install '{name}{wanted}'"
-    try:
-        found = version(name)
-    except PackageNotFoundError:
-        if not is_extra:
-            yield Finding(name, "fail", f"not installed ({wanted or 'any version'})", fix)
-        return
-    if wanted.contains(found, prereleases=True):  # type: ignore[attr-defined]
-        if not is_extra:
-            yield Finding(name, "ok", f"{found} ({wanted or 'any version'})")
-    else:
-        yield Finding(name, "warn" if is_extra else "fail", f"{found} is not {wanted}", fix)
+        fix = (
+            f"make a virtual environment with Python {wanted}" if name == "python" else f"pip install '{name}{wanted}'"
+        )
+        try:
+            installed = platform.python_version() if name == "python" else version(name)
+        except PackageNotFoundError:
+            if not is_extra:
+                yield Finding(name, "fail", f"not installed ({wanted or 'any version'})", fix)
+            continue
+        if not wanted.contains(installed, prereleases=True):
+            yield Finding(name, "warn" if is_extra else "fail", f"{installed} is not {wanted}", fix)
+        elif not is_extra:
+            yield Finding(name, "ok", f"{installed} ({wanted or 'any version'})")
 
 
 def accelerator() -> Iterator[Finding]:
-    """What models would train on."""
+    """Describe what models would train on."""
     try:
         import torch
     except (ImportError, OSError) as error:
-        yield Finding("accelerator", "fail", f"torch cannot be imported: {error}", "install torch anew")
+        yield Finding("accelerator", "fail", f"torch cannot be imported: {error}", "reinstall torch")
         return
-    if not torch.accelerator.is_available():
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
         capability = torch.backends.cpu.get_cpu_capability()
         yield Finding("accelerator", "ok", f"none: runs train on the CPU ({_cores()} cores, {capability})")
         return
-    device, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
-    text = f"{count} x {device.type if device else 'unknown'}"
+    text = f"{torch.accelerator.device_count()} x {device.type}"
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
-        text = f"{count} x {torch.cuda.get_device_name(0)}, {total / 2**30:.0f} GiB each"
+        text = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {total / 2**30:.0f} GiB each"
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             yield Finding("accelerator", "warn", f"{text}, without bf16", 'set train.precision = "fp32"')
             return
@@ -90,58 +79,40 @@ def accelerator() -> Iterator[Finding]:
 
 
 def folder(path: Path) -> Iterator[Finding]:
-    """Free space and speed of the disk of ``path``, or of the nearest folder above it; what is written is removed."""
+    """Check that ``path``, or the nearest folder above it, can be written and has free space."""
     place = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     try:
-        rate = _write_speed(place)
+        with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+            file.write(bytes(1 << 20))
+            os.fsync(file.fileno())
     except OSError as error:
         yield Finding("disk", "fail", f"{place} cannot be written: {error}", "name another --folder, or free space")
         return
-    free = shutil.disk_usage(place).free / 1e9
-    text = f"{place}: {free:.1f} GB free, writes {rate:.0f} MB/s"
-    if free < _FREE_GB:
-        yield Finding("disk", "warn", text, f"free {_FREE_GB:.0f} GB, or set output_dir to another disk")
-    elif rate < _MB_PER_SECOND:
-        yield Finding(
-            "disk", "warn", text, "checkpoints will take long: use a local disk, or a larger checkpoint.interval"
-        )
-    else:
-        yield Finding("disk", "ok", text)
-
-
-def _write_speed(place: Path) -> float:
-    """MB/s, to the disk and not to its cache. Raises OSError."""
-    block, start, written = os.urandom(4 << 20), time.monotonic(), 0
-    with tempfile.TemporaryFile(dir=place, buffering=0) as file:
-        while written < _WRITTEN_MB << 20 and time.monotonic() - start < _WRITING_SECONDS:
-            written += file.write(block)
-            os.fsync(file.fileno())
-    return written / 1e6 / (time.monotonic() - start)
+    fix = f"free {_FREE_GB:.0f} GB, or set output_dir to another disk"
+    yield _enough("disk", place, _FREE_GB, fix)
 
 
 def shared_memory() -> Iterator[Finding]:
-    """Room in /dev/shm, where NCCL and the readers of data sets exchange what they have."""
-    place = Path("/dev/shm")
-    if not place.is_dir():
-        return
+    """Check the room in /dev/shm, which NCCL and the readers of data sets use."""
+    if Path("/dev/shm").is_dir():
+        in_docker = Path("/.dockerenv").exists()
+        fix = "start the container with --shm-size=8g" if in_docker else "free it, or mount it larger"
+        yield _enough("/dev/shm", Path("/dev/shm"), _SHM_GB, fix)
+
+
+def _enough(name: str, place: Path, least_gb: float, fix: str) -> Finding:
     free = shutil.disk_usage(place).free / 1e9
-    if free < _SHM_GB:
-        fix = (
-            "start the container with --shm-size=8g" if Path("/.dockerenv").exists() else "free it, or mount it larger"
-        )
-        yield Finding("/dev/shm", "warn", f"{free:.2f} GB free", fix)
-    else:
-        yield Finding("/dev/shm", "ok", f"{free:.1f} GB free")
+    text = f"{place}: {free:.2f} GB free"
+    return Finding(name, "warn", text, fix) if free < least_gb else Finding(name, "ok", text)
 
 
 def threads() -> Iterator[Finding]:
-    """OMP_NUM_THREADS against the cores."""
+    """Compare OMP_NUM_THREADS with the number of cores."""
     name, cores = "OMP_NUM_THREADS", _cores()
     value = os.environ.get(name)
     if value is None:
-        yield Finding(
-            name, "ok", f"not set: a process takes all {cores} cores; the scripts in launch/ set it for ranks"
-        )
+        text = f"not set: a process takes all {cores} cores; the scripts in launch/ set it for ranks"
+        yield Finding(name, "ok", text)
     elif not value.isdigit() or not int(value):
         yield Finding(name, "warn", f"{value!r} is not a number of threads", f"export {name}=1")
     elif int(value) > cores:
@@ -151,5 +122,5 @@ def threads() -> Iterator[Finding]:
 
 
 def _cores() -> int:
-    """That this process may use, of a container or a job often fewer than the machine has."""
+    """Count the cores this process may use; in a container or a job often fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
