@@ -13,11 +13,11 @@ from typing import Any, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
+from pst_ds.config.file_names import MANIFEST_FILE
 from pst_ds.core.formats import FORMATS
 from pst_ds.errors import InputError
 from pst_ds.export.tensor_files import DTYPE_OF_CODE, tensor_bytes, unique_json
 
-MANIFEST_FILE = "pst_manifest.json"
 FORMAT = 2
 DENSE = "dense"
 FORMAT_FILES = {DENSE: "model", "bitmask": "pst_bitmask", "2:4": "pst_2of4", "csr": "pst_csr"}

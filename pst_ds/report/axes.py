@@ -1,4 +1,4 @@
-"""Where numbers lie in a drawing, the ticks beside them, and how they are written."""
+"""Axes of a drawing: where numbers lie, their ticks, and how numbers are written."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import math
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 360, 190
-"""Of a chart, in its own units: of a phone's width, so that its text is as large as it says."""
+"""Size of a chart in its own units: a phone's width, so that its text is as large as it says."""
 LEFT, RIGHT, TOP, BOTTOM = 54, 350, 10, 166
-"""Of the plot within."""
+"""Edges of the plot in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
+    """A label, and its place in the drawing."""
+
     at: float
-    """Place in the drawing."""
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Values from ``low`` to ``high`` on the places from ``start`` to ``end``."""
+    """Values from ``low`` to ``high``, drawn at the places from ``start`` to ``end``."""
 
     low: float
     high: float
@@ -33,7 +34,7 @@ class Axis:
         return self.start + (at - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, most: int) -> list[Tick]:
-        """At most about ``most``, with as many digits as tell them apart."""
+        """Return at most about ``most`` ticks, with as many digits as tell them apart."""
         values = decades(self.low, self.high, most) if self.is_log else round_numbers(self.low, self.high, most)
         step = math.inf if self.is_log else round_step(self.low, self.high, most)
         return [Tick(round(self.place(value), 1), short(value, digits_to(step, value))) for value in values]
@@ -42,8 +43,8 @@ class Axis:
 def axis_of(
     low: float, high: float, start: float, end: float, *, is_log: bool = False, least_share: float = 0.0
 ) -> Axis:
-    """An axis that has ``low`` and ``high`` on it, with some room where they are the same, or closer together than
-    ``least_share`` of the greater: what is nearly the same is then drawn so."""
+    """Make an axis from ``low`` to ``high``, wider where they are closer together than ``least_share`` of the greater:
+    values that are nearly the same are then drawn so."""
     if is_log:
         return Axis(10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high * 1.0001)), start, end, True)
     least = least_share * max(abs(low), abs(high))
@@ -57,33 +58,33 @@ def axis_of(
 
 
 def round_numbers(low: float, high: float, most: int) -> list[float]:
-    """At most ``most`` + 1 multiples of 1, 2 or 5 times a power of ten in [low, high]."""
+    """List at most ``most`` + 1 multiples of 1, 2 or 5 times a power of ten in [low, high]."""
     step = round_step(low, high, most)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]
 
 
 def round_step(low: float, high: float, most: int) -> float:
-    """1, 2 or 5 times a power of ten that goes at most ``most`` times into [low, high]."""
+    """Return 1, 2 or 5 times a power of ten that fits at most ``most`` times into [low, high]."""
     step = 10.0 ** math.floor(math.log10((high - low) / most))
     return step * next(factor for factor in (1, 2, 5, 10, 20) if (high - low) / (step * factor) <= most)
 
 
 def digits_to(step: float, value: float) -> int:
-    """Digits of ``value`` down to the first one of ``step``, and at least four."""
+    """Count the digits of ``value`` down to the first one of ``step``, at least four."""
     if not value or math.isinf(step):
         return 4
     return max(4, math.floor(math.log10(abs(value)) + 1e-9) - math.floor(math.log10(step) + 1e-9) + 1)
 
 
 def decades(low: float, high: float, most: int) -> list[float]:
-    """Powers of ten in [low, high], at most about ``most`` of them."""
+    """List at most about ``most`` powers of ten in [low, high]."""
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
     return [10.0**power for power in range(first, last + 1, max(1, math.ceil((last - first) / most)))]
 
 
 def short(value: float, digits: int = 4) -> str:
-    """At most so many digits: "0.8999", "12.3k", "4.5M", "2e-05"."""
+    """Format a value with at most so many digits: "0.8999", "12.3k", "4.5M", "2e-05"."""
     value = float(f"{value:.{digits}g}")
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if max(size, 1e4) <= abs(value) < 1e13:
@@ -92,5 +93,5 @@ def short(value: float, digits: int = 4) -> str:
 
 
 def whole(value: float) -> str:
-    """ "12,345"."""
+    """Format a value as "12,345"."""
     return f"{round(value):,}"

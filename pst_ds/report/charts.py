@@ -1,56 +1,50 @@
-"""The curves of runs as charts: which there are, and their drawing as SVG paths."""
+"""The curves of runs as charts: which there are, and how they are drawn as SVG paths."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pst_ds.report.axes import BOTTOM, LEFT, RIGHT, TOP, Axis, Tick, axis_of, short
 from pst_ds.report.run_data import Point, RunData
 from pst_ds.report.thin import thinned
 
 MOST_POINTS = 600
-"""Of a curve, which is about two a pixel."""
+"""Points of a curve: about two a pixel."""
 _MOST_MARKS = 20
-"""Of a line that shows its points."""
+"""Points of a line that shows them."""
 _LEAST_LOG_RANGE = 10.0
-"""Between the least and the greatest value of a chart on a logarithmic axis."""
+"""Least ratio of the greatest to the least value on a logarithmic axis."""
 _LEAST_SHARE = 1e-3
-"""Of the greatest value of a chart that an axis reaches over: rounding does not fill it."""
+"""Least range of an axis as a share of the greatest value, so that rounding does not fill the chart."""
 _TINY, _LEAST_SHARE_OF_TINY = 1e-4, 0.5
-"""What is smaller is written with an exponent, and beside the plot is room for two digits of it."""
+"""Smaller values have an exponent, and there is room for two digits of them next to the plot."""
 LEARNING_RATE, EVALUATION = "lr/", "eval/"
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line of a chart. ``colour`` counts the colours of the page; ``is_dashed`` is for a line of the same run."""
+    """One line of a chart. ``colour`` is an index into the page's colours."""
 
     label: str
     colour: int
     points: list[Point]
     is_dashed: bool = False
 
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A series as it is drawn."""
-
-    series: Series
-    path: str
-    marks: list[tuple[float, float]]
-    last: str
+    @property
+    def last(self) -> str:
+        return short(self.points[-1][1])
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A drawing of lines, with what a script needs to say the value at the pointer."""
+    """A drawing of series, with what a script needs to show the value at the pointer."""
 
     title: str
     note: str
     steps: Axis
     values: Axis
-    lines: list[Line]
+    series: list[Series]
 
     @property
     def step_ticks(self) -> list[Tick]:
@@ -60,18 +54,28 @@ class Chart:
     def value_ticks(self) -> list[Tick]:
         return self.values.ticks(5)
 
+    def path(self, series: Series) -> str:
+        return "M" + "L".join(f"{x:g} {y:g}" for x, y in self._places(series))
+
+    def marks(self, series: Series) -> list[Point]:
+        """Return where a series of few points shows them."""
+        return self._places(series) if len(series.points) <= _MOST_MARKS else []
+
+    def _places(self, series: Series) -> list[tuple[float, float]]:
+        return [(round(self.steps.place(x), 1), round(self.values.place(y), 1)) for x, y in series.points]
+
     @property
     def data(self) -> dict[str, object]:
-        """Its domain of steps, and the points of every line: two lists, of steps and of values of six digits."""
+        """The domain of steps, and the steps and values (six digits) of every series."""
         series = [
-            {"x": [step for step, _ in line.series.points], "y": [float(f"{v:.6g}") for _, v in line.series.points]}
-            for line in self.lines
+            {"x": [step for step, _ in one.points], "y": [float(f"{v:.6g}") for _, v in one.points]}
+            for one in self.series
         ]
         return {"low": self.steps.low, "high": self.steps.high, "series": series}
 
 
 def charts(runs: Sequence[RunData]) -> Iterator[Chart]:
-    """Every chart that the runs have curves for, all over the same steps."""
+    """Yield every chart that the runs have curves for, all over the same steps."""
     yield from _chart(runs, "Loss", "mean since the point before", "loss")
     yield from _sparsity(runs)
     yield from _chart(runs, "Flip rate", "of mask bits, at an update", "flip_rate", is_log=True)
@@ -83,7 +87,7 @@ def charts(runs: Sequence[RunData]) -> Iterator[Chart]:
 
 
 def _names(runs: Sequence[RunData], prefix: str) -> list[str]:
-    """Curves of any run that begin so, in the order they were first written in."""
+    """List the curves of any run with this prefix, in the order they were first written."""
     return list(dict.fromkeys(name for run in runs for name in run.curves if name.startswith(prefix)))
 
 
@@ -93,7 +97,7 @@ def _chart(runs: Sequence[RunData], title: str, note: str, curve: str, *, is_log
 
 
 def _sparsity(runs: Sequence[RunData]) -> Iterator[Chart]:
-    """The target dashed, the actual solid, in the colour of the run; from 0, for the two are nearly the same."""
+    """Draw the target dashed and the actual value solid; from 0, because the two are nearly the same."""
     series = []
     for i, run in enumerate(runs):
         for name in ("target", "actual"):
@@ -105,7 +109,7 @@ def _sparsity(runs: Sequence[RunData]) -> Iterator[Chart]:
 
 
 def _learning_rates(runs: Sequence[RunData]) -> Iterator[Chart]:
-    """Of one run all parameter groups in one chart; of several one chart a group."""
+    """Draw all parameter groups of one run in one chart, or one chart per group for several runs."""
     names = _names(runs, LEARNING_RATE)
     if len(runs) > 1:
         for name in names:
@@ -123,29 +127,19 @@ def _last_step(runs: Sequence[RunData]) -> int:
 def drawn(
     title: str, note: str, series: Sequence[Series], end: int, *, is_log: bool = False, from_zero: bool = False
 ) -> Iterator[Chart]:
-    """The chart, from step 0 to ``end``, unless no series has a point. On a logarithmic axis zeros are left out; it is
-    one only if values are far apart. ``from_zero``: whether 0 is on the axis of values, whatever they are."""
-    points = [point for one in series for point in one.points]
-    positive = [value for _, value in points if value > 0]
+    """Yield the chart, from step 0 to ``end``, unless no series has a point.
+
+    ``is_log``: use a logarithmic axis, without zeros, if values are far apart. ``from_zero``: the axis contains 0.
+    """
+    positive = [value for one in series for _, value in one.points if value > 0]
     is_log = is_log and bool(positive) and max(positive) / min(positive) > _LEAST_LOG_RANGE
     if is_log:
-        series = [Series(one.label, one.colour, [p for p in one.points if p[1] > 0], one.is_dashed) for one in series]
-        points = [point for one in series for point in one.points]
+        series = [replace(one, points=[point for point in one.points if point[1] > 0]) for one in series]
         note = ", ".join(filter(None, [note, "log scale"]))
-    if not points:
+    series = [replace(one, points=thinned(one.points, MOST_POINTS)) for one in series if one.points]
+    if not series:
         return
-    steps = axis_of(0, end, LEFT, RIGHT)
-    found = [value for _, value in points] + ([0.0] if from_zero else [])
-    share = _LEAST_SHARE if max(map(abs, found)) >= _TINY else _LEAST_SHARE_OF_TINY
-    values = axis_of(min(found), max(found), BOTTOM, TOP, is_log=is_log, least_share=share)
-    lines = [_line(one, steps, values) for one in series if one.points]
-    yield Chart(title, note, steps, values, lines)
-
-
-def _line(series: Series, steps: Axis, values: Axis) -> Line:
-    points = thinned(series.points, MOST_POINTS)
-    places = [(round(steps.place(step), 1), round(values.place(value), 1)) for step, value in points]
-    path = "M" + "L".join(f"{x:g} {y:g}" for x, y in places)
-    marks = places if len(places) <= _MOST_MARKS else []
-    kept = Series(series.label, series.colour, points, series.is_dashed)
-    return Line(kept, path, marks, short(points[-1][1]))
+    values = [value for one in series for _, value in one.points] + ([0.0] if from_zero else [])
+    share = _LEAST_SHARE if max(map(abs, values)) >= _TINY else _LEAST_SHARE_OF_TINY
+    axis = axis_of(min(values), max(values), BOTTOM, TOP, is_log=is_log, least_share=share)
+    yield Chart(title, note, axis_of(0, end, LEFT, RIGHT), axis, series)

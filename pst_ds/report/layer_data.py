@@ -1,4 +1,4 @@
-"""What layers.jsonl says, in as much memory for a long run as for a short one."""
+"""The contents of layers.jsonl, in as much memory for a long run as for a short one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pst_ds.report.thin import EvenlyApart
 
 FIGURES = ("correlation", "score_norm", "update_norm", "weight_norm")
 _MOST_PICTURES = 64
-"""Of one layer that are held at a time, besides the last."""
+"""Held at a time of one layer, besides the last."""
 
 Picture = dict[str, Any]
-"""A line of one of the events of _PICTURES, with these fields."""
+"""A line of one of these events, with these fields."""
 _PICTURES = {"histogram": {"low", "high", "kept", "pruned", "threshold"}, "thumbnail": {"share"}}
 
 
@@ -33,25 +33,24 @@ class LayerData:
     kept: list[int] = field(default_factory=list)
     """Weights of each layer after the last mask update; empty before the first."""
     flipped: list[int] = field(default_factory=list)
-    """Mask bits of each layer that changed, over all mask updates."""
+    """Mask bits of each layer that flipped, over all mask updates."""
     figures: dict[str, list[float | None]] = field(default_factory=dict)
-    """The last known value of each of FIGURES, a layer; None where there was none."""
-    histograms: dict[int, EvenlyApart[Picture]] = field(default_factory=dict)
-    """By layer, some of those there are, evenly apart, the first and the last among them."""
-    thumbnails: dict[int, EvenlyApart[Picture]] = field(default_factory=dict)
+    """The last known value of each of FIGURES for every layer; None where there was none."""
+    pictures: dict[str, dict[int, EvenlyApart[Picture]]] = field(default_factory=lambda: {e: {} for e in _PICTURES})
+    """By event and layer, some of those there are, evenly apart, the first and the last among them."""
 
     def sparsity(self, layer: int) -> float | None:
-        """Share of zeros after the last mask update."""
+        """Return the share of zeros after the last mask update."""
         return 1.0 - self.kept[layer] / self.weights[layer] if self.kept and self.weights[layer] else None
 
     def column_steps(self) -> list[tuple[int, int]]:
-        """Of each column of the history: the steps of its first and its last mask update."""
+        """Return the steps of the first and the last mask update of each column of the history."""
         size, steps = self.history.merged, self.update_steps
         return [(steps[i], steps[min(i + size, len(steps)) - 1]) for i in range(0, len(steps), size)]
 
 
 def read_layers(path: Path) -> LayerData | None:
-    """None without a file, or when its first line is not whole. Lines that are not as they should be are skipped."""
+    """Read the file, skipping malformed lines; None without a file or a whole first line."""
     try:
         with path.open(encoding="utf-8") as stream:
             head = json.loads(stream.readline())
@@ -60,33 +59,32 @@ def read_layers(path: Path) -> LayerData | None:
         return None
     if not names or len(names) != len(weights):
         return None
-    found = LayerData(names, weights, MaskHistory(weights))
+    layers = LayerData(names, weights, MaskHistory(weights))
     for line in lines_until(path, sys.maxsize):
         try:
-            _add(found, line)
+            _add(layers, line)
         except (KeyError, TypeError, ValueError):
             continue
-    return found
+    return layers
 
 
-def _add(found: LayerData, line: dict[str, Any]) -> None:
-    count, event = len(found.names), line["event"]
+def _add(layers: LayerData, line: dict[str, Any]) -> None:
+    count, event = len(layers.names), line["event"]
     if event == "masks":
         kept, flipped = (_list_of(line[key], count) for key in ("kept", "flipped"))
-        found.history.add(kept, flipped)
-        found.update_steps.append(line["step"])
-        found.kept = kept
-        found.flipped = [a + b for a, b in zip(found.flipped or [0] * count, flipped, strict=True)]
+        layers.history.add(kept, flipped)
+        layers.update_steps.append(line["step"])
+        layers.kept = kept
+        layers.flipped = [a + b for a, b in zip(layers.flipped or [0] * count, flipped, strict=True)]
     elif event == "scores":
         for name in FIGURES:
-            new, old = _list_of(line[name], count), found.figures.get(name, [None] * count)
-            found.figures[name] = [b if a is None else a for a, b in zip(new, old, strict=True)]
+            new, old = _list_of(line[name], count), layers.figures.get(name, [None] * count)
+            layers.figures[name] = [b if a is None else a for a, b in zip(new, old, strict=True)]
     elif event in _PICTURES and _PICTURES[event] <= line.keys() and 0 <= line["layer"] < count:
-        pictures = found.histograms if event == "histogram" else found.thumbnails
-        pictures.setdefault(line["layer"], EvenlyApart(_MOST_PICTURES)).add(line)
+        layers.pictures[event].setdefault(line["layer"], EvenlyApart(_MOST_PICTURES)).add(line)
 
 
-def _list_of(values: Any, count: int) -> list[Any]:
+def _list_of(values: object, count: int) -> list[Any]:
     if not isinstance(values, list) or len(values) != count:
         raise ValueError(f"not a list of {count}")
     return values

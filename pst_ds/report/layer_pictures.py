@@ -1,4 +1,4 @@
-"""Heat maps of layers by steps, thumbnails of masks and histograms of scores, as they stand in the page."""
+"""Heat maps of layers by steps, and pictures of masks and scores, as the page shows them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import base64
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from pst_ds.monitor.images import FLIP_DECADES, coloured, filled_bins, flips_on_scale, share_on_scale
-from pst_ds.report.axes import BOTTOM, LEFT, RIGHT, TOP, Axis, Tick, axis_of, short, whole
+from pst_ds.monitor.images import FLIP_DECADES, coloured, filled_bins, flips_on_scale, histogram, share_on_scale
+from pst_ds.report.axes import LEFT, RIGHT, Tick, short, whole
 from pst_ds.report.layer_data import LayerData, Picture
 from pst_ds.report.run_data import RunData
 from pst_ds.report.thin import spread
 
 MOST_SNAPSHOTS = 4
-"""Of a layer's scores, or of its mask."""
+"""Of one layer's scores, or of its mask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,51 +33,32 @@ class HeatMap:
     step_ticks: list[Tick]
     layers: list[str]
     steps: list[str]
-    """Of each column."""
+    """Label of each column."""
     values: str
-    """Of every cell, row by row: little-endian float32 in base64."""
+    """Every cell, row by row: little-endian float32 in base64."""
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
-    """One bin: the pruned at the bottom, the kept on top of them."""
+class Snapshot:
+    """A layer's scores, or its mask, at one step."""
 
-    x: float
-    width: float
-    pruned_y: float
-    pruned_height: float
-    kept_y: float
-    kept_height: float
-
-
-@dataclass(frozen=True, slots=True)
-class Histogram:
-    step: int
-    bars: list[Bar]
-    score_ticks: list[Tick]
-    threshold: float | None
-    """Place of the line where the mask would be cut."""
-    about: str
-
-
-@dataclass(frozen=True, slots=True)
-class Thumbnail:
+    kind: Literal["scores", "mask"]
     step: int
     png: str
-    rows: int
-    columns: int
-    about: str
+    """A data URI."""
+    caption: str
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPictures:
+    """The snapshots of one layer."""
+
     layer: str
-    histograms: list[Histogram]
-    thumbnails: list[Thumbnail]
+    snapshots: list[Snapshot]
 
 
 def heat_maps(run: RunData) -> Iterator[HeatMap]:
-    """Of sparsity and of flips, if the run has updated its masks."""
+    """Yield the maps of sparsity and of flips, if the run has updated its masks."""
     layers = run.layers
     if layers is None or not layers.update_steps:
         return
@@ -101,50 +83,40 @@ def _heat_map(
 
 
 def png_uri(pixels: np.ndarray) -> str:
-    """``pixels``: (height, width, 4) uint8."""
+    """Encode (height, width, 4) uint8 pixels as a data URI."""
     from PIL import Image
 
     png = io.BytesIO()
-    Image.fromarray(pixels).convert("RGB").save(png, format="PNG", optimize=True)
+    Image.fromarray(pixels).save(png, format="PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode('ascii')}"
 
 
 def layer_pictures(run: RunData) -> Iterator[LayerPictures]:
-    """Of every layer that was chosen for pictures, in model order."""
+    """Yield the pictures of every layer that has some, in model order."""
     layers = run.layers
     if layers is None:
         return
-    for i in sorted({*layers.histograms, *layers.thumbnails}):
-        histograms = [_histogram(line) for line in spread(layers.histograms.get(i, []), MOST_SNAPSHOTS)]
-        thumbnails = [_thumbnail(line) for line in spread(layers.thumbnails.get(i, []), MOST_SNAPSHOTS)]
-        yield LayerPictures(layers.names[i], histograms, thumbnails)
+    for i in sorted({i for of_layers in layers.pictures.values() for i in of_layers}):
+        snapshots = [
+            draw(line)
+            for event, draw in (("histogram", _scores), ("thumbnail", _mask))
+            if i in layers.pictures[event]
+            for line in spread(layers.pictures[event][i].items, MOST_SNAPSHOTS)
+        ]
+        yield LayerPictures(layers.names[i], snapshots)
 
 
-def _histogram(line: Picture) -> Histogram:
-    """Empty bins at both ends are left out."""
+def _scores(line: Picture) -> Snapshot:
+    low, width, cut = line["low"], (line["high"] - line["low"]) / len(line["kept"]), line["threshold"]
     counts = np.array([line["pruned"], line["kept"]], dtype=float)
-    width = (line["high"] - line["low"]) / counts.shape[1]
     first, last = filled_bins(counts)
-    scores = axis_of(line["low"] + first * width, line["low"] + last * width, LEFT, RIGHT)
-    heights = Axis(0.0, max(1.0, counts.sum(0).max()), BOTTOM, TOP)
-    bars = [
-        _bar(scores.place(line["low"] + i * width), scores.place(line["low"] + (i + 1) * width), counts[:, i], heights)
-        for i in range(first, last)
-    ]
-    cut, kept_share = line["threshold"], counts[1].sum() / max(1.0, counts.sum())
-    about = f"{kept_share:.1%} kept" + (f", cut at {short(cut)}" if cut is not None else "")
-    place = None if cut is None else round(min(max(scores.place(cut), LEFT), RIGHT), 1)
-    return Histogram(line["step"], bars, scores.ticks(4), place, about)
+    caption = f"{short(low + first * width)} to {short(low + last * width)}, "
+    caption += f"{counts[1].sum() / (counts.sum() or 1):.1%} kept" + ("" if cut is None else f", cut at {short(cut)}")
+    png = png_uri(histogram(line["kept"], line["pruned"], None if cut is None else (cut - low) / width))
+    return Snapshot("scores", line["step"], png, caption)
 
 
-def _bar(left: float, right: float, counts: np.ndarray, heights: Axis) -> Bar:
-    pruned, top = heights.place(counts[0]), heights.place(counts.sum())
-    edges = (left, right - left - 0.5, pruned, BOTTOM - pruned, top, pruned - top)
-    return Bar(*(round(float(edge), 1) for edge in edges))
-
-
-def _thumbnail(line: Picture) -> Thumbnail:
+def _mask(line: Picture) -> Snapshot:
     share = np.array(line["share"], dtype=float)
-    rows, columns = share.shape
-    about = f"cells keep {share.min():.1%} to {share.max():.1%}"
-    return Thumbnail(line["step"], png_uri(coloured(share_on_scale(line["share"]))), rows, columns, about)
+    caption = f"cells keep {share.min():.1%} to {share.max():.1%}"
+    return Snapshot("mask", line["step"], png_uri(coloured(share_on_scale(share))), caption)

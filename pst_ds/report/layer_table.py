@@ -1,9 +1,8 @@
-"""The table of layers: a row each, and of several runs a column a run for every figure."""
+"""The table of layers: a row each, and with several runs a column per run for every figure."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import takewhile
 
 from pst_ds.report.axes import whole
@@ -12,21 +11,20 @@ from pst_ds.report.run_data import RunData
 from pst_ds.report.tables import Cell, Table, number
 
 LayerFigure = Callable[[LayerData, int], Cell]
-Shapes = dict[str, list[int]]
-"""By layer."""
+Shapes = Mapping[tuple[str, int], list[int]]
+"""By layer and number of weights."""
 
 
-def layer_table(runs: Sequence[RunData], shapes: Sequence[tuple[str, Shapes]]) -> Table | None:
-    """Every layer of any run; a figure that none of them has is left out. None without layers.
+def layer_table(runs: Sequence[RunData], shapes: Shapes) -> Table | None:
+    """List every layer of any run, with its shape where it is known; None without layers.
 
-    ``shapes``: of the weights, where they are known, each with the name of its run, or "". Another's shape is good for
-    a layer of as many weights, if its own run has none.
+    A figure that no run has is left out.
     """
     known = {run.name: run.layers for run in runs if run.layers is not None}
     if not known:
         return None
     names = list(dict.fromkeys(name for layers in known.values() for name in layers.names))
-    sizes = [_sizes(layers, names, _own_first(shapes, run)) for run, layers in known.items()]
+    sizes = [_column(layers, _size(shapes), names) for layers in known.values()]
     has_shapes = any("×" in cell.text for of_run in sizes for cell in of_run)
     same = _in_one(sizes)
     columns = {} if same else {"shape" if has_shapes else "weights": sizes}
@@ -51,36 +49,29 @@ def layer_table(runs: Sequence[RunData], shapes: Sequence[tuple[str, Shapes]]) -
     return Table(caption, [*first, *(name for _ in columns for name in known)], rows, groups)
 
 
-def _own_first(shapes: Sequence[tuple[str, Shapes]], run: str) -> list[Shapes]:
-    return [found for name, found in sorted(shapes, key=lambda pair: pair[0] != run)]
-
-
-def _sizes(layers: LayerData, names: Collection[str], shapes: Sequence[Shapes]) -> list[Cell]:
-    """Of each of ``names`` the first of its shapes that has its number of weights, or this number alone."""
-
+def _size(shapes: Shapes) -> LayerFigure:
     def size(layers: LayerData, i: int) -> Cell:
-        fitting = [of[layers.names[i]] for of in shapes if layers.names[i] in of]
-        shape = next((shape for shape in fitting if math.prod(shape) == layers.weights[i]), None)
+        shape = shapes.get((layers.names[i], layers.weights[i]))
         return number(layers.weights[i], whole if shape is None else lambda _: " × ".join(map(str, shape)))
 
-    return _column(layers, size, names)
+    return size
 
 
 def _in_one(columns: Sequence[Sequence[Cell]]) -> list[Cell]:
-    """The cells of several columns in one, where no two of a row differ; none where some do."""
-    found = [[cell for cell in row if not cell.is_missing] for row in zip(*columns, strict=True)]
-    return [cells[0] for cells in found] if all(len(set(cells)) == 1 for cells in found) else []
+    """Merge columns into one where the cells of every row agree; return none where some differ."""
+    rows = [[cell for cell in row if not cell.is_missing] for row in zip(*columns, strict=True)]
+    return [cells[0] for cells in rows] if all(len(set(cells)) == 1 for cells in rows) else []
 
 
 def common_prefix(names: Collection[str]) -> str:
-    """The dotted parts, with the dot behind them, that all of several names begin with; "" if there are none."""
+    """Return the dotted parts, with the dot after them, that several names have in common, or ""."""
     first, *others = [name.split(".")[:-1] for name in names] if len(names) > 1 else [[]]
     same = takewhile(lambda column: len(set(column)) == 1, zip(first, *others, strict=False))
     return "".join(f"{parts[0]}." for parts in same)
 
 
 def _column(layers: LayerData, figure: LayerFigure, names: Collection[str]) -> list[Cell]:
-    """A cell for each of ``names``; a missing one for a layer that the run has not."""
+    """Return a cell for each of ``names``; a missing one for a layer that the run does not have."""
     places = {name: i for i, name in enumerate(layers.names)}
     return [figure(layers, places[name]) if name in places else number(None) for name in names]
 

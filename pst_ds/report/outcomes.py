@@ -1,4 +1,4 @@
-"""What was made of the runs: exports and their sizes, speed, verification."""
+"""Outcomes of the runs: exports and their sizes, speed, verification."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Any
 
 from pst_ds.atomic_files import PARTIAL
 from pst_ds.bench.table import bench_table
+from pst_ds.config.file_names import MANIFEST_FILE
 from pst_ds.errors import InputError
 from pst_ds.report.axes import whole
 from pst_ds.report.run_data import RunData, is_number, read_object
 from pst_ds.report.tables import MISSING, Cell, Table, number
 from pst_ds.text_table import bytes_text
-
-MANIFEST_FILE = "pst_manifest.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,49 +24,51 @@ class ExportData:
     """An export folder, by its manifest and the sizes of its files."""
 
     name: str
-    run: str
-    """Name of the run whose folder it is in; "" for any other."""
     kind: str
     step: int | None
     sparsity_requested: float | None
     sparsity_measured: float | None
     """Share of zeros in the pruned tensors."""
     weight_bytes: int
-    """Of the weight files."""
+    """Size of the weight files."""
     dense_bytes: int
-    """Of the same model, dense in bf16."""
-    shapes: dict[str, list[int]]
-    """Of the pruned tensors, by module."""
+    """Size of the same model, dense in bf16."""
+    shapes: dict[tuple[str, int], list[int]]
+    """Shapes of the pruned tensors, by module and number of weights."""
 
 
 def find_exports(runs: Sequence[RunData], others: Sequence[Path]) -> tuple[list[ExportData], list[str]]:
-    """Those inside the run folders, and ``others``; and a note on each inside that is damaged. Raises InputError for
-    one of ``others`` that is none."""
+    """Read the exports in the run folders, and ``others``; with a note on each in a run that is damaged.
+
+    Raises InputError for one of ``others`` that is not an export.
+    """
     inside = [
         (run, path.parent)
         for run in runs
         for path in sorted(run.folder.glob(f"*/{MANIFEST_FILE}"))
         if path.parent.suffix != PARTIAL
     ]
-    found: list[ExportData] = []
+    exports: list[ExportData] = []
     notes: list[str] = []
     named = {path.resolve() for path in others}
     for run, folder in inside:
         try:
-            found.append(read_export(folder, f"{run.name}/{folder.name}", run.name))
+            exports.append(read_export(folder, f"{run.name}/{folder.name}"))
         except InputError as error:
             if folder.resolve() in named:
                 raise
             notes.append(f"{run.name}/{folder.name} is left out: {error}")
     known = {folder.resolve() for _, folder in inside}
-    return found + [read_export(path, str(path)) for path in others if path.resolve() not in known], notes
+    return exports + [read_export(path, str(path)) for path in others if path.resolve() not in known], notes
 
 
-def read_export(folder: Path, name: str, run: str = "") -> ExportData:
-    """Raises InputError for a folder without a manifest, or with one that is damaged."""
+def read_export(folder: Path, name: str) -> ExportData:
+    """Read an export's manifest. Raises InputError for a folder without one, or with a damaged one."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
-        raise InputError(f"{str(folder)!r} is no export: {MANIFEST_FILE} is missing; name a folder of pst-ds export")
+        raise InputError(
+            f"{str(folder)!r} is not an export: {MANIFEST_FILE} is missing; name a folder of pst-ds export"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         tensors = manifest["tensors"]
@@ -77,14 +78,13 @@ def read_export(folder: Path, name: str, run: str = "") -> ExportData:
         weights = sum(math.prod(t["shape"]) for t in sparse)
         return ExportData(
             name=name,
-            run=run,
             kind=manifest["kind"],
             step=manifest.get("step"),
             sparsity_requested=manifest.get("sparsity_requested"),
             sparsity_measured=1.0 - sum(t["nonzero"] for t in sparse) / weights if weights else None,
             weight_bytes=sum((folder / Path(file).name).stat().st_size for file in files),
             dense_bytes=2 * sum(math.prod(t["shape"]) for t in tensors),
-            shapes={t["name"].removesuffix(".weight"): t["shape"] for t in sparse},
+            shapes={(t["name"].removesuffix(".weight"), math.prod(t["shape"])): t["shape"] for t in sparse},
         )
     except (KeyError, TypeError, ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {error!r}; pst-ds verify says more") from None
@@ -105,12 +105,12 @@ def export_table(exports: Sequence[ExportData], notes: Sequence[str] = ()) -> Ta
         ]
         for export in exports
     ]
-    head = ["export", "format", "step", "sparsity asked", "counted", "weight files", "of dense bf16"]
+    head = ["export", "format", "step", "sparsity requested", "measured", "weight files", "of dense bf16"]
     return Table("Exports", head, rows, note="; ".join(notes))
 
 
 def bench_tables(files: Sequence[Path]) -> Iterator[Table]:
-    """Of what ``pst-ds bench --json`` printed. Raises InputError for anything else."""
+    """Yield tables of what ``pst-ds bench --json`` printed. Raises InputError for anything else."""
     for path in files:
         result = read_object(path)
         try:
@@ -128,21 +128,15 @@ def bench_tables(files: Sequence[Path]) -> Iterator[Table]:
 
 
 def _from_text(text: str) -> Cell:
-    """A number that is a text already."""
+    """Make a cell of a number that is formatted already."""
     return Cell(MISSING, is_missing=True) if text == "-" else Cell(text, 0.0)
 
 
 def verification_table(files: Sequence[Path]) -> Table | None:
-    """Of what ``pst-ds verify --json`` printed, and only an export that is right has that. Raises InputError."""
+    """Tabulate what ``pst-ds verify --json`` printed, which it does only for correct exports. Raises InputError."""
     rows = [_verified(path, read_object(path)) for path in files]
-    head = [
-        "export",
-        "tensors",
-        "sparsity counted",
-        "differing weight tensors",
-        "differing predictions",
-        "logits differ by",
-    ]
+    head = ["export", "tensors", "sparsity measured", "differing weight tensors", "differing predictions"]
+    head += ["logits differ by"]
     return Table("Verified", head, rows) if rows else None
 
 
@@ -159,5 +153,5 @@ def _verified(path: Path, result: dict[str, Any]) -> list[Cell]:
     ]
 
 
-def _of(some: Any, all_of: Any) -> Cell:
+def _of(some: object, all_of: object) -> Cell:
     return number(some if is_number(all_of) else None, lambda value: f"{whole(value)} of {whole(all_of)}")

@@ -1,4 +1,4 @@
-"""The page: everything laid out, and put into the template."""
+"""The page: everything laid out and put into the template."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pst_ds import __version__
 from pst_ds.report import axes
@@ -22,9 +22,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def page(runs: Sequence[RunData], exports: Sequence[ExportData], outcomes: Sequence[tuple[str, list[Table]]]) -> str:
-    """The HTML of a report about ``runs``. ``outcomes``: further headings, each with its tables.
+    """Render the HTML of a report about ``runs``. ``outcomes``: further headings, each with its tables.
 
-    Every text of the data is escaped, and the browser is told to load nothing and to run no script but ours.
+    All text from the data is escaped, and the browser is told to load nothing and to run no script but ours.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -46,19 +46,19 @@ def page(runs: Sequence[RunData], exports: Sequence[ExportData], outcomes: Seque
     )
 
 
-def _contents(runs: Sequence[RunData], exports: Sequence[ExportData]) -> dict[str, Any]:
+def _contents(runs: Sequence[RunData], exports: Sequence[ExportData]) -> dict[str, object]:
     return {
         "runs": runs,
         "results": result_table(runs),
         "settings": list(setting_tables(runs)),
         "charts": list(charts(runs)),
         "heat_maps": _in_rows([[(run, heat_map) for heat_map in heat_maps(run)] for run in runs]),
-        "layers": layer_table(runs, [(export.run, export.shapes) for export in exports]),
+        "layers": layer_table(runs, {key: shape for export in exports for key, shape in export.shapes.items()}),
         "pictures": [(run, pictures) for run in runs for pictures in layer_pictures(run)],
     }
 
 
 def _in_rows(of_runs: list[list[T]]) -> list[list[T]]:
-    """Those of one run in a row; of several runs a row for each kind, so that runs stand side by side."""
-    of_runs = [found for found in of_runs if found]
+    """Put one run's items in a row; with several runs each kind, so that runs stand side by side."""
+    of_runs = [items for items in of_runs if items]
     return of_runs if len(of_runs) < 2 else [list(of_kind) for of_kind in zip(*of_runs, strict=True)]

@@ -1,4 +1,4 @@
-"""What a run folder holds for a report: settings, result, curves, layers, checkpoints. Read without torch."""
+"""The contents of a run folder for a report: settings, result, curves, layers, checkpoints. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pst_ds.config.file_names import (
     BEST,
@@ -21,6 +21,7 @@ from pst_ds.config.file_names import (
     RESULT_FILE,
     RUN_FILE,
 )
+from pst_ds.config.flatten import flatten
 from pst_ds.config.toml import flatten
 from pst_ds.errors import InputError
 from pst_ds.monitor.jsonl import lines_until
@@ -44,10 +45,10 @@ class CheckpointData:
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """One run."""
+    """A run."""
 
     name: str
-    """Short, and no other run's of the report."""
+    """Short, and unique in the report."""
     folder: Path
     run_file: str
     settings: dict[str, Any]
@@ -61,17 +62,17 @@ class RunData:
 
     @property
     def last_step(self) -> int:
-        """Of the curves."""
+        """The last step of any curve."""
         return max([0, *(points[-1][0] for points in self.curves.values())])
 
     def last(self, curve: str) -> float | None:
-        """The last value of a curve, if there is one."""
+        """Return the last value of a curve, if there is one."""
         points = self.curves.get(curve)
         return points[-1][1] if points else None
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
-    """The runs, in this order. Raises InputError for a folder that is no run, is damaged, or is named twice."""
+    """Read the runs. Raises InputError for a folder that is not a run, is damaged, or is named twice."""
     resolved = [folder.resolve() for folder in folders]
     for folder, place in zip(folders, resolved, strict=True):
         if resolved.count(place) > 1:
@@ -80,7 +81,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The fewest last parts of every path that tell all of them apart."""
+    """Return the fewest last parts of every path that tell them apart."""
     for depth in range(1, max(len(folder.parts) for folder in folders)):
         names = [str(Path(*folder.parts[-depth:])) for folder in folders]
         if len(set(names)) == len(names):
@@ -105,28 +106,25 @@ def _read_run(folder: Path, name: str) -> RunData:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, or on its last line: what ``--json`` prints after the text for people.
-
-    Raises InputError when there is none.
-    """
+    """Read the JSON object in a file, or on its last line as ``--json`` prints it. Raises InputError without one."""
     try:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{str(path)!r} cannot be read: {error}") from None
     for candidate in (text, text.rpartition("\n")[2]):
         try:
-            found = json.loads(candidate)
+            value = json.loads(candidate)
         except json.JSONDecodeError:
             continue
-        if isinstance(found, dict):
-            return found
+        if isinstance(value, dict):
+            return value
     raise InputError(f"{str(path)!r} holds no JSON object, as a whole or on its last line; name what --json wrote")
 
 
 def read_curves(path: Path) -> dict[str, list[Point]]:
-    """Every number of metrics.jsonl that is finite, by name; the last one where a step has several.
+    """Read every finite number of metrics.jsonl, by name; the last one where a step has several.
 
-    Step lines repeat the flip rate of the mask update before, so that of mask updates alone is taken.
+    Step lines repeat the flip rate of the last mask update, so only those of mask updates count.
     """
     curves: dict[str, list[Point]] = {}
     for line in lines_until(path, sys.maxsize):
@@ -143,19 +141,19 @@ def read_curves(path: Path) -> dict[str, list[Point]]:
     return curves
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _checkpoints(folder: Path) -> Iterator[CheckpointData]:
-    """By step; one whose manifest cannot be read is for ``inspect`` and ``--resume`` to complain about."""
+    """Yield the checkpoints by step; ``inspect`` and ``--resume`` complain about unreadable manifests."""
     links = {link: (folder / link).resolve().name for link in (LATEST, BEST, FINAL)}
     for path in sorted(folder.glob("step-*[0-9]")):
         try:
             state = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["state"]
             sparsity, metrics = state.get("sparsity"), state.get("metrics") or {}
             nbytes = sum(file.stat().st_size for file in path.iterdir())
-            found = [link for link, name in links.items() if name == path.name]
-            yield CheckpointData(path.name, found, state["step"], sparsity, metrics, nbytes)
+            own_links = [link for link, name in links.items() if name == path.name]
+            yield CheckpointData(path.name, own_links, state["step"], sparsity, metrics, nbytes)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue

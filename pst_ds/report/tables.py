@@ -21,21 +21,20 @@ MAIN_SETTINGS = (
     "pst.score_rank", "pst.update_rank", "train.num_steps", "train.num_epochs", "train.batch_size", "train.precision",
     "deepspeed_config", "seed",
 )  # fmt: skip
-"""Shown of every run, unless they are empty or zero."""
+"""Shown for every run, unless they are empty or zero."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
     text: str
     value: float | None = None
-    """What it is sorted by; None for texts, and for what is missing."""
+    """The sort key; None for texts and missing values."""
     is_missing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """``head``: of the columns; ``groups``: headings above several of them, with their numbers of columns. ``note``: of
-    how the numbers came about."""
+    """A table. ``groups``: headings above several columns, with their numbers of columns."""
 
     caption: str
     head: list[str]
@@ -45,20 +44,20 @@ class Table:
 
     @property
     def is_numeric(self) -> list[bool]:
-        """Whether each column has a number in it, or nothing at all."""
+        """Return for each column whether it has a number in it, or nothing at all."""
         columns = [[row[i] for row in self.rows] for i in range(len(self.head))]
         return [any(c.value is not None for c in cells) or all(c.is_missing for c in cells) for cells in columns]
 
 
-def number(value: Any, text: Callable[[Any], str] = short) -> Cell:
-    """A cell with a number; a missing one for what is none."""
+def number(value: object, text: Callable[[Any], str] = short) -> Cell:
+    """Make a cell with a number; a missing one for anything else."""
     if not is_number(value):
         return Cell(MISSING, is_missing=True)
     return Cell(text(value) if math.isfinite(value) else str(value), float(value))
 
 
 def result_table(runs: Sequence[RunData]) -> Table:
-    """What came of the runs, the final metrics first."""
+    """Tabulate the results of the runs, the final metrics first."""
     rows = [[Cell(label), *cells] for label, cells in _results(runs) if not all(cell.is_missing for cell in cells)]
     return Table("Results", ["", *(run.name for run in runs)], rows)
 
@@ -68,7 +67,10 @@ def _results(runs: Sequence[RunData]) -> Iterator[tuple[str, list[Cell]]]:
     metrics = [_final_metrics(run) for run in runs]
     for name in dict.fromkeys(name for of_run in metrics for name in of_run):
         yield name, [number(of_run.get(name)) for of_run in metrics]
-    yield "sparsity asked", [number(run.result.get("sparsity_requested", run.last("sparsity/target"))) for run in runs]
+    yield (
+        "sparsity requested",
+        [number(run.result.get("sparsity_requested", run.last("sparsity/target"))) for run in runs],
+    )
     in_masks = [run.result.get("sparsity_in_masks", run.last("sparsity/actual")) for run in runs]
     yield "sparsity in the masks", [number(value, "{:.6f}".format) for value in in_masks]
     for key, label, text in (
@@ -92,7 +94,7 @@ def _state(run: RunData) -> Cell:
 
 
 def _final_metrics(run: RunData) -> dict[str, float | None]:
-    """Of the result; of a run that has not finished the last evaluation's."""
+    """Return the metrics of the result, or of the last evaluation of a run that has not finished."""
     names = [name.removeprefix(EVALUATION) for name in run.curves if name.startswith(EVALUATION)]
     return run.result.get("metrics") or {name: run.last(EVALUATION + name) for name in names}
 
@@ -103,7 +105,7 @@ def _median(run: RunData, curve: str) -> float | None:
 
 
 def setting_tables(runs: Sequence[RunData]) -> Iterator[Table]:
-    """Settings that differ between the runs; the main ones that they have in common."""
+    """Yield the settings that differ between the runs, and the main ones that they have in common."""
     names = list(dict.fromkeys(name for run in runs for name in run.settings if name != "output_dir"))
     differ = [name for name in names if any(_setting(run, name) != _setting(runs[0], name) for run in runs)]
     if differ:
@@ -116,7 +118,7 @@ def setting_tables(runs: Sequence[RunData]) -> Iterator[Table]:
 
 
 def _setting(run: RunData, name: str) -> Cell:
-    """Empty is the same as not there."""
+    """Make a cell of a setting; an empty one counts as missing."""
     value = run.settings.get(name)
     if value is None or value in ("", []):
         return Cell(MISSING, is_missing=True)
@@ -124,7 +126,7 @@ def _setting(run: RunData, name: str) -> Cell:
 
 
 def checkpoint_table(runs: Sequence[RunData]) -> Table | None:
-    """The finished checkpoints of every run, if there is one."""
+    """Tabulate the finished checkpoints of every run, if there are any."""
     found = [(run, checkpoint) for run in runs for checkpoint in run.checkpoints]
     if not found:
         return None

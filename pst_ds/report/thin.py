@@ -1,17 +1,16 @@
-"""Fewer points that draw the same curve, and fewer pictures that tell the same story."""
+"""Thinning: fewer points that draw the same curve, and fewer pictures that tell the same story."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, TypeVar, overload
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 P = TypeVar("P", bound=tuple[float, float])
 
 
 def thinned(points: Sequence[P], most: int) -> list[P]:
-    """At most ``most`` (at least 4) of ``points``, in their order: the first, the last, and of every stretch between
-    them the lowest and the highest."""
+    """Pick at most ``most`` (at least 4) of ``points``: both ends, and the extremes of every stretch between them."""
     if len(points) <= most:
         return list(points)
     inner = range(1, len(points) - 1)
@@ -25,40 +24,30 @@ def thinned(points: Sequence[P], most: int) -> list[P]:
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
-    """At most ``most`` (at least 2) of ``items``, evenly apart, the first and the last among them."""
+    """Pick at most ``most`` (at least 2) of ``items``, evenly apart, the first and the last among them."""
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-class EvenlyApart(Sequence[T], Generic[T]):
-    """Of a stream of items every k-th from the first on, and the last: at most ``most`` (at least 2) and one more. k
-    doubles whenever there are too many."""
+class EvenlyApart(Generic[T]):
+    """Every k-th item of a stream and its last one, at most ``most`` (at least 2) and one more; k doubles as needed."""
 
     def __init__(self, most: int):
         self._most, self._stride, self._seen = most, 1, 0
         self._kept: list[T] = []
         self._last: list[T] = []
-        """The last item, while it is not among the kept."""
+        """The last item, unless it is among the kept."""
+
+    @property
+    def items(self) -> list[T]:
+        return self._kept + self._last
 
     def add(self, item: T) -> None:
-        self._last = [item]
-        if self._seen % self._stride == 0:
-            self._kept.append(item)
-            self._last = []
+        is_kept = self._seen % self._stride == 0
         self._seen += 1
+        self._last = [] if is_kept else [item]
+        self._kept += [item] if is_kept else []
         if len(self._kept) > self._most:
             self._last = self._kept[-1:] if len(self._kept) % 2 == 0 else []
             self._kept, self._stride = self._kept[::2], 2 * self._stride
-
-    def __len__(self) -> int:
-        return len(self._kept) + len(self._last)
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-
-    def __getitem__(self, index: int | slice) -> T | list[T]:
-        return (self._kept + self._last)[index]

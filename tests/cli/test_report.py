@@ -60,7 +60,7 @@ def test_the_page_goes_into_the_first_run_unless_it_is_told_where(copied, folder
     ("arguments", "parts"),
     [
         (["no/such"], ["'no/such' is not a run folder: run.toml is missing", "looked in", "output_dir"]),
-        (["{run}", "--export", "{run}"], ["is no export: pst_manifest.json is missing"]),
+        (["{run}", "--export", "{run}"], ["is not an export: pst_manifest.json is missing"]),
         (["{run}", "--bench", "{run}/result.json"], ["result.json' is not what pst-ds bench --json prints"]),
         (["{run}", "--verified", "none.json"], ["'none.json' cannot be read"]),
         (["{run}", "--out", "{run}"], ["--out", "cannot be written", "name an HTML file"]),

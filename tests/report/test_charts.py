@@ -67,7 +67,7 @@ def test_lines_that_lie_close_together_are_drawn_so(value):
     chart = _only(
         drawn("t", "", [Series("a", 0, [(0, value), (9, value)]), Series("b", 1, [(0, value * (1 - 1e-6))])], 9)
     )
-    (one, two) = [float(re.match(r"M\S+ ([\d.]+)", line.path)[1]) for line in chart.lines]
+    (one, two) = [float(re.match(r"M\S+ ([\d.]+)", chart.path(line))[1]) for line in chart.series]
     assert abs(one - two) <= 0.2
     texts = [tick.text for tick in chart.value_ticks]
     assert len(set(texts)) == len(texts) >= 3
@@ -92,7 +92,7 @@ def _only(found):
 
 def test_a_line_runs_from_corner_to_corner():
     chart = _only(drawn("t", "", [Series("a", 0, [(0, 1.0), (10, 3.0)])], 10))
-    assert chart.lines[0].path == f"M{LEFT} {BOTTOM}L{RIGHT} {TOP}"
+    assert chart.path(chart.series[0]) == f"M{LEFT} {BOTTOM}L{RIGHT} {TOP}"
     assert chart.data["series"] == [{"x": [0, 10], "y": [1.0, 3.0]}]
 
 
@@ -100,7 +100,7 @@ def test_zeros_have_no_place_on_a_logarithmic_axis():
     points = [(0, 0.1), (1, 0.0), (2, 0.001)]
     chart = _only(drawn("t", "of it", [Series("a", 0, points), Series("b", 1, [(0, 0.0)])], 2, is_log=True))
     assert chart.note == "of it, log scale"
-    assert [line.series.points for line in chart.lines] == [[(0, 0.1), (2, 0.001)]]
+    assert [line.points for line in chart.series[:1]] == [[(0, 0.1), (2, 0.001)]]
     near = _only(drawn("t", "of it", [Series("a", 0, [(0, 0.1), (1, 0.05)])], 1, is_log=True))
     assert near.note == "of it"
     assert list(drawn("t", "", [Series("a", 0, [])], 2)) == []
@@ -109,22 +109,22 @@ def test_zeros_have_no_place_on_a_logarithmic_axis():
 def test_a_long_curve_is_thinned_and_keeps_its_spike():
     points = [(step, 9.0 if step == 54_321 else 1.0) for step in range(100_000)]
     chart = _only(drawn("t", "", [Series("a", 0, points)], 100_000))
-    (line,) = chart.lines
-    assert len(line.series.points) <= MOST_POINTS
-    assert (54_321, 9.0) in line.series.points
-    assert len(re.findall("[ML]", line.path)) == len(line.series.points)
+    (line,) = chart.series
+    assert len(line.points) <= MOST_POINTS
+    assert (54_321, 9.0) in line.points
+    assert len(re.findall("[ML]", chart.path(line))) == len(line.points)
 
 
 def test_one_run_has_its_rates_in_one_chart_and_several_a_chart_a_group(a_run):
     one = list(charts(read_runs([a_run("one")])))
     titles = ["Loss", "Sparsity", "Flip rate", "Correlation of S with |W|", "Evaluation: accuracy", "Learning rates"]
     assert [chart.title for chart in one] == [*titles, "Tokens a second"]
-    assert [line.series.label for line in one[5].lines] == ["head", "scores"]
-    assert {line.series.label: line.series.is_dashed for line in one[1].lines} == {"target": True, "actual": False}
+    assert [line.label for line in one[5].series] == ["head", "scores"]
+    assert {line.label: line.is_dashed for line in one[1].series} == {"target": True, "actual": False}
     two = {chart.title: chart for chart in charts(read_runs([a_run("a"), a_run("b", steps=20)]))}
-    assert [line.series.label for line in two["Learning rate of head"].lines] == ["a", "b"]
+    assert [line.label for line in two["Learning rate of head"].series] == ["a", "b"]
     assert {chart.steps.high for chart in two.values()} == {40}
-    assert [line.series.colour for line in two["Sparsity"].lines] == [0, 0, 1, 1]
+    assert [line.colour for line in two["Sparsity"].series] == [0, 0, 1, 1]
 
 
 def test_a_run_without_masks_has_no_chart_of_them(write_run):

@@ -61,7 +61,8 @@ def test_lines_that_are_not_as_they_should_be_are_skipped(read):
         [1, 2],
     ]
     found = read(HEAD, *wrong)
-    assert (found.kept, found.flipped, found.histograms, found.update_steps) == ([], [], {}, [])
+    assert (found.kept, found.flipped, found.update_steps) == ([], [], [])
+    assert found.pictures == {"histogram": {}, "thumbnail": {}}
     assert found.sparsity(0) is None
 
 
@@ -86,7 +87,7 @@ def test_many_updates_and_pictures_are_merged_and_thinned(read):
     assert len(steps) == found.history.flips().shape[1] <= MOST_COLUMNS
     assert steps[0] == (0, 3)
     assert steps[-1] == (updates - 1, updates - 1)
-    shown = [line["step"] for line in found.thumbnails[1]]
+    shown = [line["step"] for line in found.pictures["thumbnail"][1].items]
     assert len(shown) <= 65
     assert shown == sorted(shown)
     assert (shown[0], shown[-1]) == (0, 999)
@@ -99,8 +100,8 @@ def test_the_pictures_of_a_layer_are_evenly_apart(write_run, count):
     lines += [{"step": s, "event": "histogram", "layer": 1, **scores} for s in range(1, count + 1)]
     (run,) = read_runs([write_run(layers=[HEAD, *lines])])
     (pictures,) = layer_pictures(run)
-    for shown in (pictures.thumbnails, pictures.histograms):
-        steps = [picture.step for picture in shown]
+    for kind in ("scores", "mask"):
+        steps = [snapshot.step for snapshot in pictures.snapshots if snapshot.kind == kind]
         assert (len(steps), steps[0], steps[-1]) == (min(count, 4), 1, count)
         gaps = np.diff(steps)
         assert gaps.max() - gaps.min() <= max(1, 0.1 * count)

@@ -8,14 +8,7 @@ from pathlib import Path
 import pytest
 
 from pst_ds.errors import InputError
-from pst_ds.report import outcomes
 from pst_ds.report.run_data import read_curves, read_object, read_runs, short_names
-
-
-def test_a_manifest_is_named_as_the_export_names_it():
-    from pst_ds.export import manifest
-
-    assert outcomes.MANIFEST_FILE == manifest.MANIFEST_FILE
 
 
 def test_curves_are_finite_numbers_by_name_with_the_last_of_each_step(tmp_path):
