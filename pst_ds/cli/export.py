@@ -46,12 +46,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{name} stays dense: {args.format} cannot hold it, or would make it larger")
     if len(written["stay_dense"]) > 4:
         print(f"and {len(written['stay_dense']) - 4} more stay dense")
-    asked = written["sparsity_requested"]
+    requested = "unknown" if written["sparsity_requested"] is None else written["sparsity_requested"]
     share = written["file_bytes"] / max(written["dense_bf16_bytes"], 1)
     pruned = f"{written['pruned_tensors']} pruned tensors of " if written["pruned_tensors"] else "tensors: "
     print(
         f"wrote {args.out}: {pruned}{written['tensors']}, sparsity "
-        f"{written['sparsity_measured']:.6f} counted, {'an unknown one' if asked is None else asked} asked; "
+        f"{written['sparsity_measured']:.6f} measured, {requested} requested; "
         f"{written['packed_tensors']} packed, {written['file_bytes']:,} bytes, {share:.3f} of dense bf16"
     )
     return written

@@ -1,11 +1,10 @@
-"""``pst-ds report RUN ...``: one HTML page about runs, with curves, heat maps and tables; it needs no network."""
+"""``pst-ds report RUN ...``: one HTML page about runs, with curves, heat maps and tables; needs no network."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from pst_ds.errors import InputError
 
@@ -18,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verified", nargs="+", default=[], metavar="FILE", help="what pst-ds verify --json printed")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     from pst_ds.report.outcomes import bench_tables, export_table, find_exports, verification_table
     from pst_ds.report.page import page
     from pst_ds.report.run_data import read_runs
@@ -49,7 +48,7 @@ def _write(out: Path, data: bytes) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_bytes_atomic(out, data)
-    except BrokenPipeError:  # --out /dev/stdout, whose reader has had enough
+    except BrokenPipeError:  # --out /dev/stdout, whose reader has gone
         raise
     except OSError as error:
         raise InputError(f"--out {str(out)!r} cannot be written: {error}; name an HTML file to write") from None

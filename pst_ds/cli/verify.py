@@ -46,10 +46,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     counts = check_export(folder)
     check_model(folder)
     packed = f"{counts['packed_tensors']} packed as {counts['kind']}, " if counts["packed_tensors"] else ""
-    asked = counts["sparsity_requested"]
+    requested = "unknown" if counts["sparsity_requested"] is None else counts["sparsity_requested"]
     print(
         f"{args.export}: {counts['tensors']} tensors as in the manifest, {packed}sparsity "
-        f"{counts['sparsity_measured']:.6f} counted in the file, {'an unknown one' if asked is None else asked} asked"
+        f"{counts['sparsity_measured']:.6f} measured in the file, {requested} requested"
     )
     if config is None:
         return {**counts, "export_dir": args.export}

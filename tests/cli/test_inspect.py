@@ -69,7 +69,7 @@ def test_a_run_folder(folders, inspect):
     assert {n: layer["zeros"] for n, layer in layers.items()} == {n: in_file[n] for n in layers}
     assert {n: layer["shape"] for n, layer in layers.items()} == {n: [*exported[f"{n}.weight"].shape] for n in layers}
     assert "model.layers.*.mlp.down_proj" in text
-    assert f"sparsity counted    {result['sparsity_in_masks']:.6g}" in text
+    assert f"sparsity measured   {result['sparsity_in_masks']:.6g}" in text
 
 
 def test_the_bytes_of_a_checkpoints_layers_are_those_of_its_files(folders, inspect):

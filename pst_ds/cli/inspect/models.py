@@ -132,7 +132,7 @@ def model_folder(path: Path) -> Inspected:
         "sparsity_measured": measured_sparsity(in_blocks),
         **_sizes(weights.file_bytes),
     }
-    note = "sparsity counted: of the matrices inside blocks. Patterns are along the rows as they are stored"
+    note = "sparsity measured: of the matrices inside blocks. Patterns are along the rows as they are stored"
     return Inspected(f"{path}: a model folder", facts, layers, note)
 
 
