@@ -128,6 +128,6 @@ def _summary(result: dict[str, Any]) -> str:
     text = f", on {result['samples']} examples of {result['tokens']:,} tokens" if "tokens" in result else ""
     return (
         f"wrote {result['out']}: {result['method']}, pattern {result['pattern']}, {result['num_layers']} layers, "
-        f"sparsity {result['sparsity_measured']:.6f} measured, {result['sparsity_requested']} requested{text}; pruned in "
-        f"{result['prune_seconds']:.1f} s, {result['seconds']:.1f} s in all"
+        f"sparsity {result['sparsity_measured']:.6f} measured, {result['sparsity_requested']} requested{text}; "
+        f"pruned in {result['prune_seconds']:.1f} s, {result['seconds']:.1f} s in all"
     )

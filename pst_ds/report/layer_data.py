@@ -34,6 +34,8 @@ class LayerData:
     """Weights of each layer after the last mask update; empty before the first."""
     flipped: list[int] = field(default_factory=list)
     """Mask bits of each layer that flipped, over all mask updates."""
+    last_flipped: list[int] = field(default_factory=list)
+    """Those of the last mask update."""
     figures: dict[str, list[float | None]] = field(default_factory=dict)
     """The last known value of each of FIGURES for every layer; None where there was none."""
     pictures: dict[str, dict[int, EvenlyApart[Picture]]] = field(default_factory=lambda: {e: {} for e in _PICTURES})
@@ -74,7 +76,7 @@ def _add(layers: LayerData, line: dict[str, Any]) -> None:
         kept, flipped = (_list_of(line[key], count) for key in ("kept", "flipped"))
         layers.history.add(kept, flipped)
         layers.update_steps.append(line["step"])
-        layers.kept = kept
+        layers.kept, layers.last_flipped = kept, flipped
         layers.flipped = [a + b for a, b in zip(layers.flipped or [0] * count, flipped, strict=True)]
     elif event == "scores":
         for name in FIGURES:

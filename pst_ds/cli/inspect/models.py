@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pst_ds.cli.inspect.text import Inspected, Layer, measured_sparsity
+from pst_ds.cli.inspect.text import Facts, Inspection, Layer, sparsity_of
 from pst_ds.cli.plan_text import name_across_blocks
 from pst_ds.core.bits import INT_OF_SIZE
 from pst_ds.core.formats import row_bits
@@ -32,8 +32,8 @@ from pst_ds.prune.folder import RECORD_FILE
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
-def export_folder(path: Path) -> Inspected:
-    """By its manifest and the headers of its weight files. Raises InputError for damaged ones."""
+def export_folder(path: Path) -> Inspection:
+    """Describe an export by its manifest and the headers of its files. Raises InputError for damaged ones."""
     entries, about = read_manifest(path)
     files: dict[str, TensorFile] = {}
     for name in sorted({part.file for entry in entries for part in entry.parts}):
@@ -56,7 +56,7 @@ def export_folder(path: Path) -> Inspected:
         **_sizes(sum((path / name).stat().st_size for name in files), about.get("dense_bf16_bytes")),
     }
     note = f"zeros and patterns are the manifest's; pst-ds verify {path} counts them in the files and checks every hash"
-    return Inspected(f"{path}: an export, {about['kind']}", facts, layers, note)
+    return Inspection(f"{path}: an export, {about['kind']}", facts, layers, note)
 
 
 def _exported(entry: TensorEntry, files: dict[str, TensorFile], path: Path) -> Layer:
@@ -76,8 +76,8 @@ def _exported(entry: TensorEntry, files: dict[str, TensorFile], path: Path) -> L
     }
 
 
-def pruned_folder(path: Path) -> Inspected:
-    """By the record of ``pst-ds prune``. Raises InputError for a damaged one, or damaged weight files."""
+def pruned_folder(path: Path) -> Inspection:
+    """Describe a result of ``pst-ds prune`` by its record. Raises InputError for damaged files."""
     record = read_table(path / RECORD_FILE, f"{path / RECORD_FILE} is missing")
     weights = BaseWeights(path, "")
     try:
@@ -86,7 +86,7 @@ def pruned_folder(path: Path) -> Inspected:
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path / RECORD_FILE} is damaged: {error!r}") from None
     note = f"zeros are as pst-ds prune counted them, {RECORD_FILE} says"
-    return Inspected(f"{path}: a model that pst-ds prune made", {**facts, **_sizes(weights.file_bytes)}, layers, note)
+    return Inspection(f"{path}: a model that pst-ds prune made", {**facts, **_sizes(weights.file_bytes)}, layers, note)
 
 
 def _recorded(row: dict[str, Any], weights: BaseWeights) -> Layer:
@@ -107,8 +107,8 @@ def _recorded(row: dict[str, Any], weights: BaseWeights) -> Layer:
     }
 
 
-def model_folder(path: Path) -> Inspected:
-    """By its config and its weights, which are read one at a time and counted. Raises InputError."""
+def model_folder(path: Path) -> Inspection:
+    """Describe a model folder by its config and its weights, read one at a time. Raises InputError."""
     config = read_table(path / CONFIG_FILE, f"{path / CONFIG_FILE} is missing")
     quantization = config.get("quantization_config") or {}
     if quantization.get("quant_method") == QUANT_METHOD:
@@ -121,7 +121,7 @@ def model_folder(path: Path) -> Inspected:
         **{key: text.get(key) for key in ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings")},
     }
     if not any(any(path.glob(pattern)) for pattern in _WEIGHT_FILES):
-        return Inspected(f"{path}: a model folder without weights", facts, [])
+        return Inspection(f"{path}: a model folder without weights", facts, [])
     weights = BaseWeights(path, "")
     layers = _counted(weights)
     in_blocks = [x for x in layers if len(x["shape"]) == 2 and name_across_blocks(x["name"]) != x["name"]]
@@ -129,19 +129,19 @@ def model_folder(path: Path) -> Inspected:
         "dtypes": sorted({layer["dtype"] for layer in layers}),
         "tensors": len(layers),
         "parameters": sum(layer["weights"] for layer in layers),
-        "sparsity_measured": measured_sparsity(in_blocks),
+        "sparsity_measured": sparsity_of(in_blocks),
         **_sizes(weights.file_bytes),
     }
     note = "sparsity measured: of the matrices inside blocks. Patterns are along the rows as they are stored"
-    return Inspected(f"{path}: a model folder", facts, layers, note)
+    return Inspection(f"{path}: a model folder", facts, layers, note)
 
 
 def _counted(weights: BaseWeights) -> list[Layer]:
     layers: list[Layer] = []
-    with Progress("count", weights.file_bytes, "bytes") as shown:
+    with Progress("count", weights.file_bytes, "bytes") as progress:
         for name in weights.names:
             layers.append(_counted_tensor(name, weights.read(name)))
-            shown.add(layers[-1]["bytes"], name)
+            progress.add(layers[-1]["bytes"], name)
     return layers
 
 
@@ -162,7 +162,7 @@ def _counted_tensor(name: str, tensor: Tensor) -> Layer:
     }
 
 
-def _sizes(nbytes: int, dense_bf16_bytes: int | None = None) -> dict[str, Any]:
-    """Bytes of the weight files, and against those of a dense bf16 model."""
+def _sizes(nbytes: int, dense_bf16_bytes: int | None = None) -> Facts:
+    """Return the bytes of the weight files, and their share of a dense bf16 model's."""
     share = round(nbytes / dense_bf16_bytes, 4) if dense_bf16_bytes else None
     return {"weight_file_bytes": nbytes, "of_dense_bf16": share}

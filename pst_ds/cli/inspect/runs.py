@@ -3,47 +3,43 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError, open_checkpoint, read_checkpoint
-from pst_ds.cli.inspect.text import Inspected, Layer
-from pst_ds.cli.inspect.trained import Mask, counted, trained_layers
+from pst_ds.cli.inspect.text import Facts, Inspection, Layer
+from pst_ds.cli.inspect.trained import Mask, totals, trained_layers
 from pst_ds.config.file_names import BEST, CHECKPOINTS, FINAL, LATEST, LAYERS_FILE, RESULT_FILE, RUN_FILE
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.toml import load_run, run_from_table
 from pst_ds.core.bits import count_bits, shard_bytes
 from pst_ds.export.manifest import read_table
-from pst_ds.monitor.jsonl import lines_until
+from pst_ds.report.layer_data import read_layers
 from pst_ds.train.model import pst_config
 
 _WHOLE = "whose files are whole: every SHA-256 is as it should be"
-_FIGURES = {"masks": "flipped", "scores": "correlation"}
-"""What is shown of a layer, by the event in :data:`LAYERS_FILE` that it is from."""
 _BYTES_TRAINED = 12
-"""Of a trained parameter in a checkpoint: its fp32 master and two moments."""
+"""Bytes of a trained parameter in a checkpoint: its fp32 master and two moments."""
 
 
-def run_file(path: Path) -> Inspected:
-    """The settings that matter most. Raises ConfigError for what is no run file."""
+def run_file(path: Path) -> Inspection:
+    """Describe a run file by its main settings. Raises ConfigError for an invalid one."""
     run = load_run(path)
     facts = {**_settings(run), "output_dir": run.output_dir}
-    return Inspected(f"{path}: a run file", facts, [], f"pst-ds plan {path} shows what the run would do")
+    return Inspection(f"{path}: a run file", facts, [], f"pst-ds plan {path} shows what the run would do")
 
 
-def run_folder(path: Path) -> Inspected:
-    """Settings, result, checkpoints; the layers of the best or newest. Raises InputError for damaged files.
+def run_folder(path: Path) -> Inspection:
+    """Describe a run by its settings, result, checkpoints and layers. Raises InputError for damaged files.
 
-    A damaged checkpoint is told in the note, and the next one that is whole is shown.
+    The layers are those of the best or newest checkpoint; a damaged one is mentioned, and the next one is taken.
     """
     run, folder = load_run(path / RUN_FILE), path / CHECKPOINTS
     result = read_table(path / RESULT_FILE, "") if (path / RESULT_FILE).is_file() else {}
     deepspeed = read_table(path / "deepspeed.json", "") if (path / "deepspeed.json").is_file() else {}
     layers: list[Layer] = []
-    held: dict[str, Any] = {}
+    held: Facts = {}
     checkpoint, name, problems = _whole_checkpoint(folder)
     if checkpoint is not None:
         layers = _layers(checkpoint, run)
@@ -62,13 +58,13 @@ def run_folder(path: Path) -> Inspected:
         "tensorboard": (path / "tensorboard").is_dir(),
     }
     notes = [note, *problems.values(), *([damaged_figures] if damaged_figures else [])]
-    return Inspected(f"{path}: a run folder", facts, layers, "\n".join(notes))
+    return Inspection(f"{path}: a run folder", facts, layers, "\n".join(notes))
 
 
 def _whole_checkpoint(folder: Path) -> tuple[Checkpoint | None, str, dict[str, str]]:
-    """The best checkpoint in ``folder``, or else the final, the latest or the newest, of those that are whole.
+    """Return the best, final, latest or newest checkpoint in ``folder``, the first of these that is whole.
 
-    With what it is called, and what is wrong with those that came first, by the names of their folders.
+    With its name, and the problems of those before it by the names of their folders.
     """
     problems: dict[str, str] = {}
     for name in checkpoints.known_names(folder):
@@ -84,8 +80,8 @@ def _whole_checkpoint(folder: Path) -> tuple[Checkpoint | None, str, dict[str, s
     return None, "", problems
 
 
-def checkpoint_folder(path: Path) -> Inspected:
-    """State and contents; its masks are counted. Raises CheckpointError for a damaged one."""
+def checkpoint_folder(path: Path) -> Inspection:
+    """Describe a checkpoint by its state, contents and masks. Raises CheckpointError for a damaged one."""
     checkpoint = read_checkpoint(path)
     state = checkpoint.state
     try:
@@ -108,10 +104,10 @@ def checkpoint_folder(path: Path) -> Inspected:
         "zero_stage": state.progress.get("zero_stage"),
         "files": checkpoint.contents.num_shards,
     }
-    return Inspected(f"{path}: a checkpoint", facts, layers, f"it is one {_WHOLE}")
+    return Inspection(f"{path}: a checkpoint", facts, layers, f"it is one {_WHOLE}")
 
 
-def _settings(run: RunConfig) -> dict[str, Any]:
+def _settings(run: RunConfig) -> Facts:
     steps = {"num_steps": run.train.num_steps} if run.train.num_steps else {"num_epochs": run.train.num_epochs}
     return {
         "task": run.task,
@@ -127,31 +123,28 @@ def _settings(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def _checkpoints(folder: Path, problems: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Name, links, step and size of every checkpoint, the newest first; of a damaged one its problem.
-
-    ``problems``: those that are known already, by name.
-    """
+def _checkpoints(folder: Path, problems: Mapping[str, str]) -> list[Facts]:
+    """Describe every checkpoint, newest first; damaged ones carry a "problem", known already from ``problems``."""
     links = {name: (folder / name).resolve().name for name in (LATEST, BEST, FINAL)}
-    found = []
+    described = []
     for path in checkpoints.step_folders(folder):
-        about: dict[str, Any] = {"name": path.name, "links": [n for n, to in links.items() if to == path.name]}
+        about: Facts = {"name": path.name, "links": [n for n, to in links.items() if to == path.name]}
         try:
             about["step"] = open_checkpoint(path).state.step
         except CheckpointError as error:
             about["problem"] = str(error)
         about |= {"problem": problems[path.name]} if path.name in problems else {}
-        found.append(about | {"size_bytes": sum(file.stat().st_size for file in path.iterdir())})
-    return found
+        described.append(about | {"size_bytes": sum(file.stat().st_size for file in path.iterdir())})
+    return described
 
 
-def _held(checkpoint: Checkpoint, layers: list[Layer]) -> dict[str, Any]:
+def _held(checkpoint: Checkpoint, layers: list[Layer]) -> Facts:
     nbytes = sum(file.stat().st_size for file in checkpoint.folder.iterdir())
-    return {**counted(layers), "base_fingerprint": checkpoint.state.base_fingerprint, "checkpoint_bytes": nbytes}
+    return {**totals(layers), "base_fingerprint": checkpoint.state.base_fingerprint, "checkpoint_bytes": nbytes}
 
 
 def _layers(checkpoint: Checkpoint, run: RunConfig | None) -> list[Layer]:
-    """Every module with a mask or trained parameters; bits of masks are counted."""
+    """Describe every module with a mask or trained parameters."""
     contents, rules = checkpoint.contents, pst_config(run) if run else None
     masks = {}
     for name, weights in contents.masks.items():
@@ -166,26 +159,15 @@ def _layers(checkpoint: Checkpoint, run: RunConfig | None) -> list[Layer]:
 
 
 def _add_figures(layers: list[Layer], file: Path) -> str:
-    """Put the newest per-layer figures of the run's :data:`LAYERS_FILE` in, if there is one; what is wrong with it.
-
-    A line that is not as it should be is passed over.
-    """
-    if not file.is_file():
-        return ""
-    by_name = {layer["name"]: layer for layer in layers}
-    try:
-        with file.open(encoding="utf-8") as stream:
-            of_layers = [by_name.get(name, {}) for name in json.loads(stream.readline())["layers"]]
-    except (ValueError, KeyError, TypeError):
-        return f"{file} is damaged: its first line does not name the layers"
-    for line in lines_until(file, sys.maxsize):
-        key = _FIGURES.get(str(line.get("event")), "")
-        values = line.get(key)
-        if isinstance(values, list) and len(values) == len(of_layers) and all(map(_is_figure, values)):
-            for layer, value in zip(of_layers, values, strict=True):
-                layer[key] = value
+    """Add the newest per-layer values of :data:`LAYERS_FILE`, if there is one; return what is wrong with it."""
+    data = read_layers(file)
+    if data is None:
+        return f"{file} is damaged: its first line does not name the layers" if file.is_file() else ""
+    index = {name: i for i, name in enumerate(data.names)}
+    for layer in layers:
+        i = index.get(layer["name"])
+        if i is not None and data.last_flipped:
+            layer["flipped"] = data.last_flipped[i]
+        if i is not None and "correlation" in data.figures:
+            layer["correlation"] = data.figures["correlation"][i]
     return ""
-
-
-def _is_figure(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))

@@ -1,4 +1,4 @@
-"""What was trained, layer by layer, for ``pst-ds inspect``; and the small states that ``save_pretrained`` writes."""
+"""Trained parameters layer by layer for ``pst-ds inspect``; and adapter states, which ``save_pretrained`` writes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pst_ds.atomic_files import file_sha256
 from pst_ds.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE
-from pst_ds.cli.inspect.text import Inspected, Layer, measured_sparsity
+from pst_ds.cli.inspect.text import Facts, Inspection, Layer, sparsity_of
 from pst_ds.core.bits import count_bits
 from pst_ds.errors import InputError
 from pst_ds.export.manifest import read_table
@@ -18,13 +17,13 @@ from pst_ds.export.tensor_files import TensorFile
 from pst_ds.nn.adapter_checkpoints import MASK_BITS
 
 _OUTPUTS, _INPUTS = "ARU", "BCV"
-"""Factors with as many rows as a layer has outputs, and with as many columns as it has inputs."""
+"""Factors with a row per output of their layer, and with a column per input."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """One layer's."""
+    """The mask of a layer."""
 
     weights: int
     zeros: int
@@ -34,12 +33,12 @@ class Mask:
 def trained_layers(
     trained: Shapes, masks: Mapping[str, Mask], pattern_of: Callable[[str], str], bytes_each: int
 ) -> list[Layer]:
-    """Every module with trained parameters, ``bytes_each`` on disk, or a mask, in the order of these."""
+    """Describe every module with trained parameters (``bytes_each`` on disk) or a mask."""
     counts: dict[str, int] = {}
     for name, shape in trained.items():
         owner = name.rpartition(".")[0]
         counts[owner] = counts.get(owner, 0) + math.prod(shape)
-    layers = []
+    layers: list[Layer] = []
     for name in {**counts, **masks}:
         mask, count = masks.get(name), counts.get(name, 0)
         layers.append(
@@ -58,7 +57,7 @@ def trained_layers(
 
 
 def matrix_shape(name: str, trained: Shapes) -> list[int] | None:
-    """Of a layer whose weight trains its shape, of others (O, I) by their factors; None without any."""
+    """Return the shape of a trained weight, or (O, I) from the factors; None without either."""
     if f"{name}.weight" in trained:
         return list(trained[f"{name}.weight"])
     outputs, inputs = (
@@ -68,18 +67,18 @@ def matrix_shape(name: str, trained: Shapes) -> list[int] | None:
     return [outputs[0][0], inputs[0][-1]] if outputs and inputs else None
 
 
-def counted(layers: list[Layer]) -> dict[str, Any]:
-    """Facts of all layers together."""
+def totals(layers: list[Layer]) -> Facts:
+    """Return facts about all layers together."""
     pruned = [layer for layer in layers if layer["zeros"] is not None]
     return {
-        "sparsity_measured": measured_sparsity(pruned),
+        "sparsity_measured": sparsity_of(pruned),
         "pruned_weights": sum(layer["weights"] for layer in pruned),
         "trained_parameters": sum(layer["trained"] for layer in layers),
     }
 
 
-def small_state(path: Path) -> Inspected:
-    """By its config and its weight file, whose masks are counted. Raises InputError for damaged ones."""
+def small_state(path: Path) -> Inspection:
+    """Describe an adapter state by its config and the masks in its file. Raises InputError for damaged ones."""
     table = read_table(path / CONFIG_FILE, f"{path / CONFIG_FILE} is missing")
     if not (path / WEIGHTS_FILE).is_file():
         raise InputError(f"{path / WEIGHTS_FILE} is missing")
@@ -97,16 +96,9 @@ def small_state(path: Path) -> Inspected:
     config = table.get("pst_config") or {}
     pattern = "" if config.get("overrides") else str(config.get("pattern", ""))
     layers = trained_layers(trained, masks, lambda name: pattern, 4)
-    known = (
-        "step",
-        "sparsity",
-        "masks_frozen",
-        "dtype",
-        "base_model_name_or_path",
-        "base_fingerprint",
-        "pst_ds_version",
-    )
-    facts = {**{key: table.get(key) for key in known}, **counted(layers), "pattern": config.get("pattern")}
+    known = ("step", "sparsity", "masks_frozen", "dtype", "base_model_name_or_path", "base_fingerprint")
+    known += ("pst_ds_version",)
+    facts = {**{key: table.get(key) for key in known}, **totals(layers), "pattern": config.get("pattern")}
     facts["file_bytes"] = (path / WEIGHTS_FILE).stat().st_size
     note = "its weight file is whole: its SHA-256 is as it should be"
-    return Inspected(f"{path}: a small state, to be put onto its base model", facts, layers, note)
+    return Inspection(f"{path}: a small state, to be put onto its base model", facts, layers, note)
