@@ -1,4 +1,4 @@
-"""The bare greedy loop of a causal model of transformers: one prefill, then a step a token."""
+"""A bare greedy loop for causal models of transformers: one prefill, then a step per token."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pst_ds.nn.blocks import is_linear
 from pst_ds.runtime.dense import PrepackedLinear
@@ -17,7 +18,7 @@ from pst_ds.runtime.linear import SparseLinear
 
 
 class Decoder:
-    """A model with the keys and values of the tokens it has seen; always the likeliest token next."""
+    """A model with the keys and values of the tokens it has seen; decodes greedily."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -26,17 +27,17 @@ class Decoder:
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._cache: Any = None
         self.tokens: Tensor = torch.empty(0, 0, dtype=torch.long)
-        """(batch, 1): the last ones."""
+        """The last ones, (batch, 1)."""
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> Tensor:
-        """Forgets what was before, reads ``ids`` (batch, tokens), and gives the first new tokens (batch, 1)."""
+        """Start over with ``ids`` (batch, tokens); return the first new tokens (batch, 1)."""
         self._cache = None
         return self._forward(ids)
 
     @torch.inference_mode()
     def step(self) -> Tensor:
-        """The next tokens (batch, 1)."""
+        """Return the next tokens (batch, 1)."""
         return self._forward(self.tokens)
 
     def _forward(self, ids: Tensor) -> Tensor:
@@ -55,9 +56,9 @@ class LinearTime:
     output_layer: float = 0.0
 
     def start(self) -> None:
-        get: Any = getattr(self.model, "get_output_embeddings", None)
+        get = getattr(self.model, "get_output_embeddings", None)
         output_layer = get() if get is not None else None
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
         for module in self.model.modules():
             if isinstance(module, SparseLinear | PrepackedLinear) or is_linear(module):
                 begin, end = self._stopwatch("output_layer" if module is output_layer else "blocks")
@@ -70,18 +71,18 @@ class LinearTime:
     def _stopwatch(self, total: str) -> tuple[Callable[..., None], Callable[..., None]]:
         started = 0.0
 
-        def begin(*_: Any) -> None:
+        def begin(*_: object) -> None:
             nonlocal started
             started = time.perf_counter()
 
-        def end(*_: Any) -> None:
+        def end(*_: object) -> None:
             setattr(self, total, getattr(self, total) + time.perf_counter() - started)
 
         return begin, end
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Of all parameters and buffers, shared storage once; of a prepacked weight the bytes it was made of."""
+    """Return the bytes of parameters and buffers, shared storage once; of prepacked weights those they were made of."""
     storages = {}
     for tensor in (*model.parameters(), *model.buffers()):
         storage = tensor.untyped_storage()

@@ -1,11 +1,10 @@
-"""Times of the variants of ``pst-ds bench``: they take turns, and what counts is the median."""
+"""Times of the variants of ``pst-ds bench``: medians of turns."""
 
 from __future__ import annotations
 
 import argparse
 import statistics
 import time
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,25 +18,25 @@ Times = dict[str, list[float]]
 
 
 def measure(
-    found: dict[str, Variant], folder: ModelFolder, batch: int, args: argparse.Namespace
+    by_name: dict[str, Variant], folder: ModelFolder, batch: int, args: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
-    """Rates of each variant: tokens a second of prefill and decode, and where a decoding step's time goes.
+    """Return rates of each variant: tokens per second of prefill and decode, and where a decoding step's time goes.
 
-    A model that is not causal has a forward pass only, which counts as its prefill.
+    A model that is not causal has only a forward pass, which counts as its prefill.
     """
     ids = _token_ids(folder, batch, args.prompt_tokens)
-    prefill: Times = {name: [] for name in found}
-    decode: Times = {name: [] for name in found}
-    with Progress("measure", (args.repeats + 1) * len(found), "times") as shown:
+    prefill: Times = {name: [] for name in by_name}
+    decode: Times = {name: [] for name in by_name}
+    with Progress("measure", (args.repeats + 1) * len(by_name), "times") as progress:
         for turn in range(args.repeats + 1):
-            for name, variant in found.items():
+            for name, variant in by_name.items():
                 timed = _run(variant, ids, args.new_tokens) if folder.is_causal else _forward(variant, ids)
                 if turn:  # the first warms up
                     prefill[name] += timed[0]
                     decode[name] += timed[1]
-                shown.add(1, name)
+                progress.add(1, name)
     rates: dict[str, dict[str, float]] = {}
-    for name, variant in found.items():
+    for name, variant in by_name.items():
         rates[name] = {"prefill_tokens_per_second": ids.numel() / statistics.median(prefill[name])}
         if decode[name]:
             step = statistics.median(decode[name])
@@ -47,7 +46,7 @@ def measure(
 
 
 def _run(variant: Variant, ids: Tensor, new_tokens: int) -> tuple[list[float], list[float]]:
-    """Seconds of each prefill, and of each step; the copies of the model step in turn."""
+    """Return seconds of each prefill and of each step; the copies of the model step in turn."""
     decoders = [Decoder(model) for model in variant.models]
     prefill, decode = [], []
     for decoder in decoders:
@@ -76,7 +75,7 @@ def _forward(variant: Variant, ids: Tensor) -> tuple[list[float], list[float]]:
 
 
 def shares(variant: Variant, ids: Tensor, new_tokens: int) -> dict[str, float]:
-    """Of the time of a step: what is outside the linear layers, and what the output layer takes. Medians of steps."""
+    """Return the shares of a step's time outside the linear layers and in the output layer, as medians."""
     decoders = [Decoder(model) for model in variant.models]
     clocks = [LinearTime(model) for model in variant.models]
     for decoder, clock in zip(decoders, clocks, strict=True):
@@ -98,8 +97,8 @@ def shares(variant: Variant, ids: Tensor, new_tokens: int) -> dict[str, float]:
 
 
 def _token_ids(folder: ModelFolder, batch: int, tokens: int) -> Tensor:
-    """(batch, tokens): the same every time, of the whole vocabulary."""
-    size: Any = getattr(folder.config.get_text_config(), "vocab_size", None)
+    """Draw (batch, tokens) from the whole vocabulary, the same every time."""
+    size: object = getattr(folder.config.get_text_config(), "vocab_size", None)
     if not isinstance(size, int):
         raise ModelFolderError(f"{folder.path}: config.json has no vocab_size, and only models of text are measured")
     return torch.randint(size, (batch, tokens), generator=torch.Generator().manual_seed(0))

@@ -21,12 +21,14 @@ COLUMNS = (
     ("resident_bytes", "resident MB", "{}"),
     ("file_bytes", "file MB", "{}"),
 )
-"""Key of a row, heading, and how it is written."""
+"""The key of a row, its heading, and its format."""
 _MB = ("resident_bytes", "file_bytes")
+Row = dict[str, Any]
+"""Results of a variant, by key."""
 
 
 def bench_text(result: dict[str, Any]) -> str:
-    """The conditions, and one line for each variant, thread count and batch."""
+    """Format the conditions, and one line for each variant, thread count and batch."""
     conditions = result["conditions"]
     what = f"{result['prompt_tokens']} tokens in" + (f", {result['new_tokens']} out" if result["causal"] else "")
     lines = [
@@ -38,14 +40,14 @@ def bench_text(result: dict[str, Any]) -> str:
     return "\n".join([*lines, *aligned(bench_table(result["rows"]))])
 
 
-def bench_table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """The headings of the columns that any of ``rows`` has a value for, and the cells of each row."""
+def bench_table(rows: list[Row]) -> list[list[str]]:
+    """Return the headings of the columns that any row has a value for, and the cells of each row."""
     columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
     cells = [[_cell(row.get(key), key, form) for key, _, form in columns] for row in rows]
     return [[heading for _, heading, _ in columns], *cells]
 
 
-def _cell(value: Any, key: str, form: str) -> str:
+def _cell(value: str | float | None, key: str, form: str) -> str:
     if value is None:
         return "-"
-    return f"{value / 1e6:.1f}" if key in _MB else form.format(value)
+    return f"{float(value) / 1e6:.1f}" if key in _MB else form.format(value)

@@ -1,4 +1,4 @@
-"""The models that ``pst-ds bench`` measures side by side, and the machine it does so on."""
+"""The models that ``pst-ds bench`` compares, and the machine it runs on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Variant:
 
     model: Any
     file_bytes: int | None = None
-    """Of its weight files; None where it was made in memory."""
+    """Size of its weight files; None if it was made in memory."""
     models: list[Any] = field(default_factory=list)
     """The model and its copies."""
     loaded_bytes: int = 0
@@ -42,7 +42,7 @@ class Variant:
         self.models = [self.model]
         self.loaded_bytes = resident_bytes(self.model)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         return {
             "resident_bytes": self.loaded_bytes,
             "file_bytes": self.file_bytes,
@@ -51,28 +51,27 @@ class Variant:
 
 
 def variants(folder: ModelFolder, dense: ModelFolder | None, formats: list[str], dtype: str) -> dict[str, Variant]:
-    """By name: "dense" as transformers runs it, "prepacked", and each sparse format.
+    """Return the models by name: "dense" as transformers runs it, "prepacked", and each sparse format.
 
-    ``formats``: none takes :func:`default_formats`. ``dense`` None unpacks the folder.
-    Prepacked and sparse models share what is quick for an output layer that stays dense; "dense" is left as it is.
-    Raises ModelFolderError.
+    Without ``formats`` these are :func:`default_formats`; without ``dense`` the folder is unpacked. All but "dense"
+    have a quick output layer too. Raises ModelFolderError.
     """
     base = dense or folder
     plain = base.load("dense", dtype)
-    found = {"dense": Variant(plain, base.weight_file_bytes if base.format == "dense" else None)}
+    by_name = {"dense": Variant(plain, base.weight_file_bytes if base.format == "dense" else None)}
     if can_prepack(plain.dtype):
         packed = copy.deepcopy(plain)
         prepack(packed, vectors=1)
         quicken_output_layer(packed)
-        found["prepacked"] = Variant(packed)
+        by_name["prepacked"] = Variant(packed)
     for name in formats or default_formats(folder, plain if dense is None else folder.load("dense", dtype)):
-        found[name] = _sparse(folder, plain if dense is None else None, name, dtype)
-        quicken_output_layer(found[name].model)
-    return found
+        by_name[name] = _sparse(folder, plain if dense is None else None, name, dtype)
+        quicken_output_layer(by_name[name].model)
+    return by_name
 
 
 def default_formats(folder: ModelFolder, plain: Any) -> list[str]:
-    """The folder's own, or bitmask of a dense one; csr where it beats expansion; 2:4 where all are 2:4."""
+    """Return the folder's own format (bitmask for a dense one), csr where it beats expansion, 2:4 where it applies."""
     layers = untied_linear_layers(plain).values()
     own = folder.format if folder.format in FORMATS else "bitmask"
     kept = sum(int(layer.weight.count_nonzero()) for layer in layers)
@@ -86,7 +85,7 @@ def default_formats(folder: ModelFolder, plain: Any) -> list[str]:
 
 
 def _sparse(folder: ModelFolder, plain: Any, name: str, dtype: str) -> Variant:
-    """The folder as loaded where that is its format; else made of the dense model, layer by layer."""
+    """Load the folder where that is its format; otherwise convert the dense model layer by layer."""
     if folder.format == name:
         return Variant(folder.load("sparse", dtype), folder.weight_file_bytes)
     model = copy.deepcopy(plain) if plain is not None else folder.load("dense", dtype)
@@ -99,7 +98,7 @@ def _sparse(folder: ModelFolder, plain: Any, name: str, dtype: str) -> Variant:
 
 @torch.no_grad()
 def make_sparse(model: nn.Module, format_name: str) -> int:
-    """Packs each linear layer that ``format_name`` makes smaller, in place, as an export does; returns how many."""
+    """Pack each linear layer that ``format_name`` makes smaller, in place, as an export does; return how many."""
     made = 0
     for name, module in untied_linear_layers(model).items():
         weight = module.weight.t().contiguous() if is_conv1d(module) else module.weight
@@ -113,21 +112,21 @@ def make_sparse(model: nn.Module, format_name: str) -> int:
     return made
 
 
-def copy_until(found: dict[str, Variant], total_bytes: int) -> None:
-    """Copies each model until its weights fill ``total_bytes``. Raises ModelFolderError where memory is short."""
-    needed = sum(max(0, total_bytes - c.loaded_bytes) + c.loaded_bytes for c in found.values())
+def copy_until(by_name: dict[str, Variant], total_bytes: int) -> None:
+    """Copy each model until its weights fill ``total_bytes``. Raises ModelFolderError where memory is short."""
+    needed = sum(max(0, total_bytes - c.loaded_bytes) + c.loaded_bytes for c in by_name.values())
     available = available_bytes()
     if available is not None and needed > 0.8 * available:
         raise ModelFolderError(
             f"--from-memory needs {needed / 1e9:.1f} GB of copies, and {available / 1e9:.1f} GB are free: leave it out"
         )
-    for variant in found.values():
+    for variant in by_name.values():
         count = max(2, -(-total_bytes // max(1, variant.loaded_bytes)))
         variant.models = [variant.model, *(_copied(variant.model) for _ in range(count - 1))]
 
 
 def _copied(model: Any) -> Any:
-    """A copy with weights of its own; oneDNN's tensors know clone() only."""
+    """Copy a model with its weights; oneDNN's tensors support clone() only."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         packed = getattr(module, "packed", None)
@@ -137,7 +136,7 @@ def _copied(model: Any) -> Any:
 
 
 def last_level_cache_bytes() -> int:
-    """The largest cache of the first processor; 32 MiB where it cannot be read."""
+    """Return the size of the first processor's largest cache; 32 MiB where it cannot be read."""
     sizes = []
     for path in _CACHES.glob("index*/size"):
         text = path.read_text(encoding="ascii").strip()
@@ -146,8 +145,8 @@ def last_level_cache_bytes() -> int:
     return max(sizes, default=32 << 20)
 
 
-def conditions() -> dict[str, Any]:
-    """The machine, its caches and instructions, and the versions."""
+def conditions() -> dict[str, object]:
+    """Describe the machine, its caches and instructions, and the versions."""
     return {
         "hardware": f"{cpu_name()}, {os.cpu_count()} cores",
         "last_level_cache_bytes": last_level_cache_bytes(),

@@ -1,11 +1,11 @@
-"""``pst-ds bench DIR``: how fast and how large a model is: dense, dense with prepacked layers, and sparse."""
+"""``pst-ds bench DIR``: measure how fast and how large a model is: dense, prepacked and sparse."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pst_ds.bench.table import bench_text
+from pst_ds.bench.table import Row, bench_text
 from pst_ds.cli.main import add_quiet_argument, count
 from pst_ds.errors import InputError
 
@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from pst_ds.hf.model_folder import ModelFolder
 
 SPARSE = ("bitmask", "csr", "2:4")
-
-
-class BenchError(InputError):
-    """Something that cannot be measured as it was asked for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quiet_argument(parser)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     import torch
 
     from pst_ds.bench.measure import measure
@@ -56,19 +52,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     folder = open_model_folder(args.model)
     dense = open_model_folder(args.dense) if args.dense else None
     if dense is not None and dense.format != "dense":
-        raise BenchError(
+        raise InputError(
             f"--dense {args.dense}: its weights are packed; leave --dense out to unpack {args.model} itself"
         )
     _check_positions(folder, args)
-    found = variants(folder, dense, args.formats, args.dtype)
+    by_name = variants(folder, dense, args.formats, args.dtype)
     if args.from_memory:
-        copy_until(found, 2 * last_level_cache_bytes())
+        copy_until(by_name, 2 * last_level_cache_bytes())
     threads_before, rows = torch.get_num_threads(), []
     try:
         for threads in args.threads or [threads_before]:
             torch.set_num_threads(threads)
             for batch in args.batch:
-                rows += _rows(measure(found, folder, batch, args), found, {"threads": threads, "batch": batch})
+                rows += _rows(measure(by_name, folder, batch, args), by_name, {"threads": threads, "batch": batch})
     finally:
         torch.set_num_threads(threads_before)
     result = {
@@ -84,11 +80,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _rows(measured: dict[str, dict[str, float]], found: dict[str, Variant], at: dict[str, int]) -> list[dict[str, Any]]:
-    """A row for each variant, with its rates against both dense ones."""
-    rows: list[dict[str, Any]] = []
-    for name, variant in found.items():
-        row = {"variant": name, **at, **measured[name], **variant.facts(), "copies": len(variant.models)}
+def _rows(measured: dict[str, dict[str, float]], by_name: dict[str, Variant], at: dict[str, int]) -> list[Row]:
+    """Return a row for each variant, with its rates relative to both dense ones."""
+    rows: list[Row] = []
+    for name, variant in by_name.items():
+        row: Row = {"variant": name, **at, **measured[name], **variant.facts(), "copies": len(variant.models)}
         for stage in ("prefill", "decode"):
             rate = f"{stage}_tokens_per_second"
             for base in ("dense", "prepacked"):
@@ -102,7 +98,7 @@ def _check_positions(folder: ModelFolder, args: argparse.Namespace) -> None:
     positions = getattr(folder.config.get_text_config(), "max_position_embeddings", None)
     tokens = args.prompt_tokens + (args.new_tokens if folder.is_causal else 0)
     if isinstance(positions, int) and tokens > positions:
-        raise BenchError(
+        raise InputError(
             f"{args.model} has {positions} positions, and --prompt-tokens and --new-tokens come to {tokens}: lower them"
         )
 

@@ -1,10 +1,9 @@
-"""``pst-ds completion SHELL``: a script that knows all verbs, options, choices and files; it starts no Python."""
+"""``pst-ds completion SHELL``: print a script that knows all verbs, options, choices and files; it runs no Python."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import Any
 
 from pst_ds.cli.main import VERBS, build_parser
 from pst_ds.errors import InputError
@@ -14,9 +13,9 @@ SHELLS = {
     "zsh": 'pst-ds completion zsh > "${fpath[1]}/_pst-ds"                      # a folder of fpath, before compinit',
     "fish": "pst-ds completion fish > ~/.config/fish/completions/pst-ds.fish",
 }
-"""How each shell is told."""
+"""How to install the script in each shell."""
 _FILES, _FOLDERS = {"FILE", "RUN", "SRC", "PATH"}, {"DIR", "OUT", "EXPORT"}
-"""Metavars of arguments that are files or folders, and folders."""
+"""Metavars of arguments that are files (or folders), and folders only."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=tuple(SHELLS))
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, str]:
     script = completion_script(args.shell)
     if not args.json:
         print(script)
@@ -33,7 +32,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def completion_script(shell: str) -> str:
-    """Raises InputError without shtab."""
+    """Make the script for a shell. Raises InputError without shtab."""
     try:
         import shtab
     except ImportError:
@@ -46,12 +45,12 @@ def completion_script(shell: str) -> str:
         if name in _FILES | _FOLDERS and not action.choices:
             action.complete = shtab.FILE if name in _FILES else shtab.DIRECTORY  # type: ignore[attr-defined]
     script = str(shtab.complete(parser, shell=shell))
-    # shtab has zsh take one value of an argument that takes several; a star takes all that are left
+    # shtab makes zsh take one value of an argument that takes several; a star takes all that are left
     return script.replace('"(*):', '"*:') if shell == "zsh" else script
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Every argument of ``parser`` and of its verbs."""
+    """Yield every argument of ``parser`` and of its verbs."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):

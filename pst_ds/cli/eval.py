@@ -1,4 +1,4 @@
-"""``pst-ds eval RUN``: metrics of a checkpoint on one split, and of the texts that it writes."""
+"""``pst-ds eval RUN``: metrics of a checkpoint on one split, and of the texts it writes."""
 
 from __future__ import annotations
 
@@ -49,8 +49,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _with_texts(prepared: Any, checkpoint: Any, examples: Any, file: str | None) -> dict[str, float]:
-    """Metrics of the model, and of what it writes; the texts go to ``file`` if one is named. On one process, without
-    DeepSpeed, whatever the run trained on."""
+    """Return metrics of the model and of the texts it writes, which go to ``file`` if one is named.
+
+    On one process, without DeepSpeed, whatever the run trained on.
+    """
     from pst_ds.data.tasks.data_to_text import DataToText
     from pst_ds.data.text_metrics import require_text_metrics
     from pst_ds.train.evaluate import predict

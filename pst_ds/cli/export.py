@@ -1,4 +1,4 @@
-"""``pst-ds export SRC --format FORMAT --out DIR``: a run or any model folder as a folder of dense or packed weights."""
+"""``pst-ds export SRC --format FORMAT --out DIR``: write a run or any model folder with dense or packed weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of everything that writes a model folder."""
+    """Add the arguments of everything that writes a model folder."""
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="cast every tensor; default: as they are")
     parser.add_argument("--processes", type=count, default=1, metavar="N", help="processes to write with (default: 1)")
     parser.add_argument(
@@ -59,16 +59,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _written(args: argparse.Namespace) -> dict[str, Any]:
     source = Path(args.run)
-    how = {
-        "packing": args.format,
-        "dtype": args.dtype,
-        "shard_bytes": args.shard_bytes,
-        "processes": args.processes,
-    }
+    how = {key: getattr(args, key) for key in ("dtype", "shard_bytes", "processes")} | {"packing": args.format}
     is_model = source.is_dir() and not (source / "run.toml").is_file() and (source / "config.json").exists()
     if source.is_dir() and not is_model and not (source / "run.toml").is_file():
         raise InputError(
-            f"{str(source)!r} is not a run folder: run.toml is missing; and no model folder: config.json is missing "
+            f"{str(source)!r} is not a run folder: run.toml is missing; nor a model folder: config.json is missing "
             f"(looked in {source.absolute()})"
         )
     if not is_model:
@@ -100,7 +95,7 @@ def _write_run(args: argparse.Namespace, how: dict[str, Any]) -> dict[str, Any]:
 
 
 def convert(format_name: str, description: str, argv: Sequence[str] | None = None) -> int:
-    """``pst-ds export`` to one format, as tools/masks_to_*.py offer it: ``SRC OUT``. Returns the exit code."""
+    """Run ``pst-ds export`` to one format, for tools/masks_to_*.py: ``SRC OUT``. Returns the exit code."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("source", metavar="SRC", help="run folder, run file, or model folder with zeros in it")
     parser.add_argument("out", metavar="OUT", help="folder to write")

@@ -1,15 +1,23 @@
-"""``pst-ds prune RUN_FILE --method METHOD --out DIR``: the run's pretrained model, pruned once on calibration text."""
+"""``pst-ds prune RUN_FILE --method METHOD --out DIR``: prune a run's pretrained model once, on calibration text."""
 
 from __future__ import annotations
 
 import argparse
 import random
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from pst_ds.cli.main import add_quiet_argument, add_run_arguments, count, load_run_or_folder
 from pst_ds.config.methods import OneShotMethod
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from pst_ds.config.run import RunConfig
+    from pst_ds.prune.model import PrunedLayer
+    from pst_ds.prune.replay import Batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,14 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=count, default=128, metavar="N", help="examples of data.train to calibrate on (default: 128)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of examples (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the choice of examples (default: 0)")
     parser.add_argument(
         "--shard-bytes", type=count, default=5 << 30, metavar="B", help="most bytes of a weight file (default: 5 GiB)"
     )
     add_quiet_argument(parser)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     start, config = time.perf_counter(), load_run_or_folder(args)
     from pst_ds.export.base_weights import BaseWeights
     from pst_ds.export.from_folder import copy_beside
@@ -57,8 +65,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _pruned(model: Any, config: Any, args: argparse.Namespace, device: str) -> tuple[list[Any], dict[str, Any], float]:
-    """Prune ``model`` in place: (its layers, what the record says of the run, how long it took)."""
+def _pruned(
+    model: PreTrainedModel, config: RunConfig, args: argparse.Namespace, device: str
+) -> tuple[list[PrunedLayer], dict[str, object], float]:
+    """Prune ``model`` in place; return (its layers, the record's facts, seconds)."""
     import torch
 
     from pst_ds.checkpoint.restore import base_fingerprint
@@ -87,10 +97,10 @@ def _pruned(model: Any, config: Any, args: argparse.Namespace, device: str) -> t
     return layers, about, seconds
 
 
-def _calibration(config: Any, model_config: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Model inputs of some examples of data.train, drawn without repetition; short and long ones are in other batches.
+def _calibration(config: RunConfig, model_config: PretrainedConfig, args: argparse.Namespace) -> list[Batch]:
+    """Batch the model inputs of some examples of data.train, drawn without repetition and sorted by length.
 
-    Raises ConfigError for data or a tokenizer that do not do, and PruneError for fewer examples than asked for.
+    Raises ConfigError for unsuitable data or tokenizer, and PruneError for too few examples.
     """
     from pst_ds.data.tasks import task_of
     from pst_ds.prune.errors import PruneError
@@ -111,8 +121,8 @@ def _calibration(config: Any, model_config: Any, args: argparse.Namespace) -> li
     return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
 
 
-def _text(config: Any, batches: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
-    """What the record says of the calibration."""
+def _text(config: RunConfig, batches: list[Batch], args: argparse.Namespace) -> dict[str, object]:
+    """Return the record's facts about the calibration."""
     tokens = sum(int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in batches)
     return {
         "data": config.data.train,
@@ -124,7 +134,7 @@ def _text(config: Any, batches: list[dict[str, Any]], args: argparse.Namespace) 
     }
 
 
-def _summary(result: dict[str, Any]) -> str:
+def _summary(result: Mapping[str, Any]) -> str:
     text = f", on {result['samples']} examples of {result['tokens']:,} tokens" if "tokens" in result else ""
     return (
         f"wrote {result['out']}: {result['method']}, pattern {result['pattern']}, {result['num_layers']} layers, "

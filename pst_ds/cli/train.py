@@ -1,9 +1,8 @@
-"""``pst-ds train RUN.toml``"""
+"""``pst-ds train RUN.toml``: train a run."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from pst_ds.cli.main import add_quiet_argument, add_run_arguments, load_run_or_folder
 from pst_ds.parallel import stop_signals
@@ -16,12 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="go on from the newest valid checkpoint of the run, if there is one"
     )
     begin.add_argument(
-        "--restart", action="store_true", help="begin anew in a folder with checkpoints, which are set aside"
+        "--restart", action="store_true", help="start over in a folder with checkpoints, which are set aside"
     )
     add_quiet_argument(parser)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     stop_signals.install()
     config = load_run_or_folder(args)
     from pst_ds.parallel.launch import launch_environment

@@ -1,9 +1,10 @@
-"""``pst-ds verify DIR [--against RUN]``: an export against its manifest, and against the model that was trained."""
+"""``pst-ds verify DIR [--against RUN]``: check an export against its manifest and against the trained model."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,17 +16,17 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pst_ds.config.run import RunConfig
+    from pst_ds.data.tasks import ExampleSet
     from pst_ds.train.run import Prepared
 
 ROUNDINGS = 2.0
-"""Of the two computations of one logit that are compared, one each."""
-
+"""One for each of the two computations of a logit."""
 LINE_BYTES = 64
-"""Where torch begins the memory it allocates; a weight in a mapped file may begin anywhere."""
+"""Alignment of the memory that torch allocates; a weight in a mapped file may begin anywhere."""
 
 
 class VerificationError(RuntimeError):
-    """The export is well-formed but is not the trained model."""
+    """A well-formed export that is not the trained model."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quiet_argument(parser)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     from pst_ds.export.check import check_export, check_model
 
     folder = Path(args.export)
@@ -80,14 +81,14 @@ def _require_equal(args: argparse.Namespace, compared: dict[str, Any], kept: dic
         raise VerificationError(what)
     if kept and kept["differing_weights"]:
         raise VerificationError(f"{what}: kept sparse, its weights differ")
-    for how, found in (("", compared), ("kept sparse, ", kept)):
-        # a NaN is not within
-        if found and not found["max_logit_difference"] <= found["allowed_logit_difference"]:
+    for how, result in (("", compared), ("kept sparse, ", kept)):
+        # written so that a NaN fails
+        if result and not result["max_logit_difference"] <= result["allowed_logit_difference"]:
             raise VerificationError(f"{what}: {how}its logits differ by more than rounding explains")
 
 
 def _compare(args: argparse.Namespace, config: RunConfig, *, packed: bool) -> dict[str, Any]:
-    """The masked training model and the export, rebuilt side by side, on the same batches. Raises InputError."""
+    """Rebuild the masked training model and the export, and compare them on the same batches. Raises InputError."""
     import torch
 
     from pst_ds.nn.embedding import pst_embeddings
@@ -132,12 +133,11 @@ def _compare(args: argparse.Namespace, config: RunConfig, *, packed: bool) -> di
     return compared
 
 
-def _compare_texts(prepared: Prepared, examples: Any, masked: nn.Module, plain: nn.Module) -> dict[str, Any]:
-    """How many texts of the two models differ, and the metrics of the export's, if the libraries for them are
-    installed; nothing for tasks that write none.
+def _compare_texts(prepared: Prepared, examples: ExampleSet, masked: nn.Module, plain: nn.Module) -> dict[str, Any]:
+    """Count the differing texts of the two models, and score the export's if the libraries are installed.
 
-    A text hangs on every logit before it, so texts may differ where sums are not taken in the same order each time, as
-    on a GPU: they are counted and not required to be equal.
+    A text depends on every logit before it, so texts may differ where the order of sums varies, as on a GPU: they are
+    not required to be equal. Returns nothing for tasks that write no text.
     """
     from pst_ds.data.tasks.data_to_text import DataToText
     from pst_ds.data.text_metrics import missing_libraries
@@ -157,9 +157,9 @@ def _compare_texts(prepared: Prepared, examples: Any, masked: nn.Module, plain: 
 
 
 def _compare_sparse(
-    prepared: Prepared, examples: Any, masked: nn.Module, plain: nn.Module, folder: str
+    prepared: Prepared, examples: ExampleSet, masked: nn.Module, plain: nn.Module, folder: str
 ) -> dict[str, Any]:
-    """The export with its weights kept packed: its weights to the bit, its logits up to rounding."""
+    """Compare the export with its weights kept packed: weights to the bit, logits up to rounding."""
     import torch
 
     from pst_ds.nn.blocks import is_conv1d
@@ -185,12 +185,12 @@ def _compare_sparse(
 
 
 def allowed_difference(dtype: torch.dtype, num_layers: int, inputs: int) -> tuple[float, str]:
-    """(how far two computations of the same logits may be apart, as a share of the largest logit; how it comes about).
+    """Return how far two computations of the same logits may differ, as a share of the largest logit, and the formula.
 
-    Each layer rounds its outputs by at most one unit, u = eps / 2, and errors that know nothing of each other add up
-    like the square root of their number; there are two computations: 2 u sqrt(layers). An fp32 product is summed in
-    another order besides, which is one more rounding for each of its ``inputs``: times their square root. Products of
-    bf16 and fp16 are summed in fp32, whose rounding is small beside theirs.
+    Each layer rounds its outputs by at most one unit, u = eps / 2, and independent errors add up like the square root
+    of their number; there are two computations: 2 u sqrt(layers). An fp32 product is also summed in another order,
+    which is one more rounding for each of its ``inputs``: times their square root. Products of bf16 and fp16 are
+    summed in fp32, whose rounding is small next to theirs.
     """
     import torch
 
@@ -215,7 +215,7 @@ class _LargestLogit:
 
 
 def _loaded(prepared: Prepared, folder: str, load_as: Literal["", "dense", "sparse"]) -> Any:
-    """The export by transformers; ``load_as``: "" for a dense folder, else what to do with packed weights."""
+    """Load the export with transformers; ``load_as``: "" for a dense folder, else what to do with packed weights."""
     from pst_ds.train.model import DTYPES, attention_options
 
     options: dict[str, Any] = attention_options(prepared.run)
@@ -229,15 +229,17 @@ def _loaded(prepared: Prepared, folder: str, load_as: Literal["", "dense", "spar
 
 
 def _aligned(model: nn.Module) -> nn.Module:
-    """Move weights to where a line of memory begins: a sum of products is taken in another order elsewhere."""
+    """Align weights to lines of memory: where they are not, products are summed in another order."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.data_ptr() % LINE_BYTES:
             tensor.data = tensor.data.clone()
     return model
 
 
-def _on_examples(prepared: Prepared, examples: Any, one: Any, other: Any) -> tuple[dict[str, Any], dict[str, float]]:
-    """How far the logits of two models differ, and the metrics of the other."""
+def _on_examples(
+    prepared: Prepared, examples: ExampleSet, one: Callable[..., Any], other: Callable[..., Any]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return how far the logits of two models differ, and the metrics of ``other``."""
     from pst_ds.train.evaluate import compare
 
     batch_size = prepared.run.eval_batch_size

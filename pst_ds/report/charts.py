@@ -57,7 +57,7 @@ class Chart:
     def path(self, series: Series) -> str:
         return "M" + "L".join(f"{x:g} {y:g}" for x, y in self._places(series))
 
-    def marks(self, series: Series) -> list[Point]:
+    def marks(self, series: Series) -> list[tuple[float, float]]:
         """Return where a series of few points shows them."""
         return self._places(series) if len(series.points) <= _MOST_MARKS else []
 

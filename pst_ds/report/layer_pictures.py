@@ -119,4 +119,4 @@ def _scores(line: Picture) -> Snapshot:
 def _mask(line: Picture) -> Snapshot:
     share = np.array(line["share"], dtype=float)
     caption = f"cells keep {share.min():.1%} to {share.max():.1%}"
-    return Snapshot("mask", line["step"], png_uri(coloured(share_on_scale(share))), caption)
+    return Snapshot("mask", line["step"], png_uri(coloured(share_on_scale(line["share"]))), caption)

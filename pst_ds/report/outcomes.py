@@ -154,4 +154,7 @@ def _verified(path: Path, result: dict[str, Any]) -> list[Cell]:
 
 
 def _of(some: object, all_of: object) -> Cell:
-    return number(some if is_number(all_of) else None, lambda value: f"{whole(value)} of {whole(all_of)}")
+    if not is_number(all_of):
+        return number(None)
+    of = f" of {whole(all_of)}"
+    return number(some, lambda value: whole(value) + of)

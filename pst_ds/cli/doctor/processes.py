@@ -129,8 +129,8 @@ def _native() -> Native:
     parts = FORMATS["bitmask"].pack(weight, None, "weight")
     y = x @ weight.t()
     if libraries["sparse layers"] is not None:
-        packed = (parts[name] for name in ("compressed", "bitmask", "row_offsets"))
-        y = kernels.bitmask_linear(x, *packed, None, kernels.best_level())
+        values, mask, offsets = (parts[name] for name in ("compressed", "bitmask", "row_offsets"))
+        y = kernels.bitmask_linear(x, values, mask, offsets, None, kernels.best_level())
     as_torch = {
         "mask updates": count_bits(bits, bits)[1] == sum(int(byte).bit_count() for byte in bits.tolist()),
         "packing": torch.equal(FORMATS["bitmask"].unpack(parts), weight),

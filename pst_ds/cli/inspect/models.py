@@ -124,7 +124,7 @@ def model_folder(path: Path) -> Inspection:
         return Inspection(f"{path}: a model folder without weights", facts, [])
     weights = BaseWeights(path, "")
     layers = _counted(weights)
-    in_blocks = [x for x in layers if len(x["shape"]) == 2 and name_across_blocks(x["name"]) != x["name"]]
+    in_blocks = [x for x in layers if len(x["shape"] or ()) == 2 and name_across_blocks(x["name"]) != x["name"]]
     facts |= {
         "dtypes": sorted({layer["dtype"] for layer in layers}),
         "tensors": len(layers),

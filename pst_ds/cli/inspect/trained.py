@@ -96,8 +96,8 @@ def small_state(path: Path) -> Inspection:
     config = table.get("pst_config") or {}
     pattern = "" if config.get("overrides") else str(config.get("pattern", ""))
     layers = trained_layers(trained, masks, lambda name: pattern, 4)
-    known = ("step", "sparsity", "masks_frozen", "dtype", "base_model_name_or_path", "base_fingerprint")
-    known += ("pst_ds_version",)
+    known = ["step", "sparsity", "masks_frozen", "dtype", "base_model_name_or_path", "base_fingerprint"]
+    known += ["pst_ds_version"]
     facts = {**{key: table.get(key) for key in known}, **totals(layers), "pattern": config.get("pattern")}
     facts["file_bytes"] = (path / WEIGHTS_FILE).stat().st_size
     note = "its weight file is whole: its SHA-256 is as it should be"
