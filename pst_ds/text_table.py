@@ -1,4 +1,4 @@
-"""A table as lines of text: the first column to the left, the others to the right."""
+"""Tables as lines of text: the first column aligned left, the others right."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A line for each of ``rows``, which have as many cells each; two spaces between columns."""
+    """Return a line for each row; all have the same number of cells, and two spaces between columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
@@ -15,7 +15,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def bytes_text(count: int) -> str:
-    """ "1.25 GB", "76.30 MB" or "812 bytes"."""
+    """Format a size as "1.25 GB", "76.30 MB" or "812 bytes"."""
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:.2f} {unit}"

@@ -1,4 +1,4 @@
-"""Which way a product with a packed weight is computed, by what was measured (docs/performance.md)."""
+"""The choice of how a product with a packed weight is computed, as measured in docs/performance.md."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import torch
 from pst_ds.runtime import native
 
 BACKENDS = ("native", "csr", "expand")
-"""Our CPU kernel on bits; torch's CSR product; the weight expanded, some rows at a time, and a dense product."""
+"""Our CPU kernel on bits; torch's CSR product; a dense product with the weight expanded, some rows at a time."""
 NATIVE_UP_TO = {torch.bfloat16: 1 << 62, torch.float32: 128}
-"""Most vectors in a product for which our kernel is quicker than expanding the weight for a dense product."""
+"""Most vectors in a product for which our kernel beats expanding the weight."""
 CSR_UP_TO, CSR_FROM_SPARSITY = 32, 0.8
-"""From there on torch's CSR product, in fp32, is quicker than expanding csr; a dense layer is quicker still."""
+"""Up to so many vectors and from this sparsity on torch's fp32 CSR product beats expanding; dense layers beat both."""
 
 
 def backend_for(format_name: str, dtype: torch.dtype, device_type: str, vectors: int, density: float) -> str:
-    """One of :data:`BACKENDS` for a product of ``vectors`` vectors with a weight of which ``density`` is kept."""
+    """Choose from :data:`BACKENDS` for a product of ``vectors`` vectors with a weight of which ``density`` is kept."""
     if device_type != "cpu":
         return "expand"
     if format_name == "csr":

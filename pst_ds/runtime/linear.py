@@ -17,9 +17,9 @@ class SparseLinear(nn.Module):
     """y = x W' + bias with W packed: (..., in_features) to (..., out_features).
 
     For inference: x may have a gradient, the weight has none. The parts of the weight (:mod:`pst_ds.core.formats`) are
-    tensors of this module, so that state-dict keys are those of the files. A new layer's are empty: load them, then
-    call :meth:`check`, which must come before the first forward, and again after every load_state_dict.
-    It stands for ``nn.Linear`` and for GPT-2's ``Conv1D``.
+    tensors of this module, so that state-dict keys are those of the files. A new layer's parts are empty: load them,
+    then call :meth:`check` before the first forward, and again after every load_state_dict. It replaces ``nn.Linear``
+    and GPT-2's ``Conv1D``.
     """
 
     bitmask: Tensor
@@ -53,7 +53,7 @@ class SparseLinear(nn.Module):
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: Tensor | None = None, format: str = "bitmask") -> SparseLinear:
-        """A layer that holds the non-zeros of ``weight`` (O, I)."""
+        """Make a layer from the non-zeros of ``weight`` (O, I)."""
         parts = FORMATS[format].pack(weight.detach())
         values = next(part for part in parts.values() if part.is_floating_point())
         layer = cls(
@@ -74,11 +74,11 @@ class SparseLinear(nn.Module):
             self.register_buffer(name, part)
 
     def parts(self) -> dict[str, Tensor]:
-        """The parts of the weight by name."""
+        """Return the parts of the weight by name."""
         return {name: getattr(self, name).detach() for name in self.format.part_names}
 
     def check(self, name: str) -> None:
-        """Raises FormatError, naming ``name``, unless the parts and the bias are those of a layer of this shape."""
+        """Raise FormatError, naming ``name``, unless the parts and the bias fit a layer of this shape."""
         self.format.check(name, self.parts(), (self.out_features, self.in_features))
         if self.bias is not None:
             self._check_bias(name, self.bias)
@@ -93,7 +93,7 @@ class SparseLinear(nn.Module):
             )
 
     def _prepare(self) -> None:
-        """What the product needs beside the parts: 2:4 has as many values in each row, torch's CSR product is fp32."""
+        """Derive what the product needs: the row offsets of 2:4, and the fp32 values of torch's CSR product."""
         self._is_checked = True
         if self.format.name == "2:4":
             offsets = torch.arange(self.out_features, device=self.bitmask.device) * (self.in_features // 2)
@@ -109,7 +109,7 @@ class SparseLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        """``.to`` and the like. A cast makes a -0.0 of a small negative value, and one of ``csr_values`` is undone."""
+        """Handle ``.to`` and the like: undo casts to -0.0 of small negative values, and of ``csr_values``."""
         before = getattr(self, self.format.values_name)
         dtype, had_values = before.dtype, not before.is_meta
         super()._apply(fn, recurse)
@@ -129,12 +129,12 @@ class SparseLinear(nn.Module):
             )
 
     def dense_weight(self) -> Tensor:
-        """(O, I), +0.0 where pruned. Raises RuntimeError before :meth:`check`."""
+        """Return the (O, I) weight, +0.0 where pruned. Raises RuntimeError before :meth:`check`."""
         self._refuse_unchecked()
         return self.format.unpack(self.parts())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., out_features) in the weight's dtype, under autocast too, where x may have another."""
+        """Return (..., out_features) in the weight's dtype, under autocast too, where x may have another."""
         if not self._is_checked:
             self._refuse_unchecked()
         values: Tensor = self._parameters[self.format.values_name]  # type: ignore[assignment]
@@ -165,5 +165,5 @@ class SparseLinear(nn.Module):
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
-    """The sparse layers of a model by name."""
+    """Return the sparse layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}

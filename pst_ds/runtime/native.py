@@ -1,4 +1,4 @@
-"""The CPU kernels: products with a bitmask weight, in C++ for what the processor has; see ``kernels/bitmask.cpp``."""
+"""The CPU kernels: products with a bitmask weight in C++, see ``kernels/bitmask.cpp``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from pst_ds.core.native import INT, POINTER, NativeSource, load
 
 LEVELS = ("portable", "avx2", "avx512", "amx")
-"""Instructions a kernel may use: plain C++; AVX2 with FMA; AVX-512 with VBMI2 and BF16; that and AMX."""
+"""Instructions a kernel may use: plain C++; AVX2 with FMA; AVX-512 with VBMI2 and BF16; AMX as well."""
 DTYPES = (torch.bfloat16, torch.float32)
 _FOLDER = Path(__file__).with_name("kernels")
 SOURCE = NativeSource(
@@ -36,17 +36,17 @@ SOURCE = NativeSource(
 
 @cache
 def library() -> CDLL | None:
-    """The compiled kernels, or None where they cannot be had: the layers then compute with torch.
+    """Return the compiled kernels, or None where they cannot be built: the layers then compute with torch.
 
-    torch is loaded first, so that its OpenMP is the one they use: one pool of threads, ``torch.set_num_threads`` and
-    ``OMP_NUM_THREADS`` honoured.
+    torch is loaded first, so that they share its OpenMP: one pool of threads, which honours
+    ``torch.set_num_threads`` and ``OMP_NUM_THREADS``.
     """
     return load(SOURCE)
 
 
 @cache
 def best_level() -> int:
-    """Index in :data:`LEVELS` of the best that this processor has."""
+    """Return the index in :data:`LEVELS` of the best that this processor supports."""
     native = library()
     return 0 if native is None else native.pst_best_level()
 
@@ -54,12 +54,12 @@ def best_level() -> int:
 def bitmask_linear(
     x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, level: int
 ) -> Tensor:
-    """x W' + bias on the CPU: (..., I) to (..., O), in the dtype of ``values`` and ``x``, one of :data:`DTYPES`.
+    """Compute x W' + bias on the CPU: (..., I) to (..., O) in the dtype of ``values`` and ``x``, one of :data:`DTYPES`.
 
     ``values``, ``bitmask`` (O, ceil(I / 8)) and ``row_offsets`` (O,) are parts that have passed their format's check.
-    Sums are fp32. The dot instructions of AVX-512 and AMX take denormal bf16 numbers, those below 2^-126, as zeros.
-    Raises ValueError when ``x`` has features that the mask has no bits for, or the parts are not of one matrix;
-    MemoryError when there is no room for a copy of ``x``.
+    Sums are fp32. The dot instructions of AVX-512 and AMX treat denormal bf16 numbers, below 2^-126, as zeros. Raises
+    ValueError when ``x`` does not match the mask or the parts are not of one matrix; MemoryError without room for a
+    copy of ``x``.
     """
     native = library()
     assert native is not None

@@ -1,8 +1,8 @@
 """Products with packed weights, as torch operators: ``torch.ops.pst_ds.bitmask_linear`` and ``.csr_linear``.
 
 Eager code calls the Python functions below, which costs less; torch.compile and torch.export see the operators, with
-shapes from their meta kernels. None has a gradient: :class:`~pst_ds.runtime.linear.SparseLinear` takes a dense product
-where one is wanted.
+shapes from their meta kernels. They have no gradient: :class:`~pst_ds.runtime.linear.SparseLinear` takes a dense
+product where one is needed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PANEL_ROWS = 1024
 def bitmask_linear(
     x: Tensor, compressed: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, backend: str = ""
 ) -> Tensor:
-    """x W' + bias: (..., I) to (..., O) with the parts of the bitmask format, which must have passed its check."""
+    """Compute x W' + bias: (..., I) to (..., O) with parts of the bitmask format, which must have passed its check."""
     vectors = x.numel() // max(1, x.shape[-1])
     if not backend:
         density = compressed.numel() / max(1, bitmask.shape[0] * x.shape[-1])
@@ -37,9 +37,9 @@ def bitmask_linear(
 
 
 def csr_linear(x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """x W' + bias with torch's CSR product, which computes in fp32: (..., I) to (..., O) in the dtype of ``x``.
+    """Compute x W' + bias with torch's fp32 CSR product: (..., I) to (..., O) in the dtype of ``x``.
 
-    ``values`` are fp32, or fp64 where ``x`` is. With too many vectors or values for it the weight is expanded.
+    ``values`` are fp32, or fp64 where ``x`` is. With too many vectors or values the weight is expanded.
     """
     shape = (crow_indices.numel() - 1, x.shape[-1])
     vectors, density = x.numel() // max(1, shape[1]), values.numel() / max(1, shape[0] * shape[1])
@@ -57,20 +57,20 @@ def csr_linear(x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Ten
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W' + bias in their dtype, autocast or not: how a product is computed must not change what it gives."""
+    """Compute x W' + bias in their dtype, autocast or not: how a product is computed must not change its result."""
     with torch.autocast(x.device.type, enabled=False):
         return linear(x, weight, bias)
 
 
 def expand_on_device(compressed: Tensor, bitmask: Tensor, columns: int) -> Tensor:
-    """The dense (O, I) weight of bitmask parts, on their device."""
+    """Expand bitmask parts to the dense (O, I) weight, on their device."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
     keep = (bitmask.unsqueeze(-1) >> shifts).bitwise_and_(1).flatten(1)[:, :columns].bool()
     return torch.zeros(keep.shape, dtype=compressed.dtype, device=compressed.device).masked_scatter_(keep, compressed)
 
 
 def _by_panels(x: Tensor, compressed: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None) -> Tensor:
-    """Some rows of the weight after others are expanded and multiplied: one panel is dense at a time."""
+    """Expand and multiply the weight panel by panel, so that only one is dense at a time."""
     rows, columns = bitmask.shape[0], x.shape[-1]
     if rows <= PANEL_ROWS:
         return dense_linear(x, _rows(compressed, bitmask, row_offsets, columns, 0, rows), bias)
@@ -83,7 +83,7 @@ def _by_panels(x: Tensor, compressed: Tensor, bitmask: Tensor, row_offsets: Tens
 
 
 def _rows(compressed: Tensor, bitmask: Tensor, row_offsets: Tensor, columns: int, first: int, last: int) -> Tensor:
-    """Rows [first, last) of the weight, dense."""
+    """Expand rows [first, last) of the weight."""
     start = int(row_offsets[first]) if first < row_offsets.numel() else 0
     stop = int(row_offsets[last]) if last < row_offsets.numel() else compressed.numel()
     return FORMATS["bitmask"].unpack(

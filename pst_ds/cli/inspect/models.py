@@ -1,4 +1,4 @@
-"""Model folders for ``pst-ds inspect``: exports, results of ``pst-ds prune``, and any other of transformers."""
+"""Model folders for ``pst-ds inspect``: exports, results of ``pst-ds prune``, and others of transformers."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def pruned_folder(path: Path) -> Inspection:
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path / RECORD_FILE} is damaged: {error!r}") from None
     note = f"zeros are as pst-ds prune counted them, {RECORD_FILE} says"
-    return Inspection(f"{path}: a model that pst-ds prune made", {**facts, **_sizes(weights.file_bytes)}, layers, note)
+    return Inspection(f"{path}: a result of pst-ds prune", {**facts, **_sizes(weights.file_bytes)}, layers, note)
 
 
 def _recorded(row: dict[str, Any], weights: BaseWeights) -> Layer:
