@@ -6,7 +6,6 @@ import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +19,12 @@ from pst_ds.runtime.linear import SparseLinear
 class Decoder:
     """A model with the keys and values of the tokens it has seen; decodes greedily."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: nn.Module):
         self.model = model
         accepted = inspect.signature(type(model).forward).parameters
         self._cache_name = "cache" if "cache" in accepted else "past_key_values"  # renamed in transformers 5
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self._cache: Any = None
+        self._cache: object = None
         self.tokens: Tensor = torch.empty(0, 0, dtype=torch.long)
         """The last ones, (batch, 1)."""
 

@@ -24,10 +24,10 @@ COLUMNS = (
 """The key of a row, its heading, and its format."""
 _MB = ("resident_bytes", "file_bytes")
 Row = dict[str, Any]
-"""Results of a variant, by key."""
+"""Results by key."""
 
 
-def bench_text(result: dict[str, Any]) -> str:
+def bench_text(result: Row) -> str:
     """Format the conditions, and one line for each variant, thread count and batch."""
     conditions = result["conditions"]
     what = f"{result['prompt_tokens']} tokens in" + (f", {result['new_tokens']} out" if result["causal"] else "")

@@ -7,10 +7,10 @@ import os
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from pst_ds.bench.decode import resident_bytes
 from pst_ds.core.formats import FORMATS, FormatError
@@ -30,10 +30,10 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 class Variant:
     """One way to run the model."""
 
-    model: Any
+    model: PreTrainedModel
     file_bytes: int | None = None
     """Size of its weight files; None if it was made in memory."""
-    models: list[Any] = field(default_factory=list)
+    models: list[PreTrainedModel] = field(default_factory=list)
     """The model and its copies."""
     loaded_bytes: int = 0
     """Resident weights."""
@@ -70,7 +70,7 @@ def variants(folder: ModelFolder, dense: ModelFolder | None, formats: list[str],
     return by_name
 
 
-def default_formats(folder: ModelFolder, plain: Any) -> list[str]:
+def default_formats(folder: ModelFolder, plain: PreTrainedModel) -> list[str]:
     """Return the folder's own format (bitmask for a dense one), csr where it beats expansion, 2:4 where it applies."""
     layers = untied_linear_layers(plain).values()
     own = folder.format if folder.format in FORMATS else "bitmask"
@@ -84,7 +84,7 @@ def default_formats(folder: ModelFolder, plain: Any) -> list[str]:
     return [own, *(name for name, does in apply.items() if does and name != own)]
 
 
-def _sparse(folder: ModelFolder, plain: Any, name: str, dtype: str) -> Variant:
+def _sparse(folder: ModelFolder, plain: PreTrainedModel | None, name: str, dtype: str) -> Variant:
     """Load the folder where that is its format; otherwise convert the dense model layer by layer."""
     if folder.format == name:
         return Variant(folder.load("sparse", dtype), folder.weight_file_bytes)
@@ -125,9 +125,9 @@ def copy_until(by_name: dict[str, Variant], total_bytes: int) -> None:
         variant.models = [variant.model, *(_copied(variant.model) for _ in range(count - 1))]
 
 
-def _copied(model: Any) -> Any:
+def _copied(model: PreTrainedModel) -> PreTrainedModel:
     """Copy a model with its weights; oneDNN's tensors support clone() only."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for module in model.modules():
         packed = getattr(module, "packed", None)
         if packed is not None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pst_ds.atomic_files import require_writable
 from pst_ds.cli.main import add_quiet_argument, add_run_arguments, load_run_or_folder
 from pst_ds.errors import InputError
+
+if TYPE_CHECKING:
+    from pst_ds.checkpoint.format import Checkpoint
+    from pst_ds.data.tasks import ExampleSet
+    from pst_ds.train.run import Prepared
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quiet_argument(parser)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     config = load_run_or_folder(args)
     if args.texts and not config.task_facts.writes_texts:
         raise InputError(f"--texts {args.texts}: task {config.task!r} writes no texts; leave it out")
@@ -48,7 +53,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"checkpoint": str(checkpoint.folder), "split": args.split, "examples": len(examples), **metrics}
 
 
-def _with_texts(prepared: Any, checkpoint: Any, examples: Any, file: str | None) -> dict[str, float]:
+def _with_texts(prepared: Prepared, checkpoint: Checkpoint, examples: ExampleSet, file: str | None) -> dict[str, float]:
     """Return metrics of the model and of the texts it writes, which go to ``file`` if one is named.
 
     On one process, without DeepSpeed, whatever the run trained on.

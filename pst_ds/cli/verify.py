@@ -14,6 +14,7 @@ from pst_ds.errors import InputError
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers.utils import ModelOutput
 
     from pst_ds.config.run import RunConfig
     from pst_ds.data.tasks import ExampleSet
@@ -103,7 +104,7 @@ def _compare(args: argparse.Namespace, config: RunConfig, *, packed: bool) -> di
         examples = examples.first(args.limit)
     masked = _aligned(masked_model(prepared, checkpoint))
     plain = _aligned(_loaded(prepared, args.export, "dense" if packed else ""))
-    merged: dict[str, Any] = {f"{n}.weight": layer.masked_weight() for n, layer in pst_layers(masked).items()}
+    merged: dict[str, torch.Tensor] = {f"{n}.weight": layer.masked_weight() for n, layer in pst_layers(masked).items()}
     merged |= {f"{n}.weight": embedding.updated_weight() for n, embedding in pst_embeddings(masked).items()}
     merged = merged or dict(masked.named_parameters())  # method "dense" changes no module
     merged |= persistent_buffers(masked)
@@ -208,17 +209,17 @@ class _LargestLogit:
     def __init__(self, model: nn.Module):
         self._model, self.value = model, 0.0
 
-    def __call__(self, **inputs: Any) -> Any:
-        result = self._model(**inputs)
+    def __call__(self, **inputs: object) -> ModelOutput:
+        result: ModelOutput = self._model(**inputs)
         self.value = max(self.value, float(result.logits.abs().max()))
         return result
 
 
-def _loaded(prepared: Prepared, folder: str, load_as: Literal["", "dense", "sparse"]) -> Any:
+def _loaded(prepared: Prepared, folder: str, load_as: Literal["", "dense", "sparse"]) -> nn.Module:
     """Load the export with transformers; ``load_as``: "" for a dense folder, else what to do with packed weights."""
     from pst_ds.train.model import DTYPES, attention_options
 
-    options: dict[str, Any] = attention_options(prepared.run)
+    options: dict[str, object] = {**attention_options(prepared.run)}
     if load_as:
         from pst_ds.hf import PackedWeightsConfig
 
@@ -237,7 +238,7 @@ def _aligned(model: nn.Module) -> nn.Module:
 
 
 def _on_examples(
-    prepared: Prepared, examples: ExampleSet, one: Callable[..., Any], other: Callable[..., Any]
+    prepared: Prepared, examples: ExampleSet, one: Callable[..., object], other: Callable[..., object]
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Return how far the logits of two models differ, and the metrics of ``other``."""
     from pst_ds.train.evaluate import compare

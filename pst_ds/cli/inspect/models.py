@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -89,7 +88,7 @@ def pruned_folder(path: Path) -> Inspection:
     return Inspection(f"{path}: a result of pst-ds prune", {**facts, **_sizes(weights.file_bytes)}, layers, note)
 
 
-def _recorded(row: dict[str, Any], weights: BaseWeights) -> Layer:
+def _recorded(row: Facts, weights: BaseWeights) -> Layer:
     stored = weights.find(f"{row['name']}.weight")
     if stored is None:
         raise InputError(f"{weights.folder} has no {row['name']}.weight, which {RECORD_FILE} says was pruned")
@@ -113,7 +112,7 @@ def model_folder(path: Path) -> Inspection:
     quantization = config.get("quantization_config") or {}
     if quantization.get("quant_method") == QUANT_METHOD:
         raise ExportError(f"{path} is a packed export without pst_manifest.json, which says what it holds")
-    text: dict[str, Any] = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    text: Facts = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     facts = {
         "architectures": config.get("architectures"),
         "family": config.get("model_type"),
