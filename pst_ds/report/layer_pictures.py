@@ -49,14 +49,6 @@ class Snapshot:
     caption: str
 
 
-@dataclass(frozen=True, slots=True)
-class LayerPictures:
-    """The snapshots of one layer."""
-
-    layer: str
-    snapshots: list[Snapshot]
-
-
 def heat_maps(run: RunData) -> Iterator[HeatMap]:
     """Yield the maps of sparsity and of flips, if the run has updated its masks."""
     layers = run.layers
@@ -91,8 +83,8 @@ def png_uri(pixels: np.ndarray) -> str:
     return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode('ascii')}"
 
 
-def layer_pictures(run: RunData) -> Iterator[LayerPictures]:
-    """Yield the pictures of every layer that has some, in model order."""
+def layer_pictures(run: RunData) -> Iterator[tuple[str, list[Snapshot]]]:
+    """Yield (name, pictures) of every layer that has some, in model order."""
     layers = run.layers
     if layers is None:
         return
@@ -103,7 +95,7 @@ def layer_pictures(run: RunData) -> Iterator[LayerPictures]:
             if i in layers.pictures[event]
             for line in spread(layers.pictures[event][i].items, MOST_SNAPSHOTS)
         ]
-        yield LayerPictures(layers.names[i], snapshots)
+        yield layers.names[i], snapshots
 
 
 def _scores(line: Picture) -> Snapshot:

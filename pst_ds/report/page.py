@@ -54,7 +54,7 @@ def _contents(runs: Sequence[RunData], exports: Sequence[ExportData]) -> dict[st
         "charts": list(charts(runs)),
         "heat_maps": _in_rows([[(run, heat_map) for heat_map in heat_maps(run)] for run in runs]),
         "layers": layer_table(runs, {key: shape for export in exports for key, shape in export.shapes.items()}),
-        "pictures": [(run, pictures) for run in runs for pictures in layer_pictures(run)],
+        "pictures": [(run, *pictures) for run in runs for pictures in layer_pictures(run)],
     }
 
 

@@ -99,9 +99,9 @@ def test_the_pictures_of_a_layer_are_evenly_apart(write_run, count):
     lines = [{"step": s, "event": "thumbnail", "layer": 1, "share": [[0.5]]} for s in range(1, count + 1)]
     lines += [{"step": s, "event": "histogram", "layer": 1, **scores} for s in range(1, count + 1)]
     (run,) = read_runs([write_run(layers=[HEAD, *lines])])
-    (pictures,) = layer_pictures(run)
+    ((_, snapshots),) = layer_pictures(run)
     for kind in ("scores", "mask"):
-        steps = [snapshot.step for snapshot in pictures.snapshots if snapshot.kind == kind]
+        steps = [snapshot.step for snapshot in snapshots if snapshot.kind == kind]
         assert (len(steps), steps[0], steps[-1]) == (min(count, 4), 1, count)
         gaps = np.diff(steps)
         assert gaps.max() - gaps.min() <= max(1, 0.1 * count)

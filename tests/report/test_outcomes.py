@@ -64,7 +64,7 @@ def test_what_is_no_whole_export_in_a_run_is_left_out_with_a_note(write_run, exp
     "content", ["{}", '{"kind"', '{"kind": "dense", "tensors": [{"parts": [3]}]}', '{"tensors": 3}']
 )
 def test_a_damaged_manifest_is_named(tmp_path, content):
-    with pytest.raises(InputError, match=r"is no export: pst_manifest\.json is missing"):
+    with pytest.raises(InputError, match=r"is not an export: pst_manifest\.json is missing"):
         read_export(tmp_path, "x")
     (tmp_path / "pst_manifest.json").write_text(content)
     with pytest.raises(InputError, match=r"pst_manifest\.json is damaged: .*; pst-ds verify says more"):
