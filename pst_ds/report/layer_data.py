@@ -39,7 +39,7 @@ class LayerData:
     figures: dict[str, list[float | None]] = field(default_factory=dict)
     """The last known value of each of FIGURES for every layer; None where there was none."""
     pictures: dict[str, dict[int, EvenlyApart[Picture]]] = field(default_factory=lambda: {e: {} for e in _PICTURES})
-    """By event and layer, some of those there are, evenly apart, the first and the last among them."""
+    """Pictures by event and layer: the first, the last and some evenly apart."""
 
     def sparsity(self, layer: int) -> float | None:
         """Return the share of zeros after the last mask update."""

@@ -17,7 +17,7 @@ from pst_ds.report.run_data import RunData
 from pst_ds.report.thin import spread
 
 MOST_SNAPSHOTS = 4
-"""Of one layer's scores, or of its mask."""
+"""Pictures of one layer's scores, or of its mask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class HeatMap:
     png: str
     """A data URI."""
     scale: tuple[str, str]
-    """What the lowest and the highest colour stand for."""
+    """The values of the lowest and the highest colour."""
     step_ticks: list[Tick]
     layers: list[str]
     steps: list[str]

@@ -127,10 +127,10 @@ def _setting(run: RunData, name: str) -> Cell:
 
 def checkpoint_table(runs: Sequence[RunData]) -> Table | None:
     """Tabulate the finished checkpoints of every run, if there are any."""
-    found = [(run, checkpoint) for run in runs for checkpoint in run.checkpoints]
-    if not found:
+    checkpoints = [(run, checkpoint) for run in runs for checkpoint in run.checkpoints]
+    if not checkpoints:
         return None
-    metrics = list(dict.fromkeys(name for _, checkpoint in found for name in checkpoint.metrics))
+    metrics = list(dict.fromkeys(name for _, checkpoint in checkpoints for name in checkpoint.metrics))
     rows = [
         [
             Cell(checkpoint.name if len(runs) == 1 else f"{run.name}/{checkpoint.name}"),
@@ -140,6 +140,6 @@ def checkpoint_table(runs: Sequence[RunData]) -> Table | None:
             *(number(checkpoint.metrics.get(name)) for name in metrics),
             number(checkpoint.nbytes, bytes_text),
         ]
-        for run, checkpoint in found
+        for run, checkpoint in checkpoints
     ]
     return Table("Checkpoints", ["checkpoint", "links", "step", "sparsity", *metrics, "size"], rows)

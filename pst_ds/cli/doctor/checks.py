@@ -25,7 +25,7 @@ class Finding:
     status: Literal["ok", "warn", "fail"]
     text: str
     fix: str = ""
-    """What to do; empty where nothing is to be done."""
+    """The remedy; empty where none is needed."""
 
 
 def versions() -> Iterator[Finding]:

@@ -27,7 +27,7 @@ _GATHER_FIX = (
 
 
 class Native(TypedDict):
-    """What the process that tries native code reports."""
+    """The report of the process that tries native code."""
 
     checked: list[str]
     missing: list[str]

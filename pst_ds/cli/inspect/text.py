@@ -32,12 +32,12 @@ class Layer(TypedDict, total=False):
     flipped: int
     """Weights that the last mask update flipped."""
     correlation: float | None
-    """Of the scores with |W|."""
+    """Correlation of the scores with |W|."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a path is, with facts about the whole and about each layer; ``note`` says where they come from."""
+    """The kind of a path, with facts about the whole and about each layer; ``note`` says where they come from."""
 
     kind: str
     facts: Facts
