@@ -21,7 +21,6 @@ from pst_ds.config.file_names import (
     RESULT_FILE,
     RUN_FILE,
 )
-from pst_ds.config.flatten import flatten
 from pst_ds.config.toml import flatten
 from pst_ds.errors import InputError
 from pst_ds.monitor.jsonl import lines_until
