@@ -58,7 +58,7 @@ def _with_texts(prepared: Prepared, checkpoint: Checkpoint, examples: ExampleSet
 
     On one process, without DeepSpeed, whatever the run trained on.
     """
-    from pst_ds.data.tasks.data_to_text import DataToText
+    from pst_ds.data.tasks.data_to_text import DataToText, Pairs
     from pst_ds.data.text_metrics import require_text_metrics
     from pst_ds.train.evaluate import predict
     from pst_ds.train.run import masked_model
@@ -66,6 +66,7 @@ def _with_texts(prepared: Prepared, checkpoint: Checkpoint, examples: ExampleSet
     require_text_metrics()
     task = prepared.task
     assert isinstance(task, DataToText)
+    assert isinstance(examples, Pairs)
     model, batch_size = masked_model(prepared, checkpoint), prepared.run.eval_batch_size
     written = task.write(model, examples, prepared.tokenizer, batch_size, prepared.device)
     if file:

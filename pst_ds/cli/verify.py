@@ -140,11 +140,11 @@ def _compare_texts(prepared: Prepared, examples: ExampleSet, masked: nn.Module, 
     A text depends on every logit before it, so texts may differ where the order of sums varies, as on a GPU: they are
     not required to be equal. Returns nothing for tasks that write no text.
     """
-    from pst_ds.data.tasks.data_to_text import DataToText
+    from pst_ds.data.tasks.data_to_text import DataToText, Pairs
     from pst_ds.data.text_metrics import missing_libraries
 
     task = prepared.task
-    if not isinstance(task, DataToText):
+    if not isinstance(task, DataToText) or not isinstance(examples, Pairs):
         return {}
     ours, theirs = (
         task.write(model, examples, prepared.tokenizer, prepared.run.eval_batch_size, prepared.device)
