@@ -1,4 +1,4 @@
-"""What a run is trained to do, on which data, and how it is evaluated: a part of the run file."""
+"""The run file's data and evaluation."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class DataConfig:
     separator: str = ""
     """For task "data-to-text", what stands between the data and the text; empty is the end-of-text token."""
     sample_by: Literal["line", "paragraph", "document"] = "line"
-    """What a row of a .txt file is, as in ``datasets``: a line, what stands between empty lines, or the whole file. Its
+    """A row of a .txt file, as in ``datasets``: a line, the text between empty lines, or the whole file. Its
     column is "text"."""
     max_length: Positive = 128
     """Tokens a text is cut to. For task "causal-lm" the length of every training sequence: the documents, with the
     end-of-text token between them, are one stream that is cut into such sequences; what is left at the end, less than a
-    sequence, is not trained on. Positions and attention do not start anew at a document. An evaluation predicts every
+    sequence, is not trained on. Positions and attention do not start again at a document. An evaluation predicts every
     token but the first once: there a sequence begins with the last token of the one before, and the last is shorter.
     For task "data-to-text" data and text together; the data is cut first."""
     group_by_length: bool = False
@@ -79,13 +79,13 @@ class EvalConfig:
     """Chooses the best checkpoint, among those at the final sparsity. Empty is "accuracy", for task "regression"
     "pearson", and for the others the lowest "perplexity". "f1" is that of the second of two classes."""
     num_beams: Positive = 10
-    """Of the beam search that writes texts."""
+    """Beams of the search that writes texts."""
     length_penalty: Finite = 0.9
     """A beam's log-probability is divided by its length to this power; above 0 it favours longer texts."""
     no_repeat_ngram_size: NotNegative = 4
-    """No so many tokens in a row stand twice in a text; what stands in the data may be repeated. 0 switches it off."""
+    """Tokens in a row that may not occur twice in a text; the data's own may be repeated. 0 switches it off."""
     max_new_tokens: Positive = 64
-    """The longest text."""
+    """Most tokens of a written text."""
 
     def __post_init__(self) -> None:
         check_fields(self)

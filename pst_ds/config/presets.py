@@ -59,7 +59,7 @@ DATA_PRESETS: dict[str, Table] = {
 
 
 def with_data_preset(table: Table) -> Table:
-    """A run's ``table`` with the settings of its ``data.preset`` where it has none of its own; ``preset`` is gone.
+    """Replace ``data.preset`` of a run's ``table`` by the settings it stands for; the table's own win.
 
     With ``data.dataset = ""`` the data is in local files that the run file names, in the shape of the preset's. Raises
     ConfigError for an unknown preset.

@@ -1,4 +1,4 @@
-"""The tasks of a run file: what can be said of each without its code, which is in pst_ds/data/tasks."""
+"""The tasks of a run file: facts about each that need no torch. Their code is in pst_ds/data/tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pst_ds.config.data import DataConfig, EvalConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskFacts:
-    """What the run file and ``pst-ds init`` must know of a task."""
+    """What the run file and ``pst-ds init`` need to know about a task."""
 
     metrics: tuple[str, ...]
     """Those that may choose the best checkpoint; the first does by default."""
@@ -24,14 +24,14 @@ class TaskFacts:
     writes_texts: bool = False
     """``pst-ds eval`` and ``verify`` have the model write texts."""
     predicts_tokens: bool = False
-    """There are logits for every token, not for every example."""
+    """Logits are those of every token, not of every example."""
     no_teacher: str = ""
     """Why its predictions cannot be compared with a teacher's; empty if they can."""
     init_max_length: int = 128
     init_epochs: float = 3.0
     suggested_by: Callable[[str | None], bool] = lambda label_type: False
-    """Whether ``pst-ds init`` proposes it for a label column of this Arrow type; None is no such column. The first
-    task that says yes is taken."""
+    """True where ``pst-ds init`` proposes it for a label column of this Arrow type, or for None, no such column. The
+    first such task is taken."""
 
 
 TASKS: dict[str, TaskFacts] = {

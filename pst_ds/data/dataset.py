@@ -6,11 +6,15 @@ import csv
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pst_ds.config.data import PARQUET_BRANCH
 from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.errors import first_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from pyarrow import ChunkedArray
 
 _TSV = ".tsv"
 _FORMATS = {
@@ -20,13 +24,13 @@ _FORMATS = {
 _QUOTED, _QUOTED_INSIDE = r'^"([^"]|"")*"$', r'^"([^"]|"")*""([^"]|"")*"$'
 
 
-def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, nested: bool = False) -> Any:
-    """One split as a ``datasets.Dataset`` that has ``columns``: of each, the setting of ``data`` that names it.
+def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, nested: bool = False) -> Dataset:
+    """Read one split, which must have ``columns``: each with the setting of ``data`` that names it.
 
     A .txt file has the one column "text", and ``data.sample_by`` says what a row of it is. In a .tsv file quotes are
     characters like others, as in GLUE's. Raises ConfigError for a file or column that is missing, and for a column that
-    holds no plain values. With ``nested`` a column may hold any
-    values, and be a path into them, such as "lex.text", which :func:`values_of` follows.
+    holds no plain values. With ``nested`` a column may hold any values, and be a path into them, such as "lex.text",
+    which :func:`values_of` follows.
     """
     import datasets
 
@@ -56,14 +60,14 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
     return rows
 
 
-def values_of(rows: Any, column: str) -> Iterable[Any]:
-    """The values of all rows at ``column``, a name or a path; a path leads through every item of a list."""
+def values_of(rows: Dataset, column: str) -> Iterable[object]:
+    """Yield the values of all rows at ``column``, a name or a path; a path leads through every item of a list."""
     top, *path = _path_of(column, rows)
     for value in rows[top]:
         yield _value_at(value, path)
 
 
-def _path_of(column: str, rows: Any) -> list[str]:
+def _path_of(column: str, rows: Dataset) -> list[str]:
     return [column] if column in rows.column_names else column.split(".")
 
 
@@ -75,15 +79,15 @@ def _value_at(value: Any, path: list[str]) -> Any:
     return _value_at(value[path[0]], path[1:])
 
 
-def _require_column(rows: Any, column: str, setting: str, where: str) -> None:
+def _require_column(rows: Dataset, column: str, setting: str, where: str) -> None:
     if column not in rows.column_names:
         raise ConfigError(
             f"{where} has no column {column!r}, which data.{setting} names. Columns: {', '.join(rows.column_names)}"
         )
 
 
-def _require_utf8(rows: Any, column: str, where: str) -> None:
-    """JSON and Parquet are read without a look at the bytes of their texts."""
+def _require_utf8(rows: Dataset, column: str, where: str) -> None:
+    """Check the bytes of texts, which the readers of JSON and Parquet do not."""
     import pyarrow
 
     first = 0
@@ -98,19 +102,19 @@ def _require_utf8(rows: Any, column: str, where: str) -> None:
         first += len(chunk)
 
 
-def _require_unquoted(rows: Any, columns: Iterable[str], where: str) -> None:
+def _require_unquoted(rows: Dataset, columns: Iterable[str], where: str) -> None:
     """Refuse a .tsv that a CSV writer made: quotes stand around the names of columns, or around all values of one, or
     around all that have quotes, with those inside doubled."""
     import pyarrow.compute as arrow
 
-    def found(values: Any, pattern: str) -> int:
+    def count(values: ChunkedArray, pattern: str) -> int:
         return arrow.sum(arrow.match_substring_regex(values, pattern)).as_py() or 0
 
     quoted = "names of columns" if any(name[:1] == name[-1:] == '"' for name in rows.column_names) else ""
     for column in columns:
         values = rows.data.column(column)
-        around = found(values, _QUOTED) if "string" in rows.features[column].dtype else 0
-        if around and (around == len(values) or (around == found(values, '"') and found(values, _QUOTED_INSIDE))):
+        around = count(values, _QUOTED) if "string" in rows.features[column].dtype else 0
+        if around and (around == len(values) or (around == count(values, '"') and count(values, _QUOTED_INSIDE))):
             quoted = f"values in column {column!r}"
     if quoted:
         raise ConfigError(
@@ -130,8 +134,8 @@ def _require_path(feature: Any, path: list[str], column: str, setting: str, wher
     _require_path(feature[path[0]], path[1:], column, setting, where)
 
 
-def _rows_with(rows: Any, column: str, wanted: str, where: str) -> Any:
-    """The rows whose ``column`` has the value ``wanted``, as text."""
+def _rows_with(rows: Dataset, column: str, wanted: str, where: str) -> Dataset:
+    """Return the rows whose ``column`` has the value ``wanted``, as text."""
     _require_column(rows, column, "test_rows", where)
     values = [str(value) for value in rows[column]]
     if wanted not in values:
@@ -142,7 +146,7 @@ def _rows_with(rows: Any, column: str, wanted: str, where: str) -> Any:
     return rows.select([row for row, value in enumerate(values) if value == wanted])
 
 
-def _read_local(where: str, split: str, sample_by: str) -> Any:
+def _read_local(where: str, split: str, sample_by: str) -> Dataset:
     import datasets
 
     setting = f"data.{split}"
@@ -155,7 +159,7 @@ def _read_local(where: str, split: str, sample_by: str) -> Any:
     kind = _FORMATS.get(path.suffix.lower())
     if kind is None:
         raise ConfigError(f"{setting} = {where!r} ends in {path.suffix!r}; known are {', '.join(_FORMATS)}")
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     if kind == "csv":  # pandas takes words such as "NA", "null" or "None" for empty fields; here they are texts
         options = {"keep_default_na": False}
         if path.suffix.lower() == _TSV:
@@ -170,7 +174,7 @@ def _read_local(where: str, split: str, sample_by: str) -> Any:
 
 
 def _why_unreadable(path: Path, kind: str, error: Exception) -> str:
-    """What is wrong with a file that ``datasets`` fails to read, and the fix."""
+    """Say what is wrong with a file that ``datasets`` fails to read, and the fix."""
     with path.open("rb") as stream:
         if not any(line.strip() for line in stream):
             return "is empty; give it a row for each example"
@@ -183,22 +187,22 @@ def _why_unreadable(path: Path, kind: str, error: Exception) -> str:
         with path.open("rb") as stream:
             for number, line in enumerate(stream, 1):
                 if problem := _json_problem(line):
-                    return f"cannot be read as json: line {number} is no JSON object ({problem}); each line must be one"
-    return f"cannot be read as {kind}: {first_line(cause)}; mend it, or name another file"
+                    return f"cannot be read as json: line {number} is not a JSON object ({problem}); each must be one"
+    return f"cannot be read as {kind}: {first_line(cause)}; repair it, or name another file"
 
 
 def _json_problem(line: bytes) -> str:
     try:
-        found = json.loads(line) if line.strip() else {}
+        parsed = json.loads(line) if line.strip() else {}
     except ValueError as error:
         return str(error)
-    return "" if isinstance(found, dict) else f"it is a {type(found).__name__}"
+    return "" if isinstance(parsed, dict) else f"it is a {type(parsed).__name__}"
 
 
-def _read_from_hub(data: DataConfig, split: str) -> Any:
+def _read_from_hub(data: DataConfig, split: str) -> Dataset:
     import datasets
 
-    options: dict[str, Any] = {"revision": data.revision or None}
+    options: dict[str, object] = {"revision": data.revision or None}
     if Path(data.dataset).is_dir():
         options = {}
     subset = {"data_dir" if data.revision == PARQUET_BRANCH else "name": data.subset or None}
@@ -214,8 +218,8 @@ def _read_from_hub(data: DataConfig, split: str) -> Any:
         ) from error
 
 
-def text_column(values: Iterable[Any], column: str, where: str, first_row: int = 0) -> list[str]:
-    """The texts of consecutive rows of ``column``, counted from ``first_row``; ConfigError for a row without one."""
+def text_column(values: Iterable[object], column: str, where: str, first_row: int = 0) -> list[str]:
+    """Return the texts of consecutive rows, numbered from ``first_row``. Raises ConfigError for a row without one."""
     texts = list(values)
     if None in texts:
         raise ConfigError(

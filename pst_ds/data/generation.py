@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,12 +12,21 @@ from pst_ds.config.data import EvalConfig
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.progress import Progress
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
 
 @torch.inference_mode()
 def write_texts(
-    model: Any, prompts: Sequence[Sequence[int]], tokenizer: Any, settings: EvalConfig, batch_size: int, device: str
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    settings: EvalConfig,
+    batch_size: int,
+    device: str,
 ) -> list[str]:
-    """What ``model`` writes after each of the ``prompts``, which are tokens, up to its end-of-text token.
+    """Return what ``model`` writes after each of the ``prompts``, which are tokens, up to its end-of-text token.
 
     ``model`` is one of transformers, whole and in evaluation mode. What its own generation_config.json says does not
     count. The texts do not depend on which prompts share a batch, but for rounding.
@@ -40,7 +49,9 @@ def write_texts(
     return texts
 
 
-def _write(model: Any, prompts: list[Sequence[int]], tokenizer: Any, settings: EvalConfig, device: str) -> list[str]:
+def _write(
+    model: Any, prompts: list[Sequence[int]], tokenizer: Tokenizer, settings: EvalConfig, device: str
+) -> list[str]:
     from transformers import LogitsProcessorList
 
     length = max(map(len, prompts))
@@ -53,7 +64,7 @@ def _write(model: Any, prompts: list[Sequence[int]], tokenizer: Any, settings: E
     return [text.strip() for text in tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)]
 
 
-def _generation_config(settings: EvalConfig, tokenizer: Any) -> Any:
+def _generation_config(settings: EvalConfig, tokenizer: Tokenizer) -> GenerationConfig:
     """``use_cache`` is switched off in the config of a model in training."""
     from transformers import GenerationConfig
 
@@ -71,7 +82,7 @@ def _generation_config(settings: EvalConfig, tokenizer: Any) -> Any:
 
 
 class _NoRepeatAfter:
-    """No ``size`` tokens in a row twice, among those behind the first ``length``.
+    """Forbid the same ``size`` tokens in a row twice, after the first ``length`` tokens.
 
     The processor of transformers also counts the prompt of a decoder, from which a name must be copied.
     """

@@ -7,7 +7,7 @@ import random
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,9 +15,13 @@ from torch import Tensor
 from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.data.dataset import read_rows, text_column
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
 _LENGTH_WINDOW_BATCHES = 50
 _FEW_ROWS = 20
-"""So many may well have as many labels."""
+"""Up to so many rows may well have a label each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +29,7 @@ class Examples:
     """Tokenised texts with their labels."""
 
     features: list[dict[str, list[int]]]
-    """Of each example: input_ids, attention_mask and, where the tokenizer makes them, token_type_ids."""
+    """input_ids, attention_mask and, from some tokenizers, token_type_ids, for each example."""
     labels: list[int] | list[float]
     """Ids of classes, or numbers."""
 
@@ -49,24 +53,24 @@ class Examples:
         return Examples(self.features[:count], self.labels[:count])
 
 
-def read_labelled(data: DataConfig, split: str) -> Any:
-    """The rows of a split, with the text columns and the label column. Raises ConfigError."""
+def read_labelled(data: DataConfig, split: str) -> Dataset:
+    """Read the rows of a split, with the text columns and the label column. Raises ConfigError."""
     columns = {**dict.fromkeys(data.text_columns, "text_columns"), data.label_column: "label_column"}
     return read_rows(data, split, columns)
 
 
 def label_names(data: DataConfig) -> list[str]:
-    """Names of the classes, in the order of their ids: that of ``data.label_names``, of the dataset's own names, or of
-    the sorted labels of the training file. Raises ConfigError."""
-    found, wanted = _names_in_training(data), data.label_names
-    if set(found) == set(wanted):
+    """Return the names of the classes in the order of their ids: that of ``data.label_names``, of the dataset's own
+    names, or of the sorted labels of the training file. Raises ConfigError."""
+    names, wanted = _names_in_training(data), data.label_names
+    if set(names) == set(wanted):
         return list(wanted)
-    if not set(found).isdisjoint(wanted):
+    if not set(names).isdisjoint(wanted):
         raise ConfigError(
             f"data.label_names = {list(wanted)} are not those of {data.train}, whose column {data.label_column!r} has "
-            f"the labels {_listed(found)}; name just these, or none"
+            f"the labels {_listed(names)}; name just these, or none"
         )
-    return found
+    return names
 
 
 def _names_in_training(data: DataConfig) -> list[str]:
@@ -74,35 +78,35 @@ def _names_in_training(data: DataConfig) -> list[str]:
     feature = rows.features[data.label_column]
     if hasattr(feature, "names"):
         return list(feature.names)
-    found = set(rows.unique(data.label_column))
-    if None in found or "" in found:
+    labels = set(rows.unique(data.label_column))
+    if None in labels or "" in labels:
         raise ConfigError(f"{data.train}: column {data.label_column!r} has empty values; every example needs a label")
-    if any(isinstance(label, float) for label in found):
+    if any(isinstance(label, float) for label in labels):
         raise ConfigError(
             f'{data.train}: column {data.label_column!r} holds fractions, which is regression; set task = "regression"'
         )
-    if len(found) < 2:
+    if len(labels) < 2:
         raise ConfigError(
-            f"{data.train}: column {data.label_column!r} has {len(found)} class; at least 2 are needed: name "
+            f"{data.train}: column {data.label_column!r} has {len(labels)} class; at least 2 are needed: name "
             "another data.label_column, or give examples of another class"
         )
-    if len(found) == len(rows) > _FEW_ROWS:
+    if len(labels) == len(rows) > _FEW_ROWS:
         raise ConfigError(
             f"{data.train}: column {data.label_column!r} has another value in each of its {len(rows)} rows, so it "
             "holds no classes; name the column that does with data.label_column"
         )
-    return [str(label) for label in sorted(found)]
+    return [str(label) for label in sorted(labels)]
 
 
-def load_examples(data: DataConfig, split: str, tokenizer: Any, names: Sequence[str]) -> Examples:
-    """The examples of one split. Raises ConfigError for a missing file or column, or a label not in ``names``."""
+def load_examples(data: DataConfig, split: str, tokenizer: Tokenizer, names: Sequence[str]) -> Examples:
+    """Return the examples of one split. Raises ConfigError, also for a label not in ``names``."""
     rows = read_labelled(data, split)
     # a split that was encoded by itself has ids of its own for the same names
     own_names = dict(enumerate(getattr(rows.features[data.label_column], "names", ())))
     ids = {name: i for i, name in enumerate(names)}
     labels = []
-    for row, found in enumerate(rows[data.label_column]):
-        label = own_names.get(found, found)
+    for row, value in enumerate(rows[data.label_column]):
+        label = own_names.get(value, value)
         if str(label) not in ids:
             refuse_hidden(label, row, getattr(data, split))
             raise ConfigError(
@@ -117,7 +121,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
-def refuse_hidden(label: Any, row: int, where: str) -> None:
+def refuse_hidden(label: object, row: int, where: str) -> None:
     """Raise ConfigError for -1, which benchmarks such as GLUE give for a label that they keep to themselves."""
     if label in (-1, "-1"):
         raise ConfigError(
@@ -126,16 +130,16 @@ def refuse_hidden(label: Any, row: int, where: str) -> None:
         )
 
 
-def tokenized_texts(rows: Any, data: DataConfig, split: str, tokenizer: Any) -> list[dict[str, list[int]]]:
-    """The features of each row's text, or pair of texts. Raises ConfigError for a row without one."""
+def tokenized_texts(rows: Dataset, data: DataConfig, split: str, tokenizer: Tokenizer) -> list[dict[str, list[int]]]:
+    """Tokenise each row's text, or pair of texts. Raises ConfigError for a row without one."""
     texts = [text_column(rows[column], column, getattr(data, split)) for column in data.text_columns]
     encoded = tokenizer(*texts, truncation=True, max_length=data.max_length)
     keys = list(encoded.keys())
     return [{key: encoded[key][i] for key in keys} for i in range(len(rows))]
 
 
-def collate(examples: Examples, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
-    """Model inputs of some examples, padded to the longest; ``labels`` is (len(indices),), int64 or fp32."""
+def collate(examples: Examples, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """Return model inputs of some examples, padded to the longest; ``labels`` is (len(indices),), int64 or fp32."""
     batch = tokenizer.pad([examples.features[i] for i in indices], return_tensors="pt")
     return {**batch, "labels": torch.tensor([examples.labels[i] for i in indices])}
 
@@ -160,7 +164,7 @@ class GlobalBatches:
         return len(self.lengths) // self.batch_size
 
     def epoch(self, number: int) -> list[list[int]]:
-        """The batches of epoch ``number``, each a list of example indices."""
+        """Return the batches of epoch ``number``, each a list of example indices."""
         shuffle = random.Random(f"{self.seed}/{number}")
         order = list(range(len(self.lengths)))
         shuffle.shuffle(order)
@@ -176,7 +180,7 @@ class GlobalBatches:
         return batches
 
     def micro_batches(self, batch: Sequence[int], rank: int, world_size: int, accumulation: int) -> list[Sequence[int]]:
-        """This rank's examples of a global ``batch``, one list for each accumulation step."""
+        """Return this rank's examples of a global ``batch``, one list for each accumulation step."""
         size = len(batch) // (world_size * accumulation)
         starts = [(step * world_size + rank) * size for step in range(accumulation)]
         return [batch[start : start + size] for start in starts]

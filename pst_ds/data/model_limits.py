@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pst_ds.config.run import ConfigError, DataConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
-def check_causal_model(data: DataConfig, config: Any, tokenizer: Any, task: str, *, pads: bool) -> None:
+
+def check_causal_model(
+    data: DataConfig, config: PreTrainedConfig, tokenizer: Tokenizer | None, task: str, *, pads: bool
+) -> None:
     _refuse_encoder(config, task.partition(",")[0])
     if tokenizer is not None:
         if tokenizer.eos_token_id is None:
@@ -20,7 +26,7 @@ def check_causal_model(data: DataConfig, config: Any, tokenizer: Any, task: str,
     require_positions(data, config)
 
 
-def require_vocabulary(config: Any, tokenizer: Any, *, pads: bool) -> None:
+def require_vocabulary(config: PreTrainedConfig, tokenizer: Tokenizer, *, pads: bool) -> None:
     vocabulary, end = getattr(config.get_text_config(), "vocab_size", None), tokenizer.eos_token_id
     if vocabulary is None:
         return
@@ -37,7 +43,7 @@ def require_vocabulary(config: Any, tokenizer: Any, *, pads: bool) -> None:
         )
 
 
-def require_positions(data: DataConfig, config: Any) -> None:
+def require_positions(data: DataConfig, config: PreTrainedConfig) -> None:
     positions = positions_of(config)
     if 0 < positions < data.max_length:
         raise ConfigError(
@@ -46,17 +52,17 @@ def require_positions(data: DataConfig, config: Any) -> None:
         )
 
 
-def positions_of(config: Any) -> int:
-    """How many tokens of a text a model of transformers ``config`` has positions for; 0 for no limit that the config
-    names, or for positions that are relative alone."""
+def positions_of(config: PreTrainedConfig) -> int:
+    """Return how many tokens of a text a model of transformers ``config`` has positions for; 0 where the config names
+    no limit, or positions are only relative."""
     if getattr(config, "position_biased_input", True) is False:  # DeBERTa
         return 0
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
     return positions - (config.pad_token_id or 0) - 1 if positions and _counts_from_padding(config) else positions
 
 
-def _counts_from_padding(config: Any) -> bool:
-    """Whether the first token has the position after the padding token's id, as in RoBERTa and all that took its
+def _counts_from_padding(config: PreTrainedConfig) -> bool:
+    """Return whether the first token has the position after the padding token's id, as in RoBERTa and all that took its
     embeddings over: their code has a function of its own for it."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -67,14 +73,14 @@ def _counts_from_padding(config: Any) -> bool:
     return any(hasattr(thing, "create_position_ids_from_input_ids") for thing in (code, *vars(code).values()))
 
 
-def is_causal(config: Any) -> bool:
-    """Whether transformers has a language model for ``config`` that sees no token it is to predict."""
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Return whether transformers has a language model for ``config`` that sees no token it is to predict."""
     from transformers.models.auto import modeling_auto as known
 
     return config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _sees_both_ways(config)
 
 
-def _sees_both_ways(config: Any) -> bool:
+def _sees_both_ways(config: PreTrainedConfig) -> bool:
     """BERT and its like have a causal class in transformers, which looks both ways unless the config says otherwise."""
     from transformers.models.auto import modeling_auto as known
 
@@ -82,7 +88,7 @@ def _sees_both_ways(config: Any) -> bool:
     return both_ways and not getattr(config, "is_decoder", True)
 
 
-def _refuse_encoder(config: Any, task: str) -> None:
+def _refuse_encoder(config: PreTrainedConfig, task: str) -> None:
     if _sees_both_ways(config):
         raise ConfigError(
             f"the model is a {config.model_type} whose config says is_decoder = false: it sees the tokens that task "

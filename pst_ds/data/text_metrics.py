@@ -10,7 +10,7 @@ from pst_ds.config.run import ConfigError
 
 
 def missing_libraries() -> list[str]:
-    """What must be installed before texts can be scored."""
+    """Return the libraries to install before texts can be scored."""
     return [name for name in ("sacrebleu", "rouge_score") if find_spec(name) is None]
 
 
@@ -25,7 +25,7 @@ def require_text_metrics() -> None:
 
 
 def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Scores of ``texts``, each against all of its ``references``; all are in [0, 100].
+    """Score ``texts``, each against all of its ``references``; all are in [0, 100].
 
     ``bleu`` and ``chrf`` are sacrebleu's, of the corpus, with its default tokens and orders (arXiv 1804.08771; chrF
     without word order). ``rouge_l`` is the mean over texts of the F1 of the longest common subsequence of words with

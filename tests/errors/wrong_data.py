@@ -33,14 +33,14 @@ DATA = {
     "a line that is not JSON": Wrong(
         _train_on("train.jsonl", '{"text": "a", "label": "b"}\n{"text": "c", "label": "d"}\n{"text": "e", "label\n'),
         _FILE,
-        "line 3 is no JSON object",
-        "each line must be one",
+        "line 3 is not a JSON object",
+        "each must be one",
     ),
     "a line that is JSON and no object": Wrong(
         _train_on("train.jsonl", '{"text": "a", "label": "b"}\n["c", "d"]\n'),
         _FILE,
-        "line 2 is no JSON object",
-        "each line must be one",
+        "line 2 is not a JSON object",
+        "each must be one",
     ),
     "columns that change their type": Wrong(
         _rows({"text": "a", "label": "b"}, {"text": {"c": 1}, "label": "b"}),
@@ -49,7 +49,7 @@ DATA = {
         "only a plain text, number or label",
     ),
     "a CSV row with too many fields": Wrong(
-        _train_on("train.csv", "text,label\na,b\nc,d,e\n"), "{tmp}/train.csv", "line 3", "mend it"
+        _train_on("train.csv", "text,label\na,b\nc,d,e\n"), "{tmp}/train.csv", "line 3", "repair it"
     ),
     "a TSV file with quotes around its texts": Wrong(
         _train_on("train.tsv", 'text\tlabel\n"a ""b"" c"\tx\nd\ty\n'), "{tmp}/train.tsv", "'text'", "as .csv or .jsonl"

@@ -1,4 +1,4 @@
-"""What describes a method, and the settings that several of them share."""
+"""The description of a method, and the settings that several of them share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Method:
     """Fields of :class:`PSTConfig` for what the run file leaves out."""
     injects: bool = True
     score_penalty: float = 0.0
-    """What ``pst-ds init`` writes for ``train.score_penalty``; a method with 0 must not have one."""
+    """The ``train.score_penalty`` that ``pst-ds init`` writes; a method with 0 must not have one."""
 
     def pst_config(self, asked: PSTConfig) -> PSTConfig:
         """Return what is injected, given the ``[pst]`` of the run file."""

@@ -7,7 +7,7 @@ import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +18,12 @@ from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.data.dataset import read_rows, text_column
 from pst_ds.data.model_limits import check_causal_model
 from pst_ds.data.tasks.task import E, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedConfig
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 _ROWS_AT_A_TIME = 100
 
@@ -36,7 +42,7 @@ class Sequences:
     length: int
     overlap: int = 0
     num_bytes: np.ndarray | None = None
-    """Of each token how many bytes of text it stands for: (tokens of the stream,) int32. None if not counted."""
+    """Bytes of text that each token stands for: (tokens of the stream,) int32. None if not counted."""
 
     def __len__(self) -> int:
         if self.overlap:
@@ -58,24 +64,24 @@ class Sequences:
         return [min(self.length, len(self.tokens) - start) for start in starts]
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """The tokens of one sequence, a view."""
+        """Return a view of the tokens of one sequence."""
         start = index * self._stride
         return self.tokens[start : start + self.length]
 
     @property
     def predicted_bytes(self) -> int | None:
-        """Bytes of text that the predicted tokens stand for; with an overlap, all but those of the first token."""
+        """The bytes of text that the predicted tokens stand for; with an overlap, all but those of the first token."""
         return None if self.num_bytes is None or not self.overlap else int(self.num_bytes[1:].sum(dtype=np.int64))
 
     def first(self, count: int) -> Sequences:
-        """The first ``count`` sequences."""
+        """Return the first ``count`` sequences."""
         tokens = min(count, len(self)) * self._stride + self.overlap
         num_bytes = None if self.num_bytes is None else self.num_bytes[:tokens]
         return replace(self, tokens=self.tokens[:tokens], num_bytes=num_bytes)
 
 
-def load_sequences(data: DataConfig, split: str, tokenizer: Any) -> Sequences:
-    """The sequences of one split: for "train" without overlap, for others with one of a token.
+def load_sequences(data: DataConfig, split: str, tokenizer: Tokenizer) -> Sequences:
+    """Return the sequences of one split: for "train" without overlap, for others with one of a token.
 
     Raises ConfigError for a missing file or column, a row without text, and too little text for one sequence.
     """
@@ -96,8 +102,8 @@ def load_sequences(data: DataConfig, split: str, tokenizer: Any) -> Sequences:
     return sequences
 
 
-def token_stream(batches: Iterable[Sequence[str]], tokenizer: Any) -> np.ndarray:
-    """The tokens of all texts one after another, with the end-of-text token between two: (tokens,) int32.
+def token_stream(batches: Iterable[Sequence[str]], tokenizer: Tokenizer) -> np.ndarray:
+    """Return the tokens of all texts one after another, with the end-of-text token between two: (tokens,) int32.
 
     A text is tokenised with the special tokens that the tokenizer adds by itself; where that puts the end-of-text token
     at the end of a text already, no second one follows. Texts of white space alone are left out. 4 bytes a token are
@@ -106,7 +112,7 @@ def token_stream(batches: Iterable[Sequence[str]], tokenizer: Any) -> np.ndarray
     return _stream(batches, tokenizer, count=False)[0]
 
 
-def counted_token_stream(batches: Iterable[Sequence[str]], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+def counted_token_stream(batches: Iterable[Sequence[str]], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """:func:`token_stream`, and the bytes that each token stands for: both (tokens of the stream,) int32.
 
     Every byte of a text in UTF-8 counts for one token: the first whose end lies at or behind it, as the tokenizer
@@ -117,8 +123,8 @@ def counted_token_stream(batches: Iterable[Sequence[str]], tokenizer: Any) -> tu
     return _stream(batches, tokenizer, count=True)
 
 
-def _stream(batches: Iterable[Sequence[str]], tokenizer: Any, *, count: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and, if they are to be counted, bytes; else none of these."""
+def _stream(batches: Iterable[Sequence[str]], tokenizer: Tokenizer, *, count: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens and, with ``count``, the bytes of each."""
     end, with_places = tokenizer.eos_token_id, count and tokenizer.is_fast
     stream, num_bytes = array("i"), array("i")
     assert stream.itemsize == 4
@@ -145,7 +151,7 @@ def _as_int32(values: array[int]) -> np.ndarray:
 
 
 def _bytes_of_tokens(text: str, num_tokens: int, ends: Sequence[int] | None) -> list[int]:
-    """How many of the bytes of ``text`` each token stands for; ``ends``: where in the text each ends, in characters."""
+    """Count the bytes of ``text`` that each token stands for; ``ends``: where in the text each ends, in characters."""
     if not num_tokens:
         return []
     characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
@@ -161,7 +167,7 @@ def _bytes_of_tokens(text: str, num_tokens: int, ends: Sequence[int] | None) -> 
 
 
 def collate_sequences(sequences: Sequences, indices: Sequence[int]) -> dict[str, Tensor]:
-    """Model inputs of sequences of equal length: input_ids and labels, (len(indices), length) int64.
+    """Return model inputs of sequences of equal length: input_ids and labels, (len(indices), length) int64.
 
     Labels are the input: the model predicts each from those before it. There is no padding, so no attention mask.
     """
@@ -170,7 +176,7 @@ def collate_sequences(sequences: Sequences, indices: Sequence[int]) -> dict[str,
     return {"input_ids": ids, "labels": ids}
 
 
-def _batches_of_texts(rows: Any, column: str, where: str) -> Iterable[list[str]]:
+def _batches_of_texts(rows: Dataset, column: str, where: str) -> Iterable[list[str]]:
     rows = rows.select_columns([column])
     for start in range(0, len(rows), _ROWS_AT_A_TIME):
         yield text_column(rows[start : start + _ROWS_AT_A_TIME][column], column, where, first_row=start)
@@ -182,7 +188,7 @@ class CausalTask(Task[E]):
     new_head = False
     lower_is_better = True
 
-    def model_class(self) -> Any:
+    def model_class(self) -> type[_BaseAutoModelClass]:
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM
@@ -197,13 +203,13 @@ class CausalLM(CausalTask[Sequences]):
     unit = "sequences"
     pads = False
 
-    def check_model(self, data: DataConfig, config: Any, tokenizer: Any) -> None:
+    def check_model(self, data: DataConfig, config: PreTrainedConfig, tokenizer: Tokenizer | None) -> None:
         check_causal_model(data, config, tokenizer, "'causal-lm', which puts it between documents", pads=self.pads)
 
-    def load(self, data: DataConfig, split: str, tokenizer: Any, labels: Sequence[str]) -> Sequences:
+    def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Sequences:
         return load_sequences(data, split, tokenizer)
 
-    def collate(self, examples: Sequences, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
+    def collate(self, examples: Sequences, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:
         return collate_sequences(examples, indices)
 
     def metrics(self, outcomes: np.ndarray, examples: Sequences) -> dict[str, float]:
@@ -212,7 +218,7 @@ class CausalLM(CausalTask[Sequences]):
 
 
 def language_model_metrics(loss_sums: np.ndarray, num_predicted: int, num_bytes: int | None = None) -> dict[str, float]:
-    """Mean loss of a predicted token (nats) and perplexity, its exponential; and the same of a byte of text.
+    """Return the mean loss of a predicted token (nats) and perplexity, its exponential; and the same of a byte of text.
 
     ``loss_sums`` is (sequences,) float64; its sum is correctly rounded, so it does not depend on an order.
     ``num_bytes``: of the text that the predicted tokens stand for, in UTF-8, as :func:`counted_token_stream`
@@ -234,7 +240,7 @@ def _exponential(loss: float) -> float:
 
 
 def _loss_sum(logits: Tensor, ids: Tensor) -> float:
-    """Sum of the losses of all tokens of one sequence but its first, and but those with the label -100.
+    """Sum the losses of all tokens of one sequence but its first, and but those with the label -100.
 
     ``logits`` (length, vocabulary), ``ids`` (length,): one sequence at a time, for its fp32 logits may be large.
     """

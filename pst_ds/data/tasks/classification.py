@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -13,16 +13,21 @@ from pst_ds.data import labelled as texts
 from pst_ds.data.model_limits import require_positions, require_vocabulary
 from pst_ds.data.tasks.task import Task
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
 
 class Classification(Task[texts.Examples]):
     """One of several classes for a text or a pair of texts; outcomes are logits, (examples, classes) fp32."""
 
-    def model_class(self) -> Any:
+    def model_class(self) -> type[_BaseAutoModelClass]:
         from transformers import AutoModelForSequenceClassification
 
         return AutoModelForSequenceClassification
 
-    def check_model(self, data: DataConfig, config: Any, tokenizer: Any) -> None:
+    def check_model(self, data: DataConfig, config: PreTrainedConfig, tokenizer: Tokenizer | None) -> None:
         if tokenizer is not None:
             require_vocabulary(config, tokenizer, pads=self.pads)
         require_positions(data, config)
@@ -45,10 +50,10 @@ class Classification(Task[texts.Examples]):
             "problem_type": "single_label_classification",  # whatever the base was trained for
         }
 
-    def load(self, data: DataConfig, split: str, tokenizer: Any, labels: Sequence[str]) -> texts.Examples:
+    def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> texts.Examples:
         return texts.load_examples(data, split, tokenizer, labels)
 
-    def collate(self, examples: texts.Examples, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
+    def collate(self, examples: texts.Examples, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:
         return texts.collate(examples, indices, tokenizer)
 
     def outcomes(self, logits: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
@@ -59,8 +64,8 @@ class Classification(Task[texts.Examples]):
 
 
 def classification_metrics(logits: np.ndarray, labels: Sequence[float]) -> dict[str, float]:
-    """Accuracy, macro-averaged F1 and Matthews' correlation, as scikit-learn computes them; of two classes also the F1
-    of the second, as GLUE has it."""
+    """Return accuracy, macro-averaged F1 and Matthews' correlation, as scikit-learn computes them; for two classes also
+    the F1 of the second, as in GLUE."""
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     predicted = logits.argmax(-1)

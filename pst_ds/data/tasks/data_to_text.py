@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ from pst_ds.data.model_limits import check_causal_model, positions_of
 from pst_ds.data.tasks.causal_lm import CausalTask, language_model_metrics
 from pst_ds.data.tasks.task import IGNORED
 from pst_ds.data.text_metrics import text_metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _ATTRIBUTE = re.compile(r"\s*([^\[\],]+?)\s*\[([^\[\]]*)\]\s*(?:,|$)")
 _PARTS = " | "
@@ -54,7 +58,7 @@ class Pairs:
         return hashlib.sha256(json.dumps(read).encode()).hexdigest()
 
     def first(self, count: int) -> Pairs:
-        """The first ``count`` examples, with all references of their data."""
+        """Return the first ``count`` examples, with all references of their data."""
         inputs = max(self.input_of[:count], default=-1) + 1
         return replace(
             self,
@@ -65,27 +69,27 @@ class Pairs:
         )
 
     def tokens(self, example: int) -> tuple[list[int], list[int]]:
-        """(prompt, target) of one example, together at most ``max_length``. The prompt is cut first, to no less than
-        half of that, and keeps the separator at its end."""
+        """Return (prompt, target) of one example, together at most ``max_length``. The prompt is cut first, to no less
+        than half of that, and keeps the separator at its end."""
         data, target = self.inputs[self.input_of[example]], self.targets[example]
         prompt = self._prompt(data, max(self.max_length - len(target), self.max_length // 2))
         return prompt, target[: self.max_length - len(prompt)]
 
     def num_targets(self, example: int) -> int:
-        """Tokens of one example that are predicted: those of its text, but never the first of all."""
+        """Count the tokens of one example that are predicted: those of its text, but never the first of all."""
         prompt, target = self.tokens(example)
         return len(target) - (not prompt)
 
     def prompts(self, most: int) -> list[list[int]]:
-        """What a text is written after, for each distinct piece of data: at most ``most`` tokens."""
+        """Return what a text is written after, at most ``most`` tokens, for each distinct piece of data."""
         return [self._prompt(data, min(most, self.max_length)) for data in self.inputs]
 
     def _prompt(self, data: list[int], most: int) -> list[int]:
         return data[: max(0, most - len(self.separator))] + self.separator
 
 
-def load_pairs(data: DataConfig, split: str, tokenizer: Any) -> Pairs:
-    """The pairs of one split: an example for each text of each row.
+def load_pairs(data: DataConfig, split: str, tokenizer: Tokenizer) -> Pairs:
+    """Return the pairs of one split: an example for each text of each row.
 
     A row without a text is left out, as are those of test sets that have none. Raises ConfigError for a missing file or
     column, and for data of no known shape.
@@ -113,8 +117,8 @@ def load_pairs(data: DataConfig, split: str, tokenizer: Any) -> Pairs:
     )
 
 
-def collate_pairs(pairs: Pairs, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
-    """Model inputs of some pairs, padded on the right to the longest: all (len(indices), length) int64.
+def collate_pairs(pairs: Pairs, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """Return model inputs of some pairs, padded on the right to the longest: all (len(indices), length) int64.
 
     ``labels`` are the tokens of the texts, and -100 elsewhere.
     """
@@ -130,8 +134,8 @@ def collate_pairs(pairs: Pairs, indices: Sequence[int], tokenizer: Any) -> dict[
     return {name: torch.tensor(rows) for name, rows in batch.items()}
 
 
-def linearize(value: Any) -> str | None:
-    """Data as a line of text, as GPT-2 is tuned on it (LoRA, arXiv 2106.09685); None for data of no known shape.
+def linearize(value: object) -> str | None:
+    """Write data as a line of text, as GPT-2 is tuned on it (LoRA, arXiv 2106.09685); None for data of no known shape.
 
     "name[The Vaults], eatType[pub]" (E2E) becomes "name : The Vaults | eatType : pub"; the triples [[s, p, o], ...]
     (DART) "s : p : o | ...", with p in small letters; ["s | p | o", ...] (WebNLG) the same, as it is written there; of
@@ -157,18 +161,18 @@ def _joined(triples: Iterable[Sequence[str]]) -> str:
 
 
 def _attributes(text: str) -> str:
-    """A meaning representation of E2E in a line; "" if ``text`` is none."""
-    found, position = [], 0
+    """Write a meaning representation of E2E as a line; "" for any other text."""
+    attributes, position = [], 0
     while position < len(text):
         match = _ATTRIBUTE.match(text, position)
         if match is None:
             return ""
-        found.append(match.groups())
+        attributes.append(match.groups())
         position = match.end()
-    return _joined(found)
+    return _joined(attributes)
 
 
-def _line_of(value: Any, column: str, row: int, where: str) -> str:
+def _line_of(value: object, column: str, row: int, where: str) -> str:
     line = linearize(value)
     if line is None:
         raise ConfigError(
@@ -178,14 +182,14 @@ def _line_of(value: Any, column: str, row: int, where: str) -> str:
     return line
 
 
-def _flat(value: Any) -> list[str]:
-    """The texts in a value: one, or those of a list."""
+def _flat(value: object) -> list[str]:
+    """Return the texts in a value: one, or those of a list."""
     if isinstance(value, list):
         return [text for item in value for text in _flat(item)]
     return [] if value is None else [str(value)]
 
 
-def _separator(data: DataConfig, tokenizer: Any) -> list[int]:
+def _separator(data: DataConfig, tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer(data.separator, add_special_tokens=False)["input_ids"] if data.separator else []
     if data.separator and not 0 < len(ids) <= data.max_length // 4:
         raise ConfigError(
@@ -195,8 +199,8 @@ def _separator(data: DataConfig, tokenizer: Any) -> list[int]:
     return ids or [tokenizer.eos_token_id]
 
 
-def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
-    """A tokenizer may end every text by itself."""
+def _without_end(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """Drop the end-of-text token that some tokenizers add by themselves."""
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
@@ -206,7 +210,7 @@ class DataToText(CausalTask[Pairs]):
     ``pst-ds eval`` and ``verify`` also have texts written, and score them.
     """
 
-    def check_model(self, data: DataConfig, config: Any, tokenizer: Any) -> None:
+    def check_model(self, data: DataConfig, config: PreTrainedConfig, tokenizer: Tokenizer | None) -> None:
         check_causal_model(data, config, tokenizer, "'data-to-text', which ends texts with it", pads=self.pads)
         positions = positions_of(config)
         if 0 < positions <= self.evaluation.max_new_tokens + 1:
@@ -215,10 +219,10 @@ class DataToText(CausalTask[Pairs]):
                 "positions of the model (max_position_embeddings); lower it"
             )
 
-    def load(self, data: DataConfig, split: str, tokenizer: Any, labels: Sequence[str]) -> Pairs:
+    def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Pairs:
         return load_pairs(data, split, tokenizer)
 
-    def collate(self, examples: Pairs, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
+    def collate(self, examples: Pairs, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:
         return collate_pairs(examples, indices, tokenizer)
 
     def num_targets(self, examples: Pairs, indices: Sequence[int]) -> int:
@@ -232,7 +236,7 @@ class DataToText(CausalTask[Pairs]):
     def metrics(self, outcomes: np.ndarray, examples: Pairs) -> dict[str, float]:
         return language_model_metrics(outcomes[:, 0], int(outcomes[:, 1].sum()))
 
-    def write(self, model: Any, examples: Pairs, tokenizer: Any, batch_size: int, device: str) -> list[str]:
+    def write(self, model: Any, examples: Pairs, tokenizer: Tokenizer, batch_size: int, device: str) -> list[str]:
         """Return what a whole ``model`` of transformers writes for each distinct piece of data."""
         positions = positions_of(model.config)
         room = positions - self.evaluation.max_new_tokens if positions else examples.max_length

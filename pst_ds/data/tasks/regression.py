@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,11 +13,14 @@ from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.data.labelled import Examples, read_labelled, refuse_hidden, tokenized_texts
 from pst_ds.data.tasks.classification import Classification
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
-def load_scored_texts(data: DataConfig, split: str, tokenizer: Any) -> Examples:
-    """The examples of one split, with numbers for labels.
 
-    Raises ConfigError for a missing file or column, and for a label that is no finite number.
+def load_scored_texts(data: DataConfig, split: str, tokenizer: Tokenizer) -> Examples:
+    """Return the examples of one split, with numbers for labels.
+
+    Raises ConfigError for a missing file or column, and for a label that is not a finite number.
     """
     rows, where = read_labelled(data, split), getattr(data, split)
     if hasattr(rows.features[data.label_column], "names"):
@@ -44,22 +47,22 @@ def _numbers(values: Iterable[Any], column: str, where: str) -> list[float]:
 
 
 def regression_metrics(predicted: np.ndarray, labels: Iterable[float]) -> dict[str, float]:
-    """Pearson's and Spearman's correlation, as scipy computes them, and the mean squared error.
+    """Return Pearson's and Spearman's correlation, as scipy computes them, and the mean squared error.
 
     ``predicted`` is (examples,). A correlation is 0 where it is not defined: with one example, or when all predictions
     or all labels are the same; it is NaN where a prediction is not finite.
     """
     from scipy.stats import pearsonr, spearmanr
 
-    found, wanted = predicted.astype(np.float64), np.array(list(labels), dtype=np.float64)
-    mse = float(np.mean((found - wanted) ** 2))
-    if not np.isfinite(found).all():
+    values, wanted = predicted.astype(np.float64), np.array(list(labels), dtype=np.float64)
+    mse = float(np.mean((values - wanted) ** 2))
+    if not np.isfinite(values).all():
         return {"pearson": math.nan, "spearman": math.nan, "mse": mse}
-    if len(found) < 2 or np.ptp(found) == 0 or np.ptp(wanted) == 0:
+    if len(values) < 2 or np.ptp(values) == 0 or np.ptp(wanted) == 0:
         return {"pearson": 0.0, "spearman": 0.0, "mse": mse}
     return {
-        "pearson": float(pearsonr(found, wanted).statistic),
-        "spearman": float(spearmanr(found, wanted).statistic),
+        "pearson": float(pearsonr(values, wanted).statistic),
+        "spearman": float(spearmanr(values, wanted).statistic),
         "mse": mse,
     }
 
@@ -77,7 +80,7 @@ class Regression(Classification):
     def config_options(self, labels: Sequence[str]) -> dict[str, object]:
         return {"num_labels": 1, "problem_type": "regression"}
 
-    def load(self, data: DataConfig, split: str, tokenizer: Any, labels: Sequence[str]) -> Examples:
+    def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Examples:
         return load_scored_texts(data, split, tokenizer)
 
     def metrics(self, outcomes: np.ndarray, examples: Examples) -> dict[str, float]:

@@ -1,15 +1,20 @@
-"""What a task must be able to do: read examples, make batches of them, name the model's class, and score."""
+"""The interface of a task: read examples, make batches of them, name the model's class, and score."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from pst_ds.config.data import DataConfig, EvalConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 IGNORED = -100
 """The label of a token that is not predicted, as in torch's cross-entropy."""
@@ -42,7 +47,7 @@ class Task(ABC, Generic[E]):
     """Everything in which one task differs from another. Examples go back only to the task that loaded them."""
 
     unit = "examples"
-    """What its examples are called."""
+    """The word for its examples in messages."""
     pads = True
     """Examples of different length go into one batch; the tokenizer and the model then have a padding token."""
     new_head = True
@@ -55,11 +60,11 @@ class Task(ABC, Generic[E]):
         self.evaluation = evaluation
 
     @abstractmethod
-    def model_class(self) -> Any:
+    def model_class(self) -> type[_BaseAutoModelClass]:
         """Return the ``Auto`` class of transformers that builds its model."""
 
     @abstractmethod
-    def check_model(self, data: DataConfig, config: Any, tokenizer: Any) -> None:
+    def check_model(self, data: DataConfig, config: PreTrainedConfig, tokenizer: Tokenizer | None) -> None:
         """Raise ConfigError when the model of a transformers ``config`` cannot do the task; without a ``tokenizer`` its
         vocabulary may be any."""
 
@@ -72,11 +77,11 @@ class Task(ABC, Generic[E]):
         return {}
 
     @abstractmethod
-    def load(self, data: DataConfig, split: str, tokenizer: Any, labels: Sequence[str]) -> E:
+    def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> E:
         """Return the examples of a split. Raises ConfigError."""
 
     @abstractmethod
-    def collate(self, examples: E, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
+    def collate(self, examples: E, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:
         """Return model inputs of some examples, with their ``labels``: the model's loss is the mean over them."""
 
     def num_targets(self, examples: E, indices: Sequence[int]) -> int:
