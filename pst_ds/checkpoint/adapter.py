@@ -1,11 +1,11 @@
-"""The adapter state of a trained model in a folder, in PEFT's manner: what is to be put onto the base model.
+"""The adapter state of a trained model in a folder, as PEFT has it: what is to be put onto the base model.
 
     pst_config.json               the PSTConfig, the base model and its fingerprint, where in its schedule training was
-    pst_model.safetensors         fp32 values of all that is trained, the bits of every mask, and the buffers
+    pst_model.safetensors         fp32 values of everything trained, the bits of every mask, and the buffers
     model.safetensors.index.json  names the file above, for Trainer.train(resume_from_checkpoint=...)
 
-``from_pretrained`` of such a folder is an error, and not a model with random weights: there is no config.json, and the
-"metadata" of the index is no table, which the Trainer does not look at.
+``from_pretrained`` of such a folder is an error, not a model with random weights: it has no config.json, and the
+"metadata" of the index is a text, which the Trainer does not look at.
 """
 
 from __future__ import annotations
@@ -48,23 +48,33 @@ _FORMULA = (
     "alpha1", "alpha2", "beta", "magnitude", "frozen_magnitude", "relative_magnitude", "detach_magnitude",
     "multiplicative_update",
 )  # fmt: skip
-"""Settings that no shape shows, and that the loaded values mean something else under."""
-_WHAT_IT_IS = "not a model, but what training changed of one: load it with pst_ds.load_pretrained"
+"""Settings that change the meaning of the values but no shape."""
+_NOTE = "not a model, but what training changed of one: load it with pst_ds.load_pretrained"
 
 
 class PretrainedError(InputError):
-    """A folder of a adapter state that is not there, is damaged, or belongs to another model."""
+    """An adapter folder that is missing or damaged, or belongs to another model."""
 
 
 def save_pretrained(
     model: nn.Module, folder: str | Path, *, step: int | None = None, writes: bool | None = None
 ) -> None:
-    """Write the adapter state of ``model`` (or of the engine around it) into ``folder``; other files there stay.
+    """Write what training changed of ``model``, a few percent of its size, into ``folder``. Collective.
 
-    Rank 0 writes, or each rank whose ``writes`` says so (one on each node, say): each file whole or not at all; one
-    parameter is gathered at a time. ``step`` is how many optimizer steps were applied, for the record. Collective.
-    Raises InputError for a model that was not injected as a whole; OSError on every rank for what cannot be written;
-    for whatever else a rank raises there, RuntimeError on the others.
+    Each file is written whole or not at all, and other files in the folder stay. Under ZeRO-3 one parameter is gathered
+    at a time.
+
+    Args:
+        model: An injected model, or the DeepSpeed engine around it.
+        folder: Where to write; created if it is missing.
+        step: Number of optimizer steps applied so far, for the record.
+        writes: Whether this rank writes: by default rank 0 alone; pass True on one rank of each node without a shared
+            file system.
+
+    Raises:
+        InputError: The model was not injected as a whole.
+        OSError: A file cannot be written; on every rank.
+        RuntimeError: Another rank failed otherwise.
     """
     model = unwrapped(model)
     injected_config(model)
@@ -86,12 +96,19 @@ def save_pretrained(
 
 
 def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put the adapter state in ``folder`` onto the base ``model``, in place, and return it.
+    """Put what :func:`save_pretrained` wrote onto the base ``model``, in place, and return it.
 
-    A model without PST modules gets those of the saved config; one that has them must compute as the saved config says.
-    What was trained beside what the config trains has a gradient afterwards. Under ``zero.Init`` each rank keeps what
-    it holds; call it before ``deepspeed.initialize``. Raises PretrainedError, naming the file, before a value is
-    changed; and InjectionError.
+    What was trained in addition to what the config trains has a gradient afterwards. Under ``zero.Init`` each rank
+    loads its shards; call it before ``deepspeed.initialize``.
+
+    Args:
+        model: The base model. Without PST modules it gets those of the saved config; the modules of an injected one
+            must compute as the saved config says.
+        folder: A folder that ``save_pretrained`` or the Trainer has written.
+
+    Raises:
+        PretrainedError: The folder is missing or damaged, or does not fit; names the file. The model is unchanged.
+        InjectionError: The saved config cannot be injected into the model.
     """
     folder = Path(folder)
     saved = _read_config(folder)
@@ -127,11 +144,11 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
 def adapter_state(
     model: nn.Module, gathered: Mapping[str, Tensor] | None = None, *, keep: bool | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of pst_model.safetensors: fp32 values of :func:`adapter_parameters`, one-shard masks, buffers.
+    """Return the tensors of pst_model.safetensors: fp32 :func:`adapter_parameters`, one-shard masks, buffers.
 
-    Values are the optimizer's masters where there are any; with ``gathered``, a state dict of the whole model, they are
-    taken from it. Where ``keep`` is false, by default on all ranks but 0, the dict is empty. Collective without
-    ``gathered`` under DeepSpeed.
+    The values are the optimizer's masters where it has some, or those of ``gathered``, a state dict of the whole model.
+    Where ``keep`` is false, by default on all ranks but 0, the dict is empty. Collective under DeepSpeed, except with
+    ``gathered``.
     """
     keep = is_main() if keep is None else keep
     tensors: dict[str, Tensor] = {}
@@ -157,7 +174,7 @@ def adapter_state(
 def write_adapter_state(
     model: nn.Module, folder: str | Path, tensors: dict[str, Tensor], *, step: int | None = None
 ) -> None:
-    """Write the three files of ``tensors``, from :func:`adapter_state`. For one rank alone. Raises OSError."""
+    """Write the three files for ``tensors``, from :func:`adapter_state`, on one rank. Raises OSError."""
     from safetensors.torch import save
 
     folder, config = Path(folder), injected_config(model)
@@ -180,7 +197,7 @@ def write_adapter_state(
         "weight_scales": weight_scales(model),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    index = {"metadata": _WHAT_IT_IS, "weight_map": dict.fromkeys(tensors, WEIGHTS_FILE)}
+    index = {"metadata": _NOTE, "weight_map": dict.fromkeys(tensors, WEIGHTS_FILE)}
     write_bytes_atomic(folder / WEIGHTS_FILE, data)
     write_text_atomic(folder / INDEX_FILE, json.dumps(index, indent=1) + "\n")
     write_text_atomic(folder / CONFIG_FILE, json.dumps(table, indent=1) + "\n")
@@ -188,7 +205,7 @@ def write_adapter_state(
 
 @functools.cache
 def _fingerprint(base: str) -> str:
-    """Once a process: files of hundreds of MB are read for it."""
+    """Cached, since it reads hundreds of MB."""
     return base_fingerprint(base) if base else ""
 
 
@@ -202,11 +219,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         ) from None
     except (ValueError, RecursionError) as error:
         raise PretrainedError(f"{path} is damaged: {error}") from None
-    found = table.get("format") if isinstance(table, dict) else None
-    if found != FORMAT:
-        raise PretrainedError(f"{path} has format {found!r}; this version reads {FORMAT}")
-    wanted = ("pst_config", "base_model_name_or_path", "base_fingerprint", "masks_frozen", "weight_scales", "sha256")
-    for key in wanted:
+    number = table.get("format") if isinstance(table, dict) else None
+    if number != FORMAT:
+        raise PretrainedError(f"{path} has format {number!r}; this version reads {FORMAT}")
+    for key in ("pst_config", "base_model_name_or_path", "base_fingerprint", "masks_frozen", "weight_scales", "sha256"):
         if key not in table:
             raise PretrainedError(f"{path} is damaged: it has no {key!r}")
     return table
@@ -236,8 +252,10 @@ def _with_tuples(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _require_base(model: nn.Module, saved: dict[str, Any], folder: Path) -> bool:
-    """Raise PretrainedError for the weights of another folder. Whether the base is another revision on the hub, as far
-    as the cache tells, which knows the newest alone: see :func:`_require_weights`."""
+    """Raise PretrainedError for the weights of another folder; return whether the base is another hub revision.
+
+    The cache knows only the newest revision, so :func:`_require_weights` decides.
+    """
     base, known = _fingerprint(getattr(model, "name_or_path", "")), saved["base_fingerprint"]
     if not base or not known or same_base(base, known):
         return False
@@ -247,15 +265,15 @@ def _require_base(model: nn.Module, saved: dict[str, Any], folder: Path) -> bool
 
 
 def _require_weights(model: nn.Module, saved: dict[str, Any], folder: Path) -> None:
-    """Of an injected ``model`` from another revision on the hub: the mean |W0| of each matrix tells weights apart.
+    """Raise PretrainedError if the mean |W0| of a matrix differs from the saved one; for another hub revision.
 
-    Raises PretrainedError where they differ; warns where there are none, or only those of another dtype.
+    Warns where no means were saved, or only those of another dtype.
     """
     scales = weight_scales(model)
-    is_comparable = _dtype(model) == saved.get("dtype") and any(scale != 1.0 for of in scales.values() for scale in of)
-    if is_comparable and scales != saved["weight_scales"]:
-        raise PretrainedError(f"{_other_weights(model, saved, folder)}, by from_pretrained(..., revision=)")
-    if not is_comparable:
+    if _dtype(model) == saved.get("dtype") and any(scale != 1.0 for of in scales.values() for scale in of):
+        if scales != saved["weight_scales"]:
+            raise PretrainedError(f"{_other_weights(model, saved, folder)}, by from_pretrained(..., revision=)")
+    else:
         warnings.warn(
             f"{folder} was trained on {saved['base_model_name_or_path']!r} when its revision was "
             f"{saved['base_fingerprint']}, and now it is {_fingerprint(model.name_or_path)}: whether the weights are "  # type: ignore[arg-type]
@@ -292,12 +310,12 @@ def _require_fit(model: nn.Module, tensors: dict[str, Tensor], saved: dict[str, 
     wanted = {name: tuple(zero3.full_shape(param)) for name, param in adapter_parameters(model)}
     for name, layer in pst_layers(model).items():
         wanted[f"{name}.{MASK_BITS}"] = (-(-layer.layout.numel // 8),)
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wanted |= {name: tuple(buffer.shape) for name, buffer in persistent_buffers(model).items() if name in found}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wanted |= {name: tuple(buffer.shape) for name, buffer in persistent_buffers(model).items() if name in shapes}
+    for name in sorted(wanted.keys() | shapes.keys()):
+        if wanted.get(name) != shapes.get(name):
             raise PretrainedError(
-                f"{folder / WEIGHTS_FILE} does not fit the model: {name} has shape {found.get(name)} there, and "
+                f"{folder / WEIGHTS_FILE} does not fit the model: {name} has shape {shapes.get(name)} there, and "
                 f"{wanted.get(name)} in the model (None: it is not there)"
             )
     if set(saved["weight_scales"]) != set(pst_layers(model)):

@@ -1,15 +1,15 @@
-"""The portable checkpoint: what training changed, in a form that any world size and ZeRO stage reads.
+"""The portable checkpoint: what training changed, in a form that any world size and ZeRO stage can read.
 
 A folder with
 
-    manifest.json                          what the run was doing, and where every value lies
-    shard-00001-of-00002.safetensors, ...  one file a rank that wrote it, each with four flat tensors: "master",
+    manifest.json                          the state of the run, and where every value lies
+    shard-00001-of-00002.safetensors, ...  one file for each rank that wrote it, with four flat tensors: "master",
                                            "exp_avg" and "exp_avg_sq" (fp32) of its part of every trainable parameter,
                                            and "mask" (uint8), the bits of its part of every pruned weight
     SHA256SUMS                             of all the above, as ``sha256sum -c`` reads it
 
-The frozen weights are the base model's and are not copied. No pickle: safetensors and JSON alone, and a folder with any
-other file is refused. :mod:`pst_ds.checkpoint.writer` writes it.
+The frozen weights are the base model's and are not copied. There is no pickle, only safetensors and JSON, and a folder
+with any other file is refused. :mod:`pst_ds.checkpoint.writer` writes it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
@@ -37,33 +37,33 @@ _SHARD_NAME = re.compile(r"shard-(\d{5,})-of-(\d{5,})\.safetensors")
 
 
 class CheckpointError(InputError):
-    """A checkpoint that is not there, is damaged, or belongs to another model."""
+    """A checkpoint that is missing or damaged, or belongs to another model."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointState:
-    """What a checkpoint knows beside its tensors."""
+    """The state of a run, besides its tensors."""
 
     step: int
     """Applied optimizer steps."""
     sparsity: float
-    """Fraction of zeros asked of every pruned matrix."""
+    """Fraction of zeros requested of every pruned matrix."""
     masks_frozen: bool
     """Whether the masks were at their final sparsity and fixed."""
     precision: str
-    """What the model computed in: "bf16" or "fp32"."""
+    """The dtype of the model's computation: "bf16" or "fp32"."""
     device_type: str
-    """Where it computed: "cpu", "cuda"."""
+    """The device of the model's computation: "cpu", "cuda"."""
     base_path: str
     base_fingerprint: str
     labels: list[str]
     """Names of the classes, in the order of their ids."""
     weight_scales: dict[str, list[float]]
-    """Of each PST layer, the mean |W0| of its matrices (or ones)."""
+    """Mean |W0| of the matrices of each PST layer (or ones)."""
     metrics: dict[str, float]
-    """Of the evaluation at this step, if there was one."""
+    """Metrics at this step, if the model was evaluated."""
     progress: dict[str, Any] = field(default_factory=dict)
-    """What continuing the run takes, as JSON values; see :class:`pst_ds.train.resume.RunProgress`."""
+    """JSON values from which the run can continue; see :class:`pst_ds.train.resume.RunProgress`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class Contents:
 
 
 class Checkpoint:
-    """A checkpoint opened for reading; ranges of it are read from disk when they are asked for."""
+    """A checkpoint opened for reading; its values are read from disk on request."""
 
     def __init__(self, folder: Path, state: CheckpointState, contents: Contents):
         self.folder, self.state, self.contents = folder, state, contents
@@ -103,21 +103,21 @@ class Checkpoint:
     @property
     def trained(self) -> Mapping[str, Tensor]:
         """Whole fp32 masters in their shapes, by name; read at every access."""
-        return _Lazily(self.contents.trained, self._whole_master)
+        return _OnDemand(self.contents.trained, self._whole_master)
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
         """Bits of whole masks in the canonical one-shard form, by layer; read at every access."""
-        return _Lazily(self.contents.masks, lambda name: self.mask_shard(name, 1, 0))
+        return _OnDemand(self.contents.masks, lambda name: self.mask_shard(name, 1, 0))
 
     def values(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """Values [start, stop) of a trainable parameter, (stop - start,) fp32; ``kind`` is one of KINDS."""
+        """Return values [start, stop) of a trainable parameter, (stop - start,) fp32; ``kind`` is one of KINDS."""
         fragments = self._tensors.fragments(name, start, stop)
-        parts = [self._slice(f.file, kind, f.offset, f.offset + f.stop - f.start) for f in fragments]
+        parts = [self._tensor(f.file, kind)[f.offset : f.offset + f.stop - f.start] for f in fragments]
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
 
     def mask_shard(self, name: str, num_shards: int, index: int) -> Tensor:
-        """The bits of shard ``index`` of a mask cut into ``num_shards``, uint8; padding bits are zero."""
+        """Return the bits of shard ``index`` of a mask cut into ``num_shards``, uint8; padding bits are zero."""
         numel, own = self.contents.masks[name], self.contents.num_shards
         if num_shards == own:
             return self._mask_file(name, index)
@@ -134,25 +134,22 @@ class Checkpoint:
         return pack_shard(torch.cat(keep) if keep else none, shard_bytes(numel, num_shards))
 
     def check_shard(self, file: int) -> None:
-        """Raise CheckpointError when a file does not hold tensors of the types and sizes that the manifest says."""
+        """Raise CheckpointError if the tensors of a file have not the types and sizes that the manifest says."""
         path = self.folder / shard_name(file, self.contents.num_shards)
         values = self._tensors.length(file)
         wanted = {kind: ("F32", [values]) for kind in KINDS} | {MASK: ("U8", [self._mask_bytes])}
         tensors = {key: self._tensor(file, key) for key in self._handle(file).keys()}  # noqa: SIM118  not iterable
-        found = {key: (tensor.get_dtype(), tensor.get_shape()) for key, tensor in tensors.items()}
-        if found != wanted:
-            raise CheckpointError(f"{path} is damaged: it holds {found}, and {MANIFEST} says {wanted}")
+        held = {key: (tensor.get_dtype(), tensor.get_shape()) for key, tensor in tensors.items()}
+        if held != wanted:
+            raise CheckpointError(f"{path} is damaged: it holds {held}, and {MANIFEST} says {wanted}")
 
     def _mask_file(self, name: str, file: int) -> Tensor:
-        start = self._mask_offsets[name]
-        return self._slice(file, MASK, start, start + shard_bytes(self.contents.masks[name], self.contents.num_shards))
+        start, num_bytes = self._mask_offsets[name], shard_bytes(self.contents.masks[name], self.contents.num_shards)
+        return self._tensor(file, MASK)[start : start + num_bytes]
 
     def _whole_master(self, name: str) -> Tensor:
         shape = torch.Size(self.contents.trained[name])
         return self.values(name, MASTER, 0, shape.numel()).view(shape)
-
-    def _slice(self, file: int, key: str, start: int, stop: int) -> Tensor:
-        return self._tensor(file, key)[start:stop]
 
     def _tensor(self, file: int, key: str) -> Any:
         return self._handle(file).get_slice(key)
@@ -169,10 +166,10 @@ class Checkpoint:
         return self._open[file]
 
 
-class _Lazily(Mapping[str, Tensor]):
-    """Names with values that are read when asked for."""
+class _OnDemand(Mapping[str, Tensor]):
+    """Names whose values are read at every access."""
 
-    def __init__(self, names: Mapping[str, Any], read: Any):
+    def __init__(self, names: Mapping[str, object], read: Callable[[str], Tensor]):
         self._names, self._read = names, read
 
     def __getitem__(self, name: str) -> Tensor:
@@ -191,7 +188,7 @@ class _Lazily(Mapping[str, Tensor]):
 
 
 def most_bytes(trained: int, masked: int) -> int:
-    """Bytes that a checkpoint may take: 12 a trained value, one bit a weight under a mask, and 1 MB for the rest."""
+    """Return the bytes that a checkpoint may take: 12 a trained value, one bit a masked weight, 1 MB for the rest."""
     return trained * 12 + masked // 8 + 10**6
 
 
@@ -200,7 +197,7 @@ def shard_name(file: int, num_shards: int) -> str:
 
 
 def sums_text(sums: Mapping[str, str]) -> str:
-    """The content of SHA256SUMS for file names with their sums."""
+    """Return the content of SHA256SUMS for file names with their sums."""
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
 
 
@@ -210,10 +207,7 @@ def manifest_bytes(state: CheckpointState, contents: Contents) -> bytes:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Open the checkpoint in ``folder``, all its files verified.
-
-    Raises CheckpointError when it is missing, unknown or damaged, naming the file.
-    """
+    """Open the checkpoint in ``folder`` and verify all its files. Raises CheckpointError, naming the file."""
     checkpoint = open_checkpoint(folder)
     check_sums(folder, {name: file_sha256(folder / name) for name in listed_files(folder)})
     for file in range(checkpoint.contents.num_shards):
@@ -234,7 +228,7 @@ def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
 
 
 def listed_files(folder: Path) -> list[str]:
-    """The names of manifest and shards in ``folder``; CheckpointError for a file that is missing or does not belong."""
+    """Return the names of manifest and shards in ``folder``. Raises CheckpointError for a missing or foreign file."""
     for name in (MANIFEST, SUMS):
         if not (folder / name).is_file():
             raise CheckpointError(f"no whole checkpoint in {folder.absolute()}: {name} is missing")
@@ -253,7 +247,7 @@ def listed_files(folder: Path) -> list[str]:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open the checkpoint in ``folder`` by its manifest; of the other files only the names are checked.
+    """Open the checkpoint in ``folder`` by its manifest, checking only the names of the other files.
 
     Raises CheckpointError for a manifest that is missing, damaged or of another format, and for missing files.
     """
@@ -264,11 +258,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {SUMS}")
     try:
         table = json.loads(data)
-        found = table.get("format") if isinstance(table, dict) else None
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number of thousands of digits
+        number = table.get("format") if isinstance(table, dict) else None
+    except (ValueError, RecursionError) as error:  # not JSON or UTF-8, or a number of thousands of digits
         raise CheckpointError(f"{path} is damaged: {error}") from None
-    if found != FORMAT:
-        raise CheckpointError(f"{path} has format {found!r}; this version reads {FORMAT}")
+    if number != FORMAT:
+        raise CheckpointError(f"{path} has format {number!r}; this version reads {FORMAT}")
     try:
         _require_keys(table, {"format", "state", "contents"}, "its parts")
         state, contents = _state(table["state"]), _contents(table["contents"])
@@ -289,7 +283,7 @@ def _require_keys(table: dict[str, Any], wanted: set[str], what: str) -> None:
 
 
 def _state(table: dict[str, Any]) -> CheckpointState:
-    """State from its JSON; ValueError or TypeError for values of other types."""
+    """Build the state from its JSON. Raises ValueError or TypeError for values of other types."""
     state = CheckpointState(**table)
     _count(state.step)
     for name, hint in get_type_hints(CheckpointState).items():
@@ -298,14 +292,14 @@ def _state(table: dict[str, Any]) -> CheckpointState:
             raise ValueError(f"{name} is {value!r}")
     scales = [scale for of_layer in state.weight_scales.values() for scale in of_layer]
     if not all(type(number) in (int, float) for number in [*scales, *state.metrics.values()]):
-        raise ValueError("weight_scales or metrics have what is no number")
+        raise ValueError("weight_scales or metrics are not all numbers")
     if not all(type(label) is str for label in state.labels):
         raise ValueError(f"labels are {state.labels!r}")
     return state
 
 
 def _contents(table: dict[str, Any]) -> Contents:
-    """Contents from their JSON; ValueError or TypeError for values that cannot be."""
+    """Build the contents from their JSON. Raises ValueError or TypeError for impossible values."""
     _require_keys(table, {f.name for f in fields(Contents)}, "contents")
     cuts = table["cuts"]
     contents = Contents(
@@ -320,7 +314,7 @@ def _contents(table: dict[str, Any]) -> Contents:
     return contents
 
 
-def _count(value: Any, least: int = 0) -> int:
+def _count(value: object, least: int = 0) -> int:
     if type(value) is not int or not least <= value < 1 << 48:
         raise ValueError(f"{value!r} is not a size")
     return value

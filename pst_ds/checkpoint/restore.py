@@ -1,4 +1,4 @@
-"""A checkpoint's values into a model and its optimizer; and the fingerprint of the base model it belongs to."""
+"""Load a checkpoint into a model and its optimizer; and fingerprint the base model that it belongs to."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pst_ds.parallel.engine import Engine
 _HUB = "hub:"
 _FIX = "; take the method and the [pst] settings that it was trained with"
 _READ_WHOLE, _STRIDE, _SAMPLE = 256 << 20, 4 << 20, 64 << 10
-"""Bytes of a weight file that is hashed whole; of a larger one, how often and how much of it is."""
+"""Weight files up to so many bytes are hashed whole; of larger ones, a sample in every stride."""
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """(name, Parameter) of all that is trained, in model order."""
+    """Return (name, Parameter) of everything that is trained, in model order."""
     return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's values into an injected ``model``, before an engine is made of it.
+    """Load a checkpoint's values into an injected ``model`` that has no engine yet.
 
     Each rank reads what it holds: under ZeRO-3 its shards. Raises CheckpointError when the names or shapes are not the
     model's, before anything is changed.
@@ -39,15 +39,14 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
             zero3.write_shard(param, checkpoint.values(name, optimizer_state.MASTER, shard.start, stop))
     for name, layer in pst_layers(model).items():
         layer.weight_scales = tuple(checkpoint.state.weight_scales[name])
-        partitioned = zero3.is_partitioned(layer.pst_mask)
-        index = zero3.shard_index(layer.pst_mask)
-        held = [index] if partitioned else range(layer.num_shards)
+        mask = layer.pst_mask
+        held = [zero3.shard_index(mask)] if zero3.is_partitioned(mask) else range(layer.num_shards)
         bits = torch.cat([checkpoint.mask_shard(name, layer.num_shards, i) for i in held])
-        zero3.write_shard(layer.pst_mask, bits.to(layer.pst_mask.device))
+        zero3.write_shard(mask, bits.to(mask.device))
 
 
 def load_optimizer(engine: Engine, checkpoint: Checkpoint) -> None:
-    """Put the fp32 masters and Adam's moments into the optimizer of an engine whose model has the values already."""
+    """Load the fp32 masters and Adam's moments into the optimizer of an engine whose model has the values already."""
     pieces = optimizer_state.local_pieces(engine, trainable(engine.module))
     optimizer_state.prepare_moments(engine, pieces, checkpoint.contents.steps)
     with torch.no_grad():
@@ -57,15 +56,15 @@ def load_optimizer(engine: Engine, checkpoint: Checkpoint) -> None:
 
 
 def weight_scales(model: nn.Module) -> dict[str, list[float]]:
-    """The scales of |W| that a checkpoint of ``model`` must keep."""
+    """Return the scales of |W| that a checkpoint of ``model`` must keep."""
     return {name: list(layer.weight_scales) for name, layer in pst_layers(model).items()}
 
 
 def base_fingerprint(path: str | Path) -> str:
-    """A SHA-256 over the names, sizes and bytes of a model folder's weight files; "" when there are none.
+    """Return a SHA-256 over the names, sizes and bytes of a model folder's weight files; "" if it has none.
 
-    Of a file above 256 MiB 64 KiB out of every 4 MiB are read, so that a model of any size takes seconds. Of a model by
-    its name on the hub, the revision that its config came from, as "hub:…": its weights may not be here yet.
+    Of files above 256 MiB it reads 64 KiB in every 4 MiB, so that a model of any size takes seconds. For a model on the
+    hub it is the revision that its config came from, as "hub:…", since the weights may not be here yet.
     """
     if not Path(path).is_dir():
         return _hub_revision(str(path))
@@ -83,12 +82,12 @@ def base_fingerprint(path: str | Path) -> str:
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two fingerprints can be of one base model; a folder and a revision on the hub cannot be compared."""
+    """Return whether two fingerprints may be of one base model; a folder cannot be compared with a hub revision."""
     return one == other or one.startswith(_HUB) != other.startswith(_HUB)
 
 
 def is_of_hub(fingerprint: str) -> bool:
-    """Whether it is that of a name on the hub, which knows a revision and not the weights."""
+    """Return whether ``fingerprint`` is a revision on the hub, which says nothing of the weights."""
     return fingerprint.startswith(_HUB)
 
 

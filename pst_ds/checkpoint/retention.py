@@ -1,4 +1,4 @@
-"""The checkpoints of a run: ``checkpoints/step-00000120`` and so on, which to keep, and which to go on from.
+"""The checkpoints of a run: ``checkpoints/step-00000120`` and so on, which to keep, and which to continue from.
 
 ``latest``, ``best`` and ``final`` are links to them. A folder has its name only once it is whole, so a crash leaves at
 most a ``.partial`` one; a damaged one is set aside as ``.broken``, never used and never counted.
@@ -24,11 +24,11 @@ def step_name(step: int) -> str:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """The finished checkpoints in ``folder``, the newest first."""
+    """Return the finished checkpoints in ``folder``, newest first."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True) if path.is_dir() and not path.is_symlink()]
+    steps = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))]
+    return [path for _, path in sorted(steps, reverse=True) if path.is_dir() and not path.is_symlink()]
 
 
 def clean_up(folder: Path) -> None:
@@ -45,9 +45,9 @@ def clean_up(folder: Path) -> None:
 
 
 def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose files are all as they were written, and what is wrong with newer ones.
+    """Return the newest checkpoint with all files as they were written, and the problems of newer ones.
 
-    The damaged are set aside. Every rank verifies a share of the files. Collective; the same on every rank.
+    Damaged ones are set aside. Every rank verifies a share of the files. Collective; the same on every rank.
     """
     problems: list[str] = []
     names = all_gather_objects([path.name for path in step_folders(folder)])[0]
@@ -65,7 +65,7 @@ def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def _verified(path: Path) -> tuple[Checkpoint | None, str]:
-    """The checkpoint, or the first problem that any rank finds with it. Collective."""
+    """Return the checkpoint, or the first problem that any rank has with it. Collective."""
     checkpoint, sums, problem = None, {}, ""
     try:
         checkpoint = open_checkpoint(path)
@@ -76,7 +76,7 @@ def _verified(path: Path) -> tuple[Checkpoint | None, str]:
     except (CheckpointError, OSError) as error:
         problem = str(error)
     gathered = all_gather_objects((problem, sums))
-    problem = next((found for found, _ in gathered if found), "")
+    problem = next((of_rank for of_rank, _ in gathered if of_rank), "")
     if not problem:
         try:
             check_sums(path, {name: digest for _, of_rank in gathered for name, digest in of_rank.items()})
@@ -88,22 +88,21 @@ def _verified(path: Path) -> tuple[Checkpoint | None, str]:
 
 
 def keep(folder: Path, keep_last: int) -> list[str]:
-    """Remove all but the newest ``keep_last`` good checkpoints, and the best that any of these knows; their names.
+    """Remove all but the newest ``keep_last`` good checkpoints and the best that any of them knows; return the names.
 
-    A checkpoint counts when its manifest is intact and its files have their full length. One that is not good is
-    removed only when it is older than ``keep_last`` good ones, and the last good one never.
+    A checkpoint is good when its manifest is intact and its files have their full length. A bad one is removed only if
+    it is older than ``keep_last`` good ones.
     """
-    kept: list[Checkpoint] = []
-    older: list[Path] = []
+    best: set[str] = set()
+    removed, good = [], 0
     for path in step_folders(folder):
-        if len(kept) < keep_last:
-            checkpoint = _intact(path)
-            if checkpoint is not None:
-                kept.append(checkpoint)
-        else:
-            older.append(path)
-    best = {step_name(c.state.progress["best_step"]) for c in kept if c.state.progress.get("best_step") is not None}
-    removed = [path for path in older if path.name not in best] if kept else []
+        if good == keep_last:
+            removed.append(path)
+        elif (checkpoint := _intact(path)) is not None:
+            good += 1
+            step = checkpoint.state.progress.get("best_step")
+            best |= set() if step is None else {step_name(step)}
+    removed = [path for path in removed if path.name not in best]
     for path in removed:
         doomed = path.with_name(path.name + PARTIAL)  # whole or gone, also when we are killed now
         path.rename(doomed)
@@ -122,33 +121,33 @@ def _intact(path: Path) -> Checkpoint | None:
 
 
 def settle(folder: Path, step: int, *, best_step: int | None, is_last: bool, keep_last: int) -> None:
-    """Let the links follow a checkpoint of ``step`` that is there now, and remove those it makes superfluous.
+    """Point the links to the checkpoint of ``step``, and remove checkpoints that are no longer needed.
 
-    Also after a crash between its writing and this.
+    Also repairs what a crash between writing a checkpoint and this left behind.
     """
     for link, of_step in ((LATEST, step), (BEST, best_step), (FINAL, step if is_last else None)):
         if of_step is not None and (folder / step_name(of_step)).is_dir():
             replace_link(folder / link, step_name(of_step))
         elif (folder / link).is_symlink() and not (folder / link).exists():
-            (folder / link).unlink()  # to one that was damaged
+            (folder / link).unlink()  # its checkpoint was damaged
     keep(folder, keep_last)
 
 
 def find(folder: Path, name: str) -> Path:
-    """The folder of a checkpoint by name; "best" is "final" when none was chosen. Raises CheckpointError."""
+    """Return the folder of a checkpoint by name; "best" is "final" when none was chosen. Raises CheckpointError."""
     path = folder / (FINAL if name == BEST and not (folder / BEST).exists() else name)
     if path.is_symlink():
         target = path.readlink()
         if not _STEP_FOLDER.fullmatch(str(target)) or (folder / target).is_symlink():
-            raise CheckpointError(f"{path} is a link to {str(target)!r}; it must name a checkpoint beside it")
+            raise CheckpointError(f"{path} is a link to {str(target)!r}; it must name a checkpoint in the same folder")
         path = folder / target
     if not path.is_dir():
-        there = ", ".join(known_names(folder)) or "none; train the run first"
-        raise CheckpointError(f"no checkpoint {name!r} in {folder.absolute()}. There are: {there}")
+        names = ", ".join(known_names(folder)) or "none; train the run first"
+        raise CheckpointError(f"no checkpoint {name!r} in {folder.absolute()}. There are: {names}")
     return path
 
 
 def known_names(folder: Path) -> list[str]:
-    """What :func:`find` finds in ``folder``."""
+    """Return the names that :func:`find` knows in ``folder``."""
     links = [link for link in (BEST, FINAL, LATEST) if (folder / link).is_dir()]
     return [*links, *(path.name for path in step_folders(folder))]

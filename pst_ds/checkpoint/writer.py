@@ -1,4 +1,4 @@
-"""Writes portable checkpoints: every rank its own part, in a thread of its own while training goes on."""
+"""Writes portable checkpoints: every rank writes its part, in a thread, while training continues."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,16 +41,16 @@ class SaveResult:
 
     name: str
     bytes: int
-    """Of all its files."""
+    """Size of all files."""
     blocked_seconds: float
-    """For how long this rank's training thread was held up."""
+    """How long this rank's training thread had to wait."""
     error: str = ""
-    """Why there is no checkpoint, or why ``when_written`` failed, with the rank; empty when all is well."""
+    """Why there is no checkpoint, or why ``when_written`` failed, with the rank; empty after success."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Report:
-    """What a rank tells the others of its part."""
+    """A rank's report on its part."""
 
     error: str
     digest: str
@@ -63,9 +62,9 @@ class _Report:
 class CheckpointWriter:
     """Saves checkpoints of one engine into ``folder``, one at a time.
 
-    :meth:`save` copies this rank's part (its trainable values' 12 bytes each and its mask bits) and returns; a thread
-    writes it, hears from the other ranks, and gives the folder its name when all is on disk and was read back. The
-    copy is kept for the next save; while the file is made it takes twice as much again. Making a writer, and
+    :meth:`save` copies this rank's part (12 bytes for each trainable value, and its mask bits) and returns; a thread
+    writes it, exchanges reports with the other ranks, and names the folder once everything is on disk. The memory of
+    the copy is kept for the next save; while the file is made it takes twice as much again. Making a writer, and
     :meth:`save`, are collective.
     """
 
@@ -79,7 +78,7 @@ class CheckpointWriter:
         self._outcome: SaveResult | None = None
 
     def save(self, name: str, state: CheckpointState, *, when_written: Callable[[], None] = lambda: None) -> None:
-        """Begin to write ``folder/name``; waits first for a save that is still being written.
+        """Start to write ``folder/name``, after waiting for a save that is still being written.
 
         ``when_written`` is called on rank 0, in the thread, once the checkpoint is there.
         """
@@ -94,7 +93,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self, timeout: float | None = None) -> SaveResult | None:
-        """Wait until nothing is being written; how the last save ended, the first time it is asked for."""
+        """Wait until nothing is being written; return the result of the last save, once."""
         if self._thread is not None:
             self._thread.join(timeout)
             if self._thread.is_alive():
@@ -107,11 +106,7 @@ class CheckpointWriter:
         pieces = optimizer_state.local_pieces(self._engine, self._named)
         if not optimizer_state.is_replicated(param for _, param in self._named):
             return pieces
-        shares = []
-        for piece in pieces:
-            share = shard_numel(piece.stop, world_size())
-            shares.append(piece.cut(min(rank() * share, piece.stop), min((rank() + 1) * share, piece.stop)))
-        return shares
+        return [piece.cut(*_even_share(piece.stop)) for piece in pieces]
 
     def _copy_values(self, pieces: list[Piece]) -> None:
         total = sum(piece.stop - piece.start for piece in pieces)
@@ -127,12 +122,13 @@ class CheckpointWriter:
             part.copy_(_mask_share(layer))
 
     def _buffer(self, key: str, count: int, dtype: torch.dtype) -> Tensor:
-        found = self._buffers.get(key)
-        if found is None or found.numel() != count:
-            found = self._buffers[key] = torch.empty(count, dtype=dtype)
-        return found
+        if key not in self._buffers or self._buffers[key].numel() != count:
+            self._buffers[key] = torch.empty(count, dtype=dtype)
+        return self._buffers[key]
 
-    def _run(self, name: str, state: CheckpointState, pieces: list[Piece], steps: dict[str, int], done: Any) -> None:
+    def _run(
+        self, name: str, state: CheckpointState, pieces: list[Piece], steps: dict[str, int], done: Callable[[], None]
+    ) -> None:
         partial = self._folder / (name + PARTIAL)
         problem, size, is_there = "", 0, False
         try:
@@ -167,7 +163,7 @@ class CheckpointWriter:
     def _finish(
         self, partial: Path, name: str, state: CheckpointState, reports: list[_Report], done: Callable[[], None]
     ) -> tuple[str, int]:
-        """Manifest, sums, and the name; returns (problem, bytes)."""
+        """Write the manifest and the sums, and name the folder; return (problem, bytes)."""
         try:
             sums = {shard_name(i, len(reports)): report.digest for i, report in enumerate(reports)}
             manifest = manifest_bytes(state, self._contents(reports))
@@ -210,23 +206,27 @@ def save_checkpoint(folder: Path, engine: Engine, state: CheckpointState) -> Non
 
 
 def size_limit(model: nn.Module) -> int:
-    """Bytes that a checkpoint of ``model`` may take."""
+    """Return the bytes that a checkpoint of ``model`` may take."""
     trained = sum(zero3.full_numel(param) for _, param in trainable(model))
     return most_bytes(trained, sum(layer.layout.numel for layer in pst_layers(model).values()))
 
 
 def _mask_share(layer: PSTLinear) -> Tensor:
-    """Bits of this rank's share of a mask: shard ``rank`` of as many as there are ranks."""
-    bits, numel, world = layer.pst_mask, layer.layout.numel, world_size()
+    """Return the bits of this rank's share of a mask: shard ``rank`` of as many as there are ranks."""
+    bits, numel = layer.pst_mask, layer.layout.numel
     if zero3.is_partitioned(bits):
         return zero3.shard_of(bits).values
-    per_shard = shard_numel(numel, world)
-    start = min(rank() * per_shard, numel)
-    stop = min(start + per_shard, numel)
-    num_bytes = shard_bytes(numel, world)
-    if layer.num_shards == 1 and per_shard % 8 == 0 and stop - start == per_shard:
+    start, stop = _even_share(numel)
+    num_bytes = shard_bytes(numel, world_size())
+    if layer.num_shards == 1 and start % 8 == 0 and stop - start == 8 * num_bytes:
         return bits.detach()[start // 8 : start // 8 + num_bytes]
     return pack_shard(unpack_range(bits.detach(), numel, layer.num_shards, start, stop), num_bytes)
+
+
+def _even_share(numel: int) -> tuple[int, int]:
+    """Return (first, after the last) of this rank's share of ``numel`` values, as ZeRO-3 cuts them."""
+    share = shard_numel(numel, world_size())
+    return min(rank() * share, numel), min((rank() + 1) * share, numel)
 
 
 def _first_problem(errors: list[str]) -> str:

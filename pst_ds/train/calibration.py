@@ -1,11 +1,11 @@
-"""How large the inputs of every pruned layer are on training text: the norms of ``pst.magnitude = "activation"``."""
+"""Norms of the inputs of every pruned layer on training text, for ``pst.magnitude = "activation"``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,35 +20,30 @@ from pst_ds.parallel.ranks import broadcast, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.evaluate import evaluation_batches
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 NORMS_FILE = "activation_norms.safetensors"
 
 
 def activation_norms(
-    engine: Engine,
-    task: Task,
-    examples: ExampleSet,
-    indices: Sequence[int],
-    tokenizer: Any,
-    batch_size: int,
-    device: str,
-) -> dict[str, Tensor]:
-    """Of every PST layer the root of its :func:`summed_squares`, divided by their mean: (I,) fp32, 1 for a layer whose
-    inputs were all zero. Collective."""
+    engine: Engine, task: Task, examples: ExampleSet, indices: Sequence[int], tokenizer: PreTrainedTokenizerBase,
+    batch_size: int, device: str,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Return, for every PST layer, the root of its :func:`summed_squares` divided by their mean: (I,) fp32.
+
+    It is 1 for a layer whose inputs were all zero. Collective.
+    """
     sums = summed_squares(engine, task, examples, indices, tokenizer, batch_size, device)
     return {name: _relative(of_layer.sqrt()) for name, of_layer in sums.items()}
 
 
 @torch.no_grad()
 def summed_squares(
-    engine: Engine,
-    task: Task,
-    examples: ExampleSet,
-    indices: Sequence[int],
-    tokenizer: Any,
-    batch_size: int,
-    device: str,
-) -> dict[str, Tensor]:
-    """Of every PST layer the sum of squares of each input over the real tokens of ``indices``: (I,) float64.
+    engine: Engine, task: Task, examples: ExampleSet, indices: Sequence[int], tokenizer: PreTrainedTokenizerBase,
+    batch_size: int, device: str,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Return, for every PST layer, the sum of squares of each input over the real tokens of ``indices``: (I,) float64.
 
     The model runs as the dense one it was. Ranks take turns at the batches, and every rank adds one batch's sums after
     the other, in the order of the batches: the same bits on any number of ranks, which an all-reduce would not give,
@@ -70,8 +65,8 @@ def summed_squares(
             gatherer.begin(batch)
             with gatherer.listening(layers) if turn < len(batches) else nullcontext():
                 engine(**{k: v for k, v in batch.items() if k != "labels"})
-            found = [gatherer.sums.get(name, InputSum()).total for name in layers]
-            sums = torch.cat([totals.new_zeros(n) if s is None else s for n, s in zip(sizes, found, strict=True)])
+            parts = [gatherer.sums.get(name, InputSum()).total for name in layers]
+            sums = torch.cat([totals.new_zeros(n) if s is None else s for n, s in zip(sizes, parts, strict=True)])
             for source in range(min(world_size(), len(batches) - first)):
                 totals += broadcast(sums, source)
     engine.train()
@@ -84,20 +79,20 @@ def _relative(norms: Tensor) -> Tensor:
 
 
 def set_norms(model: nn.Module, norms: dict[str, Tensor]) -> None:
-    """Let the scores of every layer weigh |W| by its input's norm."""
+    """Make the scores of every layer weigh |W| by the norm of its input."""
     for name, layer in pst_layers(model).items():
         layer.input_norms = norms[name].to(layer.pst_mask.device)
 
 
 def save_norms(folder: Path, norms: dict[str, Tensor]) -> None:
-    """Write them beside the run; whole or not at all."""
+    """Write ``norms`` into the run's folder, whole or not at all."""
     from safetensors.torch import save
 
     write_bytes_atomic(folder / NORMS_FILE, save({name: values.contiguous() for name, values in norms.items()}))
 
 
 def load_norms(folder: Path, model: nn.Module) -> dict[str, Tensor]:
-    """The norms that the run in ``folder`` began with. Raises ConfigError when they are gone, or of another model."""
+    """Load the norms that the run in ``folder`` began with. Raises ConfigError if they are missing or do not fit."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

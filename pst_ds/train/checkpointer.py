@@ -180,8 +180,8 @@ class Checkpointer:
                 )
             return
         size, limit = written.bytes, self._size_limit
-        line = {"event": "checkpoint", "bytes": size, "blocked_seconds": round(written.blocked_seconds, 4)}
-        self._metrics.write(_step_of(written), line)
+        values = {"event": "checkpoint", "bytes": size, "blocked_seconds": round(written.blocked_seconds, 4)}
+        self._metrics.write(_step_of(written), values)
         self._metrics.say(
             f"saved {self._folder / written.name}: {size / 1e6:.2f} MB ({limit / 1e6:.2f} MB is the most)"
         )

@@ -1,10 +1,10 @@
-"""Outcomes of a whole split. Every example is counted once, and the batches do not depend on the number of ranks."""
+"""Evaluation on a whole split: every example counts once, and the batches do not depend on the number of ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,22 +15,27 @@ from pst_ds.parallel.ranks import all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.progress import Progress
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Model = Callable[..., Any]
+"""A transformers model, or the engine around one."""
 _ROUNDINGS = 8
-"""Of a number that two models computed alike."""
+"""Rounding errors by which a number may differ that two models compute alike."""
 
 
 @torch.no_grad()
 def predict(
-    model: Callable[..., Any], task: Task, examples: ExampleSet, tokenizer: Any, batch_size: int, device: str
+    model: Model, task: Task, examples: ExampleSet, tokenizer: PreTrainedTokenizerBase, batch_size: int, device: str
 ) -> np.ndarray:
-    """The outcomes of ``task``, (num examples, k) in the order of ``examples``, on every rank.
+    """Return the outcomes of ``task``, (num examples, k) in the order of ``examples``, on every rank.
 
     Ranks take turns at the batches; one that runs out repeats its last and drops the answer, since under ZeRO-3 all
     must run the same layers. Collective. ``model`` must be in evaluation mode.
     """
     batches = evaluation_batches(examples.lengths, batch_size, mixed=task.pads)
     own: list[tuple[list[int], np.ndarray]] = []
-    with Progress("evaluate", len(batches), "batches") as shown:
+    with Progress("evaluate", len(batches), "batches") as progress:
         for first in range(0, len(batches), world_size()):
             heartbeat("evaluation")
             turn = first + rank()
@@ -39,21 +44,16 @@ def predict(
             logits = _logits(model, batch, device)
             if turn < len(batches):
                 own.append((indices, task.outcomes(logits, batch)))
-            shown.at(min(first + world_size(), len(batches)))
-    return _in_order([piece for of_rank in all_gather_objects(own) for piece in of_rank], len(examples))
+            progress.at(min(first + world_size(), len(batches)))
+    return _in_order([batch for of_rank in all_gather_objects(own) for batch in of_rank], len(examples))
 
 
 @torch.no_grad()
 def compare(
-    one: Callable[..., Any],
-    other: Callable[..., Any],
-    task: Task,
-    examples: ExampleSet,
-    tokenizer: Any,
-    batch_size: int,
+    one: Model, other: Model, task: Task, examples: ExampleSet, tokenizer: PreTrainedTokenizerBase, batch_size: int,
     device: str,
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """How far the predictions of two models on one process differ, and the metrics of the other.
+) -> tuple[dict[str, Any], dict[str, float]]:  # fmt: skip
+    """Return how far the predictions of two models on one process differ, and the metrics of the ``other``.
 
     A prediction is the index of the largest logit: a text's class, or the token that would follow; of a single output
     (regression) it is the number, and others within a few roundings are the same. One batch of logits of each model is
@@ -62,7 +62,7 @@ def compare(
     differing, largest = 0, torch.zeros((), device=device)
     pieces: list[tuple[list[int], np.ndarray]] = []
     batches = evaluation_batches(examples.lengths, batch_size, mixed=task.pads)
-    with Progress("compare", len(batches), "batches") as shown:
+    with Progress("compare", len(batches), "batches") as progress:
         for indices in batches:
             batch = task.collate(examples, indices, tokenizer)
             ours, theirs = (_logits(model, batch, device) for model in (one, other))
@@ -70,7 +70,7 @@ def compare(
             ours, theirs = ours.float(), theirs.float()
             largest = torch.maximum(largest, (ours - theirs).abs().max())  # keeps a NaN
             pieces.append((indices, task.outcomes(theirs, batch)))
-            shown.add(1)
+            progress.add(1)
     metrics = task.metrics(_in_order(pieces, len(examples)), examples)
     return {"differing_predictions": differing, "max_logit_difference": float(largest)}, metrics
 
@@ -83,13 +83,13 @@ def _differing(ours: Tensor, theirs: Tensor) -> int:
 
 
 def evaluation_batches(lengths: Sequence[int], batch_size: int, *, mixed: bool) -> list[list[int]]:
-    """Every example in one batch, short ones first; unless ``mixed``, those of a batch are of one length."""
+    """Batch every example once, short ones first; unless ``mixed``, those of a batch have one length."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     groups = [order] if mixed else [list(same) for _, same in groupby(order, key=lambda i: lengths[i])]
     return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
 
-def _logits(model: Callable[..., Any], batch: dict[str, Tensor], device: str) -> Tensor:
+def _logits(model: Model, batch: dict[str, Tensor], device: str) -> Tensor:
     return model(**{k: v.to(device) for k, v in batch.items() if k != "labels"}).logits
 
 

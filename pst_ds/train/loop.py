@@ -1,4 +1,4 @@
-"""The training loop: applied optimizer steps, with mask updates in step with the schedule."""
+"""The training loop: optimizer steps, with mask updates as the schedule says."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,20 +28,23 @@ from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, 
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.objective import Objective
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MAX_SKIPPED_IN_A_ROW = 100
 FINAL_TAGS = ("loss", "sparsity/actual", "tokens_per_second")
-"""Of what is reported on the way: what a run is judged by at its end, beside its evaluation."""
+"""The reported values that a run is judged by at its end, besides its evaluation."""
 _ZEROS_MAY_DIFFER = 0.01
-"""From the sparsity asked: a share of every row, or of every group, rounds down."""
+"""From the requested sparsity: a share of every row, or of every group, rounds down."""
 
 
 class DivergedError(RuntimeError):
-    """The loss, or every gradient for long, is not finite; raised on every rank."""
+    """A loss is not finite, or too many gradients in a row are not; raised on every rank."""
 
 
 @dataclass(slots=True)
 class LoopState:
-    """Where the run is. ``step`` counts applied optimizer steps, ``batch`` global batches taken (skipped ones too)."""
+    """Where the run is. ``step`` counts applied optimizer steps, ``batch`` global batches, with skipped ones."""
 
     step: int = 0
     batch: int = 0
@@ -49,7 +52,7 @@ class LoopState:
     losses: list[float] = field(default_factory=list)
     """Mean loss of each global batch since the last report; the same on every rank."""
     tokens: int = 0
-    """Of these batches."""
+    """Tokens of these batches."""
     last_report_seconds: float = 0.0
     skipped_in_a_row: int = 0
     stopped_by: int = 0
@@ -64,7 +67,7 @@ class Loop:
     engine: Engine
     schedule: Schedule | None
     examples: ExampleSet
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     num_steps: int
     device: str
     metrics: MetricsWriter
@@ -115,21 +118,21 @@ class Loop:
 
 
 def _require_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
-    """Checkpoints have no buffers: raise ConfigError on every rank for a model that changes its own. Collective."""
+    """Raise ConfigError on every rank if a buffer has changed, since checkpoints have none. Collective."""
     now = persistent_buffers(model)
     changed = sorted(name for name in before if not torch.equal(now[name], before[name]))
-    found = sorted({name for names in all_gather_objects(changed) for name in names})
-    if found:
+    names = sorted({name for of_rank in all_gather_objects(changed) for name in of_rank})
+    if names:
         raise ConfigError(
-            f"the forward pass of model.path changes {shortened(found)}, and the checkpoints of a run have no buffers. "
+            f"the forward pass of model.path changes {shortened(names)}, and the checkpoints of a run have no buffers. "
             "Train it in your own loop with pst_ds.MaskUpdater: pst_ds.save_pretrained keeps them"
         )
 
 
 def seed_random_numbers(seed: int, batch: int) -> None:
-    """Let dropout and the like of a global batch depend on the run's seed, its number and the rank alone.
+    """Seed all generators for a global batch from the run's seed, the batch's number and the rank.
 
-    So there is no state of generators to save: a run that is continued draws as one that was not interrupted.
+    So there is no generator state to save: a continued run draws the same numbers as an uninterrupted one.
     """
     digest = hashlib.blake2b(f"{seed}/{batch}/{rank()}".encode(), digest_size=8).digest()
     number = int.from_bytes(digest) >> 1
@@ -139,7 +142,7 @@ def seed_random_numbers(seed: int, batch: int) -> None:
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup_fraction: float) -> float:
-    """Share of the peak rate for the step after ``step`` applied ones: a linear rise, then a linear fall to zero."""
+    """Return the share of the peak rate for the step after ``step``: a linear rise, then a linear fall to zero."""
     warmup_steps = math.floor(warmup_fraction * num_steps)
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
@@ -164,11 +167,10 @@ def learning_rates(engine: Engine) -> dict[str, float]:
 
 
 def _batches(loop: Loop, first: int) -> Iterator[tuple[list[tuple[dict[str, Tensor], float]], int]]:
-    """This rank's micro-batches of one global batch after another from number ``first`` on, without end; each time with
-    the tokens of the whole batch.
+    """Yield this rank's micro-batches of each global batch from number ``first`` on, and the tokens of the whole batch.
 
-    A micro-batch has a share, on average 1 over all ranks', by which its mean loss is to be multiplied: then the mean
-    of all is the global batch's, however it is cut.
+    A micro-batch has a share, on average 1 over all ranks, by which its mean loss is to be multiplied: then the mean of
+    all is the global batch's, however it is cut. Endless.
     """
     run, task, lengths = loop.run, task_of(loop.run), loop.examples.lengths
     batches = GlobalBatches(lengths, run.train.batch_size, run.seed, run.data.group_by_length)
@@ -186,7 +188,7 @@ def _batches(loop: Loop, first: int) -> Iterator[tuple[list[tuple[dict[str, Tens
 
 
 def _update_masks_if_due(loop: Loop, state: LoopState) -> None:
-    """The schedule and ``state.step`` are equal on every rank, so all update or none does."""
+    """Update the masks; schedule and ``state.step`` are equal on every rank, so all ranks do or none does."""
     schedule, from_zeros = loop.schedule, loop.run.pst.initial_mask == "zeros"
     if schedule is None:
         return
@@ -210,18 +212,18 @@ def _update_masks_if_due(loop: Loop, state: LoopState) -> None:
 
 
 def _require_sparsity(run: RunConfig, masks: MaskStats) -> None:
-    """A run that starts from zeros must find as many as it was told: the share is the same on every rank."""
-    asked = run.schedule.final_sparsity
-    if abs(masks.sparsity - asked) > _ZEROS_MAY_DIFFER:
+    """Raise ConfigError on every rank if the model has another share of zeros than the run requests."""
+    requested = run.schedule.final_sparsity
+    if abs(masks.sparsity - requested) > _ZEROS_MAY_DIFFER:
         raise ConfigError(
-            f"schedule.final_sparsity = {asked}, but {masks.sparsity:.4f} of the pruned weights of model.path = "
+            f"schedule.final_sparsity = {requested}, but {masks.sparsity:.4f} of the pruned weights of model.path = "
             f'{run.model.path!r} are zero, and pst.initial_mask = "zeros" keeps just the others. Fix: '
             f"schedule.final_sparsity = {masks.sparsity:.4f}, or another model folder"
         )
 
 
 def _agree_on_batch(state: LoopState, losses: list[Tensor]) -> None:
-    """What every rank must know of the batch just done: its mean loss, and whether one was asked to stop. Collective.
+    """Exchange the mean loss of the last batch, and whether a rank was asked to stop. Collective.
 
     DeepSpeed skips a step for a bad gradient (not at stage 0 in fp32); a bad loss ends the run, on all ranks.
     """
@@ -239,7 +241,7 @@ def _agree_on_batch(state: LoopState, losses: list[Tensor]) -> None:
 
 
 def _stop_if_stuck(state: LoopState) -> None:
-    """Without an end to skipped steps a run would go on for ever; engines skip together, so all ranks stop here."""
+    """Raise DivergedError after too many skipped steps in a row; engines skip together, so all ranks stop here."""
     state.skipped_in_a_row += 1
     if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise DivergedError(
@@ -249,17 +251,17 @@ def _stop_if_stuck(state: LoopState) -> None:
 
 
 def _picture_if_due(loop: Loop, state: LoopState) -> None:
-    """Figures of every layer and pictures of some. Once the masks are fixed, updates alone still change. Collective."""
+    """Measure every layer, and draw some. Once the masks are fixed, only the updates still change. Collective."""
     pictures, layers = loop.run.pictures, list(pst_layers(loop.engine.module))
     if not layers or not pictures.is_due(state.step, loop.num_steps):
         return
     heartbeat("the figures of the layers")
     before = pictures.last_before(state.step, loop.num_steps)
     masks_change = loop.schedule is not None and (before < 0 or not loop.schedule.is_final(before))
-    found = measure(loop.engine.module, chosen_layers(layers, pictures.layers), with_scores=masks_change)
-    if found.mean_correlation is not None:
-        loop.metrics.write(state.step, {"event": "scores", "correlation": found.mean_correlation})
-    loop.metrics.figures(state.step, found)
+    stats = measure(loop.engine.module, chosen_layers(layers, pictures.layers), with_scores=masks_change)
+    if stats.mean_correlation is not None:
+        loop.metrics.write(state.step, {"event": "scores", "correlation": stats.mean_correlation})
+    loop.metrics.figures(state.step, stats)
 
 
 def _report_if_due(loop: Loop, state: LoopState) -> None:
@@ -272,24 +274,19 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
     state.tokens = 0
     elapsed = loop.metrics.seconds - state.last_report_seconds
     state.last_report_seconds = loop.metrics.seconds
-    sparsity = loop.schedule.sparsity_at(state.step) if loop.schedule else 0.0
-    values: dict[str, Any] = {
+    sparsity, flip_rate = (state.masks.sparsity, state.masks.flip_rate) if state.masks else (0.0, 0.0)
+    per_second = tokens / elapsed if elapsed > 0 else 0.0
+    values = {
+        "event": "step",
         "loss": loss,
         **learning_rates(loop.engine),
-        "sparsity/target": sparsity,
-        "sparsity/actual": state.masks.sparsity if state.masks else 0.0,
-        "flip_rate": state.masks.flip_rate if state.masks else 0.0,
-        "tokens_per_second": tokens / elapsed if elapsed > 0 else 0.0,
+        "sparsity/target": loop.schedule.sparsity_at(state.step) if loop.schedule else 0.0,
+        "sparsity/actual": sparsity,
+        "flip_rate": flip_rate,
+        "tokens_per_second": per_second,
         "peak_memory_bytes": memory,
         "skipped_steps": loop.engine.skipped_steps,
     }
-    loop.metrics.write(state.step, {"event": "step", **values})
-    loop.metrics.progress(
-        state.step,
-        {
-            "loss": loss,
-            "sparsity": round(values["sparsity/actual"], 4),
-            "tok/s": round(values["tokens_per_second"]),
-            "GiB": round(memory / 2**30, 2),
-        },
-    )
+    loop.metrics.write(state.step, values)
+    progress = {"loss": loss, "sparsity": round(sparsity, 4), "tok/s": round(per_second)}
+    loop.metrics.progress(state.step, {**progress, "GiB": round(memory / 2**30, 2)})

@@ -1,7 +1,9 @@
-"""What continuing a run takes beside its tensors, and whether the run that continues is the same one."""
+"""The state, besides tensors, that a run continues from, and the check that it is still the same run."""
 
 from __future__ import annotations
 
+import json
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,21 +23,24 @@ _MAY_DIFFER = (
     "train.stall_timeout_seconds", "eval.interval", "eval.batch_size", "checkpoint.interval", "checkpoint.keep_last",
     "pst.prune_uncalled", "pst.tile_bytes", "pictures.interval", "pictures.layers",
 )  # fmt: skip
-"""Settings that a run may be continued with other values of: places, how the same numbers are computed, and what the
-digest of the examples tells."""
+"""Settings that may differ when a run continues: paths, how the same numbers are computed, and what the digest of the
+examples covers."""
 _MAY_BE_CHANGED = (
     "train.score_learning_rate", "train.update_learning_rate", "train.embedding_learning_rate",
     "train.head_learning_rate", "train.gradient_clipping",
 )  # fmt: skip
-"""Settings that a user may want to change on the way, to get over a divergence; it is said."""
+"""Settings that a user may want to change to get over a divergence; a message says so."""
+
+_SHARED = ("batch", "losses", "tokens", "last_report_seconds", "skipped_in_a_row")
+"""Fields that LoopState and RunProgress have in common."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunProgress:
     """Where a run is, as JSON values; the same on every rank, and for any number of them.
 
-    The random numbers of a step and the order of the batches are functions of the seed and ``batch``, and the
-    learning rates of the step, so these few numbers place all of them.
+    The random numbers of a step and the order of the batches follow from the seed and ``batch``, and the learning rates
+    from the step, so none of these are saved.
     """
 
     batch: int
@@ -43,7 +48,7 @@ class RunProgress:
     skipped_steps: int
     skipped_in_a_row: int
     losses: list[float]
-    """Of the global batches since the last line of metrics.jsonl."""
+    """Losses of the global batches since the last line of metrics.jsonl."""
     tokens: int
     seconds: float
     last_report_seconds: float
@@ -62,7 +67,7 @@ class RunProgress:
 
     @classmethod
     def read(cls, checkpoint: Checkpoint) -> RunProgress:
-        """Raises CheckpointError when a checkpoint has none, or not this one."""
+        """Read the progress of ``checkpoint``. Raises CheckpointError when it has none, or an unknown one."""
         try:
             return cls(**checkpoint.state.progress)
         except TypeError as error:
@@ -70,7 +75,7 @@ class RunProgress:
 
 
 def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, data_digest: str) -> list[str]:
-    """Raise ConfigError when ``run`` is not the run of ``checkpoint``; returns what is allowed to differ, and does."""
+    """Raise ConfigError when ``run`` is not the run of ``checkpoint``; return the permitted changes, as text."""
     progress = RunProgress.read(checkpoint)
     require_base(checkpoint, run.model.path, fingerprint)
     before, now = flatten(progress.run), flat_table(run)
@@ -100,68 +105,47 @@ def require_base(checkpoint: Checkpoint, path: str, fingerprint: str) -> None:
 
 
 def as_table(run: RunConfig) -> dict[str, Any]:
-    """``run`` as JSON values, with the seed of the factors that counts."""
-    return _plain(asdict(replace(run, pst=run.seeded_pst)))
+    """Return ``run`` as JSON values, with the seed that its factors follow."""
+    return json.loads(json.dumps(asdict(replace(run, pst=run.seeded_pst))))
 
 
 def flat_table(run: RunConfig) -> dict[str, Any]:
-    """The settings of ``run`` as JSON values, by their dotted names."""
+    """Return the settings of ``run`` as JSON values, by their dotted names."""
     return flatten(as_table(run))
 
 
 def progress_of(run: RunConfig, engine: Engine, state: LoopState, **more: Any) -> RunProgress:
-    """Where ``run`` is after ``state``; ``more``: the fields that its engine and ``state`` do not tell."""
+    """Return the progress of ``run`` at ``state``; ``more``: the fields that neither ``engine`` nor ``state`` has."""
     groups = {
         group["name"]: {"lr": group["lr"], "peak_lr": group["peak_lr"], "betas": list(group["betas"])}
         for group in engine.optimizer.param_groups
     }
     return RunProgress(
-        batch=state.batch,
         skipped_steps=engine.skipped_steps,
-        skipped_in_a_row=state.skipped_in_a_row,
-        losses=list(state.losses),
-        tokens=state.tokens,
-        last_report_seconds=state.last_report_seconds,
         masks=state.masks.totals() if state.masks else None,
         groups=groups,
         run=as_table(run),
+        **{name: copy(getattr(state, name)) for name in _SHARED},
         **more,
     )
 
 
 def restore(engine: Engine, checkpoint: Checkpoint, run: RunConfig) -> LoopState:
-    """Put the optimizer back where it was, and the state that the loop goes on from. Collective.
+    """Restore the optimizer, and return the state that the loop continues from. Collective.
 
-    The model has the checkpoint's values already. Raises CheckpointError when its masks are not those that were saved.
+    The model must have the checkpoint's values already. Raises CheckpointError when its masks are not those saved.
     """
     progress, step = RunProgress.read(checkpoint), checkpoint.state.step
     load_optimizer(engine, checkpoint)
-    set_counters(
-        engine, applied=step, skipped=progress.skipped_steps, accumulation=run.train.gradient_accumulation_steps
-    )
+    accumulation = run.train.gradient_accumulation_steps
+    set_counters(engine, applied=step, skipped=progress.skipped_steps, accumulation=accumulation)
     masks = None
     if progress.masks is not None:
         masks = MaskStats(**progress.masks)
-        found = mask_stats(engine.module)
-        if found.checksum != masks.checksum:
+        checksum = mask_stats(engine.module).checksum
+        if checksum != masks.checksum:
             raise CheckpointError(
-                f"{checkpoint.folder}: the masks have checksum {found.checksum} in the model, and had {masks.checksum} "
-                "when they were saved"
+                f"{checkpoint.folder}: the masks have checksum {checksum} in the model, and had {masks.checksum} when "
+                "they were saved"
             )
-    return LoopState(
-        step=step,
-        batch=progress.batch,
-        masks=masks,
-        losses=list(progress.losses),
-        tokens=progress.tokens,
-        last_report_seconds=progress.last_report_seconds,
-        skipped_in_a_row=progress.skipped_in_a_row,
-    )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+    return LoopState(step=step, masks=masks, **{name: copy(getattr(progress, name)) for name in _SHARED})

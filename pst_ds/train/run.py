@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -52,6 +52,9 @@ from pst_ds.train.run_folder import (
     shared_folder,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _AFTER_STALL_SECONDS = 60.0
 """Longer than the watchdog's patience, so that it is the one to say which rank hangs, and not the collective."""
 
@@ -62,14 +65,14 @@ class StoppedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a run needs before its model: read and checked, the same on every rank."""
+    """A run that is read and checked, before its model is built; the same on every rank."""
 
     run: RunConfig
     launch: LaunchEnvironment
     labels: list[str]
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     ds_config: dict[str, Any] | None
-    """Resolved, or None for one process without DeepSpeed."""
+    """The resolved DeepSpeed config, or None for one process without DeepSpeed."""
     device: str
 
     @property
@@ -77,44 +80,37 @@ class Prepared:
         return task_of(self.run)
 
     def load(self, split: str) -> Any:
-        """The examples of a split. Raises ConfigError."""
+        """Return the examples of a split. Raises ConfigError."""
         return self.task.load(self.run.data, split, self.tokenizer, self.labels)
 
 
 def prepare(
     run: RunConfig, launch: LaunchEnvironment, *, run_file: str = "the run file", labels: list[str] | None = None
 ) -> Prepared:
-    """Read and check everything that costs little, and join the process group.
-
-    Raises InputError. Collective.
-    """
+    """Read and check everything that costs little, and join the process group. Collective. Raises InputError."""
     run.micro_batch_size(launch.world_size)
     if not run.deepspeed_config and launch.world_size > 1:
         raise ConfigError(
             f"{launch.world_size} ranks, but deepspeed_config is not set; set deepspeed_config = "
             '"ds_configs/zero3_cpu.json" (or zero3.json on GPUs), or start one process'
         )
-    checked, problem = None, None
+    checked: Prepared | InputError
     try:
         checked = _checked(run, launch, run_file, labels)
     except InputError as error:
-        if launch.world_size == 1:
+        if launch.world_size == 1 or find_spec("deepspeed") is None:
             raise
-        problem = error  # perhaps on this rank alone: the others must hear of it
-        if find_spec("deepspeed") is None:
-            raise
+        checked = error  # perhaps on this rank alone: the others must hear of it
     if run.deepspeed_config:
         timeout = run.train.stall_timeout_seconds
         init_distributed(launch, timeout_seconds=timeout + _AFTER_STALL_SECONDS if timeout else 0.0)
-    return raise_on_all_ranks(lambda: _raise_or(checked, problem))
+    return raise_on_all_ranks(partial(_raise_or_return, checked))
 
 
 def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: list[str] | None) -> Prepared:
-    micro_batch_size = run.micro_batch_size(launch.world_size)
-    raw = None
     if run.deepspeed_config:
         require_deepspeed()
-        raw = load_deepspeed_config(run.deepspeed_config)
+    raw = load_deepspeed_config(run.deepspeed_config) if run.deepspeed_config else None
     labels = labels or task_of(run).label_names(run.data)
     tokenizer = load_tokenizer(run)
     shapes = meta_model(run, labels, tokenizer, num_shards=launch.world_size)  # refuses what cannot be injected
@@ -124,7 +120,7 @@ def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: l
     if raw is not None:
         numbers = RunNumbers(
             run.train.batch_size,
-            micro_batch_size,
+            run.micro_batch_size(launch.world_size),
             run.train.gradient_accumulation_steps,
             run.train.gradient_clipping,
             run.train.precision == "bf16",
@@ -134,21 +130,20 @@ def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: l
     return Prepared(run, launch, labels, tokenizer, resolved, device_of(launch))
 
 
-def _raise_or(checked: Prepared | None, problem: InputError | None) -> Prepared:
-    if problem is not None:
-        raise problem
-    assert checked is not None
+def _raise_or_return(checked: Prepared | InputError) -> Prepared:
+    if isinstance(checked, InputError):
+        raise checked
     return checked
 
 
 def prepare_single(run: RunConfig, checkpoint: Checkpoint) -> Prepared:
-    """The same for one process without DeepSpeed, whatever the run trained on, to read a checkpoint of it."""
+    """Prepare to read a checkpoint on one process without DeepSpeed, whatever the run trained on."""
     launch = LaunchEnvironment(0, 1, 0)
     return Prepared(run, launch, checkpoint.state.labels, load_tokenizer(run), None, device_of(launch))
 
 
 def build(prepared: Prepared, checkpoint: Checkpoint | None = None) -> tuple[BuiltModel, Engine]:
-    """The run's model, with the values of ``checkpoint`` if given, in its engine. Collective."""
+    """Build the run's model, with the values of ``checkpoint`` if given, and its engine. Collective."""
     run, ds_config = prepared.run, prepared.ds_config
     partitioned = zero_stage(ds_config) == 3
     built = build_model(run, prepared.labels, prepared.tokenizer, zero3_config=ds_config if partitioned else None)
@@ -169,19 +164,20 @@ def build(prepared: Prepared, checkpoint: Checkpoint | None = None) -> tuple[Bui
 def train_run(
     prepared: Prepared, *, resume: bool = False, restart: bool = False, quiet: bool = False
 ) -> dict[str, Any]:
-    """Train, evaluate and save; the result, as written to result.json. Collective.
+    """Train, evaluate and save; return the result, as written to result.json. Collective.
 
-    ``resume`` goes on from the newest valid checkpoint of the run's folder, or begins if nothing was saved yet;
-    ``restart`` begins anew and sets the checkpoints that are there aside; without either a folder that has some is
+    ``resume`` continues from the newest valid checkpoint of the run's folder, or starts if nothing was saved yet;
+    ``restart`` sets existing checkpoints aside and starts from step 0; without either, a folder that has some is
     refused. Raises InputError, StoppedError after a signal, DivergedError, CheckpointWriteError.
     """
     run, folder = prepared.run, Path(prepared.run.output_dir)
     data = _load(prepared)
     with shared_folder(folder):
-        checkpoint = checkpoint_to_go_on_from(run, data.digest, quiet=quiet) if resume else None
+        checkpoint = checkpoint_to_go_on_from(run, data.examples.digest, quiet=quiet) if resume else None
         if checkpoint is None and not restart:
             require_no_checkpoints(folder)
-        objective = _objective(prepared)
+        load = partial(load_teacher, run, prepared.labels, prepared.tokenizer, prepared.device)
+        objective = Objective(run, raise_on_all_ranks(load))
         _, engine = build(prepared, checkpoint)
         state = restore(engine, checkpoint, run) if checkpoint else LoopState()
     if checkpoint is None:
@@ -211,7 +207,7 @@ def train_run(
         evaluate=None if data.validation is None else partial(evaluate, engine, data.validation, prepared),
         lower_is_better=prepared.task.lower_is_better,
         new_state=_new_state(prepared),
-        data_digest=data.digest,
+        data_digest=data.examples.digest,
         zero_stage=zero_stage(prepared.ds_config),
         checkpoint=checkpoint,
     )
@@ -221,30 +217,20 @@ def train_run(
 
 @dataclass(frozen=True, slots=True)
 class _Data:
-    """What a run trains on and is evaluated on, the same on every rank."""
+    """The examples of a run, the same on every rank."""
 
     examples: ExampleSet
     validation: ExampleSet | None
-    digest: str
-    """Of the examples."""
     num_steps: int
 
 
 def _load(prepared: Prepared) -> _Data:
-    """Raises InputError on every rank when one cannot read its files, or reads others. Collective."""
+    """Load the examples. Collective. Raises InputError on all ranks if one cannot read its files, or reads others."""
     run = prepared.run
     examples = raise_on_all_ranks(lambda: prepared.load("train"))
     validation = raise_on_all_ranks(lambda: prepared.load("validation")) if run.data.validation else None
-    digest = require_same_everywhere(examples.digest, "data.train", run.data.train)
-    return _Data(examples, validation, digest, run.num_steps(len(examples)))
-
-
-def _objective(prepared: Prepared) -> Objective:
-    """Raises InputError on every rank when one cannot load the teacher. Collective."""
-    run = prepared.run
-    return Objective(
-        run, raise_on_all_ranks(lambda: load_teacher(run, prepared.labels, prepared.tokenizer, prepared.device))
-    )
+    require_same_everywhere(examples.digest, "data.train", run.data.train)
+    return _Data(examples, validation, run.num_steps(len(examples)))
 
 
 def _calibrate(prepared: Prepared, engine: Engine, examples: ExampleSet, *, resumed: bool) -> None:
@@ -256,12 +242,10 @@ def _calibrate(prepared: Prepared, engine: Engine, examples: ExampleSet, *, resu
     if resumed:
         set_norms(engine.module, raise_on_all_ranks(lambda: load_norms(folder, engine.module)))
         return
-    chosen = random.Random(f"{run.seed}/calibration").sample(
-        range(len(examples)), min(run.pst.calibration_examples, len(examples))
-    )
-    norms = activation_norms(
-        engine, prepared.task, examples, chosen, prepared.tokenizer, run.eval_batch_size, prepared.device
-    )
+    count = min(run.pst.calibration_examples, len(examples))
+    chosen = random.Random(f"{run.seed}/calibration").sample(range(len(examples)), count)
+    task, tokenizer = prepared.task, prepared.tokenizer
+    norms = activation_norms(engine, task, examples, chosen, tokenizer, run.eval_batch_size, prepared.device)
     if is_main():
         save_norms(folder, norms)
     set_norms(engine.module, norms)
@@ -270,7 +254,7 @@ def _calibrate(prepared: Prepared, engine: Engine, examples: ExampleSet, *, resu
 def _train_to_the_end(
     loop: Loop, checkpointer: Checkpointer, start: LoopState, stalls: Path
 ) -> tuple[LoopState, dict[str, float]]:
-    """The state after the last step, and the last metrics; all is on disk. Collective. Raises as train_run."""
+    """Return the state after the last step and its metrics, all being on disk. Collective. Raises as train_run."""
     state = start
     try:
         with watching(stalls, loop.run.train.stall_timeout_seconds):
@@ -298,19 +282,15 @@ def _train_to_the_end(
 
 
 def _settings(run: RunConfig) -> dict[str, Any]:
-    """What TensorBoard compares runs by; neither data nor places."""
+    """Return the settings that TensorBoard compares runs by; neither data nor paths."""
     names = ("task", "method", "seed", "model.path", "model.dropout", "distillation.weight")
     return {k: v for k, v in flat_table(run).items() if k in names or k.startswith(("pst.", "schedule.", "train."))}
 
 
 def _result(
-    prepared: Prepared,
-    loop: Loop,
-    state: LoopState,
-    checkpointer: Checkpointer,
-    metrics: dict[str, float],
+    prepared: Prepared, loop: Loop, state: LoopState, checkpointer: Checkpointer, metrics: dict[str, float]
 ) -> dict[str, Any]:
-    """The result of a finished run, written by rank 0. Collective."""
+    """Return the result of a finished run, which rank 0 also writes. Collective."""
     engine, schedule = loop.engine, loop.schedule
     result = {
         "task": prepared.run.task,
@@ -347,7 +327,7 @@ def _new_state(prepared: Prepared) -> partial[CheckpointState]:
 
 
 def evaluate(engine: Engine, examples: ExampleSet, prepared: Prepared) -> dict[str, float]:
-    """Metrics of the engine's model on ``examples``. Collective; leaves the engine in evaluation mode."""
+    """Compute the metrics of the engine's model on ``examples``. Collective; leaves the engine in evaluation mode."""
     engine.eval()
     task, batch_size = prepared.task, prepared.run.eval_batch_size
     outcomes = predict(engine, task, examples, prepared.tokenizer, batch_size, prepared.device)
@@ -355,14 +335,14 @@ def evaluate(engine: Engine, examples: ExampleSet, prepared: Prepared) -> dict[s
 
 
 def masked_model(prepared: Prepared, checkpoint: Checkpoint) -> nn.Module:
-    """The model as it was trained, PST modules and all, in evaluation mode on one process."""
+    """Return the model as it was trained, with its PST modules, in evaluation mode on one process."""
     built = build_model(prepared.run, prepared.labels, prepared.tokenizer, zero3_config=None)
     load_into(built.module, checkpoint)
     return built.module.to(prepared.device).eval()
 
 
 def _start_folder(folder: Path, prepared: Prepared, *, is_over: bool) -> None:
-    """``is_over``: whether the run has taken all its steps, so that the result that may be there is its own."""
+    """Write the run's files into ``folder``; an old result stays only if the run ``is_over``, since it is its own."""
     if not is_over:
         (folder / RESULT_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / STALLS, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The folder of a run: what begins in it, what goes on in it, and that all ranks see the same one."""
+"""The folder of a run: one that all ranks share, and its checkpoints to start, continue or read from."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from pst_ds.train.resume import require_base, require_same_run
 
 @contextmanager
 def shared_folder(folder: Path) -> Iterator[None]:
-    """Makes ``folder``, which all ranks see; after bad input inside, what was made for it is gone again.
+    """Create ``folder``; remove what was created for it if the input inside is bad. Collective.
 
-    Raises ConfigError when they do not see one and the same. Collective.
+    Raises ConfigError when the ranks do not all see the same folder.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -64,20 +64,19 @@ def _require_shared(folder: Path) -> None:
         )
 
 
-def require_same_everywhere(digest: str, setting: str, value: str) -> str:
-    """``digest``; ConfigError when the ranks do not read the same. Collective."""
-    found = all_gather_objects((digest, socket.gethostname()))
-    other = next((i for i, (theirs, _) in enumerate(found) if theirs != found[0][0]), None)
-    if other is not None:
-        raise ConfigError(
-            f"{setting} = {value!r} is another text on rank {other} ({found[other][1]}) than on rank 0 "
-            f"({found[0][1]}); every host must read the same file"
-        )
-    return digest
+def require_same_everywhere(digest: str, setting: str, value: str) -> None:
+    """Raise ConfigError unless all ranks have the same ``digest``. Collective."""
+    ranks = all_gather_objects((digest, socket.gethostname()))
+    for i, (other, host) in enumerate(ranks):
+        if other != ranks[0][0]:
+            raise ConfigError(
+                f"{setting} = {value!r} is another text on rank {i} ({host}) than on rank 0 ({ranks[0][1]}); every "
+                "host must read the same file"
+            )
 
 
 def require_no_checkpoints(folder: Path) -> None:
-    """Raise ConfigError on every rank where a run was saved in ``folder``. Collective."""
+    """Raise ConfigError on every rank if a run was saved in ``folder``. Collective."""
     names = [path.name for path in checkpoints.step_folders(folder / CHECKPOINTS)]
     there = all_gather_objects(names)[0]
     if there:
@@ -88,10 +87,7 @@ def require_no_checkpoints(folder: Path) -> None:
 
 
 def set_aside_checkpoints(folder: Path) -> None:
-    """Give the checkpoints of an earlier run a name that nothing has; of a save that was cut short nothing stays.
-
-    Collective.
-    """
+    """Rename the checkpoints of an earlier run to a free name; remove unfinished saves. Collective."""
     made = folder / CHECKPOINTS
     if is_main() and made.is_dir():
         checkpoints.clean_up(made)
@@ -107,35 +103,35 @@ def set_aside_checkpoints(folder: Path) -> None:
 
 
 def _free_name(path: Path) -> Path:
-    """``path``, or with "-2", "-3" and so on after it where it is taken."""
-    names = itertools.chain([path], (path.with_name(f"{path.name}-{i}") for i in itertools.count(2)))
+    """Return ``path``, with "-2", "-3" and so on after it where it is taken."""
+    names = (path.with_name(f"{path.name}-{i}" if i > 1 else path.name) for i in itertools.count(1))
     return next(name for name in names if not os.path.lexists(name))
 
 
 def checkpoint_to_go_on_from(run: RunConfig, data_digest: str, *, quiet: bool) -> Checkpoint | None:
-    """The newest valid checkpoint of the run, if it has any. Raises InputError. Collective."""
+    """Return the newest valid checkpoint of the run, if it has one. Raises InputError. Collective."""
     folder = Path(run.output_dir) / CHECKPOINTS
     if is_main():
         checkpoints.clean_up(folder)
     barrier()
     checkpoint, problems = checkpoints.newest_valid(folder)
-    said = [f"WARNING: {problem}. It is set aside as {checkpoints.BROKEN}" for problem in problems]
+    messages = [f"WARNING: {problem}. It is set aside as {checkpoints.BROKEN}" for problem in problems]
     if checkpoint is None and problems:
         raise CheckpointError(f"no checkpoint in {folder} is whole: {'; '.join(problems)}. --restart begins anew")
     if checkpoint is None:
-        said.append(f"nothing was saved in {folder} yet: beginning at step 0")
+        messages.append(f"nothing was saved in {folder} yet: beginning at step 0")
     else:
         fingerprint = base_fingerprint(run.model.path)
         changed = raise_on_all_ranks(lambda: require_same_run(checkpoint, run, fingerprint, data_digest))
-        said.append(f"going on from {checkpoint.folder}, after step {checkpoint.state.step}")
-        said += [f"  with {change}" for change in changed]
+        messages.append(f"going on from {checkpoint.folder}, after step {checkpoint.state.step}")
+        messages += [f"  with {change}" for change in changed]
     if is_main() and not quiet:
-        print("\n".join(said), file=sys.stderr, flush=True)
+        print("\n".join(messages), file=sys.stderr, flush=True)
     return checkpoint
 
 
 def open_checkpoint(run: RunConfig, name: str) -> Checkpoint:
-    """A checkpoint of the run's folder: "best" (falling back to "final" when none was chosen), or another by name.
+    """Open a checkpoint of the run by name; "best" falls back to "final" when none was chosen.
 
     Raises InputError, also when the base model is not the one that was trained.
     """

@@ -36,7 +36,7 @@ def test_a_run_that_trains_has_no_result_of_an_earlier_one(tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train", killed)
+        patch.setattr(training.Loop, "steps", killed)
         with pytest.raises(KeyboardInterrupt):
             train_run(prepared, quiet=True, **{how: True})
     assert not (tmp_path / "result.json").exists()
@@ -45,7 +45,9 @@ def test_a_run_that_trains_has_no_result_of_an_earlier_one(tmp_path, monkeypatch
 def test_a_finished_run_that_is_resumed_never_lacks_its_result(tmp_path, monkeypatch):
     prepared = _prepared(tmp_path, "train.num_steps=4")
     train_run(prepared, quiet=True)
-    monkeypatch.setattr(training, "train", lambda loop, state: pytest.fail(str((tmp_path / "result.json").exists())))
+    monkeypatch.setattr(
+        training.Loop, "steps", lambda loop, state: pytest.fail(str((tmp_path / "result.json").exists()))
+    )
     with pytest.raises(pytest.fail.Exception, match="True"):
         train_run(prepared, quiet=True, resume=True)
 
