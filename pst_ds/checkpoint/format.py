@@ -63,7 +63,7 @@ class CheckpointState:
     metrics: dict[str, float]
     """Metrics at this step, if the model was evaluated."""
     progress: dict[str, Any] = field(default_factory=dict)
-    """JSON values from which the run can continue; see :class:`pst_ds.train.resume.RunProgress`."""
+    """JSON values from which the run can continue; see :class:`pst_ds.train.run_folder.RunProgress`."""
 
 
 @dataclass(frozen=True, slots=True)

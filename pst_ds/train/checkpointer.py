@@ -18,10 +18,10 @@ from pst_ds.config.run import RunConfig
 from pst_ds.core.schedule import Schedule
 from pst_ds.monitor.metrics import MetricsWriter
 from pst_ds.parallel.engine import Engine
-from pst_ds.parallel.ranks import is_main, world_size
+from pst_ds.parallel.ranks import is_main
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.loop import LoopState
-from pst_ds.train.resume import RunProgress, progress_of
+from pst_ds.train.run_folder import RunProgress
 
 _CLOSE_SECONDS = 60.0
 
@@ -38,8 +38,7 @@ class Checkpointer:
         num_steps: The last step, which is always evaluated and saved.
         evaluate: Computes the metrics of the engine's model; None for a run without validation data.
         lower_is_better: Whether the run's metric is one to minimise.
-        new_state: Makes a CheckpointState, given what changes during the run.
-        data_digest: Digest of the training examples, which a run that continues must have too.
+        new_state, new_progress: Make what a checkpoint records, given what changes during the run.
         checkpoint: The one that the run continues from.
     """
 
@@ -55,14 +54,13 @@ class Checkpointer:
         evaluate: Callable[[], dict[str, float]] | None,
         lower_is_better: bool,
         new_state: partial[CheckpointState],
-        data_digest: str,
-        zero_stage: int,
+        new_progress: Callable[..., RunProgress],
         checkpoint: Checkpoint | None = None,
     ):
         self._run, self._engine, self._schedule, self._metrics = run, engine, schedule, metrics
         self._folder, self._num_steps = folder, num_steps
         self._evaluate_now, self._lower_is_better = evaluate, lower_is_better
-        self._new_state, self._data_digest, self._zero_stage = new_state, data_digest, zero_stage
+        self._new_state, self._new_progress = new_state, new_progress
         self._best: float | None = None
         self.best_step: int | None = None
         self._last_evaluated: tuple[int, dict[str, float]] = (-1, {})
@@ -145,18 +143,8 @@ class Checkpointer:
 
     def _state(self, state: LoopState) -> CheckpointState:
         (evaluated_step, metrics), schedule = self._last_evaluated, self._schedule
-        progress = progress_of(
-            self._run,
-            self._engine,
-            state,
-            seconds=self._metrics.seconds,
-            best_step=self.best_step,
-            best_value=self._best,
-            evaluated_step=evaluated_step,
-            data_digest=self._data_digest,
-            world_size=world_size(),
-            zero_stage=self._zero_stage,
-        )
+        best = {"best_step": self.best_step, "best_value": self._best, "evaluated_step": evaluated_step}
+        progress = self._new_progress(state, seconds=self._metrics.seconds, **best)
         return self._new_state(
             step=state.step,
             sparsity=schedule.sparsity_at(state.step) if schedule else 0.0,

@@ -43,11 +43,14 @@ from pst_ds.train.evaluate import predict
 from pst_ds.train.loop import FINAL_TAGS, DivergedError, Loop, LoopState
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
 from pst_ds.train.objective import Objective, load_teacher, require_teacher
-from pst_ds.train.resume import RunProgress, flat_table, restore
 from pst_ds.train.run_folder import (
+    RunProgress,
     checkpoint_to_go_on_from,
+    flat_table,
+    progress_of,
     require_no_checkpoints,
     require_same_everywhere,
+    restore,
     set_aside_checkpoints,
     shared_folder,
 )
@@ -207,8 +210,7 @@ def train_run(
         evaluate=None if data.validation is None else partial(evaluate, engine, data.validation, prepared),
         lower_is_better=prepared.task.lower_is_better,
         new_state=_new_state(prepared),
-        data_digest=data.examples.digest,
-        zero_stage=zero_stage(prepared.ds_config),
+        new_progress=partial(progress_of, run, engine, data.examples.digest, zero_stage(prepared.ds_config)),
         checkpoint=checkpoint,
     )
     state, final = _train_to_the_end(loop, checkpointer, state, folder / STALLS)

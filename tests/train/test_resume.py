@@ -18,8 +18,8 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
-from pst_ds.train.resume import require_same_run
 from pst_ds.train.run import StoppedError, prepare, train_run
+from pst_ds.train.run_folder import require_same_run
 
 STOP_AT = 9
 KINDS = ("master", "exp_avg", "exp_avg_sq")
