@@ -88,9 +88,9 @@ class ChunkedTensors:
                     raise ValueError(f"file {file} has a chunk {i, start, stop} of no tensor")
                 fragments[i].append((start, stop))
                 self._places.setdefault(self._names[i], {})[file] = None
-        for i, found in fragments.items():
+        for i, of_tensor in fragments.items():
             end = 0
-            for start, stop in sorted(found):
+            for start, stop in sorted(of_tensor):
                 if start != end:
                     raise ValueError(f"the chunks of {self._names[i]} leave or repeat values from {min(start, end)} on")
                 end = stop

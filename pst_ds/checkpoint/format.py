@@ -49,7 +49,7 @@ class CheckpointState:
     sparsity: float
     """Fraction of zeros requested of every pruned matrix."""
     masks_frozen: bool
-    """Whether the masks were at their final sparsity and fixed."""
+    """True once the masks are at their final sparsity and fixed."""
     precision: str
     """The dtype of the model's computation: "bf16" or "fp32"."""
     device_type: str

@@ -37,13 +37,13 @@ from pst_ds.parallel.ranks import BackgroundGroup, rank, world_size
 
 @dataclass(frozen=True, slots=True)
 class SaveResult:
-    """How a save ended; the same on every rank."""
+    """The outcome of a save; the same on every rank."""
 
     name: str
     bytes: int
     """Size of all files."""
     blocked_seconds: float
-    """How long this rank's training thread had to wait."""
+    """Time that this rank's training thread had to wait."""
     error: str = ""
     """Why there is no checkpoint, or why ``when_written`` failed, with the rank; empty after success."""
 
@@ -133,7 +133,7 @@ class CheckpointWriter:
         problem, size, is_there = "", 0, False
         try:
             reports = self._group.all_gather(self._write_shard(partial, pieces, steps))
-            problem = _first_problem([report.error for report in reports])
+            problem = next((f"rank {i}: {report.error}" for i, report in enumerate(reports) if report.error), "")
             if rank() == 0:
                 if not problem:
                     problem, size = self._finish(partial, name, state, reports, done)
@@ -227,10 +227,6 @@ def _even_share(numel: int) -> tuple[int, int]:
     """Return (first, after the last) of this rank's share of ``numel`` values, as ZeRO-3 cuts them."""
     share = shard_numel(numel, world_size())
     return min(rank() * share, numel), min((rank() + 1) * share, numel)
-
-
-def _first_problem(errors: list[str]) -> str:
-    return next((f"rank {i}: {error}" for i, error in enumerate(errors) if error), "")
 
 
 def _in_words(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What training changed and nothing else, in ``state_dict``: for checkpoints that other code writes."""
+"""A ``state_dict`` of what training changed and nothing else, for checkpoints that other code writes."""
 
 from __future__ import annotations
 
@@ -96,13 +96,13 @@ def _load_masks(
 
 
 def _forgive(model: nn.Module, incompatible: Any) -> None:
-    """Of the missing keys forget those that are left out on purpose; they have the prefix of the wrappers."""
+    """Drop the missing keys that are left out on purpose; they have the prefix of the wrappers."""
     prefix = vars(model).pop(_PREFIX, "")
     left_out = {prefix + name for name in _names_left_out(model)}
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in left_out]
 
 
 def _names_left_out(model: nn.Module) -> set[str]:
-    """All parameters but those of an adapter state and the masks; of tied ones the further names too."""
+    """Return the names of all parameters but those of an adapter state and the masks; tied ones with every name."""
     kept = {name for name, _ in adapter_parameters(model)} | {f"{name}.pst_mask" for name in pst_layers(model)}
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - kept

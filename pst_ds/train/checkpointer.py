@@ -88,15 +88,7 @@ class Checkpointer:
     def finish(self, state: LoopState) -> dict[str, float]:
         """Wait for the last save; return the metrics at ``state``. Raises CheckpointWriteError if it failed."""
         heartbeat("the last checkpoint")
-        written = self._writer.wait()
-        if written is None or not written.error:
-            self._report(written)
-        else:
-            self._write_failure(written)
-            raise CheckpointWriteError(
-                f"{self._folder / written.name} could not be written: {written.error}. The run goes on from "
-                f"{self.newest()} with --resume, once there is room"
-            )
+        self._report(self._writer.wait(), is_last=True)
         step, metrics = self._last_evaluated
         return metrics if step == state.step else {}
 
@@ -154,29 +146,20 @@ class Checkpointer:
             progress=asdict(progress),
         )
 
-    def _report(self, written: SaveResult | None) -> None:
-        if written is None:
+    def _report(self, saved: SaveResult | None, *, is_last: bool = False) -> None:
+        """Log how a save ended. A failure is a warning, or for the last save a CheckpointWriteError."""
+        if saved is None:
             return
-        if written.error:
-            self._write_failure(written)
-            if is_main():
-                print(
-                    f"WARNING: {self._folder / written.name} could not be written: {written.error}. The run goes on; "
-                    f"its newest checkpoint is {self.newest()}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+        path, step = self._folder / saved.name, int(saved.name.rpartition("-")[2])
+        if not saved.error:
+            seconds = round(saved.blocked_seconds, 4)
+            self._metrics.write(step, {"event": "checkpoint", "bytes": saved.bytes, "blocked_seconds": seconds})
+            limit = f"{self._size_limit / 1e6:.2f} MB is the most"
+            self._metrics.say(f"saved {path}: {saved.bytes / 1e6:.2f} MB ({limit})")
             return
-        size, limit = written.bytes, self._size_limit
-        values = {"event": "checkpoint", "bytes": size, "blocked_seconds": round(written.blocked_seconds, 4)}
-        self._metrics.write(_step_of(written), values)
-        self._metrics.say(
-            f"saved {self._folder / written.name}: {size / 1e6:.2f} MB ({limit / 1e6:.2f} MB is the most)"
-        )
-
-    def _write_failure(self, written: SaveResult) -> None:
-        self._metrics.write(_step_of(written), {"event": "checkpoint_failed", "error": written.error})
-
-
-def _step_of(written: SaveResult) -> int:
-    return int(written.name.rpartition("-")[2])
+        self._metrics.write(step, {"event": "checkpoint_failed", "error": saved.error})
+        failure = f"{path} could not be written: {saved.error}. The run goes on"
+        if is_last:
+            raise CheckpointWriteError(f"{failure} from {self.newest()} with --resume, once there is room")
+        if is_main():
+            print(f"WARNING: {failure}; its newest checkpoint is {self.newest()}", file=sys.stderr, flush=True)

@@ -107,7 +107,7 @@ def require_no_checkpoints(folder: Path) -> None:
     there = all_gather_objects(names)[0]
     if there:
         raise ConfigError(
-            f"output_dir = {str(folder)!r} has checkpoints up to {there[0]}: continue them with --resume, begin anew "
+            f"output_dir = {str(folder)!r} has checkpoints up to {there[0]}: continue them with --resume, start over "
             "with --restart, or name another output_dir"
         )
 
@@ -143,9 +143,9 @@ def checkpoint_to_go_on_from(run: RunConfig, data_digest: str, *, quiet: bool) -
     checkpoint, problems = checkpoints.newest_valid(folder)
     messages = [f"WARNING: {problem}. It is set aside as {checkpoints.BROKEN}" for problem in problems]
     if checkpoint is None and problems:
-        raise CheckpointError(f"no checkpoint in {folder} is whole: {'; '.join(problems)}. --restart begins anew")
+        raise CheckpointError(f"no checkpoint in {folder} is whole: {'; '.join(problems)}. --restart starts over")
     if checkpoint is None:
-        messages.append(f"nothing was saved in {folder} yet: beginning at step 0")
+        messages.append(f"nothing was saved in {folder} yet: starting at step 0")
     else:
         fingerprint = base_fingerprint(run.model.path)
         changed = raise_on_all_ranks(lambda: require_same_run(checkpoint, run, fingerprint, data_digest))

@@ -98,7 +98,7 @@ RUNS = {
         lambda shop: ["train", str(shop.copied("run"))],
         "output_dir",
         "step-00000004",
-        "--resume, begin anew with --restart",
+        "--resume, start over with --restart",
     ),
     "a checkpoint that is not there": Wrong(
         words("eval", "{made}/run", "--checkpoint", "step-9"),
