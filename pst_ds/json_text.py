@@ -1,21 +1,25 @@
-"""JSON as every reader takes it: Python's own has NaN and Infinity, which are no JSON."""
+"""JSON as every reader takes it: Python's own has NaN and Infinity, which standard JSON lacks."""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import TypeAlias
+
+JSON: TypeAlias = "JsonObject | list[JSON] | str | int | float | bool | None"
+JsonObject: TypeAlias = "dict[str, JSON]"
+"""What ``json.loads`` returns, for code that reads it. Code that only writes takes ``Mapping[str, object]``."""
 
 
-def json_of(value: Any, *, indent: int | None = None) -> str:
-    """``value`` as JSON, with null for numbers that are not finite."""
+def json_of(value: object, *, indent: int | None = None) -> str:
+    """Return ``value`` as JSON, with null for numbers that are not finite."""
     try:
         return json.dumps(value, indent=indent, allow_nan=False)
     except ValueError:
         return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

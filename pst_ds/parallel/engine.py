@@ -14,29 +14,29 @@ from pst_ds.parallel.master_adamw import MasterAdamW
 
 
 class Engine(Protocol):
-    """What the loop needs of an engine; DeepSpeed's ``DeepSpeedEngine`` has it all."""
+    """The parts of an engine that the training loop uses; DeepSpeed's ``DeepSpeedEngine`` has them all."""
 
     module: nn.Module
-    optimizer: Any
+    optimizer: Any  # DeepSpeed's wrappers share no base class
     global_steps: int
-    """Optimizer steps tried, with those that were skipped."""
+    """Optimizer steps tried, including those that were skipped."""
     skipped_steps: int
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    def backward(self, loss: Tensor) -> Any: ...
+    def backward(self, loss: Tensor) -> object: ...
 
     def step(self) -> None:
-        """Ends a micro-batch; applies the optimizer at an accumulation boundary."""
+        """End a micro-batch; apply the optimizer at an accumulation boundary."""
         ...
 
     def was_step_applied(self) -> bool: ...
 
-    def train(self, mode: bool = True) -> Any: ...
+    def train(self, mode: bool = True) -> object: ...
 
-    def eval(self) -> Any: ...
+    def eval(self) -> object: ...
 
-    def get_global_grad_norm(self) -> Any: ...
+    def get_global_grad_norm(self) -> Tensor | float | None: ...
 
 
 class LocalEngine:
