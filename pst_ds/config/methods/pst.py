@@ -1,7 +1,5 @@
 """Prune along the schedule by magnitude and low-rank scores, and train an update U V."""
 
-from __future__ import annotations
-
 from pst_ds.config.methods.method import Method
 
 METHOD = Method("ramp")

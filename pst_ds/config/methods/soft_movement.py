@@ -1,7 +1,5 @@
 """Like "movement", with one threshold for all matrices and a penalty on the scores (arXiv 2005.07683)."""
 
-from __future__ import annotations
-
 from pst_ds.config.methods.method import WEIGHTS, Method
 
 METHOD = Method(

@@ -1,7 +1,5 @@
 """Train a multiplicative update under a fixed mask (arXiv 2405.16057)."""
 
-from __future__ import annotations
-
 from pst_ds.config.methods.method import LORA, Method
 
 METHOD = Method(
