@@ -32,7 +32,7 @@ class Layer(TypedDict, total=False):
     flipped: int
     """Weights that the last mask update flipped."""
     correlation: float | None
-    """Correlation of the scores with |W|."""
+    """Correlation of the scores with |W| when it was last measured."""
 
 
 @dataclass(frozen=True, slots=True)
