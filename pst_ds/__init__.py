@@ -1,9 +1,9 @@
 """pst-ds: Parameter-efficient Sparse Training (arXiv 2205.11005) on DeepSpeed ZeRO-3.
 
-What a script of your own needs is here (docs/in-your-script.md); ``pst_ds.hf`` has what is for transformers' Trainer.
+The names below are for scripts of your own (docs/in-your-script.md); ``pst_ds.hf`` has those for transformers' Trainer.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -25,13 +25,28 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 
-def __getattr__(name: str) -> Any:
-    """Imports what is asked for, and torch with it, only then."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'pst_ds' has no attribute {name!r}")
-    from importlib import import_module
+if TYPE_CHECKING:
+    from pst_ds.checkpoint.adapter import load_pretrained as load_pretrained
+    from pst_ds.checkpoint.adapter import save_pretrained as save_pretrained
+    from pst_ds.config.pst import PSTConfig as PSTConfig
+    from pst_ds.core.schedule import CubicSchedule as CubicSchedule
+    from pst_ds.core.schedule import OneShotSchedule as OneShotSchedule
+    from pst_ds.masks.updater import MaskUpdater as MaskUpdater
+    from pst_ds.nn.adapter_checkpoints import adapter_checkpoints as adapter_checkpoints
+    from pst_ds.nn.inject import inject_pst as inject_pst
+    from pst_ds.nn.merge import merge_and_unload as merge_and_unload
+    from pst_ds.nn.merge import print_trainable_parameters as print_trainable_parameters
+    from pst_ds.nn.optimizer import pst_optimizer as pst_optimizer
+    from pst_ds.nn.optimizer import pst_parameter_groups as pst_parameter_groups
+else:
 
-    return getattr(import_module(f"pst_ds.{_HOMES[name]}"), name)
+    def __getattr__(name: str) -> object:
+        """Import ``name``, and torch with it, on first use."""
+        if name not in _HOMES:
+            raise AttributeError(f"module 'pst_ds' has no attribute {name!r}")
+        from importlib import import_module
+
+        return getattr(import_module(f"pst_ds.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

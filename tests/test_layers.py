@@ -67,9 +67,15 @@ def imports_of(tree: ast.AST, path: Path) -> Iterator[tuple[str, ast.AST]]:
                 yield str(node.args[0].value), node
 
 
-def nodes_inside_functions(tree: ast.AST) -> set[int]:
-    functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
-    return {id(inner) for function in functions for inner in ast.walk(function)}
+def nodes_not_run_at_import(tree: ast.AST) -> set[int]:
+    """Everything inside functions and under ``if TYPE_CHECKING``."""
+    later: list[ast.AST] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            later.append(node)
+        elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            later += node.body
+    return {id(inner) for node in later for inner in ast.walk(node)}
 
 
 def floor_problems(tree: ast.AST, path: Path) -> Iterator[str]:
@@ -78,7 +84,7 @@ def floor_problems(tree: ast.AST, path: Path) -> Iterator[str]:
     if unit not in FLOORS:
         yield f"pst_ds.{unit} has no floor: give it one in FLOORS"
         return
-    lazy = nodes_inside_functions(tree)
+    lazy = nodes_not_run_at_import(tree)
     for name, node in imports_of(tree, path):
         first, _, rest = name.partition(".")
         if first != "pst_ds":
@@ -109,7 +115,7 @@ def _is_attribute_of_package(name: str) -> bool:
 
 
 def deepspeed_problems(tree: ast.AST, path: Path) -> Iterator[str]:
-    lazy = nodes_inside_functions(tree)
+    lazy = nodes_not_run_at_import(tree)
     for name, node in imports_of(tree, path):
         if name.partition(".")[0] != "deepspeed":
             continue

@@ -42,8 +42,8 @@ def check_fields(config: object) -> None:
         for part in _alternatives(hint):
             if get_origin(part) is Literal and value not in get_args(part):
                 raise ValueError(f"{name} = {value!r} must be one of {', '.join(get_args(part))}")
-            if get_origin(part) is Annotated and value is not None and not _holds(value, part.__metadata__):
-                raise ValueError(f"{name} = {value} must {_wanted(part.__metadata__)}")
+            if get_origin(part) is Annotated and value is not None and not _holds(value, get_args(part)[1:]):
+                raise ValueError(f"{name} = {value} must {_wanted(get_args(part)[1:])}")
 
 
 def _alternatives(hint: object) -> Iterator[object]:

@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from pst_ds.config.checks import FINITE, ConfigError, NotNegative, Positive, Rate, Share, check_fields, require_choice
-from pst_ds.config.data import DataConfig, EvalConfig
+from pst_ds.config.checks import FINITE, NotNegative, Positive, Rate, Share, check_fields, require_choice
+from pst_ds.config.checks import ConfigError as ConfigError
+from pst_ds.config.data import DataConfig as DataConfig
+from pst_ds.config.data import EvalConfig as EvalConfig
 from pst_ds.config.methods import METHODS as METHODS_BY_NAME
 from pst_ds.config.methods.method import Method
 from pst_ds.config.pst import PSTConfig

@@ -6,6 +6,8 @@ A key is the int32 that orders like an fp32 score, with -0 equal to +0. On CPU t
 
 from __future__ import annotations
 
+from ctypes import CDLL
+
 import torch
 from torch import Tensor
 
@@ -31,8 +33,8 @@ def scores_of_keys(keys: Tensor) -> Tensor:
     return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
 
-def native_for(*tensors: Tensor):
-    """The native library when every one of ``tensors`` is on the CPU; else None."""
+def native_for(*tensors: Tensor) -> CDLL | None:
+    """Return the native library if all ``tensors`` are on the CPU, else None."""
     return library() if all(t.device.type == "cpu" for t in tensors) else None
 
 
@@ -66,7 +68,9 @@ def _pointer(values: Tensor | None) -> int | None:
     return None if values is None else values.data_ptr()
 
 
-def _product(left: Tensor | None, right: Tensor | None) -> tuple[tuple[int | None, int | None, int, int], tuple]:
+def _product(
+    left: Tensor | None, right: Tensor | None
+) -> tuple[tuple[int | None, int | None, int, int], tuple[Tensor, ...]]:
     """Arguments of a low-rank product for the native loop, and the tensors they point into."""
     if left is None or right is None:
         strides = torch.zeros(3, dtype=torch.int64)

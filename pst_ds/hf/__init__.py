@@ -7,7 +7,7 @@ file in such a folder and raises.
 ``PSTCallback`` and ``trainer_optimizer`` train with HF Trainer (docs/in-your-script.md).
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pst_ds.hf.config import PackedWeightsConfig
 from pst_ds.hf.quantizer import PackedWeightsQuantizer
@@ -26,11 +26,14 @@ __all__ = [
     "trainer_optimizer",
 ]
 
+if TYPE_CHECKING:
+    from pst_ds.hf.callback import PSTCallback, trainer_optimizer
+else:
 
-def __getattr__(name: str) -> Any:
-    """The Trainer's part, and with it all that trains, only when it is asked for."""
-    if name not in ("PSTCallback", "trainer_optimizer"):
-        raise AttributeError(f"module 'pst_ds.hf' has no attribute {name!r}")
-    from pst_ds.hf import callback
+    def __getattr__(name: str) -> object:
+        """Import the Trainer's part, and all that trains with it, on first use."""
+        if name not in ("PSTCallback", "trainer_optimizer"):
+            raise AttributeError(f"module 'pst_ds.hf' has no attribute {name!r}")
+        from pst_ds.hf import callback
 
-    return getattr(callback, name)
+        return getattr(callback, name)

@@ -22,11 +22,11 @@ from pst_ds.config.run import (
     ModelConfig,
     PicturesConfig,
     RunConfig,
-    ScheduleConfig,
     TrainConfig,
 )
 from pst_ds.config.tasks import TASKS
 from pst_ds.config.toml import PRESETS
+from pst_ds.core.schedule import ScheduleConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, SCHEMA = ROOT / "docs" / "run-file.md", ROOT / "docs" / "run-file.schema.json"
@@ -54,7 +54,7 @@ This page is written by `python -m tools.docs.run_file` from the code.
 def schema() -> dict[str, Any]:
     """The JSON schema of a run file (draft 2020-12)."""
     for cls in TABLES.values():
-        cls.__pydantic_config__ = ConfigDict(use_attribute_docstrings=True, extra="forbid")  # type: ignore[union-attr]
+        cls.__pydantic_config__ = ConfigDict(use_attribute_docstrings=True, extra="forbid")  # type: ignore[attr-defined]
     table = TypeAdapter(RunConfig).json_schema()
     table["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     for name, presets in (("PSTConfig", PRESETS), ("DataConfig", DATA_PRESETS)):

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=asked.resume)
 
     out = Path(asked.out)
-    save_pretrained(trainer.model, out / "pst", step=asked.steps)
+    save_pretrained(model, out / "pst", step=asked.steps)
     if trainer.is_world_process_zero():
         save_merged(
             AutoModelForSequenceClassification, asked.model, out / "pst", out / "merged", num_labels=len(labels)
