@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one message with the place, the value and the fix; exit code 2."""
+"""Errors that the user can fix: one message with the place, the value and the fix; exit code 2."""
 
 
 class InputError(ValueError):
@@ -6,5 +6,5 @@ class InputError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, in one line without its full stop; the error's name if it says nothing."""
+    """Return the first line of an error's text without its full stop, or the error's name if it has no text."""
     return str(error).strip().partition("\n")[0].strip().rstrip(".") or type(error).__name__

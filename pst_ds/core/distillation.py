@@ -1,4 +1,4 @@
-"""How far a student's predictions, and its hidden states, are from a teacher's."""
+"""Distances of a student's predictions and hidden states from a teacher's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _NUMBERS_AT_A_TIME = 1 << 20
-"""Of fp32 logits: a few rows of a large vocabulary stay in the caches."""
+"""Number of fp32 logits: a few rows of a large vocabulary stay in the caches."""
 
 
 def distilled_loss(
@@ -22,7 +22,10 @@ def distilled_loss(
     gradient goes to ``student`` alone. With the vocabulary of a language model as classes, one tensor in the dtype of
     ``student`` is all that is kept for it, where autograd would keep several in fp32.
     """
-    return _DistilledLoss.apply(student, teacher, targets, weight, temperature)
+    loss: Tensor = _DistilledLoss.apply(  # type: ignore[no-untyped-call]
+        student, teacher, targets, weight, temperature
+    )
+    return loss
 
 
 def relative_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
@@ -45,7 +48,7 @@ class _DistilledLoss(torch.autograd.Function):
     """Its gradient is known as soon as the loss is: of a row's logits (1 - w) (q - onehot) + w T (q_T - p_T)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, student: Tensor, teacher: Tensor, targets: Tensor, weight: float, temperature: float
     ) -> Tensor:
         rows, classes = student.shape
@@ -62,7 +65,7 @@ class _DistilledLoss(torch.autograd.Function):
         return (total / max(rows, 1)).float()
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = ctx.saved_tensors
         return grad * (grad_out / max(grad.shape[0], 1)).to(grad.dtype), None, None, None, None
 

@@ -43,16 +43,16 @@ class Constants:
 
     @property
     def update_in_scores(self) -> bool:
-        """Whether S is made of the updated weight. The mask of a multiplicative update is chosen before it."""
+        """True if S is computed from the updated weight. The mask of a multiplicative update is chosen before it."""
         return not self.multiplicative and not self.frozen_magnitude
 
     @property
     def magnitude_has_gradient(self) -> bool:
-        """Whether the gradient of S reaches U and V through |W|."""
+        """True if the gradient of S reaches U and V through |W|."""
         return self.magnitude and not self.detach_magnitude and not self.frozen_magnitude
 
     def magnitude_factor(self, weight_scale: float) -> float:
-        """What |W| is multiplied by in S."""
+        """Factor of |W| in S."""
         return 1.0 / weight_scale if self.magnitude else 0.0
 
 
@@ -132,7 +132,7 @@ def group_of_rows(num_rows: int, parts: int, num_groups: int, device: torch.devi
 
 
 def grouped_columns(column: Tensor, parts: int, num_groups: int) -> Tensor:
-    """(O,) to (O, num_groups): each value in the column of its row's group, zeros beside it."""
+    """(O,) to (O, num_groups): each value in the column of its row's group, zeros elsewhere in the row."""
     wide = column.new_zeros(column.numel(), num_groups)
     groups = group_of_rows(column.numel(), parts, num_groups, column.device)
     return wide.scatter_(1, groups.unsqueeze(1), column.unsqueeze(1))

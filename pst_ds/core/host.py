@@ -1,4 +1,4 @@
-"""What the host says of itself: its processor, and the memory that is free."""
+"""Facts about the host: its processor and its available memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cpu_facts() -> dict[str, str]:
-    """/proc/cpuinfo of the first processor, such as "model name" and "flags"; empty where there is none."""
+    """/proc/cpuinfo of the first processor, such as "model name" and "flags"; empty where the file is missing."""
     facts: dict[str, str] = {}
     for line in _lines("/proc/cpuinfo"):
         key, _, value = line.partition(":")
@@ -21,7 +21,7 @@ def cpu_name() -> str:
 
 
 def available_bytes() -> int | None:
-    """Memory that can be had without swapping; None where the system does not say."""
+    """Return the bytes that can be allocated without swapping; None where the system does not say."""
     found = (line.split() for line in _lines("/proc/meminfo") if line.startswith("MemAvailable"))
     return next((int(words[1]) << 10 for words in found), None)
 

@@ -20,7 +20,7 @@ from pst_ds.core.tiles import Tiles, plan_tiles
 
 @dataclass(frozen=True, slots=True)
 class LayerState:
-    """What one layer multiplies with: all tensors whole, as ZeRO-3 has gathered them for the layer's turn."""
+    """Tensors that one layer multiplies with, all whole: ZeRO-3 has gathered them for the layer's turn."""
 
     weight: Tensor
     """W0 in storage shape, (O, I), or (I, O) when transposed."""
@@ -53,7 +53,7 @@ class Gradients:
     U: Tensor | None = None
     V: Tensor | None = None
     S: Tensor | None = None
-    """Of a score of each weight (movement pruning): G . W, in storage shape and the dtype of x."""
+    """Gradient of a score of each weight (movement pruning): G . W, in storage shape and the dtype of x."""
 
     def factors(self) -> Factors:
         return Factors(self.A, self.B, self.R, self.C, self.U, self.V)
@@ -126,7 +126,7 @@ class _Buffers:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What every tile of a layer reads, and adds to."""
+    """Tensors that every tile of a layer reads, and adds to."""
 
     x: Tensor
     grad_y: Tensor
@@ -163,7 +163,7 @@ def _shaped(buffer: Tensor, rect: Rect) -> Tensor:
 
 
 def _meet(one: Rect, other: Rect) -> Rect | None:
-    """What two rectangles have in common."""
+    """The intersection of two rectangles."""
     rows, cols = (max(one.r0, other.r0), min(one.r1, other.r1)), (max(one.c0, other.c0), min(one.c1, other.c1))
     return Rect(*rows, *cols) if rows[0] < rows[1] and cols[0] < cols[1] else None
 
@@ -187,7 +187,7 @@ def _merge(work: _Work, block: Block, rect: Rect, weight: Tensor) -> None:
 
 
 def _band_backward(work: _Work, block: Block, rect: Rect, weight: Tensor, grad: Tensor) -> None:
-    """What is made of G and W in a band; W becomes M . W."""
+    """Turn G and W of a band into its gradients; W becomes M . W."""
     state = work.state
     rows, cols = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
     mask = _shaped(work.buffers.mask, rect)

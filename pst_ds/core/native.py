@@ -96,7 +96,7 @@ def load(source: NativeSource) -> ctypes.CDLL | None:
 
 
 def _is_current(built: Path, sources: tuple[Path, ...]) -> bool:
-    """Whether ``built`` was made from these sources. An installation's was, though pip may date them in any order."""
+    """Return whether ``built`` was made from these sources. In an installation it was, whatever dates pip gave them."""
     if not built.is_file():
         return False
     is_installed = any(_PACKAGE.parent.glob("pst_ds-*.dist-info"))
@@ -129,8 +129,8 @@ def compiled(source: NativeSource, compiler: str) -> Path:
         target = folder / target.name
     if source.announce:
         print(f"pst-ds: compiling {source.purpose} with {compiler}, once for this machine", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=folder) as beside:  # ranks may compile at the same time; the last rename stays
-        made = Path(beside) / target.name
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # several ranks may compile at once; the last rename stays
+        made = Path(scratch) / target.name
         command = [compiler, *flags, str(source.path), "-o", str(made)]
         try:
             subprocess.run([*command, *source.may_flags], check=True, capture_output=True, text=True)
@@ -143,6 +143,6 @@ def compiled(source: NativeSource, compiler: str) -> Path:
 
 
 def _instructions() -> str:
-    """What -march=native depends on."""
+    """Return the processor features that -march=native depends on."""
     facts = cpu_facts()
     return facts.get("flags") or facts.get("Features", "")

@@ -79,7 +79,7 @@ def _keep_but(keys: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class InverseFactor:
-    """What SparseGPT needs of a layer's inputs; :func:`inverse_factor` makes it, once for all matrices of a layer."""
+    """SparseGPT's inverse of a layer's input statistics; :func:`inverse_factor` makes it once for all its matrices."""
 
     upper: Tensor
     """Upper triangular U with U'U = (H + damping)^-1, (I, I) fp32: the square of [U]_jj is [H^-1]_jj once the inputs

@@ -1,4 +1,4 @@
-"""Which weights are decided together: patterns of zeros, as units that tile a stored matrix.
+"""Patterns of zeros: the units of weights that are decided together, which tile a stored matrix.
 
     "matrix"   every weight by itself, ranked within its matrix                  the paper's
     "global"   every weight by itself, ranked over all matrices of the pattern
@@ -29,10 +29,10 @@ class Pattern:
     kind: Kind
     n: int = 0
     m: int = 0
-    """Of N:M: n of m consecutive inputs are kept."""
+    """For N:M: n of m consecutive inputs are kept."""
     outputs: int = 1
     inputs: int = 1
-    """Of blocks."""
+    """For blocks: their size."""
 
     def __str__(self) -> str:
         if self.kind == "n:m":
@@ -69,7 +69,7 @@ class Pattern:
 
 
 def parse_pattern(text: str) -> Pattern:
-    """The pattern of that name. Raises ValueError with the names there are."""
+    """Return the pattern of that name. Raises ValueError with the known names."""
     if text in ("matrix", "global", "row"):
         return Pattern(text)  # type: ignore[arg-type]
     if match := re.fullmatch(r"(\d+):(\d+)", text):

@@ -1,4 +1,4 @@
-"""How sparse the model is after a number of applied optimizer steps: pure functions, nothing to save or resume."""
+"""Sparsity as a pure function of the applied optimizer steps, with no state to save or resume."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Schedule(Protocol):
-    """What the training loop asks of a schedule. ``step`` counts applied optimizer steps."""
+    """The methods that the training loop calls. ``step`` counts applied optimizer steps."""
 
     @property
     def final_sparsity(self) -> float: ...
@@ -18,16 +18,16 @@ class Schedule(Protocol):
         ...
 
     def progress_at(self, step: int) -> float:
-        """How far ``sparsity_at`` is on its way from 0 to ``final_sparsity``, in [0, 1]; so far is a layer with a final
-        sparsity of its own."""
+        """Return ``sparsity_at`` as a share of ``final_sparsity``, in [0, 1]. A layer with a final sparsity of its own
+        has this share of it."""
         ...
 
     def updates_masks_at(self, step: int) -> bool:
-        """Whether the masks are selected anew right after step ``step`` (0 is before the first)."""
+        """Return whether new masks are selected right after step ``step`` (0 is before the first)."""
         ...
 
     def is_final(self, step: int) -> bool:
-        """Whether the masks no longer change from ``step`` on."""
+        """Return whether the masks no longer change from ``step`` on."""
         ...
 
 
@@ -70,7 +70,19 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CubicSchedule(ScheduleConfig):
-    """Cubic ramp between a warm-up and a cool-down (Zhu and Gupta 2017, arXiv 1710.01878)."""
+    """A cubic ramp between a warm-up and a cool-down (Zhu and Gupta 2017, arXiv 1710.01878).
+
+    Args:
+        num_steps: optimizer steps of the whole run, at least 1.
+        final_sparsity: fraction of zeros at the end, in [0, 1).
+        initial_sparsity: fraction of zeros until the ramp starts, at most ``final_sparsity``.
+        warmup_fraction: share of all steps before the ramp.
+        cooldown_fraction: share of all steps after the ramp, with fixed masks.
+        update_interval: optimizer steps between mask updates.
+
+    Raises:
+        ValueError: a value outside its range, or fractions that leave no steps for the ramp.
+    """
 
     num_steps: int
     """Optimizer steps of the whole run."""
@@ -120,7 +132,14 @@ class CubicSchedule(ScheduleConfig):
 
 @dataclass(frozen=True, slots=True)
 class OneShotSchedule:
-    """Pruned once, before the first step, and fixed from then on."""
+    """Prune once, before the first step, and keep the masks from then on.
+
+    Args:
+        final_sparsity: fraction of zeros in the masks, in [0, 1).
+
+    Raises:
+        ValueError: ``final_sparsity`` is outside [0, 1).
+    """
 
     final_sparsity: float
 

@@ -1,4 +1,4 @@
-"""How the backward pass of a layer is cut, so that what it keeps beside its arguments stays within a byte budget.
+"""Cut the backward pass of a layer into tiles, so that its buffers stay within a byte budget.
 
 A tile has two buffers in the dtype of the weight, used again for the next tile:
 

@@ -174,7 +174,7 @@ def whole_factors(layers: Sequence[PSTLinear]) -> list[Factors]:
 
 
 def ranked_parameter(layer: PSTLinear) -> nn.Parameter:
-    """What a layer's weights are ranked by, before any factors: the weight, or a score of each."""
+    """Return the parameter that ranks a layer's weights, before any factors: the weight, or a score of each."""
     return layer.weight if layer.pst_S is None else layer.pst_S
 
 

@@ -1,4 +1,4 @@
-"""What each layer looks like now: norms, how its scores go with |W|, and of chosen layers a histogram and a thumbnail.
+"""Statistics of each layer: norms, the correlation of scores with |W|, and images of chosen layers.
 
 Every rank looks at its own shards, in tiles; no weight is gathered.
 """
@@ -34,7 +34,7 @@ square of W0, and that of a multiplicative update."""
 
 
 @dataclass(frozen=True, slots=True)
-class Histogram:
+class ScoreHistogram:
     """The scores of one layer in equal bins of [low, high]; what is beyond is in the first and the last."""
 
     layer: int
@@ -47,7 +47,7 @@ class Histogram:
 
 
 @dataclass(frozen=True, slots=True)
-class Thumbnail:
+class MaskThumbnail:
     """The share of kept weights in each cell of one layer: rows of outputs, columns of inputs."""
 
     layer: int
@@ -56,7 +56,7 @@ class Thumbnail:
 
 @dataclass(frozen=True, slots=True)
 class LayerStats:
-    """Figures of every PST layer, in model order; None where a layer has no such thing. The same on every rank."""
+    """Statistics of every PST layer, in model order; None where a layer has no such thing. The same on every rank."""
 
     correlation: list[float | None]
     """Pearson's, of S with |W| over the mean of |W0|; where scores are learned."""
@@ -67,9 +67,9 @@ class LayerStats:
     weight_norm: list[float | None]
     """Frobenius norm of W0, or of the weight that is trained in its place."""
     with_scores: bool
-    """Whether scores and masks were looked at."""
-    histograms: list[Histogram] = field(default_factory=list)
-    thumbnails: list[Thumbnail] = field(default_factory=list)
+    """True if scores and masks were looked at."""
+    histograms: list[ScoreHistogram] = field(default_factory=list)
+    thumbnails: list[MaskThumbnail] = field(default_factory=list)
 
     @property
     def mean_correlation(self) -> float | None:
@@ -91,7 +91,7 @@ def chosen_layers(names: Sequence[str], asked: Sequence[str]) -> list[int]:
         if not any(name_matches(name, [entry]) for name in names):
             near = difflib.get_close_matches(entry, names, n=3, cutoff=0.4) or names[:3]
             raise ConfigError(
-                f"pictures.layers: {entry!r} is none of the pruned layers. Give a name or its dotted ending; near are "
+                f"pictures.layers: {entry!r} is not a pruned layer. Give a name or its dotted ending; similar are "
                 f"{', '.join(near)}"
             )
     return [i for i, name in enumerate(names) if name_matches(name, asked)]
@@ -99,7 +99,7 @@ def chosen_layers(names: Sequence[str], asked: Sequence[str]) -> list[int]:
 
 @torch.no_grad()
 def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> LayerStats:
-    """Figures of the PST layers of ``model``, with pictures of the ``chosen`` ones.
+    """Return statistics of the PST layers of ``model``, with pictures of the ``chosen`` ones.
 
     Without ``with_scores`` norms of updates and weights alone: scores and masks are not looked at. Collective: the
     factors travel in one all-gather, the sums of all layers in one exchange, and all that is counted in another.
@@ -128,7 +128,7 @@ def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> La
 
 
 class _Part:
-    """What this rank holds of one layer: its weights, as masters where they train, and the keys of their scores."""
+    """This rank's part of one layer: its weights, as masters where they train, and the keys of their scores."""
 
     def __init__(self, named: tuple[str, PSTLinear], factors: Factors):
         name, self.layer = named
@@ -225,16 +225,16 @@ def _summed(counts: Sequence[Tensor], any_weight: nn.Parameter) -> tuple[Tensor,
     return group_sum(torch.cat(list(counts)), any_weight).split([count.numel() for count in counts])
 
 
-def _histogram(index: int, layer: PSTLinear, bounds: tuple[float, float], counts: Tensor) -> Histogram:
+def _histogram(index: int, layer: PSTLinear, bounds: tuple[float, float], counts: Tensor) -> ScoreHistogram:
     pruned, kept = counts.view(2, -1)
     one_threshold = layer.rule.pattern.kind == "global" or (
         layer.rule.pattern.kind == "matrix" and layer.layout.parts == 1
     )
     threshold = stats.cut_in_bins(pruned + kept, int(pruned.sum()), *bounds) if one_threshold else None
-    return Histogram(index, *bounds, kept.tolist(), pruned.tolist(), threshold)
+    return ScoreHistogram(index, *bounds, kept.tolist(), pruned.tolist(), threshold)
 
 
-def _thumbnail(index: int, layer: PSTLinear, counts: Tensor) -> Thumbnail:
+def _thumbnail(index: int, layer: PSTLinear, counts: Tensor) -> MaskThumbnail:
     shape = layer.layout.shape
     share = counts.view(stats.thumbnail_cells(shape)) / stats.weights_by_cell(shape)
-    return Thumbnail(index, (share.t() if layer.layout.transposed else share).tolist())
+    return MaskThumbnail(index, (share.t() if layer.layout.transposed else share).tolist())

@@ -1,4 +1,4 @@
-"""What each matrix keeps, in the units of its pattern: the selections of all layers, side by side."""
+"""Select what each matrix keeps, in the units of its pattern, for all layers together."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Matrix:
 
     @property
     def prune_per_group(self) -> int:
-        """Of N:M: how many of a group's M weights go, once the group is constrained."""
+        """For N:M: how many of a group's M weights go, once the group is constrained."""
         pattern = self.layer.pattern
         if self.sparsity == pattern.fixed_sparsity or self.layer.rule.nm_ramp == "share":
             return pattern.m - pattern.n
@@ -44,7 +44,7 @@ class Matrix:
 
     @property
     def selects_units(self) -> bool:
-        """Whether units of many weights are ranked: blocks, and the groups of N:M while only a share is constrained."""
+        """True if units of many weights are ranked: blocks, and the groups of N:M while only a share is constrained."""
         if self.kind == "n:m":
             return self.layer.rule.nm_ramp == "share" and self.sparsity != self.layer.pattern.fixed_sparsity
         return self.kind == "block"

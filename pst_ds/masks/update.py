@@ -1,4 +1,4 @@
-"""Select the masks anew: every rank scores its own shard of each weight, and no weight is gathered."""
+"""Select new masks: every rank scores its own shard of each weight, and no weight is gathered."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class MaskStats:
         return self.num_flipped / self.num_weights
 
     def totals(self) -> dict[str, int | str]:
-        """All but the figures of single layers, as JSON values: what a checkpoint keeps."""
+        """Return the totals over all layers, as JSON values for a checkpoint."""
         return {
             "num_weights": self.num_weights,
             "num_pruned": self.num_pruned,

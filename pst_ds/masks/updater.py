@@ -1,13 +1,13 @@
-"""Masks in step with a schedule: the rule, for the loop of a run and for anybody's."""
+"""Keep masks in step with a schedule, in the loop of a run or in a loop of your own."""
 
 from __future__ import annotations
 
 import json
 import re
 import warnings
-from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.schedule import Schedule
@@ -16,18 +16,19 @@ from pst_ds.masks.update import MaskStats, mask_stats, masks_of_zeros, update_ma
 from pst_ds.nn.blocks import is_inside_block
 from pst_ds.nn.inject import freeze_scores, injected_config, layers_never_called, pst_layers, shortened
 from pst_ds.nn.replaceable import listed
+from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_objects, is_main
 from pst_ds.parallel.steps import applied_steps, steps_noted, torch_optimizer, unwrapped
 
-_ZEROS_MAY_DIFFER = 0.01
-"""Between the sparsity asked and that of masks: a share of every row, or of every group, rounds down."""
+SPARSITY_TOLERANCE = 0.01
+"""Largest difference between requested and measured sparsity: the share of every row or group rounds down."""
 
 
 def update_masks_if_due(
     model: nn.Module, schedule: Schedule, step: int, *, from_zeros: bool = False
 ) -> MaskStats | None:
-    """Select the masks anew if ``schedule`` does so after applied step ``step`` (0: before the first), and fix them for
-    good once it is final. The new masks' counts, or None.
+    """Select new masks if ``schedule`` does so after applied step ``step`` (0: before the first), and fix them for good
+    once it is final. Return the new masks' counts, or None.
 
     After the first step it refuses layers that no forward pass has called (``PSTConfig.prune_uncalled``).
     ``from_zeros`` keeps the non-zeros of the weights instead of selecting. Collective: a schedule and a step that are
@@ -48,7 +49,7 @@ def update_masks_if_due(
 
 
 class MaskUpdater:
-    """Keeps the masks of a model in step with a schedule, in a loop that is not ours.
+    """Keep the masks of a model in step with a schedule, in a training loop of your own.
 
         masks = MaskUpdater(model, schedule)
         for batch in loader:
@@ -56,13 +57,19 @@ class MaskUpdater:
             optimizer.step()
             masks.after_step(optimizer)      # or the DeepSpeed engine
 
-    Make it last before the loop: after ``deepspeed.initialize`` or ``accelerator.prepare``, and after a checkpoint was
-    loaded. ``model`` may be what those return. Of a run that is continued, ``step`` is the number of optimizer steps
-    applied so far; or let accelerate save and load the updater (``register_for_checkpointing``).
+    Create it right before the loop: after ``deepspeed.initialize`` or ``accelerator.prepare``, and after loading a
+    checkpoint. Creating it is collective, and so is :meth:`after_step`. From then on the schedule decides whether
+    scores train, even if the model's masks were final before. Rank 0 warns if the schedule begins below the sparsity
+    that the masks already have.
 
-    Making it, and :meth:`after_step`, are collective. Whether scores train is the schedule's to say from now on, also
-    of a model whose masks were final once. Rank 0 warns when the schedule begins below the sparsity that the masks have
-    already. Raises InputError for a model that ``inject_pst`` was not called on.
+    Args:
+        model: the model that ``inject_pst`` was called on, or its wrapper from DeepSpeed or accelerate.
+        schedule: when masks change, and how sparse they are then.
+        step: optimizer steps applied so far, when a run is continued; or let accelerate save and load the updater
+            (``register_for_checkpointing``).
+
+    Raises:
+        InputError: ``inject_pst`` was not called on ``model``, or ``schedule`` lacks a method.
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule, *, step: int = 0):
@@ -74,22 +81,31 @@ class MaskUpdater:
         self.step = 0
         """Applied optimizer steps."""
         self.masks: MaskStats
-        """The masks as they are."""
+        """Counts and checksum of the current masks."""
         self._noted: int
         self.load_state_dict({"step": step})
         self.masks = new or self.masks
 
     @property
     def is_final(self) -> bool:
-        """Whether the masks do not change any more."""
+        """True if the masks have changed for the last time."""
         return self.schedule.is_final(self.step)
 
-    def after_step(self, stepper: Any) -> MaskStats | None:
-        """Call it after every ``step`` of ``stepper``: a DeepSpeed engine, or an optimizer of accelerate or torch.
+    def after_step(self, stepper: Engine | Optimizer) -> MaskStats | None:
+        """Update the masks if they are due. Call it after every ``step`` of ``stepper``. Collective.
 
-        Skipped steps, and micro-batches that end no step, count for nothing, under a GradScaler too. The new masks'
-        counts if they were selected anew, else None. Once they are final, scores train no more: the groups named
-        "scores" have a rate of 0.
+        Skipped steps, also those of a GradScaler, and micro-batches that end no step are not counted. Once the masks
+        are final, scores stop training: the groups named "scores" get a learning rate of 0.
+
+        Args:
+            stepper: a DeepSpeed engine, or an optimizer of accelerate or torch.
+
+        Returns:
+            The new masks' counts and checksum, or None if the masks did not change.
+
+        Raises:
+            InputError: more than one step was applied since the last call, or the first step left layers uncalled.
+            FloatingPointError: scores are not finite; raised on every rank.
         """
         optimizer = torch_optimizer(stepper)
         step, new = applied_steps(stepper, self.step, noted=self._noted), None
@@ -107,11 +123,11 @@ class MaskUpdater:
         return new
 
     def state_dict(self) -> dict[str, int]:
-        """The step; masks are part of the model."""
+        """Return the step; the masks are part of the model."""
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from the step of ``state``, with the masks that the model has by now. Collective."""
+        """Continue from the step of ``state``, with the masks that the model now has. Collective."""
         self.step, self.masks = state["step"], mask_stats(self._model)
         self._noted = steps_noted()
         freeze_scores(self._model, frozen=self.is_final)
@@ -121,7 +137,7 @@ class MaskUpdater:
         found = mask_stats(self._model)
         new = update_masks_if_due(self._model, self.schedule, 0)
         begins = new.sparsity if new else self.schedule.sparsity_at(0)
-        if begins + _ZEROS_MAY_DIFFER < found.sparsity and is_main():
+        if begins + SPARSITY_TOLERANCE < found.sparsity and is_main():
             warnings.warn(
                 f"the model's masks have a sparsity of {found.sparsity:.3g} already, and the schedule begins at "
                 f"{begins:.3g}: pruned weights come back before they are pruned again. Give the schedule "
@@ -131,17 +147,17 @@ class MaskUpdater:
         return new
 
 
-def _require_schedule(schedule: Any) -> None:
+def _require_schedule(schedule: object) -> None:
     wanted = ("final_sparsity", "sparsity_at", "progress_at", "updates_masks_at", "is_final")
     missing = [name for name in wanted if not hasattr(schedule, name)]
     if missing:
         raise InputError(
-            f"{type(schedule).__name__} is no schedule: it has no {', '.join(missing)}. Take pst_ds.CubicSchedule, or "
-            "derive yours from it and give it a sparsity_at of its own"
+            f"{type(schedule).__name__} is not a schedule: it lacks {', '.join(missing)}. Take "
+            "pst_ds.CubicSchedule, or derive yours from it and give it a sparsity_at of its own"
         )
 
 
-def _stop_scores(optimizer: Any, stop: bool) -> None:
+def _stop_scores(optimizer: Optimizer, stop: bool) -> None:
     """No gradient is not enough: Adam's momentum would move scores on, and with them what is saved."""
     for group in optimizer.param_groups:
         if group.get("name") == "scores":
@@ -172,7 +188,7 @@ def _require_called(model: nn.Module) -> None:
 
 
 def _left_to_chance(model: nn.Module, idle: set[str], called: set[str]) -> set[str]:
-    """Those of ``idle`` that another step may call: experts beside called ones, and blocks under layerdrop."""
+    """Those of ``idle`` that another step may call: experts next to called ones, and blocks under layerdrop."""
     config = getattr(model, "config", None)
     drops_blocks = config is not None and any(value for key, value in vars(config).items() if "layerdrop" in key)
     found = set()

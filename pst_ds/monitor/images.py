@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 MOST_COLUMNS = 256
-"""Of a heat map; more are to be merged before."""
+"""Most columns of a heat map; merge more before."""
 MAP_SIZE, THUMBNAIL_SIZE, HISTOGRAM_WIDTH = 512, 256, 480
 FLIP_DECADES = -5.0, -1.0
 """Powers of ten between which the colour of a share of flipped weights runs."""
@@ -22,7 +22,7 @@ _THRESHOLD = (255, 255, 255, 255), (0, 0, 0, 255), (255, 255, 255, 255)
 
 
 def heat_map(values: np.ndarray, size: int = MAP_SIZE) -> np.ndarray:
-    """Cells of ``values``, (rows, columns) in [0, 1], row 0 on top, and beside them the scale of colours from 1 to 0.
+    """Cells of ``values``, (rows, columns) in [0, 1], row 0 on top; to their right the colour scale from 1 to 0.
 
     About ``size`` pixels wide, and high: cells are of whole pixels, at least one wide and two high.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,17 @@ from pst_ds.json_text import json_of
 class JsonLines:
     """A file that is written a line at a time.
 
-    Of a run that is continued after ``step`` the lines up to there stay; without a step the file begins anew. ``head``
+    When a run is continued after ``step``, the lines up to there stay; without a step the file starts empty. ``head``
     is a first line that has no step.
     """
 
-    def __init__(self, path: Path, step: int, head: dict[str, Any] | None = None):
+    def __init__(self, path: Path, step: int, head: Mapping[str, object] | None = None):
         first = [json_of(head)] if head is not None else []
         kept = [json_of(line) for line in lines_until(path, step)] if step else []
         write_text_atomic(path, "".join(f"{line}\n" for line in [*first, *kept]))
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, line: dict[str, Any]) -> None:
+    def write(self, line: Mapping[str, object]) -> None:
         self._file.write(json_of(line) + "\n")
         self._file.flush()
 

@@ -1,20 +1,19 @@
-"""What a run says of its layers: layers.jsonl, and for TensorBoard scalars of each layer and pictures; from rank 0."""
+"""Record a run's layers from rank 0: layers.jsonl, and scalars of each layer and images for TensorBoard."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pst_ds.config.file_names import LAYERS_FILE
-from pst_ds.masks.layer_stats import Histogram, LayerStats, Thumbnail
+from pst_ds.masks.layer_stats import LayerStats, MaskThumbnail, ScoreHistogram
 from pst_ds.masks.update import MaskStats
 from pst_ds.monitor import images as pictures
 from pst_ds.monitor.jsonl import JsonLines, lines_until
 from pst_ds.monitor.tensorboard import TensorBoardWriter
 
 _ROWS = "One row a layer, the first on top; one column a mask update, the oldest left (of long runs a few updates)."
-SPARSITY_MAP = f"Share of zeros: dark violet 0, yellow 1, as on the scale beside it. {_ROWS}"
+SPARSITY_MAP = f"Share of zeros: dark violet 0, yellow 1, as on the scale to its right. {_ROWS}"
 FLIPS_MAP = (
     "Share of a layer's weights whose mask bit flips at an update, on a logarithmic scale: dark violet one in 100,000 "
     f"or fewer, yellow one in ten or more. {_ROWS}"
@@ -48,15 +47,15 @@ class LayerLog:
                 self._remember(line["kept"], line["flipped"])
 
     def masks(self, step: int, masks: MaskStats) -> None:
-        """After a mask update."""
+        """Record a mask update."""
         self._remember(masks.kept, masks.flipped)
         self._file.write({"step": step, "event": "masks", "kept": masks.kept, "flipped": masks.flipped})
 
     def figures(self, step: int, found: LayerStats) -> None:
-        """Figures and pictures of the layers as they are after ``step``."""
-        line: dict[str, Any] = {"step": step, "event": "scores"}
+        """Record statistics and images of the layers as they are after ``step``."""
+        line: dict[str, object] = {"step": step, "event": "scores"}
         for name in ("correlation", "score_norm", "update_norm", "weight_norm"):
-            line[name] = [_short(value) for value in getattr(found, name)]
+            line[name] = [_six_digits(value) for value in getattr(found, name)]
         self._file.write(line)
         self._scalars(step, found)
         if found.with_scores and self._latest is not None:
@@ -88,11 +87,11 @@ class LayerLog:
                 if value is not None:
                     self._board.scalar(f"layers/{name}/{figure}", value, step)
 
-    def _histogram(self, step: int, found: Histogram) -> None:
+    def _histogram(self, step: int, found: ScoreHistogram) -> None:
         name, width = self._names[found.layer], (found.high - found.low) / len(found.kept)
         line = {
             "layer": found.layer, "low": found.low, "high": found.high, "kept": found.kept, "pruned": found.pruned,
-            "threshold": _short(found.threshold),
+            "threshold": _six_digits(found.threshold),
         }  # fmt: skip
         self._file.write({"step": step, "event": "histogram", **line})
         at = None if found.threshold is None else (found.threshold - found.low) / width
@@ -101,12 +100,12 @@ class LayerLog:
         counts = [kept + pruned for kept, pruned in zip(found.kept, found.pruned, strict=True)]
         self._board.histogram(f"scores/{name}", counts, found.low, found.high, step, SCORES)
 
-    def _thumbnail(self, step: int, found: Thumbnail) -> None:
-        share = [[_short(cell) for cell in row] for row in found.share]
+    def _thumbnail(self, step: int, found: MaskThumbnail) -> None:
+        share = [[_six_digits(cell) for cell in row] for row in found.share]
         self._file.write({"step": step, "event": "thumbnail", "layer": found.layer, "share": share})
         self._board.picture(f"mask/{self._names[found.layer]}", pictures.thumbnail(found.share), step, THUMBNAIL)
 
 
-def _short(value: float | None) -> float | None:
+def _six_digits(value: float | None) -> float | None:
     """To six digits, which is all that lines of many layers need."""
     return None if value is None else float(f"{value:.6g}")

@@ -1,12 +1,11 @@
-"""What a run reports: metrics.jsonl, layers.jsonl, TensorBoard and a progress line, all from rank 0."""
+"""Report a run: metrics.jsonl, layers.jsonl, TensorBoard and a progress line, all from rank 0."""
 
 from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,9 +19,9 @@ from pst_ds.progress import Progress
 
 
 class MetricsWriter:
-    """Writes on rank 0 and does nothing elsewhere.
+    """Write on rank 0, do nothing elsewhere.
 
-    A run that is continued after ``step``, ``seconds`` into it, keeps its lines up to there; later ones are made anew.
+    A run that is continued after ``step``, ``seconds`` into it, keeps its lines up to there.
     ``layers``: weights of each PST layer, by name in model order.
     """
 
@@ -49,10 +48,10 @@ class MetricsWriter:
 
     @property
     def seconds(self) -> float:
-        """That the run has taken, over all its processes."""
+        """Seconds that the run has taken, over all its processes."""
         return time.monotonic() - self._started
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, object]) -> None:
         """One line of metrics.jsonl, and a scalar for every number; those of checkpoints are a group of their own."""
         if self._file is None:
             return
@@ -63,21 +62,21 @@ class MetricsWriter:
                 self._board.scalar(group + name, value, step)
 
     def masks(self, step: int, masks: MaskStats) -> None:
-        """What a mask update did to each layer."""
+        """Record what a mask update did to each layer."""
         if self._layers is not None:
             self._layers.masks(step, masks)
 
     def figures(self, step: int, found: LayerStats) -> None:
-        """What the layers look like after ``step``."""
+        """Record statistics and images of the layers after ``step``."""
         if self._layers is not None:
             self._layers.figures(step, found)
 
-    def settings(self, settings: dict[str, Any], metric_tags: Sequence[str]) -> None:
+    def settings(self, settings: Mapping[str, object], metric_tags: Sequence[str]) -> None:
         """The settings of a run that has ended; its last values of ``metric_tags`` are what came of them."""
         if self._file is not None:
             self._board.hparams(settings, metric_tags)
 
-    def progress(self, step: int, values: dict[str, Any]) -> None:
+    def progress(self, step: int, values: Mapping[str, object]) -> None:
         """Show people where the run is and when it will end."""
         if self._shown is not None:
             self._shown.at(step, " | ".join(f"{k} {_short(v)}" for k, v in values.items()))
@@ -98,11 +97,11 @@ class MetricsWriter:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Largest memory this rank has held: of the accelerator, or resident memory of the process on CPU."""
+    """Return the peak memory of this rank: the accelerator's, or the resident memory of the process on CPU."""
     if device != "cpu":
         return int(torch.accelerator.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

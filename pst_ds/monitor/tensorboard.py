@@ -1,12 +1,11 @@
-"""What TensorBoard shows of a run: scalars, pictures, histograms, and the settings beside the final metrics."""
+"""Write a run for TensorBoard: scalars, images, histograms, and the settings with the final metrics."""
 
 from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -32,7 +31,7 @@ class TensorBoardWriter:
             self._writer.add_scalar(tag, value, step)
 
     def picture(self, tag: str, pixels: np.ndarray, step: int, description: str) -> None:
-        """``pixels``: (height, width, 4) uint8. ``description``: Markdown, shown beside the tag."""
+        """``pixels``: (height, width, 4) uint8. ``description``: Markdown, shown with the tag."""
         from PIL import Image
         from tensorboard.plugins.image import metadata
 
@@ -50,9 +49,9 @@ class TensorBoardWriter:
         about = metadata.create_summary_metadata(display_name="", description=description)
         self._tensor(tag, np.stack([edges[:-1], edges[1:], np.asarray(counts, dtype=float)], 1), step, about)
 
-    def hparams(self, settings: dict[str, Any], metric_tags: Sequence[str]) -> None:
+    def hparams(self, settings: Mapping[str, object], metric_tags: Sequence[str]) -> None:
         """The run's settings, with the last values of ``metric_tags`` as what came of them. In this run's own files:
-        SummaryWriter.add_hparams would make a run of its own beside it."""
+        SummaryWriter.add_hparams would make a second run."""
         from torch.utils.tensorboard.summary import hparams
 
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
@@ -62,7 +61,7 @@ class TensorBoardWriter:
     def close(self) -> None:
         self._writer.close()
 
-    def _tensor(self, tag: str, data: Any, step: int, about: Any) -> None:
+    def _tensor(self, tag: str, data: list[bytes] | np.ndarray, step: int, about: object) -> None:
         """One point of the kind that ``about`` names. SummaryWriter's own pictures and histograms have no description:
         TensorBoard's data server drops it."""
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -71,6 +70,6 @@ class TensorBoardWriter:
         value = Summary.Value(tag=tag, metadata=about, tensor=make_tensor_proto(data))
         self._add(Summary(value=[value]), step)
 
-    def _add(self, summary: Any, step: int | None) -> None:
+    def _add(self, summary: object, step: int | None) -> None:
         assert self._writer.file_writer is not None, "the board is closed"
         self._writer.file_writer.add_summary(summary, step)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import Any
 
 from torch import nn
 
@@ -27,7 +26,7 @@ def leave_out_frozen(model: nn.Module) -> None:
         return
 
     @functools.wraps(save_checkpoint)
-    def without_frozen(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def without_frozen(self: DeepSpeedEngine, *args: object, **kwargs: object) -> object:
         if getattr(self.module, _MARK, False):
             kwargs.setdefault("exclude_frozen_parameters", True)
         return save_checkpoint(self, *args, **kwargs)

@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pst_ds.errors import InputError
+from pst_ds.json_text import JSON, JsonObject
 
 MIN_DEEPSPEED = "0.19.8"
 REDUCE_BUCKET = 500_000_000
@@ -35,16 +35,16 @@ class RunNumbers:
 @dataclass(frozen=True, slots=True)
 class _Refusal:
     key: str
-    is_refused: Callable[[Any], bool]
+    is_refused: Callable[[JSON], bool]
     why: str
     fix: str
 
 
-def _is_on(value: Any) -> bool:
+def _is_on(value: JSON) -> bool:
     return bool(value) and value != "auto"
 
 
-def _is_nvme(value: Any) -> bool:
+def _is_nvme(value: JSON) -> bool:
     return str(value).lower() == "nvme"
 
 
@@ -64,7 +64,7 @@ _REFUSALS = (
     _Refusal(
         "zero_optimization.offload_param.device",
         _is_nvme,
-        "its swap buffers hold one dtype, and masks are uint8 beside float weights",
+        "its swap buffers hold one dtype, and masks are uint8 and weights are floats",
         'use "cpu"',
     ),
     _Refusal(
@@ -102,8 +102,8 @@ _REFUSALS = (
     ),
     _Refusal("compression_training", _is_on, "DeepSpeed removed it", "remove it; PST does the pruning"),
     _Refusal("elasticity", _is_on, "DeepSpeed removed it", "remove it"),
-    _Refusal("zero_optimization.mics_shard_size", lambda size: _is_on(size) and size > 0, "DeepSpeed removed MiCS",
-             "remove it"),
+    _Refusal("zero_optimization.mics_shard_size", lambda size: isinstance(size, int) and size > 0,
+             "DeepSpeed removed MiCS", "remove it"),
 )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ _SECTIONS = (
 )  # fmt: skip
 
 
-def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
+def load_deepspeed_config(path: str | Path) -> JsonObject:
     """The JSON object in ``path``, checked by :func:`validate_deepspeed_config`."""
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -134,7 +134,7 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def validate_deepspeed_config(config: dict[str, Any], *, source: str = "the DeepSpeed config") -> None:
+def validate_deepspeed_config(config: JsonObject, *, source: str = "the DeepSpeed config") -> None:
     """Raise DeepSpeedConfigError for the first setting that PST cannot work with: its key, value, reason and fix."""
     for key in _SECTIONS:
         section = _look_up(config, key)
@@ -151,7 +151,7 @@ def validate_deepspeed_config(config: dict[str, Any], *, source: str = "the Deep
             )
     if _look_up(config, "fp16.enabled") is True and not _has_accelerator():
         raise DeepSpeedConfigError(f"{source}: fp16.enabled = true, but the CPU has no fp16 training. Fix: use bf16")
-    stage = zero_stage(config)
+    stage = _look_up(config, "zero_optimization.stage") or 0
     if stage not in (0, 1, 2, 3):
         raise DeepSpeedConfigError(f"{source}: zero_optimization.stage = {stage!r} must be 0, 1, 2 or 3")
 
@@ -173,20 +173,18 @@ def require_deepspeed() -> None:
         )
 
 
-def zero_stage(config: dict[str, Any] | None) -> int:
-    """The ZeRO stage; 0 for no config."""
-    return _look_up(config or {}, "zero_optimization.stage") or 0
+def zero_stage(config: JsonObject | None) -> int:
+    """The ZeRO stage of a valid config; 0 for no config."""
+    return _int_or(_look_up(config or {}, "zero_optimization.stage"), 0)
 
 
-def resolve_deepspeed_config(
-    config: dict[str, Any], numbers: RunNumbers, *, source: str, run_file: str
-) -> dict[str, Any]:
+def resolve_deepspeed_config(config: JsonObject, numbers: RunNumbers, *, source: str, run_file: str) -> JsonObject:
     """A copy of ``config`` with every "auto" or absent setting of the run file filled in.
 
     Raises DeepSpeedConfigError naming both files where they disagree.
     """
     resolved = copy.deepcopy(config)
-    owned = {
+    owned: JsonObject = {
         "train_batch_size": numbers.train_batch_size,
         "train_micro_batch_size_per_gpu": numbers.train_micro_batch_size_per_gpu,
         "gradient_accumulation_steps": numbers.gradient_accumulation_steps,
@@ -205,7 +203,8 @@ def resolve_deepspeed_config(
         raise DeepSpeedConfigError(
             f"{source} has fp16.enabled = true, but train.precision in {run_file} is bf16 or fp32. Fix: remove fp16"
         )
-    zero = resolved.get("zero_optimization") or {}
+    section = resolved.get("zero_optimization")
+    zero = section if isinstance(section, dict) else {}
     if zero.get("reduce_bucket_size") == "auto":
         zero["reduce_bucket_size"] = auto_reduce_bucket(numbers.num_trainable)
     for key in [key for key, value in zero.items() if value == "auto"]:
@@ -225,9 +224,9 @@ def auto_reduce_bucket(num_trainable: int) -> int:
     return min(max(num_trainable, 1 << 16), REDUCE_BUCKET)
 
 
-def _refuse_uneven_hpz(config: dict[str, Any], numbers: RunNumbers, source: str) -> None:
+def _refuse_uneven_hpz(config: JsonObject, numbers: RunNumbers, source: str) -> None:
     """DeepSpeed answers groups of unequal size with a bare assertion, and after the model is loaded."""
-    size = _look_up(config, "zero_optimization.zero_hpz_partition_size") or 1
+    size = _int_or(_look_up(config, "zero_optimization.zero_hpz_partition_size"), 1) or 1
     ranks = numbers.train_batch_size // (numbers.train_micro_batch_size_per_gpu * numbers.gradient_accumulation_steps)
     if ranks % min(size, ranks):
         raise DeepSpeedConfigError(
@@ -236,8 +235,12 @@ def _refuse_uneven_hpz(config: dict[str, Any], numbers: RunNumbers, source: str)
         )
 
 
-def _look_up(config: dict[str, Any], dotted: str) -> Any:
-    value: Any = config
+def _int_or(value: JSON, default: int) -> int:
+    return value if isinstance(value, int) else default
+
+
+def _look_up(config: JsonObject, dotted: str) -> JSON:
+    value: JSON = config
     for key in dotted.split("."):
         if not isinstance(value, dict):
             return None
@@ -245,10 +248,12 @@ def _look_up(config: dict[str, Any], dotted: str) -> Any:
     return value
 
 
-def _set(config: dict[str, Any], dotted: str, value: Any) -> None:
+def _set(config: JsonObject, dotted: str, value: JSON) -> None:
     *parents, last = dotted.split(".")
     for key in parents:
-        config = config.setdefault(key, {})
+        section = config.setdefault(key, {})
+        assert isinstance(section, dict), f"{key} is not an object"
+        config = section
     config[last] = value
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.errors import InputError
+from pst_ds.json_text import JsonObject
 from pst_ds.parallel.master_adamw import MasterAdamW
 
 
@@ -22,7 +23,7 @@ class Engine(Protocol):
     """Optimizer steps tried, including those that were skipped."""
     skipped_steps: int
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __call__(self, *args: object, **kwargs: object) -> Any: ...
 
     def backward(self, loss: Tensor) -> object: ...
 
@@ -63,7 +64,7 @@ class LocalEngine:
         self.optimizer = MasterAdamW(list(param_groups), fused=on_cpu)  # on a CPU four times as fast
         self.optimizer.masters()  # there from the first mask update on
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
@@ -102,11 +103,11 @@ def build_engine(
     model: nn.Module,
     param_groups: Sequence[dict[str, Any]],
     *,
-    ds_config: dict[str, Any] | None,
+    ds_config: JsonObject | None,
     gradient_accumulation_steps: int = 1,
     gradient_clipping: float = 0.0,
 ) -> Engine:
-    """DeepSpeed's engine for a resolved ``ds_config``, or a LocalEngine without one. Collective.
+    """Return DeepSpeed's engine for a resolved ``ds_config``, or a LocalEngine without one. Collective.
 
     Raises InputError when the trainable parameters mix dtypes, which DeepSpeed answers with a bare assertion.
     """
@@ -130,7 +131,7 @@ def build_engine(
     return engine
 
 
-def note_masters(optimizer: Any) -> None:
+def note_masters(optimizer: object) -> None:
     """Let :func:`pst_ds.parallel.zero3.fp32_masters` find those of DeepSpeed's ``optimizer`` at stage 0 in 16 bits: it
     tells no parameter of its own."""
     for params, masters in zip(

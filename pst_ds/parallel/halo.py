@@ -1,4 +1,4 @@
-"""Weights around a rank's own shard, fetched from the ranks that have them."""
+"""Halo exchange: fetch the weights around a rank's own shard from the ranks that hold them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Halo:
 def fetch_halos(
     params: Sequence[nn.Parameter], widen: Sequence[Widen], shards: Sequence[Tensor] | None = None
 ) -> list[Halo]:
-    """What this rank lacks of the range that ``widen[i]`` makes of its shard of ``params[i]``.
+    """Fetch what this rank lacks of the range that ``widen[i]`` makes of its shard of ``params[i]``.
 
     ``shards[i]``: flat values to send in place of the shard of ``params[i]``, such as its fp32 masters.
 

@@ -67,7 +67,7 @@ def use_cpu_without_accelerator() -> None:
 
 
 joined = False
-"""Whether this process has joined a process group through :func:`init_distributed`."""
+"""True if this process has joined a process group through :func:`init_distributed`."""
 
 
 def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0) -> None:

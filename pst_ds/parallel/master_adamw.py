@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import ParamsT
 
 from pst_ds.parallel import zero3
 
@@ -18,21 +19,21 @@ class MasterAdamW(torch.optim.AdamW):
     """AdamW without weight decay. Its groups hold the model's parameters, its steps are taken on their fp32 masters.
 
     An fp32 parameter is its own master, so under DeepSpeed, which puts flat fp32 tensors into the groups, it is plain
-    AdamW. A master is made when it is first needed, and anew when the parameter was given other values since, as by
+    AdamW. A master is made when it is first needed, and again when the parameter was given other values since, as by
     ``load_state_dict`` of the model; :func:`pst_ds.parallel.zero3.fp32_masters` finds it. The masters are part of
     :meth:`state_dict`.
     """
 
-    def __init__(self, params: Any, *, fused: bool = False, **settings: Any):
+    def __init__(self, params: ParamsT, *, fused: bool = False, **settings: Any):
         super().__init__(params, weight_decay=0.0, fused=fused, **settings)
         self._masters: dict[nn.Parameter, nn.Parameter] = {}
 
     def masters(self) -> list[nn.Parameter]:
-        """One of each parameter, in the order of the groups."""
+        """Return the master of each parameter, in the order of the groups."""
         return [self._master(param) for group in self.param_groups for param in group["params"]]
 
     def take_gradients(self) -> list[nn.Parameter]:
-        """The masters, with the gradients of their parameters in fp32; those have none any more."""
+        """Move the parameters' gradients to their masters, in fp32, and return the masters."""
         masters = self.masters()
         for param, master in zip(self._params(), masters, strict=True):
             if master is not param and param.grad is not None:
@@ -40,7 +41,7 @@ class MasterAdamW(torch.optim.AdamW):
         return masters
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step; a parameter apart from its master has no gradient afterwards."""
         loss = None
         if closure is not None:
@@ -74,7 +75,7 @@ class MasterAdamW(torch.optim.AdamW):
         for number, values in state_dict.get(_MASTERS, {}).items():
             masters[number].detach().copy_(values)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """For pickle and deepcopy. torch's own leaves out what it does not know of."""
         return super().__getstate__() | {"_masters": self._masters}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from pst_ds.parallel.engine import Engine
 
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
 KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
-"""What is kept of every trainable value: its fp32 master and Adam's two moments."""
+"""Kinds of state of every trainable value: its fp32 master and Adam's two moments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +38,17 @@ class Piece:
 
 
 def is_replicated(params: Iterable[nn.Parameter]) -> bool:
-    """Whether every rank holds the optimizer state of all ``params`` whole."""
+    """Return whether every rank holds the optimizer state of all ``params`` whole."""
     return not any(zero3.is_partitioned(p) or hasattr(p, "_hp_mapping") for p in params)
 
 
 def is_cut_evenly(params: Iterable[nn.Parameter]) -> bool:
-    """Whether rank r holds shard r of every parameter, as ZeRO-3 cuts it; ZeRO-1 and 2 cut elsewhere."""
+    """Return whether rank r holds shard r of every parameter, as ZeRO-3 cuts it; ZeRO-1 and 2 cut elsewhere."""
     return not any(hasattr(p, "_hp_mapping") for p in params)
 
 
 def local_pieces(engine: Engine, named: Sequence[tuple[str, nn.Parameter]]) -> list[Piece]:
-    """What this rank's optimizer holds of trainable parameters, in their order; without padding."""
+    """Return the pieces of trainable parameters that this rank's optimizer holds, in their order, without padding."""
     inner = _inner(engine)
     found = []
     for name, param in named:
@@ -114,7 +113,7 @@ def set_counters(engine: Engine, *, applied: int, skipped: int, accumulation: in
         engine.micro_steps = engine.global_steps * accumulation
 
 
-def _inner(engine: Engine) -> Any:
+def _inner(engine: Engine) -> torch.optim.Optimizer:
     """The torch optimizer inside DeepSpeed's."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, which talks and writes."""
+    """Return whether this is rank 0, which prints and writes."""
     return rank() == 0
 
 
@@ -36,12 +36,12 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_gather_objects(value: Any) -> list[Any]:
-    """Everyone's ``value``, by rank. Collective."""
+def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return the ``value`` of every rank, in order; over ``group``, by default over all of them. Collective."""
     if not dist.is_initialized():
         return [value]
-    gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, value)
+    gathered = [value] * world_size()
+    dist.all_gather_object(gathered, value, group)
     return gathered
 
 
@@ -64,9 +64,9 @@ def broadcast(value: Tensor, source: int) -> Tensor:
 
 
 def raise_on_all_ranks(action: Callable[[], T]) -> T:
-    """``action()`` on every rank; when it is bad input on some, that is an InputError on all. Collective.
+    """Run ``action`` on every rank; if any raises InputError, all do. Collective.
 
-    The message is that of the lowest such rank, which it names if not all agree.
+    The message is that of the lowest such rank, and names it unless all ranks fail.
     """
     try:
         result, problem = action(), None
@@ -85,24 +85,20 @@ def raise_on_all_ranks(action: Callable[[], T]) -> T:
 
 
 class BackgroundGroup:
-    """All ranks once more, over gloo, for objects that a thread exchanges while training uses the other group.
+    """A second group of all ranks, over gloo, for objects that a thread exchanges while training uses the first.
 
-    Making it is collective.
+    Creating it is collective.
     """
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() and world_size() > 1 else None
 
-    def all_gather(self, value: Any) -> list[Any]:
-        """Everyone's ``value``, by rank. Collective over the threads that use the group."""
-        if self._group is None:
-            return [value]
-        gathered: list[Any] = [None] * world_size()
-        dist.all_gather_object(gathered, value, group=self._group)
-        return gathered
+    def all_gather(self, value: T) -> list[T]:
+        """Return the ``value`` of every rank, in order. Collective over the threads that use the group."""
+        return [value] if self._group is None else all_gather_objects(value, self._group)
 
 
-def _reduce(values: Tensor, param: nn.Parameter, op: Any) -> Tensor:
+def _reduce(values: Tensor, param: nn.Parameter, op: dist.ReduceOp.RedOpType) -> Tensor:
     if zero3.num_shards(param) == 1:
         return values
     on_device = values.to(zero3.shard_of(param).values.device)

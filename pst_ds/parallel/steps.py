@@ -1,4 +1,4 @@
-"""What a training loop of anybody's can say of its optimizer steps: through an engine, or through an optimizer."""
+"""Count the optimizer steps of any training loop, through its engine or its optimizer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pst_ds.parallel.engine import note_masters
+from pst_ds.parallel.engine import Engine, note_masters
 
 _num_steps = 0
 _LAST_STEPS: WeakKeyDictionary[Optimizer, tuple[int, Tensor | None]] = WeakKeyDictionary()
-"""Of each optimizer: the number of its last step, and whether a GradScaler lets a fused one skip it (not 0) or not."""
+"""For each optimizer: the number of its last step, and a flag by which a GradScaler lets a fused one skip it."""
 
 
 _WRAPPERS = {
@@ -23,7 +23,7 @@ _WRAPPERS = {
 """Classes of torch and DeepSpeed, by name: nothing is imported for this."""
 
 
-def _note_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+def _note_step(optimizer: Optimizer, _args: object, _kwargs: object) -> None:
     global _num_steps
     _num_steps += 1
     _LAST_STEPS[optimizer] = _num_steps, getattr(optimizer, "found_inf", None)
@@ -33,19 +33,20 @@ register_optimizer_step_post_hook(_note_step)
 
 
 def steps_noted() -> int:
-    """Number of the last step that an optimizer of torch has taken in this process, whichever optimizer."""
+    """Return how many steps torch's optimizers have taken in this process, all together."""
     return _num_steps
 
 
-def applied_steps(stepper: Any, before: int, *, noted: int) -> int:
+def applied_steps(stepper: Engine | Optimizer, before: int, *, noted: int) -> int:
     """Applied optimizer steps of ``stepper`` now; they were ``before`` when :func:`steps_noted` was ``noted``.
 
     ``stepper`` is DeepSpeed's engine or a LocalEngine, which count; or an optimizer, of accelerate (which knows of
     skipped steps and of gradient accumulation) or of torch (whose steps are noted; one at most since then). An
     optimizer of another kind is taken to have made one step. The same on every rank.
     """
-    if hasattr(stepper, "global_steps"):
-        return stepper.global_steps - stepper.skipped_steps
+    steps = getattr(stepper, "global_steps", None)
+    if steps is not None:
+        return steps - getattr(stepper, "skipped_steps", 0)
     accumulation = getattr(stepper, "gradient_state", None)
     if accumulation is not None and not accumulation.sync_gradients:
         return before
@@ -55,18 +56,19 @@ def applied_steps(stepper: Any, before: int, *, noted: int) -> int:
     return before + (not getattr(stepper, "step_was_skipped", False))
 
 
-def torch_optimizer(stepper: Any) -> Any:
-    """The innermost optimizer of ``stepper``, whose groups are in force; notes DeepSpeed's masters on the way."""
-    while hasattr(stepper, "optimizer"):
-        stepper = stepper.optimizer
-        note_masters(stepper)
-    return stepper
+def torch_optimizer(stepper: Engine | Optimizer) -> Optimizer:
+    """Return the innermost optimizer of ``stepper``, whose groups are in force; note DeepSpeed's masters on the way."""
+    inner: Any = stepper
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+        note_masters(inner)
+    return inner
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DeepSpeed's engine, DistributedDataParallel and torch.compile; the names in it are its own.
 
-    Of wrappers that are none of these nothing is known: a ``module`` in a model of one's own is a part of it.
+    Other wrappers are not recognised: a ``module`` inside any other model is a part of it.
     """
     while "pst_config" not in vars(model) and (attribute := _wraps(model)):
         model = getattr(model, attribute)
@@ -74,7 +76,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _wraps(model: nn.Module) -> str:
-    """The attribute with what ``model`` is wrapped around; "" if it is no wrapper."""
+    """Return the attribute that holds the wrapped model; "" if ``model`` does not wrap one."""
     for kind in type(model).__mro__:
         if kind.__module__.partition(".")[0] in ("torch", "deepspeed") and kind.__name__ in _WRAPPERS:
             return _WRAPPERS[kind.__name__]

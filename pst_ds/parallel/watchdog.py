@@ -42,7 +42,7 @@ class StallReport:
     beats: int
     """How often it had made progress; all ranks count the same things."""
     waits: bool
-    """Whether it was inside a collective, which waits for other ranks."""
+    """True if it was inside a collective, which waits for other ranks."""
     stack: str
 
 
@@ -140,7 +140,7 @@ def heartbeat(doing: str) -> None:
 
 
 def _waits(stack: traceback.StackSummary) -> bool:
-    """Whether a stack is inside a collective, or in DeepSpeed's wait for one that was begun before."""
+    """Return whether a stack is inside a collective, or in DeepSpeed's wait for one that was begun before."""
     handles = (entry for entry in stack[-3:] if entry.name == "wait" and _DEEPSPEED_FILES in entry.filename)
     return any(handles) or any(part in entry.filename for entry in stack for part in _COLLECTIVE_FILES)
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,7 @@ class Shard:
 
 
 def is_partitioned(param: nn.Parameter) -> bool:
-    """Whether ZeRO-3 splits ``param`` over ranks."""
+    """Return whether ZeRO-3 splits ``param`` over ranks."""
     return hasattr(param, "ds_id")
 
 
@@ -47,13 +50,13 @@ def shard_index(param: nn.Parameter) -> int:
     return param.ds_zero_partition_rank if is_partitioned(param) else 0
 
 
-def process_group(param: nn.Parameter) -> Any:
+def process_group(param: nn.Parameter) -> ProcessGroup | None:
     """The ranks that ``param`` is split over; None, the default group, when it is not partitioned."""
     return getattr(param, "ds_process_group", None)
 
 
 def is_released(param: nn.Parameter) -> bool:
-    """Whether ``param`` is partitioned and its whole value is not here now."""
+    """Return whether ``param`` is partitioned and not gathered now."""
     return is_partitioned(param) and param.ds_status.name != "AVAILABLE"
 
 
@@ -77,7 +80,7 @@ def write_shard(param: nn.Parameter, values: Tensor) -> None:
     shard_of(param).values.copy_(values)
     if not is_released(param):
         param.partition()
-    param.ds_secondary_tensor = None  # an hpZ copy, if any, is made anew from the shard
+    param.ds_secondary_tensor = None  # an hpZ copy, if any, is made again from the shard
 
 
 @contextmanager
@@ -142,7 +145,7 @@ def _gather_zero3_masters(params: Sequence[nn.Parameter]) -> list[Tensor]:
 def kept_master(param: nn.Parameter) -> Tensor | None:
     """The fp32 values that MasterAdamW, or DeepSpeed at stage 0, keeps of a whole ``param``.
 
-    None if there are none, or ``param`` was given other values since.
+    None if no such values exist, or ``param`` was given other values since.
     """
     master = getattr(param, "fp32_master", None)
     if master is None or not torch.equal(master.detach().to(param), param.detach()):

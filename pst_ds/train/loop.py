@@ -19,7 +19,7 @@ from pst_ds.data.labelled import GlobalBatches
 from pst_ds.data.tasks import ExampleSet, task_of
 from pst_ds.masks.layer_stats import chosen_layers, measure
 from pst_ds.masks.update import MaskStats
-from pst_ds.masks.updater import update_masks_if_due
+from pst_ds.masks.updater import SPARSITY_TOLERANCE, update_masks_if_due
 from pst_ds.monitor.metrics import MetricsWriter, peak_memory_bytes
 from pst_ds.nn.inject import freeze_scores, persistent_buffers, pst_layers, set_score_penalty, shortened
 from pst_ds.parallel import stop_signals
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 MAX_SKIPPED_IN_A_ROW = 100
 FINAL_TAGS = ("loss", "sparsity/actual", "tokens_per_second")
 """The reported values that a run is judged by at its end, besides its evaluation."""
-_ZEROS_MAY_DIFFER = 0.01
-"""From the requested sparsity: a share of every row, or of every group, rounds down."""
 
 
 class DivergedError(RuntimeError):
@@ -214,7 +212,7 @@ def _update_masks_if_due(loop: Loop, state: LoopState) -> None:
 def _require_sparsity(run: RunConfig, masks: MaskStats) -> None:
     """Raise ConfigError on every rank if the model has another share of zeros than the run requests."""
     requested = run.schedule.final_sparsity
-    if abs(masks.sparsity - requested) > _ZEROS_MAY_DIFFER:
+    if abs(masks.sparsity - requested) > SPARSITY_TOLERANCE:
         raise ConfigError(
             f"schedule.final_sparsity = {requested}, but {masks.sparsity:.4f} of the pruned weights of model.path = "
             f'{run.model.path!r} are zero, and pst.initial_mask = "zeros" keeps just the others. Fix: '

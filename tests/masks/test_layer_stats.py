@@ -196,5 +196,5 @@ def test_the_layers_drawn_are_the_first_the_middle_and_the_last_or_those_asked_f
     assert chosen_layers(NAMES[:1], ()) == [0]
     assert chosen_layers([], ()) == []
     assert chosen_layers(NAMES, ("h.1.mlp.c_fc", "c_attn")) == [0, 4, 6]
-    with pytest.raises(ConfigError, match=r"pictures.layers: 'c_atn' is none of the pruned layers\. .*attn\.c_attn"):
+    with pytest.raises(ConfigError, match=r"pictures.layers: 'c_atn' is not a pruned layer\. .*attn\.c_attn"):
         chosen_layers(NAMES, ("mlp.c_fc", "c_atn"))

@@ -282,7 +282,7 @@ def test_a_model_that_cannot_be_masked_is_refused():
 
 
 def test_what_is_no_schedule_is_refused_by_what_it_lacks():
-    with pytest.raises(InputError, match="SimpleNamespace is no schedule: it has no progress_at, is_final"):
+    with pytest.raises(InputError, match="SimpleNamespace is not a schedule: it lacks progress_at, is_final"):
         MaskUpdater(_model(), SimpleNamespace(final_sparsity=0.5, sparsity_at=min, updates_masks_at=bool))
 
 

@@ -240,6 +240,6 @@ def test_pictures_come_about_twenty_times_and_at_the_last_step():
 
 
 def test_a_layer_that_is_not_there_is_refused_before_the_run(tmp_path):
-    with pytest.raises(ConfigError, match=r"pictures\.layers: 'self\.querry' is none of the pruned layers.*query"):
+    with pytest.raises(ConfigError, match=r"pictures\.layers: 'self\.querry' is not a pruned layer.*query"):
         _train(tmp_path, 'pictures.layers=["self.querry"]')
     assert not (tmp_path / "layers.jsonl").exists()

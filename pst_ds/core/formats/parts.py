@@ -1,4 +1,4 @@
-"""What every packed format has, and the checks that they share."""
+"""The interface of every packed format, and the checks that formats share."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pst_ds.core.formats.rows import bytes_of_row, first_padded_row, row_bits
 
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_BYTES = 1 << 62
-"""Of the dense matrix: sizes and offsets in bytes are far from the end of int64."""
+"""Most weights of the dense matrix: sizes and offsets in bytes are far from the end of int64."""
 
 Part = tuple[torch.dtype, tuple[int, ...]]
 """dtype and shape of a part."""
 
 
 class FormatError(ValueError):
-    """A packed tensor that is none, or a matrix that a format cannot hold; the message begins with its name."""
+    """An invalid packed tensor, or a matrix that a format cannot hold; the message begins with its name."""
 
 
 class PackedFormat(ABC):
@@ -47,7 +47,7 @@ class PackedFormat(ABC):
         return sum(math.prod(dims) * part_dtype.itemsize for part_dtype, dims in sizes)
 
     def accepts(self, bits: Tensor, shape: tuple[int, int]) -> bool:
-        """Whether a matrix whose kept positions are ``bits``, (O, ceil(I / 8)) uint8, can be packed."""
+        """Return whether a matrix whose kept positions are ``bits``, (O, ceil(I / 8)) uint8, can be packed."""
         return bits.shape == (shape[0], bytes_of_row(shape[1]))
 
     def pack(self, weight: Tensor, keep: Tensor | None = None, name: str = "") -> dict[str, Tensor]:
@@ -112,7 +112,7 @@ class PackedFormat(ABC):
 
     @abstractmethod
     def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
-        """What the parts hold; their dtypes and shapes are right already."""
+        """Check the values of the parts; their dtypes and shapes are right already."""
 
     def _shape_part(self, shape: tuple[int, int] | torch.Size) -> Tensor:
         return torch.tensor(tuple(shape), dtype=torch.int64).view(self.shape_dims)
