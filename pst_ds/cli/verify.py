@@ -211,7 +211,7 @@ class _LargestLogit:
 
     def __call__(self, **inputs: object) -> ModelOutput:
         result: ModelOutput = self._model(**inputs)
-        self.value = max(self.value, float(result.logits.abs().max()))
+        self.value = max(self.value, float(result["logits"].abs().max()))
         return result
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, StateDict
 
 from pst_ds.parallel import zero3
 
@@ -60,7 +60,7 @@ class MasterAdamW(torch.optim.AdamW):
         for master in self._masters.values():
             master.grad = None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """AdamW's, and the masters by the number of their parameter."""
         with self._groups_of_masters():
             state = super().state_dict()
@@ -68,7 +68,7 @@ class MasterAdamW(torch.optim.AdamW):
         numbered = {i: master.detach() for i, (param, master) in pairs if master is not param}
         return state | {_MASTERS: numbered} if numbered else state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         with self._groups_of_masters():
             super().load_state_dict(state_dict)
         masters = self.masters()

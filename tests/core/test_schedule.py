@@ -31,7 +31,7 @@ def update_steps(schedule, num_steps: int) -> list[int]:
 
 def test_written_out_ramp():
     """100 steps: warm-up to 10, ramp to 70, cool-down; halfway (1 - 1/2)^3 = 1/8 is left."""
-    schedule = CubicSchedule(final_sparsity=0.8, num_steps=100)
+    schedule = CubicSchedule(final_sparsity=0.8, num_steps=100, update_interval=1)
     assert (schedule.ramp_start, schedule.ramp_end) == (10, 70)
     assert [schedule.sparsity_at(s) for s in (0, 5, 10)] == [0.0] * 3
     assert schedule.sparsity_at(40) == pytest.approx(0.8 * 7 / 8, rel=1e-15)
@@ -40,7 +40,7 @@ def test_written_out_ramp():
 
 
 def test_the_first_and_last_update_are_the_ends_of_the_ramp():
-    schedule = CubicSchedule(final_sparsity=0.5, num_steps=100)
+    schedule = CubicSchedule(final_sparsity=0.5, num_steps=100, update_interval=1)
     assert update_steps(schedule, 100) == list(range(11, 71))
     assert not schedule.is_final(69)
     assert schedule.is_final(70)

@@ -83,7 +83,9 @@ def test_masks_follow_the_schedule_and_are_fixed_at_its_end(kind):
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_one_layer_is_pruned_along_the_ramp_while_the_other_stays_dense(resumed):
-    schedule = CubicSchedule(final_sparsity=0.0, num_steps=10, warmup_fraction=0.1, cooldown_fraction=0.3)
+    schedule = CubicSchedule(
+        final_sparsity=0.0, num_steps=10, warmup_fraction=0.1, cooldown_fraction=0.3, update_interval=1
+    )
     model = _model(overrides=(Override(modules=("1",), final_sparsity=0.5),))
     optimizer = pst_optimizer(model)
     masks = MaskUpdater(model, schedule)

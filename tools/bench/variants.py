@@ -71,7 +71,9 @@ def zero3_settings(num_trainable: int) -> dict[str, Any]:
     settings = resolve_deepspeed_config(
         load_deepspeed_config(DS_CONFIG), numbers, source=str(DS_CONFIG), run_file="benchmark"
     )
-    settings["zero_optimization"] |= {
+    zero = settings["zero_optimization"]
+    assert isinstance(zero, dict)
+    zero |= {
         "stage3_max_live_parameters": 100_000_000,
         "stage3_max_reuse_distance": 0,
         "sub_group_size": MAX_BUCKET,  # Adam's temporaries: with the default, 4 GB where every weight trains

@@ -20,7 +20,8 @@ def save_merged(model_class: Any, base: str, small: Path, out: Path, **options: 
     unset_hf_deepspeed_config()  # or under ZeRO-3 the base would be partitioned, and this process is alone
     model = load_pretrained(model_class.from_pretrained(base, **options), small)
     names = list(pst_layers(model))
-    merge_and_unload(model).save_pretrained(out)
+    merged: Any = merge_and_unload(model)
+    merged.save_pretrained(out)
     saved = {name: tensor for path in out.glob("*.safetensors") for name, tensor in load_file(path).items()}
     weights = [saved[f"{name}.weight"] for name in names]
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
