@@ -176,8 +176,8 @@ def _embeddings(model: Any) -> list[dict[str, Any]]:
 def _memory(
     config: Any, numbers: Any, zero: Any, teacher: dict[str, Any], groups: list[int], trace: Any, device: str
 ) -> dict[str, Any]:
+    from pst_ds.nn.base_model import DTYPES
     from pst_ds.planning.memory import memory_plan
-    from pst_ds.train.model import DTYPES
 
     memory = memory_plan(
         numbers,

@@ -47,8 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from pst_ds.export.from_folder import copy_beside
     from pst_ds.export.plan import require_space
     from pst_ds.parallel.launch import LaunchEnvironment, device_of
-    from pst_ds.prune.base_model import load_base
-    from pst_ds.prune.folder import record_of, require_free, write_folder
+    from pst_ds.prune.folder import load_base, record_of, require_free, write_folder
     from pst_ds.train.model import attention_options
 
     out, path, device = Path(args.out), config.model.path, device_of(LaunchEnvironment(0, 1, 0))
@@ -72,10 +71,10 @@ def _pruned(
     import torch
 
     from pst_ds.checkpoint.restore import base_fingerprint
+    from pst_ds.nn.base_model import DTYPES
     from pst_ds.nn.targets import find_targets
     from pst_ds.prune.model import prune_model
     from pst_ds.prune.rules import layer_rules, settings_for, share_of_zeros
-    from pst_ds.train.model import DTYPES
 
     settings = settings_for(model, config.pst, args.method, args.pattern)
     share = share_of_zeros(settings, args.sparsity, config.schedule.final_sparsity)
@@ -100,17 +99,17 @@ def _pruned(
 def _calibration(config: RunConfig, model_config: PretrainedConfig, args: argparse.Namespace) -> list[Batch]:
     """Batch the model inputs of some examples of data.train, drawn without repetition and sorted by length.
 
-    Raises ConfigError for unsuitable data or tokenizer, and PruneError for too few examples.
+    Raises ConfigError for unsuitable data or tokenizer, and InputError for too few examples.
     """
     from pst_ds.data.tasks import task_of
-    from pst_ds.prune.errors import PruneError
+    from pst_ds.errors import InputError
     from pst_ds.train.model import load_tokenizer
 
     task, tokenizer = task_of(config), load_tokenizer(config)
     task.check_model(config.data, model_config, tokenizer)
     examples = task.load(config.data, "train", tokenizer, task.label_names(config.data))
     if len(examples) < args.samples:
-        raise PruneError(
+        raise InputError(
             f"data.train has {len(examples)} {task.unit}, fewer than --samples {args.samples}; lower it"
             + (f", or data.max_length = {config.data.max_length}" if not task.pads else "")
         )

@@ -217,7 +217,8 @@ class _LargestLogit:
 
 def _loaded(prepared: Prepared, folder: str, load_as: Literal["", "dense", "sparse"]) -> nn.Module:
     """Load the export with transformers; ``load_as``: "" for a dense folder, else what to do with packed weights."""
-    from pst_ds.train.model import DTYPES, attention_options
+    from pst_ds.nn.base_model import DTYPES
+    from pst_ds.train.model import attention_options
 
     options: dict[str, object] = {**attention_options(prepared.run)}
     if load_as:

@@ -15,7 +15,7 @@ from torch import nn
 from pst_ds.atomic_files import atomic_folder, file_sha256, require_writable
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.export.base_weights import BaseWeights
-from pst_ds.export.from_folder import CONFIG_FILE, ModelFolder, copy_beside, open_folder, plan_folder
+from pst_ds.export.from_folder import CONFIG_FILE, FolderContents, copy_beside, open_folder, plan_folder
 from pst_ds.export.from_run import RunSource, plan_run
 from pst_ds.export.manifest import (
     DENSE,
@@ -120,13 +120,13 @@ def export_folder(
     return _write_folder(contents, out, packing, shard_bytes, processes)
 
 
-def _about_folder(folder: ModelFolder) -> dict[str, Any]:
+def _about_folder(folder: FolderContents) -> dict[str, Any]:
     """What its manifest says that a conversion leaves as it is, or that nothing is known."""
     known = ("step", "base_model", "base_fingerprint", "computed_in", "sparsity_requested", "metrics", "run")
     return {key: folder.about.get(key) for key in known} | {"metrics": folder.about.get("metrics") or {}}
 
 
-def _copy_folder(folder: ModelFolder, out: Path) -> None:
+def _copy_folder(folder: FolderContents, out: Path) -> None:
     copy_beside(folder.path, out)
     config = {key: value for key, value in folder.config.items() if key != "quantization_config"}
     (out / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

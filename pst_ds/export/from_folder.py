@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.formats import FORMATS, FormatError
-from pst_ds.errors import InputError, first_line
 from pst_ds.export.base_weights import BaseWeights, names_in_files
-from pst_ds.export.from_run import DTYPES
 from pst_ds.export.manifest import (
     DENSE,
     FORMAT_VERSION,
@@ -29,6 +27,7 @@ from pst_ds.export.manifest import (
     weights_file_of,
 )
 from pst_ds.export.plan import Job, Made, Planned, has_2_of_4
+from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
 from pst_ds.nn.blocks import is_conv1d, linear_shape, untied_linear_layers
 
 CONFIG_FILE = "config.json"
@@ -86,7 +85,7 @@ class FolderSource:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFolder:
+class FolderContents:
     """A model folder, opened: its config, the model's names and shapes, and its tensors."""
 
     path: Path
@@ -101,14 +100,14 @@ class ModelFolder:
     about: dict[str, Any]
 
 
-def open_folder(path: Path) -> ModelFolder:
+def open_folder(path: Path) -> FolderContents:
     """Raises ExportError for a folder that is not a model of transformers, and InputError for damaged files."""
     config = read_table(path / CONFIG_FILE, f"{path.absolute()} is not a model folder: {CONFIG_FILE} is missing")
     packing, index = _packing_of(path, config)
     model = model_of(path)
     entries, about = read_manifest(path) if (path / MANIFEST_FILE).exists() else ([], {})
     weights = BaseWeights(path, getattr(model, "base_model_prefix", ""), index)
-    return ModelFolder(path, config, model, weights, packing, {entry.name: entry for entry in entries}, about)
+    return FolderContents(path, config, model, weights, packing, {entry.name: entry for entry in entries}, about)
 
 
 def _packing_of(path: Path, config: dict[str, Any]) -> tuple[str, str]:
@@ -127,27 +126,19 @@ def _packing_of(path: Path, config: dict[str, Any]) -> tuple[str, str]:
     return str(packing), str(index)
 
 
-def model_of(path: Path) -> Any:
-    """The plain model of a folder's config, on the meta device. Raises ExportError when transformers has none such."""
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(path)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        names = config.architectures or []
-        kind = getattr(transformers, names[0], None) if names else None
-        if kind is None:
-            raise ExportError(
-                f"{path / CONFIG_FILE} names the architecture {names[:1]}, which is no model of transformers "
-                f"{transformers.__version__}"
-            )
-        with torch.device("meta"):
-            return kind._from_config(config)
-    except InputError:
-        raise
-    except Exception as error:  # whatever a config of strange values makes transformers do
-        raise ExportError(f"{path / CONFIG_FILE} is no config of transformers: {first_line(error)}") from None
+def model_of(path: Path) -> nn.Module:
+    """Return the plain model of a folder's config, on the meta device. Raises InputError."""
+    place = Pretrained(str(path))
+    config = place.config()
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    kind = architecture(config)
+    if kind is None:
+        raise ExportError(
+            f"{path / CONFIG_FILE} names the architecture {(config.architectures or [])[:1]}, which this version of "
+            "transformers does not have"
+        )
+    return place.shapes(kind, config)
 
 
 def linear_weights(model: nn.Module) -> dict[str, nn.Module]:
@@ -158,7 +149,7 @@ def linear_weights(model: nn.Module) -> dict[str, nn.Module]:
     return layers | {saved: layers[name] for saved, name in in_files.items()}
 
 
-def plan_folder(folder: ModelFolder, packing: str, dtype: str | None) -> tuple[list[Job], FolderSource]:
+def plan_folder(folder: FolderContents, packing: str, dtype: str | None) -> tuple[list[Job], FolderSource]:
     """Every tensor of a model folder, under the model's name for it. Reads the weights of linear layers once.
 
     Raises ExportError and InputError.
@@ -175,7 +166,7 @@ def plan_folder(folder: ModelFolder, packing: str, dtype: str | None) -> tuple[l
     return jobs, source
 
 
-def _tensors(folder: ModelFolder, linear: dict[str, nn.Module]) -> dict[str, dict[str, str]]:
+def _tensors(folder: FolderContents, linear: dict[str, nn.Module]) -> dict[str, dict[str, str]]:
     """By the model's name of each tensor: the files' name of each part ("" for a dense tensor)."""
     by_model = {}
     for name in (*dict(folder.model.named_parameters()), *dict(folder.model.named_buffers())):
@@ -202,7 +193,7 @@ def _tensors(folder: ModelFolder, linear: dict[str, nn.Module]) -> dict[str, dic
     return tensors
 
 
-def _recipe(folder: ModelFolder, name: str, parts: dict[str, str], linear: dict[str, nn.Module]) -> _Recipe:
+def _recipe(folder: FolderContents, name: str, parts: dict[str, str], linear: dict[str, nn.Module]) -> _Recipe:
     entry = folder.entries.get(name)
     if folder.entries and entry is None:
         raise ExportError(f"{folder.path} has {name}, which its {MANIFEST_FILE} does not know")
@@ -214,7 +205,7 @@ def _recipe(folder: ModelFolder, name: str, parts: dict[str, str], linear: dict[
 
 
 def _planned(
-    folder: ModelFolder, name: str, recipe: _Recipe, linear: dict[str, nn.Module], cast: torch.dtype | None
+    folder: FolderContents, name: str, recipe: _Recipe, linear: dict[str, nn.Module], cast: torch.dtype | None
 ) -> Planned:
     entry = folder.entries.get(name)
     if recipe.packing == DENSE:

@@ -20,12 +20,11 @@ from pst_ds.export.base_weights import BaseWeights, may_be_missing, names_in_fil
 from pst_ds.export.detect_pattern import per_row
 from pst_ds.export.manifest import DENSE, ExportError
 from pst_ds.export.plan import Job, Made, Planned
+from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.blocks import is_conv1d, is_linear
 from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import persistent_buffers, pst_layers
 from pst_ds.nn.linear import FACTOR_NAMES
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,17 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from pst_ds.core.formats import FormatError
 from pst_ds.errors import InputError, first_line
 from pst_ds.export.base_weights import BaseWeights
 from pst_ds.hf import PackedWeightsConfig
+from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LOAD_AS = ("auto", "sparse", "dense")
 
 
@@ -54,7 +51,7 @@ class ModelFolder:
     def load(self, load_as: str = "auto", dtype: str | None = None, device: str = "cpu") -> Any:
         """The model in eval mode. ``dtype``: a key of :data:`DTYPES`; None takes the folder's.
 
-        Raises ModelFolderError, with what was wrong with the files.
+        Raises InputError, with what was wrong with the files.
         """
         options: dict[str, Any] = {"dtype": DTYPES[dtype] if dtype else "auto", "local_files_only": True}
         if self.format != "dense":
@@ -65,16 +62,9 @@ class ModelFolder:
             )
         if device != "cpu":
             options["device_map"] = {"": device}
-        try:
-            model = self._model_class().from_pretrained(self.path, **options)
-        except (FormatError, SafetensorError, OSError) as error:
-            raise ModelFolderError(f"{self.path}: {error}") from None
+        kind = architecture(self.config) or transformers.AutoModel
+        model, _ = Pretrained(str(self.path)).load(kind, "Name one that the config belongs to", **options)
         return model.eval()
-
-    def _model_class(self) -> Any:
-        if self.is_causal:
-            return transformers.AutoModelForCausalLM
-        return getattr(transformers, (self.config.architectures or [""])[0], transformers.AutoModel)
 
     def tokenizer(self) -> Any:
         """Raises ModelFolderError where there is none."""
@@ -96,10 +86,7 @@ def open_model_folder(path: str | Path) -> ModelFolder:
         raise ModelFolderError(f"{path} is a run folder. Make a model of it first: pst-ds export {path} --out DIR")
     if not (path / "config.json").is_file():
         raise ModelFolderError(f"{path}: config.json is missing, so it is no model folder")
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelFolderError(f"{path / 'config.json'}: {error}") from None
+    config = Pretrained(str(path)).config(local_files_only=True)
     return ModelFolder(path, config, _format(path, config))
 
 

@@ -1,42 +1,146 @@
-"""Whether a place can be that of a pretrained model, before its weights are loaded."""
+"""Opening a pretrained model: its config, its shapes on the meta device, its weights; refused in one wording."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pst_ds.errors import InputError
+import torch
+from torch import nn
 
+from pst_ds.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""By the names that settings and arguments have for them."""
 PRUNING_RECORD = "pruning.json"
-"""What ``pst-ds prune`` writes beside the weights of a folder."""
+"""The file that ``pst-ds prune`` writes next to the weights of a folder."""
+_MISMATCH = re.compile(r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[([\d, ]*)\]\)")
 
 
-def require_model_place(setting: str, place: str) -> None:
-    """Raise InputError for what is neither there nor spelled like a name on the hub, before the hub is asked for it.
+@dataclass(frozen=True, slots=True)
+class Pretrained:
+    """Where a pretrained model is, and the setting that says so; every error begins with both."""
 
-    ``setting`` is the one that names it: "model.path".
-    """
-    if not place:
-        raise InputError(f"{setting} = '' is empty; name a model folder, or a model on the hub")
-    if not Path(place).exists() and (place.count("/") > 1 or place.startswith((".", "/", "~"))):
+    path: str
+    """A folder, or a name on the hub."""
+    setting: str = ""
+    """Such as "model.path"; "" for a folder that is an argument of the command."""
+
+    def __str__(self) -> str:
+        return f"{self.setting} = {self.path!r}" if self.setting else self.path
+
+    @property
+    def _looked_in(self) -> str:
+        return f"(looked in {Path(self.path).absolute()})"
+
+    def require_place(self) -> None:
+        """Raise InputError for what neither exists nor is spelled like a name on the hub, before the hub is asked."""
+        if not self.path:
+            raise InputError(f"{self} is empty; name a model folder, or a model on the hub")
+        is_path = self.path.count("/") > 1 or self.path.startswith((".", "/", "~"))
+        if is_path and not Path(self.path).exists():
+            raise InputError(f"{self} does not exist {self._looked_in}; name a model folder, or a model on the hub")
+
+    def config(self, **options: object) -> PreTrainedConfig:
+        """Return the config as transformers reads it. Raises InputError."""
+        from transformers import AutoConfig
+
+        self.require_place()
+        try:
+            return AutoConfig.from_pretrained(self.path, **options)
+        except Exception as error:  # whatever strange values make transformers do
+            raise InputError(
+                f"{self} has no config.json that transformers can read, as a folder {self._looked_in} or on the hub: "
+                f"{first_line(error)}. Name a folder with a config.json, or a model on the hub"
+            ) from error
+
+    def require_dense(self, config: PreTrainedConfig) -> None:
+        """Raise InputError for a model whose ``config`` says that it is packed or quantised."""
+        quantization = getattr(config, "quantization_config", None)
+        if not quantization:
+            return
+        table = quantization if isinstance(quantization, dict) else vars(quantization)
+        method = table.get("quant_method")
+        if method == "pst_ds":
+            raise InputError(
+                f"{self} is packed, and its weights cannot be ranked as they are. Make it dense: pst-ds export "
+                f"{self.path} --format dense --out DIR"
+            )
         raise InputError(
-            f"{setting} = {place!r} does not exist (looked in {Path(place).absolute()}); name a model folder, or a "
-            "model on the hub"
+            f"{self} is quantised ({getattr(method, 'value', method)}), and its weights cannot be ranked; name the "
+            "model as it was before that"
         )
 
+    def shapes(
+        self, kind: Any, config: PreTrainedConfig, *, dtype: torch.dtype | None = None, purpose: str = "", fix: str = ""
+    ) -> nn.Module:
+        """Return a model of ``kind``, a class or an Auto class of transformers, on the meta device.
 
-def refuse_packed(setting: str, place: str, config: Any) -> None:
-    """Raise InputError for a model whose transformers ``config`` says that it is packed or quantised."""
-    found = getattr(config, "quantization_config", None)
-    if not found:
-        return
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-    if method == "pst_ds":
-        raise InputError(
-            f"{setting} = {place!r} is packed, and its weights cannot be ranked as they are. Make it dense: pst-ds "
-            f"export {place} --format dense --out DIR"
-        )
-    raise InputError(
-        f"{setting} = {place!r} is quantised ({getattr(method, 'value', method)}), and its weights cannot be ranked; "
-        "name the model as it was before that"
-    )
+        Raises InputError, with the ``purpose`` that it cannot be built for and the ``fix``.
+        """
+        make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+        options = {} if dtype is None else {"dtype": dtype}
+        try:
+            with torch.device("meta"):
+                model: nn.Module = make(config, **options)
+        except Exception as error:  # whatever strange values make transformers do
+            raise InputError(f"{self}{purpose} cannot be built: {first_line(error)}. {fix}".rstrip()) from error
+        return model
+
+    def load(self, kind: Any, misfit: str, **options: object) -> tuple[PreTrainedModel, list[str]]:
+        """Return a model of ``kind`` with its pretrained weights, and the names of the tensors that the files lack.
+
+        Args:
+            kind: a class or an Auto class of transformers.
+            misfit: the fix where a tensor in the files has another shape.
+            options: for ``from_pretrained``.
+
+        Raises:
+            InputError: the model cannot be loaded, or a tensor in the files has another shape than in the model.
+        """
+        from safetensors import SafetensorError
+
+        try:
+            model, info = kind.from_pretrained(
+                self.path,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **options,
+            )
+            differing = [f"{name} of shape {tuple(shape)}" for name, shape, _ in sorted(info["mismatched_keys"])]
+        except InputError:
+            raise
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
+            raise InputError(
+                f"{self} cannot be loaded {self._looked_in}: {first_line(error)}. Name a folder with whole weights"
+            ) from error
+        except RuntimeError as error:  # how transformers says it under ZeRO-3
+            found = _MISMATCH.findall(str(error))
+            differing = [f"{name} of shape {tuple(map(int, shape.split(', ')))}" for name, shape in found]
+            if not differing:
+                raise
+        if differing:
+            raise InputError(f"{self} has {', '.join(differing[:3])}, which is not that of its config.json. {misfit}")
+        return model, sorted(info["missing_keys"])
+
+    def require_whole(self, model: nn.Module, missing: list[str], fix: str) -> None:
+        """Raise InputError, with the ``fix``, when the files lack tensors of ``model``."""
+        if missing:
+            raise InputError(
+                f"{self} lacks {', '.join(missing[:4])}{' and others' if len(missing) > 4 else ''}, which a "
+                f"{type(model).__name__} has: there would be random values. {fix}"
+            )
+
+
+def architecture(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """Return the class of transformers that ``config`` names first; None where transformers has no such class."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or [""]
+    kind: type[PreTrainedModel] | None = getattr(transformers, names[0], None)
+    return kind

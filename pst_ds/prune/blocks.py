@@ -6,25 +6,25 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from pst_ds.errors import InputError
 from pst_ds.nn.targets import Target
-from pst_ds.prune.errors import PruneError
 
 
 def find_blocks(model: nn.Module, targets: Sequence[Target]) -> tuple[str, nn.ModuleList]:
     """(name, the ModuleList whose items are the blocks) of a model; every target is in one of the items.
 
-    Raises PruneError when the targets are in two such lists, or outside, and when blocks are used more than once.
+    Raises InputError when the targets are in two such lists, or outside, and when blocks are used more than once.
     """
     found = {target.name: outermost_list(target.name, model) for target in targets}
     outside = next((name for name, stack in found.items() if not stack), None)
     if outside is not None:
-        raise PruneError(
+        raise InputError(
             f"{outside} is in no block, and calibration goes block by block; leave it out with pst.exclude_modules, or "
             "use --method magnitude"
         )
     stacks = list(dict.fromkeys(found.values()))
     if len(stacks) > 1:
-        raise PruneError(
+        raise InputError(
             f"the layers are in {len(stacks)} stacks of blocks ({', '.join(stacks)}), and calibration goes through "
             "one; name the layers of one with pst.target_modules, or use --method magnitude"
         )
@@ -53,7 +53,7 @@ def _refuse_shared(model: nn.Module, name: str, blocks: nn.ModuleList) -> None:
     config = getattr(model, "config", None)
     layers = getattr(config, "num_hidden_layers", None)
     if len(set(blocks)) < len(blocks) or (isinstance(layers, int) and layers > len(blocks)):
-        raise PruneError(
+        raise InputError(
             f"{name} has {len(set(blocks))} blocks of its own for {max(len(blocks), layers or 0)} layers: a block that "
             "runs more than once cannot be pruned between two runs; use --method magnitude"
         )

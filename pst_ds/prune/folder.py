@@ -6,24 +6,43 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pst_ds.atomic_files import atomic_folder, require_writable
-from pst_ds.nn.base_model import PRUNING_RECORD
-from pst_ds.prune.errors import PruneError
+from pst_ds.errors import InputError
+from pst_ds.nn.base_model import PRUNING_RECORD, Pretrained, architecture
 from pst_ds.prune.model import PrunedLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RECORD_FILE = PRUNING_RECORD
 FORMAT = 1
 
 
+def load_base(path: str, **options: object) -> PreTrainedModel:
+    """Return the whole model that ``path`` says it is, on the CPU, in its own dtype and in evaluation mode.
+
+    ``options`` are for ``from_pretrained``. Raises InputError when it cannot be loaded, is quantised or lacks weights.
+    """
+    import transformers
+
+    place = Pretrained(path, "model.path")
+    config = place.config()
+    place.require_dense(config)
+    fix = 'Name in "architectures" of its config.json the class that it was saved from'
+    model, missing = place.load(architecture(config) or transformers.AutoModel, fix, dtype="auto", **options)
+    place.require_whole(model, missing, fix)
+    return model.eval()
+
+
 def require_free(out: Path, base: str) -> None:
-    """``out`` must be free, an empty folder, or an earlier result. Raises PruneError."""
+    """``out`` must be free, an empty folder, or an earlier result. Raises InputError."""
     if out.resolve() == Path(base).resolve():
-        raise PruneError(f"--out {out} is the model to prune; name another folder")
+        raise InputError(f"--out {out} is the model to prune; name another folder")
     is_ours = (out / RECORD_FILE).is_file() and not (out / "pst_manifest.json").exists()
     if out.exists() and not (out.is_dir() and (is_ours or not any(out.iterdir()))):
-        raise PruneError(f"--out {out.absolute()} exists and was not written by pst-ds prune; name another folder")
+        raise InputError(f"--out {out.absolute()} exists and was not written by pst-ds prune; name another folder")
     require_writable(out, f"--out {out}")
 
 

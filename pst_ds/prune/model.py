@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from pst_ds.core.bits import apply_mask_
 from pst_ds.core.one_shot import InverseFactor, inverse_factor, keep_by_score, sparsegpt, wanda_scores
+from pst_ds.errors import InputError
 from pst_ds.nn.input_sums import InputGatherer, products, squares
 from pst_ds.progress import Progress
 from pst_ds.prune.blocks import block_of, find_blocks
-from pst_ds.prune.errors import PruneError
 from pst_ds.prune.replay import Batch, BlockReplay
 from pst_ds.prune.rules import LayerRule, Method
 
@@ -52,7 +52,7 @@ def prune_model(
     gather what its layers are given, once, pruned, for its output. A batch has the model's arguments; where it has an
     ``attention_mask`` (batch, length), the positions with 0 count for nothing. The device holds one block, a batch, and
     the statistics of one block; the CPU the model and the hidden states of all batches. Kept weights keep their bits
-    with "magnitude" and "wanda"; pruned ones are +0.0. Raises PruneError, and FloatingPointError, naming the layer, for
+    with "magnitude" and "wanda"; pruned ones are +0.0. Raises InputError, and FloatingPointError, naming the layer, for
     inputs that are not finite. Says on stderr how far it is.
     """
     model.eval()
@@ -101,7 +101,7 @@ def _prune_block(
 def _total(gatherer: InputGatherer, name: str) -> Tensor:
     found = gatherer.sums.get(name)
     if found is None or found.total is None or not found.num_tokens:
-        raise PruneError(
+        raise InputError(
             f"{name} was given nothing by the calibration text; use more --samples, or leave it dense with "
             "pst.exclude_modules"
         )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pst_ds.prune.errors import PruneError
+from pst_ds.errors import InputError
 
 Batch = Mapping[str, Tensor]
 """Arguments of a model's forward pass, on the CPU."""
@@ -79,7 +79,7 @@ class BlockReplay:
         """Block ``index`` on every batch; with ``keep_output`` its outputs go to the block after it.
 
         ``before`` is called with every batch ahead of its pass. Blocks must be run in order, each with ``keep_output``
-        last. Raises PruneError when the model's pass does not come to the block.
+        last. Raises InputError when the model's pass does not come to the block.
         """
         self._block, self._keeps_output = index, keep_output
         for number, batch in enumerate(self._batches):
@@ -91,7 +91,7 @@ class BlockReplay:
                     self._model(**batch)
             except _BlockDone:
                 continue
-            raise PruneError(
+            raise InputError(
                 f"the model's forward pass does not run its block {index} of {len(self._blocks)}, a "
                 f"{type(self._blocks[index]).__name__}; it cannot be pruned block by block"
             )

@@ -10,8 +10,8 @@ from torch import nn
 from pst_ds.config.methods import OneShotMethod as Method
 from pst_ds.config.pst import PSTConfig, name_matches
 from pst_ds.core.patterns import Pattern, parse_pattern
+from pst_ds.errors import InputError
 from pst_ds.nn.targets import Target
-from pst_ds.prune.errors import PruneError
 
 METHOD_PATTERNS: dict[Method, str] = {"magnitude": "matrix", "wanda": "row", "sparsegpt": "row"}
 """What each method ranks against what if nothing else is asked for."""
@@ -29,7 +29,7 @@ class LayerRule:
 def settings_for(model: nn.Module, config: PSTConfig, method: Method, pattern: str = "") -> PSTConfig:
     """``config`` with the pattern to prune by, for a ``model`` that has not the head of the run's task.
 
-    ``pattern``: "" takes the config's, or the method's own where the config has "matrix". Raises PruneError for a
+    ``pattern``: "" takes the config's, or the method's own where the config has "matrix". Raises InputError for a
     pattern that there is not, or that does not go with the config.
     """
     chosen = pattern or (METHOD_PATTERNS[method] if config.pattern == "matrix" else config.pattern)
@@ -40,29 +40,29 @@ def settings_for(model: nn.Module, config: PSTConfig, method: Method, pattern: s
     try:
         return replace(config, pattern=chosen, modules_to_save=saved)
     except ValueError as error:
-        raise PruneError(f"--pattern {chosen}: {error}") from None
+        raise InputError(f"--pattern {chosen}: {error}") from None
 
 
 def share_of_zeros(settings: PSTConfig, asked: float | None, default: float) -> float:
     """The fraction of zeros of layers that no override names: ``asked``, or the pattern's only one, or ``default``.
 
-    Raises PruneError for one that is out of range, or that the pattern does not have.
+    Raises InputError for one that is out of range, or that the pattern does not have.
     """
     fixed = parse_pattern(settings.pattern).fixed_sparsity
     if fixed is not None:
         if asked not in (None, fixed):
-            raise PruneError(f"--sparsity {asked}: pattern {settings.pattern} has {fixed} zeros; leave it out")
+            raise InputError(f"--sparsity {asked}: pattern {settings.pattern} has {fixed} zeros; leave it out")
         return fixed
     share = default if asked is None else asked
     if not 0.0 <= share < 1.0:
-        raise PruneError(f"--sparsity {share} must be in [0, 1): it is the fraction of zeros")
+        raise InputError(f"--sparsity {share} must be in [0, 1): it is the fraction of zeros")
     return share
 
 
 def layer_rules(targets: Sequence[Target], settings: PSTConfig, method: Method, share: float) -> list[LayerRule]:
     """The rules of all ``targets``, in their order; ``settings.overrides`` have the last word on their layers.
 
-    Raises PruneError, naming the layer, for a pattern that does not fit it, or that the method does not have.
+    Raises InputError, naming the layer, for a pattern that does not fit it, or that the method does not have.
     """
     return [_rule(target, settings, method, share) for target in targets]
 
@@ -70,19 +70,19 @@ def layer_rules(targets: Sequence[Target], settings: PSTConfig, method: Method, 
 def _rule(target: Target, settings: PSTConfig, method: Method, share: float) -> LayerRule:
     rule = settings.rule_for(target.name)
     if rule.pattern.kind == "global":
-        raise PruneError(
+        raise InputError(
             f'{target.name}: pattern "global" ranks the weights of all layers together, and one-shot pruning goes '
             "layer by layer; choose --pattern matrix, row or N:M"
         )
     if rule.pattern.kind == "block" and method == "sparsegpt":
-        raise PruneError(
+        raise InputError(
             f"{target.name}: SparseGPT prunes by matrix, row or N:M, not in blocks of {rule.pattern}; choose another "
             "with --pattern, or --method wanda"
         )
     try:
         rule.pattern.require_fit(target.layout)
     except ValueError as error:
-        raise PruneError(
+        raise InputError(
             f"{target.name}: {error}. Leave it dense with pst.exclude_modules, or give it another pattern with "
             "pst.overrides"
         ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,12 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.data.tasks import Task, task_of
 from pst_ds.errors import first_line
-from pst_ds.nn.base_model import refuse_packed, require_model_place
+from pst_ds.nn.base_model import DTYPES, Pretrained
 from pst_ds.nn.inject import inject_pst, persistent_buffers, shortened
 from pst_ds.nn.optimizer import pst_parameter_groups
 from pst_ds.nn.targets import modules_to_save
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import raise_on_all_ranks
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_MISMATCH = re.compile(r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[([\d, ]*)\]\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +33,11 @@ class BuiltModel:
     """transformers finds the ZeRO-3 config through a weak reference to this."""
 
 
+def base_of(run: RunConfig) -> Pretrained:
+    """The run's pretrained model."""
+    return Pretrained(run.model.path, "model.path")
+
+
 def pst_config(run: RunConfig) -> PSTConfig:
     """The modules that the run's method injects."""
     return run.mask_method.pst_config(run.seeded_pst)
@@ -47,9 +48,10 @@ def load_tokenizer(run: RunConfig) -> Any:
     from transformers import AutoTokenizer
 
     setting, where = ("tokenizer", run.model.tokenizer) if run.model.tokenizer else ("path", run.model.path)
-    require_model_place(f"model.{setting}", where)
+    place = Pretrained(where, f"model.{setting}")
+    place.require_place()
     if setting == "path":
-        _read_config(run)  # without which transformers finds no tokenizer, and says so
+        place.config()  # without which transformers finds no tokenizer, and says so
     tokenizer, problem = None, "the files that would make it are missing"
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
@@ -57,7 +59,7 @@ def load_tokenizer(run: RunConfig) -> Any:
         problem = first_line(error)
     if tokenizer is None or is_without_words(tokenizer):
         raise ConfigError(
-            f"model.{setting} = {where!r} has no tokenizer, as a folder (looked in {Path(where).absolute()}) or on the "
+            f"{place} has no tokenizer, as a folder (looked in {Path(where).absolute()}) or on the "
             f"hub: {problem}. Name the folder that has one with model.tokenizer"
         )
     if tokenizer.pad_token is None and task_of(run).pads:
@@ -75,10 +77,9 @@ def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any) -> Any:
 
     Without a ``tokenizer``, for shapes alone, that is not checked.
     """
-    task = task_of(run)
-    require_model_place("model.path", run.model.path)
-    config = _read_config(run, **task.config_options(labels), **attention_options(run))
-    refuse_packed("model.path", run.model.path, config)
+    task, base = task_of(run), base_of(run)
+    config = base.config(**task.config_options(labels), **attention_options(run))
+    base.require_dense(config)
     set_padding(config, task, tokenizer)
     if tokenizer is not None:
         task.check_model(run.data, config, tokenizer)
@@ -93,20 +94,6 @@ def set_padding(config: Any, task: Task, tokenizer: Any) -> None:
     padding = config.pad_token_id or 0 if tokenizer is None else tokenizer.pad_token_id
     if task.pads and padding is not None:  # a decoder's head reads the token before the padding
         config.pad_token_id = padding
-
-
-def _read_config(run: RunConfig, **options: Any) -> Any:
-    """The config of the run's model as transformers reads it. Raises ConfigError."""
-    from transformers import AutoConfig
-
-    path = run.model.path
-    try:
-        return AutoConfig.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.path = {path!r} is neither a model folder (looked in {Path(path).absolute()}) nor a model on the "
-            f"hub that can be reached: {first_line(error)}. Name a folder with a config.json, or a model on the hub"
-        ) from error
 
 
 def _dropout_keys(config: Any) -> list[str]:
@@ -143,55 +130,23 @@ def build_model(
 
     config, task = load_model_config(run, labels, tokenizer), task_of(run)
     keep_alive = HfDeepSpeedConfig(zero3_config) if zero3_config is not None else None
-    module, info = raise_on_all_ranks(lambda: _load_weights(run, config))  # rank 0 alone reads them for ZeRO-3
-    if info["missing_keys"] and not task.new_head:
-        raise ConfigError(
-            f"model.path = {run.model.path!r} lacks {', '.join(sorted(info['missing_keys'])[:4])}, which task "
-            f"{run.task!r} needs pretrained; name a model that was saved with its language modelling head"
-        )
-    _initialise_missing(module, info["missing_keys"], run)
+    base, misfit = base_of(run), "Name one that the config belongs to"
+    if task.new_head:
+        misfit += f", or the model without that head (the data has {config.num_labels} classes)"
+    module, missing = raise_on_all_ranks(  # rank 0 alone reads the weights for ZeRO-3
+        lambda: base.load(task.model_class(), misfit, config=config, dtype=DTYPES[run.train.precision])
+    )
+    if not task.new_head:
+        base.require_whole(module, missing, "Name a model that was saved with its language modelling head")
+    _initialise_missing(module, missing, run)
     _keep_statistics(module)
     prepare_for_method(module, run, num_shards=None if keep_alive else num_shards)
-    _refuse_untrained(module, info["missing_keys"], run)
+    _refuse_untrained(module, missing, run)
     module.config.use_cache = False  # no run generates text; a cache would hold every layer's keys and values
     if run.model.gradient_checkpointing:
         reentrant = run.model.gradient_checkpointing_reentrant
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     return BuiltModel(module, tokenizer, keep_alive)
-
-
-def _load_weights(run: RunConfig, config: Any) -> tuple[Any, dict[str, Any]]:
-    """(the model with its pretrained weights, what transformers says of them). Raises ConfigError."""
-    from safetensors import SafetensorError
-
-    model_class = task_of(run).model_class()
-    try:
-        module, info = model_class.from_pretrained(
-            run.model.path,
-            config=config,
-            dtype=DTYPES[run.train.precision],
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-        )
-        differing = [f"{name} of shape {tuple(found)}" for name, found, _ in sorted(info["mismatched_keys"])]
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ConfigError(
-            f"model.path = {run.model.path!r} cannot be loaded: {first_line(error)}. Name a folder with whole weights"
-        ) from error
-    except RuntimeError as error:  # how transformers says it under ZeRO-3
-        differing = [
-            f"{name} of shape {tuple(map(int, shape.split(', ')))}" for name, shape in _MISMATCH.findall(str(error))
-        ]
-        if not differing:
-            raise
-    if differing:
-        other_head = f", with a head for the {config.num_labels} classes of the data" if task_of(run).new_head else ""
-        fix = "Name the model without that head, or" if other_head else "Name"
-        raise ConfigError(
-            f"model.path = {run.model.path!r} has {', '.join(differing[:3])}, which is not that of the model in its "
-            f"config.json{other_head}. {fix} one that the config belongs to"
-        )
-    return module, info
 
 
 def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | None) -> None:
@@ -207,14 +162,12 @@ def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | N
 def meta_model(run: RunConfig, labels: list[str], tokenizer: Any, *, num_shards: int = 1) -> nn.Module:
     """The run's model without its values: names, shapes and what is trained. Raises InputError."""
     config = load_model_config(run, labels, tokenizer)
+    purpose = f" with model.attn_implementation = {run.model.attn_implementation!r} and task {run.task!r}"
+    module = base_of(run).shapes(
+        task_of(run).model_class(), config, dtype=DTYPES[run.train.precision], purpose=purpose,
+        fix="Choose another of them",
+    )  # fmt: skip
     with torch.device("meta"):
-        try:
-            module = task_of(run).model_class().from_config(config, dtype=DTYPES[run.train.precision])
-        except (ImportError, ValueError) as error:
-            raise ConfigError(
-                f"model.path = {run.model.path!r} with model.attn_implementation = {run.model.attn_implementation!r} "
-                f"cannot be built for task {run.task!r}: {first_line(error)}. Choose another of them"
-            ) from error
         prepare_for_method(module, run, num_shards=num_shards)
     if not num_trainable(module):
         raise ConfigError(

@@ -12,11 +12,10 @@ from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.core.distillation import distilled_loss, relative_distance
 from pst_ds.data.tasks import task_of
 from pst_ds.data.tasks.task import IGNORED
-from pst_ds.errors import first_line
-from pst_ds.nn.base_model import PRUNING_RECORD
+from pst_ds.nn.base_model import DTYPES, PRUNING_RECORD, Pretrained
 from pst_ds.nn.inject import bypassed
 from pst_ds.parallel.engine import Engine
-from pst_ds.train.model import DTYPES, attention_options, set_padding
+from pst_ds.train.model import attention_options, set_padding
 
 
 class Objective:
@@ -84,14 +83,15 @@ def require_teacher(run: RunConfig, shapes: nn.Module) -> None:
             f"distillation.weight = {run.distillation.weight} compares classes or tokens, and task "
             f"{run.task!r} {run.task_facts.no_teacher}; set distillation.weight = 0"
         )
-    if run.distillation.teacher:
+    place = teacher_of(run)
+    if place is not None:
         if not Path(run.distillation.teacher).is_dir():
             raise ConfigError(
                 f"distillation.teacher = {run.distillation.teacher!r} does not exist (looked in "
                 f"{Path(run.distillation.teacher).absolute()}); name a model folder, such as an exported dense run"
             )
         taught: Any = shapes
-        _require_comparable(run, taught.config, _teacher_config(run))
+        _require_comparable(run, taught.config, place.config(**attention_options(run)))
         return
     _require_dense_base(run)
     trained = [
@@ -144,78 +144,42 @@ def _require_comparable(run: RunConfig, own: Any, config: Any) -> None:
             )
 
 
-def _teacher_config(run: RunConfig) -> Any:
-    """The transformers config of a teacher of its own. Raises ConfigError."""
-    from transformers import AutoConfig
-
+def teacher_of(run: RunConfig) -> Pretrained | None:
+    """The run's teacher of its own; None if there is none."""
     path = run.distillation.teacher
-    try:
-        return AutoConfig.from_pretrained(path, **attention_options(run))
-    except (OSError, ValueError) as error:
-        raise _no_teacher(path, error) from error
+    return Pretrained(path, "distillation.teacher") if run.distillation.weight and path else None
 
 
 def teacher_shapes(run: RunConfig) -> nn.Module | None:
-    """A teacher of its own without its values, on the meta device; None if there is none. Raises ConfigError."""
-    path = run.distillation.teacher
-    if not run.distillation.weight or not path:
+    """A teacher of its own without its values, on the meta device; None if there is none. Raises InputError."""
+    place = teacher_of(run)
+    if place is None:
         return None
-    config = _teacher_config(run)
-    try:
-        with torch.device("meta"):
-            shapes: nn.Module = task_of(run).model_class().from_config(config, dtype=DTYPES[run.train.precision])
-    except (ImportError, ValueError) as error:
-        raise _no_teacher(path, error) from error
-    return shapes
-
-
-def _no_teacher(path: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"distillation.teacher = {path!r} cannot be loaded: {first_line(error)}. Name a model of the same task"
-    )
+    config = place.config(**attention_options(run))
+    kind, fix = task_of(run).model_class(), "Name a model of the same task"
+    return place.shapes(kind, config, dtype=DTYPES[run.train.precision], fix=fix)
 
 
 def load_teacher(run: RunConfig, labels: list[str], tokenizer: Any, device: str) -> nn.Module | None:
     """The run's teacher, whole on every rank, frozen and in evaluation mode; None if there is none of its own.
 
     It pads as the run's model does, and keeps no keys and values of what it read. Call it before a model is built under
-    ``zero.Init``. Raises ConfigError for other classes, and for weights that are missing or have another shape.
+    ``zero.Init``. Raises InputError for other classes, and for weights that are missing or have another shape.
     """
-    path, task = run.distillation.teacher, task_of(run)
-    if not run.distillation.weight or not path:
+    place, task = teacher_of(run), task_of(run)
+    if place is None:
         return None
-    config = _teacher_config(run)
-    found = [config.id2label[i] for i in range(config.num_labels)] if labels else []
-    if found != labels:
+    config: Any = place.config(**attention_options(run))
+    classes = [config.id2label[i] for i in range(config.num_labels)] if labels else []
+    if classes != labels:
         raise ConfigError(
-            f"distillation.teacher = {path!r} has the classes {', '.join(map(str, found))}, and the run "
-            f"{', '.join(labels)}, in this order; name a teacher that was trained on the same labels"
+            f"{place} has the classes {', '.join(map(str, classes))}, and the run {', '.join(labels)}, in this order; "
+            "name a teacher that was trained on the same labels"
         )
     set_padding(config, task, tokenizer)
-    teacher = _with_weights(run, config)
+    fix = f"Name a whole model that was trained for task {run.task!r}"
+    teacher, missing = place.load(task.model_class(), fix, config=config, dtype=DTYPES[run.train.precision])
+    place.require_whole(teacher, missing, fix)
     teacher.config.use_cache = False
-    return teacher.requires_grad_(False).to(device).eval()
-
-
-def _with_weights(run: RunConfig, config: Any) -> Any:
-    """A teacher of ``config`` with all its weights from the folder. Raises ConfigError."""
-    from safetensors import SafetensorError
-
-    path, task = run.distillation.teacher, task_of(run)
-    try:
-        teacher, info = task.model_class().from_pretrained(
-            path,
-            config=config,
-            dtype=DTYPES[run.train.precision],
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise _no_teacher(path, error) from error
-    random = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
-    if random:
-        raise ConfigError(
-            f"distillation.teacher = {path!r} has no {', '.join(random[:4])} that fits its config.json, which would be "
-            f"random: name a whole model that was trained for task {run.task!r}"
-        )
-    return teacher
+    whole: nn.Module = teacher
+    return whole.requires_grad_(False).to(device).eval()

@@ -69,7 +69,7 @@ WRONG = {
     ),
     "an attention that is none": (
         ["model.attn_implementation=egar"],
-        ("ConfigError", "model.attn_implementation = 'egar' cannot be built", "eager"),
+        ("model.attn_implementation = 'egar' and task 'classification' cannot be built", "eager"),
     ),
     "a tokenizer that is not there": (
         ["model.tokenizer=/no/tokenizer"],

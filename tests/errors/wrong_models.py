@@ -145,7 +145,7 @@ MODELS = {
         _bert(None, vocab_size=20), "tokenizer", "20", "name the model's own tokenizer with model.tokenizer"
     ),
     "a head of another size": Wrong(
-        _bert(_head_of_three), "{tmp}/model", "classifier.weight of shape (3, 32)", "Name the model without that head"
+        _bert(_head_of_three), "{tmp}/model", "classifier.weight of shape (3, 32)", "the model without that head"
     ),
     "a vocabulary of another size": Wrong(
         _llama(None, vocab_size=64),
@@ -274,7 +274,7 @@ MODELS = {
         "Name a causal language model",
     ),
     "a teacher without its head": Wrong(
-        _taught_by_a_headless_model, "distillation.teacher", "no lm_head.weight", "name a whole model"
+        _taught_by_a_headless_model, "distillation.teacher", "lacks lm_head.weight", "Name a whole model"
     ),
     "a teacher that was pruned": Wrong(
         _taught_by_its_pruned_self,

@@ -158,7 +158,7 @@ def _with_config(folder, out, **changes):
                                   "weights_file": "pst_csr.safetensors"}}, "has no pst_csr.safetensors"),
         ({"architectures": ["NoSuchModel"]}, r"names the architecture \['NoSuchModel'\]"),
         ({"architectures": None}, r"names the architecture \[\]"),
-        ({"model_type": "no-such"}, "is no config of transformers"),
+        ({"model_type": "no-such"}, "has no config.json that transformers can read"),
     ],
 )  # fmt: skip
 def test_a_folder_that_is_no_plain_model_is_refused(gpt2, tmp_path, changes, reason):

@@ -11,9 +11,9 @@ from torch import nn
 
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.core.one_shot import inverse_factor
+from pst_ds.errors import InputError
 from pst_ds.nn.targets import find_targets
 from pst_ds.prune import model as pruning
-from pst_ds.prune.errors import PruneError
 from pst_ds.prune.model import prune_model, prune_weight
 from pst_ds.prune.rules import layer_rules, settings_for
 
@@ -209,7 +209,7 @@ def test_a_gpu_prunes_as_the_cpu_does(tiny, batches, method, family):
 def test_layers_outside_blocks_can_be_pruned_by_magnitude_alone(tiny, batches):
     model = tiny("bert")
     targets = {"target_modules": ("query", "pooler.dense")}
-    with pytest.raises(PruneError, match=r"pooler\.dense is in no block"):
+    with pytest.raises(InputError, match=r"pooler\.dense is in no block"):
         _prune(model, _rules(model, "wanda", **targets), "wanda", batches("bert"))
     assert len(_prune(model, _rules(model, "magnitude", **targets), "magnitude", [])) == 4
 
@@ -219,7 +219,7 @@ def test_blocks_that_run_more_than_once_are_refused():
 
     model = AlbertModel(AlbertConfig(vocab_size=60, embedding_size=16, hidden_size=32, num_hidden_layers=4,
                                      num_attention_heads=4, intermediate_size=48))  # fmt: skip
-    with pytest.raises(PruneError, match="1 blocks of its own for 4 layers"):
+    with pytest.raises(InputError, match="1 blocks of its own for 4 layers"):
         _prune(model, _rules(model, "wanda"), "wanda", [{"input_ids": torch.ones(1, 4, dtype=torch.long)}])
 
 
@@ -228,7 +228,7 @@ def test_two_stacks_of_blocks_are_refused():
 
     config = T5Config(vocab_size=60, d_model=32, d_kv=8, num_heads=4, d_ff=48, num_layers=2, decoder_start_token_id=0)
     model = T5ForConditionalGeneration(config)
-    with pytest.raises(PruneError, match=r"2 stacks of blocks \(encoder\.block, decoder\.block\)"):
+    with pytest.raises(InputError, match=r"2 stacks of blocks \(encoder\.block, decoder\.block\)"):
         _prune(model, _rules(model, "wanda"), "wanda", [])
 
 
@@ -245,7 +245,7 @@ class _Skips(nn.Module):
 
 def test_a_block_that_never_runs_is_named():
     model = _Skips()
-    with pytest.raises(PruneError, match="does not run its block 1 of 2, a Sequential"):
+    with pytest.raises(InputError, match="does not run its block 1 of 2, a Sequential"):
         _prune(model, _rules(model, "wanda"), "wanda", [{"x": torch.randn(3, 8)}])
     assert "forward" not in model.layers[0].__dict__
 
@@ -265,7 +265,7 @@ def test_a_layer_that_is_given_nothing_is_named(reached):
     model = nn.Module()
     model.layers = nn.ModuleList([_Expert(reached)])
     model.forward = lambda x: model.layers[0](x)
-    with pytest.raises(PruneError, match=r"layers\.0\.unused was given nothing"):
+    with pytest.raises(InputError, match=r"layers\.0\.unused was given nothing"):
         _prune(model, _rules(model, "sparsegpt"), "sparsegpt", [{"x": torch.randn(3, 8)}])
 
 

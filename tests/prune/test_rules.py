@@ -3,8 +3,8 @@
 import pytest
 
 from pst_ds.config.pst import Override, PSTConfig
+from pst_ds.errors import InputError
 from pst_ds.nn.targets import find_targets
-from pst_ds.prune.errors import PruneError
 from pst_ds.prune.rules import layer_rules, settings_for, share_of_zeros
 
 
@@ -33,7 +33,7 @@ def test_the_share_of_zeros(pattern, asked, default, expected):
      ("row", -0.1, r"must be in \[0, 1\)"), ("row", float("nan"), r"must be in \[0, 1\)")],
 )  # fmt: skip
 def test_shares_that_cannot_be_are_refused(pattern, asked, said):
-    with pytest.raises(PruneError, match=said):
+    with pytest.raises(InputError, match=said):
         share_of_zeros(PSTConfig(pattern=pattern), asked, 0.5)
 
 
@@ -52,13 +52,13 @@ def _rules(model, method, pattern):
 )  # fmt: skip
 def test_patterns_that_do_not_do_are_refused(tiny, method, pattern, said):
     model = tiny("llama")
-    with pytest.raises(PruneError, match=said):
+    with pytest.raises(InputError, match=said):
         _rules(model, method, pattern)
 
 
 def test_an_override_that_does_not_go_with_the_pattern_is_refused(tiny):
     config = PSTConfig(overrides=(Override(modules=("q_proj",), final_sparsity=0.7),))
-    with pytest.raises(PruneError, match=r"--pattern 2:4: .*overrides\.final_sparsity = 0\.7"):
+    with pytest.raises(InputError, match=r"--pattern 2:4: .*overrides\.final_sparsity = 0\.7"):
         settings_for(tiny("llama"), config, "wanda", "2:4")
 
 

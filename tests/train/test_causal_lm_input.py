@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer, DistilBertConfig, GPT2Config
 
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
+from pst_ds.errors import InputError
 from pst_ds.nn.targets import InjectionError
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train.run import build, prepare, train_run
@@ -32,7 +33,7 @@ def _gpt2(folder):
 
 
 def _refusal(tmp_path, **more):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(InputError) as caught:
         build(_prepared(tmp_path, **more))
     return str(caught.value)
 
@@ -83,13 +84,13 @@ def test_a_model_that_looks_both_ways_is_refused(tmp_path):
 def test_a_model_of_no_causal_class_is_refused(tmp_path):
     DistilBertConfig(n_layers=1, dim=8, n_heads=1, hidden_dim=8, vocab_size=40).save_pretrained(tmp_path / "base")
     more = {"model.path": str(tmp_path / "base"), "model.tokenizer": LLAMA}
-    assert "cannot be built for task 'causal-lm'" in _refusal(tmp_path, **more)
+    assert "and task 'causal-lm' cannot be built" in _refusal(tmp_path, **more)
 
 
 def test_a_head_that_would_be_random_is_refused(tmp_path):
     LlamaModel(AutoConfig.from_pretrained(LLAMA)).save_pretrained(tmp_path / "base")
     message = _refusal(tmp_path, **{"model.path": str(tmp_path / "base"), "model.tokenizer": LLAMA})
-    assert f"model.path = '{tmp_path}/base' lacks lm_head.weight, which task 'causal-lm' needs pretrained" in message
+    assert f"model.path = '{tmp_path}/base' lacks lm_head.weight, which a LlamaForCausalLM" in message
 
 
 def test_an_update_of_a_tied_embedding_is_refused(tmp_path):

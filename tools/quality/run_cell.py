@@ -149,9 +149,10 @@ def test(run_file: Path, model: Path, tests: dict[str, str]) -> dict[str, dict[s
     """Metrics of a dense model folder, read by plain transformers, on each file of ``tests``."""
     from pst_ds.config.toml import load_run
     from pst_ds.data.tasks import task_of
+    from pst_ds.nn.base_model import DTYPES
     from pst_ds.parallel.launch import LaunchEnvironment, device_of
     from pst_ds.train.evaluate import predict
-    from pst_ds.train.model import DTYPES, attention_options, load_tokenizer
+    from pst_ds.train.model import attention_options, load_tokenizer
 
     if not tests:
         return {}
