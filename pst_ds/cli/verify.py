@@ -118,7 +118,7 @@ def _compare(args: argparse.Namespace, config: RunConfig, *, packed: bool) -> di
     differing = [n for n, weight in merged.items() if not torch.equal(weight, loaded[n])]
     largest = _LargestLogit(masked)
     differences, metrics = _on_examples(prepared, examples, largest, plain)
-    dtype, inputs = next(plain.parameters()).dtype, max(weight.shape[-1] for weight in merged.values())
+    dtype, inputs = next(plain.parameters()).dtype, max(w.shape[-1] for w in merged.values() if w.dim())
     compared = {
         "examples": len(examples),
         "unit": prepared.task.unit,
