@@ -27,7 +27,7 @@ from pst_ds.export.manifest import (
     write_manifest,
 )
 from pst_ds.export.model_card import CARD_FILE, model_card
-from pst_ds.export.plan import SHARD_BYTES, Job, PlannedFile, Source, plan_files, require_packed, require_space
+from pst_ds.export.plan import SHARD_BYTES, PlannedFile, Source, TensorJob, plan_files, require_packed, require_space
 from pst_ds.export.write import write_tensors
 
 _BESIDE = (
@@ -42,7 +42,7 @@ _SPARE_BYTES = 64 << 20
 class _Contents:
     """What goes into a folder, and what is said of it."""
 
-    jobs: list[Job]
+    jobs: list[TensorJob]
     source: Source
     about: dict[str, Any]
     write_beside: Callable[[Path], None]

@@ -26,7 +26,7 @@ from pst_ds.export.manifest import (
     tensor_sha256,
     weights_file_of,
 )
-from pst_ds.export.plan import Job, Made, Planned, has_2_of_4
+from pst_ds.export.plan import PlannedTensor, TensorJob, TensorValues, has_2_of_4
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
 from pst_ds.nn.blocks import is_conv1d, linear_shape, untied_linear_layers
 
@@ -36,7 +36,7 @@ _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 
 @dataclass(frozen=True, slots=True)
-class _Recipe:
+class FolderTensor:
     parts: dict[str, str]
     """Name in the files of each part; of a dense tensor its own under ""."""
     packing: str
@@ -54,12 +54,12 @@ class FolderSource:
     def __init__(self, weights: BaseWeights):
         self._weights = weights
 
-    def make(self, job: Job) -> Iterator[Made]:
+    def make(self, job: TensorJob) -> Iterator[TensorValues]:
         """The values of the job's one output. Raises ExportError and InputError."""
-        recipe: _Recipe = job.recipe
-        yield Made(self.read(recipe, job.outputs[0].name), None, recipe.pruned_per_matrix)
+        recipe: FolderTensor = job.recipe
+        yield TensorValues(self.read(recipe, job.outputs[0].name), None, recipe.pruned_per_matrix)
 
-    def read(self, recipe: _Recipe, name: str, *, hashed: bool = True) -> Tensor:
+    def read(self, recipe: FolderTensor, name: str, *, hashed: bool = True) -> Tensor:
         """A tensor in the model's shape. Raises ExportError for parts that no packed tensor has.
 
         ``hashed``: hold it against the SHA-256 of the manifest, if there is one.
@@ -149,7 +149,7 @@ def linear_weights(model: nn.Module) -> dict[str, nn.Module]:
     return layers | {saved: layers[name] for saved, name in in_files.items()}
 
 
-def plan_folder(folder: FolderContents, packing: str, dtype: str | None) -> tuple[list[Job], FolderSource]:
+def plan_folder(folder: FolderContents, packing: str, dtype: str | None) -> tuple[list[TensorJob], FolderSource]:
     """Every tensor of a model folder, under the model's name for it. Reads the weights of linear layers once.
 
     Raises ExportError and InputError.
@@ -162,7 +162,7 @@ def plan_folder(folder: FolderContents, packing: str, dtype: str | None) -> tupl
         planned = _planned(folder, name, recipe, linear, cast)
         if planned.is_linear and packing != DENSE:
             planned = _as_packed(source, recipe, planned, packing)
-        jobs.append(Job((planned,), recipe))
+        jobs.append(TensorJob((planned,), recipe))
     return jobs, source
 
 
@@ -193,20 +193,20 @@ def _tensors(folder: FolderContents, linear: dict[str, nn.Module]) -> dict[str, 
     return tensors
 
 
-def _recipe(folder: FolderContents, name: str, parts: dict[str, str], linear: dict[str, nn.Module]) -> _Recipe:
+def _recipe(folder: FolderContents, name: str, parts: dict[str, str], linear: dict[str, nn.Module]) -> FolderTensor:
     entry = folder.entries.get(name)
     if folder.entries and entry is None:
         raise ExportError(f"{folder.path} has {name}, which its {MANIFEST_FILE} does not know")
     sums = {part.name: part.sha256 for part in entry.parts} if entry else {}
     pruned = tuple(entry.pruned_per_matrix) if entry else ()
     if "" in parts:
-        return _Recipe(parts, DENSE, None, False, sums, pruned)
-    return _Recipe(parts, folder.packing, linear_shape(linear[name]), is_conv1d(linear[name]), sums, pruned)
+        return FolderTensor(parts, DENSE, None, False, sums, pruned)
+    return FolderTensor(parts, folder.packing, linear_shape(linear[name]), is_conv1d(linear[name]), sums, pruned)
 
 
 def _planned(
-    folder: FolderContents, name: str, recipe: _Recipe, linear: dict[str, nn.Module], cast: torch.dtype | None
-) -> Planned:
+    folder: FolderContents, name: str, recipe: FolderTensor, linear: dict[str, nn.Module], cast: torch.dtype | None
+) -> PlannedTensor:
     entry = folder.entries.get(name)
     if recipe.packing == DENSE:
         dtype, shape = folder.weights.size(recipe.parts[""])
@@ -218,10 +218,12 @@ def _planned(
         dtype = cast
     is_weight = name in linear and len(shape) == 2
     transposed = is_weight and is_conv1d(linear[name])
-    return Planned(name, shape, dtype, entry.origin if entry else "model", transposed=transposed, is_linear=is_weight)
+    return PlannedTensor(
+        name, shape, dtype, entry.origin if entry else "model", transposed=transposed, is_linear=is_weight
+    )
 
 
-def _as_packed(source: FolderSource, recipe: _Recipe, planned: Planned, packing: str) -> Planned:
+def _as_packed(source: FolderSource, recipe: FolderTensor, planned: PlannedTensor, packing: str) -> PlannedTensor:
     """``planned``, packed if its values fit the format and it pays."""
     weight = source.read(recipe, planned.name, hashed=False).to(planned.dtype)
     nonzero = int(torch.count_nonzero(weight))

@@ -19,7 +19,7 @@ from pst_ds.core.scores import masked_weight, merged_weight
 from pst_ds.export.base_weights import BaseWeights, may_be_missing, names_in_files, saved_tensors
 from pst_ds.export.detect_pattern import per_row
 from pst_ds.export.manifest import DENSE, ExportError
-from pst_ds.export.plan import Job, Made, Planned
+from pst_ds.export.plan import PlannedTensor, TensorJob, TensorValues
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.blocks import is_conv1d, is_linear
 from pst_ds.nn.embedding import pst_embeddings
@@ -28,7 +28,7 @@ from pst_ds.nn.linear import FACTOR_NAMES
 
 
 @dataclass(frozen=True, slots=True)
-class _Recipe:
+class RunTensor:
     """How one tensor of the trained model comes about."""
 
     name: str
@@ -54,9 +54,9 @@ class RunSource:
     def __getstate__(self) -> dict[str, Any]:
         return {"_checkpoint": _reopened(self._checkpoint), "_base": self._base, "_model": None}
 
-    def make(self, job: Job) -> Iterator[Made]:
+    def make(self, job: TensorJob) -> Iterator[TensorValues]:
         """The values of the job's outputs. Raises ExportError."""
-        recipe: _Recipe = job.recipe
+        recipe: RunTensor = job.recipe
         self._checkpoint = _reopened(self._checkpoint)  # lets go of the pages that were read for the job before
         if not recipe.in_files_form:
             yield self._made(recipe)
@@ -68,18 +68,18 @@ class RunSource:
             tensor = saved.pop(output.name).clone(memory_format=torch.contiguous_format)
             yield replace(whole, tensor=tensor, keep=None)
 
-    def _made(self, recipe: _Recipe) -> Made:
+    def _made(self, recipe: RunTensor) -> TensorValues:
         if recipe.layer is not None:
             return self._pruned(recipe, *recipe.layer)
         if recipe.embedding_beta is not None:
-            return Made(self._updated_embedding(recipe).to(recipe.dtype))
+            return TensorValues(self._updated_embedding(recipe).to(recipe.dtype))
         if recipe.trained:
             compute = DTYPES[self._checkpoint.state.precision]
-            return Made(self._checkpoint.trained[recipe.name].to(compute).to(recipe.dtype).contiguous())
+            return TensorValues(self._checkpoint.trained[recipe.name].to(compute).to(recipe.dtype).contiguous())
         assert recipe.in_base is not None
-        return Made(self._base.read(recipe.in_base).contiguous())
+        return TensorValues(self._base.read(recipe.in_base).contiguous())
 
-    def _updated_embedding(self, recipe: _Recipe) -> Tensor:
+    def _updated_embedding(self, recipe: RunTensor) -> Tensor:
         """W0 + beta U V of a PSTEmbedding, as the model looked it up."""
         assert recipe.in_base is not None
         assert recipe.embedding_beta is not None
@@ -87,7 +87,7 @@ class RunSource:
         left, right = (self._checkpoint.trained[f"{owner}pst_{f}"].to(compute) for f in "UV")
         return updated_rows(self._base.read(recipe.in_base).to(compute), left, right, recipe.embedding_beta)
 
-    def _pruned(self, recipe: _Recipe, layout: WeightLayout, constants: Constants) -> Made:
+    def _pruned(self, recipe: RunTensor, layout: WeightLayout, constants: Constants) -> TensorValues:
         """M . (W0 + beta U V) as the model computed it: same function, same dtype, same kind of device."""
         checkpoint, owner = self._checkpoint, recipe.name.removesuffix(".weight")
         compute = DTYPES[checkpoint.state.precision]
@@ -108,7 +108,7 @@ class RunSource:
         if recipe.masked:
             merged.add_(0.0)  # a weight of -0.0 that the mask keeps becomes +0.0
         keep = mask_row_bits(mask, layout)
-        return Made(merged, keep, pruned_per_matrix(keep, layout))
+        return TensorValues(merged, keep, pruned_per_matrix(keep, layout))
 
 
 def pruned_per_matrix(keep: Tensor, layout: WeightLayout) -> tuple[int, ...]:
@@ -121,7 +121,9 @@ def _reopened(checkpoint: Checkpoint) -> Checkpoint:
     return Checkpoint(checkpoint.folder, checkpoint.state, checkpoint.contents)
 
 
-def plan_run(model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, packing: str, dtype: str | None) -> list[Job]:
+def plan_run(
+    model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, packing: str, dtype: str | None
+) -> list[TensorJob]:
     """Every tensor that ``save_pretrained`` of the plain model would write, under its name there.
 
     Of a model that is the text part of its base every tensor of the base, under the base's names.
@@ -138,7 +140,7 @@ class _Planner:
         self._linear = {name: module for name, module in model.named_modules() if is_linear(module)}
         self._buffers, self._keeps_rest = persistent_buffers(model), base.is_around(model)
 
-    def jobs(self) -> Iterator[Job]:
+    def jobs(self) -> Iterator[TensorJob]:
         tensors = {n: p.to("meta") for n, p in self._model.named_parameters() if ".pst_" not in n}
         tensors |= {name: buffer.to("meta") for name, buffer in self._buffers.items()}
         in_files = {name: saved for saved, name in names_in_files(self._model, tensors).items()}
@@ -151,7 +153,7 @@ class _Planner:
             if name not in done:
                 yield self._job(name, name, name, torch.empty(self._base.size(name)[1], device="meta"))
 
-    def _jobs_of(self, name: str, tensor: Tensor, in_files: str | None) -> Iterator[Job]:
+    def _jobs_of(self, name: str, tensor: Tensor, in_files: str | None) -> Iterator[TensorJob]:
         """``in_files``: how ``save_pretrained`` names it; None where it takes it apart."""
         if self._base.has(name):
             yield self._job(name, name, name, tensor)
@@ -162,13 +164,13 @@ class _Planner:
             if in_base or name not in self._buffers or not may_be_missing(self._model, name):
                 yield self._job(name, in_base, in_files, tensor)
 
-    def _job(self, name: str, in_base: str | None, out_name: str, tensor: Tensor) -> Job:
+    def _job(self, name: str, in_base: str | None, out_name: str, tensor: Tensor) -> TensorJob:
         """The model's tensor ``name`` alone, as ``out_name`` in the export, or as a base that is kept whole has it."""
         recipe = self._recipe(name, in_base)
         planned = self._planned(recipe, in_base if in_base and self._keeps_rest else out_name, tuple(tensor.shape))
-        return Job((planned,), replace(recipe, masked=planned.packing == DENSE))
+        return TensorJob((planned,), replace(recipe, masked=planned.packing == DENSE))
 
-    def _recipe(self, name: str, in_base: str | None, of_base: str | None = None) -> _Recipe:
+    def _recipe(self, name: str, in_base: str | None, of_base: str | None = None) -> RunTensor:
         """Of the model's tensor ``name``; ``of_base``: a tensor of the base that tells its dtype."""
         owner, _, last = name.rpartition(".")
         state, trained = self._checkpoint.state, name in self._checkpoint.contents.trained
@@ -183,13 +185,13 @@ class _Planner:
         width = compute if stored is None else self._base.size(stored)[0]
         if layer is not None or trained or embedding is not None:
             width = torch.promote_types(compute, width)
-        return _Recipe(
+        return RunTensor(
             name, in_base, width, trained,
             layer=None if layer is None else (layer.layout, layer.constants),
             embedding_beta=None if embedding is None else embedding.beta,
         )  # fmt: skip
 
-    def _planned(self, recipe: _Recipe, name: str, shape: tuple[int, ...]) -> Planned:
+    def _planned(self, recipe: RunTensor, name: str, shape: tuple[int, ...]) -> PlannedTensor:
         """The tensor of ``recipe`` under its ``name`` in the file."""
         self._require_shape(recipe, shape)
         owner, _, last = recipe.name.rpartition(".")
@@ -201,7 +203,7 @@ class _Planner:
             origin = "trained" if recipe.trained or recipe.embedding_beta is not None else "base"
         is_linear_weight = linear is not None or recipe.layer is not None
         dtype = self._cast if self._cast and recipe.dtype.is_floating_point else recipe.dtype
-        planned = Planned(name, shape, dtype, origin, transposed=transposed, is_linear=is_linear_weight)
+        planned = PlannedTensor(name, shape, dtype, origin, transposed=transposed, is_linear=is_linear_weight)
         if recipe.layer is None or self._packing == DENSE:
             return planned
         keep = mask_row_bits(_reopened(self._checkpoint).masks[owner], recipe.layer[0])
@@ -210,7 +212,7 @@ class _Planner:
         pruned = sum(pruned_per_matrix(keep, recipe.layer[0]))
         return planned.packed(self._packing, recipe.layer[0].numel - pruned)
 
-    def _require_shape(self, recipe: _Recipe, shape: tuple[int, ...]) -> None:
+    def _require_shape(self, recipe: RunTensor, shape: tuple[int, ...]) -> None:
         contents = self._checkpoint.contents
         found = contents.trained[recipe.name] if recipe.trained else self._base.size(recipe.in_base or "")[1]
         if tuple(found) != shape and not recipe.in_files_form:
@@ -219,7 +221,7 @@ class _Planner:
                 "model"
             )
 
-    def _in_parts(self, name: str, saved: dict[str, Tensor]) -> Iterator[Job]:
+    def _in_parts(self, name: str, saved: dict[str, Tensor]) -> Iterator[TensorJob]:
         """The tensor ``name`` as ``saved``, the tensors that the base's files hold of it."""
         in_base = {part: self._base.find(part) for part in saved}
         is_pruned = name.removesuffix(".weight") in self._layers
@@ -234,4 +236,4 @@ class _Planner:
             )
         recipe = replace(self._recipe(name, None, next(iter(in_base.values()))), in_files_form=True)
         outputs = tuple(self._planned(recipe, part, tuple(tensor.shape)) for part, tensor in saved.items())
-        yield Job(outputs, recipe, in_parent=True)
+        yield TensorJob(outputs, recipe, in_parent=True)

@@ -22,7 +22,7 @@ MOST_OF_DENSE = 1.01
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedTensor:
     """One tensor of an export."""
 
     name: str
@@ -60,7 +60,7 @@ class Planned:
         sizes = FORMATS[self.packing].parts(self.matrix, self.stored, self.dtype)
         return {f"{self.name.removesuffix('.weight')}.{part}": size for part, size in sizes.items()}
 
-    def packed(self, packing: str, stored: int) -> Planned:
+    def packed(self, packing: str, stored: int) -> PlannedTensor:
         """The same, packed, if that is not larger than dense; else it stays dense."""
         if self.dtype not in VALUE_DTYPES or not self.is_linear or not self.nbytes:
             return self
@@ -71,7 +71,7 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class TensorValues:
     """The values of a planned tensor."""
 
     tensor: Tensor
@@ -82,10 +82,10 @@ class Made:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class TensorJob:
     """Tensors that are made together: one, but where transformers makes several of one of its own."""
 
-    outputs: tuple[Planned, ...]
+    outputs: tuple[PlannedTensor, ...]
     recipe: Any
     """What the source makes them by; it can be sent to another process."""
     in_parent: bool = False
@@ -95,7 +95,7 @@ class Job:
 class Source(Protocol):
     """Where an export's values come from. It is sent to every process that writes."""
 
-    def make(self, job: Job) -> Iterator[Made]:
+    def make(self, job: TensorJob) -> Iterator[TensorValues]:
         """The values of the job's outputs, in their order. Raises ExportError."""
         ...
 
@@ -110,7 +110,7 @@ class PlannedFile:
     nbytes: int
 
 
-def plan_files(jobs: Sequence[Job], packing: str, shard_bytes: int) -> list[PlannedFile]:
+def plan_files(jobs: Sequence[TensorJob], packing: str, shard_bytes: int) -> list[PlannedFile]:
     """The files that hold all outputs, in their order; a tensor's parts are in one file.
 
     A file holds at most ``shard_bytes`` of tensors, unless a single one has more.
@@ -145,7 +145,7 @@ def require_space(folder: Path, nbytes: int) -> None:
         raise ExportError(f"{folder} needs {nbytes:,} bytes, and the disk has {free:,} free; name another with --out")
 
 
-def require_packed(jobs: Sequence[Job], packing: str) -> list[str]:
+def require_packed(jobs: Sequence[TensorJob], packing: str) -> list[str]:
     """Names of the linear layers' sparse weights that stay dense. Raises ExportError when nothing is packed."""
     outputs = [output for job in jobs for output in job.outputs]
     if packing == DENSE or any(output.packing != DENSE for output in outputs):

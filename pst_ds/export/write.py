@@ -20,7 +20,7 @@ from pst_ds.core.bits import INT_OF_SIZE
 from pst_ds.core.formats import FORMATS, FormatError, row_bits
 from pst_ds.export.detect_pattern import detect_pattern, per_row
 from pst_ds.export.manifest import DENSE, ExportError, PartEntry, TensorEntry, count_nonzero
-from pst_ds.export.plan import Job, Made, Planned, PlannedFile, Source
+from pst_ds.export.plan import PlannedFile, PlannedTensor, Source, TensorJob, TensorValues
 from pst_ds.export.tensor_files import CODE_OF_DTYPE, Slot, tensor_bytes, write_at
 from pst_ds.progress import Progress
 
@@ -37,7 +37,7 @@ class Writer:
         self._place: dict[str, tuple[str, Slot]] = {n: (f.name, slot) for f in files for n, slot in f.slots.items()}
         self._handles: dict[str, int] = {}
 
-    def write(self, job: Job) -> list[TensorEntry]:
+    def write(self, job: TensorJob) -> list[TensorEntry]:
         """Make and write all outputs of ``job``. Raises ExportError."""
         entries = []
         made = self._source.make(job)
@@ -50,7 +50,7 @@ class Writer:
             os.close(handle)
         self._handles.clear()
 
-    def _write_one(self, output: Planned, made: list[Made]) -> TensorEntry:
+    def _write_one(self, output: PlannedTensor, made: list[TensorValues]) -> TensorEntry:
         """``made`` holds the one reference to the values, so that they are gone once they are packed."""
         one = made.pop()
         keep, pruned = one.keep, list(one.pruned_per_matrix)
@@ -86,7 +86,7 @@ class Writer:
 
 
 def write_tensors(
-    folder: Path, files: Sequence[PlannedFile], jobs: Sequence[Job], source: Source, processes: int
+    folder: Path, files: Sequence[PlannedFile], jobs: Sequence[TensorJob], source: Source, processes: int
 ) -> list[TensorEntry]:
     """Write all files into ``folder``; the entries in the order of the jobs.
 
@@ -107,7 +107,7 @@ def write_tensors(
 
 
 def _written(
-    arguments: tuple[Any, ...], jobs: Sequence[Job], processes: int
+    arguments: tuple[Any, ...], jobs: Sequence[TensorJob], processes: int
 ) -> Iterator[tuple[int, list[TensorEntry]]]:
     """(index of a job, its entries) as they get done."""
     shared = [i for i, job in enumerate(jobs) if processes > 1 and not job.in_parent]
@@ -125,7 +125,7 @@ def _written(
 
 
 @contextmanager
-def _running(arguments: tuple[Any, ...], jobs: list[Job], processes: int) -> Iterator[dict[Future[Any], int]]:
+def _running(arguments: tuple[Any, ...], jobs: list[TensorJob], processes: int) -> Iterator[dict[Future[Any], int]]:
     """The jobs on processes of their own, started anew: a fork would copy locks that torch's threads may hold."""
     threads = max(1, torch.get_num_threads() // processes)
     pool = ProcessPoolExecutor(
@@ -156,12 +156,12 @@ def _begin(arguments: tuple[Any, ...], threads: int) -> None:
     _writer = Writer(*arguments)
 
 
-def _write_in_worker(job: Job) -> list[TensorEntry]:
+def _write_in_worker(job: TensorJob) -> list[TensorEntry]:
     assert _writer is not None
     return _writer.write(job)
 
 
-def _require_planned(output: Planned, tensor: Tensor) -> Tensor:
+def _require_planned(output: PlannedTensor, tensor: Tensor) -> Tensor:
     if tuple(tensor.shape) != output.shape:
         raise ExportError(
             f"{output.name} has shape {tuple(tensor.shape)} in the base model or checkpoint, and {output.shape} in the "
@@ -170,12 +170,12 @@ def _require_planned(output: Planned, tensor: Tensor) -> Tensor:
     return tensor.to(output.dtype)
 
 
-def _matrix(output: Planned, tensor: Tensor) -> Tensor:
+def _matrix(output: PlannedTensor, tensor: Tensor) -> Tensor:
     """``tensor`` in (O, I) orientation."""
     return tensor.t() if output.transposed else tensor
 
 
-def _packed(output: Planned, held: list[Tensor], keep: Tensor | None) -> dict[str, Tensor]:
+def _packed(output: PlannedTensor, held: list[Tensor], keep: Tensor | None) -> dict[str, Tensor]:
     """The parts of the one tensor in ``held``, which is let go. Raises ExportError."""
     matrix = _matrix(output, held.pop())
     if output.transposed:
@@ -186,7 +186,7 @@ def _packed(output: Planned, held: list[Tensor], keep: Tensor | None) -> dict[st
         raise ExportError(str(error)) from None
 
 
-def _found(output: Planned, packed: dict[str, Tensor], keep: Tensor | None) -> tuple[int, str]:
+def _found(output: PlannedTensor, packed: dict[str, Tensor], keep: Tensor | None) -> tuple[int, str]:
     """(non-zeros, pattern found) of a packed tensor."""
     form = FORMATS[output.packing]
     values, inputs = packed[form.values_name], output.matrix[1]
