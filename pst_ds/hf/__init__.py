@@ -10,8 +10,7 @@ file in such a folder and raises.
 from typing import TYPE_CHECKING
 
 from pst_ds.hf.config import PackedWeightsConfig
-from pst_ds.hf.quantizer import PackedWeightsQuantizer
-from pst_ds.hf.registration import register
+from pst_ds.hf.quantizer import PackedWeightsQuantizer, register
 from pst_ds.hf.semi_structured import to_semi_structured
 from pst_ds.hf.weight_files import PackedFolderError
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pst_ds.core.formats import PackedFormat
 from pst_ds.export.base_weights import names_in_files
 from pst_ds.hf.weight_files import PackedFolderError, StoredTensor, kept_values
-from pst_ds.nn.blocks import is_conv1d, is_linear, linear_shape
+from pst_ds.nn.model_structure import is_conv1d, is_linear, linear_shape
 from pst_ds.runtime import SparseLinear, sparse_layers
 
 

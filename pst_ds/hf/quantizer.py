@@ -10,11 +10,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 
 from pst_ds.core.formats import FORMATS, PackedFormat
 from pst_ds.export.base_weights import is_text_part
-from pst_ds.hf.config import PackedWeightsConfig
+from pst_ds.export.tensor_files import CODE_OF_DTYPE
+from pst_ds.hf.config import QUANT_METHOD, PackedWeightsConfig
 from pst_ds.hf.layers import clear_cast_zeros, end_loading, make_dense, named_groups, put_sparse_layers, reread_integers
 from pst_ds.hf.loaded_keys import LoadedKeys
 from pst_ds.hf.weight_files import PackedFolderError, StoredTensor, outside_base_model, packed_groups, read_headers
@@ -115,7 +123,7 @@ class PackedWeightsQuantizer(HfQuantizer):
             raise PackedFolderError(f"{name}: {_NO_DISK}")
         end_loading(layer)
         reread_integers(layer, self._groups[name])
-        if _safetensors_dtype(values.dtype) != self._groups[name][self.form.values_name].dtype:
+        if CODE_OF_DTYPE[values.dtype] != self._groups[name][self.form.values_name].dtype:
             clear_cast_zeros(layer)
         layer.check(name)
 
@@ -162,5 +170,32 @@ def _is_on_cpu(device_map: Any) -> bool:
     return all(str(device) == "cpu" for device in device_map.values())
 
 
-def _safetensors_dtype(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}[dtype]
+def register() -> None:
+    """Registers the config and the quantizer, once a process."""
+    if QUANT_METHOD in AUTO_QUANTIZER_MAPPING and QUANT_METHOD in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        return
+    register_quantization_config(QUANT_METHOD)(PackedWeightsConfig)
+    register_quantizer(QUANT_METHOD)(PackedWeightsQuantizer)
+    AutoHfQuantizer.merge_quantization_configs = staticmethod(  # type: ignore[method-assign]
+        _with_load_as(AutoHfQuantizer.merge_quantization_configs)
+    )
+
+
+def _with_load_as(merge: Any) -> Any:
+    """transformers' ``merge_quantization_configs`` that keeps ``load_as`` of the user's config.
+
+    transformers keeps loading-time settings of a closed list of its own config classes only, and has no registration
+    for more; of any other class it takes what the folder says and drops what the user said.
+    """
+
+    @functools.wraps(merge)
+    def merged(quantization_config: Any, quantization_config_from_args: Any = None) -> Any:
+        if not isinstance(quantization_config_from_args, PackedWeightsConfig):
+            return merge(quantization_config, quantization_config_from_args)
+        config = merge(quantization_config, None)
+        if isinstance(config, PackedWeightsConfig):
+            config.load_as = quantization_config_from_args.load_as
+            return config
+        return merge(quantization_config, quantization_config_from_args)
+
+    return merged

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 from pst_ds.errors import InputError
-from pst_ds.nn.blocks import is_conv1d, is_linear
+from pst_ds.nn.model_structure import is_conv1d, is_linear
 from pst_ds.runtime import SparseLinear
 
 DTYPES = (torch.bfloat16, torch.float16)

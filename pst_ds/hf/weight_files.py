@@ -10,25 +10,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pst_ds.core.formats import FormatError, PackedFormat
+from pst_ds.core.formats import VALUE_DTYPES, FormatError, PackedFormat
 from pst_ds.errors import InputError
-
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-"""torch's dtype of safetensors' name for it; float8 and complex are in no folder of ours."""
+from pst_ds.export.tensor_files import DTYPE_OF_CODE
 
 
 class PackedFolderError(InputError):
@@ -108,8 +92,8 @@ def kept_values(name: str, form: PackedFormat, group: Mapping[str, StoredTensor]
     count = 1
     for size in values.shape:
         count *= size
-    dtype = _DTYPES.get(values.dtype)
-    if dtype is None or not dtype.is_floating_point:
+    dtype = DTYPE_OF_CODE.get(values.dtype)
+    if dtype not in VALUE_DTYPES:
         raise PackedFolderError(f"{name}.{form.values_name}: {values.dtype} in {values.file} is no dtype of a weight")
     try:
         expected = form.parts(shape, count, dtype)
@@ -117,7 +101,7 @@ def kept_values(name: str, form: PackedFormat, group: Mapping[str, StoredTensor]
         raise PackedFolderError(f"{name}: {error}") from None
     for part, (part_dtype, dims) in expected.items():
         stored = group[part]
-        if _DTYPES.get(stored.dtype) != part_dtype or stored.shape != dims:
+        if DTYPE_OF_CODE.get(stored.dtype) != part_dtype or stored.shape != dims:
             raise PackedFolderError(
                 f"{name}.{part}: a {shape[0]} x {shape[1]} weight with {count} values needs {part_dtype} of shape "
                 f"{dims}, {stored.file} has {stored.dtype} of shape {stored.shape}. Is it the folder of another model?"
