@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pst_ds.nn.blocks import is_linear
+from pst_ds.nn.model_structure import is_linear
 from pst_ds.runtime.dense import PrepackedLinear
 from pst_ds.runtime.linear import SparseLinear
 

@@ -17,7 +17,7 @@ from pst_ds.core.formats import FORMATS, FormatError
 from pst_ds.core.host import available_bytes, cpu_name
 from pst_ds.hf.model_folder import ModelFolder, ModelFolderError
 from pst_ds.hf.semi_structured import is_two_four
-from pst_ds.nn.blocks import is_conv1d, untied_linear_layers
+from pst_ds.nn.model_structure import is_conv1d, untied_linear_layers
 from pst_ds.runtime import SparseLinear, native, sparse_layers
 from pst_ds.runtime.backends import CSR_FROM_SPARSITY
 from pst_ds.runtime.dense import can_prepack, prepack, quicken_output_layer

@@ -163,7 +163,7 @@ def _compare_sparse(
     """Compare the export with its weights kept packed: weights to the bit, logits up to rounding."""
     import torch
 
-    from pst_ds.nn.blocks import is_conv1d
+    from pst_ds.nn.model_structure import is_conv1d
     from pst_ds.runtime import sparse_layers
 
     sparse = _loaded(prepared, folder, "sparse")

@@ -28,7 +28,7 @@ from pst_ds.export.manifest import (
 )
 from pst_ds.export.plan import PlannedTensor, TensorJob, TensorValues, has_2_of_4
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
-from pst_ds.nn.blocks import is_conv1d, linear_shape, untied_linear_layers
+from pst_ds.nn.model_structure import is_conv1d, linear_shape, untied_linear_layers
 
 CONFIG_FILE = "config.json"
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")

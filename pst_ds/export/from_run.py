@@ -21,10 +21,10 @@ from pst_ds.export.detect_pattern import per_row
 from pst_ds.export.manifest import DENSE, ExportError
 from pst_ds.export.plan import PlannedTensor, TensorJob, TensorValues
 from pst_ds.nn.base_model import DTYPES
-from pst_ds.nn.blocks import is_conv1d, is_linear
 from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import persistent_buffers, pst_layers
 from pst_ds.nn.linear import FACTOR_NAMES
+from pst_ds.nn.model_structure import is_conv1d, is_linear
 
 
 @dataclass(frozen=True, slots=True)

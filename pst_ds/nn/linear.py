@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +16,27 @@ from pst_ds.core import masked_linear
 from pst_ds.core.bits import all_ones
 from pst_ds.core.factors import Constants, Factors, layer_factors, ungrouped_columns
 from pst_ds.core.layout import WeightLayout
-from pst_ds.nn.no_compile import no_compile
 from pst_ds.parallel import zero3
 
 FACTOR_NAMES = ("A", "B", "R", "C", "U", "V")
 """The small ones; a score of each weight, S, is none of them."""
 SCORE_FACTORS = ("A", "B", "R", "C", "S")
+Method = TypeVar("Method", bound=Callable[..., Tensor])
+
+
+def no_compile(method: Method) -> Method:
+    """``method`` itself, which a compiled model calls as it is: between graphs, and without new ones for new masks.
+
+    ``torch.compiler.disable`` at once would import torch's compiler, which takes as long as torch.
+    """
+
+    @functools.wraps(method)
+    def called(*args: object, **named: object) -> Tensor:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(method)(*args, **named)
+        return method(*args, **named)
+
+    return called  # type: ignore[return-value]
 
 
 class PSTLinear(nn.Module):

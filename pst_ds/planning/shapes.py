@@ -10,9 +10,9 @@ from typing import TypeVar
 
 from torch import nn
 
-from pst_ds.nn.blocks import is_linear, linear_shape
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.model_structure import is_linear, linear_shape
 from pst_ds.parallel import zero3
 from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, layer_work_bytes
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pst_ds.nn.blocks import is_conv1d, untied_linear_layers
+from pst_ds.nn.model_structure import is_conv1d, untied_linear_layers
 
 
 class VectorLinear(nn.Linear):

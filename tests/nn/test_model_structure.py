@@ -6,8 +6,8 @@ import transformers
 from torch import nn
 
 from pst_ds.config.pst import PSTConfig
-from pst_ds.nn.blocks import loose_matrices, router_names
 from pst_ds.nn.inject import inject_pst, pst_layers
+from pst_ds.nn.model_structure import loose_matrices, router_names
 from pst_ds.nn.targets import InjectionError, find_targets
 
 TINY = {
