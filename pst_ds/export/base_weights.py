@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from pst_ds.errors import InputError, first_line
 from pst_ds.export.tensor_files import TensorFile
 
+_WeightFile = TensorFile | dict[str, Tensor]
 _OLD_ENDINGS = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
 
 
@@ -30,7 +30,7 @@ class BaseWeights:
         self.folder = _local_folder(path)
         self._prefix = base_model_prefix + "." if base_model_prefix else ""
         self._file_of = _index(self.folder, index)
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, _WeightFile] = {}
 
     @property
     def names(self) -> list[str]:
@@ -61,15 +61,15 @@ class BaseWeights:
     def size(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """dtype and shape of the tensor under the file's own ``name``; its values are not read."""
         file = self._file(name)
-        found = file.slots[name] if isinstance(file, TensorFile) else file[name]
-        return found.dtype, tuple(found.shape)
+        slot = file.slots[name] if isinstance(file, TensorFile) else file[name]
+        return slot.dtype, tuple(slot.shape)
 
     def read(self, name: str) -> Tensor:
         """The tensor under the file's own ``name``; of a safetensors file in memory of its own."""
         file = self._file(name)
         return file.read(name) if isinstance(file, TensorFile) else file[name]
 
-    def _file(self, name: str) -> Any:
+    def _file(self, name: str) -> _WeightFile:
         file = self._file_of[name]
         if file not in self._open:
             opened = _opened(self.folder / file)
@@ -202,7 +202,7 @@ def _names(path: Path) -> list[str]:
     return list(opened.slots if isinstance(opened, TensorFile) else opened)
 
 
-def _opened(path: Path) -> Any:
+def _opened(path: Path) -> _WeightFile:
     """A TensorFile, or the tensors of a PyTorch file by name, mapped from it."""
     if not path.is_file():
         raise InputError(f"{path} is missing")

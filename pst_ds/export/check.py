@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,9 @@ from pst_ds.export.manifest import (
     DENSE,
     FORMAT_FILES,
     MANIFEST_FILE,
+    About,
     ExportError,
+    JsonTable,
     TensorEntry,
     count_nonzero,
     quantization_config,
@@ -34,7 +35,7 @@ from pst_ds.nn.inject import shortened
 from pst_ds.progress import Progress
 
 
-def check_export(folder: Path) -> dict[str, Any]:
+def check_export(folder: Path) -> JsonTable:
     """Read every tensor and hold it against the manifest. Returns counts; raises ExportError naming the tensor.
 
     Checked: that there are these files and no others, none of them a link; their SHA-256; headers, index and config;
@@ -82,7 +83,7 @@ def check_model(folder: Path) -> None:
         )
 
 
-def _check_files(folder: Path, entries: Sequence[TensorEntry], about: dict[str, Any]) -> None:
+def _check_files(folder: Path, entries: Sequence[TensorEntry], about: About) -> None:
     """Exactly the manifest's files; those beside the weights byte by byte."""
     weights = {part.file for entry in entries for part in entry.parts}
     beside: dict[str, str] = about["files"]

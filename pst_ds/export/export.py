@@ -20,7 +20,9 @@ from pst_ds.export.from_run import RunSource, plan_run
 from pst_ds.export.manifest import (
     DENSE,
     MANIFEST_FILE,
+    About,
     ExportError,
+    JsonTable,
     TensorEntry,
     quantization_config,
     weights_file_of,
@@ -44,7 +46,7 @@ class _Contents:
 
     jobs: list[TensorJob]
     source: Source
-    about: dict[str, Any]
+    about: About
     write_beside: Callable[[Path], None]
     """Writes config.json and what else lies beside the weights."""
 
@@ -59,8 +61,8 @@ def export_run(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     processes: int = 1,
-    run: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+    run: JsonTable | None = None,
+) -> JsonTable:
     """Write ``out``, a model folder of the model in ``checkpoint``; whole or not at all. Returns what was written.
 
     ``model`` gives names, shapes and the config; it may be on the meta device, since values come from the base model's
@@ -106,7 +108,7 @@ def export_folder(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     processes: int = 1,
-) -> dict[str, Any]:
+) -> JsonTable:
     """The same from a model folder: dense with zeros, whoever pruned it, or one of our packed folders.
 
     Weights keep their bits, but for a -0.0 that is packed, which becomes +0.0. Raises ExportError and WorkerError.
@@ -120,7 +122,7 @@ def export_folder(
     return _write_folder(contents, out, packing, shard_bytes, processes)
 
 
-def _about_folder(folder: FolderContents) -> dict[str, Any]:
+def _about_folder(folder: FolderContents) -> JsonTable:
     """What its manifest says that a conversion leaves as it is, or that nothing is known."""
     known = ("step", "base_model", "base_fingerprint", "computed_in", "sparsity_requested", "metrics", "run")
     return {key: folder.about.get(key) for key in known} | {"metrics": folder.about.get("metrics") or {}}
@@ -139,7 +141,7 @@ def _require_free(out: Path) -> None:
     require_writable(out, f"--out {out}")
 
 
-def _write_folder(contents: _Contents, out: Path, packing: str, shard_bytes: int, processes: int) -> dict[str, Any]:
+def _write_folder(contents: _Contents, out: Path, packing: str, shard_bytes: int, processes: int) -> JsonTable:
     stay_dense = require_packed(contents.jobs, packing)
     files = plan_files(contents.jobs, packing, shard_bytes)
     require_space(out, sum(file.nbytes for file in files) + _SPARE_BYTES)
@@ -190,7 +192,7 @@ def _finish_config(folder: Path, entries: Sequence[TensorEntry], packing: str, n
     return (table.get("architectures") or [""])[0]
 
 
-def _counted(entries: Sequence[TensorEntry], files: Sequence[PlannedFile]) -> dict[str, Any]:
+def _counted(entries: Sequence[TensorEntry], files: Sequence[PlannedFile]) -> JsonTable:
     """Sparsity and sizes, as counted."""
     return {
         "sparsity_measured": measured_sparsity(entries),

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,9 @@ from pst_ds.export.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     QUANT_METHOD,
+    About,
     ExportError,
+    JsonTable,
     TensorEntry,
     read_manifest,
     read_table,
@@ -89,7 +90,7 @@ class FolderContents:
     """A model folder, opened: its config, the model's names and shapes, and its tensors."""
 
     path: Path
-    config: dict[str, Any]
+    config: JsonTable
     """config.json."""
     model: nn.Module
     """On the meta device."""
@@ -97,7 +98,7 @@ class FolderContents:
     packing: str
     entries: dict[str, TensorEntry]
     """Of its manifest by name; none without one."""
-    about: dict[str, Any]
+    about: About
 
 
 def open_folder(path: Path) -> FolderContents:
@@ -110,7 +111,7 @@ def open_folder(path: Path) -> FolderContents:
     return FolderContents(path, config, model, weights, packing, {entry.name: entry for entry in entries}, about)
 
 
-def _packing_of(path: Path, config: dict[str, Any]) -> tuple[str, str]:
+def _packing_of(path: Path, config: JsonTable) -> tuple[str, str]:
     """(format, weight file or index) by the config of a folder."""
     quantization = config.get("quantization_config")
     if quantization is None:

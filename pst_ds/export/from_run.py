@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +50,7 @@ class RunSource:
     def __init__(self, checkpoint: Checkpoint, base: BaseWeights, model: nn.Module | None = None):
         self._checkpoint, self._base, self._model = checkpoint, base, model
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"_checkpoint": _reopened(self._checkpoint), "_base": self._base, "_model": None}
 
     def make(self, job: TensorJob) -> Iterator[TensorValues]:

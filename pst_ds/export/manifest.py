@@ -28,13 +28,17 @@ MOST_BYTES = 1 << 30
 """Of a manifest or an index."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
+JsonTable = dict[str, Any]
+About = JsonTable
+"""A manifest's facts of the whole export."""
+
 
 def weights_file_of(kind: str, num_files: int) -> str:
     """Name of the one weight file, or of the index of several."""
     return f"{FORMAT_FILES[kind]}.safetensors" + (".index.json" if num_files > 1 else "")
 
 
-def quantization_config(kind: str, num_files: int) -> dict[str, Any]:
+def quantization_config(kind: str, num_files: int) -> JsonTable:
     """What config.json of a packed folder says, so that transformers finds the weights by way of pst_ds.hf."""
     name = weights_file_of(kind, num_files)
     return {"quant_method": QUANT_METHOD, "format": kind, "format_version": FORMAT_VERSION, "weights_file": name}
@@ -137,24 +141,24 @@ def count_nonzero(tensor: Tensor) -> int:
         return int(torch.count_nonzero(tensor.view(as_int)))
 
 
-def write_manifest(folder: Path, entries: list[TensorEntry], about: dict[str, Any]) -> None:
+def write_manifest(folder: Path, entries: list[TensorEntry], about: About) -> None:
     table = {"format": FORMAT, **about, "tensors": [asdict(entry) for entry in entries]}
     text = json.dumps(sealed(table), indent=1, ensure_ascii=False)
     (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def sealed(table: dict[str, Any]) -> dict[str, Any]:
+def sealed(table: JsonTable) -> JsonTable:
     """``table`` with the SHA-256 of all its other values as its last one."""
     rest = {key: value for key, value in table.items() if key != "sha256"}
     return {**rest, "sha256": _digest(rest)}
 
 
-def _digest(table: dict[str, Any]) -> str:
+def _digest(table: JsonTable) -> str:
     text = json.dumps(table, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_manifest(folder: Path) -> tuple[list[TensorEntry], dict[str, Any]]:
+def read_manifest(folder: Path) -> tuple[list[TensorEntry], About]:
     """(entries, everything else) of an export. Raises ExportError when it is missing or not a manifest."""
     path = folder / MANIFEST_FILE
     table = read_table(path, f"{folder.absolute()} is not an export: {MANIFEST_FILE} is missing")
@@ -172,7 +176,7 @@ def read_manifest(folder: Path) -> tuple[list[TensorEntry], dict[str, Any]]:
         raise ExportError(f"{path} is damaged: {error!r}") from None
 
 
-def read_table(path: Path, missing: str) -> dict[str, Any]:
+def read_table(path: Path, missing: str) -> JsonTable:
     """A JSON object of a plain file. Raises ExportError, with the text ``missing`` if it is not there."""
     require_plain(path, missing)
     if path.stat().st_size > MOST_BYTES:
@@ -217,7 +221,7 @@ def _require_part(part: PartEntry) -> None:
         raise ValueError(f"{part.name} would be in {part.file[:80]!r}, which is no weight file of an export")
 
 
-def _about(table: dict[str, Any]) -> dict[str, Any]:
+def _about(table: JsonTable) -> JsonTable:
     kind, files = table["kind"], table["files"]
     if kind not in FORMAT_FILES or "sparsity_requested" not in table:
         raise ValueError(f"kind is {kind!r}")

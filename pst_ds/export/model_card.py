@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from pst_ds.core.formats import FORMATS
-from pst_ds.export.manifest import DENSE, TensorEntry
+from pst_ds.export.manifest import DENSE, About, TensorEntry
 
 CARD_FILE = "README.md"
 _TASKS = ("ForCausalLM", "ForSequenceClassification", "ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering")
 
 
-def model_card(name: str, entries: Sequence[TensorEntry], about: dict[str, Any]) -> str:
+def model_card(name: str, entries: Sequence[TensorEntry], about: About) -> str:
     """The text of the card of the export in the folder ``name``; ``about`` is what its manifest says."""
     return "\n".join([*_front_matter(about), *_summary(name, about), *_sparsity(entries, about), *_size(about),
                       *_metrics(about), *_use(about)])  # fmt: skip
 
 
-def _front_matter(about: dict[str, Any]) -> list[str]:
+def _front_matter(about: About) -> list[str]:
     packed = about["kind"] != DENSE
     base = about.get("base_model")
     tags = ["sparse", "pruned", "pst-ds", *([f"format-{about['kind'].replace(':', '-of-')}"] if packed else [])]
@@ -30,7 +29,7 @@ def _front_matter(about: dict[str, Any]) -> list[str]:
     return [*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""]
 
 
-def _summary(name: str, about: dict[str, Any]) -> list[str]:
+def _summary(name: str, about: About) -> list[str]:
     how = "stored densely, with exact zeros" if about["kind"] == DENSE else f"packed as {about['kind']}"
     base = f" of {about['base_model']}" if about.get("base_model") else ""
     lines = [f"# {name}", "", f"A sparse version{base}. {about['sparsity_measured']:.2%} of the weights in its pruned"]
@@ -45,7 +44,7 @@ def kind_of_layer(name: str) -> str:
     return re.sub(r"\.\d+(?=\.)", ".*", name.removesuffix(".weight"))
 
 
-def _sparsity(entries: Sequence[TensorEntry], about: dict[str, Any]) -> list[str]:
+def _sparsity(entries: Sequence[TensorEntry], about: About) -> list[str]:
     kinds: dict[str, list[TensorEntry]] = {}
     for entry in entries:
         if entry.origin == "pruned" or entry.pattern != DENSE:
@@ -67,7 +66,7 @@ def _sparsity(entries: Sequence[TensorEntry], about: dict[str, Any]) -> list[str
     return [*lines, "", *said]
 
 
-def _size(about: dict[str, Any]) -> list[str]:
+def _size(about: About) -> list[str]:
     share = about["file_bytes"] / max(about["dense_bf16_bytes"], 1)
     return [
         "## Size",
@@ -78,7 +77,7 @@ def _size(about: dict[str, Any]) -> list[str]:
     ]
 
 
-def _metrics(about: dict[str, Any]) -> list[str]:
+def _metrics(about: About) -> list[str]:
     metrics = {name: value for name, value in about["metrics"].items() if value is not None}
     if not metrics:
         return ["## Metrics", "", "None were recorded for this model.", ""]
@@ -86,7 +85,7 @@ def _metrics(about: dict[str, Any]) -> list[str]:
     return ["## Metrics", "", "On the validation data of the run:", "", "| metric | value |", "|---|---|", *rows, ""]
 
 
-def _use(about: dict[str, Any]) -> list[str]:
+def _use(about: About) -> list[str]:
     kind = next((f"AutoModel{task}" for task in _TASKS if about["architecture"].endswith(task)), "AutoModel")
     first = [] if about["kind"] == DENSE else ["import pst_ds.hf  # teaches transformers the packed format", ""]
     lines = ["## Load it", "", "```python", *first, f"from transformers import {kind}", ""]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeGuard
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _slots(length: bytes, stream: Any, size: int, path: Path) -> dict[str, Slot]:
+def _slots(length: bytes, stream: BinaryIO, size: int, path: Path) -> dict[str, Slot]:
     count = int.from_bytes(length, "little")
     if len(length) < 8 or count > min(MOST_HEADER_BYTES, size - 8):
         raise TensorFileError(f"{path} is damaged: its header would be {count} bytes of a file of {size}")
@@ -119,7 +119,7 @@ def _slots(length: bytes, stream: Any, size: int, path: Path) -> dict[str, Slot]
     return slots
 
 
-def _slot(name: str, entry: Any, start: int, path: Path) -> Slot:
+def _slot(name: str, entry: object, start: int, path: Path) -> Slot:
     """One entry of a header, by itself."""
     if not _NAME.fullmatch(name):
         raise TensorFileError(f"{path} is damaged: a tensor is named {name[:80]!r}")
@@ -141,7 +141,7 @@ def _slot(name: str, entry: Any, start: int, path: Path) -> Slot:
     return slot
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < 1 << 48
 
 

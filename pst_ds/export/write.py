@@ -10,7 +10,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,9 @@ from pst_ds.export.manifest import DENSE, ExportError, PartEntry, TensorEntry, c
 from pst_ds.export.plan import PlannedFile, PlannedTensor, Source, TensorJob, TensorValues
 from pst_ds.export.tensor_files import CODE_OF_DTYPE, Slot, tensor_bytes, write_at
 from pst_ds.progress import Progress
+
+WriterArguments = tuple[Path, Sequence[PlannedFile], Source]
+_Result = Future[list[TensorEntry]]
 
 
 class WorkerError(RuntimeError):
@@ -107,7 +109,7 @@ def write_tensors(
 
 
 def _written(
-    arguments: tuple[Any, ...], jobs: Sequence[TensorJob], processes: int
+    arguments: WriterArguments, jobs: Sequence[TensorJob], processes: int
 ) -> Iterator[tuple[int, list[TensorEntry]]]:
     """(index of a job, its entries) as they get done."""
     shared = [i for i, job in enumerate(jobs) if processes > 1 and not job.in_parent]
@@ -125,7 +127,7 @@ def _written(
 
 
 @contextmanager
-def _running(arguments: tuple[Any, ...], jobs: list[TensorJob], processes: int) -> Iterator[dict[Future[Any], int]]:
+def _running(arguments: WriterArguments, jobs: list[TensorJob], processes: int) -> Iterator[dict[_Result, int]]:
     """The jobs on processes of their own, started anew: a fork would copy locks that torch's threads may hold."""
     threads = max(1, torch.get_num_threads() // processes)
     pool = ProcessPoolExecutor(
@@ -137,7 +139,7 @@ def _running(arguments: tuple[Any, ...], jobs: list[TensorJob], processes: int) 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _result(future: Future[Any]) -> list[TensorEntry]:
+def _result(future: _Result) -> list[TensorEntry]:
     try:
         return future.result()
     except BrokenProcessPool as error:
@@ -150,7 +152,7 @@ _writer: Writer | None = None
 """Of a process that :func:`_running` started."""
 
 
-def _begin(arguments: tuple[Any, ...], threads: int) -> None:
+def _begin(arguments: WriterArguments, threads: int) -> None:
     global _writer
     torch.set_num_threads(threads)
     _writer = Writer(*arguments)

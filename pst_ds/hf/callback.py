@@ -34,18 +34,18 @@ class _LogFigures(TrainerCallback):
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
-        logs: dict[str, Any] | None = None, **_: Any,
+        logs: dict[str, Any] | None = None, **_: object,
     ) -> None:  # fmt: skip
         _add_figures(model, state, logs)
 
 
 class PSTCallback(_LogFigures, ExportableState):
-    """Keeps the masks of the Trainer's model in step with a schedule. The model must have PST layers (``inject_pst``).
+    """Keep the masks of the Trainer's model, which has PST layers (``inject_pst``), in step with a schedule.
 
         PSTCallback(final_sparsity=0.9)         # fields of CubicSchedule; num_steps is the Trainer's max_steps
         PSTCallback(CubicSchedule(...))         # or any other schedule
 
-    Masks are selected anew after *applied* optimizer steps: one that a loss scaler or DeepSpeed skips counts for
+    Masks are selected again after *applied* optimizer steps: one that a loss scaler or DeepSpeed skips counts for
     nothing. At the end of the ramp the scores train no more. "sparsity/target", "sparsity/actual" and "flip_rate" go
     into the Trainer's logs, and so to TensorBoard, W&B or MLflow.
 
@@ -55,7 +55,14 @@ class PSTCallback(_LogFigures, ExportableState):
 
     Checkpoints hold what training changed and not the frozen base: pst_config.json and pst_model.safetensors, for
     :func:`pst_ds.load_pretrained` and for ``Trainer.train(resume_from_checkpoint=...)``; under DeepSpeed its own files
-    too, without the frozen weights. ``model.save_pretrained`` writes the same. Raises InputError for what cannot work.
+    too, without the frozen weights. ``model.save_pretrained`` writes the same.
+
+    Args:
+        schedule: any schedule; None for a CubicSchedule of ``fields``.
+        fields: those of CubicSchedule; ``num_steps`` is the Trainer's ``max_steps`` unless given.
+
+    Raises:
+        InputError: neither or both were given, or the Trainer, its model or its optimizer cannot train with masks.
     """
 
     def __init__(self, schedule: Schedule | None = None, **fields: Any):
@@ -74,7 +81,7 @@ class PSTCallback(_LogFigures, ExportableState):
         _log_before_others()
 
     def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: object
     ) -> None:
         config = _deepspeed_config()
         if config is not None:
@@ -94,7 +101,7 @@ class PSTCallback(_LogFigures, ExportableState):
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
-        optimizer: Any = None, **_: Any,
+        optimizer: Any = None, **_: object,
     ) -> None:  # fmt: skip
         if not isinstance(vars(model).get("save_pretrained"), _SavesSmallState):
             if self._came_with_trainer:
@@ -131,7 +138,7 @@ class PSTCallback(_LogFigures, ExportableState):
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
-        optimizer: Any = None, **_: Any,
+        optimizer: Any = None, **_: object,
     ) -> None:  # fmt: skip
         assert self._masks is not None
         self._forget_best_of_ramp(state)
@@ -139,7 +146,7 @@ class PSTCallback(_LogFigures, ExportableState):
         self._note_figures(model)
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: object
     ) -> None:
         """Under DeepSpeed ``save_pretrained`` is called on one rank, which holds no masters; here all meet."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
@@ -147,7 +154,7 @@ class PSTCallback(_LogFigures, ExportableState):
             save_pretrained(model, folder, step=self._step, writes=args.should_save)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: object
     ) -> None:
         """The Trainer may have loaded its best checkpoint by now: step and masks are those of its folder."""
         assert self._masks is not None
@@ -196,7 +203,11 @@ class _SavesSmallState:
         self.model, self.step = model, 0
 
     def __call__(
-        self, save_directory: str, state_dict: dict[str, Tensor] | None = None, is_main_process: bool = True, **_: Any
+        self,
+        save_directory: str,
+        state_dict: dict[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        **_: object,
     ) -> None:
         """Write the adapter state on the rank that calls; nothing for an empty ``state_dict``, which the Trainer passes
         under ZeRO-3 where it gathers no weights: :meth:`PSTCallback.on_save` follows."""
@@ -206,10 +217,18 @@ class _SavesSmallState:
 
 
 def trainer_optimizer(model: nn.Module, **rates: Any) -> tuple[type[MasterAdamW], dict[str, Any]]:
-    """For ``Trainer(optimizer_cls_and_kwargs=trainer_optimizer(model))``: :func:`pst_ds.pst_optimizer` of ``model``.
+    """Return what makes the Trainer train with :func:`pst_ds.pst_optimizer`.
 
-    Made when training begins, so under DeepSpeed too, where the Trainer drops an optimizer that it was given. Raises
-    InputError then if the Trainer has another model.
+        Trainer(model, ..., optimizer_cls_and_kwargs=trainer_optimizer(model))
+
+    The optimizer is made when training begins, so also under DeepSpeed, where the Trainer drops one that it was given.
+
+    Args:
+        model: the Trainer's model, with PST modules.
+        rates: learning rates and betas, as :func:`pst_ds.pst_parameter_groups` takes them.
+
+    Raises:
+        InputError: the model cannot be trained; or, when training begins, the Trainer has another model.
     """
     like = pst_optimizer(model, **rates)  # refuses what cannot be trained now
     return _TrainerAdamW, {"trained": model, "rates": rates, "fused": like.defaults["fused"]}

@@ -40,7 +40,7 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         weights_file: str | None = None,
         quant_method: str = QUANT_METHOD,
-        **unknown: Any,
+        **unknown: object,
     ):
         self.quant_method = quant_method  # type: ignore[assignment]
         self.load_as = load_as
@@ -83,7 +83,7 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         }
 
 
-def _unknown_keys(unknown: dict[str, Any]) -> str:
+def _unknown_keys(unknown: dict[str, object]) -> str:
     key = next(iter(unknown))
     known = ("load_as", "format", "format_version", "weights_file")
     near = difflib.get_close_matches(key, known, n=1)

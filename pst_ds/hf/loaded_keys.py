@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from pst_ds.hf.weight_files import PackedFolderError
 
@@ -12,14 +13,14 @@ from pst_ds.hf.weight_files import PackedFolderError
 class LoadedKeys:
     """What a model expects from its files. transformers gives random weights, and a warning, for what is missing."""
 
-    def __init__(self, model: Any, *, has_heads: bool, is_part: bool):
+    def __init__(self, model: PreTrainedModel, *, has_heads: bool, is_part: bool):
         """``has_heads``: the files hold another class of the same base model, whose head is left out; ``is_part``: the
         rest of a model of text and pictures too."""
         self._is_part = is_part
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._base_prefix = f"{model.base_model_prefix}." if has_heads else ""
 
-    def compare(self, model: Any, loading_info: Any) -> None:
+    def compare(self, model: PreTrainedModel, loading_info: Any) -> None:
         """Raises PackedFolderError, naming a tensor, unless the files and the model fit.
 
         ``loading_info``: transformers' sets of keys after its own exceptions, as an object, or in 5.0 as the pair
@@ -27,7 +28,7 @@ class LoadedKeys:
         """
         if isinstance(loading_info, tuple):
             missing, unexpected = loading_info
-            mismatched: set[Any] = set()
+            mismatched: set[tuple[object, ...]] = set()
         else:
             missing, unexpected = loading_info.missing_keys, loading_info.unexpected_keys
             mismatched = loading_info.mismatched_keys
@@ -51,7 +52,7 @@ class LoadedKeys:
         return self._is_part or (bool(self._base_prefix) and not name.startswith(self._base_prefix))
 
 
-def _missing(model: Any, missing: list[str]) -> str:
+def _missing(model: PreTrainedModel, missing: list[str]) -> str:
     message = f"{_listed(missing)}: missing in the folder; {type(model).__name__} would have random values there."
     saved = ", ".join(model.config.architectures or ())
     if saved and type(model).__name__ not in saved.split(", "):

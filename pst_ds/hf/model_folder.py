@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pst_ds.errors import InputError, first_line
@@ -26,7 +27,7 @@ class ModelFolder:
     """A folder with a config.json that was read."""
 
     path: Path
-    config: Any
+    config: PreTrainedConfig
     format: str
     """"dense", or that of its packed weights."""
 
@@ -48,7 +49,7 @@ class ModelFolder:
                 f"{self.path}: {names} in config.json is no causal language model, and no other writes text"
             )
 
-    def load(self, load_as: str = "auto", dtype: str | None = None, device: str = "cpu") -> Any:
+    def load(self, load_as: str = "auto", dtype: str | None = None, device: str = "cpu") -> PreTrainedModel:
         """The model in eval mode. ``dtype``: a key of :data:`DTYPES`; None takes the folder's.
 
         Raises InputError, with what was wrong with the files.
@@ -90,7 +91,7 @@ def open_model_folder(path: str | Path) -> ModelFolder:
     return ModelFolder(path, config, _format(path, config))
 
 
-def _format(path: Path, config: Any) -> str:
+def _format(path: Path, config: PreTrainedConfig) -> str:
     found = _quantization(config)
     if not found:
         return "dense"
@@ -100,7 +101,7 @@ def _format(path: Path, config: Any) -> str:
     return str(found.get("format"))
 
 
-def _quantization(config: Any) -> dict[str, Any]:
+def _quantization(config: PreTrainedConfig) -> dict[str, Any]:
     """Of a transformers config; empty without one."""
     found = getattr(config, "quantization_config", None) or {}
     return dict(found) if isinstance(found, dict) else dict(found.to_dict())

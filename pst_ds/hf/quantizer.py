@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -38,7 +39,7 @@ class PackedWeightsQuantizer(HfQuantizer):
     ``_process_model_after_weight_loading`` leaves no trace of the loading.
     """
 
-    def __init__(self, quantization_config: PackedWeightsConfig, **kwargs: Any):
+    def __init__(self, quantization_config: PackedWeightsConfig, **kwargs: object):
         super().__init__(copy.copy(quantization_config), **kwargs)
         if not self.pre_quantized:
             raise PackedFolderError(
@@ -55,7 +56,7 @@ class PackedWeightsQuantizer(HfQuantizer):
 
     # before the model is built
 
-    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+    def validate_environment(self, *args: object, device_map: Any = None, **kwargs: object) -> None:
         """Refuses settings in config.json that this version does not read, and offloading to disk."""
         self.quantization_config.check_folder()
         if isinstance(device_map, dict) and "disk" in device_map.values():
@@ -70,19 +71,21 @@ class PackedWeightsQuantizer(HfQuantizer):
 
     # One of these two is called by every transformers 5, before it looks for the weight file.
 
-    def update_tp_plan(self, config: Any) -> Any:
+    def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
         return self._name_weights_file(config)
 
-    def update_attn_implementation(self, config: Any) -> Any:
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         return self._name_weights_file(config)
 
-    def _name_weights_file(self, config: Any) -> Any:
+    def _name_weights_file(self, config: PreTrainedConfig) -> PreTrainedConfig:
         config.transformers_weights = self.quantization_config.weights_file
         return config
 
     # around the loading
 
-    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: object
+    ) -> None:
         if not checkpoint_files:
             raise PackedFolderError(
                 "packed weights are loaded from their folder; state_dict= and gguf_file= are not read"
@@ -97,13 +100,13 @@ class PackedWeightsQuantizer(HfQuantizer):
         self._taken = put_sparse_layers(model, groups, self.form, {*tied, *tied.values()})
         self._groups = groups
         keys = LoadedKeys(model, has_heads=bool(heads), is_part=is_part)
-        model._adjust_missing_and_unexpected_keys = functools.partial(
+        model._adjust_missing_and_unexpected_keys = functools.partial(  # type: ignore[method-assign]
             self._finish, model, keys, model._adjust_missing_and_unexpected_keys
         )
         # transformers 5.0 does not cast renamed tensors of what it thinks is packed already
         self.pre_quantized = hasattr(HfQuantizer, "get_new_dtype")
 
-    def _finish(self, model: Any, keys: LoadedKeys, adjust: Any, *loading_info: Any) -> Any:
+    def _finish(self, model: PreTrainedModel, keys: LoadedKeys, adjust: Any, *loading_info: Any) -> Any:
         """In the place of transformers' own step, the last one before the model is spread over its devices."""
         del model._adjust_missing_and_unexpected_keys
         self.pre_quantized = True
@@ -127,7 +130,7 @@ class PackedWeightsQuantizer(HfQuantizer):
             clear_cast_zeros(layer)
         layer.check(name)
 
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> None:
         if not self._finished:
             import transformers
 
@@ -145,7 +148,7 @@ class PackedWeightsQuantizer(HfQuantizer):
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)
 
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+    def is_serializable(self, *args: object, **kwargs: object) -> bool:
         """Refuses: save_pretrained would name the file model.safetensors, and transformers would load it as random."""
         raise PackedFolderError(
             "save_pretrained: a model whose weights are kept packed is not saved by transformers. Call "

@@ -22,13 +22,21 @@ class SemiStructuredError(InputError):
 
 
 def to_semi_structured(model: nn.Module, modules: Iterable[str] | None = None) -> list[str]:
-    """Gives linear layers of a model on CUDA semi-structured weights, in place; returns the layers' names.
+    """Give linear layers of a model on CUDA semi-structured weights, in place.
 
-    ``modules``: full names of the layers. None takes every linear layer that qualifies: a bf16 or fp16 weight, on CUDA,
-    of a shape that torch's kernels take, not tied, with at most two non-zeros in each group of four inputs. Conv1D and
-    SparseLinear become nn.Linear. Nothing is written to disk from these: keep the folder that the model came from.
+    A layer qualifies with a bf16 or fp16 weight (O, I), on CUDA, of a shape that torch's kernels take, not tied, with
+    at most two non-zeros in each group of four inputs. Conv1D and SparseLinear become nn.Linear. Such a model cannot be
+    saved: keep the folder that it came from.
 
-    Raises SemiStructuredError, with the model unchanged, when a named layer does not qualify, or none does.
+    Args:
+        model: a plain model, or one with sparse layers.
+        modules: full names of the layers; None takes every layer that qualifies.
+
+    Returns:
+        The names of the converted layers.
+
+    Raises:
+        SemiStructuredError: a named layer does not qualify, or none does; the model is unchanged.
     """
     candidates = _linear_layers(model)
     tied = _tied_weights(model)
@@ -51,7 +59,7 @@ def to_semi_structured(model: nn.Module, modules: Iterable[str] | None = None) -
 
 
 def is_two_four(weight: Tensor) -> bool:
-    """Whether an (O, I) matrix has at most two non-zeros in every four consecutive inputs."""
+    """Return whether an (O, I) matrix has at most two non-zeros in every four consecutive inputs."""
     if weight.dim() != 2 or weight.shape[1] % 4:
         return False
     return bool(((weight != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all())
@@ -110,7 +118,7 @@ def _reason_against_device(device: torch.device) -> str | None:
 def _none_qualifies(reasons: dict[str, str | None]) -> str:
     if not reasons:
         return "to_semi_structured: the model has no linear layer"
-    # a layer that fails late is nearer to what the user has to mend than one of an odd shape
+    # a layer that fails late is nearer to what the user has to fix than one of an odd shape
     name, reason = next(
         ((n, r) for n, r in reasons.items() if r and "Leave it out" not in r), next(iter(reasons.items()))
     )

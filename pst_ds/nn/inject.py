@@ -26,13 +26,22 @@ _SCALE_TILE = 1 << 22
 
 
 def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = None) -> nn.Module:
-    """Replace the target layers of ``model`` by PSTLinear in place, freeze the rest, and return the model.
+    """Replace the target layers of ``model`` by PSTLinear in place and freeze the rest.
 
-    Embeddings that the config updates become PSTEmbedding; ``model.pst_config`` is the config. On the meta device |W|
-    has no scale.
-    Call it before ``deepspeed.initialize``. ``num_shards`` is the number of ranks that ZeRO-3 will split the weights
-    over; it is known already when the model was built under ``zero.Init``, and 1 without ZeRO-3.
-    Collective under ``zero.Init``. Raises InjectionError, see :func:`pst_ds.nn.targets.find_targets`.
+    Collective under ``zero.Init``. Call it before ``deepspeed.initialize``.
+
+    Args:
+        model: a model with its pretrained weights. On the meta device |W| has no scale.
+        config: the layers to prune, the factors, and what else is trained; kept as ``model.pst_config``. Embeddings
+            that it updates become PSTEmbedding.
+        num_shards: the number of ranks that ZeRO-3 will split the weights over; None takes it from a model that was
+            built under ``zero.Init``, and 1 from any other.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        InjectionError: a layer cannot be pruned, or a name matches none; see :func:`pst_ds.nn.targets.find_targets`.
     """
     if pst_layers(model):
         raise InjectionError("the model already has PST modules; inject into the base model, once")

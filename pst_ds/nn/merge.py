@@ -20,13 +20,21 @@ from pst_ds.parallel.steps import unwrapped
 
 @torch.no_grad()
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Turn the PST modules of ``model`` (or of the engine around it) into plain ones, in place, and return the model.
+    """Turn the PST modules of a model into plain ones, in place.
 
     A PSTLinear becomes an ``nn.Linear``, or ``Conv1D``, whose weight is M . W as the masked model multiplied with it,
     bit for bit but that a kept -0.0 is +0.0; a PSTEmbedding an ``nn.Embedding``. The weights are frozen: without its
-    mask a layer that is trained on loses its zeros. On one process, or under ZeRO stages 0 to 2 (each rank for itself).
-    Raises InputError under ZeRO-3, where no rank holds a weight whole, and for a model that was injected in part. Warns
-    of layers that were never called where others were: what they become is not what the model computed.
+    mask a layer that is trained on loses its zeros. Warns of layers that were never called where others were: what
+    they become is not what the model computed. Not collective: each rank merges its own model.
+
+    Args:
+        model: the model, or the DeepSpeed engine around it under ZeRO stages 0 to 2.
+
+    Returns:
+        The model, without the engine.
+
+    Raises:
+        InputError: under ZeRO-3, where no rank holds a weight whole, and for a model that was injected in part.
     """
     model = unwrapped(model)
     if pst_layers(model):
@@ -59,7 +67,11 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print how many parameters are trained, of how many, as PEFT words it. Mask bits are not counted."""
+    """Print how many parameters are trained, of how many, as PEFT words it.
+
+    Args:
+        model: the model, or the engine around it; under ZeRO-3 whole parameters are counted. Mask bits are not.
+    """
     model = unwrapped(model)
     masks = {layer.pst_mask for layer in pst_layers(model).values()}
     params = [param for param in model.parameters() if param not in masks]

@@ -26,10 +26,18 @@ def pst_parameter_groups(
     head_learning_rate: float = _DEFAULTS.head_learning_rate,
     betas: tuple[float, float] = (_DEFAULTS.adam_beta1, _DEFAULTS.adam_beta2),
 ) -> list[dict[str, Any]]:
-    """AdamW's groups, named, each with its own learning rate and betas; no group is empty or has weight decay.
+    """Sort the trained parameters of ``model`` into AdamW's groups; none is empty or has weight decay.
 
-    "scores": A, B, R and C, or a score of each weight; "updates": U and V; "embeddings": U and V of embeddings; "head":
-    all that is trained in full. The defaults are those of the run file.
+    Args:
+        model: a model with PST modules.
+        score_learning_rate: of the group "scores": A, B, R and C, or a score of each weight.
+        update_learning_rate: of the group "updates": U and V.
+        embedding_learning_rate: of the group "embeddings": U and V of embeddings.
+        head_learning_rate: of the group "head": all that is trained in full.
+        betas: Adam's two, of all groups. The defaults of all arguments are those of the run file.
+
+    Returns:
+        Groups for ``torch.optim.AdamW``, each with "name", "lr" and "peak_lr" (what a warmup goes up to).
     """
     rates = {
         "scores": score_learning_rate,
@@ -58,11 +66,17 @@ def pst_parameter_groups(
 
 
 def pst_optimizer(model: nn.Module, **rates: Any) -> MasterAdamW:
-    """AdamW over :func:`pst_parameter_groups` with ``rates``, on fp32 masters where the model is in bf16.
+    """Return AdamW over :func:`pst_parameter_groups`, on fp32 masters where the model is in bf16.
 
     Under DeepSpeed the engine keeps the masters, and this is plain AdamW; ``deepspeed.initialize`` itself wants torch's
-    class: ``torch.optim.AdamW(pst_parameter_groups(model))``. Raises InputError for a model in fp16, which only ZeRO-3
-    has masters for at once.
+    class: ``torch.optim.AdamW(pst_parameter_groups(model))``.
+
+    Args:
+        model: a model with PST modules.
+        rates: learning rates and betas, as :func:`pst_parameter_groups` takes them.
+
+    Raises:
+        InputError: the model is in fp16 and not under ZeRO-3, which alone has masters for it at once.
     """
     groups = pst_parameter_groups(model, **rates)
     params = [param for group in groups for param in group["params"]]

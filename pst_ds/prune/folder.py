@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,7 @@ def require_free(out: Path, base: str) -> None:
     require_writable(out, f"--out {out}")
 
 
-def record_of(layers: Sequence[PrunedLayer], about: dict[str, Any]) -> dict[str, Any]:
+def record_of(layers: Sequence[PrunedLayer], about: Mapping[str, object]) -> dict[str, Any]:
     """What :data:`RECORD_FILE` holds: ``about`` the run, counts over all layers, and of each layer."""
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     return {
@@ -60,7 +60,7 @@ def record_of(layers: Sequence[PrunedLayer], about: dict[str, Any]) -> dict[str,
 
 
 def write_folder(
-    model: Any, record: dict[str, Any], out: Path, *, shard_bytes: int, copy_beside: Callable[[Path], None]
+    model: PreTrainedModel, record: dict[str, Any], out: Path, *, shard_bytes: int, copy_beside: Callable[[Path], None]
 ) -> None:
     """Write ``out``, whole or not at all: weights in files of at most ``shard_bytes``, config, ``record``.
 

@@ -97,7 +97,7 @@ class BlockReplay:
             )
 
     def _stand_in(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def replay(*args: Any, **kwargs: Any) -> Any:
+        def replay(*args: object, **kwargs: object) -> object:
             if index < self._block:
                 return self._outputs[self._batch]
             args, kwargs = _moved((args, kwargs), self._device, self._dtype)
