@@ -20,7 +20,7 @@ _OLD_ENDINGS = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", "
 
 
 class BaseWeights:
-    """Reads single tensors of a model folder (safetensors, or PyTorch files) without loading the rest."""
+    """Read single tensors of a model folder (safetensors, or PyTorch files) without loading the rest."""
 
     def __init__(self, path: str | Path, base_model_prefix: str, index: str = ""):
         """``index``: the weight file, or the index of several, if it is not one that transformers looks for.
@@ -38,16 +38,16 @@ class BaseWeights:
         return list(self._file_of)
 
     def has(self, name: str) -> bool:
-        """Whether the files have a tensor of that very name."""
+        """Return whether the files have a tensor of that very name."""
         return name in self._file_of
 
     def is_around(self, model: nn.Module) -> bool:
-        """Whether ``model`` is the text part of this one."""
+        """Return whether ``model`` is the text part of this one."""
         return is_text_part(model, self.folder)
 
     @property
     def file_bytes(self) -> int:
-        """Of the files that the tensors are in. Raises InputError for one that is missing."""
+        """The size of the files that the tensors are in. Raises InputError for one that is missing."""
         files = [self.folder / file for file in sorted(set(self._file_of.values()))]
         for file in files:
             if not file.is_file():
@@ -87,7 +87,7 @@ class BaseWeights:
 
 
 def is_text_part(model: nn.Module, folder: Path) -> bool:
-    """Whether the config of ``model`` is the text config of the model in ``folder``.
+    """Return whether the config of ``model`` is the text config of the model in ``folder``.
 
     If so, :func:`saved_tensors` from now on gives the names in the whole model, as far as transformers knows them.
     """
@@ -104,7 +104,7 @@ def is_text_part(model: nn.Module, folder: Path) -> bool:
 
 
 def saved_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What ``save_pretrained`` writes for these of the model's tensors, by name; they may be on the meta device.
+    """Return what ``save_pretrained`` writes for these of the model's tensors, by name; they may be on the meta device.
 
     transformers builds some models of other tensors than their files hold: it renames them, or stacks the experts of a
     layer in one Parameter. This is its own way back. One that is renamed is the same object.
@@ -121,7 +121,7 @@ def names_in_files(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str,
 
 
 def may_be_missing(model: nn.Module, name: str) -> bool:
-    """Whether transformers has a rule of its own for the tensor ``name`` where the files do not have it."""
+    """Return whether transformers has a rule of its own for the tensor ``name`` where the files do not have it."""
     rules = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]  # type: ignore[misc]
     return any(re.search(rule, name) for rule in rules)
 

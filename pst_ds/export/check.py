@@ -84,7 +84,7 @@ def check_model(folder: Path) -> None:
 
 
 def _check_files(folder: Path, entries: Sequence[TensorEntry], about: About) -> None:
-    """Exactly the manifest's files; those beside the weights byte by byte."""
+    """Require exactly the manifest's files; all but the weights byte by byte."""
     weights = {part.file for entry in entries for part in entry.parts}
     beside: dict[str, str] = about["files"]
     for name, digest in beside.items():

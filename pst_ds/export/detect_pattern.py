@@ -1,4 +1,4 @@
-"""Which pattern the zeros of a matrix make, seen from one bit a weight."""
+"""The pattern that the zeros of a matrix make, seen from one bit a weight."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Bits = NDArray[np.uint8]
 
 
 def detect_pattern(bits: Bits, inputs: int) -> str:
-    """What the zeros of a matrix (O, I) were found to be, by the name that ``pst.pattern`` has for it.
+    """Return the pattern of the zeros of a matrix (O, I), by the name that ``pst.pattern`` has for it.
 
     "dense" without zeros; blocks of outputs x inputs, such as "16x1", that are kept or pruned whole; "2:4" or another
     N:M for groups of 4, 8 or 16 consecutive inputs; "row" when all rows have the same number of non-zeros; else
@@ -75,13 +75,13 @@ def _blocks(bits: Bits, inputs: int) -> str:
 
 
 def _alike(bits: Bits, size: int) -> bool:
-    """Whether every ``size`` rows that follow each other are equal."""
+    """Return whether every ``size`` rows that follow each other are equal."""
     first, rest = bits[::size], (bits[i::size] for i in range(1, size))
     return all(np.array_equal(first[:_SAMPLE], rows[:_SAMPLE]) and np.array_equal(first, rows) for rows in rest)
 
 
 def _uniform(bits: Bits, inputs: int, size: int) -> bool:
-    """Whether every ``size`` consecutive inputs are all zero or all non-zero."""
+    """Return whether every ``size`` consecutive inputs are all zero or all non-zero."""
     if len(bits) > _SAMPLE and not _uniform(bits[:_SAMPLE], inputs, size):
         return False
     if size >= 8:
@@ -94,7 +94,7 @@ def _uniform(bits: Bits, inputs: int, size: int) -> bool:
 
 
 def _uniform_bytes(size: int) -> NDArray[np.bool_]:
-    """Of each byte: whether its groups of ``size`` bits are all zeros or all ones."""
+    """Return for each byte whether its groups of ``size`` bits are all zeros or all ones."""
     grouped = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").reshape(256, -1, size)
     return (grouped == grouped[:, :, :1]).all((1, 2))
 

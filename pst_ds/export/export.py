@@ -37,18 +37,18 @@ _BESIDE = (
 )  # fmt: skip
 """Small files of the base that the tokenizer does not write."""
 _SPARE_BYTES = 64 << 20
-"""Free space to ask for beside the weights: tokenizer, manifest, card."""
+"""Free space to require besides the weights: tokenizer, manifest, card."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Contents:
-    """What goes into a folder, and what is said of it."""
+    """The tensors and other files of a folder, and the facts for its manifest."""
 
     jobs: list[TensorJob]
     source: Source
     about: About
     write_beside: Callable[[Path], None]
-    """Writes config.json and what else lies beside the weights."""
+    """Writes config.json and the other small files."""
 
 
 def export_run(
@@ -109,7 +109,7 @@ def export_folder(
     shard_bytes: int = SHARD_BYTES,
     processes: int = 1,
 ) -> JsonTable:
-    """The same from a model folder: dense with zeros, whoever pruned it, or one of our packed folders.
+    """Write ``out`` from a model folder: dense with zeros, whoever pruned it, or one of our packed folders.
 
     Weights keep their bits, but for a -0.0 that is packed, which becomes +0.0. Raises ExportError and WorkerError.
     """
@@ -123,7 +123,7 @@ def export_folder(
 
 
 def _about_folder(folder: FolderContents) -> JsonTable:
-    """What its manifest says that a conversion leaves as it is, or that nothing is known."""
+    """Return the manifest fields that survive a conversion; None where unknown."""
     known = ("step", "base_model", "base_fingerprint", "computed_in", "sparsity_requested", "metrics", "run")
     return {key: folder.about.get(key) for key in known} | {"metrics": folder.about.get("metrics") or {}}
 

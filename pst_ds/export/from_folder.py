@@ -33,7 +33,7 @@ from pst_ds.nn.model_structure import is_conv1d, linear_shape, untied_linear_lay
 
 CONFIG_FILE = "config.json"
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-"""Endings of the small files beside the weights that go along: tokenizer, vocabulary, settings of generation."""
+"""Endings of the small files that go along with the weights: tokenizer, vocabulary, settings of generation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class FolderTensor:
     """(O, I) of a packed tensor."""
     transposed: bool
     sha256: dict[str, str]
-    """What the manifest says of the files' tensors; nothing without a manifest."""
+    """By the manifest, of each tensor in the files; empty without a manifest."""
     pruned_per_matrix: tuple[int, ...] = ()
 
 
@@ -97,12 +97,12 @@ class FolderContents:
     weights: BaseWeights
     packing: str
     entries: dict[str, TensorEntry]
-    """Of its manifest by name; none without one."""
+    """The manifest's, by name; empty without one."""
     about: About
 
 
 def open_folder(path: Path) -> FolderContents:
-    """Raises ExportError for a folder that is not a model of transformers, and InputError for damaged files."""
+    """Open a model folder. Raises InputError for what is not one, and for damaged files."""
     config = read_table(path / CONFIG_FILE, f"{path.absolute()} is not a model folder: {CONFIG_FILE} is missing")
     packing, index = _packing_of(path, config)
     model = model_of(path)
@@ -236,7 +236,7 @@ def _as_packed(source: FolderSource, recipe: FolderTensor, planned: PlannedTenso
 
 
 def copy_beside(folder: Path, out: Path) -> None:
-    """Copy the small files beside the weights: of the tokenizer, of generation."""
+    """Copy the small files that go along with the weights: of the tokenizer, of generation."""
     for path in sorted(folder.iterdir()):
         is_ours = path.name in (CONFIG_FILE, MANIFEST_FILE) or path.name.endswith(".index.json")
         if path.is_file() and path.suffix in _COPIED and not is_ours:

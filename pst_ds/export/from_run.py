@@ -28,20 +28,20 @@ from pst_ds.nn.model_structure import is_conv1d, is_linear
 
 @dataclass(frozen=True, slots=True)
 class RunTensor:
-    """How one tensor of the trained model comes about."""
+    """The way to make one tensor of the trained model."""
 
     name: str
     in_base: str | None
     """Its name in the base model's files."""
     dtype: torch.dtype
-    """Of the result, before any cast that was asked for."""
+    """Of the result, before the cast to ``--dtype``."""
     trained: bool = False
     layer: tuple[WeightLayout, Constants] | None = None
     embedding_beta: float | None = None
     masked: bool = True
     """False where values that the mask prunes may be anything, because the packing does not look at them."""
     in_files_form: bool = False
-    """Whether transformers makes several tensors of it, or one of another name."""
+    """True where transformers makes several tensors of it, or one of another name."""
 
 
 class RunSource:
@@ -170,7 +170,7 @@ class _Planner:
         return TensorJob((planned,), replace(recipe, masked=planned.packing == DENSE))
 
     def _recipe(self, name: str, in_base: str | None, of_base: str | None = None) -> RunTensor:
-        """Of the model's tensor ``name``; ``of_base``: a tensor of the base that tells its dtype."""
+        """Return how to make the tensor ``name``; ``of_base``: a tensor of the base that tells its dtype."""
         owner, _, last = name.rpartition(".")
         state, trained = self._checkpoint.state, name in self._checkpoint.contents.trained
         compute, stored = DTYPES[state.precision], in_base or of_base

@@ -21,11 +21,11 @@ from pst_ds.export.tensor_files import DTYPE_OF_CODE, tensor_bytes, unique_json
 FORMAT = 2
 DENSE = "dense"
 FORMAT_FILES = {DENSE: "model", "bitmask": "pst_bitmask", "2:4": "pst_2of4", "csr": "pst_csr"}
-"""How the names of an export's weight files begin. Plain transformers looks for model.safetensors alone."""
+"""Beginnings of the names of an export's weight files. Plain transformers looks for model.safetensors alone."""
 QUANT_METHOD, FORMAT_VERSION = "pst_ds", 1
 ORIGINS = ("base", "trained", "pruned", "model")
 MOST_BYTES = 1 << 30
-"""Of a manifest or an index."""
+"""The limit for a manifest or an index."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 JsonTable = dict[str, Any]
@@ -39,7 +39,7 @@ def weights_file_of(kind: str, num_files: int) -> str:
 
 
 def quantization_config(kind: str, num_files: int) -> JsonTable:
-    """What config.json of a packed folder says, so that transformers finds the weights by way of pst_ds.hf."""
+    """Return the entry of config.json by which transformers finds the weights by way of pst_ds.hf."""
     name = weights_file_of(kind, num_files)
     return {"quant_method": QUANT_METHOD, "format": kind, "format_version": FORMAT_VERSION, "weights_file": name}
 
@@ -75,19 +75,19 @@ class TensorEntry:
     M . (W0 + beta U V); "model": from a model folder."""
     nonzero: int
     pattern: str
-    """What the zeros of a linear layer's weight were found to be; "dense" for other tensors."""
+    """The pattern of the zeros of a linear layer's weight; "dense" for other tensors."""
     pruned_per_matrix: list[int]
-    """Of a pruned tensor: zeros in the mask of each of its matrices."""
+    """Zeros in the mask of each matrix of a pruned tensor."""
     matrix_axis: int
     """Storage axis along which the matrices of a fused tensor lie."""
     packing: str
     """The format that it is packed in, or "dense"."""
     transposed: bool
-    """Whether the model has it as (I, O), and a packed part as (O, I)."""
+    """True where the model has it as (I, O), and a packed part as (O, I)."""
     parts: list[PartEntry]
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what cannot be."""
+        """Raise ValueError for impossible values."""
         for name, hint in get_type_hints(TensorEntry).items():
             if type(getattr(self, name)) is not (get_origin(hint) or hint):
                 raise ValueError(f"{name} of {str(self.name)[:80]} is {str(getattr(self, name))[:80]!r}")
@@ -115,7 +115,7 @@ class TensorEntry:
         return (columns, rows) if self.transposed else (rows, columns)
 
     def part_names(self) -> list[str]:
-        """What its parts must be named, in their order."""
+        """The names that its parts must have, in their order."""
         if self.packing == DENSE:
             return [self.name]
         module = self.name.removesuffix(".weight")

@@ -1,4 +1,4 @@
-"""What an export will hold, known before the first value is made: tensors, their packing, and their places in files."""
+"""The plan of an export, made before the first value: tensors, their packing, and their places in files."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class PlannedTensor:
     packing: str = DENSE
     """A format, or "dense"."""
     stored: int = 0
-    """Of a packed tensor: positions that are kept."""
+    """The number of positions that a packed tensor keeps."""
     transposed: bool = False
-    """Whether it is stored (I, O)."""
+    """True where it is stored (I, O)."""
     is_linear: bool = False
-    """Whether it is the weight of a linear layer, in which patterns are looked for."""
+    """True for the weight of a linear layer, which is searched for patterns."""
     stays_dense: bool = False
-    """Whether it has zeros and was to be packed, but the format cannot hold it, or would make it larger."""
+    """True where it has zeros and was to be packed, but the format cannot hold it, or would make it larger."""
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -50,7 +50,7 @@ class PlannedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Of the dense tensor."""
+        """The bytes of the dense tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -61,7 +61,7 @@ class PlannedTensor:
         return {f"{self.name.removesuffix('.weight')}.{part}": size for part, size in sizes.items()}
 
     def packed(self, packing: str, stored: int) -> PlannedTensor:
-        """The same, packed, if that is not larger than dense; else it stays dense."""
+        """Return the tensor packed, if that is not larger than dense; else it stays dense."""
         if self.dtype not in VALUE_DTYPES or not self.is_linear or not self.nbytes:
             return self
         nbytes = FORMATS[packing].nbytes(self.matrix, stored, self.dtype)
@@ -87,9 +87,9 @@ class TensorJob:
 
     outputs: tuple[PlannedTensor, ...]
     recipe: Any
-    """What the source makes them by; it can be sent to another process."""
+    """The source's own description of them; it can be sent to another process."""
     in_parent: bool = False
-    """Whether making them takes the model, which other processes do not have."""
+    """True where making them takes the model, which other processes do not have."""
 
 
 class Source(Protocol):
@@ -162,5 +162,5 @@ def require_packed(jobs: Sequence[TensorJob], packing: str) -> list[str]:
 
 
 def has_2_of_4(weight: Tensor) -> bool:
-    """Whether the non-zeros of ``weight``, (O, I), fit 2:4."""
+    """Return whether the non-zeros of ``weight``, (O, I), fit 2:4."""
     return FORMATS["2:4"].accepts(row_bits(weight), (weight.shape[0], weight.shape[1]))

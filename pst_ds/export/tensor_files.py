@@ -27,7 +27,7 @@ DTYPE_OF_CODE = {
 }  # fmt: skip
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 MOST_HEADER_BYTES = 100_000_000
-"""What the safetensors library reads at most."""
+"""The limit of the safetensors library."""
 _AT_A_TIME = 1 << 28
 _NAME = re.compile(r"[^\x00-\x1f\x7f]{1,512}")
 
@@ -57,7 +57,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path):
-        """Raises TensorFileError, naming the tensor where there is one, and FileNotFoundError."""
+        """Read the header. Raises FileNotFoundError, and TensorFileError, naming the tensor where there is one."""
         self.path = path
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size

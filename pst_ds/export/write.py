@@ -128,7 +128,7 @@ def _written(
 
 @contextmanager
 def _running(arguments: WriterArguments, jobs: list[TensorJob], processes: int) -> Iterator[dict[_Result, int]]:
-    """The jobs on processes of their own, started anew: a fork would copy locks that torch's threads may hold."""
+    """Run the jobs on spawned processes: a fork would copy locks that torch's threads may hold."""
     threads = max(1, torch.get_num_threads() // processes)
     pool = ProcessPoolExecutor(
         min(processes, len(jobs)), multiprocessing.get_context("spawn"), _begin, (arguments, threads)
@@ -149,7 +149,7 @@ def _result(future: _Result) -> list[TensorEntry]:
 
 
 _writer: Writer | None = None
-"""Of a process that :func:`_running` started."""
+"""In a process that :func:`_running` started."""
 
 
 def _begin(arguments: WriterArguments, threads: int) -> None:

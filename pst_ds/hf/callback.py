@@ -26,7 +26,7 @@ from pst_ds.parallel.ranks import all_gather_objects, is_main
 from pst_ds.parallel.steps import torch_optimizer, unwrapped
 
 _FIGURES: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
-"""What is logged of each model that is being trained."""
+"""The values to log of each model that is being trained."""
 
 
 class _LogFigures(TrainerCallback):
@@ -91,7 +91,7 @@ class PSTCallback(_LogFigures, ExportableState):
         injected_config(model)  # refuses a model without PST, or with PST in a part
         if self._schedule is not None and args.restore_callback_states_from_checkpoint:
             raise InputError(
-                f"restore_callback_states_from_checkpoint = True makes PSTCallback anew from JSON, which holds no "
+                f"restore_callback_states_from_checkpoint = True makes a new PSTCallback from JSON, which holds no "
                 f"{type(self._schedule).__name__}; leave it out (masks go on at their step all the same), or give "
                 "PSTCallback the fields of CubicSchedule"
             )
@@ -171,7 +171,7 @@ class PSTCallback(_LogFigures, ExportableState):
             )
 
     def state(self) -> dict[str, Any]:
-        """What trainer_state.json keeps."""
+        """Return what trainer_state.json keeps."""
         return {"args": self._fields, "attributes": {"step": self._step}}
 
     @property
@@ -235,7 +235,7 @@ def trainer_optimizer(model: nn.Module, **rates: Any) -> tuple[type[MasterAdamW]
 
 
 class _TrainerAdamW(MasterAdamW):
-    """Of PST's groups in place of the Trainer's; those say whether it is of the same model."""
+    """AdamW over PST's groups; the Trainer's own only tell whether it has the same model."""
 
     def __init__(self, groups: Any, *, trained: nn.Module, rates: dict[str, Any], fused: bool):
         own = {id(param) for param in trained.parameters()}
@@ -272,7 +272,7 @@ def _add_figures(model: nn.Module | None, state: TrainerState, logs: dict[str, A
 
 
 def _deepspeed_config() -> dict[str, Any] | None:
-    """Of the Trainer there is now; None without DeepSpeed."""
+    """The DeepSpeed config of the current Trainer; None without DeepSpeed."""
     from accelerate.state import AcceleratorState
 
     plugin = AcceleratorState().deepspeed_plugin

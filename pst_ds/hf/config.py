@@ -19,7 +19,7 @@ _WEIGHTS_FILE = re.compile(r"pst_[A-Za-z0-9_-]+\.safetensors(\.index\.json)?")
 
 
 class PackedWeightsConfig(QuantizationConfigMixin):
-    """How packed weights are stored, and how they are loaded.
+    """The format of packed weights, and the way to load them.
 
     ``load_as`` is for the user: ``from_pretrained(DIR, quantization_config=PackedWeightsConfig(load_as="dense"))``.
 
@@ -58,7 +58,7 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         return self.load_as == "dense"
 
     def check_folder(self) -> None:
-        """Raises PackedFolderError unless these are the settings of a folder that this version reads."""
+        """Raise PackedFolderError unless these are the settings of a folder that this version reads."""
         if self.format not in FORMATS:
             known = ", ".join(FORMATS)
             raise PackedFolderError(f"config.json: quantization_config.format is one of {known}, got {self.format!r}")

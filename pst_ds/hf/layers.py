@@ -21,11 +21,11 @@ class SparseProjection(SparseLinear):
     """
 
     stores_transposed = False
-    """Whether it stands for a Conv1D, whose weight is (I, O)."""
+    """True where it stands for a Conv1D, whose weight is (I, O)."""
 
     @property
     def weight(self) -> Tensor:
-        """What the dense layer's weight would hold; a copy."""
+        """A copy of the dense layer's weight."""
         weight = self.dense_weight().to(getattr(self, self.format.values_name).device)
         return weight.t() if self.stores_transposed else weight
 
@@ -125,7 +125,7 @@ def clear_cast_zeros(layer: SparseLinear) -> None:
 
 
 def reread_integers(layer: SparseLinear, group: Mapping[str, StoredTensor]) -> None:
-    """Reads again, as stored, the integer parts of a layer that the model keeps in fp32.
+    """Read again, as stored, the integer parts of a layer that the model keeps in fp32.
 
     Some versions of transformers cast every tensor under such a module's name, offsets among them.
     """

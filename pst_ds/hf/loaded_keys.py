@@ -11,7 +11,7 @@ from pst_ds.hf.weight_files import PackedFolderError
 
 
 class LoadedKeys:
-    """What a model expects from its files. transformers gives random weights, and a warning, for what is missing."""
+    """The tensors that a model expects from its files; transformers gives random values for a missing one."""
 
     def __init__(self, model: PreTrainedModel, *, has_heads: bool, is_part: bool):
         """``has_heads``: the files hold another class of the same base model, whose head is left out; ``is_part``: the
@@ -21,7 +21,7 @@ class LoadedKeys:
         self._base_prefix = f"{model.base_model_prefix}." if has_heads else ""
 
     def compare(self, model: PreTrainedModel, loading_info: Any) -> None:
-        """Raises PackedFolderError, naming a tensor, unless the files and the model fit.
+        """Raise PackedFolderError, naming a tensor, unless the files and the model fit.
 
         ``loading_info``: transformers' sets of keys after its own exceptions, as an object, or in 5.0 as the pair
         (missing, unexpected).

@@ -19,7 +19,7 @@ LOAD_AS = ("auto", "sparse", "dense")
 
 
 class ModelFolderError(InputError):
-    """A model folder that cannot be opened, or not for what is asked; the message names it."""
+    """A model folder that cannot be opened, or not for this purpose; the message names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class ModelFolder:
 
     @property
     def weight_file_bytes(self) -> int:
-        """Of the files that the model is loaded from. Raises InputError for one that is missing or damaged."""
+        """The size of the files that the model is loaded from. Raises InputError for one that is missing or damaged."""
         packed = _quantization(self.config).get("weights_file") or ""
         return BaseWeights(self.path, "", str(packed)).file_bytes
 
@@ -68,7 +68,7 @@ class ModelFolder:
         return model.eval()
 
     def tokenizer(self) -> Any:
-        """Raises ModelFolderError where there is none."""
+        """Return the tokenizer. Raises ModelFolderError where there is none."""
         try:
             return transformers.AutoTokenizer.from_pretrained(self.path, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
@@ -79,7 +79,7 @@ class ModelFolder:
 
 
 def open_model_folder(path: str | Path) -> ModelFolder:
-    """Reads config.json. Raises ModelFolderError."""
+    """Open a folder by its config.json. Raises InputError."""
     path = Path(path)
     if not path.is_dir():
         raise ModelFolderError(f"{path}: no such folder (looked in {path.absolute()})")
@@ -102,6 +102,6 @@ def _format(path: Path, config: PreTrainedConfig) -> str:
 
 
 def _quantization(config: PreTrainedConfig) -> dict[str, Any]:
-    """Of a transformers config; empty without one."""
+    """The quantization_config of a transformers config; empty without one."""
     found = getattr(config, "quantization_config", None) or {}
     return dict(found) if isinstance(found, dict) else dict(found.to_dict())

@@ -83,7 +83,7 @@ def _tied_weights(model: nn.Module) -> set[int]:
 
 
 def _reason_against(module: nn.Module, tied: set[int]) -> str | None:
-    """Why this layer cannot be converted, and the way out; None when it can. The cheap questions come first."""
+    """Return why this layer cannot be converted, and the fix; None when it can be. The cheap questions come first."""
     values = next(module.parameters())
     if not isinstance(module, SparseLinear) and id(module.weight) in tied:
         return "its weight is tied to another layer, which would lose it. Leave it out."

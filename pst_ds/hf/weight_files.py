@@ -1,4 +1,4 @@
-"""What the headers of packed weight files say, before one byte of a tensor is read."""
+"""The headers of packed weight files, read before any tensor."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def kept_values(name: str, form: PackedFormat, group: Mapping[str, StoredTensor]
 
 
 def outside_base_model(names: Iterable[str], base_prefix: str) -> set[str]:
-    """The names of a head's tensors: those beside the ones that begin with the base model's prefix, if any do."""
+    """The names of a head's tensors: all without the base model's prefix, if some have it."""
     names = set(names)
     inside = {name for name in names if base_prefix and re.match(rf"{re.escape(base_prefix)}\.", name)}
     return names - inside if inside else set()

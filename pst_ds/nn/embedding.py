@@ -26,7 +26,7 @@ class PSTEmbedding(nn.Module):
         super().__init__()
         self.padding_idx, self.beta = base.padding_idx, config.beta
         self.bypassed = False
-        """Whether W0 alone is looked up; see :func:`pst_ds.nn.inject.bypassed`."""
+        """True while W0 alone is looked up; see :func:`pst_ds.nn.inject.bypassed`."""
         self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
         self.weight = base.weight
         rank = config.update_rank

@@ -77,7 +77,7 @@ def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = 
 
 
 def configured_parameters(model: nn.Module, config: PSTConfig) -> set[nn.Parameter]:
-    """What ``config`` trains of an injected ``model``: factors, modules trained in full, biases, pruned weights.
+    """Return what ``config`` trains of an injected ``model``: factors, modules trained in full, biases, pruned weights.
 
     By what the config says, whether or not it has a gradient now.
     """
@@ -111,7 +111,7 @@ def injected_config(model: nn.Module) -> PSTConfig:
 
 
 def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """(name, Parameter) of all that a small state has beside masks, in model order.
+    """(name, Parameter) of all that an adapter state has besides masks, in model order.
 
     That is what the config trains, also when it was frozen since, and whatever else has a gradient.
     """

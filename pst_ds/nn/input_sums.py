@@ -1,4 +1,4 @@
-"""What layers are given: sums of squares, or of products, of their inputs over all tokens."""
+"""Sums of squares, or of products, of the inputs of layers over all tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def squares(inputs: Tensor) -> Tensor:
-    """Of inputs (tokens, I) of any float dtype the sum of squares of each over the tokens: (I,) double precision."""
+    """Sum the squares of inputs (tokens, I) of any float dtype over the tokens: (I,), double precision."""
     return inputs.to(torch.float32).square().sum(0).to(torch.float64)
 
 

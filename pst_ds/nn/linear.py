@@ -44,7 +44,7 @@ class PSTLinear(nn.Module):
 
     W = W0 + beta U V;  S = |W| / scale + alpha1 A B + alpha2 (R 1' + 1 C');  M keeps the largest S;  y = x (M . W)' + b
 
-    Parameters, beside ``weight`` (frozen unless ``config.train_weights``) and ``bias``:
+    Parameters, besides ``weight`` (frozen unless ``config.train_weights``) and ``bias``:
         pst_A (O, k), pst_B (P*k, I), pst_R (O,), pst_C (P, I), pst_U (O, r), pst_V (P*r, I): trainable, see
             :mod:`pst_ds.core.factors` for P; None for those the config leaves out.
         pst_S, as the weight: a score of each weight, with ``config.full_scores`` alone; trainable.
@@ -75,15 +75,15 @@ class PSTLinear(nn.Module):
         )  # fmt: skip
         self.rule = config.rule_for(name)
         self.scores_train = config.has_scores or config.full_scores
-        """Whether scores have a gradient now; False once the masks are fixed."""
+        """True while scores have a gradient now; False once the masks are fixed."""
         self.input_norms: Tensor | None = None
         """(I,) fp32, of ``magnitude = "activation"``; the same on every rank, and on the weight's device."""
         self.score_penalty = 0.0
         """What the mean of sigmoid(S) of a score of each weight adds in each backward pass to the loss, times this."""
         self.bypassed = False
-        """Whether it multiplies with W0 alone, as the dense model does; see :func:`pst_ds.nn.inject.bypassed`."""
+        """True while it multiplies with W0 alone, as the dense model does; see :func:`pst_ds.nn.inject.bypassed`."""
         self.was_called = False
-        """Whether ``forward`` ever was; see :func:`pst_ds.nn.inject.layers_never_called`."""
+        """True once ``forward`` was called; see :func:`pst_ds.nn.inject.layers_never_called`."""
         self.tile_bytes = config.tile_bytes
         self.weight = weight
         self.bias = bias
@@ -132,7 +132,7 @@ class PSTLinear(nn.Module):
         return layer_factors(values, self.layout.parts, self.constants, self.input_norms)
 
     def state(self) -> masked_linear.LayerState:
-        """What the layer multiplies with now. The parameters must be gathered."""
+        """The weight that the layer multiplies with now. The parameters must be gathered."""
         return masked_linear.LayerState(
             self.weight.detach(),
             self.pst_mask.detach(),

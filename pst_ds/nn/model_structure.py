@@ -1,4 +1,4 @@
-"""What is inside a model's blocks: linear layers, matrices that belong to none, and the routers of experts.
+"""The inside of a model's blocks: linear layers, matrices that belong to none, and the routers of experts.
 
 All of it is found by shape and place, never by name, so that a model of tomorrow is looked at as one of today.
 """
@@ -39,7 +39,7 @@ def untied_linear_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def is_inside_block(name: str, model: nn.Module) -> bool:
-    """Whether the name passes through an item of a ModuleList: how transformers stacks its blocks."""
+    """Return whether the name passes through an item of a ModuleList: how transformers stacks its blocks."""
     parts = name.split(".")
     return any(
         parts[i].isdigit() and isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList)
@@ -68,7 +68,7 @@ class LooseMatrix:
 
 
 def loose_matrices(model: nn.Module) -> list[LooseMatrix]:
-    """Every such Parameter, in model order; embeddings and kernels of convolutions are none.
+    """Every such Parameter, in model order; but embeddings and kernels of convolutions.
 
     The last two dimensions must be larger than 1: (1, 1, width) is a vector that broadcasts, (channels, 1, width) a
     kernel.

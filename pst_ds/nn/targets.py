@@ -1,4 +1,4 @@
-"""Which modules are pruned and which are trained in full, with PEFT's meaning of the names."""
+"""The modules to prune and the modules to train in full, with PEFT's meaning of the names."""
 
 from __future__ import annotations
 
@@ -99,16 +99,16 @@ def modules_to_save(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]
 
 
 def modules_named_to_save(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]:
-    """The same of a model that may have been changed since: a name that matches none is passed over."""
+    """The same for a model that may have changed since: a name that matches none is skipped."""
     if config.modules_to_save is None:
         return _task_head(model)
     return {n: m for n, m in model.named_modules() if n and name_matches(n, config.modules_to_save)}
 
 
 def _task_head(model: nn.Module) -> dict[str, nn.Module]:
-    """What a model of transformers has on top of its base model; nothing for a language model, whose head is no task's.
+    """Return what a model of transformers has on top of its base model; nothing for a language model.
 
-    That a model is one is seen by its output embeddings. So DeBERTa's pooler is part of the head, since the base model
+    A language model is known by its output embeddings. So DeBERTa's pooler is part of the head, since the base model
     has none, and BERT's, which it has, is not.
     """
     base = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
@@ -178,7 +178,7 @@ def _refuse_loose_matrices(
     raise InjectionError(
         f"{first.owner} ({type(first.module).__name__}) has {first.attribute} of shape {first.shape}, "
         f"{'a stack of matrices' if first.is_stack else 'a matrix'} that belongs to no linear layer, which PST cannot "
-        f"prune. With all like it ({len(loose)} Parameters) {dense:,} weights would stay dense, beside "
+        f"prune. With all like it ({len(loose)} Parameters) {dense:,} weights would stay dense, next to "
         f"{sum(t.layout.numel for t in targets):,} that would be pruned. If that is meant, say so with "
         f"exclude_modules = {listed(dict.fromkeys(owners))}"
     )
@@ -229,7 +229,7 @@ def _refuse_unfit(name: str, module: Any, places: tuple[tuple[nn.Module, str], .
 
 
 def why_not_replaceable(name: str, module: nn.Module, holders: Sequence[nn.Module], model: nn.Module) -> str:
-    """Why the linear layer ``name`` of ``model`` must stay where it is, and what to do; "" if it need not.
+    """Return why the linear layer ``name`` of ``model`` cannot be replaced, and what to do; "" if it can be.
 
     ``holders`` are the modules that hold it.
     """
@@ -272,7 +272,7 @@ def hooks(name: str, module: nn.Module) -> str:
 
 
 def attention_names(model: nn.Module) -> list[str]:
-    """What ``exclude_modules`` needs for every nn.MultiheadAttention of ``model``: its name and its linear layers."""
+    """Return the names of every nn.MultiheadAttention and its linear layers, as ``exclude_modules`` takes them."""
     found: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):

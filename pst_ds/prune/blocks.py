@@ -45,7 +45,7 @@ def outermost_list(name: str, model: nn.Module) -> str:
 
 
 def block_of(target: Target, stack: str) -> int:
-    """Which item of the list ``stack`` a target is in."""
+    """Return the index of the item of ``stack`` that a target is in."""
     return int(target.name.removeprefix(stack + ".").partition(".")[0])
 
 

@@ -1,4 +1,4 @@
-"""A pruned model as a folder that plain transformers loads, with an account of what was pruned beside it."""
+"""A pruned model as a folder that plain transformers loads, with a record of what was pruned."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def require_free(out: Path, base: str) -> None:
 
 
 def record_of(layers: Sequence[PrunedLayer], about: Mapping[str, object]) -> dict[str, Any]:
-    """What :data:`RECORD_FILE` holds: ``about`` the run, counts over all layers, and of each layer."""
+    """Return the content of :data:`RECORD_FILE`: ``about`` the run, counts over all layers, and of each layer."""
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     return {
         "format": FORMAT,

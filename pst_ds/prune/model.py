@@ -22,7 +22,7 @@ from pst_ds.prune.rules import LayerRule, Method
 
 @dataclass(frozen=True, slots=True)
 class PrunedLayer:
-    """What was done to a layer."""
+    """The outcome for one layer."""
 
     name: str
     shape: tuple[int, int]
@@ -115,7 +115,7 @@ class _Factors:
         self._last: tuple[Tensor, InverseFactor] | None = None
 
     def of(self, gram: Tensor) -> InverseFactor:
-        """Raises FloatingPointError."""
+        """Return the inverse factor of ``gram``. Raises FloatingPointError."""
         if self._last is None or not torch.equal(self._last[0], gram):
             self._last = gram, inverse_factor(gram)
         return self._last[1]

@@ -2,7 +2,7 @@
 
 Every block runs inside the model's own forward pass, with the arguments that the model gives it. In the pass for block
 i the blocks before it do not compute: they hand on the output of block i - 1 from the pass before, and the pass ends as
-block i has run. What a model does ahead of its blocks (embeddings, masks, rotations) it so does anew in each pass, and
+block i has run. What a model does ahead of its blocks (embeddings, masks, rotations) it so repeats in each pass, and
 what comes after them never. Between passes only the output of one block is held.
 """
 

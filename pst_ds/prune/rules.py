@@ -1,4 +1,4 @@
-"""What one-shot pruning does to each layer: the method, and the pattern and share of zeros of every target."""
+"""Rules of one-shot pruning: the method, and the pattern and share of zeros of every target."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pst_ds.errors import InputError
 from pst_ds.nn.targets import Target
 
 METHOD_PATTERNS: dict[Method, str] = {"magnitude": "matrix", "wanda": "row", "sparsegpt": "row"}
-"""What each method ranks against what if nothing else is asked for."""
+"""The pattern of each method unless another is given."""
 
 
 @dataclass(frozen=True, slots=True)
