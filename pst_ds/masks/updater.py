@@ -15,7 +15,6 @@ from pst_ds.errors import InputError
 from pst_ds.masks.update import MaskStats, mask_stats, masks_of_zeros, update_masks
 from pst_ds.nn.inject import freeze_scores, injected_config, layers_never_called, pst_layers, shortened
 from pst_ds.nn.model_structure import is_inside_block
-from pst_ds.nn.replaceable import listed
 from pst_ds.nn.targets import listed
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_objects, is_main
