@@ -5,6 +5,7 @@ TYPE_CHECKING, or by ``importlib.import_module``.
 """
 
 import ast
+import graphlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,6 +160,23 @@ def test_the_floors_hold(path):
 
 def test_there_are_sources_of_every_lower_floor():
     assert {"core", "parallel", "nn", "train"} <= {unit_of(path.relative_to(PACKAGE)) for path in SOURCES}
+
+
+def imports_at_once(path: Path) -> set[Path]:
+    """Files of the package that ``path`` imports when it is imported itself."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    lazy = nodes_not_run_at_import(tree)
+    found = set()
+    for name, node in imports_of(tree, path.relative_to(PACKAGE)):
+        parts = name.split(".")
+        candidates = [PACKAGE.parent.joinpath(*parts[:n]).with_suffix(".py") for n in (len(parts), len(parts) - 1)]
+        if id(node) not in lazy and parts[0] == "pst_ds":
+            found |= {next((c for c in candidates if c.exists()), path)} - {path}
+    return found
+
+
+def test_no_module_waits_for_itself():
+    graphlib.TopologicalSorter({path: imports_at_once(path) for path in SOURCES}).prepare()
 
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in SOURCES}), ids=lambda p: p.name)
