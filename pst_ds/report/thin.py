@@ -14,7 +14,7 @@ def thinned(points: Sequence[P], most: int) -> list[P]:
     if len(points) <= most:
         return list(points)
     inner = range(1, len(points) - 1)
-    size = -(-2 * len(inner) // (most - 2))  # two of each stretch are kept
+    size = -(-len(inner) // ((most - 2) // 2))  # two of each stretch are kept
     chosen = {0, len(points) - 1}
     for start in range(0, len(inner), size):
         stretch = inner[start : start + size]

@@ -85,7 +85,7 @@ def test_every_contestant_has_its_rates_and_ratios(folders, capsys):
         assert 0 < row["output_layer_share"] < 1 - row["outside_linear_layers"]
     assert len(table) == 3 + len(rows)
     assert result["conditions"]["last_level_cache_bytes"] > 0
-    assert result["conditions"]["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(result["conditions"]["versions"]["torch"])  # the metadata may lack "+cu132"
 
 
 def test_bytes_are_those_of_files_and_tensors(folders, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pst_ds.report.thin import EvenlyApart, spread, thinned
@@ -13,6 +13,7 @@ VALUES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400)
 
 
 @given(VALUES, st.integers(4, 60))
+@example([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0], 5)
 def test_ends_and_extremes_stay(values, most):
     points = list(enumerate(values))
     found = thinned(points, most)
