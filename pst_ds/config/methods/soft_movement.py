@@ -3,8 +3,5 @@
 from pst_ds.config.methods.method import WEIGHTS, Method
 
 METHOD = Method(
-    "ramp",
-    trains_everything=True,
-    settings={**WEIGHTS, "full_scores": True, "pattern": "global"},
-    score_penalty=1.0,
+    "ramp", trains_everything=True, settings={**WEIGHTS, "full_scores": True, "pattern": "global"}, score_penalty=1.0
 )
