@@ -33,7 +33,7 @@ _MAY_DIFFER = (
     "model.gradient_checkpointing", "model.gradient_checkpointing_reentrant", "data.train", "data.validation",
     "data.test", "data.label_names", "train.gradient_accumulation_steps", "train.log_interval",
     "train.stall_timeout_seconds", "eval.interval", "eval.batch_size", "checkpoint.interval", "checkpoint.keep_last",
-    "pst.tile_bytes", "pictures.interval", "pictures.layers",
+    "pst.prune_uncalled", "pst.tile_bytes", "pictures.interval", "pictures.layers",
 )  # fmt: skip
 """Settings that may differ when a run continues: paths, how the same numbers are computed, and what the digest of the
 examples covers."""
