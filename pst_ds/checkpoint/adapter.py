@@ -28,16 +28,8 @@ from pst_ds.checkpoint.restore import base_fingerprint, is_of_hub, same_base, we
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.core.bits import count_bits, relayout
 from pst_ds.errors import InputError
+from pst_ds.nn import inject
 from pst_ds.nn.adapter_checkpoints import MASK_BITS, write_mask
-from pst_ds.nn.inject import (
-    adapter_parameters,
-    configured_parameters,
-    freeze_scores,
-    inject_pst,
-    injected_config,
-    persistent_buffers,
-    pst_layers,
-)
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import all_gather_objects, is_main
 from pst_ds.parallel.steps import unwrapped
@@ -77,7 +69,7 @@ def save_pretrained(
         RuntimeError: Another rank failed otherwise.
     """
     model = unwrapped(model)
-    injected_config(model)
+    inject.injected_config(model)
     writes = is_main() if writes is None else writes
     tensors, failure = adapter_state(model, keep=writes), None
     if writes:
@@ -114,10 +106,10 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
     saved = _read_config(folder)
     is_other_revision = _require_base(model, saved, folder)
     config = _pst_config(saved["pst_config"], folder)
-    if pst_layers(model):
-        _require_formula(injected_config(model), config, folder)
+    if inject.pst_layers(model):
+        _require_formula(inject.injected_config(model), config, folder)
     else:
-        inject_pst(model, config)
+        inject.inject_pst(model, config)
     also_trained = set(saved.get("also_trained", ()))
     for name, param in model.named_parameters():
         if name in also_trained:
@@ -127,16 +119,16 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
     if is_other_revision:
         _require_weights(model, saved, folder)
     with torch.no_grad():
-        for name, param in adapter_parameters(model):
+        for name, param in inject.adapter_parameters(model):
             shard = zero3.shard_of(param)
             zero3.write_shard(param, tensors[name].flatten()[shard.start : shard.start + shard.values.numel()])
-        for name, buffer in persistent_buffers(model).items():
+        for name, buffer in inject.persistent_buffers(model).items():
             buffer.copy_(tensors.get(name, buffer))
-        for name, layer in pst_layers(model).items():
+        for name, layer in inject.pst_layers(model).items():
             write_mask(layer, tensors[f"{name}.{MASK_BITS}"])
             layer.weight_scales = tuple(saved["weight_scales"][name])
     if saved["masks_frozen"]:
-        freeze_scores(model)
+        inject.freeze_scores(model)
     return model
 
 
@@ -152,13 +144,13 @@ def adapter_state(
     """
     keep = is_main() if keep is None else keep
     tensors: dict[str, Tensor] = {}
-    for name, param in adapter_parameters(model):
+    for name, param in inject.adapter_parameters(model):
         value = zero3.fp32_masters([param])[0] if gathered is None else gathered[name].float()
         if keep:
             tensors[name] = value.detach().to("cpu", copy=True).contiguous()
-    for name, buffer in persistent_buffers(model).items() if keep else ():
+    for name, buffer in inject.persistent_buffers(model).items() if keep else ():
         tensors[name] = (buffer if gathered is None else gathered[name]).detach().to("cpu", copy=True).contiguous()
-    for name, layer in pst_layers(model).items():
+    for name, layer in inject.pst_layers(model).items():
         key = f"{name}.{MASK_BITS}"
         if gathered is not None and key in gathered:  # a state dict with adapter_checkpoints
             bits = gathered[key].cpu()
@@ -177,17 +169,17 @@ def write_adapter_state(
     """Write the three files for ``tensors``, from :func:`adapter_state`, on one rank. Raises OSError."""
     from safetensors.torch import save
 
-    folder, config = Path(folder), injected_config(model)
+    folder, config = Path(folder), inject.injected_config(model)
     folder.mkdir(parents=True, exist_ok=True)
     data = save(tensors, metadata={"format": "pt"})
-    layers, base = pst_layers(model), getattr(model, "name_or_path", "")
-    configured = configured_parameters(model, config)
+    layers, base = inject.pst_layers(model), getattr(model, "name_or_path", "")
+    configured = inject.configured_parameters(model, config)
     kept = sum(count_bits(bits, bits)[1] for name, bits in tensors.items() if name.endswith(MASK_BITS))
     table = {
         "format": FORMAT,
         "pst_ds_version": __version__,
         "pst_config": asdict(config),
-        "also_trained": [name for name, param in adapter_parameters(model) if param not in configured],
+        "also_trained": [name for name, param in inject.adapter_parameters(model) if param not in configured],
         "base_model_name_or_path": base,
         "base_fingerprint": _fingerprint(base),
         "dtype": _dtype(model),
@@ -252,10 +244,8 @@ def _with_tuples(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _require_base(model: nn.Module, saved: dict[str, Any], folder: Path) -> bool:
-    """Raise PretrainedError for the weights of another folder; return whether the base is another hub revision.
-
-    The cache knows only the newest revision, so :func:`_require_weights` decides.
-    """
+    """Raise PretrainedError for the weights of another folder; return whether the base is another hub revision, where
+    :func:`_require_weights` decides, since the cache knows only the newest."""
     base, known = _fingerprint(getattr(model, "name_or_path", "")), saved["base_fingerprint"]
     if not base or not known or same_base(base, known):
         return False
@@ -290,7 +280,7 @@ def _other_weights(model: nn.Module, saved: dict[str, Any], folder: Path) -> str
 
 
 def _dtype(model: nn.Module) -> str:
-    return str(next(iter(pst_layers(model).values())).weight.dtype).removeprefix("torch.")
+    return str(next(iter(inject.pst_layers(model).values())).weight.dtype).removeprefix("torch.")
 
 
 def _read_tensors(folder: Path, digest: str) -> dict[str, Tensor]:
@@ -307,16 +297,16 @@ def _read_tensors(folder: Path, digest: str) -> dict[str, Tensor]:
 
 
 def _require_fit(model: nn.Module, tensors: dict[str, Tensor], saved: dict[str, Any], folder: Path) -> None:
-    wanted = {name: tuple(zero3.full_shape(param)) for name, param in adapter_parameters(model)}
-    for name, layer in pst_layers(model).items():
+    wanted = {name: tuple(zero3.full_shape(param)) for name, param in inject.adapter_parameters(model)}
+    for name, layer in inject.pst_layers(model).items():
         wanted[f"{name}.{MASK_BITS}"] = (-(-layer.layout.numel // 8),)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wanted |= {name: tuple(buffer.shape) for name, buffer in persistent_buffers(model).items() if name in shapes}
+    wanted |= {name: tuple(buffer.shape) for name, buffer in inject.persistent_buffers(model).items() if name in shapes}
     for name in sorted(wanted.keys() | shapes.keys()):
         if wanted.get(name) != shapes.get(name):
             raise PretrainedError(
                 f"{folder / WEIGHTS_FILE} does not fit the model: {name} has shape {shapes.get(name)} there, and "
                 f"{wanted.get(name)} in the model (None: it is not there)"
             )
-    if set(saved["weight_scales"]) != set(pst_layers(model)):
+    if set(saved["weight_scales"]) != set(inject.pst_layers(model)):
         raise PretrainedError(f"{folder / CONFIG_FILE} does not fit the model: weight_scales are those of other layers")

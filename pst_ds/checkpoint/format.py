@@ -80,24 +80,18 @@ class Contents:
     cuts: list[list[tuple[int, int, int]]] | None = None
     """Chunks of the trainable parameters; None for even ones. See :class:`pst_ds.checkpoint.chunks.ChunkedTensors`."""
 
-    def chunked_tensors(self) -> ChunkedTensors:
-        """Raises ValueError for chunks that do not add up."""
-        sizes = {name: torch.Size(shape).numel() for name, shape in self.trained.items()}
-        return ChunkedTensors(sizes, self.num_shards, self.cuts)
-
 
 class Checkpoint:
     """A checkpoint opened for reading; its values are read from disk on request."""
 
     def __init__(self, folder: Path, state: CheckpointState, contents: Contents):
         self.folder, self.state, self.contents = folder, state, contents
-        self._tensors = contents.chunked_tensors()
-        self._mask_offsets: dict[str, int] = {}
-        end = 0
+        sizes = {name: torch.Size(shape).numel() for name, shape in contents.trained.items()}
+        self._tensors = ChunkedTensors(sizes, contents.num_shards, contents.cuts)
+        self._mask_offsets, self._mask_bytes = {}, 0
         for name, numel in contents.masks.items():
-            self._mask_offsets[name] = end
-            end += shard_bytes(numel, contents.num_shards)
-        self._mask_bytes = end
+            self._mask_offsets[name] = self._mask_bytes
+            self._mask_bytes += shard_bytes(numel, contents.num_shards)
         self._open: dict[int, Any] = {}
 
     @property
@@ -241,9 +235,8 @@ def listed_files(folder: Path) -> list[str]:
                 f"{path} does not belong in a checkpoint, which holds {MANIFEST}, {SUMS} and shard-*.safetensors; it "
                 "was not opened. Move it elsewhere"
             )
-        if path.name != SUMS:
-            names.append(path.name)
-    return names
+        names.append(path.name)
+    return [name for name in names if name != SUMS]
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

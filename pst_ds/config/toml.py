@@ -167,7 +167,8 @@ def _build(cls: type[T], table: Any, prefix: str) -> T:
 def _convert(value: Any, hint: Any, key: str) -> Any:
     """``value`` as the annotated type, or a ConfigError that says what was wanted."""
     for text in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(text, str) and not _is_utf8(text):
+        # Python holds the bytes of a path that are no UTF-8 as halves of surrogate pairs
+        if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
             raise ConfigError(
                 f"{key} = {text!r} is not UTF-8, as a run file has to be; give the file or folder another name"
             )
@@ -195,15 +196,6 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"{key} = {value!r} must be {_describe(hint)}")
-
-
-def _is_utf8(text: str) -> bool:
-    """Python holds the bytes of a path that are no UTF-8 as halves of surrogate pairs."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _describe(hint: Any) -> str:

@@ -17,10 +17,7 @@ if TYPE_CHECKING:
     from pyarrow import ChunkedArray
 
 _TSV = ".tsv"
-_FORMATS = {
-    ".jsonl": "json", ".json": "json", ".csv": "csv", _TSV: "csv", ".parquet": "parquet", ".txt": "text"
-}  # fmt: skip
-
+_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", _TSV: "csv", ".parquet": "parquet", ".txt": "text"}
 _QUOTED, _QUOTED_INSIDE = r'^"([^"]|"")*"$', r'^"([^"]|"")*""([^"]|"")*"$'
 
 

@@ -82,10 +82,8 @@ def _generation_config(settings: EvalConfig, tokenizer: Tokenizer) -> Generation
 
 
 class _NoRepeatAfter:
-    """Forbid the same ``size`` tokens in a row twice, after the first ``length`` tokens.
-
-    The processor of transformers also counts the prompt of a decoder, from which a name must be copied.
-    """
+    """Forbid the same ``size`` tokens in a row twice, after the first ``length`` tokens. The processor of transformers
+    also counts the prompt of a decoder, from which a name must be copied."""
 
     def __init__(self, length: int, size: int):
         from transformers import NoRepeatNGramLogitsProcessor

@@ -134,8 +134,7 @@ def tokenized_texts(rows: Dataset, data: DataConfig, split: str, tokenizer: Toke
     """Tokenise each row's text, or pair of texts. Raises ConfigError for a row without one."""
     texts = [text_column(rows[column], column, getattr(data, split)) for column in data.text_columns]
     encoded = tokenizer(*texts, truncation=True, max_length=data.max_length)
-    keys = list(encoded.keys())
-    return [{key: encoded[key][i] for key in keys} for i in range(len(rows))]
+    return [{key: values[i] for key, values in encoded.items()} for i in range(len(rows))]
 
 
 def collate(examples: Examples, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:

@@ -36,10 +36,8 @@ def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> d
 
     streams = [list(stream) for stream in zip_longest(*references)]  # None where a text has fewer references
     scorer = RougeScorer(["rougeL"])
-    longest = [
-        scorer.score_multi(list(wanted), text)["rougeL"].fmeasure
-        for text, wanted in zip(texts, references, strict=True)
-    ]
+    pairs = zip(texts, references, strict=True)
+    longest = [scorer.score_multi(list(wanted), text)["rougeL"].fmeasure for text, wanted in pairs]
     return {
         "bleu": sacrebleu.corpus_bleu(list(texts), streams).score,
         "rouge_l": 100.0 * sum(longest) / len(longest),

@@ -31,35 +31,23 @@ class LayerScores:
 
     def __init__(self, name: str, layer: PSTLinear, factors: Factors, values: zero3.Shard, halo: Halo | None = None):
         self.name, self.layer, self.layout = name, layer, layer.layout
+        self.row_length, self.matrices = self.layout.shape[1], self.layout.blocks()
         self.rule, self.pattern = layer.rule, layer.rule.pattern
         self.start, self.stop = values.start, values.start + values.values.numel()
-        self._weight, self._halo = values.values, halo
+        self._weight, self._halo, self.device = values.values, halo, values.values.device
+        self._tile_size = TILE_ELEMENTS.get(self.device.type, TILE_ELEMENTS["cuda"])
         self.unit = self.pattern.unit(self.layout)
         self.region = self.pattern.aligned(self.layout, self.start, self.stop)
         self._factors = _with_contiguous_columns(factors) if self.layout.transposed else factors
         self._unit_keys: dict[int, list[Tensor]] = {}
 
-    @property
-    def device(self) -> torch.device:
-        return self._weight.device
-
-    @property
-    def row_length(self) -> int:
-        return self.layout.shape[1]
-
-    @property
-    def matrices(self) -> tuple[Block, ...]:
-        return self.layout.blocks()
-
     def rects(self, matrix: Block) -> Iterator[Rect]:
         """The part of ``matrix`` that holds this rank's units, in rectangles of whole units, in rising order."""
-        size = TILE_ELEMENTS.get(self.device.type, TILE_ELEMENTS["cuda"])
-        yield from unit_tiles(matrix.rect, self.unit, self.row_length, *self.region, size)
+        return unit_tiles(matrix.rect, self.unit, self.row_length, *self.region, self._tile_size)
 
     def own_rects(self, matrix: Block) -> Iterator[Rect]:
         """This rank's weights of ``matrix`` and no others, in rectangles in rising order, whatever its units are."""
-        size = TILE_ELEMENTS.get(self.device.type, TILE_ELEMENTS["cuda"])
-        yield from shard_tiles(matrix.rect, self.row_length, self.start, self.stop, size)
+        return shard_tiles(matrix.rect, self.row_length, self.start, self.stop, self._tile_size)
 
     def keys(self, matrix: Block, rect: Rect) -> Tensor:
         """Keys of single weights, (rows, cols) int32, of a rectangle of ``matrix``."""
@@ -70,8 +58,7 @@ class LayerScores:
 
     def weight_keys(self, matrix: Block) -> Iterator[Tensor]:
         """This rank's keys of ``matrix`` where every weight is a unit."""
-        for rect in self.rects(matrix):
-            yield self.keys(matrix, rect)
+        return (self.keys(matrix, rect) for rect in self.rects(matrix))
 
     def unit_keys(self, matrix: Block, prune: int) -> Iterator[Tensor]:
         """Keys of units of many weights: of blocks, or of N:M groups that would lose ``prune`` weights."""
@@ -107,18 +94,16 @@ class LayerScores:
     def sample(self, matrix: Block, positions: Tensor) -> Tensor:
         """Keys, int32, of the weights at ``positions`` (int64, among the matrix's in storage order); 0 for those of
         other ranks."""
-        rect = matrix.rect
+        rect, keys = matrix.rect, torch.zeros(positions.numel(), dtype=torch.int32, device=self.device)
         if rect.c1 - rect.c0 == self.row_length:  # in the order of the shard: look at none but this rank's
             offset = rect.r0 * self.row_length
             own = torch.tensor([self.start - offset, self.stop - offset])
             first, last = torch.searchsorted(positions, own).tolist()
-            keys = torch.zeros(positions.numel(), dtype=torch.int32, device=self.device)
             keys[first:last] = self._keys_at(matrix, positions[first:last])
             return keys
         rows, cols = positions // (rect.c1 - rect.c0), positions % (rect.c1 - rect.c0)
         flat = (rows + rect.r0) * self.row_length + cols + rect.c0
         here = ((flat >= self.start) & (flat < self.stop)).nonzero().flatten()
-        keys = torch.zeros(positions.numel(), dtype=torch.int32, device=self.device)
         keys[here.to(self.device)] = self._keys_at(matrix, positions[here])
         return keys
 

@@ -1,7 +1,5 @@
-"""Statistics of each layer: norms, the correlation of scores with |W|, and images of chosen layers.
-
-Every rank looks at its own shards, in tiles; no weight is gathered.
-"""
+"""Statistics of each layer: norms, the correlation of scores with |W|, and images of chosen layers. Every rank looks at
+its own shards, in tiles; no weight is gathered."""
 
 from __future__ import annotations
 
@@ -120,7 +118,8 @@ def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> La
     if with_scores and finite:
         ranges = [parts[i].histogram_range(sums[i]) for i in finite]
         counts = [parts[i].counts(*bounds) for i, bounds in zip(finite, ranges, strict=True)]
-        for i, bounds, counted in zip(finite, ranges, _summed(counts, any_weight), strict=True):
+        summed = group_sum(torch.cat(counts), any_weight).split([count.numel() for count in counts])
+        for i, bounds, counted in zip(finite, ranges, summed, strict=True):
             bins, cells = counted[: 2 * stats.HISTOGRAM_BINS], counted[2 * stats.HISTOGRAM_BINS :]
             found.histograms.append(_histogram(i, parts[i].layer, bounds, bins))
             found.thumbnails.append(_thumbnail(i, parts[i].layer, cells))
@@ -136,15 +135,8 @@ class _Part:
         ranked = zero3.master_shard(ranked_parameter(self.layer))
         self._weight = ranked if self.layer.pst_S is None else zero3.master_shard(self.layer.weight)
         self._keys = LayerScores(name, self.layer, factors, ranked)
-
-    @property
-    def numel(self) -> int:
-        """Weights of the whole layer."""
-        return self.layer.layout.numel
-
-    @property
-    def learns_scores(self) -> bool:
-        return any(getattr(self.layer, f"pst_{name}") is not None for name in SCORE_FACTORS)
+        self.numel = self.layer.layout.numel  # of the whole layer
+        self.learns_scores = any(getattr(self.layer, f"pst_{name}") is not None for name in SCORE_FACTORS)
 
     def sums(self, with_scores: bool) -> Tensor:
         """(_NUM_SUMS,) float64 over this rank's weights; those of scores only where asked for."""
@@ -198,9 +190,7 @@ class _Part:
         return _finite(stats.update_norm(self.layer.layout, self._factors, self.layer.constants))
 
     def _rects(self) -> Iterator[tuple[Block, Rect]]:
-        for block in self.layer.layout.blocks():
-            for rect in self._keys.own_rects(block):
-                yield block, rect
+        return ((block, rect) for block in self._keys.matrices for rect in self._keys.own_rects(block))
 
     def _scores(self, block: Block, rect: Rect) -> Tensor:
         """S, (rows, cols) fp32, as masks are selected by it."""
@@ -220,16 +210,10 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _summed(counts: Sequence[Tensor], any_weight: nn.Parameter) -> tuple[Tensor, ...]:
-    """Each of ``counts`` over all ranks. Collective: one exchange."""
-    return group_sum(torch.cat(list(counts)), any_weight).split([count.numel() for count in counts])
-
-
 def _histogram(index: int, layer: PSTLinear, bounds: tuple[float, float], counts: Tensor) -> ScoreHistogram:
     pruned, kept = counts.view(2, -1)
-    one_threshold = layer.rule.pattern.kind == "global" or (
-        layer.rule.pattern.kind == "matrix" and layer.layout.parts == 1
-    )
+    kind = layer.rule.pattern.kind
+    one_threshold = kind == "global" or (kind == "matrix" and layer.layout.parts == 1)
     threshold = stats.cut_in_bins(pruned + kept, int(pruned.sum()), *bounds) if one_threshold else None
     return ScoreHistogram(index, *bounds, kept.tolist(), pruned.tolist(), threshold)
 

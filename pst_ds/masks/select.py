@@ -49,10 +49,6 @@ class Matrix:
             return self.layer.rule.nm_ramp == "share" and self.sparsity != self.layer.pattern.fixed_sparsity
         return self.kind == "block"
 
-    @property
-    def num_units_in_all(self) -> int:
-        return self.block.rect.numel // (self.layer.unit[0] * self.layer.unit[1])
-
 
 def select_kept(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Tensor]:
     """Bits of what every matrix keeps on this rank: of its units if it ``selects_units``, else of its weights.
@@ -81,7 +77,7 @@ def select_kept(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Te
 def weights_kept(matrix: Matrix, bits: Tensor) -> Iterator[tuple[Rect, Tensor]]:
     """(rectangle, its mask (rows, cols) uint8) of a matrix on this rank, from :func:`select_kept`'s bits."""
     layer = matrix.layer
-    per_unit = layer.unit[0] * layer.unit[1] if matrix.selects_units else 1
+    per_unit = math.prod(layer.unit) if matrix.selects_units else 1
     flags = unpack_shard(bits, sum(rect.numel for rect in layer.rects(matrix.block)) // per_unit)
     at = 0
     for rect in layer.rects(matrix.block):
@@ -120,7 +116,7 @@ def _single_weights(matrices: Sequence[Matrix]) -> tuple[list[MatrixKeys], list[
 def _units(m: Matrix) -> MatrixKeys:
     share = m.sparsity if m.kind == "block" else m.sparsity / (m.layer.pattern.fixed_sparsity or 1.0)
     return MatrixKeys(
-        prune_count=prune_count(share, m.num_units_in_all),
+        prune_count=prune_count(share, m.block.rect.numel // math.prod(m.layer.unit)),
         tiles=partial(m.layer.unit_keys, m.block, m.prune_per_group if m.kind == "n:m" else 0),
         own=m.layer.own_units(m.block),
         num_keys=m.layer.num_units(m.block),

@@ -45,12 +45,7 @@ class MaskStats:
 
     def totals(self) -> dict[str, int | str]:
         """Return the totals over all layers, as JSON values for a checkpoint."""
-        return {
-            "num_weights": self.num_weights,
-            "num_pruned": self.num_pruned,
-            "num_flipped": self.num_flipped,
-            "checksum": self.checksum,
-        }
+        return {name: getattr(self, name) for name in ("num_weights", "num_pruned", "num_flipped", "checksum")}
 
 
 @torch.no_grad()
@@ -132,19 +127,16 @@ def _shard_bits(layer: LayerScores, matrices: list[Matrix], kept: list[Tensor]) 
 
 def _layer_keys(layers: dict[str, PSTLinear]) -> list[LayerScores]:
     """Every layer with the whole fp32 masters of its factors, and the weights its units need of other ranks.
-
-    Collective: one all-gather and one all-to-all for all layers under ZeRO-3.
-    """
+    Collective: one all-gather and one all-to-all for all layers under ZeRO-3."""
     factors = whole_factors(list(layers.values()))
-    wide = {layer: layer.rule.pattern.unit(layer.layout) != (1, 1) for layer in layers.values()}
-    wide_layers = [layer for layer in layers.values() if wide[layer]]
+    wide = [layer for layer in layers.values() if layer.rule.pattern.unit(layer.layout) != (1, 1)]
     shards = {layer: zero3.master_shard(ranked_parameter(layer)) for layer in layers.values()}
     halos = fetch_halos(
-        [ranked_parameter(w) for w in wide_layers],
-        [partial(w.rule.pattern.aligned, w.layout) for w in wide_layers],
-        [shards[w].values for w in wide_layers],
+        [ranked_parameter(w) for w in wide],
+        [partial(w.rule.pattern.aligned, w.layout) for w in wide],
+        [shards[w].values for w in wide],
     )
-    halo_of = dict(zip(wide_layers, halos, strict=True))
+    halo_of = dict(zip(wide, halos, strict=True))
     return [
         LayerScores(name, layer, own, shards[layer], halo_of.get(layer))
         for (name, layer), own in zip(layers.items(), factors, strict=True)

@@ -39,10 +39,8 @@ def update_masks_if_due(
     if step == 1:
         _require_called(model)
     if schedule.updates_masks_at(step):
-        target = schedule.sparsity_at(step)
-        masks = masks_of_zeros(model) if from_zeros else update_masks(
-            model, target, progress=schedule.progress_at(step)
-        )  # fmt: skip
+        target, progress = schedule.sparsity_at(step), schedule.progress_at(step)
+        masks = masks_of_zeros(model) if from_zeros else update_masks(model, target, progress=progress)
     if schedule.is_final(step):
         freeze_scores(model)
     return masks

@@ -78,12 +78,14 @@ class Checkpointer:
         self._report(self._writer.wait(0.0))
         is_last = state.step == self._num_steps
         interval = self._run.eval.interval
-        is_best = False
-        if self._evaluate_now is not None and (is_last or (interval and state.step % interval == 0)):
-            is_best = self._evaluate(state)
+        evaluates = self._evaluate_now is not None and (is_last or (interval and state.step % interval == 0))
+        is_best = evaluates and self._evaluate(state)
         due = self._run.checkpoint.interval and state.step % self._run.checkpoint.interval == 0
         if due or is_best or is_last or state.stopped_by:
-            self._save(state, is_last)
+            heartbeat("saving")
+            settle = partial(self._settle, state.step, self.best_step, is_last)
+            self._report(self._writer.wait())
+            self._writer.save(step_name(state.step), self._state(state), when_written=settle)
 
     def finish(self, state: LoopState) -> dict[str, float]:
         """Wait for the last save; return the metrics at ``state``. Raises CheckpointWriteError if it failed."""
@@ -122,12 +124,6 @@ class Checkpointer:
         if self._best is None or math.isnan(self._best):
             return True
         return value < self._best if self._lower_is_better else value > self._best
-
-    def _save(self, state: LoopState, is_last: bool) -> None:
-        heartbeat("saving")
-        settle = partial(self._settle, state.step, self.best_step, is_last)
-        self._report(self._writer.wait())
-        self._writer.save(step_name(state.step), self._state(state), when_written=settle)
 
     def _settle(self, step: int, best_step: int | None, is_last: bool) -> None:
         keep_last = self._run.checkpoint.keep_last

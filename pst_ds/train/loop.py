@@ -160,10 +160,6 @@ def set_rates(loop: Loop, step: int) -> None:
         group["lr"] = 0.0 if masks_fixed and group["name"] == "scores" else group["peak_lr"] * factor
 
 
-def learning_rates(engine: Engine) -> dict[str, float]:
-    return {f"lr/{group['name']}": group["lr"] for group in engine.optimizer.param_groups}
-
-
 def _batches(loop: Loop, first: int) -> Iterator[tuple[list[tuple[dict[str, Tensor], float]], int]]:
     """Yield this rank's micro-batches of each global batch from number ``first`` on, and the tokens of the whole batch.
 
@@ -196,16 +192,9 @@ def _update_masks_if_due(loop: Loop, state: LoopState) -> None:
     if from_zeros:
         _require_sparsity(loop.run, masks)
     state.masks = masks
-    loop.metrics.write(
-        state.step,
-        {
-            "event": "mask_update",
-            "sparsity/target": schedule.sparsity_at(state.step),
-            "sparsity/actual": masks.sparsity,
-            "flip_rate": masks.flip_rate,
-            "mask_checksum": masks.checksum,
-        },
-    )
+    sparsity = {"sparsity/target": schedule.sparsity_at(state.step), "sparsity/actual": masks.sparsity}
+    change = {"flip_rate": masks.flip_rate, "mask_checksum": masks.checksum}
+    loop.metrics.write(state.step, {"event": "mask_update", **sparsity, **change})
     loop.metrics.masks(state.step, masks)
 
 
@@ -221,10 +210,8 @@ def _require_sparsity(run: RunConfig, masks: MaskStats) -> None:
 
 
 def _agree_on_batch(state: LoopState, losses: list[Tensor]) -> None:
-    """Exchange the mean loss of the last batch, and whether a rank was asked to stop. Collective.
-
-    DeepSpeed skips a step for a bad gradient (not at stage 0 in fp32); a bad loss ends the run, on all ranks.
-    """
+    """Exchange the mean loss of the last batch, and whether a rank was asked to stop. Collective. DeepSpeed skips a
+    step for a bad gradient (not at stage 0 in fp32); a bad loss ends the run, on all ranks."""
     own = torch.stack(losses).double().mean()
     stop = own.new_tensor(float(stop_signals.asked_by()))
     by_rank = all_gather_numbers(torch.stack([own, stop])).tolist()
@@ -263,8 +250,7 @@ def _picture_if_due(loop: Loop, state: LoopState) -> None:
 
 
 def _report_if_due(loop: Loop, state: LoopState) -> None:
-    last = state.step == loop.num_steps
-    if state.step % loop.run.train.log_interval and not last and state.step != 1:
+    if state.step % loop.run.train.log_interval and state.step not in (1, loop.num_steps):
         return
     loss, tokens = sum(state.losses) / len(state.losses), state.tokens
     memory = max(all_gather_objects(peak_memory_bytes(loop.device)))
@@ -277,7 +263,7 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
     values = {
         "event": "step",
         "loss": loss,
-        **learning_rates(loop.engine),
+        **{f"lr/{group['name']}": group["lr"] for group in loop.engine.optimizer.param_groups},
         "sparsity/target": loop.schedule.sparsity_at(state.step) if loop.schedule else 0.0,
         "sparsity/actual": sparsity,
         "flip_rate": flip_rate,

@@ -57,7 +57,8 @@ def load_tokenizer(run: RunConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
         problem = first_line(error)
-    if tokenizer is None or is_without_words(tokenizer):
+    # of a folder without its files, transformers makes one that has special tokens alone
+    if tokenizer is None or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ConfigError(
             f"{place} has no tokenizer, as a folder (looked in {Path(where).absolute()}) or on the "
             f"hub: {problem}. Name the folder that has one with model.tokenizer"
@@ -65,11 +66,6 @@ def load_tokenizer(run: RunConfig) -> Any:
     if tokenizer.pad_token is None and task_of(run).pads:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def is_without_words(tokenizer: Any) -> bool:
-    """Whether a tokenizer has special tokens alone, as transformers makes one of a folder that has no files of it."""
-    return len(tokenizer) <= len(set(tokenizer.all_special_ids))
 
 
 def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any) -> Any:
@@ -97,17 +93,10 @@ def set_padding(config: Any, task: Task, tokenizer: Any) -> None:
 
 
 def _dropout_keys(config: Any) -> list[str]:
-    """The config's dropout probabilities: hidden_dropout_prob, resid_pdrop, dropout_rate and so on.
-
-    One that is None follows another; layerdrop, which leaves out layers, is none.
-    """
-    return [
-        key
-        for key, value in config.to_dict().items()
-        if ("dropout" in key or key.endswith("pdrop"))
-        and isinstance(value, int | float)
-        and not isinstance(value, bool)
-    ]
+    """Return the names of dropout probabilities: hidden_dropout_prob, resid_pdrop, dropout_rate and so on. One that is
+    None follows another; layerdrop, which leaves out layers, does not count."""
+    options = {k: v for k, v in config.to_dict().items() if "dropout" in k or k.endswith("pdrop")}
+    return [k for k, v in options.items() if isinstance(v, int | float) and not isinstance(v, bool)]
 
 
 def attention_options(run: RunConfig) -> dict[str, str]:
@@ -199,10 +188,8 @@ def head_names(module: nn.Module, run: RunConfig) -> list[str]:
 
 
 def _initialise_missing(module: nn.Module, missing: Any, run: RunConfig) -> None:
-    """Draw the parameters the base checkpoint lacks anew, by the model's own rule, from the seed and their names.
-
-    Raises ConfigError for buffers, which nothing trains.
-    """
+    """Draw the parameters that the base checkpoint lacks, by the model's own rule, from the seed and their names.
+    Raises ConfigError for buffers, which nothing trains."""
     buffers = sorted(set(missing) & set(persistent_buffers(module)))
     if buffers:
         raise ConfigError(
@@ -221,10 +208,8 @@ def _initialise_missing(module: nn.Module, missing: Any, run: RunConfig) -> None
 
 
 def _keep_statistics(module: nn.Module) -> None:
-    """Let batch norms train as they evaluate, with the base's statistics.
-
-    Those of a batch hang on its padding, and on the ranks and micro-batches it is cut into.
-    """
+    """Let batch norms train as they evaluate, with the base's statistics: those of a batch depend on its padding, and
+    on the ranks and micro-batches it is cut into."""
     for part in module.modules():
         if isinstance(part, _NormBase) and part.track_running_stats:
             part.eval().train = lambda mode=True, part=part: part  # type: ignore[method-assign, misc]

@@ -94,9 +94,8 @@ def require_teacher(run: RunConfig, shapes: nn.Module) -> None:
         _require_comparable(run, taught.config, place.config(**attention_options(run)))
         return
     _require_dense_base(run)
-    trained = [
-        n for n, p in shapes.named_parameters() if p.requires_grad and not n.rpartition(".")[2].startswith("pst_")
-    ]
+    trainable = (name for name, param in shapes.named_parameters() if param.requires_grad)
+    trained = [name for name in trainable if not name.rpartition(".")[2].startswith("pst_")]
     if trained:
         raise ConfigError(
             f"distillation.teacher is empty, so the model is its own teacher; but {', '.join(trained[:3])}"

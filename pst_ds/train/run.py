@@ -37,23 +37,13 @@ from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
 from pst_ds.parallel.launch import LaunchEnvironment, device_of, init_distributed
 from pst_ds.parallel.ranks import barrier, is_main, raise_on_all_ranks, world_size
 from pst_ds.parallel.watchdog import watching
+from pst_ds.train import run_folder
 from pst_ds.train.calibration import activation_norms, load_norms, save_norms, set_norms
 from pst_ds.train.checkpointer import Checkpointer
 from pst_ds.train.evaluate import predict
 from pst_ds.train.loop import FINAL_TAGS, DivergedError, Loop, LoopState
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
 from pst_ds.train.objective import Objective, load_teacher, require_teacher
-from pst_ds.train.run_folder import (
-    RunProgress,
-    checkpoint_to_go_on_from,
-    flat_table,
-    progress_of,
-    require_no_checkpoints,
-    require_same_everywhere,
-    restore,
-    set_aside_checkpoints,
-    shared_folder,
-)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -175,27 +165,26 @@ def train_run(
     """
     run, folder = prepared.run, Path(prepared.run.output_dir)
     data = _load(prepared)
-    with shared_folder(folder):
-        checkpoint = checkpoint_to_go_on_from(run, data.examples.digest, quiet=quiet) if resume else None
+    with run_folder.shared_folder(folder):
+        checkpoint = run_folder.checkpoint_to_go_on_from(run, data.examples.digest, quiet=quiet) if resume else None
         if checkpoint is None and not restart:
-            require_no_checkpoints(folder)
+            run_folder.require_no_checkpoints(folder)
         load = partial(load_teacher, run, prepared.labels, prepared.tokenizer, prepared.device)
         objective = Objective(run, raise_on_all_ranks(load))
         _, engine = build(prepared, checkpoint)
-        state = restore(engine, checkpoint, run) if checkpoint else LoopState()
+        state = run_folder.restore(engine, checkpoint, run) if checkpoint else LoopState()
     if checkpoint is None:
-        set_aside_checkpoints(folder)
+        run_folder.set_aside_checkpoints(folder)
     if is_main():
         _start_folder(folder, prepared, is_over=state.step == data.num_steps)
     barrier()
     if run.ranks_by_activation:
         _calibrate(prepared, engine, data.examples, resumed=checkpoint is not None)
-    seconds = RunProgress.read(checkpoint).seconds if checkpoint else 0.0
-    layers = {name: layer.layout.numel for name, layer in pst_layers(engine.module).items()}
+    seconds = run_folder.RunProgress.read(checkpoint).seconds if checkpoint else 0.0
+    sizes = {name: layer.layout.numel for name, layer in pst_layers(engine.module).items()}
     metrics = MetricsWriter(
-        folder, num_steps=data.num_steps, is_main=is_main(), quiet=quiet, step=state.step, seconds=seconds,
-        layers=layers,
-    )  # fmt: skip
+        folder, num_steps=data.num_steps, is_main=is_main(), quiet=quiet, step=state.step, seconds=seconds, layers=sizes
+    )
     loop = Loop(
         run, engine, run.make_schedule(data.num_steps), data.examples, prepared.tokenizer, data.num_steps,
         prepared.device, metrics, objective,
@@ -210,7 +199,7 @@ def train_run(
         evaluate=None if data.validation is None else partial(evaluate, engine, data.validation, prepared),
         lower_is_better=prepared.task.lower_is_better,
         new_state=_new_state(prepared),
-        new_progress=partial(progress_of, run, engine, data.examples.digest, zero_stage(prepared.ds_config)),
+        new_progress=partial(run_folder.progress_of, run, engine, data.examples.digest, zero_stage(prepared.ds_config)),
         checkpoint=checkpoint,
     )
     state, final = _train_to_the_end(loop, checkpointer, state, folder / STALLS)
@@ -231,15 +220,12 @@ def _load(prepared: Prepared) -> _Data:
     run = prepared.run
     examples = raise_on_all_ranks(lambda: prepared.load("train"))
     validation = raise_on_all_ranks(lambda: prepared.load("validation")) if run.data.validation else None
-    require_same_everywhere(examples.digest, "data.train", run.data.train)
+    run_folder.require_same_everywhere(examples.digest, "data.train", run.data.train)
     return _Data(examples, validation, run.num_steps(len(examples)))
 
 
 def _calibrate(prepared: Prepared, engine: Engine, examples: ExampleSet, *, resumed: bool) -> None:
-    """Give the scores the norms of their inputs; those of a run that is continued are the ones it began with.
-
-    Collective.
-    """
+    """Give the scores the norms of their inputs; a continued run has those that it began with. Collective."""
     run, folder = prepared.run, Path(prepared.run.output_dir)
     if resumed:
         set_norms(engine.module, raise_on_all_ranks(lambda: load_norms(folder, engine.module)))
@@ -286,7 +272,8 @@ def _train_to_the_end(
 def _settings(run: RunConfig) -> dict[str, Any]:
     """Return the settings that TensorBoard compares runs by; neither data nor paths."""
     names = ("task", "method", "seed", "model.path", "model.dropout", "distillation.weight")
-    return {k: v for k, v in flat_table(run).items() if k in names or k.startswith(("pst.", "schedule.", "train."))}
+    settings = run_folder.flat_table(run).items()
+    return {k: v for k, v in settings if k in names or k.startswith(("pst.", "schedule.", "train."))}
 
 
 def _result(

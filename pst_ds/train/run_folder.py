@@ -122,16 +122,11 @@ def set_aside_checkpoints(folder: Path) -> None:
             for link in there:
                 link.unlink()
         else:
-            previous = _free_name(folder / f"{CHECKPOINTS}.previous")
+            names = (f"{CHECKPOINTS}.previous" + (f"-{i}" if i > 1 else "") for i in itertools.count(1))
+            previous = next(folder / name for name in names if not os.path.lexists(folder / name))
             made.rename(previous)
             print(f"{made} of an earlier run is now {previous}")
     barrier()
-
-
-def _free_name(path: Path) -> Path:
-    """Return ``path``, with "-2", "-3" and so on after it where it is taken."""
-    names = (path.with_name(f"{path.name}-{i}" if i > 1 else path.name) for i in itertools.count(1))
-    return next(name for name in names if not os.path.lexists(name))
 
 
 def checkpoint_to_go_on_from(run: RunConfig, data_digest: str, *, quiet: bool) -> Checkpoint | None:

@@ -60,11 +60,8 @@ def regression_metrics(predicted: np.ndarray, labels: Iterable[float]) -> dict[s
         return {"pearson": math.nan, "spearman": math.nan, "mse": mse}
     if len(values) < 2 or np.ptp(values) == 0 or np.ptp(wanted) == 0:
         return {"pearson": 0.0, "spearman": 0.0, "mse": mse}
-    return {
-        "pearson": float(pearsonr(values, wanted).statistic),
-        "spearman": float(spearmanr(values, wanted).statistic),
-        "mse": mse,
-    }
+    pearson, spearman = (float(of(values, wanted).statistic) for of in (pearsonr, spearmanr))
+    return {"pearson": pearson, "spearman": spearman, "mse": mse}
 
 
 class Regression(Classification):
