@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import astuple
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -39,19 +39,12 @@ def check_fields(config: object) -> None:
     """
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
-        for part in _alternatives(hint):
+        is_union = get_origin(hint) not in (None, Literal, Annotated, tuple)
+        for part in get_args(hint) if is_union else [hint]:
             if get_origin(part) is Literal and value not in get_args(part):
                 raise ValueError(f"{name} = {value!r} must be one of {', '.join(get_args(part))}")
             if get_origin(part) is Annotated and value is not None and not _holds(value, get_args(part)[1:]):
                 raise ValueError(f"{name} = {value} must {_wanted(get_args(part)[1:])}")
-
-
-def _alternatives(hint: object) -> Iterator[object]:
-    """The members of a union, or ``hint`` itself."""
-    if get_origin(hint) in (None, Literal, Annotated, tuple):
-        yield hint
-    else:
-        yield from get_args(hint)
 
 
 def _holds(value: float, bounds: tuple[Any, ...]) -> bool:

@@ -164,9 +164,11 @@ def train_run(
     refused. Raises InputError, StoppedError after a signal, DivergedError, CheckpointWriteError.
     """
     run, folder = prepared.run, Path(prepared.run.output_dir)
-    data = _load(prepared)
+    examples, validation = _load(prepared)
+    num_steps = run.num_steps(len(examples))
+    schedule = run.make_schedule(num_steps)
     with run_folder.shared_folder(folder):
-        checkpoint = run_folder.checkpoint_to_go_on_from(run, data.examples.digest, quiet=quiet) if resume else None
+        checkpoint = run_folder.checkpoint_to_go_on_from(run, examples.digest, quiet=quiet) if resume else None
         if checkpoint is None and not restart:
             run_folder.require_no_checkpoints(folder)
         load = partial(load_teacher, run, prepared.labels, prepared.tokenizer, prepared.device)
@@ -176,52 +178,41 @@ def train_run(
     if checkpoint is None:
         run_folder.set_aside_checkpoints(folder)
     if is_main():
-        _start_folder(folder, prepared, is_over=state.step == data.num_steps)
+        _start_folder(folder, prepared, is_over=state.step == num_steps)
     barrier()
     if run.ranks_by_activation:
-        _calibrate(prepared, engine, data.examples, resumed=checkpoint is not None)
+        _calibrate(prepared, engine, examples, resumed=checkpoint is not None)
     seconds = run_folder.RunProgress.read(checkpoint).seconds if checkpoint else 0.0
     sizes = {name: layer.layout.numel for name, layer in pst_layers(engine.module).items()}
     metrics = MetricsWriter(
-        folder, num_steps=data.num_steps, is_main=is_main(), quiet=quiet, step=state.step, seconds=seconds, layers=sizes
+        folder, num_steps=num_steps, is_main=is_main(), quiet=quiet, step=state.step, seconds=seconds, layers=sizes
     )
-    loop = Loop(
-        run, engine, run.make_schedule(data.num_steps), data.examples, prepared.tokenizer, data.num_steps,
-        prepared.device, metrics, objective,
-    )  # fmt: skip
+    loop = Loop(run, engine, schedule, examples, prepared.tokenizer, num_steps, prepared.device, metrics, objective)
     checkpointer = Checkpointer(
         run,
         engine,
-        loop.schedule,
+        schedule,
         metrics,
         folder=folder / CHECKPOINTS,
-        num_steps=data.num_steps,
-        evaluate=None if data.validation is None else partial(evaluate, engine, data.validation, prepared),
+        num_steps=num_steps,
+        evaluate=None if validation is None else partial(evaluate, engine, validation, prepared),
         lower_is_better=prepared.task.lower_is_better,
         new_state=_new_state(prepared),
-        new_progress=partial(run_folder.progress_of, run, engine, data.examples.digest, zero_stage(prepared.ds_config)),
+        new_progress=partial(run_folder.progress_of, run, engine, examples.digest, zero_stage(prepared.ds_config)),
         checkpoint=checkpoint,
     )
     state, final = _train_to_the_end(loop, checkpointer, state, folder / STALLS)
     return _result(prepared, loop, state, checkpointer, final)
 
 
-@dataclass(frozen=True, slots=True)
-class _Data:
-    """The examples of a run, the same on every rank."""
-
-    examples: ExampleSet
-    validation: ExampleSet | None
-    num_steps: int
-
-
-def _load(prepared: Prepared) -> _Data:
-    """Load the examples. Collective. Raises InputError on all ranks if one cannot read its files, or reads others."""
+def _load(prepared: Prepared) -> tuple[ExampleSet, ExampleSet | None]:
+    """Load the examples, the same on every rank, to train on and to validate with. Collective. Raises InputError on all
+    ranks if one cannot read its files, or reads others."""
     run = prepared.run
     examples = raise_on_all_ranks(lambda: prepared.load("train"))
     validation = raise_on_all_ranks(lambda: prepared.load("validation")) if run.data.validation else None
     run_folder.require_same_everywhere(examples.digest, "data.train", run.data.train)
-    return _Data(examples, validation, run.num_steps(len(examples)))
+    return examples, validation
 
 
 def _calibrate(prepared: Prepared, engine: Engine, examples: ExampleSet, *, resumed: bool) -> None:

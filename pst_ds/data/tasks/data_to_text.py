@@ -59,13 +59,10 @@ class Pairs:
 
     def first(self, count: int) -> Pairs:
         """Return the first ``count`` examples, with all references of their data."""
-        inputs = max(self.input_of[:count], default=-1) + 1
+        input_of, targets = self.input_of[:count], self.targets[:count]
+        inputs = max(input_of, default=-1) + 1
         return replace(
-            self,
-            inputs=self.inputs[:inputs],
-            references=self.references[:inputs],
-            input_of=self.input_of[:count],
-            targets=self.targets[:count],
+            self, inputs=self.inputs[:inputs], references=self.references[:inputs], input_of=input_of, targets=targets
         )
 
     def tokens(self, example: int) -> tuple[list[int], list[int]]:
