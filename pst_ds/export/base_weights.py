@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.errors import InputError, first_line
-from pst_ds.export.tensor_files import TensorFile
+from pst_ds.export.tensor_files import Slot, TensorFile
 
 _WeightFile = TensorFile | dict[str, Tensor]
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
 _OLD_ENDINGS = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
+_LOOKED_FOR = (*(f"{name}.index.json" for name in _WHOLE), *_WHOLE)
 
 
 class BaseWeights:
@@ -41,10 +43,6 @@ class BaseWeights:
         """Return whether the files have a tensor of that very name."""
         return name in self._file_of
 
-    def is_around(self, model: nn.Module) -> bool:
-        """Return whether ``model`` is the text part of this one."""
-        return is_text_part(model, self.folder)
-
     @property
     def file_bytes(self) -> int:
         """The size of the files that the tensors are in. Raises InputError for one that is missing."""
@@ -61,7 +59,7 @@ class BaseWeights:
     def size(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """dtype and shape of the tensor under the file's own ``name``; its values are not read."""
         file = self._file(name)
-        slot = file.slots[name] if isinstance(file, TensorFile) else file[name]
+        slot = _tensors_of(file)[name]
         return slot.dtype, tuple(slot.shape)
 
     def read(self, name: str) -> Tensor:
@@ -73,8 +71,7 @@ class BaseWeights:
         file = self._file_of[name]
         if file not in self._open:
             opened = _opened(self.folder / file)
-            there = opened.slots if isinstance(opened, TensorFile) else opened
-            missing = {n for n, at in self._file_of.items() if at == file} - set(there)
+            missing = {n for n, at in self._file_of.items() if at == file} - set(_tensors_of(opened))
             if missing:
                 raise InputError(f"{self.folder / file} lacks {min(missing)}, which the index says is in it")
             self._open[file] = opened
@@ -171,17 +168,10 @@ def _local_folder(path: str | Path) -> Path:
 
 def _index(folder: Path, named: str) -> dict[str, str]:
     """File of each tensor."""
-    indices = [named] if named.endswith(".json") else []
-    whole = [named] if named and not indices else []
-    if not named:
-        indices = ["model.safetensors.index.json", "pytorch_model.bin.index.json"]
-        whole = ["model.safetensors", "pytorch_model.bin"]
-    for index in indices:
-        if (folder / index).is_file():
-            return _weight_map(folder / index)
-    for name in whole:
-        if (folder / name).is_file():
-            return dict.fromkeys(_names(folder / name), name)
+    for name in [named] if named else _LOOKED_FOR:
+        path = folder / name
+        if path.is_file():
+            return _weight_map(path) if name.endswith(".json") else dict.fromkeys(_tensors_of(_opened(path)), name)
     raise InputError(f"{folder.absolute()} has no {named or 'model.safetensors or pytorch_model.bin'}")
 
 
@@ -197,9 +187,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     return table
 
 
-def _names(path: Path) -> list[str]:
-    opened = _opened(path)
-    return list(opened.slots if isinstance(opened, TensorFile) else opened)
+def _tensors_of(file: _WeightFile) -> Mapping[str, Slot | Tensor]:
+    return file.slots if isinstance(file, TensorFile) else file
 
 
 def _opened(path: Path) -> _WeightFile:

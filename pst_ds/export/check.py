@@ -10,25 +10,11 @@ from torch import Tensor
 
 from pst_ds.atomic_files import file_sha256
 from pst_ds.core.formats import FORMATS, FormatError
+from pst_ds.export import manifest
 from pst_ds.export.base_weights import saved_tensors, tensors_lacking
 from pst_ds.export.export import measured_sparsity
 from pst_ds.export.from_folder import CONFIG_FILE, model_of
-from pst_ds.export.manifest import (
-    DENSE,
-    FORMAT_FILES,
-    MANIFEST_FILE,
-    About,
-    ExportError,
-    JsonTable,
-    TensorEntry,
-    count_nonzero,
-    quantization_config,
-    read_manifest,
-    read_table,
-    require_plain,
-    tensor_sha256,
-    weights_file_of,
-)
+from pst_ds.export.manifest import DENSE, About, ExportError, JsonTable, TensorEntry, read_manifest, read_table
 from pst_ds.export.model_card import CARD_FILE
 from pst_ds.export.tensor_files import CODE_OF_DTYPE, TensorFile, TensorFileError
 from pst_ds.nn.inject import shortened
@@ -88,12 +74,12 @@ def _check_files(folder: Path, entries: Sequence[TensorEntry], about: About) -> 
     weights = {part.file for entry in entries for part in entry.parts}
     beside: dict[str, str] = about["files"]
     for name, digest in beside.items():
-        require_plain(folder / name, f"{folder / name} is missing")
+        manifest.require_plain(folder / name, f"{folder / name} is missing")
         if file_sha256(folder / name) != digest:
             raise ExportError(f"{folder / name} is not what was exported: its SHA-256 differs")
     for name in sorted(weights):
-        require_plain(folder / name, f"{folder / name} is missing")
-    known = weights | set(beside) | {MANIFEST_FILE, CARD_FILE}
+        manifest.require_plain(folder / name, f"{folder / name} is missing")
+    known = weights | set(beside) | {manifest.MANIFEST_FILE, CARD_FILE}
     stray = {path.name for path in folder.iterdir()} - known
     loaded = sorted(n for n in stray if n.endswith((".safetensors", ".bin", ".index.json", ".py", ".pt")))
     if loaded:
@@ -105,7 +91,7 @@ def _check_config(folder: Path, kind: str, num_files: int) -> None:
     """config.json must send transformers to the weights of the manifest."""
     path = folder / CONFIG_FILE
     found = read_table(path, f"{path} is missing").get("quantization_config")
-    wanted = None if kind == DENSE else quantization_config(kind, num_files)
+    wanted = None if kind == DENSE else manifest.quantization_config(kind, num_files)
     if found != wanted:
         raise ExportError(f"{path} has quantization_config {str(found)[:200]}, and {kind} weights need {wanted}")
 
@@ -132,8 +118,8 @@ def _opened(folder: Path, entries: Sequence[TensorEntry]) -> dict[str, TensorFil
 
 def _check_index(folder: Path, entries: Sequence[TensorEntry], files: dict[str, TensorFile], kind: str) -> None:
     """The index that transformers finds the tensors of several files by; of one file there is none."""
-    path = folder / weights_file_of(kind, 2)
-    if any(not name.startswith(FORMAT_FILES[kind]) for name in files):
+    path = folder / manifest.weights_file_of(kind, 2)
+    if any(not name.startswith(manifest.FORMAT_FILES[kind]) for name in files):
         raise ExportError(f"{folder} is {kind}, and has its tensors in {', '.join(sorted(files)[:2])}")
     if len(files) == 1:
         if path.exists():
@@ -154,7 +140,7 @@ def _check_entry(folder: Path, entry: TensorEntry, files: dict[str, TensorFile])
             tensor = files[part.file].read(part.name)
         except TensorFileError as error:
             raise ExportError(str(error)) from None
-        if tensor_sha256(tensor) != part.sha256:
+        if manifest.tensor_sha256(tensor) != part.sha256:
             raise ExportError(f"{path}: {part.name} is not what was exported: its SHA-256 differs")
         parts[part.name] = tensor
     _check_tensor(entry, _dense(entry, parts, path), path)
@@ -180,7 +166,7 @@ def _check_tensor(entry: TensorEntry, tensor: Tensor, path: Path) -> None:
             f"{path}: {entry.name} is {CODE_OF_DTYPE[tensor.dtype]} {list(tensor.shape)}, the manifest says "
             f"{entry.dtype} {entry.shape}"
         )
-    nonzero = count_nonzero(tensor)
+    nonzero = manifest.count_nonzero(tensor)
     if nonzero != entry.nonzero:
         raise ExportError(f"{path}: {entry.name} has {nonzero} non-zeros, not {entry.nonzero}")
     if entry.origin != "pruned":

@@ -59,8 +59,7 @@ def largest_group(bits: Bits, inputs: int, m: int) -> int | None:
         return None
     if m == 4:
         return int(max(_ONES[bits & 15].max(), _ONES[bits >> 4].max()))
-    ones = _ONES[bits].reshape(bits.shape[0], -1, m // 8).sum(2)
-    return int(ones.max())
+    return int(_ONES[bits].reshape(bits.shape[0], -1, m // 8).sum(2).max())
 
 
 def _blocks(bits: Bits, inputs: int) -> str:

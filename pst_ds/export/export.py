@@ -14,27 +14,16 @@ from torch import nn
 
 from pst_ds.atomic_files import atomic_folder, file_sha256, require_writable
 from pst_ds.checkpoint.format import Checkpoint
-from pst_ds.export.base_weights import BaseWeights
+from pst_ds.export import manifest
+from pst_ds.export.base_weights import BaseWeights, is_text_part
 from pst_ds.export.from_folder import CONFIG_FILE, FolderContents, copy_beside, open_folder, plan_folder
 from pst_ds.export.from_run import RunSource, plan_run
-from pst_ds.export.manifest import (
-    DENSE,
-    MANIFEST_FILE,
-    About,
-    ExportError,
-    JsonTable,
-    TensorEntry,
-    quantization_config,
-    weights_file_of,
-    write_manifest,
-)
+from pst_ds.export.manifest import DENSE, MANIFEST_FILE, About, ExportError, JsonTable, TensorEntry
 from pst_ds.export.model_card import CARD_FILE, model_card
 from pst_ds.export.plan import SHARD_BYTES, PlannedFile, Source, TensorJob, plan_files, require_packed, require_space
 from pst_ds.export.write import write_tensors
 
-_BESIDE = (
-    "generation_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
-)  # fmt: skip
+_SMALL = "generation_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
 """Small files of the base that the tokenizer does not write."""
 _SPARE_BYTES = 64 << 20
 """Free space to require besides the weights: tokenizer, manifest, card."""
@@ -76,13 +65,13 @@ def export_run(
     state = checkpoint.state
 
     def write_beside(folder: Path) -> None:
-        if base.is_around(model):
+        if is_text_part(model, base.folder):
             base.copy_if_there(CONFIG_FILE, folder)
         else:
             config: Any = copy.deepcopy(model.config)
             config.architectures = [type(model).__name__]
             config.save_pretrained(folder)
-        for name in _BESIDE:
+        for name in _SMALL:
             base.copy_if_there(name, folder)
         tokenizer.save_pretrained(folder)
 
@@ -118,14 +107,10 @@ def export_folder(
         raise ExportError(f"{out} is the folder to read; name another with --out")
     folder = open_folder(source)
     jobs, values = plan_folder(folder, packing, dtype)
-    contents = _Contents(jobs, values, _about_folder(folder), lambda beside: _copy_folder(folder, beside))
+    surviving = ("step", "base_model", "base_fingerprint", "computed_in", "sparsity_requested", "metrics", "run")
+    about = {key: folder.about.get(key) for key in surviving} | {"metrics": folder.about.get("metrics") or {}}
+    contents = _Contents(jobs, values, about, lambda beside: _copy_folder(folder, beside))
     return _write_folder(contents, out, packing, shard_bytes, processes)
-
-
-def _about_folder(folder: FolderContents) -> JsonTable:
-    """Return the manifest fields that survive a conversion; None where unknown."""
-    known = ("step", "base_model", "base_fingerprint", "computed_in", "sparsity_requested", "metrics", "run")
-    return {key: folder.about.get(key) for key in known} | {"metrics": folder.about.get("metrics") or {}}
 
 
 def _copy_folder(folder: FolderContents, out: Path) -> None:
@@ -153,10 +138,9 @@ def _write_folder(contents: _Contents, out: Path, packing: str, shard_bytes: int
         about = {"kind": packing, "architecture": architecture, **contents.about, **_counted(entries, files)}
         (partial / CARD_FILE).write_text(model_card(out.name, entries, about), encoding="utf-8")
         about["files"] = _sums(partial)
-        write_manifest(partial, entries, about)
-    said = {key: value for key, value in about.items() if key not in ("files", "run")}
+        manifest.write_manifest(partial, entries, about)
     return {
-        **said,
+        **{key: value for key, value in about.items() if key not in ("files", "run")},
         "export_dir": str(out),
         "tensors": len(entries),
         "pruned_tensors": sum(entry.origin == "pruned" for entry in entries),
@@ -171,7 +155,7 @@ def _write_index(folder: Path, files: Sequence[PlannedFile], packing: str) -> No
         return
     total = sum(slot.nbytes for file in files for slot in file.slots.values())
     index = {"metadata": {"total_size": total}, "weight_map": {n: file.name for file in files for n in file.slots}}
-    path = folder / weights_file_of(packing, len(files))
+    path = folder / manifest.weights_file_of(packing, len(files))
     path.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -187,7 +171,7 @@ def _finish_config(folder: Path, entries: Sequence[TensorEntry], packing: str, n
         if isinstance(part, dict) and part.get("dtype"):
             part["dtype"] = table["dtype"]
     if packing != DENSE:
-        table["quantization_config"] = quantization_config(packing, num_files)
+        table["quantization_config"] = manifest.quantization_config(packing, num_files)
     path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return (table.get("architectures") or [""])[0]
 

@@ -12,21 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.formats import FORMATS, FormatError
+from pst_ds.export import manifest
 from pst_ds.export.base_weights import BaseWeights, names_in_files
-from pst_ds.export.manifest import (
-    DENSE,
-    FORMAT_VERSION,
-    MANIFEST_FILE,
-    QUANT_METHOD,
-    About,
-    ExportError,
-    JsonTable,
-    TensorEntry,
-    read_manifest,
-    read_table,
-    tensor_sha256,
-    weights_file_of,
-)
+from pst_ds.export.manifest import DENSE, MANIFEST_FILE, About, ExportError, JsonTable, TensorEntry, read_table
 from pst_ds.export.plan import PlannedTensor, TensorJob, TensorValues, has_2_of_4
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
 from pst_ds.nn.model_structure import is_conv1d, linear_shape, untied_linear_layers
@@ -68,7 +56,7 @@ class FolderSource:
         parts = {part: self._weights.read(stored) for part, stored in recipe.parts.items()}
         for part, tensor in parts.items():
             stored = recipe.parts[part]
-            if hashed and stored in recipe.sha256 and tensor_sha256(tensor) != recipe.sha256[stored]:
+            if hashed and stored in recipe.sha256 and manifest.tensor_sha256(tensor) != recipe.sha256[stored]:
                 raise ExportError(
                     f"{self._weights.folder}: {stored} is not what was exported: its SHA-256 differs. If the weights "
                     f"were changed on purpose, delete {MANIFEST_FILE}"
@@ -106,7 +94,7 @@ def open_folder(path: Path) -> FolderContents:
     config = read_table(path / CONFIG_FILE, f"{path.absolute()} is not a model folder: {CONFIG_FILE} is missing")
     packing, index = _packing_of(path, config)
     model = model_of(path)
-    entries, about = read_manifest(path) if (path / MANIFEST_FILE).exists() else ([], {})
+    entries, about = manifest.read_manifest(path) if (path / MANIFEST_FILE).exists() else ([], {})
     weights = BaseWeights(path, getattr(model, "base_model_prefix", ""), index)
     return FolderContents(path, config, model, weights, packing, {entry.name: entry for entry in entries}, about)
 
@@ -116,13 +104,13 @@ def _packing_of(path: Path, config: JsonTable) -> tuple[str, str]:
     quantization = config.get("quantization_config")
     if quantization is None:
         return DENSE, ""
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != manifest.QUANT_METHOD:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ExportError(f"{path} is quantised ({str(method)[:40]}); export the model before it was quantised")
     packing, version, index = (quantization.get(key) for key in ("format", "format_version", "weights_file"))
-    if packing not in FORMATS or version != FORMAT_VERSION:
+    if packing not in FORMATS or version != manifest.FORMAT_VERSION:
         raise ExportError(f"{path} is packed as {packing!r}, version {version!r}, which this version does not read")
-    if str(index) not in [weights_file_of(str(packing), count) for count in (1, 2)]:
+    if str(index) not in [manifest.weights_file_of(str(packing), count) for count in (1, 2)]:
         raise ExportError(f"{path / CONFIG_FILE} names the weights {str(index)[:80]!r}, which {packing} never has")
     return str(packing), str(index)
 
@@ -143,8 +131,7 @@ def model_of(path: Path) -> nn.Module:
 
 
 def linear_weights(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers that share their weight with no other module, by the name of the weight: the model's and the
-    files'."""
+    """The linear layers that share their weight with no other module, by its name in the model and in the files."""
     layers = {f"{name}.weight": module for name, module in untied_linear_layers(model).items()}
     in_files = names_in_files(model, {name: module.weight for name, module in layers.items()})
     return layers | {saved: layers[name] for saved, name in in_files.items()}
@@ -208,7 +195,7 @@ def _recipe(folder: FolderContents, name: str, parts: dict[str, str], linear: di
 def _planned(
     folder: FolderContents, name: str, recipe: FolderTensor, linear: dict[str, nn.Module], cast: torch.dtype | None
 ) -> PlannedTensor:
-    entry = folder.entries.get(name)
+    origin = folder.entries[name].origin if name in folder.entries else "model"
     if recipe.packing == DENSE:
         dtype, shape = folder.weights.size(recipe.parts[""])
     else:
@@ -219,9 +206,7 @@ def _planned(
         dtype = cast
     is_weight = name in linear and len(shape) == 2
     transposed = is_weight and is_conv1d(linear[name])
-    return PlannedTensor(
-        name, shape, dtype, entry.origin if entry else "model", transposed=transposed, is_linear=is_weight
-    )
+    return PlannedTensor(name, shape, dtype, origin, transposed=transposed, is_linear=is_weight)
 
 
 def _as_packed(source: FolderSource, recipe: FolderTensor, planned: PlannedTensor, packing: str) -> PlannedTensor:

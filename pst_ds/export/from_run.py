@@ -15,7 +15,7 @@ from pst_ds.core.formats import FORMATS, mask_row_bits
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.low_rank_rows import updated_rows
 from pst_ds.core.scores import masked_weight, merged_weight
-from pst_ds.export.base_weights import BaseWeights, may_be_missing, names_in_files, saved_tensors
+from pst_ds.export.base_weights import BaseWeights, is_text_part, may_be_missing, names_in_files, saved_tensors
 from pst_ds.export.detect_pattern import per_row
 from pst_ds.export.manifest import DENSE, ExportError
 from pst_ds.export.plan import PlannedTensor, TensorJob, TensorValues
@@ -70,21 +70,16 @@ class RunSource:
     def _made(self, recipe: RunTensor) -> TensorValues:
         if recipe.layer is not None:
             return self._pruned(recipe, *recipe.layer)
-        if recipe.embedding_beta is not None:
-            return TensorValues(self._updated_embedding(recipe).to(recipe.dtype))
-        if recipe.trained:
-            compute = DTYPES[self._checkpoint.state.precision]
-            return TensorValues(self._checkpoint.trained[recipe.name].to(compute).to(recipe.dtype).contiguous())
+        beta, checkpoint = recipe.embedding_beta, self._checkpoint
+        compute = DTYPES[checkpoint.state.precision]
+        if recipe.trained and beta is None:
+            return TensorValues(checkpoint.trained[recipe.name].to(compute).to(recipe.dtype).contiguous())
         assert recipe.in_base is not None
-        return TensorValues(self._base.read(recipe.in_base).contiguous())
-
-    def _updated_embedding(self, recipe: RunTensor) -> Tensor:
-        """W0 + beta U V of a PSTEmbedding, as the model looked it up."""
-        assert recipe.in_base is not None
-        assert recipe.embedding_beta is not None
-        compute, owner = DTYPES[self._checkpoint.state.precision], recipe.name.removesuffix("weight")
-        left, right = (self._checkpoint.trained[f"{owner}pst_{f}"].to(compute) for f in "UV")
-        return updated_rows(self._base.read(recipe.in_base).to(compute), left, right, recipe.embedding_beta)
+        stored = self._base.read(recipe.in_base)
+        if beta is None:
+            return TensorValues(stored.contiguous())
+        left, right = (checkpoint.trained[f"{recipe.name.removesuffix('weight')}pst_{f}"].to(compute) for f in "UV")
+        return TensorValues(updated_rows(stored.to(compute), left, right, beta).to(recipe.dtype))
 
     def _pruned(self, recipe: RunTensor, layout: WeightLayout, constants: Constants) -> TensorValues:
         """M . (W0 + beta U V) as the model computed it: same function, same dtype, same kind of device."""
@@ -137,7 +132,7 @@ class _Planner:
         self._packing, self._cast = packing, None if dtype is None else DTYPES[dtype]
         self._layers, self._embeddings = pst_layers(model), pst_embeddings(model)
         self._linear = {name: module for name, module in model.named_modules() if is_linear(module)}
-        self._buffers, self._keeps_rest = persistent_buffers(model), base.is_around(model)
+        self._buffers, self._keeps_rest = persistent_buffers(model), is_text_part(model, base.folder)
 
     def jobs(self) -> Iterator[TensorJob]:
         tensors = {n: p.to("meta") for n, p in self._model.named_parameters() if ".pst_" not in n}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.config.file_names import MANIFEST_FILE
+from pst_ds.core.bits import INT_OF_SIZE
 from pst_ds.core.formats import FORMATS
 from pst_ds.errors import InputError
 from pst_ds.export.tensor_files import DTYPE_OF_CODE, tensor_bytes, unique_json
@@ -137,8 +138,7 @@ def count_nonzero(tensor: Tensor) -> int:
     try:
         return int(torch.count_nonzero(tensor))
     except (RuntimeError, NotImplementedError):
-        as_int = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-        return int(torch.count_nonzero(tensor.view(as_int)))
+        return int(torch.count_nonzero(tensor.view({1: torch.int8, **INT_OF_SIZE}[tensor.element_size()])))
 
 
 def write_manifest(folder: Path, entries: list[TensorEntry], about: About) -> None:
@@ -150,12 +150,8 @@ def write_manifest(folder: Path, entries: list[TensorEntry], about: About) -> No
 def sealed(table: JsonTable) -> JsonTable:
     """``table`` with the SHA-256 of all its other values as its last one."""
     rest = {key: value for key, value in table.items() if key != "sha256"}
-    return {**rest, "sha256": _digest(rest)}
-
-
-def _digest(table: JsonTable) -> str:
-    text = json.dumps(table, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return {**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def read_manifest(folder: Path) -> tuple[list[TensorEntry], About]:
@@ -225,8 +221,6 @@ def _about(table: JsonTable) -> JsonTable:
     kind, files = table["kind"], table["files"]
     if kind not in FORMAT_FILES or "sparsity_requested" not in table:
         raise ValueError(f"kind is {kind!r}")
-    if not isinstance(files, dict) or not all(
-        Path(name).name == name and isinstance(digest, str) for name, digest in files.items()
-    ):
+    if not isinstance(files, dict) or not all(Path(n).name == n and isinstance(sha, str) for n, sha in files.items()):
         raise ValueError("files are not plain names with a SHA-256")
     return {key: value for key, value in table.items() if key not in ("format", "sha256")}

@@ -32,8 +32,8 @@ def _front_matter(about: About) -> list[str]:
 def _summary(name: str, about: About) -> list[str]:
     how = "stored densely, with exact zeros" if about["kind"] == DENSE else f"packed as {about['kind']}"
     base = f" of {about['base_model']}" if about.get("base_model") else ""
-    lines = [f"# {name}", "", f"A sparse version{base}. {about['sparsity_measured']:.2%} of the weights in its pruned"]
-    lines[-1] += f" layers are zero; they are {how}."
+    zeros = f"{about['sparsity_measured']:.2%} of the weights in its pruned layers are zero; they are {how}."
+    lines = [f"# {name}", "", f"A sparse version{base}. {zeros}"]
     if about.get("step") is not None:
         lines += ["", f"Trained by pst-ds for {about['step']} steps, computed in {about['computed_in']}."]
     return [*lines, ""]
@@ -67,14 +67,9 @@ def _sparsity(entries: Sequence[TensorEntry], about: About) -> list[str]:
 
 
 def _size(about: About) -> list[str]:
-    share = about["file_bytes"] / max(about["dense_bf16_bytes"], 1)
-    return [
-        "## Size",
-        "",
-        f"The weight files have {about['file_bytes']:,} bytes. Dense in bfloat16 they would have "
-        f"{about['dense_bf16_bytes']:,}: {share:.3f} of it.",
-        "",
-    ]
+    size, dense = about["file_bytes"], about["dense_bf16_bytes"]
+    compared = f"Dense in bfloat16 they would have {dense:,}: {size / max(dense, 1):.3f} of it."
+    return ["## Size", "", f"The weight files have {size:,} bytes. {compared}", ""]
 
 
 def _metrics(about: About) -> list[str]:

@@ -121,18 +121,15 @@ def plan_files(jobs: Sequence[TensorJob], packing: str, shard_bytes: int) -> lis
         parts = output.parts()
         nbytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape in parts.values())
         if shards[-1] and filled + nbytes > shard_bytes:
-            shards.append({})
-            filled = 0
+            shards, filled = [*shards, {}], 0
         twice = next((name for name in parts for shard in shards if name in shard), None)
         if twice:
             raise ExportError(f"two tensors of the model would be named {twice} in the export")
         shards[-1] |= parts
         filled += nbytes
     stem, count = FORMAT_FILES[packing], len(shards)
-    names = [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    if count == 1:
-        names = [f"{stem}.safetensors"]
-    return [PlannedFile(n, *header_and_slots(shard)) for n, shard in zip(names, shards, strict=True)]
+    ends = [f"-{i + 1:05d}-of-{count:05d}" for i in range(count)] if count > 1 else [""]
+    return [PlannedFile(f"{stem}{e}.safetensors", *header_and_slots(s)) for e, s in zip(ends, shards, strict=True)]
 
 
 def require_space(folder: Path, nbytes: int) -> None:

@@ -41,11 +41,8 @@ class Writer:
 
     def write(self, job: TensorJob) -> list[TensorEntry]:
         """Make and write all outputs of ``job``. Raises ExportError."""
-        entries = []
         made = self._source.make(job)
-        for output in job.outputs:
-            entries.append(self._write_one(output, [next(made)]))
-        return entries
+        return [self._write_one(output, [next(made)]) for output in job.outputs]
 
     def close(self) -> None:
         for handle in self._handles.values():
@@ -98,13 +95,12 @@ def write_tensors(
         with (folder / file.name).open("wb") as stream:
             stream.write(file.header)
             stream.truncate(file.nbytes)
-    progress = Progress("export", sum(output.nbytes for job in jobs for output in job.outputs), "bytes")
+    sizes = [sum(output.nbytes for output in job.outputs) for job in jobs]
     entries: dict[int, list[TensorEntry]] = {}
-    arguments = (folder, files, source)
-    with progress:
-        for index, found in _written(arguments, jobs, processes):
+    with Progress("export", sum(sizes), "bytes") as progress:
+        for index, found in _written((folder, files, source), jobs, processes):
             entries[index] = found
-            progress.add(sum(output.nbytes for output in jobs[index].outputs))
+            progress.add(sizes[index])
     return [entry for index in range(len(jobs)) for entry in entries[index]]
 
 

@@ -36,7 +36,10 @@ class _LogFigures(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
         logs: dict[str, Any] | None = None, **_: object,
     ) -> None:  # fmt: skip
-        _add_figures(model, state, logs)
+        figures = {} if model is None else _FIGURES.get(model, {})
+        if logs is not None and "loss" in logs:  # of training steps, and the history that trainer_state.json keeps
+            for entry in (logs, state.log_history[-1]):
+                entry.update(figures)
 
 
 class PSTCallback(_LogFigures, ExportableState):
@@ -203,11 +206,7 @@ class _SavesSmallState:
         self.model, self.step = model, 0
 
     def __call__(
-        self,
-        save_directory: str,
-        state_dict: dict[str, Tensor] | None = None,
-        is_main_process: bool = True,
-        **_: object,
+        self, save_directory: str, state_dict: dict[str, Tensor] | None = None, is_main_process: bool = True, **_: Any
     ) -> None:
         """Write the adapter state on the rank that calls; nothing for an empty ``state_dict``, which the Trainer passes
         under ZeRO-3 where it gathers no weights: :meth:`PSTCallback.on_save` follows."""
@@ -261,14 +260,6 @@ def _log_before_others() -> None:
 
     if _LogFigures not in trainer.DEFAULT_CALLBACKS:
         trainer.DEFAULT_CALLBACKS.append(_LogFigures)  # type: ignore[arg-type]
-
-
-def _add_figures(model: nn.Module | None, state: TrainerState, logs: dict[str, Any] | None) -> None:
-    """To the logs of training steps, which have a loss, and to the history that trainer_state.json keeps."""
-    figures = {} if model is None else _FIGURES.get(model, {})
-    if logs is not None and "loss" in logs:
-        for entry in (logs, state.log_history[-1]):
-            entry.update(figures)
 
 
 def _deepspeed_config() -> dict[str, Any] | None:

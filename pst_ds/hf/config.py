@@ -13,7 +13,7 @@ from pst_ds.export.manifest import FORMAT_VERSION, QUANT_METHOD
 from pst_ds.hf.weight_files import PackedFolderError
 
 LoadAs = Literal["auto", "dense", "sparse"]
-
+_FOLDER_KEYS = ("format", "format_version", "weights_file")
 # transformers 5.0 joins this name to the folder as it is, so nothing here may lead out of it
 _WEIGHTS_FILE = re.compile(r"pst_[A-Za-z0-9_-]+\.safetensors(\.index\.json)?")
 
@@ -43,10 +43,8 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         **unknown: object,
     ):
         self.quant_method = quant_method  # type: ignore[assignment]
-        self.load_as = load_as
-        self.format = format
-        self.format_version = format_version
-        self.weights_file = weights_file
+        self.load_as, self.format = load_as, format
+        self.format_version, self.weights_file = format_version, weights_file
         if load_as not in get_args(LoadAs):
             raise PackedFolderError(f"load_as is 'auto', 'dense' or 'sparse', got {load_as!r}")
         if unknown:
@@ -75,17 +73,12 @@ class PackedWeightsConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of config.json; ``load_as`` is no property of a folder."""
-        return {
-            "quant_method": self.quant_method,
-            "format": self.format,
-            "format_version": self.format_version,
-            "weights_file": self.weights_file,
-        }
+        return {key: getattr(self, key) for key in ("quant_method", *_FOLDER_KEYS)}
 
 
 def _unknown_keys(unknown: dict[str, object]) -> str:
     key = next(iter(unknown))
-    known = ("load_as", "format", "format_version", "weights_file")
+    known = ("load_as", *_FOLDER_KEYS)
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
     return f"quantization_config of pst_ds: unknown key {key!r}. {hint}"

@@ -101,16 +101,9 @@ def put_sparse_layers(
                 f"{name}: packed in the folder, but this model ties it to another weight. Set tie_word_embeddings to "
                 "false in config.json if they differ, or export again."
             )
-        shape = linear_shape(module)
-        sparse = LoadingProjection(
-            shape[1],
-            shape[0],
-            kept_values(name, form, group, shape),
-            format=form.name,
-            bias=module.bias is not None,
-            dtype=module.weight.dtype,  # type: ignore[arg-type]
-            device="meta",
-        )
+        shape, dtype = linear_shape(module), module.get_parameter("weight").dtype
+        count, bias = kept_values(name, form, group, shape), module.bias is not None
+        sparse = LoadingProjection(*shape[::-1], count, format=form.name, bias=bias, dtype=dtype, device="meta")
         sparse.stores_transposed = is_conv1d(module)
         model.set_submodule(name, sparse)
         taken[name] = module
@@ -141,18 +134,11 @@ def make_dense(model: nn.Module, taken: Mapping[str, nn.Module]) -> None:
     The sparse layers must have passed their check.
     """
     for name in list(sparse_layers(model)):
-        _put_back(model, name, taken[name])
-
-
-def _put_back(model: nn.Module, name: str, linear: nn.Module) -> None:
-    sparse = model.get_submodule(name)
-    assert isinstance(sparse, SparseLinear)
-    device = getattr(sparse, sparse.format.values_name).device
-    weight = sparse.dense_weight()
-    if is_conv1d(linear):
-        weight = weight.t()
-    linear.weight = nn.Parameter(weight.contiguous().to(device))
-    if sparse.bias is not None:
-        linear.bias = nn.Parameter(sparse.bias.detach())
-    linear.train(sparse.training)
-    model.set_submodule(name, linear)
+        sparse, linear = model.get_submodule(name), taken[name]
+        assert isinstance(sparse, SparseLinear)
+        weight = sparse.dense_weight().t() if is_conv1d(linear) else sparse.dense_weight()
+        linear.weight = nn.Parameter(weight.contiguous().to(getattr(sparse, sparse.format.values_name).device))
+        if sparse.bias is not None:
+            linear.bias = nn.Parameter(sparse.bias.detach())
+        linear.train(sparse.training)
+        model.set_submodule(name, linear)

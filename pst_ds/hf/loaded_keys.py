@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from pst_ds.hf.weight_files import PackedFolderError
@@ -34,7 +33,8 @@ class LoadedKeys:
             mismatched = loading_info.mismatched_keys
         if missing:
             raise PackedFolderError(_missing(model, sorted(missing)))
-        extra = sorted(name for name in unexpected if not self._is_of_a_head(name))
+        of_model = [] if self._is_part else [name for name in unexpected if name.startswith(self._base_prefix)]
+        extra = sorted(of_model)
         if extra:
             raise PackedFolderError(
                 f"{_listed(extra)}: in the folder, but {type(model).__name__} has no such tensor. Is the config.json "
@@ -43,13 +43,8 @@ class LoadedKeys:
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         other = sorted({str(key[0]) for key in mismatched} | {n for n in shapes if shapes[n] != self._shapes.get(n)})
         if other:
-            wanted = self._shapes.get(other[0], torch.Size())
-            raise PackedFolderError(
-                f"{_listed(other)}: not of the shape {tuple(wanted)} that {type(model).__name__} has"
-            )
-
-    def _is_of_a_head(self, name: str) -> bool:
-        return self._is_part or (bool(self._base_prefix) and not name.startswith(self._base_prefix))
+            wanted, kind = tuple(self._shapes.get(other[0], ())), type(model).__name__
+            raise PackedFolderError(f"{_listed(other)}: not of the shape {wanted} that {kind} has")
 
 
 def _missing(model: PreTrainedModel, missing: list[str]) -> str:

@@ -88,17 +88,11 @@ def open_model_folder(path: str | Path) -> ModelFolder:
     if not (path / "config.json").is_file():
         raise ModelFolderError(f"{path}: config.json is missing, so it is no model folder")
     config = Pretrained(str(path)).config(local_files_only=True)
-    return ModelFolder(path, config, _format(path, config))
-
-
-def _format(path: Path, config: PreTrainedConfig) -> str:
-    found = _quantization(config)
-    if not found:
-        return "dense"
-    method = found.get("quant_method")
-    if method != "pst_ds":
+    quantization = _quantization(config)
+    method = quantization.get("quant_method")
+    if quantization and method != "pst_ds":
         raise ModelFolderError(f"{path}: its weights are quantized with {method!r}; dense and pst_ds folders are read")
-    return str(found.get("format"))
+    return ModelFolder(path, config, str(quantization.get("format")) if quantization else "dense")
 
 
 def _quantization(config: PreTrainedConfig) -> dict[str, Any]:

@@ -11,13 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    AutoHfQuantizer,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from pst_ds.core.formats import FORMATS, PackedFormat
@@ -72,14 +66,10 @@ class PackedWeightsQuantizer(HfQuantizer):
     # One of these two is called by every transformers 5, before it looks for the weight file.
 
     def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        return self._name_weights_file(config)
-
-    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        return self._name_weights_file(config)
-
-    def _name_weights_file(self, config: PreTrainedConfig) -> PreTrainedConfig:
         config.transformers_weights = self.quantization_config.weights_file
         return config
+
+    update_attn_implementation = update_tp_plan
 
     # around the loading
 
@@ -91,15 +81,13 @@ class PackedWeightsQuantizer(HfQuantizer):
                 "packed weights are loaded from their folder; state_dict= and gguf_file= are not read"
             )
         headers = read_headers(checkpoint_files)
-        heads = set()
-        if type(model).__name__ not in (model.config.architectures or ()):
-            heads = outside_base_model(headers, model.base_model_prefix)
+        is_other = type(model).__name__ not in (model.config.architectures or ())
+        has_heads = is_other and bool(outside_base_model(headers, model.base_model_prefix))
         is_part = is_text_part(model, Path(checkpoint_files[0]).parent)
-        groups = named_groups(model, packed_groups(headers, self.form))
+        self._groups = named_groups(model, packed_groups(headers, self.form))
         tied = getattr(model, "all_tied_weights_keys", {})
-        self._taken = put_sparse_layers(model, groups, self.form, {*tied, *tied.values()})
-        self._groups = groups
-        keys = LoadedKeys(model, has_heads=bool(heads), is_part=is_part)
+        self._taken = put_sparse_layers(model, self._groups, self.form, {*tied, *tied.values()})
+        keys = LoadedKeys(model, has_heads=has_heads, is_part=is_part)
         model._adjust_missing_and_unexpected_keys = functools.partial(  # type: ignore[method-assign]
             self._finish, model, keys, model._adjust_missing_and_unexpected_keys
         )
@@ -116,8 +104,7 @@ class PackedWeightsQuantizer(HfQuantizer):
             self._check(name, layer)
         if self.quantization_config.dequantize:
             make_dense(model, self._taken)
-        self._groups = {}
-        self._finished = True
+        self._groups, self._finished = {}, True
         return result
 
     def _check(self, name: str, layer: SparseLinear) -> None:
@@ -167,21 +154,19 @@ _NO_DISK = "offloading packed weights to disk is not supported: leave 'disk' out
 def _is_on_cpu(device_map: Any) -> bool:
     if device_map is None:
         return True
-    if isinstance(device_map, str):
-        # "auto", "balanced", ...: transformers prefers an accelerator
+    if isinstance(device_map, str):  # "auto", "balanced", ...: transformers prefers an accelerator
         return not torch.accelerator.is_available()
     return all(str(device) == "cpu" for device in device_map.values())
 
 
 def register() -> None:
     """Registers the config and the quantizer, once a process."""
-    if QUANT_METHOD in AUTO_QUANTIZER_MAPPING and QUANT_METHOD in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    if QUANT_METHOD in auto.AUTO_QUANTIZER_MAPPING and QUANT_METHOD in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         return
-    register_quantization_config(QUANT_METHOD)(PackedWeightsConfig)
-    register_quantizer(QUANT_METHOD)(PackedWeightsQuantizer)
-    AutoHfQuantizer.merge_quantization_configs = staticmethod(  # type: ignore[method-assign]
-        _with_load_as(AutoHfQuantizer.merge_quantization_configs)
-    )
+    auto.register_quantization_config(QUANT_METHOD)(PackedWeightsConfig)
+    auto.register_quantizer(QUANT_METHOD)(PackedWeightsQuantizer)
+    merge = _with_load_as(auto.AutoHfQuantizer.merge_quantization_configs)
+    auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(merge)  # type: ignore[method-assign]
 
 
 def _with_load_as(merge: Any) -> Any:
@@ -193,12 +178,11 @@ def _with_load_as(merge: Any) -> Any:
 
     @functools.wraps(merge)
     def merged(quantization_config: Any, quantization_config_from_args: Any = None) -> Any:
-        if not isinstance(quantization_config_from_args, PackedWeightsConfig):
-            return merge(quantization_config, quantization_config_from_args)
-        config = merge(quantization_config, None)
-        if isinstance(config, PackedWeightsConfig):
-            config.load_as = quantization_config_from_args.load_as
-            return config
+        if isinstance(quantization_config_from_args, PackedWeightsConfig):
+            config = merge(quantization_config, None)
+            if isinstance(config, PackedWeightsConfig):
+                config.load_as = quantization_config_from_args.load_as
+                return config
         return merge(quantization_config, quantization_config_from_args)
 
     return merged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 from pst_ds.errors import InputError
-from pst_ds.nn.model_structure import is_conv1d, is_linear
+from pst_ds.nn.model_structure import is_conv1d, is_linear, linear_shape
 from pst_ds.runtime import SparseLinear
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -75,11 +76,8 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def _tied_weights(model: nn.Module) -> set[int]:
     """Identities of the parameters that two modules share, as an output layer and its embedding do."""
-    seen: dict[int, int] = {}
-    for module in model.modules():
-        for param in module.parameters(recurse=False):
-            seen[id(param)] = seen.get(id(param), 0) + 1
-    return {param for param, count in seen.items() if count > 1}
+    users = Counter(id(param) for module in model.modules() for param in module.parameters(recurse=False))
+    return {param for param, count in users.items() if count > 1}
 
 
 def _reason_against(module: nn.Module, tied: set[int]) -> str | None:
@@ -89,15 +87,14 @@ def _reason_against(module: nn.Module, tied: set[int]) -> str | None:
         return "its weight is tied to another layer, which would lose it. Leave it out."
     if values.dtype not in DTYPES:
         return f"its weight is {values.dtype}, and bf16 or fp16 is needed. Load the model with dtype=torch.bfloat16."
-    weight_shape = _shape(module)
+    weight_shape = linear_shape(module)
     rows, columns = _multiples(values.dtype)
     if weight_shape[0] % rows or weight_shape[1] % columns:
         needed = f"multiples of ({rows}, {columns}) are needed"
         return f"its shape (outputs, inputs) is {weight_shape}, and {needed}. Leave it out."
     if reason := _reason_against_device(values.device):
         return reason
-    weight = _dense_weight(module)
-    if not is_two_four(weight):
+    if not is_two_four(weight := _dense_weight(module)):
         row, group = _first_bad_group(weight)
         return (
             f"not 2:4: output {row} has more than two non-zeros in inputs {4 * group} to {4 * group + 3}. "
@@ -140,12 +137,6 @@ def _multiples(dtype: torch.dtype) -> tuple[int, int]:
     return limits.sparse_min_rows, limits.sparse_min_cols
 
 
-def _shape(module: Any) -> tuple[int, int]:
-    if is_conv1d(module):
-        return module.nf, module.nx
-    return module.out_features, module.in_features
-
-
 def _dense_weight(module: Any) -> Tensor:
     """(O, I), contiguous, where the layer is."""
     if isinstance(module, SparseLinear):
@@ -159,7 +150,7 @@ def _convert(model: nn.Module, name: str, module: Any) -> None:
     if isinstance(module, nn.Linear):
         module.weight = weight
         return
-    out_features, in_features = _shape(module)
+    out_features, in_features = linear_shape(module)
     linear = nn.Linear(in_features, out_features, bias=module.bias is not None, device="meta")
     linear.weight = weight
     if module.bias is not None:

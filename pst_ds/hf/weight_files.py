@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +35,7 @@ class StoredTensor:
     def read(self) -> torch.Tensor:
         """The tensor as it is stored, on the CPU."""
         with safe_open(self.path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(self.name)
-            return tensor
+            return file.get_tensor(self.name)
 
 
 def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:
@@ -59,10 +58,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-            return {
-                name: StoredTensor(name, path, part.get_dtype(), tuple(part.get_shape()))
-                for name, part in slices.items()
-            }
+            return {n: StoredTensor(n, path, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise PackedFolderError(f"{path}: not a readable safetensors file: {error}; export the model again") from None
 
@@ -84,14 +80,10 @@ def kept_values(name: str, form: PackedFormat, group: Mapping[str, StoredTensor]
     """
     absent = [part for part in form.part_names if part not in group]
     if absent:
-        file = next(iter(group.values())).file
-        raise PackedFolderError(
-            f"{name}.{absent[0]}: not in the folder, though other parts are in {file}. Export again."
-        )
+        file, part = next(iter(group.values())).file, absent[0]
+        raise PackedFolderError(f"{name}.{part}: not in the folder, though other parts are in {file}. Export again.")
     values = group[form.values_name]
-    count = 1
-    for size in values.shape:
-        count *= size
+    count = math.prod(values.shape)
     dtype = DTYPE_OF_CODE.get(values.dtype)
     if dtype not in VALUE_DTYPES:
         raise PackedFolderError(f"{name}.{form.values_name}: {values.dtype} in {values.file} is no dtype of a weight")
@@ -112,5 +104,5 @@ def kept_values(name: str, form: PackedFormat, group: Mapping[str, StoredTensor]
 def outside_base_model(names: Iterable[str], base_prefix: str) -> set[str]:
     """The names of a head's tensors: all without the base model's prefix, if some have it."""
     names = set(names)
-    inside = {name for name in names if base_prefix and re.match(rf"{re.escape(base_prefix)}\.", name)}
+    inside = {name for name in names if base_prefix and name.startswith(f"{base_prefix}.")}
     return names - inside if inside else set()
