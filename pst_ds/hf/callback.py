@@ -81,7 +81,10 @@ class PSTCallback(_LogFigures, ExportableState):
             _cubic(1, **fields)  # refuses bad fields now
         self._masks: MaskUpdater | None = None
         self._came_with_trainer = False
-        _log_before_others()
+        from transformers import trainer
+
+        if _LogFigures not in trainer.DEFAULT_CALLBACKS:
+            trainer.DEFAULT_CALLBACKS.append(_LogFigures)  # type: ignore[arg-type]
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: object
@@ -253,13 +256,6 @@ def _step_of(folder: str | None) -> int | None:
         return None if folder is None else json.loads((Path(folder) / CONFIG_FILE).read_bytes())["step"]
     except (OSError, ValueError, KeyError):
         return None
-
-
-def _log_before_others() -> None:
-    from transformers import trainer
-
-    if _LogFigures not in trainer.DEFAULT_CALLBACKS:
-        trainer.DEFAULT_CALLBACKS.append(_LogFigures)  # type: ignore[arg-type]
 
 
 def _deepspeed_config() -> dict[str, Any] | None:

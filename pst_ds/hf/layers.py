@@ -140,5 +140,6 @@ def make_dense(model: nn.Module, taken: Mapping[str, nn.Module]) -> None:
         linear.weight = nn.Parameter(weight.contiguous().to(getattr(sparse, sparse.format.values_name).device))
         if sparse.bias is not None:
             linear.bias = nn.Parameter(sparse.bias.detach())
+        del weight  # a second copy, where it was transposed or moved
         linear.train(sparse.training)
         model.set_submodule(name, linear)

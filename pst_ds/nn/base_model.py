@@ -87,10 +87,9 @@ class Pretrained:
         options = {} if dtype is None else {"dtype": dtype}
         try:
             with torch.device("meta"):
-                model: nn.Module = make(config, **options)
+                return make(config, **options)
         except Exception as error:  # whatever strange values make transformers do
             raise InputError(f"{self}{purpose} cannot be built: {first_line(error)}. {fix}".rstrip()) from error
-        return model
 
     def load(self, kind: Any, misfit: str, **options: object) -> tuple[PreTrainedModel, list[str]]:
         """Return a model of ``kind`` with its pretrained weights, and the names of the tensors that the files lack.
@@ -142,5 +141,4 @@ def architecture(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     import transformers
 
     names = getattr(config, "architectures", None) or [""]
-    kind: type[PreTrainedModel] | None = getattr(transformers, names[0], None)
-    return kind
+    return getattr(transformers, names[0], None)

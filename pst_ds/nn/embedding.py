@@ -30,11 +30,10 @@ class PSTEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
         self.weight = base.weight
         rank = config.update_rank
-        like: dict[str, Any] = {"device": base.weight.device, "dtype": base.weight.dtype}
         std = config.update_init_scale * init_std(config.update_init, rank, base.embedding_dim)
         values = seeded_normal((rank, base.embedding_dim), std, f"{config.factor_seed}/{name}/V")
-        self.pst_U = nn.Parameter(torch.zeros(base.num_embeddings, rank, **like))
-        self.pst_V = nn.Parameter(values.to(**like))
+        self.pst_U = nn.Parameter(base.weight.new_zeros(base.num_embeddings, rank))
+        self.pst_V = nn.Parameter(values.to(base.weight))
 
     @property
     def num_factor_parameters(self) -> int:
@@ -78,12 +77,8 @@ class _UpdatedRows(torch.autograd.Function):
         module: PSTEmbedding = ctx.module
         left, right = module.pst_U, module.pst_V
         with zero3.gathered([p for p in (left, right) if zero3.is_released(p)]):
+            flat_ids, flat_grad = ids.reshape(-1), grad_y.reshape(-1, grad_y.shape[-1])
             grads = row_gradients(
-                ids.reshape(-1),
-                grad_y.reshape(-1, grad_y.shape[-1]),
-                left.detach(),
-                right.detach(),
-                module.beta,
-                padding_idx=module.padding_idx,
+                flat_ids, flat_grad, left.detach(), right.detach(), module.beta, padding_idx=module.padding_idx
             )
             return None, None, grads[0].to(left.dtype), grads[1].to(right.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.config.pst import MaskRule, PSTConfig, name_matches
-from pst_ds.core.layout import WeightLayout, shard_tiles, view_in_shard
+from pst_ds.core.layout import shard_tiles, view_in_shard
 from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent
 from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
 from pst_ds.errors import InputError
@@ -45,8 +45,7 @@ def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = 
     """
     if pst_layers(model):
         raise InjectionError("the model already has PST modules; inject into the base model, once")
-    targets = find_targets(model, config)
-    embeddings = find_embeddings(model, config)
+    targets, embeddings = find_targets(model, config), find_embeddings(model, config)
     _require_tiles(targets, config)
     rules = _fitting_rules(targets, config)
     compared = not config.full_scores and (config.has_scores or any(rule.pattern.kind == "global" for rule in rules))
@@ -81,11 +80,8 @@ def configured_parameters(model: nn.Module, config: PSTConfig) -> set[nn.Paramet
 
     By what the config says, whether or not it has a gradient now.
     """
-    params: set[nn.Parameter] = set()
-    for name, param in model.named_parameters():
-        part = name.rpartition(".")[2]
-        if part.startswith("pst_") and part != "pst_mask":
-            params.add(param)
+    own = {p: name.rpartition(".")[2] for name, p in model.named_parameters()}
+    params = {p for p, part in own.items() if part.startswith("pst_") and part != "pst_mask"}
     for module in modules_named_to_save(model, config).values():
         params.update(module.parameters())
     for module in model.modules():
@@ -228,21 +224,17 @@ def _weight_scales(targets: Sequence[Target]) -> dict[str, tuple[float, ...]]:
     Collective under ZeRO-3.
     """
     owners = [(t, block) for t in targets for block in t.layout.blocks()]
-    zero = zero3.shard_of(targets[0].module.weight).values.new_zeros(())
-    own_largest = [torch.stack([zero, *(v.abs().max() for v in _own_tiles(t, b))]).max() for t, b in owners]
     weight = targets[0].module.weight
+    zero = zero3.shard_of(weight).values.new_zeros(())
+    own_largest = [torch.stack([zero, *(v.abs().max() for v in _own_tiles(t, b))]).max() for t, b in owners]
     largest = group_max(torch.stack(own_largest).double().nan_to_num(nan=math.inf, posinf=math.inf), weight).tolist()
     for (target, _), value in zip(owners, largest, strict=True):
         if not math.isfinite(value):
             raise InjectionError(f"{target.name}.weight has NaN or infinite values; the base model is damaged")
     exponents = [fixed_point_exponent(value) for value in largest]
-    sums = torch.tensor(
-        [
-            sum(int(abs_sum_fixed_point(v, e)) for v in _own_tiles(t, b))
-            for (t, b), e in zip(owners, exponents, strict=True)
-        ],
-        dtype=torch.int64,
-    )
+    scaled = zip(owners, exponents, strict=True)
+    own = [sum(int(abs_sum_fixed_point(v, e)) for v in _own_tiles(t, b)) for (t, b), e in scaled]
+    sums = torch.tensor(own, dtype=torch.int64)
     scales: dict[str, tuple[float, ...]] = {}
     for (target, block), total, exponent in zip(owners, group_sum(sums, weight).tolist(), exponents, strict=True):
         mean = total / 2.0**exponent / block.rect.numel
@@ -254,9 +246,7 @@ def _weight_scales(targets: Sequence[Target]) -> dict[str, tuple[float, ...]]:
 
 def _own_tiles(target: Target, block):
     """This rank's values of one matrix, in rectangles."""
-    shard = zero3.shard_of(target.module.weight)
-    layout: WeightLayout = target.layout
-    row_length = layout.shape[1]
+    shard, row_length = zero3.shard_of(target.module.weight), target.layout.shape[1]
     stop = shard.start + shard.values.numel()
     for rect in shard_tiles(block.rect, row_length, shard.start, stop, _SCALE_TILE):
         yield view_in_shard(shard.values, rect, row_length, shard.start)

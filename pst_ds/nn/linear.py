@@ -68,6 +68,7 @@ class PSTLinear(nn.Module):
     ):
         super().__init__()
         self.layout, self.num_shards, self.weight_scales = layout, num_shards, weight_scales
+        self.in_features, self.out_features = layout.in_features, layout.out_features
         self.constants = Constants(
             config.alpha1, config.alpha2, config.beta, config.detach_magnitude,
             magnitude=config.magnitude != "none", frozen_magnitude=config.frozen_magnitude,
@@ -85,8 +86,7 @@ class PSTLinear(nn.Module):
         self.was_called = False
         """True once ``forward`` was called; see :func:`pst_ds.nn.inject.layers_never_called`."""
         self.tile_bytes = config.tile_bytes
-        self.weight = weight
-        self.bias = bias
+        self.weight, self.bias = weight, bias
         device = weight.device
         self.pst_mask = nn.Parameter(all_ones(layout.numel, num_shards).to(device), requires_grad=False)
 
@@ -97,28 +97,19 @@ class PSTLinear(nn.Module):
                 param = nn.Parameter(values.to(device=device, dtype=weight.dtype))
             self.register_parameter(f"pst_{factor}", param)
 
-        outputs, inputs, parts = layout.out_features, layout.in_features, layout.parts
+        outputs, inputs, parts = self.out_features, self.in_features, layout.parts
         k, r = config.score_rank, config.update_rank
-        structured = config.structured_scores
         score_std = config.score_init_scale * init_std(config.score_init, k, inputs)
         update_std = config.update_init_scale * init_std(config.update_init, r, inputs)
         starts_at_v = config.update_init == "lora" or config.multiplicative_update  # one of U and V is zero
         add("A", (outputs, k) if k else None, score_std)
         add("B", (parts * k, inputs) if k else None)
-        add("R", (outputs,) if structured else None)
-        add("C", (parts, inputs) if structured else None)
+        add("R", (outputs,) if config.structured_scores else None)
+        add("C", (parts, inputs) if config.structured_scores else None)
         of_output = (outputs,) if config.multiplicative_update else (outputs, r)
         add("U", of_output if r else None, 0.0 if starts_at_v else update_std)
         add("V", (parts * r, inputs) if r else None, update_std if starts_at_v else 0.0)
         add("S", tuple(layout.shape) if config.full_scores else None)
-
-    @property
-    def in_features(self) -> int:
-        return self.layout.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.layout.out_features
 
     def factor_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name in :data:`FACTOR_NAMES`, Parameter) of the factors this layer has."""
@@ -133,15 +124,10 @@ class PSTLinear(nn.Module):
 
     def state(self) -> masked_linear.LayerState:
         """The weight that the layer multiplies with now. The parameters must be gathered."""
+        weight, mask = self.weight.detach(), self.pst_mask.detach()
+        factors = self.factors({name: param.detach() for name, param in self.factor_parameters()})
         return masked_linear.LayerState(
-            self.weight.detach(),
-            self.pst_mask.detach(),
-            self.num_shards,
-            self.layout,
-            self.factors({name: param.detach() for name, param in self.factor_parameters()}),
-            self.constants,
-            self.weight_scales,
-            self.scores_train,
+            weight, mask, self.num_shards, self.layout, factors, self.constants, self.weight_scales, self.scores_train
         )
 
     def masked_weight(self) -> Tensor:

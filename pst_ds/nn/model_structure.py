@@ -40,11 +40,17 @@ def untied_linear_layers(model: nn.Module) -> dict[str, Any]:
 
 def is_inside_block(name: str, model: nn.Module) -> bool:
     """Return whether the name passes through an item of a ModuleList: how transformers stacks its blocks."""
+    return bool(outermost_list(name, model))
+
+
+def outermost_list(name: str, model: nn.Module) -> str:
+    """Name of the first ModuleList on the way to a module inside one of its items; "" when there is none."""
     parts = name.split(".")
-    return any(
-        parts[i].isdigit() and isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList)
-        for i in range(1, len(parts))
-    )
+    for i in range(1, len(parts)):
+        parent = ".".join(parts[:i])
+        if parts[i].isdigit() and isinstance(model.get_submodule(parent), nn.ModuleList):
+            return parent
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

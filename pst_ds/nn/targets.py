@@ -12,15 +12,8 @@ from torch import nn
 from pst_ds.config.pst import PSTConfig, is_inside, name_matches
 from pst_ds.core.layout import WeightLayout
 from pst_ds.errors import InputError
-from pst_ds.nn.model_structure import (
-    LooseMatrix,
-    is_conv1d,
-    is_inside_block,
-    is_linear,
-    linear_shape,
-    loose_matrices,
-    router_names,
-)
+from pst_ds.nn import model_structure
+from pst_ds.nn.model_structure import LooseMatrix, is_conv1d, is_linear
 from pst_ds.parallel import zero3
 
 ALL_LINEAR = "all-linear"
@@ -71,7 +64,7 @@ def find_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
     """
     saved = modules_to_save(model, config)
     places = places_by_module(model)
-    routers = router_names(model) if config.target_modules == ALL_LINEAR else set()
+    routers = model_structure.router_names(model) if config.target_modules == ALL_LINEAR else set()
     targets = []
     for name, module in model.named_modules():
         if name in routers or not _is_wanted(name, module, model, config, saved):
@@ -145,7 +138,7 @@ def find_embeddings(model: nn.Module, config: PSTConfig) -> list[EmbeddingTarget
                 f"update_embeddings matches {name}, a {type(module).__name__}; only a plain nn.Embedding (no max_norm, "
                 "no scale_grad_by_freq) takes a low-rank update"
             )
-        if any(name == s or name.startswith(s + ".") for s in saved):
+        if _is_in(name, saved):
             raise InjectionError(f"{name} is in update_embeddings and in modules_to_save; name it in one of them")
         for other, holder in model.named_modules():
             if holder is not module and any(p is module.weight for p in holder.parameters(recurse=False)):
@@ -162,12 +155,10 @@ def _refuse_loose_matrices(
     """A stack of matrices, or a matrix as large as one that is pruned, must not stay dense unsaid."""
     least = min((t.layout.numel for t in targets), default=0)
     loose: list[LooseMatrix] = []
-    for matrix in loose_matrices(model):
+    for matrix in model_structure.loose_matrices(model):
         owner = matrix.owner
-        is_known = owner in routers or any(owner == s or owner.startswith(s + ".") for s in saved)
-        if is_known or is_inside(owner, config.exclude_modules):
-            continue
-        if matrix.is_stack or 0 < least <= matrix.numel:
+        is_known = owner in routers or _is_in(owner, saved) or is_inside(owner, config.exclude_modules)
+        if not is_known and (matrix.is_stack or 0 < least <= matrix.numel):
             loose.append(matrix)
     if not loose:
         return
@@ -184,13 +175,15 @@ def _refuse_loose_matrices(
     )
 
 
+def _is_in(name: str, modules: Iterable[str]) -> bool:
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
 def _is_wanted(name: str, module: nn.Module, model: nn.Module, config: PSTConfig, saved: dict[str, nn.Module]) -> bool:
-    if not name or any(name == s or name.startswith(s + ".") for s in saved):
-        return False
-    if is_inside(name, config.exclude_modules):
+    if not name or _is_in(name, saved) or is_inside(name, config.exclude_modules):
         return False
     if config.target_modules == ALL_LINEAR:
-        return is_linear(module) and is_inside_block(name, model)
+        return is_linear(module) and model_structure.is_inside_block(name, model)
     return name_matches(name, config.target_modules)
 
 
@@ -205,7 +198,7 @@ def places_by_module(model: nn.Module) -> dict[nn.Module, tuple[tuple[nn.Module,
 
 
 def _layout(name: str, module: Any, config: PSTConfig) -> WeightLayout:
-    outputs, inputs = linear_shape(module)
+    outputs, inputs = model_structure.linear_shape(module)
     fused = name_matches(name, config.fused_modules) and outputs % inputs == 0
     return WeightLayout(outputs, inputs, is_conv1d(module), outputs // inputs if fused else 1)
 
@@ -223,8 +216,7 @@ def _refuse_unfit(name: str, module: Any, places: tuple[tuple[nn.Module, str], .
             f"{name}.weight has shape {tuple(zero3.full_shape(weight))}, not the {layout.shape} of its "
             f"{type(module).__name__}; exclude it with exclude_modules"
         )
-    problem = why_not_replaceable(name, module, [holder for holder, _ in places], model)
-    if problem:
+    if problem := why_not_replaceable(name, module, [holder for holder, _ in places], model):
         raise InjectionError(problem)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from pst_ds.errors import InputError
+from pst_ds.nn.model_structure import outermost_list
 from pst_ds.nn.targets import Target
 
 
@@ -30,30 +31,15 @@ def find_blocks(model: nn.Module, targets: Sequence[Target]) -> tuple[str, nn.Mo
         )
     blocks = model.get_submodule(stacks[0])
     assert isinstance(blocks, nn.ModuleList)
-    _refuse_shared(model, stacks[0], blocks)
+    layers, num_own = getattr(getattr(model, "config", None), "num_hidden_layers", None), len(set(blocks))
+    if num_own < len(blocks) or (isinstance(layers, int) and layers > len(blocks)):
+        raise InputError(
+            f"{stacks[0]} has {num_own} blocks of its own for {max(len(blocks), layers or 0)} layers: a block that "
+            "runs more than once cannot be pruned between two runs; use --method magnitude"
+        )
     return stacks[0], blocks
-
-
-def outermost_list(name: str, model: nn.Module) -> str:
-    """Name of the first ModuleList on the way to a module inside one of its items; "" when there is none."""
-    parts = name.split(".")
-    for i in range(1, len(parts)):
-        parent = ".".join(parts[:i])
-        if parts[i].isdigit() and isinstance(model.get_submodule(parent), nn.ModuleList):
-            return parent
-    return ""
 
 
 def block_of(target: Target, stack: str) -> int:
     """Return the index of the item of ``stack`` that a target is in."""
     return int(target.name.removeprefix(stack + ".").partition(".")[0])
-
-
-def _refuse_shared(model: nn.Module, name: str, blocks: nn.ModuleList) -> None:
-    config = getattr(model, "config", None)
-    layers = getattr(config, "num_hidden_layers", None)
-    if len(set(blocks)) < len(blocks) or (isinstance(layers, int) and layers > len(blocks)):
-        raise InputError(
-            f"{name} has {len(set(blocks))} blocks of its own for {max(len(blocks), layers or 0)} layers: a block that "
-            "runs more than once cannot be pruned between two runs; use --method magnitude"
-        )

@@ -6,8 +6,6 @@ output layer that stays dense. oneDNN's own layout, a copy, is quicker still on 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -43,8 +41,7 @@ class PrepackedLinear(nn.Module):
         self.weight_bytes = weight.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return y
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 def can_prepack(dtype: torch.dtype) -> bool:
@@ -79,6 +76,5 @@ def quicken_output_layer(model: nn.Module) -> bool:
     layer = get() if get is not None else None
     if type(layer) is not nn.Linear:
         return False
-    put: Any = model.set_output_embeddings
-    put(VectorLinear.of(layer))
+    model.set_output_embeddings(VectorLinear.of(layer))  # type: ignore[operator]
     return True

@@ -80,17 +80,13 @@ class SparseLinear(nn.Module):
     def check(self, name: str) -> None:
         """Raise FormatError, naming ``name``, unless the parts and the bias fit a layer of this shape."""
         self.format.check(name, self.parts(), (self.out_features, self.in_features))
-        if self.bias is not None:
-            self._check_bias(name, self.bias)
-        self._prepare()
-
-    def _check_bias(self, name: str, bias: Tensor) -> None:
-        dtype, shape = getattr(self, self.format.values_name).dtype, (self.out_features,)
-        if bias.dtype != dtype or tuple(bias.shape) != shape or not bias.is_contiguous():
+        bias, dtype, shape = self.bias, getattr(self, self.format.values_name).dtype, (self.out_features,)
+        if bias is not None and (bias.dtype != dtype or tuple(bias.shape) != shape or not bias.is_contiguous()):
             raise FormatError(
                 f"{name}: bias must be a contiguous {dtype} of shape {shape}, found {bias.dtype} of shape "
                 f"{tuple(bias.shape)}, strides {bias.stride()}"
             )
+        self._prepare()
 
     def _prepare(self) -> None:
         """Derive what the product needs: the row offsets of 2:4, and the fp32 values of torch's CSR product."""

@@ -20,10 +20,7 @@ SOURCE = NativeSource(
     _FOLDER / "bitmask.cpp",
     {
         "pst_best_level": ([], c_int),
-        "pst_bitmask_linear": (
-            [POINTER, POINTER, POINTER, INT, INT, INT, POINTER, POINTER, POINTER, INT, c_int, c_int, c_int],
-            c_int,
-        ),
+        "pst_bitmask_linear": ([POINTER] * 3 + [INT] * 3 + [POINTER] * 3 + [INT] + [c_int] * 3, c_int),
     },
     "sparse layers",
     flags=("-std=c++17", "-O3"),

@@ -86,14 +86,9 @@ def _rows(compressed: Tensor, bitmask: Tensor, row_offsets: Tensor, columns: int
     """Expand rows [first, last) of the weight."""
     start = int(row_offsets[first]) if first < row_offsets.numel() else 0
     stop = int(row_offsets[last]) if last < row_offsets.numel() else compressed.numel()
-    return FORMATS["bitmask"].unpack(
-        {
-            "compressed": compressed[start:stop],
-            "bitmask": bitmask[first:last],
-            "row_offsets": row_offsets[first:last] - start,
-            "shape": torch.tensor([last - first, columns]),
-        }
-    )
+    shape, offsets = torch.tensor([last - first, columns]), row_offsets[first:last] - start
+    parts = {"compressed": compressed[start:stop], "bitmask": bitmask[first:last], "row_offsets": offsets}
+    return FORMATS["bitmask"].unpack({**parts, "shape": shape})
 
 
 _LIBRARY = torch.library.Library("pst_ds", "DEF")
@@ -101,10 +96,9 @@ _LIBRARY.define(
     "bitmask_linear(Tensor x, Tensor compressed, Tensor bitmask, Tensor row_offsets, Tensor? bias) -> Tensor"
 )
 _LIBRARY.define("csr_linear(Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor? bias) -> Tensor")
-_LIBRARY.impl("bitmask_linear", bitmask_linear, "CPU")
-_LIBRARY.impl("bitmask_linear", bitmask_linear, "CUDA")
-_LIBRARY.impl("csr_linear", csr_linear, "CPU")
-_LIBRARY.impl("csr_linear", csr_linear, "CUDA")
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("bitmask_linear", bitmask_linear, _device)
+    _LIBRARY.impl("csr_linear", csr_linear, _device)
 
 
 @torch.library.register_fake("pst_ds::bitmask_linear")
