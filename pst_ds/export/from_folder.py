@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.formats import FORMATS, FormatError
+from pst_ds.core.formats import FORMATS, FormatError, row_bits
 from pst_ds.export import manifest
 from pst_ds.export.base_weights import BaseWeights, names_in_files
 from pst_ds.export.manifest import DENSE, MANIFEST_FILE, About, ExportError, JsonTable, TensorEntry, read_table
-from pst_ds.export.plan import PlannedTensor, TensorJob, TensorValues, has_2_of_4
+from pst_ds.export.plan import PlannedTensor, TensorJob, TensorValues
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
 from pst_ds.nn.model_structure import is_conv1d, linear_shape, untied_linear_layers
 
@@ -215,7 +215,7 @@ def _as_packed(source: FolderSource, recipe: FolderTensor, planned: PlannedTenso
     nonzero = int(torch.count_nonzero(weight))
     if packing == "2:4":
         matrix = weight.t().contiguous() if planned.transposed else weight
-        if not has_2_of_4(matrix):
+        if not FORMATS[packing].accepts(row_bits(matrix), planned.matrix):
             return planned if nonzero == math.prod(planned.shape) else replace(planned, stays_dense=True)
     return planned.packed(packing, nonzero)
 

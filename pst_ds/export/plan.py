@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pst_ds.core.formats import FORMATS, VALUE_DTYPES, row_bits
+from pst_ds.core.formats import FORMATS, VALUE_DTYPES
 from pst_ds.export.manifest import DENSE, FORMAT_FILES, ExportError
 from pst_ds.export.tensor_files import Slot, header_and_slots
 
@@ -156,8 +156,3 @@ def require_packed(jobs: Sequence[TensorJob], packing: str) -> list[str]:
         f"no weight would be smaller as {packing} than it is dense, so nothing can be packed; bitmask needs more than "
         "7 % zeros in a weight and csr more than half. Export with --format dense"
     )
-
-
-def has_2_of_4(weight: Tensor) -> bool:
-    """Return whether the non-zeros of ``weight``, (O, I), fit 2:4."""
-    return FORMATS["2:4"].accepts(row_bits(weight), (weight.shape[0], weight.shape[1]))

@@ -126,9 +126,8 @@ def _written(
 def _running(arguments: WriterArguments, jobs: list[TensorJob], processes: int) -> Iterator[dict[_Result, int]]:
     """Run the jobs on spawned processes: a fork would copy locks that torch's threads may hold."""
     threads = max(1, torch.get_num_threads() // processes)
-    pool = ProcessPoolExecutor(
-        min(processes, len(jobs)), multiprocessing.get_context("spawn"), _begin, (arguments, threads)
-    )
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(processes, len(jobs)), spawn, _begin, (arguments, threads))
     try:
         yield {pool.submit(_write_in_worker, job): i for i, job in enumerate(jobs)}
     finally:

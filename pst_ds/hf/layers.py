@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pst_ds.core.formats import PackedFormat
 from pst_ds.export.base_weights import names_in_files
-from pst_ds.hf.weight_files import PackedFolderError, StoredTensor, kept_values
+from pst_ds.hf.weight_files import Groups, PackedFolderError, StoredTensor, kept_values
 from pst_ds.nn.model_structure import is_conv1d, is_linear, linear_shape
 from pst_ds.runtime import SparseLinear, sparse_layers
 
@@ -67,9 +67,7 @@ def linear_names(model: nn.Module, names: Iterable[str]) -> dict[str, str | None
     return {name: found(name) for name in names}
 
 
-def named_groups(
-    model: nn.Module, groups: Mapping[str, Mapping[str, StoredTensor]]
-) -> dict[str, Mapping[str, StoredTensor]]:
+def named_groups(model: nn.Module, groups: Groups) -> Groups:
     """``groups`` under the names of the model; without those that are no linear layer of it.
 
     Raises PackedFolderError when two names of the file are one layer of the model.
@@ -77,17 +75,14 @@ def named_groups(
     named: dict[str, Mapping[str, StoredTensor]] = {}
     for name, found in linear_names(model, groups).items():
         if found in named:
-            raise PackedFolderError(
-                f"{name}: the folder has this layer twice, with and without its prefix. Export again."
-            )
+            twice = "the folder has this layer twice, with and without its prefix. Export again."
+            raise PackedFolderError(f"{name}: {twice}")
         if found is not None:
             named[found] = groups[name]
     return named
 
 
-def put_sparse_layers(
-    model: nn.Module, groups: Mapping[str, Mapping[str, StoredTensor]], form: PackedFormat, tied: set[str]
-) -> dict[str, nn.Module]:
+def put_sparse_layers(model: nn.Module, groups: Groups, form: PackedFormat, tied: set[str]) -> dict[str, nn.Module]:
     """Puts an empty SparseLinear in the place of every linear layer in ``groups``; returns those it took out, by name.
 
     ``groups``: headers of the parts, by name in the model. ``tied``: names of tied parameters. Nothing is read.
@@ -112,9 +107,8 @@ def put_sparse_layers(
 
 def clear_cast_zeros(layer: SparseLinear) -> None:
     """Turns -0.0 into +0.0: a small negative value may become one when it is cast, and no packed weight holds one."""
-    values = getattr(layer, layer.format.values_name)
     with torch.no_grad():
-        values.add_(0.0)
+        getattr(layer, layer.format.values_name).add_(0.0)
 
 
 def reread_integers(layer: SparseLinear, group: Mapping[str, StoredTensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from pst_ds.export.tensor_files import CODE_OF_DTYPE
 from pst_ds.hf.config import QUANT_METHOD, PackedWeightsConfig
 from pst_ds.hf.layers import clear_cast_zeros, end_loading, make_dense, named_groups, put_sparse_layers, reread_integers
 from pst_ds.hf.loaded_keys import LoadedKeys
-from pst_ds.hf.weight_files import PackedFolderError, StoredTensor, outside_base_model, packed_groups, read_headers
+from pst_ds.hf.weight_files import Groups, PackedFolderError, outside_base_model, packed_groups, read_headers
 from pst_ds.runtime import SparseLinear, sparse_layers
 
 
@@ -41,7 +41,7 @@ class PackedWeightsQuantizer(HfQuantizer):
                 "quantization_config of pst_ds. Load it without, or pack it: pst-ds export DIR --format bitmask."
             )
         self._taken: dict[str, nn.Module] = {}
-        self._groups: Mapping[str, Mapping[str, StoredTensor]] = {}
+        self._groups: Groups = {}
         self._finished = False
 
     @property

@@ -116,9 +116,8 @@ def _none_qualifies(reasons: dict[str, str | None]) -> str:
     if not reasons:
         return "to_semi_structured: the model has no linear layer"
     # a layer that fails late is nearer to what the user has to fix than one of an odd shape
-    name, reason = next(
-        ((n, r) for n, r in reasons.items() if r and "Leave it out" not in r), next(iter(reasons.items()))
-    )
+    late = ((n, r) for n, r in reasons.items() if r and "Leave it out" not in r)
+    name, reason = next(late, next(iter(reasons.items())))
     return f"to_semi_structured: none of {len(reasons)} linear layers qualifies; {name}: {reason}"
 
 

@@ -38,6 +38,10 @@ class StoredTensor:
             return file.get_tensor(self.name)
 
 
+Groups = Mapping[str, Mapping[str, StoredTensor]]
+"""Headers of the parts of packed weights, by module name and part."""
+
+
 def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:
     """Every tensor of the files by name. Raises PackedFolderError for a bad file and for a name that comes twice."""
     paths = [Path(file) for file in files]
