@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -48,17 +49,8 @@ def measure(
 def _run(variant: Variant, ids: Tensor, new_tokens: int) -> tuple[list[float], list[float]]:
     """Return seconds of each prefill and of each step; the copies of the model step in turn."""
     decoders = [Decoder(model) for model in variant.models]
-    prefill, decode = [], []
-    for decoder in decoders:
-        start = time.perf_counter()
-        decoder.prefill(ids)
-        prefill.append(time.perf_counter() - start)
-    for step in range(max(1, new_tokens - 1)):
-        decoder = decoders[step % len(decoders)]
-        start = time.perf_counter()
-        decoder.step()
-        decode.append(time.perf_counter() - start)
-    return prefill, decode
+    prefill = [_seconds(decoder.prefill, ids) for decoder in decoders]
+    return prefill, [_seconds(decoders[step % len(decoders)].step) for step in range(max(1, new_tokens - 1))]
 
 
 @torch.inference_mode()
@@ -68,10 +60,14 @@ def _forward(variant: Variant, ids: Tensor) -> tuple[list[float], list[float]]:
         inputs = {"input_ids": ids}
         if model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = ids[:, :1]
-        start = time.perf_counter()
-        model(**inputs)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(_seconds(model, **inputs))
     return seconds, []
+
+
+def _seconds(work: Callable[..., object], *args: Tensor, **kwargs: Tensor) -> float:
+    start = time.perf_counter()
+    work(*args, **kwargs)
+    return time.perf_counter() - start
 
 
 def shares(variant: Variant, ids: Tensor, new_tokens: int) -> dict[str, float]:
@@ -85,9 +81,7 @@ def shares(variant: Variant, ids: Tensor, new_tokens: int) -> dict[str, float]:
     for step in range(max(1, new_tokens - 1)):
         decoder, clock = decoders[step % len(decoders)], clocks[step % len(decoders)]
         before, output_before = clock.blocks + clock.output_layer, clock.output_layer
-        start = time.perf_counter()
-        decoder.step()
-        total = time.perf_counter() - start
+        total = _seconds(decoder.step)
         outside.append(1 - (clock.blocks + clock.output_layer - before) / total)
         output_layer.append((clock.output_layer - output_before) / total)
     for clock in clocks:

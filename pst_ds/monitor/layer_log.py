@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pst_ds.config.file_names import LAYERS_FILE
-from pst_ds.masks.layer_stats import LayerStats, MaskThumbnail, ScoreHistogram
+from pst_ds.masks.layer_stats import LayerStats, ScoreHistogram
 from pst_ds.masks.update import MaskStats
 from pst_ds.monitor import images as pictures
 from pst_ds.monitor.jsonl import JsonLines, lines_until
@@ -65,7 +65,10 @@ class LayerLog:
         for histogram in found.histograms:
             self._histogram(step, histogram)
         for thumbnail in found.thumbnails:
-            self._thumbnail(step, thumbnail)
+            share = [[_six_digits(cell) for cell in row] for row in thumbnail.share]
+            self._file.write({"step": step, "event": "thumbnail", "layer": thumbnail.layer, "share": share})
+            drawn = pictures.thumbnail(thumbnail.share)
+            self._board.picture(f"mask/{self._names[thumbnail.layer]}", drawn, step, THUMBNAIL)
 
     def close(self) -> None:
         self._file.close()
@@ -99,11 +102,6 @@ class LayerLog:
         self._board.picture(f"histogram/{name}", drawn, step, SPLIT_SCORES)
         counts = [kept + pruned for kept, pruned in zip(found.kept, found.pruned, strict=True)]
         self._board.histogram(f"scores/{name}", counts, found.low, found.high, step, SCORES)
-
-    def _thumbnail(self, step: int, found: MaskThumbnail) -> None:
-        share = [[_six_digits(cell) for cell in row] for row in found.share]
-        self._file.write({"step": step, "event": "thumbnail", "layer": found.layer, "share": share})
-        self._board.picture(f"mask/{self._names[found.layer]}", pictures.thumbnail(found.share), step, THUMBNAIL)
 
 
 def _six_digits(value: float | None) -> float | None:

@@ -79,7 +79,8 @@ class MetricsWriter:
     def progress(self, step: int, values: Mapping[str, object]) -> None:
         """Show people where the run is and when it will end."""
         if self._shown is not None:
-            self._shown.at(step, " | ".join(f"{k} {_short(v)}" for k, v in values.items()))
+            parts = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+            self._shown.at(step, " | ".join(parts))
 
     def say(self, text: str) -> None:
         """One line for people."""
@@ -101,7 +102,3 @@ def peak_memory_bytes(device: str) -> int:
     if device != "cpu":
         return int(torch.accelerator.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

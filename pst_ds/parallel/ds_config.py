@@ -32,14 +32,6 @@ class RunNumbers:
     num_trainable: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Refusal:
-    key: str
-    is_refused: Callable[[JSON], bool]
-    why: str
-    fix: str
-
-
 def _is_on(value: JSON) -> bool:
     return bool(value) and value != "auto"
 
@@ -48,64 +40,66 @@ def _is_nvme(value: JSON) -> bool:
     return str(value).lower() == "nvme"
 
 
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    key: str
+    why: str
+    fix: str = "remove it"
+    is_refused: Callable[[JSON], bool] = _is_on
+
+
 _REFUSALS = (
     _Refusal(
         "zero_optimization.zero_quantized_weights",
-        _is_on,
         "it would quantise the mask bits and the frozen weights that are ranked",
-        "remove it",
     ),
-    _Refusal(
-        "zero_optimization.zero_quantized_nontrainable_weights",
-        _is_on,
-        "it would quantise the mask bits",
-        "remove it",
-    ),
+    _Refusal("zero_optimization.zero_quantized_nontrainable_weights", "it would quantise the mask bits"),
     _Refusal(
         "zero_optimization.offload_param.device",
-        _is_nvme,
         "its swap buffers hold one dtype, and masks are uint8 and weights are floats",
         'use "cpu"',
+        _is_nvme,
     ),
     _Refusal(
         "zero_optimization.offload_optimizer.device",
-        _is_nvme,
         "checkpoints read its moments in memory, and those of the small matrices fit there",
         'use "cpu"',
+        _is_nvme,
     ),
-    _Refusal("zero_optimization.zenflow", _is_on, "it transposes the shards that masks follow", "remove it"),
+    _Refusal("zero_optimization.zenflow", "it transposes the shards that masks follow"),
     _Refusal(
         "tensor_parallel.autotp_size",
-        lambda size: _is_on(size) and size != 1,
         "it replaces the linear layers that PST replaces",
         "remove tensor_parallel",
+        lambda size: _is_on(size) and size != 1,
     ),
     _Refusal(
         "expert_parallel.enabled",
-        _is_on,
         "AutoEP replaces the experts whose linear layers PST replaces",
         "remove expert_parallel",
     ),
-    _Refusal("compile.deepcompile", _is_on, "it rewrites the gathering that the backward pass relies on", "remove it"),
+    _Refusal("compile.deepcompile", "it rewrites the gathering that the backward pass relies on"),
     _Refusal(
         "optimizer",
-        lambda value: value not in (None, "auto"),
         "the run file owns the optimizer: AdamW with a learning rate for each group of factors (Muon, for one, would "
         "orthogonalise them)",
         "remove it and set train.score_learning_rate, train.update_learning_rate and train.head_learning_rate",
+        lambda value: value not in (None, "auto"),
     ),
     _Refusal(
         "scheduler",
-        lambda value: value not in (None, "auto"),
         "the run file owns the learning-rate schedule",
         "remove it and set train.learning_rate_warmup_fraction",
+        lambda value: value not in (None, "auto"),
     ),
-    _Refusal("compression_training", _is_on, "DeepSpeed removed it", "remove it; PST does the pruning"),
-    _Refusal("elasticity", _is_on, "DeepSpeed removed it", "remove it"),
-    _Refusal("zero_optimization.mics_shard_size", lambda size: isinstance(size, int) and size > 0,
-             "DeepSpeed removed MiCS", "remove it"),
-)  # fmt: skip
-
+    _Refusal("compression_training", "DeepSpeed removed it", "remove it; PST does the pruning"),
+    _Refusal("elasticity", "DeepSpeed removed it"),
+    _Refusal(
+        "zero_optimization.mics_shard_size",
+        "DeepSpeed removed MiCS",
+        is_refused=lambda size: isinstance(size, int) and size > 0,
+    ),
+)
 
 _SECTIONS = (
     "zero_optimization", "zero_optimization.offload_param", "zero_optimization.offload_optimizer", "bf16", "fp16",
@@ -115,21 +109,20 @@ _SECTIONS = (
 
 def load_deepspeed_config(path: str | Path) -> JsonObject:
     """The JSON object in ``path``, checked by :func:`validate_deepspeed_config`."""
+    setting = f"deepspeed_config = {str(path)!r}"
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DeepSpeedConfigError(
-            f"deepspeed_config = {str(path)!r} does not exist (looked in {Path(path).absolute()}); name a JSON file, "
+            f"{setting} does not exist (looked in {Path(path).absolute()}); name a JSON file, "
             "such as ds_configs/zero3.json"
         ) from None
     except IsADirectoryError:
-        raise DeepSpeedConfigError(f"deepspeed_config = {str(path)!r} is a folder; name the JSON file in it") from None
+        raise DeepSpeedConfigError(f"{setting} is a folder; name the JSON file in it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DeepSpeedConfigError(f"deepspeed_config = {str(path)!r} is not JSON: {error}") from None
+        raise DeepSpeedConfigError(f"{setting} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise DeepSpeedConfigError(
-            f"deepspeed_config = {str(path)!r} holds a {type(config).__name__}, not an object: {{…}}"
-        )
+        raise DeepSpeedConfigError(f"{setting} holds a {type(config).__name__}, not an object: {{…}}")
     validate_deepspeed_config(config, source=str(path))
     return config
 

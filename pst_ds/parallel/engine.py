@@ -24,19 +24,14 @@ class Engine(Protocol):
     skipped_steps: int
 
     def __call__(self, *args: object, **kwargs: object) -> Any: ...
-
     def backward(self, loss: Tensor) -> object: ...
 
     def step(self) -> None:
         """End a micro-batch; apply the optimizer at an accumulation boundary."""
-        ...
 
     def was_step_applied(self) -> bool: ...
-
     def train(self, mode: bool = True) -> object: ...
-
     def eval(self) -> object: ...
-
     def get_global_grad_norm(self) -> Tensor | float | None: ...
 
 
@@ -52,11 +47,8 @@ class LocalEngine:
         gradient_clipping: float = 0.0,
     ):
         self.module = module
-        self.global_steps = 0
-        self.skipped_steps = 0
-        self._accumulation = gradient_accumulation_steps
-        self._clipping = gradient_clipping
-        self._micro_steps = 0
+        self.global_steps = self.skipped_steps = self._micro_steps = 0
+        self._accumulation, self._clipping = gradient_accumulation_steps, gradient_clipping
         self._applied = False
         self._grad_norm: float | None = None
         params = [param for group in param_groups for param in group["params"]]
@@ -134,9 +126,8 @@ def build_engine(
 def note_masters(optimizer: object) -> None:
     """Let :func:`pst_ds.parallel.zero3.fp32_masters` find those of DeepSpeed's ``optimizer`` at stage 0 in 16 bits: it
     tells no parameter of its own."""
-    for params, masters in zip(
-        getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=False
-    ):
+    groups = zip(getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=False)
+    for params, masters in groups:
         for param, master in zip(params, masters, strict=True):
             param.fp32_master = master
 

@@ -78,8 +78,12 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
     """
     import torch.distributed as dist
 
-    if launch.world_size > 1 and not dist.is_initialized():
-        _require_meeting_point(os.environ)
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing and launch.world_size > 1 and not dist.is_initialized():
+        raise InputError(
+            f"the environment sets RANK and WORLD_SIZE but not {', '.join(missing)}, where the ranks meet; start with "
+            "the deepspeed launcher, torchrun or a script in launch/"
+        )
     use_cpu_without_accelerator()
     os.environ["LOCAL_RANK"] = str(launch.local_rank)  # zero.Init reads it from there
     import deepspeed
@@ -98,15 +102,6 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
     global joined
     joined = True
     deepspeed.init_distributed(dist_backend=_backend(), auto_mpi_discovery=False, verbose=False, **timeout)
-
-
-def _require_meeting_point(environ: Mapping[str, str]) -> None:
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
-    if missing:
-        raise InputError(
-            f"the environment sets RANK and WORLD_SIZE but not {', '.join(missing)}, where the ranks meet; start with "
-            "the deepspeed launcher, torchrun or a script in launch/"
-        )
 
 
 def _require_device(launch: LaunchEnvironment, num_devices: int) -> None:

@@ -73,10 +73,7 @@ def values(engine: Engine, pieces: Sequence[Piece], kind: str) -> list[Tensor]:
     for piece in pieces:
         flat = piece.owner if kind == MASTER else state.get(piece.owner, {}).get(kind)
         count = piece.stop - piece.start
-        if flat is None:
-            views.append(torch.zeros(count))
-        else:
-            views.append(flat.detach().view(-1).narrow(0, piece.offset, count))
+        views.append(torch.zeros(count) if flat is None else flat.detach().view(-1).narrow(0, piece.offset, count))
     return views
 
 
@@ -92,14 +89,13 @@ def prepare_moments(engine: Engine, pieces: Sequence[Piece], steps: dict[str, in
     Parameters of one owner share a count, the largest. An owner with none is left to the optimizer.
     """
     state = _inner(engine).state
-    counts: dict[int, int] = {}
-    owners = {id(piece.owner): piece.owner for piece in pieces}
+    counts: dict[Tensor, int] = {}  # tensors compare by identity as keys
     for piece in pieces:
-        counts[id(piece.owner)] = max(counts.get(id(piece.owner), 0), steps.get(piece.name, 0))
-    for key, owner in owners.items():
-        if counts[key]:
+        counts[piece.owner] = max(counts.get(piece.owner, 0), steps.get(piece.name, 0))
+    for owner, count in counts.items():
+        if count:
             entry = state[owner]
-            entry["step"] = torch.tensor(float(counts[key]))
+            entry["step"] = torch.tensor(float(count))
             for kind in (EXP_AVG, EXP_AVG_SQ):
                 if kind not in entry:
                     entry[kind] = torch.zeros_like(owner, memory_format=torch.preserve_format).detach()

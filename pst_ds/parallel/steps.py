@@ -15,7 +15,6 @@ _num_steps = 0
 _LAST_STEPS: WeakKeyDictionary[Optimizer, tuple[int, Tensor | None]] = WeakKeyDictionary()
 """For each optimizer: the number of its last step, and a flag by which a GradScaler lets a fused one skip it."""
 
-
 _WRAPPERS = {
     "DistributedDataParallel": "module", "DataParallel": "module", "AveragedModel": "module",
     "DeepSpeedEngine": "module", "OptimizedModule": "_orig_mod",
@@ -77,7 +76,5 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _wraps(model: nn.Module) -> str:
     """Return the attribute that holds the wrapped model; "" if ``model`` does not wrap one."""
-    for kind in type(model).__mro__:
-        if kind.__module__.partition(".")[0] in ("torch", "deepspeed") and kind.__name__ in _WRAPPERS:
-            return _WRAPPERS[kind.__name__]
-    return ""
+    kinds = (kind for kind in type(model).__mro__ if kind.__module__.partition(".")[0] in ("torch", "deepspeed"))
+    return next((_WRAPPERS[kind.__name__] for kind in kinds if kind.__name__ in _WRAPPERS), "")

@@ -76,8 +76,7 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        frames = sys._current_frames()[self._main]
-        stack = traceback.extract_stack(frames)
+        stack = traceback.extract_stack(sys._current_frames()[self._main])
         text = "".join(traceback.format_list(stack))
         own = StallReport(self._rank, socket.gethostname(), os.getpid(), self._doing, self._beats, _waits(stack), text)
         with contextlib.suppress(OSError):  # a full disk must not keep the process alive

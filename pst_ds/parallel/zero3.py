@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +47,7 @@ def shard_index(param: nn.Parameter) -> int:
     return param.ds_zero_partition_rank if is_partitioned(param) else 0
 
 
-def process_group(param: nn.Parameter) -> ProcessGroup | None:
+def process_group(param: nn.Parameter) -> dist.ProcessGroup | None:
     """The ranks that ``param`` is split over; None, the default group, when it is not partitioned."""
     return getattr(param, "ds_process_group", None)
 
@@ -130,7 +127,6 @@ def _has_zero3_master(param: nn.Parameter) -> bool:
 
 
 def _gather_zero3_masters(params: Sequence[nn.Parameter]) -> list[Tensor]:
-    import torch.distributed as dist
     from deepspeed.utils import safe_get_local_fp32_param
 
     local = [safe_get_local_fp32_param(p).detach().flatten() for p in params]

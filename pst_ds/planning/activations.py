@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -86,19 +86,16 @@ def activation_bytes(model: nn.Module, *, batch: int, sequence: int, checkpointi
         )
     _pretend_on_cpu(model, mode)
     live = _LiveBytes(model)
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
     with mode, _layers_save_their_input(model):
         ids = torch.zeros(batch, sequence, dtype=torch.long)
-        labels = torch.zeros(batch, dtype=torch.long) if _classifies(model) else ids
+        labels = torch.zeros(batch, dtype=torch.long) if is_classifier else ids
         try:
             with live:
                 model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
         except Exception as error:
             raise UntraceableError(f"{type(model).__name__}: {first_line(error)}") from error
     return live.peak
-
-
-def _classifies(model: nn.Module) -> bool:
-    return type(model).__name__.endswith("ForSequenceClassification")
 
 
 def _pretend_on_cpu(model: nn.Module, mode: Any) -> None:
@@ -132,7 +129,7 @@ def _layers_save_their_input(model: nn.Module) -> Iterator[None]:
     """PST layers keep their input alone; their temporaries of the weight's size are counted elsewhere."""
     layers = pst_layers(model).values()
     for layer in layers:
-        layer.forward = _SavesInput(layer)  # type: ignore[method-assign]
+        layer.forward = _saving_input(layer)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -140,13 +137,9 @@ def _layers_save_their_input(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-class _SavesInput:
-    def __init__(self, layer: PSTLinear):
-        self._out_features = layer.layout.out_features
-        self._anchor = next((param for _, param in layer.factor_parameters()), layer.weight)
-
-    def __call__(self, input: Tensor) -> Tensor:
-        return _Linear.apply(input, self._anchor, self._out_features)
+def _saving_input(layer: PSTLinear) -> Callable[[Tensor], Tensor]:
+    anchor = next((param for _, param in layer.factor_parameters()), layer.weight)
+    return lambda input: _Linear.apply(input, anchor, layer.layout.out_features)
 
 
 class _Linear(torch.autograd.Function):

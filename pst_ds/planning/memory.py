@@ -214,7 +214,8 @@ def memory_plan(
         masks=0 if zero.offload_param else masks,
         optimizer=0 if zero.offload_optimizer else optimizer,
         gradients=element_size * _trainables_here(model, zero, shared_from_stage=2),
-        reduce_bucket=_bucket_bytes(model, zero, element_size),
+        # allocated whole, but memory is touched only as far as gradients fill it
+        reduce_bucket=element_size * min(zero.reduce_bucket_size, model.trainables) if zero.stage else 0,
         gathers=gathers,
         communication=communication,
         layer_work=work,
@@ -258,10 +259,8 @@ def mask_update_bytes(model: ModelNumbers, zero: ZeroSettings, device: str = "cp
     if not model.pruned_weights:
         return 0
     masters = 4 * model.factor_parameters
-    gathering = masters
-    if zero.shards > 1:
-        copies = 2 if zero.backend == GLOO else 1
-        gathering += copies * int(masters * (1 + 1 / zero.shards))
+    copies = 0 if zero.shards == 1 else 2 if zero.backend == GLOO else 1
+    gathering = masters + copies * int(masters * (1 + 1 / zero.shards))
     sampling = masters + 4 * 4 * model.sampled_keys
     inside = sum(m.count * m.numel * _bracket_share(m.numel) for m in model.matrices) / zero.shards
     largest = max(m.numel for m in model.matrices) / zero.shards
@@ -296,13 +295,6 @@ def _trainables_here(model: ModelNumbers, zero: ZeroSettings, *, shared_from_sta
     if zero.stage == 3:
         return sum(t.count * shard_numel(t.numel, zero.shards) for t in model.tensors if t.trainable)
     return math.ceil(model.trainables / (zero.world_size if (zero.stage or 0) >= shared_from_stage else 1))
-
-
-def _bucket_bytes(model: ModelNumbers, zero: ZeroSettings, element_size: int) -> int:
-    """ZeRO-3 allocates the bucket whole; memory is touched only as far as gradients fill it."""
-    if zero.stage in (None, 0):
-        return 0
-    return element_size * min(zero.reduce_bucket_size, model.trainables)
 
 
 def _optimizer_step_bytes(model: ModelNumbers, zero: ZeroSettings, groups: Sequence[int] | None) -> int:

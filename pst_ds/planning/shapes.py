@@ -70,11 +70,8 @@ def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
     by_dtype: Counter[object] = Counter()
     for param in params:
         by_dtype[param.dtype] += zero3.full_numel(param) * param.element_size()
-    return ModuleNumbers(
-        numel=sum(zero3.full_numel(p) for p in params),
-        gathered_bytes=sum(by_dtype.values()),
-        largest_gather_bytes=max(by_dtype.values(), default=0),
-        work_bytes=layer_work_bytes(module.layout, module.weight.element_size(), module.tile_bytes, device)
-        if isinstance(module, PSTLinear)
-        else 0,
-    )
+    work = 0
+    if isinstance(module, PSTLinear):
+        work = layer_work_bytes(module.layout, module.weight.element_size(), module.tile_bytes, device)
+    numel, sizes = sum(map(zero3.full_numel, params)), by_dtype.values()
+    return ModuleNumbers(numel, sum(sizes), max(sizes, default=0), work)

@@ -113,8 +113,7 @@ def _learning_rates(runs: Sequence[RunData]) -> Iterator[Chart]:
     names = _names(runs, LEARNING_RATE)
     if len(runs) > 1:
         for name in names:
-            title = f"Learning rate of {name.removeprefix(LEARNING_RATE)}"
-            yield from _chart(runs, title, "", name, is_log=True)
+            yield from _chart(runs, f"Learning rate of {name.removeprefix(LEARNING_RATE)}", "", name, is_log=True)
         return
     series = [Series(name.removeprefix(LEARNING_RATE), i, runs[0].curves[name]) for i, name in enumerate(names)]
     yield from drawn("Learning rates", "by parameter group", series, _last_step(runs), is_log=True)

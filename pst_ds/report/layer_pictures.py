@@ -58,8 +58,7 @@ def heat_maps(run: RunData) -> Iterator[HeatMap]:
     low, high = FLIP_DECADES
     yield _heat_map(layers, "Sparsity", "share of zeros", sparsity, sparsity, ("0", "1"))
     scale = (f"{10**low:.3%} or less", f"{10**high:.0%} or more")
-    note = "of mask bits, log scale"
-    yield _heat_map(layers, "Flips", note, flips, flips_on_scale(flips), scale)
+    yield _heat_map(layers, "Flips", "of mask bits, log scale", flips, flips_on_scale(flips), scale)
 
 
 def _heat_map(

@@ -25,23 +25,17 @@ def layer_table(runs: Sequence[RunData], shapes: Shapes) -> Table | None:
         return None
     names = list(dict.fromkeys(name for layers in known.values() for name in layers.names))
     sizes = [_column(layers, _size(shapes), names) for layers in known.values()]
-    has_shapes = any("×" in cell.text for of_run in sizes for cell in of_run)
+    size = "shape" if any("×" in cell.text for of_run in sizes for cell in of_run) else "weights"
     same = _in_one(sizes)
-    columns = {} if same else {"shape" if has_shapes else "weights": sizes}
+    columns = {} if same else {size: sizes}
     for title, of in FIGURES.items():
         of_runs = [_column(layers, of, names) for layers in known.values()]
-        if _has_values(of_runs):
+        if any(not cell.is_missing for of_run in of_runs for cell in of_run):
             columns[title] = of_runs
     prefix = common_prefix(names)
-    first = ["layer", *(["shape" if has_shapes else "weights"] if same else [])]
-    rows = [
-        [
-            Cell(name.removeprefix(prefix)),
-            *([same[i]] if same else []),
-            *(of_run[i] for of_runs in columns.values() for of_run in of_runs),
-        ]
-        for i, name in enumerate(names)
-    ]
+    first = ["layer", *([size] if same else [])]
+    cells = [*([same] if same else []), *(of_run for of_runs in columns.values() for of_run in of_runs)]
+    rows = [[Cell(name.removeprefix(prefix)), *(column[i] for column in cells)] for i, name in enumerate(names)]
     caption = f"Layers of {prefix.rstrip('.')}" if prefix else "Layers"
     if len(known) == 1:
         return Table(caption, [*first, *columns], rows)
@@ -76,18 +70,6 @@ def _column(layers: LayerData, figure: LayerFigure, names: Collection[str]) -> l
     return [figure(layers, places[name]) if name in places else number(None) for name in names]
 
 
-def _has_values(columns: Sequence[Sequence[Cell]]) -> bool:
-    return any(not cell.is_missing for column in columns for cell in column)
-
-
-def _sparsity(layers: LayerData, i: int) -> Cell:
-    return number(layers.sparsity(i), "{:.4f}".format)
-
-
-def _flips(layers: LayerData, i: int) -> Cell:
-    return number(layers.flipped[i] if layers.flipped else None, whole)
-
-
 def _figure(name: str) -> LayerFigure:
     return lambda layers, i: number(_value(layers, name, i), "{:.4g}".format)
 
@@ -102,8 +84,8 @@ def _value(layers: LayerData, name: str, i: int) -> float | None:
 
 
 FIGURES: dict[str, LayerFigure] = {
-    "sparsity": _sparsity,
-    "flips in total": _flips,
+    "sparsity": lambda layers, i: number(layers.sparsity(i), "{:.4f}".format),
+    "flips in total": lambda layers, i: number(layers.flipped[i] if layers.flipped else None, whole),
     "correlation of S, |W|": _figure("correlation"),
     "score norm": _figure("score_norm"),
     "update norm": _figure("update_norm"),

@@ -42,12 +42,8 @@ def find_exports(runs: Sequence[RunData], others: Sequence[Path]) -> tuple[list[
 
     Raises InputError for one of ``others`` that is not an export.
     """
-    inside = [
-        (run, path.parent)
-        for run in runs
-        for path in sorted(run.folder.glob(f"*/{MANIFEST_FILE}"))
-        if path.parent.suffix != PARTIAL
-    ]
+    found = [(run, path.parent) for run in runs for path in sorted(run.folder.glob(f"*/{MANIFEST_FILE}"))]
+    inside = [(run, folder) for run, folder in found if folder.suffix != PARTIAL]
     exports: list[ExportData] = []
     notes: list[str] = []
     named = {path.resolve() for path in others}
@@ -156,5 +152,4 @@ def _verified(path: Path, result: dict[str, Any]) -> list[Cell]:
 def _of(some: object, all_of: object) -> Cell:
     if not is_number(all_of):
         return number(None)
-    of = f" of {whole(all_of)}"
-    return number(some, lambda value: whole(value) + of)
+    return number(some, lambda value: f"{whole(value)} of {whole(all_of)}")

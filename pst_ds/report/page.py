@@ -41,21 +41,15 @@ def page(runs: Sequence[RunData], exports: Sequence[ExportData], outcomes: Seque
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
         axes=axes,
-        **_contents(runs, exports),
+        runs=runs,
+        results=result_table(runs),
+        settings=list(setting_tables(runs)),
+        charts=list(charts(runs)),
+        heat_maps=_in_rows([[(run, heat_map) for heat_map in heat_maps(run)] for run in runs]),
+        layers=layer_table(runs, {key: shape for export in exports for key, shape in export.shapes.items()}),
+        pictures=[(run, *pictures) for run in runs for pictures in layer_pictures(run)],
         outcomes=[(heading, tables) for heading, tables in outcomes if tables],
     )
-
-
-def _contents(runs: Sequence[RunData], exports: Sequence[ExportData]) -> dict[str, object]:
-    return {
-        "runs": runs,
-        "results": result_table(runs),
-        "settings": list(setting_tables(runs)),
-        "charts": list(charts(runs)),
-        "heat_maps": _in_rows([[(run, heat_map) for heat_map in heat_maps(run)] for run in runs]),
-        "layers": layer_table(runs, {key: shape for export in exports for key, shape in export.shapes.items()}),
-        "pictures": [(run, *pictures) for run in runs for pictures in layer_pictures(run)],
-    }
 
 
 def _in_rows(of_runs: list[list[T]]) -> list[list[T]]:

@@ -11,16 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from pst_ds.config.file_names import (
-    BEST,
-    CHECKPOINTS,
-    FINAL,
-    LATEST,
-    LAYERS_FILE,
-    METRICS_FILE,
-    RESULT_FILE,
-    RUN_FILE,
-)
+from pst_ds.config.file_names import BEST, CHECKPOINTS, FINAL, LATEST, LAYERS_FILE, METRICS_FILE, RESULT_FILE, RUN_FILE
 from pst_ds.config.toml import flatten
 from pst_ds.errors import InputError
 from pst_ds.monitor.jsonl import lines_until

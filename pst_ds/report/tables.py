@@ -67,10 +67,8 @@ def _results(runs: Sequence[RunData]) -> Iterator[tuple[str, list[Cell]]]:
     metrics = [_final_metrics(run) for run in runs]
     for name in dict.fromkeys(name for of_run in metrics for name in of_run):
         yield name, [number(of_run.get(name)) for of_run in metrics]
-    yield (
-        "sparsity requested",
-        [number(run.result.get("sparsity_requested", run.last("sparsity/target"))) for run in runs],
-    )
+    requested = [run.result.get("sparsity_requested", run.last("sparsity/target")) for run in runs]
+    yield "sparsity requested", [number(value) for value in requested]
     in_masks = [run.result.get("sparsity_in_masks", run.last("sparsity/actual")) for run in runs]
     yield "sparsity in the masks", [number(value, "{:.6f}".format) for value in in_masks]
     for key, label, text in (
@@ -83,7 +81,8 @@ def _results(runs: Sequence[RunData]) -> Iterator[tuple[str, list[Cell]]]:
     peaks = [max((int(value) for _, value in run.curves.get("peak_memory_bytes", [])), default=None) for run in runs]
     yield "peak memory of a rank", [number(peak, bytes_text) for peak in peaks]
     yield "checkpoint", [number(run.checkpoints[-1].nbytes if run.checkpoints else None, bytes_text) for run in runs]
-    yield "tokens a second, median", [number(_median(run, "tokens_per_second"), whole) for run in runs]
+    speeds = [[value for _, value in run.curves.get("tokens_per_second", [])] for run in runs]
+    yield "tokens a second, median", [number(statistics.median(of_run) if of_run else None, whole) for of_run in speeds]
     yield "ranks", [number(run.result.get("world_size"), whole) for run in runs]
     yield "time", [number(run.result.get("seconds"), duration_text) for run in runs]
 
@@ -97,11 +96,6 @@ def _final_metrics(run: RunData) -> dict[str, float | None]:
     """Return the metrics of the result, or of the last evaluation of a run that has not finished."""
     names = [name.removeprefix(EVALUATION) for name in run.curves if name.startswith(EVALUATION)]
     return run.result.get("metrics") or {name: run.last(EVALUATION + name) for name in names}
-
-
-def _median(run: RunData, curve: str) -> float | None:
-    values = [value for _, value in run.curves.get(curve, [])]
-    return statistics.median(values) if values else None
 
 
 def setting_tables(runs: Sequence[RunData]) -> Iterator[Table]:
