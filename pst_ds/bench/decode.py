@@ -28,17 +28,16 @@ class Decoder:
         self.tokens: Tensor = torch.empty(0, 0, dtype=torch.long)
         """The last ones, (batch, 1)."""
 
-    @torch.inference_mode()
     def prefill(self, ids: Tensor) -> Tensor:
         """Start over with ``ids`` (batch, tokens); return the first new tokens (batch, 1)."""
         self._cache = None
         return self._forward(ids)
 
-    @torch.inference_mode()
     def step(self) -> Tensor:
         """Return the next tokens (batch, 1)."""
         return self._forward(self.tokens)
 
+    @torch.inference_mode()
     def _forward(self, ids: Tensor) -> Tensor:
         out = self.model(input_ids=ids, use_cache=True, **{self._cache_name: self._cache}, **self._options)
         self._cache = out[self._cache_name]

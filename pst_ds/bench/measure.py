@@ -55,13 +55,10 @@ def _run(variant: Variant, ids: Tensor, new_tokens: int) -> tuple[list[float], l
 
 @torch.inference_mode()
 def _forward(variant: Variant, ids: Tensor) -> tuple[list[float], list[float]]:
-    seconds = []
-    for model in variant.models:
-        inputs = {"input_ids": ids}
-        if model.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = ids[:, :1]
-        seconds.append(_seconds(model, **inputs))
-    return seconds, []
+    inputs = {"input_ids": ids}
+    if variant.model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids[:, :1]
+    return [_seconds(model, **inputs) for model in variant.models], []
 
 
 def _seconds(work: Callable[..., object], *args: Tensor, **kwargs: Tensor) -> float:

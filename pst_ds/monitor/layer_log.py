@@ -53,10 +53,9 @@ class LayerLog:
 
     def figures(self, step: int, found: LayerStats) -> None:
         """Record statistics and images of the layers as they are after ``step``."""
-        line: dict[str, object] = {"step": step, "event": "scores"}
-        for name in ("correlation", "score_norm", "update_norm", "weight_norm"):
-            line[name] = [_six_digits(value) for value in getattr(found, name)]
-        self._file.write(line)
+        names = ("correlation", "score_norm", "update_norm", "weight_norm")
+        values = {name: [_six_digits(value) for value in getattr(found, name)] for name in names}
+        self._file.write({"step": step, "event": "scores", **values})
         self._scalars(step, found)
         if found.with_scores and self._latest is not None:
             sparsity, flips = self._history.sparsity(), pictures.flips_on_scale(self._history.flips())

@@ -36,20 +36,15 @@ def fetch_halos(
     Every rank works out from the sizes alone who sends what to whom.
     """
     shards = shards if shards is not None else [zero3.shard_of(p).values for p in params]
-    nothing = [Halo(values[:0], values[:0]) for values in shards]
     if not params or zero3.num_shards(params[0]) == 1:
-        return nothing
+        return [Halo(values[:0], values[:0]) for values in shards]
     incoming = sorted(piece for i, p in enumerate(params) for piece in _incoming(i, p, widen[i]))
     outgoing = sorted(piece for i, p in enumerate(params) for piece in _outgoing(i, p, widen[i]))
     received = iter(_exchange(params, shards, incoming, outgoing))
-    before: list[list[Tensor]] = [[] for _ in params]
-    after: list[list[Tensor]] = [[] for _ in params]
+    before, after = ([[values[:0]] for values in shards] for _ in range(2))
     for (sender, i, _, _), values in zip(incoming, received, strict=True):  # by rank, so by rising flat index
         (before if sender < zero3.shard_index(params[i]) else after)[i].append(values)
-    return [
-        Halo(torch.cat([n.before, *b]), torch.cat([n.after, *a]))
-        for n, b, a in zip(nothing, before, after, strict=True)
-    ]
+    return [Halo(torch.cat(b), torch.cat(a)) for b, a in zip(before, after, strict=True)]
 
 
 Piece = tuple[int, int, int, int]

@@ -61,8 +61,7 @@ def local_pieces(engine: Engine, named: Sequence[tuple[str, nn.Parameter]]) -> l
                 inside, outside = mapping.hp_fragment_address, mapping.lp_fragment_address
                 found.append(Piece(name, outside.start, outside.start + outside.numel, owner, inside.start))
         else:
-            owner = getattr(param, "fp32_master", None)
-            found.append(Piece(name, 0, param.numel(), param if owner is None else owner, 0))
+            found.append(Piece(name, 0, param.numel(), getattr(param, "fp32_master", param), 0))
     return found
 
 

@@ -81,7 +81,11 @@ class Watchdog:
         own = StallReport(self._rank, socket.gethostname(), os.getpid(), self._doing, self._beats, _waits(stack), text)
         with contextlib.suppress(OSError):  # a full disk must not keep the process alive
             _write(self._folder, own)
-        print(_describe(own, self._timeout), file=sys.stderr, flush=True)
+        state = "waiting for other ranks" if own.waits else "not waiting for other ranks"
+        stood = (
+            f"rank {own.rank} ({own.host}, pid {own.pid}) made no progress for {self._timeout:g} seconds in {own.doing}"
+        )
+        print(f"{stood}, {state}:\n{own.stack}", file=sys.stderr, flush=True)
         others = _gather(self._folder, self._world, min(_GRACE_SECONDS, self._timeout))
         if self._rank == min([own.rank, *(report.rank for report in others)]):
             print(verdict(others, self._world, self._timeout), file=sys.stderr, flush=True)
@@ -144,14 +148,6 @@ def _waits(stack: traceback.StackSummary) -> bool:
     return any(handles) or any(part in entry.filename for entry in stack for part in _COLLECTIVE_FILES)
 
 
-def _describe(report: StallReport, timeout: float) -> str:
-    state = "waiting for other ranks" if report.waits else "not waiting for other ranks"
-    return (
-        f"rank {report.rank} ({report.host}, pid {report.pid}) made no progress for {timeout:g} seconds in "
-        f"{report.doing}, {state}:\n{report.stack}"
-    )
-
-
 def _write(folder: Path, report: StallReport) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"rank-{report.rank}.partial"
@@ -169,8 +165,6 @@ def _wait_for(path: Path, seconds: float) -> None:
 def _gather(folder: Path, world: int, seconds: float) -> list[StallReport]:
     """The reports of all ranks; of those alone that came within ``seconds``."""
     deadline = time.monotonic() + seconds
-    while True:
-        found = sorted(folder.glob("rank-*.json"))
-        if len(found) >= world or time.monotonic() > deadline:
-            return [StallReport(**json.loads(path.read_text(encoding="utf-8"))) for path in found]
+    while len(paths := sorted(folder.glob("rank-*.json"))) < world and time.monotonic() <= deadline:
         time.sleep(0.05)
+    return [StallReport(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]

@@ -49,11 +49,9 @@ def trace_micro_batch(
 
 
 def _count_gathers(module: nn.Module, trace: Trace, threshold: int) -> None:
-    """A fetch for every forward turn that ends, and one for its backward turn.
-
-    A recomputed forward turn has its backward counted already, and the turn that recomputing stops in, since nothing
-    behind it is needed, does not end: DeepSpeed, too, finds the parameters of that module there.
-    """
+    """A fetch for every forward turn that ends, and one for its backward turn. A recomputed forward turn has its
+    backward counted already, and the turn that recomputing stops in, since nothing behind it is needed, does not end:
+    DeepSpeed, too, finds the parameters of that module there."""
     params = [p for p in module.parameters(recurse=False) if p.numel() > threshold]
     nbytes, dtypes = sum(p.numel() * p.element_size() for p in params), len({p.dtype for p in params})
     if not params:
@@ -171,12 +169,11 @@ class _LiveBytes(TorchDispatchMode):
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)
-        if key in self._sizes or key in self._known:
-            return
-        self._sizes[key] = storage.nbytes()
-        self.now += self._sizes[key]
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._freed, key)
+        if key not in self._sizes and key not in self._known:
+            self._sizes[key] = storage.nbytes()
+            self.now += self._sizes[key]
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._freed, key)
 
     def _freed(self, key: int) -> None:
         self.now -= self._sizes.pop(key)

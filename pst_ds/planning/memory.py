@@ -280,8 +280,7 @@ def kept_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
 
 def persistent_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:
     """Parameters small enough to stay whole all the time."""
-    small = (t for t in model.tensors if t.numel <= zero.persistence_threshold)
-    return sum(t.numel * t.count * t.element_size for t in small)
+    return sum(t.numel * t.count * t.element_size for t in model.tensors if t.numel <= zero.persistence_threshold)
 
 
 def _bracket_share(numel: int) -> float:
@@ -304,10 +303,8 @@ def _optimizer_step_bytes(model: ModelNumbers, zero: ZeroSettings, groups: Seque
 
 
 def _turn(model: ModelNumbers, zero: ZeroSettings, element_size: int) -> tuple[int, int, int]:
-    """(whole parameters, staging, temporaries) in bytes, each of the module that needs most of it.
-
-    Their peaks may lie in different modules' turns; an allocator keeps what one has freed until another needs it.
-    """
+    """(whole parameters, staging, temporaries) in bytes, each of the module that needs most of it: their peaks may lie
+    in different modules' turns, but an allocator keeps what one has freed until another needs it."""
     work = max((m.work_bytes for m in model.modules), default=0)
     if zero.stage != 3:
         return 0, 0, work

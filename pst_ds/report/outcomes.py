@@ -15,7 +15,7 @@ from pst_ds.config.file_names import MANIFEST_FILE
 from pst_ds.errors import InputError
 from pst_ds.report.axes import whole
 from pst_ds.report.run_data import RunData, is_number, read_object
-from pst_ds.report.tables import MISSING, Cell, Table, number
+from pst_ds.report.tables import Cell, Table, number
 from pst_ds.text_table import bytes_text
 
 
@@ -119,13 +119,8 @@ def bench_tables(files: Sequence[Path]) -> Iterator[Table]:
             head, *rows = bench_table(result["rows"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{str(path)!r} is not what pst-ds bench --json prints: {error!r}") from None
-        cells = [[Cell(row[0]), *map(_from_text, row[1:])] for row in rows]
+        cells = [[Cell(row[0]), *(number(None) if c == "-" else Cell(c, 0.0) for c in row[1:])] for row in rows]
         yield Table(f"Speed of {result['model']}", head, cells, note=note)
-
-
-def _from_text(text: str) -> Cell:
-    """Make a cell of a number that is formatted already."""
-    return Cell(MISSING, is_missing=True) if text == "-" else Cell(text, 0.0)
 
 
 def verification_table(files: Sequence[Path]) -> Table | None:

@@ -57,8 +57,7 @@ class RunData:
 
     def last(self, curve: str) -> float | None:
         """Return the last value of a curve, if there is one."""
-        points = self.curves.get(curve)
-        return points[-1][1] if points else None
+        return self.curves[curve][-1][1] if self.curves.get(curve) else None
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
