@@ -1,7 +1,5 @@
-"""Progress of long work on stderr: a bar on a terminal, an occasional plain line elsewhere.
-
-Only rank 0 reports, and of nested work only the outermost; :data:`quiet` silences everything.
-"""
+"""Progress of long work on stderr: a bar on a terminal, an occasional plain line elsewhere. Only rank 0 reports, and of
+nested work only the outermost; :data:`quiet` silences everything."""
 
 from __future__ import annotations
 

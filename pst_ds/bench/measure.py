@@ -21,10 +21,8 @@ Times = dict[str, list[float]]
 def measure(
     by_name: dict[str, Variant], folder: ModelFolder, batch: int, args: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
-    """Return rates of each variant: tokens per second of prefill and decode, and where a decoding step's time goes.
-
-    A model that is not causal has only a forward pass, which counts as its prefill.
-    """
+    """Return rates of each variant: tokens per second of prefill and decode, and where a decoding step's time goes. A
+    model that is not causal has only a forward pass, which counts as its prefill."""
     ids = _token_ids(folder, batch, args.prompt_tokens)
     prefill: Times = {name: [] for name in by_name}
     decode: Times = {name: [] for name in by_name}

@@ -51,11 +51,9 @@ class Variant:
 
 
 def variants(folder: ModelFolder, dense: ModelFolder | None, formats: list[str], dtype: str) -> dict[str, Variant]:
-    """Return the models by name: "dense" as transformers runs it, "prepacked", and each sparse format.
-
-    Without ``formats`` these are :func:`default_formats`; without ``dense`` the folder is unpacked. All but "dense"
-    have a quick output layer too. Raises ModelFolderError.
-    """
+    """Return the models by name: "dense" as transformers runs it, "prepacked", and each sparse format. Without
+    ``formats`` these are :func:`default_formats`; without ``dense`` the folder is unpacked. All but "dense" have a
+    quick output layer too. Raises ModelFolderError."""
     base = dense or folder
     plain = base.load("dense", dtype)
     by_name = {"dense": Variant(plain, base.weight_file_bytes if base.format == "dense" else None)}

@@ -22,10 +22,8 @@ _THRESHOLD = (255, 255, 255, 255), (0, 0, 0, 255), (255, 255, 255, 255)
 
 
 def heat_map(values: np.ndarray, size: int = MAP_SIZE) -> np.ndarray:
-    """Cells of ``values``, (rows, columns) in [0, 1], row 0 on top; to their right the colour scale from 1 to 0.
-
-    About ``size`` pixels wide, and high: cells are of whole pixels, at least one wide and two high.
-    """
+    """Cells of ``values``, (rows, columns) in [0, 1], row 0 on top; to their right the colour scale from 1 to 0. About
+    ``size`` pixels wide, and high: cells are of whole pixels, at least one wide and two high."""
     down = max(2, min(_MOST_CELL_PIXELS, size // values.shape[0]))
     across = max(1, min(_MOST_CELL_PIXELS, size // values.shape[1]))
     cells = coloured(values).repeat(down, 0).repeat(across, 1)
@@ -42,9 +40,7 @@ def flips_on_scale(flipped: np.ndarray) -> np.ndarray:
 
 def thumbnail(share: Sequence[Sequence[float]]) -> np.ndarray:
     """Cells of a mask, coloured by the share of weights they keep, from 0 to twice the mean, and the scale of colours.
-
-    Relative to the mean, for at 90 % of zeros all cells of a large matrix keep nearly a tenth.
-    """
+    Relative to the mean, for at 90 % of zeros all cells of a large matrix keep nearly a tenth."""
     return heat_map(share_on_scale(share), THUMBNAIL_SIZE)
 
 

@@ -12,11 +12,8 @@ from pst_ds.json_text import json_of
 
 
 class JsonLines:
-    """A file that is written a line at a time.
-
-    When a run is continued after ``step``, the lines up to there stay; without a step the file starts empty. ``head``
-    is a first line that has no step.
-    """
+    """A file that is written a line at a time. When a run is continued after ``step``, the lines up to there stay;
+    without a step the file starts empty. ``head`` is a first line that has no step."""
 
     def __init__(self, path: Path, step: int, head: Mapping[str, object] | None = None):
         first = [json_of(head)] if head is not None else []

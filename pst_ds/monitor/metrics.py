@@ -19,11 +19,8 @@ from pst_ds.progress import Progress
 
 
 class MetricsWriter:
-    """Write on rank 0, do nothing elsewhere.
-
-    A run that is continued after ``step``, ``seconds`` into it, keeps its lines up to there.
-    ``layers``: weights of each PST layer, by name in model order.
-    """
+    """Write on rank 0, do nothing elsewhere. A run that is continued after ``step``, ``seconds`` into it, keeps its
+    lines up to there. ``layers``: weights of each PST layer, by name in model order."""
 
     def __init__(
         self,

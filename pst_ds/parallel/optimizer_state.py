@@ -1,9 +1,7 @@
-"""The optimizer's fp32 masters and Adam moments as each engine keeps them, read and written where they lie.
-
-Every engine holds the values of a trainable parameter in flat fp32 tensors, its *owners*: ZeRO-3 in one a sub-group
-with this rank's shards, ZeRO-1 and 2 (and DeepSpeed's bf16 optimizer) in one a parameter group with an arbitrary run of
-it, others in one a parameter. Nothing here communicates.
-"""
+"""The optimizer's fp32 masters and Adam moments as each engine keeps them, read and written where they lie. Every
+engine holds the values of a trainable parameter in flat fp32 tensors, its *owners*: ZeRO-3 in one a sub-group with this
+rank's shards, ZeRO-1 and 2 (and DeepSpeed's bf16 optimizer) in one a parameter group with an arbitrary run of it,
+others in one a parameter. Nothing here communicates."""
 
 from __future__ import annotations
 

@@ -64,10 +64,8 @@ def broadcast(value: Tensor, source: int) -> Tensor:
 
 
 def raise_on_all_ranks(action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank; if any raises InputError, all do. Collective.
-
-    The message is that of the lowest such rank, and names it unless all ranks fail.
-    """
+    """Run ``action`` on every rank; if any raises InputError, all do. Collective. The message is that of the lowest
+    such rank, and names it unless all ranks fail."""
     try:
         result, problem = action(), None
     except InputError as error:
@@ -86,9 +84,7 @@ def raise_on_all_ranks(action: Callable[[], T]) -> T:
 
 class BackgroundGroup:
     """A second group of all ranks, over gloo, for objects that a thread exchanges while training uses the first.
-
-    Creating it is collective.
-    """
+    Creating it is collective."""
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() and world_size() > 1 else None

@@ -1,9 +1,7 @@
-"""Ends a process that no longer gets on, and says which rank, where it stands, and whom it waits for.
-
-A rank that hangs makes all others wait in a collective. Each has a thread that notices, puts the rank's stack into the
-run folder and on stderr, reads what the others put there, and ends the process: who gave no report is stopped or cut
-off, and who got less far than the others, and does not wait in a collective, is the one that hangs.
-"""
+"""Ends a process that no longer gets on, and says which rank, where it stands, and whom it waits for. A rank that hangs
+makes all others wait in a collective. Each has a thread that notices, puts the rank's stack into the run folder and on
+stderr, reads what the others put there, and ends the process: who gave no report is stopped or cut off, and who got
+less far than the others, and does not wait in a collective, is the one that hangs."""
 
 from __future__ import annotations
 
@@ -81,11 +79,9 @@ class Watchdog:
         own = StallReport(self._rank, socket.gethostname(), os.getpid(), self._doing, self._beats, _waits(stack), text)
         with contextlib.suppress(OSError):  # a full disk must not keep the process alive
             _write(self._folder, own)
-        state = "waiting for other ranks" if own.waits else "not waiting for other ranks"
-        stood = (
-            f"rank {own.rank} ({own.host}, pid {own.pid}) made no progress for {self._timeout:g} seconds in {own.doing}"
-        )
-        print(f"{stood}, {state}:\n{own.stack}", file=sys.stderr, flush=True)
+        who = f"rank {own.rank} ({own.host}, pid {own.pid})"
+        where = f"{own.doing}, {'' if own.waits else 'not '}waiting for other ranks:\n{own.stack}"
+        print(f"{who} made no progress for {self._timeout:g} seconds in {where}", file=sys.stderr, flush=True)
         others = _gather(self._folder, self._world, min(_GRACE_SECONDS, self._timeout))
         if self._rank == min([own.rank, *(report.rank for report in others)]):
             print(verdict(others, self._world, self._timeout), file=sys.stderr, flush=True)
@@ -121,9 +117,7 @@ _current: Watchdog | None = None
 @contextlib.contextmanager
 def watching(folder: Path, timeout_seconds: float) -> Iterator[None]:
     """End the process with code 1 when :func:`heartbeat` was not called for so long inside; 0 watches nothing.
-
-    ``folder`` is where the ranks leave their reports for each other.
-    """
+    ``folder`` is where the ranks leave their reports for each other."""
     global _current
     if timeout_seconds <= 0:
         yield

@@ -1,8 +1,6 @@
-"""The one seam to ZeRO-3: every ``ds_*`` attribute of a parameter is read and written here.
-
-DeepSpeed splits a parameter's flat storage into equal shards of ceil(numel / world) elements; the last may be padded
-with uninitialised memory, which nothing here ever hands out. Without ZeRO-3 a parameter is one shard, held by everyone.
-"""
+"""The one seam to ZeRO-3: every ``ds_*`` attribute of a parameter is read and written here. DeepSpeed splits a
+parameter's flat storage into equal shards of ceil(numel / world) elements; the last may be padded with uninitialised
+memory, which nothing here ever hands out. Without ZeRO-3 a parameter is one shard, held by everyone."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""Memory of a PST run on one rank, from shapes alone: numbers in, bytes out.
-
-ZeRO-3 as DeepSpeed 0.19.8 does it: a parameter of n elements lies on w ranks as ceil(n / w) elements each; a module's
-parameters are gathered whole for its turn; trainables have an fp32 master and two Adam moments, a 16-bit gradient shard
-and a share of one reduction bucket. What is resident all the time is counted from shapes exactly; what comes and goes
-is bounded by the largest module. tools.bench.scale holds the sums against the resident memory of real runs.
-"""
+"""Memory of a PST run on one rank, from shapes alone: numbers in, bytes out. ZeRO-3 as DeepSpeed 0.19.8 does it: a
+parameter of n elements lies on w ranks as ceil(n / w) elements each; a module's parameters are gathered whole for its
+turn; trainables have an fp32 master and two Adam moments, a 16-bit gradient shard and a share of one reduction bucket.
+What is resident all the time is counted from shapes exactly; what comes and goes is bounded by the largest module.
+tools.bench.scale holds the sums against the resident memory of real runs."""
 
 from __future__ import annotations
 

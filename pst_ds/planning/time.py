@@ -1,8 +1,6 @@
-"""Time and network traffic of a step and of a mask update, from shapes and stated rates: numbers in, numbers out.
-
-Bytes are those a rank receives; a ring all-gather or reduce-scatter of n bytes over w ranks receives n (w - 1) / w, an
-all-reduce twice that. Rates are what a machine is assumed to reach, not its data sheet; each names its source.
-"""
+"""Time and network traffic of a step and of a mask update, from shapes and stated rates: numbers in, numbers out. Bytes
+are those a rank receives; a ring all-gather or reduce-scatter of n bytes over w ranks receives n (w - 1) / w, an
+all-reduce twice that. Rates are what a machine is assumed to reach, not its data sheet; each names its source."""
 
 from __future__ import annotations
 

@@ -16,10 +16,8 @@ Shapes = Mapping[tuple[str, int], list[int]]
 
 
 def layer_table(runs: Sequence[RunData], shapes: Shapes) -> Table | None:
-    """List every layer of any run, with its shape where it is known; None without layers.
-
-    A figure that no run has is left out.
-    """
+    """List every layer of any run, with its shape where it is known; None without layers. A figure that no run has is
+    left out."""
     known = {run.name: run.layers for run in runs if run.layers is not None}
     if not known:
         return None

@@ -38,10 +38,8 @@ class ExportData:
 
 
 def find_exports(runs: Sequence[RunData], others: Sequence[Path]) -> tuple[list[ExportData], list[str]]:
-    """Read the exports in the run folders, and ``others``; with a note on each in a run that is damaged.
-
-    Raises InputError for one of ``others`` that is not an export.
-    """
+    """Read the exports in the run folders, and ``others``; with a note on each in a run that is damaged. Raises
+    InputError for one of ``others`` that is not an export."""
     found = [(run, path.parent) for run in runs for path in sorted(run.folder.glob(f"*/{MANIFEST_FILE}"))]
     inside = [(run, folder) for run, folder in found if folder.suffix != PARTIAL]
     exports: list[ExportData] = []

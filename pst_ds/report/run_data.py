@@ -111,10 +111,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_curves(path: Path) -> dict[str, list[Point]]:
-    """Read every finite number of metrics.jsonl, by name; the last one where a step has several.
-
-    Step lines repeat the flip rate of the last mask update, so only those of mask updates count.
-    """
+    """Read every finite number of metrics.jsonl, by name; the last one where a step has several. Step lines repeat the
+    flip rate of the last mask update, so only those of mask updates count."""
     curves: dict[str, list[Point]] = {}
     for line in lines_until(path, sys.maxsize):
         step, event = line.pop("step"), line.pop("event", None)
