@@ -19,26 +19,19 @@ SPARSE = ("bitmask", "csr", "2:4")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="DIR", help="model folder: packed, or dense with zeros in it")
     parser.add_argument("--dense", metavar="DIR", help="dense model to compare with; default: DIR itself, unpacked")
-    parser.add_argument(
-        "--formats",
-        nargs="+",
-        choices=SPARSE,
-        default=[],
-        metavar="FORMAT",
-        help=f"sparse layers to measure, of {', '.join(SPARSE)}; default: the folder's (bitmask of a dense one), and "
-        "csr and 2:4 where they apply",
+    formats = (
+        f"sparse layers to measure, of {', '.join(SPARSE)}; default: the folder's (bitmask of a dense one), and "
+        "csr and 2:4 where they apply"
     )
+    parser.add_argument("--formats", nargs="+", choices=SPARSE, default=[], metavar="FORMAT", help=formats)
     parser.add_argument("--batch", type=_counts, default=[1], metavar="N,...", help="sequences at a time (default: 1)")
     parser.add_argument("--prompt-tokens", type=count, default=128, metavar="N", help="(default: 128)")
     parser.add_argument("--new-tokens", type=count, default=32, metavar="N", help="(default: 32)")
     parser.add_argument("--threads", type=_counts, metavar="N,...", help="of torch (default: OMP_NUM_THREADS)")
     parser.add_argument("--repeats", type=count, default=3, metavar="N", help="runs of each, in turn (default: 3)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of every model (default: bf16)")
-    parser.add_argument(
-        "--from-memory",
-        action="store_true",
-        help="go through copies of each model, twice the last-level cache together, a token each in turn",
-    )
+    copies = "go through copies of each model, twice the last-level cache together, a token each in turn"
+    parser.add_argument("--from-memory", action="store_true", help=copies)
     add_quiet_argument(parser)
 
 

@@ -21,9 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, "run folder, or its run file")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
     parser.add_argument("--checkpoint", default="best", help='"best" (default), "final", or another in checkpoints/')
-    parser.add_argument(
-        "--texts", metavar="FILE", help='of task "data-to-text": a JSON line for each text written, with its references'
-    )
+    texts = 'of task "data-to-text": a JSON line for each text written, with its references'
+    parser.add_argument("--texts", metavar="FILE", help=texts)
     add_quiet_argument(parser)
 
 
@@ -54,10 +53,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _with_texts(prepared: Prepared, checkpoint: Checkpoint, examples: ExampleSet, file: str | None) -> dict[str, float]:
-    """Return metrics of the model and of the texts it writes, which go to ``file`` if one is named.
-
-    On one process, without DeepSpeed, whatever the run trained on.
-    """
+    """Return metrics of the model and of the texts it writes (to ``file`` too), on one process without DeepSpeed."""
     from pst_ds.data.tasks.data_to_text import DataToText, Pairs
     from pst_ds.data.text_metrics import require_text_metrics
     from pst_ds.train.evaluate import predict

@@ -9,23 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pst_ds.cli.main import add_quiet_argument, count, load_run_or_folder, main
+from pst_ds.cli.main import add_quiet_argument, add_shard_argument, count, load_run_or_folder, main
 from pst_ds.core.packings import PACKINGS
 from pst_ds.errors import InputError
-
-FORMATS = ("dense", *PACKINGS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="SRC", help="run folder, its run file, or a model folder with zeros in it")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of a run")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="dense",
-        help="dense (default): zeros in a plain model folder; the others are smaller, and load after import pst_ds.hf",
-    )
+    text = "dense (default): zeros in a plain model folder; the others are smaller, and load after import pst_ds.hf"
+    parser.add_argument("--format", choices=("dense", *PACKINGS), default="dense", help=text)
     parser.add_argument("--checkpoint", help='of a run: "best" (default), "final", or another in checkpoints/')
     add_writing_arguments(parser)
     add_quiet_argument(parser)
@@ -35,9 +29,7 @@ def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of everything that writes a model folder."""
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="cast every tensor; default: as they are")
     parser.add_argument("--processes", type=count, default=1, metavar="N", help="processes to write with (default: 1)")
-    parser.add_argument(
-        "--shard-bytes", type=count, default=5 << 30, metavar="B", help="most bytes of a weight file (default: 5 GiB)"
-    )
+    add_shard_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,18 +17,21 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import NoReturn
 
 from pst_ds import __version__, progress
+from pst_ds.config.file_names import RUN_FILE
+from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.config.toml import load_run, load_run_folder
 from pst_ds.errors import InputError
 from pst_ds.json_text import json_of
 from pst_ds.parallel.stop_signals import EXIT_STOPPED
 
-if TYPE_CHECKING:
-    from pst_ds.config.run import RunConfig
-
 EXIT_UNREAD = 141
 """The exit code that a shell reports for a program ended by SIGPIPE: 128 and its number."""
+_REPORTED = ("DivergedError", "VerificationError", "FloatingPointError", "StoppedError", "CheckpointWriteError")
+"""Failures that all ranks raise together and whose message says everything."""
 
 VERBS = {
     "init": "write a commented run file for a model and its text, from flags and a few questions",
@@ -103,11 +106,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _is_unread():
             return _leave(EXIT_UNREAD)
-        if not _is_reported_error(error):
-            traceback.print_exc()
+        kind = type(error).__name__
+        if kind in _REPORTED:
+            _say_on_main(f"pst-ds {args.verb}: {kind}: {error}")
         else:
-            _say_on_main(f"pst-ds {args.verb}: {type(error).__name__}: {error}")
-        return _leave(EXIT_STOPPED if type(error).__name__ == "StoppedError" else 1)
+            traceback.print_exc()
+        return _leave(EXIT_STOPPED if kind == "StoppedError" else 1)
     return _leave(result.get("exit_code", 0))
 
 
@@ -126,17 +130,14 @@ def program() -> NoReturn:
         code = int(ended.code or 0)
     except BrokenPipeError:  # from the message about how it ended
         code = EXIT_UNREAD
-    launch = sys.modules.get("pst_ds.parallel.launch")
-    joined = launch is not None and launch.joined
+    joined = getattr(sys.modules.get("pst_ds.parallel.launch"), "joined", False)
     if joined:
         logging.shutdown()
     with contextlib.suppress(BrokenPipeError, AttributeError):  # stdout may be closed
         sys.stdout.flush()
     is_unread = _is_unread()
-    if is_unread:
-        code = code or EXIT_UNREAD
     if joined or is_unread:  # the interpreter would complain about the text that is left
-        os._exit(code)
+        os._exit(code or (EXIT_UNREAD if is_unread else 0))
     sys.exit(code)
 
 
@@ -149,13 +150,6 @@ def _is_unread() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _is_reported_error(error: Exception) -> bool:
-    """Return whether this is a failure that all ranks raise together and whose message says everything."""
-    return type(error).__name__ in (
-        "DivergedError", "VerificationError", "FloatingPointError", "StoppedError", "CheckpointWriteError",
-    )  # fmt: skip
-
-
 def _say_on_main(message: str) -> None:
     """Print one message, not one per rank: all of them have the same input."""
     if progress.is_first_rank():
@@ -163,8 +157,7 @@ def _say_on_main(message: str) -> None:
 
 
 def _leave(code: int) -> int:
-    torch = sys.modules.get("torch")
-    if torch is not None and code in (0, EXIT_STOPPED):
+    if "torch" in sys.modules and code in (0, EXIT_STOPPED):
         from pst_ds.parallel.launch import shut_down
 
         shut_down()
@@ -195,14 +188,18 @@ def quiet_libraries() -> None:
 def add_run_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     """Add the arguments of verbs that start from a run file or a run folder."""
     parser.add_argument("run", help=what)
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, such as train.num_steps=20"
-    )
+    text = "override a setting, such as train.num_steps=20"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
 
 
 def add_quiet_argument(parser: argparse.ArgumentParser) -> None:
     """Add the argument of verbs that may take long."""
     parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def add_shard_argument(parser: argparse.ArgumentParser) -> None:
+    text = "most bytes of a weight file (default: 5 GiB)"
+    parser.add_argument("--shard-bytes", type=count, default=5 << 30, metavar="B", help=text)
 
 
 def count(text: str) -> int:
@@ -214,17 +211,12 @@ def count(text: str) -> int:
 
 def load_run_or_folder(args: argparse.Namespace) -> RunConfig:
     """Load a run file, or the resolved run file of a run folder."""
-    from pathlib import Path
-
-    from pst_ds.config.run import ConfigError
-    from pst_ds.config.toml import load_run, load_run_folder
-
     path = Path(args.run)
-    if path.is_dir():
-        if not (path / "run.toml").is_file():
-            raise ConfigError(f"{str(path)!r} is not a run folder: run.toml is missing (looked in {path.absolute()})")
-        return load_run_folder(path, args.set)
-    return load_run(path, args.set)
+    if not path.is_dir():
+        return load_run(path, args.set)
+    if not (path / RUN_FILE).is_file():
+        raise ConfigError(f"{str(path)!r} is not a run folder: run.toml is missing (looked in {path.absolute()})")
+    return load_run_folder(path, args.set)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from pst_ds.cli.main import add_quiet_argument, add_run_arguments, count, load_run_or_folder
+from pst_ds.cli.main import add_quiet_argument, add_run_arguments, add_shard_argument, count, load_run_or_folder
 from pst_ds.config.methods import OneShotMethod
 
 if TYPE_CHECKING:
@@ -24,20 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, "run file (TOML) that names the model, the layers and the text")
     parser.add_argument("--method", required=True, choices=get_args(OneShotMethod))
     parser.add_argument("--out", required=True, metavar="DIR", help="model folder to write, dense with zeros")
-    parser.add_argument(
-        "--sparsity", type=float, metavar="S", help="fraction of zeros (default: schedule.final_sparsity, or 1 - N/M)"
-    )
-    parser.add_argument(
-        "--pattern", default="", metavar="P",
-        help='row, matrix, N:M or blocks (default: pst.pattern, but row instead of matrix for wanda and sparsegpt)',
-    )  # fmt: skip
-    parser.add_argument(
-        "--samples", type=count, default=128, metavar="N", help="examples of data.train to calibrate on (default: 128)"
-    )
+    zeros = "fraction of zeros (default: schedule.final_sparsity, or 1 - N/M)"
+    parser.add_argument("--sparsity", type=float, metavar="S", help=zeros)
+    pattern = "row, matrix, N:M or blocks (default: pst.pattern, but row instead of matrix for wanda and sparsegpt)"
+    parser.add_argument("--pattern", default="", metavar="P", help=pattern)
+    samples = "examples of data.train to calibrate on (default: 128)"
+    parser.add_argument("--samples", type=count, default=128, metavar="N", help=samples)
     parser.add_argument("--seed", type=int, default=0, help="seed for the choice of examples (default: 0)")
-    parser.add_argument(
-        "--shard-bytes", type=count, default=5 << 30, metavar="B", help="most bytes of a weight file (default: 5 GiB)"
-    )
+    add_shard_argument(parser)
     add_quiet_argument(parser)
 
 
@@ -97,10 +91,7 @@ def _pruned(
 
 
 def _calibration(config: RunConfig, model_config: PretrainedConfig, args: argparse.Namespace) -> list[Batch]:
-    """Batch the model inputs of some examples of data.train, drawn without repetition and sorted by length.
-
-    Raises ConfigError for unsuitable data or tokenizer, and InputError for too few examples.
-    """
+    """Batch inputs of some examples of data.train, drawn without repetition, sorted by length. Raises InputError."""
     from pst_ds.data.tasks import task_of
     from pst_ds.errors import InputError
     from pst_ds.train.model import load_tokenizer

@@ -11,12 +11,10 @@ from pst_ds.parallel import stop_signals
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, "run file (TOML), or a run folder to go on with")
     begin = parser.add_mutually_exclusive_group()
-    begin.add_argument(
-        "--resume", action="store_true", help="go on from the newest valid checkpoint of the run, if there is one"
-    )
-    begin.add_argument(
-        "--restart", action="store_true", help="start over in a folder with checkpoints, which are set aside"
-    )
+    resume = "go on from the newest valid checkpoint of the run, if there is one"
+    begin.add_argument("--resume", action="store_true", help=resume)
+    restart = "start over in a folder with checkpoints, which are set aside"
+    begin.add_argument("--restart", action="store_true", help=restart)
     add_quiet_argument(parser)
 
 

@@ -3,27 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from pst_ds.cli.main import add_quiet_argument, count, load_run_or_folder
-from pst_ds.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-    from transformers.utils import ModelOutput
-
-    from pst_ds.config.run import RunConfig
-    from pst_ds.data.tasks import ExampleSet
-    from pst_ds.train.run import Prepared
-
-ROUNDINGS = 2.0
-"""One for each of the two computations of a logit."""
-LINE_BYTES = 64
-"""Alignment of the memory that torch allocates; a weight in a mapped file may begin anywhere."""
 
 
 class VerificationError(RuntimeError):
@@ -55,7 +38,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     )
     if config is None:
         return {**counts, "export_dir": args.export}
-    compared = _compare(args, config, packed=bool(packed))
+    from pst_ds.cli.verify_run import compare_with_run
+
+    compared = compare_with_run(args, config, packed=bool(packed))
     print(
         f"reloaded with {'pst_ds.hf, made dense,' if packed else 'plain transformers'} against the masked model on "
         f"{compared['examples']} {compared['unit']} of {args.split}: {compared['differing_weights']} of "
@@ -86,163 +71,3 @@ def _require_equal(args: argparse.Namespace, compared: dict[str, Any], kept: dic
         # written so that a NaN fails
         if result and not result["max_logit_difference"] <= result["allowed_logit_difference"]:
             raise VerificationError(f"{what}: {how}its logits differ by more than rounding explains")
-
-
-def _compare(args: argparse.Namespace, config: RunConfig, *, packed: bool) -> dict[str, Any]:
-    """Rebuild the masked training model and the export, and compare them on the same batches. Raises InputError."""
-    import torch
-
-    from pst_ds.nn.embedding import pst_embeddings
-    from pst_ds.nn.inject import persistent_buffers, pst_layers
-    from pst_ds.train.run import masked_model, prepare_single
-    from pst_ds.train.run_folder import open_checkpoint
-
-    checkpoint = open_checkpoint(config, args.checkpoint)
-    prepared = prepare_single(config, checkpoint)
-    examples = prepared.load(args.split)
-    if args.limit:
-        examples = examples.first(args.limit)
-    masked = _aligned(masked_model(prepared, checkpoint))
-    plain = _aligned(_loaded(prepared, args.export, "dense" if packed else ""))
-    merged: dict[str, torch.Tensor] = {f"{n}.weight": layer.masked_weight() for n, layer in pst_layers(masked).items()}
-    merged |= {f"{n}.weight": embedding.updated_weight() for n, embedding in pst_embeddings(masked).items()}
-    merged = merged or dict(masked.named_parameters())  # method "dense" changes no module
-    merged |= persistent_buffers(masked)
-    loaded = {**dict(plain.named_parameters()), **persistent_buffers(plain)}
-    foreign = [n for n, weight in merged.items() if n not in loaded or loaded[n].shape != weight.shape]
-    if foreign:
-        raise InputError(
-            f"{args.export} has no {foreign[0]} such as the model of --against {args.run} has ({len(foreign)} weights "
-            "differ in name or shape): it is the export of another model; name the run it came from"
-        )
-    differing = [n for n, weight in merged.items() if not torch.equal(weight, loaded[n])]
-    largest = _LargestLogit(masked)
-    differences, metrics = _on_examples(prepared, examples, largest, plain)
-    dtype, inputs = next(plain.parameters()).dtype, max(w.shape[-1] for w in merged.values() if w.dim())
-    compared = {
-        "examples": len(examples),
-        "unit": prepared.task.unit,
-        "compared_weights": len(merged),
-        "differing_weights": len(differing),
-        **differences,
-        "allowed_logit_difference": allowed_difference(dtype, len(merged), inputs)[0] * largest.value,
-        "metrics": metrics,
-        **_compare_texts(prepared, examples, masked, plain),
-    }
-    if packed:
-        compared["kept_sparse"] = _compare_sparse(prepared, examples, masked, plain, args.export)
-    return compared
-
-
-def _compare_texts(prepared: Prepared, examples: ExampleSet, masked: nn.Module, plain: nn.Module) -> dict[str, Any]:
-    """Count the differing texts of the two models, and score the export's if the libraries are installed.
-
-    A text depends on every logit before it, so texts may differ where the order of sums varies, as on a GPU: they are
-    not required to be equal. Returns nothing for tasks that write no text.
-    """
-    from pst_ds.data.tasks.data_to_text import DataToText, Pairs
-    from pst_ds.data.text_metrics import missing_libraries
-
-    task = prepared.task
-    if not isinstance(task, DataToText) or not isinstance(examples, Pairs):
-        return {}
-    ours, theirs = (
-        task.write(model, examples, prepared.tokenizer, prepared.run.eval_batch_size, prepared.device)
-        for model in (masked, plain)
-    )
-    return {
-        "texts": len(theirs),
-        "differing_texts": sum(one != other for one, other in zip(ours, theirs, strict=True)),
-        "text_metrics": {} if missing_libraries() else task.text_metrics(theirs, examples),
-    }
-
-
-def _compare_sparse(
-    prepared: Prepared, examples: ExampleSet, masked: nn.Module, plain: nn.Module, folder: str
-) -> dict[str, Any]:
-    """Compare the export with its weights kept packed: weights to the bit, logits up to rounding."""
-    import torch
-
-    from pst_ds.nn.model_structure import is_conv1d
-    from pst_ds.runtime import sparse_layers
-
-    sparse = _loaded(prepared, folder, "sparse")
-    layers, differing = sparse_layers(sparse), 0
-    for name, layer in layers.items():
-        module: Any = plain.get_submodule(name)
-        weight = module.weight.t() if is_conv1d(module) else module.weight
-        differing += not torch.equal(layer.dense_weight().to(weight.device), weight)
-    largest = _LargestLogit(masked)
-    differences, _ = _on_examples(prepared, examples, largest, sparse)
-    dtype = next(plain.parameters()).dtype
-    allowed, rule = allowed_difference(dtype, len(layers), max((n.in_features for n in layers.values()), default=1))
-    return {
-        "layers": len(layers),
-        "differing_weights": differing,
-        **differences,
-        "allowed_logit_difference": allowed * largest.value,
-        "rule": rule,
-    }
-
-
-def allowed_difference(dtype: torch.dtype, num_layers: int, inputs: int) -> tuple[float, str]:
-    """Return how far two computations of the same logits may differ, as a share of the largest logit, and the formula.
-
-    Each layer rounds its outputs by at most one unit, u = eps / 2, and independent errors add up like the square root
-    of their number; there are two computations: 2 u sqrt(layers). An fp32 product is also summed in another order,
-    which is one more rounding for each of its ``inputs``: times their square root. Products of bf16 and fp16 are
-    summed in fp32, whose rounding is small next to theirs.
-    """
-    import torch
-
-    unit = torch.finfo(dtype).eps / 2
-    share = ROUNDINGS * unit * math.sqrt(max(num_layers, 1))
-    rule = f"{ROUNDINGS:g} x {unit:.3g} x sqrt({num_layers} layers)"
-    if dtype in (torch.float32, torch.float64):
-        share, rule = share * math.sqrt(inputs), f"{rule} x sqrt({inputs} inputs)"
-    return share, f"{rule} x the largest logit"
-
-
-class _LargestLogit:
-    """A model that remembers its largest logit."""
-
-    def __init__(self, model: nn.Module):
-        self._model, self.value = model, 0.0
-
-    def __call__(self, **inputs: object) -> ModelOutput:
-        result: ModelOutput = self._model(**inputs)
-        self.value = max(self.value, float(result["logits"].abs().max()))
-        return result
-
-
-def _loaded(prepared: Prepared, folder: str, load_as: Literal["", "dense", "sparse"]) -> nn.Module:
-    """Load the export with transformers; ``load_as``: "" for a dense folder, else what to do with packed weights."""
-    from pst_ds.nn.base_model import DTYPES
-    from pst_ds.train.model import attention_options
-
-    options: dict[str, object] = {**attention_options(prepared.run)}
-    if load_as:
-        from pst_ds.hf import PackedWeightsConfig
-
-        options["quantization_config"] = PackedWeightsConfig(load_as=load_as)
-    dtype = DTYPES[prepared.run.train.precision]
-    model = prepared.task.model_class().from_pretrained(folder, dtype=dtype, **options)
-    return model.to(prepared.device).eval()
-
-
-def _aligned(model: nn.Module) -> nn.Module:
-    """Align weights to lines of memory: where they are not, products are summed in another order."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.data_ptr() % LINE_BYTES:
-            tensor.data = tensor.data.clone()
-    return model
-
-
-def _on_examples(
-    prepared: Prepared, examples: ExampleSet, one: Callable[..., object], other: Callable[..., object]
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return how far the logits of two models differ, and the metrics of ``other``."""
-    from pst_ds.train.evaluate import compare
-
-    batch_size = prepared.run.eval_batch_size
-    return compare(one, other, prepared.task, examples, prepared.tokenizer, batch_size, prepared.device)

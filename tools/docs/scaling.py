@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pst_ds.cli.plan import make_plan
+from pst_ds.cli.plan_values import make_plan
 from pst_ds.config.toml import load_run
 from pst_ds.planning.activations import Trace
 from pst_ds.planning.machines import MACHINES

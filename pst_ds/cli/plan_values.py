@@ -1,0 +1,203 @@
+"""A plan as JSON values."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from pst_ds.checkpoint.format import most_bytes
+from pst_ds.config.run import RunConfig
+from pst_ds.data.tasks import task_of
+from pst_ds.errors import InputError
+from pst_ds.masks.layer_stats import chosen_layers
+from pst_ds.nn.base_model import DTYPES
+from pst_ds.nn.embedding import pst_embeddings
+from pst_ds.nn.inject import pst_layers
+from pst_ds.parallel.ds_config import RunNumbers, load_deepspeed_config, resolve_deepspeed_config, zero_stage
+from pst_ds.parallel.launch import launch_environment
+from pst_ds.planning.activations import Trace, UntraceableError, trace_micro_batch
+from pst_ds.planning.machines import MACHINES
+from pst_ds.planning.memory import ModelNumbers, memory_plan
+from pst_ds.planning.shapes import model_numbers
+from pst_ds.planning.time import Batch, time_plan
+from pst_ds.planning.zero_settings import ZeroSettings, zero_settings
+from pst_ds.train.model import head_names, load_tokenizer, meta_model, num_trainable, parameter_groups
+from pst_ds.train.objective import require_teacher, teacher_shapes
+
+
+def make_plan(
+    config: RunConfig, ranks: int | None, machine: str | None, *, no_data: bool, trace: Trace | None = None
+) -> dict[str, Any]:
+    """Return the plan of a run as JSON values; ``trace``: a Trace of the same micro-batch, on any number of ranks."""
+    ranks, raw = _ranks_and_deepspeed(config, ranks)
+    micro_batch_size = config.micro_batch_size(ranks)
+    stage = zero_stage(raw) if raw is not None else None
+    tokenizer, labels, unit, num_examples = _data(config, no_data)
+    model = meta_model(config, labels, tokenizer, num_shards=ranks if stage == 3 else 1)
+    chosen_layers(list(pst_layers(model)), config.pictures.layers)  # as train would: refuses what is not there
+    if not no_data:
+        require_teacher(config, model)
+    num_steps = config.num_steps(num_examples) if num_examples is not None else config.train.num_steps
+    has_cores = not torch.accelerator.is_available() and ranks <= (os.cpu_count() or 1)
+    machine = machine or ("cpu" if has_cores else "h100")
+    zero = _zero_settings(config, raw, ranks, micro_batch_size, num_trainable(model), machine)
+    device = "cpu" if machine == "cpu" else "cuda"
+    numbers = model_numbers(model, device=device)
+    schedule, teacher = _schedule(config, num_steps), _teacher(config, numbers, no_data)
+    plan: dict[str, Any] = {
+        "ranks": ranks,
+        "zero_stage": stage,
+        "precision": config.train.precision,
+        "micro_batch_size": micro_batch_size,
+        "num_steps": num_steps,
+        "num_examples": num_examples,
+        "unit": unit,
+        "sequence": config.data.max_length,
+        "activation_checkpointing": config.model.gradient_checkpointing,
+        "machine": machine,
+        "trained_in_full": head_names(model, config),
+        **_layers(model),
+        "parameters": numbers.parameters,
+        "trained_parameters": numbers.trainables,
+        "pruned_parameters": numbers.pruned_weights,
+        "schedule": schedule,
+    }
+    groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, config)]
+    trace = trace or _trace(model, config, micro_batch_size, zero.persistence_threshold)  # uses the model up
+    plan |= _memory(config, numbers, zero, teacher["bytes"], groups, trace, device)
+    plan["trace"] = asdict(trace) if trace else None
+    plan["checkpoint_bytes"] = most_bytes(numbers.trainables, numbers.pruned_weights)
+    plan["mask_bytes"] = sum(t.numel * t.count for t in numbers.tensors if t.is_mask)
+    batch = _batch(config, micro_batch_size, teacher, trace)
+    times = time_plan(numbers, zero, batch, MACHINES[machine])
+    share = times.share_of_masks(num_steps, schedule["mask_updates"] if schedule else 0)
+    return {**plan, "time": {**asdict(times), "share_of_masks": share}}
+
+
+def _ranks_and_deepspeed(config: RunConfig, wanted: int | None) -> tuple[int, dict[str, Any] | None]:
+    """Return how many ranks to plan for, and the DeepSpeed settings as in the file; None for one process without."""
+    ranks = wanted or launch_environment().world_size
+    if config.deepspeed_config:
+        return ranks, load_deepspeed_config(config.deepspeed_config)
+    if ranks > 1:
+        raise InputError(
+            f"{ranks} ranks, but deepspeed_config is not set; set deepspeed_config = "
+            '"ds_configs/zero3.json", or plan for one process'
+        )
+    return ranks, None
+
+
+def _data(config: RunConfig, no_data: bool) -> tuple[Any, list[str], str, int | None]:
+    """Return (tokenizer, labels, unit of the examples, their number); nothing is read with ``no_data``."""
+    task = task_of(config)
+    if no_data:
+        if not config.train.num_steps:
+            raise InputError(
+                f"--no-data, and train.num_steps = {config.train.num_steps}: the number of steps follows from the data "
+                "then; set it with --set train.num_steps=1000"
+            )
+        return None, ["0", "1"] if task.new_head else [], task.unit, None
+    tokenizer, labels = load_tokenizer(config), task.label_names(config.data)
+    return tokenizer, labels, task.unit, len(task.load(config.data, "train", tokenizer, labels))
+
+
+def _zero_settings(
+    config: RunConfig, raw: dict[str, Any] | None, ranks: int, micro_batch_size: int, trainables: int, machine: str
+) -> ZeroSettings:
+    train, resolved = config.train, None
+    if raw is not None:
+        steps, clipping, is_bf16 = train.gradient_accumulation_steps, train.gradient_clipping, train.precision == "bf16"
+        own = RunNumbers(train.batch_size, micro_batch_size, steps, clipping, is_bf16, trainables)
+        resolved = resolve_deepspeed_config(raw, own, source=config.deepspeed_config, run_file="the run file")
+    return zero_settings(resolved, ranks, "gloo" if machine == "cpu" else "nccl")
+
+
+def _layers(model: torch.nn.Module) -> dict[str, Any]:
+    layers = [
+        {
+            "name": name,
+            "out_features": layer.layout.out_features,
+            "in_features": layer.layout.in_features,
+            "matrices": layer.layout.parts,
+            "factor_parameters": sum(p.numel() for _, p in layer.factor_parameters()),
+        }
+        for name, layer in pst_layers(model).items()
+    ]
+    embeddings = [
+        {"name": name, "rows": e.num_embeddings, "width": e.embedding_dim, "factor_parameters": e.num_factor_parameters}
+        for name, e in pst_embeddings(model).items()
+    ]
+    return {"layers": layers, "updated_embeddings": embeddings}
+
+
+def _memory(
+    config: RunConfig, numbers: ModelNumbers, zero: ZeroSettings, teacher: int, groups: list[int], trace: Trace | None,
+    device: str,
+) -> dict[str, Any]:  # fmt: skip
+    activations, element_size = trace.activations if trace else 0, DTYPES[config.train.precision].itemsize
+    sizes = {"activations": activations, "element_size": element_size, "teacher": teacher}
+    memory = memory_plan(numbers, zero, device=device, trainable_groups=groups, **sizes)
+    return {
+        "memory_bytes_per_rank": {**memory.as_dict(), "activations": memory.activations if trace else None},
+        "optimizer_bytes_per_rank": memory.optimizer or memory.host,
+        "weight_bytes_per_rank": memory.weights + memory.masks,
+    }
+
+
+def _teacher(config: RunConfig, numbers: ModelNumbers, no_data: bool) -> dict[str, int]:
+    """Return ``bytes`` that every rank holds for a teacher, ``weights`` it multiplies with, and if it is the ``own``.
+
+    One in a folder is not looked for with ``no_data``, and taken to be of the model's size.
+    """
+    if not config.distillation.weight:
+        return {"bytes": 0, "weights": 0, "own": False}
+    shapes = None if no_data else teacher_shapes(config)
+    own, numbers = not config.distillation.teacher, numbers if shapes is None else model_numbers(shapes)
+    kept = (t for t in numbers.tensors if not (t.is_mask or t.is_factor))
+    nbytes = 0 if own else sum(t.numel * t.element_size * t.count for t in kept)
+    return {"bytes": nbytes, "weights": numbers.pruned_weights + numbers.dense_weights, "own": own}
+
+
+def _trace(model: Any, config: RunConfig, micro_batch_size: int, threshold: int) -> Trace | None:
+    """Trace a micro-batch; None for a model whose forward pass cannot do without values."""
+    length, checkpointing = config.data.max_length, config.model.gradient_checkpointing
+    try:
+        trace = trace_micro_batch(
+            model, batch=micro_batch_size, sequence=length, checkpointing=checkpointing, persistence_threshold=threshold
+        )
+    except UntraceableError:
+        return None
+    if config.distillation.weight and config.task_facts.predicts_tokens:  # the teacher's logits, beside the model's own
+        trace.activations += micro_batch_size * length * model.config.vocab_size * model.dtype.itemsize
+    return trace
+
+
+def _batch(config: RunConfig, micro_batch_size: int, teacher: dict[str, int], trace: Trace | None) -> Batch:
+    return Batch(
+        tokens=micro_batch_size * config.data.max_length,
+        sequence=config.data.max_length,
+        micro_batches=config.train.gradient_accumulation_steps,
+        checkpointing=config.model.gradient_checkpointing,
+        teacher_weights=teacher["weights"],
+        own_teacher=bool(teacher["own"]),
+        gathered=trace.gathered if trace else 0,
+        gathers=trace.gathers if trace else 0,
+    )
+
+
+def _schedule(config: RunConfig, num_steps: int) -> dict[str, Any] | None:
+    schedule = config.make_schedule(num_steps)
+    if schedule is None:
+        return None
+    updates = [step for step in range(num_steps + 1) if schedule.updates_masks_at(step)]
+    eighths = sorted({round(num_steps * i / 8) for i in range(9)})
+    return {
+        "final_sparsity": schedule.sparsity_at(num_steps),
+        "mask_updates": len(updates),
+        "first_update": updates[0] if updates else None,
+        "last_update": updates[-1] if updates else None,
+        "sparsity_at": {step: round(schedule.sparsity_at(step), 6) for step in eighths},
+    }
