@@ -45,9 +45,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     folder = open_model_folder(args.model)
     dense = open_model_folder(args.dense) if args.dense else None
     if dense is not None and dense.format != "dense":
-        raise InputError(
-            f"--dense {args.dense}: its weights are packed; leave --dense out to unpack {args.model} itself"
-        )
+        fix = f"leave --dense out to unpack {args.model} itself"
+        raise InputError(f"--dense {args.dense}: its weights are packed; {fix}")
     _check_positions(folder, args)
     by_name = variants(folder, dense, args.formats, args.dtype)
     if args.from_memory:
@@ -91,9 +90,8 @@ def _check_positions(folder: ModelFolder, args: argparse.Namespace) -> None:
     positions = getattr(folder.config.get_text_config(), "max_position_embeddings", None)
     tokens = args.prompt_tokens + (args.new_tokens if folder.is_causal else 0)
     if isinstance(positions, int) and tokens > positions:
-        raise InputError(
-            f"{args.model} has {positions} positions, and --prompt-tokens and --new-tokens come to {tokens}: lower them"
-        )
+        what = f"--prompt-tokens and --new-tokens come to {tokens}"
+        raise InputError(f"{args.model} has {positions} positions, and {what}: lower them")
 
 
 def _counts(text: str) -> list[int]:

@@ -21,25 +21,16 @@ Sampling = dict[str, bool | float]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="DIR", help="model folder: dense, or packed by pst-ds export")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help='text to go on from; "-" reads stdin')
-    parser.add_argument(
-        "--chat", action="store_true", help="the prompt is a message: use the tokenizer's chat template"
-    )
+    chat = "the prompt is a message: use the tokenizer's chat template"
+    parser.add_argument("--chat", action="store_true", help=chat)
     parser.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="(default: 128)")
     parser.add_argument("--temperature", type=float, metavar="T", help="draw tokens; default: always the likeliest")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that sum up to P")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
-    add_loading_arguments(parser)
-    parser.add_argument("--threads", type=count, metavar="N", help="of torch (default: OMP_NUM_THREADS, or all cores)")
-
-
-def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--load-as",
-        choices=("auto", "sparse", "dense"),
-        default="auto",
-        help="packed weights: keep them packed, or unpack them; auto takes the quicker",
-    )
+    load_as = "packed weights: keep them packed, or unpack them; auto takes the quicker"
+    parser.add_argument("--load-as", choices=("auto", "sparse", "dense"), default="auto", help=load_as)
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")
+    parser.add_argument("--threads", type=count, metavar="N", help="of torch (default: OMP_NUM_THREADS, or all cores)")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
@@ -107,10 +98,8 @@ def _encoded(prompt: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Nam
     elif tokenizer.chat_template is None:
         raise InputError(f"{args.model}: the tokenizer has no chat template; leave out --chat")
     else:
-        message = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
+        chat = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
@@ -165,6 +154,7 @@ def _write(
 
     stopwatch = _Stopwatch(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     own = model.generation_config
+    pad = own.pad_token_id
     # in place of the folder's own, of which the special tokens count, but no beams, penalties and the like
     model.generation_config = GenerationConfig(
         max_new_tokens=new_tokens,
@@ -172,9 +162,7 @@ def _write(
         use_cache=True,
         bos_token_id=own.bos_token_id,
         eos_token_id=own.eos_token_id,
-        pad_token_id=(tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
-        if own.pad_token_id is None
-        else own.pad_token_id,
+        pad_token_id=(tokenizer.pad_token_id or tokenizer.eos_token_id or 0) if pad is None else pad,
         **sampling,
     )
     prompt_tokens = inputs["input_ids"].shape[1]

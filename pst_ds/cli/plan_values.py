@@ -163,11 +163,10 @@ def _teacher(config: RunConfig, numbers: ModelNumbers, no_data: bool) -> dict[st
 
 def _trace(model: Any, config: RunConfig, micro_batch_size: int, threshold: int) -> Trace | None:
     """Trace a micro-batch; None for a model whose forward pass cannot do without values."""
-    length, checkpointing = config.data.max_length, config.model.gradient_checkpointing
+    length = config.data.max_length
+    shape = {"batch": micro_batch_size, "sequence": length, "persistence_threshold": threshold}
     try:
-        trace = trace_micro_batch(
-            model, batch=micro_batch_size, sequence=length, checkpointing=checkpointing, persistence_threshold=threshold
-        )
+        trace = trace_micro_batch(model, checkpointing=config.model.gradient_checkpointing, **shape)
     except UntraceableError:
         return None
     if config.distillation.weight and config.task_facts.predicts_tokens:  # the teacher's logits, beside the model's own

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from pst_ds.cli.main import add_quiet_argument, add_run_arguments, add_shard_argument, count, load_run_or_folder
 from pst_ds.config.methods import OneShotMethod
+from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -54,7 +54,12 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     result = {key: value for key, value in record.items() if key not in ("format", "layers")}
     result |= {"out": args.out, "num_layers": len(layers)}
     result |= {"prune_seconds": seconds, "seconds": time.perf_counter() - start}
-    print(_summary(result))
+    text = f", on {result['samples']} examples of {result['tokens']:,} tokens" if "tokens" in result else ""
+    print(
+        f"wrote {args.out}: {args.method}, pattern {result['pattern']}, {len(layers)} layers, "
+        f"sparsity {result['sparsity_measured']:.6f} measured, {result['sparsity_requested']} requested{text}; "
+        f"pruned in {seconds:.1f} s, {result['seconds']:.1f} s in all"
+    )
     return result
 
 
@@ -75,25 +80,26 @@ def _pruned(
     rules = layer_rules(find_targets(model, settings), settings, args.method, share)
     batches = [] if args.method == "magnitude" else _calibration(config, model.config, args)
     start = time.perf_counter()
-    layers = prune_model(
-        model, rules, args.method, batches, device=torch.device(device), dtype=DTYPES[config.train.precision]
-    )
+    dtype = DTYPES[config.train.precision]
+    layers = prune_model(model, rules, args.method, batches, device=torch.device(device), dtype=dtype)
     seconds = time.perf_counter() - start
-    about = {
+    about: dict[str, object] = {
         "method": args.method,
         "pattern": settings.pattern,
         "sparsity_requested": share,
         "base_model": config.model.path,
         "base_fingerprint": base_fingerprint(config.model.path),
-        **(_text(config, batches, args) if batches else {}),
     }
+    if batches:
+        tokens = (b["attention_mask"].sum() if "attention_mask" in b else b["input_ids"].numel() for b in batches)
+        about |= {"data": config.data.train, "max_length": config.data.max_length, "samples": args.samples}
+        about |= {"tokens": sum(map(int, tokens)), "seed": args.seed, "precision": config.train.precision}
     return layers, about, seconds
 
 
 def _calibration(config: RunConfig, model_config: PretrainedConfig, args: argparse.Namespace) -> list[Batch]:
     """Batch inputs of some examples of data.train, drawn without repetition, sorted by length. Raises InputError."""
     from pst_ds.data.tasks import task_of
-    from pst_ds.errors import InputError
     from pst_ds.train.model import load_tokenizer
 
     task, tokenizer = task_of(config), load_tokenizer(config)
@@ -109,25 +115,3 @@ def _calibration(config: RunConfig, model_config: PretrainedConfig, args: argpar
     drawn.sort(key=lambda i: lengths[i])
     batches = [task.collate(examples, drawn[at : at + size], tokenizer) for at in range(0, len(drawn), size)]
     return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
-
-
-def _text(config: RunConfig, batches: list[Batch], args: argparse.Namespace) -> dict[str, object]:
-    """Return the record's facts about the calibration."""
-    tokens = sum(int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in batches)
-    return {
-        "data": config.data.train,
-        "max_length": config.data.max_length,
-        "samples": args.samples,
-        "tokens": tokens,
-        "seed": args.seed,
-        "precision": config.train.precision,
-    }
-
-
-def _summary(result: Mapping[str, Any]) -> str:
-    text = f", on {result['samples']} examples of {result['tokens']:,} tokens" if "tokens" in result else ""
-    return (
-        f"wrote {result['out']}: {result['method']}, pattern {result['pattern']}, {result['num_layers']} layers, "
-        f"sparsity {result['sparsity_measured']:.6f} measured, {result['sparsity_requested']} requested{text}; "
-        f"pruned in {result['prune_seconds']:.1f} s, {result['seconds']:.1f} s in all"
-    )

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from pst_ds.atomic_files import require_writable, write_bytes_atomic
 from pst_ds.errors import InputError
 
 
@@ -28,22 +29,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     for note in notes:
         print(f"pst-ds report: {note}", file=sys.stderr)
     verified = verification_table([Path(name) for name in args.verified])
-    saved = [checkpoint_table(runs), export_table(exports, notes), verified]
-    outcomes = [
-        ("Checkpoints and exports", [table for table in saved if table]),
-        ("Speed", list(bench_tables([Path(name) for name in args.bench]))),
-    ]
+    saved = [table for table in (checkpoint_table(runs), export_table(exports, notes), verified) if table]
+    speed = list(bench_tables([Path(name) for name in args.bench]))
+    outcomes = [("Checkpoints and exports", saved), ("Speed", speed)]
     data = page(runs, exports, outcomes).encode(errors="replace")  # names of folders may be of any bytes
     out = Path(args.out) if args.out else Path(args.runs[0]) / "report.html"
-    _write(out, data)
-    print(f"wrote {out}: {', '.join(run.name for run in runs)}; {len(data):,} bytes")
-    names = {"runs": [run.name for run in runs], "exports": [export.name for export in exports]}
-    return {"out": str(out), "bytes": len(data), **names}
-
-
-def _write(out: Path, data: bytes) -> None:
-    from pst_ds.atomic_files import require_writable, write_bytes_atomic
-
     require_writable(out, f"--out {str(out)!r}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -52,3 +42,6 @@ def _write(out: Path, data: bytes) -> None:
         raise
     except OSError as error:
         raise InputError(f"--out {str(out)!r} cannot be written: {error}; name an HTML file to write") from None
+    print(f"wrote {out}: {', '.join(run.name for run in runs)}; {len(data):,} bytes")
+    names = {"runs": [run.name for run in runs], "exports": [export.name for export in exports]}
+    return {"out": str(out), "bytes": len(data), **names}

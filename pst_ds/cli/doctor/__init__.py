@@ -10,10 +10,8 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", default=".", metavar="DIR", help="where runs will be written (default: here)")
-    parser.add_argument(
-        "--time-limit", type=_seconds, default=180.0, metavar="SECONDS",
-        help="for compiling, and for the ranks to meet (default: 180)",
-    )  # fmt: skip
+    limit = "for compiling, and for the ranks to meet (default: 180)"
+    parser.add_argument("--time-limit", type=_seconds, default=180.0, metavar="SECONDS", help=limit)
 
 
 def _seconds(text: str) -> float:

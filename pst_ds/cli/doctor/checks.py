@@ -41,11 +41,10 @@ def versions() -> Iterator[Finding]:
         requirement = Requirement(text)
         name, wanted = requirement.name, requirement.specifier
         is_extra = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
-        fix = (
-            f"make a virtual environment with Python {wanted}" if name == "python" else f"pip install '{name}{wanted}'"
-        )
+        is_python = name == "python"
+        fix = f"make a virtual environment with Python {wanted}" if is_python else f"pip install '{name}{wanted}'"
         try:
-            installed = platform.python_version() if name == "python" else version(name)
+            installed = platform.python_version() if is_python else version(name)
         except PackageNotFoundError:
             if not is_extra:
                 yield Finding(name, "fail", f"not installed ({wanted or 'any version'})", fix)
@@ -88,8 +87,7 @@ def folder(path: Path) -> Iterator[Finding]:
     except OSError as error:
         yield Finding("disk", "fail", f"{place} cannot be written: {error}", "name another --folder, or free space")
         return
-    fix = f"free {_FREE_GB:.0f} GB, or set output_dir to another disk"
-    yield _enough("disk", place, _FREE_GB, fix)
+    yield _enough("disk", place, _FREE_GB, f"free {_FREE_GB:.0f} GB, or set output_dir to another disk")
 
 
 def shared_memory() -> Iterator[Finding]:

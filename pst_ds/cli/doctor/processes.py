@@ -54,9 +54,8 @@ def native_code(limit_seconds: float) -> Iterator[Finding]:
             text, fix = "switched off by PST_DS_NATIVE=0: torch is several times slower", "unset PST_DS_NATIVE"
         yield Finding("native code", "warn", text, fix)
     else:
-        names = ", ".join(report["checked"])
-        text = f"{names} compiled and equal to torch, {seconds:.1f} s; kernels for {report['level']}"
-        yield Finding("native code", "ok", text)
+        text = f"compiled and equal to torch, {seconds:.1f} s; kernels for {report['level']}"
+        yield Finding("native code", "ok", f"{', '.join(report['checked'])} {text}")
 
 
 def two_ranks(limit_seconds: float) -> Iterator[Finding]:
@@ -96,17 +95,13 @@ def _run(arguments: list[str], environ: Mapping[str, str], limit_seconds: float)
             process.wait()
         output.seek(0)
         lines = [line.strip() for line in output.read().decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "", _problem(code, lines)
-
-
-def _problem(code: int | None, lines: list[str]) -> str:
-    """Say how a process failed; "" for one that did not."""
+    last_line = lines[-1] if lines else ""
     if code is None:
-        return "did not finish"
+        return last_line, "did not finish"
     if code == 0:
-        return ""
+        return last_line, ""
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    return f"{how} ({lines[-1][:200]})" if lines else how
+    return last_line, f"{how} ({last_line[:200]})" if lines else how
 
 
 def _native() -> Native:

@@ -14,8 +14,6 @@ from pst_ds.config.methods import METHODS
 from pst_ds.config.tasks import TASKS
 from pst_ds.errors import InputError
 
-_TRIES = 3
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="DIR", help="model folder, or a name on the hub")
@@ -32,9 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     steps.add_argument("--epochs", type=float, metavar="N", help="default: 3, and 1 for causal-lm")
     steps.add_argument("--steps", type=count, metavar="N", help="optimizer steps")
     parser.add_argument("--batch-size", type=count, metavar="N", help="of all ranks together (default: about 32)")
-    parser.add_argument(
-        "--max-length", type=count, metavar="N", help="tokens (default: 128, 512 for causal-lm, or less)"
-    )
+    length = "tokens (default: 128, 512 for causal-lm, or less)"
+    parser.add_argument("--max-length", type=count, metavar="N", help=length)
     parser.add_argument("--ranks", type=count, metavar="N", help="processes to train on (default: 1)")
     parser.add_argument("--output-dir", metavar="DIR", help="run folder (default: runs/ and the name of the run file)")
     parser.add_argument("--out", default="run.toml", metavar="FILE", help="run file to write (default: run.toml)")
@@ -70,9 +67,8 @@ def _complete(args: argparse.Namespace) -> None:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         missing = [name for name, value in (("the model folder", args.model), ("--train", args.train)) if not value]
         if missing:
-            raise InputError(
-                f"{' and '.join(missing)} missing, and no terminal to ask on: pst-ds init DIR --train FILE"
-            )
+            names = " and ".join(missing)
+            raise InputError(f"{names} missing, and no terminal to ask on: pst-ds init DIR --train FILE")
         return
     if not args.model:
         args.model = _ask("model folder, or its name on the hub")
@@ -88,7 +84,7 @@ def _complete(args: argparse.Namespace) -> None:
 def _ask(question: str, default: str = "", check: Callable[[str], str] = lambda answer: "") -> str:
     """The answer, "" for the default "none". Raises InputError after three that do not do, or at the end of input."""
     problem = ""
-    for _ in range(_TRIES):
+    for _ in range(3):
         print(f"{question}{f' [{default}]' if default else ''}: ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         answer = line.strip() or default

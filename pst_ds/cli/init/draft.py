@@ -15,6 +15,7 @@ from pst_ds.config.methods import METHODS
 from pst_ds.config.run import DataConfig, RunConfig
 from pst_ds.config.tasks import TASKS
 from pst_ds.config.toml import run_from_table
+from pst_ds.core.patterns import parse_pattern
 from pst_ds.data.dataset import read_rows
 from pst_ds.data.model_limits import is_causal
 from pst_ds.data.tasks import task_of
@@ -23,13 +24,8 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.train.model import load_model_config, load_tokenizer, meta_model, num_trainable
 
 _UNKNOWN_LIMIT, _BATCH_SIZE = 128, 32
-_GUESSED_TEXTS = (
-    ["text"],
-    ["sentence"],
-    ["sentence1", "sentence2"],
-    ["premise", "hypothesis"],
-    ["question1", "question2"],
-)
+_GUESSED_PAIRS = (["sentence1", "sentence2"], ["premise", "hypothesis"], ["question1", "question2"])
+_GUESSED_TEXTS = (["text"], ["sentence"], *_GUESSED_PAIRS)
 _TEXT_TYPES = ("string", "large_string")
 
 
@@ -75,7 +71,8 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     length = asked or min(first.task_facts.init_max_length, positions or _UNKNOWN_LIMIT)
     table = _laid_over(table, "data", max_length=length)
     examples = len(task.load(run_from_table(table).data, "train", tokenizer, labels))
-    table = _laid_over(table, "train", batch_size=args.batch_size or _batch_size(examples, ranks))
+    batch_size = ranks * max(1, min(_BATCH_SIZE, examples) // ranks)  # a multiple of ranks, at most all examples
+    table = _laid_over(table, "train", batch_size=args.batch_size or batch_size)
     run = run_from_table(table)
     run.micro_batch_size(ranks)
     model = meta_model(run, labels, tokenizer)
@@ -97,30 +94,25 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
 
 
 def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> dict[str, Any]:
-    """All that needs no model, in the order of the file; what is the default of a run file is left out where it says
-    nothing."""
+    """Return the settings that need no model, in the order of the file, without defaults that say nothing."""
     rows = read_rows(DataConfig(train=args.train), "train", {})
     features = {name: getattr(feature, "dtype", "") for name, feature in rows.features.items()}
     if args.label_column and args.label_column not in features:
-        raise InputError(
-            f"--label-column {args.label_column!r} is not in {args.train}; name one of the columns: "
-            f"{', '.join(features)}"
-        )
-    task = args.task or _suggested_task(features.get(args.label_column or "label"))
+        where = f"--label-column {args.label_column!r} is not in {args.train}"
+        raise InputError(f"{where}; name one of the columns: {', '.join(features)}")
+    label_column = args.label_column or "label"
+    task = args.task or next(name for name, of in TASKS.items() if of.suggested_by(features.get(label_column)))
     facts = TASKS[task]
     if facts.packs_text and not args.task:
         _require_labels_or_causal(args, features)
     data: dict[str, Any] = {"train": args.train}
     data |= {name: getattr(args, name) for name in ("validation", "test") if getattr(args, name)}
-    data["text_columns"] = args.text_columns or _text_columns(features, args.label_column or "label", task, args.train)
+    data["text_columns"] = args.text_columns or _text_columns(features, label_column, task, args.train)
     if not facts.packs_text:
-        data["label_column"] = args.label_column or "label"
+        data["label_column"] = label_column
     if args.max_length:
         data["max_length"] = args.max_length
-    if args.steps:
-        steps: dict[str, Any] = {"num_steps": args.steps}
-    else:
-        steps = {"num_epochs": facts.init_epochs if args.epochs is None else args.epochs}
+    epochs = {"num_epochs": facts.init_epochs if args.epochs is None else args.epochs}
     table: dict[str, Any] = {
         "output_dir": args.output_dir or f"runs/{Path(args.out).stem}",
         "task": task,
@@ -128,7 +120,7 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> dict[
         **({"deepspeed_config": str(deepspeed_file)} if deepspeed_file else {}),
         "model": {"path": args.model},
         "data": data,
-        "train": {**steps, "precision": "bf16"},
+        "train": {**({"num_steps": args.steps} if args.steps else epochs), "precision": "bf16"},
     }
     method = METHODS[args.method]
     if method.score_penalty:
@@ -140,8 +132,6 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> dict[
 
 
 def _sparsity(args: argparse.Namespace) -> float:
-    from pst_ds.core.patterns import parse_pattern
-
     try:
         fixed = parse_pattern(args.pattern or "matrix").fixed_sparsity
     except ValueError as error:
@@ -150,19 +140,13 @@ def _sparsity(args: argparse.Namespace) -> float:
     return default if args.sparsity is None else float(args.sparsity)
 
 
-def _suggested_task(label_type: str | None) -> str:
-    return next(name for name, facts in TASKS.items() if facts.suggested_by(label_type))
-
-
 def _require_labels_or_causal(args: argparse.Namespace, features: dict[str, str]) -> None:
-    """Raises InputError where text without labels was found for a model that writes none, and some other column may
-    hold them."""
+    """Raises InputError for text without labels and a model that writes none, where another column may hold them."""
     others = [name for name in features if name not in _usual_texts(features)]
     if not others:
         return
     table = {"output_dir": args.out, "task": "causal-lm", "model": {"path": args.model}, "data": {"train": args.train}}
-    run = run_from_table({**table, "train": {"num_epochs": 1.0}})
-    config = load_model_config(run, [], None)
+    config = load_model_config(run_from_table({**table, "train": {"num_epochs": 1.0}}), [], None)
     if not is_causal(config):
         raise InputError(
             f"--train {args.train} has no column 'label', and the model is a {config.model_type}, which learns from "
@@ -192,11 +176,6 @@ def _positions(config: Any, tokenizer: Any) -> int | None:
     of_model = getattr(config.get_text_config(), "max_position_embeddings", None)
     known = [n for n in (of_model, tokenizer.model_max_length) if isinstance(n, int) and 0 < n < 10**9]
     return min(known, default=None)
-
-
-def _batch_size(examples: int, ranks: int) -> int:
-    """About 32, a multiple of ``ranks``, and no more than there are examples."""
-    return ranks * max(1, min(_BATCH_SIZE, examples) // ranks)
 
 
 def _laid_over(table: dict[str, Any], section: str, **settings: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ _COMMENTS = {
     "schedule.update_interval": "optimizer steps between mask updates",
 }
 
-_NOT_IN_COMMENTS = ("Cc", "Cs", "Zl", "Zp")
+_ESCAPED = ("Cc", "Cs", "Zl", "Zp")
 """Categories of Unicode: control characters, halves of surrogate pairs, ends of lines and of paragraphs."""
 
 
@@ -63,20 +63,16 @@ def run_file_text(chosen: Chosen, out: Path) -> str:
 def _lines(table: dict[str, Any], prefix: str, comments: dict[str, str]) -> list[str]:
     lines = [""]
     for name, value in table.items():
-        comment = comments.get(prefix + name)
-        lines += [*([_comment(comment)] if comment else []), f"{name} = {toml_value(_tuples(value))}"]
+        if prefix + name in comments:
+            lines.append(_comment(comments[prefix + name]))
+        lines.append(f"{name} = {toml_value(tuple(value) if isinstance(value, list) else value)}")
     return lines
 
 
 def _comment(text: str) -> str:
     """One line, whatever the data calls its classes: line ends and control characters are written as escapes."""
-    return "# " + "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in _NOT_IN_COMMENTS else c for c in text
-    )
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    escaped = (c.encode("unicode_escape").decode() if unicodedata.category(c) in _ESCAPED else c for c in text)
+    return "# " + "".join(escaped)
 
 
 def _found(chosen: Chosen) -> dict[str, str]:
@@ -84,14 +80,14 @@ def _found(chosen: Chosen) -> dict[str, str]:
     classes = ", ".join(chosen.labels[:8]) + (", …" if len(chosen.labels) > 8 else "")
     limit = f"; the model takes at most {chosen.positions}" if chosen.positions else ""
     what = "length of every training sequence" if chosen.run.task_facts.packs_text else "tokens a text is cut to"
-    found = {
+    comments = {
         "model.path": f"family {chosen.family}",
         "data.train": f"{chosen.summary['examples']} {chosen.summary['unit']}",
         "data.max_length": f"{what}{limit}",
         "train.num_epochs": f"optimizer steps: {chosen.summary['num_steps']}",
         "pst.target_modules": f"{chosen.summary['num_layers']} layers: {', '.join(chosen.layers)}",
     }
-    return found | ({"data.label_column": f"{len(chosen.labels)} classes: {classes}"} if chosen.labels else {})
+    return comments | ({"data.label_column": f"{len(chosen.labels)} classes: {classes}"} if chosen.labels else {})
 
 
 def deepspeed_settings(*, on_cpu: bool) -> dict[str, Any]:

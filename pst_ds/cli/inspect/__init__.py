@@ -13,9 +13,8 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "path", metavar="PATH", help="run file, run folder, checkpoint, small state, export, or model folder"
-    )
+    kinds = "run file, run folder, checkpoint, small state, export, or model folder"
+    parser.add_argument("path", metavar="PATH", help=kinds)
     parser.add_argument("--layers", action="store_true", help="a line for every layer, not one for all blocks")
 
 
