@@ -11,7 +11,6 @@ from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
     from pst_ds.bench.variants import Variant
-    from pst_ds.hf.model_folder import ModelFolder
 
 SPARSE = ("bitmask", "csr", "2:4")
 
@@ -47,7 +46,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if dense is not None and dense.format != "dense":
         fix = f"leave --dense out to unpack {args.model} itself"
         raise InputError(f"--dense {args.dense}: its weights are packed; {fix}")
-    _check_positions(folder, args)
+    positions = getattr(folder.config.get_text_config(), "max_position_embeddings", None)
+    new_tokens = args.new_tokens if folder.is_causal else 0
+    if isinstance(positions, int) and args.prompt_tokens + new_tokens > positions:
+        what = f"--prompt-tokens and --new-tokens come to {args.prompt_tokens + new_tokens}"
+        raise InputError(f"{args.model} has {positions} positions, and {what}: lower them")
     by_name = variants(folder, dense, args.formats, args.dtype)
     if args.from_memory:
         copy_until(by_name, 2 * last_level_cache_bytes())
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         "dense": args.dense or f"{args.model}, unpacked",
         "causal": folder.is_causal,
         "prompt_tokens": args.prompt_tokens,
-        "new_tokens": args.new_tokens if folder.is_causal else 0,
+        "new_tokens": new_tokens,
         "conditions": {**conditions(), "dtype": args.dtype, "repeats": args.repeats, "clock": "wall, medians, in turn"},
         "rows": rows,
     }
@@ -84,14 +87,6 @@ def _rows(measured: dict[str, dict[str, float]], by_name: dict[str, Variant], at
                     row[f"{stage}_over_{base}"] = row[rate] / measured[base][rate]
         rows.append(row)
     return rows
-
-
-def _check_positions(folder: ModelFolder, args: argparse.Namespace) -> None:
-    positions = getattr(folder.config.get_text_config(), "max_position_embeddings", None)
-    tokens = args.prompt_tokens + (args.new_tokens if folder.is_causal else 0)
-    if isinstance(positions, int) and tokens > positions:
-        what = f"--prompt-tokens and --new-tokens come to {tokens}"
-        raise InputError(f"{args.model} has {positions} positions, and {what}: lower them")
 
 
 def _counts(text: str) -> list[int]:

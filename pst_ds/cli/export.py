@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pst_ds.cli.main import add_quiet_argument, add_shard_argument, count, load_run_or_folder, main
+from pst_ds.config.toml import dump_run
 from pst_ds.core.packings import PACKINGS
 from pst_ds.errors import InputError
 
@@ -70,9 +72,6 @@ def _written(args: argparse.Namespace) -> dict[str, Any]:
 
 def _write_run(args: argparse.Namespace, how: dict[str, Any]) -> dict[str, Any]:
     config = load_run_or_folder(args)
-    import tomllib
-
-    from pst_ds.config.toml import dump_run
     from pst_ds.export.export import export_run
     from pst_ds.train.model import load_tokenizer, meta_model
     from pst_ds.train.run_folder import open_checkpoint

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pst_ds.cli.main import count
@@ -48,7 +47,10 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     folder = open_model_folder(args.model)
     folder.require_causal()
     tokenizer = folder.tokenizer()
-    inputs = _encoded(_prompt(args), tokenizer, args)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not prompt.strip():
+        raise InputError("--prompt is empty: give a text to go on from")
+    inputs = _encoded(prompt, tokenizer, args)
     new_tokens = _new_tokens(args, inputs["input_ids"], folder.config.get_text_config())
     start = time.perf_counter()
     model = folder.load(args.load_as, args.dtype, device)
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         positions = inputs["input_ids"].shape[1] + new_tokens
         print(f"stops after {new_tokens} tokens: the model has {positions} positions", file=sys.stderr)
     torch.manual_seed(args.seed)
-    result = {
+    result: dict[str, Any] = {
         "model": args.model,
         "format": folder.format,
         "sparse_layers": len(sparse_layers(model)),
@@ -68,7 +70,14 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         "load_seconds": load_seconds,
         **_write(model, tokenizer, inputs, new_tokens, sampling),
     }
-    print(_speed(result), file=sys.stderr, flush=True)
+    decode = result["decode_tokens_per_second"]
+    after = "" if decode is None else f", then {result['new_tokens'] - 1} tokens at {decode:.1f} a second"
+    layers = f"{result['sparse_layers']} sparse layers, " if result["sparse_layers"] else ""
+    speed = (
+        f"prefill: {result['prompt_tokens']} tokens at {result['prefill_tokens_per_second']:.1f} a second{after} "
+        f"({layers}{result['dtype']}, {result['threads']} threads, loaded in {load_seconds:.1f} s)"
+    )
+    print(speed, file=sys.stderr, flush=True)
     return result
 
 
@@ -82,13 +91,6 @@ def _sampling(args: argparse.Namespace) -> Sampling:
         return {"do_sample": False}
     temperature = 1.0 if args.temperature is None else args.temperature
     return {"do_sample": True, "temperature": temperature, "top_p": args.top_p or 1.0, "top_k": 0}
-
-
-def _prompt(args: argparse.Namespace) -> str:
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
-    if not text.strip():
-        raise InputError("--prompt is empty: give a text to go on from")
-    return str(text)
 
 
 def _encoded(prompt: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> dict[str, Tensor]:
@@ -175,13 +177,3 @@ def _write(
         "text": tokenizer.decode(new, skip_special_tokens=True),
         **stopwatch.rates(prompt_tokens),
     }
-
-
-def _speed(result: Mapping[str, Any]) -> str:
-    decode = result["decode_tokens_per_second"]
-    after = "" if decode is None else f", then {result['new_tokens'] - 1} tokens at {decode:.1f} a second"
-    layers = f"{result['sparse_layers']} sparse layers, " if result["sparse_layers"] else ""
-    return (
-        f"prefill: {result['prompt_tokens']} tokens at {result['prefill_tokens_per_second']:.1f} a second{after} "
-        f"({layers}{result['dtype']}, {result['threads']} threads, loaded in {result['load_seconds']:.1f} s)"
-    )

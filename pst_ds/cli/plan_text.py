@@ -45,11 +45,15 @@ def print_plan(plan: dict[str, Any]) -> None:
         f"{plan['ranks']} ranks, {stage}, {plan['precision']}, micro-batches of {plan['micro_batch_size']} x "
         f"{plan['sequence']} tokens{checkpointed}"
     )
-    _print_memory(plan["memory_bytes_per_rank"])
-    print(
-        f"a checkpoint: at most {bytes_text(plan['checkpoint_bytes'])}, and three times a rank's share of it in host "
-        "memory"
-    )
+    memory = plan["memory_bytes_per_rank"]
+    print(f"memory of a rank: {bytes_text(memory['peak'])} at the peak, {bytes_text(memory['resident'])} all the time")
+    for key, text in MEMORY_LINES.items():
+        if memory[key] is None:
+            print(f"  {text}: unknown, the model cannot be traced without values; not in the peak")
+        elif memory[key]:
+            print(f"  {text}: {bytes_text(memory[key])}")
+    checkpoint = f"at most {bytes_text(plan['checkpoint_bytes'])}"
+    print(f"a checkpoint: {checkpoint}, and three times a rank's share of it in host memory")
     examples = "" if plan["num_examples"] is None else f" over {plan['num_examples']:,} {plan['unit']}"
     print(f"{plan['num_steps']} steps{examples}")
     schedule = plan["schedule"]
@@ -58,7 +62,12 @@ def print_plan(plan: dict[str, Any]) -> None:
             f"{schedule['mask_updates']} mask updates, steps {schedule['first_update']} to {schedule['last_update']}: "
             + ", ".join(f"{step}: {value:.3f}" for step, value in schedule["sparsity_at"].items())
         )
-    _print_times(plan["time"], plan["machine"])
+    time = plan["time"]
+    print(
+        f"expected on {plan['machine']}: a step {_seconds(time['step'])} ({bytes_text(time['step_received'])} received "
+        f"by a rank), a mask update {_seconds(time['update'])} ({bytes_text(time['update_received'])}); masks take "
+        f"{time['share_of_masks']:.2%} of the run"
+    )
 
 
 def name_across_blocks(name: str) -> str:
@@ -77,23 +86,6 @@ def layer_groups(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if group["count"] > 1:
             group["pattern"] = pattern
     return list(groups.values())
-
-
-def _print_memory(memory: dict[str, Any]) -> None:
-    print(f"memory of a rank: {bytes_text(memory['peak'])} at the peak, {bytes_text(memory['resident'])} all the time")
-    for key, text in MEMORY_LINES.items():
-        if memory[key] is None:
-            print(f"  {text}: unknown, the model cannot be traced without values; not in the peak")
-        elif memory[key]:
-            print(f"  {text}: {bytes_text(memory[key])}")
-
-
-def _print_times(time: dict[str, Any], machine: str) -> None:
-    print(
-        f"expected on {machine}: a step {_seconds(time['step'])} ({bytes_text(time['step_received'])} received by a "
-        f"rank), a mask update {_seconds(time['update'])} ({bytes_text(time['update_received'])}); masks take "
-        f"{time['share_of_masks']:.2%} of the run"
-    )
 
 
 def _seconds(seconds: float) -> str:

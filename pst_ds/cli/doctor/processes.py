@@ -13,9 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import TypedDict
 
 from pst_ds.cli.doctor.checks import Finding
 
@@ -26,16 +26,6 @@ _GATHER_FIX = (
 )
 
 
-class Native(TypedDict):
-    """The report of the process that tries native code."""
-
-    checked: list[str]
-    missing: list[str]
-    wrong: list[str]
-    level: str
-    warning: str
-
-
 def native_code(limit_seconds: float) -> Iterator[Finding]:
     """Check that the C++ of mask updates, packing and sparse layers compiles and computes what torch does."""
     start = time.monotonic()
@@ -44,7 +34,7 @@ def native_code(limit_seconds: float) -> Iterator[Finding]:
     if problem:
         yield Finding("native code", "fail", f"{problem} after {seconds:.1f} s", "set PST_DS_NATIVE=0 meanwhile")
         return
-    report: Native = json.loads(last_line)
+    report = json.loads(last_line)
     if report["wrong"]:
         text = f"{', '.join(report['wrong'])} differ from torch"
         yield Finding("native code", "fail", text, "set PST_DS_NATIVE=0, and report the compiler")
@@ -104,10 +94,8 @@ def _run(arguments: list[str], environ: Mapping[str, str], limit_seconds: float)
     return last_line, f"{how} ({last_line[:200]})" if lines else how
 
 
-def _native() -> Native:
+def _native() -> dict[str, object]:
     """Load all native code, compiling what is not in the cache, and compare it with torch."""
-    import warnings
-
     import torch
 
     from pst_ds.core import native as masks

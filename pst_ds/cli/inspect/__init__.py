@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from pst_ds.cli.inspect.text import Inspection, print_inspection
 from pst_ds.errors import InputError
-
-if TYPE_CHECKING:
-    from pst_ds.cli.inspect.text import Inspection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +16,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
-    from pst_ds.cli.inspect.text import print_inspection
-
     inspection = inspect(Path(args.path))
     print_inspection(inspection, every_layer=args.layers)
     return {"path": args.path, "kind": inspection.kind, **inspection.facts, "layers": inspection.layers}

@@ -41,18 +41,17 @@ def trained_layers(
     layers: list[Layer] = []
     for name in {**counts, **masks}:
         mask, count = masks.get(name), counts.get(name, 0)
-        layers.append(
-            {
-                "name": name,
-                "shape": matrix_shape(name, trained),
-                "dtype": "",
-                "pattern": pattern_of(name) if mask else "",
-                "weights": mask.weights if mask else count,
-                "zeros": mask.zeros if mask else None,
-                "bytes": bytes_each * count + (mask.nbytes if mask else 0),
-                "trained": count,
-            }
-        )
+        layer: Layer = {
+            "name": name,
+            "shape": matrix_shape(name, trained),
+            "dtype": "",
+            "pattern": pattern_of(name) if mask else "",
+            "weights": mask.weights if mask else count,
+            "zeros": mask.zeros if mask else None,
+            "bytes": bytes_each * count + (mask.nbytes if mask else 0),
+            "trained": count,
+        }
+        layers.append(layer)
     return layers
 
 
@@ -84,8 +83,7 @@ def small_state(path: Path) -> Inspection:
         raise InputError(f"{path / WEIGHTS_FILE} is missing")
     if file_sha256(path / WEIGHTS_FILE) != table.get("sha256"):
         raise InputError(f"{path / WEIGHTS_FILE} is damaged: its SHA-256 is not the one in {CONFIG_FILE}")
-    file = TensorFile(path / WEIGHTS_FILE)
-    ending = f".{MASK_BITS}"
+    file, ending = TensorFile(path / WEIGHTS_FILE), f".{MASK_BITS}"
     trained = {name: slot.shape for name, slot in file.slots.items() if not name.endswith(ending)}
     masks = {}
     for name in file.slots:
