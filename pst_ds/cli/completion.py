@@ -1,7 +1,5 @@
 """``pst-ds completion SHELL``: print a script that knows all verbs, options, choices and files; it runs no Python."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """``pst-ds export SRC --format FORMAT --out DIR``: write a run or any model folder with dense or packed weights."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import tomllib

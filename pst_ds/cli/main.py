@@ -3,8 +3,6 @@
 0 done, 1 failed, 2 bad input, 75 stopped by a signal and saved, 141 the reader of the output has gone.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import difflib

@@ -1,7 +1,5 @@
 """``pst-ds plan RUN.toml``: what a run would do, from names and shapes alone."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

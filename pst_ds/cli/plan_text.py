@@ -1,7 +1,5 @@
 """A plan as lines of text."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A plan as JSON values."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import asdict
 from typing import Any

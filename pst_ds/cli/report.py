@@ -1,7 +1,5 @@
 """``pst-ds report RUN ...``: one HTML page about runs, with curves, heat maps and tables; needs no network."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``pst-ds train RUN.toml``: train a run."""
 
-from __future__ import annotations
-
 import argparse
 
 from pst_ds.cli.main import add_quiet_argument, add_run_arguments, load_run_or_folder

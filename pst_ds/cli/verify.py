@@ -1,7 +1,5 @@
 """``pst-ds verify DIR [--against RUN]``: check an export against its manifest and against the trained model."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

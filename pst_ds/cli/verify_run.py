@@ -1,7 +1,5 @@
 """Compare an export with the masked model of the run it came from: weights, logits, predictions, texts."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """``pst-ds doctor``: check whether this machine can train; every line is ok, a warning or a failure with its fix."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import asdict
 from itertools import chain

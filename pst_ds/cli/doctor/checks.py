@@ -1,7 +1,5 @@
 """The checks of ``pst-ds doctor`` in its own process: versions, accelerator, disk, shared memory, threads."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

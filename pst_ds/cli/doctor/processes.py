@@ -3,8 +3,6 @@
 ``python -m pst_ds.cli.doctor.processes native | gather BACKEND`` is such a process; its last line is JSON.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """``pst-ds init MODEL --train FILE``: a commented run file that ``pst-ds plan`` takes, from a model and its text."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable

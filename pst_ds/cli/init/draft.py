@@ -1,7 +1,5 @@
 """The settings that ``pst-ds init`` chooses, by the flags, the columns of the training file and the model's config."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The files that ``pst-ds init`` writes: the run file with a comment at every setting, and DeepSpeed's JSON."""
 
-from __future__ import annotations
-
 import json
 import tomllib
 import unicodedata

@@ -1,7 +1,5 @@
 """``pst-ds inspect PATH``: say what a folder or file is and holds, from headers and masks; no model is built."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

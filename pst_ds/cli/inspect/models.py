@@ -1,7 +1,5 @@
 """Model folders for ``pst-ds inspect``: exports, results of ``pst-ds prune``, and others of transformers."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Run files, run folders and checkpoints for ``pst-ds inspect``."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

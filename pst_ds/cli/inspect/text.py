@@ -1,7 +1,5 @@
 """The result of ``pst-ds inspect`` as lines of text: facts, then a table of layers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict

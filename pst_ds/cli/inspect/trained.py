@@ -1,7 +1,5 @@
 """Trained parameters layer by layer for ``pst-ds inspect``; and adapter states, which ``save_pretrained`` writes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
