@@ -178,12 +178,12 @@ def test_negative_steps_are_not_hidden_by_epochs(tmp_path):
     assert "train.num_steps = -3" in _refusal(tmp_path, "train.num_steps=-3", "train.num_epochs=2")
 
 
-def test_the_schedule_is_not_checked_where_it_is_not_used(tmp_path):
-    run = _load(tmp_path, MINIMAL, "method=dense", "schedule.final_sparsity=1.2")
-    assert run.make_schedule(10) is None
+def test_a_schedule_is_what_the_method_makes_of_it_and_checked_for_all(tmp_path):
+    assert _load(tmp_path, MINIMAL, "method=dense").make_schedule(10) is None
     magnitude = _load(tmp_path, MINIMAL, "method=magnitude", "schedule.final_sparsity=0.5")
     assert magnitude.make_schedule(10) == OneShotSchedule(0.5)
-    assert "schedule.final_sparsity = 1.2" in _refusal(tmp_path, "method=magnitude", "schedule.final_sparsity=1.2")
+    for method in ("dense", "magnitude", "pst"):
+        assert "schedule.final_sparsity = 1.2" in _refusal(tmp_path, f"method={method}", "schedule.final_sparsity=1.2")
 
 
 def test_the_schedule_takes_its_numbers_from_the_file(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pst_ds.core import patterns
+from pst_ds.core import units
 from pst_ds.core.keys import order_keys
 from pst_ds.core.layout import Rect, WeightLayout
 from pst_ds.core.patterns import parse_pattern
@@ -50,7 +50,7 @@ def test_a_pattern_that_does_not_divide_is_named(name, layout, said):
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4), (3, 4), (11, 16)])
 def test_n_of_m_keeps_the_largest_of_every_group(monkeypatch, native, transposed, n, m):
     if not native:
-        monkeypatch.setattr(patterns, "native_for", lambda *_: None)
+        monkeypatch.setattr(units, "native_for", lambda *_: None)
     keys = torch.randint(-4, 4, (6, 3 * m), generator=torch.Generator().manual_seed(m), dtype=torch.int32)
     expected = np.ones((6, 3 * m), dtype=np.uint8)
     for row in range(6):
@@ -67,7 +67,7 @@ def test_n_of_m_keeps_the_largest_of_every_group(monkeypatch, native, transposed
 @pytest.mark.parametrize("prune", [0, 1, 7, 12])
 def test_rows_lose_the_same_number_and_the_first_of_equals(monkeypatch, native, transposed, prune):
     if not native:
-        monkeypatch.setattr(patterns, "native_for", lambda *_: None)
+        monkeypatch.setattr(units, "native_for", lambda *_: None)
     keys = torch.randint(-3, 3, (5, 13), generator=torch.Generator().manual_seed(prune), dtype=torch.int32)
     expected = np.ones((5, 13), dtype=np.uint8)
     for row in range(5):

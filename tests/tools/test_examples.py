@@ -57,7 +57,7 @@ def _run(folder, classifier):
             "pst.seed": 0,  # as in the script's PSTConfig()
             "train.num_steps": STEPS, "train.batch_size": BATCH, "train.learning_rate_warmup_fraction": 0.0,
             "schedule.final_sparsity": 0.8, "schedule.warmup_fraction": 0.1, "schedule.cooldown_fraction": 0.3,
-            "schedule.update_interval": 1,
+            "schedule.update_interval": 4,  # the default of the script's schedule too
         }.items()
     ])  # fmt: skip
     return train_run(prepare(run, LaunchEnvironment(0, 1, 0)), quiet=True)
