@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pst_ds.config.run import ConfigError, RunConfig
@@ -33,9 +34,11 @@ class Objective:
 
     def __call__(self, engine: Engine, batch: dict[str, Tensor]) -> Tensor:
         """The loss of ``batch``, with a gradient. Collective under ZeRO-3; the engine is in training mode."""
+        inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "labels"}
+        if batch["labels"].is_floating_point():  # torch before 2.13 has no gradient of mse_loss for bf16 and fp32
+            return F.mse_loss(engine(**inputs).logits.squeeze(-1).float(), batch["labels"])
         if not self._weight:
             return engine(**batch).loss
-        inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "labels"}
         if self._hidden:
             inputs["output_hidden_states"] = True
         taught, out = self._teach(engine, inputs), engine(**inputs)

@@ -16,9 +16,10 @@ from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.run import prepare, train_run
 
 RENAMED = [WeightRenaming("intermediate.wide", "intermediate.dense")]
-SPLIT = [WeightConverter(["output.upper.weight", "output.lower.weight"], "output.dense.weight", [Concatenate(dim=0)])]
-
-TRANSPOSED = [WeightConverter("attention.output.turned.weight", "attention.output.dense.weight", [Transpose(0, 1)])]
+HALVES = ["output.upper.weight", "output.lower.weight"]
+SPLIT = [WeightConverter(HALVES, "output.dense.weight", operations=[Concatenate(dim=0)])]
+TURNED = "attention.output.turned.weight"
+TRANSPOSED = [WeightConverter(TURNED, "attention.output.dense.weight", operations=[Transpose(0, 1)])]
 
 
 @pytest.fixture
