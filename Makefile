@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # versions to install, such as .ci/constraints.txt; without it, the newest of the ranges in pyproject.toml
 CONSTRAINTS ?=
-# processes that run the unit tests, each of up to 5 GiB
+# processes that run the unit tests, each of up to 8 GiB
 TEST_WORKERS ?= 2
 RANK_TESTS := zero3 or launcher or cluster
 export OMP_NUM_THREADS ?= 1
