@@ -160,10 +160,10 @@ def test_a_run_that_prunes_some_layers_alone_ramps_and_goes_on(run_ranks, tmp_pa
 
 def _masks_at_load(folder, stage, more):
     """The masks in a model that a checkpoint was loaded into, and what the run then ends with."""
-    from pst_ds.train import run as run_module
+    from pst_ds.train import run_folder
 
     seen = {}
-    restore = run_module.restore
+    restore = run_folder.restore
 
     def spied(engine, checkpoint, run):
         state = restore(engine, checkpoint, run)
@@ -172,7 +172,7 @@ def _masks_at_load(folder, stage, more):
         return state
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "restore", spied)
+        patch.setattr(run_folder, "restore", spied)
         result = _train(folder, stage, *more, resume=True)
     return seen, result
 
