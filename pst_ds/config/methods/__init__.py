@@ -8,7 +8,17 @@ from typing import Literal
 from pst_ds.config.methods.method import Method
 
 OneShotMethod = Literal["magnitude", "wanda", "sparsegpt"]
-_NAMES = ("pst", "dense", "lora", "magnitude", "gmp", "movement", "soft-movement", "spp", "masked-lora")
+_NAMES = (
+    "pst",
+    "dense",
+    "lora",
+    "magnitude",
+    "gmp",
+    "movement",
+    "soft-movement",
+    "spp",
+    "masked-lora",
+)
 METHODS: dict[str, Method] = {
     name: import_module(f"pst_ds.config.methods.{name.replace('-', '_')}").METHOD for name in _NAMES
 }
