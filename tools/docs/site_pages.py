@@ -26,13 +26,15 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def overview() -> str:
-    """Return the top README with its links made for this folder."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
-    return re.sub(r"\[([^\]]+)\]\((?!https?://)[^)]*(?<!\.md)\)", _keep_anchor, text)
+    """Return the top README with its links made for this folder; of places outside docs/ keep the name."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"\[([^\]]+)\]\((?!https?://)([^)]*)\)", _link_from_docs, text)
 
 
-def _keep_anchor(link: re.Match[str]) -> str:
-    return link[0] if ".md#" in link[0] else link[1]
+def _link_from_docs(link: re.Match[str]) -> str:
+    name, target = link.groups()
+    in_docs = target.startswith("docs/") and target.partition("#")[0].endswith(".md")
+    return f"[{name}]({target.removeprefix('docs/')})" if in_docs else name
 
 
 def api_reference() -> str:
