@@ -99,17 +99,19 @@ def modules_named_to_save(model: nn.Module, config: PSTConfig) -> dict[str, nn.M
 
 
 def _task_head(model: nn.Module) -> dict[str, nn.Module]:
-    """Return what a model of transformers has on top of its base model; nothing for a language model.
+    """Return what lies between the last block of a model of transformers and its output; nothing for a language model.
 
-    A language model is known by its output embeddings. So DeBERTa's pooler is part of the head, since the base model
-    has none, and BERT's, which it has, is not.
+    That is what it has on top of its base model, and the pooler that BERT, ALBERT and others have inside it. A language
+    model is known by its output embeddings.
     """
-    base = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    base = getattr(model, prefix := getattr(model, "base_model_prefix", "") or "", None)
     if not isinstance(base, nn.Module):
         return {n: m for n, m in model.named_children() if n in HEAD_NAMES}
     if model.get_output_embeddings() is not None:  # type: ignore[operator]
         return {}
-    return {n: m for n, m in model.named_children() if m is not base and any(True for _ in m.parameters())}
+    poolers = {f"{prefix}.{n}": m for n, m in base.named_children() if n == "pooler"}
+    on_top = {n: m for n, m in model.named_children() if m is not base}
+    return {n: m for n, m in (poolers | on_top).items() if any(True for _ in m.parameters())}
 
 
 def _require_all_found(setting: str, wanted: tuple[str, ...], found: Iterable[str], model: nn.Module) -> None:

@@ -84,7 +84,7 @@ FAMILIES = {
     "distilbert": (tiny_distilbert, "distilbert.transformer.layer", DISTILBERT_LINEARS,
                    ["pre_classifier", "classifier"]),
     "masked-lm": (tiny_masked_lm, "bert.encoder.layer", ENCODER_LINEARS, []),
-    "bert": (tiny_bert, "bert.encoder.layer", ENCODER_LINEARS, ["classifier"]),
+    "bert": (tiny_bert, "bert.encoder.layer", ENCODER_LINEARS, ["bert.pooler", "classifier"]),
     "roberta": (tiny_roberta, "roberta.encoder.layer", ENCODER_LINEARS, ["classifier"]),
     "gpt2": (tiny_gpt2, "transformer.h", GPT2_LINEARS, []),
     "gpt2-classifier": (tiny_gpt2_classifier, "transformer.h", GPT2_LINEARS, ["score"]),
@@ -134,7 +134,7 @@ def test_factors_and_the_task_head_alone_are_trained(family):
     model = inject_pst(build(), PSTConfig())
     for name, param in model.named_parameters():
         is_factor = ".pst_" in name and not name.endswith("pst_mask")
-        assert param.requires_grad == (is_factor or name.split(".")[0] in heads), name
+        assert param.requires_grad == (is_factor or name.startswith(tuple(f"{head}." for head in heads))), name
 
 
 def test_gpt2_fuses_q_k_v_alone():

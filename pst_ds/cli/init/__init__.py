@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsity", type=float, metavar="S", help="fraction of zeros at the end (default: 0.9)")
     parser.add_argument("--pattern", metavar="P", help='matrix (default), global, row, N:M or blocks such as "16x1"')
     steps = parser.add_mutually_exclusive_group()
-    steps.add_argument("--epochs", type=float, metavar="N", help="default: 3, and 1 for causal-lm")
+    steps.add_argument(
+        "--epochs", type=float, metavar="N", help="default: 3, and 1 for causal-lm, within 600 to 10,000 steps"
+    )
     steps.add_argument("--steps", type=count, metavar="N", help="optimizer steps")
     parser.add_argument("--batch-size", type=count, metavar="N", help="of all ranks together (default: about 32)")
     length = "tokens (default: 128, 512 for causal-lm, or less)"

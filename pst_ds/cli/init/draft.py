@@ -22,6 +22,7 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.train.model import load_model_config, load_tokenizer, meta_model, num_trainable
 
 _UNKNOWN_LIMIT, _BATCH_SIZE = 128, 32
+_LEAST_STEPS, _MOST_STEPS, _LONGER = 600, 10_000, 3.0
 _GUESSED_PAIRS = (["sentence1", "sentence2"], ["premise", "hypothesis"], ["question1", "question2"])
 _GUESSED_TEXTS = (["text"], ["sentence"], *_GUESSED_PAIRS)
 _TEXT_TYPES = ("string", "large_string")
@@ -41,6 +42,8 @@ class Chosen:
     has_accelerator: bool
     layers: list[str]
     """Last parts of the names of the layers to prune."""
+    length_reason: str
+    """Why the run is as long as it is."""
     summary: dict[str, Any]
 
     def plan_command(self, out: Path) -> str:
@@ -70,7 +73,12 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     table = _laid_over(table, "data", max_length=length)
     examples = len(task.load(run_from_table(table).data, "train", tokenizer, labels))
     batch_size = ranks * max(1, min(_BATCH_SIZE, examples) // ranks)  # a multiple of ranks, at most all examples
-    table = _laid_over(table, "train", batch_size=args.batch_size or batch_size)
+    batch_size = args.batch_size or batch_size
+    table, length_reason = _laid_over(table, "train", batch_size=batch_size), "as given"
+    if not (args.steps or args.epochs is not None):
+        train, length_reason = proposed_length(first.task_facts.init_epochs, examples, batch_size)
+        del table["train"]["num_epochs"]
+        table = _laid_over(table, "train", **train)
     run = run_from_table(table)
     run.micro_batch_size(ranks)
     model = meta_model(run, labels, tokenizer)
@@ -88,7 +96,26 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
         "ranks": ranks,
     }
     names = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-    return Chosen(table, run, labels, config.model_type, positions, has_accelerator, names, summary)
+    return Chosen(table, run, labels, config.model_type, positions, has_accelerator, names, length_reason, summary)
+
+
+def proposed_length(usual_epochs: float, examples: int, batch_size: int) -> tuple[dict[str, Any], str]:
+    """Return ``num_epochs`` or ``num_steps`` for a run over ``examples``, and why.
+
+    It is the task's usual epochs. Of little data it is up to three times as many, since masks need steps to settle while
+    they ramp up, and of very much data fewer, since the small matrices have then long learnt what they can hold.
+    """
+    steps_of_epoch = max(1, examples // batch_size)
+    steps = round(usual_epochs * steps_of_epoch)
+    if steps > max(_MOST_STEPS, steps_of_epoch):
+        steps = max(_MOST_STEPS, steps_of_epoch)
+        return {"num_steps": steps}, f"{steps / steps_of_epoch:.1f} epochs, for this data is large"
+    if steps >= _LEAST_STEPS:
+        return {"num_epochs": usual_epochs}, "usual for this task"
+    epochs = _LEAST_STEPS / steps_of_epoch
+    if epochs > _LONGER * usual_epochs:
+        return {"num_epochs": _LONGER * usual_epochs}, "more than usual, for this data is small"
+    return {"num_steps": _LEAST_STEPS}, f"{epochs:.1f} epochs, for the masks to settle"
 
 
 def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> dict[str, Any]:

@@ -82,7 +82,8 @@ def _found(chosen: Chosen) -> dict[str, str]:
         "model.path": f"family {chosen.family}",
         "data.train": f"{chosen.summary['examples']} {chosen.summary['unit']}",
         "data.max_length": f"{what}{limit}",
-        "train.num_epochs": f"optimizer steps: {chosen.summary['num_steps']}",
+        "train.num_epochs": f"{chosen.length_reason}; optimizer steps: {chosen.summary['num_steps']}",
+        "train.num_steps": chosen.length_reason,
         "pst.target_modules": f"{chosen.summary['num_layers']} layers: {', '.join(chosen.layers)}",
     }
     return comments | ({"data.label_column": f"{len(chosen.labels)} classes: {classes}"} if chosen.labels else {})
