@@ -70,8 +70,8 @@ class PSTConfig:
     """Prune layers too that no forward pass of the first step calls. Such a layer is an error otherwise, as a vision
     tower is in training on text alone; an expert without a token in a step is none."""
     modules_to_save: tuple[str, ...] | None = None
-    """Modules trained in full; None is the task head: all that is on top of the base model, and the pooler that BERT and
-    others have inside it, but of a language model nothing. An empty list trains none."""
+    """Modules trained in full; None is the task head: all that is on top of the base model, and the pooler that BERT
+    and others have inside it, but of a language model nothing. An empty list trains none."""
     bias: Bias = "none"
     """Which biases train, as in PEFT: none, those of the pruned layers, or all of the model."""
     fused_modules: tuple[str, ...] = ("c_attn",)

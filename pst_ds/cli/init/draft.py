@@ -102,8 +102,8 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
 def proposed_length(usual_epochs: float, examples: int, batch_size: int) -> tuple[dict[str, Any], str]:
     """Return ``num_epochs`` or ``num_steps`` for a run over ``examples``, and why.
 
-    It is the task's usual epochs. Of little data it is up to three times as many, since masks need steps to settle while
-    they ramp up, and of very much data fewer, since the small matrices have then long learnt what they can hold.
+    It is the task's usual epochs. Of little data it is up to three times as many, since masks need steps to settle
+    while they ramp up, and of very much data fewer, since the small matrices have then long learnt what they can hold.
     """
     steps_of_epoch = max(1, examples // batch_size)
     steps = round(usual_epochs * steps_of_epoch)
