@@ -4,7 +4,6 @@ import argparse
 import json
 import tomllib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +75,7 @@ def _write_run(args: argparse.Namespace, how: dict[str, Any]) -> dict[str, Any]:
 
     checkpoint = open_checkpoint(config, args.checkpoint or "best")
     tokenizer = load_tokenizer(config)
-    without_override = replace(config, model=replace(config.model, dropout=None))
-    model = meta_model(without_override, checkpoint.state.labels, tokenizer)
+    model = meta_model(config, checkpoint.state.labels, tokenizer, own_dropout=True)
     table = json.loads(json.dumps(tomllib.loads(dump_run(config))))
     written = export_run(model, checkpoint, tokenizer, Path(args.out), run=table, **how)
     return {**written, "checkpoint": str(checkpoint.folder)}

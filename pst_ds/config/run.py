@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -16,6 +16,7 @@ from pst_ds.config.methods.method import Method
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.tasks import TASKS, TaskFacts, check_task
 from pst_ds.core.patterns import parse_pattern
+from pst_ds.core.rates import default_learning_rates
 from pst_ds.core.schedule import CubicSchedule, OneShotSchedule, Schedule, ScheduleConfig
 
 Precision = Literal["bf16", "fp32"]
@@ -29,8 +30,9 @@ class ModelConfig:
     """Folder of a Hugging Face model, or its name on the hub."""
     tokenizer: str = ""
     """Folder or name of the tokenizer, when it is not the model's."""
-    dropout: Share | None = None
-    """Overrides every dropout probability of the model's config; None leaves them."""
+    dropout: Share = 0.0
+    """Every dropout probability of the model, in place of those in its config: small matrices under a mask underfit
+    sooner than they overfit. An export has the config's again."""
     attn_implementation: str = ""
     """As in transformers: "eager", "sdpa", "flash_attention_2" or another; empty is the model's default. On a CPU
     "eager" trains short texts in bf16 faster than "sdpa"."""
@@ -62,13 +64,14 @@ class TrainConfig:
     """Micro-batches whose gradients are summed for one optimizer step."""
     precision: Precision = "bf16"
     """What the model computes in; factors, moments and losses are kept in fp32 either way."""
-    score_learning_rate: Rate = 1e-2
-    """For A, B, R and C, and for the scores of movement pruning."""
-    update_learning_rate: Rate = 1e-3
+    score_learning_rate: Rate | None = None
+    """For A, B, R and C, and for the scores of movement pruning. None, here and below, is a rate for the model's width
+    and the run's steps, of :func:`pst_ds.core.rates.default_learning_rates`."""
+    update_learning_rate: Rate | None = None
     """For U and V."""
-    embedding_learning_rate: Rate = 2e-4
+    embedding_learning_rate: Rate | None = None
     """For U and V of ``pst.update_embeddings``."""
-    head_learning_rate: Rate = 5e-4
+    head_learning_rate: Rate | None = None
     """For the modules trained in full; for every weight with the methods that train all of them."""
     score_penalty: Rate = 0.0
     """Of method "soft-movement": what the mean of sigmoid(S) costs at the final sparsity; less before it."""
@@ -316,6 +319,18 @@ class RunConfig:
         if self.train.num_steps:
             return self.train.num_steps
         return max(1, round(self.train.num_epochs * (num_examples // self.train.batch_size)))
+
+    def with_rates(self, *, width: int, num_steps: int) -> RunConfig:
+        """Return the run with a number for every learning rate, for a model of hidden size ``width``."""
+        default = default_learning_rates(width=width, num_steps=num_steps)
+        rates = {
+            "score_learning_rate": default.scores,
+            "update_learning_rate": default.updates * self.mask_method.update_rate_factor,
+            "embedding_learning_rate": default.embeddings,
+            "head_learning_rate": default.everything if self.mask_method.trains_everything else default.head,
+        }
+        unset: dict[str, Any] = {name: rate for name, rate in rates.items() if getattr(self.train, name) is None}
+        return replace(self, train=replace(self.train, **unset))
 
     def micro_batch_size(self, world_size: int) -> int:
         """Examples a rank takes at a time. Raises ConfigError when the batch cannot be shared out evenly."""

@@ -32,6 +32,12 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
 
 
+def model_width(model: nn.Module) -> int:
+    """Return the hidden size of a model: the number of inputs that most of the linear layers in its blocks have."""
+    inside = (m for n, m in model.named_modules() if hasattr(m, "in_features") and is_inside_block(n, model))
+    return max(Counter(int(m.in_features) for m in inside).most_common(1), default=(1, 0))[0]  # type: ignore[arg-type]
+
+
 def untied_linear_layers(model: nn.Module) -> dict[str, Any]:
     """nn.Linear and Conv1D by name, without those whose weight another module has too, such as the embedding."""
     users = Counter(id(param) for module in model.modules() for param in module.parameters(recurse=False))

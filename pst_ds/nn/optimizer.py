@@ -8,42 +8,52 @@ import torch
 from torch import nn
 
 from pst_ds.config.run import TrainConfig
+from pst_ds.core.rates import default_learning_rates
 from pst_ds.errors import InputError
 from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.linear import SCORE_FACTORS
+from pst_ds.nn.model_structure import model_width
 from pst_ds.parallel import zero3
 from pst_ds.parallel.master_adamw import MasterAdamW
 
 _DEFAULTS = TrainConfig(num_steps=1)
+USUAL_STEPS = 600
+"""Steps of a run that says nothing of its length."""
 
 
 def pst_parameter_groups(
     model: nn.Module,
     *,
-    score_learning_rate: float = _DEFAULTS.score_learning_rate,
-    update_learning_rate: float = _DEFAULTS.update_learning_rate,
-    embedding_learning_rate: float = _DEFAULTS.embedding_learning_rate,
-    head_learning_rate: float = _DEFAULTS.head_learning_rate,
+    score_learning_rate: float | None = None,
+    update_learning_rate: float | None = None,
+    embedding_learning_rate: float | None = None,
+    head_learning_rate: float | None = None,
     betas: tuple[float, float] = (_DEFAULTS.adam_beta1, _DEFAULTS.adam_beta2),
+    num_steps: int = USUAL_STEPS,
 ) -> list[dict[str, Any]]:
     """Sort the trained parameters of ``model`` into AdamW's groups; none is empty or has weight decay.
 
     Args:
         model: a model with PST modules.
-        score_learning_rate: of the group "scores": A, B, R and C, or a score of each weight.
+        score_learning_rate: of the group "scores": A, B, R and C, or a score of each weight. None, here and below, is
+            the rate of :func:`pst_ds.core.rates.default_learning_rates` for the model's width and ``num_steps``.
         update_learning_rate: of the group "updates": U and V.
         embedding_learning_rate: of the group "embeddings": U and V of embeddings.
         head_learning_rate: of the group "head": all that is trained in full.
-        betas: Adam's two, of all groups. The defaults of all arguments are those of the run file.
+        betas: Adam's two, of all groups. The default is the run file's.
+        num_steps: optimizer steps of the run, for rates that are None.
 
     Returns:
         Groups for ``torch.optim.AdamW``, each with "name", "lr" and "peak_lr" (what a warmup goes up to).
     """
+    default = default_learning_rates(width=model_width(model), num_steps=num_steps)
+    whole = all(param.requires_grad for param in model.parameters() if param.dtype.is_floating_point)
+    head = default.everything if whole else default.head
     rates = {
-        "scores": score_learning_rate,
-        "updates": update_learning_rate,
-        "embeddings": embedding_learning_rate,
-        "head": head_learning_rate,
+        "scores": default.scores if score_learning_rate is None else score_learning_rate,
+        "updates": default.updates if update_learning_rate is None else update_learning_rate,
+        "embeddings": default.embeddings if embedding_learning_rate is None else embedding_learning_rate,
+        "head": head if head_learning_rate is None else head_learning_rate,
     }
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     embeddings = pst_embeddings(model)

@@ -68,7 +68,7 @@ def load_tokenizer(run: RunConfig) -> Any:
     return tokenizer
 
 
-def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any) -> Any:
+def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any, *, own_dropout: bool = False) -> Any:
     """The transformers config of the run's model. Raises InputError for a model that cannot do the run's task.
 
     Without a ``tokenizer``, for shapes alone, that is not checked.
@@ -79,7 +79,7 @@ def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any) -> Any:
     set_padding(config, task, tokenizer)
     if tokenizer is not None:
         task.check_model(run.data, config, tokenizer)
-    if run.model.dropout is not None:
+    if not own_dropout:
         for key in _dropout_keys(config):
             setattr(config, key, run.model.dropout)
     return config
@@ -148,9 +148,14 @@ def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | N
             param.requires_grad_(param.dtype.is_floating_point)
 
 
-def meta_model(run: RunConfig, labels: list[str], tokenizer: Any, *, num_shards: int = 1) -> nn.Module:
-    """The run's model without its values: names, shapes and what is trained. Raises InputError."""
-    config = load_model_config(run, labels, tokenizer)
+def meta_model(
+    run: RunConfig, labels: list[str], tokenizer: Any, *, num_shards: int = 1, own_dropout: bool = False
+) -> nn.Module:
+    """The run's model without its values: names, shapes and what is trained. Raises InputError.
+
+    With ``own_dropout`` it has the dropout of its config, not the run's.
+    """
+    config = load_model_config(run, labels, tokenizer, own_dropout=own_dropout)
     purpose = f" with model.attn_implementation = {run.model.attn_implementation!r} and task {run.task!r}"
     module = base_of(run).shapes(
         task_of(run).model_class(), config, dtype=DTYPES[run.train.precision], purpose=purpose,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,7 @@ from pst_ds.json_text import json_of
 from pst_ds.masks.layer_stats import chosen_layers
 from pst_ds.monitor.metrics import MetricsWriter
 from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.model_structure import model_width
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.ds_config import (
     RunNumbers,
@@ -67,6 +68,8 @@ class Prepared:
     ds_config: dict[str, Any] | None
     """The resolved DeepSpeed config, or None for one process without DeepSpeed."""
     device: str
+    width: int = 1
+    """Hidden size of the model."""
 
     @property
     def task(self) -> Task:
@@ -120,7 +123,7 @@ def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: l
             num_trainable(shapes),
         )
         resolved = resolve_deepspeed_config(raw, numbers, source=run.deepspeed_config, run_file=run_file)
-    return Prepared(run, launch, labels, tokenizer, resolved, device_of(launch))
+    return Prepared(run, launch, labels, tokenizer, resolved, device_of(launch), model_width(shapes))
 
 
 def _raise_or_return(checked: Prepared | InputError) -> Prepared:
@@ -163,9 +166,10 @@ def train_run(
     ``restart`` sets existing checkpoints aside and starts from step 0; without either, a folder that has some is
     refused. Raises InputError, StoppedError after a signal, DivergedError, CheckpointWriteError.
     """
-    run, folder = prepared.run, Path(prepared.run.output_dir)
     examples, validation = _load(prepared)
-    num_steps = run.num_steps(len(examples))
+    num_steps = prepared.run.num_steps(len(examples))
+    run = prepared.run.with_rates(width=prepared.width, num_steps=num_steps)
+    prepared, folder = replace(prepared, run=run), Path(run.output_dir)
     schedule = run.make_schedule(num_steps)
     with run_folder.shared_folder(folder):
         checkpoint = run_folder.checkpoint_to_go_on_from(run, examples.digest, quiet=quiet) if resume else None

@@ -49,7 +49,8 @@ def _mask(layer):
 def test_every_method_trains_exports_and_verifies(tmp_path, capsys, method, precision):
     settings = [
         f"method={method}", "deepspeed_config=", f"output_dir={tmp_path / 'run'}", f"train.precision={precision}",
-        "train.num_steps=8", "train.update_learning_rate=0.01", *PENALTY.get(method, []),
+        "train.num_steps=8", "train.update_learning_rate=0.01", 'pst.modules_to_save=["classifier"]',
+        *PENALTY.get(method, []),
     ]  # fmt: skip
     options = [word for setting in settings for word in ("--set", setting)]
     assert main(["train", RUN_FILE, *options]) == 0

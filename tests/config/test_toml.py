@@ -316,14 +316,14 @@ def _runs(draw):
         method=draw(st.sampled_from(["pst", "magnitude", "dense"])),
         seed=draw(st.integers(-(2**40), 2**40)),
         deepspeed_config=draw(st.one_of(st.just(""), _text)),
-        model=ModelConfig(path=draw(_text), dropout=draw(st.one_of(st.none(), st.floats(0.0, 0.99)))),
+        model=ModelConfig(path=draw(_text), dropout=draw(st.floats(0.0, 0.99))),
         data=DataConfig(
             train=draw(_text), text_columns=draw(st.lists(_text, min_size=1, max_size=2).map(tuple)),
             group_by_length=draw(st.booleans()),
         ),
         train=TrainConfig(
             **{"num_steps" if isinstance(steps, int) else "num_epochs": steps},
-            score_learning_rate=draw(_rate), precision=draw(st.sampled_from(["bf16", "fp32"])),
+            score_learning_rate=draw(st.one_of(st.none(), _rate)), precision=draw(st.sampled_from(["bf16", "fp32"])),
         ),
         pst=PSTConfig(
             target_modules=draw(_names), exclude_modules=draw(st.lists(_text, max_size=2).map(tuple)),
@@ -342,6 +342,7 @@ def test_a_dumped_run_reads_back_equal(run):
 
 def test_every_setting_is_written_out(tmp_path):
     run = _load(tmp_path, MINIMAL, "model.dropout=0.25", "pst.preset=paper", "pst.modules_to_save=[]", "pst.seed=3")
+    run = run.with_rates(width=384, num_steps=600)
     (tmp_path / "dumped.toml").write_text(dump_run(run), encoding="utf-8")
     assert load_run(tmp_path / "dumped.toml") == run
     table = tomllib.loads(dump_run(run))

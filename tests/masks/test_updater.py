@@ -295,7 +295,7 @@ def test_rates_are_the_run_file_s_unless_given():
     assert {group["weight_decay"] for group in groups.values()} == {0.0}
     assert groups["scores"]["betas"] == (0.9, 0.98)
     optimizer = pst_optimizer(model, score_learning_rate=0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 1e-3]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 2e-3]
 
 
 def test_fp16_parameters_are_refused_with_the_way_out():

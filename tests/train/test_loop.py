@@ -233,7 +233,7 @@ def test_only_factors_and_the_head_are_trained(tmp_path):
     before = {n: p.detach().clone() for n, p in ready.module.named_parameters()}
     ready.train()
     changed = {n for n, p in ready.module.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == {n for n in before if ".pst_" in n or n.startswith("classifier.")}
+    assert changed == {n for n in before if ".pst_" in n or n.startswith(("classifier.", "bert.pooler."))}
     in_optimizer = sum(p.numel() for group in ready.engine.optimizer.param_groups for p in group["params"])
     assert in_optimizer == sum(before[n].numel() for n in changed if not n.endswith("pst_mask"))
     assert isinstance(ready.engine, LocalEngine)

@@ -1,0 +1,48 @@
+"""Default learning rates: as measured at one width and length, lower for wider models and longer runs."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pst_ds.config.run import DataConfig, ModelConfig, RunConfig, TrainConfig
+from pst_ds.core.rates import LearningRates, default_learning_rates
+
+
+def test_where_they_were_measured_they_are_as_measured():
+    assert default_learning_rates(width=384, num_steps=600) == LearningRates()
+
+
+def test_four_times_the_steps_halve_every_rate_and_twice_the_width_all_but_the_scores():
+    longer = default_learning_rates(width=384, num_steps=2400)
+    wider = default_learning_rates(width=768, num_steps=600)
+    for name in ("scores", "updates", "embeddings", "head", "everything"):
+        usual = getattr(LearningRates(), name)
+        assert getattr(longer, name) == pytest.approx(usual / 2)
+        assert getattr(wider, name) == pytest.approx(usual if name == "scores" else usual / 2)
+
+
+@given(st.integers(1, 20_000), st.integers(1, 10**9), st.integers(1, 20_000), st.integers(1, 10**9))
+def test_neither_width_nor_steps_ever_raise_a_rate(width, steps, more_width, more_steps):
+    rates = default_learning_rates(width=width, num_steps=steps)
+    lower = default_learning_rates(width=width + more_width, num_steps=steps + more_steps)
+    for name in ("scores", "updates", "embeddings", "head", "everything"):
+        assert 0.0 < getattr(lower, name) <= getattr(rates, name)
+
+
+def test_a_run_keeps_the_rates_that_it_names():
+    train = TrainConfig(num_steps=600, head_learning_rate=0.0)
+    run = RunConfig(output_dir="o", model=ModelConfig(path="m"), data=DataConfig(train="t"), train=train)
+    chosen = run.with_rates(width=384, num_steps=600).train
+    assert (chosen.head_learning_rate, chosen.update_learning_rate) == (0.0, LearningRates().updates)
+
+
+@pytest.mark.parametrize(("method", "setting", "rate"), [
+    ("magnitude", "head_learning_rate", LearningRates().everything),
+    ("spp", "update_learning_rate", 15 * LearningRates().updates),
+])  # fmt: skip
+def test_a_method_may_have_rates_of_its_own(method, setting, rate):
+    train = TrainConfig(num_steps=600)
+    run = RunConfig(output_dir="o", method=method, model=ModelConfig(path="m"), data=DataConfig(train="t"), train=train)
+    assert getattr(run.with_rates(width=384, num_steps=600).train, setting) == pytest.approx(rate)
