@@ -54,6 +54,8 @@ class Method:
     """More settings for some sparsities."""
     tries: tuple[Table, ...] = ()
     """What the search chooses from; the same number for each method that has its own."""
+    untuned: bool = False
+    """Whether it is run with the defaults, as a new user has them: without tries."""
     tries_of: str = ""
     """Take the chosen try of that method instead, which this one varies."""
     sparsities: tuple[str, ...] = ()
@@ -247,7 +249,9 @@ def _check(grid: Grid) -> None:
 
 def _check_method(grid: Grid, method: Method) -> None:
     where = f"methods.{method.name}"
-    if method.train and not method.tries and not method.tries_of:
+    if method.untuned and (method.tries or method.tries_of):
+        raise GridError(f"{where} is untuned, so it can have no tries or tries_of")
+    if method.train and not method.untuned and not method.tries and not method.tries_of:
         raise GridError(f"{where} has no tries; give it as many as the others have, or tries_of another method")
     if method.tries and method.tries_of:
         raise GridError(f"{where} has tries and tries_of; leave one of them out")
@@ -258,7 +262,8 @@ def _check_method(grid: Grid, method: Method) -> None:
     if method.tries_of and not grid.methods[method.tries_of].tries:
         raise GridError(f"{where}.tries_of = {method.tries_of!r} names a method without tries of its own")
     source = grid.methods[method.tries_of] if method.tries_of else method
-    for data_set in (name for name in grid.data_sets if method.train and name in (method.data_sets or grid.data_sets)):
+    searches = method.train and not method.untuned
+    for data_set in (name for name in grid.data_sets if searches and name in (method.data_sets or grid.data_sets)):
         searched = grid.searched_data_set(data_set)
         if searched not in (source.data_sets or grid.data_sets):
             raise GridError(
