@@ -100,7 +100,7 @@ def evaluated(spec: Table, settings: Table, folder: Path) -> Table:
     return {
         "validation": metrics.pop("", {}),
         "tests": metrics,
-        "sparsity_measured": measured_sparsity(run_file, model),
+        "sparsity_measured": sparsity_of_targets(run_file, model),
         "parameters": count_parameters(model),
     }
 
@@ -178,8 +178,8 @@ def best_validation(run_file: Path, result: Table) -> dict[str, float]:
     return dict(open_checkpoint(load_run(run_file), "best").state.metrics) or dict(result["metrics"])
 
 
-def measured_sparsity(run_file: Path, model: Path) -> float:
-    """The share of zeros in the layers that the run would prune."""
+def sparsity_of_targets(run_file: Path, model: Path) -> float:
+    """Return the share of zeros in the layers that the run would prune, whatever the model has elsewhere."""
     from pst_ds.config.toml import load_run
     from pst_ds.data.tasks import task_of
     from pst_ds.nn.targets import find_targets
