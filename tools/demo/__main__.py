@@ -145,7 +145,7 @@ def machine() -> str:
 
 def print_table(results: list[dict[str, Any]]) -> None:
     head = (
-        "run", "asked", "counted in file", "trained", "optimizer B/rank", "accuracy", "seconds", "reloaded equal",
+        "run", "requested", "measured in file", "trained", "optimizer B/rank", "accuracy", "seconds", "reloaded equal",
         "bitmask / dense file",
     )  # fmt: skip
     rows = [
