@@ -47,12 +47,12 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 def load_optimizer(engine: Engine, checkpoint: Checkpoint) -> None:
     """Load the fp32 masters and Adam's moments into the optimizer of an engine whose model has the values already."""
-    pieces = optimizer_state.local_pieces(engine, trainable(engine.module))
-    optimizer_state.prepare_moments(engine, pieces, checkpoint.contents.steps)
+    fragments = optimizer_state.local_fragments(engine, trainable(engine.module))
+    optimizer_state.prepare_moments(engine, fragments, checkpoint.contents.steps)
     with torch.no_grad():
         for kind in optimizer_state.KINDS:
-            for piece, values in zip(pieces, optimizer_state.values(engine, pieces, kind), strict=True):
-                values.copy_(checkpoint.values(piece.name, kind, piece.start, piece.stop))
+            for fragment, values in zip(fragments, optimizer_state.values(engine, fragments, kind), strict=True):
+                values.copy_(checkpoint.values(fragment.name, kind, fragment.start, fragment.stop))
 
 
 def weight_scales(model: nn.Module) -> dict[str, list[float]]:

@@ -31,7 +31,7 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel import optimizer_state, zero3
 from pst_ds.parallel.engine import Engine
-from pst_ds.parallel.optimizer_state import Piece
+from pst_ds.parallel.optimizer_state import Fragment
 from pst_ds.parallel.ranks import BackgroundGroup, rank, world_size
 
 
@@ -84,11 +84,11 @@ class CheckpointWriter:
         """
         began = time.perf_counter()
         self.wait()
-        pieces = self._own_pieces()
-        self._copy_values(pieces)
+        held = self._own_fragments()
+        self._copy_values(held)
         self._copy_masks()
-        steps = optimizer_state.adam_steps(self._engine, pieces)
-        self._thread = threading.Thread(target=self._run, args=(name, state, pieces, steps, when_written), daemon=True)
+        steps = optimizer_state.adam_steps(self._engine, held)
+        self._thread = threading.Thread(target=self._run, args=(name, state, held, steps, when_written), daemon=True)
         self._blocked = time.perf_counter() - began
         self._thread.start()
 
@@ -102,18 +102,18 @@ class CheckpointWriter:
         outcome, self._outcome = self._outcome, None
         return outcome
 
-    def _own_pieces(self) -> list[Piece]:
-        pieces = optimizer_state.local_pieces(self._engine, self._named)
+    def _own_fragments(self) -> list[Fragment]:
+        held = optimizer_state.local_fragments(self._engine, self._named)
         if not optimizer_state.is_replicated(param for _, param in self._named):
-            return pieces
-        return [piece.cut(*_even_share(piece.stop)) for piece in pieces]
+            return held
+        return [fragment.cut(*_even_share(fragment.stop)) for fragment in held]
 
-    def _copy_values(self, pieces: list[Piece]) -> None:
-        total = sum(piece.stop - piece.start for piece in pieces)
+    def _copy_values(self, held: list[Fragment]) -> None:
+        sizes = [fragment.stop - fragment.start for fragment in held]
         for kind in optimizer_state.KINDS:
-            parts = self._buffer(kind, total, torch.float32).split([piece.stop - piece.start for piece in pieces])
-            if pieces:  # ZeRO-1 and 2 may leave a rank with none
-                torch._foreach_copy_(list(parts), optimizer_state.values(self._engine, pieces, kind))
+            parts = self._buffer(kind, sum(sizes), torch.float32).split(sizes)
+            if held:  # ZeRO-1 and 2 may leave a rank with none
+                torch._foreach_copy_(list(parts), optimizer_state.values(self._engine, held, kind))
 
     def _copy_masks(self) -> None:
         sizes = [shard_bytes(layer.layout.numel, world_size()) for layer in self._layers.values()]
@@ -127,12 +127,12 @@ class CheckpointWriter:
         return self._buffers[key]
 
     def _run(
-        self, name: str, state: CheckpointState, pieces: list[Piece], steps: dict[str, int], done: Callable[[], None]
+        self, name: str, state: CheckpointState, held: list[Fragment], steps: dict[str, int], done: Callable[[], None]
     ) -> None:
         partial = self._folder / (name + PARTIAL)
         problem, size, is_there = "", 0, False
         try:
-            reports = self._group.all_gather(self._write_shard(partial, pieces, steps))
+            reports = self._group.all_gather(self._write_shard(partial, held, steps))
             problem = next((f"rank {i}: {report.error}" for i, report in enumerate(reports) if report.error), "")
             if rank() == 0:
                 if not problem:
@@ -145,13 +145,13 @@ class CheckpointWriter:
             problem = "" if is_there else _in_words(error)
         self._outcome = SaveResult(name, size, self._blocked, problem)
 
-    def _write_shard(self, partial: Path, pieces: list[Piece], steps: dict[str, int]) -> _Report:
+    def _write_shard(self, partial: Path, held: list[Fragment], steps: dict[str, int]) -> _Report:
         from safetensors.torch import save
 
         cuts: list[tuple[int, int, int]] = []
         if not optimizer_state.is_cut_evenly(param for _, param in self._named):
             index = {name: i for i, (name, _) in enumerate(self._named)}
-            cuts = [(index[piece.name], piece.start, piece.stop) for piece in pieces]
+            cuts = [(index[fragment.name], fragment.start, fragment.stop) for fragment in held]
         try:
             partial.mkdir(parents=True, exist_ok=True)
             data = save(dict(self._buffers))

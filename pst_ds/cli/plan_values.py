@@ -119,7 +119,7 @@ def _layers(model: torch.nn.Module) -> dict[str, Any]:
             "name": name,
             "out_features": layer.layout.out_features,
             "in_features": layer.layout.in_features,
-            "matrices": layer.layout.parts,
+            "matrices": layer.layout.num_matrices,
             "factor_parameters": sum(p.numel() for _, p in layer.factor_parameters()),
         }
         for name, layer in pst_layers(model).items()

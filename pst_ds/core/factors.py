@@ -1,6 +1,6 @@
 """The small matrices of one PST layer, and their views for a rectangle of its stored weight.
 
-Shapes, for O outputs, I inputs, P fused parts, score rank k and update rank r:
+Shapes, for O outputs, I inputs, P fused matrices, score rank k and update rank r:
 
     A (O, k)    B (P*k, I)    R (O,)    C (P, I)    U (O, r)    V (P*r, I)
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pst_ds.core.layout import Block, Rect, WeightLayout
+from pst_ds.core.layout import Rect, StoredMatrix, WeightLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +92,8 @@ class TileFactors:
     """(cols,), of one stored (O, I)"""
 
 
-def tile_factors(factors: Factors, layout: WeightLayout, block: Block, rect: Rect) -> TileFactors:
-    """Views of the factors that make the scores and the update of ``rect``, which lies inside ``block``."""
+def tile_factors(factors: Factors, layout: WeightLayout, matrix: StoredMatrix, rect: Rect) -> TileFactors:
+    """Views of the factors that make the scores and the update of ``rect``, which lies inside ``matrix``."""
     rows, cols = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
     outputs, inputs = (cols, rows) if layout.transposed else (rows, cols)
 
@@ -102,43 +102,46 @@ def tile_factors(factors: Factors, layout: WeightLayout, block: Block, rect: Rec
             return None, None
         rank = by_output.shape[1]
         outer = by_output[outputs]
-        inner = by_input[block.part * rank : (block.part + 1) * rank, inputs]
+        inner = by_input[matrix.index * rank : (matrix.index + 1) * rank, inputs]
         return (inner.t(), outer.t()) if layout.transposed else (outer, inner)
 
     score_left, score_right = pair(factors.A, factors.B)
     update_left, update_right = pair(factors.U, factors.V)
     by_output = factors.R[outputs] if factors.R is not None else None
-    by_input = factors.C[block.part, inputs] if factors.C is not None else None
+    by_input = factors.C[matrix.index, inputs] if factors.C is not None else None
     norms = factors.norms[inputs] if factors.norms is not None else None
     score_rows, score_cols = (by_input, by_output) if layout.transposed else (by_output, by_input)
     row_norms, col_norms = (norms, None) if layout.transposed else (None, norms)
     return TileFactors(score_left, score_right, score_rows, score_cols, update_left, update_right, row_norms, col_norms)
 
 
-def layer_factors(values: dict[str, Tensor], parts: int, constants: Constants, norms: Tensor | None = None) -> Factors:
-    """The matrices of the formulas from those a layer holds, by name: they differ in a multiplicative update's U."""
+def layer_factors(values: dict[str, Tensor], count: int, constants: Constants, norms: Tensor | None = None) -> Factors:
+    """Return the matrices of the formulas from ``values``, those that a layer of ``count`` matrices holds, by name.
+
+    They differ in a multiplicative update's U.
+    """
     if constants.multiplicative and "U" in values:
-        values = {**values, "U": grouped_columns(values["U"], parts, values["V"].shape[0] // parts)}
+        values = {**values, "U": grouped_columns(values["U"], count, values["V"].shape[0] // count)}
     return Factors(**values, norms=norms)
 
 
-def group_of_rows(num_rows: int, parts: int, num_groups: int, device: torch.device | None = None) -> Tensor:
-    """Return which of its part's ``num_groups`` runs of nearly equal length each row belongs to: (num_rows,) int64.
+def group_of_rows(num_rows: int, num_matrices: int, num_groups: int, device: torch.device | None = None) -> Tensor:
+    """Return which of its matrix's ``num_groups`` runs of nearly equal length each row belongs to: (num_rows,) int64.
 
-    Run g of a part with n rows begins at floor(g n / num_groups). ``num_rows`` counts all ``parts`` together.
+    Run g of a matrix with n rows begins at floor(g n / num_groups). ``num_rows`` counts all ``num_matrices`` together.
     """
-    per_part = max(num_rows // parts, 1)
-    return ((torch.arange(num_rows, device=device) % per_part + 1) * num_groups - 1) // per_part
+    per_matrix = max(num_rows // num_matrices, 1)
+    return ((torch.arange(num_rows, device=device) % per_matrix + 1) * num_groups - 1) // per_matrix
 
 
-def grouped_columns(column: Tensor, parts: int, num_groups: int) -> Tensor:
+def grouped_columns(column: Tensor, num_matrices: int, num_groups: int) -> Tensor:
     """(O,) to (O, num_groups): each value in the column of its row's group, zeros elsewhere in the row."""
     wide = column.new_zeros(column.numel(), num_groups)
-    groups = group_of_rows(column.numel(), parts, num_groups, column.device)
+    groups = group_of_rows(column.numel(), num_matrices, num_groups, column.device)
     return wide.scatter_(1, groups.unsqueeze(1), column.unsqueeze(1))
 
 
-def ungrouped_columns(wide: Tensor, parts: int) -> Tensor:
+def ungrouped_columns(wide: Tensor, num_matrices: int) -> Tensor:
     """The adjoint of :func:`grouped_columns`: (O, num_groups) to (O,)."""
-    groups = group_of_rows(wide.shape[0], parts, wide.shape[1], wide.device)
+    groups = group_of_rows(wide.shape[0], num_matrices, wide.shape[1], wide.device)
     return wide.gather(1, groups.unsqueeze(1)).squeeze(1)

@@ -30,10 +30,10 @@ class Rect:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """One matrix: where it is stored, and which outputs of the layer it makes."""
+class StoredMatrix:
+    """A matrix of a layer: where it is stored, and which outputs it makes."""
 
-    part: int
+    index: int
     rect: Rect
     outputs: slice
 
@@ -42,19 +42,19 @@ class Block:
 class WeightLayout:
     """Shape of a linear layer, the order of its storage, and how many matrices it fuses.
 
-    Raises ValueError when ``out_features`` cannot be split into ``parts`` equal matrices.
+    Raises ValueError when ``out_features`` cannot be split into ``num_matrices`` equal matrices.
     """
 
     out_features: int
     in_features: int
     transposed: bool = False
     """True for Conv1D, which stores (I, O)."""
-    parts: int = 1
+    num_matrices: int = 1
     """Matrices fused along the outputs; each is ranked and scored by itself."""
 
     def __post_init__(self) -> None:
-        if self.parts < 1 or self.out_features % self.parts:
-            raise ValueError(f"{self.out_features} outputs cannot be split into {self.parts} equal matrices")
+        if self.num_matrices < 1 or self.out_features % self.num_matrices:
+            raise ValueError(f"{self.out_features} outputs cannot be split into {self.num_matrices} equal matrices")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,16 +69,16 @@ class WeightLayout:
 
     @property
     def matrix_numel(self) -> int:
-        """Weights in each of the ``parts`` matrices."""
-        return self.numel // self.parts
+        """Weights in each of the ``num_matrices`` matrices."""
+        return self.numel // self.num_matrices
 
-    def blocks(self) -> tuple[Block, ...]:
-        width = self.out_features // self.parts
+    def matrices(self) -> tuple[StoredMatrix, ...]:
+        width = self.out_features // self.num_matrices
         found = []
-        for part in range(self.parts):
-            o0, o1 = part * width, (part + 1) * width
+        for i in range(self.num_matrices):
+            o0, o1 = i * width, (i + 1) * width
             rect = Rect(0, self.in_features, o0, o1) if self.transposed else Rect(o0, o1, 0, self.in_features)
-            found.append(Block(part, rect, slice(o0, o1)))
+            found.append(StoredMatrix(i, rect, slice(o0, o1)))
         return tuple(found)
 
 
@@ -89,8 +89,8 @@ def row_tiles(rect: Rect, max_elements: int) -> Iterator[Rect]:
         yield Rect(r0, min(r0 + step, rect.r1), rect.c0, rect.c1)
 
 
-def shard_tiles(block: Rect, row_length: int, start: int, stop: int, max_elements: int) -> Iterator[Rect]:
-    """The part of ``block`` that lies in the flat range [start, stop), as rectangles in rising flat order.
+def shard_tiles(whole: Rect, row_length: int, start: int, stop: int, max_elements: int) -> Iterator[Rect]:
+    """The part of ``whole`` that lies in the flat range [start, stop), as rectangles in rising flat order.
 
     A flat range may begin and end inside a row, so it is a partial row, a band of whole rows and a partial row.
     ``row_length`` is the storage row length of the whole weight.
@@ -108,7 +108,7 @@ def shard_tiles(block: Rect, row_length: int, start: int, stop: int, max_element
             Rect(last, last + 1, 0, tail),
         ]
     for piece in pieces:
-        cut = Rect(max(piece.r0, block.r0), min(piece.r1, block.r1), max(piece.c0, block.c0), min(piece.c1, block.c1))
+        cut = Rect(max(piece.r0, whole.r0), min(piece.r1, whole.r1), max(piece.c0, whole.c0), min(piece.c1, whole.c1))
         if cut.r0 < cut.r1 and cut.c0 < cut.c1:
             yield from row_tiles(cut, max_elements)
 

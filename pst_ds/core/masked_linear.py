@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pst_ds.core.bits import INT_OF_SIZE, expand_mask_
 from pst_ds.core.factors import Constants, Factors, tile_factors
-from pst_ds.core.layout import Block, Rect, WeightLayout, row_tiles
+from pst_ds.core.layout import Rect, StoredMatrix, WeightLayout, row_tiles
 from pst_ds.core.scores import masked_weight, updated_weight
 from pst_ds.core.tiles import Tiles, plan_tiles
 
@@ -147,13 +147,13 @@ def _tile_backward(work: _Work, rect: Rect) -> None:
     weight, grad = (_shaped(buffer, rect) for buffer in (work.buffers.weight, work.buffers.grad))
     if any(wanted is not None for wanted in (work.sums.A, work.sums.U, work.grads.weight, work.grads.S)):
         _weight_gradient(x, grad_y, grad, transposed=layout.transposed)
-    for block in layout.blocks():
-        part = _meet(rect, block.rect)
+    for matrix in layout.matrices():
+        part = _meet(rect, matrix.rect)
         if part is not None:
-            _merge(work, block, part, weight[_inside(part, rect)])
+            _merge(work, matrix, part, weight[_inside(part, rect)])
             for band in row_tiles(part, work.tiles.band_elements):
                 here = _inside(band, rect)
-                _band_backward(work, block, band, weight[here], grad[here])
+                _band_backward(work, matrix, band, weight[here], grad[here])
     if work.grads.x is not None:
         _input_gradient(work, grad_y, weight.t() if layout.transposed else weight, inputs)
 
@@ -179,21 +179,21 @@ def _weight_gradient(x: Tensor, grad_y: Tensor, grad: Tensor, *, transposed: boo
     torch.mm(left.t(), right, out=grad)
 
 
-def _merge(work: _Work, block: Block, rect: Rect, weight: Tensor) -> None:
+def _merge(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor) -> None:
     """W of one matrix' part of a tile."""
     state = work.state
-    factors = tile_factors(state.factors, state.layout, block, rect)
+    factors = tile_factors(state.factors, state.layout, matrix, rect)
     updated_weight(state.weight[rect.r0 : rect.r1, rect.c0 : rect.c1], factors, state.constants, out=weight)
 
 
-def _band_backward(work: _Work, block: Block, rect: Rect, weight: Tensor, grad: Tensor) -> None:
+def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor, grad: Tensor) -> None:
     """Turn G and W of a band into its gradients; W becomes M . W."""
     state = work.state
     rows, cols = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
     mask = _shaped(work.buffers.mask, rect)
     expand_mask_(mask, state.bits, state.layout.shape, state.num_shards, rows, cols)
     product = _shaped(work.buffers.product, rect)
-    factors, sums = (tile_factors(f, state.layout, block, rect) for f in (work.factors, work.sums))
+    factors, sums = (tile_factors(f, state.layout, matrix, rect) for f in (work.factors, work.sums))
     if work.grads.S is not None:
         torch.mul(grad, weight, out=work.grads.S[rows, cols])
     if work.sums.A is not None:
@@ -209,7 +209,7 @@ def _band_backward(work: _Work, block: Block, rect: Rect, weight: Tensor, grad: 
                 magnitude.mul_(factors.row_norms.unsqueeze(1))
             if factors.col_norms is not None:
                 magnitude.mul_(factors.col_norms)
-            product.addcmul_(grad, magnitude, value=state.constants.magnitude_factor(state.weight_scales[block.part]))
+            product.addcmul_(grad, magnitude, value=state.constants.magnitude_factor(state.weight_scales[matrix.index]))
         if state.constants.multiplicative:
             product.mul_(state.weight[rows, cols])
         _add_low_rank_gradients(product, factors.update_left, factors.update_right, sums.update_left, sums.update_right)
@@ -238,12 +238,12 @@ def _with_ones(state: LayerState) -> Factors:
 
     So dS is read twice, not four times. Without R and C, A and B are as they are.
     """
-    own, parts = state.factors, state.layout.parts
+    own, num_matrices = state.factors, state.layout.num_matrices
     A, B = own.A, own.B
     if own.R is not None and own.C is not None:
         ones_left, ones_right = torch.ones_like(own.R).unsqueeze(1), torch.ones_like(own.C).unsqueeze(1)
         A = ones_left if A is None else torch.cat([A, ones_left], 1)
-        B = ones_right if B is None else torch.cat([B.view(parts, -1, B.shape[1]), ones_right], 1)
+        B = ones_right if B is None else torch.cat([B.view(num_matrices, -1, B.shape[1]), ones_right], 1)
         B = B.flatten(0, 1)
     return Factors(A=A, B=B, U=own.U, V=own.V, norms=own.norms)
 
@@ -260,13 +260,13 @@ def _finish_factors(sums: Factors, state: LayerState, grads: Gradients) -> None:
                 setattr(grads, name, torch.zeros_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32)))
         return
     rank = 0 if own.A is None else own.A.shape[1]
-    by_part = sums.B.view(state.layout.parts, -1, sums.B.shape[1])
+    by_matrix = sums.B.view(state.layout.num_matrices, -1, sums.B.shape[1])
     if own.A is not None:
         grads.A = sums.A[:, :rank] * constants.alpha1
-        grads.B = by_part[:, :rank].flatten(0, 1) * constants.alpha1
+        grads.B = by_matrix[:, :rank].flatten(0, 1) * constants.alpha1
     if own.R is not None:
         grads.R = sums.A[:, rank] * constants.alpha2
-        grads.C = by_part[:, rank] * constants.alpha2
+        grads.C = by_matrix[:, rank] * constants.alpha2
 
 
 def _add_low_rank_gradients(

@@ -51,8 +51,8 @@ def keep_by_score(scores: Tensor, layout: WeightLayout, pattern: Pattern, sparsi
     keys, keep = order_keys(scores), torch.empty(scores.shape, dtype=torch.uint8, device=scores.device)
     if bool(((keys < LOWEST_FINITE) | (keys > HIGHEST_FINITE)).any()):
         raise FloatingPointError("scores are not finite")
-    for block in layout.blocks():
-        at = slice(block.rect.r0, block.rect.r1), slice(block.rect.c0, block.rect.c1)
+    for matrix in layout.matrices():
+        at = slice(matrix.rect.r0, matrix.rect.r1), slice(matrix.rect.c0, matrix.rect.c1)
         keep[at] = _keep_in_matrix(keys[at].contiguous(), layout, pattern, sparsity)
     return keep
 

@@ -53,7 +53,7 @@ class Pattern:
     def require_fit(self, layout: WeightLayout) -> None:
         """Raise ValueError when units do not tile each matrix of ``layout``, with the number that does not divide."""
         outputs, inputs = reversed(self.unit(layout)) if layout.transposed else self.unit(layout)
-        per_matrix = layout.out_features // layout.parts
+        per_matrix = layout.out_features // layout.num_matrices
         if layout.in_features % inputs:
             raise ValueError(f"pattern {self} needs in_features divisible by {inputs}, got {layout.in_features}")
         if per_matrix % outputs:

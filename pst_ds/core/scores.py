@@ -79,11 +79,11 @@ def merged_weight(weight: Tensor, layout: WeightLayout, factors: Factors, consta
     The products are made matrix by matrix, as :func:`masked_weight` makes them: where its mask keeps, the bits agree.
     """
     merged = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for b in layout.blocks():
-        bands = row_tiles(b.rect, mask_band_elements(weight.device.type)) if constants.multiplicative else (b.rect,)
-        for rect in bands:
-            rows, cols = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
-            updated_weight(weight[rows, cols], tile_factors(factors, layout, b, rect), constants, merged[rows, cols])
+    for matrix in layout.matrices():
+        whole = matrix.rect
+        for rect in row_tiles(whole, mask_band_elements(weight.device.type)) if constants.multiplicative else (whole,):
+            at = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
+            updated_weight(weight[at], tile_factors(factors, layout, matrix, rect), constants, merged[at])
     return merged
 
 

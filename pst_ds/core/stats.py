@@ -80,7 +80,7 @@ def learned_score_norm(layout: WeightLayout, factors: Factors, constants: Consta
 
 
 def _matrices(layout: WeightLayout, factors: Factors) -> list[TileFactors]:
-    return [tile_factors(factors, layout, block, block.rect) for block in layout.blocks()]
+    return [tile_factors(factors, layout, matrix, matrix.rect) for matrix in layout.matrices()]
 
 
 def histogram_range(total: float, total_of_squares: float, count: int) -> tuple[float, float]:

@@ -47,7 +47,7 @@ class Tiles:
     rects: tuple[Rect, ...]
     cut_outputs: bool
     """True: a tile has some outputs and all inputs, and dX is a sum over tiles. False: it has all outputs (of every
-    fused part), so that each tile writes its own columns of dX, once."""
+    fused matrix), so that each tile writes its own columns of dX, once."""
 
     band_elements: int
     """Weights of a band of rows, or those of one row of the tile if they are more."""

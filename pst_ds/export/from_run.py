@@ -92,7 +92,7 @@ class RunSource:
         mask = checkpoint.masks[owner].clone()
         names = [f for f in FACTOR_NAMES if f"{owner}.pst_{f}" in checkpoint.trained]
         values = {f: checkpoint.trained[f"{owner}.pst_{f}"].to(device=device, dtype=compute) for f in names}
-        factors = layer_factors(values, layout.parts, constants)
+        factors = layer_factors(values, layout.num_matrices, constants)
         if recipe.masked:
             merged = masked_weight(start, mask.to(device), 1, layout, factors, constants)
         else:
@@ -108,7 +108,7 @@ class RunSource:
 def pruned_per_matrix(keep: Tensor, layout: WeightLayout) -> tuple[int, ...]:
     """Zeros in the mask of each matrix of a layer; ``keep``: its row bits."""
     kept = per_row(keep.numpy())
-    return tuple(block.rect.numel - int(kept[block.outputs].sum()) for block in layout.blocks())
+    return tuple(matrix.rect.numel - int(kept[matrix.outputs].sum()) for matrix in layout.matrices())
 
 
 def _reopened(checkpoint: Checkpoint) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""PST in HF Trainer: masks in step with the schedule, their figures in the Trainer's logs, small checkpoints."""
+"""PST in HF Trainer: masks in step with the schedule, their figures in the Trainer's logs, adapter checkpoints."""
 
 from __future__ import annotations
 
@@ -102,14 +102,14 @@ class PSTCallback(_LogFigures, ExportableState):
                 "PSTCallback the fields of CubicSchedule"
             )
         adapter_checkpoints(model)
-        model.save_pretrained = _SavesSmallState(model)
+        model.save_pretrained = _SavesAdapterState(model)
         self._came_with_trainer = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
         optimizer: Any = None, **_: object,
     ) -> None:  # fmt: skip
-        if not isinstance(vars(model).get("save_pretrained"), _SavesSmallState):
+        if not isinstance(vars(model).get("save_pretrained"), _SavesAdapterState):
             if self._came_with_trainer:
                 raise InputError(
                     "the Trainer's model is not the one that it was made with. model_init, and hyperparameter_search "
@@ -202,7 +202,7 @@ class PSTCallback(_LogFigures, ExportableState):
         }
 
 
-class _SavesSmallState:
+class _SavesAdapterState:
     """In the place of a model's ``save_pretrained``; goes with the model where that is pickled or copied."""
 
     def __init__(self, model: nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.keys import keys_at, order_keys, score_keys
-from pst_ds.core.layout import Block, Rect, shard_tiles, view_in_shard
+from pst_ds.core.layout import Rect, StoredMatrix, shard_tiles, view_in_shard
 from pst_ds.core.units import block_keys, loss_keys, unit_tiles
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel import zero3
@@ -31,7 +31,7 @@ class LayerScores:
 
     def __init__(self, name: str, layer: PSTLinear, factors: Factors, values: zero3.Shard, halo: Halo | None = None):
         self.name, self.layer, self.layout = name, layer, layer.layout
-        self.row_length, self.matrices = self.layout.shape[1], self.layout.blocks()
+        self.row_length, self.matrices = self.layout.shape[1], self.layout.matrices()
         self.rule, self.pattern = layer.rule, layer.rule.pattern
         self.start, self.stop = values.start, values.start + values.values.numel()
         self._weight, self._halo, self.device = values.values, halo, values.values.device
@@ -41,48 +41,48 @@ class LayerScores:
         self._factors = _with_contiguous_columns(factors) if self.layout.transposed else factors
         self._unit_keys: dict[int, list[Tensor]] = {}
 
-    def rects(self, matrix: Block) -> Iterator[Rect]:
+    def rects(self, matrix: StoredMatrix) -> Iterator[Rect]:
         """The part of ``matrix`` that holds this rank's units, in rectangles of whole units, in rising order."""
         return unit_tiles(matrix.rect, self.unit, self.row_length, *self.region, self._tile_size)
 
-    def own_rects(self, matrix: Block) -> Iterator[Rect]:
+    def own_rects(self, matrix: StoredMatrix) -> Iterator[Rect]:
         """This rank's weights of ``matrix`` and no others, in rectangles in rising order, whatever its units are."""
         return shard_tiles(matrix.rect, self.row_length, self.start, self.stop, self._tile_size)
 
-    def keys(self, matrix: Block, rect: Rect) -> Tensor:
+    def keys(self, matrix: StoredMatrix, rect: Rect) -> Tensor:
         """Keys of single weights, (rows, cols) int32, of a rectangle of ``matrix``."""
         if self.layer.pst_S is not None:
             return order_keys(self._values(rect).float())
         tile = tile_factors(self._factors, self.layout, matrix, rect)
-        return score_keys(self._values(rect), tile, self.layer.constants, self.layer.weight_scales[matrix.part])
+        return score_keys(self._values(rect), tile, self.layer.constants, self.layer.weight_scales[matrix.index])
 
-    def weight_keys(self, matrix: Block) -> Iterator[Tensor]:
+    def weight_keys(self, matrix: StoredMatrix) -> Iterator[Tensor]:
         """This rank's keys of ``matrix`` where every weight is a unit."""
         return (self.keys(matrix, rect) for rect in self.rects(matrix))
 
-    def unit_keys(self, matrix: Block, prune: int) -> Iterator[Tensor]:
+    def unit_keys(self, matrix: StoredMatrix, prune: int) -> Iterator[Tensor]:
         """Keys of units of many weights: of blocks, or of N:M groups that would lose ``prune`` weights."""
         made = (self._keys_of_units(matrix, rect, prune) for rect in self.rects(matrix))
         if self.num_units(matrix) * 4 > UNIT_CACHE_BYTES // len(self.matrices):
             yield from made
             return
-        if matrix.part not in self._unit_keys:  # whole, even if the caller stops early
-            self._unit_keys[matrix.part] = list(made)
-        yield from self._unit_keys[matrix.part]
+        if matrix.index not in self._unit_keys:  # whole, even if the caller stops early
+            self._unit_keys[matrix.index] = list(made)
+        yield from self._unit_keys[matrix.index]
 
-    def _keys_of_units(self, matrix: Block, rect: Rect, prune: int) -> Tensor:
+    def _keys_of_units(self, matrix: StoredMatrix, rect: Rect, prune: int) -> Tensor:
         keys = self.keys(matrix, rect)
         return block_keys(keys, self.unit) if self.pattern.kind == "block" else loss_keys(keys, self.unit, prune)
 
-    def num_units(self, matrix: Block) -> int:
+    def num_units(self, matrix: StoredMatrix) -> int:
         """Units in :meth:`rects`, those that other ranks count included."""
         return sum(rect.numel for rect in self.rects(matrix)) // (self.unit[0] * self.unit[1])
 
-    def own_units(self, matrix: Block) -> tuple[int, int]:
+    def own_units(self, matrix: StoredMatrix) -> tuple[int, int]:
         """First and last + 1 among the units of :meth:`rects` of those that begin in this rank's shard."""
         return self._units_before(matrix, self.start), self._units_before(matrix, self.stop)
 
-    def _units_before(self, matrix: Block, index: int) -> int:
+    def _units_before(self, matrix: StoredMatrix, index: int) -> int:
         """How many of the units begin before the flat ``index``."""
         (rows, cols), length, count = self.unit, self.row_length, 0
         for rect in self.rects(matrix):
@@ -91,7 +91,7 @@ class LayerScores:
                 count += min(max(0, -(-(index - first) // cols)), across)
         return count
 
-    def sample(self, matrix: Block, positions: Tensor) -> Tensor:
+    def sample(self, matrix: StoredMatrix, positions: Tensor) -> Tensor:
         """Keys, int32, of the weights at ``positions`` (int64, among the matrix's in storage order); 0 for those of
         other ranks."""
         rect, keys = matrix.rect, torch.zeros(positions.numel(), dtype=torch.int32, device=self.device)
@@ -107,7 +107,7 @@ class LayerScores:
         keys[here.to(self.device)] = self._keys_at(matrix, positions[here])
         return keys
 
-    def _keys_at(self, matrix: Block, positions: Tensor) -> Tensor:
+    def _keys_at(self, matrix: StoredMatrix, positions: Tensor) -> Tensor:
         """Keys of this rank's weights at ``positions`` of the matrix."""
         rect, positions = matrix.rect, positions.to(self.device)
         rows, cols = positions // (rect.c1 - rect.c0), positions % (rect.c1 - rect.c0)
@@ -115,7 +115,7 @@ class LayerScores:
         if self.layer.pst_S is not None:
             return order_keys(values.float())
         tile = tile_factors(self._factors, self.layout, matrix, rect)
-        return keys_at(values, rows, cols, tile, self.layer.constants, self.layer.weight_scales[matrix.part])
+        return keys_at(values, rows, cols, tile, self.layer.constants, self.layer.weight_scales[matrix.index])
 
     def write_own(self, keep: Tensor, rect: Rect, kept: Tensor) -> None:
         """Copy the part of ``kept`` (rows, cols of ``rect``) that is this rank's into ``keep``, its shard's mask."""

@@ -17,7 +17,7 @@ from pst_ds.core import stats
 from pst_ds.core.bits import unpack_shard
 from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.keys import scores_of_keys
-from pst_ds.core.layout import Block, Rect, view_in_shard
+from pst_ds.core.layout import Rect, StoredMatrix, view_in_shard
 from pst_ds.core.scores import updated_weight
 from pst_ds.masks.layer_scores import LayerScores, ranked_parameter, whole_factors
 from pst_ds.nn.inject import pst_layers
@@ -141,18 +141,18 @@ class _Part:
     def sums(self, with_scores: bool) -> Tensor:
         """(_NUM_SUMS,) float64 over this rank's weights; those of scores only where asked for."""
         sums = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=self._weight.values.device)
-        for block, rect in self._rects():
+        for matrix, rect in self._rects():
             weight = self._view(self._weight.values, rect).float()
             sums[_WEIGHT_SQUARES] += _squares(weight)
             if not with_scores and not self.layer.constants.multiplicative:
                 continue
-            tile = tile_factors(self._factors, self.layer.layout, block, rect)
+            tile = tile_factors(self._factors, self.layer.layout, matrix, rect)
             updated = updated_weight(weight, tile, self.layer.constants)
             if self.layer.constants.multiplicative:
                 sums[_UPDATE_SQUARES] += _squares(updated - weight)
             if with_scores:
-                magnitude = updated.abs_() / self.layer.weight_scales[block.part]
-                sums[_MOMENTS] += stats.moment_sums(self._scores(block, rect), magnitude)
+                magnitude = updated.abs_() / self.layer.weight_scales[matrix.index]
+                sums[_MOMENTS] += stats.moment_sums(self._scores(matrix, rect), magnitude)
         return sums.cpu()
 
     def counts(self, low: float, high: float) -> Tensor:
@@ -161,9 +161,9 @@ class _Part:
         kept_here = unpack_shard(zero3.shard_of(self.layer.pst_mask).values, self._weight.values.numel())
         bins = torch.zeros(2, stats.HISTOGRAM_BINS, dtype=torch.int64, device=kept_here.device)
         cells = torch.zeros(stats.thumbnail_cells(shape), dtype=torch.int64, device=kept_here.device)
-        for block, rect in self._rects():
+        for matrix, rect in self._rects():
             kept = self._view(kept_here, rect)
-            bins += stats.count_in_bins(self._scores(block, rect), kept, low, high)
+            bins += stats.count_in_bins(self._scores(matrix, rect), kept, low, high)
             stats.add_kept_by_cell_(cells, kept, rect, shape)
         return torch.cat([bins.flatten(), cells.flatten()]).cpu()
 
@@ -189,12 +189,12 @@ class _Part:
             return _finite(math.sqrt(sums[_UPDATE_SQUARES]))
         return _finite(stats.update_norm(self.layer.layout, self._factors, self.layer.constants))
 
-    def _rects(self) -> Iterator[tuple[Block, Rect]]:
-        return ((block, rect) for block in self._keys.matrices for rect in self._keys.own_rects(block))
+    def _rects(self) -> Iterator[tuple[StoredMatrix, Rect]]:
+        return ((matrix, rect) for matrix in self._keys.matrices for rect in self._keys.own_rects(matrix))
 
-    def _scores(self, block: Block, rect: Rect) -> Tensor:
+    def _scores(self, matrix: StoredMatrix, rect: Rect) -> Tensor:
         """S, (rows, cols) fp32, as masks are selected by it."""
-        return scores_of_keys(self._keys.keys(block, rect))
+        return scores_of_keys(self._keys.keys(matrix, rect))
 
     def _view(self, values: Tensor, rect: Rect) -> Tensor:
         return view_in_shard(values, rect, self.layer.layout.shape[1], self._weight.start)
@@ -213,7 +213,7 @@ def _finite(value: float) -> float | None:
 def _histogram(index: int, layer: PSTLinear, bounds: tuple[float, float], counts: Tensor) -> ScoreHistogram:
     pruned, kept = counts.view(2, -1)
     kind = layer.rule.pattern.kind
-    one_threshold = kind == "global" or (kind == "matrix" and layer.layout.parts == 1)
+    one_threshold = kind == "global" or (kind == "matrix" and layer.layout.num_matrices == 1)
     threshold = stats.cut_in_bins(pruned + kept, int(pruned.sum()), *bounds) if one_threshold else None
     return ScoreHistogram(index, *bounds, kept.tolist(), pruned.tolist(), threshold)
 

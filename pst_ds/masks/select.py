@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pst_ds.core.bits import pack_shard, unpack_shard
 from pst_ds.core.bracket import select_bits
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE
-from pst_ds.core.layout import Block, Rect
+from pst_ds.core.layout import Rect, StoredMatrix
 from pst_ds.core.select import Cut, MatrixKeys, NonFiniteScoreError, prune_count, select
 from pst_ds.core.units import expand_units, keep_in_rows, keep_n_of_m
 from pst_ds.masks.layer_scores import LayerScores
@@ -27,7 +27,7 @@ class Matrix:
     """One matrix of a layer, and its share of zeros now."""
 
     layer: LayerScores
-    block: Block
+    stored: StoredMatrix
     sparsity: float
 
     @property
@@ -78,9 +78,9 @@ def weights_kept(matrix: Matrix, bits: Tensor) -> Iterator[tuple[Rect, Tensor]]:
     """(rectangle, its mask (rows, cols) uint8) of a matrix on this rank, from :func:`select_kept`'s bits."""
     layer = matrix.layer
     per_unit = math.prod(layer.unit) if matrix.selects_units else 1
-    flags = unpack_shard(bits, sum(rect.numel for rect in layer.rects(matrix.block)) // per_unit)
+    flags = unpack_shard(bits, sum(rect.numel for rect in layer.rects(matrix.stored)) // per_unit)
     at = 0
-    for rect in layer.rects(matrix.block):
+    for rect in layer.rects(matrix.stored):
         count = rect.numel // per_unit
         own = flags[at : at + count]
         at += count
@@ -89,7 +89,7 @@ def weights_kept(matrix: Matrix, bits: Tensor) -> Iterator[tuple[Rect, Tensor]]:
             continue
         kept = expand_units(own, rect, layer.unit)
         if matrix.kind == "n:m":  # a constrained group keeps its best
-            kept = kept | keep_n_of_m(layer.keys(matrix.block, rect), layer.unit, matrix.prune_per_group)
+            kept = kept | keep_n_of_m(layer.keys(matrix.stored, rect), layer.unit, matrix.prune_per_group)
         yield rect, kept
 
 
@@ -97,17 +97,17 @@ def _single_weights(matrices: Sequence[Matrix]) -> tuple[list[MatrixKeys], list[
     """Keys of single weights; those of the "global" pattern are one pool with a number to prune."""
     keys, pooled = [], 0
     for m in matrices:
-        numel, is_pooled = m.block.rect.numel, m.kind == "global"
+        numel, is_pooled = m.stored.rect.numel, m.kind == "global"
         wanted = prune_count(m.sparsity, numel)
         pooled += wanted if is_pooled else 0
         keys.append(
             MatrixKeys(
                 prune_count=numel - math.ceil(m.layer.rule.min_kept_share * numel) if is_pooled else wanted,
-                tiles=partial(m.layer.weight_keys, m.block),
+                tiles=partial(m.layer.weight_keys, m.stored),
                 pool=0 if is_pooled else None,
-                num_keys=m.layer.num_units(m.block),
+                num_keys=m.layer.num_units(m.stored),
                 num_in_all=numel,
-                sample=partial(m.layer.sample, m.block),
+                sample=partial(m.layer.sample, m.stored),
             )
         )
     return keys, [pooled] if any(m.kind == "global" for m in matrices) else []
@@ -116,10 +116,10 @@ def _single_weights(matrices: Sequence[Matrix]) -> tuple[list[MatrixKeys], list[
 def _units(m: Matrix) -> MatrixKeys:
     share = m.sparsity if m.kind == "block" else m.sparsity / (m.layer.pattern.fixed_sparsity or 1.0)
     return MatrixKeys(
-        prune_count=prune_count(share, m.block.rect.numel // math.prod(m.layer.unit)),
-        tiles=partial(m.layer.unit_keys, m.block, m.prune_per_group if m.kind == "n:m" else 0),
-        own=m.layer.own_units(m.block),
-        num_keys=m.layer.num_units(m.block),
+        prune_count=prune_count(share, m.stored.rect.numel // math.prod(m.layer.unit)),
+        tiles=partial(m.layer.unit_keys, m.stored, m.prune_per_group if m.kind == "n:m" else 0),
+        own=m.layer.own_units(m.stored),
+        num_keys=m.layer.num_units(m.stored),
     )
 
 
@@ -138,11 +138,11 @@ def _each_unit_by_itself(matrices: Sequence[Matrix], any_weight: nn.Parameter) -
     """Bits of the weights kept in rows, or groups of N:M, each of which is decided by its own weights. Collective."""
     found, bad = [], torch.zeros(len(matrices), dtype=torch.int64)
     for i, m in enumerate(matrices):
-        rects = list(m.layer.rects(m.block))
+        rects = list(m.layer.rects(m.stored))
         keep = torch.empty(sum(rect.numel for rect in rects), dtype=torch.uint8, device=m.layer.device)
         at = 0
         for rect in rects:
-            keys = m.layer.keys(m.block, rect)
+            keys = m.layer.keys(m.stored, rect)
             bad[i] += ((keys < LOWEST_FINITE) | (keys > HIGHEST_FINITE)).sum().cpu()
             if m.kind == "row":
                 kept = keep_in_rows(keys, m.layer.unit, prune_count(m.sparsity, m.layer.layout.in_features))

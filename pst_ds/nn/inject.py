@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.config.pst import MaskRule, PSTConfig, name_matches
-from pst_ds.core.layout import shard_tiles, view_in_shard
+from pst_ds.core.layout import StoredMatrix, shard_tiles, view_in_shard
 from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent
 from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
 from pst_ds.errors import InputError
@@ -58,7 +58,7 @@ def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = 
         shards = zero3.num_shards(weight) if zero3.is_partitioned(weight) else num_shards or 1
         if num_shards not in (None, shards):
             raise InjectionError(f"{target.name}.weight is split over {shards} ranks, not num_shards = {num_shards}")
-        own = scales[target.name] if scales else (1.0,) * target.layout.parts
+        own = scales[target.name] if scales else (1.0,) * target.layout.num_matrices
         layer = PSTLinear(target.name, weight, target.module.bias, target.layout, config, shards, own)
         layer.train(target.module.training)
         for parent, attribute in target.places:
@@ -223,30 +223,30 @@ def _weight_scales(targets: Sequence[Target]) -> dict[str, tuple[float, ...]]:
 
     Collective under ZeRO-3.
     """
-    owners = [(t, block) for t in targets for block in t.layout.blocks()]
+    owners = [(t, matrix) for t in targets for matrix in t.layout.matrices()]
     weight = targets[0].module.weight
     zero = zero3.shard_of(weight).values.new_zeros(())
-    own_largest = [torch.stack([zero, *(v.abs().max() for v in _own_tiles(t, b))]).max() for t, b in owners]
+    own_largest = [torch.stack([zero, *(v.abs().max() for v in _own_tiles(t, m))]).max() for t, m in owners]
     largest = group_max(torch.stack(own_largest).double().nan_to_num(nan=math.inf, posinf=math.inf), weight).tolist()
     for (target, _), value in zip(owners, largest, strict=True):
         if not math.isfinite(value):
             raise InjectionError(f"{target.name}.weight has NaN or infinite values; the base model is damaged")
     exponents = [fixed_point_exponent(value) for value in largest]
     scaled = zip(owners, exponents, strict=True)
-    own = [sum(int(abs_sum_fixed_point(v, e)) for v in _own_tiles(t, b)) for (t, b), e in scaled]
+    own = [sum(int(abs_sum_fixed_point(v, e)) for v in _own_tiles(t, m)) for (t, m), e in scaled]
     sums = torch.tensor(own, dtype=torch.int64)
     scales: dict[str, tuple[float, ...]] = {}
-    for (target, block), total, exponent in zip(owners, group_sum(sums, weight).tolist(), exponents, strict=True):
-        mean = total / 2.0**exponent / block.rect.numel
+    for (target, matrix), total, exponent in zip(owners, group_sum(sums, weight).tolist(), exponents, strict=True):
+        mean = total / 2.0**exponent / matrix.rect.numel
         if mean == 0.0:
             raise InjectionError(f"{target.name}.weight is all zeros; leave it out with exclude_modules")
         scales[target.name] = (*scales.get(target.name, ()), mean)
     return scales
 
 
-def _own_tiles(target: Target, block):
+def _own_tiles(target: Target, matrix: StoredMatrix):
     """This rank's values of one matrix, in rectangles."""
     shard, row_length = zero3.shard_of(target.module.weight), target.layout.shape[1]
     stop = shard.start + shard.values.numel()
-    for rect in shard_tiles(block.rect, row_length, shard.start, stop, _SCALE_TILE):
+    for rect in shard_tiles(matrix.rect, row_length, shard.start, stop, _SCALE_TILE):
         yield view_in_shard(shard.values, rect, row_length, shard.start)

@@ -97,18 +97,18 @@ class PSTLinear(nn.Module):
                 param = nn.Parameter(values.to(device=device, dtype=weight.dtype))
             self.register_parameter(f"pst_{factor}", param)
 
-        outputs, inputs, parts = self.out_features, self.in_features, layout.parts
+        outputs, inputs = self.out_features, self.in_features
         k, r = config.score_rank, config.update_rank
         score_std = config.score_init_scale * init_std(config.score_init, k, inputs)
         update_std = config.update_init_scale * init_std(config.update_init, r, inputs)
         starts_at_v = config.update_init == "lora" or config.multiplicative_update  # one of U and V is zero
         add("A", (outputs, k) if k else None, score_std)
-        add("B", (parts * k, inputs) if k else None)
+        add("B", (layout.num_matrices * k, inputs) if k else None)
         add("R", (outputs,) if config.structured_scores else None)
-        add("C", (parts, inputs) if config.structured_scores else None)
+        add("C", (layout.num_matrices, inputs) if config.structured_scores else None)
         of_output = (outputs,) if config.multiplicative_update else (outputs, r)
         add("U", of_output if r else None, 0.0 if starts_at_v else update_std)
-        add("V", (parts * r, inputs) if r else None, update_std if starts_at_v else 0.0)
+        add("V", (layout.num_matrices * r, inputs) if r else None, update_std if starts_at_v else 0.0)
         add("S", tuple(layout.shape) if config.full_scores else None)
 
     def factor_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -120,7 +120,7 @@ class PSTLinear(nn.Module):
 
     def factors(self, values: dict[str, Tensor]) -> Factors:
         """The matrices of the formulas, from the ``values`` of :meth:`factor_parameters`."""
-        return layer_factors(values, self.layout.parts, self.constants, self.input_norms)
+        return layer_factors(values, self.layout.num_matrices, self.constants, self.input_norms)
 
     def state(self) -> masked_linear.LayerState:
         """The weight that the layer multiplies with now. The parameters must be gathered."""
@@ -155,7 +155,7 @@ class PSTLinear(nn.Module):
             return torch.nn.functional.linear(x.to(weight.dtype), weight, self.bias)
 
     def extra_repr(self) -> str:
-        fused = f", parts={self.layout.parts}" if self.layout.parts > 1 else ""
+        fused = f", parts={self.layout.num_matrices}" if self.layout.num_matrices > 1 else ""
         return f"in_features={self.in_features}, out_features={self.out_features}{fused}"
 
 
@@ -197,7 +197,7 @@ class _MaskedLinear(torch.autograd.Function):
 def _finish(grads: masked_linear.Gradients, layer: PSTLinear) -> None:
     """What the formulas of one weight matrix do not know: how the layer holds U, and the penalty on its scores."""
     if layer.constants.multiplicative and grads.U is not None:
-        grads.U = ungrouped_columns(grads.U, layer.layout.parts)
+        grads.U = ungrouped_columns(grads.U, layer.layout.num_matrices)
     if layer.pst_S is None:
         return
     if grads.S is None:  # the masks are fixed

@@ -61,7 +61,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             for parent, attribute in places:
                 setattr(parent, attribute, plain)
     fast_paths.restore(model)
-    for name in ("pst_config", "save_pretrained"):  # that of PSTCallback writes the small state
+    for name in ("pst_config", "save_pretrained"):  # that of PSTCallback writes the adapter state
         vars(model).pop(name, None)
     return model
 

@@ -20,7 +20,7 @@ KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Fragment:
     """Flat values [start, stop) of a parameter, held here from index ``offset`` of ``owner`` on."""
 
     name: str
@@ -29,10 +29,10 @@ class Piece:
     owner: Tensor
     offset: int
 
-    def cut(self, start: int, stop: int) -> Piece:
+    def cut(self, start: int, stop: int) -> Fragment:
         """The part of it within [start, stop), which may be empty."""
         start, stop = max(start, self.start), min(stop, self.stop)
-        return Piece(self.name, start, max(start, stop), self.owner, self.offset + start - self.start)
+        return Fragment(self.name, start, max(start, stop), self.owner, self.offset + start - self.start)
 
 
 def is_replicated(params: Iterable[nn.Parameter]) -> bool:
@@ -45,50 +45,50 @@ def is_cut_evenly(params: Iterable[nn.Parameter]) -> bool:
     return not any(hasattr(p, "_hp_mapping") for p in params)
 
 
-def local_pieces(engine: Engine, named: Sequence[tuple[str, nn.Parameter]]) -> list[Piece]:
-    """Return the pieces of trainable parameters that this rank's optimizer holds, in their order, without padding."""
+def local_fragments(engine: Engine, named: Sequence[tuple[str, nn.Parameter]]) -> list[Fragment]:
+    """Return what this rank's optimizer holds of trainable parameters, in their order, without padding."""
     inner = _inner(engine)
     found = []
     for name, param in named:
         if zero3.is_partitioned(param):
-            found.append(_zero3_piece(name, param))
+            found.append(_zero3_fragment(name, param))
         elif hasattr(param, "_hp_mapping"):
             mapping = param._hp_mapping
             if mapping is not None:
                 owner = inner.param_groups[mapping.param_group_index]["params"][0]
                 inside, outside = mapping.hp_fragment_address, mapping.lp_fragment_address
-                found.append(Piece(name, outside.start, outside.start + outside.numel, owner, inside.start))
+                found.append(Fragment(name, outside.start, outside.start + outside.numel, owner, inside.start))
         else:
-            found.append(Piece(name, 0, param.numel(), getattr(param, "fp32_master", param), 0))
+            found.append(Fragment(name, 0, param.numel(), getattr(param, "fp32_master", param), 0))
     return found
 
 
-def values(engine: Engine, pieces: Sequence[Piece], kind: str) -> list[Tensor]:
-    """The values of each piece, flat fp32; views of the engine's own, or zeros for a moment that does not exist yet."""
+def values(engine: Engine, fragments: Sequence[Fragment], kind: str) -> list[Tensor]:
+    """Return the values of each fragment, flat fp32: views of the engine's own, or zeros for a moment not made yet."""
     state = _inner(engine).state
     views = []
-    for piece in pieces:
-        flat = piece.owner if kind == MASTER else state.get(piece.owner, {}).get(kind)
-        count = piece.stop - piece.start
-        views.append(torch.zeros(count) if flat is None else flat.detach().view(-1).narrow(0, piece.offset, count))
+    for fragment in fragments:
+        flat = fragment.owner if kind == MASTER else state.get(fragment.owner, {}).get(kind)
+        count = fragment.stop - fragment.start
+        views.append(torch.zeros(count) if flat is None else flat.detach().view(-1).narrow(0, fragment.offset, count))
     return views
 
 
-def adam_steps(engine: Engine, pieces: Sequence[Piece]) -> dict[str, int]:
-    """Steps that Adam has counted for each piece's parameter: its bias correction depends on them."""
+def adam_steps(engine: Engine, fragments: Sequence[Fragment]) -> dict[str, int]:
+    """Steps that Adam has counted for each fragment's parameter: its bias correction depends on them."""
     state = _inner(engine).state
-    return {piece.name: int(state.get(piece.owner, {}).get("step", 0)) for piece in pieces}
+    return {fragment.name: int(state.get(fragment.owner, {}).get("step", 0)) for fragment in fragments}
 
 
-def prepare_moments(engine: Engine, pieces: Sequence[Piece], steps: dict[str, int]) -> None:
-    """Give the owners of ``pieces`` moments of zero and their count of steps, as after ``steps`` by parameter name.
+def prepare_moments(engine: Engine, fragments: Sequence[Fragment], steps: dict[str, int]) -> None:
+    """Give the owners of ``fragments`` moments of zero and their count of steps, as after ``steps`` by parameter name.
 
     Parameters of one owner share a count, the largest. An owner with none is left to the optimizer.
     """
     state = _inner(engine).state
     counts: dict[Tensor, int] = {}  # tensors compare by identity as keys
-    for piece in pieces:
-        counts[piece.owner] = max(counts.get(piece.owner, 0), steps.get(piece.name, 0))
+    for fragment in fragments:
+        counts[fragment.owner] = max(counts.get(fragment.owner, 0), steps.get(fragment.name, 0))
     for owner, count in counts.items():
         if count:
             entry = state[owner]
@@ -111,9 +111,9 @@ def _inner(engine: Engine) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def _zero3_piece(name: str, param: nn.Parameter) -> Piece:
+def _zero3_fragment(name: str, param: nn.Parameter) -> Fragment:
     optimizer = param._z3_optimizer
     group, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
     shard = zero3.shard_of(param)
     stop = shard.start + shard.values.numel()
-    return Piece(name, shard.start, stop, optimizer.fp32_partitioned_groups_flat[group], offset)
+    return Fragment(name, shard.start, stop, optimizer.fp32_partitioned_groups_flat[group], offset)

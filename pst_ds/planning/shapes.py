@@ -37,7 +37,7 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
         ),
         modules=_counted(_module_numbers(module, device) for module in model.modules() if module._parameters),
         matrices=_counted(
-            MatrixGroup(layer.layout.matrix_numel) for layer in layers.values() for _ in range(layer.layout.parts)
+            MatrixGroup(layer.layout.matrix_numel) for layer in layers.values() for _ in layer.layout.matrices()
         ),
         score_rank=max((_rank(layer, "B") for layer in layers.values()), default=0),
         update_rank=max((_rank(layer, "V") for layer in layers.values()), default=0),
@@ -49,7 +49,7 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
 def _rank(layer: PSTLinear, factor: str) -> int:
     """Of the pair whose matrix by input is ``factor``."""
     param = dict(layer.factor_parameters()).get(factor)
-    return 0 if param is None else zero3.full_shape(param)[0] // layer.layout.parts
+    return 0 if param is None else zero3.full_shape(param)[0] // layer.layout.num_matrices
 
 
 def _attention_width(model: nn.Module) -> int:

@@ -131,7 +131,7 @@ def _prune(rule: LayerRule, weight: Tensor, given: Tensor | InverseFactor | None
     return PrunedLayer(
         name=rule.target.name,
         shape=(layout.out_features, layout.in_features),
-        matrices=layout.parts,
+        matrices=layout.num_matrices,
         pattern=str(rule.pattern),
         sparsity_requested=rule.sparsity,
         pruned=layout.numel - int(keep.sum()),
@@ -161,10 +161,10 @@ def _sparsegpt(weight: Tensor, rule: LayerRule, factor: InverseFactor) -> tuple[
     layout = rule.target.layout
     pruned = torch.empty_like(weight, memory_format=torch.contiguous_format)
     keep = torch.empty(layout.shape, dtype=torch.uint8, device=weight.device)
-    for block in layout.blocks():
-        at = slice(block.rect.r0, block.rect.r1), slice(block.rect.c0, block.rect.c1)
-        matrix = weight[at].t() if layout.transposed else weight[at]
-        values, kept = sparsegpt(matrix, factor, rule.pattern, rule.sparsity)
+    for matrix in layout.matrices():
+        at = slice(matrix.rect.r0, matrix.rect.r1), slice(matrix.rect.c0, matrix.rect.c1)
+        oriented = weight[at].t() if layout.transposed else weight[at]
+        values, kept = sparsegpt(oriented, factor, rule.pattern, rule.sparsity)
         pruned[at] = values.t() if layout.transposed else values
         keep[at] = kept.t() if layout.transposed else kept
     return pruned, keep

@@ -301,7 +301,7 @@ def test_damaged_folders_are_refused_before_a_value_changes(tmp_path, name, chan
     assert all(torch.equal(param, before[n]) for n, param in base.named_parameters() if n in before)
 
 
-def test_a_folder_that_is_no_small_state_is_named(tmp_path):
+def test_a_folder_that_is_no_adapter_state_is_named(tmp_path):
     with pytest.raises(PretrainedError, match=r"pst_config\.json does not exist; name a folder that save_pretrained"):
         load_pretrained(_base(), tmp_path)
 

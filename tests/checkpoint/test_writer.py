@@ -352,7 +352,7 @@ def test_a_disk_that_is_really_full_costs_the_newest_checkpoint_only(small_disk)
 def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_save_waits(tmp_path, monkeypatch, dtype):
     engine, keep = _trained(dtype=dtype)
     writer, go, written = CheckpointWriter(tmp_path, engine), threading.Event(), []
-    save, join, pieces = safetensors.torch.save, threading.Thread.join, optimizer_state.local_pieces
+    save, join, fragments = safetensors.torch.save, threading.Thread.join, optimizer_state.local_fragments
 
     def blocked(tensors):
         assert go.wait(60)
@@ -373,12 +373,12 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_save_waits(
         go.set()
         return join(self, timeout)
 
-    def local_pieces(*arguments):
+    def local_fragments(*arguments):
         written.append((tmp_path / "one").exists())  # the second save begins to copy
-        return pieces(*arguments)
+        return fragments(*arguments)
 
     monkeypatch.setattr(threading.Thread, "join", let_go_and_join)
-    monkeypatch.setattr(optimizer_state, "local_pieces", local_pieces)
+    monkeypatch.setattr(optimizer_state, "local_fragments", local_fragments)
     writer.save("two", _state(engine.module))
     assert written == [True]
     assert writer.wait().name == "two"

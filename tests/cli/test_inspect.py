@@ -175,13 +175,13 @@ def test_a_pruned_folder(folders, inspect):
     assert {n: layer["zeros"] for n, layer in layers.items()} == {n: in_file[n] for n in layers}
 
 
-def test_a_small_state(inspect, tmp_path, capsys):
+def test_an_adapter_state(inspect, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained("tests/data/tiny-llama")
     inject_pst(model, PSTConfig(pattern="row", update_rank=4))
     update_masks(model, 0.5)
     save_pretrained(model, tmp_path, step=3)
     found, _ = inspect(tmp_path)
-    assert found["kind"].endswith(": a small state, to be put onto its base model")
+    assert found["kind"].endswith(": an adapter state, to be put onto its base model")
     assert (found["step"], found["pattern"], found["sparsity_measured"]) == (3, "row", 0.5)
     layers = _by_name(found)
     for name, layer in pst_layers(model).items():

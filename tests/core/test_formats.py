@@ -308,13 +308,15 @@ def test_masks_become_row_bits(outputs, inputs, transposed):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("layout", [WeightLayout(12, 40), WeightLayout(12, 20, parts=3), WeightLayout(12, 20, True, 3)])
+@pytest.mark.parametrize(
+    "layout", [WeightLayout(12, 40), WeightLayout(12, 20, num_matrices=3), WeightLayout(12, 20, True, 3)]
+)
 def test_what_is_packed_unmasked_is_what_the_masked_model_multiplies_with(layout, dtype):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(layout.shape, generator=generator).to(dtype)
     factors = Factors(
         U=torch.randn(layout.out_features, 4, generator=generator).to(dtype),
-        V=torch.randn(layout.parts * 4, layout.in_features, generator=generator).to(dtype),
+        V=torch.randn(layout.num_matrices * 4, layout.in_features, generator=generator).to(dtype),
     )
     mask = pack_mask(torch.rand(layout.shape, generator=generator) > 0.5)
     merged = merged_weight(weight, layout, factors, Constants())

@@ -14,8 +14,8 @@ PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
 
 @st.composite
 def layouts(draw) -> WeightLayout:
-    parts = draw(st.integers(1, 3))
-    return WeightLayout(parts * draw(st.integers(1, 6)), draw(st.integers(1, 9)), draw(st.booleans()), parts)
+    count = draw(st.integers(1, 3))
+    return WeightLayout(count * draw(st.integers(1, 6)), draw(st.integers(1, 9)), draw(st.booleans()), count)
 
 
 def flat_indices(rect: Rect, row_length: int) -> list[int]:
@@ -25,33 +25,33 @@ def flat_indices(rect: Rect, row_length: int) -> list[int]:
 def test_shape_follows_the_storage_order():
     assert WeightLayout(6, 4).shape == (6, 4)
     assert WeightLayout(6, 4, transposed=True).shape == (4, 6)
-    assert WeightLayout(6, 4, parts=3).matrix_numel == 8
+    assert WeightLayout(6, 4, num_matrices=3).matrix_numel == 8
 
 
-@pytest.mark.parametrize(("outputs", "parts"), [(7, 3), (4, 0), (4, 8)])
-def test_outputs_that_cannot_be_split_are_refused(outputs, parts):
-    with pytest.raises(ValueError, match=f"{outputs} outputs cannot be split into {parts} equal matrices"):
-        WeightLayout(outputs, 4, parts=parts)
+@pytest.mark.parametrize(("outputs", "count"), [(7, 3), (4, 0), (4, 8)])
+def test_outputs_that_cannot_be_split_are_refused(outputs, count):
+    with pytest.raises(ValueError, match=f"{outputs} outputs cannot be split into {count} equal matrices"):
+        WeightLayout(outputs, 4, num_matrices=count)
 
 
 @PROPERTY
 @given(layout=layouts())
-def test_blocks_cover_the_weight_once(layout):
-    blocks = layout.blocks()
-    flat = [i for block in blocks for i in flat_indices(block.rect, layout.shape[1])]
+def test_matrices_cover_the_weight_once(layout):
+    matrices = layout.matrices()
+    flat = [i for matrix in matrices for i in flat_indices(matrix.rect, layout.shape[1])]
     assert sorted(flat) == list(range(layout.numel))
-    assert [b.part for b in blocks] == list(range(layout.parts))
-    assert {b.rect.numel for b in blocks} == {layout.matrix_numel}
+    assert [m.index for m in matrices] == list(range(layout.num_matrices))
+    assert {m.rect.numel for m in matrices} == {layout.matrix_numel}
 
 
 @PROPERTY
 @given(layout=layouts())
-def test_blocks_hold_the_rows_of_their_outputs(layout):
+def test_matrices_hold_the_rows_of_their_outputs(layout):
     outputs = torch.arange(layout.out_features)
     owner = outputs.expand(layout.in_features, -1) if layout.transposed else outputs.unsqueeze(1).expand(*layout.shape)
-    for block in layout.blocks():
-        inside = owner[block.rect.r0 : block.rect.r1, block.rect.c0 : block.rect.c1]
-        assert inside.unique().tolist() == outputs[block.outputs].tolist()
+    for matrix in layout.matrices():
+        inside = owner[matrix.rect.r0 : matrix.rect.r1, matrix.rect.c0 : matrix.rect.c1]
+        assert inside.unique().tolist() == outputs[matrix.outputs].tolist()
 
 
 @PROPERTY
@@ -59,11 +59,11 @@ def test_blocks_hold_the_rows_of_their_outputs(layout):
 def test_shard_tiles_cover_each_rank_in_rising_flat_order(layout, world, max_elements):
     row_length = layout.shape[1]
     share = -(-layout.numel // world)
-    for rank, block in itertools.product(range(world), layout.blocks()):
+    for rank, matrix in itertools.product(range(world), layout.matrices()):
         start, stop = min(rank * share, layout.numel), min((rank + 1) * share, layout.numel)
-        tiles = list(shard_tiles(block.rect, row_length, start, stop, max_elements))
+        tiles = list(shard_tiles(matrix.rect, row_length, start, stop, max_elements))
         walked = [i for tile in tiles for i in flat_indices(tile, row_length)]
-        assert walked == [i for i in flat_indices(block.rect, row_length) if start <= i < stop]
+        assert walked == [i for i in flat_indices(matrix.rect, row_length) if start <= i < stop]
         assert all(0 < t.numel <= max_elements or t.r1 - t.r0 == 1 for t in tiles)
 
 
@@ -74,8 +74,8 @@ def test_shard_tiles_cover_any_flat_range(layout, data):
     stop = data.draw(st.integers(start, layout.numel))
     walked = [
         i
-        for block in layout.blocks()
-        for tile in shard_tiles(block.rect, layout.shape[1], start, stop, 7)
+        for matrix in layout.matrices()
+        for tile in shard_tiles(matrix.rect, layout.shape[1], start, stop, 7)
         for i in flat_indices(tile, layout.shape[1])
     ]
     assert sorted(walked) == list(range(start, stop))
@@ -83,7 +83,7 @@ def test_shard_tiles_cover_any_flat_range(layout, data):
 
 def test_shard_tiles_of_a_fused_conv1d_part():
     """(4, 6) stored, q k v in columns; flat [8, 21) is 4 of row 1, row 2, 3 of row 3."""
-    q, k, v = (block.rect for block in WeightLayout(6, 4, transposed=True, parts=3).blocks())
+    q, k, v = (matrix.rect for matrix in WeightLayout(6, 4, transposed=True, num_matrices=3).matrices())
     assert list(shard_tiles(q, 6, 8, 21, 100)) == [Rect(2, 3, 0, 2), Rect(3, 4, 0, 2)]
     assert list(shard_tiles(k, 6, 8, 21, 100)) == [Rect(1, 2, 2, 4), Rect(2, 3, 2, 4), Rect(3, 4, 2, 3)]
     assert list(shard_tiles(v, 6, 8, 21, 100)) == [Rect(1, 2, 4, 6), Rect(2, 3, 4, 6)]
@@ -104,11 +104,11 @@ def test_views_read_and_write_the_shard(layout, world):
     row_length = layout.shape[1]
     share = -(-layout.numel // world)
     padded = torch.arange(-2, world * share, dtype=torch.int64)[2:]  # a view with a storage offset, as ZeRO's shards
-    for rank, block in itertools.product(range(world), layout.blocks()):
+    for rank, matrix in itertools.product(range(world), layout.matrices()):
         start = rank * share
         shard = padded[start : start + share]
         stop = min(start + share, layout.numel)
-        for rect in shard_tiles(block.rect, row_length, start, stop, 10):
+        for rect in shard_tiles(matrix.rect, row_length, start, stop, 10):
             view = view_in_shard(shard, rect, row_length, start)
             assert view.flatten().tolist() == flat_indices(rect, row_length)
             view.neg_()

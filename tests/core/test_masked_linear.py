@@ -18,7 +18,7 @@ BUDGETS = [BY_OUTPUTS, BY_INPUTS, 0]
 CONSTANTS = Constants(alpha1=0.7, alpha2=0.9, beta=1.3)
 SCORE_NAMES, UPDATE_NAMES = "ABRC", "UV"
 LAYOUTS = [WeightLayout(OUTPUTS, INPUTS, transposed, parts) for transposed in (False, True) for parts in (1, 3)]
-LAYOUT_IDS = [f"{'conv1d' if layout.transposed else 'linear'}-{layout.parts}" for layout in LAYOUTS]
+LAYOUT_IDS = [f"{'conv1d' if layout.transposed else 'linear'}-{layout.num_matrices}" for layout in LAYOUTS]
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)
 
@@ -53,7 +53,7 @@ def make_case(layout: WeightLayout, num_shards: int = 1, dtype=torch.float32, **
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    parts = layout.parts
+    parts = layout.num_matrices
     factors = Factors(
         A=normal(OUTPUTS, SCORE_RANK),
         B=normal(parts * SCORE_RANK, INPUTS),
@@ -79,7 +79,7 @@ def make_case(layout: WeightLayout, num_shards: int = 1, dtype=torch.float32, **
 
 def reference(case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(y, gradients by name) by float64 autograd of the formula, with M = mask + S - S.detach() straight through."""
-    state, parts = case.state, case.state.layout.parts
+    state, parts = case.state, case.state.layout.num_matrices
     leaves = {n: getattr(state.factors, n).double() for n in "ABRCUV" if getattr(state.factors, n) is not None}
     leaves |= {"x": case.x.double(), "weight": state.weight.double(), "bias": case.bias.double()}
     norms = 1.0 if state.factors.norms is None else state.factors.norms.double()
@@ -221,7 +221,11 @@ def test_a_score_of_each_weight_has_the_gradient_g_times_w(layout, budget):
             case.x, case.grad_y, case.state, need_x=False, need_weight=True, need_bias=False, need_scores=True,
             tile_bytes=tile_bytes,
         )  # fmt: skip
-        parts = zip(whole.state.factors.U.chunk(layout.parts), whole.state.factors.V.chunk(layout.parts), strict=True)
+        parts = zip(
+            whole.state.factors.U.chunk(layout.num_matrices),
+            whole.state.factors.V.chunk(layout.num_matrices),
+            strict=True,
+        )
         weight = case.state.weight.t() if layout.transposed else case.state.weight
         if names == "ABRC":
             weight = weight + CONSTANTS.beta * torch.cat([u @ v for u, v in parts])

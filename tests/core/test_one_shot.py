@@ -81,7 +81,7 @@ def test_wanda_keeps_what_a_loop_keeps(name, transposed):
 @given(name=st.sampled_from(["matrix", "row", "2:4", "1:8", "4x2", "1x4"]), transposed=st.booleans(),
        parts=st.sampled_from([1, 3]), sparsity=st.floats(0.0, 0.99), seed=st.integers(0, 99))  # fmt: skip
 def test_counts_are_exact_in_every_matrix_and_unit(name, transposed, parts, sparsity, seed):
-    layout = WeightLayout(24, 16, transposed=transposed, parts=parts)
+    layout = WeightLayout(24, 16, transposed=transposed, num_matrices=parts)
     scores = torch.randint(0, 6, layout.shape, generator=torch.Generator().manual_seed(seed)).float()  # many equals
     keep = keep_by_score(scores, layout, parse_pattern(name), sparsity)
     keep = (keep.t() if transposed else keep).contiguous()
@@ -105,9 +105,9 @@ def test_a_fused_matrix_is_ranked_by_itself_as_training_ranks_it(transposed):
     weight = _weight(12, 4, 3).round(decimals=1)
     weight[4:8] *= 100
     stored = weight.t().contiguous() if transposed else weight
-    layout = WeightLayout(12, 4, transposed=transposed, parts=3)
+    layout = WeightLayout(12, 4, transposed=transposed, num_matrices=3)
     keep = keep_by_score(stored.abs(), layout, parse_pattern("matrix"), 0.3)
-    for block in layout.blocks():
+    for block in layout.matrices():
         at = slice(block.rect.r0, block.rect.r1), slice(block.rect.c0, block.rect.c1)
         assert torch.equal(keep[at].bool(), keep_mask(stored[at].abs().contiguous(), prune_count(0.3, 16)))
 

@@ -36,7 +36,7 @@ def test_bad_names_say_what_there_is(name, said):
         ("2:4", WeightLayout(8, 6), "in_features divisible by 4, got 6"),
         ("2:4", WeightLayout(8, 6, transposed=True), "in_features divisible by 4, got 6"),
         ("16x1", WeightLayout(24, 6), "out_features divisible by 16, got 24"),
-        ("4x2", WeightLayout(12, 6, transposed=True, parts=2), "out_features divisible by 4, got 6"),
+        ("4x2", WeightLayout(12, 6, transposed=True, num_matrices=2), "out_features divisible by 4, got 6"),
     ],
 )
 def test_a_pattern_that_does_not_divide_is_named(name, layout, said):
@@ -109,7 +109,7 @@ def test_units_expand_to_their_weights():
 @given(name=st.sampled_from(["matrix", "row", "2:4", "2x4", "4x1", "1x4", "6x2"]), transposed=st.booleans(),
        parts=st.sampled_from([1, 2]), world=st.integers(1, 9), size=st.integers(1, 200))  # fmt: skip
 def test_unit_tiles_cover_every_ranks_weights_with_whole_units_in_order(name, transposed, parts, world, size):
-    layout = WeightLayout(24, 8, transposed=transposed, parts=parts)
+    layout = WeightLayout(24, 8, transposed=transposed, num_matrices=parts)
     pattern = parse_pattern(name)
     unit, length = pattern.unit(layout), layout.shape[1]
     share = -(-layout.numel // world)
@@ -117,7 +117,7 @@ def test_unit_tiles_cover_every_ranks_weights_with_whole_units_in_order(name, tr
         start, stop = min(rank * share, layout.numel), min((rank + 1) * share, layout.numel)
         region = pattern.aligned(layout, start, stop)
         covered = np.zeros(layout.shape, dtype=int)
-        for block in layout.blocks():
+        for block in layout.matrices():
             firsts = []
             for rect in unit_tiles(block.rect, unit, length, *region, size):
                 assert (rect.r1 - rect.r0) % unit[0] == 0

@@ -17,7 +17,7 @@ SCORE_RANK, UPDATE_RANK = 3, 2
 CONSTANTS = Constants(alpha1=0.7, alpha2=1.9, beta=1.3)
 SCALE = 0.37
 LAYOUTS = [WeightLayout(36, 61, transposed, parts) for transposed in (False, True) for parts in (1, 3)]
-LAYOUT_IDS = [f"{'conv1d' if layout.transposed else 'linear'}-{layout.parts}" for layout in LAYOUTS]
+LAYOUT_IDS = [f"{'conv1d' if layout.transposed else 'linear'}-{layout.num_matrices}" for layout in LAYOUTS]
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)
 
@@ -28,7 +28,7 @@ def random_layer(layout: WeightLayout, seed: int = 0, dtype=torch.float32) -> tu
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    outputs, inputs, parts = layout.out_features, layout.in_features, layout.parts
+    outputs, inputs, parts = layout.out_features, layout.in_features, layout.num_matrices
     factors = Factors(
         A=normal(outputs, SCORE_RANK),
         B=normal(parts * SCORE_RANK, inputs),
@@ -49,11 +49,15 @@ def low_rank(left: torch.Tensor, right: torch.Tensor, parts: int) -> torch.Tenso
 def written_out(weight: torch.Tensor, f: Factors, layout: WeightLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """(S, W) in storage shape and float64, from the formulas of the paper."""
     dense = weight.double().t() if layout.transposed else weight.double()
-    merged = dense + CONSTANTS.beta * low_rank(f.U, f.V, layout.parts)
+    merged = dense + CONSTANTS.beta * low_rank(f.U, f.V, layout.num_matrices)
     by_row = f.R.double().unsqueeze(1)
-    by_col = f.C.double().repeat_interleave(layout.out_features // layout.parts, 0)
+    by_col = f.C.double().repeat_interleave(layout.out_features // layout.num_matrices, 0)
     structured = by_row + by_col
-    scores = merged.abs() / SCALE + CONSTANTS.alpha1 * low_rank(f.A, f.B, layout.parts) + CONSTANTS.alpha2 * structured
+    scores = (
+        merged.abs() / SCALE
+        + CONSTANTS.alpha1 * low_rank(f.A, f.B, layout.num_matrices)
+        + CONSTANTS.alpha2 * structured
+    )
     return (scores.t(), merged.t()) if layout.transposed else (scores, merged)
 
 
@@ -64,7 +68,7 @@ def scores_of(weight, factors, layout, block, rect: Rect) -> torch.Tensor:
 
 def whole_scores(weight, factors, layout) -> torch.Tensor:
     found = torch.empty(layout.shape)
-    for block in layout.blocks():
+    for block in layout.matrices():
         r = block.rect
         found[r.r0 : r.r1, r.c0 : r.c1] = scores_of(weight, factors, layout, block, r)
     return found
@@ -102,7 +106,7 @@ def test_scores_leave_the_weight_alone():
 @given(layout=st.sampled_from(LAYOUTS), data=st.data())
 def test_same_bits_in_any_rectangle(layout, data):
     weight, factors = random_layer(layout, seed=1)
-    block = data.draw(st.sampled_from(layout.blocks()))
+    block = data.draw(st.sampled_from(layout.matrices()))
     r0 = data.draw(st.integers(block.rect.r0, block.rect.r1 - 1))
     c0 = data.draw(st.integers(block.rect.c0, block.rect.c1 - 1))
     rect = Rect(r0, data.draw(st.integers(r0 + 1, block.rect.r1)), c0, data.draw(st.integers(c0 + 1, block.rect.c1)))
@@ -122,7 +126,7 @@ def test_same_bits_on_any_number_of_ranks(layout, dtype):
         found = torch.full((layout.numel,), float("nan"))
         for start in range(0, layout.numel, share):
             shard = weight.flatten()[start : start + share].clone()
-            for block in layout.blocks():
+            for block in layout.matrices():
                 for rect in shard_tiles(block.rect, row_length, start, start + shard.numel(), max_elements):
                     tile = tile_factors(factors, layout, block, rect)
                     scores = importance(view_in_shard(shard, rect, row_length, start), tile, CONSTANTS, SCALE)
@@ -159,7 +163,7 @@ def test_masked_weight_keeps_dtype_and_without_an_update_the_values(dtype):
 def test_tile_factors_are_views(layout):
     """Gradients are accumulated through them."""
     _, factors = random_layer(layout)
-    block = layout.blocks()[-1]
+    block = layout.matrices()[-1]
     tile = tile_factors(factors, layout, block, block.rect)
     for view in (tile.score_left, tile.score_right, tile.update_left, tile.update_right):
         view.zero_()
@@ -167,9 +171,9 @@ def test_tile_factors_are_views(layout):
     tile.score_cols.zero_()
     own = slice(block.outputs.start, block.outputs.stop)
     assert not any(f[own].any() for f in (factors.A, factors.R, factors.U))
-    assert not factors.C[block.part].any()
+    assert not factors.C[block.index].any()
     for by_input in (factors.B, factors.V):
-        *others, last = by_input.chunk(layout.parts)
+        *others, last = by_input.chunk(layout.num_matrices)
         assert not last.any()
         assert all(other.all() for other in others)
 

@@ -21,7 +21,7 @@ def _normal(*shape, seed=0):
 
 
 def _factors(layout, rank=4):
-    outputs, inputs, parts = layout.out_features, layout.in_features, layout.parts
+    outputs, inputs, parts = layout.out_features, layout.in_features, layout.num_matrices
     return Factors(
         A=_normal(outputs, rank), B=_normal(parts * rank, inputs), R=_normal(outputs), C=_normal(parts, inputs),
         U=_normal(outputs, 2), V=_normal(parts * 2, inputs),
@@ -36,10 +36,10 @@ def _by_part(left, right, parts):
 @each_layout
 def test_norms_are_those_of_the_whole_matrices(layout):
     f = _factors(layout)
-    update = CONSTANTS.beta * _by_part(f.U, f.V, layout.parts)
+    update = CONSTANTS.beta * _by_part(f.U, f.V, layout.num_matrices)
     assert stats.update_norm(layout, f, CONSTANTS) == pytest.approx(float(update.norm()), rel=1e-12)
-    structured = f.R.double()[:, None] + f.C.double().repeat_interleave(layout.out_features // layout.parts, 0)
-    low_rank = CONSTANTS.alpha1 * _by_part(f.A, f.B, layout.parts)
+    structured = f.R.double()[:, None] + f.C.double().repeat_interleave(layout.out_features // layout.num_matrices, 0)
+    low_rank = CONSTANTS.alpha1 * _by_part(f.A, f.B, layout.num_matrices)
     whole = low_rank + CONSTANTS.alpha2 * structured
     assert stats.learned_score_norm(layout, f, CONSTANTS) == pytest.approx(float(whole.norm()), rel=1e-12)
     without = Factors(A=f.A, B=f.B)

@@ -22,14 +22,14 @@ LAYOUTS = {
     "odd": WeightLayout(771, 1003),
     "conv1d": WeightLayout(768, 1024, transposed=True),
     "conv1d-odd": WeightLayout(1003, 771, transposed=True),
-    "fused": WeightLayout(3 * 256, 1024, parts=3),
-    "conv1d-fused": WeightLayout(3 * 512, 512, transposed=True, parts=3),
+    "fused": WeightLayout(3 * 256, 1024, num_matrices=3),
+    "conv1d-fused": WeightLayout(3 * 512, 512, transposed=True, num_matrices=3),
 }
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
 
 
 def layer_state(layout: WeightLayout, dtype: torch.dtype, num_shards: int) -> LayerState:
-    parts, outputs, inputs = layout.parts, layout.out_features, layout.in_features
+    parts, outputs, inputs = layout.num_matrices, layout.out_features, layout.in_features
     ones = {
         "A": (outputs, RANK), "B": (parts * RANK, inputs), "R": (outputs,), "C": (parts, inputs),
         "U": (outputs, RANK), "V": (parts * RANK, inputs),
@@ -63,7 +63,7 @@ def peak_bytes(torch_bytes) -> Callable[[Callable[[], object]], int]:
 
 def not_in_the_budget(state: LayerState, x: torch.Tensor, cut_outputs: bool) -> int:
     """Bytes of what is as large as x (dX, and as a sum its fp32 and one product) and as the factors."""
-    of_factors = (state.layout.out_features + state.layout.parts * state.layout.in_features) * (2 * RANK + 1)
+    of_factors = (state.layout.out_features + state.layout.num_matrices * state.layout.in_features) * (2 * RANK + 1)
     widths = 4 + 4 + 2 * x.element_size()  # their sums over tiles, their gradients, A and B with ones, a product
     return x.numel() * (x.element_size() + 4 * cut_outputs) + of_factors * widths + (64 << 10)
 

@@ -109,7 +109,7 @@ def test_a_subclass_of_the_cubic_schedule_keeps_its_ramp(base, data, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["pickle", "deepcopy"])
-def test_a_copy_of_the_model_saves_its_own_small_state(base, data, tmp_path, way):
+def test_a_copy_of_the_model_saves_its_own_adapter_state(base, data, tmp_path, way):
     model = pst_model(base)
     pst_trainer(model, data, tmp_path).train()
     if way == "deepcopy":

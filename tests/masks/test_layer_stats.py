@@ -55,7 +55,7 @@ def _mask(layer):
 def _whole(layer):
     """(S, |W| / scale, learned part of S, update, W0), (O, I) float64, by the written-out formulas."""
     f = {name: param.detach().double() for name, param in layer.factor_parameters()}
-    parts, width = layer.layout.parts, layer.layout.out_features // layer.layout.parts
+    parts, width = layer.layout.num_matrices, layer.layout.out_features // layer.layout.num_matrices
 
     def product(left, right):
         return torch.cat([a @ b for a, b in zip(f[left].chunk(parts), f[right].chunk(parts), strict=True)])
@@ -83,7 +83,9 @@ def test_figures_are_those_of_the_whole_matrices(pattern):
         assert found.weight_norm[i] == pytest.approx(float(weight.norm()), rel=1e-6)
         kept = _mask(layer)
         kept = kept.t() if layer.layout.transposed else kept
-        _assert_histogram(found.histograms[i], scores, kept, exact_cut=layer.layout.parts == 1 and pattern == "matrix")
+        _assert_histogram(
+            found.histograms[i], scores, kept, exact_cut=layer.layout.num_matrices == 1 and pattern == "matrix"
+        )
         share = torch.tensor(found.thumbnails[i].share)
         assert share.shape == (min(32, kept.shape[0]), min(32, kept.shape[1]))
         if share.shape == kept.shape:

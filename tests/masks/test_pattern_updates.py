@@ -99,11 +99,11 @@ def _updated(kind, stage, world_size, config, sparsity, progress):
 
 def _scores(layer):
     """Of each matrix: (scores (rows, cols) as stored, flat storage index of each), from the written-out formula."""
-    layout, width = layer.layout, layer.layout.out_features // layer.layout.parts
+    layout, width = layer.layout, layer.layout.out_features // layer.layout.num_matrices
     storage = np.arange(layout.numel).reshape(layout.shape)
     f = {name: param.detach().numpy() for name, param in layer.factor_parameters()}
     found = []
-    for part in range(layout.parts):
+    for part in range(layout.num_matrices):
         o, r = slice(part * width, (part + 1) * width), slice(part * RANK, (part + 1) * RANK)
         weight = layer.weight.detach().numpy()
         score = (weight.T if layout.transposed else weight)[o].copy()

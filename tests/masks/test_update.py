@@ -96,13 +96,13 @@ def _brute_force(kind):
     """Each matrix by itself: whole scores by the written-out formula in fp32, a stable sort in flat storage order."""
     masks = []
     for layer in pst_layers(_mid_ramp(kind, 1)).values():
-        layout, width = layer.layout, layer.layout.out_features // layer.layout.parts
+        layout, width = layer.layout, layer.layout.out_features // layer.layout.num_matrices
         storage = torch.arange(layout.numel).view(layout.shape)
         index = storage.t() if layout.transposed else storage  # (O, I): flat storage index of each weight
         weight = layer.weight.detach().t() if layout.transposed else layer.weight.detach()
         mask = torch.ones(layout.numel, dtype=torch.uint8)
         f = {name: param.detach() for name, param in layer.factor_parameters()}
-        for part in range(layout.parts):
+        for part in range(layout.num_matrices):
             o = slice(part * width, (part + 1) * width)
             r, k = slice(part * 8, part * 8 + 8), slice(part * 8, part * 8 + 8)
             score = weight[o].clone()
@@ -134,7 +134,7 @@ def test_masks_are_the_same_bits_on_1_2_3_and_4_ranks(run_ranks, kind):
             assert stats == local
             assert all(torch.equal(a, b) for a, b in zip(masks, expected, strict=True)), world_size
     numel = [layer.layout.matrix_numel for layer in pst_layers(_mid_ramp(kind, 1)).values()]
-    parts = [layer.layout.parts for layer in pst_layers(_mid_ramp(kind, 1)).values()]
+    parts = [layer.layout.num_matrices for layer in pst_layers(_mid_ramp(kind, 1)).values()]
     assert local.num_pruned == sum(p * math.floor(SPARSITY * n) for n, p in zip(numel, parts, strict=True))
     assert local.num_flipped == local.num_pruned
 

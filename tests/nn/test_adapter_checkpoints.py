@@ -42,7 +42,7 @@ def _trained():
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_small_state_dict_has_what_changed_and_loads_into_the_same_base(strict):
+def test_an_adapter_state_dict_has_what_changed_and_loads_into_the_same_base(strict):
     model, other = _trained(), _injected()
     for one in (model, other):
         adapter_checkpoints(one)

@@ -73,7 +73,7 @@ def _reference(world_size, accumulation):
         stored = layer.weight.detach().double()
         if layer.layout.transposed:
             mask, stored = mask.t(), stored.t()
-        parts, rows = layer.layout.parts, layer.layout.out_features // layer.layout.parts
+        parts, rows = layer.layout.num_matrices, layer.layout.out_features // layer.layout.num_matrices
 
         def low_rank(left, right, params=params, parts=parts, rows=rows):
             return torch.cat(

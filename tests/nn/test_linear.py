@@ -60,7 +60,7 @@ def gradients(layer: PSTLinear, x: torch.Tensor) -> dict[str, torch.Tensor]:
 def reference_gradients(layer: PSTLinear, mask: torch.Tensor, x: torch.Tensor, grad_y: torch.Tensor) -> dict:
     """Float64 autograd of y = x (M . W)' + b with M = mask + S - S.detach(); names as in the module."""
     own = {n: p.detach().double().requires_grad_() for n, p in layer.named_parameters() if n != "pst_mask"}
-    parts, constants = layer.layout.parts, layer.constants
+    parts, constants = layer.layout.num_matrices, layer.constants
     width = layer.layout.out_features // parts
     x64 = x.detach().double().requires_grad_()
     pieces = []

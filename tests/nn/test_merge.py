@@ -59,7 +59,7 @@ def test_a_merged_model_has_the_masked_one_s_logits_and_exact_zeros(model_class,
         plain = model.get_submodule(name)
         assert type(plain) is (Conv1D if sizes[name].transposed else nn.Linear)
         assert torch.equal(plain.weight, weight)
-        matrices = plain.weight.split(plain.weight.shape[1] // sizes[name].parts, dim=1)
+        matrices = plain.weight.split(plain.weight.shape[1] // sizes[name].num_matrices, dim=1)
         for matrix in matrices:
             zeros = matrix[matrix == 0]
             assert zeros.numel() == math.floor(0.7 * matrix.numel())

@@ -40,7 +40,7 @@ def _spp(x, kept, U, V, parts):
 @pytest.mark.parametrize(("name", "parts"), [("attn.c_attn", 3), ("attn.c_proj", 1), ("mlp.c_fc", 1)])
 def test_weight_and_gradients_are_those_of_the_formula(name, parts):
     layer = pst_layers(_gpt2())[f"transformer.h.0.{name}"]
-    assert layer.layout.parts == parts
+    assert layer.layout.num_matrices == parts
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(5, layer.layout.in_features, generator=generator)
     grad_y = torch.randn(5, layer.layout.out_features, generator=generator)

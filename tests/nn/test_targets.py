@@ -139,13 +139,13 @@ def test_factors_and_the_task_head_alone_are_trained(family):
 
 def test_gpt2_fuses_q_k_v_alone():
     layouts = {t.name.rpartition(".")[2]: t.layout for t in find_targets(tiny_gpt2(), PSTConfig())}
-    assert {n: (layout.parts, layout.transposed) for n, layout in layouts.items()} == {
+    assert {n: (layout.num_matrices, layout.transposed) for n, layout in layouts.items()} == {
         "c_attn": (3, True),
         "c_proj": (1, True),
         "c_fc": (1, True),
     }
     unfused = find_targets(tiny_gpt2(), PSTConfig(fused_modules=()))
-    assert {t.layout.parts for t in unfused} == {1}
+    assert {t.layout.num_matrices for t in unfused} == {1}
 
 
 def test_bert_base_trains_2_820_096_numbers():

@@ -47,11 +47,11 @@ def _engine(stage, dtype, steps, **zero):
 
 
 def _held(stage, dtype, steps, zero):
-    """(pieces as (name, start, stop), their values by kind, Adam's counts, whole masters by the other way, DeepSpeed's
-    own whole moments or None) of a rank."""
+    """Return of a rank: fragments as (name, start, stop), their values by kind, Adam's counts, whole masters by the
+    other way, DeepSpeed's own whole moments or None."""
     engine, named = _engine(stage, dtype, steps, **zero)
-    pieces = optimizer_state.local_pieces(engine, named)
-    values = {k: [v.clone() for v in optimizer_state.values(engine, pieces, k)] for k in KINDS}
+    fragments = optimizer_state.local_fragments(engine, named)
+    values = {k: [v.clone() for v in optimizer_state.values(engine, fragments, k)] for k in KINDS}
     masters = dict(zip((n for n, _ in named), zero3.fp32_masters([p for _, p in named]), strict=True))
     own = None
     if stage in (1, 2, 3) and steps:
@@ -62,17 +62,17 @@ def _held(stage, dtype, steps, zero):
             engine.optimizer._lazy_init_hp_params_optimizer_state()
         own = {k: {n: safe_get_full_optimizer_state(p, k).clone() for n, p in named} for k in KINDS[1:]}
         own[MASTER] = {n: safe_get_full_fp32_param(p).clone() for n, p in named}
-    steps_of = optimizer_state.adam_steps(engine, pieces)
+    steps_of = optimizer_state.adam_steps(engine, fragments)
     replicated = optimizer_state.is_replicated(p for _, p in named)
-    return [(p.name, p.start, p.stop) for p in pieces], values, steps_of, masters, own, replicated
+    return [(p.name, p.start, p.stop) for p in fragments], values, steps_of, masters, own, replicated
 
 
 def _whole(outcomes, kind):
-    """Every value put where its piece says; and how often each was held."""
+    """Every value put where its fragment says; and how often each was held."""
     whole = {n: torch.full((torch.Size(shape).numel(),), float("nan")) for n, shape in SHAPES.items()}
     times = {n: torch.zeros(flat.numel(), dtype=torch.int) for n, flat in whole.items()}
-    for pieces, values, *_ in outcomes:
-        for (name, start, stop), found in zip(pieces, values[kind], strict=True):
+    for fragments, values, *_ in outcomes:
+        for (name, start, stop), found in zip(fragments, values[kind], strict=True):
             assert found.dtype == torch.float32
             assert found.shape == (stop - start,)
             whole[name][start:stop] = found
@@ -81,7 +81,7 @@ def _whole(outcomes, kind):
 
 
 def _assert_complete(outcomes, held, dtype):
-    """Pieces hold every value ``held`` times, and all that is in them is what others say."""
+    """Fragments hold every value ``held`` times, and all that is in them is what others say."""
     for kind in KINDS:
         whole, times = _whole(outcomes, kind)
         assert {n: set(count.tolist()) for n, count in times.items()} == {n: {held} for n in SHAPES}
@@ -101,8 +101,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 @DTYPES
 def test_one_process_holds_everything_whole(dtype):
     outcome = _held(None, dtype, 3, {})
-    pieces, values, steps, _, _, replicated = outcome
-    assert pieces == [(n, 0, torch.Size(shape).numel()) for n, shape in SHAPES.items()]
+    fragments, values, steps, _, _, replicated = outcome
+    assert fragments == [(n, 0, torch.Size(shape).numel()) for n, shape in SHAPES.items()]
     assert replicated
     assert steps == dict.fromkeys(SHAPES, 3)
     _assert_complete([outcome], 1, dtype)
@@ -116,7 +116,7 @@ def test_one_process_holds_everything_whole(dtype):
         adam.step()
     tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.15}
     for i, (name, param) in enumerate((n, p) for n, p in reference.named_parameters() if n in SHAPES):
-        assert pieces[i][0] == name
+        assert fragments[i][0] == name
         torch.testing.assert_close(values["exp_avg"][i], adam.state[param]["exp_avg"].flatten(), **tolerance)
         torch.testing.assert_close(values[MASTER][i], param.detach().flatten(), **tolerance)
 
@@ -146,18 +146,18 @@ def test_ranks_hold_every_value_once_with_deepspeed_s_own_masters_and_moments(ru
         outcomes = [found[name] for found in by_rank]
         assert {outcome[-1] for outcome in outcomes} == {name == "0"}  # replicated
         _assert_complete(outcomes, world if name == "0" else 1, dtype)
-        for pieces, _, steps, *_ in outcomes:
-            order = [list(SHAPES).index(n) for n, _, _ in pieces]
+        for fragments, _, steps, *_ in outcomes:
+            order = [list(SHAPES).index(n) for n, _, _ in fragments]
             assert order == sorted(order)
             # DeepSpeed's stage 0 begins with a step of zeros in bf16, and Adam's bias correction counts it
-            assert steps == dict.fromkeys((n for n, _, _ in pieces), 3 + (name == "0" and dtype == torch.bfloat16))
+            assert steps == dict.fromkeys((n for n, _, _ in fragments), 3 + (name == "0" and dtype == torch.bfloat16))
         for kind in KINDS:  # all ranks had the same batches, so one process ends near there
             whole, _ = _whole(outcomes, kind)
-            for piece, flat in zip(alone[0], alone[1][kind], strict=True):
-                wanted = flat.view(SHAPES[piece[0]])
+            for fragment, flat in zip(alone[0], alone[1][kind], strict=True):
+                wanted = flat.view(SHAPES[fragment[0]])
                 largest = float(wanted.abs().max())
                 tolerance = 1e-5 if dtype == torch.float32 else 0.1
-                torch.testing.assert_close(whole[piece[0]], wanted, rtol=0, atol=tolerance * largest)
+                torch.testing.assert_close(whole[fragment[0]], wanted, rtol=0, atol=tolerance * largest)
 
 
 def _before_the_first_step(names):
@@ -166,19 +166,19 @@ def _before_the_first_step(names):
     for name in names:
         stage, zero = STAGES[name] if name != "local" else (None, {})
         engine, named = _engine(stage, torch.bfloat16, 0, **zero)
-        pieces = optimizer_state.local_pieces(engine, named)
-        fresh = [optimizer_state.values(engine, pieces, kind) for kind in KINDS[1:]]
+        fragments = optimizer_state.local_fragments(engine, named)
+        fresh = [optimizer_state.values(engine, fragments, kind) for kind in KINDS[1:]]
         zeros = all(not view.any() for views in fresh for view in views)
-        counts = set(optimizer_state.adam_steps(engine, pieces).values())
-        optimizer_state.prepare_moments(engine, pieces, dict.fromkeys(SHAPES, 5))
+        counts = set(optimizer_state.adam_steps(engine, fragments).values())
+        optimizer_state.prepare_moments(engine, fragments, dict.fromkeys(SHAPES, 5))
         for i, kind in enumerate(KINDS):
-            for view in optimizer_state.values(engine, pieces, kind):
+            for view in optimizer_state.values(engine, fragments, kind):
                 view.copy_(torch.arange(view.numel()) + 1000.0 * i + 100 * rank())
         again = [
             all(v.tolist() == [j + 1000.0 * i + 100 * rank() for j in range(v.numel())] for v in views)
-            for i, views in enumerate(optimizer_state.values(engine, pieces, kind) for kind in KINDS)
+            for i, views in enumerate(optimizer_state.values(engine, fragments, kind) for kind in KINDS)
         ]
-        found[name] = (zeros, counts, again, set(optimizer_state.adam_steps(engine, pieces).values()), world_size())
+        found[name] = (zeros, counts, again, set(optimizer_state.adam_steps(engine, fragments).values()), world_size())
     return found
 
 
@@ -190,12 +190,12 @@ def test_views_of_moments_are_the_engine_s_own_once_they_are_prepared(run_ranks)
         assert found == {name: (True, {int(name == "0")}, [True] * 3, {5}, 2) for name in names}
 
 
-def test_a_piece_is_cut_to_the_part_within_a_range():
+def test_a_fragment_is_cut_to_the_part_within_a_range():
     owner = torch.arange(100.0)
-    piece = optimizer_state.Piece("a", 10, 20, owner, 50)
+    fragment = optimizer_state.Fragment("a", 10, 20, owner, 50)
     for start in range(30):
         for stop in range(start, 30):
-            part = piece.cut(start, stop)
+            part = fragment.cut(start, stop)
             wanted = [i for i in range(start, stop) if 10 <= i < 20]
             assert list(range(part.start, part.stop)) == wanted
             assert owner[part.offset : part.offset + part.stop - part.start].tolist() == [i + 40 for i in wanted]

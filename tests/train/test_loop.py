@@ -74,7 +74,7 @@ def _zeros(module):
     for layer in pst_layers(module).values():
         numel = layer.layout.numel
         mask = unpack_range(layer.pst_mask.detach(), numel, layer.num_shards, 0, numel)
-        assert layer.layout.parts == 1
+        assert layer.layout.num_matrices == 1
         counts.append((numel, numel - int(mask.sum())))
     return counts
 

@@ -13,7 +13,7 @@ from pst_ds.nn.inject import pst_layers
 
 
 def save_merged(model_class: Any, base: str, small: Path, out: Path, **options: Any) -> float:
-    """Put the small state ``small`` onto the model ``base`` and save it merged in ``out``; the share of zeros.
+    """Put the adapter state ``small`` onto the model ``base`` and save it merged in ``out``; the share of zeros.
 
     ``options`` are those that ``base`` was loaded with. For one process alone.
     """

@@ -8,7 +8,7 @@ from pst_ds.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = "run file, run folder, checkpoint, small state, export, or model folder"
+    kinds = "run file, run folder, checkpoint, adapter state, export, or model folder"
     parser.add_argument("path", metavar="PATH", help=kinds)
     parser.add_argument("--layers", action="store_true", help="a line for every layer, not one for all blocks")
 
@@ -31,7 +31,7 @@ def inspect(path: Path) -> Inspection:
         "run.toml": runs.run_folder,
         "SHA256SUMS": runs.checkpoint_folder,
         "manifest.json": runs.checkpoint_folder,
-        "pst_config.json": trained.small_state,
+        "pst_config.json": trained.adapter_state,
         "pst_manifest.json": models.export_folder,
         "pruning.json": models.pruned_folder,
         "config.json": models.model_folder,

@@ -74,7 +74,7 @@ def totals(layers: list[Layer]) -> Facts:
     }
 
 
-def small_state(path: Path) -> Inspection:
+def adapter_state(path: Path) -> Inspection:
     """Describe an adapter state by its config and the masks in its file. Raises InputError for damaged ones."""
     table = read_table(path / CONFIG_FILE, f"{path / CONFIG_FILE} is missing")
     if not (path / WEIGHTS_FILE).is_file():
@@ -97,4 +97,4 @@ def small_state(path: Path) -> Inspection:
     facts = {**{key: table.get(key) for key in known}, **totals(layers), "pattern": config.get("pattern")}
     facts["file_bytes"] = (path / WEIGHTS_FILE).stat().st_size
     note = "its weight file is whole: its SHA-256 is as it should be"
-    return Inspection(f"{path}: a small state, to be put onto its base model", facts, layers, note)
+    return Inspection(f"{path}: an adapter state, to be put onto its base model", facts, layers, note)
