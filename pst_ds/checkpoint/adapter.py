@@ -266,7 +266,7 @@ def _require_weights(model: nn.Module, saved: dict[str, Any], folder: Path) -> N
     else:
         warnings.warn(
             f"{folder} was trained on {saved['base_model_name_or_path']!r} when its revision was "
-            f"{saved['base_fingerprint']}, and now it is {_fingerprint(model.name_or_path)}: whether the weights are "  # type: ignore[arg-type]
+            f"{saved['base_fingerprint']}, and now it is {_fingerprint(model.name_or_path)}: whether the weights are "
             "the same cannot be told. If they are not, load the base with revision=",
             stacklevel=3,
         )

@@ -55,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
         _say_on_main(f"{self.prog}: {message}{'' if message.endswith('?') else '.'} See {self.prog} --help")
         self.exit(2)
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+    def parse_known_args(self, args=None, namespace=None):
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:  # reported by the verb's own parser, which knows its options
             self.error(f"unknown argument {unknown[0]!r}{_near_miss(unknown[0], self._option_string_actions)}")

@@ -37,7 +37,7 @@ class LoadingProjection(SparseProjection):
     projections' ``weight`` there. They find one that is marked as initialised, and leave it alone.
     """
 
-    weight = torch.empty(0)  # type: ignore[assignment]
+    weight = torch.empty(0)
     weight._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
@@ -54,7 +54,7 @@ def linear_names(model: nn.Module, names: Iterable[str]) -> dict[str, str | None
     prefix on or takes it off, and so does this. Other models have names of their own in files.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}.".removeprefix(".")
-    weights: dict[str, Tensor] = {f"{n}.weight": m.weight for n, m in model.named_modules() if is_linear(m)}  # type: ignore[misc]
+    weights: dict[str, Tensor] = {f"{n}.weight": m.weight for n, m in model.named_modules() if is_linear(m)}
     renamed = names_in_files(model, weights)
 
     def found(name: str) -> str | None:

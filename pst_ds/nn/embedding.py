@@ -72,7 +72,7 @@ class _UpdatedRows(torch.autograd.Function):
         return updated_rows(stored, own, right, module.beta).view(*ids.shape, stored.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[None, None, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[None, None, Tensor, Tensor]:
         (ids,) = ctx.saved_tensors
         module: PSTEmbedding = ctx.module
         left, right = module.pst_U, module.pst_V

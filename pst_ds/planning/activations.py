@@ -142,12 +142,12 @@ def _saving_input(layer: PSTLinear) -> Callable[[Tensor], Tensor]:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, out_features: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, out_features: int) -> Tensor:
         ctx.save_for_backward(x)
         return x.new_empty(*x.shape[:-1], out_features)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
         return torch.empty_like(ctx.saved_tensors[0]), None, None
 
 
