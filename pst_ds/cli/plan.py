@@ -1,4 +1,4 @@
-"""``pst-ds plan RUN.toml``: what a run would do, from names and shapes alone."""
+"""``pst-ds plan RUN.toml``: predict a run from names and shapes alone."""
 
 import argparse
 from typing import Any

@@ -69,12 +69,12 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 
 def name_across_blocks(name: str) -> str:
-    """The name that a layer has in common with its like in other blocks: "layers.*.mlp.up_proj"."""
+    """Return the name that a layer shares with its counterparts in other blocks: "layers.*.mlp.up_proj"."""
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
 def layer_groups(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Layers whose names differ in a number alone and that have one shape, with their ``count``."""
+    """Group layers of one shape whose names differ only in a number, with their ``count``."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for layer in layers:
         pattern = name_across_blocks(layer["name"])

@@ -35,7 +35,7 @@ def make_plan(
     stage = zero_stage(raw) if raw is not None else None
     tokenizer, labels, unit, num_examples = _data(config, no_data)
     model = meta_model(config, labels, tokenizer, num_shards=ranks if stage == 3 else 1)
-    chosen_layers(list(pst_layers(model)), config.pictures.layers)  # as train would: refuses what is not there
+    chosen_layers(list(pst_layers(model)), config.pictures.layers)  # refuse layers that are not there, as train does
     if not no_data:
         require_teacher(config, model)
     num_steps = config.num_steps(num_examples) if num_examples is not None else config.train.num_steps
@@ -167,7 +167,9 @@ def _trace(model: Any, config: RunConfig, micro_batch_size: int, threshold: int)
         trace = trace_micro_batch(model, checkpointing=config.model.gradient_checkpointing, **shape)
     except UntraceableError:
         return None
-    if config.distillation.weight and config.task_facts.predicts_tokens:  # the teacher's logits, beside the model's own
+    if (
+        config.distillation.weight and config.task_facts.predicts_tokens
+    ):  # the teacher's logits, next to the model's own
         trace.activations += micro_batch_size * length * model.config.vocab_size * model.dtype.itemsize
     return trace
 

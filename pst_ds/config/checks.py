@@ -1,4 +1,4 @@
-"""What every settings class shares: its error, and the bounds that a field's annotation states."""
+"""The error of every settings class, and checks of the bounds that a field's annotation states."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _holds(value: float, bounds: tuple[Any, ...]) -> bool:
 
 
 def _wanted(bounds: tuple[object, ...]) -> str:
-    """The bounds in words: "be in [0, 1)", "be at least 1", "be a finite number above 0"."""
+    """Say the bounds in words: "be in [0, 1)", "be at least 1", "be a finite number above 0"."""
     low = next((f"{b.ge:g}" for b in bounds if isinstance(b, Ge)), None)
     above = next((f"{b.gt:g}" for b in bounds if isinstance(b, Gt)), None)
     high = next((f"{b.le:g}]" if isinstance(b, Le) else f"{b.lt:g})" for b in bounds if isinstance(b, Le | Lt)), None)

@@ -1,4 +1,4 @@
-"""The run file's data and evaluation."""
+"""Data and evaluation in the run file."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def _glue(subset: str, *text_columns: str, metric: str, labels: str = "", splits
 
 
 def _data_to_text(dataset: str, subset: str, text_column: str, label_column: str, penalty: float, **more: Any) -> Table:
-    """On the hub these are scripts, which ``datasets`` no longer runs; its own conversion has them as files."""
+    """Name the hub's own conversion to files: on the hub these are scripts, which ``datasets`` no longer runs."""
     splits = {"train": "train", "validation": "validation", "test": "test"}
     places = {"dataset": dataset, "subset": subset, "revision": PARQUET_BRANCH, **splits}
     columns = {"text_columns": [text_column], "label_column": label_column}

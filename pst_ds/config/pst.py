@@ -1,4 +1,4 @@
-"""What to inject, as a frozen dataclass."""
+"""Settings of the injected modules, as a frozen dataclass."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Override:
 
 @dataclass(frozen=True, slots=True)
 class MaskRule:
-    """How the mask of one layer is chosen."""
+    """Rule by which the mask of one layer is chosen."""
 
     pattern: Pattern
     final_sparsity: float | None = None
@@ -136,7 +136,7 @@ class PSTConfig:
     V: SPP (arXiv 2405.16057), which keeps every zero of W0. For masks that are fixed before the first step. With
     method = "spp" ``update_rank`` is 16 and ``beta`` 2 unless the run file sets them, as its authors have them."""
     tile_bytes: NotNegative = 0
-    """Bytes that the backward pass of a layer may hold beside tensors as large as its input or its factors, on each
+    """Bytes that the backward pass of a layer may hold besides tensors as large as its input or its factors, on each
     rank; 0 is 32 MiB on a CPU and 512 MiB on a GPU. Smaller tiles are slower."""
     seed: int | None = None
     """Seed of A and U (of V in an embedding); together with a layer's name it fixes their values, on any number of
@@ -181,7 +181,7 @@ class PSTConfig:
 
     @classmethod
     def paper(cls, **overrides: Any) -> PSTConfig:
-        """The constants of the paper: no relative scale, A and U from N(0, 1)."""
+        """Return the constants of the paper: no relative scale, A and U from N(0, 1)."""
         return cls(**{**PAPER, **overrides})
 
     @property
@@ -191,12 +191,12 @@ class PSTConfig:
 
     @property
     def rules(self) -> tuple[MaskRule, ...]:
-        """How masks are chosen: the config's own rule, then that of every override."""
+        """Rules for masks: the config's own, then that of every override."""
         overridden = (self._rule(o.pattern, o.final_sparsity) for o in self.overrides)
         return self._rule(self.pattern, None), *overridden
 
     def rule_for(self, name: str) -> MaskRule:
-        """How the mask of the layer ``name`` is chosen."""
+        """Return the rule for the mask of the layer ``name``."""
         pattern, sparsity = self.pattern, None
         for override in self.overrides:
             if name_matches(name, override.modules):
@@ -220,37 +220,37 @@ class PSTConfig:
 
     @property
     def has_scores(self) -> bool:
-        """Whether the scores are made of A B, or R and C, too."""
+        """True if A B, or R and C, are part of the scores."""
         return self.score_rank > 0 or self.structured_scores
 
     @property
     def scores_start_equal(self) -> bool:
-        """Whether no score differs from another before the first step: S, B, R and C start at zero."""
+        """True if all scores are equal before the first step: S, B, R and C start at zero."""
         return self.full_scores or self.magnitude == "none"
 
     @property
     def scores_stay_equal(self) -> bool:
-        """Whether there is nothing either that training could tell weights apart by."""
+        """True if training cannot tell weights apart either."""
         learned = (self.score_rank > 0 and self.alpha1 != 0.0) or (self.structured_scores and self.alpha2 != 0.0)
         return self.scores_start_equal and not (self.full_scores or learned)
 
 
 def _names(value: Any, *, bare: bool = False) -> Any:
-    """Lists and sets as tuples, sets in order; if ``bare``, a plain name as a tuple of it."""
+    """Turn lists and sets into tuples, sets in order; if ``bare``, a plain name into a tuple of it."""
     if isinstance(value, list | set | frozenset):
         return tuple(value) if isinstance(value, list) else tuple(sorted(value))
     return (value,) if bare and isinstance(value, str) and _BARE_NAME.fullmatch(value) else value
 
 
 def name_matches(name: str, patterns: str | Iterable[str]) -> bool:
-    """A string is a regular expression for the whole name; in a list, each is a name or its dotted ending."""
+    """Match a string as a regular expression for the whole name; each of a list as a name or its dotted ending."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == p or name.endswith("." + p) for p in patterns)
 
 
 def is_inside(name: str, patterns: str | Iterable[str]) -> bool:
-    """Whether :func:`name_matches`; a list also names what is in its modules."""
+    """Match as :func:`name_matches`; a list also names all inside its modules."""
     if isinstance(patterns, str):
         return name_matches(name, patterns)
     parts = name.split(".")
@@ -274,4 +274,4 @@ PAPER: dict[str, Any] = {
     "update_init": "normal",
     "update_init_scale": 1.0,
 }
-"""What ``preset = "paper"`` sets (arXiv 2205.11005; ranks, alphas and beta are the same in both)."""
+"""Settings of ``preset = "paper"`` (arXiv 2205.11005; ranks, alphas and beta are the same in both)."""

@@ -106,7 +106,7 @@ class CheckpointConfig:
     interval: NotNegative = 100
     """Optimizer steps between checkpoints; 0 saves only the best, the last, and when a signal asks for it."""
     keep_last: Positive = 2
-    """Newest checkpoints to keep, beside the best one and the last."""
+    """Newest checkpoints to keep, besides the best one and the last."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -127,11 +127,11 @@ class PicturesConfig:
             raise ConfigError(f"pictures.interval = {self.interval} must be a number of steps, 0 or -1")
 
     def last_before(self, step: int, num_steps: int) -> int:
-        """The last step before ``step`` that has pictures; -1 for none."""
+        """Return the last step before ``step`` that has pictures; -1 for none."""
         return (step - 1) // self._interval(num_steps) * self._interval(num_steps) if step else -1
 
     def is_due(self, step: int, num_steps: int) -> bool:
-        """Whether there are pictures of the run of ``num_steps`` after ``step`` (0 is before the first)."""
+        """Return whether a run of ``num_steps`` draws pictures after ``step`` (0 is before the first)."""
         return self.interval >= 0 and (step % self._interval(num_steps) == 0 or step == num_steps)
 
     def _interval(self, num_steps: int) -> int:
@@ -140,13 +140,13 @@ class PicturesConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistillationConfig:
-    """Learning from a dense teacher's predictions beside the labels (arXiv 1503.02531)."""
+    """Learning from a dense teacher's predictions besides the labels (arXiv 1503.02531)."""
 
     weight: Annotated[float, Ge(0.0), Le(1.0)] = 0.0
     """Share of the loss that is KL(teacher || student) of the predictions; the rest is the task's own. 0 has no
     teacher."""
     hidden_states: Rate = 0.0
-    """Weight of the relative squared distance of the hidden states after each block, beside the divergence of the
+    """Weight of the relative squared distance of the hidden states after each block, besides the divergence of the
     predictions (arXiv 2310.06927)."""
     temperature: Annotated[float, Gt(0.0), FINITE] = 1.0
     """Both logits are divided by it; the divergence is multiplied by its square."""
@@ -195,7 +195,7 @@ class RunConfig:
         require_choice("method", self.method, METHODS_BY_NAME)
         check_task(self.task, self.data, self.eval)
         self._require_method_fits()
-        self.make_schedule(1)  # refuses bad numbers now
+        self.make_schedule(1)  # refuse bad numbers now
         self._require_reachable_sparsity()
 
     def _require_method_fits(self) -> None:
@@ -268,12 +268,12 @@ class RunConfig:
 
     @property
     def task_facts(self) -> TaskFacts:
-        """What is known of the task without its code."""
+        """Facts about the task, known without its code."""
         return TASKS[self.task]
 
     @property
     def mask_method(self) -> Method:
-        """What the method is."""
+        """Facts about the method."""
         return METHODS_BY_NAME[self.method]
 
     @property
@@ -283,12 +283,12 @@ class RunConfig:
 
     @property
     def ranks_by_activation(self) -> bool:
-        """Whether masks are chosen by |W| times the norms of the inputs."""
+        """True if masks are chosen by |W| times the norms of the inputs."""
         return self.mask_method.masks != "none" and self.pst.magnitude == "activation"
 
     @property
     def metric(self) -> str:
-        """What chooses the best checkpoint."""
+        """Name of the metric that chooses the best checkpoint."""
         return self.eval.metric or self.task_facts.metrics[0]
 
     @property
@@ -297,7 +297,7 @@ class RunConfig:
         return self.eval.batch_size or self.task_facts.eval_batch_size
 
     def make_schedule(self, num_steps: int) -> Schedule | None:
-        """The sparsity schedule of a run of ``num_steps``; None for the dense methods."""
+        """Return the sparsity schedule of a run of ``num_steps``; None for the dense methods."""
         masks = self.mask_method.masks
         if masks == "none":
             return None
@@ -309,7 +309,7 @@ class RunConfig:
             raise ConfigError(f"schedule.{error}") from None
 
     def num_steps(self, num_examples: int) -> int:
-        """Optimizer steps of the run, for ``num_examples`` in the training file; ConfigError for less than a batch."""
+        """Return the run's optimizer steps for ``num_examples`` to train on; ConfigError for less than a batch."""
         if num_examples < self.train.batch_size:
             raise ConfigError(
                 f"data.train has {num_examples} examples, fewer than one batch of train.batch_size = "
@@ -333,7 +333,7 @@ class RunConfig:
         return replace(self, train=replace(self.train, **unset))
 
     def micro_batch_size(self, world_size: int) -> int:
-        """Examples a rank takes at a time. Raises ConfigError when the batch cannot be shared out evenly."""
+        """Return the examples a rank takes at a time. Raises ConfigError when the batch cannot be shared out evenly."""
         shares = world_size * self.train.gradient_accumulation_steps
         if self.train.batch_size % shares:
             raise ConfigError(

@@ -11,7 +11,7 @@ from pst_ds.config.data import DataConfig, EvalConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskFacts:
-    """What the run file and ``pst-ds init`` need to know about a task."""
+    """Facts about a task for the run file and ``pst-ds init``."""
 
     metrics: tuple[str, ...]
     """Those that may choose the best checkpoint; the first does by default."""

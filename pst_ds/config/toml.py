@@ -23,7 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER}
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run of a TOML file, with ``overrides`` such as "train.num_steps=20" laid over it.
+    """Read the run of a TOML file, with ``overrides`` such as "train.num_steps=20" laid over it.
 
     Raises ConfigError with the key, its value and the fix.
     """
@@ -31,7 +31,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_run_folder(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run in ``folder``, which is its output_dir wherever it was moved to. Raises ConfigError."""
+    """Read the run in ``folder``, its output_dir wherever it was moved to. Raises ConfigError."""
     other = next((o for o in overrides if o.partition("=")[0].strip() == "output_dir"), None)
     if other is not None:
         raise ConfigError(
@@ -61,7 +61,7 @@ def _table(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def run_from_table(table: dict[str, Any]) -> RunConfig:
-    """A RunConfig from nested tables. ``method``, ``pst.preset`` and ``data.preset`` set what the table does not."""
+    """Build a RunConfig from nested tables. ``method``, ``pst.preset`` and ``data.preset`` fill in what they lack."""
     table = with_data_preset(dict(table))
     pst = table.get("pst", {})
     if isinstance(pst, dict) and "preset" in pst:
@@ -77,7 +77,7 @@ def run_from_table(table: dict[str, Any]) -> RunConfig:
 
 
 def dump_run(run: RunConfig) -> str:
-    """``run`` as TOML, every setting written out; :func:`load_run` reads it back to an equal RunConfig."""
+    """Return ``run`` as TOML, every setting written out; :func:`load_run` reads it back to an equal RunConfig."""
     lines: list[str] = []
     tables: list[str] = []
     for field in dataclasses.fields(run):
@@ -90,7 +90,7 @@ def dump_run(run: RunConfig) -> str:
 
 
 def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, by the dotted names that ``--set`` takes: {"schedule.final_sparsity": 0.9, ...}."""
+    """Merge nested tables into one, by the dotted names that ``--set`` takes: {"schedule.final_sparsity": 0.9, ...}."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         name = f"{prefix}{key}"
@@ -109,7 +109,7 @@ def _toml_line(name: str, value: Any) -> list[str]:
 
 
 def toml_value(value: Any) -> str:
-    """A setting's value as TOML spells it, in one line."""
+    """Return a setting's value as TOML spells it, in one line."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return "{" + ", ".join(_toml_lines(value)) + "}"
     if isinstance(value, tuple):
@@ -131,7 +131,7 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
 
 
 def _parse_value(text: str) -> Any:
-    """A TOML value; anything else is taken as a string, so that --set output_dir=runs/a needs no quotes."""
+    """Read a TOML value; anything else is taken as a string, so that --set output_dir=runs/a needs no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -165,7 +165,7 @@ def _build(cls: type[T], table: Any, prefix: str) -> T:
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
-    """``value`` as the annotated type, or a ConfigError that says what was wanted."""
+    """Convert ``value`` to the annotated type. Raises ConfigError, naming the type."""
     for text in value if isinstance(value, list | tuple) else [value]:
         # Python holds the bytes of a path that are no UTF-8 as halves of surrogate pairs
         if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):

@@ -24,7 +24,7 @@ class UntraceableError(RuntimeError):
 
 @dataclass(slots=True)
 class Trace:
-    """What a micro-batch takes of a rank."""
+    """Bytes that a micro-batch takes on a rank, and the gathers it makes."""
 
     activations: int = 0
     gathered: int = 0
@@ -49,7 +49,7 @@ def trace_micro_batch(
 
 
 def _count_gathers(module: nn.Module, trace: Trace, threshold: int) -> None:
-    """A fetch for every forward turn that ends, and one for its backward turn. A recomputed forward turn has its
+    """Count a fetch for every forward turn that ends, and one for its backward turn. A recomputed forward turn has its
     backward counted already, and the turn that recomputing stops in, since nothing behind it is needed, does not end:
     DeepSpeed, too, finds the parameters of that module there."""
     params = [p for p in module.parameters(recurse=False) if p.numel() > threshold]
@@ -68,7 +68,7 @@ def _count_gathers(module: nn.Module, trace: Trace, threshold: int) -> None:
 
 
 def activation_bytes(model: nn.Module, *, batch: int, sequence: int, checkpointing: bool) -> int:
-    """Largest sum of all tensors alive at once, beside parameters and what has their size, in a training micro-batch.
+    """Return the peak of all tensors alive at once in a training micro-batch, parameters and their like not counted.
 
     ``model`` is on the meta device and is used up: its parameters become tensors without values on a pretended CPU,
     so that attention takes the kernel it takes there. Saved tensors, temporaries, logits and loss are all counted, as
@@ -124,7 +124,7 @@ def _pretend_on_cpu(model: nn.Module, mode: Any) -> None:
 
 @contextmanager
 def _layers_save_their_input(model: nn.Module) -> Iterator[None]:
-    """PST layers keep their input alone; their temporaries of the weight's size are counted elsewhere."""
+    """Let PST layers keep their input alone; their temporaries of the weight's size are counted elsewhere."""
     layers = pst_layers(model).values()
     for layer in layers:
         layer.forward = _saving_input(layer)  # type: ignore[method-assign, assignment]

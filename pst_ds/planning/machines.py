@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What one rank of a kind of cluster reaches."""
+    """Rates that one rank of a kind of cluster reaches."""
 
     name: str
     flops: float
@@ -26,11 +26,11 @@ class Machine:
     update_seconds: float
     """Scoring and selecting one weight of the shard, in a mask update."""
     overlaps: bool
-    """Whether communication runs beside computation."""
+    """True where communication overlaps computation."""
     source: str
 
     def transfer_seconds(self, received: float, collectives: float, world_size: int) -> float:
-        """Rings over all ranks: the slowest link decides, and every collective passes every node once."""
+        """Time rings over all ranks: the slowest link decides, and every collective passes every node once."""
         if world_size == 1:
             return 0.0
         nodes = math.ceil(world_size / self.node_size)

@@ -41,13 +41,13 @@ class TensorGroup:
 
 @dataclass(frozen=True, slots=True)
 class ModuleNumbers:
-    """The parameters that one module holds itself: what ZeRO-3 gathers for its turn, by dtype."""
+    """Parameters that one module holds itself, which ZeRO-3 gathers for its turn, by dtype."""
 
     numel: int
     gathered_bytes: int
-    """Of all its parameters, whole."""
+    """Bytes of all its parameters, whole."""
     largest_gather_bytes: int
-    """Of one collective: parameters of one dtype travel together."""
+    """Bytes of its largest collective: parameters of one dtype travel together."""
     work_bytes: int = 0
     """Temporaries of a pruned layer, see :func:`layer_work_bytes`; 0 for another."""
     count: int = 1
@@ -63,7 +63,7 @@ class MatrixGroup:
 
 @dataclass(frozen=True, slots=True)
 class ModelNumbers:
-    """A model as the formulas see it."""
+    """Sizes of a model, as the formulas need them."""
 
     tensors: tuple[TensorGroup, ...]
     modules: tuple[ModuleNumbers, ...]
@@ -102,13 +102,13 @@ class ModelNumbers:
 
     @property
     def whole_bytes(self) -> int:
-        """Of all parameters and masks, unsharded: what a full sweep of gathers brings."""
+        """Bytes of all parameters and masks, unsharded, which a full sweep of gathers brings."""
         return sum(t.numel * t.count * t.element_size for t in self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
 class ZeroSettings:
-    """How DeepSpeed is set; stage None is one process without it. Sizes in elements, as in its JSON."""
+    """Settings of DeepSpeed; stage None is one process without it. Sizes in elements, as in its JSON."""
 
     stage: int | None
     world_size: int = 1
@@ -155,13 +155,13 @@ class MemoryPlan:
     mask_update: int
     runtime: int
     teacher: int = 0
-    """Of a teacher that is a model of its own: whole on every rank."""
+    """A teacher that is a model of its own, whole on every rank."""
     host: int = 0
     """Host memory of what is offloaded, not in ``peak``."""
 
     @property
     def resident(self) -> int:
-        """Held all the time."""
+        """Bytes held all the time."""
         trained = self.weights + self.masks + self.optimizer + self.gradients + self.reduce_bucket
         return trained + self.runtime + self.teacher
 
@@ -193,7 +193,7 @@ def memory_plan(
     trainable_groups: Sequence[int] | None = None,
     teacher: int = 0,
 ) -> MemoryPlan:
-    """What one rank holds of ``model``; ``activations`` in bytes, of one micro-batch.
+    """Return what one rank holds of ``model``; ``activations``: bytes of one micro-batch.
 
     ``element_size``: bytes of a weight, and of a gradient. ``trainable_groups``: trainables of each optimizer group,
     whole; None is one group. ``teacher``: bytes of a teacher that is a model of its own.

@@ -1,4 +1,4 @@
-"""What the cost formulas need to know of a model: read from names and shapes, also on the meta device."""
+"""Sizes of a model for the cost formulas, read from names and shapes, also on the meta device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Group = TypeVar("Group", TensorGroup, ModuleNumbers, MatrixGroup)
 
 
 def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
-    """The numbers of an injected model, whole or partitioned, with or without values; to train on "cpu" or "cuda"."""
+    """Count an injected model, whole or partitioned, with or without values; to train on "cpu" or "cuda"."""
     layers = pst_layers(model)
     factors = {id(param) for layer in layers.values() for _, param in layer.factor_parameters()}
     masks = {id(layer.pst_mask) for layer in layers.values()}
@@ -47,13 +47,13 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
 
 
 def _rank(layer: PSTLinear, factor: str) -> int:
-    """Of the pair whose matrix by input is ``factor``."""
+    """Return the rank of the pair whose matrix by input is ``factor``; 0 without it."""
     param = dict(layer.factor_parameters()).get(factor)
     return 0 if param is None else zero3.full_shape(param)[0] // layer.layout.num_matrices
 
 
 def _attention_width(model: nn.Module) -> int:
-    """Heads x their width x layers, from the config; 0 where it does not say."""
+    """Return heads x their width x layers by the config; 0 where it does not say."""
     config = getattr(model, "config", None)
     layers, hidden = (getattr(config, key, 0) or 0 for key in ("num_hidden_layers", "hidden_size"))
     heads, width = (getattr(config, key, 0) or 0 for key in ("num_attention_heads", "head_dim"))

@@ -12,7 +12,7 @@ from pst_ds.planning.machines import Machine
 from pst_ds.planning.memory import ModelNumbers, ZeroSettings, kept_bytes, persistent_bytes
 
 FORWARD_BYTES, BACKWARD_BYTES = 10, 40
-"""Bytes moved for a pruned weight beside the products: M . W once (W, bits, the result, the AND in place), and in the
+"""Bytes moved for a pruned weight besides products: M . W once (W, bits, the result, the AND in place), and in the
 backward pass M . W again, G, G . W, the masked G and the reads of both by the low-rank products (16-bit values)."""
 HISTOGRAMS = 3
 """Exchanges of counts in a mask update: with the scan, and to narrow what is left to a key."""
@@ -20,10 +20,10 @@ HISTOGRAMS = 3
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What a rank computes for one optimizer step."""
+    """Work of a rank for one optimizer step."""
 
     tokens: int
-    """Of a micro-batch, padding included."""
+    """Tokens of a micro-batch, padding included."""
     sequence: int
     micro_batches: int = 1
     checkpointing: bool = False
@@ -39,7 +39,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Received by one rank."""
+    """Bytes that one rank receives, and the collectives they come in."""
 
     gathers: int
     """Whole weights, for forward and backward passes; of the factors' masters in a mask update."""
@@ -66,13 +66,13 @@ class TimePlan:
     update_received: int
 
     def share_of_masks(self, steps: int, updates: int) -> float:
-        """Part of a run's time that mask updates take."""
+        """Share of a run's time that mask updates take."""
         total = steps * self.step + updates * self.update
         return updates * self.update / total if total else 0.0
 
 
 def step_flops(model: ModelNumbers, batch: Batch) -> float:
-    """Of one micro-batch on one rank: forward 2, dX 2 and G 2 a pruned weight and token, and 2 more to recompute.
+    """Count a micro-batch on one rank: forward 2, dX 2 and G 2 a pruned weight and token, and 2 more to recompute.
 
     The low-rank products cost FLOPs a weight, whatever the tokens: U V in every forward and backward, and the four
     factor gradients. A teacher is a forward pass, without masks or low-rank products.
@@ -88,7 +88,7 @@ def step_flops(model: ModelNumbers, batch: Batch) -> float:
 
 
 def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch, element_size: int = 2) -> Traffic:
-    """Of one optimizer step. Stage 3 gathers a module for its forward and its backward turn, and for its recomputed
+    """Count one optimizer step. Stage 3 gathers a module for its forward and its backward turn, and for its recomputed
     forward in between; DeepSpeed 0.19.8 lets go of frozen parameters after that whatever the reuse distance. Those of
     the module that ends a checkpointed block are still there from its backward turn, and what is kept from the forward
     to the backward pass is fetched once less. The model as its own teacher takes one more pass."""
@@ -110,7 +110,7 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch, element_
 
 
 def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
-    """Of one mask update: fp32 masters in one all-gather; sample, counts, ties and statistics in all-reduces."""
+    """Count one mask update: fp32 masters in one all-gather; sample, counts, ties and statistics in all-reduces."""
     w = zero.shards
     if w == 1:
         return Traffic(0, 0, 0)
@@ -122,7 +122,7 @@ def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
 
 
 def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Machine) -> TimePlan:
-    """Expected times; where ``machine`` overlaps, a step takes the longer of computing and communicating."""
+    """Predict times; where ``machine`` overlaps, a step takes the longer of computing and communicating."""
     again = 2 if batch.checkpointing else 1
     moved = model.pruned_weights * (FORWARD_BYTES * again + BACKWARD_BYTES)
     compute = batch.micro_batches * (step_flops(model, batch) / machine.flops + moved / machine.memory_bytes)

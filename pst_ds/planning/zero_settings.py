@@ -1,4 +1,4 @@
-"""The settings of a DeepSpeed config that decide memory and traffic; DeepSpeed's defaults for what it leaves out."""
+"""Settings of a DeepSpeed config that decide memory and traffic, with DeepSpeed's defaults for those left out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DEFAULTS = {
 
 
 def zero_settings(config: dict[str, Any] | None, world_size: int, backend: str) -> ZeroSettings:
-    """Of a resolved config (None: one process without DeepSpeed) on ``world_size`` ranks over "gloo" or "nccl"."""
+    """Read a resolved config (None: one process without DeepSpeed) on ``world_size`` ranks over "gloo" or "nccl"."""
     if config is None:
         return ZeroSettings(stage=None, world_size=world_size, backend=backend)
     section = config.get("zero_optimization") or {}

@@ -34,17 +34,17 @@ class BuiltModel:
 
 
 def base_of(run: RunConfig) -> Pretrained:
-    """The run's pretrained model."""
+    """Return the run's pretrained model."""
     return Pretrained(run.model.path, "model.path")
 
 
 def pst_config(run: RunConfig) -> PSTConfig:
-    """The modules that the run's method injects."""
+    """Return the config of the modules that the run's method injects."""
     return run.mask_method.pst_config(run.seeded_pst)
 
 
 def load_tokenizer(run: RunConfig) -> Any:
-    """The run's tokenizer, with a padding token if the task needs one. Raises InputError."""
+    """Load the run's tokenizer, with a padding token if the task needs one. Raises InputError."""
     from transformers import AutoTokenizer
 
     setting, where = ("tokenizer", run.model.tokenizer) if run.model.tokenizer else ("path", run.model.path)
@@ -69,7 +69,7 @@ def load_tokenizer(run: RunConfig) -> Any:
 
 
 def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any, *, own_dropout: bool = False) -> Any:
-    """The transformers config of the run's model. Raises InputError for a model that cannot do the run's task.
+    """Load the transformers config of the run's model. Raises InputError for a model that cannot do the run's task.
 
     Without a ``tokenizer``, for shapes alone, that is not checked.
     """
@@ -100,14 +100,14 @@ def _dropout_keys(config: Any) -> list[str]:
 
 
 def attention_options(run: RunConfig) -> dict[str, str]:
-    """What ``from_pretrained`` is told of the attention, so that two models of a run compute it alike."""
+    """Return options of ``from_pretrained`` by which two models of a run compute attention alike."""
     return {"attn_implementation": run.model.attn_implementation} if run.model.attn_implementation else {}
 
 
 def build_model(
     run: RunConfig, labels: list[str], tokenizer: Any, *, zero3_config: dict[str, Any] | None, num_shards: int = 1
 ) -> BuiltModel:
-    """The pretrained model of the run's task with the PST modules of the run's method.
+    """Build the pretrained model of the run's task with the PST modules of the run's method.
 
     With ``zero3_config``, a resolved DeepSpeed config of stage 3, the weights are partitioned while they load; without
     it they are whole, and will be split over ``num_shards`` ranks if ``deepspeed.initialize`` is still to do so.
@@ -151,7 +151,7 @@ def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | N
 def meta_model(
     run: RunConfig, labels: list[str], tokenizer: Any, *, num_shards: int = 1, own_dropout: bool = False
 ) -> nn.Module:
-    """The run's model without its values: names, shapes and what is trained. Raises InputError.
+    """Build the run's model without values: names, shapes and what is trained. Raises InputError.
 
     With ``own_dropout`` it has the dropout of its config, not the run's.
     """
@@ -188,7 +188,7 @@ def num_trainable(module: nn.Module) -> int:
 
 
 def head_names(module: nn.Module, run: RunConfig) -> list[str]:
-    """Modules trained in full."""
+    """Return the names of modules trained in full."""
     return ["(every weight)"] if run.mask_method.trains_everything else list(modules_to_save(module, run.pst))
 
 
@@ -221,7 +221,7 @@ def _keep_statistics(module: nn.Module) -> None:
 
 
 def _refuse_untrained(module: nn.Module, missing: Any, run: RunConfig) -> None:
-    """Refuse random values that would stay as they are: of modules that the base model lacks and the run freezes."""
+    """Refuse random values that nothing would train: those of modules that the base model lacks and the run freezes."""
     frozen = {name for name, param in module.named_parameters() if not param.requires_grad}
     owners = sorted({name.rpartition(".")[0] for name in missing if name in frozen})
     if owners:

@@ -33,7 +33,7 @@ class Objective:
         self._teacher = teacher
 
     def __call__(self, engine: Engine, batch: dict[str, Tensor]) -> Tensor:
-        """The loss of ``batch``, with a gradient. Collective under ZeRO-3; the engine is in training mode."""
+        """Return the loss of ``batch``, with a gradient. Collective under ZeRO-3; the engine is in training mode."""
         inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "labels"}
         if batch["labels"].is_floating_point():  # torch before 2.13 has no gradient of mse_loss for bf16 and fp32
             return F.mse_loss(engine(**inputs).logits.squeeze(-1).float(), batch["labels"])
@@ -52,7 +52,7 @@ class Objective:
 
     @torch.no_grad()
     def _teach(self, engine: Engine, inputs: dict[str, Any]) -> Any:
-        """The teacher's output."""
+        """Return the teacher's output."""
         if self._teacher is not None:
             return self._teacher(**inputs)
         engine.eval()
@@ -64,9 +64,9 @@ class Objective:
 
 
 def predictions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(which of the logits predict something, (rows,) what they are to predict).
+    """Return (mask of the logits that predict something, (rows,) their labels).
 
-    The first is bool, (texts,) for one prediction a text, (texts, length) for tokens: of a language model the logits
+    The mask is bool, (texts,) for one prediction a text, (texts, length) for tokens: of a language model the logits
     whose next token is a label; the last predicts none.
     """
     if logits.dim() == 2:
@@ -108,7 +108,7 @@ def require_teacher(run: RunConfig, shapes: nn.Module) -> None:
 
 
 def _require_dense_base(run: RunConfig) -> None:
-    """Raise ConfigError when the run's model is no dense one, and so cannot be its own teacher."""
+    """Raise ConfigError unless the run's model is dense, and so can be its own teacher."""
     record = Path(run.model.path) / PRUNING_RECORD
     if run.pst.initial_mask == "zeros":
         why = 'with pst.initial_mask = "zeros" it has the zeros that it trains with'
@@ -147,13 +147,13 @@ def _require_comparable(run: RunConfig, own: Any, config: Any) -> None:
 
 
 def teacher_of(run: RunConfig) -> Pretrained | None:
-    """The run's teacher of its own; None if there is none."""
+    """Return the run's separate teacher; None without one."""
     path = run.distillation.teacher
     return Pretrained(path, "distillation.teacher") if run.distillation.weight and path else None
 
 
 def teacher_shapes(run: RunConfig) -> nn.Module | None:
-    """A teacher of its own without its values, on the meta device; None if there is none. Raises InputError."""
+    """Return the separate teacher without values, on the meta device; None without one. Raises InputError."""
     place = teacher_of(run)
     if place is None:
         return None
@@ -163,7 +163,7 @@ def teacher_shapes(run: RunConfig) -> nn.Module | None:
 
 
 def load_teacher(run: RunConfig, labels: list[str], tokenizer: Any, device: str) -> nn.Module | None:
-    """The run's teacher, whole on every rank, frozen and in evaluation mode; None if there is none of its own.
+    """Load the run's separate teacher, whole on every rank, frozen and in evaluation mode; None without one.
 
     It pads as the run's model does, and keeps no keys and values of what it read. Call it before a model is built under
     ``zero.Init``. Raises InputError for other classes, and for weights that are missing or have another shape.

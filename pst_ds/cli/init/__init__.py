@@ -82,7 +82,7 @@ def _complete(args: argparse.Namespace) -> None:
 
 
 def _ask(question: str, default: str = "", check: Callable[[str], str] = lambda answer: "") -> str:
-    """The answer, "" for the default "none". Raises InputError after three that do not do, or at the end of input."""
+    """Return the answer, "" for the default "none". Raises InputError after three bad ones, or at the end of input."""
     problem = ""
     for _ in range(3):
         print(f"{question}{f' [{default}]' if default else ''}: ", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The settings that ``pst-ds init`` chooses, by the flags, the columns of the training file and the model's config."""
+"""Settings that ``pst-ds init`` chooses by the flags, the columns of the training file and the model's config."""
 
 import argparse
 import shlex
@@ -30,10 +30,10 @@ _TEXT_TYPES = ("string", "large_string")
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A run, and what was seen on the way to it."""
+    """A run, and the findings that led to it."""
 
     table: dict[str, Any]
-    """Of the run file: the settings that it names."""
+    """The run file's settings, those that it names."""
     run: RunConfig
     labels: list[str]
     family: str
@@ -47,7 +47,7 @@ class Chosen:
     summary: dict[str, Any]
 
     def plan_command(self, out: Path) -> str:
-        """For a shell, as :meth:`train_command` too."""
+        """Return the command for a shell, as :meth:`train_command` does."""
         ranks = f" --ranks {self.summary['ranks']}" if self.run.deepspeed_config else ""
         return f"pst-ds plan {shlex.quote(str(out))}{ranks}"
 
@@ -59,7 +59,7 @@ class Chosen:
 
 
 def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
-    """The run that ``args`` ask for, checked as ``pst-ds plan`` does. Raises InputError."""
+    """Return the run that ``args`` ask for, checked as ``pst-ds plan`` does. Raises InputError."""
     ranks = args.ranks or 1
     has_accelerator = torch.accelerator.is_available()
     table = _first_table(args, deepspeed_file if ranks > 1 or has_accelerator else None)
@@ -166,7 +166,7 @@ def _sparsity(args: argparse.Namespace) -> float:
 
 
 def _require_labels_or_causal(args: argparse.Namespace, features: dict[str, str]) -> None:
-    """Raises InputError for text without labels and a model that writes none, where another column may hold them."""
+    """Raise InputError for text without labels and a model that writes none, where another column may hold them."""
     others = [name for name in features if name not in _usual_texts(features)]
     if not others:
         return
@@ -180,12 +180,12 @@ def _require_labels_or_causal(args: argparse.Namespace, features: dict[str, str]
 
 
 def _usual_texts(names: Iterable[str]) -> list[str]:
-    """The columns that texts are in by their names; none where there are no such."""
+    """Return the columns that hold texts, by their names; () without any."""
     return next((texts for texts in _GUESSED_TEXTS if set(texts) <= set(names)), [])
 
 
 def _text_columns(features: dict[str, str], label_column: str, task: str, where: str) -> list[str]:
-    """The columns with the texts. Raises InputError where that is a guess."""
+    """Return the columns with the texts. Raises InputError where that would be a guess."""
     texts = [name for name, kind in features.items() if kind in _TEXT_TYPES and name != label_column]
     found = _usual_texts(texts) or texts
     if 1 <= len(found) <= TASKS[task].max_text_columns:
@@ -197,7 +197,7 @@ def _text_columns(features: dict[str, str], label_column: str, task: str, where:
 
 
 def _positions(config: Any, tokenizer: Any) -> int | None:
-    """The smaller of what the model and the tokenizer can take; None when neither has a limit."""
+    """Return the smaller limit of model and tokenizer; None when neither has one."""
     of_model = getattr(config.get_text_config(), "max_position_embeddings", None)
     known = [n for n in (of_model, tokenizer.model_max_length) if isinstance(n, int) and 0 < n < 10**9]
     return min(known, default=None)

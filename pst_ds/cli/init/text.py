@@ -1,4 +1,4 @@
-"""The files that ``pst-ds init`` writes: the run file with a comment at every setting, and DeepSpeed's JSON."""
+"""Files that ``pst-ds init`` writes: the run file with a comment at every setting, and DeepSpeed's JSON."""
 
 import json
 import tomllib
@@ -30,7 +30,7 @@ _ESCAPED = ("Cc", "Cs", "Zl", "Zp")
 
 
 def write_files(chosen: Chosen, out: Path, deepspeed_file: Path) -> None:
-    """Raises InputError for a folder that cannot be written."""
+    """Write both files. Raises InputError for a folder that cannot be written."""
     text = run_file_text(chosen, out)
     assert run_from_table(tomllib.loads(text)) == chosen.run, "the run file does not say what was chosen"
     try:
@@ -44,7 +44,7 @@ def write_files(chosen: Chosen, out: Path, deepspeed_file: Path) -> None:
 
 
 def run_file_text(chosen: Chosen, out: Path) -> str:
-    """TOML with a comment above every setting."""
+    """Return TOML with a comment above every setting."""
     comments = _COMMENTS | _found(chosen)
     lines = [
         _comment(f"What the run would do: {chosen.plan_command(out)}"),
@@ -68,13 +68,13 @@ def _lines(table: dict[str, Any], prefix: str, comments: dict[str, str]) -> list
 
 
 def _comment(text: str) -> str:
-    """One line, whatever the data calls its classes: line ends and control characters are written as escapes."""
+    """Return one line, whatever the data calls its classes: line ends and control characters become escapes."""
     escaped = (c.encode("unicode_escape").decode() if unicodedata.category(c) in _ESCAPED else c for c in text)
     return "# " + "".join(escaped)
 
 
 def _found(chosen: Chosen) -> dict[str, str]:
-    """Comments that say what was seen in the model and its text."""
+    """Return comments about findings in the model and its text."""
     classes = ", ".join(chosen.labels[:8]) + (", …" if len(chosen.labels) > 8 else "")
     limit = f"; the model takes at most {chosen.positions}" if chosen.positions else ""
     what = "length of every training sequence" if chosen.run.task_facts.packs_text else "tokens a text is cut to"
@@ -90,7 +90,7 @@ def _found(chosen: Chosen) -> dict[str, str]:
 
 
 def deepspeed_settings(*, on_cpu: bool) -> dict[str, Any]:
-    """ZeRO-3 for ranks on a CPU or on GPUs, as ds_configs/zero3_cpu.json and zero3.json have it."""
+    """Return ZeRO-3 settings for ranks on a CPU or on GPUs, as ds_configs/zero3_cpu.json and zero3.json have it."""
     numbers = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     zero: dict[str, Any] = {
         "stage": 3,

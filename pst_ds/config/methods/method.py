@@ -19,7 +19,7 @@ LORA: Settings = {**_NO_SCORES, "update_init": "lora", "update_init_scale": 1.0}
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One of the methods."""
+    """A method, as the run file names it."""
 
     masks: Masks
     """"none": every weight is kept; "fixed": chosen before the first step; "ramp": along the schedule."""
@@ -36,7 +36,7 @@ class Method:
     """The ``train.score_penalty`` that ``pst-ds init`` writes; a method with 0 must not have one."""
 
     def pst_config(self, asked: PSTConfig) -> PSTConfig:
-        """Return what is injected, given the ``[pst]`` of the run file."""
+        """Return the config to inject, given the ``[pst]`` of the run file."""
         settings = dict(self.settings)
         if settings.get("pattern") == "global" and asked.pattern != "matrix":
             del settings["pattern"]  # N:M and the like have no one threshold
