@@ -101,3 +101,23 @@ def test_a_run_folder_of_any_name_is_continued_where_it_is(folders, tmp_path, ca
     assert json.loads(said.out.splitlines()[-1])["output_dir"] == str(run)
     assert f"going on from {run}/checkpoints/step-00000006" in said.err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_help_is_quick_because_it_imports_nothing_heavy():
+    script = """
+import sys
+from pst_ds.cli.main import main
+try:
+    main(["--help"])
+except SystemExit as exit:
+    assert exit.code == 0
+heavy = {"torch", "transformers", "deepspeed", "datasets", "numpy"} & set(sys.modules)
+print("heavy:", sorted(heavy))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+    )  # fmt: skip
+    for verb in ("plan", "train", "eval", "export", "verify"):
+        assert f"    {verb} " in done.stdout
+    assert done.stdout.splitlines()[-1] == "heavy: []"
