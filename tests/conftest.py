@@ -9,7 +9,7 @@ import pickle
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,18 @@ def _one_thread() -> None:
 def _at_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths in run files are relative to the top folder."""
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(autouse=True)
+def _signals_of_a_test_end_with_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``pst-ds train`` in this process notes SIGTERM, and every later run in the process would stop after one step."""
+    from pst_ds.parallel import stop_signals
+
+    monkeypatch.setattr(stop_signals, "_asked_by", 0)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
