@@ -35,7 +35,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 def model_width(model: nn.Module) -> int:
     """Return the hidden size of a model: the number of inputs that most of the linear layers in its blocks have."""
     inside = (m for n, m in model.named_modules() if hasattr(m, "in_features") and is_inside_block(n, model))
-    return max(Counter(int(m.in_features) for m in inside).most_common(1), default=(1, 0))[0]  # type: ignore[arg-type]
+    return max(Counter(int(m.in_features) for m in inside).most_common(1), default=(1, 0))[0]
 
 
 def untied_linear_layers(model: nn.Module) -> dict[str, Any]:
