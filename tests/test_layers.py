@@ -35,6 +35,7 @@ FLOORS = {
     "hf": 5,
     "train": 5,
     "bench": 6,
+    "tune": 6,
     "report": 7,
     "cli": 8,
     "__init__": 8,

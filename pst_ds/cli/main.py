@@ -35,6 +35,7 @@ VERBS = {
     "init": "write a commented run file for a model and its text, from flags and a few questions",
     "plan": "show what a run would do: modules, parameters, memory, schedule; starts nothing",
     "train": "train a run, on one process or as every rank of a launcher",
+    "tune": "search a run's learning rates in a share of its steps, and write the run file with what it found",
     "prune": "prune a run's pretrained model once, on calibration text: magnitude, Wanda or SparseGPT",
     "eval": "evaluate a checkpoint of a run",
     "export": "write a run, or a folder with zeros, as a model folder: dense, bitmask, 2:4 or csr",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 
@@ -49,6 +50,8 @@ from pst_ds.train.objective import Objective, load_teacher, require_teacher
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Splits: TypeAlias = tuple[ExampleSet, ExampleSet | None]
+"""The examples to train on, and those to validate with."""
 _AFTER_STALL_SECONDS = 60.0
 """Longer than the watchdog's patience, so that it is the one to say which rank hangs, and not the collective."""
 
@@ -78,6 +81,10 @@ class Prepared:
     def load(self, split: str) -> Any:
         """Return the examples of a split. Raises ConfigError."""
         return self.task.load(self.run.data, split, self.tokenizer, self.labels)
+
+
+Evaluation: TypeAlias = Callable[[Engine, ExampleSet, Prepared], dict[str, float]]
+"""Computes the metrics of an engine's model. Collective."""
 
 
 def prepare(
@@ -158,15 +165,22 @@ def build(prepared: Prepared, checkpoint: Checkpoint | None = None) -> tuple[Bui
 
 
 def train_run(
-    prepared: Prepared, *, resume: bool = False, restart: bool = False, quiet: bool = False
+    prepared: Prepared,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    quiet: bool = False,
+    splits: Splits | None = None,
+    evaluation: Evaluation | None = None,
 ) -> dict[str, Any]:
     """Train, evaluate and save; return the result, as written to result.json. Collective.
 
     ``resume`` continues from the newest valid checkpoint of the run's folder, or starts if nothing was saved yet;
     ``restart`` sets existing checkpoints aside and starts from step 0; without either, a folder that has some is
-    refused. Raises InputError, StoppedError after a signal, DivergedError, CheckpointWriteError.
+    refused. ``splits``: those of :func:`load_splits`, if loaded before; ``evaluation`` replaces :func:`evaluate`.
+    Raises InputError, StoppedError after a signal, DivergedError, CheckpointWriteError.
     """
-    examples, validation = _load(prepared)
+    examples, validation = splits or load_splits(prepared)
     num_steps = prepared.run.num_steps(len(examples))
     run = prepared.run.with_rates(width=prepared.width, num_steps=num_steps)
     prepared, folder = replace(prepared, run=run), Path(run.output_dir)
@@ -199,7 +213,7 @@ def train_run(
         metrics,
         folder=folder / CHECKPOINTS,
         num_steps=num_steps,
-        evaluate=None if validation is None else partial(evaluate, engine, validation, prepared),
+        evaluate=None if validation is None else partial(evaluation or evaluate, engine, validation, prepared),
         lower_is_better=prepared.task.lower_is_better,
         new_state=_new_state(prepared),
         new_progress=partial(run_folder.progress_of, run, engine, examples.digest, zero_stage(prepared.ds_config)),
@@ -209,7 +223,7 @@ def train_run(
     return _result(prepared, loop, state, checkpointer, final)
 
 
-def _load(prepared: Prepared) -> tuple[ExampleSet, ExampleSet | None]:
+def load_splits(prepared: Prepared) -> Splits:
     """Load the examples, the same on every rank, to train on and to validate with. Collective. Raises InputError on all
     ranks if one cannot read its files, or reads others."""
     run = prepared.run

@@ -28,7 +28,7 @@ from pst_ds.parallel.optimizer_state import set_counters
 from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, raise_on_all_ranks, world_size
 from pst_ds.train.loop import LoopState
 
-_MAY_DIFFER = (
+MAY_DIFFER = (
     "output_dir", "deepspeed_config", "model.path", "model.tokenizer", "model.attn_implementation",
     "model.gradient_checkpointing", "model.gradient_checkpointing_reentrant", "data.train", "data.validation",
     "data.test", "data.label_names", "train.gradient_accumulation_steps", "train.log_interval",
@@ -213,7 +213,7 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
     before, now = flatten(progress.run), flat_table(run)
     changed = [key for key in now | before if before.get(key) != now.get(key)]  # pst.seed after the seed it may follow
     for key in changed:
-        if key not in _MAY_DIFFER and key not in _MAY_BE_CHANGED:
+        if key not in MAY_DIFFER and key not in _MAY_BE_CHANGED:
             raise ConfigError(
                 f"{key} = {now.get(key)!r}, but the run in {checkpoint.folder} has {before.get(key)!r}, and a run goes "
                 "on only as it began. Fix: take the old value, or start a new run in another output_dir"

@@ -95,3 +95,8 @@ class Task(ABC, Generic[E]):
     @abstractmethod
     def metrics(self, outcomes: np.ndarray, examples: E) -> dict[str, float]:
         """Return the metrics of all examples, from their outcomes in the order of ``examples``."""
+
+    def resampled_metrics(self, outcomes: np.ndarray, examples: E, draw: np.ndarray) -> dict[str, float]:
+        """Return the metrics of as many examples, drawn with repetition: ``draw`` holds their indices. This one is for
+        tasks that need nothing of each example but its outcome."""
+        return self.metrics(outcomes[draw], examples)

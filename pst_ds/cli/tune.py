@@ -1,0 +1,64 @@
+"""``pst-ds tune RUN.toml``: search a run's learning rates in a share of its steps."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from pst_ds.atomic_files import require_writable, write_text_atomic
+from pst_ds.cli.main import add_quiet_argument, add_run_arguments
+from pst_ds.config.run import ConfigError
+from pst_ds.config.toml import load_run
+from pst_ds.errors import InputError
+from pst_ds.parallel import stop_signals
+from pst_ds.text_table import aligned
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser, "run file (TOML); its output_dir gets the trials")
+    share = "share of the run's optimizer steps that all trials together may take (default: 0.2)"
+    parser.add_argument("--budget", type=_share, default=0.2, metavar="SHARE", help=share)
+    out = "run file to write (default: RUN.tuned.toml, in the folder of RUN.toml)"
+    parser.add_argument("--out", metavar="FILE", help=out)
+    parser.add_argument("--force", action="store_true", help="write over an existing file")
+    parser.add_argument("--restart", action="store_true", help="begin again, and forget the trials in output_dir")
+    add_quiet_argument(parser)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0.0 < share <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0 and up to 1")
+    return share
+
+
+def run(args: argparse.Namespace) -> dict[str, object]:
+    stop_signals.install()
+    config = load_run(args.run, args.set)
+    out = Path(args.out) if args.out else Path(args.run).with_suffix(".tuned.toml")
+    if not config.data.validation:
+        raise ConfigError("data.validation is missing: the trials are compared on it; name a validation file or split")
+    if out.exists() and not args.force:
+        raise InputError(f"--out {str(out)!r} exists; --force writes over it, or name another file")
+    require_writable(out, f"--out {str(out)!r}")
+    from pst_ds.parallel.launch import launch_environment
+    from pst_ds.train.run import prepare
+    from pst_ds.tune.halving import RATES
+    from pst_ds.tune.run_file import tuned_text
+    from pst_ds.tune.table import budget_text, trial_table, why
+    from pst_ds.tune.trials import search
+
+    prepared = prepare(config, launch_environment(), run_file=args.run)
+    lines = search(prepared, args.budget, restart=args.restart)
+    rates = {name: lines[-1][name] for name in RATES}
+    tuned = replace(config, train=replace(config.train, **rates))
+    if prepared.launch.rank == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(out, tuned_text(Path(args.run).read_text(encoding="utf-8-sig"), tuned, rates, why(lines)))
+        print("\n".join([*aligned(trial_table(lines)), "", why(lines), f"wrote {out}: pst-ds train {out}"]))
+    trials = [{k: v for k, v in line.items() if k != "event"} for line in lines[1:-1]]
+    return {"out": str(out), "chosen": rates, "trials": trials, "budget": budget_text(lines)}
