@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from pst_ds.report.page import page
     from pst_ds.report.run_data import read_runs
     from pst_ds.report.tables import checkpoint_table
+    from pst_ds.report.tuning import tuning_tables
 
     runs = read_runs([Path(name) for name in args.runs])
     exports, notes = find_exports(runs, [Path(name) for name in args.export])
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     verified = verification_table([Path(name) for name in args.verified])
     saved = [table for table in (checkpoint_table(runs), export_table(exports, notes), verified) if table]
     speed = list(bench_tables([Path(name) for name in args.bench]))
-    outcomes = [("Checkpoints and exports", saved), ("Speed", speed)]
+    outcomes = [("Tuning", list(tuning_tables(runs))), ("Checkpoints and exports", saved), ("Speed", speed)]
     data = page(runs, exports, outcomes).encode(errors="replace")  # names of folders may be of any bytes
     out = Path(args.out) if args.out else Path(args.runs[0]) / "report.html"
     require_writable(out, f"--out {str(out)!r}")

@@ -14,10 +14,11 @@ from pst_ds.config.run import TrainConfig
 from pst_ds.errors import InputError
 
 RATES = ("score_learning_rate", "update_learning_rate", "embedding_learning_rate", "head_learning_rate")
-LEAST_STEPS = 20
-"""Optimizer steps of the shortest trial: masks change a dozen times."""
-FEWER_STEPS_POWER = 0.5
-"""A trial of s steps stands for S with rates (S / s) to this power higher; docs/tuning.md has the measurement."""
+LEAST_STEPS = 40
+"""Optimizer steps of the shortest trial: after 20, hardly one had learned anything (docs/tuning.md)."""
+FEWER_STEPS_POWER = 1 / 3
+"""A trial of s steps stands for S with rates higher by (S / s) to this power, as was found for pretraining
+(arXiv 2409.19913: 0.32); docs/tuning.md has what was seen here."""
 _GROWTH = 3
 _FINALISTS = 3
 

@@ -108,8 +108,8 @@ def _lines_to_go_on_from(folder: Path, head: Record, restart: bool) -> list[Reco
     for key in now | before:
         if before.get(key) != now.get(key) and key not in run_folder.MAY_DIFFER:
             raise ConfigError(
-                f"{path} has the trials of another search: {key} = {before.get(key)!r} there, and {now.get(key)!r} now. "
-                "Fix: the old value, a new search with --restart, or another output_dir"
+                f"{path} has the trials of another search: {key} = {before.get(key)!r} there, and {now.get(key)!r} "
+                "now. Fix: the old value, a new search with --restart, or another output_dir"
             )
     if lines[-1]["event"] != "choice" and is_trained:
         raise ConfigError(

@@ -37,7 +37,13 @@ def test_all_rungs_together_stay_within_the_budget_and_use_most_of_it(num_steps,
 
 @pytest.mark.parametrize(
     ("num_steps", "sizes", "steps"),
-    [(300, [3], [20]), (900, [3], [60]), (1100, [5, 2], [20, 60]), (1800, [9, 3], [20, 60]), (18000, [9, 3], [200, 600])],
+    [
+        (600, [3], [40]),
+        (900, [3], [60]),
+        (2200, [5, 2], [40, 120]),
+        (3600, [9, 3], [40, 120]),
+        (18000, [9, 3], [200, 600]),
+    ],
 )
 def test_more_budget_means_more_trials_until_all_are_tried_and_then_longer_ones(num_steps, sizes, steps):
     rungs = halving.rungs(num_steps, 0.2, 9)
@@ -46,14 +52,17 @@ def test_more_budget_means_more_trials_until_all_are_tried_and_then_longer_ones(
 
 @pytest.mark.parametrize(
     ("num_steps", "parts"),
-    [(200, ["--budget 0.2 of 200 optimizer steps is 40", "60 in all", "--budget 0.3"]), (50, ["50 steps is too short"])],
+    [
+        (400, ["--budget 0.2 of 400 optimizer steps is 80", "120 in all", "--budget 0.3"]),
+        (50, ["50 steps is too short"]),
+    ],
 )
 def test_too_few_steps_are_refused_with_what_would_be_enough(num_steps, parts):
     with pytest.raises(InputError) as caught:
         halving.rungs(num_steps, 0.2, 9)
     assert [part for part in parts if part not in str(caught.value)] == []
     if "--budget 0.3" in parts:
-        assert halving.rungs(num_steps, 0.3, 9) == [halving.Rung(3, 20)]
+        assert halving.rungs(num_steps, 0.3, 9) == [halving.Rung(3, 40)]
 
 
 @given(OUTCOMES, st.integers(2, 4), st.booleans())
