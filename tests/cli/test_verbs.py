@@ -17,8 +17,8 @@ from pst_ds.cli.main import VERBS, build_parser, main
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_FILE = "tests/data/causal_lm.toml"
-RUN_VERBS = ("plan", "train", "prune", "eval", "export", "verify")
-QUIET = ("train", "prune", "eval", "export", "verify", "bench")
+RUN_VERBS = ("plan", "train", "tune", "prune", "eval", "export", "verify")
+QUIET = ("train", "tune", "prune", "eval", "export", "verify", "bench")
 
 
 def _arguments(verb, folders, out):
@@ -29,6 +29,7 @@ def _arguments(verb, folders, out):
         "init": ["tests/data/tiny-bert", "--train", "tests/data/train.jsonl", "--out", str(out / "run.toml")],
         "plan": [RUN_FILE, "--ranks", "2"],
         "train": [RUN_FILE, *tiny],
+        "tune": [RUN_FILE, *tiny[:-1], "train.num_steps=120", "--budget", "1", "--out", str(out / "tuned.toml")],
         "prune": [RUN_FILE, "--method", "wanda", "--samples", "4", "--out", str(out)],
         "eval": [run],
         "export": [run, "--out", str(out)],
