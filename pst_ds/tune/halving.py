@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pst_ds.config.run import TrainConfig
+from pst_ds.core.rates import STEPS_POWER
 from pst_ds.errors import InputError
 
 RATES = ("score_learning_rate", "update_learning_rate", "embedding_learning_rate", "head_learning_rate")
 LEAST_STEPS = 40
 """Optimizer steps of the shortest trial: after 20, hardly one had learned anything (docs/tuning.md)."""
-FEWER_STEPS_POWER = 1 / 3
-"""A trial of s steps stands for S with rates higher by (S / s) to this power, as was found for pretraining
-(arXiv 2409.19913: 0.32); docs/tuning.md has what was seen here."""
 _GROWTH = 3
 _FINALISTS = 3
 
@@ -38,7 +36,7 @@ class Candidate:
 
     def rates(self, train: TrainConfig, steps: int = 1, of_steps: int = 1) -> dict[str, float]:
         """Return the rates of ``train`` by name; those of a trial of ``steps`` that stands for ``of_steps``."""
-        fewer = (of_steps / steps) ** FEWER_STEPS_POWER
+        fewer = (of_steps / steps) ** STEPS_POWER
         factors = dict.fromkeys(RATES, self.factor * fewer)
         factors["head_learning_rate"] *= self.head_factor
         rates = {name: (getattr(train, name), factor) for name, factor in factors.items()}

@@ -41,9 +41,10 @@ def search(prepared: Prepared, share: float, *, restart: bool = False) -> list[R
     Collective. ``restart`` sets the trials of an earlier search aside. Raises InputError, and StoppedError after a
     signal.
     """
-    run, folder = prepared.run, Path(prepared.run.output_dir)
     splits = load_splits(prepared)
-    num_steps = run.num_steps(len(splits[0]))
+    num_steps = prepared.run.num_steps(len(splits[0]))
+    run = prepared.run.with_rates(width=prepared.width, num_steps=num_steps)
+    prepared, folder = replace(prepared, run=run), Path(run.output_dir)
     has_head = not run.mask_method.trains_everything and (prepared.task.new_head or bool(run.pst.modules_to_save))
     tried = candidates(has_head=has_head)
     plan = rungs(num_steps, share, len(tried))

@@ -14,8 +14,8 @@ def test_where_they_were_measured_they_are_as_measured():
     assert default_learning_rates(width=384, num_steps=600) == LearningRates()
 
 
-def test_four_times_the_steps_halve_every_rate_and_twice_the_width_all_but_the_scores():
-    longer = default_learning_rates(width=384, num_steps=2400)
+def test_eight_times_the_steps_halve_every_rate_and_twice_the_width_all_but_the_scores():
+    longer = default_learning_rates(width=384, num_steps=4800)
     wider = default_learning_rates(width=768, num_steps=600)
     for name in ("scores", "updates", "embeddings", "head", "everything"):
         usual = getattr(LearningRates(), name)

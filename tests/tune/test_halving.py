@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.config.run import TrainConfig
+from pst_ds.core.rates import STEPS_POWER
 from pst_ds.errors import InputError
 from pst_ds.tune import halving
-from pst_ds.tune.halving import CANDIDATES, FEWER_STEPS_POWER, LEAST_STEPS, RATES, Candidate, Outcome
+from pst_ds.tune.halving import CANDIDATES, LEAST_STEPS, RATES, Candidate, Outcome
 
 OUTCOMES = st.lists(
     st.tuples(st.one_of(st.floats(-10, 10), st.just(math.nan)), st.floats(0, 1)), min_size=3, max_size=9
@@ -115,7 +116,7 @@ def test_factors_reach_all_rates_and_fewer_steps_raise_them():
         "head_learning_rate": 0.0005,
     }  # fmt: skip
     longer = Candidate().rates(train, 100, 1600)
-    assert longer["update_learning_rate"] == pytest.approx(1e-3 * 16**FEWER_STEPS_POWER, rel=1e-2)
+    assert longer["update_learning_rate"] == pytest.approx(1e-3 * 16**STEPS_POWER, rel=1e-2)
 
 
 def test_without_a_head_there_is_one_factor():
