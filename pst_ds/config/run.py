@@ -16,8 +16,7 @@ from pst_ds.config.methods.method import Method
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.tasks import TASKS, TaskFacts, check_task
 from pst_ds.core.patterns import parse_pattern
-from pst_ds.core.rates import default_learning_rates
-from pst_ds.core.schedule import CubicSchedule, OneShotSchedule, Schedule, ScheduleConfig
+from pst_ds.core.schedule import CubicSchedule, OneShotSchedule, Schedule, ScheduleConfig, default_learning_rates
 
 Precision = Literal["bf16", "fp32"]
 
@@ -66,7 +65,7 @@ class TrainConfig:
     """What the model computes in; factors, moments and losses are kept in fp32 either way."""
     score_learning_rate: Rate | None = None
     """For A, B, R and C, and for the scores of movement pruning. None, here and below, is a rate for the model's width
-    and the run's steps, of :func:`pst_ds.core.rates.default_learning_rates`."""
+    and the run's steps, of :func:`pst_ds.core.schedule.default_learning_rates`."""
     update_learning_rate: Rate | None = None
     """For U and V."""
     embedding_learning_rate: Rate | None = None

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pst_ds.config.run import TrainConfig
-from pst_ds.core.rates import default_learning_rates
+from pst_ds.core.schedule import default_learning_rates
 from pst_ds.errors import InputError
 from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.linear import SCORE_FACTORS
@@ -36,7 +36,7 @@ def pst_parameter_groups(
     Args:
         model: a model with PST modules.
         score_learning_rate: of the group "scores": A, B, R and C, or a score of each weight. None, here and below, is
-            the rate of :func:`pst_ds.core.rates.default_learning_rates` for the model's width and ``num_steps``.
+            the rate of :func:`pst_ds.core.schedule.default_learning_rates` for the model's width and ``num_steps``.
         update_learning_rate: of the group "updates": U and V.
         embedding_learning_rate: of the group "embeddings": U and V of embeddings.
         head_learning_rate: of the group "head": all that is trained in full.

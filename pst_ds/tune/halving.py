@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pst_ds.config.run import TrainConfig
-from pst_ds.core.rates import STEPS_POWER
+from pst_ds.core.schedule import STEPS_POWER
 from pst_ds.errors import InputError
 
 RATES = ("score_learning_rate", "update_learning_rate", "embedding_learning_rate", "head_learning_rate")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.config.run import DataConfig, ModelConfig, RunConfig, TrainConfig
-from pst_ds.core.rates import LearningRates, default_learning_rates
+from pst_ds.core.schedule import LearningRates, default_learning_rates
 
 
 def test_where_they_were_measured_they_are_as_measured():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.config.run import TrainConfig
-from pst_ds.core.rates import STEPS_POWER
+from pst_ds.core.schedule import STEPS_POWER
 from pst_ds.errors import InputError
 from pst_ds.tune import halving
 from pst_ds.tune.halving import CANDIDATES, LEAST_STEPS, RATES, Candidate, Outcome
@@ -101,15 +101,20 @@ def test_a_difference_within_the_error_keeps_the_own_rates():
     assert halving.chosen(outcomes, lower_is_better=True) == 2
 
 
+def _train(**rates):
+    own = dict(zip(RATES, (1e-2, 1e-3, 2e-4, 5e-4), strict=True))
+    return TrainConfig(num_steps=10, **{**own, **rates})
+
+
 def test_the_own_rates_come_first_and_stay_to_the_bit():
     assert CANDIDATES[0] == Candidate()
     assert len(set(CANDIDATES)) == len(CANDIDATES)
-    train = TrainConfig(num_steps=10, head_learning_rate=1.23456e-4)
+    train = _train(head_learning_rate=1.23456e-4)
     assert CANDIDATES[0].rates(train) == {name: getattr(train, name) for name in RATES}
 
 
 def test_factors_reach_all_rates_and_fewer_steps_raise_them():
-    train = TrainConfig(num_steps=10, embedding_learning_rate=0.0)
+    train = _train(embedding_learning_rate=0.0)
     rates = Candidate(3.0, 1 / 3).rates(train)
     assert rates == {
         "score_learning_rate": 0.03, "update_learning_rate": 0.003, "embedding_learning_rate": 0.0,

@@ -24,11 +24,22 @@ RUN_FILE = "tests/data/world_size.toml"
 pytestmark = pytest.mark.usefixtures("alone")
 
 
+OWN = {
+    "score_learning_rate": 1e-2,
+    "update_learning_rate": 1e-3,
+    "embedding_learning_rate": 2e-4,
+    "head_learning_rate": 5e-4,
+}
+OWN_RATES = "\n".join(f"{name} = {rate}" for name, rate in OWN.items())
+
+
 @pytest.fixture
 def run_file(tmp_path):
     """A copy of the tiny run, for one process; 3 trials of 40 steps are a fifth of it."""
     text = Path(RUN_FILE).read_text().replace('"ds_configs/zero3_cpu.json"', '""')
-    text = text.replace("runs/world_size", str(tmp_path / "run")).replace("num_steps = 20", "num_steps = 600")
+    text = text.replace("runs/world_size", str(tmp_path / "run")).replace(
+        "num_steps = 20", f"num_steps = 600\n{OWN_RATES}"
+    )
     (tmp_path / "mine.toml").write_text(text)
     return str(tmp_path / "mine.toml")
 
@@ -192,7 +203,9 @@ def test_a_trial_that_diverges_is_passed_over(run_file, planned, verb, capsys):
 
 
 def test_the_run_of_a_trial_has_every_share_of_the_whole_run():
-    run = load_run(RUN_FILE, ["train.num_steps=900", "schedule.update_interval=4"])
+    run = load_run(
+        RUN_FILE, ["train.num_steps=900", "schedule.update_interval=4", *(f"train.{n}={r}" for n, r in OWN.items())]
+    )
     trial = trial_run(run, Candidate(), 225, 900, Path("a"))
     whole, short = run.make_schedule(900), trial.make_schedule(225)
     assert [short.sparsity_at(s) for s in range(226)] == [whole.sparsity_at(4 * s) for s in range(226)]
