@@ -11,6 +11,7 @@ from pst_ds.config.run import RunConfig
 from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError
 from pst_ds.masks.layer_stats import chosen_layers
+from pst_ds.monitor.dense_run import read_dense_run
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import pst_layers
@@ -38,6 +39,7 @@ def make_plan(
     chosen_layers(list(pst_layers(model)), config.pictures.layers)  # refuse layers that are not there, as train does
     if not no_data:
         require_teacher(config, model)
+        read_dense_run(config)
     num_steps = config.num_steps(num_examples) if num_examples is not None else config.train.num_steps
     has_cores = not torch.accelerator.is_available() and ranks <= (os.cpu_count() or 1)
     machine = machine or ("cpu" if has_cores else "h100")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from pst_ds.config.checks import ConfigError, Finite, NotNegative, Positive, check_fields
 
@@ -70,8 +72,10 @@ class DataConfig:
 class EvalConfig:
     """Evaluation on the validation file, and how text is written for task "data-to-text"."""
 
-    interval: NotNegative = 0
-    """Optimizer steps between evaluations; 0 evaluates at the end only."""
+    interval: Annotated[int, Ge(-1)] = 0
+    """Optimizer steps between evaluations. 0 evaluates at the end, and where the data is read more than once up to four
+    times before it, which shows whether the run overfits; they take at most a twentieth of the run, and choose no
+    checkpoint. -1 evaluates at the end only."""
     batch_size: NotNegative = 0
     """Examples a rank evaluates at a time. 0 is 64, and 8 for tasks "causal-lm" and "data-to-text", where each has
     logits of max_length x vocabulary."""

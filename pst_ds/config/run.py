@@ -180,6 +180,9 @@ class RunConfig:
     """Seed of the batches' order, dropout, a new head and, unless ``pst.seed`` is set, the factors."""
     deepspeed_config: str = ""
     """DeepSpeed's JSON; empty runs one process without DeepSpeed."""
+    dense_run: str = ""
+    """Run folder of a dense run (method "dense" or "lora") of the same base, data and batch size. Its losses are shown
+    with those of this run, and it is judged by them."""
     pst: PSTConfig = field(default_factory=PSTConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)

@@ -15,6 +15,8 @@ class TaskFacts:
 
     metrics: tuple[str, ...]
     """Those that may choose the best checkpoint; the first does by default."""
+    loss: str = "loss"
+    """The metric that training minimises."""
     eval_batch_size: int = 64
     max_text_columns: int = 2
     min_length: int = 1
@@ -41,6 +43,7 @@ TASKS: dict[str, TaskFacts] = {
     ),
     "regression": TaskFacts(
         metrics=("pearson", "spearman", "mse"),
+        loss="mse",
         no_teacher="predicts a number",
         suggested_by=lambda label_type: (label_type or "").startswith("float"),
     ),

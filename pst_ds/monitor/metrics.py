@@ -12,6 +12,8 @@ import torch
 from pst_ds.config.file_names import METRICS_FILE
 from pst_ds.masks.layer_stats import LayerStats
 from pst_ds.masks.update import MaskStats
+from pst_ds.monitor.curves import EVALUATION
+from pst_ds.monitor.dense_run import DenseRun
 from pst_ds.monitor.jsonl import JsonLines
 from pst_ds.monitor.layer_log import LayerLog
 from pst_ds.monitor.tensorboard import TensorBoardWriter
@@ -20,7 +22,8 @@ from pst_ds.progress import Progress
 
 class MetricsWriter:
     """Write on rank 0, do nothing elsewhere. A run that is continued after ``step``, ``seconds`` into it, keeps its
-    lines up to there. ``layers``: weights of each PST layer, by name in model order."""
+    lines up to there. ``layers``: weights of each PST layer, by name in model order. ``dense``: a run whose losses are
+    written and shown with those of this one."""
 
     def __init__(
         self,
@@ -32,10 +35,12 @@ class MetricsWriter:
         step: int = 0,
         seconds: float = 0.0,
         layers: dict[str, int] | None = None,
+        dense: DenseRun | None = None,
     ):
         self._file: JsonLines | None = None
         self._layers: LayerLog | None = None
         self._shown = Progress("step", num_steps, done=step, line_seconds=0.0) if is_main and not quiet else None
+        self._dense = dense
         self._started = time.monotonic() - seconds
         if is_main:
             self._file = JsonLines(folder / METRICS_FILE, step)
@@ -52,11 +57,20 @@ class MetricsWriter:
         """One line of metrics.jsonl, and a scalar for every number; those of checkpoints are a group of their own."""
         if self._file is None:
             return
+        values = {**values, **(self._dense.at(step, values) if self._dense else {})}
         self._file.write({"step": step, "seconds": round(self.seconds, 3), **values})
         group = "checkpoint/" if values.get("event") == "checkpoint" else ""
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._board.scalar(group + name, value, step)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of an evaluation, and show them."""
+        values = {f"{EVALUATION}{name}": value for name, value in metrics.items()}
+        self.write(step, {"event": "evaluation", **values})
+        dense = self._dense.at(step, values) if self._dense else {}
+        parts = [f"{k} {v:.4g}" for k, v in metrics.items()] + [f"dense loss {v:.4g}" for v in dense.values()]
+        self.say(f"step {step}: " + ", ".join(parts))
 
     def masks(self, step: int, masks: MaskStats) -> None:
         """Record what a mask update did to each layer."""
@@ -73,9 +87,17 @@ class MetricsWriter:
         if self._file is not None:
             self._board.hparams(settings, metric_tags)
 
-    def progress(self, step: int, values: Mapping[str, object]) -> None:
-        """Show people where the run is and when it will end."""
+    def verdict(self, step: int, sentence: str) -> None:
+        """Say how a run went that has ended."""
+        self.say(sentence)
+        if self._file is not None:
+            self._board.text("fit", sentence, step)
+
+    def progress(self, step: int, values: Mapping[str, object], batches: int = 1) -> None:
+        """Show people where the run is and when it will end; ``values`` begin with the loss of so many batches."""
         if self._shown is not None:
+            if self._dense and (dense := self._dense.training_loss(step, batches)) is not None:
+                values = {"loss": values["loss"], "dense": dense, **values}
             parts = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
             self._shown.at(step, " | ".join(parts))
 

@@ -58,6 +58,10 @@ class TensorBoardWriter:
         for summary in hparams(plain, dict.fromkeys(metric_tags, 0.0)):
             self._add(summary, None)
 
+    def text(self, tag: str, text: str, step: int) -> None:
+        """``text``: Markdown."""
+        self._writer.add_text(tag, text, step)
+
     def close(self) -> None:
         self._writer.close()
 

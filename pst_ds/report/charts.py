@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from pst_ds.monitor.curves import EVALUATION, Point
 from pst_ds.report.axes import BOTTOM, LEFT, RIGHT, TOP, Axis, Tick, axis_of, short
-from pst_ds.report.run_data import Point, RunData
+from pst_ds.report.run_data import RunData
 from pst_ds.report.thin import thinned
 
 MOST_POINTS = 600
@@ -19,7 +20,7 @@ _LEAST_SHARE = 1e-3
 """Least range of an axis as a share of the greatest value, so that rounding does not fill the chart."""
 _TINY, _LEAST_SHARE_OF_TINY = 1e-4, 0.5
 """Smaller values have an exponent, and there is room for two digits of them next to the plot."""
-LEARNING_RATE, EVALUATION = "lr/", "eval/"
+LEARNING_RATE = "lr/"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
-import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from pst_ds.config.file_names import BEST, CHECKPOINTS, FINAL, LATEST, LAYERS_FILE, METRICS_FILE, RESULT_FILE, RUN_FILE
 from pst_ds.config.toml import flatten
 from pst_ds.errors import InputError
-from pst_ds.monitor.jsonl import lines_until
+from pst_ds.monitor.curves import Point, read_curves
 from pst_ds.report.layer_data import LayerData, read_layers
-
-Point = tuple[int, float]
-"""A step and a finite value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,28 +103,6 @@ def read_object(path: Path) -> dict[str, Any]:
         if isinstance(value, dict):
             return value
     raise InputError(f"{str(path)!r} holds no JSON object, as a whole or on its last line; name what --json wrote")
-
-
-def read_curves(path: Path) -> dict[str, list[Point]]:
-    """Read every finite number of metrics.jsonl, by name; the last one where a step has several. Step lines repeat the
-    flip rate of the last mask update, so only those of mask updates count."""
-    curves: dict[str, list[Point]] = {}
-    for line in lines_until(path, sys.maxsize):
-        step, event = line.pop("step"), line.pop("event", None)
-        line.pop("seconds", None)
-        if event == "step":
-            line.pop("flip_rate", None)
-        for name, value in line.items():
-            if is_number(value) and math.isfinite(value):
-                points = curves.setdefault(name, [])
-                if points and points[-1][0] == step:
-                    points.pop()
-                points.append((step, value))
-    return curves
-
-
-def is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _checkpoints(folder: Path) -> Iterator[CheckpointData]:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pst_ds.monitor.curves import EVALUATION, is_number
 from pst_ds.progress import duration_text
 from pst_ds.report.axes import short, whole
-from pst_ds.report.charts import EVALUATION
-from pst_ds.report.run_data import RunData, is_number
+from pst_ds.report.run_data import RunData
 from pst_ds.text_table import bytes_text
 
 MISSING = "–"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ class Checkpointer:
         num_steps: The last step, which is always evaluated and saved.
         evaluate: Computes the metrics of the engine's model; None for a run without validation data.
         lower_is_better: Whether the run's metric is one to minimise.
+        watched: Steps that are evaluated too, which choose no best checkpoint.
         new_state, new_progress: Make what a checkpoint records, given what changes during the run.
         checkpoint: The one that the run continues from.
     """
@@ -53,13 +54,14 @@ class Checkpointer:
         num_steps: int,
         evaluate: Callable[[], dict[str, float]] | None,
         lower_is_better: bool,
+        watched: Collection[int] = (),
         new_state: partial[CheckpointState],
         new_progress: Callable[..., RunProgress],
         checkpoint: Checkpoint | None = None,
     ):
         self._run, self._engine, self._schedule, self._metrics = run, engine, schedule, metrics
         self._folder, self._num_steps = folder, num_steps
-        self._evaluate_now, self._lower_is_better = evaluate, lower_is_better
+        self._evaluate_now, self._lower_is_better, self._watched = evaluate, lower_is_better, watched
         self._new_state, self._new_progress = new_state, new_progress
         self._best: float | None = None
         self.best_step: int | None = None
@@ -78,8 +80,11 @@ class Checkpointer:
         self._report(self._writer.wait(0.0))
         is_last = state.step == self._num_steps
         interval = self._run.eval.interval
-        evaluates = self._evaluate_now is not None and (is_last or (interval and state.step % interval == 0))
-        is_best = evaluates and self._evaluate(state)
+        chooses = is_last or (interval > 0 and state.step % interval == 0)
+        evaluates = self._evaluate_now is not None and (chooses or state.step in self._watched)
+        if evaluates:
+            self._evaluate(state)
+        is_best = evaluates and chooses and self._is_best(state)
         due = self._run.checkpoint.interval and state.step % self._run.checkpoint.interval == 0
         if due or is_best or is_last or state.stopped_by:
             heartbeat("saving")
@@ -103,15 +108,16 @@ class Checkpointer:
         folders = checkpoints.step_folders(self._folder)
         return str(folders[0]) if folders else "the beginning (nothing was saved yet)"
 
-    def _evaluate(self, state: LoopState) -> bool:
-        """Return whether the model is the best so far at the final sparsity."""
+    def _evaluate(self, state: LoopState) -> None:
         assert self._evaluate_now is not None
         values = self._evaluate_now()
         self._engine.train()
-        self._metrics.write(state.step, {"event": "evaluation", **{f"eval/{k}": v for k, v in values.items()}})
-        self._metrics.say(f"step {state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        self._metrics.evaluation(state.step, values)
         self._last_evaluated = (state.step, values)
-        value = values[self._run.metric]
+
+    def _is_best(self, state: LoopState) -> bool:
+        """Return whether the model, just evaluated, is the best so far at the final sparsity; remember it if so."""
+        value = self._last_evaluated[1][self._run.metric]
         if (self._schedule is not None and not self._schedule.is_final(state.step)) or not self._is_better(value):
             return False
         self._best, self.best_step = value, state.step

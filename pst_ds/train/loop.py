@@ -252,7 +252,8 @@ def _picture_if_due(loop: Loop, state: LoopState) -> None:
 def _report_if_due(loop: Loop, state: LoopState) -> None:
     if state.step % loop.run.train.log_interval and state.step not in (1, loop.num_steps):
         return
-    loss, tokens = sum(state.losses) / len(state.losses), state.tokens
+    losses, tokens = [float(f"{value:.6g}") for value in state.losses], state.tokens
+    loss = sum(state.losses) / len(state.losses)
     memory = max(all_gather_objects(peak_memory_bytes(loop.device)))
     state.losses.clear()
     state.tokens = 0
@@ -263,6 +264,7 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
     values = {
         "event": "step",
         "loss": loss,
+        "losses": losses,
         **{f"lr/{group['name']}": group["lr"] for group in loop.engine.optimizer.param_groups},
         "sparsity/target": loop.schedule.sparsity_at(state.step) if loop.schedule else 0.0,
         "sparsity/actual": sparsity,
@@ -273,4 +275,4 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
     }
     loop.metrics.write(state.step, values)
     progress = {"loss": loss, "sparsity": round(sparsity, 4), "tok/s": round(per_second)}
-    loop.metrics.progress(state.step, {**progress, "GiB": round(memory / 2**30, 2)})
+    loop.metrics.progress(state.step, {**progress, "GiB": round(memory / 2**30, 2)}, batches=len(losses))

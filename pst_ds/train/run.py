@@ -24,6 +24,7 @@ from pst_ds.data.tasks import ExampleSet, Task, task_of
 from pst_ds.errors import InputError
 from pst_ds.json_text import json_of
 from pst_ds.masks.layer_stats import chosen_layers
+from pst_ds.monitor.dense_run import DenseRun, read_dense_run
 from pst_ds.monitor.metrics import MetricsWriter
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.model_structure import model_width
@@ -43,6 +44,7 @@ from pst_ds.train import run_folder
 from pst_ds.train.calibration import activation_norms, load_norms, save_norms, set_norms
 from pst_ds.train.checkpointer import Checkpointer
 from pst_ds.train.evaluate import predict
+from pst_ds.train.fit import Fit, judged_fit, watched_steps
 from pst_ds.train.loop import FINAL_TAGS, DivergedError, Loop, LoopState
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
 from pst_ds.train.objective import Objective, load_teacher, require_teacher
@@ -184,6 +186,7 @@ def train_run(
     num_steps = prepared.run.num_steps(len(examples))
     run = prepared.run.with_rates(width=prepared.width, num_steps=num_steps)
     prepared, folder = replace(prepared, run=run), Path(run.output_dir)
+    dense = raise_on_all_ranks(lambda: read_dense_run(run) if is_main() else None)
     schedule = run.make_schedule(num_steps)
     with run_folder.shared_folder(folder):
         checkpoint = run_folder.checkpoint_to_go_on_from(run, examples.digest, quiet=quiet) if resume else None
@@ -203,7 +206,14 @@ def train_run(
     seconds = run_folder.RunProgress.read(checkpoint).seconds if checkpoint else 0.0
     sizes = {name: layer.layout.numel for name, layer in pst_layers(engine.module).items()}
     metrics = MetricsWriter(
-        folder, num_steps=num_steps, is_main=is_main(), quiet=quiet, step=state.step, seconds=seconds, layers=sizes
+        folder,
+        num_steps=num_steps,
+        is_main=is_main(),
+        quiet=quiet,
+        step=state.step,
+        seconds=seconds,
+        layers=sizes,
+        dense=dense,
     )
     loop = Loop(run, engine, schedule, examples, prepared.tokenizer, num_steps, prepared.device, metrics, objective)
     checkpointer = Checkpointer(
@@ -215,12 +225,14 @@ def train_run(
         num_steps=num_steps,
         evaluate=None if validation is None else partial(evaluation or evaluate, engine, validation, prepared),
         lower_is_better=prepared.task.lower_is_better,
+        watched=watched_steps(run, schedule, num_steps, len(examples), len(validation or ())),
         new_state=_new_state(prepared),
         new_progress=partial(run_folder.progress_of, run, engine, examples.digest, zero_stage(prepared.ds_config)),
         checkpoint=checkpoint,
     )
-    state, final = _train_to_the_end(loop, checkpointer, state, folder / STALLS)
-    return _result(prepared, loop, state, checkpointer, final)
+    judge = partial(judged_fit, run, prepared.task, examples, num_steps, dense, metrics)
+    state, final, fit = _train_to_the_end(loop, checkpointer, state, folder / STALLS, judge)
+    return _result(prepared, loop, state, checkpointer, final, fit)
 
 
 def load_splits(prepared: Prepared) -> Splits:
@@ -230,7 +242,8 @@ def load_splits(prepared: Prepared) -> Splits:
     examples = raise_on_all_ranks(lambda: prepared.load("train"))
     validation = raise_on_all_ranks(lambda: prepared.load("validation")) if run.data.validation else None
     run_folder.require_same_everywhere(examples.digest, "data.train", run.data.train)
-    return examples, validation
+    raise_on_all_ranks(lambda: dense.require_text(run, examples.digest) if dense else None)
+    return examples, validation, dense
 
 
 def _calibrate(prepared: Prepared, engine: Engine, examples: ExampleSet, *, resumed: bool) -> None:
@@ -249,10 +262,11 @@ def _calibrate(prepared: Prepared, engine: Engine, examples: ExampleSet, *, resu
 
 
 def _train_to_the_end(
-    loop: Loop, checkpointer: Checkpointer, start: LoopState, stalls: Path
-) -> tuple[LoopState, dict[str, float]]:
-    """Return the state after the last step and its metrics, all being on disk. Collective. Raises as train_run."""
-    state = start
+    loop: Loop, checkpointer: Checkpointer, start: LoopState, stalls: Path, judge: Callable[[], Fit]
+) -> tuple[LoopState, dict[str, float], Fit | None]:
+    """Return the state after the last step, its metrics and what ``judge`` returns, all being on disk. Collective.
+    Raises as train_run."""
+    state, fit = start, None
     try:
         with watching(stalls, loop.run.train.stall_timeout_seconds):
             for state in loop.steps(start):
@@ -261,6 +275,7 @@ def _train_to_the_end(
                     break
             final = checkpointer.finish(state)
         if state.step == loop.num_steps:
+            fit = judge()
             loop.metrics.settings(_settings(loop.run), [*(f"eval/{name}" for name in final), *FINAL_TAGS])
     except DivergedError as error:
         raise DivergedError(
@@ -275,7 +290,7 @@ def _train_to_the_end(
             f"stopped by {stop_signals.name_of(state.stopped_by)} after step {state.step} of {loop.num_steps}, saved "
             f"in {checkpointer.newest()}; go on with --resume"
         )
-    return state, final
+    return state, final, fit
 
 
 def _settings(run: RunConfig) -> dict[str, Any]:
@@ -286,7 +301,12 @@ def _settings(run: RunConfig) -> dict[str, Any]:
 
 
 def _result(
-    prepared: Prepared, loop: Loop, state: LoopState, checkpointer: Checkpointer, metrics: dict[str, float]
+    prepared: Prepared,
+    loop: Loop,
+    state: LoopState,
+    checkpointer: Checkpointer,
+    metrics: dict[str, float],
+    fit: Fit | None,
 ) -> dict[str, Any]:
     """Return the result of a finished run, which rank 0 also writes. Collective."""
     engine, schedule = loop.engine, loop.schedule
@@ -303,6 +323,7 @@ def _result(
         "optimizer_bytes_per_rank": optimizer_bytes(engine),
         "metrics": metrics,
         "best_step": checkpointer.best_step,
+        "fit": fit.as_table() if fit else None,
         "seconds": round(loop.metrics.seconds, 1),
     }
     if is_main():

@@ -29,7 +29,7 @@ from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, raise_on
 from pst_ds.train.loop import LoopState
 
 MAY_DIFFER = (
-    "output_dir", "deepspeed_config", "model.path", "model.tokenizer", "model.attn_implementation",
+    "output_dir", "deepspeed_config", "dense_run", "model.path", "model.tokenizer", "model.attn_implementation",
     "model.gradient_checkpointing", "model.gradient_checkpointing_reentrant", "data.train", "data.validation",
     "data.test", "data.label_names", "train.gradient_accumulation_steps", "train.log_interval",
     "train.stall_timeout_seconds", "eval.interval", "eval.batch_size", "checkpoint.interval", "checkpoint.keep_last",

@@ -56,6 +56,11 @@ class Classification(Task[texts.Examples]):
     def collate(self, examples: texts.Examples, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:
         return texts.collate(examples, indices, tokenizer)
 
+    def constant_loss(self, examples: texts.Examples) -> float | None:
+        counts = np.unique(examples.labels, return_counts=True)[1]
+        shares = counts / counts.sum()
+        return float(-(shares * np.log(shares)).sum())
+
     def outcomes(self, logits: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
         return logits.float().cpu().numpy()
 
@@ -69,7 +74,8 @@ class Classification(Task[texts.Examples]):
 
 def classification_metrics(logits: np.ndarray, labels: Sequence[float]) -> dict[str, float]:
     """Return accuracy, macro-averaged F1 and Matthews' correlation, as scikit-learn computes them; for two classes also
-    the F1 of the second, as in GLUE."""
+    the F1 of the second, as in GLUE; and the mean cross-entropy (nats)."""
+    from scipy.special import log_softmax
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     predicted = logits.argmax(-1)
@@ -80,7 +86,8 @@ def classification_metrics(logits: np.ndarray, labels: Sequence[float]) -> dict[
     }
     if logits.shape[1] == 2:
         metrics["f1"] = float(f1_score(labels, predicted, zero_division=0.0))
-    return metrics
+    of_labels = log_softmax(logits.astype(np.float64), -1)[np.arange(len(labels)), np.asarray(labels, dtype=np.int64)]
+    return {**metrics, "loss": -float(of_labels.mean())}
 
 
 TASK = Classification

@@ -80,6 +80,9 @@ class Regression(Classification):
     def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Examples:
         return load_scored_texts(data, split, tokenizer)
 
+    def constant_loss(self, examples: Examples) -> float | None:
+        return float(np.var(examples.labels))
+
     def metrics(self, outcomes: np.ndarray, examples: Examples) -> dict[str, float]:
         return regression_metrics(outcomes[:, 0], examples.labels)
 

@@ -88,6 +88,10 @@ class Task(ABC, Generic[E]):
         """Return how many values that mean is over, up to a factor that all examples have in common."""
         return len(indices)
 
+    def constant_loss(self, examples: E) -> float | None:
+        """Return the least loss of an answer that is the same for all ``examples``; None if it is not known."""
+        return None
+
     @abstractmethod
     def outcomes(self, logits: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
         """Return what the metrics need of each example of a batch: (examples, k)."""

@@ -1,0 +1,53 @@
+"""Curves of a run, as metrics.jsonl has them. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import TypeGuard
+
+from pst_ds.monitor.jsonl import lines_until
+
+EVALUATION = "eval/"
+"""The names of what evaluations measure begin so."""
+Point = tuple[int, float]
+"""A step and a finite value."""
+
+
+def read_curves(path: Path) -> dict[str, list[Point]]:
+    """Read every finite number of metrics.jsonl, by name; the last one where a step has several. Step lines repeat the
+    flip rate of the last mask update, so only those of mask updates count."""
+    curves: dict[str, list[Point]] = {}
+    for line in lines_until(path, sys.maxsize):
+        step, event = line.pop("step"), line.pop("event", None)
+        line.pop("seconds", None)
+        if event == "step":
+            line.pop("flip_rate", None)
+        for name, value in line.items():
+            if is_number(value) and math.isfinite(value):
+                points = curves.setdefault(name, [])
+                if points and points[-1][0] == step:
+                    points.pop()
+                points.append((step, value))
+    return curves
+
+
+def batch_losses(path: Path, until: int = sys.maxsize) -> list[Point]:
+    """Read the training loss of every batch up to step ``until``: a line has those since the line before, of
+    skipped steps too. Lines of older runs have their mean alone, which counts as one batch."""
+    found: list[Point] = []
+    for line in lines_until(path, until):
+        if line.get("event") != "step":
+            continue
+        losses = line.get("losses")
+        values = losses if isinstance(losses, list) and losses else [line.get("loss")]
+        first = found[-1][0] if found else 0
+        for i, value in enumerate(values, start=1):
+            if is_number(value) and math.isfinite(value):
+                found.append((first + round(i / len(values) * (line["step"] - first)), value))
+    return found
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
