@@ -11,6 +11,8 @@ from pst_ds.monitor.jsonl import lines_until
 
 EVALUATION = "eval/"
 """The names of what evaluations measure begin so."""
+DENSE = "/dense"
+"""The names of the losses of a dense run at the same steps end so."""
 Point = tuple[int, float]
 """A step and a finite value."""
 

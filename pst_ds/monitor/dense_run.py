@@ -16,7 +16,7 @@ from pst_ds.config.file_names import CHECKPOINTS, METRICS_FILE, RUN_FILE
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.toml import load_run_folder
 from pst_ds.errors import InputError
-from pst_ds.monitor.curves import EVALUATION, Point, batch_losses, read_curves
+from pst_ds.monitor.curves import DENSE, EVALUATION, Point, batch_losses, read_curves
 
 _PLACES = ("model.path", "data.train", "data.validation")
 _SAME = (
@@ -55,9 +55,9 @@ class DenseRun:
         """Return the losses that belong next to those in a line of metrics.jsonl, by name."""
         found = {}
         if "loss" in values:
-            found["loss/dense"] = self.training_loss(step, _count(values.get("losses")))
+            found[f"loss{DENSE}"] = self.training_loss(step, _count(values.get("losses")))
         if self.validation_name in values:
-            found[f"{self.validation_name}/dense"] = self.validation_loss(step)
+            found[f"{self.validation_name}{DENSE}"] = self.validation_loss(step)
         return {name: value for name, value in found.items() if value is not None}
 
     def require_text(self, run: RunConfig, digest: str) -> None:

@@ -8,9 +8,9 @@ neighbours. Only losses under the final masks are compared with each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -239,10 +239,12 @@ def _still_falling(which: str, end: float, found: Trend) -> str:
     return f"the {which} loss is {end:.3g} at the end and still falls, by {share:.0%} for twice the steps"
 
 
-def sentence(fit: Mapping[str, Any]) -> str:
-    """Return the ``fit`` of a result.json as a sentence; empty without a verdict."""
-    if not fit.get("verdict"):
+def sentence(fit: object) -> str:
+    """Return the ``fit`` of a result.json as a sentence; empty without a verdict, or for anything else."""
+    if not isinstance(fit, dict) or not fit.get("verdict"):
         return ""
-    fixes = "; or ".join(", ".join(f"{name} = {value}" for name, value in fix.items()) for fix in fit["fixes"])
+    found = fit.get("fixes")
+    changes = [fix for fix in found if isinstance(fix, dict)] if isinstance(found, list) else []
+    fixes = "; or ".join(", ".join(f"{name} = {value}" for name, value in fix.items()) for fix in changes)
     more = " More training data helps too." if fit["verdict"] == "overfits" else ""
-    return f"The run {fit['verdict']}: {fit['reason']}. Fix: {fixes}.{more}"
+    return f"The run {fit['verdict']}: {fit.get('reason')}. Fix: {fixes}.{more}"

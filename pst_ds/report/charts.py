@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from pst_ds.monitor.curves import EVALUATION, Point
+from pst_ds.monitor.curves import DENSE, EVALUATION, Point
 from pst_ds.report.axes import BOTTOM, LEFT, RIGHT, TOP, Axis, Tick, axis_of, short
 from pst_ds.report.run_data import RunData
 from pst_ds.report.thin import thinned
@@ -88,12 +88,17 @@ def charts(runs: Sequence[RunData]) -> Iterator[Chart]:
 
 
 def _names(runs: Sequence[RunData], prefix: str) -> list[str]:
-    """List the curves of any run with this prefix, in the order they were first written."""
-    return list(dict.fromkeys(name for run in runs for name in run.curves if name.startswith(prefix)))
+    """List the curves of any run with this prefix, in the order they were first written; not those of a dense run."""
+    names = dict.fromkeys(name for run in runs for name in run.curves if name.startswith(prefix))
+    return [name for name in names if not name.endswith(DENSE)]
 
 
 def _chart(runs: Sequence[RunData], title: str, note: str, curve: str, *, is_log: bool = False) -> Iterator[Chart]:
+    """Draw a curve of each run, and dashed what its dense run had, if it has one."""
     series = [Series(run.name, i, run.curves[curve]) for i, run in enumerate(runs) if curve in run.curves]
+    for i, run in enumerate(runs):
+        if points := run.curves.get(f"{curve}{DENSE}"):
+            series.append(Series("dense" if len(runs) == 1 else f"{run.name}, dense", i, points, is_dashed=True))
     yield from drawn(title, note, series, _last_step(runs), is_log=is_log)
 
 

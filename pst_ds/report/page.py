@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pst_ds import __version__
+from pst_ds.monitor.verdict import sentence
 from pst_ds.report import axes
 from pst_ds.report.charts import charts
 from pst_ds.report.layer_pictures import heat_maps, layer_pictures
@@ -43,6 +44,7 @@ def page(runs: Sequence[RunData], exports: Sequence[ExportData], outcomes: Seque
         axes=axes,
         runs=runs,
         results=result_table(runs),
+        verdicts=[(run, text) for run in runs if (text := sentence(run.result.get("fit")))],
         settings=list(setting_tables(runs)),
         charts=list(charts(runs)),
         heat_maps=_in_rows([[(run, heat_map) for heat_map in heat_maps(run)] for run in runs]),

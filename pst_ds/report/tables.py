@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pst_ds.monitor.curves import EVALUATION, is_number
+from pst_ds.monitor.curves import DENSE, EVALUATION, is_number
 from pst_ds.progress import duration_text
 from pst_ds.report.axes import short, whole
 from pst_ds.report.run_data import RunData
@@ -94,7 +94,8 @@ def _state(run: RunData) -> Cell:
 
 def _final_metrics(run: RunData) -> dict[str, float | None]:
     """Return the metrics of the result, or of the last evaluation of a run that has not finished."""
-    names = [name.removeprefix(EVALUATION) for name in run.curves if name.startswith(EVALUATION)]
+    curves = [name for name in run.curves if name.startswith(EVALUATION) and not name.endswith(DENSE)]
+    names = [name.removeprefix(EVALUATION) for name in curves]
     return run.result.get("metrics") or {name: run.last(EVALUATION + name) for name in names}
 
 
