@@ -157,8 +157,14 @@ def _overfitting(losses: Losses) -> Verdict | None:
             "overfits",
             f"the validation loss is {last_known:.3g}, above the {constant:.3g} of always giving the same answer, with "
             f"a training loss of {losses.end:.3g}",
+            _lowest_before_the_end(points),
         )
     return None
+
+
+def _lowest_before_the_end(points: Sequence[Point]) -> int | None:
+    lowest = min(points, key=lambda point: point[1])
+    return lowest[0] if lowest != points[-1] else None
 
 
 def _fits_closer(losses: Losses, since: int, validation: float) -> bool:

@@ -186,7 +186,7 @@ def train_run(
     num_steps = prepared.run.num_steps(len(examples))
     run = prepared.run.with_rates(width=prepared.width, num_steps=num_steps)
     prepared, folder = replace(prepared, run=run), Path(run.output_dir)
-    dense = raise_on_all_ranks(lambda: read_dense_run(run) if is_main() else None)
+    dense = raise_on_all_ranks(lambda: _dense_run(run, examples.digest) if is_main() else None)
     schedule = run.make_schedule(num_steps)
     with run_folder.shared_folder(folder):
         checkpoint = run_folder.checkpoint_to_go_on_from(run, examples.digest, quiet=quiet) if resume else None
@@ -242,8 +242,15 @@ def load_splits(prepared: Prepared) -> Splits:
     examples = raise_on_all_ranks(lambda: prepared.load("train"))
     validation = raise_on_all_ranks(lambda: prepared.load("validation")) if run.data.validation else None
     run_folder.require_same_everywhere(examples.digest, "data.train", run.data.train)
-    raise_on_all_ranks(lambda: dense.require_text(run, examples.digest) if dense else None)
-    return examples, validation, dense
+    return examples, validation
+
+
+def _dense_run(run: RunConfig, digest: str) -> DenseRun | None:
+    """Read the dense run that is shown next to this one. Raises ConfigError when they cannot be compared."""
+    dense = read_dense_run(run)
+    if dense:
+        dense.require_text(run, digest)
+    return dense
 
 
 def _calibrate(prepared: Prepared, engine: Engine, examples: ExampleSet, *, resumed: bool) -> None:

@@ -164,7 +164,7 @@ def test_a_wrong_type_names_key_value_and_what_is_wanted(tmp_path, override, pla
         ("data.text_columns=[]", "data.text_columns = [] must name one column or two"),
         ('data.text_columns=["a", "b", "c"]', "must name one column or two"),
         ("data.max_length=0", "data.max_length = 0 must be at least 1"),
-        ("eval.interval=-1", "eval.interval = -1 must not be negative"),
+        ("eval.interval=-2", "eval.interval = -2 must be at least -1"),
         ("pst.score_rank=-1", "pst.score_rank = -1 must not be negative"),
         ("pst.alpha1=nan", "pst.alpha1 = nan must be a finite number"),
         ("output_dir=", "output_dir = '' is empty"),

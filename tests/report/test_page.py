@@ -168,3 +168,17 @@ def test_texts_and_lines_stand_out_from_the_page(scheme):
         low, high = sorted((page_luminance, _luminance(colours[name])))
         wanted = 4.5 if name in ("ink", "faint", "link") else 3.0  # of WCAG AA: texts, and what must be seen
         assert (high + 0.05) / (low + 0.05) >= wanted, (name, (high + 0.05) / (low + 0.05))
+
+
+def test_a_verdict_comes_before_everything_else(a_run, write_run, report):
+    fit = {"verdict": "underfits", "reason": "it <does>", "fixes": [{"train.num_steps": 1800}]}
+    slow = write_run("slow", metrics=[{"step": 1, "event": "step", "loss": 1.0}], result={"steps": 9, "fit": fit})
+    page = report(slow)
+    said = "The run underfits: it &lt;does&gt;. Fix: train.num_steps = 1800."
+    assert page.count(said) == 1
+    assert page.index(said) < page.index("<table")
+    assert 'class="verdict"' not in report(a_run("fine"))
+    assert f'<p class="verdict">slow: {said}</p>' in report(slow, a_run("other"))
+    for odd in (3, {"verdict": 3, "fixes": 3}, {"verdict": "x", "fixes": [3]}, None):
+        (slow / "result.json").write_text(json.dumps({"steps": 9, "fit": odd}))
+        assert "<table" in report(slow)

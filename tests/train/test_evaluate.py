@@ -39,6 +39,9 @@ def test_metrics_are_those_of_their_definitions():
     found = classification_metrics(logits, [0, 1, 2, 2, 1])
     assert found["accuracy"] == pytest.approx(3 / 5)
     assert found["macro_f1"] == pytest.approx((2 / 3 + 1 / 2 + 2 / 3) / 3)
+    chosen = [np.exp(2) / (np.exp(2) + 2), np.exp(1) / (np.exp(1) + 2), np.exp(1) / (1 + np.exp(3) + np.exp(1))]
+    chosen += [np.exp(1) / (np.exp(1) + 2), 1 / (np.exp(1) + 2)]
+    assert found["loss"] == pytest.approx(-np.mean(np.log(chosen)))
     # correct * all - sum(true * predicted), over the root of the two spreads (Gorodkin 2004)
     assert found["matthews_correlation"] == pytest.approx((3 * 5 - (1 * 2 + 2 * 2 + 2 * 1)) / 16)
 

@@ -269,7 +269,7 @@ def test_every_line_of_the_metrics_says_what_it_should(tmp_path):
     assert [line["step"] for line in steps] == list(range(1, 21))
     for line in steps:
         expected = {
-            "step", "seconds", "event", "loss", "lr/scores", "lr/updates", "lr/head", "sparsity/target",
+            "step", "seconds", "event", "loss", "losses", "lr/scores", "lr/updates", "lr/head", "sparsity/target",
             "sparsity/actual", "flip_rate", "tokens_per_second", "peak_memory_bytes", "skipped_steps",
         }  # fmt: skip
         assert line.keys() == expected
