@@ -133,7 +133,7 @@ def noise(points: Sequence[Point]) -> float:
     for (x0, y0), (x1, y1), (x2, y2) in zip(points, points[1:], points[2:], strict=False):
         right = (x1 - x0) / (x2 - x0)
         distances.append(abs(y1 - right * y2 - (1 - right) * y0) / math.sqrt(1 + right**2 + (1 - right) ** 2))
-    return 1.4826 * sorted(distances)[(len(distances) - 1) // 2] if distances else 0.0  # 1 / quartile of a normal
+    return 1.4826 * sorted(distances)[(len(distances) - 1) // 2] if distances else 0.0  # 1 / the quartile of a normal
 
 
 def _overfitting(losses: Losses) -> Verdict | None:
@@ -163,8 +163,8 @@ def _overfitting(losses: Losses) -> Verdict | None:
 
 
 def _lowest_before_the_end(points: Sequence[Point]) -> int | None:
-    lowest = min(points, key=lambda point: point[1])
-    return lowest[0] if lowest != points[-1] else None
+    lowest = min(points, key=lambda point: point[1], default=None)
+    return lowest[0] if lowest and lowest != points[-1] else None
 
 
 def _fits_closer(losses: Losses, since: int, validation: float) -> bool:
@@ -184,6 +184,8 @@ def _underfitting(losses: Losses) -> Verdict | None:
     if not losses.is_same_loss:
         return _underfitting_by_validation(losses)
     if constant is not None and end > NOT_LEARNED * constant:
+        if _lowest_stretch(losses.training) < NOT_LEARNED * constant:
+            return None  # it had learned, and lost it to the pruning or to high rates: more of either would not help
         return Verdict(
             "underfits",
             f"the training loss is {end:.3g} at the end, and always giving the same answer has {constant:.3g}",
@@ -200,6 +202,12 @@ def _underfitting(losses: Losses) -> Verdict | None:
     if not is_far or found.per_doubling < steep * end or not _also_on_new_text(losses, since):
         return None
     return Verdict("underfits", _still_falling("training", end, found) + (f"; {far}" if far else ""))
+
+
+def _lowest_stretch(training: Sequence[Point]) -> float:
+    """Return the lowest mean of FEWEST_BATCHES batches in a row."""
+    means = np.convolve([value for _, value in training], np.full(FEWEST_BATCHES, 1.0 / FEWEST_BATCHES), mode="valid")
+    return float(means.min())
 
 
 def _goes_on(losses: Losses, since: float) -> bool:

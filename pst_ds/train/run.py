@@ -206,15 +206,9 @@ def train_run(
     seconds = run_folder.RunProgress.read(checkpoint).seconds if checkpoint else 0.0
     sizes = {name: layer.layout.numel for name, layer in pst_layers(engine.module).items()}
     metrics = MetricsWriter(
-        folder,
-        num_steps=num_steps,
-        is_main=is_main(),
-        quiet=quiet,
-        step=state.step,
-        seconds=seconds,
-        layers=sizes,
+        folder, num_steps=num_steps, is_main=is_main(), quiet=quiet, step=state.step, seconds=seconds, layers=sizes,
         dense=dense,
-    )
+    )  # fmt: skip
     loop = Loop(run, engine, schedule, examples, prepared.tokenizer, num_steps, prepared.device, metrics, objective)
     checkpointer = Checkpointer(
         run,

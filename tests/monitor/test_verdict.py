@@ -124,6 +124,7 @@ def test_a_run_that_learned_nothing_is_slow():
     assert found.kind == "underfits"
     assert found.is_slow
     assert judge(_losses(lambda share: 0.68, constant=None)) is None
+    assert judge(_losses(lambda share: 0.5 if 0.3 < share < 0.6 else 0.68)) is None  # learned, and lost again
 
 
 def test_training_that_falls_by_heart_is_not_underfitting():
