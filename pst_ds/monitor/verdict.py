@@ -205,9 +205,9 @@ def _underfitting(losses: Losses) -> Verdict | None:
 
 
 def _lowest_stretch(training: Sequence[Point]) -> float:
-    """Return the lowest mean of FEWEST_BATCHES batches in a row."""
-    means = np.convolve([value for _, value in training], np.full(FEWEST_BATCHES, 1.0 / FEWEST_BATCHES), mode="valid")
-    return float(means.min())
+    """Return the lowest mean of as many batches in a row as count for the end."""
+    count = max(FEWEST_BATCHES, round(END * len(training)))
+    return float(np.convolve([value for _, value in training], np.full(count, 1.0 / count), mode="valid").min())
 
 
 def _goes_on(losses: Losses, since: float) -> bool:
