@@ -3,11 +3,12 @@
 import argparse
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pst_ds.config.methods import METHODS
 from pst_ds.config.run import DataConfig, RunConfig
@@ -19,7 +20,8 @@ from pst_ds.data.model_limits import is_causal
 from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError
 from pst_ds.nn.inject import pst_layers
-from pst_ds.train.model import load_model_config, load_tokenizer, meta_model, num_trainable
+from pst_ds.nn.targets import find_embeddings
+from pst_ds.train.model import load_model_config, load_tokenizer, meta_model, num_trainable, pst_config
 
 _UNKNOWN_LIMIT, _BATCH_SIZE = 128, 32
 _LEAST_STEPS, _MOST_STEPS, _LONGER = 600, 10_000, 3.0
@@ -82,6 +84,10 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     run = run_from_table(table)
     run.micro_batch_size(ranks)
     model = meta_model(run, labels, tokenizer)
+    if task.new_head and (embeddings := _updatable_embeddings(model, run)):
+        table = _laid_over(table, "pst", update_embeddings=embeddings)
+        run = run_from_table(table)
+        model = meta_model(run, labels, tokenizer)
     layers = pst_layers(model)
     summary = {
         "task": run.task,
@@ -97,6 +103,19 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     }
     names = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
     return Chosen(table, run, labels, config.model_type, positions, has_accelerator, names, length_reason, summary)
+
+
+def _updatable_embeddings(model: nn.Module, run: RunConfig) -> list[str]:
+    """Return the name of the model's input embeddings if they can have a low-rank update, and the run has any."""
+    config, embeddings = pst_config(run), model.get_input_embeddings()  # type: ignore[operator]
+    if not run.mask_method.injects or not config.update_rank or config.multiplicative_update:
+        return []
+    names = tuple(name.rpartition(".")[2] for name, module in model.named_modules() if module is embeddings)
+    try:
+        find_embeddings(model, replace(config, update_embeddings=names))
+    except InputError:
+        return []
+    return list(names)
 
 
 def proposed_length(usual_epochs: float, examples: int, batch_size: int) -> tuple[dict[str, Any], str]:
@@ -204,4 +223,4 @@ def _positions(config: Any, tokenizer: Any) -> int | None:
 
 
 def _laid_over(table: dict[str, Any], section: str, **settings: Any) -> dict[str, Any]:
-    return {**table, section: {**table[section], **settings}}
+    return {**table, section: {**table.get(section, {}), **settings}}

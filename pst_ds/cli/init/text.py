@@ -1,6 +1,7 @@
 """Files that ``pst-ds init`` writes: the run file with a comment at every setting, and DeepSpeed's JSON."""
 
 import json
+import shlex
 import tomllib
 import unicodedata
 from pathlib import Path
@@ -21,6 +22,7 @@ _COMMENTS = {
     "train.precision": '"bf16" or "fp32"; optimizer and masters are fp32 in both',
     "train.score_penalty": "what the mean of sigmoid(S) costs at the final sparsity",
     "pst.pattern": '"matrix", "global", "row", N:M such as "2:4", or blocks such as "16x1"',
+    "pst.update_embeddings": "these get a low-rank update too, and no zeros",
     "schedule.final_sparsity": "fraction of zeros in every pruned matrix at the end",
     "schedule.update_interval": "optimizer steps between mask updates",
 }
@@ -49,6 +51,7 @@ def run_file_text(chosen: Chosen, out: Path) -> str:
     lines = [
         _comment(f"What the run would do: {chosen.plan_command(out)}"),
         _comment(f"Start it: {chosen.train_command(out)}"),
+        _comment(f"Better learning rates than those for this width and length: pst-ds tune {shlex.quote(str(out))}"),
         _comment("Every other setting: docs/run-file.md"),
     ]
     tables = {name: value for name, value in chosen.table.items() if isinstance(value, dict)}
