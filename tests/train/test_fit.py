@@ -16,9 +16,14 @@ from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.fit import fixes, masks_final, watched_steps
 from pst_ds.train.run import prepare, train_run
 
+_RATES = (
+    "train.score_learning_rate=1e-2", "train.update_learning_rate=1e-3", "train.embedding_learning_rate=2e-4",
+    "train.head_learning_rate=5e-4",
+)  # fmt: skip
+
 
 def _run(*settings):
-    return load_run("tests/data/world_size.toml", settings)
+    return load_run("tests/data/world_size.toml", [*_RATES, *settings])
 
 
 def test_a_run_is_watched_under_its_final_masks_if_that_is_cheap():
@@ -114,14 +119,15 @@ def _noisy(path):
 
 @pytest.mark.usefixtures("alone")
 def test_a_run_that_underfits_says_so_and_its_fix_helps(tmp_path, capsys):
-    """With the rates of the default, 100 steps of this model learn nothing. With the rates that it names, they do, and
+    """With rates that are too low, 100 steps of this model learn nothing. With the rates that it names, they do, and
     nothing is said."""
-    settings = ["deepspeed_config=", "train.num_steps=100"]
+    slow = ["train.update_learning_rate=5e-4", "train.head_learning_rate=2e-4"]
+    settings = ["deepspeed_config=", "train.num_steps=100", *slow]
     before = _train(tmp_path / "before", *settings, quiet=False)
     assert before["verdict"] == "underfits"
     assert capsys.readouterr().err.count("The run underfits: ") == 1
     change = before["fixes"][0]
-    assert change == {"train.update_learning_rate": 0.002, "train.head_learning_rate": 0.001}
+    assert change == {"train.update_learning_rate": 0.001, "train.head_learning_rate": 0.0004}
     after = _train(tmp_path / "after", *settings, *_as_settings(change), quiet=False)
     assert after["training_loss"] < before["training_loss"]
     assert after["validation_loss"] < before["validation_loss"]

@@ -183,7 +183,7 @@ def test_own_rates_are_carried_into_every_rung_and_stay_within_the_error(run_fil
 
 def test_perplexity_is_minimised(tmp_path, planned, verb):
     runs = planned(lambda train, steps: {"perplexity": 1 / train.update_learning_rate, "standard_error": 1.0})
-    more = ["deepspeed_config=", f"output_dir={tmp_path}/run", "train.num_steps=600"]
+    more = ["deepspeed_config=", f"output_dir={tmp_path}/run", "train.num_steps=600", "train.update_learning_rate=1e-3"]
     sets = [word for setting in more for word in ("--set", setting)]
     said = verb("tune", "tests/data/causal_lm.toml", "--out", str(tmp_path / "out.toml"), *sets)
     assert len(runs) == 3

@@ -51,7 +51,7 @@ def run_file_text(chosen: Chosen, out: Path) -> str:
     lines = [
         _comment(f"What the run would do: {chosen.plan_command(out)}"),
         _comment(f"Start it: {chosen.train_command(out)}"),
-        _comment(f"Better learning rates than those for this width and length: pst-ds tune {shlex.quote(str(out))}"),
+        _comment(f"Try other learning rates: pst-ds tune {shlex.quote(str(out))}"),
         _comment("Every other setting: docs/run-file.md"),
     ]
     tables = {name: value for name, value in chosen.table.items() if isinstance(value, dict)}
