@@ -30,7 +30,10 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         at = ("--set", f"output_dir={json.dumps(str(top / 'run'))}")
-        more = ("--set", "schedule.cooldown_fraction=0.5", "--set", "train.update_learning_rate=0.1", *UPDATED)
+        rates = {"score": 1e-2, "update": 0.1, "embedding": 2e-4, "head": 5e-4}  # the last steps make it worse
+        settings = [f"train.{name}_learning_rate={rate}" for name, rate in rates.items()]
+        settings += ["schedule.cooldown_fraction=0.5", 'pst.modules_to_save=["classifier"]']
+        more = (*(word for setting in settings for word in ("--set", setting)), *UPDATED)
         assert main(["train", RUN_FILE, "--quiet", *ONE_PROCESS, *at, *more, "--set", "eval.interval=3"]) == 0
         assert main(["export", str(top / "run"), "--out", str(top / "export"), "--checkpoint", "final"]) == 0
     best, final = (read_checkpoint((top / "run" / "checkpoints" / n).resolve()).trained for n in ("best", "final"))
@@ -195,9 +198,9 @@ def test_plan_says_what_train_then_measures(tmp_path, capsys, method, precision,
     assert plan["trained_parameters"] == result["trained_parameters"]
     assert result["optimizer_bytes_per_rank"] == bytes_each * result["trained_parameters"]
     base = sum(t.numel() for t in load_file("tests/data/tiny-bert/model.safetensors").values())
-    head = 32 * 2 + 2
+    pooler, head = 32 * 32 + 32, 32 * 2 + 2
     factors = sum((8 + 8 + 1) * (o + i) for o, i in 2 * ([(32, 32)] * 4 + [(60, 32), (32, 60)])) + 8 * (37 + 32)
-    assert result["trained_parameters"] == (factors if method == "pst" else base) + head
+    assert result["trained_parameters"] == (factors + pooler if method == "pst" else base) + head
     asked = 0.0 if method == "dense" else 0.8
     assert (result["method"], result["steps"], result["sparsity_requested"]) == (method, 6, asked)
     assert asked - 0.001 < result["sparsity_in_masks"] <= asked
@@ -213,7 +216,7 @@ def test_plan_shows_the_run(capsys, tmp_path):
     assert plan["micro_batch_size"] == 12
     assert plan["num_steps"] == 6
     assert plan["num_examples"] == 240
-    assert plan["trained_in_full"] == ["classifier"]
+    assert plan["trained_in_full"] == ["bert.pooler", "classifier"]
     assert plan["pruned_parameters"] == 2 * (4 * 32 * 32 + 2 * 60 * 32)
     assert plan["schedule"]["final_sparsity"] == 0.8
     assert plan["schedule"]["last_update"] == 5
@@ -224,7 +227,7 @@ def test_plan_shows_the_run(capsys, tmp_path):
         "12 layers to prune",
         "bert.encoder.layer.*.output.dense  2 times 32 x 60",
         "updated: bert.embeddings.word_embeddings  37 x 32, 552 factor parameters",
-        "trained in full: classifier",
+        "trained in full: bert.pooler, classifier",
     ):
         assert words in text
 

@@ -203,9 +203,9 @@ def test_nothing_else_is_touched(folders, name):
     base = {f"bert.{n}": t for n, t in load_file(ROOT / "tests/data/tiny-bert/model.safetensors").items()}
     tensors = _tensors(folder)
     pruned = {f"{layer_name}.weight" for layer_name in pst_layers(of.module)}
-    head = {"classifier.weight", "classifier.bias"}
+    head = {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
     assert set(tensors) == set(base) | head
-    for tensor_name in set(base) - pruned:
+    for tensor_name in set(base) - pruned - head:
         assert tensors[tensor_name].dtype == base[tensor_name].dtype
         assert torch.equal(tensors[tensor_name].view(torch.int32), base[tensor_name].view(torch.int32)), tensor_name
     values = dict(of.module.named_parameters())
@@ -366,7 +366,8 @@ def test_the_manifest_says_that_an_updated_embedding_was_trained(updated):
     manifest = json.loads((updated.out / "pst_manifest.json").read_text())
     entries = {entry["name"]: entry for entry in manifest["tensors"]}
     trained = {name for name, entry in entries.items() if entry["origin"] == "trained"}
-    assert trained == {*(f"{name}.weight" for name in EMBEDDINGS), "classifier.weight", "classifier.bias"}
+    head = {f"{name}.{part}" for name in ("bert.pooler.dense", "classifier") for part in ("weight", "bias")}
+    assert trained == {*(f"{name}.weight" for name in EMBEDDINGS), *head}
     assert {entries[f"{name}.weight"]["pattern"] for name in EMBEDDINGS} == {"dense"}
     assert updated.said["pruned_tensors"] == 12
     assert not any("pst_" in name for name in entries)

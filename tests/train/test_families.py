@@ -135,7 +135,8 @@ def test_family_from_base_to_reloaded_export(run_ranks, tmp_path, family, checkp
     trained = [t["name"] for t in manifest["tensors"] if t["origin"] == "trained"]
     heads = FAMILIES[family][3].split()
     assert {name.split(".")[0] for name in trained} >= set(heads)
-    assert [name for name in trained if name.split(".")[0] not in heads] == [f"{name}.weight" for name in updated]
+    others = [name for name in trained if name.split(".")[0] not in heads and ".pooler." not in name]
+    assert others == [f"{name}.weight" for name in updated]
     untouched = [t["name"] for t in manifest["tensors"] if t["origin"] == "base"]
     assert untouched
     for name in untouched:
@@ -165,13 +166,23 @@ def test_dropout_and_the_padding_token_are_set_whatever_their_names(tmp_path, fa
 def test_what_the_base_lacks_and_nothing_trains_is_refused_by_name(tmp_path):
     _write_base("bert", tmp_path / "base")
     weights = load_file(tmp_path / "base" / "model.safetensors")
-    save_file({n: t for n, t in weights.items() if "pooler" not in n}, tmp_path / "base" / "model.safetensors")
-    fix = r'pst\.modules_to_save = \["classifier", "bert\.pooler\.dense"\]'
-    with pytest.raises(ConfigError, match=r"has no bert\.pooler\.dense: .*" + fix):
+    lacks = "embeddings.LayerNorm"
+    save_file({n: t for n, t in weights.items() if lacks not in n}, tmp_path / "base" / "model.safetensors")
+    fix = r'pst\.modules_to_save = \["bert\.pooler", "classifier", "bert\.embeddings\.LayerNorm"\]'
+    with pytest.raises(ConfigError, match=r"has no bert\.embeddings\.LayerNorm: .*" + fix):
         _train_alone(_settings(tmp_path))
-    saved = ["classifier", "bert.pooler.dense"]
+    saved = ["bert.pooler", "classifier", "bert.embeddings.LayerNorm"]
     _train_alone(_settings(tmp_path, **{"pst.modules_to_save": saved}))
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "export")]) == 0
+
+
+def test_a_pooler_that_the_base_lacks_is_new_and_trains(tmp_path):
+    _write_base("bert", tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({n: t for n, t in weights.items() if "pooler" not in n}, tmp_path / "base" / "model.safetensors")
+    _train_alone(_settings(tmp_path))
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "export")]) == 0
+    assert load_file(tmp_path / "export" / "model.safetensors")["bert.pooler.dense.weight"].any()
 
 
 def test_experts_that_are_trained_are_written_as_the_files_hold_them(tmp_path):

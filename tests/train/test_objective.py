@@ -122,7 +122,7 @@ def test_a_folder_teaches_a_classifier(tmp_path):
 @pytest.mark.parametrize(
     ("run_file", "settings", "said"),
     [
-        (CLASSIFY, ["distillation.weight=0.5"], "classifier.weight, classifier.bias"),
+        (CLASSIFY, ["distillation.weight=0.5"], "bert.pooler.dense.weight, bert.pooler.dense.bias"),
         (CAUSAL, ["distillation.weight=0.5", "pst.bias=all", "method=dense"], "would train, and the teacher with it"),
         (CAUSAL, ["distillation.weight=0.5", "distillation.teacher=/nowhere"], "'/nowhere' does not exist"),
         (CAUSAL, ["distillation.teacher=/nowhere"], "does nothing with distillation.weight = 0"),

@@ -297,6 +297,7 @@ def test_the_seed_that_counts_is_compared_not_where_it_stands(stopped):
 
     def changes(*overrides):
         run = load_run("tests/data/world_size.toml", _settings(stopped, "local", *overrides))
+        run = run.with_rates(width=32, num_steps=run.train.num_steps)
         return require_same_run(checkpoint, run, state.base_fingerprint, state.progress["data_digest"])
 
     assert state.progress["run"]["pst"]["seed"] == 7
@@ -320,7 +321,7 @@ def test_rates_may_be_changed_and_it_is_said(stopped, tmp_path, capsys):
     train_run(prepare(run, LaunchEnvironment(0, 1, 0)), resume=True)
     said = capsys.readouterr().err
     assert f"going on from {folder}/checkpoints/step-{STOP_AT:08d}, after step {STOP_AT}" in said
-    assert "train.update_learning_rate = 0.0001 (was 0.001)" in said
+    assert "train.update_learning_rate = 0.0001 (was 0.003)" in said
 
 
 def test_a_base_model_of_other_values_is_refused(stopped, tmp_path):

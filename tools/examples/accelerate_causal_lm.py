@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if accelerator.is_main_process:
         print_trainable_parameters(model)
     adapter_checkpoints(model)
-    optimizer = pst_optimizer(model)
+    optimizer = pst_optimizer(model, num_steps=asked.steps)
     rates = get_linear_schedule_with_warmup(optimizer, 0, asked.steps * accelerator.num_processes)
     model, optimizer, loader, rates = accelerator.prepare(model, optimizer, loader, rates)
     masks = MaskUpdater(model, CubicSchedule(final_sparsity=asked.sparsity, num_steps=asked.steps))

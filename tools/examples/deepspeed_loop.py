@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = {"num_labels": len(labels), "dtype": dtype}
     model = inject_pst(AutoModelForSequenceClassification.from_pretrained(asked.model, **options), PSTConfig())
     adapter_checkpoints(model)
-    optimizer = torch.optim.AdamW(pst_parameter_groups(model))
+    optimizer = torch.optim.AdamW(pst_parameter_groups(model, num_steps=asked.steps))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if asked.resume and engine.load_checkpoint(asked.resume)[0] is None:
         raise SystemExit(f"--resume={asked.resume} has no checkpoint of DeepSpeed's; name the folder out/state")

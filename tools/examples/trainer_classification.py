@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments,
         train_dataset=data,
         processing_class=tokenizer,
-        optimizer_cls_and_kwargs=trainer_optimizer(model),
+        optimizer_cls_and_kwargs=trainer_optimizer(model, num_steps=asked.steps),
         callbacks=[PSTCallback(final_sparsity=asked.sparsity)],
     )
     trainer.train(resume_from_checkpoint=asked.resume)
