@@ -34,8 +34,10 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 def model_width(model: nn.Module) -> int:
     """Return the hidden size of a model: the number of inputs that most of the linear layers in its blocks have."""
-    inside = (m for n, m in model.named_modules() if hasattr(m, "in_features") and is_inside_block(n, model))
-    return max(Counter(int(m.in_features) for m in inside).most_common(1), default=(1, 0))[0]
+    inside = [module for name, module in model.named_modules() if is_inside_block(name, model)]
+    inputs = [getattr(module, "in_features", getattr(module, "nx", 0)) for module in inside]  # nx: Conv1D's
+    counts = Counter(int(n) for n in inputs if n)
+    return counts.most_common(1)[0][0] if counts else 1
 
 
 def untied_linear_layers(model: nn.Module) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from transformers import (
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.model_structure import model_width
 from pst_ds.nn.targets import InjectionError, find_targets, modules_to_save
 
 ENCODER_LINEARS = (
@@ -135,6 +136,12 @@ def test_factors_and_the_task_head_alone_are_trained(family):
     for name, param in model.named_parameters():
         is_factor = ".pst_" in name and not name.endswith("pst_mask")
         assert param.requires_grad == (is_factor or name.startswith(tuple(f"{head}." for head in heads))), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_width_is_the_hidden_size_injected_or_not(family):
+    model = FAMILIES[family][0]()
+    assert model_width(model) == model_width(inject_pst(model, PSTConfig())) == 16
 
 
 def test_gpt2_fuses_q_k_v_alone():
