@@ -186,7 +186,7 @@ def train_run(
     num_steps = prepared.run.num_steps(len(examples))
     run = prepared.run.with_rates(width=prepared.width, num_steps=num_steps)
     prepared, folder = replace(prepared, run=run), Path(run.output_dir)
-    dense = raise_on_all_ranks(lambda: _dense_run(run, examples.digest) if is_main() else None)
+    dense = raise_on_all_ranks(lambda: _dense_run(run, examples.digest))
     schedule = run.make_schedule(num_steps)
     with run_folder.shared_folder(folder):
         checkpoint = run_folder.checkpoint_to_go_on_from(run, examples.digest, quiet=quiet) if resume else None
