@@ -26,6 +26,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS_TIMEOUT_SECONDS = 240
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+"""As they were before any test: a module's fixture may train before the first test's fixtures begin."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -60,9 +62,8 @@ def _signals_of_a_test_end_with_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[
     from pst_ds.parallel import stop_signals
 
     monkeypatch.setattr(stop_signals, "_asked_by", 0)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     yield
-    for number, handler in before.items():
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 
