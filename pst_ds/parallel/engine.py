@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -142,3 +142,23 @@ def optimizer_bytes(engine: Engine) -> int:
         if master.untyped_storage().data_ptr() not in model_storage:
             total += master.nbytes
     return total
+
+
+def release(engine: Engine) -> None:
+    """Free the weights and the optimizer state of an engine that is no longer used.
+
+    DeepSpeed holds on to every ZeRO-3 model of a process; what it then holds is empty.
+    """
+    if isinstance(engine, LocalEngine):
+        return
+    params = list(engine.module.parameters())
+    cast(Any, engine).destroy()
+    for param in params:
+        param.grad = None
+        for tensor in (param, getattr(param, "ds_tensor", None)):
+            if tensor is not None:
+                tensor.data = tensor.new_empty(0)
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    inner.state.clear()
+    inner.param_groups.clear()
+    vars(engine.optimizer).clear()

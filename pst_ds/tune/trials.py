@@ -20,7 +20,7 @@ from pst_ds.config.run import ConfigError, PicturesConfig, RunConfig
 from pst_ds.config.toml import dump_run, flatten
 from pst_ds.data.tasks import ExampleSet, Task
 from pst_ds.json_text import json_of
-from pst_ds.parallel.engine import Engine
+from pst_ds.parallel.engine import Engine, release
 from pst_ds.parallel.ranks import all_gather_objects, is_main, raise_on_all_ranks
 from pst_ds.progress import Progress
 from pst_ds.train import run_folder
@@ -160,16 +160,23 @@ def _run_trial(
     run = trial_run(prepared.run, candidate, steps, num_steps, Path(prepared.run.output_dir) / TRIALS / name)
     line: Record = {"steps": steps, **{rate: getattr(run.train, rate) for rate in RATES}}
     failed: Record = {"value": None, STANDARD_ERROR: 0.0}
+    used: list[Engine] = []
+
+    def evaluation(engine: Engine, examples: ExampleSet, prepared: Prepared) -> dict[str, float]:
+        used.append(engine)
+        return evaluate_with_error(engine, examples, prepared)
+
     try:
-        result = train_run(
-            replace(prepared, run=run), resume=True, quiet=True, splits=splits, evaluation=evaluate_with_error
-        )
+        result = train_run(replace(prepared, run=run), resume=True, quiet=True, splits=splits, evaluation=evaluation)
     except DivergedError:
         return line | failed
     except StoppedError as error:
         message = str(error).replace("go on with --resume", "the same command goes on")
         raise StoppedError(f"trial {name}: {message}") from None
     finally:
+        for engine in used:
+            release(engine)
+        used.clear()
         gc.collect()  # an engine and its model hold each other
         if torch.accelerator.is_available():
             torch.accelerator.memory.empty_cache()
