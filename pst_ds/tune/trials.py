@@ -147,7 +147,7 @@ def trial_run(run: RunConfig, candidate: Candidate, steps: int, num_steps: int, 
         output_dir=str(folder),
         train=replace(run.train, num_steps=steps, num_epochs=0.0, **rates),
         schedule=replace(run.schedule, update_interval=interval),
-        eval=replace(run.eval, interval=0),
+        eval=replace(run.eval, interval=-1),
         pictures=PicturesConfig(interval=-1),
         checkpoint=replace(run.checkpoint, keep_last=1),
     )
@@ -163,7 +163,7 @@ def _run_trial(
     used: list[Engine] = []
 
     def evaluation(engine: Engine, examples: ExampleSet, prepared: Prepared) -> dict[str, float]:
-        used.append(engine)
+        used[:] = [engine]
         return evaluate_with_error(engine, examples, prepared)
 
     try:

@@ -81,4 +81,4 @@ def test_the_first_run_of_the_readme_ends_in_a_verified_checkpoint(at_a_copy_of_
     for words in commands(block):
         steps = ["--set", "train.num_steps=20"] if words[1] == "train" else []  # enough to see it
         assert main([*words[1:], *steps]) == 0, words
-    assert "0 of 12 weight tensors differ, 0 predictions differ" in capfd.readouterr().out
+    assert "0 of 13 weight tensors differ, 0 predictions differ" in capfd.readouterr().out
