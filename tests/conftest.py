@@ -67,6 +67,15 @@ def _signals_of_a_test_end_with_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True)
+def _progress_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--quiet`` in one test keeps no later one from showing progress."""
+    from pst_ds import progress
+
+    monkeypatch.setattr(progress, "quiet", False)
+    monkeypatch.setattr(progress, "_outermost", None)
+
+
 @pytest.fixture(scope="session")
 def torch_bytes() -> Callable[[Callable[[], object]], tuple[int, int]]:
     """Measures a call: (the most bytes torch's CPU allocator gives it at a time, those its result still holds)."""
