@@ -325,9 +325,10 @@ class RunConfig:
     def with_rates(self, *, width: int, num_steps: int) -> RunConfig:
         """Return the run with a number for every learning rate, for a model of hidden size ``width``."""
         default = default_learning_rates(width=width, num_steps=num_steps)
+        multiplies = self.mask_method.pst_config(self.pst).multiplicative_update
         rates = {
             "score_learning_rate": default.scores,
-            "update_learning_rate": default.updates * self.mask_method.update_rate_factor,
+            "update_learning_rate": default.multiplicative if multiplies else default.updates,
             "embedding_learning_rate": default.embeddings,
             "head_learning_rate": default.everything if self.mask_method.trains_everything else default.head,
         }

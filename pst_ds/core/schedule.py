@@ -1,5 +1,5 @@
-"""Sparsity as a pure function of the applied optimizer steps, with no state to save or resume; and learning rates for a
-run that names none."""
+"""Sparsity and learning rates as pure functions of the applied optimizer steps, with no state to save or resume; and
+the rates of a run that names none."""
 
 from __future__ import annotations
 
@@ -165,8 +165,18 @@ def _require(holds: bool, name: str, value: object, wanted: str) -> None:
         raise ValueError(f"{name} = {value} must be {wanted}")
 
 
-_WIDTH, _STEPS = 384, 600
-"""The width and the length that the rates below were measured at."""
+def learning_rate_factor(step: int, num_steps: int, warmup_fraction: float) -> float:
+    """Return the share of the peak rate for the step after ``step``: a linear rise, then a linear fall to zero."""
+    warmup_steps = math.floor(warmup_fraction * num_steps)
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    return max(0.0, (num_steps - step) / (num_steps - warmup_steps))
+
+
+_WIDTH = 384
+"""The width that the rates below were measured at."""
+USUAL_STEPS = 600
+"""The length that they were measured at, and of a run that says nothing of its own."""
 STEPS_POWER = 1 / 3
 """Rates fall with this power of the steps, as was found for pretraining with AdamW (arXiv 2409.19913: 0.32)."""
 _LEAST, _MOST = 0.25, 1.5
@@ -182,6 +192,8 @@ class LearningRates:
     model of any width."""
     updates: float = 2e-3
     """For U and V."""
+    multiplicative: float = 3e-2
+    """For U and V of a multiplicative update, SPP's."""
     embeddings: float = 4e-4
     """For U and V of embeddings."""
     head: float = 2e-3
@@ -200,7 +212,7 @@ def default_learning_rates(*, width: int, num_steps: int) -> LearningRates:
     rates fall with the cube root of the steps. A sum over ``width`` inputs that all move alike grows with the width;
     all rates but that of the scores fall with it.
     """
-    length = min(max((_STEPS / num_steps) ** STEPS_POWER, _LEAST), _MOST)
+    length = min(max((USUAL_STEPS / num_steps) ** STEPS_POWER, _LEAST), _MOST)
     narrower = min(1.0, _WIDTH / width)
     factors = {field.name: length * (1.0 if field.name == "scores" else narrower) for field in fields(LearningRates)}
     return LearningRates(**{name: getattr(_MEASURED, name) * factor for name, factor in factors.items()})

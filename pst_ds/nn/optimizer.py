@@ -8,17 +8,16 @@ import torch
 from torch import nn
 
 from pst_ds.config.run import TrainConfig
-from pst_ds.core.schedule import default_learning_rates
+from pst_ds.core.schedule import USUAL_STEPS, default_learning_rates
 from pst_ds.errors import InputError
 from pst_ds.nn.embedding import pst_embeddings
+from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import SCORE_FACTORS
 from pst_ds.nn.model_structure import model_width
 from pst_ds.parallel import zero3
 from pst_ds.parallel.master_adamw import MasterAdamW
 
 _DEFAULTS = TrainConfig(num_steps=1)
-USUAL_STEPS = 600
-"""Steps of a run that says nothing of its length."""
 
 
 def pst_parameter_groups(
@@ -49,9 +48,11 @@ def pst_parameter_groups(
     default = default_learning_rates(width=model_width(model), num_steps=num_steps)
     whole = all(param.requires_grad for param in model.parameters() if param.dtype.is_floating_point)
     head = default.everything if whole else default.head
+    multiplies = any(layer.constants.multiplicative for layer in pst_layers(model).values())
+    updates = default.multiplicative if multiplies else default.updates
     rates = {
         "scores": default.scores if score_learning_rate is None else score_learning_rate,
-        "updates": default.updates if update_learning_rate is None else update_learning_rate,
+        "updates": updates if update_learning_rate is None else update_learning_rate,
         "embeddings": default.embeddings if embedding_learning_rate is None else embedding_learning_rate,
         "head": head if head_learning_rate is None else head_learning_rate,
     }

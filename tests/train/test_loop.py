@@ -13,6 +13,7 @@ from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
 from pst_ds.core.bits import unpack_range
+from pst_ds.core.schedule import learning_rate_factor
 from pst_ds.data.labelled import load_examples
 from pst_ds.masks.update import mask_stats
 from pst_ds.monitor.metrics import MetricsWriter
@@ -21,7 +22,7 @@ from pst_ds.parallel.engine import LocalEngine
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train import loop as loop_module
 from pst_ds.train.checkpointer import Checkpointer
-from pst_ds.train.loop import DivergedError, Loop, LoopState, learning_rate_factor
+from pst_ds.train.loop import DivergedError, Loop, LoopState
 from pst_ds.train.model import parameter_groups
 from pst_ds.train.objective import Objective
 from pst_ds.train.run import build, prepare, train_run

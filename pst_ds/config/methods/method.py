@@ -29,8 +29,6 @@ class Method:
     """Fields of :class:`PSTConfig` that override those of the run file."""
     defaults: Settings = field(default_factory=dict)
     """Fields of :class:`PSTConfig` for what the run file leaves out."""
-    update_rate_factor: float = 1.0
-    """The default learning rate of U and V is so many times the usual one."""
     injects: bool = True
     score_penalty: float = 0.0
     """The ``train.score_penalty`` that ``pst-ds init`` writes; a method with 0 must not have one."""

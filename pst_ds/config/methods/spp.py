@@ -6,5 +6,4 @@ METHOD = Method(
     "fixed",
     settings={**LORA, "multiplicative_update": True, "update_embeddings": ()},
     defaults={"update_rank": 16, "beta": 2.0},  # the groups and the factor of its authors
-    update_rate_factor=15.0,  # of the rates tried on films 3e-2 was the best
 )
