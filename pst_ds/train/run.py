@@ -20,6 +20,7 @@ from pst_ds.checkpoint.restore import base_fingerprint, load_into
 from pst_ds.config.file_names import CHECKPOINTS, RESULT_FILE, RUN_FILE, STALLS
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.toml import dump_run
+from pst_ds.core.host import multiplies_bf16
 from pst_ds.data.tasks import ExampleSet, Task, task_of
 from pst_ds.errors import InputError
 from pst_ds.json_text import json_of
@@ -56,6 +57,11 @@ Splits: TypeAlias = tuple[ExampleSet, ExampleSet | None]
 """The examples to train on, and those to validate with."""
 _AFTER_STALL_SECONDS = 60.0
 """Longer than the watchdog's patience, so that it is the one to say which rank hangs, and not the collective."""
+
+_EMULATED_BF16 = (
+    "this processor has no instructions for bf16, which is several times slower here than fp32: set train.precision = "
+    '"fp32" if the run stays on CPUs like it'
+)
 
 
 class StoppedError(RuntimeError):
@@ -203,7 +209,7 @@ def train_run(
     barrier()
     if run.ranks_by_activation:
         _calibrate(prepared, engine, examples, resumed=checkpoint is not None)
-    metrics = _metrics_writer(folder, engine, checkpoint, num_steps, quiet, dense)
+    metrics = _metrics_writer(prepared, engine, checkpoint, num_steps, quiet, dense)
     loop = Loop(run, engine, schedule, examples, prepared.tokenizer, num_steps, prepared.device, metrics, objective)
     checkpointer = Checkpointer(
         run,
@@ -225,15 +231,23 @@ def train_run(
 
 
 def _metrics_writer(
-    folder: Path, engine: Engine, checkpoint: Checkpoint | None, num_steps: int, quiet: bool, dense: DenseRun | None
+    prepared: Prepared,
+    engine: Engine,
+    checkpoint: Checkpoint | None,
+    num_steps: int,
+    quiet: bool,
+    dense: DenseRun | None,
 ) -> MetricsWriter:
     """Open the metrics of a run, after the last line that ``checkpoint`` has."""
     step, seconds = (checkpoint.state.step, run_folder.RunProgress.read(checkpoint).seconds) if checkpoint else (0, 0.0)
     sizes = {name: layer.layout.numel for name, layer in pst_layers(engine.module).items()}
-    return MetricsWriter(
-        folder, num_steps=num_steps, is_main=is_main(), quiet=quiet, step=step, seconds=seconds, layers=sizes,
-        dense=dense,
+    metrics = MetricsWriter(
+        Path(prepared.run.output_dir), num_steps=num_steps, is_main=is_main(), quiet=quiet, step=step, seconds=seconds,
+        layers=sizes, dense=dense,
     )  # fmt: skip
+    if prepared.device == "cpu" and prepared.run.train.precision == "bf16" and not multiplies_bf16():
+        metrics.say(_EMULATED_BF16)
+    return metrics
 
 
 def load_splits(prepared: Prepared) -> Splits:

@@ -122,6 +122,15 @@ def test_cores_are_those_that_this_process_may_use(monkeypatch):
     assert "(1 cores, " in of_accelerator.text
 
 
+@pytest.mark.parametrize(("multiplies", "status"), [(True, "ok"), (False, "warn")])
+def test_a_processor_without_bf16_is_a_warning(monkeypatch, multiplies, status):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    monkeypatch.setattr(doctor_checks, "multiplies_bf16", lambda: multiplies)
+    (finding,) = doctor_checks.accelerator()
+    assert finding.status == status
+    assert (finding.fix == 'set train.precision = "fp32"') is not multiplies
+
+
 def test_little_shared_memory_is_a_warning(monkeypatch):
     monkeypatch.setattr(doctor_checks, "_SHM_GB", 1e9)
     assert [finding.status for finding in doctor_checks.shared_memory()] in ([], ["warn"])

@@ -42,7 +42,24 @@ def test_free_memory_is_in_bytes(of_linux):
     assert host.available_bytes() == 20935544 * 1024
 
 
+@pytest.mark.parametrize(
+    ("line", "multiplies"),
+    [
+        ("flags : fpu avx2 avx512f avx512_vnni", False),
+        ("flags : fpu avx2 avx512f avx512_bf16", True),
+        ("flags : fpu amx_tile amx_bf16", True),
+        ("Features : fp asimd bf16", True),
+        ("Features : fp asimd", False),
+        ("model name : one that says nothing", True),
+    ],
+)
+def test_products_in_bf16_need_an_instruction(monkeypatch, line, multiplies):
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: line)
+    assert host.multiplies_bf16() is multiplies
+
+
 def test_a_system_without_proc_has_a_name_and_no_facts(of_another_system):
     assert host.cpu_facts() == {}
     assert host.cpu_name()
     assert host.available_bytes() is None
+    assert host.multiplies_bf16()

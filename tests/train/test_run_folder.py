@@ -14,6 +14,7 @@ from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.report.page import page
 from pst_ds.report.run_data import read_runs
 from pst_ds.train import loop as training
+from pst_ds.train import run as runs
 from pst_ds.train.run import prepare, train_run
 
 
@@ -64,3 +65,13 @@ def test_a_metric_that_is_no_number_is_null_in_the_files_of_a_run(tmp_path, monk
     assert run.result["metrics"] == {"accuracy": None}
     assert "eval/accuracy" not in run.curves
     assert "finished, 2 steps" in page([run], [], [])
+
+
+@pytest.mark.parametrize(
+    ("precision", "multiplies", "said"), [("bf16", False, 1), ("bf16", True, 0), ("fp32", False, 0)]
+)
+def test_bf16_on_a_processor_without_it_is_said_once(tmp_path, monkeypatch, capsys, precision, multiplies, said):
+    monkeypatch.setattr(runs, "multiplies_bf16", lambda: multiplies)
+    train_run(_prepared(tmp_path, "train.num_steps=2", f"train.precision={precision}"))
+    shown = "".join(capsys.readouterr())
+    assert shown.count('set train.precision = "fp32"') == said

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pst_ds.core.host import cpu_name, multiplies_bf16
 from tools.demo.films import install_packages, write_splits
 from tools.verbs import verb
 
@@ -129,14 +130,11 @@ def precision() -> str:
 
     if num_gpus():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if supported() else "fp32"
+    return "bf16" if multiplies_bf16() else "fp32"
 
 
 def machine() -> str:
     import torch
-
-    from pst_ds.core.host import cpu_name
 
     if num_gpus():
         return f"{ranks()} x {torch.cuda.get_device_name(0)}, {precision()}"

@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 from typing import Literal
 
+from pst_ds.core.host import multiplies_bf16
+
 DISTRIBUTION = "pst-ds"
 _FREE_GB, _SHM_GB = 10.0, 1.0
 """Less is a warning."""
@@ -63,7 +65,11 @@ def accelerator() -> Iterator[Finding]:
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is None:
         capability = torch.backends.cpu.get_cpu_capability()
-        yield Finding("accelerator", "ok", f"none: runs train on the CPU ({_cores()} cores, {capability})")
+        text = f"none: runs train on the CPU ({_cores()} cores, {capability})"
+        if multiplies_bf16():
+            yield Finding("accelerator", "ok", text)
+        else:
+            yield Finding("accelerator", "warn", f"{text}, which has no bf16", 'set train.precision = "fp32"')
         return
     text = f"{torch.accelerator.device_count()} x {device.type}"
     if torch.cuda.is_available():
