@@ -1,3 +1,11 @@
-"""Names of the packed formats, for those that must not wait for torch; :data:`pst_ds.core.formats.FORMATS` has them."""
+"""Names of packed formats and of values, for those that must not wait for torch.
+
+:data:`pst_ds.core.formats.FORMATS` and :mod:`pst_ds.core.quantization` are what they name.
+"""
 
 PACKINGS = ("bitmask", "2:4", "csr")
+VALUE_BITS = {"int8": 8, "int4": 4}
+"""Values that are small integers times a scale, and the bits of one."""
+GROUPS = (32, 64, 128)
+WHOLE_ROW = "row"
+"""What shares a scale: so many inputs of an output, or all of them."""

@@ -1,0 +1,46 @@
+"""Values on a grid: every kept weight is a small integer, its code, times a scale that it shares with its neighbours.
+
+    w  ~  code * scale        code: -127 .. 127 (int8) or -7 .. 7 (int4); scale: bf16, one for a group of inputs
+
+The grid is symmetric: it has no zero point, and 0 is on it, so a pruned weight has code 0 and stays 0. Scales are
+rounded to bf16 before any weight is rounded, and ``code * scale`` is exact in fp32 (7 bits times 8), so every program
+that multiplies the two has the same weight. bf16 and not fp16, because scales of small weights are far below what fp16
+holds (6e-5 without loss), and a scale needs no more than 8 bits: codes are chosen for the rounded one.
+
+A weight's code is ``w / scale``, divided in fp32 and rounded half to even, limited to the largest code. A group's scale
+is the one of least squared error of some (:func:`~pst_ds.core.quantization.scales.search_scales`). What decides are
+sums of integers, so it depends on the weights of the group alone: not on their order, the device, or how they are
+sharded.
+"""
+
+from pst_ds.core.quantization.grid import Grid, grid_of
+from pst_ds.core.quantization.matrices import dequantize, quantize, round_to_grid
+from pst_ds.core.quantization.nibbles import pack_nibbles, unpack_nibbles
+from pst_ds.core.quantization.scales import (
+    LEAST_SCALE,
+    SCALE_DTYPE,
+    UNUSED_SCALE,
+    first_bad_scale,
+    group_scales,
+    nearest_codes,
+    search_scales,
+    unit_of,
+)
+
+__all__ = [
+    "LEAST_SCALE",
+    "SCALE_DTYPE",
+    "UNUSED_SCALE",
+    "Grid",
+    "dequantize",
+    "first_bad_scale",
+    "grid_of",
+    "group_scales",
+    "nearest_codes",
+    "pack_nibbles",
+    "quantize",
+    "round_to_grid",
+    "search_scales",
+    "unit_of",
+    "unpack_nibbles",
+]

@@ -1,0 +1,75 @@
+"""Whole matrices to codes and scales and back, a band of rows at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.quantization.grid import Grid
+from pst_ds.core.quantization.scales import SCALE_DTYPE, UNUSED_SCALE, first_bad_scale, group_scales, nearest_codes
+
+_AT_A_TIME = 1 << 17
+"""Weights that are rounded at a time, so that what is made of them stays in a CPU's cache."""
+
+
+def quantize(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Round a matrix to its grid: (codes (O, I) int8, scales (O, groups) bf16), where the weight is.
+
+    ``weight``: (O, I) of any float dtype. ``keep``: (O, I) bool, true where a weight is kept; None keeps all. Others
+    have code 0 and no say in the scale. ``scales``: take these (O, groups), in bf16, instead of searching. Raises
+    ValueError where groups do not divide the inputs, and for kept weights that are not finite.
+    """
+    rows, columns = weight.shape
+    groups = grid.num_groups(columns)
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    found = torch.full((rows, groups), UNUSED_SCALE, dtype=SCALE_DTYPE, device=weight.device)
+    if scales is not None:
+        found.copy_(_checked(scales, (rows, groups)))
+    step = _rows_at_a_time(columns)
+    for first in range(0, rows if columns else 0, step):
+        band = slice(first, min(first + step, rows))
+        part = weight[band].detach().float()
+        if keep is not None:
+            part = torch.where(keep[band], part, 0.0)
+        grouped = part.reshape(-1, columns // groups)
+        if not bool(torch.isfinite(grouped).all()):
+            raise ValueError(f"a weight of rows {band.start} to {band.stop - 1} is not finite in fp32")
+        if scales is None:
+            found[band] = group_scales(grouped, grid, weight.dtype).view(-1, groups)
+        codes[band] = nearest_codes(grouped, found[band].reshape(-1, 1), grid).view(-1, columns)
+    return codes, found
+
+
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return code * scale, (O, I): exact in fp32 and float64, rounded once to a narrower ``dtype``; +0.0 for code 0.
+
+    ``codes``: (O, I) int8. ``scales``: (O, groups) bf16, of which groups divide I.
+    """
+    rows, columns = codes.shape
+    dense = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+    step = _rows_at_a_time(columns)
+    for first in range(0, rows if columns else 0, step):
+        band = slice(first, first + step)
+        grouped = codes[band].float().unflatten(1, (scales.shape[1], -1)) * scales[band].float().unsqueeze(2)
+        dense[band] = grouped.flatten(1)
+    return dense
+
+
+def round_to_grid(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor | None = None) -> Tensor:
+    """Return the weight that a program with codes and scales has: :func:`quantize`, then :func:`dequantize`."""
+    return dequantize(*quantize(weight, keep, grid, scales), weight.dtype)
+
+
+def _rows_at_a_time(columns: int) -> int:
+    return max(1, _AT_A_TIME // max(1, columns))
+
+
+def _checked(scales: Tensor, shape: tuple[int, int]) -> Tensor:
+    if scales.dtype != SCALE_DTYPE or tuple(scales.shape) != shape:
+        raise ValueError(
+            f"scales are {SCALE_DTYPE} of shape {shape}, got {scales.dtype} of shape {tuple(scales.shape)}"
+        )
+    bad = first_bad_scale(scales)
+    if bad is not None:
+        raise ValueError(f"scale {bad} is {float(scales.flatten()[bad])}; a scale is finite and at least 2^-126")
+    return scales

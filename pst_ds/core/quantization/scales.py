@@ -1,0 +1,114 @@
+"""Rounding to codes, and the choice of the scale to round with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.quantization.grid import Grid
+
+SCALE_DTYPE = torch.bfloat16
+LEAST_SCALE = torch.finfo(SCALE_DTYPE).tiny
+"""The smallest scale, 2^-126: smaller ones would be denormal, which some processors take for 0."""
+UNUSED_SCALE = 1.0
+"""The scale of a group without weights."""
+_DIVISORS = {
+    8: (124.0, 125.0, 126.0, 128.0, 130.0, 133.0, 136.0, 140.0, 145.0, 150.0),
+    4: (4.0, 5.0, 5.5, 6.0, 6.5, 7.5, 8.0, 8.5, 9.0, 10.0, 11.0),
+}
+"""Scales that are tried are the group's largest magnitude divided by these; beyond the largest code it is clipped."""
+_REFITS = 2
+_WEIGHT_BITS = 28
+"""Weights of a group become integers of so many bits; sums over 2^18 of them times a code stay below 2^53."""
+
+
+def group_scales(grouped: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the scale of least squared error of every row of ``grouped``: (groups, weights of a group) to (groups,).
+
+    ``grouped``: finite, fp32, 0 where pruned. ``dtype``: what a rounded weight must be finite in.
+    """
+    magnitudes = grouped.abs().amax(1)
+    whole = grouped.double() / unit_of(magnitudes).unsqueeze(1)
+    whole.round_()
+
+    def moments(scales: Tensor) -> tuple[Tensor, Tensor]:
+        codes = _rounded(grouped, scales.unsqueeze(1), grid).double()
+        return torch.linalg.vecdot(whole, codes), torch.linalg.vecdot(codes, codes)
+
+    return search_scales(magnitudes, moments, grid, dtype)
+
+
+def unit_of(magnitudes: Tensor) -> Tensor:
+    """Return what :func:`search_scales` counts weights in: float64 powers of two, 2^-28 of a group's magnitude or so.
+
+    ``magnitudes``: the largest of each group, fp32.
+    """
+    _, exponents = torch.frexp(magnitudes.double())
+    return torch.ldexp(torch.ones_like(magnitudes, dtype=torch.float64), exponents - _WEIGHT_BITS)
+
+
+def search_scales(
+    magnitudes: Tensor,
+    moments: Callable[[Tensor], tuple[Tensor, Tensor]],
+    grid: Grid,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return bf16 scales of least squared error among those tried: (groups,).
+
+    Tried are ``magnitude / largest code``, so the error is never above that of plain rounding, some larger and smaller
+    ones, and the least-squares scale of the codes of the best, sum(w code) / sum(code^2), twice.
+
+    ``magnitudes``: (groups,) fp32, the largest of each. ``moments``: gives for fp32 scales (groups,), which are bf16
+    numbers, the sums of w code and of code^2 over each group in float64, (groups,) each, w a weight in units of
+    :func:`unit_of`, rounded. These are integers below 2^53, so sums over shards of a group may be added up. ``dtype``:
+    what a rounded weight must be finite in. Of a group of magnitude 0 the scale is 1.
+    """
+    limit = _largest_scale(grid, dtype)
+    unit = unit_of(magnitudes)
+
+    def rounded(scales: Tensor) -> Tensor:
+        return scales.float().clamp(LEAST_SCALE, limit).to(SCALE_DTYPE).float()
+
+    def judged(scales: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        by_weight, by_code = moments(scales)
+        in_units = scales.double() / unit
+        return scales, in_units * (in_units * by_code - 2 * by_weight), by_weight, by_code
+
+    def better(best: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        wins = other[1] < best[1]
+        return tuple(torch.where(wins, new, old) for new, old in zip(other, best, strict=True))
+
+    best: tuple[Tensor, ...] = judged(rounded(magnitudes / grid.largest))
+    for divisor in _DIVISORS[grid.bits]:
+        best = better(best, judged(rounded(magnitudes / divisor)))
+    for _ in range(_REFITS):
+        fitted = best[2] / best[3].clamp(min=1) * unit
+        best = better(best, judged(rounded(torch.where(best[3] > 0, fitted.float(), best[0]))))
+    return torch.where(magnitudes > 0, best[0], UNUSED_SCALE).to(SCALE_DTYPE)
+
+
+def nearest_codes(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
+    """Return the int8 codes of ``weight`` for ``scales`` that broadcast to it: w / scale in fp32, half to even."""
+    return _rounded(weight.float(), scales.float(), grid).to(torch.int8)
+
+
+def first_bad_scale(scales: Tensor) -> int | None:
+    """Return the flat index of the first scale that no grid has, or None: all are finite, and at least 2^-126."""
+    good = (scales >= LEAST_SCALE) & torch.isfinite(scales)
+    return None if bool(good.all()) else int(good.flatten().to(torch.uint8).argmin())
+
+
+def _rounded(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
+    """Return codes as fp32; division and rounding are IEEE's, the same on every device."""
+    return (weight / scales).round_().clamp_(-grid.largest, grid.largest)
+
+
+def _largest_scale(grid: Grid, dtype: torch.dtype) -> float:
+    """Return the largest bf16 number whose product with the largest code is finite in ``dtype`` and in bf16."""
+    most = min(torch.finfo(dtype).max, torch.finfo(SCALE_DTYPE).max) / grid.largest
+    scale = torch.tensor(most).to(SCALE_DTYPE)
+    if float(scale) > most:
+        scale = (scale.view(torch.int16) - 1).view(SCALE_DTYPE)
+    return float(scale)
