@@ -3,7 +3,10 @@
 :data:`pst_ds.core.formats.FORMATS` and :mod:`pst_ds.core.quantization` are what they name.
 """
 
+DENSE = "dense"
 PACKINGS = ("bitmask", "2:4", "csr")
+QUANTIZED_PACKINGS = ("bitmask", "2:4", DENSE)
+"""What holds values on a grid."""
 VALUE_BITS = {"int8": 8, "int4": 4}
 """Values that are small integers times a scale, and the bits of one."""
 GROUPS = (32, 64, 128)

@@ -4,6 +4,9 @@
     "2:4"       the two kept values of every four inputs of an output, and the bits
     "csr"       the kept values, the column of each, the first value of every row
 
+Of bitmask, 2:4 and dense matrices the values may also be codes on a grid (:mod:`pst_ds.core.quantization`), with their
+scales in a part of their own; :func:`packed_format` gives the format of either.
+
 A packed tensor is a dict of parts, which are named in a file ``<module>.<part>``. A GPT-2 Conv1D weight, stored (I, O),
 is transposed by the caller, before packing and after unpacking. :meth:`PackedFormat.check` comes first for parts that
 were read from anywhere: nothing else here looks at them before it uses them.
@@ -11,14 +14,42 @@ were read from anywhere: nothing else here looks at them before it uses them.
 
 from __future__ import annotations
 
+from functools import cache
+
 from pst_ds.core.formats.bitmask import BitmaskFormat
 from pst_ds.core.formats.csr import CsrFormat
 from pst_ds.core.formats.parts import VALUE_DTYPES, FormatError, PackedFormat, Part
+from pst_ds.core.formats.quantized import QuantizedFormat
 from pst_ds.core.formats.rows import mask_row_bits, row_bits
 from pst_ds.core.formats.two_four import TwoFourFormat
 from pst_ds.core.packings import PACKINGS
+from pst_ds.core.quantization import Grid
 
 _FORMATS: tuple[PackedFormat, ...] = (BitmaskFormat(), TwoFourFormat(), CsrFormat())
 FORMATS = dict(zip(PACKINGS, _FORMATS, strict=True))
 
-__all__ = ["FORMATS", "VALUE_DTYPES", "FormatError", "PackedFormat", "Part", "mask_row_bits", "row_bits"]
+
+@cache
+def packed_format(packing: str, grid: Grid | None = None) -> PackedFormat:
+    """Return the format of a packing whose values are on ``grid``, or have the model's dtype.
+
+    Raises ValueError for what there is not: a dense matrix without a grid is not packed, and csr has no grid.
+    """
+    if grid is not None:
+        return QuantizedFormat(packing, grid)
+    if packing not in FORMATS:
+        raise ValueError(f"packed formats are {', '.join(FORMATS)}, not {packing}")
+    return FORMATS[packing]
+
+
+__all__ = [
+    "FORMATS",
+    "VALUE_DTYPES",
+    "FormatError",
+    "PackedFormat",
+    "Part",
+    "QuantizedFormat",
+    "mask_row_bits",
+    "packed_format",
+    "row_bits",
+]

@@ -27,8 +27,9 @@ class BitmaskFormat(PackedFormat):
             "shape": (torch.int64, self.shape_dims),
         }
 
-    def _unpack(self, parts: dict[str, Tensor]) -> Tensor:
-        return scatter(parts["compressed"], parts["bitmask"], int(parts["shape"][1]))
+    def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
+        dense = scatter(parts["compressed"], parts["bitmask"], int(parts["shape"][1]))
+        return dense if dtype is None else dense.to(dtype)
 
     def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
         counts = row_counts(keep)

@@ -35,9 +35,10 @@ class CsrFormat(PackedFormat):
             "shape": (torch.int64, self.shape_dims),
         }
 
-    def _unpack(self, parts: dict[str, Tensor]) -> Tensor:
+    def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
         starts, columns = parts["crow_indices"].to(torch.int64), int(parts["shape"][1])
-        return scatter_columns(parts["values"], starts, parts["col_indices"], columns)
+        dense = scatter_columns(parts["values"], starts, parts["col_indices"], columns)
+        return dense if dtype is None else dense.to(dtype)
 
     def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
         columns = weight.shape[1]

@@ -30,16 +30,23 @@ class PackedFormat(ABC):
     name: str
     part_names: tuple[str, ...]
     values_name: str
-    """The part that has the weights' dtype."""
+    """The part that has the weights' dtype, or their codes."""
+    value_dtypes: tuple[torch.dtype, ...] = VALUE_DTYPES
+    """The dtypes that it may have."""
     shape_dims: tuple[int, ...] = (2,)
     """Shape of the part "shape"."""
 
     @abstractmethod
     def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
-        """dtype and shape of every part for an (O, I) matrix of which ``nonzero`` positions are kept.
+        """dtype and shape of every part for an (O, I) matrix of which ``nonzero`` positions are kept, or as many as
+        :meth:`stored` says.
 
         Raises FormatError for a shape that the format cannot hold.
         """
+
+    def stored(self, counts: Tensor) -> int:
+        """Return what :meth:`parts` takes as ``nonzero`` for rows of which so many positions are kept, (O,) int64."""
+        return int(counts.sum())
 
     def nbytes(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> int:
         """Bytes of all parts together."""
@@ -57,19 +64,23 @@ class PackedFormat(ABC):
         is stored even when its value is 0, a stored -0.0 becomes +0.0, and values that are not kept are not looked at:
         an unmasked weight may be given. The parts share no memory with the arguments. Raises FormatError.
         """
+        return self._pack(*self._packable(weight, keep, name), name)
+
+    def _packable(self, weight: Tensor, keep: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
+        """``weight`` contiguous on the CPU, and bits that were looked at and are ours. Raises FormatError."""
         if weight.dim() != 2 or weight.dtype not in VALUE_DTYPES:
             raise FormatError(
                 f"{name}: a weight to pack is a matrix of bf16, fp16, fp32 or fp64, got {_described(weight)}"
             )
         weight = weight.detach().cpu().contiguous()
         if keep is None:
-            return self._pack(weight, row_bits(weight), name)
+            return weight, row_bits(weight)
         expected = (weight.shape[0], bytes_of_row(weight.shape[1]))
         if keep.dtype != torch.uint8 or tuple(keep.shape) != expected:
             raise FormatError(f"{name}: the kept positions are uint8 of shape {expected}, got {_described(keep)}")
         keep = keep.cpu().clone(memory_format=torch.contiguous_format)
         _refuse_padding(name, "the kept positions", keep, weight.shape[1])
-        return self._pack(weight, keep, name)
+        return weight, keep
 
     def check(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int] | None = None) -> tuple[int, int]:
         """(O, I) of the matrix, after a look at every invariant. Raises FormatError, which begins with ``name``.
@@ -85,7 +96,7 @@ class PackedFormat(ABC):
             raise FormatError(f"{name}: its shape is {(rows, columns)}, and {tuple(shape)} is needed")
         values = held[self.values_name]
         try:
-            expected = self.parts((rows, columns), values.numel(), values.dtype)
+            expected = self.parts((rows, columns), self._stored_of(values), values.dtype)
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from None
         for part, (dtype, dims) in expected.items():
@@ -95,24 +106,32 @@ class PackedFormat(ABC):
                     f"{dims}, found {_described(held[part])}"
                 )
         self._check_contents(name, held, (rows, columns))
-        _refuse_negative_zero(name, self.values_name, values)
+        if values.is_floating_point():
+            _refuse_negative_zero(name, self.values_name, values)
         return rows, columns
 
-    def unpack(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """The (O, I) matrix on the CPU, +0.0 where nothing is kept. The parts must have passed :meth:`check`."""
-        return self._unpack({part: parts[part].detach().cpu().contiguous() for part in self.part_names})
+    def unpack(self, parts: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        """The (O, I) matrix on the CPU, +0.0 where nothing is kept. The parts must have passed :meth:`check`.
+
+        ``dtype``: of the matrix; None takes that of the values; for codes fp32, where code times scale is exact.
+        """
+        return self._unpack({part: parts[part].detach().cpu().contiguous() for part in self.part_names}, dtype)
 
     @abstractmethod
     def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
         """``pack`` of a contiguous weight and bits that were looked at and are ours."""
 
     @abstractmethod
-    def _unpack(self, parts: dict[str, Tensor]) -> Tensor:
+    def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
         """``unpack`` of contiguous parts on the CPU."""
 
     @abstractmethod
     def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         """Check the values of the parts; their dtypes and shapes are right already."""
+
+    def _stored_of(self, values: Tensor) -> int:
+        """``nonzero`` of :meth:`parts` by the size of the values."""
+        return values.numel()
 
     def _shape_part(self, shape: tuple[int, int] | torch.Size) -> Tensor:
         return torch.tensor(tuple(shape), dtype=torch.int64).view(self.shape_dims)
@@ -123,8 +142,9 @@ class PackedFormat(ABC):
             raise FormatError(f"{name}: {part} is a {type(tensor).__name__}, not a tensor")
         if tensor.layout != torch.strided or tensor.device.type == "meta" or not tensor.is_contiguous():
             raise FormatError(f"{name}: {part} must be a contiguous tensor with values, found {_described(tensor)}")
-        if part == self.values_name and tensor.dtype not in VALUE_DTYPES:
-            raise FormatError(f"{name}: {part} must be bf16, fp16, fp32 or fp64, found {_described(tensor)}")
+        if part == self.values_name and tensor.dtype not in self.value_dtypes:
+            known = "bf16, fp16, fp32 or fp64" if self.value_dtypes == VALUE_DTYPES else self.value_dtypes[0]
+            raise FormatError(f"{name}: {part} must be {known}, found {_described(tensor)}")
         return tensor.detach().cpu()
 
     def _claimed_shape(self, name: str, part: Tensor, dtype: torch.dtype) -> tuple[int, int]:

@@ -68,6 +68,11 @@ def mask_row_bits(mask: Tensor, layout: WeightLayout) -> Tensor:
     return torch.from_numpy(np.packbits(keep.contiguous().numpy(), axis=1, bitorder="little"))
 
 
+def as_bools(bits: Tensor, columns: int) -> Tensor:
+    """Row bits as (O, I) bool."""
+    return torch.from_numpy(_unpacked(bits, columns))
+
+
 def row_counts(bits: Tensor) -> Tensor:
     """Set bits of every row, (O,) int64."""
     native = library()

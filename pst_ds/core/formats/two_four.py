@@ -39,8 +39,9 @@ class TwoFourFormat(PackedFormat):
         fits = super().accepts(bits, shape) and shape[1] % GROUP == 0
         return fits and not bool(_TOO_MANY[bits.numpy()].any())
 
-    def _unpack(self, parts: dict[str, Tensor]) -> Tensor:
-        return scatter(parts["compressed"], parts["bitmask"], int(parts["shape"][1]))
+    def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
+        dense = scatter(parts["compressed"], parts["bitmask"], int(parts["shape"][1]))
+        return dense if dtype is None else dense.to(dtype)
 
     def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
         rows, columns = weight.shape
@@ -58,13 +59,18 @@ class TwoFourFormat(PackedFormat):
         }
 
     def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
-        if not parts["bitmask"].numel():
-            return
-        checked_bits(name, parts["bitmask"], shape[1])
-        whole = shape[1] // 8
-        _refuse_groups(name, parts["bitmask"][:, :whole], _NOT_TWO, "two")
-        if shape[1] % 8:  # padding in the upper half of the last byte
-            _refuse_groups(name, parts["bitmask"][:, whole:] | 0x30, _NOT_TWO, "two", whole)
+        checked_groups(name, parts["bitmask"], shape[1])
+
+
+def checked_groups(name: str, bits: Tensor, columns: int) -> None:
+    """Raise FormatError where a part "bitmask" does not keep two of every four, or has a bit beyond its row."""
+    if not bits.numel():
+        return
+    checked_bits(name, bits, columns)
+    whole = columns // 8
+    _refuse_groups(name, bits[:, :whole], _NOT_TWO, "two")
+    if columns % 8:  # padding in the upper half of the last byte
+        _refuse_groups(name, bits[:, whole:] | 0x30, _NOT_TWO, "two", whole)
 
 
 def _table(of_group: list[int], join: str) -> np.ndarray:

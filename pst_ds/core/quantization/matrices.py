@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.quantization.grid import Grid
-from pst_ds.core.quantization.scales import SCALE_DTYPE, UNUSED_SCALE, first_bad_scale, group_scales, nearest_codes
+from pst_ds.core.quantization.scales import (
+    RULE_OF_SCALES,
+    SCALE_DTYPE,
+    UNUSED_SCALE,
+    first_bad_scale,
+    group_scales,
+    nearest_codes,
+)
 
-_AT_A_TIME = 1 << 17
-"""Weights that are rounded at a time, so that what is made of them stays in a CPU's cache."""
+_AT_A_TIME = {"cpu": 1 << 17}
+"""Weights that are rounded at a time by kind of device; on a CPU what is made of them then stays in its cache."""
+_AT_A_TIME_ELSEWHERE = 1 << 24
 
 
 def quantize(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -24,8 +32,8 @@ def quantize(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor | N
     codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
     found = torch.full((rows, groups), UNUSED_SCALE, dtype=SCALE_DTYPE, device=weight.device)
     if scales is not None:
-        found.copy_(_checked(scales, (rows, groups)))
-    step = _rows_at_a_time(columns)
+        found.copy_(_checked(scales, (rows, groups), grid))
+    step = _rows_at_a_time(columns, weight.device)
     for first in range(0, rows if columns else 0, step):
         band = slice(first, min(first + step, rows))
         part = weight[band].detach().float()
@@ -47,7 +55,7 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32
     """
     rows, columns = codes.shape
     dense = torch.empty(rows, columns, dtype=dtype, device=codes.device)
-    step = _rows_at_a_time(columns)
+    step = _rows_at_a_time(columns, codes.device)
     for first in range(0, rows if columns else 0, step):
         band = slice(first, first + step)
         grouped = codes[band].float().unflatten(1, (scales.shape[1], -1)) * scales[band].float().unsqueeze(2)
@@ -60,16 +68,16 @@ def round_to_grid(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tenso
     return dequantize(*quantize(weight, keep, grid, scales), weight.dtype)
 
 
-def _rows_at_a_time(columns: int) -> int:
-    return max(1, _AT_A_TIME // max(1, columns))
+def _rows_at_a_time(columns: int, device: torch.device) -> int:
+    return max(1, _AT_A_TIME.get(device.type, _AT_A_TIME_ELSEWHERE) // max(1, columns))
 
 
-def _checked(scales: Tensor, shape: tuple[int, int]) -> Tensor:
+def _checked(scales: Tensor, shape: tuple[int, int], grid: Grid) -> Tensor:
     if scales.dtype != SCALE_DTYPE or tuple(scales.shape) != shape:
         raise ValueError(
             f"scales are {SCALE_DTYPE} of shape {shape}, got {scales.dtype} of shape {tuple(scales.shape)}"
         )
-    bad = first_bad_scale(scales)
+    bad = first_bad_scale(scales, grid)
     if bad is not None:
-        raise ValueError(f"scale {bad} is {float(scales.flatten()[bad])}; a scale is finite and at least 2^-126")
+        raise ValueError(f"scale {bad} is {float(scales.flatten()[bad]):g}; {RULE_OF_SCALES}")
     return scales

@@ -12,6 +12,7 @@ from pst_ds.core.quantization.grid import Grid
 SCALE_DTYPE = torch.bfloat16
 LEAST_SCALE = torch.finfo(SCALE_DTYPE).tiny
 """The smallest scale, 2^-126: smaller ones would be denormal, which some processors take for 0."""
+RULE_OF_SCALES = "scales are at least 2^-126, and times the largest code still finite in bf16"
 UNUSED_SCALE = 1.0
 """The scale of a group without weights."""
 _DIVISORS = {
@@ -65,7 +66,7 @@ def search_scales(
     :func:`unit_of`, rounded. These are integers below 2^53, so sums over shards of a group may be added up. ``dtype``:
     what a rounded weight must be finite in. Of a group of magnitude 0 the scale is 1.
     """
-    limit = _largest_scale(grid, dtype)
+    limit = largest_scale(grid, dtype)
     unit = unit_of(magnitudes)
 
     def rounded(scales: Tensor) -> Tensor:
@@ -94,9 +95,12 @@ def nearest_codes(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
     return _rounded(weight.float(), scales.float(), grid).to(torch.int8)
 
 
-def first_bad_scale(scales: Tensor) -> int | None:
-    """Return the flat index of the first scale that no grid has, or None: all are finite, and at least 2^-126."""
-    good = (scales >= LEAST_SCALE) & torch.isfinite(scales)
+def first_bad_scale(scales: Tensor, grid: Grid) -> int | None:
+    """Return the flat index of the first bf16 scale that the grid cannot have, or None.
+
+    Scales are at least 2^-126, and their products with the largest code finite in bf16.
+    """
+    good = (scales >= LEAST_SCALE) & (scales <= largest_scale(grid, SCALE_DTYPE))
     return None if bool(good.all()) else int(good.flatten().to(torch.uint8).argmin())
 
 
@@ -105,7 +109,7 @@ def _rounded(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
     return (weight / scales).round_().clamp_(-grid.largest, grid.largest)
 
 
-def _largest_scale(grid: Grid, dtype: torch.dtype) -> float:
+def largest_scale(grid: Grid, dtype: torch.dtype) -> float:
     """Return the largest bf16 number whose product with the largest code is finite in ``dtype`` and in bf16."""
     most = min(torch.finfo(dtype).max, torch.finfo(SCALE_DTYPE).max) / grid.largest
     scale = torch.tensor(most).to(SCALE_DTYPE)

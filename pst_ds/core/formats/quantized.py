@@ -1,0 +1,179 @@
+"""Packed forms whose values are codes on a grid: bitmask, 2:4, and dense matrices.
+
+Of bitmask and 2:4 the codes stand for the kept positions row by row, and the bits say where those are; "dense" has a
+code for every position. int8 codes are a byte each. Two int4 codes share a byte, the first in its lower half, and every
+row begins with a byte of its own; what a row of an odd number of codes leaves of its last byte is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pst_ds.core.formats.bitmask import BitmaskFormat
+from pst_ds.core.formats.parts import FormatError, PackedFormat, Part, checked_bits
+from pst_ds.core.formats.rows import as_bools, bytes_of_row, row_counts, scatter
+from pst_ds.core.formats.two_four import TwoFourFormat, checked_groups
+from pst_ds.core.packings import DENSE, QUANTIZED_PACKINGS
+from pst_ds.core.quantization import Grid, dequantize, first_bad_scale, pack_nibbles, quantize, unpack_nibbles
+from pst_ds.core.quantization.scales import RULE_OF_SCALES, SCALE_DTYPE
+
+_HAS_MINUS_8 = np.array([byte & 15 == 8 or byte >> 4 == 8 for byte in range(256)])
+
+
+class QuantizedFormat(PackedFormat):
+    """``codes``, ``scales`` (O, groups) bf16 and ``shape``, with ``bitmask`` (O, ceil(I / 8)) uint8 where not dense.
+
+    ``codes`` of bitmask are (nnz,), of 2:4 (O, I / 2), of a dense matrix (O, I) int8; int4 ones are uint8, with half as
+    many bytes a row, rounded up, and those of bitmask row by row in one dimension.
+    """
+
+    values_name = "codes"
+    shape_dims: tuple[int, ...]
+    _POSITIONS: ClassVar[dict[str, PackedFormat]] = {"bitmask": BitmaskFormat(), "2:4": TwoFourFormat()}
+
+    def __init__(self, packing: str, grid: Grid):
+        """``packing``: "bitmask", "2:4" or "dense". Raises ValueError for others."""
+        if packing not in QUANTIZED_PACKINGS:
+            raise ValueError(f"values on a grid are packed as {', '.join(QUANTIZED_PACKINGS)}, not as {packing}")
+        self.packing, self.grid = packing, grid
+        self._base = self._POSITIONS.get(packing)
+        self.name = f"{packing} {grid.values}"
+        self.shape_dims = self._base.shape_dims if self._base else (2,)
+        self.part_names = ("codes", *(["bitmask"] if self._base else []), "scales", "shape")
+        self.value_dtypes = (torch.int8,) if grid.bits == 8 else (torch.uint8,)
+
+    def stored(self, counts: Tensor) -> int:
+        """int4 codes of rows that keep ``counts`` take whole bytes in every row."""
+        return int((counts + (counts & 1 if self.grid.bits == 4 else 0)).sum())
+
+    def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
+        """``nonzero``: what :meth:`stored` gives for the rows. ``dtype`` is not looked at."""
+        rows, columns = shape
+        sizes: dict[str, tuple[int, ...]] = {"bitmask": (nonzero,), "2:4": (rows, columns // 2), DENSE: (rows, columns)}
+        *outer, codes = sizes[self.packing]
+        if self._base is not None:
+            self._base.parts(shape, nonzero, torch.float32)  # which refuses what it cannot hold
+        try:
+            groups = self.grid.num_groups(columns)
+        except ValueError as error:
+            raise FormatError(str(error)) from None
+        parts: dict[str, Part] = {
+            "codes": (self.value_dtypes[0], (*outer, codes if self.grid.bits == 8 else -(-codes // 2))),
+            "bitmask": (torch.uint8, (rows, bytes_of_row(columns))),
+            "scales": (SCALE_DTYPE, (rows, groups)),
+            "shape": (torch.int64, self.shape_dims),
+        }
+        return {part: parts[part] for part in self.part_names}
+
+    def accepts(self, bits: Tensor, shape: tuple[int, int]) -> bool:
+        return self._base is None or self._base.accepts(bits, shape)
+
+    def pack_with(self, scales: Tensor | None, weight: Tensor, keep: Tensor | None, name: str) -> dict[str, Tensor]:
+        """:meth:`pack` with these ``scales``, (O, groups) bf16; None chooses the best ones. Raises FormatError."""
+        weight, bits = self._packable(weight, keep, name)
+        return self._pack_on_grid(weight, bits, scales, name)
+
+    def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
+        return self._pack_on_grid(weight, keep, None, name)
+
+    def _pack_on_grid(self, weight: Tensor, keep: Tensor, scales: Tensor | None, name: str) -> dict[str, Tensor]:
+        kept = as_bools(keep, weight.shape[1])
+        try:
+            codes, found = quantize(weight, kept, self.grid, scales)
+        except ValueError as error:
+            raise FormatError(f"{name}: {error}") from None
+        del kept
+        if self._base is None:
+            held = {"codes": codes, "shape": self._shape_part(weight.shape)}
+        else:  # formats move integers, of two bytes and more
+            held = self._base._pack(codes.to(torch.int16), keep, name)
+            held["codes"] = held.pop(self._base.values_name).to(torch.int8)
+        if self.grid.bits == 4:
+            by_row = self.packing == "bitmask"
+            held["codes"] = _packed_rows(held["codes"], row_counts(keep)) if by_row else pack_nibbles(held["codes"])
+        held["scales"] = found
+        return {part: held[part] for part in self.part_names}
+
+    def unpack_codes(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return the codes, (O, I) int8 on the CPU, 0 where nothing is kept. The parts must have passed the check."""
+        codes, columns = parts["codes"].detach().cpu().contiguous(), int(parts["shape"].flatten()[1])
+        if self._base is None:
+            return unpack_nibbles(codes, columns).contiguous() if self.grid.bits == 4 else codes
+        bits = parts["bitmask"].detach().cpu().contiguous()
+        if self.grid.bits == 4 and columns:
+            flat = unpack_nibbles(codes, 2 * codes.shape[-1])
+            codes = _without_padding(flat, row_counts(bits)) if self.packing == "bitmask" else flat
+        return scatter(codes.to(torch.int16).contiguous(), bits, columns).to(torch.int8)
+
+    def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
+        return dequantize(self.unpack_codes(parts), parts["scales"], dtype or torch.float32)
+
+    def _stored_of(self, values: Tensor) -> int:
+        return values.numel() * (2 if self.grid.bits == 4 else 1)
+
+    def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
+        bad = first_bad_scale(parts["scales"], self.grid)
+        if bad is not None:
+            row, group = divmod(bad, parts["scales"].shape[1])
+            value = float(parts["scales"][row, group])
+            raise FormatError(f"{name}: scale {group} of row {row} is {value:g}; {RULE_OF_SCALES}")
+        if self._base is not None:
+            checked_bits(name, parts["bitmask"], shape[1])
+        if self.packing == "2:4":
+            checked_groups(name, parts["bitmask"], shape[1])
+        if shape[1]:
+            self._check_codes(name, parts["codes"], self._counts(name, parts, shape))
+        elif parts["codes"].numel():  # there may be more rows than anyone counts to
+            raise FormatError(f"{name}: codes has {parts['codes'].numel()} bytes, and there are no inputs")
+
+    def _counts(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        """Codes of every row, (O,) int64, by bits that were looked at."""
+        if self.packing != "bitmask":
+            return torch.full((shape[0],), shape[1] // (2 if self.packing == "2:4" else 1), dtype=torch.int64)
+        counts = row_counts(parts["bitmask"])
+        total, held = self.stored(counts), self._stored_of(parts["codes"])
+        if total != held:
+            filled = ", with those that fill up rows," if self.grid.bits == 4 else ""
+            raise FormatError(
+                f"{name}: bitmask keeps {int(counts.sum())} positions, for which codes must have {total}{filled} and "
+                f"has {held}"
+            )
+        return counts
+
+    def _check_codes(self, name: str, codes: Tensor, counts: Tensor) -> None:
+        flat = codes.flatten()
+        bad = torch.from_numpy(_HAS_MINUS_8[flat.numpy()]) if self.grid.bits == 4 else flat == -128
+        if bad.any():
+            at, least = int(bad.to(torch.uint8).argmax()), -self.grid.largest - 1
+            raise FormatError(
+                f"{name}: codes has {least} in byte {at}; {self.grid.values} codes go from {least + 1} to {-least - 1}"
+            )
+        if self.grid.bits == 4 and bool((counts & 1).any()):
+            ends = ((counts + 1) // 2).cumsum(0) - 1
+            odd = (counts & 1).nonzero().flatten()
+            wrong = (flat[ends[odd]] >> 4) != 0
+            if wrong.any():
+                row = int(odd[int(wrong.to(torch.uint8).argmax())])
+                raise FormatError(f"{name}: the last half byte of row {row} in codes fills it up, and must be 0")
+
+
+def _packed_rows(codes: Tensor, counts: Tensor) -> Tensor:
+    """Pack int4 codes row by row, (nnz,) int8 to (bytes,) uint8; ``counts``: codes of each row."""
+    odd = (counts & 1).bool()
+    if odd.any():
+        codes = torch.from_numpy(np.insert(codes.numpy(), counts.cumsum(0)[odd].numpy(), 0))
+    return pack_nibbles(codes)
+
+
+def _without_padding(codes: Tensor, counts: Tensor) -> Tensor:
+    """Undo what :func:`_packed_rows` filled rows up with."""
+    odd = (counts & 1).bool()
+    if not odd.any():
+        return codes
+    ends = (counts + (counts & 1)).cumsum(0) - 1
+    return torch.from_numpy(np.delete(codes.numpy(), ends[odd].numpy()))
