@@ -45,6 +45,9 @@ def test_a_classifier(made, capsys):
     assert table["data"]["max_length"] == 48  # of the model's positions; 128 would be more
     assert table["data"]["validation"] == "tests/data/validation.jsonl"
     assert "deepspeed_config" not in table
+    assert table["pst"]["update_embeddings"] == ["word_embeddings"]
+    early = {"initial_sparsity": 0.45, "warmup_fraction": 0.0, "cooldown_fraction": 0.4}
+    assert {name: table["schedule"][name] for name in early} == early
     assert (result["classes"], result["examples"], result["num_layers"]) == (["bad", "good"], 240, 12)
     plan = _planned(capsys, out)
     assert (plan["num_steps"], plan["trained_parameters"]) == (result["num_steps"], result["trained_parameters"])
@@ -90,6 +93,8 @@ def test_a_language_model(made, capsys):
     assert (table["schedule"]["final_sparsity"], table["pst"]["pattern"]) == (0.5, "2:4")
     assert _planned(capsys, out)["num_steps"] == result["num_steps"] == 7
     assert result["unit"] == "sequences"
+    assert "update_embeddings" not in table["pst"]
+    assert "initial_sparsity" not in table["schedule"]
 
 
 @pytest.mark.parametrize(
@@ -146,6 +151,7 @@ def test_every_method_is_planned(made, capsys, method):
     out, table, result = made(BERT, "--train", TRAIN, "--method", method, "--sparsity", "0.7")
     assert _planned(capsys, out)["trained_parameters"] == result["trained_parameters"]
     assert table.get("schedule", {}).get("final_sparsity", 0.0) == (0.0 if method in ("dense", "lora") else 0.7)
+    assert ("initial_sparsity" in table.get("schedule", {})) is (method == "pst")
 
 
 def _refused(capsys, *arguments):

@@ -84,8 +84,8 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     run = run_from_table(table)
     run.micro_batch_size(ranks)
     model = meta_model(run, labels, tokenizer)
-    if task.new_head and (embeddings := _updatable_embeddings(model, run)):
-        table = _laid_over(table, "pst", update_embeddings=embeddings)
+    if task.new_head and _has_small_update(run):
+        table = _for_a_new_task(table, model, run)
         run = run_from_table(table)
         model = meta_model(run, labels, tokenizer)
     layers = pst_layers(model)
@@ -105,14 +105,29 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     return Chosen(table, run, labels, config.model_type, positions, has_accelerator, names, length_reason, summary)
 
 
+def _has_small_update(run: RunConfig) -> bool:
+    """Return whether the method trains a low-rank U V that is added to the weights."""
+    config = pst_config(run)
+    return bool(run.mask_method.injects and config.update_rank and not config.multiplicative_update)
+
+
+def _for_a_new_task(table: dict[str, Any], model: nn.Module, run: RunConfig) -> dict[str, Any]:
+    """Return ``table`` for a model that learns a new task: with an update of its embeddings, and with masks that are
+    half empty at once and final early. docs/tuning-log.md says what each is worth."""
+    if embeddings := _updatable_embeddings(model, run):
+        table = _laid_over(table, "pst", update_embeddings=embeddings)
+    if run.method != "pst" or run.pst.magnitude == "none":
+        return table
+    initial = round(run.schedule.final_sparsity / 2, 4)
+    return _laid_over(table, "schedule", initial_sparsity=initial, warmup_fraction=0.0, cooldown_fraction=0.4)
+
+
 def _updatable_embeddings(model: nn.Module, run: RunConfig) -> list[str]:
-    """Return the name of the model's input embeddings if they can have a low-rank update, and the run has any."""
-    config, embeddings = pst_config(run), model.get_input_embeddings()  # type: ignore[operator]
-    if not run.mask_method.injects or not config.update_rank or config.multiplicative_update:
-        return []
+    """Return the name of the model's input embeddings, if they can have a low-rank update."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
     names = tuple(name.rpartition(".")[2] for name, module in model.named_modules() if module is embeddings)
     try:
-        find_embeddings(model, replace(config, update_embeddings=names))
+        find_embeddings(model, replace(pst_config(run), update_embeddings=names))
     except InputError:
         return []
     return list(names)

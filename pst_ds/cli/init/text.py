@@ -24,6 +24,9 @@ _COMMENTS = {
     "pst.pattern": '"matrix", "global", "row", N:M such as "2:4", or blocks such as "16x1"',
     "pst.update_embeddings": "these get a low-rank update too, and no zeros",
     "schedule.final_sparsity": "fraction of zeros in every pruned matrix at the end",
+    "schedule.initial_sparsity": "fraction of zeros from the first step on: the smallest weights cost next to nothing",
+    "schedule.warmup_fraction": "share of the steps at this fraction, before it grows",
+    "schedule.cooldown_fraction": "share of the steps at the end, with final masks",
     "schedule.update_interval": "optimizer steps between mask updates",
 }
 
