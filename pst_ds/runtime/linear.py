@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.formats import FORMATS, FormatError
+from pst_ds.core.formats import FORMATS, FormatError, PackedFormat, QuantizedFormat
+from pst_ds.core.packings import DENSE
 from pst_ds.runtime import ops
 from pst_ds.runtime.backends import backend_for
 
@@ -29,6 +30,8 @@ class SparseLinear(nn.Module):
     csr_columns: Tensor
     csr_values: Tensor
     values: Tensor
+    codes: Tensor
+    scales: Tensor
 
     def __init__(
         self,
@@ -36,7 +39,7 @@ class SparseLinear(nn.Module):
         out_features: int,
         nonzero: int,
         *,
-        format: str = "bitmask",
+        format: str | PackedFormat = "bitmask",
         bias: bool = True,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
@@ -44,7 +47,8 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self._is_checked = False
-        self.format = FORMATS[format]
+        self.format = FORMATS[format] if isinstance(format, str) else format
+        self._dtype = dtype
         for name, (part_dtype, shape) in self.format.parts((out_features, in_features), nonzero, dtype).items():
             self._set_part(name, torch.empty(shape, dtype=part_dtype, device=device))
         self.bias: nn.Parameter | None
@@ -52,13 +56,15 @@ class SparseLinear(nn.Module):
         self.register_parameter("bias", None if values is None else nn.Parameter(values, requires_grad=False))
 
     @classmethod
-    def from_dense(cls, weight: Tensor, bias: Tensor | None = None, format: str = "bitmask") -> SparseLinear:
+    def from_dense(
+        cls, weight: Tensor, bias: Tensor | None = None, format: str | PackedFormat = "bitmask"
+    ) -> SparseLinear:
         """Make a layer from the non-zeros of ``weight`` (O, I)."""
-        parts = FORMATS[format].pack(weight.detach())
-        values = next(part for part in parts.values() if part.is_floating_point())
+        form = FORMATS[format] if isinstance(format, str) else format
+        parts = form.pack(weight.detach())
         layer = cls(
-            weight.shape[1], weight.shape[0], values.numel(), format=format, bias=bias is not None, dtype=weight.dtype,
-            device="meta",
+            weight.shape[1], weight.shape[0], form.stored_of(parts[form.values_name].numel()), format=form,
+            bias=bias is not None, dtype=weight.dtype, device="meta",
         )  # fmt: skip
         for name, part in parts.items():
             layer._set_part(name, part)
@@ -68,7 +74,7 @@ class SparseLinear(nn.Module):
         return layer
 
     def _set_part(self, name: str, part: Tensor) -> None:
-        if part.is_floating_point():
+        if part.is_floating_point() and name == self.format.values_name:
             self.register_parameter(name, nn.Parameter(part, requires_grad=False))
         else:
             self.register_buffer(name, part)
@@ -77,10 +83,26 @@ class SparseLinear(nn.Module):
         """Return the parts of the weight by name."""
         return {name: getattr(self, name).detach() for name in self.format.part_names}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that it computes in: that of its values, or of the weight that codes stand for."""
+        return self._dtype if self.is_quantized else getattr(self, self.format.values_name).dtype
+
+    @dtype.setter
+    def dtype(self, dtype: torch.dtype) -> None:
+        """Choose what the weight of a layer of codes is rounded to, and computed in."""
+        assert self.is_quantized
+        self._dtype = dtype
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its values are codes on a grid."""
+        return isinstance(self.format, QuantizedFormat)
+
     def check(self, name: str) -> None:
         """Raise FormatError, naming ``name``, unless the parts and the bias fit a layer of this shape."""
         self.format.check(name, self.parts(), (self.out_features, self.in_features))
-        bias, dtype, shape = self.bias, getattr(self, self.format.values_name).dtype, (self.out_features,)
+        bias, dtype, shape = self.bias, self.dtype, (self.out_features,)
         if bias is not None and (bias.dtype != dtype or tuple(bias.shape) != shape or not bias.is_contiguous()):
             raise FormatError(
                 f"{name}: bias must be a contiguous {dtype} of shape {shape}, found {bias.dtype} of shape "
@@ -89,11 +111,13 @@ class SparseLinear(nn.Module):
         self._prepare()
 
     def _prepare(self) -> None:
-        """Derive what the product needs: the row offsets of 2:4, and the fp32 values of torch's CSR product."""
+        """Derive what the product needs: offsets of rows, and the fp32 values of torch's CSR product."""
         self._is_checked = True
         if self.format.name == "2:4":
             offsets = torch.arange(self.out_features, device=self.bitmask.device) * (self.in_features // 2)
             self.register_buffer("row_offsets", offsets, persistent=False)
+        elif isinstance(self.format, QuantizedFormat):
+            self.register_buffer("row_offsets", self.format.row_offsets(self.parts()), persistent=False)
         elif self.format.name == "csr":
             index = torch.int64 if self.crow_indices.dtype == torch.int64 else torch.int32
             self.register_buffer("csr_columns", self.col_indices.to(index), persistent=False)
@@ -105,7 +129,9 @@ class SparseLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        """Handle ``.to`` and the like: undo casts to -0.0 of small negative values, and of ``csr_values``."""
+        """Handle ``.to`` and the like: undo casts to -0.0 of small negative values, of ``csr_values`` and of scales."""
+        if self.is_quantized:
+            return self._apply_to_codes(fn, recurse)
         before = getattr(self, self.format.values_name)
         dtype, had_values = before.dtype, not before.is_meta
         super()._apply(fn, recurse)
@@ -115,6 +141,16 @@ class SparseLinear(nn.Module):
             with torch.no_grad():
                 values.add_(0.0)
             self._prepare()
+        return self
+
+    def _apply_to_codes(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> SparseLinear:
+        """A cast changes what codes are multiplied in, and leaves the scales, which have one dtype."""
+        scales, had_values = self.scales, not self.scales.is_meta
+        super()._apply(fn, recurse)
+        self._is_checked = self._is_checked and had_values
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=scales.device)).dtype
         return self
 
     def _refuse_unchecked(self) -> None:
@@ -127,19 +163,16 @@ class SparseLinear(nn.Module):
     def dense_weight(self) -> Tensor:
         """Return the (O, I) weight, +0.0 where pruned. Raises RuntimeError before :meth:`check`."""
         self._refuse_unchecked()
-        return self.format.unpack(self.parts())
+        return self.format.unpack(self.parts(), self.dtype if self.is_quantized else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out_features) in the weight's dtype, under autocast too, where x may have another."""
         if not self._is_checked:
             self._refuse_unchecked()
+        if self.is_quantized:
+            return self._forward_codes(x)
         values: Tensor = self._parameters[self.format.values_name]  # type: ignore[assignment]
-        if x.dtype != values.dtype:
-            if not torch.is_autocast_enabled(x.device.type):
-                raise TypeError(f"x is {x.dtype}, the sparse weight {values.dtype}; convert one of them")
-            x = x.to(values.dtype)
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x is {tuple(x.shape)}, the layer takes {self.in_features} features")
+        x = self._accepted(x, values.dtype)
         if x.requires_grad and torch.is_grad_enabled():
             return ops.dense_linear(x, self.dense_weight().to(x.device), self.bias)
         in_eager = type(x) is Tensor and not torch.compiler.is_compiling()
@@ -155,6 +188,26 @@ class SparseLinear(nn.Module):
             csr = ops.csr_linear if in_eager else torch.ops.pst_ds.csr_linear
             return csr(x, self.crow_indices, self.csr_columns, self.csr_values, self.bias)
         return torch.ops.pst_ds.bitmask_linear(x, values.view(-1), self.bitmask, self.row_offsets, self.bias)
+
+    def _accepted(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if x.dtype != dtype:
+            if not torch.is_autocast_enabled(x.device.type):
+                raise TypeError(f"x is {x.dtype}, the sparse weight {dtype}; convert one of them")
+            x = x.to(dtype)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x is {tuple(x.shape)}, the layer takes {self.in_features} features")
+        return x
+
+    def _forward_codes(self, x: Tensor) -> Tensor:
+        x = self._accepted(x, self._dtype)
+        if x.requires_grad and torch.is_grad_enabled():
+            return ops.dense_linear(x, self.dense_weight().to(x.device), self.bias)
+        in_eager = type(x) is Tensor and not torch.compiler.is_compiling()
+        product = ops.quantized_linear if in_eager else torch.ops.pst_ds.quantized_linear
+        form = self.format
+        assert isinstance(form, QuantizedFormat)
+        bits = None if form.packing == DENSE else self.bitmask
+        return product(x, self.codes, self.scales, bits, self.row_offsets, self.bias, form.packing)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.format.name}, bias={self.bias is not None}"

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pst_ds.core.formats import FormatError, packed_format
-from pst_ds.core.quantization import Grid, dequantize
+from pst_ds.core.quantization import Grid, dequantize, quantize
 from tests.core.test_formats_check import CONTENTS, NAME, STRUCTURE, permute_bits, replaced, with_item
 
 SHAPE = (5, 36)
@@ -155,7 +155,7 @@ def test_mutations_are_refused_by_name_or_are_whole_tensors(name):
         keep = torch.full((len(dense), -(-dense.shape[1] // 8)), 255, dtype=torch.uint8) if keep is None else keep
         if dense.shape[1] % 8 and "bitmask" not in parts:
             keep[:, -1] = (1 << dense.shape[1] % 8) - 1
-        again = form.pack_with(parts["scales"], dense, keep, NAME)
+        again = form.pack_codes(*quantize(dense, None, form.grid, parts["scales"]), keep, NAME)
         for part, tensor in parts.items():
             assert (tensor.dtype, tensor.shape) == (again[part].dtype, again[part].shape), (seed, part)
             assert tensor.view(torch.uint8).tolist() == again[part].view(torch.uint8).tolist(), (seed, part)

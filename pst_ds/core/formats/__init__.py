@@ -14,7 +14,10 @@ were read from anywhere: nothing else here looks at them before it uses them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
+
+import torch
 
 from pst_ds.core.formats.bitmask import BitmaskFormat
 from pst_ds.core.formats.csr import CsrFormat
@@ -22,7 +25,7 @@ from pst_ds.core.formats.parts import VALUE_DTYPES, FormatError, PackedFormat, P
 from pst_ds.core.formats.quantized import QuantizedFormat
 from pst_ds.core.formats.rows import mask_row_bits, row_bits
 from pst_ds.core.formats.two_four import TwoFourFormat
-from pst_ds.core.packings import PACKINGS
+from pst_ds.core.packings import DENSE, GROUPS, PACKINGS
 from pst_ds.core.quantization import Grid
 
 _FORMATS: tuple[PackedFormat, ...] = (BitmaskFormat(), TwoFourFormat(), CsrFormat())
@@ -42,6 +45,25 @@ def packed_format(packing: str, grid: Grid | None = None) -> PackedFormat:
     return FORMATS[packing]
 
 
+def form_of(packing: str, parts: Mapping[str, Part], columns: int) -> PackedFormat:
+    """Return the format of a weight of ``columns`` inputs whose parts have these dtypes and shapes.
+
+    ``packing``: the format of the folder; a weight with codes and no bitmask is dense. Only what tells formats apart is
+    looked at: :meth:`PackedFormat.check` comes after it. FormatError where the scales fit no grid; ValueError for a
+    ``packing`` that there is not.
+    """
+    if "codes" not in parts:
+        return packed_format(packing)
+    bits = 4 if parts["codes"][0] == torch.uint8 else 8
+    dims = parts["scales"][1] if "scales" in parts else ()
+    groups = dims[1] if len(dims) == 2 else 1
+    group = None if groups == 1 or not columns else columns // max(groups, 1)
+    if group is not None and (group not in GROUPS or group * groups != columns):
+        known = ", ".join(map(str, GROUPS))
+        raise FormatError(f"{groups} scales a row of {columns} inputs; a scale is for {known} of them or for all")
+    return packed_format(packing if "bitmask" in parts else DENSE, Grid(bits, group))
+
+
 __all__ = [
     "FORMATS",
     "VALUE_DTYPES",
@@ -49,6 +71,7 @@ __all__ = [
     "PackedFormat",
     "Part",
     "QuantizedFormat",
+    "form_of",
     "mask_row_bits",
     "packed_format",
     "row_bits",

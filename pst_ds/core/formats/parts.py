@@ -64,23 +64,19 @@ class PackedFormat(ABC):
         is stored even when its value is 0, a stored -0.0 becomes +0.0, and values that are not kept are not looked at:
         an unmasked weight may be given. The parts share no memory with the arguments. Raises FormatError.
         """
-        return self._pack(*self._packable(weight, keep, name), name)
-
-    def _packable(self, weight: Tensor, keep: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
-        """``weight`` contiguous on the CPU, and bits that were looked at and are ours. Raises FormatError."""
         if weight.dim() != 2 or weight.dtype not in VALUE_DTYPES:
             raise FormatError(
                 f"{name}: a weight to pack is a matrix of bf16, fp16, fp32 or fp64, got {_described(weight)}"
             )
         weight = weight.detach().cpu().contiguous()
         if keep is None:
-            return weight, row_bits(weight)
+            return self._pack(weight, row_bits(weight), name)
         expected = (weight.shape[0], bytes_of_row(weight.shape[1]))
         if keep.dtype != torch.uint8 or tuple(keep.shape) != expected:
             raise FormatError(f"{name}: the kept positions are uint8 of shape {expected}, got {_described(keep)}")
         keep = keep.cpu().clone(memory_format=torch.contiguous_format)
         _refuse_padding(name, "the kept positions", keep, weight.shape[1])
-        return weight, keep
+        return self._pack(weight, keep, name)
 
     def check(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int] | None = None) -> tuple[int, int]:
         """(O, I) of the matrix, after a look at every invariant. Raises FormatError, which begins with ``name``.
@@ -96,7 +92,7 @@ class PackedFormat(ABC):
             raise FormatError(f"{name}: its shape is {(rows, columns)}, and {tuple(shape)} is needed")
         values = held[self.values_name]
         try:
-            expected = self.parts((rows, columns), self._stored_of(values), values.dtype)
+            expected = self.parts((rows, columns), self.stored_of(values.numel()), values.dtype)
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from None
         for part, (dtype, dims) in expected.items():
@@ -129,9 +125,9 @@ class PackedFormat(ABC):
     def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         """Check the values of the parts; their dtypes and shapes are right already."""
 
-    def _stored_of(self, values: Tensor) -> int:
-        """``nonzero`` of :meth:`parts` by the size of the values."""
-        return values.numel()
+    def stored_of(self, num_values: int) -> int:
+        """Return what :meth:`parts` takes as ``nonzero``, by the size of the part of the values."""
+        return num_values
 
     def _shape_part(self, shape: tuple[int, int] | torch.Size) -> Tensor:
         return torch.tensor(tuple(shape), dtype=torch.int64).view(self.shape_dims)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pst_ds.core.formats.bitmask import BitmaskFormat
 from pst_ds.core.formats.parts import FormatError, PackedFormat, Part, checked_bits
-from pst_ds.core.formats.rows import as_bools, bytes_of_row, row_counts, scatter
-from pst_ds.core.formats.two_four import TwoFourFormat, checked_groups
+from pst_ds.core.formats.rows import as_bools, bytes_of_row, gather_codes, row_counts, scatter_codes
+from pst_ds.core.formats.two_four import TwoFourFormat, checked_groups, filled_groups
 from pst_ds.core.packings import DENSE, QUANTIZED_PACKINGS
 from pst_ds.core.quantization import Grid, dequantize, first_bad_scale, pack_nibbles, quantize, unpack_nibbles
 from pst_ds.core.quantization.scales import RULE_OF_SCALES, SCALE_DTYPE
@@ -73,31 +73,41 @@ class QuantizedFormat(PackedFormat):
     def accepts(self, bits: Tensor, shape: tuple[int, int]) -> bool:
         return self._base is None or self._base.accepts(bits, shape)
 
-    def pack_with(self, scales: Tensor | None, weight: Tensor, keep: Tensor | None, name: str) -> dict[str, Tensor]:
-        """:meth:`pack` with these ``scales``, (O, groups) bf16; None chooses the best ones. Raises FormatError."""
-        weight, bits = self._packable(weight, keep, name)
-        return self._pack_on_grid(weight, bits, scales, name)
-
     def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
-        return self._pack_on_grid(weight, keep, None, name)
-
-    def _pack_on_grid(self, weight: Tensor, keep: Tensor, scales: Tensor | None, name: str) -> dict[str, Tensor]:
-        kept = as_bools(keep, weight.shape[1])
         try:
-            codes, found = quantize(weight, kept, self.grid, scales)
+            codes, scales = quantize(weight, as_bools(keep, weight.shape[1]), self.grid)
         except ValueError as error:
             raise FormatError(f"{name}: {error}") from None
-        del kept
-        if self._base is None:
-            held = {"codes": codes, "shape": self._shape_part(weight.shape)}
-        else:  # formats move integers, of two bytes and more
-            held = self._base._pack(codes.to(torch.int16), keep, name)
-            held["codes"] = held.pop(self._base.values_name).to(torch.int8)
+        return self.pack_codes(codes, scales, keep, name)
+
+    def pack_codes(self, codes: Tensor, scales: Tensor, keep: Tensor, name: str = "") -> dict[str, Tensor]:
+        """Return the parts of codes (O, I) int8 and their scales, on the CPU; others than those of ``keep`` are 0.
+
+        ``keep``: row bits of the kept positions, (O, ceil(I / 8)) uint8. Raises FormatError where 2:4 cannot hold them.
+        """
+        rows, columns = codes.shape
+        held = {"scales": scales, "shape": self._shape_part(codes.shape)}
+        if self.packing == "2:4":
+            held["bitmask"] = filled_groups(name, keep, columns)
+        elif self.packing == "bitmask":
+            held["bitmask"] = keep
+        if self._base is not None:
+            codes = gather_codes(codes, held["bitmask"])
+        if self.packing == "2:4":
+            codes = codes.view(rows, columns // 2)
         if self.grid.bits == 4:
-            by_row = self.packing == "bitmask"
-            held["codes"] = _packed_rows(held["codes"], row_counts(keep)) if by_row else pack_nibbles(held["codes"])
-        held["scales"] = found
+            codes = _packed_rows(codes, row_counts(keep)) if self.packing == "bitmask" else pack_nibbles(codes)
+        held["codes"] = codes
         return {part: held[part] for part in self.part_names}
+
+    def row_offsets(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return the first byte of every row in ``codes``, (O,) int64, on the device of these parts."""
+        codes, rows = parts["codes"], int(parts["shape"].flatten()[0])
+        if self.packing != "bitmask":
+            return torch.arange(rows, device=codes.device) * (codes.shape[1] if rows else 0)
+        counts = row_counts(parts["bitmask"].cpu())
+        nbytes = counts if self.grid.bits == 8 else (counts + 1) // 2
+        return (nbytes.cumsum(0) - nbytes).to(codes.device)
 
     def unpack_codes(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Return the codes, (O, I) int8 on the CPU, 0 where nothing is kept. The parts must have passed the check."""
@@ -107,14 +117,14 @@ class QuantizedFormat(PackedFormat):
         bits = parts["bitmask"].detach().cpu().contiguous()
         if self.grid.bits == 4 and columns:
             flat = unpack_nibbles(codes, 2 * codes.shape[-1])
-            codes = _without_padding(flat, row_counts(bits)) if self.packing == "bitmask" else flat
-        return scatter(codes.to(torch.int16).contiguous(), bits, columns).to(torch.int8)
+            codes = without_padding(flat, row_counts(bits)) if self.packing == "bitmask" else flat
+        return scatter_codes(codes.reshape(-1), bits, columns)
 
     def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
         return dequantize(self.unpack_codes(parts), parts["scales"], dtype or torch.float32)
 
-    def _stored_of(self, values: Tensor) -> int:
-        return values.numel() * (2 if self.grid.bits == 4 else 1)
+    def stored_of(self, num_values: int) -> int:
+        return num_values * (2 if self.grid.bits == 4 else 1)
 
     def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         bad = first_bad_scale(parts["scales"], self.grid)
@@ -136,7 +146,7 @@ class QuantizedFormat(PackedFormat):
         if self.packing != "bitmask":
             return torch.full((shape[0],), shape[1] // (2 if self.packing == "2:4" else 1), dtype=torch.int64)
         counts = row_counts(parts["bitmask"])
-        total, held = self.stored(counts), self._stored_of(parts["codes"])
+        total, held = self.stored(counts), self.stored_of(parts["codes"].numel())
         if total != held:
             filled = ", with those that fill up rows," if self.grid.bits == 4 else ""
             raise FormatError(
@@ -170,10 +180,12 @@ def _packed_rows(codes: Tensor, counts: Tensor) -> Tensor:
     return pack_nibbles(codes)
 
 
-def _without_padding(codes: Tensor, counts: Tensor) -> Tensor:
-    """Undo what :func:`_packed_rows` filled rows up with."""
-    odd = (counts & 1).bool()
-    if not odd.any():
-        return codes
-    ends = (counts + (counts & 1)).cumsum(0) - 1
-    return torch.from_numpy(np.delete(codes.numpy(), ends[odd].numpy()))
+def without_padding(codes: Tensor, counts: Tensor) -> Tensor:
+    """Drop what rows of an odd number of codes were filled up with; ``counts``: codes of each row, (O,) int64.
+
+    On any device.
+    """
+    odd = counts & 1
+    whole = torch.ones(codes.shape, dtype=torch.bool, device=codes.device)
+    whole[((counts + odd).cumsum(0) - 1)[odd.bool()]] = False
+    return codes[whole]

@@ -6,6 +6,7 @@ padding bits are zero. Weights are moved as integers of their width, so that all
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from ctypes import CDLL
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,7 @@ SOURCE = NativeSource(
     },
     "packed formats",
 )
+_BAND_CODES = 1 << 20
 POPCOUNT = np.array([value.bit_count() for value in range(256)], dtype=np.uint8)
 
 
@@ -127,6 +129,34 @@ def scatter(values: Tensor, bits: Tensor, columns: int) -> Tensor:
         size = as_int.element_size()
         native.pst_scatter(as_int.data_ptr(), bits.data_ptr(), size, rows, columns, dense.data_ptr(), count)
     return dense.view(values.dtype)
+
+
+def gather_codes(codes: Tensor, bits: Tensor) -> Tensor:
+    """The kept ones of ``codes``, (O, I) int8, row by row: (count,) int8. See :func:`gather`."""
+    counts = row_counts(bits) if codes.shape[1] else codes.new_empty(0, dtype=torch.int64)
+    kept, at = torch.empty(int(counts.sum()), dtype=torch.int8), 0
+    for band in _bands(codes.shape):
+        count = int(counts[band].sum())
+        kept[at : at + count] = gather(codes[band].to(torch.int16), bits[band], count)
+        at += count
+    return kept
+
+
+def scatter_codes(kept: Tensor, bits: Tensor, columns: int) -> Tensor:
+    """The (O, I) int8 matrix whose kept codes are ``kept``, (count,) int8, and 0 elsewhere. See :func:`scatter`."""
+    codes, at = torch.empty(bits.shape[0], columns, dtype=torch.int8), 0
+    for band in _bands(codes.shape):
+        count = int(row_counts(bits[band]).sum())
+        codes[band] = scatter(kept[at : at + count].to(torch.int16), bits[band], columns)
+        at += count
+    return codes
+
+
+def _bands(shape: torch.Size) -> Iterator[slice]:
+    """Slices of some rows each, so that codes may be moved as integers of two bytes, which the loops know."""
+    rows, columns = shape
+    step = max(1, _BAND_CODES // max(1, columns))
+    yield from (slice(first, first + step) for first in range(0, rows if columns else 0, step))
 
 
 def columns_of(bits: Tensor, columns: int, count: int, dtype: torch.dtype) -> Tensor:

@@ -45,10 +45,7 @@ class TwoFourFormat(PackedFormat):
 
     def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
         rows, columns = weight.shape
-        if columns % GROUP:
-            raise FormatError(f"{name}: 2:4 needs in_features divisible by {GROUP}, got {columns}")
-        _refuse_groups(name, keep, _TOO_MANY, "at most two")
-        filled = _filled(keep, columns)
+        filled = filled_groups(name, keep, columns)
         if not torch.equal(filled, keep):  # what stands at the filled positions is not kept: it must not be stored
             weight = scatter(gather(weight, keep, int(row_counts(keep).sum())), keep, columns)
         values = gather(weight, filled, rows * columns // 2)
@@ -60,6 +57,17 @@ class TwoFourFormat(PackedFormat):
 
     def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         checked_groups(name, parts["bitmask"], shape[1])
+
+
+def filled_groups(name: str, keep: Tensor, columns: int) -> Tensor:
+    """Bits that keep two of every four: those of ``keep``, and the lowest free positions of groups that keep fewer.
+
+    Raises FormatError where a group keeps more, or ``columns`` are no groups.
+    """
+    if columns % GROUP:
+        raise FormatError(f"{name}: 2:4 needs in_features divisible by {GROUP}, got {columns}")
+    _refuse_groups(name, keep, _TOO_MANY, "at most two")
+    return _filled(keep, columns)
 
 
 def checked_groups(name: str, bits: Tensor, columns: int) -> None:

@@ -14,7 +14,7 @@ sharded.
 """
 
 from pst_ds.core.quantization.grid import Grid, grid_of
-from pst_ds.core.quantization.matrices import dequantize, quantize, round_to_grid
+from pst_ds.core.quantization.matrices import dequantize, quantize, round_to_grid, squared_norms
 from pst_ds.core.quantization.nibbles import pack_nibbles, unpack_nibbles
 from pst_ds.core.quantization.scales import (
     LEAST_SCALE,
@@ -41,6 +41,7 @@ __all__ = [
     "quantize",
     "round_to_grid",
     "search_scales",
+    "squared_norms",
     "unit_of",
     "unpack_nibbles",
 ]

@@ -52,7 +52,7 @@ def grid_of(values: str, group: int | str | None = None) -> Grid:
 
     Without a group int8 has a scale for each row and int4 one for 64 inputs. Raises ValueError.
     """
-    if values not in VALUE_BITS:
+    if values not in tuple(VALUE_BITS):  # they may be anything that JSON has
         raise ValueError(f"values on a grid are {' or '.join(VALUE_BITS)}, got {values!r}")
     if group is None:
         return Grid(VALUE_BITS[values], None if values == "int8" else 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +67,22 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32
 def round_to_grid(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor | None = None) -> Tensor:
     """Return the weight that a program with codes and scales has: :func:`quantize`, then :func:`dequantize`."""
     return dequantize(*quantize(weight, keep, grid, scales), weight.dtype)
+
+
+def squared_norms(weight: Tensor, keep: Tensor, codes: Tensor, scales: Tensor) -> tuple[float, float]:
+    """Return the squared norms of (what rounding changed, the kept weights) of a matrix on the CPU, in float64.
+
+    ``weight``: (O, I) of any float dtype. ``keep``: (O, I) bool, true where it is kept. ``codes`` and ``scales``: of
+    :func:`quantize`. numpy adds on one thread, so the sums do not depend on their number.
+    """
+    changed, norm = 0.0, 0.0
+    step = _rows_at_a_time(weight.shape[1], weight.device)
+    for first in range(0, len(weight), step):
+        band = slice(first, first + step)
+        kept = torch.where(keep[band], weight[band].detach().double(), 0.0)
+        changed += float(np.square((kept - dequantize(codes[band], scales[band], torch.float64)).numpy()).sum())
+        norm += float(np.square(kept.numpy()).sum())
+    return changed, norm
 
 
 def _rows_at_a_time(columns: int, device: torch.device) -> int:
