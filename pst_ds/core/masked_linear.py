@@ -1,5 +1,8 @@
 """y = x (M . W)' + b and its straight-through gradient, tile by tile (arXiv 2205.11005, section 3; G = dL/d(M . W)).
 
+M . W may be rounded to a grid of few bits. G is then the gradient at the rounded weight, and passes straight through
+the rounding too: all that is made of it below is as without.
+
 Names: N tokens, O outputs, I inputs. The gradient G, as large as the weight, exists one tile at a time, see
 :mod:`pst_ds.core.tiles`; nothing here keeps a tensor of the weight's size for later.
 """
@@ -14,6 +17,7 @@ from torch import Tensor
 from pst_ds.core.bits import INT_OF_SIZE, expand_mask_
 from pst_ds.core.factors import Constants, Factors, tile_factors
 from pst_ds.core.layout import Rect, StoredMatrix, WeightLayout, row_tiles
+from pst_ds.core.quantization import Rounding
 from pst_ds.core.scores import masked_weight, updated_weight
 from pst_ds.core.tiles import Tiles, plan_tiles
 
@@ -34,9 +38,13 @@ class LayerState:
     """|W| is divided by this in the scores; one for each fused part."""
     scores_train: bool
     """False once the masks are fixed: the scores then have no gradient, nor has |W| through them."""
+    rounding: Rounding | None = None
+    """What M . W is rounded to."""
 
     def masked_weight(self) -> Tensor:
-        return masked_weight(self.weight, self.bits, self.num_shards, self.layout, self.factors, self.constants)
+        return masked_weight(
+            self.weight, self.bits, self.num_shards, self.layout, self.factors, self.constants, self.rounding
+        )
 
 
 @dataclass(slots=True)
@@ -187,7 +195,7 @@ def _merge(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor) -> Non
 
 
 def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor, grad: Tensor) -> None:
-    """Turn G and W of a band into its gradients; W becomes M . W."""
+    """Turn G and W of a band into its gradients; W becomes M . W, rounded where it is in the forward pass."""
     state = work.state
     rows, cols = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
     mask = _shaped(work.buffers.mask, rect)
@@ -214,6 +222,8 @@ def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor
             product.mul_(state.weight[rows, cols])
         _add_low_rank_gradients(product, factors.update_left, factors.update_right, sums.update_left, sums.update_right)
     _and(weight, mask, out=weight)
+    if state.rounding is not None:
+        state.rounding.round_(weight, rect)
 
 
 def _input_gradient(work: _Work, grad_y: Tensor, merged: Tensor, inputs: slice) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from pst_ds.core.bits import apply_mask_, unpack_range
 from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
 from pst_ds.core.layout import Rect, WeightLayout, row_tiles
+from pst_ds.core.quantization import Rounding
 
 MASK_BAND_ELEMENTS = {"cpu": 1 << 19}
 """Weights whose mask is unpacked at a time when a whole matrix is merged; 2**24 on other devices."""
@@ -40,10 +41,9 @@ def importance(weight: Tensor, tile: TileFactors, constants: Constants, weight_s
     ``weight``: W0, (rows, cols), any float dtype. Returns fp32 (rows, cols), the same bits for a given weight whatever
     rectangle it is computed in. The update is left out of S where ``constants.update_in_scores`` says so.
     """
-    scores = weight.to(torch.float32, copy=True)
+    updated = constants.update_in_scores
+    scores = sliced_weight(weight, tile, constants) if updated else weight.to(torch.float32, copy=True)
     scratch = torch.empty_like(scores)
-    if constants.update_in_scores:
-        add_low_rank_(scores, tile.update_left, tile.update_right, constants.beta, scratch)
     scores.abs_()
     factor = constants.magnitude_factor(weight_scale)
     if factor != 1.0:
@@ -58,6 +58,22 @@ def importance(weight: Tensor, tile: TileFactors, constants: Constants, weight_s
     if tile.score_cols is not None:
         scores.add_(tile.score_cols * constants.alpha2)
     return scores
+
+
+def sliced_weight(weight: Tensor, tile: TileFactors, constants: Constants) -> Tensor:
+    """W0 + beta U V, or W0 + beta W0 . (U V), for one rectangle: fp32 (rows, cols).
+
+    A weight has the same bits in whatever rectangle, which :func:`updated_weight` does not promise.
+    """
+    updated = weight.to(torch.float32, copy=True)
+    scratch = torch.empty_like(updated)
+    if not constants.multiplicative:
+        add_low_rank_(updated, tile.update_left, tile.update_right, constants.beta, scratch)
+    elif tile.update_left is not None:
+        product = torch.zeros_like(updated)
+        add_low_rank_(product, tile.update_left, tile.update_right, constants.beta, scratch)
+        updated.add_(product.mul_(updated))
+    return updated
 
 
 def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants, out: Tensor | None = None) -> Tensor:
@@ -88,19 +104,28 @@ def merged_weight(weight: Tensor, layout: WeightLayout, factors: Factors, consta
 
 
 def masked_weight(
-    weight: Tensor, bits: Tensor, num_shards: int, layout: WeightLayout, factors: Factors, constants: Constants
+    weight: Tensor,
+    bits: Tensor,
+    num_shards: int,
+    layout: WeightLayout,
+    factors: Factors,
+    constants: Constants,
+    rounding: Rounding | None = None,
 ) -> Tensor:
     """M . (W0 + beta U V), in storage shape and in the dtype of ``weight``; pruned entries are +0.0.
 
     The forward pass, evaluation and export all call this on the same values: what is exported is what was multiplied.
     The one tensor of the weight's size is the result; the mask is unpacked a band of rows at a time.
     ``bits``: the layer's whole mask, (num_shards * ceil(shard / 8),) uint8 as in :mod:`pst_ds.core.bits`.
+    ``rounding``: the grid that the result is rounded to.
     """
     merged = merged_weight(weight, layout, factors, constants)
     height, width = layout.shape
     for band in row_tiles(Rect(0, height, 0, width), mask_band_elements(weight.device.type)):
         mask = unpack_range(bits, layout.numel, num_shards, band.r0 * width, band.r1 * width)
         apply_mask_(merged[band.r0 : band.r1], mask.view(-1, width))
+        if rounding is not None:
+            rounding.round_(merged[band.r0 : band.r1], band)
     return merged
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.quantization.grid import Grid
+from pst_ds.core.quantization.native import native_for, threads_for
 
 SCALE_DTYPE = torch.bfloat16
 LEAST_SCALE = torch.finfo(SCALE_DTYPE).tiny
@@ -30,15 +31,36 @@ def group_scales(grouped: Tensor, grid: Grid, dtype: torch.dtype = torch.float32
 
     ``grouped``: finite, fp32, 0 where pruned. ``dtype``: what a rounded weight must be finite in.
     """
-    magnitudes = grouped.abs().amax(1)
-    whole = grouped.double() / unit_of(magnitudes).unsqueeze(1)
-    whole.round_()
+    magnitudes, grouped = grouped.abs().amax(1), grouped.contiguous()
+    whole = whole_weights(grouped, magnitudes)
+    return search_scales(magnitudes, lambda scales: group_moments(grouped, whole, scales, grid), grid, dtype)
 
-    def moments(scales: Tensor) -> tuple[Tensor, Tensor]:
-        codes = _rounded(grouped, scales.unsqueeze(1), grid).double()
-        return torch.linalg.vecdot(whole, codes), torch.linalg.vecdot(codes, codes)
 
-    return search_scales(magnitudes, moments, grid, dtype)
+def whole_weights(grouped: Tensor, magnitudes: Tensor) -> Tensor:
+    """Return weights in units of :func:`unit_of`, rounded: (groups, n) fp32 to (groups, n) int32.
+
+    ``magnitudes``: (groups,) fp32, the largest of each whole group, of which these may be a part.
+    """
+    return (grouped.double() / unit_of(magnitudes).unsqueeze(1)).round_().int()
+
+
+def group_moments(grouped: Tensor, whole: Tensor, scales: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Return the sums of w code and of code^2 over each row, as :func:`search_scales` takes them: (groups,) float64.
+
+    ``grouped``: (groups, n) fp32, contiguous, 0 where pruned; ``whole``: its :func:`whole_weights`; ``scales``:
+    (groups,) fp32.
+    """
+    native = native_for(grouped)
+    if native is None:
+        codes = rounded_codes(grouped, scales.unsqueeze(1), grid).double()
+        return torch.linalg.vecdot(whole.double(), codes), torch.linalg.vecdot(codes, codes)
+    (groups, size), scales = grouped.shape, scales.contiguous()
+    by_weight, by_code = torch.empty(2, groups, dtype=torch.float64)
+    native.pst_grid_moments(
+        grouped.data_ptr(), whole.data_ptr(), groups, size, scales.data_ptr(), grid.largest, by_weight.data_ptr(),
+        by_code.data_ptr(), threads_for(grouped.numel()),
+    )  # fmt: skip
+    return by_weight, by_code
 
 
 def unit_of(magnitudes: Tensor) -> Tensor:
@@ -90,9 +112,17 @@ def search_scales(
     return torch.where(magnitudes > 0, best[0], UNUSED_SCALE).to(SCALE_DTYPE)
 
 
+def rounded_codes(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
+    """Return the codes of fp32 weights for fp32 scales that broadcast to them, as fp32.
+
+    Division and rounding are IEEE's, the same on every device.
+    """
+    return (weight / scales).round_().clamp_(-grid.largest, grid.largest)
+
+
 def nearest_codes(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
     """Return the int8 codes of ``weight`` for ``scales`` that broadcast to it: w / scale in fp32, half to even."""
-    return _rounded(weight.float(), scales.float(), grid).to(torch.int8)
+    return rounded_codes(weight.float(), scales.float(), grid).to(torch.int8)
 
 
 def first_bad_scale(scales: Tensor, grid: Grid) -> int | None:
@@ -102,11 +132,6 @@ def first_bad_scale(scales: Tensor, grid: Grid) -> int | None:
     """
     good = (scales >= LEAST_SCALE) & (scales <= largest_scale(grid, SCALE_DTYPE))
     return None if bool(good.all()) else int(good.flatten().to(torch.uint8).argmin())
-
-
-def _rounded(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
-    """Return codes as fp32; division and rounding are IEEE's, the same on every device."""
-    return (weight / scales).round_().clamp_(-grid.largest, grid.largest)
 
 
 def largest_scale(grid: Grid, dtype: torch.dtype) -> float:

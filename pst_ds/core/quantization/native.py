@@ -1,0 +1,41 @@
+"""The C++ loops of rounding, see ``rounding.cpp``; what calls them has a torch twin for where they are not."""
+
+from __future__ import annotations
+
+from ctypes import CDLL
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.native import INT, POINTER, NativeSource, load
+
+NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""Dtypes of weights that the loops round, by what the loops call them."""
+SOURCE = NativeSource(
+    Path(__file__).with_name("rounding.cpp"),
+    {
+        "pst_round_to_grid": ([POINTER, INT, INT, INT, INT, POINTER, POINTER, INT, INT], None),
+        "pst_grid_moments": ([POINTER, POINTER, INT, INT, POINTER, INT, POINTER, POINTER, INT], None),
+    },
+    "rounding to a grid",
+    may_flags=("-fopenmp",),
+)
+_WORTH_THREADS = 1 << 16
+
+
+@cache
+def library() -> CDLL | None:
+    """Return the functions of rounding.cpp, or None where they cannot be had."""
+    return load(SOURCE)
+
+
+def native_for(*tensors: Tensor) -> CDLL | None:
+    """Return the library if all ``tensors`` are on the CPU, else None."""
+    return library() if all(tensor.device.type == "cpu" for tensor in tensors) else None
+
+
+def threads_for(numel: int) -> int:
+    """Return how many threads a loop over ``numel`` weights takes."""
+    return torch.get_num_threads() if numel >= _WORTH_THREADS else 1

@@ -1,0 +1,95 @@
+// Loops of rounding to a grid, as plain C functions for ctypes. Each has a torch twin, in core/quantization, with the same
+// results to the bit: divisions, products and roundings are IEEE's (-ffp-contract=off), and what is summed are integers.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+inline float widen(float value) { return value; }
+inline float widen(uint16_t bf16) {
+    uint32_t bits = uint32_t(bf16) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline void narrow(float value, float* to) { *to = value; }
+inline void narrow(float value, uint16_t* to) {  // half to even, and NaN to torch's
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    *to = uint16_t(value == value ? rounded : 0x7fc0u);
+}
+
+inline float code_of(float weight, float scale, float largest) {
+    float code = std::rint(weight / scale);
+    code = code < -largest ? -largest : code;
+    return code > largest ? largest : code;
+}
+
+template <class T> inline void round_one(T* weight, float scale, float largest) {
+    narrow(code_of(widen(*weight), scale, largest) * scale + 0.0f, weight);  // the sum makes -0 a +0
+}
+
+// How a rectangle lies in the stored weight: groups of `tall` rows by `wide` columns, one of which is 1.
+struct Groups {
+    const uint16_t* scales;
+    int64_t stride, tall, wide, first_row, first_col;
+    float largest;
+};
+
+template <class T> void round_row(T* weight, int64_t row, int64_t cols, const Groups& g) {
+    const uint16_t* scales = g.scales + (g.first_row + row) / g.tall * g.stride;
+    if (g.wide == 1) {
+        for (int64_t col = 0; col < cols; ++col) round_one(weight + col, widen(scales[g.first_col + col]), g.largest);
+        return;
+    }
+    for (int64_t col = 0, group = g.first_col / g.wide; col < cols; ++group) {
+        int64_t stop = (group + 1) * g.wide - g.first_col;
+        stop = stop < cols ? stop : cols;
+        const float scale = widen(scales[group]);
+        for (int64_t i = col; i < stop; ++i) round_one(weight + i, scale, g.largest);
+        col = stop;
+    }
+}
+
+template <class T>
+void round_rows(T* weight, int64_t stride, int64_t rows, int64_t cols, const Groups& g, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < rows; ++row) round_row(weight + row * stride, row, cols, g);
+}
+
+}  // namespace
+
+extern "C" {
+
+// weight = code * scale for a rectangle (rows, cols), in place. `groups`: {stride of the scales, rows and columns of a
+// group, first row and column of the rectangle}; scales are bf16.
+void pst_round_to_grid(void* weight, int64_t is_bf16, int64_t stride, int64_t rows, int64_t cols, const uint16_t* scales,
+                       const int64_t* groups, int64_t largest, int64_t threads) {
+    const Groups g{scales, groups[0], groups[1], groups[2], groups[3], groups[4], float(largest)};
+    if (is_bf16) round_rows(static_cast<uint16_t*>(weight), stride, rows, cols, g, threads);
+    else round_rows(static_cast<float*>(weight), stride, rows, cols, g, threads);
+}
+
+// Of every group of `size` weights the sums of whole * code and of code^2. `whole`: the weights as integers.
+void pst_grid_moments(const float* weights, const int32_t* whole, int64_t groups, int64_t size, const float* scales,
+                      int64_t largest, double* by_weight, double* by_code, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t g = 0; g < groups; ++g) {
+        const float* own = weights + g * size;
+        const int32_t* integers = whole + g * size;
+        int64_t weight_sum = 0, code_sum = 0;
+        for (int64_t i = 0; i < size; ++i) {
+            const int32_t code = int32_t(code_of(own[i], scales[g], float(largest)));
+            weight_sum += int64_t(integers[i]) * code;
+            code_sum += code * code;
+        }
+        by_weight[g] = double(weight_sum);
+        by_code[g] = double(code_sum);
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,110 @@
+"""The grid of a layer's stored weight: which of its weights share a scale, and rounding a rectangle of it in place.
+
+Scales lie as the weight does: (O, groups) for ``nn.Linear``, (groups, O) for a ``Conv1D``, which stores (I, O).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.layout import Rect, WeightLayout, row_tiles
+from pst_ds.core.quantization.grid import Grid
+from pst_ds.core.quantization.native import NATIVE_DTYPES, native_for, threads_for
+from pst_ds.core.quantization.scales import SCALE_DTYPE, rounded_codes
+
+_AT_A_TIME = {"cpu": 1 << 17}
+"""Weights that torch rounds at a time; 2**22 on other devices."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredGrid:
+    """A grid of a layer's weight. Raises ValueError where groups do not divide the layer's inputs."""
+
+    layout: WeightLayout
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        self.grid.num_groups(self.layout.in_features)
+
+    @property
+    def size(self) -> int:
+        """Weights of a group."""
+        return self.grid.group or self.layout.in_features
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """Rows and columns of a group in the stored weight."""
+        return (self.size, 1) if self.layout.transposed else (1, self.size)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the scales: (O, groups), or (groups, O) for a Conv1D."""
+        (height, width), (rows, cols) = self.layout.shape, self.unit
+        return height // rows, width // cols
+
+    @property
+    def num_scales(self) -> int:
+        return self.layout.numel // self.size
+
+    @property
+    def period(self) -> int:
+        """The least run of flat weights, from a multiple of it on, that holds whole groups and nothing else."""
+        return self.size * (self.layout.out_features if self.layout.transposed else 1)
+
+    def grouped(self, rect: Tensor) -> Tensor:
+        """Return the groups of a rectangle's weights as rows: (rows, cols) to (groups, weights of a group).
+
+        ``rect``: rows and columns of whole groups. The groups are in the order of their scales.
+        """
+        if not self.layout.transposed:
+            return rect.reshape(-1, self.size)
+        rows, cols = rect.shape
+        return rect.reshape(rows // self.size, self.size, cols).transpose(1, 2).reshape(-1, self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What a layer's weight is rounded to: its grid, and the scales (bf16, of the grid's shape)."""
+
+    stored: StoredGrid
+    scales: Tensor
+
+    def round_(self, weight: Tensor, rect: Rect | None = None) -> Tensor:
+        """Round ``weight``, the rectangle ``rect`` of the stored one or all of it, in place; and return it.
+
+        What is written is code * scale, exact in fp32 and rounded once to the dtype of ``weight``, where the code is
+        :func:`nearest_codes`'. Zeros stay +0.0.
+        """
+        whole = Rect(0, self.stored.layout.shape[0], 0, self.stored.layout.shape[1])
+        rect = whole if rect is None else rect
+        scales = self.scales.to(SCALE_DTYPE)
+        native = native_for(weight, scales) if weight.dtype in NATIVE_DTYPES and weight.stride(1) == 1 else None
+        if native is None:
+            self._round_in_torch(weight, scales, rect)
+            return weight
+        scales = scales.contiguous()
+        groups = torch.tensor([scales.shape[1], *self.stored.unit, rect.r0, rect.c0])
+        rows, cols = weight.shape
+        native.pst_round_to_grid(
+            weight.data_ptr(), NATIVE_DTYPES[weight.dtype], weight.stride(0), rows, cols, scales.data_ptr(),
+            groups.data_ptr(), self.stored.grid.largest, threads_for(weight.numel()),
+        )  # fmt: skip
+        return weight
+
+    def _round_in_torch(self, weight: Tensor, scales: Tensor, rect: Rect) -> None:
+        for band in row_tiles(rect, _AT_A_TIME.get(weight.device.type, 1 << 22)):
+            part, own = weight[band.r0 - rect.r0 : band.r1 - rect.r0], _scales_of(scales, band, self.stored.unit)
+            part.copy_(rounded_codes(part.float(), own, self.stored.grid).mul_(own).add_(0.0))
+
+
+def _scales_of(scales: Tensor, rect: Rect, unit: tuple[int, int]) -> Tensor:
+    """Return the scales of a rectangle's weights, fp32, of a shape that broadcasts to it."""
+    for dim, (first, stop) in enumerate(((rect.r0, rect.r1), (rect.c0, rect.c1))):
+        if unit[dim] == 1:
+            scales = scales.narrow(dim, first, stop - first)
+        elif scales.shape[dim] > 1:
+            scales = scales.index_select(dim, torch.arange(first, stop, device=scales.device) // unit[dim])
+    return scales.float()
