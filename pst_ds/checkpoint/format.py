@@ -5,7 +5,8 @@ A folder with
     manifest.json                          the state of the run, and where every value lies
     shard-00001-of-00002.safetensors, ...  one file for each rank that wrote it, with four flat tensors: "master",
                                            "exp_avg" and "exp_avg_sq" (fp32) of its part of every trainable parameter,
-                                           and "mask" (uint8), the bits of its part of every pruned weight
+                                           and "mask" (uint8), the bits of its part of every pruned weight; of a run
+                                           that rounds, also "scales" (uint8), its part of the bytes of bf16 scales
     SHA256SUMS                             of all the above, as ``sha256sum -c`` reads it
 
 The frozen weights are the base model's and are not copied. There is no pickle, only safetensors and JSON, and a folder
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -28,11 +30,14 @@ from torch import Tensor
 from pst_ds.atomic_files import file_sha256
 from pst_ds.checkpoint.chunks import ChunkedTensors
 from pst_ds.core.bits import pack_shard, shard_bytes, shard_numel, unpack_range
+from pst_ds.core.quantization import SCALE_DTYPE, Grid, scales_of_bytes
 from pst_ds.errors import InputError
 from pst_ds.parallel.optimizer_state import KINDS, MASTER
 
-FORMAT = 2
-MANIFEST, SUMS, MASK = "manifest.json", "SHA256SUMS", "mask"
+FORMAT, READ_FORMATS = 3, (2, 3)
+"""2 has neither scales nor a grid."""
+MANIFEST, SUMS, MASK, SCALES = "manifest.json", "SHA256SUMS", "mask", "scales"
+SCALE_BYTES = SCALE_DTYPE.itemsize
 _SHARD_NAME = re.compile(r"shard-(\d{5,})-of-(\d{5,})\.safetensors")
 
 
@@ -62,6 +67,8 @@ class CheckpointState:
     """Mean |W0| of the matrices of each PST layer (or ones)."""
     metrics: dict[str, float]
     """Metrics at this step, if the model was evaluated."""
+    rounds: bool = False
+    """True if the model multiplies with weights rounded to the grid."""
     progress: dict[str, Any] = field(default_factory=dict)
     """JSON values from which the run can continue; see :class:`pst_ds.train.run_folder.RunProgress`."""
 
@@ -79,6 +86,10 @@ class Contents:
     """Adam's count of steps of each trainable parameter."""
     cuts: list[list[tuple[int, int, int]]] | None = None
     """Chunks of the trainable parameters; None for even ones. See :class:`pst_ds.checkpoint.chunks.ChunkedTensors`."""
+    grid: tuple[int, int] | None = None
+    """Bits of the codes that weights are rounded to, and inputs that share a scale, or 0 for all; None without."""
+    scales: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Shape of each PST layer's scales as the weight is stored, in the order of the files' bytes; cut evenly."""
 
 
 class Checkpoint:
@@ -88,6 +99,8 @@ class Checkpoint:
         self.folder, self.state, self.contents = folder, state, contents
         sizes = {name: torch.Size(shape).numel() for name, shape in contents.trained.items()}
         self._tensors = ChunkedTensors(sizes, contents.num_shards, contents.cuts)
+        scale_bytes = {name: SCALE_BYTES * math.prod(shape) for name, shape in contents.scales.items()}
+        self._scales = ChunkedTensors(scale_bytes, contents.num_shards)
         self._mask_offsets, self._mask_bytes = {}, 0
         for name, numel in contents.masks.items():
             self._mask_offsets[name] = self._mask_bytes
@@ -104,11 +117,28 @@ class Checkpoint:
         """Bits of whole masks in the canonical one-shard form, by layer; read at every access."""
         return _OnDemand(self.contents.masks, lambda name: self.mask_shard(name, 1, 0))
 
+    @property
+    def scales(self) -> Mapping[str, Tensor]:
+        """Whole bf16 scales in their shapes, by layer; read at every access."""
+        return _OnDemand(self.contents.scales, self._whole_scales)
+
     def values(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Return values [start, stop) of a trainable parameter, (stop - start,) fp32; ``kind`` is one of KINDS."""
-        fragments = self._tensors.fragments(name, start, stop)
-        parts = [self._tensor(f.file, kind)[f.offset : f.offset + f.stop - f.start] for f in fragments]
+        parts = self._parts(self._tensors, name, kind, start, stop)
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
+
+    def scale_bytes(self, name: str, start: int, stop: int) -> Tensor:
+        """Return bytes [start, stop) of a layer's scales, uint8."""
+        return torch.cat([torch.empty(0, dtype=torch.uint8), *self._parts(self._scales, name, SCALES, start, stop)])
+
+    def _parts(self, tensors: ChunkedTensors, name: str, key: str, start: int, stop: int) -> list[Tensor]:
+        """Values [start, stop) of one of ``tensors``, as the files' tensors ``key`` hold them."""
+        fragments = tensors.fragments(name, start, stop)
+        return [self._tensor(f.file, key)[f.offset : f.offset + f.stop - f.start] for f in fragments]
+
+    def _whole_scales(self, name: str) -> Tensor:
+        shape = self.contents.scales[name]
+        return scales_of_bytes(self.scale_bytes(name, 0, SCALE_BYTES * math.prod(shape)), shape)
 
     def mask_shard(self, name: str, num_shards: int, index: int) -> Tensor:
         """Return the bits of shard ``index`` of a mask cut into ``num_shards``, uint8; padding bits are zero."""
@@ -132,6 +162,8 @@ class Checkpoint:
         path = self.folder / shard_name(file, self.contents.num_shards)
         values = self._tensors.length(file)
         wanted = {kind: ("F32", [values]) for kind in KINDS} | {MASK: ("U8", [self._mask_bytes])}
+        if self.contents.scales:
+            wanted[SCALES] = ("U8", [self._scales.length(file)])
         tensors = {key: self._tensor(file, key) for key in self._handle(file).keys()}  # noqa: SIM118  not iterable
         held = {key: (tensor.get_dtype(), tensor.get_shape()) for key, tensor in tensors.items()}
         if held != wanted:
@@ -181,9 +213,10 @@ class _OnDemand(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def most_bytes(trained: int, masked: int) -> int:
-    """Return the bytes that a checkpoint may take: 12 a trained value, one bit a masked weight, 1 MB for the rest."""
-    return trained * 12 + masked // 8 + 10**6
+def most_bytes(trained: int, masked: int, scales: int = 0) -> int:
+    """Return the bytes that a checkpoint may take: 12 a trained value, one bit a masked weight, two a scale, 1 MB for
+    the rest."""
+    return trained * 12 + masked // 8 + scales * SCALE_BYTES + 10**6
 
 
 def shard_name(file: int, num_shards: int) -> str:
@@ -254,10 +287,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         number = table.get("format") if isinstance(table, dict) else None
     except (ValueError, RecursionError) as error:  # not JSON or UTF-8, or a number of thousands of digits
         raise CheckpointError(f"{path} is damaged: {error}") from None
-    if number != FORMAT:
-        raise CheckpointError(f"{path} has format {number!r}; this version reads {FORMAT}")
+    if number not in READ_FORMATS:
+        raise CheckpointError(
+            f"{path} has format {number!r}; this version reads {' and '.join(map(str, READ_FORMATS))}"
+        )
     try:
         _require_keys(table, {"format", "state", "contents"}, "its parts")
+        if number == 2:
+            table["contents"] |= {"grid": None, "scales": {}}
         state, contents = _state(table["state"]), _contents(table["contents"])
         checkpoint = Checkpoint(folder, state, contents)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -294,17 +331,27 @@ def _state(table: dict[str, Any]) -> CheckpointState:
 def _contents(table: dict[str, Any]) -> Contents:
     """Build the contents from their JSON. Raises ValueError or TypeError for impossible values."""
     _require_keys(table, {f.name for f in fields(Contents)}, "contents")
-    cuts = table["cuts"]
+    cuts, grid = table["cuts"], table["grid"]
     contents = Contents(
         num_shards=_count(table["num_shards"], 1),
         trained={name: tuple(_count(n) for n in shape) for name, shape in table["trained"].items()},
         masks={name: _count(numel, 1) for name, numel in table["masks"].items()},
         steps={name: _count(step) for name, step in table["steps"].items()},
         cuts=None if cuts is None else [[(_count(i), _count(a), _count(b)) for i, a, b in of_file] for of_file in cuts],
+        grid=None if grid is None else _grid(*grid),
+        scales={name: (_count(rows, 1), _count(cols, 1)) for name, (rows, cols) in table["scales"].items()},
     )
     if set(contents.steps) != set(contents.trained):
         raise ValueError("steps are not those of the trained parameters")
+    if set(contents.scales) != (set(contents.masks) if contents.grid else set()):
+        raise ValueError("scales are not those of the pruned layers")
     return contents
+
+
+def _grid(bits: object, group: object) -> tuple[int, int]:
+    """Check the grid of the manifest. Raises ValueError for one that there is not."""
+    group = _count(group)
+    return Grid(bits, group or None).bits, group  # type: ignore[arg-type]
 
 
 def _count(value: object, least: int = 0) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError
-from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.inject import pst_layers, round_weights
 from pst_ds.parallel import optimizer_state, zero3
 from pst_ds.parallel.engine import Engine
 
@@ -43,6 +43,11 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
         held = [zero3.shard_index(mask)] if zero3.is_partitioned(mask) else range(layer.num_shards)
         bits = torch.cat([checkpoint.mask_shard(name, layer.num_shards, i) for i in held])
         zero3.write_shard(mask, bits.to(mask.device))
+        if layer.pst_scales is not None:
+            own = zero3.shard_of(layer.pst_scales)
+            data = checkpoint.scale_bytes(name, own.start, own.start + own.values.numel())
+            zero3.write_shard(layer.pst_scales, data.to(own.values.device))
+    round_weights(model, rounds=checkpoint.state.rounds)
 
 
 def load_optimizer(engine: Engine, checkpoint: Checkpoint) -> None:
@@ -58,6 +63,19 @@ def load_optimizer(engine: Engine, checkpoint: Checkpoint) -> None:
 def weight_scales(model: nn.Module) -> dict[str, list[float]]:
     """Return the scales of |W| that a checkpoint of ``model`` must keep."""
     return {name: list(layer.weight_scales) for name, layer in pst_layers(model).items()}
+
+
+def grid_numbers(model: nn.Module) -> tuple[int, int] | None:
+    """Return the grid of ``model`` as :class:`Contents` has it."""
+    for layer in pst_layers(model).values():
+        if layer.stored_grid is not None:
+            return layer.stored_grid.grid.bits, layer.stored_grid.grid.group or 0
+    return None
+
+
+def scale_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the shapes of all layers' scales, by name; none of a model without a grid."""
+    return {n: layer.stored_grid.shape for n, layer in pst_layers(model).items() if layer.stored_grid is not None}
 
 
 def base_fingerprint(path: str | Path) -> str:
@@ -118,6 +136,11 @@ def _require_fit(model: nn.Module, checkpoint: Checkpoint) -> None:
     for name, (saved, own) in shapes.items():
         if saved != own:
             raise CheckpointError(f"{checkpoint.folder}: {name} has shape {saved}, the model's is {own}{_FIX}")
+    if (contents.grid, contents.scales) != (grid_numbers(model), scale_shapes(model)):
+        raise CheckpointError(
+            f"{checkpoint.folder} does not fit the model: its weights are rounded to another grid, or not at all; take "
+            "the [quantization] settings that it was trained with"
+        )
     if set(checkpoint.state.weight_scales) != set(layers):
         raise CheckpointError(
             f"{checkpoint.folder} does not fit the model: weight_scales are those of other layers{_FIX}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import threading
 import time
@@ -17,6 +18,7 @@ from pst_ds.atomic_files import PARTIAL, publish, sync, write_new
 from pst_ds.checkpoint.format import (
     MANIFEST,
     MASK,
+    SCALES,
     SUMS,
     CheckpointState,
     Contents,
@@ -25,7 +27,7 @@ from pst_ds.checkpoint.format import (
     shard_name,
     sums_text,
 )
-from pst_ds.checkpoint.restore import trainable
+from pst_ds.checkpoint.restore import grid_numbers, scale_shapes, trainable
 from pst_ds.core.bits import pack_shard, shard_bytes, shard_numel, unpack_range
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import PSTLinear
@@ -87,6 +89,7 @@ class CheckpointWriter:
         held = self._own_fragments()
         self._copy_values(held)
         self._copy_masks()
+        self._copy_scales()
         steps = optimizer_state.adam_steps(self._engine, held)
         self._thread = threading.Thread(target=self._run, args=(name, state, held, steps, when_written), daemon=True)
         self._blocked = time.perf_counter() - began
@@ -120,6 +123,12 @@ class CheckpointWriter:
         parts = self._buffer(MASK, sum(sizes), torch.uint8).split(sizes)
         for part, layer in zip(parts, self._layers.values(), strict=True):
             part.copy_(_mask_share(layer))
+
+    def _copy_scales(self) -> None:
+        shares = [_scale_share(param) for layer in self._layers.values() if (param := layer.pst_scales) is not None]
+        if shares:
+            parts = self._buffer(SCALES, sum(share.numel() for share in shares), torch.uint8)
+            parts.copy_(torch.cat(shares))
 
     def _buffer(self, key: str, count: int, dtype: torch.dtype) -> Tensor:
         if key not in self._buffers or self._buffers[key].numel() != count:
@@ -192,6 +201,8 @@ class CheckpointWriter:
             masks={name: layer.layout.numel for name, layer in self._layers.items()},
             steps=steps,
             cuts=cuts if any(cuts) else None,
+            grid=grid_numbers(self._engine.module),
+            scales=scale_shapes(self._engine.module),
         )
 
 
@@ -208,7 +219,8 @@ def save_checkpoint(folder: Path, engine: Engine, state: CheckpointState) -> Non
 def size_limit(model: nn.Module) -> int:
     """Return the bytes that a checkpoint of ``model`` may take."""
     trained = sum(zero3.full_numel(param) for _, param in trainable(model))
-    return most_bytes(trained, sum(layer.layout.numel for layer in pst_layers(model).values()))
+    weights = sum(layer.layout.numel for layer in pst_layers(model).values())
+    return most_bytes(trained, weights, sum(map(math.prod, scale_shapes(model).values())))
 
 
 def _mask_share(layer: PSTLinear) -> Tensor:
@@ -221,6 +233,13 @@ def _mask_share(layer: PSTLinear) -> Tensor:
     if layer.num_shards == 1 and start % 8 == 0 and stop - start == 8 * num_bytes:
         return bits.detach()[start // 8 : start // 8 + num_bytes]
     return pack_shard(unpack_range(bits.detach(), numel, layer.num_shards, start, stop), num_bytes)
+
+
+def _scale_share(param: nn.Parameter) -> Tensor:
+    """Return the bytes of this rank's share of a layer's scales."""
+    if zero3.is_partitioned(param):
+        return zero3.shard_of(param).values
+    return param.detach()[slice(*_even_share(param.numel()))]
 
 
 def _even_share(numel: int) -> tuple[int, int]:

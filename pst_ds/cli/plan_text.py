@@ -8,6 +8,7 @@ from pst_ds.text_table import bytes_text
 MEMORY_LINES = {
     "weights": "weights (this rank's share)",
     "masks": "mask bits",
+    "scales": "scales of rounded weights",
     "optimizer": "optimizer state",
     "gradients": "gradients",
     "reduce_bucket": "reduction bucket",
@@ -59,6 +60,11 @@ def print_plan(plan: dict[str, Any]) -> None:
         print(
             f"{schedule['mask_updates']} mask updates, steps {schedule['first_update']} to {schedule['last_update']}: "
             + ", ".join(f"{step}: {value:.3f}" for step, value in schedule["sparsity_at"].items())
+        )
+    rounding = plan["rounding"]
+    if rounding:
+        print(
+            f"weights rounded to {rounding['grid']}, from step {rounding['start']} on: {rounding['searches']} searches"
         )
     time = plan["time"]
     print(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pst_ds.checkpoint.format import most_bytes
+from pst_ds.checkpoint.format import SCALE_BYTES, most_bytes
 from pst_ds.config.run import RunConfig
 from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError
@@ -23,7 +23,7 @@ from pst_ds.planning.memory import ModelNumbers, memory_plan
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import Batch, time_plan
 from pst_ds.planning.zero_settings import ZeroSettings, zero_settings
-from pst_ds.train.model import head_names, load_tokenizer, meta_model, num_trainable, parameter_groups
+from pst_ds.train.model import grid_of_run, head_names, load_tokenizer, meta_model, num_trainable, parameter_groups
 from pst_ds.train.objective import require_teacher, teacher_shapes
 
 
@@ -64,13 +64,16 @@ def make_plan(
         "trained_parameters": numbers.trainables,
         "pruned_parameters": numbers.pruned_weights,
         "schedule": schedule,
+        "rounding": _rounding(config, num_steps),
     }
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, config)]
     trace = trace or _trace(model, config, micro_batch_size, zero.persistence_threshold)  # uses the model up
     plan |= _memory(config, numbers, zero, teacher["bytes"], groups, trace, device)
     plan["trace"] = asdict(trace) if trace else None
-    plan["checkpoint_bytes"] = most_bytes(numbers.trainables, numbers.pruned_weights)
     plan["mask_bytes"] = sum(t.numel * t.count for t in numbers.tensors if t.is_mask)
+    plan["scale_bytes"] = sum(t.numel * t.count for t in numbers.tensors if t.is_scales)
+    num_scales = plan["scale_bytes"] // SCALE_BYTES
+    plan["checkpoint_bytes"] = most_bytes(numbers.trainables, numbers.pruned_weights, num_scales)
     batch = _batch(config, micro_batch_size, teacher, trace)
     times = time_plan(numbers, zero, batch, MACHINES[machine])
     share = times.share_of_masks(num_steps, schedule["mask_updates"] if schedule else 0)
@@ -156,7 +159,7 @@ def _teacher(config: RunConfig, numbers: ModelNumbers, no_data: bool) -> dict[st
         return {"bytes": 0, "weights": 0, "own": False}
     shapes = None if no_data else teacher_shapes(config)
     own, numbers = not config.distillation.teacher, numbers if shapes is None else model_numbers(shapes)
-    kept = (t for t in numbers.tensors if not (t.is_mask or t.is_factor))
+    kept = (t for t in numbers.tensors if not (t.is_mask or t.is_scales or t.is_factor))
     nbytes = 0 if own else sum(t.numel * t.element_size * t.count for t in kept)
     return {"bytes": nbytes, "weights": numbers.pruned_weights + numbers.dense_weights, "own": own}
 
@@ -202,3 +205,11 @@ def _schedule(config: RunConfig, num_steps: int) -> dict[str, Any] | None:
         "last_update": updates[-1] if updates else None,
         "sparsity_at": {step: round(schedule.sparsity_at(step), 6) for step in eighths},
     }
+
+
+def _rounding(config: RunConfig, num_steps: int) -> dict[str, Any] | None:
+    schedule = config.make_rounding(num_steps)
+    if schedule is None:
+        return None
+    searches = sum(schedule.updates_scales_at(step) for step in range(num_steps + 1))
+    return {"grid": str(grid_of_run(config)), "start": schedule.start, "searches": searches}

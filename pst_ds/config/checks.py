@@ -41,8 +41,8 @@ def check_fields(config: object) -> None:
         value = getattr(config, name)
         is_union = get_origin(hint) not in (None, Literal, Annotated, tuple)
         for part in get_args(hint) if is_union else [hint]:
-            if get_origin(part) is Literal and value not in get_args(part):
-                raise ValueError(f"{name} = {value!r} must be one of {', '.join(get_args(part))}")
+            if get_origin(part) is Literal and value not in get_args(part) and not (is_union and value is None):
+                raise ValueError(f"{name} = {value!r} must be one of {', '.join(map(str, get_args(part)))}")
             if get_origin(part) is Annotated and value is not None and not _holds(value, get_args(part)[1:]):
                 raise ValueError(f"{name} = {value} must {_wanted(get_args(part)[1:])}")
 

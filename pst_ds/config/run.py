@@ -14,9 +14,17 @@ from pst_ds.config.data import EvalConfig as EvalConfig
 from pst_ds.config.methods import METHODS as METHODS_BY_NAME
 from pst_ds.config.methods.method import Method
 from pst_ds.config.pst import PSTConfig
+from pst_ds.config.quantization import QuantizationConfig as QuantizationConfig
 from pst_ds.config.tasks import TASKS, TaskFacts, check_task
 from pst_ds.core.patterns import parse_pattern
-from pst_ds.core.schedule import CubicSchedule, OneShotSchedule, Schedule, ScheduleConfig, default_learning_rates
+from pst_ds.core.schedule import (
+    CubicSchedule,
+    OneShotSchedule,
+    RoundingSchedule,
+    Schedule,
+    ScheduleConfig,
+    default_learning_rates,
+)
 
 Precision = Literal["bf16", "fp32"]
 
@@ -185,6 +193,7 @@ class RunConfig:
     with those of this run, and it is judged by them."""
     pst: PSTConfig = field(default_factory=PSTConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -199,6 +208,7 @@ class RunConfig:
         self._require_method_fits()
         self.make_schedule(1)  # refuse bad numbers now
         self._require_reachable_sparsity()
+        self.quantization.require_fit(self.method, self.schedule)
 
     def _require_method_fits(self) -> None:
         masks = self.mask_method.masks
@@ -309,6 +319,10 @@ class RunConfig:
             return CubicSchedule(num_steps=num_steps, **asdict(self.schedule))
         except ValueError as error:
             raise ConfigError(f"schedule.{error}") from None
+
+    def make_rounding(self, num_steps: int) -> RoundingSchedule | None:
+        """Return when a run of ``num_steps`` rounds its weights; None for never. Raises ConfigError if too late."""
+        return self.quantization.make_schedule(self.make_schedule(num_steps), num_steps)
 
     def num_steps(self, num_examples: int) -> int:
         """Return the run's optimizer steps for ``num_examples`` to train on; ConfigError for less than a batch."""

@@ -202,6 +202,8 @@ def _describe(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_describe(a) for a in args if a is not type(None))
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(repr, args))}"
     if origin is tuple:
         return "a list of tables" if dataclasses.is_dataclass(args[0]) else "a list of strings"
     return {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}.get(hint, str(hint))

@@ -160,6 +160,26 @@ class OneShotSchedule:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class RoundingSchedule:
+    """From when on weights are rounded to a grid, and when its scales are searched anew."""
+
+    start: int
+    """The first step after which they are rounded."""
+    interval: int
+    """Optimizer steps between two searches."""
+    num_steps: int
+
+    def rounds_at(self, step: int) -> bool:
+        """Return whether weights are rounded from ``step`` on."""
+        return step >= self.start
+
+    def updates_scales_at(self, step: int) -> bool:
+        """Return whether scales are searched right after step ``step`` (0 is before the first); never after the last,
+        since what is exported is what was trained."""
+        return self.start <= step < self.num_steps and (step - self.start) % self.interval == 0
+
+
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
         raise ValueError(f"{name} = {value} must be {wanted}")

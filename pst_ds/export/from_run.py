@@ -14,6 +14,7 @@ from pst_ds.core.factors import Constants, layer_factors
 from pst_ds.core.formats import FORMATS, mask_row_bits
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.low_rank_rows import updated_rows
+from pst_ds.core.quantization import Rounding, StoredGrid
 from pst_ds.core.scores import masked_weight, merged_weight
 from pst_ds.export.base_weights import BaseWeights, is_text_part, may_be_missing, names_in_files, saved_tensors
 from pst_ds.export.detect_pattern import per_row
@@ -37,6 +38,8 @@ class RunTensor:
     """Of the result, before the cast to ``--dtype``."""
     trained: bool = False
     layer: tuple[WeightLayout, Constants] | None = None
+    grid: StoredGrid | None = None
+    """What training rounded the layer to."""
     embedding_beta: float | None = None
     masked: bool = True
     """False where values that the mask prunes may be anything, because the packing does not look at them."""
@@ -93,10 +96,12 @@ class RunSource:
         names = [f for f in FACTOR_NAMES if f"{owner}.pst_{f}" in checkpoint.trained]
         values = {f: checkpoint.trained[f"{owner}.pst_{f}"].to(device=device, dtype=compute) for f in names}
         factors = layer_factors(values, layout.num_matrices, constants)
+        rounding = None if recipe.grid is None else Rounding(recipe.grid, checkpoint.scales[owner].to(device))
         if recipe.masked:
-            merged = masked_weight(start, mask.to(device), 1, layout, factors, constants)
+            merged = masked_weight(start, mask.to(device), 1, layout, factors, constants, rounding)
         else:
             merged = merged_weight(start, layout, factors, constants)
+            merged = merged if rounding is None else rounding.round_(merged)
         del start
         merged = merged.cpu().to(recipe.dtype).contiguous()
         if recipe.masked:
@@ -182,6 +187,7 @@ class _Planner:
         return RunTensor(
             name, in_base, width, trained,
             layer=None if layer is None else (layer.layout, layer.constants),
+            grid=None if layer is None or not state.rounds else layer.stored_grid,
             embedding_beta=None if embedding is None else embedding.beta,
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.keys import keys_at, order_keys, score_keys
 from pst_ds.core.layout import Rect, StoredMatrix, shard_tiles, view_in_shard
 from pst_ds.core.units import block_keys, loss_keys, unit_tiles
-from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.linear import FACTOR_NAMES, PSTLinear
 from pst_ds.parallel import zero3
 from pst_ds.parallel.halo import Halo
 
@@ -38,7 +38,7 @@ class LayerScores:
         self._tile_size = TILE_ELEMENTS.get(self.device.type, TILE_ELEMENTS["cuda"])
         self.unit = self.pattern.unit(self.layout)
         self.region = self.pattern.aligned(self.layout, self.start, self.stop)
-        self._factors = _with_contiguous_columns(factors) if self.layout.transposed else factors
+        self._factors = with_contiguous_columns(factors) if self.layout.transposed else factors
         self._unit_keys: dict[int, list[Tensor]] = {}
 
     def rects(self, matrix: StoredMatrix) -> Iterator[Rect]:
@@ -149,9 +149,11 @@ class LayerScores:
         return torch.cat(pieces)
 
 
-def whole_factors(layers: Sequence[PSTLinear]) -> list[Factors]:
-    """The factors of each layer, from their whole fp32 masters. Collective: under ZeRO-3 one all-gather for all."""
-    owned = [(i, name, param) for i, layer in enumerate(layers) for name, param in layer.factor_parameters()]
+def whole_factors(layers: Sequence[PSTLinear], names: Sequence[str] = FACTOR_NAMES) -> list[Factors]:
+    """The factors of each layer, from their whole fp32 masters; those of ``names`` alone. Collective: under ZeRO-3 one
+    all-gather for all."""
+    held = ((i, name, param) for i, layer in enumerate(layers) for name, param in layer.factor_parameters())
+    owned = [entry for entry in held if entry[1] in names]
     values: list[dict[str, Tensor]] = [{} for _ in layers]
     for (i, name, _), master in zip(owned, zero3.fp32_masters([param for *_, param in owned]), strict=True):
         values[i][name] = master
@@ -163,7 +165,7 @@ def ranked_parameter(layer: PSTLinear) -> nn.Parameter:
     return layer.weight if layer.pst_S is None else layer.pst_S
 
 
-def _with_contiguous_columns(factors: Factors) -> Factors:
+def with_contiguous_columns(factors: Factors) -> Factors:
     """A Conv1D's A, U lie transposed under its weight: make their transposes contiguous, once for all tiles."""
 
     def columns(by_output: Tensor | None) -> Tensor | None:

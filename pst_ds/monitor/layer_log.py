@@ -51,6 +51,12 @@ class LayerLog:
         self._remember(masks.kept, masks.flipped)
         self._file.write({"step": step, "event": "masks", "kept": masks.kept, "flipped": masks.flipped})
 
+    def rounding(self, step: int, errors: Sequence[float]) -> None:
+        """Record the relative error of each layer's rounded weights."""
+        self._file.write({"step": step, "event": "rounding", "error": [_six_digits(error) for error in errors]})
+        for name, error in zip(self._names, errors, strict=True):
+            self._board.scalar(f"layers/{name}/rounding_error", error, step)
+
     def figures(self, step: int, found: LayerStats) -> None:
         """Record statistics and images of the layers as they are after ``step``."""
         names = ("correlation", "score_norm", "update_norm", "weight_norm")

@@ -77,6 +77,11 @@ class MetricsWriter:
         if self._layers is not None:
             self._layers.masks(step, masks)
 
+    def rounding(self, step: int, errors: Sequence[float]) -> None:
+        """Record what a search for scales leaves as the relative error of each layer."""
+        if self._layers is not None:
+            self._layers.rounding(step, errors)
+
     def figures(self, step: int, found: LayerStats) -> None:
         """Record statistics and images of the layers after ``step``."""
         if self._layers is not None:

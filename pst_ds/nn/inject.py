@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pst_ds.config.pst import MaskRule, PSTConfig, name_matches
 from pst_ds.core.layout import StoredMatrix, shard_tiles, view_in_shard
+from pst_ds.core.quantization import Grid, StoredGrid
 from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent
 from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
 from pst_ds.errors import InputError
@@ -25,7 +26,9 @@ from pst_ds.parallel.steps import unwrapped
 _SCALE_TILE = 1 << 22
 
 
-def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = None) -> nn.Module:
+def inject_pst(
+    model: nn.Module, config: PSTConfig, *, num_shards: int | None = None, grid: Grid | None = None
+) -> nn.Module:
     """Replace the target layers of ``model`` by PSTLinear in place and freeze the rest.
 
     Collective under ``zero.Init``. Call it before ``deepspeed.initialize``.
@@ -36,6 +39,7 @@ def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = 
             that it updates become PSTEmbedding.
         num_shards: the number of ranks that ZeRO-3 will split the weights over; None takes it from a model that was
             built under ``zero.Init``, and 1 from any other.
+        grid: what the pruned weights are rounded to once :func:`round_weights` says so; None for never.
 
     Returns:
         ``model`` itself.
@@ -48,6 +52,7 @@ def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = 
     targets, embeddings = find_targets(model, config), find_embeddings(model, config)
     _require_tiles(targets, config)
     rules = _fitting_rules(targets, config)
+    _require_groups(targets, grid)
     compared = not config.full_scores and (config.has_scores or any(rule.pattern.kind == "global" for rule in rules))
     has_values = not targets[0].module.weight.is_meta
     scales = _weight_scales(targets) if config.relative_magnitude and compared and has_values else None
@@ -59,7 +64,7 @@ def inject_pst(model: nn.Module, config: PSTConfig, *, num_shards: int | None = 
         if num_shards not in (None, shards):
             raise InjectionError(f"{target.name}.weight is split over {shards} ranks, not num_shards = {num_shards}")
         own = scales[target.name] if scales else (1.0,) * target.layout.num_matrices
-        layer = PSTLinear(target.name, weight, target.module.bias, target.layout, config, shards, own)
+        layer = PSTLinear(target.name, weight, target.module.bias, target.layout, config, shards, own, grid)
         layer.train(target.module.training)
         for parent, attribute in target.places:
             setattr(parent, attribute, layer)
@@ -81,7 +86,7 @@ def configured_parameters(model: nn.Module, config: PSTConfig) -> set[nn.Paramet
     By what the config says, whether or not it has a gradient now.
     """
     own = {p: name.rpartition(".")[2] for name, p in model.named_parameters()}
-    params = {p for p, part in own.items() if part.startswith("pst_") and part != "pst_mask"}
+    params = {p for p, part in own.items() if part.startswith("pst_") and part not in ("pst_mask", "pst_scales")}
     for module in modules_named_to_save(model, config).values():
         params.update(module.parameters())
     for module in model.modules():
@@ -206,6 +211,25 @@ def freeze_scores(model: nn.Module, *, frozen: bool = True) -> None:
     can_train = config is not None and (config.has_scores or config.full_scores)
     for layer in pst_layers(model).values():
         layer.scores_train = can_train and not frozen
+
+
+def round_weights(model: nn.Module, *, rounds: bool = True) -> None:
+    """Round M . W of every layer that has a grid in all forward and backward passes from now on, or no longer."""
+    for layer in pst_layers(model).values():
+        layer.rounds = rounds and layer.stored_grid is not None
+
+
+def _require_groups(targets: Sequence[Target], grid: Grid | None) -> None:
+    """Refuse groups of a grid that do not divide the inputs of a layer."""
+    if grid is None:
+        return
+    for target in targets:
+        try:
+            StoredGrid(target.layout, grid)
+        except ValueError as error:
+            raise InjectionError(
+                f'{target.name}: {error}; or leave the layer out with exclude_modules = ["{target.name}"]'
+            ) from None
 
 
 def _require_tiles(targets: Sequence[Target], config: PSTConfig) -> None:

@@ -16,6 +16,7 @@ from pst_ds.core import masked_linear
 from pst_ds.core.bits import all_ones
 from pst_ds.core.factors import Constants, Factors, layer_factors, ungrouped_columns
 from pst_ds.core.layout import WeightLayout
+from pst_ds.core.quantization import UNUSED_SCALE, Grid, Rounding, StoredGrid, bytes_of_scales, scales_of_bytes
 from pst_ds.parallel import zero3
 
 FACTOR_NAMES = ("A", "B", "R", "C", "U", "V")
@@ -49,12 +50,14 @@ class PSTLinear(nn.Module):
             :mod:`pst_ds.core.factors` for P; None for those the config leaves out.
         pst_S, as the weight: a score of each weight, with ``config.full_scores`` alone; trainable.
         pst_mask (num_shards * ceil(ceil(O*I / num_shards) / 8),): uint8, one bit a weight, frozen.
+        pst_scales, with a ``grid`` alone: uint8, the bytes of the bf16 scales that M . W is rounded with, frozen.
     A multiplicative update has pst_U (O,) and pst_V (P*r, I).
 
     One module holds them all, so ZeRO-3 fetches and releases the layer in one go.
     """
 
     pst_S: nn.Parameter | None
+    pst_scales: nn.Parameter | None
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class PSTLinear(nn.Module):
         config: PSTConfig,
         num_shards: int,
         weight_scales: tuple[float, ...],
+        grid: Grid | None = None,
     ):
         super().__init__()
         self.layout, self.num_shards, self.weight_scales = layout, num_shards, weight_scales
@@ -77,6 +81,9 @@ class PSTLinear(nn.Module):
         self.rule = config.rule_for(name)
         self.scores_train = config.has_scores or config.full_scores
         """True while scores have a gradient now; False once the masks are fixed."""
+        self.stored_grid = None if grid is None else StoredGrid(layout, grid)
+        self.rounds = False
+        """True while M . W is rounded to the grid, with the scales as they are."""
         self.input_norms: Tensor | None = None
         """(I,) fp32, of ``magnitude = "activation"``; the same on every rank, and on the weight's device."""
         self.score_penalty = 0.0
@@ -89,6 +96,12 @@ class PSTLinear(nn.Module):
         self.weight, self.bias = weight, bias
         device = weight.device
         self.pst_mask = nn.Parameter(all_ones(layout.numel, num_shards).to(device), requires_grad=False)
+
+        scales = None
+        if self.stored_grid is not None:
+            unused = bytes_of_scales(torch.full(self.stored_grid.shape, UNUSED_SCALE)).to(device)
+            scales = nn.Parameter(unused, requires_grad=False)
+        self.register_parameter("pst_scales", scales)
 
         def add(factor: str, shape: tuple[int, ...] | None, std: float = 0.0) -> None:
             param = None
@@ -127,11 +140,19 @@ class PSTLinear(nn.Module):
         weight, mask = self.weight.detach(), self.pst_mask.detach()
         factors = self.factors({name: param.detach() for name, param in self.factor_parameters()})
         return masked_linear.LayerState(
-            weight, mask, self.num_shards, self.layout, factors, self.constants, self.weight_scales, self.scores_train
-        )
+            weight, mask, self.num_shards, self.layout, factors, self.constants, self.weight_scales, self.scores_train,
+            self.rounding() if self.rounds else None,
+        )  # fmt: skip
+
+    def rounding(self) -> Rounding:
+        """The grid and its scales as they are now; of a layer with a grid, whose parameters must be gathered."""
+        assert self.stored_grid is not None
+        assert self.pst_scales is not None
+        return Rounding(self.stored_grid, scales_of_bytes(self.pst_scales.detach(), self.stored_grid.shape))
 
     def masked_weight(self) -> Tensor:
-        """M . W in storage shape, exactly what ``forward`` multiplies with. The parameters must be gathered."""
+        """M . W in storage shape, exactly what ``forward`` multiplies with, rounded where it is. The parameters must be
+        gathered."""
         return self.state().masked_weight()
 
     @no_compile

@@ -70,11 +70,12 @@ def print_trainable_parameters(model: nn.Module) -> None:
     """Print how many parameters are trained, of how many, as PEFT words it.
 
     Args:
-        model: the model, or the engine around it; under ZeRO-3 whole parameters are counted. Mask bits are not.
+        model: the model, or the engine around it; under ZeRO-3 whole parameters are counted. Mask bits, and scales of
+            rounded weights, are not.
     """
     model = unwrapped(model)
-    masks = {layer.pst_mask for layer in pst_layers(model).values()}
-    params = [param for param in model.parameters() if param not in masks]
+    constants = {part for layer in pst_layers(model).values() for part in (layer.pst_mask, layer.pst_scales)}
+    params = [param for param in model.parameters() if param not in constants]
     total = sum(zero3.full_numel(param) for param in params)
     trained = sum(zero3.full_numel(param) for param in params if param.requires_grad)
     print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")

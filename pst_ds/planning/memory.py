@@ -35,6 +35,8 @@ class TensorGroup:
     count: int = 1
     trainable: bool = False
     is_mask: bool = False
+    is_scales: bool = False
+    """Scales that a layer's weights are rounded with."""
     is_factor: bool = False
     """A factor of a pruned matrix, whose fp32 master travels to every rank for a mask update."""
 
@@ -90,7 +92,7 @@ class ModelNumbers:
 
     @property
     def parameters(self) -> int:
-        return sum(t.numel * t.count for t in self.tensors if not t.is_mask)
+        return sum(t.numel * t.count for t in self.tensors if not (t.is_mask or t.is_scales))
 
     @property
     def trainables(self) -> int:
@@ -156,13 +158,15 @@ class MemoryPlan:
     runtime: int
     teacher: int = 0
     """A teacher that is a model of its own, whole on every rank."""
+    scales: int = 0
+    """Scales of rounded weights."""
     host: int = 0
     """Host memory of what is offloaded, not in ``peak``."""
 
     @property
     def resident(self) -> int:
         """Bytes held all the time."""
-        trained = self.weights + self.masks + self.optimizer + self.gradients + self.reduce_bucket
+        trained = self.weights + self.masks + self.scales + self.optimizer + self.gradients + self.reduce_bucket
         return trained + self.runtime + self.teacher
 
     @property
@@ -199,14 +203,18 @@ def memory_plan(
     whole; None is one group. ``teacher``: bytes of a teacher that is a model of its own.
     """
     optimizer = optimizer_bytes(model, zero, element_size)
-    weights, masks = (
-        sum(t.count * shard_numel(t.numel, zero.shards) * t.element_size for t in model.tensors if t.is_mask is is_mask)
-        for is_mask in (False, True)
+    weights, masks, scales = (
+        sum(
+            t.count * shard_numel(t.numel, zero.shards) * t.element_size
+            for t in model.tensors
+            if (t.is_mask, t.is_scales) == kind
+        )
+        for kind in ((False, False), (True, False), (False, True))
     )
     if zero.secondary_partition > 1:
         weights += model.whole_bytes // zero.secondary_partition
     gathers, communication, work = _turn(model, zero, element_size)
-    host = (optimizer if zero.offload_optimizer else 0) + (weights + masks if zero.offload_param else 0)
+    host = (optimizer if zero.offload_optimizer else 0) + (weights + masks + scales if zero.offload_param else 0)
     return MemoryPlan(
         weights=0 if zero.offload_param else weights,
         masks=0 if zero.offload_param else masks,
@@ -222,6 +230,7 @@ def memory_plan(
         mask_update=mask_update_bytes(model, zero, device),
         runtime=RUNTIME_BYTES.get(device, 0),
         teacher=teacher,
+        scales=0 if zero.offload_param else scales,
         host=host,
     )
 

@@ -23,7 +23,7 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
     """Count an injected model, whole or partitioned, with or without values; to train on "cpu" or "cuda"."""
     layers = pst_layers(model)
     factors = {id(param) for layer in layers.values() for _, param in layer.factor_parameters()}
-    masks = {id(layer.pst_mask) for layer in layers.values()}
+    masks, scales = ({id(getattr(layer, part)) for layer in layers.values()} for part in ("pst_mask", "pst_scales"))
     return ModelNumbers(
         tensors=_counted(
             TensorGroup(
@@ -31,6 +31,7 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
                 param.element_size(),
                 trainable=param.requires_grad,
                 is_mask=id(param) in masks,
+                is_scales=id(param) in scales,
                 is_factor=id(param) in factors,
             )
             for param in model.parameters()

@@ -14,14 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.config.run import ConfigError, RunConfig
-from pst_ds.core.schedule import Schedule, learning_rate_factor
+from pst_ds.core.schedule import RoundingSchedule, Schedule, learning_rate_factor
 from pst_ds.data.labelled import GlobalBatches
 from pst_ds.data.tasks import ExampleSet, task_of
 from pst_ds.masks.layer_stats import chosen_layers, measure
+from pst_ds.masks.scales import update_scales
 from pst_ds.masks.update import MaskStats
 from pst_ds.masks.updater import SPARSITY_TOLERANCE, update_masks_if_due
 from pst_ds.monitor.metrics import MetricsWriter, peak_memory_bytes
-from pst_ds.nn.inject import freeze_scores, persistent_buffers, pst_layers, set_score_penalty, shortened
+from pst_ds.nn.inject import (
+    freeze_scores,
+    persistent_buffers,
+    pst_layers,
+    round_weights,
+    set_score_penalty,
+    shortened,
+)
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
@@ -70,6 +78,7 @@ class Loop:
     device: str
     metrics: MetricsWriter
     objective: Objective
+    rounding: RoundingSchedule | None = None
 
     def steps(self, state: LoopState) -> Iterator[LoopState]:
         """Train from ``state`` to the last step; yield ``state`` after each applied step, once it is reported.
@@ -80,6 +89,7 @@ class Loop:
         engine.train()
         if not state.batch:
             _update_masks_if_due(self, state)
+            _update_scales_if_due(self, state)
             _picture_if_due(self, state)
         elif self.schedule is not None and self.schedule.is_final(state.step):
             freeze_scores(engine.module)
@@ -108,6 +118,7 @@ class Loop:
                 _require_unchanged(engine.module, buffers)
                 buffers = {}
             _update_masks_if_due(self, state)
+            _update_scales_if_due(self, state)
             _picture_if_due(self, state)
             _report_if_due(self, state)
             yield state
@@ -188,6 +199,17 @@ def _update_masks_if_due(loop: Loop, state: LoopState) -> None:
     change = {"flip_rate": masks.flip_rate, "mask_checksum": masks.checksum}
     loop.metrics.write(state.step, {"event": "mask_update", **sparsity, **change})
     loop.metrics.masks(state.step, masks)
+
+
+def _update_scales_if_due(loop: Loop, state: LoopState) -> None:
+    """Search the scales of rounded weights, and round from the first time on; on all ranks or on none."""
+    if loop.rounding is None or not loop.rounding.updates_scales_at(state.step):
+        return
+    heartbeat("the search of scales")
+    found = update_scales(loop.engine.module)
+    round_weights(loop.engine.module)
+    loop.metrics.write(state.step, {"event": "rounding", "rounding_error": found.error})
+    loop.metrics.rounding(state.step, found.layer_errors)
 
 
 def _require_sparsity(run: RunConfig, masks: MaskStats) -> None:

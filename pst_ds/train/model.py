@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.data.tasks import Task, task_of
 from pst_ds.errors import first_line
 from pst_ds.nn.base_model import DTYPES, Pretrained
@@ -41,6 +42,11 @@ def base_of(run: RunConfig) -> Pretrained:
 def pst_config(run: RunConfig) -> PSTConfig:
     """Return the config of the modules that the run's method injects."""
     return run.mask_method.pst_config(run.seeded_pst)
+
+
+def grid_of_run(run: RunConfig) -> Grid | None:
+    """Return the grid that the run rounds its weights to."""
+    return grid_of(run.quantization.values, run.quantization.group) if run.quantization.values else None
 
 
 def load_tokenizer(run: RunConfig) -> Any:
@@ -142,7 +148,7 @@ def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | N
     """Inject and freeze what the run's method asks for; also works on the meta device. Collective under zero.Init."""
     method = run.mask_method
     if method.injects:
-        inject_pst(module, pst_config(run), num_shards=num_shards)
+        inject_pst(module, pst_config(run), num_shards=num_shards, grid=grid_of_run(run))
     if method.trains_everything:  # that can have a gradient
         for param in module.parameters():
             param.requires_grad_(param.dtype.is_floating_point)

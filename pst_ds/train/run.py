@@ -193,7 +193,7 @@ def train_run(
     run = prepared.run.with_rates(width=prepared.width, num_steps=num_steps)
     prepared, folder = replace(prepared, run=run), Path(run.output_dir)
     dense = raise_on_all_ranks(lambda: _dense_run(run, examples.digest))
-    schedule = run.make_schedule(num_steps)
+    schedule, rounding = run.make_schedule(num_steps), run.make_rounding(num_steps)
     with run_folder.shared_folder(folder):
         checkpoint = run_folder.checkpoint_to_go_on_from(run, examples.digest, quiet=quiet) if resume else None
         if checkpoint is None and not restart:
@@ -210,7 +210,9 @@ def train_run(
     if run.ranks_by_activation:
         _calibrate(prepared, engine, examples, resumed=checkpoint is not None)
     metrics = _metrics_writer(prepared, engine, checkpoint, num_steps, quiet, dense)
-    loop = Loop(run, engine, schedule, examples, prepared.tokenizer, num_steps, prepared.device, metrics, objective)
+    loop = Loop(
+        run, engine, schedule, examples, prepared.tokenizer, num_steps, prepared.device, metrics, objective, rounding
+    )
     checkpointer = Checkpointer(
         run,
         engine,
@@ -220,6 +222,7 @@ def train_run(
         num_steps=num_steps,
         evaluate=None if validation is None else partial(evaluation or evaluate, engine, validation, prepared),
         lower_is_better=prepared.task.lower_is_better,
+        rounding=rounding,
         watched=watched_steps(run, schedule, num_steps, len(examples), len(validation or ())),
         new_state=_new_state(prepared),
         new_progress=partial(run_folder.progress_of, run, engine, examples.digest, zero_stage(prepared.ds_config)),

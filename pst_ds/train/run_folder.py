@@ -19,7 +19,7 @@ from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError, read_checkpoint
 from pst_ds.checkpoint.restore import base_fingerprint, load_optimizer, same_base
 from pst_ds.config.file_names import CHECKPOINTS
-from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.config.run import ConfigError, QuantizationConfig, RunConfig
 from pst_ds.config.toml import flatten
 from pst_ds.errors import InputError
 from pst_ds.masks.update import MaskStats, mask_stats
@@ -210,7 +210,8 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
     """Raise ConfigError when ``run`` is not the run of ``checkpoint``; return the permitted changes, as text."""
     progress = RunProgress.read(checkpoint)
     require_base(checkpoint, run.model.path, fingerprint)
-    before, now = flatten(progress.run), flat_table(run)
+    unset = flatten({"quantization": asdict(QuantizationConfig())})  # a checkpoint may be older than these settings
+    before, now = unset | flatten(progress.run), flat_table(run)
     changed = [key for key in now | before if before.get(key) != now.get(key)]  # pst.seed after the seed it may follow
     for key in changed:
         if key not in MAY_DIFFER and key not in _MAY_BE_CHANGED:

@@ -266,7 +266,7 @@ def test_tensors_of_other_names_types_or_sizes_are_refused(tmp_path, key, array)
 NOT_SIZES = (-1, True, "3", 3.0, None, [], [3], {}, float("nan"), float("inf"), 1 << 48, 10**400)
 OUT_OF_PLACE = (None, True, 7, -0.5, "x", "", [], ["a"], [None], {"x": 1}, float("nan"))
 ABSURD: list[tuple[str, tuple]] = [
-    ("format", (1, 3, "2", None, [], 2.5)),
+    ("format", (1, 4, "2", None, [], 2.5)),
     ("contents.num_shards", (*NOT_SIZES, 0, 1, 3, 10**12)),
     ("contents.trained.a", (*(n for n in NOT_SIZES if n not in ([], {}, [3])), [-1], [3.0], ["3"], [True], [[1]],
                             [1 << 47, 1 << 47], [1 << 32, 1 << 32], [1 << 62, 4], [0], [3, 5], [1 << 47], "34")),

@@ -62,6 +62,21 @@ def test_a_70b_model_plans_from_its_config_alone(capsys, llama_70b):
     assert len(text.splitlines()) < 40
 
 
+def test_rounded_weights_have_scales(capsys, llama_of_4_layers):
+    arguments = [*llama_of_4_layers, "--world-size", "8", "--set", "train.num_steps=1000"]
+    _, plain = _plan(capsys, arguments)
+    text, plan = _plan(capsys, [*arguments, "--set", "quantization.values=int4", "--set", "quantization.group=128"])
+    assert (plain["scale_bytes"], plain["rounding"]) == (0, None)
+    assert plan["scale_bytes"] == 2 * plan["pruned_parameters"] // 128
+    assert plan["rounding"] == {"grid": "int4, a scale for 128 inputs", "start": 800, "searches": 10}
+    assert "weights rounded to int4, a scale for 128 inputs, from step 800 on: 10 searches" in text
+    before, after = (p["memory_bytes_per_rank"] for p in (plain, plan))
+    assert (before["scales"], after["scales"]) == (0, plan["scale_bytes"] // 8)
+    assert after["weights"] == before["weights"]
+    assert plan["checkpoint_bytes"] == plain["checkpoint_bytes"] + plan["scale_bytes"]
+    assert plan["time"]["step_received"] > plain["time"]["step_received"]
+
+
 def test_a_larger_world_holds_less_and_takes_the_same_weights_in(capsys, llama_of_4_layers):
     _, few = _plan(capsys, [*llama_of_4_layers, "--world-size", "8"])
     _, many = _plan(capsys, [*llama_of_4_layers, "--ranks", "64"])

@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pst_ds.config.pst import PSTConfig
+from pst_ds.core.quantization import Grid
 from pst_ds.nn.inject import inject_pst
 from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import build_engine, optimizer_bytes
@@ -28,13 +29,13 @@ SHAPE = {
 WIDE = {**SHAPE, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6, "vocab_size": 300}
 
 
-def _llama(num_shards: int, device: str = "meta", shape=SHAPE):
+def _llama(num_shards: int, device: str = "meta", shape=SHAPE, grid=None):
     config = PSTConfig(modules_to_save=(), relative_magnitude=False)
     if shape is WIDE:  # factors as small beside the weights as those of a large model
         config = replace(config, score_rank=1, update_rank=1)
     with torch.device(device):
         model = LlamaForCausalLM._from_config(LlamaConfig(**shape, use_cache=False), dtype=torch.bfloat16)
-        return inject_pst(model, config, num_shards=num_shards)
+        return inject_pst(model, config, num_shards=num_shards, grid=grid)
 
 
 @pytest.mark.parametrize("num_shards", [1, 3])
@@ -117,18 +118,21 @@ def test_a_step_gathers_what_deepspeed_gathers(run_ranks):
 
 
 def _held(world_size, ds_config):
-    model = _llama(world_size, "cpu")
+    model = _llama(world_size, "cpu", grid=Grid(8))
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3}]
     engine = build_engine(model, groups, ds_config=ds_config)
     ids = torch.arange(16).view(1, 16)
     engine.backward(engine(input_ids=ids, labels=ids).loss)
     engine.step()
     shards = {name: param.ds_tensor for name, param in engine.module.named_parameters()}
-    masks = sum(t.nbytes for name, t in shards.items() if name.endswith("pst_mask"))
+    masks, scales = (
+        sum(t.nbytes for name, t in shards.items() if name.endswith(part)) for part in ("pst_mask", "pst_scales")
+    )
     gradients = engine.optimizer.grad_partitions_flat_buffer.nbytes
     numbers = model_numbers(engine.module)
     assert all(zero3.is_partitioned(p) for p in engine.module.parameters())
-    return sum(t.nbytes for t in shards.values()) - masks, masks, optimizer_bytes(engine), gradients, numbers
+    weights = sum(t.nbytes for t in shards.values()) - masks - scales
+    return (weights, masks, scales, optimizer_bytes(engine), gradients), numbers
 
 
 @pytest.mark.zero3
@@ -138,9 +142,9 @@ def test_bytes_of_a_rank_are_those_its_tensors_take(run_ranks, world_size):
         "train_batch_size": world_size, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3, "reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 0},
     }  # fmt: skip
-    numbers = model_numbers(_llama(world_size))
+    numbers = model_numbers(_llama(world_size, grid=Grid(8)))
     plan = memory_plan(numbers, ZeroSettings(stage=3, world_size=world_size), activations=0)
-    for weights, masks, optimizer, gradients, partitioned in run_ranks(_held, world_size, world_size, config):
-        assert (weights, masks, optimizer, gradients) == (plan.weights, plan.masks, plan.optimizer, plan.gradients)
+    for held, partitioned in run_ranks(_held, world_size, world_size, config):
+        assert held == (plan.weights, plan.masks, plan.scales, plan.optimizer, plan.gradients)
         assert set(partitioned.tensors) == set(numbers.tensors)  # read under ZeRO-3, where shapes are hidden
     assert plan.masks >= math.ceil(numbers.pruned_weights / 8 / world_size)

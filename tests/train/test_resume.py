@@ -87,6 +87,7 @@ def _values(folder, name="final"):
         for n, shape in shapes.items()
         for kind in KINDS
     }
+    found |= {f"scales {n}": scales for n, scales in checkpoint.scales.items()}
     return found | {f"mask {n}": bits for n, bits in checkpoint.masks.items()}
 
 
@@ -128,6 +129,46 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one_on_two_ranks(run_ranks, tmp_
     whole = run_ranks(_train, 2, tmp_path / "whole", stage, *more)
     said = run_ranks(_stopped, 2, tmp_path / "stopped", stage, *more)
     _assert_same_run(tmp_path, whole, said, run_ranks(_go_on, 2, tmp_path / "stopped", stage, *more))
+
+
+ROUNDED = (
+    'quantization.values="int4"',
+    'quantization.group="row"',
+    "quantization.interval=4",
+    "schedule.cooldown_fraction=0.7",
+)
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.zero3)])
+@pytest.mark.parametrize("method", ["pst", "gmp"])
+def test_a_run_that_rounds_goes_on_with_its_scales(run_ranks, tmp_path, method, ranks):
+    """It is stopped after step 9, between the searches after 6 and 10."""
+    stage, more = "local" if ranks == 1 else "3", (*ROUNDED, f"method={method}", "train.precision=bf16")
+    whole = run_ranks(_train, ranks, tmp_path / "whole", stage, *more)
+    said = run_ranks(_stopped, ranks, tmp_path / "stopped", stage, *more)
+    _assert_same_run(tmp_path, whole, said, run_ranks(_go_on, ranks, tmp_path / "stopped", stage, *more))
+    scales = read_checkpoint(tmp_path / "whole" / "checkpoints" / "final").scales
+    assert all(bool((of_layer != 1.0).all()) for of_layer in scales.values())
+    searches = [line["step"] for line in _lines(tmp_path / "whole") if line["event"] == "rounding"]
+    assert searches == [6, 10, 14, 18]
+
+
+@pytest.mark.zero3
+@pytest.mark.parametrize(("ranks", "stage"), [(3, "3"), (1, "local"), (2, "2")])
+def test_scales_are_read_on_other_ranks(run_ranks, tmp_path, ranks, stage):
+    more = (*ROUNDED, "quantization.interval=8")  # none is searched after the steps that both stop after, 9 and 10
+    run_ranks(_stopped, 2, tmp_path / "run", "3", *more)
+    before = _values(tmp_path / "run", "latest")
+    run_ranks(_stopped_at_once, ranks, tmp_path / "run", stage, *more)
+    after = _values(tmp_path / "run", "latest")
+    assert read_checkpoint((tmp_path / "run" / "checkpoints" / "latest").resolve()).state.step == STOP_AT + 1
+    differing = _differing(before, after)
+    assert any(name.startswith("master") for name in differing)
+    assert not [name for name in differing if name.startswith("scales")]
+
+
+def _stopped_at_once(folder, stage, *more):
+    return _stopped(folder, stage, *more, at=1, resume=True)
 
 
 SOME_LAYERS = (

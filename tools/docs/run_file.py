@@ -21,6 +21,7 @@ from pst_ds.config.run import (
     DistillationConfig,
     ModelConfig,
     PicturesConfig,
+    QuantizationConfig,
     RunConfig,
     TrainConfig,
 )
@@ -32,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE, SCHEMA = ROOT / "docs" / "run-file.md", ROOT / "docs" / "run-file.schema.json"
 TABLES = {
     "": RunConfig, "model": ModelConfig, "data": DataConfig, "train": TrainConfig, "schedule": ScheduleConfig,
-    "pst": PSTConfig, "[pst.overrides]": Override, "distillation": DistillationConfig, "eval": EvalConfig,
-    "checkpoint": CheckpointConfig, "pictures": PicturesConfig,
+    "pst": PSTConfig, "[pst.overrides]": Override, "quantization": QuantizationConfig,
+    "distillation": DistillationConfig, "eval": EvalConfig, "checkpoint": CheckpointConfig, "pictures": PicturesConfig,
 }  # fmt: skip
 KINDS = {"string": "a string", "integer": "a whole number", "number": "a number", "boolean": "`true` or `false`"}
 HEAD = """# The run file
@@ -110,7 +111,7 @@ def _row(name: str, entry: dict[str, Any]) -> str:
 
 def _kind(entry: dict[str, Any]) -> str:
     if "enum" in entry:
-        return ", ".join(f'`"{choice}"`' for choice in entry["enum"])
+        return ", ".join(f"`{json.dumps(choice)}`" for choice in entry["enum"])
     if "anyOf" in entry:
         return " or ".join(_kind(option) for option in entry["anyOf"] if option.get("type") != "null")
     if entry.get("type") == "array":

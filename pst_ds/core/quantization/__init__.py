@@ -29,7 +29,7 @@ from pst_ds.core.quantization.scales import (
     unit_of,
     whole_weights,
 )
-from pst_ds.core.quantization.stored import Rounding, StoredGrid
+from pst_ds.core.quantization.stored import Rounding, StoredGrid, bytes_of_scales, scales_of_bytes
 
 __all__ = [
     "LEAST_SCALE",
@@ -38,6 +38,7 @@ __all__ = [
     "Grid",
     "Rounding",
     "StoredGrid",
+    "bytes_of_scales",
     "dequantize",
     "first_bad_scale",
     "grid_of",
@@ -48,6 +49,7 @@ __all__ = [
     "quantize",
     "round_to_grid",
     "rounded_codes",
+    "scales_of_bytes",
     "search_scales",
     "squared_norms",
     "unit_of",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pst_ds.core.layout import Rect, WeightLayout, row_tiles
 from pst_ds.core.quantization.grid import Grid
+from pst_ds.core.quantization.matrices import quantize
 from pst_ds.core.quantization.native import NATIVE_DTYPES, native_for, threads_for
 from pst_ds.core.quantization.scales import SCALE_DTYPE, rounded_codes
 
@@ -80,7 +81,7 @@ class Rounding:
         """
         whole = Rect(0, self.stored.layout.shape[0], 0, self.stored.layout.shape[1])
         rect = whole if rect is None else rect
-        scales = self.scales.to(SCALE_DTYPE)
+        scales = self.scales
         native = native_for(weight, scales) if weight.dtype in NATIVE_DTYPES and weight.stride(1) == 1 else None
         if native is None:
             self._round_in_torch(weight, scales, rect)
@@ -94,10 +95,30 @@ class Rounding:
         )  # fmt: skip
         return weight
 
+    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what a file stores of a whole stored weight: codes (O, I) int8 and scales (O, groups) bf16.
+
+        ``weight``: before it was rounded or after, which gives the same; :func:`dequantize` has it rounded.
+        """
+        transposed = self.stored.layout.transposed
+        matrix, scales = (value.t() if transposed else value for value in (weight, self.scales))
+        return quantize(matrix, None, self.stored.grid, scales)
+
     def _round_in_torch(self, weight: Tensor, scales: Tensor, rect: Rect) -> None:
         for band in row_tiles(rect, _AT_A_TIME.get(weight.device.type, 1 << 22)):
             part, own = weight[band.r0 - rect.r0 : band.r1 - rect.r0], _scales_of(scales, band, self.stored.unit)
             part.copy_(rounded_codes(part.float(), own, self.stored.grid).mul_(own).add_(0.0))
+
+
+def bytes_of_scales(scales: Tensor) -> Tensor:
+    """Return bf16 scales as bytes, (2 n,) uint8: of a type that nothing converts along with a model's weights."""
+    return scales.to(SCALE_DTYPE).contiguous().view(torch.uint8).flatten()
+
+
+def scales_of_bytes(data: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return the scales of :func:`bytes_of_scales`; a view where the bytes begin at an even address."""
+    aligned = data if data.is_meta or (data.data_ptr() % 2 == 0 and data.storage_offset() % 2 == 0) else data.clone()
+    return aligned.view(SCALE_DTYPE).view(shape)
 
 
 def _scales_of(scales: Tensor, rect: Rect, unit: tuple[int, int]) -> Tensor:

@@ -1,0 +1,284 @@
+"""Search the scales of every layer that is rounded to a grid: each rank its own shard, and no weight is gathered.
+
+A group that a shard's boundary cuts is searched by all ranks together: each adds its part of the sums that decide,
+which are integers, so scales are the same for every world size. All such groups are searched at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.core.bits import shard_numel, unpack_shard
+from pst_ds.core.factors import Factors, tile_factors
+from pst_ds.core.layout import Rect, StoredMatrix, shard_tiles, view_in_shard
+from pst_ds.core.quantization import (
+    SCALE_DTYPE,
+    Grid,
+    bytes_of_scales,
+    group_moments,
+    group_scales,
+    rounded_codes,
+    search_scales,
+    whole_weights,
+)
+from pst_ds.core.scores import sliced_weight
+from pst_ds.core.units import unit_tiles
+from pst_ds.masks.layer_scores import TILE_ELEMENTS, whole_factors, with_contiguous_columns
+from pst_ds.nn.inject import pst_layers, shortened
+from pst_ds.nn.linear import PSTLinear
+from pst_ds.parallel import zero3
+from pst_ds.parallel.ranks import group_max, group_sum
+
+_BATCH_WEIGHTS, _BATCH_SCALES = 1 << 24, 1 << 22
+"""Weights of cut groups that a rank holds at a time, and scales that travel at a time: layers are taken in batches."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundingStats:
+    """What rounding to the new scales changes; the same on every rank."""
+
+    errors: tuple[float, ...]
+    """Sum of (M . W - rounded)^2 of each layer with a grid, in model order."""
+    squares: tuple[float, ...]
+    """Sum of (M . W)^2 of each."""
+
+    @property
+    def error(self) -> float:
+        """Return |M . W - rounded| / |M . W| over all layers together."""
+        return _relative(math.fsum(self.errors), math.fsum(self.squares))
+
+    @property
+    def layer_errors(self) -> list[float]:
+        """Return the same of each layer."""
+        return [_relative(error, square) for error, square in zip(self.errors, self.squares, strict=True)]
+
+
+def _relative(error: float, square: float) -> float:
+    return math.sqrt(error / square) if square else 0.0
+
+
+@torch.no_grad()
+def update_scales(model: nn.Module) -> RoundingStats:
+    """Choose the scales of least squared error for M . W as it is now, from the fp32 masters; and return what is lost.
+
+    Collective, with some 16 exchanges for a batch of layers. Raises FloatingPointError on every rank, naming the
+    layers, for weights that are not finite.
+    """
+    named = {name: layer for name, layer in pst_layers(model).items() if layer.stored_grid is not None}
+    factors = whole_factors(list(named.values()), ("U", "V"))
+    weights = [_ShardWeights(*each) for each in zip(named, named.values(), factors, strict=True)]
+    errors: list[float] = []
+    squares: list[float] = []
+    for batch in _batches(weights):
+        scales, losses = _searched(batch)
+        bad = [own.name for own, loss in zip(batch, losses, strict=True) if not all(map(math.isfinite, loss))]
+        if bad:
+            raise FloatingPointError(
+                f"weights of {shortened(bad)} are not finite; lower the learning rate of the updates, or resume from "
+                "the last checkpoint"
+            )
+        for own, table in zip(batch, scales, strict=True):
+            own.write(table)
+        errors += [error for error, _ in losses]
+        squares += [square for _, square in losses]
+    return RoundingStats(tuple(errors), tuple(squares))
+
+
+class _ShardWeights:
+    """This rank's part of M . W of one layer, and the groups of its grid that lie in it."""
+
+    def __init__(self, name: str, layer: PSTLinear, factors: Factors):
+        assert layer.stored_grid is not None
+        assert zero3.num_shards(layer.weight) == layer.num_shards, "num_shards is not how the weight is partitioned"
+        self.name, self.layer, self.stored, self.grid = name, layer, layer.stored_grid, layer.stored_grid.grid
+        self.layout, self.row_length = layer.layout, layer.layout.shape[1]
+        self._factors = with_contiguous_columns(factors) if self.layout.transposed else factors
+        self._shard: zero3.Shard | None = None
+
+    def open(self) -> None:
+        """Look up the masters and unpack the mask; collective where :func:`zero3.master_shard` is."""
+        self._shard = zero3.master_shard(self.layer.weight)
+        self.start, self.stop = self._shard.start, self._shard.start + self._shard.values.numel()
+        self.device = self._shard.values.device
+        self._keep = unpack_shard(zero3.shard_of(self.layer.pst_mask).values, self.stop - self.start).bool()
+        period = self.stored.period
+        first, last = -(-self.start // period) * period, self.stop // period * period
+        self.whole = (first, last) if first < last else (self.stop, self.stop)
+        """Flat range of the periods that this shard holds whole."""
+
+    def close(self) -> None:
+        self._shard = None
+        del self._keep
+
+    @property
+    def cut_periods(self) -> list[int]:
+        """The periods, by number, that lie in more than one shard; the same on every rank."""
+        share, period = shard_numel(self.layout.numel, self.layer.num_shards), self.stored.period
+        edges = range(share, self.layout.numel, share) if self.layer.num_shards > 1 else ()
+        return sorted({edge // period for edge in edges if edge % period})
+
+    @property
+    def groups_per_period(self) -> int:
+        return self.stored.period // self.stored.size
+
+    @property
+    def most_cut_weights(self) -> int:
+        """At most so many of a shard's weights are in groups that are cut."""
+        return min(shard_numel(self.layout.numel, self.layer.num_shards), 2 * self.stored.period)
+
+    def whole_groups(self) -> Iterator[tuple[Rect, Tensor]]:
+        """(rectangle, its groups as rows, fp32) of what this shard holds whole."""
+        size = TILE_ELEMENTS.get(self.device.type, TILE_ELEMENTS["cuda"])
+        for matrix in self.layout.matrices():
+            for rect in unit_tiles(matrix.rect, self.stored.unit, self.row_length, *self.whole, size):
+                yield rect, self.stored.grouped(self._masked(matrix, rect))
+
+    def cut_groups(self) -> Iterator[tuple[int, Tensor]]:
+        """(number of the first among the layer's cut groups, this shard's part of groups as rows, fp32)."""
+        number = {period: i * self.groups_per_period for i, period in enumerate(self.cut_periods)}
+        for start, stop in ((self.start, self.whole[0]), (self.whole[1], self.stop)):
+            for matrix in self.layout.matrices():
+                for rect in self._cut_rects(matrix.rect, start, stop):
+                    weight = self._masked(matrix, rect)
+                    first = number[(rect.r0 * self.row_length + rect.c0) // self.stored.period]
+                    if self.layout.transposed:
+                        yield first + rect.c0, weight.t().contiguous()
+                    else:
+                        yield first, weight
+
+    def _cut_rects(self, matrix: Rect, start: int, stop: int) -> Iterator[Rect]:
+        """Rectangles of [start, stop), none of which is in two periods."""
+        period = self.stored.period
+        while start < stop:
+            end = min(stop, (start // period + 1) * period)
+            yield from shard_tiles(matrix, self.row_length, start, end, 1 << 62)
+            start = end
+
+    def _masked(self, matrix: StoredMatrix, rect: Rect) -> Tensor:
+        """M . W of a rectangle, fp32; the same bits in whatever rectangle."""
+        assert self._shard is not None
+        own = view_in_shard(self._shard.values, rect, self.row_length, self.start)
+        tile = tile_factors(self._factors, self.layout, matrix, rect)
+        updated = sliced_weight(own, tile, self.layer.constants)
+        return updated.masked_fill_(~view_in_shard(self._keep, rect, self.row_length, self.start), 0.0)
+
+    def scale_rect(self, rect: Rect) -> tuple[slice, slice]:
+        """Where the scales of a rectangle of whole groups lie among the layer's."""
+        rows, cols = self.stored.unit
+        return slice(rect.r0 // rows, rect.r1 // rows), slice(rect.c0 // cols, rect.c1 // cols)
+
+    def write(self, scales: Tensor) -> None:
+        """Make ``scales``, all of the layer's, its own: under ZeRO-3 each rank its part."""
+        param = self.layer.pst_scales
+        assert param is not None
+        own = zero3.shard_of(param)
+        data = bytes_of_scales(scales)[own.start : own.start + own.values.numel()]
+        zero3.write_shard(param, data.to(own.values.device))
+
+
+def _batches(weights: Sequence[_ShardWeights]) -> Iterator[list[_ShardWeights]]:
+    """Layers in order, as many together as the limits allow; sized alike on every rank."""
+    batch: list[_ShardWeights] = []
+    cut = scales = 0
+    for own in weights:
+        cut, scales = cut + own.most_cut_weights, scales + own.stored.num_scales
+        if batch and (cut > _BATCH_WEIGHTS or scales > _BATCH_SCALES):
+            yield batch
+            batch, cut, scales = [], own.most_cut_weights, own.stored.num_scales
+        batch.append(own)
+    if batch:
+        yield batch
+
+
+def _searched(batch: list[_ShardWeights]) -> tuple[list[Tensor], list[list[float]]]:
+    """The scales of each layer, and its [squared error, sum of squares]. Collective."""
+    any_weight, grid = batch[0].layer.weight, batch[0].grid
+    cut = _CutGroups(any_weight, grid, any_weight.dtype)
+    tables, sums = [], torch.zeros(len(batch), 2, dtype=torch.float64)
+    for i, own in enumerate(batch):
+        own.open()
+        table = torch.zeros(own.stored.shape, dtype=SCALE_DTYPE, device=own.device)
+        for rect, grouped in own.whole_groups():
+            found = group_scales(torch.nan_to_num(grouped, 0.0, 0.0, 0.0), grid, own.layer.weight.dtype)
+            rows, cols = own.scale_rect(rect)
+            table[rows, cols] = found.view(rows.stop - rows.start, cols.stop - cols.start)
+            sums[i] += _loss(grouped, found.float(), grid)
+        for first, grouped in own.cut_groups():
+            cut.add(i, first, grouped)
+        cut.reserve(len(own.cut_periods) * own.groups_per_period)
+        own.close()
+        tables.append(table)
+    found_cut = cut.search(sums)
+    for own, table, scales in zip(batch, tables, found_cut, strict=True):
+        if zero3.shard_index(any_weight) == 0 and scales.numel():  # once, since tables are added up
+            table.view(-1, own.groups_per_period)[own.cut_periods] = scales.view(-1, own.groups_per_period)
+    return _added_up(tables, any_weight), group_sum(sums, any_weight).tolist()
+
+
+def _added_up(tables: list[Tensor], any_weight: nn.Parameter) -> list[Tensor]:
+    """Tables of scales, of which every rank has some and 0 for the others. Collective."""
+    if zero3.num_shards(any_weight) == 1:
+        return tables
+    bits = group_sum(torch.cat([table.view(torch.int16).flatten() for table in tables]).int(), any_weight)
+    parts = bits.to(torch.int16).view(SCALE_DTYPE).split([table.numel() for table in tables])
+    return [part.view(table.shape) for part, table in zip(parts, tables, strict=True)]
+
+
+def _loss(grouped: Tensor, scales: Tensor, grid: Grid) -> Tensor:
+    """(squared error, sum of squares) of ``grouped`` rounded with the scales of its rows, (2,) float64."""
+    rounded = rounded_codes(grouped, scales.unsqueeze(1), grid).mul_(scales.unsqueeze(1))
+    flat = grouped.double().flatten()
+    off = flat - rounded.flatten()
+    return torch.stack([off @ off, flat @ flat]).cpu()
+
+
+class _CutGroups:
+    """The groups of a batch's layers that lie in several shards, one layer's after another's."""
+
+    def __init__(self, any_weight: nn.Parameter, grid: Grid, dtype: torch.dtype):
+        self._any_weight, self._grid, self._dtype = any_weight, grid, dtype
+        self._sizes: list[int] = []
+        self._parts: list[tuple[int, int, Tensor]] = []
+
+    def add(self, layer: int, first: int, grouped: Tensor) -> None:
+        """Add this rank's part of groups of the layer numbered ``layer``, from its group number ``first`` on."""
+        self._parts.append((layer, sum(self._sizes) + first, grouped))
+
+    def reserve(self, count: int) -> None:
+        """End a layer, which has ``count`` cut groups."""
+        self._sizes.append(count)
+
+    def search(self, sums: Tensor) -> list[Tensor]:
+        """Return the scales of each layer's cut groups, and add what rounding to them loses to ``sums``. Collective."""
+        total = sum(self._sizes)
+        device = zero3.shard_of(self._any_weight).values.device
+        found = torch.empty(0, dtype=SCALE_DTYPE, device=device)
+        if total:
+            found = self._search(torch.zeros(total, device=device))
+        for layer, first, grouped in self._parts:
+            sums[layer] += _loss(grouped, found[first : first + grouped.shape[0]].float(), self._grid)
+        return list(found.split(self._sizes))
+
+    def _search(self, magnitudes: Tensor) -> Tensor:
+        finite = [(first, torch.nan_to_num(grouped, 0.0, 0.0, 0.0)) for _, first, grouped in self._parts]
+        for first, grouped in finite:
+            own = magnitudes[first : first + grouped.shape[0]]
+            own.copy_(torch.maximum(own, grouped.abs().amax(1)))
+        magnitudes = group_max(magnitudes, self._any_weight)
+        parts = [(first, g, whole_weights(g, magnitudes[first : first + g.shape[0]])) for first, g in finite]
+
+        def moments(scales: Tensor) -> tuple[Tensor, Tensor]:
+            both = torch.zeros(2, scales.numel(), dtype=torch.float64, device=scales.device)
+            for first, grouped, whole in parts:
+                at = slice(first, first + grouped.shape[0])
+                for kind, values in zip(both, group_moments(grouped, whole, scales[at], self._grid), strict=True):
+                    kind[at] += values
+            by_weight, by_code = group_sum(both, self._any_weight)
+            return by_weight, by_code
+
+        return search_scales(magnitudes, moments, self._grid, self._dtype)
