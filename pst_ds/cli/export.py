@@ -9,7 +9,7 @@ from typing import Any
 
 from pst_ds.cli.main import add_quiet_argument, add_shard_argument, count, load_run_or_folder, main
 from pst_ds.config.toml import dump_run
-from pst_ds.core.packings import PACKINGS
+from pst_ds.core.packings import GROUPS, PACKINGS, VALUE_BITS, WHOLE_ROW
 from pst_ds.errors import InputError
 
 
@@ -19,9 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder to write")
     text = "dense (default): zeros in a plain model folder; the others are smaller, and load after import pst_ds.hf"
     parser.add_argument("--format", choices=("dense", *PACKINGS), default="dense", help=text)
+    _add_value_arguments(parser)
     parser.add_argument("--checkpoint", help='of a run: "best" (default), "final", or another in checkpoints/')
     add_writing_arguments(parser)
     add_quiet_argument(parser)
+
+
+def _add_value_arguments(parser: argparse.ArgumentParser) -> None:
+    text = "round linear layers inside the blocks to 8 or 4 bits, with a scale a group; bf16 casts every tensor"
+    parser.add_argument("--values", choices=("bf16", *VALUE_BITS), help=text)
+    text = "round embeddings and the output layer too (default: as they are)"
+    parser.add_argument("--embeddings", choices=tuple(VALUE_BITS), help=text)
+    text = "weights of a row that share a scale (default: row for int8, 64 for int4)"
+    parser.add_argument("--group", choices=(*map(str, GROUPS), WHOLE_ROW), help=text)
 
 
 def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,12 +55,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"{written['sparsity_measured']:.6f} measured, {requested} requested; "
         f"{written['packed_tensors']} packed, {written['file_bytes']:,} bytes, {share:.3f} of dense bf16"
     )
+    if "rounded_tensors" in written:
+        print(rounding_text(written))
     return written
+
+
+def rounding_text(facts: dict[str, Any]) -> str:
+    """Return a sentence on what an export rounded; ``facts``: the ``--json`` keys of export or verify."""
+    grids = []
+    for key, of in (("values", "group"), ("embeddings", "embedding_group")):
+        if facts.get(key):
+            share = "a scale a row" if facts[of] == WHOLE_ROW else f"a scale for {facts[of]} weights"
+            grids.append(f"{key} {facts[key]}, {share}")
+    packed = f", {facts['packed_bits_per_weight']:.2f} in packed layers" if "packed_bits_per_weight" in facts else ""
+    return (
+        f"rounded {facts['rounded_tensors']} tensors ({'; '.join(grids)}): {facts['bits_per_weight']:.2f} bits a weight"
+        f"{packed}; none changed by more than {facts['largest_rounding_error']:.2%} of its norm"
+    )
 
 
 def _written(args: argparse.Namespace) -> dict[str, Any]:
     source = Path(args.run)
-    how = {key: getattr(args, key) for key in ("dtype", "shard_bytes", "processes")} | {"packing": args.format}
+    how = {key: getattr(args, key) for key in ("dtype", "shard_bytes", "processes")} | _storage(args)
     is_model = source.is_dir() and not (source / "run.toml").is_file() and (source / "config.json").exists()
     if source.is_dir() and not is_model and not (source / "run.toml").is_file():
         raise InputError(
@@ -65,6 +91,25 @@ def _written(args: argparse.Namespace) -> dict[str, Any]:
     from pst_ds.export.export import export_folder
 
     return export_folder(source, Path(args.out), **how)
+
+
+def _storage(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what ``--format``, ``--values``, ``--embeddings`` and ``--group`` are for an export. Raises InputError."""
+    storage = {"packing": args.format, "values": None, "embeddings": None}
+    on_a_grid = [name for name in ("values", "embeddings") if getattr(args, name) in VALUE_BITS]
+    if args.group and not on_a_grid:
+        raise InputError(
+            f"--group {args.group} is for values of {' or '.join(VALUE_BITS)}: add --values or --embeddings"
+        )
+    if args.values == "bf16":
+        if args.dtype not in (None, "bf16"):
+            raise InputError(f"--values bf16 casts every tensor, and so does --dtype {args.dtype}: leave one out")
+        storage["dtype"] = "bf16"
+    if on_a_grid:
+        from pst_ds.core.quantization import grid_of
+
+        storage |= {name: grid_of(getattr(args, name), args.group) for name in on_a_grid}
+    return storage
 
 
 def _write_run(args: argparse.Namespace, how: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pst_ds.cli.export import rounding_text
 from pst_ds.cli.main import add_quiet_argument, count, load_run_or_folder
 
 
@@ -34,13 +35,24 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         f"{args.export}: {counts['tensors']} tensors as in the manifest, {packed}sparsity "
         f"{counts['sparsity_measured']:.6f} measured in the file, {requested} requested"
     )
+    if "rounded_tensors" in counts:
+        print(rounding_text(counts))
     if config is None:
         return {**counts, "export_dir": args.export}
     from pst_ds.cli.verify_run import compare_with_run
 
-    compared = compare_with_run(args, config, packed=bool(packed))
+    compared = compare_with_run(args, config)
+    is_rounded = "rounding" in compared
+    if is_rounded:
+        changed = compared["rounding"]
+        print(
+            f"rounding changed {changed['differing_predictions']} predictions, and a logit by at most "
+            f"{changed['max_logit_difference']:.3g}: {_metrics(changed['metrics_before'])} before, "
+            f"{_metrics(compared['metrics'])} after"
+        )
+    by = "pst_ds.hf, made dense," if "kept_sparse" in compared else "plain transformers"
     print(
-        f"reloaded with {'pst_ds.hf, made dense,' if packed else 'plain transformers'} against the masked model on "
+        f"reloaded with {by} against the masked model{' on the grid' if is_rounded else ''} on "
         f"{compared['examples']} {compared['unit']} of {args.split}: {compared['differing_weights']} of "
         f"{compared['compared_weights']} weight tensors differ, {compared['differing_predictions']} predictions "
         f"differ, largest logit difference {compared['max_logit_difference']:.3g}"
@@ -57,6 +69,10 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         )
     _require_equal(args, compared, kept)
     return {**counts, **compared, "reloaded_equal": True, "export_dir": args.export}
+
+
+def _metrics(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
 def _require_equal(args: argparse.Namespace, compared: dict[str, Any], kept: dict[str, Any] | None) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from pst_ds.cli.verify_rounded import encoding_of_folder, round_model
 from pst_ds.config.run import RunConfig
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.data.tasks.data_to_text import DataToText, Pairs
@@ -30,19 +31,29 @@ LINE_BYTES = 64
 """Alignment of the memory that torch allocates; a weight in a mapped file may begin anywhere."""
 
 
-def compare_with_run(args: argparse.Namespace, config: RunConfig, *, packed: bool) -> dict[str, Any]:
-    """Rebuild the masked training model and the export, and compare them on the same batches. Raises InputError."""
+def compare_with_run(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
+    """Rebuild the masked training model and the export, and compare them on the same batches.
+
+    With values on a grid the masked model is rounded first; what that changes is under "rounding". Raises InputError.
+    """
+    encoding = encoding_of_folder(args.export)
     checkpoint = open_checkpoint(config, args.checkpoint)
     prepared = prepare_single(config, checkpoint)
     examples = prepared.load(args.split)
     if args.limit:
         examples = examples.first(args.limit)
     masked = _aligned(masked_model(prepared, checkpoint))
-    plain = _aligned(_loaded(prepared, args.export, "dense" if packed else ""))
+    plain = _aligned(_loaded(prepared, args.export, "" if encoding.is_plain else "dense"))
+    rounded: dict[str, torch.Tensor] = {}
+    changed: dict[str, Any] = {}
+    if encoding.is_quantized:
+        differences, metrics = _on_examples(prepared, examples, plain, masked)
+        changed = {"rounding": {**differences, "metrics_before": metrics}}
+        rounded = round_model(masked, args.export)
     merged: dict[str, torch.Tensor] = {f"{n}.weight": layer.masked_weight() for n, layer in pst_layers(masked).items()}
     merged |= {f"{n}.weight": embedding.updated_weight() for n, embedding in pst_embeddings(masked).items()}
     merged = merged or dict(masked.named_parameters())  # method "dense" changes no module
-    merged |= persistent_buffers(masked)
+    merged |= rounded | persistent_buffers(masked)
     loaded = {**dict(plain.named_parameters()), **persistent_buffers(plain)}
     foreign = [n for n, weight in merged.items() if n not in loaded or loaded[n].shape != weight.shape]
     if foreign:
@@ -61,9 +72,10 @@ def compare_with_run(args: argparse.Namespace, config: RunConfig, *, packed: boo
         **differences,
         "allowed_logit_difference": allowed_difference(dtype, len(merged), inputs)[0] * largest.value,
         "metrics": metrics,
+        **changed,
         **_compare_texts(prepared, examples, masked, plain),
     }
-    if packed:
+    if not encoding.is_plain:
         compared["kept_sparse"] = _compare_sparse(prepared, examples, masked, plain, args.export)
     return compared
 

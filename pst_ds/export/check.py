@@ -9,12 +9,22 @@ import torch
 from torch import Tensor
 
 from pst_ds.atomic_files import file_sha256
-from pst_ds.core.formats import FORMATS, FormatError
+from pst_ds.core.formats import FormatError
 from pst_ds.export import manifest
 from pst_ds.export.base_weights import saved_tensors, tensors_lacking
-from pst_ds.export.export import measured_sparsity
+from pst_ds.export.encoding import Encoding
+from pst_ds.export.export import measured_sparsity, storage_facts
 from pst_ds.export.from_folder import CONFIG_FILE, model_of
-from pst_ds.export.manifest import DENSE, About, ExportError, JsonTable, TensorEntry, read_manifest, read_table
+from pst_ds.export.manifest import (
+    DENSE,
+    About,
+    ExportError,
+    JsonTable,
+    TensorEntry,
+    encoding_by,
+    read_manifest,
+    read_table,
+)
 from pst_ds.export.model_card import CARD_FILE
 from pst_ds.export.tensor_files import CODE_OF_DTYPE, TensorFile, TensorFileError
 from pst_ds.nn.inject import shortened
@@ -29,9 +39,11 @@ def check_export(folder: Path) -> JsonTable:
     pruned tensors are +0.0, and that every matrix has at least the zeros of its mask.
     """
     entries, about = read_manifest(folder)
-    _check_files(folder, entries, about)
+    encoding = encoding_by(about)
+    _check_files(folder, entries, about, encoding)
+    _check_grids(folder, entries, encoding)
     files = _opened(folder, entries)
-    _check_index(folder, entries, files, about["kind"])
+    _check_index(folder, entries, files, encoding)
     sizes = [sum(files[part.file].slots[part.name].nbytes for part in entry.parts) for entry in entries]
     with Progress("check", sum(sizes), "bytes") as shown:
         for entry, nbytes in zip(entries, sizes, strict=True):
@@ -42,6 +54,8 @@ def check_export(folder: Path) -> JsonTable:
         "pruned_tensors": sum(entry.origin == "pruned" for entry in entries),
         "packed_tensors": sum(entry.packing != DENSE for entry in entries),
         "kind": about["kind"],
+        **encoding.facts(),
+        **storage_facts(entries, sizes),
         "sparsity_requested": about["sparsity_requested"],
         "sparsity_measured": measured_sparsity(entries),
     }
@@ -59,7 +73,7 @@ def check_model(folder: Path) -> None:
         known = tensors.get(entry.name)
         if known is not None and list(known.shape) != entry.shape:
             raise ExportError(f"{folder}: {entry.name} is {entry.shape}, and {list(known.shape)} in the model")
-        if known is None and entry.packing != DENSE:
+        if known is None and entry.form is not None:
             raise ExportError(f"{folder}: {entry.name} is packed, and the model has no such tensor")
     lacking = tensors_lacking(model, {entry.name for entry in entries})
     if lacking:
@@ -69,7 +83,7 @@ def check_model(folder: Path) -> None:
         )
 
 
-def _check_files(folder: Path, entries: Sequence[TensorEntry], about: About) -> None:
+def _check_files(folder: Path, entries: Sequence[TensorEntry], about: About, encoding: Encoding) -> None:
     """Require exactly the manifest's files; all but the weights byte by byte."""
     weights = {part.file for entry in entries for part in entry.parts}
     beside: dict[str, str] = about["files"]
@@ -84,16 +98,27 @@ def _check_files(folder: Path, entries: Sequence[TensorEntry], about: About) -> 
     loaded = sorted(n for n in stray if n.endswith((".safetensors", ".bin", ".index.json", ".py", ".pt")))
     if loaded:
         raise ExportError(f"{folder} holds files the manifest does not know: {', '.join(loaded[:4])}")
-    _check_config(folder, about["kind"], len(weights))
+    _check_config(folder, encoding, len(weights))
 
 
-def _check_config(folder: Path, kind: str, num_files: int) -> None:
+def _check_grids(folder: Path, entries: Sequence[TensorEntry], encoding: Encoding) -> None:
+    """Every tensor's grid must be one of the two that the manifest names for all."""
+    known = {encoding.values, encoding.embeddings, None}
+    for entry in entries:
+        if entry.grid not in known or entry.packing not in (DENSE, encoding.packing):
+            raise ExportError(
+                f"{folder}: {entry.name} is {entry.packing}, {entry.grid or 'as it is'}; by the manifest the export is "
+                f"{encoding}"
+            )
+
+
+def _check_config(folder: Path, encoding: Encoding, num_files: int) -> None:
     """config.json must send transformers to the weights of the manifest."""
     path = folder / CONFIG_FILE
     found = read_table(path, f"{path} is missing").get("quantization_config")
-    wanted = None if kind == DENSE else manifest.quantization_config(kind, num_files)
+    wanted = encoding.quantization_config(num_files)
     if found != wanted:
-        raise ExportError(f"{path} has quantization_config {str(found)[:200]}, and {kind} weights need {wanted}")
+        raise ExportError(f"{path} has quantization_config {str(found)[:200]}, and {encoding} weights need {wanted}")
 
 
 def _opened(folder: Path, entries: Sequence[TensorEntry]) -> dict[str, TensorFile]:
@@ -116,11 +141,13 @@ def _opened(folder: Path, entries: Sequence[TensorEntry]) -> dict[str, TensorFil
     return files
 
 
-def _check_index(folder: Path, entries: Sequence[TensorEntry], files: dict[str, TensorFile], kind: str) -> None:
+def _check_index(
+    folder: Path, entries: Sequence[TensorEntry], files: dict[str, TensorFile], encoding: Encoding
+) -> None:
     """The index that transformers finds the tensors of several files by; of one file there is none."""
-    path = folder / manifest.weights_file_of(kind, 2)
-    if any(not name.startswith(manifest.FORMAT_FILES[kind]) for name in files):
-        raise ExportError(f"{folder} is {kind}, and has its tensors in {', '.join(sorted(files)[:2])}")
+    path = folder / encoding.weights_file(2)
+    if any(not name.startswith(encoding.stem) for name in files):
+        raise ExportError(f"{folder} is {encoding}, and has its tensors in {', '.join(sorted(files)[:2])}")
     if len(files) == 1:
         if path.exists():
             raise ExportError(f"{path} is an index, and there is one file")
@@ -148,9 +175,9 @@ def _check_entry(folder: Path, entry: TensorEntry, files: dict[str, TensorFile])
 
 def _dense(entry: TensorEntry, parts: dict[str, Tensor], path: Path) -> Tensor:
     """The tensor in the model's shape, from parts that hold every invariant of their format."""
-    if entry.packing == DENSE:
+    form = entry.form
+    if form is None:
         return parts[entry.name]
-    form = FORMATS[entry.packing]
     by_part = {part: parts[name] for part, name in zip(form.part_names, entry.part_names(), strict=True)}
     try:
         form.check(f"{path}: {entry.name}", by_part, entry.matrix)
@@ -161,7 +188,7 @@ def _dense(entry: TensorEntry, parts: dict[str, Tensor], path: Path) -> Tensor:
 
 
 def _check_tensor(entry: TensorEntry, tensor: Tensor, path: Path) -> None:
-    if list(tensor.shape) != entry.shape or CODE_OF_DTYPE[tensor.dtype] != entry.dtype:
+    if list(tensor.shape) != entry.shape or (not entry.values and CODE_OF_DTYPE[tensor.dtype] != entry.dtype):
         raise ExportError(
             f"{path}: {entry.name} is {CODE_OF_DTYPE[tensor.dtype]} {list(tensor.shape)}, the manifest says "
             f"{entry.dtype} {entry.shape}"

@@ -14,8 +14,10 @@ from torch import nn
 
 from pst_ds.atomic_files import atomic_folder, file_sha256, require_writable
 from pst_ds.checkpoint.format import Checkpoint
+from pst_ds.core.quantization import Grid
 from pst_ds.export import manifest
 from pst_ds.export.base_weights import BaseWeights, is_text_part
+from pst_ds.export.encoding import Encoding
 from pst_ds.export.from_folder import CONFIG_FILE, FolderContents, copy_beside, open_folder, plan_folder
 from pst_ds.export.from_run import RunSource, plan_run
 from pst_ds.export.manifest import DENSE, MANIFEST_FILE, About, ExportError, JsonTable, TensorEntry
@@ -47,6 +49,8 @@ def export_run(
     out: Path,
     *,
     packing: str = DENSE,
+    values: Grid | None = None,
+    embeddings: Grid | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     processes: int = 1,
@@ -57,9 +61,11 @@ def export_run(
     ``model`` gives names, shapes and the config; it may be on the meta device, since values come from the base model's
     files and the checkpoint. Pruned tensors have the values the masked model multiplied with, +0.0 where pruned; other
     tensors are the base model's bytes, or were trained. ``dtype`` ("bf16", "fp32") casts all of them instead.
-    ``packing``: "dense", or a format that pruned weights are packed in. ``run``: the resolved run file, to be kept.
+    ``packing``: "dense", or a format that pruned weights are packed in. ``values`` and ``embeddings``: the grids that
+    linear layers and embeddings are rounded to; None leaves them. ``run``: the resolved run file, to be kept.
     Raises ExportError, and WorkerError when one of several ``processes`` was killed.
     """
+    encoding = _encoding(packing, values, embeddings)
     _require_free(out)
     base = BaseWeights(checkpoint.state.base_path, getattr(model, "base_model_prefix", ""))
     state = checkpoint.state
@@ -84,9 +90,9 @@ def export_run(
         "metrics": {name: value if math.isfinite(value) else None for name, value in state.metrics.items()},
         "run": run,
     }
-    jobs = plan_run(model, checkpoint, base, packing, dtype)
+    jobs = plan_run(model, checkpoint, base, encoding, dtype)
     contents = _Contents(jobs, RunSource(checkpoint, base, model), about, write_beside)
-    return _write_folder(contents, out, packing, shard_bytes, processes)
+    return _write_folder(contents, out, encoding, shard_bytes, processes)
 
 
 def export_folder(
@@ -94,23 +100,34 @@ def export_folder(
     out: Path,
     *,
     packing: str = DENSE,
+    values: Grid | None = None,
+    embeddings: Grid | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     processes: int = 1,
 ) -> JsonTable:
     """Write ``out`` from a model folder: dense with zeros, whoever pruned it, or one of our packed folders.
 
-    Weights keep their bits, but for a -0.0 that is packed, which becomes +0.0. Raises ExportError and WorkerError.
+    Weights keep their bits, but for a -0.0 that is packed, which becomes +0.0, and for those that are rounded to the
+    grids ``values`` and ``embeddings``; what is on its grid already stays as it is. Raises ExportError and WorkerError.
     """
+    encoding = _encoding(packing, values, embeddings)
     _require_free(out)
     if out.resolve() == source.resolve():
         raise ExportError(f"{out} is the folder to read; name another with --out")
     folder = open_folder(source)
-    jobs, values = plan_folder(folder, packing, dtype)
+    jobs, origin = plan_folder(folder, encoding, dtype)
     surviving = ("step", "base_model", "base_fingerprint", "computed_in", "sparsity_requested", "metrics", "run")
     about = {key: folder.about.get(key) for key in surviving} | {"metrics": folder.about.get("metrics") or {}}
-    contents = _Contents(jobs, values, about, lambda beside: _copy_folder(folder, beside))
-    return _write_folder(contents, out, packing, shard_bytes, processes)
+    contents = _Contents(jobs, origin, about, lambda beside: _copy_folder(folder, beside))
+    return _write_folder(contents, out, encoding, shard_bytes, processes)
+
+
+def _encoding(packing: str, values: Grid | None, embeddings: Grid | None) -> Encoding:
+    try:
+        return Encoding(packing, values, embeddings)
+    except ValueError as error:
+        raise ExportError(str(error)) from None
 
 
 def _copy_folder(folder: FolderContents, out: Path) -> None:
@@ -126,16 +143,19 @@ def _require_free(out: Path) -> None:
     require_writable(out, f"--out {out}")
 
 
-def _write_folder(contents: _Contents, out: Path, packing: str, shard_bytes: int, processes: int) -> JsonTable:
-    stay_dense = require_packed(contents.jobs, packing)
-    files = plan_files(contents.jobs, packing, shard_bytes)
+def _write_folder(contents: _Contents, out: Path, encoding: Encoding, shard_bytes: int, processes: int) -> JsonTable:
+    stay_dense = require_packed(contents.jobs, encoding)
+    files = plan_files(contents.jobs, encoding.stem, shard_bytes)
     require_space(out, sum(file.nbytes for file in files) + _SPARE_BYTES)
     with atomic_folder(out) as partial:
         entries = write_tensors(partial, files, contents.jobs, contents.source, processes)
-        _write_index(partial, files, packing)
+        _write_index(partial, files, encoding)
         contents.write_beside(partial)
-        architecture = _finish_config(partial, entries, packing, len(files))
-        about = {"kind": packing, "architecture": architecture, **contents.about, **_counted(entries, files)}
+        architecture = _finish_config(partial, entries, encoding, len(files))
+        about = {"kind": encoding.packing, **encoding.facts(), "architecture": architecture, **contents.about}
+        about |= _counted(entries, files)
+        if encoding.is_quantized:
+            about |= storage_facts(entries, _sizes(entries, files))
         (partial / CARD_FILE).write_text(model_card(out.name, entries, about), encoding="utf-8")
         about["files"] = _sums(partial)
         manifest.write_manifest(partial, entries, about)
@@ -145,21 +165,22 @@ def _write_folder(contents: _Contents, out: Path, packing: str, shard_bytes: int
         "tensors": len(entries),
         "pruned_tensors": sum(entry.origin == "pruned" for entry in entries),
         "packed_tensors": sum(entry.packing != DENSE for entry in entries),
+        **storage_facts(entries, _sizes(entries, files)),
         "stay_dense": stay_dense,
     }
 
 
-def _write_index(folder: Path, files: Sequence[PlannedFile], packing: str) -> None:
+def _write_index(folder: Path, files: Sequence[PlannedFile], encoding: Encoding) -> None:
     """The index of several files; of one there is none."""
     if len(files) == 1:
         return
     total = sum(slot.nbytes for file in files for slot in file.slots.values())
     index = {"metadata": {"total_size": total}, "weight_map": {n: file.name for file in files for n in file.slots}}
-    path = folder / manifest.weights_file_of(packing, len(files))
+    path = folder / encoding.weights_file(len(files))
     path.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _finish_config(folder: Path, entries: Sequence[TensorEntry], packing: str, num_files: int) -> str:
+def _finish_config(folder: Path, entries: Sequence[TensorEntry], encoding: Encoding, num_files: int) -> str:
     """Put the dtype of the tensors into config.json, and how they are packed; the name of the model's class."""
     path = folder / CONFIG_FILE
     table = json.loads(path.read_text(encoding="utf-8"))
@@ -170,8 +191,8 @@ def _finish_config(folder: Path, entries: Sequence[TensorEntry], packing: str, n
     for part in table.values():  # such as text_config
         if isinstance(part, dict) and part.get("dtype"):
             part["dtype"] = table["dtype"]
-    if packing != DENSE:
-        table["quantization_config"] = manifest.quantization_config(packing, num_files)
+    if not encoding.is_plain:
+        table["quantization_config"] = encoding.quantization_config(num_files)
     path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return (table.get("architectures") or [""])[0]
 
@@ -184,6 +205,27 @@ def _counted(entries: Sequence[TensorEntry], files: Sequence[PlannedFile]) -> Js
         "weight_bytes": sum(slot.nbytes for file in files for slot in file.slots.values()),
         "file_bytes": sum(file.nbytes for file in files),
     }
+
+
+def _sizes(entries: Sequence[TensorEntry], files: Sequence[PlannedFile]) -> list[int]:
+    nbytes = {name: slot.nbytes for file in files for name, slot in file.slots.items()}
+    return [sum(nbytes[part.name] for part in entry.parts) for entry in entries]
+
+
+def storage_facts(entries: Sequence[TensorEntry], sizes: Sequence[int]) -> JsonTable:
+    """Return bits a weight, with scales and all else, and what rounding changed; ``sizes``: bytes of each tensor."""
+    stored = list(zip(entries, sizes, strict=True))
+    packed = [(entry, size) for entry, size in stored if entry.packing != DENSE]
+    errors = [entry.rounding_error for entry in entries if entry.values]
+    facts: JsonTable = {"bits_per_weight": _bits_per_weight(stored)}
+    if packed:
+        facts["packed_bits_per_weight"] = _bits_per_weight(packed)
+    return facts | ({"rounded_tensors": len(errors), "largest_rounding_error": max(errors)} if errors else {})
+
+
+def _bits_per_weight(stored: Sequence[tuple[TensorEntry, int]]) -> float:
+    weights, nbytes = sum(entry.numel for entry, _ in stored), sum(size for _, size in stored)
+    return round(8 * nbytes / max(weights, 1), 4)
 
 
 def measured_sparsity(entries: Sequence[TensorEntry]) -> float:

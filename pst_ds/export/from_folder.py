@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,11 +10,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.formats import FORMATS, FormatError, row_bits
+from pst_ds.core.formats import (
+    VALUE_DTYPES,
+    FormatError,
+    PackedFormat,
+    QuantizedFormat,
+    form_of,
+    packed_format,
+    row_bits,
+)
+from pst_ds.core.formats.rows import row_counts
+from pst_ds.core.quantization import Grid
 from pst_ds.export import manifest
 from pst_ds.export.base_weights import BaseWeights, names_in_files
+from pst_ds.export.encoding import QUANT_METHOD, Encoding, encoding_of
 from pst_ds.export.manifest import DENSE, MANIFEST_FILE, About, ExportError, JsonTable, TensorEntry, read_table
 from pst_ds.export.plan import PlannedTensor, TensorJob, TensorValues
+from pst_ds.export.rounding import embedding_tables, grids
+from pst_ds.export.tensor_files import DTYPE_OF_CODE
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
 from pst_ds.nn.model_structure import is_conv1d, linear_shape, untied_linear_layers
 
@@ -27,14 +39,25 @@ _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 @dataclass(frozen=True, slots=True)
 class FolderTensor:
     parts: dict[str, str]
-    """Name in the files of each part; of a dense tensor its own under ""."""
-    packing: str
+    """Name in the files of each part; of a tensor that is stored as it is its own under ""."""
+    form: PackedFormat | None
+    """The format of the parts; None of a tensor that is stored as it is."""
+    dtype: torch.dtype
+    """The model's."""
     matrix: tuple[int, int] | None
-    """(O, I) of a packed tensor."""
+    """(O, I) of a tensor in parts."""
     transposed: bool
     sha256: dict[str, str]
     """By the manifest, of each tensor in the files; empty without a manifest."""
     pruned_per_matrix: tuple[int, ...] = ()
+    rounding_error: float = 0.0
+
+    def is_on(self, grid: Grid | None) -> bool:
+        """Return whether its values are codes on that very grid."""
+        if grid is None or self.matrix is None or not isinstance(self.form, QuantizedFormat):
+            return False
+        mine, inputs = self.form.grid, self.matrix[1]
+        return mine.bits == grid.bits and mine.num_groups(inputs) == grid.num_groups(inputs)
 
 
 class FolderSource:
@@ -46,10 +69,15 @@ class FolderSource:
     def make(self, job: TensorJob) -> Iterator[TensorValues]:
         """The values of the job's one output. Raises ExportError and InputError."""
         recipe: FolderTensor = job.recipe
-        yield TensorValues(self.read(recipe, job.outputs[0].name), None, recipe.pruned_per_matrix)
+        (output,) = job.outputs
+        tensor = self.read(recipe, output.name, output.dtype)
+        scales, error = None, 0.0
+        if recipe.is_on(output.grid):
+            scales, error = self._weights.read(recipe.parts["scales"]), recipe.rounding_error
+        yield TensorValues(tensor, None, recipe.pruned_per_matrix, scales, error)
 
-    def read(self, recipe: FolderTensor, name: str, *, hashed: bool = True) -> Tensor:
-        """A tensor in the model's shape. Raises ExportError for parts that no packed tensor has.
+    def read(self, recipe: FolderTensor, name: str, dtype: torch.dtype, *, hashed: bool = True) -> Tensor:
+        """A tensor in the model's shape; codes become weights of ``dtype``. Raises ExportError for damaged parts.
 
         ``hashed``: hold it against the SHA-256 of the manifest, if there is one.
         """
@@ -61,14 +89,14 @@ class FolderSource:
                     f"{self._weights.folder}: {stored} is not what was exported: its SHA-256 differs. If the weights "
                     f"were changed on purpose, delete {MANIFEST_FILE}"
                 )
-        if recipe.packing == DENSE:
+        form = recipe.form
+        if form is None:
             return parts[""]
-        form = FORMATS[recipe.packing]
         try:
             form.check(name, parts, recipe.matrix)
         except FormatError as error:
             raise ExportError(f"{self._weights.folder}: {error}") from None
-        dense = form.unpack(parts)
+        dense = form.unpack(parts, dtype if isinstance(form, QuantizedFormat) else None)
         del parts
         return dense.t().contiguous() if recipe.transposed else dense
 
@@ -83,7 +111,7 @@ class FolderContents:
     model: nn.Module
     """On the meta device."""
     weights: BaseWeights
-    packing: str
+    encoding: Encoding
     entries: dict[str, TensorEntry]
     """The manifest's, by name; empty without one."""
     about: About
@@ -92,27 +120,33 @@ class FolderContents:
 def open_folder(path: Path) -> FolderContents:
     """Open a model folder. Raises InputError for what is not one, and for damaged files."""
     config = read_table(path / CONFIG_FILE, f"{path.absolute()} is not a model folder: {CONFIG_FILE} is missing")
-    packing, index = _packing_of(path, config)
+    encoding, index = _encoding_of(path, config)
     model = model_of(path)
     entries, about = manifest.read_manifest(path) if (path / MANIFEST_FILE).exists() else ([], {})
     weights = BaseWeights(path, getattr(model, "base_model_prefix", ""), index)
-    return FolderContents(path, config, model, weights, packing, {entry.name: entry for entry in entries}, about)
+    return FolderContents(path, config, model, weights, encoding, {entry.name: entry for entry in entries}, about)
 
 
-def _packing_of(path: Path, config: JsonTable) -> tuple[str, str]:
-    """(format, weight file or index) by the config of a folder."""
+def _encoding_of(path: Path, config: JsonTable) -> tuple[Encoding, str]:
+    """(how its weights are stored, weight file or index) by the config of a folder."""
     quantization = config.get("quantization_config")
     if quantization is None:
-        return DENSE, ""
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != manifest.QUANT_METHOD:
+        return Encoding(), ""
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ExportError(f"{path} is quantised ({str(method)[:40]}); export the model before it was quantised")
     packing, version, index = (quantization.get(key) for key in ("format", "format_version", "weights_file"))
-    if packing not in FORMATS or version != manifest.FORMAT_VERSION:
+    try:
+        encoding = encoding_of(packing, quantization)
+    except ValueError as error:
+        raise ExportError(
+            f"{path} is packed as {packing!r}, version {version!r}, which this version does not read: {error}"
+        ) from None
+    if encoding.is_plain or version != (encoding.quantization_config(1) or {})["format_version"]:
         raise ExportError(f"{path} is packed as {packing!r}, version {version!r}, which this version does not read")
-    if str(index) not in [manifest.weights_file_of(str(packing), count) for count in (1, 2)]:
+    if str(index) not in [encoding.weights_file(count) for count in (1, 2)]:
         raise ExportError(f"{path / CONFIG_FILE} names the weights {str(index)[:80]!r}, which {packing} never has")
-    return str(packing), str(index)
+    return encoding, str(index)
 
 
 def model_of(path: Path) -> nn.Module:
@@ -137,40 +171,36 @@ def linear_weights(model: nn.Module) -> dict[str, nn.Module]:
     return layers | {saved: layers[name] for saved, name in in_files.items()}
 
 
-def plan_folder(folder: FolderContents, packing: str, dtype: str | None) -> tuple[list[TensorJob], FolderSource]:
+def plan_folder(folder: FolderContents, encoding: Encoding, dtype: str | None) -> tuple[list[TensorJob], FolderSource]:
     """Every tensor of a model folder, under the model's name for it. Reads the weights of linear layers once.
 
     Raises ExportError and InputError.
     """
     source, linear = FolderSource(folder.weights), linear_weights(folder.model)
+    rounded = grids(folder.model, encoding)
     cast = None if dtype is None else DTYPES[dtype]
     jobs = []
     for name, parts in _tensors(folder, linear).items():
         recipe = _recipe(folder, name, parts, linear)
-        planned = _planned(folder, name, recipe, linear, cast)
-        if planned.is_linear and packing != DENSE:
-            planned = _as_packed(source, recipe, planned, packing)
+        planned = _planned(folder, name, recipe, linear, cast).rounded(rounded.get(name))
+        if planned.is_linear and encoding.packing != DENSE and planned.grid in (None, encoding.values):
+            planned = _as_packed(source, recipe, planned, encoding)
         jobs.append(TensorJob((planned,), recipe))
     return jobs, source
 
 
 def _tensors(folder: FolderContents, linear: dict[str, nn.Module]) -> dict[str, dict[str, str]]:
-    """By the model's name of each tensor: the files' name of each part ("" for a dense tensor)."""
+    """By the model's name of each tensor: the files' name of each part ("" where it is stored as it is)."""
     by_model = {}
     for name in (*dict(folder.model.named_parameters()), *dict(folder.model.named_buffers())):
         found = folder.weights.find(name)
         if found is not None:
             by_model[found] = name
     part_of: dict[str, tuple[str, str]] = {}
-    if folder.packing != DENSE:
-        known = set(folder.weights.names)
-        for weight in linear:
-            named = {f"{weight.removesuffix('.weight')}.{part}": part for part in FORMATS[folder.packing].part_names}
-            if known & set(named):
-                part_of |= {stored: (weight, part) for stored, part in named.items()}
-        lacking = sorted(set(part_of) - known)
-        if lacking:
-            raise ExportError(f"{folder.path} lacks {lacking[0]}, which a weight packed as {folder.packing} has")
+    known = set(folder.weights.names)
+    if not folder.encoding.is_plain:
+        for weight in {**linear, **embedding_tables(folder.model)}:
+            part_of |= {stored: (weight, part) for stored, part in _parts_of(weight, known, folder).items()}
     tensors: dict[str, dict[str, str]] = {}
     for stored in folder.weights.names:
         name, part = part_of.get(stored, (by_model.get(stored, stored), ""))
@@ -181,25 +211,54 @@ def _tensors(folder: FolderContents, linear: dict[str, nn.Module]) -> dict[str, 
     return tensors
 
 
+def _parts_of(weight: str, known: set[str], folder: FolderContents) -> dict[str, str]:
+    """The part by the files' name of each that the tensor ``weight`` is stored in; none where it has no parts."""
+    module, packing = weight.removesuffix(".weight"), folder.encoding.packing
+    names = packed_format(packing).part_names if packing != DENSE else ()
+    if f"{module}.codes" in known:
+        names = packed_format(packing if f"{module}.bitmask" in known else DENSE, Grid(8)).part_names
+    parts = {f"{module}.{part}": part for part in names}
+    lacking = sorted(set(parts) - known) if known & set(parts) else []
+    if lacking:
+        raise ExportError(f"{folder.path} lacks {lacking[0]}, which a weight packed as {packing} has")
+    return parts if known & set(parts) else {}
+
+
 def _recipe(folder: FolderContents, name: str, parts: dict[str, str], linear: dict[str, nn.Module]) -> FolderTensor:
     entry = folder.entries.get(name)
     if folder.entries and entry is None:
         raise ExportError(f"{folder.path} has {name}, which its {MANIFEST_FILE} does not know")
     sums = {part.name: part.sha256 for part in entry.parts} if entry else {}
-    pruned = tuple(entry.pruned_per_matrix) if entry else ()
+    pruned, error = (tuple(entry.pruned_per_matrix), entry.rounding_error) if entry else ((), 0.0)
     if "" in parts:
-        return FolderTensor(parts, DENSE, None, False, sums, pruned)
-    return FolderTensor(parts, folder.packing, linear_shape(linear[name]), is_conv1d(linear[name]), sums, pruned)
+        return FolderTensor(parts, None, folder.weights.size(parts[""])[0], None, False, sums, pruned)
+    sizes = {part: folder.weights.size(stored) for part, stored in parts.items()}
+    layer = linear.get(name)
+    shape = linear_shape(layer) if layer is not None else embedding_tables(folder.model)[name].shape
+    matrix = (shape[0], shape[1])
+    try:
+        form = form_of(folder.encoding.packing, sizes, matrix[1])
+    except FormatError as broken:
+        raise ExportError(f"{folder.path}: {name}: {broken}") from None
+    dtype = sizes[form.values_name][0] if not isinstance(form, QuantizedFormat) else _model_dtype(folder, entry)
+    return FolderTensor(parts, form, dtype, matrix, layer is not None and is_conv1d(layer), sums, pruned, error)
+
+
+def _model_dtype(folder: FolderContents, entry: TensorEntry | None) -> torch.dtype:
+    """The dtype of a weight that is stored as codes: the manifest's, or without one that of config.json."""
+    if entry is not None:
+        return DTYPE_OF_CODE[entry.dtype]
+    named = getattr(torch, str(folder.config.get("dtype")), None)
+    return named if named in VALUE_DTYPES else torch.float32
 
 
 def _planned(
     folder: FolderContents, name: str, recipe: FolderTensor, linear: dict[str, nn.Module], cast: torch.dtype | None
 ) -> PlannedTensor:
-    origin = folder.entries[name].origin if name in folder.entries else "model"
-    if recipe.packing == DENSE:
-        dtype, shape = folder.weights.size(recipe.parts[""])
+    origin, dtype = folder.entries[name].origin if name in folder.entries else "model", recipe.dtype
+    if recipe.form is None:
+        shape = folder.weights.size(recipe.parts[""])[1]
     else:
-        dtype = folder.weights.size(recipe.parts[FORMATS[recipe.packing].values_name])[0]
         outputs, inputs = recipe.matrix or (0, 0)
         shape = (inputs, outputs) if recipe.transposed else (outputs, inputs)
     if cast is not None and dtype.is_floating_point:
@@ -209,15 +268,21 @@ def _planned(
     return PlannedTensor(name, shape, dtype, origin, transposed=transposed, is_linear=is_weight)
 
 
-def _as_packed(source: FolderSource, recipe: FolderTensor, planned: PlannedTensor, packing: str) -> PlannedTensor:
-    """``planned``, packed if its values fit the format and it pays."""
-    weight = source.read(recipe, planned.name, hashed=False).to(planned.dtype)
-    nonzero = int(torch.count_nonzero(weight))
-    if packing == "2:4":
-        matrix = weight.t().contiguous() if planned.transposed else weight
-        if not FORMATS[packing].accepts(row_bits(matrix), planned.matrix):
-            return planned if nonzero == math.prod(planned.shape) else replace(planned, stays_dense=True)
-    return planned.packed(packing, nonzero)
+def _as_packed(source: FolderSource, recipe: FolderTensor, planned: PlannedTensor, encoding: Encoding) -> PlannedTensor:
+    """``planned``, packed if its values fit the format and it pays; what is packed is on the grid of the values."""
+    if planned.dtype not in VALUE_DTYPES:
+        return planned
+    weight = source.read(recipe, planned.name, planned.dtype, hashed=False).to(planned.dtype)
+    bits = row_bits(weight.t().contiguous() if planned.transposed else weight)
+    counts, numel = row_counts(bits), weight.numel()
+    del weight
+    if int(counts.sum()) == numel:
+        return planned
+    candidate = planned.rounded(encoding.values)
+    if not packed_format(encoding.packing, candidate.grid).accepts(bits, planned.matrix):
+        return replace(planned, stays_dense=True)
+    candidate = candidate.packed(encoding.packing, counts)
+    return candidate if candidate.packing != DENSE else replace(planned, stays_dense=candidate.stays_dense)
 
 
 def copy_beside(folder: Path, out: Path) -> None:

@@ -11,15 +11,18 @@ from torch import Tensor, nn
 
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.core.factors import Constants, layer_factors
-from pst_ds.core.formats import FORMATS, mask_row_bits
+from pst_ds.core.formats import mask_row_bits, packed_format
+from pst_ds.core.formats.rows import row_counts
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.low_rank_rows import updated_rows
 from pst_ds.core.quantization import Rounding, StoredGrid
 from pst_ds.core.scores import masked_weight, merged_weight
 from pst_ds.export.base_weights import BaseWeights, is_text_part, may_be_missing, names_in_files, saved_tensors
 from pst_ds.export.detect_pattern import per_row
+from pst_ds.export.encoding import Encoding
 from pst_ds.export.manifest import DENSE, ExportError
 from pst_ds.export.plan import PlannedTensor, TensorJob, TensorValues
+from pst_ds.export.rounding import grids
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import persistent_buffers, pst_layers
@@ -121,20 +124,23 @@ def _reopened(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def plan_run(
-    model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, packing: str, dtype: str | None
+    model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, encoding: Encoding, dtype: str | None
 ) -> list[TensorJob]:
     """Every tensor that ``save_pretrained`` of the plain model would write, under its name there.
 
     Of a model that is the text part of its base every tensor of the base, under the base's names.
     ``model`` has PST modules and may be on the meta device. Raises ExportError.
     """
-    return list(_Planner(model, checkpoint, base, packing, dtype).jobs())
+    return list(_Planner(model, checkpoint, base, encoding, dtype).jobs())
 
 
 class _Planner:
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, packing: str, dtype: str | None):
+    def __init__(
+        self, model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, encoding: Encoding, dtype: str | None
+    ):
         self._model, self._checkpoint, self._base = model, checkpoint, base
-        self._packing, self._cast = packing, None if dtype is None else DTYPES[dtype]
+        self._encoding, self._cast = encoding, None if dtype is None else DTYPES[dtype]
+        self._grids = grids(model, encoding)
         self._layers, self._embeddings = pst_layers(model), pst_embeddings(model)
         self._linear = {name: module for name, module in model.named_modules() if is_linear(module)}
         self._buffers, self._keeps_rest = persistent_buffers(model), is_text_part(model, base.folder)
@@ -203,14 +209,15 @@ class _Planner:
             origin = "trained" if recipe.trained or recipe.embedding_beta is not None else "base"
         is_linear_weight = linear is not None or recipe.layer is not None
         dtype = self._cast if self._cast and recipe.dtype.is_floating_point else recipe.dtype
+        grid = self._grids.get(recipe.name) if recipe.layer is None else self._encoding.values
         planned = PlannedTensor(name, shape, dtype, origin, transposed=transposed, is_linear=is_linear_weight)
-        if recipe.layer is None or self._packing == DENSE:
+        planned, packing = planned.rounded(grid), self._encoding.packing
+        if recipe.layer is None or packing == DENSE:
             return planned
         keep = mask_row_bits(_reopened(self._checkpoint).masks[owner], recipe.layer[0])
-        if not FORMATS[self._packing].accepts(keep, planned.matrix):
+        if not packed_format(packing, grid).accepts(keep, planned.matrix):
             return replace(planned, stays_dense=True)
-        pruned = sum(pruned_per_matrix(keep, recipe.layer[0]))
-        return planned.packed(self._packing, recipe.layer[0].numel - pruned)
+        return planned.packed(packing, row_counts(keep))
 
     def _require_shape(self, recipe: RunTensor, shape: tuple[int, ...]) -> None:
         contents = self._checkpoint.contents

@@ -8,25 +8,27 @@ import math
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from pst_ds.config.file_names import MANIFEST_FILE
 from pst_ds.core.bits import INT_OF_SIZE
-from pst_ds.core.formats import FORMATS
+from pst_ds.core.formats import PackedFormat, packed_format
+from pst_ds.core.packings import DENSE, PACKINGS
+from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.errors import InputError
+from pst_ds.export.encoding import STEMS, Encoding, encoding_of
 from pst_ds.export.tensor_files import DTYPE_OF_CODE, tensor_bytes, unique_json
 
-FORMAT = 2
-DENSE = "dense"
-FORMAT_FILES = {DENSE: "model", "bitmask": "pst_bitmask", "2:4": "pst_2of4", "csr": "pst_csr"}
-"""Beginnings of the names of an export's weight files. Plain transformers looks for model.safetensors alone."""
-QUANT_METHOD, FORMAT_VERSION = "pst_ds", 1
+FORMAT, QUANTIZED_FORMAT = 2, 3
+"""Of manifests: the second has ``values``, ``group`` and ``rounding_error`` of tensors, the first knows none."""
 ORIGINS = ("base", "trained", "pruned", "model")
 MOST_BYTES = 1 << 30
 """The limit for a manifest or an index."""
+_OF_QUANTIZED = ("values", "group", "rounding_error")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 JsonTable = dict[str, Any]
@@ -34,18 +36,12 @@ About = JsonTable
 """A manifest's facts of the whole export."""
 
 
-def weights_file_of(kind: str, num_files: int) -> str:
-    """Name of the one weight file, or of the index of several."""
-    return f"{FORMAT_FILES[kind]}.safetensors" + (".index.json" if num_files > 1 else "")
+def encoding_by(about: About) -> Encoding:
+    """Return how an export is stored, by what its manifest says."""
+    return encoding_of(about["kind"], about)
 
 
-def quantization_config(kind: str, num_files: int) -> JsonTable:
-    """Return the entry of config.json by which transformers finds the weights by way of pst_ds.hf."""
-    name = weights_file_of(kind, num_files)
-    return {"quant_method": QUANT_METHOD, "format": kind, "format_version": FORMAT_VERSION, "weights_file": name}
-
-
-_WEIGHT_FILE = re.compile(rf"(?:{'|'.join(FORMAT_FILES.values())})(?:-\d{{5}}-of-\d{{5}})?\.safetensors")
+_WEIGHT_FILE = re.compile(rf"(?:{'|'.join(STEMS)})(?:-\d{{5}}-of-\d{{5}})?\.safetensors")
 
 
 class ExportError(InputError):
@@ -70,7 +66,7 @@ class TensorEntry:
     shape: list[int]
     """As the model has it."""
     dtype: str
-    """As safetensors spells it: "BF16"."""
+    """The model's, as safetensors spells it: "BF16"."""
     origin: str
     """"base": the pretrained bytes; "trained": from the checkpoint, or W0 + beta U V of an embedding; "pruned":
     M . (W0 + beta U V); "model": from a model folder."""
@@ -86,11 +82,18 @@ class TensorEntry:
     transposed: bool
     """True where the model has it as (I, O), and a packed part as (O, I)."""
     parts: list[PartEntry]
+    values: str = ""
+    """"int8" or "int4" where its values are codes on a grid."""
+    group: int | str = ""
+    """Inputs that share a scale: 32, 64, 128 or "row"."""
+    rounding_error: float = 0.0
+    """Norm of what rounding to the grid changed, over the norm of the kept weights."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for impossible values."""
         for name, hint in get_type_hints(TensorEntry).items():
-            if type(getattr(self, name)) is not (get_origin(hint) or hint):
+            known = get_args(hint) if isinstance(hint, UnionType) else (get_origin(hint) or hint,)
+            if type(getattr(self, name)) not in known:
                 raise ValueError(f"{name} of {str(self.name)[:80]} is {str(getattr(self, name))[:80]!r}")
         _require(bool(self.pruned_per_matrix) <= (self.origin == "pruned"), self.name, "pruned_per_matrix")
         _require(self.origin in ORIGINS, self.name, "origin")
@@ -99,10 +102,11 @@ class TensorEntry:
         _require(all(type(n) is int and n >= 0 for n in self.pruned_per_matrix), self.name, "pruned_per_matrix")
         _require(self.matrix_axis in (0, 1), self.name, "matrix_axis")
         _require(self.dtype in DTYPE_OF_CODE, self.name, "dtype")
-        _require(self.packing == DENSE or self.packing in FORMATS, self.name, "packing")
-        wanted = len(FORMATS[self.packing].part_names) if self.packing != DENSE else 1
-        _require(len(self.parts) == wanted, self.name, "parts")
-        if self.packing != DENSE or self.pruned_per_matrix or self.transposed:
+        _require(self.packing in (DENSE, *PACKINGS), self.name, "packing")
+        _require(bool(self.values) == bool(self.group) and 0 <= self.rounding_error < math.inf, self.name, "values")
+        form = self.form
+        _require(len(self.parts) == (len(form.part_names) if form else 1), self.name, "parts")
+        if form or self.pruned_per_matrix or self.transposed:
             _require(len(self.shape) == 2, self.name, "shape")
 
     @property
@@ -115,12 +119,24 @@ class TensorEntry:
         rows, columns = self.shape
         return (columns, rows) if self.transposed else (rows, columns)
 
+    @property
+    def grid(self) -> Grid | None:
+        """Raises ValueError for values or groups that there are not."""
+        return grid_of(self.values, self.group) if self.values else None
+
+    @property
+    def form(self) -> PackedFormat | None:
+        """The format of its parts; None for a tensor that is stored as it is."""
+        grid = self.grid
+        return packed_format(self.packing, grid) if grid or self.packing != DENSE else None
+
     def part_names(self) -> list[str]:
         """The names that its parts must have, in their order."""
-        if self.packing == DENSE:
+        form = self.form
+        if form is None:
             return [self.name]
         module = self.name.removesuffix(".weight")
-        return [f"{module}.{part}" for part in FORMATS[self.packing].part_names]
+        return [f"{module}.{part}" for part in form.part_names]
 
 
 def _require(holds: bool, name: str, what: str) -> None:
@@ -142,7 +158,11 @@ def count_nonzero(tensor: Tensor) -> int:
 
 
 def write_manifest(folder: Path, entries: list[TensorEntry], about: About) -> None:
-    table = {"format": FORMAT, **about, "tensors": [asdict(entry) for entry in entries]}
+    is_quantized = any(entry.values for entry in entries)
+    rows = [asdict(entry) for entry in entries]
+    if not is_quantized:  # as versions before this one read it
+        rows = [{key: value for key, value in row.items() if key not in _OF_QUANTIZED} for row in rows]
+    table = {"format": QUANTIZED_FORMAT if is_quantized else FORMAT, **about, "tensors": rows}
     text = json.dumps(sealed(table), indent=1, ensure_ascii=False)
     (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -158,9 +178,10 @@ def read_manifest(folder: Path) -> tuple[list[TensorEntry], About]:
     """(entries, everything else) of an export. Raises ExportError when it is missing or not a manifest."""
     path = folder / MANIFEST_FILE
     table = read_table(path, f"{folder.absolute()} is not an export: {MANIFEST_FILE} is missing")
-    if table.get("format") != FORMAT:
+    if table.get("format") not in (FORMAT, QUANTIZED_FORMAT):
         raise ExportError(
-            f"{path} has format {str(table.get('format'))[:40]}, and this version reads {FORMAT}; export the run again"
+            f"{path} has format {str(table.get('format'))[:40]}, and this version reads {FORMAT} and "
+            f"{QUANTIZED_FORMAT}; export the run again"
         )
     if table.get("sha256") != sealed(table)["sha256"]:
         raise ExportError(
@@ -219,8 +240,11 @@ def _require_part(part: PartEntry) -> None:
 
 def _about(table: JsonTable) -> JsonTable:
     kind, files = table["kind"], table["files"]
-    if kind not in FORMAT_FILES or "sparsity_requested" not in table:
+    if kind not in (DENSE, *PACKINGS):
         raise ValueError(f"kind is {kind!r}")
+    encoding_of(kind, table)  # which refuses grids that there are not
+    if "sparsity_requested" not in table:
+        raise ValueError("sparsity_requested is missing")
     if not isinstance(files, dict) or not all(Path(n).name == n and isinstance(sha, str) for n, sha in files.items()):
         raise ValueError("files are not plain names with a SHA-256")
     return {key: value for key, value in table.items() if key not in ("format", "sha256")}

@@ -6,8 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from pst_ds.core.formats import FORMATS
-from pst_ds.export.manifest import DENSE, About, TensorEntry
+from pst_ds.export.manifest import DENSE, About, TensorEntry, encoding_by
 
 CARD_FILE = "README.md"
 _TASKS = ("ForCausalLM", "ForSequenceClassification", "ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering")
@@ -20,9 +19,11 @@ def model_card(name: str, entries: Sequence[TensorEntry], about: About) -> str:
 
 
 def _front_matter(about: About) -> list[str]:
-    packed = about["kind"] != DENSE
+    encoding = encoding_by(about)
     base = about.get("base_model")
-    tags = ["sparse", "pruned", "pst-ds", *([f"format-{about['kind'].replace(':', '-of-')}"] if packed else [])]
+    grids = dict.fromkeys(grid.values for grid in (encoding.values, encoding.embeddings) if grid)
+    formats = [] if encoding.is_plain else [f"format-{about['kind'].replace(':', '-of-')}"]
+    tags = ["sparse", "pruned", "pst-ds", *formats, *grids]
     lines = ["---", "library_name: transformers"]
     if base and not base.startswith((".", "/", "~")):  # a name on the hub, as far as one can see
         lines.append(f"base_model: {json.dumps(base)}")
@@ -33,10 +34,22 @@ def _summary(name: str, about: About) -> list[str]:
     how = "stored densely, with exact zeros" if about["kind"] == DENSE else f"packed as {about['kind']}"
     base = f" of {about['base_model']}" if about.get("base_model") else ""
     zeros = f"{about['sparsity_measured']:.2%} of the weights in its pruned layers are zero; they are {how}."
-    lines = [f"# {name}", "", f"A sparse version{base}. {zeros}"]
+    lines = [f"# {name}", "", f"A sparse version{base}. {zeros}{_grids(about)}"]
     if about.get("step") is not None:
         lines += ["", f"Trained by pst-ds for {about['step']} steps, computed in {about['computed_in']}."]
     return [*lines, ""]
+
+
+def _grids(about: About) -> str:
+    """Sentences on what is rounded; "" where nothing is."""
+    encoding = encoding_by(about)
+    said = [
+        f"{whose} values are {grid.values}, with a bf16 scale for "
+        f"{'every row' if grid.group is None else f'every {grid.group} weights of a row'}."
+        for whose, grid in (("Their", encoding.values), ("The embeddings'", encoding.embeddings))
+        if grid is not None
+    ]
+    return "".join(f" {sentence}" for sentence in said)
 
 
 def kind_of_layer(name: str) -> str:
@@ -47,28 +60,38 @@ def kind_of_layer(name: str) -> str:
 def _sparsity(entries: Sequence[TensorEntry], about: About) -> list[str]:
     kinds: dict[str, list[TensorEntry]] = {}
     for entry in entries:
-        if entry.origin == "pruned" or entry.pattern != DENSE:
+        if entry.origin == "pruned" or entry.pattern != DENSE or entry.values:
             kinds.setdefault(kind_of_layer(entry.name), []).append(entry)
-    lines = ["## Sparsity", "", "| layer | tensors | weights | zeros | pattern found | stored |"]
-    lines.append("|---|---|---|---|---|---|")
+    is_rounded = any(entry.values for entry in entries)
+    more = [" rounding changed |", "---|", " |"] if is_rounded else ["", "", ""]
+    lines = ["## Sparsity", "", f"| layer | tensors | weights | zeros | pattern found | stored |{more[0]}"]
+    lines.append(f"|---|---|---|---|---|---|{more[1]}")
     for kind, found in kinds.items():
         weights, nonzero = sum(e.numel for e in found), sum(e.nonzero for e in found)
-        patterns, packings = sorted({e.pattern for e in found}), sorted({e.packing for e in found})
+        patterns = sorted({e.pattern for e in found})
+        packings = sorted({" ".join(filter(None, (e.packing, e.values))) for e in found})
+        changed = f" {max(e.rounding_error for e in found):.2%} |" if is_rounded else ""
         lines.append(
             f"| `{kind}` | {len(found)} | {weights:,} | {1 - nonzero / max(weights, 1):.2%} | {', '.join(patterns)} | "
-            f"{', '.join(packings)} |"
+            f"{', '.join(packings)} |{changed}"
         )
     weights = sum(entry.numel for entry in entries)
     zeros = sum(entry.numel - entry.nonzero for entry in entries)
-    lines.append(f"| whole model | {len(entries)} | {weights:,} | {zeros / max(weights, 1):.2%} | | |")
+    lines.append(f"| whole model | {len(entries)} | {weights:,} | {zeros / max(weights, 1):.2%} | | |{more[2]}")
     asked = about.get("sparsity_requested")
     said = [f"{asked:.2%} zeros were asked of every pruned matrix.", ""] if asked is not None else []
+    if is_rounded:
+        said += ["What rounding changed is the norm of the change over that of the weights, the largest of a kind.", ""]
     return [*lines, "", *said]
 
 
 def _size(about: About) -> list[str]:
     size, dense = about["file_bytes"], about["dense_bf16_bytes"]
     compared = f"Dense in bfloat16 they would have {dense:,}: {size / max(dense, 1):.3f} of it."
+    if "bits_per_weight" in about:
+        packed = about.get("packed_bits_per_weight")
+        packed = "" if packed is None else f", {packed:.2f} in its packed layers"
+        compared += f" With scales and all else the model takes {about['bits_per_weight']:.2f} bits a weight{packed}."
     return ["## Size", "", f"The weight files have {size:,} bytes. {compared}", ""]
 
 
@@ -82,10 +105,11 @@ def _metrics(about: About) -> list[str]:
 
 def _use(about: About) -> list[str]:
     kind = next((f"AutoModel{task}" for task in _TASKS if about["architecture"].endswith(task)), "AutoModel")
-    first = [] if about["kind"] == DENSE else ["import pst_ds.hf  # teaches transformers the packed format", ""]
+    is_plain = encoding_by(about).is_plain
+    first = [] if is_plain else ["import pst_ds.hf  # teaches transformers the packed format", ""]
     lines = ["## Load it", "", "```python", *first, f"from transformers import {kind}", ""]
     lines += [f'model = {kind}.from_pretrained("path/to/this/folder")', "```", ""]
-    if about["kind"] in FORMATS:
+    if not is_plain:
         lines += ["Without the import transformers finds no weights here, and says so.", ""]
     checks = "pst-ds verify path/to/this/folder"
     return [*lines, "## Check it", "", "```bash", checks, "```", "", "Tensors and hashes are in pst_manifest.json.", ""]

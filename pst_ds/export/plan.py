@@ -12,8 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pst_ds.core.formats import FORMATS, VALUE_DTYPES
-from pst_ds.export.manifest import DENSE, FORMAT_FILES, ExportError
+from pst_ds.core.formats import VALUE_DTYPES, FormatError, PackedFormat, packed_format
+from pst_ds.core.quantization import Grid
+from pst_ds.export.encoding import Encoding
+from pst_ds.export.manifest import DENSE, ExportError
 from pst_ds.export.tensor_files import Slot, header_and_slots
 
 SHARD_BYTES = 5 << 30
@@ -33,8 +35,10 @@ class PlannedTensor:
     """See :class:`pst_ds.export.manifest.TensorEntry`."""
     packing: str = DENSE
     """A format, or "dense"."""
+    grid: Grid | None = None
+    """What its values are rounded to; None leaves them as they are."""
     stored: int = 0
-    """The number of positions that a packed tensor keeps."""
+    """The number of positions that a packed tensor keeps, as its format counts them."""
     transposed: bool = False
     """True where it is stored (I, O)."""
     is_linear: bool = False
@@ -53,21 +57,42 @@ class PlannedTensor:
         """The bytes of the dense tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def form(self) -> PackedFormat | None:
+        """The format of its parts; None where it is stored as it is."""
+        return None if self.packing == DENSE and self.grid is None else packed_format(self.packing, self.grid)
+
     def parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """dtype and shape of what is written for it, by the name in the file."""
-        if self.packing == DENSE:
+        """dtype and shape of what is written for it, by the name in the file. Raises ExportError."""
+        if self.form is None:
             return {self.name: (self.dtype, self.shape)}
-        sizes = FORMATS[self.packing].parts(self.matrix, self.stored, self.dtype)
+        try:
+            sizes = self.form.parts(self.matrix, self.stored, self.dtype)
+        except FormatError as error:
+            raise ExportError(f"{self.name}: {error}") from None
         return {f"{self.name.removesuffix('.weight')}.{part}": size for part, size in sizes.items()}
 
-    def packed(self, packing: str, stored: int) -> PlannedTensor:
-        """Return the tensor packed, if that is not larger than dense; else it stays dense."""
+    @property
+    def stored_nbytes(self) -> int:
+        """The bytes of all that is written for it. Raises ExportError."""
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.parts().values())
+
+    def rounded(self, grid: Grid | None) -> PlannedTensor:
+        """Return the tensor with its values on ``grid``, if it is a matrix of numbers that can be."""
+        can_be = self.dtype in VALUE_DTYPES and len(self.shape) == 2 and self.nbytes
+        return replace(self, grid=grid) if can_be else self
+
+    def packed(self, packing: str, counts: Tensor) -> PlannedTensor:
+        """Return the tensor packed, if that is not larger than with every position stored; else it stays dense.
+
+        ``counts``: kept positions of each row of the matrix, (O,) int64.
+        """
         if self.dtype not in VALUE_DTYPES or not self.is_linear or not self.nbytes:
             return self
-        nbytes = FORMATS[packing].nbytes(self.matrix, stored, self.dtype)
-        if nbytes > MOST_OF_DENSE * self.nbytes:
-            return replace(self, stays_dense=stored < math.prod(self.shape))
-        return replace(self, packing=packing, stored=stored)
+        packed = replace(self, packing=packing, stored=packed_format(packing, self.grid).stored(counts))
+        if packed.stored_nbytes > MOST_OF_DENSE * self.stored_nbytes:
+            return replace(self, stays_dense=int(counts.sum()) < math.prod(self.shape))
+        return packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +104,10 @@ class TensorValues:
     keep: Tensor | None = None
     """Row bits (O, ceil(I/8)) of the mask that the tensor was pruned by."""
     pruned_per_matrix: tuple[int, ...] = ()
+    scales: Tensor | None = None
+    """(O, groups) bf16 of a tensor that is on its grid already."""
+    rounding_error: float = 0.0
+    """What an earlier rounding to the grid changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +139,8 @@ class PlannedFile:
     nbytes: int
 
 
-def plan_files(jobs: Sequence[TensorJob], packing: str, shard_bytes: int) -> list[PlannedFile]:
-    """The files that hold all outputs, in their order; a tensor's parts are in one file.
+def plan_files(jobs: Sequence[TensorJob], stem: str, shard_bytes: int) -> list[PlannedFile]:
+    """The files that hold all outputs, in their order; a tensor's parts are in one file. Names begin with ``stem``.
 
     A file holds at most ``shard_bytes`` of tensors, unless a single one has more.
     """
@@ -119,7 +148,7 @@ def plan_files(jobs: Sequence[TensorJob], packing: str, shard_bytes: int) -> lis
     filled = 0
     for output in (output for job in jobs for output in job.outputs):
         parts = output.parts()
-        nbytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape in parts.values())
+        nbytes = output.stored_nbytes
         if shards[-1] and filled + nbytes > shard_bytes:
             shards, filled = [*shards, {}], 0
         twice = next((name for name in parts for shard in shards if name in shard), None)
@@ -127,7 +156,7 @@ def plan_files(jobs: Sequence[TensorJob], packing: str, shard_bytes: int) -> lis
             raise ExportError(f"two tensors of the model would be named {twice} in the export")
         shards[-1] |= parts
         filled += nbytes
-    stem, count = FORMAT_FILES[packing], len(shards)
+    count = len(shards)
     ends = [f"-{i + 1:05d}-of-{count:05d}" for i in range(count)] if count > 1 else [""]
     return [PlannedFile(f"{stem}{e}.safetensors", *header_and_slots(s)) for e, s in zip(ends, shards, strict=True)]
 
@@ -142,9 +171,17 @@ def require_space(folder: Path, nbytes: int) -> None:
         raise ExportError(f"{folder} needs {nbytes:,} bytes, and the disk has {free:,} free; name another with --out")
 
 
-def require_packed(jobs: Sequence[TensorJob], packing: str) -> list[str]:
-    """Names of the linear layers' sparse weights that stay dense. Raises ExportError when nothing is packed."""
-    outputs = [output for job in jobs for output in job.outputs]
+def require_packed(jobs: Sequence[TensorJob], encoding: Encoding) -> list[str]:
+    """Names of the linear layers' sparse weights that stay dense.
+
+    Raises ExportError when nothing is packed, or rounded, that was to be.
+    """
+    outputs, packing = [output for job in jobs for output in job.outputs], encoding.packing
+    if encoding.is_quantized and not any(output.grid for output in outputs):
+        raise ExportError(
+            "no weight can be rounded: --values is for linear layers inside the blocks, and --embeddings for embedding "
+            "tables and output layers, and this model has none"
+        )
     if packing == DENSE or any(output.packing != DENSE for output in outputs):
         return [output.name for output in outputs if output.stays_dense]
     if packing == "2:4":

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.bits import INT_OF_SIZE
-from pst_ds.core.formats import FORMATS, FormatError, row_bits
+from pst_ds.core.formats import FormatError, PackedFormat, QuantizedFormat, row_bits
+from pst_ds.core.packings import WHOLE_ROW
 from pst_ds.export.detect_pattern import detect_pattern, per_row
 from pst_ds.export.manifest import DENSE, ExportError, PartEntry, TensorEntry, count_nonzero
 from pst_ds.export.plan import PlannedFile, PlannedTensor, Source, TensorJob, TensorValues
+from pst_ds.export.rounding import matrix_of, rounded
 from pst_ds.export.tensor_files import CODE_OF_DTYPE, Slot, tensor_bytes, write_at
 from pst_ds.progress import Progress
 
@@ -52,25 +55,28 @@ class Writer:
     def _write_one(self, output: PlannedTensor, made: list[TensorValues]) -> TensorEntry:
         """``made`` holds the one reference to the values, so that they are gone once they are packed."""
         one = made.pop()
-        keep, pruned = one.keep, list(one.pruned_per_matrix)
-        parts = [_require_planned(output, one.tensor)]
+        rest, parts = replace(one, tensor=torch.empty(0)), [_require_planned(output, one.tensor)]
         del one
-        nonzero, pattern = -1, DENSE
-        if output.packing != DENSE:
-            packed = _packed(output, parts, keep)
-            nonzero, pattern = _found(output, packed, keep)
-            parts = [packed[name] for name in FORMATS[output.packing].part_names]
+        nonzero, pattern, error = -1, DENSE, 0.0
+        if isinstance(output.form, QuantizedFormat):
+            parts, nonzero, pattern, error = rounded(output, output.form, parts, rest)
+        elif output.form is not None:
+            packed = _packed(output, output.form, parts, rest.keep)
+            nonzero, pattern = _found(output, output.form, packed, rest.keep)
+            parts = [packed[name] for name in output.form.part_names]
             del packed
         elif output.is_linear:
-            bits = row_bits(_matrix(output, parts[0])).numpy()
+            bits = row_bits(matrix_of(output, parts[0])).numpy()
             nonzero, pattern = int(per_row(bits).sum()), detect_pattern(bits, output.matrix[1])
         else:
             nonzero = count_nonzero(parts[0])
         written = [self._write_part(n, part) for n, part in zip(output.parts(), parts, strict=True)]
         return TensorEntry(
             name=output.name, shape=list(output.shape), dtype=CODE_OF_DTYPE[output.dtype], origin=output.origin,
-            nonzero=nonzero, pattern=pattern, pruned_per_matrix=pruned, matrix_axis=int(output.transposed),
-            packing=output.packing, transposed=output.transposed, parts=written,
+            nonzero=nonzero, pattern=pattern, pruned_per_matrix=list(rest.pruned_per_matrix),
+            matrix_axis=int(output.transposed), packing=output.packing, transposed=output.transposed, parts=written,
+            values=output.grid.values if output.grid else "",
+            group=output.grid.group or WHOLE_ROW if output.grid else "", rounding_error=error,
         )  # fmt: skip
 
     def _write_part(self, name: str, tensor: Tensor) -> PartEntry:
@@ -167,25 +173,21 @@ def _require_planned(output: PlannedTensor, tensor: Tensor) -> Tensor:
     return tensor.to(output.dtype)
 
 
-def _matrix(output: PlannedTensor, tensor: Tensor) -> Tensor:
-    """``tensor`` in (O, I) orientation."""
-    return tensor.t() if output.transposed else tensor
-
-
-def _packed(output: PlannedTensor, held: list[Tensor], keep: Tensor | None) -> dict[str, Tensor]:
+def _packed(output: PlannedTensor, form: PackedFormat, held: list[Tensor], keep: Tensor | None) -> dict[str, Tensor]:
     """The parts of the one tensor in ``held``, which is let go. Raises ExportError."""
-    matrix = _matrix(output, held.pop())
+    matrix = matrix_of(output, held.pop())
     if output.transposed:
         matrix = matrix.contiguous()  # and the stored orientation is gone
     try:
-        return FORMATS[output.packing].pack(matrix, keep, output.name)
+        return form.pack(matrix, keep, output.name)
     except FormatError as error:
         raise ExportError(str(error)) from None
 
 
-def _found(output: PlannedTensor, packed: dict[str, Tensor], keep: Tensor | None) -> tuple[int, str]:
+def _found(
+    output: PlannedTensor, form: PackedFormat, packed: dict[str, Tensor], keep: Tensor | None
+) -> tuple[int, str]:
     """(non-zeros, pattern found) of a packed tensor."""
-    form = FORMATS[output.packing]
     values, inputs = packed[form.values_name], output.matrix[1]
     as_int = values.view(INT_OF_SIZE[values.element_size()])  # a packed zero is +0.0, and integers are counted sooner
     nonzero = int(torch.count_nonzero(as_int))

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.formats import PackedFormat
+from pst_ds.core.formats import QuantizedFormat
+from pst_ds.core.packings import DENSE
 from pst_ds.export.base_weights import names_in_files
-from pst_ds.hf.weight_files import Groups, PackedFolderError, StoredTensor, kept_values
+from pst_ds.hf.tables import LoadingTable
+from pst_ds.hf.weight_files import Groups, PackedFolderError, StoredTensor, form_of_group, kept_values
 from pst_ds.nn.model_structure import is_conv1d, is_linear, linear_shape
 from pst_ds.runtime import SparseLinear, sparse_layers
 
@@ -47,14 +49,15 @@ def end_loading(layer: SparseLinear) -> None:
     layer.requires_grad_(False)
 
 
-def linear_names(model: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
-    """The linear layer of ``model`` that a file calls so, for each of ``names``; None where there is none.
+def layer_names(model: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
+    """The linear layer or embedding of ``model`` that a file calls so, for each of ``names``; None for none.
 
     A file of ``LlamaForCausalLM`` says "model.layers.0...", the base model itself "layers.0...": transformers puts the
     prefix on or takes it off, and so does this. Other models have names of their own in files.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}.".removeprefix(".")
-    weights: dict[str, Tensor] = {f"{n}.weight": m.weight for n, m in model.named_modules() if is_linear(m)}
+    holders = ((n, m) for n, m in model.named_modules() if is_linear(m) or isinstance(m, nn.Embedding))
+    weights: dict[str, Tensor] = {f"{n}.weight": m.get_parameter("weight") for n, m in holders}
     renamed = names_in_files(model, weights)
 
     def found(name: str) -> str | None:
@@ -68,12 +71,12 @@ def linear_names(model: nn.Module, names: Iterable[str]) -> dict[str, str | None
 
 
 def named_groups(model: nn.Module, groups: Groups) -> Groups:
-    """``groups`` under the names of the model; without those that are no linear layer of it.
+    """``groups`` under the names of the model; without those that are no linear layer or embedding of it.
 
     Raises PackedFolderError when two names of the file are one layer of the model.
     """
     named: dict[str, Mapping[str, StoredTensor]] = {}
-    for name, found in linear_names(model, groups).items():
+    for name, found in layer_names(model, groups).items():
         if found in named:
             twice = "the folder has this layer twice, with and without its prefix. Export again."
             raise PackedFolderError(f"{name}: {twice}")
@@ -82,44 +85,47 @@ def named_groups(model: nn.Module, groups: Groups) -> Groups:
     return named
 
 
-def put_sparse_layers(model: nn.Module, groups: Groups, form: PackedFormat, tied: set[str]) -> dict[str, nn.Module]:
+def put_sparse_layers(model: nn.Module, groups: Groups, packing: str, tied: set[str]) -> dict[str, nn.Module]:
     """Puts an empty SparseLinear in the place of every linear layer in ``groups``; returns those it took out, by name.
 
-    ``groups``: headers of the parts, by name in the model. ``tied``: names of tied parameters. Nothing is read.
-    Raises PackedFolderError for parts that do not fit the layer, and for a packed weight that the model ties.
+    Embeddings, and output layers that are tied to one, are given a LoadingTable. ``groups``: headers of the parts, by
+    name in the model. ``tied``: names of tied parameters. Nothing is read. Raises PackedFolderError for parts that do
+    not fit the layer, and for a packed weight that the model ties.
     """
     taken = {}
     for name, group in groups.items():
         module = model.get_submodule(name)
-        if f"{name}.weight" in tied:
+        form = form_of_group(name, packing, group, _matrix_shape(module)[1])
+        is_table = isinstance(module, nn.Embedding) or f"{name}.weight" in tied
+        if is_table and isinstance(form, QuantizedFormat) and form.packing == DENSE and not is_conv1d(module):
+            kept_values(name, form, group, _matrix_shape(module))
+            model.set_submodule(name, LoadingTable(module, _matrix_shape(module), form))
+            continue
+        if f"{name}.weight" in tied or isinstance(module, nn.Embedding):
             raise PackedFolderError(
                 f"{name}: packed in the folder, but this model ties it to another weight. Set tie_word_embeddings to "
                 "false in config.json if they differ, or export again."
             )
         shape, dtype = linear_shape(module), module.get_parameter("weight").dtype
         count, bias = kept_values(name, form, group, shape), module.bias is not None
-        sparse = LoadingProjection(*shape[::-1], count, format=form.name, bias=bias, dtype=dtype, device="meta")
+        sparse = LoadingProjection(*shape[::-1], count, format=form, bias=bias, dtype=dtype, device="meta")
         sparse.stores_transposed = is_conv1d(module)
         model.set_submodule(name, sparse)
         taken[name] = module
     return taken
 
 
+def _matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """(O, I) of a linear layer, (rows, width) of an embedding."""
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    return linear_shape(module)
+
+
 def clear_cast_zeros(layer: SparseLinear) -> None:
     """Turns -0.0 into +0.0: a small negative value may become one when it is cast, and no packed weight holds one."""
     with torch.no_grad():
         getattr(layer, layer.format.values_name).add_(0.0)
-
-
-def reread_integers(layer: SparseLinear, group: Mapping[str, StoredTensor]) -> None:
-    """Read again, as stored, the integer parts of a layer that the model keeps in fp32.
-
-    Some versions of transformers cast every tensor under such a module's name, offsets among them.
-    """
-    for part in layer.format.part_names:
-        tensor = getattr(layer, part)
-        if part != layer.format.values_name and tensor.is_floating_point():
-            setattr(layer, part, group[part].read().to(tensor.device))
 
 
 def make_dense(model: nn.Module, taken: Mapping[str, nn.Module]) -> None:

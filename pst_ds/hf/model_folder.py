@@ -10,6 +10,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from pst_ds.core.packings import DENSE
 from pst_ds.errors import InputError, first_line
 from pst_ds.export.base_weights import BaseWeights
 from pst_ds.hf import PackedWeightsConfig
@@ -29,7 +30,7 @@ class ModelFolder:
     path: Path
     config: PreTrainedConfig
     format: str
-    """"dense", or that of its packed weights."""
+    """"dense", that of its packed weights, or "codes" of a dense folder of values on a grid."""
 
     @property
     def is_causal(self) -> bool:
@@ -55,7 +56,7 @@ class ModelFolder:
         Raises InputError, with what was wrong with the files.
         """
         options: dict[str, Any] = {"dtype": DTYPES[dtype] if dtype else "auto", "local_files_only": True}
-        if self.format != "dense":
+        if self.format != DENSE:
             options["quantization_config"] = PackedWeightsConfig(load_as=load_as)  # type: ignore[arg-type]
         elif load_as == "sparse":
             raise ModelFolderError(
@@ -92,7 +93,8 @@ def open_model_folder(path: str | Path) -> ModelFolder:
     method = quantization.get("quant_method")
     if quantization and method != "pst_ds":
         raise ModelFolderError(f"{path}: its weights are quantized with {method!r}; dense and pst_ds folders are read")
-    return ModelFolder(path, config, str(quantization.get("format")) if quantization else "dense")
+    packing = str(quantization.get("format", DENSE)) if quantization else DENSE
+    return ModelFolder(path, config, "codes" if quantization and packing == DENSE else packing)
 
 
 def _quantization(config: PreTrainedConfig) -> dict[str, Any]:

@@ -14,13 +14,21 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from pst_ds.core.formats import FORMATS, PackedFormat
 from pst_ds.export.base_weights import is_text_part
 from pst_ds.export.tensor_files import CODE_OF_DTYPE
 from pst_ds.hf.config import QUANT_METHOD, PackedWeightsConfig
-from pst_ds.hf.layers import clear_cast_zeros, end_loading, make_dense, named_groups, put_sparse_layers, reread_integers
+from pst_ds.hf.layers import clear_cast_zeros, end_loading, make_dense, named_groups, put_sparse_layers
 from pst_ds.hf.loaded_keys import LoadedKeys
-from pst_ds.hf.weight_files import Groups, PackedFolderError, outside_base_model, packed_groups, read_headers
+from pst_ds.hf.tables import end_tables
+from pst_ds.hf.weight_files import (
+    Groups,
+    PackedFolderError,
+    loaded_dtype,
+    outside_base_model,
+    packed_groups,
+    read_headers,
+    reread_parts,
+)
 from pst_ds.runtime import SparseLinear, sparse_layers
 
 
@@ -44,10 +52,6 @@ class PackedWeightsQuantizer(HfQuantizer):
         self._groups: Groups = {}
         self._finished = False
 
-    @property
-    def form(self) -> PackedFormat:
-        return FORMATS[self.quantization_config.format]
-
     # before the model is built
 
     def validate_environment(self, *args: object, device_map: Any = None, **kwargs: object) -> None:
@@ -60,7 +64,8 @@ class PackedWeightsQuantizer(HfQuantizer):
         """Leaves the device map as it is; settles ``load_as`` = "auto", which depends on it."""
         config = self.quantization_config
         if config.load_as == "auto":
-            config.load_as = "sparse" if config.format == "bitmask" and _is_on_cpu(device_map) else "dense"
+            is_fast = config.format == "bitmask" and config.values is None
+            config.load_as = "sparse" if is_fast and _is_on_cpu(device_map) else "dense"
         return device_map
 
     # One of these two is called by every transformers 5, before it looks for the weight file.
@@ -84,9 +89,9 @@ class PackedWeightsQuantizer(HfQuantizer):
         is_other = type(model).__name__ not in (model.config.architectures or ())
         has_heads = is_other and bool(outside_base_model(headers, model.base_model_prefix))
         is_part = is_text_part(model, Path(checkpoint_files[0]).parent)
-        self._groups = named_groups(model, packed_groups(headers, self.form))
+        self._groups = named_groups(model, packed_groups(headers, self.quantization_config.format))
         tied = getattr(model, "all_tied_weights_keys", {})
-        self._taken = put_sparse_layers(model, self._groups, self.form, {*tied, *tied.values()})
+        self._taken = put_sparse_layers(model, self._groups, self.quantization_config.format, {*tied, *tied.values()})
         keys = LoadedKeys(model, has_heads=has_heads, is_part=is_part)
         model._adjust_missing_and_unexpected_keys = functools.partial(  # type: ignore[method-assign]
             self._finish, model, keys, model._adjust_missing_and_unexpected_keys
@@ -100,6 +105,7 @@ class PackedWeightsQuantizer(HfQuantizer):
         self.pre_quantized = True
         result = adjust(*loading_info)
         keys.compare(model, loading_info[0] if result is None else result)
+        end_tables(model, self._groups)
         for name, layer in sparse_layers(model).items():
             self._check(name, layer)
         if self.quantization_config.dequantize:
@@ -108,12 +114,14 @@ class PackedWeightsQuantizer(HfQuantizer):
         return result
 
     def _check(self, name: str, layer: SparseLinear) -> None:
-        values = getattr(layer, self.form.values_name)
+        form = layer.format
         if any(tensor.is_meta for tensor in layer.state_dict().values()):
             raise PackedFolderError(f"{name}: {_NO_DISK}")
         end_loading(layer)
-        reread_integers(layer, self._groups[name])
-        if CODE_OF_DTYPE[values.dtype] != self._groups[name][self.form.values_name].dtype:
+        if layer.is_quantized:
+            layer.dtype = loaded_dtype(layer)
+        reread_parts(layer, form, self._groups[name])
+        if CODE_OF_DTYPE[getattr(layer, form.values_name).dtype] != self._groups[name][form.values_name].dtype:
             clear_cast_zeros(layer)
         layer.check(name)
 

@@ -6,13 +6,17 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
-from pst_ds.core.formats import VALUE_DTYPES, FormatError, PackedFormat
+from pst_ds.core.formats import FORMATS, FormatError, PackedFormat, form_of
 from pst_ds.errors import InputError
 from pst_ds.export.tensor_files import DTYPE_OF_CODE
+
+_PARTS_OF_CODES = ("codes", "bitmask", "scales", "shape")
 
 
 class PackedFolderError(InputError):
@@ -67,14 +71,28 @@ def _header(path: Path) -> dict[str, StoredTensor]:
         raise PackedFolderError(f"{path}: not a readable safetensors file: {error}; export the model again") from None
 
 
-def packed_groups(headers: Mapping[str, StoredTensor], form: PackedFormat) -> dict[str, dict[str, StoredTensor]]:
-    """The parts of ``form`` by module name and part; a name that only ends like a part may be among them."""
+def packed_groups(headers: Mapping[str, StoredTensor], packing: str) -> dict[str, dict[str, StoredTensor]]:
+    """The parts of what is packed so, or has codes, by module name and part; a name that only ends like a part may be
+    among them."""
+    known = {*_PARTS_OF_CODES, *(FORMATS[packing].part_names if packing in FORMATS else ())}
     groups: dict[str, dict[str, StoredTensor]] = {}
     for name, stored in headers.items():
         module, _, part = name.rpartition(".")
-        if part in form.part_names:
+        if part in known:
             groups.setdefault(module, {})[part] = stored
     return groups
+
+
+def form_of_group(name: str, packing: str, group: Mapping[str, StoredTensor], columns: int) -> PackedFormat:
+    """Return the format of the weight ``name`` of so many inputs, by the headers of its parts.
+
+    Raises PackedFolderError where they fit no format.
+    """
+    sizes = {part: (DTYPE_OF_CODE.get(stored.dtype, torch.bool), stored.shape) for part, stored in group.items()}
+    try:
+        return form_of(packing, sizes, columns)
+    except ValueError as error:  # FormatError is one
+        raise PackedFolderError(f"{name}: {error}. Export again.") from None
 
 
 def kept_values(name: str, form: PackedFormat, group: Mapping[str, StoredTensor], shape: tuple[int, int]) -> int:
@@ -87,9 +105,9 @@ def kept_values(name: str, form: PackedFormat, group: Mapping[str, StoredTensor]
         file, part = next(iter(group.values())).file, absent[0]
         raise PackedFolderError(f"{name}.{part}: not in the folder, though other parts are in {file}. Export again.")
     values = group[form.values_name]
-    count = math.prod(values.shape)
+    count = form.stored_of(math.prod(values.shape))
     dtype = DTYPE_OF_CODE.get(values.dtype)
-    if dtype not in VALUE_DTYPES:
+    if dtype not in form.value_dtypes:
         raise PackedFolderError(f"{name}.{form.values_name}: {values.dtype} in {values.file} is no dtype of a weight")
     try:
         expected = form.parts(shape, count, dtype)
@@ -103,6 +121,25 @@ def kept_values(name: str, form: PackedFormat, group: Mapping[str, StoredTensor]
                 f"{dims}, {stored.file} has {stored.dtype} of shape {stored.shape}. Is it the folder of another model?"
             )
     return count
+
+
+def loaded_dtype(module: Any) -> torch.dtype:
+    """Return the dtype that a module of codes, which was made for ``module.dtype``, is to have now that it is loaded.
+
+    A module that the model keeps in fp32 shows by its scales, before :func:`reread_parts`: they are cast to that.
+    """
+    return torch.float32 if module.scales.dtype == torch.float32 else module.dtype
+
+
+def reread_parts(module: nn.Module, form: PackedFormat, group: Mapping[str, StoredTensor]) -> None:
+    """Read again, as stored, the parts that a loader has cast, but for values of the model's dtype.
+
+    transformers casts every float tensor, scales among them, and some versions all of a module that it keeps in fp32.
+    """
+    for part in form.part_names:
+        tensor, stored = getattr(module, part), DTYPE_OF_CODE[group[part].dtype]
+        if tensor.dtype != stored and (part != form.values_name or not stored.is_floating_point):
+            setattr(module, part, group[part].read().to(tensor.device))
 
 
 def outside_base_model(names: Iterable[str], base_prefix: str) -> set[str]:

@@ -36,6 +36,8 @@ class ExportData:
     """Size of the same model, dense in bf16."""
     shapes: dict[tuple[str, int], list[int]]
     """Shapes of the pruned tensors, by module and number of weights."""
+    largest_rounding_error: float | None = None
+    """What rounding to a grid changed of a tensor, at most, relative to its weights."""
 
 
 def find_exports(runs: Sequence[RunData], others: Sequence[Path]) -> tuple[list[ExportData], list[str]]:
@@ -73,13 +75,14 @@ def read_export(folder: Path, name: str) -> ExportData:
         weights = sum(math.prod(t["shape"]) for t in sparse)
         return ExportData(
             name=name,
-            kind=manifest["kind"],
+            kind=" ".join([manifest["kind"], *(str(manifest[k]) for k in ("values", "embeddings") if k in manifest)]),
             step=manifest.get("step"),
             sparsity_requested=manifest.get("sparsity_requested"),
             sparsity_measured=1.0 - sum(t["nonzero"] for t in sparse) / weights if weights else None,
             weight_bytes=sum((folder / Path(file).name).stat().st_size for file in files),
             dense_bytes=2 * sum(math.prod(t["shape"]) for t in tensors),
             shapes={(t["name"].removesuffix(".weight"), math.prod(t["shape"])): t["shape"] for t in sparse},
+            largest_rounding_error=manifest.get("largest_rounding_error"),
         )
     except (KeyError, TypeError, ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {error!r}; pst-ds verify says more") from None
@@ -88,6 +91,7 @@ def read_export(folder: Path, name: str) -> ExportData:
 def export_table(exports: Sequence[ExportData], notes: Sequence[str] = ()) -> Table | None:
     if not exports:
         return None
+    is_rounded = any(export.largest_rounding_error is not None for export in exports)
     rows = [
         [
             Cell(export.name),
@@ -97,10 +101,13 @@ def export_table(exports: Sequence[ExportData], notes: Sequence[str] = ()) -> Ta
             number(export.sparsity_measured, "{:.6f}".format),
             number(export.weight_bytes, bytes_text),
             number(export.weight_bytes / export.dense_bytes if export.dense_bytes else None, "{:.3f}".format),
+            number(16 * export.weight_bytes / export.dense_bytes if export.dense_bytes else None, "{:.2f}".format),
+            *([number(export.largest_rounding_error, "{:.2%}".format)] if is_rounded else []),
         ]
         for export in exports
     ]
     head = ["export", "format", "step", "sparsity requested", "measured", "weight files", "of dense bf16"]
+    head += ["bits a weight", *(["rounding changed at most"] if is_rounded else [])]
     return Table("Exports", head, rows, note="; ".join(notes))
 
 

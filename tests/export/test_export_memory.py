@@ -24,14 +24,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from pst_ds.export.export import export_folder, export_run
 from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.config.pst import PSTConfig
+from pst_ds.core.quantization import grid_of
 from pst_ds.nn.inject import inject_pst
 
 torch.set_num_threads(1)
 
 
-def export(source, folder, out, packing):
+def export(source, folder, out, packing, values=""):
+    how = {"packing": packing, "values": grid_of(values, 64) if values else None}
     if source == "folder":
-        export_folder(Path(folder) / "bitmask", Path(out), packing=packing)
+        export_folder(Path(folder) / "bitmask", Path(out), **how)
         return
     config = AutoConfig.from_pretrained(folder + "/base")
     with torch.device("meta"):
@@ -39,7 +41,7 @@ def export(source, folder, out, packing):
         inject_pst(model, PSTConfig(relative_magnitude=False))
     checkpoint = read_checkpoint(Path(folder) / "checkpoint")
     tokenizer = AutoTokenizer.from_pretrained("tests/data/tiny-llama")
-    export_run(model, checkpoint, tokenizer, Path(out), packing=packing)
+    export_run(model, checkpoint, tokenizer, Path(out), **how)
 
 
 def peak(*job):
@@ -55,7 +57,8 @@ jobs = json.load(sys.stdin)
 peak(*jobs[0])  # loads what is loaded late
 print(json.dumps([peak(*job) for job in jobs]))
 """
-JOBS = [("run", "dense"), ("run", "bitmask"), ("run", "csr"), ("folder", "csr"), ("folder", "dense")]
+JOBS = [("run", "dense"), ("run", "bitmask"), ("run", "csr"), ("folder", "csr"), ("folder", "dense"),
+        ("run", "bitmask", "int4"), ("run", "dense", "int8"), ("folder", "bitmask", "int4")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +81,9 @@ def folders(make_pruned, tmp_path_factory):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 def test_an_export_holds_at_most_three_times_the_largest_tensor(folders, tmp_path):
-    jobs = [(src, str(folders[name]), str(tmp_path / "out"), how) for src, how in JOBS for name in ("tiny", "large")]
+    jobs = [(src, str(folders[name]), str(tmp_path / "out"), *how) for src, *how in JOBS for name in ("tiny", "large")]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], input=json.dumps(jobs), capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", SCRIPT], input=json.dumps(jobs), capture_output=True, text=True, timeout=600,
         # tensors as large as real ones are given back at once; glibc would keep these, which are smaller, for later
         check=False, cwd=ROOT, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )  # fmt: skip

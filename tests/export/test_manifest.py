@@ -252,8 +252,8 @@ def test_a_folder_without_a_manifest_is_no_export(tmp_path):
         (lambda table: table["tensors"][0]["parts"][0].update(file="../model.safetensors"), "which is no weight file"),
         (lambda table: table["tensors"][0]["parts"][0].update(file="/etc/passwd"), "which is no weight file"),
         (lambda table: table.update(kind="zip"), "kind is 'zip'"),
-        (lambda table: table.update(format=99), "has format 99, and this version reads 2; export the run again"),
-        (lambda table: table.update(format=1), "has format 1, and this version reads 2; export the run again"),
+        (lambda table: table.update(format=99), "has format 99, and this version reads 2 and 3; export the run again"),
+        (lambda table: table.update(format=1), "has format 1, and this version reads 2 and 3; export the run again"),
         (lambda table: table.pop("format"), "has format None"),
     ],
 )

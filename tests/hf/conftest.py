@@ -47,6 +47,36 @@ def _csr(weight: Tensor, keep: np.ndarray) -> dict[str, Tensor]:
     }
 
 
+def _rounded(weight: Tensor, bits: int, group: int | None) -> tuple[np.ndarray, Tensor]:
+    """(codes, scales): of every group of a row the largest magnitude has the largest code."""
+    rows, columns = weight.shape
+    grouped = weight.detach().float().numpy().reshape(rows, -1, group or columns)
+    largest = 2 ** (bits - 1) - 1
+    scales = torch.from_numpy(np.abs(grouped).max(2) / largest).bfloat16()
+    scales[scales == 0] = 1.0
+    codes = np.clip(np.rint(grouped / scales.float().numpy()[:, :, None]), -largest, largest)
+    return codes.reshape(rows, columns).astype(np.int8), scales
+
+
+def _coded(weight: Tensor, keep: np.ndarray | None, packing: str, bits: int, group: int | None) -> dict[str, Tensor]:
+    """Codes of what is kept, row by row; two int4 ones in a byte, and every row begins with its own."""
+    codes, scales = _rounded(weight, bits, group)
+    rows = [codes[row] if keep is None else codes[row][keep[row]] for row in range(len(codes))]
+    if bits == 4:
+        rows = [np.append(row, [0] * (len(row) % 2)).astype(np.int16) & 15 for row in rows]
+        rows = [(row[::2] | row[1::2] << 4).astype(np.uint8) for row in rows]
+    held = np.concatenate(rows) if packing == "bitmask" else np.stack(rows)
+    shape = torch.tensor(weight.shape, dtype=torch.int64)
+    parts = {
+        "codes": torch.from_numpy(held),
+        "scales": scales,
+        "shape": shape.reshape(2, 1) if packing == "2:4" else shape,
+    }
+    if keep is not None:
+        parts["bitmask"] = torch.from_numpy(np.packbits(keep, axis=1, bitorder="little"))
+    return parts
+
+
 PACKERS = {"bitmask": _bitmask, "2:4": _two_four, "csr": _csr}
 
 
@@ -164,6 +194,75 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, stem: str, shards: i
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
     return f"{stem}.safetensors.index.json"
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """``quantized(model name, packing, bits, bits of embeddings or None, group, dtype)``: (folder, dense folder).
+
+    Linear layers are rounded; bits of 16 leave them. The dense folder has the weights that codes and scales stand for.
+    """
+    made: dict[Any, tuple[Path, Path]] = {}
+
+    def make(
+        name: str, packing: str, bits: int = 8, table_bits: int | None = 8, group: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Path, Path]:  # fmt: skip
+        key = (name, packing, bits, table_bits, group, dtype)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("quantized")
+            model = _models()[name]().to(dtype)
+            _prune(model)
+            made[key] = _write_quantized(model, folder / "packed", packing, bits, table_bits, group), folder / "dense"
+            model.save_pretrained(folder / "dense")
+        return made[key]
+
+    return make
+
+
+@torch.no_grad()
+def _write_quantized(
+    model: torch.nn.Module, folder: Path, packing: str, bits: int, table_bits: int | None, group: int | None
+) -> Path:
+    """Write the folder, and round the weights of the model."""
+    model.config.save_pretrained(folder)
+    linears, tables = _linears(model), {}
+    if table_bits:
+        modules = model.named_modules()
+        tables = {
+            n: m for n, m in modules if type(m) is torch.nn.Embedding and not any(p.isdigit() for p in n.split("."))
+        }
+    tensors: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        if name in getattr(model, "all_tied_weights_keys", {}):
+            continue
+        if leaf != "weight" or module not in {**linears, **tables} or (module in linears and bits == 16):
+            tensors[name] = value.clone()
+            if leaf == "weight" and module in linears:
+                weight = _oriented(linears[module])
+                parts = PACKERS[packing](weight, (weight != 0).numpy())
+                tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
+                del tensors[name]
+            continue
+        weight = _oriented(linears[module]) if module in linears else value
+        keep = (weight != 0).numpy() if module in linears and packing != "dense" else None
+        how = (bits, group) if module in linears else (table_bits, None)
+        parts = _coded(weight, keep, packing if module in linears else "dense", *how)
+        tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
+        codes, scales = _rounded(weight, *how)
+        exact = torch.from_numpy(codes).double().reshape(*scales.shape, -1) * scales.double().unsqueeze(2)
+        weight.copy_(exact.reshape(weight.shape))
+    stem = {"dense": "pst_dense", **FILE_STEMS}[packing]
+    said = {"quant_method": "pst_ds", "format": packing, "format_version": 2}
+    if bits != 16:
+        said |= {"values": f"int{bits}", "group": group or "row"}
+    if table_bits:
+        said |= {"embeddings": f"int{table_bits}", "embedding_group": "row"}
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = said | {"weights_file": write_tensors(tensors, folder, stem, 1)}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture

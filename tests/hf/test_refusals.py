@@ -187,9 +187,9 @@ def test_a_missing_shard_and_a_missing_file(copied):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "rle"}, "format is one of bitmask, 2:4, csr, got 'rle'"),
+        ({"format": "rle"}, "format is one of dense, bitmask, 2:4, csr, got 'rle'"),
         ({"format": None}, "format is one of"),
-        ({"format_version": 2}, "reads version 1. Load the folder with a newer pst-ds"),
+        ({"format_version": 3}, "reads versions 1 and 2. Load the folder with a newer pst-ds"),
         ({"weights_file": "../pst_bitmask.safetensors"}, "in the same folder, got '../pst_bitmask"),
         ({"weights_file": "/tmp/pst_bitmask.safetensors"}, "in the same folder"),
         ({"weights_file": "pytorch_model.bin"}, "in the same folder"),

@@ -40,8 +40,20 @@ def test_exports_in_the_run_and_elsewhere_have_their_sizes(write_run, export, tm
     assert found[0].sparsity_measured == 0.75
     assert found[0].shapes == {("l", 16): [4, 4]}
     row = [cell.text for cell in export_table(found).rows[0]]
-    assert row == ["mine/export", "dense", "9", "0.75", "0.750000", "40 bytes", "1.000"]
+    assert row == ["mine/export", "dense", "9", "0.75", "0.750000", "40 bytes", "1.000", "16.00"]
     assert export_table([]) is None
+
+
+def test_a_rounded_export_says_so(write_run, export):
+    run = write_run()
+    path = export(run / "export") / "pst_manifest.json"
+    about = {"values": "int4", "embeddings": "int8", "largest_rounding_error": 0.0912}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kind": "bitmask", **about}))
+    export(run / "plain")
+    table = export_table(find_exports(read_runs([run]), [])[0])
+    assert table.head[-2:] == ["bits a weight", "rounding changed at most"]
+    assert [row[1].text for row in table.rows] == ["bitmask int4 int8", "dense"]
+    assert [row[-1].text for row in table.rows] == ["9.12%", "–"]
 
 
 @pytest.mark.parametrize("content", ['{"kind": "dense", "tens', "", "[]", "\\u00ff"])

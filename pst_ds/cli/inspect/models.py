@@ -12,13 +12,15 @@ from pst_ds.core.formats import row_bits
 from pst_ds.errors import InputError
 from pst_ds.export.base_weights import BaseWeights
 from pst_ds.export.detect_pattern import detect_pattern, per_row
+from pst_ds.export.encoding import QUANT_METHOD
+from pst_ds.export.export import storage_facts
 from pst_ds.export.from_folder import CONFIG_FILE
 from pst_ds.export.manifest import (
     DENSE,
-    QUANT_METHOD,
     ExportError,
     TensorEntry,
     count_nonzero,
+    encoding_by,
     read_manifest,
     read_table,
 )
@@ -39,8 +41,10 @@ def export_folder(path: Path) -> Inspection:
         files[name] = TensorFile(path / name)
     layers = [_exported(entry, files, path) for entry in entries]
     known = ("architecture", "step", "sparsity_requested", "sparsity_measured", "computed_in", "metrics", "base_model")
+    encoding = encoding_by(about)
     facts = {
         "format": about["kind"],
+        **encoding.facts(),
         **{key: about.get(key) for key in known},
         "base_fingerprint": about.get("base_fingerprint"),
         "method": (about.get("run") or {}).get("method"),
@@ -50,27 +54,33 @@ def export_folder(path: Path) -> Inspection:
         "packed_tensors": sum(entry.packing != DENSE for entry in entries),
         "parameters": sum(entry.numel for entry in entries),
         "weight_files": sorted(files),
+        **storage_facts(entries, [layer["bytes"] for layer in layers]),
         **_sizes(sum((path / name).stat().st_size for name in files), about.get("dense_bf16_bytes")),
     }
     note = f"zeros and patterns are the manifest's; pst-ds verify {path} counts them in the files and checks every hash"
-    return Inspection(f"{path}: an export, {about['kind']}", facts, layers, note)
+    return Inspection(f"{path}: an export, {encoding}", facts, layers, note)
 
 
 def _exported(entry: TensorEntry, files: dict[str, TensorFile], path: Path) -> Layer:
     for part in entry.parts:
         if part.name not in files[part.file].slots:
             raise ExportError(f"{path / part.file} lacks {part.name}, which the manifest says is in it")
-    return {
+    nbytes = sum(files[part.file].slots[part.name].nbytes for part in entry.parts)
+    layer: Layer = {
         "name": entry.name,
         "shape": entry.shape,
         "dtype": entry.dtype,
         "pattern": entry.pattern,
         "weights": entry.numel,
         "zeros": entry.numel - entry.nonzero,
-        "bytes": sum(files[part.file].slots[part.name].nbytes for part in entry.parts),
+        "bytes": nbytes,
         "packing": entry.packing,
         "origin": entry.origin,
     }
+    if entry.values:
+        layer |= {"values": entry.values, "group": entry.group, "rounding_error": entry.rounding_error}
+        layer["bits_per_weight"] = round(8 * nbytes / max(entry.numel, 1), 4)
+    return layer
 
 
 def pruned_folder(path: Path) -> Inspection:

@@ -24,6 +24,13 @@ class Layer(TypedDict, total=False):
     bytes: int
     packing: str
     origin: str
+    values: str
+    """"int8" or "int4" where they are codes on a grid."""
+    group: int | str
+    """Weights of a row that share a scale, or "row"."""
+    bits_per_weight: float
+    rounding_error: float
+    """What rounding changed, relative to the weights."""
     sparsity_requested: float
     trained: int
     """Trained parameters."""
@@ -108,11 +115,14 @@ def _row(name: str, group: Sequence[Layer]) -> dict[str, str]:
         "count": str(len(group)) if len(group) > 1 else "",
         "shape": " x ".join(map(str, first["shape"])) if first["shape"] and is_one_shape else "",
         "dtype": first["dtype"],
+        "values": first.get("values", ""),
         "pattern": first["pattern"],
         "zeros": _range(zeros, "{:.4f}"),
         "flipped": _range(flips, "{:.0f}"),
         "correlation": _range(correlations, "{:.3f}"),
         "trained": f"{trained:,}" if trained else "",
+        "rounding": _range([layer["rounding_error"] for layer in group if "rounding_error" in layer], "{:.4f}"),
+        "bits": _range([layer["bits_per_weight"] for layer in group if "bits_per_weight" in layer], "{:.2f}"),
         "bytes": f"{sum(layer['bytes'] for layer in group):,}",
     }
 

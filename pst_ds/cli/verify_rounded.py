@@ -1,0 +1,69 @@
+"""Round a masked training model in place as an export with values on a grid does, to hold the one against the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.core.quantization import Grid, round_to_grid
+from pst_ds.export.encoding import Encoding
+from pst_ds.export.manifest import TensorEntry, encoding_by, read_manifest
+from pst_ds.export.rounding import grids
+from pst_ds.export.tensor_files import DTYPE_OF_CODE
+from pst_ds.nn.embedding import pst_embeddings
+from pst_ds.nn.inject import pst_layers
+
+
+def encoding_of_folder(folder: str) -> Encoding:
+    """Return how an export is stored. Raises ExportError."""
+    return encoding_by(read_manifest(Path(folder))[1])
+
+
+@torch.no_grad()
+def round_model(masked: nn.Module, folder: str) -> dict[str, Tensor]:
+    """Round the weights of ``masked`` that the export in ``folder`` has on a grid; return them by name.
+
+    The masks stay, and updates become part of the weights. Scales are searched anew: nothing is taken from the folder
+    but which tensors are rounded to what, and the dtype that they had before. Raises ExportError.
+    """
+    entries, about = read_manifest(Path(folder))
+    by_name, encoding = {entry.name: entry for entry in entries}, encoding_by(about)
+    rounded = {}
+    for name, layer in pst_layers(masked).items():
+        if encoding.values is not None:
+            weight = layer.masked_weight()
+            oriented = weight.t().contiguous() if layer.layout.transposed else weight
+            oriented = _rounded(oriented, encoding.values, by_name.get(f"{name}.weight"))
+            _settle(layer, oriented.t() if layer.layout.transposed else oriented)
+            rounded[f"{name}.weight"] = layer.masked_weight()
+    embeddings = pst_embeddings(masked)
+    for name, grid in grids(masked, encoding).items():
+        owner = name.removesuffix(".weight")
+        if owner in embeddings:
+            weight = embeddings[owner].updated_weight()
+            _settle(embeddings[owner], _rounded(weight, grid, by_name.get(name)))
+        elif name in dict(masked.named_parameters()):
+            param = masked.get_parameter(name)
+            is_transposed = type(masked.get_submodule(owner)).__name__ == "Conv1D"
+            weight = _rounded(param.t().contiguous() if is_transposed else param, grid, by_name.get(name))
+            param.copy_(weight.t() if is_transposed else weight)
+        else:
+            continue  # the files' name of a parameter that has another one
+        rounded[name] = masked.get_parameter(name)
+    return rounded
+
+
+def _rounded(weight: Tensor, grid: Grid, entry: TensorEntry | None) -> Tensor:
+    """``weight``, (O, I), on its grid, in its own dtype."""
+    before = weight if entry is None else weight.to(DTYPE_OF_CODE[entry.dtype])
+    return round_to_grid(before.detach().float().cpu(), None, grid).to(weight)
+
+
+def _settle(module: Any, weight: Tensor) -> None:
+    """Make ``weight`` all that a PST module multiplies with, but for its mask."""
+    module.weight.copy_(weight)
+    if module.pst_U is not None:
+        module.pst_U.zero_()
