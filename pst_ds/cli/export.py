@@ -20,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "dense (default): zeros in a plain model folder; the others are smaller, and load after import pst_ds.hf"
     parser.add_argument("--format", choices=("dense", *PACKINGS), default="dense", help=text)
     _add_value_arguments(parser)
+    text = 'embed fewer tokens: those "seen" in a run\'s training and validation text, or in a FILE with a text a line'
+    parser.add_argument("--vocabulary", metavar="seen|FILE", help=text)
     parser.add_argument("--checkpoint", help='of a run: "best" (default), "final", or another in checkpoints/')
     add_writing_arguments(parser)
     add_quiet_argument(parser)
@@ -88,9 +90,20 @@ def _written(args: argparse.Namespace) -> dict[str, Any]:
     if args.set or args.checkpoint:
         raise InputError(f"{source} is a model folder, which has no settings and no checkpoints: leave out --set and "
                          "--checkpoint")  # fmt: skip
+    from pst_ds.cli.vocabulary import vocabulary_of_folder
     from pst_ds.export.export import export_folder
 
-    return export_folder(source, Path(args.out), **how)
+    if args.vocabulary:
+        how |= vocabulary_of_folder(args.vocabulary, source)
+    return _with_tokens(export_folder(source, Path(args.out), **how), args)
+
+
+def _with_tokens(written: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Return what was written, with the number of tokens instead of all of them."""
+    kept = written.pop("tokens_kept", None)
+    if args.vocabulary:
+        print(f"embeds {len(kept)} tokens")
+    return {**written, "tokens": len(kept)} if kept else written
 
 
 def _storage(args: argparse.Namespace) -> dict[str, Any]:
@@ -122,8 +135,12 @@ def _write_run(args: argparse.Namespace, how: dict[str, Any]) -> dict[str, Any]:
     tokenizer = load_tokenizer(config)
     model = meta_model(config, checkpoint.state.labels, tokenizer, own_dropout=True)
     table = json.loads(json.dumps(tomllib.loads(dump_run(config))))
+    if args.vocabulary:
+        from pst_ds.cli.vocabulary import vocabulary_of_run
+
+        how["vocabulary"] = vocabulary_of_run(args.vocabulary, config, checkpoint.state.labels, tokenizer, model)
     written = export_run(model, checkpoint, tokenizer, Path(args.out), run=table, **how)
-    return {**written, "checkpoint": str(checkpoint.folder)}
+    return {**_with_tokens(written, args), "checkpoint": str(checkpoint.folder)}
 
 
 def convert(format_name: str, description: str, argv: Sequence[str] | None = None) -> int:

@@ -50,6 +50,15 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             f"{changed['max_logit_difference']:.3g}: {_metrics(changed['metrics_before'])} before, "
             f"{_metrics(compared['metrics'])} after"
         )
+    if "vocabulary" in compared:
+        fewer = compared["vocabulary"]
+        same = (
+            f", {fewer['same_tokens']} of {compared['examples']} texts read as before" if "same_tokens" in fewer else ""
+        )
+        print(
+            f"{fewer['tokens']} tokens{same}: {_metrics(fewer['metrics_before'])} before, "
+            f"{_metrics(compared['metrics'])} after"
+        )
     by = "pst_ds.hf, made dense," if "kept_sparse" in compared else "plain transformers"
     print(
         f"reloaded with {by} against the masked model{' on the grid' if is_rounded else ''} on "

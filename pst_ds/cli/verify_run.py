@@ -10,6 +10,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from pst_ds.cli.verify_rounded import encoding_of_folder, round_model
+from pst_ds.cli.verify_vocabulary import same_tokens, tokens_of_folder, trim_model
 from pst_ds.config.run import RunConfig
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.data.tasks.data_to_text import DataToText, Pairs
@@ -20,7 +21,7 @@ from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import persistent_buffers, pst_layers
 from pst_ds.nn.model_structure import is_conv1d
 from pst_ds.runtime import sparse_layers
-from pst_ds.train.evaluate import compare
+from pst_ds.train.evaluate import compare, predict
 from pst_ds.train.model import attention_options
 from pst_ds.train.run import Prepared, masked_model, prepare_single
 from pst_ds.train.run_folder import open_checkpoint
@@ -43,6 +44,9 @@ def compare_with_run(args: argparse.Namespace, config: RunConfig) -> dict[str, A
     if args.limit:
         examples = examples.first(args.limit)
     masked = _aligned(masked_model(prepared, checkpoint))
+    trimmed: dict[str, Any] = {}
+    if kept := tokens_of_folder(args.export):
+        prepared, examples, trimmed = _trimmed(args, prepared, examples, masked, kept)
     plain = _aligned(_loaded(prepared, args.export, "" if encoding.is_plain else "dense"))
     rounded: dict[str, torch.Tensor] = {}
     changed: dict[str, Any] = {}
@@ -73,11 +77,28 @@ def compare_with_run(args: argparse.Namespace, config: RunConfig) -> dict[str, A
         "allowed_logit_difference": allowed_difference(dtype, len(merged), inputs)[0] * largest.value,
         "metrics": metrics,
         **changed,
+        **trimmed,
         **_compare_texts(prepared, examples, masked, plain),
     }
     if not encoding.is_plain:
         compared["kept_sparse"] = _compare_sparse(prepared, examples, masked, plain, args.export)
     return compared
+
+
+def _trimmed(
+    args: argparse.Namespace, prepared: Prepared, examples: ExampleSet, masked: nn.Module, kept: list[int]
+) -> tuple[Prepared, ExampleSet, dict[str, Any]]:
+    """Trim ``masked`` to the tokens ``kept``; return what reads the examples as the export does, these, and what it
+    changes."""
+    batch_size, task = prepared.run.eval_batch_size, prepared.task
+    outcomes = predict(masked, task, examples, prepared.tokenizer, batch_size, prepared.device)
+    after = trim_model(masked, prepared, args.export, kept)
+    fewer = after.load(args.split)
+    if args.limit:
+        fewer = fewer.first(args.limit)
+    found = {"tokens": len(kept), **same_tokens(prepared, examples, after, fewer, kept)}
+    found["metrics_before"] = task.metrics(outcomes, examples)
+    return after, fewer, {"vocabulary": found}
 
 
 def _compare_texts(prepared: Prepared, examples: ExampleSet, masked: nn.Module, plain: nn.Module) -> dict[str, Any]:

@@ -110,8 +110,8 @@ def ids_in(settings: Mapping[str, Any]) -> set[int]:
     return found
 
 
-def _holds_ids(name: str) -> bool:
-    return name.endswith(("_token_id", "_token_ids")) or name in _LISTS_OF_IDS
+def _holds_ids(name: object) -> bool:
+    return isinstance(name, str) and name.endswith(("_token_id", "_token_ids", *_LISTS_OF_IDS))
 
 
 def _numbers(value: Any) -> set[int]:

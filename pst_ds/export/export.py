@@ -15,6 +15,7 @@ from torch import nn
 from pst_ds.atomic_files import atomic_folder, file_sha256, require_writable
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.core.quantization import Grid
+from pst_ds.data.vocabulary import Vocabulary
 from pst_ds.export import manifest
 from pst_ds.export.base_weights import BaseWeights, is_text_part
 from pst_ds.export.encoding import Encoding
@@ -23,6 +24,7 @@ from pst_ds.export.from_run import RunSource, plan_run
 from pst_ds.export.manifest import DENSE, MANIFEST_FILE, About, ExportError, JsonTable, TensorEntry
 from pst_ds.export.model_card import CARD_FILE, model_card
 from pst_ds.export.plan import SHARD_BYTES, PlannedFile, Source, TensorJob, plan_files, require_packed, require_space
+from pst_ds.export.vocabulary import with_fewer_rows, write_vocabulary
 from pst_ds.export.write import write_tensors
 
 _SMALL = "generation_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
@@ -54,6 +56,7 @@ def export_run(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     processes: int = 1,
+    vocabulary: Vocabulary | None = None,
     run: JsonTable | None = None,
 ) -> JsonTable:
     """Write ``out``, a model folder of the model in ``checkpoint``; whole or not at all. Returns what was written.
@@ -62,8 +65,9 @@ def export_run(
     files and the checkpoint. Pruned tensors have the values the masked model multiplied with, +0.0 where pruned; other
     tensors are the base model's bytes, or were trained. ``dtype`` ("bf16", "fp32") casts all of them instead.
     ``packing``: "dense", or a format that pruned weights are packed in. ``values`` and ``embeddings``: the grids that
-    linear layers and embeddings are rounded to; None leaves them. ``run``: the resolved run file, to be kept.
-    Raises ExportError, and WorkerError when one of several ``processes`` was killed.
+    linear layers and embeddings are rounded to; None leaves them. ``vocabulary``: ``tokenizer`` with fewer tokens, of
+    which the rows alone are written; None: all. ``run``: the resolved run file, to be kept. Raises ExportError, and
+    WorkerError when one of several ``processes`` was killed.
     """
     encoding = _encoding(packing, values, embeddings)
     _require_free(out)
@@ -81,6 +85,10 @@ def export_run(
             base.copy_if_there(name, folder)
         tokenizer.save_pretrained(folder)
 
+    if vocabulary and is_text_part(model, base.folder):
+        raise ExportError(
+            f"{base.folder} holds more than the text part, and its vocabulary stays whole: no --vocabulary"
+        )
     about = {
         "step": state.step,
         "base_model": state.base_path,
@@ -92,6 +100,8 @@ def export_run(
     }
     jobs = plan_run(model, checkpoint, base, encoding, dtype)
     contents = _Contents(jobs, RunSource(checkpoint, base, model), about, write_beside)
+    if vocabulary:
+        contents = _trimmed(contents, model, tokenizer, vocabulary)
     return _write_folder(contents, out, encoding, shard_bytes, processes)
 
 
@@ -105,11 +115,14 @@ def export_folder(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     processes: int = 1,
+    tokenizer: Any = None,
+    vocabulary: Vocabulary | None = None,
 ) -> JsonTable:
     """Write ``out`` from a model folder: dense with zeros, whoever pruned it, or one of our packed folders.
 
     Weights keep their bits, but for a -0.0 that is packed, which becomes +0.0, and for those that are rounded to the
-    grids ``values`` and ``embeddings``; what is on its grid already stays as it is. Raises ExportError and WorkerError.
+    grids ``values`` and ``embeddings``; what is on its grid already stays as it is. ``vocabulary``: the folder's
+    ``tokenizer`` with fewer tokens, whose rows alone are written. Raises ExportError and WorkerError.
     """
     encoding = _encoding(packing, values, embeddings)
     _require_free(out)
@@ -117,10 +130,27 @@ def export_folder(
         raise ExportError(f"{out} is the folder to read; name another with --out")
     folder = open_folder(source)
     jobs, origin = plan_folder(folder, encoding, dtype)
-    surviving = ("step", "base_model", "base_fingerprint", "computed_in", "sparsity_requested", "metrics", "run")
+    surviving = (
+        "step", "base_model", "base_fingerprint", "computed_in", "sparsity_requested", "metrics", "run", "tokens_kept",
+    )  # fmt: skip
     about = {key: folder.about.get(key) for key in surviving} | {"metrics": folder.about.get("metrics") or {}}
     contents = _Contents(jobs, origin, about, lambda beside: _copy_folder(folder, beside))
+    if vocabulary:
+        contents = _trimmed(contents, folder.model, tokenizer, vocabulary)
     return _write_folder(contents, out, encoding, shard_bytes, processes)
+
+
+def _trimmed(contents: _Contents, model: nn.Module, tokenizer: Any, vocabulary: Vocabulary) -> _Contents:
+    """Return ``contents`` with the rows, the tokenizer and the ids of ``vocabulary``. Raises ExportError."""
+
+    def write_beside(folder: Path) -> None:
+        contents.write_beside(folder)
+        write_vocabulary(folder, model, vocabulary, tokenizer)
+
+    jobs, source = with_fewer_rows(contents.jobs, contents.source, model, vocabulary.kept)
+    before = contents.about.get("tokens_kept")
+    kept = [before[old] for old in vocabulary.kept] if before else vocabulary.kept
+    return _Contents(jobs, source, {**contents.about, "tokens_kept": kept}, write_beside)
 
 
 def _encoding(packing: str, values: Grid | None, embeddings: Grid | None) -> Encoding:

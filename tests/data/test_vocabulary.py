@@ -138,13 +138,15 @@ def test_settings_of_a_model_have_new_ids_and_sizes():
     new = trimmed.new_ids
     settings = {
         "vocab_size": len(whole), "hidden_size": 100, "pad_token_id": 0, "eos_token_id": [3, 200], "bos_token_id": None,
+        "id2label": {0: "bad", 1: "good"},
         "text_config": {"vocab_size": len(whole), "image_token_id": 100}, "suppress_tokens": [-1, 200],
         "bad_words_ids": [[100], [200, 3]],
     }  # fmt: skip
     assert ids_in(settings) == {0, 3, 100, 200}
     assert renumbered(settings, trimmed) == {
         "vocab_size": len(trimmed.kept), "hidden_size": 100, "pad_token_id": 0, "eos_token_id": [3, new[200]],
-        "bos_token_id": None, "text_config": {"vocab_size": len(trimmed.kept), "image_token_id": new[100]},
+        "bos_token_id": None, "id2label": {0: "bad", 1: "good"},
+        "text_config": {"vocab_size": len(trimmed.kept), "image_token_id": new[100]},
         "suppress_tokens": [-1, new[200]], "bad_words_ids": [[new[100]], [new[200], 3]],
     }  # fmt: skip
     gone = next(id_ for id_ in range(len(whole)) if id_ not in new)

@@ -1,0 +1,135 @@
+"""A model for fewer tokens: embeddings and output layer without the rows of those that are gone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pst_ds.data.vocabulary import Vocabulary, ids_in, renumbered
+from pst_ds.export.base_weights import names_in_files
+from pst_ds.export.manifest import ExportError, JsonTable
+from pst_ds.export.plan import Source, TensorJob, TensorValues
+from pst_ds.nn.embedding import PSTEmbedding
+from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.model_structure import is_inside_block
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class RowSource:
+    """Another source's values, of some tensors the kept rows alone."""
+
+    source: Source
+    names: frozenset[str]
+    kept: Sequence[int]
+
+    def make(self, job: TensorJob) -> Iterator[TensorValues]:
+        """The values of the job's outputs. Raises ExportError."""
+        for output, values in zip(job.outputs, self.source.make(job), strict=True):
+            yield self._fewer(values) if output.name in self.names else values
+
+    def _fewer(self, values: TensorValues) -> TensorValues:
+        rows = torch.tensor(self.kept)
+        scales = None if values.scales is None else values.scales[rows]
+        return replace(values, tensor=values.tensor[rows], scales=scales)
+
+
+def with_fewer_rows(
+    jobs: Sequence[TensorJob], source: Source, model: nn.Module, kept: Sequence[int]
+) -> tuple[list[TensorJob], RowSource]:
+    """Return the jobs and the source of an export of ``model`` with the tokens ``kept``. Raises ExportError."""
+    found = _row_per_token(model, kept)
+    names = frozenset({*found, *names_in_files(model, found)})
+
+    def fewer(job: TensorJob) -> TensorJob:
+        outputs = tuple(
+            replace(output, shape=(len(kept), *output.shape[1:])) if output.name in names else output
+            for output in job.outputs
+        )
+        return replace(job, outputs=outputs)
+
+    return [fewer(job) for job in jobs], RowSource(source, names, kept)
+
+
+def take_rows(model: nn.Module, kept: Sequence[int]) -> None:
+    """Leave ``model``, which may have PST modules, the rows of the tokens ``kept``, in place. Raises ExportError."""
+    rows = torch.tensor(kept)
+    for param in {id(p): p for p in _row_per_token(model, kept).values()}.values():
+        param.data = param.data[rows.to(param.device)]
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if isinstance(table, PSTEmbedding):
+        table.pst_U.data = table.pst_U.data[rows.to(table.pst_U.device)]
+    if getattr(table, "padding_idx", None) is not None:
+        table.padding_idx = list(kept).index(table.padding_idx)
+
+
+def _row_per_token(model: nn.Module, kept: Sequence[int]) -> dict[str, nn.Parameter]:
+    """Return the parameters that have a row for each token: of the embedding and the output layer, tied or not, and
+    biases as long outside of the blocks. Raises ExportError where they cannot lose any."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    rows = int(modules[0].weight.shape[0])
+    if kept[-1] >= rows:
+        raise ExportError(f"the tokenizer has token {kept[-1]}, and the model embeds {rows} tokens only")
+    owned = {id(param) for module in modules if module is not None for param in module.parameters()}
+    found = {
+        name: param
+        for name, param in model.named_parameters(remove_duplicate=False)
+        if ".pst_" not in name
+        and (id(param) in owned or (tuple(param.shape) == (rows,) and not is_inside_block(name, model)))
+    }
+    pruned = next((name for name in found if name.rpartition(".")[0] in pst_layers(model)), None)
+    if pruned:
+        raise ExportError(
+            f"{pruned} has a row for each token and is pruned, so its rows must stay: leave --vocabulary out"
+        )
+    other = next((name for name, param in found.items() if param.shape[0] != rows), None)
+    if other:
+        raise ExportError(f"{other} has {found[other].shape[0]} rows, and the embedding {rows}: leave --vocabulary out")
+    return found
+
+
+def ids_of_model(model: nn.Module) -> set[int]:
+    """Return the tokens that the configs of ``model`` name, which must be kept."""
+    generation: Any = getattr(model, "generation_config", None)
+    return ids_in(_settings(model)) | (ids_in(generation.to_dict()) if generation is not None else set())
+
+
+def write_vocabulary(folder: Path, model: nn.Module, vocabulary: Vocabulary, whole: PreTrainedTokenizerBase) -> None:
+    """Write the tokenizer into ``folder``, in place of the ``whole`` one, and new ids into its configs."""
+    for name in whole.vocab_files_names.values():
+        (folder / name).unlink(missing_ok=True)
+    vocabulary.tokenizer.save_pretrained(folder)
+    _renumber_file(folder / "config.json", _settings(model), vocabulary)
+    path = folder / "generation_config.json"
+    if path.is_file():
+        _renumber_file(path, json.loads(path.read_text("utf-8")), vocabulary)
+
+
+def _settings(model: nn.Module) -> JsonTable:
+    config: Any = model.config
+    return dict(config.to_dict())
+
+
+def _renumber_file(path: Path, full: JsonTable, vocabulary: Vocabulary) -> None:
+    """``full``: all settings, also those that the file leaves out for being the class's defaults."""
+    table = _changed(json.loads(path.read_text("utf-8")), full, renumbered(full, vocabulary))
+    path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _changed(table: JsonTable, full: Mapping[str, Any], new: Mapping[str, Any]) -> JsonTable:
+    """Return ``table`` with the values that differ between ``full`` and ``new``."""
+    merged: JsonTable = dict(table)
+    for name, value in new.items():
+        if isinstance(value, dict) and isinstance(merged.get(name), dict):
+            merged[name] = _changed(merged[name], full[name], value)
+        elif value != full[name]:
+            merged[name] = value
+    return merged
