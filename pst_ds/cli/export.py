@@ -9,7 +9,7 @@ from typing import Any
 
 from pst_ds.cli.main import add_quiet_argument, add_shard_argument, count, load_run_or_folder, main
 from pst_ds.config.toml import dump_run
-from pst_ds.core.packings import GROUPS, PACKINGS, VALUE_BITS, WHOLE_ROW
+from pst_ds.core.packings import COMPRESSED_TENSORS, GROUPS, PACKINGS, VALUE_BITS, WHOLE_ROW
 from pst_ds.errors import InputError
 
 
@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="SRC", help="run folder, its run file, or a model folder with zeros in it")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of a run")
     parser.add_argument("--out", required=True, help="folder to write")
-    text = "dense (default): zeros in a plain model folder; the others are smaller, and load after import pst_ds.hf"
-    parser.add_argument("--format", choices=("dense", *PACKINGS), default="dense", help=text)
+    text = "dense (default): zeros in a plain model folder; the packed ones load after import pst_ds.hf"
+    parser.add_argument("--format", choices=("dense", *PACKINGS, COMPRESSED_TENSORS), default="dense", help=text)
     _add_value_arguments(parser)
     text = 'embed fewer tokens: those "seen" in a run\'s training and validation text, or in a FILE with a text a line'
     parser.add_argument("--vocabulary", metavar="seen|FILE", help=text)

@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 from pst_ds.cli.verify_rounded import encoding_of_folder, round_model
 from pst_ds.cli.verify_vocabulary import same_tokens, tokens_of_folder, trim_model
 from pst_ds.config.run import RunConfig
+from pst_ds.core.packings import COMPRESSED_TENSORS
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.data.tasks.data_to_text import DataToText, Pairs
 from pst_ds.data.text_metrics import missing_libraries
@@ -38,6 +39,11 @@ def compare_with_run(args: argparse.Namespace, config: RunConfig) -> dict[str, A
     With values on a grid the masked model is rounded first; what that changes is under "rounding". Raises InputError.
     """
     encoding = encoding_of_folder(args.export)
+    if encoding.packing == COMPRESSED_TENSORS:
+        raise InputError(
+            f"{args.export} is for {COMPRESSED_TENSORS}, which computes in its own way; --against compares the same "
+            "codes in a folder of --format dense"
+        )
     checkpoint = open_checkpoint(config, args.checkpoint)
     prepared = prepare_single(config, checkpoint)
     examples = prepared.load(args.split)

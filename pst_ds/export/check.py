@@ -98,7 +98,7 @@ def _check_files(folder: Path, entries: Sequence[TensorEntry], about: About, enc
     loaded = sorted(n for n in stray if n.endswith((".safetensors", ".bin", ".index.json", ".py", ".pt")))
     if loaded:
         raise ExportError(f"{folder} holds files the manifest does not know: {', '.join(loaded[:4])}")
-    _check_config(folder, encoding, len(weights))
+    _check_config(folder, encoding, len(weights), about.get("left_alone", ()))
 
 
 def _check_grids(folder: Path, entries: Sequence[TensorEntry], encoding: Encoding) -> None:
@@ -112,11 +112,11 @@ def _check_grids(folder: Path, entries: Sequence[TensorEntry], encoding: Encodin
             )
 
 
-def _check_config(folder: Path, encoding: Encoding, num_files: int) -> None:
+def _check_config(folder: Path, encoding: Encoding, num_files: int, left_alone: Sequence[str]) -> None:
     """config.json must send transformers to the weights of the manifest."""
     path = folder / CONFIG_FILE
     found = read_table(path, f"{path} is missing").get("quantization_config")
-    wanted = encoding.quantization_config(num_files)
+    wanted = encoding.quantization_config(num_files, left_alone)
     if found != wanted:
         raise ExportError(f"{path} has quantization_config {str(found)[:200]}, and {encoding} weights need {wanted}")
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pst_ds.core.packings import DENSE, PACKINGS, QUANTIZED_PACKINGS, WHOLE_ROW
+from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, PACKINGS, QUANTIZED_PACKINGS, WHOLE_ROW
 from pst_ds.core.quantization import Grid, grid_of
 
 QUANT_METHOD = "pst_ds"
 PLAIN_VERSION, QUANTIZED_VERSION = 1, 2
 """Values of ``format_version``: of folders whose values have the model's dtype, and of those with codes and scales."""
-_STEMS = {DENSE: "pst_dense", "bitmask": "pst_bitmask", "2:4": "pst_2of4", "csr": "pst_csr"}
 PLAIN_STEM = "model"
 """What plain transformers looks for; weights that it cannot read are never called so."""
-STEMS = (PLAIN_STEM, *_STEMS.values())
+_STEMS = {
+    COMPRESSED_TENSORS: PLAIN_STEM,
+    DENSE: "pst_dense",
+    "bitmask": "pst_bitmask",
+    "2:4": "pst_2of4",
+    "csr": "pst_csr",
+}
+STEMS = tuple(_STEMS.values())
 """Beginnings of the names of an export's weight files."""
 
 
@@ -31,6 +37,10 @@ class Encoding:
     """The grid of embedding tables, and of an output layer that is none of them."""
 
     def __post_init__(self) -> None:
+        if self.packing == COMPRESSED_TENSORS:
+            if self.values is None or self.embeddings is not None:
+                raise ValueError(f"{COMPRESSED_TENSORS} holds linear layers of int8 or int4 values, and no embeddings")
+            return
         if self.packing not in (DENSE, *PACKINGS):
             raise ValueError(f"format is one of {DENSE}, {', '.join(PACKINGS)}, got {self.packing!r}")
         if self.is_quantized and self.packing not in QUANTIZED_PACKINGS:
@@ -47,6 +57,11 @@ class Encoding:
     def is_plain(self) -> bool:
         """Whether the export is an ordinary model folder, which needs no pst_ds.hf."""
         return self.packing == DENSE and not self.is_quantized
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether loading the export takes pst_ds.hf."""
+        return not self.is_plain and self.packing != COMPRESSED_TENSORS
 
     @property
     def stem(self) -> str:
@@ -70,14 +85,42 @@ class Encoding:
             facts |= {"embeddings": self.embeddings.values, "embedding_group": self.embeddings.group or WHOLE_ROW}
         return facts
 
-    def quantization_config(self, num_files: int) -> dict[str, Any] | None:
-        """Return the entry of config.json by which transformers finds the weights by way of pst_ds.hf; or None."""
+    def quantization_config(self, num_files: int, left_alone: Sequence[str] = ()) -> dict[str, Any] | None:
+        """Return the entry of config.json by which transformers finds the weights; None where it needs none.
+
+        ``left_alone``: names of the linear layers that are not rounded, which compressed-tensors is to be told.
+        """
         if self.is_plain:
             return None
+        if self.packing == COMPRESSED_TENSORS:
+            assert self.values is not None
+            return _compressed_tensors_config(self.values, left_alone)
         version = QUANTIZED_VERSION if self.is_quantized else PLAIN_VERSION
         name = self.weights_file(num_files)
         table = {"quant_method": QUANT_METHOD, "format": self.packing, "format_version": version}
         return table | self.facts() | {"weights_file": name}
+
+
+def _compressed_tensors_config(grid: Grid, left_alone: Sequence[str]) -> dict[str, Any]:
+    """The library's own description of weights alone rounded, nn.Linear by nn.Linear."""
+    weights = {
+        "num_bits": grid.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if grid.group is None else "group",
+        "group_size": grid.group,
+        "dynamic": False,
+    }
+    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": COMPRESSED_TENSORS,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme},
+        "ignore": list(left_alone),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
 
 
 def encoding_of(packing: object, facts: Mapping[str, Any]) -> Encoding:

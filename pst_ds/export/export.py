@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from pst_ds.atomic_files import atomic_folder, file_sha256, require_writable
 from pst_ds.checkpoint.format import Checkpoint
+from pst_ds.core.packings import COMPRESSED_TENSORS
 from pst_ds.core.quantization import Grid
 from pst_ds.data.vocabulary import Vocabulary
 from pst_ds.export import manifest
@@ -24,6 +25,7 @@ from pst_ds.export.from_run import RunSource, plan_run
 from pst_ds.export.manifest import DENSE, MANIFEST_FILE, About, ExportError, JsonTable, TensorEntry
 from pst_ds.export.model_card import CARD_FILE, model_card
 from pst_ds.export.plan import SHARD_BYTES, PlannedFile, Source, TensorJob, plan_files, require_packed, require_space
+from pst_ds.export.rounding import linear_layers
 from pst_ds.export.vocabulary import with_fewer_rows, write_vocabulary
 from pst_ds.export.write import write_tensors
 
@@ -40,6 +42,8 @@ class _Contents:
     jobs: list[TensorJob]
     source: Source
     about: About
+    linear: list[str]
+    """The linear layers' names."""
     write_beside: Callable[[Path], None]
     """Writes config.json and the other small files."""
 
@@ -99,7 +103,7 @@ def export_run(
         "run": run,
     }
     jobs = plan_run(model, checkpoint, base, encoding, dtype)
-    contents = _Contents(jobs, RunSource(checkpoint, base, model), about, write_beside)
+    contents = _Contents(jobs, RunSource(checkpoint, base, model), about, linear_layers(model), write_beside)
     if vocabulary:
         contents = _trimmed(contents, model, tokenizer, vocabulary)
     return _write_folder(contents, out, encoding, shard_bytes, processes)
@@ -134,7 +138,7 @@ def export_folder(
         "step", "base_model", "base_fingerprint", "computed_in", "sparsity_requested", "metrics", "run", "tokens_kept",
     )  # fmt: skip
     about = {key: folder.about.get(key) for key in surviving} | {"metrics": folder.about.get("metrics") or {}}
-    contents = _Contents(jobs, origin, about, lambda beside: _copy_folder(folder, beside))
+    contents = _Contents(jobs, origin, about, linear_layers(folder.model), lambda beside: _copy_folder(folder, beside))
     if vocabulary:
         contents = _trimmed(contents, folder.model, tokenizer, vocabulary)
     return _write_folder(contents, out, encoding, shard_bytes, processes)
@@ -150,7 +154,8 @@ def _trimmed(contents: _Contents, model: nn.Module, tokenizer: Any, vocabulary: 
     jobs, source = with_fewer_rows(contents.jobs, contents.source, model, vocabulary.kept)
     before = contents.about.get("tokens_kept")
     kept = [before[old] for old in vocabulary.kept] if before else vocabulary.kept
-    return _Contents(jobs, source, {**contents.about, "tokens_kept": kept}, write_beside)
+    about = {**contents.about, "tokens_kept": kept}
+    return replace(contents, jobs=jobs, source=source, about=about, write_beside=write_beside)
 
 
 def _encoding(packing: str, values: Grid | None, embeddings: Grid | None) -> Encoding:
@@ -181,11 +186,14 @@ def _write_folder(contents: _Contents, out: Path, encoding: Encoding, shard_byte
         entries = write_tensors(partial, files, contents.jobs, contents.source, processes)
         _write_index(partial, files, encoding)
         contents.write_beside(partial)
-        architecture = _finish_config(partial, entries, encoding, len(files))
+        left_alone = _left_alone(contents.linear, entries) if encoding.packing == COMPRESSED_TENSORS else []
+        architecture = _finish_config(partial, entries, encoding.quantization_config(len(files), left_alone))
         about = {"kind": encoding.packing, **encoding.facts(), "architecture": architecture, **contents.about}
         about |= _counted(entries, files)
         if encoding.is_quantized:
             about |= storage_facts(entries, _sizes(entries, files))
+        if left_alone:
+            about["left_alone"] = left_alone
         (partial / CARD_FILE).write_text(model_card(out.name, entries, about), encoding="utf-8")
         about["files"] = _sums(partial)
         manifest.write_manifest(partial, entries, about)
@@ -210,7 +218,7 @@ def _write_index(folder: Path, files: Sequence[PlannedFile], encoding: Encoding)
     path.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _finish_config(folder: Path, entries: Sequence[TensorEntry], encoding: Encoding, num_files: int) -> str:
+def _finish_config(folder: Path, entries: Sequence[TensorEntry], quantization: JsonTable | None) -> str:
     """Put the dtype of the tensors into config.json, and how they are packed; the name of the model's class."""
     path = folder / CONFIG_FILE
     table = json.loads(path.read_text(encoding="utf-8"))
@@ -221,10 +229,16 @@ def _finish_config(folder: Path, entries: Sequence[TensorEntry], encoding: Encod
     for part in table.values():  # such as text_config
         if isinstance(part, dict) and part.get("dtype"):
             part["dtype"] = table["dtype"]
-    if not encoding.is_plain:
-        table["quantization_config"] = encoding.quantization_config(num_files)
+    if quantization is not None:
+        table["quantization_config"] = quantization
     path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return (table.get("architectures") or [""])[0]
+
+
+def _left_alone(linear: Sequence[str], entries: Sequence[TensorEntry]) -> list[str]:
+    """The linear layers that are not rounded."""
+    rounded = {entry.name.removesuffix(".weight") for entry in entries if entry.values}
+    return [name for name in linear if name not in rounded]
 
 
 def _counted(entries: Sequence[TensorEntry], files: Sequence[PlannedFile]) -> JsonTable:

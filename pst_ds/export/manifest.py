@@ -17,7 +17,7 @@ from torch import Tensor
 from pst_ds.config.file_names import MANIFEST_FILE
 from pst_ds.core.bits import INT_OF_SIZE
 from pst_ds.core.formats import PackedFormat, packed_format
-from pst_ds.core.packings import DENSE, PACKINGS
+from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, PACKINGS
 from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.errors import InputError
 from pst_ds.export.encoding import STEMS, Encoding, encoding_of
@@ -25,6 +25,7 @@ from pst_ds.export.tensor_files import DTYPE_OF_CODE, tensor_bytes, unique_json
 
 FORMAT, QUANTIZED_FORMAT = 2, 3
 """Of manifests: the second has ``values``, ``group`` and ``rounding_error`` of tensors, the first knows none."""
+KINDS = (DENSE, *PACKINGS, COMPRESSED_TENSORS)
 ORIGINS = ("base", "trained", "pruned", "model")
 MOST_BYTES = 1 << 30
 """The limit for a manifest or an index."""
@@ -102,7 +103,7 @@ class TensorEntry:
         _require(all(type(n) is int and n >= 0 for n in self.pruned_per_matrix), self.name, "pruned_per_matrix")
         _require(self.matrix_axis in (0, 1), self.name, "matrix_axis")
         _require(self.dtype in DTYPE_OF_CODE, self.name, "dtype")
-        _require(self.packing in (DENSE, *PACKINGS), self.name, "packing")
+        _require(self.packing in KINDS, self.name, "packing")
         _require(bool(self.values) == bool(self.group) and 0 <= self.rounding_error < math.inf, self.name, "values")
         form = self.form
         _require(len(self.parts) == (len(form.part_names) if form else 1), self.name, "parts")
@@ -240,11 +241,14 @@ def _require_part(part: PartEntry) -> None:
 
 def _about(table: JsonTable) -> JsonTable:
     kind, files = table["kind"], table["files"]
-    if kind not in (DENSE, *PACKINGS):
+    if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}")
     encoding_of(kind, table)  # which refuses grids that there are not
     if "sparsity_requested" not in table:
         raise ValueError("sparsity_requested is missing")
+    left_alone = table.get("left_alone", [])
+    if not isinstance(left_alone, list) or not all(isinstance(name, str) for name in left_alone):
+        raise ValueError("left_alone is no list of names")
     if not isinstance(files, dict) or not all(Path(n).name == n and isinstance(sha, str) for n, sha in files.items()):
         raise ValueError("files are not plain names with a SHA-256")
     return {key: value for key, value in table.items() if key not in ("format", "sha256")}

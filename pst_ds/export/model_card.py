@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 
+from pst_ds.core.packings import COMPRESSED_TENSORS
 from pst_ds.export.manifest import DENSE, About, TensorEntry, encoding_by
 
 CARD_FILE = "README.md"
@@ -105,11 +106,13 @@ def _metrics(about: About) -> list[str]:
 
 def _use(about: About) -> list[str]:
     kind = next((f"AutoModel{task}" for task in _TASKS if about["architecture"].endswith(task)), "AutoModel")
-    is_plain = encoding_by(about).is_plain
-    first = [] if is_plain else ["import pst_ds.hf  # teaches transformers the packed format", ""]
+    is_ours = encoding_by(about).is_ours
+    first = [] if not is_ours else ["import pst_ds.hf  # teaches transformers the packed format", ""]
     lines = ["## Load it", "", "```python", *first, f"from transformers import {kind}", ""]
     lines += [f'model = {kind}.from_pretrained("path/to/this/folder")', "```", ""]
-    if not is_plain:
+    if is_ours:
         lines += ["Without the import transformers finds no weights here, and says so.", ""]
+    if about["kind"] == COMPRESSED_TENSORS:
+        lines += ["It takes the package compressed-tensors, and vLLM serves the folder as it is.", ""]
     checks = "pst-ds verify path/to/this/folder"
     return [*lines, "## Check it", "", "```bash", checks, "```", "", "Tensors and hashes are in pst_manifest.json.", ""]

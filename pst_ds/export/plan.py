@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.formats import VALUE_DTYPES, FormatError, PackedFormat, packed_format
+from pst_ds.core.packings import COMPRESSED_TENSORS
 from pst_ds.core.quantization import Grid
 from pst_ds.export.encoding import Encoding
 from pst_ds.export.manifest import DENSE, ExportError
@@ -81,6 +82,17 @@ class PlannedTensor:
         """Return the tensor with its values on ``grid``, if it is a matrix of numbers that can be."""
         can_be = self.dtype in VALUE_DTYPES and len(self.shape) == 2 and self.nbytes
         return replace(self, grid=grid) if can_be else self
+
+    def for_compressed_tensors(self) -> PlannedTensor:
+        """Return the tensor in that library's layout, if it is on a grid. Raises ExportError for a Conv1D."""
+        if self.grid is None:
+            return self
+        if self.transposed:
+            raise ExportError(
+                f"{self.name} is the weight of a Conv1D, and {COMPRESSED_TENSORS} knows nn.Linear alone; export with "
+                "--format dense, and load with pst_ds.hf"
+            )
+        return replace(self, packing=COMPRESSED_TENSORS)
 
     def packed(self, packing: str, counts: Tensor) -> PlannedTensor:
         """Return the tensor packed, if that is not larger than with every position stored; else it stays dense.

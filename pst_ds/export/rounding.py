@@ -17,7 +17,8 @@ from pst_ds.export.encoding import Encoding
 from pst_ds.export.manifest import DENSE, ExportError
 from pst_ds.export.plan import PlannedTensor, TensorValues
 from pst_ds.nn.embedding import PSTEmbedding
-from pst_ds.nn.model_structure import is_inside_block, router_names, untied_linear_layers
+from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.model_structure import is_inside_block, is_linear, router_names, untied_linear_layers
 
 
 def grids(model: nn.Module, encoding: Encoding) -> dict[str, Grid]:
@@ -55,6 +56,11 @@ def embedding_tables(model: nn.Module) -> dict[str, nn.Parameter]:
     if isinstance(output, nn.Linear):
         found.append(output)
     return _named(model, {id(module.get_parameter("weight")) for module in found})
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers of ``model``, pruned ones among them."""
+    return [name for name, module in model.named_modules() if is_linear(module) or isinstance(module, PSTLinear)]
 
 
 def _named(model: nn.Module, chosen: Container[int]) -> dict[str, nn.Parameter]:

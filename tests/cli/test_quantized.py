@@ -113,6 +113,17 @@ def test_wrong_words_are_one_message_and_nothing_is_written(folders, tmp_path, c
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_for_compressed_tensors_is_checked_but_not_computed_with(folders, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    words = ["export", str(folders / "run"), "--out", out, "--format", "compressed-tensors", "--values", "int8"]
+    assert main(words) == 0
+    said, printed = said_by(capsys, "verify", out)
+    assert said["kind"] == "compressed-tensors"
+    assert "14 packed as compressed-tensors" in printed
+    assert main(["verify", out, "--against", str(folders / "run")]) == 2
+    assert "compares the same codes in a folder of --format dense" in capsys.readouterr().err
+
+
 def test_unknown_values_are_named(folders, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["export", str(folders / "run"), "--out", str(tmp_path / "out"), "--values", "int3"])

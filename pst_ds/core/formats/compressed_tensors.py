@@ -1,0 +1,108 @@
+"""Dense matrices of codes in the layout that compressed-tensors calls "pack-quantized": vLLM and transformers read it.
+
+Described in the library's source (compressed_tensors/compressors/pack_quantized, version 0.20): codes as unsigned
+numbers, 128 or 8 added, side by side from the lowest bit of each int32 on; a row begins with an int32 of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.formats.parts import MAX_BYTES, FormatError, Part
+from pst_ds.core.formats.quantized import QuantizedFormat
+from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE
+from pst_ds.core.quantization import Grid, dequantize
+from pst_ds.core.quantization.scales import RULE_OF_SCALES, SCALE_DTYPE, first_bad_scale
+
+
+class CompressedTensorsFormat(QuantizedFormat):
+    """``weight_packed`` (O, ceil(I bits / 32)) int32, ``weight_scale`` (O, groups) bf16, ``weight_shape`` (2,)."""
+
+    values_name = "weight_packed"
+
+    def __init__(self, grid: Grid):
+        super().__init__(DENSE, grid)
+        self.packing, self.name = COMPRESSED_TENSORS, f"{COMPRESSED_TENSORS} {grid.values}"
+        self.part_names = ("weight_packed", "weight_scale", "weight_shape")
+        self.value_dtypes = (torch.int32,)
+
+    def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
+        """Neither ``nonzero`` nor ``dtype`` is looked at."""
+        rows, columns = shape
+        try:
+            groups = self.grid.num_groups(columns)
+        except ValueError as error:
+            raise FormatError(str(error)) from None
+        return {
+            "weight_packed": (torch.int32, (rows, -(-columns * self.grid.bits // 32))),
+            "weight_scale": (SCALE_DTYPE, (rows, groups)),
+            "weight_shape": (torch.int64, (2,)),
+        }
+
+    def pack_codes(self, codes: Tensor, scales: Tensor, keep: Tensor, name: str = "") -> dict[str, Tensor]:
+        raw = (codes.to(torch.int16) + (self.grid.largest + 1)).to(torch.uint8)
+        if self.grid.bits == 4:
+            raw = torch.nn.functional.pad(raw, (0, raw.shape[1] % 2))
+            raw = raw[:, ::2] | raw[:, 1::2] << 4
+        words = torch.nn.functional.pad(raw, (0, -raw.shape[1] % 4)).contiguous()
+        return {
+            "weight_packed": words.view(torch.int32),
+            "weight_scale": scales,
+            "weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
+        }
+
+    def unpack_codes(self, parts: Mapping[str, Tensor]) -> Tensor:
+        raw = self._raw(parts["weight_packed"].detach().cpu(), int(parts["weight_shape"][1]))
+        return (raw.to(torch.int16) - (self.grid.largest + 1)).to(torch.int8)
+
+    def _raw(self, words: Tensor, columns: int) -> Tensor:
+        """The unsigned codes, (O, I) uint8."""
+        raw = words.contiguous().view(torch.uint8)
+        if self.grid.bits == 4:
+            raw = torch.stack([raw & 15, raw >> 4], -1).flatten(1)
+        return raw[:, :columns]
+
+    def check(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int] | None = None) -> tuple[int, int]:
+        if set(parts) != set(self.part_names):
+            known, found = ", ".join(self.part_names), ", ".join(parts)
+            raise FormatError(f"{name}: {self.name} has the parts {known}, found {found}")
+        said = parts["weight_shape"]
+        if said.dtype != torch.int64 or tuple(said.shape) != (2,):
+            found = f"{said.dtype} of shape {tuple(said.shape)}"
+            raise FormatError(f"{name}: weight_shape must be int64 of shape (2,), found {found}")
+        rows, columns = said.tolist()
+        if rows < 0 or columns < 0 or max(rows, 1) * max(columns, 1) > MAX_BYTES:
+            raise FormatError(f"{name}: no matrix has the shape {(rows, columns)}")
+        if shape is not None and (rows, columns) != tuple(shape):
+            raise FormatError(f"{name}: its shape is {(rows, columns)}, and {tuple(shape)} is needed")
+        try:
+            expected = self.parts((rows, columns), 0, torch.bfloat16)
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from None
+        for part, (dtype, dims) in expected.items():
+            if parts[part].dtype != dtype or tuple(parts[part].shape) != dims:
+                raise FormatError(
+                    f"{name}: {part} of a {rows} x {columns} matrix is {dtype} of shape {dims}, found "
+                    f"{parts[part].dtype} of shape {tuple(parts[part].shape)}"
+                )
+        bad = first_bad_scale(parts["weight_scale"], self.grid)
+        if bad is not None:
+            value = float(parts["weight_scale"].flatten()[bad])
+            raise FormatError(f"{name}: weight_scale {bad} is {value:g}; {RULE_OF_SCALES}")
+        if columns:
+            self._refuse_codes(name, parts["weight_packed"].cpu(), columns)
+        return rows, columns
+
+    def _refuse_codes(self, name: str, words: Tensor, columns: int) -> None:
+        raw = self._raw(words, words.shape[1] * 32 // self.grid.bits)
+        least = -self.grid.largest - 1
+        for what, wrong in ((f"the code {least}", raw[:, :columns] == 0), ("a bit beyond it", raw[:, columns:] != 0)):
+            if wrong.any():
+                row = int(wrong.any(1).to(torch.uint8).argmax())
+                raise FormatError(f"{name}: weight_packed has {what} in row {row}")
+
+    def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
+        return dequantize(self.unpack_codes(parts), parts["weight_scale"], dtype or torch.float32)

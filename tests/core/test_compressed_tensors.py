@@ -1,0 +1,83 @@
+"""The layout "pack-quantized" of compressed-tensors: against numpy, against the library if it is there, damaged."""
+
+import numpy as np
+import pytest
+import torch
+
+from pst_ds.core.formats import FormatError, packed_format
+from pst_ds.core.quantization import Grid, dequantize, quantize
+
+GRIDS = [Grid(8), Grid(8, 32), Grid(4), Grid(4, 32)]
+
+
+def made(grid, shape=(5, 64), seed=0):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    weight[:, ::3] = 0.0
+    return weight, packed_format("compressed-tensors", grid).pack(weight)
+
+
+def by_numpy(parts, bits):
+    """Codes of the description: unsigned, side by side from the lowest bit of each word on."""
+    rows, columns = parts["weight_shape"].tolist()
+    words = parts["weight_packed"].numpy().view(np.uint32).astype(np.uint64)
+    shifts = np.arange(0, 32, bits, dtype=np.uint64)
+    raw = (words[:, :, None] >> shifts & np.uint64(2**bits - 1)).reshape(rows, -1)
+    assert not raw[:, columns:].any()
+    return raw[:, :columns].astype(np.int64) - 2 ** (bits - 1)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("columns", [32, 64, 96, 37])
+def test_words_are_those_of_the_description(grid, columns):
+    if grid.group and columns % grid.group:
+        return
+    form = packed_format("compressed-tensors", grid)
+    weight, parts = made(grid, (5, columns))
+    codes, scales = quantize(weight, None, grid)
+    assert np.array_equal(by_numpy(parts, grid.bits), codes.numpy())
+    assert torch.equal(parts["weight_scale"], scales)
+    assert form.check("w", parts, (5, columns)) == (5, columns)
+    assert torch.equal(form.unpack_codes(parts), codes)
+    assert torch.equal(form.unpack(parts), dequantize(codes, scales))
+    sizes = form.parts((5, columns), 0, torch.bfloat16)
+    assert {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()} == sizes
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_the_library_reads_them(grid):
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    weight, parts = made(grid)
+    codes, _ = quantize(weight, None, grid)
+    assert torch.equal(helpers.pack_to_int32(codes, grid.bits), parts["weight_packed"])
+    assert torch.equal(helpers.unpack_from_int32(parts["weight_packed"], grid.bits, weight.shape), codes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda parts: parts.pop("weight_scale"), "has the parts weight_packed, weight_scale, weight_shape, found"),
+        (lambda parts: parts.update(weight_shape=torch.tensor([5.0, 64.0])), "weight_shape must be int64"),
+        (lambda parts: parts.update(weight_shape=torch.tensor([-5, 64])), "no matrix has the shape"),
+        (lambda parts: parts.update(weight_shape=torch.tensor([5, 96])), "weight_packed of a 5 x 96 matrix"),
+        (lambda parts: parts.update(weight_packed=parts["weight_packed"].short()), "is torch.int32 of shape"),
+        (lambda parts: parts["weight_packed"][2].zero_(), "weight_packed has the code -8 in row 2"),
+        (lambda parts: parts["weight_scale"][3].fill_(0.0), "weight_scale 3 is 0; scales are at least"),
+        (lambda parts: parts["weight_scale"][3].fill_(float("nan")), "weight_scale 3 is nan"),
+    ],
+)
+def test_each_rule_broken_once_is_refused_by_name(change, message):
+    form = packed_format("compressed-tensors", Grid(4))
+    _, parts = made(Grid(4))
+    change(parts)
+    with pytest.raises(FormatError, match=f"^w: .*{message}"):
+        form.check("w", parts)
+
+
+def test_bits_beyond_a_row():
+    form = packed_format("compressed-tensors", Grid(8))
+    _, parts = made(Grid(8), (3, 37))
+    parts["weight_packed"][1, -1] |= 1 << 30
+    with pytest.raises(FormatError, match="weight_packed has a bit beyond it in row 1"):
+        form.check("w", parts)
+    with pytest.raises(FormatError, match=r"its shape is \(3, 37\), and \(37, 3\) is needed"):
+        form.check("w", made(Grid(8), (3, 37))[1], (37, 3))
