@@ -20,19 +20,23 @@ from pst_ds.nn.embedding import PSTEmbedding
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.model_structure import is_inside_block, is_linear, router_names, untied_linear_layers
 
+LEAST_ROWS = 16
+"""Smaller tables, such as those of two kinds of sentences, would save nothing, and are added to every token."""
+
 
 def grids(model: nn.Module, encoding: Encoding) -> dict[str, Grid]:
     """Return the grid of every weight of ``model`` that is rounded, by its names in the model and in its files.
 
     ``values`` are for the linear layers inside the blocks, but routers of experts, which are small and decide;
-    ``embeddings`` for embedding tables outside of them and for the output layer. Parameters with names in the files of
-    their own have both names. Pruned layers are rounded wherever they are: the caller knows them.
+    ``embeddings`` for embedding tables of some rows outside of them and for the output layer. A parameter with a name
+    of its own in the files has both. Pruned layers are rounded wherever they are: the caller knows them.
     """
     if not encoding.is_quantized:
         return {}
     chosen: dict[int, Grid] = {}
     if encoding.embeddings:
-        chosen = {id(table): encoding.embeddings for table in embedding_tables(model).values()}
+        tables = embedding_tables(model).values()
+        chosen = {id(table): encoding.embeddings for table in tables if table.shape[0] >= LEAST_ROWS}
     if encoding.values:
         routers = router_names(model)
         for name, module in untied_linear_layers(model).items():

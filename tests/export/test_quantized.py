@@ -207,7 +207,7 @@ def test_another_folder_with_zeros_is_rounded(tmp_path, values, embeddings):
     model.save_pretrained(tmp_path / "model")
     said = export_folder(tmp_path / "model", tmp_path / "out", packing="bitmask", values=values, embeddings=embeddings)
     found = by_numpy(_stored(tmp_path / "out"))
-    tables = {f"bert.embeddings.{name}_embeddings" for name in ("word", "position", "token_type")}
+    tables = {f"bert.embeddings.{name}_embeddings" for name in ("word", "position")}  # token_type has two rows
     blocks = {
         name.removesuffix(".weight") for name, p in model.named_parameters() if ".layer." in name and p.dim() == 2
     }
