@@ -9,9 +9,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CubicSchedule": "core.schedule",
+    "Grid": "core.quantization.grid",
     "MaskUpdater": "masks.updater",
     "OneShotSchedule": "core.schedule",
     "PSTConfig": "config.pst",
+    "RoundingSchedule": "core.schedule",
     "inject_pst": "nn.inject",
     "load_pretrained": "checkpoint.adapter",
     "merge_and_unload": "nn.merge",
@@ -29,8 +31,10 @@ if TYPE_CHECKING:
     from pst_ds.checkpoint.adapter import load_pretrained as load_pretrained
     from pst_ds.checkpoint.adapter import save_pretrained as save_pretrained
     from pst_ds.config.pst import PSTConfig as PSTConfig
+    from pst_ds.core.quantization.grid import Grid as Grid
     from pst_ds.core.schedule import CubicSchedule as CubicSchedule
     from pst_ds.core.schedule import OneShotSchedule as OneShotSchedule
+    from pst_ds.core.schedule import RoundingSchedule as RoundingSchedule
     from pst_ds.masks.updater import MaskUpdater as MaskUpdater
     from pst_ds.nn.adapter_checkpoints import adapter_checkpoints as adapter_checkpoints
     from pst_ds.nn.inject import inject_pst as inject_pst

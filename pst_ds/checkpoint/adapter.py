@@ -1,7 +1,8 @@
 """The adapter state of a trained model in a folder, as PEFT has it: what is to be put onto the base model.
 
     pst_config.json               the PSTConfig, the base model and its fingerprint, where in its schedule training was
-    pst_model.safetensors         fp32 values of everything trained, the bits of every mask, and the buffers
+    pst_model.safetensors         fp32 values of everything trained, the bits of every mask, the scales of layers that
+                                  are rounded, and the buffers
     model.safetensors.index.json  names the file above, for Trainer.train(resume_from_checkpoint=...)
 
 ``from_pretrained`` of such a folder is an error, not a model with random weights: it has no config.json, and the
@@ -24,12 +25,13 @@ from torch import Tensor, nn
 
 from pst_ds import __version__
 from pst_ds.atomic_files import file_sha256, write_bytes_atomic, write_text_atomic
-from pst_ds.checkpoint.restore import base_fingerprint, is_of_hub, same_base, weight_scales
+from pst_ds.checkpoint.restore import base_fingerprint, grid_numbers, is_of_hub, same_base, weight_scales
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.core.bits import count_bits, relayout
+from pst_ds.core.quantization import Grid, bytes_of_scales, scales_of_bytes
 from pst_ds.errors import InputError
 from pst_ds.nn import inject
-from pst_ds.nn.adapter_checkpoints import MASK_BITS, write_mask
+from pst_ds.nn.adapter_checkpoints import MASK_BITS, SCALES, write_bytes, write_mask
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import all_gather_objects, is_main
 from pst_ds.parallel.steps import unwrapped
@@ -108,8 +110,9 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
     config = _pst_config(saved["pst_config"], folder)
     if inject.pst_layers(model):
         _require_formula(inject.injected_config(model), config, folder)
+        _require_grid(model, saved, folder)
     else:
-        inject.inject_pst(model, config)
+        inject.inject_pst(model, config, grid=_grid(saved, folder))
     also_trained = set(saved.get("also_trained", ()))
     for name, param in model.named_parameters():
         if name in also_trained:
@@ -127,8 +130,11 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
         for name, layer in inject.pst_layers(model).items():
             write_mask(layer, tensors[f"{name}.{MASK_BITS}"])
             layer.weight_scales = tuple(saved["weight_scales"][name])
+            if layer.pst_scales is not None:
+                write_bytes(layer.pst_scales, bytes_of_scales(tensors[f"{name}.{SCALES}"]))
     if saved["masks_frozen"]:
         inject.freeze_scores(model)
+    inject.round_weights(model, rounds=bool(saved.get("rounds")))
     return model
 
 
@@ -136,7 +142,7 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
 def adapter_state(
     model: nn.Module, gathered: Mapping[str, Tensor] | None = None, *, keep: bool | None = None
 ) -> dict[str, Tensor]:
-    """Return the tensors of pst_model.safetensors: fp32 :func:`adapter_parameters`, one-shard masks, buffers.
+    """Return the tensors of pst_model.safetensors: fp32 :func:`adapter_parameters`, one-shard masks, scales, buffers.
 
     The values are the optimizer's masters where it has some, or those of ``gathered``, a state dict of the whole model.
     Where ``keep`` is false, by default on all ranks but 0, the dict is empty. Collective under DeepSpeed, except with
@@ -160,6 +166,12 @@ def adapter_state(
                 bits = relayout(whole.detach().cpu(), layer.layout.numel, layer.num_shards, 1) if keep else whole
         if keep:
             tensors[key] = bits
+        if layer.stored_grid is not None and layer.pst_scales is not None:
+            with zero3.gathered([layer.pst_scales] if gathered is None else []):
+                whole = layer.pst_scales if gathered is None else gathered[f"{name}.{SCALES}"]
+                if keep:
+                    scales = scales_of_bytes(whole.detach(), layer.stored_grid.shape)
+                    tensors[f"{name}.{SCALES}"] = scales.to("cpu", copy=True)
     return tensors
 
 
@@ -187,6 +199,8 @@ def write_adapter_state(
         "sparsity": 1.0 - kept / sum(layer.layout.numel for layer in layers.values()),
         "masks_frozen": not any(layer.scores_train for layer in layers.values()),
         "weight_scales": weight_scales(model),
+        "grid": grid_numbers(model),
+        "rounds": any(layer.rounds for layer in layers.values()),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     index = {"metadata": _NOTE, "weight_map": dict.fromkeys(tensors, WEIGHTS_FILE)}
@@ -227,6 +241,25 @@ def _pst_config(table: dict[str, Any], folder: Path) -> PSTConfig:
         return PSTConfig(**values)
     except (TypeError, ValueError, AttributeError) as error:
         raise PretrainedError(f"{folder / CONFIG_FILE}: pst_config cannot be read: {error}") from None
+
+
+def _grid(saved: dict[str, Any], folder: Path) -> Grid | None:
+    """The grid that the saved model rounds to; a folder may be older than grids."""
+    try:
+        numbers = saved.get("grid")
+        return None if numbers is None else Grid(numbers[0], numbers[1] or None)
+    except (TypeError, ValueError, LookupError) as error:
+        raise PretrainedError(f"{folder / CONFIG_FILE}: grid cannot be read: {error}") from None
+
+
+def _require_grid(model: nn.Module, saved: dict[str, Any], folder: Path) -> None:
+    grid, own = _grid(saved, folder), grid_numbers(model)
+    if own != (None if grid is None else (grid.bits, grid.group or 0)):
+        said = f"rounds to {grid}" if grid else "rounds nothing"
+        raise PretrainedError(
+            f"{folder / CONFIG_FILE} {said}, and the model was injected with another grid: it would compute something "
+            "else. Load onto the base model"
+        )
 
 
 def _require_formula(own: PSTConfig, saved: PSTConfig, folder: Path) -> None:
@@ -300,6 +333,8 @@ def _require_fit(model: nn.Module, tensors: dict[str, Tensor], saved: dict[str, 
     wanted = {name: tuple(zero3.full_shape(param)) for name, param in inject.adapter_parameters(model)}
     for name, layer in inject.pst_layers(model).items():
         wanted[f"{name}.{MASK_BITS}"] = (-(-layer.layout.numel // 8),)
+        if layer.stored_grid is not None:
+            wanted[f"{name}.{SCALES}"] = layer.stored_grid.shape
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wanted |= {name: tuple(buffer.shape) for name, buffer in inject.persistent_buffers(model).items() if name in shapes}
     for name in sorted(wanted.keys() | shapes.keys()):

@@ -162,13 +162,24 @@ class OneShotSchedule:
 
 @dataclass(frozen=True, slots=True)
 class RoundingSchedule:
-    """From when on weights are rounded to a grid, and when its scales are searched anew."""
+    """From when on weights are rounded to a grid, and when its scales are searched anew.
+
+    Args:
+        start: the first step after which they are rounded.
+        interval: optimizer steps between two searches.
+        num_steps: optimizer steps of the whole run; after the last none is made.
+
+    Raises:
+        ValueError: steps that leave none to round.
+    """
 
     start: int
-    """The first step after which they are rounded."""
     interval: int
-    """Optimizer steps between two searches."""
     num_steps: int
+
+    def __post_init__(self) -> None:
+        _require(self.interval >= 1, "interval", self.interval, "at least 1")
+        _require(0 <= self.start < self.num_steps, "start", self.start, f"in [0, num_steps = {self.num_steps})")
 
     def rounds_at(self, step: int) -> bool:
         """Return whether weights are rounded from ``step`` on."""

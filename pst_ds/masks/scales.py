@@ -28,12 +28,14 @@ from pst_ds.core.quantization import (
 )
 from pst_ds.core.scores import sliced_weight
 from pst_ds.core.units import unit_tiles
-from pst_ds.masks.layer_scores import TILE_ELEMENTS, whole_factors, with_contiguous_columns
+from pst_ds.masks.layer_scores import whole_factors, with_contiguous_columns
 from pst_ds.nn.inject import pst_layers, shortened
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_max, group_sum
 
+_TILE_ELEMENTS = {"cpu": 1 << 18}
+"""Weights that are searched at a time; more than are scored at a time, for a search makes some 400 calls."""
 _BATCH_WEIGHTS, _BATCH_SCALES = 1 << 24, 1 << 22
 """Weights of cut groups that a rank holds at a time, and scales that travel at a time: layers are taken in batches."""
 
@@ -133,7 +135,7 @@ class _ShardWeights:
 
     def whole_groups(self) -> Iterator[tuple[Rect, Tensor]]:
         """(rectangle, its groups as rows, fp32) of what this shard holds whole."""
-        size = TILE_ELEMENTS.get(self.device.type, TILE_ELEMENTS["cuda"])
+        size = _TILE_ELEMENTS.get(self.device.type, 1 << 24)
         for matrix in self.layout.matrices():
             for rect in unit_tiles(matrix.rect, self.stored.unit, self.row_length, *self.whole, size):
                 yield rect, self.stored.grouped(self._masked(matrix, rect))

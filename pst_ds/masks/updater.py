@@ -10,10 +10,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pst_ds.config.pst import PSTConfig
-from pst_ds.core.schedule import Schedule
+from pst_ds.core.schedule import RoundingSchedule, Schedule
 from pst_ds.errors import InputError
+from pst_ds.masks.scales import RoundingStats, update_scales
 from pst_ds.masks.update import MaskStats, mask_stats, masks_of_zeros, update_masks
-from pst_ds.nn.inject import freeze_scores, injected_config, layers_never_called, pst_layers, shortened
+from pst_ds.nn.inject import (
+    freeze_scores,
+    injected_config,
+    layers_never_called,
+    pst_layers,
+    round_weights,
+    shortened,
+)
 from pst_ds.nn.model_structure import is_inside_block
 from pst_ds.nn.targets import listed
 from pst_ds.parallel.engine import Engine
@@ -65,24 +73,34 @@ class MaskUpdater:
         schedule: when masks change, and how sparse they are then.
         step: optimizer steps applied so far, when a run is continued; or let accelerate save and load the updater
             (``register_for_checkpointing``).
+        rounding: when weights are rounded to the grid that ``inject_pst`` was given, and their scales searched; None
+            leaves them as they are.
 
     Raises:
-        InputError: ``inject_pst`` was not called on ``model``, or ``schedule`` lacks a method.
+        InputError: ``inject_pst`` was not called on ``model``, or ``schedule`` lacks a method; or ``rounding`` has no
+            grid, or begins while masks change.
     """
 
-    def __init__(self, model: nn.Module, schedule: Schedule, *, step: int = 0):
+    def __init__(
+        self, model: nn.Module, schedule: Schedule, *, step: int = 0, rounding: RoundingSchedule | None = None
+    ):
         _require_schedule(schedule)
-        self.schedule = schedule
+        self.schedule, self.rounding = schedule, rounding
         self._model = unwrapped(model)
         _require_pst(self._model)
+        _require_rounding_fits(self._model, schedule, rounding)
         new = self._begin() if step == 0 else None
         self.step = 0
         """Applied optimizer steps."""
         self.masks: MaskStats
         """Counts and checksum of the current masks."""
+        self.rounding_stats: RoundingStats | None = None
+        """What the last search for scales of this process found."""
         self._noted: int
         self.load_state_dict({"step": step})
         self.masks = new or self.masks
+        if step == 0:
+            self._update_scales_if_due()
 
     @property
     def is_final(self) -> bool:
@@ -117,6 +135,7 @@ class MaskUpdater:
         if step > self.step:
             self.step, new = step, update_masks_if_due(self._model, self.schedule, step)
             self.masks = new or self.masks
+            self._update_scales_if_due()
         _stop_scores(optimizer, self.is_final)
         return new
 
@@ -129,6 +148,14 @@ class MaskUpdater:
         self.step, self.masks = state["step"], mask_stats(self._model)
         self._noted = steps_noted()
         freeze_scores(self._model, frozen=self.is_final)
+        if self.rounding is not None:
+            round_weights(self._model, rounds=self.rounding.rounds_at(self.step))
+
+    def _update_scales_if_due(self) -> None:
+        """Search scales if they are due, and round from the first time on. Collective."""
+        if self.rounding is not None and self.rounding.updates_scales_at(self.step):
+            self.rounding_stats = update_scales(self._model)
+            round_weights(self._model)
 
     def _begin(self) -> MaskStats | None:
         """The masks before the first step."""
@@ -152,6 +179,20 @@ def _require_schedule(schedule: object) -> None:
         raise InputError(
             f"{type(schedule).__name__} is not a schedule: it lacks {', '.join(missing)}. Take "
             "pst_ds.CubicSchedule, or derive yours from it and give it a sparsity_at of its own"
+        )
+
+
+def _require_rounding_fits(model: nn.Module, schedule: Schedule, rounding: RoundingSchedule | None) -> None:
+    if rounding is None:
+        return
+    if not any(layer.stored_grid for layer in pst_layers(model).values()):
+        raise InputError(
+            "rounding has no grid to round to: call inject_pst(model, config, grid=Grid(bits=4, group=64))"
+        )
+    if not schedule.is_final(rounding.start):
+        raise InputError(
+            f"rounding.start = {rounding.start} is before the schedule's last mask update, and scales are those of the "
+            "weights that stay; begin once schedule.is_final(start)"
         )
 
 

@@ -16,6 +16,8 @@ from pst_ds.parallel.deepspeed_checkpoint import keep_frozen, leave_out_frozen
 MASK_BITS, MASK_SHARD = "pst_mask_bits", "pst_mask_shard"
 """Names of a mask in a state dict, where ``pst_mask`` itself is left out: the whole mask in the canonical one-shard
 form, and under ZeRO-3 this rank's shard."""
+SCALES, SCALES_SHARD = "pst_scales", "pst_scales_shard"
+"""Names of the bytes of a layer's scales in a state dict: whole, or under ZeRO-3 this rank's shard."""
 _HANDLES, _PREFIX = "pst_adapter_checkpoints", "pst_loading_prefix"
 
 
@@ -23,9 +25,10 @@ def adapter_checkpoints(model: nn.Module) -> None:
     """Leave the frozen base out of every checkpoint of ``model`` from now on.
 
     ``model.state_dict()`` then has what the config trains and what else has a gradient, each once, the masks as
-    ``NAME.pst_mask_bits`` and the buffers; ``load_state_dict`` takes such a dict, strictly too, and leaves the rest of
-    the model as it is. ``save_checkpoint`` of a DeepSpeed engine leaves the frozen parameters out; under ZeRO-3 every
-    rank then keeps its shard of each mask (``NAME.pst_mask_shard``), so such a checkpoint is loaded by as many ranks.
+    ``NAME.pst_mask_bits``, scales of rounded weights and the buffers; ``load_state_dict`` takes such a dict, strictly
+    too, and leaves the rest of the model as it is. ``save_checkpoint`` of a DeepSpeed engine leaves the frozen
+    parameters out; under ZeRO-3 every rank then keeps its shard of each mask (``NAME.pst_mask_shard``) and of the
+    scales, so such a checkpoint is loaded by as many ranks.
     Call it after ``inject_pst``, and after ``import deepspeed`` where that is used. What was saved
     without this call can still be loaded.
     """
@@ -56,6 +59,10 @@ def _leave_out(model: nn.Module, state_dict: dict[str, Any], prefix: str, _metad
             state_dict[f"{prefix}{name}.{MASK_SHARD}"] = own.clone()
         else:
             state_dict[f"{prefix}{name}.{MASK_BITS}"] = relayout(own, layer.layout.numel, layer.num_shards, 1)
+        if layer.pst_scales is not None:
+            state_dict.pop(f"{prefix}{name}.{SCALES}", None)
+            key = SCALES_SHARD if zero3.is_partitioned(layer.pst_scales) else SCALES
+            state_dict[f"{prefix}{name}.{key}"] = zero3.shard_of(layer.pst_scales).values.clone()
 
 
 def write_mask(layer: PSTLinear, bits: Tensor) -> None:
@@ -66,12 +73,19 @@ def write_mask(layer: PSTLinear, bits: Tensor) -> None:
     zero3.write_shard(layer.pst_mask, bits.to(layer.pst_mask.device))
 
 
+def write_bytes(param: nn.Parameter, data: Tensor) -> None:
+    """Write the whole bytes of a frozen parameter, or under ZeRO-3 those that this rank holds."""
+    own = zero3.shard_of(param)
+    zero3.write_shard(param, data[own.start : own.start + own.values.numel()].to(own.values.device))
+
+
 @torch.no_grad()
 def _load_masks(
     model: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any, _strict: bool, _missing: list[str],
     _unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
     setattr(model, _PREFIX, prefix)
+    _load_scales(model, state_dict, prefix, errors)
     for name, layer in pst_layers(model).items():
         own, mask_bytes = zero3.shard_of(layer.pst_mask).values, shard_bytes(layer.layout.numel, 1)
         bits = state_dict.pop(f"{prefix}{name}.{MASK_BITS}", None)
@@ -95,6 +109,25 @@ def _load_masks(
         state_dict[f"{prefix}{name}.pst_mask"] = layer.pst_mask.detach()  # itself, so that it is not missing
 
 
+def _load_scales(model: nn.Module, state_dict: dict[str, Any], prefix: str, errors: list[str]) -> None:
+    for name, layer in pst_layers(model).items():
+        param = layer.pst_scales
+        whole, shard = (state_dict.pop(f"{prefix}{name}.{key}", None) for key in (SCALES, SCALES_SHARD))
+        if param is None or (whole is None and shard is None):
+            continue
+        own = zero3.shard_of(param).values
+        if whole is not None and whole.numel() == zero3.full_numel(param):
+            write_bytes(param, whole)
+        elif shard is not None and shard.shape == own.shape:
+            zero3.write_shard(param, shard.to(own.device))
+        else:
+            errors.append(
+                f"{prefix}{name}.{SCALES} has other sizes than this model's: load it into the model that it was saved "
+                "from, on as many ranks"
+            )
+        state_dict[f"{prefix}{name}.{SCALES}"] = param.detach()  # itself, so that it is not missing
+
+
 def _forgive(model: nn.Module, incompatible: Any) -> None:
     """Drop the missing keys that are left out on purpose; they have the prefix of the wrappers."""
     prefix = vars(model).pop(_PREFIX, "")
@@ -104,5 +137,6 @@ def _forgive(model: nn.Module, incompatible: Any) -> None:
 
 def _names_left_out(model: nn.Module) -> set[str]:
     """Return the names of all parameters but those of an adapter state and the masks; tied ones with every name."""
-    kept = {name for name, _ in adapter_parameters(model)} | {f"{name}.pst_mask" for name in pst_layers(model)}
+    parts = [f"{name}.{part}" for name in pst_layers(model) for part in ("pst_mask", SCALES)]
+    kept = {name for name, _ in adapter_parameters(model)} | set(parts)
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - kept

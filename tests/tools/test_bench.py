@@ -213,6 +213,17 @@ def test_train_step_prints_its_object_and_goes_on_from_earlier_results(tmp_path)
 
 
 @pytest.mark.launcher
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rounding_prints_its_object(precision):
+    tiny = [*TINY_ARGUMENTS, "--hidden", "64", "--intermediate", "64"]
+    found = run_script("rounding", "--ranks", "1", "--repeats", "1", "--precision", precision, *tiny)
+    assert {"step", "cpu_step", "search"} <= set(found["rounded"])
+    assert "search" not in found["plain"]
+    step = found["rounded"]["step"] + found["rounded"]["search"] / 18
+    assert found["ratio"] == pytest.approx(step / found["plain"]["step"], rel=0.01)
+
+
+@pytest.mark.launcher
 def test_mask_update_prints_its_object():
     found = run_script("mask_update", "--ranks", "2", "--widths", "32", "--repeats", "1", "--no-share")
     assert {"gather_topk", "gather_kthvalue", "read"} <= set(found["ratios"])

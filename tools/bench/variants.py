@@ -62,12 +62,12 @@ def shape_of(arguments: argparse.Namespace, cls: type[AnyShape]) -> AnyShape:
     return cls(**{field.name: getattr(arguments, field.name) for field in fields(cls)})
 
 
-def zero3_settings(num_trainable: int) -> dict[str, Any]:
+def zero3_settings(num_trainable: int, dtype: torch.dtype = DTYPE) -> dict[str, Any]:
     """ds_configs/zero3_cpu.json for a batch of one micro-batch a rank; layers are gathered for the forward and again
     for the backward pass, as they are where a model is too large to stay gathered.
     """
     world = ranks.world_size()
-    numbers = RunNumbers(world, 1, 1, 0.0, True, min(num_trainable, MAX_BUCKET))
+    numbers = RunNumbers(world, 1, 1, 0.0, dtype == torch.bfloat16, min(num_trainable, MAX_BUCKET))
     settings = resolve_deepspeed_config(
         load_deepspeed_config(DS_CONFIG), numbers, source=str(DS_CONFIG), run_file="benchmark"
     )
@@ -84,11 +84,11 @@ def zero3_settings(num_trainable: int) -> dict[str, Any]:
 def zero3_engine(model: nn.Module) -> Engine:
     """``model`` in DeepSpeed's ZeRO-3 with torch's AdamW on fp32 masters. Collective."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    settings = zero3_settings(sum(map(zero3.full_numel, trained)))
+    settings = zero3_settings(sum(map(zero3.full_numel, trained)), trained[0].dtype)
     return build_engine(model, [{"params": trained, "lr": LEARNING_RATE}], ds_config=settings)
 
 
-def random_llama(shape: Shape, **more: Any) -> nn.Module:
+def random_llama(shape: Shape, dtype: torch.dtype = DTYPE, **more: Any) -> nn.Module:
     """A Llama with random weights, built under ``zero.Init``: no rank holds it whole. Collective."""
     from transformers import AutoModelForCausalLM, LlamaConfig
     from transformers.integrations import HfDeepSpeedConfig
@@ -105,8 +105,8 @@ def random_llama(shape: Shape, **more: Any) -> nn.Module:
         use_cache=False,
         **more,
     )
-    keep_alive = HfDeepSpeedConfig(zero3_settings(MAX_BUCKET))  # transformers finds it through a weak reference
-    model = AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation=shape.attention)
+    keep_alive = HfDeepSpeedConfig(zero3_settings(MAX_BUCKET, dtype))  # transformers finds it through a weak reference
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=shape.attention)
     del keep_alive
     if shape.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
