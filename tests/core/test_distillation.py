@@ -29,8 +29,9 @@ def test_loss_and_gradient(temperature, weight, rows, classes):
     found = distilled_loss(student, teacher, targets, weight, temperature)
     (found * 0.5).backward()
     loss, grad = reference(student.detach(), teacher, targets, weight, temperature)
-    assert float(found.detach()) == pytest.approx(loss, rel=1e-4)  # sums of half a million in fp32
-    assert float((student.grad.double() - 0.5 * grad).norm()) <= 1e-4 * float(grad.norm())
+    rounding = 1e-4 if classes < 1 << 20 else 1e-3  # torch sums a row in fp32, in as few lanes as the processor has
+    assert float(found.detach()) == pytest.approx(loss, rel=rounding)
+    assert float((student.grad.double() - 0.5 * grad).norm()) <= rounding * float(grad.norm())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
