@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,24 @@ def round_model(masked: nn.Module, folder: str) -> dict[str, Tensor]:
     """Round the weights of ``masked`` that the export in ``folder`` has on a grid; return them by name.
 
     The masks stay, and updates become part of the weights. Scales are searched anew: nothing is taken from the folder
-    but which tensors are rounded to what, and the dtype that they had before. Raises ExportError.
+    but which tensors are rounded to what, and the dtype that they had before. Layers that rounded in training stay as
+    they are. Raises ExportError.
     """
     entries, about = read_manifest(Path(folder))
     by_name, encoding = {entry.name: entry for entry in entries}, encoding_by(about)
     rounded = {}
     for name, layer in pst_layers(masked).items():
-        if encoding.values is not None:
+        if layer.rounds:
+            rounded[f"{name}.weight"] = layer.masked_weight()
+        elif encoding.values is not None:
             weight = layer.masked_weight()
             oriented = weight.t().contiguous() if layer.layout.transposed else weight
             oriented = _rounded(oriented, encoding.values, by_name.get(f"{name}.weight"))
             _settle(layer, oriented.t() if layer.layout.transposed else oriented)
             rounded[f"{name}.weight"] = layer.masked_weight()
     embeddings = pst_embeddings(masked)
+    if any(layer.rounds for layer in pst_layers(masked).values()):
+        encoding = replace(encoding, values=None)  # what training left as it is stays so in the file
     for name, grid in grids(masked, encoding).items():
         owner = name.removesuffix(".weight")
         if owner in embeddings:

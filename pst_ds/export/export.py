@@ -14,7 +14,7 @@ from torch import nn
 
 from pst_ds.atomic_files import atomic_folder, file_sha256, require_writable
 from pst_ds.checkpoint.format import Checkpoint
-from pst_ds.core.packings import COMPRESSED_TENSORS
+from pst_ds.core.packings import COMPRESSED_TENSORS, QUANTIZED_PACKINGS
 from pst_ds.core.quantization import Grid
 from pst_ds.data.vocabulary import Vocabulary
 from pst_ds.export import manifest
@@ -69,11 +69,12 @@ def export_run(
     files and the checkpoint. Pruned tensors have the values the masked model multiplied with, +0.0 where pruned; other
     tensors are the base model's bytes, or were trained. ``dtype`` ("bf16", "fp32") casts all of them instead.
     ``packing``: "dense", or a format that pruned weights are packed in. ``values`` and ``embeddings``: the grids that
-    linear layers and embeddings are rounded to; None leaves them. ``vocabulary``: ``tokenizer`` with fewer tokens, of
+    linear layers and embeddings are rounded to; None leaves them, but for the layers of a run that rounds: they have
+    its codes and scales unless ``dtype`` asks for plain values. ``vocabulary``: ``tokenizer`` with fewer tokens, of
     which the rows alone are written; None: all. ``run``: the resolved run file, to be kept. Raises ExportError, and
     WorkerError when one of several ``processes`` was killed.
     """
-    encoding = _encoding(packing, values, embeddings)
+    encoding = _encoding(packing, _trained_values(checkpoint, packing, values, dtype), embeddings)
     _require_free(out)
     base = BaseWeights(checkpoint.state.base_path, getattr(model, "base_model_prefix", ""))
     state = checkpoint.state
@@ -156,6 +157,22 @@ def _trimmed(contents: _Contents, model: nn.Module, tokenizer: Any, vocabulary: 
     kept = [before[old] for old in vocabulary.kept] if before else vocabulary.kept
     about = {**contents.about, "tokens_kept": kept}
     return replace(contents, jobs=jobs, source=source, about=about, write_beside=write_beside)
+
+
+def _trained_values(checkpoint: Checkpoint, packing: str, asked: Grid | None, dtype: str | None) -> Grid | None:
+    """Return the grid of the values: of a run that rounds its own, if the packing has codes. Raises ExportError."""
+    numbers = checkpoint.contents.grid
+    if not checkpoint.state.rounds or numbers is None:
+        return asked
+    trained = Grid(numbers[0], numbers[1] or None)
+    if asked is None:
+        return trained if dtype is None and packing in QUANTIZED_PACKINGS else None
+    if asked != trained:
+        raise ExportError(
+            f"values in {asked}, but {checkpoint.folder} was trained with weights in {trained}, and rounding them "
+            "again loses more: leave out --values and --group, or write plain numbers with --dtype"
+        )
+    return asked
 
 
 def _encoding(packing: str, values: Grid | None, embeddings: Grid | None) -> Encoding:

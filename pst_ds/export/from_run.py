@@ -111,7 +111,8 @@ class RunSource:
         if recipe.masked:
             merged.add_(0.0)  # a weight of -0.0 that the mask keeps becomes +0.0
         keep = mask_row_bits(mask, layout)
-        return TensorValues(merged, keep, pruned_per_matrix(keep, layout))
+        scales = None if rounding is None else rounding.scales_by_output.cpu()
+        return TensorValues(merged, keep, pruned_per_matrix(keep, layout), scales)
 
 
 def pruned_per_matrix(keep: Tensor, layout: WeightLayout) -> tuple[int, ...]:
@@ -141,7 +142,8 @@ class _Planner:
     ):
         self._model, self._checkpoint, self._base = model, checkpoint, base
         self._encoding, self._cast = encoding, None if dtype is None else DTYPES[dtype]
-        self._grids = grids(model, encoding)
+        # of a run that rounds, layers that it left as they are stay so: the file computes what was trained
+        self._grids = grids(model, replace(encoding, values=None) if checkpoint.state.rounds else encoding)
         self._layers, self._embeddings = pst_layers(model), pst_embeddings(model)
         self._linear = {name: module for name, module in model.named_modules() if is_linear(module)}
         self._buffers, self._keeps_rest = persistent_buffers(model), is_text_part(model, base.folder)

@@ -7,13 +7,16 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
+import pst_ds.hf  # noqa: F401 (teaches transformers the format)
 from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.cli.main import main
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
 from pst_ds.core.quantization import Rounding, dequantize, grid_of, quantize
 from pst_ds.errors import InputError
+from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.inject import pst_layers, round_weights
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.run import masked_model, prepare, prepare_single, train_run
@@ -29,6 +32,7 @@ METHODS = {
     "groups": ("quantization.group=32", 'pst.exclude_modules=["output.dense"]'),
     "2:4": ('pst.pattern="2:4"', "schedule.final_sparsity=0.5"),
 }
+PACKINGS = {"2:4": "2:4", "lora": "dense"}
 
 
 def _run(folder, *more):
@@ -60,28 +64,57 @@ def _checkpoint(folder, name="final"):
     ("method", "precision"), [*((method, "fp32") for method in METHODS), ("pst", "bf16"), ("int8", "bf16")]
 )
 def test_the_exported_file_computes_what_was_trained(tmp_path, method, precision):
-    """The dense export of a rounded run: its values are codes times scales, and those of the trained model's layers."""
-    folder = tmp_path / "run"
-    run = _trained(folder, *METHODS[method], f"train.precision={precision}")
+    """Codes and scales are those of the training, and loaded they are the trained model's weights."""
+    folder, out = tmp_path / "run", tmp_path / "out"
+    run, packing = _trained(folder, *METHODS[method], f"train.precision={precision}"), PACKINGS.get(method, "bitmask")
     checkpoint = _checkpoint(folder)
     grid = grid_of(run.quantization.values, run.quantization.group)
     assert checkpoint.state.rounds
     assert checkpoint.contents.grid == (grid.bits, grid.group or 0)
     model = masked_model(prepare_single(run, checkpoint), checkpoint)
-    assert main(["export", str(folder), "--checkpoint", "final", "--out", str(tmp_path / "out")]) == 0
-    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert main(["export", str(folder), "--checkpoint", "final", "--format", packing, "--out", str(out)]) == 0
+    (file,) = out.glob("*.safetensors")
+    stored = load_file(file)
+    loaded = AutoModelForSequenceClassification.from_pretrained(out, dtype=DTYPES[precision])
     for name, layer in pst_layers(model).items():
         trained, scales = layer.masked_weight().detach(), checkpoint.scales[name]
         assert torch.equal(layer.rounding().scales, scales)
+        assert torch.equal(stored[f"{name}.scales"], scales)
         codes, of_file = Rounding(layer.stored_grid, scales).codes(trained)
         assert torch.equal(dequantize(codes, of_file, trained.dtype), trained), name
-        assert torch.equal(exported[f"{name}.weight"].to(trained.dtype), trained), name
+        assert torch.equal(loaded.get_submodule(name).weight, trained), name
         round_weights(model, rounds=False)
         unrounded = layer.masked_weight().detach()
         round_weights(model)
         assert torch.equal(quantize(unrounded, None, grid, of_file)[0], codes), "codes of the weight before rounding"
         assert not torch.equal(unrounded, trained)
-        assert len(codes.unique()) <= 2 * grid.largest + 1
+
+
+def test_what_is_exported_of_a_run_that_rounds(tmp_path, capsys):
+    """Its own grid, another one, plain numbers, and layers that it did not round."""
+    run = _trained(tmp_path / "run", 'pst.exclude_modules=["output.dense"]')
+    export = ["export", str(tmp_path / "run"), "--checkpoint", "final", "--out"]
+    assert main([*export, str(tmp_path / "own"), "--embeddings", "int8"]) == 0
+    stored = load_file(tmp_path / "own" / "pst_dense.safetensors")
+    layers = set(_checkpoint(tmp_path / "run").scales)
+    assert {name.removesuffix(".codes") for name in stored if name.endswith("dense.codes")} <= layers
+    assert "bert.encoder.layer.0.output.dense.weight" in stored
+    assert "bert.embeddings.word_embeddings.codes" in stored
+    assert main(["verify", str(tmp_path / "own"), "--against", str(tmp_path / "run"), "--checkpoint", "final"]) == 0
+    assert main([*export, str(tmp_path / "plain"), "--dtype", "fp32"]) == 0
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    checkpoint = _checkpoint(tmp_path / "run")
+    model = masked_model(prepare_single(run, checkpoint), checkpoint)
+    for name, layer in pst_layers(model).items():
+        assert torch.equal(plain[f"{name}.weight"], layer.masked_weight()), name
+    assert main(["verify", str(tmp_path / "plain"), "--against", str(tmp_path / "run"), "--checkpoint", "final"]) == 0
+    assert main([*export, str(tmp_path / "csr"), "--format", "csr"]) == 0
+    assert main([*export, str(tmp_path / "same"), "--values", "int4", "--group", "row"]) == 0
+    capsys.readouterr()
+    assert main([*export, str(tmp_path / "other"), "--values", "int8"]) == 2
+    assert "trained with weights in int4, a scale for every row, and rounding them again" in capsys.readouterr().err
+    before = ["export", str(tmp_path / "run"), "--checkpoint", "step-00000003", "--out", str(tmp_path / "before")]
+    assert main([*before, "--values", "int8"]) == 0  # not rounded yet
 
 
 def test_it_rounds_once_masks_are_final_and_reports_what_is_lost(tmp_path):

@@ -95,14 +95,18 @@ class Rounding:
         )  # fmt: skip
         return weight
 
+    @property
+    def scales_by_output(self) -> Tensor:
+        """The scales as files have them, (O, groups)."""
+        return self.scales.t() if self.stored.layout.transposed else self.scales
+
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return what a file stores of a whole stored weight: codes (O, I) int8 and scales (O, groups) bf16.
 
         ``weight``: before it was rounded or after, which gives the same; :func:`dequantize` has it rounded.
         """
-        transposed = self.stored.layout.transposed
-        matrix, scales = (value.t() if transposed else value for value in (weight, self.scales))
-        return quantize(matrix, None, self.stored.grid, scales)
+        matrix = weight.t() if self.stored.layout.transposed else weight
+        return quantize(matrix, None, self.stored.grid, self.scales_by_output)
 
     def _round_in_torch(self, weight: Tensor, scales: Tensor, rect: Rect) -> None:
         for band in row_tiles(rect, _AT_A_TIME.get(weight.device.type, 1 << 22)):
