@@ -91,6 +91,11 @@ class Contents:
     scales: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Shape of each PST layer's scales as the weight is stored, in the order of the files' bytes; cut evenly."""
 
+    @property
+    def value_grid(self) -> Grid | None:
+        """The grid itself."""
+        return None if self.grid is None else Grid(self.grid[0], self.grid[1] or None)
+
 
 class Checkpoint:
     """A checkpoint opened for reading; its values are read from disk on request."""

@@ -161,10 +161,9 @@ def _trimmed(contents: _Contents, model: nn.Module, tokenizer: Any, vocabulary: 
 
 def _trained_values(checkpoint: Checkpoint, packing: str, asked: Grid | None, dtype: str | None) -> Grid | None:
     """Return the grid of the values: of a run that rounds its own, if the packing has codes. Raises ExportError."""
-    numbers = checkpoint.contents.grid
-    if not checkpoint.state.rounds or numbers is None:
+    trained = checkpoint.contents.value_grid
+    if not checkpoint.state.rounds or trained is None:
         return asked
-    trained = Grid(numbers[0], numbers[1] or None)
     if asked is None:
         return trained if dtype is None and packing in QUANTIZED_PACKINGS else None
     if asked != trained:

@@ -322,7 +322,7 @@ def _settings(run: RunConfig) -> dict[str, Any]:
     """Return the settings that TensorBoard compares runs by; neither data nor paths."""
     names = ("task", "method", "seed", "model.path", "model.dropout", "distillation.weight")
     settings = run_folder.flat_table(run).items()
-    return {k: v for k, v in settings if k in names or k.startswith(("pst.", "schedule.", "train."))}
+    return {k: v for k, v in settings if k in names or k.startswith(("pst.", "schedule.", "quantization.", "train."))}
 
 
 def _result(

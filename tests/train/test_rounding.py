@@ -108,6 +108,9 @@ def test_what_is_exported_of_a_run_that_rounds(tmp_path, capsys):
     for name, layer in pst_layers(model).items():
         assert torch.equal(plain[f"{name}.weight"], layer.masked_weight()), name
     assert main(["verify", str(tmp_path / "plain"), "--against", str(tmp_path / "run"), "--checkpoint", "final"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(checkpoint.folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rounded_to"] == "int4, a scale for every row"
     assert main([*export, str(tmp_path / "csr"), "--format", "csr"]) == 0
     assert main([*export, str(tmp_path / "same"), "--values", "int4", "--group", "row"]) == 0
     capsys.readouterr()

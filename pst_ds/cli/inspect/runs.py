@@ -93,6 +93,7 @@ def checkpoint_folder(path: Path) -> Inspection:
         "sparsity_requested": state.sparsity,
         **_held(checkpoint, layers),
         "masks_frozen": state.masks_frozen,
+        "rounded_to": str(checkpoint.contents.value_grid) if state.rounds else None,
         "metrics": state.metrics,
         "computed_in": state.precision,
         "device": state.device_type,

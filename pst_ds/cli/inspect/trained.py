@@ -12,7 +12,7 @@ from pst_ds.core.bits import count_bits
 from pst_ds.errors import InputError
 from pst_ds.export.manifest import read_table
 from pst_ds.export.tensor_files import TensorFile
-from pst_ds.nn.adapter_checkpoints import MASK_BITS
+from pst_ds.nn.adapter_checkpoints import MASK_BITS, SCALES
 
 _OUTPUTS, _INPUTS = "ARU", "BCV"
 """Factors with a row per output of their layer, and with a column per input."""
@@ -82,7 +82,8 @@ def adapter_state(path: Path) -> Inspection:
     if file_sha256(path / WEIGHTS_FILE) != table.get("sha256"):
         raise InputError(f"{path / WEIGHTS_FILE} is damaged: its SHA-256 is not the one in {CONFIG_FILE}")
     file, ending = TensorFile(path / WEIGHTS_FILE), f".{MASK_BITS}"
-    trained = {name: slot.shape for name, slot in file.slots.items() if not name.endswith(ending)}
+    frozen = ending, f".{SCALES}"
+    trained = {name: slot.shape for name, slot in file.slots.items() if not name.endswith(frozen)}
     masks = {}
     for name in file.slots:
         if name.endswith(ending):
@@ -92,7 +93,7 @@ def adapter_state(path: Path) -> Inspection:
     config = table.get("pst_config") or {}
     pattern = "" if config.get("overrides") else str(config.get("pattern", ""))
     layers = trained_layers(trained, masks, lambda name: pattern, 4)
-    known = ["step", "sparsity", "masks_frozen", "dtype", "base_model_name_or_path", "base_fingerprint"]
+    known = ["step", "sparsity", "masks_frozen", "rounds", "dtype", "base_model_name_or_path", "base_fingerprint"]
     known += ["pst_ds_version"]
     facts = {**{key: table.get(key) for key in known}, **totals(layers), "pattern": config.get("pattern")}
     facts["file_bytes"] = (path / WEIGHTS_FILE).stat().st_size
