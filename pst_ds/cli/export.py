@@ -9,7 +9,7 @@ from typing import Any
 
 from pst_ds.cli.main import add_quiet_argument, add_shard_argument, count, load_run_or_folder, main
 from pst_ds.config.toml import dump_run
-from pst_ds.core.packings import COMPRESSED_TENSORS, GROUPS, PACKINGS, VALUE_BITS, WHOLE_ROW
+from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF, GROUPS, PACKINGS, VALUE_BITS, WHOLE_ROW
 from pst_ds.errors import InputError
 
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of a run")
     parser.add_argument("--out", required=True, help="folder to write")
     text = "dense (default): zeros in a plain model folder; the packed ones load after import pst_ds.hf"
-    parser.add_argument("--format", choices=("dense", *PACKINGS, COMPRESSED_TENSORS), default="dense", help=text)
+    parser.add_argument("--format", choices=("dense", *PACKINGS, COMPRESSED_TENSORS, GGUF), default="dense", help=text)
     _add_value_arguments(parser)
     text = 'embed fewer tokens: those "seen" in a run\'s training and validation text, or in a FILE with a text a line'
     parser.add_argument("--vocabulary", metavar="seen|FILE", help=text)
@@ -45,6 +45,13 @@ def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     written = _written(args)
+    if args.format == GGUF:
+        changed = f"; fp16 holds {written['inexact_scales']} scales only nearly" if written["inexact_scales"] else ""
+        print(
+            f"wrote {args.out}: {written['rounded_tensors']} of {written['tensors']} tensors in blocks, "
+            f"{written['file_bytes']:,} bytes, {written['bits_per_weight']:.2f} bits a weight{changed}"
+        )
+        return written
     for name in written["stay_dense"][:4]:
         print(f"{name} stays dense: {args.format} cannot hold it, or would make it larger")
     if len(written["stay_dense"]) > 4:
@@ -121,7 +128,8 @@ def _storage(args: argparse.Namespace) -> dict[str, Any]:
     if on_a_grid:
         from pst_ds.core.quantization import grid_of
 
-        storage |= {name: grid_of(getattr(args, name), args.group) for name in on_a_grid}
+        group = args.group or ("32" if args.format == GGUF else None)
+        storage |= {name: grid_of(getattr(args, name), group) for name in on_a_grid}
     return storage
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, PACKINGS, QUANTIZED_PACKINGS, WHOLE_ROW
+from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, GGUF, PACKINGS, QUANTIZED_PACKINGS, WHOLE_ROW
 from pst_ds.core.quantization import Grid, grid_of
 
 QUANT_METHOD = "pst_ds"
@@ -40,6 +40,8 @@ class Encoding:
         if self.packing == COMPRESSED_TENSORS:
             if self.values is None or self.embeddings is not None:
                 raise ValueError(f"{COMPRESSED_TENSORS} holds linear layers of int8 or int4 values, and no embeddings")
+            return
+        if self.packing == GGUF:
             return
         if self.packing not in (DENSE, *PACKINGS):
             raise ValueError(f"format is one of {DENSE}, {', '.join(PACKINGS)}, got {self.packing!r}")

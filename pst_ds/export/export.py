@@ -14,7 +14,7 @@ from torch import nn
 
 from pst_ds.atomic_files import atomic_folder, file_sha256, require_writable
 from pst_ds.checkpoint.format import Checkpoint
-from pst_ds.core.packings import COMPRESSED_TENSORS, QUANTIZED_PACKINGS
+from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF, QUANTIZED_PACKINGS
 from pst_ds.core.quantization import Grid
 from pst_ds.data.vocabulary import Vocabulary
 from pst_ds.export import manifest
@@ -22,6 +22,7 @@ from pst_ds.export.base_weights import BaseWeights, is_text_part
 from pst_ds.export.encoding import Encoding
 from pst_ds.export.from_folder import CONFIG_FILE, FolderContents, copy_beside, open_folder, plan_folder
 from pst_ds.export.from_run import RunSource, plan_run
+from pst_ds.export.gguf import write_gguf
 from pst_ds.export.manifest import DENSE, MANIFEST_FILE, About, ExportError, JsonTable, TensorEntry
 from pst_ds.export.model_card import CARD_FILE, model_card
 from pst_ds.export.plan import SHARD_BYTES, PlannedFile, Source, TensorJob, plan_files, require_packed, require_space
@@ -68,14 +69,14 @@ def export_run(
     ``model`` gives names, shapes and the config; it may be on the meta device, since values come from the base model's
     files and the checkpoint. Pruned tensors have the values the masked model multiplied with, +0.0 where pruned; other
     tensors are the base model's bytes, or were trained. ``dtype`` ("bf16", "fp32") casts all of them instead.
-    ``packing``: "dense", or a format that pruned weights are packed in. ``values`` and ``embeddings``: the grids that
-    linear layers and embeddings are rounded to; None leaves them, but for the layers of a run that rounds: they have
-    its codes and scales unless ``dtype`` asks for plain values. ``vocabulary``: ``tokenizer`` with fewer tokens, of
-    which the rows alone are written; None: all. ``run``: the resolved run file, to be kept. Raises ExportError, and
-    WorkerError when one of several ``processes`` was killed.
+    ``packing``: "dense", a format that pruned weights are packed in, "compressed-tensors", or "gguf", one file.
+    ``values`` and ``embeddings``: the grids that linear layers and embeddings are rounded to; None leaves them, but for
+    the layers of a run that rounds: they have its codes and scales unless ``dtype`` asks for plain values.
+    ``vocabulary``: ``tokenizer`` with fewer tokens, of which the rows alone are written; None: all. ``run``: the
+    resolved run file, to be kept. Raises ExportError, and WorkerError when one of several ``processes`` was killed.
     """
     encoding = _encoding(packing, _trained_values(checkpoint, packing, values, dtype), embeddings)
-    _require_free(out)
+    _require_free(out, encoding)
     base = BaseWeights(checkpoint.state.base_path, getattr(model, "base_model_prefix", ""))
     state = checkpoint.state
 
@@ -107,6 +108,8 @@ def export_run(
     contents = _Contents(jobs, RunSource(checkpoint, base, model), about, linear_layers(model), write_beside)
     if vocabulary:
         contents = _trimmed(contents, model, tokenizer, vocabulary)
+    if packing == GGUF:
+        return about | write_gguf(contents.jobs, contents.source, model.config, tokenizer, out, encoding)
     return _write_folder(contents, out, encoding, shard_bytes, processes)
 
 
@@ -130,7 +133,7 @@ def export_folder(
     ``tokenizer`` with fewer tokens, whose rows alone are written. Raises ExportError and WorkerError.
     """
     encoding = _encoding(packing, values, embeddings)
-    _require_free(out)
+    _require_free(out, encoding)
     if out.resolve() == source.resolve():
         raise ExportError(f"{out} is the folder to read; name another with --out")
     folder = open_folder(source)
@@ -142,6 +145,11 @@ def export_folder(
     contents = _Contents(jobs, origin, about, linear_layers(folder.model), lambda beside: _copy_folder(folder, beside))
     if vocabulary:
         contents = _trimmed(contents, folder.model, tokenizer, vocabulary)
+    if packing == GGUF:
+        from transformers import AutoTokenizer
+
+        words = tokenizer if vocabulary else AutoTokenizer.from_pretrained(source, local_files_only=True)
+        return about | write_gguf(contents.jobs, contents.source, folder.model.config, words, out, encoding)
     return _write_folder(contents, out, encoding, shard_bytes, processes)
 
 
@@ -165,7 +173,7 @@ def _trained_values(checkpoint: Checkpoint, packing: str, asked: Grid | None, dt
     if not checkpoint.state.rounds or trained is None:
         return asked
     if asked is None:
-        return trained if dtype is None and packing in QUANTIZED_PACKINGS else None
+        return trained if dtype is None and packing in (*QUANTIZED_PACKINGS, COMPRESSED_TENSORS, GGUF) else None
     if asked != trained:
         raise ExportError(
             f"values in {asked}, but {checkpoint.folder} was trained with weights in {trained}, and rounding them "
@@ -187,8 +195,13 @@ def _copy_folder(folder: FolderContents, out: Path) -> None:
     (out / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _require_free(out: Path) -> None:
-    """``out`` must be free, an empty folder, or an older export."""
+def _require_free(out: Path, encoding: Encoding) -> None:
+    """``out`` must be free, an empty folder, or an older export; of GGUF a file name that is free or an older file."""
+    if encoding.packing == GGUF:
+        if out.suffix != ".gguf" or out.is_dir():
+            raise ExportError(f"{out.absolute()} is to be one file for llama.cpp; give --out a name that ends in .gguf")
+        require_writable(out, f"--out {out}")
+        return
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MANIFEST_FILE).is_file())):
         raise ExportError(f"{out.absolute()} exists and is not an export; name another folder with --out")
     require_writable(out, f"--out {out}")

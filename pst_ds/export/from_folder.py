@@ -20,7 +20,7 @@ from pst_ds.core.formats import (
     row_bits,
 )
 from pst_ds.core.formats.rows import row_counts
-from pst_ds.core.packings import COMPRESSED_TENSORS
+from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF
 from pst_ds.core.quantization import Grid
 from pst_ds.export import manifest
 from pst_ds.export.base_weights import BaseWeights, names_in_files
@@ -186,7 +186,7 @@ def plan_folder(folder: FolderContents, encoding: Encoding, dtype: str | None) -
         planned = _planned(folder, name, recipe, linear, cast).rounded(rounded.get(name))
         if encoding.packing == COMPRESSED_TENSORS:
             planned = planned.for_compressed_tensors()
-        elif planned.is_linear and encoding.packing != DENSE and planned.grid in (None, encoding.values):
+        elif planned.is_linear and encoding.packing not in (DENSE, GGUF) and planned.grid in (None, encoding.values):
             planned = _as_packed(source, recipe, planned, encoding)
         jobs.append(TensorJob((planned,), recipe))
     return jobs, source

@@ -15,7 +15,7 @@ from pst_ds.core.formats import mask_row_bits, packed_format
 from pst_ds.core.formats.rows import row_counts
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.low_rank_rows import updated_rows
-from pst_ds.core.packings import COMPRESSED_TENSORS
+from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF
 from pst_ds.core.quantization import Rounding, StoredGrid
 from pst_ds.core.scores import masked_weight, merged_weight
 from pst_ds.export.base_weights import BaseWeights, is_text_part, may_be_missing, names_in_files, saved_tensors
@@ -217,7 +217,7 @@ class _Planner:
         planned, packing = planned.rounded(grid), self._encoding.packing
         if packing == COMPRESSED_TENSORS:
             return planned.for_compressed_tensors()
-        if recipe.layer is None or packing == DENSE:
+        if recipe.layer is None or packing in (DENSE, GGUF):
             return planned
         keep = mask_row_bits(_reopened(self._checkpoint).masks[owner], recipe.layer[0])
         if not packed_format(packing, grid).accepts(keep, planned.matrix):

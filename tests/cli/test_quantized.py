@@ -124,6 +124,17 @@ def test_a_folder_for_compressed_tensors_is_checked_but_not_computed_with(folder
     assert "compares the same codes in a folder of --format dense" in capsys.readouterr().err
 
 
+def test_a_file_for_llama_cpp_needs_a_tokenizer_that_it_knows(folders, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    words = ["export", str(folders / "run"), "--format", "gguf", "--values", "int8", "--out"]
+    assert main([*words, str(tmp_path / "out")]) == 2
+    assert "give --out a name that ends in .gguf" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "out.gguf")]) == 2
+    said = capsys.readouterr().err
+    assert "weight has 60 inputs, and GGUF's blocks have 32" in said or "do not divide 60" in said or "BPE" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_unknown_values_are_named(folders, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["export", str(folders / "run"), "--out", str(tmp_path / "out"), "--values", "int3"])

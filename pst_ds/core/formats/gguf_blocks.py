@@ -1,0 +1,65 @@
+"""Blocks of 32 weights as GGUF stores them: Q8_0 and Q4_0, for values on a grid.
+
+As ggml's source has them (ggml-common.h): a block is its scale in fp16 and then 32 codes. Q8_0 has a byte each. Q4_0
+has 16 bytes; byte j holds code j plus 8 in its lower half and code j + 16 plus 8 in its upper one. A code of 0 is a
+weight of 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.quantization import Grid, nearest_codes, quantize
+
+BLOCK = 32
+_LEAST_HALF = 2.0**-24
+"""The smallest fp16 number."""
+
+
+def gguf_blocks(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor | None = None) -> tuple[Tensor, int]:
+    """Round a matrix to blocks: (uint8 (O, I / 32 * (34 or 18)), number of blocks whose scale fp16 holds only nearly).
+
+    ``weight``: (O, I) of any float dtype, on the CPU; 32 must divide I. ``keep``: (O, I) bool, true where it is kept;
+    None keeps all. ``grid``: blocks of a wider group share its scale. Scales are those of
+    :func:`~pst_ds.core.quantization.quantize`, which takes ``scales`` too, rounded to fp16: where that changes one
+    (below 2^-17, or above 65,504) its codes are chosen anew. Raises ValueError.
+    """
+    columns = weight.shape[1]
+    if columns % BLOCK:
+        raise ValueError(f"GGUF has blocks of {BLOCK} inputs, which do not divide {columns}")
+    codes, found = quantize(weight, keep, grid, scales)
+    exact = found.float().repeat_interleave(columns // BLOCK // grid.num_groups(columns), 1)
+    half = exact.clamp(_LEAST_HALF, torch.finfo(torch.float16).max).half()
+    changed = half.float() != exact
+    if changed.any():
+        kept = weight.float() if keep is None else torch.where(keep, weight.float(), 0.0)
+        anew = nearest_codes(kept.unflatten(1, (-1, BLOCK)), half.unsqueeze(2), grid)
+        codes = torch.where(changed.unsqueeze(2), anew, codes.unflatten(1, (-1, BLOCK))).flatten(1)
+    return _joined(codes, half, grid.bits), int(changed.sum())
+
+
+def weights_of_blocks(blocks: Tensor, grid: Grid) -> Tensor:
+    """Return the weight that blocks stand for, (O, I) fp32."""
+    size = 2 + BLOCK * grid.bits // 8
+    parts = blocks.unflatten(1, (-1, size))
+    half = parts[..., :2].contiguous().view(torch.float16).float()
+    codes = parts[..., 2:]
+    if grid.bits == 4:
+        codes = torch.cat([codes & 15, codes >> 4], -1).to(torch.int16) - 8
+    else:
+        codes = codes.contiguous().view(torch.int8)
+    weight: Tensor = codes.float() * half
+    return weight.flatten(1)
+
+
+def _joined(codes: Tensor, half: Tensor, bits: int) -> Tensor:
+    """Lay scales (O, I / 32) fp16 and codes (O, I) int8 out as blocks."""
+    grouped = codes.unflatten(1, (-1, BLOCK))
+    if bits == 4:
+        raw = (grouped.to(torch.int16) + 8).to(torch.uint8)
+        held = raw[..., : BLOCK // 2] | raw[..., BLOCK // 2 :] << 4
+    else:
+        held = grouped.contiguous().view(torch.uint8)
+    scales = half.contiguous().view(torch.uint8).unflatten(1, (-1, 2))
+    return torch.cat([scales, held], -1).flatten(1)

@@ -1,0 +1,114 @@
+"""The tokenizer of a model as GGUF describes it: byte-level BPE ("gpt2"), and BPE with byte fallback ("llama")."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pst_ds.export.manifest import ExportError, JsonTable
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""Kinds of tokens, as llama.cpp numbers them."""
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_KNOWN_SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace("{1,3}", ""): "qwen2"}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTokenizer:
+    """What ``tokenizer.ggml.*`` says."""
+
+    model: str
+    """ "gpt2" or "llama"."""
+    pre: str
+    """How text is split before merges: a name that llama.cpp knows."""
+    tokens: list[str]
+    kinds: list[int]
+    merges: list[str]
+    """Of "gpt2", in their order."""
+    scores: list[float]
+    """Of "llama": a merge's rank, negative, so that the best merge comes first as in a list of merges."""
+    special: dict[str, int]
+    """Numbers of "bos", "eos", "unk" and "pad" tokens, where there are any."""
+    adds_bos: bool
+    adds_space: bool
+
+
+def gguf_tokenizer(tokenizer: Any, vocab_size: int) -> GgufTokenizer:
+    """Describe a fast tokenizer of transformers for a model of ``vocab_size`` rows. Raises ExportError."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    table: JsonTable = json.loads(backend.to_str()) if backend is not None else {}
+    model = table.get("model") or {}
+    if model.get("type") != "BPE":
+        raise ExportError(
+            f"GGUF is written with BPE tokenizers, and this is {model.get('type') or type(tokenizer).__name__}; export "
+            "with --format dense, and convert the folder with llama.cpp's own script"
+        )
+    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
+    falls_back = bool(model.get("byte_fallback"))
+    pre = "default" if falls_back else _pre_tokenizer(table)
+    tokens, kinds = _tokens(table, model, vocab_size, falls_back)
+    names = {key: getattr(tokenizer, f"{key}_token_id", None) for key in ("bos", "eos", "unk", "pad")}
+    special = {key: int(number) for key, number in names.items() if number is not None}
+    if "unk" in special and falls_back:
+        kinds[special["unk"]] = UNKNOWN
+    encoded = tokenizer("a")["input_ids"]
+    return GgufTokenizer(
+        "llama" if falls_back else "gpt2", pre, tokens, kinds, [] if falls_back else merges,
+        _scores(tokens, merges) if falls_back else [], special,
+        adds_bos=bool(encoded) and encoded[0] == special.get("bos"), adds_space=_adds_space(table),
+    )  # fmt: skip
+
+
+def _tokens(table: JsonTable, model: JsonTable, vocab_size: int, falls_back: bool) -> tuple[list[str], list[int]]:
+    tokens, kinds = [f"[PAD{number}]" for number in range(vocab_size)], [UNUSED] * vocab_size
+    named = {number: (token, NORMAL) for token, number in model["vocab"].items()}
+    if falls_back:
+        named |= {
+            n: (f"<0x{b:02X}>", BYTE) for b in range(256) if (n := model["vocab"].get(f"<0x{b:02X}>")) is not None
+        }
+    for added in table.get("added_tokens") or ():
+        named[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
+    beyond = sorted(number for number in named if number >= vocab_size)
+    if beyond:
+        raise ExportError(f"the tokenizer has a token {beyond[0]}, and the model {vocab_size} rows of embeddings")
+    for number, (token, kind) in named.items():
+        tokens[number], kinds[number] = token, kind
+    return tokens, kinds
+
+
+def _scores(tokens: list[str], merges: list[str]) -> list[float]:
+    """llama.cpp merges the pair of the highest score: the rank of a merge, negative, is its token's score."""
+    rank: dict[str, int] = {}
+    for number, merge in enumerate(merges):
+        left, _, right = merge.partition(" ")
+        rank.setdefault(left + right, number)
+    return [float(-rank.get(token, len(merges))) for token in tokens]
+
+
+def _pre_tokenizer(table: JsonTable) -> str:
+    """Return llama.cpp's name of the splits before byte-level merges. Raises ExportError for unknown ones."""
+    found = table.get("pre_tokenizer") or {}
+    parts = found.get("pretokenizers", [found] if found else [])
+    kinds = [part.get("type") for part in parts]
+    if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits") and parts[1].get("use_regex", True):
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"]:
+        name = _KNOWN_SPLITS.get((parts[0].get("pattern") or {}).get("Regex", ""))
+        if name:
+            return name
+    raise ExportError(
+        f"this tokenizer splits text by {', '.join(map(str, kinds)) or 'nothing'}, in a way that has no name here; "
+        "known are those of GPT-2, SmolLM, Llama 3 and Qwen2, and BPE with byte fallback"
+    )
+
+
+def _adds_space(table: JsonTable) -> bool:
+    """Whether a space is put before the text."""
+    said = json.dumps([table.get("normalizer"), table.get("pre_tokenizer")])
+    return '"Prepend"' in said or '"prepend_scheme": "first"' in said or '"prepend_scheme": "always"' in said

@@ -1,0 +1,93 @@
+"""Blocks of GGUF against loops written out, and against the package gguf if it is there."""
+
+import numpy as np
+import pytest
+import torch
+
+from pst_ds.core.formats.gguf_blocks import gguf_blocks, weights_of_blocks
+from pst_ds.core.quantization import Grid, dequantize, quantize, round_to_grid
+
+GRIDS = [Grid(8, 32), Grid(4, 32)]
+
+
+def weights(shape=(5, 96), size=0.1, seed=0):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size
+    return torch.where(torch.rand(shape, generator=torch.Generator().manual_seed(seed + 1)) < 0.6, 0.0, weight)
+
+
+def by_loops(blocks, bits):
+    """(scale, codes) of every block."""
+    size, found = 2 + 4 * bits, []
+    for row in blocks.numpy():
+        for at in range(0, len(row), size):
+            block = row[at : at + size].tobytes()
+            scale = float(np.frombuffer(block[:2], "<f2")[0])
+            held = list(block[2:])
+            if bits == 8:
+                codes = [code - 256 if code > 127 else code for code in held]
+            else:
+                codes = [byte % 16 - 8 for byte in held] + [byte // 16 - 8 for byte in held]
+            found.append((scale, codes))
+    return found
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_blocks_hold_the_scales_and_codes_of_the_grid(grid):
+    weight = weights()
+    blocks, changed = gguf_blocks(weight, None, grid)
+    assert blocks.shape == (5, 3 * (2 + 4 * grid.bits))
+    codes, scales = quantize(weight, None, grid)
+    assert changed == 0
+    expected = list(zip(scales.flatten().tolist(), codes.view(-1, 32).tolist(), strict=True))
+    assert by_loops(blocks, grid.bits) == expected
+    assert torch.equal(weights_of_blocks(blocks, grid), dequantize(codes, scales))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_the_package_gguf_reads_them(grid):
+    gguf = pytest.importorskip("gguf")
+    kind = gguf.GGMLQuantizationType.Q8_0 if grid.bits == 8 else gguf.GGMLQuantizationType.Q4_0
+    weight = weights()
+    blocks, _ = gguf_blocks(weight, None, grid)
+    found = gguf.quants.dequantize(blocks.numpy(), kind)
+    assert np.array_equal(found, round_to_grid(weight, None, grid).numpy())
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_pruned_weights_are_zero_and_not_looked_at(grid):
+    weight = weights()
+    keep = weight != 0
+    odd = torch.where(keep, weight, float("nan"))
+    blocks, _ = gguf_blocks(odd, keep, grid)
+    assert torch.equal(blocks, gguf_blocks(weight, None, grid)[0])
+    assert not weights_of_blocks(blocks, grid)[~keep].any()
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("size", [1e-7, 3e-6, 1e-3])
+def test_scales_that_fp16_lacks_are_rounded_to_it_and_codes_follow(grid, size):
+    weight = weights(size=size)
+    blocks, changed = gguf_blocks(weight, None, grid)
+    assert (changed > 0) is (size < 1e-3)
+    found = weights_of_blocks(blocks, grid)
+    scales = torch.tensor([scale for scale, _ in by_loops(blocks, grid.bits)]).view(5, 3, 1)
+    assert (scales > 0).all()
+    limit = scales * grid.largest
+    inside = (weight.view(5, 3, 32).abs() <= limit).flatten(1)
+    room = (scales * 0.5001).expand(5, 3, 32).flatten(1)
+    assert ((found - weight).abs() <= room)[inside].all()
+
+
+@pytest.mark.parametrize("grid", [Grid(8), Grid(4, 64), Grid(4)], ids=str)
+def test_blocks_of_a_wider_group_share_its_scale(grid):
+    weight = weights((3, 128))
+    blocks, _ = gguf_blocks(weight, None, grid)
+    codes, scales = quantize(weight, None, grid)
+    assert torch.equal(weights_of_blocks(blocks, grid), dequantize(codes, scales))
+    again, _ = gguf_blocks(dequantize(codes, scales), None, grid, scales)
+    assert torch.equal(again, blocks)
+
+
+def test_other_widths_are_refused():
+    with pytest.raises(ValueError, match="GGUF has blocks of 32 inputs, which do not divide 48"):
+        gguf_blocks(weights((2, 48)), None, Grid(8))

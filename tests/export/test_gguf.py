@@ -1,0 +1,195 @@
+"""GGUF files: what the package gguf and transformers read out of them is the model on the grid."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+from tokenizers.models import BPE, WordLevel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from pst_ds.core.quantization import Grid, round_to_grid
+from pst_ds.export.export import export_folder
+from pst_ds.export.gguf import _llama3_factors
+from pst_ds.export.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, gguf_tokenizer
+from pst_ds.export.manifest import ExportError
+from pst_ds.nn.inject import pst_layers
+
+LINES = ["the quick brown fox jumps over the lazy dog 12345", "a film that is good, and one that is not", "théâtre"]
+INT8, INT4 = Grid(8, 32), Grid(4, 32)
+
+
+def byte_level(pre=None) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(LINES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def with_byte_fallback() -> PreTrainedTokenizerFast:
+    trained = Tokenizer(BPE(unk_token="<unk>"))
+    trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trained.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=320, special_tokens=tokens))
+    table = json.loads(trained.to_str())
+    table["model"] |= {"byte_fallback": True, "fuse_unk": True}
+    table["added_tokens"] = [token for token in table["added_tokens"] if not token["content"].startswith("<0x")]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(table)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Llama of grouped queries with zeros in it, and its tokenizer."""
+    torch.manual_seed(0)
+    path, tokenizer = tmp_path_factory.mktemp("llama"), byte_level()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + 3, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=64,
+        initializer_range=0.2, rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if ".layers." in name and param.dim() == 2:
+                param[torch.rand(param.shape) < 0.7] = 0.0
+            elif param.dim() == 1:
+                param.normal_(1.0, 0.1)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+HOW = [{"values": INT8, "embeddings": INT8}, {"values": INT4}, {"values": INT4, "dtype": "bf16"}]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_transformers_reads_the_model_on_the_grid(folder, tmp_path, how):
+    pytest.importorskip("gguf")
+    said = export_folder(folder, tmp_path / "model.gguf", packing="gguf", **how)
+    assert said["file_bytes"] == (tmp_path / "model.gguf").stat().st_size
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+    assert said["inexact_scales"] == 0
+    found = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16 if "dtype" in how else torch.float32
+    ).float()
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            grid = how["values"] if ".layers." in name else how.get("embeddings")
+            if param.dim() == 2 and grid:
+                param.copy_(round_to_grid(param, None, grid))
+    expected = dict(model.named_parameters())
+    assert found.config.rope_parameters["rope_theta"] == 5000.0
+    for name, param in found.named_parameters():
+        assert torch.equal(param, expected[name]), name
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(found.eval()(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_becomes_a_file(models, tmp_path):
+    """Its masked model on the grid; read by the package gguf, rows of queries in llama.cpp's order."""
+    gguf = pytest.importorskip("gguf")
+    letters = Tokenizer(BPE({letter: number for number, letter in enumerate("abcdefghij")}, []))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pruned = replace(models["bf16"], tokenizer=PreTrainedTokenizerFast(tokenizer_object=letters))
+    said = pruned.export(tmp_path / "run.gguf", packing="gguf", values=INT4)
+    assert (said["step"], said["rounded_tensors"]) == (3, 14)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "run.gguf").tensors}
+    layers = pst_layers(pruned.model)
+    known = {"blk.1.ffn_up": "model.layers.1.mlp.up_proj", "blk.0.attn_q": "model.layers.0.self_attn.q_proj"}
+    for name, module in known.items():
+        weight = round_to_grid(layers[module].masked_weight().float(), None, INT4)
+        if name.endswith("attn_q"):
+            rows = [head * 32 + half * 16 + i for head in range(2) for i in range(16) for half in range(2)]
+            weight = weight[rows]
+        stored = tensors[f"{name}.weight"]
+        assert stored.tensor_type == gguf.GGMLQuantizationType.Q4_0
+        assert np.array_equal(gguf.quants.dequantize(stored.data, stored.tensor_type), weight.numpy())
+
+
+@pytest.mark.parametrize(
+    ("pre", "name"),
+    [
+        (None, "gpt-2"),
+        ([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)], "smollm"),
+    ],
+)
+def test_byte_level_tokenizers(pre, name):
+    tokenizer = byte_level(pre_tokenizers.Sequence(pre) if pre else None)
+    words = gguf_tokenizer(tokenizer, len(tokenizer) + 2)
+    assert (words.model, words.pre, words.scores, words.adds_bos) == ("gpt2", name, [], False)
+    assert words.tokens[: len(tokenizer)] == [tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))]
+    assert words.kinds == [CONTROL] * 2 + [NORMAL] * (len(tokenizer) - 2) + [UNUSED] * 2
+    assert words.special == {"bos": 0, "eos": 1}
+    assert all(len(merge.split(" ")) == 2 for merge in words.merges)
+
+
+def test_tokenizers_with_byte_fallback():
+    tokenizer = with_byte_fallback()
+    words = gguf_tokenizer(tokenizer, len(tokenizer))
+    assert (words.model, words.merges, words.adds_space) == ("llama", [], True)
+    assert words.kinds[:3] == [UNKNOWN, CONTROL, CONTROL]
+    assert words.kinds[3:259] == [BYTE] * 256
+    merges = [tuple(merge) for merge in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+    ranks = [words.scores[words.tokens.index(left + right)] for left, right in merges]
+    assert ranks == sorted(ranks, reverse=True)  # the highest score is merged first, as the first merge is
+    assert len(set(ranks)) == len(ranks)
+
+
+def test_frequencies_of_llama_3():
+    said = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+    config = LlamaConfig(hidden_size=512, num_attention_heads=4, max_position_embeddings=131072, rope_parameters=said)
+    divided, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 1.0 / 500000.0 ** (torch.arange(0, 128, 2) / 128)
+    torch.testing.assert_close(torch.from_numpy(_llama3_factors(config)), plain / divided, rtol=1e-4, atol=0)
+    assert _llama3_factors(LlamaConfig()) is None
+
+
+def test_what_gguf_cannot_say_is_refused_and_nothing_is_written(request, folder, tmp_path):
+    pytest.importorskip("gguf")
+    runs = request.getfixturevalue("models")
+    wrong = [
+        ("out", {"values": INT4}, "give --out a name that ends in .gguf"),
+        ("out.gguf", {"values": Grid(4, 64)}, "groups of 64 do not divide 96 inputs"),
+    ]
+    for name, how, message in wrong:
+        with pytest.raises(ExportError, match=message):
+            export_folder(folder, tmp_path / name, packing="gguf", **how)
+    words = replace(runs["bf16"], tokenizer=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words_alone())))
+    with pytest.raises(ExportError, match="GGUF is written with BPE tokenizers, and this is WordLevel"):
+        words.export(tmp_path / "out.gguf", packing="gguf", values=INT4)
+    with pytest.raises(ExportError, match="GGUF is written of llama and mistral models, and this is gpt2"):
+        runs["gpt2"].export(tmp_path / "out.gguf", packing="gguf")
+    split = pre_tokenizers.Split(Regex(r"\d"), "isolated")
+    strange, plain = byte_level(pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel()])), byte_level()
+    with pytest.raises(ExportError, match="this tokenizer splits text by Split, ByteLevel, in a way that has no name"):
+        gguf_tokenizer(strange, 400)
+    with pytest.raises(ExportError, match=r"the tokenizer has a token \d+, and the model 30 rows of embeddings"):
+        gguf_tokenizer(plain, 30)
+    assert list(tmp_path.iterdir()) == []
+
+
+def words_alone():
+    return WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>")
+
+
+def test_the_package_is_named_where_it_is_missing(folder, tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ExportError, match=r"GGUF takes the package gguf: pip install 'pst-ds\[gguf\]'"):
+        export_folder(folder, tmp_path / "out.gguf", packing="gguf", values=INT8)
+    assert list(tmp_path.iterdir()) == []
