@@ -50,13 +50,17 @@ def with_byte_fallback() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A Llama of grouped queries with zeros in it, and its tokenizer."""
+    path = tmp_path_factory.mktemp("llama")
+    return save_llama(path, byte_level(), rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
+
+
+def save_llama(path, tokenizer, *, tie_word_embeddings=False, rope_parameters):
+    """Write a Llama of grouped queries with zeros in it, and its tokenizer."""
     torch.manual_seed(0)
-    path, tokenizer = tmp_path_factory.mktemp("llama"), byte_level()
     config = LlamaConfig(
         vocab_size=len(tokenizer) + 3, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=64,
-        initializer_range=0.2, rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+        tie_word_embeddings=tie_word_embeddings, rope_parameters=rope_parameters,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     with torch.no_grad():
@@ -96,6 +100,34 @@ def test_transformers_reads_the_model_on_the_grid(folder, tmp_path, how):
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         torch.testing.assert_close(found.eval()(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
+@pytest.mark.parametrize("values", [INT8, INT4], ids=str)
+def test_llama_cpp_reads_words_and_weights(tmp_path, kind, values):
+    """Its tokens are transformers'; its logits differ by the rounding of activations to 8 bits, which is its way."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    tokenizer = byte_level() if kind == "byte level" else with_byte_fallback()
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 32}  # fmt: skip
+    rotation = {"rope_theta": 5000.0, **({"rope_type": "default"} if kind == "byte level" else llama3)}
+    save_llama(tmp_path / "model", tokenizer, rope_parameters=rotation, tie_word_embeddings=kind != "byte level")
+    export_folder(tmp_path / "model", tmp_path / "m.gguf", packing="gguf", values=values, embeddings=values)
+    export_folder(tmp_path / "model", tmp_path / "ours", values=values, embeddings=values)
+    import pst_ds.hf  # noqa: F401
+
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, logits_all=True, verbose=False, n_threads=1)
+    for line in LINES:
+        ids = tokenizer(line, add_special_tokens=False)["input_ids"]
+        assert theirs.tokenize(line.encode(), add_bos=False, special=False) == ids
+    theirs.eval(ids)
+    with torch.no_grad():
+        expected = ours(torch.tensor([ids])).logits[0].numpy()
+    found = np.array(theirs.scores[: len(ids)])
+    theirs.close()
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
 
 
 def test_a_run_becomes_a_file(models, tmp_path):
