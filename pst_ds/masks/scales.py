@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from pst_ds.core.bits import shard_numel, unpack_shard
 from pst_ds.core.factors import Factors, tile_factors
-from pst_ds.core.layout import Rect, StoredMatrix, shard_tiles, view_in_shard
+from pst_ds.core.layout import Rect, StoredMatrix, row_tiles, shard_tiles, view_in_shard
 from pst_ds.core.quantization import (
     SCALE_DTYPE,
     Grid,
     bytes_of_scales,
+    group_losses,
     group_moments,
     group_scales,
-    rounded_codes,
     search_scales,
     whole_weights,
 )
@@ -34,8 +34,8 @@ from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_max, group_sum
 
-_TILE_ELEMENTS = {"cpu": 1 << 18}
-"""Weights that are searched at a time; more than are scored at a time, for a search makes some 400 calls."""
+_TILE_ELEMENTS, _BAND_ELEMENTS = {"cpu": 1 << 20}, {"cpu": 1 << 17}
+"""Weights that are searched at a time, for a search makes some 400 calls, and that are merged at a time."""
 _BATCH_WEIGHTS, _BATCH_SCALES = 1 << 24, 1 << 22
 """Weights of cut groups that a rank holds at a time, and scales that travel at a time: layers are taken in batches."""
 
@@ -164,10 +164,14 @@ class _ShardWeights:
     def _masked(self, matrix: StoredMatrix, rect: Rect) -> Tensor:
         """M . W of a rectangle, fp32; the same bits in whatever rectangle."""
         assert self._shard is not None
-        own = view_in_shard(self._shard.values, rect, self.row_length, self.start)
-        tile = tile_factors(self._factors, self.layout, matrix, rect)
-        updated = sliced_weight(own, tile, self.layer.constants)
-        return updated.masked_fill_(~view_in_shard(self._keep, rect, self.row_length, self.start), 0.0)
+        merged = torch.empty(rect.r1 - rect.r0, rect.c1 - rect.c0, device=self.device)
+        for band in row_tiles(rect, _BAND_ELEMENTS.get(self.device.type, 1 << 24)):
+            own = view_in_shard(self._shard.values, band, self.row_length, self.start)
+            keep = view_in_shard(self._keep, band, self.row_length, self.start)
+            tile = tile_factors(self._factors, self.layout, matrix, band)
+            updated = sliced_weight(own, tile, self.layer.constants)
+            merged[band.r0 - rect.r0 : band.r1 - rect.r0] = updated.masked_fill_(~keep, 0.0)
+        return merged
 
     def scale_rect(self, rect: Rect) -> tuple[slice, slice]:
         """Where the scales of a rectangle of whole groups lie among the layer's."""
@@ -233,10 +237,7 @@ def _added_up(tables: list[Tensor], any_weight: nn.Parameter) -> list[Tensor]:
 
 def _loss(grouped: Tensor, scales: Tensor, grid: Grid) -> Tensor:
     """(squared error, sum of squares) of ``grouped`` rounded with the scales of its rows, (2,) float64."""
-    rounded = rounded_codes(grouped, scales.unsqueeze(1), grid).mul_(scales.unsqueeze(1))
-    flat = grouped.double().flatten()
-    off = flat - rounded.flatten()
-    return torch.stack([off @ off, flat @ flat]).cpu()
+    return torch.stack([each.sum() for each in group_losses(grouped, scales, grid)]).cpu()
 
 
 class _CutGroups:

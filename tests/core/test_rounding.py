@@ -16,6 +16,7 @@ from pst_ds.core.quantization import (
     Rounding,
     StoredGrid,
     dequantize,
+    group_losses,
     group_moments,
     group_scales,
     native,
@@ -109,9 +110,13 @@ def test_both_loops_have_the_same_sums(grid, monkeypatch):
     grouped = stored_weight(WeightLayout(40, 96)).float()
     largest = grouped.abs().amax(1)
     whole = whole_weights(grouped, largest)
+    losses = group_losses(grouped, largest / grid.largest, grid)
     tried = [largest / grid.largest * factor for factor in (0.5, 1.0, 1.7)]
     found = [group_moments(grouped, whole, scale, grid) for scale in tried]
     monkeypatch.setattr(scales, "native_for", lambda *_: None)
+    assert torch.equal(whole_weights(grouped, largest), whole)
+    for of_native, of_torch in zip(losses, group_losses(grouped, largest / grid.largest, grid), strict=True):
+        torch.testing.assert_close(of_native, of_torch, rtol=1e-12, atol=0.0)
     for scale, (by_weight, by_code) in zip(tried, found, strict=True):
         weight_again, code_again = group_moments(grouped, whole, scale, grid)
         assert torch.equal(by_weight, weight_again)

@@ -74,6 +74,37 @@ void pst_round_to_grid(void* weight, int64_t is_bf16, int64_t stride, int64_t ro
     else round_rows(static_cast<float*>(weight), stride, rows, cols, g, threads);
 }
 
+// Weights as integers: w times its group's factor, a power of two, rounded half to even.
+void pst_whole_weights(const float* weights, int64_t groups, int64_t size, const double* factors, int32_t* whole,
+                       int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t g = 0; g < groups; ++g)
+        for (int64_t i = g * size; i < (g + 1) * size; ++i) whole[i] = int32_t(std::rint(double(weights[i]) * factors[g]));
+}
+
+// Of every group the sums of (w - code * scale)^2 and of w^2, in no certain order.
+void pst_grid_losses(const float* weights, int64_t groups, int64_t size, const float* scales, int64_t largest,
+                     double* errors, double* squares, int64_t threads) {
+    constexpr int64_t LANES = 8;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t g = 0; g < groups; ++g) {
+        const float* own = weights + g * size;
+        double error[LANES] = {}, square[LANES] = {};
+        for (int64_t first = 0; first < size; first += LANES) {
+            const int64_t count = size - first < LANES ? size - first : LANES;
+            for (int64_t i = 0; i < count; ++i) {
+                const float weight = own[first + i], rounded = code_of(weight, scales[g], float(largest)) * scales[g];
+                const double off = double(weight) - double(rounded);
+                error[i] += off * off;
+                square[i] += double(weight) * double(weight);
+            }
+        }
+        for (int64_t i = 1; i < LANES; ++i) error[0] += error[i], square[0] += square[i];
+        errors[g] = error[0];
+        squares[g] = square[0];
+    }
+}
+
 // Of every group of `size` weights the sums of whole * code and of code^2. `whole`: the weights as integers.
 void pst_grid_moments(const float* weights, const int32_t* whole, int64_t groups, int64_t size, const float* scales,
                       int64_t largest, double* by_weight, double* by_code, int64_t threads) {

@@ -37,11 +37,38 @@ def group_scales(grouped: Tensor, grid: Grid, dtype: torch.dtype = torch.float32
 
 
 def whole_weights(grouped: Tensor, magnitudes: Tensor) -> Tensor:
-    """Return weights in units of :func:`unit_of`, rounded: (groups, n) fp32 to (groups, n) int32.
+    """Return weights in units of :func:`unit_of`, rounded: (groups, n) fp32, contiguous, to (groups, n) int32.
 
     ``magnitudes``: (groups,) fp32, the largest of each whole group, of which these may be a part.
     """
-    return (grouped.double() / unit_of(magnitudes).unsqueeze(1)).round_().int()
+    unit, native = unit_of(magnitudes), native_for(grouped)
+    if native is None:
+        return (grouped.double() / unit.unsqueeze(1)).round_().int()
+    (groups, size), factors = grouped.shape, 1.0 / unit
+    whole = torch.empty(groups, size, dtype=torch.int32)
+    native.pst_whole_weights(
+        grouped.data_ptr(), groups, size, factors.data_ptr(), whole.data_ptr(), threads_for(grouped.numel())
+    )
+    return whole
+
+
+def group_losses(grouped: Tensor, scales: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Return the sums of (w - code * scale)^2 and of w^2 over each row: (groups,) float64.
+
+    ``grouped``: (groups, n) fp32, contiguous; ``scales``: (groups,) fp32.
+    """
+    native = native_for(grouped)
+    if native is None:
+        rounded = rounded_codes(grouped, scales.unsqueeze(1), grid).mul_(scales.unsqueeze(1))
+        weights = grouped.double()
+        return (weights - rounded).square().sum(1), weights.square().sum(1)
+    (groups, size), scales = grouped.shape, scales.contiguous()
+    errors, squares = torch.empty(2, groups, dtype=torch.float64)
+    native.pst_grid_losses(
+        grouped.data_ptr(), groups, size, scales.data_ptr(), grid.largest, errors.data_ptr(), squares.data_ptr(),
+        threads_for(grouped.numel()),
+    )  # fmt: skip
+    return errors, squares
 
 
 def group_moments(grouped: Tensor, whole: Tensor, scales: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -56,14 +56,14 @@ class StoredGrid:
         return self.size * (self.layout.out_features if self.layout.transposed else 1)
 
     def grouped(self, rect: Tensor) -> Tensor:
-        """Return the groups of a rectangle's weights as rows: (rows, cols) to (groups, weights of a group).
+        """Return the groups of a rectangle's weights as rows: (rows, cols) to (groups, weights of a group), contiguous.
 
         ``rect``: rows and columns of whole groups. The groups are in the order of their scales.
         """
         if not self.layout.transposed:
-            return rect.reshape(-1, self.size)
+            return rect.reshape(-1, self.size).contiguous()
         rows, cols = rect.shape
-        return rect.reshape(rows // self.size, self.size, cols).transpose(1, 2).reshape(-1, self.size)
+        return rect.reshape(rows // self.size, self.size, cols).transpose(1, 2).reshape(-1, self.size).contiguous()
 
 
 @dataclass(frozen=True, slots=True)
