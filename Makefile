@@ -23,7 +23,6 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint=,$(CONSTRAINTS)) --editable '.[demo]'
 	$(BIN)/python -m tools.demo
 
 lint: venv

@@ -34,6 +34,9 @@ train = {{num_steps = {num_steps}, batch_size = 8, precision = "fp32"}}
 checkpoint.interval = 0
 [data_sets.lines]
 tests.test = "tests/data/validation.jsonl"
+[files.export]
+bf16 = ["--dtype", "bf16"]
+int8 = ["--dtype", "bf16", "--values", "int8", "--embeddings", "int8"]
 {methods}
 """
 METHODS = """
@@ -96,6 +99,7 @@ def test_cells_become_lines_and_a_page_and_are_not_run_again(tmp_path, capsys):
     assert (dense["trained_share"], dense["sparsity_measured"]) == (1.0, 0.0)
     assert (pst["trained_share"] < 1.0, pst["sparsity_measured"]) == (True, 0.5)
     assert pst["settings"]["schedule"] == {"final_sparsity": 0.5}
+    assert_files_of(dense, pst)
     folders = list((tmp_path / "work" / "cells").iterdir())
     assert len(folders) == 3
     assert not [p for folder in folders for p in folder.rglob("*.safetensors")]  # what is large is removed
@@ -108,6 +112,18 @@ def test_cells_become_lines_and_a_page_and_are_not_run_again(tmp_path, capsys):
     assert main([*arguments, "--workers", "2"]) == 1
     assert "0 cells run" in capsys.readouterr().out
     assert (tmp_path / "results" / "tiny.jsonl").read_bytes() == before
+
+
+def assert_files_of(dense, pst):
+    """Each is smaller than with more bits and without zeros, and the tests are those of its own weights."""
+    for line in (dense, pst):
+        assert list(line["files"]) == ["bf16", "int8"]
+        assert set(line["files"]["int8"]["tests"]["test"]) == set(line["tests"]["test"])
+        assert line["files"]["int8"]["bytes"] < line["files"]["bf16"]["bytes"]
+        changed = {name: file["tests"]["test"]["loss"] for name, file in line["files"].items()}
+        assert changed["int8"] != changed["bf16"]
+        assert changed["int8"] == pytest.approx(line["tests"]["test"]["loss"], abs=0.05)
+    assert pst["files"]["int8"]["bytes"] < dense["files"]["int8"]["bytes"]
 
 
 def _head(line):

@@ -145,6 +145,13 @@ def test_the_page_is_written_from_the_lines_alone(tmp_path):
     assert all("fill: #ffffff" in drawing for drawing in drawn)  # a ground of its own
     write_report([grid], tmp_path / "results")
     assert [plot.read_text() for plot in plots] == drawn  # the same bytes for the same lines
+    files = {"int4": {"bytes": 9_000_000, "tests": {"test": {"accuracy": 0.79}}}}
+    for line in list(lines.by_id.values()):
+        if line["name"].startswith("films/pst/"):
+            lines.put({**line, "files": files})
+    text = write_report([grid], tmp_path / "results").read_text()
+    assert "### Films: accuracy in % and bytes" in text
+    assert "| PST | 50 % | int4 | 9.0 | 79.00 ± 0.00 (2) |" in text
     some = {key: line for key, line in lines.by_id.items() if line["name"] != "films/pst/2:4/0"}
     failed = {**lines.by_id[next(iter(lines.by_id.keys() - some.keys()))], "outcome": "failed", "error": "no memory"}
     lines.put(failed)

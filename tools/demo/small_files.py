@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tools.demo import onnx_int8
+from tools import onnx_int8
 from tools.verbs import verb
 
 SMALL: dict[str, dict[str, list[str]]] = {

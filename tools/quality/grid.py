@@ -87,6 +87,18 @@ class Search:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Files:
+    """What else a finished cell is written as, for a table of metrics and bytes."""
+
+    export: dict[str, list[str]] = field(default_factory=dict)
+    """Options of ``pst-ds export`` by name, without the format: that is bitmask where there are zeros, else dense."""
+    peers: tuple[str, ...] = ()
+    """Other programs' files of the methods without zeros; see files.py."""
+    data_sets: tuple[str, ...] = ()
+    """Empty is all."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Grid:
     """All cells of one table."""
 
@@ -109,6 +121,7 @@ class Grid:
     verify_examples: int = 0
     """Compare an export with the masked model on so many examples of the test; 0 is all, whose metrics are then the
     cell's."""
+    files: Files = Files()
     bars: tuple[Table, ...] = ()
     """What the table is measured against; see bars.py."""
     overrides: Table = field(default_factory=dict)
@@ -160,7 +173,7 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
 def grid_from_table(table: Table, overrides: Sequence[str] = (), path: str = "") -> Grid:
     """The same from nested tables. Raises GridError."""
     table = dict(table)
-    parts = {name: _table(table.pop(name, {}), name) for name in ("data_sets", "methods", "search")}
+    parts = {name: _table(table.pop(name, {}), name) for name in ("data_sets", "methods", "search", "files")}
     data_sets = {
         n: _build(DataSet, {"title": n, **t, "name": n}, f"data_sets.{n}") for n, t in parts["data_sets"].items()
     }
@@ -170,6 +183,7 @@ def grid_from_table(table: Table, overrides: Sequence[str] = (), path: str = "")
         {
             **table,
             "search": _build(Search, parts["search"], "search"),
+            "files": _build(Files, parts["files"], "files"),
             "data_sets": data_sets,
             "methods": methods,
             "overrides": nested(overrides),
@@ -243,6 +257,7 @@ def _check(grid: Grid) -> None:
         counts = ", ".join(f"{m.name} {len(m.tries)}" for m in grid.methods.values() if m.tries)
         raise GridError(f"every method must have the same number of tries: {counts}")
     _require_known(grid.search.data_sets, grid.data_sets, "search.data_sets")
+    _require_known(grid.files.data_sets, grid.data_sets, "files.data_sets")
     for method in grid.methods.values():
         _check_method(grid, method)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from tools.quality.bars import check_bars, verdicts
 from tools.quality.cells import Line, chosen, plan, tries_run
 from tools.quality.grid import Grid, Method, Table
 from tools.quality.lines import Lines
-from tools.quality.stats import figure, lines_of, number, shown, test_names
+from tools.quality.stats import figure, figure_of, lines_of, number, shown, test_names
 
 _HEAD = """# Results
 
@@ -54,6 +55,8 @@ def section(grid: Grid, lines: Mapping[str, Line], plots: Mapping[tuple[str, str
             parts += [f"### {title}\n", results_table(grid, lines, data_set.name, test)]
             if (data_set.name, test) in plots:
                 parts.append(f"![{title}]({plots[data_set.name, test]})\n")
+        if curve := files_table(grid, lines, data_set.name):
+            parts += [f"### {data_set.title}: {metric_name(grid)} and bytes\n", curve]
     parts.append(tries_table(grid, lines))
     return "\n".join(parts)
 
@@ -109,6 +112,20 @@ def results_table(grid: Grid, lines: Mapping[str, Line], data_set: str, test: st
         if any(cells):
             rows.append(row)
     return table(head, rows)
+
+
+def files_table(grid: Grid, lines: Mapping[str, Line], data_set: str) -> str:
+    """The metric of each file of the cells on the first test, and the megabytes of the whole file; "" without any."""
+    test, rows = test_names(grid, data_set)[0], []
+    for method in grid.methods_of(data_set):
+        for sparsity in grid.sparsities_of(method, data_set):
+            cells = [line.get("files", {}) for line in lines_of(grid, lines, data_set, method.name, sparsity)]
+            for name in dict.fromkeys(name for files in cells for name in files):
+                files = [of_cell[name] for of_cell in cells if name in of_cell]
+                value = figure_of([file["tests"][test][grid.metric] for file in files])
+                nbytes = statistics.fmean(file["bytes"] for file in files)
+                rows.append((method.title, of_zeros(sparsity), name, f"{nbytes / 1e6:.1f}", shown(value, grid.metric)))
+    return table(("method", "zeros", "file", "MB", metric_name(grid)), rows) if rows else ""
 
 
 def metric_name(grid: Grid) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.atomic_files import write_text_atomic
+from tools.quality.files import measure_files
 from tools.verbs import verb
 
 Table = dict[str, Any]
@@ -77,6 +78,10 @@ def trained(spec: Table, settings: Table, folder: Path) -> Table:
     tests = {} if limit or not spec["tests"] else {next(iter(spec["tests"])): verified["metrics"]}
     tests |= test(run_file, export, {name: path for name, path in spec["tests"].items() if name not in tests})
     parameters = count_parameters(export)
+    files = {}
+    if spec["files"]:
+        about = {**spec["files"], "tests": spec["tests"], "max_length": settings["data"]["max_length"]}
+        files = measure_files(about, run_folder, export, lambda model: test(run_file, model, spec["tests"]))
     return {
         "validation": best_validation(run_file, result),
         "tests": tests,
@@ -88,6 +93,7 @@ def trained(spec: Table, settings: Table, folder: Path) -> Table:
         "trained_share": result["trained_parameters"] / parameters,
         "optimizer_bytes": result["optimizer_bytes_per_rank"],
         "verified": bool(verified["reloaded_equal"]),
+        "files": files,
     }
 
 
@@ -146,9 +152,12 @@ def taught(step: Table, place: Path, model: Path) -> Table:
 
 
 def test(run_file: Path, model: Path, tests: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Metrics of a dense model folder, read by plain transformers, on each file of ``tests``."""
+    """Metrics of a model folder, read dense by plain transformers, on each file of ``tests``."""
     from pst_ds.config.toml import load_run
+    from pst_ds.core.packings import DENSE
     from pst_ds.data.tasks import task_of
+    from pst_ds.hf.config import PackedWeightsConfig
+    from pst_ds.hf.model_folder import open_model_folder
     from pst_ds.nn.base_model import DTYPES
     from pst_ds.parallel.launch import LaunchEnvironment, device_of
     from pst_ds.train.evaluate import predict
@@ -159,7 +168,10 @@ def test(run_file: Path, model: Path, tests: dict[str, str]) -> dict[str, dict[s
     run, device = load_run(run_file), device_of(LaunchEnvironment(0, 1, 0))
     task, tokenizer = task_of(run), load_tokenizer(run)
     labels = task.label_names(run.data)
-    dtype, options = DTYPES[run.train.precision], attention_options(run)
+    dtype = DTYPES[run.train.precision]
+    options: dict[str, Any] = {**attention_options(run)}
+    if open_model_folder(model).format != DENSE:
+        options["quantization_config"] = PackedWeightsConfig(load_as="dense")
     network = task.model_class().from_pretrained(model, dtype=dtype, **options).to(device).eval()
     found = {}
     for name, path in tests.items():

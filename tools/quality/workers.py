@@ -14,10 +14,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from pst_ds.core.host import cpu_facts, cpu_name
 from pst_ds.progress import Progress
 from tools.quality.cells import Cell, Line, Planned, State, plan
+from tools.quality.files import FOLDER
 from tools.quality.grid import Grid, Method
 from tools.quality.lines import Lines
 from tools.quality.run_cell import OUTCOME
@@ -131,6 +133,7 @@ def start(grid: Grid, cell: Cell, folder: Path) -> Job:
         "steps": {n: {"id": s.id, "settings": s.settings, "prune": s.prune} for n, s in steps.items()},
         "cpu_seconds": grid.cpu_seconds,
         "verify_examples": grid.verify_examples,
+        "files": files_spec(grid, cell),
     }
     (place / "spec.json").write_text(json.dumps(spec, indent=1) + "\n", encoding="utf-8")
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -141,6 +144,13 @@ def start(grid: Grid, cell: Cell, folder: Path) -> Job:
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, start_new_session=True,
         )  # fmt: skip
     return Job(cell, process, place, time.monotonic())
+
+
+def files_spec(grid: Grid, cell: Cell) -> dict[str, Any]:
+    """What the cell writes beside its dense export; empty for nothing."""
+    if not cell.train or not cell.tests or cell.data_set not in (grid.files.data_sets or grid.data_sets):
+        return {}
+    return {"export": grid.files.export, "peers": grid.files.peers, "has_zeros": cell.sparsity != "0"}
 
 
 def outcome_of(grid: Grid, job: Job, options: Options) -> Line | None:
@@ -219,8 +229,8 @@ def said_of(line: Line, grid: Grid) -> str:
 
 
 def clean_up(folder: Path) -> None:
-    """Remove what is large in a cell's folder: checkpoints and the export. Metrics and the run file stay."""
-    for path in (folder / "run" / "checkpoints", folder / "run" / "tensorboard", folder / "export"):
+    """Remove what is large in a cell's folder: checkpoints and exports. Metrics and the run file stay."""
+    for path in (folder / "run" / "checkpoints", folder / "run" / "tensorboard", folder / "export", folder / FOLDER):
         shutil.rmtree(path, ignore_errors=True)
 
 
