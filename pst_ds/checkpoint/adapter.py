@@ -25,7 +25,14 @@ from torch import Tensor, nn
 
 from pst_ds import __version__
 from pst_ds.atomic_files import file_sha256, write_bytes_atomic, write_text_atomic
-from pst_ds.checkpoint.restore import base_fingerprint, grid_numbers, is_of_hub, same_base, weight_scales
+from pst_ds.checkpoint.restore import (
+    base_fingerprint,
+    base_grid_numbers,
+    grid_numbers,
+    is_of_hub,
+    same_base,
+    weight_scales,
+)
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.core.bits import count_bits, relayout
 from pst_ds.core.quantization import Grid, bytes_of_scales, scales_of_bytes
@@ -112,7 +119,7 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
         _require_formula(inject.injected_config(model), config, folder)
         _require_grid(model, saved, folder)
     else:
-        inject.inject_pst(model, config, grid=_grid(saved, folder))
+        inject.inject_pst(model, config, grid=_grid(saved, folder), base_grid=_grid(saved, folder, "base_grid"))
     also_trained = set(saved.get("also_trained", ()))
     for name, param in model.named_parameters():
         if name in also_trained:
@@ -200,6 +207,7 @@ def write_adapter_state(
         "masks_frozen": not any(layer.scores_train for layer in layers.values()),
         "weight_scales": weight_scales(model),
         "grid": grid_numbers(model),
+        "base_grid": base_grid_numbers(model),
         "rounds": any(layer.rounds for layer in layers.values()),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
@@ -243,23 +251,23 @@ def _pst_config(table: dict[str, Any], folder: Path) -> PSTConfig:
         raise PretrainedError(f"{folder / CONFIG_FILE}: pst_config cannot be read: {error}") from None
 
 
-def _grid(saved: dict[str, Any], folder: Path) -> Grid | None:
-    """The grid that the saved model rounds to; a folder may be older than grids."""
+def _grid(saved: dict[str, Any], folder: Path, key: str = "grid") -> Grid | None:
+    """The grid that the saved model rounds to, or has its base on; a folder may be older than grids."""
     try:
-        numbers = saved.get("grid")
+        numbers = saved.get(key)
         return None if numbers is None else Grid(numbers[0], numbers[1] or None)
     except (TypeError, ValueError, LookupError) as error:
-        raise PretrainedError(f"{folder / CONFIG_FILE}: grid cannot be read: {error}") from None
+        raise PretrainedError(f"{folder / CONFIG_FILE}: {key} cannot be read: {error}") from None
 
 
 def _require_grid(model: nn.Module, saved: dict[str, Any], folder: Path) -> None:
-    grid, own = _grid(saved, folder), grid_numbers(model)
-    if own != (None if grid is None else (grid.bits, grid.group or 0)):
-        said = f"rounds to {grid}" if grid else "rounds nothing"
-        raise PretrainedError(
-            f"{folder / CONFIG_FILE} {said}, and the model was injected with another grid: it would compute something "
-            "else. Load onto the base model"
-        )
+    for key, own in (("grid", grid_numbers(model)), ("base_grid", base_grid_numbers(model))):
+        grid = _grid(saved, folder, key)
+        if own != (None if grid is None else (grid.bits, grid.group or 0)):
+            raise PretrainedError(
+                f"{folder / CONFIG_FILE} has {key} = {grid}, and the model was injected with another {key}: it would "
+                "compute something else. Load onto the base model"
+            )
 
 
 def _require_formula(own: PSTConfig, saved: PSTConfig, folder: Path) -> None:
@@ -313,7 +321,7 @@ def _other_weights(model: nn.Module, saved: dict[str, Any], folder: Path) -> str
 
 
 def _dtype(model: nn.Module) -> str:
-    return str(next(iter(inject.pst_layers(model).values())).weight.dtype).removeprefix("torch.")
+    return str(next(iter(inject.pst_layers(model).values())).dtype).removeprefix("torch.")
 
 
 def _read_tensors(folder: Path, digest: str) -> dict[str, Tensor]:

@@ -73,6 +73,15 @@ def grid_numbers(model: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def base_grid_numbers(model: nn.Module) -> tuple[int, int] | None:
+    """Return the grid of the frozen weights of ``model``, as :func:`grid_numbers` has it; None for plain weights."""
+    for layer in pst_layers(model).values():
+        if layer.base_codes is not None:
+            grid = layer.base_codes.layout.stored.grid
+            return grid.bits, grid.group or 0
+    return None
+
+
 def scale_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return the shapes of all layers' scales, by name; none of a model without a grid."""
     return {n: layer.stored_grid.shape for n, layer in pst_layers(model).items() if layer.stored_grid is not None}

@@ -16,6 +16,7 @@ from pst_ds.export.rounding import grids
 from pst_ds.export.tensor_files import DTYPE_OF_CODE
 from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.linear import PSTLinear
 
 
 def encoding_of_folder(folder: str) -> Encoding:
@@ -70,6 +71,9 @@ def _rounded(weight: Tensor, grid: Grid, entry: TensorEntry | None) -> Tensor:
 
 def _settle(module: Any, weight: Tensor) -> None:
     """Make ``weight`` all that a PST module multiplies with, but for its mask."""
-    module.weight.copy_(weight)
+    if isinstance(module, PSTLinear):
+        module.hold(weight)
+    else:
+        module.weight.copy_(weight)
     if module.pst_U is not None:
         module.pst_U.zero_()

@@ -47,8 +47,19 @@ class ModelConfig:
     """Recompute activations in the backward pass."""
     gradient_checkpointing_reentrant: bool = False
     """Recompute them in torch's older, reentrant way: a backward pass inside the backward pass. Same gradients."""
+    base_bits: Literal[16, 8, 4] = 16
+    """Bits of a frozen weight of the pruned layers: 8 and 4 round them once, as the model loads, to integers that share
+    scales, in shards under ZeRO-3 as the weights would be. 16 keeps them in ``train.precision``."""
+    base_group: Literal[32, 64, 128, "row"] | None = None
+    """Inputs of an output that share a scale of the frozen weights, which must divide those of every layer; or all of
+    them. Unset, it is "row" for 8 bits and 64 for 4."""
 
     def __post_init__(self) -> None:
+        if self.base_bits == 16 and self.base_group is not None:
+            raise ConfigError(
+                f"model.base_group = {self.base_group!r} does nothing with model.base_bits = 16; set model.base_bits "
+                "to 8 or 4"
+            )
         if self.gradient_checkpointing_reentrant and not self.gradient_checkpointing:
             raise ConfigError(
                 "model.gradient_checkpointing_reentrant = true does nothing by itself; set "
@@ -209,6 +220,7 @@ class RunConfig:
         self.make_schedule(1)  # refuse bad numbers now
         self._require_reachable_sparsity()
         self.quantization.require_fit(self.method, self.schedule)
+        self._require_frozen_base()
 
     def _require_method_fits(self) -> None:
         masks = self.mask_method.masks
@@ -234,6 +246,17 @@ class RunConfig:
             )
         if masks != "none":
             self._require_ranking(injected)
+
+    def _require_frozen_base(self) -> None:
+        """Refuse few bits for weights that train."""
+        injected, method = self.mask_method.pst_config(self.pst), self.mask_method
+        trains = method.trains_everything or injected.train_weights or injected.full_scores
+        if self.model.base_bits != 16 and trains:
+            frozen = ", ".join(repr(name) for name, other in METHODS_BY_NAME.items() if not other.trains_everything)
+            raise ConfigError(
+                f"model.base_bits = {self.model.base_bits} rounds frozen weights once, and method = {self.method!r} "
+                f"trains every weight; take one of {frozen}, or model.base_bits = 16"
+            )
 
     def _require_ranking(self, injected: PSTConfig) -> None:
         """Refuse masks that the order of the weights in memory would decide, for want of scores that differ."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from pst_ds.core.bits import INT_OF_SIZE, expand_mask_
 from pst_ds.core.factors import Constants, Factors, tile_factors
 from pst_ds.core.layout import Rect, StoredMatrix, WeightLayout, row_tiles
-from pst_ds.core.quantization import Rounding
+from pst_ds.core.quantization import CodedWeight, Rounding, weights_at
 from pst_ds.core.scores import masked_weight, updated_weight
 from pst_ds.core.tiles import Tiles, plan_tiles
 
@@ -26,7 +26,7 @@ from pst_ds.core.tiles import Tiles, plan_tiles
 class LayerState:
     """Tensors that one layer multiplies with, all whole: ZeRO-3 has gathered them for the layer's turn."""
 
-    weight: Tensor
+    weight: Tensor | CodedWeight
     """W0 in storage shape, (O, I), or (I, O) when transposed."""
     bits: Tensor
     """The mask, see :mod:`pst_ds.core.bits`."""
@@ -103,9 +103,9 @@ def backward(
     if need_bias:
         grads.bias = grad_y.sum(0, dtype=high)
     if need_weight:
-        grads.weight = torch.empty_like(state.weight)
+        grads.weight = _like_weight(state)
     if need_scores:
-        grads.S = torch.empty_like(state.weight)
+        grads.S = _like_weight(state)
     if need_x:  # a sum over tiles is kept wide
         grads.x = torch.zeros_like(x, dtype=high) if tiles.cut_outputs else torch.empty_like(x)
     work = _Work(x, grad_y, state, factors, sums, grads, tiles, _Buffers.of(x, tiles))
@@ -113,6 +113,10 @@ def backward(
         _tile_backward(work, rect)
     _finish_factors(sums, state, grads)
     return grads
+
+
+def _like_weight(state: LayerState) -> Tensor:
+    return torch.empty(state.layout.shape, dtype=state.weight.dtype, device=state.weight.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +195,7 @@ def _merge(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor) -> Non
     """W of one matrix' part of a tile."""
     state = work.state
     factors = tile_factors(state.factors, state.layout, matrix, rect)
-    updated_weight(state.weight[rect.r0 : rect.r1, rect.c0 : rect.c1], factors, state.constants, out=weight)
+    updated_weight(weights_at(state.weight, rect, weight), factors, state.constants, out=weight)
 
 
 def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor, grad: Tensor) -> None:
@@ -219,7 +223,7 @@ def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor
                 magnitude.mul_(factors.col_norms)
             product.addcmul_(grad, magnitude, value=state.constants.magnitude_factor(state.weight_scales[matrix.index]))
         if state.constants.multiplicative:
-            product.mul_(state.weight[rows, cols])
+            product.mul_(weights_at(state.weight, rect, _shaped(work.buffers.magnitude, rect)))
         _add_low_rank_gradients(product, factors.update_left, factors.update_right, sums.update_left, sums.update_right)
     _and(weight, mask, out=weight)
     if state.rounding is not None:

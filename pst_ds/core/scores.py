@@ -10,7 +10,7 @@ from torch import Tensor
 from pst_ds.core.bits import apply_mask_, unpack_range
 from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
 from pst_ds.core.layout import Rect, WeightLayout, row_tiles
-from pst_ds.core.quantization import Rounding
+from pst_ds.core.quantization import CodedWeight, Rounding, weights_at
 
 MASK_BAND_ELEMENTS = {"cpu": 1 << 19}
 """Weights whose mask is unpacked at a time when a whole matrix is merged; 2**24 on other devices."""
@@ -79,7 +79,7 @@ def sliced_weight(weight: Tensor, tile: TileFactors, constants: Constants) -> Te
 def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants, out: Tensor | None = None) -> Tensor:
     """W = W0 + beta U V for one rectangle, in the dtype of ``weight``; a new tensor, or written to ``out``.
 
-    Or W0 + beta W0 . (U V), whose zeros are those of W0.
+    Or W0 + beta W0 . (U V), whose zeros are those of W0. ``out`` may be ``weight`` itself.
     """
     if tile.update_left is None or tile.update_right is None:
         return weight.clone() if out is None else out.copy_(weight)
@@ -89,22 +89,23 @@ def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants, out:
     return torch.addmm(weight, tile.update_left, tile.update_right, alpha=constants.beta, out=out)
 
 
-def merged_weight(weight: Tensor, layout: WeightLayout, factors: Factors, constants: Constants) -> Tensor:
+def merged_weight(weight: Tensor | CodedWeight, layout: WeightLayout, factors: Factors, constants: Constants) -> Tensor:
     """W0 + beta U V of a whole layer, in storage shape and in the dtype of ``weight``: a new, contiguous tensor.
 
     The products are made matrix by matrix, as :func:`masked_weight` makes them: where its mask keeps, the bits agree.
     """
-    merged = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     for matrix in layout.matrices():
         whole = matrix.rect
         for rect in row_tiles(whole, mask_band_elements(weight.device.type)) if constants.multiplicative else (whole,):
             at = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
-            updated_weight(weight[at], tile_factors(factors, layout, matrix, rect), constants, merged[at])
+            out = merged[at]
+            updated_weight(weights_at(weight, rect, out), tile_factors(factors, layout, matrix, rect), constants, out)
     return merged
 
 
 def masked_weight(
-    weight: Tensor,
+    weight: Tensor | CodedWeight,
     bits: Tensor,
     num_shards: int,
     layout: WeightLayout,

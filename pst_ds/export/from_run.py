@@ -16,7 +16,7 @@ from pst_ds.core.formats.rows import row_counts
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.low_rank_rows import updated_rows
 from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF
-from pst_ds.core.quantization import Rounding, StoredGrid
+from pst_ds.core.quantization import CodedWeight, CodeLayout, Rounding, StoredGrid
 from pst_ds.core.scores import masked_weight, merged_weight
 from pst_ds.export.base_weights import BaseWeights, is_text_part, may_be_missing, names_in_files, saved_tensors
 from pst_ds.export.detect_pattern import per_row
@@ -44,6 +44,8 @@ class RunTensor:
     layer: tuple[WeightLayout, Constants] | None = None
     grid: StoredGrid | None = None
     """What training rounded the layer to."""
+    base: CodeLayout | None = None
+    """How the layer held the base's weight, where that was in few bits."""
     embedding_beta: float | None = None
     masked: bool = True
     """False where values that the mask prunes may be anything, because the packing does not look at them."""
@@ -95,6 +97,10 @@ class RunSource:
         device = checkpoint.state.device_type if torch.accelerator.is_available() else "cpu"
         start = checkpoint.trained[recipe.name] if recipe.trained else self._base.read(recipe.in_base or "")
         start = start.to(compute).to(device)
+        weight: Tensor | CodedWeight = start
+        if recipe.base is not None:  # as the layer did when it was made
+            weight = CodedWeight(recipe.base, *recipe.base.encode(start, 0), compute)
+        del start
         self._checkpoint = checkpoint = _reopened(checkpoint)  # lets go of the pages of a trained weight
         mask = checkpoint.masks[owner].clone()
         names = [f for f in FACTOR_NAMES if f"{owner}.pst_{f}" in checkpoint.trained]
@@ -102,11 +108,11 @@ class RunSource:
         factors = layer_factors(values, layout.num_matrices, constants)
         rounding = None if recipe.grid is None else Rounding(recipe.grid, checkpoint.scales[owner].to(device))
         if recipe.masked:
-            merged = masked_weight(start, mask.to(device), 1, layout, factors, constants, rounding)
+            merged = masked_weight(weight, mask.to(device), 1, layout, factors, constants, rounding)
         else:
-            merged = merged_weight(start, layout, factors, constants)
+            merged = merged_weight(weight, layout, factors, constants)
             merged = merged if rounding is None else rounding.round_(merged)
-        del start
+        del weight
         merged = merged.cpu().to(recipe.dtype).contiguous()
         if recipe.masked:
             merged.add_(0.0)  # a weight of -0.0 that the mask keeps becomes +0.0
@@ -150,6 +156,8 @@ class _Planner:
 
     def jobs(self) -> Iterator[TensorJob]:
         tensors = {n: p.to("meta") for n, p in self._model.named_parameters() if ".pst_" not in n}
+        coded = {name: layer for name, layer in self._layers.items() if layer.weight is None}
+        tensors |= {f"{n}.weight": torch.empty(c.layout.shape, dtype=c.dtype, device="meta") for n, c in coded.items()}
         tensors |= {name: buffer.to("meta") for name, buffer in self._buffers.items()}
         in_files = {name: saved for saved, name in names_in_files(self._model, tensors).items()}
         done: set[str] = set()
@@ -197,6 +205,7 @@ class _Planner:
             name, in_base, width, trained,
             layer=None if layer is None else (layer.layout, layer.constants),
             grid=None if layer is None or not state.rounds else layer.stored_grid,
+            base=None if layer is None or layer.base_codes is None else replace(layer.base_codes.layout, num_shards=1),
             embedding_beta=None if embedding is None else embedding.beta,
         )  # fmt: skip
 

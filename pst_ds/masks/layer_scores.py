@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.keys import keys_at, order_keys, score_keys
 from pst_ds.core.layout import Rect, StoredMatrix, shard_tiles, view_in_shard
+from pst_ds.core.own_weights import OwnWeights
 from pst_ds.core.units import block_keys, loss_keys, unit_tiles
 from pst_ds.nn.linear import FACTOR_NAMES, PSTLinear
 from pst_ds.parallel import zero3
@@ -26,15 +27,15 @@ UNIT_CACHE_BYTES = 256 << 20
 class LayerScores:
     """One layer's weights on this rank, with what is around them, and the whole fp32 masters of its factors.
 
-    ``values``: this rank's shard of :func:`ranked_parameter`.
+    ``own``: :func:`ranked_weights`.
     """
 
-    def __init__(self, name: str, layer: PSTLinear, factors: Factors, values: zero3.Shard, halo: Halo | None = None):
+    def __init__(self, name: str, layer: PSTLinear, factors: Factors, own: OwnWeights, halo: Halo | None = None):
         self.name, self.layer, self.layout = name, layer, layer.layout
         self.row_length, self.matrices = self.layout.shape[1], self.layout.matrices()
         self.rule, self.pattern = layer.rule, layer.rule.pattern
-        self.start, self.stop = values.start, values.start + values.values.numel()
-        self._weight, self._halo, self.device = values.values, halo, values.values.device
+        self.start, self.stop, self.device = own.start, own.stop, own.device
+        self._own, self._halo = own, halo
         self._tile_size = TILE_ELEMENTS.get(self.device.type, TILE_ELEMENTS["cuda"])
         self.unit = self.pattern.unit(self.layout)
         self.region = self.pattern.aligned(self.layout, self.start, self.stop)
@@ -111,7 +112,7 @@ class LayerScores:
         """Keys of this rank's weights at ``positions`` of the matrix."""
         rect, positions = matrix.rect, positions.to(self.device)
         rows, cols = positions // (rect.c1 - rect.c0), positions % (rect.c1 - rect.c0)
-        values = self._weight[(rows + rect.r0) * self.row_length + cols + rect.c0 - self.start]
+        values = self._own.at((rows + rect.r0) * self.row_length + cols + rect.c0)
         if self.layer.pst_S is not None:
             return order_keys(values.float())
         tile = tile_factors(self._factors, self.layout, matrix, rect)
@@ -128,7 +129,7 @@ class LayerScores:
         first = rect.r0 * self.row_length + rect.c0
         last = (rect.r1 - 1) * self.row_length + rect.c1
         if self.start <= first and last <= self.stop:
-            return view_in_shard(self._weight, rect, self.row_length, self.start)
+            return self._own.rect(rect)
         if last - first > 2 * rect.numel:  # a few columns of a tall matrix
             return view_in_shard(self._whole_region, rect, self.row_length, self.region[0])
         return view_in_shard(self._region(first, last), rect, self.row_length, first)
@@ -143,7 +144,7 @@ class LayerScores:
         begin, before = self.region[0], self._halo.before
         pieces = [
             before[max(0, first - begin) : max(0, last - begin)],
-            self._weight[max(0, first - self.start) : max(0, last - self.start)],
+            self._own.flat(first, last),
             self._halo.after[max(0, first - self.stop) : max(0, last - self.stop)],
         ]
         return torch.cat(pieces)
@@ -160,9 +161,22 @@ def whole_factors(layers: Sequence[PSTLinear], names: Sequence[str] = FACTOR_NAM
     return [layer.factors(own) for layer, own in zip(layers, values, strict=True)]
 
 
-def ranked_parameter(layer: PSTLinear) -> nn.Parameter:
-    """Return the parameter that ranks a layer's weights, before any factors: the weight, or a score of each."""
-    return layer.weight if layer.pst_S is None else layer.pst_S
+def ranked_weights(layer: PSTLinear) -> OwnWeights:
+    """Return this rank's numbers that rank a layer's weights, before any factors: a score of each, or the weights.
+
+    They are fp32 masters where they train. Collective where :func:`zero3.master_shard` is.
+    """
+    return current_base(layer) if layer.pst_S is None else _masters(layer, layer.pst_S)
+
+
+def current_base(layer: PSTLinear) -> OwnWeights:
+    """Return this rank's weights of a layer without its update, as masters where they train."""
+    return layer.own_base() if layer.weight is None else _masters(layer, layer.weight)
+
+
+def _masters(layer: PSTLinear, param: nn.Parameter) -> OwnWeights:
+    shard = zero3.master_shard(param)
+    return OwnWeights(shard.values, shard.start, layer.layout.shape[1])
 
 
 def with_contiguous_columns(factors: Factors) -> Factors:

@@ -19,7 +19,7 @@ from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.keys import scores_of_keys
 from pst_ds.core.layout import Rect, StoredMatrix, view_in_shard
 from pst_ds.core.scores import updated_weight
-from pst_ds.masks.layer_scores import LayerScores, ranked_parameter, whole_factors
+from pst_ds.masks.layer_scores import LayerScores, current_base, ranked_weights, whole_factors
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import SCORE_FACTORS, PSTLinear
 from pst_ds.parallel import zero3
@@ -104,7 +104,7 @@ def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> La
     """
     layers = pst_layers(model)
     parts = [_Part(*each) for each in zip(layers.items(), whole_factors(list(layers.values())), strict=True)]
-    any_weight = parts[0].layer.weight
+    any_weight = parts[0].layer.pst_mask
     here = [part.sums(with_scores and (part.learns_scores or i in chosen)) for i, part in enumerate(parts)]
     sums = group_sum(torch.stack(here), any_weight)
     found = LayerStats(
@@ -132,17 +132,17 @@ class _Part:
     def __init__(self, named: tuple[str, PSTLinear], factors: Factors):
         name, self.layer = named
         self._factors = factors
-        ranked = zero3.master_shard(ranked_parameter(self.layer))
-        self._weight = ranked if self.layer.pst_S is None else zero3.master_shard(self.layer.weight)
+        ranked = ranked_weights(self.layer)
+        self._weight = ranked if self.layer.pst_S is None else current_base(self.layer)
         self._keys = LayerScores(name, self.layer, factors, ranked)
         self.numel = self.layer.layout.numel  # of the whole layer
         self.learns_scores = any(getattr(self.layer, f"pst_{name}") is not None for name in SCORE_FACTORS)
 
     def sums(self, with_scores: bool) -> Tensor:
         """(_NUM_SUMS,) float64 over this rank's weights; those of scores only where asked for."""
-        sums = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=self._weight.values.device)
+        sums = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=self._weight.device)
         for matrix, rect in self._rects():
-            weight = self._view(self._weight.values, rect).float()
+            weight = self._weight.rect(rect).float()
             sums[_WEIGHT_SQUARES] += _squares(weight)
             if not with_scores and not self.layer.constants.multiplicative:
                 continue
@@ -158,7 +158,7 @@ class _Part:
     def counts(self, low: float, high: float) -> Tensor:
         """This rank's counts: of scores in bins, pruned then kept, and of the kept in the cells of a thumbnail."""
         shape = self.layer.layout.shape
-        kept_here = unpack_shard(zero3.shard_of(self.layer.pst_mask).values, self._weight.values.numel())
+        kept_here = unpack_shard(zero3.shard_of(self.layer.pst_mask).values, self._weight.stop - self._weight.start)
         bins = torch.zeros(2, stats.HISTOGRAM_BINS, dtype=torch.int64, device=kept_here.device)
         cells = torch.zeros(stats.thumbnail_cells(shape), dtype=torch.int64, device=kept_here.device)
         for matrix, rect in self._rects():

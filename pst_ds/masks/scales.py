@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pst_ds.core.bits import shard_numel, unpack_shard
 from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.layout import Rect, StoredMatrix, row_tiles, shard_tiles, view_in_shard
+from pst_ds.core.own_weights import OwnWeights
 from pst_ds.core.quantization import (
     SCALE_DTYPE,
     Grid,
@@ -28,7 +29,7 @@ from pst_ds.core.quantization import (
 )
 from pst_ds.core.scores import sliced_weight
 from pst_ds.core.units import unit_tiles
-from pst_ds.masks.layer_scores import whole_factors, with_contiguous_columns
+from pst_ds.masks.layer_scores import current_base, whole_factors, with_contiguous_columns
 from pst_ds.nn.inject import pst_layers, shortened
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel import zero3
@@ -96,17 +97,16 @@ class _ShardWeights:
 
     def __init__(self, name: str, layer: PSTLinear, factors: Factors):
         assert layer.stored_grid is not None
-        assert zero3.num_shards(layer.weight) == layer.num_shards, "num_shards is not how the weight is partitioned"
+        assert zero3.num_shards(layer.pst_mask) == layer.num_shards, "num_shards is not how the weight is partitioned"
         self.name, self.layer, self.stored, self.grid = name, layer, layer.stored_grid, layer.stored_grid.grid
         self.layout, self.row_length = layer.layout, layer.layout.shape[1]
         self._factors = with_contiguous_columns(factors) if self.layout.transposed else factors
-        self._shard: zero3.Shard | None = None
+        self._own: OwnWeights | None = None
 
     def open(self) -> None:
         """Look up the masters and unpack the mask; collective where :func:`zero3.master_shard` is."""
-        self._shard = zero3.master_shard(self.layer.weight)
-        self.start, self.stop = self._shard.start, self._shard.start + self._shard.values.numel()
-        self.device = self._shard.values.device
+        self._own = current_base(self.layer)
+        self.start, self.stop, self.device = self._own.start, self._own.stop, self._own.device
         self._keep = unpack_shard(zero3.shard_of(self.layer.pst_mask).values, self.stop - self.start).bool()
         period = self.stored.period
         first, last = -(-self.start // period) * period, self.stop // period * period
@@ -114,7 +114,7 @@ class _ShardWeights:
         """Flat range of the periods that this shard holds whole."""
 
     def close(self) -> None:
-        self._shard = None
+        self._own = None
         del self._keep
 
     @property
@@ -163,10 +163,10 @@ class _ShardWeights:
 
     def _masked(self, matrix: StoredMatrix, rect: Rect) -> Tensor:
         """M . W of a rectangle, fp32; the same bits in whatever rectangle."""
-        assert self._shard is not None
+        assert self._own is not None
         merged = torch.empty(rect.r1 - rect.r0, rect.c1 - rect.c0, device=self.device)
         for band in row_tiles(rect, _BAND_ELEMENTS.get(self.device.type, 1 << 24)):
-            own = view_in_shard(self._shard.values, band, self.row_length, self.start)
+            own = self._own.rect(band)
             keep = view_in_shard(self._keep, band, self.row_length, self.start)
             tile = tile_factors(self._factors, self.layout, matrix, band)
             updated = sliced_weight(own, tile, self.layer.constants)
@@ -203,14 +203,14 @@ def _batches(weights: Sequence[_ShardWeights]) -> Iterator[list[_ShardWeights]]:
 
 def _searched(batch: list[_ShardWeights]) -> tuple[list[Tensor], list[list[float]]]:
     """The scales of each layer, and its [squared error, sum of squares]. Collective."""
-    any_weight, grid = batch[0].layer.weight, batch[0].grid
-    cut = _CutGroups(any_weight, grid, any_weight.dtype)
+    any_weight, grid = batch[0].layer.pst_mask, batch[0].grid
+    cut = _CutGroups(any_weight, grid, batch[0].layer.dtype)
     tables, sums = [], torch.zeros(len(batch), 2, dtype=torch.float64)
     for i, own in enumerate(batch):
         own.open()
         table = torch.zeros(own.stored.shape, dtype=SCALE_DTYPE, device=own.device)
         for rect, grouped in own.whole_groups():
-            found = group_scales(torch.nan_to_num(grouped, 0.0, 0.0, 0.0), grid, own.layer.weight.dtype)
+            found = group_scales(torch.nan_to_num(grouped, 0.0, 0.0, 0.0), grid, own.layer.dtype)
             rows, cols = own.scale_rect(rect)
             table[rows, cols] = found.view(rows.stop - rows.start, cols.stop - cols.start)
             sums[i] += _loss(grouped, found.float(), grid)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.bits import checksum, count_bits, pack_shard
-from pst_ds.masks.layer_scores import LayerScores, ranked_parameter, whole_factors
+from pst_ds.masks.layer_scores import LayerScores, ranked_weights, whole_factors
 from pst_ds.masks.select import Matrix, select_kept, weights_kept
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import PSTLinear
@@ -61,10 +61,10 @@ def update_masks(model: nn.Module, sparsity: float, *, progress: float = 1.0) ->
     """
     layers = pst_layers(model)
     for name, layer in layers.items():
-        assert zero3.num_shards(layer.weight) == layer.num_shards, f"{name}: num_shards is not how it is partitioned"
+        assert zero3.num_shards(layer.pst_mask) == layer.num_shards, f"{name}: num_shards is not how it is partitioned"
     keyed = _layer_keys(layers)
     matrices = [Matrix(k, b, _target(k.layer, sparsity, progress)) for k in keyed for b in k.matrices]
-    kept = dict(zip(map(id, matrices), select_kept(matrices, next(iter(layers.values())).weight), strict=True))
+    kept = dict(zip(map(id, matrices), select_kept(matrices, next(iter(layers.values())).pst_mask), strict=True))
     flipped = []
     for keys in keyed:
         own = [m for m in matrices if m.layer is keys]
@@ -74,9 +74,15 @@ def update_masks(model: nn.Module, sparsity: float, *, progress: float = 1.0) ->
 
 @torch.no_grad()
 def masks_of_zeros(model: nn.Module) -> MaskStats:
-    """Keep exactly the non-zeros of the weights, as they are now. Each rank looks at its own shard. Collective."""
+    """Keep exactly the non-zeros of the weights, as they are now. Each rank looks at its own shard. Collective.
+
+    Of weights that became codes the mask has those of before, see :func:`pst_ds.nn.base_codes.encode_base`.
+    """
     flipped = []
     for layer in pst_layers(model).values():
+        if layer.weight is None:
+            flipped.append(0)
+            continue
         num_bytes = zero3.shard_of(layer.pst_mask).values.numel()
         flipped.append(_write_mask(layer, pack_shard((zero3.shard_of(layer.weight).values != 0).byte(), num_bytes)))
     return mask_stats(model, flipped_here=flipped)
@@ -88,12 +94,12 @@ def mask_stats(model: nn.Module, *, flipped_here: Sequence[int] = ()) -> MaskSta
     layers = pst_layers(model)
     kept, total_sum = [], 0
     for name, layer in layers.items():
-        bits, shard = zero3.shard_of(layer.pst_mask).values, zero3.shard_of(layer.weight)
+        bits, (start, stop) = zero3.shard_of(layer.pst_mask).values, layer.own_range()
         kept.append(count_bits(bits, bits)[1])
-        total_sum += checksum(bits, shard.values.numel(), shard.start, zlib.crc32(name.encode()))
+        total_sum += checksum(bits, stop - start, start, zlib.crc32(name.encode()))
     total_sum = (total_sum + (1 << 63)) % (1 << 64) - (1 << 63)
     here = torch.tensor([*kept, *(flipped_here or [0] * len(layers)), total_sum])
-    *counts, total_sum = group_sum(here, next(iter(layers.values())).weight).tolist()
+    *counts, total_sum = group_sum(here, next(iter(layers.values())).pst_mask).tolist()
     num_weights = sum(layer.layout.numel for layer in layers.values())
     kept, flipped = counts[: len(layers)], counts[len(layers) :]
     digits = f"{total_sum % (1 << 64):016x}"
@@ -130,14 +136,15 @@ def _layer_keys(layers: dict[str, PSTLinear]) -> list[LayerScores]:
     Collective: one all-gather and one all-to-all for all layers under ZeRO-3."""
     factors = whole_factors(list(layers.values()))
     wide = [layer for layer in layers.values() if layer.rule.pattern.unit(layer.layout) != (1, 1)]
-    shards = {layer: zero3.master_shard(ranked_parameter(layer)) for layer in layers.values()}
+    own_weights = {layer: ranked_weights(layer) for layer in layers.values()}
     halos = fetch_halos(
-        [ranked_parameter(w) for w in wide],
+        [w.pst_mask for w in wide],
         [partial(w.rule.pattern.aligned, w.layout) for w in wide],
-        [shards[w].values for w in wide],
+        [own_weights[w].values for w in wide],
+        [w.layout.numel for w in wide],
     )
     halo_of = dict(zip(wide, halos, strict=True))
     return [
-        LayerScores(name, layer, own, shards[layer], halo_of.get(layer))
+        LayerScores(name, layer, own, own_weights[layer], halo_of.get(layer))
         for (name, layer), own in zip(layers.items(), factors, strict=True)
     ]

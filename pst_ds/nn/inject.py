@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.config.pst import MaskRule, PSTConfig, name_matches
-from pst_ds.core.layout import StoredMatrix, shard_tiles, view_in_shard
+from pst_ds.core.layout import StoredMatrix, shard_tiles
 from pst_ds.core.quantization import Grid, StoredGrid
 from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent
 from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
 from pst_ds.errors import InputError
 from pst_ds.nn import fast_paths
+from pst_ds.nn.base_codes import BaseCodes, encode_base, own_weights
 from pst_ds.nn.embedding import PSTEmbedding, pst_embeddings
-from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.linear import CONSTANT_PARTS, PSTLinear
 from pst_ds.nn.targets import InjectionError, Target, find_embeddings, find_targets, modules_named_to_save, suggestion
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_max, group_sum
@@ -27,7 +28,12 @@ _SCALE_TILE = 1 << 22
 
 
 def inject_pst(
-    model: nn.Module, config: PSTConfig, *, num_shards: int | None = None, grid: Grid | None = None
+    model: nn.Module,
+    config: PSTConfig,
+    *,
+    num_shards: int | None = None,
+    grid: Grid | None = None,
+    base_grid: Grid | None = None,
 ) -> nn.Module:
     """Replace the target layers of ``model`` by PSTLinear in place and freeze the rest.
 
@@ -40,6 +46,8 @@ def inject_pst(
         num_shards: the number of ranks that ZeRO-3 will split the weights over; None takes it from a model that was
             built under ``zero.Init``, and 1 from any other.
         grid: what the pruned weights are rounded to once :func:`round_weights` says so; None for never.
+        base_grid: the pretrained weights W0 of the target layers are rounded to it now, and kept as codes and scales of
+            8 or 4 bits, in shards under ZeRO-3; None keeps them as they are.
 
     Returns:
         ``model`` itself.
@@ -53,18 +61,24 @@ def inject_pst(
     _require_tiles(targets, config)
     rules = _fitting_rules(targets, config)
     _require_groups(targets, grid)
+    _require_groups(targets, base_grid, "the base: ")
+    _require_frozen(config, base_grid)
+    shards = {target.name: _shards_of(target, num_shards) for target in targets}
+    bases: dict[str, BaseCodes] = {}
+    if base_grid is not None:
+        zeros = config.initial_mask == "zeros"
+        bases = {t.name: encode_base(t, base_grid, shards[t.name], from_zeros=zeros) for t in targets}
     compared = not config.full_scores and (config.has_scores or any(rule.pattern.kind == "global" for rule in rules))
     has_values = not targets[0].module.weight.is_meta
-    scales = _weight_scales(targets) if config.relative_magnitude and compared and has_values else None
+    scales = _weight_scales(targets, bases) if config.relative_magnitude and compared and has_values else None
     for param in model.parameters():
         param.requires_grad_(False)
     for target in targets:
-        weight = target.module.weight
-        shards = zero3.num_shards(weight) if zero3.is_partitioned(weight) else num_shards or 1
-        if num_shards not in (None, shards):
-            raise InjectionError(f"{target.name}.weight is split over {shards} ranks, not num_shards = {num_shards}")
-        own = scales[target.name] if scales else (1.0,) * target.layout.num_matrices
-        layer = PSTLinear(target.name, weight, target.module.bias, target.layout, config, shards, own, grid)
+        base, own = bases.get(target.name), scales[target.name] if scales else (1.0,) * target.layout.num_matrices
+        weight = None if base else target.module.weight
+        layer = PSTLinear(
+            target.name, weight, target.module.bias, target.layout, config, shards[target.name], own, grid, base
+        )
         layer.train(target.module.training)
         for parent, attribute in target.places:
             setattr(parent, attribute, layer)
@@ -86,14 +100,14 @@ def configured_parameters(model: nn.Module, config: PSTConfig) -> set[nn.Paramet
     By what the config says, whether or not it has a gradient now.
     """
     own = {p: name.rpartition(".")[2] for name, p in model.named_parameters()}
-    params = {p for p, part in own.items() if part.startswith("pst_") and part not in ("pst_mask", "pst_scales")}
+    params = {p for p, part in own.items() if part.startswith("pst_") and part not in CONSTANT_PARTS}
     for module in modules_named_to_save(model, config).values():
         params.update(module.parameters())
     for module in model.modules():
         is_pruned, bias = isinstance(module, PSTLinear), module._parameters.get("bias")
         if bias is not None and (config.bias == "all" or (config.bias == "pst_only" and is_pruned)):
             params.add(bias)
-        if is_pruned and config.train_weights:
+        if is_pruned and config.train_weights and module.weight is not None:
             params.add(module.weight)  # type: ignore[arg-type]
     return params
 
@@ -219,7 +233,25 @@ def round_weights(model: nn.Module, *, rounds: bool = True) -> None:
         layer.rounds = rounds and layer.stored_grid is not None
 
 
-def _require_groups(targets: Sequence[Target], grid: Grid | None) -> None:
+def _shards_of(target: Target, num_shards: int | None) -> int:
+    """Return how many shards a layer's weight has, or will have. Raises InjectionError where that is not num_shards."""
+    weight = target.module.weight
+    shards = zero3.num_shards(weight) if zero3.is_partitioned(weight) else num_shards or 1
+    if num_shards not in (None, shards):
+        raise InjectionError(f"{target.name}.weight is split over {shards} ranks, not num_shards = {num_shards}")
+    return shards
+
+
+def _require_frozen(config: PSTConfig, base_grid: Grid | None) -> None:
+    if base_grid is not None and (config.train_weights or config.full_scores):
+        what = "train_weights" if config.train_weights else "full_scores"
+        raise InjectionError(
+            f"{what} = True trains a number for each weight, and base_grid ({base_grid}) keeps the weights frozen in "
+            "few bits; leave one of them out"
+        )
+
+
+def _require_groups(targets: Sequence[Target], grid: Grid | None, what: str = "") -> None:
     """Refuse groups of a grid that do not divide the inputs of a layer."""
     if grid is None:
         return
@@ -228,7 +260,7 @@ def _require_groups(targets: Sequence[Target], grid: Grid | None) -> None:
             StoredGrid(target.layout, grid)
         except ValueError as error:
             raise InjectionError(
-                f'{target.name}: {error}; or leave the layer out with exclude_modules = ["{target.name}"]'
+                f'{target.name}: {what}{error}; or leave the layer out with exclude_modules = ["{target.name}"]'
             ) from None
 
 
@@ -242,25 +274,30 @@ def _require_tiles(targets: Sequence[Target], config: PSTConfig) -> None:
         raise InjectionError(str(error)) from None
 
 
-def _weight_scales(targets: Sequence[Target]) -> dict[str, tuple[float, ...]]:
+def _weight_scales(targets: Sequence[Target], bases: dict[str, BaseCodes]) -> dict[str, tuple[float, ...]]:
     """Mean of |W0| of every matrix, by layer name: exact integer sums, so the same bits for any sharding.
 
     Collective under ZeRO-3.
     """
     owners = [(t, matrix) for t in targets for matrix in t.layout.matrices()]
-    weight = targets[0].module.weight
-    zero = zero3.shard_of(weight).values.new_zeros(())
-    own_largest = [torch.stack([zero, *(v.abs().max() for v in _own_tiles(t, m))]).max() for t, m in owners]
-    largest = group_max(torch.stack(own_largest).double().nan_to_num(nan=math.inf, posinf=math.inf), weight).tolist()
+    any_base = bases.get(targets[0].name)
+    any_param = any_base.codes if any_base else targets[0].module.weight
+    zero = torch.zeros((), device=zero3.shard_of(any_param).values.device)
+
+    def own_tiles(target: Target, matrix: StoredMatrix) -> Iterator[Tensor]:
+        return _own_tiles(target, bases.get(target.name), matrix)
+
+    own_largest = [torch.stack([zero, *(v.abs().max().float() for v in own_tiles(t, m))]).max() for t, m in owners]
+    largest = group_max(torch.stack(own_largest).double().nan_to_num(nan=math.inf, posinf=math.inf), any_param).tolist()
     for (target, _), value in zip(owners, largest, strict=True):
         if not math.isfinite(value):
             raise InjectionError(f"{target.name}.weight has NaN or infinite values; the base model is damaged")
     exponents = [fixed_point_exponent(value) for value in largest]
     scaled = zip(owners, exponents, strict=True)
-    own = [sum(int(abs_sum_fixed_point(v, e)) for v in _own_tiles(t, m)) for (t, m), e in scaled]
+    own = [sum(int(abs_sum_fixed_point(v, e)) for v in own_tiles(t, m)) for (t, m), e in scaled]
     sums = torch.tensor(own, dtype=torch.int64)
     scales: dict[str, tuple[float, ...]] = {}
-    for (target, matrix), total, exponent in zip(owners, group_sum(sums, weight).tolist(), exponents, strict=True):
+    for (target, matrix), total, exponent in zip(owners, group_sum(sums, any_param).tolist(), exponents, strict=True):
         mean = total / 2.0**exponent / matrix.rect.numel
         if mean == 0.0:
             raise InjectionError(f"{target.name}.weight is all zeros; leave it out with exclude_modules")
@@ -268,9 +305,8 @@ def _weight_scales(targets: Sequence[Target]) -> dict[str, tuple[float, ...]]:
     return scales
 
 
-def _own_tiles(target: Target, matrix: StoredMatrix):
+def _own_tiles(target: Target, base: BaseCodes | None, matrix: StoredMatrix) -> Iterator[Tensor]:
     """This rank's values of one matrix, in rectangles."""
-    shard, row_length = zero3.shard_of(target.module.weight), target.layout.shape[1]
-    stop = shard.start + shard.values.numel()
-    for rect in shard_tiles(matrix.rect, row_length, shard.start, stop, _SCALE_TILE):
-        yield view_in_shard(shard.values, rect, row_length, shard.start)
+    own = own_weights(target.module.weight, target.layout) if base is None else base.own(base.dtype)
+    for rect in shard_tiles(matrix.rect, own.row_length, own.start, own.stop, _SCALE_TILE):
+        yield own.rect(rect)

@@ -13,15 +13,27 @@ from torch import Tensor, nn
 
 from pst_ds.config.pst import PSTConfig, UpdateInit
 from pst_ds.core import masked_linear
-from pst_ds.core.bits import all_ones
+from pst_ds.core.bits import all_ones, shard_numel
 from pst_ds.core.factors import Constants, Factors, layer_factors, ungrouped_columns
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.quantization import UNUSED_SCALE, Grid, Rounding, StoredGrid, bytes_of_scales, scales_of_bytes
+from pst_ds.core.own_weights import OwnWeights
+from pst_ds.core.quantization import (
+    UNUSED_SCALE,
+    CodedWeight,
+    Grid,
+    Rounding,
+    StoredGrid,
+    bytes_of_scales,
+    scales_of_bytes,
+)
+from pst_ds.nn.base_codes import BASE_CODES, BASE_SCALES, BaseCodes, own_weights
 from pst_ds.parallel import zero3
 
 FACTOR_NAMES = ("A", "B", "R", "C", "U", "V")
 """The small ones; a score of each weight, S, is none of them."""
 SCORE_FACTORS = ("A", "B", "R", "C", "S")
+CONSTANT_PARTS = ("pst_mask", "pst_scales", BASE_CODES, BASE_SCALES)
+"""Parameters of a layer that are bytes, which nothing trains."""
 Method = TypeVar("Method", bound=Callable[..., Tensor])
 
 
@@ -51,25 +63,32 @@ class PSTLinear(nn.Module):
         pst_S, as the weight: a score of each weight, with ``config.full_scores`` alone; trainable.
         pst_mask (num_shards * ceil(ceil(O*I / num_shards) / 8),): uint8, one bit a weight, frozen.
         pst_scales, with a ``grid`` alone: uint8, the bytes of the bf16 scales that M . W is rounded with, frozen.
+        pst_base_codes, pst_base_scales, with a ``base`` alone: uint8, W0 as codes and scales, see
+            :class:`pst_ds.core.quantization.CodeLayout`; ``weight`` is None then.
     A multiplicative update has pst_U (O,) and pst_V (P*r, I).
 
     One module holds them all, so ZeRO-3 fetches and releases the layer in one go.
     """
 
+    weight: nn.Parameter | None
     pst_S: nn.Parameter | None
     pst_scales: nn.Parameter | None
+    pst_base_codes: nn.Parameter
+    pst_base_scales: nn.Parameter
 
     def __init__(
         self,
         name: str,
-        weight: nn.Parameter,
+        weight: nn.Parameter | None,
         bias: nn.Parameter | None,
         layout: WeightLayout,
         config: PSTConfig,
         num_shards: int,
         weight_scales: tuple[float, ...],
         grid: Grid | None = None,
+        base: BaseCodes | None = None,
     ):
+        assert (weight is None) == (base is not None), "a layer has a weight or its codes"
         super().__init__()
         self.layout, self.num_shards, self.weight_scales = layout, num_shards, weight_scales
         self.in_features, self.out_features = layout.in_features, layout.out_features
@@ -93,9 +112,18 @@ class PSTLinear(nn.Module):
         self.was_called = False
         """True once ``forward`` was called; see :func:`pst_ds.nn.inject.layers_never_called`."""
         self.tile_bytes = config.tile_bytes
-        self.weight, self.bias = weight, bias
-        device = weight.device
-        self.pst_mask = nn.Parameter(all_ones(layout.numel, num_shards).to(device), requires_grad=False)
+        self.register_parameter("weight", weight)
+        self.bias = bias
+        self.register_parameter(BASE_CODES, None if base is None else base.codes)
+        self.register_parameter(BASE_SCALES, None if base is None else base.scales)
+        if weight is not None:
+            device, dtype = weight.device, weight.dtype
+            self.pst_mask = nn.Parameter(all_ones(layout.numel, num_shards).to(device), requires_grad=False)
+        else:
+            assert base is not None
+            device, dtype = base.codes.device, base.dtype
+            self.pst_mask = base.mask
+        self._code_layout, self._loaded_dtype = None if base is None else base.layout, dtype
 
         scales = None
         if self.stored_grid is not None:
@@ -107,7 +135,7 @@ class PSTLinear(nn.Module):
             param = None
             if shape is not None:
                 values = seeded_normal(shape, std, f"{config.factor_seed}/{name}/{factor}")
-                param = nn.Parameter(values.to(device=device, dtype=weight.dtype))
+                param = nn.Parameter(values.to(device=device, dtype=dtype))
             self.register_parameter(f"pst_{factor}", param)
 
         outputs, inputs = self.out_features, self.in_features
@@ -124,6 +152,57 @@ class PSTLinear(nn.Module):
         add("V", (layout.num_matrices * r, inputs) if r else None, update_std if starts_at_v else 0.0)
         add("S", tuple(layout.shape) if config.full_scores else None)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layer computes in."""
+        if self.weight is not None:
+            return self.weight.dtype
+        # factors follow a cast of the model, which codes do not
+        return next((param.dtype for _, param in self.factor_parameters()), self._loaded_dtype)
+
+    @property
+    def base_codes(self) -> BaseCodes | None:
+        """W0 as codes and scales; None where the layer has a weight."""
+        if self._code_layout is None:
+            return None
+        return BaseCodes(
+            self._code_layout, self.pst_base_codes, self.pst_base_scales, self.pst_mask, self._loaded_dtype
+        )  # fmt: skip
+
+    def base_weight(self) -> Tensor | CodedWeight:
+        """W0, or the weight that is trained in its place, in storage shape. The parameters must be gathered."""
+        if self.weight is not None:
+            return self.weight.detach()
+        assert self.base_codes is not None
+        return self.base_codes.whole(self.dtype)
+
+    @torch.no_grad()
+    def hold(self, weight: Tensor) -> None:
+        """Make ``weight``, in storage shape, the frozen W0, in place of codes where the layer has these. Not under
+        ZeRO-3."""
+        if self.weight is not None:
+            self.weight.copy_(weight)
+            return
+        self.weight = nn.Parameter(weight.to(self.dtype).clone(), requires_grad=False)
+        self._code_layout = None
+        for name in (BASE_CODES, BASE_SCALES):
+            self.register_parameter(name, None)
+
+    def own_base(self) -> OwnWeights:
+        """Return this rank's shard of :meth:`base_weight`; all of it where it is not split."""
+        if self.weight is not None:
+            return own_weights(self.weight, self.layout)
+        assert self.base_codes is not None
+        return self.base_codes.own(self.dtype)
+
+    def own_range(self) -> tuple[int, int]:
+        """Return the flat range of the weights whose mask this rank holds; all of them where it is not split."""
+        numel, mask = self.layout.numel, self.pst_mask
+        if not zero3.is_partitioned(mask):
+            return 0, numel
+        share, shard = shard_numel(numel, self.num_shards), zero3.shard_index(mask)
+        return min(shard * share, numel), min((shard + 1) * share, numel)
+
     def factor_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name in :data:`FACTOR_NAMES`, Parameter) of the factors this layer has."""
         for name in FACTOR_NAMES:
@@ -137,7 +216,7 @@ class PSTLinear(nn.Module):
 
     def state(self) -> masked_linear.LayerState:
         """The weight that the layer multiplies with now. The parameters must be gathered."""
-        weight, mask = self.weight.detach(), self.pst_mask.detach()
+        weight, mask = self.base_weight(), self.pst_mask.detach()
         factors = self.factors({name: param.detach() for name, param in self.factor_parameters()})
         return masked_linear.LayerState(
             weight, mask, self.num_shards, self.layout, factors, self.constants, self.weight_scales, self.scores_train,
@@ -163,17 +242,19 @@ class PSTLinear(nn.Module):
             self.was_called = True
         if self.bypassed:
             return self._dense(x)
-        trained_weight = self.weight if self.weight.requires_grad else None
+        trained_weight = self.weight if self.weight is not None and self.weight.requires_grad else None
         factors = (getattr(self, f"pst_{name}") for name in (*FACTOR_NAMES, "S"))
         if not torch.is_autocast_enabled(x.device.type):
             return _MaskedLinear.apply(x, self, trained_weight, self.bias, *factors)
         with torch.autocast(x.device.type, enabled=False):
-            return _MaskedLinear.apply(x.to(self.weight.dtype), self, trained_weight, self.bias, *factors)
+            return _MaskedLinear.apply(x.to(self.dtype), self, trained_weight, self.bias, *factors)
 
     def _dense(self, x: Tensor) -> Tensor:
-        weight = self.weight.t() if self.layout.transposed else self.weight
+        weight = self.weight if self.base_codes is None else self.base_codes.whole(self.dtype).dense()
+        assert weight is not None
+        weight_by_output = weight.t() if self.layout.transposed else weight
         with torch.autocast(x.device.type, enabled=False):
-            return torch.nn.functional.linear(x.to(weight.dtype), weight, self.bias)
+            return torch.nn.functional.linear(x.to(weight.dtype), weight_by_output, self.bias)
 
     def extra_repr(self) -> str:
         fused = f", parts={self.layout.num_matrices}" if self.layout.num_matrices > 1 else ""
@@ -194,7 +275,7 @@ class _MaskedLinear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         layer: PSTLinear = ctx.layer
         need_x, _, need_weight, need_bias = ctx.needs_input_grad[:4]
-        params = list(layer.parameters(recurse=False))
+        params, dtype = list(layer.parameters(recurse=False)), layer.dtype
         with zero3.gathered([p for p in params if zero3.is_released(p)]):
             grads = masked_linear.backward(
                 x.reshape(-1, x.shape[-1]),
@@ -208,9 +289,9 @@ class _MaskedLinear(torch.autograd.Function):
             )
             _finish(grads, layer)
         grad_x = None if grads.x is None else grads.x.to(x.dtype).view(x.shape)
-        grad_bias = None if grads.bias is None else grads.bias.to(layer.weight.dtype)
+        grad_bias = None if grads.bias is None else grads.bias.to(dtype)
         of_factors = (getattr(grads, name) for name in (*FACTOR_NAMES, "S"))
-        typed = (None if g is None else g.to(layer.weight.dtype) for g in of_factors)
+        typed = (None if g is None else g.to(dtype) for g in of_factors)
         return grad_x, None, grads.weight, grad_bias, *typed
 
 

@@ -12,7 +12,7 @@ from pst_ds.nn import fast_paths
 from pst_ds.nn.adapter_checkpoints import whole_checkpoints
 from pst_ds.nn.embedding import PSTEmbedding
 from pst_ds.nn.inject import injected_config, layers_never_called, pst_layers, shortened
-from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.linear import CONSTANT_PARTS, PSTLinear
 from pst_ds.nn.targets import places_by_module
 from pst_ds.parallel import zero3
 from pst_ds.parallel.steps import unwrapped
@@ -71,12 +71,14 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
     Args:
         model: the model, or the engine around it; under ZeRO-3 whole parameters are counted. Mask bits, and scales of
-            rounded weights, are not.
+            rounded weights, are not; codes of a frozen base count as the weights that they are.
     """
     model = unwrapped(model)
-    constants = {part for layer in pst_layers(model).values() for part in (layer.pst_mask, layer.pst_scales)}
+    layers = pst_layers(model).values()
+    constants = {getattr(layer, part) for layer in layers for part in CONSTANT_PARTS}
     params = [param for param in model.parameters() if param not in constants]
     total = sum(zero3.full_numel(param) for param in params)
+    total += sum(layer.layout.numel for layer in layers if layer.weight is None)
     trained = sum(zero3.full_numel(param) for param in params if param.requires_grad)
     print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 

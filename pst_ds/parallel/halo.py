@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,25 +26,42 @@ class Halo:
     after: Tensor
 
 
+class Flat(Protocol):
+    """A flat tensor, or what gives one for a slice."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    def element_size(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> Tensor: ...
+
+
 def fetch_halos(
-    params: Sequence[nn.Parameter], widen: Sequence[Widen], shards: Sequence[Tensor] | None = None
+    params: Sequence[nn.Parameter],
+    widen: Sequence[Widen],
+    shards: Sequence[Flat] | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> list[Halo]:
     """Fetch what this rank lacks of the range that ``widen[i]`` makes of its shard of ``params[i]``.
 
-    ``shards[i]``: flat values to send in place of the shard of ``params[i]``, such as its fp32 masters.
+    ``shards[i]``: flat values to send in place of the shard of ``params[i]``, such as its fp32 masters; ``sizes[i]``:
+    how many there are on all ranks, where they are not as many as ``params[i]`` has.
 
     Collective over the ranks that ZeRO-3 splits them over: one all-to-all for all of them; free when nothing is split.
     Every rank works out from the sizes alone who sends what to whom.
     """
     shards = shards if shards is not None else [zero3.shard_of(p).values for p in params]
+    sizes = sizes if sizes is not None else [zero3.full_numel(p) for p in params]
     if not params or zero3.num_shards(params[0]) == 1:
         return [Halo(values[:0], values[:0]) for values in shards]
-    incoming = sorted(piece for i, p in enumerate(params) for piece in _incoming(i, p, widen[i]))
-    outgoing = sorted(piece for i, p in enumerate(params) for piece in _outgoing(i, p, widen[i]))
-    received = iter(_exchange(params, shards, incoming, outgoing))
+    splits = [_Split(size, zero3.num_shards(p), zero3.shard_index(p)) for p, size in zip(params, sizes, strict=True)]
+    incoming = sorted(piece for i, split in enumerate(splits) for piece in _incoming(i, split, widen[i]))
+    outgoing = sorted(piece for i, split in enumerate(splits) for piece in _outgoing(i, split, widen[i]))
+    received = iter(_exchange(params[0], splits, shards, incoming, outgoing))
     before, after = ([[values[:0]] for values in shards] for _ in range(2))
     for (sender, i, _, _), values in zip(incoming, received, strict=True):  # by rank, so by rising flat index
-        (before if sender < zero3.shard_index(params[i]) else after)[i].append(values)
+        (before if sender < splits[i].own else after)[i].append(values)
     return [Halo(torch.cat(b), torch.cat(a)) for b, a in zip(before, after, strict=True)]
 
 
@@ -51,46 +69,54 @@ Piece = tuple[int, int, int, int]
 """(the other rank, which parameter, first and last flat index + 1)"""
 
 
-def _incoming(i: int, param: nn.Parameter, widen: Widen) -> Iterator[Piece]:
-    own = zero3.shard_index(param)
-    start, stop = _shard_range(param, own)
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """Flat values over ranks, of which this is number ``own``."""
+
+    numel: int
+    shards: int
+    own: int
+
+    def range_of(self, rank: int) -> Range:
+        share = shard_numel(self.numel, self.shards)
+        return min(rank * share, self.numel), min((rank + 1) * share, self.numel)
+
+    def ranks_of(self, wanted: Range) -> range:
+        """Ranks whose shards meet the flat range ``wanted``."""
+        share = shard_numel(self.numel, self.shards)
+        return range(wanted[0] // share, -(-wanted[1] // share) if wanted[1] > wanted[0] else wanted[0] // share)
+
+
+def _incoming(i: int, split: _Split, widen: Widen) -> Iterator[Piece]:
+    start, stop = split.range_of(split.own)
     wide = widen(start, stop)
     assert wide[0] <= start <= stop <= wide[1], f"{wide} does not hold [{start}, {stop})"
-    for other in _ranks_of(param, wide):
-        theirs = _shard_range(param, other)
-        if other != own:
+    for other in split.ranks_of(wide):
+        theirs = split.range_of(other)
+        if other != split.own:
             yield other, i, max(theirs[0], wide[0]), min(theirs[1], wide[1])
 
 
-def _outgoing(i: int, param: nn.Parameter, widen: Widen) -> Iterator[Piece]:
-    own = zero3.shard_index(param)
-    start, stop = _shard_range(param, own)
-    for others in (range(own - 1, -1, -1), range(own + 1, zero3.num_shards(param))):
+def _outgoing(i: int, split: _Split, widen: Widen) -> Iterator[Piece]:
+    start, stop = split.range_of(split.own)
+    for others in (range(split.own - 1, -1, -1), range(split.own + 1, split.shards)):
         for other in others:
-            wide = widen(*_shard_range(param, other))
+            wide = widen(*split.range_of(other))
             a, b = max(start, wide[0]), min(stop, wide[1])
             if a >= b:
                 break  # ranks further off need none of it either
             yield other, i, a, b
 
 
-def _shard_range(param: nn.Parameter, rank: int) -> Range:
-    numel = zero3.full_numel(param)
-    share = shard_numel(numel, zero3.num_shards(param))
-    return min(rank * share, numel), min((rank + 1) * share, numel)
-
-
-def _ranks_of(param: nn.Parameter, wanted: Range) -> range:
-    """Ranks whose shards meet the flat range ``wanted``."""
-    share = shard_numel(zero3.full_numel(param), zero3.num_shards(param))
-    return range(wanted[0] // share, -(-wanted[1] // share) if wanted[1] > wanted[0] else wanted[0] // share)
-
-
 def _exchange(
-    params: Sequence[nn.Parameter], shards: Sequence[Tensor], incoming: list[Piece], outgoing: list[Piece]
+    param: nn.Parameter,
+    splits: Sequence[_Split],
+    shards: Sequence[Flat],
+    incoming: list[Piece],
+    outgoing: list[Piece],
 ) -> list[Tensor]:
     """Send the ``outgoing`` pieces of this rank's shards; returns the ``incoming`` ones. Bytes travel, so any dtype."""
-    group, world = zero3.process_group(params[0]), zero3.num_shards(params[0])
+    group, world = zero3.process_group(param), zero3.num_shards(param)
     home = shards[0].device
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else home
 
@@ -102,7 +128,7 @@ def _exchange(
 
     send = [torch.empty(0, dtype=torch.uint8, device=device)]
     for _, i, start, stop in outgoing:
-        first = zero3.shard_of(params[i]).start
+        first, _ = splits[i].range_of(splits[i].own)
         send.append(shards[i][start - first : stop - first].contiguous().view(torch.uint8).to(device))
     into, out_of = bytes_by_rank(incoming), bytes_by_rank(outgoing)
     received = torch.empty(sum(into), dtype=torch.uint8, device=device)

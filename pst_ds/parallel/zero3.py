@@ -78,6 +78,26 @@ def write_shard(param: nn.Parameter, values: Tensor) -> None:
     param.ds_secondary_tensor = None  # an hpZ copy, if any, is made again from the shard
 
 
+def bytes_split_as(like: nn.Parameter, numel: int, own: Tensor) -> nn.Parameter:
+    """Return a frozen parameter of ``numel`` bytes that is split over ranks as ``like`` is; ``own`` are this rank's.
+
+    Of a parameter that is not partitioned ``own`` are all. Collective under ZeRO-3, and whole on every rank meanwhile.
+    """
+    if not is_partitioned(like):
+        return nn.Parameter(own, requires_grad=False)
+    param = nn.Parameter(torch.zeros(numel, dtype=torch.uint8, device=own.device), requires_grad=False)
+    like.convert_to_zero_parameters(param_list=[param])
+    shard_of(param).values.copy_(own[: shard_of(param).values.numel()])
+    return param
+
+
+def drop(param: nn.Parameter) -> None:
+    """Free the values of a parameter that ZeRO-3 has split and no module holds any more."""
+    for tensor in (param, getattr(param, "ds_tensor", None), getattr(param, "ds_secondary_tensor", None)):
+        if tensor is not None and is_partitioned(param):
+            tensor.data = tensor.new_empty(0)
+
+
 @contextmanager
 def gathered(params: Iterable[nn.Parameter], *, writer_rank: int | None = None) -> Iterator[None]:
     """Whole tensors inside, shards outside; free when nothing is partitioned.

@@ -73,6 +73,6 @@ def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
         by_dtype[param.dtype] += zero3.full_numel(param) * param.element_size()
     work = 0
     if isinstance(module, PSTLinear):
-        work = layer_work_bytes(module.layout, module.weight.element_size(), module.tile_bytes, device)
+        work = layer_work_bytes(module.layout, module.dtype.itemsize, module.tile_bytes, device)
     numel, sizes = sum(map(zero3.full_numel, params)), by_dtype.values()
     return ModuleNumbers(numel, sum(sizes), max(sizes, default=0), work)

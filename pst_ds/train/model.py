@@ -49,6 +49,11 @@ def grid_of_run(run: RunConfig) -> Grid | None:
     return grid_of(run.quantization.values, run.quantization.group) if run.quantization.values else None
 
 
+def base_grid_of_run(run: RunConfig) -> Grid | None:
+    """Return the grid that the run's frozen weights are on; None for weights as they were loaded."""
+    return None if run.model.base_bits == 16 else grid_of(f"int{run.model.base_bits}", run.model.base_group)
+
+
 def load_tokenizer(run: RunConfig) -> Any:
     """Load the run's tokenizer, with a padding token if the task needs one. Raises InputError."""
     from transformers import AutoTokenizer
@@ -148,7 +153,8 @@ def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | N
     """Inject and freeze what the run's method asks for; also works on the meta device. Collective under zero.Init."""
     method = run.mask_method
     if method.injects:
-        inject_pst(module, pst_config(run), num_shards=num_shards, grid=grid_of_run(run))
+        grid, base_grid = grid_of_run(run), base_grid_of_run(run)
+        inject_pst(module, pst_config(run), num_shards=num_shards, grid=grid, base_grid=base_grid)
     if method.trains_everything:  # that can have a gradient
         for param in module.parameters():
             param.requires_grad_(param.dtype.is_floating_point)

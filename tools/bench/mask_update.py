@@ -62,6 +62,7 @@ class MaskUpdates:
                 nn.init.normal_(param, std=0.1)
         self.engine = zero3_engine(model)
         self.layers = list(pst_layers(self.engine.module).values())
+        self.weights = [weight for layer in self.layers if (weight := layer.weight) is not None]
         self.step = FIRST_STEP
 
     def round(self, steps: int, warmup: bool = False) -> dict[str, float]:
@@ -70,7 +71,7 @@ class MaskUpdates:
         sparsity = RAMP.sparsity_at(self.step)
         candidates: dict[str, Callable[[], object]] = {
             "ours": partial(update_masks, self.engine.module, sparsity),
-            "read": partial(_read, [zero3.shard_of(layer.weight).values for layer in self.layers]),
+            "read": partial(_read, [zero3.shard_of(weight).values for weight in self.weights]),
         }
         if not warmup:
             candidates |= {name: partial(gathered_update, self.layers, sparsity, pick) for name, pick in PICKS.items()}
@@ -88,10 +89,9 @@ class MaskUpdates:
         whole = gathered_update(self.layers, sparsity, PICKS["gather_topk"])
         equal = count = 0
         for layer, mask in zip(self.layers, whole, strict=True):
-            weight = zero3.shard_of(layer.weight)
-            stop = weight.start + weight.values.numel()
-            own = unpack_shard(zero3.shard_of(layer.pst_mask).values, weight.values.numel())
-            equal += int((own.bool() == mask[weight.start : stop]).sum())
+            start, stop = layer.own_range()
+            own = unpack_shard(zero3.shard_of(layer.pst_mask).values, stop - start)
+            equal += int((own.bool() == mask[start:stop]).sum())
             count += own.numel()
         return equal / count
 
@@ -110,6 +110,7 @@ def gathered_update(layers: list[PSTLinear], sparsity: float, pick: Callable[[Te
             names, params = zip(*layer.factor_parameters(), strict=True)
             factors = dict(zip(names, zero3.fp32_masters(params), strict=True))
             constants = layer.constants
+            assert layer.weight is not None
             with zero3.gathered([layer.weight]):
                 weight = layer.weight.float() + constants.beta * (factors["U"] @ factors["V"])
             scores = weight.abs() / layer.weight_scales[0] + constants.alpha1 * (factors["A"] @ factors["B"])

@@ -13,6 +13,7 @@ sums of integers, so it depends on the weights of the group alone: not on their 
 sharded.
 """
 
+from pst_ds.core.quantization.coded import CodedRun, CodedWeight, CodeLayout, coded_run, weights_at
 from pst_ds.core.quantization.grid import Grid, grid_of
 from pst_ds.core.quantization.matrices import dequantize, quantize, round_to_grid, squared_norms
 from pst_ds.core.quantization.nibbles import pack_nibbles, unpack_nibbles
@@ -36,10 +37,14 @@ __all__ = [
     "LEAST_SCALE",
     "SCALE_DTYPE",
     "UNUSED_SCALE",
+    "CodeLayout",
+    "CodedRun",
+    "CodedWeight",
     "Grid",
     "Rounding",
     "StoredGrid",
     "bytes_of_scales",
+    "coded_run",
     "dequantize",
     "first_bad_scale",
     "grid_of",
@@ -56,5 +61,6 @@ __all__ = [
     "squared_norms",
     "unit_of",
     "unpack_nibbles",
+    "weights_at",
     "whole_weights",
 ]

@@ -17,6 +17,10 @@ SOURCE = NativeSource(
     Path(__file__).with_name("rounding.cpp"),
     {
         "pst_round_to_grid": ([POINTER, INT, INT, INT, INT, POINTER, POINTER, INT, INT], None),
+        "pst_expand_codes": (
+            [POINTER, POINTER, POINTER, INT, POINTER, POINTER, INT, INT, INT, INT, INT],
+            None,
+        ),
         "pst_whole_weights": ([POINTER, INT, INT, POINTER, POINTER, INT], None),
         "pst_grid_losses": ([POINTER, INT, INT, POINTER, INT, POINTER, POINTER, INT], None),
         "pst_grid_moments": ([POINTER, POINTER, INT, INT, POINTER, INT, POINTER, POINTER, INT], None),

@@ -61,9 +61,61 @@ void round_rows(T* weight, int64_t stride, int64_t rows, int64_t cols, const Gro
     for (int64_t row = 0; row < rows; ++row) round_row(weight + row * stride, row, cols, g);
 }
 
+// Weights of `count` codes from number `first` on, which share a scale.
+template <class T> void expand_run(const uint8_t* codes, int64_t bits, int64_t first, int64_t count, float scale, T* out) {
+    if (bits == 8) {
+        for (int64_t i = 0; i < count; ++i) narrow(float(int8_t(codes[first + i])) * scale, out + i);
+        return;
+    }
+    int64_t done = 0;
+    if (first % 2 && count) narrow(float(int8_t(codes[first / 2]) >> 4) * scale, out), done = 1;
+    const uint8_t* pairs = codes + (first + done) / 2;
+    const int64_t whole = (count - done) / 2;
+    for (int64_t i = 0; i < whole; ++i) {
+        narrow(float(int8_t(pairs[i] << 4) >> 4) * scale, out + done + 2 * i);
+        narrow(float(int8_t(pairs[i]) >> 4) * scale, out + done + 2 * i + 1);
+    }
+    if ((count - done) % 2) narrow(float(int8_t(pairs[whole] << 4) >> 4) * scale, out + count - 1);
+}
+
+// Codes of flat weights from number `first` on, of a stored weight with rows of `length`.
+struct Codes {
+    const uint8_t* data;
+    int64_t bits, first, length;
+};
+
+template <class T> void expand_row(const Codes& codes, T* out, int64_t row, int64_t cols, const Groups& g) {
+    const uint16_t* scales = g.scales + (g.first_row + row) / g.tall * g.stride;
+    const int64_t number = (g.first_row + row) * codes.length + g.first_col - codes.first;
+    for (int64_t col = 0, group = g.first_col / g.wide; col < cols; ++group) {
+        int64_t stop = (group + 1) * g.wide - g.first_col;
+        stop = stop < cols ? stop : cols;
+        expand_run(codes.data, codes.bits, number + col, stop - col, widen(scales[group]), out + col);
+        col = stop;
+    }
+}
+
+template <class T>
+void expand_rows(const Codes& codes, T* out, int64_t stride, int64_t rows, int64_t cols, const Groups& g, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < rows; ++row) expand_row(codes, out + row * stride, row, cols, g);
+}
+
 }  // namespace
 
 extern "C" {
+
+// out = code * scale for a rectangle (rows, cols) of a stored weight, of which a run of flat weights is here. `groups`:
+// as below; the scale of a group is scales[its number in the whole weight - first_scale]. `codes`: {bits of a code,
+// number of the first flat weight, length of a stored row}.
+void pst_expand_codes(const uint8_t* data, const int64_t* codes, const uint16_t* scales, int64_t first_scale,
+                      const int64_t* groups, void* out, int64_t is_bf16, int64_t stride, int64_t rows, int64_t cols,
+                      int64_t threads) {
+    const Codes c{data, codes[0], codes[1], codes[2]};
+    const Groups g{scales - first_scale, groups[0], groups[1], groups[2], groups[3], groups[4], 0.0f};
+    if (is_bf16) expand_rows(c, static_cast<uint16_t*>(out), stride, rows, cols, g, threads);
+    else expand_rows(c, static_cast<float*>(out), stride, rows, cols, g, threads);
+}
 
 // weight = code * scale for a rectangle (rows, cols), in place. `groups`: {stride of the scales, rows and columns of a
 // group, first row and column of the rectangle}; scales are bf16.

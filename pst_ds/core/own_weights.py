@@ -1,0 +1,44 @@
+"""A rank's part of a stored weight, a flat run of it: values in memory, or codes of which weights are made in tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.layout import Rect, view_in_shard
+from pst_ds.core.quantization import CodedRun
+
+
+@dataclass(frozen=True, slots=True)
+class OwnWeights:
+    """The flat weights from ``start`` on of a stored weight with rows of ``row_length``."""
+
+    values: Tensor | CodedRun
+    """(n,); a slice of either is a tensor."""
+    start: int
+    row_length: int
+
+    @property
+    def stop(self) -> int:
+        """The flat index behind the last one."""
+        return self.start + self.values.numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def rect(self, rect: Rect) -> Tensor:
+        """Return a rectangle of the stored weight that lies in this part, (rows, cols); not to be written to."""
+        if isinstance(self.values, CodedRun):
+            return self.values.rect(rect)
+        return view_in_shard(self.values, rect, self.row_length, self.start)
+
+    def at(self, index: Tensor) -> Tensor:
+        """Return single weights by their flat ``index`` in the stored weight, (n,) int64: (n,)."""
+        return self.values.at(index) if isinstance(self.values, CodedRun) else self.values[index - self.start]
+
+    def flat(self, first: int, last: int) -> Tensor:
+        """Return the flat weights [first, last) of the stored weight, as far as they are in this part: (n,)."""
+        return self.values[max(0, first - self.start) : max(0, last - self.start)]

@@ -1,0 +1,287 @@
+"""A frozen weight as codes and scales, in as many shards as ZeRO-3 splits it into.
+
+Shard i holds the codes of flat weights [i * p, (i + 1) * p) of the stored weight, p = ceil(numel / num_shards), packed
+from its first byte on (int4: two a byte, see :mod:`pst_ds.core.quantization.nibbles`) and padded to whole bytes; and
+the scales of every group that one of them is in, so a group that a boundary cuts has its scale in both shards. As with
+masks, ZeRO's own split of the two byte tensors then gives each rank the codes and scales of its own weights.
+
+A weight is code * scale, exact in fp32 and rounded once to the dtype that the layer computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.bits import shard_numel
+from pst_ds.core.layout import Rect, row_tiles, shard_tiles, view_in_shard
+from pst_ds.core.quantization.native import NATIVE_DTYPES, native_for, threads_for
+from pst_ds.core.quantization.nibbles import pack_nibbles, unpack_nibbles
+from pst_ds.core.quantization.scales import SCALE_DTYPE, UNUSED_SCALE, group_scales, nearest_codes
+from pst_ds.core.quantization.stored import StoredGrid, bytes_of_scales, scales_of_bytes
+
+_ENCODED_AT_A_TIME = 1 << 20
+_EXPANDED_AT_A_TIME = {"cpu": 1 << 17}
+"""Weights that torch expands at a time; 2**24 on other devices."""
+_ALL = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class CodeLayout:
+    """Where the codes and scales of a stored weight lie."""
+
+    stored: StoredGrid
+    num_shards: int = 1
+
+    @property
+    def bits(self) -> int:
+        """Of a code: 8 or 4."""
+        return self.stored.grid.bits
+
+    @property
+    def shard_numel(self) -> int:
+        """Weights of every shard but the last ones, which may have fewer."""
+        return shard_numel(self.stored.layout.numel, self.num_shards)
+
+    @property
+    def shard_code_bytes(self) -> int:
+        """Bytes of a shard's codes."""
+        return -(-self.shard_numel * self.bits // 8)
+
+    @property
+    def groups_per_period(self) -> int:
+        """Groups of the least run of flat weights that holds whole ones, see :class:`StoredGrid`."""
+        return self.stored.period // self.stored.size
+
+    @property
+    def shard_num_scales(self) -> int:
+        """Scales of a shard, padding included: those of the shard that meets most groups."""
+        spans = (self.periods_of(i) for i in range(self.num_shards))
+        return max(last - first for first, last in spans) * self.groups_per_period
+
+    @property
+    def num_code_bytes(self) -> int:
+        return self.num_shards * self.shard_code_bytes
+
+    @property
+    def num_scale_bytes(self) -> int:
+        return self.num_shards * self.shard_num_scales * SCALE_DTYPE.itemsize
+
+    def weights_of(self, shard: int) -> tuple[int, int]:
+        """Return the flat range of a shard's weights."""
+        numel, share = self.stored.layout.numel, self.shard_numel
+        return min(shard * share, numel), min((shard + 1) * share, numel)
+
+    def periods_of(self, shard: int) -> tuple[int, int]:
+        """Return the first and the last + 1 of the periods that a shard's weights are in."""
+        start, stop = self.weights_of(shard)
+        return start // self.stored.period, -(-stop // self.stored.period)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """True if the shards, one after another, are what one shard of the whole weight would be."""
+        share = self.shard_numel
+        return self.num_shards == 1 or (share % self.stored.period == 0 and share * self.bits % 8 == 0)
+
+    def encode(self, weight: Tensor, shard: int) -> tuple[Tensor, Tensor]:
+        """Return the bytes of a shard's codes and scales, with scales of least squared error; on the weight's device.
+
+        ``weight``: the whole stored weight, of any float dtype; values that are not finite become 0.
+        """
+        stored, flat = self.stored, weight.detach().reshape(-1)
+        (start, stop), (first, last) = self.weights_of(shard), self.periods_of(shard)
+        codes = torch.empty((last - first) * stored.period, dtype=torch.int8, device=weight.device)
+        scales = torch.full((self.shard_num_scales,), UNUSED_SCALE, dtype=SCALE_DTYPE, device=weight.device)
+        step = max(1, _ENCODED_AT_A_TIME // stored.period)
+        for begin in range(first, last, step):
+            end = min(begin + step, last)
+            values = flat[begin * stored.period : end * stored.period].float().nan_to_num(0.0, 0.0, 0.0)
+            grouped = stored.grouped(
+                values.view(-1, stored.layout.shape[1] if stored.layout.transposed else stored.size)
+            )
+            found = group_scales(grouped, stored.grid, weight.dtype)
+            at = slice((begin - first) * self.groups_per_period, (end - first) * self.groups_per_period)
+            scales[at] = found
+            rounded = nearest_codes(grouped, found.unsqueeze(1), stored.grid)
+            codes[(begin - first) * stored.period : (end - first) * stored.period] = self._in_storage_order(rounded)
+        own = codes[start - first * stored.period : stop - first * stored.period]
+        packed = pack_nibbles(own) if self.bits == 4 else own.view(torch.uint8)
+        padded = torch.zeros(self.shard_code_bytes, dtype=torch.uint8, device=weight.device)
+        padded[: packed.numel()] = packed
+        return padded, bytes_of_scales(scales)
+
+    def _in_storage_order(self, grouped: Tensor) -> Tensor:
+        """The inverse of :meth:`StoredGrid.grouped`: (groups, weights of a group) to flat."""
+        if not self.stored.layout.transposed:
+            return grouped.flatten()
+        return grouped.view(-1, self.stored.layout.shape[1], self.stored.size).transpose(1, 2).reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class CodedRun:
+    """Flat weights [start, stop) of a stored weight, as codes and scales: what one shard holds, or all of it.
+
+    Like a flat tensor it has a dtype, a device and ``numel()``, and a slice of it is a tensor.
+    """
+
+    stored: StoredGrid
+    start: int
+    stop: int
+    codes: Tensor
+    """uint8, from the code of ``start`` on."""
+    scales: Tensor
+    """bf16, from the first of the period of ``start`` on."""
+    dtype: torch.dtype
+    """Of the weights that are made of them."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def numel(self) -> int:
+        return self.stop - self.start
+
+    def element_size(self) -> int:
+        """Bytes of a weight that is made."""
+        return self.dtype.itemsize
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """Return weights, counted from ``start``: (n,)."""
+        first, last, step = part.indices(self.numel())
+        assert step == 1, "weights of a run are in a row"
+        return self.flat(self.start + first, self.start + max(first, last))
+
+    def flat(self, first: int, last: int) -> Tensor:
+        """Return the flat weights [first, last) of the stored weight, which lie in this run."""
+        out = torch.empty(last - first, dtype=self.dtype, device=self.device)
+        height, width = self.stored.layout.shape
+        for rect in shard_tiles(Rect(0, height, 0, width), width, first, last, _ALL):
+            self.expand_(view_in_shard(out, rect, width, first), rect)
+        return out
+
+    def rect(self, rect: Rect) -> Tensor:
+        """Return a rectangle of weights, all of which lie in this run: (rows, cols)."""
+        out = torch.empty(rect.r1 - rect.r0, rect.c1 - rect.c0, dtype=self.dtype, device=self.device)
+        return self.expand_(out, rect)
+
+    def at(self, index: Tensor) -> Tensor:
+        """Return single weights, by their flat ``index`` in the stored weight, (n,) int64, all in this run: (n,)."""
+        width, (tall, wide) = self.stored.layout.shape[1], self.stored.unit
+        local = index - self.start
+        if self.stored.grid.bits == 4:
+            pairs = self.codes[local // 2].view(torch.int8)
+            codes = torch.where(local % 2 == 0, (pairs << 4) >> 4, pairs >> 4)
+        else:
+            codes = self.codes[local].view(torch.int8)
+        groups = index // width // tall * self.stored.shape[1] + index % width // wide - self._first_scale
+        return (codes.float() * self.scales[groups].float()).to(self.dtype)
+
+    def expand_(self, out: Tensor, rect: Rect) -> Tensor:
+        """Write the weights of a rectangle, all of which lie in this run, to ``out``, (rows, cols); and return it."""
+        can = out.dtype in NATIVE_DTYPES and out.stride(1) == 1
+        native = native_for(out, self.codes, self.scales) if can else None
+        if native is None:
+            for band in row_tiles(rect, _EXPANDED_AT_A_TIME.get(out.device.type, 1 << 24)):
+                out[band.r0 - rect.r0 : band.r1 - rect.r0] = self._expanded_in_torch(band)
+            return out
+        width = self.stored.layout.shape[1]
+        codes = torch.tensor([self.stored.grid.bits, self.start, width])
+        groups = torch.tensor([self.stored.shape[1], *self.stored.unit, rect.r0, rect.c0])
+        native.pst_expand_codes(
+            self.codes.data_ptr(), codes.data_ptr(), self.scales.data_ptr(), self._first_scale, groups.data_ptr(),
+            out.data_ptr(), NATIVE_DTYPES[out.dtype], out.stride(0), rect.r1 - rect.r0, rect.c1 - rect.c0,
+            threads_for(rect.numel),
+        )  # fmt: skip
+        return out
+
+    @property
+    def _first_scale(self) -> int:
+        """Number, among the whole weight's, of the first scale."""
+        period = self.stored.period
+        return self.start // period * (period // self.stored.size)
+
+    def _expanded_in_torch(self, rect: Rect) -> Tensor:
+        """The weights of a rectangle, fp32."""
+        width = self.stored.layout.shape[1]
+        first, last = rect.r0 * width + rect.c0, (rect.r1 - 1) * width + rect.c1
+        local, bits = first - self.start, self.stored.grid.bits
+        if bits == 4:
+            packed = self.codes[local // 2 : -(-(last - self.start) // 2)]
+            flat = unpack_nibbles(packed, local % 2 + last - first)[local % 2 :]
+        else:
+            flat = self.codes[local : local + last - first].view(torch.int8)
+        codes = flat.as_strided((rect.r1 - rect.r0, rect.c1 - rect.c0), (width, 1), flat.storage_offset())
+        return codes.float() * self._scales_of(rect)
+
+    def _scales_of(self, rect: Rect) -> Tensor:
+        """The scale of every weight of a rectangle, fp32."""
+        (tall, wide), device = self.stored.unit, self.device
+        blocks = torch.arange(rect.r0 // tall, (rect.r1 - 1) // tall + 1, device=device)
+        across = torch.arange(rect.c0 // wide, (rect.c1 - 1) // wide + 1, device=device)
+        table = self.scales[blocks.unsqueeze(1) * self.stored.shape[1] + across - self._first_scale].float()
+        if tall > 1:
+            table = table.index_select(0, torch.arange(rect.r0, rect.r1, device=device) // tall - rect.r0 // tall)
+        if wide > 1:
+            table = table.index_select(1, torch.arange(rect.c0, rect.c1, device=device) // wide - rect.c0 // wide)
+        return table
+
+
+@dataclass(frozen=True, slots=True)
+class CodedWeight:
+    """A whole frozen weight as codes and scales, in shards: what stands in a layer's formulas for the tensor W0."""
+
+    layout: CodeLayout
+    codes: Tensor
+    """uint8, (num_code_bytes,)."""
+    scales: Tensor
+    """uint8, the bytes of bf16 scales, (num_scale_bytes,)."""
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layout.stored.layout.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def expand_(self, out: Tensor, rect: Rect) -> Tensor:
+        """Write the weights of a rectangle to ``out``, (rows, cols); and return it."""
+        width = self.shape[1]
+        for run in self._runs(rect):
+            for part in shard_tiles(rect, width, run.start, run.stop, _ALL):
+                run.expand_(out[part.r0 - rect.r0 : part.r1 - rect.r0, part.c0 - rect.c0 : part.c1 - rect.c0], part)
+        return out
+
+    def dense(self) -> Tensor:
+        """Return the weight as a tensor of its own."""
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        return self.expand_(out, Rect(0, self.shape[0], 0, self.shape[1]))
+
+    def _runs(self, rect: Rect) -> Iterator[CodedRun]:
+        """What ``rect`` needs: one run where shards follow each other without a gap."""
+        layout, width = self.layout, self.shape[1]
+        if layout.is_contiguous:
+            yield coded_run(layout, self.codes, self.scales, self.dtype, None)
+            return
+        share, last = layout.shard_numel, (rect.r1 - 1) * width + rect.c1
+        for shard in range((rect.r0 * width + rect.c0) // share, -(-last // share)):
+            codes, scales = (whole.view(layout.num_shards, -1)[shard] for whole in (self.codes, self.scales))
+            yield coded_run(layout, codes, scales, self.dtype, shard)
+
+
+def coded_run(layout: CodeLayout, codes: Tensor, scales: Tensor, dtype: torch.dtype, shard: int | None) -> CodedRun:
+    """Return the weights of a shard from the bytes of its codes and scales; of all shards in a row for None."""
+    start, stop = (0, layout.stored.layout.numel) if shard is None else layout.weights_of(shard)
+    table = scales_of_bytes(scales, (1, scales.numel() // SCALE_DTYPE.itemsize))
+    return CodedRun(layout.stored, start, stop, codes, table.view(-1), dtype)
+
+
+def weights_at(weight: Tensor | CodedWeight, rect: Rect, out: Tensor) -> Tensor:
+    """Return a rectangle of W0, (rows, cols): a view of a tensor; codes are written to ``out`` as weights."""
+    if isinstance(weight, CodedWeight):
+        return weight.expand_(out, rect)
+    return weight[rect.r0 : rect.r1, rect.c0 : rect.c1]

@@ -1,0 +1,87 @@
+"""The frozen weight of a layer as codes and scales of few bits, split over ranks as the weight was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.core.bits import all_ones, pack_shard, shard_bytes
+from pst_ds.core.layout import WeightLayout
+from pst_ds.core.own_weights import OwnWeights
+from pst_ds.core.quantization import CodedWeight, CodeLayout, Grid, StoredGrid, coded_run
+from pst_ds.nn.targets import InjectionError, Target
+from pst_ds.parallel import zero3
+
+BASE_CODES, BASE_SCALES = "pst_base_codes", "pst_base_scales"
+"""Names of the two parameters of a layer, bytes both."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseCodes:
+    """What a layer has in place of the parameter W0."""
+
+    layout: CodeLayout
+    codes: nn.Parameter
+    scales: nn.Parameter
+    mask: nn.Parameter
+    """Bits as in :mod:`pst_ds.core.bits`, split as the codes are."""
+    dtype: torch.dtype
+    """Of the weight that was encoded."""
+
+    def whole(self, dtype: torch.dtype) -> CodedWeight:
+        """Return W0 in ``dtype``; the parameters must be gathered."""
+        return CodedWeight(self.layout, self.codes.detach(), self.scales.detach(), dtype)
+
+    def own(self, dtype: torch.dtype) -> OwnWeights:
+        """Return this rank's shard of W0 in ``dtype``; all of it where it is not split."""
+        codes, scales = zero3.shard_of(self.codes).values, zero3.shard_of(self.scales).values
+        shard = zero3.shard_index(self.codes) if zero3.is_partitioned(self.codes) else None
+        assert shard is not None or self.layout.num_shards == 1, "num_shards is not how the weight is partitioned"
+        run = coded_run(self.layout, codes, scales, dtype, shard)
+        return OwnWeights(run, run.start, self.layout.stored.layout.shape[1])
+
+
+def own_weights(param: nn.Parameter, layout: WeightLayout) -> OwnWeights:
+    """Return this rank's shard of a parameter that holds a number for each weight."""
+    shard = zero3.shard_of(param)
+    return OwnWeights(shard.values, shard.start, layout.shape[1])
+
+
+@torch.no_grad()
+def encode_base(target: Target, grid: Grid, num_shards: int, *, from_zeros: bool = False) -> BaseCodes:
+    """Encode the weight of a target layer and let go of it; on the meta device only shapes are made.
+
+    ``from_zeros``: the mask keeps what is not zero before it is rounded, for afterwards small weights are zero too;
+    otherwise it keeps all. Collective under ZeRO-3, where one weight at a time is whole on every rank. Raises
+    InjectionError for values that are not finite.
+    """
+    weight = target.module.weight
+    layout = CodeLayout(StoredGrid(target.layout, grid), num_shards)
+    mask_bytes = shard_bytes(target.layout.numel, num_shards)
+    sizes = layout.num_code_bytes, layout.num_scale_bytes, num_shards * mask_bytes
+    if weight.is_meta:
+        parts = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
+    else:
+        own = [zero3.shard_index(weight)] if zero3.is_partitioned(weight) else range(num_shards)
+        with zero3.gathered([weight]):
+            if not bool(torch.isfinite(weight).all()):
+                raise InjectionError(f"{target.name}.weight has NaN or infinite values; the base model is damaged")
+            coded = [layout.encode(weight, shard) for shard in own]
+            parts = [torch.cat(part) for part in zip(*coded, strict=True)]
+            bits = [_non_zeros(weight, layout, shard) for shard in own] if from_zeros else None
+        if bits is None:
+            whole = all_ones(target.layout.numel, num_shards).view(num_shards, -1)
+            bits = [whole[shard].to(parts[0].device) for shard in own]
+        parts.append(torch.cat(bits))
+    codes, scales, mask = (zero3.bytes_split_as(weight, size, part) for size, part in zip(sizes, parts, strict=True))
+    zero3.drop(weight)
+    return BaseCodes(layout, codes, scales, mask, weight.dtype)
+
+
+def _non_zeros(weight: Tensor, layout: CodeLayout, shard: int) -> Tensor:
+    """The bits of a shard's mask that keeps what is not zero."""
+    numel = layout.stored.layout.numel
+    start, stop = layout.weights_of(shard)
+    return pack_shard(weight.detach().reshape(-1)[start:stop] != 0, shard_bytes(numel, layout.num_shards))

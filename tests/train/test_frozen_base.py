@@ -1,0 +1,130 @@
+"""A run with model.base_bits: it trains, goes on, and exports as one over a folder of the rounded weights would."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pst_ds.cli.main import main
+from pst_ds.config.run import ConfigError
+from pst_ds.config.toml import load_run
+from pst_ds.core.quantization import Grid, grid_of, round_to_grid
+from pst_ds.errors import InputError
+from pst_ds.nn.base_model import DTYPES
+from pst_ds.parallel.launch import launch_environment
+from pst_ds.train.run import prepare, train_run
+
+INT4 = ("model.base_bits=4", 'model.base_group="row"')
+
+
+def run_of(folder, *more, steps=8):
+    return load_run(
+        "tests/data/world_size.toml",
+        [
+            f"output_dir={json.dumps(str(folder))}", "deepspeed_config=", f"train.num_steps={steps}",
+            "schedule.cooldown_fraction=0.25", "checkpoint.interval=4", *more,
+        ],
+    )  # fmt: skip
+
+
+def trained(folder, *more, resume=False):
+    return train_run(prepare(run_of(folder, *more), launch_environment()), quiet=True, resume=resume)
+
+
+def rounded_folder(folder, precision):
+    """tests/data/tiny-bert with the weights that 4 bits, a scale a row, leave of those in ``precision``."""
+    shutil.copytree("tests/data/tiny-bert", folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if ".encoder." in name and tensor.dim() == 2:
+            tensors[name] = round_to_grid(tensor.to(DTYPES[precision]), None, Grid(4)).to(tensor.dtype)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def losses(folder):
+    return [json.loads(line).get("losses") for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_it_is_a_run_over_the_rounded_weights(tmp_path, precision):
+    """Losses, masks and exported weights, bit for bit; and the export is what the masked model computes."""
+    base = rounded_folder(tmp_path / "base", precision)
+    one, other = tmp_path / "coded", tmp_path / "plain"
+    result = trained(one, *INT4, f"train.precision={precision}")
+    same = trained(other, f"model.path={json.dumps(str(base))}", f"train.precision={precision}")
+    assert result["mask_checksum"] == same["mask_checksum"]
+    assert result["trained_parameters"] == same["trained_parameters"]
+    assert losses(one) == losses(other)
+    for run in (one, other):
+        assert main(["export", str(run), "--checkpoint", "final", "--out", str(run / "out")]) == 0
+    assert main(["verify", str(one / "out"), "--against", str(one), "--checkpoint", "final"]) == 0
+    exported, of_plain = (load_file(run / "out" / "model.safetensors") for run in (one, other))
+    assert exported.keys() == of_plain.keys()
+    assert all(torch.equal(exported[name], of_plain[name]) for name in exported)
+
+
+def test_a_run_that_goes_on_ends_as_if_nothing_had_happened(tmp_path):
+    whole = trained(tmp_path / "whole", *INT4)
+    trained(tmp_path / "cut", *INT4)
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000008")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "final", ignore_errors=True)
+    (tmp_path / "cut" / "checkpoints" / "final").unlink(missing_ok=True)
+    again = trained(tmp_path / "cut", *INT4, resume=True)
+    assert again["mask_checksum"] == whole["mask_checksum"]
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    with pytest.raises(InputError, match=r"model\.base_bits"):
+        trained(tmp_path / "cut", "model.base_bits=8", resume=True)
+
+
+def test_rounding_to_the_same_grid_ends_in_the_format(tmp_path):
+    """[quantization] over a base in few bits: the file's codes are those that were trained."""
+    folder, out = tmp_path / "run", tmp_path / "out"
+    trained(folder, *INT4, 'quantization.values="int4"', 'quantization.group="row"')
+    assert main(["export", str(folder), "--checkpoint", "final", "--format", "bitmask", "--out", str(out)]) == 0
+    assert main(["verify", str(out), "--against", str(folder), "--checkpoint", "final"]) == 0
+    rounded_later = tmp_path / "later"
+    trained(rounded_later, *INT4)
+    export = ["export", str(rounded_later), "--checkpoint", "final", "--values", "int4", "--group", "row"]
+    assert main([*export, "--out", str(tmp_path / "out2")]) == 0
+    assert main(["verify", str(tmp_path / "out2"), "--against", str(rounded_later), "--checkpoint", "final"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["model.base_bits=5"], "base_bits = 5 must be one of 16, 8, 4"),
+        (["model.base_group=64"], "base_group = 64 does nothing with model.base_bits = 16"),
+        (["model.base_bits=4", "model.base_group=48"], "base_group = 48 must be one of 32, 64, 128, row"),
+        (["model.base_bits=4", "method=dense"], "method = 'dense' trains every weight; take one of"),
+        (["model.base_bits=8", "method=gmp"], "method = 'gmp' trains every weight"),
+        (["model.base_bits=8", "pst.train_weights=true"], "trains every weight"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        run_of(tmp_path, *settings)
+
+
+def test_a_group_that_does_not_divide_is_refused_before_training(tmp_path):
+    with pytest.raises(InputError, match="the base: groups of 64 do not divide 32 inputs; take 32 or row"):
+        prepare(run_of(tmp_path, "model.base_bits=4"), launch_environment())
+
+
+def test_a_base_that_another_library_has_rounded_is_named(tmp_path):
+    folder = tmp_path / "gptq"
+    shutil.copytree("tests/data/tiny-bert", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(InputError, match=r"quantised \(gptq\)"):
+        prepare(run_of(tmp_path / "run", *INT4, f"model.path={json.dumps(str(folder))}"), launch_environment())
+
+
+def test_defaults_of_the_grid():
+    assert grid_of("int4") == Grid(4, 64)
+    assert grid_of("int8") == Grid(8)
