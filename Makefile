@@ -8,6 +8,7 @@ CONSTRAINTS ?=
 # processes that run the unit tests, each of up to 8 GiB
 TEST_WORKERS ?= 2
 RANK_TESTS := zero3 or launcher or cluster
+DEVICE_TESTS := device
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -37,7 +38,8 @@ test: test-unit
 	$(BIN)/python -m pytest -m '$(RANK_TESTS)'
 
 test-unit: venv
-	$(BIN)/python -m pytest -m 'not ($(RANK_TESTS))' --numprocesses $(TEST_WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m '$(DEVICE_TESTS)' tests/device
+	$(BIN)/python -m pytest -m 'not ($(RANK_TESTS) or $(DEVICE_TESTS))' --numprocesses $(TEST_WORKERS) --dist loadfile
 
 check: lint types test
 

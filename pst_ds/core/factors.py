@@ -13,7 +13,7 @@ factor an output, and a row of V belongs to one group. :func:`grouped_columns` m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -69,6 +69,11 @@ class Factors:
     norms: Tensor | None = None
     """(I,) fp32: how large each input is, relative to their mean; not trained."""
 
+    def to(self, device: torch.device) -> Factors:
+        """The same on ``device``."""
+        held = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return Factors(**{name: value if value is None else value.to(device) for name, value in held})
+
 
 @dataclass(frozen=True, slots=True)
 class TileFactors:
@@ -90,6 +95,10 @@ class TileFactors:
     """(rows,), of a weight stored (I, O)"""
     col_norms: Tensor | None = None
     """(cols,), of one stored (O, I)"""
+
+    def tensors(self) -> list[Tensor]:
+        """Those that are there."""
+        return [value for field in fields(self) if (value := getattr(self, field.name)) is not None]
 
 
 def tile_factors(factors: Factors, layout: WeightLayout, matrix: StoredMatrix, rect: Rect) -> TileFactors:

@@ -43,7 +43,8 @@ def score_keys(weight: Tensor, tile: TileFactors, constants: Constants, weight_s
 
     ``weight``: W0, (rows, cols). Fastest when rows of the weight, of V and of B are contiguous.
     """
-    native = native_for(weight) if weight.dtype in _NATIVE_DTYPES and weight.stride(1) == 1 else None
+    is_simple = weight.dtype in _NATIVE_DTYPES and weight.stride(1) == 1
+    native = native_for(weight, *tile.tensors()) if is_simple else None
     if native is None:
         return order_keys(importance(weight, tile, constants, weight_scale))
     rows, cols = weight.shape

@@ -151,14 +151,17 @@ class LayerScores:
 
 
 def whole_factors(layers: Sequence[PSTLinear], names: Sequence[str] = FACTOR_NAMES) -> list[Factors]:
-    """The factors of each layer, from their whole fp32 masters; those of ``names`` alone. Collective: under ZeRO-3 one
-    all-gather for all."""
+    """The factors of each layer, from their whole fp32 masters, where its mask's shard is; those of ``names`` alone.
+    Collective: under ZeRO-3 one all-gather for all."""
     held = ((i, name, param) for i, layer in enumerate(layers) for name, param in layer.factor_parameters())
     owned = [entry for entry in held if entry[1] in names]
     values: list[dict[str, Tensor]] = [{} for _ in layers]
     for (i, name, _), master in zip(owned, zero3.fp32_masters([param for *_, param in owned]), strict=True):
         values[i][name] = master
-    return [layer.factors(own) for layer, own in zip(layers, values, strict=True)]
+    return [
+        layer.factors(own).to(zero3.shard_of(layer.pst_mask).values.device)
+        for layer, own in zip(layers, values, strict=True)
+    ]
 
 
 def ranked_weights(layer: PSTLinear) -> OwnWeights:
@@ -176,7 +179,8 @@ def current_base(layer: PSTLinear) -> OwnWeights:
 
 def _masters(layer: PSTLinear, param: nn.Parameter) -> OwnWeights:
     shard = zero3.master_shard(param)
-    return OwnWeights(shard.values, shard.start, layer.layout.shape[1])
+    values = shard.values.to(zero3.shard_of(layer.pst_mask).values.device)
+    return OwnWeights(values, shard.start, layer.layout.shape[1])
 
 
 def with_contiguous_columns(factors: Factors) -> Factors:

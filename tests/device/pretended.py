@@ -1,0 +1,264 @@
+"""A pretended accelerator: tensors that say they are on "gpu:0", are refused beside CPU tensors, and really compute.
+
+Pure Python, on torch's private-use backend. It computes with torch's CPU kernels, so the bits are those of the CPU, and
+counts what a card would be asked for: launches, bytes, the host's waits, and the most memory at a time. There are no
+streams, no collectives of its own, and ``data_ptr()`` is 0. Importing this changes what torch says of the machine for
+the rest of the process: see conftest.py.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "gpu"
+_setup_privateuseone_for_python_backend(NAME)  # before any backward pass: autograd counts the devices once
+DEVICE = torch.device(NAME, 0)
+VIEWS = frozenset({
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "diagonal", "empty", "empty_like",
+    "empty_strided", "expand", "lift_fresh", "narrow", "new_empty", "new_empty_strided", "permute", "real",
+    "resize_", "select", "set_", "slice", "split", "split_with_sizes", "squeeze", "sym_size", "t", "transpose",
+    "unbind", "unfold", "unsqueeze", "view"
+})  # fmt: skip
+"""Operators that launch nothing: their results are other looks at the same memory, or are not written yet."""
+WAITS = frozenset({
+    "_local_scalar_dense", "_unique2", "bincount", "equal", "is_nonzero", "masked_select", "nonzero",
+    "repeat_interleave", "unique_dim"
+})  # fmt: skip
+"""Operators whose result the host must know before it goes on."""
+MOVES = frozenset({"_to_copy", "copy_", "set_"})
+INDEXED = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put", "_unsafe_index"})
+
+
+class WrongDeviceError(RuntimeError):
+    """An operator that has tensors of both devices, as a card would say it."""
+
+
+@dataclass
+class Counts:
+    """What the device was asked for."""
+
+    launches: int = 0
+    bytes_moved: int = 0
+    """Read and written by all launches."""
+    waits: Counter[str] = field(default_factory=Counter)
+    """How often the host waited for the device, by the line of the package that made it."""
+    host_indices: Counter[str] = field(default_factory=Counter)
+    """Indices that were copied from the host, by line."""
+    operators: Counter[str] = field(default_factory=Counter)
+    live_bytes: int = 0
+    peak_bytes: int = 0
+
+    @property
+    def num_waits(self) -> int:
+        return self.waits.total()
+
+
+counts = Counts()
+_live: dict[int, int] = {}
+"""Tensors of this device that hold each storage, by the storage's address."""
+
+
+class PretendedTensor(Tensor):
+    """A tensor on the pretended device; ``host`` has its numbers."""
+
+    host: Tensor
+
+    @staticmethod
+    def __new__(cls, host: Tensor, requires_grad: bool = False) -> PretendedTensor:
+        return Tensor._make_wrapper_subclass(
+            cls, host.shape, strides=host.stride(), storage_offset=host.storage_offset(), dtype=host.dtype,
+            device=DEVICE, requires_grad=requires_grad,
+        )  # fmt: skip
+
+    def __init__(self, host: Tensor, requires_grad: bool = False):
+        self.host = host
+        _hold(self, host.untyped_storage())
+
+    def tolist(self) -> Any:
+        counts.waits[_place("tolist")] += 1
+        return self.host.tolist()
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"PretendedTensor({self.host})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+def _hold(tensor: PretendedTensor, storage: Any) -> None:
+    address, nbytes = storage.data_ptr(), storage.nbytes()
+    if address == 0:
+        return
+    if address not in _live:
+        counts.live_bytes += nbytes
+        counts.peak_bytes = max(counts.peak_bytes, counts.live_bytes)
+    _live[address] = _live.get(address, 0) + 1
+    weakref.finalize(tensor, _release, address, nbytes)
+
+
+def _release(address: int, nbytes: int) -> None:
+    _live[address] -= 1
+    if not _live[address]:
+        del _live[address]
+        counts.live_bytes -= nbytes
+
+
+def to_device(value: Tensor) -> PretendedTensor:
+    """A copy of a CPU tensor on the device."""
+    return PretendedTensor(value.detach().clone())
+
+
+def to_host(value: Tensor) -> Tensor:
+    """The numbers of a tensor, without counting a wait."""
+    return value.host if isinstance(value, PretendedTensor) else value
+
+
+@contextmanager
+def pretended() -> Iterator[Counts]:
+    """Have the device; yield what it is asked for inside, counted from nothing."""
+    _reset()
+    with _Constructors(), _Dispatch():
+        yield counts
+
+
+def _reset() -> None:
+    fresh = Counts(live_bytes=counts.live_bytes, peak_bytes=counts.live_bytes)
+    for name in Counts.__dataclass_fields__:
+        setattr(counts, name, getattr(fresh, name))
+
+
+def module_to_device(module: nn.Module) -> nn.Module:
+    """Move a module's parameters, buffers and tensors held as plain attributes, in place; shared ones stay shared."""
+    moved: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        for name, param in part._parameters.items():
+            if param is not None:
+                new = moved.get(id(param)) or nn.Parameter(to_device(param), requires_grad=param.requires_grad)
+                part._parameters[name] = moved[id(param)] = new
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = to_device(buffer)
+        for name, value in list(vars(part).items()):
+            if type(value) is Tensor:
+                setattr(part, name, to_device(value))
+    return module
+
+
+class _Dispatch(TorchDispatchMode):
+    """Catches what makes a tensor from none, such as ``torch.zeros(3, device="gpu")``."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class _Constructors(TorchFunctionMode):
+    """``torch.tensor(list, device="gpu")`` is made below the dispatcher: make it on the CPU, and copy."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor, torch.asarray) and _is_ours(kwargs.get("device")):
+            return func(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)
+        if func is Tensor.new_tensor and isinstance(args[0], PretendedTensor):
+            return torch.tensor(*args[1:], dtype=kwargs.get("dtype", args[0].dtype)).to(DEVICE)
+        return func(*args, **kwargs)
+
+
+def _is_ours(wanted: Any) -> bool:
+    return wanted is not None and torch.device(wanted).type == NAME
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Compute on the host, and give the result to the device that a card would give it to."""
+    name = func._schema.name.split("::")[1]
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    on_device = [t for t in tensors if isinstance(t, PretendedTensor)]
+    wanted = kwargs.get("device")
+    if on_device and name not in MOVES:
+        _require_one_device(func, name, tensors)
+    result = func(*tree_map(_host_of, args), **tree_map(_host_of, kwargs))
+    if name == "copy_":
+        is_ours = isinstance(args[0], PretendedTensor)
+    else:
+        is_ours = _is_ours(wanted) or (bool(on_device) and (wanted is None or _is_ours(wanted)))
+    if on_device or is_ours:
+        _count(func, name, tensors, [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)], is_ours)
+    known = {id(_host_of(t)): t for t in tensors}
+
+    def placed(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return known.get(id(leaf)) if id(leaf) in known else PretendedTensor(leaf) if is_ours else leaf
+
+    return tree_map(placed, result)
+
+
+def _host_of(leaf: Any) -> Any:
+    if isinstance(leaf, torch.device):
+        return torch.device("cpu") if leaf.type == NAME else leaf
+    return to_host(leaf) if isinstance(leaf, Tensor) else leaf
+
+
+def _require_one_device(func: Any, name: str, tensors: list[Tensor]) -> None:
+    """Allow what a card allows beside its own tensors: numbers of the host, and indices, which are copied."""
+    for tensor in tensors:
+        if isinstance(tensor, PretendedTensor) or (tensor.dim() == 0 and name not in ("cat", "stack", "mm")):
+            continue
+        if name in INDEXED and tensor.dtype in (torch.int64, torch.bool, torch.uint8):
+            counts.host_indices[_place(name)] += 1
+            continue
+        devices = ", ".join(str(t.device) for t in tensors)
+        raise WrongDeviceError(f"{func} has tensors on {devices}, at {_place(name)}")
+
+
+def _count(func: Any, name: str, tensors: list[Tensor], results: list[Tensor], is_ours: bool) -> None:
+    crosses = name in ("_to_copy", "copy_") and (
+        len({isinstance(t, PretendedTensor) for t in tensors}) > 1
+        or (name == "_to_copy" and is_ours != _any_ours(tensors))
+    )
+    by_mask = name in INDEXED and any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
+    if crosses or by_mask or name in WAITS:
+        counts.waits[_place(name)] += 1
+    if name in VIEWS or name == "_local_scalar_dense":
+        return
+    is_written_only = name in ("copy_", "zero_", "fill_")
+    read = sum(_nbytes(t) for t in tensors[is_written_only:])
+    written = sum(map(_nbytes, results)) or (_nbytes(tensors[0]) if tensors else 0)
+    counts.launches += 4 if by_mask or name in ("nonzero", "bincount") else 2 if name == "addmm" else 1
+    counts.bytes_moved += read + written + (2 * written if name == "addmm" else 0)
+    counts.operators[name] += 1
+
+
+def _any_ours(tensors: list[Tensor]) -> bool:
+    return any(isinstance(t, PretendedTensor) for t in tensors)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    """Bytes that a look at the tensor reads: what is expanded is read once."""
+    once = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0]
+    return math.prod(once) * tensor.element_size()
+
+
+def _place(name: str) -> str:
+    """The innermost line of the package that led here, with the operator."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if "/pst_ds/" in file:
+            return f"{file.rpartition('/pst_ds/')[2]}:{frame.f_lineno} {name}"
+        frame = frame.f_back
+    return f"tests {name}"

@@ -1,0 +1,57 @@
+"""Steps of training on the pretended device: losses and masks of the CPU, and what the host waits for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pst_ds.config.pst import PSTConfig
+from pst_ds.core.schedule import CubicSchedule
+from pst_ds.masks.updater import MaskUpdater
+from pst_ds.nn.inject import inject_pst
+from pst_ds.parallel.engine import LocalEngine
+
+from .pretended import module_to_device, pretended, to_device, to_host
+
+pytestmark = pytest.mark.device
+
+
+def _model(**config):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=32, attn_implementation="eager",
+        )
+    )  # fmt: skip
+    return inject_pst(model, PSTConfig(**config))
+
+
+def _trained(model, place, steps=4):
+    """Losses, masks, trainable values after some steps."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    engine = LocalEngine(model, [{"params": params, "lr": 1e-2}], gradient_clipping=1.0)
+    masks = MaskUpdater(model, CubicSchedule(num_steps=steps, final_sparsity=0.5, cooldown_fraction=0.25))
+    tokens = place(torch.arange(24).view(2, 12) % 40)
+    found = []
+    for _ in range(steps):
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss)
+        engine.step()
+        masks.after_step(engine)
+        found.append((float(to_host(loss.detach())), masks.masks.checksum))
+    return found, [to_host(p.detach()).clone() for p in params]
+
+
+@pytest.mark.parametrize("pattern", ["matrix", "2:4"])
+def test_a_run_is_that_of_the_cpu(pattern):
+    expected, values = _trained(_model(pattern=pattern), lambda tensor: tensor)
+    with pretended():
+        model = module_to_device(_model(pattern=pattern))
+        found, on_device = _trained(model, to_device)
+        assert all(p.device.type == "gpu" for p in model.parameters())
+    assert [masks for _, masks in found] == [masks for _, masks in expected]
+    assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+    for own, other in zip(on_device, values, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
