@@ -193,7 +193,7 @@ def write_adapter_state(
     data = save(tensors, metadata={"format": "pt"})
     layers, base = inject.pst_layers(model), getattr(model, "name_or_path", "")
     configured = inject.configured_parameters(model, config)
-    kept = sum(count_bits(bits, bits)[1] for name, bits in tensors.items() if name.endswith(MASK_BITS))
+    kept = sum(int(count_bits(bits, bits)[1]) for name, bits in tensors.items() if name.endswith(MASK_BITS))
     table = {
         "format": FORMAT,
         "pst_ds_version": __version__,

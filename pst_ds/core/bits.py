@@ -91,26 +91,29 @@ def expand_mask_(
     return out
 
 
-def set_bits_(bits: Tensor, index: Tensor) -> None:
-    """Set the bits number ``index`` (n,) int32 of ``bits`` in place."""
+def set_bits_(bits: Tensor, index: Tensor, chosen: Tensor) -> None:
+    """Set the bits number ``index`` (n,) int32 of ``bits`` in place where ``chosen`` (n,) bool is true."""
     native = library() if bits.device.type == "cpu" else None
     if native is not None:
-        native.pst_set_bits(bits.data_ptr(), index.contiguous().data_ptr(), index.numel())
+        index = index[chosen].contiguous()
+        native.pst_set_bits(bits.data_ptr(), index.data_ptr(), index.numel())
         return
-    keep = _unpack_bytes(bits)
-    keep[index.long()] = 1
-    bits.copy_(pack_shard(keep, bits.numel()))
+    num_bits = 8 * bits.numel()
+    keep = torch.cat([_unpack_bytes(bits), bits.new_zeros(1)])  # a place for those not chosen: no size depends on data
+    keep.index_fill_(0, torch.where(chosen, index, num_bits).long(), 1)
+    bits.copy_(pack_shard(keep[:num_bits], bits.numel()))
 
 
-def count_bits(before: Tensor, after: Tensor) -> tuple[int, int]:
-    """(bits that differ, bits set in ``after``) of two byte tensors of equal size."""
+def count_bits(before: Tensor, after: Tensor) -> Tensor:
+    """(2,) int64 of two byte tensors of equal size: how many bits differ, and how many are set in ``after``."""
+    counts = torch.zeros(2, dtype=torch.int64, device=after.device)
     native = library() if before.device.type == after.device.type == "cpu" else None
     if native is not None:
-        counts = torch.zeros(2, dtype=torch.int64)
         native.pst_count_bits(before.data_ptr(), after.data_ptr(), before.numel(), counts.data_ptr())
-        differ, kept = counts.tolist()
-        return differ, kept
-    return int(_unpack_bytes(before ^ after).sum(dtype=torch.int64)), int(_unpack_bytes(after).sum(dtype=torch.int64))
+        return counts
+    counts[0] = _unpack_bytes(before ^ after).sum(dtype=torch.int64)
+    counts[1] = _unpack_bytes(after).sum(dtype=torch.int64)
+    return counts
 
 
 def pack_mask(keep: Tensor, num_shards: int = 1) -> Tensor:
@@ -152,21 +155,21 @@ def apply_mask_(weight: Tensor, mask: Tensor) -> Tensor:
     return weight
 
 
-def checksum(shard: Tensor, count: int, start: int, seed: int) -> int:
+def checksum(shard: Tensor, count: int, start: int, seed: int) -> Tensor:
     """Checksum of the mask of flat weights [start, start + count), the bits of one shard; it *adds* over shards.
 
     The sum over all shards of a weight, modulo 2**64, depends on the mask and ``seed`` alone, not on where it was cut:
     sum of bit_i * 2**(i % 8) * hash(i // 8, seed), with the finaliser of splitmix64 (Steele et al., 2014) as hash.
-    Returned as a signed 64-bit number.
+    Returned as one signed int64, () and where ``shard`` is.
     """
     native = library() if shard.device.type == "cpu" else None
     if native is not None:
-        return _signed(native.pst_checksum(shard.data_ptr(), count, start, seed))
+        return torch.tensor(_signed(native.pst_checksum(shard.data_ptr(), count, start, seed)))
     lead, keep = start % 8, unpack_shard(shard, count)
     padded = torch.cat([keep.new_zeros(lead), keep]) if lead else keep
     values = pack_shard(padded, -(-padded.numel() // 8)).to(torch.int64)
     index = torch.arange(start // 8, start // 8 + values.numel(), dtype=torch.int64, device=values.device)
-    return int((values * _splitmix64(index, seed)).sum())
+    return (values * _splitmix64(index, seed)).sum()
 
 
 def _signed(value: int) -> int:

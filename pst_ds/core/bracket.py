@@ -22,6 +22,7 @@ from pst_ds.core.bits import pack_shard, set_bits_
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, histogram
 from pst_ds.core.select import DIGIT_BITS, MatrixKeys, NonFiniteScoreError, RankSums, Search, cuts_of, select
 
+_CPU = torch.device("cpu")
 SAMPLE_SHARE, MIN_SAMPLE, MAX_SAMPLE = 1 / 64, 4096, 32768
 """Share of a matrix's keys that is sampled, and its bounds; a matrix of fewer keys than the lower is sampled whole."""
 BRACKET_DEVIATIONS = 5.0
@@ -44,16 +45,16 @@ def select_bits(
     brackets = _brackets(matrices, pools, _sample(matrices, ranks, device))
     shift = max(0, max((b.high - b.low).bit_length() for b in brackets) - DIGIT_BITS)
     found = [_Scan(m, bracket, shift, device) for m, bracket in zip(matrices, brackets, strict=True)]
-    counts = ranks.all_sum(torch.stack([scan.counts for scan in found]))
+    counts = ranks.all_sum(torch.stack([scan.counts for scan in found])).cpu()
     bad = counts[:, _Scan.NOT_FINITE].nonzero().flatten().tolist()
     if bad:
         raise NonFiniteScoreError(bad)
-    low = torch.tensor([b.low for b in brackets], dtype=torch.int64, device=device)
+    low = torch.tensor([b.low for b in brackets])
     search = Search(matrices, pools, low, counts[:, _Scan.BELOW])
     missed = _missed(search, counts)
     _narrow(search, found, counts[:, _Scan.NUM_COUNTS :], shift, ranks)
-    equal_here = torch.tensor([scan.num_equal(low) for scan, low in zip(found, search.low.tolist(), strict=True)])
-    for scan, cut in zip(found, cuts_of(search, equal_here.to(device), ranks), strict=True):
+    equal_here = [scan.num_equal(low) for scan, low in zip(found, search.low.tolist(), strict=True)]
+    for scan, cut in zip(found, cuts_of(search, torch.stack(equal_here), ranks), strict=True):
         scan.decide(cut.threshold, cut.ties)
     bits = [scan.bits for scan in found]
     again = sorted({*missed, *search.ties()[1]})
@@ -83,19 +84,15 @@ class _Scan:
             found.take(keys.flatten())
         self.keys, self.index = found.inside()
         self.bits = pack_shard(found.above(), -(-matrix.num_keys // 8))
-        self.active = self.keys
-        numbers = [found.num_below, found.num_not_finite, int(found.overflowed), self.active.numel()]
-        own = torch.tensor(numbers, dtype=torch.int64, device=device)
-        self.counts = torch.cat([own, histogram(self.active, bracket.low, shift, 1 << DIGIT_BITS)])
+        self.counts = torch.cat([found.counts(), histogram(self.keys, bracket.low, shift, 1 << DIGIT_BITS)])
 
-    def num_equal(self, threshold: int) -> int:
-        return int((self.active == threshold).sum())
+    def num_equal(self, threshold: int) -> Tensor:
+        return (self.keys == threshold).sum()
 
     def decide(self, threshold: int, ties: int) -> None:
         """Set the bits of the kept among the keys inside: those above, and the equals but for the first ``ties``."""
-        equal = (self.keys == threshold).nonzero().flatten()
-        kept = torch.cat([(self.keys > threshold).nonzero().flatten(), equal[max(0, ties) :]])
-        set_bits_(self.bits, self.index[kept])
+        equal = self.keys == threshold
+        set_bits_(self.bits, self.index, (self.keys > threshold) | (equal & (equal.cumsum(0) > ties)))
 
 
 def _sample(matrices: Sequence[MatrixKeys], ranks: RankSums, device: torch.device) -> list[Tensor]:
@@ -103,7 +100,8 @@ def _sample(matrices: Sequence[MatrixKeys], ranks: RankSums, device: torch.devic
     own = []
     for matrix in matrices:
         assert matrix.sample is not None, "a matrix without a sample"
-        own.append(matrix.sample(sample_positions(matrix.num_in_all)).to(device))
+        numel = matrix.num_in_all
+        own.append(matrix.sample(sample_positions(numel), sample_positions(numel, device)).to(device))
     everyone = ranks.all_sum(torch.cat(own)).cpu()
     return list(everyone.split([keys.numel() for keys in own]))
 
@@ -112,12 +110,13 @@ def sample_size(numel: int) -> int:
     return min(numel, max(MIN_SAMPLE, min(MAX_SAMPLE, int(numel * SAMPLE_SHARE))))
 
 
-@lru_cache(maxsize=16)
-def sample_positions(numel: int) -> Tensor:
+@lru_cache(maxsize=32)
+def sample_positions(numel: int, device: torch.device = _CPU) -> Tensor:
     """One position in each of ``sample_size(numel)`` equal strata of [0, numel), int64, rising; not to be changed."""
     size = sample_size(numel)
-    edges = torch.arange(size + 1, dtype=torch.int64) * numel // max(1, size)
-    mixed = torch.arange(size, dtype=torch.int64) * 0x9E3779B1 & 0xFFFFFFFF  # Knuth's multiplicative hash
+    number = torch.arange(size + 1, dtype=torch.int64, device=device)
+    edges = number * numel // max(1, size)
+    mixed = number[:-1] * 0x9E3779B1 & 0xFFFFFFFF  # Knuth's multiplicative hash
     return edges[:-1] + (mixed * (edges[1:] - edges[:-1]) >> 32)
 
 
@@ -192,11 +191,9 @@ def _narrow(search: Search, found: Sequence[_Scan], counts: Tensor, shift: int, 
     search.narrow(counts, shift)
     while shift:
         width, shift = shift, max(0, shift - DIGIT_BITS)
-        local = []
-        for scan, low in zip(found, search.low.tolist(), strict=True):
-            scan.active = scan.active[(scan.active >= low) & (scan.active.long() < low + (1 << width))]
-            local.append(histogram(scan.active, low, shift, 1 << (width - shift)))
-        search.narrow(ranks.all_sum(torch.stack(local)), shift)
+        lows = search.low.tolist()
+        local = [histogram(scan.keys, low, shift, 1 << (width - shift)) for scan, low in zip(found, lows, strict=True)]
+        search.narrow(ranks.all_sum(torch.stack(local)).cpu(), shift)
 
 
 def _decide_by_select(

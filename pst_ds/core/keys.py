@@ -19,6 +19,8 @@ LOWEST_FINITE, HIGHEST_FINITE = -0x7F800000, 0x7F7FFFFF
 """Keys of the smallest and the largest finite score."""
 _MORE_ROOM = 16
 """The native loop writes whole vectors."""
+NO_KEY = -(1 << 31)
+"""In place of a key where there is none: below every finite score's."""
 _NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -109,47 +111,57 @@ def _norms_at(tile: TileFactors, rows: Tensor, cols: Tensor) -> Tensor | None:
 class Classifier:
     """Sorts one matrix's keys into those above an interval, those below, and the few inside, which it remembers.
 
-    ``num_keys`` keys are to come, in rising order, through :meth:`take`. At most ``room`` keys inside are remembered;
-    ``overflowed`` says that there were more.
+    ``num_keys`` keys are to come, in rising order, through :meth:`take`. At most ``room`` keys inside are remembered.
+    Off the CPU no size depends on the keys, so the host never waits.
     """
 
     def __init__(self, num_keys: int, low: int, high: int, *, room: int, device: torch.device):
         self.low, self.high = low, high
-        self.num_below = self.num_not_finite = 0
-        self._room, self._taken, self._num_inside = room, 0, 0
+        self._room, self._taken = room, 0
         self._above = torch.empty(num_keys, dtype=torch.uint8, device=device)
-        self._keys = torch.empty(room + _MORE_ROOM, dtype=torch.int32, device=device)
-        self._index = torch.empty(room + _MORE_ROOM, dtype=torch.int32, device=device)
-
-    @property
-    def overflowed(self) -> bool:
-        return self._num_inside > self._room
+        self._native = library() if device.type == "cpu" else None
+        self._numbers = [0, 0, 0]  # below, inside, not finite; tensors off the CPU
+        length = room + _MORE_ROOM if self._native else 0
+        self._keys = torch.empty(length, dtype=torch.int32, device=device)
+        self._index = torch.empty(length, dtype=torch.int32, device=device)
 
     def take(self, keys: Tensor) -> None:
         """The next ``keys``, (n,) int32."""
-        stored = min(self._num_inside, self._room)
         above = self._above[self._taken : self._taken + keys.numel()]
-        native = native_for(keys)
-        if native is not None and keys.is_contiguous():
-            counts = torch.zeros(3, dtype=torch.int64)
-            native.pst_classify(
-                keys.data_ptr(), keys.numel(), self.low, self.high, self._taken, above.data_ptr(),
-                self._keys[stored:].data_ptr(), self._index[stored:].data_ptr(), self._room - stored, counts.data_ptr(),
-            )  # fmt: skip
-            below, inside, not_finite = counts.tolist()
+        if self._native is None:
+            self._sort(keys, above)
         else:
-            above.copy_(keys > self.high)
-            index = ((keys >= self.low) & (keys <= self.high)).nonzero().flatten()
-            inside = index.numel()
-            fitting = index[: self._room - stored]
-            self._keys[stored : stored + fitting.numel()] = keys[fitting]
-            self._index[stored : stored + fitting.numel()] = (fitting + self._taken).int()
-            below = int((keys < self.low).sum())
-            not_finite = int(((keys < LOWEST_FINITE) | (keys > HIGHEST_FINITE)).sum())
-        self.num_below += below
-        self.num_not_finite += not_finite
-        self._num_inside += inside
+            self._sort_natively(self._native, keys.contiguous(), above)
         self._taken += keys.numel()
+
+    def _sort_natively(self, native: CDLL, keys: Tensor, above: Tensor) -> None:
+        counts, stored = torch.zeros(3, dtype=torch.int64), min(self._numbers[1], self._room)
+        native.pst_classify(
+            keys.data_ptr(), keys.numel(), self.low, self.high, self._taken, above.data_ptr(),
+            self._keys[stored:].data_ptr(), self._index[stored:].data_ptr(), self._room - stored, counts.data_ptr(),
+        )  # fmt: skip
+        self._numbers = [total + more for total, more in zip(self._numbers, counts.tolist(), strict=True)]
+
+    def _sort(self, keys: Tensor, above: Tensor) -> None:
+        above.copy_(keys > self.high)
+        running = ((keys >= self.low) & (keys <= self.high)).cumsum(0, dtype=torch.int32)
+        places = torch.arange(1, min(self._room, keys.numel()) + 1, dtype=torch.int32, device=keys.device)
+        index = torch.searchsorted(running, places)  # of the first key inside, the second, ...
+        is_there = index < keys.numel()
+        index.clamp_(max=max(0, keys.numel() - 1))
+        self._keys = torch.cat([self._keys, torch.where(is_there, keys[index], NO_KEY)])
+        self._index = torch.cat([self._index, (index + self._taken).int()])
+        bad = ((keys < LOWEST_FINITE) | (keys > HIGHEST_FINITE)).sum()
+        counts = ((keys < self.low).sum(), running[-1:].sum(), bad)
+        self._numbers = [total + more for total, more in zip(self._numbers, counts, strict=True)]
+
+    def counts(self) -> Tensor:
+        """(4,) int64: keys below the interval; not finite; 1 if more were inside than there is room for; inside."""
+        below, inside, not_finite = self._numbers
+        numbers = [below, not_finite, inside > self._room, inside]
+        if isinstance(inside, int):
+            return torch.tensor([int(number) for number in numbers], device=self._above.device)
+        return torch.stack(numbers)
 
     def above(self) -> Tensor:
         """uint8 0/1, (num_keys,): which keys are above the interval."""
@@ -157,9 +169,11 @@ class Classifier:
         return self._above
 
     def inside(self) -> tuple[Tensor, Tensor]:
-        """(keys, index among all keys) inside the interval, int32 (n,) each, in rising order of index; none of them
-        when ``overflowed``."""
-        stored = 0 if self.overflowed else self._num_inside
+        """(keys, index among all keys) inside the interval, int32 (n,) each, in rising order of index. With more of
+        them than room some or all are left out; off the CPU there are some :data:`NO_KEY` among them."""
+        if self._native is None:
+            return self._keys, self._index
+        stored = self._numbers[1] if self._numbers[1] <= self._room else 0
         return self._keys[:stored].clone(), self._index[:stored].clone()
 
 
@@ -171,4 +185,6 @@ def histogram(keys: Tensor, low: int, shift: int, bins: int) -> Tensor:
         native.pst_histogram(keys.data_ptr(), keys.numel(), low, shift, bins, counts.data_ptr())
         return counts
     digits = (keys.flatten().long() - low) >> shift
-    return torch.bincount(digits[(digits >= 0) & (digits < bins)], minlength=bins)
+    digits = torch.where((digits >= 0) & (digits < bins), digits, bins)
+    counts = torch.zeros(bins + 1, dtype=torch.int64, device=keys.device)  # bincount would have the host wait
+    return counts.scatter_add_(0, digits, torch.ones_like(digits))[:bins]

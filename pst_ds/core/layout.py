@@ -92,20 +92,21 @@ def row_tiles(rect: Rect, max_elements: int) -> Iterator[Rect]:
 def shard_tiles(whole: Rect, row_length: int, start: int, stop: int, max_elements: int) -> Iterator[Rect]:
     """The part of ``whole`` that lies in the flat range [start, stop), as rectangles in rising flat order.
 
-    A flat range may begin and end inside a row, so it is a partial row, a band of whole rows and a partial row.
-    ``row_length`` is the storage row length of the whole weight.
+    A flat range that begins and ends inside a row is a partial row, a band of whole rows and a partial row; one that
+    begins or ends with a row has no part of it by itself. ``row_length`` is the storage row length of the whole weight.
     """
     if stop <= start:
         return
-    first, last = start // row_length, (stop - 1) // row_length
-    head, tail = start - first * row_length, stop - last * row_length
+    first, head = divmod(start, row_length)
+    last, tail = divmod(stop, row_length)
     if first == last:
         pieces = [Rect(first, first + 1, head, tail)]
     else:
+        whole_from = first + (head > 0)
         pieces = [
-            Rect(first, first + 1, head, row_length),
-            Rect(first + 1, last, 0, row_length),
-            Rect(last, last + 1, 0, tail),
+            Rect(first, whole_from, head, row_length),
+            Rect(whole_from, last, 0, row_length),
+            Rect(last, last + (tail > 0), 0, tail),
         ]
     for piece in pieces:
         cut = Rect(max(piece.r0, whole.r0), min(piece.r1, whole.r1), max(piece.c0, whole.c0), min(piece.c1, whole.c1))

@@ -66,9 +66,9 @@ class MatrixKeys:
     """Keys in ``tiles``; for :mod:`pst_ds.core.bracket`."""
     num_in_all: int = 0
     """Keys of the whole matrix, over all ranks; for :mod:`pst_ds.core.bracket`."""
-    sample: Callable[[Tensor], Tensor] | None = None
+    sample: Callable[[Tensor, Tensor], Tensor] | None = None
     """Keys at the given positions (int64, among the whole matrix's), 0 where another rank has them; for
-    :mod:`pst_ds.core.bracket`."""
+    :mod:`pst_ds.core.bracket`. The positions come twice, on the CPU and on the keys' device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +76,16 @@ class Cut:
     """Prune the keys below ``threshold``, and the first ``ties`` of this rank's that equal it."""
 
     threshold: int
-    ties: int
+    ties: int | Tensor
+    """Off the CPU a tensor once some keys have been seen, which the host need not wait for."""
 
     def keep(self, keys: Tensor) -> tuple[Tensor, Cut]:
         """(mask of the kept among the next ``keys``, bool of their shape; the cut for the keys after these)."""
         kept = keys > self.threshold
         equal = keys == self.threshold
+        if keys.device.type != "cpu":
+            number = equal.flatten().cumsum(0).view(keys.shape)
+            return kept | (equal & (number > self.ties)), Cut(self.threshold, (self.ties - equal.sum()).clamp(min=0))
         num_equal = int(equal.sum())
         if num_equal > self.ties:
             # The first `ties` of the equals go, the rest stays.
@@ -159,7 +163,8 @@ def select(
     are at their most. Raises NonFiniteScoreError, on every rank, when any score of any rank is NaN or infinite.
     """
     ranks = ranks or RankSums()
-    low = torch.full((len(matrices),), _LOWEST_KEY, dtype=torch.int64, device=device)
+    device = device or torch.device("cpu")
+    low = torch.full((len(matrices),), _LOWEST_KEY, dtype=torch.int64)
     search = Search(matrices, pools, low, torch.zeros_like(low))
     shift, local = _KEY_BITS, torch.empty(0)
     bins = low
@@ -168,15 +173,15 @@ def select(
         shift -= digit_bits
         local = torch.stack(
             [
-                _counts(m, first, shift, 1 << digit_bits, low.device)
+                _counts(m, first, shift, 1 << digit_bits, device)
                 for m, first in zip(matrices, search.low.tolist(), strict=True)
             ]
         )
-        counts = ranks.all_sum(local.clone())
+        counts = ranks.all_sum(local.clone()).cpu()
         if shift == _KEY_BITS - DIGIT_BITS:
             _refuse_non_finite(counts)
         bins = search.narrow(counts, shift)
-    cuts = cuts_of(search, local.gather(1, bins.unsqueeze(1)).squeeze(1), ranks)
+    cuts = cuts_of(search, local.gather(1, bins.to(device).unsqueeze(1)).squeeze(1), ranks)
     cuts = [_from_the_first(cut, m) for cut, m in zip(cuts, matrices, strict=True)]
     _, at_most = search.ties()
     if at_most:
@@ -198,7 +203,7 @@ def _from_the_first(cut: Cut, matrix: MatrixKeys) -> Cut:
     equal = 0
     for keys in _between(matrix, 0, matrix.own[0]) if matrix.own else ():
         equal += int((keys == cut.threshold).sum())
-    return Cut(cut.threshold, max(0, cut.ties + equal))
+    return Cut(cut.threshold, max(0, int(cut.ties) + equal))
 
 
 def _between(matrix: MatrixKeys, first: int, last: int) -> Iterator[Tensor]:

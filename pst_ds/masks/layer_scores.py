@@ -92,25 +92,25 @@ class LayerScores:
                 count += min(max(0, -(-(index - first) // cols)), across)
         return count
 
-    def sample(self, matrix: StoredMatrix, positions: Tensor) -> Tensor:
+    def sample(self, matrix: StoredMatrix, positions: Tensor, on_device: Tensor) -> Tensor:
         """Keys, int32, of the weights at ``positions`` (int64, among the matrix's in storage order); 0 for those of
-        other ranks."""
+        other ranks. ``on_device``: the same positions where the weights are."""
         rect, keys = matrix.rect, torch.zeros(positions.numel(), dtype=torch.int32, device=self.device)
         if rect.c1 - rect.c0 == self.row_length:  # in the order of the shard: look at none but this rank's
             offset = rect.r0 * self.row_length
             own = torch.tensor([self.start - offset, self.stop - offset])
             first, last = torch.searchsorted(positions, own).tolist()
-            keys[first:last] = self._keys_at(matrix, positions[first:last])
+            keys[first:last] = self._keys_at(matrix, on_device[first:last])
             return keys
         rows, cols = positions // (rect.c1 - rect.c0), positions % (rect.c1 - rect.c0)
         flat = (rows + rect.r0) * self.row_length + cols + rect.c0
-        here = ((flat >= self.start) & (flat < self.stop)).nonzero().flatten()
-        keys[here.to(self.device)] = self._keys_at(matrix, positions[here])
+        here = ((flat >= self.start) & (flat < self.stop)).nonzero().flatten().to(self.device)
+        keys[here] = self._keys_at(matrix, on_device[here])
         return keys
 
     def _keys_at(self, matrix: StoredMatrix, positions: Tensor) -> Tensor:
         """Keys of this rank's weights at ``positions`` of the matrix."""
-        rect, positions = matrix.rect, positions.to(self.device)
+        rect = matrix.rect
         rows, cols = positions // (rect.c1 - rect.c0), positions % (rect.c1 - rect.c0)
         values = self._own.at((rows + rect.r0) * self.row_length + cols + rect.c0)
         if self.layer.pst_S is not None:

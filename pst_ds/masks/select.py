@@ -136,14 +136,14 @@ def _unit_bits(m: Matrix, cut: Cut) -> Tensor:
 
 def _each_unit_by_itself(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Tensor]:
     """Bits of the weights kept in rows, or groups of N:M, each of which is decided by its own weights. Collective."""
-    found, bad = [], torch.zeros(len(matrices), dtype=torch.int64)
-    for i, m in enumerate(matrices):
+    found, bad = [], []
+    for m in matrices:
         rects = list(m.layer.rects(m.stored))
         keep = torch.empty(sum(rect.numel for rect in rects), dtype=torch.uint8, device=m.layer.device)
-        at = 0
+        at, not_finite = 0, torch.zeros((), dtype=torch.int64, device=m.layer.device)
         for rect in rects:
             keys = m.layer.keys(m.stored, rect)
-            bad[i] += ((keys < LOWEST_FINITE) | (keys > HIGHEST_FINITE)).sum().cpu()
+            not_finite += ((keys < LOWEST_FINITE) | (keys > HIGHEST_FINITE)).sum()
             if m.kind == "row":
                 kept = keep_in_rows(keys, m.layer.unit, prune_count(m.sparsity, m.layer.layout.in_features))
             else:
@@ -151,10 +151,10 @@ def _each_unit_by_itself(matrices: Sequence[Matrix], any_weight: nn.Parameter) -
             keep[at : at + rect.numel] = kept.reshape(-1)
             at += rect.numel
         found.append(pack_shard(keep, -(-keep.numel() // 8)))
-    bad = group_sum(bad, any_weight)
+        bad.append(not_finite)
     with _naming(matrices):
-        if bool(bad.any()):
-            raise NonFiniteScoreError(bad.nonzero().flatten().tolist())
+        if wrong := group_sum(torch.stack(bad), any_weight).cpu().nonzero().flatten().tolist():
+            raise NonFiniteScoreError(wrong)
     return found
 
 

@@ -81,24 +81,24 @@ def masks_of_zeros(model: nn.Module) -> MaskStats:
     flipped = []
     for layer in pst_layers(model).values():
         if layer.weight is None:
-            flipped.append(0)
+            flipped.append(zero3.shard_of(layer.pst_mask).values.new_zeros((), dtype=torch.int64))
             continue
         num_bytes = zero3.shard_of(layer.pst_mask).values.numel()
         flipped.append(_write_mask(layer, pack_shard((zero3.shard_of(layer.weight).values != 0).byte(), num_bytes)))
     return mask_stats(model, flipped_here=flipped)
 
 
-def mask_stats(model: nn.Module, *, flipped_here: Sequence[int] = ()) -> MaskStats:
-    """Counts and checksum of the masks as they are. ``flipped_here``: this rank's flipped bits of each layer; none by
-    default. Collective: one sum over ranks for all layers."""
+def mask_stats(model: nn.Module, *, flipped_here: Sequence[Tensor] = ()) -> MaskStats:
+    """Counts and checksum of the masks as they are. ``flipped_here``: this rank's flipped bits of each layer, () int64;
+    none by default. Collective: one sum over ranks for all layers, which the host waits for once."""
     layers = pst_layers(model)
-    kept, total_sum = [], 0
+    kept, sums = [], []
     for name, layer in layers.items():
         bits, (start, stop) = zero3.shard_of(layer.pst_mask).values, layer.own_range()
         kept.append(count_bits(bits, bits)[1])
-        total_sum += checksum(bits, stop - start, start, zlib.crc32(name.encode()))
-    total_sum = (total_sum + (1 << 63)) % (1 << 64) - (1 << 63)
-    here = torch.tensor([*kept, *(flipped_here or [0] * len(layers)), total_sum])
+        sums.append(checksum(bits, stop - start, start, zlib.crc32(name.encode())))
+    flips = flipped_here or [torch.zeros_like(count) for count in kept]
+    here = torch.stack([*kept, *flips, torch.stack(sums).sum()])  # modulo 2**64, as int64 adds
     *counts, total_sum = group_sum(here, next(iter(layers.values())).pst_mask).tolist()
     num_weights = sum(layer.layout.numel for layer in layers.values())
     kept, flipped = counts[: len(layers)], counts[len(layers) :]
@@ -106,9 +106,9 @@ def mask_stats(model: nn.Module, *, flipped_here: Sequence[int] = ()) -> MaskSta
     return MaskStats(num_weights, num_weights - sum(kept), sum(flipped), digits, tuple(kept), tuple(flipped))
 
 
-def _write_mask(layer: PSTLinear, bits: Tensor) -> int:
-    """Make ``bits`` this rank's part of the mask; how many of them differ from those before."""
-    differ, _ = count_bits(zero3.shard_of(layer.pst_mask).values, bits)
+def _write_mask(layer: PSTLinear, bits: Tensor) -> Tensor:
+    """Make ``bits`` this rank's part of the mask; how many of them differ from those before, ()."""
+    differ = count_bits(zero3.shard_of(layer.pst_mask).values, bits)[0]
     zero3.write_shard(layer.pst_mask, bits)
     return differ
 

@@ -129,7 +129,7 @@ def wrapped(total: int) -> int:
 
 
 def checksum(keep: torch.Tensor, start: int = 0, seed: int = 0) -> int:
-    return wrapped(b.checksum(b.pack_mask(keep), keep.numel(), start, seed))
+    return wrapped(int(b.checksum(b.pack_mask(keep), keep.numel(), start, seed)))
 
 
 @PROPERTY

@@ -66,7 +66,7 @@ def selected(matrices, counts, world, *, pools=(), pool_of=None, tile=50):
             start, stop = min(rank * share, scores.numel()), min((rank + 1) * share, scores.numel())
             keys = order_keys(scores[start:stop])
 
-            def sample(at, keys=keys, start=start, stop=stop):
+            def sample(at, _, keys=keys, start=start, stop=stop):
                 found = torch.zeros(at.numel(), dtype=torch.int32)
                 here = (at >= start) & (at < stop)
                 found[here] = keys[at[here] - start]

@@ -78,7 +78,8 @@ def test_a_tensor_of_the_host_beside_one_of_the_device_is_refused():
         assert (counts.launches, counts.bytes_moved, counts.num_waits) == (1, 24, 0)
         assert float(device_side.sum()) == 3.0
         assert counts.num_waits == 1
+        before = counts.live_bytes
         held = [torch.zeros(1000, device=device_side.device) for _ in range(3)]
-        assert counts.peak_bytes >= 12_000
+        assert counts.peak_bytes == counts.live_bytes == before + 12_000
         del held
-        assert counts.live_bytes < 12_000
+        assert (counts.live_bytes, counts.peak_bytes) == (before, before + 12_000)

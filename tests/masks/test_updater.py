@@ -60,7 +60,7 @@ def test_masks_follow_the_schedule_and_are_fixed_at_its_end(kind):
     optimizer = pst_optimizer(model) if engine is None else engine.optimizer
     masks = MaskUpdater(model, SCHEDULE)
     assert _zeros(model) == _expected(0)
-    assert masks.masks == mask_stats(model, flipped_here=(16, 16))
+    assert masks.masks == mask_stats(model, flipped_here=(torch.tensor(16), torch.tensor(16)))
     checksums = [masks.masks.checksum]
     for step in range(1, 11):
         if engine is None:

@@ -113,7 +113,7 @@ def _native() -> dict[str, object]:
         values, mask, offsets = (parts[name] for name in ("compressed", "bitmask", "row_offsets"))
         y = kernels.bitmask_linear(x, values, mask, offsets, None, kernels.best_level())
     as_torch = {
-        "mask updates": count_bits(bits, bits)[1] == sum(int(byte).bit_count() for byte in bits.tolist()),
+        "mask updates": int(count_bits(bits, bits)[1]) == sum(int(byte).bit_count() for byte in bits.tolist()),
         "packing": torch.equal(FORMATS["bitmask"].unpack(parts), weight),
         "sparse layers": torch.allclose(y, x @ weight.t(), rtol=1e-4, atol=1e-4),
     }

@@ -149,7 +149,7 @@ def _layers(checkpoint: Checkpoint, run: RunConfig | None) -> list[Layer]:
     for name, weights in contents.masks.items():
         bits = checkpoint.masks[name]
         nbytes = contents.num_shards * shard_bytes(weights, contents.num_shards)
-        masks[name] = Mask(weights, weights - count_bits(bits, bits)[1], nbytes)
+        masks[name] = Mask(weights, weights - int(count_bits(bits, bits)[1]), nbytes)
 
     def pattern_of(name: str) -> str:
         return str(rules.rule_for(name).pattern) if rules else ""

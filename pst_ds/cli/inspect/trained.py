@@ -89,7 +89,7 @@ def adapter_state(path: Path) -> Inspection:
         if name.endswith(ending):
             bits, shape = file.read(name), matrix_shape(name.removesuffix(ending), trained)
             weights = math.prod(shape) if shape else 8 * bits.numel()
-            masks[name.removesuffix(ending)] = Mask(weights, weights - count_bits(bits, bits)[1], bits.nbytes)
+            masks[name.removesuffix(ending)] = Mask(weights, weights - int(count_bits(bits, bits)[1]), bits.nbytes)
     config = table.get("pst_config") or {}
     pattern = "" if config.get("overrides") else str(config.get("pattern", ""))
     layers = trained_layers(trained, masks, lambda name: pattern, 4)
