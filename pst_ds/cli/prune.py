@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, get_args
 
 from pst_ds.cli.main import add_quiet_argument, add_run_arguments, add_shard_argument, count, load_run_or_folder
 from pst_ds.config.methods import OneShotMethod
+from pst_ds.core.packings import GROUPS, VALUE_BITS, WHOLE_ROW
 from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from pst_ds.config.run import RunConfig
+    from pst_ds.core.quantization import Grid
     from pst_ds.prune.model import PrunedLayer
     from pst_ds.prune.replay import Batch
+
+
+_BITS = tuple(str(bits) for bits in sorted(VALUE_BITS.values()))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsity", type=float, metavar="S", help=zeros)
     pattern = "row, matrix, N:M or blocks (default: pst.pattern, but row instead of matrix for wanda and sparsegpt)"
     parser.add_argument("--pattern", default="", metavar="P", help=pattern)
+    parser.add_argument("--keep-zeros", action="store_true", help="prune what is zero already, and nothing else")
+    text = "round what is kept to so many bits in the same pass (sparsegpt)"
+    parser.add_argument("--bits", type=int, choices=sorted(VALUE_BITS.values()), help=text)
+    text = "weights of a row that share a scale (default: row for 8 bits, 64 for 4)"
+    parser.add_argument("--group", choices=(*map(str, GROUPS), WHOLE_ROW), help=text)
     samples = "examples of data.train to calibrate on (default: 128)"
     parser.add_argument("--samples", type=count, default=128, metavar="N", help=samples)
     parser.add_argument("--seed", type=int, default=0, help="seed for the choice of examples (default: 0)")
@@ -36,12 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
+    _require_rounding(args)
     start, config = time.perf_counter(), load_run_or_folder(args)
     from pst_ds.export.base_weights import BaseWeights
     from pst_ds.export.from_folder import copy_beside
     from pst_ds.export.plan import require_space
     from pst_ds.parallel.launch import LaunchEnvironment, device_of
-    from pst_ds.prune.folder import load_base, record_of, require_free, write_folder
+    from pst_ds.prune.folder import load_base, record_of, require_free, scales_of, write_folder
     from pst_ds.train.model import attention_options
 
     out, path, device = Path(args.out), config.model.path, device_of(LaunchEnvironment(0, 1, 0))
@@ -49,18 +60,50 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     model, base = load_base(path, **attention_options(config)), BaseWeights(path, "").folder
     require_space(out, sum(param.nbytes for param in model.parameters()))
     layers, about, seconds = _pruned(model, config, args, device)
-    record = record_of(layers, about)
-    write_folder(model, record, out, shard_bytes=args.shard_bytes, copy_beside=lambda to: copy_beside(base, to))
+    record, scales = record_of(layers, about), scales_of(layers)
+    write_folder(model, record, scales, out, shard_bytes=args.shard_bytes, copy_beside=lambda to: copy_beside(base, to))
     result = {key: value for key, value in record.items() if key not in ("format", "layers")}
     result |= {"out": args.out, "num_layers": len(layers)}
     result |= {"prune_seconds": seconds, "seconds": time.perf_counter() - start}
     text = f", on {result['samples']} examples of {result['tokens']:,} tokens" if "tokens" in result else ""
+    asked = "as it was" if args.keep_zeros else f"{result['sparsity_requested']} requested"
+    rounded = f" on a grid of {result['values']}, group {result['group']}" if "values" in result else ""
     print(
-        f"wrote {args.out}: {args.method}, pattern {result['pattern']}, {len(layers)} layers, "
-        f"sparsity {result['sparsity_measured']:.6f} measured, {result['sparsity_requested']} requested{text}; "
+        f"wrote {args.out}: {args.method}, pattern {result['pattern']}, {len(layers)} layers{rounded}, "
+        f"sparsity {result['sparsity_measured']:.6f} measured, {asked}{text}; "
         f"pruned in {seconds:.1f} s, {result['seconds']:.1f} s in all"
     )
     return result
+
+
+def _require_rounding(args: argparse.Namespace) -> None:
+    """Refuse arguments of rounding that do not go together. Raises InputError."""
+    if args.bits and args.method != "sparsegpt":
+        raise InputError(
+            f"--bits {args.bits} makes kept weights make up for what rounding takes, as sparsegpt does: with --method "
+            f"{args.method} prune first, and then round the folder with --method sparsegpt --keep-zeros"
+        )
+    if args.group and not args.bits:
+        raise InputError(f"--group {args.group} is for rounded weights: add --bits {' or '.join(_BITS)}")
+    if not args.keep_zeros:
+        return
+    if not args.bits:
+        raise InputError(
+            f"--keep-zeros prunes nothing more, so there is nothing to do: add --bits {' or '.join(_BITS)}"
+        )
+    given = [
+        f"--{name} {value}" for name in ("sparsity", "pattern") if (value := getattr(args, name)) not in (None, "")
+    ]
+    if given:
+        raise InputError(f"--keep-zeros keeps the mask that the folder has: leave out {' and '.join(given)}")
+
+
+def _grid(args: argparse.Namespace) -> Grid | None:
+    if not args.bits:
+        return None
+    from pst_ds.core.quantization import grid_of
+
+    return grid_of(f"int{args.bits}", args.group)
 
 
 def _pruned(
@@ -76,8 +119,9 @@ def _pruned(
     from pst_ds.prune.rules import layer_rules, settings_for, share_of_zeros
 
     settings = settings_for(model, config.pst, args.method, args.pattern)
-    share = share_of_zeros(settings, args.sparsity, config.schedule.final_sparsity)
-    rules = layer_rules(find_targets(model, settings), settings, args.method, share)
+    share = 0.0 if args.keep_zeros else share_of_zeros(settings, args.sparsity, config.schedule.final_sparsity)
+    grid, keeps = _grid(args), args.keep_zeros
+    rules = layer_rules(find_targets(model, settings), settings, args.method, share, grid=grid, keeps_zeros=keeps)
     batches = [] if args.method == "magnitude" else _calibration(config, model.config, args)
     start = time.perf_counter()
     dtype = DTYPES[config.train.precision]
@@ -85,11 +129,13 @@ def _pruned(
     seconds = time.perf_counter() - start
     about: dict[str, object] = {
         "method": args.method,
-        "pattern": settings.pattern,
-        "sparsity_requested": share,
+        "pattern": "zeros" if keeps else settings.pattern,
+        "sparsity_requested": None if keeps else share,
         "base_model": config.model.path,
         "base_fingerprint": base_fingerprint(config.model.path),
     }
+    if grid is not None:
+        about |= {"values": grid.values, "group": grid.group or WHOLE_ROW}
     if batches:
         tokens = (b["attention_mask"].sum() if "attention_mask" in b else b["input_ids"].numel() for b in batches)
         about |= {"data": config.data.train, "max_length": config.data.max_length, "samples": args.samples}

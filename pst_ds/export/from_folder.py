@@ -27,6 +27,7 @@ from pst_ds.export.base_weights import BaseWeights, names_in_files
 from pst_ds.export.encoding import QUANT_METHOD, Encoding, encoding_of
 from pst_ds.export.manifest import DENSE, MANIFEST_FILE, About, ExportError, JsonTable, TensorEntry, read_table
 from pst_ds.export.plan import PlannedTensor, TensorJob, TensorValues
+from pst_ds.export.promised_grid import PromisedGrid, promised_grid
 from pst_ds.export.rounding import embedding_tables, grids
 from pst_ds.export.tensor_files import DTYPE_OF_CODE
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
@@ -52,6 +53,8 @@ class FolderTensor:
     """By the manifest, of each tensor in the files; empty without a manifest."""
     pruned_per_matrix: tuple[int, ...] = ()
     rounding_error: float = 0.0
+    promised: str = ""
+    """The layer whose weight this is, if the folder was pruned to a grid."""
 
     def is_on(self, grid: Grid | None) -> bool:
         """Return whether its values are codes on that very grid."""
@@ -64,8 +67,8 @@ class FolderTensor:
 class FolderSource:
     """Values of a model folder."""
 
-    def __init__(self, weights: BaseWeights):
-        self._weights = weights
+    def __init__(self, weights: BaseWeights, promised: PromisedGrid | None = None):
+        self._weights, self._promised = weights, promised
 
     def make(self, job: TensorJob) -> Iterator[TensorValues]:
         """The values of the job's one output. Raises ExportError and InputError."""
@@ -75,6 +78,8 @@ class FolderSource:
         scales, error = None, 0.0
         if recipe.is_on(output.grid):
             scales, error = self._weights.read(recipe.parts["scales"]), recipe.rounding_error
+        elif recipe.promised and self._promised and output.grid:
+            scales = self._promised.scales_of(recipe.promised, tensor.t() if output.transposed else tensor)
         yield TensorValues(tensor, None, recipe.pruned_per_matrix, scales, error)
 
     def read(self, recipe: FolderTensor, name: str, dtype: torch.dtype, *, hashed: bool = True) -> Tensor:
@@ -116,6 +121,8 @@ class FolderContents:
     entries: dict[str, TensorEntry]
     """The manifest's, by name; empty without one."""
     about: About
+    promised: PromisedGrid | None
+    """What ``pst-ds prune`` rounded its layers to."""
 
 
 def open_folder(path: Path) -> FolderContents:
@@ -125,7 +132,8 @@ def open_folder(path: Path) -> FolderContents:
     model = model_of(path)
     entries, about = manifest.read_manifest(path) if (path / MANIFEST_FILE).exists() else ([], {})
     weights = BaseWeights(path, getattr(model, "base_model_prefix", ""), index)
-    return FolderContents(path, config, model, weights, encoding, {entry.name: entry for entry in entries}, about)
+    by_name = {entry.name: entry for entry in entries}
+    return FolderContents(path, config, model, weights, encoding, by_name, about, promised_grid(path))
 
 
 def _encoding_of(path: Path, config: JsonTable) -> tuple[Encoding, str]:
@@ -177,12 +185,13 @@ def plan_folder(folder: FolderContents, encoding: Encoding, dtype: str | None) -
 
     Raises ExportError and InputError.
     """
-    source, linear = FolderSource(folder.weights), linear_weights(folder.model)
+    source, linear = FolderSource(folder.weights, folder.promised), linear_weights(folder.model)
+    promised = folder.promised.names(folder.model, linear, encoding.values) if folder.promised else {}
     rounded = grids(folder.model, encoding)
     cast = None if dtype is None else DTYPES[dtype]
     jobs = []
     for name, parts in _tensors(folder, linear).items():
-        recipe = _recipe(folder, name, parts, linear)
+        recipe = replace(_recipe(folder, name, parts, linear), promised=promised.get(name, ""))
         planned = _planned(folder, name, recipe, linear, cast).rounded(rounded.get(name))
         if encoding.packing == COMPRESSED_TENSORS:
             planned = planned.for_compressed_tensors()

@@ -8,6 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from pst_ds.atomic_files import atomic_folder, require_writable
 from pst_ds.errors import InputError
 from pst_ds.nn.base_model import PRUNING_RECORD, Pretrained, architecture
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RECORD_FILE = PRUNING_RECORD
+SCALES_FILE = "scales.safetensors"
+"""The scales of a folder whose weights are on a grid, which its record names: (O, groups) bf16 of each layer."""
 FORMAT = 1
 
 
@@ -55,18 +60,36 @@ def record_of(layers: Sequence[PrunedLayer], about: Mapping[str, object]) -> dic
         "sparsity_measured": sum(layer.zeros for layer in layers) / weights,
         "pruned_weights": sum(layer.pruned for layer in layers),
         "weights": weights,
-        "layers": [asdict(layer) for layer in layers],
+        "layers": [{key: value for key, value in asdict(layer).items() if key != "scales"} for layer in layers],
     }
 
 
+def scales_of(layers: Sequence[PrunedLayer]) -> dict[str, Tensor]:
+    """Return the content of :data:`SCALES_FILE`; nothing where no layer was rounded."""
+    return {scales_name(layer.name): layer.scales for layer in layers if layer.scales is not None}
+
+
+def scales_name(layer: str) -> str:
+    """Return the name of a layer's scales in :data:`SCALES_FILE`."""
+    return f"{layer}.scales"
+
+
 def write_folder(
-    model: PreTrainedModel, record: dict[str, Any], out: Path, *, shard_bytes: int, copy_beside: Callable[[Path], None]
+    model: PreTrainedModel,
+    record: dict[str, Any],
+    scales: dict[str, Tensor],
+    out: Path,
+    *,
+    shard_bytes: int,
+    copy_beside: Callable[[Path], None],
 ) -> None:
-    """Write ``out``, whole or not at all: weights in files of at most ``shard_bytes``, config, ``record``.
+    """Write ``out``, whole or not at all: weights in files of at most ``shard_bytes``, config, ``record``, ``scales``.
 
     ``copy_beside`` is given the folder to put the small files of the base model into: its tokenizer's, for one.
     """
     with atomic_folder(out) as folder:
         model.save_pretrained(folder, max_shard_size=shard_bytes)
         copy_beside(folder)
+        if scales:
+            save_file(scales, folder / SCALES_FILE)
         (folder / RECORD_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pst_ds.core.bits import apply_mask_
-from pst_ds.core.one_shot import InverseFactor, inverse_factor, keep_by_score, sparsegpt, wanda_scores
+from pst_ds.core.one_shot import keep_by_score, wanda_scores
+from pst_ds.core.sparsegpt import Compensated, InverseFactor, inverse_factor, round_under_mask, sparsegpt
 from pst_ds.errors import InputError
 from pst_ds.nn.input_sums import InputGatherer, products, squares
 from pst_ds.progress import Progress
@@ -35,6 +36,8 @@ class PrunedLayer:
     """Weights that the mask prunes."""
     zeros: int
     """Counted in the weight, so with kept weights that are zero."""
+    scales: Tensor | None = field(default=None, repr=False, compare=False)
+    """(O, groups) bf16, on the CPU, of a weight that was rounded to a grid."""
 
 
 def prune_model(
@@ -125,22 +128,26 @@ def _prune(rule: LayerRule, weight: Tensor, given: Tensor | InverseFactor | None
     """Prune ``weight``, the layer's own, in place, and what the layer computes with if that is a copy of it."""
     layout = rule.target.layout
     with _naming(rule):
-        pruned, keep = prune_weight(weight, rule, given)
-    weight.copy_(pruned)
-    rule.target.module.weight.data.copy_(pruned)
+        made = prune_weight(weight, rule, given)
+    weight.copy_(made.weight)
+    rule.target.module.weight.data.copy_(made.weight)
+    pruned = layout.numel - int(made.keep.sum())
     return PrunedLayer(
         name=rule.target.name,
         shape=(layout.out_features, layout.in_features),
         matrices=layout.num_matrices,
-        pattern=str(rule.pattern),
-        sparsity_requested=rule.sparsity,
-        pruned=layout.numel - int(keep.sum()),
+        pattern="zeros" if rule.keeps_zeros else str(rule.pattern),
+        sparsity_requested=pruned / layout.numel if rule.keeps_zeros else rule.sparsity,
+        pruned=pruned,
         zeros=layout.numel - int(torch.count_nonzero(weight)),
+        scales=None if made.scales is None else made.scales.cpu(),
     )
 
 
-def prune_weight(weight: Tensor, rule: LayerRule, given: Tensor | InverseFactor | None) -> tuple[Tensor, Tensor]:
-    """(pruned weight in the dtype of ``weight``; mask, uint8 0/1): new tensors, as ``weight`` is stored.
+def prune_weight(weight: Tensor, rule: LayerRule, given: Tensor | InverseFactor | None) -> Compensated:
+    """Return the pruned weight, in the dtype of ``weight``, and its mask: new tensors, as ``weight`` is stored.
+
+    Scales, if the rule has a grid, are (O, groups) however the weight is stored.
 
     ``given``: norms of the layer's inputs, (I,), for Wanda; their inverse factor for SparseGPT; None for magnitude. The
     result is on its device. Raises FloatingPointError for values that are not finite.
@@ -154,20 +161,31 @@ def prune_weight(weight: Tensor, rule: LayerRule, given: Tensor | InverseFactor 
         weight = weight.to(given.device)
         scores = wanda_scores(weight, given, transposed=layout.transposed)
     keep = keep_by_score(scores, layout, rule.pattern, rule.sparsity)
-    return apply_mask_(weight.clone(memory_format=torch.contiguous_format), keep), keep
+    return Compensated(apply_mask_(weight.clone(memory_format=torch.contiguous_format), keep), keep)
 
 
-def _sparsegpt(weight: Tensor, rule: LayerRule, factor: InverseFactor) -> tuple[Tensor, Tensor]:
+def _sparsegpt(weight: Tensor, rule: LayerRule, factor: InverseFactor) -> Compensated:
     layout = rule.target.layout
     pruned = torch.empty_like(weight, memory_format=torch.contiguous_format)
     keep = torch.empty(layout.shape, dtype=torch.uint8, device=weight.device)
+    scales = []
     for matrix in layout.matrices():
         at = slice(matrix.rect.r0, matrix.rect.r1), slice(matrix.rect.c0, matrix.rect.c1)
         oriented = weight[at].t() if layout.transposed else weight[at]
-        values, kept = sparsegpt(oriented, factor, rule.pattern, rule.sparsity)
-        pruned[at] = values.t() if layout.transposed else values
-        keep[at] = kept.t() if layout.transposed else kept
-    return pruned, keep
+        made = _compensated(oriented, rule, factor)
+        pruned[at] = made.weight.t() if layout.transposed else made.weight
+        keep[at] = made.keep.t() if layout.transposed else made.keep
+        if made.scales is not None:
+            scales.append(made.scales)
+    return Compensated(pruned, keep, torch.cat(scales) if scales else None)
+
+
+def _compensated(weight: Tensor, rule: LayerRule, factor: InverseFactor) -> Compensated:
+    """Prune and round one matrix (O, I)."""
+    if not rule.keeps_zeros:
+        return sparsegpt(weight, factor, rule.pattern, rule.sparsity, grid=rule.grid, dtype=weight.dtype)
+    assert rule.grid is not None, "nothing to do"
+    return round_under_mask(weight, weight != 0, factor, rule.grid, dtype=weight.dtype)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import nn
 from pst_ds.config.methods import OneShotMethod as Method
 from pst_ds.config.pst import PSTConfig, name_matches
 from pst_ds.core.patterns import Pattern, parse_pattern
+from pst_ds.core.quantization import Grid
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import Target
 
@@ -24,6 +25,10 @@ class LayerRule:
     target: Target
     pattern: Pattern
     sparsity: float
+    grid: Grid | None = None
+    """What kept weights are rounded to, by SparseGPT alone."""
+    keeps_zeros: bool = False
+    """Whether exactly the weights that are zero already are pruned, whatever the pattern."""
 
 
 def settings_for(model: nn.Module, config: PSTConfig, method: Method, pattern: str = "") -> PSTConfig:
@@ -59,12 +64,35 @@ def share_of_zeros(settings: PSTConfig, asked: float | None, default: float) -> 
     return share
 
 
-def layer_rules(targets: Sequence[Target], settings: PSTConfig, method: Method, share: float) -> list[LayerRule]:
+def layer_rules(
+    targets: Sequence[Target],
+    settings: PSTConfig,
+    method: Method,
+    share: float,
+    *,
+    grid: Grid | None = None,
+    keeps_zeros: bool = False,
+) -> list[LayerRule]:
     """The rules of all ``targets``, in their order; ``settings.overrides`` have the last word on their layers.
 
-    Raises InputError, naming the layer, for a pattern that does not fit it, or that the method does not have.
+    ``keeps_zeros``: no pattern and no override prunes anything. Raises InputError, naming the layer, for a pattern or a
+    ``grid`` that does not fit it, or a pattern that the method does not have.
     """
-    return [_rule(target, settings, method, share) for target in targets]
+    for target in targets:
+        if grid is not None:
+            _require_groups(target, grid)
+    if keeps_zeros:
+        return [LayerRule(target, Pattern("matrix"), 0.0, grid, keeps_zeros=True) for target in targets]
+    return [replace(_rule(target, settings, method, share), grid=grid) for target in targets]
+
+
+def _require_groups(target: Target, grid: Grid) -> None:
+    try:
+        grid.num_groups(target.layout.in_features)
+    except ValueError as error:
+        raise InputError(
+            f"{target.name}: {error}. Choose another --group, or leave the layer as it is with pst.exclude_modules"
+        ) from None
 
 
 def _rule(target: Target, settings: PSTConfig, method: Method, share: float) -> LayerRule:

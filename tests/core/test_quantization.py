@@ -13,6 +13,7 @@ from pst_ds.core.quantization import (
     Grid,
     dequantize,
     first_bad_scale,
+    first_off_grid,
     grid_of,
     group_scales,
     matrices,
@@ -250,3 +251,16 @@ def test_bad_scales_are_found(bad):
     assert first_bad_scale(scales, INT4) is None
     scales[1, 2] = bad
     assert first_bad_scale(scales, INT4) == 6
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_off_its_grid_is_found(grid, dtype):
+    codes, scales = quantize(weights(), None, grid)
+    weight = dequantize(codes, scales, dtype)
+    assert first_off_grid(weight, grid, scales) is None
+    for row, column in ((3, 7), (11, 255), (0, 0)):  # the first of several last
+        weight[row, column] = (weight[row, column].float() + 0.3 * scales[row, 0].float()).to(dtype)
+        assert first_off_grid(weight, grid, scales) == min([(3, 7), (row, column)])
+    with pytest.raises(ValueError, match=r"scales are torch\.bfloat16 of shape"):
+        first_off_grid(weight, grid, scales[:1])

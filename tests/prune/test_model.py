@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pst_ds.config.pst import Override, PSTConfig
-from pst_ds.core.one_shot import inverse_factor
+from pst_ds.core.sparsegpt import inverse_factor
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import find_targets
 from pst_ds.prune import model as pruning
@@ -73,7 +73,7 @@ def _pruned_by_whole_passes(model, rules, method, batches, sums):
         for rule in block:
             total = sums[rule.target.name]
             given = total.sqrt() if method == "wanda" else inverse_factor(total)
-            rule.target.module.weight.data, _ = prune_weight(rule.target.module.weight.data, rule, given)
+            rule.target.module.weight.data = prune_weight(rule.target.module.weight.data, rule, given).weight
     return expected
 
 

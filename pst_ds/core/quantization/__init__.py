@@ -15,7 +15,7 @@ sharded.
 
 from pst_ds.core.quantization.coded import CodedRun, CodedWeight, CodeLayout, coded_run, weights_at
 from pst_ds.core.quantization.grid import Grid, grid_of
-from pst_ds.core.quantization.matrices import dequantize, quantize, round_to_grid, squared_norms
+from pst_ds.core.quantization.matrices import dequantize, first_off_grid, quantize, round_to_grid, squared_norms
 from pst_ds.core.quantization.nibbles import pack_nibbles, unpack_nibbles
 from pst_ds.core.quantization.scales import (
     LEAST_SCALE,
@@ -47,6 +47,7 @@ __all__ = [
     "coded_run",
     "dequantize",
     "first_bad_scale",
+    "first_off_grid",
     "grid_of",
     "group_losses",
     "group_moments",

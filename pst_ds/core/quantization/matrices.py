@@ -69,6 +69,17 @@ def round_to_grid(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tenso
     return dequantize(*quantize(weight, keep, grid, scales), weight.dtype)
 
 
+def first_off_grid(weight: Tensor, grid: Grid, scales: Tensor) -> tuple[int, int] | None:
+    """Return (row, column) of the first weight that is no code * scale, rounded to its dtype, to the bit; or None.
+
+    ``weight``: (O, I), finite. ``scales``: (O, groups) bf16. Raises ValueError as :func:`quantize` does.
+    """
+    codes, _ = quantize(weight, None, grid, scales)
+    differs = (dequantize(codes, scales, weight.dtype) != weight).flatten()
+    at = int(differs.to(torch.uint8).argmax()) if bool(differs.any()) else None
+    return None if at is None else divmod(at, weight.shape[1])
+
+
 def squared_norms(weight: Tensor, keep: Tensor, codes: Tensor, scales: Tensor) -> tuple[float, float]:
     """Return the squared norms of (what rounding changed, the kept weights) of a matrix on the CPU, in float64.
 

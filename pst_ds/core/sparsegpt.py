@@ -1,0 +1,236 @@
+"""SparseGPT and GPTQ in one pass: kept weights make up for those that are pruned, and for what rounding takes.
+
+    SparseGPT    keep the largest W_ij^2 / [H^-1]_jj of the inputs not yet passed      arXiv 2301.00774
+    GPTQ         round the kept weights to their grid                                  arXiv 2210.17323
+
+Both pass the inputs from first to last and give what an input loses to the inputs after it, so that the output of the
+row changes least. H = X'X, (I, I), is the Gram matrix of a layer's inputs X over all calibration tokens; O =
+out_features, I = in_features.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.keys import order_keys
+from pst_ds.core.layout import WeightLayout
+from pst_ds.core.one_shot import keep_but
+from pst_ds.core.patterns import Pattern
+from pst_ds.core.quantization import LEAST_SCALE, SCALE_DTYPE, UNUSED_SCALE, Grid, group_scales, rounded_codes
+from pst_ds.core.select import prune_count
+from pst_ds.core.units import keep_in_rows, keep_n_of_m
+
+DAMPING = 0.01
+"""Share of the mean of H's diagonal that is added to it (the papers')."""
+COLUMNS_AT_A_TIME = 128
+"""Inputs whose mask SparseGPT chooses together (the paper's)."""
+
+
+@dataclass(frozen=True, slots=True)
+class InverseFactor:
+    """The inverse of a layer's input statistics; :func:`inverse_factor` makes it once for all its matrices."""
+
+    upper: Tensor
+    """Upper triangular U with U'U = (H + damping)^-1, (I, I) fp32: the square of [U]_jj is [H^-1]_jj once the inputs
+    before j are gone, and the rest of row j says how the inputs after j make up for it."""
+    dead: Tensor
+    """Inputs that were zero on every token, (I,) bool: their weights are pruned first."""
+
+
+def inverse_factor(gram: Tensor, damping: float = DAMPING) -> InverseFactor:
+    """The Cholesky factor of the inverse of a damped ``gram`` = X'X, (I, I); computed in double precision.
+
+    ``damping`` is a share of the mean of the diagonal over inputs that are not dead. Raises FloatingPointError for a
+    ``gram`` that is not finite, or so near to singular that more damping is needed.
+    """
+    if not bool(torch.isfinite(gram).all()):
+        raise FloatingPointError("inputs are not finite")
+    diagonal = gram.diagonal().to(torch.float64)
+    dead = diagonal == 0
+    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+    damped = gram.to(torch.float64, copy=True)
+    damped.diagonal().add_(torch.where(dead, mean, damping * mean))
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if not int(failed):
+        lower, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower))
+    if int(failed):
+        raise FloatingPointError("the Gram matrix of the inputs is not positive definite: more damping is needed")
+    return InverseFactor(lower.t().to(torch.float32).contiguous(), dead)
+
+
+@dataclass(frozen=True, slots=True)
+class Compensated:
+    """A matrix that was pruned, rounded, or both."""
+
+    weight: Tensor
+    """(O, I) fp32: +0.0 where pruned; code * scale where it was rounded."""
+    keep: Tensor
+    """(O, I) uint8, 0/1."""
+    scales: Tensor | None = None
+    """(O, groups) bf16 of a weight that was rounded."""
+
+
+def sparsegpt(
+    weight: Tensor,
+    factor: InverseFactor,
+    pattern: Pattern,
+    sparsity: float,
+    columns_at_a_time: int = COLUMNS_AT_A_TIME,
+    *,
+    grid: Grid | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Compensated:
+    """Prune a matrix (O, I), and round it if there is a ``grid``: SparseGPT, algorithm 1 of the paper.
+
+    The inputs are passed from first to last. The mask of ``columns_at_a_time`` of them is chosen when the first is
+    reached, by w^2 / U_jj^2 of the weights as they are by then; of N:M that of a group of M. What pruning a weight
+    takes from the output of its row is then given back, as far as it can be, by the weights of the inputs after it.
+    "matrix" takes each block's share of the smallest over all rows, "row" in every row; the counts are exact:
+    floor(sparsity * O * I), and floor(sparsity * I) of every row. Of equals the lowest flat index goes first.
+
+    With a ``grid`` every kept weight is rounded when it is reached, and what that takes is given back too. The scale of
+    a group is searched as its first input is reached, over the weights that are kept by the scores of then. ``dtype``:
+    what the weight will be stored in; its codes can be told from it.
+
+    Raises ValueError for other patterns, for groups that do not divide I, and FloatingPointError for a weight that is
+    not finite.
+    """
+    if pattern.kind not in ("matrix", "row", "n:m"):
+        raise ValueError(f'SparseGPT has the patterns "matrix", "row" and N:M, not {str(pattern)!r}')
+    pattern.require_fit(WeightLayout(weight.shape[0], weight.shape[1]))
+    return _compensated(weight, factor, _Scored(pattern, sparsity, factor), columns_at_a_time, grid, dtype)
+
+
+def round_under_mask(
+    weight: Tensor,
+    keep: Tensor,
+    factor: InverseFactor,
+    grid: Grid,
+    columns_at_a_time: int = COLUMNS_AT_A_TIME,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Compensated:
+    """Round the kept weights of a matrix (O, I) as :func:`sparsegpt` does with a grid: GPTQ, under a mask.
+
+    ``keep``: (O, I), true or 1 where a weight is kept. Weights that it prunes and that are not 0 are made up for.
+    """
+    return _compensated(weight, factor, _Given(keep), columns_at_a_time, grid, dtype)
+
+
+class _Choice(Protocol):
+    """What is kept."""
+
+    @property
+    def unit(self) -> int:
+        """Inputs whose mask must be chosen together; 0: as many as are passed at a time."""
+        ...
+
+    def mask(self, left: Tensor, start: int, stop: int) -> Tensor:
+        """uint8 mask (O, stop - start) of some inputs, of the weights ``left`` as they are by now."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    pattern: Pattern
+    sparsity: float
+    factor: InverseFactor
+
+    @property
+    def unit(self) -> int:
+        return self.pattern.m
+
+    def mask(self, left: Tensor, start: int, stop: int) -> Tensor:
+        saliency = (left[:, start:stop] / self.factor.upper.diagonal()[start:stop]).square()
+        keys = order_keys(saliency.masked_fill_(self.factor.dead[start:stop], 0.0))
+        outputs, unit = len(left), (1, stop - start)
+        if self.pattern.kind == "n:m":
+            return keep_n_of_m(keys, (1, self.pattern.m), self.pattern.m - self.pattern.n)
+        if self.pattern.kind == "row":
+            return keep_in_rows(keys, unit, prune_count(self.sparsity, stop) - prune_count(self.sparsity, start))
+        so_far, before = (prune_count(self.sparsity, outputs * end) for end in (stop, start))
+        return keep_but(keys, so_far - before)
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    keep: Tensor
+    unit: int = 0
+
+    def mask(self, left: Tensor, start: int, stop: int) -> Tensor:
+        return (self.keep[:, start:stop] != 0).to(torch.uint8)
+
+
+class _Rounder:
+    """Rounds columns of a matrix to its grid; a group's scale is found as its first column is reached."""
+
+    def __init__(self, grid: Grid, left: Tensor, dtype: torch.dtype):
+        outputs, inputs = left.shape
+        groups = grid.num_groups(inputs)
+        self._grid, self._dtype, self.size = grid, dtype, inputs // groups
+        self.scales = torch.full((outputs, groups), UNUSED_SCALE, dtype=SCALE_DTYPE, device=left.device)
+        numbers = torch.finfo(dtype)
+        self._least = max(LEAST_SCALE, 2 * numbers.smallest_normal * numbers.eps)
+        """Below it steps of the grid would be no steps of the dtype."""
+
+    def enter(self, first: int, kept: Tensor) -> None:
+        """Search the scales of the group that begins with the column ``first``; ``kept``: (O, size), 0 where pruned."""
+        if not bool(torch.isfinite(kept).all()):
+            raise FloatingPointError("weights that make up for others are not finite")
+        found = group_scales(kept.contiguous(), self._grid, self._dtype)
+        self.scales[:, first // self.size] = found.clamp(min=self._least)
+
+    def rounded(self, column: Tensor, index: int) -> Tensor:
+        """Return code * scale of the column numbered ``index``, (O,)."""
+        scales = self.scales[:, index // self.size].float()
+        return rounded_codes(column, scales, self._grid).mul_(scales).add_(0.0)
+
+
+def _compensated(
+    weight: Tensor, factor: InverseFactor, choice: _Choice, at_a_time: int, grid: Grid | None, dtype: torch.dtype
+) -> Compensated:
+    left = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if not bool(torch.isfinite(left).all()):
+        raise FloatingPointError("weights are not finite")
+    rounder = None if grid is None else _Rounder(grid, left, dtype)
+    whole = math.lcm(choice.unit or 1, rounder.size if rounder and grid and grid.group else 1)
+    step = max(1, at_a_time // whole) * whole
+    keep, inputs = torch.ones(weight.shape, dtype=torch.uint8, device=weight.device), weight.shape[1]
+    for start in range(0, inputs, step):
+        stop = min(start + step, inputs)
+        errors = _pass_columns(left, keep, factor.upper, choice, rounder, start, stop)
+        left[:, stop:] -= errors @ factor.upper[start:stop, stop:]
+    return Compensated(left, keep, None if rounder is None else rounder.scales)
+
+
+def _pass_columns(
+    left: Tensor, keep: Tensor, upper: Tensor, choice: _Choice, rounder: _Rounder | None, start: int, stop: int
+) -> Tensor:
+    """Choose the mask of the columns from ``start`` to ``stop``, prune and round them, and correct those to the right.
+
+    Writes ``keep``, and ``left`` up to ``stop``; returns the errors, (O, stop - start), by which the inputs after them
+    are to be corrected.
+    """
+    together = choice.unit or stop - start
+    errors = left.new_zeros(len(left), stop - start)
+    for j in range(start, stop):
+        if (j - start) % together == 0:
+            chosen = min(j + together, stop)
+            keep[:, j:chosen] = choice.mask(left, j, chosen)
+        value = left[:, j]
+        if rounder is not None:
+            if j % rounder.size == 0:
+                end = j + rounder.size
+                kept = keep[:, j:end] if end <= chosen else choice.mask(left, j, end)
+                rounder.enter(j, left[:, j:end].masked_fill(kept == 0, 0.0))
+            value = rounder.rounded(value, j)
+        value = torch.where(keep[:, j] == 0, 0.0, value)
+        errors[:, j - start] = (left[:, j] - value) / upper[j, j]
+        left[:, j] = value
+        left[:, j + 1 : stop] -= errors[:, j - start, None] * upper[j, j + 1 : stop]
+    return errors

@@ -1,0 +1,43 @@
+"""Weights and inputs to prune by, and masks written out as loops."""
+
+import math
+
+import numpy as np
+import torch
+
+
+def correlated_inputs(tokens, features, seed):
+    """Correlated inputs of different sizes, (tokens, features) double."""
+    rng = np.random.default_rng(seed)
+    mixed = rng.standard_normal((tokens, features)) @ (rng.standard_normal((features, features)) / math.sqrt(features))
+    return mixed * rng.lognormal(0.0, 1.0, features)
+
+
+def normal_weight(outputs, inputs, seed):
+    return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
+
+
+def without_smallest(scores, groups, count_of):
+    """Mask of ones without the smallest of each group of flat positions, the first of equals going first."""
+    keep = np.ones(scores.size, dtype=np.uint8)
+    for group in groups:
+        order = np.argsort(scores.ravel()[group], kind="stable")
+        keep[np.asarray(group)[order[: count_of(len(group))]]] = 0
+    return keep.reshape(scores.shape)
+
+
+def ranked_together(shape, name):
+    """Flat positions that are ranked against each other in a matrix (O, I), by pattern."""
+    flat = np.arange(math.prod(shape)).reshape(shape)
+    if name == "matrix":
+        return [flat.ravel()]
+    if name == "row":
+        return list(flat)
+    return list(flat.reshape(-1, int(name.partition(":")[2])))
+
+
+def counter(name, sparsity):
+    if ":" in name:
+        n, m = map(int, name.split(":"))
+        return lambda size: m - n
+    return lambda size: math.floor(sparsity * size)
