@@ -16,12 +16,12 @@ pytestmark = pytest.mark.device
 PATTERNS = ["matrix", "global", "row", "2:4", "4x4"]
 
 
-def _mid_ramp(pattern, dtype=torch.float32, magnitude="weight"):
+def _mid_ramp(pattern, dtype=torch.float32, magnitude="weight", num_layers=2):
     """A model whose every factor is non-zero, with ties among the weights, the same in every call."""
     torch.manual_seed(3)
     model = BertModel(
         BertConfig(
-            vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+            vocab_size=50, hidden_size=32, num_hidden_layers=num_layers, num_attention_heads=4, intermediate_size=64,
             max_position_embeddings=16,
         )
     ).to(dtype)  # fmt: skip
@@ -47,6 +47,20 @@ def test_the_masks_are_those_of_the_cpu(pattern, dtype):
         assert all(isinstance(layer.pst_mask, PretendedTensor) for layer in pst_layers(model).values())
         assert counts.launches > 0
     assert found == expected
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_host_waits_as_often_for_many_layers_as_for_few(pattern):
+    waits = []
+    for num_layers in (1, 3):
+        model = _mid_ramp(pattern, num_layers=num_layers)
+        with pretended() as counts:
+            module_to_device(model)
+            moved = counts.num_waits
+            update_masks(model, 0.5)
+            waits.append(counts.num_waits - moved)
+            assert not counts.host_indices
+    assert waits[0] == waits[1] <= 8
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

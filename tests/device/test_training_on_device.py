@@ -55,3 +55,17 @@ def test_a_run_is_that_of_the_cpu(pattern):
     assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
     for own, other in zip(on_device, values, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_has_the_host_wait_for_the_gradient_norm_alone():
+    with pretended() as counts:
+        model = module_to_device(_model())
+        params = [p for p in model.parameters() if p.requires_grad]
+        engine = LocalEngine(model, [{"params": params, "lr": 1e-2}], gradient_clipping=1.0)
+        tokens = to_device(torch.arange(24).view(2, 12))
+        for _ in range(2):
+            engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+            before = counts.num_waits
+            engine.step()
+        assert engine.global_steps == 2
+        assert counts.num_waits - before == 1
