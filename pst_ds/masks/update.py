@@ -69,6 +69,7 @@ def update_masks(model: nn.Module, sparsity: float, *, progress: float = 1.0) ->
     for keys in keyed:
         own = [m for m in matrices if m.layer is keys]
         flipped.append(_write_mask(keys.layer, _shard_bits(keys, own, [kept.pop(id(m)) for m in own])))
+    # The host waits here: DeepSpeed's gathers, on a stream of their own, come after the masks are written.
     return mask_stats(model, flipped_here=flipped)
 
 
