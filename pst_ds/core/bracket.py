@@ -89,7 +89,7 @@ class _Scan:
     def num_equal(self, threshold: int) -> Tensor:
         return (self.keys == threshold).sum()
 
-    def decide(self, threshold: int, ties: int) -> None:
+    def decide(self, threshold: int, ties: int | Tensor) -> None:
         """Set the bits of the kept among the keys inside: those above, and the equals but for the first ``ties``."""
         equal = self.keys == threshold
         set_bits_(self.bits, self.index, (self.keys > threshold) | (equal & (equal.cumsum(0) > ties)))

@@ -7,6 +7,7 @@ A key is the int32 that orders like an fp32 score, with -0 equal to +0. On CPU t
 from __future__ import annotations
 
 from ctypes import CDLL
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,7 +121,7 @@ class Classifier:
         self._room, self._taken = room, 0
         self._above = torch.empty(num_keys, dtype=torch.uint8, device=device)
         self._native = library() if device.type == "cpu" else None
-        self._numbers = [0, 0, 0]  # below, inside, not finite; tensors off the CPU
+        self._numbers: list[Any] = [0, 0, 0]  # below, inside, not finite; tensors off the CPU
         length = room + _MORE_ROOM if self._native else 0
         self._keys = torch.empty(length, dtype=torch.int32, device=device)
         self._index = torch.empty(length, dtype=torch.int32, device=device)

@@ -93,13 +93,13 @@ def mask_stats(model: nn.Module, *, flipped_here: Sequence[Tensor] = ()) -> Mask
     """Counts and checksum of the masks as they are. ``flipped_here``: this rank's flipped bits of each layer, () int64;
     none by default. Collective: one sum over ranks for all layers, which the host waits for once."""
     layers = pst_layers(model)
-    kept, sums = [], []
+    kept_here, sums = [], []
     for name, layer in layers.items():
         bits, (start, stop) = zero3.shard_of(layer.pst_mask).values, layer.own_range()
-        kept.append(count_bits(bits, bits)[1])
+        kept_here.append(count_bits(bits, bits)[1])
         sums.append(checksum(bits, stop - start, start, zlib.crc32(name.encode())))
-    flips = flipped_here or [torch.zeros_like(count) for count in kept]
-    here = torch.stack([*kept, *flips, torch.stack(sums).sum()])  # modulo 2**64, as int64 adds
+    flips = flipped_here or [torch.zeros_like(count) for count in kept_here]
+    here = torch.stack([*kept_here, *flips, torch.stack(sums).sum()])  # modulo 2**64, as int64 adds
     *counts, total_sum = group_sum(here, next(iter(layers.values())).pst_mask).tolist()
     num_weights = sum(layer.layout.numel for layer in layers.values())
     kept, flipped = counts[: len(layers)], counts[len(layers) :]

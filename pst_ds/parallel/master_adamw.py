@@ -24,21 +24,35 @@ class MasterAdamW(torch.optim.AdamW):
     :meth:`state_dict`.
     """
 
+    _taken: list[nn.Parameter] | None = None
+    """The masters, between :meth:`take_gradients` and the step."""
+
     def __init__(self, params: ParamsT, *, fused: bool = False, **settings: Any):
         super().__init__(params, weight_decay=0.0, fused=fused, **settings)
         self._masters: dict[nn.Parameter, nn.Parameter] = {}
 
     def masters(self) -> list[nn.Parameter]:
-        """Return the master of each parameter, in the order of the groups."""
-        return [self._master(param) for group in self.param_groups for param in group["params"]]
+        """Return the master of each parameter, in the order of the groups. The host waits once, to see whether a
+        parameter was given other values."""
+        params = self._params()
+        apart = [param for param in params if param.dtype != torch.float32]
+        for param, kept in zip(apart, zero3.kept_masters(apart), strict=True):
+            master = self._masters.get(param)
+            if master is None:
+                self._masters[param] = param.fp32_master = nn.Parameter(param.detach().float())  # type: ignore[attr-defined]
+            elif kept is None or master.device != kept.device:  # other values, or the model was moved
+                master.data = param.detach().float() if kept is None else kept
+        return [self._masters.get(param, param) if param.dtype != torch.float32 else param for param in params]
 
     def take_gradients(self) -> list[nn.Parameter]:
-        """Move the parameters' gradients to their masters, in fp32, and return the masters."""
-        masters = self.masters()
-        for param, master in zip(self._params(), masters, strict=True):
+        """Move the parameters' gradients to their masters, in fp32, and return the masters. Until the step, give the
+        parameters nothing but gradients."""
+        if self._taken is None or any(param.grad is not None for param in self._masters):
+            self._taken = self.masters()
+        for param, master in zip(self._params(), self._taken, strict=True):
             if master is not param and param.grad is not None:
                 master.grad, param.grad = param.grad.float(), None
-        return masters
+        return self._taken
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -47,9 +61,9 @@ class MasterAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.take_gradients()
-        with self._groups_of_masters():
+        with self._groups_of(self.take_gradients()):
             super().step()
+        self._taken = None
         for param, master in self._masters.items():
             param.copy_(master)
             master.grad = None
@@ -57,21 +71,23 @@ class MasterAdamW(torch.optim.AdamW):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
+        self._taken = None
         for master in self._masters.values():
             master.grad = None
 
     def state_dict(self) -> StateDict:
         """AdamW's, and the masters by the number of their parameter."""
-        with self._groups_of_masters():
+        masters = self.masters()
+        with self._groups_of(masters):
             state = super().state_dict()
-        pairs = enumerate(zip(self._params(), self.masters(), strict=True))
+        pairs = enumerate(zip(self._params(), masters, strict=True))
         numbered = {i: master.detach() for i, (param, master) in pairs if master is not param}
         return state | {_MASTERS: numbered} if numbered else state
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        with self._groups_of_masters():
-            super().load_state_dict(state_dict)
         masters = self.masters()
+        with self._groups_of(masters):
+            super().load_state_dict(state_dict)
         for number, values in state_dict.get(_MASTERS, {}).items():
             masters[number].detach().copy_(values)
 
@@ -88,23 +104,12 @@ class MasterAdamW(torch.optim.AdamW):
     def _params(self) -> list[nn.Parameter]:
         return [param for group in self.param_groups for param in group["params"]]
 
-    def _master(self, param: nn.Parameter) -> nn.Parameter:
-        if param.dtype == torch.float32:
-            return param
-        if param not in self._masters:
-            self._masters[param] = param.fp32_master = nn.Parameter(param.detach().float())  # type: ignore[attr-defined]
-            return self._masters[param]
-        master, kept = self._masters[param], zero3.kept_master(param)
-        if kept is None or master.device != kept.device:  # other values, or the model was moved
-            master.data = param.detach().float() if kept is None else kept
-        return master
-
     @contextmanager
-    def _groups_of_masters(self) -> Iterator[None]:
-        """Inside, the groups hold the masters, by which AdamW keeps its state."""
-        params = [group["params"] for group in self.param_groups]
+    def _groups_of(self, masters: list[nn.Parameter]) -> Iterator[None]:
+        """Inside, the groups hold the ``masters``, by which AdamW keeps its state."""
+        params, at = [group["params"] for group in self.param_groups], iter(masters)
         for group in self.param_groups:
-            group["params"] = [self._master(param) for param in group["params"]]
+            group["params"] = [next(at) for _ in group["params"]]
         try:
             yield
         finally:

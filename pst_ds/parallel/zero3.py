@@ -122,7 +122,7 @@ def master_shard(param: nn.Parameter) -> Shard:
     if not param.requires_grad:
         return shard_of(param)
     if not _has_zero3_master(param):
-        return shard_of(param) if is_partitioned(param) else Shard(_master_of(param).view(-1), 0)
+        return shard_of(param) if is_partitioned(param) else Shard(fp32_masters([param])[0].view(-1), 0)
     from deepspeed.utils import safe_get_local_fp32_param
 
     own = shard_of(param)
@@ -137,7 +137,7 @@ def fp32_masters(params: Sequence[nn.Parameter]) -> list[Tensor]:
     """
     if params and all(_has_zero3_master(p) for p in params):
         return _gather_zero3_masters(params)
-    return [_master_of(p) for p in params]
+    return [_master_of(p, kept) for p, kept in zip(params, kept_masters(params), strict=True)]
 
 
 def _has_zero3_master(param: nn.Parameter) -> bool:
@@ -156,19 +156,18 @@ def _gather_zero3_masters(params: Sequence[nn.Parameter]) -> list[Tensor]:
     return [piece.reshape(-1)[: p.ds_numel].view(p.ds_shape) for p, piece in zip(params, pieces, strict=True)]
 
 
-def kept_master(param: nn.Parameter) -> Tensor | None:
-    """The fp32 values that MasterAdamW, or DeepSpeed at stage 0, keeps of a whole ``param``.
+def kept_masters(params: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """The fp32 values that MasterAdamW, or DeepSpeed at stage 0, keeps of each whole parameter.
 
-    None if no such values exist, or ``param`` was given other values since.
+    None where no such values exist, or the parameter was given other values since: the host waits once to know.
     """
-    master = getattr(param, "fp32_master", None)
-    if master is None or not torch.equal(master.detach().to(param), param.detach()):
-        return None
-    return master.detach().to(param.device)
+    masters = {i: param.fp32_master.detach() for i, param in enumerate(params) if hasattr(param, "fp32_master")}
+    same = [(master.to(params[i]) == params[i].detach()).all() for i, master in masters.items()]
+    holds = dict(zip(masters, torch.stack(same).tolist() if same else [], strict=True))
+    return [masters[i].to(param.device) if holds.get(i) else None for i, param in enumerate(params)]
 
 
-def _master_of(param: nn.Parameter) -> Tensor:
-    kept = kept_master(param)
+def _master_of(param: nn.Parameter, kept: Tensor | None) -> Tensor:
     if kept is not None:
         return kept
     if hasattr(param, "_hp_mapping"):  # ZeRO stages 1 and 2
