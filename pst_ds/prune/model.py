@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.bits import apply_mask_
-from pst_ds.core.one_shot import keep_by_score, wanda_scores
-from pst_ds.core.sparsegpt import Compensated, InverseFactor, inverse_factor, round_under_mask, sparsegpt
+from pst_ds.core.one_shot import (
+    Compensated,
+    InverseFactor,
+    inverse_factor,
+    keep_by_score,
+    round_under_mask,
+    sparsegpt,
+    wanda_scores,
+)
 from pst_ds.errors import InputError
 from pst_ds.nn.input_sums import InputGatherer, products, squares
 from pst_ds.progress import Progress

@@ -9,11 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.one_shot import keep_by_score, output_error, wanda_scores
+from pst_ds.core.one_shot import (
+    DAMPING,
+    inverse_factor,
+    keep_by_score,
+    output_error,
+    round_under_mask,
+    sparsegpt,
+    wanda_scores,
+)
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.quantization import Grid, dequantize, group_scales, quantize, round_to_grid
 from pst_ds.core.select import prune_count
-from pst_ds.core.sparsegpt import DAMPING, inverse_factor, round_under_mask, sparsegpt
 
 from .one_shot_references import correlated_inputs, counter, normal_weight, ranked_together, without_smallest
 

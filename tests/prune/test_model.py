@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pst_ds.config.pst import Override, PSTConfig
-from pst_ds.core.sparsegpt import inverse_factor
+from pst_ds.core.one_shot import inverse_factor
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import find_targets
 from pst_ds.prune import model as pruning

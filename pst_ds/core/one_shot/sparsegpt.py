@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pst_ds.core.keys import order_keys
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.one_shot import keep_but
+from pst_ds.core.one_shot.scored import keep_but
 from pst_ds.core.patterns import Pattern
 from pst_ds.core.quantization import LEAST_SCALE, SCALE_DTYPE, UNUSED_SCALE, Grid, group_scales, rounded_codes
 from pst_ds.core.select import prune_count

@@ -4,7 +4,7 @@
     Wanda        keep the largest |W_ij| ||x_j||_2               Sun et al., 2023, arXiv 2306.11695
 
 x_j are the values of input j over all calibration tokens. O = out_features, I = in_features.
-:mod:`pst_ds.core.sparsegpt` has the method that changes the kept weights too.
+:mod:`pst_ds.core.one_shot.sparsegpt` has the method that changes the kept weights too.
 """
 
 from __future__ import annotations

@@ -1,0 +1,24 @@
+"""Masks made once, on calibration text: by a score of every weight, or by SparseGPT, which rounds too."""
+
+from pst_ds.core.one_shot.scored import keep_but, keep_by_score, output_error, wanda_scores
+from pst_ds.core.one_shot.sparsegpt import (
+    DAMPING,
+    Compensated,
+    InverseFactor,
+    inverse_factor,
+    round_under_mask,
+    sparsegpt,
+)
+
+__all__ = [
+    "DAMPING",
+    "Compensated",
+    "InverseFactor",
+    "inverse_factor",
+    "keep_but",
+    "keep_by_score",
+    "output_error",
+    "round_under_mask",
+    "sparsegpt",
+    "wanda_scores",
+]
