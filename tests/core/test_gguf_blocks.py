@@ -91,3 +91,58 @@ def test_blocks_of_a_wider_group_share_its_scale(grid):
 def test_other_widths_are_refused():
     with pytest.raises(ValueError, match="GGUF has blocks of 32 inputs, which do not divide 48"):
         gguf_blocks(weights((2, 48)), None, Grid(8))
+
+
+# Thousands of odd inputs
+
+ODD = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-45, 2.0**-126, 1e-30, 7e4, -3e38, 3.4e38]
+
+
+def _odd_inputs(seed):
+    """(weight, mask, grid, scales) of which most are odd somewhere."""
+    rng = np.random.default_rng(seed)
+    grid = Grid(int(rng.choice([4, 8])), [None, 32, 64, 128][rng.integers(4)])
+    rows, columns = int(rng.integers(1, 5)), int(rng.choice([32, 64, 128, 128, 256, 48, 0]))
+    weight = torch.from_numpy(rng.standard_normal((rows, columns)) * 10.0 ** rng.integers(-12, 5)).float()
+    if weight.numel() and rng.random() < 0.4:
+        weight.view(-1)[int(rng.integers(weight.numel()))] = ODD[rng.integers(len(ODD))]
+    weight = weight.to([torch.float32, torch.bfloat16, torch.float16][rng.integers(3)])
+    keep = None if rng.random() < 0.4 else torch.from_numpy(rng.random((rows, columns)) < rng.random())
+    scales = None
+    if rng.random() < 0.5:
+        groups = max(1, columns // (grid.group or columns or 1))
+        scales = torch.from_numpy(10.0 ** rng.uniform(-9, 4, (rows, groups))).to(torch.bfloat16)
+        match rng.integers(8):
+            case 0:
+                scales.view(-1)[0] = ODD[rng.integers(len(ODD))]
+            case 1:
+                scales = -scales
+            case 2:
+                scales = scales.half()
+            case 3:
+                scales = scales[:, :0]
+            case 4:
+                scales = torch.cat([scales, scales])
+    return weight, keep, grid, scales
+
+
+def test_odd_weights_and_scales_are_refused_or_blocks_that_are_near():
+    written = 0
+    for seed in range(3000):
+        weight, keep, grid, scales = _odd_inputs(seed)
+        try:
+            blocks, changed = gguf_blocks(weight, keep, grid, scales)
+        except ValueError:
+            continue
+        written += 1
+        found = weights_of_blocks(blocks, grid)
+        kept = weight.float() if keep is None else torch.where(keep, weight.float(), 0.0)
+        assert bool(torch.isfinite(found).all()), seed
+        assert not found[kept == 0].any(), seed
+        assert 0 <= changed <= weight.numel() // 32, seed
+        halves = torch.tensor([scale for scale, _ in by_loops(blocks, grid.bits)]).view(len(weight), -1, 1)
+        assert bool((halves > 0).all()), seed
+        limits, steps = (halves * n for n in (grid.largest, 0.5001))
+        near = (found - kept.clamp(-limits.expand(-1, -1, 32).flatten(1), limits.expand(-1, -1, 32).flatten(1))).abs()
+        assert bool((near <= steps.expand(-1, -1, 32).flatten(1) * (1 + 2**-8)).all()), seed
+    assert 1000 < written < 2500

@@ -26,7 +26,7 @@ def gguf_blocks(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor 
     (below 2^-17, or above 65,504) its codes are chosen anew. Raises ValueError.
     """
     columns = weight.shape[1]
-    if columns % BLOCK:
+    if columns == 0 or columns % BLOCK:
         raise ValueError(f"GGUF has blocks of {BLOCK} inputs, which do not divide {columns}")
     codes, found = quantize(weight, keep, grid, scales)
     exact = found.float().repeat_interleave(columns // BLOCK // grid.num_groups(columns), 1)
