@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_value_arguments(parser)
     text = 'embed fewer tokens: those "seen" in a run\'s training and validation text, or in a FILE with a text a line'
     parser.add_argument("--vocabulary", metavar="seen|FILE", help=text)
+    text = "read a model folder of GPTQ, AWQ, bitsandbytes or MXFP4, whose weights become plain numbers first"
+    parser.add_argument("--dequantize", action="store_true", help=text)
     parser.add_argument("--checkpoint", help='of a run: "best" (default), "final", or another in checkpoints/')
     add_writing_arguments(parser)
     add_quiet_argument(parser)
@@ -92,6 +94,8 @@ def _written(args: argparse.Namespace) -> dict[str, Any]:
             f"{str(source)!r} is not a run folder: run.toml is missing; nor a model folder: config.json is missing "
             f"(looked in {source.absolute()})"
         )
+    if args.dequantize and not is_model:
+        raise InputError(f"{source} is a run, and --dequantize is for model folders of other libraries: leave it out")
     if not is_model:
         return _write_run(args, how)
     if args.set or args.checkpoint:
@@ -102,7 +106,7 @@ def _written(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.vocabulary:
         how |= vocabulary_of_folder(args.vocabulary, source)
-    return _with_tokens(export_folder(source, Path(args.out), **how), args)
+    return _with_tokens(export_folder(source, Path(args.out), dequantize=args.dequantize, **how), args)
 
 
 def _with_tokens(written: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:

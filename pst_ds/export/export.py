@@ -125,18 +125,20 @@ def export_folder(
     processes: int = 1,
     tokenizer: Any = None,
     vocabulary: Vocabulary | None = None,
+    dequantize: bool = False,
 ) -> JsonTable:
     """Write ``out`` from a model folder: dense with zeros, whoever pruned it, or one of our packed folders.
 
     Weights keep their bits, but for a -0.0 that is packed, which becomes +0.0, and for those that are rounded to the
     grids ``values`` and ``embeddings``; what is on its grid already stays as it is. ``vocabulary``: the folder's
-    ``tokenizer`` with fewer tokens, whose rows alone are written. Raises ExportError and WorkerError.
+    ``tokenizer`` with fewer tokens, whose rows alone are written. ``dequantize``: the folder is another library's, of
+    GPTQ, AWQ, bitsandbytes or MXFP4, whose weights become plain numbers first. Raises ExportError and WorkerError.
     """
     encoding = _encoding(packing, values, embeddings)
     _require_free(out, encoding)
     if out.resolve() == source.resolve():
         raise ExportError(f"{out} is the folder to read; name another with --out")
-    folder = open_folder(source)
+    folder = open_folder(source, dequantize=dequantize)
     jobs, origin = plan_folder(folder, encoding, dtype)
     surviving = (
         "step", "base_model", "base_fingerprint", "computed_in", "sparsity_requested", "metrics", "run", "tokens_kept",
@@ -162,6 +164,10 @@ def _trimmed(contents: _Contents, model: nn.Module, tokenizer: Any, vocabulary: 
 
     jobs, source = with_fewer_rows(contents.jobs, contents.source, model, vocabulary.kept)
     before = contents.about.get("tokens_kept")
+    if before and vocabulary.kept[-1] >= len(before):
+        raise ExportError(
+            f"the manifest knows {len(before)} tokens, and the tokenizer has more: export the model again"
+        )
     kept = [before[old] for old in vocabulary.kept] if before else vocabulary.kept
     about = {**contents.about, "tokens_kept": kept}
     return replace(contents, jobs=jobs, source=source, about=about, write_beside=write_beside)

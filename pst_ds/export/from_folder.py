@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pst_ds.core.formats import (
     VALUE_DTYPES,
+    ForeignFormat,
     FormatError,
     PackedFormat,
     QuantizedFormat,
@@ -19,6 +20,7 @@ from pst_ds.core.formats import (
     packed_format,
     row_bits,
 )
+from pst_ds.core.formats.foreign import METHODS as FOREIGN_METHODS
 from pst_ds.core.formats.rows import row_counts
 from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF
 from pst_ds.core.quantization import Grid
@@ -42,12 +44,12 @@ _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 class FolderTensor:
     parts: dict[str, str]
     """Name in the files of each part; of a tensor that is stored as it is its own under ""."""
-    form: PackedFormat | None
+    form: PackedFormat | ForeignFormat | None
     """The format of the parts; None of a tensor that is stored as it is."""
     dtype: torch.dtype
     """The model's."""
-    matrix: tuple[int, int] | None
-    """(O, I) of a tensor in parts."""
+    matrix: tuple[int, ...] | None
+    """(O, I) of a tensor in parts; another library's may be the shape of several."""
     transposed: bool
     sha256: dict[str, str]
     """By the manifest, of each tensor in the files; empty without a manifest."""
@@ -98,6 +100,9 @@ class FolderSource:
         form = recipe.form
         if form is None:
             return parts[""]
+        if isinstance(form, ForeignFormat):
+            return self._read_foreign(form, recipe, name, parts)
+        assert recipe.matrix is None or len(recipe.matrix) == 2
         try:
             form.check(name, parts, recipe.matrix)
         except FormatError as error:
@@ -105,6 +110,19 @@ class FolderSource:
         dense = form.unpack(parts, dtype if isinstance(form, QuantizedFormat) else None)
         del parts
         return dense.t().contiguous() if recipe.transposed else dense
+
+    def _read_foreign(self, form: ForeignFormat, recipe: FolderTensor, name: str, parts: dict[str, Tensor]) -> Tensor:
+        """Another library's weight in the model's shape and dtype."""
+        try:
+            weight = form.unpack(name, parts)
+        except FormatError as error:
+            raise ExportError(f"{self._weights.folder}: {error}") from None
+        if tuple(weight.shape) != recipe.matrix:
+            raise ExportError(
+                f"{self._weights.folder}: {name} is {tuple(weight.shape)} in its {form.method} parts, and "
+                f"{recipe.matrix} in the model"
+            )
+        return (weight.t() if recipe.transposed else weight).to(recipe.dtype).contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,17 +141,23 @@ class FolderContents:
     about: About
     promised: PromisedGrid | None
     """What ``pst-ds prune`` rounded its layers to."""
+    foreign: ForeignFormat | None = None
+    """Another library's, that some of its weights are in."""
 
 
-def open_folder(path: Path) -> FolderContents:
-    """Open a model folder. Raises InputError for what is not one, and for damaged files."""
+def open_folder(path: Path, *, dequantize: bool = False) -> FolderContents:
+    """Open a model folder. Raises InputError for what is not one, and for damaged files.
+
+    ``dequantize``: it is one that another library has quantised.
+    """
     config = read_table(path / CONFIG_FILE, f"{path.absolute()} is not a model folder: {CONFIG_FILE} is missing")
-    encoding, index = _encoding_of(path, config)
+    foreign = foreign_format(path, config) if dequantize else None
+    encoding, index = (Encoding(), "") if foreign else _encoding_of(path, config)
     model = model_of(path)
     entries, about = manifest.read_manifest(path) if (path / MANIFEST_FILE).exists() else ([], {})
     weights = BaseWeights(path, getattr(model, "base_model_prefix", ""), index)
     by_name = {entry.name: entry for entry in entries}
-    return FolderContents(path, config, model, weights, encoding, by_name, about, promised_grid(path))
+    return FolderContents(path, config, model, weights, encoding, by_name, about, promised_grid(path), foreign)
 
 
 def _encoding_of(path: Path, config: JsonTable) -> tuple[Encoding, str]:
@@ -143,7 +167,8 @@ def _encoding_of(path: Path, config: JsonTable) -> tuple[Encoding, str]:
         return Encoding(), ""
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ExportError(f"{path} is quantised ({str(method)[:40]}); export the model before it was quantised")
+        fix = "add --dequantize, or " if method in FOREIGN_METHODS else ""
+        raise ExportError(f"{path} is quantised ({str(method)[:40]}); {fix}export the model before it was quantised")
     packing, version, index = (quantization.get(key) for key in ("format", "format_version", "weights_file"))
     try:
         encoding = encoding_of(packing, quantization)
@@ -156,6 +181,17 @@ def _encoding_of(path: Path, config: JsonTable) -> tuple[Encoding, str]:
     if str(index) not in [encoding.weights_file(count) for count in (1, 2)]:
         raise ExportError(f"{path / CONFIG_FILE} names the weights {str(index)[:80]!r}, which {packing} never has")
     return encoding, str(index)
+
+
+def foreign_format(path: Path, config: JsonTable) -> ForeignFormat:
+    """Return the format of a folder that another library has quantised. Raises ExportError for any other."""
+    settings = config.get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") == QUANT_METHOD:
+        raise ExportError(f"{path} is not quantised by another library: leave out --dequantize")
+    try:
+        return ForeignFormat(str(settings.get("quant_method"))[:40], settings)
+    except FormatError as error:
+        raise ExportError(f"{path / CONFIG_FILE}: {error}; export the model before it was quantised") from None
 
 
 def model_of(path: Path) -> nn.Module:
@@ -209,6 +245,8 @@ def _tensors(folder: FolderContents, linear: dict[str, nn.Module]) -> dict[str, 
         if found is not None:
             by_model[found] = name
     part_of: dict[str, tuple[str, str]] = {}
+    if folder.foreign:
+        part_of |= _foreign_parts(folder, folder.foreign)
     known = set(folder.weights.names)
     if not folder.encoding.is_plain:
         for weight in {**linear, **embedding_tables(folder.model)}:
@@ -221,6 +259,21 @@ def _tensors(folder: FolderContents, linear: dict[str, nn.Module]) -> dict[str, 
     if mixed:
         raise ExportError(f"{folder.path} has {mixed} both dense and packed")
     return tensors
+
+
+def _foreign_parts(folder: FolderContents, form: ForeignFormat) -> dict[str, tuple[str, str]]:
+    """(model's name, part) by the files' names of what another library's weights are in. Raises ExportError."""
+    prefix = f"{getattr(folder.model, 'base_model_prefix', '')}.".removeprefix(".")
+    known = dict(folder.model.named_parameters())
+    part_of: dict[str, tuple[str, str]] = {}
+    for stored, parts in form.weights(set(folder.weights.names)).items():
+        name = next((n for n in (stored, stored.removeprefix(prefix), prefix + stored) if n in known), None)
+        if name is None:
+            raise ExportError(f"{folder.path} has {stored} in {form.method}, and the model has no such weight")
+        part_of |= {file: (name, part) for part, file in parts.items()}
+    if not part_of:
+        raise ExportError(f"{folder.path} has no weight in {form.method}, which its {CONFIG_FILE} says it has")
+    return part_of
 
 
 def _parts_of(weight: str, known: set[str], folder: FolderContents) -> dict[str, str]:
@@ -244,8 +297,10 @@ def _recipe(folder: FolderContents, name: str, parts: dict[str, str], linear: di
     pruned, error = (tuple(entry.pruned_per_matrix), entry.rounding_error) if entry else ((), 0.0)
     if "" in parts:
         return FolderTensor(parts, None, folder.weights.size(parts[""])[0], None, False, sums, pruned)
-    sizes = {part: folder.weights.size(stored) for part, stored in parts.items()}
     layer = linear.get(name)
+    if folder.foreign:
+        return _foreign_recipe(folder, folder.foreign, name, parts, layer)
+    sizes = {part: folder.weights.size(stored) for part, stored in parts.items()}
     shape = linear_shape(layer) if layer is not None else embedding_tables(folder.model)[name].shape
     matrix = (shape[0], shape[1])
     try:
@@ -256,11 +311,21 @@ def _recipe(folder: FolderContents, name: str, parts: dict[str, str], linear: di
     return FolderTensor(parts, form, dtype, matrix, layer is not None and is_conv1d(layer), sums, pruned, error)
 
 
+def _foreign_recipe(
+    folder: FolderContents, form: ForeignFormat, name: str, parts: dict[str, str], layer: nn.Module | None
+) -> FolderTensor:
+    shape, transposed = tuple(folder.model.get_parameter(name).shape), layer is not None and is_conv1d(layer)
+    lacking = sorted(stored for stored in parts.values() if not folder.weights.has(stored))
+    if lacking:
+        raise ExportError(f"{folder.path} lacks {lacking[0]}, which a weight in {form.method} has")
+    return FolderTensor(parts, form, _model_dtype(folder, None), shape[::-1] if transposed else shape, transposed, {})
+
+
 def _model_dtype(folder: FolderContents, entry: TensorEntry | None) -> torch.dtype:
     """The dtype of a weight that is stored as codes: the manifest's, or without one that of config.json."""
     if entry is not None:
         return DTYPE_OF_CODE[entry.dtype]
-    named = getattr(torch, str(folder.config.get("dtype")), None)
+    named = getattr(torch, str(folder.config.get("dtype") or folder.config.get("torch_dtype")), None)
     return named if named in VALUE_DTYPES else torch.float32
 
 
@@ -271,8 +336,8 @@ def _planned(
     if recipe.form is None:
         shape = folder.weights.size(recipe.parts[""])[1]
     else:
-        outputs, inputs = recipe.matrix or (0, 0)
-        shape = (inputs, outputs) if recipe.transposed else (outputs, inputs)
+        matrix = recipe.matrix or (0, 0)
+        shape = matrix[::-1] if recipe.transposed else matrix
     if cast is not None and dtype.is_floating_point:
         dtype = cast
     is_weight = name in linear and len(shape) == 2

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from pst_ds.core.formats.foreign import METHODS
 from pst_ds.errors import InputError, first_line
 
 if TYPE_CHECKING:
@@ -71,9 +72,11 @@ class Pretrained:
                 f"{self} is packed, and its weights cannot be ranked as they are. Make it dense: pst-ds export "
                 f"{self.path} --format dense --out DIR"
             )
+        named = getattr(method, "value", method)
+        fix = f", or make it plain: pst-ds export {self.path} --dequantize --out DIR" if named in METHODS else ""
         raise InputError(
-            f"{self} is quantised ({getattr(method, 'value', method)}), and its weights cannot be ranked; name the "
-            "model as it was before that"
+            f"{self} is quantised ({named}), and its weights cannot be ranked; name the model as it was before "
+            f"that{fix}"
         )
 
     def shapes(

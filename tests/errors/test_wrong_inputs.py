@@ -22,11 +22,12 @@ from .workshop import Workshop, Wrong
 from .wrong_data import DATA
 from .wrong_deepspeed import DEEPSPEED
 from .wrong_folders import EXPORTS, RUNS
+from .wrong_grids import GRIDS
 from .wrong_models import MODELS
 from .wrong_settings import COMMAND_LINES, SETTINGS
 from .wrong_verbs import VERBS
 
-CASES: dict[str, Wrong] = SETTINGS | COMMAND_LINES | DATA | MODELS | DEEPSPEED | RUNS | EXPORTS | VERBS
+CASES: dict[str, Wrong] = SETTINGS | COMMAND_LINES | DATA | MODELS | DEEPSPEED | RUNS | EXPORTS | VERBS | GRIDS
 OF_RANKS = {
     name: wrong for name, wrong in (SETTINGS | DATA | MODELS | DEEPSPEED | RUNS).items() if not wrong.environment
 }

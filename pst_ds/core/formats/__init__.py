@@ -22,6 +22,7 @@ import torch
 from pst_ds.core.formats.bitmask import BitmaskFormat
 from pst_ds.core.formats.compressed_tensors import CompressedTensorsFormat
 from pst_ds.core.formats.csr import CsrFormat
+from pst_ds.core.formats.foreign import ForeignFormat
 from pst_ds.core.formats.parts import VALUE_DTYPES, FormatError, PackedFormat, Part
 from pst_ds.core.formats.quantized import QuantizedFormat
 from pst_ds.core.formats.rows import mask_row_bits, row_bits
@@ -70,6 +71,7 @@ def form_of(packing: str, parts: Mapping[str, Part], columns: int) -> PackedForm
 __all__ = [
     "FORMATS",
     "VALUE_DTYPES",
+    "ForeignFormat",
     "FormatError",
     "PackedFormat",
     "Part",

@@ -1,0 +1,93 @@
+"""Wrong inputs of rounding: in training, in pruning, in exports, and folders that other libraries have quantised."""
+
+from __future__ import annotations
+
+from .workshop import Workshop, Wrong, causal_setting, setting, words
+
+_INT8 = 'quantization.values="int8"'
+
+
+def _prune(*arguments: str):
+    return lambda shop: shop.prune("--method", "sparsegpt", "--samples", "4", *arguments)
+
+
+def _foreign(method: str, *arguments: str, **settings: object):
+    def made(shop: Workshop) -> list[str]:
+        folder = shop.model(quantization_config={"quant_method": method, **settings})
+        return ["export", str(folder), "--out", f"{shop.tmp}/out", *arguments]
+
+    return made
+
+
+def _named(method: str) -> Wrong:
+    return Wrong(_foreign(method), "{tmp}/model", f"is quantised ({method})", "add --dequantize")
+
+
+GRIDS = {
+    "rounding that begins before the masks of N:M are final": Wrong(
+        causal_setting("pst.pattern='2:4'", "schedule.final_sparsity=0.5", _INT8, "quantization.start_fraction=0.3"),
+        "quantization.start_fraction",
+        "0.3",
+        "Fix: quantization.start_fraction = 0.8",
+    ),
+    "rounding that begins before masks in steps of N:M are final": Wrong(
+        causal_setting(
+            "pst.pattern='2:4'", "schedule.final_sparsity=0.5", "pst.nm_ramp='steps'", _INT8,
+            "quantization.start_fraction=0.79",
+        ),
+        "quantization.start_fraction",
+        "0.79",
+        "Fix: quantization.start_fraction = 0.8",
+    ),
+    "rounding without a step for it": Wrong(
+        setting(_INT8, "schedule.cooldown_fraction=0"), "quantization.values", "int8", "set schedule.cooldown_fraction"
+    ),
+    "rounding of a dense run": Wrong(setting(_INT8, "method=dense"), "quantization.values", "'dense'", "leave it out"),
+    "groups in training that do not divide": Wrong(
+        setting(_INT8, "quantization.group=32"), "encoder.layer.0.output.dense", "do not divide 60", "take row"
+    ),
+    "groups that there are not": Wrong(
+        setting(_INT8, "quantization.group=48"), "quantization.group", "48", "must be one of 32, 64, 128, 'row'"
+    ),
+    "groups of an export that do not divide": Wrong(
+        words("export", "{made}/causal", "--out", "{tmp}/out", "--values", "int4"), "weight", "groups of 64", "take"
+    ),
+    "groups of pruning that do not divide": Wrong(
+        _prune("--bits", "4"), "model.layers.0.self_attn.q_proj", "do not divide 32", "Choose another --group"
+    ),
+    "bits of another method": Wrong(
+        lambda shop: shop.prune("--method", "wanda", "--bits", "4"), "--bits", "4", "--method sparsegpt --keep-zeros"
+    ),
+    "a group without bits": Wrong(_prune("--group", "32"), "--group", "32", "add --bits 4 or 8"),
+    "zeros that are kept, and nothing to do": Wrong(
+        _prune("--keep-zeros"), "--keep-zeros", "prunes nothing more", "add --bits 4 or 8"
+    ),
+    "zeros that are kept, and others": Wrong(
+        _prune("--keep-zeros", "--bits", "8", "--sparsity", "0.5"), "--keep-zeros", "--sparsity 0.5", "leave out"
+    ),
+    "a base in bitsandbytes": _named("bitsandbytes"),
+    "a base in GPTQ": _named("gptq"),
+    "a base in AWQ": _named("awq"),
+    "a base in MXFP4": _named("mxfp4"),
+    "a base in a format that is not read": Wrong(
+        _foreign("aqlm"), "{tmp}/model", "is quantised (aqlm)", "export the model before it was quantised"
+    ),
+    "plain numbers of what is not read": Wrong(
+        _foreign("aqlm", "--dequantize"), "{tmp}/model/config.json", "aqlm", "gptq, awq, bitsandbytes, mxfp4 are"
+    ),
+    "plain numbers of bits that are not read": Wrong(
+        _foreign("gptq", "--dequantize", bits=3), "{tmp}/model/config.json", "not 3", "2, 4 or 8 bits"
+    ),
+    "plain numbers of a folder without a quantised weight": Wrong(
+        _foreign("gptq", "--dequantize", bits=4), "{tmp}/model", "no weight in gptq", "config.json says it has"
+    ),
+    "plain numbers of plain numbers": Wrong(
+        words("export", "{made}/dense", "--out", "{tmp}/out", "--dequantize"),
+        "{made}/dense",
+        "is not quantised by another library",
+        "leave out --dequantize",
+    ),
+    "plain numbers of a run": Wrong(
+        words("export", "{made}/run", "--out", "{tmp}/out", "--dequantize"), "{made}/run", "is a run", "leave it out"
+    ),
+}  # fmt: skip
