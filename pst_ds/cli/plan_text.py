@@ -35,6 +35,8 @@ def print_plan(plan: dict[str, Any]) -> None:
         )
     for e in plan["updated_embeddings"]:
         print(f"updated: {e['name']}  {e['rows']} x {e['width']}, {e['factor_parameters']:,} factor parameters")
+    if plan["base_grid"]:
+        print(f"their frozen weights: {plan['base_grid']}")
     print(f"trained in full: {', '.join(plan['trained_in_full']) or 'nothing'}")
     share = plan["trained_parameters"] / plan["parameters"]
     print(f"trained parameters: {plan['trained_parameters']:,} of {plan['parameters']:,} ({share:.2%})")

@@ -23,7 +23,15 @@ from pst_ds.planning.memory import ModelNumbers, memory_plan
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import Batch, time_plan
 from pst_ds.planning.zero_settings import ZeroSettings, zero_settings
-from pst_ds.train.model import grid_of_run, head_names, load_tokenizer, meta_model, num_trainable, parameter_groups
+from pst_ds.train.model import (
+    base_grid_of_run,
+    grid_of_run,
+    head_names,
+    load_tokenizer,
+    meta_model,
+    num_trainable,
+    parameter_groups,
+)
 from pst_ds.train.objective import require_teacher, teacher_shapes
 
 
@@ -65,6 +73,7 @@ def make_plan(
         "pruned_parameters": numbers.pruned_weights,
         "schedule": schedule,
         "rounding": _rounding(config, num_steps),
+        "base_grid": str(base_grid) if (base_grid := base_grid_of_run(config)) else None,
     }
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, config)]
     trace = trace or _trace(model, config, micro_batch_size, zero.persistence_threshold)  # uses the model up
@@ -159,8 +168,11 @@ def _teacher(config: RunConfig, numbers: ModelNumbers, no_data: bool) -> dict[st
         return {"bytes": 0, "weights": 0, "own": False}
     shapes = None if no_data else teacher_shapes(config)
     own, numbers = not config.distillation.teacher, numbers if shapes is None else model_numbers(shapes)
-    kept = (t for t in numbers.tensors if not (t.is_mask or t.is_scales or t.is_factor))
-    nbytes = 0 if own else sum(t.numel * t.element_size * t.count for t in kept)
+    kept = [t for t in numbers.tensors if not (t.is_mask or t.is_scales or t.is_factor)]
+    itemsize = DTYPES[config.train.precision].itemsize
+    nbytes = sum(t.numel * t.element_size * t.count for t in kept if t.stands_for is None)
+    nbytes += sum(t.stands_for * itemsize * t.count for t in kept if t.stands_for is not None)
+    nbytes = 0 if own else nbytes
     return {"bytes": nbytes, "weights": numbers.pruned_weights + numbers.dense_weights, "own": own}
 
 

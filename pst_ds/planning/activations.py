@@ -136,7 +136,7 @@ def _layers_save_their_input(model: nn.Module) -> Iterator[None]:
 
 
 def _saving_input(layer: PSTLinear) -> Callable[[Tensor], Tensor]:
-    anchor = next((param for _, param in layer.factor_parameters()), layer.weight)
+    anchor = next((param for _, param in layer.factor_parameters()), next(layer.parameters()))
     return lambda input: _Linear.apply(input, anchor, layer.layout.out_features)
 
 

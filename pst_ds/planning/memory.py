@@ -39,6 +39,8 @@ class TensorGroup:
     """Scales that a layer's weights are rounded with."""
     is_factor: bool = False
     """A factor of a pruned matrix, whose fp32 master travels to every rank for a mask update."""
+    stands_for: int | None = None
+    """Parameters that these bytes stand for: the weights of codes, 0 for their scales; None for the elements."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,13 @@ class ModelNumbers:
 
     @property
     def parameters(self) -> int:
-        return sum(t.numel * t.count for t in self.tensors if not (t.is_mask or t.is_scales))
+        plain = (t for t in self.tensors if not (t.is_mask or t.is_scales))
+        return sum((t.numel if t.stands_for is None else t.stands_for) * t.count for t in plain)
+
+    @property
+    def coded_weights(self) -> int:
+        """Frozen weights that are held as codes."""
+        return sum((t.stands_for or 0) * t.count for t in self.tensors)
 
     @property
     def trainables(self) -> int:

@@ -24,6 +24,8 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
     layers = pst_layers(model)
     factors = {id(param) for layer in layers.values() for _, param in layer.factor_parameters()}
     masks, scales = ({id(getattr(layer, part)) for layer in layers.values()} for part in ("pst_mask", "pst_scales"))
+    coded = [(layer.layout.numel, layer.base_codes) for layer in layers.values() if layer.base_codes is not None]
+    stands_for = {id(base.codes): numel for numel, base in coded} | {id(base.scales): 0 for _, base in coded}
     return ModelNumbers(
         tensors=_counted(
             TensorGroup(
@@ -33,6 +35,7 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
                 is_mask=id(param) in masks,
                 is_scales=id(param) in scales,
                 is_factor=id(param) in factors,
+                stands_for=stands_for.get(id(param)),
             )
             for param in model.parameters()
         ),

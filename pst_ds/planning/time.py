@@ -14,6 +14,8 @@ from pst_ds.planning.memory import ModelNumbers, ZeroSettings, kept_bytes, persi
 FORWARD_BYTES, BACKWARD_BYTES = 10, 40
 """Bytes moved for a pruned weight besides products: M . W once (W, bits, the result, the AND in place), and in the
 backward pass M . W again, G, G . W, the masked G and the reads of both by the low-rank products (16-bit values)."""
+EXPAND_BYTES = 8
+"""More for a weight that is a code, in either pass: the code, unpacked, and the weight that is made of it."""
 HISTOGRAMS = 3
 """Exchanges of counts in a mask update: with the scan, and to narrow what is left to a key."""
 
@@ -125,6 +127,7 @@ def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Ma
     """Predict times; where ``machine`` overlaps, a step takes the longer of computing and communicating."""
     again = 2 if batch.checkpointing else 1
     moved = model.pruned_weights * (FORWARD_BYTES * again + BACKWARD_BYTES)
+    moved += model.coded_weights * EXPAND_BYTES * (again + 1)
     compute = batch.micro_batches * (step_flops(model, batch) / machine.flops + moved / machine.memory_bytes)
     in_step, in_update = step_traffic(model, zero, batch), update_traffic(model, zero)
     network = machine.transfer_seconds(in_step.received, in_step.collectives, zero.world_size)

@@ -20,6 +20,16 @@ SETTINGS = {
     "a value of another type": Wrong(
         setting("train.num_steps=many"), "train.num_steps", "'many'", "must be a whole number"
     ),
+    "few bits for weights that train": Wrong(
+        setting("model.base_bits=4", "method=dense"), "model.base_bits", "4", "take one of 'pst', 'lora'"
+    ),
+    "bits that there are not": Wrong(setting("model.base_bits=2"), "model.base_bits", "2", "must be one of 16, 8, 4"),
+    "a group of the base without few bits": Wrong(
+        setting("model.base_group=64"), "model.base_group", "64", "set model.base_bits to 8 or 4"
+    ),
+    "a group of the base that does not divide": Wrong(
+        setting("model.base_bits=4", "model.base_group=64"), "groups of 64", "32 inputs", "take 32 or row"
+    ),
     "a list that is a string": Wrong(
         setting("data.text_columns=text"), "data.text_columns", "'text'", "must be a list of strings"
     ),

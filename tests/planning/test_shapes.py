@@ -29,13 +29,13 @@ SHAPE = {
 WIDE = {**SHAPE, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6, "vocab_size": 300}
 
 
-def _llama(num_shards: int, device: str = "meta", shape=SHAPE, grid=None):
+def _llama(num_shards: int, device: str = "meta", shape=SHAPE, grid=None, base_grid=None):
     config = PSTConfig(modules_to_save=(), relative_magnitude=False)
     if shape is WIDE:  # factors as small beside the weights as those of a large model
         config = replace(config, score_rank=1, update_rank=1)
     with torch.device(device):
         model = LlamaForCausalLM._from_config(LlamaConfig(**shape, use_cache=False), dtype=torch.bfloat16)
-        return inject_pst(model, config, num_shards=num_shards, grid=grid)
+        return inject_pst(model, config, num_shards=num_shards, grid=grid, base_grid=base_grid)
 
 
 @pytest.mark.parametrize("num_shards", [1, 3])
@@ -60,6 +60,24 @@ def test_a_models_numbers_are_those_of_its_architecture(num_shards):
     assert sum(m.count for m in found.modules) == 21 + 2 + 7
 
 
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_count_as_the_weights_that_they_are_and_take_fewer_bytes(num_shards, bits):
+    whole, coded = model_numbers(_llama(num_shards)), model_numbers(_llama(num_shards, base_grid=Grid(bits)))
+    assert (coded.parameters, coded.trainables, coded.matrices) == (whole.parameters, whole.trainables, whole.matrices)
+    shapes = 3 * [(56, 56), (28, 56), (28, 56), (56, 56), (101, 56), (101, 56), (56, 101)]
+    codes = scales = 0
+    for outputs, inputs in shapes:
+        share = math.ceil(outputs * inputs / num_shards)
+        codes += num_shards * math.ceil(share * bits / 8)
+        rows = [
+            range(i * share // inputs, math.ceil(min((i + 1) * share, outputs * inputs) / inputs))
+            for i in range(num_shards)
+        ]
+        scales += 2 * num_shards * max(map(len, rows))
+    assert whole.whole_bytes - coded.whole_bytes == 2 * sum(o * i for o, i in shapes) - codes - scales
+
+
 def _received(cases):
     """Bytes that ZeRO-3 gathers in a step, and in how many collectives, for every case."""
     from deepspeed.runtime.zero import partition_parameters
@@ -72,8 +90,8 @@ def _received(cases):
         return gather(shard, whole, *more)
 
     partition_parameters._dist_allgather_fn = counted
-    for checkpointing, ds_config in cases:
-        model = _llama(2, "cpu", WIDE)
+    for checkpointing, ds_config, base_grid in cases:
+        model = _llama(2, "cpu", WIDE, base_grid=base_grid)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3}]
@@ -97,14 +115,15 @@ def test_a_step_gathers_what_deepspeed_gathers(run_ranks):
                 "stage3_max_reuse_distance": reuse, "stage3_prefetch_bucket_size": ahead,
                 "stage3_max_live_parameters": live,
             },
-        })
-        for checkpointing, small, reuse, ahead, live in [
-            (False, 0, 0, 0, 0), (False, 0, 500_000, 0, 0), (False, 0, 0, 60_000, 200_000),
-            (True, 0, 0, 0, 0), (True, 500, 500_000, 0, 0), (True, 0, 0, 60_000, 200_000),
+        }, base_grid)
+        for checkpointing, small, reuse, ahead, live, base_grid in [
+            (False, 0, 0, 0, 0, None), (False, 0, 500_000, 0, 0, None), (False, 0, 0, 60_000, 200_000, None),
+            (True, 0, 0, 0, 0, None), (True, 500, 500_000, 0, 0, None), (True, 0, 0, 60_000, 200_000, None),
+            (False, 0, 0, 0, 0, Grid(4, 64)), (True, 0, 0, 0, 0, Grid(8)),
         ]
     ]  # fmt: skip
-    for (checkpointing, config), found in zip(cases, run_ranks(_received, 2, cases)[0], strict=True):
-        model, zero = _llama(2, shape=WIDE), zero_settings(config, 2, "gloo")
+    for (checkpointing, config, base_grid), found in zip(cases, run_ranks(_received, 2, cases)[0], strict=True):
+        model, zero = _llama(2, shape=WIDE, base_grid=base_grid), zero_settings(config, 2, "gloo")
         numbers = model_numbers(model)
         small = zero.persistence_threshold
         trace = trace_micro_batch(model, batch=1, sequence=16, checkpointing=checkpointing, persistence_threshold=small)

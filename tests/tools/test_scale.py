@@ -8,7 +8,7 @@ import pytest
 
 from tools.bench import scale
 
-ARGUMENTS = argparse.Namespace(ranks=2, sequence=128, batch=1, no_checkpointing=False)
+ARGUMENTS = argparse.Namespace(ranks=2, sequence=128, batch=1, no_checkpointing=False, base_bits=16, base_group=None)
 RATES = {"flops": 1e11, "memory_bytes": 1e10, "network_bytes": 1e9, "latency": 1e-4}
 
 
@@ -28,6 +28,14 @@ def test_a_prediction_grows_with_the_model_and_is_of_the_named_size():
     assert large["parameters"] == pytest.approx(0.48e9, rel=0.03)
     assert large["memory"]["peak"] > 2 * small["memory"]["peak"] > 2e8
     assert large["seconds"]["step"] > 4 * small["seconds"]["step"] > 0
+
+
+def test_a_base_of_few_bits_takes_less_of_what_grows_with_weights():
+    args = argparse.Namespace(**{**vars(ARGUMENTS), "base_bits": 4})
+    whole, coded = (scale.predict(a, "0.5B", RATES) for a in (ARGUMENTS, args))
+    assert coded["parameters"] == whole["parameters"]
+    assert coded["memory"]["weights"] < 0.45 * whole["memory"]["weights"]
+    assert coded["received_bytes"]["step"] < 0.5 * whole["received_bytes"]["step"]
 
 
 def test_a_run_ends_before_the_machines_memory_does(monkeypatch):

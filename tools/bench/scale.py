@@ -24,6 +24,7 @@ import transformers
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.host import available_bytes
+from pst_ds.core.quantization import grid_of
 from pst_ds.nn.inject import inject_pst
 from pst_ds.planning.activations import trace_micro_batch
 from pst_ds.planning.machines import MACHINES
@@ -54,13 +55,15 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--batch", type=int, default=1, help="sequences a rank")
     parser.add_argument("--repeats", type=int, default=2, help="timed steps and updates, after one that is not")
+    parser.add_argument("--base-bits", type=int, choices=(16, 8, 4), default=16, help="of a frozen weight")
+    parser.add_argument("--base-group", default=None, help="inputs that share a scale of the frozen weights, or row")
     parser.add_argument("--no-checkpointing", action="store_true")
     parser.add_argument("--port", type=int, default=29517)
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     args = parser.parse_args()
     print(
         f"{hardware()}; {args.ranks} ranks, {args.batch} x {args.sequence} tokens a rank, bf16, 1 thread a rank, "
-        f"median of {args.repeats}"
+        f"median of {args.repeats}, frozen weights of {args.base_bits} bits"
     )
     sizes = {size: compared(args, size, run(args, size)) for size in args.sizes}
     fits = {name: linear_fit(sizes, name) for name in ("step", "update")} if len(sizes) > 2 else {}
@@ -90,6 +93,9 @@ def compared(args: argparse.Namespace, size: str, ranks: list[dict[str, Any]]) -
         "seconds": seconds,
         "peak_bytes_above_imports": peaks,
         "peak_bytes_of_all_ranks": sum(one["peak"] + one["base"] for one in ranks),
+        "training_peak_bytes_above_imports": [one["training_peak"] for one in ranks],
+        "training_peak_bytes_of_all_ranks": sum(one["training_peak"] + one["base"] for one in ranks),
+        "gathered_bytes": ranks[0]["gathered"],
         "memory_ratio": memory["peak"] / max(peaks),
         "held_bytes": ranks[0]["held"],
         "phases": ranks[0]["phases"],
@@ -101,7 +107,10 @@ def compared(args: argparse.Namespace, size: str, ranks: list[dict[str, Any]]) -
         f"(predicted {predicted['seconds']['step']:.2f}), update {seconds['update']:.2f} s "
         f"({predicted['seconds']['update']:.2f}), build {seconds['build']:.0f} s; peak above imports "
         f"{max(peaks) / 1e6:,.0f} MB a rank (predicted {memory['peak'] / 1e6:,.0f}, "
-        f"{found['memory_ratio'] - 1:+.1%}); all ranks {found['peak_bytes_of_all_ranks'] / 1e9:.2f} GB",
+        f"{found['memory_ratio'] - 1:+.1%}); all ranks {found['peak_bytes_of_all_ranks'] / 1e9:.2f} GB; "
+        f"once it trains {max(found['training_peak_bytes_above_imports']) / 1e6:,.0f} MB and "
+        f"{found['training_peak_bytes_of_all_ranks'] / 1e9:.2f} GB; "
+        f"{found['gathered_bytes'] / 1e9:.3f} GB gathered a step",
         flush=True,
     )
     return found
@@ -110,10 +119,11 @@ def compared(args: argparse.Namespace, size: str, ranks: list[dict[str, Any]]) -
 def predict(args: argparse.Namespace, size: str, rates: dict[str, float]) -> dict[str, Any]:
     """Memory from shapes alone; times with the machine's rates, measured by every rank at once."""
     shape: dict[str, Any] = {**SHAPES[size], "vocab_size": VOCABULARY, "use_cache": False}
-    config = transformers.LlamaConfig(**shape)
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-        inject_pst(model, PSTConfig(modules_to_save=(), relative_magnitude=False), num_shards=args.ranks)
+        model = transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**shape), dtype=torch.bfloat16)
+        base_grid = grid_of(f"int{args.base_bits}", args.base_group) if args.base_bits < 16 else None
+        config = PSTConfig(modules_to_save=(), relative_magnitude=False)
+        inject_pst(model, config, num_shards=args.ranks, base_grid=base_grid)
     numbers, zero = model_numbers(model), zero_settings(ds_config(args), args.ranks, "gloo")
     checkpointing = not args.no_checkpointing
     trace = trace_micro_batch(model, batch=args.batch, sequence=args.sequence, checkpointing=checkpointing)
@@ -158,6 +168,8 @@ def run(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
             "sequence": args.sequence,
             "repeats": args.repeats,
             "checkpointing": not args.no_checkpointing,
+            "base_bits": args.base_bits,
+            "base_group": args.base_group,
             "result": f"{folder}/result.json",
         }
         Path(folder, "job.json").write_text(json.dumps(job))

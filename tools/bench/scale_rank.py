@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pst_ds.config.pst import PSTConfig
+from pst_ds.core.quantization import grid_of
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel import zero3
@@ -75,6 +76,31 @@ class Memory:
     def peak(self) -> int:
         return max(phase["peak"] for name, phase in self.phases.items() if name != "rates")
 
+    @property
+    def training_peak(self) -> int:
+        """The same without what came before the first step: base weights in 16 bits, before they are in fewer."""
+        return max(self.phases[name]["peak"] for name in ("step", "update"))
+
+
+class Gathers:
+    """Bytes that DeepSpeed's gathers bring, whole."""
+
+    def __init__(self) -> None:
+        from deepspeed.runtime.zero import partition_parameters
+
+        self.bytes, gather = 0, partition_parameters._dist_allgather_fn
+
+        def counted(shard: torch.Tensor, whole: torch.Tensor, *more: Any) -> Any:
+            self.bytes += whole.nbytes
+            return gather(shard, whole, *more)
+
+        partition_parameters._dist_allgather_fn = counted
+
+    def taken(self) -> int:
+        """Return the bytes since the last call."""
+        found, self.bytes = self.bytes, 0
+        return found
+
 
 def measure(job: dict[str, Any], memory: Memory) -> dict[str, Any]:
     rates = machine_rates(job)
@@ -82,7 +108,8 @@ def measure(job: dict[str, Any], memory: Memory) -> dict[str, Any]:
     started = time.perf_counter()
     model, keep_alive = build(job)
     memory.phase("build")
-    inject_pst(model, PSTConfig(modules_to_save=()))
+    bits, group = job["base_bits"], job["base_group"]
+    inject_pst(model, PSTConfig(modules_to_save=()), base_grid=grid_of(f"int{bits}", group) if bits < 16 else None)
     memory.phase("inject")
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3}]
     engine = build_engine(model, groups, ds_config=job["ds_config"])
@@ -91,17 +118,21 @@ def measure(job: dict[str, Any], memory: Memory) -> dict[str, Any]:
     torch.manual_seed(rank())
     tokens = torch.randint(0, job["model"]["vocab_size"], (job["batch"], job["sequence"]))
     times: dict[str, list[float]] = {"step": [], "update": []}
+    gathers = Gathers()
     for i in range(1 + job["repeats"]):
         times["step"].append(timed(lambda: step(engine, tokens)))
+        gathered = gathers.taken()
         memory.phase("step")
         sparsity = 0.5 + 0.02 * i
         times["update"].append(timed(lambda: update_masks(engine.module, sparsity)))  # noqa: B023
         memory.phase("update")
+        gathers.taken()
     seconds |= {f"first_{name}": values[0] for name, values in times.items()}
     seconds |= {name: statistics.median(values[1:] or values) for name, values in times.items()}
     del keep_alive
     return {"rank": rank(), "seconds": seconds, "phases": memory.phases, "peak": memory.peak, "base": memory.base,
-            "held": held(engine), "rates": rates}  # fmt: skip
+            "training_peak": memory.training_peak, "gathered": gathered, "held": held(engine),
+            "rates": rates}  # fmt: skip
 
 
 def machine_rates(job: dict[str, Any]) -> dict[str, float]:

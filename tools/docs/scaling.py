@@ -25,6 +25,8 @@ MODELS = {
     "70B": (8192, 28672, 80, 128256, 64, 8),
     "405B": (16384, 53248, 126, 128256, 128, 8),
 }
+FEW_BITS = ("7B", "70B")
+"""Models whose base is planned in 4 bits too."""
 RUN = """
 output_dir = "runs/scaling"
 task = "causal-lm"
@@ -47,13 +49,13 @@ def write_run(folder: Path, name: str, world: int) -> Path:
 
 
 @cache
-def plans(name: str) -> dict[int, dict[str, Any]]:
+def plans(name: str, base_bits: int = 16) -> dict[int, dict[str, Any]]:
     """Return the plans by number of GPUs. One trace serves all: a micro-batch is the same on every rank."""
     found: dict[int, dict[str, Any]] = {}
     trace = None
     with tempfile.TemporaryDirectory() as folder:
         for world in WORLDS:
-            run = load_run(write_run(Path(folder), name, world))
+            run = load_run(write_run(Path(folder), name, world), [f"model.base_bits={base_bits}"])
             found[world] = make_plan(run, world, "h100", no_data=True, trace=trace)
             trace = Trace(**found[world]["trace"])
     return found
@@ -107,7 +109,20 @@ def machine_table() -> str:
     return "\n".join(rows)
 
 
-TABLES = {"machines": machine_table, "memory": memory_table, "time": time_table}
+def base_table() -> str:
+    rows = [
+        "| model | GPUs | weights | gathers | peak | received a step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in FEW_BITS:
+        for world, plan in plans(name, 4).items():
+            m, received = plan["memory_bytes_per_rank"], plan["time"]["step_received"]
+            parts = "".join(f" {m[part] / 1e9:.2f} |" for part in ("weights", "gathers", "peak"))
+            rows.append(f"| {name}, 4 bits | {world:,} |{parts} {received / 1e9:.1f} |")
+    return "\n".join(rows)
+
+
+TABLES = {"machines": machine_table, "memory": memory_table, "base": base_table, "time": time_table}
 
 
 def page(text: str) -> str:
