@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pst_ds.checkpoint.format import Checkpoint, CheckpointError
+from pst_ds.checkpoint.format import SCALE_BYTES, Checkpoint, CheckpointError
+from pst_ds.core.quantization import require_scales, scales_of_bytes
 from pst_ds.nn.inject import pst_layers, round_weights
+from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel import optimizer_state, zero3
 from pst_ds.parallel.engine import Engine
 
@@ -45,9 +47,21 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
         zero3.write_shard(mask, bits.to(mask.device))
         if layer.pst_scales is not None:
             own = zero3.shard_of(layer.pst_scales)
-            data = checkpoint.scale_bytes(name, own.start, own.start + own.values.numel())
+            data = _scale_bytes(layer, name, checkpoint, own.start, own.start + own.values.numel())
             zero3.write_shard(layer.pst_scales, data.to(own.values.device))
     round_weights(model, rounds=checkpoint.state.rounds)
+
+
+def _scale_bytes(layer: PSTLinear, name: str, checkpoint: Checkpoint, start: int, stop: int) -> Tensor:
+    """Bytes [start, stop) of a layer's scales, none of which is 0, infinite or the like. Raises CheckpointError."""
+    assert layer.stored_grid is not None
+    first, last = start // SCALE_BYTES * SCALE_BYTES, -(-stop // SCALE_BYTES) * SCALE_BYTES
+    data = checkpoint.scale_bytes(name, first, last)
+    try:
+        require_scales(scales_of_bytes(data, (1, data.numel() // SCALE_BYTES)), layer.stored_grid.grid)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.folder}: {name}: {error}; resume from another checkpoint") from None
+    return data[start - first : stop - first]
 
 
 def load_optimizer(engine: Engine, checkpoint: Checkpoint) -> None:

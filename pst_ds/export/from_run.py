@@ -16,7 +16,7 @@ from pst_ds.core.formats.rows import row_counts
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.low_rank_rows import updated_rows
 from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF
-from pst_ds.core.quantization import CodedWeight, CodeLayout, Rounding, StoredGrid
+from pst_ds.core.quantization import CodedWeight, CodeLayout, Rounding, StoredGrid, require_scales
 from pst_ds.core.scores import masked_weight, merged_weight
 from pst_ds.export.base_weights import BaseWeights, is_text_part, may_be_missing, names_in_files, saved_tensors
 from pst_ds.export.detect_pattern import per_row
@@ -90,6 +90,15 @@ class RunSource:
         left, right = (checkpoint.trained[f"{recipe.name.removesuffix('weight')}pst_{f}"].to(compute) for f in "UV")
         return TensorValues(updated_rows(stored.to(compute), left, right, beta).to(recipe.dtype))
 
+    def _scales(self, layer: str, stored: StoredGrid) -> Tensor:
+        """The scales that a layer was trained with. Raises ExportError."""
+        scales = self._checkpoint.scales[layer]
+        try:
+            require_scales(scales, stored.grid)
+        except ValueError as error:
+            raise ExportError(f"{self._checkpoint.folder}: {layer}: {error}; take another --checkpoint") from None
+        return scales
+
     def _pruned(self, recipe: RunTensor, layout: WeightLayout, constants: Constants) -> TensorValues:
         """M . (W0 + beta U V) as the model computed it: same function, same dtype, same kind of device."""
         checkpoint, owner = self._checkpoint, recipe.name.removesuffix(".weight")
@@ -106,7 +115,7 @@ class RunSource:
         names = [f for f in FACTOR_NAMES if f"{owner}.pst_{f}" in checkpoint.trained]
         values = {f: checkpoint.trained[f"{owner}.pst_{f}"].to(device=device, dtype=compute) for f in names}
         factors = layer_factors(values, layout.num_matrices, constants)
-        rounding = None if recipe.grid is None else Rounding(recipe.grid, checkpoint.scales[owner].to(device))
+        rounding = None if recipe.grid is None else Rounding(recipe.grid, self._scales(owner, recipe.grid).to(device))
         if recipe.masked:
             merged = masked_weight(weight, mask.to(device), 1, layout, factors, constants, rounding)
         else:

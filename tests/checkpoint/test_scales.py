@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from pst_ds.checkpoint.format import CheckpointError, CheckpointState, read_checkpoint
@@ -151,3 +151,20 @@ def test_forged_shapes_of_scales_are_refused(saved, shape):
     _forge(folder, manifest, "contents.scales", manifest["contents"]["scales"])
     with pytest.raises(CheckpointError):
         read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan"), 1e-40, 3e38])
+def test_scales_that_there_cannot_be_are_not_loaded(saved, value):
+    """Their sums are right, as somebody else's program would write them."""
+    folder = saved[1]
+    (path,) = folder.glob("shard-*.safetensors")
+    tensors = load_file(path)
+    held = torch.from_numpy(tensors["scales"].copy()).view(torch.bfloat16)
+    held[7] = value
+    save_file({**tensors, "scales": held.view(torch.uint8).numpy()}, path)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    _forge(folder, manifest, "format", manifest["format"])
+    checkpoint = read_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"layers\.0: scale 7 is .*; scales are at least 2\^-126") as caught:
+        load_into(_model(), checkpoint)
+    assert str(folder) in str(caught.value)

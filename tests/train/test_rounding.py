@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import pst_ds.hf  # noqa: F401 (teaches transformers the format)
@@ -169,3 +170,25 @@ def test_another_grid_does_not_go_on(tmp_path):
     changed = _run(tmp_path, 'quantization.values="int8"')
     with pytest.raises(ConfigError, match=r"quantization.values = \'int8\', but the run in .* has \'int4\'"):
         train_run(prepare(changed, launch_environment()), resume=True, quiet=True)
+
+
+def test_scales_of_a_checkpoint_that_there_cannot_be_are_not_exported(tmp_path, capsys):
+    """Their sums are right, as somebody else's program would write them."""
+    _trained(tmp_path / "run")
+    folder = (tmp_path / "run" / "checkpoints" / "final").resolve()
+    (path,) = folder.glob("shard-*.safetensors")
+    tensors = load_file(path)
+    tensors["scales"].view(torch.bfloat16)[0] = float("inf")
+    save_file(tensors, path)
+    sums = (folder / "SHA256SUMS").read_text().splitlines()
+    others = [line for line in sums if not line.endswith(path.name)]
+    mine = f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}"
+    (folder / "SHA256SUMS").write_text("".join(f"{line}\n" for line in [*others, mine]))
+    for words in (["--format", "bitmask"], ["--dtype", "fp32"]):
+        capsys.readouterr()
+        export = ["export", str(tmp_path / "run"), "--checkpoint", "final", "--out", str(tmp_path / "out"), *words]
+        assert main(export) == 2
+        (line,) = [said for said in capsys.readouterr().err.splitlines() if said.startswith("pst-ds")]
+        assert f"{folder}: " in line
+        assert "encoder.layer.0.attention.self.query: scale 0 is inf; scales are at least 2^-126" in line
+        assert not (tmp_path / "out").exists()

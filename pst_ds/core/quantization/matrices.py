@@ -8,12 +8,11 @@ from torch import Tensor
 
 from pst_ds.core.quantization.grid import Grid
 from pst_ds.core.quantization.scales import (
-    RULE_OF_SCALES,
     SCALE_DTYPE,
     UNUSED_SCALE,
-    first_bad_scale,
     group_scales,
     nearest_codes,
+    require_scales,
 )
 
 _AT_A_TIME = {"cpu": 1 << 17}
@@ -105,7 +104,5 @@ def _checked(scales: Tensor, shape: tuple[int, int], grid: Grid) -> Tensor:
         raise ValueError(
             f"scales are {SCALE_DTYPE} of shape {shape}, got {scales.dtype} of shape {tuple(scales.shape)}"
         )
-    bad = first_bad_scale(scales, grid)
-    if bad is not None:
-        raise ValueError(f"scale {bad} is {float(scales.flatten()[bad]):g}; {RULE_OF_SCALES}")
+    require_scales(scales, grid)
     return scales

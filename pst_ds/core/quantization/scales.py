@@ -161,6 +161,13 @@ def first_bad_scale(scales: Tensor, grid: Grid) -> int | None:
     return None if bool(good.all()) else int(good.flatten().to(torch.uint8).argmin())
 
 
+def require_scales(scales: Tensor, grid: Grid) -> None:
+    """Raise ValueError for bf16 scales that :func:`first_bad_scale` finds, with its flat index and its value."""
+    bad = first_bad_scale(scales, grid)
+    if bad is not None:
+        raise ValueError(f"scale {bad} is {float(scales.flatten()[bad]):g}; {RULE_OF_SCALES}")
+
+
 def largest_scale(grid: Grid, dtype: torch.dtype) -> float:
     """Return the largest bf16 number whose product with the largest code is finite in ``dtype`` and in bf16."""
     most = min(torch.finfo(dtype).max, torch.finfo(SCALE_DTYPE).max) / grid.largest
