@@ -6,6 +6,10 @@ Dynamic quantization of every matrix and of the embeddings, with the settings th
 from __future__ import annotations
 
 import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +38,32 @@ def write_int8(folder: Path, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=model.config.max_position_embeddings)}
-    torch.onnx.export(
-        LogitsOfInputs(model).eval(),
-        tuple(torch.ones(2, 8, dtype=torch.long) for _ in INPUTS),
-        out / "fp32.onnx",
-        input_names=list(INPUTS),
-        output_names=["logits"],
-        dynamic_shapes={"inputs": tuple(axes for _ in INPUTS)},
-        dynamo=True,
-        verbose=False,
-    )
-    quantize_dynamic(out / "fp32.onnx", out / "model.onnx", weight_type=QuantType.QInt8)
+    with _quiet():
+        torch.onnx.export(
+            LogitsOfInputs(model).eval(),
+            tuple(torch.ones(2, 8, dtype=torch.long) for _ in INPUTS),
+            out / "fp32.onnx",
+            input_names=list(INPUTS),
+            output_names=["logits"],
+            dynamic_shapes={"inputs": tuple(axes for _ in INPUTS)},
+            dynamo=True,
+            verbose=False,
+        )
+        quantize_dynamic(out / "fp32.onnx", out / "model.onnx", weight_type=QuantType.QInt8)
     return out / "model.onnx"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch and onnxruntime say of axes that share a size, and of models that they know nothing of."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def accuracy(model_file: Path, folder: Path, texts: Path, max_length: int) -> float:
