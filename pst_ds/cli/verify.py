@@ -59,9 +59,10 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             f"{fewer['tokens']} tokens{same}: {_metrics(fewer['metrics_before'])} before, "
             f"{_metrics(compared['metrics'])} after"
         )
+    on_grid = " on the grid" if "rounded_tensors" in counts else " cast as the file is" if is_rounded else ""
     by = "pst_ds.hf, made dense," if "kept_sparse" in compared else "plain transformers"
     print(
-        f"reloaded with {by} against the masked model{' on the grid' if is_rounded else ''} on "
+        f"reloaded with {by} against the masked model{on_grid} on "
         f"{compared['examples']} {compared['unit']} of {args.split}: {compared['differing_weights']} of "
         f"{compared['compared_weights']} weight tensors differ, {compared['differing_predictions']} predictions "
         f"differ, largest logit difference {compared['max_logit_difference']:.3g}"

@@ -24,6 +24,40 @@ def encoding_of_folder(folder: str) -> Encoding:
     return encoding_by(read_manifest(Path(folder))[1])
 
 
+def narrower_dtypes(masked: nn.Module, folder: str) -> dict[str, torch.dtype]:
+    """Return the dtypes of the parameters of ``masked`` that have fewer bits in the export in ``folder``, by name.
+
+    They have them after ``pst-ds export --dtype bf16`` of a run in fp32. Raises ExportError.
+    """
+    params = dict(masked.named_parameters())
+    stored = {
+        entry.name: DTYPE_OF_CODE[entry.dtype] for entry in read_manifest(Path(folder))[0] if entry.name in params
+    }
+    return {
+        name: dtype
+        for name, dtype in stored.items()
+        if params[name].is_floating_point() and dtype.itemsize < params[name].dtype.itemsize
+    }
+
+
+@torch.no_grad()
+def cast_model(masked: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Give parameters of ``masked`` in place the numbers that they have in these ``dtypes``, and keep their own dtypes.
+
+    Layers that rounded in training stay as they are.
+    """
+    layers, embeddings = pst_layers(masked), pst_embeddings(masked)
+    for name, dtype in dtypes.items():
+        owner, param = name.removesuffix(".weight"), masked.get_parameter(name)
+        if name == f"{owner}.weight" and owner in layers:
+            if not layers[owner].rounds:
+                _settle(layers[owner], layers[owner].masked_weight().to(dtype))
+        elif name == f"{owner}.weight" and owner in embeddings:
+            _settle(embeddings[owner], embeddings[owner].updated_weight().to(dtype))
+        else:
+            param.copy_(param.to(dtype))
+
+
 @torch.no_grad()
 def round_model(masked: nn.Module, folder: str) -> dict[str, Tensor]:
     """Round the weights of ``masked`` that the export in ``folder`` has on a grid; return them by name.

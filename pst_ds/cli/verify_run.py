@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from pst_ds.cli.verify_rounded import encoding_of_folder, round_model
+from pst_ds.cli.verify_rounded import cast_model, encoding_of_folder, narrower_dtypes, round_model
 from pst_ds.cli.verify_vocabulary import same_tokens, tokens_of_folder, trim_model
 from pst_ds.config.run import RunConfig
 from pst_ds.core.packings import COMPRESSED_TENSORS
@@ -36,7 +36,8 @@ LINE_BYTES = 64
 def compare_with_run(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
     """Rebuild the masked training model and the export, and compare them on the same batches.
 
-    With values on a grid the masked model is rounded first; what that changes is under "rounding". Raises InputError.
+    With values on a grid, or in a dtype of fewer bits, the masked model is rounded first; what that changes is under
+    "rounding". Raises InputError.
     """
     encoding = encoding_of_folder(args.export)
     if encoding.packing == COMPRESSED_TENSORS:
@@ -56,9 +57,12 @@ def compare_with_run(args: argparse.Namespace, config: RunConfig) -> dict[str, A
     plain = _aligned(_loaded(prepared, args.export, "" if encoding.is_plain else "dense"))
     rounded: dict[str, torch.Tensor] = {}
     changed: dict[str, Any] = {}
-    if encoding.is_quantized:
+    dtypes = narrower_dtypes(masked, args.export)
+    if dtypes or encoding.is_quantized:
         differences, metrics = _on_examples(prepared, examples, plain, masked)
         changed = {"rounding": {**differences, "metrics_before": metrics}}
+    cast_model(masked, dtypes)
+    if encoding.is_quantized:
         rounded = round_model(masked, args.export)
     merged: dict[str, torch.Tensor] = {f"{n}.weight": layer.masked_weight() for n, layer in pst_layers(masked).items()}
     merged |= {f"{n}.weight": embedding.updated_weight() for n, embedding in pst_embeddings(masked).items()}

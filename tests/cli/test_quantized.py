@@ -95,6 +95,16 @@ def test_values_bf16_casts_every_tensor(folders, tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("values", [[], ["--values", "int8", "--embeddings", "int8"]], ids=["cast", "rounded"])
+def test_a_file_in_a_narrower_dtype_is_held_against_the_model_cast_alike(folders, tmp_path, capsys, values):
+    words = ["--format", "bitmask", "--dtype", "bf16", *values]
+    assert main(["export", str(folders / "run"), "--out", str(tmp_path / "bf16"), *words]) == 0
+    said, printed = said_by(capsys, "verify", tmp_path / "bf16", "--against", folders / "run")
+    assert (said["reloaded_equal"], said["differing_weights"]) == (True, 0)
+    assert said["rounding"]["max_logit_difference"] > said["max_logit_difference"]
+    assert f"the masked model {'on the grid' if values else 'cast as the file is'} on " in printed
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
