@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.keys import keys_at, order_keys, score_keys
 from pst_ds.core.layout import Rect, StoredMatrix, shard_tiles, view_in_shard
-from pst_ds.core.own_weights import OwnWeights
+from pst_ds.core.quantization.own_weights import OwnWeights
 from pst_ds.core.units import block_keys, loss_keys, unit_tiles
 from pst_ds.nn.linear import FACTOR_NAMES, PSTLinear
 from pst_ds.parallel import zero3

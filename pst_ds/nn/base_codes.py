@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from pst_ds.core.bits import all_ones, pack_shard, shard_bytes
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.own_weights import OwnWeights
 from pst_ds.core.quantization import CodedWeight, CodeLayout, Grid, StoredGrid, coded_run
+from pst_ds.core.quantization.own_weights import OwnWeights
 from pst_ds.nn.targets import InjectionError, Target
 from pst_ds.parallel import zero3
 

@@ -16,7 +16,6 @@ from pst_ds.core import masked_linear
 from pst_ds.core.bits import all_ones, shard_numel
 from pst_ds.core.factors import Constants, Factors, layer_factors, ungrouped_columns
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.own_weights import OwnWeights
 from pst_ds.core.quantization import (
     UNUSED_SCALE,
     CodedWeight,
@@ -26,6 +25,7 @@ from pst_ds.core.quantization import (
     bytes_of_scales,
     scales_of_bytes,
 )
+from pst_ds.core.quantization.own_weights import OwnWeights
 from pst_ds.nn.base_codes import BASE_CODES, BASE_SCALES, BaseCodes, own_weights
 from pst_ds.parallel import zero3
 

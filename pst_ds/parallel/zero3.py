@@ -87,7 +87,7 @@ def bytes_split_as(like: nn.Parameter, numel: int, own: Tensor) -> nn.Parameter:
         return nn.Parameter(own, requires_grad=False)
     param = nn.Parameter(torch.zeros(numel, dtype=torch.uint8, device=own.device), requires_grad=False)
     like.convert_to_zero_parameters(param_list=[param])
-    shard_of(param).values.copy_(own[: shard_of(param).values.numel()])
+    write_shard(param, own)
     return param
 
 

@@ -11,7 +11,6 @@ from pst_ds.core import masked_linear
 from pst_ds.core.bits import pack_mask
 from pst_ds.core.factors import Constants, Factors
 from pst_ds.core.layout import Rect, WeightLayout
-from pst_ds.core.own_weights import OwnWeights
 from pst_ds.core.quantization import (
     CodedWeight,
     CodeLayout,
@@ -22,6 +21,7 @@ from pst_ds.core.quantization import (
     round_to_grid,
     weights_at,
 )
+from pst_ds.core.quantization.own_weights import OwnWeights
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.layout import Rect, view_in_shard
-from pst_ds.core.quantization import CodedRun
+from pst_ds.core.quantization.coded import CodedRun
 
 
 @dataclass(frozen=True, slots=True)
