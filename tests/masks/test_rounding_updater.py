@@ -115,7 +115,7 @@ def test_what_is_saved_and_merged_computes_with_rounded_weights(tmp_path):
         assert _same(_weights(other), _weights(model))
         assert all(layer.rounds for layer in pst_layers(other).values())
     for grid in (None, Grid(8, 32)):
-        with pytest.raises(PretrainedError, match="rounds to int4, a scale for 32 inputs, and the model was injected"):
+        with pytest.raises(PretrainedError, match="has grid = int4, a scale for 32 inputs, and the model was injected"):
             load_pretrained(_injected(grid), tmp_path)
     expected = _weights(model)
     merged = merge_and_unload(model)
