@@ -179,12 +179,12 @@ def print_small_files(small: list[dict[str, Any]]) -> None:
             f"{r['file_bytes'] / 1e6:.1f}",
             f"{r['bits_per_weight']:.2f}" if r.get("bits_per_weight") else "-",
             f"{r['accuracy']:.2%}",
-            f"{100 * (r['accuracy'] - r['accuracy_before']):+.2f}",
+            f"{100 * (r['accuracy'] - r['accuracy_of_run']):+.2f}",
             {True: "yes", False: "NO", None: "-"}[r.get("reloaded_equal")],
         )
         for r in small
     ]
-    print_table(("file", "MB", "bits a weight", "accuracy", "points by rounding", "reloaded equal"), rows)
+    print_table(("file", "MB", "bits a weight", "accuracy", "points over its run", "reloaded equal"), rows)
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
