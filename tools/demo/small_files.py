@@ -9,6 +9,7 @@ from tools import onnx_int8
 from tools.verbs import verb
 
 SMALL: dict[str, dict[str, list[str]]] = {
+    "dense": {"int4": ["--values", "int4", "--embeddings", "int4"]},
     "pst-50": {"int4": ["--values", "int4", "--embeddings", "int4"]},
     "pst-90": {
         "int8": ["--values", "int8", "--embeddings", "int8"],
@@ -37,7 +38,8 @@ def small_files(folder: Path, runs: list[dict[str, Any]], max_length: int) -> li
 def small_file(run: Path, values: str, options: list[str]) -> dict[str, Any]:
     """Export a run with few bits, and hold the file against the masked model on the same grid."""
     out = run / "small" / values.replace(", ", "-").replace(" ", "-")
-    exported = verb("export", str(run), "--format", "bitmask", "--dtype", "bf16", *options, "--out", str(out))
+    container = "dense" if run.name == "dense" else "bitmask"
+    exported = verb("export", str(run), "--format", container, "--dtype", "bf16", *options, "--out", str(out))
     verified = verb("verify", str(out), "--against", str(run))
     return {
         "file": f"{run.name}, {values}",
