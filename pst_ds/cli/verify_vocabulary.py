@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from pst_ds.data.tasks import ExampleSet
-from pst_ds.export.manifest import read_manifest
+from pst_ds.export.manifest import ExportError, read_manifest
 from pst_ds.export.vocabulary import take_rows
 from pst_ds.train.run import Prepared
 
@@ -20,9 +20,15 @@ def tokens_of_folder(folder: str) -> list[int]:
 
 
 def trim_model(masked: nn.Module, prepared: Prepared, folder: str, kept: list[int]) -> Prepared:
-    """Leave ``masked`` the rows of the tokens ``kept``; return ``prepared`` with the tokenizer of the export."""
+    """Leave ``masked`` the rows of the tokens ``kept``; return ``prepared`` with the tokenizer of the export.
+
+    Raises ExportError for a tokenizer with other tokens.
+    """
+    tokenizer = type(prepared.tokenizer).from_pretrained(folder)
+    if max(tokenizer.get_vocab().values()) >= len(kept):
+        raise ExportError(f"{folder}: the manifest knows {len(kept)} tokens, and the tokenizer has more")
     take_rows(masked, kept)
-    return replace(prepared, tokenizer=type(prepared.tokenizer).from_pretrained(folder))
+    return replace(prepared, tokenizer=tokenizer)
 
 
 def same_tokens(

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -251,4 +252,12 @@ def _about(table: JsonTable) -> JsonTable:
         raise ValueError("left_alone is no list of names")
     if not isinstance(files, dict) or not all(Path(n).name == n and isinstance(sha, str) for n, sha in files.items()):
         raise ValueError("files are not plain names with a SHA-256")
+    kept = table.get("tokens_kept")
+    if kept is not None and not (isinstance(kept, list) and _are_ascending(kept)):
+        raise ValueError(f"tokens_kept is no list of ascending ids: {str(kept)[:80]}")
     return {key: value for key, value in table.items() if key not in ("format", "sha256")}
+
+
+def _are_ascending(ids: list[Any]) -> bool:
+    are_ids = bool(ids) and all(type(token) is int and 0 <= token < 1 << 48 for token in ids)
+    return are_ids and all(one < two for one, two in pairwise(ids))
