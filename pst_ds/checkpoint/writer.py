@@ -28,7 +28,7 @@ from pst_ds.checkpoint.format import (
     sums_text,
 )
 from pst_ds.checkpoint.restore import grid_numbers, scale_shapes, trainable
-from pst_ds.core.bits import pack_shard, shard_bytes, shard_numel, unpack_range
+from pst_ds.core.bits import pack_shard, shard_bytes, shard_range, unpack_range
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel import optimizer_state, zero3
@@ -244,8 +244,7 @@ def _scale_share(param: nn.Parameter) -> Tensor:
 
 def _even_share(numel: int) -> tuple[int, int]:
     """Return (first, after the last) of this rank's share of ``numel`` values, as ZeRO-3 cuts them."""
-    share = shard_numel(numel, world_size())
-    return min(rank() * share, numel), min((rank() + 1) * share, numel)
+    return shard_range(numel, world_size(), rank())
 
 
 def _in_words(error: Exception) -> str:

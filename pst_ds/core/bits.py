@@ -23,6 +23,12 @@ def shard_numel(numel: int, num_shards: int) -> int:
     return -(-numel // num_shards)
 
 
+def shard_range(numel: int, num_shards: int, shard: int) -> tuple[int, int]:
+    """Return the flat range [first, last) of the weights of a shard; the last shards may have fewer, or none."""
+    share = shard_numel(numel, num_shards)
+    return min(shard * share, numel), min((shard + 1) * share, numel)
+
+
 def shard_bytes(numel: int, num_shards: int) -> int:
     """Bytes of one shard's bits."""
     return -(-shard_numel(numel, num_shards) // 8)

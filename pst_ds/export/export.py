@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,18 +80,6 @@ def export_run(
     _require_free(out, encoding)
     base = BaseWeights(checkpoint.state.base_path, getattr(model, "base_model_prefix", ""))
     state = checkpoint.state
-
-    def write_beside(folder: Path) -> None:
-        if is_text_part(model, base.folder):
-            base.copy_if_there(CONFIG_FILE, folder)
-        else:
-            config: Any = copy.deepcopy(model.config)
-            config.architectures = [type(model).__name__]
-            config.save_pretrained(folder)
-        for name in _SMALL:
-            base.copy_if_there(name, folder)
-        tokenizer.save_pretrained(folder)
-
     if vocabulary and is_text_part(model, base.folder):
         raise ExportError(
             f"{base.folder} holds more than the text part, and its vocabulary stays whole: no --vocabulary"
@@ -105,12 +94,26 @@ def export_run(
         "run": run,
     }
     jobs = plan_run(model, checkpoint, base, encoding, dtype)
+    write_beside = partial(_write_beside_run, model, base, tokenizer)
     contents = _Contents(jobs, RunSource(checkpoint, base, model), about, linear_layers(model), write_beside)
     if vocabulary:
         contents = _trimmed(contents, model, tokenizer, vocabulary)
     if packing == GGUF:
         return about | write_gguf(contents.jobs, contents.source, model.config, tokenizer, out, encoding)
     return _write_folder(contents, out, encoding, shard_bytes, processes)
+
+
+def _write_beside_run(model: nn.Module, base: BaseWeights, tokenizer: Any, folder: Path) -> None:
+    """Write the config, the base's small files and the tokenizer to ``folder``."""
+    if is_text_part(model, base.folder):
+        base.copy_if_there(CONFIG_FILE, folder)
+    else:
+        config: Any = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(folder)
+    for name in _SMALL:
+        base.copy_if_there(name, folder)
+    tokenizer.save_pretrained(folder)
 
 
 def export_folder(

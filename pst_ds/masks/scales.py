@@ -125,10 +125,6 @@ class _ShardWeights:
         return sorted({edge // period for edge in edges if edge % period})
 
     @property
-    def groups_per_period(self) -> int:
-        return self.stored.period // self.stored.size
-
-    @property
     def most_cut_weights(self) -> int:
         """At most so many of a shard's weights are in groups that are cut."""
         return min(shard_numel(self.layout.numel, self.layer.num_shards), 2 * self.stored.period)
@@ -142,7 +138,7 @@ class _ShardWeights:
 
     def cut_groups(self) -> Iterator[tuple[int, Tensor]]:
         """(number of the first among the layer's cut groups, this shard's part of groups as rows, fp32)."""
-        number = {period: i * self.groups_per_period for i, period in enumerate(self.cut_periods)}
+        number = {period: i * self.stored.groups_per_period for i, period in enumerate(self.cut_periods)}
         for start, stop in ((self.start, self.whole[0]), (self.whole[1], self.stop)):
             for matrix in self.layout.matrices():
                 for rect in self._cut_rects(matrix.rect, start, stop):
@@ -216,13 +212,15 @@ def _searched(batch: list[_ShardWeights]) -> tuple[list[Tensor], list[list[float
             sums[i] += _loss(grouped, found.float(), grid)
         for first, grouped in own.cut_groups():
             cut.add(i, first, grouped)
-        cut.reserve(len(own.cut_periods) * own.groups_per_period)
+        cut.reserve(len(own.cut_periods) * own.stored.groups_per_period)
         own.close()
         tables.append(table)
     found_cut = cut.search(sums)
     for own, table, scales in zip(batch, tables, found_cut, strict=True):
         if zero3.shard_index(any_weight) == 0 and scales.numel():  # once, since tables are added up
-            table.view(-1, own.groups_per_period)[own.cut_periods] = scales.view(-1, own.groups_per_period)
+            table.view(-1, own.stored.groups_per_period)[own.cut_periods] = scales.view(
+                -1, own.stored.groups_per_period
+            )
     return _added_up(tables, any_weight), group_sum(sums, any_weight).tolist()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pst_ds.config.pst import PSTConfig, UpdateInit
 from pst_ds.core import masked_linear
-from pst_ds.core.bits import all_ones, shard_numel
+from pst_ds.core.bits import all_ones, shard_range
 from pst_ds.core.factors import Constants, Factors, layer_factors, ungrouped_columns
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.quantization import (
@@ -131,6 +131,11 @@ class PSTLinear(nn.Module):
             scales = nn.Parameter(unused, requires_grad=False)
         self.register_parameter("pst_scales", scales)
 
+        self._add_factors(name, config, device, dtype)
+
+    def _add_factors(self, name: str, config: PSTConfig, device: torch.device, dtype: torch.dtype) -> None:
+        """Register the factors that ``config`` asks for, as they are before training, and None for the others."""
+
         def add(factor: str, shape: tuple[int, ...] | None, std: float = 0.0) -> None:
             param = None
             if shape is not None:
@@ -138,7 +143,7 @@ class PSTLinear(nn.Module):
                 param = nn.Parameter(values.to(device=device, dtype=dtype))
             self.register_parameter(f"pst_{factor}", param)
 
-        outputs, inputs = self.out_features, self.in_features
+        layout, outputs, inputs = self.layout, self.out_features, self.in_features
         k, r = config.score_rank, config.update_rank
         score_std = config.score_init_scale * init_std(config.score_init, k, inputs)
         update_std = config.update_init_scale * init_std(config.update_init, r, inputs)
@@ -197,11 +202,9 @@ class PSTLinear(nn.Module):
 
     def own_range(self) -> tuple[int, int]:
         """Return the flat range of the weights whose mask this rank holds; all of them where it is not split."""
-        numel, mask = self.layout.numel, self.pst_mask
-        if not zero3.is_partitioned(mask):
-            return 0, numel
-        share, shard = shard_numel(numel, self.num_shards), zero3.shard_index(mask)
-        return min(shard * share, numel), min((shard + 1) * share, numel)
+        if not zero3.is_partitioned(self.pst_mask):
+            return 0, self.layout.numel
+        return shard_range(self.layout.numel, self.num_shards, zero3.shard_index(self.pst_mask))
 
     def factor_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name in :data:`FACTOR_NAMES`, Parameter) of the factors this layer has."""

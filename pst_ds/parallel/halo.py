@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pst_ds.core.bits import shard_numel
+from pst_ds.core.bits import shard_numel, shard_range
 from pst_ds.parallel import zero3
 
 Range = tuple[int, int]
@@ -78,8 +78,7 @@ class _Split:
     own: int
 
     def range_of(self, rank: int) -> Range:
-        share = shard_numel(self.numel, self.shards)
-        return min(rank * share, self.numel), min((rank + 1) * share, self.numel)
+        return shard_range(self.numel, self.shards, rank)
 
     def ranks_of(self, wanted: Range) -> range:
         """Ranks whose shards meet the flat range ``wanted``."""

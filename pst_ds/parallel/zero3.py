@@ -161,9 +161,11 @@ def kept_masters(params: Sequence[nn.Parameter]) -> list[Tensor | None]:
 
     None where no such values exist, or the parameter was given other values since: the host waits once to know.
     """
-    masters = {i: param.fp32_master.detach() for i, param in enumerate(params) if hasattr(param, "fp32_master")}
+    held = {i: param.fp32_master.detach() for i, param in enumerate(params) if hasattr(param, "fp32_master")}
+    masters = {i: master for i, master in held.items() if master.shape == params[i].shape}
     same = [(master.to(params[i]) == params[i].detach()).all() for i, master in masters.items()]
-    holds = dict(zip(masters, torch.stack(same).tolist() if same else [], strict=True))
+    flags = torch.stack([flag.to(same[0].device) for flag in same]).tolist() if same else []
+    holds = dict(zip(masters, flags, strict=True))
     return [masters[i].to(param.device) if holds.get(i) else None for i, param in enumerate(params)]
 
 

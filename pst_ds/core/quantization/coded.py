@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pst_ds.core.bits import shard_numel
+from pst_ds.core.bits import shard_numel, shard_range
 from pst_ds.core.layout import Rect, row_tiles, shard_tiles, view_in_shard
 from pst_ds.core.quantization.native import NATIVE_DTYPES, native_for, threads_for
 from pst_ds.core.quantization.nibbles import pack_nibbles, unpack_nibbles
@@ -52,15 +52,10 @@ class CodeLayout:
         return -(-self.shard_numel * self.bits // 8)
 
     @property
-    def groups_per_period(self) -> int:
-        """Groups of the least run of flat weights that holds whole ones, see :class:`StoredGrid`."""
-        return self.stored.period // self.stored.size
-
-    @property
     def shard_num_scales(self) -> int:
         """Scales of a shard, padding included: those of the shard that meets most groups."""
         spans = (self.periods_of(i) for i in range(self.num_shards))
-        return max(last - first for first, last in spans) * self.groups_per_period
+        return max(last - first for first, last in spans) * self.stored.groups_per_period
 
     @property
     def num_code_bytes(self) -> int:
@@ -72,8 +67,7 @@ class CodeLayout:
 
     def weights_of(self, shard: int) -> tuple[int, int]:
         """Return the flat range of a shard's weights."""
-        numel, share = self.stored.layout.numel, self.shard_numel
-        return min(shard * share, numel), min((shard + 1) * share, numel)
+        return shard_range(self.stored.layout.numel, self.num_shards, shard)
 
     def periods_of(self, shard: int) -> tuple[int, int]:
         """Return the first and the last + 1 of the periods that a shard's weights are in."""
@@ -103,7 +97,7 @@ class CodeLayout:
                 values.view(-1, stored.layout.shape[1] if stored.layout.transposed else stored.size)
             )
             found = group_scales(grouped, stored.grid, weight.dtype)
-            at = slice((begin - first) * self.groups_per_period, (end - first) * self.groups_per_period)
+            at = slice((begin - first) * self.stored.groups_per_period, (end - first) * self.stored.groups_per_period)
             scales[at] = found
             rounded = nearest_codes(grouped, found.unsqueeze(1), stored.grid)
             codes[(begin - first) * stored.period : (end - first) * stored.period] = self._in_storage_order(rounded)
@@ -201,7 +195,7 @@ class CodedRun:
     def _first_scale(self) -> int:
         """Number, among the whole weight's, of the first scale."""
         period = self.stored.period
-        return self.start // period * (period // self.stored.size)
+        return self.start // period * self.stored.groups_per_period
 
     def _expand_in_torch_(self, out: Tensor, rect: Rect) -> None:
         """Products in fp32, of int8 and fp32, rounded as they are written: no tensor wider than ``out``."""

@@ -55,6 +55,10 @@ class StoredGrid:
         """The least run of flat weights, from a multiple of it on, that holds whole groups and nothing else."""
         return self.size * (self.layout.out_features if self.layout.transposed else 1)
 
+    @property
+    def groups_per_period(self) -> int:
+        return self.period // self.size
+
     def grouped(self, rect: Tensor) -> Tensor:
         """Return the groups of a rectangle's weights as rows: (rows, cols) to (groups, weights of a group), contiguous.
 
