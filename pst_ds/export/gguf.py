@@ -215,17 +215,13 @@ def _require_rotation(config: Any) -> None:
 
 
 def _llama3_factors(config: Any) -> NDArray[np.float32] | None:
-    """By what Llama 3.1 divides each frequency: 1 for short waves, ``factor`` for long ones, between the two smoothly.
+    """By what Llama 3.1 divides each frequency, as transformers computes it; None for default rotary embeddings."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    The paper names no formula; this is Meta's, as transformers documents rope_type "llama3".
-    """
     said = _rotation(config)
     if said.get("rope_type") != "llama3":
         return None
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    length, low, high = said["original_max_position_embeddings"], said["low_freq_factor"], said["high_freq_factor"]
-    waves = 2 * math.pi * said["rope_theta"] ** (np.arange(0, width, 2, dtype=np.float64) / width)
-    smooth = (length / waves - low) / (high - low)
-    between = 1 / ((1 - smooth) / said["factor"] + smooth)
-    factors = np.where(waves < length / high, 1.0, np.where(waves > length / low, said["factor"], between))
-    return factors.astype(np.float32)
+    divided, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    width = 2 * divided.numel()
+    plain = said["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    return (plain / divided).float().numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,6 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE, WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pst_ds.core.quantization import Grid, round_to_grid
 from pst_ds.export.export import export_folder
@@ -184,9 +184,10 @@ def test_frequencies_of_llama_3():
     said = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
     config = LlamaConfig(hidden_size=512, num_attention_heads=4, max_position_embeddings=131072, rope_parameters=said)
-    divided, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    plain = 1.0 / 500000.0 ** (torch.arange(0, 128, 2) / 128)
-    torch.testing.assert_close(torch.from_numpy(_llama3_factors(config)), plain / divided, rtol=1e-4, atol=0)
+    waves = 2 * math.pi * 500000.0 ** (torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    smooth = ((8192 / waves - 1.0) / (4.0 - 1.0)).clamp(0.0, 1.0)  # 0 for waves too long for the text, 1 for short ones
+    expected = (1 / ((1 - smooth) / 8.0 + smooth)).float()
+    torch.testing.assert_close(torch.from_numpy(_llama3_factors(config)), expected, rtol=1e-4, atol=0)
     assert _llama3_factors(LlamaConfig()) is None
 
 
