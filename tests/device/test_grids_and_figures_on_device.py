@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.quantization import Grid
@@ -16,6 +15,7 @@ from pst_ds.masks.update import masks_of_zeros, update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 
 from .pretended import module_to_device, pretended, to_device, to_host
+from .tiny import tiny_llama
 
 pytestmark = pytest.mark.device
 GRIDS = [Grid(4, 32), Grid(8, 32)]
@@ -23,13 +23,7 @@ GRIDS = [Grid(4, 32), Grid(8, 32)]
 
 def _model(**grids):
     """A model whose every factor is non-zero, the same in every call."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=32, attn_implementation="eager",
-        )
-    )  # fmt: skip
+    model = tiny_llama(1)
     inject_pst(model, PSTConfig(modules_to_save=()), **grids)
     for layer in pst_layers(model).values():
         for _, param in layer.factor_parameters():

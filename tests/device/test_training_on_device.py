@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.schedule import CubicSchedule
@@ -14,19 +13,13 @@ from pst_ds.nn.inject import inject_pst
 from pst_ds.parallel.engine import LocalEngine
 
 from .pretended import module_to_device, pretended, to_device, to_host
+from .tiny import tiny_llama
 
 pytestmark = pytest.mark.device
 
 
 def _model(**config):
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=32, attn_implementation="eager",
-        )
-    )  # fmt: skip
-    return inject_pst(model, PSTConfig(**config))
+    return inject_pst(tiny_llama(2), PSTConfig(**config))
 
 
 def _trained(model, place, steps=4):
