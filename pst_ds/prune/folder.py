@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +60,13 @@ def record_of(layers: Sequence[PrunedLayer], about: Mapping[str, object]) -> dic
         "sparsity_measured": sum(layer.zeros for layer in layers) / weights,
         "pruned_weights": sum(layer.pruned for layer in layers),
         "weights": weights,
-        "layers": [{key: value for key, value in asdict(layer).items() if key != "scales"} for layer in layers],
+        "layers": [_facts(layer) for layer in layers],
     }
+
+
+def _facts(layer: PrunedLayer) -> dict[str, object]:
+    """What the record says of a layer: all but its scales."""
+    return {field.name: getattr(layer, field.name) for field in fields(layer) if field.name != "scales"}
 
 
 def scales_of(layers: Sequence[PrunedLayer]) -> dict[str, Tensor]:
