@@ -33,6 +33,7 @@ FLOORS = {
     "export": 4,
     "monitor": 4,
     "hf": 5,
+    "onnx": 6,
     "train": 5,
     "bench": 6,
     "tune": 6,

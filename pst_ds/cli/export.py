@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import tempfile
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from pst_ds.cli.main import add_quiet_argument, add_shard_argument, count, load_run_or_folder, main
 from pst_ds.config.toml import dump_run
-from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF, GROUPS, PACKINGS, VALUE_BITS, WHOLE_ROW
+from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF, GROUPS, ONNX, PACKINGS, VALUE_BITS, WHOLE_ROW
 from pst_ds.errors import InputError
 
 
@@ -18,7 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of a run")
     parser.add_argument("--out", required=True, help="folder to write")
     text = "dense (default): zeros in a plain model folder; the packed ones load after import pst_ds.hf"
-    parser.add_argument("--format", choices=("dense", *PACKINGS, COMPRESSED_TENSORS, GGUF), default="dense", help=text)
+    parser.add_argument(
+        "--format", choices=("dense", *PACKINGS, COMPRESSED_TENSORS, GGUF, ONNX), default="dense", help=text
+    )
+    text = "of onnx: dense fp32 weights and ONNX's own operators, which any runtime reads and none runs faster"
+    parser.add_argument("--plain", action="store_true", help=text)
     _add_value_arguments(parser)
     text = 'embed fewer tokens: those "seen" in a run\'s training and validation text, or in a FILE with a text a line'
     parser.add_argument("--vocabulary", metavar="seen|FILE", help=text)
@@ -46,6 +51,10 @@ def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.plain and args.format != ONNX:
+        raise InputError(f"--plain is for --format {ONNX}, and this is {args.format}: leave it out")
+    if args.format == ONNX:
+        return _write_onnx(args)
     written = _written(args)
     if args.format == GGUF:
         changed = f"; fp16 holds {written['inexact_scales']} scales only nearly" if written["inexact_scales"] else ""
@@ -68,6 +77,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     if "rounded_tensors" in written:
         print(rounding_text(written))
+    return written
+
+
+def _write_onnx(args: argparse.Namespace) -> dict[str, Any]:
+    """Write a packed folder that is not kept, and the graph of it."""
+    from pst_ds.onnx.folder import require_free, write_onnx
+
+    out = Path(args.out)
+    require_free(out)
+    with tempfile.TemporaryDirectory(prefix="pst-ds-") as scratch:
+        packed = Path(scratch) / out.name
+        facts = _written(argparse.Namespace(**{**vars(args), "format": "bitmask", "out": str(packed)}))
+        written = write_onnx(packed, out, facts, plain=args.plain)
+    how = "dense weights" if args.plain else f"{written['sparse_nodes']} sparse products"
+    difference = written["max_relative_difference"]
+    said = "not run: no onnxruntime here" if difference is None else f"outputs within {difference:.1g} of the model's"
+    print(f"wrote {out}/model.onnx: {written['nodes']} nodes, {how}, {written['file_bytes']:,} bytes; {said}")
     return written
 
 

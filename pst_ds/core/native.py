@@ -83,7 +83,7 @@ def load(source: NativeSource) -> ctypes.CDLL | None:
         except (OSError, AttributeError):  # made for another machine, or for other sources: compile here
             pass
     slow = f"{source.purpose} run in torch, several times slower"
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compiler = _compiler()
     if compiler is None:
         warnings.warn(f"no C++ compiler found: {slow}", stacklevel=2)
         return None
@@ -93,6 +93,24 @@ def load(source: NativeSource) -> ctypes.CDLL | None:
         said = getattr(error, "stderr", None) or error
         warnings.warn(f"native code cannot be built, {slow}: {said}", stacklevel=2)
         return None
+
+
+def library_file(source: NativeSource) -> Path:
+    """Return the shared library of ``source``, which somebody else loads; compiled if need be. Raises RuntimeError."""
+    if source.prebuilt is not None and _is_current(source.prebuilt, (source.path, *source.headers)):
+        return source.prebuilt
+    compiler = _compiler()
+    if compiler is None:
+        raise RuntimeError(f"{source.purpose} are compiled at first use, and there is no C++ compiler: install one")
+    try:
+        return compiled(source, compiler)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or error
+        raise RuntimeError(f"{source.purpose} cannot be built: {said}") from None
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
 def _is_current(built: Path, sources: tuple[Path, ...]) -> bool:

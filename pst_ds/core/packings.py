@@ -9,6 +9,8 @@ COMPRESSED_TENSORS = "compressed-tensors"
 """Dense matrices on a grid, as the library of that name reads them."""
 GGUF = "gguf"
 """One file for llama.cpp; blocks of 32 weights share a scale."""
+ONNX = "onnx"
+"""One file for ONNX Runtime, whose sparse products are operators of ours."""
 QUANTIZED_PACKINGS = ("bitmask", "2:4", DENSE)
 """What holds values on a grid."""
 VALUE_BITS = {"int8": 8, "int4": 4}

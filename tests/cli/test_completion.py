@@ -50,7 +50,7 @@ def _complete(script, *words):
         ([""], list(VERBS)),
         (["ver"], ["verify"]),
         (["export", "--form"], ["--format"]),
-        (["export", "--format", ""], ["dense", "bitmask", "2:4", "csr", "compressed-tensors", "gguf"]),
+        (["export", "--format", ""], ["dense", "bitmask", "2:4", "csr", "compressed-tensors", "gguf", "onnx"]),
         (["prune", "--method", "s"], ["sparsegpt"]),
         (["init", "--task", "c"], ["classification", "causal-lm"]),
         (["train", "tests/data/cau"], ["tests/data/causal_lm.toml"]),
@@ -103,7 +103,7 @@ def test_fish_offers_verbs_and_choices(scripts):
 
 
 def test_a_colon_in_a_choice_is_no_separator_for_zsh(scripts):
-    assert r"(dense bitmask 2\:4 csr compressed-tensors gguf)" in (scripts / "zsh").read_text()
+    assert r"(dense bitmask 2\:4 csr compressed-tensors gguf onnx)" in (scripts / "zsh").read_text()
 
 
 @needs_zsh

@@ -1,0 +1,1 @@
+"""Models with packed weights as ONNX graphs: ``pst-ds export --format onnx`` (docs/onnx.md)."""

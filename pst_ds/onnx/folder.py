@@ -1,0 +1,172 @@
+"""A packed folder becomes a folder with one ONNX file, checked against the model before it is kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from pst_ds import __version__
+from pst_ds.atomic_files import atomic_folder, require_writable
+from pst_ds.core.formats import QuantizedFormat
+from pst_ds.export.from_folder import CONFIG_FILE, copy_beside
+from pst_ds.export.manifest import ExportError, JsonTable
+from pst_ds.hf.config import PackedWeightsConfig
+from pst_ds.hf.layers import named_groups
+from pst_ds.hf.weight_files import form_of_group, packed_groups, read_headers
+from pst_ds.onnx.nodes import narrowed
+
+MODEL_FILE = "model.onnx"
+_TABLE_ROWS = 100
+"""Embeddings of so many rows stay as they are stored; smaller ones are not worth it."""
+ALLOWED = 1e-3
+"""Sums in another order, and an exponential of its own, stay far below this share of the largest output."""
+_NOT_LOGITS = ("loss", "past_key_values", "hidden_states", "attentions", "encoder_last_hidden_state")
+
+
+def write_onnx(packed: Path, out: Path, facts: JsonTable, *, plain: bool = False) -> JsonTable:
+    """Write ``out``, a folder with model.onnx, config.json and the tokenizer, from the bitmask folder ``packed``.
+
+    ``plain``: dense fp32 weights and ONNX's own operators, for any runtime. ``facts``: of the export that made
+    ``packed``; the file's metadata keeps the small ones. The file is run once, where ONNX Runtime is installed, against
+    the model that transformers loads from ``packed``. Returns ``facts`` with those of the file. Raises ExportError,
+    and leaves nothing, where the model cannot be traced, its attention has no operator, or the results differ.
+    """
+    import onnx_ir as ir
+
+    from pst_ds.onnx.export import plain_graph, sparse_graph
+
+    model, outputs = _load(packed, "dense" if plain else "sparse")
+    reference, _ = _load(packed, "dense")
+    try:
+        graph = plain_graph(model, outputs) if plain else sparse_graph(model, _tables(packed, model), outputs)
+    except Exception as error:  # whatever torch's exporter raises for what it does not know
+        raise ExportError(f"{type(model).__name__} cannot be written as a graph: {_first_line(error)}") from error
+    kept = {key: facts[key] for key in ("values", "group", "embeddings", "sparsity_measured") if facts.get(key)}
+    graph.metadata_props["pst_ds"] = json.dumps({"version": __version__, **kept})
+    with atomic_folder(out) as partial:
+        file = partial / MODEL_FILE
+        if sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value) > 1 << 30:
+            ir.save(graph, file, external_data=f"{MODEL_FILE}.data")
+        else:
+            ir.save(graph, file)
+        copy_beside(packed, partial)
+        config = json.loads((packed / CONFIG_FILE).read_text(encoding="utf-8"))
+        config.pop("quantization_config", None)
+        (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        difference = _compare(file, reference)
+        nbytes = sum(path.stat().st_size for path in partial.glob(f"{MODEL_FILE}*"))
+    nodes = [node for node in graph.graph if node.op_type == "SparseLinear"]
+    return {
+        **facts,
+        "kind": "onnx",
+        "export_dir": str(out),
+        "file_bytes": nbytes,
+        "operators": "standard" if plain else "pst_ds",
+        "inputs": [value.name for value in graph.graph.inputs],
+        "outputs": outputs,
+        "nodes": len(list(graph.graph)),
+        "sparse_nodes": len(nodes),
+        "max_relative_difference": difference,
+    }
+
+
+def require_free(out: Path) -> None:
+    """Raise ExportError unless ``out`` is free, an empty folder, or an older one of these, and ONNX can be written."""
+    _require_libraries()
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MODEL_FILE).is_file())):
+        raise ExportError(f"{out.absolute()} exists and is no folder of an ONNX file; name another folder with --out")
+    require_writable(out, f"--out {out}")
+
+
+def _require_libraries() -> None:
+    try:
+        import onnxscript  # which onnx and onnx_ir come with
+    except ImportError:
+        raise ExportError("ONNX files take onnx and onnxscript: pip install 'pst-ds[onnx]'") from None
+    assert onnxscript
+
+
+def _first_line(error: Exception) -> str:
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+
+
+def _load(folder: Path, load_as: Literal["dense", "sparse"]) -> tuple[Any, list[str]]:
+    """Return the model in ``folder`` in fp32, of the class that its config names, and the names of what it returns."""
+    from pst_ds.onnx.export import input_names
+
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    names = config.get("architectures") or ["AutoModel"]
+    cls = getattr(transformers, names[0], None)
+    if cls is None:
+        raise ExportError(f"config.json names {names[0]}, which transformers {transformers.__version__} does not have")
+    how: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+    if "quantization_config" in config:
+        how["quantization_config"] = PackedWeightsConfig(load_as=load_as)
+    model = cls.from_pretrained(folder, **how).eval()
+    if getattr(model.config, "use_cache", False):
+        model.config.use_cache = False
+    with torch.no_grad():
+        found = model(**{name: torch.ones(1, 8, dtype=torch.long) for name in input_names(model)}, return_dict=True)
+    return model, [name for name, value in found.items() if isinstance(value, Tensor) and name not in _NOT_LOGITS]
+
+
+def _tables(folder: Path, model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None, int]]:
+    """Return (values, scales, bits) of the large embeddings, as the folder stores them, by name in ``model``."""
+    headers = read_headers(str(path) for path in folder.glob("*.safetensors"))
+    groups = named_groups(model, packed_groups(headers, "bitmask"))
+    found: dict[str, tuple[Tensor, Tensor | None, int]] = {}
+    for name, module in model.named_modules():
+        if type(module) is not nn.Embedding or module.num_embeddings < _TABLE_ROWS:
+            continue
+        group = groups.get(name, {})
+        if "codes" not in group:
+            weight = narrowed(module.weight.detach())
+            if weight.dtype == torch.bfloat16:
+                found[name] = (weight, None, 16)
+            continue
+        form = form_of_group(name, "bitmask", group, module.embedding_dim)
+        assert isinstance(form, QuantizedFormat)
+        found[name] = (group["codes"].read(), group["scales"].read(), form.grid.bits)
+    return found
+
+
+def _compare(file: Path, reference: Any) -> float | None:
+    """Run ``file`` and the model on tokens of all lengths; return the largest difference, as a share of the largest
+    output. None without ONNX Runtime. Raises ExportError."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    from pst_ds.onnx.session import open_session
+
+    session = open_session(file, threads=1)
+    most = min(getattr(reference.config, "max_position_embeddings", None) or 64, 64)
+    draw, worst = np.random.default_rng(0), 0.0
+    for batch, tokens in ((1, 1), (2, 7), (3, most)):
+        feed = {value.name: np.ones((batch, tokens), np.int64) for value in session.get_inputs()}
+        feed["input_ids"] = draw.integers(1, reference.get_input_embeddings().num_embeddings, (batch, tokens))
+        if "token_type_ids" in feed:
+            feed["token_type_ids"][:] = 0
+        if "attention_mask" in feed:
+            feed["attention_mask"][-1, (tokens + 1) // 2 :] = 0
+        names = [value.name for value in session.get_outputs()]
+        with torch.no_grad():
+            wanted = reference(**{name: torch.from_numpy(array) for name, array in feed.items()}, return_dict=True)
+        for name, got in zip(names, session.run(names, feed), strict=True):
+            want = wanted[name].float().numpy()
+            worst = max(worst, float(np.abs(got - want).max() / max(np.abs(want).max(), 1e-30)))
+    assert onnxruntime
+    if not worst <= ALLOWED:
+        raise ExportError(
+            f"the graph computes something else than the model: outputs differ by {worst:.2g} of the largest"
+        )
+    return worst

@@ -1,0 +1,36 @@
+"""Operators for ONNX Runtime that multiply with sparse weights: ``register_operators(options)`` before a session.
+
+Graphs that use them are written by ``pst-ds export --format onnx``. They need a CPU and ONNX Runtime 1.18 or newer.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from pst_ds.core.native import NativeSource, library_file
+
+_FOLDER = Path(__file__).parent
+SOURCE = NativeSource(
+    _FOLDER / "operators.cpp",
+    {},
+    "operators for ONNX Runtime",
+    flags=("-std=c++17", "-O3", "-Wno-psabi"),
+    headers=(*sorted(_FOLDER.glob("*.hpp")), _FOLDER.parent / "kernels" / "common.hpp"),
+    prebuilt=_FOLDER.parent / f"_onnx_operators{sysconfig.get_config_var('EXT_SUFFIX')}",
+    announce=True,
+)
+
+
+def operator_library() -> Path:
+    """Return the shared library to register, built now if no installation made it. Raises RuntimeError if it cannot be.
+
+    Any program that runs ONNX Runtime loads it, in any language; it needs neither Python nor this package.
+    """
+    return library_file(SOURCE)
+
+
+def register_operators(options: Any) -> None:
+    """Let sessions made with ``options``, an ``onnxruntime.SessionOptions``, run graphs with sparse weights."""
+    options.register_custom_ops_library(str(operator_library()))

@@ -1,0 +1,45 @@
+// What every instruction set provides, and the threads that share its work.
+#pragma once
+
+#include <atomic>
+
+#include "ort_api.hpp"
+#include "weight.hpp"
+
+namespace pst {
+
+// Work that a session's threads share.
+struct Parallel {
+    const ort::Api* api;
+    const ort::KernelContext* context;
+    template <class Work> void operator()(int64_t count, const Work& work) const {
+        const auto call = [](void* state, size_t index) { (*static_cast<const Work*>(state))(int64_t(index)); };
+        if (count == 1) return work(0);
+        ort::Status* status = count ? api->parallel_for(context, call, size_t(count), const_cast<Work*>(&work)) : nullptr;
+        if (!status) return;
+        api->release(status);  // without threads
+        for (int64_t i = 0; i < count; ++i) work(i);
+    }
+};
+
+// q, k, v and y: (batch, queries or keys, width) with heads of `head` floats side by side, the first at a column given by
+// the pointer. mask: added to the scores, (batch, heads, queries, keys) with a stride of 0 where it is shared; or null.
+struct AttentionJob {
+    const float *q, *k, *v, *mask;
+    float* y;
+    int64_t batch, queries, keys, heads, key_value_heads, head;
+    int64_t q_width, k_width, v_width, y_width;
+    int64_t mask_batch, mask_head, mask_query;
+    float scale;
+};
+
+struct Functions {
+    int64_t panel;  // activations side by side, for Stream::make
+    bool (*product)(const Stream&, const float* x, int64_t tokens, const float* bias, int64_t activation, float* y,
+                    const Parallel&);
+    void (*layer_norm)(const float* x, const float* skip, const float* gain, const float* shift, float epsilon,
+                       int64_t width, float* y, float* sum);
+    bool (*attention)(const AttentionJob&, const Parallel&);
+};
+
+}  // namespace pst

@@ -1,0 +1,356 @@
+// The operators as ONNX Runtime sees them: their inputs, attributes and shapes, checked.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "functions.hpp"
+
+namespace pst {
+
+// A failed call of the API, whose message the runtime has.
+struct Failed {
+    ort::Status* status;
+};
+
+inline void check(ort::Status* status) {
+    if (status) throw Failed{status};
+}
+
+// A tensor of the runtime, or nothing where an optional one is missing.
+struct Tensor {
+    void* data = nullptr;
+    int type = ort::ANY;
+    std::vector<int64_t> shape;
+
+    explicit operator bool() const { return data || !shape.empty(); }
+    int64_t numel() const {
+        int64_t count = 1;
+        for (int64_t size : shape) count *= size;
+        return count;
+    }
+    int64_t width() const { return shape.empty() ? 1 : shape.back(); }
+    int64_t rows() const { return width() ? numel() / width() : 0; }
+    template <class T> const T* as() const { return static_cast<const T*>(data); }
+};
+
+inline Tensor tensor_of(const ort::Api& api, const ort::Value* value) {
+    Tensor tensor;
+    if (!value) return tensor;
+    ort::ShapeInfo* info = nullptr;
+    check(api.shape_info(value, &info));
+    size_t rank = 0;
+    ort::Status* status = api.rank(info, &rank);
+    tensor.shape.resize(rank);
+    if (!status) status = api.sizes(info, tensor.shape.data(), rank);
+    if (!status) status = api.element_type(info, &tensor.type);
+    api.release(info);
+    check(status);
+    check(api.data(const_cast<ort::Value*>(value), &tensor.data));
+    return tensor;
+}
+
+inline void require(bool holds, const char* message) {
+    if (!holds) throw std::invalid_argument(message);
+}
+
+// What a node is made from.
+class Info {
+   public:
+    Info(const ort::Api& api, const ort::KernelInfo* info) : api(api), info_(info) {}
+    int64_t integer(const char* name, int64_t otherwise) const { return value(name, otherwise); }
+    float number(const char* name, float otherwise) const { return value(name, otherwise); }
+    Tensor constant(size_t index, const char* missing, bool may_miss = false) const {
+        size_t count = 0;
+        check(api.input_count(info_, &count));
+        int is_constant = 0;
+        const ort::Value* value = nullptr;
+        if (index < count) {
+            ort::Status* status = api.constant_input(info_, index, &is_constant, &value);
+            if (status) api.release(status), value = nullptr;  // an input left out
+        }
+        require(value || may_miss, missing);
+        return tensor_of(api, value);
+    }
+    const ort::Api& api;
+
+   private:
+    template <class T> T value(const char* name, T otherwise) const {
+        T found{};
+        ort::Status* status = api.attribute(info_, name, &found);
+        if (!status) return found;
+        api.release(status);
+        return otherwise;
+    }
+    const ort::KernelInfo* info_;
+};
+
+// What a node computes with.
+class Call {
+   public:
+    Call(const ort::Api& api, ort::KernelContext* context) : parallel{&api, context}, api_(api), context_(context) {}
+    Tensor input(size_t index) const {
+        const ort::Value* value = nullptr;
+        check(api_.input(context_, index, &value));
+        return tensor_of(api_, value);
+    }
+    // The memory of an output; null where nothing takes it.
+    float* output(size_t index, const std::vector<int64_t>& shape) const {
+        ort::Value* value = nullptr;
+        check(api_.output(context_, index, shape.data(), shape.size(), &value));
+        void* data = nullptr;
+        if (value) check(api_.data(value, &data));
+        return static_cast<float*>(data);
+    }
+    const Parallel parallel;
+
+   private:
+    const ort::Api& api_;
+    ort::KernelContext* context_;
+};
+
+class SparseLinear {
+   public:
+    static constexpr const char* name = "SparseLinear";
+    static constexpr size_t inputs = 5, required = 3, outputs = 1;
+
+    explicit SparseLinear(const Info& info) : activation_(info.integer("activation", 0)) {
+        const Tensor mask = info.constant(1, "SparseLinear takes its mask as a constant");
+        const Tensor values = info.constant(2, "SparseLinear takes its values as a constant");
+        const Tensor scales = info.constant(3, "", true), bias = info.constant(4, "", true);
+        const int64_t bits = info.integer("bits", 0), cols = info.integer("columns", 0);
+        require(mask.shape.size() == 2 && mask.type == ort::UINT8 && cols > 0 && mask.width() == (cols + 7) / 8,
+                "the mask of SparseLinear is (rows, ceil(columns / 8)) bytes");
+        Parts parts{Parts::FP32, values.data, values.numel(), mask.as<uint8_t>(), nullptr, 0, mask.shape[0], cols};
+        if (bits) {
+            require(scales.type == ort::BFLOAT16 && scales.shape.size() == 2 && scales.shape[0] == parts.rows &&
+                        scales.shape[1] > 0 && cols % scales.shape[1] == 0,
+                    "the scales of SparseLinear are (rows, groups) bf16, of groups that divide the columns");
+            require(bits == 8 ? values.type == ort::INT8 : bits == 4 && values.type == ort::UINT8,
+                    "the codes of SparseLinear are int8, or uint8 for two of 4 bits");
+            parts.kind = bits == 8 ? Parts::CODES8 : Parts::CODES4;
+            parts.scales = scales.as<bf16>(), parts.groups = scales.shape[1];
+        } else {
+            require(values.type == ort::FLOAT || values.type == ort::BFLOAT16, "the values of SparseLinear are fp32 or bf16");
+            if (values.type == ort::BFLOAT16) parts.kind = Parts::BF16;
+        }
+        require(weight_.make(parts, functions().panel), "the mask of SparseLinear keeps another number of values than there are");
+        if (bias) {
+            require(bias.type == ort::FLOAT && bias.numel() == parts.rows, "the bias of SparseLinear is (rows,) fp32");
+            bias_.assign(bias.as<float>(), bias.as<float>() + parts.rows);
+        }
+    }
+
+    void compute(const Call& call) const {
+        const Tensor x = call.input(0);
+        require(x.type == ort::FLOAT && !x.shape.empty() && x.width() == weight_.cols, "x of SparseLinear is (..., columns) fp32");
+        std::vector<int64_t> shape = x.shape;
+        shape.back() = weight_.rows;
+        float* y = call.output(0, shape);
+        if (!y || !x.numel()) return;
+        if (!functions().product(weight_, x.as<float>(), x.rows(), bias_.empty() ? nullptr : bias_.data(), activation_, y, call.parallel))
+            throw std::bad_alloc();
+    }
+
+   private:
+    int64_t activation_;
+    Stream weight_;
+    std::vector<float> bias_;
+};
+
+class SkipLayerNorm {
+   public:
+    static constexpr const char* name = "SkipLayerNorm";
+    static constexpr size_t inputs = 4, required = 1, outputs = 2;
+
+    explicit SkipLayerNorm(const Info& info) : epsilon_(info.number("epsilon", 1e-5f)) {}
+
+    void compute(const Call& call) const {
+        const Tensor x = call.input(0), skip = call.input(1), gain = call.input(2), shift = call.input(3);
+        const int64_t width = x.width();
+        require(x.type == ort::FLOAT && gain.type == ort::FLOAT && gain.numel() == width &&
+                    (!shift || (shift.type == ort::FLOAT && shift.numel() == width)),
+                "gain and shift of SkipLayerNorm are fp32 of the width of x");
+        require(!skip || (skip.type == ort::FLOAT && skip.shape == x.shape), "skip of SkipLayerNorm has the shape of x");
+        float *y = call.output(0, x.shape), *sum = call.output(1, x.shape);
+        if (!y || !x.numel()) return;
+        const int64_t rows = x.rows(), step = 32;
+        call.parallel((rows + step - 1) / step, [&](int64_t piece) {
+            for (int64_t row = piece * step; row < rows && row < (piece + 1) * step; ++row)
+                functions().layer_norm(x.as<float>() + row * width, skip ? skip.as<float>() + row * width : nullptr,
+                                       gain.as<float>(), shift ? shift.as<float>() : nullptr, epsilon_, width,
+                                       y + row * width, sum ? sum + row * width : nullptr);
+        });
+    }
+
+   private:
+    float epsilon_;
+};
+
+class Attention {
+   public:
+    static constexpr const char* name = "Attention";
+    static constexpr size_t inputs = 4, required = 3, outputs = 1;
+
+    explicit Attention(const Info& info)
+        : heads_(info.integer("heads", 0)), key_value_heads_(info.integer("key_value_heads", 0)),
+          head_(info.integer("head_size", 0)), q_at_(info.integer("q_offset", 0)), k_at_(info.integer("k_offset", 0)),
+          v_at_(info.integer("v_offset", 0)), scale_(info.number("scale", 1.0f)) {
+        require(heads_ > 0 && key_value_heads_ > 0 && head_ > 0 && heads_ % key_value_heads_ == 0 && q_at_ >= 0 &&
+                    k_at_ >= 0 && v_at_ >= 0,
+                "Attention has heads, key_value_heads that divide them, and a head_size");
+    }
+
+    void compute(const Call& call) const {
+        const Tensor q = call.input(0), k = call.input(1), v = call.input(2), mask = call.input(3);
+        require(fits(q, q_at_, heads_) && fits(k, k_at_, key_value_heads_) && fits(v, v_at_, key_value_heads_) &&
+                    q.shape[0] == k.shape[0] && k.shape[0] == v.shape[0] && k.shape[1] == v.shape[1],
+                "q, k and v of Attention are (batch, tokens, heads x head_size) fp32");
+        AttentionJob job{};
+        job.batch = q.shape[0], job.queries = q.shape[1], job.keys = k.shape[1];
+        job.heads = heads_, job.key_value_heads = key_value_heads_, job.head = head_, job.scale = scale_;
+        job.q_width = q.width(), job.k_width = k.width(), job.v_width = v.width(), job.y_width = heads_ * head_;
+        job.q = q.as<float>() + q_at_, job.k = k.as<float>() + k_at_, job.v = v.as<float>() + v_at_;
+        if (mask) add_mask(mask, job);
+        job.y = call.output(0, {job.batch, job.queries, job.y_width});
+        if (job.y && job.batch && job.queries && !functions().attention(job, call.parallel)) throw std::bad_alloc();
+    }
+
+   private:
+    bool fits(const Tensor& x, int64_t at, int64_t heads) const {
+        return x.type == ort::FLOAT && x.shape.size() == 3 && x.width() >= at + heads * head_;
+    }
+    void add_mask(const Tensor& mask, AttentionJob& job) const {
+        const std::vector<int64_t> whole{job.batch, job.heads, job.queries, job.keys};
+        bool holds = mask.type == ort::FLOAT && mask.shape.size() == 4 && mask.shape[3] == job.keys;
+        for (int i = 0; holds && i < 3; ++i) holds = mask.shape[i] == whole[i] || mask.shape[i] == 1;
+        require(holds, "the mask of Attention is (batch, heads, queries, keys) fp32, all but keys may be 1");
+        job.mask = mask.as<float>();
+        job.mask_query = mask.shape[2] == 1 ? 0 : job.keys;
+        job.mask_head = mask.shape[1] == 1 ? 0 : mask.shape[2] * job.keys;
+        job.mask_batch = mask.shape[0] == 1 ? 0 : mask.shape[1] * mask.shape[2] * job.keys;
+    }
+    int64_t heads_, key_value_heads_, head_, q_at_, k_at_, v_at_;
+    float scale_;
+};
+
+class Embedding {
+   public:
+    static constexpr const char* name = "Embedding";
+    static constexpr size_t inputs = 3, required = 2, outputs = 1;
+
+    explicit Embedding(const Info& info) : bits_(info.integer("bits", 0)), width_(info.integer("columns", 0)) {
+        values_ = info.constant(1, "Embedding takes its values as a constant");
+        scales_ = info.constant(2, "", true);
+        require(bits_ == 16  ? values_.type == ort::BFLOAT16
+                : bits_ == 8 ? values_.type == ort::INT8
+                             : bits_ == 4 && values_.type == ort::UINT8,
+                "the values of Embedding are bf16, int8 codes, or uint8 for two codes of 4 bits");
+        require(values_.shape.size() == 2 && width_ > 0 && values_.width() == (bits_ == 4 ? (width_ + 1) / 2 : width_),
+                "the values of Embedding are (tokens, columns)");
+        require(bits_ == 16 || (scales_.type == ort::BFLOAT16 && scales_.shape.size() == 2 && scales_.width() > 0 &&
+                                scales_.shape[0] == values_.shape[0] && width_ % scales_.width() == 0),
+                "the scales of Embedding are (tokens, groups) bf16, of groups that divide the columns");
+    }
+
+    void compute(const Call& call) const {
+        const Tensor ids = call.input(0);
+        require(ids.type == ort::INT64, "ids of Embedding are int64");
+        std::vector<int64_t> shape = ids.shape;
+        shape.push_back(width_);
+        float* y = call.output(0, shape);
+        for (int64_t i = 0; y && i < ids.numel(); ++i, y += width_) {
+            const int64_t tokens = values_.shape[0], given = ids.as<int64_t>()[i], id = given < 0 ? given + tokens : given;
+            require(id >= 0 && id < tokens, "an id of Embedding is outside its table");
+            if (bits_ == 16)
+                for (int64_t col = 0; col < width_; ++col) y[col] = widen(values_.as<bf16>()[id * width_ + col]);
+            else
+                row_of_codes(id, y);
+        }
+    }
+
+   private:
+    void row_of_codes(int64_t id, float* y) const {
+        const int64_t groups = scales_.width(), group = width_ / groups;
+        for (int64_t col = 0; col < width_; ++col) {
+            int code;
+            if (bits_ == 8)
+                code = values_.as<int8_t>()[id * width_ + col];
+            else
+                code = nibble(values_.as<uint8_t>()[id * values_.width() + col / 2], col & 1);
+            y[col] = float(code) * widen(scales_.as<bf16>()[id * groups + col / group]);
+        }
+    }
+    int64_t bits_, width_;
+    Tensor values_, scales_;  // of the session, which outlives its nodes
+};
+
+// Calls `work`, and returns what went wrong as the runtime wants it.
+template <class Work> ort::Status* guarded(const ort::Api& api, const Work& work) {
+    try {
+        work();
+        return nullptr;
+    } catch (const Failed& failed) {
+        return failed.status;
+    } catch (const std::invalid_argument& error) {
+        return api.error(ort::INVALID_ARGUMENT, error.what());
+    } catch (const std::exception& error) {
+        return api.error(ort::FAIL, error.what());
+    }
+}
+
+template <class Node> struct Kernel {
+    ort::Api api;
+    Node node;
+};
+
+template <class Node> ort::Operator describe() {
+    ort::Operator op{};
+    op.version = ort::API_VERSION;
+    op.name = [](const ort::Operator*) { return Node::name; };
+    op.provider = [](const ort::Operator*) -> const char* { return "CPUExecutionProvider"; };
+    op.input_type = [](const ort::Operator*, size_t) -> int { return ort::ANY; };
+    op.input_count = [](const ort::Operator*) { return Node::inputs; };
+    op.output_type = [](const ort::Operator*, size_t) -> int { return ort::FLOAT; };
+    op.output_count = [](const ort::Operator*) { return Node::outputs; };
+    op.input_presence = [](const ort::Operator*, size_t index) -> int {
+        return index < Node::required ? ort::REQUIRED : ort::OPTIONAL;
+    };
+    op.output_presence = [](const ort::Operator*, size_t index) -> int { return index ? ort::OPTIONAL : ort::REQUIRED; };
+    op.input_memory = [](const ort::Operator*, size_t) { return 0; };
+    const auto one = [](const ort::Operator*) { return 1; };
+    op.variadic_input_least = op.variadic_input_is_uniform = op.variadic_output_least = op.variadic_output_is_uniform = one;
+    op.first_version = one;
+    op.last_version = [](const ort::Operator*) { return 1 << 30; };
+    op.create_kernel_v2 = [](const ort::Operator*, const void* table, const ort::KernelInfo* info, void** out) {
+        const ort::Api api(table);
+        return guarded(api, [&] { *out = new Kernel<Node>{api, Node(Info(api, info))}; });
+    };
+    op.compute_v2 = [](void* kernel, ort::KernelContext* context) {
+        const auto* self = static_cast<const Kernel<Node>*>(kernel);
+        return guarded(self->api, [&] { self->node.compute(Call(self->api, context)); });
+    };
+    op.destroy_kernel = [](void* kernel) { delete static_cast<Kernel<Node>*>(kernel); };
+    return op;
+}
+
+inline ort::Status* register_operators(ort::SessionOptions* options, const ort::ApiBase* base) {
+    const void* table = base->get_api(ort::API_VERSION);
+    if (!table) return ort::Api(base->get_api(1)).error(ort::FAIL, "the operators of pst-ds need ONNX Runtime 1.18 or newer");
+    const ort::Api api(table);
+    static const ort::Operator operators[] = {describe<SparseLinear>(), describe<SkipLayerNorm>(), describe<Attention>(),
+                                              describe<Embedding>()};
+    static ort::Domain* domain = nullptr;  // a domain is shared by all sessions, and lives as long as the process
+    return guarded(api, [&] {
+        if (!domain) {
+            ort::Domain* made = nullptr;
+            check(api.create_domain("pst_ds", &made));
+            for (const ort::Operator& op : operators) check(api.add_operator(made, &op));
+            domain = made;
+        }
+        check(api.add_domain(options, domain));
+    });
+}
+
+}  // namespace pst

@@ -1,0 +1,114 @@
+// Operators for ONNX Runtime, domain "pst_ds": products with sparse weights, and what lies between them in a transformer.
+//   SparseLinear (x, mask, values, scales?, bias?) -> y                     bits, columns, activation
+//   SkipLayerNorm (x, skip?, gain, shift?) -> y, sum?                       epsilon
+//   Attention (q, k, v, mask?) -> y                                         heads, key_value_heads, head_size, scale, *_offset
+//   Embedding (ids, values, scales?) -> y                                   bits, columns
+// The graphs that use them are written by pst_ds/onnx.
+#include <cmath>
+#include <new>
+
+#include "functions.hpp"
+
+namespace pst::onnx_portable {
+constexpr int LANES = 8;
+#include "vectors.hpp"
+inline void transpose(Floats (&square)[LANES]) {
+    for (int i = 0; i < LANES; ++i)
+        for (int j = 0; j < i; ++j) {
+            const float other = square[i][j];
+            square[i][j] = square[j][i];
+            square[j][i] = other;
+        }
+}
+#include "attention.hpp"
+#include "layer_norm.hpp"
+#include "product.hpp"
+#include "table.hpp"
+}  // namespace pst::onnx_portable
+
+#if PST_X86
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace pst::onnx_avx2 {
+constexpr int LANES = 8;
+#include "vectors.hpp"
+inline void transpose(Floats (&square)[LANES]) {
+    __m256 *r = reinterpret_cast<__m256*>(square), t[8];
+    for (int i = 0; i < 8; i += 4) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+        t[i + 2] = _mm256_unpacklo_ps(r[i + 2], r[i + 3]), t[i + 3] = _mm256_unpackhi_ps(r[i + 2], r[i + 3]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44), r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44), r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+        t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+    }
+    for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+#include "attention.hpp"
+#include "layer_norm.hpp"
+#include "product.hpp"
+#include "table.hpp"
+}  // namespace pst::onnx_avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
+namespace pst::onnx_avx512 {
+constexpr int LANES = 16;
+#include "vectors.hpp"
+inline void transpose(Floats (&square)[LANES]) {
+    __m512 *r = reinterpret_cast<__m512*>(square), t[16];
+    for (int i = 0; i < 16; i += 4) {
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+        t[i + 2] = _mm512_unpacklo_ps(r[i + 2], r[i + 3]), t[i + 3] = _mm512_unpackhi_ps(r[i + 2], r[i + 3]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44), r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+        r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44), r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 16; i += 8)  // quarters of a vector from here on
+        for (int j = 0; j < 4; ++j) {
+            t[i + j] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0x88);
+            t[i + j + 4] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 4; ++j) {
+        r[j] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0x88), r[j + 8] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0xdd);
+        r[j + 4] = _mm512_shuffle_f32x4(t[j + 4], t[j + 12], 0x88), r[j + 12] = _mm512_shuffle_f32x4(t[j + 4], t[j + 12], 0xdd);
+    }
+}
+#include "attention.hpp"
+#include "layer_norm.hpp"
+#include "product.hpp"
+#include "table.hpp"
+}  // namespace pst::onnx_avx512
+#pragma GCC pop_options
+#endif
+
+namespace pst {
+
+inline const Functions& functions() {
+    static const Functions best = [] {
+#if PST_X86
+        __builtin_cpu_init();
+        const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+        if (avx512) return onnx_avx512::table();
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return onnx_avx2::table();
+#endif
+        return onnx_portable::table();
+    }();
+    return best;
+}
+
+}  // namespace pst
+
+#include "nodes.hpp"
+
+extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
+                                                                                 const ort::ApiBase* base) {
+    return pst::register_operators(options, base);
+}

@@ -1,0 +1,190 @@
+"""Whole models as ONNX files: the same outputs as the masked model, in nodes that are as few as they can be."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers as hf
+
+from pst_ds.cli.main import main
+from pst_ds.export.manifest import ExportError
+from pst_ds.onnx import folder as onnx_folder
+from pst_ds.onnx.session import open_session
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 160,
+}
+DECODER = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64}
+FAMILIES = {
+    "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**SIZES, num_labels=3)),
+    "roberta": lambda: hf.RobertaForTokenClassification(hf.RobertaConfig(**SIZES, num_labels=5)),
+    "electra": lambda: hf.ElectraForMaskedLM(hf.ElectraConfig(**SIZES, embedding_size=24)),
+    "distilbert": lambda: hf.DistilBertForQuestionAnswering(
+        hf.DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=160)
+    ),
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER)),
+    "qwen2": lambda: hf.Qwen2ForSequenceClassification(hf.Qwen2Config(**DECODER, num_labels=2, pad_token_id=0)),
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=160)),
+}
+OUTPUTS = {"distilbert": ["start_logits", "end_logits"]}
+NODES = {
+    "bert": {"SparseLinear": 2 * 4, "SkipLayerNorm": 1 + 2 * 2, "Attention": 2},
+    "roberta": {"SparseLinear": 2 * 4, "SkipLayerNorm": 1 + 2 * 2, "Attention": 2},
+    "electra": {"SparseLinear": 2 * 4, "Attention": 2},
+    "distilbert": {"SparseLinear": 2 * 4, "SkipLayerNorm": 1 + 2 * 2, "Attention": 2},
+    "llama": {"SparseLinear": 2 * 7, "Attention": 2},
+    "qwen2": {"SparseLinear": 2 * 7, "Attention": 2},
+    "gpt2": {"SparseLinear": 2 * 4, "SkipLayerNorm": 2 * 2 + 1, "Attention": 2},
+}
+
+
+def save(family, path, share=0.7):
+    """A model with zeros in the layers of its blocks."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if param.dim() == 2 and any(part in name for part in (".layer.", ".layers.", ".h.")):
+                param.mul_(5.0)[torch.rand(param.shape) < share] = 0.0
+            elif param.dim() == 1:
+                param.add_(torch.randn(param.shape) * 0.1)
+    model.save_pretrained(path)
+    return path
+
+
+def feeds(session, vocabulary=160):
+    draw = np.random.default_rng(1)
+    for batch, tokens in ((1, 3), (4, 13)):
+        feed = {value.name: np.ones((batch, tokens), np.int64) for value in session.get_inputs()}
+        feed["input_ids"] = draw.integers(1, vocabulary, (batch, tokens))
+        feed["attention_mask"][-1, tokens - 2 :] = 0
+        if "token_type_ids" in feed:
+            feed["token_type_ids"][:, : tokens // 2] = 0
+        yield feed
+
+
+def assert_same_outputs(file, model):
+    session = open_session(file, threads=1)
+    names = [value.name for value in session.get_outputs()]
+    for feed in feeds(session):
+        with torch.no_grad():
+            wanted = model(**{name: torch.from_numpy(array) for name, array in feed.items()}, return_dict=True)
+        for name, got in zip(names, session.run(names, feed), strict=True):
+            real = np.broadcast_to(feed["attention_mask"][..., None], got.shape) if got.ndim == 3 else 1
+            real = feed["attention_mask"] if got.ndim == 2 and got.shape == feed["input_ids"].shape else real
+            np.testing.assert_allclose(got * real, wanted[name].numpy() * real, rtol=1e-4, atol=2e-5)
+    return names
+
+
+def operators(file):
+    return Counter(node.op_type for node in onnx.load(file).graph.node)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_gives_the_same_outputs(family, tmp_path):
+    source, out = save(family, tmp_path / "model"), tmp_path / "onnx"
+    assert main(["export", str(source), "--format", "onnx", "--out", str(out)]) == 0
+    cls = getattr(hf, json.loads((source / "config.json").read_text())["architectures"][0])
+    names = assert_same_outputs(out / "model.onnx", cls.from_pretrained(source).eval())
+    assert names == OUTPUTS.get(family, ["logits"])
+    found = operators(out / "model.onnx")
+    assert {name: found[name] for name in NODES[family]} == NODES[family]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return save("bert", tmp_path_factory.mktemp("bert") / "model")
+
+
+@pytest.mark.parametrize("how", [["int8", "int8"], ["int4", "int4"]], ids="/".join)
+def test_codes_stay_codes_in_the_file(bert, tmp_path, how):
+    values, embeddings = how
+    options = ["--values", values, "--embeddings", embeddings, "--group", "row"]
+    packed, out = tmp_path / "packed", tmp_path / "onnx"
+    assert main(["export", str(bert), "--format", "bitmask", *options, "--out", str(packed)]) == 0
+    assert main(["export", str(bert), "--format", "onnx", *options, "--out", str(out)]) == 0
+    model = hf.BertForSequenceClassification.from_pretrained(
+        packed, dtype=torch.float32, quantization_config=packed_config("dense")
+    ).eval()
+    assert_same_outputs(out / "model.onnx", model)
+    graph = onnx.load(out / "model.onnx").graph
+    kinds = {"int8": onnx.TensorProto.INT8, "int4": onnx.TensorProto.UINT8}
+    types = {made.name: made.data_type for made in graph.initializer}
+    for node in graph.node:
+        if node.op_type in ("SparseLinear", "Embedding"):
+            assert types[node.input[1 if node.op_type == "Embedding" else 2]] == kinds[values]
+
+
+def packed_config(load_as):
+    from pst_ds.hf import PackedWeightsConfig
+
+    return PackedWeightsConfig(load_as=load_as)
+
+
+def test_a_plain_file_runs_without_our_operators(bert, tmp_path):
+    import onnxruntime
+
+    out = tmp_path / "onnx"
+    assert main(["export", str(bert), "--format", "onnx", "--plain", "--out", str(out)]) == 0
+    onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    assert_same_outputs(out / "model.onnx", hf.BertForSequenceClassification.from_pretrained(bert).eval())
+
+
+def test_the_folder_says_what_it_is(bert, tmp_path, capsys):
+    out = tmp_path / "onnx"
+    assert main(["export", str(bert), "--format", "onnx", "--out", str(out), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["kind"] == "onnx"
+    assert facts["operators"] == "pst_ds"
+    assert facts["inputs"] == ["input_ids", "attention_mask", "token_type_ids"]
+    assert facts["file_bytes"] == (out / "model.onnx").stat().st_size
+    assert facts["max_relative_difference"] < 1e-5
+    config = json.loads((out / "config.json").read_text())
+    assert "quantization_config" not in config
+    (line,) = [p.value for p in onnx.load(out / "model.onnx").metadata_props if p.key == "pst_ds"]
+    assert json.loads(line)["sparsity_measured"] == pytest.approx(0.7, abs=0.02)
+
+
+def test_a_graph_that_computes_something_else_is_not_kept(bert, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(onnx_folder, "ALLOWED", 0.0)
+    out = tmp_path / "onnx"
+    assert main(["export", str(bert), "--format", "onnx", "--out", str(out)]) == 2
+    assert "computes something else than the model" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_what_cannot_be_traced_is_said_in_one_line(tmp_path, capsys):
+    torch.manual_seed(0)
+    config = hf.GptOssConfig(**DECODER, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+    model = hf.GptOssForCausalLM(config)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if name.endswith("_proj.weight"):
+                param[torch.rand(param.shape) < 0.7] = 0.0
+    model.save_pretrained(tmp_path / "model")
+    out = tmp_path / "onnx"
+    assert main(["export", str(tmp_path / "model"), "--format", "onnx", "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "GptOssForCausalLM cannot be written as a graph: attention with capped scores or sinks" in said
+    assert not out.exists()
+
+
+def test_plain_is_for_onnx_alone(bert, tmp_path, capsys):
+    assert main(["export", str(bert), "--format", "bitmask", "--plain", "--out", str(tmp_path / "out")]) == 2
+    assert "--plain is for --format onnx" in capsys.readouterr().err
+
+
+def test_another_folder_is_not_overwritten(bert, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(ExportError, match="no folder of an ONNX file"):
+        onnx_folder.require_free(tmp_path / "mine")
