@@ -20,6 +20,8 @@ inline void transpose(Floats (&square)[LANES]) {
             square[j][i] = other;
         }
 }
+// sum + the products of the 16-bit halves of a and b.
+inline Ints add_pairs(Ints sum, Ints a, Ints b) { return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16); }
 #include "attention.hpp"
 #include "layer_norm.hpp"
 #include "product.hpp"
@@ -48,6 +50,7 @@ inline void transpose(Floats (&square)[LANES]) {
     }
     for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
+inline Ints add_pairs(Ints sum, Ints a, Ints b) { return sum + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 #include "attention.hpp"
 #include "layer_norm.hpp"
 #include "product.hpp"
@@ -56,7 +59,7 @@ inline void transpose(Floats (&square)[LANES]) {
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
 namespace pst::onnx_avx512 {
 constexpr int LANES = 16;
 #include "vectors.hpp"
@@ -80,6 +83,9 @@ inline void transpose(Floats (&square)[LANES]) {
         r[j + 4] = _mm512_shuffle_f32x4(t[j + 4], t[j + 12], 0x88), r[j + 12] = _mm512_shuffle_f32x4(t[j + 4], t[j + 12], 0xdd);
     }
 }
+inline Ints add_pairs(Ints sum, Ints a, Ints b) {
+    return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+}
 #include "attention.hpp"
 #include "layer_norm.hpp"
 #include "product.hpp"
@@ -95,7 +101,8 @@ inline const Functions& functions() {
 #if PST_X86
         __builtin_cpu_init();
         const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512vnni");
         if (avx512) return onnx_avx512::table();
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return onnx_avx2::table();
 #endif

@@ -44,19 +44,24 @@ inline void from_panel(const float* panel, int64_t first, int64_t last, const Ro
     }
 }
 
+// How a row of the weight meets activations: fp32 values, or pairs of integers.
+inline void add(Floats& sum, const Stream::Entry& entry, const float* x) { sum += entry.value * load(x); }
+inline void add(Ints& sum, const Stream::Entry& entry, const float* x) {
+    sum = add_pairs(sum, *reinterpret_cast<const Ints*>(x), Ints{} + int32_t(entry.pair));
+}
+
 // Sums of VECTORS vectors of tokens over the entries of a row. Two sums of each where there are few: a sum waits for itself.
-template <int VECTORS>
-inline void add_entries(const Stream::Entry* at, const Stream::Entry* end, const char* panel, Floats (&sum)[VECTORS]) {
+template <int VECTORS, class Sum>
+inline void add_entries(const Stream::Entry* at, const Stream::Entry* end, const char* panel, Sum (&sum)[VECTORS]) {
     if (VECTORS <= 3) {
-        Floats other[VECTORS] = {};
+        Sum other[VECTORS] = {};
         for (; at + 2 <= end; at += 2) {
             const float *x = reinterpret_cast<const float*>(panel + at[0].offset);
             const float *z = reinterpret_cast<const float*>(panel + at[1].offset);
-            const Floats a = all(at[0].value), b = all(at[1].value);
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v) {
-                sum[v] += a * load(x + v * LANES);
-                other[v] += b * load(z + v * LANES);
+                add(sum[v], at[0], x + v * LANES);
+                add(other[v], at[1], z + v * LANES);
             }
         }
 #pragma GCC unroll 8
@@ -64,41 +69,86 @@ inline void add_entries(const Stream::Entry* at, const Stream::Entry* end, const
     }
     for (; at < end; ++at) {
         const float* x = reinterpret_cast<const float*>(panel + at->offset);
-        const Floats weight = all(at->value);
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) sum[v] += weight * load(x + v * LANES);
+        for (int v = 0; v < VECTORS; ++v) add(sum[v], *at, x + v * LANES);
     }
 }
 
-template <int VECTORS>
-void rows_times_panel(const Stream& w, int64_t first, int64_t last, const float* x, const float* bias, int64_t activation,
-                      float* out) {
+// A panel of activations, and what is done to its sums.
+struct Panel {
+    const float* x;             // [column or pair][token]
+    const float* token_scales;  // of integers, PANEL of them
+    const float* bias;          // or null
+    int64_t activation;
+};
+
+inline Floats scaled(Floats sum, const Stream&, const Panel&, int64_t, int) { return sum; }
+inline Floats scaled(Ints sum, const Stream& w, const Panel& panel, int64_t row, int v) {
+    return __builtin_convertvector(sum, Floats) * (w.row_scales[size_t(row)] * load(panel.token_scales + v * LANES));
+}
+
+template <int VECTORS, class Sum>
+void rows_times_panel(const Stream& w, int64_t first, int64_t last, const Panel& panel, float* out) {
     for (int64_t chunk = 0; chunk < w.chunks; ++chunk) {
-        const char* panel = reinterpret_cast<const char*>(x + chunk * w.chunk * PANEL);
+        const char* x = reinterpret_cast<const char*>(panel.x + chunk * w.chunk * PANEL);
         const bool is_last = chunk + 1 == w.chunks;
         for (int64_t row = first; row < last; ++row) {
             float* to = out + (row - first) * PANEL;
-            Floats sum[VECTORS];
+            Sum sum[VECTORS] = {};
+            if (chunk)
 #pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; ++v) sum[v] = chunk ? load(to + v * LANES) : all(bias ? bias[row] : 0.0f);
-            add_entries<VECTORS>(w.begin(chunk, row), w.end(chunk, row), panel, sum);
+                for (int v = 0; v < VECTORS; ++v) sum[v] = (Sum)load(to + v * LANES);
+            add_entries<VECTORS>(w.begin(chunk, row), w.end(chunk, row), x, sum);
 #pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; ++v) store(to + v * LANES, is_last ? activate(activation, sum[v]) : sum[v]);
+            for (int v = 0; v < VECTORS; ++v)
+                store(to + v * LANES, is_last ? activate(panel.activation, scaled(sum[v], w, panel, row, v) + (panel.bias ? panel.bias[row] : 0.0f))
+                                              : (Floats)sum[v]);
         }
     }
 }
 
 // Rows [first, last) of the results of one panel of activations.
-inline void multiply_panel(const Stream& w, int64_t first, int64_t last, const float* x, int64_t tokens, const float* bias,
-                           int64_t activation, float* out) {
+template <class Sum>
+void multiply_panel(const Stream& w, int64_t first, int64_t last, const Panel& panel, int64_t tokens, float* out) {
     switch ((tokens + LANES - 1) / LANES) {
-        case 1: return rows_times_panel<1>(w, first, last, x, bias, activation, out);
-        case 2: return rows_times_panel<2>(w, first, last, x, bias, activation, out);
-        case 3: return rows_times_panel<3>(w, first, last, x, bias, activation, out);
-        case 4: return rows_times_panel<4>(w, first, last, x, bias, activation, out);
-        case 5: return rows_times_panel<5>(w, first, last, x, bias, activation, out);
-        default: return rows_times_panel<6>(w, first, last, x, bias, activation, out);
+        case 1: return rows_times_panel<1, Sum>(w, first, last, panel, out);
+        case 2: return rows_times_panel<2, Sum>(w, first, last, panel, out);
+        case 3: return rows_times_panel<3, Sum>(w, first, last, panel, out);
+        case 4: return rows_times_panel<4, Sum>(w, first, last, panel, out);
+        case 5: return rows_times_panel<5, Sum>(w, first, last, panel, out);
+        default: return rows_times_panel<6, Sum>(w, first, last, panel, out);
     }
+}
+
+// Rounds a row of activations to 16-bit integers, two of which are written as one float; returns their scale.
+inline float to_pairs(const float* x, int64_t cols, float limit, float* out) {
+    typedef int16_t Shorts __attribute__((vector_size(2 * LANES), aligned(2)));
+    const int64_t whole = cols / LANES * LANES;
+    Floats most{};
+    for (int64_t i = 0; i < whole; i += LANES) most = larger(most, absolute(load(x + i)));
+    float largest = largest_of(most);
+    for (int64_t i = whole; i < cols; ++i) largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
+    const float scale = largest > 0 ? largest / limit : 1.0f, inverse = 1.0f / scale;
+    int16_t* to = reinterpret_cast<int16_t*>(out);
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const Floats shifted = load(x + i) * inverse + 12582912.0f;  // the lowest bits hold the nearest integer
+        *reinterpret_cast<Shorts*>(to + i) = __builtin_convertvector((Ints)shifted - 0x4b400000, Shorts);
+    }
+    for (int64_t i = whole; i < cols; ++i) to[i] = int16_t(std::lrint(x[i] * inverse));
+    if (cols % 2) to[cols] = 0;
+    return scale;
+}
+
+// The activations of one panel as its product takes them; `scales` (PANEL) are those of integers. False without memory.
+inline bool pack_panel(const Stream& w, const Rows& x, float* panel, float* scales) {
+    if (!w.in_pairs) return to_panel(x, panel), true;
+    static thread_local Scratch rounded;
+    float* rows = rounded.get<float>(x.tokens * w.width());
+    if (!rows) return false;
+    for (int64_t token = 0; token < PANEL; ++token)
+        scales[token] = token < x.tokens ? to_pairs(x.first + token * x.width, x.width, w.limit, rows + token * w.width()) : 0.0f;
+    to_panel(Rows{rows, x.tokens, w.width()}, panel);
+    return true;
 }
 
 // x (tokens, w.cols) to y (tokens, w.rows). parallel(count, work) calls work(0 .. count - 1). False without memory.
@@ -107,28 +157,34 @@ bool sparse_product(const Stream& w, const float* x, int64_t tokens, const float
                     const Parallel& parallel) {
     constexpr int64_t ENOUGH = 8;  // pieces of work for the threads of a session
     static thread_local Scratch shared;
-    const int64_t panels = (tokens + PANEL - 1) / PANEL;
-    const int64_t parts = panels >= ENOUGH ? 1 : (ENOUGH + panels - 1) / panels, step = round_up((w.rows + parts - 1) / parts, LANES);
+    const int64_t panels = (tokens + PANEL - 1) / PANEL, size = (w.width() + 1) * PANEL;  // a panel, and its scales
+    const int64_t parts = panels >= ENOUGH ? 1 : (ENOUGH + panels - 1) / panels;
+    const int64_t step = round_up((w.rows + parts - 1) / parts, LANES);
     const auto tokens_of = [&](int64_t panel) { return panel + 1 < panels ? PANEL : tokens - panel * PANEL; };
-    const auto x_of = [&](int64_t panel) {
-        return Rows{const_cast<float*>(x) + panel * PANEL * w.cols, tokens_of(panel), w.cols};
+    std::atomic<bool> done{true};
+    const auto pack = [&](int64_t panel, float* to) {
+        const Rows rows{const_cast<float*>(x) + panel * PANEL * w.cols, tokens_of(panel), w.cols};
+        if (!pack_panel(w, rows, to, to + w.width() * PANEL)) done.store(false);
     };
     float* packed = nullptr;
     if (parts > 1) {
-        packed = shared.get<float>(panels * w.cols * PANEL);
+        packed = shared.get<float>(panels * size);
         if (!packed) return false;
-        parallel(panels, [&](int64_t panel) { to_panel(x_of(panel), packed + panel * w.cols * PANEL); });
+        parallel(panels, [&](int64_t panel) { pack(panel, packed + panel * size); });
     }
-    std::atomic<bool> done{true};
     parallel(panels * parts, [&](int64_t piece) {
         static thread_local Scratch own, results;
         const int64_t panel = piece / parts, first = piece % parts * step, last = first + step < w.rows ? first + step : w.rows;
         if (first >= last) return;
-        float* in = packed ? packed + panel * w.cols * PANEL : own.get<float>(w.cols * PANEL);
+        float* in = packed ? packed + panel * size : own.get<float>(size);
         float* out = results.get<float>((last - first) * PANEL);
         if (!in || !out) return done.store(false);
-        if (!packed) to_panel(x_of(panel), in);
-        multiply_panel(w, first, last, in, tokens_of(panel), bias, activation, out);
+        if (!packed) pack(panel, in);
+        const Panel activations{in, in + w.width() * PANEL, bias, activation};
+        if (w.in_pairs)
+            multiply_panel<Ints>(w, first, last, activations, tokens_of(panel), out);
+        else
+            multiply_panel<Floats>(w, first, last, activations, tokens_of(panel), out);
         from_panel(out, first, last, Rows{y + panel * PANEL * w.rows, tokens_of(panel), w.rows});
     });
     return done.load();
