@@ -7,80 +7,52 @@ from __future__ import annotations
 
 import json
 import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
-
-class LogitsOfInputs(nn.Module):
-    """A classifier that takes ``INPUTS``, each (batch, tokens), by position, and returns its logits alone."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return self.model(**dict(zip(INPUTS, inputs, strict=True))).logits
+from pst_ds.onnx.folder import MODEL_FILE
+from pst_ds.onnx.session import open_session
+from tools.verbs import verb
 
 
 def write_int8(folder: Path, out: Path) -> Path:
-    """Write the classifier in the dense ``folder`` to ``out`` / model.onnx, with int8 weights; return that file."""
+    """Write the dense model in ``folder`` to ``out`` / model.onnx, with int8 weights; return that file.
+
+    ``out`` / fp32 has the graph that it is made of.
+    """
     from onnxruntime.quantization import QuantType, quantize_dynamic
-    from transformers import AutoModelForSequenceClassification
 
-    out.mkdir(parents=True, exist_ok=True)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
-    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=model.config.max_position_embeddings)}
-    with _quiet():
-        torch.onnx.export(
-            LogitsOfInputs(model).eval(),
-            tuple(torch.ones(2, 8, dtype=torch.long) for _ in INPUTS),
-            out / "fp32.onnx",
-            input_names=list(INPUTS),
-            output_names=["logits"],
-            dynamic_shapes={"inputs": tuple(axes for _ in INPUTS)},
-            dynamo=True,
-            verbose=False,
-        )
-        quantize_dynamic(out / "fp32.onnx", out / "model.onnx", weight_type=QuantType.QInt8)
-    return out / "model.onnx"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch and onnxruntime say of axes that share a size, and of models that they know nothing of."""
+    verb("export", str(folder), "--format", "onnx", "--plain", "--out", str(out / "fp32"))
     disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.WARNING)  # of shapes that nobody inferred
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        quantize_dynamic(out / "fp32" / MODEL_FILE, out / MODEL_FILE, weight_type=QuantType.QInt8)
     finally:
         logging.disable(disabled)
+    return out / MODEL_FILE
 
 
 def accuracy(model_file: Path, folder: Path, texts: Path, max_length: int) -> float:
     """The share of right answers on ``texts``, with the tokenizer and the labels of the model in ``folder``."""
-    import onnxruntime
+    session = open_session(model_file, threads=1)
+    takes = [value.name for value in session.get_inputs()]
+
+    def logits_of(feed: dict[str, Any]) -> Any:
+        return session.run(None, {name: feed[name] for name in takes})[0]
+
+    return share_of_right_answers(logits_of, folder, texts, max_length)
+
+
+def share_of_right_answers(logits_of: Any, folder: Path, texts: Path, max_length: int) -> float:
+    """The same for any runtime; ``logits_of``: called with a dict of (1, tokens) int64, returns (1, classes)."""
     from transformers import AutoConfig, AutoTokenizer
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(model_file, options, providers=["CPUExecutionProvider"])
     tokenizer, classes = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder).label2id
     rows = [json.loads(line) for line in texts.read_text(encoding="utf-8").splitlines()]
     right = 0
     for row in rows:
         tokens = tokenizer(row["text"], truncation=True, max_length=max_length, return_tensors="np")
-        (logits,) = session.run(None, {name: tokens[name] for name in INPUTS})
-        right += int(logits[0].argmax()) == classes[row["label"]]
+        right += int(logits_of(dict(tokens))[0].argmax()) == classes[row["label"]]
     return right / len(rows)
 
 

@@ -88,12 +88,13 @@ def _write_onnx(args: argparse.Namespace) -> dict[str, Any]:
     require_free(out)
     with tempfile.TemporaryDirectory(prefix="pst-ds-") as scratch:
         packed = Path(scratch) / out.name
-        facts = _written(argparse.Namespace(**{**vars(args), "format": "bitmask", "out": str(packed)}))
+        how = {"format": "dense" if args.plain else "bitmask", "out": str(packed)}
+        facts = _written(argparse.Namespace(**{**vars(args), **how}))
         written = write_onnx(packed, out, facts, plain=args.plain)
-    how = "dense weights" if args.plain else f"{written['sparse_nodes']} sparse products"
+    weights = "dense weights" if args.plain else f"{written['sparse_nodes']} sparse products"
     difference = written["max_relative_difference"]
     said = "not run: no onnxruntime here" if difference is None else f"outputs within {difference:.1g} of the model's"
-    print(f"wrote {out}/model.onnx: {written['nodes']} nodes, {how}, {written['file_bytes']:,} bytes; {said}")
+    print(f"wrote {out}/model.onnx: {written['nodes']} nodes, {weights}, {written['file_bytes']:,} bytes; {said}")
     return written
 
 

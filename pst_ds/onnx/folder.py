@@ -30,12 +30,13 @@ _NOT_LOGITS = ("loss", "past_key_values", "hidden_states", "attentions", "encode
 
 
 def write_onnx(packed: Path, out: Path, facts: JsonTable, *, plain: bool = False) -> JsonTable:
-    """Write ``out``, a folder with model.onnx, config.json and the tokenizer, from the bitmask folder ``packed``.
+    """Write ``out``, a folder with model.onnx, config.json and the tokenizer, from the folder ``packed``.
 
-    ``plain``: dense fp32 weights and ONNX's own operators, for any runtime. ``facts``: of the export that made
-    ``packed``; the file's metadata keeps the small ones. The file is run once, where ONNX Runtime is installed, against
-    the model that transformers loads from ``packed``. Returns ``facts`` with those of the file. Raises ExportError,
-    and leaves nothing, where the model cannot be traced, its attention has no operator, or the results differ.
+    ``packed`` is a bitmask folder, or any with ``plain``: dense fp32 weights, ONNX's own operators. ``facts``: of the
+    export that made ``packed``; the file's metadata keeps the small ones. The file is run once, where ONNX Runtime is
+    installed, against the model that transformers loads from ``packed``. Returns ``facts`` with those of the file.
+    Raises ExportError, and leaves nothing, where the model cannot be traced, its attention has no operator, or the
+    results differ.
     """
     import onnx_ir as ir
 

@@ -11,8 +11,8 @@ import torch
 
 from tools import onnx_int8
 
-onnx = pytest.importorskip("onnx", reason="onnx is in the extra 'demo'")
-pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra 'demo'")
+onnx = pytest.importorskip("onnx", reason="onnx is in the extra 'onnx'")
+pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra 'onnx'")
 
 
 def test_the_int8_file_answers_as_the_classifier_does(tmp_path):

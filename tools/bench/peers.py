@@ -1,0 +1,188 @@
+"""The sparse encoder beside what a user would take instead, in one process: speed, bytes and accuracy of each.
+
+Contestants are made of the demo's runs, so `make demo` comes first: the dense run in ONNX Runtime (fp32, dynamic int8)
+and OpenVINO (fp32, int8 by NNCF, calibrated on training text), the sparse runs as `pst-ds export --format onnx` writes
+them, with int8 values and embeddings. They take turns at every size; times are medians. Accuracy is on the demo's test
+split, one text at a time, so that every speed stands beside its loss. Takes the extra `peers`.
+
+    python -m tools.bench.peers --json
+    python -m tools.bench.peers --threads 1 --shapes 1x128 --no-accuracy
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pst_ds.onnx.session import open_session
+from tools.bench.timing import conditions, medians, print_json, progress
+from tools.onnx_int8 import share_of_right_answers, write_int8
+from tools.verbs import verb
+
+Feed = dict[str, np.ndarray]
+BARS = {"1x32": 1.3, "1x128": 1.3, "8x128": 1.2}
+"""Times as fast as OpenVINO's int8, by (batch x tokens): the 90 %-sparse encoder on one thread."""
+BAR_ONNXRUNTIME = 1.4
+"""The same against ONNX Runtime's int8, at every size."""
+SMALL = ["--dtype", "bf16", "--values", "int8", "--embeddings", "int8"]
+CALIBRATION_TEXTS = 128
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to run the classifier."""
+
+    name: str
+    file_bytes: int
+    open: Callable[[int], Callable[[Feed], np.ndarray]]
+    """Called with a number of threads, returns what computes the logits of a feed."""
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    shapes = [(int(b), int(n)) for b, n in (shape.split("x") for shape in arguments.shapes)]
+    found = list(contestants(arguments.folder, arguments.sparse))
+    vocabulary = json.loads((arguments.folder / "dense/export/config.json").read_text(encoding="utf-8"))["vocab_size"]
+    rows: list[dict[str, Any]] = []
+    for threads in arguments.threads:
+        runners = {one.name: one.open(threads) for one in found}
+        for batch, tokens in shapes:
+            progress(f"{batch} x {tokens} on {threads} threads")
+            feed = tokens_of(vocabulary, batch, tokens)
+            repeats = arguments.repeats if batch * tokens <= 256 else max(5, arguments.repeats // 3)
+            seconds = medians({name: partial(run, feed) for name, run in runners.items()}, repeats)
+            size = {"task": "encode", "threads": threads, "batch": batch, "tokens": tokens}
+            rows += [{**size, "contestant": name, "ms": 1e3 * time} for name, time in seconds.items()]
+    quality = {} if arguments.no_accuracy else {one.name: accuracy(one, arguments.folder) for one in found}
+    sizes = {one.name: one.file_bytes for one in found}
+    for row in rows:
+        row |= {"file_bytes": sizes[row["contestant"]], "quality": {"accuracy": quality.get(row["contestant"])}}
+    result = conditions(benchmark="peers", repeats=arguments.repeats, rows=rows, ratios=ratios(rows))
+    print_table(rows)
+    if arguments.json:
+        print_json(result)
+
+
+def tokens_of(vocabulary: int, batch: int, tokens: int) -> Feed:
+    """Texts without padding, the same for all."""
+    ids = np.random.default_rng(0).integers(1, vocabulary, (batch, tokens))
+    return {
+        "input_ids": ids,
+        "attention_mask": np.ones((batch, tokens), np.int64),
+        "token_type_ids": np.zeros((batch, tokens), np.int64),
+    }
+
+
+def contestants(folder: Path, sparse: list[str]) -> Iterator[Contestant]:
+    """Make the files of everybody, those that are not there yet."""
+    dense = folder / "dense" / "export"
+    onnx = folder / "dense" / "onnx"
+    int8, fp32 = onnx / "model.onnx", onnx / "fp32" / "model.onnx"
+    if not (int8.is_file() and fp32.is_file()):
+        progress("writing the dense run for ONNX Runtime")
+        write_int8(dense, onnx)
+    yield Contestant("dense, ONNX Runtime fp32", fp32.stat().st_size, partial(run_onnx, fp32))
+    yield Contestant("dense, ONNX Runtime int8", int8.stat().st_size, partial(run_onnx, int8))
+    openvino = onnx / "openvino" / "int8.xml"
+    if not openvino.is_file():
+        progress("quantizing the dense run with NNCF")
+        quantize(fp32, openvino, folder)
+    yield Contestant("dense, OpenVINO fp32", fp32.stat().st_size, partial(run_openvino, fp32))
+    nbytes = openvino.stat().st_size + openvino.with_suffix(".bin").stat().st_size
+    yield Contestant("dense, OpenVINO int8", nbytes, partial(run_openvino, openvino))
+    for name in sparse:
+        file = folder / name / "onnx-int8" / "model.onnx"
+        if not file.is_file():
+            progress(f"exporting {name}")
+            verb("export", str(folder / name), "--format", "onnx", *SMALL, "--out", str(file.parent))
+        yield Contestant(f"{name} int8, pst-ds", file.stat().st_size, partial(run_onnx, file))
+
+
+def run_onnx(file: Path, threads: int) -> Callable[[Feed], np.ndarray]:
+    session = open_session(file, threads=threads)
+    takes = [value.name for value in session.get_inputs()]
+    return lambda feed: session.run(None, {name: feed[name] for name in takes})[0]
+
+
+def run_openvino(file: Path, threads: int) -> Callable[[Feed], np.ndarray]:
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+    request = openvino.Core().compile_model(file, "CPU", settings).create_infer_request()
+    return lambda feed: request.infer(feed)[0]
+
+
+def quantize(fp32: Path, out: Path, folder: Path) -> None:
+    """Write ``out`` with NNCF's settings for transformers, calibrated on texts of the training split."""
+    import nncf
+    import openvino
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "dense" / "export")
+    lines = (folder / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:CALIBRATION_TEXTS]
+    feeds = [dict(tokenizer(json.loads(line)["text"], truncation=True, return_tensors="np")) for line in lines]
+    quantized = nncf.quantize(
+        openvino.Core().read_model(fp32), nncf.Dataset(feeds), model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(feeds),
+    )  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    openvino.save_model(quantized, out)
+
+
+def accuracy(contestant: Contestant, folder: Path) -> float:
+    progress(f"accuracy of {contestant.name}")
+    texts = folder / "data" / "test.jsonl"
+    return share_of_right_answers(contestant.open(1), folder / "dense" / "export", texts, max_length=64)
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return how many times as fast the sparse encoders are: by size, and by size and threads."""
+    ms = {(row["contestant"], row["threads"], f"{row['batch']}x{row['tokens']}"): row["ms"] for row in rows}
+    found: dict[str, dict[str, float]] = {}
+    for (name, threads, size), time in ms.items():
+        if not name.endswith("pst-ds"):
+            continue
+        for peer in ("OpenVINO int8", "ONNX Runtime int8"):
+            table = f"{name.split(' ')[0]}_over_{peer.lower().replace(' ', '_')}"
+            found.setdefault(table, {})[f"{size}/{threads}"] = ms[f"dense, {peer}", threads, size] / time
+    ours = {size: found.get("pst-90_over_openvino_int8", {}).get(f"{size}/1") for size in BARS}
+    found["encoder_over_openvino_int8"] = {size: ratio for size, ratio in ours.items() if ratio is not None}
+    return found
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    columns = sorted({(row["threads"], row["batch"], row["tokens"]) for row in rows})
+    by_name: dict[str, dict[tuple[int, int, int], dict[str, Any]]] = {}
+    for row in rows:
+        by_name.setdefault(row["contestant"], {})[row["threads"], row["batch"], row["tokens"]] = row
+    heads = [f"{batch} x {tokens}, {threads} thr." for threads, batch, tokens in columns]
+    print(f"| ms | MB | accuracy | {' | '.join(heads)} |\n|---|{'---|' * (len(heads) + 2)}")
+    for name, cells in by_name.items():
+        one = next(iter(cells.values()))
+        share = one["quality"]["accuracy"]
+        known = "-" if share is None else f"{share:.2%}"
+        times = " | ".join(f"{cells[column]['ms']:.1f}" for column in columns)
+        print(f"| {name} | {one['file_bytes'] / 1e6:.1f} | {known} | {times} |")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m tools.bench.peers", description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="runs of make demo")
+    parser.add_argument("--sparse", nargs="*", default=["pst-90", "pst-50"], help="runs in it (default: pst-90 pst-50)")
+    parser.add_argument("--threads", nargs="*", type=int, default=[1, 2])
+    parser.add_argument("--shapes", nargs="*", default=list(BARS), metavar="BATCHxTOKENS")
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--no-accuracy", action="store_true", help="leave the test split out")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
