@@ -6,6 +6,7 @@ from typing import Any
 
 from pst_ds.cli.export import rounding_text
 from pst_ds.cli.main import add_quiet_argument, count, load_run_or_folder
+from pst_ds.config.run import RunConfig
 
 
 class VerificationError(RuntimeError):
@@ -27,6 +28,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
     folder = Path(args.export)
     config = load_run_or_folder(args) if args.run is not None else None
+    if (folder / "model.onnx").is_file():
+        return _verify_onnx(args, folder, config)
     counts = check_export(folder)
     check_model(folder)
     packed = f"{counts['packed_tensors']} packed as {counts['kind']}, " if counts["packed_tensors"] else ""
@@ -79,6 +82,25 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         )
     _require_equal(args, compared, kept)
     return {**counts, **compared, "reloaded_equal": True, "export_dir": args.export}
+
+
+def _verify_onnx(args: argparse.Namespace, folder: Path, config: RunConfig | None) -> dict[str, object]:
+    from pst_ds.cli.verify_onnx import compare_onnx_with_run, facts_of_file
+
+    facts = facts_of_file(folder)
+    print(f"{folder}/model.onnx: {facts['file_bytes']:,} bytes, ONNX Runtime opens it; outputs {facts['outputs']}")
+    if config is None:
+        return facts
+    compared = compare_onnx_with_run(args, config)
+    print(
+        f"against the masked model in fp32 on {compared['examples']} {compared['unit']} of {args.split}: "
+        f"{compared['differing_predictions']} predictions differ, largest logit difference "
+        f"{compared['max_logit_difference']:.3g}, allowed {compared['allowed_logit_difference']:.3g}; "
+        f"{_metrics(compared['metrics'])}"
+    )
+    if not compared["max_logit_difference"] <= compared["allowed_logit_difference"]:
+        raise VerificationError(f"{args.export} is not the model in {args.run}, checkpoint {args.checkpoint}")
+    return {**facts, **compared, "reloaded_equal": True}
 
 
 def _metrics(metrics: dict[str, float]) -> str:

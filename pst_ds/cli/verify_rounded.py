@@ -51,9 +51,9 @@ def cast_model(masked: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
         owner, param = name.removesuffix(".weight"), masked.get_parameter(name)
         if name == f"{owner}.weight" and owner in layers:
             if not layers[owner].rounds:
-                _settle(layers[owner], layers[owner].masked_weight().to(dtype))
+                settle(layers[owner], layers[owner].masked_weight().to(dtype))
         elif name == f"{owner}.weight" and owner in embeddings:
-            _settle(embeddings[owner], embeddings[owner].updated_weight().to(dtype))
+            settle(embeddings[owner], embeddings[owner].updated_weight().to(dtype))
         else:
             param.copy_(param.to(dtype))
 
@@ -76,7 +76,7 @@ def round_model(masked: nn.Module, folder: str) -> dict[str, Tensor]:
             weight = layer.masked_weight()
             oriented = weight.t().contiguous() if layer.layout.transposed else weight
             oriented = _rounded(oriented, encoding.values, by_name.get(f"{name}.weight"))
-            _settle(layer, oriented.t() if layer.layout.transposed else oriented)
+            settle(layer, oriented.t() if layer.layout.transposed else oriented)
             rounded[f"{name}.weight"] = layer.masked_weight()
     embeddings = pst_embeddings(masked)
     if any(layer.rounds for layer in pst_layers(masked).values()):
@@ -85,7 +85,7 @@ def round_model(masked: nn.Module, folder: str) -> dict[str, Tensor]:
         owner = name.removesuffix(".weight")
         if owner in embeddings:
             weight = embeddings[owner].updated_weight()
-            _settle(embeddings[owner], _rounded(weight, grid, by_name.get(name)))
+            settle(embeddings[owner], _rounded(weight, grid, by_name.get(name)))
         elif name in dict(masked.named_parameters()):
             param = masked.get_parameter(name)
             is_transposed = type(masked.get_submodule(owner)).__name__ == "Conv1D"
@@ -103,7 +103,7 @@ def _rounded(weight: Tensor, grid: Grid, entry: TensorEntry | None) -> Tensor:
     return round_to_grid(before.detach().float().cpu(), None, grid).to(weight)
 
 
-def _settle(module: Any, weight: Tensor) -> None:
+def settle(module: Any, weight: Tensor) -> None:
     """Make ``weight`` all that a PST module multiplies with, but for its mask."""
     if isinstance(module, PSTLinear):
         module.hold(weight)

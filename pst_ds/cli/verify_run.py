@@ -53,7 +53,7 @@ def compare_with_run(args: argparse.Namespace, config: RunConfig) -> dict[str, A
     masked = _aligned(masked_model(prepared, checkpoint))
     trimmed: dict[str, Any] = {}
     if kept := tokens_of_folder(args.export):
-        prepared, examples, trimmed = _trimmed(args, prepared, examples, masked, kept)
+        prepared, examples, trimmed = trimmed_to_export(args, prepared, examples, masked, kept)
     plain = _aligned(_loaded(prepared, args.export, "" if encoding.is_plain else "dense"))
     rounded: dict[str, torch.Tensor] = {}
     changed: dict[str, Any] = {}
@@ -75,7 +75,7 @@ def compare_with_run(args: argparse.Namespace, config: RunConfig) -> dict[str, A
             f"{args.export} has no {foreign[0]} such as the model of --against {args.run} has ({len(foreign)} weights "
             "differ in name or shape): it is the export of another model; name the run it came from"
         )
-    largest = _LargestLogit(masked)
+    largest = LargestLogit(masked)
     differences, metrics = _on_examples(prepared, examples, largest, plain)
     dtype, inputs = next(plain.parameters()).dtype, max(w.shape[-1] for w in merged.values() if w.dim())
     compared = {
@@ -95,7 +95,7 @@ def compare_with_run(args: argparse.Namespace, config: RunConfig) -> dict[str, A
     return compared
 
 
-def _trimmed(
+def trimmed_to_export(
     args: argparse.Namespace, prepared: Prepared, examples: ExampleSet, masked: nn.Module, kept: list[int]
 ) -> tuple[Prepared, ExampleSet, dict[str, Any]]:
     """Trim ``masked`` to the tokens ``kept``; return what reads the examples as the export does, these, and what it
@@ -141,7 +141,7 @@ def _compare_sparse(
         module: Any = plain.get_submodule(name)
         weight = module.weight.t() if is_conv1d(module) else module.weight
         differing += not torch.equal(layer.dense_weight().to(weight.device), weight)
-    largest = _LargestLogit(masked)
+    largest = LargestLogit(masked)
     differences, _ = _on_examples(prepared, examples, largest, sparse)
     dtype = next(plain.parameters()).dtype
     allowed, rule = allowed_difference(dtype, len(layers), max((n.in_features for n in layers.values()), default=1))
@@ -170,7 +170,7 @@ def allowed_difference(dtype: torch.dtype, num_layers: int, inputs: int) -> tupl
     return share, f"{rule} x the largest logit"
 
 
-class _LargestLogit:
+class LargestLogit:
     """A model that remembers its largest logit."""
 
     def __init__(self, model: nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from pst_ds import __version__
 from pst_ds.atomic_files import atomic_folder, require_writable
 from pst_ds.core.formats import QuantizedFormat
 from pst_ds.export.from_folder import CONFIG_FILE, copy_beside
-from pst_ds.export.manifest import ExportError, JsonTable
+from pst_ds.export.manifest import MANIFEST_FILE, ExportError, JsonTable
 from pst_ds.hf.config import PackedWeightsConfig
 from pst_ds.hf.layers import named_groups
 from pst_ds.hf.weight_files import form_of_group, packed_groups, read_headers
@@ -57,6 +58,7 @@ def write_onnx(packed: Path, out: Path, facts: JsonTable, *, plain: bool = False
         else:
             ir.save(graph, file)
         copy_beside(packed, partial)
+        shutil.copy2(packed / MANIFEST_FILE, partial / MANIFEST_FILE)  # what verify rounds the model as
         config = json.loads((packed / CONFIG_FILE).read_text(encoding="utf-8"))
         config.pop("quantization_config", None)
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -27,6 +27,8 @@ def inspect(path: Path) -> Inspection:
         raise InputError(f"{str(path)!r} does not exist (looked in {path.absolute()})")
     if path.is_file():
         return runs.run_file(path)
+    if (path / "model.onnx").is_file():
+        raise InputError(f"{path} has an ONNX file, whose graph netron or onnx show; pst-ds verify {path} checks it")
     readers = {
         "run.toml": runs.run_folder,
         "SHA256SUMS": runs.checkpoint_folder,

@@ -1,0 +1,43 @@
+"""``pst-ds export --format onnx`` of a run, and what verify and inspect make of its folder."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from pst_ds.cli.main import main
+from tests.cli.test_quantized import said_by
+
+pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+
+
+@pytest.mark.parametrize("options", [[], ["--values", "int8", "--embeddings", "int8"]], ids=["plain values", "int8"])
+def test_verify_holds_the_file_against_the_run(folders, tmp_path, capsys, options):
+    out = tmp_path / "onnx"
+    words = ["export", folders / "run", "--format", "onnx", "--out", out, "--checkpoint", "step-00000004", *options]
+    said_by(capsys, *words)
+    said, _ = said_by(capsys, "verify", out)
+    assert said["outputs"] == ["logits"]
+    against = ["verify", out, "--against", folders / "run", "--checkpoint"]
+    said, printed = said_by(capsys, *against, "step-00000004")
+    assert said["reloaded_equal"] is True
+    assert 0 < said["max_logit_difference"] <= said["allowed_logit_difference"]
+    assert said["differing_predictions"] == 0
+    assert "against the masked model in fp32" in printed
+    assert main([*map(str, against), "final"]) == 1
+    assert "is not the model in" in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_refused_in_one_message(tmp_path, capsys):
+    (tmp_path / "model.onnx").write_bytes(b"not a graph")
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "ONNX Runtime" in capsys.readouterr().err
+
+
+def test_inspect_knows_the_folder(folders, tmp_path, capsys):
+    out = tmp_path / "onnx"
+    said_by(capsys, "export", folders / "run", "--format", "onnx", "--out", out)
+    assert main(["inspect", str(out)]) == 2
+    assert "pst-ds verify" in capsys.readouterr().err
