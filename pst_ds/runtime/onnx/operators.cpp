@@ -113,9 +113,11 @@ inline const Functions& functions() {
 
 }  // namespace pst
 
+#ifndef PST_ONNX_WITHOUT_NODES  // for tests of what is above
 #include "nodes.hpp"
 
 extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
                                                                                  const ort::ApiBase* base) {
     return pst::register_operators(options, base);
 }
+#endif
