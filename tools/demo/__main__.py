@@ -1,8 +1,8 @@
 """make demo: a pretrained encoder becomes 50 % and 90 % sparse under ZeRO-3 on two ranks, beside two baselines.
 
 Trains through the deepspeed launcher, exports, reloads with plain transformers, packs, and ends with the small files:
-the sparse runs in few bits beside the dense one in ONNX Runtime's int8. Prints two tables of what was measured here;
-the same goes to runs/demo/results.json. Text and model: see tools/demo/films.py.
+the sparse runs in few bits, and in ONNX Runtime beside the dense one in its int8. Prints two tables of what was
+measured here; the same goes to runs/demo/results.json. Text and model: see tools/demo/films.py.
 """
 
 from __future__ import annotations
@@ -181,10 +181,13 @@ def print_small_files(small: list[dict[str, Any]]) -> None:
             f"{r['accuracy']:.2%}",
             f"{100 * (r['accuracy'] - r['accuracy_of_run']):+.2f}",
             {True: "yes", False: "NO", None: "-"}[r.get("reloaded_equal")],
+            f"{r['ms']:.1f}" if "ms" in r else "-",
         )
         for r in small
     ]
-    print_table(("file", "MB", "bits a weight", "accuracy", "points over its run", "reloaded equal"), rows)
+    print_table(
+        ("file", "MB", "bits a weight", "accuracy", "points over its run", "reloaded equal", "ms for 128 tokens"), rows
+    )
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
