@@ -13,7 +13,7 @@ struct Mask {
     int64_t stride;
 };
 
-constexpr int QUERIES = 4, KEY_VECTORS = 2;
+constexpr int QUERIES = 6, KEY_VECTORS = 2;
 
 // scores[query][key] of ROWS queries: `keys` has key vectors, [dimension][key], `padded` apart.
 template <int ROWS>
@@ -100,19 +100,37 @@ inline void queries(const Head& q, const Head& v, const float* keys, int64_t cou
         }
 }
 
+// keys[dimension][key] of rows of keys, zeros from `count` on.
+inline void transpose_keys(const Head& k, int64_t count, int64_t padded, int64_t head, float* keys) {
+    const int64_t whole = head / LANES * LANES;
+    for (int64_t key = 0; key < padded; key += LANES) {
+        for (int64_t d = 0; d < whole; d += LANES) {
+            Floats square[LANES];
+            for (int i = 0; i < LANES; ++i) square[i] = key + i < count ? load(k.row(key + i) + d) : Floats{};
+            transpose(square);
+            for (int i = 0; i < LANES; ++i) store(keys + (d + i) * padded + key, square[i]);
+        }
+        for (int64_t d = whole; d < head; ++d)
+            for (int i = 0; i < LANES; ++i) keys[d * padded + key + i] = key + i < count ? k.row(key + i)[d] : 0.0f;
+    }
+}
+
 // One head of `num_queries` and `num_keys` of `head` dimensions. False without memory.
 inline bool attend(const Head& q, const Head& k, const Head& v, int64_t num_queries, int64_t num_keys, int64_t head,
                    float scale, const Mask& mask, const Head& out) {
-    static thread_local Scratch key_memory, score_memory;
+    static thread_local Scratch key_memory, value_memory, score_memory;
     const int64_t padded = round_up(num_keys, KEY_VECTORS * LANES);
-    float *keys = key_memory.get<float>(padded * head), *scores = score_memory.get<float>(padded * QUERIES);
-    if (!keys || !scores) return false;
-    for (int64_t key = 0; key < padded; ++key)
-        for (int64_t d = 0; d < head; ++d) keys[d * padded + key] = key < num_keys ? k.row(key)[d] : 0.0f;
+    float *keys = key_memory.get<float>(padded * head), *values = value_memory.get<float>(num_keys * head);
+    float* scores = score_memory.get<float>(padded * QUERIES);
+    if (!keys || !values || !scores) return false;
+    transpose_keys(k, num_keys, padded, head, keys);
+    for (int64_t key = 0; key < num_keys; ++key)  // side by side: rows far apart would fall into few places of the cache
+        std::memcpy(values + key * head, v.row(key), size_t(head) * sizeof(float));
+    const Head packed{values, head};
     int64_t query = 0;
     for (; query + QUERIES <= num_queries; query += QUERIES)
-        queries<QUERIES>(q, v, keys, num_keys, padded, head, query, scale, mask, scores, out);
-    for (; query < num_queries; ++query) queries<1>(q, v, keys, num_keys, padded, head, query, scale, mask, scores, out);
+        queries<QUERIES>(q, packed, keys, num_keys, padded, head, query, scale, mask, scores, out);
+    for (; query < num_queries; ++query) queries<1>(q, packed, keys, num_keys, padded, head, query, scale, mask, scores, out);
     return true;
 }
 
