@@ -11,7 +11,9 @@
 
 namespace pst::onnx_portable {
 constexpr int LANES = 8;
-#include "vectors.hpp"
+#include "lanes.hpp"
+inline Floats larger(Floats a, Floats b) { return choose(a > b, a, b); }
+inline Floats smaller(Floats a, Floats b) { return choose(a < b, a, b); }
 inline void transpose(Floats (&square)[LANES]) {
     for (int i = 0; i < LANES; ++i)
         for (int j = 0; j < i; ++j) {
@@ -22,6 +24,7 @@ inline void transpose(Floats (&square)[LANES]) {
 }
 // sum + the products of the 16-bit halves of a and b.
 inline Ints add_pairs(Ints sum, Ints a, Ints b) { return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16); }
+#include "vectors.hpp"
 #include "attention.hpp"
 #include "layer_norm.hpp"
 #include "product.hpp"
@@ -33,7 +36,9 @@ inline Ints add_pairs(Ints sum, Ints a, Ints b) { return sum + (a << 16 >> 16) *
 #pragma GCC target("avx2,fma")
 namespace pst::onnx_avx2 {
 constexpr int LANES = 8;
-#include "vectors.hpp"
+#include "lanes.hpp"
+inline Floats larger(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+inline Floats smaller(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
 inline void transpose(Floats (&square)[LANES]) {
     __m256 *r = reinterpret_cast<__m256*>(square), t[8];
     for (int i = 0; i < 8; i += 4) {
@@ -51,6 +56,7 @@ inline void transpose(Floats (&square)[LANES]) {
     for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
 inline Ints add_pairs(Ints sum, Ints a, Ints b) { return sum + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+#include "vectors.hpp"
 #include "attention.hpp"
 #include "layer_norm.hpp"
 #include "product.hpp"
@@ -62,7 +68,9 @@ inline Ints add_pairs(Ints sum, Ints a, Ints b) { return sum + (Ints)_mm256_madd
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
 namespace pst::onnx_avx512 {
 constexpr int LANES = 16;
-#include "vectors.hpp"
+#include "lanes.hpp"
+inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+inline Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
 inline void transpose(Floats (&square)[LANES]) {
     __m512 *r = reinterpret_cast<__m512*>(square), t[16];
     for (int i = 0; i < 16; i += 4) {
@@ -86,6 +94,7 @@ inline void transpose(Floats (&square)[LANES]) {
 inline Ints add_pairs(Ints sum, Ints a, Ints b) {
     return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 }
+#include "vectors.hpp"
 #include "attention.hpp"
 #include "layer_norm.hpp"
 #include "product.hpp"
