@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from pst_ds.core import native as core_native
-from pst_ds.core.native import INT, NativeSource, load
-from pst_ds.runtime import native
+from pst_ds.core.native import INT, NativeSource, library_file, load
+from pst_ds.runtime import native, onnx
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -116,6 +116,21 @@ def test_every_header_of_the_kernels_is_looked_at():
     folder = native.SOURCE.path.parent
     assert set(native.SOURCE.headers) == set(folder.glob("*.hpp"))
     assert set(folder.iterdir()) - {native.SOURCE.path} == set(native.SOURCE.headers)
+    operators = onnx.SOURCE.path.parent
+    assert set(onnx.SOURCE.headers) == {*operators.glob("*.hpp"), folder / "common.hpp"}
+
+
+@needs_compiler
+def test_a_library_for_others_is_the_prebuilt_one_or_compiled(source):
+    assert library_file(source).parent.name == "pst_ds"  # the cache
+    prebuild(source, program(1))
+    assert library_file(source) == source.prebuilt
+
+
+def test_a_library_for_others_that_cannot_be_built_is_an_error(source, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(RuntimeError, match="tests cannot be built"):
+        library_file(source)
 
 
 def built_wheel(folder, **environment):
@@ -169,6 +184,11 @@ def test_a_wheel_holds_the_kernels_and_their_sources_and_an_installation_uses_th
     assert names >= SOURCES
     (library,) = [name for name in names if name.startswith("pst_ds/runtime/_kernels")]
     assert used_library(site, tmp_path) == str(site / library)
+    (operators,) = [name for name in names if name.startswith("pst_ds/runtime/_onnx_operators")]
+    asked = "from pst_ds.runtime.onnx import operator_library; print(operator_library())"
+    environment = {**os.environ, "PYTHONPATH": str(site), "CXX": "false"}
+    done = subprocess.run([sys.executable, "-c", asked], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(site / operators), done.stderr[-2000:]
 
 
 @pytest.mark.launcher
