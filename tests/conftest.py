@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import importlib
 import itertools
 import json
 import os
@@ -26,6 +29,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS_TIMEOUT_SECONDS = 240
+IMPORTED_BY_RANKS = (
+    "deepspeed",
+    "transformers.integrations",
+    "transformers.modeling_utils",
+    "datasets",
+    "sklearn.metrics",
+    "torch.utils.tensorboard",
+    "pst_ds.train.run",
+)
 HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
 """As they were before any test: a module's fixture may train before the first test's fixtures begin."""
 
@@ -102,10 +114,7 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
     counter = iter(range(1000))
 
     def run(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        import deepspeed  # noqa: F401  imported once, before the fork
-        import transformers.integrations  # noqa: F401
-
+        _import_what_ranks_use()
         folder = tmp_path / f"ranks-{next(counter)}"
         folder.mkdir()
         children = [_fork_rank(function, rank, world_size, folder, args) for rank in range(world_size)]
@@ -118,10 +127,22 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
     return run
 
 
+@functools.cache
+def _import_what_ranks_use() -> None:
+    """Import it once, before any fork, for it costs every rank of every test seconds otherwise."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    for name in IMPORTED_BY_RANKS:
+        importlib.import_module(name)
+    from pst_ds.parallel.engine import import_muon_without_its_compiler
+
+    import_muon_without_its_compiler()
+
+
 def _fork_rank(function: Callable[..., Any], rank: int, world_size: int, folder: Path, args: tuple[Any, ...]) -> int:
     pid = os.fork()
     if pid:
         return pid
+    gc.freeze()  # collections need not look at, and so copy, all that came with the fork
     try:
         outcome = (True, _as_rank(function, rank, world_size, folder, args))
     except BaseException:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Protocol, cast
 
 import torch
@@ -117,10 +119,28 @@ def build_engine(
         )
     import deepspeed
 
+    import_muon_without_its_compiler()
     optimizer = torch.optim.AdamW(list(param_groups), weight_decay=0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     note_masters(engine.optimizer)
     return engine
+
+
+def import_muon_without_its_compiler() -> None:
+    """Import DeepSpeed's Muon, as its check of any optimizer does, without wrapping its functions in ``torch.compile``.
+
+    Nothing here uses Muon, and torch's compiler costs every rank seconds at the start, and where Triton is a pool of
+    worker processes.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile then returns the function itself
+    try:
+        with suppress(ImportError):  # DeepSpeed does without it too
+            import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 def note_masters(optimizer: object) -> None:

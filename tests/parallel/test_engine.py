@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
+import sys
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import nn
 
 from pst_ds.errors import InputError
 from pst_ds.parallel import zero3
-from pst_ds.parallel.engine import LocalEngine, build_engine, optimizer_bytes
+from pst_ds.parallel.engine import LocalEngine, build_engine, import_muon_without_its_compiler, optimizer_bytes
 
 
 class _Model(nn.Module):
@@ -190,3 +193,17 @@ def test_train_and_eval_reach_the_module():
     assert not engine.module.training
     assert engine.train() is engine
     assert engine.module.head.training
+
+
+@pytest.mark.parametrize("setting", [None, "0"])
+def test_muon_is_imported_uncompiled_and_torch_s_compiler_left_as_it_was(monkeypatch, setting):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", setting)
+    package = importlib.import_module("deepspeed.runtime.zero.muon")
+    monkeypatch.delattr(package, "original_muon", raising=False)
+    monkeypatch.delitem(sys.modules, "deepspeed.runtime.zero.muon.original_muon", raising=False)
+    import_muon_without_its_compiler()
+    assert os.environ.get("TORCHDYNAMO_DISABLE") == setting
+    update = sys.modules["deepspeed.runtime.zero.muon.original_muon"].muon_update
+    assert not hasattr(update, "__wrapped__")  # as torch.compile leaves it
