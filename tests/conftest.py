@@ -162,6 +162,7 @@ def _as_rank(function: Callable[..., Any], rank: int, world_size: int, folder: P
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)  # makes torch's pool anew: threads that do so at once after a fork find none and fail
+    torch.set_printoptions(threshold=0, edgeitems=1)  # DeepSpeed words every parameter for a line it does not print
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
     init_distributed(LaunchEnvironment(rank, world_size, rank))
     return function(*args)
