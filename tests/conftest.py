@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import importlib
 import itertools
@@ -105,8 +104,19 @@ def torch_bytes() -> Callable[[Callable[[], object]], tuple[int, int]]:
     return measure
 
 
+@pytest.fixture(scope="session")
+def imported_by_ranks() -> None:
+    """Imports once, before any fork, what would cost every rank of every test seconds."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    for name in IMPORTED_BY_RANKS:
+        importlib.import_module(name)
+    from pst_ds.parallel.engine import import_muon_without_its_compiler
+
+    import_muon_without_its_compiler()
+
+
 @pytest.fixture
-def run_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
+def run_ranks(tmp_path: Path, imported_by_ranks: None) -> Callable[..., list[Any]]:
     """``run_ranks(function, world_size, *args)``: its result on every rank, by rank.
 
     Each rank is a fork with gloo and DeepSpeed's communication up; they meet through a file, so no port can clash.
@@ -114,7 +124,6 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
     counter = iter(range(1000))
 
     def run(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-        _import_what_ranks_use()
         folder = tmp_path / f"ranks-{next(counter)}"
         folder.mkdir()
         children = [_fork_rank(function, rank, world_size, folder, args) for rank in range(world_size)]
@@ -125,17 +134,6 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
         return [value for _, value in outcomes]
 
     return run
-
-
-@functools.cache
-def _import_what_ranks_use() -> None:
-    """Import it once, before any fork, for it costs every rank of every test seconds otherwise."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    for name in IMPORTED_BY_RANKS:
-        importlib.import_module(name)
-    from pst_ds.parallel.engine import import_muon_without_its_compiler
-
-    import_muon_without_its_compiler()
 
 
 def _fork_rank(function: Callable[..., Any], rank: int, world_size: int, folder: Path, args: tuple[Any, ...]) -> int:
