@@ -224,8 +224,8 @@ def _rank(number, port, arguments, err, hangs):
 
 @pytest.fixture
 def ranks(imported_by_ranks):
-    """``ranks(folder, *settings, hanging=())``: two forks of ``pst-ds train`` and meet through a port, as ranks of
-    a launcher do, with their stderr in files of ``folder``; killed at the end."""
+    """``ranks(folder, *settings, hanging=())``: two forks of ``pst-ds train`` that meet through a port as
+    those of a launcher do, their stderr in files of ``folder``; killed at the end."""
     started = []
 
     def start(folder, *more, hanging=()):
