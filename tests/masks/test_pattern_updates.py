@@ -215,8 +215,7 @@ def _all_cases(kind, world_size):
 
 
 @pytest.mark.zero3
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(("kind", "world_size"), [("bert", 3), ("gpt2", 2)])
 def test_masks_are_the_same_bits_on_ranks_that_cut_units(run_ranks, kind, world_size):
     local = {case: _updated(kind, None, 1, *CASES[case]) for case in CASES}
     for found in run_ranks(_all_cases, world_size, kind, world_size):

@@ -35,14 +35,14 @@ CONFIGS = {
 def _bert():
     return BertModel(
         BertConfig(
-            vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+            vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96,
             max_position_embeddings=16,
         )
     )  # fmt: skip
 
 
 def _gpt2():
-    return GPT2Model(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=16))
+    return GPT2Model(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=4, n_positions=16))
 
 
 MODELS = {"bert": _bert, "gpt2": _gpt2}

@@ -32,7 +32,7 @@ def _model(num_shards):
     torch.manual_seed(3)
     model = BertModel(
         BertConfig(
-            vocab_size=50, hidden_size=27, num_hidden_layers=2, num_attention_heads=3, intermediate_size=53,
+            vocab_size=50, hidden_size=27, num_hidden_layers=1, num_attention_heads=3, intermediate_size=53,
             max_position_embeddings=16,
         )
     )  # fmt: skip
