@@ -27,11 +27,12 @@ SHAPE = {
 
 
 WIDE = {**SHAPE, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6, "vocab_size": 300}
+WIDE_AND_SHALLOW = {**WIDE, "num_hidden_layers": 2}
 
 
 def _llama(num_shards: int, device: str = "meta", shape=SHAPE, grid=None, base_grid=None):
     config = PSTConfig(modules_to_save=(), relative_magnitude=False)
-    if shape is WIDE:  # factors as small beside the weights as those of a large model
+    if shape["hidden_size"] == WIDE["hidden_size"]:  # factors as small beside the weights as those of a large model
         config = replace(config, score_rank=1, update_rank=1)
     with torch.device(device):
         model = LlamaForCausalLM._from_config(LlamaConfig(**shape, use_cache=False), dtype=torch.bfloat16)
@@ -90,8 +91,8 @@ def _received(cases):
         return gather(shard, whole, *more)
 
     partition_parameters._dist_allgather_fn = counted
-    for checkpointing, ds_config, base_grid in cases:
-        model = _llama(2, "cpu", WIDE, base_grid=base_grid)
+    for shape, checkpointing, ds_config, base_grid in cases:
+        model = _llama(2, "cpu", shape, base_grid=base_grid)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3}]
@@ -108,7 +109,8 @@ def _received(cases):
 @pytest.mark.zero3
 def test_a_step_gathers_what_deepspeed_gathers(run_ranks):
     cases = [
-        (checkpointing, {
+        # what is kept beyond a layer shows in a deep model; the rest is exact in any
+        (WIDE if reuse or ahead else WIDE_AND_SHALLOW, checkpointing, {
             "train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True},
             "zero_optimization": {
                 "stage": 3, "reduce_bucket_size": 1 << 20, "stage3_param_persistence_threshold": small,
@@ -122,8 +124,8 @@ def test_a_step_gathers_what_deepspeed_gathers(run_ranks):
             (False, 0, 0, 0, 0, Grid(4, 64)), (True, 0, 0, 0, 0, Grid(8)),
         ]
     ]  # fmt: skip
-    for (checkpointing, config, base_grid), found in zip(cases, run_ranks(_received, 2, cases)[0], strict=True):
-        model, zero = _llama(2, shape=WIDE, base_grid=base_grid), zero_settings(config, 2, "gloo")
+    for (shape, checkpointing, config, base_grid), found in zip(cases, run_ranks(_received, 2, cases)[0], strict=True):
+        model, zero = _llama(2, shape=shape, base_grid=base_grid), zero_settings(config, 2, "gloo")
         numbers = model_numbers(model)
         small = zero.persistence_threshold
         trace = trace_micro_batch(model, batch=1, sequence=16, checkpointing=checkpointing, persistence_threshold=small)
