@@ -214,10 +214,9 @@ def test_recomputing_activations_in_the_reentrant_way_trains_the_same(run_ranks,
         torch.testing.assert_close(own[name], tensor)
 
 
-@pytest.mark.zero3
-def test_gpt2_c_attn_is_three_matrices(run_ranks, tmp_path):
+def test_gpt2_c_attn_is_three_matrices(tmp_path):
     _write_base("gpt2", tmp_path / "base")
-    run_ranks(_train, 2, _settings(tmp_path))
+    _train_alone(_settings(tmp_path))
     trained = dict(read_checkpoint(tmp_path / "run" / "checkpoints" / "final").trained)
     assert trained["transformer.h.0.attn.c_attn.pst_V"].shape == (3 * 8, 24)
     assert trained["transformer.h.0.attn.c_attn.pst_U"].shape == (3 * 24, 8)
