@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -77,14 +76,12 @@ def test_logits_are_compared_on_text(top):
     assert row["from_fp32"]["unpacked"]["mean"] <= row["from_fp32"]["unpacked"]["max"]
 
 
-@pytest.mark.launcher
-def test_it_prints_its_object(top):
+def test_it_prints_its_object(top, monkeypatch, capsys):
     arguments = ["--json", "--warm-cache", "--sparsity", "0.5", "--threads", "1", "--repeats", "1"]
     arguments += ["--prompt-tokens", "5", "--new-tokens", "3", "--text-tokens", "30", "--folder", str(top)]
-    command = [sys.executable, "-m", "tools.bench.decode", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    monkeypatch.setattr(sys, "argv", ["decode", *arguments])
+    decode.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"hardware", "threads_per_rank", "versions", "last_level_cache_bytes", "sparse_kernel"} <= set(
         found["conditions"]
     )

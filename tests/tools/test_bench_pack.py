@@ -1,14 +1,13 @@
 """The benchmark of packing measures what it says and prints its keys."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from pst_ds.core.bits import unpack_range
-from tools.bench.pack import base_weights, cases, measure, summary
+from tools.bench.pack import base_weights, cases, main, measure, summary
 
 RUN = {"merge": 0.02, "pack": 0.01, "hash": 0.01, "masked_merge": 5.0, "check": 5.0, "unpack": 5.0}
 RUN |= {f"cpu_{stage}": seconds / 2 for stage, seconds in RUN.items()}
@@ -51,21 +50,10 @@ def test_every_case_is_measured():
     assert all(seconds > 0 for row in rows for seconds in row["seconds"].values())
 
 
-@pytest.mark.launcher
-def test_it_prints_its_object():
-    command = [
-        sys.executable,
-        "-m",
-        "tools.bench.pack",
-        "--json",
-        "--shapes",
-        "16x64",
-        "--repeats=1",
-        "--input-bytes=1",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_it_prints_its_object(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pack", "--json", "--shapes", "16x64", "--repeats=1", "--input-bytes=1"])
+    main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"hardware", "threads_per_rank", "versions", "dtype", "rank"} <= set(found["conditions"])
     assert [row["format"] for row in found["rows"]] == ["bitmask", "csr", "bitmask", "csr", "2:4"]
     assert found["rows"][0]["shape"] == [16, 64]

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import subprocess
 import sys
 
 import pytest
@@ -76,15 +75,15 @@ def test_every_contestant_computes_the_same_product(layers):
         assert torch.allclose(product(weights[0], x).float(), reference, atol=0.15, rtol=0.02), name
 
 
-@pytest.mark.launcher
-def test_it_prints_its_object():
+def test_it_prints_its_object(monkeypatch, capsys):
     command = [
-        sys.executable, "-m", "tools.bench.runtime", "--json", "--shapes", "64x96", "--batch", "1", "3",
+        "runtime", "--json", "--shapes", "64x96", "--batch", "1", "3",
         "--sparsity=0.5", "--threads", "1", "--seconds", "0", "--input-bytes", "1", "--two-four",
         "--formats", "bitmask", "csr",
     ]  # fmt: skip
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    report = json.loads(printed.splitlines()[-1])
+    monkeypatch.setattr(sys, "argv", command)
+    bench.main()
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"batch", "shape", "sparsity", "backend", "threads", "speedup"} <= set(report["rows"][0])
     assert {(row["batch"], row["backend"]) for row in report["rows"]} == {
         (batch, name) for batch in (1, 3) for name in ("bitmask", "csr", "2:4")
