@@ -31,8 +31,10 @@ RANKS_TIMEOUT_SECONDS = 240
 IMPORTED_BY_RANKS = (
     "deepspeed",
     "transformers.integrations",
-    "transformers.modeling_utils",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama",
     "datasets",
+    "scipy.io",
     "sklearn.metrics",
     "torch.utils.tensorboard",
     "pst_ds.train.run",
