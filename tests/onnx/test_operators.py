@@ -114,6 +114,16 @@ def test_tokens_of_any_size_keep_their_own_scale(run_node, tokens):
     torch.testing.assert_close(y.double() / sizes, wanted / sizes, rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("column", [0, 60])
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_stays_none_and_with_its_token(run_node, column, odd):
+    x = torch.randn(9, 61, generator=torch.Generator().manual_seed(1))
+    x[4, column] = odd
+    y, _ = product(run_node, x, QuantizedFormat("bitmask", Grid(8, None)), sparse(20, 61, density=0.8))
+    assert not y[4].isfinite().any()
+    assert y[[0, 1, 2, 3, 5, 6, 7, 8]].isfinite().all()
+
+
 @pytest.mark.parametrize("weight", [torch.zeros(5, 16), torch.ones(5, 16)], ids=["no values", "every value"])
 def test_nothing_kept_and_everything_kept(run_node, weight):
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(2))

@@ -120,23 +120,30 @@ void multiply_panel(const Stream& w, int64_t first, int64_t last, const Panel& p
     }
 }
 
-// Rounds a row of activations to 16-bit integers, two of which are written as one float; returns their scale.
+// Rounds a row of activations to 16-bit integers, two of which are written as one float; returns their scale, a NaN for
+// a row that holds one or an infinity.
 inline float to_pairs(const float* x, int64_t cols, float limit, float* out) {
     typedef int16_t Shorts __attribute__((vector_size(2 * LANES), aligned(2)));
     const int64_t whole = cols / LANES * LANES;
-    Floats most{};
-    for (int64_t i = 0; i < whole; i += LANES) most = larger(most, absolute(load(x + i)));
-    float largest = largest_of(most);
-    for (int64_t i = whole; i < cols; ++i) largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
+    Floats most{}, odd{};  // odd becomes NaN where a number is one, or infinite
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const Floats value = load(x + i);
+        most = larger(most, absolute(value)), odd += value - value;
+    }
+    float largest = largest_of(most), rest = sum_of(odd);
+    for (int64_t i = whole; i < cols; ++i) {
+        largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
+        rest += x[i] - x[i];
+    }
     const float scale = largest > 0 ? largest / limit : 1.0f, inverse = 1.0f / scale;
     int16_t* to = reinterpret_cast<int16_t*>(out);
     for (int64_t i = 0; i < whole; i += LANES) {
         const Floats shifted = load(x + i) * inverse + 12582912.0f;  // the lowest bits hold the nearest integer
         *reinterpret_cast<Shorts*>(to + i) = __builtin_convertvector((Ints)shifted - 0x4b400000, Shorts);
     }
-    for (int64_t i = whole; i < cols; ++i) to[i] = int16_t(std::lrint(x[i] * inverse));
+    for (int64_t i = whole; i < cols; ++i) to[i] = int16_t(int32_t(std::lrint(x[i] * inverse)));
     if (cols % 2) to[cols] = 0;
-    return scale;
+    return scale + rest;
 }
 
 // The activations of one panel as its product takes them; `scales` (PANEL) are those of integers. False without memory.
