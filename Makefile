@@ -12,6 +12,7 @@ RANK_WORKERS ?= 2
 LAUNCHER_TESTS := launcher or cluster
 RANK_TESTS := zero3 or $(LAUNCHER_TESTS)
 DEVICE_TESTS := device
+KERNEL_TESTS := interpreted
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -43,14 +44,15 @@ test: test-unit
 
 test-unit: venv
 	$(BIN)/python -m pytest -m '$(DEVICE_TESTS)' tests/device
-	$(BIN)/python -m pytest -m 'not ($(RANK_TESTS) or $(DEVICE_TESTS))' --numprocesses $(TEST_WORKERS) --dist loadfile
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m '$(KERNEL_TESTS)' tests/kernels
+	$(BIN)/python -m pytest -m 'not ($(RANK_TESTS) or $(DEVICE_TESTS) or $(KERNEL_TESTS))' --numprocesses $(TEST_WORKERS) --dist loadfile
 
 check: lint types test
 
 # keeps the versions that are installed; see CONTRIBUTING.md
 constraints: venv
 	(echo '# Versions that passed `make check` together. `make constraints` writes this file.'; \
-	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//' | grep -vE '^(nvidia|cuda|triton)') > .ci/constraints.txt
+	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//' | grep -vE '^(nvidia|cuda)') > .ci/constraints.txt
 
 bench: venv
 	$(BIN)/python -m tools.bench.step

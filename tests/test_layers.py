@@ -44,7 +44,7 @@ FLOORS = {
 }
 MODULES_IN_A_FOLDER = 20
 """Floor of every package and single file right below pst_ds."""
-CORE_MAY_IMPORT = {"torch", "numpy", *sys.stdlib_module_names}
+CORE_MAY_IMPORT = {"torch", "numpy", "triton", *sys.stdlib_module_names}
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "misc"}
 ATTRIBUTE_FUNCTIONS = {"getattr", "hasattr", "setattr", "delattr"}
 
@@ -92,7 +92,7 @@ def floor_problems(tree: ast.AST, path: Path) -> Iterator[str]:
         first, _, rest = name.partition(".")
         if first != "pst_ds":
             if unit == "core" and first not in CORE_MAY_IMPORT:
-                yield f"line {node.lineno}: core imports {name}; it may import torch, numpy and the standard library"
+                yield f"line {node.lineno}: core imports {name}; it may import torch, numpy, triton and no other"
             continue
         other = rest.partition(".")[0]
         if _is_attribute_of_package(other):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pst_ds.core.kernels.launch import blocks, launch, serves
 from pst_ds.core.native import library
 
 INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -120,6 +121,22 @@ def count_bits(before: Tensor, after: Tensor) -> Tensor:
     counts[0] = _unpack_bytes(before ^ after).sum(dtype=torch.int64)
     counts[1] = _unpack_bytes(after).sum(dtype=torch.int64)
     return counts
+
+
+def add_bit_sums(out: Tensor, before: Tensor, after: Tensor, count: int, start: int, seed: int) -> None:
+    """Add (differ, set, :func:`checksum` modulo 2**64) of the bits of a shard to ``out``, (3,) int64, in one launch.
+
+    ``before`` and ``after``: byte tensors of equal size; the rest as for :func:`checksum`, of ``after``.
+    """
+    if not serves(after.device):
+        out[:2] += count_bits(before, after)
+        out[2] += checksum(after, count, start, seed)
+        return
+    from pst_ds.core.kernels import bit_kernels as kernels
+
+    lead, size = start % 8, kernels.SIZE
+    grid = (blocks(lead + count, 8 * size),)
+    launch(kernels.sum_bits, grid, before, after, count, lead, start // 8, seed, out, SIZE=size)
 
 
 def pack_mask(keep: Tensor, num_shards: int = 1) -> Tensor:

@@ -13,18 +13,22 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pst_ds.core.bits import pack_shard, set_bits_
+from pst_ds.core.kernels.scan import KernelScans
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, histogram
 from pst_ds.core.select import DIGIT_BITS, MatrixKeys, NonFiniteScoreError, RankSums, Search, cuts_of, select
 
 _CPU = torch.device("cpu")
 SAMPLE_SHARE, MIN_SAMPLE, MAX_SAMPLE = 1 / 64, 4096, 32768
 """Share of a matrix's keys that is sampled, and its bounds; a matrix of fewer keys than the lower is sampled whole."""
+BELOW, NOT_FINITE, OVERFLOWED, INSIDE, NUM_COUNTS = 0, 1, 2, 3, 4
+"""Columns of a pass's counts."""
 BRACKET_DEVIATIONS = 5.0
 """Half width of a bracket in standard deviations of the sample's rank of the cut: missed with probability 6e-7."""
 
@@ -44,19 +48,18 @@ def select_bits(
     ranks, device = ranks or RankSums(), device or torch.device("cpu")
     brackets = _brackets(matrices, pools, _sample(matrices, ranks, device))
     shift = max(0, max((b.high - b.low).bit_length() for b in brackets) - DIGIT_BITS)
-    found = [_Scan(m, bracket, shift, device) for m, bracket in zip(matrices, brackets, strict=True)]
-    counts = ranks.all_sum(torch.stack([scan.counts for scan in found])).cpu()
-    bad = counts[:, _Scan.NOT_FINITE].nonzero().flatten().tolist()
+    found = _scans(matrices, brackets, device)
+    first_digits = found.histograms([b.low for b in brackets], shift, 1 << DIGIT_BITS)
+    counts = ranks.all_sum(torch.cat([found.counts(), first_digits], 1)).cpu()
+    bad = counts[:, NOT_FINITE].nonzero().flatten().tolist()
     if bad:
         raise NonFiniteScoreError(bad)
     low = torch.tensor([b.low for b in brackets])
-    search = Search(matrices, pools, low, counts[:, _Scan.BELOW])
+    search = Search(matrices, pools, low, counts[:, BELOW])
     missed = _missed(search, counts)
-    _narrow(search, found, counts[:, _Scan.NUM_COUNTS :], shift, ranks)
-    equal_here = [scan.num_equal(low) for scan, low in zip(found, search.low.tolist(), strict=True)]
-    for scan, cut in zip(found, cuts_of(search, torch.stack(equal_here), ranks), strict=True):
-        scan.decide(cut.threshold, cut.ties)
-    bits = [scan.bits for scan in found]
+    _narrow(search, found, counts[:, NUM_COUNTS:], shift, ranks)
+    cuts = cuts_of(search, found.num_equal(search.low.tolist()), ranks)
+    bits = found.decide([cut.threshold for cut in cuts], [int(cut.ties) for cut in cuts])
     again = sorted({*missed, *search.ties()[1]})
     if again:
         _decide_by_select(again, missed, matrices, pools, bits, ranks, device)
@@ -71,39 +74,86 @@ class _Bracket:
     high: int
     most_inside: int
 
+    def room_for(self, matrix: MatrixKeys) -> int:
+        """How many keys inside one rank remembers."""
+        return min(matrix.num_keys, self.most_inside)
+
+
+class _Scans(Protocol):
+    """One pass over this rank's keys of all matrices, sorted about their brackets; every key is this rank's own."""
+
+    def counts(self) -> Tensor:
+        """Return (matrices, NUM_COUNTS) int64: keys BELOW, NOT_FINITE, whether OVERFLOWED, INSIDE."""
+
+    def histograms(self, lows: Sequence[int], shift: int, bins: int) -> Tensor:
+        """Return (matrices, bins) int64, counts of (key - low) >> shift of the keys inside, with each matrix's low."""
+
+    def num_equal(self, thresholds: Sequence[int]) -> Tensor:
+        """Return how many keys of each matrix equal its threshold: (matrices,) int64."""
+
+    def decide(self, thresholds: Sequence[int], ties: Sequence[int]) -> list[Tensor]:
+        """Return each matrix's bits of the kept: keys above its threshold, and its equals but for the first ties."""
+
+
+class _TorchScans:
+    """By tiles of keys, on any device; on CPUs in native loops."""
+
+    def __init__(self, matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket], device: torch.device):
+        self._found = [_Scan(m, bracket, device) for m, bracket in zip(matrices, brackets, strict=True)]
+
+    def counts(self) -> Tensor:
+        return torch.stack([scan.counts for scan in self._found])
+
+    def histograms(self, lows: Sequence[int], shift: int, bins: int) -> Tensor:
+        return torch.stack([histogram(s.keys, low, shift, bins) for s, low in zip(self._found, lows, strict=True)])
+
+    def num_equal(self, thresholds: Sequence[int]) -> Tensor:
+        return torch.stack([(s.keys == cut).sum() for s, cut in zip(self._found, thresholds, strict=True)])
+
+    def decide(self, thresholds: Sequence[int], ties: Sequence[int]) -> list[Tensor]:
+        for scan, threshold, count in zip(self._found, thresholds, ties, strict=True):
+            scan.decide(threshold, count)
+        return [scan.bits for scan in self._found]
+
 
 class _Scan:
-    """The pass over one matrix's keys on this rank; every key is this rank's own."""
+    """One matrix of :class:`_TorchScans`."""
 
-    BELOW, NOT_FINITE, OVERFLOWED, INSIDE, NUM_COUNTS = 0, 1, 2, 3, 4
-
-    def __init__(self, matrix: MatrixKeys, bracket: _Bracket, shift: int, device: torch.device):
-        room = min(matrix.num_keys, bracket.most_inside)
+    def __init__(self, matrix: MatrixKeys, bracket: _Bracket, device: torch.device):
+        room = bracket.room_for(matrix)
         found = Classifier(matrix.num_keys, bracket.low, bracket.high, room=room, device=device)
         for keys in matrix.tiles():
             found.take(keys.flatten())
         self.keys, self.index = found.inside()
         self.bits = pack_shard(found.above(), -(-matrix.num_keys // 8))
-        self.counts = torch.cat([found.counts(), histogram(self.keys, bracket.low, shift, 1 << DIGIT_BITS)])
+        self.counts = found.counts()
 
-    def num_equal(self, threshold: int) -> Tensor:
-        return (self.keys == threshold).sum()
-
-    def decide(self, threshold: int, ties: int | Tensor) -> None:
+    def decide(self, threshold: int, ties: int) -> None:
         """Set the bits of the kept among the keys inside: those above, and the equals but for the first ``ties``."""
         equal = self.keys == threshold
         set_bits_(self.bits, self.index, (self.keys > threshold) | (equal & (equal.cumsum(0) > ties)))
 
 
+def _scans(matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket], device: torch.device) -> _Scans:
+    own = [m.own_keys for m in matrices if m.own_keys is not None]
+    if len(own) < len(matrices):
+        return _TorchScans(matrices, brackets, device)
+    rooms = [bracket.room_for(m) for m, bracket in zip(matrices, brackets, strict=True)]
+    return KernelScans(own, [(b.low, b.high) for b in brackets], rooms)
+
+
 def _sample(matrices: Sequence[MatrixKeys], ranks: RankSums, device: torch.device) -> list[Tensor]:
     """The sampled keys of every matrix, on the CPU. Collective: one exchange."""
-    own = []
-    for matrix in matrices:
+    sizes = [sample_size(matrix.num_in_all) for matrix in matrices]
+    own = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+    for matrix, out in zip(matrices, own.split(sizes), strict=True):
+        there = sample_positions(matrix.num_in_all, device)
+        if matrix.own_keys is not None:
+            matrix.own_keys.keys_at(there, out)
+            continue
         assert matrix.sample is not None, "a matrix without a sample"
-        numel = matrix.num_in_all
-        own.append(matrix.sample(sample_positions(numel), sample_positions(numel, device)).to(device))
-    everyone = ranks.all_sum(torch.cat(own)).cpu()
-    return list(everyone.split([keys.numel() for keys in own]))
+        out.copy_(matrix.sample(sample_positions(matrix.num_in_all), there))
+    return list(ranks.all_sum(own).cpu().split(sizes))
 
 
 def sample_size(numel: int) -> int:
@@ -180,20 +230,19 @@ def _last_key_where(holds: Callable[[int], bool]) -> int:
 
 def _missed(search: Search, counts: Tensor) -> list[int]:
     """Matrices, of whole pools, whose cut is not in their bracket, or that had too much inside it."""
-    below, inside = counts[:, _Scan.BELOW], counts[:, _Scan.INSIDE]
+    below, inside = counts[:, BELOW], counts[:, INSIDE]
     holds = (search.pruned_up_to(below) <= search.wanted) & (search.pruned_up_to(below + inside) >= search.wanted)
-    overflowed = torch.zeros_like(search.wanted).index_add_(0, search.pool_of, counts[:, _Scan.OVERFLOWED])
+    overflowed = torch.zeros_like(search.wanted).index_add_(0, search.pool_of, counts[:, OVERFLOWED])
     return (~holds | (overflowed > 0))[search.pool_of].nonzero().flatten().tolist()
 
 
-def _narrow(search: Search, found: Sequence[_Scan], counts: Tensor, shift: int, ranks: RankSums) -> None:
+def _narrow(search: Search, found: _Scans, counts: Tensor, shift: int, ranks: RankSums) -> None:
     """Narrow every interval to one key. ``counts``: (num matrices, bins) over all ranks, of the first digit."""
     search.narrow(counts, shift)
     while shift:
         width, shift = shift, max(0, shift - DIGIT_BITS)
-        lows = search.low.tolist()
-        local = [histogram(scan.keys, low, shift, 1 << (width - shift)) for scan, low in zip(found, lows, strict=True)]
-        search.narrow(ranks.all_sum(torch.stack(local)).cpu(), shift)
+        local = found.histograms(search.low.tolist(), shift, 1 << (width - shift))
+        search.narrow(ranks.all_sum(local).cpu(), shift)
 
 
 def _decide_by_select(

@@ -114,6 +114,14 @@ def shard_tiles(whole: Rect, row_length: int, start: int, stop: int, max_element
             yield from row_tiles(cut, max_elements)
 
 
+def positions_before(rect: Rect, row_length: int, index: int) -> int:
+    """Return how many weights of ``rect`` lie before the flat ``index`` of a stored weight with such rows."""
+    row, col = divmod(index, row_length)
+    width = rect.c1 - rect.c0
+    within = min(max(0, col - rect.c0), width) if rect.r0 <= row < rect.r1 else 0
+    return (min(max(row, rect.r0), rect.r1) - rect.r0) * width + within
+
+
 def view_in_shard(shard: Tensor, rect: Rect, row_length: int, start: int) -> Tensor:
     """A writable (rows, cols) view of ``rect`` in ``shard``, the flat storage from index ``start`` on."""
     offset = rect.r0 * row_length + rect.c0 - start

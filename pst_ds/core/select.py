@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pst_ds.core.kernels.own_keys import OwnKeys
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, histogram, order_keys
 
 DIGIT_BITS = 11
@@ -69,6 +70,8 @@ class MatrixKeys:
     sample: Callable[[Tensor, Tensor], Tensor] | None = None
     """Keys at the given positions (int64, among the whole matrix's), 0 where another rank has them; for
     :mod:`pst_ds.core.bracket`. The positions come twice, on the CPU and on the keys' device."""
+    own_keys: OwnKeys | None = None
+    """What makes the keys of ``tiles`` and ``sample`` where kernels serve; for :mod:`pst_ds.core.bracket`."""
 
 
 @dataclass(frozen=True, slots=True)

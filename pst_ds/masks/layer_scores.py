@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.factors import Factors, tile_factors
+from pst_ds.core.kernels.launch import serves
+from pst_ds.core.kernels.own_keys import OwnKeys
 from pst_ds.core.keys import keys_at, order_keys, score_keys
 from pst_ds.core.layout import Rect, StoredMatrix, shard_tiles, view_in_shard
+from pst_ds.core.quantization.coded import CodedRun
 from pst_ds.core.quantization.own_weights import OwnWeights
 from pst_ds.core.units import block_keys, loss_keys, unit_tiles
 from pst_ds.nn.linear import FACTOR_NAMES, PSTLinear
@@ -117,6 +120,19 @@ class LayerScores:
             return order_keys(values.float())
         tile = tile_factors(self._factors, self.layout, matrix, rect)
         return keys_at(values, rows, cols, tile, self.layer.constants, self.layer.weight_scales[matrix.index])
+
+    def own_keys(self, matrix: StoredMatrix) -> OwnKeys | None:
+        """This rank's weights of ``matrix`` as kernels score them; None where none serve."""
+        values = self._own.values
+        if not serves(self.device) or isinstance(values, CodedRun) or values.element_size() > 4:
+            return None
+        if self.layer.pst_S is not None:
+            found = OwnKeys(values, self.start, self.row_length, matrix.rect, None)
+        else:
+            tile = tile_factors(self._factors, self.layout, matrix, matrix.rect)
+            scale = self.layer.weight_scales[matrix.index]
+            found = OwnKeys(values, self.start, self.row_length, matrix.rect, tile, self.layer.constants, scale)
+        return found if found.fits else None
 
     def write_own(self, keep: Tensor, rect: Rect, kept: Tensor) -> None:
         """Copy the part of ``kept`` (rows, cols of ``rect``) that is this rank's into ``keep``, its shard's mask."""

@@ -108,6 +108,7 @@ def _single_weights(matrices: Sequence[Matrix]) -> tuple[list[MatrixKeys], list[
                 num_keys=m.layer.num_units(m.stored),
                 num_in_all=numel,
                 sample=partial(m.layer.sample, m.stored),
+                own_keys=m.layer.own_keys(m.stored),
             )
         )
     return keys, [pooled] if any(m.kind == "global" for m in matrices) else []

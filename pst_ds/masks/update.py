@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.bits import checksum, count_bits, pack_shard
+from pst_ds.core.bits import add_bit_sums, pack_shard
 from pst_ds.masks.layer_scores import LayerScores, ranked_weights, whole_factors
 from pst_ds.masks.select import Matrix, select_kept, weights_kept
 from pst_ds.nn.inject import pst_layers
@@ -65,12 +65,12 @@ def update_masks(model: nn.Module, sparsity: float, *, progress: float = 1.0) ->
     keyed = _layer_keys(layers)
     matrices = [Matrix(k, b, _target(k.layer, sparsity, progress)) for k in keyed for b in k.matrices]
     kept = dict(zip(map(id, matrices), select_kept(matrices, next(iter(layers.values())).pst_mask), strict=True))
-    flipped = []
+    written = {}
     for keys in keyed:
         own = [m for m in matrices if m.layer is keys]
-        flipped.append(_write_mask(keys.layer, _shard_bits(keys, own, [kept.pop(id(m)) for m in own])))
+        written[keys.layer] = _shard_bits(keys, own, [kept.pop(id(m)) for m in own])
     # The host waits here: DeepSpeed's gathers, on a stream of their own, come after the masks are written.
-    return mask_stats(model, flipped_here=flipped)
+    return mask_stats(model, written)
 
 
 @torch.no_grad()
@@ -79,39 +79,32 @@ def masks_of_zeros(model: nn.Module) -> MaskStats:
 
     Of weights that became codes the mask has those of before, see :func:`pst_ds.nn.base_codes.encode_base`.
     """
-    flipped = []
+    written = {}
     for layer in pst_layers(model).values():
-        if layer.weight is None:
-            flipped.append(zero3.shard_of(layer.pst_mask).values.new_zeros((), dtype=torch.int64))
-            continue
-        num_bytes = zero3.shard_of(layer.pst_mask).values.numel()
-        flipped.append(_write_mask(layer, pack_shard((zero3.shard_of(layer.weight).values != 0).byte(), num_bytes)))
-    return mask_stats(model, flipped_here=flipped)
+        if layer.weight is not None:
+            num_bytes = zero3.shard_of(layer.pst_mask).values.numel()
+            written[layer] = pack_shard((zero3.shard_of(layer.weight).values != 0).byte(), num_bytes)
+    return mask_stats(model, written)
 
 
-def mask_stats(model: nn.Module, *, flipped_here: Sequence[Tensor] = ()) -> MaskStats:
-    """Counts and checksum of the masks as they are. ``flipped_here``: this rank's flipped bits of each layer, () int64;
-    none by default. Collective: one sum over ranks for all layers, which the host waits for once."""
+def mask_stats(model: nn.Module, written: Mapping[PSTLinear, Tensor] | None = None) -> MaskStats:
+    """Counts and checksum of the masks as they are, or once ``written``, bits of this rank's shards by layer, are.
+
+    Collective: one sum over ranks for all layers, which the host waits for once.
+    """
     layers = pst_layers(model)
-    kept_here, sums = [], []
-    for name, layer in layers.items():
-        bits, (start, stop) = zero3.shard_of(layer.pst_mask).values, layer.own_range()
-        kept_here.append(count_bits(bits, bits)[1])
-        sums.append(checksum(bits, stop - start, start, zlib.crc32(name.encode())))
-    flips = flipped_here or [torch.zeros_like(count) for count in kept_here]
-    here = torch.stack([*kept_here, *flips, torch.stack(sums).sum()])  # modulo 2**64, as int64 adds
-    *counts, total_sum = group_sum(here, next(iter(layers.values())).pst_mask).tolist()
+    any_mask = next(iter(layers.values())).pst_mask
+    sums = torch.zeros(len(layers), 3, dtype=torch.int64, device=zero3.shard_of(any_mask).values.device)
+    for (name, layer), out in zip(layers.items(), sums, strict=True):
+        before, (start, stop) = zero3.shard_of(layer.pst_mask).values, layer.own_range()
+        after = before if written is None else written.get(layer, before)
+        add_bit_sums(out, before, after, stop - start, start, zlib.crc32(name.encode()))
+        if after is not before:
+            zero3.write_shard(layer.pst_mask, after)
+    flips, kept, checksums = group_sum(sums, any_mask).t().tolist()
     num_weights = sum(layer.layout.numel for layer in layers.values())
-    kept, flipped = counts[: len(layers)], counts[len(layers) :]
-    digits = f"{total_sum % (1 << 64):016x}"
-    return MaskStats(num_weights, num_weights - sum(kept), sum(flipped), digits, tuple(kept), tuple(flipped))
-
-
-def _write_mask(layer: PSTLinear, bits: Tensor) -> Tensor:
-    """Make ``bits`` this rank's part of the mask; how many of them differ from those before, ()."""
-    differ = count_bits(zero3.shard_of(layer.pst_mask).values, bits)[0]
-    zero3.write_shard(layer.pst_mask, bits)
-    return differ
+    digits = f"{sum(checksums) % (1 << 64):016x}"
+    return MaskStats(num_weights, num_weights - sum(kept), sum(flips), digits, tuple(kept), tuple(flips))
 
 
 def _target(layer: PSTLinear, sparsity: float, progress: float) -> float:
@@ -124,7 +117,8 @@ def _shard_bits(layer: LayerScores, matrices: list[Matrix], kept: list[Tensor]) 
     """This rank's mask bits of a layer from what its matrices keep."""
     num_bytes = zero3.shard_of(layer.layer.pst_mask).values.numel()
     if len(matrices) == 1 and layer.unit == (1, 1):  # in the order of the shard already
-        return torch.cat([kept[0], kept[0].new_zeros(num_bytes - kept[0].numel())])
+        missing = num_bytes - kept[0].numel()
+        return torch.cat([kept[0], kept[0].new_zeros(missing)]) if missing else kept[0]
     keep = torch.empty(layer.stop - layer.start, dtype=torch.uint8, device=layer.device)
     for matrix, bits in zip(matrices, kept, strict=True):
         for rect, mask in weights_kept(matrix, bits):

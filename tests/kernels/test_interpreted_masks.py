@@ -1,0 +1,259 @@
+"""Kernels of a mask update in Triton's interpreter: the bits of the loops for CPUs."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", minversion="3.6", reason="needs triton 3.6, the extra of that name")
+
+from pst_ds.core import bracket
+from pst_ds.core.bits import pack_shard, unpack_shard
+from pst_ds.core.bracket import select_bits
+from pst_ds.core.factors import Constants, Factors, tile_factors
+from pst_ds.core.kernels import own_keys, scan
+from pst_ds.core.kernels.own_keys import OwnKeys
+from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, order_keys, score_keys
+from pst_ds.core.layout import WeightLayout, positions_before, shard_tiles, view_in_shard
+from pst_ds.core.select import MatrixKeys, NonFiniteScoreError
+from tests.core.test_bracket import Ranks, stable
+
+pytestmark = pytest.mark.interpreted
+NAN, INF = math.nan, math.inf
+CONSTANTS = Constants(alpha1=0.3, alpha2=0.7, beta=1.7)
+SCALE = 0.0123
+
+
+def layer(layout, seed=0, rank=4, dtype=torch.float32, norms=False):
+    """A weight with ties and zeros of both signs, and its factors."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    outputs, inputs, parts = layout.out_features, layout.in_features, layout.num_matrices
+    weight = (random(*layout.shape) * 2).round() / 4
+    weight[weight == 0] = -0.0
+    factors = Factors(
+        A=random(outputs, rank), B=random(parts * rank, inputs), R=random(outputs), C=random(parts, inputs),
+        U=random(outputs, rank), V=random(parts * rank, inputs),
+        norms=random(inputs).abs() if norms else None,
+    )  # fmt: skip
+    return weight.to(dtype), factors
+
+
+def own_of(weight, factors, layout, matrix, start, stop, constants=CONSTANTS, scale=SCALE):
+    """What a rank with the flat weights [start, stop) has of a matrix."""
+    tile = tile_factors(factors, layout, matrix, matrix.rect)
+    values = weight.flatten()[start:stop].clone()
+    return OwnKeys(values, start, layout.shape[1], matrix.rect, tile, constants, scale)
+
+
+def keys_of(weight, factors, layout, matrix, start, stop, constants=CONSTANTS, scale=SCALE):
+    """The same keys by the path of CPUs, in rising order."""
+    values, row_length = weight.flatten()[start:stop].clone(), layout.shape[1]
+    found = [torch.empty(0, dtype=torch.int32)]
+    for rect in shard_tiles(matrix.rect, row_length, start, stop, 1 << 20):
+        tile = tile_factors(factors, layout, matrix, rect)
+        found.append(score_keys(view_in_shard(values, rect, row_length, start), tile, constants, scale).flatten())
+    return torch.cat(found)
+
+
+def assert_sorted_alike(own, keys, low, high):
+    assert own.count == keys.numel()
+    size = -(-keys.numel() // 8)
+    above, inside = torch.zeros(2, size + 1, dtype=torch.uint8)
+    counts = torch.zeros(3, dtype=torch.int64)
+    own.sort(torch.tensor([low, high], dtype=torch.int32), above, inside, counts)
+    expected = Classifier(keys.numel(), low, high, room=keys.numel(), device=keys.device)
+    expected.take(keys)
+    below, bad, _, num_inside = expected.counts().tolist()
+    is_inside = torch.zeros(keys.numel(), dtype=torch.uint8)
+    is_inside[expected.inside()[1].long()] = 1
+    assert torch.equal(above, pack_shard(expected.above(), size + 1))  # the byte behind the last is not touched
+    assert torch.equal(inside, pack_shard(is_inside, size + 1))
+    assert keys.numel() - counts[0] - counts[2] == below
+    assert counts[2] == num_inside
+    assert bool(counts[1]) == bool(bad)
+    return counts
+
+
+LAYOUTS = {
+    "two tiles each way": WeightLayout(34, 72),
+    "odd": WeightLayout(37, 29),
+    "rows of 8": WeightLayout(17, 24),
+    "Conv1D": WeightLayout(24, 35, transposed=True),
+    "fused": WeightLayout(48, 40, num_matrices=3),
+    "fused Conv1D": WeightLayout(48, 21, transposed=True, num_matrices=3),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"), zip(LAYOUTS.values(), [torch.float32, torch.bfloat16] * 3, strict=True), ids=LAYOUTS
+)
+def test_bits_and_counts_are_those_of_the_loops_wherever_a_shard_is_cut(layout, dtype):
+    weight, factors = layer(layout, dtype=dtype)
+    length = layout.shape[1]
+    cuts = [(0, layout.numel), (length + 8, layout.numel - 8), (3 * length - 3, 9 * length + 5)]
+    for matrix in layout.matrices():
+        for start, stop in cuts:
+            keys = keys_of(weight, factors, layout, matrix, start, stop)
+            own = own_of(weight, factors, layout, matrix, start, stop)
+            if keys.numel():
+                ordered = keys.sort().values
+                low, high = (int(ordered[int(share * (keys.numel() - 1))]) for share in (0.4, 0.6))
+                assert_sorted_alike(own, keys, low, high)
+            positions = torch.arange(0, matrix.rect.numel, 3)
+            found = torch.full((positions.numel(),), 7, dtype=torch.int32)
+            own.keys_at(positions, found)
+            expected = torch.zeros(matrix.rect.numel, dtype=torch.int32)
+            expected[own.first : own.first + own.count] = keys
+            assert torch.equal(found, expected[positions])
+
+
+@pytest.mark.parametrize(
+    ("rank", "constants", "norms"),
+    [
+        *((rank, CONSTANTS, False) for rank in (1, 11, 64)),
+        (4, CONSTANTS, True),
+        (4, Constants(magnitude=False), False),
+        (4, Constants(multiplicative=True), False),
+        (4, Constants(frozen_magnitude=True), True),
+    ],
+)
+def test_every_rank_and_kind_of_score(rank, constants, norms):
+    for layout in (WeightLayout(5, 24), WeightLayout(9, 6, transposed=True))[: 1 + (rank < 64)]:
+        weight, factors = layer(layout, seed=rank, rank=rank, norms=norms)
+        (matrix,) = layout.matrices()
+        keys = keys_of(weight, factors, layout, matrix, 0, layout.numel, constants)
+        own = own_of(weight, factors, layout, matrix, 0, layout.numel, constants)
+        median = int(keys.median())
+        assert_sorted_alike(own, keys, median - 1000, median + 1000)
+        found = torch.empty_like(keys)
+        own.keys_at(torch.arange(keys.numel()), found)
+        assert torch.equal(found, keys)
+
+
+@pytest.mark.parametrize("missing", ["A", "U", "R", "all"])
+def test_layers_without_some_factors(missing):
+    layout = WeightLayout(6, 16)
+    weight, factors = layer(layout)
+    pairs = {"A": {"A": None, "B": None}, "U": {"U": None, "V": None}, "R": {"R": None, "C": None}}
+    factors = Factors() if missing == "all" else replace(factors, **pairs[missing])
+    (matrix,) = layout.matrices()
+    keys = keys_of(weight, factors, layout, matrix, 0, 96)
+    assert_sorted_alike(own_of(weight, factors, layout, matrix, 0, 96), keys, int(keys.median()), int(keys.max()))
+
+
+@pytest.mark.parametrize("bad", [INF, -INF, NAN])
+@pytest.mark.parametrize("layout", [WeightLayout(4, 16), WeightLayout(3, 7)])
+def test_scores_that_are_not_finite_are_noticed_where_they_are(bad, layout):
+    weight, factors = layer(layout)
+    weight[1, 2] = bad
+    (matrix,) = layout.matrices()
+    length = layout.shape[1]
+    for start, stop, there in ((0, layout.numel, 1), (2 * length, layout.numel, 0), (0, length, 0)):
+        keys = keys_of(weight, factors, layout, matrix, start, stop)
+        own = own_of(weight, factors, layout, matrix, start, stop)
+        counts = assert_sorted_alike(own, keys, LOWEST_FINITE, HIGHEST_FINITE)
+        assert bool(counts[1]) == bool(there)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0])
+def test_all_scores_equal_or_zero_of_either_sign(value):
+    values = torch.full((300,), value)
+    own = OwnKeys(values, 0, 20, WeightLayout(15, 20).matrices()[0].rect, None)
+    key = int(order_keys(torch.tensor([value])))
+    for low, high in ((key, key), (key - 1, key - 1), (key + 1, key + 1)):
+        assert_sorted_alike(own, order_keys(values), low, high)
+
+
+def test_positions_before_an_index_are_counted():
+    for layout in LAYOUTS.values():
+        for matrix in layout.matrices():
+            rect = matrix.rect
+            is_in = torch.zeros(layout.shape, dtype=torch.int64)
+            is_in[rect.r0 : rect.r1, rect.c0 : rect.c1] = 1
+            before = torch.cat([torch.zeros(1, dtype=torch.int64), is_in.flatten().cumsum(0)])
+            found = [positions_before(rect, layout.shape[1], i) for i in range(layout.numel + 1)]
+            assert found == before.tolist()
+
+
+def selected(scores, counts, world, shape, monkeypatch, *, pools=(), pool_of=None):
+    """Masks that ``world`` ranks select from flat ``scores`` by kernels, one launch at a time."""
+    lock, real = threading.Lock(), own_keys.launch
+
+    def one_at_a_time(*args, **constants):
+        with lock:
+            real(*args, **constants)
+
+    monkeypatch.setattr(own_keys, "launch", one_at_a_time)
+    monkeypatch.setattr(scan, "launch", one_at_a_time)
+    ranks = Ranks(world)
+
+    def work(rank, sums):
+        own = []
+        for i, (flat, count) in enumerate(zip(scores, counts, strict=True)):
+            share = -(-flat.numel() // world)
+            start, stop = min(rank * share, flat.numel()), min((rank + 1) * share, flat.numel())
+            rect = WeightLayout(*shape).matrices()[0].rect
+            pool = None if pool_of is None else pool_of[i]
+            made = OwnKeys(flat[start:stop].clone(), start, shape[1], rect, None)
+            sizes = {"num_keys": stop - start, "num_in_all": flat.numel(), "own_keys": made}
+            keys = order_keys(flat[start:stop])
+            own.append(MatrixKeys(count, lambda keys=keys: iter((keys,)), pool, **sizes))
+        found = select_bits(own, sums, None, pools)
+        return [unpack_shard(bits, m.num_keys) for bits, m in zip(found, own, strict=True)]
+
+    by_rank = ranks.run(work)
+    if any(isinstance(found, NonFiniteScoreError) for found in by_rank):
+        return by_rank
+    return [torch.cat(pieces).bool() for pieces in zip(*by_rank, strict=True)]
+
+
+def random_scores(numel, seed, distinct=None):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(numel, generator=generator)
+    return values if distinct is None else (values * distinct).round()
+
+
+@pytest.mark.parametrize(("world", "distinct"), [(1, None), (3, 40), (2, 0)])
+def test_the_cut_is_that_of_a_stable_sort(world, distinct, monkeypatch):
+    """Also with a sample of some keys alone, many ties, and all keys equal."""
+    monkeypatch.setattr(bracket, "MIN_SAMPLE", 256)
+    bracket.sample_positions.cache_clear()
+    shape = (40, 33)
+    scores = [random_scores(1320, seed, distinct) for seed in range(2)]
+    counts = [600, 1319]
+    found = selected(scores, counts, world, shape, monkeypatch)
+    bracket.sample_positions.cache_clear()
+    for keep, flat, count in zip(found, scores, counts, strict=True):
+        assert torch.equal(keep, stable(flat, count))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_pools_are_cut_as_by_the_loops(world, monkeypatch):
+    shape, scores = (30, 31), [random_scores(930, seed, 30) for seed in range(3)]
+    found = selected(scores, [800, 930, 500], world, shape, monkeypatch, pools=[1200], pool_of=[0, 0, None])
+    expected = []
+    for i, flat in enumerate(scores):
+        keys = order_keys(flat)
+
+        def sample(at, _, keys=keys):
+            return keys[at]
+
+        sizes = {"num_keys": 930, "num_in_all": 930, "sample": sample}
+        expected.append(MatrixKeys([800, 930, 500][i], lambda k=keys: iter((k,)), [0, 0, None][i], **sizes))
+    for keep, bits in zip(found, select_bits(expected, pools=[1200]), strict=True):
+        assert torch.equal(keep, unpack_shard(bits, 930).bool())
+
+
+def test_every_rank_refuses_a_score_that_is_not_finite(monkeypatch):
+    scores = [random_scores(930, 0), random_scores(930, 1)]
+    scores[1][900] = NAN
+    found = selected(scores, [100, 100], 2, (30, 31), monkeypatch)
+    assert [error.matrices for error in found] == [[1], [1]]
