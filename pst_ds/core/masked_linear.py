@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pst_ds.core.bits import INT_OF_SIZE, expand_mask_
+from pst_ds.core.bits import INT_OF_SIZE, expand_mask_, shard_numel
 from pst_ds.core.factors import Constants, Factors, tile_factors
+from pst_ds.core.kernels.merge import MaskBytes, gradients_into, mask_bytes
 from pst_ds.core.layout import Rect, StoredMatrix, WeightLayout, row_tiles
 from pst_ds.core.quantization import CodedWeight, Rounding, weights_at
 from pst_ds.core.scores import masked_weight, updated_weight
@@ -108,7 +109,10 @@ def backward(
         grads.S = _like_weight(state)
     if need_x:  # a sum over tiles is kept wide
         grads.x = torch.zeros_like(x, dtype=high) if tiles.cut_outputs else torch.empty_like(x)
-    work = _Work(x, grad_y, state, factors, sums, grads, tiles, _Buffers.of(x, tiles))
+    trains_weights = need_weight or need_scores or x.dtype != state.weight.dtype
+    per_shard = shard_numel(state.layout.numel, state.num_shards)
+    mask = None if trains_weights else mask_bytes(state.weight, state.bits, state.layout.shape, per_shard)
+    work = _Work(x, grad_y, state, factors, sums, grads, tiles, _Buffers.of(x, tiles), mask)
     for rect in tiles.rects:
         _tile_backward(work, rect)
     _finish_factors(sums, state, grads)
@@ -149,6 +153,8 @@ class _Work:
     grads: Gradients
     tiles: Tiles
     buffers: _Buffers
+    mask: MaskBytes | None
+    """Where kernels serve the layer."""
 
 
 def _tile_backward(work: _Work, rect: Rect) -> None:
@@ -161,11 +167,14 @@ def _tile_backward(work: _Work, rect: Rect) -> None:
         _weight_gradient(x, grad_y, grad, transposed=layout.transposed)
     for matrix in layout.matrices():
         part = _meet(rect, matrix.rect)
-        if part is not None:
+        if part is None:
+            continue
+        by_kernel = work.mask is not None and work.mask.holds(part)
+        if not by_kernel:
             _merge(work, matrix, part, weight[_inside(part, rect)])
-            for band in row_tiles(part, work.tiles.band_elements):
-                here = _inside(band, rect)
-                _band_backward(work, matrix, band, weight[here], grad[here])
+        for band in row_tiles(part, work.tiles.band_elements):
+            here = _inside(band, rect)
+            (_band_by_kernel if by_kernel else _band_backward)(work, matrix, band, weight[here], grad[here])
     if work.grads.x is not None:
         _input_gradient(work, grad_y, weight.t() if layout.transposed else weight, inputs)
 
@@ -226,6 +235,28 @@ def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor
             product.mul_(weights_at(state.weight, rect, _shaped(work.buffers.magnitude, rect)))
         _add_low_rank_gradients(product, factors.update_left, factors.update_right, sums.update_left, sums.update_right)
     _and(weight, mask, out=weight)
+    if state.rounding is not None:
+        state.rounding.round_(weight, rect)
+
+
+def _band_by_kernel(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor, grad: Tensor) -> None:
+    """As :func:`_band_backward`, from W0, in one launch and the products with factors."""
+    state, constants = work.state, work.state.constants
+    assert work.mask is not None
+    assert isinstance(state.weight, Tensor)
+    has_scores, has_updates = work.sums.A is not None, work.sums.U is not None
+    scores = _shaped(work.buffers.product, rect) if has_scores else None
+    updates = _shaped(work.buffers.magnitude, rect) if has_updates else None
+    has_gradient = has_scores and constants.magnitude_has_gradient
+    factor = constants.magnitude_factor(state.weight_scales[matrix.index]) if has_gradient else 0.0
+    own = tile_factors(state.factors, state.layout, matrix, rect)
+    base = state.weight[rect.r0 : rect.r1, rect.c0 : rect.c1]
+    gradients_into(weight, scores, updates, base, grad, work.mask, rect, own, constants, factor)
+    factors, sums = (tile_factors(f, state.layout, matrix, rect) for f in (work.factors, work.sums))
+    if scores is not None:
+        _add_low_rank_gradients(scores, factors.score_left, factors.score_right, sums.score_left, sums.score_right)
+    if updates is not None:
+        _add_low_rank_gradients(updates, factors.update_left, factors.update_right, sums.update_left, sums.update_right)
     if state.rounding is not None:
         state.rounding.round_(weight, rect)
 

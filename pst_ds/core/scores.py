@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from pst_ds.core.bits import apply_mask_, unpack_range
+from pst_ds.core.bits import apply_mask_, shard_numel, unpack_range
 from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
+from pst_ds.core.kernels.merge import mask_bytes, merge_into
 from pst_ds.core.layout import Rect, WeightLayout, row_tiles
 from pst_ds.core.quantization import CodedWeight, Rounding, weights_at
 
@@ -120,8 +121,19 @@ def masked_weight(
     ``bits``: the layer's whole mask, (num_shards * ceil(shard / 8),) uint8 as in :mod:`pst_ds.core.bits`.
     ``rounding``: the grid that the result is rounded to.
     """
-    merged = merged_weight(weight, layout, factors, constants)
+    held = mask_bytes(weight, bits, layout.shape, shard_numel(layout.numel, num_shards))
     height, width = layout.shape
+    if held is not None and all(held.holds(matrix.rect) for matrix in layout.matrices()):
+        assert isinstance(weight, Tensor)
+        merged = torch.empty_like(weight)
+        for matrix in layout.matrices():
+            rect = matrix.rect
+            at, tile = (slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)), tile_factors(factors, layout, matrix, rect)
+            merge_into(merged[at], weight[at], held, rect, tile, constants)
+        if rounding is not None:
+            rounding.round_(merged, Rect(0, height, 0, width))
+        return merged
+    merged = merged_weight(weight, layout, factors, constants)
     for band in row_tiles(Rect(0, height, 0, width), mask_band_elements(weight.device.type)):
         mask = unpack_range(bits, layout.numel, num_shards, band.r0 * width, band.r1 * width)
         apply_mask_(merged[band.r0 : band.r1], mask.view(-1, width))
