@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from pst_ds.core.formats import FORMATS, QuantizedFormat, form_of
 from pst_ds.core.formats.quantized import without_padding
 from pst_ds.core.quantization import dequantize, unpack_nibbles
-from pst_ds.runtime import native
+from pst_ds.runtime import gemv, native
 from pst_ds.runtime.backends import backend_for
 
 PANEL_ROWS = 1024
@@ -27,6 +27,8 @@ def bitmask_linear(
     x: Tensor, compressed: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, backend: str = ""
 ) -> Tensor:
     """Compute x W' + bias: (..., I) to (..., O) with parts of the bitmask format, which must have passed its check."""
+    if not backend and gemv.takes(x, compressed):
+        return gemv.bitmask_linear(x, compressed, bitmask, row_offsets, bias)
     vectors = x.numel() // max(1, x.shape[-1])
     if not backend:
         density = compressed.numel() / max(1, bitmask.shape[0] * x.shape[-1])
