@@ -93,7 +93,8 @@ def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants, out:
 def merged_weight(weight: Tensor | CodedWeight, layout: WeightLayout, factors: Factors, constants: Constants) -> Tensor:
     """W0 + beta U V of a whole layer, in storage shape and in the dtype of ``weight``: a new, contiguous tensor.
 
-    The products are made matrix by matrix, as :func:`masked_weight` makes them: where its mask keeps, the bits agree.
+    The products are made matrix by matrix, as :func:`masked_weight` makes them: where its mask keeps, the bits agree,
+    unless a kernel for GPUs made that one, whose sums have another order.
     """
     merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     for matrix in layout.matrices():
