@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
-if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-    pytest.skip("the operators are compiled, and there is no C++ compiler", allow_module_level=True)
-
 Array = np.ndarray
 ABSENT = None
 
 
 @pytest.fixture(scope="session")
-def run_node() -> Callable[..., list[Array]]:
+def _compiler() -> None:
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("the operators are compiled, and there is no C++ compiler")
+
+
+@pytest.fixture(scope="session")
+def run_node(_compiler: None) -> Callable[..., list[Array]]:
     """``run_node(name, inputs, constants, attributes)``: arrays (or None) by position; returns the outputs."""
     import ml_dtypes
     import onnx

@@ -6,7 +6,6 @@ import json
 from collections import Counter
 
 import numpy as np
-import onnx
 import pytest
 import torch
 import transformers as hf
@@ -15,6 +14,10 @@ from pst_ds.cli.main import main
 from pst_ds.export.manifest import ExportError
 from pst_ds.onnx import folder as onnx_folder
 from pst_ds.onnx.session import open_session
+
+onnx = pytest.importorskip("onnx", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
+pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
+pytestmark = pytest.mark.usefixtures("_compiler")
 
 SIZES = {
     "hidden_size": 32,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -12,6 +11,9 @@ from torch.nn import functional
 
 from pst_ds.core.formats import FORMATS, QuantizedFormat
 from pst_ds.core.quantization import Grid
+
+pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
+ml_dtypes = pytest.importorskip("ml_dtypes", reason="comes with onnx")
 
 ACTIVATIONS = {
     0: lambda y: y,
