@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pst_ds.onnx.folder import MODEL_FILE
+from pst_ds.core.packings import ONNX_FILE
 from pst_ds.onnx.session import open_session
 from tools.verbs import verb
 
@@ -26,10 +26,10 @@ def write_int8(folder: Path, out: Path) -> Path:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # of shapes that nobody inferred
     try:
-        quantize_dynamic(out / "fp32" / MODEL_FILE, out / MODEL_FILE, weight_type=QuantType.QInt8)
+        quantize_dynamic(out / "fp32" / ONNX_FILE, out / ONNX_FILE, weight_type=QuantType.QInt8)
     finally:
         logging.disable(disabled)
-    return out / MODEL_FILE
+    return out / ONNX_FILE
 
 
 def accuracy(model_file: Path, folder: Path, texts: Path, max_length: int) -> float:

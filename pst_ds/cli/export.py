@@ -10,7 +10,7 @@ from typing import Any
 
 from pst_ds.cli.main import add_quiet_argument, add_shard_argument, count, load_run_or_folder, main
 from pst_ds.config.toml import dump_run
-from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF, GROUPS, ONNX, PACKINGS, VALUE_BITS, WHOLE_ROW
+from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF, GROUPS, ONNX, ONNX_FILE, PACKINGS, VALUE_BITS, WHOLE_ROW
 from pst_ds.errors import InputError
 
 
@@ -94,7 +94,7 @@ def _write_onnx(args: argparse.Namespace) -> dict[str, Any]:
     weights = "dense weights" if args.plain else f"{written['sparse_nodes']} sparse products"
     difference = written["max_relative_difference"]
     said = "not run: no onnxruntime here" if difference is None else f"outputs within {difference:.1g} of the model's"
-    print(f"wrote {out}/model.onnx: {written['nodes']} nodes, {weights}, {written['file_bytes']:,} bytes; {said}")
+    print(f"wrote {out / ONNX_FILE}: {written['nodes']} nodes, {weights}, {written['file_bytes']:,} bytes; {said}")
     return written
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from pst_ds.cli.export import rounding_text
 from pst_ds.cli.main import add_quiet_argument, count, load_run_or_folder
 from pst_ds.config.run import RunConfig
+from pst_ds.core.packings import ONNX_FILE
 
 
 class VerificationError(RuntimeError):
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
     folder = Path(args.export)
     config = load_run_or_folder(args) if args.run is not None else None
-    if (folder / "model.onnx").is_file():
+    if (folder / ONNX_FILE).is_file():
         return _verify_onnx(args, folder, config)
     counts = check_export(folder)
     check_model(folder)
@@ -88,7 +89,7 @@ def _verify_onnx(args: argparse.Namespace, folder: Path, config: RunConfig | Non
     from pst_ds.cli.verify_onnx import compare_onnx_with_run, facts_of_file
 
     facts = facts_of_file(folder)
-    print(f"{folder}/model.onnx: {facts['file_bytes']:,} bytes, ONNX Runtime opens it; outputs {facts['outputs']}")
+    print(f"{folder / ONNX_FILE}: {facts['file_bytes']:,} bytes, ONNX Runtime opens it; outputs {facts['outputs']}")
     if config is None:
         return facts
     compared = compare_onnx_with_run(args, config)

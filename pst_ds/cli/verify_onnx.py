@@ -14,9 +14,10 @@ from pst_ds.cli.verify_rounded import cast_model, encoding_of_folder, narrower_d
 from pst_ds.cli.verify_run import LargestLogit, trimmed_to_export
 from pst_ds.cli.verify_vocabulary import tokens_of_folder
 from pst_ds.config.run import RunConfig
+from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError
 from pst_ds.nn.inject import pst_layers
-from pst_ds.onnx.folder import ALLOWED, MODEL_FILE
+from pst_ds.onnx.folder import ALLOWED
 from pst_ds.onnx.session import open_session
 from pst_ds.train.evaluate import compare
 from pst_ds.train.run import masked_model, prepare_single
@@ -25,11 +26,11 @@ from pst_ds.train.run_folder import open_checkpoint
 
 def facts_of_file(folder: Path) -> dict[str, Any]:
     """Open the file, which has ONNX Runtime check it, and return its size, inputs and outputs. Raises InputError."""
-    session = open_session(folder / MODEL_FILE)
+    session = open_session(folder / ONNX_FILE)
     return {
         "export_dir": str(folder),
         "kind": "onnx",
-        "file_bytes": sum(path.stat().st_size for path in folder.glob(f"{MODEL_FILE}*")),
+        "file_bytes": sum(path.stat().st_size for path in folder.glob(f"{ONNX_FILE}*")),
         "inputs": [value.name for value in session.get_inputs()],
         "outputs": [value.name for value in session.get_outputs()],
     }
@@ -41,7 +42,7 @@ def compare_onnx_with_run(args: argparse.Namespace, config: RunConfig) -> dict[s
 
     Raises InputError for a file of several outputs, or none called logits.
     """
-    model = _OnnxModel(Path(args.export) / MODEL_FILE)
+    model = _OnnxModel(Path(args.export) / ONNX_FILE)
     checkpoint = open_checkpoint(config, args.checkpoint)
     prepared = prepare_single(config, checkpoint)
     examples = prepared.load(args.split)

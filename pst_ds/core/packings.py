@@ -11,6 +11,8 @@ GGUF = "gguf"
 """One file for llama.cpp; blocks of 32 weights share a scale."""
 ONNX = "onnx"
 """One file for ONNX Runtime, whose sparse products are operators of ours."""
+ONNX_FILE = "model.onnx"
+"""Its name in an export's folder."""
 QUANTIZED_PACKINGS = ("bitmask", "2:4", DENSE)
 """What holds values on a grid."""
 VALUE_BITS = {"int8": 8, "int4": 4}

@@ -16,12 +16,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from pst_ds.onnx.fuse import fuse
-from pst_ds.onnx.nodes import ATTENTION, EmbeddingNode, SparseLinearNode, attention
+from pst_ds.onnx.nodes import ATTENTION, EmbeddingNode, SparseLinearNode, Table, attention
 from pst_ds.runtime import SparseLinear
 
 OPSET = 20
-Table = tuple[Tensor, Tensor | None, int]
-"""Values, scales and bits of an embedding, as EmbeddingNode takes them."""
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """What a graph may take, each (batch, tokens) int64, in this order."""
 

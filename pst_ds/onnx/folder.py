@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,14 +16,14 @@ from torch import Tensor, nn
 from pst_ds import __version__
 from pst_ds.atomic_files import atomic_folder, require_writable
 from pst_ds.core.formats import QuantizedFormat
+from pst_ds.core.packings import ONNX_FILE
 from pst_ds.export.from_folder import CONFIG_FILE, copy_beside
 from pst_ds.export.manifest import MANIFEST_FILE, ExportError, JsonTable
 from pst_ds.hf.config import PackedWeightsConfig
 from pst_ds.hf.layers import named_groups
 from pst_ds.hf.weight_files import form_of_group, packed_groups, read_headers
-from pst_ds.onnx.nodes import narrowed
+from pst_ds.onnx.nodes import Table, narrowed
 
-MODEL_FILE = "model.onnx"
 _TABLE_ROWS = 100
 """Embeddings of so many rows stay as they are stored; smaller ones are not worth it."""
 ALLOWED = 1e-3
@@ -43,8 +44,8 @@ def write_onnx(packed: Path, out: Path, facts: JsonTable, *, plain: bool = False
 
     from pst_ds.onnx.export import plain_graph, sparse_graph
 
-    model, outputs = _load(packed, "dense" if plain else "sparse")
-    reference, _ = _load(packed, "dense")
+    model, reference = _load(packed, "dense" if plain else "sparse"), _load(packed, "dense")
+    outputs = _output_names(reference)
     try:
         graph = plain_graph(model, outputs) if plain else sparse_graph(model, _tables(packed, model), outputs)
     except Exception as error:  # whatever torch's exporter raises for what it does not know
@@ -52,9 +53,9 @@ def write_onnx(packed: Path, out: Path, facts: JsonTable, *, plain: bool = False
     kept = {key: facts[key] for key in ("values", "group", "embeddings", "sparsity_measured") if facts.get(key)}
     graph.metadata_props["pst_ds"] = json.dumps({"version": __version__, **kept})
     with atomic_folder(out) as partial:
-        file = partial / MODEL_FILE
+        file = partial / ONNX_FILE
         if sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value) > 1 << 30:
-            ir.save(graph, file, external_data=f"{MODEL_FILE}.data")
+            ir.save(graph, file, external_data=f"{ONNX_FILE}.data")
         else:
             ir.save(graph, file)
         copy_beside(packed, partial)
@@ -63,7 +64,7 @@ def write_onnx(packed: Path, out: Path, facts: JsonTable, *, plain: bool = False
         config.pop("quantization_config", None)
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         difference = _compare(file, reference)
-        nbytes = sum(path.stat().st_size for path in partial.glob(f"{MODEL_FILE}*"))
+        nbytes = sum(path.stat().st_size for path in partial.glob(f"{ONNX_FILE}*"))
     nodes = [node for node in graph.graph if node.op_type == "SparseLinear"]
     return {
         **facts,
@@ -82,17 +83,14 @@ def write_onnx(packed: Path, out: Path, facts: JsonTable, *, plain: bool = False
 def require_free(out: Path) -> None:
     """Raise ExportError unless ``out`` is free, an empty folder, or an older one of these, and ONNX can be written."""
     _require_libraries()
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MODEL_FILE).is_file())):
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / ONNX_FILE).is_file())):
         raise ExportError(f"{out.absolute()} exists and is no folder of an ONNX file; name another folder with --out")
     require_writable(out, f"--out {out}")
 
 
 def _require_libraries() -> None:
-    try:
-        import onnxscript  # which onnx and onnx_ir come with
-    except ImportError:
-        raise ExportError("ONNX files take onnx and onnxscript: pip install 'pst-ds[onnx]'") from None
-    assert onnxscript
+    if find_spec("onnxscript") is None:  # which onnx and onnx_ir come with
+        raise ExportError("ONNX files take onnx and onnxscript: pip install 'pst-ds[onnx]'")
 
 
 def _first_line(error: Exception) -> str:
@@ -102,10 +100,8 @@ def _first_line(error: Exception) -> str:
     return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
 
 
-def _load(folder: Path, load_as: Literal["dense", "sparse"]) -> tuple[Any, list[str]]:
-    """Return the model in ``folder`` in fp32, of the class that its config names, and the names of what it returns."""
-    from pst_ds.onnx.export import input_names
-
+def _load(folder: Path, load_as: Literal["dense", "sparse"]) -> Any:
+    """Return the model in ``folder`` in fp32, of the class that its config names."""
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     names = config.get("architectures") or ["AutoModel"]
     cls = getattr(transformers, names[0], None)
@@ -117,16 +113,23 @@ def _load(folder: Path, load_as: Literal["dense", "sparse"]) -> tuple[Any, list[
     model = cls.from_pretrained(folder, **how).eval()
     if getattr(model.config, "use_cache", False):
         model.config.use_cache = False
+    return model
+
+
+def _output_names(model: Any) -> list[str]:
+    """Return the names of the tensors that a model's forward returns, without states and caches."""
+    from pst_ds.onnx.export import input_names
+
     with torch.no_grad():
         found = model(**{name: torch.ones(1, 8, dtype=torch.long) for name in input_names(model)}, return_dict=True)
-    return model, [name for name, value in found.items() if isinstance(value, Tensor) and name not in _NOT_LOGITS]
+    return [name for name, value in found.items() if isinstance(value, Tensor) and name not in _NOT_LOGITS]
 
 
-def _tables(folder: Path, model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None, int]]:
-    """Return (values, scales, bits) of the large embeddings, as the folder stores them, by name in ``model``."""
+def _tables(folder: Path, model: nn.Module) -> dict[str, Table]:
+    """Return the large embeddings, as the folder stores them, by name in ``model``."""
     headers = read_headers(str(path) for path in folder.glob("*.safetensors"))
     groups = named_groups(model, packed_groups(headers, "bitmask"))
-    found: dict[str, tuple[Tensor, Tensor | None, int]] = {}
+    found: dict[str, Table] = {}
     for name, module in model.named_modules():
         if type(module) is not nn.Embedding or module.num_embeddings < _TABLE_ROWS:
             continue
@@ -145,9 +148,7 @@ def _tables(folder: Path, model: nn.Module) -> dict[str, tuple[Tensor, Tensor | 
 def _compare(file: Path, reference: Any) -> float | None:
     """Run ``file`` and the model on tokens of all lengths; return the largest difference, as a share of the largest
     output. None without ONNX Runtime. Raises ExportError."""
-    try:
-        import onnxruntime
-    except ImportError:
+    if find_spec("onnxruntime") is None:
         return None
     from pst_ds.onnx.session import open_session
 
@@ -168,7 +169,6 @@ def _compare(file: Path, reference: Any) -> float | None:
             want = wanted[name].float().numpy()
             apart = float(np.maximum(apart, np.abs(got - want).max()))  # keeps a NaN
             largest = max(largest, float(np.abs(want).max()))
-    assert onnxruntime
     worst = apart / largest
     if not worst <= ALLOWED:
         raise ExportError(

@@ -150,7 +150,12 @@ def _take_activation(node: ir.Node) -> None:
         users = {use.node for use in y.uses()}
         gates = [user for user in users if user.op_type == "Sigmoid" and user.domain == ""]
         products = [user for user in users if user.op_type == "Mul" and user.domain == ""]
-        if len(users) == 2 and len(gates) == len(products) == 1 and gates[0].outputs[0] in products[0].inputs:
+        if (
+            not y.is_graph_output()
+            and len(users) == 2
+            and len(gates) == len(products) == 1
+            and gates[0].outputs[0] in products[0].inputs
+        ):
             after, number = products[0], _SILU
     if not number or after is None:
         return

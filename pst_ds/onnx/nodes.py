@@ -17,6 +17,8 @@ from pst_ds.runtime import SparseLinear
 DOMAIN, VERSION = "pst_ds", 1
 ATTENTION = "pst_onnx"
 """The name of :func:`attention` among transformers' attention implementations."""
+Table = tuple[Tensor, Tensor | None, int]
+"""Values, scales and bits of an embedding, as EmbeddingNode takes them."""
 
 
 def narrowed(values: Tensor) -> Tensor:

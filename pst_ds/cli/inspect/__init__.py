@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from pst_ds.cli.inspect.text import Inspection, print_inspection
+from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError
 
 
@@ -27,7 +28,7 @@ def inspect(path: Path) -> Inspection:
         raise InputError(f"{str(path)!r} does not exist (looked in {path.absolute()})")
     if path.is_file():
         return runs.run_file(path)
-    if (path / "model.onnx").is_file():
+    if (path / ONNX_FILE).is_file():
         raise InputError(f"{path} has an ONNX file, whose graph netron or onnx show; pst-ds verify {path} checks it")
     readers = {
         "run.toml": runs.run_folder,
