@@ -101,7 +101,7 @@ def _join_projections(graph: ir.Graph, node: ir.Node) -> None:
     inputs: list[ir.Value | None] = [first.inputs[0]]
     for index in range(1, 5):
         parts = [one.inputs[index] for one in linears]
-        inputs.append(None if parts[0] is None else _constant(graph, parts))
+        inputs.append(None if parts[0] is None else _joined(graph, f"{first.outputs[0].name}_qkv_{index}", parts))
     outputs = [_array(one.inputs[1]).shape[0] for one in linears]
     joined = ir.Node(DOMAIN, "SparseLinear", inputs, list(first.attributes.values()), num_outputs=1)
     shape = first.outputs[0].shape
@@ -123,10 +123,9 @@ def _array(value: ir.Value | None) -> np.ndarray:
     return tensor.numpy()
 
 
-def _constant(graph: ir.Graph, values: Sequence[ir.Value | None]) -> ir.Value:
-    """Make an initializer of ``values`` one after the other."""
-    arrays = [_array(value) for value in values]
-    return _new_constant(graph, "+".join(str(value.name) for value in values if value), np.concatenate(arrays))
+def _joined(graph: ir.Graph, name: str, values: Sequence[ir.Value | None]) -> ir.Value:
+    """Make an initializer of ``values`` one after the other. Equal ones may share a name, so it has one of its own."""
+    return _new_constant(graph, name, np.concatenate([_array(value) for value in values]))
 
 
 def _new_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
@@ -160,7 +159,7 @@ def _take_activation(node: ir.Node) -> None:
     if not number or after is None:
         return
     node.attributes["activation"] = ir.AttrInt64("activation", number)
-    ir.convenience.replace_all_uses_with(after.outputs[0], y)
+    ir.convenience.replace_all_uses_with(after.outputs[0], y, replace_graph_outputs=True)
 
 
 def _take_sum(graph: ir.Graph, node: ir.Node) -> None:
@@ -182,7 +181,9 @@ def _take_sum(graph: ir.Graph, node: ir.Node) -> None:
         assert old is not None
         output.shape, output.dtype, output.name = old.shape, ir.DataType.FLOAT, f"{old.name}_fused"
     graph.insert_before(node, fused)
-    ir.convenience.replace_all_uses_with(node.outputs[0], fused.outputs[0])
+    name = node.outputs[0].name
+    ir.convenience.replace_all_uses_with(node.outputs[0], fused.outputs[0], replace_graph_outputs=True)
+    node.outputs[0].name, fused.outputs[0].name = f"{name}_replaced", name  # a graph's outputs keep their names
     if len(fused.outputs) == 2:
         assert added is not None
         ir.convenience.replace_all_uses_with(added.outputs[0], fused.outputs[1])

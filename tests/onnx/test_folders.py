@@ -29,6 +29,7 @@ SIZES = {
 DECODER = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64}
 FAMILIES = {
     "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**SIZES, num_labels=3)),
+    "bert without a head": lambda: hf.BertModel(hf.BertConfig(**SIZES)),
     "roberta": lambda: hf.RobertaForTokenClassification(hf.RobertaConfig(**SIZES, num_labels=5)),
     "electra": lambda: hf.ElectraForMaskedLM(hf.ElectraConfig(**SIZES, embedding_size=24)),
     "distilbert": lambda: hf.DistilBertForQuestionAnswering(
@@ -38,9 +39,10 @@ FAMILIES = {
     "qwen2": lambda: hf.Qwen2ForSequenceClassification(hf.Qwen2Config(**DECODER, num_labels=2, pad_token_id=0)),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=160)),
 }
-OUTPUTS = {"distilbert": ["start_logits", "end_logits"]}
+OUTPUTS = {"distilbert": ["start_logits", "end_logits"], "bert without a head": ["last_hidden_state", "pooler_output"]}
 NODES = {
     "bert": {"SparseLinear": 2 * 4, "SkipLayerNorm": 1 + 2 * 2, "Attention": 2},
+    "bert without a head": {"SparseLinear": 2 * 4, "SkipLayerNorm": 1 + 2 * 2, "Attention": 2},
     "roberta": {"SparseLinear": 2 * 4, "SkipLayerNorm": 1 + 2 * 2, "Attention": 2},
     "electra": {"SparseLinear": 2 * 4, "Attention": 2},
     "distilbert": {"SparseLinear": 2 * 4, "SkipLayerNorm": 1 + 2 * 2, "Attention": 2},
