@@ -36,6 +36,7 @@ FLOORS = {
     "onnx": 6,
     "train": 5,
     "bench": 6,
+    "decoder": 6,
     "tune": 6,
     "report": 7,
     "cli": 8,

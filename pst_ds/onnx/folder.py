@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from pst_ds import __version__
 from pst_ds.atomic_files import atomic_folder, require_writable
-from pst_ds.core.formats import QuantizedFormat
 from pst_ds.core.packings import ONNX_FILE
 from pst_ds.export.from_folder import CONFIG_FILE, copy_beside
 from pst_ds.export.manifest import MANIFEST_FILE, ExportError, JsonTable
 from pst_ds.hf.config import PackedWeightsConfig
-from pst_ds.hf.layers import named_groups
-from pst_ds.hf.weight_files import form_of_group, packed_groups, read_headers
-from pst_ds.onnx.nodes import Table, narrowed
+from pst_ds.hf.tables import stored_tables
+from pst_ds.onnx.nodes import Table
+from pst_ds.runtime.dense import narrowed
 
 _TABLE_ROWS = 100
 """Embeddings of so many rows stay as they are stored; smaller ones are not worth it."""
@@ -127,21 +126,14 @@ def _output_names(model: Any) -> list[str]:
 
 def _tables(folder: Path, model: nn.Module) -> dict[str, Table]:
     """Return the large embeddings, as the folder stores them, by name in ``model``."""
-    headers = read_headers(str(path) for path in folder.glob("*.safetensors"))
-    groups = named_groups(model, packed_groups(headers, "bitmask"))
-    found: dict[str, Table] = {}
+    stored, found = stored_tables(folder, model), dict[str, Table]()
     for name, module in model.named_modules():
         if type(module) is not nn.Embedding or module.num_embeddings < _TABLE_ROWS:
             continue
-        group = groups.get(name, {})
-        if "codes" not in group:
-            weight = narrowed(module.weight.detach())
-            if weight.dtype == torch.bfloat16:
-                found[name] = (weight, None, 16)
-            continue
-        form = form_of_group(name, "bitmask", group, module.embedding_dim)
-        assert isinstance(form, QuantizedFormat)
-        found[name] = (group["codes"].read(), group["scales"].read(), form.grid.bits)
+        if name in stored:
+            found[name] = (stored[name].codes, stored[name].scales, stored[name].bits)
+        elif (weight := narrowed(module.weight.detach())).dtype == torch.bfloat16:
+            found[name] = (weight, None, 16)
     return found
 
 

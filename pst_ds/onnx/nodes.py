@@ -13,18 +13,13 @@ from torch import Tensor, nn
 
 from pst_ds.core.formats import FORMATS, QuantizedFormat
 from pst_ds.runtime import SparseLinear
+from pst_ds.runtime.dense import narrowed
 
 DOMAIN, VERSION = "pst_ds", 1
 ATTENTION = "pst_onnx"
 """The name of :func:`attention` among transformers' attention implementations."""
 Table = tuple[Tensor, Tensor | None, int]
 """Values, scales and bits of an embedding, as EmbeddingNode takes them."""
-
-
-def narrowed(values: Tensor) -> Tensor:
-    """Return float ``values`` in bf16 where that changes none of them, else in fp32."""
-    narrow = values.to(torch.bfloat16)
-    return narrow if torch.equal(narrow.to(values.dtype), values) else values.float()
 
 
 class SparseLinearNode(nn.Module):

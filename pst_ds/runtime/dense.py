@@ -12,6 +12,12 @@ from torch import Tensor, nn
 from pst_ds.nn.model_structure import is_conv1d, untied_linear_layers
 
 
+def narrowed(values: Tensor) -> Tensor:
+    """Return float ``values`` in bf16 where that changes none of them, else in fp32."""
+    narrow = values.to(torch.bfloat16)
+    return narrow if torch.equal(narrow.to(values.dtype), values) else values.float()
+
+
 class VectorLinear(nn.Linear):
     """An nn.Linear that multiplies one vector with ``torch.mv``; it shares the parameters it was made from."""
 

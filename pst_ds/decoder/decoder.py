@@ -1,0 +1,210 @@
+"""The decoder that users hold: sequences with a cache, tokens in, logits or tokens out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pst_ds.decoder.sampling import Sampling
+from pst_ds.decoder.table import DecoderError, DecoderTable, table_of
+from pst_ds.decoder.weights import Weights, embeddings_of
+from pst_ds.hf.model_folder import open_model_folder
+from pst_ds.hf.tables import StoredTable, stored_tables
+from pst_ds.runtime.decoder import require_library
+
+LEAST_COSINE = 0.9995
+"""Mean cosine of the loop's logits, keys and values in fp32, with the model's own: below it a model is refused.
+
+Activations are rounded to some 14 bits; what that moves in a model that pruning left with little sense is the most
+that was seen, 7e-5."""
+PROBE_TOKENS = 24
+TOKENS_IN_A_PASS = 128
+CACHES = {"bf16": 1, "fp32": 0}
+
+
+class Decoder:
+    """A causal language model on the CPU: a native loop over packed weights, with a cache for each sequence.
+
+    Results do not depend on the number of threads, nor on how tokens are split over calls: bit for bit.
+    """
+
+    def __init__(
+        self, table: DecoderTable, *, sequences: int = 1, threads: int | None = None, cache: str = "bf16",
+        tables: Mapping[int, StoredTable] | None = None,
+    ):  # fmt: skip
+        """``tables``: embeddings that are codes, by the id() of their module. Mostly made by the class methods."""
+        if cache not in CACHES:
+            raise DecoderError(f"cache={cache!r}: keys and values are kept in {' or '.join(CACHES)}")
+        require_library()
+        self.threads = threads or torch.get_num_threads()
+        self.context, self.sequences = table.shape["context"], sequences
+        self._lengths = [0] * sequences
+        self._most = max(TOKENS_IN_A_PASS, sequences)
+        self._embeddings = embeddings_of(table.embeddings, tables or {}, table.embedding_scale)
+        self._weights = Weights.of(table, self._embeddings)
+        self._loop = self._weights.loop(self.context, sequences, self._most, narrow_cache=CACHES[cache])
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a token reads."""
+        return sum(matrix.nbytes for matrices, _ in self._weights.products.values() for matrix in matrices)
+
+    @classmethod
+    def from_model(
+        cls, model: Any, context: int = 2048, *, verify: bool = True, tables: Mapping[str, StoredTable] | None = None,
+        **options: Any,
+    ) -> Decoder:  # fmt: skip
+        """Make a decoder of a transformers causal language model on the CPU, its layers dense or ours.
+
+        ``context``: positions of a sequence, no more than the model has. ``tables``: embeddings that its folder holds
+        as codes (:func:`~pst_ds.hf.tables.stored_tables`). ``options``: those of the class. With ``verify`` the logits
+        of some tokens must be those of the model's own forward pass. Raises DecoderError.
+        """
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        context = min(context, limit) if isinstance(limit, int) else context
+        by_id = {id(model.get_submodule(name)): table for name, table in (tables or {}).items()}
+        decoder = cls(table_of(model, context), tables=by_id, **options)
+        if verify:
+            _require_same(decoder, model)
+        return decoder
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, context: int = 2048, **options: Any) -> Decoder:
+        """Make a decoder of a model folder, dense or packed; ``options``: those of :meth:`from_model`."""
+        opened = open_model_folder(folder)
+        opened.require_causal()
+        packed = opened.format != "dense"
+        model = opened.load("sparse" if packed else "auto", "fp32")
+        tables = stored_tables(opened.path, model) if packed else None
+        return cls.from_model(model, context, tables=tables, **options)
+
+    def with_fp32_cache(self, context: int) -> Decoder:
+        """Return a decoder of the same weights in memory, with one empty sequence of ``context`` positions in fp32."""
+        other = copy.copy(self)
+        other.context, other.sequences, other._lengths = min(context, self.context), 1, [0]
+        other._loop = self._weights.loop(other.context, 1, self._most, narrow_cache=0)
+        return other
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens that there are."""
+        return self._embeddings.num_rows
+
+    @property
+    def length(self) -> int:
+        """Tokens of the first sequence that are in its cache."""
+        return self._lengths[0]
+
+    def reset(self, length: int = 0, sequence: int = 0) -> None:
+        """Cut a sequence's cache back to its first ``length`` tokens."""
+        if not 0 <= length <= self._lengths[sequence]:
+            raise ValueError(f"sequence {sequence} has {self._lengths[sequence]} tokens, and cannot have {length}")
+        self._lengths[sequence] = length
+
+    def forward(self, ids: Sequence[int] | Tensor, *, sequence: int = 0, all_logits: bool = False) -> Tensor:
+        """Append ``ids`` to a sequence; return fp32 logits of the last, (vocabulary,), or of all, (tokens, vocabulary).
+
+        Raises ValueError where they do not fit into the context, and without any.
+        """
+        tokens = torch.as_tensor(ids, dtype=torch.long).flatten()
+        if not tokens.numel():
+            raise ValueError("forward takes at least one token")
+        self._require_room(self._lengths[sequence] + len(tokens))
+        found: list[Tensor] = []
+        for part in tokens.split(self._most):
+            is_last = len(found) * self._most + len(part) == len(tokens) or all_logits
+            wanted = torch.arange(len(part)) if all_logits else torch.arange(len(part) - 1, len(part))
+            found.append(self._pass(part, torch.full_like(part, sequence), wanted if is_last else wanted[:0]))
+        return torch.cat(found) if all_logits else found[-1][0]
+
+    def step(self, ids: Sequence[int] | Tensor, sequences: Sequence[int] | None = None) -> Tensor:
+        """Append one token to each of ``sequences`` (by default the first ones); return logits (tokens, vocabulary)."""
+        tokens = torch.as_tensor(ids, dtype=torch.long).flatten()
+        of = torch.arange(len(tokens)) if sequences is None else torch.as_tensor(sequences, dtype=torch.long)
+        if len(of) != len(tokens) or len(of.unique()) != len(of):
+            raise ValueError(f"one token for each of different sequences, got {len(tokens)} for {of.tolist()}")
+        return self._pass(tokens, of, torch.arange(len(tokens)))
+
+    def _pass(self, ids: Tensor, sequences: Tensor, wanted: Tensor) -> Tensor:
+        if int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary:
+            raise ValueError(f"tokens are 0 to {self.vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}")
+        positions, lengths = [], list(self._lengths)
+        for sequence in sequences.tolist():
+            positions.append(lengths[sequence])
+            lengths[sequence] += 1
+        self._require_room(max(lengths))
+        logits = self._loop.run(self._embeddings.rows(ids), sequences, torch.tensor(positions), wanted, self.threads)
+        self._lengths = lengths
+        return logits
+
+    def _require_room(self, length: int) -> None:
+        if length > self.context:
+            raise ValueError(f"{length} tokens do not fit into a context of {self.context}")
+
+    def stream(
+        self, prompt: Sequence[int] | Tensor, max_new_tokens: int, *, sampling: Sampling | None = None,
+        end: Collection[int] = (), seed: int | None = None,
+    ) -> Iterator[int]:  # fmt: skip
+        """Yield the tokens that follow ``prompt``, the one of ``end`` that stops them among them.
+
+        The first sequence is begun anew. ``sampling``: the likeliest token by default. Ends where the context does.
+        """
+        sampling = sampling or Sampling()
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.reset()
+        logits = self.forward(prompt)
+        for number in range(max_new_tokens):
+            token = int(sampling.choose(logits[None], generator))
+            yield token
+            if token in end or number + 1 == max_new_tokens or self.length == self.context:
+                return
+            logits = self.forward([token])
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, sampling: Sampling | None = None,
+        end: Collection[int] = (), seed: int | None = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """Return the tokens that follow each of up to ``sequences`` prompts, which are decoded side by side."""
+        if len(prompts) > self.sequences:
+            raise ValueError(f"{len(prompts)} prompts for {self.sequences} sequences: open the decoder with more")
+        sampling = sampling or Sampling()
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        logits = []
+        for number, prompt in enumerate(prompts):
+            self.reset(sequence=number)
+            logits.append(self.forward(prompt, sequence=number))
+        going, written = list(range(len(prompts))), [list[int]() for _ in prompts]
+        while going and max_new_tokens > 0:
+            chosen = sampling.choose(torch.stack(logits), generator).tolist()
+            for number, token in zip(going, chosen, strict=True):
+                written[number].append(token)
+            left = [
+                (number, token)
+                for number, token in zip(going, chosen, strict=True)
+                if token not in end and len(written[number]) < max_new_tokens and self._lengths[number] < self.context
+            ]
+            going = [number for number, _ in left]
+            logits = list(self.step([token for _, token in left], going)) if left else []
+        return written
+
+
+def _require_same(decoder: Decoder, model: Any) -> None:
+    """Compare logits of some tokens, a part of them one by one, with the model's own. Raises DecoderError."""
+    count = min(PROBE_TOKENS, decoder.context)
+    probe = decoder.with_fp32_cache(count)
+    ids = torch.randint(0, decoder.vocabulary, (count,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(input_ids=ids[None], use_cache=False).logits[0].float()
+    parts = [probe.forward(ids[: count // 2], all_logits=True)]
+    parts += [probe.forward(ids[i : i + 1], all_logits=True) for i in range(count // 2, count)]
+    cosine = torch.cosine_similarity(torch.cat(parts).double(), expected.double(), dim=-1).mean().item()
+    if not cosine >= LEAST_COSINE:
+        raise DecoderError(
+            f"{type(model).__name__}: the native loop gives other logits (mean cosine {cosine:.5f}, at least "
+            f"{LEAST_COSINE} is right): a part of this model is not in its table. Use transformers' own generate()"
+        )

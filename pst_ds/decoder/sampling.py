@@ -1,0 +1,41 @@
+"""How the next token is chosen from logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """The likeliest token with ``temperature`` 0; else one drawn from softmax(logits / temperature).
+
+    ``top_k``: among the so many likeliest, 0 for all; ``top_p``: among the likeliest that sum up to it.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is a number of at least 0, got {self.temperature}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p is above 0 and at most 1, got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is at least 0, got {self.top_k}")
+
+    def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return a token for each row of fp32 ``logits`` (rows, vocabulary), (rows,) int64."""
+        if self.temperature == 0.0:
+            return logits.argmax(-1)
+        ids = torch.empty(logits.shape[0], 0, dtype=torch.long)
+        logits = TemperatureLogitsWarper(float(self.temperature))(ids, logits)
+        if self.top_k:
+            logits = TopKLogitsWarper(self.top_k)(ids, logits)
+        if self.top_p < 1.0:
+            logits = TopPLogitsWarper(self.top_p)(ids, logits)
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

@@ -1,0 +1,210 @@
+"""The native loop of a decoder, and the matrices that it multiplies: C++ behind ctypes, see ``loop.hpp``.
+
+Weights are packed again when a model is opened, to what this processor's instructions like (``matrix.hpp``): AVX-512
+with VBMI2 and VNNI, AVX2, or plain C++. :mod:`pst_ds.decoder` fills the table from a transformers model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sysconfig
+import weakref
+from collections.abc import Sequence
+from ctypes import CDLL, c_int
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.native import INT, POINTER, NativeSource, load
+
+LEVELS = ("portable", "avx2", "avx512")
+"""Instructions: plain C++; AVX2 with FMA; AVX-512 with VBMI2 and VNNI."""
+LAYOUTS = ("floats", "pairs", "windows", "words")
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh")
+LINEARS = ("qkv", "output", "gate_up", "down")
+NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "queries", "keys")
+SHAPE = (
+    "layers", "hidden", "heads", "key_value_heads", "head", "inner", "vocabulary", "context", "sequences", "most",
+    "activation", "gated", "narrow_cache", "norm_of_heads",
+)  # fmt: skip
+NUMBERS = ("epsilon", "attention_scale", "attention_cap", "logits_cap", "logits_scale", "residual_scale")
+_FOLDER = Path(__file__).parent
+SOURCE = NativeSource(
+    _FOLDER / "decoder.cpp",
+    {
+        "pst_decoder_level": ([], c_int),
+        "pst_matrix_of_codes": ([POINTER, POINTER, INT, INT, c_int, INT, c_int], POINTER),
+        "pst_matrix_of_floats": ([POINTER, INT, INT, c_int], POINTER),
+        "pst_matrix_bytes": ([POINTER], INT),
+        "pst_matrix_layout": ([POINTER], c_int),
+        "pst_matrix_free": ([POINTER], None),
+        "pst_matrix_multiply": ([POINTER, POINTER, INT, POINTER, c_int, c_int], c_int),
+        "pst_decoder_new": ([POINTER, POINTER, c_int], POINTER),
+        "pst_decoder_free": ([POINTER], None),
+        "pst_decoder_angles": ([POINTER, POINTER, POINTER, INT], None),
+        "pst_decoder_linear": ([POINTER, INT, c_int, POINTER, INT, POINTER], None),
+        "pst_decoder_norm": ([POINTER, INT, c_int, POINTER], None),
+        "pst_decoder_attention": ([POINTER, INT, INT, INT], None),
+        "pst_decoder_run": ([POINTER, POINTER, POINTER, POINTER, INT, POINTER, INT, POINTER, c_int], c_int),
+    },
+    "native decoding",
+    flags=("-std=c++17", "-O3", "-Wno-psabi", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"),
+    may_flags=("-fopenmp",),
+    headers=(
+        *sorted(_FOLDER.glob("*.hpp")),
+        _FOLDER.parent / "kernels" / "common.hpp",
+        _FOLDER.parent / "onnx" / "lanes.hpp",
+        _FOLDER.parent / "onnx" / "vectors.hpp",
+    ),
+    prebuilt=_FOLDER.parent / f"_decoder{sysconfig.get_config_var('EXT_SUFFIX')}",
+    announce=True,
+)
+
+
+@cache
+def library() -> CDLL | None:
+    """Return the compiled loop, or None where it cannot be built. torch is loaded first, so that they share OpenMP."""
+    return load(SOURCE)
+
+
+def require_library() -> CDLL:
+    """Return the compiled loop. Raises RuntimeError where there is none."""
+    found = library()
+    if found is None:
+        raise RuntimeError("native decoding is compiled at first use: install a C++ compiler, and unset PST_DS_NATIVE")
+    return found
+
+
+@cache
+def best_level() -> int:
+    """Return the index in :data:`LEVELS` of the best that this processor supports."""
+    return int(require_library().pst_decoder_level())
+
+
+class Matrix:
+    """A linear layer's weight (O, I), packed for the instructions of ``level``."""
+
+    def __init__(self, handle: int | None, shape: tuple[int, int], level: int, keep: Tensor | None = None):
+        if not handle:
+            raise MemoryError(f"no memory to pack a weight of {shape[0]} x {shape[1]}")
+        self.handle, self.shape, self.level, self._keep = handle, shape, level, keep
+        weakref.finalize(self, require_library().pst_matrix_free, handle)
+
+    @classmethod
+    def of_codes(cls, codes: Tensor, scales: Tensor, bits: int, group: int, level: int | None = None) -> Matrix:
+        """Pack ``codes`` (O, I) int8, 0 where nothing is kept, with bf16 ``scales`` (O, groups).
+
+        ``group``: columns of a group, a multiple of 32; 0 where a row has one scale.
+        """
+        level = best_level() if level is None else level
+        rows, columns = codes.shape
+        groups = -(-columns // group) if group else 1
+        if codes.dtype != torch.int8 or scales.dtype != torch.bfloat16 or tuple(scales.shape) != (rows, groups):
+            found = f"{codes.dtype} codes {tuple(codes.shape)}, {scales.dtype} scales {tuple(scales.shape)}"
+            raise ValueError(f"{found}; int8 codes take bf16 scales of shape {(rows, groups)}")
+        if group % 32:
+            raise ValueError(f"groups of {group} columns; they must be a multiple of 32")
+        codes, scales = codes.contiguous(), scales.contiguous()
+        found = require_library().pst_matrix_of_codes(
+            codes.data_ptr(), scales.data_ptr(), rows, columns, bits, group, level
+        )
+        return cls(found, (rows, columns), level)
+
+    @classmethod
+    def of_floats(cls, weight: Tensor, level: int | None = None) -> Matrix:
+        """Take ``weight`` (O, I), fp32 or bf16, as it is, without a copy where it is contiguous."""
+        weight = weight.detach().contiguous()
+        if weight.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"a weight of {weight.dtype}; fp32 and bf16 are multiplied")
+        shape = (weight.shape[0], weight.shape[1])
+        found = require_library().pst_matrix_of_floats(weight.data_ptr(), *shape, 8 * weight.element_size())
+        return cls(found, shape, best_level() if level is None else level, weight)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return int(require_library().pst_matrix_bytes(self.handle))
+
+    @property
+    def layout(self) -> str:
+        """One of :data:`LAYOUTS`."""
+        return LAYOUTS[require_library().pst_matrix_layout(self.handle)]
+
+    def multiply(self, x: Tensor, threads: int = 1) -> Tensor:
+        """Return x W', fp32 (tokens, O), of fp32 ``x`` (tokens, I)."""
+        x = x.float().contiguous()
+        if x.dim() != 2 or x.shape[1] != self.shape[1]:
+            raise ValueError(f"x is {tuple(x.shape)}; the weight takes (tokens, {self.shape[1]})")
+        y = x.new_empty(x.shape[0], self.shape[0])
+        failed = require_library().pst_matrix_multiply(
+            self.handle, x.data_ptr(), x.shape[0], y.data_ptr(), threads, self.level
+        )
+        if failed:
+            raise MemoryError(f"no memory to multiply {tuple(x.shape)} with a weight of {self.shape}")
+        return y
+
+
+class Loop:
+    """The C++ decoder: a table of layers, and a cache of ``sequences`` times ``context`` positions."""
+
+    def __init__(self, shape: dict[str, int], numbers: dict[str, float], level: int | None = None):
+        """``shape`` and ``numbers`` have the keys :data:`SHAPE` and :data:`NUMBERS`."""
+        self._library, self.shape = require_library(), dict(shape)
+        sizes = (ctypes.c_int64 * len(SHAPE))(*(shape[key] for key in SHAPE))
+        values = (ctypes.c_double * len(NUMBERS))(*(numbers[key] for key in NUMBERS))
+        handle = self._library.pst_decoder_new(sizes, values, best_level() if level is None else level)
+        if not handle:
+            raise MemoryError(f"no memory for a cache of {shape['sequences']} x {shape['context']} positions")
+        self.handle, self._keep = handle, list[object]()
+        weakref.finalize(self, self._library.pst_decoder_free, handle)
+
+    def _pointer(self, values: Tensor | None) -> int:
+        if values is None:
+            return 0
+        values = values.detach().float().contiguous()
+        self._keep.append(values)
+        return values.data_ptr()
+
+    def add_angles(self, cosines: Tensor, sines: Tensor) -> None:
+        """Add a table of rotary angles, both (context, half of what is turned in a head)."""
+        self._library.pst_decoder_angles(self.handle, self._pointer(cosines), self._pointer(sines), cosines.shape[1])
+
+    def set_linear(self, layer: int, name: str, matrices: Sequence[Matrix], bias: Tensor | None) -> None:
+        """Set one of :data:`LINEARS` of a layer, or "head": products of one input, side by side, and their biases."""
+        handles = (ctypes.c_void_p * len(matrices))(*(matrix.handle for matrix in matrices))
+        self._keep += matrices
+        which = -1 if name == "head" else LINEARS.index(name)
+        self._library.pst_decoder_linear(self.handle, layer, which, handles, len(matrices), self._pointer(bias))
+
+    def set_norm(self, layer: int, name: str, gain: Tensor | None) -> None:
+        """Set one of :data:`NORMS` of a layer, or "last"."""
+        which = -1 if name == "last" else NORMS.index(name)
+        self._library.pst_decoder_norm(self.handle, layer, which, self._pointer(gain))
+
+    def set_attention(self, layer: int, window: int, angles: int) -> None:
+        """Let a layer look back over ``window`` positions, 0 for all, turned by table ``angles``, -1 for none."""
+        self._library.pst_decoder_attention(self.handle, layer, window, angles)
+
+    def run(self, embeddings: Tensor, sequences: Tensor, positions: Tensor, wanted: Tensor, threads: int) -> Tensor:
+        """Run tokens through all layers, and return fp32 logits (number wanted, vocabulary).
+
+        ``embeddings``: fp32 (tokens, hidden). ``sequences`` and ``positions``: int64 (tokens,); what a sequence has
+        before a position must be in its cache, or in this pass. ``wanted``: int64 indices of tokens.
+        """
+        tokens, shape = embeddings.shape[0], self.shape
+        assert embeddings.dtype == torch.float32
+        assert sequences.dtype == positions.dtype == wanted.dtype == torch.int64
+        assert tokens <= shape["most"]
+        assert all(0 <= p < shape["context"] for p in positions.tolist())
+        assert all(0 <= s < shape["sequences"] for s in sequences.tolist())
+        logits = embeddings.new_empty(wanted.numel(), shape["vocabulary"])
+        held = [tensor.contiguous() for tensor in (embeddings, sequences, positions, wanted)]  # alive until it returns
+        x, of, at, those = (tensor.data_ptr() for tensor in held)
+        failed = self._library.pst_decoder_run(
+            self.handle, x, of, at, tokens, those, wanted.numel(), logits.data_ptr(), threads
+        )
+        if failed:
+            raise MemoryError(f"no memory for a pass of {tokens} tokens")
+        return logits

@@ -1,0 +1,70 @@
+// Vectors as integers, and what an instruction set's kernels are called by.
+#pragma once
+
+#include "matrix.hpp"
+
+namespace pst {
+
+// `tokens` vectors rounded to integers. Each is q, and in planes: the low byte and the high one, which kernels of WORDS
+// take as unsigned (q + 2^15). Zeros follow a vector's columns, as many as a load may read past them.
+struct Activations {
+    int64_t stride = 0, chunks = 0;  // of a vector: in integers, and in scales
+    std::vector<int16_t> q;
+    std::vector<uint8_t> low, high;
+    std::vector<float> scales;
+
+    void reserve(int64_t tokens, int64_t columns) {
+        const size_t most = size_t(tokens * (round_up(columns, WORD) + 2 * PADDING));
+        if (q.size() >= most) return;
+        q.resize(most), low.resize(most), high.resize(most);
+        scales.resize(most);
+    }
+    void begin(const Matrix& m) { stride = round_up(m.columns, WORD) + PADDING, chunks = m.chunks(); }
+    const int16_t* q_of(int64_t token) const { return q.data() + token * stride; }
+    const uint8_t* low_of(int64_t token) const { return low.data() + token * stride; }
+    const uint8_t* high_of(int64_t token) const { return high.data() + token * stride; }
+    const float* scales_of(int64_t token) const { return scales.data() + token * chunks; }
+};
+
+// y (tokens, y_width) gets the products with rows of the blocks from `first` to `last`; `room`: of this thread,
+// room_for(m) bytes.
+struct ProductJob {
+    const Matrix& m;
+    const float* x;         // of FLOATS: (tokens, columns)
+    const Activations& q;   // of others
+    int64_t tokens, first, last;
+    float* y;
+    int64_t y_width;
+    uint8_t* room;
+};
+
+// One query head group and what it attends to. K and V: (context, padded head), of this key-value head.
+struct AttentionJob {
+    const float* q;    // (heads of the group, head)
+    const void *k, *v;
+    float* y;
+    int64_t heads, head, padded, begin, end;  // positions begin .. end
+    float scale, cap;
+    float* room;  // heads * (round_up(end - begin, 16) + 2 * padded) floats
+};
+
+struct Functions {
+    const char* name;
+    bool words;  // what it wants of pack()
+    void (*quantize)(const Matrix&, const float* x, int64_t token, Activations&);
+    void (*product)(const ProductJob&);
+    void (*rms_norm)(const float* x, const float* gain, float epsilon, int64_t width, float* y);
+    void (*rotate)(float* x, const float* cosines, const float* sines, int64_t half);
+    void (*gate)(int64_t activation, const float* gates, const float* up, int64_t width, float* y);
+    void (*attend)(const AttentionJob&, bool narrow);
+};
+
+// Bytes that a thread needs beside a product: 16 rows, expanded.
+inline int64_t room_for(int64_t columns) { return 16 * (round_up(columns, WORD) + WORD) + PADDING; }
+
+// Eight rows of a block, or those that the matrix still has.
+inline void store_rows(const float* rows, const Matrix& m, int64_t block, float* y) {
+    std::memcpy(y + block * ROWS, rows, size_t(std::min(ROWS, m.rows - block * ROWS)) * sizeof(float));
+}
+
+}  // namespace pst

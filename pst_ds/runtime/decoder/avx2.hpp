@@ -1,0 +1,129 @@
+// Products with codes for AVX2: places in a window are looked up by a byte shuffle, low and high bytes of q apart.
+
+inline __m256i twice(const uint8_t* from) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline __m128i half(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
+inline __m256i wide(__m128i codes) { return _mm256_cvtepi8_epi16(codes); }
+inline __m128i signed_nibbles(__m128i bytes) {  // of the lower halves
+    const __m128i eight = _mm_set1_epi8(8);
+    return _mm_sub_epi8(_mm_xor_si128(_mm_and_si128(bytes, _mm_set1_epi8(15)), eight), eight);
+}
+inline __m256i eight_scales(const uint16_t* scales) {  // as bits of floats
+    return _mm256_slli_epi32(_mm256_cvtepu16_epi32(half(reinterpret_cast<const uint8_t*>(scales))), 16);
+}
+
+// The next 32 codes of 8 rows, as two vectors of 16 bits.
+template <int BITS> inline void codes_at(const uint8_t* data, __m256i& first, __m256i& second) {
+    if (BITS == 8) {
+        first = wide(half(data)), second = wide(half(data + 16));
+        return;
+    }
+    const __m128i bytes = half(data);
+    first = wide(signed_nibbles(bytes)), second = wide(signed_nibbles(_mm_srli_epi16(bytes, 4)));
+}
+
+template <int TOKENS> struct Sums {
+    __m256i chunk[TOKENS];
+    __m256 total[TOKENS];
+    Sums() {
+        for (int t = 0; t < TOKENS; ++t) total[t] = _mm256_setzero_ps();
+    }
+    void begin() {
+        for (int t = 0; t < TOKENS; ++t) chunk[t] = _mm256_setzero_si256();
+    }
+    void add(int t, __m256i codes, __m256i q) { chunk[t] = _mm256_add_epi32(chunk[t], _mm256_madd_epi16(codes, q)); }
+    void end(const ProductJob& job, int64_t block, int64_t token, int64_t c) {
+        const __m256 scales = _mm256_castsi256_ps(eight_scales(job.m.scales.data() + (block * job.m.chunks() + c) * ROWS));
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t) {
+            const __m256 scale = _mm256_mul_ps(scales, _mm256_set1_ps(job.q.scales_of(token + t)[c]));
+            total[t] = _mm256_add_ps(total[t], _mm256_mul_ps(_mm256_cvtepi32_ps(chunk[t]), scale));
+        }
+    }
+    void store(const ProductJob& job, int64_t block, int64_t token) const {
+        for (int t = 0; t < TOKENS; ++t) {
+            float rows[ROWS];
+            _mm256_storeu_ps(rows, total[t]);
+            store_rows(rows, job.m, block, job.y + (token + t) * job.y_width);
+        }
+    }
+};
+
+template <int BITS, int TOKENS> inline void window_rows(const ProductJob& job, int64_t block, int64_t token) {
+    const Matrix& m = job.m;
+    const uint8_t *data = m.data.data() + m.first_byte[size_t(block)], *move = m.moves.data() + m.first_move[size_t(block)];
+    const __m256i halves = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4), nibble = _mm256_set1_epi8(15);
+    Sums<TOKENS> sums;
+    for (int64_t c = 0; c < m.chunks(); ++c) {
+        sums.begin();
+        const uint8_t *low = job.q.low_of(token) + c * m.chunk, *high = job.q.high_of(token) + c * m.chunk;
+        const uint8_t* end = move + m.steps[size_t(block * m.chunks() + c)];
+        for (int64_t at = 0; move < end; data += 16 + 4 * BITS) {
+            at += *move++;
+            const __m256i places = _mm256_and_si256(_mm256_srlv_epi32(twice(data), halves), nibble);
+            __m256i first, second;
+            codes_at<BITS>(data + 16, first, second);
+#pragma GCC unroll 8
+            for (int t = 0; t < TOKENS; ++t) {
+                const __m256i l = _mm256_shuffle_epi8(twice(low + t * job.q.stride + at), places);
+                const __m256i h = _mm256_shuffle_epi8(twice(high + t * job.q.stride + at), places);
+                sums.add(t, first, _mm256_unpacklo_epi8(l, h));
+                sums.add(t, second, _mm256_unpackhi_epi8(l, h));
+            }
+        }
+        sums.end(job, block, token, c);
+    }
+    sums.store(job, block, token);
+}
+
+inline __m256i two_columns(const int16_t* q) {
+    int32_t pair;
+    std::memcpy(&pair, q, 4);
+    return _mm256_set1_epi32(pair);
+}
+
+template <int BITS, int TOKENS> inline void pair_rows(const ProductJob& job, int64_t block, int64_t token) {
+    const Matrix& m = job.m;
+    const uint8_t* data = m.data.data() + m.first_byte[size_t(block)];
+    Sums<TOKENS> sums;
+    for (int64_t c = 0; c < m.chunks(); ++c) {
+        sums.begin();
+        const int16_t *q = job.q.q_of(token) + c * m.chunk, *end = job.q.q_of(token) + m.chunk_end(c);
+        for (; q < end; q += 4, data += BITS * 4) {
+            __m256i first, second;
+            codes_at<BITS>(data, first, second);
+#pragma GCC unroll 8
+            for (int t = 0; t < TOKENS; ++t) {
+                sums.add(t, first, two_columns(q + t * job.q.stride));
+                sums.add(t, second, two_columns(q + t * job.q.stride + 2));
+            }
+        }
+        sums.end(job, block, token, c);
+    }
+    sums.store(job, block, token);
+}
+
+template <int BITS, int TOKENS> inline void rows_of(const ProductJob& job, int64_t block, int64_t token) {
+    if (job.m.layout == WINDOWS) return window_rows<BITS, TOKENS>(job, block, token);
+    pair_rows<BITS, TOKENS>(job, block, token);
+}
+
+// Vectors are taken in tiles whose integers stay in the first cache.
+template <int BITS> inline void code_product_of(const ProductJob& job) {
+    const int64_t tile = std::max<int64_t>(8, 24576 / std::max<int64_t>(1, 2 * job.q.stride) / 8 * 8);
+    for (int64_t from = 0; from < job.tokens; from += tile) {
+        const int64_t to = std::min(job.tokens, from + tile);
+        for (int64_t block = job.first; block < job.last; ++block) {
+            int64_t token = from;
+            for (; token + 6 <= to; token += 6) rows_of<BITS, 6>(job, block, token);
+            for (; token + 2 <= to; token += 2) rows_of<BITS, 2>(job, block, token);
+            for (; token < to; ++token) rows_of<BITS, 1>(job, block, token);
+        }
+    }
+}
+
+inline void code_product(const ProductJob& job) {
+    if (job.m.bits == 4) return code_product_of<4>(job);
+    code_product_of<8>(job);
+}

@@ -1,0 +1,203 @@
+// Products with codes for AVX-512 with VBMI2 and VNNI: a word of bits expands 64 columns of a row.
+// q is taken as q + 2^15, two unsigned planes of bytes; what that adds to a sum is in Matrix::offsets, modulo 2^32.
+
+inline __m512i bytes_at(const uint8_t* from) {
+    __m512i bytes = _mm512_loadu_si512(from);
+    asm("" : "+v"(bytes));  // as an operand of the expansion in memory it would take twice as long
+    return bytes;
+}
+
+// The codes of 8 rows in a word of columns, 0 where nothing is kept; `data` and `masks` move on.
+template <int BITS, bool MASKED> inline void expand(const uint8_t*& data, const uint64_t*& masks, __m512i (&codes)[8]) {
+    constexpr int AHEAD = 1024;
+    if (BITS == 8) {
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; ++r) {
+            _mm_prefetch(reinterpret_cast<const char*>(data) + AHEAD, _MM_HINT_T0);
+            codes[r] = MASKED ? _mm512_maskz_expand_epi8(masks[r], bytes_at(data)) : bytes_at(data);
+            data += MASKED ? __builtin_popcountll(masks[r]) : 64;
+        }
+    } else {
+        const __m512i table = _mm512_set4_epi32(int(0xfffefdfc), int(0xfbfaf9f8), 0x07060504, 0x03020100);  // signed
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+            _mm_prefetch(reinterpret_cast<const char*>(data) + AHEAD, _MM_HINT_T0);
+            const __m512i both = bytes_at(data), fifteen = _mm512_set1_epi8(15);
+            const __m512i low = _mm512_shuffle_epi8(table, _mm512_and_si512(both, fifteen));
+            const __m512i high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(both, 4), fifteen));
+            codes[r] = MASKED ? _mm512_maskz_expand_epi8(masks[r], low) : low;
+            codes[r + 4] = MASKED ? _mm512_maskz_expand_epi8(masks[r + 4], high) : high;
+            const int a = MASKED ? __builtin_popcountll(masks[r]) : 64, b = MASKED ? __builtin_popcountll(masks[r + 4]) : 64;
+            data += a > b ? a : b;
+        }
+    }
+    if (MASKED) masks += 8;
+}
+
+// The sums of 8 vectors of 16 integers.
+inline __m256i sums_of(const __m512i (&a)[8]) {
+    __m512i t[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+        t[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
+    const __m512i u = _mm512_add_epi32(_mm512_unpacklo_epi64(t[0], t[1]), _mm512_unpackhi_epi64(t[0], t[1]));
+    const __m512i v = _mm512_add_epi32(_mm512_unpacklo_epi64(t[2], t[3]), _mm512_unpackhi_epi64(t[2], t[3]));
+    const __m256i us = _mm256_add_epi32(_mm512_castsi512_si256(u), _mm512_extracti64x4_epi64(u, 1));  // two halves of 4 rows
+    const __m256i vs = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+    const __m128i first = _mm_add_epi32(_mm256_castsi256_si128(us), _mm256_extracti128_si256(us, 1));
+    const __m128i second = _mm_add_epi32(_mm256_castsi256_si128(vs), _mm256_extracti128_si256(vs, 1));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
+}
+
+inline __m256 scales_at(const uint16_t* scales) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+// One vector: two sums for each row of a block stay in registers.
+template <int BITS, bool MASKED> inline void one_vector(const ProductJob& job, int64_t token) {
+    const Matrix& m = job.m;
+    const int64_t chunks = m.chunks(), words = m.words(), words_in_chunk = std::max<int64_t>(1, m.chunk / m.word);
+    const uint8_t *low = job.q.low_of(token), *high = job.q.high_of(token), *data = m.data.data() + m.first_byte[size_t(job.first)];
+    const uint64_t* masks = m.masks.data() + (MASKED ? job.first * words * ROWS : 0);
+    for (int64_t block = job.first; block < job.last; ++block) {
+        __m256 total = _mm256_setzero_ps();
+        int64_t word = 0;
+        for (int64_t c = 0; c < chunks; ++c) {
+            __m512i h[8], l[8];
+#pragma GCC unroll 8
+            for (int r = 0; r < 8; ++r) h[r] = l[r] = _mm512_setzero_si512();
+            const int64_t end = c + 1 == chunks ? words : std::min(words, word + words_in_chunk);
+            for (; word < end; ++word) {
+                __m512i codes[8];
+                const __m512i x_low = _mm512_loadu_si512(low + word * m.word), x_high = _mm512_loadu_si512(high + word * m.word);
+                expand<BITS, MASKED>(data, masks, codes);
+#pragma GCC unroll 8
+                for (int r = 0; r < 8; ++r) {
+                    h[r] = _mm512_dpbusd_epi32(h[r], x_high, codes[r]);
+                    l[r] = _mm512_dpbusd_epi32(l[r], x_low, codes[r]);
+                }
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < 8; ++r) l[r] = _mm512_add_epi32(_mm512_slli_epi32(h[r], 8), l[r]);
+            const int64_t at = (block * chunks + c) * ROWS;
+            const __m256i offset = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(m.offsets.data() + at));
+            const __m256 scale = _mm256_mul_ps(scales_at(m.scales.data() + at), _mm256_set1_ps(job.q.scales_of(token)[c]));
+            total = _mm256_add_ps(total, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(sums_of(l), offset)), scale));
+        }
+        float rows[ROWS];
+        _mm256_storeu_ps(rows, total);
+        store_rows(rows, m, block, job.y + token * job.y_width);
+    }
+}
+
+// 16 rows as bytes [4 columns][row][4]: 16 x 16 words of 32 bits are transposed.
+inline void transpose_codes(__m512i (&a)[16], uint8_t* to) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 4) {
+        t[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+        t[i + 2] = _mm512_unpacklo_epi32(a[i + 2], a[i + 3]), t[i + 3] = _mm512_unpackhi_epi32(a[i + 2], a[i + 3]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), a[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), a[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int j = 0; j < 4; ++j) {
+        const __m512i u = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), v = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+        const __m512i p = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd), q = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+        _mm512_storeu_si512(to + 64 * j, _mm512_shuffle_i32x4(u, v, 0x88));
+        _mm512_storeu_si512(to + 64 * (j + 4), _mm512_shuffle_i32x4(p, q, 0x88));
+        _mm512_storeu_si512(to + 64 * (j + 8), _mm512_shuffle_i32x4(u, v, 0xdd));
+        _mm512_storeu_si512(to + 64 * (j + 12), _mm512_shuffle_i32x4(p, q, 0xdd));
+    }
+}
+
+template <int BITS, bool MASKED> inline void expand_16(const Matrix& m, int64_t block, uint8_t* panel) {
+    const uint8_t* data[2];
+    const uint64_t* masks[2];
+    const bool has_second = block + 1 < m.blocks();
+    for (int i = 0; i < 2; ++i) {
+        const int64_t b = i && has_second ? block + 1 : block;
+        data[i] = m.data.data() + m.first_byte[size_t(b)], masks[i] = m.masks.data() + (MASKED ? b * m.words() * ROWS : 0);
+    }
+    for (int64_t word = 0; word < m.words(); ++word) {
+        __m512i rows[16], eight[8];
+        for (int i = 0; i < 2; ++i) {
+            expand<BITS, MASKED>(data[i], masks[i], eight);
+            for (int r = 0; r < 8; ++r) rows[8 * i + r] = eight[r];
+        }
+        transpose_codes(rows, panel + word * m.word * 16);  // of a word of 32 columns the second half is overwritten
+    }
+}
+
+inline __m512i four_columns(const uint8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, 4);
+    return _mm512_set1_epi32(four);
+}
+
+// Vectors with 16 expanded rows.
+template <int TOKENS> inline void panel_rows(const ProductJob& job, int64_t block, int64_t token) {
+    const Matrix& m = job.m;
+    const int64_t chunks = m.chunks(), columns = m.words() * m.word;
+    __m512 total[TOKENS];
+    for (int t = 0; t < TOKENS; ++t) total[t] = _mm512_setzero_ps();
+    for (int64_t c = 0; c < chunks; ++c) {
+        __m512i h[TOKENS], l[TOKENS];
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t) h[t] = l[t] = _mm512_setzero_si512();
+        const int64_t end = c + 1 == chunks ? columns : (c + 1) * m.chunk;
+        for (int64_t i = c * m.chunk; i < end; i += 4) {
+            const __m512i codes = _mm512_loadu_si512(job.room + i * 16);
+#pragma GCC unroll 8
+            for (int t = 0; t < TOKENS; ++t) {
+                h[t] = _mm512_dpbusd_epi32(h[t], four_columns(job.q.high_of(token + t) + i), codes);
+                l[t] = _mm512_dpbusd_epi32(l[t], four_columns(job.q.low_of(token + t) + i), codes);
+            }
+        }
+        const int64_t first = (block * chunks + c) * ROWS, second = block + 1 < m.blocks() ? first + chunks * ROWS : first;
+        const auto both = [&](const int32_t* from) {
+            return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + first))),
+                                      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + second)), 1);
+        };
+        const __m512i offset = both(m.offsets.data());
+        const __m512 scales = _mm512_insertf32x8(_mm512_castps256_ps512(scales_at(m.scales.data() + first)),
+                                                 scales_at(m.scales.data() + second), 1);
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t) {
+            const __m512i sum = _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(h[t], 8), l[t]), offset);
+            const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(job.q.scales_of(token + t)[c]));
+            total[t] = _mm512_add_ps(total[t], _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
+        }
+    }
+    for (int t = 0; t < TOKENS; ++t) {
+        float rows[2 * ROWS];
+        _mm512_storeu_ps(rows, total[t]);
+        store_rows(rows, m, block, job.y + (token + t) * job.y_width);
+        if (block + 1 < m.blocks()) store_rows(rows + ROWS, m, block + 1, job.y + (token + t) * job.y_width);
+    }
+}
+
+template <int BITS, bool MASKED> inline void code_product_of(const ProductJob& job) {
+    if (job.tokens <= 2) {
+        for (int64_t token = 0; token < job.tokens; ++token) one_vector<BITS, MASKED>(job, token);
+        return;
+    }
+    for (int64_t block = job.first; block < job.last; block += 2) {
+        if (block + 1 == job.last && block + 1 < job.m.blocks()) {  // the other block is another thread's
+            const ProductJob rest{job.m, job.x, job.q, job.tokens, block, job.last, job.y, job.y_width, job.room};
+            for (int64_t token = 0; token < job.tokens; ++token) one_vector<BITS, MASKED>(rest, token);
+            return;
+        }
+        expand_16<BITS, MASKED>(job.m, block, job.room);
+        int64_t token = 0;
+        for (; token + 6 <= job.tokens; token += 6) panel_rows<6>(job, block, token);
+        for (; token + 2 <= job.tokens; token += 2) panel_rows<2>(job, block, token);
+        for (; token < job.tokens; ++token) panel_rows<1>(job, block, token);
+    }
+}
+
+inline void code_product(const ProductJob& job) {
+    if (job.m.bits == 4) return job.m.has_bits ? code_product_of<4, true>(job) : code_product_of<4, false>(job);
+    return job.m.has_bits ? code_product_of<8, true>(job) : code_product_of<8, false>(job);
+}

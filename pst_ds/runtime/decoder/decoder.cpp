@@ -1,0 +1,78 @@
+// A transformer's decoder as a loop over a table of layers, with weights that stay packed: see pst_ds/decoder.
+#include <cmath>
+#include <new>
+
+#include "activations.hpp"
+
+namespace pst::decoder_portable {
+constexpr int LANES = 8;
+constexpr bool WORDS_FIRST = false;
+#include "../onnx/lanes.hpp"
+inline Floats larger(Floats a, Floats b) { return choose(a > b, a, b); }
+inline Floats smaller(Floats a, Floats b) { return choose(a < b, a, b); }
+#include "../onnx/vectors.hpp"
+#include "portable.hpp"
+#include "glue.hpp"
+}  // namespace pst::decoder_portable
+
+#if PST_X86
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace pst::decoder_avx2 {
+constexpr int LANES = 8;
+constexpr bool WORDS_FIRST = false;
+#include "../onnx/lanes.hpp"
+inline Floats larger(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+inline Floats smaller(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
+#include "../onnx/vectors.hpp"
+#include "avx2.hpp"
+#include "glue.hpp"
+}  // namespace pst::decoder_avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,popcnt,fma")
+namespace pst::decoder_avx512 {
+constexpr int LANES = 16;
+constexpr bool WORDS_FIRST = true;
+#include "../onnx/lanes.hpp"
+inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+inline Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
+#include "../onnx/vectors.hpp"
+#include "avx512.hpp"
+#include "glue.hpp"
+}  // namespace pst::decoder_avx512
+#pragma GCC pop_options
+#endif
+
+namespace pst {
+
+constexpr int PORTABLE = 0, AVX2 = 1, AVX512 = 2;
+
+inline int best_level() {
+#if PST_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi2"))
+        return AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
+#endif
+    return PORTABLE;
+}
+
+inline const Functions& functions(int level) {
+#if PST_X86
+    static const Functions tables[] = {decoder_portable::table("portable"), decoder_avx2::table("avx2"),
+                                       decoder_avx512::table("avx512")};
+    return tables[level];
+#else
+    static const Functions table = decoder_portable::table("portable");
+    return table;
+#endif
+}
+
+}  // namespace pst
+
+#ifndef PST_DECODER_WITHOUT_LOOP  // for tests of what is above
+#include "loop.hpp"
+#endif

@@ -1,0 +1,157 @@
+// What lies between the products. Included once for each instruction set, after vectors.hpp.
+
+// q of one vector, chunk by chunk: to nearest, ties to even. A chunk with an infinity or a NaN has the scale NaN.
+inline void quantize(const Matrix& m, const float* x, int64_t token, Activations& to) {
+    int16_t* q = to.q.data() + token * to.stride;
+    uint8_t *low = to.low.data() + token * to.stride, *high = to.high.data() + token * to.stride;
+    for (int64_t c = 0; c < to.chunks; ++c) {
+        const int64_t begin = c * m.chunk, end = m.chunk_end(c);
+        int32_t bits = 0;
+        for (int64_t i = begin; i < end; ++i) {
+            int32_t word;
+            std::memcpy(&word, x + i, 4);
+            bits = std::max(bits, word & 0x7fffffff);
+        }
+        float largest, scale = 0, inverse = 0;
+        std::memcpy(&largest, &bits, 4);
+        if (bits >= 0x7f800000)
+            scale = __builtin_nanf("");
+        else if (largest > 1e-30f)
+            scale = largest / float(m.levels), inverse = float(m.levels) / largest;
+        to.scales[size_t(token * to.chunks + c)] = scale;
+        const bool zero = inverse == 0;
+        const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+        for (int64_t i = begin; i < end; ++i) q[i] = zero ? int16_t(0) : int16_t(int32_t(x[i] * inverse + shift - shift));
+    }
+    std::memset(q + m.columns, 0, size_t(to.stride - m.columns) * sizeof(int16_t));
+    for (int64_t i = 0; i < to.stride; ++i) {
+        const uint16_t bits = uint16_t(q[i]) ^ (WORDS_FIRST ? 0x8000 : 0);
+        low[i] = uint8_t(bits), high[i] = uint8_t(bits >> 8);
+    }
+}
+
+inline void rms_norm(const float* x, const float* gain, float epsilon, int64_t width, float* y) {
+    const int64_t whole = width / LANES * LANES;
+    Floats total{};
+    float rest = 0;
+    for (int64_t i = 0; i < whole; i += LANES) total += load(x + i) * load(x + i);
+    for (int64_t i = whole; i < width; ++i) rest += x[i] * x[i];
+    const float scale = 1.0f / std::sqrt((sum_of(total) + rest) / float(width) + epsilon);
+    for (int64_t i = 0; i < width; ++i) y[i] = x[i] * scale * gain[i];
+}
+
+// The first 2 * half numbers of a head, as pairs (i, i + half).
+inline void rotate(float* x, const float* cosines, const float* sines, int64_t half) {
+    for (int64_t i = 0; i < half; ++i) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a * cosines[i] - b * sines[i];
+        x[i + half] = b * cosines[i] + a * sines[i];
+    }
+}
+
+// y = activation(gates) * up; up may be null.
+inline void gate(int64_t activation, const float* gates, const float* up, int64_t width, float* y) {
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) {
+        const Floats value = activate(activation, load(gates + i));
+        store(y + i, up ? value * load(up + i) : value);
+    }
+    if (i == width) return;
+    Floats last{};
+    for (int64_t j = i; j < width; ++j) last[j - i] = gates[j];
+    last = activate(activation, last);
+    for (int64_t j = i; j < width; ++j) y[j] = up ? last[j - i] * up[j] : last[j - i];
+}
+
+inline Floats widen(const float* from) { return load(from); }
+inline Floats widen(const uint16_t* from) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2)));
+    return (Floats)(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Ints) << 16);
+}
+
+// y = x W' of a weight in fp32 or bf16, four vectors at a time.
+template <class T, int TOKENS> inline void float_rows(const ProductJob& job, int64_t token) {
+    const Matrix& m = job.m;
+    const int64_t whole = m.columns / LANES * LANES;
+    for (int64_t row = job.first * ROWS; row < std::min(job.last * ROWS, m.rows); ++row) {
+        const T* w = static_cast<const T*>(m.floats) + row * m.columns;
+        Floats sum[TOKENS] = {};
+        for (int64_t i = 0; i < whole; i += LANES) {
+            const Floats weight = widen(w + i);
+#pragma GCC unroll 4
+            for (int t = 0; t < TOKENS; ++t) sum[t] += weight * load(job.x + (token + t) * m.columns + i);
+        }
+        for (int t = 0; t < TOKENS; ++t) {
+            float rest = 0;
+            for (int64_t i = whole; i < m.columns; ++i)
+                rest += pst::widen(w[i]) * job.x[(token + t) * m.columns + i];
+            job.y[(token + t) * job.y_width + row] = sum_of(sum[t]) + rest;
+        }
+    }
+}
+template <class T> inline void float_product(const ProductJob& job) {
+    int64_t token = 0;
+    for (; token + 4 <= job.tokens; token += 4) float_rows<T, 4>(job, token);
+    for (; token < job.tokens; ++token) float_rows<T, 1>(job, token);
+}
+
+// softmax(scale q k', soft-capped) v of one group of heads.
+template <class T> inline void attend_in(const AttentionJob& job) {
+    const int64_t count = job.end - job.begin, row = round_up(count, 16);
+    float *scores = job.room, *query = scores + job.heads * row, *sums = query + job.heads * job.padded;
+    std::memset(query, 0, size_t(2 * job.heads * job.padded) * sizeof(float));
+    for (int64_t h = 0; h < job.heads; ++h)
+        for (int64_t i = 0; i < job.head; ++i) query[h * job.padded + i] = job.q[h * job.head + i] * job.scale;
+    const T *keys = static_cast<const T*>(job.k) + job.begin * job.padded, *values = static_cast<const T*>(job.v) + job.begin * job.padded;
+    for (int64_t t = 0; t < count; ++t)
+        for (int64_t h = 0; h < job.heads; ++h) {
+            Floats sum{};
+            for (int64_t i = 0; i < job.padded; i += LANES) sum += widen(keys + t * job.padded + i) * load(query + h * job.padded + i);
+            scores[h * row + t] = sum_of(sum);
+        }
+    for (int64_t h = 0; h < job.heads; ++h) {
+        float* s = scores + h * row;
+        for (int64_t t = count; t < row; ++t) s[t] = -3.0e38f;
+        Floats largest = all(-3.0e38f), total{};
+        for (int64_t t = 0; t < row; t += LANES) {
+            Floats value = load(s + t);
+            if (job.cap > 0) store(s + t, value = job.cap * hyperbolic_tangent(value / job.cap));
+            largest = larger(largest, value);
+        }
+        const Floats top = all(largest_of(largest));
+        for (int64_t t = 0; t < row; t += LANES) {
+            Floats value = exponential(load(s + t) - top);
+            if (t + LANES > count)
+                for (int64_t j = 0; j < LANES; ++j) value[j] = t + j < count ? value[j] : 0.0f;
+            total += value;
+            store(s + t, value);
+        }
+        const float inverse = 1.0f / sum_of(total);
+        for (int64_t t = 0; t < count; ++t) s[t] *= inverse;
+    }
+    for (int64_t t = 0; t < count; ++t)
+        for (int64_t i = 0; i < job.padded; i += LANES) {
+            const Floats value = widen(values + t * job.padded + i);
+            for (int64_t h = 0; h < job.heads; ++h) {
+                float* to = sums + h * job.padded + i;
+                store(to, load(to) + scores[h * row + t] * value);
+            }
+        }
+    for (int64_t h = 0; h < job.heads; ++h)
+        std::memcpy(job.y + h * job.head, sums + h * job.padded, size_t(job.head) * sizeof(float));
+}
+inline void attend(const AttentionJob& job, bool narrow) {
+    if (narrow) return attend_in<uint16_t>(job);
+    attend_in<float>(job);
+}
+
+inline void product(const ProductJob& job) {
+    switch (job.m.layout) {
+        case FLOATS: return job.m.bits == 16 ? float_product<uint16_t>(job) : float_product<float>(job);
+        default: return code_product(job);
+    }
+}
+
+inline Functions table(const char* name) {
+    return {name, WORDS_FIRST, quantize, product, rms_norm, rotate, gate, attend};
+}

@@ -1,0 +1,48 @@
+// Products with codes in plain C++, for PAIRS and WINDOWS.
+
+inline void code_rows(const ProductJob& job, int64_t block, int64_t token) {
+    const Matrix& m = job.m;
+    const uint8_t* data = m.data.data() + m.first_byte[size_t(block)];
+    const bool windows = m.layout == WINDOWS;
+    const uint8_t* move = windows ? m.moves.data() + m.first_move[size_t(block)] : nullptr;
+    const int16_t* q = job.q.q_of(token);
+    float total[ROWS] = {};
+    for (int64_t c = 0; c < m.chunks(); ++c) {
+        int32_t sum[ROWS] = {};
+        const auto add = [&](int64_t row, int64_t column, int code) { sum[row] += code * q[column]; };
+        const auto low = [](uint8_t byte) { return ((byte & 15) ^ 8) - 8; };
+        const auto high = [](uint8_t byte) { return ((byte >> 4) ^ 8) - 8; };
+        if (windows) {
+            int64_t at = c * m.chunk;
+            for (int step = 0; step < m.steps[size_t(block * m.chunks() + c)]; ++step, data += m.bits == 4 ? 32 : 48) {
+                at += *move++;
+                for (int row = 0; row < 8; ++row)
+                    for (int i = 0; i < 4; ++i) {
+                        const uint8_t places = data[i / 2 * 8 + row % 4 * 2 + i % 2];
+                        const int64_t column = at + (row < 4 ? places & 15 : places >> 4);
+                        const uint8_t* codes = data + 16 + row * 2 + i % 2;
+                        const uint8_t byte = codes[m.bits == 4 ? 0 : i / 2 * 16];
+                        add(row, column, m.bits == 8 ? int8_t(byte) : i < 2 ? low(byte) : high(byte));
+                    }
+            }
+        } else {
+            const int64_t step = m.bits == 4 ? 4 : 2;
+            for (int64_t column = c * m.chunk; column < m.chunk_end(c); column += step, data += 16)
+                for (int row = 0; row < 8; ++row)
+                    for (int i = 0; i < 2; ++i) {
+                        const uint8_t byte = data[row * 2 + i];
+                        add(row, column + i, m.bits == 8 ? int8_t(byte) : low(byte));
+                        if (m.bits == 4) add(row, column + 2 + i, high(byte));
+                    }
+        }
+        const uint16_t* scales = m.scales.data() + (block * m.chunks() + c) * ROWS;
+        for (int row = 0; row < 8; ++row)
+            total[row] += float(sum[row]) * (pst::widen(scales[row]) * job.q.scales_of(token)[c]);
+    }
+    store_rows(total, m, block, job.y + token * job.y_width);
+}
+
+inline void code_product(const ProductJob& job) {
+    for (int64_t token = 0; token < job.tokens; ++token)
+        for (int64_t block = job.first; block < job.last; ++block) code_rows(job, block, token);
+}

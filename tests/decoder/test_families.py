@@ -1,0 +1,114 @@
+"""Families of decoders in the native loop, against transformers' own forward pass: tiny, random and dense."""
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from pst_ds.decoder import Decoder, DecoderError
+from pst_ds.decoder.table import table_of
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES = {
+    "Llama": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}},
+    "Mistral": {"sliding_window": 7, "head_dim": 16},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    "Qwen3": {"head_dim": 16},
+    "SmolLM3": {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True},
+    "Phi3": {"sliding_window": 9, "partial_rotary_factor": 0.5},
+    "Gemma": {"head_dim": 16},
+    "Gemma2": {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16, "final_logit_softcapping": 5.0},
+    "Gemma3Text": {
+        "head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "Granite": {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 4.0, "attention_multiplier": 0.2,
+    },
+    "Olmo2": {},
+}  # fmt: skip
+
+
+def _model(family, **more):
+    """Every parameter is random, gains and biases too: what a table forgets shows in the logits."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES, **FAMILIES[family], **more)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            around = 1.0 if param.dim() == 1 and "bias" not in name and "Gemma" not in family else 0.0
+            param.copy_(torch.randn_like(param) * (0.15 if param.dim() > 1 else 0.1) + around)
+    return model
+
+
+def _expected(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids[None], use_cache=False).logits[0]
+
+
+def _least_cosine(got, expected):
+    return torch.cosine_similarity(got.double(), expected.double(), dim=-1).min().item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_transformers(family):
+    model = _model(family)
+    ids = torch.randint(0, 97, (40,))
+    expected = _expected(model, ids)
+    for cache, least in (("fp32", 1 - 1e-6), ("bf16", 0.9995)):
+        decoder = Decoder.from_model(model, 64, threads=1, cache=cache)
+        parts = [decoder.forward(ids[:20], all_logits=True)]
+        parts += [decoder.forward(ids[i : i + 1], all_logits=True) for i in range(20, 40)]
+        assert _least_cosine(torch.cat(parts), expected) > least
+        decoder.reset()
+        decoder.threads = 2
+        assert torch.equal(decoder.forward(ids, all_logits=True), torch.cat(parts))
+
+
+def test_an_mlp_without_a_gate_and_biases_everywhere():
+    model = _model("Llama", attention_bias=True, mlp_bias=True, hidden_act="gelu")
+    ids = torch.randint(0, 97, (20,))
+    decoder = Decoder.from_model(model, 64, cache="fp32")
+    assert _least_cosine(decoder.forward(ids, all_logits=True), _expected(model, ids)) > 1 - 1e-6
+
+
+def test_a_model_that_computes_something_else_is_refused_by_its_logits():
+    model = _model("Llama")
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _module, _args, output: output * 1.5)
+    with pytest.raises(DecoderError, match="other logits"):
+        Decoder.from_model(model, 64)
+
+
+def _of_config(config):
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+REFUSED = {
+    "another structure": (lambda: _of_config(transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2)), "no list of"),
+    "experts": (
+        lambda: _of_config(transformers.Qwen3MoeConfig(**SIZES, num_experts=2, moe_intermediate_size=8)),
+        "has no|no place",
+    ),
+    "neighbours turned": (
+        lambda: _of_config(transformers.CohereConfig(**SIZES)), "turns neighbours|root-mean-square|no norm",
+    ),
+    "an activation": (lambda: _model("Llama", hidden_act="quick_gelu"), "quick_gelu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_no_table_is_refused(case):
+    make, said = REFUSED[case]
+    with pytest.raises(DecoderError, match=said):
+        table_of(make(), 16)
+
+
+def test_a_norm_that_is_none_of_root_mean_squares_is_refused():
+    model = _model("Llama")
+    model.model.norm = torch.nn.LayerNorm(48)
+    with pytest.raises(DecoderError, match="root-mean-square"):
+        table_of(model, 16)
