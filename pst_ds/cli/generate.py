@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedTokenizerBase, TextStreamer
 
+    from pst_ds.decoder import Decoder
+    from pst_ds.hf.model_folder import ModelFolder
+
 Sampling = dict[str, bool | float]
 
 
@@ -29,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load_as = "packed weights: keep them packed, or unpack them; auto takes the quicker"
     parser.add_argument("--load-as", choices=("auto", "sparse", "dense"), default="auto", help=load_as)
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")
-    parser.add_argument("--threads", type=count, metavar="N", help="of torch (default: OMP_NUM_THREADS, or all cores)")
+    parser.add_argument("--threads", type=count, metavar="N", help="threads (default: OMP_NUM_THREADS, or all cores)")
+    engine = "the native loop, or transformers; auto: native on a CPU where the folder's values are codes"
+    parser.add_argument("--engine", choices=("auto", "native", "torch"), default="auto", help=engine)
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
@@ -38,8 +43,6 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
     from pst_ds.hf.model_folder import open_model_folder
     from pst_ds.parallel.launch import LaunchEnvironment, device_of
-    from pst_ds.runtime import sparse_layers
-    from pst_ds.runtime.dense import quicken_output_layer
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -53,32 +56,69 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     inputs = _encoded(prompt, tokenizer, args)
     new_tokens = _new_tokens(args, inputs["input_ids"], folder.config.get_text_config())
     start = time.perf_counter()
-    model = folder.load(args.load_as, args.dtype, device)
-    quicken_output_layer(model)
+    decoder = _decoder(args, folder, device, inputs["input_ids"].shape[1] + new_tokens)
+    model = folder.load(args.load_as, args.dtype, device) if decoder is None else None
     load_seconds = time.perf_counter() - start
     if new_tokens < args.max_new_tokens:
         positions = inputs["input_ids"].shape[1] + new_tokens
         print(f"stops after {new_tokens} tokens: the model has {positions} positions", file=sys.stderr)
     torch.manual_seed(args.seed)
+    if decoder is None:
+        how, wrote = _facts(model), _write(model, tokenizer, inputs, new_tokens, sampling)
+    else:
+        how = {
+            "engine": "native",
+            "sparse_layers": 0,
+            "dtype": folder.values or str(folder.config.dtype).split(".")[-1],
+        }
+        wrote = _write_natively(decoder, folder, tokenizer, inputs, new_tokens, sampling, args.seed)
     result: dict[str, Any] = {
-        "model": args.model,
-        "format": folder.format,
-        "sparse_layers": len(sparse_layers(model)),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "load_seconds": load_seconds,
-        **_write(model, tokenizer, inputs, new_tokens, sampling),
-    }
+        "model": args.model, "format": folder.format, **how, "device": device, "threads": torch.get_num_threads(),
+        "load_seconds": load_seconds, **wrote,
+    }  # fmt: skip
+    print(_speed(result), file=sys.stderr, flush=True)
+    return result
+
+
+def _speed(result: dict[str, Any]) -> str:
     decode = result["decode_tokens_per_second"]
     after = "" if decode is None else f", then {result['new_tokens'] - 1} tokens at {decode:.1f} a second"
     layers = f"{result['sparse_layers']} sparse layers, " if result["sparse_layers"] else ""
-    speed = (
+    return (
         f"prefill: {result['prompt_tokens']} tokens at {result['prefill_tokens_per_second']:.1f} a second{after} "
-        f"({layers}{result['dtype']}, {result['threads']} threads, loaded in {load_seconds:.1f} s)"
+        f"({layers}{result['dtype']}, {result['engine']}, {result['threads']} threads, loaded in "
+        f"{result['load_seconds']:.1f} s)"
     )
-    print(speed, file=sys.stderr, flush=True)
-    return result
+
+
+def _decoder(args: argparse.Namespace, folder: ModelFolder, device: str, context: int) -> Decoder | None:
+    """Return the native loop where it is asked for, or where it is sure to be the quicker. Raises InputError."""
+    chosen = [
+        f"--{name.replace('_', '-')}" for name in ("load_as", "dtype") if getattr(args, name) not in ("auto", None)
+    ]
+    if args.engine == "native" and (chosen or device != "cpu"):
+        raise InputError(f"--engine native is for a CPU, and takes no {' and '.join(chosen) or device}")
+    if args.engine == "torch" or chosen or device != "cpu" or (args.engine == "auto" and folder.values is None):
+        return None
+    from pst_ds.decoder import Decoder, DecoderError
+
+    try:
+        return Decoder.from_pretrained(folder.path, context)
+    except (DecoderError, RuntimeError) as error:
+        if args.engine == "native":
+            raise InputError(str(error)) from None
+        print(f"transformers decodes, for the native loop cannot: {error}", file=sys.stderr)
+        return None
+
+
+def _facts(model: Any) -> dict[str, Any]:
+    """Quicken a model of transformers and say what it is."""
+    from pst_ds.runtime import sparse_layers
+    from pst_ds.runtime.dense import quicken_output_layer
+
+    quicken_output_layer(model)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"engine": "torch", "sparse_layers": len(sparse_layers(model)), "dtype": dtype}
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:
@@ -171,6 +211,38 @@ def _write(
     with torch.inference_mode():
         ids = model.generate(**{name: t.to(model.device) for name, t in inputs.items()}, streamer=stopwatch)
     new = ids[0, prompt_tokens:]
+    return {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": len(new),
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        **stopwatch.rates(prompt_tokens),
+    }
+
+
+def _write_natively(
+    decoder: Decoder, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, Tensor],
+    new_tokens: int, sampling: Sampling, seed: int,
+) -> dict[str, object]:  # fmt: skip
+    """Stream the native loop's text to stdout; return what :func:`_write` does."""
+    import torch
+    from transformers import GenerationConfig, TextStreamer
+
+    from pst_ds.decoder import Sampling as NativeSampling
+
+    try:
+        own = GenerationConfig.from_pretrained(folder.path, local_files_only=True)
+    except OSError:
+        own = GenerationConfig.from_model_config(folder.config)
+    end = [own.eos_token_id] if isinstance(own.eos_token_id, int) else list(own.eos_token_id or ())
+    how = NativeSampling(float(sampling.get("temperature", 0.0)), top_p=float(sampling.get("top_p", 1.0)))
+    stopwatch = _Stopwatch(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    stopwatch.put(inputs["input_ids"])
+    new = []
+    for token in decoder.stream(inputs["input_ids"][0], new_tokens, sampling=how, end=end, seed=seed):
+        new.append(token)
+        stopwatch.put(torch.tensor([token]))
+    stopwatch.end()
+    prompt_tokens = inputs["input_ids"].shape[1]
     return {
         "prompt_tokens": prompt_tokens,
         "new_tokens": len(new),

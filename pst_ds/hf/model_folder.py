@@ -38,6 +38,12 @@ class ModelFolder:
         return any(name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in names)
 
     @property
+    def values(self) -> str | None:
+        """The grid of its packed values, "int8" or "int4"; None where they are floats."""
+        found = _quantization(self.config).get("values")
+        return None if found is None else str(found)
+
+    @property
     def weight_file_bytes(self) -> int:
         """The size of the files that the model is loaded from. Raises InputError for one that is missing or damaged."""
         packed = _quantization(self.config).get("weights_file") or ""

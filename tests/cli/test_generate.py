@@ -100,6 +100,42 @@ def test_writes_the_likeliest_tokens(folders, capsys, name, options, sparse):
     assert "prefill: " in err
 
 
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_the_native_loop_writes_what_transformers_does(folders, tmp_path, capsys, values):
+    options = ["--format", "bitmask", "--values", values, "--group", "row", "--embeddings", values]
+    assert main(["export", str(folders / "dense"), *options, "--out", str(tmp_path / "codes")]) == 0
+    expected, tokens = _likeliest(tmp_path / "codes", PROMPT, 12)
+    result, text, err = _generate(capsys, tmp_path / "codes", "--max-new-tokens", "12")
+    assert (result["engine"], result["text"], result["new_tokens"]) == ("native", expected, tokens)
+    assert text.strip() == expected.strip()
+    assert f"{values}, native" in err
+    slow = _generate(capsys, tmp_path / "codes", "--max-new-tokens", "12", "--engine", "torch", "--dtype", "fp32")[0]
+    assert (slow["engine"], slow["text"]) == ("torch", expected)
+    drawn = [_generate(capsys, tmp_path / "codes", "--temperature", "2", "--seed", s)[0]["text"] for s in "334"]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_native_loop_takes_dense_folders_too(folders, capsys):
+    result, text, _ = _generate(capsys, folders / "dense", "--max-new-tokens", "3", "--engine", "native")
+    assert (result["engine"], result["dtype"], result["text"]) == ("native", "float32", text)
+    assert text == _likeliest(folders / "dense", PROMPT, 3)[0]
+
+
+def test_transformers_goes_on_where_the_native_loop_cannot(folders, tmp_path, capsys, monkeypatch):
+    options = ["--format", "bitmask", "--values", "int8"]
+    assert main(["export", str(folders / "dense"), *options, "--out", str(tmp_path / "codes")]) == 0
+    monkeypatch.setattr("pst_ds.decoder.decoder.LEAST_COSINE", 1.1)
+    result, _, err = _generate(capsys, tmp_path / "codes", "--max-new-tokens", "2")
+    assert result["engine"] == "torch"
+    assert "transformers decodes, for the native loop cannot" in err
+    assert "other logits" in _refused(capsys, tmp_path / "codes", "--prompt", PROMPT, "--engine", "native")
+
+
+def test_the_native_loop_takes_no_dtype(folders, capsys):
+    command = (folders / "dense", "--prompt", PROMPT, "--engine", "native", "--dtype", "bf16", "--load-as", "dense")
+    assert "--load-as and --dtype" in _refused(capsys, *command)
+
+
 def test_seed_and_temperature(folders, capsys):
     def text(*options):
         return _generate(capsys, folders / "bitmask", "--max-new-tokens", "16", *options)[0]["text"]
