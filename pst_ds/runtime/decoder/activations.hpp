@@ -45,7 +45,7 @@ struct AttentionJob {
     float* y;
     int64_t heads, head, padded, begin, end;  // positions begin .. end
     float scale, cap;
-    float* room;  // heads * (round_up(end - begin, 16) + 2 * padded) floats
+    float* room;  // round_up(end - begin, 16) + 2 * padded floats
 };
 
 struct Functions {

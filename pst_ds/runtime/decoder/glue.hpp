@@ -63,12 +63,6 @@ inline void gate(int64_t activation, const float* gates, const float* up, int64_
     for (int64_t j = i; j < width; ++j) y[j] = up ? last[j - i] * up[j] : last[j - i];
 }
 
-inline Floats widen(const float* from) { return load(from); }
-inline Floats widen(const uint16_t* from) {
-    typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2)));
-    return (Floats)(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Ints) << 16);
-}
-
 // y = x W' of a weight in fp32 or bf16, four vectors at a time.
 template <class T, int TOKENS> inline void float_rows(const ProductJob& job, int64_t token) {
     const Matrix& m = job.m;
@@ -95,50 +89,66 @@ template <class T> inline void float_product(const ProductJob& job) {
     for (; token < job.tokens; ++token) float_rows<T, 1>(job, token);
 }
 
+// scores = q k' of one head, KEYS keys at a time.
+template <class T, int KEYS> inline void scores_of(const float* q, const T* keys, int64_t padded, float* scores) {
+    Floats sum[KEYS] = {};
+    for (int64_t i = 0; i < padded; i += LANES) {
+        const Floats query = load(q + i);
+#pragma GCC unroll 4
+        for (int k = 0; k < KEYS; ++k) sum[k] += widen(keys + k * padded + i) * query;
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < KEYS; ++k) scores[k] = sum_of(sum[k]);
+}
+
+// e^(score - the largest), soft-capped where there is a cap; places from `count` on become 0. Returns their sum.
+inline float exponentials(float* scores, int64_t count, int64_t places, float cap) {
+    for (int64_t t = count; t < places; ++t) scores[t] = -3.0e38f;
+    Floats largest = all(-3.0e38f), total{};
+    for (int64_t t = 0; t < places; t += LANES) {
+        Floats value = load(scores + t);
+        if (cap > 0) store(scores + t, value = cap * hyperbolic_tangent(value / cap));
+        largest = larger(largest, value);
+    }
+    const Floats top = all(largest_of(largest));
+    for (int64_t t = 0; t < places; t += LANES) {
+        Floats value = exponential(load(scores + t) - top);
+        if (t + LANES > count)
+            for (int64_t j = 0; j < LANES; ++j) value[j] = t + j < count ? value[j] : 0.0f;
+        total += value;
+        store(scores + t, value);
+    }
+    return sum_of(total);
+}
+
+// y = the sum of values, weighted; VECTORS * LANES of their columns at a time.
+template <class T, int VECTORS>
+inline void weighted(const float* weights, float scale, const T* values, int64_t count, int64_t padded, float* y) {
+    Floats sum[VECTORS] = {};
+    for (int64_t t = 0; t < count; ++t) {
+        const Floats weight = all(weights[t]);
+#pragma GCC unroll 8
+        for (int i = 0; i < VECTORS; ++i) sum[i] += weight * widen(values + t * padded + i * LANES);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < VECTORS; ++i) store(y + i * LANES, sum[i] * scale);
+}
+
 // softmax(scale q k', soft-capped) v of one group of heads.
 template <class T> inline void attend_in(const AttentionJob& job) {
-    const int64_t count = job.end - job.begin, row = round_up(count, 16);
-    float *scores = job.room, *query = scores + job.heads * row, *sums = query + job.heads * job.padded;
-    std::memset(query, 0, size_t(2 * job.heads * job.padded) * sizeof(float));
-    for (int64_t h = 0; h < job.heads; ++h)
-        for (int64_t i = 0; i < job.head; ++i) query[h * job.padded + i] = job.q[h * job.head + i] * job.scale;
-    const T *keys = static_cast<const T*>(job.k) + job.begin * job.padded, *values = static_cast<const T*>(job.v) + job.begin * job.padded;
-    for (int64_t t = 0; t < count; ++t)
-        for (int64_t h = 0; h < job.heads; ++h) {
-            Floats sum{};
-            for (int64_t i = 0; i < job.padded; i += LANES) sum += widen(keys + t * job.padded + i) * load(query + h * job.padded + i);
-            scores[h * row + t] = sum_of(sum);
-        }
+    const int64_t count = job.end - job.begin, places = round_up(count, 16), padded = job.padded;
+    float *scores = job.room, *query = scores + places, *sums = query + padded;
+    const T *keys = static_cast<const T*>(job.k) + job.begin * padded, *values = static_cast<const T*>(job.v) + job.begin * padded;
     for (int64_t h = 0; h < job.heads; ++h) {
-        float* s = scores + h * row;
-        for (int64_t t = count; t < row; ++t) s[t] = -3.0e38f;
-        Floats largest = all(-3.0e38f), total{};
-        for (int64_t t = 0; t < row; t += LANES) {
-            Floats value = load(s + t);
-            if (job.cap > 0) store(s + t, value = job.cap * hyperbolic_tangent(value / job.cap));
-            largest = larger(largest, value);
-        }
-        const Floats top = all(largest_of(largest));
-        for (int64_t t = 0; t < row; t += LANES) {
-            Floats value = exponential(load(s + t) - top);
-            if (t + LANES > count)
-                for (int64_t j = 0; j < LANES; ++j) value[j] = t + j < count ? value[j] : 0.0f;
-            total += value;
-            store(s + t, value);
-        }
-        const float inverse = 1.0f / sum_of(total);
-        for (int64_t t = 0; t < count; ++t) s[t] *= inverse;
+        for (int64_t i = 0; i < padded; ++i) query[i] = i < job.head ? job.q[h * job.head + i] * job.scale : 0.0f;
+        int64_t t = 0, i = 0;
+        for (; t + 4 <= count; t += 4) scores_of<T, 4>(query, keys + t * padded, padded, scores + t);
+        for (; t < count; ++t) scores_of<T, 1>(query, keys + t * padded, padded, scores + t);
+        const float inverse = 1.0f / exponentials(scores, count, places, job.cap);
+        for (; i + 4 * LANES <= padded; i += 4 * LANES) weighted<T, 4>(scores, inverse, values + i, count, padded, sums + i);
+        for (; i < padded; i += LANES) weighted<T, 1>(scores, inverse, values + i, count, padded, sums + i);
+        std::memcpy(job.y + h * job.head, sums, size_t(job.head) * sizeof(float));
     }
-    for (int64_t t = 0; t < count; ++t)
-        for (int64_t i = 0; i < job.padded; i += LANES) {
-            const Floats value = widen(values + t * job.padded + i);
-            for (int64_t h = 0; h < job.heads; ++h) {
-                float* to = sums + h * job.padded + i;
-                store(to, load(to) + scores[h * row + t] * value);
-            }
-        }
-    for (int64_t h = 0; h < job.heads; ++h)
-        std::memcpy(job.y + h * job.head, sums + h * job.padded, size_t(job.head) * sizeof(float));
 }
 inline void attend(const AttentionJob& job, bool narrow) {
     if (narrow) return attend_in<uint16_t>(job);

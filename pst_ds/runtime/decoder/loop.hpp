@@ -69,8 +69,7 @@ class Decoder {
 
     // Every position must be in its sequence's cache already up to it, or be in this pass.
     void run(const Pass& pass, int threads) {
-        const int64_t group = shape.heads / shape.key_value_heads;
-        const size_t scores = size_t(group * (round_up(shape.context, 16) + 2 * padded));
+        const size_t scores = size_t(round_up(shape.context, 16) + 2 * padded);
         const size_t room = size_t(room_for(widest));
         rooms.resize(std::max(rooms.size(), (room + 64) * size_t(threads)));
         attention_rooms.resize(std::max(attention_rooms.size(), (scores + 16) * size_t(threads)));

@@ -2,9 +2,12 @@
 // larger() and smaller(): no #pragma once.
 
 inline float sum_of(Floats x) {
-    float sum = 0;
-    for (int i = 0; i < LANES; ++i) sum += x[i];
-    return sum;
+    typedef float Four __attribute__((vector_size(16)));
+    Four parts[LANES / 4];
+    std::memcpy(parts, &x, sizeof x);
+    Four sum = parts[0] + parts[1];
+    for (int i = 2; i < LANES / 4; ++i) sum += parts[i];
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 inline float largest_of(Floats x) {
     float largest = x[0];
