@@ -27,22 +27,27 @@ template <int BITS> inline void codes_at(const uint8_t* data, __m256i& first, __
 inline void fetch_ahead(const uint8_t* data) { _mm_prefetch(reinterpret_cast<const char*>(data) + 4096, _MM_HINT_T0); }
 
 template <int TOKENS> struct Sums {
+    const uint16_t* row_scales;
+    const float* x_scales;
+    const int64_t chunks;
     __m256i chunk[TOKENS];
     __m256 total[TOKENS];
-    Sums() {
+    Sums(const ProductJob& job, int64_t block, int64_t token)
+        : row_scales(job.m.scales.data() + block * job.m.chunks() * ROWS), x_scales(job.q.scales_of(token)), chunks(job.q.chunks) {
         for (int t = 0; t < TOKENS; ++t) total[t] = _mm256_setzero_ps();
     }
     void begin() {
         for (int t = 0; t < TOKENS; ++t) chunk[t] = _mm256_setzero_si256();
     }
     void add(int t, __m256i codes, __m256i q) { chunk[t] = _mm256_add_epi32(chunk[t], _mm256_madd_epi16(codes, q)); }
-    void end(const ProductJob& job, int64_t block, int64_t token, int64_t c) {
-        const __m256 scales = _mm256_castsi256_ps(eight_scales(job.m.scales.data() + (block * job.m.chunks() + c) * ROWS));
+    void end() {
+        const __m256 scales = _mm256_castsi256_ps(eight_scales(row_scales));
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t) {
-            const __m256 scale = _mm256_mul_ps(scales, _mm256_set1_ps(job.q.scales_of(token + t)[c]));
+            const __m256 scale = _mm256_mul_ps(scales, _mm256_broadcast_ss(x_scales + t * chunks));
             total[t] = _mm256_add_ps(total[t], _mm256_mul_ps(_mm256_cvtepi32_ps(chunk[t]), scale));
         }
+        row_scales += ROWS, ++x_scales;
     }
     void store(const ProductJob& job, int64_t block, int64_t token) const {
         for (int t = 0; t < TOKENS; ++t) {
@@ -57,7 +62,7 @@ template <int BITS, int TOKENS> inline void window_rows(const ProductJob& job, i
     const Matrix& m = job.m;
     const uint8_t *data = m.data.data() + m.first_byte[size_t(block)], *move = m.moves.data() + m.first_move[size_t(block)];
     const __m256i halves = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4), nibble = _mm256_set1_epi8(15);
-    Sums<TOKENS> sums;
+    Sums<TOKENS> sums(job, block, token);
     for (int64_t c = 0; c < m.chunks(); ++c) {
         sums.begin();
         const uint8_t *low = job.q.low_of(token) + c * m.chunk, *high = job.q.high_of(token) + c * m.chunk;
@@ -76,7 +81,7 @@ template <int BITS, int TOKENS> inline void window_rows(const ProductJob& job, i
                 sums.add(t, second, _mm256_unpackhi_epi8(l, h));
             }
         }
-        sums.end(job, block, token, c);
+        sums.end();
     }
     sums.store(job, block, token);
 }
@@ -90,7 +95,7 @@ inline __m256i two_columns(const int16_t* q) {
 template <int BITS, int TOKENS> inline void pair_rows(const ProductJob& job, int64_t block, int64_t token) {
     const Matrix& m = job.m;
     const uint8_t* data = m.data.data() + m.first_byte[size_t(block)];
-    Sums<TOKENS> sums;
+    Sums<TOKENS> sums(job, block, token);
     for (int64_t c = 0; c < m.chunks(); ++c) {
         sums.begin();
         const int16_t *q = job.q.q_of(token) + c * m.chunk, *end = job.q.q_of(token) + m.chunk_end(c);
@@ -104,7 +109,7 @@ template <int BITS, int TOKENS> inline void pair_rows(const ProductJob& job, int
                 sums.add(t, second, two_columns(q + t * job.q.stride + 2));
             }
         }
-        sums.end(job, block, token, c);
+        sums.end();
     }
     sums.store(job, block, token);
 }
@@ -116,7 +121,7 @@ template <int BITS, int TOKENS> inline void rows_of(const ProductJob& job, int64
 
 // Vectors are taken in tiles whose integers stay in the first cache.
 template <int BITS> inline void code_product_of(const ProductJob& job) {
-    const int64_t tile = std::max<int64_t>(8, 24576 / std::max<int64_t>(1, 2 * job.q.stride) / 8 * 8);
+    const int64_t tile = std::max<int64_t>(6, 24576 / (2 * job.q.stride) / 6 * 6);
     for (int64_t from = 0; from < job.tokens; from += tile) {
         const int64_t to = std::min(job.tokens, from + tile);
         for (int64_t block = job.first; block < job.last; ++block) {

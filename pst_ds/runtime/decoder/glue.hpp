@@ -1,17 +1,41 @@
 // What lies between the products. Included once for each instruction set, after vectors.hpp.
 
-// q of one vector, chunk by chunk: to nearest, ties to even. A chunk with an infinity or a NaN has the scale NaN.
+// The bits of the largest |x|: of infinities and NaN they are the largest.
+inline int32_t largest_bits(const float* x, int64_t count) {
+    const int64_t whole = count / LANES * LANES;
+    Ints largest{};
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const Ints bits = (Ints)load(x + i) & 0x7fffffff;
+        largest = (bits & (bits > largest)) | (largest & ~(bits > largest));
+    }
+    int32_t most = 0, word;
+    for (int i = 0; i < LANES; ++i) most = std::max(most, largest[i]);
+    for (int64_t i = whole; i < count; ++i) {
+        std::memcpy(&word, x + i, 4);
+        most = std::max(most, word & 0x7fffffff);
+    }
+    return most;
+}
+
+// q = x / scale to nearest, ties to even; |q| below 2^15.
+inline void round_to_integers(const float* x, int64_t count, float inverse, int16_t* q) {
+    typedef int16_t Shorts __attribute__((vector_size(2 * LANES), aligned(2)));
+    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds, and leaves the integer in the lowest bits
+    const int64_t whole = count / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const Ints integers = (Ints)(load(x + i) * inverse + shift) - 0x4b400000;
+        *reinterpret_cast<Shorts*>(q + i) = __builtin_convertvector(integers, Shorts);
+    }
+    for (int64_t i = whole; i < count; ++i) q[i] = int16_t(int32_t(x[i] * inverse + shift - shift));
+}
+
+// q of one vector, chunk by chunk. A chunk with an infinity or a NaN has the scale NaN.
 inline void quantize(const Matrix& m, const float* x, int64_t token, Activations& to) {
     int16_t* q = to.q.data() + token * to.stride;
     uint8_t *low = to.low.data() + token * to.stride, *high = to.high.data() + token * to.stride;
     for (int64_t c = 0; c < to.chunks; ++c) {
-        const int64_t begin = c * m.chunk, end = m.chunk_end(c);
-        int32_t bits = 0;
-        for (int64_t i = begin; i < end; ++i) {
-            int32_t word;
-            std::memcpy(&word, x + i, 4);
-            bits = std::max(bits, word & 0x7fffffff);
-        }
+        const int64_t begin = c * m.chunk, count = m.chunk_end(c) - begin;
+        const int32_t bits = largest_bits(x + begin, count);
         float largest, scale = 0, inverse = 0;
         std::memcpy(&largest, &bits, 4);
         if (bits >= 0x7f800000)
@@ -19,22 +43,22 @@ inline void quantize(const Matrix& m, const float* x, int64_t token, Activations
         else if (largest > 1e-30f)
             scale = largest / float(m.levels), inverse = float(m.levels) / largest;
         to.scales[size_t(token * to.chunks + c)] = scale;
-        const bool zero = inverse == 0;
-        const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-        for (int64_t i = begin; i < end; ++i) q[i] = zero ? int16_t(0) : int16_t(int32_t(x[i] * inverse + shift - shift));
+        if (inverse == 0)
+            std::memset(q + begin, 0, size_t(count) * sizeof(int16_t));
+        else
+            round_to_integers(x + begin, count, inverse, q + begin);
     }
-    std::memset(q + m.columns, 0, size_t(to.stride - m.columns) * sizeof(int16_t));
-    for (int64_t i = 0; i < to.stride; ++i) {
-        const uint16_t bits = uint16_t(q[i]) ^ (WORDS_FIRST ? 0x8000 : 0);
-        low[i] = uint8_t(bits), high[i] = uint8_t(bits >> 8);
-    }
+    const int64_t stride = to.stride;  // not read again after every byte, which might alias it
+    std::memset(q + m.columns, 0, size_t(stride - m.columns) * sizeof(int16_t));
+    for (int64_t i = 0; i < stride; ++i) low[i] = uint8_t(q[i]);
+    for (int64_t i = 0; i < stride; ++i) high[i] = uint8_t((uint16_t(q[i]) >> 8) ^ (WORDS_FIRST ? 0x80 : 0));
 }
 
 inline void rms_norm(const float* x, const float* gain, float epsilon, int64_t width, float* y) {
     const int64_t whole = width / LANES * LANES;
     Floats total{};
     float rest = 0;
-    for (int64_t i = 0; i < whole; i += LANES) total += load(x + i) * load(x + i);
+    for (int64_t i = 0; i < whole; i += LANES) total = fused(load(x + i), load(x + i), total);
     for (int64_t i = whole; i < width; ++i) rest += x[i] * x[i];
     const float scale = 1.0f / std::sqrt((sum_of(total) + rest) / float(width) + epsilon);
     for (int64_t i = 0; i < width; ++i) y[i] = x[i] * scale * gain[i];
@@ -73,7 +97,7 @@ template <class T, int TOKENS> inline void float_rows(const ProductJob& job, int
         for (int64_t i = 0; i < whole; i += LANES) {
             const Floats weight = widen(w + i);
 #pragma GCC unroll 4
-            for (int t = 0; t < TOKENS; ++t) sum[t] += weight * load(job.x + (token + t) * m.columns + i);
+            for (int t = 0; t < TOKENS; ++t) sum[t] = fused(weight, load(job.x + (token + t) * m.columns + i), sum[t]);
         }
         for (int t = 0; t < TOKENS; ++t) {
             float rest = 0;
@@ -95,7 +119,7 @@ template <class T, int KEYS> inline void scores_of(const float* q, const T* keys
     for (int64_t i = 0; i < padded; i += LANES) {
         const Floats query = load(q + i);
 #pragma GCC unroll 4
-        for (int k = 0; k < KEYS; ++k) sum[k] += widen(keys + k * padded + i) * query;
+        for (int k = 0; k < KEYS; ++k) sum[k] = fused(widen(keys + k * padded + i), query, sum[k]);
     }
 #pragma GCC unroll 4
     for (int k = 0; k < KEYS; ++k) scores[k] = sum_of(sum[k]);
@@ -128,7 +152,7 @@ inline void weighted(const float* weights, float scale, const T* values, int64_t
     for (int64_t t = 0; t < count; ++t) {
         const Floats weight = all(weights[t]);
 #pragma GCC unroll 8
-        for (int i = 0; i < VECTORS; ++i) sum[i] += weight * widen(values + t * padded + i * LANES);
+        for (int i = 0; i < VECTORS; ++i) sum[i] = fused(weight, widen(values + t * padded + i * LANES), sum[i]);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < VECTORS; ++i) store(y + i * LANES, sum[i] * scale);
