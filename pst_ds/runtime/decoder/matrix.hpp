@@ -190,18 +190,16 @@ inline Matrix* pack(const int8_t* codes, const uint16_t* scales, int64_t rows, i
                 m->scales.push_back(row < rows ? scales[row * groups + (group ? c : 0)] : 0);
     const int64_t kept = rows * columns - std::count(codes, codes + rows * columns, int8_t(0));
     m->has_bits = words && kept * 8 < rows * columns * 7;
-    m->layout = WORDS;
-    if (words) {
-        pack_words(*m, from);
-        return m;
-    }
-    m->layout = WINDOWS;
-    if (kept * 8 < rows * columns * 5) pack_windows(*m, from);
-    if (m->data.empty() || int64_t(m->data.size() + m->moves.size()) > rows * columns * bits / 8) {
+    m->layout = words ? WORDS : WINDOWS;
+    if (words) pack_words(*m, from);
+    if (!words && kept * 8 < rows * columns * 5) pack_windows(*m, from);
+    if (!words && (m->data.empty() || int64_t(m->data.size() + m->moves.size()) > rows * columns * bits / 8)) {
         m->data.clear(), m->moves.clear(), m->steps.clear(), m->first_byte.clear(), m->first_move.clear();
         m->layout = PAIRS;
         pack_pairs(*m, from);
     }
+    m->data.shrink_to_fit(), m->moves.shrink_to_fit(), m->scales.shrink_to_fit();
+    m->masks.shrink_to_fit(), m->offsets.shrink_to_fit(), m->steps.shrink_to_fit();
     return m;
 }
 
