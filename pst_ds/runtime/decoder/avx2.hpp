@@ -58,29 +58,41 @@ template <int TOKENS> struct Sums {
     }
 };
 
+inline __m256i two_windows(const uint8_t* first, const uint8_t* second) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(half(first)), half(second), 1);
+}
+
 template <int BITS, int TOKENS> inline void window_rows(const ProductJob& job, int64_t block, int64_t token) {
     const Matrix& m = job.m;
     const uint8_t *data = m.data.data() + m.first_byte[size_t(block)], *move = m.moves.data() + m.first_move[size_t(block)];
     const __m256i halves = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4), nibble = _mm256_set1_epi8(15);
     Sums<TOKENS> sums(job, block, token);
     for (int64_t c = 0; c < m.chunks(); ++c) {
-        sums.begin();
+        __m256i first_rows[TOKENS], other_rows[TOKENS];  // 4 rows in the first window, and in the second
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t) first_rows[t] = other_rows[t] = _mm256_setzero_si256();
         const uint8_t *low = job.q.low_of(token) + c * m.chunk, *high = job.q.high_of(token) + c * m.chunk;
-        const uint8_t* end = move + m.steps[size_t(block * m.chunks() + c)];
-        for (int64_t at = 0; move < end; data += 16 + 4 * BITS) {
-            at += *move++;
+        const uint8_t* end = move + 2 * m.steps[size_t(block * m.chunks() + c)];
+        for (int64_t at = 0; move < end; move += 2, data += 16 + 4 * BITS) {
+            const int64_t before = at + move[0];
+            at = before + move[1];
             const __m256i places = _mm256_and_si256(_mm256_srlv_epi32(twice(data), halves), nibble);
-            __m256i first, second;
+            __m256i first, other;
             if (TOKENS == 1) fetch_ahead(data);
-            codes_at<BITS>(data + 16, first, second);
+            codes_at<BITS>(data + 16, first, other);
 #pragma GCC unroll 8
             for (int t = 0; t < TOKENS; ++t) {
-                const __m256i l = _mm256_shuffle_epi8(twice(low + t * job.q.stride + at), places);
-                const __m256i h = _mm256_shuffle_epi8(twice(high + t * job.q.stride + at), places);
-                sums.add(t, first, _mm256_unpacklo_epi8(l, h));
-                sums.add(t, second, _mm256_unpackhi_epi8(l, h));
+                const uint8_t *l = low + t * job.q.stride, *h = high + t * job.q.stride;
+                const __m256i lows = _mm256_shuffle_epi8(two_windows(l + before, l + at), places);
+                const __m256i highs = _mm256_shuffle_epi8(two_windows(h + before, h + at), places);
+                first_rows[t] = _mm256_add_epi32(first_rows[t], _mm256_madd_epi16(first, _mm256_unpacklo_epi8(lows, highs)));
+                other_rows[t] = _mm256_add_epi32(other_rows[t], _mm256_madd_epi16(other, _mm256_unpackhi_epi8(lows, highs)));
             }
         }
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t)
+            sums.chunk[t] = _mm256_add_epi32(_mm256_permute2x128_si256(first_rows[t], other_rows[t], 0x20),
+                                             _mm256_permute2x128_si256(first_rows[t], other_rows[t], 0x31));
         sums.end();
     }
     sums.store(job, block, token);
@@ -121,12 +133,12 @@ template <int BITS, int TOKENS> inline void rows_of(const ProductJob& job, int64
 
 // Vectors are taken in tiles whose integers stay in the first cache.
 template <int BITS> inline void code_product_of(const ProductJob& job) {
-    const int64_t tile = std::max<int64_t>(6, 24576 / (2 * job.q.stride) / 6 * 6);
+    const int64_t tile = std::max<int64_t>(8, 24576 / (2 * job.q.stride) / 4 * 4);
     for (int64_t from = 0; from < job.tokens; from += tile) {
         const int64_t to = std::min(job.tokens, from + tile);
         for (int64_t block = job.first; block < job.last; ++block) {
             int64_t token = from;
-            for (; token + 6 <= to; token += 6) rows_of<BITS, 6>(job, block, token);
+            for (; token + 4 <= to; token += 4) rows_of<BITS, 4>(job, block, token);
             for (; token + 2 <= to; token += 2) rows_of<BITS, 2>(job, block, token);
             for (; token < to; ++token) rows_of<BITS, 1>(job, block, token);
         }

@@ -22,7 +22,7 @@ constexpr int64_t PADDING = 64;  // bytes that a load may read past the end
 enum Layout {
     FLOATS,   // as it is in memory: rows of fp32 or bf16
     PAIRS,    // every code; 2 columns of 8 rows lie together
-    WINDOWS,  // kept codes; 4 of each of 8 rows, from 16 columns, lie together with their places
+    WINDOWS,  // kept codes; 2 of each of 8 rows, from each of two windows of 16 columns, lie together with their places
     WORDS,    // kept codes of 64 columns, row after row of a block, and a word of bits for each; or every code, no bits
 };
 
@@ -40,7 +40,7 @@ struct Matrix {
     std::vector<int64_t> first_byte;     // of every block in data, and the end
     std::vector<uint8_t> moves;          // WINDOWS: columns from one window to the next
     std::vector<int64_t> first_move;     // of every block in moves, and the end
-    std::vector<uint16_t> steps;         // WINDOWS: [block][chunk], windows in a chunk
+    std::vector<uint16_t> steps;         // WINDOWS: [block][chunk], pairs of windows in a chunk
     std::vector<uint64_t> masks;         // WORDS: [block][word][8]
     std::vector<int32_t> offsets;        // WORDS: [block][chunk][8], 2^15 times the sum of a row's codes, modulo 2^32
 
@@ -94,24 +94,29 @@ struct Kept {
     }
 };
 
-// One window: the places (two rows' halves of a byte: row and row + 4) and the codes of at most 4 kept columns a row.
-inline void pack_window(Matrix& m, const Codes& from, int64_t block, int64_t first, Kept& kept) {
-    uint8_t place[ROWS][4] = {};
-    int code[ROWS][4] = {};
-    for (int row = 0; row < ROWS; ++row)
-        for (int i = 0; i < 4 && kept.taken[row] < kept.columns[row].size(); ++i) {
-            const int64_t column = kept.columns[row][kept.taken[row]];
-            if (column >= first + WINDOW) break;
-            place[row][i] = uint8_t(column - first), code[row][i] = from.at(block * ROWS + row, column);
-            ++kept.taken[row];
-        }
-    for (int half = 0; half < 4; half += 2)  // a half of 128 bits: 2 of each of 4 rows, then the other 2
-        for (int row = 0; row < 4; ++row)
-            for (int i = half; i < half + 2; ++i) m.data.push_back(nibbles(place[row][i], place[row + 4][i]));
-    for (int half = 0; half < (m.bits == 4 ? 2 : 4); half += 2)
+// A window: at most 2 kept columns of each row, rows one after the other.
+struct Window {
+    uint8_t place[2 * ROWS] = {};
+    int code[2 * ROWS] = {};
+    Window() = default;
+    Window(const Codes& from, int64_t block, int64_t first, Kept& kept) {
         for (int row = 0; row < ROWS; ++row)
-            for (int i = half; i < half + 2; ++i)
-                m.data.push_back(m.bits == 4 ? nibbles(code[row][i], code[row][i + 2]) : uint8_t(code[row][i]));
+            for (int i = 0; i < 2 && kept.taken[row] < kept.columns[row].size(); ++i) {
+                const int64_t column = kept.columns[row][kept.taken[row]];
+                if (column >= first + WINDOW) break;
+                place[2 * row + i] = uint8_t(column - first), code[2 * row + i] = from.at(block * ROWS + row, column);
+                ++kept.taken[row];
+            }
+    }
+};
+
+// Two windows: their places in the halves of 16 bytes; then the codes of the first 4 rows of both, and of the others.
+inline void pack_two_windows(Matrix& m, const Window& a, const Window& b) {
+    for (int i = 0; i < 16; ++i) m.data.push_back(nibbles(a.place[i], b.place[i]));
+    for (int rows = 0; rows < (m.bits == 4 ? 8 : 16); rows += 8)
+        for (const Window* window : {&a, &b})
+            for (int i = rows; i < rows + 8; ++i)
+                m.data.push_back(m.bits == 4 ? nibbles(window->code[i], window->code[i + 8]) : uint8_t(window->code[i]));
 }
 
 inline void pack_windows(Matrix& m, const Codes& from) {
@@ -123,15 +128,16 @@ inline void pack_windows(Matrix& m, const Codes& from) {
             for (int row = 0; row < ROWS; ++row)
                 for (int64_t column = c * m.chunk; column < m.chunk_end(c); ++column)
                     if (from.at(block * ROWS + row, column)) kept.columns[row].push_back(column);
-            int64_t at = c * m.chunk, count = 0;
-            for (int64_t next = kept.next(); next >= 0; ++count) {
-                const int64_t move = std::min<int64_t>(next - at, 255);
+            std::vector<Window> windows;
+            for (int64_t at = c * m.chunk, next = kept.next(); next >= 0; next = kept.next()) {
+                const int64_t move = std::min<int64_t>(next - at, 255);  // after one of 255 a window may be empty
                 m.moves.push_back(uint8_t(move));
                 at += move;
-                pack_window(m, from, block, at, kept);  // empty after a move of 255
-                next = kept.next();
+                windows.emplace_back(from, block, at, kept);
             }
-            m.steps.push_back(uint16_t(count));
+            if (windows.size() % 2) windows.emplace_back(), m.moves.push_back(0);
+            for (size_t i = 0; i < windows.size(); i += 2) pack_two_windows(m, windows[i], windows[i + 1]);
+            m.steps.push_back(uint16_t(windows.size() / 2));
         }
     }
     m.first_byte.push_back(int64_t(m.data.size()));
@@ -174,7 +180,7 @@ inline void pack_words(Matrix& m, const Codes& from) {
 }
 
 // Pack codes (rows, columns) with bf16 scales (rows, groups), groups of `group` columns; 0: one group. `words`: for
-// instructions that expand bits. A weight of which too much is kept for places to pay is packed whole.
+// instructions that expand bits. A weight of which so much is kept that places save less than a quarter is packed whole.
 inline Matrix* pack(const int8_t* codes, const uint16_t* scales, int64_t rows, int64_t columns, int bits, int64_t group,
                     bool words) {
     Matrix* m = new Matrix();
@@ -193,7 +199,7 @@ inline Matrix* pack(const int8_t* codes, const uint16_t* scales, int64_t rows, i
     m->layout = words ? WORDS : WINDOWS;
     if (words) pack_words(*m, from);
     if (!words && kept * 8 < rows * columns * 5) pack_windows(*m, from);
-    if (!words && (m->data.empty() || int64_t(m->data.size() + m->moves.size()) > rows * columns * bits / 8)) {
+    if (!words && (m->data.empty() || int64_t(m->data.size() + m->moves.size()) * 4 > rows * columns * bits / 8 * 3)) {
         m->data.clear(), m->moves.clear(), m->steps.clear(), m->first_byte.clear(), m->first_move.clear();
         m->layout = PAIRS;
         pack_pairs(*m, from);

@@ -15,15 +15,14 @@ inline void code_rows(const ProductJob& job, int64_t block, int64_t token) {
         if (windows) {
             int64_t at = c * m.chunk;
             for (int step = 0; step < m.steps[size_t(block * m.chunks() + c)]; ++step, data += m.bits == 4 ? 32 : 48) {
-                at += *move++;
-                for (int row = 0; row < 8; ++row)
-                    for (int i = 0; i < 4; ++i) {
-                        const uint8_t places = data[i / 2 * 8 + row % 4 * 2 + i % 2];
-                        const int64_t column = at + (row < 4 ? places & 15 : places >> 4);
-                        const uint8_t* codes = data + 16 + row * 2 + i % 2;
-                        const uint8_t byte = codes[m.bits == 4 ? 0 : i / 2 * 16];
-                        add(row, column, m.bits == 8 ? int8_t(byte) : i < 2 ? low(byte) : high(byte));
+                for (int window = 0; window < 2; ++window) {
+                    at += *move++;
+                    for (int i = 0; i < 16; ++i) {
+                        const int64_t column = at + (window ? data[i] >> 4 : data[i] & 15);
+                        const uint8_t byte = data[16 + window * 8 + i % 8 + (m.bits == 8 ? i / 8 * 16 : 0)];
+                        add(i / 2, column, m.bits == 8 ? int8_t(byte) : i < 8 ? low(byte) : high(byte));
                     }
+                }
             }
         } else {
             const int64_t step = m.bits == 4 ? 4 : 2;
