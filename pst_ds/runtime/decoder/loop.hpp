@@ -60,28 +60,29 @@ class Decoder {
                      (shape.narrow_cache ? 2 : 4));
         const int64_t most = shape.most, queries = shape.heads * shape.head;
         qkv_width = queries + 2 * shape.key_value_heads * shape.head;
-        for (auto* buffer : {&x, &normed, &added}) buffer->resize(size_t(most * shape.hidden));
-        qkv.resize(size_t(most * qkv_width)), attended.resize(size_t(most * queries));
-        inner.resize(size_t(most * shape.inner * (shape.gated ? 2 : 1))), gated.resize(size_t(most * shape.inner));
+        added.resize(size_t(most * shape.hidden)), qkv.resize(size_t(most * qkv_width));
+        attended.resize(size_t(most * queries)), inner.resize(size_t(most * shape.inner * (shape.gated ? 2 : 1)));
         widest = std::max({shape.hidden, queries, shape.inner});
-        activations.reserve(most, widest);
+        together.reserve(most, shape, widest);
     }
 
     // Every position must be in its sequence's cache already up to it, or be in this pass.
     void run(const Pass& pass, int threads) {
-        const size_t scores = size_t(round_up(shape.context, 16) + 2 * padded);
-        const size_t room = size_t(room_for(widest));
-        rooms.resize(std::max(rooms.size(), (room + 64) * size_t(threads)));
-        attention_rooms.resize(std::max(attention_rooms.size(), (scores + 16) * size_t(threads)));
+        for (int64_t i = int64_t(rooms.size()); i < threads; ++i) {
+            rooms.emplace_back(new Room);
+            rooms.back()->tokens.reserve(1, shape, widest);
+            rooms.back()->rows.resize(size_t(room_for(widest)));
+            rooms.back()->scores.resize(size_t(round_up(shape.context, 16) + 2 * padded));
+        }
 #pragma omp parallel num_threads(threads)
         {
             int number = 0, count = 1;
 #ifdef _OPENMP
             number = omp_get_thread_num(), count = omp_get_num_threads();
 #endif
-            Thread{*this, pass, number, count, rooms.data() + size_t(number) * (room + 64),
-                   attention_rooms.data() + size_t(number) * (scores + 16)}
-                .work();
+            Room& room = *rooms[size_t(number)];
+            const bool alone = pass.tokens == 1;
+            Thread{*this, pass, number, count, alone, alone ? room.tokens : together, room}.work();
         }
     }
 
@@ -108,13 +109,32 @@ class Decoder {
         for (int64_t i = 0; i < shape.head; ++i) narrow(from[i], static_cast<bf16*>(to) + position * padded + i);
     }
 
-    // A thread's share of a pass. All threads run the same steps; what one writes, others read after wait().
+    // What lies between products, of all tokens or of one, and the integers that a product takes.
+    struct Tokens {
+        std::vector<float> x, normed, gated;
+        Activations integers;
+        void reserve(int64_t tokens, const Shape& shape, int64_t widest) {
+            x.resize(size_t(tokens * shape.hidden)), normed.resize(size_t(tokens * shape.hidden));
+            gated.resize(size_t(tokens * shape.inner));
+            integers.reserve(tokens, widest);
+        }
+    };
+    // A thread's own memory.
+    struct Room {
+        Tokens tokens;
+        std::vector<uint8_t> rows;
+        std::vector<float> scores;
+    };
+
+    // A thread's share of a pass. All threads run the same steps; what one writes, others read after wait(). Of a single
+    // token every thread does what lies between products itself, `alone`: cheaper than waiting for one that does.
     struct Thread {
         Decoder& d;
         const Pass& pass;
         const int number, count;
-        uint8_t* room;
-        float* attention_room;
+        const bool alone;
+        Tokens& own;
+        Room& room;
 
         void wait() const {
 #pragma omp barrier
@@ -122,20 +142,27 @@ class Decoder {
         template <class Work> void share(int64_t items, const Work& work) const {
             for (int64_t i = items * number / count; i < items * (number + 1) / count; ++i) work(i);
         }
+        // Work on each token, and its results to be read.
+        template <class Work> void each(int64_t tokens, const Work& work) const {
+            if (alone) {
+                for (int64_t i = 0; i < tokens; ++i) work(i);
+                return;
+            }
+            share(tokens, work);
+            wait();
+        }
 
         void work() const {
             const int64_t hidden = d.shape.hidden;
-            share(pass.tokens, [&](int64_t t) {
-                std::memcpy(d.x.data() + t * hidden, pass.embeddings + t * hidden, size_t(hidden) * sizeof(float));
+            each(pass.tokens, [&](int64_t t) {
+                std::memcpy(own.x.data() + t * hidden, pass.embeddings + t * hidden, size_t(hidden) * sizeof(float));
             });
-            wait();
             for (int64_t i = 0; i < d.shape.layers; ++i) layer(d.layers[size_t(i)], i);
             if (!pass.num_wanted) return;
-            share(pass.num_wanted, [&](int64_t i) {
-                normalize(d.last_norm, d.x.data() + pass.wanted[i] * hidden, hidden, d.normed.data() + i * hidden);
+            each(pass.num_wanted, [&](int64_t i) {
+                normalize(d.last_norm, own.x.data() + pass.wanted[i] * hidden, hidden, own.normed.data() + i * hidden);
             });
-            wait();
-            product(d.head, d.normed.data(), pass.num_wanted, pass.logits);
+            product(d.head, own.normed.data(), pass.num_wanted, pass.logits);
             share(pass.num_wanted, [&](int64_t i) { finish(pass.logits + i * d.shape.vocabulary); });
         }
 
@@ -160,55 +187,51 @@ class Decoder {
                 const Matrix& m = *part.matrix;
                 const bool same = rounded_for && rounded_for->chunk == m.chunk && rounded_for->levels == m.levels;
                 if (m.layout != FLOATS && !same) {
-                    if (rounded_for) wait();
-                    if (number == 0) d.activations.begin(m);
-                    wait();
-                    share(tokens, [&](int64_t t) { d.kernels.quantize(m, x + t * m.columns, t, d.activations); });
-                    wait();
+                    if (!alone && rounded_for) wait();
+                    if (alone || number == 0) own.integers.begin(m);
+                    if (!alone) wait();
+                    each(tokens, [&](int64_t t) { d.kernels.quantize(m, x + t * m.columns, t, own.integers); });
                     rounded_for = &m;
                 }
                 const int64_t first = m.blocks() * number / count, last = m.blocks() * (number + 1) / count;
-                d.kernels.product({m, x, d.activations, tokens, first, last, y + part.offset, linear.width, room});
+                float* to = y + part.offset;
+                d.kernels.product({m, x, own.integers, tokens, first, last, to, linear.width, room.rows.data()});
+                if (!linear.bias) continue;
+                for (int64_t t = 0; t < tokens; ++t)
+                    for (int64_t i = first * ROWS; i < std::min(m.rows, last * ROWS); ++i)
+                        to[t * linear.width + i] += linear.bias[part.offset + i];
             }
-            wait();
-            if (!linear.bias) return;
-            share(tokens, [&](int64_t t) {
-                for (int64_t i = 0; i < linear.width; ++i) y[t * linear.width + i] += linear.bias[i];
-            });
             wait();
         }
 
         void layer(const Layer& layer, int64_t index) const {
             const Shape& s = d.shape;
-            share(pass.tokens, [&](int64_t t) {
-                normalize(layer.norm[BEFORE_ATTENTION], d.x.data() + t * s.hidden, s.hidden, d.normed.data() + t * s.hidden);
+            each(pass.tokens, [&](int64_t t) {
+                normalize(layer.norm[BEFORE_ATTENTION], own.x.data() + t * s.hidden, s.hidden, own.normed.data() + t * s.hidden);
             });
-            wait();
-            product(layer.linear[QKV], d.normed.data(), pass.tokens, d.qkv.data());
+            product(layer.linear[QKV], own.normed.data(), pass.tokens, d.qkv.data());
             attention(layer, index);
             product(layer.linear[OUTPUT], d.attended.data(), pass.tokens, d.added.data());
             add(layer.norm[AFTER_ATTENTION], layer.norm[BEFORE_MLP]);
-            product(layer.linear[GATE_UP], d.normed.data(), pass.tokens, d.inner.data());
+            product(layer.linear[GATE_UP], own.normed.data(), pass.tokens, d.inner.data());
             const int64_t width = layer.linear[GATE_UP].width;
-            share(pass.tokens, [&](int64_t t) {
+            each(pass.tokens, [&](int64_t t) {
                 const float* gates = d.inner.data() + t * width;
-                d.kernels.gate(s.activation, gates, s.gated ? gates + s.inner : nullptr, s.inner, d.gated.data() + t * s.inner);
+                d.kernels.gate(s.activation, gates, s.gated ? gates + s.inner : nullptr, s.inner, own.gated.data() + t * s.inner);
             });
-            wait();
-            product(layer.linear[DOWN], d.gated.data(), pass.tokens, d.added.data());
+            product(layer.linear[DOWN], own.gated.data(), pass.tokens, d.added.data());
             add(layer.norm[AFTER_MLP], nullptr);
         }
 
         // x += what a half of the layer computed; then, where there is a norm for the next half, normed.
         void add(const float* after, const float* before) const {
             const int64_t hidden = d.shape.hidden;
-            share(pass.tokens, [&](int64_t t) {
-                float *x = d.x.data() + t * hidden, *y = d.added.data() + t * hidden;
-                normalize(after, y, hidden, y);
-                for (int64_t i = 0; i < hidden; ++i) x[i] += float(d.numbers.residual_scale) * y[i];
-                normalize(before, x, hidden, d.normed.data() + t * hidden);
+            each(pass.tokens, [&](int64_t t) {
+                float *x = own.x.data() + t * hidden, *normed = own.normed.data() + t * hidden;
+                normalize(after, d.added.data() + t * hidden, hidden, normed);
+                for (int64_t i = 0; i < hidden; ++i) x[i] += float(d.numbers.residual_scale) * normed[i];
+                normalize(before, x, hidden, normed);
             });
-            wait();
         }
 
         void attention(const Layer& layer, int64_t index) const {
@@ -223,7 +246,7 @@ class Decoder {
                 wait();
             }
             share(items, [&](int64_t i) { prepare(layer, index, i / heads, i % heads); });
-            if (pass.tokens > 1) wait();  // or the same thread attends to the head that it has put there
+            if (!alone) wait();  // or the same thread attends to the head that it has put there
             share(items, [&](int64_t i) { attend(layer, index, i / heads, i % heads); });
             wait();
         }
@@ -253,15 +276,16 @@ class Decoder {
             d.kernels.attend({d.qkv.data() + t * d.qkv_width + h * group * s.head, d.keys(index, pass.sequences[t], h),
                               d.values(index, pass.sequences[t], h),
                               d.attended.data() + t * s.heads * s.head + h * group * s.head, group, s.head, d.padded, begin,
-                              end, float(d.numbers.attention_scale), float(d.numbers.attention_cap), attention_room},
+                              end, float(d.numbers.attention_scale), float(d.numbers.attention_cap), room.scores.data()},
                              s.narrow_cache != 0);
         }
     };
 
     int64_t padded, qkv_width, widest;
-    std::vector<uint8_t> cache, rooms;
-    std::vector<float> x, normed, added, qkv, attended, inner, gated, attention_rooms;
-    Activations activations;
+    std::vector<uint8_t> cache;
+    std::vector<float> added, qkv, attended, inner;  // what products write, and attention: of all threads
+    Tokens together;
+    std::vector<std::unique_ptr<Room>> rooms;
 };
 
 }  // namespace pst
