@@ -14,8 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world-size", "--ranks", dest="ranks", type=count, metavar="N", help=ranks)
     no_data = "read neither data nor tokenizer: model.path may hold a config.json alone; needs train.num_steps"
     parser.add_argument("--no-data", action="store_true", help=no_data)
-    machine = "rates for the expected times (default: cpu where there is no GPU and a core for every rank, else h100)"
-    parser.add_argument("--machine", choices=tuple(MACHINES), help=machine)
+    machine = (
+        f"rates for the expected times: {', '.join(MACHINES)}, or a TOML file of your own (default: cpu where there is "
+        "no GPU and a core for every rank, else h100)"
+    )
+    parser.add_argument("--machine", metavar="FILE", help=machine)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -74,6 +74,10 @@ def print_plan(plan: dict[str, Any]) -> None:
         f"by a rank), a mask update {_seconds(time['update'])} ({bytes_text(time['update_received'])}); masks take "
         f"{time['share_of_masks']:.2%} of the run"
     )
+    print(
+        f"full fine-tuning of the same model there: a step {_seconds(time['full_step'])}; PST takes "
+        f"{time['step'] / time['full_step']:.2f} of it, {time['over_full']:.2f} with a mask update in every step"
+    )
 
 
 def name_across_blocks(name: str) -> str:

@@ -18,7 +18,8 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.ds_config import RunNumbers, load_deepspeed_config, resolve_deepspeed_config, zero_stage
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.planning.activations import Trace, UntraceableError, trace_micro_batch
-from pst_ds.planning.machines import MACHINES
+from pst_ds.planning.machine_file import machine_of
+from pst_ds.planning.machines import Machine
 from pst_ds.planning.memory import ModelNumbers, memory_plan
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import Batch, time_plan
@@ -51,8 +52,9 @@ def make_plan(
     num_steps = config.num_steps(num_examples) if num_examples is not None else config.train.num_steps
     has_cores = not torch.accelerator.is_available() and ranks <= (os.cpu_count() or 1)
     machine = machine or ("cpu" if has_cores else "h100")
-    zero = _zero_settings(config, raw, ranks, micro_batch_size, num_trainable(model), machine)
-    device = "cpu" if machine == "cpu" else "cuda"
+    rates = machine_of(machine)
+    zero = _zero_settings(config, raw, ranks, micro_batch_size, num_trainable(model), rates)
+    device = rates.device
     numbers = model_numbers(model, device=device)
     schedule, teacher = _schedule(config, num_steps), _teacher(config, numbers, no_data)
     plan: dict[str, Any] = {
@@ -84,9 +86,9 @@ def make_plan(
     num_scales = plan["scale_bytes"] // SCALE_BYTES
     plan["checkpoint_bytes"] = most_bytes(numbers.trainables, numbers.pruned_weights, num_scales)
     batch = _batch(config, micro_batch_size, teacher, trace)
-    times = time_plan(numbers, zero, batch, MACHINES[machine])
+    times = time_plan(numbers, zero, batch, rates)
     share = times.share_of_masks(num_steps, schedule["mask_updates"] if schedule else 0)
-    return {**plan, "time": {**asdict(times), "share_of_masks": share}}
+    return {**plan, "time": {**asdict(times), "over_full": times.over_full, "share_of_masks": share}}
 
 
 def _ranks_and_deepspeed(config: RunConfig, wanted: int | None) -> tuple[int, dict[str, Any] | None]:
@@ -117,14 +119,14 @@ def _data(config: RunConfig, no_data: bool) -> tuple[Any, list[str], str, int | 
 
 
 def _zero_settings(
-    config: RunConfig, raw: dict[str, Any] | None, ranks: int, micro_batch_size: int, trainables: int, machine: str
+    config: RunConfig, raw: dict[str, Any] | None, ranks: int, micro_batch_size: int, trainables: int, machine: Machine
 ) -> ZeroSettings:
     train, resolved = config.train, None
     if raw is not None:
         steps, clipping, is_bf16 = train.gradient_accumulation_steps, train.gradient_clipping, train.precision == "bf16"
         own = RunNumbers(train.batch_size, micro_batch_size, steps, clipping, is_bf16, trainables)
         resolved = resolve_deepspeed_config(raw, own, source=config.deepspeed_config, run_file="the run file")
-    return zero_settings(resolved, ranks, "gloo" if machine == "cpu" else "nccl")
+    return zero_settings(resolved, ranks, machine.backend)
 
 
 def _layers(model: torch.nn.Module) -> dict[str, Any]:
@@ -201,6 +203,8 @@ def _batch(config: RunConfig, micro_batch_size: int, teacher: dict[str, int], tr
         own_teacher=bool(teacher["own"]),
         gathered=trace.gathered if trace else 0,
         gathers=trace.gathers if trace else 0,
+        moved=trace.moved if trace else 0,
+        launches=trace.launches if trace else 0,
     )
 
 

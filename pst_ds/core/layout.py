@@ -28,6 +28,11 @@ class Rect:
     def numel(self) -> int:
         return (self.r1 - self.r0) * (self.c1 - self.c0)
 
+    def meet(self, other: Rect) -> Rect | None:
+        """Return the intersection with another rectangle; None where it is empty."""
+        rows, cols = (max(self.r0, other.r0), min(self.r1, other.r1)), (max(self.c0, other.c0), min(self.c1, other.c1))
+        return Rect(*rows, *cols) if rows[0] < rows[1] and cols[0] < cols[1] else None
+
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:

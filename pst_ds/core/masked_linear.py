@@ -166,7 +166,7 @@ def _tile_backward(work: _Work, rect: Rect) -> None:
     if any(wanted is not None for wanted in (work.sums.A, work.sums.U, work.grads.weight, work.grads.S)):
         _weight_gradient(x, grad_y, grad, transposed=layout.transposed)
     for matrix in layout.matrices():
-        part = _meet(rect, matrix.rect)
+        part = rect.meet(matrix.rect)
         if part is None:
             continue
         by_kernel = work.mask is not None and work.mask.holds(part)
@@ -181,12 +181,6 @@ def _tile_backward(work: _Work, rect: Rect) -> None:
 
 def _shaped(buffer: Tensor, rect: Rect) -> Tensor:
     return buffer[: rect.numel].view(rect.r1 - rect.r0, rect.c1 - rect.c0)
-
-
-def _meet(one: Rect, other: Rect) -> Rect | None:
-    """The intersection of two rectangles."""
-    rows, cols = (max(one.r0, other.r0), min(one.r1, other.r1)), (max(one.c0, other.c0), min(one.c1, other.c1))
-    return Rect(*rows, *cols) if rows[0] < rows[1] and cols[0] < cols[1] else None
 
 
 def _inside(rect: Rect, whole: Rect) -> tuple[slice, slice]:

@@ -1,4 +1,4 @@
-"""A micro-batch's activations and gathers, from a forward and a backward pass on tensors without values."""
+"""A micro-batch's activations, gathers and operators, from a forward and a backward pass on tensors without values."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from pst_ds.errors import first_line
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import PSTLinear
+from pst_ds.planning.operators import operator_traffic
 
 
 class UntraceableError(RuntimeError):
@@ -31,12 +32,16 @@ class Trace:
     """Bytes of the parameters that ZeRO-3 fetches for the modules' turns if it keeps none between them."""
     gathers: int = 0
     """Collectives that bring them: one a module and dtype."""
+    moved: int = 0
+    """Bytes that operators outside the pruned layers read and write, those of products apart."""
+    launches: int = 0
+    """Operators outside the pruned layers."""
 
 
 def trace_micro_batch(
     model: nn.Module, *, batch: int, sequence: int, checkpointing: bool, persistence_threshold: int = 0
 ) -> Trace:
-    """:func:`activation_bytes`, and the gathers of all parameters larger than ``persistence_threshold``."""
+    """:func:`activation_bytes`, the gathers of all parameters larger than ``persistence_threshold``, and operators."""
     trace = Trace()
 
     def start(root: nn.Module, args: Any) -> None:  # late, for checkpointing hooks the embedding to need a gradient
@@ -44,7 +49,8 @@ def trace_micro_batch(
             _count_gathers(module, trace, persistence_threshold)
 
     model.register_forward_pre_hook(start)
-    trace.activations = activation_bytes(model, batch=batch, sequence=sequence, checkpointing=checkpointing)
+    seen = _run(model, batch=batch, sequence=sequence, checkpointing=checkpointing)
+    trace.activations, trace.moved, trace.launches = seen.peak, seen.moved, seen.launches
     return trace
 
 
@@ -74,6 +80,10 @@ def activation_bytes(model: nn.Module, *, batch: int, sequence: int, checkpointi
     so that attention takes the kernel it takes there. Saved tensors, temporaries, logits and loss are all counted, as
     autograd frees them. Raises UntraceableError for a model that cannot run so.
     """
+    return _run(model, batch=batch, sequence=sequence, checkpointing=checkpointing).peak
+
+
+def _run(model: nn.Module, *, batch: int, sequence: int, checkpointing: bool) -> _Operators:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -83,17 +93,17 @@ def activation_bytes(model: nn.Module, *, batch: int, sequence: int, checkpointi
             gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}
         )
     _pretend_on_cpu(model, mode)
-    live = _LiveBytes(model)
+    seen = _Operators(model)
     is_classifier = type(model).__name__.endswith("ForSequenceClassification")
-    with mode, _layers_save_their_input(model):
+    with mode, layers_save_their_input(model):
         ids = torch.zeros(batch, sequence, dtype=torch.long)
         labels = torch.zeros(batch, dtype=torch.long) if is_classifier else ids
         try:
-            with live:
+            with seen:
                 model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
         except Exception as error:
             raise UntraceableError(f"{type(model).__name__}: {first_line(error)}") from error
-    return live.peak
+    return seen
 
 
 def _pretend_on_cpu(model: nn.Module, mode: Any) -> None:
@@ -123,7 +133,7 @@ def _pretend_on_cpu(model: nn.Module, mode: Any) -> None:
 
 
 @contextmanager
-def _layers_save_their_input(model: nn.Module) -> Iterator[None]:
+def layers_save_their_input(model: nn.Module) -> Iterator[None]:
     """Let PST layers keep their input alone; their temporaries of the weight's size are counted elsewhere."""
     layers = pst_layers(model).values()
     for layer in layers:
@@ -151,17 +161,20 @@ class _Linear(torch.autograd.Function):
         return torch.empty_like(ctx.saved_tensors[0]), None, None
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations made and that are still alive."""
+class _Operators(TorchDispatchMode):
+    """What operators ask for: bytes of the storages that they made and that are still alive, and their traffic."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.moved = self.launches = 0
         self._sizes: dict[int, int] = {}
         self._known = {id(t.untyped_storage()): t for t in (*model.parameters(), *model.buffers())}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        launches, moved = operator_traffic(func, args, kwargs or {}, out)
+        self.launches += launches
+        self.moved += moved
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor.untyped_storage())

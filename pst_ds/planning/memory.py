@@ -55,6 +55,8 @@ class ModuleNumbers:
     work_bytes: int = 0
     """Temporaries of a pruned layer, see :func:`layer_work_bytes`; 0 for another."""
     count: int = 1
+    bands: int = 0
+    """Bands of rows that a pruned layer's backward pass goes through; 0 for another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,21 @@ class ModelNumbers:
     @property
     def num_matrices(self) -> int:
         return sum(m.count for m in self.matrices)
+
+    @property
+    def num_layers(self) -> int:
+        """Pruned layers."""
+        return sum(m.count for m in self.modules if m.bands)
+
+    @property
+    def num_bands(self) -> int:
+        """Bands of the backward passes of all pruned layers."""
+        return sum(m.bands * m.count for m in self.modules)
+
+    @property
+    def num_trainables(self) -> int:
+        """Trainable tensors."""
+        return sum(t.count for t in self.tensors if t.trainable)
 
     @property
     def sampled_keys(self) -> int:

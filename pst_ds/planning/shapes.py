@@ -10,6 +10,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from pst_ds.core.layout import row_tiles
+from pst_ds.core.tiles import plan_tiles
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.model_structure import is_linear, linear_shape
@@ -74,8 +76,16 @@ def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
     by_dtype: Counter[object] = Counter()
     for param in params:
         by_dtype[param.dtype] += zero3.full_numel(param) * param.element_size()
-    work = 0
+    work = bands = 0
     if isinstance(module, PSTLinear):
         work = layer_work_bytes(module.layout, module.dtype.itemsize, module.tile_bytes, device)
+        bands = _num_bands(module, device)
     numel, sizes = sum(map(zero3.full_numel, params)), by_dtype.values()
-    return ModuleNumbers(numel, sum(sizes), max(sizes, default=0), work)
+    return ModuleNumbers(numel, sum(sizes), max(sizes, default=0), work, bands=bands)
+
+
+def _num_bands(layer: PSTLinear, device: str) -> int:
+    """Count the bands of a layer's backward pass: rows of what each tile and each fused matrix have in common."""
+    tiles = plan_tiles(layer.layout, layer.dtype.itemsize, layer.tile_bytes, device_type=device)
+    shared = (tile.meet(matrix.rect) for tile in tiles.rects for matrix in layer.layout.matrices())
+    return sum(len(list(row_tiles(part, tiles.band_elements))) for part in shared if part is not None)

@@ -1,21 +1,24 @@
 """Time and network traffic of a step and of a mask update, from shapes and stated rates: numbers in, numbers out. Bytes
 are those a rank receives; a ring all-gather or reduce-scatter of n bytes over w ranks receives n (w - 1) / w, an
-all-reduce twice that. Rates are what a machine is assumed to reach, not its data sheet; each names its source."""
+all-reduce twice that. Rates are what a machine is assumed to reach, not its data sheet; each names its source. A step
+takes the longest of what the device computes, the network brings (where that overlaps) and the host launches."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pst_ds.core.select import DIGIT_BITS
+from pst_ds.planning.counts import (
+    COUNTS,
+    EXPAND_BYTES,
+    OPTIMIZER_BYTES,
+    REDUCE_BYTES,
+    REDUCE_LAUNCHES,
+)
 from pst_ds.planning.machines import Machine
 from pst_ds.planning.memory import ModelNumbers, ZeroSettings, kept_bytes, persistent_bytes
 
-FORWARD_BYTES, BACKWARD_BYTES = 10, 40
-"""Bytes moved for a pruned weight besides products: M . W once (W, bits, the result, the AND in place), and in the
-backward pass M . W again, G, G . W, the masked G and the reads of both by the low-rank products (16-bit values)."""
-EXPAND_BYTES = 8
-"""More for a weight that is a code, in either pass: the code, unpacked, and the weight that is made of it."""
 HISTOGRAMS = 3
 """Exchanges of counts in a mask update: with the scan, and to narrow what is left to a key."""
 
@@ -37,6 +40,9 @@ class Batch:
     """Bytes that ZeRO-3 gathers in a micro-batch if nothing is kept, and in how many ``gathers``, as traced; 0 where no
     trace can be had: every parameter is taken to be fetched in every pass then."""
     gathers: int = 0
+    moved: int = 0
+    """Bytes that operators outside the pruned layers move in a micro-batch, and how many ``launches``, as traced."""
+    launches: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +66,21 @@ class TimePlan:
 
     step_compute: float
     step_network: float
+    step_launching: float
+    """The host's time to launch a step."""
     step: float
+    full_step: float
+    """A step of full fine-tuning of the same model, counted alike."""
     update_compute: float
     update_network: float
     update: float
     step_received: int
     update_received: int
+
+    @property
+    def over_full(self) -> float:
+        """Return a step with a mask update over one of full fine-tuning."""
+        return (self.step + self.update) / self.full_step if self.full_step else 0.0
 
     def share_of_masks(self, steps: int, updates: int) -> float:
         """Share of a run's time that mask updates take."""
@@ -124,22 +139,85 @@ def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
 
 
 def time_plan(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Machine) -> TimePlan:
-    """Predict times; where ``machine`` overlaps, a step takes the longer of computing and communicating."""
-    again = 2 if batch.checkpointing else 1
-    moved = model.pruned_weights * (FORWARD_BYTES * again + BACKWARD_BYTES)
-    moved += model.coded_weights * EXPAND_BYTES * (again + 1)
-    compute = batch.micro_batches * (step_flops(model, batch) / machine.flops + moved / machine.memory_bytes)
+    """Predict times; where ``machine`` overlaps, a step takes the longest of computing, communicating and launching."""
+    compute, launches = _step_compute(model, zero, batch, machine), _step_launches(model, batch, machine)
     in_step, in_update = step_traffic(model, zero, batch), update_traffic(model, zero)
     network = machine.transfer_seconds(in_step.received, in_step.collectives, zero.world_size)
-    update_compute = math.ceil(model.pruned_weights / zero.shards) * machine.update_seconds
+    launching = (launches + in_step.collectives) * machine.launch_seconds
+    update_compute = _update_seconds(model, zero, machine)
     update_network = machine.transfer_seconds(in_update.received, in_update.collectives, zero.shards)
     return TimePlan(
         step_compute=compute,
         step_network=network,
-        step=max(compute, network) if machine.overlaps else compute + network,
+        step_launching=launching,
+        step=_together(compute, network, launching, machine),
+        full_step=_full_step(model, zero, batch, machine),
         update_compute=update_compute,
         update_network=update_network,
         update=update_compute + update_network,
         step_received=in_step.received,
         update_received=in_update.received,
     )
+
+
+def _together(compute: float, network: float, launching: float, machine: Machine) -> float:
+    return max(compute, network, launching) if machine.overlaps else max(compute, launching) + network
+
+
+def _trained_bytes(model: ModelNumbers, zero: ZeroSettings, batch: Batch) -> float:
+    """Bytes that gradients and the optimizer move in a step."""
+    reduced = REDUCE_BYTES * batch.micro_batches if zero.world_size > 1 else 0
+    return model.trainables * (reduced + OPTIMIZER_BYTES / (zero.world_size if zero.stage else 1))
+
+
+def _step_compute(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Machine) -> float:
+    counts, again = COUNTS[machine.code], 2 if batch.checkpointing else 1
+    moved = model.pruned_weights * (counts.merge_bytes * again + counts.backward_bytes) + batch.moved
+    moved += model.coded_weights * EXPAND_BYTES * (again + 1)
+    each = step_flops(model, batch) / machine.flops + moved / machine.memory_bytes
+    return batch.micro_batches * each + _trained_bytes(model, zero, batch) / machine.memory_bytes
+
+
+def _step_launches(model: ModelNumbers, batch: Batch, machine: Machine) -> int:
+    counts, again = COUNTS[machine.code], 2 if batch.checkpointing else 1
+    launches = model.num_layers * (counts.forward_launches * again + counts.layer_launches)
+    launches += model.num_bands * counts.band_launches + batch.launches + REDUCE_LAUNCHES * model.num_trainables
+    return batch.micro_batches * launches
+
+
+def _update_seconds(model: ModelNumbers, zero: ZeroSettings, machine: Machine) -> float:
+    """Time of a mask update beside its collectives: the rate measured, or the longest of bytes, instructions and
+    launches."""
+    weights = math.ceil(model.pruned_weights / zero.shards)
+    if machine.update_seconds:
+        return weights * machine.update_seconds
+    counts = COUNTS[machine.code]
+    bound = counts.update_bytes / machine.memory_bytes
+    if machine.instructions:
+        bound = max(bound, counts.update_instructions / machine.instructions)
+    launches = model.num_matrices * counts.update_launches + counts.shared_launches
+    return max(weights * bound, launches * machine.launch_seconds)
+
+
+def _full_step(model: ModelNumbers, zero: ZeroSettings, batch: Batch, machine: Machine) -> float:
+    """Time a step in which every parameter of the same model is trained, and none is masked.
+
+    The gradient of a pruned weight is a product in either; that of a weight which PST leaves alone is one more.
+    """
+    plain = tuple(
+        replace(t, numel=t.numel if t.stands_for is None else t.stands_for, element_size=2, stands_for=None,
+                trainable=True)
+        for t in model.tensors if not (t.is_mask or t.is_scales or t.is_factor)
+    )  # fmt: skip
+    full = replace(model, tensors=plain, score_rank=0, update_rank=0)
+    gathered = int(batch.gathered * full.whole_bytes / model.whole_bytes)
+    batch = replace(batch, gathered=gathered, teacher_weights=0, own_teacher=False)
+    flops = step_flops(full, batch) + 2 * full.dense_weights * batch.tokens
+    each = flops / machine.flops + batch.moved / machine.memory_bytes
+    compute = batch.micro_batches * each + _trained_bytes(full, zero, batch) / machine.memory_bytes
+    traffic = step_traffic(full, zero, batch)
+    network = machine.transfer_seconds(traffic.received, traffic.collectives, zero.world_size)
+    again = 2 if batch.checkpointing else 1
+    products = full.num_layers * (again + 2)
+    launches = batch.micro_batches * (products + batch.launches + REDUCE_LAUNCHES * full.num_trainables)
+    return _together(compute, network, (launches + traffic.collectives) * machine.launch_seconds, machine)

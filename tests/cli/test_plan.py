@@ -84,7 +84,7 @@ def test_a_larger_world_holds_less_and_takes_the_same_weights_in(capsys, llama_o
     assert memory[0]["weights"] == pytest.approx(8 * memory[1]["weights"], rel=0.001)
     times = [plan["time"] for plan in (few, many)]
     assert times[1]["step_received"] / times[0]["step_received"] == pytest.approx((63 / 64) / (7 / 8), rel=0.001)
-    assert times[1]["update_compute"] == pytest.approx(times[0]["update_compute"] / 8, rel=0.001)
+    assert times[0]["update_compute"] > times[1]["update_compute"] == pytest.approx((28 * 5 + 37) * 5.5e-6)  # launches
     assert 0 < many["time"]["share_of_masks"] < 0.05
 
 
@@ -95,9 +95,22 @@ def test_rates_are_chosen_by_name(capsys, llama_of_4_layers):
     assert slow["memory_bytes_per_rank"]["communication"] > fast["memory_bytes_per_rank"]["communication"] == 0
 
 
+def test_rates_may_be_a_file(capsys, llama_of_4_layers, tmp_path):
+    rates = {"name": "mine", "flops": 1e9, "memory_bytes": 1e12, "node_size": 8, "node_bytes": 1e12,
+             "network_bytes": 1e12, "latency": 0}  # fmt: skip
+    path = tmp_path / "mine.toml"
+    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in rates.items()))
+    text, plan = _plan(capsys, [*llama_of_4_layers, "--world-size", "8", "--machine", str(path)])
+    assert plan["machine"] == str(path)
+    assert plan["time"]["step"] > 1e4
+    assert f"expected on {path}:" in text
+    assert "full fine-tuning of the same model there:" in text
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
+        (["--machine", "h101"], ("--machine 'h101'", "h100, h200, b200, a100, mi300x, cpu", "name a TOML file")),
         (["--world-size", "7"], ("train.batch_size = 512", "7 ranks x 1 accumulation steps", "a multiple of 7")),
         (["--set", "train.num_steps=0", "--set", "train.num_epochs=1.0"], ("--no-data", "train.num_steps = 0")),
         (["--world-size", "2", "--set", "deepspeed_config="], ("2 ranks, but deepspeed_config is not set",)),

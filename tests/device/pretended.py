@@ -196,7 +196,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     else:
         is_ours = _is_ours(wanted) or (bool(on_device) and (wanted is None or _is_ours(wanted)))
     if on_device or is_ours:
-        _count(func, name, tensors, [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)], is_ours)
+        out = {id(leaf) for leaf in tree_leaves(kwargs.get("out"))}  # written, not read
+        read = [t for t in tensors if id(t) not in out]
+        _count(func, name, read, [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)], is_ours)
     known = {id(_host_of(t)): t for t in tensors}
 
     def placed(leaf: Any) -> Any:

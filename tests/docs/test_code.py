@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import tomllib
@@ -11,13 +12,27 @@ from typing import Any
 import pytest
 
 from pst_ds.config.toml import run_from_table
+from pst_ds.planning.machine_file import read_machine
+from pst_ds.planning.machines import Machine
 
 from .pages import PAGES, Block, all_blocks, blocks
 
 FOR_THE_REST = {"output_dir": "runs/x", "model": {"path": "model"}, "data": {"train": "a.jsonl"}, "train": {}}
 
 
-@pytest.mark.parametrize("block", all_blocks("toml"), ids=str)
+def _is_machine(block):
+    return "memory_bytes" in tomllib.loads(block.text)
+
+
+@pytest.mark.parametrize("block", [b for b in all_blocks("toml") if _is_machine(b)], ids=str)
+def test_a_machine_loads_and_has_every_field(block, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(block.text)
+    assert read_machine(path).overlaps
+    assert tomllib.loads(block.text).keys() == {field.name for field in dataclasses.fields(Machine)}
+
+
+@pytest.mark.parametrize("block", [b for b in all_blocks("toml") if not _is_machine(b)], ids=str)
 def test_a_run_file_loads(block):
     """With the least that a run needs where the block is a part of one."""
     table = {**FOR_THE_REST, **tomllib.loads(block.text)}

@@ -215,6 +215,15 @@ COMMAND_LINES = {
         "2 ranks",
         "or plan for one process",
     ),
+    "a plan for a machine that is none": Wrong(
+        lambda shop: [*shop.train(verb="plan"), "--machine", "h1000"], "--machine", "'h1000'", "name a TOML file"
+    ),
+    "a plan for a machine without its rates": Wrong(
+        lambda shop: [*shop.train(verb="plan"), "--machine", shop.file("mine.toml", 'name = "mine"\n')],
+        "{tmp}/mine.toml",
+        "is missing",
+        "set it to a number above 0",
+    ),
     "no verb": Wrong(words(), "required", "VERB", "pst-ds --help"),
     "an unknown verb": Wrong(words("trian", "run.toml"), "pst-ds: unknown verb", "'trian'", "Did you mean 'train'?"),
     "an unknown option": Wrong(

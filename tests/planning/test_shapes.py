@@ -59,6 +59,18 @@ def test_a_models_numbers_are_those_of_its_architecture(num_shards):
     masks = num_shards * math.ceil(math.ceil(largest / num_shards) / 8)
     assert max(m.gathered_bytes for m in found.modules) == typed + masks
     assert sum(m.count for m in found.modules) == 21 + 2 + 7
+    assert (found.num_layers, found.num_bands, found.num_trainables) == (21, 21, 21 * 6)
+
+
+def test_the_bands_of_a_backward_pass_follow_from_its_budget():
+    """On a GPU a quarter of 512 MiB holds 16.8 million weights of 16 bits of a band, five tensors at a time."""
+    config = LlamaConfig(**{**SHAPE, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1})
+    with torch.device("meta"):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        inject_pst(model, PSTConfig(modules_to_save=(), relative_magnitude=False))
+    bands = {m.numel: m.bands for m in model_numbers(model, device="cuda").modules if m.bands}
+    assert sorted(bands.values()) == [1, 1, 3]  # k and v; q and o; up, gate and down
+    assert sum(m.bands * m.count for m in model_numbers(model).modules) > sum(bands.values())
 
 
 @pytest.mark.parametrize("num_shards", [1, 3])

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from pst_ds.core.bracket import sample_size
+from pst_ds.planning.counts import COUNTS
 from pst_ds.planning.machines import MACHINES
 from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, ZeroSettings, kept_bytes
 from pst_ds.planning.time import Batch, step_flops, step_traffic, time_plan, update_traffic
@@ -17,7 +18,7 @@ MODEL = ModelNumbers(
         TensorGroup(500_000, 2),
     ),
     modules=(
-        ModuleNumbers(1_135_000, 2_145_000, 2_020_000, 3_000_000, 4),
+        ModuleNumbers(1_135_000, 2_145_000, 2_020_000, 3_000_000, 4, bands=2),
         ModuleNumbers(500_000, 1_000_000, 1_000_000),
     ),
     matrices=(MatrixGroup(1_000_000, 4),),
@@ -89,16 +90,59 @@ def test_a_mask_update_moves_masters_samples_and_counts_but_no_weight():
 
 def test_times_add_up_and_overlap_where_the_machine_does():
     cpu, zero = MACHINES["cpu"], ZeroSettings(stage=3, world_size=2, reduce_bucket_size=1 << 20)
-    t = time_plan(MODEL, zero, BATCH, cpu)
-    moved = 4_000_000 * 50 / cpu.memory_bytes
-    assert t.step_compute == pytest.approx(step_flops(MODEL, BATCH) / cpu.flops + moved)
+    batch = replace(BATCH, moved=7_000_000)
+    t = time_plan(MODEL, zero, batch, cpu)
+    moved = 4_000_000 * (10 + 40) + 7_000_000 + 40_000 * (14 + 56 / 2)
+    assert t.step_compute == pytest.approx(step_flops(MODEL, batch) / cpu.flops + moved / cpu.memory_bytes)
     assert t.step_network == pytest.approx(t.step_received / cpu.node_bytes + 11 * cpu.latency)
-    assert t.step == pytest.approx(t.step_compute + t.step_network)
+    assert (t.step, t.step_launching) == (pytest.approx(t.step_compute + t.step_network), 0.0)
     assert t.update_compute == pytest.approx(2_000_000 * cpu.update_seconds)
-    overlapped = time_plan(MODEL, zero, BATCH, replace(cpu, overlaps=True))
+    overlapped = time_plan(MODEL, zero, batch, replace(cpu, overlaps=True))
     assert overlapped.step == max(t.step_compute, t.step_network)
     assert t.share_of_masks(10, 2) == pytest.approx(2 * t.update / (10 * t.step + 2 * t.update))
     assert t.share_of_masks(10, 0) == 0.0
+    assert t.over_full == pytest.approx((t.step + t.update) / t.full_step)
+
+
+def test_a_host_that_launches_slower_than_the_device_computes_decides():
+    zero = ZeroSettings(stage=3, world_size=2, reduce_bucket_size=1 << 20)
+    slow = replace(MACHINES["h100"], launch_seconds=1.0)
+    t = time_plan(MODEL, zero, replace(BATCH, checkpointing=True, launches=100, micro_batches=2), slow)
+    counts = COUNTS["triton"]
+    each = 4 * (2 * counts.forward_launches + counts.layer_launches) + 8 * counts.band_launches + 100 + 3 * 4
+    assert t.step == t.step_launching == 2 * each + 2 * (3 * 5 + 1)  # the last are collectives
+    assert t.update_compute == 4 * counts.update_launches + counts.shared_launches
+
+
+def test_a_mask_update_takes_the_longer_of_its_bytes_and_instructions_or_the_rate_that_was_measured():
+    zero, counts = ZeroSettings(stage=3, world_size=2), COUNTS["triton"]
+    fast = replace(MACHINES["h100"], launch_seconds=0.0)
+    instructions = 2_000_000 * counts.update_instructions / fast.instructions
+    assert time_plan(MODEL, zero, BATCH, fast).update_compute == pytest.approx(instructions)
+    bytes_alone = time_plan(MODEL, zero, BATCH, replace(fast, instructions=0.0)).update_compute
+    assert bytes_alone == pytest.approx(2_000_000 * counts.update_bytes / fast.memory_bytes)
+    assert time_plan(MODEL, zero, BATCH, replace(fast, update_seconds=1e-3)).update_compute == pytest.approx(2000)
+
+
+def test_full_fine_tuning_trains_every_weight_and_makes_no_mask():
+    cpu, zero = MACHINES["cpu"], ZeroSettings(stage=3, world_size=2, reduce_bucket_size=1 << 30)
+    parameters = 4_000_000 + 500_000
+    flops = 4_000_000 * 10 * 6 + 500_000 * 10 * 6
+    moved = parameters * (14 + 56 / 2)
+    received = (2 * 2 * parameters + 2 * parameters) / 2
+    expected = flops / cpu.flops + moved / cpu.memory_bytes + received / cpu.node_bytes
+    found = time_plan(MODEL, zero, BATCH, replace(cpu, latency=0.0)).full_step
+    assert found == pytest.approx(expected)
+
+
+def test_without_kernels_a_step_and_an_update_take_longer():
+    zero = ZeroSettings(stage=3, world_size=8)
+    with_kernels, without = (
+        time_plan(MODEL, zero, BATCH, replace(MACHINES["h100"], code=code)) for code in ("triton", "torch")
+    )
+    assert without.step_compute > with_kernels.step_compute
+    assert without.update_compute > 10 * with_kernels.update_compute
+    assert without.full_step == with_kernels.full_step
 
 
 def test_beyond_a_node_the_network_between_nodes_decides():

@@ -136,7 +136,8 @@ def predict(args: argparse.Namespace, size: str, rates: dict[str, float]) -> dic
         latency=rates["latency"],
     )
     tokens = args.batch * args.sequence
-    batch = Batch(tokens, args.sequence, checkpointing=checkpointing, gathered=trace.gathered, gathers=trace.gathers)
+    traced = {name: getattr(trace, name) for name in ("gathered", "gathers", "moved", "launches")}
+    batch = Batch(tokens, args.sequence, checkpointing=checkpointing, **traced)
     times = time_plan(numbers, zero, batch, machine)
     return {
         "parameters": numbers.parameters,

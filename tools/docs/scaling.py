@@ -14,6 +14,7 @@ from typing import Any
 from pst_ds.cli.plan_values import make_plan
 from pst_ds.config.toml import load_run
 from pst_ds.planning.activations import Trace
+from pst_ds.planning.counts import COUNTS
 from pst_ds.planning.machines import MACHINES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +62,16 @@ def plans(name: str, base_bits: int = 16) -> dict[int, dict[str, Any]]:
     return found
 
 
+@cache
+def times_of_machines() -> dict[str, dict[str, Any]]:
+    """Return the times of the 7B run on 8 GPUs of each kind."""
+    trace = Trace(**plans("7B")[8]["trace"])
+    with tempfile.TemporaryDirectory() as folder:
+        run = load_run(write_run(Path(folder), "7B", 8))
+        gpus = [name for name, machine in MACHINES.items() if machine.device != "cpu"]
+        return {name: make_plan(run, 8, name, no_data=True, trace=trace)["time"] for name in gpus}
+
+
 def _rows() -> Iterator[tuple[str, dict[str, Any]]]:
     for name in MODELS:
         for world, plan in plans(name).items():
@@ -82,29 +93,58 @@ def memory_table() -> str:
 def time_table() -> str:
     rows = [
         "| model | GPUs | received a step, GB | a mask update, GB | step: compute, s | step: network, s | step, s "
-        "| mask update, ms | share, interval 1 | interval 10 |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| mask update, ms | share, interval 1 | interval 10 | full fine-tuning, s | both / full |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row, plan in _rows():
         t = plan["time"]
         each, tenth = (t["update"] / (interval * t["step"] + t["update"]) for interval in (1, 10))
         rows.append(
             f"{row} {t['step_received'] / 1e9:.1f} | {t['update_received'] / 1e9:.2f} | {t['step_compute']:.2f} "
-            f"| {t['step_network']:.2f} | {t['step']:.2f} | {t['update'] * 1e3:.1f} | {each:.2%} | {tenth:.2%} |"
+            f"| {t['step_network']:.2f} | {t['step']:.2f} | {t['update'] * 1e3:.1f} | {each:.2%} | {tenth:.2%} "
+            f"| {t['full_step']:.2f} | {t['over_full']:.3f} |"
         )
     return "\n".join(rows)
 
 
 def machine_table() -> str:
     rows = [
-        "| name | products, TFLOP/s | memory, GB/s | in a node, GB/s | between nodes, GB/s | hop, us "
-        "| a weight scored, ns | source |",
-        "|---|---|---|---|---|---|---|---|",
+        "| name | products, TFLOP/s | memory, GB/s | in a node, GB/s | between nodes, GB/s | hop, us | launch, us "
+        "| code | source |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, m in MACHINES.items():
         rows.append(
             f"| `{name}` | {m.flops / 1e12:.4g} | {m.memory_bytes / 1e9:.4g} | {m.node_bytes / 1e9:.4g} "
-            f"| {m.network_bytes / 1e9:.4g} | {m.latency * 1e6:.4g} | {m.update_seconds * 1e9:.3g} | {m.source} |"
+            f"| {m.network_bytes / 1e9:.4g} | {m.latency * 1e6:.4g} | {m.launch_seconds * 1e6:.4g} | {m.code} "
+            f"| {m.source} |"
+        )
+    return "\n".join(rows)
+
+
+def counts_table() -> str:
+    rows = [
+        "| code | M . W: bytes a weight | launches a layer | backward: bytes a weight | launches a layer | a band "
+        "| mask update: bytes a weight | launches a matrix | for all |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, c in COUNTS.items():
+        rows.append(
+            f"| {name} | {c.merge_bytes:g} | {c.forward_launches} | {c.backward_bytes:g} | {c.layer_launches} "
+            f"| {c.band_launches} | {c.update_bytes:g} | {c.update_launches} | {c.shared_launches} |"
+            if name != "native"
+            else f"| {name} | {c.merge_bytes:g} | | {c.backward_bytes:g} | | | | | |"
+        )
+    return "\n".join(rows)
+
+
+def gpu_table() -> str:
+    rows = ["| 8 GPUs, 7B | step, ms | mask update, ms | full fine-tuning, ms | step / full | both / full |"]
+    rows.append("|---|---|---|---|---|---|")
+    for name, t in times_of_machines().items():
+        rows.append(
+            f"| `{name}` | {t['step'] * 1e3:.0f} | {t['update'] * 1e3:.1f} | {t['full_step'] * 1e3:.0f} "
+            f"| {t['step'] / t['full_step']:.3f} | {t['over_full']:.3f} |"
         )
     return "\n".join(rows)
 
@@ -122,7 +162,10 @@ def base_table() -> str:
     return "\n".join(rows)
 
 
-TABLES = {"machines": machine_table, "memory": memory_table, "base": base_table, "time": time_table}
+TABLES = {
+    "machines": machine_table, "counts": counts_table, "memory": memory_table, "base": base_table, "time": time_table,
+    "gpus": gpu_table,
+}  # fmt: skip
 
 
 def page(text: str) -> str:
