@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.low_rank_rows import row_gradients, updated_rows
-from pst_ds.nn.linear import init_std, no_compile, seeded_normal
+from pst_ds.nn.linear import init_std, seeded_normal
 from pst_ds.parallel import zero3
 
 
@@ -39,11 +39,17 @@ class PSTEmbedding(nn.Module):
     def num_factor_parameters(self) -> int:
         return zero3.full_numel(self.pst_U) + zero3.full_numel(self.pst_V)
 
-    @no_compile
     def forward(self, ids: Tensor) -> Tensor:
         """(...,) row numbers to (..., d)."""
         if self.bypassed:
             return functional.embedding(ids, self.weight)
+        if not torch.compiler.is_compiling():
+            return self._eager(ids)
+        if zero3.is_partitioned(self.pst_U):
+            return torch.compiler.disable(self._eager)(ids)
+        return torch.ops.pst_ds.updated_rows(ids, self.weight, self.pst_U, self.pst_V, self.beta, self.padding_idx)
+
+    def _eager(self, ids: Tensor) -> Tensor:
         return _UpdatedRows.apply(ids, self, self.pst_U, self.pst_V)
 
     def updated_weight(self) -> Tensor:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import zlib
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from pst_ds.core.quantization import (
 )
 from pst_ds.core.quantization.own_weights import OwnWeights
 from pst_ds.nn.base_codes import BASE_CODES, BASE_SCALES, BaseCodes, own_weights
+from pst_ds.nn.operators import new_number
 from pst_ds.parallel import zero3
 
 FACTOR_NAMES = ("A", "B", "R", "C", "U", "V")
@@ -34,22 +34,6 @@ FACTOR_NAMES = ("A", "B", "R", "C", "U", "V")
 SCORE_FACTORS = ("A", "B", "R", "C", "S")
 CONSTANT_PARTS = ("pst_mask", "pst_scales", BASE_CODES, BASE_SCALES)
 """Parameters of a layer that are bytes, which nothing trains."""
-Method = TypeVar("Method", bound=Callable[..., Tensor])
-
-
-def no_compile(method: Method) -> Method:
-    """``method`` itself, which a compiled model calls as it is: between graphs, and without new ones for new masks.
-
-    ``torch.compiler.disable`` at once would import torch's compiler, which takes as long as torch.
-    """
-
-    @functools.wraps(method)
-    def called(*args: object, **named: object) -> Tensor:
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(method)(*args, **named)
-        return method(*args, **named)
-
-    return called  # type: ignore[return-value]
 
 
 class PSTLinear(nn.Module):
@@ -112,6 +96,7 @@ class PSTLinear(nn.Module):
         self.was_called = False
         """True once ``forward`` was called; see :func:`pst_ds.nn.inject.layers_never_called`."""
         self.tile_bytes = config.tile_bytes
+        self._number = new_number(self)
         self.register_parameter("weight", weight)
         self.bias = bias
         self.register_parameter(BASE_CODES, None if base is None else base.codes)
@@ -237,20 +222,65 @@ class PSTLinear(nn.Module):
         gathered."""
         return self.state().masked_weight()
 
-    @no_compile
     def forward(self, input: Tensor) -> Tensor:
         """(..., I) to (..., O), in the weight's dtype, also under autocast."""
         x = input  # nn.Linear's name for it
-        if not self.was_called:
-            self.was_called = True
         if self.bypassed:
             return self._dense(x)
-        trained_weight = self.weight if self.weight is not None and self.weight.requires_grad else None
-        factors = (getattr(self, f"pst_{name}") for name in (*FACTOR_NAMES, "S"))
+        if not torch.compiler.is_compiling():
+            return self._eager(x)
+        if zero3.is_partitioned(self.pst_mask):  # whose modules have hooks around them, so graphs end here anyway
+            return torch.compiler.disable(self._eager)(x)
+        weight, factors = self._trained()
+        x = x.to(self.dtype) if torch.is_autocast_enabled(x.device.type) else x
+        return torch.ops.pst_ds.masked_linear(x, self._number, self.out_features, weight, self.bias, *factors)
+
+    def _trained(self) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Return the weight where it is trained, and :data:`FACTOR_NAMES` and S."""
+        weight = self.weight if self.weight is not None and self.weight.requires_grad else None
+        return weight, [getattr(self, f"pst_{name}") for name in (*FACTOR_NAMES, "S")]
+
+    def _eager(self, x: Tensor) -> Tensor:
+        if not self.was_called:
+            self.was_called = True
+        weight, factors = self._trained()
         if not torch.is_autocast_enabled(x.device.type):
-            return _MaskedLinear.apply(x, self, trained_weight, self.bias, *factors)
+            return _MaskedLinear.apply(x, self, weight, self.bias, *factors)
         with torch.autocast(x.device.type, enabled=False):
-            return _MaskedLinear.apply(x.to(self.dtype), self, trained_weight, self.bias, *factors)
+            return _MaskedLinear.apply(x.to(self.dtype), self, weight, self.bias, *factors)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return x (M . W)' + bias, (..., I) to (..., O), without a gradient. The parameters must be gathered."""
+        bias = None if self.bias is None else self.bias.detach()
+        return masked_linear.forward(x.detach(), bias, self.state())
+
+    def gradients(
+        self, x: Tensor, grad_y: Tensor, *, need_x: bool, need_weight: bool, need_bias: bool
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x (..., I), the weight, the bias, and of :data:`FACTOR_NAMES` and S, for
+        ``grad_y`` (..., O). Gathers what ZeRO-3 has released."""
+        params, dtype = list(self.parameters(recurse=False)), self.dtype
+        with zero3.gathered([p for p in params if zero3.is_released(p)]):
+            grads = masked_linear.backward(
+                x.reshape(-1, x.shape[-1]),
+                grad_y.reshape(-1, grad_y.shape[-1]),
+                self.state(),
+                need_x=need_x,
+                need_weight=need_weight,
+                need_bias=need_bias,
+                need_scores=self.pst_S is not None and self.scores_train,
+                tile_bytes=self.tile_bytes,
+            )
+            _finish(grads, self)
+        grad_x = None if grads.x is None else grads.x.to(x.dtype).view(x.shape)
+        grad_bias = None if grads.bias is None else grads.bias.to(dtype)
+        of_factors = (getattr(grads, name) for name in (*FACTOR_NAMES, "S"))
+        return grad_x, grads.weight, grad_bias, *(None if g is None else g.to(dtype) for g in of_factors)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, which is a layer of its own to torch.compile's graphs."""
+        super().__setstate__(state)
+        self._number = new_number(self)
 
     def _dense(self, x: Tensor) -> Tensor:
         weight = self.weight if self.base_codes is None else self.base_codes.whole(self.dtype).dense()
@@ -271,31 +301,14 @@ class _MaskedLinear(torch.autograd.Function):
     def forward(ctx, x, layer, weight, bias, *factors):
         ctx.layer = layer
         ctx.save_for_backward(x)
-        return masked_linear.forward(x, bias, layer.state())
+        return layer.product(x)
 
     @staticmethod
     def backward(ctx, grad_y):
         (x,) = ctx.saved_tensors
-        layer: PSTLinear = ctx.layer
         need_x, _, need_weight, need_bias = ctx.needs_input_grad[:4]
-        params, dtype = list(layer.parameters(recurse=False)), layer.dtype
-        with zero3.gathered([p for p in params if zero3.is_released(p)]):
-            grads = masked_linear.backward(
-                x.reshape(-1, x.shape[-1]),
-                grad_y.reshape(-1, grad_y.shape[-1]),
-                layer.state(),
-                need_x=need_x,
-                need_weight=need_weight,
-                need_bias=need_bias,
-                need_scores=layer.pst_S is not None and layer.scores_train,
-                tile_bytes=layer.tile_bytes,
-            )
-            _finish(grads, layer)
-        grad_x = None if grads.x is None else grads.x.to(x.dtype).view(x.shape)
-        grad_bias = None if grads.bias is None else grads.bias.to(dtype)
-        of_factors = (getattr(grads, name) for name in (*FACTOR_NAMES, "S"))
-        typed = (None if g is None else g.to(dtype) for g in of_factors)
-        return grad_x, None, grads.weight, grad_bias, *typed
+        of_x, *others = ctx.layer.gradients(x, grad_y, need_x=need_x, need_weight=need_weight, need_bias=need_bias)
+        return of_x, None, *others
 
 
 @torch.no_grad()
