@@ -1,4 +1,4 @@
-"""The benchmark beside other runtimes: what it divides by what, and the object that it prints."""
+"""Encoders beside other runtimes: what is divided by what, and the object that is printed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
 
-from tools.bench import peers
+from tools.bench.peers import __main__ as peers
+from tools.bench.peers import encoders
 
 NAMES = ("dense, OpenVINO int8", "dense, ONNX Runtime int8", "pst-90 int8, pst-ds")
 
@@ -21,7 +22,7 @@ def rows_of(milliseconds, threads=1, batch=1, tokens=32):
 
 
 def test_a_ratio_is_how_many_times_as_fast_ours_is():
-    found = peers.ratios([*rows_of((8.0, 6.0, 2.0)), *rows_of((5.0, 4.0, 2.0), threads=2, batch=8, tokens=128)])
+    found = encoders.ratios([*rows_of((8.0, 6.0, 2.0)), *rows_of((5.0, 4.0, 2.0), threads=2, batch=8, tokens=128)])
     assert found == {
         "pst-90_over_openvino_int8": {"1x32/1": 4.0, "8x128/2": 2.5},
         "pst-90_over_onnx_runtime_int8": {"1x32/1": 3.0, "8x128/2": 2.0},
@@ -42,15 +43,15 @@ def test_it_prints_its_object(tmp_path, monkeypatch, capsys):
     config = tmp_path / "dense" / "export" / "config.json"
     config.parent.mkdir(parents=True)
     config.write_text(json.dumps({"vocab_size": 50}))
-    fakes = [peers.Contestant(name, 1000, opener(name)) for name in NAMES]
-    monkeypatch.setattr(peers, "contestants", lambda folder, sparse: iter(fakes))
-    options = ["--folder", str(tmp_path), "--threads", "1", "2", "--repeats", "2", "--no-accuracy", "--json"]
+    fakes = [encoders.Contestant(name, 1000, opener(name)) for name in NAMES]
+    monkeypatch.setattr(encoders, "contestants", lambda folder, sparse: iter(fakes))
+    options = ["--folder", str(tmp_path), "--threads", "1", "2", "--repeats", "2", "--no-quality", "--json"]
     monkeypatch.setattr(sys, "argv", ["peers", *options])
     peers.main()
     printed = capsys.readouterr().out.splitlines()
     found = json.loads(printed[-1])
-    assert len(found["rows"]) == len(NAMES) * 2 * len(peers.BARS)
-    assert set(found["ratios"]["encoder_over_openvino_int8"]) == set(peers.BARS)
+    assert len(found["rows"]) == len(NAMES) * 2 * len(encoders.BARS)
+    assert set(found["ratios"]["encoder_over_openvino_int8"]) == set(encoders.BARS)
     assert all(row["quality"] == {"accuracy": None} for row in found["rows"])
     assert {threads for _, threads in calls} == {1, 2}
     assert printed[0].startswith("| ms | MB | accuracy | 1 x 32, 1 thr.")

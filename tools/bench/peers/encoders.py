@@ -1,19 +1,15 @@
-"""The sparse encoder beside what a user would take instead, in one process: speed, bytes and accuracy of each.
+"""The sparse encoder beside ONNX Runtime and OpenVINO, in one process: speed, bytes and accuracy of each.
 
-Contestants are made of the demo's runs, so `make demo` comes first: the dense run in ONNX Runtime (fp32, dynamic int8)
-and OpenVINO (fp32, int8 by NNCF, calibrated on training text), the sparse runs as `pst-ds export --format onnx` writes
-them, with int8 values and embeddings. They take turns at every size; times are medians. Accuracy is on the demo's test
-split, one text at a time, so that every speed stands beside its loss. Takes the extra `peers`.
-
-    python -m tools.bench.peers --json
-    python -m tools.bench.peers --threads 1 --shapes 1x128 --no-accuracy
+Contestants are made of the demo's runs: the dense run in ONNX Runtime (fp32, dynamic int8) and OpenVINO (fp32, int8 by
+NNCF, calibrated on training text), the sparse runs as `pst-ds export --format onnx` writes them, with int8 values and
+embeddings. They take turns at every size; times are medians. Accuracy is on the demo's test split, one text at a time,
+so that every speed stands beside its loss.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pst_ds.onnx.session import open_session
-from tools.bench.timing import conditions, medians, print_json, progress
+from tools.bench.timing import medians, progress
 from tools.onnx_int8 import share_of_right_answers, write_int8
 from tools.verbs import verb
 
@@ -45,29 +41,28 @@ class Contestant:
     """Called with a number of threads, returns what computes the logits of a feed."""
 
 
-def main() -> None:
-    arguments = _parser().parse_args()
-    shapes = [(int(b), int(n)) for b, n in (shape.split("x") for shape in arguments.shapes)]
-    found = list(contestants(arguments.folder, arguments.sparse))
-    vocabulary = json.loads((arguments.folder / "dense/export/config.json").read_text(encoding="utf-8"))["vocab_size"]
+def measure(
+    folder: Path, sparse: Sequence[str], *, threads: Sequence[int], shapes: Sequence[str], repeats: int, quality: bool
+) -> list[dict[str, Any]]:
+    """Return the rows of all contestants, made of the demo's runs in ``folder``; ``sparse`` names ours."""
+    sizes = [(int(batch), int(tokens)) for batch, tokens in (shape.split("x") for shape in shapes)]
+    found = list(contestants(folder, sparse))
+    vocabulary = json.loads((folder / "dense/export/config.json").read_text(encoding="utf-8"))["vocab_size"]
     rows: list[dict[str, Any]] = []
-    for threads in arguments.threads:
-        runners = {one.name: one.open(threads) for one in found}
-        for batch, tokens in shapes:
-            progress(f"{batch} x {tokens} on {threads} threads")
+    for count in threads:
+        runners = {one.name: one.open(count) for one in found}
+        for batch, tokens in sizes:
+            progress(f"{batch} x {tokens} on {count} threads")
             feed = tokens_of(vocabulary, batch, tokens)
-            repeats = arguments.repeats if batch * tokens <= 256 else max(5, arguments.repeats // 3)
-            seconds = medians({name: partial(run, feed) for name, run in runners.items()}, repeats)
-            size = {"task": "encode", "threads": threads, "batch": batch, "tokens": tokens}
+            rounds = repeats if batch * tokens <= 256 else max(5, repeats // 3)
+            seconds = medians({name: partial(run, feed) for name, run in runners.items()}, rounds)
+            size = {"task": "encode", "threads": count, "batch": batch, "tokens": tokens}
             rows += [{**size, "contestant": name, "ms": 1e3 * time} for name, time in seconds.items()]
-    quality = {} if arguments.no_accuracy else {one.name: accuracy(one, arguments.folder) for one in found}
-    sizes = {one.name: one.file_bytes for one in found}
+    shares = {one.name: accuracy(one, folder) for one in found} if quality else {}
+    nbytes = {one.name: one.file_bytes for one in found}
     for row in rows:
-        row |= {"file_bytes": sizes[row["contestant"]], "quality": {"accuracy": quality.get(row["contestant"])}}
-    result = conditions(benchmark="peers", repeats=arguments.repeats, rows=rows, ratios=ratios(rows))
-    print_table(rows)
-    if arguments.json:
-        print_json(result)
+        row |= {"file_bytes": nbytes[row["contestant"]], "quality": {"accuracy": shares.get(row["contestant"])}}
+    return rows
 
 
 def tokens_of(vocabulary: int, batch: int, tokens: int) -> Feed:
@@ -80,7 +75,7 @@ def tokens_of(vocabulary: int, batch: int, tokens: int) -> Feed:
     }
 
 
-def contestants(folder: Path, sparse: list[str]) -> Iterator[Contestant]:
+def contestants(folder: Path, sparse: Sequence[str]) -> Iterator[Contestant]:
     """Make the files of everybody, those that are not there yet."""
     dense = folder / "dense" / "export"
     onnx = folder / "dense" / "onnx"
@@ -170,19 +165,3 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         known = "-" if share is None else f"{share:.2%}"
         times = " | ".join(f"{cells[column]['ms']:.1f}" for column in columns)
         print(f"| {name} | {one['file_bytes'] / 1e6:.1f} | {known} | {times} |")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m tools.bench.peers", description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="runs of make demo")
-    parser.add_argument("--sparse", nargs="*", default=["pst-90", "pst-50"], help="runs in it (default: pst-90 pst-50)")
-    parser.add_argument("--threads", nargs="*", type=int, default=[1, 2])
-    parser.add_argument("--shapes", nargs="*", default=list(BARS), metavar="BATCHxTOKENS")
-    parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--no-accuracy", action="store_true", help="leave the test split out")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
-    return parser
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,100 @@
+"""pst-ds beside what a user would take instead: speed, bytes and quality of each, in one process tree.
+
+Encoders are made of the demo's runs, so `make demo` comes first; see tools/bench/peers/encoders.py. Decoders take part
+where their folder is given: runs/smollm2 for the 135M Llama of tools/fetch_smollm2.py, which is made there; see
+tools/bench/peers/decoders.py. Takes the extra `peers`. llama.cpp is quick where it was built on this machine:
+CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python 'pst-ds[peers]'.
+
+    python -m tools.bench.peers --json
+    python -m tools.bench.peers --threads 1 --shapes 1x128 --no-quality
+    python -m tools.bench.peers --no-encoders --decoders runs/smollm2 --json
+    python -m tools.bench.peers --no-encoders --decoders runs/smollm2 --shape 1.1b --threads 2 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from pst_ds.errors import InputError
+from tools.bench.peers import decoders, engines
+from tools.bench.timing import conditions, print_json
+
+ENCODER_SHAPES = ("1x32", "1x128", "8x128")
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    try:
+        result = measured(arguments)
+    except InputError as error:
+        sys.exit(f"peers: {error}")
+    if arguments.json:
+        print_json(result)
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run everybody, print a table of each kind, and return the object of ``--json``. Raises InputError."""
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, dict[str, float]] = {}
+    stated: dict[str, Any] = {}
+    if arguments.decoders:
+        stated["llama_cpp"] = llama_cpp_build()
+    if not arguments.no_encoders:
+        from tools.bench.peers import encoders
+
+        rows += encoders.measure(
+            arguments.folder, arguments.sparse, threads=arguments.threads, shapes=arguments.shapes,
+            repeats=arguments.repeats, quality=not arguments.no_quality,
+        )  # fmt: skip
+        ratios |= encoders.ratios(rows)
+        encoders.print_table(rows)
+    if arguments.decoders:
+        decoded = decoders.measure(
+            arguments.decoders, shape=arguments.shape, threads=arguments.threads, repeats=arguments.decoder_repeats,
+            only=arguments.only, text=arguments.text, quality=not arguments.no_quality,
+        )  # fmt: skip
+        ratios |= decoders.ratios(decoded)
+        decoders.print_table(decoded)
+        rows += decoded
+        if arguments.shape and not arguments.keep:
+            shutil.rmtree(arguments.decoders / arguments.shape)
+    repeats = {"encode": arguments.repeats, "decode": arguments.decoder_repeats}
+    return conditions(benchmark="peers", repeats=repeats, **stated, rows=rows, ratios=ratios)
+
+
+def llama_cpp_build() -> dict[str, str]:
+    """Version of llama-cpp-python, and the instructions that llama.cpp was built for."""
+    library = engines.llama_cpp()
+    instructions = library.llama_print_system_info().decode().strip(" |")
+    return {"llama-cpp-python": library.__version__, "built_for": instructions}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m tools.bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", nargs="*", type=int, default=[1, 2])
+    parser.add_argument("--no-quality", action="store_true", help="leave accuracy and perplexity out")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    encoders = parser.add_argument_group("encoders")
+    encoders.add_argument("--no-encoders", action="store_true")
+    encoders.add_argument("--folder", type=Path, default=Path("runs/demo"), help="runs of make demo")
+    encoders.add_argument("--sparse", nargs="*", default=["pst-90", "pst-50"], help="runs in it")
+    encoders.add_argument("--shapes", nargs="*", default=list(ENCODER_SHAPES), metavar="BATCHxTOKENS")
+    encoders.add_argument("--repeats", type=int, default=21)
+    decoding = parser.add_argument_group("decoders")
+    decoding.add_argument("--decoders", type=Path, metavar="FOLDER", help="where the models are, and are made")
+    decoding.add_argument("--shape", choices=list(decoders.SHAPES), help="random weights instead of a model")
+    decoding.add_argument("--keep", action="store_true", help="keep the files of a --shape")
+    decoding.add_argument("--only", default="", metavar="TEXT", help="contestants with it in their name")
+    decoding.add_argument("--text", type=Path, default=decoders.TEXT, help="held-out text (default: %(default)s)")
+    decoding.add_argument("--decoder-repeats", type=int, default=7)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The sparse decoder beside llama.cpp: one sequence, tokens a second, bytes and perplexity of each contestant.
+
+llama.cpp takes the dense model in its own quantisations of BF16; ours the same model as `pst-ds export` packs it, with
+zeros and without, in int8 and int4. Every contestant has a process of its own, and they take turns. All read the same
+tokens of the same text: 128 are in the cache when decoding begins, and the tokens that follow are given, so that no
+sampling is in the time. A shape with random weights has no text and no perplexity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import exp
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tools.bench.peers import decoder_files, engines
+from tools.bench.peers.turns import medians_in_turn, seated
+from tools.bench.timing import progress
+
+CONTEXT = 1024
+"""Places of everybody's cache."""
+SHARES = (0.0, 0.5, 0.8, 0.9)
+TEXT = Path("runs/quality/data/brown-test.txt")
+CHUNKS, CHUNK_TOKENS = 8, 512
+SHAPES: dict[str, dict[str, int]] = {
+    "1.1b": {
+        "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+        "num_attention_heads": 32, "num_key_value_heads": 4,
+    },
+}  # fmt: skip
+"""Llamas with random weights, by name."""
+BARS = {
+    "decode_over_llamacpp": {"50/Q8_0/1": 1.7, "80/Q4_0/1": 1.5, "80/Q4_0/2": 1.7, "90/Q4_0/2": 1.9},
+    "prefill_over_llamacpp": {"80/Q4_0/1": 1.6},
+    "decode_1.1b_over_llamacpp": {"50/Q8_0/2": 1.5, "80/Q8_0/2": 2.3},
+}
+"""Times as fast as llama.cpp our int8 values shall be, by (percent of zeros / its kind of file / threads)."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A file and what decodes it."""
+
+    name: str
+    path: Path
+    engine: Callable[[Path, int, int], engines.Engine]
+    """Called with the path, threads and places of the cache."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What everybody reads: token ids."""
+
+    prompt: list[int]
+    following: list[int]
+    chunks: list[list[int]]
+    """For perplexity; empty where words mean nothing."""
+
+
+def measure(top: Path, *, shape: str | None, threads: Sequence[int], repeats: int, only: str = "", new_tokens: int = 64,
+            prompt_tokens: int = 128, text: Path = TEXT, quality: bool = True) -> list[dict[str, Any]]:  # fmt: skip
+    """Return the rows of all contestants whose name has ``only`` in it, and make the files that are not there.
+
+    ``shape``: one of :data:`SHAPES`, or None for the model of ``top``/dense. Raises InputError.
+    """
+    engines.llama_cpp()
+    found = shape_contestants(top / shape, SHAPES[shape]) if shape else contestants(top)
+    found = [one for one in found if only in one.name]
+    if shape:
+        material = random_material(SHAPES[shape]["vocab_size"], prompt_tokens, new_tokens)
+    else:
+        material = text_material(top, text, prompt_tokens, new_tokens)
+    rows: list[dict[str, Any]] = []
+    perplexity: dict[str, float] = {}
+    for count in threads:
+        openers = {one.name: partial(one.engine, one.path, count, CONTEXT) for one in found}
+        with seated(openers, count) as seats:
+            progress(f"decoders on {count} threads")
+            for task, work, inputs in (
+                ("decode", engines.decode_rate, (material.prompt, material.following)),
+                ("prefill", engines.prefill_rate, (material.prompt,)),
+            ):
+                size = {"task": task, "model": shape or "135M", "threads": count, "tokens": len(inputs[-1])}
+                rates = medians_in_turn(seats, work, *inputs, repeats=repeats)
+                rows += [{**size, "contestant": name, "tokens_per_second": rate} for name, rate in rates.items()]
+            if quality and material.chunks and not perplexity:
+                for name, seat in seats.items():
+                    progress(f"perplexity of {name}")
+                    total, number = seat.ask(engines.chunk_losses, material.chunks)
+                    perplexity[name] = exp(total / number)
+    sizes = {one.name: decoder_files.weight_bytes(one.path) for one in found}
+    for row in rows:
+        row |= {"file_bytes": sizes[row["contestant"]], "quality": {"perplexity": perplexity.get(row["contestant"])}}
+    return rows
+
+
+def contestants(top: Path) -> list[Contestant]:
+    """Everybody with the model of ``top``/dense."""
+    source = decoder_files.smollm2_folder
+    files = [(kind, decoder_files.gguf_file(top, kind, source)) for kind in decoder_files.KINDS]
+    found = [Contestant(f"dense, llama.cpp {kind}", file, engines.LlamaCpp) for kind, file in files]
+    for values in ("int8", "int4"):
+        for share in SHARES:
+            folder = decoder_files.packed_folder(top, values, share, source)
+            found.append(Contestant(our_name(share, values), folder, engines.PstDs))
+    return found
+
+
+def shape_contestants(top: Path, shape: dict[str, int], shares: Sequence[float] = SHARES[:3]) -> list[Contestant]:
+    """Everybody with random weights of ``shape``; what the files are made of is removed, as it is large."""
+    source = partial(decoder_files.random_llama, shape=shape)
+    file = top / "Q8_0.gguf"
+    found = []
+    for share in shares:
+        folder = decoder_files.packed_folder(top, "int8", share, source)
+        found.append(Contestant(our_name(share, "int8"), folder, engines.PstDs))
+        if not share:
+            decoder_files.gguf_file(top, "Q8_0", source)
+            (top / "BF16.gguf").unlink(missing_ok=True)
+        decoder_files.remove_sources(top, [share])
+    return [Contestant("dense, llama.cpp Q8_0", file, engines.LlamaCpp), *found]
+
+
+def our_name(share: float, values: str) -> str:
+    return f"{f'{share:.0%}'.replace('%', ' %') if share else 'dense'} {values}, pst-ds"
+
+
+def text_material(top: Path, text: Path, prompt_tokens: int, new_tokens: int) -> Material:
+    from transformers import AutoTokenizer
+
+    if not text.is_file() and text == TEXT:
+        from tools.quality import texts
+
+        texts.make(["brown"])
+    tokenizer = AutoTokenizer.from_pretrained(top / "dense")
+    chunks = decoder_files.evenly_spaced_chunks(text.read_text(encoding="utf-8"), tokenizer, CHUNKS, CHUNK_TOKENS)
+    return Material(chunks[0][:prompt_tokens], chunks[0][prompt_tokens : prompt_tokens + new_tokens], chunks)
+
+
+def random_material(vocabulary: int, prompt_tokens: int, new_tokens: int) -> Material:
+    ids = np.random.default_rng(0).integers(0, vocabulary, prompt_tokens + new_tokens).tolist()
+    return Material(ids[:prompt_tokens], ids[prompt_tokens:], [])
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return how many times as fast ours is, for every bar of :data:`BARS` whose two rows are there.
+
+    Tables with "int4" in their name have the same places for int4 values, which have no bar.
+    """
+    rates = {(r["task"], r["model"], r["contestant"], r["threads"]): r["tokens_per_second"] for r in rows}
+    found: dict[str, dict[str, float]] = {}
+    for table, places in BARS.items():
+        task, _, rest = table.partition("_")
+        model = rest.removesuffix("over_llamacpp").rstrip("_") or "135M"
+        for values in ("int8", "int4"):
+            name = table if values == "int8" else table.replace(task, f"{task}_int4", 1)
+            for place in places:
+                percent, kind, threads = place.split("/")
+                ours = rates.get((task, model, our_name(int(percent) / 100, values), int(threads)))
+                theirs = rates.get((task, model, f"dense, llama.cpp {kind}", int(threads)))
+                if ours and theirs:
+                    found.setdefault(name, {})[place] = ours / theirs
+    return found
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys((row["task"], row["threads"], row["tokens"]) for row in rows))
+    by_name: dict[str, dict[tuple[str, int, int], dict[str, Any]]] = {}
+    for row in rows:
+        by_name.setdefault(row["contestant"], {})[row["task"], row["threads"], row["tokens"]] = row
+    heads = [f"{task} {tokens}, {threads} thr." for task, threads, tokens in columns]
+    print(f"| tokens a second | MB | perplexity | {' | '.join(heads)} |\n|---|{'---|' * (len(heads) + 2)}")
+    for name, cells in by_name.items():
+        one = next(iter(cells.values()))
+        known = one["quality"]["perplexity"]
+        rates = " | ".join(f"{cells[column]['tokens_per_second']:.1f}" for column in columns)
+        said = "-" if known is None else f"{known:,.2f}"
+        print(f"| {name} | {one['file_bytes'] / 1e6:.1f} | {said} | {rates} |")

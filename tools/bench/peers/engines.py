@@ -1,0 +1,163 @@
+"""What decodes: llama.cpp by its C interface, and pst-ds, behind the same three methods; and what is timed of them."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pst_ds.errors import InputError
+
+PEER = (
+    "llama.cpp's part takes the package llama-cpp-python, which is not installed: pip install 'pst-ds[peers]', with "
+    "CMAKE_ARGS=-DGGML_NATIVE=ON and --no-binary llama-cpp-python, so that it is built for this processor"
+)
+
+
+class Engine(Protocol):
+    """One sequence and its cache."""
+
+    def reset(self, length: int) -> None:
+        """Cut the cache back to its first ``length`` tokens."""
+
+    def forward(self, ids: Sequence[int]) -> Callable[[], NDArray[np.float32]]:
+        """Append ``ids`` and compute the logits of the last one. Returns what copies them: (vocabulary,)."""
+
+    def all_logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Empty the cache, append ``ids`` and return the logits of each: (len(ids), vocabulary)."""
+
+
+class PstDs:
+    """A model folder in the decoder of pst-ds."""
+
+    def __init__(self, folder: Path, threads: int, context: int) -> None:
+        import torch
+        from pst_ds.decoder import Decoder
+
+        torch.set_num_threads(threads)
+        self._decoder = Decoder.from_pretrained(folder, context=context, threads=threads)
+
+    def reset(self, length: int) -> None:
+        self._decoder.reset(length)
+
+    def forward(self, ids: Sequence[int]) -> Callable[[], NDArray[np.float32]]:
+        logits = self._decoder.forward(list(ids))
+        return lambda: logits.numpy().copy()
+
+    def all_logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        self._decoder.reset(0)
+        return self._decoder.forward(list(ids), all_logits=True).numpy()
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp: its library's functions, none of its Python."""
+
+    def __init__(self, file: Path, threads: int, context: int) -> None:
+        self._library = library = llama_cpp()
+        model_settings = library.llama_model_default_params()
+        model_settings.n_gpu_layers = 0
+        self._model = library.llama_model_load_from_file(str(file).encode(), model_settings)
+        settings = library.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = settings.n_ubatch = context
+        settings.n_threads = settings.n_threads_batch = threads
+        self._context = library.llama_init_from_model(self._model, settings) if self._model else None
+        if not self._context:
+            raise InputError(f"llama.cpp does not read {file}; remove it, and it is written again")
+        self._memory = library.llama_get_memory(self._context)
+        self._vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
+
+    def reset(self, length: int) -> None:
+        self._library.llama_memory_seq_rm(self._memory, 0, length, -1)
+
+    def forward(self, ids: Sequence[int]) -> Callable[[], NDArray[np.float32]]:
+        tokens = (ctypes.c_int32 * len(ids))(*ids)
+        self._decode(self._library.llama_batch_get_one(tokens, len(ids)))
+        return lambda: self._logits(-1)
+
+    def all_logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        self.reset(0)
+        batch = self._library.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for at, token in enumerate(ids):
+            batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.logits[at] = token, at, 1, 1
+            batch.seq_id[at][0] = 0
+        try:
+            self._decode(batch)
+            return np.stack([self._logits(at) for at in range(len(ids))])
+        finally:
+            self._library.llama_batch_free(batch)
+
+    def _decode(self, batch: Any) -> None:
+        code = self._library.llama_decode(self._context, batch)
+        if code:
+            raise RuntimeError(f"llama_decode returned {code}")
+        self._library.llama_synchronize(self._context)
+
+    def _logits(self, at: int) -> NDArray[np.float32]:
+        return np.ctypeslib.as_array(self._library.llama_get_logits_ith(self._context, at), (self._vocabulary,)).copy()
+
+
+def llama_cpp() -> Any:
+    """Return the package, told to write errors alone. Raises InputError where it is not installed."""
+    try:
+        library = importlib.import_module("llama_cpp")
+    except ImportError:
+        raise InputError(PEER) from None
+    library.llama_log_set(_errors_alone(library), None)
+    library.llama_backend_init()
+    return library
+
+
+_KEPT: list[Any] = []
+"""Callbacks that llama.cpp holds."""
+
+
+def _errors_alone(library: Any) -> Any:
+    if not _KEPT:
+        error = 4  # GGML_LOG_LEVEL_ERROR
+
+        @library.llama_log_callback
+        def write(level: int, text: bytes, _: Any) -> None:
+            if level == error:
+                print(text.decode(errors="replace"), end="", flush=True)
+
+        _KEPT.append(write)
+    return _KEPT[0]
+
+
+def decode_rate(engine: Engine, prompt: Sequence[int], following: Sequence[int]) -> float:
+    """Return tokens a second of ``following``, one at a time, with ``prompt`` in the cache before time runs."""
+    engine.reset(0)
+    engine.forward(prompt)
+    engine.forward(following[:1])
+    engine.reset(len(prompt))
+    start = time.perf_counter()
+    for token in following:
+        engine.forward([token])
+    return len(following) / (time.perf_counter() - start)
+
+
+def prefill_rate(engine: Engine, prompt: Sequence[int]) -> float:
+    """Return tokens a second of ``prompt``, all at once into an empty cache."""
+    engine.reset(0)
+    start = time.perf_counter()
+    engine.forward(prompt)
+    return len(prompt) / (time.perf_counter() - start)
+
+
+def chunk_losses(engine: Engine, chunks: Sequence[Sequence[int]]) -> tuple[float, int]:
+    """Return (sum of the losses in nats, their number): each chunk by itself, its first token given."""
+    total, count = 0.0, 0
+    for chunk in chunks:
+        logits = engine.all_logits(chunk)[:-1].astype(np.float64)
+        logits -= logits.max(1, keepdims=True)
+        right = logits[np.arange(len(logits)), np.asarray(chunk[1:])]
+        total += float((np.log(np.exp(logits).sum(1)) - right).sum())
+        count += len(logits)
+    return total, count
