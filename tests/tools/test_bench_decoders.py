@@ -24,7 +24,11 @@ class Cache:
 
     def __init__(self):
         self.ids: list[int] = []
+        self.threads = 0
         self.calls: list[tuple[str, int]] = []
+
+    def use(self, threads):
+        self.threads = threads
 
     def reset(self, length):
         assert length <= len(self.ids)
@@ -44,20 +48,21 @@ class Cache:
 
 def test_decoding_feeds_one_token_at_a_time_after_the_prompt():
     cache = Cache()
-    assert engines.decode_rate(cache, [1, 2, 3], [4, 5]) > 0
+    assert engines.decode_rate(cache, 1, [1, 2, 3], [4, 5]) > 0
     assert cache.ids == [1, 2, 3, 4, 5]
+    assert cache.threads == 1
     assert cache.calls[-3:] == [("reset", 3), ("forward", 1), ("forward", 1)]
 
 
 def test_prefill_begins_with_an_empty_cache():
     cache = Cache()
     cache.forward([9, 9])
-    assert engines.prefill_rate(cache, [1, 2, 3]) > 0
+    assert engines.prefill_rate(cache, 1, [1, 2, 3]) > 0
     assert cache.ids == [1, 2, 3]
 
 
 def test_a_chunk_has_a_loss_for_each_token_but_the_first():
-    total, count = engines.chunk_losses(Cache(), [[3, 3, 0], [0, 3]])
+    total, count = engines.chunk_losses(Cache(), 2, [[3, 3, 0], [0, 3]])
     norm = np.log(VOCABULARY - 1 + np.e)
     assert count == 3
     assert total == pytest.approx(3 * norm - 2, abs=1e-6)
@@ -66,7 +71,7 @@ def test_a_chunk_has_a_loss_for_each_token_but_the_first():
 def test_losses_of_large_logits_are_finite():
     cache = Cache()
     cache.all_logits = lambda ids: np.full((len(ids), VOCABULARY), 3e4, np.float32)
-    total, count = engines.chunk_losses(cache, [[1, 2]])
+    total, count = engines.chunk_losses(cache, 2, [[1, 2]])
     assert total / count == pytest.approx(np.log(VOCABULARY))
 
 
@@ -76,8 +81,8 @@ class StandIn:
     opened: tuple = ()
 
     @classmethod
-    def from_pretrained(cls, folder, *, context, threads):
-        cls.opened = (folder, context, threads)
+    def from_pretrained(cls, folder, *, context, threads, verify):
+        cls.opened = (folder, context)
         return cls()
 
     def __init__(self):
@@ -96,11 +101,12 @@ def test_our_decoder_is_called_by_its_own_names(monkeypatch, tmp_path):
     module = type(sys)("pst_ds.decoder")
     module.Decoder = StandIn
     monkeypatch.setitem(sys.modules, "pst_ds.decoder", module)
-    engine = engines.PstDs(tmp_path, threads=torch.get_num_threads(), context=64)
-    assert StandIn.opened == (tmp_path, 64, torch.get_num_threads())
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    engine = engines.PstDs(tmp_path, context=64)
+    assert StandIn.opened == (tmp_path, 64)
     np.testing.assert_array_equal(engine.forward([1, 2])(), np.arange(VOCABULARY))
     assert engine.all_logits([1, 2, 3]).shape == (3, VOCABULARY)
-    assert engines.decode_rate(engine, [1, 2], [3]) > 0
+    assert engines.decode_rate(engine, 1, [1, 2], [3]) > 0
 
 
 def row(contestant, threads, rate, task="decode", model="135M"):
@@ -222,7 +228,7 @@ def test_seats_work_in_processes_of_their_own():
     parent = Cache()
     with seated({"a": lambda: parent, "b": opened_by("b")}, threads=1, method="fork") as seats:
         assert medians_in_turn(seats, count_of, 5, repeats=2, rest=0) == {"a": 5, "b": 5}
-        seats["a"].ask(engines.prefill_rate, [1, 2])
+        seats["a"].ask(engines.prefill_rate, 1, [1, 2])
         with pytest.raises(RuntimeError, match=r"b: (?s:.*)ValueError: no such thing"):
             seats["b"].ask(refuse)
         assert seats["b"].ask(count_of, 2) == 2
@@ -249,11 +255,11 @@ def test_it_prints_its_object(tmp_path, monkeypatch, capsys):
     names = ["dense, llama.cpp Q8_0", "50 % int8, pst-ds"]
     weights = tmp_path / "weights"
     weights.write_bytes(b"1234")
-    fakes = [decoders.Contestant(name, weights, lambda path, threads, context: Cache()) for name in names]
+    fakes = [decoders.Contestant(name, weights, lambda path, context: Cache()) for name in names]
     monkeypatch.setattr(decoders, "contestants", lambda top: fakes)
     material = decoders.Material([1, 2], [3, 4], [[3, 3, 3]])
     monkeypatch.setattr(decoders, "text_material", lambda *inputs: material)
-    monkeypatch.setattr(decoders, "seated", lambda openers, threads: seated(openers, threads, method="fork"))
+    monkeypatch.setattr(decoders, "seated", lambda openers, threads, preload: seated(openers, threads, method="fork"))
     monkeypatch.setattr(engines, "llama_cpp", lambda: None)
     monkeypatch.setattr(peers, "llama_cpp_build", lambda: {"built_for": "tests"})
     options = ["--no-encoders", "--decoders", str(tmp_path), "--threads", "1", "--decoder-repeats", "2", "--json"]
@@ -285,7 +291,7 @@ def test_llama_cpp_decodes_the_files_that_are_made(tmp_path):
     with torch.no_grad():
         right = model(torch.tensor([ids])).logits[0].numpy()
     for kind in ("BF16", "Q8_0"):
-        engine = engines.LlamaCpp(decoder_files.gguf_file(tmp_path, kind, source), threads=1, context=64)
+        engine = engines.LlamaCpp(decoder_files.gguf_file(tmp_path, kind, source), context=64)
         logits = engine.all_logits(ids)
         assert logits.shape == right.shape
         assert np.corrcoef(logits.ravel(), right.ravel())[0, 1] > 0.999

@@ -24,6 +24,8 @@ from tools.bench.timing import progress
 CONTEXT = 1024
 """Places of everybody's cache."""
 SHARES = (0.0, 0.5, 0.8, 0.9)
+PRELOAD = ("pst_ds.decoder", "tools.bench.peers.engines")
+"""Imported once for all processes."""
 TEXT = Path("runs/quality/data/brown-test.txt")
 CHUNKS, CHUNK_TOKENS = 8, 512
 SHAPES: dict[str, dict[str, int]] = {
@@ -47,8 +49,8 @@ class Contestant:
 
     name: str
     path: Path
-    engine: Callable[[Path, int, int], engines.Engine]
-    """Called with the path, threads and places of the cache."""
+    engine: Callable[[Path, int], engines.Engine]
+    """Called with the path and the places of its cache."""
 
 
 @dataclass(frozen=True)
@@ -76,22 +78,22 @@ def measure(top: Path, *, shape: str | None, threads: Sequence[int], repeats: in
         material = text_material(top, text, prompt_tokens, new_tokens)
     rows: list[dict[str, Any]] = []
     perplexity: dict[str, float] = {}
-    for count in threads:
-        openers = {one.name: partial(one.engine, one.path, count, CONTEXT) for one in found}
-        with seated(openers, count) as seats:
+    openers = {one.name: partial(one.engine, one.path, CONTEXT) for one in found}
+    progress(f"opening {len(openers)} files")
+    with seated(openers, max(threads), preload=PRELOAD) as seats:
+        for count in threads:
             progress(f"decoders on {count} threads")
             for task, work, inputs in (
                 ("decode", engines.decode_rate, (material.prompt, material.following)),
                 ("prefill", engines.prefill_rate, (material.prompt,)),
             ):
                 size = {"task": task, "model": shape or "135M", "threads": count, "tokens": len(inputs[-1])}
-                rates = medians_in_turn(seats, work, *inputs, repeats=repeats)
+                rates = medians_in_turn(seats, work, count, *inputs, repeats=repeats)
                 rows += [{**size, "contestant": name, "tokens_per_second": rate} for name, rate in rates.items()]
-            if quality and material.chunks and not perplexity:
-                for name, seat in seats.items():
-                    progress(f"perplexity of {name}")
-                    total, number = seat.ask(engines.chunk_losses, material.chunks)
-                    perplexity[name] = exp(total / number)
+        for name, seat in seats.items() if quality and material.chunks else ():
+            progress(f"perplexity of {name}")
+            total, number = seat.ask(engines.chunk_losses, max(threads), material.chunks)
+            perplexity[name] = exp(total / number)
     sizes = {one.name: decoder_files.weight_bytes(one.path) for one in found}
     for row in rows:
         row |= {"file_bytes": sizes[row["contestant"]], "quality": {"perplexity": perplexity.get(row["contestant"])}}

@@ -23,6 +23,9 @@ PEER = (
 class Engine(Protocol):
     """One sequence and its cache."""
 
+    def use(self, threads: int) -> None:
+        """Compute with so many threads from now on."""
+
     def reset(self, length: int) -> None:
         """Cut the cache back to its first ``length`` tokens."""
 
@@ -36,12 +39,16 @@ class Engine(Protocol):
 class PstDs:
     """A model folder in the decoder of pst-ds."""
 
-    def __init__(self, folder: Path, threads: int, context: int) -> None:
+    def __init__(self, folder: Path, context: int) -> None:
         import torch
+
         from pst_ds.decoder import Decoder
 
-        torch.set_num_threads(threads)
-        self._decoder = Decoder.from_pretrained(folder, context=context, threads=threads)
+        torch.set_num_threads(1)  # of what is outside the loop: rows of the embedding
+        self._decoder = Decoder.from_pretrained(folder, context=context, threads=1, verify=False)
+
+    def use(self, threads: int) -> None:
+        self._decoder.threads = threads
 
     def reset(self, length: int) -> None:
         self._decoder.reset(length)
@@ -58,19 +65,22 @@ class PstDs:
 class LlamaCpp:
     """A GGUF file in llama.cpp: its library's functions, none of its Python."""
 
-    def __init__(self, file: Path, threads: int, context: int) -> None:
+    def __init__(self, file: Path, context: int) -> None:
         self._library = library = llama_cpp()
         model_settings = library.llama_model_default_params()
         model_settings.n_gpu_layers = 0
         self._model = library.llama_model_load_from_file(str(file).encode(), model_settings)
         settings = library.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = context
-        settings.n_threads = settings.n_threads_batch = threads
+        settings.n_threads = settings.n_threads_batch = 1
         self._context = library.llama_init_from_model(self._model, settings) if self._model else None
         if not self._context:
             raise InputError(f"llama.cpp does not read {file}; remove it, and it is written again")
         self._memory = library.llama_get_memory(self._context)
         self._vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
+
+    def use(self, threads: int) -> None:
+        self._library.llama_set_n_threads(self._context, threads, threads)
 
     def reset(self, length: int) -> None:
         self._library.llama_memory_seq_rm(self._memory, 0, length, -1)
@@ -131,8 +141,9 @@ def _errors_alone(library: Any) -> Any:
     return _KEPT[0]
 
 
-def decode_rate(engine: Engine, prompt: Sequence[int], following: Sequence[int]) -> float:
+def decode_rate(engine: Engine, threads: int, prompt: Sequence[int], following: Sequence[int]) -> float:
     """Return tokens a second of ``following``, one at a time, with ``prompt`` in the cache before time runs."""
+    engine.use(threads)
     engine.reset(0)
     engine.forward(prompt)
     engine.forward(following[:1])
@@ -143,16 +154,18 @@ def decode_rate(engine: Engine, prompt: Sequence[int], following: Sequence[int])
     return len(following) / (time.perf_counter() - start)
 
 
-def prefill_rate(engine: Engine, prompt: Sequence[int]) -> float:
+def prefill_rate(engine: Engine, threads: int, prompt: Sequence[int]) -> float:
     """Return tokens a second of ``prompt``, all at once into an empty cache."""
+    engine.use(threads)
     engine.reset(0)
     start = time.perf_counter()
     engine.forward(prompt)
     return len(prompt) / (time.perf_counter() - start)
 
 
-def chunk_losses(engine: Engine, chunks: Sequence[Sequence[int]]) -> tuple[float, int]:
+def chunk_losses(engine: Engine, threads: int, chunks: Sequence[Sequence[int]]) -> tuple[float, int]:
     """Return (sum of the losses in nats, their number): each chunk by itself, its first token given."""
+    engine.use(threads)
     total, count = 0.0, 0
     for chunk in chunks:
         logits = engine.all_logits(chunk)[:-1].astype(np.float64)

@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,14 +18,12 @@ REST_SECONDS = 0.03
 class Seat:
     """A process that has opened one contestant and does what it is asked."""
 
-    def __init__(self, name: str, opener: Callable[[], Any], threads: int, method: str = "spawn") -> None:
-        """Start the process. ``opener`` makes what the work is done with, there; ``threads`` is what OpenMP is told."""
-        context: Any = multiprocessing.get_context(method)
+    def __init__(self, name: str, opener: Callable[[], Any], context: Any) -> None:
+        """Start the process. ``opener`` makes what the work is done with, there; ``context``: of multiprocessing."""
         self.name = name
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, opener), daemon=True)
-        with _environment(OMP_NUM_THREADS=str(threads)):
-            self._process.start()
+        self._process.start()
         theirs.close()
         self._result()
 
@@ -54,12 +52,20 @@ class Seat:
 
 
 @contextmanager
-def seated(openers: Mapping[str, Callable[[], Any]], threads: int, method: str = "spawn") -> Iterator[dict[str, Seat]]:
-    """Seat all contestants, one after another, and end their processes in any case."""
+def seated(
+    openers: Mapping[str, Callable[[], Any]], threads: int, preload: Sequence[str] = (), method: str = "forkserver"
+) -> Iterator[dict[str, Seat]]:
+    """Seat all contestants, one after another, and end their processes in any case.
+
+    ``threads``: what OpenMP is told. ``preload``: modules that are imported once, before processes are forked.
+    """
+    context: Any = multiprocessing.get_context(method)
+    context.set_forkserver_preload(list(preload))
     seats: dict[str, Seat] = {}
     try:
-        for name, opener in openers.items():
-            seats[name] = Seat(name, opener, threads, method)
+        with _environment(OMP_NUM_THREADS=str(threads)):
+            for name, opener in openers.items():
+                seats[name] = Seat(name, opener, context)
         yield seats
     finally:
         for seat in seats.values():
