@@ -90,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     decoding.add_argument("--decoders", type=Path, metavar="FOLDER", help="where the models are, and are made")
     decoding.add_argument("--shape", choices=list(decoders.SHAPES), help="random weights instead of a model")
     decoding.add_argument("--keep", action="store_true", help="keep the files of a --shape")
-    decoding.add_argument("--only", default="", metavar="TEXT", help="contestants with it in their name")
+    decoding.add_argument(
+        "--only", nargs="*", default=[], metavar="TEXT", help="contestants with one of these in their name"
+    )
     decoding.add_argument("--text", type=Path, default=decoders.TEXT, help="held-out text (default: %(default)s)")
     decoding.add_argument("--decoder-repeats", type=int, default=7)
     return parser

@@ -63,15 +63,17 @@ class Material:
     """For perplexity; empty where words mean nothing."""
 
 
-def measure(top: Path, *, shape: str | None, threads: Sequence[int], repeats: int, only: str = "", new_tokens: int = 64,
-            prompt_tokens: int = 128, text: Path = TEXT, quality: bool = True) -> list[dict[str, Any]]:  # fmt: skip
-    """Return the rows of all contestants whose name has ``only`` in it, and make the files that are not there.
+def measure(
+    top: Path, *, shape: str | None, threads: Sequence[int], repeats: int, only: Sequence[str] = (),
+    new_tokens: int = 64, prompt_tokens: int = 128, text: Path = TEXT, quality: bool = True,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Return the rows of all contestants, or those with a word of ``only`` in their name, and make missing files.
 
     ``shape``: one of :data:`SHAPES`, or None for the model of ``top``/dense. Raises InputError.
     """
     engines.llama_cpp()
     found = shape_contestants(top / shape, SHAPES[shape]) if shape else contestants(top)
-    found = [one for one in found if only in one.name]
+    found = [one for one in found if not only or any(part in one.name for part in only)]
     if shape:
         material = random_material(SHAPES[shape]["vocab_size"], prompt_tokens, new_tokens)
     else:
