@@ -51,7 +51,7 @@ SOURCE = NativeSource(
     },
     "native decoding",
     flags=("-std=c++17", "-O3", "-Wno-psabi", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"),
-    may_flags=("-fopenmp",),
+    may_flags=("-pthread",),
     headers=(
         *sorted(_FOLDER.glob("*.hpp")),
         _FOLDER.parent / "kernels" / "common.hpp",
@@ -65,7 +65,7 @@ SOURCE = NativeSource(
 
 @cache
 def library() -> CDLL | None:
-    """Return the compiled loop, or None where it cannot be built. torch is loaded first, so that they share OpenMP."""
+    """Return the compiled loop, or None where it cannot be built."""
     return load(SOURCE)
 
 

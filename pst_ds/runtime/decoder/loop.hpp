@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "activations.hpp"
+#include "pool.hpp"
 
 namespace pst {
 
@@ -60,30 +61,24 @@ class Decoder {
                      (shape.narrow_cache ? 2 : 4));
         const int64_t most = shape.most, queries = shape.heads * shape.head;
         qkv_width = queries + 2 * shape.key_value_heads * shape.head;
-        added.resize(size_t(most * shape.hidden)), qkv.resize(size_t(most * qkv_width));
-        attended.resize(size_t(most * queries)), inner.resize(size_t(most * shape.inner * (shape.gated ? 2 : 1)));
+        for (auto* buffer : {&x, &normed, &added}) buffer->resize(size_t(most * shape.hidden));
+        qkv.resize(size_t(most * qkv_width)), attended.resize(size_t(most * queries));
+        inner.resize(size_t(most * shape.inner * (shape.gated ? 2 : 1))), gated.resize(size_t(most * shape.inner));
         widest = std::max({shape.hidden, queries, shape.inner});
-        together.reserve(most, shape, widest);
+        integers.reserve(most, widest);
     }
 
     // Every position must be in its sequence's cache already up to it, or be in this pass.
     void run(const Pass& pass, int threads) {
         for (int64_t i = int64_t(rooms.size()); i < threads; ++i) {
             rooms.emplace_back(new Room);
-            rooms.back()->tokens.reserve(1, shape, widest);
             rooms.back()->rows.resize(size_t(room_for(widest)));
             rooms.back()->scores.resize(size_t(round_up(shape.context, 16) + 2 * padded));
         }
-#pragma omp parallel num_threads(threads)
-        {
-            int number = 0, count = 1;
-#ifdef _OPENMP
-            number = omp_get_thread_num(), count = omp_get_num_threads();
-#endif
-            Room& room = *rooms[size_t(number)];
-            const bool alone = pass.tokens == 1;
-            Thread{*this, pass, number, count, alone, alone ? room.tokens : together, room}.work();
-        }
+        pool.grow(threads);
+        pool.wake(threads);
+        work(pass);
+        pool.rest();
     }
 
     Shape shape;
@@ -109,183 +104,144 @@ class Decoder {
         for (int64_t i = 0; i < shape.head; ++i) narrow(from[i], static_cast<bf16*>(to) + position * padded + i);
     }
 
-    // What lies between products, of all tokens or of one, and the integers that a product takes.
-    struct Tokens {
-        std::vector<float> x, normed, gated;
-        Activations integers;
-        void reserve(int64_t tokens, const Shape& shape, int64_t widest) {
-            x.resize(size_t(tokens * shape.hidden)), normed.resize(size_t(tokens * shape.hidden));
-            gated.resize(size_t(tokens * shape.inner));
-            integers.reserve(tokens, widest);
-        }
-    };
     // A thread's own memory.
     struct Room {
-        Tokens tokens;
         std::vector<uint8_t> rows;
         std::vector<float> scores;
     };
 
-    // A thread's share of a pass. All threads run the same steps; what one writes, others read after wait(). Of a single
-    // token every thread does what lies between products itself, `alone`: cheaper than waiting for one that does.
-    struct Thread {
-        Decoder& d;
-        const Pass& pass;
-        const int number, count;
-        const bool alone;
-        Tokens& own;
-        Room& room;
+    // Work on each token; of one alone without asking for help.
+    template <class Work> void each(int64_t tokens, const Work& work) {
+        pool.run(tokens, [&](int64_t t, int) { work(t); });
+    }
 
-        void wait() const {
-#pragma omp barrier
+    void work(const Pass& pass) {
+        const int64_t hidden = shape.hidden;
+        std::memcpy(x.data(), pass.embeddings, size_t(pass.tokens * hidden) * sizeof(float));
+        for (int64_t i = 0; i < shape.layers; ++i) run_layer(pass, layers[size_t(i)], i);
+        if (!pass.num_wanted) return;
+        each(pass.num_wanted, [&](int64_t i) {
+            normalize(last_norm, x.data() + pass.wanted[i] * hidden, hidden, normed.data() + i * hidden);
+        });
+        product(head, normed.data(), pass.num_wanted, pass.logits);
+        each(pass.num_wanted, [&](int64_t i) { finish(pass.logits + i * shape.vocabulary); });
+    }
+
+    void finish(float* logits) const {
+        const float scale = float(numbers.logits_scale), cap = float(numbers.logits_cap);
+        if (scale == 1 && !(cap > 0)) return;
+        for (int64_t i = 0; i < shape.vocabulary; ++i) {
+            logits[i] *= scale;
+            if (cap > 0) logits[i] = cap * std::tanh(logits[i] / cap);
         }
-        template <class Work> void share(int64_t items, const Work& work) const {
-            for (int64_t i = items * number / count; i < items * (number + 1) / count; ++i) work(i);
-        }
-        // Work on each token, and its results to be read.
-        template <class Work> void each(int64_t tokens, const Work& work) const {
-            if (alone) {
-                for (int64_t i = 0; i < tokens; ++i) work(i);
-                return;
+    }
+
+    void normalize(const float* gain, const float* from, int64_t width, float* to) const {
+        if (gain) return kernels.rms_norm(from, gain, float(numbers.epsilon), width, to);
+        if (to != from) std::memcpy(to, from, size_t(width) * sizeof(float));
+    }
+
+    // to (tokens, width) = from W' + bias.
+    void product(const Linear& linear, const float* from, int64_t tokens, float* to) {
+        const Matrix* rounded_for = nullptr;
+        for (const Linear::Part& part : linear.parts) {
+            const Matrix& m = *part.matrix;
+            if (m.layout != FLOATS && !(rounded_for && rounded_for->chunk == m.chunk && rounded_for->levels == m.levels)) {
+                integers.begin(m);
+                each(tokens, [&](int64_t t) { kernels.quantize(m, from + t * m.columns, t, integers); });
+                rounded_for = &m;
             }
-            share(tokens, work);
-            wait();
-        }
-
-        void work() const {
-            const int64_t hidden = d.shape.hidden;
-            each(pass.tokens, [&](int64_t t) {
-                std::memcpy(own.x.data() + t * hidden, pass.embeddings + t * hidden, size_t(hidden) * sizeof(float));
-            });
-            for (int64_t i = 0; i < d.shape.layers; ++i) layer(d.layers[size_t(i)], i);
-            if (!pass.num_wanted) return;
-            each(pass.num_wanted, [&](int64_t i) {
-                normalize(d.last_norm, own.x.data() + pass.wanted[i] * hidden, hidden, own.normed.data() + i * hidden);
-            });
-            product(d.head, own.normed.data(), pass.num_wanted, pass.logits);
-            share(pass.num_wanted, [&](int64_t i) { finish(pass.logits + i * d.shape.vocabulary); });
-        }
-
-        void finish(float* logits) const {
-            const float scale = float(d.numbers.logits_scale), cap = float(d.numbers.logits_cap);
-            if (scale == 1 && !(cap > 0)) return;
-            for (int64_t i = 0; i < d.shape.vocabulary; ++i) {
-                logits[i] *= scale;
-                if (cap > 0) logits[i] = cap * std::tanh(logits[i] / cap);
-            }
-        }
-
-        void normalize(const float* gain, const float* x, int64_t width, float* y) const {
-            if (gain) return d.kernels.rms_norm(x, gain, float(d.numbers.epsilon), width, y);
-            if (y != x) std::memcpy(y, x, size_t(width) * sizeof(float));
-        }
-
-        // y (tokens, width) = x W' + bias; x is complete, y is when it returns.
-        void product(const Linear& linear, const float* x, int64_t tokens, float* y) const {
-            const Matrix* rounded_for = nullptr;
-            for (const Linear::Part& part : linear.parts) {
-                const Matrix& m = *part.matrix;
-                const bool same = rounded_for && rounded_for->chunk == m.chunk && rounded_for->levels == m.levels;
-                if (m.layout != FLOATS && !same) {
-                    if (!alone && rounded_for) wait();
-                    if (alone || number == 0) own.integers.begin(m);
-                    if (!alone) wait();
-                    each(tokens, [&](int64_t t) { d.kernels.quantize(m, x + t * m.columns, t, own.integers); });
-                    rounded_for = &m;
-                }
-                const int64_t first = m.blocks() * number / count, last = m.blocks() * (number + 1) / count;
-                float* to = y + part.offset;
-                d.kernels.product({m, x, own.integers, tokens, first, last, to, linear.width, room.rows.data()});
-                if (!linear.bias) continue;
+            float* y = to + part.offset;
+            const int64_t pairs = (m.blocks() + 1) / 2, pieces = std::min(pairs, int64_t(PIECES * pool.threads()));
+            pool.run(pieces, [&](int64_t i, int thread) {
+                const int64_t first = 2 * (pairs * i / pieces), last = std::min(m.blocks(), 2 * (pairs * (i + 1) / pieces));
+                kernels.product({m, from, integers, tokens, first, last, y, linear.width, rooms[size_t(thread)]->rows.data()});
+                if (!linear.bias) return;
                 for (int64_t t = 0; t < tokens; ++t)
-                    for (int64_t i = first * ROWS; i < std::min(m.rows, last * ROWS); ++i)
-                        to[t * linear.width + i] += linear.bias[part.offset + i];
-            }
-            wait();
-        }
-
-        void layer(const Layer& layer, int64_t index) const {
-            const Shape& s = d.shape;
-            each(pass.tokens, [&](int64_t t) {
-                normalize(layer.norm[BEFORE_ATTENTION], own.x.data() + t * s.hidden, s.hidden, own.normed.data() + t * s.hidden);
-            });
-            product(layer.linear[QKV], own.normed.data(), pass.tokens, d.qkv.data());
-            attention(layer, index);
-            product(layer.linear[OUTPUT], d.attended.data(), pass.tokens, d.added.data());
-            add(layer.norm[AFTER_ATTENTION], layer.norm[BEFORE_MLP]);
-            product(layer.linear[GATE_UP], own.normed.data(), pass.tokens, d.inner.data());
-            const int64_t width = layer.linear[GATE_UP].width;
-            each(pass.tokens, [&](int64_t t) {
-                const float* gates = d.inner.data() + t * width;
-                d.kernels.gate(s.activation, gates, s.gated ? gates + s.inner : nullptr, s.inner, own.gated.data() + t * s.inner);
-            });
-            product(layer.linear[DOWN], own.gated.data(), pass.tokens, d.added.data());
-            add(layer.norm[AFTER_MLP], nullptr);
-        }
-
-        // x += what a half of the layer computed; then, where there is a norm for the next half, normed.
-        void add(const float* after, const float* before) const {
-            const int64_t hidden = d.shape.hidden;
-            each(pass.tokens, [&](int64_t t) {
-                float *x = own.x.data() + t * hidden, *normed = own.normed.data() + t * hidden;
-                normalize(after, d.added.data() + t * hidden, hidden, normed);
-                for (int64_t i = 0; i < hidden; ++i) x[i] += float(d.numbers.residual_scale) * normed[i];
-                normalize(before, x, hidden, normed);
+                    for (int64_t row = first * ROWS; row < std::min(m.rows, last * ROWS); ++row)
+                        y[t * linear.width + row] += linear.bias[part.offset + row];
             });
         }
+    }
 
-        void attention(const Layer& layer, int64_t index) const {
-            const Shape& s = d.shape;
-            const int64_t heads = s.key_value_heads, items = pass.tokens * heads;
-            if (layer.norm[OF_QUERIES] && !s.norm_of_heads) {
-                share(pass.tokens, [&](int64_t t) {
-                    float *queries = d.qkv.data() + t * d.qkv_width, *keys = queries + s.heads * s.head;
-                    normalize(layer.norm[OF_QUERIES], queries, s.heads * s.head, queries);
-                    normalize(layer.norm[OF_KEYS], keys, heads * s.head, keys);
-                });
-                wait();
-            }
-            share(items, [&](int64_t i) { prepare(layer, index, i / heads, i % heads); });
-            if (!alone) wait();  // or the same thread attends to the head that it has put there
-            share(items, [&](int64_t i) { attend(layer, index, i / heads, i % heads); });
-            wait();
-        }
+    void run_layer(const Pass& pass, const Layer& layer, int64_t index) {
+        each(pass.tokens, [&](int64_t t) {
+            normalize(layer.norm[BEFORE_ATTENTION], x.data() + t * shape.hidden, shape.hidden, normed.data() + t * shape.hidden);
+        });
+        product(layer.linear[QKV], normed.data(), pass.tokens, qkv.data());
+        attention(pass, layer, index);
+        product(layer.linear[OUTPUT], attended.data(), pass.tokens, added.data());
+        add(pass, layer.norm[AFTER_ATTENTION], layer.norm[BEFORE_MLP]);
+        product(layer.linear[GATE_UP], normed.data(), pass.tokens, inner.data());
+        const int64_t width = layer.linear[GATE_UP].width;
+        each(pass.tokens, [&](int64_t t) {
+            const float* gates = inner.data() + t * width;
+            kernels.gate(shape.activation, gates, shape.gated ? gates + shape.inner : nullptr, shape.inner, gated.data() + t * shape.inner);
+        });
+        product(layer.linear[DOWN], gated.data(), pass.tokens, added.data());
+        add(pass, layer.norm[AFTER_MLP], nullptr);
+    }
 
-        // Norms, angles and the cache, for a key-value head of a token and the queries that look at it.
-        void prepare(const Layer& layer, int64_t index, int64_t t, int64_t h) const {
-            const Shape& s = d.shape;
-            const int64_t group = s.heads / s.key_value_heads, position = pass.positions[t], sequence = pass.sequences[t];
-            float *queries = d.qkv.data() + t * d.qkv_width, *keys = queries + s.heads * s.head, *values = keys + s.key_value_heads * s.head;
-            for (int64_t i = 0; i < group; ++i) turn(layer, layer.norm[OF_QUERIES], queries + (h * group + i) * s.head, position);
-            turn(layer, layer.norm[OF_KEYS], keys + h * s.head, position);
-            d.put(keys + h * s.head, d.keys(index, sequence, h), position);
-            d.put(values + h * s.head, d.values(index, sequence, h), position);
-        }
+    // x += what a half of the layer computed; then, where there is a norm for the next half, normed.
+    void add(const Pass& pass, const float* after, const float* before) {
+        const int64_t hidden = shape.hidden;
+        each(pass.tokens, [&](int64_t t) {
+            float *sum = x.data() + t * hidden, *y = normed.data() + t * hidden;
+            normalize(after, added.data() + t * hidden, hidden, y);
+            for (int64_t i = 0; i < hidden; ++i) sum[i] += float(numbers.residual_scale) * y[i];
+            normalize(before, sum, hidden, y);
+        });
+    }
 
-        void turn(const Layer& layer, const float* gain, float* head, int64_t position) const {
-            if (gain && d.shape.norm_of_heads) normalize(gain, head, d.shape.head, head);
-            if (layer.rotary < 0) return;
-            const Angles& angles = d.angles[size_t(layer.rotary)];
-            d.kernels.rotate(head, angles.cosines + position * angles.half, angles.sines + position * angles.half, angles.half);
-        }
+    void attention(const Pass& pass, const Layer& layer, int64_t index) {
+        const int64_t heads = shape.key_value_heads, items = pass.tokens * heads;
+        if (layer.norm[OF_QUERIES] && !shape.norm_of_heads)
+            each(pass.tokens, [&](int64_t t) {
+                float *queries = qkv.data() + t * qkv_width, *of_keys = queries + shape.heads * shape.head;
+                normalize(layer.norm[OF_QUERIES], queries, shape.heads * shape.head, queries);
+                normalize(layer.norm[OF_KEYS], of_keys, heads * shape.head, of_keys);
+            });
+        if (pass.tokens > 1) each(items, [&](int64_t i) { prepare(pass, layer, index, i / heads, i % heads); });
+        pool.run(items, [&](int64_t i, int thread) {
+            if (pass.tokens == 1) prepare(pass, layer, index, 0, i);
+            attend(pass, layer, index, i / heads, i % heads, rooms[size_t(thread)]->scores.data());
+        });
+    }
 
-        void attend(const Layer& layer, int64_t index, int64_t t, int64_t h) const {
-            const Shape& s = d.shape;
-            const int64_t group = s.heads / s.key_value_heads, end = pass.positions[t] + 1;
-            const int64_t begin = layer.window && end > layer.window ? end - layer.window : 0;
-            d.kernels.attend({d.qkv.data() + t * d.qkv_width + h * group * s.head, d.keys(index, pass.sequences[t], h),
-                              d.values(index, pass.sequences[t], h),
-                              d.attended.data() + t * s.heads * s.head + h * group * s.head, group, s.head, d.padded, begin,
-                              end, float(d.numbers.attention_scale), float(d.numbers.attention_cap), room.scores.data()},
-                             s.narrow_cache != 0);
-        }
-    };
+    // Norms, angles and the cache, for a key-value head of a token and the queries that look at it.
+    void prepare(const Pass& pass, const Layer& layer, int64_t index, int64_t t, int64_t h) {
+        const int64_t group = shape.heads / shape.key_value_heads, position = pass.positions[t], sequence = pass.sequences[t];
+        float* queries = qkv.data() + t * qkv_width;
+        float *key = queries + (shape.heads + h) * shape.head, *value = key + shape.key_value_heads * shape.head;
+        for (int64_t i = 0; i < group; ++i) turn(layer, layer.norm[OF_QUERIES], queries + (h * group + i) * shape.head, position);
+        turn(layer, layer.norm[OF_KEYS], key, position);
+        put(key, keys(index, sequence, h), position);
+        put(value, values(index, sequence, h), position);
+    }
 
+    void turn(const Layer& layer, const float* gain, float* of_head, int64_t position) const {
+        if (gain && shape.norm_of_heads) normalize(gain, of_head, shape.head, of_head);
+        if (layer.rotary < 0) return;
+        const Angles& table = angles[size_t(layer.rotary)];
+        kernels.rotate(of_head, table.cosines + position * table.half, table.sines + position * table.half, table.half);
+    }
+
+    void attend(const Pass& pass, const Layer& layer, int64_t index, int64_t t, int64_t h, float* scores) {
+        const int64_t group = shape.heads / shape.key_value_heads, end = pass.positions[t] + 1, first = h * group * shape.head;
+        const int64_t begin = layer.window && end > layer.window ? end - layer.window : 0;
+        kernels.attend({qkv.data() + t * qkv_width + first, keys(index, pass.sequences[t], h), values(index, pass.sequences[t], h),
+                        attended.data() + t * shape.heads * shape.head + first, group, shape.head, padded, begin, end,
+                        float(numbers.attention_scale), float(numbers.attention_cap), scores},
+                       shape.narrow_cache != 0);
+    }
+
+    static constexpr int PIECES = 4;  // of a product, for each thread
     int64_t padded, qkv_width, widest;
     std::vector<uint8_t> cache;
-    std::vector<float> added, qkv, attended, inner;  // what products write, and attention: of all threads
-    Tokens together;
+    std::vector<float> x, normed, added, qkv, attended, inner, gated;
+    Activations integers;
     std::vector<std::unique_ptr<Room>> rooms;
+    Pool pool;
 };
 
 }  // namespace pst
@@ -323,11 +279,15 @@ PST_API int pst_matrix_multiply(const void* matrix, const float* x, int64_t toke
         q.reserve(tokens, m.columns), q.begin(m);
         for (int64_t t = 0; t < tokens; ++t) kernels.quantize(m, x + t * m.columns, t, q);
     }
-    std::vector<uint8_t> rooms(size_t(pst::room_for(m.columns)) * size_t(threads));
-#pragma omp parallel for num_threads(threads)
-    for (int i = 0; i < threads; ++i)
+    const int64_t room = pst::room_for(m.columns);
+    std::vector<uint8_t> rooms(size_t(room * threads));
+    pst::Pool pool;
+    pool.grow(threads);
+    pool.wake(threads);
+    pool.run(threads, [&](int64_t i, int thread) {
         kernels.product({m, x, q, tokens, m.blocks() * i / threads, m.blocks() * (i + 1) / threads, y, m.rows,
-                         rooms.data() + size_t(pst::room_for(m.columns)) * size_t(i)});
+                         rooms.data() + room * thread});
+    });
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;
