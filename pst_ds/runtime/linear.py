@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pst_ds.core.formats import FORMATS, FormatError, PackedFormat, QuantizedFormat
 from pst_ds.core.packings import DENSE
+from pst_ds.runtime import gradients as gradients  # registers them
 from pst_ds.runtime import ops
 from pst_ds.runtime.backends import backend_for
 
@@ -173,7 +174,7 @@ class SparseLinear(nn.Module):
             return self._forward_codes(x)
         values: Tensor = self._parameters[self.format.values_name]  # type: ignore[assignment]
         x = self._accepted(x, values.dtype)
-        if x.requires_grad and torch.is_grad_enabled():
+        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return ops.dense_linear(x, self.dense_weight().to(x.device), self.bias)
         in_eager = type(x) is Tensor and not torch.compiler.is_compiling()
         if in_eager and self.format.name != "csr":
@@ -200,7 +201,7 @@ class SparseLinear(nn.Module):
 
     def _forward_codes(self, x: Tensor) -> Tensor:
         x = self._accepted(x, self._dtype)
-        if x.requires_grad and torch.is_grad_enabled():
+        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return ops.dense_linear(x, self.dense_weight().to(x.device), self.bias)
         in_eager = type(x) is Tensor and not torch.compiler.is_compiling()
         product = ops.quantized_linear if in_eager else torch.ops.pst_ds.quantized_linear

@@ -1,8 +1,8 @@
 """Products with packed weights, as operators of ``torch.ops.pst_ds``: bitmask_linear, quantized_linear, csr_linear.
 
 Eager code calls the Python functions below, which costs less; torch.compile and torch.export see the operators, with
-shapes from their meta kernels. They have no gradient: :class:`~pst_ds.runtime.linear.SparseLinear` takes a dense
-product where one is needed.
+shapes from their meta kernels and gradients from :mod:`pst_ds.runtime.gradients`. The functions have no gradient:
+:class:`~pst_ds.runtime.linear.SparseLinear` takes a dense product in eager code where one is needed.
 """
 
 from __future__ import annotations

@@ -106,6 +106,18 @@ def test_compiled_and_exported(form):
         torch.testing.assert_close(compiled(x), linear(x, weight, bias))
 
 
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[7], FORMS[11]], ids=id_of)
+def test_the_gradient_of_x_is_the_eager_one_when_compiled(form):
+    layer, *_ = made(form, torch.float32)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    grads = []
+    for forward in (layer, compiled):
+        x = numbers(3, layer.in_features).requires_grad_()
+        forward(x).square().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[1], grads[0])
+
+
 def test_what_does_not_fit_is_refused():
     layer, _, _ = made(FORMS[0])
     with pytest.raises(TypeError, match=r"x is torch\.float32, the sparse weight torch\.bfloat16"):
