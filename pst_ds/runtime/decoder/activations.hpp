@@ -12,17 +12,19 @@ struct Activations {
     std::vector<int16_t> q;
     std::vector<uint8_t> low, high;
     std::vector<float> scales;
+    std::vector<int32_t> sums;  // of a chunk's q
 
     void reserve(int64_t tokens, int64_t columns) {
         const size_t most = size_t(tokens * (round_up(columns, WORD) + 2 * PADDING));
         if (q.size() >= most) return;
         q.resize(most), low.resize(most), high.resize(most);
-        scales.resize(most);
+        scales.resize(most), sums.resize(most);
     }
     void begin(const Matrix& m) { stride = round_up(m.columns, WORD) + PADDING, chunks = m.chunks(); }
     const int16_t* q_of(int64_t token) const { return q.data() + token * stride; }
     const uint8_t* low_of(int64_t token) const { return low.data() + token * stride; }
     const uint8_t* high_of(int64_t token) const { return high.data() + token * stride; }
+    const int32_t* sums_of(int64_t token) const { return sums.data() + token * chunks; }
     const float* scales_of(int64_t token) const { return scales.data() + token * chunks; }
 };
 

@@ -104,6 +104,19 @@ inline __m256i two_columns(const int16_t* q) {
     return _mm256_set1_epi32(pair);
 }
 
+// Four vectors of 16 codes of 2 columns: those of 8 columns, 0 .. 15, or two of 4 columns.
+template <int BITS> inline void columns_at(const uint8_t* data, __m256i (&codes)[4]) {
+    if (BITS == 8) {
+        codes_at<8>(data, codes[0], codes[1]);
+        return codes_at<8>(data + 32, codes[2], codes[3]);
+    }
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)), lowest = _mm256_set1_epi16(15);
+    codes[0] = _mm256_and_si256(words, lowest);
+    codes[1] = _mm256_and_si256(_mm256_srli_epi16(words, 4), lowest);
+    codes[2] = _mm256_and_si256(_mm256_srli_epi16(words, 8), lowest);
+    codes[3] = _mm256_srli_epi16(words, 12);
+}
+
 template <int BITS, int TOKENS> inline void pair_rows(const ProductJob& job, int64_t block, int64_t token) {
     const Matrix& m = job.m;
     const uint8_t* data = m.data.data() + m.first_byte[size_t(block)];
@@ -111,16 +124,26 @@ template <int BITS, int TOKENS> inline void pair_rows(const ProductJob& job, int
     for (int64_t c = 0; c < m.chunks(); ++c) {
         sums.begin();
         const int16_t *q = job.q.q_of(token) + c * m.chunk, *end = job.q.q_of(token) + m.chunk_end(c);
-        for (; q < end; q += 4, data += BITS * 4) {
-            __m256i first, second;
+        for (; q + 8 <= end || (BITS == 4 && q < end); q += 8, data += BITS * 8) {
+            __m256i codes[4];
             if (TOKENS == 1) fetch_ahead(data);
-            codes_at<BITS>(data, first, second);
+            columns_at<BITS>(data, codes);
 #pragma GCC unroll 8
+            for (int t = 0; t < TOKENS; ++t)
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) sums.add(t, codes[i], two_columns(q + t * job.q.stride + 2 * i));
+        }
+        for (; q < end; q += 4, data += 32) {
+            __m256i first, second;
+            codes_at<8>(data, first, second);
             for (int t = 0; t < TOKENS; ++t) {
                 sums.add(t, first, two_columns(q + t * job.q.stride));
                 sums.add(t, second, two_columns(q + t * job.q.stride + 2));
             }
         }
+        if (BITS == 4)  // the codes are 8 too large
+            for (int t = 0; t < TOKENS; ++t)
+                sums.chunk[t] = _mm256_sub_epi32(sums.chunk[t], _mm256_set1_epi32(8 * job.q.sums_of(token + t)[c]));
         sums.end();
     }
     sums.store(job, block, token);

@@ -47,6 +47,9 @@ inline void quantize(const Matrix& m, const float* x, int64_t token, Activations
             std::memset(q + begin, 0, size_t(count) * sizeof(int16_t));
         else
             round_to_integers(x + begin, count, inverse, q + begin);
+        int32_t sum = 0;
+        for (int64_t i = begin; i < begin + count; ++i) sum += q[i];
+        to.sums[size_t(token * to.chunks + c)] = sum;
     }
     const int64_t stride = to.stride;  // not read again after every byte, which might alias it
     std::memset(q + m.columns, 0, size_t(stride - m.columns) * sizeof(int16_t));

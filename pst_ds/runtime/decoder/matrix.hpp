@@ -66,16 +66,20 @@ struct Codes {
 
 inline uint8_t nibbles(int low, int high) { return uint8_t((low & 15) | (high & 15) << 4); }
 
-// 2 columns of 8 rows: codes[row][2], 16 bytes; of 4 bits the next 2 columns are in the upper halves. Always 4 columns.
+// 8 bits: codes[row][2] of 2 columns, 16 bytes, and always 4 columns. 4 bits: words of 16 bits, [row][2], each with the codes
+// + 8 of 4 pairs of columns, from its lowest bits on: 32 bytes for 8 columns.
 inline void pack_pairs(Matrix& m, const Codes& from) {
-    const int64_t step = m.bits == 4 ? 4 : 2;
+    const int64_t step = m.bits == 4 ? 8 : 2;
     m.first_byte.resize(size_t(m.blocks() + 1));
     for (int64_t block = 0; block < m.blocks(); ++block) {
         m.first_byte[size_t(block)] = int64_t(m.data.size());
-        for (int64_t column = 0; column < round_up(m.columns, 4); column += step)
+        for (int64_t column = 0; column < round_up(m.columns, m.bits == 4 ? 8 : 4); column += step)
             for (int64_t row = block * ROWS; row < (block + 1) * ROWS; ++row)
-                for (int64_t i = column; i < column + 2; ++i)
-                    m.data.push_back(m.bits == 4 ? nibbles(from.at(row, i), from.at(row, i + 2)) : uint8_t(from.at(row, i)));
+                for (int64_t i = column; i < column + 2; ++i) {
+                    const auto code = [&](int64_t pair) { return from.at(row, i + 2 * pair) + 8; };
+                    m.data.push_back(m.bits == 4 ? nibbles(code(0), code(1)) : uint8_t(from.at(row, i)));
+                    if (m.bits == 4) m.data.push_back(nibbles(code(2), code(3)));
+                }
     }
     m.first_byte.back() = int64_t(m.data.size());
     m.data.resize(m.data.size() + PADDING);

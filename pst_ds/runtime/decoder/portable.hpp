@@ -24,15 +24,15 @@ inline void code_rows(const ProductJob& job, int64_t block, int64_t token) {
                     }
                 }
             }
+        } else if (m.bits == 4) {
+            for (int64_t column = c * m.chunk; column < m.chunk_end(c); column += 8, data += 32)
+                for (int i = 0; i < 64; ++i) {  // word i / 4, nibble i % 4
+                    const uint8_t byte = data[i / 2];
+                    add(i / 8, column + i % 4 * 2 + i / 4 % 2, (i % 2 ? byte >> 4 : byte & 15) - 8);
+                }
         } else {
-            const int64_t step = m.bits == 4 ? 4 : 2;
-            for (int64_t column = c * m.chunk; column < m.chunk_end(c); column += step, data += 16)
-                for (int row = 0; row < 8; ++row)
-                    for (int i = 0; i < 2; ++i) {
-                        const uint8_t byte = data[row * 2 + i];
-                        add(row, column + i, m.bits == 8 ? int8_t(byte) : low(byte));
-                        if (m.bits == 4) add(row, column + 2 + i, high(byte));
-                    }
+            for (int64_t column = c * m.chunk; column < m.chunk_end(c); column += 2, data += 16)
+                for (int i = 0; i < 16; ++i) add(i / 2, column + i % 2, int8_t(data[i]));
         }
         const uint16_t* scales = m.scales.data() + (block * m.chunks() + c) * ROWS;
         for (int row = 0; row < 8; ++row)
