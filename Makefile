@@ -16,7 +16,7 @@ KERNEL_TESTS := interpreted
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo lint types test test-unit check constraints bench docs clean
+.PHONY: venv demo lint types test test-unit check constraints bench gpu docs clean
 .NOTPARALLEL:
 
 venv: $(STAMP)
@@ -63,6 +63,10 @@ bench: venv
 	$(BIN)/python -m tools.bench.pack --json
 	$(BIN)/python -m tools.bench.runtime --json
 	$(BIN)/python -m tools.bench.decode --json
+
+# ten minutes on a machine with a GPU; writes runs/gpu.json and runs/gpu.md
+gpu: venv
+	$(BIN)/python -m tools.gpu
 
 docs: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'

@@ -1,0 +1,1 @@
+"""What a GPU does with PST, measured in ten minutes, beside what ``pst-ds plan`` predicts: ``make gpu``."""

@@ -1,0 +1,181 @@
+"""The sections of ``make gpu``: each returns rows of what was measured, beside what is predicted."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.config.pst import PSTConfig
+from pst_ds.masks.update import update_masks
+from pst_ds.nn.inject import inject_pst, pst_layers
+from pst_ds.planning.activations import trace_micro_batch
+from pst_ds.planning.counts import COUNTS
+from pst_ds.planning.memory import ZeroSettings, memory_plan
+from pst_ds.planning.shapes import model_numbers
+from pst_ds.planning.time import Batch, TimePlan, time_plan
+from pst_ds.runtime import SparseLinear
+from tools.gpu.bench import Bench
+
+Row = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[2]
+PATTERNS = ("matrix", "global", "row", "2:4", "16x1")
+SPARSITIES = (0.5, 0.8, 0.9)
+
+
+def marked_tests(bench: Bench) -> list[Row]:
+    """Run the tests marked gpu; where there is no GPU, collect them alone."""
+    collect = [] if bench.device.type == "cuda" else ["--collect-only"]
+    files = sorted(str(p) for p in (ROOT / "tests").rglob("test_*.py") if "mark.gpu\n" in p.read_text(encoding="utf-8"))
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", "0", *collect, *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    return [
+        {"what": "tests marked gpu", "measured": (done.stdout.strip().splitlines() or [""])[-1], "rc": done.returncode}
+    ]
+
+
+def _layers(bench: Bench, side: int, pattern: str = "matrix", device: torch.device | None = None) -> nn.Module:
+    """Return three layers of (side, side) in bf16, the same on every device, whose factors are not zero."""
+    torch.manual_seed(3)
+    model = nn.Sequential(*[nn.Linear(side, side, bias=False) for _ in range(3)]).bfloat16()
+    inject_pst(model, PSTConfig(pattern=pattern, modules_to_save=(), target_modules=("0", "1", "2")))
+    for param in model.parameters():
+        if param.requires_grad:
+            param.data = (torch.randn(param.shape) * 0.2).to(param.dtype)
+    return model.to(device or bench.device)
+
+
+def bits(bench: Bench) -> list[Row]:
+    """Choose masks here and on the CPU, which must be the same to the bit."""
+    rows = []
+    for pattern in PATTERNS:
+        here, there = (
+            update_masks(_layers(bench, bench.sizes.updates[0], pattern, device), 0.5).checksum
+            for device in (bench.device, torch.device("cpu"))
+        )
+        rows.append({"what": f"masks of {pattern!r} as on the CPU", "measured": here == there})
+    return rows
+
+
+def _trained(bench: Bench, kind: str) -> nn.Module:
+    model: nn.Module = bench.llama()
+    if kind == "pst":
+        inject_pst(model, PSTConfig(modules_to_save=()))
+    elif kind == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+    return model
+
+
+def planned(bench: Bench) -> tuple[TimePlan, int]:
+    """Return times and peak bytes that are predicted for the training step of :func:`steps`."""
+    model = inject_pst(nn.Module.to(bench.llama(), "meta"), PSTConfig(modules_to_save=(), relative_magnitude=False))
+    numbers, zero = (
+        model_numbers(model, device=bench.machine.device),
+        ZeroSettings(stage=None, backend=bench.machine.backend),
+    )
+    tokens = bench.sizes.tokens
+    trace = trace_micro_batch(model, batch=1, sequence=tokens, checkpointing=False)
+    batch = Batch(tokens, tokens, moved=trace.moved, launches=trace.launches)
+    memory = memory_plan(numbers, zero, activations=trace.activations, device=bench.machine.device)
+    return time_plan(numbers, zero, batch, bench.machine), memory.peak
+
+
+def steps(bench: Bench) -> list[Row]:
+    """Train PST, full fine-tuning and PEFT's LoRA with AdamW on one device; PST's peak stands beside the plan's."""
+    times, peak = planned(bench)
+    predicted = {"pst": times.step, "full": times.full_step}
+    found: dict[str, float] = {}
+    rows: list[Row] = []
+    for kind in ("pst", "full", "lora"):
+        try:
+            model = _trained(bench, kind)
+        except ImportError:
+            rows.append({"what": f"step, {kind}", "measured": None, "why": "peft is not installed"})
+            continue
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+        ids = torch.randint(0, bench.sizes.vocabulary, (1, bench.sizes.tokens), device=bench.device)
+
+        def step(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer, ids: Tensor = ids) -> None:
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+
+        if bench.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        found[kind] = bench.seconds(step)
+        rows.append({"what": f"step, {kind}, ms", "measured": found[kind] * 1e3,
+                     "predicted": predicted[kind] * 1e3 if kind in predicted else None})  # fmt: skip
+        if kind == "pst":
+            used = torch.cuda.max_memory_allocated() / 1e9 if bench.device.type == "cuda" else None
+            rows.append({"what": "peak memory, pst, GB", "measured": used, "predicted": peak / 1e9})
+        del model, optimizer
+    for kind in ("full", "lora"):
+        if kind in found:
+            rows.append({"what": f"step, pst / {kind}", "measured": found["pst"] / found[kind],
+                         "predicted": predicted["pst"] / predicted[kind] if kind in predicted else None})  # fmt: skip
+    return rows
+
+
+def updates(bench: Bench) -> list[Row]:
+    """Choose masks of three matrices at three sizes."""
+    rows = []
+    for side in bench.sizes.updates:
+        model = _layers(bench, side)
+        shares = iter([0.3, 0.5] * bench.sizes.repeats * 2)
+        measured = bench.seconds(lambda model=model, shares=shares: update_masks(model, next(shares)))  # type: ignore[misc]
+        plan = time_plan(model_numbers(model), ZeroSettings(stage=None), Batch(1, 1), bench.machine)
+        rows.append({"what": f"mask update, 3 x {side} x {side}, ms", "measured": measured * 1e3,
+                     "predicted": plan.update * 1e3})  # fmt: skip
+    return rows
+
+
+def kernels(bench: Bench) -> list[Row]:
+    """Time the merge, and the backward pass less its products, against the bytes that they are counted to move."""
+    outputs, inputs = bench.sizes.matrix
+    model = nn.Sequential(nn.Linear(inputs, outputs, bias=False)).bfloat16()
+    inject_pst(model, PSTConfig(modules_to_save=(), target_modules=("0",)))
+    (layer,) = pst_layers(model.to(bench.device)).values()
+    counts, weights = COUNTS[bench.machine.code], outputs * inputs
+    few = 16
+    x = torch.randn(few, inputs, device=bench.device, dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    dy = torch.randn_like(y)
+    merge = bench.seconds(layer.masked_weight)
+    backward = bench.seconds(lambda: torch.autograd.grad(y, x, dy, retain_graph=True))
+    rate = bench.machine.memory_bytes
+    return [
+        {"what": "M . W, us", "measured": merge * 1e6, "predicted": weights * counts.merge_bytes / rate * 1e6},
+        {"what": f"backward of {few} tokens, us", "measured": backward * 1e6,
+         "predicted": weights * (counts.backward_bytes + 4) / rate * 1e6},
+    ]  # fmt: skip
+
+
+def decode(bench: Bench) -> list[Row]:
+    """Multiply one vector with a bitmask layer, against the dense product."""
+    outputs, inputs = bench.sizes.matrix
+    dense = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randn(1, inputs, device=bench.device, dtype=torch.bfloat16)
+    there = dense.to(bench.device)
+    rows = []
+    with torch.no_grad():
+        plain = bench.seconds(lambda: torch.nn.functional.linear(x, there))
+        for sparsity in SPARSITIES:
+            kept = torch.rand(outputs, inputs, generator=torch.Generator().manual_seed(1)) >= sparsity
+            layer = SparseLinear.from_dense(dense * kept).to(bench.device)
+            packed = bench.seconds(lambda layer=layer: layer(x))  # type: ignore[misc]
+            bound = 2 / (2 * (1 - sparsity) + 1 / 8)
+            rows.append({"what": f"one vector, dense / bitmask at {sparsity:.0%}", "measured": plain / packed,
+                         "predicted": bound})  # fmt: skip
+    return rows
+
+
+SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
+    "tests": marked_tests, "bits": bits, "steps": steps, "updates": updates, "kernels": kernels, "decode": decode,
+}  # fmt: skip
