@@ -111,34 +111,34 @@ class Decoder:
 
         Raises ValueError where they do not fit into the context, and without any.
         """
-        tokens = torch.as_tensor(ids, dtype=torch.long).flatten()
-        if not tokens.numel():
+        tokens = _numbers(ids)
+        if not tokens:
             raise ValueError("forward takes at least one token")
         self._require_room(self._lengths[sequence] + len(tokens))
         found: list[Tensor] = []
-        for part in tokens.split(self._most):
-            is_last = len(found) * self._most + len(part) == len(tokens) or all_logits
-            wanted = torch.arange(len(part)) if all_logits else torch.arange(len(part) - 1, len(part))
-            found.append(self._pass(part, torch.full_like(part, sequence), wanted if is_last else wanted[:0]))
+        for first in range(0, len(tokens), self._most):
+            part = tokens[first : first + self._most]
+            last = [len(part) - 1] if first + len(part) == len(tokens) else []
+            found.append(self._pass(part, [sequence] * len(part), range(len(part)) if all_logits else last))
         return torch.cat(found) if all_logits else found[-1][0]
 
     def step(self, ids: Sequence[int] | Tensor, sequences: Sequence[int] | None = None) -> Tensor:
         """Append one token to each of ``sequences`` (by default the first ones); return logits (tokens, vocabulary)."""
-        tokens = torch.as_tensor(ids, dtype=torch.long).flatten()
-        of = torch.arange(len(tokens)) if sequences is None else torch.as_tensor(sequences, dtype=torch.long)
-        if len(of) != len(tokens) or len(of.unique()) != len(of):
-            raise ValueError(f"one token for each of different sequences, got {len(tokens)} for {of.tolist()}")
-        return self._pass(tokens, of, torch.arange(len(tokens)))
+        tokens = _numbers(ids)
+        of = list(range(len(tokens)) if sequences is None else sequences)
+        if len(of) != len(tokens) or len(set(of)) != len(of):
+            raise ValueError(f"one token for each of different sequences, got {len(tokens)} for {of}")
+        return self._pass(tokens, of, range(len(tokens)))
 
-    def _pass(self, ids: Tensor, sequences: Tensor, wanted: Tensor) -> Tensor:
-        if int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary:
-            raise ValueError(f"tokens are 0 to {self.vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}")
+    def _pass(self, ids: list[int], sequences: list[int], wanted: Sequence[int]) -> Tensor:
+        if min(ids) < 0 or max(ids) >= self.vocabulary:
+            raise ValueError(f"tokens are 0 to {self.vocabulary - 1}, got {min(ids)} to {max(ids)}")
         positions, lengths = [], list(self._lengths)
-        for sequence in sequences.tolist():
+        for sequence in sequences:
             positions.append(lengths[sequence])
             lengths[sequence] += 1
         self._require_room(max(lengths))
-        logits = self._loop.run(self._embeddings.rows(ids), sequences, torch.tensor(positions), wanted, self.threads)
+        logits = self._loop.run(ids, sequences, positions, wanted, self.threads)
         self._lengths = lengths
         return logits
 
@@ -191,6 +191,10 @@ class Decoder:
             going = [number for number, _ in left]
             logits = list(self.step([token for _, token in left], going)) if left else []
         return written
+
+
+def _numbers(ids: Sequence[int] | Tensor) -> list[int]:
+    return ids.flatten().tolist() if isinstance(ids, Tensor) else [int(token) for token in ids]
 
 
 def _require_same(decoder: Decoder, model: Any) -> None:

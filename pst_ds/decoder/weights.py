@@ -55,8 +55,15 @@ class Embeddings:
 
     weight: Tensor | None
     table: StoredTable | None
-    width: int
     scale: float = 1.0
+
+    def put(self, loop: Loop) -> None:
+        """Hand the rows to ``loop``, which reads them where they are."""
+        if self.table is not None:
+            loop.set_embedding(self.table.codes, self.table.scales, self.table.bits, self.table.group, self.scale)
+        else:
+            assert self.weight is not None
+            loop.set_embedding(self.weight, None, 8 * self.weight.element_size(), 0, self.scale)
 
     @property
     def num_rows(self) -> int:
@@ -65,23 +72,11 @@ class Embeddings:
         assert held is not None
         return held.shape[0]
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """Return fp32 rows (tokens, width)."""
-        if self.table is None:
-            assert self.weight is not None
-            return (self.weight[ids].float() * self.scale).contiguous()
-        codes = self.table.codes[ids]
-        codes = unpack_nibbles(codes, self.width) if self.table.bits == 4 else codes
-        scales = self.table.scales[ids].float()
-        groups = codes.float().view(len(ids), scales.shape[1], -1) * scales[..., None]
-        return groups.view(len(ids), self.width) * self.scale
-
 
 def embeddings_of(module: Any, tables: Mapping[int, StoredTable], scale: float) -> Embeddings:
     """Return the rows of an embedding module; ``tables``: codes of modules by their id()."""
     table = tables.get(id(module))
-    weight = None if table is not None else narrowed(module.weight.detach())
-    return Embeddings(weight, table, module.weight.shape[1], scale)
+    return Embeddings(None if table is not None else narrowed(module.weight.detach()), table, scale)
 
 
 @dataclass(slots=True)
@@ -89,6 +84,7 @@ class Weights:
     """A table with its matrices in memory, of which any number of loops are made. The model itself can go."""
 
     table: DecoderTable
+    embeddings: Embeddings
     products: dict[tuple[int, str], tuple[list[Matrix], Tensor | None]]
     """Matrices side by side, and their biases, by layer and name; the output layer is (0, "head")."""
 
@@ -104,12 +100,13 @@ class Weights:
         is_tied = isinstance(head, nn.Linear) and head.weight is table.embeddings.weight
         matrix = matrix_of("the output layer", head, embeddings.table if is_tied else None)
         products[0, "head"] = ([matrix], joined_bias([head]))
-        return cls(table.without_modules(), products)
+        return cls(table.without_modules(), embeddings, products)
 
     def loop(self, context: int, sequences: int, most: int, narrow_cache: int) -> Loop:
         """Return a loop with an empty cache; ``most``: tokens in a pass. Raises MemoryError."""
         more = {"context": context, "sequences": sequences, "most": most, "narrow_cache": narrow_cache}
         loop = Loop(self.table.shape | more, self.table.numbers)
+        self.embeddings.put(loop)
         for cosines, sines in self.table.angles:
             loop.add_angles(cosines, sines)
         for (index, name), (matrices, bias) in self.products.items():

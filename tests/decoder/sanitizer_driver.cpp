@@ -60,8 +60,8 @@ bool product_is_wrong(int level) {
 
 // A decoder of odd sizes: every token in a pass of its own gives the logits of all in one pass.
 bool decoder_is_wrong(int level) {
-    const int64_t group = between(1, 3), kv = between(1, 3), head = 2 * between(1, 20), context = between(3, 20);
-    const pst::Shape shape{between(1, 2), between(1, 70), group * kv, kv, head, between(1, 70), between(1, 50), context,
+    const int64_t share = between(1, 3), kv = between(1, 3), head = 2 * between(1, 20), context = between(3, 20);
+    const pst::Shape shape{between(1, 2), between(1, 70), share * kv, kv, head, between(1, 70), between(1, 50), context,
                            between(1, 3), context, between(0, 5), between(0, 1), between(0, 1), between(0, 1)};
     const pst::Numbers numbers{1e-5, 0.3, double(between(0, 1) * 5), double(between(0, 1) * 5), 0.5, 0.7};
     const int64_t sizes[pst::LINEARS][2] = {{(shape.heads + 2 * kv) * head, shape.hidden}, {shape.hidden, shape.heads * head},
@@ -91,15 +91,22 @@ bool decoder_is_wrong(int level) {
     const void* head_matrix = weights.back()->matrix.get();
     pst_decoder_linear(decoder, 0, -1, &head_matrix, 1, nullptr);
     pst_decoder_norm(decoder, 0, -1, vector(shape.hidden));
-    const std::vector<float> x = normals(context * shape.hidden);
+    const int bits = 1 << between(2, 5);
+    const int64_t rows = between(1, 9), group = between(0, 1) * 32, groups = group ? (shape.hidden + group - 1) / group : 1;
+    std::vector<uint8_t> table(static_cast<size_t>(rows * (bits == 4 ? (shape.hidden + 1) / 2 : shape.hidden * bits / 8)));
+    for (size_t i = 0; i < table.size(); ++i) table[i] = uint8_t(bits < 16 || i % size_t(bits / 8) ? between(0, 63) : 0);
+    const std::vector<uint16_t> scales(static_cast<size_t>(rows * groups), 0x3c00);
+    pst_decoder_embedding(decoder, table.data(), bits > 8 ? nullptr : scales.data(), bits, bits > 8 ? 0 : group, 2.0f);
+    std::vector<int64_t> ids;
+    for (int64_t i = 0; i < context; ++i) ids.push_back(between(0, rows - 1));
     const std::vector<int64_t> sequence(static_cast<size_t>(context), shape.sequences - 1);
     std::vector<int64_t> positions;
     for (int64_t i = 0; i < context; ++i) positions.push_back(i);
     std::vector<float> together(static_cast<size_t>(context * shape.vocabulary)), alone = together;
-    pst_decoder_run(decoder, x.data(), sequence.data(), positions.data(), context, positions.data(), context, together.data(), 2);
+    pst_decoder_run(decoder, ids.data(), sequence.data(), positions.data(), context, positions.data(), context, together.data(), 2);
     const int64_t first = 0;
     for (int64_t i = 0; i < context; ++i)
-        pst_decoder_run(decoder, x.data() + i * shape.hidden, sequence.data(), positions.data() + i, 1, &first, 1,
+        pst_decoder_run(decoder, ids.data() + i, sequence.data(), positions.data() + i, 1, &first, 1,
                         alone.data() + i * shape.vocabulary, 1);
     pst_decoder_free(decoder);
     return std::memcmp(together.data(), alone.data(), together.size() * sizeof(float)) != 0;

@@ -56,7 +56,6 @@ def test_a_folder_gives_the_logits_of_transformers(folders, ids, name):
     decoder = Decoder.from_pretrained(folders / name, threads=1, cache="fp32")
     got = decoder.forward(ids, all_logits=True)
     assert torch.cosine_similarity(got.double(), expected.double(), dim=-1).min() > 1 - 1e-5
-    assert torch.equal(decoder._embeddings.rows(ids), model.get_input_embeddings()(ids).detach().float())
 
 
 def test_the_model_is_not_kept_in_memory(folders):

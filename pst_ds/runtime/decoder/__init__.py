@@ -47,6 +47,7 @@ SOURCE = NativeSource(
         "pst_decoder_linear": ([POINTER, INT, c_int, POINTER, INT, POINTER], None),
         "pst_decoder_norm": ([POINTER, INT, c_int, POINTER], None),
         "pst_decoder_attention": ([POINTER, INT, INT, INT], None),
+        "pst_decoder_embedding": ([POINTER, POINTER, POINTER, c_int, INT, ctypes.c_float], None),
         "pst_decoder_run": ([POINTER, POINTER, POINTER, POINTER, INT, POINTER, INT, POINTER, c_int], c_int),
     },
     "native decoding",
@@ -187,24 +188,45 @@ class Loop:
         """Let a layer look back over ``window`` positions, 0 for all, turned by table ``angles``, -1 for none."""
         self._library.pst_decoder_attention(self.handle, layer, window, angles)
 
-    def run(self, embeddings: Tensor, sequences: Tensor, positions: Tensor, wanted: Tensor, threads: int) -> Tensor:
+    def set_embedding(self, rows: Tensor, scales: Tensor | None, bits: int, group: int, scale: float) -> None:
+        """Set the embedding: fp32 or bf16 ``rows`` (vocabulary, hidden), or codes of 8 or 4 ``bits`` and their scales.
+
+        ``scales``: bf16 (vocabulary, groups). ``group``: columns that share one, 0: a row. ``scale``: of all rows.
+        """
+        self._num_rows = rows.shape[0]
+        held = [rows.detach().contiguous(), None if scales is None else scales.contiguous()]
+        self._keep += held
+        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in held]
+        self._library.pst_decoder_embedding(self.handle, *pointers, bits, group, scale)
+
+    def run(
+        self,
+        ids: Sequence[int],
+        sequences: Sequence[int],
+        positions: Sequence[int],
+        wanted: Sequence[int],
+        threads: int,
+    ) -> Tensor:
         """Run tokens through all layers, and return fp32 logits (number wanted, vocabulary).
 
-        ``embeddings``: fp32 (tokens, hidden). ``sequences`` and ``positions``: int64 (tokens,); what a sequence has
-        before a position must be in its cache, or in this pass. ``wanted``: int64 indices of tokens.
+        ``sequences``, ``positions``: of every token; what a sequence has before a position must be in its cache, or in
+        this pass. ``wanted``: which tokens' logits.
         """
-        tokens, shape = embeddings.shape[0], self.shape
-        assert embeddings.dtype == torch.float32
-        assert sequences.dtype == positions.dtype == wanted.dtype == torch.int64
-        assert tokens <= shape["most"]
-        assert all(0 <= p < shape["context"] for p in positions.tolist())
-        assert all(0 <= s < shape["sequences"] for s in sequences.tolist())
-        logits = embeddings.new_empty(wanted.numel(), shape["vocabulary"])
-        held = [tensor.contiguous() for tensor in (embeddings, sequences, positions, wanted)]  # alive until it returns
-        x, of, at, those = (tensor.data_ptr() for tensor in held)
-        failed = self._library.pst_decoder_run(
-            self.handle, x, of, at, tokens, those, wanted.numel(), logits.data_ptr(), threads
+        shape, count = self.shape, len(ids)
+        assert count == len(sequences) == len(positions) <= shape["most"]
+        limits = (
+            (ids, self._num_rows),
+            (sequences, shape["sequences"]),
+            (positions, shape["context"]),
+            (wanted, count),
         )
+        assert all(0 <= value < limit for values, limit in limits for value in values)
+        numbers = ctypes.c_int64 * count
+        logits = torch.empty(len(wanted), shape["vocabulary"])
+        failed = self._library.pst_decoder_run(
+            self.handle, numbers(*ids), numbers(*sequences), numbers(*positions), count,
+            (ctypes.c_int64 * len(wanted))(*wanted), len(wanted), logits.data_ptr(), threads,
+        )  # fmt: skip
         if failed:
-            raise MemoryError(f"no memory for a pass of {tokens} tokens")
+            raise MemoryError(f"no memory for a pass of {count} tokens")
         return logits

@@ -44,10 +44,33 @@ struct Numbers {
     double epsilon, attention_scale, attention_cap, logits_cap, logits_scale, residual_scale;
 };
 
-// What a pass is asked: tokens by their embeddings, each of a sequence and at a position; logits of some.
+// Rows of the embedding, not owned: fp32 or bf16 numbers (32 or 16 bits), or codes with a scale for each `group` columns.
+struct Embedding {
+    const uint8_t* rows = nullptr;
+    const uint16_t* scales = nullptr;
+    int bits = 0;
+    int64_t width = 0, group = 0;
+    float scale = 1;
+
+    void read(int64_t id, float* to) const {
+        const int64_t groups = bits > 8 ? 0 : (width + group - 1) / group;
+        const uint8_t* row = rows + id * (bits == 4 ? (width + 1) / 2 : width * bits / 8);
+        for (int64_t i = 0; i < width; ++i) {
+            if (bits == 32) std::memcpy(to + i, row + 4 * i, 4);
+            bf16 narrow = 0;
+            if (bits == 16) std::memcpy(&narrow, row + 2 * i, 2);
+            if (bits == 16) to[i] = widen(narrow);
+            if (bits == 8) to[i] = float(int8_t(row[i]));
+            if (bits == 4) to[i] = float((((i % 2 ? row[i / 2] >> 4 : row[i / 2]) & 15) ^ 8) - 8);
+            if (bits <= 8) to[i] *= widen(scales[id * groups + i / group]);
+            to[i] *= scale;
+        }
+    }
+};
+
+// What a pass is asked: tokens, each of a sequence and at a position; logits of some.
 struct Pass {
-    const float* embeddings;
-    const int64_t *sequences, *positions, *wanted;
+    const int64_t *ids, *sequences, *positions, *wanted;
     int64_t tokens, num_wanted;
     float* logits;
 };
@@ -86,6 +109,7 @@ class Decoder {
     const Functions& kernels;
     std::vector<Layer> layers;
     std::vector<Angles> angles;
+    Embedding embedding;
     const float* last_norm = nullptr;
     Linear head;
 
@@ -117,7 +141,7 @@ class Decoder {
 
     void work(const Pass& pass) {
         const int64_t hidden = shape.hidden;
-        std::memcpy(x.data(), pass.embeddings, size_t(pass.tokens * hidden) * sizeof(float));
+        each(pass.tokens, [&](int64_t t) { embedding.read(pass.ids[t], x.data() + t * hidden); });
         for (int64_t i = 0; i < shape.layers; ++i) run_layer(pass, layers[size_t(i)], i);
         if (!pass.num_wanted) return;
         each(pass.num_wanted, [&](int64_t i) {
@@ -235,7 +259,7 @@ class Decoder {
                        shape.narrow_cache != 0);
     }
 
-    static constexpr int PIECES = 4;  // of a product, for each thread
+    static constexpr int PIECES = 2;  // of a product, for each thread
     int64_t padded, qkv_width, widest;
     std::vector<uint8_t> cache;
     std::vector<float> x, normed, added, qkv, attended, inner, gated;
@@ -333,9 +357,15 @@ PST_API void pst_decoder_attention(void* decoder, int64_t layer, int64_t window,
     d.layers[size_t(layer)].window = window, d.layers[size_t(layer)].rotary = rotary;
 }
 
-PST_API int pst_decoder_run(void* decoder, const float* embeddings, const int64_t* sequences, const int64_t* positions,
+PST_API void pst_decoder_embedding(void* decoder, const void* rows, const uint16_t* scales, int bits, int64_t group, float scale) {
+    auto& d = *static_cast<pst::Decoder*>(decoder);
+    const int64_t width = d.shape.hidden;
+    d.embedding = {static_cast<const uint8_t*>(rows), scales, bits, width, group ? group : std::max<int64_t>(1, width), scale};
+}
+
+PST_API int pst_decoder_run(void* decoder, const int64_t* ids, const int64_t* sequences, const int64_t* positions,
                             int64_t tokens, const int64_t* wanted, int64_t num_wanted, float* logits, int threads) try {
-    static_cast<pst::Decoder*>(decoder)->run({embeddings, sequences, positions, wanted, tokens, num_wanted, logits}, threads);
+    static_cast<pst::Decoder*>(decoder)->run({ids, sequences, positions, wanted, tokens, num_wanted, logits}, threads);
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;
