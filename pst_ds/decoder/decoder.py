@@ -24,7 +24,8 @@ Activations are rounded to some 14 bits; what that moves in a model that pruning
 that was seen, 7e-5."""
 PROBE_TOKENS = 24
 TOKENS_IN_A_PASS = 128
-CACHES = {"bf16": 1, "fp32": 0}
+CACHES = {"fp32": 32, "bf16": 16, "int8": 8}
+"""Bits of keys and values. int8: codes, with a scale for every position of a head."""
 
 
 class Decoder:
@@ -39,7 +40,7 @@ class Decoder:
     ):  # fmt: skip
         """``tables``: embeddings that are codes, by the id() of their module. Mostly made by the class methods."""
         if cache not in CACHES:
-            raise DecoderError(f"cache={cache!r}: keys and values are kept in {' or '.join(CACHES)}")
+            raise DecoderError(f"cache={cache!r}: keys and values are kept in {', '.join(CACHES)}")
         require_library()
         self.threads = threads or torch.get_num_threads()
         self.context, self.sequences = table.shape["context"], sequences
@@ -47,7 +48,7 @@ class Decoder:
         self._most = max(TOKENS_IN_A_PASS, sequences)
         self._embeddings = embeddings_of(table.embeddings, tables or {}, table.embedding_scale)
         self._weights = Weights.of(table, self._embeddings)
-        self._loop = self._weights.loop(self.context, sequences, self._most, narrow_cache=CACHES[cache])
+        self._loop = self._weights.loop(self.context, sequences, self._most, cache_bits=CACHES[cache])
 
     @property
     def weight_bytes(self) -> int:
@@ -87,7 +88,7 @@ class Decoder:
         """Return a decoder of the same weights in memory, with one empty sequence of ``context`` positions in fp32."""
         other = copy.copy(self)
         other.context, other.sequences, other._lengths = min(context, self.context), 1, [0]
-        other._loop = self._weights.loop(other.context, 1, self._most, narrow_cache=0)
+        other._loop = self._weights.loop(other.context, 1, self._most, cache_bits=32)
         return other
 
     @property

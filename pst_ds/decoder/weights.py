@@ -102,9 +102,9 @@ class Weights:
         products[0, "head"] = ([matrix], joined_bias([head]))
         return cls(table.without_modules(), embeddings, products)
 
-    def loop(self, context: int, sequences: int, most: int, narrow_cache: int) -> Loop:
-        """Return a loop with an empty cache; ``most``: tokens in a pass. Raises MemoryError."""
-        more = {"context": context, "sequences": sequences, "most": most, "narrow_cache": narrow_cache}
+    def loop(self, context: int, sequences: int, most: int, cache_bits: int) -> Loop:
+        """Return a loop with an empty cache of 32, 16 or 8 bits; ``most``: tokens in a pass. Raises MemoryError."""
+        more = {"context": context, "sequences": sequences, "most": most, "cache_bits": cache_bits}
         loop = Loop(self.table.shape | more, self.table.numbers)
         self.embeddings.put(loop)
         for cosines, sines in self.table.angles:

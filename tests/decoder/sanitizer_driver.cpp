@@ -62,7 +62,7 @@ bool product_is_wrong(int level) {
 bool decoder_is_wrong(int level) {
     const int64_t share = between(1, 3), kv = between(1, 3), head = 2 * between(1, 20), context = between(3, 20);
     const pst::Shape shape{between(1, 2), between(1, 70), share * kv, kv, head, between(1, 70), between(1, 50), context,
-                           between(1, 3), context, between(0, 5), between(0, 1), between(0, 1), between(0, 1)};
+                           between(1, 3), context, between(0, 5), between(0, 1), 8 << between(0, 2), between(0, 1)};
     const pst::Numbers numbers{1e-5, 0.3, double(between(0, 1) * 5), double(between(0, 1) * 5), 0.5, 0.7};
     const int64_t sizes[pst::LINEARS][2] = {{(shape.heads + 2 * kv) * head, shape.hidden}, {shape.hidden, shape.heads * head},
                                             {shape.inner * (shape.gated ? 2 : 1), shape.hidden}, {shape.hidden, shape.inner}};

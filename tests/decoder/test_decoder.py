@@ -157,8 +157,8 @@ def test_what_a_call_refuses(folders, ids):
 
 
 def test_what_cannot_be_opened(folders, tmp_path):
-    with pytest.raises(DecoderError, match="bf16 or fp32"):
-        Decoder.from_pretrained(folders / "int8", cache="int8")
+    with pytest.raises(DecoderError, match="fp32, bf16, int8"):
+        Decoder.from_pretrained(folders / "int8", cache="int4")
     with pytest.raises(InputError, match="no such folder"):
         Decoder.from_pretrained(tmp_path / "none")
 

@@ -58,7 +58,7 @@ def test_logits_are_those_of_transformers(family):
     model = _model(family)
     ids = torch.randint(0, 97, (40,))
     expected = _expected(model, ids)
-    for cache, least in (("fp32", 1 - 1e-6), ("bf16", 0.9995)):
+    for cache, least in (("fp32", 1 - 1e-6), ("bf16", 0.9995), ("int8", 0.995)):
         decoder = Decoder.from_model(model, 64, threads=1, cache=cache)
         parts = [decoder.forward(ids[:20], all_logits=True)]
         parts += [decoder.forward(ids[i : i + 1], all_logits=True) for i in range(20, 40)]

@@ -27,7 +27,7 @@ LINEARS = ("qkv", "output", "gate_up", "down")
 NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "queries", "keys")
 SHAPE = (
     "layers", "hidden", "heads", "key_value_heads", "head", "inner", "vocabulary", "context", "sequences", "most",
-    "activation", "gated", "narrow_cache", "norm_of_heads",
+    "activation", "gated", "cache_bits", "norm_of_heads",
 )  # fmt: skip
 NUMBERS = ("epsilon", "attention_scale", "attention_cap", "logits_cap", "logits_scale", "residual_scale")
 _FOLDER = Path(__file__).parent

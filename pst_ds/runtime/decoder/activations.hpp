@@ -44,6 +44,7 @@ struct ProductJob {
 struct AttentionJob {
     const float* q;    // (heads of the group, head)
     const void *k, *v;
+    const float *k_scales, *v_scales;  // (context,), of a cache of 8 bits; null of others
     float* y;
     int64_t heads, head, padded, begin, end;  // positions begin .. end
     float scale, cap;
@@ -58,7 +59,7 @@ struct Functions {
     void (*rms_norm)(const float* x, const float* gain, float epsilon, int64_t width, float* y);
     void (*rotate)(float* x, const float* cosines, const float* sines, int64_t half);
     void (*gate)(int64_t activation, const float* gates, const float* up, int64_t width, float* y);
-    void (*attend)(const AttentionJob&, bool narrow);
+    void (*attend)(const AttentionJob&, int64_t bits);  // of keys and values: 8, 16, 32
 };
 
 // Bytes that a thread needs beside a product: 16 rows, expanded.

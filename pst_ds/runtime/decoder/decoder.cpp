@@ -17,6 +17,11 @@ inline Floats widen(const bf16* from) {
     for (int i = 0; i < LANES; ++i) wide[i] = pst::widen(from[i]);
     return wide;
 }
+inline Floats widen(const int8_t* from) {
+    Floats wide;
+    for (int i = 0; i < LANES; ++i) wide[i] = float(from[i]);
+    return wide;
+}
 inline Floats fused(Floats a, Floats b, Floats c) { return a * b + c; }
 #include "portable.hpp"
 #include "glue.hpp"
@@ -36,6 +41,9 @@ inline Floats widen(const float* from) { return load(from); }
 inline Floats widen(const bf16* from) {
     return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 16);
 }
+inline Floats widen(const int8_t* from) {
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
 inline Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 #include "avx2.hpp"
 #include "glue.hpp"
@@ -54,6 +62,9 @@ inline Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512
 inline Floats widen(const float* from) { return load(from); }
 inline Floats widen(const bf16* from) {
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16);
+}
+inline Floats widen(const int8_t* from) {
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
 inline Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 #include "avx512.hpp"

@@ -171,14 +171,19 @@ template <class T> inline void attend_in(const AttentionJob& job) {
         int64_t t = 0, i = 0;
         for (; t + 4 <= count; t += 4) scores_of<T, 4>(query, keys + t * padded, padded, scores + t);
         for (; t < count; ++t) scores_of<T, 1>(query, keys + t * padded, padded, scores + t);
+        if (job.k_scales)
+            for (int64_t j = 0; j < count; ++j) scores[j] *= job.k_scales[job.begin + j];
         const float inverse = 1.0f / exponentials(scores, count, places, job.cap);
+        if (job.v_scales)
+            for (int64_t j = 0; j < count; ++j) scores[j] *= job.v_scales[job.begin + j];
         for (; i + 4 * LANES <= padded; i += 4 * LANES) weighted<T, 4>(scores, inverse, values + i, count, padded, sums + i);
         for (; i < padded; i += LANES) weighted<T, 1>(scores, inverse, values + i, count, padded, sums + i);
         std::memcpy(job.y + h * job.head, sums, size_t(job.head) * sizeof(float));
     }
 }
-inline void attend(const AttentionJob& job, bool narrow) {
-    if (narrow) return attend_in<uint16_t>(job);
+inline void attend(const AttentionJob& job, int64_t bits) {
+    if (bits == 8) return attend_in<int8_t>(job);
+    if (bits == 16) return attend_in<bf16>(job);
     attend_in<float>(job);
 }
 

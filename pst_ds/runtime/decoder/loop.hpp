@@ -36,7 +36,7 @@ struct Angles {
 
 struct Shape {
     int64_t layers, hidden, heads, key_value_heads, head, inner, vocabulary, context, sequences, most;
-    int64_t activation, gated, narrow_cache;  // most: tokens in a pass; gated: gate and up; narrow: a cache of bf16
+    int64_t activation, gated, cache_bits;    // most: tokens in a pass; gated: gate and up; 8: codes, 16: bf16, 32: fp32
     int64_t norm_of_heads;                    // norms of queries and keys: 1 for each head, 0 across heads
 };
 
@@ -80,8 +80,9 @@ class Decoder {
     Decoder(const Shape& shape, const Numbers& numbers, const Functions& kernels)
         : shape(shape), numbers(numbers), kernels(kernels), layers(size_t(shape.layers)) {
         padded = round_up(shape.head, 16);
-        cache.resize(size_t(2 * shape.layers * shape.sequences * shape.key_value_heads * shape.context * padded) *
-                     (shape.narrow_cache ? 2 : 4));
+        const int64_t rows = 2 * shape.layers * shape.sequences * shape.key_value_heads * shape.context;
+        cache.resize(size_t(rows * padded * shape.cache_bits / 8));
+        if (shape.cache_bits == 8) cache_scales.resize(size_t(rows));
         const int64_t most = shape.most, queries = shape.heads * shape.head;
         qkv_width = queries + 2 * shape.key_value_heads * shape.head;
         for (auto* buffer : {&x, &normed, &added}) buffer->resize(size_t(most * shape.hidden));
@@ -114,18 +115,34 @@ class Decoder {
     Linear head;
 
   private:
-    void* keys(int64_t layer, int64_t sequence, int64_t head) { return cached(2 * layer, sequence, head); }
-    void* values(int64_t layer, int64_t sequence, int64_t head) { return cached(2 * layer + 1, sequence, head); }
-    void* cached(int64_t which, int64_t sequence, int64_t head) {
-        const int64_t row = (which * shape.sequences + sequence) * shape.key_value_heads + head;
-        return cache.data() + size_t(row * shape.context * padded) * (shape.narrow_cache ? 2 : 4);
+    // Rows of the cache of a layer's keys (0) or values (1), of a sequence and a head.
+    struct Cached {
+        uint8_t* rows;
+        float* scales;
+    };
+    Cached cached(int which, int64_t layer, int64_t sequence, int64_t head) {
+        const int64_t list = ((2 * layer + which) * shape.sequences + sequence) * shape.key_value_heads + head;
+        float* scales = cache_scales.empty() ? nullptr : cache_scales.data() + list * shape.context;
+        return {cache.data() + list * shape.context * padded * shape.cache_bits / 8, scales};
     }
-    void put(const float* from, void* to, int64_t position) const {
-        if (!shape.narrow_cache) {
-            std::memcpy(static_cast<float*>(to) + position * padded, from, size_t(shape.head) * sizeof(float));
-            return;
+    void put(const float* from, const Cached& to, int64_t position) const {
+        uint8_t* row = to.rows + position * padded * shape.cache_bits / 8;
+        if (shape.cache_bits == 32) {
+            std::memcpy(row, from, size_t(shape.head) * sizeof(float));
+        } else if (shape.cache_bits == 16) {
+            for (int64_t i = 0; i < shape.head; ++i) narrow(from[i], reinterpret_cast<bf16*>(row) + i);
+        } else {
+            float largest = 0;
+            bool finite = true;
+            for (int64_t i = 0; i < shape.head; ++i) {
+                largest = std::max(largest, std::abs(from[i]));
+                finite = finite && std::abs(from[i]) < 3e38f;
+            }
+            const float inverse = finite && largest > 1e-30f ? 127 / largest : 0;
+            for (int64_t i = 0; i < shape.head; ++i)
+                row[i] = uint8_t(inverse > 0 ? int8_t(std::lrint(from[i] * inverse)) : 0);
+            to.scales[position] = finite ? largest / 127 : __builtin_nanf("");
         }
-        for (int64_t i = 0; i < shape.head; ++i) narrow(from[i], static_cast<bf16*>(to) + position * padded + i);
     }
 
     // A thread's own memory.
@@ -239,8 +256,8 @@ class Decoder {
         float *key = queries + (shape.heads + h) * shape.head, *value = key + shape.key_value_heads * shape.head;
         for (int64_t i = 0; i < group; ++i) turn(layer, layer.norm[OF_QUERIES], queries + (h * group + i) * shape.head, position);
         turn(layer, layer.norm[OF_KEYS], key, position);
-        put(key, keys(index, sequence, h), position);
-        put(value, values(index, sequence, h), position);
+        put(key, cached(0, index, sequence, h), position);
+        put(value, cached(1, index, sequence, h), position);
     }
 
     void turn(const Layer& layer, const float* gain, float* of_head, int64_t position) const {
@@ -253,15 +270,16 @@ class Decoder {
     void attend(const Pass& pass, const Layer& layer, int64_t index, int64_t t, int64_t h, float* scores) {
         const int64_t group = shape.heads / shape.key_value_heads, end = pass.positions[t] + 1, first = h * group * shape.head;
         const int64_t begin = layer.window && end > layer.window ? end - layer.window : 0;
-        kernels.attend({qkv.data() + t * qkv_width + first, keys(index, pass.sequences[t], h), values(index, pass.sequences[t], h),
-                        attended.data() + t * shape.heads * shape.head + first, group, shape.head, padded, begin, end,
+        const Cached k = cached(0, index, pass.sequences[t], h), v = cached(1, index, pass.sequences[t], h);
+        kernels.attend({qkv.data() + t * qkv_width + first, k.rows, v.rows, k.scales, v.scales, attended.data() + t * shape.heads * shape.head + first, group, shape.head, padded, begin, end,
                         float(numbers.attention_scale), float(numbers.attention_cap), scores},
-                       shape.narrow_cache != 0);
+                       shape.cache_bits);
     }
 
     static constexpr int PIECES = 2;  // of a product, for each thread
     int64_t padded, qkv_width, widest;
     std::vector<uint8_t> cache;
+    std::vector<float> cache_scales;  // of 8 bits: for each row
     std::vector<float> x, normed, added, qkv, attended, inner, gated;
     Activations integers;
     std::vector<std::unique_ptr<Room>> rooms;
