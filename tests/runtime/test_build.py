@@ -189,6 +189,10 @@ def test_a_wheel_holds_the_kernels_and_their_sources_and_an_installation_uses_th
     environment = {**os.environ, "PYTHONPATH": str(site), "CXX": "false"}
     done = subprocess.run([sys.executable, "-c", asked], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == str(site / operators), done.stderr[-2000:]
+    (loop,) = [name for name in names if name.startswith("pst_ds/runtime/_decoder")]
+    asked = "from pst_ds.runtime.decoder import library; print(library()._name)"
+    done = subprocess.run([sys.executable, "-c", asked], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(site / loop), done.stderr[-2000:]
 
 
 @pytest.mark.launcher
