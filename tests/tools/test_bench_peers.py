@@ -45,7 +45,18 @@ def test_it_prints_its_object(tmp_path, monkeypatch, capsys):
     config.write_text(json.dumps({"vocab_size": 50}))
     fakes = [encoders.Contestant(name, 1000, opener(name)) for name in NAMES]
     monkeypatch.setattr(encoders, "contestants", lambda folder, sparse: iter(fakes))
-    options = ["--folder", str(tmp_path), "--threads", "1", "2", "--repeats", "2", "--no-quality", "--json"]
+    options = [
+        "--no-decoders",
+        "--folder",
+        str(tmp_path),
+        "--threads",
+        "1",
+        "2",
+        "--repeats",
+        "2",
+        "--no-quality",
+        "--json",
+    ]
     monkeypatch.setattr(sys, "argv", ["peers", *options])
     peers.main()
     printed = capsys.readouterr().out.splitlines()

@@ -1,14 +1,13 @@
 """pst-ds beside what a user would take instead: speed, bytes and quality of each, in one process tree.
 
-Encoders are made of the demo's runs, so `make demo` comes first; see tools/bench/peers/encoders.py. Decoders take part
-where their folder is given: runs/smollm2 for the 135M Llama of tools/fetch_smollm2.py, which is made there; see
-tools/bench/peers/decoders.py. Takes the extra `peers`. llama.cpp is quick where it was built on this machine:
+Encoders are made of the demo's runs, so `make demo` comes first; see tools/bench/peers/encoders.py. Decoders are made of
+the 135M Llama of tools/fetch_smollm2.py, in runs/smollm2; see tools/bench/peers/decoders.py. Takes the extra `peers`. llama.cpp is quick where it was built on this machine:
 CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python 'pst-ds[peers]'.
 
     python -m tools.bench.peers --json
-    python -m tools.bench.peers --threads 1 --shapes 1x128 --no-quality
-    python -m tools.bench.peers --no-encoders --decoders runs/smollm2 --json
-    python -m tools.bench.peers --no-encoders --decoders runs/smollm2 --shape 1.1b --threads 2 --json
+    python -m tools.bench.peers --no-decoders --threads 1 --shapes 1x128 --no-quality
+    python -m tools.bench.peers --no-encoders --json
+    python -m tools.bench.peers --no-encoders --shape 1.1b --threads 2 --json
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     ratios: dict[str, dict[str, float]] = {}
     stated: dict[str, Any] = {}
-    if arguments.decoders:
+    if not arguments.no_decoders:
         stated["llama_cpp"] = llama_cpp_build()
     if not arguments.no_encoders:
         from tools.bench.peers import encoders
@@ -52,7 +51,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         ratios |= encoders.ratios(rows)
         encoders.print_table(rows)
-    if arguments.decoders:
+    if not arguments.no_decoders:
         decoded = decoders.measure(
             arguments.decoders, shape=arguments.shape, threads=arguments.threads, repeats=arguments.decoder_repeats,
             only=arguments.only, text=arguments.text, quality=not arguments.no_quality,
@@ -87,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     encoders.add_argument("--shapes", nargs="*", default=list(ENCODER_SHAPES), metavar="BATCHxTOKENS")
     encoders.add_argument("--repeats", type=int, default=21)
     decoding = parser.add_argument_group("decoders")
-    decoding.add_argument("--decoders", type=Path, metavar="FOLDER", help="where the models are, and are made")
+    decoding.add_argument("--no-decoders", action="store_true")
+    where = "where the models are, and are made (default: %(default)s)"
+    decoding.add_argument("--decoders", type=Path, default=Path("runs/smollm2"), metavar="FOLDER", help=where)
     decoding.add_argument("--shape", choices=list(decoders.SHAPES), help="random weights instead of a model")
     decoding.add_argument("--keep", action="store_true", help="keep the files of a --shape")
     decoding.add_argument(
