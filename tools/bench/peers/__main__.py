@@ -1,7 +1,8 @@
 """pst-ds beside what a user would take instead: speed, bytes and quality of each, in one process tree.
 
-Encoders are made of the demo's runs, so `make demo` comes first; see tools/bench/peers/encoders.py. Decoders are made of
-the 135M Llama of tools/fetch_smollm2.py, in runs/smollm2; see tools/bench/peers/decoders.py. Takes the extra `peers`. llama.cpp is quick where it was built on this machine:
+Encoders are made of the demo's runs, so `make demo` comes first; see tools/bench/peers/encoders.py. Decoders are made
+of the 135M Llama of tools/fetch_smollm2.py, in runs/smollm2; see tools/bench/peers/decoders.py. Takes the extra
+`peers`. llama.cpp is quick where it was built on this machine:
 CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python 'pst-ds[peers]'.
 
     python -m tools.bench.peers --json
