@@ -12,12 +12,14 @@ from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase, TextStreamer
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
     from pst_ds.decoder import Decoder
     from pst_ds.hf.model_folder import ModelFolder
 
 Sampling = dict[str, bool | float]
+Facts = dict[str, Any]
+"""What ``--json`` prints."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,16 +65,14 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         positions = inputs["input_ids"].shape[1] + new_tokens
         print(f"stops after {new_tokens} tokens: the model has {positions} positions", file=sys.stderr)
     torch.manual_seed(args.seed)
-    if decoder is None:
+    if model is not None:
         how, wrote = _facts(model), _write(model, tokenizer, inputs, new_tokens, sampling)
     else:
-        how = {
-            "engine": "native",
-            "sparse_layers": 0,
-            "dtype": folder.values or str(folder.config.dtype).split(".")[-1],
-        }
+        assert decoder is not None
+        dtype = folder.values or str(folder.config.dtype).removeprefix("torch.")
+        how = {"engine": "native", "sparse_layers": 0, "dtype": dtype}
         wrote = _write_natively(decoder, folder, tokenizer, inputs, new_tokens, sampling, args.seed)
-    result: dict[str, Any] = {
+    result: Facts = {
         "model": args.model, "format": folder.format, **how, "device": device, "threads": torch.get_num_threads(),
         "load_seconds": load_seconds, **wrote,
     }  # fmt: skip
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     return result
 
 
-def _speed(result: dict[str, Any]) -> str:
+def _speed(result: Facts) -> str:
     decode = result["decode_tokens_per_second"]
     after = "" if decode is None else f", then {result['new_tokens'] - 1} tokens at {decode:.1f} a second"
     layers = f"{result['sparse_layers']} sparse layers, " if result["sparse_layers"] else ""
@@ -111,7 +111,7 @@ def _decoder(args: argparse.Namespace, folder: ModelFolder, device: str, context
         return None
 
 
-def _facts(model: Any) -> dict[str, Any]:
+def _facts(model: PreTrainedModel) -> Facts:
     """Quicken a model of transformers and say what it is."""
     from pst_ds.runtime import sparse_layers
     from pst_ds.runtime.dense import quicken_output_layer

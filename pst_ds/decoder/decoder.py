@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from pst_ds.decoder.sampling import Sampling
-from pst_ds.decoder.table import DecoderError, DecoderTable, table_of
+from pst_ds.decoder.table import DecoderError, DecoderTable, Part, table_of
 from pst_ds.decoder.weights import Weights, embeddings_of
 from pst_ds.hf.model_folder import open_model_folder
 from pst_ds.hf.tables import StoredTable, stored_tables
@@ -26,6 +26,14 @@ PROBE_TOKENS = 24
 TOKENS_IN_A_PASS = 128
 CACHES = {"fp32": 32, "bf16": 16, "int8": 8}
 """Bits of keys and values. int8: codes, with a scale for every position of a head."""
+
+
+class Options(TypedDict, total=False):
+    """How a decoder is opened: sequences side by side, threads (torch's number by default), and its cache."""
+
+    sequences: int
+    threads: int | None
+    cache: str
 
 
 class Decoder:
@@ -57,8 +65,8 @@ class Decoder:
 
     @classmethod
     def from_model(
-        cls, model: Any, context: int = 2048, *, verify: bool = True, tables: Mapping[str, StoredTable] | None = None,
-        **options: Any,
+        cls, model: Part, context: int = 2048, *, verify: bool = True, tables: Mapping[str, StoredTable] | None = None,
+        **options: Unpack[Options],
     ) -> Decoder:  # fmt: skip
         """Make a decoder of a transformers causal language model on the CPU, its layers dense or ours.
 
@@ -75,14 +83,16 @@ class Decoder:
         return decoder
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, context: int = 2048, **options: Any) -> Decoder:
-        """Make a decoder of a model folder, dense or packed; ``options``: those of :meth:`from_model`."""
+    def from_pretrained(
+        cls, folder: str | Path, context: int = 2048, *, verify: bool = True, **options: Unpack[Options]
+    ) -> Decoder:
+        """Make a decoder of a model folder, dense or packed, as :meth:`from_model` does."""
         opened = open_model_folder(folder)
         opened.require_causal()
         packed = opened.format != "dense"
         model = opened.load("sparse" if packed else "auto", "fp32")
         tables = stored_tables(opened.path, model) if packed else None
-        return cls.from_model(model, context, tables=tables, **options)
+        return cls.from_model(model, context, verify=verify, tables=tables, **options)
 
     def with_fp32_cache(self, context: int) -> Decoder:
         """Return a decoder of the same weights in memory, with one empty sequence of ``context`` positions in fp32."""
@@ -198,7 +208,7 @@ def _numbers(ids: Sequence[int] | Tensor) -> list[int]:
     return ids.flatten().tolist() if isinstance(ids, Tensor) else [int(token) for token in ids]
 
 
-def _require_same(decoder: Decoder, model: Any) -> None:
+def _require_same(decoder: Decoder, model: Part) -> None:
     """Compare logits of some tokens, a part of them one by one, with the model's own. Raises DecoderError."""
     count = min(PROBE_TOKENS, decoder.context)
     probe = decoder.with_fp32_cache(count)

@@ -27,6 +27,10 @@ _ACTIVATIONS = {
 }  # fmt: skip
 
 
+Part = Any
+"""A module of a transformers model, or its config: which attributes it has is the family's."""
+
+
 class DecoderError(InputError):
     """A model that the native loop does not compute; the message says which part of it."""
 
@@ -60,7 +64,7 @@ class DecoderTable:
         return replace(self, layers=bare, embeddings=nn.Identity(), head=nn.Identity())
 
 
-def table_of(model: Any, context: int) -> DecoderTable:
+def table_of(model: Part, context: int) -> DecoderTable:
     """Return the table of a transformers causal language model, with rotary angles for ``context`` positions.
 
     Raises DecoderError for what there is no place for in a table.
@@ -71,7 +75,7 @@ def table_of(model: Any, context: int) -> DecoderTable:
         raise DecoderError(f"{type(model).__name__}: its decoder is no list of layers with a norm after them")
     reader = _Reader(type(model).__name__, config, body, context)
     found = [reader.layer(layer, index) for index, layer in enumerate(layers)]
-    first: Any = layers[0]
+    first: Part = layers[0]
     attention, mlp = first.self_attn, first.mlp
     heads, head = config.num_attention_heads, int(attention.head_dim)
     name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None) or ""
@@ -104,7 +108,7 @@ def table_of(model: Any, context: int) -> DecoderTable:
     )  # fmt: skip
 
 
-def features(module: Any) -> tuple[int, int]:
+def features(module: Part) -> tuple[int, int]:
     """Return (out_features, in_features) of a dense or packed linear layer."""
     return int(module.out_features), int(module.in_features)
 
@@ -118,13 +122,13 @@ def _index(activation: str) -> int:
 class _Reader:
     """Reads layers of one model; rotary tables that several layers share are held once."""
 
-    def __init__(self, name: str, config: Any, body: Any, context: int):
+    def __init__(self, name: str, config: Part, body: Part, context: int):
         self.name, self.config, self.body, self.context = name, config, body, context
         self.tables: list[tuple[Tensor, Tensor]] = []
         self._table_of_type: dict[str | None, int] = {}
         self.epsilon = self._epsilon(body.norm)
 
-    def layer(self, layer: Any, index: int) -> LayerTable:
+    def layer(self, layer: Part, index: int) -> LayerTable:
         where = f"{self.name}: layer {index}"
         attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
         if attention is None or mlp is None:
@@ -150,7 +154,7 @@ class _Reader:
         self._refuse_others(where, layer, known)
         return LayerTable(linears, norms, self._window(attention, index), self._angles(attention, index))
 
-    def _first_of(self, where: str, parent: Any, *choices: list[str]) -> list[nn.Module]:
+    def _first_of(self, where: str, parent: Part, *choices: list[str]) -> list[nn.Module]:
         for names in choices:
             if all(hasattr(parent, name) for name in names):
                 return [getattr(parent, name) for name in names]
@@ -162,7 +166,7 @@ class _Reader:
             if id(module) not in held and next(module.parameters(recurse=False), None) is not None:
                 raise DecoderError(f"{where}: there is no place in the table for {name} ({type(module).__name__})")
 
-    def gain(self, norm: Any) -> Tensor:
+    def gain(self, norm: Part) -> Tensor:
         """Return what a root-mean-square norm multiplies with, found from what it computes. Raises DecoderError."""
         weight = getattr(norm, "weight", None)
         if weight is None or weight.dim() != 1:
@@ -176,13 +180,13 @@ class _Reader:
                 raise DecoderError(f"{self.name}: {type(norm).__name__} is no root-mean-square norm")
         return gain
 
-    def _epsilon(self, norm: Any) -> float:
+    def _epsilon(self, norm: Part) -> float:
         found = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
         if found is None:
             raise DecoderError(f"{self.name}: {type(norm).__name__} has no epsilon")
         return float(found)
 
-    def embedding_scale(self, embeddings: Any) -> float:
+    def embedding_scale(self, embeddings: Part) -> float:
         """Return what the rows of the embedding are multiplied with, by the module or by the model."""
         return float(getattr(embeddings, "embed_scale", 1.0)) * float(getattr(self.config, "embedding_multiplier", 1.0))
 
@@ -190,13 +194,13 @@ class _Reader:
         types = getattr(self.config, "layer_types", None)
         return str(types[index]) if types else None
 
-    def _window(self, attention: Any, index: int) -> int:
+    def _window(self, attention: Part, index: int) -> int:
         found = getattr(attention, "sliding_window", None)
         if not hasattr(attention, "sliding_window") and self._type(index) in (None, "sliding_attention"):
             found = getattr(self.config, "sliding_window", None)
         return int(found or 0)
 
-    def _angles(self, attention: Any, index: int) -> int:
+    def _angles(self, attention: Part, index: int) -> int:
         uses = getattr(attention, "use_rope", 1)
         rotary = getattr(self.body, "rotary_emb", None)
         if rotary is None or not int(uses):

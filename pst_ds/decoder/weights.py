@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pst_ds.core.formats import QuantizedFormat
 from pst_ds.core.quantization import unpack_nibbles
-from pst_ds.decoder.table import DecoderError, DecoderTable
+from pst_ds.decoder.table import DecoderError, DecoderTable, Part
 from pst_ds.hf.tables import StoredTable
 from pst_ds.runtime import SparseLinear
 from pst_ds.runtime.decoder import Loop, Matrix
 from pst_ds.runtime.dense import narrowed
 
 
-def matrix_of(name: str, module: Any, table: StoredTable | None = None) -> Matrix:
+def matrix_of(name: str, module: Part, table: StoredTable | None = None) -> Matrix:
     """Return the matrix of a linear layer. Weights that are no codes are multiplied dense, in bf16 where it is exact.
 
     ``table``: the codes of a layer that was unpacked when it was loaded. Raises DecoderError for another kind of layer.
@@ -41,7 +40,7 @@ def table_codes(table: StoredTable, columns: int) -> Tensor:
     return unpack_nibbles(table.codes, columns).contiguous() if table.bits == 4 else table.codes
 
 
-def joined_bias(modules: Sequence[Any]) -> Tensor | None:
+def joined_bias(modules: Sequence[Part]) -> Tensor | None:
     """Return the biases of layers side by side, fp32; None where none has one."""
     if all(module.bias is None for module in modules):
         return None
@@ -73,7 +72,7 @@ class Embeddings:
         return held.shape[0]
 
 
-def embeddings_of(module: Any, tables: Mapping[int, StoredTable], scale: float) -> Embeddings:
+def embeddings_of(module: Part, tables: Mapping[int, StoredTable], scale: float) -> Embeddings:
     """Return the rows of an embedding module; ``tables``: codes of modules by their id()."""
     table = tables.get(id(module))
     return Embeddings(None if table is not None else narrowed(module.weight.detach()), table, scale)
@@ -96,7 +95,7 @@ class Weights:
             for name, modules in layer.linears.items():
                 matrices = [matrix_of(f"layer {index}, {name}", module) for module in modules]
                 products[index, name] = (matrices, joined_bias(modules))
-        head: Any = table.head
+        head: Part = table.head
         is_tied = isinstance(head, nn.Linear) and head.weight is table.embeddings.weight
         matrix = matrix_of("the output layer", head, embeddings.table if is_tied else None)
         products[0, "head"] = ([matrix], joined_bias([head]))

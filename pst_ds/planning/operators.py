@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
@@ -17,7 +18,9 @@ _NOTHING = frozenset({
 })  # fmt: skip
 
 
-def operator_traffic(operator: Any, args: Any, kwargs: Any, result: Any) -> tuple[int, int]:
+def operator_traffic(
+    operator: OpOverload, args: object, kwargs: Mapping[str, object], result: object
+) -> tuple[int, int]:
     """Return (launches, bytes read and written) of an ATen operator; 0 for views, 0 bytes for products.
 
     A result in one of the arguments (``out=``, or in place) is written; the argument is read unless it is ``out``.
@@ -35,7 +38,7 @@ def operator_traffic(operator: Any, args: Any, kwargs: Any, result: Any) -> tupl
     return 1, sum(map(_nbytes, read)) + sum(map(_nbytes, written))
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def _tensors(tree: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
