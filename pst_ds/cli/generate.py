@@ -211,6 +211,12 @@ def _write(
     with torch.inference_mode():
         ids = model.generate(**{name: t.to(model.device) for name, t in inputs.items()}, streamer=stopwatch)
     new = ids[0, prompt_tokens:]
+    return _wrote(tokenizer, new.tolist(), prompt_tokens, stopwatch)
+
+
+def _wrote(
+    tokenizer: PreTrainedTokenizerBase, new: list[int], prompt_tokens: int, stopwatch: _Stopwatch
+) -> dict[str, object]:
     return {
         "prompt_tokens": prompt_tokens,
         "new_tokens": len(new),
@@ -242,10 +248,4 @@ def _write_natively(
         new.append(token)
         stopwatch.put(torch.tensor([token]))
     stopwatch.end()
-    prompt_tokens = inputs["input_ids"].shape[1]
-    return {
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": len(new),
-        "text": tokenizer.decode(new, skip_special_tokens=True),
-        **stopwatch.rates(prompt_tokens),
-    }
+    return _wrote(tokenizer, new, inputs["input_ids"].shape[1], stopwatch)

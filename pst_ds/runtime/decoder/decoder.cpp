@@ -11,7 +11,6 @@ constexpr bool WORDS_FIRST = false;
 inline Floats larger(Floats a, Floats b) { return choose(a > b, a, b); }
 inline Floats smaller(Floats a, Floats b) { return choose(a < b, a, b); }
 #include "../onnx/vectors.hpp"
-inline Floats widen(const float* from) { return load(from); }
 inline Floats widen(const bf16* from) {
     Floats wide;
     for (int i = 0; i < LANES; ++i) wide[i] = pst::widen(from[i]);
@@ -37,7 +36,6 @@ constexpr bool WORDS_FIRST = false;
 inline Floats larger(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
 inline Floats smaller(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
 #include "../onnx/vectors.hpp"
-inline Floats widen(const float* from) { return load(from); }
 inline Floats widen(const bf16* from) {
     return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 16);
 }
@@ -59,7 +57,6 @@ constexpr bool WORDS_FIRST = true;
 inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
 inline Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
 #include "../onnx/vectors.hpp"
-inline Floats widen(const float* from) { return load(from); }
 inline Floats widen(const bf16* from) {
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16);
 }

@@ -1,5 +1,7 @@
 // What lies between the products. Included once for each instruction set, after vectors.hpp.
 
+inline Floats widen(const float* from) { return load(from); }  // beside those of bf16 and int8
+
 // The bits of the largest |x|: of infinities and NaN they are the largest.
 inline int32_t largest_bits(const float* x, int64_t count) {
     const int64_t whole = count / LANES * LANES;

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "../kernels/common.hpp"
@@ -187,7 +188,7 @@ inline void pack_words(Matrix& m, const Codes& from) {
 // instructions that expand bits. A weight of which so much is kept that places save less than a quarter is packed whole.
 inline Matrix* pack(const int8_t* codes, const uint16_t* scales, int64_t rows, int64_t columns, int bits, int64_t group,
                     bool words) {
-    Matrix* m = new Matrix();
+    std::unique_ptr<Matrix> m(new Matrix());
     const Codes from{codes, rows, columns};
     m->rows = rows, m->columns = columns, m->bits = bits;
     m->chunk = group ? group : std::max<int64_t>(1, std::min(columns, MOST_COLUMNS));
@@ -200,17 +201,17 @@ inline Matrix* pack(const int8_t* codes, const uint16_t* scales, int64_t rows, i
                 m->scales.push_back(row < rows ? scales[row * groups + (group ? c : 0)] : 0);
     const int64_t kept = rows * columns - std::count(codes, codes + rows * columns, int8_t(0));
     m->has_bits = words && kept * 8 < rows * columns * 7;
-    m->layout = words ? WORDS : WINDOWS;
-    if (words) pack_words(*m, from);
-    if (!words && kept * 8 < rows * columns * 5) pack_windows(*m, from);
-    if (!words && (m->data.empty() || int64_t(m->data.size() + m->moves.size()) * 4 > rows * columns * bits / 8 * 3)) {
+    m->layout = words ? WORDS : kept * 8 < rows * columns * 5 ? WINDOWS : PAIRS;
+    if (m->layout == WORDS) pack_words(*m, from);
+    if (m->layout == WINDOWS) pack_windows(*m, from);
+    if (m->layout == WINDOWS && int64_t(m->data.size() + m->moves.size()) * 4 > rows * columns * bits / 8 * 3) {
         m->data.clear(), m->moves.clear(), m->steps.clear(), m->first_byte.clear(), m->first_move.clear();
         m->layout = PAIRS;
-        pack_pairs(*m, from);
     }
+    if (m->layout == PAIRS) pack_pairs(*m, from);
     m->data.shrink_to_fit(), m->moves.shrink_to_fit(), m->scales.shrink_to_fit();
     m->masks.shrink_to_fit(), m->offsets.shrink_to_fit(), m->steps.shrink_to_fit();
-    return m;
+    return m.release();
 }
 
 }  // namespace pst
