@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def compare_onnx_with_run(args: argparse.Namespace, config: RunConfig) -> dict[s
     """
     model = _OnnxModel(Path(args.export) / ONNX_FILE)
     checkpoint = open_checkpoint(config, args.checkpoint)
+    config = replace(config, data=replace(config.data, document_mask=False))  # a graph has no position_ids
     prepared = prepare_single(config, checkpoint)
     examples = prepared.load(args.split)
     if args.limit:

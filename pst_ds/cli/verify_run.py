@@ -22,6 +22,7 @@ from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import persistent_buffers, pst_layers
 from pst_ds.nn.model_structure import is_conv1d
 from pst_ds.runtime import sparse_layers
+from pst_ds.train.documents import flatten_for_flash_attention
 from pst_ds.train.evaluate import compare, predict
 from pst_ds.train.model import attention_options
 from pst_ds.train.run import Prepared, masked_model, prepare_single
@@ -191,6 +192,8 @@ def _loaded(prepared: Prepared, folder: str, load_as: Literal["", "dense", "spar
         options["quantization_config"] = PackedWeightsConfig(load_as=load_as)
     dtype = DTYPES[prepared.run.train.precision]
     model = prepared.task.model_class().from_pretrained(folder, dtype=dtype, **options)
+    model.config.use_cache = False  # with a cache transformers takes positions for those of one text
+    flatten_for_flash_attention(model)
     return model.to(prepared.device).eval()
 
 

@@ -50,9 +50,12 @@ class DataConfig:
     max_length: Positive = 128
     """Tokens a text is cut to. For task "causal-lm" the length of every training sequence: the documents, with the
     end-of-text token between them, are one stream that is cut into such sequences; what is left at the end, less than a
-    sequence, is not trained on. Positions and attention do not start again at a document. An evaluation predicts every
-    token but the first once: there a sequence begins with the last token of the one before, and the last is shorter.
+    sequence, is not trained on. An evaluation predicts every token but the first once: there a sequence begins with the
+    last token of the one before, and the last is shorter.
     For task "data-to-text" data and text together; the data is cut first."""
+    document_mask: bool = True
+    """For task "causal-lm": positions and attention begin anew at each document of a sequence, and its first token is
+    not predicted. False lets documents run on, as if they were one text."""
     group_by_length: bool = False
     """Make batches of texts of similar length; less padding, the same examples in another order."""
 

@@ -22,6 +22,7 @@ from pst_ds.nn.optimizer import pst_parameter_groups
 from pst_ds.nn.targets import modules_to_save
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import raise_on_all_ranks
+from pst_ds.train.documents import flatten_for_flash_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,7 @@ def build_model(
     prepare_for_method(module, run, num_shards=None if keep_alive else num_shards)
     _refuse_untrained(module, missing, run)
     module.config.use_cache = False  # no run generates text; a cache would hold every layer's keys and values
+    flatten_for_flash_attention(module)
     if run.model.gradient_checkpointing:
         reentrant = run.model.gradient_checkpointing_reentrant
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})

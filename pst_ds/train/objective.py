@@ -16,6 +16,7 @@ from pst_ds.data.tasks.task import IGNORED
 from pst_ds.nn.base_model import DTYPES, PRUNING_RECORD, Pretrained
 from pst_ds.nn.inject import bypassed
 from pst_ds.parallel.engine import Engine
+from pst_ds.train.documents import flatten_for_flash_attention
 from pst_ds.train.model import attention_options, set_padding
 
 
@@ -183,5 +184,6 @@ def load_teacher(run: RunConfig, labels: list[str], tokenizer: Any, device: str)
     teacher, missing = place.load(task.model_class(), fix, config=config, dtype=DTYPES[run.train.precision])
     place.require_whole(teacher, missing, fix)
     teacher.config.use_cache = False
+    flatten_for_flash_attention(teacher)
     whole: nn.Module = teacher
     return whole.requires_grad_(False).to(device).eval()

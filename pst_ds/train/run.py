@@ -44,6 +44,7 @@ from pst_ds.parallel.watchdog import watching
 from pst_ds.train import run_folder
 from pst_ds.train.calibration import activation_norms, load_norms, save_norms, set_norms
 from pst_ds.train.checkpointer import Checkpointer
+from pst_ds.train.documents import require_documents_apart
 from pst_ds.train.evaluate import predict
 from pst_ds.train.fit import Fit, judged_fit, watched_steps
 from pst_ds.train.loop import FINAL_TAGS, DivergedError, Loop, LoopState
@@ -201,6 +202,7 @@ def train_run(
         load = partial(load_teacher, run, prepared.labels, prepared.tokenizer, prepared.device)
         objective = Objective(run, raise_on_all_ranks(load))
         _, engine = build(prepared, checkpoint)
+        require_documents_apart(engine, run, examples, prepared.device)
         state = run_folder.restore(engine, checkpoint, run) if checkpoint else LoopState()
     if checkpoint is None:
         run_folder.set_aside_checkpoints(folder)

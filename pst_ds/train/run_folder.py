@@ -31,7 +31,7 @@ from pst_ds.train.loop import LoopState
 MAY_DIFFER = (
     "output_dir", "deepspeed_config", "dense_run", "model.path", "model.tokenizer", "model.attn_implementation",
     "model.gradient_checkpointing", "model.gradient_checkpointing_reentrant", "data.train", "data.validation",
-    "data.test", "data.label_names", "train.gradient_accumulation_steps", "train.log_interval",
+    "data.test", "data.label_names", "data.document_mask", "train.gradient_accumulation_steps", "train.log_interval",
     "train.stall_timeout_seconds", "eval.interval", "eval.batch_size", "checkpoint.interval", "checkpoint.keep_last",
     "pst.prune_uncalled", "pst.tile_bytes", "pictures.interval", "pictures.layers",
 )  # fmt: skip
@@ -222,8 +222,8 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
     if data_digest != progress.data_digest:
         raise ConfigError(
             f"data.train = {run.data.train!r} is not the text that the run in {checkpoint.folder} began with (its "
-            "tokens or labels differ), so the batches would be others. Fix: bring the old file back, or start a new "
-            "run in another output_dir"
+            "tokens or labels differ, or data.document_mask), so the batches would be others. Fix: bring the old file "
+            "or setting back, or start a new run in another output_dir"
         )
     return [f"{key} = {now[key]!r} (was {before[key]!r})" for key in changed if key in _MAY_BE_CHANGED]
 

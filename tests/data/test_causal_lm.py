@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pst_ds.config.run import ConfigError, DataConfig
+from pst_ds.config.run import ConfigError, DataConfig, EvalConfig
 from pst_ds.data.tasks import causal_lm as packing
-from pst_ds.data.tasks.causal_lm import Sequences, collate_sequences, counted_token_stream, load_sequences, token_stream
+from pst_ds.data.tasks.causal_lm import CausalLM, Sequences, collate_sequences, load_sequences, token_stream
 
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny-llama"
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)
@@ -61,7 +61,7 @@ def _refusal(call, *arguments):
 @given(_texts, st.integers(1, 5))
 def test_the_stream_is_the_texts_with_the_end_token_between_two(texts, at_a_time):
     batches = [texts[i : i + at_a_time] for i in range(0, len(texts), at_a_time)]
-    stream = token_stream(batches, TOKENIZER)
+    stream = token_stream(batches, TOKENIZER).tokens
     expected: list[int] = []
     for text in filter(None, texts):
         expected += ([END] if expected else []) + [START] + [WORDS[word] for word in text.split()]
@@ -70,10 +70,10 @@ def test_the_stream_is_the_texts_with_the_end_token_between_two(texts, at_a_time
 
 
 def test_white_space_alone_is_no_document():
-    assert token_stream([["", " \n\t"], ["film", "  ", "plot"], []], TOKENIZER).tolist() == [
+    assert token_stream([["", " \n\t"], ["film", "  ", "plot"], []], TOKENIZER).tokens.tolist() == [
         START, WORDS["film"], END, START, WORDS["plot"],
     ]  # fmt: skip
-    assert token_stream([["", " "]], TOKENIZER).tolist() == []
+    assert token_stream([["", " "]], TOKENIZER).tokens.tolist() == []
 
 
 def test_a_tokenizer_that_ends_texts_by_itself_gets_no_second_end():
@@ -81,7 +81,7 @@ def test_a_tokenizer_that_ends_texts_by_itself_gets_no_second_end():
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", END)]
     )
-    assert token_stream([["film", "plot"]], tokenizer).tolist() == [WORDS["film"], END, WORDS["plot"], END]
+    assert token_stream([["film", "plot"]], tokenizer).tokens.tolist() == [WORDS["film"], END, WORDS["plot"], END]
 
 
 @given(_streams, st.integers(2, 9))
@@ -126,7 +126,7 @@ def test_labels_are_the_input_and_nothing_is_padded():
 def test_every_format_gives_the_same_stream(tmp_path, ending, monkeypatch):
     monkeypatch.setattr(packing, "_ROWS_AT_A_TIME", 3)
     path = _write(tmp_path / f"texts.{ending}", DOCUMENTS)
-    expected = token_stream([DOCUMENTS], TOKENIZER).tolist()
+    expected = token_stream([DOCUMENTS], TOKENIZER).tokens.tolist()
     train, validation = (load_sequences(_data(path), split, TOKENIZER) for split in ("train", "validation"))
     assert train.tokens.tolist() == validation.tokens.tolist() == expected
     assert (train.overlap, validation.overlap) == (0, 1)
@@ -137,7 +137,7 @@ def test_every_format_gives_the_same_stream(tmp_path, ending, monkeypatch):
 def test_a_column_of_another_name(tmp_path):
     path = _write(tmp_path / "texts.jsonl", DOCUMENTS, column="body")
     tokens = load_sequences(_data(path, text_columns=("body",)), "train", TOKENIZER).tokens
-    assert tokens.tolist() == token_stream([DOCUMENTS], TOKENIZER).tolist()
+    assert tokens.tolist() == token_stream([DOCUMENTS], TOKENIZER).tokens.tolist()
     message = _refusal(load_sequences, _data(path), "train", TOKENIZER)
     assert f"{path} has no column 'text', which data.text_columns names. Columns: body" in message
 
@@ -153,7 +153,9 @@ def test_a_column_of_another_name(tmp_path):
 def test_what_a_document_of_a_text_file_is(tmp_path, sample_by, documents):
     (tmp_path / "texts.txt").write_text("the film\nis warm\n\nthe plot\nis dull\n", encoding="utf-8")
     data = _data(tmp_path / "texts.txt", sample_by=sample_by)
-    assert load_sequences(data, "train", TOKENIZER).tokens.tolist() == token_stream([documents], TOKENIZER).tolist()
+    assert (
+        load_sequences(data, "train", TOKENIZER).tokens.tolist() == token_stream([documents], TOKENIZER).tokens.tolist()
+    )
 
 
 def test_too_little_text_is_refused_with_its_tokens(tmp_path):
@@ -206,8 +208,8 @@ def byte_level():
 @given(st.lists(st.text(st.sampled_from("the fılm é漢字😀\u0301 \n"), max_size=12), max_size=4))
 def test_the_bytes_of_a_document_add_up_to_its_length(byte_level, texts):
     texts = [text for text in texts if text.strip()]
-    tokens, num_bytes = counted_token_stream([texts], byte_level)
-    assert tokens.tolist() == token_stream([texts], byte_level).tolist()
+    tokens, _, num_bytes = token_stream([texts], byte_level, count=True)
+    assert tokens.tolist() == token_stream([texts], byte_level).tokens.tolist()
     assert len(num_bytes) == len(tokens)
     ends = [i for i, token in enumerate(tokens.tolist()) if token == 0]
     assert [int(num_bytes[i]) for i in ends] == [0] * max(0, len(texts) - 1)
@@ -216,10 +218,10 @@ def test_the_bytes_of_a_document_add_up_to_its_length(byte_level, texts):
 
 
 def test_which_token_has_which_bytes(byte_level):
-    tokens, num_bytes = counted_token_stream([["the é"]], byte_level)
+    tokens, _, num_bytes = token_stream([["the é"]], byte_level, count=True)
     # é is two tokens of one byte each; both end behind the letter, so the first has its bytes
     assert (len(tokens), num_bytes.tolist()[-2:], int(num_bytes.sum())) == (len(num_bytes), [2, 0], 6)
-    tokens, num_bytes = counted_token_stream([[" film  plot ", "warm"]], TOKENIZER)
+    tokens, _, num_bytes = token_stream([[" film  plot ", "warm"]], TOKENIZER, count=True)
     assert tokens.tolist() == [START, WORDS["film"], WORDS["plot"], END, START, WORDS["warm"]]
     assert num_bytes.tolist() == [0, 5, 7, 0, 0, 4]  # white space belongs to the next word, the last to the last
 
@@ -232,7 +234,7 @@ def test_a_tokenizer_without_places_spreads_the_bytes():
             assert not options["return_offsets_mapping"]
             return {"input_ids": [[5, 6, 7] for _ in texts]}
 
-    _, num_bytes = counted_token_stream([["äöüß", "abcdefg"]], Slow())
+    _, _, num_bytes = token_stream([["äöüß", "abcdefg"]], Slow(), count=True)
     assert num_bytes.tolist() == [2, 3, 3, 0, 2, 2, 3]
 
 
@@ -252,3 +254,40 @@ def test_only_evaluation_counts_bytes(tmp_path):
     train, validation = (load_sequences(_data(path), split, TOKENIZER) for split in ("train", "validation"))
     assert train.predicted_bytes is None
     assert validation.predicted_bytes == sum(len(text) for text in DOCUMENTS)  # a start token comes before the first
+
+
+@given(_texts, st.integers(2, 9), st.sampled_from([0, 1]))
+def test_positions_begin_anew_with_each_document_and_its_first_token_is_not_predicted(texts, length, overlap):
+    stream = token_stream([texts], TOKENIZER)
+    sequences = Sequences(stream.tokens, length, overlap, document_starts=stream.document_starts)
+    predicted = 0
+    for index in range(len(sequences)):
+        batch = collate_sequences(sequences, [index])
+        tokens, expected, position = batch["input_ids"][0].tolist(), [], 0
+        for place, token in enumerate(tokens):
+            position = 0 if token == START or place == 0 else position + 1  # the tokenizer begins every text with it
+            expected.append(position)
+        assert batch["position_ids"].tolist() == [expected]
+        labels = [-100 if position == 0 else token for token, position in zip(tokens, expected, strict=True)]
+        assert batch["labels"].tolist() == [labels]
+        counted = sum(label != -100 for label in labels)
+        predicted += counted
+        if not overlap:
+            assert CausalLM(EvalConfig()).num_targets(sequences, [index]) == counted
+    assert sequences.num_predicted == predicted
+
+
+def test_predicted_bytes_leave_out_the_first_token_of_each_document():
+    stream = token_stream([["film plot", "warm", "dull the"]], TOKENIZER, count=True)
+    together = Sequences(stream.tokens, 4, 1, stream.num_bytes)
+    apart = Sequences(stream.tokens, 4, 1, stream.num_bytes, stream.document_starts)
+    assert together.predicted_bytes == apart.predicted_bytes == len("film plotwarmdull the")  # <s> has no bytes
+    without_start = Sequences(np.arange(5), 4, 1, np.array([3, 1, 4, 1, 5]), np.array([0, 2]))
+    assert without_start.predicted_bytes == 1 + 1 + 5
+
+
+def test_the_digest_tells_whether_documents_run_on(tmp_path):
+    path = _write(tmp_path / "texts.jsonl", DOCUMENTS)
+    apart, run_on = (load_sequences(_data(path, document_mask=mask), "train", TOKENIZER) for mask in (True, False))
+    assert apart.digest != run_on.digest
+    assert collate_sequences(run_on, [0]).keys() == {"input_ids", "labels"}

@@ -76,14 +76,16 @@ def _lines(folder, event):
 
 
 def _plain_perplexity(folder, sequences, dtype=torch.float32):
-    """From the mean loss that transformers gives for each sequence by itself."""
+    """From the mean loss that transformers gives for each document of each sequence by itself."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     total = count = 0
-    for i in range(len(sequences)):
-        ids = torch.tensor(sequences[i].tolist()).unsqueeze(0)
-        with torch.no_grad():
-            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
-        count += ids.shape[1] - 1
+    pieces = (piece for i in range(len(sequences)) for piece in np.split(sequences[i], sequences.starts_in(i)))
+    for piece in pieces:
+        ids = torch.tensor(piece.tolist()).unsqueeze(0)
+        if len(piece) > 1:
+            with torch.no_grad():
+                total += float(model(input_ids=ids, labels=ids).loss) * (len(piece) - 1)
+            count += len(piece) - 1
     return math.exp(total / count), count
 
 
@@ -119,7 +121,7 @@ def test_from_base_to_reloaded_export_on_two_ranks(run_ranks, tmp_path, family, 
             assert torch.equal(exported[name], base[name]), name
     sequences = _prepared(tmp_path, **more).load("validation")
     plain, count = _plain_perplexity(out, sequences, torch.bfloat16)
-    assert count == len(sequences.tokens) - 1
+    assert count == len(sequences.tokens) - len(sequences.document_starts)
     assert verified["metrics"]["perplexity"] == pytest.approx(plain, rel=1e-2)
 
 
@@ -190,7 +192,7 @@ def test_evaluation_is_that_of_each_sequence_by_itself_at_any_world_size(run_ran
     expected, predicted = _plain_perplexity(LLAMA, sequences)
     if count is None:
         assert sequences.lengths[-1] not in (sequences.length, 1)
-        assert predicted == len(sequences.tokens) - 1
+        assert predicted == len(sequences.tokens) - len(sequences.document_starts)
     else:
         assert len(sequences) == count < ranks
     for outcomes, metrics, _ in found:
@@ -228,13 +230,14 @@ def test_every_token_of_a_batch_is_counted_and_the_loss_is_its_mean(tmp_path):
     micro_batches, tokens = next(loop_module._batches(loop, 0))
     assert tokens == 2 * 6 * 32
     assert len(micro_batches) == 2
-    for batch, share in micro_batches:
+    predicted = [int((batch["labels"][:, 1:] != -100).sum()) for batch, _ in micro_batches]
+    for (batch, share), count in zip(micro_batches, predicted, strict=True):
         assert batch["input_ids"].shape == (6, 32)
-        assert share == 1.0
+        assert share == pytest.approx(count / (sum(predicted) / 2))
         with torch.no_grad():
             output = engine(**batch)
         sums = prepared.task.outcomes(output.logits, batch)
-        assert float(output.loss) == pytest.approx(sums.sum() / (6 * 31), rel=1e-5)
+        assert float(output.loss) == pytest.approx(sums.sum() / count, rel=1e-5)
 
 
 def test_padding_is_not_counted_among_tokens(tmp_path):
@@ -289,8 +292,9 @@ def test_a_head_asked_for_is_trained_with_the_embedding_it_is_tied_to(run_ranks,
 
 @pytest.mark.zero3
 def test_an_updated_embedding_learns_the_end_token_too(run_ranks, tmp_path):
-    """No token is taken for padding: the end token has a row like any other."""
+    """No token is taken for padding: the end token has a row like any other, where documents run on behind it."""
     more = {"pst.update_embeddings": ["embed_tokens"], "train.embedding_learning_rate": 0.05}
+    more["data.document_mask"] = False
     run_ranks(_train, 2, _settings(tmp_path, **more))
     out = tmp_path / "export"
     assert main(["export", str(tmp_path / "run"), "--out", str(out)]) == 0

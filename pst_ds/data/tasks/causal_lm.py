@@ -7,7 +7,7 @@ import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.data.dataset import read_rows, text_column
 from pst_ds.data.model_limits import check_causal_model
-from pst_ds.data.tasks.task import E, Task
+from pst_ds.data.tasks.task import IGNORED, E, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,6 +26,17 @@ if TYPE_CHECKING:
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 _ROWS_AT_A_TIME = 100
+
+
+class TokenStream(NamedTuple):
+    """Documents one after another."""
+
+    tokens: np.ndarray
+    """(tokens,) int32."""
+    document_starts: np.ndarray
+    """Places in ``tokens`` at which documents begin, ascending: (documents,) int64."""
+    num_bytes: np.ndarray
+    """Bytes of text that each token stands for: (tokens,) int32. Empty if not counted."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +54,9 @@ class Sequences:
     overlap: int = 0
     num_bytes: np.ndarray | None = None
     """Bytes of text that each token stands for: (tokens of the stream,) int32. None if not counted."""
+    document_starts: np.ndarray | None = None
+    """Where documents begin, at which positions and attention begin anew, and whose first token is not predicted:
+    (documents,) int64, ascending. None if they run on."""
 
     def __len__(self) -> int:
         if self.overlap:
@@ -55,8 +69,11 @@ class Sequences:
 
     @property
     def digest(self) -> str:
-        about = f"{self.length} {self.overlap} ".encode()
-        return hashlib.sha256(about + np.ascontiguousarray(self.tokens).tobytes()).hexdigest()
+        digest = hashlib.sha256(f"{self.length} {self.overlap} ".encode())
+        digest.update(np.ascontiguousarray(self.tokens).data)
+        if self.document_starts is not None:
+            digest.update(np.ascontiguousarray(self.document_starts).data)
+        return digest.hexdigest()
 
     @property
     def lengths(self) -> list[int]:
@@ -68,16 +85,40 @@ class Sequences:
         start = index * self._stride
         return self.tokens[start : start + self.length]
 
+    def starts_in(self, index: int) -> np.ndarray:
+        """Return the places in a sequence, behind its first, at which documents begin."""
+        if self.document_starts is None:
+            return np.empty(0, dtype=np.int64)
+        first = index * self._stride
+        behind, end = np.searchsorted(self.document_starts, [first + 1, first + self.length])
+        return self.document_starts[behind:end] - first
+
+    @property
+    def num_predicted(self) -> int:
+        """Predicted tokens of all sequences."""
+        predicted = len(self.tokens) - 1 if self.overlap else len(self) * (self.length - 1)
+        if self.document_starts is None:
+            return max(0, predicted)
+        starts = self.document_starts
+        inside = starts > 0 if self.overlap else (starts < len(self) * self.length) & (starts % self.length > 0)
+        return max(0, predicted - int(np.count_nonzero(inside)))
+
     @property
     def predicted_bytes(self) -> int | None:
-        """The bytes of text that the predicted tokens stand for; with an overlap, all but those of the first token."""
-        return None if self.num_bytes is None or not self.overlap else int(self.num_bytes[1:].sum(dtype=np.int64))
+        """The bytes of text that the predicted tokens stand for; with an overlap, all but those of first tokens."""
+        if self.num_bytes is None or not self.overlap:
+            return None
+        firsts = [0] if self.document_starts is None else np.union1d([0], self.document_starts)
+        return int(self.num_bytes.sum(dtype=np.int64) - self.num_bytes[firsts].sum(dtype=np.int64))
 
     def first(self, count: int) -> Sequences:
         """Return the first ``count`` sequences."""
         tokens = min(count, len(self)) * self._stride + self.overlap
         num_bytes = None if self.num_bytes is None else self.num_bytes[:tokens]
-        return replace(self, tokens=self.tokens[:tokens], num_bytes=num_bytes)
+        starts = self.document_starts
+        if starts is not None:
+            starts = starts[: np.searchsorted(starts, tokens)]
+        return replace(self, tokens=self.tokens[:tokens], num_bytes=num_bytes, document_starts=starts)
 
 
 def load_sequences(data: DataConfig, split: str, tokenizer: Tokenizer) -> Sequences:
@@ -87,12 +128,15 @@ def load_sequences(data: DataConfig, split: str, tokenizer: Tokenizer) -> Sequen
     """
     column, where = data.text_columns[0], getattr(data, split)
     rows = read_rows(data, split, {column: "text_columns"})
-    texts = _batches_of_texts(rows, column, where)
-    if split == "train":
-        sequences = Sequences(token_stream(texts, tokenizer), data.max_length)
-    else:
-        tokens, num_bytes = counted_token_stream(texts, tokenizer)
-        sequences = Sequences(tokens, data.max_length, 1, num_bytes)
+    texts, trains = _batches_of_texts(rows, column, where), split == "train"
+    stream = token_stream(texts, tokenizer, count=not trains)
+    sequences = Sequences(
+        stream.tokens,
+        data.max_length,
+        overlap=0 if trains else 1,
+        num_bytes=None if trains else stream.num_bytes,
+        document_starts=stream.document_starts if data.document_mask else None,
+    )
     if not len(sequences):
         needed = f"one sequence of data.max_length = {data.max_length}" if split == "train" else "2, a token to predict"
         raise ConfigError(
@@ -102,31 +146,20 @@ def load_sequences(data: DataConfig, split: str, tokenizer: Tokenizer) -> Sequen
     return sequences
 
 
-def token_stream(batches: Iterable[Sequence[str]], tokenizer: Tokenizer) -> np.ndarray:
-    """Return the tokens of all texts one after another, with the end-of-text token between two: (tokens,) int32.
+def token_stream(batches: Iterable[Sequence[str]], tokenizer: Tokenizer, *, count: bool = False) -> TokenStream:
+    """Return the tokens of all texts one after another, with the end-of-text token between two.
 
     A text is tokenised with the special tokens that the tokenizer adds by itself; where that puts the end-of-text token
     at the end of a text already, no second one follows. Texts of white space alone are left out. 4 bytes a token are
     held, and some 6 % to spare.
+
+    With ``count``, every byte of a text in UTF-8 counts for one token: the first whose end lies at or behind it, as the
+    tokenizer gives the places (offsets) of its tokens in the text. So white space between two tokens belongs to the
+    second, special tokens have no bytes, and the counts of a text add up to its length. What stands behind the last
+    place, if anything, belongs to the last token. A tokenizer that gives no places has a text's bytes spread evenly.
     """
-    return _stream(batches, tokenizer, count=False)[0]
-
-
-def counted_token_stream(batches: Iterable[Sequence[str]], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`token_stream`, and the bytes that each token stands for: both (tokens of the stream,) int32.
-
-    Every byte of a text in UTF-8 counts for one token: the first whose end lies at or behind it, as the tokenizer
-    gives the places (offsets) of its tokens in the text. So white space between two tokens belongs to the second,
-    special tokens have no bytes, and the counts of a text add up to its length. What stands behind the last place, if
-    anything, belongs to the last token. A tokenizer that gives no places has a text's bytes spread evenly.
-    """
-    return _stream(batches, tokenizer, count=True)
-
-
-def _stream(batches: Iterable[Sequence[str]], tokenizer: Tokenizer, *, count: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens and, with ``count``, the bytes of each."""
     end, with_places = tokenizer.eos_token_id, count and tokenizer.is_fast
-    stream, num_bytes = array("i"), array("i")
+    stream, num_bytes, starts = array("i"), array("i"), array("q")
     assert stream.itemsize == 4
     for texts in batches:
         texts = [text for text in texts if text.strip()]
@@ -139,15 +172,16 @@ def _stream(batches: Iterable[Sequence[str]], tokenizer: Tokenizer, *, count: bo
             if stream and stream[-1] != end:
                 stream.append(end)
                 num_bytes.extend([0] * count)
+            starts.extend([len(stream)] * bool(ids))
             stream.extend(ids)
             if count:
                 ends = [stop for _, stop in encoded["offset_mapping"][i]] if with_places else None
                 num_bytes.extend(_bytes_of_tokens(texts[i], len(ids), ends))
-    return _as_int32(stream), _as_int32(num_bytes)
+    return TokenStream(_as_numpy(stream, np.int32), _as_numpy(starts, np.int64), _as_numpy(num_bytes, np.int32))
 
 
-def _as_int32(values: array[int]) -> np.ndarray:
-    return np.frombuffer(values, dtype=np.int32) if values else np.empty(0, dtype=np.int32)
+def _as_numpy(values: array[int], dtype: type[np.integer[Any]]) -> np.ndarray:
+    return np.frombuffer(values, dtype=dtype) if values else np.empty(0, dtype=dtype)
 
 
 def _bytes_of_tokens(text: str, num_tokens: int, ends: Sequence[int] | None) -> list[int]:
@@ -170,10 +204,19 @@ def collate_sequences(sequences: Sequences, indices: Sequence[int]) -> dict[str,
     """Return model inputs of sequences of equal length: input_ids and labels, (len(indices), length) int64.
 
     Labels are the input: the model predicts each from those before it. There is no padding, so no attention mask.
+    Where documents do not run on, ``position_ids`` begin anew with each and its first label is -100; a model of
+    transformers that is given such positions without an attention mask keeps the documents apart in its attention.
     """
-    rows = [sequences[i] for i in indices]
-    ids = torch.from_numpy(np.stack(rows).astype(np.int64))
-    return {"input_ids": ids, "labels": ids}
+    ids = torch.from_numpy(np.stack([sequences[i] for i in indices]).astype(np.int64))
+    if sequences.document_starts is None:
+        return {"input_ids": ids, "labels": ids}
+    places = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    begun = np.zeros(ids.shape, dtype=np.int64)
+    for row, index in enumerate(indices):
+        starts = sequences.starts_in(index)
+        begun[row, starts] = starts
+    positions = torch.from_numpy(places - np.maximum.accumulate(begun, axis=1))
+    return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, IGNORED)}
 
 
 def _batches_of_texts(rows: Dataset, column: str, where: str) -> Iterable[list[str]]:
@@ -198,7 +241,7 @@ class CausalTask(Task[E]):
 
 
 class CausalLM(CausalTask[Sequences]):
-    """Sequences of one length, so that each counts alike in the mean loss."""
+    """Sequences of one length, and nothing padded."""
 
     unit = "sequences"
     pads = False
@@ -212,17 +255,19 @@ class CausalLM(CausalTask[Sequences]):
     def collate(self, examples: Sequences, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:
         return collate_sequences(examples, indices)
 
+    def num_targets(self, examples: Sequences, indices: Sequence[int]) -> int:
+        return sum(examples.length - 1 - len(examples.starts_in(i)) for i in indices)
+
     def metrics(self, outcomes: np.ndarray, examples: Sequences) -> dict[str, float]:
-        num_predicted = sum(examples.lengths) - len(examples)
-        return language_model_metrics(outcomes[:, 0], num_predicted, examples.predicted_bytes)
+        return language_model_metrics(outcomes[:, 0], examples.num_predicted, examples.predicted_bytes)
 
 
 def language_model_metrics(loss_sums: np.ndarray, num_predicted: int, num_bytes: int | None = None) -> dict[str, float]:
     """Return the mean loss of a predicted token (nats) and perplexity, its exponential; and the same of a byte of text.
 
     ``loss_sums`` is (sequences,) float64; its sum is correctly rounded, so it does not depend on an order.
-    ``num_bytes``: of the text that the predicted tokens stand for, in UTF-8, as :func:`counted_token_stream`
-    counts them. ``byte_perplexity`` is exp(sum / bytes) and ``bits_per_byte`` its binary logarithm; unlike perplexity
+    ``num_bytes``: of the text that the predicted tokens stand for, in UTF-8, as :func:`token_stream` counts
+    them. ``byte_perplexity`` is exp(sum / bytes) and ``bits_per_byte`` its binary logarithm; unlike perplexity
     they can be compared between tokenizers. The loss of end-of-text and other special tokens, which have no bytes, is
     in the sum.
     """
