@@ -13,7 +13,7 @@ from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
     from pst_ds.checkpoint.format import Checkpoint
-    from pst_ds.data.tasks import ExampleSet
+    from pst_ds.data.tasks.answers import AnsweredExamples
     from pst_ds.train.run import Prepared
 
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, "run folder, or its run file")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
     parser.add_argument("--checkpoint", default="best", help='"best" (default), "final", or another in checkpoints/')
-    texts = 'of task "data-to-text": a JSON line for each text written, with its references'
+    texts = 'of tasks "data-to-text" and "chat": a JSON line for each text written, with its references'
     parser.add_argument("--texts", metavar="FILE", help=texts)
     add_quiet_argument(parser)
 
@@ -52,17 +52,18 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     return {"checkpoint": str(checkpoint.folder), "split": args.split, "examples": len(examples), **metrics}
 
 
-def _with_texts(prepared: Prepared, checkpoint: Checkpoint, examples: ExampleSet, file: str | None) -> dict[str, float]:
+def _with_texts(
+    prepared: Prepared, checkpoint: Checkpoint, examples: AnsweredExamples, file: str | None
+) -> dict[str, float]:
     """Return metrics of the model and of the texts it writes (to ``file`` too), on one process without DeepSpeed."""
-    from pst_ds.data.tasks.data_to_text import DataToText, Pairs
+    from pst_ds.data.tasks.answers import AnswerTask
     from pst_ds.data.text_metrics import require_text_metrics
     from pst_ds.train.evaluate import predict
     from pst_ds.train.run import masked_model
 
     require_text_metrics()
     task = prepared.task
-    assert isinstance(task, DataToText)
-    assert isinstance(examples, Pairs)
+    assert isinstance(task, AnswerTask)
     model, batch_size = masked_model(prepared, checkpoint), prepared.run.eval_batch_size
     written = task.write(model, examples, prepared.tokenizer, batch_size, prepared.device)
     if file:

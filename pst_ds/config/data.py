@@ -35,15 +35,19 @@ class DataConfig:
     """A column and a value: of the test split, only rows that have this value there. Empty takes all."""
     text_columns: tuple[str, ...] = ("text",)
     """One column, or two for sentence pairs; tasks "causal-lm" and "data-to-text" take one. For "data-to-text" it may
-    be a path into nested values, such as "lex.text"."""
+    be a path into nested values, such as "lex.text". For "chat" one with lists of messages, or two with prompts and
+    completions; a column "tools" is read too."""
     label_column: str = "label"
-    """The class or the number of a row; for task "data-to-text" the text to write, or a list of such texts. Task
-    "causal-lm" has none."""
+    """The class or the number of a row; for task "data-to-text" the text to write, or a list of such texts. Tasks
+    "causal-lm" and "chat" have none."""
     label_names: tuple[str, ...] = ()
     """The classes in the order of their ids, where those of the training data are just these: "f1" is that of the
     second of two. Empty is the order of the dataset's own class names, or else of the alphabet."""
     separator: str = ""
     """For task "data-to-text", what stands between the data and the text; empty is the end-of-text token."""
+    chat_template: str = ""
+    """For task "chat", a Jinja file by which conversations are written; exports take it along. Empty is the tokenizer's
+    own template."""
     sample_by: Literal["line", "paragraph", "document"] = "line"
     """A row of a .txt file, as in ``datasets``: a line, the text between empty lines, or the whole file. Its
     column is "text"."""
@@ -52,7 +56,7 @@ class DataConfig:
     end-of-text token between them, are one stream that is cut into such sequences; what is left at the end, less than a
     sequence, is not trained on. An evaluation predicts every token but the first once: there a sequence begins with the
     last token of the one before, and the last is shorter.
-    For task "data-to-text" data and text together; the data is cut first."""
+    For task "data-to-text" data and text together; the data is cut first. For task "chat" a whole conversation."""
     document_mask: bool = True
     """For task "causal-lm": positions and attention begin anew at each document of a sequence, and its first token is
     not predicted. False lets documents run on, as if they were one text."""
@@ -73,15 +77,15 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """Evaluation on the validation file, and how text is written for task "data-to-text"."""
+    """Evaluation on the validation file, and how texts are written for tasks "data-to-text" and "chat"."""
 
     interval: Annotated[int, Ge(-1)] = 0
     """Optimizer steps between evaluations. 0 evaluates at the end, and where the data is read more than once up to four
     times before it, which shows whether the run overfits; they take at most a twentieth of the run, and choose no
     checkpoint. -1 evaluates at the end only."""
     batch_size: NotNegative = 0
-    """Examples a rank evaluates at a time. 0 is 64, and 8 for tasks "causal-lm" and "data-to-text", where each has
-    logits of max_length x vocabulary."""
+    """Examples a rank evaluates at a time. 0 is 64, and 8 for tasks that predict tokens, where each has logits of
+    max_length x vocabulary."""
     metric: str = ""
     """Chooses the best checkpoint, among those at the final sparsity. Empty is "accuracy", for task "regression"
     "pearson", and for the others the lowest "perplexity". "f1" is that of the second of two classes."""

@@ -21,8 +21,10 @@ class TaskFacts:
     max_text_columns: int = 2
     min_length: int = 1
     """Smallest ``data.max_length``."""
+    has_labels: bool = True
+    """A row has a label column."""
     packs_text: bool = False
-    """Examples are cut from one stream of text, ``data.max_length`` tokens each, and have no label column."""
+    """Examples are cut from one stream of text, ``data.max_length`` tokens each."""
     writes_texts: bool = False
     """``pst-ds eval`` and ``verify`` have the model write texts."""
     predicts_tokens: bool = False
@@ -48,12 +50,16 @@ TASKS: dict[str, TaskFacts] = {
         suggested_by=lambda label_type: (label_type or "").startswith("float"),
     ),
     "causal-lm": TaskFacts(
-        metrics=("perplexity",), eval_batch_size=8, max_text_columns=1, min_length=2, packs_text=True,
+        metrics=("perplexity",), eval_batch_size=8, max_text_columns=1, min_length=2, packs_text=True, has_labels=False,
         predicts_tokens=True, init_max_length=512, init_epochs=1.0, suggested_by=lambda label_type: label_type is None,
     ),
     "data-to-text": TaskFacts(
         metrics=("perplexity",), eval_batch_size=8, max_text_columns=1, min_length=4, writes_texts=True,
         predicts_tokens=True, init_max_length=256,
+    ),
+    "chat": TaskFacts(
+        metrics=("perplexity",), eval_batch_size=8, min_length=4, has_labels=False, writes_texts=True,
+        predicts_tokens=True, init_max_length=1024, init_epochs=2.0,
     ),
 }  # fmt: skip
 

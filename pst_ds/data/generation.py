@@ -25,15 +25,17 @@ def write_texts(
     settings: EvalConfig,
     batch_size: int,
     device: str,
+    ends: Sequence[int] = (),
 ) -> list[str]:
-    """Return what ``model`` writes after each of the ``prompts``, which are tokens, up to its end-of-text token.
+    """Return what ``model`` writes after each of the ``prompts``, which are tokens, up to its end-of-text token or one
+    of ``ends``.
 
     ``model`` is one of transformers, whole and in evaluation mode. What its own generation_config.json says does not
     count. The texts do not depend on which prompts share a batch, but for rounding.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     own_config = model.generation_config
-    model.generation_config = _generation_config(settings, tokenizer)
+    model.generation_config = _generation_config(settings, tokenizer, ends)
     texts = [""] * len(prompts)
     try:
         with Progress("write", len(prompts), "texts") as shown:
@@ -64,7 +66,7 @@ def _write(
     return [text.strip() for text in tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)]
 
 
-def _generation_config(settings: EvalConfig, tokenizer: Tokenizer) -> GenerationConfig:
+def _generation_config(settings: EvalConfig, tokenizer: Tokenizer, ends: Sequence[int]) -> GenerationConfig:
     """``use_cache`` is switched off in the config of a model in training."""
     from transformers import GenerationConfig
 
@@ -75,7 +77,7 @@ def _generation_config(settings: EvalConfig, tokenizer: Tokenizer) -> Generation
         num_beams=settings.num_beams,
         do_sample=False,
         use_cache=True,
-        eos_token_id=end,
+        eos_token_id=sorted({end, *ends}),
         pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         **beams,
     )

@@ -19,8 +19,7 @@ def require_text_metrics() -> None:
     missing = missing_libraries()
     if missing:
         raise ConfigError(
-            f"task 'data-to-text' is scored with {' and '.join(missing)}, which is not installed: "
-            "pip install 'pst-ds[nlg]'"
+            f"written texts are scored with {' and '.join(missing)}, which is not installed: pip install 'pst-ds[nlg]'"
         )
 
 

@@ -75,9 +75,18 @@ def load_tokenizer(run: RunConfig) -> Any:
             f"{place} has no tokenizer, as a folder (looked in {Path(where).absolute()}) or on the "
             f"hub: {problem}. Name the folder that has one with model.tokenizer"
         )
+    if run.data.chat_template:
+        tokenizer.chat_template = _chat_template(run.data.chat_template)
     if tokenizer.pad_token is None and task_of(run).pads:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _chat_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.chat_template = {path!r} cannot be read: {error}; name a Jinja file") from None
 
 
 def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any, *, own_dropout: bool = False) -> Any:

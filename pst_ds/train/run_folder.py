@@ -31,8 +31,9 @@ from pst_ds.train.loop import LoopState
 MAY_DIFFER = (
     "output_dir", "deepspeed_config", "dense_run", "model.path", "model.tokenizer", "model.attn_implementation",
     "model.gradient_checkpointing", "model.gradient_checkpointing_reentrant", "data.train", "data.validation",
-    "data.test", "data.label_names", "data.document_mask", "train.gradient_accumulation_steps", "train.log_interval",
-    "train.stall_timeout_seconds", "eval.interval", "eval.batch_size", "checkpoint.interval", "checkpoint.keep_last",
+    "data.test", "data.label_names", "data.document_mask", "data.chat_template",
+    "train.gradient_accumulation_steps", "train.log_interval", "train.stall_timeout_seconds",
+    "eval.interval", "eval.batch_size", "checkpoint.interval", "checkpoint.keep_last",
     "pst.prune_uncalled", "pst.tile_bytes", "pictures.interval", "pictures.layers",
 )  # fmt: skip
 """Settings that may differ when a run continues: paths, how the same numbers are computed, and what the digest of the

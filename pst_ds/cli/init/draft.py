@@ -27,6 +27,7 @@ _UNKNOWN_LIMIT, _BATCH_SIZE = 128, 32
 _LEAST_STEPS, _MOST_STEPS, _LONGER = 600, 10_000, 3.0
 _GUESSED_PAIRS = (["sentence1", "sentence2"], ["premise", "hypothesis"], ["question1", "question2"])
 _GUESSED_TEXTS = (["text"], ["sentence"], *_GUESSED_PAIRS)
+_GUESSED_CONVERSATIONS = (["messages"], ["conversations"], ["prompt", "completion"])
 _TEXT_TYPES = ("string", "large_string")
 
 
@@ -160,14 +161,16 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> dict[
         where = f"--label-column {args.label_column!r} is not in {args.train}"
         raise InputError(f"{where}; name one of the columns: {', '.join(features)}")
     label_column = args.label_column or "label"
-    task = args.task or next(name for name, of in TASKS.items() if of.suggested_by(features.get(label_column)))
+    suggested = next(name for name, of in TASKS.items() if of.suggested_by(features.get(label_column)))
+    task = args.task or ("chat" if _conversations(features) else suggested)
     facts = TASKS[task]
     if facts.packs_text and not args.task:
         _require_labels_or_causal(args, features)
     data: dict[str, Any] = {"train": args.train}
     data |= {name: getattr(args, name) for name in ("validation", "test") if getattr(args, name)}
-    data["text_columns"] = args.text_columns or _text_columns(features, label_column, task, args.train)
-    if not facts.packs_text:
+    found = _conversations(features) if task == "chat" else []
+    data["text_columns"] = args.text_columns or found or _text_columns(features, label_column, task, args.train)
+    if facts.has_labels:
         data["label_column"] = label_column
     if args.max_length:
         data["max_length"] = args.max_length
@@ -216,6 +219,11 @@ def _require_labels_or_causal(args: argparse.Namespace, features: dict[str, str]
 def _usual_texts(names: Iterable[str]) -> list[str]:
     """Return the columns that hold texts, by their names; () without any."""
     return next((texts for texts in _GUESSED_TEXTS if set(texts) <= set(names)), [])
+
+
+def _conversations(names: Iterable[str]) -> list[str]:
+    """Return the columns that hold conversations, by their names; () without any."""
+    return next((columns for columns in _GUESSED_CONVERSATIONS if set(columns) <= set(names)), [])
 
 
 def _text_columns(features: dict[str, str], label_column: str, task: str, where: str) -> list[str]:

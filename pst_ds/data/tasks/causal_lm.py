@@ -7,7 +7,7 @@ import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -180,7 +180,7 @@ def token_stream(batches: Iterable[Sequence[str]], tokenizer: Tokenizer, *, coun
     return TokenStream(_as_numpy(stream, np.int32), _as_numpy(starts, np.int64), _as_numpy(num_bytes, np.int32))
 
 
-def _as_numpy(values: array[int], dtype: type[np.integer[Any]]) -> np.ndarray:
+def _as_numpy(values: array[int], dtype: type[np.int32 | np.int64]) -> np.ndarray:
     return np.frombuffer(values, dtype=dtype) if values else np.empty(0, dtype=dtype)
 
 

@@ -7,22 +7,16 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from pst_ds.config.run import ConfigError, DataConfig
-from pst_ds.data import generation
 from pst_ds.data.dataset import read_rows, values_of
-from pst_ds.data.model_limits import check_causal_model, positions_of
-from pst_ds.data.tasks.causal_lm import CausalTask, language_model_metrics
+from pst_ds.data.tasks.answers import AnswerTask, padded
 from pst_ds.data.tasks.task import IGNORED
-from pst_ds.data.text_metrics import text_metrics
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _ATTRIBUTE = re.compile(r"\s*([^\[\],]+?)\s*\[([^\[\]]*)\]\s*(?:,|$)")
@@ -119,16 +113,8 @@ def collate_pairs(pairs: Pairs, indices: Sequence[int], tokenizer: Tokenizer) ->
 
     ``labels`` are the tokens of the texts, and -100 elsewhere.
     """
-    tokens = [pairs.tokens(i) for i in indices]
-    length = max(len(prompt) + len(target) for prompt, target in tokens)
-    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for prompt, target in tokens:
-        real = len(prompt) + len(target)
-        batch["input_ids"].append([*prompt, *target, *[padding] * (length - real)])
-        batch["attention_mask"].append([1] * real + [0] * (length - real))
-        batch["labels"].append([IGNORED] * len(prompt) + target + [IGNORED] * (length - real))
-    return {name: torch.tensor(rows) for name, rows in batch.items()}
+    rows = [pairs.tokens(i) for i in indices]
+    return padded([([*prompt, *target], [IGNORED] * len(prompt) + target) for prompt, target in rows], tokenizer)
 
 
 def linearize(value: object) -> str | None:
@@ -201,47 +187,16 @@ def _without_end(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-class DataToText(CausalTask[Pairs]):
-    """Outcomes are the sum of the losses of the tokens of a text, and how many these are: (examples, 2) float64.
+class DataToText(AnswerTask[Pairs]):
+    """Data that several texts tell is written from once."""
 
-    ``pst-ds eval`` and ``verify`` also have texts written, and score them.
-    """
-
-    def check_model(self, data: DataConfig, config: PreTrainedConfig, tokenizer: Tokenizer | None) -> None:
-        check_causal_model(data, config, tokenizer, "'data-to-text', which ends texts with it", pads=self.pads)
-        positions = positions_of(config)
-        if 0 < positions <= self.evaluation.max_new_tokens + 1:
-            raise ConfigError(
-                f"eval.max_new_tokens = {self.evaluation.max_new_tokens} leaves no room for data in the {positions} "
-                "positions of the model (max_position_embeddings); lower it"
-            )
+    ends_with = "'data-to-text', which ends texts with it"
 
     def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Pairs:
         return load_pairs(data, split, tokenizer)
 
     def collate(self, examples: Pairs, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:
         return collate_pairs(examples, indices, tokenizer)
-
-    def num_targets(self, examples: Pairs, indices: Sequence[int]) -> int:
-        return sum(examples.num_targets(i) for i in indices)
-
-    def outcomes(self, logits: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
-        predicted = (batch["labels"] != IGNORED).sum(1).tolist()
-        sums = super().outcomes(logits, batch)[:, 0]
-        return np.array([*zip(sums, predicted, strict=True)], dtype=np.float64)
-
-    def metrics(self, outcomes: np.ndarray, examples: Pairs) -> dict[str, float]:
-        return language_model_metrics(outcomes[:, 0], int(outcomes[:, 1].sum()))
-
-    def write(self, model: Any, examples: Pairs, tokenizer: Tokenizer, batch_size: int, device: str) -> list[str]:
-        """Return what a whole ``model`` of transformers writes for each distinct piece of data."""
-        positions = positions_of(model.config)
-        room = positions - self.evaluation.max_new_tokens if positions else examples.max_length
-        return generation.write_texts(model, examples.prompts(room), tokenizer, self.evaluation, batch_size, device)
-
-    def text_metrics(self, written: Sequence[str], examples: Pairs) -> dict[str, float]:
-        """Return BLEU, ROUGE-L and chrF of the texts that :meth:`write` returned."""
-        return text_metrics(written, examples.references)
 
 
 TASK = DataToText

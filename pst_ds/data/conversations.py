@@ -1,0 +1,195 @@
+"""Conversations as tokens, with a mask of those that the assistant wrote.
+
+A conversation is a list of messages ``{"role": ..., "content": ...}`` as transformers' chat templates take them, with
+``tool_calls`` and whatever else the template knows. Where the template marks what the assistant says ({% generation %})
+its own mask counts. Elsewhere the mask is found by the growing prefix: the text of the messages before an answer, with
+the prompt for one, must begin the text that has the answer too, and what is added is the answer. A template that writes
+earlier messages in another way once later ones follow is refused, since no mask of it would be right.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pst_ds.config.run import ConfigError
+from pst_ds.json_text import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+Message: TypeAlias = dict[str, Any]
+
+ASSISTANT = "assistant"
+_ROLES_OF_OTHERS = {"human": "user", "gpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT}
+"""Roles as ShareGPT and its like call them."""
+_MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a chat template is given."""
+
+    messages: list[Message]
+    tools: list[JsonObject] | None = None
+
+    def upto(self, place: int) -> Conversation:
+        """Return the messages before ``place``."""
+        return Conversation(self.messages[:place], self.tools)
+
+    def split_at_last_answer(self) -> tuple[Conversation, str]:
+        """Return what comes before the last answer, and its text."""
+        last = max(place for place, message in enumerate(self.messages) if message["role"] == ASSISTANT)
+        return self.upto(last), str(self.messages[last].get("content") or "")
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as its template writes it."""
+
+    ids: list[int]
+    """Its tokens."""
+    is_answer: list[bool]
+    """For each token whether the assistant wrote it, the end of a turn included."""
+
+
+def messages_of(value: object, where: str) -> list[Message]:
+    """Return the messages of a row: a list of {"role", "content"}, or of ShareGPT's {"from", "value"}.
+
+    Fields that are None, as they are where a table has one column for all messages, are left out. Raises ConfigError,
+    naming ``where``, for another shape, and for a conversation without an answer.
+    """
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise ConfigError(f"{where} holds {str(value)[:80]!r}, and a conversation is a list of messages")
+    messages = [_without_none(_in_our_words(message)) for message in value]
+    for place, message in enumerate(messages):
+        if not isinstance(message.get("role"), str) or not ({"content", "tool_calls"} & message.keys()):
+            raise ConfigError(
+                f'{where}: message {place} has the fields {", ".join(value[place])}, and needs a "role" and a "content"'
+            )
+    if not any(message["role"] == ASSISTANT for message in messages):
+        raise ConfigError(f"{where} has no message of the role {ASSISTANT!r}, and only those are learnt")
+    return messages
+
+
+def messages_of_pair(prompt: object, completion: object, where: str) -> list[Message]:
+    """Return the messages of a prompt and its completion: each is a text, or a list of messages."""
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    after = [{"role": ASSISTANT, "content": completion}] if isinstance(completion, str) else completion
+    if not isinstance(before, list) or not isinstance(after, list):
+        raise ConfigError(f"{where} has a prompt and a completion that are neither texts nor lists of messages")
+    return messages_of([*before, *after], where)
+
+
+def tools_of(value: object, where: str) -> list[JsonObject] | None:
+    """Return the tools of a row, which may be JSON. Raises ConfigError for JSON that is none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except ValueError as error:
+            raise ConfigError(f"{where}: tools are not JSON ({error})") from None
+    tools = _without_none(value) if isinstance(value, list) else None
+    return tools or None
+
+
+def require_template(tokenizer: Tokenizer, task: str) -> None:
+    """Raise ConfigError for a tokenizer without a chat template, and for one that gives no places of its tokens."""
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"the tokenizer has no chat template, which task {task!r} writes conversations by; name a Jinja file with "
+            "data.chat_template, or a tokenizer that has one with model.tokenizer"
+        )
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"{type(tokenizer).__name__} is no fast tokenizer, and does not tell where in a text its tokens are; name "
+            "one with model.tokenizer"
+        )
+
+
+def render(conversation: Conversation, tokenizer: Tokenizer, where: str) -> Rendered:
+    """Return the tokens of a conversation, and which of them the assistant wrote.
+
+    Raises ConfigError, naming ``where``, if the template refuses the conversation, or if it has no marks and answers
+    cannot be told from the growing prefix.
+    """
+    template = tokenizer.get_chat_template(None, conversation.tools)
+    if _MARKS_ANSWERS.search(template):
+        marked = _tokens(conversation, tokenizer, where, return_assistant_tokens_mask=True)
+        return Rendered(list(marked["input_ids"]), [bool(wrote) for wrote in marked["assistant_masks"]])
+    text, spans = _answers_by_prefix(conversation, tokenizer, where)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, special = encoded["input_ids"], set(tokenizer.all_special_ids)
+    is_answer = [False] * len(ids)
+    for start, stop in spans:
+        inside = [i for i, (first, end) in enumerate(encoded["offset_mapping"]) if end > start and first < stop]
+        for i in _up_to_its_end(inside, ids, text, encoded["offset_mapping"], special):
+            is_answer[i] = True
+    return Rendered(ids, is_answer)
+
+
+def prompt_tokens(conversation: Conversation, tokenizer: Tokenizer, where: str) -> list[int]:
+    """Return the tokens that the next answer is written after."""
+    return list(_tokens(conversation, tokenizer, where, add_generation_prompt=True)["input_ids"])
+
+
+def _answers_by_prefix(
+    conversation: Conversation, tokenizer: Tokenizer, where: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text of a conversation, and where in it answers begin and end."""
+    text, spans = _text(conversation, tokenizer, where), []
+    for place, message in enumerate(conversation.messages):
+        if message["role"] != ASSISTANT:
+            continue
+        before = _text(conversation.upto(place), tokenizer, where, add_generation_prompt=True) if place else ""
+        through = _text(conversation.upto(place + 1), tokenizer, where)
+        if not text.startswith(through) or not through.startswith(before):
+            raise ConfigError(
+                f"{where}: the chat template writes what comes before message {place} in another way once more "
+                "follows, so what the assistant says cannot be told from its prefix. Name a template that marks it "
+                "with {% generation %} and {% endgeneration %} in data.chat_template"
+            )
+        spans.append((len(before), len(through)))
+    return text, spans
+
+
+def _up_to_its_end(
+    inside: Sequence[int], ids: Sequence[int], text: str, places: Sequence[tuple[int, int]], special: set[int]
+) -> Sequence[int]:
+    """Return the tokens of an answer without the white space that a template puts behind the token that ends it."""
+    last = next((n for n in reversed(range(len(inside))) if ids[inside[n]] in special), None)
+    if last is None or text[places[inside[last]][1] : places[inside[-1]][1]].strip():
+        return inside
+    return inside[: last + 1]
+
+
+def _text(conversation: Conversation, tokenizer: Tokenizer, where: str, **options: bool) -> str:
+    return str(_applied(conversation, tokenizer, where, tokenize=False, **options))
+
+
+def _tokens(conversation: Conversation, tokenizer: Tokenizer, where: str, **options: bool) -> dict[str, list[int]]:
+    encoded: dict[str, list[int]] = _applied(conversation, tokenizer, where, tokenize=True, return_dict=True, **options)
+    return encoded
+
+
+def _applied(conversation: Conversation, tokenizer: Any, where: str, **options: bool) -> Any:
+    try:
+        return tokenizer.apply_chat_template(conversation.messages, tools=conversation.tools, **options)
+    except Exception as error:  # what a template raises for roles in an order that it does not know
+        raise ConfigError(f"{where}: the chat template refuses the conversation: {error}") from None
+
+
+def _in_our_words(message: Message) -> Message:
+    if "from" not in message or "role" in message:
+        return message
+    role = message["from"]
+    return {"role": _ROLES_OF_OTHERS.get(role, role), "content": message.get("value")}
+
+
+def _without_none(value: Any) -> Any:
+    """Return JSON values without the fields that are None."""
+    if isinstance(value, dict):
+        return {name: _without_none(of) for name, of in value.items() if of is not None}
+    return [_without_none(of) for of in value] if isinstance(value, list) else value

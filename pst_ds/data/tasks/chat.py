@@ -1,0 +1,173 @@
+"""The assistant's part of conversations: a language model scored on what the assistant says alone."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from pst_ds.config.run import ConfigError, DataConfig
+from pst_ds.data.conversations import (
+    Conversation,
+    Rendered,
+    messages_of,
+    messages_of_pair,
+    prompt_tokens,
+    render,
+    require_template,
+    tools_of,
+)
+from pst_ds.data.dataset import read_rows
+from pst_ds.data.tasks.answers import AnswerTask, padded
+from pst_ds.data.tasks.task import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+TOOLS_COLUMN = "tools"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conversations:
+    """Tokenised conversations, each cut to ``max_length`` tokens at its end, where it leaves an answer to learn."""
+
+    tokens: np.ndarray
+    """Those of all, one after another: (tokens,) int32."""
+    is_answer: np.ndarray
+    """Whether the assistant wrote a token: (tokens,) bool."""
+    ends: np.ndarray
+    """Where each ends: (conversations,) int64."""
+    prompt_ids: list[list[int]]
+    """The tokens before the last answer of each."""
+    references: list[list[str]]
+    """The last answer of each."""
+    answer_ends: list[int]
+    """Special tokens that answers end with."""
+    max_length: int
+    left_out: int = 0
+    """Conversations whose first ``max_length`` tokens have no answer."""
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def _place(self, example: int) -> slice:
+        return slice(int(self.ends[example - 1]) if example else 0, int(self.ends[example]))
+
+    @property
+    def lengths(self) -> list[int]:
+        return np.diff(self.ends, prepend=0).tolist()
+
+    @property
+    def digest(self) -> str:
+        digest = hashlib.sha256(f"{self.max_length} ".encode())
+        for values in (self.tokens, self.is_answer, self.ends):
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()
+
+    def first(self, count: int) -> Conversations:
+        ends = self.ends[:count]
+        end = int(ends[-1]) if len(ends) else 0
+        return replace(
+            self, tokens=self.tokens[:end], is_answer=self.is_answer[:end], ends=ends,
+            prompt_ids=self.prompt_ids[:count], references=self.references[:count],
+        )  # fmt: skip
+
+    def row(self, example: int) -> tuple[list[int], list[int]]:
+        """Return the tokens of one conversation, and its labels: the assistant's tokens, and -100 elsewhere."""
+        tokens, is_answer = self.tokens[self._place(example)], self.is_answer[self._place(example)]
+        return tokens.tolist(), np.where(is_answer, tokens, IGNORED).tolist()
+
+    def num_targets(self, example: int) -> int:
+        """Count the assistant's tokens of one conversation, but for the first of all, which nothing predicts."""
+        return int(self.is_answer[self._place(example)][1:].sum())
+
+    def prompts(self, most: int) -> list[list[int]]:
+        """Return what the last answers are written after; of a longer one the last ``most`` tokens."""
+        return [ids[-most:] for ids in self.prompt_ids]
+
+
+def load_conversations(data: DataConfig, split: str, tokenizer: Tokenizer) -> Conversations:
+    """Return the conversations of one split: of a column of messages, or of two with prompts and completions.
+
+    Raises ConfigError for a missing file or column, for what is no conversation, and for templates that refuse one or
+    from which answers cannot be told.
+    """
+    require_template(tokenizer, "chat")
+    tokens, is_answer, ends = array("i"), bytearray(), array("q")
+    prompts, references, left_out, where = [], [], 0, getattr(data, split)
+    special, answer_ends = set(tokenizer.all_special_ids), set()
+    for row, conversation in enumerate(conversations_in(data, split)):
+        place = f"{where}, row {row}"
+        whole = render(conversation, tokenizer, place)
+        answer_ends |= {
+            token for token, is_answer in zip(whole.ids, whole.is_answer, strict=True) if is_answer
+        } & special
+        rendered = Rendered(whole.ids[: data.max_length], whole.is_answer[: data.max_length])
+        if not any(rendered.is_answer[1:]):
+            left_out += 1
+            continue
+        tokens.extend(rendered.ids)
+        is_answer.extend(rendered.is_answer)
+        ends.append(len(tokens))
+        if split != "train":
+            before, answer = conversation.split_at_last_answer()
+            prompts.append(prompt_tokens(before, tokenizer, place) if before.messages else rendered.ids[:1])
+            references.append([answer])
+    if not ends:
+        raise ConfigError(
+            f"{where}: no conversation has an answer within data.max_length = {data.max_length} tokens; raise it"
+        )
+    return Conversations(
+        np.frombuffer(tokens, dtype=np.int32),
+        np.frombuffer(is_answer, dtype=bool),
+        np.frombuffer(ends, dtype=np.int64),
+        prompts,
+        references,
+        sorted(answer_ends),
+        data.max_length,
+        left_out,
+    )
+
+
+def conversations_in(data: DataConfig, split: str) -> Iterator[Conversation]:
+    """Yield the conversation of each row of a split. Raises ConfigError."""
+    where, columns = getattr(data, split), data.text_columns
+    rows = read_rows(data, split, dict.fromkeys(columns, "text_columns"), nested=True)
+    wanted = [*columns, *([TOOLS_COLUMN] if TOOLS_COLUMN in rows.column_names else [])]
+    for number, row in enumerate(rows.select_columns(wanted)):
+        place = f"{where}, row {number}"
+        if len(columns) == 1:
+            messages = messages_of(row[columns[0]], f"{place}, column {columns[0]!r}")
+        else:
+            messages = messages_of_pair(row[columns[0]], row[columns[1]], place)
+        yield Conversation(messages, tools_of(row.get(TOOLS_COLUMN), place))
+
+
+class Chat(AnswerTask[Conversations]):
+    """Of several answers in a conversation all are learnt, and the last is written."""
+
+    ends_with = "'chat', which ends answers with it"
+    unit = "conversations"
+
+    def check_model(self, data: DataConfig, config: PreTrainedConfig, tokenizer: Tokenizer | None) -> None:
+        super().check_model(data, config, tokenizer)
+        if tokenizer is not None:
+            require_template(tokenizer, "chat")
+
+    def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Conversations:
+        return load_conversations(data, split, tokenizer)
+
+    def ends_of(self, examples: Conversations) -> Sequence[int]:
+        return examples.answer_ends
+
+    def collate(self, examples: Conversations, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:
+        return padded([examples.row(i) for i in indices], tokenizer)
+
+
+TASK = Chat
