@@ -78,7 +78,7 @@ def make_plan(
         "base_grid": str(base_grid) if (base_grid := base_grid_of_run(config)) else None,
     }
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, config)]
-    trace = trace or _trace(model, config, micro_batch_size, zero.persistence_threshold)  # uses the model up
+    trace = trace or _trace(model, config, micro_batch_size, zero.persistence_threshold, device)  # uses it up
     plan |= _memory(config, numbers, zero, teacher["bytes"], groups, trace, device)
     plan["trace"] = asdict(trace) if trace else None
     plan["mask_bytes"] = sum(t.numel * t.count for t in numbers.tensors if t.is_mask)
@@ -178,19 +178,20 @@ def _teacher(config: RunConfig, numbers: ModelNumbers, no_data: bool) -> dict[st
     return {"bytes": nbytes, "weights": numbers.pruned_weights + numbers.dense_weights, "own": own}
 
 
-def _trace(model: Any, config: RunConfig, micro_batch_size: int, threshold: int) -> Trace | None:
+def _trace(model: Any, config: RunConfig, micro_batch_size: int, threshold: int, device: str) -> Trace | None:
     """Trace a micro-batch; None for a model whose forward pass cannot do without values."""
-    length = config.data.max_length
-    shape = {"batch": micro_batch_size, "sequence": length, "persistence_threshold": threshold}
     try:
-        trace = trace_micro_batch(model, checkpointing=config.model.gradient_checkpointing, **shape)
+        return trace_micro_batch(
+            model,
+            batch=micro_batch_size,
+            sequence=config.data.max_length,
+            checkpointing=config.model.gradient_checkpointing,
+            persistence_threshold=threshold,
+            distilled=config.distillation.weight > 0.0 and config.task_facts.predicts_tokens,
+            device=device,
+        )
     except UntraceableError:
         return None
-    if (
-        config.distillation.weight and config.task_facts.predicts_tokens
-    ):  # the teacher's logits, next to the model's own
-        trace.activations += micro_batch_size * length * model.config.vocab_size * model.dtype.itemsize
-    return trace
 
 
 def _batch(config: RunConfig, micro_batch_size: int, teacher: dict[str, int], trace: Trace | None) -> Batch:

@@ -56,7 +56,7 @@ class _DistilledLoss(torch.autograd.Function):
         grad = torch.empty_like(student)
         for start in range(0, rows, max(1, _NUMBERS_AT_A_TIME // classes)):
             part = slice(start, start + max(1, _NUMBERS_AT_A_TIME // classes))
-            loss, own = _loss_and_gradient(
+            loss, own = loss_and_gradient(
                 student[part].float(), teacher[part].float(), targets[part].unsqueeze(1), weight, temperature
             )
             total += loss
@@ -70,13 +70,16 @@ class _DistilledLoss(torch.autograd.Function):
         return grad * (grad_out / max(grad.shape[0], 1)).to(grad.dtype), None, None, None, None
 
 
-def _loss_and_gradient(
-    student: Tensor, teacher: Tensor, targets: Tensor, weight: float, temperature: float
+def loss_and_gradient(
+    student: Tensor, teacher: Tensor | None, targets: Tensor, weight: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Sum over rows, 0-d float64, and its gradient, (rows, classes) fp32; ``targets``: (rows, 1)."""
+    """Return the sum over rows of what :func:`distilled_loss` is the mean of, 0-d float64, and its gradient, (rows,
+    classes) fp32; ``targets``: (rows, 1). Without a ``teacher`` it is the cross-entropy, and ``weight`` must be 0."""
     log_q = torch.log_softmax(student, -1)
     hard = log_q.gather(1, targets).sum(dtype=torch.float64)
-    if temperature == 1.0:
+    if teacher is None:
+        soft, q = hard.new_zeros(()), log_q.exp_()
+    elif temperature == 1.0:
         soft, p, q = _divergence(log_q, teacher)
         q.sub_(p, alpha=weight)
     else:
@@ -95,6 +98,7 @@ def _divergence(log_q: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]
     p = log_p.exp()
     difference = log_p.sub_(log_q)
     apart = torch.linalg.vecdot(p, difference)
-    if apart.device.type != "cpu" or not apart.isfinite().all():  # to look would make an accelerator wait
+    # to look would make an accelerator wait, and a tensor of another class may have no values
+    if apart.device.type != "cpu" or type(apart) is not Tensor or not apart.isfinite().all():
         apart = torch.linalg.vecdot(p, difference.masked_fill_(p == 0.0, 0.0))
     return apart.sum(dtype=torch.float64), p, log_q.exp_()

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pst_ds.core.head_loss import ChunkSizes, Teacher, chunk_sizes, head_loss
 from pst_ds.errors import first_line
 from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.language_head import LanguageHead, UnknownHeadError, language_head
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.planning.operators import operator_traffic
 
@@ -39,7 +41,14 @@ class Trace:
 
 
 def trace_micro_batch(
-    model: nn.Module, *, batch: int, sequence: int, checkpointing: bool, persistence_threshold: int = 0
+    model: nn.Module,
+    *,
+    batch: int,
+    sequence: int,
+    checkpointing: bool,
+    persistence_threshold: int = 0,
+    distilled: bool = False,
+    device: str = "cpu",
 ) -> Trace:
     """:func:`activation_bytes`, the gathers of all parameters larger than ``persistence_threshold``, and operators."""
     trace = Trace()
@@ -49,7 +58,7 @@ def trace_micro_batch(
             _count_gathers(module, trace, persistence_threshold)
 
     model.register_forward_pre_hook(start)
-    seen = _run(model, batch=batch, sequence=sequence, checkpointing=checkpointing)
+    seen = _run(model, batch=batch, sequence=sequence, checkpointing=checkpointing, distilled=distilled, device=device)
     trace.activations, trace.moved, trace.launches = seen.peak, seen.moved, seen.launches
     return trace
 
@@ -73,19 +82,33 @@ def _count_gathers(module: nn.Module, trace: Trace, threshold: int) -> None:
     module.register_forward_hook(count)
 
 
-def activation_bytes(model: nn.Module, *, batch: int, sequence: int, checkpointing: bool) -> int:
+def activation_bytes(
+    model: nn.Module,
+    *,
+    batch: int,
+    sequence: int,
+    checkpointing: bool,
+    distilled: bool = False,
+    device: str = "cpu",
+) -> int:
     """Return the peak of all tensors alive at once in a training micro-batch, parameters and their like not counted.
 
     ``model`` is on the meta device and is used up: its parameters become tensors without values on a pretended CPU,
     so that attention takes the kernel it takes there. Saved tensors, temporaries, logits and loss are all counted, as
-    autograd frees them. Raises UntraceableError for a model that cannot run so.
+    autograd frees them; the loss of a language model whose head is known is made in the chunks of ``device``, with
+    ``distilled`` from a teacher's hidden states too. Raises UntraceableError for a model that cannot run so.
     """
-    return _run(model, batch=batch, sequence=sequence, checkpointing=checkpointing).peak
+    return _run(
+        model, batch=batch, sequence=sequence, checkpointing=checkpointing, distilled=distilled, device=device
+    ).peak
 
 
-def _run(model: nn.Module, *, batch: int, sequence: int, checkpointing: bool) -> _Operators:
+def _run(
+    model: nn.Module, *, batch: int, sequence: int, checkpointing: bool, distilled: bool, device: str
+) -> _Operators:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    head = _head_of(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model.train()
     if checkpointing:
@@ -98,12 +121,44 @@ def _run(model: nn.Module, *, batch: int, sequence: int, checkpointing: bool) ->
     with mode, layers_save_their_input(model):
         ids = torch.zeros(batch, sequence, dtype=torch.long)
         labels = torch.zeros(batch, dtype=torch.long) if is_classifier else ids
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         try:
             with seen:
-                model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
+                if head is not None:
+                    _loss_in_chunks(model, head, inputs, chunk_sizes(device), distilled).backward()
+                else:
+                    model(**inputs, labels=labels).loss.backward()
         except Exception as error:
             raise UntraceableError(f"{type(model).__name__}: {first_line(error)}") from error
+    if distilled and head is None and not is_classifier:  # the teacher's logits, next to the model's own
+        config: Any = model.config
+        seen.peak += batch * sequence * config.vocab_size * next(model.parameters()).element_size()
     return seen
+
+
+def _head_of(model: nn.Module) -> LanguageHead | None:
+    try:
+        return language_head(model)
+    except UnknownHeadError:
+        return None
+
+
+def _loss_in_chunks(
+    model: nn.Module, head: LanguageHead, inputs: dict[str, Tensor], sizes: ChunkSizes, distilled: bool
+) -> Tensor:
+    """Return the loss as :class:`pst_ds.train.objective.Objective` makes it, of tokens that all predict one."""
+    targets = inputs["input_ids"].flatten()
+    places = torch.arange(len(targets))
+    width = head.module.in_features
+    taught = head.module.weight.new_empty(len(targets), width) if distilled else None
+
+    def read(hidden: Tensor) -> Tensor:
+        teacher = None if taught is None else Teacher(taught, head.readout, 0.5)
+        return head_loss(hidden.flatten(0, 1), head.readout, targets, places, teacher=teacher, sizes=sizes)
+
+    with head.reading(read) as losses:
+        model(**inputs)
+    return losses[0]
 
 
 def _pretend_on_cpu(model: nn.Module, mode: Any) -> None:

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from pst_ds.data.tasks import ExampleSet, Task
+from pst_ds.data.tasks.causal_lm import CausalTask
+from pst_ds.nn.language_head import LanguageHead
 from pst_ds.parallel.ranks import all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.progress import Progress
+from pst_ds.train.token_heads import head_of, loss_sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,8 +34,10 @@ def predict(
     """Return the outcomes of ``task``, (num examples, k) in the order of ``examples``, on every rank.
 
     Ranks take turns at the batches; one that runs out repeats its last and drops the answer, since under ZeRO-3 all
-    must run the same layers. Collective. ``model`` must be in evaluation mode.
+    must run the same layers. A language model's logits exist for a chunk of tokens at a time, where its head is known.
+    Collective. ``model`` must be in evaluation mode.
     """
+    head = head_of(model, task)
     batches = evaluation_batches(examples.lengths, batch_size, mixed=task.pads)
     own: list[tuple[list[int], np.ndarray]] = []
     with Progress("evaluate", len(batches), "batches") as progress:
@@ -41,9 +46,9 @@ def predict(
             turn = first + rank()
             indices = batches[min(turn, len(batches) - 1)]
             batch = task.collate(examples, indices, tokenizer)
-            logits = _logits(model, batch, device)
+            outcomes = _outcomes(model, task, head, batch, device)
             if turn < len(batches):
-                own.append((indices, task.outcomes(logits, batch)))
+                own.append((indices, outcomes))
             progress.at(min(first + world_size(), len(batches)))
     return _in_order([batch for of_rank in all_gather_objects(own) for batch in of_rank], len(examples))
 
@@ -89,8 +94,20 @@ def evaluation_batches(lengths: Sequence[int], batch_size: int, *, mixed: bool) 
     return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
 
+def _outcomes(model: Model, task: Task, head: LanguageHead | None, batch: dict[str, Tensor], device: str) -> np.ndarray:
+    if head is None:
+        return task.outcomes(_logits(model, batch, device), batch)
+    assert isinstance(task, CausalTask)
+    sums = loss_sums(model, head, _inputs(batch, device), batch["labels"].to(device))
+    return task.outcomes_of_sums(sums.cpu().numpy(), batch)
+
+
 def _logits(model: Model, batch: dict[str, Tensor], device: str) -> Tensor:
-    return model(**{k: v.to(device) for k, v in batch.items() if k != "labels"}).logits
+    return model(**_inputs(batch, device)).logits
+
+
+def _inputs(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    return {k: v.to(device) for k, v in batch.items() if k != "labels"}
 
 
 def _in_order(pieces: list[tuple[list[int], np.ndarray]], count: int) -> np.ndarray:

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.core.distillation import distilled_loss, relative_distance
+from pst_ds.core.head_loss import Teacher, head_loss
 from pst_ds.data.tasks import task_of
 from pst_ds.data.tasks.task import IGNORED
 from pst_ds.nn.base_model import DTYPES, PRUNING_RECORD, Pretrained
 from pst_ds.nn.inject import bypassed
+from pst_ds.nn.language_head import LanguageHead
 from pst_ds.parallel.engine import Engine
 from pst_ds.train.documents import flatten_for_flash_attention
 from pst_ds.train.model import attention_options, set_padding
+from pst_ds.train.token_heads import head_of, next_tokens, why_all_logits
 
 
 class Objective:
@@ -25,31 +28,70 @@ class Objective:
 
     CE is the cross-entropy of the labels, which is the own loss of the tasks that can have a teacher. w, T and h are
     those of the run's ``[distillation]``. The teacher is a frozen model of its own, or the trained one with masks and
-    updates bypassed.
+    updates bypassed. Of a language model's logits a chunk of tokens exists at a time, where its head is known.
     """
 
     def __init__(self, run: RunConfig, teacher: nn.Module | None = None):
         self._weight, self._temperature = run.distillation.weight, run.distillation.temperature
         self._hidden = run.distillation.hidden_states
-        self._teacher = teacher
+        self._task, self._teacher = task_of(run), teacher
+        self._known_heads: dict[nn.Module, tuple[LanguageHead, LanguageHead] | None] = {}
 
     def __call__(self, engine: Engine, batch: dict[str, Tensor]) -> Tensor:
         """Return the loss of ``batch``, with a gradient. Collective under ZeRO-3; the engine is in training mode."""
         inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "labels"}
         if batch["labels"].is_floating_point():  # torch before 2.13 has no gradient of mse_loss for bf16 and fp32
             return F.mse_loss(engine(**inputs).logits.squeeze(-1).float(), batch["labels"])
-        if not self._weight:
+        heads = self._heads(engine.module)
+        if not self._weight and heads is None:
             return engine(**batch).loss
         if self._hidden:
             inputs["output_hidden_states"] = True
+        if heads is not None:
+            return self._loss_in_chunks(engine, inputs, batch["labels"], *heads)
         taught, out = self._teach(engine, inputs), engine(**inputs)
         rows, targets = predictions(out.logits, batch["labels"])
         loss = distilled_loss(out.logits[rows], taught.logits[rows], targets, self._weight, self._temperature)
-        if self._hidden:
-            real = batch["attention_mask"].bool() if "attention_mask" in batch else None
-            states = relative_distance(out.hidden_states[1:], taught.hidden_states[1:], real)
-            loss = loss + self._weight * self._hidden * states
-        return loss
+        return self._with_hidden_states(loss, out, taught, inputs)
+
+    def why_all_logits(self, module: nn.Module) -> str:
+        """Return why the loss of a language model needs the logits of a whole micro-batch; "" where it does not."""
+        models = (module,) if self._teacher is None else (module, self._teacher)
+        return next(filter(None, (why_all_logits(model, self._task) for model in models)), "")
+
+    def _heads(self, module: nn.Module) -> tuple[LanguageHead, LanguageHead] | None:
+        """Return the language heads of model and teacher, if both are known."""
+        if module not in self._known_heads:
+            own = head_of(module, self._task)
+            other = own if self._teacher is None or own is None else head_of(self._teacher, self._task)
+            self._known_heads[module] = None if own is None or other is None else (own, other)
+        return self._known_heads[module]
+
+    def _loss_in_chunks(
+        self, engine: Engine, inputs: dict[str, Any], labels: Tensor, head: LanguageHead, other: LanguageHead
+    ) -> Tensor:
+        """Return the loss that each head makes where the model would have multiplied its hidden states with it."""
+        places, targets = next_tokens(labels)
+        taught: Any = None
+        seen: list[Tensor] = []
+        if self._weight:
+            with other.reading(lambda hidden: hidden) as seen:
+                taught = self._teach(engine, inputs)
+
+        def read(hidden: Tensor) -> Tensor:
+            teacher = [Teacher(of.flatten(0, 1), other.readout, self._weight, self._temperature) for of in seen]
+            return head_loss(hidden.flatten(0, 1), head.readout, targets, places, teacher=next(iter(teacher), None))
+
+        with head.reading(read) as losses:
+            out = engine(**inputs)
+        return self._with_hidden_states(losses[0], out, taught, inputs)
+
+    def _with_hidden_states(self, loss: Tensor, out: Any, taught: Any, inputs: dict[str, Any]) -> Tensor:
+        if not self._hidden:
+            return loss
+        real = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+        states = relative_distance(out.hidden_states[1:], taught.hidden_states[1:], real)
+        return loss + self._weight * self._hidden * states
 
     @torch.no_grad()
     def _teach(self, engine: Engine, inputs: dict[str, Any]) -> Any:

@@ -212,6 +212,8 @@ def train_run(
     if run.ranks_by_activation:
         _calibrate(prepared, engine, examples, resumed=checkpoint is not None)
     metrics = _metrics_writer(prepared, engine, checkpoint, num_steps, quiet, dense)
+    if reason := objective.why_all_logits(engine.module):
+        metrics.say(f"the loss holds the logits of a whole micro-batch, because {reason}")
     loop = Loop(
         run, engine, schedule, examples, prepared.tokenizer, num_steps, prepared.device, metrics, objective, rounding
     )

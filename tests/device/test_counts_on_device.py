@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from pst_ds.config.pst import PSTConfig
+from pst_ds.core.head_loss import head_loss
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst
+from pst_ds.nn.language_head import language_head
 from pst_ds.planning.activations import layers_save_their_input, trace_micro_batch
 from pst_ds.planning.counts import COUNTS
 
@@ -77,14 +79,19 @@ def test_a_mask_update_moves_and_launches_what_is_planned():
 
 
 def test_the_operators_of_a_traced_model_are_those_that_run():
-    config = PSTConfig(modules_to_save=())
-    traced = trace_micro_batch(inject_pst(tiny_llama(2), config), batch=2, sequence=12, checkpointing=False)
+    config, shape = PSTConfig(modules_to_save=()), {"batch": 2, "sequence": 12, "checkpointing": False}
+    traced = trace_micro_batch(inject_pst(tiny_llama(2), config), device="cuda", **shape)
     with pretended() as counts:
         model = module_to_device(inject_pst(tiny_llama(2), config))
-        tokens = to_device(torch.arange(24).view(2, 12))
+        head, tokens = language_head(model), to_device(torch.arange(24).view(2, 12))
+        places = to_device(torch.arange(24))
         with layers_save_their_input(model):
             before = counts.launches, counts.bytes_moved
-            model(input_ids=tokens, labels=tokens, attention_mask=torch.ones_like(tokens)).loss.backward()
+            with head.reading(
+                lambda hidden: head_loss(hidden.flatten(0, 1), head.readout, tokens.flatten(), places)
+            ) as losses:
+                model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+            losses[0].backward()
         found = counts.launches - before[0], counts.bytes_moved - before[1]
     assert traced.launches == pytest.approx(found[0] - 2 * 6, rel=0.02)  # silu's gradient, in parts there
     assert 0.75 * found[1] < traced.moved < found[1]  # which has the bytes of products too, in a model so small

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from pst_ds.config.pst import PSTConfig
+from pst_ds.core.head_loss import head_loss
 from pst_ds.core.schedule import CubicSchedule
 from pst_ds.masks.update import update_masks
 from pst_ds.masks.updater import MaskUpdater
 from pst_ds.nn.inject import inject_pst
+from pst_ds.nn.language_head import language_head
 from pst_ds.parallel.engine import LocalEngine
 
 from .pretended import module_to_device, pretended, to_device, to_host
@@ -67,3 +69,20 @@ def test_a_step_and_an_update_have_the_host_wait_few_times(dtype):
         before = counts.num_waits
         update_masks(model, 0.5)
         assert counts.num_waits - before <= 8  # one of them to see that no parameter was given other values
+
+
+def test_a_loss_in_chunks_is_that_of_the_cpu_and_has_the_host_wait_for_nothing():
+    def trained(model, place):
+        head, tokens = language_head(model), place(torch.arange(24).view(2, 12) % 40)
+        with head.reading(lambda hidden: head_loss(hidden.flatten(0, 1), head.readout, tokens.flatten())) as losses:
+            model(input_ids=tokens)
+        losses[0].backward()
+        return [losses[0].detach(), *(param.grad for param in model.parameters() if param.grad is not None)]
+
+    expected = trained(_model(), lambda tensor: tensor)
+    with pretended() as counts:
+        model = module_to_device(_model())
+        found = trained(model, to_device)
+        assert not [line for line in counts.waits if not line.startswith("tests")]
+        for own, other in zip(map(to_host, found), expected, strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)

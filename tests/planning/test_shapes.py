@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pst_ds.config.pst import PSTConfig
+from pst_ds.core.head_loss import head_loss
 from pst_ds.core.quantization import Grid
 from pst_ds.nn.inject import inject_pst
+from pst_ds.nn.language_head import language_head
 from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import build_engine, optimizer_bytes
 from pst_ds.planning.activations import trace_micro_batch
@@ -91,6 +94,10 @@ def test_codes_count_as_the_weights_that_they_are_and_take_fewer_bytes(num_shard
     assert whole.whole_bytes - coded.whole_bytes == 2 * sum(o * i for o, i in shapes) - codes - scales
 
 
+def _loss(head, ids, hidden):
+    return head_loss(hidden.flatten(0, 1), head.readout, ids.flatten())
+
+
 def _received(cases):
     """Bytes that ZeRO-3 gathers in a step, and in how many collectives, for every case."""
     from deepspeed.runtime.zero import partition_parameters
@@ -109,10 +116,12 @@ def _received(cases):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3}]
         engine = build_engine(model, groups, ds_config=ds_config)
-        ids = torch.arange(16).view(1, 16)
+        ids, head = torch.arange(16).view(1, 16), language_head(engine.module)
         for _ in range(3):  # DeepSpeed records the order of modules first, and keeps nothing until it has
             gathered.clear()
-            engine.backward(engine(input_ids=ids, labels=ids).loss)
+            with head.reading(partial(_loss, head, ids)) as losses:
+                engine(input_ids=ids)
+            engine.backward(losses[0])
             engine.step()
         found.append((sum(gathered), len(gathered)))
     return found
@@ -144,7 +153,7 @@ def test_a_step_gathers_what_deepspeed_gathers(run_ranks):
         batch = Batch(16, 16, checkpointing=checkpointing, gathered=trace.gathered, gathers=trace.gathers)
         counted = step_traffic(numbers, zero, batch).gathers * 2  # a rank receives half of what two gather
         kept = zero.max_reuse_distance or zero.prefetch_bucket_size
-        assert counted == pytest.approx(found[0], rel=0.03 if kept or small else 1e-6), (checkpointing, config)
+        assert counted == pytest.approx(found[0], rel=0.04 if kept or small else 1e-6), (checkpointing, config)
         assert found[1] <= trace.gathers + (small > 0)
         if not kept and not small:
             assert found[1] == trace.gathers

@@ -255,3 +255,35 @@ def test_self_distillation_under_zero3_is_that_of_one_process(run_ranks, tmp_pat
     run_ranks(_train, 2, CAUSAL, tmp_path / "zero3", *settings)
     _train(CAUSAL, tmp_path / "local", *settings, "deepspeed_config=")
     assert _losses(tmp_path / "zero3") == pytest.approx(_losses(tmp_path / "local"), abs=1e-3)
+
+
+@pytest.mark.parametrize("trained", ["false", "true"])
+def test_the_loss_in_chunks_is_that_of_whole_logits(tmp_path, trained, monkeypatch):
+    """Whichever way; a head that trains is tied to the embedding."""
+    settings = ["distillation.weight=0.0", f"pst.modules_to_save={['lm_head'] if trained == 'true' else []}"]
+    prepared = _prepared(CAUSAL, tmp_path, *settings)
+    found = []
+    for in_chunks in (True, False):
+        _, engine = build(prepared)
+        objective, batch = Objective(prepared.run), _batch(prepared)
+        assert objective.why_all_logits(engine.module) == ""
+        if not in_chunks:
+            monkeypatch.setattr(Objective, "_heads", lambda self, module: None)
+        loss = objective(engine, batch)
+        engine.backward(loss)
+        gradients = {name: param.grad for name, param in engine.module.named_parameters() if param.grad is not None}
+        found.append((float(loss.detach()), gradients))
+    (ours, gradients), (theirs, expected) = found
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(gradients[name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max())), name
+
+
+def test_a_pruned_head_keeps_the_own_loss_of_the_model_and_says_why(tmp_path):
+    prepared = _prepared(CAUSAL, tmp_path, 'pst.target_modules=["q_proj", "lm_head"]')
+    _, engine = build(prepared)
+    objective, batch = Objective(prepared.run), _batch(prepared)
+    assert "LlamaForCausalLM has a head of class PSTLinear" in objective.why_all_logits(engine.module)
+    with torch.no_grad():
+        assert torch.equal(objective(engine, batch), engine(**batch).loss)

@@ -237,7 +237,12 @@ class CausalTask(Task[E]):
         return AutoModelForCausalLM
 
     def outcomes(self, logits: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
-        return np.array([[_loss_sum(of, ids)] for of, ids in zip(logits, batch["labels"], strict=True)])
+        sums = np.array([_loss_sum(of, ids) for of, ids in zip(logits, batch["labels"], strict=True)])
+        return self.outcomes_of_sums(sums, batch)
+
+    def outcomes_of_sums(self, sums: np.ndarray, batch: dict[str, Tensor]) -> np.ndarray:
+        """Return the outcomes of a batch from the sums of its examples' token losses, (examples,) float64."""
+        return sums[:, None]
 
 
 class CausalLM(CausalTask[Sequences]):

@@ -1,0 +1,200 @@
+"""The loss of a language model from the hidden states before its head: logits exist for a chunk of tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+
+from pst_ds.core.distillation import loss_and_gradient
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSizes:
+    """How much of the logits exists at a time."""
+
+    least_rows: int
+    """Rows of one product with the head, however many classes: fewer would read its weight more often than pays."""
+    numbers: int
+    """Logits of one product, where that is more rows."""
+    numbers_in_fp32: int
+    """Logits of which softmax and gradient are held in fp32 at a time."""
+
+    def rows(self, classes: int) -> int:
+        return max(self.least_rows, self.numbers // classes)
+
+    def rows_in_fp32(self, classes: int) -> int:
+        return max(1, self.numbers_in_fp32 // classes)
+
+
+_ON_CPU = ChunkSizes(least_rows=128, numbers=1 << 22, numbers_in_fp32=1 << 20)
+"""A block in fp32 stays in the caches."""
+_ON_ACCELERATOR = ChunkSizes(least_rows=512, numbers=1 << 26, numbers_in_fp32=1 << 23)
+"""A product with 512 rows does more operations a byte of the weight than keep an H100 busy; 8 million numbers keep a
+kernel busy for longer than it takes to launch."""
+
+
+def chunk_sizes(device_type: str) -> ChunkSizes:
+    """Return the sizes for a type of device, such as "cpu"."""
+    return _ON_CPU if device_type == "cpu" else _ON_ACCELERATOR
+
+
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """Logits of hidden states h: s z, or c tanh(s z / c) with a cap c above 0; z = h W' + b."""
+
+    weight: Tensor
+    """(classes, width)."""
+    bias: Tensor | None = None
+    """(classes,)."""
+    scale: float = 1.0
+    cap: float = 0.0
+
+    def final(self, logits: Tensor) -> Tensor:
+        """Return the logits of the head's output z, (rows, classes), in fp32."""
+        logits = logits.float()
+        if self.cap:
+            return (logits * (self.scale / self.cap)).tanh_().mul_(self.cap)
+        return logits if self.scale == 1.0 else logits * self.scale
+
+    def gradient(self, of_final: Tensor, final: Tensor) -> Tensor:
+        """Return dL/dz of dL/d(logits), which is overwritten; ``final`` are the logits."""
+        if self.cap:
+            of_final.mul_(1.0 - (final / self.cap).square_())
+        return of_final if self.scale == 1.0 else of_final.mul_(self.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """Whose predictions count besides the targets: those of ``hidden`` (tokens, width) through its own head."""
+
+    hidden: Tensor
+    readout: Readout
+    weight: float
+    """Share of the divergence in the loss, in [0, 1]."""
+    temperature: float = 1.0
+
+
+def head_loss(
+    hidden: Tensor,
+    readout: Readout,
+    targets: Tensor,
+    rows: Tensor | None = None,
+    *,
+    teacher: Teacher | None = None,
+    count: Tensor | int | None = None,
+    sizes: ChunkSizes | None = None,
+) -> Tensor:
+    """The mean over targets of the cross-entropy, in nats, or with a ``teacher`` of what :func:`distilled_loss` is the
+    mean of: 0-d, fp32.
+
+    ``hidden``: (tokens, width); ``targets``: (n,) int64 classes; ``rows``: (n,) int64, the token that predicts each,
+    all different; None is every token in turn. ``count`` divides the sum in place of n. The gradient goes to ``hidden``
+    and to weight and bias of ``readout`` as far as they require one, and is made in the forward pass. For the backward
+    pass, which reads no weight, a tensor like ``hidden`` is kept, and one like the weight if it trains.
+    """
+    sizes = sizes or chunk_sizes(hidden.device.type)
+    loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, readout.weight, readout.bias, readout, targets, rows, teacher, count, sizes
+    )
+    return loss
+
+
+@torch.no_grad()
+def token_losses(
+    hidden: Tensor, readout: Readout, targets: Tensor, rows: Tensor | None = None, sizes: ChunkSizes | None = None
+) -> Tensor:
+    """Return the cross-entropy of each target, in nats: (n,) fp32, without a gradient. Arguments as of
+    :func:`head_loss`."""
+    sizes = sizes or chunk_sizes(hidden.device.type)
+    losses = [hidden.new_empty(0, dtype=torch.float32)]
+    classes = readout.weight.shape[0]
+    for part in _slices(len(targets), sizes.rows(classes)):
+        logits = linear(_chosen(hidden, rows, part), readout.weight, readout.bias)
+        for block in _slices(len(logits), sizes.rows_in_fp32(classes)):
+            losses.append(cross_entropy(readout.final(logits[block]), targets[part][block], reduction="none"))
+    return torch.cat(losses)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, readout: Readout, targets: Tensor,
+        rows: Tensor | None, teacher: Teacher | None, count: Tensor | int | None, sizes: ChunkSizes,
+    ) -> Tensor:  # fmt: skip
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
+        for part in _slices(len(targets), sizes.rows(weight.shape[0])):
+            own = _chosen(hidden, rows, part)
+            logits = linear(own, weight, bias)
+            taught = None
+            if teacher is not None:
+                other = teacher.readout
+                taught = linear(_chosen(teacher.hidden, rows, part), other.weight, other.bias)
+            total += _loss_of_chunk(logits, readout, targets[part], taught, teacher, sizes)
+            grads.add(part if rows is None else rows[part], own, logits)
+        ctx.save_for_backward(*grads.tensors)
+        ctx.count = max(len(targets), 1) if count is None else count
+        mean: Tensor = total / ctx.count
+        return mean.float()
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grad_out / ctx.count
+        grads = [None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors]
+        return (*grads, None, None, None, None, None, None)
+
+
+class _Gradients:
+    """Those of the sum of all tokens, as far as they are wanted; that of the weight is summed in fp32."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wants: tuple[bool, ...]):
+        self._weight, self._dtype = weight.detach(), weight.dtype
+        self._hidden = torch.zeros_like(hidden) if wants[0] else None
+        self._of_weight = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None
+        self._of_bias = None if bias is None or not wants[2] else torch.zeros_like(bias, dtype=torch.float32)
+
+    def add(self, rows: Tensor | slice, hidden: Tensor, of_logits: Tensor) -> None:
+        if self._hidden is not None:
+            self._hidden[rows] = of_logits @ self._weight
+        if self._of_weight is not None and self._dtype == torch.float32:
+            self._of_weight.addmm_(of_logits.T, hidden)
+        elif self._of_weight is not None:
+            self._of_weight += of_logits.T @ hidden
+        if self._of_bias is not None:
+            self._of_bias += of_logits.sum(0, dtype=torch.float32)
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        of_weights = (None if t is None else t.to(self._dtype) for t in (self._of_weight, self._of_bias))
+        return [self._hidden, *of_weights]
+
+
+def _chosen(hidden: Tensor, rows: Tensor | None, part: slice) -> Tensor:
+    return hidden[part] if rows is None else hidden[rows[part]]
+
+
+def _loss_of_chunk(
+    logits: Tensor, readout: Readout, targets: Tensor, taught: Tensor | None, teacher: Teacher | None, sizes: ChunkSizes
+) -> Tensor:
+    """Return the sum over rows, 0-d float64, and put the gradient in place of the head's output ``logits``."""
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for block in _slices(len(logits), sizes.rows_in_fp32(logits.shape[1])):
+        final = readout.final(logits[block])
+        aims = targets[block].unsqueeze(1)
+        if teacher is None or taught is None:
+            loss, gradient = loss_and_gradient(final, None, aims, 0.0, 1.0)
+        else:
+            other = teacher.readout.final(taught[block])
+            loss, gradient = loss_and_gradient(final, other, aims, teacher.weight, teacher.temperature)
+        total += loss
+        logits[block] = readout.gradient(gradient, final)
+    return total
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))

@@ -1,0 +1,186 @@
+"""The head of a causal language model: what it reads, and what its family makes of the logits, found by a probe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from pst_ds.core.head_loss import Readout
+from pst_ds.errors import first_line
+
+_TOKENS = 4
+_SMALL, _LARGE = 2.0**-10, 2.0**20
+"""A logit that a cap does not change, and one that it changes to the cap."""
+
+
+class UnknownHeadError(RuntimeError):
+    """The loss of a model is not known to be the cross-entropy of its head's output, scaled or capped."""
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageHead:
+    """The last linear layer of a model, whose logits are ``scale`` times its output, or capped by ``cap``."""
+
+    module: nn.Linear
+    scale: float = 1.0
+    cap: float = 0.0
+
+    @property
+    def readout(self) -> Readout:
+        """The head with the weight that it has now: whole only in a call of ``read`` in :meth:`reading`."""
+        return Readout(self.module.weight, self.module.bias, self.scale, self.cap)
+
+    @contextmanager
+    def reading(self, read: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+        """Let a forward pass of the model call ``read`` with the hidden states (batch, length, width) in place of
+        multiplying them; yield what the calls return: any tensor, of one number (0-d) if the head trains. The weight is
+        whole in a call, as ZeRO-3 gathers it. The logits of the pass mean nothing.
+        """
+        results: list[Tensor] = []
+        given: list[Tensor] = []
+
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            given[:] = args[:1]
+
+        def forward(hidden: Tensor) -> Tensor:
+            if self._trains:
+                return read(hidden).expand(*hidden.shape[:-1], 1)
+            results.append(read(given.pop()))
+            return hidden.detach()[..., :1]
+
+        def after(module: nn.Module, args: object, output: Tensor) -> None:
+            if self._trains:
+                results.append(output[(0,) * output.dim()])
+
+        # Where a gradient passes from a module's output to its input, as the hooks of ZeRO-3 hand them on, they gather
+        # the weight in the backward pass. One that trains needs that. Past a frozen one the gradient takes another way:
+        # from the result straight to the input as it was before the hooks.
+        hooks = [
+            self.module.register_forward_pre_hook(before, prepend=True), self.module.register_forward_hook(after)
+        ]  # fmt: skip
+        self.module.forward = forward  # type: ignore[method-assign, assignment]
+        try:
+            yield results
+        finally:
+            del self.module.forward
+            for hook in hooks:
+                hook.remove()
+
+    @property
+    def _trains(self) -> bool:
+        return torch.is_grad_enabled() and any(param.requires_grad for param in self.module.parameters())
+
+
+def language_head(model: nn.Module) -> LanguageHead:
+    """Return the head of a causal language model of transformers. Raises UnknownHeadError, with the reason.
+
+    The model's own forward pass runs once between stand-ins for its body and its head, which need none of its values:
+    known numbers in place of the head's output show what becomes of them, and that the loss is the mean cross-entropy
+    of each next token. No collective.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    head: Any = find() if callable(find) else None
+    if type(head) is not nn.Linear:
+        kind = "no head" if head is None else f"a head of class {type(head).__name__}"
+        raise UnknownHeadError(f"{type(model).__name__} has {kind}, not a plain linear layer")
+    if "forward" in vars(head):
+        raise UnknownHeadError(f"the head of {type(model).__name__} has a forward pass of its own")
+    config: Any = model.config
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        raise UnknownHeadError(f"the loss of {type(model).__name__} has a term of its routers (output_router_logits)")
+    numbers = _probe_numbers(head.out_features)
+    labels = (torch.arange(_TOKENS).unsqueeze(0) * 7) % head.out_features
+    try:
+        with torch.no_grad(), _stand_ins(model, head, numbers) as calls:
+            out: Any = model.forward(input_ids=torch.zeros_like(labels), labels=labels)  # without hooks of ZeRO-3
+            logits, loss = out.logits.float(), out.loss.float()
+    except Exception as error:  # whatever a family's code does with stand-ins
+        raise UnknownHeadError(f"{type(model).__name__} could not be probed: {first_line(error)}") from error
+    scale, cap = _scale_and_cap(numbers, logits) if len(calls) == 1 and logits.shape == numbers.shape else (0.0, 0.0)
+    found = LanguageHead(head, scale, cap)
+    if not scale or not _close(found.readout.final(numbers), logits):
+        raise UnknownHeadError(f"{type(model).__name__} does something unknown with its logits")
+    if not _close(cross_entropy(logits[0, :-1], labels[0, 1:]), loss):
+        raise UnknownHeadError(f"the loss of {type(model).__name__} is not the cross-entropy of each next token")
+    return found
+
+
+def _probe_numbers(classes: int) -> Tensor:
+    numbers = torch.linspace(-40.0, 40.0, _TOKENS * classes).view(1, _TOKENS, classes)
+    numbers[0, 0, 0], numbers[0, 0, 1] = _SMALL, _LARGE
+    return numbers
+
+
+def _scale_and_cap(numbers: Tensor, logits: Tensor) -> tuple[float, float]:
+    """Fit logits = scale * numbers, or cap * tanh(scale * numbers / cap)."""
+    small, large = logits[0, 0, :2].tolist()
+    scale = small / _SMALL
+    scale = 1.0 if abs(scale - 1.0) < 1e-6 else scale
+    return scale, 0.0 if large > 0.5 * scale * _LARGE else large
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    return torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+class _BodyOutput:
+    """The output of a body: hidden states, and None for whatever else a model asks for."""
+
+    def __init__(self, hidden: Tensor):
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        return self.last_hidden_state if index == 0 else None
+
+
+class _Body(nn.Module):
+    """In place of a model's body, or of the decoder in it."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def forward(self, *args: object, **kwargs: object) -> _BodyOutput:
+        return _BodyOutput(torch.zeros(1, _TOKENS, self.width))
+
+
+class _Head(nn.Module):
+    def __init__(self, like: nn.Linear, numbers: Tensor):
+        super().__init__()
+        self.weight, self.bias, self.numbers = like.weight, like.bias, numbers
+        self.in_features, self.out_features = like.in_features, like.out_features
+        self.calls: list[torch.Size] = []
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.calls.append(hidden.shape)
+        return self.numbers.clone()
+
+
+@contextmanager
+def _stand_ins(model: nn.Module, head: nn.Linear, numbers: Tensor) -> Iterator[list[torch.Size]]:
+    """Replace the head, and every part of the model that it is not in; yield shapes that the head is called with."""
+    owner, name = next(
+        (module, name) for module in model.modules() for name, part in module._modules.items() if part is head
+    )
+    stand_in, parts = _Head(head, numbers), dict(model._modules)
+    for other, part in parts.items():
+        if part is not None and all(inside is not head for inside in part.modules()):
+            model._modules[other] = _Body(head.in_features)
+    owner._modules[name] = stand_in
+    try:
+        yield stand_in.calls
+    finally:
+        owner._modules[name] = head
+        model._modules.update(parts)
