@@ -34,6 +34,7 @@ _REPORTED = ("DivergedError", "VerificationError", "FloatingPointError", "Stoppe
 VERBS = {
     "init": "write a commented run file for a model and its text, from flags and a few questions",
     "plan": "show what a run would do: modules, parameters, memory, schedule; starts nothing",
+    "prepare": "tokenise texts once, into a store of tokens that runs map into memory",
     "train": "train a run, on one process or as every rank of a launcher",
     "tune": "search a run's learning rates in a share of its steps, and write the run file with what it found",
     "prune": "prune a run's pretrained model once, on calibration text: magnitude, Wanda or SparseGPT",

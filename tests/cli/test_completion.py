@@ -55,7 +55,7 @@ def _complete(script, *words):
         (["init", "--task", "c"], ["classification", "causal-lm", "chat"]),
         (["train", "tests/data/cau"], ["tests/data/causal_lm.toml"]),
         (["inspect", "tests/data/tiny-"], ["tests/data/tiny-bert", "tests/data/tiny-llama"]),
-        (["generate", "tests/data/t"], ["tests/data/tiny-bert", "tests/data/tiny-llama"]),  # folders alone
+        (["generate", "tests/data/ti"], ["tests/data/tiny-bert", "tests/data/tiny-llama"]),  # folders alone
         (["export", "x", "--out", "tests/da"], ["tests/data"]),
         (["completion", ""], list(SHELLS)),
     ],

@@ -30,7 +30,7 @@ import pst_ds.bench.variants as benched
 from pst_ds.bench.decode import Decoder
 from pst_ds.bench.measure import measure
 from pst_ds.cli.main import main as pst_ds_main
-from pst_ds.cli.verify_run import allowed_difference
+from pst_ds.cli.verify.against_run import allowed_difference
 from pst_ds.hf.model_folder import ModelFolder, open_model_folder
 from pst_ds.runtime import sparse_layers
 from pst_ds.runtime.dense import quicken_output_layer

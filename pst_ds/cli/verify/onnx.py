@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from pst_ds.cli.verify_rounded import cast_model, encoding_of_folder, narrower_dtypes, round_model, settle
-from pst_ds.cli.verify_run import LargestLogit, trimmed_to_export
-from pst_ds.cli.verify_vocabulary import tokens_of_folder
+from pst_ds.cli.verify.against_run import LargestLogit, trimmed_to_export
+from pst_ds.cli.verify.rounded import cast_model, encoding_of_folder, narrower_dtypes, round_model, settle
+from pst_ds.cli.verify.vocabulary import tokens_of_folder
 from pst_ds.config.run import RunConfig
 from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         print(rounding_text(counts))
     if config is None:
         return {**counts, "export_dir": args.export}
-    from pst_ds.cli.verify_run import compare_with_run
+    from pst_ds.cli.verify.against_run import compare_with_run
 
     compared = compare_with_run(args, config)
     is_rounded = "rounding" in compared
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _verify_onnx(args: argparse.Namespace, folder: Path, config: RunConfig | None) -> dict[str, object]:
-    from pst_ds.cli.verify_onnx import compare_onnx_with_run, facts_of_file
+    from pst_ds.cli.verify.onnx import compare_onnx_with_run, facts_of_file
 
     facts = facts_of_file(folder)
     print(f"{folder / ONNX_FILE}: {facts['file_bytes']:,} bytes, ONNX Runtime opens it; outputs {facts['outputs']}")

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from pst_ds.cli.verify_rounded import cast_model, encoding_of_folder, narrower_dtypes, round_model
-from pst_ds.cli.verify_vocabulary import same_tokens, tokens_of_folder, trim_model
+from pst_ds.cli.verify.rounded import cast_model, encoding_of_folder, narrower_dtypes, round_model
+from pst_ds.cli.verify.vocabulary import same_tokens, tokens_of_folder, trim_model
 from pst_ds.config.run import RunConfig
 from pst_ds.core.packings import COMPRESSED_TENSORS
 from pst_ds.data.tasks import ExampleSet

@@ -1,0 +1,73 @@
+"""Where documents begin in a stream of tokens; a window of it is looked at, never all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from pst_ds.data.tokens.joined import Array
+
+
+class Borders(Protocol):
+    """Says where documents begin."""
+
+    def between(self, start: int, stop: int) -> np.ndarray:
+        """Return the places in [start, stop) at which a document begins: int64, ascending."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Starts:
+    """Borders from the sorted places of first tokens."""
+
+    starts: np.ndarray
+    """(documents,) int64; may be mapped from a file."""
+
+    def between(self, start: int, stop: int) -> np.ndarray:
+        first, last = np.searchsorted(self.starts, [start, stop])
+        return np.array(self.starts[first:last], dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ends:
+    """Borders from the sorted places behind last tokens; the first document begins at 0."""
+
+    ends: np.ndarray
+
+    def between(self, start: int, stop: int) -> np.ndarray:
+        first, last = np.searchsorted(self.ends[: max(0, len(self.ends) - 1)], [start, stop])
+        inside = np.unique(np.array(self.ends[first:last], dtype=np.int64))  # an empty document ends where it begins
+        return np.concatenate([[0], inside[inside > 0]]) if start == 0 < stop else inside
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AfterEnds:
+    """Borders of a stream in which every document ends with the end-of-text token."""
+
+    tokens: Array
+    end: int
+
+    def between(self, start: int, stop: int) -> np.ndarray:
+        first = max(start - 1, 0)
+        starts = np.flatnonzero(self.tokens[first : max(stop - 1, first)] == self.end) + first + 1
+        return np.concatenate([[0], starts]) if start == 0 < stop else starts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JoinedBorders:
+    """Borders of streams one after another."""
+
+    parts: tuple[Borders, ...]
+    starts: np.ndarray
+    """Where each stream begins, and behind them where the last ends: (parts + 1,) int64."""
+
+    def between(self, start: int, stop: int) -> np.ndarray:
+        found = [np.empty(0, np.int64)]
+        for i in range(int(np.searchsorted(self.starts[1:], start, side="right")), len(self.parts)):
+            begin, end = int(self.starts[i]), int(self.starts[i + 1])
+            if begin >= stop:
+                break
+            found.append(self.parts[i].between(max(start - begin, 0), min(stop, end) - begin) + begin)
+        return np.concatenate(found)

@@ -1,0 +1,238 @@
+"""Sources of text, cut into pieces of about the same size: each becomes a shard, whoever tokenises it."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pst_ds.errors import InputError, first_line
+
+FORMATS = {
+    ".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".txt": "text",
+    ".text": "text", ".md": "text",
+}  # fmt: skip
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bz2"}
+LINE_FORMATS = ("jsonl", "text")
+"""Formats that can be cut between any two lines."""
+PARAGRAPH_END = b"\n\n"
+_LOOK_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """How texts are taken out of files."""
+
+    column: str = "text"
+    sample_by: str = "line"
+    """What a document of a plain text is: "line", "paragraph" or "document"."""
+    split: str = "train"
+    """Of a data set of the hub."""
+    subset: str = ""
+    revision: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """A part of a file or data set, read by one process from its start to its end."""
+
+    path: str
+    kind: str
+    """A value of FORMATS, "saved" for a folder of ``save_to_disk``, or "hub"."""
+    start: int = 0
+    """First byte, row group, row, or shard, by its kind."""
+    stop: int = -1
+    """Behind the last; -1 is the end of the file."""
+    compression: str = ""
+    num_bytes: int = 0
+    """About what reading it costs, for progress and to balance pieces."""
+
+
+Piece = tuple[Span, ...]
+
+
+def find_pieces(sources: Sequence[str], reading: Reading, piece_bytes: int) -> list[Piece]:
+    """Return the pieces of all sources in their order: a function of names, sizes and contents, and of nothing else.
+
+    A source is a file, a folder, a pattern, a URL that fsspec knows, or a data set of the hub. Raises InputError.
+    """
+    pieces: list[Piece] = []
+    gathered: list[Span] = []
+    for span in (span for source in sources for span in _spans(source, reading, piece_bytes)):
+        if gathered and sum(s.num_bytes for s in gathered) + span.num_bytes > piece_bytes:
+            pieces.append(tuple(gathered))
+            gathered = []
+        gathered.append(span)
+    return [*pieces, tuple(gathered)] if gathered else pieces
+
+
+def _spans(source: str, reading: Reading, piece_bytes: int) -> Iterator[Span]:
+    path = Path(source)
+    if path.is_dir() and (path / "state.json").is_file():
+        yield from _saved_spans(source, piece_bytes)
+    elif path.is_dir() and (path / "dataset_dict.json").is_file():
+        raise InputError(
+            f"{source} holds several splits (save_to_disk of a DatasetDict); name one, such as {path / reading.split}"
+        )
+    elif path.is_dir():
+        files = sorted(str(file) for file in path.rglob("*") if file.is_file() and format_of(file.name))
+        if not files:
+            raise InputError(f"{source} has no file of a known kind ({_known()}), nor has a folder in it; name another")
+        for file in files:
+            yield from _file_spans(file, reading, piece_bytes)
+    elif path.is_file() or "://" in source:
+        yield from _file_spans(source, reading, piece_bytes)
+    elif glob.has_magic(source):
+        found = sorted(file for file in glob.glob(source, recursive=True) if Path(file).is_file())
+        if not found:
+            raise InputError(f"{source!r} matches no file (looked from {Path.cwd()}); name files, folders or patterns")
+        for file in found:
+            yield from _file_spans(file, reading, piece_bytes)
+    elif source.count("/") == 1 and not source.startswith((".", "/")) and not format_of(source):
+        yield from _hub_spans(source, reading)
+    else:
+        raise InputError(
+            f"{source!r} does not exist (looked in {path.absolute()}); name a file, a folder, a pattern or a data set "
+            "of the hub (owner/name)"
+        )
+
+
+def format_of(name: str) -> tuple[str, str] | None:
+    """Return the format and the compression that a file's name says; None for a name of an unknown kind."""
+    path = Path(name.lower())
+    compression = COMPRESSIONS.get(path.suffix, "")
+    kind = FORMATS.get(path.with_suffix("").suffix if compression else path.suffix)
+    return (kind, compression) if kind else None
+
+
+def _known() -> str:
+    return f"{', '.join(FORMATS)}, also with {', '.join(COMPRESSIONS)} behind"
+
+
+def _file_spans(file: str, reading: Reading, piece_bytes: int) -> Iterator[Span]:
+    found = format_of(file)
+    if found is None:
+        raise InputError(f"{file!r} is of an unknown kind; known are {_known()}")
+    kind, compression = found
+    size = open_size(file)
+    whole = Span(path=file, kind=kind, compression=compression, num_bytes=size)
+    if kind == "parquet" and not compression:
+        yield from _row_groups(whole, piece_bytes)
+    elif compression or kind not in LINE_FORMATS or (kind == "text" and reading.sample_by == "document"):
+        yield whole
+    else:
+        ending = PARAGRAPH_END if kind == "text" and reading.sample_by == "paragraph" else b"\n"
+        yield from _line_spans(whole, ending, piece_bytes)
+
+
+def _line_spans(whole: Span, ending: bytes, piece_bytes: int) -> Iterator[Span]:
+    """Cut a file behind the first ``ending`` after each multiple of ``piece_bytes``."""
+    start, size = 0, whole.num_bytes
+    with open_file(whole.path) as file:
+        while start < size:
+            stop = _behind(file, ending, start + piece_bytes, size) if start + piece_bytes < size else size
+            yield Span(path=whole.path, kind=whole.kind, start=start, stop=stop, num_bytes=stop - start)
+            start = stop
+
+
+def _behind(file: Any, ending: bytes, place: int, size: int) -> int:
+    """Return the place behind the first ``ending`` from ``place`` on that no line break stands before: of a run of
+    them, the first two end a paragraph."""
+    file.seek(place)
+    data, at = b"", place
+    while at + len(data) < size:
+        more = file.read(_LOOK_BYTES)
+        if not more:
+            break
+        data += more
+        found = _find(data, ending)
+        if found >= 0:
+            return at + found + len(ending)
+        keep = len(ending) + 1
+        data, at = data[-keep:], at + len(data[:-keep])
+    return size
+
+
+def _find(data: bytes, ending: bytes) -> int:
+    found = data.find(ending, 1)
+    while len(ending) > 1 and found >= 0 and data[found - 1 : found] in (b"\n", b"\r"):
+        found = data.find(ending, found + 1)
+    return found
+
+
+def _row_groups(whole: Span, piece_bytes: int) -> Iterator[Span]:
+    import pyarrow.parquet
+
+    try:
+        with open_file(whole.path) as file:
+            about = pyarrow.parquet.ParquetFile(file).metadata
+            sizes = [about.row_group(i).total_byte_size for i in range(about.num_row_groups)]
+    except Exception as error:
+        raise InputError(f"{whole.path} cannot be read as parquet: {first_line(error)}; name another file") from None
+    first = 0
+    for i, _ in enumerate(sizes):
+        num_bytes = sum(sizes[first : i + 1])
+        if num_bytes >= piece_bytes or i + 1 == len(sizes):
+            yield Span(path=whole.path, kind="parquet", start=first, stop=i + 1, num_bytes=num_bytes)
+            first = i + 1
+
+
+def _saved_spans(folder: str, piece_bytes: int) -> Iterator[Span]:
+    import datasets
+
+    try:
+        rows = datasets.load_from_disk(folder)
+    except Exception as error:
+        raise InputError(f"{folder} cannot be read as a saved data set: {first_line(error)}; save it again") from None
+    size = max(1, rows.data.nbytes)
+    cuts = max(1, round(size / piece_bytes))
+    for i in range(min(cuts, len(rows))):
+        start, stop = len(rows) * i // cuts, len(rows) * (i + 1) // cuts
+        yield Span(path=folder, kind="saved", start=start, stop=stop, num_bytes=size // cuts)
+
+
+def _hub_spans(name: str, reading: Reading) -> Iterator[Span]:
+    rows = load_hub(name, reading)
+    for shard in range(rows.num_shards):
+        yield Span(path=name, kind="hub", start=shard, stop=shard + 1, num_bytes=1)
+
+
+def load_hub(name: str, reading: Reading) -> Any:
+    """Open a data set of the hub as a stream. Raises InputError."""
+    import datasets
+
+    options: dict[str, Any] = {"revision": reading.revision} if reading.revision else {}
+    try:
+        return datasets.load_dataset(name, reading.subset or None, split=reading.split, streaming=True, **options)
+    except Exception as error:
+        raise InputError(
+            f"{name!r} is no file or folder here, and the data set of that name, split {reading.split!r}, cannot be "
+            f"opened: {first_line(error)}; name files, or a data set of the hub that can be reached"
+        ) from None
+
+
+def open_file(path: str) -> Any:
+    """Open a local file, or a URL that fsspec knows, for reading bytes. Raises InputError."""
+    try:
+        if "://" not in path:
+            return open(path, "rb")
+        import fsspec
+
+        return fsspec.open(path, "rb").open()
+    except (OSError, ImportError, ValueError) as error:
+        raise InputError(f"{path!r} cannot be opened: {first_line(error)}; name a file that can be read") from None
+
+
+def open_size(path: str) -> int:
+    """Return the bytes of a file or URL. Raises InputError."""
+    if "://" not in path:
+        return Path(path).stat().st_size
+    import fsspec
+
+    try:
+        files, inside = fsspec.core.url_to_fs(path)
+        return int(files.size(inside) or 0)
+    except (OSError, ImportError, ValueError) as error:
+        raise InputError(f"{path!r} cannot be opened: {first_line(error)}; name a file that can be read") from None

@@ -1,0 +1,160 @@
+"""Tokenises sources into a store, in several processes; killed, it goes on where it was, to the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pst_ds.atomic_files import PARTIAL, publish, require_writable, restore_replaced, sync, write_text_atomic
+from pst_ds.data.tokens.identity import TokenizerIdentity, identity_of
+from pst_ds.data.tokens.locks import only_writer
+from pst_ds.data.tokens.manifest import BYTES, MANIFEST, Manifest, read_manifest
+from pst_ds.data.tokens.pieces import Piece, Reading, find_pieces
+from pst_ds.data.tokens.readers import texts_of
+from pst_ds.data.tokens.tokenize import tokenize
+from pst_ds.data.tokens.workers import run_tasks
+from pst_ds.data.tokens.writer import ShardWriter, clean_up, finish_store, finished_shard
+from pst_ds.errors import InputError
+from pst_ds.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+PIECE_BYTES = 64 << 20
+"""Of the files that a shard is made from."""
+PLAN, LOCK = "plan", ".lock"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preparation:
+    """What becomes a store, and how."""
+
+    sources: tuple[str, ...]
+    reading: Reading
+    pieces: tuple[Piece, ...]
+    tokenizer: TokenizerIdentity
+    count_bytes: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """About the bytes to read."""
+        return sum(span.num_bytes for piece in self.pieces for span in piece)
+
+    @property
+    def key(self) -> str:
+        """A hash of all that decides the bytes of the store; of the files' contents, times and sizes stand for them."""
+        paths = dict.fromkeys(span.path for piece in self.pieces for span in piece)
+        times = [Path(path).stat().st_mtime_ns for path in paths if Path(path).exists()]
+        pieces = [[asdict(span) for span in piece] for piece in self.pieces]
+        about = [asdict(self.reading), pieces, times, asdict(self.tokenizer), self.count_bytes]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def plan_store(
+    sources: Sequence[str], tokenizer: Tokenizer, reading: Reading, *, count_bytes: bool = False,
+    piece_bytes: int = PIECE_BYTES,
+) -> Preparation:  # fmt: skip
+    """Find the sources, and cut them into pieces. Raises InputError."""
+    pieces = find_pieces(sources, reading, piece_bytes)
+    if not pieces:
+        raise InputError(f"{', '.join(sources)}: there is nothing to read; give files with text")
+    return Preparation(
+        sources=tuple(sources), reading=reading, pieces=tuple(pieces), tokenizer=identity_of(tokenizer),
+        count_bytes=count_bytes,
+    )  # fmt: skip
+
+
+def prepare_store(
+    plan: Preparation, tokenizer: Tokenizer, out: Path, *, num_workers: int = 1, force: bool = False
+) -> Manifest:
+    """Write the store that ``plan`` describes to the folder ``out``, which it then is wholly.
+
+    What an earlier call with the same plan left unfinished is taken over; ``force`` starts over, and replaces a store.
+    Raises InputError.
+    """
+    require_writable(out, f"--out {out}")
+    partial = out.with_name(out.name + PARTIAL)
+    with only_writer(out.with_name(f".{out.name}{LOCK}"), f"prepare {out}"):
+        restore_replaced(out)
+        _require_free(out, force=force)
+        _take_over(partial, plan.key, force=force)
+        if not (partial / MANIFEST).is_file():
+            _tokenize_pieces(plan, tokenizer, partial, num_workers)
+            records = [finished_shard(partial, i, plan.tokenizer.dtype) for i in range(len(plan.pieces))]
+            source = {"sources": list(plan.sources), **asdict(plan.reading)}
+            finish_store(partial, plan.tokenizer, [record for record in records if record is not None], source)
+        manifest = read_manifest(partial)
+        clean_up(partial, manifest)
+        if not manifest.tokens:
+            shutil.rmtree(partial)
+            raise InputError(f"{', '.join(plan.sources)}: there is no text in it but white space; give files with text")
+        publish(partial, out)
+    return manifest
+
+
+def _require_free(out: Path, *, force: bool) -> None:
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / MANIFEST).is_file():
+            raise InputError(f"--out {out} is a folder with other files; name a new one")
+        if not force:
+            raise InputError(f"--out {out} is a finished store; --force replaces it, or name another folder")
+
+
+def _take_over(partial: Path, key: str, *, force: bool) -> None:
+    """Make ``partial`` a folder for the preparation of ``key``, with what is finished of it."""
+    path = partial / PLAN
+    if partial.is_dir() and not force and path.is_file():
+        if path.read_text() != key:
+            raise InputError(
+                f"{partial} is half of a store from other sources, settings or tokenizer; --force starts over, or name "
+                "another --out"
+            )
+        return
+    if partial.is_dir() and (partial / MANIFEST).is_file() and not force:
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_text_atomic(path, key)
+    sync(partial)
+
+
+def _tokenize_pieces(plan: Preparation, tokenizer: Tokenizer, folder: Path, num_workers: int) -> None:
+    dtype = plan.tokenizer.dtype
+    missing = [i for i in range(len(plan.pieces)) if finished_shard(folder, i, dtype) is None]
+    left = sum(span.num_bytes for i in missing for span in plan.pieces[i])
+
+    def task(number: int, report: Callable[[int], None]) -> None:
+        _tokenize_piece(plan, tokenizer, folder, number, report)
+
+    with Progress("tokenize", plan.num_bytes, "bytes", done=plan.num_bytes - left) as progress:
+        run_tasks(task, missing, num_workers, progress.add)
+
+
+def _tokenize_piece(
+    plan: Preparation, tokenizer: Tokenizer, folder: Path, number: int, report: Callable[[int], None]
+) -> None:
+    kinds = frozenset({BYTES} if plan.count_bytes else ())
+    with ShardWriter(folder, number, plan.tokenizer, kinds) as shard:
+        for span in plan.pieces[number]:
+            left = span.num_bytes
+            for texts in texts_of(span, plan.reading):
+                size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+                shard.add(tokenize(texts, tokenizer, count=plan.count_bytes), size)
+                done = min(size, left)
+                left -= done
+                report(done)
+            report(left)
+        shard.finish()
+
+
+def as_result(manifest: Manifest) -> dict[str, Any]:
+    """Return the counts of a store as JSON values."""
+    return {
+        "tokens": manifest.tokens, "documents": manifest.documents, "text_bytes": manifest.text_bytes,
+        "shards": len(manifest.shards), "dtype": manifest.tokenizer.dtype.name, "digest": manifest.digest,
+    }  # fmt: skip

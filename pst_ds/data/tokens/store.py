@@ -1,0 +1,102 @@
+"""Streams of tokens that are mapped from files, and the store that ``pst-ds prepare`` writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pst_ds.config.run import ConfigError
+from pst_ds.data.tokens.borders import Borders, Starts
+from pst_ds.data.tokens.identity import TokenizerIdentity
+from pst_ds.data.tokens.joined import Array, joined
+from pst_ds.data.tokens.manifest import BYTES, LEARNED, MANIFEST, STARTS_FILE, TOKENS, Manifest, read_manifest
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenStream:
+    """The tokens of documents one after another, where they lie."""
+
+    tokens: Array
+    """(tokens,), unsigned and of 2 or 4 bytes, or int32."""
+    borders: Borders
+    digest: str
+    """A SHA-256 of the contents, or of enough of them to notice other contents."""
+    num_bytes: Array | None = None
+    """Bytes of text that each token stands for: (tokens,). None if not counted."""
+    learned: tuple[np.ndarray, ...] | None = None
+    """Bits of tokens that are predicted, the lowest bit first, an array for each shard. None: all are."""
+    shard_starts: np.ndarray | None = None
+    """Where each shard begins, for ``learned``: (shards + 1,) int64."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def learned_between(self, start: int, stop: int) -> np.ndarray | None:
+        """Return which tokens of [start, stop) are predicted, as bools; None for all."""
+        if self.learned is None or self.shard_starts is None:
+            return None
+        found = [np.empty(0, bool)]
+        for bits, begin, end in zip(self.learned, self.shard_starts, self.shard_starts[1:], strict=False):
+            first, last = max(start, int(begin)) - int(begin), min(stop, int(end)) - int(begin)
+            if first < last:
+                window = np.unpackbits(bits[first // 8 : -(-last // 8)], bitorder="little")
+                found.append(window[first % 8 : first % 8 + last - first].astype(bool))
+        return np.concatenate(found)
+
+
+def is_store(folder: Path) -> bool:
+    """Return whether ``folder`` has a manifest."""
+    return (folder / MANIFEST).is_file()
+
+
+def open_store(folder: Path, tokenizer: TokenizerIdentity | None = None) -> TokenStream:
+    """Map a store that :func:`~pst_ds.data.tokens.writer.finish_store` wrote; of its files only sizes are looked at.
+
+    The end-of-text token behind the last document is left out, unless the tokenizer put it there: it stands between
+    documents. Raises ConfigError for a store that is not whole, or is not of ``tokenizer``, if given.
+    """
+    manifest = read_manifest(folder)
+    if tokenizer is not None:
+        require_tokenizer(folder, manifest, tokenizer)
+    length = manifest.tokens - manifest.closed_by_us
+    parts = [_mapped(folder / shard.file(TOKENS), manifest.tokenizer.dtype) for shard in manifest.shards]
+    starts = _mapped(folder / STARTS_FILE, np.dtype("<i8")) if manifest.documents else np.empty(0, np.int64)
+    counts = learned = None
+    if BYTES in manifest.has:
+        counts = joined([_mapped(folder / shard.file(BYTES), np.dtype("<u4")) for shard in manifest.shards])
+    if LEARNED in manifest.has:
+        learned = tuple(_mapped(folder / shard.file(LEARNED), np.dtype("u1")) for shard in manifest.shards)
+    return TokenStream(
+        tokens=_first(joined(parts), length) if parts else np.empty(0, manifest.tokenizer.dtype),
+        borders=Starts(starts),
+        digest=manifest.digest,
+        num_bytes=None if counts is None else _first(counts, length),
+        learned=learned,
+        shard_starts=np.cumsum([0, *(shard.tokens for shard in manifest.shards)]),
+    )
+
+
+def require_tokenizer(folder: Path, manifest: Manifest, tokenizer: TokenizerIdentity) -> None:
+    """Raise ConfigError unless the store is of ``tokenizer``."""
+    ours = manifest.tokenizer
+    if ours.sha256 == tokenizer.sha256:
+        return
+    other = f"the run's has {tokenizer.vocabulary}" if ours.vocabulary != tokenizer.vocabulary else "the run's differs"
+    raise ConfigError(
+        f"{str(folder)!r} holds tokens of another tokenizer: its manifest has a vocabulary of {ours.vocabulary} and "
+        f"the hash {ours.sha256[:12]}, and {other} ({tokenizer.sha256[:12]}). Prepare the text with the run's "
+        "tokenizer (pst-ds prepare --tokenizer), or name the store's with model.tokenizer"
+    )
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    """Map a file of a store, which is not empty."""
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+
+
+def _first(array: Array, count: int) -> Array:
+    if count == len(array):
+        return array
+    return array[:count] if isinstance(array, np.ndarray) else array.first(count)

@@ -1,0 +1,162 @@
+"""Writes a store shard by shard; each is whole on disk, with its record, or not there at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from pst_ds.atomic_files import PARTIAL, sync, write_text_atomic
+from pst_ds.data.tokens.identity import TokenizerIdentity
+from pst_ds.data.tokens.manifest import (
+    BYTES,
+    LEARNED,
+    MANIFEST,
+    STARTS,
+    STARTS_FILE,
+    TOKENS,
+    Manifest,
+    ShardRecord,
+)
+from pst_ds.data.tokens.tokenize import Documents
+
+_COPY_BYTES = 1 << 22
+
+
+class _HashedFile:
+    """A file that is hashed while it is written, under another name until :meth:`finish`."""
+
+    def __init__(self, path: Path):
+        self._path, self._partial = path, path.with_name(f".{path.name}{PARTIAL}")
+        self._stream: IO[bytes] = self._partial.open("wb")
+        self._digest = hashlib.sha256()
+
+    def write(self, values: np.ndarray) -> None:
+        data = np.ascontiguousarray(values).data.cast("B") if values.size else b""
+        self._stream.write(data)
+        self._digest.update(data)
+
+    def finish(self) -> str:
+        self._stream.close()
+        sync(self._partial)
+        self._partial.replace(self._path)
+        return self._digest.hexdigest()
+
+    def abandon(self) -> None:
+        self._stream.close()
+        self._partial.unlink(missing_ok=True)
+
+
+class ShardWriter:
+    """Writes one shard of the store in ``folder``; as a context manager, an error leaves none of it.
+
+    ``kinds`` names the files besides the tokens and the starts of documents: BYTES, LEARNED.
+    """
+
+    def __init__(self, folder: Path, number: int, tokenizer: TokenizerIdentity, kinds: frozenset[str] = frozenset()):
+        self._folder, self._number, self._dtype = folder, number, tokenizer.dtype
+        self._vocabulary = tokenizer.vocabulary
+        names = ShardRecord(number=number, tokens=0, documents=0, text_bytes=0, closed_by_us=False, sha256={})
+        self._files = {kind: _HashedFile(folder / names.file(kind)) for kind in sorted({TOKENS, STARTS, *kinds})}
+        self._tokens = self._documents = self._text_bytes = 0
+        self._closed_by_us = False
+        self._bits: np.ndarray = np.empty(0, bool)
+
+    def add(self, documents: Documents, text_bytes: int = 0) -> None:
+        """Append documents, which stand for ``text_bytes`` bytes of text."""
+        self._text_bytes += text_bytes
+        if not len(documents.lengths):
+            return
+        assert int(documents.tokens.max()) < self._vocabulary, "the tokenizer gave a token outside its vocabulary"
+        self._files[TOKENS].write(documents.tokens.astype(self._dtype))
+        starts = np.cumsum(documents.lengths) - documents.lengths + self._tokens
+        self._files[STARTS].write(starts.astype("<i8"))
+        if BYTES in self._files:
+            assert documents.num_bytes is not None, "bytes were not counted"
+            self._files[BYTES].write(documents.num_bytes.astype("<u4"))
+        if LEARNED in self._files:
+            self._add_bits(documents)
+        self._tokens += len(documents.tokens)
+        self._documents += len(documents.lengths)
+        self._closed_by_us = documents.closed_by_us
+
+    def _add_bits(self, documents: Documents) -> None:
+        learned = np.ones(len(documents.tokens), bool) if documents.learned is None else documents.learned
+        bits = np.concatenate([self._bits, learned])
+        whole = len(bits) // 8 * 8
+        self._files[LEARNED].write(np.packbits(bits[:whole], bitorder="little"))
+        self._bits = bits[whole:]
+
+    def finish(self) -> ShardRecord:
+        """Put the shard and its record on disk, and return the record."""
+        if LEARNED in self._files:
+            self._files[LEARNED].write(np.packbits(self._bits, bitorder="little"))
+        record = ShardRecord(
+            number=self._number,
+            tokens=self._tokens,
+            documents=self._documents,
+            text_bytes=self._text_bytes,
+            closed_by_us=self._closed_by_us,
+            sha256={kind: file.finish() for kind, file in self._files.items()},
+        )
+        write_text_atomic(record_path(self._folder, self._number), json.dumps(asdict(record)) + "\n")
+        return record
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            for file in self._files.values():
+                file.abandon()
+
+
+def record_path(folder: Path, number: int) -> Path:
+    """Return where the record of a shard is until the store is finished."""
+    return folder / f"shard-{number:05d}.json"
+
+
+def finished_shard(folder: Path, number: int, dtype: np.dtype[Any]) -> ShardRecord | None:
+    """Return the record of a shard that is whole on disk; None if it is not."""
+    try:
+        record = ShardRecord(**json.loads(record_path(folder, number).read_text()))
+        sizes = {kind: (folder / record.file(kind)).stat().st_size for kind in record.sha256}
+    except (OSError, TypeError, ValueError):
+        return None
+    whole = all(size == record.num_file_bytes(kind, dtype) for kind, size in sizes.items())
+    return record if whole else None
+
+
+def finish_store(
+    folder: Path, tokenizer: TokenizerIdentity, records: list[ShardRecord], source: dict[str, Any]
+) -> Manifest:
+    """Write the manifest of all shards in ``folder``, with their starts in one file; empty shards go."""
+    documents = _HashedFile(folder / STARTS_FILE)
+    first = 0
+    for record in records:
+        with (folder / record.file(STARTS)).open("rb") as file:
+            while data := file.read(_COPY_BYTES):
+                documents.write(np.frombuffer(data, "<i8") + first)
+        first += record.tokens
+    starts_sha256 = documents.finish()
+    kept = tuple(_without_starts(record) for record in records if record.tokens)
+    manifest = Manifest(tokenizer=tokenizer, shards=kept, starts_sha256=starts_sha256, source=source)
+    write_text_atomic(folder / MANIFEST, manifest.text())
+    clean_up(folder, manifest)
+    return manifest
+
+
+def clean_up(folder: Path, manifest: Manifest) -> None:
+    """Remove from a finished store what its shards were made with."""
+    files = {MANIFEST, STARTS_FILE, *(shard.file(kind) for shard in manifest.shards for kind in shard.sha256)}
+    for path in folder.iterdir():
+        if path.name not in files:
+            path.unlink()
+
+
+def _without_starts(record: ShardRecord) -> ShardRecord:
+    return replace(record, sha256={kind: digest for kind, digest in record.sha256.items() if kind != STARTS})

@@ -1,0 +1,51 @@
+"""``pst-ds prepare``: what it prints, refuses, and leaves on disk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pst_ds.cli.main import main
+from pst_ds.data.tokens.store import open_store
+
+TOKENIZER = "tests/data/tiny-llama"
+
+
+@pytest.fixture
+def texts(tmp_path, alone):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in ["the film", "the warm plot"]))
+    return path
+
+
+def test_it_writes_a_store_and_says_so(tmp_path, texts, verb):
+    out = tmp_path / "s"
+    options = ["--tokenizer", TOKENIZER, "--out", str(out), "--text-column", "body", "--count-bytes", "--quiet"]
+    result = verb("prepare", str(texts), *options)
+    assert (result["documents"], result["tokens"], result["text_bytes"], result["dtype"]) == (2, 9, 21, "uint16")
+    assert result["digest"] == open_store(out).digest
+    assert open_store(out).num_bytes.tolist() == [0, 3, 5, 0, 0, 3, 5, 5]
+    assert main(["prepare", str(texts), *options, "--workers", "2"]) == 2
+    assert verb("prepare", str(texts), *options, "--workers", "2", "--force")["digest"] == result["digest"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--tokenizer", "tests/data"], ["--tokenizer tests/data has no tokenizer", "looked in"]),
+        (["--text-column", "test"], ["a.jsonl: line 1 has no column 'test'", "Columns: body"]),
+        (["--workers", "0"], ["--workers", "'0' is not a whole number of at least 1"]),
+        (["--out", "tests/data/train.jsonl/s"], ["--out", "is a file, and no folder"]),
+    ],
+)
+def test_wrong_input_is_one_message(tmp_path, texts, options, words, capsys):
+    base = ["--tokenizer", TOKENIZER, "--out", str(tmp_path / "s"), "--text-column", "body"]
+    try:
+        code = main(["prepare", str(texts), *base, *options])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message

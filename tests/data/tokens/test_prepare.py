@@ -1,0 +1,353 @@
+"""From files to a store: every format gives the same bytes, whoever does the work and however often it is killed."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import itertools
+import json
+import lzma
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from pst_ds.data.tokens import pieces as pieces_module
+from pst_ds.data.tokens import prepare as prepare_module
+from pst_ds.data.tokens import readers
+from pst_ds.data.tokens.pieces import Reading, find_pieces
+from pst_ds.data.tokens.prepare import plan_store, prepare_store
+from pst_ds.data.tokens.readers import texts_of
+from pst_ds.data.tokens.store import open_store
+from pst_ds.data.tokens.tokenize import tokenize
+from pst_ds.errors import InputError
+
+TINY = Path(__file__).resolve().parents[1] / "tiny-llama"
+TOKENIZER = AutoTokenizer.from_pretrained(TINY)
+WORDS = ("film", "plot", "warm", "dull", "the")
+DOCUMENTS = ["the warm film", "the dull plot, the film", "", "NA", 'a "quoted" plot', "  ", "film,\twarm", "é œuvre"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(alone):
+    """A cache of datasets of its own."""
+
+
+def _write(path, texts, column="text"):
+    """Write ``texts`` with libraries that are not ours; the name's ending says how."""
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"n": list(range(len(texts))), column: texts})
+    name = path.name.removesuffix(".gz").removesuffix(".xz").removesuffix(".bz2").removesuffix(".zst")
+    kind = name.rpartition(".")[2]
+    if kind == "jsonl":
+        data = "".join(json.dumps({"n": i, column: text}) + "\n" for i, text in enumerate(texts)).encode()
+    elif kind == "json":
+        data = json.dumps([{column: text} for text in texts]).encode()
+    elif kind == "txt":
+        data = ("\n".join(texts) + "\n").encode()
+    elif kind == "tsv":
+        data = "".join(f"{i}\t{text}\n" for i, text in [("n", column), *enumerate(texts)]).encode()
+    elif kind == "saved":
+        rows.save_to_disk(str(path))
+        return path
+    else:
+        getattr(rows, {"csv": "to_csv", "parquet": "to_parquet"}[kind])(path.with_name("plain"))
+        data = path.with_name("plain").read_bytes()
+        path.with_name("plain").unlink()
+    packers = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": _zstd}
+    path.write_bytes(packers.get(path.suffix, bytes)(data))
+    return path
+
+
+def _zstd(data):
+    return pytest.importorskip("zstandard").ZstdCompressor().compress(data)
+
+
+def _texts(source, reading=None, piece_bytes=1 << 20):
+    reading = reading or Reading()
+    found = find_pieces([str(source)], reading, piece_bytes)
+    return [text for piece in found for span in piece for batch in texts_of(span, reading) for text in batch]
+
+
+def _store(sources, out, *, workers=1, piece_bytes=200, force=False, reading=None, **options):
+    plan = plan_store(list(map(str, sources)), TOKENIZER, reading or Reading(), piece_bytes=piece_bytes, **options)
+    return prepare_store(plan, TOKENIZER, out, num_workers=workers, force=force)
+
+
+def _bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _many(path, count=300, seed=0):
+    draw = random.Random(seed)
+    return _write(path, [" ".join(draw.choices(WORDS, k=draw.randint(1, 12))) for _ in range(count)])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.jsonl", "a.json", "a.csv", "a.parquet", "a.saved", "a.jsonl.gz", "a.jsonl.zst", "a.csv.xz", "a.json.bz2",
+        "a.parquet.gz",
+    ],
+)  # fmt: skip
+def test_every_format_gives_its_texts(tmp_path, name):
+    path = _write(tmp_path / name, DOCUMENTS)
+    assert _texts(path) == DOCUMENTS
+
+
+def test_quotes_of_a_tsv_are_characters(tmp_path):
+    texts = ["the film", 'a "quoted" plot', "NA"]
+    assert _texts(_write(tmp_path / "a.tsv", texts)) == texts
+
+
+@pytest.mark.parametrize("sample_by", ["line", "paragraph", "document"])
+@pytest.mark.parametrize("breaks", ["\n", "\r\n", "\r"])
+def test_plain_text_is_read_as_datasets_reads_it(tmp_path, sample_by, breaks):
+    import datasets
+
+    text = "the film\nis warm\n\nthe plot\n\n\n\nis dull\n\n\nend"
+    (tmp_path / "a.txt").write_bytes(text.replace("\n", breaks).encode())
+    rows = datasets.load_dataset("text", data_files=str(tmp_path / "a.txt"), split="train", sample_by=sample_by)
+    found = [text for text in _texts(tmp_path / "a.txt", Reading(sample_by=sample_by)) if text.strip()]
+    assert found == [row for row in rows["text"] if row.strip()]
+
+
+@given(
+    st.lists(st.sampled_from(["film", "é", "\n", "\n", "plot "]), max_size=60).map("".join),
+    st.integers(1, 40),
+    st.sampled_from(["line", "paragraph"]),
+    st.integers(1, 30),
+)
+def test_a_text_cut_anywhere_has_the_same_documents(tmp_path_factory, text, piece_bytes, sample_by, look):
+    path = tmp_path_factory.mktemp("texts") / "a.txt"
+    path.write_text(text, encoding="utf-8")
+    reading = Reading(sample_by=sample_by)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces_module, "_LOOK_BYTES", look)
+        patch.setattr(readers, "_BLOCK_BYTES", look)
+        cut = [text for text in _texts(path, reading, piece_bytes) if text]
+    parts = text.split("\n" if sample_by == "line" else "\n\n")
+    assert cut == [part for part in parts if part]
+
+
+def test_large_files_are_cut_and_small_ones_gathered(tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "b").mkdir(parents=True)
+    for i in range(6):
+        _write(folder / f"{i}.jsonl", ["film"])  # 26 bytes each
+    _many(folder / "b" / "large.jsonl")
+    (folder / "notes.docx").write_text("no text")
+    found = find_pieces([str(folder)], Reading(), 60)
+    assert [[Path(span.path).name for span in piece] for piece in found[:3]] == [
+        ["0.jsonl", "1.jsonl"], ["2.jsonl", "3.jsonl"], ["4.jsonl", "5.jsonl"],
+    ]  # fmt: skip
+    large = [span for piece in found[3:] for span in piece]
+    assert [(a.stop, b.start) for a, b in itertools.pairwise(large)] == [(span.stop, span.stop) for span in large[:-1]]
+    assert large[-1].stop == (folder / "b" / "large.jsonl").stat().st_size
+    assert find_pieces([str(folder / "*.jsonl")], Reading(), 60) == found[:3]
+    assert find_pieces([str(folder / f"{i}.jsonl") for i in range(6)], Reading(), 60) == found[:3]
+
+
+def test_the_store_is_one_stream_with_the_end_between_documents(tmp_path):
+    _store([_write(tmp_path / "a.jsonl", DOCUMENTS)], tmp_path / "s", count_bytes=True, piece_bytes=30)
+    stream = open_store(tmp_path / "s")
+    whole = tokenize(DOCUMENTS, TOKENIZER, count=True)
+    assert stream.tokens.tolist() == whole.tokens.tolist()[:-1]
+    assert stream.num_bytes.tolist() == whole.num_bytes.tolist()[:-1]
+    assert len(stream.borders.between(0, len(stream))) == len([text for text in DOCUMENTS if text.strip()])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.saved"])
+def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path, name):
+    path = _many(tmp_path / name)
+    for workers in (1, 2, 3):
+        _store([path], tmp_path / f"s{workers}", workers=workers, piece_bytes=700)
+    one, two, three = (_bytes_of(tmp_path / f"s{workers}") for workers in (1, 2, 3))
+    assert one == two == three
+    assert len(one) > 3 or name == "a.parquet"
+
+
+def _killed(sources, out, workers, after, piece_bytes=700):
+    """Prepare in a child that is killed when it has done ``after`` batches of texts; False if it ended before."""
+    pid = os.fork()
+    if not pid:
+        calls = iter(range(10**6))
+        tokenizes = prepare_module.tokenize
+
+        def stopping(*arguments, **options):
+            if next(calls) == after:
+                os.kill(parent if workers > 1 else os.getpid(), signal.SIGKILL)
+            return tokenizes(*arguments, **options)
+
+        parent = os.getpid()
+        prepare_module.tokenize = stopping
+        try:
+            _store(sources, out, workers=workers, piece_bytes=piece_bytes)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, workers):
+    path = _many(tmp_path / "a.jsonl")
+    _store([path], tmp_path / "whole", piece_bytes=250)
+    draw, kills = random.Random(5), 0
+    while _killed([path], tmp_path / "s", workers, draw.randint(0, 2), 250):
+        kills += 1
+        assert not (tmp_path / "s").exists()
+    assert kills > 3
+    assert _bytes_of(tmp_path / "s") == _bytes_of(tmp_path / "whole")
+    assert not (tmp_path / "s.partial").exists()
+
+
+def test_finished_shards_are_not_made_again(tmp_path, monkeypatch):
+    path = _many(tmp_path / "a.jsonl")
+    assert _killed([path], tmp_path / "s", 1, 6)
+    there = sorted(file.name for file in (tmp_path / "s.partial").glob("shard-*"))
+    assert len(there) == 6
+    made = []
+    shard_writer = prepare_module.ShardWriter
+    monkeypatch.setattr(prepare_module, "ShardWriter", lambda *a: made.append(a[1]) or shard_writer(*a))
+    _store([path], tmp_path / "s", piece_bytes=700)
+    assert made == list(range(6, max(made) + 1))
+
+
+def test_killed_while_it_publishes_it_only_publishes(tmp_path, monkeypatch):
+    path = _many(tmp_path / "a.jsonl")
+
+    def fail(*_):
+        raise OSError("no power")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "publish", fail)
+        with pytest.raises(OSError, match="no power"):
+            _store([path], tmp_path / "s", piece_bytes=700)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "tokenize", fail)
+        _store([path], tmp_path / "s", piece_bytes=700)
+    _store([path], tmp_path / "whole", piece_bytes=700)
+    assert _bytes_of(tmp_path / "s") == _bytes_of(tmp_path / "whole")
+
+
+def test_a_dead_worker_is_an_error_and_not_a_hang(tmp_path, monkeypatch):
+    path, tokenizes, first = _many(tmp_path / "a.jsonl"), prepare_module.tokenize, os.getpid()
+
+    def dying(*arguments, **options):
+        if os.getpid() != first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return tokenizes(*arguments, **options)
+
+    monkeypatch.setattr(prepare_module, "tokenize", dying)
+    with pytest.raises(RuntimeError, match="was killed by signal 9"):
+        _store([path], tmp_path / "s", workers=2, piece_bytes=700)
+    monkeypatch.undo()
+    _store([path], tmp_path / "s", workers=2, piece_bytes=700)
+    assert (tmp_path / "s").is_dir()
+
+
+def test_workers_end_with_the_process_that_began_them(tmp_path):
+    """Its death closes the pipe of tasks; they write a shard at most and leave."""
+    path = _many(tmp_path / "a.jsonl")
+    assert _killed([path], tmp_path / "s", 2, 1)
+    deadline, count = time.monotonic() + 60, -1
+    while time.monotonic() < deadline and count != len(_children_with(str(tmp_path))):
+        count = 0
+    assert _children_with(str(tmp_path)) == []
+
+
+def _children_with(word):
+    """Processes that have a file open below a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if word in os.readlink(process):
+                found.append(process)
+        except OSError:
+            continue
+    return found
+
+
+def test_a_store_and_a_half_of_another_are_not_overwritten(tmp_path):
+    path, other = _many(tmp_path / "a.jsonl"), _many(tmp_path / "b.jsonl", seed=1)
+    _store([path], tmp_path / "s")
+    with pytest.raises(InputError, match="is a finished store; --force replaces it"):
+        _store([other], tmp_path / "s")
+    _store([other], tmp_path / "s", force=True)
+    assert _killed([path], tmp_path / "t", 1, 2)
+    with pytest.raises(InputError, match="half of a store from other sources"):
+        _store([other], tmp_path / "t", piece_bytes=700)
+    _store([other], tmp_path / "t", force=True)
+    assert _bytes_of(tmp_path / "s") == _bytes_of(tmp_path / "t")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter").write_text("dear")
+    with pytest.raises(InputError, match="a folder with other files"):
+        _store([path], tmp_path / "home", force=True)
+    assert (tmp_path / "home" / "letter").read_text() == "dear"
+
+
+def test_sources_that_changed_are_not_mixed(tmp_path):
+    path = _many(tmp_path / "a.jsonl")
+    assert _killed([path], tmp_path / "s", 1, 2)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(InputError, match="half of a store from other sources"):
+        _store([path], tmp_path / "s", piece_bytes=700)
+
+
+def _file(name, content):
+    return lambda folder: [(folder / name).write_bytes(content), [folder / name]][1]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda f: [f / "no.jsonl"], ["no.jsonl' does not exist (looked in", "name a file"]),
+        (lambda f: [f / "*.jsonl"], ["*.jsonl' matches no file", "patterns"]),
+        (lambda f: [f], ["has no file of a known kind", ".parquet"]),
+        (_file("a.docx", b"x"), ["a.docx' is of an unknown kind", ".jsonl"]),
+        (_file("a.jsonl", b'{"text": "a"}\n{"text": \n'), ["a.jsonl: line 2 is not JSON", "repair"]),
+        (_file("a.jsonl", b'{"text": "a"}\n[1]\n'), ["a.jsonl: line 2 is a list"]),
+        (_file("a.jsonl", b'{"body": "a"}\n'), ["a.jsonl: line 1 has no column 'text'", "--text-column", "body"]),
+        (_file("a.jsonl", b'{"text": null}\n'), ["a.jsonl: column 'text' has no text in line 1", "take the row out"]),
+        (_file("a.jsonl", b'{"text": ["a"]}\n'), ["a.jsonl: column 'text' has a list in line 1"]),
+        (_file("a.csv", b"body\na\n"), ["a.csv has no column 'text'", "Columns: body"]),
+        (_file("a.csv", b"text,n\na,1\nb,2,3\n"), ["a.csv: the row in line 3 has 3 fields", "2 columns"]),
+        (_file("a.txt", b"caf\xe9\n"), ["a.txt is not UTF-8", "0xe9", "save it"]),
+        (_file("a.jsonl", b'{"text": "caf\xe9"}\n'), ["a.jsonl: line 1 is not JSON", "0xe9"]),
+        (_file("a.parquet", b"text"), ["a.parquet cannot be read as parquet", "name another file"]),
+        (_file("a.jsonl.gz", b"no gzip"), ["a.jsonl.gz cannot be read", "repair it"]),
+        (_file("a.jsonl", b'{"text": " "}\n'), ["no text in it but white space"]),
+        (_file("a.jsonl", b""), ["nothing to read", "a.jsonl"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_cannot_be_read_is_refused(tmp_path, make, words, workers):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "more.jsonl").write_text('{"text": "film"}\n')
+    white = any("white space" in word or "nothing" in word for word in words)
+    sources = [*make(tmp_path / "in"), *([] if white else [tmp_path / "more.jsonl"])]
+    with pytest.raises(InputError) as caught:
+        _store(sources, tmp_path / "s", workers=workers, piece_bytes=1)
+    for word in words:
+        assert word in str(caught.value)
+    assert not (tmp_path / "s").exists()
+
+
+def test_csv_rows_may_span_lines(tmp_path):
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text", "n"], ["the film\nis warm", 1], ['a "plot"', 2]])
+    assert _texts(tmp_path / "a.csv", piece_bytes=1) == ["the film\nis warm", 'a "plot"']
+
+
+def test_another_column_and_numbers(tmp_path):
+    (tmp_path / "a.jsonl").write_text('\ufeff{"body": "film"}\n\n{"body": 3}\n', encoding="utf-8")
+    assert _texts(tmp_path / "a.jsonl", Reading(column="body")) == ["film", "3"]
