@@ -15,9 +15,9 @@ class JoinedArray:
     """
 
     def __init__(self, parts: Sequence[np.ndarray]):
-        self._parts = list(parts)
+        self.parts = list(parts)
         self._starts = np.concatenate([[0], np.cumsum([len(part) for part in parts], dtype=np.int64)])
-        self.dtype: np.dtype[Any] = self._parts[0].dtype if self._parts else np.dtype("<u2")
+        self.dtype: np.dtype[Any] = self.parts[0].dtype if self.parts else np.dtype("<u2")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -39,14 +39,14 @@ class JoinedArray:
         pieces = []
         while start < stop:
             begin = int(self._starts[first])
-            piece = self._parts[first][start - begin : stop - begin]
+            piece = self.parts[first][start - begin : stop - begin]
             pieces.append(piece)
             start, first = start + len(piece), first + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, self.dtype), *pieces])
 
     def first(self, count: int) -> JoinedArray:
         """Return the first ``count`` values, as a joined array."""
-        kept = [part[: max(0, count - int(begin))] for part, begin in zip(self._parts, self._starts, strict=False)]
+        kept = [part[: max(0, count - int(begin))] for part, begin in zip(self.parts, self._starts, strict=False)]
         return JoinedArray([part for part in kept if len(part)] or kept[:1])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -58,6 +58,11 @@ class JoinedArray:
 
 
 Array = np.ndarray | JoinedArray
+
+
+def parts_of(array: Array) -> list[np.ndarray]:
+    """Return the arrays that one was joined from, or it alone."""
+    return [array] if isinstance(array, np.ndarray) else array.parts
 
 
 def joined(parts: Sequence[np.ndarray]) -> Array:

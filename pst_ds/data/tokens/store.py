@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pst_ds.config.run import ConfigError
-from pst_ds.data.tokens.borders import Borders, Starts
+from pst_ds.data.tokens.borders import Borders, JoinedBorders, Starts
 from pst_ds.data.tokens.identity import TokenizerIdentity
-from pst_ds.data.tokens.joined import Array, joined
+from pst_ds.data.tokens.joined import Array, joined, parts_of
+from pst_ds.data.tokens.learned import All, Bits, JoinedLearned, Learned
 from pst_ds.data.tokens.manifest import BYTES, LEARNED, MANIFEST, STARTS_FILE, TOKENS, Manifest, read_manifest
 
 
@@ -25,25 +28,32 @@ class TokenStream:
     """A SHA-256 of the contents, or of enough of them to notice other contents."""
     num_bytes: Array | None = None
     """Bytes of text that each token stands for: (tokens,). None if not counted."""
-    learned: tuple[np.ndarray, ...] | None = None
-    """Bits of tokens that are predicted, the lowest bit first, an array for each shard. None: all are."""
-    shard_starts: np.ndarray | None = None
-    """Where each shard begins, for ``learned``: (shards + 1,) int64."""
+    learned: Learned | None = None
+    """Which tokens the model is to predict. None: all."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def learned_between(self, start: int, stop: int) -> np.ndarray | None:
-        """Return which tokens of [start, stop) are predicted, as bools; None for all."""
-        if self.learned is None or self.shard_starts is None:
-            return None
-        found = [np.empty(0, bool)]
-        for bits, begin, end in zip(self.learned, self.shard_starts, self.shard_starts[1:], strict=False):
-            first, last = max(start, int(begin)) - int(begin), min(stop, int(end)) - int(begin)
-            if first < last:
-                window = np.unpackbits(bits[first // 8 : -(-last // 8)], bitorder="little")
-                found.append(window[first % 8 : first % 8 + last - first].astype(bool))
-        return np.concatenate(found)
+
+def join_streams(streams: Sequence[TokenStream]) -> TokenStream:
+    """Return streams one after another as one; with the counts of bytes only if all have them."""
+    if len(streams) == 1:
+        return streams[0]
+    starts = np.cumsum([0, *map(len, streams)])
+    arrays = [part for stream in streams for part in parts_of(stream.tokens)]
+    counts = [stream.num_bytes for stream in streams]
+    learned = None
+    if any(stream.learned is not None for stream in streams):
+        learned = JoinedLearned([stream.learned or All() for stream in streams], starts)
+    return TokenStream(
+        tokens=joined(arrays),
+        borders=JoinedBorders(tuple(stream.borders for stream in streams), starts),
+        digest=hashlib.sha256(" ".join(stream.digest for stream in streams).encode()).hexdigest(),
+        num_bytes=None
+        if any(c is None for c in counts)
+        else joined([p for c in counts if c is not None for p in parts_of(c)]),
+        learned=learned,
+    )
 
 
 def is_store(folder: Path) -> bool:
@@ -61,20 +71,20 @@ def open_store(folder: Path, tokenizer: TokenizerIdentity | None = None) -> Toke
     if tokenizer is not None:
         require_tokenizer(folder, manifest, tokenizer)
     length = manifest.tokens - manifest.closed_by_us
-    parts = [_mapped(folder / shard.file(TOKENS), manifest.tokenizer.dtype) for shard in manifest.shards]
-    starts = _mapped(folder / STARTS_FILE, np.dtype("<i8")) if manifest.documents else np.empty(0, np.int64)
+    parts = [mapped(folder / shard.file(TOKENS), manifest.tokenizer.dtype) for shard in manifest.shards]
+    starts = mapped(folder / STARTS_FILE, np.dtype("<i8")) if manifest.documents else np.empty(0, np.int64)
     counts = learned = None
     if BYTES in manifest.has:
-        counts = joined([_mapped(folder / shard.file(BYTES), np.dtype("<u4")) for shard in manifest.shards])
+        counts = joined([mapped(folder / shard.file(BYTES), np.dtype("<u4")) for shard in manifest.shards])
     if LEARNED in manifest.has:
-        learned = tuple(_mapped(folder / shard.file(LEARNED), np.dtype("u1")) for shard in manifest.shards)
+        bits = [Bits(mapped(folder / shard.file(LEARNED), np.dtype("u1"))) for shard in manifest.shards]
+        learned = JoinedLearned(bits, np.cumsum([0, *(shard.tokens for shard in manifest.shards)]))
     return TokenStream(
         tokens=_first(joined(parts), length) if parts else np.empty(0, manifest.tokenizer.dtype),
         borders=Starts(starts),
         digest=manifest.digest,
         num_bytes=None if counts is None else _first(counts, length),
         learned=learned,
-        shard_starts=np.cumsum([0, *(shard.tokens for shard in manifest.shards)]),
     )
 
 
@@ -91,8 +101,8 @@ def require_tokenizer(folder: Path, manifest: Manifest, tokenizer: TokenizerIden
     )
 
 
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    """Map a file of a store, which is not empty."""
+def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    """Map a file, which is not empty."""
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 

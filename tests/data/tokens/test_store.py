@@ -63,7 +63,7 @@ def test_a_store_gives_back_what_was_written(tmp_path_factory, shards):
     assert (manifest.tokens, manifest.documents) == (len(flat), len(ended))
     if expected:
         assert np.asarray(stream.num_bytes).tolist() == [token % 7 for token in expected]
-        assert stream.learned_between(0, len(expected)).tolist() == [token % 3 > 0 for token in expected]
+        assert stream.learned.between(0, len(expected)).tolist() == [token % 3 > 0 for token in expected]
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(("shard", "starts", "."))) == []
 
 
@@ -77,7 +77,7 @@ def test_any_window_is_that_of_the_whole(tmp_path_factory, shards, data):
     stop = data.draw(st.integers(start, len(whole)))
     assert stream.tokens[start:stop].tolist() == whole[start:stop]
     assert [int(stream.tokens[i]) for i in range(start, stop)] == whole[start:stop]
-    assert stream.learned is None or stream.learned_between(start, stop).tolist() == [
+    assert stream.learned is None or stream.learned.between(start, stop).tolist() == [
         token % 3 > 0 for token in whole[start:stop]
     ]
     everywhere = stream.borders.between(0, len(whole))
