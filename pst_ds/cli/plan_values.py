@@ -124,7 +124,7 @@ def _zero_settings(
     train, resolved = config.train, None
     if raw is not None:
         steps, clipping, is_bf16 = train.gradient_accumulation_steps, train.gradient_clipping, train.precision == "bf16"
-        own = RunNumbers(train.batch_size, micro_batch_size, steps, clipping, is_bf16, trainables)
+        own = RunNumbers(micro_batch_size * steps * ranks, micro_batch_size, steps, clipping, is_bf16, trainables)
         resolved = resolve_deepspeed_config(raw, own, source=config.deepspeed_config, run_file="the run file")
     return zero_settings(resolved, ranks, machine.backend)
 

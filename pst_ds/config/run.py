@@ -373,11 +373,13 @@ class RunConfig:
         return replace(self, train=replace(self.train, **unset))
 
     def micro_batch_size(self, world_size: int) -> int:
-        """Return the examples a rank takes at a time. Raises ConfigError when the batch cannot be shared out evenly."""
+        """Return the most examples a rank takes at a time; some take one less where the batch does not divide. Raises
+        ConfigError when the batch has none for some rank."""
         shares = world_size * self.train.gradient_accumulation_steps
-        if self.train.batch_size % shares:
+        if self.train.batch_size < shares:
             raise ConfigError(
-                f"train.batch_size = {self.train.batch_size} cannot be shared evenly by {world_size} ranks x "
-                f"{self.train.gradient_accumulation_steps} accumulation steps; make it a multiple of {shares}"
+                f"train.batch_size = {self.train.batch_size} is less than an example for each of {world_size} ranks x "
+                f"{self.train.gradient_accumulation_steps} accumulation steps; make it {shares} or more, or take fewer "
+                "ranks"
             )
-        return self.train.batch_size // shares
+        return -(-self.train.batch_size // shares)

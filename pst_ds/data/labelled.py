@@ -179,10 +179,12 @@ class GlobalBatches:
         return batches
 
     def micro_batches(self, batch: Sequence[int], rank: int, world_size: int, accumulation: int) -> list[Sequence[int]]:
-        """Return this rank's examples of a global ``batch``, one list for each accumulation step."""
-        size = len(batch) // (world_size * accumulation)
-        starts = [(step * world_size + rank) * size for step in range(accumulation)]
-        return [batch[start : start + size] for start in starts]
+        """Return this rank's examples of a global ``batch``, one list for each accumulation step; where they cannot all
+        have as many, the first ones have one more."""
+        size, more = divmod(len(batch), world_size * accumulation)
+        shares = [step * world_size + rank for step in range(accumulation)]
+        starts = [share * size + min(share, more) for share in shares]
+        return [batch[i : i + size + (share < more)] for i, share in zip(starts, shares, strict=True)]
 
 
 def _cut(items: list[int], size: int) -> list[list[int]]:

@@ -7,7 +7,8 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -35,10 +36,13 @@ from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.objective import Objective
+from pst_ds.train.prefetch import Prefetched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MicroBatches: TypeAlias = list[tuple[dict[str, Tensor], float]]
+"""Model inputs, and by what the mean loss of each is to be multiplied."""
 MAX_SKIPPED_IN_A_ROW = 100
 FINAL_TAGS = ("loss", "sparsity/actual", "tokens_per_second")
 """The reported values that a run is judged by at its end, besides its evaluation."""
@@ -59,6 +63,8 @@ class LoopState:
     """Mean loss of each global batch since the last report; the same on every rank."""
     tokens: int = 0
     """Tokens of these batches."""
+    waited_seconds: float = 0.0
+    """How long this rank has waited for data since the last report."""
     last_report_seconds: float = 0.0
     skipped_in_a_row: int = 0
     stopped_by: int = 0
@@ -96,34 +102,41 @@ class Loop:
         if state.step >= self.num_steps:
             return
         buffers = {name: buffer.clone() for name, buffer in persistent_buffers(engine.module).items()}
-        for micro_batches, tokens in _batches(self, state.batch):
-            set_rates(self, state.step)
-            seed_random_numbers(self.run.seed, state.batch)
-            losses = []
-            for batch, share in micro_batches:
-                heartbeat(f"the forward and backward pass of batch {state.batch + 1}")
-                loss = share * self.objective(engine, batch)
-                engine.backward(loss)
-                engine.step()
-                losses.append(loss.detach())
-            state.batch += 1
-            state.tokens += tokens
-            _agree_on_batch(state, losses)
-            if not engine.was_step_applied():
-                _stop_if_stuck(state)
-                continue
-            state.step += 1
-            state.skipped_in_a_row = 0
-            if buffers:
-                _require_unchanged(engine.module, buffers)
-                buffers = {}
-            _update_masks_if_due(self, state)
-            _update_scales_if_due(self, state)
-            _picture_if_due(self, state)
-            _report_if_due(self, state)
-            yield state
-            if state.step >= self.num_steps:
-                return
+        with Prefetched(partial(_batches, self, state.batch)) as batches:
+            while state.step < self.num_steps:
+                before = batches.waited_seconds
+                micro_batches, tokens = next(batches)
+                state.waited_seconds += batches.waited_seconds - before
+                self._train_on(micro_batches, state)
+                state.tokens += tokens
+                if not engine.was_step_applied():
+                    _stop_if_stuck(state)
+                    continue
+                state.step += 1
+                state.skipped_in_a_row = 0
+                if buffers:
+                    _require_unchanged(engine.module, buffers)
+                    buffers = {}
+                _update_masks_if_due(self, state)
+                _update_scales_if_due(self, state)
+                _picture_if_due(self, state)
+                _report_if_due(self, state)
+                yield state
+
+    def _train_on(self, micro_batches: MicroBatches, state: LoopState) -> None:
+        """Take one optimizer step, or try to. Collective."""
+        set_rates(self, state.step)
+        seed_random_numbers(self.run.seed, state.batch)
+        losses = []
+        for batch, share in micro_batches:
+            heartbeat(f"the forward and backward pass of batch {state.batch + 1}")
+            on_device = {name: values.to(self.device, non_blocking=True) for name, values in batch.items()}
+            loss = share * self.objective(self.engine, on_device)
+            self.engine.backward(loss)
+            self.engine.step()
+            losses.append(loss.detach())
+        state.batch += 1
+        _agree_on_batch(state, losses)
 
 
 def _require_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
@@ -163,24 +176,25 @@ def set_rates(loop: Loop, step: int) -> None:
         group["lr"] = 0.0 if masks_fixed and group["name"] == "scores" else group["peak_lr"] * factor
 
 
-def _batches(loop: Loop, first: int) -> Iterator[tuple[list[tuple[dict[str, Tensor], float]], int]]:
+def _batches(loop: Loop, first: int) -> Iterator[tuple[MicroBatches, int]]:
     """Yield this rank's micro-batches of each global batch from number ``first`` on, and the tokens of the whole batch.
 
-    A micro-batch has a share, on average 1 over all ranks, by which its mean loss is to be multiplied: then the mean of
-    all is the global batch's, however it is cut. Endless.
+    They are on the CPU, in pinned memory if a GPU is to copy them. A micro-batch has a share, on average 1 over all
+    ranks, by which its mean loss is to be multiplied: then the mean of all is the global batch's, however it is cut.
+    Endless.
     """
     run, task, lengths = loop.run, task_of(loop.run), loop.examples.lengths
     batches = GlobalBatches(lengths, run.train.batch_size, run.seed, run.data.group_by_length)
     epoch, done = divmod(first, batches.batches_per_epoch)
     while True:
         for batch in batches.epoch(epoch)[done:]:
-            heartbeat("reading a batch")
             own = batches.micro_batches(batch, rank(), world_size(), run.train.gradient_accumulation_steps)
             per_target = len(own) * world_size() / task.num_targets(loop.examples, batch)
-            collated = (task.collate(loop.examples, indices, loop.tokenizer) for indices in own)
-            on_device = [{k: v.to(loop.device) for k, v in inputs.items()} for inputs in collated]
+            collated = [task.collate(loop.examples, indices, loop.tokenizer) for indices in own]
+            if loop.device.startswith("cuda"):
+                collated = [{name: values.pin_memory() for name, values in inputs.items()} for inputs in collated]
             shares = [per_target * task.num_targets(loop.examples, indices) for indices in own]
-            yield list(zip(on_device, shares, strict=True)), sum(lengths[i] for i in batch)
+            yield list(zip(collated, shares, strict=True)), sum(lengths[i] for i in batch)
         epoch, done = epoch + 1, 0
 
 
@@ -268,9 +282,10 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
         return
     losses, tokens = [float(f"{value:.6g}") for value in state.losses], state.tokens
     loss = sum(state.losses) / len(state.losses)
-    memory = max(all_gather_objects(peak_memory_bytes(loop.device)))
+    of_ranks = all_gather_objects((peak_memory_bytes(loop.device), state.waited_seconds))
+    memory, waited = (max(values) for values in zip(*of_ranks, strict=True))
     state.losses.clear()
-    state.tokens = 0
+    state.tokens, state.waited_seconds = 0, 0.0
     elapsed = loop.metrics.seconds - state.last_report_seconds
     state.last_report_seconds = loop.metrics.seconds
     sparsity, flip_rate = (state.masks.sparsity, state.masks.flip_rate) if state.masks else (0.0, 0.0)
@@ -284,6 +299,7 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
         "sparsity/actual": sparsity,
         "flip_rate": flip_rate,
         "tokens_per_second": per_second,
+        "data_wait": waited / elapsed if elapsed > 0 else 0.0,
         "peak_memory_bytes": memory,
         "skipped_steps": loop.engine.skipped_steps,
     }

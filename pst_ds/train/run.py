@@ -130,10 +130,11 @@ def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: l
     chosen_layers(list(pst_layers(shapes)), run.pictures.layers)  # refuses what is not there
     resolved = None
     if raw is not None:
+        micro_batch, accumulation = run.micro_batch_size(launch.world_size), run.train.gradient_accumulation_steps
         numbers = RunNumbers(
-            run.train.batch_size,
-            run.micro_batch_size(launch.world_size),
-            run.train.gradient_accumulation_steps,
+            micro_batch * accumulation * launch.world_size,  # DeepSpeed knows no shares of unequal size
+            micro_batch,
+            accumulation,
             run.train.gradient_clipping,
             run.train.precision == "bf16",
             num_trainable(shapes),

@@ -365,14 +365,14 @@ def test_steps_of_epochs_count_whole_batches(tmp_path):
         _load(tmp_path).num_steps(31)
 
 
-def test_a_batch_is_shared_evenly_or_refused(tmp_path):
+def test_a_batch_has_an_example_for_every_rank_or_is_refused(tmp_path):
     run = _load(tmp_path, MINIMAL, "train.batch_size=24", "train.gradient_accumulation_steps=2")
-    assert [run.micro_batch_size(world) for world in (1, 2, 3, 4)] == [12, 6, 4, 3]
+    assert [run.micro_batch_size(world) for world in (1, 2, 3, 4, 5, 12)] == [12, 6, 4, 3, 3, 1]
     with pytest.raises(ConfigError) as caught:
-        run.micro_batch_size(5)
+        run.micro_batch_size(13)
     message = str(caught.value)
-    assert "train.batch_size = 24 cannot be shared evenly by 5 ranks x 2 accumulation steps" in message
-    assert "a multiple of 10" in message
+    assert "train.batch_size = 24 is less than an example for each of 13 ranks x 2 accumulation steps" in message
+    assert "make it 26 or more" in message
 
 
 @pytest.mark.parametrize("path", ["tests/data/world_size.toml", "tests/data/causal_lm.toml", "tools/demo/run.toml"])

@@ -341,6 +341,16 @@ def test_micro_batches_of_all_ranks_make_the_global_batch(world_size, accumulati
             assert together == list(batch[step * size : (step + 1) * size])
 
 
+@pytest.mark.parametrize(("world_size", "accumulation"), [(5, 1), (7, 3), (24, 1), (23, 1)])
+def test_a_batch_that_does_not_divide_is_shared_out_as_evenly_as_can_be(world_size, accumulation):
+    batches = GlobalBatches([1] * 100, 24, 5)
+    (batch, *_) = batches.epoch(0)
+    of_ranks = [batches.micro_batches(batch, rank, world_size, accumulation) for rank in range(world_size)]
+    sizes = [len(micro) for of_rank in of_ranks for micro in of_rank]
+    assert max(sizes) - min(sizes) == (24 % (world_size * accumulation) > 0)
+    assert [i for step in range(accumulation) for of_rank in of_ranks for i in of_rank[step]] == list(batch)
+
+
 @pytest.mark.parametrize("num", [24 * 7, 24 * 120 + 5])  # fewer and more than one window
 def test_group_by_length_takes_the_same_examples_with_less_padding(num):
     lengths = [1 + (i * 37) % 50 for i in range(num)]

@@ -271,7 +271,8 @@ def test_every_line_of_the_metrics_says_what_it_should(tmp_path):
     for line in steps:
         expected = {
             "step", "seconds", "event", "loss", "losses", "lr/scores", "lr/updates", "lr/head", "sparsity/target",
-            "sparsity/actual", "flip_rate", "tokens_per_second", "peak_memory_bytes", "skipped_steps",
+            "sparsity/actual", "flip_rate", "tokens_per_second", "data_wait", "peak_memory_bytes",
+            "skipped_steps",
         }  # fmt: skip
         assert line.keys() == expected
         assert math.isfinite(line["loss"])

@@ -11,11 +11,11 @@ import pytest
 
 from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
-from pst_ds.data import labelled
 from pst_ds.data.labelled import Examples
 from pst_ds.data.tasks import task_of
 from pst_ds.parallel import stop_signals
 from pst_ds.train.loop import DivergedError
+from pst_ds.train.objective import Objective
 from pst_ds.tune import trials
 from pst_ds.tune.halving import RATES, Candidate
 from pst_ds.tune.trials import standard_error, trial_run
@@ -147,17 +147,17 @@ def test_a_killed_search_goes_on_and_runs_no_finished_trial_again(run_file, tmp_
 
 def test_a_trial_that_a_signal_stopped_goes_on_where_it_was(run_file, tmp_path, verb, capsys, monkeypatch):
     verb("tune", run_file, "--out", str(tmp_path / "a.toml"), "--set", f"output_dir={tmp_path}/a")
-    order, calls = labelled.GlobalBatches.micro_batches, iter(range(1, 10**6))
+    loss, calls = Objective.__call__, iter(range(1, 10**6))
 
-    def micro_batches(self, *arguments):
+    def called(self, *arguments):
         if next(calls) == 47:  # in the second trial
             stop_signals._asked_by = 15
-        return order(self, *arguments)
+        return loss(self, *arguments)
 
     stopped = ["tune", run_file, "--out", str(tmp_path / "b.toml"), "--set", f"output_dir={tmp_path}/b"]
     with monkeypatch.context() as patch:
         patch.setattr(stop_signals, "_asked_by", 0)
-        patch.setattr(labelled.GlobalBatches, "micro_batches", micro_batches)
+        patch.setattr(Objective, "__call__", called)
         capsys.readouterr()
         assert main(stopped) == 75
     message = capsys.readouterr().err
@@ -165,7 +165,7 @@ def test_a_trial_that_a_signal_stopped_goes_on_where_it_was(run_file, tmp_path, 
     assert "the same command goes on" in message
     assert [line["event"] for line in _lines(tmp_path / "b")] == ["search", "trial"]
     steps = []
-    monkeypatch.setattr(labelled.GlobalBatches, "micro_batches", lambda *a: steps.append(1) or order(*a))
+    monkeypatch.setattr(Objective, "__call__", lambda *a: steps.append(1) or loss(*a))
     verb(*stopped)
     assert len(steps) == 33 + 40
     assert _without_times(_lines(tmp_path / "b")[1:]) == _without_times(_lines(tmp_path / "a")[1:])

@@ -1,0 +1,76 @@
+"""Batches made ahead in a thread, while the device is busy with those before."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+from pst_ds.parallel.watchdog import heartbeat
+
+T = TypeVar("T")
+AHEAD = 2
+"""Batches that are ready while one is trained on."""
+_PATIENCE_SECONDS = 0.1
+"""How long the thread waits for room before it looks whether it is still wanted."""
+
+
+class Prefetched(Generic[T]):
+    """The items of ``make()``, in its order, made by a thread that is at most :data:`AHEAD` ahead. A context.
+
+    An exception that making one raises is raised where that item is asked for. What is made must draw no random numbers
+    of the whole process, since when the thread draws them is not defined.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[T]]):
+        self._make = make
+        self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(AHEAD)
+        self._unwanted = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
+        self.waited_seconds = 0.0
+        """How long :meth:`__next__` has waited in all."""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._unwanted.set()
+        self._thread.join()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> T:
+        heartbeat("reading a batch")
+        start = time.perf_counter()
+        item, error = self._ready.get()
+        self.waited_seconds += time.perf_counter() - start
+        if error is not None:
+            raise error
+        assert item is not None
+        return item
+
+    def _work(self) -> None:
+        try:
+            for item in self._make():
+                if not self._put(item, None):
+                    return
+            self._put(None, StopIteration())
+        except BaseException as error:  # raised by whoever asks for the item
+            self._put(None, error)
+
+    def _put(self, item: T | None, error: BaseException | None) -> bool:
+        """Return whether the item is still wanted."""
+        while not self._unwanted.is_set():
+            try:
+                self._ready.put((item, error), timeout=_PATIENCE_SECONDS)
+            except queue.Full:
+                continue
+            return True
+        return False
