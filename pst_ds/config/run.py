@@ -15,6 +15,7 @@ from pst_ds.config.methods import METHODS as METHODS_BY_NAME
 from pst_ds.config.methods.method import Method
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.quantization import QuantizationConfig as QuantizationConfig
+from pst_ds.config.sequences import groups_of_ranks, require_sequences_to_share
 from pst_ds.config.tasks import TASKS, TaskFacts, check_task
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.schedule import (
@@ -80,6 +81,9 @@ class TrainConfig:
     """Examples (sequences, for task "causal-lm") of an optimizer step, over all ranks and accumulation steps."""
     gradient_accumulation_steps: Positive = 1
     """Micro-batches whose gradients are summed for one optimizer step."""
+    sequence_parallel: Positive = 1
+    """Neighbouring ranks n that train on the same sequences, each on ``data.max_length`` / n tokens, for sequences too
+    long for one. It must divide the ranks and the model's attention heads (docs/long-sequences.md)."""
     precision: Precision = "bf16"
     """What the model computes in; factors, moments and losses are kept in fp32 either way."""
     score_learning_rate: Rate | None = None
@@ -221,6 +225,7 @@ class RunConfig:
         self._require_reachable_sparsity()
         self.quantization.require_fit(self.method, self.schedule)
         self._require_frozen_base()
+        require_sequences_to_share(self)
 
     def _require_method_fits(self) -> None:
         masks = self.mask_method.masks
@@ -373,12 +378,16 @@ class RunConfig:
         return replace(self, train=replace(self.train, **unset))
 
     def micro_batch_size(self, world_size: int) -> int:
-        """Return the most examples a rank takes at a time; some take one less where the batch does not divide. Raises
-        ConfigError when the batch has none for some rank."""
-        shares = world_size * self.train.gradient_accumulation_steps
+        """Return the most examples that a rank takes at a time, together with those that it shares sequences with; some
+        take one less where the batch does not divide. Raises ConfigError when ranks cannot be grouped, or when some
+        would have no example."""
+        degree = self.train.sequence_parallel
+        groups = groups_of_ranks(degree, world_size)
+        shares = groups * self.train.gradient_accumulation_steps
         if self.train.batch_size < shares:
             raise ConfigError(
-                f"train.batch_size = {self.train.batch_size} is less than an example for each of {world_size} ranks x "
+                f"train.batch_size = {self.train.batch_size} is less than an example for each of {groups} "
+                f"{'ranks' if degree == 1 else f'groups of {degree} ranks'} x "
                 f"{self.train.gradient_accumulation_steps} accumulation steps; make it {shares} or more, or take fewer "
                 "ranks"
             )

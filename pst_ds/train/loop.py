@@ -178,18 +178,21 @@ def set_rates(loop: Loop, step: int) -> None:
 
 def _batches(loop: Loop, first: int) -> Iterator[tuple[MicroBatches, int]]:
     """Yield this rank's micro-batches of each global batch from number ``first`` on, and the tokens of the whole batch.
+    Ranks that share sequences have the same.
 
     They are on the CPU, in pinned memory if a GPU is to copy them. A micro-batch has a share, on average 1 over all
     ranks, by which its mean loss is to be multiplied: then the mean of all is the global batch's, however it is cut.
     Endless.
     """
     run, task, lengths = loop.run, task_of(loop.run), loop.examples.lengths
+    degree = run.train.sequence_parallel
+    groups = world_size() // degree
     batches = GlobalBatches(lengths, run.train.batch_size, run.seed, run.data.group_by_length)
     epoch, done = divmod(first, batches.batches_per_epoch)
     while True:
         for batch in batches.epoch(epoch)[done:]:
-            own = batches.micro_batches(batch, rank(), world_size(), run.train.gradient_accumulation_steps)
-            per_target = len(own) * world_size() / task.num_targets(loop.examples, batch)
+            own = batches.micro_batches(batch, rank() // degree, groups, run.train.gradient_accumulation_steps)
+            per_target = len(own) * groups / task.num_targets(loop.examples, batch)
             collated = [task.collate(loop.examples, indices, loop.tokenizer) for indices in own]
             if loop.device.startswith("cuda"):
                 collated = [{name: values.pin_memory() for name, values in inputs.items()} for inputs in collated]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from pst_ds.nn.base_model import DTYPES, PRUNING_RECORD, Pretrained
 from pst_ds.nn.inject import bypassed
 from pst_ds.nn.language_head import LanguageHead
 from pst_ds.parallel.engine import Engine
+from pst_ds.parallel.sequence import SequenceParallel
 from pst_ds.train.documents import flatten_for_flash_attention
 from pst_ds.train.model import attention_options, set_padding
-from pst_ds.train.token_heads import head_of, next_tokens, why_all_logits
+from pst_ds.train.shared_sequences import part_of_batch
+from pst_ds.train.token_heads import following, head_of, predicted, why_all_logits
 
 
 class Objective:
@@ -31,10 +34,11 @@ class Objective:
     updates bypassed. Of a language model's logits a chunk of tokens exists at a time, where its head is known.
     """
 
-    def __init__(self, run: RunConfig, teacher: nn.Module | None = None):
+    def __init__(self, run: RunConfig, teacher: nn.Module | None = None, shared: SequenceParallel | None = None):
+        """``shared``: the ranks that train on the same sequences as this one, if any."""
         self._weight, self._temperature = run.distillation.weight, run.distillation.temperature
         self._hidden = run.distillation.hidden_states
-        self._task, self._teacher = task_of(run), teacher
+        self._task, self._teacher, self._shared = task_of(run), teacher, shared
         self._known_heads: dict[nn.Module, tuple[LanguageHead, LanguageHead] | None] = {}
 
     def __call__(self, engine: Engine, batch: dict[str, Tensor]) -> Tensor:
@@ -70,21 +74,36 @@ class Objective:
     def _loss_in_chunks(
         self, engine: Engine, inputs: dict[str, Any], labels: Tensor, head: LanguageHead, other: LanguageHead
     ) -> Tensor:
-        """Return the loss that each head makes where the model would have multiplied its hidden states with it."""
-        places, targets = next_tokens(labels)
+        """Return the loss that each head makes where the model would have multiplied its hidden states with it.
+
+        Of a rank that shares its sequences it is such that the mean over all ranks is the loss of the batch.
+        """
+        shared = self._shared
+        sharing: AbstractContextManager[None] = nullcontext()
+        count: Tensor | None = None
+        if shared is None:
+            targets = following(labels)
+        else:
+            inputs, positions, targets, count = part_of_batch(shared, inputs, labels)
+            sharing = shared.sharing(positions)
+        places, tokens = predicted(targets)
         taught: Any = None
         seen: list[Tensor] = []
-        if self._weight:
-            with other.reading(lambda hidden: hidden) as seen:
-                taught = self._teach(engine, inputs)
 
         def read(hidden: Tensor) -> Tensor:
             teacher = [Teacher(of.flatten(0, 1), other.readout, self._weight, self._temperature) for of in seen]
-            return head_loss(hidden.flatten(0, 1), head.readout, targets, places, teacher=next(iter(teacher), None))
+            return head_loss(
+                hidden.flatten(0, 1), head.readout, tokens, places, teacher=next(iter(teacher), None), count=count
+            )
 
-        with head.reading(read) as losses:
-            out = engine(**inputs)
-        return self._with_hidden_states(losses[0], out, taught, inputs)
+        with sharing:
+            if self._weight:
+                with other.reading(lambda hidden: hidden) as seen:
+                    taught = self._teach(engine, inputs)
+            with head.reading(read) as losses:
+                out = engine(**inputs)
+        loss = losses[0] if shared is None else shared.degree * losses[0]
+        return self._with_hidden_states(loss, out, taught, inputs)
 
     def _with_hidden_states(self, loss: Tensor, out: Any, taught: Any, inputs: dict[str, Any]) -> Tensor:
         if not self._hidden:

@@ -50,6 +50,7 @@ from pst_ds.train.fit import Fit, judged_fit, watched_steps
 from pst_ds.train.loop import FINAL_TAGS, DivergedError, Loop, LoopState
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
 from pst_ds.train.objective import Objective, load_teacher, require_teacher
+from pst_ds.train.shared_sequences import require_shareable, shared_sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,12 +128,13 @@ def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: l
     tokenizer = load_tokenizer(run)
     shapes = meta_model(run, labels, tokenizer, num_shards=launch.world_size)  # refuses what cannot be injected
     require_teacher(run, shapes)
+    require_shareable(run, shapes.config, zero_stage(raw), run.micro_batch_size(launch.world_size))
     chosen_layers(list(pst_layers(shapes)), run.pictures.layers)  # refuses what is not there
     resolved = None
     if raw is not None:
         micro_batch, accumulation = run.micro_batch_size(launch.world_size), run.train.gradient_accumulation_steps
         numbers = RunNumbers(
-            micro_batch * accumulation * launch.world_size,  # DeepSpeed knows no shares of unequal size
+            micro_batch * accumulation * launch.world_size,  # it knows no shares of unequal size, nor shared sequences
             micro_batch,
             accumulation,
             run.train.gradient_clipping,
@@ -201,9 +203,10 @@ def train_run(
         if checkpoint is None and not restart:
             run_folder.require_no_checkpoints(folder)
         load = partial(load_teacher, run, prepared.labels, prepared.tokenizer, prepared.device)
-        objective = Objective(run, raise_on_all_ranks(load))
+        teacher = raise_on_all_ranks(load)
         _, engine = build(prepared, checkpoint)
         require_documents_apart(engine, run, examples, prepared.device)
+        objective = Objective(run, teacher, shared_sequences(engine, run, prepared.device))
         state = run_folder.restore(engine, checkpoint, run) if checkpoint else LoopState()
     if checkpoint is None:
         run_folder.set_aside_checkpoints(folder)
@@ -215,9 +218,8 @@ def train_run(
     metrics = _metrics_writer(prepared, engine, checkpoint, num_steps, quiet, dense)
     if reason := objective.why_all_logits(engine.module):
         metrics.say(f"the loss holds the logits of a whole micro-batch, because {reason}")
-    loop = Loop(
-        run, engine, schedule, examples, prepared.tokenizer, num_steps, prepared.device, metrics, objective, rounding
-    )
+    inputs = (examples, prepared.tokenizer, num_steps, prepared.device)
+    loop = Loop(run, engine, schedule, *inputs, metrics, objective, rounding)
     checkpointer = Checkpointer(
         run,
         engine,

@@ -38,18 +38,23 @@ def _found(model: Any, task: Task) -> LanguageHead | str | None:
         return str(error)
 
 
-def next_tokens(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (places in the flat batch that predict a token, the tokens), both (n,) int64, of ``labels`` (texts,
-    length): a place predicts the label after it, the last of a text none."""
-    after = pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-    places = (after != IGNORED).nonzero().squeeze(1)
-    return places, after[places]
+def following(labels: Tensor, more: int = 0) -> Tensor:
+    """Return the label after each of ``labels``, (texts, length + more): -100 after the last of a text, and behind."""
+    return pad(labels[:, 1:], (0, 1 + more), value=IGNORED)
+
+
+def predicted(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (places in the flat batch that predict a token, the tokens), both (n,) int64, of labels that
+    :func:`following` returned."""
+    flat = labels.flatten()
+    places = (flat != IGNORED).nonzero().squeeze(1)
+    return places, flat[places]
 
 
 @torch.no_grad()
 def loss_sums(model: Any, head: LanguageHead, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
     """Return the sum of the losses of each text's predicted tokens: (texts,) fp64. Collective under ZeRO-3."""
-    places, targets = next_tokens(labels)
+    places, targets = predicted(following(labels))
 
     def read(hidden: Tensor) -> Tensor:
         losses = token_losses(hidden.flatten(0, 1), head.readout, targets, places)

@@ -1,0 +1,214 @@
+"""Ranks that share sequences: gradients, masks and losses of one that has them whole, and what cannot be shared."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pst_ds.checkpoint.format import read_checkpoint
+from pst_ds.config.run import ConfigError
+from pst_ds.config.toml import load_run
+from pst_ds.errors import InputError
+from pst_ds.masks.update import update_masks
+from pst_ds.parallel.launch import launch_environment
+from pst_ds.parallel.ranks import rank
+from pst_ds.train.objective import Objective
+from pst_ds.train.run import build, prepare, train_run
+from pst_ds.train.shared_sequences import part_of_batch, require_shareable, shared_sequences
+
+RUN_FILE = "tests/data/causal_lm.toml"
+
+
+def _run(folder, degree, *more):
+    output = f"output_dir={json.dumps(str(folder))}"
+    return load_run(RUN_FILE, [output, f"train.sequence_parallel={degree}", *more])
+
+
+def _one_step(folder, degree, *more):
+    """Checksum of masks, loss, and all gradients of one micro-batch."""
+    from deepspeed.utils import safe_get_full_grad
+
+    prepared = prepare(_run(folder, degree, *more), launch_environment())
+    _, engine = build(prepared)
+    run, examples = prepared.run, prepared.load("train")
+    objective = Objective(run, None, shared_sequences(engine, run, prepared.device))
+    engine.train()
+    masks = update_masks(engine.module, 0.5)
+    batch = prepared.task.collate(examples, [0, 1], prepared.tokenizer)
+    loss = objective(engine, batch)
+    engine.backward(loss)
+    named = engine.module.named_parameters()
+    gradients = {name: safe_get_full_grad(param).clone() for name, param in named if param.requires_grad}
+    return masks.checksum, float(loss.detach()), gradients, "position_ids" in batch
+
+
+CASES = {
+    "documents apart": ["model.gradient_checkpointing=true"],
+    "documents run on": ["data.document_mask=false"],
+    "own teacher": ["distillation.weight=0.5", "distillation.hidden_states=1.0"],
+    "trained head": ['pst.modules_to_save=["lm_head"]', "model.gradient_checkpointing=true"],
+    "reentrant": ["model.gradient_checkpointing=true", "model.gradient_checkpointing_reentrant=true"],
+}
+
+
+@pytest.mark.zero3
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_that_share_sequences_have_the_masks_and_gradients_of_one(run_ranks, tmp_path, case):
+    more = CASES[case]
+    ((checksum, expected, gradients, has_positions),) = run_ranks(_one_step, 1, str(tmp_path), 1, *more)
+    assert has_positions == (case != "documents run on")
+    shared = run_ranks(_one_step, 2, str(tmp_path), 2, *more)
+    assert {masks for masks, *_ in shared} == {checksum}
+    assert shared[0][1] != shared[1][1]
+    assert (shared[0][1] + shared[1][1]) / 2 == pytest.approx(expected, rel=1e-6)
+    largest = max(float(gradient.norm()) for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        apart = float((shared[0][2][name] - gradient).norm())
+        assert apart <= 1e-5 * max(float(gradient.norm()), 1e-3 * largest), name
+
+
+def _train(folder, degree, *more, resume=False):
+    return train_run(prepare(_run(folder, degree, *more), launch_environment()), quiet=True, resume=resume)
+
+
+def _steps(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if line["event"] == "step"}
+    return losses, {line["step"]: line["mask_checksum"] for line in lines if line["event"] == "mask_update"}
+
+
+@pytest.mark.zero3
+def test_a_run_is_the_same_at_any_degree_and_goes_on_at_another(run_ranks, tmp_path):
+    """Four ranks in two groups, and a run that changes from one to two and back."""
+    short = ["train.num_steps=9", "checkpoint.interval=3"]
+    run_ranks(_train, 1, str(tmp_path / "whole"), 1, *short)
+    (first, *others) = run_ranks(_train, 4, str(tmp_path / "groups"), 2, *short)
+    assert all(result["metrics"] == first["metrics"] for result in others)
+    moving = tmp_path / "moving"
+    for degree, last in [(1, 3), (2, 6), (1, 9)]:
+        _stop_after(run_ranks, moving, degree, last, short)
+    whole, checksums = _steps(tmp_path / "whole")
+    assert len(whole) == 9
+    for folder in ("groups", "moving"):
+        losses, found = _steps(tmp_path / folder)
+        assert losses == pytest.approx(whole, rel=2e-5)
+        assert found == checksums
+    kept = [read_checkpoint(max((tmp_path / name / "checkpoints").iterdir())) for name in ("whole", "moving")]
+    assert kept[0].state.step == kept[1].state.step == 9
+
+
+def _stop_after(run_ranks, folder, degree, last, settings):
+    results = run_ranks(_train_to, 2 if degree == 2 else 1, str(folder), degree, last, settings)
+    assert len(set(results)) == 1
+
+
+def _train_to(folder, degree, last, settings):
+    """Train until the checkpoint of step ``last`` is written, as one that is stopped by a signal."""
+    from pst_ds.parallel import stop_signals
+    from pst_ds.train import loop
+    from pst_ds.train.run import StoppedError
+
+    update = loop._agree_on_batch
+
+    def agree(state, losses):
+        if state.step == last - 1 and last < 9:
+            stop_signals._asked_by = 15
+        return update(state, losses)
+
+    loop._agree_on_batch = agree
+    try:
+        _train(folder, degree, *settings, resume=True)
+    except StoppedError:
+        return last
+    return 9
+
+
+class _Half:
+    """The second of two ranks."""
+
+    degree = 2
+
+    def part(self, whole):
+        return whole.chunk(2, 1)[1]
+
+
+def test_labels_are_shifted_before_they_are_cut():
+    ids = torch.arange(10, 15)[None]
+    labels = torch.tensor([[-100, 11, 12, 13, 14]])
+    own, positions, following, count = part_of_batch(_Half(), {"input_ids": ids}, labels)
+    assert own["input_ids"].tolist() == [[13, 14, 0]]
+    assert own["position_ids"].tolist() == [[3, 4, 5]]
+    assert positions.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert following.tolist() == [[14, -100, -100]]
+    assert int(count) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["data.max_length=33"], "must divide data.max_length = 33; make that 32"),
+        (["deepspeed_config="], "is for ZeRO-3; set deepspeed_config"),
+    ],
+)
+def test_run_files_that_share_nothing_evenly_are_refused(tmp_path, settings, said):
+    with pytest.raises(ConfigError, match=f"train.sequence_parallel = 2 {said}"):
+        _run(tmp_path, 2, *settings)
+
+
+def test_tasks_and_ranks_that_cannot_share_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="is for language models, and task = 'classification' is another"):
+        load_run("tests/data/world_size.toml", ["train.sequence_parallel=2"])
+    run = _run(tmp_path, 2)
+    assert run.micro_batch_size(2) == 12
+    assert run.micro_batch_size(4) == 6
+    with pytest.raises(ConfigError, match="= 2 does not divide 3 ranks; start a multiple of 2"):
+        run.micro_batch_size(3)
+    with pytest.raises(ConfigError, match="is less than an example for each of 13 groups of 2 ranks x 1"):
+        run.micro_batch_size(26)
+
+
+def _config(**more):
+    text = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, **more)
+    return SimpleNamespace(_attn_implementation=more.pop("attention", "sdpa"), get_text_config=lambda: text)
+
+
+@pytest.mark.parametrize(
+    ("degree", "config", "stage", "said"),
+    [
+        (2, {}, 2, "is for ZeRO-3; .*not stage 2"),
+        (2, {"attention": "eager"}, 3, "cannot cut attention 'eager'"),
+        (2, {"attention": "flash_attention_2"}, 3, ".*takes one sequence at a time, not 6"),
+        (8, {}, 3, "must divide the 4 attention heads"),
+        (2, {"sliding_window": 16}, 3, ".*a sliding window of 16 tokens; .*data.max_length to at most 16"),
+        (2, {"layer_types": ["full_attention", "linear_attention"]}, 3, ".*layers of kind linear_attention"),
+    ],
+)
+def test_models_that_cannot_share_are_refused(tmp_path, degree, config, stage, said):
+    run = _run(tmp_path, degree)
+    with pytest.raises(ConfigError, match=f"train.sequence_parallel = {degree} {said}"):
+        require_shareable(run, _config(**config), stage, 6)
+    require_shareable(run, _config(), 3, 6) if degree == 2 else None
+    require_shareable(_run(tmp_path, 2), _config(sliding_window=16, use_sliding_window=False), 3, 6)
+
+
+def _refusal(folder):
+    from deepspeed.runtime.sequence_parallel import ulysses_sp
+
+    prepared = prepare(_run(folder, 2), launch_environment())
+    _, engine = build(prepared)
+    mixes = ulysses_sp.UlyssesSPAttentionHF.forward
+    ulysses_sp.UlyssesSPAttentionHF.forward = lambda self, *args, **kwargs: tuple(
+        part if part is None else part * (1 + 0.1 * rank()) for part in mixes(self, *args, **kwargs)
+    )
+    with pytest.raises(InputError) as refused:
+        shared_sequences(engine, prepared.run, prepared.device)
+    return str(refused.value)
+
+
+@pytest.mark.zero3
+def test_a_model_whose_logits_change_is_refused_on_all_ranks(run_ranks, tmp_path):
+    for message in run_ranks(_refusal, 2, str(tmp_path)):
+        assert "(llama) gives other logits where ranks share a sequence" in message
