@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import signal
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ hypothesis.settings.load_profile("tests")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+_CACHE = tempfile.TemporaryDirectory(prefix="pst-ds-tests-")
+os.environ["PST_DS_CACHE"] = _CACHE.name
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS_TIMEOUT_SECONDS = 240

@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
-    from pst_ds.data.tokens.pieces import Reading
-    from pst_ds.data.tokens.prepare import as_result, plan_store, prepare_store
+    from pst_ds.data.preparation.pieces import Reading
+    from pst_ds.data.preparation.prepare import as_result, plan_store, prepare_store
 
     start = time.perf_counter()
     tokenizer = _tokenizer(args.tokenizer)

@@ -7,10 +7,33 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from pst_ds.config.checks import ConfigError, Finite, NotNegative, Positive, check_fields
+from pst_ds.config.checks import ConfigError, Finite, NotNegative, Positive, Rate, check_fields
 
 PARQUET_BRANCH = "refs/convert/parquet"
 """Where the hub keeps its own conversion of a dataset; each subset is a folder there."""
+
+
+_SUM_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSource:
+    """A part of the text to train on, for task "causal-lm"."""
+
+    path: str
+    """A store of ``pst-ds prepare``, a file or folder of tokens of OLMo-core, datatrove or Megatron, or text: a file, a
+    folder or a pattern."""
+    weight: Rate = 0.0
+    """Share of the sequences that are trained on; those of all sources add up to 1. 0 for all takes each as it is."""
+    epochs: Rate = 0.0
+    """Most passes over this source, after which the others take its turns. 0 is no limit."""
+    kind: Literal["auto", "text", "tokens"] = "auto"
+    """What ``path`` holds; "auto" looks."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("data.sources.path = '' is empty: name a store, or files of text")
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +41,10 @@ class DataConfig:
     """Where the texts are, and how long the model's inputs. ``data.preset`` fills in a benchmark's (docs/tasks.md)."""
 
     train: str = ""
-    """Local JSONL, CSV, Parquet or text file to train on."""
+    """Local JSONL, CSV, Parquet or text file to train on. For task "causal-lm" also a store of tokens, and many
+    files of text (docs/data.md)."""
+    sources: tuple[DataSource, ...] = ()
+    """Texts to train on in a mixture, instead of ``train``, for task "causal-lm": tables [[data.sources]]."""
     validation: str = ""
     """Local file for periodic evaluation and the choice of the best checkpoint."""
     test: str = ""
@@ -64,8 +90,9 @@ class DataConfig:
     """Make batches of texts of similar length; less padding, the same examples in another order."""
 
     def __post_init__(self) -> None:
-        if not self.train:
+        if not self.train and not self.sources:
             raise ConfigError("data.train is missing: name a local file, or a split of data.dataset")
+        self._require_mixture()
         if len(self.text_columns) not in (1, 2):
             raise ConfigError(f"data.text_columns = {list(self.text_columns)} must name one column or two")
         if len(set(self.label_names)) != len(self.label_names):
@@ -73,6 +100,35 @@ class DataConfig:
         if len(self.test_rows) not in (0, 2):
             raise ConfigError(f"data.test_rows = {list(self.test_rows)} must be a column and a value, or empty")
         check_fields(self)
+
+    def _require_mixture(self) -> None:
+        if not self.sources:
+            return
+        for name in ("train", "dataset"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"data.{name} = {getattr(self, name)!r} besides data.sources: a run trains on one or the "
+                    "other; leave one of them out"
+                )
+        weights = [source.weight for source in self.sources]
+        if not any(weights):
+            limited = next((source for source in self.sources if source.epochs), None)
+            if limited is not None:
+                raise ConfigError(
+                    f"data.sources: {limited.path!r} has epochs = {limited.epochs} and no weight, and sources without "
+                    "weights are read once each in an epoch; give all of them a weight, or leave epochs out"
+                )
+        elif abs(sum(weights) - 1.0) > _SUM_TOLERANCE or 0.0 in weights:
+            raise ConfigError(
+                f"data.sources have the weights {weights}, whose sum is {sum(weights):.7g}: shares above 0 that add up "
+                "to 1 are wanted, or none at all"
+            )
+
+    @property
+    def trained_on(self) -> str:
+        """The setting that names the text to train on, with its value."""
+        paths = ", ".join(source.path for source in self.sources)
+        return f"data.sources ({paths})" if self.sources else f"data.train = {self.train!r}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -74,5 +74,8 @@ def check_task(task: str, data: DataConfig, evaluation: EvalConfig) -> None:
         )
     if len(data.text_columns) > facts.max_text_columns:
         raise ConfigError(f"data.text_columns = {list(data.text_columns)} must name one column for task {task!r}")
+    if data.sources and not facts.packs_text:
+        mixing = ", ".join(repr(name) for name, other in TASKS.items() if other.packs_text)
+        raise ConfigError(f"data.sources are for task {mixing}, not for {task!r}; name its text with data.train")
     if data.max_length < facts.min_length:
         raise ConfigError(f"data.max_length = {data.max_length} must be at least {facts.min_length} for task {task!r}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import random
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -150,7 +151,7 @@ class GlobalBatches:
     An epoch is a seeded permutation cut into whole batches; the few left over sit that epoch out.
     """
 
-    lengths: Sequence[int]
+    lengths: Sequence[int] | np.ndarray
     batch_size: int
     seed: int
     group_by_length: bool = False
@@ -177,6 +178,13 @@ class GlobalBatches:
         for batch in batches:
             shuffle.shuffle(batch)  # so that every rank has short texts and long ones
         return batches
+
+    def after(self, first: int) -> Iterator[list[int]]:
+        """Yield the batches from number ``first`` on, counted from the run's first. Endless."""
+        epoch, done = divmod(first, self.batches_per_epoch)
+        while True:
+            yield from self.epoch(epoch)[done:]
+            epoch, done = epoch + 1, 0
 
     def micro_batches(self, batch: Sequence[int], rank: int, world_size: int, accumulation: int) -> list[Sequence[int]]:
         """Return this rank's examples of a global ``batch``, one list for each accumulation step; where they cannot all

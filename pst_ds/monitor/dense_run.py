@@ -64,8 +64,8 @@ class DenseRun:
         """Raise ConfigError when it trained on another text than that with ``digest``."""
         if self.digest not in ("", digest):
             raise ConfigError(
-                f"dense_run = {run.dense_run!r} trained on another text: the tokens or labels of data.train = "
-                f"{run.data.train!r} differ. Fix: train the dense run again, or leave dense_run out"
+                f"dense_run = {run.dense_run!r} trained on another text: the tokens or labels of "
+                f"{run.data.trained_on} differ. Fix: train the dense run again, or leave dense_run out"
             )
 
 

@@ -73,8 +73,7 @@ def require_documents_apart(engine: Engine, run: RunConfig, examples: ExampleSet
     to be, since transformers has no list of those that heed positions: most attention does, and recurrent layers,
     ALiBi and positions counted from a mask do not.
     """
-    starts = getattr(examples, "document_starts", None)
-    if starts is None or len(starts) < 2:
+    if not getattr(examples, "several_documents", False):
         return
     ids = torch.as_tensor(examples[0][: 2 * _TOKENS].astype("int64"), device=device)  # type: ignore[index]
     first, second = ids.split([len(ids) // 2, len(ids) - len(ids) // 2])

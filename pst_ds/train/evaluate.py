@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,11 +86,11 @@ def _differing(ours: Tensor, theirs: Tensor) -> int:
     return int((~torch.isclose(ours.float(), theirs.float(), rtol=rounding, atol=rounding)).sum())
 
 
-def evaluation_batches(lengths: Sequence[int], batch_size: int, *, mixed: bool) -> list[list[int]]:
+def evaluation_batches(lengths: Sequence[int] | np.ndarray, batch_size: int, *, mixed: bool) -> list[list[int]]:
     """Batch every example once, short ones first; unless ``mixed``, those of a batch have one length."""
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    groups = [order] if mixed else [list(same) for _, same in groupby(order, key=lambda i: lengths[i])]
-    return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
+    order = np.argsort(lengths, kind="stable")
+    groups = [order] if mixed else np.split(order, np.flatnonzero(np.diff(np.asarray(lengths)[order])) + 1)
+    return [group[i : i + batch_size].tolist() for group in groups for i in range(0, len(group), batch_size)]
 
 
 def _outcomes(model: Model, task: Task, head: LanguageHead | None, batch: dict[str, Tensor], device: str) -> np.ndarray:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.core.schedule import RoundingSchedule, Schedule, learning_rate_factor
-from pst_ds.data.labelled import GlobalBatches
 from pst_ds.data.tasks import ExampleSet, task_of
 from pst_ds.masks.layer_stats import chosen_layers, measure
 from pst_ds.masks.scales import update_scales
@@ -185,20 +184,17 @@ def _batches(loop: Loop, first: int) -> Iterator[tuple[MicroBatches, int]]:
     Endless.
     """
     run, task, lengths = loop.run, task_of(loop.run), loop.examples.lengths
-    degree = run.train.sequence_parallel
+    degree, group_by_length = run.train.sequence_parallel, run.data.group_by_length
     groups = world_size() // degree
-    batches = GlobalBatches(lengths, run.train.batch_size, run.seed, run.data.group_by_length)
-    epoch, done = divmod(first, batches.batches_per_epoch)
-    while True:
-        for batch in batches.epoch(epoch)[done:]:
-            own = batches.micro_batches(batch, rank() // degree, groups, run.train.gradient_accumulation_steps)
-            per_target = len(own) * groups / task.num_targets(loop.examples, batch)
-            collated = [task.collate(loop.examples, indices, loop.tokenizer) for indices in own]
-            if loop.device.startswith("cuda"):
-                collated = [{name: values.pin_memory() for name, values in inputs.items()} for inputs in collated]
-            shares = [per_target * task.num_targets(loop.examples, indices) for indices in own]
-            yield list(zip(collated, shares, strict=True)), sum(lengths[i] for i in batch)
-        epoch, done = epoch + 1, 0
+    batches = task.batches(loop.examples, run.train.batch_size, run.seed, group_by_length=group_by_length)
+    for batch in batches.after(first):
+        own = batches.micro_batches(batch, rank() // degree, groups, run.train.gradient_accumulation_steps)
+        per_target = len(own) * groups / task.num_targets(loop.examples, batch)
+        collated = [task.collate(loop.examples, indices, loop.tokenizer) for indices in own]
+        if loop.device.startswith("cuda"):
+            collated = [{name: values.pin_memory() for name, values in inputs.items()} for inputs in collated]
+        shares = [per_target * task.num_targets(loop.examples, indices) for indices in own]
+        yield list(zip(collated, shares, strict=True)), int(sum(lengths[i] for i in batch))
 
 
 def _update_masks_if_due(loop: Loop, state: LoopState) -> None:

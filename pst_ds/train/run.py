@@ -194,6 +194,7 @@ def train_run(
     """
     examples, validation = splits or load_splits(prepared)
     num_steps = prepared.run.num_steps(len(examples))
+    prepared.task.require_enough(examples, num_steps * prepared.run.train.batch_size)
     run = prepared.run.with_rates(width=prepared.width, num_steps=num_steps)
     prepared, folder = replace(prepared, run=run), Path(run.output_dir)
     dense = raise_on_all_ranks(lambda: _dense_run(run, examples.digest))
@@ -266,7 +267,7 @@ def load_splits(prepared: Prepared) -> Splits:
     run = prepared.run
     examples = raise_on_all_ranks(lambda: prepared.load("train"))
     validation = raise_on_all_ranks(lambda: prepared.load("validation")) if run.data.validation else None
-    run_folder.require_same_everywhere(examples.digest, "data.train", run.data.train)
+    run_folder.require_same_everywhere(examples.digest, run.data.trained_on)
     return examples, validation
 
 

@@ -30,8 +30,8 @@ from pst_ds.train.loop import LoopState
 
 MAY_DIFFER = (
     "output_dir", "deepspeed_config", "dense_run", "model.path", "model.tokenizer", "model.attn_implementation",
-    "model.gradient_checkpointing", "model.gradient_checkpointing_reentrant", "data.train", "data.validation",
-    "data.test", "data.label_names", "data.document_mask", "data.chat_template",
+    "model.gradient_checkpointing", "model.gradient_checkpointing_reentrant", "data.train", "data.sources",
+    "data.validation", "data.test", "data.label_names", "data.document_mask", "data.chat_template",
     "train.gradient_accumulation_steps", "train.sequence_parallel", "train.log_interval", "train.stall_timeout_seconds",
     "eval.interval", "eval.batch_size", "checkpoint.interval", "checkpoint.keep_last",
     "pst.prune_uncalled", "pst.tile_bytes", "pictures.interval", "pictures.layers",
@@ -91,13 +91,13 @@ def _require_shared(folder: Path) -> None:
         )
 
 
-def require_same_everywhere(digest: str, setting: str, value: str) -> None:
-    """Raise ConfigError unless all ranks have the same ``digest``. Collective."""
+def require_same_everywhere(digest: str, what: str) -> None:
+    """Raise ConfigError unless all ranks have the same ``digest`` of ``what``. Collective."""
     ranks = all_gather_objects((digest, socket.gethostname()))
     for i, (other, host) in enumerate(ranks):
         if other != ranks[0][0]:
             raise ConfigError(
-                f"{setting} = {value!r} is another text on rank {i} ({host}) than on rank 0 ({ranks[0][1]}); every "
+                f"{what} is another text on rank {i} ({host}) than on rank 0 ({ranks[0][1]}); every "
                 "host must read the same file"
             )
 
@@ -222,7 +222,7 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
             )
     if data_digest != progress.data_digest:
         raise ConfigError(
-            f"data.train = {run.data.train!r} is not the text that the run in {checkpoint.folder} began with (its "
+            f"{run.data.trained_on} is not the text that the run in {checkpoint.folder} began with (its "
             "tokens or labels differ, or data.document_mask), so the batches would be others. Fix: bring the old file "
             "or setting back, or start a new run in another output_dir"
         )

@@ -15,8 +15,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pst_ds.config.run import ConfigError, DataConfig, EvalConfig
-from pst_ds.data.tasks import causal_lm as packing
-from pst_ds.data.tasks.causal_lm import CausalLM, Sequences, collate_sequences, load_sequences, token_stream
+from pst_ds.data.tasks.causal_lm import CausalLM
+from pst_ds.data.tokens import loading
+from pst_ds.data.tokens.batches import collate_sequences
+from pst_ds.data.tokens.borders import Starts
+from pst_ds.data.tokens.loading import load_sequences
+from pst_ds.data.tokens.sequences import Sequences
+from pst_ds.data.tokens.tokenize import tokenize
 
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny-llama"
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)
@@ -52,6 +57,17 @@ def _write(path, texts, column="text"):
     return path
 
 
+def _stream(batches, tokenizer, count=False):
+    """The tokens of texts as a run has them, and the bytes and the starts of documents: nothing behind the last."""
+    parts = [tokenize(texts, tokenizer, count=count) for texts in batches]
+    filled = [part for part in parts if len(part.lengths)]
+    length = sum(len(part.tokens) for part in filled) - bool(filled and filled[-1].closed_by_us)
+    tokens = np.concatenate([np.empty(0, np.int64), *(part.tokens for part in filled)])[:length]
+    num_bytes = np.concatenate([np.empty(0, int), *(part.num_bytes for part in filled)])[:length] if count else None
+    ends = np.cumsum([0, *(length for part in filled for length in part.lengths)])
+    return tokens, num_bytes, Starts(ends[:-1])
+
+
 def _refusal(call, *arguments):
     with pytest.raises(ConfigError) as caught:
         call(*arguments)
@@ -61,19 +77,18 @@ def _refusal(call, *arguments):
 @given(_texts, st.integers(1, 5))
 def test_the_stream_is_the_texts_with_the_end_token_between_two(texts, at_a_time):
     batches = [texts[i : i + at_a_time] for i in range(0, len(texts), at_a_time)]
-    stream = token_stream(batches, TOKENIZER).tokens
+    stream, _, _ = _stream(batches, TOKENIZER)
     expected: list[int] = []
     for text in filter(None, texts):
         expected += ([END] if expected else []) + [START] + [WORDS[word] for word in text.split()]
-    assert stream.dtype == np.int32
     assert stream.tolist() == expected
 
 
 def test_white_space_alone_is_no_document():
-    assert token_stream([["", " \n\t"], ["film", "  ", "plot"], []], TOKENIZER).tokens.tolist() == [
+    assert _stream([["", " \n\t"], ["film", "  ", "plot"], []], TOKENIZER)[0].tolist() == [
         START, WORDS["film"], END, START, WORDS["plot"],
     ]  # fmt: skip
-    assert token_stream([["", " "]], TOKENIZER).tokens.tolist() == []
+    assert _stream([["", " "]], TOKENIZER)[0].tolist() == []
 
 
 def test_a_tokenizer_that_ends_texts_by_itself_gets_no_second_end():
@@ -81,14 +96,14 @@ def test_a_tokenizer_that_ends_texts_by_itself_gets_no_second_end():
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", END)]
     )
-    assert token_stream([["film", "plot"]], tokenizer).tokens.tolist() == [WORDS["film"], END, WORDS["plot"], END]
+    assert _stream([["film", "plot"]], tokenizer)[0].tolist() == [WORDS["film"], END, WORDS["plot"], END]
 
 
 @given(_streams, st.integers(2, 9))
 def test_training_sequences_are_the_stream_less_than_a_sequence_short(stream, length):
     sequences = Sequences(stream, length)
     pieces = [sequences[i] for i in range(len(sequences))]
-    assert sequences.lengths == [len(piece) for piece in pieces] == [length] * (len(stream) // length)
+    assert sequences.lengths.tolist() == [len(piece) for piece in pieces] == [length] * (len(stream) // length)
     together = np.concatenate([*pieces, stream[len(pieces) * length :]])
     assert together.tolist() == stream.tolist()
     assert len(stream) - length * len(pieces) < length
@@ -98,7 +113,7 @@ def test_training_sequences_are_the_stream_less_than_a_sequence_short(stream, le
 def test_evaluation_sequences_predict_every_token_but_the_first_once(stream, length):
     sequences = Sequences(stream, length, overlap=1)
     pieces = [sequences[i] for i in range(len(sequences))]
-    assert sequences.lengths == [len(piece) for piece in pieces]
+    assert sequences.lengths.tolist() == [len(piece) for piece in pieces]
     assert all(2 <= len(piece) <= length for piece in pieces)
     assert [len(piece) for piece in pieces[:-1]] == [length] * (len(pieces) - 1)
     predicted = [token for piece in pieces for token in piece[1:].tolist()]
@@ -124,9 +139,9 @@ def test_labels_are_the_input_and_nothing_is_padded():
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet", "txt"])
 def test_every_format_gives_the_same_stream(tmp_path, ending, monkeypatch):
-    monkeypatch.setattr(packing, "_ROWS_AT_A_TIME", 3)
+    monkeypatch.setattr(loading, "_ROWS_AT_A_TIME", 3)
     path = _write(tmp_path / f"texts.{ending}", DOCUMENTS)
-    expected = token_stream([DOCUMENTS], TOKENIZER).tokens.tolist()
+    expected = _stream([DOCUMENTS], TOKENIZER)[0].tolist()
     train, validation = (load_sequences(_data(path), split, TOKENIZER) for split in ("train", "validation"))
     assert train.tokens.tolist() == validation.tokens.tolist() == expected
     assert (train.overlap, validation.overlap) == (0, 1)
@@ -137,7 +152,7 @@ def test_every_format_gives_the_same_stream(tmp_path, ending, monkeypatch):
 def test_a_column_of_another_name(tmp_path):
     path = _write(tmp_path / "texts.jsonl", DOCUMENTS, column="body")
     tokens = load_sequences(_data(path, text_columns=("body",)), "train", TOKENIZER).tokens
-    assert tokens.tolist() == token_stream([DOCUMENTS], TOKENIZER).tokens.tolist()
+    assert tokens.tolist() == _stream([DOCUMENTS], TOKENIZER)[0].tolist()
     message = _refusal(load_sequences, _data(path), "train", TOKENIZER)
     assert f"{path} has no column 'text', which data.text_columns names. Columns: body" in message
 
@@ -153,24 +168,22 @@ def test_a_column_of_another_name(tmp_path):
 def test_what_a_document_of_a_text_file_is(tmp_path, sample_by, documents):
     (tmp_path / "texts.txt").write_text("the film\nis warm\n\nthe plot\nis dull\n", encoding="utf-8")
     data = _data(tmp_path / "texts.txt", sample_by=sample_by)
-    assert (
-        load_sequences(data, "train", TOKENIZER).tokens.tolist() == token_stream([documents], TOKENIZER).tokens.tolist()
-    )
+    assert load_sequences(data, "train", TOKENIZER).tokens.tolist() == _stream([documents], TOKENIZER)[0].tolist()
 
 
 def test_too_little_text_is_refused_with_its_tokens(tmp_path):
     path = _write(tmp_path / "texts.jsonl", ["film", "plot"])  # <s> film </s> <s> plot
     message = _refusal(load_sequences, _data(path, max_length=6), "train", TOKENIZER)
-    assert message.startswith(f"{path}: the text of column 'text' has 5 tokens in all, fewer than one sequence of ")
+    assert message.startswith(f"{path} has 5 tokens in all, fewer than one sequence of ")
     assert "data.max_length = 6; lower it, or give more text" in message
-    assert load_sequences(_data(path, max_length=6), "validation", TOKENIZER).lengths == [5]
+    assert load_sequences(_data(path, max_length=6), "validation", TOKENIZER).lengths.tolist() == [5]
     path = _write(tmp_path / "empty.jsonl", ["", "  "])
     for split in ("train", "validation"):
         assert "has 0 tokens in all, fewer than" in _refusal(load_sequences, _data(path), split, TOKENIZER)
 
 
 def test_a_row_without_text_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(packing, "_ROWS_AT_A_TIME", 2)
+    monkeypatch.setattr(loading, "_ROWS_AT_A_TIME", 2)
     path = _write(tmp_path / "texts.jsonl", ["film", "plot", "warm", None])
     message = _refusal(load_sequences, _data(path), "train", TOKENIZER)
     assert message.startswith(f"{path}: column 'text' has no text in row 3;")
@@ -208,8 +221,8 @@ def byte_level():
 @given(st.lists(st.text(st.sampled_from("the fılm é漢字😀\u0301 \n"), max_size=12), max_size=4))
 def test_the_bytes_of_a_document_add_up_to_its_length(byte_level, texts):
     texts = [text for text in texts if text.strip()]
-    tokens, _, num_bytes = token_stream([texts], byte_level, count=True)
-    assert tokens.tolist() == token_stream([texts], byte_level).tokens.tolist()
+    tokens, num_bytes, _ = _stream([texts], byte_level, count=True)
+    assert tokens.tolist() == _stream([texts], byte_level)[0].tolist()
     assert len(num_bytes) == len(tokens)
     ends = [i for i, token in enumerate(tokens.tolist()) if token == 0]
     assert [int(num_bytes[i]) for i in ends] == [0] * max(0, len(texts) - 1)
@@ -218,10 +231,10 @@ def test_the_bytes_of_a_document_add_up_to_its_length(byte_level, texts):
 
 
 def test_which_token_has_which_bytes(byte_level):
-    tokens, _, num_bytes = token_stream([["the é"]], byte_level, count=True)
+    tokens, num_bytes, _ = _stream([["the é"]], byte_level, count=True)
     # é is two tokens of one byte each; both end behind the letter, so the first has its bytes
     assert (len(tokens), num_bytes.tolist()[-2:], int(num_bytes.sum())) == (len(num_bytes), [2, 0], 6)
-    tokens, _, num_bytes = token_stream([[" film  plot ", "warm"]], TOKENIZER, count=True)
+    tokens, num_bytes, _ = _stream([[" film  plot ", "warm"]], TOKENIZER, count=True)
     assert tokens.tolist() == [START, WORDS["film"], WORDS["plot"], END, START, WORDS["warm"]]
     assert num_bytes.tolist() == [0, 5, 7, 0, 0, 4]  # white space belongs to the next word, the last to the last
 
@@ -234,7 +247,7 @@ def test_a_tokenizer_without_places_spreads_the_bytes():
             assert not options["return_offsets_mapping"]
             return {"input_ids": [[5, 6, 7] for _ in texts]}
 
-    _, _, num_bytes = token_stream([["äöüß", "abcdefg"]], Slow(), count=True)
+    _, num_bytes, _ = _stream([["äöüß", "abcdefg"]], Slow(), count=True)
     assert num_bytes.tolist() == [2, 3, 3, 0, 2, 2, 3]
 
 
@@ -258,8 +271,8 @@ def test_only_evaluation_counts_bytes(tmp_path):
 
 @given(_texts, st.integers(2, 9), st.sampled_from([0, 1]))
 def test_positions_begin_anew_with_each_document_and_its_first_token_is_not_predicted(texts, length, overlap):
-    stream = token_stream([texts], TOKENIZER)
-    sequences = Sequences(stream.tokens, length, overlap, document_starts=stream.document_starts)
+    tokens, _, starts = _stream([texts], TOKENIZER)
+    sequences = Sequences(tokens, length, overlap, borders=starts)
     predicted = 0
     for index in range(len(sequences)):
         batch = collate_sequences(sequences, [index])
@@ -278,11 +291,11 @@ def test_positions_begin_anew_with_each_document_and_its_first_token_is_not_pred
 
 
 def test_predicted_bytes_leave_out_the_first_token_of_each_document():
-    stream = token_stream([["film plot", "warm", "dull the"]], TOKENIZER, count=True)
-    together = Sequences(stream.tokens, 4, 1, stream.num_bytes)
-    apart = Sequences(stream.tokens, 4, 1, stream.num_bytes, stream.document_starts)
+    tokens, num_bytes, starts = _stream([["film plot", "warm", "dull the"]], TOKENIZER, count=True)
+    together = Sequences(tokens, 4, 1, num_bytes)
+    apart = Sequences(tokens, 4, 1, num_bytes, starts)
     assert together.predicted_bytes == apart.predicted_bytes == len("film plotwarmdull the")  # <s> has no bytes
-    without_start = Sequences(np.arange(5), 4, 1, np.array([3, 1, 4, 1, 5]), np.array([0, 2]))
+    without_start = Sequences(np.arange(5), 4, 1, np.array([3, 1, 4, 1, 5]), Starts(np.array([0, 2])))
     assert without_start.predicted_bytes == 1 + 1 + 5
 
 

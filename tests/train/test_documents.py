@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pst_ds.cli.main import main
 from pst_ds.data.tasks.causal_lm import Sequences, collate_sequences
+from pst_ds.data.tokens.borders import Starts
 from pst_ds.train.documents import flatten_packed_rows
 
 _SMALL = {
@@ -39,7 +40,7 @@ def _packed(*lengths):
     """One sequence of documents of these lengths, and the documents."""
     tokens = np.random.default_rng(5).integers(3, 64, sum(lengths)).astype(np.int32)
     starts = np.cumsum([0, *lengths[:-1]])
-    sequences = Sequences(tokens, len(tokens), document_starts=starts)
+    sequences = Sequences(tokens, len(tokens), borders=Starts(starts))
     return collate_sequences(sequences, [0]), [
         torch.from_numpy(part.astype(np.int64)) for part in np.split(tokens, starts[1:])
     ]
@@ -63,7 +64,7 @@ def test_rows_made_one_give_the_same_loss_and_gradients(family):
     seen = []
     other.get_input_embeddings().register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
     tokens = np.random.default_rng(8).integers(3, 64, 36).astype(np.int32)
-    sequences = Sequences(tokens, 12, document_starts=np.array([0, 5, 13, 20, 24, 31]))
+    sequences = Sequences(tokens, 12, borders=Starts(np.array([0, 5, 13, 20, 24, 31])))
     batch = collate_sequences(sequences, [2, 0, 1])
     results = [model(**batch, output_hidden_states=True) for model in (one, other)]
     assert seen == [(1, 36)]

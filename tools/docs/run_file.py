@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
 
-from pst_ds.config.data import DataConfig, EvalConfig
+from pst_ds.config.data import DataConfig, DataSource, EvalConfig
 from pst_ds.config.methods import METHODS
 from pst_ds.config.presets import DATA_PRESETS
 from pst_ds.config.pst import Override, PSTConfig
@@ -32,8 +32,8 @@ from pst_ds.core.schedule import ScheduleConfig
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, SCHEMA = ROOT / "docs" / "run-file.md", ROOT / "docs" / "run-file.schema.json"
 TABLES = {
-    "": RunConfig, "model": ModelConfig, "data": DataConfig, "train": TrainConfig, "schedule": ScheduleConfig,
-    "pst": PSTConfig, "[pst.overrides]": Override, "quantization": QuantizationConfig,
+    "": RunConfig, "model": ModelConfig, "data": DataConfig, "[data.sources]": DataSource, "train": TrainConfig,
+    "schedule": ScheduleConfig, "pst": PSTConfig, "[pst.overrides]": Override, "quantization": QuantizationConfig,
     "distillation": DistillationConfig, "eval": EvalConfig, "checkpoint": CheckpointConfig, "pictures": PicturesConfig,
 }  # fmt: skip
 KINDS = {"string": "a string", "integer": "a whole number", "number": "a number", "boolean": "`true` or `false`"}

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from pst_ds.config.data import DataConfig, EvalConfig
+from pst_ds.data.labelled import GlobalBatches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -26,8 +27,8 @@ class ExampleSet(Protocol):
     def __len__(self) -> int: ...
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens of each."""
+    def lengths(self) -> Sequence[int] | np.ndarray:
+        """Tokens of each; an array may be a view that holds nothing."""
         ...
 
     @property
@@ -87,6 +88,13 @@ class Task(ABC, Generic[E]):
     def num_targets(self, examples: E, indices: Sequence[int]) -> int:
         """Return how many values that mean is over, up to a factor that all examples have in common."""
         return len(indices)
+
+    def batches(self, examples: E, batch_size: int, seed: int, *, group_by_length: bool = False) -> GlobalBatches:
+        """Return which examples make each batch of a run."""
+        return GlobalBatches(examples.lengths, batch_size, seed, group_by_length)
+
+    def require_enough(self, examples: E, count: int) -> None:
+        """Raise ConfigError if a run may not take ``count`` examples, repeated as they are."""
 
     def constant_loss(self, examples: E) -> float | None:
         """Return the least loss of an answer that is the same for all ``examples``; None if it is not known."""

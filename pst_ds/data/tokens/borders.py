@@ -13,6 +13,11 @@ from pst_ds.data.tokens.joined import Array
 class Borders(Protocol):
     """Says where documents begin."""
 
+    @property
+    def several(self) -> bool:
+        """Whether there may be more than one document."""
+        ...
+
     def between(self, start: int, stop: int) -> np.ndarray:
         """Return the places in [start, stop) at which a document begins: int64, ascending."""
         ...
@@ -25,6 +30,10 @@ class Starts:
     starts: np.ndarray
     """(documents,) int64; may be mapped from a file."""
 
+    @property
+    def several(self) -> bool:
+        return len(self.starts) > 1
+
     def between(self, start: int, stop: int) -> np.ndarray:
         first, last = np.searchsorted(self.starts, [start, stop])
         return np.array(self.starts[first:last], dtype=np.int64)
@@ -35,6 +44,10 @@ class Ends:
     """Borders from the sorted places behind last tokens; the first document begins at 0."""
 
     ends: np.ndarray
+
+    @property
+    def several(self) -> bool:
+        return len(self.ends) > 1
 
     def between(self, start: int, stop: int) -> np.ndarray:
         first, last = np.searchsorted(self.ends[: max(0, len(self.ends) - 1)], [start, stop])
@@ -49,6 +62,10 @@ class AfterEnds:
     tokens: Array
     end: int
 
+    @property
+    def several(self) -> bool:
+        return True
+
     def between(self, start: int, stop: int) -> np.ndarray:
         first = max(start - 1, 0)
         starts = np.flatnonzero(self.tokens[first : max(stop - 1, first)] == self.end) + first + 1
@@ -62,6 +79,10 @@ class JoinedBorders:
     parts: tuple[Borders, ...]
     starts: np.ndarray
     """Where each stream begins, and behind them where the last ends: (parts + 1,) int64."""
+
+    @property
+    def several(self) -> bool:
+        return True
 
     def between(self, start: int, stop: int) -> np.ndarray:
         found = [np.empty(0, np.int64)]

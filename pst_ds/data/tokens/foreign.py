@@ -136,6 +136,10 @@ class _MegatronBorders:
     """First sequence of each document, and the number of sequences: (documents + 1,) int64."""
     item_bytes: int
 
+    @property
+    def several(self) -> bool:
+        return len(self.documents) > 2
+
     def between(self, start: int, stop: int) -> np.ndarray:
         first, last = np.searchsorted(self.pointers, [start * self.item_bytes, stop * self.item_bytes])
         begin, end = np.searchsorted(self.documents[:-1], [first, last])

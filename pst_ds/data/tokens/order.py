@@ -28,6 +28,17 @@ def permuted(places: np.ndarray, count: int, key: str) -> np.ndarray:
     return values.astype(np.int64)
 
 
+def in_passes(numbers: np.ndarray, count: int, key: str) -> np.ndarray:
+    """Return which of ``count`` things come at some ``numbers`` of an endless order: each once in every pass, in the
+    pass's own order. int64."""
+    passes, places = np.divmod(np.asarray(numbers, np.int64), count)
+    found = np.empty_like(places)
+    for number in np.unique(passes):
+        chosen = passes == number
+        found[chosen] = permuted(places[chosen], count, f"{key}/{number}")
+    return found
+
+
 def _feistel(values: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
     """Permute numbers of so many bits. The halves change places, and so widths, in each of an even number of rounds."""
     low_bits = bits // 2

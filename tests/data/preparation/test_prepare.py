@@ -19,12 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from pst_ds.data.tokens import pieces as pieces_module
-from pst_ds.data.tokens import prepare as prepare_module
-from pst_ds.data.tokens import readers
-from pst_ds.data.tokens.pieces import Reading, find_pieces
-from pst_ds.data.tokens.prepare import plan_store, prepare_store
-from pst_ds.data.tokens.readers import texts_of
+from pst_ds.data.preparation import pieces as pieces_module
+from pst_ds.data.preparation import prepare as prepare_module
+from pst_ds.data.preparation import readers
+from pst_ds.data.preparation.pieces import Reading, find_pieces
+from pst_ds.data.preparation.prepare import plan_store, prepare_store
+from pst_ds.data.preparation.readers import texts_of
 from pst_ds.data.tokens.store import open_store
 from pst_ds.data.tokens.tokenize import tokenize
 from pst_ds.errors import InputError

@@ -26,6 +26,8 @@ class Reading:
     """How texts are taken out of files."""
 
     column: str = "text"
+    setting: str = "--text-column"
+    """Where the column was named, for messages."""
     sample_by: str = "line"
     """What a document of a plain text is: "line", "paragraph" or "document"."""
     split: str = "train"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from pst_ds.data.tokens.pieces import Reading, Span, load_hub, open_file
+from pst_ds.data.preparation.pieces import Reading, Span, load_hub, open_file
 from pst_ds.errors import InputError, first_line
 
 ROWS_AT_A_TIME = 1000
@@ -106,7 +106,7 @@ def _text(row: Any, span: Span, reading: Reading, number: int) -> str:
         raise InputError(f"{span.path}: {_place(span, number)} is a {type(row).__name__}, not an object with columns")
     if reading.column not in row:
         raise InputError(
-            f"{span.path}: {_place(span, number)} has no column {reading.column!r}, which --text-column names. "
+            f"{span.path}: {_place(span, number)} has no column {reading.column!r}, which {reading.setting} names. "
             f"Columns: {', '.join(map(str, row))}"
         )
     return _as_text(row[reading.column], span, reading, number)
@@ -159,7 +159,8 @@ def _table(span: Span, reading: Reading) -> Iterator[str]:
         names = next(rows, [])
         if reading.column not in names:
             raise InputError(
-                f"{span.path} has no column {reading.column!r}, which --text-column names. Columns: {', '.join(names)}"
+                f"{span.path} has no column {reading.column!r}, which {reading.setting} names. "
+                f"Columns: {', '.join(names)}"
             )
         column = names.index(reading.column)
         for row in rows:
@@ -210,7 +211,7 @@ def _hub(span: Span, reading: Reading) -> Iterator[str]:
 def _require_column(names: list[str], span: Span, reading: Reading) -> None:
     if reading.column not in names:
         raise InputError(
-            f"{span.path} has no column {reading.column!r}, which --text-column names. Columns: {', '.join(names)}"
+            f"{span.path} has no column {reading.column!r}, which {reading.setting} names. Columns: {', '.join(names)}"
         )
 
 

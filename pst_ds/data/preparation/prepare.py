@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pst_ds.atomic_files import PARTIAL, publish, require_writable, restore_replaced, sync, write_text_atomic
+from pst_ds.data.preparation.pieces import Piece, Reading, find_pieces
+from pst_ds.data.preparation.readers import texts_of
+from pst_ds.data.preparation.workers import run_tasks
 from pst_ds.data.tokens.identity import TokenizerIdentity, identity_of
 from pst_ds.data.tokens.locks import only_writer
 from pst_ds.data.tokens.manifest import BYTES, MANIFEST, Manifest, read_manifest
-from pst_ds.data.tokens.pieces import Piece, Reading, find_pieces
-from pst_ds.data.tokens.readers import texts_of
 from pst_ds.data.tokens.tokenize import tokenize
-from pst_ds.data.tokens.workers import run_tasks
 from pst_ds.data.tokens.writer import ShardWriter, clean_up, finish_store, finished_shard
 from pst_ds.errors import InputError
 from pst_ds.progress import Progress
@@ -84,10 +84,7 @@ def prepare_store(
         _require_free(out, force=force)
         _take_over(partial, plan.key, force=force)
         if not (partial / MANIFEST).is_file():
-            _tokenize_pieces(plan, tokenizer, partial, num_workers)
-            records = [finished_shard(partial, i, plan.tokenizer.dtype) for i in range(len(plan.pieces))]
-            source = {"sources": list(plan.sources), **asdict(plan.reading)}
-            finish_store(partial, plan.tokenizer, [record for record in records if record is not None], source)
+            write_pieces(plan, tokenizer, partial, num_workers)
         manifest = read_manifest(partial)
         clean_up(partial, manifest)
         if not manifest.tokens:
@@ -95,6 +92,14 @@ def prepare_store(
             raise InputError(f"{', '.join(plan.sources)}: there is no text in it but white space; give files with text")
         publish(partial, out)
     return manifest
+
+
+def write_pieces(plan: Preparation, tokenizer: Tokenizer, folder: Path, num_workers: int = 1) -> None:
+    """Write the shards that ``folder`` lacks, and then the manifest. Raises InputError."""
+    _tokenize_pieces(plan, tokenizer, folder, num_workers)
+    records = [finished_shard(folder, i, plan.tokenizer.dtype) for i in range(len(plan.pieces))]
+    source = {"sources": list(plan.sources), **asdict(plan.reading)}
+    finish_store(folder, plan.tokenizer, [record for record in records if record is not None], source)
 
 
 def _require_free(out: Path, *, force: bool) -> None:

@@ -1,0 +1,98 @@
+"""Text that a run names, tokenised once a host into a store that all ranks map, and later runs find."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pst_ds.atomic_files import atomic_folder, file_sha256, require_writable
+from pst_ds.config.run import ConfigError
+from pst_ds.data.tokens.identity import TokenizerIdentity, identity_of
+from pst_ds.data.tokens.locks import only_writer
+from pst_ds.data.tokens.manifest import BYTES, VERSION
+from pst_ds.data.tokens.store import TokenStream, is_store, open_store
+from pst_ds.data.tokens.tokenize import tokenize
+from pst_ds.data.tokens.writer import ShardWriter, finish_store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+CACHE = "PST_DS_CACHE"
+_LOCK_SUFFIX = ".lock"
+Build = Callable[[Path], None]
+"""Writes a store into an empty folder."""
+
+
+def cache_folder() -> Path:
+    """Return the folder of all cached stores: $PST_DS_CACHE/tokens, or pst-ds/tokens beside the hub's cache."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(os.environ.get(CACHE) or Path(HF_HOME) / "pst-ds").expanduser() / "tokens"
+
+
+def cached_tokens(
+    contents: Iterable[str],
+    texts: Callable[[], Iterable[Sequence[str]]],
+    tokenizer: Tokenizer,
+    *,
+    count: bool,
+    what: str,
+) -> TokenStream:  # fmt: skip
+    """Return the tokens of ``texts``, from the cache or tokenised into it.
+
+    ``contents`` decides what the texts are: hashes of files and settings. One process of a host tokenises, and the
+    others wait for it. With ``count``, the bytes of text behind each token are counted. ``what`` names the text.
+    Raises InputError.
+    """
+    identity = identity_of(tokenizer)
+
+    def build(folder: Path) -> None:
+        with ShardWriter(folder, 0, identity, frozenset({BYTES} if count else ())) as shard:
+            for batch in texts():
+                size = sum(len(text.encode("utf-8", "surrogatepass")) for text in batch)
+                shard.add(tokenize(batch, tokenizer, count=count), size)
+            record = shard.finish()
+        finish_store(folder, identity, [record], {"sources": [what]})
+
+    return cached_store([*contents, f"count {count}"], identity, build, what)
+
+
+def cached_store(contents: Iterable[str], identity: TokenizerIdentity, build: Build, what: str) -> TokenStream:
+    """Return the store that ``build`` makes, of which ``contents`` and ``identity`` decide the bytes."""
+    about = json.dumps([VERSION, asdict(identity), list(contents)])
+    folder = cache_folder() / hashlib.sha256(about.encode()).hexdigest()[:32]
+    if (found := _whole(folder, identity)) is not None:
+        return found
+    require_writable(folder, f"the cache of {what} ({CACHE})")
+    with only_writer(folder.with_name(f".{folder.name}{_LOCK_SUFFIX}"), f"tokenize {what}"):
+        if (found := _whole(folder, identity)) is not None:
+            return found
+        with atomic_folder(folder) as partial:
+            build(partial)
+    return open_store(folder, identity)
+
+
+def _whole(folder: Path, identity: TokenizerIdentity) -> TokenStream | None:
+    """Map a cached store; None if there is none, or only a damaged one, which is made again."""
+    try:
+        return open_store(folder, identity) if is_store(folder) else None
+    except ConfigError:
+        return None
+
+
+def hash_of_file(path: Path) -> str:
+    """Return what of a file decides its texts: its contents, and the ending that says how they are read."""
+    return f"{path.suffix.lower()} {file_sha256(path)}"
+
+
+def hash_of_texts(batches: Iterable[Sequence[Any]]) -> str:
+    """Return a SHA-256 of texts, for rows that are in no single file."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(json.dumps([str(text) for text in batch]).encode())
+    return digest.hexdigest()

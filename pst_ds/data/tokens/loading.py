@@ -1,0 +1,112 @@
+"""What a run file names, as a mapped stream of tokens: a store, tokens of other programs, or text by the cache."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pst_ds.config.data import DataConfig, DataSource
+from pst_ds.config.run import ConfigError
+from pst_ds.data.dataset import read_rows, text_column
+from pst_ds.data.preparation.pieces import COMPRESSIONS, Reading
+from pst_ds.data.preparation.prepare import plan_store, write_pieces
+from pst_ds.data.tokens.cache import cached_store, cached_tokens, hash_of_file, hash_of_texts
+from pst_ds.data.tokens.foreign import is_token_source, open_tokens
+from pst_ds.data.tokens.identity import identity_of
+from pst_ds.data.tokens.mixed import MixedSequences
+from pst_ds.data.tokens.sequences import Sequences
+from pst_ds.data.tokens.store import TokenStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+_ROWS_AT_A_TIME = 100
+
+
+def load_sequences(data: DataConfig, split: str, tokenizer: Tokenizer) -> Sequences | MixedSequences:
+    """Return the sequences of one split: for "train" without overlap, for others with one of a token.
+
+    Raises InputError for a missing file or column, a row without text, tokens of another tokenizer, and too little text
+    for one sequence.
+    """
+    if split == "train" and data.sources:
+        sources = tuple(_cut(data, split, _stream_of_source(data, of, tokenizer), of.path) for of in data.sources)
+        weights = tuple(of.weight for of in data.sources) if data.sources[0].weight else ()
+        return MixedSequences(sources, weights, tuple(of.epochs for of in data.sources) if weights else ())
+    return _cut(data, split, _stream_of_split(data, split, tokenizer), getattr(data, split))
+
+
+def _cut(data: DataConfig, split: str, stream: TokenStream, where: str) -> Sequences:
+    trains = split == "train"
+    sequences = Sequences.of(stream, data.max_length, trains=trains, apart=data.document_mask)
+    if not len(sequences):
+        needed = f"one sequence of data.max_length = {data.max_length}" if trains else "2, a token to predict"
+        raise ConfigError(
+            f"{where} has {len(sequences.tokens)} tokens in all, fewer than {needed}"
+            + ("; lower it, or give more text" if trains else "; give more text")
+        )
+    return sequences
+
+
+def _stream_of_source(data: DataConfig, source: DataSource, tokenizer: Tokenizer) -> TokenStream:
+    path = Path(source.path)
+    if source.kind == "tokens" or (source.kind == "auto" and is_token_source(path)):
+        if not path.exists():
+            raise ConfigError(
+                f"data.sources.path = {source.path!r} does not exist (looked in {path.absolute()}); name a store of "
+                "pst-ds prepare, or tokens of another program"
+            )
+        return open_tokens(path, identity_of(tokenizer))
+    return _stream_of_files(data, source.path, tokenizer, count=False)
+
+
+def _stream_of_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream:
+    column, where, count = data.text_columns[0], getattr(data, split), split != "train"
+    if not data.dataset and where:
+        if is_token_source(Path(where)):
+            return open_tokens(Path(where), identity_of(tokenizer))
+        if _is_several(where):
+            return _stream_of_files(data, where, tokenizer, count=count)
+
+    def texts() -> Iterator[list[str]]:
+        rows = read_rows(data, split, {column: "text_columns"}).select_columns([column])
+        for start in range(0, len(rows), _ROWS_AT_A_TIME):
+            yield text_column(rows[start : start + _ROWS_AT_A_TIME][column], column, where, first_row=start)
+
+    is_file = not data.dataset and Path(where).is_file()
+    contents = [hash_of_file(Path(where)) if is_file else hash_of_texts(texts()), column, data.sample_by]
+    if split == "test":
+        contents += data.test_rows
+    return cached_tokens(contents, texts, tokenizer, count=count, what=where)
+
+
+def _is_several(where: str) -> bool:
+    """Return whether a local place is none of the single files that all tasks read."""
+    path = Path(where)
+    return (
+        path.is_dir()
+        or (path.is_file() and path.suffix in COMPRESSIONS)
+        or bool(glob.glob(where) and not path.exists())
+    )
+
+
+def _stream_of_files(data: DataConfig, where: str, tokenizer: Tokenizer, *, count: bool) -> TokenStream:
+    """Map the tokens of the files that a path names, as ``pst-ds prepare`` finds and reads them."""
+    reading = Reading(column=data.text_columns[0], sample_by=data.sample_by, setting="data.text_columns")
+    plan = plan_store([where], tokenizer, reading, count_bytes=count)
+    paths = dict.fromkeys(span.path for piece in plan.pieces for span in piece)
+    remote = next((path for path in paths if not Path(path).exists()), None)
+    if remote is not None:
+        raise ConfigError(
+            f"{remote!r} is not on this machine, and would be read at every start; make a store of it with pst-ds "
+            "prepare, and name that"
+        )
+    files = (file for path in paths for file in _files_of(Path(path)))
+    contents = [*map(hash_of_file, files), reading.column, reading.sample_by, f"count {count}"]
+    return cached_store(contents, plan.tokenizer, lambda folder: write_pieces(plan, tokenizer, folder), where)
+
+
+def _files_of(path: Path) -> Iterable[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

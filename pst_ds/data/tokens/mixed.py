@@ -1,0 +1,121 @@
+"""Sequences of several sources, dealt out by weight."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from pst_ds.data.tokens.mixture import Mixture
+from pst_ds.data.tokens.order import in_passes
+from pst_ds.data.tokens.sequences import Sequences
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MixedSequences:
+    """The sequences of sources one after another by index; a run takes them in the order of :meth:`ordered`.
+
+    Without ``weights`` it takes each sequence once in an epoch. With them, each source has its share of any number of
+    sequences, and is gone through anew, in another order, as often as that takes.
+    """
+
+    sources: tuple[Sequences, ...]
+    """All of one length, for training."""
+    weights: tuple[float, ...] = ()
+    epochs: tuple[float, ...] = ()
+    """Most passes over each source; 0 is any number. Empty for any number for all."""
+    _mixture: Mixture | None = field(init=False)
+    _starts: np.ndarray[Any, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        passes = self.epochs or (0.0,) * len(self.sources)
+        limits = [int(most * len(of)) if most else None for most, of in zip(passes, self.sources, strict=True)]
+        object.__setattr__(self, "_mixture", Mixture(self.weights, limits) if self.weights else None)
+        object.__setattr__(self, "_starts", np.cumsum([0, *map(len, self.sources)], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return the tokens of one sequence."""
+        source, inside = self._place(index)
+        return source[inside]
+
+    def starts_in(self, index: int) -> np.ndarray:
+        """Return the places in a sequence, behind its first, at which documents begin."""
+        source, inside = self._place(index)
+        return source.starts_in(inside)
+
+    def predicted_in(self, index: int) -> np.ndarray:
+        """Return which tokens of a sequence are predicted: (length,) bool."""
+        source, inside = self._place(index)
+        return source.predicted_in(inside)
+
+    def _place(self, index: int) -> tuple[Sequences, int]:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.sources[number], index - int(self._starts[number])
+
+    @property
+    def length(self) -> int:
+        """Tokens of every sequence."""
+        return self.sources[0].length
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence: a view that holds nothing."""
+        return np.broadcast_to(np.int64(self.length), len(self))
+
+    @property
+    def apart(self) -> bool:
+        """Whether documents of a sequence do not see each other."""
+        return self.sources[0].apart
+
+    @property
+    def several_documents(self) -> bool:
+        """Whether a sequence may have documents that do not see each other."""
+        return any(source.several_documents for source in self.sources)
+
+    @property
+    def masks_tokens(self) -> bool:
+        """Whether some tokens are not to be learned."""
+        return any(source.masks_tokens for source in self.sources)
+
+    @property
+    def digest(self) -> str:
+        """A SHA-256 of all sources and how they are mixed."""
+        about = [*(source.digest for source in self.sources), repr(self.weights), repr(self.epochs)]
+        return hashlib.sha256(" ".join(about).encode()).hexdigest()
+
+    @property
+    def num_predicted(self) -> int:
+        """Predicted tokens of all sequences."""
+        return sum(source.num_predicted for source in self.sources)
+
+    @property
+    def predicted_bytes(self) -> int | None:
+        """Not counted: a mixture is trained on."""
+        return None
+
+    @property
+    def most(self) -> int | None:
+        """Sequences that the limits of all sources leave to train on; None for any number."""
+        return None if self._mixture is None else self._mixture.total
+
+    def ordered(self, numbers: np.ndarray, seed: int) -> np.ndarray:
+        """Return which sequences come at some ``numbers`` of the mixture: int64."""
+        if self._mixture is None:
+            return in_passes(numbers, len(self), f"{seed}")
+        sources, before = self._mixture.at(numbers)
+        found = np.empty_like(before)
+        for source in np.unique(sources):
+            chosen = sources == source
+            inside = in_passes(before[chosen], len(self.sources[source]), f"{seed}/{source}")
+            found[chosen] = self._starts[source] + inside
+        return found
+
+    def first(self, count: int) -> MixedSequences:
+        """Return the first ``count`` sequences by index."""
+        kept = [of.first(max(0, count - int(begin))) for of, begin in zip(self.sources, self._starts, strict=False)]
+        return replace(self, sources=tuple(of for of in kept if len(of)), weights=(), epochs=())

@@ -1,0 +1,152 @@
+"""A stream of tokens cut into sequences of equal length, which are read when a batch needs them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pst_ds.data.tokens.borders import Borders
+from pst_ds.data.tokens.joined import Array
+from pst_ds.data.tokens.learned import Learned
+from pst_ds.data.tokens.order import in_passes
+
+if TYPE_CHECKING:
+    from pst_ds.data.tokens.store import TokenStream
+
+_TOKENS_AT_A_TIME = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sequences:
+    """Consecutive pieces of a token stream; sequence i starts at token ``i * (length - overlap)``.
+
+    Without ``overlap`` (for training) every sequence has ``length`` tokens, and what is left at the end, less than
+    ``length``, is in none. With an overlap of 1 (for evaluation) a sequence begins with the last token of the one
+    before, so that each token but the stream's first is predicted in exactly one; the last may be shorter, down to 2.
+    """
+
+    tokens: Array
+    """(tokens of the stream,), of an integer type."""
+    length: int
+    overlap: int = 0
+    num_bytes: Array | None = None
+    """Bytes of text that each token stands for: (tokens of the stream,). None if not counted."""
+    borders: Borders | None = None
+    """Where documents begin, at which positions and attention begin anew, and whose first token is not predicted. None
+    if they run on."""
+    learned: Learned | None = None
+    """Which tokens are predicted, apart from those that begin something. None for all."""
+    stream_digest: str = ""
+    """A SHA-256 of the stream. Empty computes it from all tokens."""
+
+    @classmethod
+    def of(cls, stream: TokenStream, length: int, *, trains: bool, apart: bool) -> Sequences:
+        """Cut a stream, for training or for evaluation; with its documents ``apart`` or running on."""
+        return cls(
+            stream.tokens,
+            length,
+            0 if trains else 1,
+            None if trains else stream.num_bytes,
+            stream.borders if apart else None,
+            stream.learned,
+            stream.digest,
+        )
+
+    def __len__(self) -> int:
+        if self.overlap:
+            return max(0, -(-(len(self.tokens) - 1) // self._stride))
+        return len(self.tokens) // self.length
+
+    @property
+    def _stride(self) -> int:
+        return self.length - self.overlap
+
+    @property
+    def apart(self) -> bool:
+        """Whether documents of a sequence do not see each other."""
+        return self.borders is not None
+
+    @property
+    def masks_tokens(self) -> bool:
+        """Whether some tokens are not to be learned."""
+        return self.learned is not None
+
+    @property
+    def several_documents(self) -> bool:
+        """Whether a sequence may have documents that do not see each other."""
+        return self.borders is not None and self.borders.several
+
+    @property
+    def digest(self) -> str:
+        stream = self.stream_digest or hashlib.sha256(np.ascontiguousarray(self.tokens[:]).data).hexdigest()
+        about = f"{self.length} {self.overlap} {len(self.tokens)} {self.apart} {stream}"
+        return hashlib.sha256(about.encode()).hexdigest()
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence: (sequences,) int64, of which nothing is held for training."""
+        if not self.overlap or not len(self):
+            return np.broadcast_to(np.int64(self.length), len(self))
+        lengths = np.full(len(self), self.length)
+        lengths[-1] = len(self.tokens) - (len(self) - 1) * self._stride
+        return lengths
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return a view of the tokens of one sequence."""
+        start = index * self._stride
+        return self.tokens[start : start + self.length]
+
+    def starts_in(self, index: int) -> np.ndarray:
+        """Return the places in a sequence, behind its first, at which documents begin."""
+        if self.borders is None:
+            return np.empty(0, dtype=np.int64)
+        first = index * self._stride
+        return self.borders.between(first + 1, min(first + self.length, len(self.tokens))) - first
+
+    def predicted_in(self, index: int) -> np.ndarray:
+        """Return which tokens of a sequence are predicted: (its length,) bool."""
+        first, length = index * self._stride, len(self[index])
+        predicted = np.ones(length, bool) if self.learned is None else self.learned.between(first, first + length)
+        predicted[0] = False
+        predicted[self.starts_in(index)] = False
+        return predicted
+
+    @property
+    def num_predicted(self) -> int:
+        """Predicted tokens of all sequences."""
+        if not self.overlap:
+            return sum(int(self.predicted_in(i).sum()) for i in range(len(self)))
+        return sum(int(predicted.sum()) for _, predicted in self._predicted_windows())
+
+    @property
+    def predicted_bytes(self) -> int | None:
+        """The bytes of text that the predicted tokens stand for; with an overlap, all but those of first tokens."""
+        if self.num_bytes is None or not self.overlap:
+            return None
+        windows = self._predicted_windows()
+        return sum(int(self.num_bytes[window][predicted].sum(dtype=np.int64)) for window, predicted in windows)
+
+    def _predicted_windows(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield windows of the whole stream, and which of their tokens are predicted in an evaluation."""
+        for first in range(0, len(self.tokens), _TOKENS_AT_A_TIME):
+            stop = min(first + _TOKENS_AT_A_TIME, len(self.tokens))
+            predicted = np.ones(stop - first, bool) if self.learned is None else self.learned.between(first, stop)
+            if first == 0:
+                predicted[0] = False
+            if self.borders is not None:
+                predicted[self.borders.between(first, stop) - first] = False
+            yield slice(first, stop), predicted
+
+    def ordered(self, numbers: np.ndarray, seed: int) -> np.ndarray:
+        """Return which sequences come at some ``numbers`` of a shuffled order without an end: int64."""
+        return in_passes(numbers, len(self), f"{seed}")
+
+    def first(self, count: int) -> Sequences:
+        """Return the first ``count`` sequences."""
+        tokens = min(count, len(self)) * self._stride + self.overlap
+        num_bytes = None if self.num_bytes is None else self.num_bytes[:tokens]
+        return replace(self, tokens=self.tokens[:tokens], num_bytes=num_bytes)
