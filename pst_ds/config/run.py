@@ -17,6 +17,7 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.config.quantization import QuantizationConfig as QuantizationConfig
 from pst_ds.config.sequences import groups_of_ranks, require_sequences_to_share
 from pst_ds.config.tasks import TASKS, TaskFacts, check_task
+from pst_ds.config.tracking import TrackingConfig
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.schedule import (
     CubicSchedule,
@@ -213,6 +214,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         if not self.output_dir:

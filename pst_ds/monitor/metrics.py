@@ -17,13 +17,14 @@ from pst_ds.monitor.dense_run import DenseRun
 from pst_ds.monitor.jsonl import JsonLines
 from pst_ds.monitor.layer_log import LayerLog
 from pst_ds.monitor.tensorboard import TensorBoardWriter
+from pst_ds.monitor.trackers import Trackers
 from pst_ds.progress import Progress
 
 
 class MetricsWriter:
     """Write on rank 0, do nothing elsewhere. A run that is continued after ``step``, ``seconds`` into it, keeps its
     lines up to there. ``layers``: weights of each PST layer, by name in model order. ``dense``: a run whose losses are
-    written and shown with those of this one."""
+    written and shown with those of this one. ``trackers``: what gets all numbers too, on rank 0."""
 
     def __init__(
         self,
@@ -36,11 +37,12 @@ class MetricsWriter:
         seconds: float = 0.0,
         layers: dict[str, int] | None = None,
         dense: DenseRun | None = None,
+        trackers: Trackers | None = None,
     ):
         self._file: JsonLines | None = None
         self._layers: LayerLog | None = None
         self._shown = Progress("step", num_steps, done=step, line_seconds=0.0) if is_main and not quiet else None
-        self._dense = dense
+        self._dense, self._trackers = dense, trackers
         self._started = time.monotonic() - seconds
         if is_main:
             self._file = JsonLines(folder / METRICS_FILE, step)
@@ -60,9 +62,11 @@ class MetricsWriter:
         values = {**values, **(self._dense.at(step, values) if self._dense else {})}
         self._file.write({"step": step, "seconds": round(self.seconds, 3), **values})
         group = "checkpoint/" if values.get("event") == "checkpoint" else ""
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.scalar(group + name, value, step)
+        numbers = {group + name: value for name, value in values.items() if isinstance(value, int | float)}
+        for name, value in numbers.items():
+            self._board.scalar(name, value, step)
+        if self._trackers is not None:
+            self._trackers.log(step, numbers)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of an evaluation, and show them."""
@@ -117,6 +121,8 @@ class MetricsWriter:
         if self._file is not None:
             self._file.close()
             self._board.close()
+        if self._trackers is not None:
+            self._trackers.close()
         if self._layers is not None:
             self._layers.close()
 

@@ -20,13 +20,11 @@ from pst_ds.checkpoint.restore import base_fingerprint, load_into
 from pst_ds.config.file_names import CHECKPOINTS, RESULT_FILE, RUN_FILE, STALLS
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.toml import dump_run
-from pst_ds.core.host import multiplies_bf16
 from pst_ds.data.tasks import ExampleSet, Task, task_of
 from pst_ds.errors import InputError
 from pst_ds.json_text import json_of
 from pst_ds.masks.layer_stats import chosen_layers
 from pst_ds.monitor.dense_run import DenseRun, read_dense_run
-from pst_ds.monitor.metrics import MetricsWriter
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.model_structure import model_width
 from pst_ds.parallel import stop_signals
@@ -50,6 +48,7 @@ from pst_ds.train.fit import Fit, judged_fit, watched_steps
 from pst_ds.train.loop import FINAL_TAGS, DivergedError, Loop, LoopState
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
 from pst_ds.train.objective import Objective, load_teacher, require_teacher
+from pst_ds.train.reporting import open_metrics
 from pst_ds.train.shared_sequences import require_shareable, shared_sequences
 
 if TYPE_CHECKING:
@@ -59,11 +58,6 @@ Splits: TypeAlias = tuple[ExampleSet, ExampleSet | None]
 """The examples to train on, and those to validate with."""
 _AFTER_STALL_SECONDS = 60.0
 """Longer than the watchdog's patience, so that it is the one to say which rank hangs, and not the collective."""
-
-_EMULATED_BF16 = (
-    "this processor has no instructions for bf16, which is several times slower here than fp32: set train.precision = "
-    '"fp32" if the run stays on CPUs like it'
-)
 
 
 class StoppedError(RuntimeError):
@@ -123,6 +117,7 @@ def prepare(
 def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: list[str] | None) -> Prepared:
     if run.deepspeed_config:
         require_deepspeed()
+    run.tracking.require_installed()
     raw = load_deepspeed_config(run.deepspeed_config) if run.deepspeed_config else None
     labels = labels or task_of(run).label_names(run.data)
     tokenizer = load_tokenizer(run)
@@ -216,7 +211,8 @@ def train_run(
     barrier()
     if run.ranks_by_activation:
         _calibrate(prepared, engine, examples, resumed=checkpoint is not None)
-    metrics = _metrics_writer(prepared, engine, checkpoint, num_steps, quiet, dense)
+    step, seconds = run_folder.reached(checkpoint)
+    metrics = open_metrics(run, engine.module, prepared.device, num_steps, step, seconds, quiet=quiet, dense=dense)
     if reason := objective.why_all_logits(engine.module):
         metrics.say(f"the loss holds the logits of a whole micro-batch, because {reason}")
     inputs = (examples, prepared.tokenizer, num_steps, prepared.device)
@@ -239,26 +235,6 @@ def train_run(
     judge = partial(judged_fit, run, prepared.task, examples, num_steps, dense, metrics)
     state, final, fit = _train_to_the_end(loop, checkpointer, state, folder / STALLS, judge)
     return _result(prepared, loop, state, checkpointer, final, fit)
-
-
-def _metrics_writer(
-    prepared: Prepared,
-    engine: Engine,
-    checkpoint: Checkpoint | None,
-    num_steps: int,
-    quiet: bool,
-    dense: DenseRun | None,
-) -> MetricsWriter:
-    """Open the metrics of a run, after the last line that ``checkpoint`` has."""
-    step, seconds = (checkpoint.state.step, run_folder.RunProgress.read(checkpoint).seconds) if checkpoint else (0, 0.0)
-    sizes = {name: layer.layout.numel for name, layer in pst_layers(engine.module).items()}
-    metrics = MetricsWriter(
-        Path(prepared.run.output_dir), num_steps=num_steps, is_main=is_main(), quiet=quiet, step=step, seconds=seconds,
-        layers=sizes, dense=dense,
-    )  # fmt: skip
-    if prepared.device == "cpu" and prepared.run.train.precision == "bf16" and not multiplies_bf16():
-        metrics.say(_EMULATED_BF16)
-    return metrics
 
 
 def load_splits(prepared: Prepared) -> Splits:

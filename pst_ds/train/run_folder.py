@@ -35,6 +35,7 @@ MAY_DIFFER = (
     "train.gradient_accumulation_steps", "train.sequence_parallel", "train.log_interval", "train.stall_timeout_seconds",
     "eval.interval", "eval.batch_size", "checkpoint.interval", "checkpoint.keep_last",
     "pst.prune_uncalled", "pst.tile_bytes", "pictures.interval", "pictures.layers",
+    "tracking.to", "tracking.project", "tracking.name",
 )  # fmt: skip
 """Settings that may differ when a run continues: paths, how the same numbers are computed, and what the digest of the
 examples covers."""
@@ -205,6 +206,11 @@ class RunProgress:
             return cls(**checkpoint.state.progress)
         except TypeError as error:
             raise CheckpointError(f"{checkpoint.folder} was not written to continue a run: {error}") from None
+
+
+def reached(checkpoint: Checkpoint | None) -> tuple[int, float]:
+    """Return the step that ``checkpoint`` was saved after, and how many seconds the run had taken; zeros for None."""
+    return (checkpoint.state.step, RunProgress.read(checkpoint).seconds) if checkpoint else (0, 0.0)
 
 
 def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, data_digest: str) -> list[str]:

@@ -27,6 +27,7 @@ from pst_ds.config.run import (
 )
 from pst_ds.config.tasks import TASKS
 from pst_ds.config.toml import PRESETS
+from pst_ds.config.tracking import TrackingConfig
 from pst_ds.core.schedule import ScheduleConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +36,7 @@ TABLES = {
     "": RunConfig, "model": ModelConfig, "data": DataConfig, "[data.sources]": DataSource, "train": TrainConfig,
     "schedule": ScheduleConfig, "pst": PSTConfig, "[pst.overrides]": Override, "quantization": QuantizationConfig,
     "distillation": DistillationConfig, "eval": EvalConfig, "checkpoint": CheckpointConfig, "pictures": PicturesConfig,
+    "tracking": TrackingConfig,
 }  # fmt: skip
 KINDS = {"string": "a string", "integer": "a whole number", "number": "a number", "boolean": "`true` or `false`"}
 HEAD = """# The run file
