@@ -41,10 +41,11 @@ def print_plan(plan: dict[str, Any]) -> None:
     share = plan["trained_parameters"] / plan["parameters"]
     print(f"trained parameters: {plan['trained_parameters']:,} of {plan['parameters']:,} ({share:.2%})")
     stage = "no DeepSpeed" if plan["zero_stage"] is None else f"ZeRO stage {plan['zero_stage']}"
+    shared = f", shared by {plan['sequence_parallel']} ranks" if plan["sequence_parallel"] > 1 else ""
     checkpointed = ", checkpointed" if plan["activation_checkpointing"] else ""
     print(
         f"{plan['ranks']} ranks, {stage}, {plan['precision']}, micro-batches of {plan['micro_batch_size']} x "
-        f"{plan['sequence']} tokens{checkpointed}"
+        f"{plan['sequence']} tokens{shared}{checkpointed}"
     )
     memory = plan["memory_bytes_per_rank"]
     print(f"memory of a rank: {bytes_text(memory['peak'])} at the peak, {bytes_text(memory['resident'])} all the time")

@@ -34,6 +34,7 @@ from pst_ds.train.model import (
     parameter_groups,
 )
 from pst_ds.train.objective import require_teacher, teacher_shapes
+from pst_ds.train.shared_sequences import require_shareable
 
 
 def make_plan(
@@ -45,6 +46,7 @@ def make_plan(
     stage = zero_stage(raw) if raw is not None else None
     tokenizer, labels, unit, num_examples = _data(config, no_data)
     model = meta_model(config, labels, tokenizer, num_shards=ranks if stage == 3 else 1)
+    require_shareable(config, model.config, stage or 0, micro_batch_size)
     chosen_layers(list(pst_layers(model)), config.pictures.layers)  # refuse layers that are not there, as train does
     if not no_data:
         require_teacher(config, model)
@@ -62,6 +64,7 @@ def make_plan(
         "zero_stage": stage,
         "precision": config.train.precision,
         "micro_batch_size": micro_batch_size,
+        "sequence_parallel": config.train.sequence_parallel,
         "num_steps": num_steps,
         "num_examples": num_examples,
         "unit": unit,
@@ -181,10 +184,10 @@ def _teacher(config: RunConfig, numbers: ModelNumbers, no_data: bool) -> dict[st
 def _trace(model: Any, config: RunConfig, micro_batch_size: int, threshold: int, device: str) -> Trace | None:
     """Trace a micro-batch; None for a model whose forward pass cannot do without values."""
     try:
-        return trace_micro_batch(
+        trace = trace_micro_batch(
             model,
             batch=micro_batch_size,
-            sequence=config.data.max_length,
+            sequence=config.data.max_length // config.train.sequence_parallel,
             checkpointing=config.model.gradient_checkpointing,
             persistence_threshold=threshold,
             distilled=config.distillation.weight > 0.0 and config.task_facts.predicts_tokens,
@@ -192,12 +195,17 @@ def _trace(model: Any, config: RunConfig, micro_batch_size: int, threshold: int,
         )
     except UntraceableError:
         return None
+    keeps_apart = config.task_facts.packs_text and config.data.document_mask
+    if config.train.sequence_parallel > 1 and keeps_apart and model.config._attn_implementation == "sdpa":
+        trace.activations += micro_batch_size * config.data.max_length**2  # the mask of whole sequences
+    return trace
 
 
 def _batch(config: RunConfig, micro_batch_size: int, teacher: dict[str, int], trace: Trace | None) -> Batch:
     return Batch(
-        tokens=micro_batch_size * config.data.max_length,
+        tokens=micro_batch_size * config.data.max_length // config.train.sequence_parallel,
         sequence=config.data.max_length,
+        shared_by=config.train.sequence_parallel,
         micro_batches=config.train.gradient_accumulation_steps,
         checkpointing=config.model.gradient_checkpointing,
         teacher_weights=teacher["weights"],

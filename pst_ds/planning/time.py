@@ -30,6 +30,7 @@ class Batch:
     tokens: int
     """Tokens of a micro-batch, padding included."""
     sequence: int
+    """Tokens that attention is over; those of several ranks if these share a sequence."""
     micro_batches: int = 1
     checkpointing: bool = False
     teacher_weights: int = 0
@@ -43,6 +44,8 @@ class Batch:
     moved: int = 0
     """Bytes that operators outside the pruned layers move in a micro-batch, and how many ``launches``, as traced."""
     launches: int = 0
+    shared_by: int = 1
+    """Ranks that a sequence is cut over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +57,12 @@ class Traffic:
     reductions: int
     """Gradients in a step; samples and counts in a mask update."""
     collectives: int
+    exchanged: int = 0
+    """Queries, keys, values and what attention makes of them, between ranks that share sequences."""
 
     @property
     def received(self) -> int:
-        return self.gathers + self.reductions
+        return self.gathers + self.reductions + self.exchanged
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +128,21 @@ def step_traffic(model: ModelNumbers, zero: ZeroSettings, batch: Batch, element_
     gathered += batch.own_teacher * model.whole_bytes
     received = batch.micro_batches * gathered + persistent_bytes(model, zero)  # the latter after the optimizer's step
     collectives = (batch.gathers or passes * modules) + batch.own_teacher * modules + buckets
-    return Traffic(int(received * others), gradients * batch.micro_batches, collectives * batch.micro_batches)
+    exchanged = batch.micro_batches * _exchanged(model, batch, element_size)
+    return Traffic(
+        int(received * others), gradients * batch.micro_batches, collectives * batch.micro_batches, exchanged
+    )
+
+
+def _exchanged(model: ModelNumbers, batch: Batch, element_size: int) -> int:
+    """Count what attention on a part of the heads and all of a sequence brings a rank in a micro-batch.
+
+    Queries, keys, values and results have the width of all heads each, at most; a pass forward, one to recompute, one
+    back, and one for a teacher.
+    """
+    passes = 2 + batch.checkpointing + (batch.teacher_weights > 0)
+    width = 4 * model.attention_width * element_size * passes
+    return batch.tokens * width * (batch.shared_by - 1) // batch.shared_by
 
 
 def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:

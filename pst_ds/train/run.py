@@ -198,8 +198,7 @@ def train_run(
         checkpoint = run_folder.checkpoint_to_go_on_from(run, examples.digest, quiet=quiet) if resume else None
         if checkpoint is None and not restart:
             run_folder.require_no_checkpoints(folder)
-        load = partial(load_teacher, run, prepared.labels, prepared.tokenizer, prepared.device)
-        teacher = raise_on_all_ranks(load)
+        teacher = raise_on_all_ranks(partial(load_teacher, run, prepared.labels, prepared.tokenizer, prepared.device))
         _, engine = build(prepared, checkpoint)
         require_documents_apart(engine, run, examples, prepared.device)
         objective = Objective(run, teacher, shared_sequences(engine, run, prepared.device))
@@ -215,8 +214,8 @@ def train_run(
     metrics = open_metrics(run, engine.module, prepared.device, num_steps, step, seconds, quiet=quiet, dense=dense)
     if reason := objective.why_all_logits(engine.module):
         metrics.say(f"the loss holds the logits of a whole micro-batch, because {reason}")
-    inputs = (examples, prepared.tokenizer, num_steps, prepared.device)
-    loop = Loop(run, engine, schedule, *inputs, metrics, objective, rounding)
+    given = (examples, prepared.tokenizer, num_steps, prepared.device, metrics, objective, rounding)
+    loop = Loop(run, engine, schedule, *given)
     checkpointer = Checkpointer(
         run,
         engine,

@@ -45,6 +45,17 @@ def test_a_teacher_is_one_more_forward_pass_and_of_the_model_itself_one_more_gat
     assert step_traffic(MODEL, zero, replace(taught, own_teacher=True)).gathers == WHOLE * 3 * 3 // 4
 
 
+def test_ranks_that_share_sequences_exchange_queries_keys_values_and_results():
+    zero, model = ZeroSettings(stage=3, world_size=4), replace(MODEL, attention_width=64)
+    shared = replace(BATCH, tokens=10, sequence=20, shared_by=2, checkpointing=True, micro_batches=3)
+    found = step_traffic(model, zero, shared)
+    assert found.exchanged == 3 * 3 * 4 * 64 * 10 * 2 // 2
+    assert found.received == found.gathers + found.reductions + found.exchanged
+    assert step_traffic(model, zero, replace(shared, shared_by=1)).exchanged == 0
+    attention = step_flops(model, shared) - step_flops(MODEL, shared)
+    assert attention == 64 * 10 * 20 * 2 * 8 / 2
+
+
 def test_without_a_trace_zero3_receives_all_weights_of_others_in_every_pass():
     zero = ZeroSettings(stage=3, world_size=4, reduce_bucket_size=30_000)
     found = step_traffic(MODEL, zero, BATCH)

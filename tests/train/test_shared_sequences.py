@@ -70,6 +70,33 @@ def test_two_ranks_that_share_sequences_have_the_masks_and_gradients_of_one(run_
         assert apart <= 1e-5 * max(float(gradient.norm()), 1e-3 * largest), name
 
 
+def _saved_bytes(folder, degree, length):
+    """Bytes that autograd keeps for the backward pass of one sequence, parameters apart."""
+    prepared = prepare(_run(folder, degree), launch_environment())
+    _, engine = build(prepared)
+    objective = Objective(prepared.run, None, shared_sequences(engine, prepared.run, prepared.device))
+    engine.train()
+    kept = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    ids = torch.arange(length)[None] % 30 + 3
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = objective(engine, {"input_ids": ids, "labels": ids})
+    assert loss.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.zero3
+def test_two_ranks_that_share_a_sequence_keep_half_of_its_activations(run_ranks, tmp_path):
+    (whole,) = run_ranks(_saved_bytes, 1, str(tmp_path), 1, 512)
+    for kept in run_ranks(_saved_bytes, 2, str(tmp_path), 2, 512):
+        assert kept <= 0.55 * whole
+
+
 def _train(folder, degree, *more, resume=False):
     return train_run(prepare(_run(folder, degree, *more), launch_environment()), quiet=True, resume=resume)
 
