@@ -61,6 +61,7 @@ bench: venv
 	$(BIN)/python -m tools.bench.scale --json
 	$(BIN)/python -m tools.bench.checkpoint --json
 	$(BIN)/python -m tools.bench.pack --json
+	$(BIN)/python -m tools.bench.prepare --json
 	$(BIN)/python -m tools.bench.runtime --json
 	$(BIN)/python -m tools.bench.decode --json
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from pst_ds.data.tokens.file_array import FileArray
 from pst_ds.data.tokens.joined import Array
 
 
@@ -27,15 +29,16 @@ class Borders(Protocol):
 class Starts:
     """Borders from the sorted places of first tokens."""
 
-    starts: np.ndarray
-    """(documents,) int64; may be mapped from a file."""
+    starts: np.ndarray | FileArray
+    """(documents,) int64."""
 
     @property
     def several(self) -> bool:
         return len(self.starts) > 1
 
     def between(self, start: int, stop: int) -> np.ndarray:
-        first, last = np.searchsorted(self.starts, [start, stop])
+        first = bisect.bisect_left(self.starts, start)
+        last = bisect.bisect_left(self.starts, stop, first)
         return np.array(self.starts[first:last], dtype=np.int64)
 
 

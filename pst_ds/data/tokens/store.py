@@ -11,6 +11,7 @@ import numpy as np
 
 from pst_ds.config.run import ConfigError
 from pst_ds.data.tokens.borders import Borders, JoinedBorders, Starts
+from pst_ds.data.tokens.file_array import FileArray
 from pst_ds.data.tokens.identity import TokenizerIdentity
 from pst_ds.data.tokens.joined import Array, joined, parts_of
 from pst_ds.data.tokens.learned import All, Bits, JoinedLearned, Learned
@@ -72,7 +73,7 @@ def open_store(folder: Path, tokenizer: TokenizerIdentity | None = None) -> Toke
         require_tokenizer(folder, manifest, tokenizer)
     length = manifest.tokens - manifest.closed_by_us
     parts = [mapped(folder / shard.file(TOKENS), manifest.tokenizer.dtype) for shard in manifest.shards]
-    starts = mapped(folder / STARTS_FILE, np.dtype("<i8")) if manifest.documents else np.empty(0, np.int64)
+    starts = FileArray(folder / STARTS_FILE, np.dtype("<i8"))
     counts = learned = None
     if BYTES in manifest.has:
         counts = joined([mapped(folder / shard.file(BYTES), np.dtype("<u4")) for shard in manifest.shards])
