@@ -75,7 +75,9 @@ RUNS = {
         "take the old value, or start a new run",
     ),
     "resume with another method": Wrong(_resumed("method=gmp"), "method", "'gmp'", "another output_dir"),
-    "resume on other text": Wrong(_resumed_on_other_text, "data.train", "{tmp}/train.jsonl", "bring the old file or setting back"),
+    "resume on other text": Wrong(
+        _resumed_on_other_text, "data.train", "{tmp}/train.jsonl", "bring the old file or setting back"
+    ),
     "resume from another base": Wrong(
         _another_base("train", "--resume"),
         "model.path",
