@@ -16,6 +16,10 @@ def _rows(*rows: dict, settings: tuple[str, ...] = ()):
     return lambda shop: shop.train(f"data.train={shop.rows('train.jsonl', *rows)}", *settings)
 
 
+_CHAT = (
+    "task=chat", "model.path=tests/data/tiny-llama", "data.text_columns=['messages']", "data.max_length=24",
+    "eval.max_new_tokens=8", "data.chat_template=tests/data/chat.jinja",
+)  # fmt: skip
 _FILE = "{tmp}/train.jsonl"
 DATA = {
     "a data file that is not there": Wrong(
@@ -23,6 +27,24 @@ DATA = {
     ),
     "a data file of an unknown kind": Wrong(
         _train_on("train.docx", "x"), "data.train", "'.docx'", "known are .jsonl, .json, .csv"
+    ),
+    "a conversation that is a text": Wrong(
+        _rows({"messages": "hello"}, settings=_CHAT), "row 0, column 'messages'", "'hello'", "a list of messages"
+    ),
+    "a conversation without an answer": Wrong(
+        _rows({"messages": [{"role": "user", "content": "the film"}]}, settings=_CHAT),
+        "row 0, column 'messages'",
+        "role 'assistant'",
+        "only those are learnt",
+    ),
+    "a chat template that is not there": Wrong(
+        _rows({"messages": []}, settings=(*_CHAT, "data.chat_template=no.jinja")),
+        "data.chat_template",
+        "'no.jinja'",
+        "name a Jinja file",
+    ),
+    "a tokenizer without a chat template": Wrong(
+        _rows({"messages": []}, settings=_CHAT[:-1]), "has no chat template", "task 'chat'", "data.chat_template"
     ),
     "no data file": Wrong(setting("data.train="), "data.train", "missing", "name a local file"),
     "an empty JSONL file": Wrong(_train_on("train.jsonl", ""), "data.train", _FILE, "give it a row"),

@@ -33,6 +33,12 @@ SETTINGS = {
     "a list that is a string": Wrong(
         setting("data.text_columns=text"), "data.text_columns", "'text'", "must be a list of strings"
     ),
+    "a tracker that there is none of": Wrong(
+        setting("tracking.to=['wandbs']"), "tracking.to", "['wandbs']", "among 'wandb', 'mlflow', 'trackio'"
+    ),
+    "a tracker that is not installed": Wrong(
+        setting("tracking.to=['trackio']"), "tracking.to", "trackio", "pip install 'pst-ds[trackers]'"
+    ),
     "an unknown task": Wrong(
         setting("task=clasification"), "task", "'clasification'", "must be one of 'classification'"
     ),
@@ -127,8 +133,8 @@ SETTINGS = {
         "0.5",
         "set distillation.weight = 0",
     ),
-    "a batch that the accumulation does not divide": Wrong(
-        setting("train.gradient_accumulation_steps=5"), "train.batch_size", "24", "make it a multiple of"
+    "a batch smaller than the accumulation": Wrong(
+        setting("train.gradient_accumulation_steps=25"), "train.batch_size", "24", "or more, or take fewer ranks"
     ),
     "a batch larger than the data": Wrong(
         setting("train.batch_size=480"), "train.batch_size", "480", "240 examples, fewer than one batch"
@@ -169,11 +175,11 @@ SETTINGS = {
     "a folder that is no run": Wrong(
         words("train", "{made}/plain"), "{made}/plain", "run.toml is missing", "run folder"
     ),
-    "ranks that the batch does not divide by": Wrong(
-        setting("train.batch_size=25"),
+    "ranks that the batch has no examples for": Wrong(
+        setting("train.batch_size=1"),
         "train.batch_size",
-        "25",
-        "make it a multiple of 2",
+        "1",
+        "make it 2 or more",
         environment={"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
     ),
     "ranks without DeepSpeed": Wrong(

@@ -193,8 +193,8 @@ VERBS = {
         "{tmp}/plain-file/run.toml",
         "name a place elsewhere",
     ),
-    "init for ranks that the batch does not divide by": Wrong(
-        _init("--ranks", "3", "--batch-size", "32"), "train.batch_size", "32", "a multiple of 3"
+    "init for ranks that the batch has no examples for": Wrong(
+        _init("--ranks", "3", "--batch-size", "2"), "train.batch_size", "2", "make it 3 or more"
     ),
     "doctor with a time that is none": Wrong(
         words("doctor", "--time-limit", "soon"), "--time-limit", "'soon'", "a number of seconds above 0"
