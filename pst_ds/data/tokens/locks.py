@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pst_ds.parallel.ranks import world_size
 from pst_ds.progress import Progress
 
 
@@ -32,9 +33,10 @@ def _locked(path: Path, what: str) -> int:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with Progress(what, 1) as progress:
-                progress.say(f"{what}: waiting for another process that does the same")
-                fcntl.flock(handle, fcntl.LOCK_EX)
+            if world_size() == 1:  # ranks of a run wait for one of them as a matter of course
+                with Progress(what, 1) as progress:
+                    progress.say(f"{what}: waiting for another process that does the same")
+            fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             return handle
         if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
