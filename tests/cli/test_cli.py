@@ -100,8 +100,8 @@ WRONG = {
     "a missing data file": (["data.train=no.jsonl"], ("data.train = 'no.jsonl' does not exist (looked in",)),
     "a batch larger than the data": (["train.batch_size=480"], ("240 examples", "train.batch_size = 480")),
     "a batch that cannot be shared": (
-        ["train.gradient_accumulation_steps=5"],
-        ("train.batch_size = 24", "5 accumulation steps", "a multiple of 5"),
+        ["train.gradient_accumulation_steps=25"],
+        ("train.batch_size = 24", "25 accumulation steps", "make it 25 or more"),
     ),
     "a missing DeepSpeed config": (["deepspeed_config=no.json"], ("deepspeed_config = 'no.json' does not exist",)),
 }

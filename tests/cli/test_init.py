@@ -185,7 +185,7 @@ def test_what_cannot_be_is_2_and_writes_nothing(tmp_path, capsys):
         ((BERT, "--train", TRAIN, "--pattern", "3:2"), "3:2"),
         ((BERT, "--train", TRAIN, "--pattern", "2:4", "--sparsity", "0.9"), "Fix: schedule.final_sparsity = 0.5"),
         ((BERT, "--train", TRAIN, "--epochs", "0"), "train.num_epochs = 0.0"),
-        ((BERT, "--train", TRAIN, "--ranks", "2", "--batch-size", "5"), "make it a multiple of 2"),
+        ((BERT, "--train", TRAIN, "--ranks", "8", "--batch-size", "5"), "make it 8 or more"),
         ((BERT, "--train", TRAIN, "--batch-size", "999"), "train.batch_size = 999"),
         ((BERT, "--train", TRAIN, "--task", "causal-lm"), "Name a causal language model"),
         ((BERT, "--train", TRAIN, "--label-column", "lable"), "--label-column 'lable'"),
