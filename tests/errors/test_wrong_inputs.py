@@ -25,9 +25,10 @@ from .wrong_folders import EXPORTS, RUNS
 from .wrong_grids import GRIDS
 from .wrong_models import MODELS
 from .wrong_settings import COMMAND_LINES, SETTINGS
+from .wrong_tokens import TOKENS
 from .wrong_verbs import VERBS
 
-CASES: dict[str, Wrong] = SETTINGS | COMMAND_LINES | DATA | MODELS | DEEPSPEED | RUNS | EXPORTS | VERBS | GRIDS
+CASES: dict[str, Wrong] = SETTINGS | COMMAND_LINES | DATA | TOKENS | MODELS | DEEPSPEED | RUNS | EXPORTS | VERBS | GRIDS
 OF_RANKS = {
     name: wrong for name, wrong in (SETTINGS | DATA | MODELS | DEEPSPEED | RUNS).items() if not wrong.environment
 }

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pst_ds.atomic_files import PARTIAL, publish, require_writable, restore_replaced, sync, write_text_atomic
 from pst_ds.data.preparation.pieces import Piece, Reading, find_pieces
 from pst_ds.data.preparation.readers import texts_of
@@ -84,7 +86,11 @@ def prepare_store(
         _require_free(out, force=force)
         _take_over(partial, plan.key, force=force)
         if not (partial / MANIFEST).is_file():
-            write_pieces(plan, tokenizer, partial, num_workers)
+            try:
+                write_pieces(plan, tokenizer, partial, num_workers)
+            except InputError:
+                _leave_nothing_of_nothing(partial, len(plan.pieces), plan.tokenizer.dtype)
+                raise
         manifest = read_manifest(partial)
         clean_up(partial, manifest)
         if not manifest.tokens:
@@ -92,6 +98,12 @@ def prepare_store(
             raise InputError(f"{', '.join(plan.sources)}: there is no text in it but white space; give files with text")
         publish(partial, out)
     return manifest
+
+
+def _leave_nothing_of_nothing(partial: Path, num_pieces: int, dtype: np.dtype[Any]) -> None:
+    """Remove a folder without a finished shard."""
+    if all(finished_shard(partial, i, dtype) is None for i in range(num_pieces)):
+        shutil.rmtree(partial)
 
 
 def write_pieces(plan: Preparation, tokenizer: Tokenizer, folder: Path, num_workers: int = 1) -> None:
