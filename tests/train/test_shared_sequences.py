@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +69,27 @@ def test_two_ranks_that_share_sequences_have_the_masks_and_gradients_of_one(run_
     for name, gradient in gradients.items():
         apart = float((shared[0][2][name] - gradient).norm())
         assert apart <= 1e-5 * max(float(gradient.norm()), 1e-3 * largest), name
+
+
+@pytest.mark.zero3
+def test_padded_texts_of_any_length_are_shared_too(run_ranks, tmp_path):
+    rows = [{"data": f"name[film {i}]", "text": "film plot end good " * (1 + i % 3)} for i in range(24)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "task": "data-to-text", "data.train": str(tmp_path / "texts.jsonl"), "data.validation": "", "data.test": "",
+        "data.text_columns": ["data"], "data.label_column": "text", "data.max_length": 40, "eval.max_new_tokens": 4,
+        "distillation.weight": 0.25,
+    }  # fmt: skip
+    more = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+    ((checksum, expected, gradients, _),) = run_ranks(_one_step, 1, str(tmp_path), 1, *more)
+    shared = run_ranks(_one_step, 2, str(tmp_path), 2, *more)
+    assert {masks for masks, *_ in shared} == {checksum}
+    assert (shared[0][1] + shared[1][1]) / 2 == pytest.approx(expected, rel=1e-6)
+    total, apart = (
+        math.hypot(*(float(part.norm()) for part in parts))
+        for parts in (gradients.values(), [shared[1][2][name] - gradient for name, gradient in gradients.items()])
+    )
+    assert apart <= 1e-5 * total
 
 
 def _saved_bytes(folder, degree, length):
