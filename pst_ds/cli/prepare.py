@@ -22,7 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="store to write; a killed call goes on there")
     workers = "processes (default: the cores of this machine, at most 64); the store's bytes do not depend on it"
     parser.add_argument("--workers", type=count, metavar="N", help=workers)
-    parser.add_argument("--text-column", default="text", metavar="C", help='column that has the text (default: "text")')
+    kind = "what rows are: texts, or conversations, of which the assistant's part is learnt (default: text)"
+    parser.add_argument("--kind", choices=("text", "chat"), default="text", help=kind)
+    column = 'column that has the text, or a list of messages (default: "text", for conversations "messages")'
+    parser.add_argument("--text-column", metavar="C", help=column)
+    template = "Jinja file by which conversations are written (default: the tokenizer's template)"
+    parser.add_argument("--chat-template", metavar="FILE", help=template)
     sample_by = "a document of a plain text: line, paragraph (up to an empty line) or document, all (default: line)"
     parser.add_argument("--sample-by", choices=("line", "paragraph", "document"), default="line", help=sample_by)
     parser.add_argument("--split", default="train", metavar="S", help="split of a data set of the hub (default: train)")
@@ -38,14 +43,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
+    from pst_ds.data.conversations import read_template
     from pst_ds.data.preparation.pieces import Reading
     from pst_ds.data.preparation.prepare import as_result, plan_store, prepare_store
 
     start = time.perf_counter()
+    is_chat = args.kind == "chat"
+    if is_chat and args.count_bytes:
+        raise InputError("--count-bytes is for texts: of a conversation a part is learnt; leave it out")
     tokenizer = _tokenizer(args.tokenizer)
+    if args.chat_template:
+        tokenizer.chat_template = read_template(args.chat_template, "--chat-template")
+    column = args.text_column or ("messages" if is_chat else "text")
     reading = Reading(
-        column=args.text_column, sample_by=args.sample_by, split=args.split, subset=args.subset, revision=args.revision
-    )
+        column=column, kind=args.kind, sample_by=args.sample_by, split=args.split, subset=args.subset,
+        revision=args.revision,
+    )  # fmt: skip
     plan = plan_store(args.sources, tokenizer, reading, count_bytes=args.count_bytes, piece_bytes=args.shard_bytes)
     workers = args.workers or min(64, len(os.sched_getaffinity(0)))
     manifest = prepare_store(plan, tokenizer, Path(args.out), num_workers=workers, force=args.force)

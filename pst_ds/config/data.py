@@ -27,8 +27,9 @@ class DataSource:
     """Share of the sequences that are trained on; those of all sources add up to 1. 0 for all takes each as it is."""
     epochs: Rate = 0.0
     """Most passes over this source, after which the others take its turns. 0 is no limit."""
-    kind: Literal["auto", "text", "tokens"] = "auto"
-    """What ``path`` holds; "auto" looks."""
+    kind: Literal["auto", "text", "chat", "tokens"] = "auto"
+    """What ``path`` holds: "auto" sees tokens, and takes all else for text. Of conversations ("chat", a column
+    "messages", or "prompt" and "completion") the assistant's part is learnt."""
 
     def __post_init__(self) -> None:
         if not self.path:

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pst_ds.config.run import ConfigError
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 Message: TypeAlias = dict[str, Any]
 
 ASSISTANT = "assistant"
+TOOLS = "tools"
+"""The column with the tools of a conversation."""
 _ROLES_OF_OTHERS = {"human": "user", "gpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT}
 """Roles as ShareGPT and its like call them."""
 _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -93,6 +96,14 @@ def tools_of(value: object, where: str) -> list[JsonObject] | None:
             raise ConfigError(f"{where}: tools are not JSON ({error})") from None
     tools = _without_none(value) if isinstance(value, list) else None
     return tools or None
+
+
+def read_template(path: str, setting: str) -> str:
+    """Return the chat template in a file, which ``setting`` names. Raises ConfigError."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{setting} = {path!r} cannot be read: {error}; name a Jinja file") from None
 
 
 def require_template(tokenizer: Tokenizer, task: str) -> None:

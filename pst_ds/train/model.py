@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.core.quantization import Grid, grid_of
+from pst_ds.data.conversations import read_template
 from pst_ds.data.tasks import Task, task_of
 from pst_ds.errors import first_line
 from pst_ds.nn.base_model import DTYPES, Pretrained
@@ -76,17 +77,10 @@ def load_tokenizer(run: RunConfig) -> Any:
             f"hub: {problem}. Name the folder that has one with model.tokenizer"
         )
     if run.data.chat_template:
-        tokenizer.chat_template = _chat_template(run.data.chat_template)
+        tokenizer.chat_template = read_template(run.data.chat_template, "data.chat_template")
     if tokenizer.pad_token is None and task_of(run).pads:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _chat_template(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"data.chat_template = {path!r} cannot be read: {error}; name a Jinja file") from None
 
 
 def load_model_config(run: RunConfig, labels: list[str], tokenizer: Any, *, own_dropout: bool = False) -> Any:

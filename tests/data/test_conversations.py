@@ -99,7 +99,7 @@ def tokenizer_with(template):
     return made
 
 
-def _write(path, rows):
+def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -113,7 +113,7 @@ def test_the_loss_is_that_of_a_mask_made_by_hand(tmp_path, name):
     template, learnt = TEMPLATES[name]
     tokenizer = tokenizer_with(template)
     task = Chat(EvalConfig())
-    data = _data(_write(tmp_path / "chats.jsonl", [{"messages": TALK}]), max_length=256)
+    data = _data(write_rows(tmp_path / "chats.jsonl", [{"messages": TALK}]), max_length=256)
     examples = task.load(data, "train", tokenizer, [])
     batch = task.collate(examples, [0], tokenizer)
 
@@ -163,7 +163,7 @@ def test_cutting_takes_tokens_and_mask_alike_and_leaves_out_what_has_no_answer(t
     tokenizer = tokenizer_with(CHATML)
     whole = render(Conversation(TALK), tokenizer, "")
     rows = [{"messages": TALK}, {"messages": [{"role": "user", "content": "x" * 99}, TALK[1]]}]
-    path = _write(tmp_path / "chats.jsonl", rows)
+    path = write_rows(tmp_path / "chats.jsonl", rows)
     for length in range(40, len(whole.ids), 7):
         found = load_conversations(_data(path, max_length=length), "train", tokenizer)
         expected = [t if is_answer else -100 for t, is_answer in zip(whole.ids, whole.is_answer, strict=True)]
@@ -175,7 +175,7 @@ def test_cutting_takes_tokens_and_mask_alike_and_leaves_out_what_has_no_answer(t
 
 def test_the_last_answer_is_what_is_written_and_the_rest_its_prompt(tmp_path):
     tokenizer = tokenizer_with(CHATML)
-    found = load_conversations(_data(_write(tmp_path / "c.jsonl", [{"messages": TALK}])), "validation", tokenizer)
+    found = load_conversations(_data(write_rows(tmp_path / "c.jsonl", [{"messages": TALK}])), "validation", tokenizer)
     assert found.references == [[SECOND]]
     assert tokenizer.decode(found.prompts(999)[0]).endswith("and  the plot<|im_end|>\n<|im_start|>assistant\n")
     assert len(found.prompts(5)[0]) == 5
@@ -196,7 +196,7 @@ def test_the_last_answer_is_what_is_written_and_the_rest_its_prompt(tmp_path):
 )
 def test_all_shapes_of_a_conversation_are_the_same(tmp_path, columns, row):
     tokenizer = tokenizer_with(CHATML)
-    data = _data(_write(tmp_path / "c.jsonl", [row]), text_columns=tuple(columns))
+    data = _data(write_rows(tmp_path / "c.jsonl", [row]), text_columns=tuple(columns))
     found, expected = load_conversations(data, "train", tokenizer), render(Conversation(TALK[:2]), tokenizer, "")
     assert found.row(0)[0] == expected.ids
     assert [label != -100 for label in found.row(0)[1]] == expected.is_answer
@@ -230,6 +230,6 @@ def test_what_is_no_conversation_is_refused(value, problem):
 def test_a_template_that_refuses_a_role_and_a_missing_one_are_said(tmp_path):
     with pytest.raises(ConfigError, match="row 0: the chat template refuses the conversation: unknown role"):
         render(Conversation([{"role": "system", "content": "x"}, *TALK]), tokenizer_with(INST), "row 0")
-    path = _write(tmp_path / "c.jsonl", [{"messages": TALK}])
+    path = write_rows(tmp_path / "c.jsonl", [{"messages": TALK}])
     with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
         load_conversations(_data(path), "train", tokenizer_with(None))

@@ -26,6 +26,11 @@ class Reading:
     """How texts are taken out of files."""
 
     column: str = "text"
+    """Of the texts, or of the messages of conversations."""
+    kind: str = "text"
+    """"text" or "chat"."""
+    chat_template_sha256: str = ""
+    """Of the template that conversations are written by."""
     setting: str = "--text-column"
     """Where the column was named, for messages."""
     sample_by: str = "line"

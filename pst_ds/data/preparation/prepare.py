@@ -6,19 +6,21 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pst_ds.atomic_files import PARTIAL, publish, require_writable, restore_replaced, sync, write_text_atomic
+from pst_ds.data.conversations import require_template
+from pst_ds.data.preparation.chats import template_hash, tokenize_chats
 from pst_ds.data.preparation.pieces import Piece, Reading, find_pieces
 from pst_ds.data.preparation.readers import texts_of
 from pst_ds.data.preparation.workers import run_tasks
 from pst_ds.data.tokens.identity import TokenizerIdentity, identity_of
 from pst_ds.data.tokens.locks import only_writer
-from pst_ds.data.tokens.manifest import BYTES, MANIFEST, Manifest, read_manifest
+from pst_ds.data.tokens.manifest import BYTES, LEARNED, MANIFEST, Manifest, read_manifest
 from pst_ds.data.tokens.tokenize import tokenize
 from pst_ds.data.tokens.writer import ShardWriter, clean_up, finish_store, finished_shard
 from pst_ds.errors import InputError
@@ -62,6 +64,9 @@ def plan_store(
     piece_bytes: int = PIECE_BYTES,
 ) -> Preparation:  # fmt: skip
     """Find the sources, and cut them into pieces. Raises InputError."""
+    if reading.kind == "chat":
+        require_template(tokenizer, "chat")
+        reading = replace(reading, chat_template_sha256=template_hash(tokenizer))
     pieces = find_pieces(sources, reading, piece_bytes)
     if not pieces:
         raise InputError(f"{', '.join(sources)}: there is nothing to read; give files with text")
@@ -155,13 +160,17 @@ def _tokenize_pieces(plan: Preparation, tokenizer: Tokenizer, folder: Path, num_
 def _tokenize_piece(
     plan: Preparation, tokenizer: Tokenizer, folder: Path, number: int, report: Callable[[int], None]
 ) -> None:
-    kinds = frozenset({BYTES} if plan.count_bytes else ())
+    is_chat = plan.reading.kind == "chat"
+    kinds = frozenset(({BYTES} if plan.count_bytes else set()) | ({LEARNED} if is_chat else set()))
     with ShardWriter(folder, number, plan.tokenizer, kinds) as shard:
         for span in plan.pieces[number]:
             left = span.num_bytes
             for texts in texts_of(span, plan.reading):
                 size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-                shard.add(tokenize(texts, tokenizer, count=plan.count_bytes), size)
+                if is_chat:
+                    shard.add(tokenize_chats(texts, tokenizer, span.path), size)
+                else:
+                    shard.add(tokenize(texts, tokenizer, count=plan.count_bytes), size)
                 done = min(size, left)
                 left -= done
                 report(done)

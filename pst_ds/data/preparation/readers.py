@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from pst_ds.data.preparation.chats import columns_of_chat, row_of_chat
 from pst_ds.data.preparation.pieces import Reading, Span, load_hub, open_file
 from pst_ds.errors import InputError, first_line
 
@@ -104,6 +105,8 @@ def _place(span: Span, number: int) -> str:
 def _text(row: Any, span: Span, reading: Reading, number: int) -> str:
     if not isinstance(row, dict):
         raise InputError(f"{span.path}: {_place(span, number)} is a {type(row).__name__}, not an object with columns")
+    if reading.kind == "chat":
+        return row_of_chat(row, reading.column, lambda: f"{span.path}: {_place(span, number)}")
     if reading.column not in row:
         raise InputError(
             f"{span.path}: {_place(span, number)} has no column {reading.column!r}, which {reading.setting} names. "
@@ -178,27 +181,24 @@ def _parquet(span: Span, reading: Reading) -> Iterator[str]:
 
     with _open(span) as file:
         source = pyarrow.parquet.ParquetFile(io.BytesIO(file.read()) if span.compression else file)
-        _require_column(source.schema_arrow.names, span, reading)
+        columns = _columns(source.schema_arrow.names, span, reading)
         groups = range(span.start, span.stop) if span.stop >= 0 else range(source.num_row_groups)
-        batches = source.iter_batches(batch_size=ROWS_AT_A_TIME, row_groups=list(groups), columns=[reading.column])
+        batches = source.iter_batches(batch_size=ROWS_AT_A_TIME, row_groups=list(groups), columns=columns)
         number = 0
         for batch in batches:
-            values = batch.column(0)
-            values.validate(full=True)
-            for value in values.to_pylist():
+            batch.validate(full=True)
+            for row in batch.to_pylist():
                 number += 1
-                yield _as_text(value, span, reading, number)
+                yield _text(row, span, reading, number)
 
 
 def _saved(span: Span, reading: Reading) -> Iterator[str]:
     import datasets
 
     rows = datasets.load_from_disk(span.path)
-    _require_column(rows.column_names, span, reading)
-    rows = rows.select_columns([reading.column])
-    for first in range(span.start, span.stop, ROWS_AT_A_TIME):
-        values = rows[first : min(first + ROWS_AT_A_TIME, span.stop)][reading.column]
-        yield from (_as_text(value, span, reading, first + i + 1) for i, value in enumerate(values))
+    rows = rows.select_columns(_columns(rows.column_names, span, reading))
+    for number in range(span.start, span.stop):
+        yield _text(rows[number], span, reading, number + 1)
 
 
 def _hub(span: Span, reading: Reading) -> Iterator[str]:
@@ -208,11 +208,15 @@ def _hub(span: Span, reading: Reading) -> Iterator[str]:
         yield _text(row, span, reading, number)
 
 
-def _require_column(names: list[str], span: Span, reading: Reading) -> None:
+def _columns(names: list[str], span: Span, reading: Reading) -> list[str]:
+    """Return the columns to read. Raises InputError where they are not there."""
+    if reading.kind == "chat" and (found := columns_of_chat(names, reading.column)):
+        return found
     if reading.column not in names:
         raise InputError(
             f"{span.path} has no column {reading.column!r}, which {reading.setting} names. Columns: {', '.join(names)}"
         )
+    return [reading.column]
 
 
 _READERS = {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.data.conversations import (
+    TOOLS,
     Conversation,
     Rendered,
     messages_of,
@@ -29,8 +30,6 @@ from pst_ds.data.tasks.task import IGNORED
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from transformers import PreTrainedTokenizerBase as Tokenizer
-
-TOOLS_COLUMN = "tools"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,14 +138,14 @@ def conversations_in(data: DataConfig, split: str) -> Iterator[Conversation]:
     """Yield the conversation of each row of a split. Raises ConfigError."""
     where, columns = getattr(data, split), data.text_columns
     rows = read_rows(data, split, dict.fromkeys(columns, "text_columns"), nested=True)
-    wanted = [*columns, *([TOOLS_COLUMN] if TOOLS_COLUMN in rows.column_names else [])]
+    wanted = [*columns, *([TOOLS] if TOOLS in rows.column_names else [])]
     for number, row in enumerate(rows.select_columns(wanted)):
         place = f"{where}, row {number}"
         if len(columns) == 1:
             messages = messages_of(row[columns[0]], f"{place}, column {columns[0]!r}")
         else:
             messages = messages_of_pair(row[columns[0]], row[columns[1]], place)
-        yield Conversation(messages, tools_of(row.get(TOOLS_COLUMN), place))
+        yield Conversation(messages, tools_of(row.get(TOOLS), place))
 
 
 class Chat(AnswerTask[Conversations]):

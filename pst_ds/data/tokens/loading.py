@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,7 @@ def _stream_of_source(data: DataConfig, source: DataSource, tokenizer: Tokenizer
                 "pst-ds prepare, or tokens of another program"
             )
         return open_tokens(path, identity_of(tokenizer))
-    return _stream_of_files(data, source.path, tokenizer, count=False)
+    return _stream_of_files(data, source.path, tokenizer, count=False, kind=source.kind)
 
 
 def _stream_of_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream:
@@ -92,9 +93,14 @@ def _is_several(where: str) -> bool:
     )
 
 
-def _stream_of_files(data: DataConfig, where: str, tokenizer: Tokenizer, *, count: bool) -> TokenStream:
+def _stream_of_files(
+    data: DataConfig, where: str, tokenizer: Tokenizer, *, count: bool, kind: str = "text"
+) -> TokenStream:
     """Map the tokens of the files that a path names, as ``pst-ds prepare`` finds and reads them."""
-    reading = Reading(column=data.text_columns[0], sample_by=data.sample_by, setting="data.text_columns")
+    column, setting = data.text_columns[0], "data.text_columns"
+    reading = Reading(column=column, sample_by=data.sample_by, setting=setting)
+    if kind == "chat":
+        reading = Reading(column="messages", kind=kind, setting=setting)
     plan = plan_store([where], tokenizer, reading, count_bytes=count)
     paths = dict.fromkeys(span.path for piece in plan.pieces for span in piece)
     remote = next((path for path in paths if not Path(path).exists()), None)
@@ -104,7 +110,7 @@ def _stream_of_files(data: DataConfig, where: str, tokenizer: Tokenizer, *, coun
             "prepare, and name that"
         )
     files = (file for path in paths for file in _files_of(Path(path)))
-    contents = [*map(hash_of_file, files), reading.column, reading.sample_by, f"count {count}"]
+    contents = [*map(hash_of_file, files), *map(str, asdict(plan.reading).values()), f"count {count}"]
     return cached_store(contents, plan.tokenizer, lambda folder: write_pieces(plan, tokenizer, folder), where)
 
 

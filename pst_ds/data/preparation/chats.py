@@ -1,0 +1,70 @@
+"""Conversations in bulk: rows as lines of JSON, which their readers hand on, and the tokens of these."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pst_ds.config.run import ConfigError
+from pst_ds.data.conversations import TOOLS, Conversation, messages_of, messages_of_pair, render, tools_of
+from pst_ds.data.tokens.tokenize import Documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+PAIR = ("prompt", "completion")
+"""The columns that make a conversation where the one with messages is not there."""
+
+
+def template_hash(tokenizer: Tokenizer) -> str:
+    """Return a SHA-256 of the templates that ``tokenizer`` writes conversations by."""
+    return hashlib.sha256(json.dumps(tokenizer.chat_template, sort_keys=True).encode()).hexdigest()
+
+
+def columns_of_chat(names: Iterable[str], column: str) -> list[str]:
+    """Return the columns that conversations are in, among ``names``; none if they are not there."""
+    names = set(names)
+    found = [column] if column in names else [name for name in PAIR if set(PAIR) <= names]
+    return [*found, *({TOOLS} & names)] if found else []
+
+
+def row_of_chat(row: Mapping[str, Any], column: str, place: Callable[[], str]) -> str:
+    """Return the conversation of a row as a line of JSON; ``place`` names the row. Raises ConfigError."""
+    found = columns_of_chat(row, column)
+    if not found:
+        raise ConfigError(
+            f"{place()} has neither a column {column!r} with messages nor {' and '.join(PAIR)}. "
+            f"Columns: {', '.join(map(str, row))}"
+        )
+    try:
+        messages = (
+            messages_of(row[column], "it") if column in row else messages_of_pair(row[PAIR[0]], row[PAIR[1]], "it")
+        )
+        about = {"messages": messages, "tools": tools_of(row.get(TOOLS), "it")}
+    except ConfigError as error:
+        raise ConfigError(f"{place()}: {error}") from None
+    return json.dumps(about, ensure_ascii=False)
+
+
+def tokenize_chats(rows: Sequence[str], tokenizer: Tokenizer, where: str) -> Documents:
+    """Return the tokens of conversations, which :func:`row_of_chat` returned, and which of them the assistant wrote;
+    each ends with the end-of-text token. Raises ConfigError, which names ``where``."""
+    end = tokenizer.eos_token_id
+    tokens: list[int] = []
+    learned: list[bool] = []
+    lengths: list[int] = []
+    closed = False
+    for row in rows:
+        about = json.loads(row)
+        rendered = render(Conversation(about["messages"], about["tools"]), tokenizer, f"{where}: a conversation")
+        closed = rendered.ids[-1] != end
+        tokens += [*rendered.ids, *([end] * closed)]
+        learned += [*rendered.is_answer, *([False] * closed)]
+        lengths.append(len(rendered.ids) + closed)
+    return Documents(
+        np.array(tokens, np.int64), np.array(lengths, np.int64), learned=np.array(learned, bool), closed_by_us=closed
+    )
