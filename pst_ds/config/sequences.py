@@ -22,6 +22,8 @@ def require_sequences_to_share(run: RunConfig) -> None:
         why = 'is for ZeRO-3; set deepspeed_config = "ds_configs/zero3.json"'
     elif length % degree:
         why = f"must divide data.max_length = {length}; make that {length - length % degree or degree}"
+    elif run.distillation.teacher:
+        why = f"is for models that teach themselves, and distillation.teacher = {run.distillation.teacher!r} is another"
     elif not facts.packs_text and run.distillation.hidden_states:
         why = f"cannot weigh hidden states of padded texts (task = {run.task!r}); set distillation.hidden_states = 0"
     if why:

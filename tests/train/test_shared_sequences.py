@@ -200,6 +200,7 @@ def test_labels_are_shifted_before_they_are_cut():
     [
         (["data.max_length=33"], "must divide data.max_length = 33; make that 32"),
         (["deepspeed_config="], "is for ZeRO-3; set deepspeed_config"),
+        (["distillation.weight=0.5", "distillation.teacher=other"], "is for models that teach themselves"),
     ],
 )
 def test_run_files_that_share_nothing_evenly_are_refused(tmp_path, settings, said):
