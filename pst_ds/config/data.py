@@ -141,8 +141,7 @@ class EvalConfig:
     times before it, which shows whether the run overfits; they take at most a twentieth of the run, and choose no
     checkpoint. -1 evaluates at the end only."""
     batch_size: NotNegative = 0
-    """Examples a rank evaluates at a time. 0 is 64, and 8 for tasks that predict tokens, where each has logits of
-    max_length x vocabulary."""
+    """Examples a rank evaluates at a time. 0 is 64, and 8 for tasks that predict tokens."""
     metric: str = ""
     """Chooses the best checkpoint, among those at the final sparsity. Empty is "accuracy", for task "regression"
     "pearson", and for the others the lowest "perplexity". "f1" is that of the second of two classes."""
