@@ -362,7 +362,10 @@ def test_what_is_none_of_these_is_2(tmp_path, capsys):
     assert "It is empty" in capsys.readouterr().err
     (tmp_path / "notes.txt").write_text("hello")
     assert main(["inspect", str(tmp_path)]) == 2
-    assert "none of run.toml, SHA256SUMS, manifest.json, pst_config.json, pst_manifest.json" in capsys.readouterr().err
+    assert (
+        "none of run.toml, SHA256SUMS, documents.bin, manifest.json, pst_config.json, pst_manifest.json"
+        in capsys.readouterr().err
+    )
     assert main(["inspect", str(tmp_path / "notes.txt")]) == 2
     assert "is not TOML" in capsys.readouterr().err
 

@@ -26,6 +26,10 @@ def test_it_writes_a_store_and_says_so(tmp_path, texts, verb):
     assert (result["documents"], result["tokens"], result["text_bytes"], result["dtype"]) == (2, 9, 21, "uint16")
     assert result["digest"] == open_store(out).digest
     assert open_store(out).num_bytes.tolist() == [0, 3, 5, 0, 0, 3, 5, 5]
+    inspected = verb("inspect", str(out))
+    assert inspected["kind"] == f"{out}: a store of tokens"
+    assert {inspected[key] == result[key] for key in ("tokens", "documents", "text_bytes", "digest")} == {True}
+    assert inspected["sources"] == [str(texts)]
     assert main(["prepare", str(texts), *options, "--workers", "2"]) == 2
     assert verb("prepare", str(texts), *options, "--workers", "2", "--force")["digest"] == result["digest"]
 

@@ -9,7 +9,7 @@ from pst_ds.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = "run file, run folder, checkpoint, adapter state, export, or model folder"
+    kinds = "run file, run folder, checkpoint, adapter state, export, model folder, or store of tokens"
     parser.add_argument("path", metavar="PATH", help=kinds)
     parser.add_argument("--layers", action="store_true", help="a line for every layer, not one for all blocks")
 
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 def inspect(path: Path) -> Inspection:
     """Inspect a file or folder. Raises InputError for one that is missing, damaged or of no known kind."""
-    from pst_ds.cli.inspect import models, runs, trained
+    from pst_ds.cli.inspect import models, runs, stores, trained
 
     if not path.exists():
         raise InputError(f"{str(path)!r} does not exist (looked in {path.absolute()})")
@@ -33,6 +33,7 @@ def inspect(path: Path) -> Inspection:
     readers = {
         "run.toml": runs.run_folder,
         "SHA256SUMS": runs.checkpoint_folder,
+        "documents.bin": stores.token_store,
         "manifest.json": runs.checkpoint_folder,
         "pst_config.json": trained.adapter_state,
         "pst_manifest.json": models.export_folder,
@@ -44,6 +45,7 @@ def inspect(path: Path) -> Inspection:
             return reader(path)
     inside = sorted(p.name for p in path.iterdir())
     raise InputError(
-        f"{str(path)!r} is not a run, checkpoint, export or model: it has none of {', '.join(readers)}. "
+        f"{str(path)!r} is not a run, checkpoint, export, model or store of tokens: it has none of "
+        f"{', '.join(readers)}. "
         + (f"It holds {', '.join(inside[:6])}{', …' if len(inside) > 6 else ''}" if inside else "It is empty")
     )

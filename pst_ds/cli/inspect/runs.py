@@ -117,7 +117,7 @@ def _settings(run: RunConfig) -> Facts:
         "precision": run.train.precision,
         "batch_size": run.train.batch_size,
         **steps,
-        "train": run.data.train,
+        "train": run.data.train or [source.path for source in run.data.sources],
         "deepspeed_config": run.deepspeed_config or None,
     }
 

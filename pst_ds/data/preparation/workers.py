@@ -3,6 +3,7 @@ whatever ends it."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import select
@@ -108,6 +109,7 @@ def _work(task: Task, tasks: tuple[int, int], messages: tuple[int, int]) -> NoRe
     os.close(messages[0])
     code = 1
     try:
+        gc.freeze()  # collections need not look at, and so copy, all that came with the fork
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is told as well, and ends the others
         while data := os.read(tasks[0], _TASK_BYTES):
             task(int.from_bytes(data, "little"), lambda done: _say(messages[1], done=done))
