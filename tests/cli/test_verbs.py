@@ -18,7 +18,7 @@ from pst_ds.cli.main import VERBS, build_parser, main
 ROOT = Path(__file__).resolve().parents[2]
 RUN_FILE = "tests/data/causal_lm.toml"
 RUN_VERBS = ("plan", "train", "tune", "prune", "eval", "export", "verify")
-QUIET = ("train", "tune", "prune", "eval", "export", "verify", "bench")
+QUIET = ("prepare", "train", "tune", "prune", "eval", "export", "verify", "bench")
 
 
 def _arguments(verb, folders, out):
@@ -27,6 +27,7 @@ def _arguments(verb, folders, out):
     tiny = ["--set", f"output_dir={json.dumps(str(out))}", "--set", "deepspeed_config=", "--set", "train.num_steps=2"]
     return {
         "init": ["tests/data/tiny-bert", "--train", "tests/data/train.jsonl", "--out", str(out / "run.toml")],
+        "prepare": ["tests/data/train.jsonl", "--tokenizer", "tests/data/tiny-llama", "--out", str(out / "store")],
         "plan": [RUN_FILE, "--ranks", "2"],
         "train": [RUN_FILE, *tiny],
         "tune": [RUN_FILE, *tiny[:-1], "train.num_steps=120", "--budget", "1", "--out", str(out / "tuned.toml")],

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import inspect
 import tomllib
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from pst_ds.planning.machines import Machine
 
 from .pages import PAGES, Block, all_blocks, blocks
 
+EXTRAS = ("trl",)
+"""Modules of extras that tests do without."""
 FOR_THE_REST = {"output_dir": "runs/x", "model": {"path": "model"}, "data": {"train": "a.jsonl"}, "train": {}}
 
 
@@ -50,6 +53,8 @@ def test_imports_resolve_and_calls_fit(block):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 importlib.import_module(alias.name)
+        elif isinstance(node, ast.ImportFrom) and find_spec(node.module.partition(".")[0]) is None:
+            assert node.module in EXTRAS, node.module
         elif isinstance(node, ast.ImportFrom):
             module = importlib.import_module(node.module)
             for alias in node.names:
