@@ -6,7 +6,7 @@ import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pst_ds.errors import InputError, first_line
 
@@ -144,7 +144,7 @@ def _line_spans(whole: Span, ending: bytes, piece_bytes: int) -> Iterator[Span]:
             start = stop
 
 
-def _behind(file: Any, ending: bytes, place: int, size: int) -> int:
+def _behind(file: IO[bytes], ending: bytes, place: int, size: int) -> int:
     """Return the place behind the first ``ending`` from ``place`` on that no line break stands before: of a run of
     them, the first two end a paragraph."""
     file.seek(place)
@@ -220,7 +220,7 @@ def load_hub(name: str, reading: Reading) -> Any:
         ) from None
 
 
-def open_file(path: str) -> Any:
+def open_file(path: str) -> IO[bytes]:
     """Open a local file, or a URL that fsspec knows, for reading bytes. Raises InputError."""
     try:
         if "://" not in path:

@@ -105,7 +105,7 @@ def prepare_store(
     return manifest
 
 
-def _leave_nothing_of_nothing(partial: Path, num_pieces: int, dtype: np.dtype[Any]) -> None:
+def _leave_nothing_of_nothing(partial: Path, num_pieces: int, dtype: np.dtype) -> None:
     """Remove a folder without a finished shard."""
     if all(finished_shard(partial, i, dtype) is None for i in range(num_pieces)):
         shutil.rmtree(partial)

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import IO
 
 from pst_ds.data.preparation.chats import columns_of_chat, row_of_chat
 from pst_ds.data.preparation.pieces import Reading, Span, load_hub, open_file
@@ -46,7 +46,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _open(span: Span) -> Any:
+def _open(span: Span) -> IO[bytes]:
     """Open what a span is in, unpacked."""
     file = open_file(span.path)
     if not span.compression:
@@ -102,7 +102,7 @@ def _place(span: Span, number: int) -> str:
     return f"line {lines_before + number}"
 
 
-def _text(row: Any, span: Span, reading: Reading, number: int) -> str:
+def _text(row: object, span: Span, reading: Reading, number: int) -> str:
     if not isinstance(row, dict):
         raise InputError(f"{span.path}: {_place(span, number)} is a {type(row).__name__}, not an object with columns")
     if reading.kind == "chat":
@@ -115,7 +115,7 @@ def _text(row: Any, span: Span, reading: Reading, number: int) -> str:
     return _as_text(row[reading.column], span, reading, number)
 
 
-def _as_text(value: Any, span: Span, reading: Reading, number: int) -> str:
+def _as_text(value: object, span: Span, reading: Reading, number: int) -> str:
     if isinstance(value, str):
         return value
     what = "no text" if value is None else f"a {type(value).__name__}"

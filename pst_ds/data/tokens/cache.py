@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pst_ds.atomic_files import atomic_folder, file_sha256, require_writable
 from pst_ds.config.run import ConfigError
@@ -90,7 +90,7 @@ def hash_of_file(path: Path) -> str:
     return f"{path.suffix.lower()} {file_sha256(path)}"
 
 
-def hash_of_texts(batches: Iterable[Sequence[Any]]) -> str:
+def hash_of_texts(batches: Iterable[Sequence[object]]) -> str:
     """Return a SHA-256 of texts, for rows that are in no single file."""
     digest = hashlib.sha256()
     for batch in batches:

@@ -15,7 +15,7 @@ class FileArray:
     ``bisect`` takes it, and a copy, sent to another process, opens the file there.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype[Any]):
+    def __init__(self, path: Path, dtype: np.dtype):
         self._path, self.dtype = path, dtype
         self._file = path.open("rb", buffering=0)
         self._length = os.fstat(self._file.fileno()).st_size // dtype.itemsize
@@ -40,5 +40,5 @@ class FileArray:
         data = os.pread(self._file.fileno(), max(0, stop - start) * size, start * size)
         return np.frombuffer(data, self.dtype)
 
-    def __reduce__(self) -> tuple[type[FileArray], tuple[Path, np.dtype[Any]]]:
+    def __reduce__(self) -> tuple[type[FileArray], tuple[Path, np.dtype]]:
         return FileArray, (self._path, self.dtype)

@@ -15,7 +15,6 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -88,7 +87,7 @@ def _open_npy(path: Path, tokenizer: TokenizerIdentity) -> TokenStream:
     return TokenStream(tokens, AfterEnds(tokens, tokenizer.end), fingerprint(path))
 
 
-def _raw(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+def _raw(path: Path, dtype: np.dtype) -> np.ndarray:
     size = path.stat().st_size
     if size % dtype.itemsize:
         raise ConfigError(

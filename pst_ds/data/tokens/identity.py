@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,12 +29,12 @@ class TokenizerIdentity:
     """The end-of-text token."""
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> np.dtype:
         """The smallest type of the two that hold its tokens."""
         return dtype_for(self.vocabulary)
 
 
-def dtype_for(vocabulary: int) -> np.dtype[Any]:
+def dtype_for(vocabulary: int) -> np.dtype:
     """Return little-endian uint16 for up to 65,536 tokens, else uint32."""
     return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
 

@@ -17,7 +17,7 @@ class JoinedArray:
     def __init__(self, parts: Sequence[np.ndarray]):
         self.parts = list(parts)
         self._starts = np.concatenate([[0], np.cumsum([len(part) for part in parts], dtype=np.int64)])
-        self.dtype: np.dtype[Any] = self.parts[0].dtype if self.parts else np.dtype("<u2")
+        self.dtype: np.dtype = self.parts[0].dtype if self.parts else np.dtype("<u2")
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -19,7 +19,7 @@ KIND, VERSION = "pst-ds tokens", 1
 TOKENS, BYTES, LEARNED, STARTS = "tokens", "bytes", "learned", "starts"
 """Kinds of files: tokens, the bytes each stands for, a bit for each that is predicted, and where documents begin."""
 STARTS_FILE = "documents.bin"
-_ITEM: dict[str, np.dtype[Any]] = {BYTES: np.dtype("<u4"), STARTS: np.dtype("<i8")}
+_ITEM: dict[str, np.dtype] = {BYTES: np.dtype("<u4"), STARTS: np.dtype("<i8")}
 _AGAIN = "prepare it again (pst-ds prepare)"
 
 
@@ -39,7 +39,7 @@ class ShardRecord:
         """Return the name of its file of a kind."""
         return f"{kind}-{self.number:05d}.bin"
 
-    def num_file_bytes(self, kind: str, dtype: np.dtype[Any]) -> int:
+    def num_file_bytes(self, kind: str, dtype: np.dtype) -> int:
         """Return how large its file of a kind is, with tokens of ``dtype``."""
         if kind == LEARNED:
             return -(-self.tokens // 8)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -27,7 +26,7 @@ class MixedSequences:
     epochs: tuple[float, ...] = ()
     """Most passes over each source; 0 is any number. Empty for any number for all."""
     _mixture: Mixture | None = field(init=False)
-    _starts: np.ndarray[Any, Any] = field(init=False)
+    _starts: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         passes = self.epochs or (0.0,) * len(self.sources)

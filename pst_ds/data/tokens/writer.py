@@ -120,7 +120,7 @@ def record_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.json"
 
 
-def finished_shard(folder: Path, number: int, dtype: np.dtype[Any]) -> ShardRecord | None:
+def finished_shard(folder: Path, number: int, dtype: np.dtype) -> ShardRecord | None:
     """Return the record of a shard that is whole on disk; None if it is not."""
     try:
         record = ShardRecord(**json.loads(record_path(folder, number).read_text()))
