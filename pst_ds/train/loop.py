@@ -189,7 +189,7 @@ def _batches(loop: Loop, first: int) -> Iterator[tuple[MicroBatches, int]]:
     batches = task.batches(loop.examples, run.train.batch_size, run.seed, group_by_length=group_by_length)
     for batch in batches.after(first):
         own = batches.micro_batches(batch, rank() // degree, groups, run.train.gradient_accumulation_steps)
-        per_target = len(own) * groups / task.num_targets(loop.examples, batch)
+        per_target = len(own) * groups / max(1, task.num_targets(loop.examples, batch))
         collated = [task.collate(loop.examples, indices, loop.tokenizer) for indices in own]
         if loop.device.startswith("cuda"):
             collated = [{name: values.pin_memory() for name, values in inputs.items()} for inputs in collated]
