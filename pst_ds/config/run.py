@@ -49,6 +49,9 @@ class ModelConfig:
     """Recompute activations in the backward pass."""
     gradient_checkpointing_reentrant: bool = False
     """Recompute them in torch's older, reentrant way: a backward pass inside the backward pass. Same gradients."""
+    activation_offload: bool = False
+    """Keep the inputs of recomputed blocks in the host's memory until the backward pass: then the activations of a
+    device do not grow with the number of blocks, for a copy each way. Takes gradient_checkpointing, reentrant."""
     base_bits: Literal[16, 8, 4] = 16
     """Bits of a frozen weight of the pruned layers: 8 and 4 round them once, as the model loads, to integers that share
     scales, in shards under ZeRO-3 as the weights would be. 16 keeps them in ``train.precision``."""
@@ -66,6 +69,11 @@ class ModelConfig:
             raise ConfigError(
                 "model.gradient_checkpointing_reentrant = true does nothing by itself; set "
                 "model.gradient_checkpointing = true too"
+            )
+        if self.activation_offload and not self.gradient_checkpointing_reentrant:
+            raise ConfigError(
+                "model.activation_offload = true moves the inputs of blocks that are recomputed reentrantly; set "
+                "model.gradient_checkpointing = true and model.gradient_checkpointing_reentrant = true too"
             )
         check_fields(self)
 

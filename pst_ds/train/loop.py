@@ -6,6 +6,7 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
@@ -122,6 +123,12 @@ class Loop:
                 _report_if_due(self, state)
                 yield state
 
+    def _saving(self) -> AbstractContextManager[object]:
+        """Decide where tensors lie that a forward pass saves."""
+        if not self.run.model.activation_offload:
+            return nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=self.device.startswith("cuda"))
+
     def _train_on(self, micro_batches: MicroBatches, state: LoopState) -> None:
         """Take one optimizer step, or try to. Collective."""
         set_rates(self, state.step)
@@ -130,7 +137,8 @@ class Loop:
         for batch, share in micro_batches:
             heartbeat(f"the forward and backward pass of batch {state.batch + 1}")
             on_device = {name: values.to(self.device, non_blocking=True) for name, values in batch.items()}
-            loss = share * self.objective(self.engine, on_device)
+            with self._saving():
+                loss = share * self.objective(self.engine, on_device)
             self.engine.backward(loss)
             self.engine.step()
             losses.append(loss.detach())

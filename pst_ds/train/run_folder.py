@@ -30,8 +30,9 @@ from pst_ds.train.loop import LoopState
 
 MAY_DIFFER = (
     "output_dir", "deepspeed_config", "dense_run", "model.path", "model.tokenizer", "model.attn_implementation",
-    "model.gradient_checkpointing", "model.gradient_checkpointing_reentrant", "data.train", "data.sources",
-    "data.validation", "data.test", "data.label_names", "data.document_mask", "data.chat_template",
+    "model.gradient_checkpointing", "model.gradient_checkpointing_reentrant", "model.activation_offload",
+    "data.train", "data.sources", "data.validation", "data.test", "data.label_names", "data.document_mask",
+    "data.chat_template",
     "train.gradient_accumulation_steps", "train.sequence_parallel", "train.log_interval", "train.stall_timeout_seconds",
     "eval.interval", "eval.batch_size", "checkpoint.interval", "checkpoint.keep_last",
     "pst.prune_uncalled", "pst.tile_bytes", "pictures.interval", "pictures.layers",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -86,3 +88,23 @@ def test_a_loss_in_chunks_is_that_of_the_cpu_and_has_the_host_wait_for_nothing()
         assert not [line for line in counts.waits if not line.startswith("tests")]
         for own, other in zip(map(to_host, found), expected, strict=True):
             torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
+
+
+def test_inputs_of_blocks_wait_on_the_host():
+    """A device then holds those of no block but the one at work."""
+
+    def saved(blocks, place):
+        with pretended() as counts:
+            model = module_to_device(inject_pst(tiny_llama(blocks), PSTConfig()))
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+            model.enable_input_require_grads()
+            tokens = to_device(torch.arange(96).view(2, 48) % 40)
+            before = counts.live_bytes
+            with place():
+                loss = model.train()(input_ids=tokens, labels=tokens).loss
+            assert loss.requires_grad
+            return counts.live_bytes - before
+
+    of_block = (saved(6, nullcontext) - saved(2, nullcontext)) / 4
+    assert of_block >= 96 * 24 * 4  # an input in fp32
+    assert saved(6, torch.autograd.graph.save_on_cpu) == saved(2, torch.autograd.graph.save_on_cpu)

@@ -33,6 +33,9 @@ SETTINGS = {
     "a list that is a string": Wrong(
         setting("data.text_columns=text"), "data.text_columns", "'text'", "must be a list of strings"
     ),
+    "activations that wait on the host and are not recomputed": Wrong(
+        setting("model.activation_offload=true"), "model.activation_offload", "true", "gradient_checkpointing_reentrant"
+    ),
     "a tracker that there is none of": Wrong(
         setting("tracking.to=['wandbs']"), "tracking.to", "['wandbs']", "among 'wandb', 'mlflow', 'trackio'"
     ),

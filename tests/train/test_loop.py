@@ -385,3 +385,26 @@ def test_the_run_folder_can_be_read_back(tmp_path):
     assert load_run(tmp_path / "run.toml") == prepared.run.with_rates(width=prepared.width, num_steps=2)
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert open_checkpoint(prepared.run, "final").state.labels == ["bad", "good"]
+
+
+def test_inputs_that_wait_on_the_host_change_nothing(tmp_path, monkeypatch):
+    packed = []
+    pack = torch.autograd.graph.save_on_cpu
+
+    class Counting(pack):
+        def __init__(self, pin_memory=False):
+            super().__init__(pin_memory)
+            hook = self.pack_hook
+            self.pack_hook = lambda tensor: packed.append(tensor.shape) or hook(tensor)
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Counting)
+    reentrant = ["model.gradient_checkpointing=true", "model.gradient_checkpointing_reentrant=true"]
+    losses = []
+    for name, more in (("kept", []), ("waiting", ["model.activation_offload=true"])):
+        settings = [f"output_dir={tmp_path / name}", "deepspeed_config=", "train.num_steps=3", *reentrant, *more]
+        run = load_run("tests/data/causal_lm.toml", settings)
+        train_run(prepare(run, LaunchEnvironment(0, 1, 0)), quiet=True)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if line["event"] == "step"])
+        assert bool(packed) == bool(more)
+    assert losses[0] == losses[1]
