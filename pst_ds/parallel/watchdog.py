@@ -56,9 +56,10 @@ class Watchdog:
         self.heartbeat("start")
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def heartbeat(self, doing: str) -> None:
-        """Progress was made, and ``doing`` comes next."""
+    def heartbeat(self, doing: str, worker: threading.Thread | None = None) -> None:
+        """Progress was made, and ``doing`` comes next, which a ``worker`` may do while the main thread waits for it."""
         self._last, self._doing, self._beats = time.monotonic(), doing, self._beats + 1
+        self._worker = worker
         # for a main thread that never gives the interpreter to ours; this one is C and needs no interpreter
         if sys.__stderr__ is not None:
             after = self._timeout + _GRACE_SECONDS + _BACKSTOP_SECONDS
@@ -74,7 +75,9 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        stack = traceback.extract_stack(sys._current_frames()[self._main])
+        frames = sys._current_frames()
+        worker = self._worker.ident if self._worker is not None else None
+        stack = traceback.extract_stack(frames[worker if worker in frames else self._main])
         text = "".join(traceback.format_list(stack))
         own = StallReport(self._rank, socket.gethostname(), os.getpid(), self._doing, self._beats, _waits(stack), text)
         with contextlib.suppress(OSError):  # a full disk must not keep the process alive
@@ -130,10 +133,11 @@ def watching(folder: Path, timeout_seconds: float) -> Iterator[None]:
         _current = None
 
 
-def heartbeat(doing: str) -> None:
-    """Tell the watchdog of this process, if there is one, that progress was made, and what comes next."""
+def heartbeat(doing: str, worker: threading.Thread | None = None) -> None:
+    """Tell the watchdog of this process, if there is one, that progress was made, and what comes next; with the thread
+    that does it, if that is not the one that watched, whose stack then tells where it hangs."""
     if _current is not None:
-        _current.heartbeat(doing)
+        _current.heartbeat(doing, worker)
 
 
 def _waits(stack: traceback.StackSummary) -> bool:

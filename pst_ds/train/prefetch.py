@@ -47,7 +47,7 @@ class Prefetched(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        heartbeat("reading a batch")
+        heartbeat("reading a batch", self._thread)
         start = time.perf_counter()
         item, error = self._ready.get()
         self.waited_seconds += time.perf_counter() - start
