@@ -17,7 +17,7 @@ from pst_ds.errors import InputError
 from pst_ds.parallel.optimizer_state import KINDS
 from tools.verbs import verb
 
-TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes")
+TIMES = ("seconds", "tokens_per_second", "data_wait", "peak_memory_bytes")
 """What no two runs have alike."""
 _SAVES = ("checkpoint", "checkpoint_failed")
 """Events of metrics.jsonl."""
