@@ -14,7 +14,6 @@ from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.report.page import page
 from pst_ds.report.run_data import read_runs
 from pst_ds.train import loop as training
-from pst_ds.train import run as runs
 from pst_ds.train.run import prepare, train_run
 
 
