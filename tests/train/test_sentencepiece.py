@@ -62,6 +62,7 @@ train = "{tmp_path}/train.txt"
 validation = "{tmp_path}/test.txt"
 test = "{tmp_path}/test.txt"
 max_length = 32
+document_mask = false
 [train]
 num_steps = 6
 batch_size = 8
