@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.parallel.engine import Engine
+from pst_ds.parallel.ranks import raise_on_all_ranks
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
@@ -87,9 +88,14 @@ def require_documents_apart(engine: Engine, run: RunConfig, examples: ExampleSet
     ]
     engine.train()
     rounding = _ROUNDINGS * torch.finfo(torch.bfloat16 if run.train.precision == "bf16" else torch.float32).eps
-    if (logits[0] - logits[1]).abs().max() > rounding * logits[0].abs().max():
-        kind: str = getattr(getattr(engine.module, "config", None), "model_type", "model")
-        raise ConfigError(
-            f"data.document_mask = true, but model.path = {run.model.path!r} ({kind}) reads on from one document to "
-            "the next whatever their positions are. Fix: data.document_mask = false, which lets documents run on"
-        )
+    reads_on = bool((logits[0] - logits[1]).abs().max() > rounding * logits[0].abs().max())
+
+    def refuse() -> None:
+        if reads_on:
+            kind: str = getattr(getattr(engine.module, "config", None), "model_type", "model")
+            raise ConfigError(
+                f"data.document_mask = true, but model.path = {run.model.path!r} ({kind}) reads on from one document "
+                "to the next whatever their positions are. Fix: data.document_mask = false, which lets documents run on"
+            )
+
+    raise_on_all_ranks(refuse)  # a rounding on one rank alone must not leave the others waiting

@@ -212,8 +212,10 @@ def train_run(
         _calibrate(prepared, engine, examples, resumed=checkpoint is not None)
     step, seconds = run_folder.reached(checkpoint)
     metrics = open_metrics(run, engine.module, prepared.device, num_steps, step, seconds, quiet=quiet, dense=dense)
-    if reason := objective.why_all_logits(engine.module):
-        metrics.say(f"the loss holds the logits of a whole micro-batch, because {reason}")
+    why = objective.why_all_logits(engine.module)
+    about_loss = f"the loss holds the logits of a whole micro-batch, because {why}" if why else ""
+    for remark in filter(None, (prepared.task.remark(examples), about_loss)):
+        metrics.say(remark)
     given = (examples, prepared.tokenizer, num_steps, prepared.device, metrics, objective, rounding)
     loop = Loop(run, engine, schedule, *given)
     checkpointer = Checkpointer(

@@ -162,6 +162,10 @@ class Chat(AnswerTask[Conversations]):
     def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Conversations:
         return load_conversations(data, split, tokenizer)
 
+    def remark(self, examples: Conversations) -> str:
+        count, length = examples.left_out, examples.max_length
+        return f"conversations without an answer in their first {length} tokens are left out: {count}" if count else ""
+
     def ends_of(self, examples: Conversations) -> Sequence[int]:
         return examples.answer_ends
 

@@ -96,6 +96,10 @@ class Task(ABC, Generic[E]):
     def require_enough(self, examples: E, count: int) -> None:
         """Raise ConfigError if a run may not take ``count`` examples, repeated as they are."""
 
+    def remark(self, examples: E) -> str:
+        """Return what a user should know of ``examples``, as a sentence without a full stop; "" for nothing."""
+        return ""
+
     def constant_loss(self, examples: E) -> float | None:
         """Return the least loss of an answer that is the same for all ``examples``; None if it is not known."""
         return None

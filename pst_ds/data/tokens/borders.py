@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from pst_ds.data.tokens.file_array import FileArray
-from pst_ds.data.tokens.joined import Array
+from pst_ds.data.tokens.joined import Array, windows
 
 
 class Borders(Protocol):
@@ -88,10 +88,8 @@ class JoinedBorders:
         return True
 
     def between(self, start: int, stop: int) -> np.ndarray:
-        found = [np.empty(0, np.int64)]
-        for i in range(int(np.searchsorted(self.starts[1:], start, side="right")), len(self.parts)):
-            begin, end = int(self.starts[i]), int(self.starts[i + 1])
-            if begin >= stop:
-                break
-            found.append(self.parts[i].between(max(start - begin, 0), min(stop, end) - begin) + begin)
-        return np.concatenate(found)
+        found = (
+            self.parts[part].between(first, last) + begin
+            for part, begin, first, last in windows(self.starts, start, stop)
+        )
+        return np.concatenate([np.empty(0, np.int64), *found])

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
+
+
+def windows(starts: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (number of a part, where it begins, first and last place in it) for the parts that [start, stop) meets.
+
+    ``starts``: where each part begins, and behind them where the last ends, (parts + 1,) int64.
+    """
+    part = int(np.searchsorted(starts[1:], start, side="right"))
+    while start < stop and part < len(starts) - 1:
+        begin, end = int(starts[part]), int(starts[part + 1])
+        yield part, begin, start - begin, min(stop, end) - begin
+        start, part = end, part + 1
 
 
 class JoinedArray:
@@ -35,13 +47,7 @@ class JoinedArray:
         return self._between(place % len(self), place % len(self) + 1)[0]
 
     def _between(self, start: int, stop: int) -> np.ndarray:
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        pieces = []
-        while start < stop:
-            begin = int(self._starts[first])
-            piece = self.parts[first][start - begin : stop - begin]
-            pieces.append(piece)
-            start, first = start + len(piece), first + 1
+        pieces = [self.parts[part][first:last] for part, _, first, last in windows(self._starts, start, stop)]
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, self.dtype), *pieces])
 
     def first(self, count: int) -> JoinedArray:

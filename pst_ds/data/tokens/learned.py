@@ -8,6 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
+from pst_ds.data.tokens.joined import windows
+
 
 class Learned(Protocol):
     """Says which tokens are predicted."""
@@ -56,10 +58,5 @@ class JoinedLearned:
     """Where each stream begins, and behind them where the last ends: (parts + 1,) int64."""
 
     def between(self, start: int, stop: int) -> np.ndarray:
-        found = [np.empty(0, bool)]
-        for i in range(int(np.searchsorted(self.starts[1:], start, side="right")), len(self.parts)):
-            begin, end = int(self.starts[i]), int(self.starts[i + 1])
-            if begin >= stop:
-                break
-            found.append(self.parts[i].between(max(start - begin, 0), min(stop, end) - begin))
-        return np.concatenate(found)
+        found = (self.parts[part].between(first, last) for part, _, first, last in windows(self.starts, start, stop))
+        return np.concatenate([np.empty(0, bool), *found])

@@ -97,10 +97,8 @@ def _stream_of_files(
     data: DataConfig, where: str, tokenizer: Tokenizer, *, count: bool, kind: str = "text"
 ) -> TokenStream:
     """Map the tokens of the files that a path names, as ``pst-ds prepare`` finds and reads them."""
-    column, setting = data.text_columns[0], "data.text_columns"
-    reading = Reading(column=column, sample_by=data.sample_by, setting=setting)
-    if kind == "chat":
-        reading = Reading(column="messages", kind=kind, setting=setting)
+    column, kind = ("messages", "chat") if kind == "chat" else (data.text_columns[0], "text")
+    reading = Reading(column=column, kind=kind, sample_by=data.sample_by, setting="data.text_columns")
     plan = plan_store([where], tokenizer, reading, count_bytes=count)
     paths = dict.fromkeys(span.path for piece in plan.pieces for span in piece)
     remote = next((path for path in paths if not Path(path).exists()), None)
