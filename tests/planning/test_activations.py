@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, LlamaConfig, LlamaForCausalLM
 
 from pst_ds.config.pst import PSTConfig
+from pst_ds.core.head_loss import ChunkSizes
 from pst_ds.nn.inject import inject_pst
-from pst_ds.planning.activations import UntraceableError, activation_bytes
+from pst_ds.planning.activations import UntraceableError, activation_bytes, trace_micro_batch
 
 
 def _llama(vocabulary, attention="sdpa"):
@@ -41,6 +42,21 @@ def test_the_loss_of_a_large_vocabulary_is_one_chunk_for_any_number_of_tokens():
     assert 0 <= taught - large < logits + hidden + 8 * (1 << 20)
     on_gpu = activation_bytes(_llama(32_000), device="cuda", **shape)
     assert on_gpu - small < 8 * 512 * 32_000 * 2
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_chunks_beyond_two_are_counted_as_if_they_were_run(distilled, monkeypatch):
+    """Whatever their size: half as many of them, of twice the rows, read the head's weight half as often."""
+    shape = {"batch": 2, "sequence": 512, "checkpointing": True, "distilled": distilled}
+    traces = []
+    for rows in (128, 256, 512):  # eight, four and two: the last are all run
+        sizes = ChunkSizes(least_rows=rows, numbers=1, numbers_in_fp32=128 * 4000)
+        monkeypatch.setattr("pst_ds.planning.activations.chunk_sizes", lambda device, sizes=sizes: sizes)
+        traces.append(trace_micro_batch(_llama(4000), **shape))
+    eight, four, two = ((trace.launches, trace.moved) for trace in traces)
+    for k in range(2):
+        assert eight[k] - four[k] == 2 * (four[k] - two[k])
+    assert eight[0] > four[0]
 
 
 def test_without_checkpointing_every_layer_keeps_what_its_matrices_multiply():
