@@ -48,7 +48,7 @@ class Objective:
             return F.mse_loss(engine(**inputs).logits.squeeze(-1).float(), batch["labels"])
         heads = self._heads(engine.module)
         if not self._weight and heads is None:
-            return engine(**batch).loss
+            return _own_loss(engine, inputs, batch["labels"])
         if self._hidden:
             inputs["output_hidden_states"] = True
         if heads is not None:
@@ -123,6 +123,15 @@ class Objective:
                 return engine(**inputs)
         finally:
             engine.train()
+
+
+def _own_loss(engine: Engine, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+    """Return the loss that the model makes itself, and 0 of tokens that predict none, whose mean is not a number."""
+    if labels.dim() == 1:
+        return engine(**inputs, labels=labels).loss
+    predicts = (labels[:, 1:] != IGNORED).any()
+    loss: Tensor = engine(**inputs, labels=labels.masked_fill(~predicts, 0)).loss
+    return loss * predicts
 
 
 def predictions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

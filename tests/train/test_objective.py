@@ -287,3 +287,17 @@ def test_a_pruned_head_keeps_the_own_loss_of_the_model_and_says_why(tmp_path):
     assert "LlamaForCausalLM has a head of class PSTLinear" in objective.why_all_logits(engine.module)
     with torch.no_grad():
         assert torch.equal(objective(engine, batch), engine(**batch).loss)
+
+
+def test_a_micro_batch_that_predicts_nothing_costs_nothing_whoever_makes_the_loss(tmp_path):
+    for number, targets in enumerate(("[\"q_proj\"]", "[\"q_proj\", \"lm_head\"]")):
+        prepared = _prepared(CAUSAL, tmp_path / str(number), f"pst.target_modules={targets}")
+        _, engine = build(prepared)
+        batch = _batch(prepared)
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+        loss = Objective(prepared.run)(engine, batch)
+        engine.backward(loss)
+        assert loss == 0.0
+        gradients = [param.grad for param in engine.module.parameters() if param.grad is not None]
+        assert gradients
+        assert not any(gradient.any() or gradient.isnan().any() for gradient in gradients)
