@@ -290,7 +290,7 @@ def test_a_pruned_head_keeps_the_own_loss_of_the_model_and_says_why(tmp_path):
 
 
 def test_a_micro_batch_that_predicts_nothing_costs_nothing_whoever_makes_the_loss(tmp_path):
-    for number, targets in enumerate(("[\"q_proj\"]", "[\"q_proj\", \"lm_head\"]")):
+    for number, targets in enumerate(('["q_proj"]', '["q_proj", "lm_head"]')):
         prepared = _prepared(CAUSAL, tmp_path / str(number), f"pst.target_modules={targets}")
         _, engine = build(prepared)
         batch = _batch(prepared)
