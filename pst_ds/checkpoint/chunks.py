@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pst_ds.core.bits import shard_numel
+from pst_ds.core.bits import shard_numel, shard_range
 
 Chunk = tuple[int, int, int]
 """(index of the tensor, first value, value after the last): values of a tensor that lie together in one file."""
@@ -32,6 +33,7 @@ class ChunkedTensors:
     def __init__(self, sizes: Mapping[str, int], num_files: int, chunks: Sequence[Sequence[Chunk]] | None = None):
         self.sizes, self.num_files, self._chunks = dict(sizes), num_files, chunks
         self._names = list(sizes)
+        self._counts = Counter(sizes.values())
         self._tables: dict[int, dict[str, list[Fragment]]] = {}
         self._places: dict[str, dict[int, None]] = {}
         if chunks is not None:
@@ -39,7 +41,10 @@ class ChunkedTensors:
 
     def length(self, file: int) -> int:
         """Values in a file."""
-        return sum(fragment.stop - fragment.start for fragments in self._table(file).values() for fragment in fragments)
+        if self._chunks is not None:
+            return sum(stop - start for _, start, stop in self._chunks[file])
+        shares = ((count, *shard_range(size, self.num_files, file)) for size, count in self._counts.items())
+        return sum(count * (stop - start) for count, start, stop in shares)
 
     def fragments(self, name: str, start: int, stop: int) -> list[Fragment]:
         """The fragments that make up values [start, stop) of a tensor, in order."""
@@ -74,9 +79,7 @@ class ChunkedTensors:
             yield from ((self._names[i], start, stop) for i, start, stop in self._chunks[file])
             return
         for name, size in self.sizes.items():
-            per_file = shard_numel(size, self.num_files)
-            start = min(file * per_file, size)
-            yield name, start, min(start + per_file, size)
+            yield name, *shard_range(size, self.num_files, file)
 
     def _check(self, chunks: Sequence[Sequence[Chunk]]) -> None:
         if len(chunks) != self.num_files:

@@ -18,8 +18,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
@@ -169,8 +170,9 @@ class Checkpoint:
         wanted = {kind: ("F32", [values]) for kind in KINDS} | {MASK: ("U8", [self._mask_bytes])}
         if self.contents.scales:
             wanted[SCALES] = ("U8", [self._scales.length(file)])
-        tensors = {key: self._tensor(file, key) for key in self._handle(file).keys()}  # noqa: SIM118  not iterable
-        held = {key: (tensor.get_dtype(), tensor.get_shape()) for key, tensor in tensors.items()}
+        with _opened(path) as tensors:  # not kept: a process may have fewer open files than a checkpoint has
+            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118  not iterable
+            held = {key: (values.get_dtype(), values.get_shape()) for key, values in slices.items()}
         if held != wanted:
             raise CheckpointError(f"{path} is damaged: it holds {held}, and {MANIFEST} says {wanted}")
 
@@ -187,14 +189,18 @@ class Checkpoint:
 
     def _handle(self, file: int) -> Any:
         if file not in self._open:
-            from safetensors import SafetensorError, safe_open
-
-            path = self.folder / shard_name(file, self.contents.num_shards)
-            try:
-                self._open[file] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is damaged: {error}") from None
+            self._open[file] = _opened(self.folder / shard_name(file, self.contents.num_shards))
         return self._open[file]
+
+
+def _opened(path: Path) -> Any:
+    """A file of tensors, open for reading. Raises CheckpointError for one that is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
 
 
 class _OnDemand(Mapping[str, Tensor]):
@@ -261,28 +267,29 @@ def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
 
 def listed_files(folder: Path) -> list[str]:
     """Return the names of manifest and shards in ``folder``. Raises CheckpointError for a missing or foreign file."""
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else []
+    names = [entry.name for entry in entries]
     for name in (MANIFEST, SUMS):
-        if not (folder / name).is_file():
+        if name not in names:
             raise CheckpointError(f"no whole checkpoint in {folder.absolute()}: {name} is missing")
-    names = []
-    for path in sorted(folder.iterdir()):
-        if path.is_symlink() or not path.is_file():
-            raise CheckpointError(f"{path} is a link or a folder; a checkpoint holds plain files only")
-        if path.name not in (MANIFEST, SUMS) and not _SHARD_NAME.fullmatch(path.name):
+    for entry in entries:  # whose kinds the folder itself knows, without a call for each
+        if not entry.is_file(follow_symlinks=False):
+            raise CheckpointError(f"{entry.path} is a link or a folder; a checkpoint holds plain files only")
+        if entry.name not in (MANIFEST, SUMS) and not _SHARD_NAME.fullmatch(entry.name):
             raise CheckpointError(
-                f"{path} does not belong in a checkpoint, which holds {MANIFEST}, {SUMS} and shard-*.safetensors; it "
-                "was not opened. Move it elsewhere"
+                f"{entry.path} does not belong in a checkpoint, which holds {MANIFEST}, {SUMS} and "
+                "shard-*.safetensors; it was not opened. Move it elsewhere"
             )
-        names.append(path.name)
     return [name for name in names if name != SUMS]
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, names: Sequence[str] | None = None) -> Checkpoint:
     """Open the checkpoint in ``folder`` by its manifest, checking only the names of the other files.
 
+    ``names`` are those that :func:`listed_files` returned already, if it was called.
     Raises CheckpointError for a manifest that is missing, damaged or of another format, and for missing files.
     """
-    names = listed_files(folder)
+    names = listed_files(folder) if names is None else names
     path = folder / MANIFEST
     data = path.read_bytes()
     if f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n".encode() not in (folder / SUMS).read_bytes():

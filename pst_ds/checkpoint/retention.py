@@ -9,11 +9,15 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import TypeAlias
 
 from pst_ds.atomic_files import OLD, PARTIAL, file_sha256, replace_link, restore_replaced
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError, check_sums, listed_files, open_checkpoint
 from pst_ds.config.file_names import BEST, FINAL, LATEST
-from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, rank, world_size
+from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, rank, world_size
+
+Known: TypeAlias = dict[str, int | None]
+"""Names of good checkpoints, with the step of the best one that each knows."""
 
 BROKEN = ".broken"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -50,7 +54,7 @@ def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     Damaged ones are set aside. Every rank verifies a share of the files. Collective; the same on every rank.
     """
     problems: list[str] = []
-    names = all_gather_objects([path.name for path in step_folders(folder)])[0]
+    names = of_main(lambda: [path.name for path in step_folders(folder)])
     for name in names:
         checkpoint, problem = _verified(folder / name)
         if checkpoint is not None:
@@ -68,8 +72,8 @@ def _verified(path: Path) -> tuple[Checkpoint | None, str]:
     """Return the checkpoint, or the first problem that any rank has with it. Collective."""
     checkpoint, sums, problem = None, {}, ""
     try:
-        checkpoint = open_checkpoint(path)
-        names = listed_files(path)
+        names = of_main(lambda: listed_files(path))
+        checkpoint = open_checkpoint(path, names)
         sums = {name: file_sha256(path / name) for name in names[rank() :: world_size()]}
         for file in range(rank(), checkpoint.contents.num_shards, world_size()):
             checkpoint.check_shard(file)
@@ -87,20 +91,21 @@ def _verified(path: Path) -> tuple[Checkpoint | None, str]:
     return (None if problem else checkpoint), problem
 
 
-def keep(folder: Path, keep_last: int) -> list[str]:
+def keep(folder: Path, keep_last: int, known: Known | None = None) -> list[str]:
     """Remove all but the newest ``keep_last`` good checkpoints and the best that any of them knows; return the names.
 
-    A checkpoint is good when its manifest is intact and its files have their full length. A bad one is removed only if
-    it is older than ``keep_last`` good ones.
+    A checkpoint is good when it is ``known``, or when its manifest is intact and its files have their full length;
+    those found to be good become known. A bad one is removed only if it is older than ``keep_last`` good ones.
     """
+    known = {} if known is None else known
     best: set[str] = set()
     removed, good = [], 0
     for path in step_folders(folder):
         if good == keep_last:
             removed.append(path)
-        elif (checkpoint := _intact(path)) is not None:
+        elif path.name in known or _learn(path, known):
             good += 1
-            step = checkpoint.state.progress.get("best_step")
+            step = known[path.name]
             best |= set() if step is None else {step_name(step)}
     removed = [path for path in removed if path.name not in best]
     for path in removed:
@@ -110,18 +115,24 @@ def keep(folder: Path, keep_last: int) -> list[str]:
     return [path.name for path in removed]
 
 
-def _intact(path: Path) -> Checkpoint | None:
+def _learn(path: Path, known: Known) -> bool:
+    """Return whether a checkpoint is good, and make it known if it is."""
     try:
         checkpoint = open_checkpoint(path)
         for file in range(checkpoint.contents.num_shards):
             checkpoint.check_shard(file)
     except (CheckpointError, OSError):
-        return None
-    return checkpoint
+        return False
+    known[path.name] = checkpoint.state.progress.get("best_step")
+    return True
 
 
-def settle(folder: Path, step: int, *, best_step: int | None, is_last: bool, keep_last: int) -> None:
+def settle(
+    folder: Path, step: int, *, best_step: int | None, is_last: bool, keep_last: int, known: Known | None = None
+) -> None:
     """Point the links to the checkpoint of ``step``, and remove checkpoints that are no longer needed.
+
+    ``known`` are those that this process wrote or verified, and :func:`keep` does not look into again.
 
     Also repairs what a crash between writing a checkpoint and this left behind.
     """
@@ -130,7 +141,7 @@ def settle(folder: Path, step: int, *, best_step: int | None, is_last: bool, kee
             replace_link(folder / link, step_name(of_step))
         elif (folder / link).is_symlink() and not (folder / link).exists():
             (folder / link).unlink()  # its checkpoint was damaged
-    keep(folder, keep_last)
+    keep(folder, keep_last, known)
 
 
 def find(folder: Path, name: str) -> Path:

@@ -45,6 +45,22 @@ def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list
     return gathered
 
 
+def of_main(action: Callable[[], T]) -> T:
+    """Return on every rank what ``action`` returns on rank 0, which alone runs it. An InputError or OSError of it is
+    raised on every rank. Collective."""
+    outcome: list[object] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = action()
+        except (InputError, OSError) as error:
+            outcome[1] = error
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome, 0)
+    if isinstance(outcome[1], Exception):
+        raise outcome[1]
+    return outcome[0]  # type: ignore[return-value]
+
+
 def all_gather_numbers(value: Tensor) -> Tensor:
     """Everyone's ``value``, of one shape, on its own device, by rank: (world size, *shape). Collective."""
     if not dist.is_initialized():

@@ -66,6 +66,7 @@ class Checkpointer:
         self._folder, self._num_steps = folder, num_steps
         self._evaluate_now, self._lower_is_better, self._watched = evaluate, lower_is_better, watched
         self._new_state, self._new_progress = new_state, new_progress
+        self._known: checkpoints.Known = {}
         self._best: float | None = None
         self.best_step: int | None = None
         self._last_evaluated: tuple[int, dict[str, float]] = (-1, {})
@@ -142,7 +143,10 @@ class Checkpointer:
 
     def _settle(self, step: int, best_step: int | None, is_last: bool) -> None:
         keep_last = self._run.checkpoint.keep_last
-        checkpoints.settle(self._folder, step, best_step=best_step, is_last=is_last, keep_last=keep_last)
+        self._known[step_name(step)] = best_step
+        checkpoints.settle(
+            self._folder, step, best_step=best_step, is_last=is_last, keep_last=keep_last, known=self._known
+        )  # fmt: skip
 
     def _state(self, state: LoopState) -> CheckpointState:
         (evaluated_step, metrics), schedule = self._last_evaluated, self._schedule

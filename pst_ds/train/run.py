@@ -37,7 +37,7 @@ from pst_ds.parallel.ds_config import (
 )
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
 from pst_ds.parallel.launch import LaunchEnvironment, device_of, init_distributed
-from pst_ds.parallel.ranks import barrier, is_main, raise_on_all_ranks, world_size
+from pst_ds.parallel.ranks import barrier, is_main, of_main, raise_on_all_ranks, world_size
 from pst_ds.parallel.watchdog import watching
 from pst_ds.train import run_folder
 from pst_ds.train.calibration import activation_norms, load_norms, save_norms, set_norms
@@ -350,7 +350,7 @@ def _new_state(prepared: Prepared) -> partial[CheckpointState]:
         precision=run.train.precision,
         device_type=prepared.device.partition(":")[0],
         base_path=run.model.path,
-        base_fingerprint=base_fingerprint(run.model.path),
+        base_fingerprint=of_main(lambda: base_fingerprint(run.model.path)),
         labels=prepared.labels,
     )
 

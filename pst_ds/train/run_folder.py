@@ -25,7 +25,7 @@ from pst_ds.errors import InputError
 from pst_ds.masks.update import MaskStats, mask_stats
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.optimizer_state import set_counters
-from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, raise_on_all_ranks, world_size
+from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, raise_on_all_ranks, world_size
 from pst_ds.train.loop import LoopState
 
 MAY_DIFFER = (
@@ -145,7 +145,7 @@ def checkpoint_to_go_on_from(run: RunConfig, data_digest: str, *, quiet: bool) -
     if checkpoint is None:
         messages.append(f"nothing was saved in {folder} yet: starting at step 0")
     else:
-        fingerprint = base_fingerprint(run.model.path)
+        fingerprint = of_main(lambda: base_fingerprint(run.model.path))
         changed = raise_on_all_ranks(lambda: require_same_run(checkpoint, run, fingerprint, data_digest))
         messages.append(f"going on from {checkpoint.folder}, after step {checkpoint.state.step}")
         messages += [f"  with {change}" for change in changed]
