@@ -284,6 +284,12 @@ def _picture_if_due(loop: Loop, state: LoopState) -> None:
     loop.metrics.figures(state.step, stats)
 
 
+def _gradient_norm(engine: Engine) -> dict[str, float]:
+    """Return the norm of the last step's gradient before it was clipped; nothing where the engine keeps none."""
+    norm = engine.get_global_grad_norm()
+    return {} if norm is None else {"grad_norm": float(norm)}
+
+
 def _report_if_due(loop: Loop, state: LoopState) -> None:
     if state.step % loop.run.train.log_interval and state.step not in (1, loop.num_steps):
         return
@@ -301,11 +307,13 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
         "event": "step",
         "loss": loss,
         "losses": losses,
+        **_gradient_norm(loop.engine),
         **{f"lr/{group['name']}": group["lr"] for group in loop.engine.optimizer.param_groups},
         "sparsity/target": loop.schedule.sparsity_at(state.step) if loop.schedule else 0.0,
         "sparsity/actual": sparsity,
         "flip_rate": flip_rate,
         "tokens_per_second": per_second,
+        "tokens_per_second_per_rank": per_second / world_size(),
         "data_wait": waited / elapsed if elapsed > 0 else 0.0,
         "peak_memory_bytes": memory,
         "skipped_steps": loop.engine.skipped_steps,

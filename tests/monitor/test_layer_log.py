@@ -20,8 +20,9 @@ from pst_ds.train.run import prepare, train_run
 
 LAYER_SCALARS = {"sparsity", "flip_rate", "correlation", "score_norm", "relative_update_norm"}
 SCALARS = {
-    "loss", "lr/scores", "lr/updates", "lr/head", "sparsity/target", "sparsity/actual", "flip_rate", "correlation",
-    "tokens_per_second", "data_wait", "peak_memory_bytes", "skipped_steps", "eval/accuracy", "checkpoint/bytes",
+    "loss", "grad_norm", "lr/scores", "lr/updates", "lr/head", "sparsity/target", "sparsity/actual", "flip_rate",
+    "correlation", "tokens_per_second", "tokens_per_second_per_rank", "data_wait", "peak_memory_bytes", "skipped_steps",
+    "eval/accuracy", "checkpoint/bytes",
 }  # fmt: skip
 
 
@@ -181,7 +182,12 @@ def test_a_run_that_goes_on_has_every_point_once(tmp_path, monkeypatch):
     assert set(boards[0].Tags()["scalars"]) == set(boards[1].Tags()["scalars"])
     for tag in boards[0].Tags()["scalars"]:
         one, other = (_scalar(board, tag) for board in boards)
-        if tag in ("tokens_per_second", "data_wait", "peak_memory_bytes") or tag.startswith("checkpoint/"):
+        if tag in (
+            "tokens_per_second",
+            "tokens_per_second_per_rank",
+            "data_wait",
+            "peak_memory_bytes",
+        ) or tag.startswith("checkpoint/"):
             one, other = list(one), list(other)  # the steps
         assert one == other, tag
     served = [_board(folder, plugin_event_accumulator) for folder in (whole, stopped)]  # the other keeps old pictures
