@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -35,21 +35,16 @@ from pst_ds.parallel import stop_signals
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
+from pst_ds.train.divergence import DivergedError, MicroBatch, fault_of_batch, require_finite
 from pst_ds.train.objective import Objective
 from pst_ds.train.prefetch import Prefetched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MicroBatches: TypeAlias = list[tuple[dict[str, Tensor], float]]
-"""Model inputs, and by what the mean loss of each is to be multiplied."""
 MAX_SKIPPED_IN_A_ROW = 100
 FINAL_TAGS = ("loss", "sparsity/actual", "tokens_per_second")
 """The reported values that a run is judged by at its end, besides its evaluation."""
-
-
-class DivergedError(RuntimeError):
-    """A loss is not finite, or too many gradients in a row are not; raised on every rank."""
 
 
 @dataclass(slots=True)
@@ -129,21 +124,41 @@ class Loop:
             return nullcontext()
         return torch.autograd.graph.save_on_cpu(pin_memory=self.device.startswith("cuda"))
 
-    def _train_on(self, micro_batches: MicroBatches, state: LoopState) -> None:
-        """Take one optimizer step, or try to. Collective."""
+    def _train_on(self, micro_batches: Sequence[MicroBatch], state: LoopState) -> None:
+        """Take one optimizer step, or try to; none if a loss is not finite. Collective."""
         set_rates(self, state.step)
         seed_random_numbers(self.run.seed, state.batch)
-        losses = []
-        for batch, share in micro_batches:
+        losses: list[Tensor] = []
+        for number, batch in enumerate(micro_batches, 1):
             heartbeat(f"the forward and backward pass of batch {state.batch + 1}")
-            on_device = {name: values.to(self.device, non_blocking=True) for name, values in batch.items()}
             with self._saving():
-                loss = share * self.objective(self.engine, on_device)
+                loss = batch.share * self._loss(batch)
             self.engine.backward(loss)
-            self.engine.step()
             losses.append(loss.detach())
+            if number == len(micro_batches):
+                self._agree_on_batch(state, losses, micro_batches)
+            self.engine.step()
+
+    def _loss(self, batch: MicroBatch) -> Tensor:
+        inputs = {name: values.to(self.device, non_blocking=True) for name, values in batch.inputs.items()}
+        return self.objective(self.engine, inputs)
+
+    def _agree_on_batch(self, state: LoopState, losses: list[Tensor], micro_batches: Sequence[MicroBatch]) -> None:
+        """Exchange the mean loss of the batch, and whether a rank was asked to stop. Collective. DeepSpeed skips a step
+        for a bad gradient (not at stage 0 in fp32); a bad loss ends the run, on all ranks, before it is taken."""
+        own = torch.stack(losses).double().mean()
+        stop = own.new_tensor(float(stop_signals.asked_by()))
+        by_rank = all_gather_numbers(torch.stack([own, stop])).tolist()
+        of_ranks = [loss for loss, _ in by_rank]
+
+        def find() -> str:
+            seed_random_numbers(self.run.seed, state.batch)
+            return fault_of_batch(self.engine.module, micro_batches, self._loss, Path(self.run.output_dir))
+
+        require_finite(of_ranks, state.batch + 1, state.step, find)
         state.batch += 1
-        _agree_on_batch(state, losses)
+        state.stopped_by = int(max(stop for _, stop in by_rank))
+        state.losses.append(sum(of_ranks) / len(of_ranks))
 
 
 def _require_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
@@ -183,7 +198,7 @@ def set_rates(loop: Loop, step: int) -> None:
         group["lr"] = 0.0 if masks_fixed and group["name"] == "scores" else group["peak_lr"] * factor
 
 
-def _batches(loop: Loop, first: int) -> Iterator[tuple[MicroBatches, int]]:
+def _batches(loop: Loop, first: int) -> Iterator[tuple[list[MicroBatch], int]]:
     """Yield this rank's micro-batches of each global batch from number ``first`` on, and the tokens of the whole batch.
     Ranks that share sequences have the same.
 
@@ -202,7 +217,7 @@ def _batches(loop: Loop, first: int) -> Iterator[tuple[MicroBatches, int]]:
         if loop.device.startswith("cuda"):
             collated = [{name: values.pin_memory() for name, values in inputs.items()} for inputs in collated]
         shares = [per_target * task.num_targets(loop.examples, indices) for indices in own]
-        yield list(zip(collated, shares, strict=True)), int(sum(lengths[i] for i in batch))
+        yield list(map(MicroBatch, collated, shares, own)), int(sum(lengths[i] for i in batch))
 
 
 def _update_masks_if_due(loop: Loop, state: LoopState) -> None:
@@ -241,22 +256,6 @@ def _require_sparsity(run: RunConfig, masks: MaskStats) -> None:
             f"schedule.final_sparsity = {requested}, but {masks.sparsity:.4f} of the pruned weights of model.path = "
             f'{run.model.path!r} are zero, and pst.initial_mask = "zeros" keeps just the others. Fix: '
             f"schedule.final_sparsity = {masks.sparsity:.4f}, or another model folder"
-        )
-
-
-def _agree_on_batch(state: LoopState, losses: list[Tensor]) -> None:
-    """Exchange the mean loss of the last batch, and whether a rank was asked to stop. Collective. DeepSpeed skips a
-    step for a bad gradient (not at stage 0 in fp32); a bad loss ends the run, on all ranks."""
-    own = torch.stack(losses).double().mean()
-    stop = own.new_tensor(float(stop_signals.asked_by()))
-    by_rank = all_gather_numbers(torch.stack([own, stop])).tolist()
-    state.stopped_by = int(max(stop for _, stop in by_rank))
-    state.losses.append(sum(loss for loss, _ in by_rank) / len(by_rank))
-    bad = [r for r, (loss, _) in enumerate(by_rank) if not math.isfinite(loss)]
-    if bad:
-        raise DivergedError(
-            f"the loss of batch {state.batch} is not finite on rank {', '.join(map(str, bad))} (after {state.step} "
-            "applied steps); lower the learning rates, or look for a broken example. Nothing was saved for this step"
         )
 
 

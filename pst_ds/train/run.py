@@ -42,10 +42,11 @@ from pst_ds.parallel.watchdog import watching
 from pst_ds.train import run_folder
 from pst_ds.train.calibration import activation_norms, load_norms, save_norms, set_norms
 from pst_ds.train.checkpointer import Checkpointer
+from pst_ds.train.divergence import DivergedError
 from pst_ds.train.documents import require_documents_apart
 from pst_ds.train.evaluate import predict
 from pst_ds.train.fit import Fit, judged_fit, watched_steps
-from pst_ds.train.loop import FINAL_TAGS, DivergedError, Loop, LoopState
+from pst_ds.train.loop import FINAL_TAGS, Loop, LoopState
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
 from pst_ds.train.objective import Objective, load_teacher, require_teacher
 from pst_ds.train.reporting import open_metrics

@@ -24,8 +24,8 @@ from pst_ds.parallel.engine import Engine, release
 from pst_ds.parallel.ranks import all_gather_objects, is_main, raise_on_all_ranks
 from pst_ds.progress import Progress
 from pst_ds.train import run_folder
+from pst_ds.train.divergence import DivergedError
 from pst_ds.train.evaluate import predict
-from pst_ds.train.loop import DivergedError
 from pst_ds.train.run import Prepared, Splits, StoppedError, load_splits, train_run
 from pst_ds.tune.halving import RATES, Candidate, Outcome, Rung, candidates, chosen, promoted, rungs
 

@@ -27,7 +27,7 @@ from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import BackgroundGroup, rank, world_size
 from pst_ds.train import run as run_module
 from pst_ds.train.checkpointer import CheckpointWriteError
-from pst_ds.train.loop import DivergedError
+from pst_ds.train.divergence import DivergedError
 from pst_ds.train.run import prepare, train_run
 
 RUN_FILE = "tests/data/world_size.toml"

@@ -22,7 +22,8 @@ from pst_ds.parallel.engine import LocalEngine
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train import loop as loop_module
 from pst_ds.train.checkpointer import Checkpointer
-from pst_ds.train.loop import DivergedError, Loop, LoopState
+from pst_ds.train.divergence import DivergedError
+from pst_ds.train.loop import Loop, LoopState
 from pst_ds.train.model import parameter_groups
 from pst_ds.train.objective import Objective
 from pst_ds.train.run import build, prepare, train_run

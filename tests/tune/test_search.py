@@ -14,7 +14,7 @@ from pst_ds.config.toml import load_run
 from pst_ds.data.labelled import Examples
 from pst_ds.data.tasks import task_of
 from pst_ds.parallel import stop_signals
-from pst_ds.train.loop import DivergedError
+from pst_ds.train.divergence import DivergedError
 from pst_ds.train.objective import Objective
 from pst_ds.tune import trials
 from pst_ds.tune.halving import RATES, Candidate

@@ -1,0 +1,121 @@
+"""Where a loss that is not finite comes from: the first layer whose output is not, and the examples it read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from pst_ds.atomic_files import write_bytes_atomic
+from pst_ds.nn.inject import shortened
+from pst_ds.parallel.ranks import all_gather_objects
+
+BAD_BATCH_FILE = "bad_batch.safetensors"
+
+
+class DivergedError(RuntimeError):
+    """A loss is not finite, or too many gradients in a row are not; raised on every rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What a rank takes at a time."""
+
+    inputs: dict[str, Tensor]
+    """Of the model, by name, with the labels."""
+    share: float
+    """By what its mean loss is to be multiplied."""
+    examples: Sequence[int]
+    """Numbers of its examples in the training data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """The first output that is not finite."""
+
+    layer: str
+    examples: list[int]
+
+    def __str__(self) -> str:
+        numbers = shortened([str(number) for number in self.examples])
+        return f"{self.layer}, of example{'s' if len(self.examples) > 1 else ''} {numbers} of data.train"
+
+
+def require_finite(losses: Sequence[float], batch: int, step: int, find: Callable[[], str]) -> None:
+    """Raise DivergedError unless the losses of all ranks in ``batch`` are finite, after ``step`` applied steps. ``find``
+    looks for the fault, as :func:`fault_of_batch` does. Collective if one is not."""
+    bad = [str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+    if bad:
+        raise DivergedError(
+            f"the loss of batch {batch} is not finite on rank {', '.join(bad)} (after {step} applied steps); {find()}"
+            "lower the learning rates, or look for a broken example. Nothing was saved for this step"
+        )
+
+
+@torch.no_grad()
+def fault_of_batch(
+    model: nn.Module, micro_batches: Sequence[MicroBatch], run: Callable[[MicroBatch], object], folder: Path
+) -> str:
+    """Return in words the first layer whose output is not finite when each micro-batch is ``run`` again, on the lowest
+    rank that has one, with its examples; "" if there is none. Its inputs are written to ``folder``. Collective."""
+    own: Fault | None = None
+    for batch in micro_batches:
+        with _listening(model, batch.examples) as faults:
+            run(batch)
+        if own is None and faults:
+            own = faults[0]
+            _save(folder, batch)
+    found = [(rank, fault) for rank, fault in enumerate(all_gather_objects(own)) if fault is not None]
+    if not found:
+        return ""
+    rank, fault = found[0]
+    return f"the first output that is not is that of {fault} (rank {rank}; saved as {folder / BAD_BATCH_FILE}); "
+
+
+@contextmanager
+def _listening(model: nn.Module, examples: Sequence[int]) -> Iterator[list[Fault]]:
+    faults: list[Fault] = []
+
+    def listener(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, args: object, output: Any) -> None:
+            for values in tree_leaves(output):
+                if not faults and isinstance(values, Tensor) and values.is_floating_point():
+                    rows = _rows_not_finite(values, len(examples))
+                    if rows:
+                        faults.append(Fault(name, [int(examples[row]) for row in rows]))
+
+        return look
+
+    leaves = [(name, module) for name, module in model.named_modules() if next(module.children(), None) is None]
+    hooks = [module.register_forward_hook(listener(name)) for name, module in leaves]
+    try:
+        yield faults
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _rows_not_finite(values: Tensor, count: int) -> list[int]:
+    """Return which of ``count`` examples have values that are not finite; all, where values are not cut by example."""
+    finite = values.isfinite()
+    if bool(finite.all()):
+        return []
+    if values.dim() == 0 or values.shape[0] % count:
+        return list(range(count))
+    rows: list[int] = (~finite.reshape(count, -1).all(1)).nonzero().flatten().tolist()
+    return rows
+
+
+def _save(folder: Path, batch: MicroBatch) -> None:
+    from safetensors.torch import save
+
+    tensors = {name: values.contiguous() for name, values in batch.inputs.items() if isinstance(values, Tensor)}
+    numbers = torch.as_tensor([int(number) for number in batch.examples])
+    write_bytes_atomic(folder / BAD_BATCH_FILE, save({**tensors, "examples": numbers}))
