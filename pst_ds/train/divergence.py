@@ -49,8 +49,10 @@ class Fault:
 
 
 def require_finite(losses: Sequence[float], batch: int, step: int, find: Callable[[], str]) -> None:
-    """Raise DivergedError unless the losses of all ranks in ``batch`` are finite, after ``step`` applied steps. ``find``
-    looks for the fault, as :func:`fault_of_batch` does. Collective if one is not."""
+    """Raise DivergedError unless the losses of all ranks in ``batch`` are finite, after ``step`` applied steps.
+
+    ``find`` looks for the fault, as :func:`fault_of_batch` does. Collective if a loss is not finite.
+    """
     bad = [str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss)]
     if bad:
         raise DivergedError(
