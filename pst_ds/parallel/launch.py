@@ -94,8 +94,9 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
         # before DeepSpeed asks skips that, and the probing of every other op.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     else:
-        _require_device(launch, get_accelerator().device_count())
-        get_accelerator().set_device(launch.local_rank)
+        index = _device_index(launch, get_accelerator().device_count())
+        os.environ["LOCAL_RANK"] = str(index)
+        get_accelerator().set_device(index)
     timeout = {"timeout": timedelta(seconds=timeout_seconds)} if timeout_seconds else {}
     if launch.world_size == 1 and not dist.is_initialized():
         dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
@@ -104,14 +105,18 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
     deepspeed.init_distributed(dist_backend=_backend(), auto_mpi_discovery=False, verbose=False, **timeout)
 
 
-def _require_device(launch: LaunchEnvironment, num_devices: int) -> None:
-    if launch.local_rank >= num_devices:
-        raise InputError(
-            f"rank {launch.rank} has LOCAL_RANK = {launch.local_rank}, and {num_devices} accelerators are visible to "
-            f"it on {socket.gethostname()}: start no more ranks on a host than it has accelerators (deepspeed "
-            "--num_gpus, torchrun --nproc_per_node), and let every rank see them all (CUDA_VISIBLE_DEVICES; in Slurm "
-            "--gpus-per-node, not --gpus-per-task)"
-        )
+def _device_index(launch: LaunchEnvironment, num_devices: int) -> int:
+    """Return which of the accelerators that this rank sees is its own: that of its local rank, or the only one that
+    Slurm lets its task see. Raises InputError for a rank without one."""
+    if launch.local_rank < num_devices:
+        return launch.local_rank
+    if num_devices == 1 and "SLURM_PROCID" in os.environ:
+        return 0
+    raise InputError(
+        f"rank {launch.rank} has LOCAL_RANK = {launch.local_rank}, and {num_devices} accelerators are visible to "
+        f"it on {socket.gethostname()}: start no more ranks on a host than it has accelerators (deepspeed "
+        "--num_gpus, torchrun --nproc_per_node), and let every rank see them all (CUDA_VISIBLE_DEVICES)"
+    )
 
 
 def _backend() -> str:
@@ -129,12 +134,12 @@ def shut_down() -> None:
 
 
 def device_of(launch: LaunchEnvironment) -> str:
-    """The device of this rank: "cpu", or the accelerator's with the local rank. Raises InputError."""
+    """The device of this rank: "cpu", or the accelerator's with its number. Raises InputError."""
     import torch
 
     use_cpu_without_accelerator()
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
         return "cpu"
-    _require_device(launch, torch.accelerator.device_count())
+    index = _device_index(launch, torch.accelerator.device_count())
     accelerator = torch.accelerator.current_accelerator()
-    return f"{accelerator.type}:{launch.local_rank}" if accelerator else "cpu"
+    return f"{accelerator.type}:{index}" if accelerator else "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,14 @@ from torch import nn
 from pst_ds.atomic_files import write_text_atomic
 from pst_ds.checkpoint.format import Checkpoint, CheckpointState
 from pst_ds.checkpoint.restore import base_fingerprint, load_into
-from pst_ds.config.file_names import CHECKPOINTS, RESULT_FILE, RUN_FILE, STALLS
+from pst_ds.config.file_names import (
+    CHECKPOINTS,
+    RESULT_FILE,
+    RUN_FILE,
+    STALLS,
+    SUBMITTED_FILE,
+    SUBMITTED_VARIABLE,
+)
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.toml import dump_run
 from pst_ds.data.tasks import ExampleSet, Task, task_of
@@ -377,5 +385,7 @@ def _start_folder(folder: Path, prepared: Prepared, *, is_over: bool) -> None:
         (folder / RESULT_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / STALLS, ignore_errors=True)
     write_text_atomic(folder / RUN_FILE, dump_run(prepared.run))
+    if script := os.environ.get(SUBMITTED_VARIABLE):
+        write_text_atomic(folder / SUBMITTED_FILE, script.rstrip("\n") + "\n")
     if prepared.ds_config is not None:
         write_text_atomic(folder / "deepspeed.json", json.dumps(prepared.ds_config, indent=1) + "\n")

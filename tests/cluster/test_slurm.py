@@ -120,6 +120,34 @@ def test_a_sweep_trains_every_sparsity_in_a_folder_of_its_own(slurm, tmp_path):
     assert sorted(path.name for path in sweep.iterdir()) == ["sparsity-0.500", "sparsity-0.750"]
 
 
+# the root of another tree of mounts, and of the environment what container runtimes hand on
+CONTAINER = """#!/bin/bash
+mkdir -p {root}
+kept=$(compgen -v | grep -E "^(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_|SLURM_|PST_DS_|OMP_|MALLOC_)" | tr "\\n" " ")
+for name in $kept; do pass+=("$name=${{!name}}"); done
+exec unshare --mount bash -c 'mount --rbind / {root} && exec chroot {root} env -i --chdir={top} "$@"' container \\
+  "${{pass[@]}}" PATH={path} PYTHONPATH={top} IN_CONTAINER=1 "$@"
+"""
+
+
+def test_a_run_in_a_container_needs_nothing_on_the_batch_host(slurm, tmp_path):
+    """The batch host has no pst-ds on PATH; tasks have it in a container with a root and an environment of its own."""
+    top, env, folder, log = Path.cwd(), slurm.environment(), tmp_path / "job", tmp_path / "job.log"
+    container = tmp_path / "container"
+    container.write_text(CONTAINER.format(root=tmp_path / "root", top=top, path=env["PATH"]), encoding="utf-8")
+    container.chmod(0o755)
+    env |= {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "PST_DS_WRAP": str(container)}
+    env |= {"PST_DS_SRUN_ARGS": "--cpu-bind=none --label", "PST_DS_SETUP": "echo set up task $RANK"}
+    job = slurm.submit(
+        "--time=10", f"--output={log}", "launch/slurm.sbatch", RUN_FILE, "--set", f"output_dir={folder}", env=env
+    )
+    shown = slurm.wait(job, JOB_SECONDS, log)
+    assert shown["JobState"] == "COMPLETED", log.read_text()
+    assert (result(folder)["world_size"], steps(folder)[-1]) == (2, 20)
+    assert {"0: set up task 0", "1: set up task 1"} <= set(log.read_text().splitlines())
+    assert (folder / "submitted.sbatch").read_text() == Path("launch/slurm.sbatch").read_text()
+
+
 def test_a_task_of_an_array_requeues_itself_alone_and_a_failure_is_none_to_requeue(slurm, tmp_path):
     job = slurm.submit(
         "--array=500,900", "--time=10", f"--output={tmp_path}/%a.log", "launch/slurm_array.sbatch",

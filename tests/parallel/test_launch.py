@@ -67,3 +67,14 @@ def test_a_rank_without_an_accelerator_of_its_own_is_refused(monkeypatch):
     assert device_of(LaunchEnvironment(7, 8, 3)) == "cuda:3"
     with pytest.raises(InputError, match="rank 4 has LOCAL_RANK = 4, and 4 accelerators are visible"):
         device_of(LaunchEnvironment(4, 8, 4))
+
+
+def test_a_slurm_task_that_sees_one_accelerator_alone_has_it(monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    with pytest.raises(InputError, match="rank 3 has LOCAL_RANK = 3, and 1 accelerators are visible"):
+        device_of(LaunchEnvironment(3, 8, 3))
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert device_of(LaunchEnvironment(3, 8, 3)) == "cuda:0"
