@@ -76,6 +76,19 @@ def unpack_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: in
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else bits.new_empty(0)
 
 
+def bits_of_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: int) -> Tensor:
+    """The bits of flat weights [start, stop), from bit 0 on; a view where they begin with a byte of a shard.
+
+    The last byte of a view may go on with the bits of the weights that follow.
+    """
+    per_shard = shard_numel(numel, num_shards)
+    shard, inside = divmod(start, per_shard)
+    if inside % 8 == 0 and inside + stop - start <= per_shard:
+        first = shard * shard_bytes(numel, num_shards) + inside // 8
+        return bits[first : first + -(-(stop - start) // 8)]
+    return pack_mask(unpack_range(bits, numel, num_shards, start, stop))
+
+
 def expand_mask_(
     out: Tensor, bits: Tensor, shape: tuple[int, int], num_shards: int, rows: slice, cols: slice
 ) -> Tensor:

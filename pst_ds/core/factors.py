@@ -5,7 +5,8 @@ Shapes, for O outputs, I inputs, P fused matrices, score rank k and update rank 
     A (O, k)    B (P*k, I)    R (O,)    C (P, I)    U (O, r)    V (P*r, I)
 
 Each output row belongs to exactly one part, so A, R and U are shared by stacking, while B, C and V hold one set a
-part. For an ordinary layer P = 1 and these are the matrices of the paper (arXiv 2205.11005, section 3).
+part. For an ordinary layer P = 1 and these are the matrices of the paper (arXiv 2205.11005, section 3). In a stack of
+experts O and P count all of them, so every factor is in expert order.
 
 A multiplicative update, SPP's (arXiv 2405.16057), has r groups of consecutive outputs in each part: its U is (O,), one
 factor an output, and a row of V belongs to one group. :func:`grouped_columns` makes the (O, r) matrix of it.
@@ -13,6 +14,7 @@ factor an output, and a row of V belongs to one group. :func:`grouped_columns` m
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -67,12 +69,22 @@ class Factors:
     U: Tensor | None = None
     V: Tensor | None = None
     norms: Tensor | None = None
-    """(I,) fp32: how large each input is, relative to their mean; not trained."""
+    """(I,) fp32, of a stack of experts (E*I,): how large each input is, relative to their mean; not trained."""
+
+    def of_expert(self, expert: int, num_experts: int) -> Factors:
+        """Return views of the factors of one of ``num_experts`` experts."""
+        found = {}
+        for name, value in self._held():
+            share = value.shape[0] // num_experts
+            found[name] = value[expert * share : (expert + 1) * share]
+        return Factors(**found)
+
+    def _held(self) -> Iterator[tuple[str, Tensor]]:
+        return ((field.name, value) for field in fields(self) if (value := getattr(self, field.name)) is not None)
 
     def to(self, device: torch.device) -> Factors:
         """The same on ``device``."""
-        held = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return Factors(**{name: value if value is None else value.to(device) for name, value in held})
+        return Factors(**{name: value.to(device) for name, value in self._held()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,22 +115,21 @@ class TileFactors:
 
 def tile_factors(factors: Factors, layout: WeightLayout, matrix: StoredMatrix, rect: Rect) -> TileFactors:
     """Views of the factors that make the scores and the update of ``rect``, which lies inside ``matrix``."""
-    rows, cols = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
-    outputs, inputs = (cols, rows) if layout.transposed else (rows, cols)
+    outputs, inputs = matrix.ranges(rect, transposed=layout.transposed)
 
     def pair(by_output: Tensor | None, by_input: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if by_output is None or by_input is None:
             return None, None
         rank = by_output.shape[1]
-        outer = by_output[outputs]
+        outer = by_output[matrix.outputs][outputs]
         inner = by_input[matrix.index * rank : (matrix.index + 1) * rank, inputs]
         return (inner.t(), outer.t()) if layout.transposed else (outer, inner)
 
     score_left, score_right = pair(factors.A, factors.B)
     update_left, update_right = pair(factors.U, factors.V)
-    by_output = factors.R[outputs] if factors.R is not None else None
+    by_output = factors.R[matrix.outputs][outputs] if factors.R is not None else None
     by_input = factors.C[matrix.index, inputs] if factors.C is not None else None
-    norms = factors.norms[inputs] if factors.norms is not None else None
+    norms = factors.norms[matrix.inputs][inputs] if factors.norms is not None else None
     score_rows, score_cols = (by_input, by_output) if layout.transposed else (by_output, by_input)
     row_norms, col_norms = (norms, None) if layout.transposed else (None, norms)
     return TileFactors(score_left, score_right, score_rows, score_cols, update_left, update_right, row_norms, col_norms)

@@ -1,14 +1,16 @@
 """Where the matrices of a layer lie inside its stored weight.
 
 ``nn.Linear`` stores (O, I); GPT-2's ``Conv1D`` stores (I, O). A fused projection holds several matrices side by side
-along its outputs (``c_attn`` is q, k, v). Everything below works on *storage* coordinates, so that a flat index here
-is a flat index of the tensor in the state dict, and "the lowest flat index is pruned first" has one meaning.
+along its outputs (``c_attn`` is q, k, v). A stack of experts, (E, O, I) or transposed (E, I, O), is in memory the
+matrix (E*O, I) or (E*I, O), one expert below the other. Everything below works on *storage* coordinates, so that a flat
+index here is a flat index of the tensor in the state dict, and "the lowest flat index is pruned first" has one meaning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # layouts are needed where torch is not
@@ -36,36 +38,52 @@ class Rect:
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
-    """A matrix of a layer: where it is stored, and which outputs it makes."""
+    """A matrix of a layer: where it is stored, which outputs it makes, and of which inputs.
+
+    Outputs and inputs are counted through all experts of a stack.
+    """
 
     index: int
     rect: Rect
     outputs: slice
+    inputs: slice
+
+    def ranges(self, rect: Rect, *, transposed: bool) -> tuple[slice, slice]:
+        """Outputs and inputs of a rectangle inside the matrix, both counted from the matrix's first."""
+        rows = slice(rect.r0 - self.rect.r0, rect.r1 - self.rect.r0)
+        cols = slice(rect.c0 - self.rect.c0, rect.c1 - self.rect.c0)
+        return (cols, rows) if transposed else (rows, cols)
 
 
 @dataclass(frozen=True, slots=True)
 class WeightLayout:
-    """Shape of a linear layer, the order of its storage, and how many matrices it fuses.
+    """Shape of a linear layer, or of a stack of experts, the order of its storage, and how many matrices it fuses.
 
-    Raises ValueError when ``out_features`` cannot be split into ``num_matrices`` equal matrices.
+    Raises ValueError when ``out_features`` cannot be split into ``num_matrices`` equal matrices, or these into
+    ``num_experts`` equal experts.
     """
 
     out_features: int
+    """Of all experts together."""
     in_features: int
+    """Of each expert."""
     transposed: bool = False
-    """True for Conv1D, which stores (I, O)."""
+    """True for Conv1D, which stores (I, O), and for experts that do."""
     num_matrices: int = 1
-    """Matrices fused along the outputs; each is ranked and scored by itself."""
+    """Matrices fused along the outputs; each is ranked and scored by itself. Those of all experts together."""
+    num_experts: int = 1
 
     def __post_init__(self) -> None:
         if self.num_matrices < 1 or self.out_features % self.num_matrices:
             raise ValueError(f"{self.out_features} outputs cannot be split into {self.num_matrices} equal matrices")
+        if self.num_experts < 1 or self.num_matrices % self.num_experts:
+            raise ValueError(f"{self.num_matrices} matrices cannot be split into {self.num_experts} equal experts")
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Storage shape: (O, I), or (I, O) when transposed."""
+        """Storage shape: (O, I), or (I, O) when transposed; of experts (E*O, I), or (E*I, O)."""
         if self.transposed:
-            return self.in_features, self.out_features
+            return self.num_experts * self.in_features, self.out_features // self.num_experts
         return self.out_features, self.in_features
 
     @property
@@ -77,14 +95,40 @@ class WeightLayout:
         """Weights in each of the ``num_matrices`` matrices."""
         return self.numel // self.num_matrices
 
+    @property
+    def expert(self) -> WeightLayout:
+        """Layout of one expert, which is what a product takes; the layout itself where there are no others."""
+        share = self.num_experts
+        return WeightLayout(
+            self.out_features // share, self.in_features, self.transposed, self.num_matrices // share
+        )  # fmt: skip
+
+    def expert_range(self, expert: int) -> tuple[int, int]:
+        """Return the flat range [first, last) of an expert's weights."""
+        numel = self.numel // self.num_experts
+        return expert * numel, (expert + 1) * numel
+
     def matrices(self) -> tuple[StoredMatrix, ...]:
-        width = self.out_features // self.num_matrices
-        found = []
-        for i in range(self.num_matrices):
-            o0, o1 = i * width, (i + 1) * width
-            rect = Rect(0, self.in_features, o0, o1) if self.transposed else Rect(o0, o1, 0, self.in_features)
-            found.append(StoredMatrix(i, rect, slice(o0, o1)))
-        return tuple(found)
+        """Return every matrix in storage order of their corners, expert by expert."""
+        return _matrices(self)
+
+
+@cache
+def _matrices(layout: WeightLayout) -> tuple[StoredMatrix, ...]:
+    """Stacks have thousands, so they are made once."""
+    inputs, fused = layout.in_features, layout.num_matrices // layout.num_experts
+    width = layout.out_features // layout.num_matrices
+    found = []
+    for i in range(layout.num_matrices):
+        expert, part = divmod(i, fused)
+        outputs = slice(i * width, (i + 1) * width)
+        own_inputs = slice(expert * inputs, (expert + 1) * inputs)
+        if layout.transposed:
+            rect = Rect(own_inputs.start, own_inputs.stop, part * width, (part + 1) * width)
+        else:
+            rect = Rect(outputs.start, outputs.stop, 0, inputs)
+        found.append(StoredMatrix(i, rect, outputs, own_inputs))
+    return tuple(found)
 
 
 def row_tiles(rect: Rect, max_elements: int) -> Iterator[Rect]:

@@ -9,12 +9,12 @@ Names: N tokens, O outputs, I inputs. The gradient G, as large as the weight, ex
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pst_ds.core.bits import INT_OF_SIZE, expand_mask_, shard_numel
+from pst_ds.core.bits import INT_OF_SIZE, bits_of_range, expand_mask_, shard_numel
 from pst_ds.core.factors import Constants, Factors, tile_factors
 from pst_ds.core.kernels.merge import MaskBytes, gradients_into, mask_bytes
 from pst_ds.core.layout import Rect, StoredMatrix, WeightLayout, row_tiles
@@ -41,6 +41,22 @@ class LayerState:
     """False once the masks are fixed: the scores then have no gradient, nor has |W| through them."""
     rounding: Rounding | None = None
     """What M . W is rounded to."""
+
+    def expert(self, expert: int) -> LayerState:
+        """Return the same of one expert of a stack: views, but of bits that begin within a byte or cross a shard."""
+        layout, share = self.layout, self.layout.num_matrices // self.layout.num_experts
+        start, stop = layout.expert_range(expert)
+        height = layout.expert.shape[0]
+        return replace(
+            self,
+            weight=self.weight[expert * height : (expert + 1) * height],
+            bits=bits_of_range(self.bits, layout.numel, self.num_shards, start, stop),
+            num_shards=1,
+            layout=layout.expert,
+            factors=self.factors.of_expert(expert, layout.num_experts),
+            weight_scales=self.weight_scales[expert * share : (expert + 1) * share],
+            rounding=None if self.rounding is None else self.rounding.of_expert(expert),
+        )
 
     def masked_weight(self) -> Tensor:
         return masked_weight(

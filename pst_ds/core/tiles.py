@@ -19,6 +19,7 @@ fp32), and the scratch memory of the BLAS library (on CPUs with AMX, oneDNN pack
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from pst_ds.core.layout import Rect, WeightLayout
 
@@ -72,6 +73,7 @@ def least_tile_bytes(layout: WeightLayout, itemsize: int) -> int:
     return tile_bytes_of(short * min(long, MIN_STRIP), layout.shape[1], itemsize)
 
 
+@cache
 def plan_tiles(
     layout: WeightLayout, itemsize: int, tile_bytes: int = 0, *, device_type: str = "cpu", name: str = "layer"
 ) -> Tiles:

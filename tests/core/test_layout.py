@@ -14,8 +14,9 @@ PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
 
 @st.composite
 def layouts(draw) -> WeightLayout:
-    count = draw(st.integers(1, 3))
-    return WeightLayout(count * draw(st.integers(1, 6)), draw(st.integers(1, 9)), draw(st.booleans()), count)
+    experts = draw(st.integers(1, 3))
+    count = experts * draw(st.integers(1, 3))
+    return WeightLayout(count * draw(st.integers(1, 4)), draw(st.integers(1, 9)), draw(st.booleans()), count, experts)
 
 
 def flat_indices(rect: Rect, row_length: int) -> list[int]:
@@ -26,12 +27,19 @@ def test_shape_follows_the_storage_order():
     assert WeightLayout(6, 4).shape == (6, 4)
     assert WeightLayout(6, 4, transposed=True).shape == (4, 6)
     assert WeightLayout(6, 4, num_matrices=3).matrix_numel == 8
+    assert WeightLayout(6, 4, num_matrices=3, num_experts=3).shape == (6, 4)
+    assert WeightLayout(6, 4, transposed=True, num_matrices=3, num_experts=3).shape == (12, 2)
 
 
 @pytest.mark.parametrize(("outputs", "count"), [(7, 3), (4, 0), (4, 8)])
 def test_outputs_that_cannot_be_split_are_refused(outputs, count):
     with pytest.raises(ValueError, match=f"{outputs} outputs cannot be split into {count} equal matrices"):
         WeightLayout(outputs, 4, num_matrices=count)
+
+
+def test_matrices_that_cannot_be_split_over_experts_are_refused():
+    with pytest.raises(ValueError, match="4 matrices cannot be split into 3 equal experts"):
+        WeightLayout(8, 4, num_matrices=4, num_experts=3)
 
 
 @PROPERTY
@@ -47,11 +55,36 @@ def test_matrices_cover_the_weight_once(layout):
 @PROPERTY
 @given(layout=layouts())
 def test_matrices_hold_the_rows_of_their_outputs(layout):
-    outputs = torch.arange(layout.out_features)
-    owner = outputs.expand(layout.in_features, -1) if layout.transposed else outputs.unsqueeze(1).expand(*layout.shape)
+    stack = layout.num_experts, *layout.expert.shape
+    outputs = torch.arange(layout.out_features).view(layout.num_experts, -1)
+    owner = (outputs.unsqueeze(1) if layout.transposed else outputs.unsqueeze(2)).expand(stack).reshape(layout.shape)
+    inputs = torch.arange(layout.num_experts * layout.in_features).view(layout.num_experts, -1)
+    read = (inputs.unsqueeze(2) if layout.transposed else inputs.unsqueeze(1)).expand(stack).reshape(layout.shape)
     for matrix in layout.matrices():
-        inside = owner[matrix.rect.r0 : matrix.rect.r1, matrix.rect.c0 : matrix.rect.c1]
-        assert inside.unique().tolist() == outputs[matrix.outputs].tolist()
+        inside = slice(matrix.rect.r0, matrix.rect.r1), slice(matrix.rect.c0, matrix.rect.c1)
+        assert owner[inside].unique().tolist() == outputs.view(-1)[matrix.outputs].tolist()
+        assert read[inside].unique().tolist() == inputs.view(-1)[matrix.inputs].tolist()
+        assert matrix.ranges(matrix.rect, transposed=layout.transposed) == (
+            slice(0, layout.out_features // layout.num_matrices),
+            slice(0, layout.in_features),
+        )
+
+
+@PROPERTY
+@given(layout=layouts())
+def test_an_expert_has_its_share_of_the_matrices_and_of_the_flat_weights(layout):
+    one, weight = layout.expert, torch.arange(layout.numel).view(layout.shape)
+    assert one.num_experts == 1
+    for expert in range(layout.num_experts):
+        start, stop = layout.expert_range(expert)
+        own = torch.arange(start, stop).view(one.shape)
+        share = layout.matrices()[expert * one.num_matrices : (expert + 1) * one.num_matrices]
+        for matrix, inside in zip(share, one.matrices(), strict=True):
+            of_stack, of_expert = (
+                values[rect.r0 : rect.r1, rect.c0 : rect.c1]
+                for values, rect in ((weight, matrix.rect), (own, inside.rect))
+            )
+            assert torch.equal(of_stack, of_expert)
 
 
 @PROPERTY

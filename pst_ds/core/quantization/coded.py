@@ -11,7 +11,7 @@ A weight is code * scale, exact in fp32 and rounded once to the dtype that the l
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -246,10 +246,17 @@ class CodedWeight:
     scales: Tensor
     """uint8, the bytes of bf16 scales, (num_scale_bytes,)."""
     dtype: torch.dtype
+    rows: slice | None = None
+    """Rows of the stored weight that it is; None is all of them."""
+
+    def __getitem__(self, rows: slice) -> CodedWeight:
+        """Return some rows of the whole stored weight."""
+        return replace(self, rows=rows)
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.layout.stored.layout.shape
+        height, width = self.layout.stored.layout.shape
+        return (height if self.rows is None else self.rows.stop - self.rows.start), width
 
     @property
     def device(self) -> torch.device:
@@ -257,7 +264,8 @@ class CodedWeight:
 
     def expand_(self, out: Tensor, rect: Rect) -> Tensor:
         """Write the weights of a rectangle to ``out``, (rows, cols); and return it."""
-        width = self.shape[1]
+        width, first = self.shape[1], 0 if self.rows is None else self.rows.start
+        rect = Rect(rect.r0 + first, rect.r1 + first, rect.c0, rect.c1)
         for run in self._runs(rect):
             for part in shard_tiles(rect, width, run.start, run.stop, _ALL):
                 run.expand_(out[part.r0 - rect.r0 : part.r1 - rect.r0, part.c0 - rect.c0 : part.c1 - rect.c0], part)

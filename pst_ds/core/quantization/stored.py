@@ -53,7 +53,7 @@ class StoredGrid:
     @property
     def period(self) -> int:
         """The least run of flat weights, from a multiple of it on, that holds whole groups and nothing else."""
-        return self.size * (self.layout.out_features if self.layout.transposed else 1)
+        return self.size * (self.layout.shape[1] if self.layout.transposed else 1)
 
     @property
     def groups_per_period(self) -> int:
@@ -98,6 +98,12 @@ class Rounding:
             groups.data_ptr(), self.stored.grid.largest, threads_for(weight.numel()),
         )  # fmt: skip
         return weight
+
+    def of_expert(self, expert: int) -> Rounding:
+        """Return the rounding of one expert of a stack."""
+        own = StoredGrid(self.stored.layout.expert, self.stored.grid)
+        height = own.shape[0]
+        return Rounding(own, self.scales[expert * height : (expert + 1) * height])
 
     @property
     def scales_by_output(self) -> Tensor:

@@ -1,0 +1,106 @@
+"""y = x (M . W)' with the experts of a stack, and its gradient, one expert after another for those that got tokens.
+
+What is merged, and what the backward pass makes of it, is one expert's at a time: no tensor here is as large as the
+stack but gradients of weights that are trained in full. Gradients are zero for experts without a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from pst_ds.core import masked_linear
+from pst_ds.core.experts.routing import Routing
+from pst_ds.core.masked_linear import Gradients, LayerState
+
+T = TypeVar("T")
+
+
+def forward(x: Tensor, state: LayerState, routing: Routing, *, by_token: bool) -> Tensor:
+    """y = x (M . W)' of each pair's expert, (N*k, O) in the order of the experts.
+
+    ``x``: (N, I) ``by_token``, or (N*k, I) in the order of the experts. ``state``: of the whole stack.
+    """
+    return _products(x, routing, state.layout.expert.out_features, by_token, state.expert, _forward_of_one)
+
+
+def dense_forward(x: Tensor, stack: Tensor, routing: Routing, *, by_token: bool, transposed: bool) -> Tensor:
+    """The same with an unmasked ``stack``: (E, O, I), or (E, I, O) if ``transposed``."""
+    by_input = stack if transposed else stack.transpose(1, 2)
+    return _products(x, routing, by_input.shape[2], by_token, by_input.__getitem__, torch.mm)
+
+
+def _forward_of_one(x: Tensor, state: LayerState) -> Tensor:
+    return masked_linear.forward(x, None, state)
+
+
+def _products(
+    x: Tensor, routing: Routing, outputs: int, by_token: bool, of_expert: Callable[[int], T],
+    product: Callable[[Tensor, T], Tensor],
+) -> Tensor:  # fmt: skip
+    y = x.new_empty(routing.order.numel(), outputs)
+    for expert, rows in routing.runs():
+        y[rows] = product(routing.rows_of(x, rows, by_token), of_expert(expert))
+    return y
+
+
+def backward(
+    x: Tensor,
+    grad_y: Tensor,
+    state: LayerState,
+    routing: Routing,
+    *,
+    by_token: bool,
+    need_x: bool,
+    need_weight: bool = False,
+    need_scores: bool = False,
+    tile_bytes: int = 0,
+) -> Gradients:
+    """Gradients of :func:`forward`, as :func:`pst_ds.core.masked_linear.backward` has them of one matrix.
+
+    Those of x are as x is; those of the others are of the whole stack, zero for experts without a token.
+    """
+    layout, grads = state.layout, Gradients()
+    if need_x:
+        grads.x = grad_y.new_empty(grad_y.shape[0], layout.in_features)
+    whole = _zeros(state, need_weight=need_weight, need_scores=need_scores)
+    for expert, rows in routing.runs():
+        one = state.expert(expert)
+        own = masked_linear.backward(
+            routing.rows_of(x, rows, by_token), grad_y[rows], one,
+            need_x=need_x, need_weight=need_weight, need_bias=False, need_scores=need_scores, tile_bytes=tile_bytes,
+        )  # fmt: skip
+        if grads.x is not None:
+            assert own.x is not None
+            grads.x[rows] = own.x
+        for name, total in whole.items():
+            share = total.shape[0] // layout.num_experts
+            total[expert * share : (expert + 1) * share] = getattr(own, name)
+    for name, total in whole.items():
+        setattr(grads, name, total)
+    if grads.x is not None and by_token:
+        grads.x = routing.summed(grads.x)
+    return grads
+
+
+def dense_backward(grad_y: Tensor, stack: Tensor, routing: Routing, *, by_token: bool, transposed: bool) -> Tensor:
+    """The gradient of x in :func:`dense_forward`."""
+    grad_x = dense_forward(grad_y, stack, routing, by_token=False, transposed=not transposed)
+    return routing.summed(grad_x) if by_token else grad_x
+
+
+def _zeros(state: LayerState, *, need_weight: bool, need_scores: bool) -> dict[str, Tensor]:
+    """The gradients of a stack, by name: of its factors, and of its weights and their scores where these train."""
+    weight = state.weight
+    found = {
+        name: torch.zeros_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32))
+        for name in "ABRCUV"
+        if (factor := getattr(state.factors, name)) is not None
+    }
+    for name, is_needed in (("weight", need_weight), ("S", need_scores)):
+        if is_needed:
+            found[name] = torch.zeros(state.layout.shape, dtype=weight.dtype, device=weight.device)
+    return found

@@ -1,0 +1,59 @@
+"""Which expert each token goes to, and the runs of rows that this makes when they are sorted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """Which expert each token goes to. A tuple, in which DeepSpeed's hooks find the tensors."""
+
+    order: Tensor
+    """(N*k,) int64: the numbers of the pairs, which count the k experts of one token after the other, by expert."""
+    experts: Tensor
+    """(N*k,) int64: the expert of each of them, rising."""
+    counts: list[int]
+    """Tokens of each of the E experts."""
+    per_token: int
+    """k"""
+
+    @classmethod
+    def of(cls, index: Tensor, num_experts: int) -> Routing:
+        """Sort the pairs of ``index``, (N, k): the experts of each token. The host waits for the counts."""
+        experts, order = torch.sort(index.reshape(-1), stable=True)
+        counts = torch.bincount(experts, minlength=num_experts).tolist()
+        return cls(order, experts, counts, index.shape[-1])
+
+    @classmethod
+    def even(cls, index: Tensor, num_experts: int) -> Routing:
+        """The same with counts as equal as they can be, which asks for no values of ``index``."""
+        experts, order = torch.sort(index.reshape(-1), stable=True)
+        borders = [expert * len(order) // num_experts for expert in range(num_experts + 1)]
+        counts = [stop - start for start, stop in pairwise(borders)]
+        return cls(order, experts, counts, index.shape[-1])
+
+    def runs(self) -> Iterator[tuple[int, slice]]:
+        """Each expert that got tokens, and the rows of its pairs."""
+        start = 0
+        for expert, count in enumerate(self.counts):
+            if count:
+                yield expert, slice(start, start + count)
+            start += count
+
+    def rows_of(self, x: Tensor, rows: slice, by_token: bool) -> Tensor:
+        """Rows of ``x``, which is (N, width) ``by_token``, or (N*k, width) in the order of the experts."""
+        return x[self.order[rows] // self.per_token] if by_token else x[rows]
+
+    def summed(self, values: Tensor) -> Tensor:
+        """Sum what belongs to the k experts of a token: (N*k, width) in the order of the experts to (N, width).
+
+        The k terms are added in the order of the router's choice, so the sum has the same bits every time.
+        """
+        places = torch.arange(self.order.numel(), device=self.order.device)
+        by_pair = torch.empty_like(places).scatter_(0, self.order, places)
+        return values[by_pair].view(-1, self.per_token, values.shape[-1]).sum(1)
