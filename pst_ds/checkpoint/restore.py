@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pst_ds.checkpoint.format import SCALE_BYTES, Checkpoint, CheckpointError
 from pst_ds.core.quantization import require_scales, scales_of_bytes
 from pst_ds.nn.inject import pst_layers, round_weights
-from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import optimizer_state, zero3
 from pst_ds.parallel.engine import Engine
 
@@ -52,7 +52,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     round_weights(model, rounds=checkpoint.state.rounds)
 
 
-def _scale_bytes(layer: PSTLinear, name: str, checkpoint: Checkpoint, start: int, stop: int) -> Tensor:
+def _scale_bytes(layer: PSTLayer, name: str, checkpoint: Checkpoint, start: int, stop: int) -> Tensor:
     """Bytes [start, stop) of a layer's scales, none of which is 0, infinite or the like. Raises CheckpointError."""
     assert layer.stored_grid is not None
     first, last = start // SCALE_BYTES * SCALE_BYTES, -(-stop // SCALE_BYTES) * SCALE_BYTES

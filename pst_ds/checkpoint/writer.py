@@ -30,7 +30,7 @@ from pst_ds.checkpoint.format import (
 from pst_ds.checkpoint.restore import grid_numbers, scale_shapes, trainable
 from pst_ds.core.bits import pack_shard, shard_bytes, shard_range, unpack_range
 from pst_ds.nn.inject import pst_layers
-from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import optimizer_state, zero3
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.optimizer_state import Fragment
@@ -223,7 +223,7 @@ def size_limit(model: nn.Module) -> int:
     return most_bytes(trained, weights, sum(map(math.prod, scale_shapes(model).values())))
 
 
-def _mask_share(layer: PSTLinear) -> Tensor:
+def _mask_share(layer: PSTLayer) -> Tensor:
     """Return the bits of this rank's share of a mask: shard ``rank`` of as many as there are ranks."""
     bits, numel = layer.pst_mask, layer.layout.numel
     if zero3.is_partitioned(bits):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pst_ds.config.checks import Finite, NotNegative, Positive, Share, check_fields
@@ -62,7 +62,8 @@ class PSTConfig:
     target_modules: str | tuple[str, ...] = "all-linear"
     """As in PEFT: "all-linear" is every linear layer inside the blocks, but the routers of experts, which stay dense;
     another string is a regular expression for the whole module name; a list holds names or their dotted endings.
-    "all-linear" refuses a model with weights in the blocks that no linear layer has (experts in a 3-D Parameter)."""
+    Stacks of experts in 3-D Parameters count as linear layers, by the name of the Parameter or of the module around it
+    (docs/experts.md). "all-linear" refuses a model with other weights in the blocks that no linear layer has."""
     exclude_modules: str | tuple[str, ...] = ()
     """Modules left dense and frozen, matched as ``target_modules`` is, but a list also names all that is in its
     modules, and a string that is a plain name counts as a list of it; also those that "all-linear" refuses."""
@@ -80,6 +81,9 @@ class PSTConfig:
     """Rank of A B; 0 leaves both out."""
     update_rank: NotNegative = 8
     """Rank of U V; 0 leaves both out."""
+    expert_rank: NotNegative = 4
+    """The most that either rank is in the matrices of experts that are stacked in a Parameter, of which a model has
+    hundreds, and small ones: rank 8 would be 3 % of Qwen3-30B-A3B's weights, each with optimizer state."""
     update_embeddings: tuple[str, ...] = ()
     """Embeddings that get an update U V of ``update_rank`` too, and no mask, such as "word_embeddings"; matched as a
     list in ``target_modules`` is."""
@@ -167,6 +171,8 @@ class PSTConfig:
                 "multiplicative_update = true is for fixed masks, and needs factors; set score_rank = 0, "
                 "structured_scores = false, full_scores = false and update_rank of at least 1"
             )
+        if self.multiplicative_update and self.expert_rank == 0:
+            raise ValueError("expert_rank = 0 leaves a multiplicative update without groups; set it to at least 1")
         if self.update_embeddings and self.update_rank == 0:
             raise ValueError(
                 f"update_embeddings = {list(self.update_embeddings)} with update_rank = 0 updates nothing; set "
@@ -222,6 +228,16 @@ class PSTConfig:
     def has_scores(self) -> bool:
         """True if A B, or R and C, are part of the scores."""
         return self.score_rank > 0 or self.structured_scores
+
+    @property
+    def of_experts(self) -> PSTConfig:
+        """Return the same with the ranks of experts' factors."""
+        return replace(
+            self,
+            score_rank=min(self.score_rank, self.expert_rank),
+            update_rank=min(self.update_rank, self.expert_rank),
+            update_embeddings=(),
+        )
 
     @property
     def scores_start_equal(self) -> bool:

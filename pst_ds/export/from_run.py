@@ -27,7 +27,7 @@ from pst_ds.export.rounding import grids
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import persistent_buffers, pst_layers
-from pst_ds.nn.linear import FACTOR_NAMES
+from pst_ds.nn.layer import FACTOR_NAMES
 from pst_ds.nn.model_structure import is_conv1d, is_linear
 
 

@@ -17,7 +17,7 @@ from pst_ds.core.layout import Rect, StoredMatrix, shard_tiles, view_in_shard
 from pst_ds.core.quantization.coded import CodedRun
 from pst_ds.core.quantization.own_weights import OwnWeights
 from pst_ds.core.units import block_keys, loss_keys, unit_tiles
-from pst_ds.nn.linear import FACTOR_NAMES, PSTLinear
+from pst_ds.nn.layer import FACTOR_NAMES, PSTLayer
 from pst_ds.parallel import zero3
 from pst_ds.parallel.halo import Halo
 
@@ -33,7 +33,7 @@ class LayerScores:
     ``own``: :func:`ranked_weights`.
     """
 
-    def __init__(self, name: str, layer: PSTLinear, factors: Factors, own: OwnWeights, halo: Halo | None = None):
+    def __init__(self, name: str, layer: PSTLayer, factors: Factors, own: OwnWeights, halo: Halo | None = None):
         self.name, self.layer, self.layout = name, layer, layer.layout
         self.row_length, self.matrices = self.layout.shape[1], self.layout.matrices()
         self.rule, self.pattern = layer.rule, layer.rule.pattern
@@ -166,7 +166,7 @@ class LayerScores:
         return torch.cat(pieces)
 
 
-def whole_factors(layers: Sequence[PSTLinear], names: Sequence[str] = FACTOR_NAMES) -> list[Factors]:
+def whole_factors(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAMES) -> list[Factors]:
     """The factors of each layer, from their whole fp32 masters, where its mask's shard is; those of ``names`` alone.
     Collective: under ZeRO-3 one all-gather for all."""
     held = ((i, name, param) for i, layer in enumerate(layers) for name, param in layer.factor_parameters())
@@ -180,7 +180,7 @@ def whole_factors(layers: Sequence[PSTLinear], names: Sequence[str] = FACTOR_NAM
     ]
 
 
-def ranked_weights(layer: PSTLinear) -> OwnWeights:
+def ranked_weights(layer: PSTLayer) -> OwnWeights:
     """Return this rank's numbers that rank a layer's weights, before any factors: a score of each, or the weights.
 
     They are fp32 masters where they train. Collective where :func:`zero3.master_shard` is.
@@ -188,12 +188,12 @@ def ranked_weights(layer: PSTLinear) -> OwnWeights:
     return current_base(layer) if layer.pst_S is None else _masters(layer, layer.pst_S)
 
 
-def current_base(layer: PSTLinear) -> OwnWeights:
+def current_base(layer: PSTLayer) -> OwnWeights:
     """Return this rank's weights of a layer without its update, as masters where they train."""
     return layer.own_base() if layer.weight is None else _masters(layer, layer.weight)
 
 
-def _masters(layer: PSTLinear, param: nn.Parameter) -> OwnWeights:
+def _masters(layer: PSTLayer, param: nn.Parameter) -> OwnWeights:
     shard = zero3.master_shard(param)
     values = shard.values.to(zero3.shard_of(layer.pst_mask).values.device)
     return OwnWeights(values, shard.start, layer.layout.shape[1])

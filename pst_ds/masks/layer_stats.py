@@ -21,7 +21,7 @@ from pst_ds.core.layout import Rect, StoredMatrix, view_in_shard
 from pst_ds.core.scores import updated_weight
 from pst_ds.masks.layer_scores import LayerScores, current_base, ranked_weights, whole_factors
 from pst_ds.nn.inject import pst_layers
-from pst_ds.nn.linear import SCORE_FACTORS, PSTLinear
+from pst_ds.nn.layer import SCORE_FACTORS, PSTLayer
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_sum
 
@@ -129,7 +129,7 @@ def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> La
 class _Part:
     """This rank's part of one layer: its weights, as masters where they train, and the keys of their scores."""
 
-    def __init__(self, named: tuple[str, PSTLinear], factors: Factors):
+    def __init__(self, named: tuple[str, PSTLayer], factors: Factors):
         name, self.layer = named
         self._factors = factors
         ranked = ranked_weights(self.layer)
@@ -210,7 +210,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _histogram(index: int, layer: PSTLinear, bounds: tuple[float, float], counts: Tensor) -> ScoreHistogram:
+def _histogram(index: int, layer: PSTLayer, bounds: tuple[float, float], counts: Tensor) -> ScoreHistogram:
     pruned, kept = counts.view(2, -1)
     kind = layer.rule.pattern.kind
     one_threshold = kind == "global" or (kind == "matrix" and layer.layout.num_matrices == 1)
@@ -218,7 +218,7 @@ def _histogram(index: int, layer: PSTLinear, bounds: tuple[float, float], counts
     return ScoreHistogram(index, *bounds, kept.tolist(), pruned.tolist(), threshold)
 
 
-def _thumbnail(index: int, layer: PSTLinear, counts: Tensor) -> MaskThumbnail:
+def _thumbnail(index: int, layer: PSTLayer, counts: Tensor) -> MaskThumbnail:
     shape = layer.layout.shape
     share = counts.view(stats.thumbnail_cells(shape)) / stats.weights_by_cell(shape)
     return MaskThumbnail(index, (share.t() if layer.layout.transposed else share).tolist())

@@ -31,7 +31,7 @@ from pst_ds.core.scores import sliced_weight
 from pst_ds.core.units import unit_tiles
 from pst_ds.masks.layer_scores import current_base, whole_factors, with_contiguous_columns
 from pst_ds.nn.inject import pst_layers, shortened
-from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_max, group_sum
 
@@ -95,7 +95,7 @@ def update_scales(model: nn.Module) -> RoundingStats:
 class _ShardWeights:
     """This rank's part of M . W of one layer, and the groups of its grid that lie in it."""
 
-    def __init__(self, name: str, layer: PSTLinear, factors: Factors):
+    def __init__(self, name: str, layer: PSTLayer, factors: Factors):
         assert layer.stored_grid is not None
         assert zero3.num_shards(layer.pst_mask) == layer.num_shards, "num_shards is not how the weight is partitioned"
         self.name, self.layer, self.stored, self.grid = name, layer, layer.stored_grid, layer.stored_grid.grid

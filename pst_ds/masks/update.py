@@ -14,7 +14,7 @@ from pst_ds.core.bits import add_bit_sums, pack_shard
 from pst_ds.masks.layer_scores import LayerScores, ranked_weights, whole_factors
 from pst_ds.masks.select import Matrix, select_kept, weights_kept
 from pst_ds.nn.inject import pst_layers
-from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import zero3
 from pst_ds.parallel.halo import fetch_halos
 from pst_ds.parallel.ranks import group_sum
@@ -87,7 +87,7 @@ def masks_of_zeros(model: nn.Module) -> MaskStats:
     return mask_stats(model, written)
 
 
-def mask_stats(model: nn.Module, written: Mapping[PSTLinear, Tensor] | None = None) -> MaskStats:
+def mask_stats(model: nn.Module, written: Mapping[PSTLayer, Tensor] | None = None) -> MaskStats:
     """Counts and checksum of the masks as they are, or once ``written``, bits of this rank's shards by layer, are.
 
     Collective: one sum over ranks for all layers, which the host waits for once.
@@ -107,7 +107,7 @@ def mask_stats(model: nn.Module, written: Mapping[PSTLinear, Tensor] | None = No
     return MaskStats(num_weights, num_weights - sum(kept), sum(flips), digits, tuple(kept), tuple(flips))
 
 
-def _target(layer: PSTLinear, sparsity: float, progress: float) -> float:
+def _target(layer: PSTLayer, sparsity: float, progress: float) -> float:
     """The layer's share of zeros now."""
     own = layer.rule.final_sparsity
     return sparsity if own is None else own * progress
@@ -126,7 +126,7 @@ def _shard_bits(layer: LayerScores, matrices: list[Matrix], kept: list[Tensor]) 
     return pack_shard(keep, num_bytes)
 
 
-def _layer_keys(layers: dict[str, PSTLinear]) -> list[LayerScores]:
+def _layer_keys(layers: dict[str, PSTLayer]) -> list[LayerScores]:
     """Every layer with the whole fp32 masters of its factors, and the weights its units need of other ranks.
     Collective: one all-gather and one all-to-all for all layers under ZeRO-3."""
     factors = whole_factors(list(layers.values()))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pst_ds.core.bits import relayout, shard_bytes
 from pst_ds.nn.inject import adapter_parameters, pst_layers
-from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import zero3
 from pst_ds.parallel.deepspeed_checkpoint import keep_frozen, leave_out_frozen
 
@@ -65,7 +65,7 @@ def _leave_out(model: nn.Module, state_dict: dict[str, Any], prefix: str, _metad
             state_dict[f"{prefix}{name}.{key}"] = zero3.shard_of(layer.pst_scales).values.clone()
 
 
-def write_mask(layer: PSTLinear, bits: Tensor) -> None:
+def write_mask(layer: PSTLayer, bits: Tensor) -> None:
     """Write a whole mask in the canonical form, or under ZeRO-3 the shard of it that this rank holds."""
     bits = relayout(bits, layer.layout.numel, 1, layer.num_shards)
     if zero3.is_partitioned(layer.pst_mask):

@@ -57,7 +57,7 @@ def encode_base(target: Target, grid: Grid, num_shards: int, *, from_zeros: bool
     otherwise it keeps all. Collective under ZeRO-3, where one weight at a time is whole on every rank. Raises
     InjectionError for values that are not finite.
     """
-    weight = target.module.weight
+    weight = target.weight
     layout = CodeLayout(StoredGrid(target.layout, grid), num_shards)
     mask_bytes = shard_bytes(target.layout.numel, num_shards)
     sizes = layout.num_code_bytes, layout.num_scale_bytes, num_shards * mask_bytes

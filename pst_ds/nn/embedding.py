@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.low_rank_rows import row_gradients, updated_rows
-from pst_ds.nn.linear import init_std, seeded_normal
+from pst_ds.nn.layer import init_std, seeded_normal
 from pst_ds.parallel import zero3
 
 

@@ -15,10 +15,12 @@ from pst_ds.core.quantization import Grid, StoredGrid
 from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent
 from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
 from pst_ds.errors import InputError
-from pst_ds.nn import fast_paths
+from pst_ds.nn import experts, fast_paths
 from pst_ds.nn.base_codes import BaseCodes, encode_base, own_weights
 from pst_ds.nn.embedding import PSTEmbedding, pst_embeddings
-from pst_ds.nn.linear import CONSTANT_PARTS, PSTLinear
+from pst_ds.nn.experts import PSTExpertStack
+from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
+from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.targets import InjectionError, Target, find_embeddings, find_targets, modules_named_to_save, suggestion
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_max, group_sum
@@ -35,7 +37,8 @@ def inject_pst(
     grid: Grid | None = None,
     base_grid: Grid | None = None,
 ) -> nn.Module:
-    """Replace the target layers of ``model`` by PSTLinear in place and freeze the rest.
+    """Replace the target layers of ``model`` by PSTLinear, and stacks of experts by PSTExpertStack, in place; freeze
+    the rest.
 
     Collective under ``zero.Init``. Call it before ``deepspeed.initialize``.
 
@@ -59,6 +62,7 @@ def inject_pst(
         raise InjectionError("the model already has PST modules; inject into the base model, once")
     targets, embeddings = find_targets(model, config), find_embeddings(model, config)
     _require_tiles(targets, config)
+    _require_ranks(targets, config.of_experts)
     rules = _fitting_rules(targets, config)
     _require_groups(targets, grid)
     _require_groups(targets, base_grid, "the base: ")
@@ -69,19 +73,24 @@ def inject_pst(
         zeros = config.initial_mask == "zeros"
         bases = {t.name: encode_base(t, base_grid, shards[t.name], from_zeros=zeros) for t in targets}
     compared = not config.full_scores and (config.has_scores or any(rule.pattern.kind == "global" for rule in rules))
-    has_values = not targets[0].module.weight.is_meta
+    has_values = not targets[0].weight.is_meta
     scales = _weight_scales(targets, bases) if config.relative_magnitude and compared and has_values else None
     for param in model.parameters():
         param.requires_grad_(False)
     for target in targets:
         base, own = bases.get(target.name), scales[target.name] if scales else (1.0,) * target.layout.num_matrices
-        weight = None if base else target.module.weight
-        layer = PSTLinear(
-            target.name, weight, target.module.bias, target.layout, config, shards[target.name], own, grid, base
-        )
+        weight = None if base else target.weight
+        rest = target.layout, config, shards[target.name], own, grid, base
+        layer: PSTLayer
+        if target.is_stack:
+            del target.module._parameters[target.parameter]  # a module takes its place
+            layer = PSTExpertStack(target.name, weight, *rest)
+        else:
+            layer = PSTLinear(target.name, weight, target.module.bias, *rest)
         layer.train(target.module.training)
         for parent, attribute in target.places:
             setattr(parent, attribute, layer)
+    experts.switch_on(dict.fromkeys(target.module for target in targets if target.is_stack))
     fast_paths.switch_off(model)
     for found in embeddings:
         embedding = PSTEmbedding(found.name, found.module, config)
@@ -104,7 +113,7 @@ def configured_parameters(model: nn.Module, config: PSTConfig) -> set[nn.Paramet
     for module in modules_named_to_save(model, config).values():
         params.update(module.parameters())
     for module in model.modules():
-        is_pruned, bias = isinstance(module, PSTLinear), module._parameters.get("bias")
+        is_pruned, bias = isinstance(module, PSTLayer), module._parameters.get("bias")
         if bias is not None and (config.bias == "all" or (config.bias == "pst_only" and is_pruned)):
             params.add(bias)
         if is_pruned and config.train_weights and module.weight is not None:
@@ -173,9 +182,9 @@ def _fitting_rules(targets: Sequence[Target], config: PSTConfig) -> list[MaskRul
     return rules
 
 
-def pst_layers(model: nn.Module) -> dict[str, PSTLinear]:
+def pst_layers(model: nn.Module) -> dict[str, PSTLayer]:
     """The PST layers of ``model`` by name, in model order; a shared layer once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PSTLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, PSTLayer)}
 
 
 def layers_never_called(model: nn.Module) -> list[str]:
@@ -196,7 +205,7 @@ def shortened(names: Sequence[str], most: int = 4) -> str:
 @contextmanager
 def bypassed(model: nn.Module) -> Iterator[None]:
     """Inside, ``model`` computes without masks and updates, as the dense model it was made from."""
-    layers: list[PSTLinear | PSTEmbedding] = [*pst_layers(model).values(), *pst_embeddings(model).values()]
+    layers: list[PSTLayer | PSTEmbedding] = [*pst_layers(model).values(), *pst_embeddings(model).values()]
     for layer in layers:
         layer.bypassed = True
     try:
@@ -235,10 +244,10 @@ def round_weights(model: nn.Module, *, rounds: bool = True) -> None:
 
 def _shards_of(target: Target, num_shards: int | None) -> int:
     """Return how many shards a layer's weight has, or will have. Raises InjectionError where that is not num_shards."""
-    weight = target.module.weight
+    weight = target.weight
     shards = zero3.num_shards(weight) if zero3.is_partitioned(weight) else num_shards or 1
     if num_shards not in (None, shards):
-        raise InjectionError(f"{target.name}.weight is split over {shards} ranks, not num_shards = {num_shards}")
+        raise InjectionError(f"{target.weight_name} is split over {shards} ranks, not num_shards = {num_shards}")
     return shards
 
 
@@ -264,12 +273,24 @@ def _require_groups(targets: Sequence[Target], grid: Grid | None, what: str = ""
             ) from None
 
 
+def _require_ranks(targets: Sequence[Target], config: PSTConfig) -> None:
+    """Refuse factors of experts that would have a higher rank than an expert's matrix."""
+    for target in (target for target in targets if target.is_stack):
+        one = target.layout.expert
+        most = min(one.out_features // one.num_matrices, one.in_features)
+        if max(config.score_rank, config.update_rank) > most:
+            raise InjectionError(
+                f"{target.name} has matrices of {one.out_features // one.num_matrices} x {one.in_features}, and the "
+                f"rank of their factors, expert_rank = {config.expert_rank}, is higher; set it to at most {most}"
+            )
+
+
 def _require_tiles(targets: Sequence[Target], config: PSTConfig) -> None:
     """Refuse a tile budget that is too small, by the layer that needs most, before anything is changed."""
-    sized = [(target, target.module.weight.element_size()) for target in targets]
-    target, itemsize = max(sized, key=lambda pair: least_tile_bytes(pair[0].layout, pair[1]))
+    sized = [(target, target.weight.element_size()) for target in targets]
+    target, itemsize = max(sized, key=lambda pair: least_tile_bytes(pair[0].layout.expert, pair[1]))
     try:
-        plan_tiles(target.layout, itemsize, config.tile_bytes, name=target.name)
+        plan_tiles(target.layout.expert, itemsize, config.tile_bytes, name=target.name)
     except TileBudgetError as error:
         raise InjectionError(str(error)) from None
 
@@ -281,7 +302,7 @@ def _weight_scales(targets: Sequence[Target], bases: dict[str, BaseCodes]) -> di
     """
     owners = [(t, matrix) for t in targets for matrix in t.layout.matrices()]
     any_base = bases.get(targets[0].name)
-    any_param = any_base.codes if any_base else targets[0].module.weight
+    any_param = any_base.codes if any_base else targets[0].weight
     zero = torch.zeros((), device=zero3.shard_of(any_param).values.device)
 
     def own_tiles(target: Target, matrix: StoredMatrix) -> Iterator[Tensor]:
@@ -291,7 +312,7 @@ def _weight_scales(targets: Sequence[Target], bases: dict[str, BaseCodes]) -> di
     largest = group_max(torch.stack(own_largest).double().nan_to_num(nan=math.inf, posinf=math.inf), any_param).tolist()
     for (target, _), value in zip(owners, largest, strict=True):
         if not math.isfinite(value):
-            raise InjectionError(f"{target.name}.weight has NaN or infinite values; the base model is damaged")
+            raise InjectionError(f"{target.weight_name} has NaN or infinite values; the base model is damaged")
     exponents = [fixed_point_exponent(value) for value in largest]
     scaled = zip(owners, exponents, strict=True)
     own = [sum(int(abs_sum_fixed_point(v, e)) for v in own_tiles(t, m)) for (t, m), e in scaled]
@@ -300,13 +321,13 @@ def _weight_scales(targets: Sequence[Target], bases: dict[str, BaseCodes]) -> di
     for (target, matrix), total, exponent in zip(owners, group_sum(sums, any_param).tolist(), exponents, strict=True):
         mean = total / 2.0**exponent / matrix.rect.numel
         if mean == 0.0:
-            raise InjectionError(f"{target.name}.weight is all zeros; leave it out with exclude_modules")
+            raise InjectionError(f"{target.weight_name} is all zeros; leave it out with exclude_modules")
         scales[target.name] = (*scales.get(target.name, ()), mean)
     return scales
 
 
 def _own_tiles(target: Target, base: BaseCodes | None, matrix: StoredMatrix) -> Iterator[Tensor]:
     """This rank's values of one matrix, in rectangles."""
-    own = own_weights(target.module.weight, target.layout) if base is None else base.own(base.dtype)
+    own = own_weights(target.weight, target.layout) if base is None else base.own(base.dtype)
     for rect in shard_tiles(matrix.rect, own.row_length, own.start, own.stop, _SCALE_TILE):
         yield own.rect(rect)

@@ -2,225 +2,25 @@
 
 from __future__ import annotations
 
-import math
-import zlib
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pst_ds.config.pst import PSTConfig, UpdateInit
 from pst_ds.core import masked_linear
-from pst_ds.core.bits import all_ones, shard_range
-from pst_ds.core.factors import Constants, Factors, layer_factors, ungrouped_columns
-from pst_ds.core.layout import WeightLayout
-from pst_ds.core.quantization import (
-    UNUSED_SCALE,
-    CodedWeight,
-    Grid,
-    Rounding,
-    StoredGrid,
-    bytes_of_scales,
-    scales_of_bytes,
-)
-from pst_ds.core.quantization.own_weights import OwnWeights
-from pst_ds.nn.base_codes import BASE_CODES, BASE_SCALES, BaseCodes, own_weights
+from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.operators import new_number
 from pst_ds.parallel import zero3
 
-FACTOR_NAMES = ("A", "B", "R", "C", "U", "V")
-"""The small ones; a score of each weight, S, is none of them."""
-SCORE_FACTORS = ("A", "B", "R", "C", "S")
-CONSTANT_PARTS = ("pst_mask", "pst_scales", BASE_CODES, BASE_SCALES)
-"""Parameters of a layer that are bytes, which nothing trains."""
 
+class PSTLinear(PSTLayer):
+    """Takes the place of an ``nn.Linear`` or ``Conv1D``: y = x (M . W)' + b."""
 
-class PSTLinear(nn.Module):
-    """Takes the place of an ``nn.Linear`` or ``Conv1D`` and adopts its ``weight`` and ``bias`` Parameters.
-
-    W = W0 + beta U V;  S = |W| / scale + alpha1 A B + alpha2 (R 1' + 1 C');  M keeps the largest S;  y = x (M . W)' + b
-
-    Parameters, besides ``weight`` (frozen unless ``config.train_weights``) and ``bias``:
-        pst_A (O, k), pst_B (P*k, I), pst_R (O,), pst_C (P, I), pst_U (O, r), pst_V (P*r, I): trainable, see
-            :mod:`pst_ds.core.factors` for P; None for those the config leaves out.
-        pst_S, as the weight: a score of each weight, with ``config.full_scores`` alone; trainable.
-        pst_mask (num_shards * ceil(ceil(O*I / num_shards) / 8),): uint8, one bit a weight, frozen.
-        pst_scales, with a ``grid`` alone: uint8, the bytes of the bf16 scales that M . W is rounded with, frozen.
-        pst_base_codes, pst_base_scales, with a ``base`` alone: uint8, W0 as codes and scales, see
-            :class:`pst_ds.core.quantization.CodeLayout`; ``weight`` is None then.
-    A multiplicative update has pst_U (O,) and pst_V (P*r, I).
-
-    One module holds them all, so ZeRO-3 fetches and releases the layer in one go.
-    """
-
-    weight: nn.Parameter | None
-    pst_S: nn.Parameter | None
-    pst_scales: nn.Parameter | None
-    pst_base_codes: nn.Parameter
-    pst_base_scales: nn.Parameter
-
-    def __init__(
-        self,
-        name: str,
-        weight: nn.Parameter | None,
-        bias: nn.Parameter | None,
-        layout: WeightLayout,
-        config: PSTConfig,
-        num_shards: int,
-        weight_scales: tuple[float, ...],
-        grid: Grid | None = None,
-        base: BaseCodes | None = None,
-    ):
-        assert (weight is None) == (base is not None), "a layer has a weight or its codes"
-        super().__init__()
-        self.layout, self.num_shards, self.weight_scales = layout, num_shards, weight_scales
-        self.in_features, self.out_features = layout.in_features, layout.out_features
-        self.constants = Constants(
-            config.alpha1, config.alpha2, config.beta, config.detach_magnitude,
-            magnitude=config.magnitude != "none", frozen_magnitude=config.frozen_magnitude,
-            multiplicative=config.multiplicative_update,
-        )  # fmt: skip
-        self.rule = config.rule_for(name)
-        self.scores_train = config.has_scores or config.full_scores
-        """True while scores have a gradient now; False once the masks are fixed."""
-        self.stored_grid = None if grid is None else StoredGrid(layout, grid)
-        self.rounds = False
-        """True while M . W is rounded to the grid, with the scales as they are."""
-        self.input_norms: Tensor | None = None
-        """(I,) fp32, of ``magnitude = "activation"``; the same on every rank, and on the weight's device."""
-        self.score_penalty = 0.0
-        """What the mean of sigmoid(S) of a score of each weight adds in each backward pass to the loss, times this."""
-        self.bypassed = False
-        """True while it multiplies with W0 alone, as the dense model does; see :func:`pst_ds.nn.inject.bypassed`."""
-        self.was_called = False
-        """True once ``forward`` was called; see :func:`pst_ds.nn.inject.layers_never_called`."""
-        self.tile_bytes = config.tile_bytes
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.in_features, self.out_features = self.layout.in_features, self.layout.out_features
         self._number = new_number(self)
-        self.register_parameter("weight", weight)
-        self.bias = bias
-        self.register_parameter(BASE_CODES, None if base is None else base.codes)
-        self.register_parameter(BASE_SCALES, None if base is None else base.scales)
-        if weight is not None:
-            device, dtype = weight.device, weight.dtype
-            self.pst_mask = nn.Parameter(all_ones(layout.numel, num_shards).to(device), requires_grad=False)
-        else:
-            assert base is not None
-            device, dtype = base.codes.device, base.dtype
-            self.pst_mask = base.mask
-        self._code_layout, self._loaded_dtype = None if base is None else base.layout, dtype
-
-        scales = None
-        if self.stored_grid is not None:
-            unused = bytes_of_scales(torch.full(self.stored_grid.shape, UNUSED_SCALE)).to(device)
-            scales = nn.Parameter(unused, requires_grad=False)
-        self.register_parameter("pst_scales", scales)
-
-        self._add_factors(name, config, device, dtype)
-
-    def _add_factors(self, name: str, config: PSTConfig, device: torch.device, dtype: torch.dtype) -> None:
-        """Register the factors that ``config`` asks for, as they are before training, and None for the others."""
-
-        def add(factor: str, shape: tuple[int, ...] | None, std: float = 0.0) -> None:
-            param = None
-            if shape is not None:
-                values = seeded_normal(shape, std, f"{config.factor_seed}/{name}/{factor}")
-                param = nn.Parameter(values.to(device=device, dtype=dtype))
-            self.register_parameter(f"pst_{factor}", param)
-
-        layout, outputs, inputs = self.layout, self.out_features, self.in_features
-        k, r = config.score_rank, config.update_rank
-        score_std = config.score_init_scale * init_std(config.score_init, k, inputs)
-        update_std = config.update_init_scale * init_std(config.update_init, r, inputs)
-        starts_at_v = config.update_init == "lora" or config.multiplicative_update  # one of U and V is zero
-        add("A", (outputs, k) if k else None, score_std)
-        add("B", (layout.num_matrices * k, inputs) if k else None)
-        add("R", (outputs,) if config.structured_scores else None)
-        add("C", (layout.num_matrices, inputs) if config.structured_scores else None)
-        of_output = (outputs,) if config.multiplicative_update else (outputs, r)
-        add("U", of_output if r else None, 0.0 if starts_at_v else update_std)
-        add("V", (layout.num_matrices * r, inputs) if r else None, update_std if starts_at_v else 0.0)
-        add("S", tuple(layout.shape) if config.full_scores else None)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the layer computes in."""
-        if self.weight is not None:
-            return self.weight.dtype
-        # factors follow a cast of the model, which codes do not
-        return next((param.dtype for _, param in self.factor_parameters()), self._loaded_dtype)
-
-    @property
-    def base_codes(self) -> BaseCodes | None:
-        """W0 as codes and scales; None where the layer has a weight."""
-        if self._code_layout is None:
-            return None
-        return BaseCodes(
-            self._code_layout, self.pst_base_codes, self.pst_base_scales, self.pst_mask, self._loaded_dtype
-        )  # fmt: skip
-
-    def base_weight(self) -> Tensor | CodedWeight:
-        """W0, or the weight that is trained in its place, in storage shape. The parameters must be gathered."""
-        if self.weight is not None:
-            return self.weight.detach()
-        assert self.base_codes is not None
-        return self.base_codes.whole(self.dtype)
-
-    @torch.no_grad()
-    def hold(self, weight: Tensor) -> None:
-        """Make ``weight``, in storage shape, the frozen W0, in place of codes where the layer has these. Not under
-        ZeRO-3."""
-        if self.weight is not None:
-            self.weight.copy_(weight)
-            return
-        self.weight = nn.Parameter(weight.to(self.dtype).clone(), requires_grad=False)
-        self._code_layout = None
-        for name in (BASE_CODES, BASE_SCALES):
-            self.register_parameter(name, None)
-
-    def own_base(self) -> OwnWeights:
-        """Return this rank's shard of :meth:`base_weight`; all of it where it is not split."""
-        if self.weight is not None:
-            return own_weights(self.weight, self.layout)
-        assert self.base_codes is not None
-        return self.base_codes.own(self.dtype)
-
-    def own_range(self) -> tuple[int, int]:
-        """Return the flat range of the weights whose mask this rank holds; all of them where it is not split."""
-        if not zero3.is_partitioned(self.pst_mask):
-            return 0, self.layout.numel
-        return shard_range(self.layout.numel, self.num_shards, zero3.shard_index(self.pst_mask))
-
-    def factor_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name in :data:`FACTOR_NAMES`, Parameter) of the factors this layer has."""
-        for name in FACTOR_NAMES:
-            param = getattr(self, f"pst_{name}")
-            if param is not None:
-                yield name, param
-
-    def factors(self, values: dict[str, Tensor]) -> Factors:
-        """The matrices of the formulas, from the ``values`` of :meth:`factor_parameters`."""
-        return layer_factors(values, self.layout.num_matrices, self.constants, self.input_norms)
-
-    def state(self) -> masked_linear.LayerState:
-        """The weight that the layer multiplies with now. The parameters must be gathered."""
-        weight, mask = self.base_weight(), self.pst_mask.detach()
-        factors = self.factors({name: param.detach() for name, param in self.factor_parameters()})
-        return masked_linear.LayerState(
-            weight, mask, self.num_shards, self.layout, factors, self.constants, self.weight_scales, self.scores_train,
-            self.rounding() if self.rounds else None,
-        )  # fmt: skip
-
-    def rounding(self) -> Rounding:
-        """The grid and its scales as they are now; of a layer with a grid, whose parameters must be gathered."""
-        assert self.stored_grid is not None
-        assert self.pst_scales is not None
-        return Rounding(self.stored_grid, scales_of_bytes(self.pst_scales.detach(), self.stored_grid.shape))
-
-    def masked_weight(self) -> Tensor:
-        """M . W in storage shape, exactly what ``forward`` multiplies with, rounded where it is. The parameters must be
-        gathered."""
-        return self.state().masked_weight()
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., I) to (..., O), in the weight's dtype, also under autocast."""
@@ -231,19 +31,14 @@ class PSTLinear(nn.Module):
             return self._eager(x)
         if zero3.is_partitioned(self.pst_mask):  # whose modules have hooks around them, so graphs end here anyway
             return torch.compiler.disable(self._eager)(x)
-        weight, factors = self._trained()
+        weight, factors = self.trained()
         x = x.to(self.dtype) if torch.is_autocast_enabled(x.device.type) else x
         return torch.ops.pst_ds.masked_linear(x, self._number, self.out_features, weight, self.bias, *factors)
-
-    def _trained(self) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Return the weight where it is trained, and :data:`FACTOR_NAMES` and S."""
-        weight = self.weight if self.weight is not None and self.weight.requires_grad else None
-        return weight, [getattr(self, f"pst_{name}") for name in (*FACTOR_NAMES, "S")]
 
     def _eager(self, x: Tensor) -> Tensor:
         if not self.was_called:
             self.was_called = True
-        weight, factors = self._trained()
+        weight, factors = self.trained()
         if not torch.is_autocast_enabled(x.device.type):
             return _MaskedLinear.apply(x, self, weight, self.bias, *factors)
         with torch.autocast(x.device.type, enabled=False):
@@ -259,23 +54,12 @@ class PSTLinear(nn.Module):
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of x (..., I), the weight, the bias, and of :data:`FACTOR_NAMES` and S, for
         ``grad_y`` (..., O). Gathers what ZeRO-3 has released."""
-        params, dtype = list(self.parameters(recurse=False)), self.dtype
-        with zero3.gathered([p for p in params if zero3.is_released(p)]):
-            grads = masked_linear.backward(
-                x.reshape(-1, x.shape[-1]),
-                grad_y.reshape(-1, grad_y.shape[-1]),
-                self.state(),
-                need_x=need_x,
-                need_weight=need_weight,
-                need_bias=need_bias,
-                need_scores=self.pst_S is not None and self.scores_train,
-                tile_bytes=self.tile_bytes,
-            )
-            _finish(grads, self)
+        x_rows, grad_rows = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
+        backward = partial(masked_linear.backward, need_x=need_x, need_weight=need_weight, need_bias=need_bias)
+        grads = self.gathered_gradients(partial(backward, x_rows, grad_rows))
         grad_x = None if grads.x is None else grads.x.to(x.dtype).view(x.shape)
-        grad_bias = None if grads.bias is None else grads.bias.to(dtype)
-        of_factors = (getattr(grads, name) for name in (*FACTOR_NAMES, "S"))
-        return grad_x, grads.weight, grad_bias, *(None if g is None else g.to(dtype) for g in of_factors)
+        grad_bias = None if grads.bias is None else grads.bias.to(self.dtype)
+        return grad_x, grads.weight, grad_bias, *self.of_trained(grads)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, which is a layer of its own to torch.compile's graphs."""
@@ -309,33 +93,3 @@ class _MaskedLinear(torch.autograd.Function):
         need_x, _, need_weight, need_bias = ctx.needs_input_grad[:4]
         of_x, *others = ctx.layer.gradients(x, grad_y, need_x=need_x, need_weight=need_weight, need_bias=need_bias)
         return of_x, None, *others
-
-
-@torch.no_grad()
-def _finish(grads: masked_linear.Gradients, layer: PSTLinear) -> None:
-    """What the formulas of one weight matrix do not know: how the layer holds U, and the penalty on its scores."""
-    if layer.constants.multiplicative and grads.U is not None:
-        grads.U = ungrouped_columns(grads.U, layer.layout.num_matrices)
-    if layer.pst_S is None:
-        return
-    if grads.S is None:  # the masks are fixed
-        grads.S = torch.zeros_like(layer.pst_S)
-    elif layer.score_penalty:
-        probability = torch.sigmoid(layer.pst_S)
-        grads.S.addcmul_(probability, 1.0 - probability, value=layer.score_penalty / layer.layout.numel)
-
-
-def init_std(kind: UpdateInit, rank: int, in_features: int) -> float:
-    if kind == "rank":
-        return 1.0 / math.sqrt(max(rank, 1))
-    if kind in ("width", "lora"):  # LoRA's, whose A is Kaiming-uniform with a = sqrt(5)
-        return 1.0 / math.sqrt(3.0 * in_features)
-    return 1.0
-
-
-def seeded_normal(shape: tuple[int, ...], std: float, key: str) -> Tensor:
-    """N(0, std**2) values fixed by ``key`` alone; zeros when std is 0."""
-    if std == 0.0:
-        return torch.zeros(shape)
-    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-    return torch.randn(shape, generator=generator) * std

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from pst_ds.errors import InputError
-from pst_ds.nn import fast_paths
+from pst_ds.nn import experts, fast_paths
 from pst_ds.nn.adapter_checkpoints import whole_checkpoints
 from pst_ds.nn.embedding import PSTEmbedding
+from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.inject import injected_config, layers_never_called, pst_layers, shortened
-from pst_ds.nn.linear import CONSTANT_PARTS, PSTLinear
+from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
 from pst_ds.nn.targets import places_by_module
 from pst_ds.parallel import zero3
 from pst_ds.parallel.steps import unwrapped
@@ -23,7 +24,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     """Turn the PST modules of a model into plain ones, in place.
 
     A PSTLinear becomes an ``nn.Linear``, or ``Conv1D``, whose weight is M . W as the masked model multiplied with it,
-    bit for bit but that a kept -0.0 is +0.0; a PSTEmbedding an ``nn.Embedding``. The weights are frozen: without its
+    bit for bit but that a kept -0.0 is +0.0; a PSTExpertStack the Parameter that it was made from; a PSTEmbedding an
+    ``nn.Embedding``. The weights are frozen: without its
     mask a layer that is trained on loses its zeros. Warns of layers that were never called where others were: what
     they become is not what the model computed. Not collective: each rank merges its own model.
 
@@ -55,11 +57,11 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         )
     whole_checkpoints(model)
     for module, places in places_by_module(model).items():
-        if isinstance(module, PSTLinear | PSTEmbedding):
-            plain = _plain_linear(module) if isinstance(module, PSTLinear) else _plain_embedding(module)
-            plain.train(module.training)
+        if isinstance(module, PSTLayer | PSTEmbedding):
+            plain = _plain(module)
             for parent, attribute in places:
                 setattr(parent, attribute, plain)
+    experts.restore(model)
     fast_paths.restore(model)
     for name in ("pst_config", "save_pretrained"):  # that of PSTCallback writes the adapter state
         vars(model).pop(name, None)
@@ -83,7 +85,18 @@ def print_trainable_parameters(model: nn.Module) -> None:
     print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
 
-def _plain_linear(layer: PSTLinear) -> nn.Module:
+def _plain(module: PSTLayer | PSTEmbedding) -> nn.Module | nn.Parameter:
+    if isinstance(module, PSTExpertStack):
+        return _merged_weight(module)
+    plain = _plain_linear(module) if isinstance(module, PSTLayer) else _plain_embedding(module)
+    return plain.train(module.training)
+
+
+def _merged_weight(layer: PSTLayer) -> nn.Parameter:
+    return nn.Parameter(layer.masked_weight().add_(0.0).view(layer.weight_shape), requires_grad=False)
+
+
+def _plain_linear(layer: PSTLayer) -> nn.Module:
     layout, has_bias = layer.layout, layer.bias is not None
     plain: nn.Module
     with torch.device("meta"):
@@ -93,7 +106,7 @@ def _plain_linear(layer: PSTLinear) -> nn.Module:
             plain = Conv1D(layout.out_features, layout.in_features)
         else:
             plain = nn.Linear(layout.in_features, layout.out_features, bias=has_bias)
-    plain.weight = nn.Parameter(layer.masked_weight().add_(0.0), requires_grad=False)
+    plain.weight = _merged_weight(layer)
     plain.register_parameter("bias", layer.bias)
     return plain
 

@@ -1,4 +1,4 @@
-"""The inside of a model's blocks: linear layers, matrices that belong to none, and the routers of experts.
+"""The inside of a model's blocks: linear layers, experts, matrices that belong to neither, and routers.
 
 All of it is found by shape and place, never by name, so that a model of tomorrow is looked at as one of today.
 """
@@ -13,7 +13,11 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from pst_ds.core.layout import WeightLayout
 from pst_ds.parallel import zero3
+
+_EXPERT_FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")
+"""What transformers' ``use_experts_implementation`` says of an experts module, and the number of its experts."""
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -61,6 +65,35 @@ def outermost_list(name: str, model: nn.Module) -> str:
     return ""
 
 
+def is_experts(module: nn.Module) -> bool:
+    """Return whether transformers lets other code compute this experts module (``ALL_EXPERTS_FUNCTIONS``)."""
+    return all(flag in vars(module) for flag in _EXPERT_FLAGS)
+
+
+def stack_names(experts: Any) -> tuple[str, str]:
+    """Attributes of an experts module that hold its stacks, in the order in which it multiplies with them."""
+    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
+
+
+def stack_layouts(experts: Any) -> dict[str, WeightLayout]:
+    """Layouts of the stacks of an experts module, by attribute. Raises ValueError if it has another form."""
+    first, last = stack_names(experts)
+    fused = 2 if experts.has_gate and experts.is_concatenated else 1
+    layouts = {}
+    for attribute in (first, last):
+        param = experts._parameters.get(attribute)
+        shape = () if param is None else tuple(zero3.full_shape(param))
+        if len(shape) != 3 or shape[0] != experts.num_experts:
+            raise ValueError(f"{attribute} is no Parameter that stacks {experts.num_experts} matrices")
+        inputs, outputs = shape[1:] if experts.is_transposed else shape[:0:-1]
+        matrices = shape[0] * (fused if attribute == first else 1)
+        layouts[attribute] = WeightLayout(shape[0] * outputs, inputs, experts.is_transposed, matrices, shape[0])
+    gated, given = layouts[first].expert.out_features, layouts[last].in_features
+    if gated != given * (2 if experts.has_gate else 1):
+        raise ValueError(f"{first} makes {gated} outputs, and {last} takes {given}")
+    return layouts
+
+
 @dataclass(frozen=True, slots=True)
 class LooseMatrix:
     """A Parameter inside the blocks that holds a matrix, or a stack of them, and is no weight of a linear layer."""
@@ -82,7 +115,7 @@ class LooseMatrix:
 
 
 def loose_matrices(model: nn.Module) -> list[LooseMatrix]:
-    """Every such Parameter, in model order; but embeddings and kernels of convolutions.
+    """Every such Parameter, in model order; but embeddings, kernels of convolutions, and biases of experts.
 
     The last two dimensions must be larger than 1: (1, 1, width) is a vector that broadcasts, (channels, 1, width) a
     kernel.
@@ -93,7 +126,8 @@ def loose_matrices(model: nn.Module) -> list[LooseMatrix]:
             continue
         for attribute, param in module.named_parameters(recurse=False):
             shape = tuple(zero3.full_shape(param))
-            if len(shape) >= 2 and min(shape[-2:]) > 1:
+            is_bias = len(shape) == 2 and is_experts(module)  # (experts, out)
+            if len(shape) >= 2 and min(shape[-2:]) > 1 and not is_bias:
                 found.append(LooseMatrix(owner, module, attribute, shape))
     return found
 
@@ -122,7 +156,9 @@ def _experts(model: nn.Module) -> Iterator[tuple[str, int, set[int]]]:
     """(name, number of experts, widths an expert may read) of every container of experts inside a block."""
     for matrix in loose_matrices(model):
         if matrix.is_stack:
-            yield matrix.owner, matrix.shape[0], set(matrix.shape[1:])
+            parent = matrix.owner.rpartition(".")[0]
+            container = parent if is_experts(model.get_submodule(parent)) else matrix.owner  # a stack that PST adopted
+            yield container, matrix.shape[0], set(matrix.shape[1:])
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or not is_inside_block(name, model):
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +14,12 @@ from pst_ds.core.layout import WeightLayout
 from pst_ds.errors import InputError
 from pst_ds.nn import model_structure
 from pst_ds.nn.model_structure import LooseMatrix, is_conv1d, is_linear
+from pst_ds.nn.replaceable import attention_names, hooks, listed, short_name, why_not_replaceable
 from pst_ds.parallel import zero3
 
 ALL_LINEAR = "all-linear"
 HEAD_NAMES = ("classifier", "score", "pre_classifier", "classification_head", "qa_outputs")
 """Names of task heads, for models that do not say which part of them is the base model."""
-
-SAME_AS_LINEAR = ("FalconLinear",)
-"""Classes with a forward of their own that computes what nn.Linear's does."""
-_HOOKS = {
-    "_forward_hooks": "forward", "_forward_pre_hooks": "forward pre-", "_backward_hooks": "backward",
-    "_backward_pre_hooks": "backward pre-",
-}  # fmt: skip
 
 
 class InjectionError(InputError):
@@ -34,12 +28,30 @@ class InjectionError(InputError):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One layer to prune: its module, every (parent, attribute) that holds it, and its layout."""
+    """One layer to prune: its module, every (parent, attribute) that holds it, and its layout.
+
+    A stack of experts is a Parameter of ``module``, which holds it in one place.
+    """
 
     name: str
     module: Any
     places: tuple[tuple[nn.Module, str], ...]
     layout: WeightLayout
+    parameter: str = "weight"
+    """Name of the weight in ``module``."""
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return getattr(self.module, self.parameter)
+
+    @property
+    def is_stack(self) -> bool:
+        return self.parameter != "weight"
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the weight in the model's state dict."""
+        return self.name if self.is_stack else f"{self.name}.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +63,26 @@ class EmbeddingTarget:
     places: tuple[tuple[nn.Module, str], ...]
 
 
-def find_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
+def find_targets(model: nn.Module, config: PSTConfig, *, stacks: bool = True) -> list[Target]:
     """The layers that ``config`` prunes, in model order.
 
-    "all-linear" is every linear layer inside the blocks but the routers of experts: they choose, hold next to nothing,
-    and stay dense and frozen. Name them in ``target_modules`` to prune them.
+    "all-linear" is every linear layer inside the blocks, and the ``stacks`` of experts that transformers lets other
+    code compute, but the routers of experts: they choose, hold next to nothing, and stay dense and frozen. Name them in
+    ``target_modules`` to prune them.
 
     Raises InjectionError when nothing matches, when a match is tied, quantised or not linear, or cannot be replaced
-    (:func:`why_not_replaceable`), and when "all-linear" would leave matrices inside the blocks
-    dense because they are not linear layers, such as experts in one 3-D Parameter. Those that ``exclude_modules`` names
-    stay dense and frozen.
+    (:func:`pst_ds.nn.replaceable.why_not_replaceable`), and when "all-linear" would leave matrices inside the blocks
+    dense because they are not linear layers, such as experts in a 3-D Parameter of another form. Those that
+    ``exclude_modules`` names stay dense and frozen.
     """
     saved = modules_to_save(model, config)
     places = places_by_module(model)
     routers = model_structure.router_names(model) if config.target_modules == ALL_LINEAR else set()
     targets = []
     for name, module in model.named_modules():
+        if stacks and model_structure.is_experts(module):
+            targets += _stacks(name, module, model, config, saved)
+            continue
         if name in routers or not _is_wanted(name, module, model, config, saved):
             continue
         if not is_linear(module):
@@ -82,6 +98,45 @@ def find_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
         raise InjectionError(_nothing_matched(model, config))
     _refuse_tied(model, targets)
     return targets
+
+
+def _stacks(
+    name: str, module: nn.Module, model: nn.Module, config: PSTConfig, saved: dict[str, nn.Module]
+) -> list[Target]:
+    """The stacks of an experts module that ``config`` prunes; it may name the module, or a stack."""
+    wanted = {
+        attribute
+        for attribute in model_structure.stack_names(module)
+        if not _is_in(name, saved)
+        and not _is_excluded(name, attribute, config)
+        and (
+            model_structure.is_inside_block(name, model)
+            if config.target_modules == ALL_LINEAR
+            else any(name_matches(known, config.target_modules) for known in (name, f"{name}.{attribute}"))
+        )
+    }
+    if not wanted:
+        return []
+    try:
+        layouts = model_structure.stack_layouts(module)
+    except ValueError as error:
+        raise InjectionError(
+            f"{name} ({type(module).__name__}) has another form than the experts that PST can prune: {error}. Leave "
+            f"it dense with exclude_modules = {listed([short_name(name)])}"
+        ) from None
+    if module._is_expert_parallel:
+        raise InjectionError(
+            f"{name} has its experts on several ranks (expert parallelism), where no rank could rank a whole stack; "
+            "load the model without a distributed_config"
+        )
+    found = [
+        Target(f"{name}.{attribute}", module, ((module, attribute),), layout, attribute)
+        for attribute, layout in layouts.items()
+        if attribute in wanted
+    ]
+    for target in found:
+        _refuse_quantised(target)
+    return found
 
 
 def modules_to_save(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]:
@@ -155,11 +210,13 @@ def _refuse_loose_matrices(
     model: nn.Module, config: PSTConfig, saved: dict[str, nn.Module], targets: list[Target], routers: set[str]
 ) -> None:
     """A stack of matrices, or a matrix as large as one that is pruned, must not stay dense unsaid."""
-    least = min((t.layout.numel for t in targets), default=0)
+    least = min((t.layout.expert.numel for t in targets), default=0)
+    pruned = {id(t.weight) for t in targets}
     loose: list[LooseMatrix] = []
     for matrix in model_structure.loose_matrices(model):
         owner = matrix.owner
-        is_known = owner in routers or _is_in(owner, saved) or is_inside(owner, config.exclude_modules)
+        is_known = owner in routers or _is_in(owner, saved) or _is_excluded(owner, matrix.attribute, config)
+        is_known = is_known or id(getattr(matrix.module, matrix.attribute)) in pruned
         if not is_known and (matrix.is_stack or 0 < least <= matrix.numel):
             loose.append(matrix)
     if not loose:
@@ -175,6 +232,11 @@ def _refuse_loose_matrices(
         f"{sum(t.layout.numel for t in targets):,} that would be pruned. If that is meant, say so with "
         f"exclude_modules = {listed(dict.fromkeys(owners))}"
     )
+
+
+def _is_excluded(owner: str, attribute: str, config: PSTConfig) -> bool:
+    """Return whether ``exclude_modules`` names a Parameter that is a matrix, or what holds it."""
+    return any(is_inside(name, config.exclude_modules) for name in (owner, f"{owner}.{attribute}"))
 
 
 def _is_in(name: str, modules: Iterable[str]) -> bool:
@@ -206,13 +268,9 @@ def _layout(name: str, module: Any, config: PSTConfig) -> WeightLayout:
 
 
 def _refuse_unfit(name: str, module: Any, places: tuple[tuple[nn.Module, str], ...], model: nn.Module) -> None:
-    weight = module.weight
-    if not weight.dtype.is_floating_point or weight.element_size() < 2:
-        raise InjectionError(
-            f"{name}.weight is {weight.dtype}: quantised base weights cannot be pruned. Load the model in bfloat16 or "
-            "float32"
-        )
     layout = _layout(name, module, PSTConfig())
+    weight = module.weight
+    _refuse_quantised(Target(name, module, places, layout))
     if tuple(zero3.full_shape(weight)) != layout.shape:
         raise InjectionError(
             f"{name}.weight has shape {tuple(zero3.full_shape(weight))}, not the {layout.shape} of its "
@@ -222,97 +280,30 @@ def _refuse_unfit(name: str, module: Any, places: tuple[tuple[nn.Module, str], .
         raise InjectionError(problem)
 
 
-def why_not_replaceable(name: str, module: nn.Module, holders: Sequence[nn.Module], model: nn.Module) -> str:
-    """Return why the linear layer ``name`` of ``model`` cannot be replaced, and what to do; "" if it can be.
-
-    ``holders`` are the modules that hold it.
-    """
-    for holder in holders:
-        if isinstance(holder, nn.MultiheadAttention):
-            return (
-                f"{name} belongs to a {type(holder).__name__}, which reads the layer's weight and never calls it: a "
-                f"mask would prune nothing. Leave it dense with exclude_modules = {listed(attention_names(model))}"
-            )
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return (
-            f"{name}.weight is no Parameter but computed from others, as weight_norm and parametrizations do; remove "
-            f"that first (torch.nn.utils.parametrize.remove_parametrizations), or {_leave_out(name)}"
+def _refuse_quantised(target: Target) -> None:
+    weight = target.weight
+    if not weight.dtype.is_floating_point or weight.element_size() < 2:
+        raise InjectionError(
+            f"{target.weight_name} is {weight.dtype}: quantised base weights cannot be pruned. Load the model in "
+            "bfloat16 or float32"
         )
-    if not is_conv1d(module) and not _computes_as_linear(module):
-        kind = type(module)
-        alike = dict.fromkeys(short_name(other) for other, m in model.named_modules() if type(m) is kind)
-        return (
-            f"{name} is a {kind.__name__} with a forward of its own, and a pruned layer would compute what nn.Linear "
-            f"does. Leave it dense with exclude_modules = {listed(alike)}"
-        )
-    if not weight.is_contiguous():
-        return (
-            f"{name}.weight is not contiguous in memory; make it so (module.weight = "
-            f"nn.Parameter(module.weight.contiguous())), or {_leave_out(name)}"
-        )
-    return hooks(name, module)
-
-
-def hooks(name: str, module: nn.Module) -> str:
-    """The sentence that names the hooks of a module that is to be replaced; "" if it has none."""
-    for attribute, kind in _HOOKS.items():
-        if getattr(module, attribute):
-            return (
-                f"{name} has a {kind} hook, which would be lost with the module that is replaced; register it after "
-                f"inject_pst, on the new one, or {_leave_out(name)}"
-            )
-    return ""
-
-
-def attention_names(model: nn.Module) -> list[str]:
-    """Return the names of every nn.MultiheadAttention and its linear layers, as ``exclude_modules`` takes them."""
-    found: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            own = short_name(name)
-            children = [child for child, m in module.named_children() if is_linear(m)]
-            found += [*([own] if own else []), *(f"{own}.{child}".lstrip(".") for child in children)]
-    return list(dict.fromkeys(found))
-
-
-def short_name(name: str) -> str:
-    """The dotted ending of ``name`` from its last part on that is no number: other modules end in a number too."""
-    parts = name.split(".")
-    first = max((i for i, part in enumerate(parts) if not part.isdigit()), default=0)
-    return ".".join(parts[first:])
-
-
-def listed(names: Iterable[str]) -> str:
-    """As in a run file: ["one", "other"]."""
-    return f"[{', '.join(chr(34) + name + chr(34) for name in names)}]"
-
-
-def _computes_as_linear(module: nn.Module) -> bool:
-    """accelerate's hooks put a forward around the module's own; that it is called on another device is all they do."""
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
-        return False
-    return type(module).forward is nn.Linear.forward or type(module).__name__ in SAME_AS_LINEAR
-
-
-def _leave_out(name: str) -> str:
-    return f'leave it dense with exclude_modules = ["{name}"]'
 
 
 def _refuse_tied(model: nn.Module, targets: list[Target]) -> None:
-    wanted = {id(t.module.weight): t for t in targets}
+    wanted = {id(t.weight): t for t in targets}
     for name, module in model.named_modules():
         for attribute, param in module.named_parameters(recurse=False):
             target = wanted.get(id(param))
-            if target is not None and module is not target.module:
+            if target is not None and (module, attribute) != (target.module, target.parameter):
                 raise InjectionError(
-                    f"{target.name}.weight is tied to {name}.{attribute}: pruning one would prune the other. Leave it "
+                    f"{target.weight_name} is tied to {name}.{attribute}: pruning one would prune the other. Leave it "
                     f'out with exclude_modules = ["{target.name}"]'
                 )
 
 
 def _nothing_matched(model: nn.Module, config: PSTConfig) -> str:
-    seen = list(dict.fromkeys(n.rpartition(".")[2] for n, m in model.named_modules() if is_linear(m)))
+    layers = [n for n, m in model.named_modules() if is_linear(m) or model_structure.is_experts(m)]
+    seen = list(dict.fromkeys(n.rpartition(".")[2] for n in layers))
     patterns = config.target_modules
     shown = patterns if isinstance(patterns, str) else list(patterns)
     first = patterns if isinstance(patterns, str) else (patterns[0] if patterns else "")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pst_ds.core.experts.routing import Routing
 from pst_ds.core.head_loss import ChunkSizes, Teacher, chunk_sizes, head_loss
 from pst_ds.errors import first_line
+from pst_ds.nn.experts import PSTExpertStack, of_routing, registered
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.language_head import LanguageHead, UnknownHeadError, language_head
-from pst_ds.nn.linear import PSTLinear
 from pst_ds.planning.operators import operator_traffic
 
 
@@ -216,20 +218,31 @@ def layers_save_their_input(model: nn.Module) -> Iterator[None]:
     """Let PST layers keep their input alone; their temporaries of the weight's size are counted elsewhere."""
     layers = pst_layers(model).values()
     for layer in layers:
-        layer.forward = _saving_input(layer)  # type: ignore[method-assign, assignment]
+        anchor = next((param for _, param in layer.factor_parameters()), next(layer.parameters()))
+        of_kind = _products_of_experts if isinstance(layer, PSTExpertStack) else _product
+        layer.forward = partial(of_kind, anchor, layer.layout.expert.out_features)
     try:
-        yield
+        with registered(_evenly_routed):
+            yield
     finally:
         for layer in layers:
             del layer.forward
 
 
-def _saving_input(layer: PSTLinear) -> Callable[[Tensor], Tensor]:
-    anchor = next((param for _, param in layer.factor_parameters()), next(layer.parameters()))
-    return lambda input: _Linear.apply(input, anchor, layer.layout.out_features)
+def _evenly_routed(experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Compute an experts module as if each of its experts got as many tokens: which do is not known from shapes."""
+    return of_routing(experts, hidden, weights, Routing.even(index, experts.num_experts))  # type: ignore[arg-type]
 
 
-class _Linear(torch.autograd.Function):
+def _product(anchor: Tensor, out_features: int, input: Tensor) -> Tensor:
+    return _Product.apply(input, anchor, out_features)
+
+
+def _products_of_experts(anchor: Tensor, out_features: int, x: Tensor, routing: Routing, by_token: bool) -> Tensor:
+    return _ProductsOfExperts.apply(x, anchor, out_features, routing, by_token)
+
+
+class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, out_features: int) -> Tensor:
         ctx.save_for_backward(x)
@@ -238,6 +251,19 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
         return torch.empty_like(ctx.saved_tensors[0]), None, None
+
+
+class _ProductsOfExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, out_features: int, routing: Routing, by_token: bool) -> Tensor:
+        ctx.routing, ctx.by_token = routing, by_token
+        ctx.save_for_backward(x)
+        return x.new_empty(len(routing.order), out_features)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = grad_y.new_empty(len(grad_y), ctx.saved_tensors[0].shape[1])
+        return ctx.routing.summed(grad_x) if ctx.by_token else grad_x, None, None, None, None
 
 
 class _Operators(TorchDispatchMode):

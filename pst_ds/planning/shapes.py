@@ -13,7 +13,7 @@ from torch import nn
 from pst_ds.core.layout import row_tiles
 from pst_ds.core.tiles import plan_tiles
 from pst_ds.nn.inject import pst_layers
-from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.model_structure import is_linear, linear_shape
 from pst_ds.parallel import zero3
 from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, layer_work_bytes
@@ -52,7 +52,7 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
     )
 
 
-def _rank(layer: PSTLinear, factor: str) -> int:
+def _rank(layer: PSTLayer, factor: str) -> int:
     """Return the rank of the pair whose matrix by input is ``factor``; 0 without it."""
     param = dict(layer.factor_parameters()).get(factor)
     return 0 if param is None else zero3.full_shape(param)[0] // layer.layout.num_matrices
@@ -77,15 +77,21 @@ def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
     for param in params:
         by_dtype[param.dtype] += zero3.full_numel(param) * param.element_size()
     work = bands = 0
-    if isinstance(module, PSTLinear):
-        work = layer_work_bytes(module.layout, module.dtype.itemsize, module.tile_bytes, device)
+    if isinstance(module, PSTLayer):
+        work = layer_work_bytes(module.layout.expert, module.dtype.itemsize, module.tile_bytes, device)
         bands = _num_bands(module, device)
     numel, sizes = sum(map(zero3.full_numel, params)), by_dtype.values()
     return ModuleNumbers(numel, sum(sizes), max(sizes, default=0), work, bands=bands)
 
 
-def _num_bands(layer: PSTLinear, device: str) -> int:
-    """Count the bands of a layer's backward pass: rows of what each tile and each fused matrix have in common."""
-    tiles = plan_tiles(layer.layout, layer.dtype.itemsize, layer.tile_bytes, device_type=device)
-    shared = (tile.meet(matrix.rect) for tile in tiles.rects for matrix in layer.layout.matrices())
-    return sum(len(list(row_tiles(part, tiles.band_elements))) for part in shared if part is not None)
+def _num_bands(layer: PSTLayer, device: str) -> int:
+    """Count the bands of a layer's backward pass: rows of what each tile and each fused matrix have in common.
+
+    Those of all experts of a stack, though not all may have tokens.
+    """
+    one = layer.layout.expert
+    tiles = plan_tiles(one, layer.dtype.itemsize, layer.tile_bytes, device_type=device)
+    shared = (tile.meet(matrix.rect) for tile in tiles.rects for matrix in one.matrices())
+    return layer.layout.num_experts * sum(
+        len(list(row_tiles(part, tiles.band_elements))) for part in shared if part is not None
+    )

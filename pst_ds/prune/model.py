@@ -67,7 +67,7 @@ def prune_model(
     """
     model.eval()
     if method == "magnitude":
-        return [_prune(rule, rule.target.module.weight.data, None) for rule in rules]
+        return [_prune(rule, rule.target.weight.data, None) for rule in rules]
     stack, blocks = find_blocks(model, [rule.target for rule in rules])
     by_block: dict[int, list[LayerRule]] = {}
     for rule in rules:
@@ -90,7 +90,7 @@ def _prune_block(
     replay: BlockReplay, index: int, rules: Sequence[LayerRule], method: Method, *, goes_on: bool
 ) -> list[PrunedLayer]:
     """Gather, prune and, if the pass ``goes_on``, run the block again for what the next one is given."""
-    weights = [rule.target.module.weight.data for rule in rules]  # as the model has them, not as the device does
+    weights = [rule.target.weight.data for rule in rules]  # as the model has them, not as the device does
     gatherer = InputGatherer(squares if method == "wanda" else products)
     factors = _Factors()
     layers = []
@@ -137,7 +137,7 @@ def _prune(rule: LayerRule, weight: Tensor, given: Tensor | InverseFactor | None
     with _naming(rule):
         made = prune_weight(weight, rule, given)
     weight.copy_(made.weight)
-    rule.target.module.weight.data.copy_(made.weight)
+    rule.target.weight.data.copy_(made.weight)
     pruned = layout.numel - int(made.keep.sum())
     return PrunedLayer(
         name=rule.target.name,

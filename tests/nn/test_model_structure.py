@@ -1,5 +1,7 @@
 """Mixture of experts and other matrices that are no linear layers: refused by name, or left dense on purpose."""
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -8,6 +10,7 @@ from torch import nn
 from pst_ds.config.pst import PSTConfig
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.model_structure import loose_matrices, router_names
+from pst_ds.nn.replaceable import listed
 from pst_ds.nn.targets import InjectionError, find_targets
 
 TINY = {
@@ -38,6 +41,18 @@ def phimoe():
     return transformers.PhimoeForCausalLM(transformers.PhimoeConfig(**TINY, num_local_experts=4))
 
 
+def llama4():
+    """transformers lets no other code compute its experts."""
+    config = transformers.Llama4TextConfig(
+        **TINY, head_dim=6, num_local_experts=4, intermediate_size_mlp=10, interleave_moe_layer_step=1
+    )
+    return transformers.Llama4ForCausalLM(config)
+
+
+def jetmoe():
+    return transformers.JetMoeForCausalLM(transformers.JetMoeConfig(**TINY, num_local_experts=4, kv_channels=6))
+
+
 def xlnet():
     """No experts: q, k, v and o are Parameters (width, heads, head width)."""
     config = transformers.XLNetConfig(vocab_size=20, d_model=12, n_layer=2, n_head=2, d_inner=10)
@@ -49,21 +64,24 @@ def names(model, **settings):
 
 
 @pytest.mark.parametrize(
-    ("build", "owner", "shape", "dense"),
+    ("build", "owner", "shape", "dense", "excluded"),
     [
-        (qwen2_moe, "model.layers.0.mlp.experts (Qwen2MoeExperts) has gate_up_proj", (5, 16, 12), 2 * 5 * 3 * 8 * 12),
-        (mixtral, "model.layers.0.mlp.experts (MixtralExperts) has gate_up_proj", (4, 20, 12), 2 * 4 * 3 * 10 * 12),
-        (phimoe, "model.layers.0.mlp.experts (PhimoeExperts) has gate_up_proj", (4, 20, 12), 2 * 4 * 3 * 10 * 12),
-        (xlnet, "transformer.layer.0.rel_attn (XLNetRelativeAttention) has q", (12, 2, 6), 2 * (5 * 12 * 12 + 2 * 12)),
+        (llama4, "feed_forward.experts (Llama4TextExperts) has gate_up_proj", (4, 12, 20), 4 * 360, ["experts"]),
+        (
+            jetmoe, "mlp.input_linear (JetMoeParallelExperts) has weight", (4, 20, 12), 4 * (360 + 2 * 12 * 6),
+            ["input_linear", "output_linear"],
+        ),
+        (xlnet, "rel_attn (XLNetRelativeAttention) has q", (12, 2, 6), 5 * 12 * 12 + 2 * 12, ["rel_attn"]),
     ],
-)
-def test_stacks_of_matrices_are_refused_by_name_shape_and_number(build, owner, shape, dense):
+)  # fmt: skip
+def test_stacks_of_matrices_are_refused_by_name_shape_and_number(build, owner, shape, dense, excluded):
     with pytest.raises(InjectionError) as caught:
         inject_pst(build(), PSTConfig())
     message = str(caught.value)
-    assert message.startswith(f"{owner} of shape {shape}, a stack of matrices that belongs to no linear layer")
-    assert f" {dense:,} weights would stay dense" in message
-    assert message.endswith(f'exclude_modules = ["{owner.partition(" ")[0].rpartition(".")[2]}"]')
+    first = f"{owner} of shape {shape}, a stack of matrices that belongs to no linear layer"
+    assert re.match(rf"(model\.layers|transformer\.layer)\.0\.{re.escape(first)}", message)
+    assert f" {2 * dense:,} weights would stay dense" in message
+    assert message.endswith(f"exclude_modules = {listed(excluded)}")
 
 
 def test_qwen2_moe_with_its_experts_left_dense():

@@ -29,7 +29,7 @@ from pst_ds.core.bits import unpack_shard
 from pst_ds.core.schedule import CubicSchedule
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.layer import PSTLayer
 from pst_ds.parallel import ranks, zero3
 from tools.bench.ranks import Ranks, slowest
 from tools.bench.timing import conditions, print_json, progress, rounded, timed
@@ -102,7 +102,7 @@ class MaskUpdates:
             masters.data.add_(torch.randn_like(masters), alpha=100 * LEARNING_RATE * steps)
 
 
-def gathered_update(layers: list[PSTLinear], sparsity: float, pick: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
+def gathered_update(layers: list[PSTLayer], sparsity: float, pick: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
     """Whole bool masks, (numel,) a layer, each scored and selected whole on every rank. Collective."""
     masks = []
     with torch.no_grad():

@@ -23,7 +23,7 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.core import masked_linear
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.layer import PSTLayer
 from tools.bench.timing import hardware, medians
 
 SMALL_SHAPES = ((384, 384), (1536, 384), (384, 1536), (1024, 1024))
@@ -138,7 +138,7 @@ def _listed(numbers: dict[str, float], prefix: str = "") -> str:
     return ", ".join(f"{n.removeprefix(prefix)} {v:.2f}" for n, v in numbers.items() if n.startswith(prefix))
 
 
-def _pst_layer(case: Case, tile_bytes: int) -> PSTLinear:
+def _pst_layer(case: Case, tile_bytes: int) -> PSTLayer:
     model = nn.Module()
     model.layers = nn.ModuleList([nn.Linear(case.inputs, case.outputs, bias=False).to(case.dtype)])
     inject_pst(model, PSTConfig(modules_to_save=(), score_rank=RANK, update_rank=RANK, tile_bytes=tile_bytes))

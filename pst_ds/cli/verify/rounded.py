@@ -16,7 +16,7 @@ from pst_ds.export.rounding import grids
 from pst_ds.export.tensor_files import DTYPE_OF_CODE
 from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import pst_layers
-from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.layer import PSTLayer
 
 
 def encoding_of_folder(folder: str) -> Encoding:
@@ -105,7 +105,7 @@ def _rounded(weight: Tensor, grid: Grid, entry: TensorEntry | None) -> Tensor:
 
 def settle(module: Any, weight: Tensor) -> None:
     """Make ``weight`` all that a PST module multiplies with, but for its mask."""
-    if isinstance(module, PSTLinear):
+    if isinstance(module, PSTLayer):
         module.hold(weight)
     else:
         module.weight.copy_(weight)

@@ -1,0 +1,218 @@
+"""PSTExpertStack: a stack of experts that learns which weights to keep, inside transformers' experts modules.
+
+An experts module holds two stacks, such as ``gate_up_proj`` and ``down_proj``, and lets a function that is registered
+by a name compute it (``ALL_EXPERTS_FUNCTIONS``). A stack that is pruned becomes a module in the Parameter's place, so
+that ZeRO-3 gathers one stack at a time; everything else of the experts module, biases included, stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.config.pst import PSTConfig
+from pst_ds.core.experts import products
+from pst_ds.core.experts.routing import Routing
+from pst_ds.core.layout import WeightLayout
+from pst_ds.core.quantization import Grid
+from pst_ds.nn.base_codes import BaseCodes
+from pst_ds.nn.layer import PSTLayer
+from pst_ds.nn.model_structure import stack_names
+from pst_ds.parallel import zero3
+
+IMPLEMENTATION = "pst"
+"""Name under which transformers knows :func:`experts_forward`."""
+_CONFIG_BEFORE = "pst_config_before"
+
+
+class PSTExpertStack(PSTLayer):
+    """Takes the place of a stack of experts, (E, O, I) or (E, I, O): y = x (M . W)' with the expert of each token.
+
+    To masks, checkpoints and exports it is the matrix that the stack is in memory, see
+    :class:`pst_ds.core.layout.WeightLayout`. Factors have the ranks of ``PSTConfig.of_experts``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weight: nn.Parameter | None,
+        layout: WeightLayout,
+        config: PSTConfig,
+        num_shards: int,
+        weight_scales: tuple[float, ...],
+        grid: Grid | None = None,
+        base: BaseCodes | None = None,
+    ):
+        super().__init__(name, weight, None, layout, config.of_experts, num_shards, weight_scales, grid, base)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the whole parameter ``weight``."""
+        return self.layout.num_experts, *self.layout.expert.shape
+
+    def forward(self, x: Tensor, routing: Routing, by_token: bool) -> Tensor:
+        """Products with the expert of each pair of a token and an expert: (N*k, O) in the order of the experts.
+
+        ``x``: (N, I) ``by_token``, or (N*k, I) in the order of the experts. In the weight's dtype, also under autocast.
+        """
+        if self.bypassed:
+            return _product(x, _DenseStack(self, self._dense_weight, self.layout.transposed), routing, by_token)
+        self.was_called = True
+        weight, factors = self.trained()
+        return _product(x, self, routing, by_token, weight, *factors)
+
+    def _dense_weight(self) -> Tensor:
+        weight = self.base_weight()
+        return (weight if isinstance(weight, Tensor) else weight.dense()).view(self.weight_shape)
+
+    def product(self, x: Tensor, routing: Routing, by_token: bool) -> Tensor:
+        """The same without a gradient. The parameters must be gathered."""
+        return products.forward(x.detach(), self.state(), routing, by_token=by_token)
+
+    def gradients(
+        self, x: Tensor, grad_y: Tensor, routing: Routing, by_token: bool, *, need_x: bool, need_weight: bool
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, and of what :meth:`trained` names, for ``grad_y`` (N*k, O).
+
+        Gathers what ZeRO-3 has released. Those of experts without a token are zero.
+        """
+        grads = self.gathered_gradients(
+            partial(
+                products.backward, x, grad_y, routing=routing, by_token=by_token, need_x=need_x, need_weight=need_weight
+            )
+        )
+        grad_weight = None if grads.weight is None else grads.weight.view(self.weight_shape)
+        return grads.x, grad_weight, *self.of_trained(grads)
+
+    def extra_repr(self) -> str:
+        one = self.layout.expert
+        return f"experts={self.layout.num_experts}, in_features={one.in_features}, out_features={one.out_features}"
+
+
+class _DenseStack:
+    """A frozen stack as it is: of an experts module whose other stack is pruned, or of a PST stack that is bypassed."""
+
+    def __init__(self, holder: nn.Module, weight: Callable[[], Tensor], transposed: bool):
+        self._holder, self._weight, self._transposed = holder, weight, transposed
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weight().dtype
+
+    def product(self, x: Tensor, routing: Routing, by_token: bool) -> Tensor:
+        return products.dense_forward(
+            x.detach(), self._weight(), routing, by_token=by_token, transposed=self._transposed
+        )  # fmt: skip
+
+    def gradients(
+        self, x: Tensor, grad_y: Tensor, routing: Routing, by_token: bool, *, need_x: bool, need_weight: bool
+    ) -> tuple[Tensor | None, ...]:
+        if not need_x:
+            return (None,)
+        with zero3.gathered([p for p in self._holder.parameters(recurse=False) if zero3.is_released(p)]):
+            stack = self._weight()
+            return (products.dense_backward(grad_y, stack, routing, by_token=by_token, transposed=self._transposed),)
+
+
+def _product(
+    x: Tensor, stack: PSTExpertStack | _DenseStack, routing: Routing, by_token: bool, *trained: Tensor | None
+) -> Tensor:
+    if not torch.is_autocast_enabled(x.device.type):
+        return _ExpertProducts.apply(x, stack, routing, by_token, *trained)
+    with torch.autocast(x.device.type, enabled=False):
+        return _ExpertProducts.apply(x.to(stack.dtype), stack, routing, by_token, *trained)
+
+
+class _ExpertProducts(torch.autograd.Function):
+    """Saves x alone, which is not repeated for the k experts of a token; see pst_ds.nn.linear._MaskedLinear."""
+
+    @staticmethod
+    def forward(ctx, x, stack, routing, by_token, *trained):
+        ctx.stack, ctx.routing, ctx.by_token = stack, routing, by_token
+        ctx.save_for_backward(x)
+        return stack.product(x, routing, by_token)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        (x,) = ctx.saved_tensors
+        need_x, _, _, _, *need_trained = ctx.needs_input_grad
+        of_x, *others = ctx.stack.gradients(
+            x, grad_y, ctx.routing, ctx.by_token, need_x=need_x, need_weight=bool(need_trained and need_trained[0])
+        )
+        return of_x, None, None, None, *others
+
+
+@torch.compiler.disable  # which experts have tokens is known when it runs
+def experts_forward(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """What transformers' experts modules compute: sum over k of weight * down(gate(up(hidden))), (N, H).
+
+    ``hidden``: (N, H). ``index`` and ``weights``: (N, k), the experts of each token and what the router gives them.
+    """
+    return of_routing(experts, hidden, weights, Routing.of(index, experts.num_experts))
+
+
+def of_routing(experts: Any, hidden: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+    """:func:`experts_forward` with the pairs of tokens and experts sorted."""
+    first, last = stack_names(experts)
+
+    def product(x: Tensor, attribute: str, *, by_token: bool) -> Tensor:
+        stack = getattr(experts, attribute)
+        if isinstance(stack, PSTExpertStack):
+            y = stack(x, routing, by_token)
+        else:
+            dense = _DenseStack(experts, lambda: getattr(experts, attribute).detach(), experts.is_transposed)
+            y = _product(x, dense, routing, by_token)
+        return y + getattr(experts, f"{attribute}_bias")[routing.experts] if experts.has_bias else y
+
+    inner = product(hidden, first, by_token=True)
+    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    outer = product(inner, last, by_token=False)
+    if experts.has_post_expert_norm:
+        outer = experts.post_expert_norm(outer)
+    weighted = outer * weights.reshape(-1)[routing.order].unsqueeze(-1)
+    return routing.summed(weighted).to(hidden.dtype)
+
+
+def switch_on(modules: Iterable[nn.Module]) -> None:
+    """Let these experts modules compute with their PST stacks, and leave others of the model alone.
+
+    Every experts module asks its config which function that is; these get a config of their own that names ours.
+    """
+    _register(experts_forward)
+    own: dict[int, Any] = {}
+    for module in modules:
+        before: Any = module.config
+        if id(before) not in own:
+            own[id(before)] = copy.deepcopy(before)
+            own[id(before)]._experts_implementation = IMPLEMENTATION
+        vars(module)[_CONFIG_BEFORE] = before
+        module.config = own[id(before)]
+
+
+def _register(function: Callable[..., Tensor]) -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, function)
+
+
+@contextmanager
+def registered(function: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside, ``function`` computes experts modules in place of :func:`experts_forward`."""
+    _register(function)
+    try:
+        yield
+    finally:
+        _register(experts_forward)
+
+
+def restore(model: nn.Module) -> None:
+    """Undo :func:`switch_on`, for a model without PST stacks."""
+    for module in model.modules():
+        if _CONFIG_BEFORE in vars(module):
+            module.config = vars(module).pop(_CONFIG_BEFORE)
