@@ -8,6 +8,8 @@ the canonical form, used in files.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -60,6 +62,17 @@ def pack_shard(keep: Tensor, num_bytes: int) -> Tensor:
 def unpack_shard(data: Tensor, count: int) -> Tensor:
     """The first ``count`` bits of one shard as uint8 zeros and ones, (count,)."""
     return _unpack_bytes(data[: -(-count // 8)])[:count]
+
+
+def join_bits(runs: Sequence[tuple[Tensor, int]], num_bytes: int) -> Tensor:
+    """Bits of one shard from those of runs of it: (bits, how many of them) of each, in order; (num_bytes,) uint8."""
+    there = [(bits, count) for bits, count in runs if count]
+    if any(count % 8 for _, count in there[:-1]):
+        return pack_shard(torch.cat([unpack_shard(bits, count) for bits, count in there]), num_bytes)
+    parts = [bits[: -(-count // 8)] for bits, count in there]
+    if len(parts) == 1 and parts[0].numel() == num_bytes:
+        return parts[0]
+    return torch.cat([*parts, runs[0][0].new_zeros(num_bytes - sum(map(len, parts)))])
 
 
 def unpack_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: int) -> Tensor:

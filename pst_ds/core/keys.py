@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pst_ds.core.bits import pack_shard
 from pst_ds.core.factors import Constants, TileFactors
 from pst_ds.core.native import library
 from pst_ds.core.scores import importance
@@ -20,6 +21,8 @@ LOWEST_FINITE, HIGHEST_FINITE = -0x7F800000, 0x7F7FFFFF
 """Keys of the smallest and the largest finite score."""
 _MORE_ROOM = 16
 """The native loop writes whole vectors."""
+MOST_AT_ONCE = 1 << 22
+"""Keys of one matrix that a CPU holds at once; those of larger ones are read in tiles (:mod:`pst_ds.core.bracket`)."""
 NO_KEY = -(1 << 31)
 """In place of a key where there is none: below every finite score's."""
 _NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -189,3 +192,19 @@ def histogram(keys: Tensor, low: int, shift: int, bins: int) -> Tensor:
     digits = torch.where((digits >= 0) & (digits < bins), digits, bins)
     counts = torch.zeros(bins + 1, dtype=torch.int64, device=keys.device)  # bincount would have the host wait
     return counts.scatter_add_(0, digits, torch.ones_like(digits))[:bins]
+
+
+def kept_bits(keys: Tensor, prune_count: int) -> tuple[Tensor, int]:
+    """Return (bits of all but the ``prune_count`` smallest ``keys``, (ceil(n / 8),) uint8; how many are not finite).
+
+    ``keys``: int32 of any shape on the CPU, all of a matrix in rising order of its weights: of equals the first go.
+    """
+    keys = keys.flatten()
+    native = native_for(keys)
+    if native is not None:
+        bits = torch.empty(-(-keys.numel() // 8), dtype=torch.uint8)
+        return bits, native.pst_select(keys.data_ptr(), keys.numel(), prune_count, bits.data_ptr())
+    keep = torch.ones(keys.numel(), dtype=torch.uint8)
+    keep[keys.sort(stable=True).indices[:prune_count]] = 0
+    bad = (keys < LOWEST_FINITE) | (keys > HIGHEST_FINITE)
+    return pack_shard(keep, -(-keys.numel() // 8)), int(bad.sum())

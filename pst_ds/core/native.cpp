@@ -4,6 +4,7 @@
 // Scores become 32-bit keys that sort like them; -0 equals +0.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -14,7 +15,12 @@
 
 namespace {
 
-constexpr int LANES = 16, CHUNK = 4;  // four vectors of columns at a time, of two rows: eight sums in registers
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;  // wider vectors than the processor's would go through memory
+#endif
+constexpr int CHUNK = 4;  // vectors of columns at a time, of two rows: eight sums in registers
 typedef float floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t ints __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
@@ -154,6 +160,99 @@ void collect(const int32_t* keys, int64_t start, int64_t stop, int32_t low, int3
     }
 }
 
+constexpr int32_t INFINITE_KEY = 0x7f800000;
+
+struct Bracket {
+    int32_t low, high;
+    int64_t room;  // more keys inside are too many
+};
+
+// Keys between which the cut that prunes `prune` of n keys lies but for about one time in a million, from one key of
+// each of 512 to 32768 strata; every key where there are not so many.
+Bracket sampled_bracket(const int32_t* keys, int64_t n, int64_t prune) {
+    int64_t size = std::max<int64_t>(512, std::min<int64_t>(32768, n / 64));
+    if (size >= n) return {INT32_MIN, INT32_MAX, n};
+    std::vector<int32_t> sample(size);
+    for (int64_t i = 0; i < size; ++i) {
+        int64_t from = i * n / size, width = (i + 1) * n / size - from;
+        sample[i] = keys[from + (((i * 0x9E3779B1ll & 0xffffffff) * width) >> 32)];
+    }
+    double share = double(prune) / n;
+    int64_t half = int64_t(5 * std::sqrt(share * (1 - share) * size)) + 2, middle = int64_t(share * size);
+    int64_t first = middle - half, last = middle + half;
+    Bracket found{INT32_MIN, INT32_MAX, 4 * half * n / size + 512};
+    if (first > 0) {
+        std::nth_element(sample.begin(), sample.begin() + first, sample.end());
+        found.low = sample[first];
+    }
+    if (last < size) {
+        std::nth_element(sample.begin() + std::max<int64_t>(first, 0), sample.begin() + last, sample.end());
+        found.high = sample[last];
+    }
+    return found;
+}
+
+struct Inside {
+    std::vector<int32_t> keys;
+    std::vector<uint32_t> index;
+};
+
+struct Counts {
+    int64_t below = 0, inside = 0, not_finite = 0;
+};
+
+// The bits of the n keys above the bracket; those inside it, while there is room, to `found`.
+Counts sort_about(const int32_t* keys, int64_t n, const Bracket& bracket, uint8_t* bits, Inside& found) {
+    constexpr int64_t BLOCK = 1024;
+    uint8_t above[BLOCK] = {}, inside[BLOCK] = {};
+    Counts counts;
+    found.keys.resize(bracket.room);
+    found.index.resize(bracket.room);
+    for (int64_t start = 0; start < n; start += BLOCK) {
+        int64_t count = std::min(BLOCK, n - start), padded = (count + 7) / 8 * 8;
+        int32_t below = 0, bad = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            int32_t key = keys[start + i];
+            above[i] = key > bracket.high;
+            inside[i] = (key >= bracket.low) & (key <= bracket.high);
+            below += key < bracket.low;
+            bad += (key >= INFINITE_KEY) | (key <= -INFINITE_KEY - 1);
+        }
+        for (int64_t i = count; i < padded; ++i) above[i] = inside[i] = 0;
+        for (int64_t i = 0; i < padded; i += 8) {  // the lowest bits of eight bytes, side by side
+            bits[(start + i) >> 3] = uint8_t(load<uint64_t>(above + i) * 0x0102040810204080ull >> 56);
+            for (uint64_t word = load<uint64_t>(inside + i); word; word &= word - 1) {
+                int64_t at = start + i + (__builtin_ctzll(word) >> 3);
+                if (counts.inside < bracket.room) {
+                    found.keys[counts.inside] = keys[at];
+                    found.index[counts.inside] = uint32_t(at);
+                }
+                ++counts.inside;
+            }
+        }
+        counts.below += below;
+        counts.not_finite += bad;
+    }
+    return counts;
+}
+
+// Sets the bits of all but the `prune` smallest of the n keys inside, the first of equals.
+void keep_inside(const Inside& found, int64_t n, int64_t prune, uint8_t* bits) {
+    int32_t threshold = INT32_MIN;
+    int64_t ties = 0;  // so many equals of the threshold go
+    if (prune > 0) {
+        std::vector<int32_t> sorted(found.keys.begin(), found.keys.begin() + n);
+        std::nth_element(sorted.begin(), sorted.begin() + (prune - 1), sorted.end());
+        threshold = sorted[prune - 1];
+        ties = prune;
+        for (int64_t i = 0; i < n; ++i) ties -= found.keys[i] < threshold;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        bool kept = found.keys[i] > threshold || (found.keys[i] == threshold && ties-- <= 0);
+        bits[found.index[i] >> 3] |= uint8_t(kept << (found.index[i] & 7));
+    }
+}
+
 uint64_t splitmix64(uint64_t x) {
     x *= 0x9E3779B97F4A7C15ull;
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -183,7 +282,6 @@ void pst_score_keys(const void* weight, int64_t is_bf16, int64_t stride, int64_t
 // there is room, and up to LANES more of each. counts += {below low, inside, not finite}. Returns how many were inside, stored or not.
 int64_t pst_classify(const int32_t* keys, int64_t n, int32_t low, int32_t high, int64_t first, uint8_t* keep,
                      int32_t* inside_keys, uint32_t* inside_index, int64_t room, int64_t* counts) {
-    constexpr int32_t INFINITE = 0x7f800000;
     constexpr int64_t STEP = 256;
     int64_t below = 0, not_finite = 0, inside = 0;
     for (int64_t start = 0; start < n; start += STEP) {
@@ -194,7 +292,7 @@ int64_t pst_classify(const int32_t* keys, int64_t n, int32_t low, int32_t high, 
             keep[i] = key > high;
             small += key < low;
             between += (key >= low) & (key <= high);
-            bad += (key >= INFINITE) | (key <= -INFINITE - 1);
+            bad += (key >= INFINITE_KEY) | (key <= -INFINITE_KEY - 1);
         }
         below += small;
         not_finite += bad;
@@ -214,6 +312,18 @@ void pst_histogram(const int32_t* keys, int64_t n, int64_t low, int64_t shift, i
         int64_t digit = (int64_t(keys[i]) - low) >> shift;
         if (digit >= 0 && digit < bins) ++counts[digit];
     }
+}
+
+// Bits of the kept among n keys of a whole matrix: all but the `prune` smallest, the first of equals. A sample brackets
+// the cut; where it misses, a second pass takes every key as inside. Returns how many keys are not finite.
+int64_t pst_select(const int32_t* keys, int64_t n, int64_t prune, uint8_t* bits) {
+    Bracket bracket = sampled_bracket(keys, n, prune);
+    Inside inside;
+    Counts counts = sort_about(keys, n, bracket, bits, inside);
+    if (counts.below > prune || counts.below + counts.inside < prune || counts.inside > bracket.room)
+        counts = sort_about(keys, n, {INT32_MIN, INT32_MAX, n}, bits, inside);
+    keep_inside(inside, counts.inside, prune - counts.below, bits);
+    return counts.not_finite;
 }
 
 // Of every group of m keys (stride apart; `groups` runs of `stride` groups), prune the `prune` smallest, the first of equals.

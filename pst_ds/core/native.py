@@ -57,6 +57,7 @@ _MASKS = NativeSource(
             INT,
         ),
         "pst_histogram": ([POINTER, INT, INT, INT, INT, POINTER], None),
+        "pst_select": ([POINTER, INT, INT, POINTER], INT),
         "pst_keep_n_of_m": ([POINTER, INT, INT, INT, INT, POINTER], None),
         "pst_keep_in_rows": ([POINTER, INT, INT, INT, POINTER], None),
         "pst_set_bits": ([POINTER, POINTER, INT], None),

@@ -9,11 +9,12 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from pst_ds.core.bits import shard_numel
 from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.kernels.launch import serves
 from pst_ds.core.kernels.own_keys import OwnKeys
 from pst_ds.core.keys import keys_at, order_keys, score_keys
-from pst_ds.core.layout import Rect, StoredMatrix, shard_tiles, view_in_shard
+from pst_ds.core.layout import Rect, StoredMatrix, positions_before, shard_tiles, view_in_shard
 from pst_ds.core.quantization.coded import CodedRun
 from pst_ds.core.quantization.own_weights import OwnWeights
 from pst_ds.core.units import block_keys, loss_keys, unit_tiles
@@ -39,11 +40,23 @@ class LayerScores:
         self.rule, self.pattern = layer.rule, layer.rule.pattern
         self.start, self.stop, self.device = own.start, own.stop, own.device
         self._own, self._halo = own, halo
+        self._shard_numel = shard_numel(self.layout.numel, zero3.num_shards(layer.pst_mask))
         self._tile_size = TILE_ELEMENTS.get(self.device.type, TILE_ELEMENTS["cuda"])
         self.unit = self.pattern.unit(self.layout)
         self.region = self.pattern.aligned(self.layout, self.start, self.stop)
         self._factors = with_contiguous_columns(factors) if self.layout.transposed else factors
         self._unit_keys: dict[int, list[Tensor]] = {}
+
+    def lies_whole(self, matrix: StoredMatrix) -> bool:
+        """Return whether all weights of ``matrix`` are in the shard of some rank; the same on every rank."""
+        rect = matrix.rect
+        first, last = rect.r0 * self.row_length + rect.c0, (rect.r1 - 1) * self.row_length + rect.c1 - 1
+        return first // self._shard_numel == last // self._shard_numel
+
+    @property
+    def in_order(self) -> bool:
+        """True if each matrix is a run of the stored weight, behind the one before it."""
+        return all(m.rect.c1 - m.rect.c0 == self.row_length for m in self.matrices)
 
     def rects(self, matrix: StoredMatrix) -> Iterator[Rect]:
         """The part of ``matrix`` that holds this rank's units, in rectangles of whole units, in rising order."""
@@ -80,6 +93,9 @@ class LayerScores:
 
     def num_units(self, matrix: StoredMatrix) -> int:
         """Units in :meth:`rects`, those that other ranks count included."""
+        if self.unit == (1, 1):
+            first, last = (positions_before(matrix.rect, self.row_length, index) for index in (self.start, self.stop))
+            return last - first
         return sum(rect.numel for rect in self.rects(matrix)) // (self.unit[0] * self.unit[1])
 
     def own_units(self, matrix: StoredMatrix) -> tuple[int, int]:

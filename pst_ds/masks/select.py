@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from pst_ds.core.bits import pack_shard, unpack_shard
 from pst_ds.core.bracket import select_bits
-from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE
+from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, MOST_AT_ONCE, kept_bits
 from pst_ds.core.layout import Rect, StoredMatrix
-from pst_ds.core.select import Cut, MatrixKeys, NonFiniteScoreError, prune_count, select
+from pst_ds.core.select import Cut, MatrixKeys, NonFiniteScoreError, RankSums, prune_count, select
 from pst_ds.core.units import expand_units, keep_in_rows, keep_n_of_m
 from pst_ds.masks.layer_scores import LayerScores
 from pst_ds.parallel import zero3
@@ -49,29 +49,75 @@ class Matrix:
             return self.layer.rule.nm_ramp == "share" and self.sparsity != self.layer.pattern.fixed_sparsity
         return self.kind == "block"
 
+    @property
+    def competes(self) -> bool:
+        """True if more than one unit is ranked against each other: not where a row or a group is decided by itself."""
+        return self.kind in ("matrix", "global") or self.selects_units
+
+    @property
+    def lies_whole(self) -> bool:
+        """True if no other than one rank's weights are needed to select it. The same on every rank."""
+        return self.kind != "global" and self.layer.lies_whole(self.stored)
+
 
 def select_kept(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Tensor]:
     """Bits of what every matrix keeps on this rank: of its units if it ``selects_units``, else of its weights.
 
-    Collective: a number of exchanges that does not depend on the number of matrices. Raises FloatingPointError on every
-    rank, naming the layers, for scores that are not finite.
+    A matrix that lies whole in a rank's shard is selected there; keys of the others are exchanged. Collective: a number
+    of exchanges that does not depend on the number of matrices. Raises FloatingPointError on every rank, naming the
+    layers, for scores that are not finite.
     """
     ranks, device = rank_sums(any_weight), zero3.shard_of(any_weight).values.device
-    single = [m for m in matrices if m.kind in ("matrix", "global")]
-    units = [m for m in matrices if m.selects_units]
-    found: dict[int, Tensor] = {}
-    if single:
-        keys, pools = _single_weights(single)
-        with _naming(single):
-            found.update(zip(map(id, single), select_bits(keys, ranks, device, pools), strict=True))
-    if units:
-        with _naming(units):
-            cuts = select([_units(m) for m in units], ranks, device)
-        found.update({id(m): _unit_bits(m, cut) for m, cut in zip(units, cuts, strict=True)})
-    alone = [m for m in matrices if id(m) not in found]
-    if alone:
-        found.update(zip(map(id, alone), _each_unit_by_itself(alone, any_weight), strict=True))
+    by_itself = [m for m in matrices if not m.competes]
+    whole = [m for m in matrices if m.competes and m.lies_whole]
+    shared = [m for m in matrices if m.competes and not m.lies_whole]
+    found = _select_whole(whole, any_weight, device)
+    if shared:
+        with _naming(shared):
+            found.update(zip(map(id, shared), _select(shared, ranks, device), strict=True))
+    if by_itself:
+        found.update(zip(map(id, by_itself), _each_unit_by_itself(by_itself, any_weight), strict=True))
     return [found[id(m)] for m in matrices]
+
+
+def _select_whole(matrices: Sequence[Matrix], any_weight: nn.Parameter, device: torch.device) -> dict[int, Tensor]:
+    """Bits by id of matrices each of which lies whole on a rank; none on the others. Collective: one exchange, of a
+    number for each matrix."""
+    found, not_finite = {}, torch.zeros(len(matrices), dtype=torch.int64)
+    in_passes = []
+    for i, m in enumerate(matrices):
+        if m.layer.num_units(m.stored) == 0:
+            found[id(m)] = torch.empty(0, dtype=torch.uint8, device=device)
+        elif device.type == "cpu" and m.stored.rect.numel <= MOST_AT_ONCE:
+            found[id(m)], not_finite[i] = kept_bits(_all_keys(m), _prune_count(m))
+        else:
+            in_passes.append(i)
+    try:
+        passed = _select([matrices[i] for i in in_passes], RankSums(), device)
+        found.update({id(matrices[i]): bits for i, bits in zip(in_passes, passed, strict=True)})
+    except NonFiniteScoreError as error:
+        not_finite[[in_passes[i] for i in error.matrices]] = 1
+    if matrices:
+        with _naming(matrices):
+            if bad := group_sum(not_finite.to(device), any_weight).cpu().nonzero().flatten().tolist():
+                raise NonFiniteScoreError(bad)
+    return found
+
+
+def _select(matrices: Sequence[Matrix], ranks: RankSums, device: torch.device) -> list[Tensor]:
+    """Bits of what each matrix keeps on this rank. Collective when ``ranks`` is; raises NonFiniteScoreError."""
+    found: dict[int, Tensor] = {}
+    single = [i for i, m in enumerate(matrices) if not m.selects_units]
+    units = [i for i, m in enumerate(matrices) if m.selects_units]
+    if single:
+        keys, pools = _single_weights([matrices[i] for i in single])
+        with _numbered(single):
+            found.update(zip(single, select_bits(keys, ranks, device, pools), strict=True))
+    if units:
+        with _numbered(units):
+            cuts = select([_units(matrices[i]) for i in units], ranks, device)
+        found.update({i: _unit_bits(matrices[i], cut) for i, cut in zip(units, cuts, strict=True)})
+    return [found[i] for i in range(len(matrices))]
 
 
 def weights_kept(matrix: Matrix, bits: Tensor) -> Iterator[tuple[Rect, Tensor]]:
@@ -98,7 +144,7 @@ def _single_weights(matrices: Sequence[Matrix]) -> tuple[list[MatrixKeys], list[
     keys, pooled = [], 0
     for m in matrices:
         numel, is_pooled = m.stored.rect.numel, m.kind == "global"
-        wanted = prune_count(m.sparsity, numel)
+        wanted = _prune_count(m)
         pooled += wanted if is_pooled else 0
         keys.append(
             MatrixKeys(
@@ -114,10 +160,24 @@ def _single_weights(matrices: Sequence[Matrix]) -> tuple[list[MatrixKeys], list[
     return keys, [pooled] if any(m.kind == "global" for m in matrices) else []
 
 
-def _units(m: Matrix) -> MatrixKeys:
+def _prune_count(m: Matrix) -> int:
+    """How many of the weights of a matrix go, or of its units."""
+    if not m.selects_units:
+        return prune_count(m.sparsity, m.stored.rect.numel)
     share = m.sparsity if m.kind == "block" else m.sparsity / (m.layer.pattern.fixed_sparsity or 1.0)
+    return prune_count(share, m.stored.rect.numel // math.prod(m.layer.unit))
+
+
+def _all_keys(m: Matrix) -> Tensor:
+    """Keys of all weights of a matrix, or of its units, in rising order; it lies whole on this rank."""
+    if not m.selects_units:
+        return m.layer.keys(m.stored, m.stored.rect)
+    return torch.cat(list(m.layer.unit_keys(m.stored, m.prune_per_group if m.kind == "n:m" else 0)))
+
+
+def _units(m: Matrix) -> MatrixKeys:
     return MatrixKeys(
-        prune_count=prune_count(share, m.stored.rect.numel // math.prod(m.layer.unit)),
+        prune_count=_prune_count(m),
         tiles=partial(m.layer.unit_keys, m.stored, m.prune_per_group if m.kind == "n:m" else 0),
         own=m.layer.own_units(m.stored),
         num_keys=m.layer.num_units(m.stored),
@@ -144,7 +204,8 @@ def _each_unit_by_itself(matrices: Sequence[Matrix], any_weight: nn.Parameter) -
         at, not_finite = 0, torch.zeros((), dtype=torch.int64, device=m.layer.device)
         for rect in rects:
             keys = m.layer.keys(m.stored, rect)
-            not_finite += ((keys < LOWEST_FINITE) | (keys > HIGHEST_FINITE)).sum()
+            lowest, highest = keys.aminmax()
+            not_finite += (lowest < LOWEST_FINITE) | (highest > HIGHEST_FINITE)
             if m.kind == "row":
                 kept = keep_in_rows(keys, m.layer.unit, prune_count(m.sparsity, m.layer.layout.in_features))
             else:
@@ -157,6 +218,15 @@ def _each_unit_by_itself(matrices: Sequence[Matrix], any_weight: nn.Parameter) -
         if wrong := group_sum(torch.stack(bad), any_weight).cpu().nonzero().flatten().tolist():
             raise NonFiniteScoreError(wrong)
     return found
+
+
+@contextmanager
+def _numbered(positions: Sequence[int]) -> Iterator[None]:
+    """Number the matrices of an error by ``positions``, those in a longer list."""
+    try:
+        yield
+    except NonFiniteScoreError as error:
+        raise NonFiniteScoreError([positions[i] for i in error.matrices]) from None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.bits import add_bit_sums, pack_shard
+from pst_ds.core.bits import add_bit_sums, join_bits, pack_shard
 from pst_ds.masks.layer_scores import LayerScores, ranked_weights, whole_factors
 from pst_ds.masks.select import Matrix, select_kept, weights_kept
 from pst_ds.nn.inject import pst_layers
@@ -116,9 +116,8 @@ def _target(layer: PSTLayer, sparsity: float, progress: float) -> float:
 def _shard_bits(layer: LayerScores, matrices: list[Matrix], kept: list[Tensor]) -> Tensor:
     """This rank's mask bits of a layer from what its matrices keep."""
     num_bytes = zero3.shard_of(layer.layer.pst_mask).values.numel()
-    if len(matrices) == 1 and layer.unit == (1, 1):  # in the order of the shard already
-        missing = num_bytes - kept[0].numel()
-        return torch.cat([kept[0], kept[0].new_zeros(missing)]) if missing else kept[0]
+    if layer.unit == (1, 1) and layer.in_order:
+        return join_bits([(bits, layer.num_units(m.stored)) for m, bits in zip(matrices, kept, strict=True)], num_bytes)
     keep = torch.empty(layer.stop - layer.start, dtype=torch.uint8, device=layer.device)
     for matrix, bits in zip(matrices, kept, strict=True):
         for rect, mask in weights_kept(matrix, bits):

@@ -195,3 +195,14 @@ def test_a_rectangle_of_the_mask_is_ones_and_zeros_to_and_with(shape, num_shards
             out = torch.empty(rows.stop - rows.start, cols.stop - cols.start, dtype=dtype)
             b.expand_mask_(out, bits, shape, num_shards, rows, cols)
             assert torch.equal(out, -keep[rows, cols].to(dtype))
+
+
+@PROPERTY
+@given(
+    counts=st.lists(st.integers(0, 40) | st.sampled_from([8, 16, 64]), min_size=1, max_size=6), extra=st.integers(0, 3)
+)
+def test_runs_are_joined_bit_by_bit(counts, extra):
+    keep = random_mask(sum(counts))
+    num_bytes = -(-keep.numel() // 8) + extra
+    runs = [(b.pack_shard(part, -(-part.numel() // 8)), part.numel()) for part in keep.split(counts)]
+    assert torch.equal(b.join_bits(runs, num_bytes), b.pack_shard(keep, num_bytes))
