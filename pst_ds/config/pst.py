@@ -117,11 +117,11 @@ class PSTConfig:
     update_init_scale: Finite = 0.1
     """Factor on the standard deviation that ``update_init`` names."""
     pattern: str = "matrix"
-    """What is ranked against what: "matrix", every matrix by itself; "global", all matrices together; "row", every
-    output's weights; N:M such as "2:4", N kept of M consecutive inputs; "16x1", blocks of outputs x inputs, kept or
-    pruned whole."""
+    """What is ranked against what: "matrix", every matrix by itself; "stack", the matrices of a layer together, fused
+    ones or experts, which may then differ; "global", all matrices together; "row", every output's weights; N:M such as
+    "2:4", N kept of M consecutive inputs; "16x1", blocks of outputs x inputs, kept or pruned whole."""
     min_kept_share: Share = 0.02
-    """Of the "global" pattern: the least share of every matrix that is kept."""
+    """Of the patterns "stack" and "global": the least share of every matrix that is kept."""
     nm_ramp: NMRamp = "share"
     """How N:M comes about along the schedule: "share" constrains a growing share of the groups, those first that lose
     the least score; "steps" lets every group lose one weight more at a time."""
@@ -179,10 +179,10 @@ class PSTConfig:
                 "update_rank to at least 1, or update_embeddings to []"
             )
         for rule in self.rules:
-            if rule.pattern.kind == "global" and not self.relative_magnitude and not self.full_scores:
+            if rule.pattern.pools_matrices and not self.relative_magnitude and not self.full_scores:
                 raise ValueError(
-                    'pattern = "global" with relative_magnitude = false would rank weights of different scales against '
-                    "each other; set relative_magnitude = true"
+                    f'pattern = "{rule.pattern}" with relative_magnitude = false would rank weights of different '
+                    "scales against each other; set relative_magnitude = true"
                 )
 
     @classmethod

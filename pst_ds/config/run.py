@@ -309,12 +309,15 @@ class RunConfig:
                 f'schedule.final_sparsity = {asked}, but pst.pattern = "{pattern}" has {pattern.fixed_sparsity} zeros. '
                 f"Fix: schedule.final_sparsity = {pattern.fixed_sparsity}"
             )
-        if any(rule.pattern.kind == "global" for rule in rules) and self.pst.min_kept_share > 1.0 - asked:
-            raise ConfigError(
-                f'pst.min_kept_share = {self.pst.min_kept_share} of every matrix of pattern "global" (method = '
-                f"{self.method!r}) is more than schedule.final_sparsity = {asked} keeps in all. Fix: "
-                f"pst.min_kept_share below {1.0 - asked:.4g}"
-            )
+        for rule in rules:
+            own = rule.final_sparsity
+            where, share = ("schedule", asked) if own is None else ("overrides", own)
+            if rule.pattern.pools_matrices and self.pst.min_kept_share > 1.0 - share:
+                raise ConfigError(
+                    f'pst.min_kept_share = {self.pst.min_kept_share} of every matrix of pattern "{rule.pattern}" '
+                    f"(method = {self.method!r}) is more than {where}.final_sparsity = {share} keeps in all. Fix: "
+                    f"pst.min_kept_share below {1.0 - share:.4g}"
+                )
 
     @property
     def task_facts(self) -> TaskFacts:

@@ -27,6 +27,8 @@ from pst_ds.core.select import DIGIT_BITS, MatrixKeys, NonFiniteScoreError, Rank
 _CPU = torch.device("cpu")
 SAMPLE_SHARE, MIN_SAMPLE, MAX_SAMPLE = 1 / 64, 4096, 32768
 """Share of a matrix's keys that is sampled, and its bounds; a matrix of fewer keys than the lower is sampled whole."""
+MAX_POOLED_SAMPLE, MIN_POOLED_SAMPLE = 1 << 21, 64
+"""Keys that are sampled of all matrices in pools together; and the least of each, as far as it has them."""
 BELOW, NOT_FINITE, OVERFLOWED, INSIDE, NUM_COUNTS = 0, 1, 2, 3, 4
 """Columns of a pass's counts."""
 BRACKET_DEVIATIONS = 5.0
@@ -144,15 +146,15 @@ def _scans(matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket], device:
 
 def _sample(matrices: Sequence[MatrixKeys], ranks: RankSums, device: torch.device) -> list[Tensor]:
     """The sampled keys of every matrix, on the CPU. Collective: one exchange."""
-    sizes = [sample_size(matrix.num_in_all) for matrix in matrices]
+    sizes = _sample_sizes(matrices)
     own = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-    for matrix, out in zip(matrices, own.split(sizes), strict=True):
-        there = sample_positions(matrix.num_in_all, device)
+    for matrix, size, out in zip(matrices, sizes, own.split(sizes), strict=True):
+        there = sample_positions(matrix.num_in_all, size, device)
         if matrix.own_keys is not None:
             matrix.own_keys.keys_at(there, out)
             continue
         assert matrix.sample is not None, "a matrix without a sample"
-        out.copy_(matrix.sample(sample_positions(matrix.num_in_all), there))
+        out.copy_(matrix.sample(sample_positions(matrix.num_in_all, size), there))
     return list(ranks.all_sum(own).cpu().split(sizes))
 
 
@@ -160,19 +162,27 @@ def sample_size(numel: int) -> int:
     return min(numel, max(MIN_SAMPLE, min(MAX_SAMPLE, int(numel * SAMPLE_SHARE))))
 
 
+def _sample_sizes(matrices: Sequence[MatrixKeys]) -> list[int]:
+    """How many keys of each matrix are sampled. What a pool is cut by needs no more for being many matrices."""
+    share = MAX_POOLED_SAMPLE // max(1, sum(m.pool is not None for m in matrices))
+    sizes = [sample_size(m.num_in_all) for m in matrices]
+    return [
+        n if m.pool is None else min(n, max(share, MIN_POOLED_SAMPLE)) for m, n in zip(matrices, sizes, strict=True)
+    ]
+
+
 @lru_cache(maxsize=32)
-def sample_positions(numel: int, device: torch.device = _CPU) -> Tensor:
-    """One position in each of ``sample_size(numel)`` equal strata of [0, numel), int64, rising; not to be changed."""
-    size = sample_size(numel)
+def sample_positions(numel: int, size: int, device: torch.device = _CPU) -> Tensor:
+    """One position in each of ``size`` equal strata of [0, numel), int64, rising; not to be changed."""
     number = torch.arange(size + 1, dtype=torch.int64, device=device)
     edges = number * numel // max(1, size)
     mixed = number[:-1] * 0x9E3779B1 & 0xFFFFFFFF  # Knuth's multiplicative hash
     return edges[:-1] + (mixed * (edges[1:] - edges[:-1]) >> 32)
 
 
-def _half_width(matrix: MatrixKeys) -> int:
-    """Half the width of a matrix's bracket, in keys of the whole matrix."""
-    numel, size = matrix.num_in_all, sample_size(matrix.num_in_all)
+def _half_width(matrix: MatrixKeys, size: int) -> int:
+    """Half the width of a matrix's bracket, in keys of the whole matrix, of which ``size`` are sampled."""
+    numel = matrix.num_in_all
     if numel == 0:
         return 0
     q = 0.5 if matrix.pool is not None else matrix.prune_count / numel
@@ -193,7 +203,7 @@ def _brackets(matrices: Sequence[MatrixKeys], pools: Sequence[int], samples: lis
 
 
 def _matrix_bracket(matrix: MatrixKeys, sample: Tensor) -> _Bracket:
-    half, scale = _half_width(matrix), sample.numel() / max(1, matrix.num_in_all)
+    half, scale = _half_width(matrix, sample.numel()), sample.numel() / max(1, matrix.num_in_all)
     first = math.floor((matrix.prune_count - half) * scale)
     last = math.ceil((matrix.prune_count + half) * scale)
     wanted = [at for at in (first, last) if 0 <= at < sample.numel()]
@@ -204,7 +214,7 @@ def _matrix_bracket(matrix: MatrixKeys, sample: Tensor) -> _Bracket:
 
 
 def _pool_bracket(members: Sequence[MatrixKeys], samples: Sequence[Tensor], wanted: int) -> _Bracket:
-    half = math.ceil(math.sqrt(sum(_half_width(m) ** 2 for m in members)))
+    half = math.ceil(math.sqrt(sum(_half_width(m, s.numel()) ** 2 for m, s in zip(members, samples, strict=True))))
     samples = [sample.sort().values for sample in samples]
 
     def pruned_below(key: int) -> float:

@@ -1,6 +1,7 @@
 """Patterns of zeros: the units of weights that are decided together, which tile a stored matrix.
 
     "matrix"   every weight by itself, ranked within its matrix                  the paper's
+    "stack"    every weight by itself, ranked over all matrices of its layer: fused ones, or a stack of experts
     "global"   every weight by itself, ranked over all matrices of the pattern
     "row"      the same share of every output's weights
     "2:4"      N:M: at most N of every M consecutive inputs of an output are kept, N < M <= 16
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:  # a run file is read without torch
     from pst_ds.core.layout import WeightLayout
 
-Kind = Literal["matrix", "global", "row", "n:m", "block"]
+Kind = Literal["matrix", "stack", "global", "row", "n:m", "block"]
 MAX_M = 16
 
 
@@ -43,6 +44,11 @@ class Pattern:
     def fixed_sparsity(self) -> float | None:
         """The only final sparsity the pattern has, 1 - N/M; None for a pattern that takes any."""
         return (self.m - self.n) / self.m if self.kind == "n:m" else None
+
+    @property
+    def pools_matrices(self) -> bool:
+        """True if weights of several matrices are ranked against each other."""
+        return self.kind in ("stack", "global")
 
     def unit(self, layout: WeightLayout) -> tuple[int, int]:
         """(rows, cols) of a unit in the stored weight."""
@@ -70,7 +76,7 @@ class Pattern:
 
 def parse_pattern(text: str) -> Pattern:
     """Return the pattern of that name. Raises ValueError with the known names."""
-    if text in ("matrix", "global", "row"):
+    if text in ("matrix", "stack", "global", "row"):
         return Pattern(text)  # type: ignore[arg-type]
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         n, m = int(match[1]), int(match[2])
@@ -83,6 +89,6 @@ def parse_pattern(text: str) -> Pattern:
             raise ValueError(f'pattern {text!r} needs blocks of at least 2 weights; single weights are "matrix"')
         return Pattern("block", outputs=outputs, inputs=inputs)
     raise ValueError(
-        f'pattern {text!r} is not known; there are "matrix", "global", "row", N:M such as "2:4", and blocks of outputs '
-        'x inputs such as "16x1"'
+        f'pattern {text!r} is not known; there are "matrix", "stack", "global", "row", N:M such as "2:4", and blocks '
+        'of outputs x inputs such as "16x1"'
     )

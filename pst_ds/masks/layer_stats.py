@@ -213,7 +213,7 @@ def _finite(value: float) -> float | None:
 def _histogram(index: int, layer: PSTLayer, bounds: tuple[float, float], counts: Tensor) -> ScoreHistogram:
     pruned, kept = counts.view(2, -1)
     kind = layer.rule.pattern.kind
-    one_threshold = kind == "global" or (kind == "matrix" and layer.layout.num_matrices == 1)
+    one_threshold = layer.rule.pattern.pools_matrices or (kind == "matrix" and layer.layout.num_matrices == 1)
     threshold = stats.cut_in_bins(pruned + kept, int(pruned.sum()), *bounds) if one_threshold else None
     return ScoreHistogram(index, *bounds, kept.tolist(), pruned.tolist(), threshold)
 

@@ -52,12 +52,12 @@ class Matrix:
     @property
     def competes(self) -> bool:
         """True if more than one unit is ranked against each other: not where a row or a group is decided by itself."""
-        return self.kind in ("matrix", "global") or self.selects_units
+        return self.kind == "matrix" or self.layer.pattern.pools_matrices or self.selects_units
 
     @property
     def lies_whole(self) -> bool:
         """True if no other than one rank's weights are needed to select it. The same on every rank."""
-        return self.kind != "global" and self.layer.lies_whole(self.stored)
+        return not self.layer.pattern.pools_matrices and self.layer.lies_whole(self.stored)
 
 
 def select_kept(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Tensor]:
@@ -140,24 +140,33 @@ def weights_kept(matrix: Matrix, bits: Tensor) -> Iterator[tuple[Rect, Tensor]]:
 
 
 def _single_weights(matrices: Sequence[Matrix]) -> tuple[list[MatrixKeys], list[int]]:
-    """Keys of single weights; those of the "global" pattern are one pool with a number to prune."""
-    keys, pooled = [], 0
+    """Keys of single weights, and how many to prune of each pool: one for all "global" ones, and one for the matrices
+    of each layer that is a "stack"."""
+    keys, pools = [], dict[object, int]()
     for m in matrices:
-        numel, is_pooled = m.stored.rect.numel, m.kind == "global"
+        numel, pool = m.stored.rect.numel, _pool(m)
         wanted = _prune_count(m)
-        pooled += wanted if is_pooled else 0
+        if pool is not None:
+            pools[pool] = pools.get(pool, 0) + wanted
         keys.append(
             MatrixKeys(
-                prune_count=numel - math.ceil(m.layer.rule.min_kept_share * numel) if is_pooled else wanted,
+                prune_count=wanted if pool is None else numel - math.ceil(m.layer.rule.min_kept_share * numel),
                 tiles=partial(m.layer.weight_keys, m.stored),
-                pool=0 if is_pooled else None,
+                pool=None if pool is None else list(pools).index(pool),
                 num_keys=m.layer.num_units(m.stored),
                 num_in_all=numel,
                 sample=partial(m.layer.sample, m.stored),
                 own_keys=m.layer.own_keys(m.stored),
             )
         )
-    return keys, [pooled] if any(m.kind == "global" for m in matrices) else []
+    return keys, list(pools.values())
+
+
+def _pool(m: Matrix) -> object | None:
+    """What the matrices that are ranked together have in common."""
+    if not m.layer.pattern.pools_matrices:
+        return None
+    return m.kind if m.kind == "global" else m.layer.name
 
 
 def _prune_count(m: Matrix) -> int:

@@ -72,7 +72,7 @@ def inject_pst(
     if base_grid is not None:
         zeros = config.initial_mask == "zeros"
         bases = {t.name: encode_base(t, base_grid, shards[t.name], from_zeros=zeros) for t in targets}
-    compared = not config.full_scores and (config.has_scores or any(rule.pattern.kind == "global" for rule in rules))
+    compared = not config.full_scores and (config.has_scores or any(rule.pattern.pools_matrices for rule in rules))
     has_values = not targets[0].weight.is_meta
     scales = _weight_scales(targets, bases) if config.relative_magnitude and compared and has_values else None
     for param in model.parameters():

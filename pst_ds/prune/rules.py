@@ -97,10 +97,10 @@ def _require_groups(target: Target, grid: Grid) -> None:
 
 def _rule(target: Target, settings: PSTConfig, method: Method, share: float) -> LayerRule:
     rule = settings.rule_for(target.name)
-    if rule.pattern.kind == "global":
+    if rule.pattern.pools_matrices:
         raise InputError(
-            f'{target.name}: pattern "global" ranks the weights of all layers together, and one-shot pruning goes '
-            "layer by layer; choose --pattern matrix, row or N:M"
+            f'{target.name}: pattern "{rule.pattern}" ranks the weights of several matrices together, and one-shot '
+            "pruning goes matrix by matrix; choose --pattern matrix, row or N:M"
         )
     if rule.pattern.kind == "block" and method == "sparsegpt":
         raise InputError(

@@ -194,7 +194,7 @@ def test_not_finite_scores_are_refused_on_every_rank_by_matrix(bad):
 @PROPERTY
 @given(numel=st.integers(0, 10**7))
 def test_one_sample_of_every_stratum(numel):
-    at = sample_positions(numel)
+    at = sample_positions(numel, sample_size(numel))
     assert at.numel() == sample_size(numel)
     if numel:
         stratum = at.double() * at.numel() / numel

@@ -72,7 +72,7 @@ def test_a_fused_matrix_is_ranked_by_itself_as_training_ranks_it(transposed):
 
 def test_what_no_mask_can_be_made_of_is_refused():
     layout = WeightLayout(4, 6)
-    with pytest.raises(ValueError, match="all layers together"):
+    with pytest.raises(ValueError, match="several matrices together"):
         keep_by_score(torch.ones(4, 6), layout, parse_pattern("global"), 0.5)
     with pytest.raises(ValueError, match="in_features divisible by 4, got 6"):
         keep_by_score(torch.ones(4, 6), layout, parse_pattern("2:4"), 0.5)

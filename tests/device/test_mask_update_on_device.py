@@ -13,7 +13,7 @@ from pst_ds.nn.inject import inject_pst, pst_layers
 from .pretended import PretendedTensor, WrongDeviceError, module_to_device, pretended, to_device, to_host
 
 pytestmark = pytest.mark.device
-PATTERNS = ["matrix", "global", "row", "2:4", "4x4"]
+PATTERNS = ["matrix", "stack", "global", "row", "2:4", "4x4"]
 
 
 def _mid_ramp(pattern, dtype=torch.float32, magnitude="weight", num_layers=2):

@@ -37,7 +37,13 @@ MODELS = {"bert": _bert, "gpt2": _gpt2}
 SHARED = {"min_kept_share": 0.35}
 CASES = {
     "row": ({"pattern": "row"}, 0.37, 0.37 / 0.8),
+    "a stack alone": (
+        {"overrides": (Override(modules=("query", "c_attn"), pattern="stack", final_sparsity=0.6),)},
+        0.0,
+        0.7,
+    ),
     "global": ({"pattern": "global"}, 0.55, 0.55 / 0.6),
+    "stack": ({"pattern": "stack"}, 0.55, 0.55 / 0.6),
     "2:4": ({"pattern": "2:4"}, 0.5, 1.0),
     "2:4 in part": ({"pattern": "2:4"}, 0.3, 0.3 / 0.5),
     "1:4 by steps": ({"pattern": "1:4", "nm_ramp": "steps"}, 0.6, 0.6 / 0.75),
@@ -181,11 +187,15 @@ def _brute_force(kind, config, sparsity, progress):
     for i, layer in enumerate(pst_layers(_mid_ramp(kind, 1, config)).values()):
         mask = np.ones(layer.layout.numel, dtype=np.uint8)
         for part, (score, index) in enumerate(_scores(layer)):
-            if layer.rule.pattern.kind == "global":
+            if layer.rule.pattern.kind in ("global", "stack"):
                 pooled += [(s, (i, part), at) for s, at in zip(score.reshape(-1), index.reshape(-1), strict=True)]
             else:
                 mask[index.reshape(-1)] = _expected_of(score, layer, sparsity, progress).reshape(-1)
         masks.append(mask)
+        if layer.rule.pattern.kind == "stack":
+            own = layer.rule.final_sparsity
+            _prune_pool(pooled, masks, sparsity if own is None else own * progress)
+            pooled = []
     if pooled:
         _prune_pool(pooled, masks, sparsity)
     return masks

@@ -18,7 +18,7 @@ from pst_ds.nn.linear import PSTLinear
 from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import build_engine
 
-PATTERNS = ["matrix", "global", "row", "2:4", "5x4"]
+PATTERNS = ["matrix", "stack", "global", "row", "2:4", "5x4"]
 
 
 def _stacks(num_matrices, num_shards, pattern="matrix", transposed=False, nan_at=None):

@@ -44,7 +44,7 @@ def _rules(model, method, pattern):
 
 @pytest.mark.parametrize(
     ("method", "pattern", "said"),
-    [("magnitude", "global", r"model\.layers\.0\.self_attn\.q_proj: .* layer by layer"),
+    [("magnitude", "global", r"model\.layers\.0\.self_attn\.q_proj: .* matrix by matrix"),
      ("sparsegpt", "16x1", r"q_proj: SparseGPT prunes by matrix, row or N:M, not in blocks of 16x1"),
      ("wanda", "2:5", r"q_proj: .* in_features divisible by 5, got 32.*pst.exclude_modules"),
      ("wanda", "rows", "--pattern rows: .* is not known"),

@@ -21,7 +21,7 @@ _COMMENTS = {
     "train.batch_size": "examples of an optimizer step, over all ranks",
     "train.precision": '"bf16" or "fp32"; optimizer and masters are fp32 in both',
     "train.score_penalty": "what the mean of sigmoid(S) costs at the final sparsity",
-    "pst.pattern": '"matrix", "global", "row", N:M such as "2:4", or blocks such as "16x1"',
+    "pst.pattern": '"matrix", "stack", "global", "row", N:M such as "2:4", or blocks such as "16x1"',
     "pst.update_embeddings": "these get a low-rank update too, and no zeros",
     "schedule.final_sparsity": "fraction of zeros in every pruned matrix at the end",
     "schedule.initial_sparsity": "fraction of zeros from the first step on: the smallest weights cost next to nothing",

@@ -33,11 +33,13 @@ def keep_by_score(scores: Tensor, layout: WeightLayout, pattern: Pattern, sparsi
 
     ``scores``: fp32. The counts are those of training: floor(sparsity * O * I) of a matrix, floor(sparsity * I) of
     every row, M - N of every group whatever ``sparsity``, floor(sparsity * blocks); of equals the lowest flat index
-    goes first. Raises ValueError for units that do not tile the matrices and for the pattern "global", and
-    FloatingPointError for scores that are not finite.
+    goes first. Raises ValueError for units that do not tile the matrices and for the patterns "stack" and
+    "global", and FloatingPointError for scores that are not finite.
     """
-    if pattern.kind == "global":
-        raise ValueError('pattern "global" ranks the weights of all layers together; choose "matrix" or "row"')
+    if pattern.pools_matrices:
+        raise ValueError(
+            f'pattern "{pattern}" ranks the weights of several matrices together; choose "matrix" or "row"'
+        )
     pattern.require_fit(layout)
     keys, keep = order_keys(scores), torch.empty(scores.shape, dtype=torch.uint8, device=scores.device)
     if bool(((keys < LOWEST_FINITE) | (keys > HIGHEST_FINITE)).any()):
