@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from pst_ds.core.bits import pack_shard, shard_bytes, shard_numel, unpack_range
 from pst_ds.core.quantization import SCALE_DTYPE, Grid, scales_of_bytes
 from pst_ds.errors import InputError
 from pst_ds.parallel.optimizer_state import KINDS, MASTER
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 FORMAT, READ_FORMATS = 3, (2, 3)
 """2 has neither scales nor a grid."""
@@ -111,7 +114,7 @@ class Checkpoint:
         for name, numel in contents.masks.items():
             self._mask_offsets[name] = self._mask_bytes
             self._mask_bytes += shard_bytes(numel, contents.num_shards)
-        self._open: dict[int, Any] = {}
+        self._open: dict[int, safe_open] = {}
 
     @property
     def trained(self) -> Mapping[str, Tensor]:
@@ -187,13 +190,13 @@ class Checkpoint:
     def _tensor(self, file: int, key: str) -> Any:
         return self._handle(file).get_slice(key)
 
-    def _handle(self, file: int) -> Any:
+    def _handle(self, file: int) -> safe_open:
         if file not in self._open:
             self._open[file] = _opened(self.folder / shard_name(file, self.contents.num_shards))
         return self._open[file]
 
 
-def _opened(path: Path) -> Any:
+def _opened(path: Path) -> safe_open:
     """A file of tensors, open for reading. Raises CheckpointError for one that is damaged."""
     from safetensors import SafetensorError, safe_open
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +85,7 @@ def _listening(model: nn.Module, examples: Sequence[int]) -> Iterator[list[Fault
     faults: list[Fault] = []
 
     def listener(name: str) -> Callable[..., None]:
-        def look(module: nn.Module, args: object, output: Any) -> None:
+        def look(module: nn.Module, args: object, output: object) -> None:
             for values in tree_leaves(output):
                 if not faults and isinstance(values, Tensor) and values.is_floating_point():
                     rows = _rows_not_finite(values, len(examples))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ class Objective:
             engine.train()
 
 
-def _own_loss(engine: Engine, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+def _own_loss(engine: Engine, inputs: Mapping[str, object], labels: Tensor) -> Tensor:
     """Return the loss that the model makes itself, and 0 of tokens that predict none, whose mean is not a number."""
     if labels.dim() == 1:
         return engine(**inputs, labels=labels).loss
