@@ -1,6 +1,7 @@
 """``pst-ds plan RUN.toml``: predict a run from names and shapes alone."""
 
 import argparse
+import math
 from typing import Any
 
 from pst_ds.cli.main import add_run_arguments, count, load_run_or_folder
@@ -19,12 +20,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "no GPU and a core for every rank, else h100)"
     )
     parser.add_argument("--machine", metavar="FILE", help=machine)
+    memory = "gigabytes of memory that a rank has (default: the machine's)"
+    parser.add_argument("--memory", type=_above_0, metavar="GB", help=memory)
+    parser.add_argument("--price", type=_above_0, metavar="N", help="of one rank for an hour, for the cost of the run")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     config = load_run_or_folder(args)
     from pst_ds.cli.plan_values import make_plan
 
-    plan = make_plan(config, args.ranks, args.machine, no_data=args.no_data)
+    plan = make_plan(
+        config, args.ranks, args.machine, no_data=args.no_data, memory=round((args.memory or 0) * 1e9), price=args.price
+    )
     print_plan(plan)
     return plan
+
+
+def _above_0(text: str) -> float:
+    """Return the number that a command line gives. Raises argparse.ArgumentTypeError."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return number

@@ -79,6 +79,26 @@ def print_plan(plan: dict[str, Any]) -> None:
         f"full fine-tuning of the same model there: a step {_seconds(time['full_step'])}; PST takes "
         f"{time['step'] / time['full_step']:.2f} of it, {time['over_full']:.2f} with a mask update in every step"
     )
+    _print_verdict(plan)
+
+
+def _print_verdict(plan: dict[str, Any]) -> None:
+    found, peak = plan["verdict"], plan["memory_bytes_per_rank"]["peak"]
+    if found["fits"] is not None:
+        margin, capacity = found["margin_bytes"], bytes_text(found["capacity_bytes"])
+        share = f"{abs(margin) / found['capacity_bytes']:.0%}"
+        says = f"fits, {share} to spare" if found["fits"] else f"does NOT fit, by {bytes_text(-margin)}"
+        print(f"memory: {bytes_text(peak)} of {capacity} that a rank has: {says}")
+    mfu = "" if found["mfu"] is None else f", {found['mfu']:.0%} of the data sheet's products"
+    print(
+        f"speed: {found['tokens_per_second']:,.0f} tokens a second, {found['tokens_per_second_per_rank']:,.0f} a rank"
+        f"{mfu}; loading {_seconds(found['load_seconds'])}, a checkpoint {_seconds(found['checkpoint_seconds'])}"
+    )
+    cost = "" if found["cost"] is None else f", costs {found['cost']:,.2f}"
+    print(
+        f"the run: {_seconds(3600 * found['hours'])}, {found['rank_hours']:,.2f} rank hours{cost}; the least batch of "
+        f"these ranks is {found['least_batch']}"
+    )
 
 
 def name_across_blocks(name: str) -> str:
@@ -100,4 +120,8 @@ def layer_groups(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _seconds(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds / 3600:,.1f} hours"
+    if seconds >= 120:
+        return f"{seconds / 60:.1f} minutes"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"

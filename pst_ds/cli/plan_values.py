@@ -1,13 +1,14 @@
 """A plan as JSON values."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from pst_ds.checkpoint.format import SCALE_BYTES, most_bytes
 from pst_ds.config.run import RunConfig
+from pst_ds.config.sequences import groups_of_ranks
 from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError
 from pst_ds.masks.layer_stats import chosen_layers
@@ -22,7 +23,8 @@ from pst_ds.planning.machine_file import machine_of
 from pst_ds.planning.machines import Machine
 from pst_ds.planning.memory import ModelNumbers, memory_plan
 from pst_ds.planning.shapes import model_numbers
-from pst_ds.planning.time import Batch, time_plan
+from pst_ds.planning.time import Batch, step_flops, time_plan
+from pst_ds.planning.verdict import Work, verdict
 from pst_ds.planning.zero_settings import ZeroSettings, zero_settings
 from pst_ds.train.model import (
     base_grid_of_run,
@@ -38,9 +40,17 @@ from pst_ds.train.shared_sequences import require_shareable
 
 
 def make_plan(
-    config: RunConfig, ranks: int | None, machine: str | None, *, no_data: bool, trace: Trace | None = None
+    config: RunConfig,
+    ranks: int | None,
+    machine: str | None,
+    *,
+    no_data: bool,
+    trace: Trace | None = None,
+    memory: int = 0,
+    price: float | None = None,
 ) -> dict[str, Any]:
-    """Return the plan of a run as JSON values; ``trace``: a Trace of the same micro-batch, on any number of ranks."""
+    """Return the plan of a run as JSON values; ``trace``: a Trace of the same micro-batch, on any number of ranks;
+    ``memory`` and ``price`` as of :func:`pst_ds.planning.verdict.verdict`."""
     ranks, raw = _ranks_and_deepspeed(config, ranks)
     micro_batch_size = config.micro_batch_size(ranks)
     stage = zero_stage(raw) if raw is not None else None
@@ -91,7 +101,24 @@ def make_plan(
     batch = _batch(config, micro_batch_size, teacher, trace)
     times = time_plan(numbers, zero, batch, rates)
     share = times.share_of_masks(num_steps, schedule["mask_updates"] if schedule else 0)
-    return {**plan, "time": {**asdict(times), "over_full": times.over_full, "share_of_masks": share}}
+    work = _work(config, plan, numbers, batch)
+    judged = asdict(verdict(work, times, rates, memory=memory, price=price))
+    return {**plan, "time": {**asdict(times), "over_full": times.over_full, "share_of_masks": share}, "verdict": judged}
+
+
+def _work(config: RunConfig, plan: dict[str, Any], numbers: ModelNumbers, batch: Batch) -> Work:
+    steps, schedule = config.train.gradient_accumulation_steps, plan["schedule"]
+    return Work(
+        ranks=plan["ranks"],
+        steps=plan["num_steps"],
+        mask_updates=schedule["mask_updates"] if schedule else 0,
+        tokens=config.train.batch_size * config.data.max_length,
+        flops=steps * step_flops(numbers, replace(batch, checkpointing=False)),
+        peak_bytes=plan["memory_bytes_per_rank"]["peak"],
+        model_bytes=numbers.whole_bytes,
+        checkpoint_bytes=plan["checkpoint_bytes"],
+        least_batch=groups_of_ranks(config.train.sequence_parallel, plan["ranks"]) * steps,
+    )
 
 
 def _ranks_and_deepspeed(config: RunConfig, wanted: int | None) -> tuple[int, dict[str, Any] | None]:

@@ -15,7 +15,7 @@ from pst_ds.planning.machines import MACHINES, Machine
 
 _HINTS = typing.get_type_hints(Machine)
 _FIELDS = {field.name: field for field in dataclasses.fields(Machine)}
-_MAY_BE_ZERO = ("latency", "launch_seconds", "instructions", "update_seconds")
+_MAY_BE_ZERO = ("latency", "launch_seconds", "instructions", "update_seconds", "capacity", "peak_flops")
 
 
 def machine_of(name: str) -> Machine:

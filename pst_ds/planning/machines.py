@@ -3,7 +3,8 @@
 Data sheets: NVIDIA A100 80 GB (312 TFLOP/s of dense bf16, 19.5 of fp32, 2.039 TB/s, NVLink 300 GB/s a direction), H100
 SXM (989, 67, 3.35 TB/s, 450 GB/s), H200 SXM (989, 67, 4.8 TB/s, 450 GB/s), HGX B200 (2,250, 80, 8 TB/s, 900 GB/s); AMD
 Instinct MI300X (1,307, 5.3 TB/s, seven Infinity Fabric links of 64 GB/s a direction). Between nodes: one ConnectX-7 of
-400 Gb/s a GPU in DGX H100, H200 and B200, 200 Gb/s in DGX A100; the former is taken for MI300X.
+400 Gb/s a GPU in DGX H100, H200 and B200, 200 Gb/s in DGX A100; the former is taken for MI300X. Memory: 80, 80, 141,
+180 (HGX B200) and 192 GB, of which a share is left to the driver, the collectives and fragmentation.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ LAUNCH_SECONDS = 5.5e-6
 """Between two launches of an eager torch program, assumed of every GPU."""
 BANDWIDTH_SHARE, INSTRUCTION_SHARE = 0.8, 0.8
 """Of the data sheet's bandwidths, and of the instructions that its fp32 rate stands for."""
+MEMORY_SHARE = 0.92
+"""Of a device's memory, what is left for a run beside driver, collectives and fragmentation."""
+STORAGE_BYTES = 2e9
+"""Per second, from and to a shared file system, of the whole run: assumed of every cluster."""
 _SHARES = "80 % of all bandwidths, 5 us a hop and 5.5 us a launch are assumed"
 
 
@@ -48,6 +53,12 @@ class Machine:
     """Scoring and selecting one weight of the shard in a mask update, if measured; 0: by its bytes and launches."""
     overlaps: bool = True
     """True where communication overlaps computation."""
+    capacity: float = 0.0
+    """Bytes of memory that a rank may take; 0 where that is not known."""
+    peak_flops: float = 0.0
+    """16-bit matrix products per second on the data sheet; 0 where there is none."""
+    storage_bytes: float = STORAGE_BYTES
+    """Read or written per second by the whole run, of models and checkpoints."""
 
     @property
     def device(self) -> str:
@@ -69,8 +80,8 @@ class Machine:
 
 
 def _gpu(
-    name: str, *, flops: float, share: float, memory: float, link: float, network: float, fp32: float = 0.0,
-    code: Literal["triton", "torch"] = "triton",
+    name: str, *, flops: float, share: float, memory: float, link: float, network: float, gb: float,
+    fp32: float = 0.0, code: Literal["triton", "torch"] = "triton",
 ) -> Machine:  # fmt: skip
     """Return a machine of eight GPUs a node from data sheet rates, of whose products it reaches ``share``."""
     return Machine(
@@ -85,15 +96,19 @@ def _gpu(
         f"{link / 1e9:.0f} GB/s a direction in the node; {share * 100:.0f} % of the products, {_SHARES}",
         code=code,
         instructions=INSTRUCTION_SHARE * fp32 / 2,
+        capacity=MEMORY_SHARE * gb * 1e9,
+        peak_flops=flops,
     )
 
 
 MACHINES = {
-    "h100": _gpu("H100 SXM", flops=989e12, share=0.63, memory=3.35e12, link=450e9, network=50e9, fp32=67e12),
-    "h200": _gpu("H200 SXM", flops=989e12, share=0.63, memory=4.8e12, link=450e9, network=50e9, fp32=67e12),
-    "b200": _gpu("B200 SXM", flops=2250e12, share=0.63, memory=8e12, link=900e9, network=50e9, fp32=80e12),
-    "a100": _gpu("A100 80 GB SXM", flops=312e12, share=0.7, memory=2.039e12, link=300e9, network=25e9, fp32=39e12),
-    "mi300x": _gpu("MI300X", flops=1307e12, share=0.45, memory=5.3e12, link=448e9, network=50e9, code="torch"),
+    "h100": _gpu("H100 SXM", flops=989e12, share=0.63, memory=3.35e12, link=450e9, network=50e9, gb=80, fp32=67e12),
+    "h200": _gpu("H200 SXM", flops=989e12, share=0.63, memory=4.8e12, link=450e9, network=50e9, gb=141, fp32=67e12),
+    "b200": _gpu("B200 SXM", flops=2250e12, share=0.63, memory=8e12, link=900e9, network=50e9, gb=180, fp32=80e12),
+    "a100": _gpu(
+        "A100 80 GB SXM", flops=312e12, share=0.7, memory=2.039e12, link=300e9, network=25e9, gb=80, fp32=39e12
+    ),
+    "mi300x": _gpu("MI300X", flops=1307e12, share=0.45, memory=5.3e12, link=448e9, network=50e9, gb=192, code="torch"),
     "cpu": Machine(
         name="one core of an AMD EPYC with AVX-512-BF16 a rank, gloo on one host",
         flops=280e9,

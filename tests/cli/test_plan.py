@@ -9,6 +9,7 @@ import safetensors.numpy
 
 from pst_ds.cli.main import main
 from pst_ds.cli.plan_text import layer_groups
+from pst_ds.text_table import bytes_text
 
 LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
@@ -95,6 +96,20 @@ def test_rates_are_chosen_by_name(capsys, llama_of_4_layers):
     assert slow["memory_bytes_per_rank"]["communication"] > fast["memory_bytes_per_rank"]["communication"] == 0
 
 
+def test_a_plan_says_whether_it_fits_how_long_it_takes_and_what_it_costs(capsys, llama_of_4_layers):
+    asked = [*llama_of_4_layers, "--world-size", "512", "--machine", "h100"]
+    text, plan = _plan(capsys, [*asked, "--price", "2"])
+    judged, peak = plan["verdict"], plan["memory_bytes_per_rank"]["peak"]
+    assert judged["fits"]
+    assert judged["cost"] == pytest.approx(2 * judged["rank_hours"])
+    assert "to spare" in text
+    least = peak / 1e9 * 0.99
+    text, plan = _plan(capsys, [*asked, "--memory", f"{least:.6f}"])
+    assert not plan["verdict"]["fits"]
+    assert f"does NOT fit, by {bytes_text(-plan['verdict']['margin_bytes'])}" in text
+    assert ", costs " not in text
+
+
 def test_rates_may_be_a_file(capsys, llama_of_4_layers, tmp_path):
     rates = {"name": "mine", "flops": 1e9, "memory_bytes": 1e12, "node_size": 8, "node_bytes": 1e12,
              "network_bytes": 1e12, "latency": 0}  # fmt: skip
@@ -123,6 +138,14 @@ def test_what_cannot_be_planned_is_2_and_names_the_number(capsys, llama_of_4_lay
     assert told.count("\n") == 1
     for word in words:
         assert word in told
+
+
+@pytest.mark.parametrize("more", [["--memory", "0"], ["--price", "cheap"], ["--price", "inf"]])
+def test_memory_and_price_are_numbers_above_0(capsys, llama_of_4_layers, more):
+    with pytest.raises(SystemExit) as caught:
+        main([*llama_of_4_layers, *more])
+    assert caught.value.code == 2
+    assert f"argument {more[0]}: {more[1]!r} is no number above 0" in capsys.readouterr().err
 
 
 def test_ranks_that_share_sequences_hold_a_part_of_them(capsys, llama_of_4_layers):

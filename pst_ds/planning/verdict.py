@@ -1,0 +1,76 @@
+"""What a plan decides: whether the run fits its machine, how fast it is there, how long it takes and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pst_ds.planning.machines import Machine
+from pst_ds.planning.time import TimePlan
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a run does, whatever the machine."""
+
+    ranks: int
+    steps: int
+    mask_updates: int
+    tokens: int
+    """Of a global batch, padding included."""
+    flops: float
+    """Of a rank in a step, without what is recomputed."""
+    peak_bytes: int
+    """Memory of a rank, on the device that it computes on."""
+    model_bytes: int
+    """Read at the start, in the precision of the run."""
+    checkpoint_bytes: int
+    least_batch: int
+    """Examples of the smallest global batch that these ranks can share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Bytes, seconds and hours; None for what the machine does not tell."""
+
+    capacity_bytes: int | None
+    """Memory that a rank has."""
+    fits: bool | None
+    margin_bytes: int | None
+    """Memory that is left at the peak; negative where it is too little."""
+    tokens_per_second: float
+    """Of all ranks, mask updates included."""
+    tokens_per_second_per_rank: float
+    mfu: float | None
+    """Share of the data sheet's products that the model's own are, in steps alone."""
+    load_seconds: float
+    checkpoint_seconds: float
+    """From a copy in memory to the disk; training goes on meanwhile."""
+    hours: float
+    """Of the whole run, loading included."""
+    rank_hours: float
+    cost: float | None
+    least_batch: int
+
+
+def verdict(work: Work, times: TimePlan, machine: Machine, *, memory: int = 0, price: float | None = None) -> Verdict:
+    """Judge a run. ``memory``: bytes that a rank has, in place of the machine's; ``price``: of a rank for an hour."""
+    capacity = memory or int(machine.capacity) or None
+    training = work.steps * times.step + work.mask_updates * times.update
+    load = work.model_bytes / machine.storage_bytes
+    hours = (load + training) / 3600
+    per_second = work.steps * work.tokens / training if training else 0.0
+    mfu = work.flops / (times.step * machine.peak_flops) if machine.peak_flops and times.step else None
+    return Verdict(
+        capacity_bytes=capacity,
+        fits=None if capacity is None else work.peak_bytes <= capacity,
+        margin_bytes=None if capacity is None else capacity - work.peak_bytes,
+        tokens_per_second=per_second,
+        tokens_per_second_per_rank=per_second / work.ranks,
+        mfu=mfu,
+        load_seconds=load,
+        checkpoint_seconds=work.checkpoint_bytes / machine.storage_bytes,
+        hours=hours,
+        rank_hours=hours * work.ranks,
+        cost=None if price is None else hours * work.ranks * price,
+        least_batch=work.least_batch,
+    )
