@@ -38,6 +38,7 @@ FLOORS = {
     "bench": 6,
     "decoder": 6,
     "tune": 6,
+    "users": 6,
     "report": 7,
     "cli": 8,
     "__init__": 8,

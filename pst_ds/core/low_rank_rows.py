@@ -1,12 +1,14 @@
-"""Rows of W0 + beta U V, where W0 is looked up by row: an embedding with a low-rank update.
+"""Rows of W0 + beta U V, where W0 is looked up by row: an embedding with a low-rank update; and beta (x V') U' of the
+rows of x beside a layer.
 
-Names: n rows in the table, d its width, r the rank, N rows looked up.
+Names: n rows in the table, d its width, r the rank, N rows looked up; of a layer O outputs, I inputs, B samples.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from pst_ds.core.scores import add_low_rank_
 
@@ -49,3 +51,15 @@ def row_gradients(
     if padding_idx is not None:
         kept = kept * (ids != padding_idx).unsqueeze(1)
     return grad_left, kept.t() @ grad
+
+
+def beside(x: Tensor, left: Tensor, right: Tensor, beta: float) -> Tensor:
+    """Return beta (x V') U' of one user, (..., O), for x (..., I), U ``left`` (O, r) and V ``right`` (r, I)."""
+    return beta * linear(linear(x, right), left)
+
+
+def beside_each(x: Tensor, left: Tensor, right: Tensor, beta: float) -> Tensor:
+    """Return beta (x V') U' of a user a sample: (B, ..., O) for x (B, ..., I), U (B, O, r) and V (B, r, I)."""
+    flat = x.reshape(x.shape[0], -1, x.shape[-1])
+    inner = torch.bmm(flat, right.transpose(1, 2))
+    return (beta * torch.bmm(inner, left.transpose(1, 2))).view(*x.shape[:-1], left.shape[1])
