@@ -3,7 +3,7 @@
 RUN_FILE, RESULT_FILE = "run.toml", "result.json"
 METRICS_FILE, LAYERS_FILE = "metrics.jsonl", "layers.jsonl"
 MANIFEST_FILE = "pst_manifest.json"
-CHECKPOINTS, STALLS = "checkpoints", "stalls"
+CHECKPOINTS, STALLS, PROFILE = "checkpoints", "stalls", "profile"
 SUBMITTED_FILE, SUBMITTED_VARIABLE = "submitted.sbatch", "PST_DS_SUBMITTED"
 """The job script that a scheduler was given, which launch/slurm.sbatch hands on in the environment."""
 TUNE_FILE, TRIALS = "tune.jsonl", "tune"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pst_ds.config.run import TrainConfig
+from pst_ds.config.train import TrainConfig
 from pst_ds.core.schedule import USUAL_STEPS, default_learning_rates
 from pst_ds.errors import InputError
 from pst_ds.nn.embedding import pst_embeddings

@@ -38,6 +38,7 @@ from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.divergence import DivergedError, MicroBatch, fault_of_batch, require_finite
 from pst_ds.train.objective import Objective
 from pst_ds.train.prefetch import Prefetched
+from pst_ds.train.profiling import recording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,8 +98,10 @@ class Loop:
         if state.step >= self.num_steps:
             return
         buffers = {name: buffer.clone() for name, buffer in persistent_buffers(engine.module).items()}
-        with Prefetched(partial(_batches, self, state.batch)) as batches:
+        recorded = recording(self.run.train.profiled, self.num_steps, Path(self.run.output_dir))
+        with Prefetched(partial(_batches, self, state.batch)) as batches, recorded as recorder:
             while state.step < self.num_steps:
+                recorder.before(state.step + 1)
                 before = batches.waited_seconds
                 micro_batches, tokens = next(batches)
                 state.waited_seconds += batches.waited_seconds - before
@@ -114,6 +117,7 @@ class Loop:
                     buffers = {}
                 _update_masks_if_due(self, state)
                 _update_scales_if_due(self, state)
+                recorder.after(state.step)
                 _picture_if_due(self, state)
                 _report_if_due(self, state)
                 yield state

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pst_ds.config.run import TrainConfig
+from pst_ds.config.train import TrainConfig
 from pst_ds.core.schedule import STEPS_POWER
 from pst_ds.errors import InputError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pst_ds.config.run import TrainConfig
+from pst_ds.config.train import TrainConfig
 from pst_ds.tune.halving import RATES, Candidate
 
 
