@@ -27,10 +27,13 @@ MEMORY_LINES = {
 def print_plan(plan: dict[str, Any]) -> None:
     print(f"{len(plan['layers'])} layers to prune, {plan['pruned_parameters']:,} weights:")
     for group in layer_groups(plan["layers"]):
-        fused = f" x {group['matrices']} matrices" if group["matrices"] > 1 else ""
+        experts = group["experts"]
+        each = f"{experts} experts of " if experts > 1 else ""
+        matrices = group["matrices"] // experts
+        fused = f" x {matrices} matrices" if matrices > 1 else ""
         times = f"{group['count']} times " if group["count"] > 1 else ""
         print(
-            f"  {group['pattern']}  {times}{group['out_features']} x {group['in_features']}{fused}, "
+            f"  {group['pattern']}  {times}{each}{group['out_features'] // experts} x {group['in_features']}{fused}, "
             f"{group['factor_parameters']:,} factor parameters{' each' if times else ''}"
         )
     for e in plan["updated_embeddings"]:

@@ -166,6 +166,7 @@ def _layers(model: torch.nn.Module) -> dict[str, Any]:
             "out_features": layer.layout.out_features,
             "in_features": layer.layout.in_features,
             "matrices": layer.layout.num_matrices,
+            "experts": layer.layout.num_experts,
             "factor_parameters": sum(p.numel() for _, p in layer.factor_parameters()),
         }
         for name, layer in pst_layers(model).items()
@@ -205,7 +206,7 @@ def _teacher(config: RunConfig, numbers: ModelNumbers, no_data: bool) -> dict[st
     nbytes = sum(t.numel * t.element_size * t.count for t in kept if t.stands_for is None)
     nbytes += sum(t.stands_for * itemsize * t.count for t in kept if t.stands_for is not None)
     nbytes = 0 if own else nbytes
-    return {"bytes": nbytes, "weights": numbers.pruned_weights + numbers.dense_weights, "own": own}
+    return {"bytes": nbytes, "weights": int(numbers.multiplied_weights) + numbers.dense_weights, "own": own}
 
 
 def _trace(model: Any, config: RunConfig, micro_batch_size: int, threshold: int, device: str) -> Trace | None:

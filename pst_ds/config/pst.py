@@ -103,6 +103,9 @@ class PSTConfig:
     scores learn changes the masks. For models that are pruned at once and then recover."""
     calibration_examples: Positive = 128
     """Training examples that the norms of "activation" are taken over, before the first step and the first masks."""
+    gated_norms: bool = False
+    """Whether the norms of "activation" weigh a token that an expert gets by what the router gives it there, as
+    MoE-Pruner does (arXiv 2410.12013)."""
     relative_magnitude: bool = True
     """Divide |W| in the scores by the mean of |W0|, matrix by matrix, so that scores of every layer are near 1."""
     detach_magnitude: bool = False

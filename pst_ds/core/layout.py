@@ -91,6 +91,11 @@ class WeightLayout:
         return self.out_features * self.in_features
 
     @property
+    def num_inputs(self) -> int:
+        """Inputs of all experts together, each of which has a norm."""
+        return self.num_experts * self.in_features
+
+    @property
     def matrix_numel(self) -> int:
         """Weights in each of the ``num_matrices`` matrices."""
         return self.numel // self.num_matrices

@@ -111,8 +111,8 @@ class MetricsWriter:
             self._shown.at(step, " | ".join(parts))
 
     def say(self, text: str) -> None:
-        """One line for people."""
-        if self._shown is not None:
+        """One line for people; nothing for an empty one."""
+        if self._shown is not None and text:
             self._shown.say(text)
 
     def close(self) -> None:

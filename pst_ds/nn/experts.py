@@ -50,6 +50,8 @@ class PSTExpertStack(PSTLayer):
         base: BaseCodes | None = None,
     ):
         super().__init__(name, weight, None, layout, config.of_experts, num_shards, weight_scales, grid, base)
+        self.tokens_seen = torch.zeros(layout.num_experts, dtype=torch.int64, device="cpu")
+        """Tokens that each expert was trained on in this process; those of recomputed forward passes count once."""
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -64,6 +66,8 @@ class PSTExpertStack(PSTLayer):
         if self.bypassed:
             return _product(x, _DenseStack(self, self._dense_weight, self.layout.transposed), routing, by_token)
         self.was_called = True
+        if self.training and torch._C._current_graph_task_id() == -1:  # no backward pass is under way
+            self.tokens_seen += torch.tensor(routing.counts)
         weight, factors = self.trained()
         return _product(x, self, routing, by_token, weight, *factors)
 
@@ -93,6 +97,11 @@ class PSTExpertStack(PSTLayer):
     def extra_repr(self) -> str:
         one = self.layout.expert
         return f"experts={self.layout.num_experts}, in_features={one.in_features}, out_features={one.out_features}"
+
+
+def expert_stacks(model: nn.Module) -> dict[str, PSTExpertStack]:
+    """The PST stacks of ``model`` by name, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PSTExpertStack)}
 
 
 class _DenseStack:
@@ -154,7 +163,7 @@ def experts_forward(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor
 
     ``hidden``: (N, H). ``index`` and ``weights``: (N, k), the experts of each token and what the router gives them.
     """
-    return of_routing(experts, hidden, weights, Routing.of(index, experts.num_experts))
+    return of_routing(experts, hidden, weights, Routing.of(index, weights, experts.num_experts))
 
 
 def of_routing(experts: Any, hidden: Tensor, weights: Tensor, routing: Routing) -> Tensor:
@@ -216,3 +225,12 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         if _CONFIG_BEFORE in vars(module):
             module.config = vars(module).pop(_CONFIG_BEFORE)
+
+
+def leaf_class(model: nn.Module) -> str:
+    """Return the class to name as ZeRO-3's leaf module, so that one stack is gathered at a time; "" without stacks.
+
+    A stack has no modules inside, so it is a leaf as it is. But a class must be named that the model has: with none
+    DeepSpeed takes whole blocks of some families, and of names that match nothing it warns.
+    """
+    return f"{PSTExpertStack.__module__}.{PSTExpertStack.__name__}" if expert_stacks(model) else ""

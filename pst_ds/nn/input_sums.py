@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pst_ds.core.experts.routing import Routing
 
 
 def squares(inputs: Tensor) -> Tensor:
@@ -39,7 +42,9 @@ class InputGatherer:
     """Sums up what layers are given. Of one tensor that several are given, as q, k and v are, the sum is made once."""
 
     sum_of: Callable[[Tensor], Tensor]
-    """:func:`squares` or :func:`products`."""
+    """:func:`squares` or :func:`products`; for a stack of experts the former."""
+    gated: bool = False
+    """Whether an expert's inputs are first multiplied by what the router gives the token there."""
     sums: dict[str, InputSum] = field(default_factory=dict)
     """By the name of the layer; a layer that never ran has none."""
     _tokens: Tensor | None = None
@@ -63,14 +68,29 @@ class InputGatherer:
                 hook.remove()
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def take(module: object, args: tuple[Tensor, ...]) -> None:
+        def take(module: object, args: tuple[Any, ...]) -> None:
             inputs = args[0]
+            if len(args) > 1 and isinstance(args[1], Routing):
+                self.sums.setdefault(name, InputSum()).add(self._by_expert(*args), len(inputs))
+                return
             if self._last is None or self._last[0] is not inputs:
                 rows = self._without_padding(inputs)
                 self._last = inputs, self.sum_of(rows), len(rows)
             self.sums.setdefault(name, InputSum()).add(*self._last[1:])
 
         return take
+
+    def _by_expert(self, inputs: Tensor, routing: Routing, by_token: bool) -> Tensor:
+        """The sums of each expert's inputs, one after the other, (E*I,); zeros for one without tokens."""
+        sums = torch.zeros(len(routing.counts), inputs.shape[1], dtype=torch.float64, device=inputs.device)
+        for expert, rows in routing.runs():
+            given = routing.rows_of(inputs, rows, by_token)
+            if self.gated:
+                given = given * routing.gates[rows].unsqueeze(1)
+            if self._tokens is not None:
+                given = given[self._tokens.to(given.device)[routing.order[rows] // routing.per_token]]
+            sums[expert] = self.sum_of(given)
+        return sums.flatten()
 
     def _without_padding(self, inputs: Tensor) -> Tensor:
         """(tokens, I) of inputs (batch, length, I), or of the same flattened.

@@ -30,6 +30,9 @@ class RunNumbers:
     gradient_clipping: float
     bf16: bool
     num_trainable: int
+    leaf_class: str = ""
+    """Module class that ZeRO-3 takes for a leaf where the JSON names none; "" leaves that to DeepSpeed, which gathers
+    all experts of a block, router included, at once."""
 
 
 def _is_on(value: JSON) -> bool:
@@ -202,6 +205,8 @@ def resolve_deepspeed_config(config: JsonObject, numbers: RunNumbers, *, source:
         zero["reduce_bucket_size"] = auto_reduce_bucket(numbers.num_trainable)
     for key in [key for key, value in zero.items() if value == "auto"]:
         del zero[key]  # DeepSpeed's default
+    if numbers.leaf_class and zero_stage(resolved) == 3:
+        zero.setdefault("leaf_module", {"classes": [numbers.leaf_class]})
     _refuse_uneven_hpz(resolved, numbers, source)
     for key in ("optimizer", "scheduler"):
         resolved.pop(key, None)

@@ -231,7 +231,7 @@ def layers_save_their_input(model: nn.Module) -> Iterator[None]:
 
 def _evenly_routed(experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Compute an experts module as if each of its experts got as many tokens: which do is not known from shapes."""
-    return of_routing(experts, hidden, weights, Routing.even(index, experts.num_experts))  # type: ignore[arg-type]
+    return of_routing(experts, hidden, weights, Routing.even(index, weights, experts.num_experts))  # type: ignore[arg-type]
 
 
 def _product(anchor: Tensor, out_features: int, input: Tensor) -> Tensor:

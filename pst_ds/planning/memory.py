@@ -65,6 +65,8 @@ class MatrixGroup:
 
     numel: int
     count: int = 1
+    share: float = 1.0
+    """Share of a micro-batch's tokens that each is multiplied with: k / E of those of experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,11 @@ class ModelNumbers:
     @property
     def pruned_weights(self) -> int:
         return sum(m.numel * m.count for m in self.matrices)
+
+    @property
+    def multiplied_weights(self) -> float:
+        """Pruned weights that a token is multiplied with: of E experts those of k."""
+        return sum(m.numel * m.count * m.share for m in self.matrices)
 
     @property
     def num_matrices(self) -> int:

@@ -12,12 +12,15 @@ from torch import nn
 
 from pst_ds.core.layout import row_tiles
 from pst_ds.core.tiles import plan_tiles
+from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.model_structure import is_linear, linear_shape
 from pst_ds.parallel import zero3
 from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, layer_work_bytes
 
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+"""Names that configs of transformers have for k."""
 Group = TypeVar("Group", TensorGroup, ModuleNumbers, MatrixGroup)
 
 
@@ -43,13 +46,24 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
         ),
         modules=_counted(_module_numbers(module, device) for module in model.modules() if module._parameters),
         matrices=_counted(
-            MatrixGroup(layer.layout.matrix_numel) for layer in layers.values() for _ in layer.layout.matrices()
+            MatrixGroup(layer.layout.matrix_numel, share=_share_of_tokens(model, name, layer))
+            for name, layer in layers.items()
+            for _ in layer.layout.matrices()
         ),
         score_rank=max((_rank(layer, "B") for layer in layers.values()), default=0),
         update_rank=max((_rank(layer, "V") for layer in layers.values()), default=0),
         dense_weights=sum(math.prod(linear_shape(module)) for module in model.modules() if is_linear(module)),
         attention_width=_attention_width(model),
     )
+
+
+def _share_of_tokens(model: nn.Module, name: str, layer: PSTLayer) -> float:
+    """Return the share of all tokens that an expert of a stack gets, by its model's config; 1 for other layers."""
+    if not isinstance(layer, PSTExpertStack):
+        return 1.0
+    config = model.get_submodule(name.rpartition(".")[0]).config
+    chosen = next((value for key in _EXPERTS_PER_TOKEN if (value := getattr(config, key, None))), 1)
+    return min(1.0, chosen / layer.layout.num_experts)
 
 
 def _rank(layer: PSTLayer, factor: str) -> int:

@@ -96,11 +96,11 @@ class TimePlan:
 def step_flops(model: ModelNumbers, batch: Batch) -> float:
     """Count a micro-batch on one rank: forward 2, dX 2 and G 2 a pruned weight and token, and 2 more to recompute.
 
-    The low-rank products cost FLOPs a weight, whatever the tokens: U V in every forward and backward, and the four
-    factor gradients. A teacher is a forward pass, without masks or low-rank products.
+    The low-rank products cost FLOPs a weight, whatever the tokens (each expert is taken to have some): U V in every
+    forward and backward, and the four factor gradients. A teacher is a forward pass without masks or low-rank products.
     """
     again = 2 if batch.checkpointing else 1
-    pruned = model.pruned_weights * batch.tokens * (2 * again + 4)
+    pruned = model.multiplied_weights * batch.tokens * (2 * again + 4)
     low_rank = model.pruned_weights * (2 * model.update_rank * (again + 1) + 4 * (model.score_rank + model.update_rank))
     dense = model.dense_weights * batch.tokens * 4
     taught = 2 if batch.teacher_weights else 0

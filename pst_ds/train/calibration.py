@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pst_ds.atomic_files import write_bytes_atomic
 from pst_ds.config.run import ConfigError
 from pst_ds.data.tasks import ExampleSet, Task
-from pst_ds.nn.inject import bypassed, pst_layers
+from pst_ds.nn.inject import bypassed, injected_config, pst_layers
 from pst_ds.nn.input_sums import InputGatherer, InputSum, squares
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import broadcast, rank, world_size
@@ -32,10 +32,14 @@ def activation_norms(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return, for every PST layer, the root of its :func:`summed_squares` divided by their mean: (I,) fp32.
 
-    It is 1 for a layer whose inputs were all zero. Collective.
+    Of a stack (E*I,), each expert's divided by their own mean. It is 1 where all inputs were zero, as those of an
+    expert without tokens are: its weights are ranked by magnitude. Collective.
     """
     sums = summed_squares(engine, task, examples, indices, tokenizer, batch_size, device)
-    return {name: _relative(of_layer.sqrt()) for name, of_layer in sums.items()}
+    layers = pst_layers(engine.module)
+    return {
+        name: _relative(of_layer.sqrt().view(layers[name].layout.num_experts, -1)) for name, of_layer in sums.items()
+    }
 
 
 @torch.no_grad()
@@ -43,14 +47,15 @@ def summed_squares(
     engine: Engine, task: Task, examples: ExampleSet, indices: Sequence[int], tokenizer: PreTrainedTokenizerBase,
     batch_size: int, device: str,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Return, for every PST layer, the sum of squares of each input over the real tokens of ``indices``: (I,) float64.
+    """Return, for every PST layer, the sum of squares of each input over the real tokens of ``indices``: (I,) float64,
+    of a stack of experts (E*I,).
 
     The model runs as the dense one it was. Ranks take turns at the batches, and every rank adds one batch's sums after
     the other, in the order of the batches: the same bits on any number of ranks, which an all-reduce would not give,
     and no more memory on many. Collective.
     """
     layers = pst_layers(engine.module)
-    sizes = [layer.layout.in_features for layer in layers.values()]
+    sizes = [layer.layout.num_inputs for layer in layers.values()]
     totals = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
     lengths = [examples.lengths[i] for i in indices]
     batches = evaluation_batches(lengths, batch_size, mixed=task.pads)
@@ -61,7 +66,7 @@ def summed_squares(
             turn = first + rank()
             own = batches[min(turn, len(batches) - 1)]
             batch = {k: v.to(device) for k, v in task.collate(examples, [indices[i] for i in own], tokenizer).items()}
-            gatherer = InputGatherer(squares)
+            gatherer = InputGatherer(squares, gated=injected_config(engine.module).gated_norms)
             gatherer.begin(batch)
             with gatherer.listening(layers) if turn < len(batches) else nullcontext():
                 engine(**{k: v for k, v in batch.items() if k != "labels"})
@@ -74,8 +79,9 @@ def summed_squares(
 
 
 def _relative(norms: Tensor) -> Tensor:
-    mean = norms.mean()
-    return (norms / mean if mean > 0 else torch.ones_like(norms)).float()
+    """Norms (E, I) by their mean, row by row: (E*I,) fp32."""
+    mean = norms.mean(1, keepdim=True)
+    return torch.where(mean > 0, norms / mean, 1.0).float().flatten()
 
 
 def set_norms(model: nn.Module, norms: dict[str, Tensor]) -> None:
@@ -105,6 +111,6 @@ def load_norms(folder: Path, model: nn.Module) -> dict[str, Tensor]:
             f'{path} cannot be read ({error}), and a run with pst.magnitude = "activation" goes on with the norms it '
             "began with. Fix: bring the file back, or start a new run"
         ) from None
-    if {n: tuple(v.shape) for n, v in norms.items()} != {n: (x.layout.in_features,) for n, x in layers.items()}:
+    if {n: tuple(v.shape) for n, v in norms.items()} != {n: (x.layout.num_inputs,) for n, x in layers.items()}:
         raise ConfigError(f"{path} holds the norms of other layers than the model's")
     return norms

@@ -36,6 +36,7 @@ from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.divergence import DivergedError, MicroBatch, fault_of_batch, require_finite
+from pst_ds.train.expert_tokens import token_figures, tokens_by_module
 from pst_ds.train.objective import Objective
 from pst_ds.train.prefetch import Prefetched
 from pst_ds.train.profiling import recording
@@ -320,6 +321,7 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
         "data_wait": waited / elapsed if elapsed > 0 else 0.0,
         "peak_memory_bytes": memory,
         "skipped_steps": loop.engine.skipped_steps,
+        **token_figures(tokens_by_module(loop.engine.module)),
     }
     loop.metrics.write(state.step, values)
     progress = {"loss": loss, "sparsity": round(sparsity, 4), "tok/s": round(per_second)}

@@ -33,6 +33,7 @@ from pst_ds.errors import InputError
 from pst_ds.json_text import json_of
 from pst_ds.masks.layer_stats import chosen_layers
 from pst_ds.monitor.dense_run import DenseRun, read_dense_run
+from pst_ds.nn.experts import leaf_class
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.model_structure import model_width
 from pst_ds.parallel import stop_signals
@@ -53,6 +54,7 @@ from pst_ds.train.checkpointer import Checkpointer
 from pst_ds.train.divergence import DivergedError
 from pst_ds.train.documents import require_documents_apart
 from pst_ds.train.evaluate import predict
+from pst_ds.train.expert_tokens import tokens_by_module, unused_experts
 from pst_ds.train.fit import Fit, judged_fit, watched_steps
 from pst_ds.train.loop import FINAL_TAGS, Loop, LoopState
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
@@ -144,6 +146,7 @@ def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: l
             run.train.gradient_clipping,
             run.train.precision == "bf16",
             num_trainable(shapes),
+            leaf_class=leaf_class(shapes),
         )
         resolved = resolve_deepspeed_config(raw, numbers, source=run.deepspeed_config, run_file=run_file)
     return Prepared(run, launch, labels, tokenizer, resolved, device_of(launch), model_width(shapes))
@@ -295,6 +298,7 @@ def _train_to_the_end(
             final = checkpointer.finish(state)
         if state.step == loop.num_steps:
             fit = judge()
+            loop.metrics.say(unused_experts(tokens_by_module(loop.engine.module), start.step))
             loop.metrics.settings(_settings(loop.run), [*(f"eval/{name}" for name in final), *FINAL_TAGS])
     except DivergedError as error:
         raise DivergedError(

@@ -19,6 +19,7 @@ from pst_ds.core.masked_linear import LayerState
 from pst_ds.core.quantization import CodedWeight, CodeLayout, Grid, Rounding, StoredGrid
 
 EXPERTS, OUTPUTS, INPUTS, RANK = 5, 6, 9, 2
+GATES = torch.rand(7, 2, generator=torch.Generator().manual_seed(9))
 INDEX = torch.tensor([[0, 4], [2, 0], [4, 2], [0, 2], [4, 0], [2, 4], [0, 4]])
 """The experts of seven tokens: 1 and 3 get none."""
 CONSTANTS = Constants(alpha1=0.7, alpha2=0.9, beta=1.3)
@@ -90,7 +91,7 @@ def reference(state: LayerState, x: torch.Tensor, index: torch.Tensor, grad_y: t
 @pytest.mark.parametrize("by_token", [True, False])
 def test_products_and_gradients_are_those_of_the_formula(layout, num_shards, by_token):
     state, generator = make_state(layout, num_shards), torch.Generator().manual_seed(1)
-    routing = Routing.of(INDEX, EXPERTS)
+    routing = Routing.of(INDEX, GATES, EXPERTS)
     index = INDEX if by_token else INDEX.reshape(-1, 1)  # a row of x for each pair
     x = torch.randn(len(index), INPUTS, generator=generator)
     grad_y = torch.randn(len(index), index.shape[1], OUTPUTS, generator=generator)
@@ -112,7 +113,7 @@ def test_products_and_gradients_are_those_of_the_formula(layout, num_shards, by_
 
 @each_layout
 def test_trained_weights_have_the_gradient_of_their_experts_and_others_zero(layout):
-    state, routing = make_state(layout, scores_train=False), Routing.of(INDEX, EXPERTS)
+    state, routing = make_state(layout, scores_train=False), Routing.of(INDEX, GATES, EXPERTS)
     x, grad_y = torch.randn(len(INDEX), INPUTS), torch.randn(len(INDEX), 2, OUTPUTS)
     by_pair = grad_y.reshape(-1, OUTPUTS)[routing.order]
     found = products.backward(x, by_pair, state, routing, by_token=True, need_x=False, need_weight=True)
@@ -124,7 +125,7 @@ def test_trained_weights_have_the_gradient_of_their_experts_and_others_zero(layo
 
 @each_layout
 def test_a_dense_stack_has_no_mask_and_no_update(layout):
-    state, routing = make_state(layout), Routing.of(INDEX, EXPERTS)
+    state, routing = make_state(layout), Routing.of(INDEX, GATES, EXPERTS)
     stack = state.weight.view(EXPERTS, *layout.expert.shape)
     x = torch.randn(len(INDEX), INPUTS, requires_grad=True)
     expected = torch.einsum("eoi,ni->neo", by_output(state.weight, layout), x)
@@ -163,7 +164,9 @@ def test_an_expert_multiplies_with_its_part_of_the_stack(layout, num_shards):
 def test_routing_sorts_pairs_by_expert_and_sums_them_by_token(tokens, per_token, experts, seed):
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(0, experts, (tokens, per_token), generator=generator)
-    for routing in (Routing.of(index, experts), Routing.even(index, experts)):
+    gates = torch.rand(index.shape, generator=generator, requires_grad=True)
+    for routing in (Routing.of(index, gates, experts), Routing.even(index, gates, experts)):
+        assert torch.equal(routing.gates, gates.detach().flatten()[routing.order])
         assert routing.experts.tolist() == sorted(index.flatten().tolist())
         assert torch.equal(index.flatten()[routing.order], routing.experts)
         assert len(routing.counts) == experts
@@ -171,4 +174,4 @@ def test_routing_sorts_pairs_by_expert_and_sums_them_by_token(tokens, per_token,
         values = torch.randn(tokens, per_token, 3, generator=generator)
         by_expert = values.view(-1, 3)[routing.order]
         assert torch.equal(routing.summed(by_expert), values.sum(1))
-    assert Routing.of(index, experts).counts == [int((index == e).sum()) for e in range(experts)]
+    assert Routing.of(index, gates, experts).counts == [int((index == e).sum()) for e in range(experts)]

@@ -15,6 +15,7 @@ from pst_ds.core.quantization import Grid
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.inject import bypassed, inject_pst, pst_layers
+from pst_ds.nn.input_sums import InputGatherer, squares
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.merge import merge_and_unload
 from pst_ds.nn.model_structure import router_names
@@ -277,3 +278,29 @@ def test_copies_are_models_of_their_own():
     for stack in stacks(twin).values():
         stack.pst_mask.data.zero_()
     assert (logits(twin) - logits(model)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_norms_of_inputs_are_each_experts_own_without_padding(gated):
+    model = injected("qwen3_moe")
+    experts = model.model.layers[0].mlp.experts
+    generator = torch.Generator().manual_seed(7)
+    hidden, gates = torch.randn(6, 16, generator=generator), torch.rand(6, 2, generator=generator)
+    index = torch.tensor([[0, 2], [2, 0], [2, 3], [0, 2], [3, 0], [0, 2]])
+    real = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    gatherer = InputGatherer(squares, gated=gated)
+    gatherer.begin({"attention_mask": real})
+    with gatherer.listening({"up": experts.gate_up_proj, "down": experts.down_proj}), bypassed(model):
+        experts(hidden, index, gates)
+    up, down = (gatherer.sums[name].total.view(4, -1) for name in ("up", "down"))
+    for expert in range(4):
+        expected_up, expected_down = torch.zeros(16), torch.zeros(8)
+        for token, slot in (index == expert).nonzero().tolist():
+            if real.flatten()[token]:
+                gate = gates[token, slot] if gated else 1.0
+                gate_part, up_part = (experts.gate_up_proj.weight[expert].detach() @ hidden[token]).chunk(2)
+                expected_up += (gate * hidden[token]) ** 2
+                expected_down += (gate * experts.act_fn(gate_part) * up_part) ** 2
+        torch.testing.assert_close(up[expert].float(), expected_up, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(down[expert].float(), expected_down, rtol=1e-4, atol=1e-6)
+    assert not up[1].any()

@@ -17,25 +17,30 @@ class Routing(NamedTuple):
     """(N*k,) int64: the numbers of the pairs, which count the k experts of one token after the other, by expert."""
     experts: Tensor
     """(N*k,) int64: the expert of each of them, rising."""
+    gates: Tensor
+    """(N*k,): what the router gives each of them, without its gradient."""
     counts: list[int]
     """Tokens of each of the E experts."""
     per_token: int
     """k"""
 
     @classmethod
-    def of(cls, index: Tensor, num_experts: int) -> Routing:
-        """Sort the pairs of ``index``, (N, k): the experts of each token. The host waits for the counts."""
+    def of(cls, index: Tensor, gates: Tensor, num_experts: int) -> Routing:
+        """Sort the pairs of ``index`` (N, k), the experts of each token, and of their ``gates``.
+
+        The host waits for the counts.
+        """
         experts, order = torch.sort(index.reshape(-1), stable=True)
         counts = torch.bincount(experts, minlength=num_experts).tolist()
-        return cls(order, experts, counts, index.shape[-1])
+        return cls(order, experts, gates.detach().reshape(-1)[order], counts, index.shape[-1])
 
     @classmethod
-    def even(cls, index: Tensor, num_experts: int) -> Routing:
+    def even(cls, index: Tensor, gates: Tensor, num_experts: int) -> Routing:
         """The same with counts as equal as they can be, which asks for no values of ``index``."""
         experts, order = torch.sort(index.reshape(-1), stable=True)
         borders = [expert * len(order) // num_experts for expert in range(num_experts + 1)]
         counts = [stop - start for start, stop in pairwise(borders)]
-        return cls(order, experts, counts, index.shape[-1])
+        return cls(order, experts, gates.detach().reshape(-1)[order], counts, index.shape[-1])
 
     def runs(self) -> Iterator[tuple[int, slice]]:
         """Each expert that got tokens, and the rows of its pairs."""

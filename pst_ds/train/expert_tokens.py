@@ -1,0 +1,52 @@
+"""How many tokens the experts of a run have been trained on, and which have seen none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.nn.experts import expert_stacks
+from pst_ds.parallel.ranks import all_gather_numbers
+
+MOST_NAMED = 4
+"""Modules that the warning names with their experts."""
+
+
+def tokens_by_module(model: nn.Module) -> dict[str, Tensor]:
+    """Tokens of each expert since this process began, (E,) int64, by experts module; of all ranks. Collective."""
+    stacks = {name.rpartition(".")[0]: stack for name, stack in expert_stacks(model).items()}  # both saw the same
+    if not stacks:
+        return {}
+    counts = [stack.tokens_seen for stack in stacks.values()]
+    device = next(iter(stacks.values())).pst_mask.device
+    total = all_gather_numbers(torch.cat(counts).to(device)).sum(0).cpu()
+    return dict(zip(stacks, total.split([len(count) for count in counts]), strict=True))
+
+
+def token_figures(tokens: dict[str, Tensor]) -> dict[str, float]:
+    """What metrics.jsonl has of ``tokens``: the least and the median of all experts, and how many have seen none."""
+    if not tokens:
+        return {}
+    every = torch.cat(list(tokens.values()))
+    return {
+        "expert_tokens/least": int(every.min()),
+        "expert_tokens/median": float(every.double().quantile(0.5)),
+        "expert_tokens/none": int((every == 0).sum()),
+    }
+
+
+def unused_experts(tokens: dict[str, Tensor], first_step: int) -> str:
+    """The sentence that names experts without a token since ``first_step``; "" if all had some."""
+    unused = {name: (count == 0).nonzero().flatten().tolist() for name, count in tokens.items()}
+    unused = {name: numbers for name, numbers in unused.items() if numbers}
+    if not unused:
+        return ""
+    named = [f"{name}: {', '.join(map(str, numbers))}" for name, numbers in list(unused.items())[:MOST_NAMED]]
+    if len(unused) > MOST_NAMED:
+        named.append(f"and in {len(unused) - MOST_NAMED} more modules")
+    since = f" since step {first_step}" if first_step else ""
+    without, number = (sum(map(len, values.values())) for values in (unused, tokens))
+    return (
+        f"{without} of {number} experts were given no token{since}, which leaves their masks to "
+        f"their weights ({'; '.join(named)}). Train on more text, or on text that they are for"
+    )
