@@ -40,6 +40,7 @@ from pst_ds.train.expert_tokens import token_figures, tokens_by_module
 from pst_ds.train.objective import Objective
 from pst_ds.train.prefetch import Prefetched
 from pst_ds.train.profiling import recording
+from pst_ds.train.step_clock import StepClock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,6 +83,10 @@ class Loop:
     metrics: MetricsWriter
     objective: Objective
     rounding: RoundingSchedule | None = None
+    clock: StepClock = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "clock", StepClock(self.device))
 
     def steps(self, state: LoopState) -> Iterator[LoopState]:
         """Train from ``state`` to the last step; yield ``state`` after each applied step, once it is reported.
@@ -116,8 +121,9 @@ class Loop:
                 if buffers:
                     _require_unchanged(engine.module, buffers)
                     buffers = {}
-                _update_masks_if_due(self, state)
-                _update_scales_if_due(self, state)
+                with self.clock.timing("masks"):
+                    _update_masks_if_due(self, state)
+                    _update_scales_if_due(self, state)
                 recorder.after(state.step)
                 _picture_if_due(self, state)
                 _report_if_due(self, state)
@@ -136,13 +142,15 @@ class Loop:
         losses: list[Tensor] = []
         for number, batch in enumerate(micro_batches, 1):
             heartbeat(f"the forward and backward pass of batch {state.batch + 1}")
-            with self._saving():
+            with self.clock.timing("forward"), self._saving():
                 loss = batch.share * self._loss(batch)
-            self.engine.backward(loss)
+            with self.clock.timing("backward"):
+                self.engine.backward(loss)
             losses.append(loss.detach())
             if number == len(micro_batches):
                 self._agree_on_batch(state, losses, micro_batches)
-            self.engine.step()
+            with self.clock.timing("optimizer"):
+                self.engine.step()
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         inputs = {name: values.to(self.device, non_blocking=True) for name, values in batch.inputs.items()}
@@ -299,8 +307,9 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
         return
     losses, tokens = [float(f"{value:.6g}") for value in state.losses], state.tokens
     loss = sum(state.losses) / len(state.losses)
-    of_ranks = all_gather_objects((peak_memory_bytes(loop.device), state.waited_seconds))
-    memory, waited = (max(values) for values in zip(*of_ranks, strict=True))
+    parts = loop.clock.read()
+    of_ranks = all_gather_objects((peak_memory_bytes(loop.device), state.waited_seconds, *parts.values()))
+    memory, waited, *spent = (max(values) for values in zip(*of_ranks, strict=True))
     state.losses.clear()
     state.tokens, state.waited_seconds = 0, 0.0
     elapsed = loop.metrics.seconds - state.last_report_seconds
@@ -318,6 +327,7 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
         "flip_rate": flip_rate,
         "tokens_per_second": per_second,
         "tokens_per_second_per_rank": per_second / world_size(),
+        **{f"time/{part}": seconds / elapsed for part, seconds in zip(parts, spent, strict=True) if elapsed > 0},
         "data_wait": waited / elapsed if elapsed > 0 else 0.0,
         "peak_memory_bytes": memory,
         "skipped_steps": loop.engine.skipped_steps,

@@ -22,7 +22,7 @@ LAYER_SCALARS = {"sparsity", "flip_rate", "correlation", "score_norm", "relative
 SCALARS = {
     "loss", "grad_norm", "lr/scores", "lr/updates", "lr/head", "sparsity/target", "sparsity/actual", "flip_rate",
     "correlation", "tokens_per_second", "tokens_per_second_per_rank", "data_wait", "peak_memory_bytes", "skipped_steps",
-    "eval/accuracy", "checkpoint/bytes",
+    "time/forward", "time/backward", "time/optimizer", "time/masks", "eval/accuracy", "checkpoint/bytes",
 }  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def test_a_run_that_goes_on_has_every_point_once(tmp_path, monkeypatch):
             "tokens_per_second_per_rank",
             "data_wait",
             "peak_memory_bytes",
-        ) or tag.startswith("checkpoint/"):
+        ) or tag.startswith(("checkpoint/", "time/")):
             one, other = list(one), list(other)  # the steps
         assert one == other, tag
     served = [_board(folder, plugin_event_accumulator) for folder in (whole, stopped)]  # the other keeps old pictures

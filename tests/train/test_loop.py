@@ -273,7 +273,8 @@ def test_every_line_of_the_metrics_says_what_it_should(tmp_path):
         expected = {
             "step", "seconds", "event", "loss", "losses", "grad_norm", "lr/scores", "lr/updates", "lr/head",
             "sparsity/target", "sparsity/actual", "flip_rate", "tokens_per_second", "tokens_per_second_per_rank",
-            "data_wait", "peak_memory_bytes", "skipped_steps",
+            "time/forward", "time/backward", "time/optimizer", "time/masks", "data_wait", "peak_memory_bytes",
+            "skipped_steps",
         }  # fmt: skip
         assert line.keys() == expected
         assert math.isfinite(line["loss"])
@@ -281,6 +282,9 @@ def test_every_line_of_the_metrics_says_what_it_should(tmp_path):
         assert line["sparsity/target"] - 0.001 < line["sparsity/actual"] <= line["sparsity/target"]
         assert line["tokens_per_second"] == line["tokens_per_second_per_rank"] > 0
         assert line["grad_norm"] > 0
+        parts = [line[f"time/{part}"] for part in ("forward", "backward", "optimizer", "masks")]
+        assert min(parts) >= 0.0
+        assert 0.0 < sum(parts) <= 1.0
         assert line["peak_memory_bytes"] > 10 * 2**20
     updates = by_event["mask_update"]
     assert [line["step"] for line in updates] == [s for s in range(21) if schedule.updates_masks_at(s)] != []

@@ -75,7 +75,11 @@ def _lines(folder, *dropped):
     """metrics.jsonl without times, and without the lines that only a stopped run has."""
     times = {"seconds", "tokens_per_second", "tokens_per_second_per_rank", "data_wait", "peak_memory_bytes"}
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in times} for line in lines if line["event"] != "checkpoint"]
+
+    def kept(name):
+        return name not in times and not name.startswith("time/")
+
+    return [{k: v for k, v in line.items() if kept(k)} for line in lines if line["event"] != "checkpoint"]
 
 
 def _values(folder, name="final"):
