@@ -30,7 +30,7 @@ from torch import Tensor
 
 from pst_ds.atomic_files import file_sha256
 from pst_ds.checkpoint.chunks import ChunkedTensors
-from pst_ds.core.bits import pack_shard, shard_bytes, shard_numel, unpack_range
+from pst_ds.core.bits import pack_shard, shard_bytes, shard_numel, shard_range, unpack_shard
 from pst_ds.core.quantization import SCALE_DTYPE, Grid, scales_of_bytes
 from pst_ds.errors import InputError
 from pst_ds.parallel.optimizer_state import KINDS, MASTER
@@ -154,17 +154,23 @@ class Checkpoint:
         numel, own = self.contents.masks[name], self.contents.num_shards
         if num_shards == own:
             return self._mask_file(name, index)
-        per_shard = shard_numel(numel, num_shards)
-        start = min(index * per_shard, numel)
-        stop = min(start + per_shard, numel)
-        per_file = shard_numel(numel, own)
-        keep = [
-            unpack_range(self._mask_file(name, file), min(per_file, numel - file * per_file), 1, first, last)
-            for file in range(start // per_file, -(-stop // per_file))
-            for first, last in [(max(start - file * per_file, 0), min(stop - file * per_file, per_file))]
-        ]
-        none = torch.empty(0, dtype=torch.uint8)
-        return pack_shard(torch.cat(keep) if keep else none, shard_bytes(numel, num_shards))
+        start, stop = shard_range(numel, num_shards, index)
+        return pack_shard(self._keep(name, start, stop), shard_bytes(numel, num_shards))
+
+    def mask_bits(self, name: str, start: int, stop: int) -> Tensor:
+        """Return the bits of flat weights [start, stop) of a mask, from bit 0 on; no others are read."""
+        return pack_shard(self._keep(name, start, stop), -(-(stop - start) // 8))
+
+    def _keep(self, name: str, start: int, stop: int) -> Tensor:
+        """The mask of flat weights [start, stop), uint8 zeros and ones."""
+        per_file = shard_numel(self.contents.masks[name], self.contents.num_shards)
+        found = [torch.empty(0, dtype=torch.uint8)]
+        for file in range(start // per_file, -(-stop // per_file)) if start < stop else ():
+            first, last = max(start - file * per_file, 0), min(stop - file * per_file, per_file)
+            at = self._mask_offsets[name]
+            data = self._tensor(file, MASK)[at + first // 8 : at + -(-last // 8)]
+            found.append(unpack_shard(data, last - first // 8 * 8)[first % 8 :])
+        return torch.cat(found)
 
     def check_shard(self, file: int) -> None:
         """Raise CheckpointError if the tensors of a file have not the types and sizes that the manifest says."""

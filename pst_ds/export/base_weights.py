@@ -67,6 +67,13 @@ class BaseWeights:
         file = self._file(name)
         return file.read(name) if isinstance(file, TensorFile) else file[name]
 
+    def read_rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows [first, last) of the matrix that the tensor ``name`` of the file is in memory."""
+        file = self._file(name)
+        return (
+            file.read_rows(name, first, last) if isinstance(file, TensorFile) else file[name].flatten(0, -2)[first:last]
+        )
+
     def _file(self, name: str) -> _WeightFile:
         file = self._file_of[name]
         if file not in self._open:

@@ -184,7 +184,7 @@ def _dense(entry: TensorEntry, parts: dict[str, Tensor], path: Path) -> Tensor:
     except FormatError as error:
         raise ExportError(str(error)) from None
     dense = form.unpack(by_part)
-    return dense.t() if entry.transposed else dense
+    return entry.as_in_model(dense)
 
 
 def _check_tensor(entry: TensorEntry, tensor: Tensor, path: Path) -> None:
@@ -200,10 +200,18 @@ def _check_tensor(entry: TensorEntry, tensor: Tensor, path: Path) -> None:
         return
     if bool((torch.signbit(tensor) & (tensor == 0)).any()):
         raise ExportError(f"{path}: {entry.name} has a -0.0 among its zeros")
-    count, width = len(entry.pruned_per_matrix), entry.shape[entry.matrix_axis]
-    if width % count:
-        raise ExportError(f"{path}: {entry.name} cannot be {count} matrices: {width} does not divide")
-    matrices = tensor.split(width // count, dim=entry.matrix_axis) if width else [tensor] * count
-    for part, (matrix, pruned) in enumerate(zip(matrices, entry.pruned_per_matrix, strict=True)):
+    for part, (matrix, pruned) in enumerate(zip(_matrices(entry, tensor, path), entry.pruned_per_matrix, strict=True)):
         if int((matrix == 0).sum()) < pruned:
             raise ExportError(f"{path}: {entry.name}, matrix {part}, has fewer zeros than the {pruned} of its mask")
+
+
+def _matrices(entry: TensorEntry, tensor: Tensor, path: Path) -> list[Tensor]:
+    """The matrices of a pruned tensor; of a stack of experts those of the first, then those of the next."""
+    count, width = len(entry.pruned_per_matrix), entry.shape[entry.matrix_axis - 2]
+    experts = [tensor] if tensor.dim() == 2 else list(tensor)
+    per_expert, rest = divmod(count, len(experts)) if experts else (0, count)
+    if rest or not per_expert or width % per_expert:
+        raise ExportError(f"{path}: {entry.name} cannot be {count} matrices: {list(tensor.shape)} does not divide")
+    if not width:
+        return [tensor] * count
+    return [matrix for expert in experts for matrix in expert.split(width // per_expert, dim=entry.matrix_axis)]

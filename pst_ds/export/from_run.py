@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,15 @@ from pst_ds.core.formats.rows import row_counts
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.low_rank_rows import updated_rows
 from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF
-from pst_ds.core.quantization import CodedWeight, CodeLayout, Rounding, StoredGrid, require_scales
+from pst_ds.core.quantization import (
+    SCALE_DTYPE,
+    CodedWeight,
+    CodeLayout,
+    Rounding,
+    StoredGrid,
+    require_scales,
+    scales_of_bytes,
+)
 from pst_ds.core.scores import masked_weight, merged_weight
 from pst_ds.export.base_weights import BaseWeights, is_text_part, may_be_missing, names_in_files, saved_tensors
 from pst_ds.export.detect_pattern import per_row
@@ -24,11 +33,13 @@ from pst_ds.export.encoding import Encoding
 from pst_ds.export.manifest import DENSE, ExportError
 from pst_ds.export.plan import PlannedTensor, TensorJob, TensorValues
 from pst_ds.export.rounding import grids
+from pst_ds.export.stacks import FilePart, StackRun, all_experts, runs_in_files, whole
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.embedding import pst_embeddings
-from pst_ds.nn.inject import persistent_buffers, pst_layers
-from pst_ds.nn.layer import FACTOR_NAMES
+from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
+from pst_ds.nn.layer import FACTOR_NAMES, PSTLayer
 from pst_ds.nn.model_structure import is_conv1d, is_linear
+from pst_ds.parallel.optimizer_state import MASTER
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +52,10 @@ class RunTensor:
     dtype: torch.dtype
     """Of the result, before the cast to ``--dtype``."""
     trained: bool = False
-    layer: tuple[WeightLayout, Constants] | None = None
+    layer: tuple[StackRun, Constants] | None = None
+    """What it is of a pruned layer."""
+    rows_in_base: tuple[tuple[str, int, int], ...] = ()
+    """Of a stack of experts: tensors of the base's files, with the first and last + 1 of the stack's rows in each."""
     grid: StoredGrid | None = None
     """What training rounded the layer to."""
     base: CodeLayout | None = None
@@ -66,6 +80,10 @@ class RunSource:
         """The values of the job's outputs. Raises ExportError."""
         recipe: RunTensor = job.recipe
         self._checkpoint = _reopened(self._checkpoint)  # lets go of the pages that were read for the job before
+        if recipe.layer is not None:
+            made = self._pruned(recipe, *recipe.layer)
+            yield replace(made, tensor=made.tensor.view(job.outputs[0].shape))
+            return
         if not recipe.in_files_form:
             yield self._made(recipe)
             return
@@ -77,8 +95,6 @@ class RunSource:
             yield replace(whole, tensor=tensor, keep=None)
 
     def _made(self, recipe: RunTensor) -> TensorValues:
-        if recipe.layer is not None:
-            return self._pruned(recipe, *recipe.layer)
         beta, checkpoint = recipe.embedding_beta, self._checkpoint
         compute = DTYPES[checkpoint.state.precision]
         if recipe.trained and beta is None:
@@ -90,32 +106,49 @@ class RunSource:
         left, right = (checkpoint.trained[f"{recipe.name.removesuffix('weight')}pst_{f}"].to(compute) for f in "UV")
         return TensorValues(updated_rows(stored.to(compute), left, right, beta).to(recipe.dtype))
 
-    def _scales(self, layer: str, stored: StoredGrid) -> Tensor:
-        """The scales that a layer was trained with. Raises ExportError."""
-        scales = self._checkpoint.scales[layer]
-        try:
-            require_scales(scales, stored.grid)
-        except ValueError as error:
-            raise ExportError(f"{self._checkpoint.folder}: {layer}: {error}; take another --checkpoint") from None
-        return scales
-
-    def _pruned(self, recipe: RunTensor, layout: WeightLayout, constants: Constants) -> TensorValues:
+    def _pruned(self, recipe: RunTensor, run: StackRun, constants: Constants) -> TensorValues:
         """M . (W0 + beta U V) as the model computed it: same function, same dtype, same kind of device."""
+        height, width = run.piece.shape
+        tensor = torch.empty(run.num_pieces * height if run.num_pieces > 1 else 0, width, dtype=recipe.dtype)
+        made = []
+        for i, piece in enumerate(range(run.first, run.last)):
+            self._checkpoint = _reopened(self._checkpoint)  # lets go of the pages of the piece before
+            one = self._piece(recipe, run, constants, piece)
+            if run.num_pieces == 1:
+                return one
+            tensor[i * height : (i + 1) * height] = one.tensor
+            made.append(replace(one, tensor=torch.empty(0)))
+        scales = [one.scales for one in made if one.scales is not None]
+        keep = torch.cat([one.keep for one in made if one.keep is not None])
+        pruned = tuple(count for one in made for count in one.pruned_per_matrix)
+        return TensorValues(tensor, keep, pruned, torch.cat(scales) if scales else None)
+
+    def _start(self, recipe: RunTensor, run: StackRun, piece: int) -> Tensor:
+        """W0 of a piece, or the weight that was trained in its place, in storage shape."""
+        shape = height, _ = run.piece.shape
+        if recipe.trained:
+            return self._checkpoint.values(recipe.name, MASTER, *run.flat_range(piece)).view(shape)
+        if not recipe.rows_in_base:
+            return self._base.read(recipe.in_base or "")
+        rows = piece * height, (piece + 1) * height
+        meet = [(name, first, max(first, rows[0]), min(last, rows[1])) for name, first, last in recipe.rows_in_base]
+        found = [self._base.read_rows(name, a - first, b - first) for name, first, a, b in meet if a < b]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _piece(self, recipe: RunTensor, run: StackRun, constants: Constants, piece: int) -> TensorValues:
+        """One piece of a stack, or all of a layer."""
         checkpoint, owner = self._checkpoint, recipe.name.removesuffix(".weight")
-        compute = DTYPES[checkpoint.state.precision]
+        layout, compute = run.piece, DTYPES[checkpoint.state.precision]
         device = checkpoint.state.device_type if torch.accelerator.is_available() else "cpu"
-        start = checkpoint.trained[recipe.name] if recipe.trained else self._base.read(recipe.in_base or "")
-        start = start.to(compute).to(device)
+        start = self._start(recipe, run, piece).to(compute).to(device)
         weight: Tensor | CodedWeight = start
         if recipe.base is not None:  # as the layer did when it was made
-            weight = CodedWeight(recipe.base, *recipe.base.encode(start, 0), compute)
+            base = run.codes_of_piece(recipe.base)
+            weight = CodedWeight(base, *base.encode(start, 0), compute)
         del start
-        self._checkpoint = checkpoint = _reopened(checkpoint)  # lets go of the pages of a trained weight
-        mask = checkpoint.masks[owner].clone()
-        names = [f for f in FACTOR_NAMES if f"{owner}.pst_{f}" in checkpoint.trained]
-        values = {f: checkpoint.trained[f"{owner}.pst_{f}"].to(device=device, dtype=compute) for f in names}
-        factors = layer_factors(values, layout.num_matrices, constants)
-        rounding = None if recipe.grid is None else Rounding(recipe.grid, self._scales(owner, recipe.grid).to(device))
+        mask = checkpoint.mask_bits(owner, *run.flat_range(piece))
+        factors = layer_factors(self._factors(owner, run, piece, device), layout.num_matrices, constants)
+        rounding = None if recipe.grid is None else self._rounding(owner, run, piece, recipe.grid, device)
         if recipe.masked:
             merged = masked_weight(weight, mask.to(device), 1, layout, factors, constants, rounding)
         else:
@@ -128,6 +161,27 @@ class RunSource:
         keep = mask_row_bits(mask, layout)
         scales = None if rounding is None else rounding.scales_by_output.cpu()
         return TensorValues(merged, keep, pruned_per_matrix(keep, layout), scales)
+
+    def _factors(self, owner: str, run: StackRun, piece: int, device: str) -> dict[str, Tensor]:
+        """The factors of a piece, by name, as the model computed with them."""
+        checkpoint, found = self._checkpoint, {}
+        for factor in FACTOR_NAMES:
+            shape = checkpoint.contents.trained.get(f"{owner}.pst_{factor}")
+            if shape is not None:
+                own = checkpoint.values(f"{owner}.pst_{factor}", MASTER, *run.share(piece, math.prod(shape)))
+                found[factor] = own.view(-1, *shape[1:]).to(device=device, dtype=DTYPES[checkpoint.state.precision])
+        return found
+
+    def _rounding(self, owner: str, run: StackRun, piece: int, stored: StoredGrid, device: str) -> Rounding:
+        """What training rounded a piece to. Raises ExportError."""
+        grid, checkpoint = run.grid_of_piece(stored), self._checkpoint
+        num_bytes = SCALE_DTYPE.itemsize * math.prod(stored.shape)
+        scales = scales_of_bytes(checkpoint.scale_bytes(owner, *run.share(piece, num_bytes)), grid.shape)
+        try:
+            require_scales(scales, grid.grid)
+        except ValueError as error:
+            raise ExportError(f"{checkpoint.folder}: {owner}: {error}; take another --checkpoint") from None
+        return Rounding(grid, scales.to(device))
 
 
 def pruned_per_matrix(keep: Tensor, layout: WeightLayout) -> tuple[int, ...]:
@@ -166,12 +220,15 @@ class _Planner:
     def jobs(self) -> Iterator[TensorJob]:
         tensors = {n: p.to("meta") for n, p in self._model.named_parameters() if ".pst_" not in n}
         coded = {name: layer for name, layer in self._layers.items() if layer.weight is None}
-        tensors |= {f"{n}.weight": torch.empty(c.layout.shape, dtype=c.dtype, device="meta") for n, c in coded.items()}
+        tensors |= {f"{n}.weight": torch.empty(c.weight_shape, dtype=c.dtype, device="meta") for n, c in coded.items()}
+        stacks = {f"{n}.weight": n for n, layer in self._layers.items() if plain_name(n, layer) == n}
+        tensors = {stacks.get(name, name): tensor for name, tensor in tensors.items()}
         tensors |= {name: buffer.to("meta") for name, buffer in self._buffers.items()}
         in_files = {name: saved for saved, name in names_in_files(self._model, tensors).items()}
         done: set[str] = set()
         for name, tensor in tensors.items():
-            for job in self._jobs_of(name, tensor, in_files.get(name)):
+            made = self._of_stack(name) if name in self._layers else self._jobs_of(name, tensor, in_files.get(name))
+            for job in made:
                 done.update(output.name for output in job.outputs)
                 yield job
         for name in self._base.names if self._keeps_rest else ():
@@ -188,6 +245,43 @@ class _Planner:
             in_base = self._base.find(in_files) or self._base.find(name)
             if in_base or name not in self._buffers or not may_be_missing(self._model, name):
                 yield self._job(name, in_base, in_files, tensor)
+
+    def _of_stack(self, name: str) -> Iterator[TensorJob]:
+        """The stack ``name``: packed as one tensor, or in those of the base's files, such as a matrix of an expert."""
+        layer = self._layers[name]
+        parts = self._parts_of_stack(name, layer)
+        rows = tuple((part.in_base, *part.run.rows) for part in parts)
+        recipe = self._recipe(f"{name}.weight", parts[0].in_base)
+        recipe = replace(recipe, layer=(all_experts(layer.layout), layer.constants), rows_in_base=rows)
+        as_one = self._planned(recipe, name, layer.weight_shape)
+        if as_one.form is not None:
+            yield TensorJob((as_one,), replace(recipe, masked=as_one.packing == DENSE))
+            return
+        for part in parts:
+            own = replace(recipe, layer=(part.run, layer.constants))
+            out_name = part.in_base if self._keeps_rest else part.name
+            yield TensorJob((replace(as_one, name=out_name, shape=part.shape),), own)
+
+    def _parts_of_stack(self, name: str, layer: PSTLayer) -> list[FilePart]:
+        """The tensors of the base's files that a stack is made of. Raises ExportError."""
+        if self._base.has(name):
+            return [FilePart(name, name, all_experts(layer.layout), layer.weight_shape)]
+        found = []
+        try:
+            runs = runs_in_files(self._model, name, layer.layout)
+        except ValueError as error:
+            raise ExportError(
+                f"{name} becomes {error} in the files of the model, which is no run of its rows; leave it out with "
+                f"exclude_modules = [{json.dumps(name)}]"
+            ) from None
+        for part, (run, shape) in runs.items():
+            in_base = self._base.find(part)
+            if in_base is None:
+                raise ExportError(f"{part} is not in the base model {self._checkpoint.state.base_path!r}")
+            if (stored := self._base.size(in_base)[1]) != shape:
+                raise ExportError(f"{part} has shape {stored} in the base model, and {shape} in the trained model")
+            found.append(FilePart(part, in_base, run, shape))
+        return found
 
     def _job(self, name: str, in_base: str | None, out_name: str, tensor: Tensor) -> TensorJob:
         """The model's tensor ``name`` alone, as ``out_name`` in the export, or as a base that is kept whole has it."""
@@ -212,7 +306,7 @@ class _Planner:
             width = torch.promote_types(compute, width)
         return RunTensor(
             name, in_base, width, trained,
-            layer=None if layer is None else (layer.layout, layer.constants),
+            layer=None if layer is None else (whole(layer.layout), layer.constants),
             grid=None if layer is None or not state.rounds else layer.stored_grid,
             base=None if layer is None or layer.base_codes is None else replace(layer.base_codes.layout, num_shards=1),
             embedding_beta=None if embedding is None else embedding.beta,
@@ -224,7 +318,7 @@ class _Planner:
         owner, _, last = recipe.name.rpartition(".")
         linear = self._linear.get(owner) if last == "weight" else None
         if recipe.layer is not None:
-            transposed, origin = recipe.layer[0].transposed, "pruned"
+            transposed, origin = recipe.layer[0].piece.transposed, "pruned"
         else:
             transposed = linear is not None and is_conv1d(linear)
             origin = "trained" if recipe.trained or recipe.embedding_beta is not None else "base"
@@ -232,18 +326,23 @@ class _Planner:
         dtype = self._cast if self._cast and recipe.dtype.is_floating_point else recipe.dtype
         grid = self._grids.get(recipe.name) if recipe.layer is None else self._encoding.values
         planned = PlannedTensor(name, shape, dtype, origin, transposed=transposed, is_linear=is_linear_weight)
-        planned, packing = planned.rounded(grid), self._encoding.packing
+        packing = self._encoding.packing
+        if packing == COMPRESSED_TENSORS and len(shape) > 2:
+            return planned  # its readers know linear layers alone
+        planned = planned.rounded(grid)
         if packing == COMPRESSED_TENSORS:
             return planned.for_compressed_tensors()
         if recipe.layer is None or packing in (DENSE, GGUF):
             return planned
-        keep = mask_row_bits(_reopened(self._checkpoint).masks[owner], recipe.layer[0])
+        keep = mask_row_bits(_reopened(self._checkpoint).masks[owner], recipe.layer[0].stack)
         if not packed_format(packing, grid).accepts(keep, planned.matrix):
             return replace(planned, stays_dense=True)
         return planned.packed(packing, row_counts(keep))
 
     def _require_shape(self, recipe: RunTensor, shape: tuple[int, ...]) -> None:
         contents = self._checkpoint.contents
+        if recipe.rows_in_base and not recipe.trained:
+            return  # seen where these were found
         found = contents.trained[recipe.name] if recipe.trained else self._base.size(recipe.in_base or "")[1]
         if tuple(found) != shape and not recipe.in_files_form:
             raise ExportError(

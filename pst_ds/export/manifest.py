@@ -109,7 +109,7 @@ class TensorEntry:
         form = self.form
         _require(len(self.parts) == (len(form.part_names) if form else 1), self.name, "parts")
         if form or self.pruned_per_matrix or self.transposed:
-            _require(len(self.shape) == 2, self.name, "shape")
+            _require(len(self.shape) in (2, 3), self.name, "shape")
 
     @property
     def numel(self) -> int:
@@ -117,9 +117,17 @@ class TensorEntry:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(O, I) of a matrix."""
-        rows, columns = self.shape
-        return (columns, rows) if self.transposed else (rows, columns)
+        """(O, I) of a matrix, (E*O, I) of a stack of experts."""
+        *stacked, rows, columns = self.shape
+        outputs, inputs = (columns, rows) if self.transposed else (rows, columns)
+        return math.prod(stacked) * outputs, inputs
+
+    def as_in_model(self, matrix: Tensor) -> Tensor:
+        """Return a view of ``matrix``, which is as :attr:`matrix` says, in the model's shape."""
+        *stacked, rows, columns = self.shape
+        if self.transposed:
+            return matrix.view(*stacked, columns, rows).transpose(-1, -2)
+        return matrix.view(self.shape)
 
     @property
     def grid(self) -> Grid | None:

@@ -30,7 +30,7 @@ class PlannedTensor:
 
     name: str
     shape: tuple[int, ...]
-    """As the model has it: (I, O) for a Conv1D."""
+    """As the model has it: (I, O) for a Conv1D; (E, O, I) or (E, I, O) for a stack of experts."""
     dtype: torch.dtype
     origin: str
     """See :class:`pst_ds.export.manifest.TensorEntry`."""
@@ -41,7 +41,7 @@ class PlannedTensor:
     stored: int = 0
     """The number of positions that a packed tensor keeps, as its format counts them."""
     transposed: bool = False
-    """True where it is stored (I, O)."""
+    """True where it is stored (I, O), or (E, I, O)."""
     is_linear: bool = False
     """True for the weight of a linear layer, which is searched for patterns."""
     stays_dense: bool = False
@@ -49,9 +49,10 @@ class PlannedTensor:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(O, I) of a linear layer's weight."""
-        rows, columns = self.shape
-        return (columns, rows) if self.transposed else (rows, columns)
+        """(O, I) of a linear layer's weight; (E*O, I) of a stack of experts."""
+        *stacked, rows, columns = self.shape
+        outputs, inputs = (columns, rows) if self.transposed else (rows, columns)
+        return math.prod(stacked) * outputs, inputs
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +81,7 @@ class PlannedTensor:
 
     def rounded(self, grid: Grid | None) -> PlannedTensor:
         """Return the tensor with its values on ``grid``, if it is a matrix of numbers that can be."""
-        can_be = self.dtype in VALUE_DTYPES and len(self.shape) == 2 and self.nbytes
+        can_be = self.dtype in VALUE_DTYPES and (len(self.shape) == 2 or self.is_linear) and self.nbytes
         return replace(self, grid=grid) if can_be else self
 
     def for_compressed_tensors(self) -> PlannedTensor:

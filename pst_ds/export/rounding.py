@@ -74,8 +74,8 @@ def _named(model: nn.Module, chosen: Container[int]) -> dict[str, nn.Parameter]:
 
 
 def matrix_of(output: PlannedTensor, tensor: Tensor) -> Tensor:
-    """``tensor`` in (O, I) orientation."""
-    return tensor.t() if output.transposed else tensor
+    """``tensor`` in (O, I) orientation; a stack of experts (E*O, I)."""
+    return (tensor.transpose(-1, -2) if output.transposed else tensor).flatten(0, -2)
 
 
 def rounded(

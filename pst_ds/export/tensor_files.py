@@ -66,16 +66,26 @@ class TensorFile:
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, in memory of its own. Raises TensorFileError when the file has become shorter."""
         slot = self.slots[name]
-        data = torch.empty(slot.nbytes, dtype=torch.uint8)
+        return self._read(name, 0, slot.nbytes).view(slot.dtype).view(slot.shape)
+
+    def read_rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows [first, last) of the matrix that a tensor of more than one dimension is in memory, as :meth:`read`."""
+        slot = self.slots[name]
+        width = slot.shape[-1] * slot.dtype.itemsize
+        return self._read(name, first * width, last * width).view(slot.dtype).view(last - first, slot.shape[-1])
+
+    def _read(self, name: str, first: int, last: int) -> Tensor:
+        """Bytes [first, last) of a tensor."""
+        data = torch.empty(last - first, dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as stream:
-            stream.seek(slot.offset)
+            stream.seek(self.slots[name].offset + first)
             view, done = data.numpy().data, 0
-            while done < slot.nbytes:
+            while done < len(view):
                 count = stream.readinto(view[done : done + _AT_A_TIME])
                 if not count:
                     raise TensorFileError(f"{self.path} is damaged: it ends inside {name}")
                 done += count
-        return data.view(slot.dtype).view(slot.shape)
+        return data
 
 
 def unique_json(text: str | bytes) -> Any:

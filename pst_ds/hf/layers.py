@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from pst_ds.core.formats import QuantizedFormat
 from pst_ds.core.packings import DENSE
 from pst_ds.export.base_weights import names_in_files
+from pst_ds.hf.experts import compute_sparse, expert_stacks, make_experts_dense, put_sparse_experts
 from pst_ds.hf.tables import LoadingTable
 from pst_ds.hf.weight_files import Groups, PackedFolderError, StoredTensor, form_of_group, kept_values
 from pst_ds.nn.model_structure import is_conv1d, is_linear, linear_shape
 from pst_ds.runtime import SparseLinear, sparse_layers
+from pst_ds.runtime.experts import SparseExperts
 
 
 class SparseProjection(SparseLinear):
@@ -45,23 +47,28 @@ class LoadingProjection(SparseProjection):
 
 def end_loading(layer: SparseLinear) -> None:
     """Makes it a plain, frozen layer; transformers' loader lets every float tensor have a gradient."""
-    layer.__class__ = SparseProjection
+    if isinstance(layer, LoadingProjection):
+        layer.__class__ = SparseProjection  # type: ignore[assignment]
+    vars(layer).pop("_is_hf_initialized", None)
     layer.requires_grad_(False)
 
 
 def layer_names(model: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
-    """The linear layer or embedding of ``model`` that a file calls so, for each of ``names``; None for none.
+    """What ``model`` has under each of ``names`` of a file: a linear layer, an embedding, a stack of experts; or None.
 
     A file of ``LlamaForCausalLM`` says "model.layers.0...", the base model itself "layers.0...": transformers puts the
     prefix on or takes it off, and so does this. Other models have names of their own in files.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}.".removeprefix(".")
     holders = ((n, m) for n, m in model.named_modules() if is_linear(m) or isinstance(m, nn.Embedding))
+    stacks = expert_stacks(model)
     weights: dict[str, Tensor] = {f"{n}.weight": m.get_parameter("weight") for n, m in holders}
     renamed = names_in_files(model, weights)
 
     def found(name: str) -> str | None:
         for candidate in (name.removeprefix(prefix), name, prefix + name):
+            if candidate in stacks:
+                return candidate
             weight = f"{candidate}.weight"
             if weight in weights or weight in renamed:
                 return (weight if weight in weights else renamed[weight]).removesuffix(".weight")
@@ -71,7 +78,7 @@ def layer_names(model: nn.Module, names: Iterable[str]) -> dict[str, str | None]
 
 
 def named_groups(model: nn.Module, groups: Groups) -> Groups:
-    """``groups`` under the names of the model; without those that are no linear layer or embedding of it.
+    """``groups`` under the names of the model; without those that are no linear layer, embedding or stack of it.
 
     Raises PackedFolderError when two names of the file are one layer of the model.
     """
@@ -86,14 +93,20 @@ def named_groups(model: nn.Module, groups: Groups) -> Groups:
 
 
 def put_sparse_layers(model: nn.Module, groups: Groups, packing: str, tied: set[str]) -> dict[str, nn.Module]:
-    """Puts an empty SparseLinear in the place of every linear layer in ``groups``; returns those it took out, by name.
+    """Puts an empty SparseLinear in the place of every linear layer in ``groups``, and of every stack of experts;
+    returns those it took out, by name, and the modules that hold the stacks.
 
     Embeddings, and output layers that are tied to one, are given a LoadingTable. ``groups``: headers of the parts, by
     name in the model. ``tied``: names of tied parameters. Nothing is read. Raises PackedFolderError for parts that do
     not fit the layer, and for a packed weight that the model ties.
     """
-    taken = {}
+    taken, stacks = {}, {name: layout for name, layout in expert_stacks(model).items() if name in groups}
+    for name, layout in stacks.items():
+        taken[name] = put_sparse_experts(model, name, layout, groups[name], packing)
+    compute_sparse(list(taken.values()))
     for name, group in groups.items():
+        if name in stacks:
+            continue
         module = model.get_submodule(name)
         form = form_of_group(name, packing, group, _matrix_shape(module)[1])
         is_table = isinstance(module, nn.Embedding) or f"{name}.weight" in tied
@@ -135,6 +148,9 @@ def make_dense(model: nn.Module, taken: Mapping[str, nn.Module]) -> None:
     """
     for name in list(sparse_layers(model)):
         sparse, linear = model.get_submodule(name), taken[name]
+        if isinstance(sparse, SparseExperts):
+            make_experts_dense(model, name, sparse)
+            continue
         assert isinstance(sparse, SparseLinear)
         weight = sparse.dense_weight().t() if is_conv1d(linear) else sparse.dense_weight()
         linear.weight = nn.Parameter(weight.contiguous().to(getattr(sparse, sparse.format.values_name).device))

@@ -172,7 +172,7 @@ def of_routing(experts: Any, hidden: Tensor, weights: Tensor, routing: Routing) 
 
     def product(x: Tensor, attribute: str, *, by_token: bool) -> Tensor:
         stack = getattr(experts, attribute)
-        if isinstance(stack, PSTExpertStack):
+        if isinstance(stack, nn.Module):  # a PST stack, or one that stays packed
             y = stack(x, routing, by_token)
         else:
             dense = _DenseStack(experts, lambda: getattr(experts, attribute).detach(), experts.is_transposed)

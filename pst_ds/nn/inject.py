@@ -187,6 +187,12 @@ def pst_layers(model: nn.Module) -> dict[str, PSTLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PSTLayer)}
 
 
+def plain_name(name: str, layer: PSTLayer) -> str:
+    """Name that the weight of the PST layer ``name`` has in the model it was injected into, with its
+    ``weight_shape``."""
+    return name if layer.layout.num_experts > 1 else f"{name}.weight"
+
+
 def layers_never_called(model: nn.Module) -> list[str]:
     """Names of the PST layers that no forward pass of this process has called since they were made, in model order.
 

@@ -113,6 +113,9 @@ def test_a_hand_made_checkpoint_is_read_in_any_range_and_any_number_of_mask_shar
         for new in range(1, 6):
             for index in range(new):
                 assert checkpoint.mask_shard(name, new, index).tolist() == _bits(mask, new, index).tolist()
+        start = data.draw(st.integers(0, mask.size))
+        stop = data.draw(st.integers(start, mask.size))
+        assert checkpoint.mask_bits(name, start, stop).tolist() == _bits(mask[start:stop], 1, 0).tolist()
 
 
 def _refusal(folder):

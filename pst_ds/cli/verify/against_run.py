@@ -19,9 +19,10 @@ from pst_ds.data.text_metrics import missing_libraries
 from pst_ds.errors import InputError
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.embedding import pst_embeddings
-from pst_ds.nn.inject import persistent_buffers, pst_layers
+from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.model_structure import is_conv1d
 from pst_ds.runtime import sparse_layers
+from pst_ds.runtime.experts import SparseExperts
 from pst_ds.train.documents import flatten_for_flash_attention
 from pst_ds.train.evaluate import compare, predict
 from pst_ds.train.model import attention_options
@@ -65,7 +66,10 @@ def compare_with_run(args: argparse.Namespace, config: RunConfig) -> dict[str, A
     cast_model(masked, dtypes)
     if encoding.is_quantized:
         rounded = round_model(masked, args.export)
-    merged: dict[str, torch.Tensor] = {f"{n}.weight": layer.masked_weight() for n, layer in pst_layers(masked).items()}
+    merged: dict[str, torch.Tensor] = {
+        plain_name(name, layer): layer.masked_weight().view(layer.weight_shape)
+        for name, layer in pst_layers(masked).items()
+    }
     merged |= {f"{n}.weight": embedding.updated_weight() for n, embedding in pst_embeddings(masked).items()}
     merged = merged or dict(masked.named_parameters())  # method "dense" changes no module
     merged |= rounded | persistent_buffers(masked)
@@ -139,8 +143,13 @@ def _compare_sparse(
     sparse = _loaded(prepared, folder, "sparse")
     layers, differing = sparse_layers(sparse), 0
     for name, layer in layers.items():
-        module: Any = plain.get_submodule(name)
-        weight = module.weight.t() if is_conv1d(module) else module.weight
+        if isinstance(layer, SparseExperts):
+            experts: Any = plain.get_submodule(name.rpartition(".")[0])
+            stack = plain.get_parameter(name)
+            weight = (stack.transpose(1, 2) if experts.is_transposed else stack).flatten(0, 1)
+        else:
+            module: Any = plain.get_submodule(name)
+            weight = module.weight.t() if is_conv1d(module) else module.weight
         differing += not torch.equal(layer.dense_weight().to(weight.device), weight)
     largest = LargestLogit(masked)
     differences, _ = _on_examples(prepared, examples, largest, sparse)

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.quantization import Grid, round_to_grid
+from pst_ds.export.base_weights import names_in_files
 from pst_ds.export.encoding import Encoding
 from pst_ds.export.manifest import TensorEntry, encoding_by, read_manifest
 from pst_ds.export.rounding import grids
+from pst_ds.export.stacks import runs_in_files
 from pst_ds.export.tensor_files import DTYPE_OF_CODE
 from pst_ds.nn.embedding import pst_embeddings
-from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.inject import plain_name, pst_layers
 from pst_ds.nn.layer import PSTLayer
 
 
@@ -30,9 +32,13 @@ def narrower_dtypes(masked: nn.Module, folder: str) -> dict[str, torch.dtype]:
     They have them after ``pst-ds export --dtype bf16`` of a run in fp32. Raises ExportError.
     """
     params = dict(masked.named_parameters())
-    stored = {
-        entry.name: DTYPE_OF_CODE[entry.dtype] for entry in read_manifest(Path(folder))[0] if entry.name in params
-    }
+    dtype_of = {entry.name: DTYPE_OF_CODE[entry.dtype] for entry in read_manifest(Path(folder))[0]}
+    stacks = {name: layer for name, layer in pst_layers(masked).items() if plain_name(name, layer) == name}
+    plain = {n: p for n, p in params.items() if ".pst_" not in n and n.removesuffix(".weight") not in stacks}
+    model_names = {**names_in_files(masked, plain), **{name: name for name in plain}}
+    for name, layer in stacks.items():
+        model_names |= dict.fromkeys([name, *runs_in_files(masked, name, layer.layout)], f"{name}.weight")
+    stored = {model_names[name]: dtype for name, dtype in dtype_of.items() if name in model_names}
     return {
         name: dtype
         for name, dtype in stored.items()
@@ -73,10 +79,11 @@ def round_model(masked: nn.Module, folder: str) -> dict[str, Tensor]:
         if layer.rounds:
             rounded[f"{name}.weight"] = layer.masked_weight()
         elif encoding.values is not None:
-            weight = layer.masked_weight()
-            oriented = weight.t().contiguous() if layer.layout.transposed else weight
-            oriented = _rounded(oriented, encoding.values, by_name.get(f"{name}.weight"))
-            settle(layer, oriented.t() if layer.layout.transposed else oriented)
+            weight, is_transposed = layer.masked_weight().view(layer.weight_shape), layer.layout.transposed
+            oriented = (weight.transpose(-1, -2) if is_transposed else weight).contiguous()
+            rows = _rounded(oriented.flatten(0, -2), encoding.values, by_name.get(plain_name(name, layer)))
+            oriented = rows.view(oriented.shape)
+            settle(layer, (oriented.transpose(-1, -2) if is_transposed else oriented).contiguous())
             rounded[f"{name}.weight"] = layer.masked_weight()
     embeddings = pst_embeddings(masked)
     if any(layer.rounds for layer in pst_layers(masked).values()):

@@ -65,8 +65,8 @@ def mask_row_bits(mask: Tensor, layout: WeightLayout) -> Tensor:
     """
     if not layout.transposed and layout.in_features % 8 == 0:
         return mask.view(layout.out_features, layout.in_features // 8)
-    keep = unpack_range(mask, layout.numel, 1, 0, layout.numel).view(layout.shape)
-    keep = keep.t() if layout.transposed else keep
+    keep = unpack_range(mask, layout.numel, 1, 0, layout.numel).view(layout.num_experts, *layout.expert.shape)
+    keep = (keep.transpose(1, 2) if layout.transposed else keep).flatten(0, 1)
     return torch.from_numpy(np.packbits(keep.contiguous().numpy(), axis=1, bitorder="little"))
 
 

@@ -1,0 +1,105 @@
+"""A stack of experts whose weights stay packed, each of which is multiplied as a slice of the packed matrix's rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.experts.routing import Routing
+from pst_ds.core.formats import FORMATS, PackedFormat, QuantizedFormat
+from pst_ds.core.packings import DENSE
+from pst_ds.runtime import ops
+from pst_ds.runtime.linear import SparseLinear
+
+
+class SparseExperts(SparseLinear):
+    """y = x W' with the expert of each token, and W packed: the parts are those of the (E*O, I) matrix of all experts.
+
+    For inference, as :class:`SparseLinear` is, with the same parts and the same check. Experts without a token cost
+    nothing. It stands for a stack (E, O, I), or (E, I, O), in a transformers experts module.
+    """
+
+    expert_offsets: Tensor
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int, nonzero: int, **options: Any):
+        """``out_features``: of one expert; ``nonzero``: of all. The rest is as for :class:`SparseLinear`."""
+        super().__init__(in_features, num_experts * out_features, nonzero, bias=False, **options)
+        self.num_experts = num_experts
+        self._starts: list[int] = []
+
+    @classmethod
+    def of_stack(cls, stack: Tensor, format: str | PackedFormat = "bitmask") -> SparseExperts:
+        """Make one from the non-zeros of a ``stack``, (E, O, I)."""
+        form = FORMATS[format] if isinstance(format, str) else format
+        parts = form.pack(stack.detach().flatten(0, 1))
+        experts, outputs, inputs = stack.shape
+        count = form.stored_of(parts[form.values_name].numel())
+        made = cls(experts, inputs, outputs, count, format=form, dtype=stack.dtype, device="meta")
+        for name, part in parts.items():
+            made._set_part(name, part)
+        made._prepare()
+        return made
+
+    @property
+    def rows_of_expert(self) -> int:
+        """Outputs of one expert."""
+        return self.out_features // self.num_experts
+
+    def _prepare(self) -> None:
+        """Where each expert's values begin, and its rows' offsets from there."""
+        super()._prepare()
+        rows, values = self.rows_of_expert, getattr(self, self.format.values_name)
+        offsets = self.crow_indices[:-1] if self.format.name == "csr" else self.row_offsets
+        first = offsets[::rows]
+        self._starts = [*first.tolist(), values.numel()]
+        self.register_buffer("expert_offsets", offsets - first.repeat_interleave(rows), persistent=False)
+
+    def expert_parts(self, expert: int) -> dict[str, Tensor]:
+        """Return the parts of one expert's (O, I) matrix: views, but of what counts from its first value."""
+        count = self.rows_of_expert
+        rows, (start, stop) = slice(expert * count, (expert + 1) * count), self._starts[expert : expert + 2]
+        found = {"shape": torch.tensor([count, self.in_features]).view(self.format.shape_dims)}
+        for name, part in self.parts().items():
+            if name == "row_offsets":
+                found[name] = self.expert_offsets[rows]
+            elif name == "crow_indices":
+                found[name] = part[rows.start : rows.stop + 1] - start
+            elif name != "shape":
+                by_row = part.dim() == 2 and part.shape[0] == self.out_features
+                found[name] = part[rows] if by_row else part[start:stop]
+        return found
+
+    def forward(self, x: Tensor, routing: Routing, by_token: bool) -> Tensor:  # type: ignore[override]
+        """Products with the expert of each pair of a token and an expert: (N*k, O) in the order of the experts.
+
+        ``x``: (N, I) ``by_token``, or (N*k, I) in the order of the experts.
+        """
+        if not self._is_checked:
+            self._refuse_unchecked()
+        x = self._accepted(x, self.dtype)
+        y = x.new_empty(routing.order.numel(), self.rows_of_expert)
+        for expert, rows in routing.runs():
+            y[rows] = self.product(expert, routing.rows_of(x, rows, by_token))
+        return y
+
+    def product(self, expert: int, x: Tensor) -> Tensor:
+        """Return x W' of one expert: (n, I) to (n, O)."""
+        parts, form = self.expert_parts(expert), self.format
+        if x.requires_grad and torch.is_grad_enabled():
+            dense = form.unpack(parts, self.dtype if self.is_quantized else None)
+            return ops.dense_linear(x, dense.to(x.device), None)
+        rows = self.rows_of_expert
+        offsets = self.expert_offsets[expert * rows : (expert + 1) * rows]
+        if isinstance(form, QuantizedFormat):
+            bits = None if form.packing == DENSE else parts["bitmask"]
+            return ops.quantized_linear(x, parts["codes"], parts["scales"], bits, offsets, None, form.packing)
+        if form.name == "csr":
+            start, stop = self._starts[expert : expert + 2]
+            columns, values = self.csr_columns[start:stop], self.csr_values[start:stop]
+            return ops.csr_linear(x, parts["crow_indices"].to(columns.dtype), columns, values, None)
+        return ops.bitmask_linear(x, parts[form.values_name].reshape(-1), parts["bitmask"], offsets, None)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}, {self.in_features}, {self.rows_of_expert}, {self.format.name}"

@@ -1,0 +1,70 @@
+"""Which experts of a stack a tensor of the files is, in every family whose experts can be pruned."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from pst_ds.core.layout import WeightLayout
+from pst_ds.export.base_weights import saved_tensors
+from pst_ds.export.stacks import StackRun, runs_in_files, whole
+from pst_ds.nn.model_structure import is_experts, stack_layouts
+from tests.nn.expert_families import FAMILIES, tiny_model
+
+
+def _stacks(model):
+    for owner, module in model.named_modules():
+        if is_experts(module):
+            for attribute, layout in stack_layouts(module).items():
+                yield f"{owner}.{attribute}", module.get_parameter(attribute), layout
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_runs_are_the_tensors_that_transformers_writes(family):
+    model = tiny_model(family)
+    seen = 0
+    for name, stack, layout in _stacks(model):
+        saved = saved_tensors(model, {name: stack.detach()})
+        runs = runs_in_files(model, name, layout)
+        assert runs.keys() == saved.keys()
+        rows = stack.detach().flatten(0, 1)
+        for part, (run, shape) in runs.items():
+            first, last = run.rows
+            assert torch.equal(rows[first:last].view(shape), saved[part]), part
+            assert run.of in (layout.num_experts, layout.num_matrices)
+        covered = sorted(run.rows for run, _ in runs.values())
+        assert covered[0][0] == 0
+        assert covered[-1][1] == layout.shape[0]
+        assert all(one[1] == other[0] for one, other in pairwise(covered))
+        seen += 1
+    assert seen
+
+
+@pytest.mark.parametrize(
+    ("layout", "pieces", "piece"),
+    [
+        (WeightLayout(48, 5, num_matrices=6, num_experts=3), 3, WeightLayout(16, 5, num_matrices=2)),
+        (WeightLayout(48, 5, num_matrices=6, num_experts=3), 6, WeightLayout(8, 5)),
+        (WeightLayout(48, 5, True, num_matrices=6, num_experts=3), 3, WeightLayout(16, 5, True, num_matrices=2)),
+    ],
+)
+def test_pieces_share_a_stack_out(layout, pieces, piece):
+    run = StackRun(layout, 1, pieces, pieces)
+    assert run.piece == piece
+    assert run.num_pieces == pieces - 1
+    assert [run.flat_range(i) for i in range(pieces)] == [
+        (i * piece.numel, (i + 1) * piece.numel) for i in range(pieces)
+    ]
+    assert run.flat_range(pieces - 1)[1] == layout.numel
+
+
+def test_a_layer_that_is_no_stack_is_one_piece():
+    layout = WeightLayout(12, 5, num_matrices=3)
+    assert whole(layout).piece == layout
+    assert whole(layout).rows == (0, 12)
+
+
+def test_a_stack_that_is_written_in_another_order_is_named(monkeypatch):
+    monkeypatch.setattr("pst_ds.export.stacks.saved_tensors", lambda _, t: {"odd": next(iter(t.values())).flip(1)})
+    with pytest.raises(ValueError, match="odd"):
+        runs_in_files(torch.nn.Module(), "x", WeightLayout(12, 5, num_matrices=3, num_experts=3))
