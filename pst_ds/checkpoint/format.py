@@ -131,6 +131,10 @@ class Checkpoint:
         """Whole bf16 scales in their shapes, by layer; read at every access."""
         return _OnDemand(self.contents.scales, self._whole_scales)
 
+    def reopened(self) -> Checkpoint:
+        """Return the same checkpoint with none of its files open."""
+        return Checkpoint(self.folder, self.state, self.contents)
+
     def values(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Return values [start, stop) of a trainable parameter, (stop - start,) fp32; ``kind`` is one of KINDS."""
         parts = self._parts(self._tensors, name, kind, start, stop)

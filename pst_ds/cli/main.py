@@ -37,6 +37,7 @@ VERBS = {
     "prepare": "tokenise texts once, into a store of tokens that runs map into memory",
     "train": "train a run, on one process or as every rank of a launcher",
     "tune": "search a run's learning rates in a share of its steps, and write the run file with what it found",
+    "users": "train, evaluate, list, export and remove personal states of users over one sparse base",
     "prune": "prune a run's pretrained model once, on calibration text: magnitude, Wanda or SparseGPT",
     "eval": "evaluate a checkpoint of a run",
     "export": "write a run, or a folder with zeros, as a model folder: dense, bitmask, 2:4 or csr",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 _TSV = ".tsv"
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", _TSV: "csv", ".parquet": "parquet", ".txt": "text"}
+_GIVEN: ContextVar[Dataset | None] = ContextVar("given rows", default=None)
 _QUOTED, _QUOTED_INSIDE = r'^"([^"]|"")*"$', r'^"([^"]|"")*""([^"]|"")*"$'
 
 
@@ -35,7 +38,11 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
     where = getattr(data, split)
     if not where:
         raise ConfigError(f"data.{split} is not set; name a file, or a split of data.dataset")
-    rows = _read_from_hub(data, where) if data.dataset else _read_local(where, split, data.sample_by)
+    given = given_now()
+    if given is not None:
+        rows = given
+    else:
+        rows = _read_from_hub(data, where) if data.dataset else _read_local(where, split, data.sample_by)
     if not data.dataset and Path(where).suffix.lower() == _TSV:
         _require_unquoted(rows, [column for column in columns if column in rows.column_names], where)
     for column, setting in columns.items():
@@ -51,10 +58,25 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
             )
     if not len(rows):
         raise ConfigError(f"data.{split} = {where!r} has no examples; give it a row for each")
-    if split == "test" and data.test_rows:
+    if split == "test" and data.test_rows and given is None:
         column, wanted = data.test_rows
         rows = _rows_with(rows, column, wanted, where)
     return rows
+
+
+@contextmanager
+def given_rows(rows: Dataset) -> Iterator[None]:
+    """Inside, :func:`read_rows` returns ``rows``, which are some of those that it returned for a split before."""
+    token = _GIVEN.set(rows)
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+
+
+def given_now() -> Dataset | None:
+    """Return the rows of :func:`given_rows`; None outside of it."""
+    return _GIVEN.get()
 
 
 def values_of(rows: Dataset, column: str) -> Iterable[object]:

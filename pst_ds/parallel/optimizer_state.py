@@ -99,6 +99,15 @@ def prepare_moments(engine: Engine, fragments: Sequence[Fragment], steps: dict[s
                 entry[kind].zero_()
 
 
+def forget_moments(engine: Engine, fragments: Sequence[Fragment]) -> None:
+    """Give the owners of ``fragments`` the state of an optimizer that has taken no step."""
+    state = _inner(engine).state
+    for fragment in fragments:
+        for kept in state.get(fragment.owner, {}).values():
+            if torch.is_tensor(kept):
+                kept.zero_()
+
+
 def set_counters(engine: Engine, *, applied: int, skipped: int, accumulation: int) -> None:
     """Let the engine count optimizer steps on from those of an earlier process."""
     engine.global_steps, engine.skipped_steps = applied + skipped, skipped

@@ -56,8 +56,8 @@ class Common:
     """Names of the classes, in the order of their ids."""
     base_path: str
     base_fingerprint: str
-    masks_sha256: str
-    """Of the bits of all masks, by layer."""
+    masks_sha256: dict[str, str]
+    """Of the bits of every mask, by layer."""
     shared_sha256: str
     """Of what was trained and is not personal."""
     beta: float
@@ -173,25 +173,30 @@ class UserStore:
     def require_common(self, common: Common) -> None:
         """Raise UserStoreError unless the states belong to a model of ``common``: its base, masks and shapes."""
         own = self.common
-        for what, same in (
-            ("base model", same_base(own.base_fingerprint, common.base_fingerprint)),
-            ("masks", own.masks_sha256 == common.masks_sha256),
-            ("shared training", own.shared_sha256 == common.shared_sha256),
-        ):
-            if not same:
-                raise UserStoreError(
-                    f"{self.folder} has states over another {what} than that of {common.base_path!r} now; take the run "
-                    "that they were trained from, or another folder"
-                )
+        self._require_same({
+            "base model": same_base(own.base_fingerprint, common.base_fingerprint),
+            "masks": own.masks_sha256 == common.masks_sha256,
+        }, common)  # fmt: skip
+        if own.shapes != common.shapes:
+            raise UserStoreError(
+                f"{self.folder} has states of {_difference(own.shapes, common.shapes)}; take the run and the layers "
+                "that they were trained with, or another folder"
+            )
         for name in ("form", "task", "labels", "beta", "dtype"):
             if getattr(own, name) != getattr(common, name):
                 raise UserStoreError(
                     f"{self.folder} has states with {name} = {getattr(own, name)!r}, and {getattr(common, name)!r} is "
                     "asked for; take the same, or another folder"
                 )
-        if own.shapes != common.shapes:
-            raise UserStoreError(f"{self.folder} has states of {_difference(own.shapes, common.shapes)}; take the run "
-                                 "and the layers that they were trained with, or another folder")  # fmt: skip
+        self._require_same({"shared training": own.shared_sha256 == common.shared_sha256}, common)
+
+    def _require_same(self, found: Mapping[str, bool], common: Common) -> None:
+        for what, same in found.items():
+            if not same:
+                raise UserStoreError(
+                    f"{self.folder} has states over another {what} than that of {common.base_path!r} now; take the run "
+                    "that they were trained from, or another folder"
+                )
 
     def _read(self, name: str, entry: UserEntry) -> State:
         from safetensors import SafetensorError

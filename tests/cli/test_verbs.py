@@ -31,6 +31,7 @@ def _arguments(verb, folders, out):
         "plan": [RUN_FILE, "--ranks", "2"],
         "train": [RUN_FILE, *tiny],
         "tune": [RUN_FILE, *tiny[:-1], "train.num_steps=120", "--budget", "1", "--out", str(out / "tuned.toml")],
+        "users": ["train", run, "--store", str(out / "users"), "--by", "label", "--epochs", "1", "--layers", "q_proj"],
         "prune": [RUN_FILE, "--method", "wanda", "--samples", "4", "--out", str(out)],
         "eval": [run],
         "export": [run, "--out", str(out)],

@@ -13,7 +13,7 @@ from pst_ds.users.store import INDEX, STATES, Common, UserStore, UserStoreError
 
 COMMON = Common(
     form="masked", task="classification", labels=["no", "yes"], base_path="base", base_fingerprint="ab",
-    masks_sha256="cd", shared_sha256="ef", beta=1.0, dtype="fp32", shapes={"a.pst_U": [3, 2], "head.bias": [2]},
+    masks_sha256={"a": "cd"}, shared_sha256="ef", beta=1.0, dtype="fp32", shapes={"a.pst_U": [3, 2], "head.bias": [2]},
 )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def test_a_name_that_is_a_path_or_no_name_is_refused(store, name):
     ("change", "message"),
     [
         ({"base_fingerprint": "other"}, "another base model"),
-        ({"masks_sha256": "other"}, "another masks"),
+        ({"masks_sha256": {"a": "other"}}, "another masks"),
         ({"shared_sha256": "other"}, "another shared training"),
         ({"form": "beside"}, "form = 'masked'"),
         ({"labels": ["yes", "no"]}, "labels"),

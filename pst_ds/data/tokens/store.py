@@ -16,6 +16,7 @@ from pst_ds.data.tokens.identity import TokenizerIdentity
 from pst_ds.data.tokens.joined import Array, joined, parts_of
 from pst_ds.data.tokens.learned import All, Bits, JoinedLearned, Learned
 from pst_ds.data.tokens.manifest import BYTES, LEARNED, MANIFEST, STARTS_FILE, TOKENS, Manifest, read_manifest
+from pst_ds.data.tokens.tokenize import Documents
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,6 +56,14 @@ def join_streams(streams: Sequence[TokenStream]) -> TokenStream:
         else joined([p for c in counts if c is not None for p in parts_of(c)]),
         learned=learned,
     )
+
+
+def stream_of_documents(documents: Documents) -> TokenStream:
+    """Return documents that are in memory as a stream."""
+    tokens = documents.tokens.astype(np.int32)
+    starts = np.cumsum(documents.lengths) - documents.lengths
+    digest = hashlib.sha256(tokens.tobytes() + starts.tobytes()).hexdigest()
+    return TokenStream(tokens, Starts(starts), digest, documents.num_bytes)
 
 
 def is_store(folder: Path) -> bool:

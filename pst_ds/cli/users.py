@@ -1,0 +1,266 @@
+"""``pst-ds users ACTION``: personal states over one sparse base: train, evaluate, list, export and remove them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pst_ds.cli.main import add_quiet_argument, add_run_arguments, count, load_run_or_folder
+from pst_ds.core.packings import PACKINGS
+from pst_ds.errors import InputError
+from pst_ds.parallel import stop_signals
+from pst_ds.progress import is_first_rank
+from pst_ds.text_table import aligned, bytes_text
+
+if TYPE_CHECKING:
+    from pst_ds.checkpoint.format import Checkpoint
+    from pst_ds.config.run import RunConfig
+    from pst_ds.train.run import Prepared
+    from pst_ds.users.personal import PersonalPart
+    from pst_ds.users.store import UserStore
+
+Facts = dict[str, Any]
+_SHOWN = 20
+"""Users that a table has; --json has all."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, (summary, add, _) in ACTIONS.items():
+        sub = actions.add_parser(name, help=summary, description=summary)
+        json_text = "end with one JSON object on the last line of stdout"
+        sub.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=json_text)
+        add(sub)
+
+
+def run(args: argparse.Namespace) -> Facts:
+    return ACTIONS[args.action][2](args)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    _add_store(parser)
+    _add_column(parser)
+    parser.add_argument("--data", metavar="FILE", help="the users' rows (default: the run's data.train)")
+    parser.add_argument("--min-rows", type=count, default=1, metavar="N", help="of a user that is trained (default: 1)")
+    parser.add_argument("--limit", type=count, metavar="N", help="train the N users with most rows")
+    parser.add_argument("--again", action="store_true", help="train users anew that the store has already")
+    form = 'U and V of the layers ("masked", default), or others beside them, which one batch can have several of'
+    parser.add_argument("--form", choices=("masked", "beside"), default="masked", help=form)
+    parser.add_argument("--layers", nargs="+", default=[], metavar="NAME", help="layers, or endings (default: all)")
+    parser.add_argument("--rank", type=count, metavar="R", help="of updates beside layers (default: the run's)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the states (default: bf16)")
+    parser.add_argument("--epochs", type=float, default=8.0, metavar="E", help="passes over a user's rows (default: 8)")
+    parser.add_argument("--batch-size", type=count, default=8, metavar="B", help="most rows of a step (default: 8)")
+    parser.add_argument("--learning-rate", type=float, metavar="LR", help="of U and V (default: the run's)")
+    parser.add_argument("--head-learning-rate", type=float, metavar="LR", help="of the head (default: the run's)")
+    add_quiet_argument(parser)
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    _add_store(parser)
+    _add_column(parser)
+    parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="(default: test)")
+    parser.add_argument("--data", metavar="FILE", help="a file in place of that split of the run")
+    add_quiet_argument(parser)
+
+
+def _add_list(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", metavar="DIR", help="the store")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    _add_store(parser)
+    parser.add_argument("--user", required=True, metavar="NAME", help="whose model is written")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--format", choices=("dense", *PACKINGS), default="dense", help="(default: dense)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="cast every tensor; default: as they are")
+
+
+def _add_remove(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", metavar="DIR", help="the store")
+    parser.add_argument("--user", required=True, nargs="+", metavar="NAME", help="users whose states are deleted")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser, "folder of a finished run, or its run file")
+    parser.add_argument("--checkpoint", default="best", help='"best" (default), "final", or another in checkpoints/')
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", required=True, metavar="DIR", help="folder of the users' states")
+
+
+def _add_column(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--by", required=True, metavar="COLUMN", help="the column that names the user of each row")
+    parser.add_argument("--users", nargs="+", default=[], metavar="NAME", help="these users alone (default: all)")
+
+
+def _train(args: argparse.Namespace) -> Facts:
+    stop_signals.install()
+    config = load_run_or_folder(args)
+    from pst_ds.users.personal import PersonalPart
+    from pst_ds.users.train import Choice, UserTraining, run_of_users, train_users
+
+    if not 0 < args.epochs < float("inf"):
+        raise InputError(f"--epochs {args.epochs} is no number above 0")
+    how = UserTraining(
+        epochs=args.epochs, batch_size=args.batch_size, update_learning_rate=args.learning_rate,
+        head_learning_rate=args.head_learning_rate,
+    )  # fmt: skip
+    part = PersonalPart(form=args.form, layers=tuple(args.layers), rank=args.rank or 0, dtype=args.dtype)
+    prepared, checkpoint = _opened(run_of_users(config, how, **({"train": args.data} if args.data else {})), args)
+    choice = Choice(names=tuple(args.users), min_rows=args.min_rows, limit=args.limit or 0)
+    facts = train_users(prepared, checkpoint, Path(args.store), args.by, part, choice, again=args.again, say=_say)
+    few = f", {facts['with_few_rows']} left out with fewer rows than --min-rows" if facts["with_few_rows"] else ""
+    diverged = f", {len(facts['diverged'])} diverged: {', '.join(facts['diverged'][:4])}" if facts["diverged"] else ""
+    _say(
+        f"trained {facts['trained']} of {facts['users']} users into {args.store}, "
+        f"{bytes_text(facts['state_bytes'])} each{few}{diverged}"
+    )
+    return facts | ({"exit_code": 1} if facts["diverged"] else {})
+
+
+def _eval(args: argparse.Namespace) -> Facts:
+    config = load_run_or_folder(args)
+    from dataclasses import asdict
+
+    from pst_ds.data.by_user import read_by_user
+    from pst_ds.parallel.ranks import raise_on_all_ranks
+    from pst_ds.users.evaluate import evaluate_users, metric_of, summary
+    from pst_ds.users.personal import PersonalModel
+    from pst_ds.users.store import UserStore
+    from pst_ds.users.train import UserTraining, run_of_users
+
+    data = {args.split: args.data} if args.data else {}
+    prepared, checkpoint = _opened(run_of_users(config, UserTraining(), **data), args)
+    store = raise_on_all_ranks(lambda: UserStore.open(Path(args.store)))
+    rows = raise_on_all_ranks(lambda: read_by_user(prepared.run.data, args.split, args.by))
+    users = raise_on_all_ranks(lambda: _users_to_score(args, store, set(rows.places)))
+    model = PersonalModel(prepared, checkpoint, part_of(store))
+    raise_on_all_ranks(lambda: store.require_common(model.common))
+    metric = metric_of(prepared)
+    scores = evaluate_users(model, prepared, store, rows, users, metric)
+    facts = {"metric": metric, **summary(scores, lower_is_better=prepared.task.lower_is_better)}
+    if is_first_rank():
+        head = ["user", "rows", "shared", "own", "another's"]
+        lines = [[s.user[:40], str(s.rows), *(f"{v:.4f}" for v in (s.shared, s.own, s.other))] for s in scores]
+        print("\n".join(aligned([head, *lines[:_SHOWN]])))
+        print(f"and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else "", end="\n" if lines[_SHOWN:] else "")
+        print(_sentence(facts))
+    return {**facts, "scores": [asdict(score) for score in scores]}
+
+
+def _sentence(facts: Facts) -> str:
+    parts = [f"{facts['metric']} of {facts['users']} users: shared {facts['shared']:.4f}, own {facts['own']:.4f}"]
+    for name, word in (("shared", "the shared"), ("other", "another's")):
+        gain, error = facts[f"gain_over_{name}"], facts[f"gain_over_{name}_standard_error"]
+        share = facts[f"share_better_than_{name}"]
+        if gain == gain:  # no NaN: there is another user
+            parts.append(f"own better than {word} by {gain:+.4f} (s.e. {error:.4f}), for {share:.0%} of users")
+    return "; ".join(parts)
+
+
+def _list(args: argparse.Namespace) -> Facts:
+    from pst_ds.users.store import UserStore
+
+    store = UserStore.open(Path(args.store))
+    entries = {name: store.entry(name) for name in store.names}
+    if not args.json:
+        lines = [[n[:40], str(e.rows), str(e.steps), f"{e.loss:.4f}", bytes_text(e.bytes)] for n, e in entries.items()]
+        print("\n".join(aligned([["user", "rows", "steps", "loss", "state"], *lines])))
+    total = sum(entry.bytes for entry in entries.values())
+    common = store.common
+    print(f"{len(store)} users, {bytes_text(total)}, {common.form} over {common.base_path}")
+    users = {name: {"rows": e.rows, "steps": e.steps, "loss": e.loss, "bytes": e.bytes} for name, e in entries.items()}
+    return {"store": args.store, "form": common.form, "base": common.base_path, "bytes": total, "users": users}
+
+
+def _export(args: argparse.Namespace) -> Facts:
+    config = load_run_or_folder(args)
+    from pst_ds.export.export import export_run
+    from pst_ds.train.model import load_tokenizer, meta_model
+    from pst_ds.train.run_folder import as_table, open_checkpoint
+    from pst_ds.users.export import user_checkpoint
+    from pst_ds.users.store import UserStore
+
+    checkpoint = open_checkpoint(config, args.checkpoint)
+    own = user_checkpoint(checkpoint, config, UserStore.open(Path(args.store)), args.user)
+    tokenizer = load_tokenizer(config)
+    model = meta_model(config, checkpoint.state.labels, tokenizer, own_dropout=True)
+    written = export_run(
+        model, own, tokenizer, Path(args.out), packing=args.format, dtype=args.dtype, run=as_table(config)
+    )
+    print(
+        f"wrote {args.out} of {args.user}: sparsity {written['sparsity_measured']:.6f} measured, as the base; "
+        f"{bytes_text(written['file_bytes'])}"
+    )
+    return {**written, "user": args.user, "out": args.out}
+
+
+def _remove(args: argparse.Namespace) -> Facts:
+    from pst_ds.users.store import UserStore
+
+    store = UserStore.open(Path(args.store))
+    names = list(dict.fromkeys(args.user))
+    for name in names:
+        store.entry(name)  # refuse all before any is gone
+    for name in names:
+        store.remove(name)
+    print(f"removed {', '.join(names)}; {len(store)} users stay in {args.store}")
+    return {"store": args.store, "removed": names, "users": len(store)}
+
+
+def _opened(config: RunConfig, args: argparse.Namespace) -> tuple[Prepared, Checkpoint]:
+    """Prepare the run and open its checkpoint, on every rank."""
+    from pst_ds.parallel.launch import launch_environment
+    from pst_ds.train.run import prepare
+    from pst_ds.train.run_folder import open_checkpoint
+
+    checkpoint = open_checkpoint(config, args.checkpoint)
+    return prepare(config, launch_environment(), run_file=args.run, labels=checkpoint.state.labels), checkpoint
+
+
+def part_of(store: UserStore) -> PersonalPart:
+    """Return what of a model is personal by a store's index."""
+    from pst_ds.users.personal import UPDATES, PersonalPart
+
+    common = store.common
+    owners = {name: shape for name, shape in common.shapes.items() if name.rpartition(".")[2] in UPDATES}
+    ranks = [shape[1] for name, shape in owners.items() if name.endswith(".personal_U")]
+    return PersonalPart(
+        form=common.form, layers=tuple(dict.fromkeys(name.rpartition(".")[0] for name in owners)),
+        rank=next(iter(ranks), 0), dtype=common.dtype,
+    )  # fmt: skip
+
+
+def _users_to_score(args: argparse.Namespace, store: UserStore, there: set[str]) -> list[str]:
+    """Return the users of the store that have rows. Raises InputError."""
+    for name in args.users:
+        store.entry(name)
+        if name not in there:
+            raise InputError(f"--users {name!r}: no row of the {args.split} split is of that user")
+    users = list(args.users) or [name for name in store.names if name in there]
+    if not users:
+        raise InputError(
+            f"no row of the {args.split} split is of a user of {args.store}: column {args.by!r} has other names"
+        )
+    return users
+
+
+def _say(text: str) -> None:
+    if is_first_rank():
+        print(text)
+
+
+ACTIONS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Facts]]] = {
+    "train": ("train a state for each user of a column, over a finished run", _add_train, _train),
+    "eval": ("compare each user's own state with the shared one, and with another's", _add_eval, _eval),
+    "list": ("list the users of a store", _add_list, _list),
+    "export": ("write a user's own model, as sparse as the base: dense or packed", _add_export, _export),
+    "remove": ("delete the states of users", _add_remove, _remove),
+}

@@ -1,0 +1,112 @@
+"""Low-rank updates of users beside the layers of a model, dense or packed: y = layer(x) + beta (x V') U'.
+
+The layers stay the modules that they are, and get a forward hook; an update of one user trains, and in a batch each
+sample may have the update of another user, or none.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from pst_ds.core.low_rank_rows import beside, beside_each
+
+LEFT, RIGHT = "personal_U", "personal_V"
+"""Names of a layer's U (O, r) and V (r, I)."""
+
+
+def add_update(
+    layer: nn.Module, name: str, *, outputs: int, inputs: int, rank: int, beta: float, seed: int, dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, nn.Parameter]:  # fmt: skip
+    """Give ``layer`` an update that trains, and return U, zeros, and V, drawn from ``seed`` and ``name``, by name.
+
+    Call it before ``deepspeed.initialize``, which splits them like the layer's other parameters.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{RIGHT}".encode()))
+    right = torch.randn(rank, inputs, generator=generator) / inputs**0.5
+    made = {LEFT: torch.zeros(outputs, rank), RIGHT: right}
+    params = {part: nn.Parameter(values.to(device=device, dtype=dtype)) for part, values in made.items()}
+    for part, param in params.items():
+        layer.register_parameter(part, param)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + beside(args[0].to(output.dtype), module.get_parameter(LEFT), module.get_parameter(RIGHT), beta)
+
+    layer.register_forward_hook(hook)
+    return {f"{name}.{part}": param for part, param in params.items()}
+
+
+@dataclass(slots=True)
+class _Stacked:
+    """The updates of one layer for a batch: U (B, O, r) and V (B, r, I)."""
+
+    left: Tensor
+    right: Tensor
+
+
+class BatchUpdates:
+    """The updates of the users of a batch, beside some layers of a model; nothing at first.
+
+    A switch of users copies their factors, and touches no weight of the model.
+    """
+
+    def __init__(self, model: nn.Module, shapes: Mapping[str, Sequence[int]], beta: float):
+        """``shapes``: of U and V by their names in ``model``. Raises KeyError or ValueError where they do not fit."""
+        self._beta = beta
+        self._now: dict[str, _Stacked] = {}
+        self._handles: list[RemovableHandle] = []
+        self._layers = sorted({name.rpartition(".")[0] for name in shapes})
+        modules = dict(model.named_modules())
+        for name in self._layers:
+            outputs, inputs = shapes[f"{name}.{LEFT}"][0], shapes[f"{name}.{RIGHT}"][1]
+            found = features(modules[name])
+            if found != (outputs, inputs):
+                raise ValueError(f"{name} has {found} outputs and inputs, and the updates ({outputs}, {inputs})")
+        for name in self._layers:
+            self._handles.append(modules[name].register_forward_hook(self._hook(name)))
+
+    def assign(self, states: Sequence[Mapping[str, Tensor] | None], like: Tensor) -> None:
+        """Let sample i of every batch from now on have the update ``states[i]``, or none for None; in the dtype and on
+        the device of ``like``. Without any state nothing is added."""
+        self._now = {}
+        some = next((state for state in states if state is not None), None)
+        if some is None:
+            return
+        for name in self._layers:
+            stacked = []
+            for part in (LEFT, RIGHT):
+                key = f"{name}.{part}"
+                of_none = torch.zeros_like(some[key])
+                stacked.append(torch.stack([of_none if state is None else state[key] for state in states]).to(like))
+            self._now[name] = _Stacked(*stacked)
+
+    def remove(self) -> None:
+        """Take the hooks off the model again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._now = {}
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            now = self._now.get(name)
+            if now is None:
+                return None
+            return output + beside_each(args[0].to(output.dtype), now.left, now.right, self._beta)
+
+        return hook
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """Return (outputs, inputs) of a linear layer, which may be a ``Conv1D``."""
+    if hasattr(module, "out_features"):
+        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    weight = module.get_parameter("weight")
+    return weight.shape[1], weight.shape[0]

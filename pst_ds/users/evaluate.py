@@ -1,0 +1,96 @@
+"""How much better a user's own state is than the shared one, and than another user's."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pst_ds.data.by_user import RowsByUser
+from pst_ds.parallel.ranks import raise_on_all_ranks
+from pst_ds.parallel.watchdog import heartbeat
+from pst_ds.progress import Progress
+from pst_ds.train.evaluate import predict
+from pst_ds.train.run import Prepared
+from pst_ds.users.personal import PersonalModel
+from pst_ds.users.store import UserStore
+
+SHARED, OWN, OTHER = "shared", "own", "another's"
+
+
+@dataclass(frozen=True, slots=True)
+class UserScores:
+    """The metric of one user's rows with each of three states."""
+
+    user: str
+    rows: int
+    shared: float
+    own: float
+    other: float
+    """With the state of the user that follows in the order of names; NaN where there is no other."""
+
+
+def evaluate_users(
+    model: PersonalModel, prepared: Prepared, store: UserStore, rows: RowsByUser, users: Sequence[str], metric: str
+) -> list[UserScores]:
+    """Return the scores of ``users``, each on its own rows, once with each state. Collective. Raises InputError."""
+    scores, names = [], store.names
+    with Progress("evaluate users", len(users), "users") as progress:
+        for user in users:
+            heartbeat("the evaluation of users")
+            examples = raise_on_all_ranks(lambda user=user: rows.load(
+                prepared.task, user, prepared.tokenizer, prepared.labels
+            ))  # type: ignore[misc]  # fmt: skip
+            follower = names[(names.index(user) + 1) % len(names)]
+            found = []
+            for state in (None, user, follower if follower != user else None):
+                model.activate(None if state is None else store.state(state))
+                found.append(_score(model, prepared, examples, metric))
+            shared, own, other = found
+            scores.append(UserScores(user, len(examples), shared, own, other if follower != user else math.nan))
+            progress.add(1)
+    model.activate(None)
+    return scores
+
+
+def metric_of(prepared: Prepared) -> str:
+    """Return what users are compared by: the run's metric, or the loss of a language model."""
+    return "loss" if prepared.task.lower_is_better else prepared.run.metric
+
+
+def summary(scores: Sequence[UserScores], *, lower_is_better: bool) -> dict[str, Any]:
+    """Return means over users, and how much the own state gains, with the standard error of the mean over users."""
+    sign = -1.0 if lower_is_better else 1.0
+    facts: dict[str, Any] = {"users": len(scores), "rows": sum(score.rows for score in scores)}
+    for name in ("shared", "own", "other"):
+        facts[name] = _mean([getattr(score, name) for score in scores])
+    for name in ("shared", "other"):
+        gains = [sign * (score.own - getattr(score, name)) for score in scores]
+        facts[f"gain_over_{name}"] = _mean(gains)
+        facts[f"gain_over_{name}_standard_error"] = _standard_error(gains)
+        facts[f"share_better_than_{name}"] = _mean([float(gain > 0.0) for gain in gains])
+        facts[f"share_worse_than_{name}"] = _mean([float(gain < 0.0) for gain in gains])
+    return facts
+
+
+def _score(model: PersonalModel, prepared: Prepared, examples: Any, metric: str) -> float:
+    model.engine.eval()
+    outcomes = predict(
+        model.engine, prepared.task, examples, prepared.tokenizer, prepared.run.eval_batch_size, prepared.device
+    )
+    with warnings.catch_warnings():  # scores that need two classes, of a user whose rows have one
+        warnings.simplefilter("ignore")
+        return float(prepared.task.metrics(outcomes, examples)[metric])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return math.nan
+    mean = _mean(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))

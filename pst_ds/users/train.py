@@ -1,0 +1,203 @@
+"""Train the states of users, one after another over one model that is loaded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pst_ds.checkpoint.format import Checkpoint
+from pst_ds.config.run import ConfigError, DistillationConfig, PicturesConfig, RunConfig
+from pst_ds.config.tracking import TrackingConfig
+from pst_ds.data.by_user import RowsByUser, read_by_user
+from pst_ds.monitor.metrics import MetricsWriter
+from pst_ds.parallel import stop_signals
+from pst_ds.parallel.ranks import is_main, raise_on_all_ranks, world_size
+from pst_ds.parallel.watchdog import heartbeat
+from pst_ds.progress import Progress
+from pst_ds.train.loop import DivergedError, Loop, LoopState
+from pst_ds.train.objective import Objective
+from pst_ds.train.run import Prepared, StoppedError
+from pst_ds.users.personal import PersonalModel, PersonalPart
+from pst_ds.users.store import State, UserStore, require_name
+
+_NEVER = 1 << 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserTraining:
+    """How each user's state is trained; the rest is as in the run."""
+
+    epochs: float = 8.0
+    batch_size: int = 8
+    """Most rows of a step; users with few have all of theirs in steps of equal size."""
+    update_learning_rate: float | None = None
+    """None, here and below, is the run's."""
+    head_learning_rate: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Which users of a column are trained."""
+
+    names: tuple[str, ...] = ()
+    """Empty is all."""
+    min_rows: int = 1
+    limit: int = 0
+    """Most users, those with most rows; 0 is all."""
+
+    def of(self, rows: RowsByUser) -> tuple[list[str], list[str]]:
+        """Return the chosen users, and those left out for having fewer than ``min_rows`` rows. Raises ConfigError for
+        a name that no row has, and if nobody is left."""
+        for name in self.names:
+            require_name(name)
+            if name not in rows.places:
+                some = ", ".join(map(repr, list(rows.places)[:6]))
+                raise ConfigError(f"--users {name!r}: no row of {rows.where} is of that user; there is {some}, …")
+        for name in rows.places:
+            require_name(name)
+        wanted = self.names or tuple(rows.places)
+        few = [name for name in wanted if rows.count(name) < self.min_rows]
+        chosen = [name for name in dict.fromkeys(wanted) if rows.count(name) >= self.min_rows]
+        if not chosen:
+            most = max(rows.count(name) for name in wanted)
+            raise ConfigError(
+                f"no user of {rows.where} has {self.min_rows} rows, the most are {most}; lower --min-rows"
+            )
+        if self.limit:
+            chosen = sorted(chosen, key=rows.count, reverse=True)[: self.limit]
+        return chosen, few
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """One user's training, at its end."""
+
+    state: State
+    rows: int
+    """Examples that the user had."""
+    steps: int
+    loss: float
+    """Of the last batch."""
+    stopped_by: int
+    """The signal that cut it short; 0 for none."""
+
+
+class _Losses(MetricsWriter):
+    """Writes nothing, and keeps the loss of the last batch."""
+
+    last = 0.0
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        if values.get("losses"):
+            self.last = float(values["losses"][-1])
+
+
+def run_of_users(run: RunConfig, how: UserTraining, **files: str) -> RunConfig:
+    """Return ``run`` with what training its users needs; ``files``: in place of those of its splits."""
+    if files:
+        sources = () if "train" in files else run.data.sources
+        run = replace(run, data=replace(run.data, dataset="", sources=sources, **files))  # type: ignore[arg-type]
+    train = replace(
+        run.train, num_steps=0, num_epochs=how.epochs, batch_size=how.batch_size, gradient_accumulation_steps=1,
+        sequence_parallel=1, log_interval=_NEVER, score_penalty=run.train.score_penalty,
+    )  # fmt: skip
+    rates = {name: getattr(how, name) for name in ("update_learning_rate", "head_learning_rate")}
+    train = replace(train, **{name: rate for name, rate in rates.items() if rate is not None})
+    return replace(
+        run, train=train, dense_run="", distillation=DistillationConfig(), pictures=PicturesConfig(interval=-1),
+        tracking=TrackingConfig(),
+    )  # fmt: skip
+
+
+def train_users(
+    prepared: Prepared,
+    checkpoint: Checkpoint,
+    folder: Path,
+    column: str,
+    part: PersonalPart,
+    choice: Choice,
+    *,
+    again: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train the users of ``column`` of the run's training rows into the store ``folder``; return what was done.
+
+    A user that the store has already is left as it is, unless ``again``. Each state is in the store before the next
+    user begins. Collective. Raises InputError, and StoppedError after a signal.
+    """
+    rows = raise_on_all_ranks(lambda: read_by_user(prepared.run.data, "train", column))
+    chosen, few = raise_on_all_ranks(lambda: choice.of(rows))
+    run = prepared.run.with_rates(width=prepared.width, num_steps=_usual_steps(prepared.run, rows, chosen))
+    prepared = replace(prepared, run=run)
+    model = PersonalModel(prepared, checkpoint, part)
+    store = raise_on_all_ranks(lambda: UserStore.create(folder, model.common) if is_main() else None)
+    held = raise_on_all_ranks(lambda: UserStore.open(folder))
+    waiting = [name for name in chosen if again or name not in held]
+    if len(waiting) < len(chosen):
+        say(f"{len(chosen) - len(waiting)} users are in {folder} already; --again trains them anew")
+    trained, diverged = 0, []
+    with Progress("train users", len(waiting), "users") as progress:
+        for name in waiting:
+            heartbeat(f"the training of user {trained + 1}")
+            try:
+                done = train_user(model, prepared, rows, name)
+            except DivergedError as error:
+                diverged.append(name)
+                progress.say(f"{name}: {error}")
+                continue
+            if done.stopped_by:
+                raise StoppedError(
+                    f"stopped by {stop_signals.name_of(done.stopped_by)} after {trained} users, which are in {folder}; "
+                    "start it again to go on"
+                )
+            if store is not None:
+                store.add(name, done.state, rows=done.rows, steps=done.steps, loss=done.loss)
+            trained += 1
+            progress.add(1, name[:40])
+    return {
+        "store": str(folder), "users": len(chosen), "trained": trained, "there_already": len(chosen) - len(waiting),
+        "with_few_rows": len(few), "diverged": diverged, "state_bytes": _bytes(model.state()),
+    }  # fmt: skip
+
+
+def train_user(model: PersonalModel, prepared: Prepared, rows: RowsByUser, name: str) -> Trained:
+    """Train one user from the shared state, so that its state has the same bits whoever was trained before.
+
+    Collective. Raises ConfigError and DivergedError.
+    """
+    examples = raise_on_all_ranks(lambda: rows.load(prepared.task, name, prepared.tokenizer, prepared.labels))
+    model.activate(None)
+    run = _with_batches_for(prepared.run, len(examples), name)
+    num_steps = run.num_steps(len(examples))
+    metrics = _Losses(Path(run.output_dir), num_steps=num_steps, is_main=False, quiet=True)
+    given = (examples, prepared.tokenizer, num_steps, prepared.device, metrics, Objective(run))
+    end = LoopState()
+    for reached in Loop(run, model.engine, None, *given).steps(end):
+        if reached.stopped_by:
+            break
+    return Trained(model.state(), len(examples), end.step, metrics.last, end.stopped_by)
+
+
+def _with_batches_for(run: RunConfig, count: int, name: str) -> RunConfig:
+    """Return the run with batches that leave out as few of ``count`` examples as can be. Raises ConfigError where a
+    rank would have none."""
+    if count < world_size():
+        raise ConfigError(
+            f"user {name!r} has examples for {count} of {world_size()} ranks; raise --min-rows, or take fewer ranks"
+        )
+    batches = -(-count // run.train.batch_size)
+    while batches > 1 and count // batches < world_size():
+        batches -= 1
+    return replace(run, train=replace(run.train, batch_size=count // batches))
+
+
+def _usual_steps(run: RunConfig, rows: RowsByUser, users: Sequence[str]) -> int:
+    """Return the steps of a user with the median number of rows, for which default rates are chosen."""
+    counts = sorted(rows.count(name) for name in users)
+    return max(1, round(run.train.num_epochs * -(-counts[len(counts) // 2] // run.train.batch_size)))
+
+
+def _bytes(state: State) -> int:
+    return sum(tensor.nbytes for tensor in state.values())

@@ -1,0 +1,212 @@
+"""Training users one after another: the same bits in any order, what changes and what does not, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pst_ds.cli.main import main
+from pst_ds.hf.model_folder import open_model_folder
+from pst_ds.users.store import UserStore
+
+SETTINGS = {
+    "deepspeed_config": "", "train.num_steps": 6, "schedule.update_interval": 1, "train.precision": "fp32",
+    "model.dropout": 0.1, "pst.modules_to_save": ["classifier"],
+}  # fmt: skip
+
+
+def _settings(settings):
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+
+
+def _rows(path, users=("ann", "bob", "cid"), each=9):
+    lines = Path("tests/data/train.jsonl").read_text().splitlines()
+    rows = [json.loads(line) | {"who": users[i % len(users)]} for i, line in enumerate(lines[: each * len(users)])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def _train(run, store, data, *more):
+    words = [
+        "users",
+        "train",
+        str(run),
+        "--store",
+        str(store),
+        "--by",
+        "who",
+        "--data",
+        data,
+        "--epochs",
+        "2",
+        "--quiet",
+    ]
+    return main([*words, *more])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of a tiny classifier, and users' rows."""
+    top = tmp_path_factory.mktemp("users")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(Path(__file__).resolve().parents[2])
+        settings = SETTINGS | {"output_dir": str(top / "run")}
+        assert main(["train", "tests/data/world_size.toml", "--quiet", *_settings(settings)]) == 0
+        _rows(top / "rows.jsonl")
+    return top
+
+
+@pytest.fixture(scope="module")
+def store(run):
+    assert _train(run / "run", run / "store", str(run / "rows.jsonl")) == 0
+    return UserStore.open(run / "store")
+
+
+def _same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("form", ["masked", "beside"])
+def test_a_users_bits_do_not_depend_on_who_came_before(run, tmp_path, form):
+    data = str(run / "rows.jsonl")
+    assert _train(run / "run", tmp_path / "all", data, "--form", form) == 0
+    assert _train(run / "run", tmp_path / "reversed", data, "--form", form, "--users", "cid", "bob") == 0
+    assert _train(run / "run", tmp_path / "alone", data, "--form", form, "--users", "bob") == 0
+    everyone, backwards, alone = (UserStore.open(tmp_path / name) for name in ("all", "reversed", "alone"))
+    assert _same(everyone.state("bob"), alone.state("bob"))
+    assert _same(everyone.state("bob"), backwards.state("bob"))
+    assert _same(everyone.state("cid"), backwards.state("cid"))
+    assert not _same(everyone.state("ann"), everyone.state("bob"))
+
+
+def test_a_state_has_updates_and_head_and_no_mask(store):
+    parts = {name.rpartition(".")[2] for name in store.common.shapes}
+    assert parts == {"pst_U", "pst_V", "weight", "bias"}
+    assert [name for name in store.common.shapes if not name.endswith(("pst_U", "pst_V"))] == [
+        "classifier.weight", "classifier.bias",
+    ]  # fmt: skip
+    assert all(tensor.dtype == torch.bfloat16 for tensor in store.state("ann").values())
+    entry = store.entry("ann")
+    assert (entry.rows, entry.steps) == (9, 4)  # two batches of four, twice
+    assert entry.loss > 0
+
+
+def test_users_that_are_there_stay_unless_asked_again(run, store, tmp_path, capsys):
+    data = _rows(tmp_path / "rows.jsonl", ("ann", "dora"), each=5)
+    before = store.state("ann")
+    assert _train(run / "run", run / "store", data) == 0
+    assert "1 users are in" in capsys.readouterr().out
+    now = UserStore.open(run / "store")
+    assert now.names == ["ann", "bob", "cid", "dora"]
+    assert _same(now.state("ann"), before)
+    assert _train(run / "run", run / "store", data, "--again", "--users", "ann") == 0
+    assert not _same(UserStore.open(run / "store").state("ann"), before)
+    assert main(["users", "remove", str(run / "store"), "--user", "dora"]) == 0
+    assert _train(run / "run", run / "store", str(run / "rows.jsonl"), "--again", "--users", "ann") == 0
+    assert _same(UserStore.open(run / "store").state("ann"), before)
+
+
+def test_own_state_is_scored_against_shared_and_anothers(run, store, capsys):
+    words = ["users", "eval", str(run / "run"), "--store", str(run / "store"), "--by", "who", "--quiet", "--json"]
+    assert main([*words, "--split", "train", "--data", str(run / "rows.jsonl")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    facts = json.loads(said[-1])
+    assert facts["metric"] == "accuracy"
+    assert [score["user"] for score in facts["scores"]] == ["ann", "bob", "cid"]
+    assert facts["rows"] == 27
+    gains = [score["own"] - score["shared"] for score in facts["scores"]]
+    assert facts["gain_over_shared"] == pytest.approx(sum(gains) / 3)
+    assert facts["gain_over_shared_standard_error"] == pytest.approx(float(torch.tensor(gains).std()) / 3**0.5)
+
+
+def test_the_shared_score_is_that_of_the_run(run, store, tmp_path, capsys):
+    """The state None is the checkpoint's own values, whoever was active before."""
+    data = _rows(tmp_path / "rows.jsonl", ("bob",), each=20)
+    words = ["--quiet", "--json", "--split", "train"]
+    of_users = ["--store", str(run / "store"), "--by", "who", "--data", data]
+    assert main(["users", "eval", str(run / "run"), *of_users, *words]) == 0
+    ours = json.loads(capsys.readouterr().out.splitlines()[-1])["shared"]
+    assert main(["eval", str(run / "run"), "--set", f"data.train={json.dumps(data)}", *words]) == 0
+    assert ours == json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--by", "nobody"], "has no column 'nobody'"),
+        (["--users", "zoe"], "--users 'zoe': no row of"),
+        (["--users", "../ann"], "is a path"),
+        (["--min-rows", "99"], "has 99 rows, the most are 9"),
+        (["--layers", "nothing"], "--layers nothing names none"),
+        (["--epochs", "0"], "--epochs 0.0"),
+        (["--dtype", "fp32"], "dtype = 'bf16'"),
+        (["--layers", "query"], "pst_U of shape"),
+        (["--data", "none.jsonl"], "does not exist"),
+    ],
+)
+def test_what_cannot_be_is_one_message_and_nothing_is_lost(run, store, capsys, more, message):
+    assert _train(run / "run", run / "store", str(run / "rows.jsonl"), *more) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert UserStore.open(run / "store").names == ["ann", "bob", "cid"]
+
+
+def test_a_store_of_another_run_is_refused(run, store, tmp_path, capsys):
+    settings = SETTINGS | {"output_dir": str(tmp_path / "run"), "seed": 9, "train.num_steps": 4}
+    assert main(["train", "tests/data/world_size.toml", "--quiet", *_settings(settings)]) == 0
+    assert _train(tmp_path / "run", run / "store", str(run / "rows.jsonl")) == 2
+    assert "another masks" in capsys.readouterr().err
+
+
+def test_a_row_without_a_user_is_refused(run, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "label": "good", "who": "ann"}\n{"text": "b", "label": "bad", "who": null}\n')
+    assert _train(run / "run", tmp_path / "store", str(path)) == 2
+    assert "None in row 1" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.zero3
+def test_two_ranks_train_what_one_process_trains(run, store, run_ranks, tmp_path):
+    data = str(run / "rows.jsonl")
+    words = ["users", "train", str(run / "run"), "--store", str(tmp_path / "one"), "--by", "who", "--data", data]
+    quiet = ["--set", "model.dropout=0.0", "--epochs", "2", "--quiet", "--dtype", "fp32"]
+    assert main([*words, *quiet]) == 0
+    words[4] = str(tmp_path / "two")
+    ranks = [*words, *quiet, "--set", 'deepspeed_config="ds_configs/zero3_cpu.json"']
+    assert run_ranks(main, 2, ranks) == [0, 0]
+    words[4] = str(tmp_path / "later")
+    ranks = [*words, *quiet, "--set", 'deepspeed_config="ds_configs/zero3_cpu.json"', "--users", "cid"]
+    assert run_ranks(main, 2, ranks) == [0, 0]
+    one, two, later = (UserStore.open(tmp_path / name) for name in ("one", "two", "later"))
+    for name in ("ann", "bob", "cid"):
+        for key, value in one.state(name).items():
+            torch.testing.assert_close(two.state(name)[key], value, rtol=1e-3, atol=1e-5)
+    assert _same(two.state("cid"), later.state("cid"))
+
+
+@pytest.mark.parametrize("packing", ["dense", "bitmask"])
+def test_an_export_has_the_users_values_and_the_zeros_of_the_base(run, store, tmp_path, packing):
+    of_run = ["export", str(run / "run"), "--out", str(tmp_path / "base"), "--quiet"]
+    assert main(of_run) == 0
+    own = ["users", "export", str(run / "run"), "--store", str(run / "store"), "--user", "bob"]
+    assert main([*own, "--format", packing, "--out", str(tmp_path / "bob")]) == 0
+    base, bob = (open_model_folder(tmp_path / name).load("dense").state_dict() for name in ("base", "bob"))
+    pruned = [name for name in base if name.endswith("query.weight") or name.endswith("output.dense.weight")]
+    assert pruned
+    for name in pruned:
+        assert torch.equal(base[name] == 0, bob[name] == 0), name
+        assert not torch.equal(base[name], bob[name])
+    assert torch.equal(bob["classifier.bias"], store.state("bob")["classifier.bias"].float())
+
+
+def test_an_update_beside_layers_is_not_exported(run, tmp_path, capsys):
+    assert _train(run / "run", tmp_path / "store", str(run / "rows.jsonl"), "--form", "beside", "--users", "bob") == 0
+    own = ["users", "export", str(run / "run"), "--store", str(tmp_path / "store"), "--user", "bob"]
+    assert main([*own, "--out", str(tmp_path / "out")]) == 2
+    assert "--form masked" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
