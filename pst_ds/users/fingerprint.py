@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.config.run import RunConfig
-from pst_ds.nn.linear import SCORE_FACTORS
+from pst_ds.nn.layer import SCORE_FACTORS
 from pst_ds.users.store import Common, Form
 
 

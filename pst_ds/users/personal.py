@@ -14,6 +14,7 @@ from pst_ds.config.pst import name_matches
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.inject import configured_parameters, freeze_scores, pst_layers
+from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.targets import modules_named_to_save
 from pst_ds.parallel import optimizer_state, zero3
 from pst_ds.parallel.ds_config import zero_stage
@@ -135,6 +136,10 @@ def _make_personal(module: nn.Module, run: RunConfig, part: PersonalPart) -> dic
             rank = part.rank or config.update_rank
             if not rank:
                 raise ConfigError("the run has pst.update_rank = 0; give the updates of users one with --rank")
+            if not isinstance(layer, PSTLinear):
+                raise ConfigError(
+                    f"--form beside is for linear layers, and {name} is a stack of experts; --form masked"
+                )
             personal |= add_update(
                 layer, name, outputs=layer.out_features, inputs=layer.in_features, rank=rank, beta=config.beta,
                 seed=run.seed, dtype=layer.dtype, device=zero3.shard_of(layer.pst_mask).values.device,
