@@ -225,7 +225,7 @@ class LearningRates:
     """For U and V."""
     multiplicative: float = 3e-2
     """For U and V of a multiplicative update, SPP's."""
-    embeddings: float = 4e-4
+    embeddings: float = 4e-3
     """For U and V of embeddings."""
     head: float = 2e-3
     """For the modules trained in full."""
