@@ -22,17 +22,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machine", metavar="FILE", help=machine)
     memory = "gigabytes of memory that a rank has (default: the machine's)"
     parser.add_argument("--memory", type=_above_0, metavar="GB", help=memory)
+    parser.add_argument("--search", action="store_true", help="the fastest way to run the same batch that fits, too")
     parser.add_argument("--price", type=_above_0, metavar="N", help="of one rank for an hour, for the cost of the run")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     config = load_run_or_folder(args)
-    from pst_ds.cli.plan_values import make_plan
+    from pst_ds.cli.plan_search import print_search, search
+    from pst_ds.cli.plan_values import Ask, make_plan
+    from pst_ds.planning.machine_file import machine_of
 
-    plan = make_plan(
-        config, args.ranks, args.machine, no_data=args.no_data, memory=round((args.memory or 0) * 1e9), price=args.price
-    )
+    ask = Ask(args.ranks, args.machine, args.no_data, round((args.memory or 0) * 1e9), args.price)
+    plan = make_plan(config, ask)
     print_plan(plan)
+    if args.search:
+        plan["search"] = search(config, ask, plan, machine_of(plan["machine"]).node_size)
+        print_search(plan["search"])
     return plan
 
 

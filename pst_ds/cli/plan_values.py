@@ -1,7 +1,8 @@
 """A plan as JSON values."""
 
 import os
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,19 +40,26 @@ from pst_ds.train.objective import require_teacher, teacher_shapes
 from pst_ds.train.shared_sequences import require_shareable
 
 
-def make_plan(
-    config: RunConfig,
-    ranks: int | None,
-    machine: str | None,
-    *,
-    no_data: bool,
-    trace: Trace | None = None,
-    memory: int = 0,
-    price: float | None = None,
-) -> dict[str, Any]:
-    """Return the plan of a run as JSON values; ``trace``: a Trace of the same micro-batch, on any number of ranks;
-    ``memory`` and ``price`` as of :func:`pst_ds.planning.verdict.verdict`."""
-    ranks, raw = _ranks_and_deepspeed(config, ranks)
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a plan is asked for, beside the run."""
+
+    ranks: int | None = None
+    machine: str | None = None
+    no_data: bool = False
+    memory: int = 0
+    """As of :func:`pst_ds.planning.verdict.verdict`, like ``price``."""
+    price: float | None = None
+    trace: Trace | None = None
+    """Of the same micro-batch, on any number of ranks; None to make one."""
+    zero: Mapping[str, object] = field(default_factory=dict)
+    """Laid over ``zero_optimization`` of the DeepSpeed settings."""
+
+
+def make_plan(config: RunConfig, ask: Ask) -> dict[str, Any]:
+    """Return the plan of a run as JSON values. Raises InputError."""
+    ranks, raw = _ranks_and_deepspeed(config, ask)
+    no_data = ask.no_data
     micro_batch_size = config.micro_batch_size(ranks)
     stage = zero_stage(raw) if raw is not None else None
     tokenizer, labels, unit, num_examples = _data(config, no_data)
@@ -63,7 +71,7 @@ def make_plan(
         read_dense_run(config)
     num_steps = config.num_steps(num_examples) if num_examples is not None else config.train.num_steps
     has_cores = not torch.accelerator.is_available() and ranks <= (os.cpu_count() or 1)
-    machine = machine or ("cpu" if has_cores else "h100")
+    machine = ask.machine or ("cpu" if has_cores else "h100")
     rates = machine_of(machine)
     zero = _zero_settings(config, raw, ranks, micro_batch_size, num_trainable(model), rates)
     device = rates.device
@@ -91,7 +99,7 @@ def make_plan(
         "base_grid": str(base_grid) if (base_grid := base_grid_of_run(config)) else None,
     }
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, config)]
-    trace = trace or _trace(model, config, micro_batch_size, zero.persistence_threshold, device)  # uses it up
+    trace = ask.trace or _trace(model, config, micro_batch_size, zero.persistence_threshold, device)  # uses it up
     plan |= _memory(config, numbers, zero, teacher["bytes"], groups, trace, device)
     plan["trace"] = asdict(trace) if trace else None
     plan["mask_bytes"] = sum(t.numel * t.count for t in numbers.tensors if t.is_mask)
@@ -102,7 +110,7 @@ def make_plan(
     times = time_plan(numbers, zero, batch, rates)
     share = times.share_of_masks(num_steps, schedule["mask_updates"] if schedule else 0)
     work = _work(config, plan, numbers, batch)
-    judged = asdict(verdict(work, times, rates, memory=memory, price=price))
+    judged = asdict(verdict(work, times, rates, memory=ask.memory, price=ask.price))
     return {**plan, "time": {**asdict(times), "over_full": times.over_full, "share_of_masks": share}, "verdict": judged}
 
 
@@ -121,11 +129,13 @@ def _work(config: RunConfig, plan: dict[str, Any], numbers: ModelNumbers, batch:
     )
 
 
-def _ranks_and_deepspeed(config: RunConfig, wanted: int | None) -> tuple[int, dict[str, Any] | None]:
+def _ranks_and_deepspeed(config: RunConfig, ask: Ask) -> tuple[int, dict[str, Any] | None]:
     """Return how many ranks to plan for, and the DeepSpeed settings as in the file; None for one process without."""
-    ranks = wanted or launch_environment().world_size
+    ranks = ask.ranks or launch_environment().world_size
     if config.deepspeed_config:
-        return ranks, load_deepspeed_config(config.deepspeed_config)
+        raw = load_deepspeed_config(config.deepspeed_config)
+        section: Any = raw.get("zero_optimization") or {}
+        return ranks, {**raw, "zero_optimization": {**section, **ask.zero}} if ask.zero else raw
     if ranks > 1:
         raise InputError(
             f"{ranks} ranks, but deepspeed_config is not set; set deepspeed_config = "

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pst_ds.cli.plan_values import make_plan
+from pst_ds.cli.plan_values import Ask, make_plan
 from pst_ds.config.toml import load_run
 from pst_ds.planning.activations import Trace
 from pst_ds.planning.counts import COUNTS
@@ -57,7 +57,7 @@ def plans(name: str, base_bits: int = 16) -> dict[int, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         for world in WORLDS:
             run = load_run(write_run(Path(folder), name, world), [f"model.base_bits={base_bits}"])
-            found[world] = make_plan(run, world, "h100", no_data=True, trace=trace)
+            found[world] = make_plan(run, Ask(world, "h100", no_data=True, trace=trace))
             trace = Trace(**found[world]["trace"])
     return found
 
@@ -69,7 +69,7 @@ def times_of_machines() -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         run = load_run(write_run(Path(folder), "7B", 8))
         gpus = [name for name, machine in MACHINES.items() if machine.device != "cpu"]
-        return {name: make_plan(run, 8, name, no_data=True, trace=trace)["time"] for name in gpus}
+        return {name: make_plan(run, Ask(8, name, no_data=True, trace=trace))["time"] for name in gpus}
 
 
 def _rows() -> Iterator[tuple[str, dict[str, Any]]]:
