@@ -21,6 +21,7 @@ from pst_ds.nn.embedding import PSTEmbedding, pst_embeddings
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
 from pst_ds.nn.linear import PSTLinear
+from pst_ds.nn.model_structure import is_experts, stack_names
 from pst_ds.nn.targets import InjectionError, Target, find_embeddings, find_targets, modules_named_to_save, suggestion
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_max, group_sum
@@ -113,12 +114,22 @@ def configured_parameters(model: nn.Module, config: PSTConfig) -> set[nn.Paramet
     for module in modules_named_to_save(model, config).values():
         params.update(module.parameters())
     for module in model.modules():
-        is_pruned, bias = isinstance(module, PSTLayer), module._parameters.get("bias")
-        if bias is not None and (config.bias == "all" or (config.bias == "pst_only" and is_pruned)):
-            params.add(bias)
-        if is_pruned and config.train_weights and module.weight is not None:
-            params.add(module.weight)  # type: ignore[arg-type]
+        wanted = {"none": (), "pst_only": (True,), "all": (True, False)}[config.bias]
+        params.update(bias for is_pruned, bias in _biases(module) if is_pruned in wanted)
+        if isinstance(module, PSTLayer) and config.train_weights and module.weight is not None:
+            params.add(module.weight)
     return params
+
+
+def _biases(module: nn.Module) -> Iterator[tuple[bool, nn.Parameter]]:
+    """(whether it is a pruned layer's, the Parameter) of the biases that a module holds itself."""
+    layers: dict[str, object] = {"bias": module}
+    if is_experts(module):
+        layers |= {f"{stack}_bias": getattr(module, stack) for stack in stack_names(module)}
+    for name, layer in layers.items():
+        bias = module._parameters.get(name)
+        if bias is not None:
+            yield isinstance(layer, PSTLayer), bias
 
 
 def injected_config(model: nn.Module) -> PSTConfig:
