@@ -121,9 +121,8 @@ def _pruned(
     settings = settings_for(model, config.pst, args.method, args.pattern)
     share = 0.0 if args.keep_zeros else share_of_zeros(settings, args.sparsity, config.schedule.final_sparsity)
     grid, keeps = _grid(args), args.keep_zeros
-    rules = layer_rules(
-        find_targets(model, settings, stacks=False), settings, args.method, share, grid=grid, keeps_zeros=keeps
-    )
+    targets = find_targets(model, settings, stacks=args.method == "magnitude")  # others lack the inputs of each expert
+    rules = layer_rules(targets, settings, args.method, share, grid=grid, keeps_zeros=keeps)
     batches = [] if args.method == "magnitude" else _calibration(config, model.config, args)
     start = time.perf_counter()
     dtype = DTYPES[config.train.precision]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class PrunedLayer:
 
     name: str
     shape: tuple[int, int]
-    """(O, I)."""
+    """(O, I); (E*O, I) of a stack of experts."""
     matrices: int
     """Fused in it, each pruned by itself."""
     pattern: str
@@ -132,13 +132,22 @@ class _Factors:
 
 
 def _prune(rule: LayerRule, weight: Tensor, given: Tensor | InverseFactor | None) -> PrunedLayer:
-    """Prune ``weight``, the layer's own, in place, and what the layer computes with if that is a copy of it."""
-    layout = rule.target.layout
-    with _naming(rule):
-        made = prune_weight(weight, rule, given)
-    weight.copy_(made.weight)
-    rule.target.weight.data.copy_(made.weight)
-    pruned = layout.numel - int(made.keep.sum())
+    """Prune ``weight``, the layer's own, in place, and what the layer computes with if that is a copy of it.
+
+    A stack of experts is pruned an expert at a time, each with what is ``given``.
+    """
+    layout, scales, kept = rule.target.layout, list[Tensor](), 0
+    one = replace(rule, target=replace(rule.target, layout=layout.expert))
+    stored, computing = weight.flatten(0, -2), rule.target.weight.data.flatten(0, -2)
+    for first in range(0, layout.shape[0], layout.expert.shape[0]):
+        rows = slice(first, first + layout.expert.shape[0])
+        with _naming(rule):
+            made = prune_weight(stored[rows], one, given)
+        stored[rows].copy_(made.weight)
+        computing[rows].copy_(made.weight)
+        kept += int(made.keep.sum())
+        scales += [] if made.scales is None else [made.scales.cpu()]
+    pruned = layout.numel - kept
     return PrunedLayer(
         name=rule.target.name,
         shape=(layout.out_features, layout.in_features),
@@ -147,7 +156,7 @@ def _prune(rule: LayerRule, weight: Tensor, given: Tensor | InverseFactor | None
         sparsity_requested=pruned / layout.numel if rule.keeps_zeros else rule.sparsity,
         pruned=pruned,
         zeros=layout.numel - int(torch.count_nonzero(weight)),
-        scales=None if made.scales is None else made.scales.cpu(),
+        scales=torch.cat(scales) if scales else None,
     )
 
 
