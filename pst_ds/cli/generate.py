@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that sum up to P")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     load_as = "packed weights: keep them packed, or unpack them; auto takes the quicker"
+    parser.add_argument("--store", metavar="DIR", help="states of pst-ds users train --form beside, over this model")
+    parser.add_argument("--user", metavar="NAME", help="whose state in --store writes")
     parser.add_argument("--load-as", choices=("auto", "sparse", "dense"), default="auto", help=load_as)
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the folder's")
     parser.add_argument("--threads", type=count, metavar="N", help="threads (default: OMP_NUM_THREADS, or all cores)")
@@ -41,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     sampling = _sampling(args)
+    if (args.store is None) != (args.user is None):
+        raise InputError("--store and --user go together: a folder of states, and whose of them writes")
     import torch
 
     from pst_ds.hf.model_folder import open_model_folder
@@ -60,6 +64,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     start = time.perf_counter()
     decoder = _decoder(args, folder, device, inputs["input_ids"].shape[1] + new_tokens)
     model = folder.load(args.load_as, args.dtype, device) if decoder is None else None
+    if args.user is not None:
+        _activate(args, model)
     load_seconds = time.perf_counter() - start
     if new_tokens < args.max_new_tokens:
         positions = inputs["input_ids"].shape[1] + new_tokens
@@ -98,7 +104,10 @@ def _decoder(args: argparse.Namespace, folder: ModelFolder, device: str, context
     ]
     if args.engine == "native" and (chosen or device != "cpu"):
         raise InputError(f"--engine native is for a CPU, and takes no {' and '.join(chosen) or device}")
-    if args.engine == "torch" or chosen or device != "cpu" or (args.engine == "auto" and folder.values is None):
+    if args.engine == "native" and args.user is not None:
+        raise InputError("--engine native has no users: leave it out, and transformers writes")
+    is_plain = args.engine == "auto" and folder.values is None
+    if args.engine == "torch" or args.user is not None or chosen or device != "cpu" or is_plain:
         return None
     from pst_ds.decoder import Decoder, DecoderError
 
@@ -109,6 +118,16 @@ def _decoder(args: argparse.Namespace, folder: ModelFolder, device: str, context
             raise InputError(str(error)) from None
         print(f"transformers decodes, for the native loop cannot: {error}", file=sys.stderr)
         return None
+
+
+def _activate(args: argparse.Namespace, model: Any) -> None:
+    """Let the model be that of a user. Raises InputError."""
+    from pathlib import Path
+
+    from pst_ds.users.served import ServedUsers
+    from pst_ds.users.store import UserStore
+
+    ServedUsers(model, Path(args.model), UserStore.open(Path(args.store))).assign([args.user])
 
 
 def _facts(model: PreTrainedModel) -> Facts:
