@@ -40,6 +40,7 @@ FLOORS = {
     "tune": 6,
     "users": 6,
     "report": 7,
+    "serve": 7,
     "cli": 8,
     "__init__": 8,
     "__main__": 9,

@@ -43,6 +43,7 @@ VERBS = {
     "export": "write a run, or a folder with zeros, as a model folder: dense, bitmask, 2:4 or csr",
     "verify": "check an export, alone or against the run it came from: files, tensors, weights, logits",
     "generate": "write text with a causal model, dense or packed",
+    "serve": "answer chat-completions requests over HTTP with a model folder, with or without users",
     "bench": "measure how fast and how large a model is, dense and sparse",
     "report": "write one HTML page about runs, side by side: curves, heat maps of layers, tables, exports, speed",
     "inspect": "say what a folder or file is and holds: run, checkpoint, export, model; layer by layer",

@@ -54,7 +54,7 @@ class _Stacked:
 class BatchUpdates:
     """The updates of the users of a batch, beside some layers of a model; nothing at first.
 
-    A switch of users copies their factors, and touches no weight of the model.
+    A switch to one user takes its factors as they are, one of several stacks them, and neither touches a weight.
     """
 
     def __init__(self, model: nn.Module, shapes: Mapping[str, Sequence[int]], beta: float):
@@ -76,16 +76,10 @@ class BatchUpdates:
         """Let sample i of every batch from now on have the update ``states[i]``, or none for None; in the dtype and on
         the device of ``like``. Without any state nothing is added."""
         self._now = {}
-        some = next((state for state in states if state is not None), None)
-        if some is None:
+        if all(state is None for state in states):
             return
         for name in self._layers:
-            stacked = []
-            for part in (LEFT, RIGHT):
-                key = f"{name}.{part}"
-                of_none = torch.zeros_like(some[key])
-                stacked.append(torch.stack([of_none if state is None else state[key] for state in states]).to(like))
-            self._now[name] = _Stacked(*stacked)
+            self._now[name] = _Stacked(*(_stacked(states, f"{name}.{part}").to(like) for part in (LEFT, RIGHT)))
 
     def remove(self) -> None:
         """Take the hooks off the model again."""
@@ -102,6 +96,16 @@ class BatchUpdates:
             return output + beside_each(args[0].to(output.dtype), now.left, now.right, self._beta)
 
         return hook
+
+
+def _stacked(states: Sequence[Mapping[str, Tensor] | None], key: str) -> Tensor:
+    """Return a tensor of all states, with zeros for None; a view where it is one state alone."""
+    first = states[0]
+    if first is not None and all(state is first for state in states):
+        return first[key].expand(len(states), *first[key].shape)
+    some = next(state for state in states if state is not None)
+    none = torch.zeros_like(some[key]) if any(state is None for state in states) else some[key]
+    return torch.stack([none if state is None else state[key] for state in states])
 
 
 def features(module: nn.Module) -> tuple[int, int]:

@@ -1,0 +1,184 @@
+"""A real server in a thread, asked by the official client."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pst_ds.cli.main import build_parser, main
+
+for _name in ("fastapi", "uvicorn", "openai"):
+    pytest.importorskip(_name)
+
+import httpx  # noqa: E402
+import openai  # noqa: E402
+import uvicorn  # noqa: E402
+
+from pst_ds.cli import serve  # noqa: E402
+from pst_ds.serve.app import make_app  # noqa: E402
+
+ASK = [{"role": "user", "content": "the film"}]
+TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
+
+
+def _settings(settings):
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    top = tmp_path_factory.mktemp("served")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(Path(__file__).resolve().parents[2])
+        small = {"output_dir": str(top / "run"), "deepspeed_config": "", "train.num_steps": 4, "data.max_length": 16}
+        assert main(["train", "tests/data/causal_lm.toml", "--quiet", *_settings(small)]) == 0
+        assert main(["export", str(top / "run"), "--format", "bitmask", "--out", str(top / "tiny"), "--quiet"]) == 0
+        words = ["users", "train", str(top / "run"), "--store", str(top / "users"), "--by", "label", "--quiet"]
+        assert main([*words, "--form", "beside", "--epochs", "3", "--learning-rate", "0.05"]) == 0
+    (top / "template.jinja").write_text(TEMPLATE)
+    return top
+
+
+def _start(folders, *more):
+    words = ["serve", str(folders / "tiny"), "--store", str(folders / "users"), "--max-new-tokens", "12"]
+    words += ["--chat-template", str(folders / "template.jinja"), "--max-body", "4000", *more]
+    service = serve._service(build_parser("serve").parse_args(words))
+    server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        thread.join(0.05)
+        assert thread.is_alive()
+    port = server.servers[0].sockets[0].getsockname()[1]
+    return service, server, thread, f"http://127.0.0.1:{port}/v1"
+
+
+@pytest.fixture(scope="module")
+def server(folders):
+    _, running, thread, url = _start(folders)
+    yield url
+    running.should_exit = True
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def client(server):
+    with openai.OpenAI(base_url=server, api_key="none", max_retries=0) as made:
+        yield made
+
+
+def _asked(client, model="tiny", **more):
+    given = {"temperature": 0, "max_tokens": 8} | more
+    return client.chat.completions.create(model=model, messages=ASK, **given)
+
+
+def test_an_answer_and_its_usage(client):
+    answer = _asked(client)
+    assert answer.choices[0].message.content
+    assert answer.choices[0].finish_reason in ("length", "stop")
+    assert answer.usage.prompt_tokens > 0
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert _asked(client).choices[0].message.content == answer.choices[0].message.content
+
+
+def test_a_stream_is_the_same_text_in_pieces(client):
+    whole = _asked(client)
+    chunks = list(_asked(client, stream=True, stream_options={"include_usage": True}))
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert len([piece for piece in pieces if piece]) > 1
+    assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == [
+        whole.choices[0].finish_reason
+    ]
+    assert chunks[-1].usage == whole.usage
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_drawn_text_follows_its_seed(client):
+    texts = [_asked(client, temperature=1.5, seed=seed, max_tokens=12).choices[0].message.content for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_stop_text_ends_an_answer(client):
+    whole = _asked(client).choices[0].message.content
+    stop = whole[len(whole) // 2 :][:3]
+    answer = _asked(client, stop=[stop])
+    assert answer.choices[0].message.content == whole[: whole.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_users_of_one_batch_get_what_each_gets_alone(client):
+    models = [model.id for model in client.models.list().data]
+    assert models == ["tiny", "tiny:bad", "tiny:good"]
+    alone = {model: _asked(client, model).choices[0].message.content for model in models}
+    with ThreadPoolExecutor(9) as pool:
+        together = list(pool.map(lambda model: _asked(client, model).choices[0].message.content, models * 3))
+    assert together == [alone[model] for model in models * 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "code"),
+    [
+        ({"model": "other"}, openai.NotFoundError, "model_not_found"),
+        ({"model": "tiny:zoe"}, openai.NotFoundError, "model_not_found"),
+        ({"model": "tiny:../bad"}, openai.NotFoundError, "model_not_found"),
+        ({"max_tokens": 13}, openai.BadRequestError, None),
+        ({"temperature": 9}, openai.BadRequestError, None),
+        ({"messages": [{"role": "user", "content": "film " * 600}]}, openai.BadRequestError, "context_length_exceeded"),
+        ({"messages": [{"role": "user", "content": "film " * 900}]}, openai.APIStatusError, None),
+    ],
+)
+def test_what_is_refused_has_the_protocols_error(client, change, error, code):
+    given = {"model": "tiny", "messages": ASK, "max_tokens": 4} | change
+    with pytest.raises(error) as caught:
+        client.chat.completions.create(**given)
+    assert caught.value.code == code
+    assert caught.value.body["message"]
+    assert _asked(client).choices  # and the server goes on
+
+
+def test_a_body_that_is_not_json_or_too_long(server):
+    url = f"{server}/chat/completions"
+    assert httpx.post(url, content=b"{").status_code == 400
+    assert httpx.post(url, content=b"[" * 3000).status_code == 400
+    assert httpx.post(url, content=b" " * 5000).status_code == 413
+    assert httpx.post(url, content=iter([b" " * 3000, b" " * 3000])).status_code == 413
+    assert httpx.get(server.removesuffix("/v1") + "/health").json() == {"status": "ok"}
+
+
+def test_keys_and_a_full_queue(folders, monkeypatch):
+    monkeypatch.setenv(serve.KEYS, "one, two")
+    service, running, thread, url = _start(folders, "--max-waiting", "1", "--max-batch", "1")
+    held, decode = threading.Event(), service.batches._decode
+    monkeypatch.setattr(service.batches, "_decode", lambda jobs: (held.wait(30), decode(jobs)))
+    with openai.OpenAI(base_url=url, api_key="three", max_retries=0) as stranger:
+        for ask in (lambda: _asked(stranger), stranger.models.list):
+            with pytest.raises(openai.AuthenticationError):
+                ask()
+    with openai.OpenAI(base_url=url, api_key="two", max_retries=0) as client, ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(_asked, client) for _ in range(4)]  # one is written, one waits
+        refused = []
+        while len(refused) < 2:
+            refused = [a.exception() for a in answers if a.done()]
+        assert all(isinstance(error, openai.RateLimitError) for error in refused)
+        held.set()
+        assert sum(a.exception() is None for a in answers) == 2
+    running.should_exit = True
+    thread.join(60)
+
+
+def test_what_cannot_be_served_is_one_message(folders, tmp_path, capsys):
+    assert main(["serve", str(folders / "tiny")]) == 2
+    assert "--chat-template" in capsys.readouterr().err
+    shutil.copytree(folders / "users", tmp_path / "users")
+    (tmp_path / "users" / "index.json").write_text("{")
+    words = ["serve", str(folders / "tiny"), "--chat-template", str(folders / "template.jinja")]
+    assert main([*words, "--store", str(tmp_path / "users")]) == 2
+    assert "is damaged" in capsys.readouterr().err
+    assert main([*words, "--port", "70000"]) == 2

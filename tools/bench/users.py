@@ -1,0 +1,112 @@
+"""Users over one sparse base: films as users, against the shared state and another's; and what a switch costs.
+
+    python -m tools.bench.users films RUN --packages DIR --out DIR     # RUN: the demo's runs/demo/pst-90
+    python -m tools.bench.users switch
+
+The corpus names no reviewers, so the film is the user: of films that the run did not train on, with 30 reviews or more,
+the first 20 are the user's history and the others its queries. ``switch`` has states of the shapes of a Llama of 135M
+parameters, rank 8 in all linear layers, in a store of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pst_ds.runtime.beside import LEFT, RIGHT, BatchUpdates
+from pst_ds.users.store import Common, UserStore
+from tools.demo.films import reviews, split_of_film
+from tools.verbs import verb
+
+HISTORY, LEAST = 20, 30
+REPEATS = 30
+
+
+def write_rows(packages: Path, folder: Path) -> tuple[int, int]:
+    """Write history.jsonl and queries.jsonl; return (films, queries)."""
+    by_film = defaultdict(list)
+    for film, text, label in reviews(packages):
+        if split_of_film(film) != "train":
+            by_film[film].append({"film": film, "text": text, "label": label})
+    films = [rows for rows in by_film.values() if len(rows) >= LEAST]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in (("history", slice(HISTORY)), ("queries", slice(HISTORY, None))):
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for rows in films for row in rows[part]]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return len(films), sum(len(rows) - HISTORY for rows in films)
+
+
+def films(args: argparse.Namespace) -> dict[str, Any]:
+    """Train and score the films; return the figures, with seconds of the processor."""
+    found, queries = write_rows(Path(args.packages), Path(args.out))
+    settings = [word for setting in ["deepspeed_config=", *args.set] for word in ("--set", setting)]
+    of_run = [args.run, *settings, "--store", str(Path(args.out) / "store"), "--by", "film", "--quiet"]
+    limit = ["--limit", str(args.limit)] if args.limit else []
+    began = time.process_time()
+    trained = verb("users", "train", *of_run, "--data", f"{args.out}/history.jsonl", *limit, *args.more)
+    seconds = time.process_time() - began
+    scored = verb("users", "eval", *of_run, "--data", f"{args.out}/queries.jsonl")
+    facts = {name: value for name, value in scored.items() if name != "scores"}
+    return {"films": found, "queries": queries, "cpu_seconds": round(seconds, 1), **trained, **facts}
+
+
+def switch(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the median milliseconds of a switch to a user that is in memory, and to one that is not."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+            num_key_value_heads=3, tie_word_embeddings=True,
+        ))  # fmt: skip
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    shapes = {f"{n}.{LEFT}": [m.out_features, 8] for n, m in layers.items()}
+    shapes |= {f"{n}.{RIGHT}": [8, m.in_features] for n, m in layers.items()}
+    common = Common(
+        form="beside", task="causal-lm", labels=[], base_path="", base_fingerprint="", masks_sha256={},
+        shared_sha256="", beta=1.0, dtype="bf16", shapes=shapes,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        store = UserStore.create(Path(folder) / "store", common)
+        for user in "abc":
+            store.add(user, {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()})
+        updates, like = BatchUpdates(model, shapes, 1.0), torch.zeros(1, dtype=torch.bfloat16)
+        held = UserStore.open(store.folder)
+        times: dict[str, list[float]] = {"memory": [], "disk": []}
+        for i in range(REPEATS):
+            for place, of in (("disk", UserStore.open(store.folder)), ("memory", held)):
+                user = "abc"[i % 3]
+                held.state(user)
+                began = time.perf_counter()
+                updates.assign([of.state(user)], like)
+                times[place].append(1e3 * (time.perf_counter() - began))
+        state_bytes = store.entry("a").bytes
+    return {"state_bytes": state_bytes, **{f"{place}_ms": statistics.median(of) for place, of in times.items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_subparsers(required=True)
+    of_films = what.add_parser("films")
+    of_films.add_argument("run")
+    of_films.add_argument("--packages", required=True, help="where the demo unpacked its packages")
+    of_films.add_argument("--out", required=True, help="folder for rows and states")
+    of_films.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    of_films.add_argument("--limit", type=int, default=0)
+    of_films.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="options of pst-ds users train")
+    of_films.set_defaults(run_it=films)
+    what.add_parser("switch").set_defaults(run_it=switch)
+    args = parser.parse_args()
+    print(json.dumps(args.run_it(args), indent=1))
+
+
+if __name__ == "__main__":
+    main()
