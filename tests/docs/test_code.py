@@ -18,7 +18,7 @@ from pst_ds.planning.machines import Machine
 
 from .pages import PAGES, Block, all_blocks, blocks
 
-EXTRAS = ("trl",)
+EXTRAS = ("trl", "openai")
 """Modules of extras that tests do without."""
 FOR_THE_REST = {"output_dir": "runs/x", "model": {"path": "model"}, "data": {"train": "a.jsonl"}, "train": {}}
 

@@ -59,11 +59,13 @@ def join_streams(streams: Sequence[TokenStream]) -> TokenStream:
 
 
 def stream_of_documents(documents: Documents) -> TokenStream:
-    """Return documents that are in memory as a stream."""
-    tokens = documents.tokens.astype(np.int32)
+    """Return documents that are in memory as a stream, as a store would have them: the end that closes the last one is
+    not in it where it is ours."""
+    count = len(documents.tokens) - documents.closed_by_us
+    tokens, num_bytes = documents.tokens[:count].astype(np.int32), documents.num_bytes
     starts = np.cumsum(documents.lengths) - documents.lengths
     digest = hashlib.sha256(tokens.tobytes() + starts.tobytes()).hexdigest()
-    return TokenStream(tokens, Starts(starts), digest, documents.num_bytes)
+    return TokenStream(tokens, Starts(starts), digest, None if num_bytes is None else num_bytes[:count])
 
 
 def is_store(folder: Path) -> bool:
