@@ -2,10 +2,9 @@
 
 import argparse
 import math
-from typing import Any
 
 from pst_ds.cli.main import add_run_arguments, count, load_run_or_folder
-from pst_ds.cli.plan_text import print_plan
+from pst_ds.cli.plan_text import Plan, print_plan
 from pst_ds.planning.machines import MACHINES
 
 
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--price", type=_above_0, metavar="N", help="of one rank for an hour, for the cost of the run")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> Plan:
     config = load_run_or_folder(args)
     from pst_ds.cli.plan_search import print_search, search
     from pst_ds.cli.plan_values import Ask, make_plan

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
+from pst_ds.cli.plan_text import Plan
 from pst_ds.cli.plan_values import Ask, make_plan
 from pst_ds.config.run import RunConfig
 from pst_ds.errors import InputError
@@ -59,7 +59,7 @@ class Choice:
         }
 
 
-def search(run: RunConfig, ask: Ask, plan: Mapping[str, Any], node_size: int) -> list[dict[str, Any]]:
+def search(run: RunConfig, ask: Ask, plan: Plan, node_size: int) -> list[Plan]:
     """Plan every :func:`choice <choices>` for the ranks of ``plan``; return those that can be, the best one first.
 
     Whoever fits comes before who does not, then who ends earlier, then who takes less memory. A micro-batch is traced
@@ -83,7 +83,7 @@ def search(run: RunConfig, ask: Ask, plan: Mapping[str, Any], node_size: int) ->
     return sorted(found, key=lambda line: (line["fits"] is False, line["hours"], line["peak_bytes"]))
 
 
-def choices(run: RunConfig, plan: Mapping[str, Any], node_size: int) -> Iterator[Choice]:
+def choices(run: RunConfig, plan: Plan, node_size: int) -> Iterator[Choice]:
     """Yield the ways to cut the batch of ``run`` over the ranks of ``plan``, and to store what it takes; smaller
     micro-batches first."""
     ranks, at_stage_3 = plan["ranks"], plan["zero_stage"] == 3
@@ -96,7 +96,7 @@ def choices(run: RunConfig, plan: Mapping[str, Any], node_size: int) -> Iterator
                 yield Choice(steps, checkpointing, degree, partition)
 
 
-def _line(choice: Choice, plan: Mapping[str, Any]) -> dict[str, Any]:
+def _line(choice: Choice, plan: Plan) -> Plan:
     judged = plan["verdict"]
     return {
         "settings": choice.settings,
@@ -110,7 +110,7 @@ def _line(choice: Choice, plan: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def print_search(lines: list[dict[str, Any]]) -> None:
+def print_search(lines: list[Plan]) -> None:
     """Print the first few, and how to take the first."""
     head = ("", "micro-batch", "accumulated", "checkpointed", "ranks a sequence", "hpZ", "peak", "fits", "tokens/s")
     rows = [head]

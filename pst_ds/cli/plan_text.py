@@ -1,10 +1,12 @@
 """A plan as lines of text."""
 
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 from pst_ds.text_table import bytes_text
 
+Plan: TypeAlias = dict[str, Any]
+"""A plan, or a part of one, as JSON values."""
 MEMORY_LINES = {
     "weights": "weights (this rank's share)",
     "masks": "mask bits",
@@ -24,7 +26,7 @@ MEMORY_LINES = {
 }
 
 
-def print_plan(plan: dict[str, Any]) -> None:
+def print_plan(plan: Plan) -> None:
     print(f"{len(plan['layers'])} layers to prune, {plan['pruned_parameters']:,} weights:")
     for group in layer_groups(plan["layers"]):
         experts = group["experts"]
@@ -85,7 +87,7 @@ def print_plan(plan: dict[str, Any]) -> None:
     _print_verdict(plan)
 
 
-def _print_verdict(plan: dict[str, Any]) -> None:
+def _print_verdict(plan: Plan) -> None:
     found, peak = plan["verdict"], plan["memory_bytes_per_rank"]["peak"]
     if found["fits"] is not None:
         margin, capacity = found["margin_bytes"], bytes_text(found["capacity_bytes"])
@@ -109,9 +111,9 @@ def name_across_blocks(name: str) -> str:
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
-def layer_groups(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def layer_groups(layers: list[Plan]) -> list[Plan]:
     """Group layers of one shape whose names differ only in a number, with their ``count``."""
-    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    groups: dict[tuple[object, ...], Plan] = {}
     for layer in layers:
         pattern = name_across_blocks(layer["name"])
         key = (pattern, layer["out_features"], layer["in_features"], layer["matrices"], layer["factor_parameters"])

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from pst_ds.checkpoint.format import SCALE_BYTES, most_bytes
+from pst_ds.cli.plan_text import Plan
 from pst_ds.config.run import RunConfig
 from pst_ds.config.sequences import groups_of_ranks
 from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError
+from pst_ds.json_text import JsonObject
 from pst_ds.masks.layer_stats import chosen_layers
 from pst_ds.monitor.dense_run import read_dense_run
 from pst_ds.nn.base_model import DTYPES
@@ -56,7 +58,7 @@ class Ask:
     """Laid over ``zero_optimization`` of the DeepSpeed settings."""
 
 
-def make_plan(config: RunConfig, ask: Ask) -> dict[str, Any]:
+def make_plan(config: RunConfig, ask: Ask) -> Plan:
     """Return the plan of a run as JSON values. Raises InputError."""
     ranks, raw = _ranks_and_deepspeed(config, ask)
     no_data = ask.no_data
@@ -77,7 +79,7 @@ def make_plan(config: RunConfig, ask: Ask) -> dict[str, Any]:
     device = rates.device
     numbers = model_numbers(model, device=device)
     schedule, teacher = _schedule(config, num_steps), _teacher(config, numbers, no_data)
-    plan: dict[str, Any] = {
+    plan: Plan = {
         "ranks": ranks,
         "zero_stage": stage,
         "precision": config.train.precision,
@@ -114,7 +116,7 @@ def make_plan(config: RunConfig, ask: Ask) -> dict[str, Any]:
     return {**plan, "time": {**asdict(times), "over_full": times.over_full, "share_of_masks": share}, "verdict": judged}
 
 
-def _work(config: RunConfig, plan: dict[str, Any], numbers: ModelNumbers, batch: Batch) -> Work:
+def _work(config: RunConfig, plan: Plan, numbers: ModelNumbers, batch: Batch) -> Work:
     steps, schedule = config.train.gradient_accumulation_steps, plan["schedule"]
     return Work(
         ranks=plan["ranks"],
@@ -129,7 +131,7 @@ def _work(config: RunConfig, plan: dict[str, Any], numbers: ModelNumbers, batch:
     )
 
 
-def _ranks_and_deepspeed(config: RunConfig, ask: Ask) -> tuple[int, dict[str, Any] | None]:
+def _ranks_and_deepspeed(config: RunConfig, ask: Ask) -> tuple[int, JsonObject | None]:
     """Return how many ranks to plan for, and the DeepSpeed settings as in the file; None for one process without."""
     ranks = ask.ranks or launch_environment().world_size
     if config.deepspeed_config:
@@ -159,7 +161,7 @@ def _data(config: RunConfig, no_data: bool) -> tuple[Any, list[str], str, int | 
 
 
 def _zero_settings(
-    config: RunConfig, raw: dict[str, Any] | None, ranks: int, micro_batch_size: int, trainables: int, machine: Machine
+    config: RunConfig, raw: JsonObject | None, ranks: int, micro_batch_size: int, trainables: int, machine: Machine
 ) -> ZeroSettings:
     train, resolved = config.train, None
     if raw is not None:
@@ -169,7 +171,7 @@ def _zero_settings(
     return zero_settings(resolved, ranks, machine.backend)
 
 
-def _layers(model: torch.nn.Module) -> dict[str, Any]:
+def _layers(model: torch.nn.Module) -> Plan:
     layers = [
         {
             "name": name,
@@ -191,7 +193,7 @@ def _layers(model: torch.nn.Module) -> dict[str, Any]:
 def _memory(
     config: RunConfig, numbers: ModelNumbers, zero: ZeroSettings, teacher: int, groups: list[int], trace: Trace | None,
     device: str,
-) -> dict[str, Any]:  # fmt: skip
+) -> Plan:  # fmt: skip
     activations, element_size = trace.activations if trace else 0, DTYPES[config.train.precision].itemsize
     sizes = {"activations": activations, "element_size": element_size, "teacher": teacher}
     memory = memory_plan(numbers, zero, device=device, trainable_groups=groups, **sizes)
@@ -255,7 +257,7 @@ def _batch(config: RunConfig, micro_batch_size: int, teacher: dict[str, int], tr
     )
 
 
-def _schedule(config: RunConfig, num_steps: int) -> dict[str, Any] | None:
+def _schedule(config: RunConfig, num_steps: int) -> Plan | None:
     schedule = config.make_schedule(num_steps)
     if schedule is None:
         return None
@@ -270,7 +272,7 @@ def _schedule(config: RunConfig, num_steps: int) -> dict[str, Any] | None:
     }
 
 
-def _rounding(config: RunConfig, num_steps: int) -> dict[str, Any] | None:
+def _rounding(config: RunConfig, num_steps: int) -> Plan | None:
     schedule = config.make_rounding(num_steps)
     if schedule is None:
         return None
