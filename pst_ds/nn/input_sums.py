@@ -88,7 +88,7 @@ class InputGatherer:
             if self.gated:
                 given = given * routing.gates[rows].unsqueeze(1)
             if self._tokens is not None:
-                given = given[self._tokens.to(given.device)[routing.order[rows] // routing.per_token]]
+                given = given[self._tokens.to(given.device)[routing.tokens[rows]]]
             sums[expert] = self.sum_of(given)
         return sums.flatten()
 

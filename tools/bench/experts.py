@@ -70,13 +70,13 @@ def _measured(stack: PSTExpertStack, tokens: int, repeats: int) -> dict[str, flo
         return stack.gradients(x, grad_y, routing, True, need_x=True, need_weight=False)
 
     def dense() -> Tensor:
-        return torch.cat([x[routing.order[rows]] @ trained[expert].t() for expert, rows in routing.runs()])
+        return torch.cat([x[routing.tokens[rows]] @ trained[expert].t() for expert, rows in routing.runs()])
 
     def dense_backward() -> object:
         grad_x, grad = torch.empty_like(x), torch.zeros_like(trained)
         for expert, rows in routing.runs():
-            torch.mm(grad_y[rows].t(), x[routing.order[rows]], out=grad[expert])
-            grad_x[routing.order[rows]] = grad_y[rows] @ trained[expert]
+            torch.mm(grad_y[rows].t(), x[routing.tokens[rows]], out=grad[expert])
+            grad_x[routing.tokens[rows]] = grad_y[rows] @ trained[expert]
         return grad_x, grad
 
     runs: dict[str, Callable[[], object]] = {

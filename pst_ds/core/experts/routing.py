@@ -15,6 +15,8 @@ class Routing(NamedTuple):
 
     order: Tensor
     """(N*k,) int64: the numbers of the pairs, which count the k experts of one token after the other, by expert."""
+    tokens: Tensor
+    """(N*k,) int64: the token of each of them."""
     experts: Tensor
     """(N*k,) int64: the expert of each of them, rising."""
     gates: Tensor
@@ -32,7 +34,7 @@ class Routing(NamedTuple):
         """
         experts, order = torch.sort(index.reshape(-1), stable=True)
         counts = torch.bincount(experts, minlength=num_experts).tolist()
-        return cls(order, experts, gates.detach().reshape(-1)[order], counts, index.shape[-1])
+        return cls._sorted(order, experts, gates, counts, index.shape[-1])
 
     @classmethod
     def even(cls, index: Tensor, gates: Tensor, num_experts: int) -> Routing:
@@ -40,7 +42,11 @@ class Routing(NamedTuple):
         experts, order = torch.sort(index.reshape(-1), stable=True)
         borders = [expert * len(order) // num_experts for expert in range(num_experts + 1)]
         counts = [stop - start for start, stop in pairwise(borders)]
-        return cls(order, experts, gates.detach().reshape(-1)[order], counts, index.shape[-1])
+        return cls._sorted(order, experts, gates, counts, index.shape[-1])
+
+    @classmethod
+    def _sorted(cls, order: Tensor, experts: Tensor, gates: Tensor, counts: list[int], per_token: int) -> Routing:
+        return cls(order, order // per_token, experts, gates.detach().reshape(-1)[order], counts, per_token)
 
     def runs(self) -> Iterator[tuple[int, slice]]:
         """Each expert that got tokens, and the rows of its pairs."""
@@ -52,7 +58,7 @@ class Routing(NamedTuple):
 
     def rows_of(self, x: Tensor, rows: slice, by_token: bool) -> Tensor:
         """Rows of ``x``, which is (N, width) ``by_token``, or (N*k, width) in the order of the experts."""
-        return x[self.order[rows] // self.per_token] if by_token else x[rows]
+        return x[self.tokens[rows]] if by_token else x[rows]
 
     def summed(self, values: Tensor) -> Tensor:
         """Sum what belongs to the k experts of a token: (N*k, width) in the order of the experts to (N, width).
