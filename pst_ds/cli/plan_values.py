@@ -1,5 +1,7 @@
 """A plan as JSON values."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
