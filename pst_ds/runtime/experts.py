@@ -86,20 +86,23 @@ class SparseExperts(SparseLinear):
 
     def product(self, expert: int, x: Tensor) -> Tensor:
         """Return x W' of one expert: (n, I) to (n, O)."""
-        parts, form = self.expert_parts(expert), self.format
-        if x.requires_grad and torch.is_grad_enabled():
+        form, rows = self.format, self.rows_of_expert
+        needs_gradient = x.requires_grad and torch.is_grad_enabled()
+        offsets = self.expert_offsets[expert * rows : (expert + 1) * rows]
+        if not needs_gradient and form.name in ("bitmask", "2:4"):  # slices alone: a token's product is short
+            start, stop = self._starts[expert : expert + 2]
+            values = getattr(self, form.values_name).view(-1)[start:stop]
+            return ops.bitmask_linear(x, values, self.bitmask[expert * rows : (expert + 1) * rows], offsets, None)
+        parts = self.expert_parts(expert)
+        if needs_gradient:
             dense = form.unpack(parts, self.dtype if self.is_quantized else None)
             return ops.dense_linear(x, dense.to(x.device), None)
-        rows = self.rows_of_expert
-        offsets = self.expert_offsets[expert * rows : (expert + 1) * rows]
         if isinstance(form, QuantizedFormat):
             bits = None if form.packing == DENSE else parts["bitmask"]
             return ops.quantized_linear(x, parts["codes"], parts["scales"], bits, offsets, None, form.packing)
-        if form.name == "csr":
-            start, stop = self._starts[expert : expert + 2]
-            columns, values = self.csr_columns[start:stop], self.csr_values[start:stop]
-            return ops.csr_linear(x, parts["crow_indices"].to(columns.dtype), columns, values, None)
-        return ops.bitmask_linear(x, parts[form.values_name].reshape(-1), parts["bitmask"], offsets, None)
+        start, stop = self._starts[expert : expert + 2]
+        columns, values = self.csr_columns[start:stop], self.csr_values[start:stop]
+        return ops.csr_linear(x, parts["crow_indices"].to(columns.dtype), columns, values, None)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, {self.in_features}, {self.rows_of_expert}, {self.format.name}"

@@ -208,7 +208,7 @@ def test_wrong_input_is_one_message(capsys, tmp_path):
     assert "model.layers.0.mlp.down_proj: pattern 4:8 needs in_features divisible by 8, got 60" in said(
         "--pattern", "4:8"
     )
-    assert 'pattern "global" ranks the weights of all layers' in said("--pattern", "global", method="magnitude")
+    assert 'pattern "global" ranks the weights of several matrices' in said("--pattern", "global", method="magnitude")
     assert "SparseGPT prunes by matrix, row or N:M" in said("--pattern", "2x2", method="sparsegpt")
     assert "sequences, fewer than --samples 99999; lower it, or data.max_length = 32" in said("--samples", "99999")
     assert "does not exist (looked in" in said("--set", "model.path=nowhere/at/all", method="magnitude")

@@ -27,7 +27,9 @@ def _routed(dtype=torch.float32):
     """Two experts for each token; the last has none."""
     generator = torch.Generator().manual_seed(2)
     index = torch.stack([torch.randperm(EXPERTS - 1, generator=generator)[:2] for _ in range(TOKENS)])
-    return torch.randn(TOKENS, INPUTS, generator=generator).to(dtype), Routing.of(index, EXPERTS)
+    return torch.randn(TOKENS, INPUTS, generator=generator).to(dtype), Routing.of(
+        index, torch.ones(index.shape), EXPERTS
+    )
 
 
 def _expected(stack, x, routing, *, by_token):

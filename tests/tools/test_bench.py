@@ -15,6 +15,7 @@ from pst_ds.core.bits import unpack_range
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from tools.bench.baselines import MovementPruning, PlainPST, replace_linears
+from tools.bench.expert_masks import exchanged
 from tools.bench.mask_update import PICKS, MaskUpdates, gathered_update, growth, share_at
 from tools.bench.mask_update import ratios as update_ratios
 from tools.bench.ranks import Ranks
@@ -245,3 +246,17 @@ def test_a_rank_that_is_gone_is_reported():
         gone._processes[0].join()
         with pytest.raises(RuntimeError, match="rank 0: the process ended"):
             gone.call("get", "key")
+
+
+@pytest.mark.launcher
+def test_benchmarks_of_experts_print_their_objects():
+    shape = ["--experts", "8", "--repeats", "1"]
+    masks = run_script("expert_masks", *shape, "--outputs", "6", "--inputs", "16", "--ranks", "3")
+    assert set(masks["ns_per_weight"]) == {"experts", "one_matrix"}
+    packed = run_script("packed_experts", *shape, "--chosen", "2", "--hidden", "32", "--inner", "16")
+    assert [row["bar"] for row in packed["rows"]] == [2.5, 3.3]
+
+
+def test_what_selection_exchanges_counts_the_matrices_that_borders_cut():
+    assert exchanged(128, 768 * 2048, 8) == 8 * 128  # borders lie between experts
+    assert exchanged(128, 768 * 2048, 3) - 8 * 128 == 2 * (4 * 24576 + 8 * (4 + 3 * 2048 + 3))
