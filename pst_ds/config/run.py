@@ -324,9 +324,10 @@ class RunConfig:
             return self.train.num_steps
         return max(1, round(self.train.num_epochs * (num_examples // self.train.batch_size)))
 
-    def with_rates(self, *, width: int, num_steps: int) -> RunConfig:
+    def with_rates(self, *, width: int, num_steps: int, num_examples: int) -> RunConfig:
         """Return the run with a number for every learning rate, for a model of hidden size ``width``."""
-        default = default_learning_rates(width=width, num_steps=num_steps)
+        epochs = num_steps * self.train.batch_size / num_examples
+        default = default_learning_rates(width=width, num_steps=num_steps, epochs=epochs)
         multiplies = self.mask_method.pst_config(self.pst).multiplicative_update
         rates = {
             "score_learning_rate": default.scores,

@@ -212,6 +212,10 @@ STEPS_POWER = 1 / 3
 """Rates fall with this power of the steps, as was found for pretraining with AdamW (arXiv 2409.19913: 0.32)."""
 _LEAST, _MOST = 0.25, 1.5
 """Bounds of the factor for the length."""
+_EPOCHS_POWER = 3.0
+"""The embeddings' rate falls with this power of the passes over the data, once there is more than one: rows of rare
+words learn by heart the few texts that have them. Films were no worse for 4e-3 after 1.04 passes, and were after 2.15,
+where 4e-4 is better (docs/tuning-log.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,7 +230,7 @@ class LearningRates:
     multiplicative: float = 3e-2
     """For U and V of a multiplicative update, SPP's."""
     embeddings: float = 4e-3
-    """For U and V of embeddings."""
+    """For U and V of embeddings, in one pass over the data."""
     head: float = 2e-3
     """For the modules trained in full."""
     everything: float = 3e-4
@@ -236,14 +240,16 @@ class LearningRates:
 _MEASURED = LearningRates()
 
 
-def default_learning_rates(*, width: int, num_steps: int) -> LearningRates:
-    """Return the rates for a model of hidden size ``width``, trained for ``num_steps`` optimizer steps.
+def default_learning_rates(*, width: int, num_steps: int, epochs: float = 1.0) -> LearningRates:
+    """Return the rates for a model of hidden size ``width``, trained for ``num_steps`` optimizer steps that pass
+    ``epochs`` times over the data.
 
     Adam moves a parameter by its rate at every step, so the way that it can go in a run grows with rate and steps; the
     rates fall with the cube root of the steps. A sum over ``width`` inputs that all move alike grows with the width;
-    all rates but that of the scores fall with it.
+    all rates but that of the scores fall with it. That of the embeddings falls with the passes after the first, too.
     """
     length = min(max((USUAL_STEPS / num_steps) ** STEPS_POWER, _LEAST), _MOST)
     narrower = min(1.0, _WIDTH / width)
     factors = {field.name: length * (1.0 if field.name == "scores" else narrower) for field in fields(LearningRates)}
+    factors["embeddings"] *= max(1.0, epochs) ** -_EPOCHS_POWER
     return LearningRates(**{name: getattr(_MEASURED, name) * factor for name, factor in factors.items()})

@@ -29,6 +29,7 @@ def pst_parameter_groups(
     head_learning_rate: float | None = None,
     betas: tuple[float, float] = (_DEFAULTS.adam_beta1, _DEFAULTS.adam_beta2),
     num_steps: int = USUAL_STEPS,
+    epochs: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Sort the trained parameters of ``model`` into AdamW's groups; none is empty or has weight decay.
 
@@ -40,12 +41,12 @@ def pst_parameter_groups(
         embedding_learning_rate: of the group "embeddings": U and V of embeddings.
         head_learning_rate: of the group "head": all that is trained in full.
         betas: Adam's two, of all groups. The default is the run file's.
-        num_steps: optimizer steps of the run, for rates that are None.
+        num_steps: optimizer steps of the run, for rates that are None; like ``epochs``, its passes over the data.
 
     Returns:
         Groups for ``torch.optim.AdamW``, each with "name", "lr" and "peak_lr" (what a warmup goes up to).
     """
-    default = default_learning_rates(width=model_width(model), num_steps=num_steps)
+    default = default_learning_rates(width=model_width(model), num_steps=num_steps, epochs=epochs)
     whole = all(param.requires_grad for param in model.parameters() if param.dtype.is_floating_point)
     head = default.everything if whole else default.head
     multiplies = any(layer.constants.multiplicative for layer in pst_layers(model).values())

@@ -202,7 +202,7 @@ def train_run(
     examples, validation = splits or load_splits(prepared)
     num_steps = prepared.run.num_steps(len(examples))
     prepared.task.require_enough(examples, num_steps * prepared.run.train.batch_size)
-    run = prepared.run.with_rates(width=prepared.width, num_steps=num_steps)
+    run = prepared.run.with_rates(width=prepared.width, num_steps=num_steps, num_examples=len(examples))
     prepared, folder = replace(prepared, run=run), Path(run.output_dir)
     dense = raise_on_all_ranks(lambda: _dense_run(run, examples.digest))
     schedule, rounding = run.make_schedule(num_steps), run.make_rounding(num_steps)

@@ -129,7 +129,9 @@ def train_users(
     """
     rows = raise_on_all_ranks(lambda: read_by_user(prepared.run.data, "train", column))
     chosen, few = raise_on_all_ranks(lambda: choice.of(rows))
-    run = prepared.run.with_rates(width=prepared.width, num_steps=_usual_steps(prepared.run, rows, chosen))
+    run, steps = prepared.run, _usual_steps(prepared.run, rows, chosen)
+    seen = steps * run.train.batch_size  # in one pass: embeddings, whose rate falls with more, are nobody's own
+    run = run.with_rates(width=prepared.width, num_steps=steps, num_examples=seen)
     prepared = replace(prepared, run=run)
     model = PersonalModel(prepared, checkpoint, part)
     store = raise_on_all_ranks(lambda: UserStore.create(folder, model.common) if is_main() else None)

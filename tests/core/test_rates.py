@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,10 +33,22 @@ def test_neither_width_nor_steps_ever_raise_a_rate(width, steps, more_width, mor
         assert 0.0 < getattr(lower, name) <= getattr(rates, name)
 
 
+def test_passes_over_the_data_after_the_first_slow_the_embeddings_alone():
+    once, part, thrice = (default_learning_rates(width=384, num_steps=600, epochs=e) for e in (1.0, 0.2, 3.0))
+    assert once == part == LearningRates()
+    assert thrice == replace(once, embeddings=pytest.approx(once.embeddings / 27))
+    run = RunConfig(
+        output_dir="o", model=ModelConfig(path="m"), data=DataConfig(train="t"), train=TrainConfig(num_steps=600)
+    )
+    twice = run.with_rates(width=384, num_steps=600, num_examples=300 * train.batch_size).train
+    assert twice.embedding_learning_rate == pytest.approx(LearningRates().embeddings / 8)
+    assert twice.update_learning_rate == LearningRates().updates
+
+
 def test_a_run_keeps_the_rates_that_it_names():
     train = TrainConfig(num_steps=600, head_learning_rate=0.0)
     run = RunConfig(output_dir="o", model=ModelConfig(path="m"), data=DataConfig(train="t"), train=train)
-    chosen = run.with_rates(width=384, num_steps=600).train
+    chosen = run.with_rates(width=384, num_steps=600, num_examples=10**6).train
     assert (chosen.head_learning_rate, chosen.update_learning_rate) == (0.0, LearningRates().updates)
 
 
@@ -45,4 +59,4 @@ def test_a_run_keeps_the_rates_that_it_names():
 def test_a_method_may_have_rates_of_its_own(method, setting, rate):
     train = TrainConfig(num_steps=600)
     run = RunConfig(output_dir="o", method=method, model=ModelConfig(path="m"), data=DataConfig(train="t"), train=train)
-    assert getattr(run.with_rates(width=384, num_steps=600).train, setting) == pytest.approx(rate)
+    assert getattr(run.with_rates(width=384, num_steps=600, num_examples=10**6).train, setting) == pytest.approx(rate)
