@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.checkpoint.restore import load_into
-from pst_ds.config.pst import name_matches
+from pst_ds.config.pst import PSTConfig, name_matches
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.inject import configured_parameters, freeze_scores, pst_layers
@@ -126,8 +126,7 @@ def _make_personal(module: nn.Module, run: RunConfig, part: PersonalPart) -> dic
             f"{' and more' if len(layers) > 6 else ''}"
         )
     config = run.mask_method.pst_config(run.seeded_pst)
-    heads = {param for saved in modules_named_to_save(module, config).values() for param in saved.parameters()}
-    trained = configured_parameters(module, config) & heads
+    trained = configured_parameters(module, config) & _head_parameters(module, config)
     for param in module.parameters():
         param.requires_grad_(False)
     personal: dict[str, nn.Parameter] = {}
@@ -152,6 +151,14 @@ def _make_personal(module: nn.Module, run: RunConfig, part: PersonalPart) -> dic
     for param in personal.values():
         param.requires_grad_(True)
     return personal
+
+
+def _head_parameters(module: nn.Module, config: PSTConfig) -> set[nn.Parameter]:
+    """Return the parameters of the layers that give the classes; where there is none, of what is trained in full."""
+    saved = modules_named_to_save(module, config).values()
+    classes = getattr(module.config, "num_labels", 0)
+    outputs = [part for head in saved for part in head.modules() if getattr(part, "out_features", None) == classes]
+    return {param for part in outputs or saved for param in part.parameters()}
 
 
 def _no_updates(run: RunConfig) -> str:

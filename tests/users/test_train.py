@@ -14,7 +14,7 @@ from pst_ds.users.store import UserStore
 
 SETTINGS = {
     "deepspeed_config": "", "train.num_steps": 6, "schedule.update_interval": 1, "train.precision": "fp32",
-    "model.dropout": 0.1, "pst.modules_to_save": ["classifier"],
+    "model.dropout": 0.1,
 }  # fmt: skip
 
 
