@@ -40,7 +40,7 @@ def test_passes_over_the_data_after_the_first_slow_the_embeddings_alone():
     run = RunConfig(
         output_dir="o", model=ModelConfig(path="m"), data=DataConfig(train="t"), train=TrainConfig(num_steps=600)
     )
-    twice = run.with_rates(width=384, num_steps=600, num_examples=300 * train.batch_size).train
+    twice = run.with_rates(width=384, num_steps=600, num_examples=300 * run.train.batch_size).train
     assert twice.embedding_learning_rate == pytest.approx(LearningRates().embeddings / 8)
     assert twice.update_learning_rate == LearningRates().updates
 

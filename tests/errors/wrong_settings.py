@@ -49,7 +49,7 @@ SETTINGS = {
     "an unknown precision": Wrong(
         setting("train.precision=fp16"), "train.precision", "'fp16'", "one of 'bf16', 'fp32'"
     ),
-    "an unknown pattern": Wrong(setting("pst.pattern=rows"), "pst.pattern", "'rows'", 'there are "matrix", "global"'),
+    "an unknown pattern": Wrong(setting("pst.pattern=rows"), "pst.pattern", "'rows'", 'there are "matrix", "stack"'),
     "an unknown preset": Wrong(setting("pst.preset=papr"), "pst.preset", "'papr'", "one of default, paper"),
     "an unknown data preset": Wrong(setting("data.preset=glue/sst3"), "data.preset", "'glue/sst3'", "sst2"),
     "a sparsity above 1": Wrong(

@@ -29,19 +29,16 @@ BARS = {0.5: 2.5, 0.8: 3.3}
 def main() -> None:
     arguments = _parser().parse_args()
     torch.set_num_threads(1)
-    result = {
-        "benchmark": "packed_experts",
-        "conditions": conditions(
-            dtype="bfloat16", experts=arguments.experts, chosen=arguments.chosen, hidden=arguments.hidden,
-            inner=arguments.inner, tokens=arguments.tokens, repeats=arguments.repeats,
-        ),
-        "rows": [measure(arguments, sparsity) for sparsity in arguments.sparsity],
-    }  # fmt: skip
+    about = conditions(
+        dtype="bfloat16", experts=arguments.experts, chosen=arguments.chosen, hidden=arguments.hidden,
+        inner=arguments.inner, tokens=arguments.tokens, repeats=arguments.repeats,
+    )  # fmt: skip
+    rows = [measure(arguments, sparsity) for sparsity in arguments.sparsity]
     if arguments.json:
-        print_json(result)
+        print_json({"benchmark": "packed_experts", "conditions": about, "rows": rows})
         return
-    print(result["conditions"]["hardware"])
-    for row in result["rows"]:
+    print(about["hardware"])
+    for row in rows:
         print(rounded(row))
 
 
