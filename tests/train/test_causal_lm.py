@@ -230,10 +230,11 @@ def test_every_token_of_a_batch_is_counted_and_the_loss_is_its_mean(tmp_path):
     micro_batches, tokens = next(loop_module._batches(loop, 0))
     assert tokens == 2 * 6 * 32
     assert len(micro_batches) == 2
-    predicted = [int((batch["labels"][:, 1:] != -100).sum()) for batch, _ in micro_batches]
-    for (batch, share), count in zip(micro_batches, predicted, strict=True):
+    predicted = [int((batch["labels"][:, 1:] != -100).sum()) for batch in (one.inputs for one in micro_batches)]
+    for one, count in zip(micro_batches, predicted, strict=True):
+        batch = one.inputs
         assert batch["input_ids"].shape == (6, 32)
-        assert share == pytest.approx(count / (sum(predicted) / 2))
+        assert one.share == pytest.approx(count / (sum(predicted) / 2))
         with torch.no_grad():
             output = engine(**batch)
         sums = prepared.task.outcomes(output.logits, batch)
@@ -244,7 +245,8 @@ def test_padding_is_not_counted_among_tokens(tmp_path):
     run = load_run("tests/data/world_size.toml", ["deepspeed_config=", f"output_dir={tmp_path}"])
     prepared = prepare(run, LaunchEnvironment(0, 1, 0))
     loop = loop_module.Loop(run, None, None, prepared.load("train"), prepared.tokenizer, 6, "cpu", None, None)
-    ((batch, _),), tokens = next(loop_module._batches(loop, 0))
+    (one,), tokens = next(loop_module._batches(loop, 0))
+    batch = one.inputs
     assert tokens == int(batch["attention_mask"].sum()) < batch["input_ids"].numel()
 
 

@@ -17,8 +17,8 @@ from pst_ds.errors import InputError
 from pst_ds.parallel.optimizer_state import KINDS
 from tools.verbs import verb
 
-TIMES = ("seconds", "tokens_per_second", "data_wait", "peak_memory_bytes")
-"""What no two runs have alike."""
+_TIMES = ("seconds", "tokens_per_second", "time/", "data_wait", "peak_memory_bytes")
+"""What no two runs have alike begins so."""
 _SAVES = ("checkpoint", "checkpoint_failed")
 """Events of metrics.jsonl."""
 
@@ -55,7 +55,8 @@ def set_aside(run: Path) -> list[str]:
 
 def metric_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file without times; those that tell of a save are written when it ends, so left out."""
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in _lines(path) if line["event"] not in _SAVES]
+    lines = [line for line in _lines(path) if line["event"] not in _SAVES]
+    return [{k: v for k, v in line.items() if not k.startswith(_TIMES)} for line in lines]
 
 
 def false_failures(run: Path) -> list[int]:
