@@ -160,14 +160,14 @@ def _train_to(folder, degree, last, settings):
     from pst_ds.train import loop
     from pst_ds.train.run import StoppedError
 
-    update = loop._agree_on_batch
+    update = loop.Loop._agree_on_batch
 
-    def agree(state, losses):
+    def agree(own, state, *batch):
         if state.step == last - 1 and last < 9:
             stop_signals._asked_by = 15
-        return update(state, losses)
+        return update(own, state, *batch)
 
-    loop._agree_on_batch = agree
+    loop.Loop._agree_on_batch = agree
     try:
         _train(folder, degree, *settings, resume=True)
     except StoppedError:
