@@ -84,7 +84,9 @@ def test_five_launches_a_matrix_and_some_for_all(kernels_on_device, monkeypatch)
         model = module_to_device(mid_ramp(dtype=torch.float32))
         layers = pst_layers(model).values()
         for layer in layers:
-            bracket.sample_positions(layer.layout.numel, DEVICE)  # kept from one update to the next
+            bracket.sample_positions(
+                layer.layout.numel, bracket.sample_size(layer.layout.numel), DEVICE
+            )  # kept from one update to the next
         before = counts.launches
         update_masks(model, 0.5)
         launches = counts.launches - before
