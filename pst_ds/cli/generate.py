@@ -252,18 +252,18 @@ def _write_natively(
     import torch
     from transformers import GenerationConfig, TextStreamer
 
+    from pst_ds.data.generation import end_tokens
     from pst_ds.decoder import Sampling as NativeSampling
 
     try:
         own = GenerationConfig.from_pretrained(folder.path, local_files_only=True)
     except OSError:
         own = GenerationConfig.from_model_config(folder.config)
-    end = [own.eos_token_id] if isinstance(own.eos_token_id, int) else list(own.eos_token_id or ())
     how = NativeSampling(float(sampling.get("temperature", 0.0)), top_p=float(sampling.get("top_p", 1.0)))
     stopwatch = _Stopwatch(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     stopwatch.put(inputs["input_ids"])
     new = []
-    for token in decoder.stream(inputs["input_ids"][0], new_tokens, sampling=how, end=end, seed=seed):
+    for token in decoder.stream(inputs["input_ids"][0], new_tokens, sampling=how, end=end_tokens(own), seed=seed):
         new.append(token)
         stopwatch.put(torch.tensor([token]))
     stopwatch.end()

@@ -11,7 +11,6 @@ from pst_ds.cli.main import count
 from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
-    from pst_ds.hf.model_folder import ModelFolder
     from pst_ds.serve.app import Service
 
 KEYS = "PST_DS_API_KEYS"
@@ -59,6 +58,7 @@ def _service(args: argparse.Namespace) -> Service:
     import torch
 
     from pst_ds.data.conversations import read_template
+    from pst_ds.data.generation import end_tokens
     from pst_ds.data.model_limits import positions_of
     from pst_ds.hf.model_folder import open_model_folder
     from pst_ds.parallel.launch import LaunchEnvironment, device_of
@@ -81,7 +81,9 @@ def _service(args: argparse.Namespace) -> Service:
     model = folder.load(args.load_as, args.dtype, device_of(LaunchEnvironment(0, 1, 0)))
     quicken_output_layer(model)
     users = None if store is None else ServedUsers(model, folder.path, store)
-    ends = _ends(model, tokenizer)
+    ends = end_tokens(model.generation_config)
+    if not ends and tokenizer.eos_token_id is not None:
+        ends = [tokenizer.eos_token_id]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     batches = Batches(
         model, pad=pad, ends=ends, users=users, most_in_batch=args.max_batch, most_waiting=args.max_waiting
@@ -91,14 +93,4 @@ def _service(args: argparse.Namespace) -> Service:
         positions=positions_of(folder.config),
     )  # fmt: skip
     keys = tuple(key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip())
-    return Service(args.name or _name(folder), batches, tokenizer, limits, store, keys)
-
-
-def _ends(model: Any, tokenizer: Any) -> list[int]:
-    own = model.generation_config.eos_token_id
-    ends = [own] if isinstance(own, int) else list(own or ())
-    return ends or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
-
-
-def _name(folder: ModelFolder) -> str:
-    return folder.path.resolve().name
+    return Service(args.name or folder.path.resolve().name, batches, tokenizer, limits, store, keys)

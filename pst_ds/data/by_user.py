@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pst_ds.config.run import ConfigError, DataConfig
-from pst_ds.data.dataset import given_rows, read_rows
+from pst_ds.data.dataset import DataInMemory, read_rows
 from pst_ds.data.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class RowsByUser:
 
     def load(self, task: Task[Any], user: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Any:
         """Return the task's examples of a user. Nothing of them is cached on disk. Raises ConfigError."""
-        with given_rows(self.rows.select(self.places[user])):
-            return task.load(self.data, self.split, tokenizer, labels)
+        own = DataInMemory.of(self.data, self.rows.select(self.places[user]))
+        return task.load(own, self.split, tokenizer, labels)
 
 
 def read_by_user(data: DataConfig, split: str, column: str) -> RowsByUser:

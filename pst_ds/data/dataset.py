@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,22 @@ if TYPE_CHECKING:
 
 _TSV = ".tsv"
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", _TSV: "csv", ".parquet": "parquet", ".txt": "text"}
-_GIVEN: ContextVar[Dataset | None] = ContextVar("given rows", default=None)
 _QUOTED, _QUOTED_INSIDE = r'^"([^"]|"")*"$', r'^"([^"]|"")*""([^"]|"")*"$'
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataInMemory(DataConfig):
+    """Settings of a split whose ``rows`` are given: some of those that :func:`read_rows` returned for it before."""
+
+    rows: Dataset
+
+    @classmethod
+    def of(cls, data: DataConfig, rows: Dataset) -> DataInMemory:
+        """Return ``data`` with ``rows``."""
+        return cls(**{field.name: getattr(data, field.name) for field in fields(data)}, rows=rows)
+
+    def __post_init__(self) -> None:
+        """Nothing: the settings were checked where they were read."""
 
 
 def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, nested: bool = False) -> Dataset:
@@ -38,9 +51,8 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
     where = getattr(data, split)
     if not where:
         raise ConfigError(f"data.{split} is not set; name a file, or a split of data.dataset")
-    given = given_now()
-    if given is not None:
-        rows = given
+    if isinstance(data, DataInMemory):
+        rows = data.rows
     else:
         rows = _read_from_hub(data, where) if data.dataset else _read_local(where, split, data.sample_by)
     if not data.dataset and Path(where).suffix.lower() == _TSV:
@@ -58,25 +70,10 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
             )
     if not len(rows):
         raise ConfigError(f"data.{split} = {where!r} has no examples; give it a row for each")
-    if split == "test" and data.test_rows and given is None:
+    if split == "test" and data.test_rows and not isinstance(data, DataInMemory):
         column, wanted = data.test_rows
         rows = _rows_with(rows, column, wanted, where)
     return rows
-
-
-@contextmanager
-def given_rows(rows: Dataset) -> Iterator[None]:
-    """Inside, :func:`read_rows` returns ``rows``, which are some of those that it returned for a split before."""
-    token = _GIVEN.set(rows)
-    try:
-        yield
-    finally:
-        _GIVEN.reset(token)
-
-
-def given_now() -> Dataset | None:
-    """Return the rows of :func:`given_rows`; None outside of it."""
-    return _GIVEN.get()
 
 
 def values_of(rows: Dataset, column: str) -> Iterable[object]:

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
+def end_tokens(own: GenerationConfig) -> list[int]:
+    """Return the tokens that end a text by a model's generation config, which has one, several or none."""
+    found = own.eos_token_id
+    return [found] if isinstance(found, int) else list(found or ())
+
+
 @torch.inference_mode()
 def write_texts(
     model: Any,

@@ -201,7 +201,7 @@ def pst_layers(model: nn.Module) -> dict[str, PSTLayer]:
 def plain_name(name: str, layer: PSTLayer) -> str:
     """Name that the weight of the PST layer ``name`` has in the model it was injected into, with its
     ``weight_shape``."""
-    return name if layer.layout.num_experts > 1 else f"{name}.weight"
+    return name if isinstance(layer, PSTExpertStack) else f"{name}.weight"
 
 
 def layers_never_called(model: nn.Module) -> list[str]:

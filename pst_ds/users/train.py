@@ -101,7 +101,7 @@ def run_of_users(run: RunConfig, how: UserTraining, **files: str) -> RunConfig:
         run = replace(run, data=replace(run.data, dataset="", sources=sources, **files))  # type: ignore[arg-type]
     train = replace(
         run.train, num_steps=0, num_epochs=how.epochs, batch_size=how.batch_size, gradient_accumulation_steps=1,
-        sequence_parallel=1, log_interval=_NEVER, score_penalty=run.train.score_penalty,
+        sequence_parallel=1, log_interval=_NEVER,
     )  # fmt: skip
     rates = {name: getattr(how, name) for name in ("update_learning_rate", "head_learning_rate")}
     train = replace(train, **{name: rate for name, rate in rates.items() if rate is not None})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pst_ds.config.data import DataConfig, DataSource
 from pst_ds.config.run import ConfigError
-from pst_ds.data.dataset import given_now, read_rows, text_column
+from pst_ds.data.dataset import DataInMemory, read_rows, text_column
 from pst_ds.data.preparation.pieces import COMPRESSIONS, Reading
 from pst_ds.data.preparation.prepare import plan_store, write_pieces
 from pst_ds.data.tokens.cache import cached_store, cached_tokens, hash_of_file, hash_of_texts
@@ -42,7 +42,8 @@ def load_sequences(data: DataConfig, split: str, tokenizer: Tokenizer) -> Sequen
 
 def _cut(data: DataConfig, split: str, stream: TokenStream, where: str) -> Sequences:
     trains = split == "train"
-    length = data.max_length if given_now() is None else min(data.max_length, max(2, len(stream)))  # one user's text
+    is_given = isinstance(data, DataInMemory)  # one user's, who may have written less than a sequence
+    length = min(data.max_length, max(2, len(stream))) if is_given else data.max_length
     sequences = Sequences.of(stream, length, trains=trains, apart=data.document_mask)
     if not len(sequences):
         needed = f"one sequence of data.max_length = {data.max_length}" if trains else "2, a token to predict"
@@ -67,7 +68,8 @@ def _stream_of_source(data: DataConfig, source: DataSource, tokenizer: Tokenizer
 
 def _stream_of_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream:
     column, where, count = data.text_columns[0], getattr(data, split), split != "train"
-    if given_now() is None and not data.dataset and where:
+    is_given = isinstance(data, DataInMemory)
+    if not is_given and not data.dataset and where:
         if is_token_source(Path(where)):
             return open_tokens(Path(where), identity_of(tokenizer))
         if _is_several(where):
@@ -78,7 +80,7 @@ def _stream_of_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> Toke
         for start in range(0, len(rows), _ROWS_AT_A_TIME):
             yield text_column(rows[start : start + _ROWS_AT_A_TIME][column], column, where, first_row=start)
 
-    if given_now() is not None:
+    if is_given:
         found = [text for batch in texts() for text in batch]
         return stream_of_documents(tokenize(found, tokenizer, count=count))
     is_file = not data.dataset and Path(where).is_file()
