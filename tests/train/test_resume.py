@@ -356,10 +356,11 @@ def test_another_run_is_not_taken_for_this_one(stopped, tmp_path, setting, said)
 def test_the_seed_that_counts_is_compared_not_where_it_stands(stopped):
     checkpoint = read_checkpoint(stopped / "checkpoints" / "latest")
     state = checkpoint.state
+    num_examples = len(Path("tests/data/train.jsonl").read_text().splitlines())
 
     def changes(*overrides):
         run = load_run("tests/data/world_size.toml", _settings(stopped, "local", *overrides))
-        run = run.with_rates(width=32, num_steps=run.train.num_steps, num_examples=10**6)
+        run = run.with_rates(width=32, num_steps=run.train.num_steps, num_examples=num_examples)
         return require_same_run(checkpoint, run, state.base_fingerprint, state.progress["data_digest"])
 
     assert state.progress["run"]["pst"]["seed"] == 7
