@@ -16,14 +16,14 @@ from pst_ds.core.tiles import MIN_STRIP, TileBudgetError, Tiles, least_tile_byte
 
 NUM_TOKENS, RANK = 16, 2
 LAYOUTS = {
-    "square": WeightLayout(1024, 1024),
+    "square": WeightLayout(640, 640),
     "tall": WeightLayout(2048, 256),
-    "wide": WeightLayout(256, 2048),
-    "odd": WeightLayout(771, 1003),
-    "conv1d": WeightLayout(768, 1024, transposed=True),
-    "conv1d-odd": WeightLayout(1003, 771, transposed=True),
-    "fused": WeightLayout(3 * 256, 1024, num_matrices=3),
-    "conv1d-fused": WeightLayout(3 * 512, 512, transposed=True, num_matrices=3),
+    "wide": WeightLayout(256, 1536),
+    "odd": WeightLayout(571, 703),
+    "conv1d": WeightLayout(512, 768, transposed=True),
+    "conv1d-odd": WeightLayout(703, 571, transposed=True),
+    "fused": WeightLayout(3 * 192, 768, num_matrices=3),
+    "conv1d-fused": WeightLayout(3 * 384, 384, transposed=True, num_matrices=3),
 }
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
 
