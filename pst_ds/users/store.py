@@ -25,8 +25,8 @@ from torch import Tensor
 from pst_ds import __version__
 from pst_ds.atomic_files import require_writable, write_bytes_atomic, write_text_atomic
 from pst_ds.checkpoint.restore import same_base
-from pst_ds.data.tokens.locks import only_writer
 from pst_ds.errors import InputError
+from pst_ds.parallel.file_locks import only_writer
 
 INDEX, STATES = "index.json", "states"
 FORMAT = 1

@@ -19,11 +19,11 @@ from pst_ds.data.preparation.pieces import Piece, Reading, find_pieces
 from pst_ds.data.preparation.readers import texts_of
 from pst_ds.data.preparation.workers import run_tasks
 from pst_ds.data.tokens.identity import TokenizerIdentity, identity_of
-from pst_ds.data.tokens.locks import only_writer
 from pst_ds.data.tokens.manifest import BYTES, LEARNED, MANIFEST, Manifest, read_manifest
 from pst_ds.data.tokens.tokenize import tokenize
 from pst_ds.data.tokens.writer import ShardWriter, clean_up, finish_store, finished_shard
 from pst_ds.errors import InputError
+from pst_ds.parallel.file_locks import only_writer
 from pst_ds.progress import Progress
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from pst_ds.atomic_files import atomic_folder, file_sha256, require_writable
 from pst_ds.config.run import ConfigError
 from pst_ds.data.tokens.identity import TokenizerIdentity, identity_of
-from pst_ds.data.tokens.locks import only_writer
 from pst_ds.data.tokens.manifest import BYTES, VERSION
 from pst_ds.data.tokens.store import TokenStream, is_store, open_store
 from pst_ds.data.tokens.tokenize import tokenize
 from pst_ds.data.tokens.writer import ShardWriter, finish_store
+from pst_ds.parallel.file_locks import only_writer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
