@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from pst_ds.report.outcomes import bench_tables, export_table, find_exports, verification_table
     from pst_ds.report.page import page
     from pst_ds.report.run_data import read_runs
-    from pst_ds.report.tables import checkpoint_table
+    from pst_ds.report.tables import checkpoint_table, straggler_table
     from pst_ds.report.tuning import tuning_tables
 
     runs = read_runs([Path(name) for name in args.runs])
@@ -30,7 +30,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     verified = verification_table([Path(name) for name in args.verified])
     saved = [table for table in (checkpoint_table(runs), export_table(exports, notes), verified) if table]
     speed = list(bench_tables([Path(name) for name in args.bench]))
+    slow = [table for table in (straggler_table(runs),) if table]
     outcomes = [("Tuning", list(tuning_tables(runs))), ("Checkpoints and exports", saved), ("Speed", speed)]
+    outcomes.insert(0, ("Stragglers", slow))
     data = page(runs, exports, outcomes).encode(errors="replace")  # names of folders may be of any bytes
     out = Path(args.out) if args.out else Path(args.runs[0]) / "report.html"
     require_writable(out, f"--out {str(out)!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from pst_ds.monitor.jsonl import lines_until
 
@@ -13,6 +13,8 @@ EVALUATION = "eval/"
 """The names of what evaluations measure begin so."""
 DENSE = "/dense"
 """The names of the losses of a dense run at the same steps end so."""
+STRAGGLER = "straggler"
+"""The event of a rank that the others wait for: rank, host, seconds of a step, those of the median rank."""
 Point = tuple[int, float]
 """A step and a finite value."""
 
@@ -26,6 +28,8 @@ def read_curves(path: Path) -> dict[str, list[Point]]:
         line.pop("seconds", None)
         if event == "step":
             line.pop("flip_rate", None)
+        elif event == STRAGGLER:
+            continue
         for name, value in line.items():
             if is_number(value) and math.isfinite(value):
                 points = curves.setdefault(name, [])
@@ -33,6 +37,11 @@ def read_curves(path: Path) -> dict[str, list[Point]]:
                     points.pop()
                 points.append((step, value))
     return curves
+
+
+def named_stragglers(path: Path) -> list[dict[str, Any]]:
+    """Read the events of ranks that the others waited for."""
+    return [line for line in lines_until(path, sys.maxsize) if line.get("event") == STRAGGLER]
 
 
 def batch_losses(path: Path, until: int = sys.maxsize) -> list[Point]:

@@ -12,13 +12,15 @@ import torch
 from pst_ds.config.file_names import METRICS_FILE
 from pst_ds.masks.layer_stats import LayerStats
 from pst_ds.masks.update import MaskStats
-from pst_ds.monitor.curves import EVALUATION
+from pst_ds.monitor.curves import EVALUATION, STRAGGLER
 from pst_ds.monitor.dense_run import DenseRun
 from pst_ds.monitor.jsonl import JsonLines
 from pst_ds.monitor.layer_log import LayerLog
 from pst_ds.monitor.tensorboard import TensorBoardWriter
 from pst_ds.monitor.trackers import Trackers
 from pst_ds.progress import Progress
+
+_GROUPS = ("checkpoint", STRAGGLER)
 
 
 class MetricsWriter:
@@ -56,12 +58,13 @@ class MetricsWriter:
         return time.monotonic() - self._started
 
     def write(self, step: int, values: Mapping[str, object]) -> None:
-        """One line of metrics.jsonl, and a scalar for every number; those of checkpoints are a group of their own."""
+        """One line of metrics.jsonl, and a scalar for every number; some events are a group of their own."""
         if self._file is None:
             return
         values = {**values, **(self._dense.at(step, values) if self._dense else {})}
         self._file.write({"step": step, "seconds": round(self.seconds, 3), **values})
-        group = "checkpoint/" if values.get("event") == "checkpoint" else ""
+        event = values.get("event")
+        group = f"{event}/" if event in _GROUPS else ""
         numbers = {group + name: value for name, value in values.items() if isinstance(value, int | float)}
         for name, value in numbers.items():
             self._board.scalar(name, value, step)

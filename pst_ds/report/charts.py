@@ -85,6 +85,7 @@ def charts(runs: Sequence[RunData]) -> Iterator[Chart]:
         yield from _chart(runs, f"Evaluation: {name.removeprefix(EVALUATION)}", "", name)
     yield from _learning_rates(runs)
     yield from _chart(runs, "Tokens a second", "all ranks together", "tokens_per_second")
+    yield from _pace(runs)
 
 
 def _names(runs: Sequence[RunData], prefix: str) -> list[str]:
@@ -123,6 +124,17 @@ def _learning_rates(runs: Sequence[RunData]) -> Iterator[Chart]:
         return
     series = [Series(name.removeprefix(LEARNING_RATE), i, runs[0].curves[name]) for i, name in enumerate(names)]
     yield from drawn("Learning rates", "by parameter group", series, _last_step(runs), is_log=True)
+
+
+def _pace(runs: Sequence[RunData]) -> Iterator[Chart]:
+    """Draw how long the slowest rank is busy with a step, and dashed the median rank."""
+    series = []
+    for i, run in enumerate(runs):
+        for name, rank in (("most", "slowest"), ("median", "median")):
+            if points := run.curves.get(f"ranks/{name}_seconds"):
+                label = rank if len(runs) == 1 else f"{run.name}, {rank}"
+                series.append(Series(label, i, points, is_dashed=name == "median"))
+    yield from drawn("Seconds of a step", "a rank's own, without waits", series, _last_step(runs), from_zero=True)
 
 
 def _last_step(runs: Sequence[RunData]) -> int:

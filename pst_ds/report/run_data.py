@@ -12,7 +12,7 @@ from typing import Any
 from pst_ds.config.file_names import BEST, CHECKPOINTS, FINAL, LATEST, LAYERS_FILE, METRICS_FILE, RESULT_FILE, RUN_FILE
 from pst_ds.config.toml import flatten
 from pst_ds.errors import InputError
-from pst_ds.monitor.curves import Point, read_curves
+from pst_ds.monitor.curves import Point, named_stragglers, read_curves
 from pst_ds.report.layer_data import LayerData, read_layers
 
 
@@ -44,6 +44,8 @@ class RunData:
     """By the names of metrics.jsonl, in order of steps."""
     layers: LayerData | None
     checkpoints: list[CheckpointData]
+    stragglers: list[dict[str, Any]]
+    """Ranks that the others waited for, as metrics.jsonl has them."""
 
     @property
     def last_step(self) -> int:
@@ -85,8 +87,9 @@ def _read_run(folder: Path, name: str) -> RunData:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{folder / RUN_FILE} is not TOML: {error}") from None
     result = read_object(folder / RESULT_FILE) if (folder / RESULT_FILE).is_file() else {}
-    curves, layers = read_curves(folder / METRICS_FILE), read_layers(folder / LAYERS_FILE)
-    return RunData(name, folder, run_file, settings, result, curves, layers, list(_checkpoints(folder / CHECKPOINTS)))
+    metrics, checkpoints = folder / METRICS_FILE, list(_checkpoints(folder / CHECKPOINTS))
+    curves, layers, slow = read_curves(metrics), read_layers(folder / LAYERS_FILE), named_stragglers(metrics)
+    return RunData(name, folder, run_file, settings, result, curves, layers, checkpoints, slow)
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -138,3 +138,22 @@ def checkpoint_table(runs: Sequence[RunData]) -> Table | None:
         for run, checkpoint in checkpoints
     ]
     return Table("Checkpoints", ["checkpoint", "links", "step", "sparsity", *metrics, "size"], rows)
+
+
+def straggler_table(runs: Sequence[RunData]) -> Table | None:
+    """Tabulate the ranks that the others waited for, if there were any."""
+    found = [(run, event) for run in runs for event in run.stragglers]
+    if not found:
+        return None
+    rows = [
+        [
+            Cell(str(event.get("host", MISSING)) if len(runs) == 1 else f"{run.name}: {event.get('host', MISSING)}"),
+            *(number(event.get(name), whole) for name in ("rank", "step")),
+            *(number(event.get(name)) for name in ("step_seconds", "median_step_seconds")),
+            number(event.get("memory_bytes"), bytes_text),
+            number(event.get("others"), whole),
+        ]
+        for run, event in found
+    ]
+    head = ["host", "rank", "from step", "its seconds of a step", "the median rank's", "its memory", "more slow ranks"]
+    return Table("Ranks that the others waited for", head, rows)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import random
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from pst_ds.masks.layer_stats import chosen_layers, measure
 from pst_ds.masks.scales import update_scales
 from pst_ds.masks.update import MaskStats
 from pst_ds.masks.updater import SPARSITY_TOLERANCE, update_masks_if_due
+from pst_ds.monitor.curves import STRAGGLER
 from pst_ds.monitor.metrics import MetricsWriter, peak_memory_bytes
 from pst_ds.nn.inject import (
     freeze_scores,
@@ -41,6 +43,7 @@ from pst_ds.train.objective import Objective
 from pst_ds.train.prefetch import Prefetched
 from pst_ds.train.profiling import recording
 from pst_ds.train.step_clock import StepClock
+from pst_ds.train.stragglers import OwnTime, Pace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,9 +87,14 @@ class Loop:
     objective: Objective
     rounding: RoundingSchedule | None = None
     clock: StepClock = field(init=False)
+    own_time: OwnTime = field(init=False)
+    pace: Pace = field(init=False)
 
     def __post_init__(self) -> None:
+        """Collective."""
         object.__setattr__(self, "clock", StepClock(self.device))
+        object.__setattr__(self, "own_time", OwnTime(self.device, self.engine))
+        object.__setattr__(self, "pace", Pace(all_gather_objects(socket.gethostname())))
 
     def steps(self, state: LoopState) -> Iterator[LoopState]:
         """Train from ``state`` to the last step; yield ``state`` after each applied step, once it is reported.
@@ -109,9 +117,10 @@ class Loop:
             while state.step < self.num_steps:
                 recorder.before(state.step + 1)
                 before = batches.waited_seconds
-                micro_batches, tokens = next(batches)
-                state.waited_seconds += batches.waited_seconds - before
-                self._train_on(micro_batches, state)
+                with self.own_time.working():
+                    micro_batches, tokens = next(batches)
+                    state.waited_seconds += batches.waited_seconds - before
+                    self._train_on(micro_batches, state)
                 state.tokens += tokens
                 if not engine.was_step_applied():
                     _stop_if_stuck(state)
@@ -125,6 +134,7 @@ class Loop:
                     _update_masks_if_due(self, state)
                     _update_scales_if_due(self, state)
                 recorder.after(state.step)
+                _name_straggler(self, state)
                 _picture_if_due(self, state)
                 _report_if_due(self, state)
                 yield state
@@ -157,12 +167,14 @@ class Loop:
         return self.objective(self.engine, inputs)
 
     def _agree_on_batch(self, state: LoopState, losses: list[Tensor], micro_batches: Sequence[MicroBatch]) -> None:
-        """Exchange the mean loss of the batch, and whether a rank was asked to stop. Collective. DeepSpeed skips a step
-        for a bad gradient (not at stage 0 in fp32); a bad loss ends the run, on all ranks, before it is taken."""
-        own = torch.stack(losses).double().mean()
-        stop = own.new_tensor(float(stop_signals.asked_by()))
-        by_rank = all_gather_numbers(torch.stack([own, stop])).tolist()
-        of_ranks = [loss for loss, _ in by_rank]
+        """Exchange the mean loss of the batch, whether a rank was asked to stop, and how it got on. Collective.
+        DeepSpeed skips a step for a bad gradient (not at stage 0 in fp32); a bad loss ends the run, on all ranks,
+        before it is taken."""
+        loss = torch.stack(losses).double().mean()
+        others = [float(stop_signals.asked_by()), self.own_time.seconds, float(peak_memory_bytes(self.device))]
+        with self.own_time.exchanging():
+            by_rank = all_gather_numbers(torch.cat([loss[None], loss.new_tensor(others)])).tolist()
+        of_ranks, stops, seconds, memory = zip(*by_rank, strict=True)
 
         def find() -> str:
             seed_random_numbers(self.run.seed, state.batch)
@@ -170,7 +182,8 @@ class Loop:
 
         require_finite(of_ranks, state.batch + 1, state.step, find)
         state.batch += 1
-        state.stopped_by = int(max(stop for _, stop in by_rank))
+        state.stopped_by = int(max(stops))
+        self.pace.add(seconds, memory)
         state.losses.append(sum(of_ranks) / len(of_ranks))
 
 
@@ -302,6 +315,13 @@ def _gradient_norm(engine: Engine) -> dict[str, float]:
     return {} if norm is None else {"grad_norm": float(norm)}
 
 
+def _name_straggler(loop: Loop, state: LoopState) -> None:
+    """Say which rank the others wait for, once until it is another."""
+    if found := loop.pace.newly_slow():
+        loop.metrics.write(state.step, {"event": STRAGGLER, **asdict(found)})
+        loop.metrics.say(f"step {state.step}: {found}")
+
+
 def _report_if_due(loop: Loop, state: LoopState) -> None:
     if state.step % loop.run.train.log_interval and state.step not in (1, loop.num_steps):
         return
@@ -331,8 +351,12 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
         "data_wait": waited / elapsed if elapsed > 0 else 0.0,
         "peak_memory_bytes": memory,
         "skipped_steps": loop.engine.skipped_steps,
+        **loop.pace.figures(),
         **token_figures(tokens_by_module(loop.engine.module)),
     }
     loop.metrics.write(state.step, values)
-    progress = {"loss": loss, "sparsity": round(sparsity, 4), "tok/s": round(per_second)}
-    loop.metrics.progress(state.step, {**progress, "GiB": round(memory / 2**30, 2)}, batches=len(losses))
+    progress: dict[str, object] = {"loss": loss, "sparsity": round(sparsity, 4), "tok/s": round(per_second)}
+    progress["GiB"] = round(memory / 2**30, 2)
+    if slow := loop.pace.slow():
+        progress["slow rank"] = f"{slow.rank} ({slow.host})"
+    loop.metrics.progress(state.step, progress, batches=len(losses))

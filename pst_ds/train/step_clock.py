@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 
 PARTS = ("forward", "backward", "optimizer", "masks")
 
 
-@dataclass(slots=True)
 class StepClock:
-    """Adds up the seconds of :data:`PARTS`, on a GPU those of its own clock, which nobody waits for before they are
+    """Adds up the seconds of ``parts``, on a GPU those of its own clock, which nobody waits for before they are
     read."""
 
-    device: str
-    _seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
-    _events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    def __init__(self, device: str, parts: Sequence[str] = PARTS):
+        self._on_gpu = device.startswith("cuda")
+        self._seconds = dict.fromkeys(parts, 0.0)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._read: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def timing(self, part: str) -> Iterator[None]:
         """What is done inside is a ``part`` of the step."""
-        if not self.device.startswith("cuda"):
+        if not self._on_gpu:
             start = time.perf_counter()
             yield
             self._seconds[part] += time.perf_counter() - start
             return
-        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start_event, end_event = self._read.pop() if self._read else (_event(), _event())
         start_event.record()
         yield
         end_event.record()
@@ -40,7 +40,12 @@ class StepClock:
         for part, start, end in self._events:
             end.synchronize()
             self._seconds[part] += start.elapsed_time(end) / 1e3
+            self._read.append((start, end))
         found = dict(self._seconds)
         self._events.clear()
-        self._seconds.update(dict.fromkeys(PARTS, 0.0))
+        self._seconds.update(dict.fromkeys(found, 0.0))
         return found
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)

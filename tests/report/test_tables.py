@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pst_ds.report.charts import charts
 from pst_ds.report.run_data import read_runs
-from pst_ds.report.tables import number, result_table, setting_tables
+from pst_ds.report.tables import number, result_table, setting_tables, straggler_table
 
 
 def _texts(table):
@@ -44,3 +45,21 @@ def test_settings_that_differ_come_first_and_empty_is_as_good_as_not_there(write
     assert _texts(common) == {"method": ["pst"], "data.train": ["t.jsonl"]}
     (alone,) = setting_tables(read_runs([one]))
     assert _texts(alone)["schedule.final_sparsity"] == ["0.9"]
+
+
+def test_ranks_that_the_others_waited_for_are_listed_and_drawn(write_run):
+    named = {"rank": 3, "host": "node1", "step_seconds": 1.5, "median_step_seconds": 1.0, "memory_bytes": 10**9}
+    metrics = [
+        {"step": 11, "event": "straggler", **named, "others": 0},
+        {"step": 20, "event": "step", "loss": 1.0, "ranks/most_seconds": 1.5, "ranks/median_seconds": 1.0},
+    ]
+    (run,) = read_runs([write_run("slow", metrics=metrics)])
+    table = straggler_table([run])
+    assert [[cell.text for cell in row] for row in table.rows] == [["node1", "3", "11", "1.5", "1", "1.00 GB", "0"]]
+    assert "rank" not in run.curves
+    (chart,) = [chart for chart in charts([run]) if chart.title == "Seconds of a step"]
+    assert [series.label for series in chart.series] == ["slowest", "median"]
+
+
+def test_a_run_without_stragglers_has_no_table_of_them(write_run):
+    assert straggler_table(read_runs([write_run("even", metrics=[{"step": 1, "event": "step", "loss": 1.0}])])) is None

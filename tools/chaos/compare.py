@@ -17,10 +17,10 @@ from pst_ds.errors import InputError
 from pst_ds.parallel.optimizer_state import KINDS
 from tools.verbs import verb
 
-_TIMES = ("seconds", "tokens_per_second", "time/", "data_wait", "peak_memory_bytes")
+_TIMES = ("seconds", "tokens_per_second", "time/", "data_wait", "peak_memory_bytes", "ranks/")
 """What no two runs have alike begins so."""
-_SAVES = ("checkpoint", "checkpoint_failed")
-"""Events of metrics.jsonl."""
+_BY_CHANCE = ("checkpoint", "checkpoint_failed", "straggler")
+"""Events of metrics.jsonl that tell of a save, and are written when it ends, or of times."""
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -54,8 +54,8 @@ def set_aside(run: Path) -> list[str]:
 
 
 def metric_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file without times; those that tell of a save are written when it ends, so left out."""
-    lines = [line for line in _lines(path) if line["event"] not in _SAVES]
+    """The lines of a metrics file without times, and without those that come by chance."""
+    lines = [line for line in _lines(path) if line["event"] not in _BY_CHANCE]
     return [{k: v for k, v in line.items() if not k.startswith(_TIMES)} for line in lines]
 
 
