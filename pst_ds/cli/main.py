@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from pst_ds import __version__, progress
 from pst_ds.config import toml
-from pst_ds.config.file_names import RUN_FILE
+from pst_ds.config.file_names import EXIT_CODES_VARIABLE, RUN_FILE
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.errors import InputError
 from pst_ds.json_text import json_of
@@ -36,6 +36,7 @@ VERBS = {
     "plan": "show what a run would do: modules, parameters, memory, schedule; starts nothing",
     "prepare": "tokenise texts once, into a store of tokens that runs map into memory",
     "train": "train a run, on one process or as every rank of a launcher",
+    "launch": "train a run through a launcher, and start it again after failures, without hosts at fault",
     "tune": "search a run's learning rates in a share of its steps, and write the run file with what it found",
     "users": "train, evaluate, list, export and remove personal states of users over one sparse base",
     "prune": "prune a run's pretrained model once, on calibration text: magnitude, Wanda or SparseGPT",
@@ -132,6 +133,7 @@ def program() -> NoReturn:
         code = int(ended.code or 0)
     except BrokenPipeError:  # from the message about how it ended
         code = EXIT_UNREAD
+    _leave_code(code)
     joined = getattr(sys.modules.get("pst_ds.parallel.launch"), "joined", False)
     if joined:
         logging.shutdown()
@@ -141,6 +143,13 @@ def program() -> NoReturn:
     if joined or is_unread:  # the interpreter would complain about the text that is left
         os._exit(code or (EXIT_UNREAD if is_unread else 0))
     sys.exit(code)
+
+
+def _leave_code(code: int) -> None:
+    """Write the exit code where ``pst-ds launch`` looks for it: some launchers lose those of their ranks."""
+    if folder := os.environ.get(EXIT_CODES_VARIABLE):
+        with contextlib.suppress(OSError):
+            (Path(folder) / f"rank-{os.environ.get('RANK', '0')}").write_text(f"{code}\n", encoding="utf-8")
 
 
 def _is_unread() -> bool:

@@ -1,7 +1,6 @@
 """Ends a process that no longer gets on, and says which rank, where it stands, and whom it waits for. A rank that hangs
 makes all others wait in a collective. Each has a thread that notices, puts the rank's stack into the run folder and on
-stderr, reads what the others put there, and ends the process: who gave no report is stopped or cut off, and who got
-less far than the others, and does not wait in a collective, is the one that hangs."""
+stderr, reads what the others put there, and ends the process; the first rank says who is at fault."""
 
 from __future__ import annotations
 
@@ -14,41 +13,25 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from pst_ds.parallel.ranks import rank, world_size
+from pst_ds.parallel.stall_verdict import VERDICT_FILE, StallReport, verdict_of
 
 _GRACE_SECONDS = 5.0
-_SAID = "said"
-"""File that is there once the verdict was printed."""
 _BACKSTOP_SECONDS = 30.0
 _EXIT_CODE = 1
 _COLLECTIVE_FILES = (os.path.join("torch", "distributed", ""), os.path.join("deepspeed", "comm", ""))
 _DEEPSPEED_FILES = os.path.join("deepspeed", "")
 
 
-@dataclass(frozen=True, slots=True)
-class StallReport:
-    """Where a rank stood when it had made no progress for too long."""
-
-    rank: int
-    host: str
-    pid: int
-    doing: str
-    beats: int
-    """How often it had made progress; all ranks count the same things."""
-    waits: bool
-    """True if it was inside a collective, which waits for other ranks."""
-    stack: str
-
-
 class Watchdog:
-    """Watches the thread that makes it, until it is closed."""
+    """Watches the thread that makes it, until it is closed. ``hosts``: of every rank, where they are known."""
 
-    def __init__(self, folder: Path, timeout_seconds: float):
-        self._folder, self._timeout = folder, timeout_seconds
+    def __init__(self, folder: Path, timeout_seconds: float, hosts: Sequence[str] = ()):
+        self._folder, self._timeout, self._hosts = folder, timeout_seconds, hosts
         self._rank, self._world = rank(), world_size()
         self._main = threading.get_ident()
         self._closed = threading.Event()
@@ -87,45 +70,27 @@ class Watchdog:
         print(f"{who} made no progress for {self._timeout:g} seconds in {where}", file=sys.stderr, flush=True)
         others = _gather(self._folder, self._world, min(_GRACE_SECONDS, self._timeout))
         if self._rank == min([own.rank, *(report.rank for report in others)]):
-            print(verdict(others, self._world, self._timeout), file=sys.stderr, flush=True)
+            verdict = verdict_of(others, self._hosts or [""] * self._world)
+            print(verdict.message(self._timeout), file=sys.stderr, flush=True)
             with contextlib.suppress(OSError):
-                (self._folder / _SAID).touch()
+                verdict.write(self._folder)
         else:
-            _wait_for(self._folder / _SAID, min(_GRACE_SECONDS, self._timeout))
+            _wait_for(self._folder / VERDICT_FILE, min(_GRACE_SECONDS, self._timeout))
         os._exit(_EXIT_CODE)
-
-
-def verdict(reports: list[StallReport], world: int, timeout: float) -> str:
-    """One line that names the rank to look at."""
-    silent = sorted(set(range(world)) - {report.rank for report in reports})
-    fewest = min(report.beats for report in reports)
-    hanging = [report for report in reports if not report.waits and report.beats == fewest]
-    if silent:
-        ranks = ", ".join(map(str, silent))
-        why = f"rank {ranks} gave no sign of life: its process is stopped, or its host is down or cut off"
-    elif hanging:
-        why = "; ".join(f"rank {r.rank} ({r.host}, pid {r.pid}) hangs in {r.doing}" for r in hanging)
-        why += ", and the others wait for it" if world > len(hanging) else ""
-    else:
-        why = "every rank waits for another: the network between them is cut, or not all reached the same collective"
-    return (
-        f"pst-ds train: StalledError: no progress for {timeout:g} seconds (train.stall_timeout_seconds): {why}. "
-        "Continue from the newest checkpoint with --resume"
-    )
 
 
 _current: Watchdog | None = None
 
 
 @contextlib.contextmanager
-def watching(folder: Path, timeout_seconds: float) -> Iterator[None]:
+def watching(folder: Path, timeout_seconds: float, hosts: Sequence[str] = ()) -> Iterator[None]:
     """End the process with code 1 when :func:`heartbeat` was not called for so long inside; 0 watches nothing.
-    ``folder`` is where the ranks leave their reports for each other."""
+    ``folder`` is where the ranks, each on its one of ``hosts``, leave their reports for each other."""
     global _current
     if timeout_seconds <= 0:
         yield
         return
-    _current = Watchdog(folder, timeout_seconds)
+    _current = Watchdog(folder, timeout_seconds, hosts)
     try:
         yield
     finally:

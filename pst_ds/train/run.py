@@ -290,7 +290,7 @@ def _train_to_the_end(
     Raises as train_run."""
     state, fit = start, None
     try:
-        with watching(stalls, loop.run.train.stall_timeout_seconds):
+        with watching(stalls, loop.run.train.stall_timeout_seconds, loop.pace.hosts):
             for state in loop.steps(start):
                 checkpointer.after_step(state)
                 if state.stopped_by:

@@ -10,7 +10,7 @@ import traceback
 import pytest
 
 from pst_ds.parallel import watchdog
-from pst_ds.parallel.watchdog import StallReport, verdict
+from pst_ds.parallel.stall_verdict import VERDICT_FILE, StallReport, blamed_hosts, verdict_of
 
 
 def _report(rank, *, beats=9, waits=True, doing="batch 3"):
@@ -20,7 +20,8 @@ def _report(rank, *, beats=9, waits=True, doing="batch 3"):
 @pytest.mark.parametrize(
     ("reports", "world", "said"),
     [
-        ([_report(0), _report(2)], 4, "rank 1, 3 gave no sign of life: its process is stopped, or its host is down"),
+        ([_report(0), _report(2)], 4,
+         "rank 1 (host1), 3 (host3) gave no sign of life: its process is stopped, or its host is down"),
         ([_report(0), _report(1, beats=8, waits=False)], 2,
          "rank 1 (host1, pid 101) hangs in batch 3, and the others wait for it"),
         ([_report(0, waits=False), _report(1, beats=8, waits=False)], 2, "rank 1 (host1, pid 101) hangs in batch 3,"),
@@ -29,10 +30,23 @@ def _report(rank, *, beats=9, waits=True, doing="batch 3"):
     ],
 )  # fmt: skip
 def test_the_rank_to_look_at_is_named(reports, world, said):
-    text = verdict(reports, world, 12.0)
+    text = verdict_of(reports, [f"host{i}" for i in range(world)]).message(12.0)
     assert text.startswith("pst-ds train: StalledError: no progress for 12 seconds (train.stall_timeout_seconds): ")
     assert said in text
     assert text.endswith("Continue from the newest checkpoint with --resume")
+
+
+def test_the_hosts_to_leave_out_can_be_read_back(tmp_path):
+    hosts = ["node0", "node0", "node1", "node1"]
+    assert blamed_hosts(tmp_path) == []
+    verdict_of([_report(0), _report(1)], hosts).write(tmp_path)
+    assert blamed_hosts(tmp_path) == ["node1"]
+    verdict_of([_report(i) for i in range(4)], hosts).write(tmp_path)
+    assert blamed_hosts(tmp_path) == []
+    verdict_of([_report(0), _report(2)], [""] * 4).write(tmp_path)  # hosts that nobody knows
+    assert blamed_hosts(tmp_path) == []
+    (tmp_path / VERDICT_FILE).write_text('{"hosts": 3}')
+    assert blamed_hosts(tmp_path) == []
 
 
 def _stack(name, filename):
@@ -81,7 +95,7 @@ def test_a_process_that_no_longer_gets_on_is_ended(tmp_path, monkeypatch, capsys
     assert "made no progress for 0.05 seconds in part 2, not waiting for other ranks" in said
     assert "hangs in part 2. Continue" in said
     assert "ended.wait(30)" in said  # the stack
-    assert sorted(path.name for path in (tmp_path / "stalls").iterdir()) == ["rank-0.json", "said"]
+    assert sorted(path.name for path in (tmp_path / "stalls").iterdir()) == ["rank-0.json", VERDICT_FILE]
 
 
 def test_a_rank_stays_until_the_verdict_was_said(tmp_path, monkeypatch, capsys):
@@ -92,7 +106,7 @@ def test_a_rank_stays_until_the_verdict_was_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(watchdog, "_wait_for", lambda path, seconds: waited_for.append((path.name, seconds > 0)))
     watchdog._write(tmp_path, _report(0))
     assert _watch(monkeypatch, tmp_path, 0.05, beats=1) == [1]
-    assert waited_for == [(watchdog._SAID, True)]
+    assert waited_for == [(VERDICT_FILE, True)]
     assert "StalledError" not in capsys.readouterr().err
 
 

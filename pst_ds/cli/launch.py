@@ -1,0 +1,65 @@
+"""``pst-ds launch RUN.toml --by LAUNCHER``: train a run through a launcher, and start it again while that helps."""
+
+import argparse
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from pst_ds.cli.main import add_run_arguments, load_run_or_folder
+from pst_ds.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser, "run file (TOML), or a run folder to go on with")
+    by = "the launcher's words before RUN, such as 'launch/local.sh --ranks 2' (default: pst-ds train)"
+    parser.add_argument("--by", default="pst-ds train", metavar="COMMAND", help=by)
+    retries = "most starts after failures (default: 10); stops that saved do not count; 0 starts it once"
+    parser.add_argument("--retries", type=_number, default=10, metavar="N", help=retries)
+    wait = "seconds between two starts (default: 10)"
+    parser.add_argument("--wait", type=_number, default=10, metavar="S", help=wait)
+    parser.add_argument("--hostfile", default="", metavar="FILE", help="a line a host; --by has {hostfile} for it")
+    spares = "hosts that are not used until a stalled run or a check names others (default: 0)"
+    parser.add_argument("--spares", type=_number, default=0, metavar="N", help=spares)
+    check = "ends with 0 on a host that is well, such as 'ssh -oBatchMode=yes {host} true'; before every start"
+    parser.add_argument("--check", default="", metavar="COMMAND", help=check)
+
+
+def run(args: argparse.Namespace) -> dict[str, object]:
+    config = load_run_or_folder(args)
+    from pst_ds.train.hosts import read_hosts
+    from pst_ds.train.supervisor import Supervisor
+
+    launcher = _words(args.by)
+    hosts = read_hosts(args.hostfile, args.spares, args.check, launcher)
+    settings = [word for setting in args.set for word in ("--set", setting)]
+    supervisor = Supervisor(
+        launcher, [args.run, "--resume", *settings], Path(config.output_dir), hosts, args.retries, args.wait, _say
+    )
+    try:
+        code = supervisor.run()
+    except OSError as error:
+        raise InputError(f"--by {args.by!r} cannot be started: {error}; name a program that is on PATH") from None
+    attempts = [asdict(attempt) for attempt in supervisor.attempts]
+    return {"exit_code": code, "attempts": attempts, "left_out": hosts.left_out, "output_dir": config.output_dir}
+
+
+def _words(command: str) -> list[str]:
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise InputError(f"--by {command!r} is no command: {error}") from None
+    if not words:
+        raise InputError("--by is empty; name a launcher, such as 'launch/local.sh --ranks 2'")
+    return words
+
+
+def _number(text: str) -> int:
+    """Parse a whole number of at least 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def _say(text: str) -> None:
+    print(f"pst-ds launch: {text}", file=sys.stderr, flush=True)

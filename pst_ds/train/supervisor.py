@@ -1,0 +1,182 @@
+"""Keeps a run going without people: starts its launcher again while that helps, without hosts that are at fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from pst_ds.config.file_names import ATTEMPTS_FILE, CHECKPOINTS, EXIT_CODES_VARIABLE, LATEST, LAUNCH, STALLS
+from pst_ds.parallel.stall_verdict import VERDICT_FILE, blamed_hosts
+from pst_ds.parallel.stop_signals import EXIT_STOPPED
+from pst_ds.train.hosts import Hosts
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+BAD_INPUT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One start of the launcher."""
+
+    number: int
+    seconds: float
+    exit_code: int
+    from_step: int
+    to_step: int
+    """Of the newest checkpoint, before and after."""
+    left_out: list[str]
+    """Hosts that it did without."""
+
+
+@dataclass(slots=True)
+class Supervisor:
+    """Runs ``launcher`` with ``arguments`` until the run in ``folder`` is done, stopped, or beyond help."""
+
+    launcher: Sequence[str]
+    arguments: Sequence[str]
+    folder: Path
+    hosts: Hosts
+    retries: int
+    """Most starts after failures; with 0 there is none after a stop either."""
+    wait_seconds: float
+    say: Callable[[str], None]
+    attempts: list[Attempt] = field(default_factory=list)
+    _failures: int = 0
+    _asked_by: int = 0
+    _process: subprocess.Popen[bytes] | None = None
+    _asked: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> int:
+        """Return the exit code of the run: 0, 1, 2, or 75 if it was stopped or is queued again. Only the main thread
+        may call it."""
+        (self.folder / LAUNCH).mkdir(parents=True, exist_ok=True)
+        with self._signals():
+            while (code := self._once()) is None:
+                self._asked.wait(self.wait_seconds)
+                if self._asked_by:
+                    return EXIT_STOPPED
+        return code
+
+    def _once(self) -> int | None:
+        """Start the launcher once; return None if it is to be started again."""
+        if unwell := self.hosts.unwell():
+            self._leave_out(unwell, "their check failed")
+        attempt = self._start()
+        with (self.folder / LAUNCH / ATTEMPTS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(attempt)) + "\n")
+        self.attempts.append(attempt)
+        code, moved = attempt.exit_code, attempt.to_step > attempt.from_step
+        at = f"ended with {code} at step {attempt.to_step}, after {attempt.seconds:.0f} s"
+        if code in (0, BAD_INPUT) or self._asked_by:
+            self.say(f"attempt {attempt.number} {at}")
+            return code
+        if code == EXIT_STOPPED and (job := _slurm_job()):
+            requeued = subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0
+            self.say(f"attempt {attempt.number} {at}; {'requeued' if requeued else 'could not requeue'} job {job}")
+            return code
+        if code == EXIT_STOPPED and moved and self.retries:
+            self.say(f"attempt {attempt.number} {at}; it goes on")
+            return None
+        blamed = blamed_hosts(self.folder / STALLS)
+        changed = bool(blamed) and self._leave_out(blamed, "a stalled run names them")
+        if not moved and not changed:
+            self.say(f"attempt {attempt.number} {at}, and no checkpoint was written: another start would end like it")
+            return code
+        self._failures += 1
+        if self._failures > self.retries:
+            self.say(f"attempt {attempt.number} {at}, and no retry is left")
+            return code
+        self.say(f"attempt {attempt.number} {at}; retry {self._failures} of {self.retries}")
+        return None
+
+    def _leave_out(self, names: list[str], why: str) -> bool:
+        """Leave hosts out, and say so; return whether that changes anything."""
+        new = self.hosts.leave_out(names)
+        if new:
+            self.say(f"without {', '.join(new)} from now on: {why}")
+        elif set(names) - set(self.hosts.left_out):
+            self.say(f"{', '.join(names)} should be left out ({why}), and there are not enough spare hosts")
+        return bool(new)
+
+    def _start(self) -> Attempt:
+        """Run the launcher to its end."""
+        codes = (self.folder / LAUNCH / f"codes-{socket.gethostname()}").absolute()
+        shutil.rmtree(codes, ignore_errors=True)
+        codes.mkdir()
+        (self.folder / STALLS / VERDICT_FILE).unlink(missing_ok=True)
+        words = self.hosts.filled_in(self.launcher, (self.folder / LAUNCH / "hosts.txt").absolute())
+        before, began, without = newest_step(self.folder), time.monotonic(), list(self.hosts.left_out)
+        environment = {**os.environ, EXIT_CODES_VARIABLE: str(codes)}
+        # a process group of its own: Ctrl-C of a terminal is to reach the ranks once, through us
+        self._process = subprocess.Popen([*words, *self.arguments], env=environment, process_group=0)
+        try:
+            if self._asked_by:  # before there was one to tell
+                self._process.terminate()
+            returned = self._process.wait()
+        finally:
+            with suppress(ProcessLookupError):  # ranks that a launcher left behind would hold the ports
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process = None
+        code = exit_code_of(returned, rank_codes(codes))
+        seconds = round(time.monotonic() - began, 1)
+        return Attempt(len(self.attempts) + 1, seconds, code, before, newest_step(self.folder), without)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Inside, a signal to end this process stops the run, which saves."""
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._asked_by = number
+        self._asked.set()
+        if self._process is not None:
+            self._process.terminate()  # USR1 kills some launchers; TERM reaches the ranks through all of them
+
+
+def newest_step(folder: Path) -> int:
+    """Return the step of the newest checkpoint of the run in ``folder``; -1 for none."""
+    try:
+        return int((folder / CHECKPOINTS / LATEST).readlink().name.removeprefix("step-"))
+    except (OSError, ValueError):
+        return -1
+
+
+def rank_codes(folder: Path) -> list[int]:
+    """Return the exit codes that ranks left in ``folder``; one that was killed leaves none."""
+    codes = []
+    for path in folder.iterdir():
+        with suppress(OSError, ValueError):
+            codes.append(int(path.read_text(encoding="utf-8")))
+    return codes
+
+
+def exit_code_of(launcher: int, ranks: Sequence[int]) -> int:
+    """Return how a run ended: as its ranks say, for some launchers lose their codes, or else as its launcher does."""
+    for code in (BAD_INPUT, EXIT_STOPPED):
+        if code in ranks:
+            return code
+    if any(ranks) or (launcher and launcher not in (BAD_INPUT, EXIT_STOPPED)):
+        return 1
+    return launcher
+
+
+def _slurm_job() -> str:
+    """Return the Slurm job that this process is in, as scontrol names it: a task of an array goes by its index."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
