@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pst_ds.config.checks import Finite, NotNegative, Positive, Share, check_fields
+from pst_ds.config.checks import Finite, NotNegative, Positive, Rate, Share, check_fields
 from pst_ds.core.patterns import Pattern, parse_pattern
 
 InitScale = Literal["normal", "rank", "width"]
 UpdateInit = Literal["normal", "rank", "width", "lora"]
 Magnitude = Literal["weight", "activation", "none"]
 InitialMask = Literal["magnitude", "zeros"]
+UpdateGates = Literal["none", "layer", "component"]
 Bias = Literal["none", "pst_only", "all"]
 NMRamp = Literal["share", "steps"]
 _BARE_NAME = re.compile(r"[\w.-]+")
@@ -119,6 +120,12 @@ class PSTConfig:
     1/sqrt(3 in_features)."""
     update_init_scale: Finite = 0.1
     """Factor on the standard deviation that ``update_init`` names."""
+    update_gates: UpdateGates = "none"
+    """Learned ranks: W = W0 + beta U diag(g) V with trained gates g = 2 sigmoid(a), one for each "component", a column
+    of U with its row of V (as SoRA, arXiv 2311.11696), or one a matrix, "layer" (arXiv 2509.03057)."""
+    target_rank: Rate = 0.0
+    """Mean rank of the updates at the end of the schedule, as in AdaLoRA (arXiv 2303.10512): of all components
+    ``target_rank`` / ``update_rank`` are kept, the most important of all matrices together. 0 keeps them all."""
     pattern: str = "matrix"
     """What is ranked against what: "matrix", every matrix by itself; "stack", the matrices of a layer together, fused
     ones or experts, which may then differ; "global", all matrices together; "row", every output's weights; N:M such as
@@ -176,6 +183,7 @@ class PSTConfig:
             )
         if self.multiplicative_update and self.expert_rank == 0:
             raise ValueError("expert_rank = 0 leaves a multiplicative update without groups; set it to at least 1")
+        self._require_gates_fit()
         if self.update_embeddings and self.update_rank == 0:
             raise ValueError(
                 f"update_embeddings = {list(self.update_embeddings)} with update_rank = 0 updates nothing; set "
@@ -187,6 +195,29 @@ class PSTConfig:
                     f'pattern = "{rule.pattern}" with relative_magnitude = false would rank weights of different '
                     "scales against each other; set relative_magnitude = true"
                 )
+
+    def _require_gates_fit(self) -> None:
+        if self.update_gates != "none" and (self.update_rank == 0 or self.multiplicative_update):
+            raise ValueError(
+                f'update_gates = "{self.update_gates}" learns the rank of U V, which update_rank = {self.update_rank}'
+                f"{' with multiplicative_update = true' if self.multiplicative_update else ''} does not have; set "
+                'update_gates = "none"'
+            )
+        if self.target_rank and self.update_gates == "none":
+            raise ValueError(
+                f"target_rank = {self.target_rank} drops components by their gates, and there are none; set "
+                'update_gates = "component" or "layer"'
+            )
+        if self.target_rank > self.update_rank:
+            raise ValueError(
+                f"target_rank = {self.target_rank} is more than update_rank = {self.update_rank}, which updates begin "
+                f"with; set it to at most {self.update_rank}"
+            )
+
+    @property
+    def dropped_share(self) -> float:
+        """Share of the components of all updates that learned ranks drop in the end."""
+        return 1.0 - self.target_rank / self.update_rank if self.target_rank else 0.0
 
     @classmethod
     def paper(cls, **overrides: Any) -> PSTConfig:

@@ -35,6 +35,8 @@ class TrainConfig:
     and the run's steps, of :func:`pst_ds.core.schedule.default_learning_rates`."""
     update_learning_rate: Rate | None = None
     """For U and V."""
+    gate_learning_rate: Rate | None = None
+    """For the gates of ``pst.update_gates``."""
     embedding_learning_rate: Rate | None = None
     """For U and V of ``pst.update_embeddings``."""
     head_learning_rate: Rate | None = None

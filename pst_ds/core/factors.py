@@ -2,7 +2,7 @@
 
 Shapes, for O outputs, I inputs, P fused matrices, score rank k and update rank r:
 
-    A (O, k)    B (P*k, I)    R (O,)    C (P, I)    U (O, r)    V (P*r, I)
+    A (O, k)    B (P*k, I)    R (O,)    C (P, I)    U (O, r)    V (P*r, I)    G (P*r,) or (P,)
 
 Each output row belongs to exactly one part, so A, R and U are shared by stacking, while B, C and V hold one set a
 part. For an ordinary layer P = 1 and these are the matrices of the paper (arXiv 2205.11005, section 3). In a stack of
@@ -10,6 +10,8 @@ experts O and P count all of them, so every factor is in expert order.
 
 A multiplicative update, SPP's (arXiv 2405.16057), has r groups of consecutive outputs in each part: its U is (O,), one
 factor an output, and a row of V belongs to one group. :func:`grouped_columns` makes the (O, r) matrix of it.
+
+The gates G of learned ranks (:mod:`pst_ds.core.updates.gates`) are folded into V, so no formula but that knows of them.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.layout import Rect, StoredMatrix, WeightLayout
+from pst_ds.core.updates.gates import gated_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +141,12 @@ def tile_factors(factors: Factors, layout: WeightLayout, matrix: StoredMatrix, r
 def layer_factors(values: dict[str, Tensor], count: int, constants: Constants, norms: Tensor | None = None) -> Factors:
     """Return the matrices of the formulas from ``values``, those that a layer of ``count`` matrices holds, by name.
 
-    They differ in a multiplicative update's U.
+    They differ in a multiplicative update's U, and in the V of an update with gates.
     """
+    if "G" in values:
+        gates = values["G"]
+        values = {name: value for name, value in values.items() if name != "G"}
+        values["V"] = gated_rows(values["V"], gates, count)
     if constants.multiplicative and "U" in values:
         values = {**values, "U": grouped_columns(values["U"], count, values["V"].shape[0] // count)}
     return Factors(**values, norms=norms)

@@ -229,6 +229,8 @@ class LearningRates:
     """For U and V."""
     multiplicative: float = 3e-2
     """For U and V of a multiplicative update, SPP's."""
+    gates: float = 1e-2
+    """For the gates of learned ranks, which are near 1 in a model of any width."""
     embeddings: float = 4e-3
     """For U and V of embeddings, in one pass over the data."""
     head: float = 2e-3
@@ -246,10 +248,12 @@ def default_learning_rates(*, width: int, num_steps: int, epochs: float = 1.0) -
 
     Adam moves a parameter by its rate at every step, so the way that it can go in a run grows with rate and steps; the
     rates fall with the cube root of the steps. A sum over ``width`` inputs that all move alike grows with the width;
-    all rates but that of the scores fall with it. That of the embeddings falls with the passes after the first, too.
+    all rates but those of scores and gates fall with it. That of the embeddings falls with the passes after the first,
+    too.
     """
     length = min(max((USUAL_STEPS / num_steps) ** STEPS_POWER, _LEAST), _MOST)
     narrower = min(1.0, _WIDTH / width)
-    factors = {field.name: length * (1.0 if field.name == "scores" else narrower) for field in fields(LearningRates)}
+    names = [field.name for field in fields(LearningRates)]
+    factors = {name: length * (1.0 if name in ("scores", "gates") else narrower) for name in names}
     factors["embeddings"] *= max(1.0, epochs) ** -_EPOCHS_POWER
     return LearningRates(**{name: getattr(_MEASURED, name) * factor for name, factor in factors.items()})

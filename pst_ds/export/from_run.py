@@ -15,7 +15,6 @@ from pst_ds.core.factors import Constants, layer_factors
 from pst_ds.core.formats import mask_row_bits, packed_format
 from pst_ds.core.formats.rows import row_counts
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.low_rank_rows import updated_rows
 from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF
 from pst_ds.core.quantization import (
     SCALE_DTYPE,
@@ -27,6 +26,7 @@ from pst_ds.core.quantization import (
     scales_of_bytes,
 )
 from pst_ds.core.scores import masked_weight, merged_weight
+from pst_ds.core.updates.rows import updated_rows
 from pst_ds.export.base_weights import BaseWeights, is_text_part, may_be_missing, names_in_files, saved_tensors
 from pst_ds.export.detect_pattern import per_row
 from pst_ds.export.encoding import Encoding

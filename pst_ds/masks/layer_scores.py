@@ -183,17 +183,22 @@ class LayerScores:
 
 
 def whole_factors(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAMES) -> list[Factors]:
-    """The factors of each layer, from their whole fp32 masters, where its mask's shard is; those of ``names`` alone.
-    Collective: under ZeRO-3 one all-gather for all."""
+    """The factors of each layer as the formulas have them, from :func:`whole_masters`. Collective."""
+    masters = whole_masters(layers, names)
+    return [layer.factors(own) for layer, own in zip(layers, masters, strict=True)]
+
+
+def whole_masters(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAMES) -> list[dict[str, Tensor]]:
+    """The whole fp32 masters of each layer's factors of ``names``, by name, where its mask's shard is.
+
+    Collective: under ZeRO-3 one all-gather for all.
+    """
     held = ((i, name, param) for i, layer in enumerate(layers) for name, param in layer.factor_parameters())
     owned = [entry for entry in held if entry[1] in names]
     values: list[dict[str, Tensor]] = [{} for _ in layers]
     for (i, name, _), master in zip(owned, zero3.fp32_masters([param for *_, param in owned]), strict=True):
-        values[i][name] = master
-    return [
-        layer.factors(own).to(zero3.shard_of(layer.pst_mask).values.device)
-        for layer, own in zip(layers, values, strict=True)
-    ]
+        values[i][name] = master.to(zero3.shard_of(layers[i].pst_mask).values.device)
+    return values
 
 
 def ranked_weights(layer: PSTLayer) -> OwnWeights:

@@ -31,7 +31,7 @@ from pst_ds.core.scores import sliced_weight
 from pst_ds.core.units import unit_tiles
 from pst_ds.masks.layer_scores import current_base, whole_factors, with_contiguous_columns
 from pst_ds.nn.inject import pst_layers, shortened
-from pst_ds.nn.layer import PSTLayer
+from pst_ds.nn.layer import UPDATE_FACTORS, PSTLayer
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_max, group_sum
 
@@ -73,7 +73,7 @@ def update_scales(model: nn.Module) -> RoundingStats:
     layers, for weights that are not finite.
     """
     named = {name: layer for name, layer in pst_layers(model).items() if layer.stored_grid is not None}
-    factors = whole_factors(list(named.values()), ("U", "V"))
+    factors = whole_factors(list(named.values()), UPDATE_FACTORS)
     weights = [_ShardWeights(*each) for each in zip(named, named.values(), factors, strict=True)]
     errors: list[float] = []
     squares: list[float] = []

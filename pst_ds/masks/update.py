@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from pst_ds.core.bits import add_bit_sums, join_bits, pack_shard
-from pst_ds.masks.layer_scores import LayerScores, ranked_weights, whole_factors
+from pst_ds.masks.layer_scores import LayerScores, ranked_weights, whole_masters
+from pst_ds.masks.ranks import RankStats, drop_components
 from pst_ds.masks.select import Matrix, select_kept, weights_kept
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import PSTLayer
@@ -34,6 +35,8 @@ class MaskStats:
     """Weights that each layer keeps, in model order."""
     flipped: tuple[int, ...] = field(default=(), repr=False)
     """Bits of each layer that differ."""
+    ranks: RankStats | None = field(default=None, repr=False)
+    """Of an update that dropped components of U V too."""
 
     @property
     def sparsity(self) -> float:
@@ -49,20 +52,25 @@ class MaskStats:
 
 
 @torch.no_grad()
-def update_masks(model: nn.Module, sparsity: float, *, progress: float = 1.0) -> MaskStats:
+def update_masks(
+    model: nn.Module, sparsity: float, *, progress: float = 1.0, dropped_share: float | None = None
+) -> MaskStats:
     """Prune by the smallest scores, from the fp32 masters, in the pattern of each layer. A layer with a final sparsity
     of its own has ``progress`` times that, the others ``sparsity``.
 
     Of a matrix, exactly floor(sparsity * numel) weights are pruned; of "global" ones together, as many as they would be
     each by itself; in every row floor(sparsity * in_features); of blocks, or groups of N:M, floor(share * number).
-    Among equal scores the lowest flat index goes first. Collective, with a number of collectives that does not depend
-    on the number of layers. Raises FloatingPointError on every rank, naming the layers, for scores that are not finite;
-    the masks are then unchanged.
+    Among equal scores the lowest flat index goes first. With a ``dropped_share`` components of U V are dropped before,
+    from the same masters (:func:`pst_ds.masks.ranks.update_ranks`). Collective, with a number of collectives that does
+    not depend on the number of layers. Raises FloatingPointError on every rank, naming the layers, for scores that are
+    not finite; the masks are then unchanged.
     """
     layers = pst_layers(model)
     for name, layer in layers.items():
         assert zero3.num_shards(layer.pst_mask) == layer.num_shards, f"{name}: num_shards is not how it is partitioned"
-    keyed = _layer_keys(layers)
+    masters = whole_masters(list(layers.values()))
+    ranks = None if dropped_share is None else drop_components(layers, masters, dropped_share)
+    keyed = _layer_keys(layers, masters)
     matrices = [Matrix(k, b, _target(k.layer, sparsity, progress)) for k in keyed for b in k.matrices]
     kept = dict(zip(map(id, matrices), select_kept(matrices, next(iter(layers.values())).pst_mask), strict=True))
     written = {}
@@ -70,7 +78,7 @@ def update_masks(model: nn.Module, sparsity: float, *, progress: float = 1.0) ->
         own = [m for m in matrices if m.layer is keys]
         written[keys.layer] = _shard_bits(keys, own, [kept.pop(id(m)) for m in own])
     # The host waits here: DeepSpeed's gathers, on a stream of their own, come after the masks are written.
-    return mask_stats(model, written)
+    return replace(mask_stats(model, written), ranks=ranks)
 
 
 @torch.no_grad()
@@ -125,10 +133,10 @@ def _shard_bits(layer: LayerScores, matrices: list[Matrix], kept: list[Tensor]) 
     return pack_shard(keep, num_bytes)
 
 
-def _layer_keys(layers: dict[str, PSTLayer]) -> list[LayerScores]:
-    """Every layer with the whole fp32 masters of its factors, and the weights its units need of other ranks.
-    Collective: one all-gather and one all-to-all for all layers under ZeRO-3."""
-    factors = whole_factors(list(layers.values()))
+def _layer_keys(layers: dict[str, PSTLayer], masters: list[dict[str, Tensor]]) -> list[LayerScores]:
+    """Every layer with the factors of its whole fp32 ``masters``, and the weights its units need of other ranks.
+    Collective: one all-to-all for all layers under ZeRO-3."""
+    factors = [layer.factors(own) for layer, own in zip(layers.values(), masters, strict=True)]
     wide = [layer for layer in layers.values() if layer.rule.pattern.unit(layer.layout) != (1, 1)]
     own_weights = {layer: ranked_weights(layer) for layer in layers.values()}
     halos = fetch_halos(

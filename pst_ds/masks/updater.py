@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.schedule import RoundingSchedule, Schedule
 from pst_ds.errors import InputError
+from pst_ds.masks.ranks import RankStats, update_ranks
 from pst_ds.masks.scales import RoundingStats, update_scales
 from pst_ds.masks.update import MaskStats, mask_stats, masks_of_zeros, update_masks
 from pst_ds.nn.inject import (
@@ -33,25 +34,39 @@ SPARSITY_TOLERANCE = 0.01
 
 
 def update_masks_if_due(
-    model: nn.Module, schedule: Schedule, step: int, *, from_zeros: bool = False
+    model: nn.Module, schedule: Schedule, step: int, *, from_zeros: bool = False, ranks: Schedule | None = None
 ) -> MaskStats | None:
     """Select new masks if ``schedule`` does so after applied step ``step`` (0: before the first), and fix them for good
     once it is final. Return the new masks' counts, or None.
 
     After the first step it refuses layers that no forward pass has called (``PSTConfig.prune_uncalled``).
-    ``from_zeros`` keeps the non-zeros of the weights instead of selecting. Collective: a schedule and a step that are
-    equal on every rank update on all or on none. Raises FloatingPointError on every rank for scores that are not
-    finite, and InputError for layers never called.
+    ``from_zeros`` keeps the non-zeros of the weights instead of selecting. ``ranks``: the share of the components of
+    U V that is dropped, which new masks are chosen after; see :func:`update_ranks_if_due`. Collective: a schedule and
+    a step that are equal on every rank update on all or on none. Raises FloatingPointError on every rank for scores
+    that are not finite, and InputError for layers never called.
     """
     masks = None
     if step == 1:
         _require_called(model)
     if schedule.updates_masks_at(step):
         target, progress = schedule.sparsity_at(step), schedule.progress_at(step)
-        masks = masks_of_zeros(model) if from_zeros else update_masks(model, target, progress=progress)
+        share = ranks.sparsity_at(step) if ranks is not None and ranks.updates_masks_at(step) else None
+        masks = masks_of_zeros(model) if from_zeros else update_masks(
+            model, target, progress=progress, dropped_share=share
+        )  # fmt: skip
     if schedule.is_final(step):
         freeze_scores(model)
     return masks
+
+
+def update_ranks_if_due(
+    model: nn.Module, ranks: Schedule | None, step: int, masks: MaskStats | None = None
+) -> RankStats | None:
+    """Drop components of U V if ``ranks``, the schedule of their share, does so after applied step ``step``, and no
+    update of ``masks`` in this step has done so. Return what is kept, or None. Collective, as the masks."""
+    if masks is not None and masks.ranks is not None:
+        return masks.ranks
+    return update_ranks(model, ranks.sparsity_at(step)) if ranks is not None and ranks.updates_masks_at(step) else None
 
 
 class MaskUpdater:
@@ -75,20 +90,26 @@ class MaskUpdater:
             (``register_for_checkpointing``).
         rounding: when weights are rounded to the grid that ``inject_pst`` was given, and their scales searched; None
             leaves them as they are.
+        ranks: the share of the components of U V that is dropped, and when, of a model with gates
+            (``PSTConfig.update_gates``): a CubicSchedule whose final sparsity is 1 - target rank / update rank. None
+            drops none.
 
     Raises:
         InputError: ``inject_pst`` was not called on ``model``, or ``schedule`` lacks a method; or ``rounding`` has no
-            grid, or begins while masks change.
+            grid, or begins while masks change; or ``ranks`` has no gates.
     """
 
     def __init__(
-        self, model: nn.Module, schedule: Schedule, *, step: int = 0, rounding: RoundingSchedule | None = None
-    ):
+        self, model: nn.Module, schedule: Schedule, *, step: int = 0, rounding: RoundingSchedule | None = None,
+        ranks: Schedule | None = None,
+    ):  # fmt: skip
         _require_schedule(schedule)
-        self.schedule, self.rounding = schedule, rounding
+        self.schedule, self.rounding, self.ranks = schedule, rounding, ranks
         self._model = unwrapped(model)
         _require_pst(self._model)
         _require_rounding_fits(self._model, schedule, rounding)
+        if ranks is not None and injected_config(self._model).update_gates == "none":
+            raise InputError('ranks drops components by their gates: call inject_pst with update_gates = "component"')
         new = self._begin() if step == 0 else None
         self.step = 0
         """Applied optimizer steps."""
@@ -96,6 +117,8 @@ class MaskUpdater:
         """Counts and checksum of the current masks."""
         self.rounding_stats: RoundingStats | None = None
         """What the last search for scales of this process found."""
+        self.rank_stats: RankStats | None = None
+        """What the last update of this process kept of the components of U V."""
         self._noted: int
         self.load_state_dict({"step": step})
         self.masks = new or self.masks
@@ -133,7 +156,8 @@ class MaskUpdater:
                 "engine.skipped_steps) after engine.load_checkpoint"
             )
         if step > self.step:
-            self.step, new = step, update_masks_if_due(self._model, self.schedule, step)
+            self.step, new = step, update_masks_if_due(self._model, self.schedule, step, ranks=self.ranks)
+            self.rank_stats = update_ranks_if_due(self._model, self.ranks, step, new) or self.rank_stats
             self.masks = new or self.masks
             self._update_scales_if_due()
         _stop_scores(optimizer, self.is_final)

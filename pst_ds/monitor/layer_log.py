@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pst_ds.config.file_names import LAYERS_FILE
 from pst_ds.masks.layer_stats import LayerStats, ScoreHistogram
+from pst_ds.masks.ranks import RankStats
 from pst_ds.masks.update import MaskStats
 from pst_ds.monitor import images as pictures
 from pst_ds.monitor.jsonl import JsonLines, lines_until
@@ -50,6 +51,12 @@ class LayerLog:
         """Record a mask update."""
         self._remember(masks.kept, masks.flipped)
         self._file.write({"step": step, "event": "masks", "kept": masks.kept, "flipped": masks.flipped})
+
+    def ranks(self, step: int, ranks: RankStats) -> None:
+        """Record the components that each layer's update keeps."""
+        self._file.write({"step": step, "event": "ranks", "kept": ranks.kept})
+        for name, kept in zip(self._names, ranks.kept, strict=True):
+            self._board.scalar(f"layers/{name}/update_rank", kept, step)
 
     def rounding(self, step: int, errors: Sequence[float]) -> None:
         """Record the relative error of each layer's rounded weights."""

@@ -11,6 +11,7 @@ import torch
 
 from pst_ds.config.file_names import METRICS_FILE
 from pst_ds.masks.layer_stats import LayerStats
+from pst_ds.masks.ranks import RankStats
 from pst_ds.masks.update import MaskStats
 from pst_ds.monitor.curves import EVALUATION, STRAGGLER
 from pst_ds.monitor.dense_run import DenseRun
@@ -83,6 +84,11 @@ class MetricsWriter:
         """Record what a mask update did to each layer."""
         if self._layers is not None:
             self._layers.masks(step, masks)
+
+    def ranks(self, step: int, ranks: RankStats) -> None:
+        """Record the components that each layer's update keeps."""
+        if self._layers is not None:
+            self._layers.ranks(step, ranks)
 
     def rounding(self, step: int, errors: Sequence[float]) -> None:
         """Record what a search for scales leaves as the relative error of each layer."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pst_ds.config.pst import PSTConfig
-from pst_ds.core.low_rank_rows import row_gradients, updated_rows
+from pst_ds.core.updates.rows import row_gradients, updated_rows
 from pst_ds.nn.layer import init_std, seeded_normal
 from pst_ds.parallel import zero3
 

@@ -14,6 +14,7 @@ from pst_ds.core.layout import StoredMatrix, shard_tiles
 from pst_ds.core.quantization import Grid, StoredGrid
 from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent
 from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
+from pst_ds.core.updates.gates import rank_budget
 from pst_ds.errors import InputError
 from pst_ds.nn import experts, fast_paths
 from pst_ds.nn.base_codes import BaseCodes, encode_base, own_weights
@@ -64,6 +65,7 @@ def inject_pst(
     targets, embeddings = find_targets(model, config), find_embeddings(model, config)
     _require_tiles(targets, config)
     _require_ranks(targets, config.of_experts)
+    _require_budget(targets, config)
     rules = _fitting_rules(targets, config)
     _require_groups(targets, grid)
     _require_groups(targets, base_grid, "the base: ")
@@ -73,7 +75,8 @@ def inject_pst(
     if base_grid is not None:
         zeros = config.initial_mask == "zeros"
         bases = {t.name: encode_base(t, base_grid, shards[t.name], from_zeros=zeros) for t in targets}
-    compared = not config.full_scores and (config.has_scores or any(rule.pattern.pools_matrices for rule in rules))
+    pools = config.update_gates != "none" or any(rule.pattern.pools_matrices for rule in rules)
+    compared = not config.full_scores and (config.has_scores or pools)
     has_values = not targets[0].weight.is_meta
     scales = _weight_scales(targets, bases) if config.relative_magnitude and compared and has_values else None
     for param in model.parameters():
@@ -300,6 +303,22 @@ def _require_ranks(targets: Sequence[Target], config: PSTConfig) -> None:
                 f"{target.name} has matrices of {one.out_features // one.num_matrices} x {one.in_features}, and the "
                 f"rank of their factors, expert_rank = {config.expert_rank}, is higher; set it to at most {most}"
             )
+
+
+def _require_budget(targets: Sequence[Target], config: PSTConfig) -> None:
+    """Refuse a budget of components that no gate fits into."""
+    if not config.target_rank:
+        return
+    ranks = [(t.layout.num_matrices, (config.of_experts if t.is_stack else config).update_rank) for t in targets]
+    components, matrices = sum(count * rank for count, rank in ranks), sum(count for count, _ in ranks)
+    least = 1 if config.update_gates == "component" else min(rank for _, rank in ranks)
+    budget = rank_budget(components, config.dropped_share)
+    if budget < least:
+        whole = "" if least == 1 else f", and a gate of a whole matrix is over {least}"
+        raise InjectionError(
+            f"target_rank = {config.target_rank} keeps {budget} of the {components} components of {matrices} "
+            f"matrices{whole}; set it to at least {math.ceil(1e4 * least * config.update_rank / components) / 1e4:g}"
+        )
 
 
 def _require_tiles(targets: Sequence[Target], config: PSTConfig) -> None:

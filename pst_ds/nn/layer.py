@@ -24,12 +24,14 @@ from pst_ds.core.quantization import (
     scales_of_bytes,
 )
 from pst_ds.core.quantization.own_weights import OwnWeights
+from pst_ds.core.updates.gates import gate_gradients
 from pst_ds.nn.base_codes import BASE_CODES, BASE_SCALES, BaseCodes, own_weights
 from pst_ds.parallel import zero3
 
-FACTOR_NAMES = ("A", "B", "R", "C", "U", "V")
+FACTOR_NAMES = ("A", "B", "R", "C", "U", "V", "G")
 """The small ones; a score of each weight, S, is none of them."""
 SCORE_FACTORS = ("A", "B", "R", "C", "S")
+UPDATE_FACTORS = ("U", "V", "G")
 CONSTANT_PARTS = ("pst_mask", "pst_scales", BASE_CODES, BASE_SCALES)
 """Parameters of a layer that are bytes, which nothing trains."""
 
@@ -42,6 +44,7 @@ class PSTLayer(nn.Module):
     Parameters, besides ``weight`` (frozen unless ``config.train_weights``) and ``bias``:
         pst_A (O, k), pst_B (P*k, I), pst_R (O,), pst_C (P, I), pst_U (O, r), pst_V (P*r, I): trainable, see
             :mod:`pst_ds.core.factors` for P; None for those the config leaves out.
+        pst_G (P*r,) or (P,): the gates of learned ranks, with ``config.update_gates`` alone; trainable.
         pst_S, as the weight: a score of each weight, with ``config.full_scores`` alone; trainable.
         pst_mask (num_shards * ceil(ceil(O*I / num_shards) / 8),): uint8, one bit a weight, frozen.
         pst_scales, with a ``grid`` alone: uint8, the bytes of the bf16 scales that M . W is rounded with, frozen.
@@ -53,6 +56,8 @@ class PSTLayer(nn.Module):
     """
 
     weight: nn.Parameter | None
+    pst_V: nn.Parameter | None
+    pst_G: nn.Parameter | None
     pst_S: nn.Parameter | None
     pst_scales: nn.Parameter | None
     pst_base_codes: nn.Parameter
@@ -136,6 +141,8 @@ class PSTLayer(nn.Module):
         of_output = (outputs,) if config.multiplicative_update else (outputs, r)
         add("U", of_output if r else None, 0.0 if starts_at_v else update_std)
         add("V", (layout.num_matrices * r, inputs) if r else None, update_std if starts_at_v else 0.0)
+        of_gates = {"none": None, "layer": (layout.num_matrices,), "component": (layout.num_matrices * r,)}
+        add("G", of_gates[config.update_gates])
         add("S", tuple(layout.shape) if config.full_scores else None)
 
     @property
@@ -243,9 +250,11 @@ class PSTLayer(nn.Module):
 
     @torch.no_grad()
     def _finish(self, grads: masked_linear.Gradients) -> None:
-        """What the formulas of one matrix do not know: how the layer holds U, and the penalty on its scores."""
+        """What the formulas of one matrix do not know: how the layer holds U and V, and the penalty on its scores."""
         if self.constants.multiplicative and grads.U is not None:
             grads.U = ungrouped_columns(grads.U, self.layout.num_matrices)
+        if self.pst_G is not None and self.pst_V is not None and grads.V is not None:
+            grads.V, grads.G = gate_gradients(grads.V, self.pst_V, self.pst_G, self.layout.num_matrices)
         if self.pst_S is None:
             return
         if grads.S is None:  # the masks are fixed

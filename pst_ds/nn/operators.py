@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pst_ds.core.low_rank_rows import row_gradients, updated_rows
+from pst_ds.core.updates.rows import row_gradients, updated_rows
+from pst_ds.nn.layer import FACTOR_NAMES
 
 if TYPE_CHECKING:
     from pst_ds.nn.linear import PSTLinear
 
 _LAYERS: weakref.WeakValueDictionary[int, PSTLinear] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
-_OTHERS = "Tensor? weight, Tensor? bias, Tensor? A, Tensor? B, Tensor? R, Tensor? C, Tensor? U, Tensor? V, Tensor? S"
+_OTHERS = ", ".join(f"Tensor? {name}" for name in ("weight", "bias", *FACTOR_NAMES, "S"))
 """What a layer may train, beside x. The operator reads the layer's; they are arguments for their gradients."""
 _LIBRARY = torch.library.Library("pst_ds", "FRAGMENT")
 for _schema in (

@@ -25,6 +25,7 @@ def pst_parameter_groups(
     *,
     score_learning_rate: float | None = None,
     update_learning_rate: float | None = None,
+    gate_learning_rate: float | None = None,
     embedding_learning_rate: float | None = None,
     head_learning_rate: float | None = None,
     betas: tuple[float, float] = (_DEFAULTS.adam_beta1, _DEFAULTS.adam_beta2),
@@ -38,6 +39,7 @@ def pst_parameter_groups(
         score_learning_rate: of the group "scores": A, B, R and C, or a score of each weight. None, here and below, is
             the rate of :func:`pst_ds.core.schedule.default_learning_rates` for the model's width and ``num_steps``.
         update_learning_rate: of the group "updates": U and V.
+        gate_learning_rate: of the group "gates": those of learned ranks.
         embedding_learning_rate: of the group "embeddings": U and V of embeddings.
         head_learning_rate: of the group "head": all that is trained in full.
         betas: Adam's two, of all groups. The default is the run file's.
@@ -54,6 +56,7 @@ def pst_parameter_groups(
     rates = {
         "scores": default.scores if score_learning_rate is None else score_learning_rate,
         "updates": updates if update_learning_rate is None else update_learning_rate,
+        "gates": default.gates if gate_learning_rate is None else gate_learning_rate,
         "embeddings": default.embeddings if embedding_learning_rate is None else embedding_learning_rate,
         "head": head if head_learning_rate is None else head_learning_rate,
     }
@@ -65,6 +68,8 @@ def pst_parameter_groups(
         owner, _, last = name.rpartition(".")
         if owner in embeddings:
             groups["embeddings"].append(param)
+        elif last == "pst_G":
+            groups["gates"].append(param)
         elif last.startswith("pst_"):
             groups["scores" if last.removeprefix("pst_") in SCORE_FACTORS else "updates"].append(param)
         else:

@@ -78,6 +78,33 @@ def write_shard(param: nn.Parameter, values: Tensor) -> None:
     param.ds_secondary_tensor = None  # an hpZ copy, if any, is made again from the shard
 
 
+def fill_where(param: nn.Parameter, where: Tensor, value: float) -> None:
+    """Give a trained ``param`` the number ``value`` in some places, and its fp32 master if an optimizer has one.
+
+    ``where``: bool, in the full shape, the same on every rank; all ranks must do so before the next gather.
+    """
+    flat = where.flatten()
+    if _has_zero3_master(param):
+        optimizer = param._z3_optimizer
+        shard = shard_of(param)
+        own = flat[shard.start : shard.start + shard.values.numel()]
+        group, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
+        _fill(optimizer.fp32_partitioned_groups_flat[group].narrow(0, offset, own.numel()), own, value)
+    elif getattr(param, "_hp_mapping", None) is not None:  # ZeRO stages 1 and 2
+        outside = param._hp_mapping.lp_fragment_address
+        own = flat[outside.start : outside.start + outside.numel]
+        _fill(param._hp_mapping.get_hp_fragment(), own, value)
+    elif hasattr(param, "fp32_master"):
+        _fill(param.fp32_master, flat, value)
+    shard = shard_of(param)
+    own = flat[shard.start : shard.start + shard.values.numel()].to(shard.values.device)
+    write_shard(param, shard.values.masked_fill(own, value))
+
+
+def _fill(master: Tensor, where: Tensor, value: float) -> None:
+    master.detach().view(-1).masked_fill_(where.to(master.device), value)
+
+
 def bytes_split_as(like: nn.Parameter, numel: int, own: Tensor) -> nn.Parameter:
     """Return a frozen parameter of ``numel`` bytes that is split over ranks as ``like`` is; ``own`` are this rank's.
 

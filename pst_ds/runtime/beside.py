@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pst_ds.core.low_rank_rows import beside, beside_each
+from pst_ds.core.updates.rows import beside, beside_each
 
 LEFT, RIGHT = "personal_U", "personal_V"
 """Names of a layer's U (O, r) and V (r, I)."""

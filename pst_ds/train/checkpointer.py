@@ -39,6 +39,7 @@ class Checkpointer:
         evaluate: Computes the metrics of the engine's model; None for a run without validation data.
         lower_is_better: Whether the run's metric is one to minimise.
         rounding: When weights are rounded; None for never.
+        ranks: When components of updates are dropped; None for never.
         watched: Steps that are evaluated too, which choose no best checkpoint.
         new_state, new_progress: Make what a checkpoint records, given what changes during the run.
         checkpoint: The one that the run continues from.
@@ -56,13 +57,14 @@ class Checkpointer:
         evaluate: Callable[[], dict[str, float]] | None,
         lower_is_better: bool,
         rounding: RoundingSchedule | None = None,
+        ranks: Schedule | None = None,
         watched: Collection[int] = (),
         new_state: partial[CheckpointState],
         new_progress: Callable[..., RunProgress],
         checkpoint: Checkpoint | None = None,
     ):
         self._run, self._engine, self._schedule, self._metrics = run, engine, schedule, metrics
-        self._rounding = rounding
+        self._rounding, self._ranks = rounding, ranks
         self._folder, self._num_steps = folder, num_steps
         self._evaluate_now, self._lower_is_better, self._watched = evaluate, lower_is_better, watched
         self._new_state, self._new_progress = new_state, new_progress
@@ -120,10 +122,10 @@ class Checkpointer:
         self._last_evaluated = (state.step, values)
 
     def _is_best(self, state: LoopState) -> bool:
-        """Return whether the model, just evaluated, is the best so far at the final sparsity, and rounded if it will
-        be; remember it if so."""
+        """Return whether the model, just evaluated, is the best so far at the final sparsity and ranks, and rounded if
+        it will be; remember it if so."""
         value = self._last_evaluated[1][self._run.metric]
-        is_final = self._schedule is None or self._schedule.is_final(state.step)
+        is_final = all(one is None or one.is_final(state.step) for one in (self._schedule, self._ranks))
         if not is_final or not self._rounds(state.step, default=True) or not self._is_better(value):
             return False
         self._best, self.best_step = value, state.step

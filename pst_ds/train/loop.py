@@ -22,7 +22,7 @@ from pst_ds.data.tasks import ExampleSet, task_of
 from pst_ds.masks.layer_stats import chosen_layers, measure
 from pst_ds.masks.scales import update_scales
 from pst_ds.masks.update import MaskStats
-from pst_ds.masks.updater import SPARSITY_TOLERANCE, update_masks_if_due
+from pst_ds.masks.updater import SPARSITY_TOLERANCE, update_masks_if_due, update_ranks_if_due
 from pst_ds.monitor.curves import STRAGGLER
 from pst_ds.monitor.metrics import MetricsWriter, peak_memory_bytes
 from pst_ds.nn.inject import (
@@ -86,6 +86,8 @@ class Loop:
     metrics: MetricsWriter
     objective: Objective
     rounding: RoundingSchedule | None = None
+    ranks: Schedule | None = None
+    """Of the share of the updates' components that is dropped."""
     clock: StepClock = field(init=False)
     own_time: OwnTime = field(init=False)
     pace: Pace = field(init=False)
@@ -247,12 +249,18 @@ def _batches(loop: Loop, first: int) -> Iterator[tuple[list[MicroBatch], int]]:
 
 
 def _update_masks_if_due(loop: Loop, state: LoopState) -> None:
-    """Update the masks; schedule and ``state.step`` are equal on every rank, so all ranks do or none does."""
-    schedule, from_zeros = loop.schedule, loop.run.pst.initial_mask == "zeros"
-    if schedule is None:
-        return
-    masks = update_masks_if_due(loop.engine.module, schedule, state.step, from_zeros=from_zeros)
-    if masks is None:
+    """Update the masks, and the ranks of the updates; schedules and ``state.step`` are equal on every rank, so all
+    ranks do or none does."""
+    schedule, from_zeros, masks = loop.schedule, loop.run.pst.initial_mask == "zeros", None
+    if schedule is not None:
+        masks = update_masks_if_due(
+            loop.engine.module, schedule, state.step, from_zeros=from_zeros, ranks=loop.ranks
+        )  # fmt: skip
+    ranks = update_ranks_if_due(loop.engine.module, loop.ranks, state.step, masks)
+    if ranks is not None:
+        loop.metrics.write(state.step, {"event": "rank_update", "mean_rank": ranks.mean_rank})
+        loop.metrics.ranks(state.step, ranks)
+    if schedule is None or masks is None:
         return
     if from_zeros:
         _require_sparsity(loop.run, masks)

@@ -194,6 +194,7 @@ def parameter_groups(module: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
         module,
         score_learning_rate=run.train.score_learning_rate,
         update_learning_rate=run.train.update_learning_rate,
+        gate_learning_rate=run.train.gate_learning_rate,
         embedding_learning_rate=run.train.embedding_learning_rate,
         head_learning_rate=run.train.head_learning_rate,
         betas=(run.train.adam_beta1, run.train.adam_beta2),

@@ -229,7 +229,8 @@ def train_run(
     for remark in filter(None, (prepared.task.remark(examples), about_loss)):
         metrics.say(remark)
     given = (examples, prepared.tokenizer, num_steps, prepared.device, metrics, objective, rounding)
-    loop = Loop(run, engine, schedule, *given)
+    ranks = run.make_ranks(num_steps)
+    loop = Loop(run, engine, schedule, *given, ranks)
     checkpointer = Checkpointer(
         run,
         engine,
@@ -240,6 +241,7 @@ def train_run(
         evaluate=None if validation is None else partial(evaluation or evaluate, engine, validation, prepared),
         lower_is_better=prepared.task.lower_is_better,
         rounding=rounding,
+        ranks=ranks,
         watched=watched_steps(run, schedule, num_steps, len(examples), len(validation or ())),
         new_state=_new_state(prepared),
         new_progress=partial(run_folder.progress_of, run, engine, examples.digest, zero_stage(prepared.ds_config)),

@@ -42,8 +42,8 @@ MAY_DIFFER = (
 """Settings that may differ when a run continues: paths, how the same numbers are computed, and what the digest of the
 examples covers."""
 _MAY_BE_CHANGED = (
-    "train.score_learning_rate", "train.update_learning_rate", "train.embedding_learning_rate",
-    "train.head_learning_rate", "train.gradient_clipping",
+    "train.score_learning_rate", "train.update_learning_rate", "train.gate_learning_rate",
+    "train.embedding_learning_rate", "train.head_learning_rate", "train.gradient_clipping",
 )  # fmt: skip
 """Settings that a user may want to change to get over a divergence; a message says so."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pst_ds.core.low_rank_rows import beside, beside_each
+from pst_ds.core.updates.rows import beside, beside_each
 from pst_ds.runtime.beside import LEFT, RIGHT, BatchUpdates, add_update, features
 from pst_ds.runtime.linear import SparseLinear
 

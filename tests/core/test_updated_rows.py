@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from pst_ds.core import low_rank_rows
-from pst_ds.core.low_rank_rows import row_gradients, updated_rows
+from pst_ds.core.updates import rows as low_rank_rows
+from pst_ds.core.updates.rows import row_gradients, updated_rows
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 ROWS, WIDTH, RANK = 23, 37, 3

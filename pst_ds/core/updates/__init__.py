@@ -1,0 +1,1 @@
+"""Low-rank updates beyond a single product: rows of an embedding, and gates of components."""
