@@ -25,6 +25,7 @@ FLOORS = {
     "parallel": 1,
     "data": 2,
     "nn": 2,
+    "supervise": 2,
     "checkpoint": 3,
     "masks": 3,
     "planning": 3,

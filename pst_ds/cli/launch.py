@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     config = load_run_or_folder(args)
-    from pst_ds.train.hosts import read_hosts
-    from pst_ds.train.supervisor import Supervisor
+    from pst_ds.supervise.hosts import read_hosts
+    from pst_ds.supervise.supervisor import Supervisor
 
     launcher = _words(args.by)
     hosts = read_hosts(args.hostfile, args.spares, args.check, launcher)

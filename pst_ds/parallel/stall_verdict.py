@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pst_ds.atomic_files import write_text_atomic
-
 VERDICT_FILE = "verdict.json"
 """Is in the folder of the reports once the verdict was said."""
 
@@ -39,7 +37,7 @@ class Verdict:
     def write(self, folder: Path) -> None:
         """Leave it for others in the folder of the reports."""
         text = json.dumps({"ranks": self.ranks, "hosts": self.hosts, "why": self.why})
-        write_text_atomic(folder / VERDICT_FILE, text + "\n")
+        (folder / VERDICT_FILE).write_text(text + "\n", encoding="utf-8")
 
     def message(self, timeout: float) -> str:
         """Return the line that a run ends with."""

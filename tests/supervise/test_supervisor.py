@@ -10,8 +10,8 @@ import threading
 import pytest
 
 from pst_ds.errors import InputError
-from pst_ds.train.hosts import Hosts, read_hosts
-from pst_ds.train.supervisor import Supervisor, exit_code_of, newest_step
+from pst_ds.supervise.hosts import Hosts, read_hosts
+from pst_ds.supervise.supervisor import Supervisor, exit_code_of, newest_step
 
 # the n-th start plays the n-th line: exit code, newest step or -, exit codes of ranks or -, host of the verdict
 LAUNCHER = """#!/bin/bash

@@ -19,7 +19,7 @@ from types import FrameType
 from pst_ds.config.file_names import ATTEMPTS_FILE, CHECKPOINTS, EXIT_CODES_VARIABLE, LATEST, LAUNCH, STALLS
 from pst_ds.parallel.stall_verdict import VERDICT_FILE, blamed_hosts
 from pst_ds.parallel.stop_signals import EXIT_STOPPED
-from pst_ds.train.hosts import Hosts
+from pst_ds.supervise.hosts import Hosts
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 BAD_INPUT = 2

@@ -1,0 +1,1 @@
+"""Runs that go on without people: starts again after failures, and hosts that are left out."""
