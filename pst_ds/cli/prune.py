@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from pst_ds.cli.main import add_quiet_argument, add_run_arguments, add_shard_argument, count, load_run_or_folder
 from pst_ds.config.methods import OneShotMethod
+from pst_ds.core.experts.tokens import unused_experts
 from pst_ds.core.packings import GROUPS, VALUE_BITS, WHOLE_ROW
 from pst_ds.errors import InputError
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
     from pst_ds.config.run import RunConfig
     from pst_ds.core.quantization import Grid
-    from pst_ds.prune.model import PrunedLayer
+    from pst_ds.prune.layer import PrunedLayer
     from pst_ds.prune.replay import Batch
 
 
@@ -73,6 +75,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         f"sparsity {result['sparsity_measured']:.6f} measured, {asked}{text}; "
         f"pruned in {seconds:.1f} s, {result['seconds']:.1f} s in all"
     )
+    tokens = {layer.name.rpartition(".")[0]: layer.expert_tokens for layer in layers if layer.expert_tokens}
+    if unused := unused_experts(tokens):  # both stacks of a module saw the same
+        print(f"{unused}, and were pruned by the size of their weights. Add --samples", file=sys.stderr)
     return result
 
 
@@ -121,12 +126,12 @@ def _pruned(
     settings = settings_for(model, config.pst, args.method, args.pattern)
     share = 0.0 if args.keep_zeros else share_of_zeros(settings, args.sparsity, config.schedule.final_sparsity)
     grid, keeps = _grid(args), args.keep_zeros
-    targets = find_targets(model, settings, stacks=args.method == "magnitude")  # others lack the inputs of each expert
+    targets = find_targets(model, settings)
     rules = layer_rules(targets, settings, args.method, share, grid=grid, keeps_zeros=keeps)
     batches = [] if args.method == "magnitude" else _calibration(config, model.config, args)
     start = time.perf_counter()
-    dtype = DTYPES[config.train.precision]
-    layers = prune_model(model, rules, args.method, batches, device=torch.device(device), dtype=dtype)
+    dtype, gated = DTYPES[config.train.precision], settings.gated_norms
+    layers = prune_model(model, rules, args.method, batches, device=torch.device(device), dtype=dtype, gated=gated)
     seconds = time.perf_counter() - start
     about: dict[str, object] = {
         "method": args.method,
@@ -141,6 +146,7 @@ def _pruned(
         tokens = (b["attention_mask"].sum() if "attention_mask" in b else b["input_ids"].numel() for b in batches)
         about |= {"data": config.data.train, "max_length": config.data.max_length, "samples": args.samples}
         about |= {"tokens": sum(map(int, tokens)), "seed": args.seed, "precision": config.train.precision}
+        about |= {"gated_norms": gated} if any(target.is_stack for target in targets) else {}
     return layers, about, seconds
 
 

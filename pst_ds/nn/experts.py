@@ -8,7 +8,7 @@ that ZeRO-3 gathers one stack at a time; everything else of the experts module, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -29,6 +29,8 @@ from pst_ds.parallel import zero3
 IMPLEMENTATION = "pst"
 """Name under which transformers knows :func:`experts_forward`."""
 _CONFIG_BEFORE = "pst_config_before"
+Hear = Callable[[str, Tensor, Routing, bool], None]
+"""Takes the name of a stack, its inputs, which expert gets each, and whether they are (N, I) or sorted (N*k, I)."""
 
 
 class PSTExpertStack(PSTLayer):
@@ -166,11 +168,22 @@ def experts_forward(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor
     return of_routing(experts, hidden, weights, Routing.of(index, weights, experts.num_experts))
 
 
-def of_routing(experts: Any, hidden: Tensor, weights: Tensor, routing: Routing) -> Tensor:
-    """:func:`experts_forward` with the pairs of tokens and experts sorted."""
+def of_routing(
+    experts: Any,
+    hidden: Tensor,
+    weights: Tensor,
+    routing: Routing,
+    before: Callable[[str, Tensor, bool], None] | None = None,
+) -> Tensor:
+    """:func:`experts_forward` with the pairs of tokens and experts sorted.
+
+    ``before`` is called ahead of each of the two products: with the attribute of its stack, x, and ``by_token``.
+    """
     first, last = stack_names(experts)
 
     def product(x: Tensor, attribute: str, *, by_token: bool) -> Tensor:
+        if before is not None:
+            before(attribute, x, by_token)
         stack = getattr(experts, attribute)
         if isinstance(stack, nn.Module):  # a PST stack, or one that stays packed
             y = stack(x, routing, by_token)
@@ -222,9 +235,39 @@ def registered(function: Callable[..., Tensor]) -> Iterator[None]:
 
 def restore(model: nn.Module) -> None:
     """Undo :func:`switch_on`, for a model without PST stacks."""
-    for module in model.modules():
-        if _CONFIG_BEFORE in vars(module):
-            module.config = vars(module).pop(_CONFIG_BEFORE)
+    switch_off(module for module in model.modules() if _CONFIG_BEFORE in vars(module))
+
+
+def switch_off(modules: Iterable[nn.Module]) -> None:
+    """Undo :func:`switch_on` for these experts modules."""
+    for module in modules:
+        module.config = vars(module).pop(_CONFIG_BEFORE)
+
+
+@contextmanager
+def listening(stacks: Mapping[tuple[nn.Module, str], str], heard: Hear) -> Iterator[None]:
+    """Inside, ``heard`` is told what each of ``stacks`` is given, ahead of the product with it.
+
+    ``stacks``: names by experts module and attribute; plain ones, which no PST module has taken the place of.
+    """
+
+    @torch.compiler.disable
+    def forward(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        routing = Routing.of(index, weights, experts.num_experts)
+
+        def before(attribute: str, x: Tensor, by_token: bool) -> None:
+            if name := stacks.get((experts, attribute)):
+                heard(name, x, routing, by_token)
+
+        return of_routing(experts, hidden, weights, routing, before)
+
+    modules = list(dict.fromkeys(module for module, _ in stacks))
+    switch_on(modules)
+    try:
+        with registered(forward):
+            yield
+    finally:
+        switch_off(modules)
 
 
 def leaf_class(model: nn.Module) -> str:

@@ -26,15 +26,24 @@ def products(inputs: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class InputSum:
-    """A sum over all that a layer was given."""
+    """A sum over all that a layer was given; of a stack of experts one for each expert, below the other."""
 
     num_tokens: int = 0
     total: Tensor | None = None
+    """Of a stack (experts, ...), zeros for those without tokens."""
+    expert_tokens: list[int] = field(default_factory=list)
+    """Of a stack: the tokens of each of its experts, also of those that are not summed."""
 
     def add(self, part: Tensor, num_tokens: int) -> None:
         """``part`` is the sum over ``num_tokens`` more; it may be added to other layers' sums too."""
         self.num_tokens += num_tokens
         self.total = part.clone() if self.total is None else self.total.add_(part)
+
+    def add_expert(self, place: int, part: Tensor, num_places: int) -> None:
+        """``part`` is one more sum of the expert that comes at ``place`` of ``num_places``."""
+        if self.total is None:
+            self.total = part.new_zeros(num_places, *part.shape)
+        self.total[place] += part
 
 
 @dataclass(slots=True)
@@ -42,9 +51,11 @@ class InputGatherer:
     """Sums up what layers are given. Of one tensor that several are given, as q, k and v are, the sum is made once."""
 
     sum_of: Callable[[Tensor], Tensor]
-    """:func:`squares` or :func:`products`; for a stack of experts the former."""
+    """:func:`squares` or :func:`products`."""
     gated: bool = False
     """Whether an expert's inputs are first multiplied by what the router gives the token there."""
+    experts: range | None = None
+    """The experts of stacks whose inputs are summed; None: all."""
     sums: dict[str, InputSum] = field(default_factory=dict)
     """By the name of the layer; a layer that never ran has none."""
     _tokens: Tensor | None = None
@@ -71,7 +82,7 @@ class InputGatherer:
         def take(module: object, args: tuple[Any, ...]) -> None:
             inputs = args[0]
             if len(args) > 1 and isinstance(args[1], Routing):
-                self.sums.setdefault(name, InputSum()).add(self._by_expert(*args), len(inputs))
+                self.add_experts(name, *args)
                 return
             if self._last is None or self._last[0] is not inputs:
                 rows = self._without_padding(inputs)
@@ -80,17 +91,26 @@ class InputGatherer:
 
         return take
 
-    def _by_expert(self, inputs: Tensor, routing: Routing, by_token: bool) -> Tensor:
-        """The sums of each expert's inputs, one after the other, (E*I,); zeros for one without tokens."""
-        sums = torch.zeros(len(routing.counts), inputs.shape[1], dtype=torch.float64, device=inputs.device)
+    def add_experts(self, name: str, inputs: Tensor, routing: Routing, by_token: bool) -> None:
+        """Add what each expert of the stack ``name`` is given.
+
+        ``inputs``: (N, I) ``by_token``, or (N*k, I) in the order of the experts.
+        """
+        number = len(routing.counts)
+        chosen, sums = self.experts or range(number), self.sums.setdefault(name, InputSum())
+        sums.expert_tokens = sums.expert_tokens or [0] * number
         for expert, rows in routing.runs():
+            is_real = None if self._tokens is None else self._tokens.to(inputs.device)[routing.tokens[rows]]
+            count = rows.stop - rows.start if is_real is None else int(is_real.sum())
+            sums.expert_tokens[expert] += count
+            if not count or expert not in chosen:
+                continue
             given = routing.rows_of(inputs, rows, by_token)
             if self.gated:
                 given = given * routing.gates[rows].unsqueeze(1)
-            if self._tokens is not None:
-                given = given[self._tokens.to(given.device)[routing.tokens[rows]]]
-            sums[expert] = self.sum_of(given)
-        return sums.flatten()
+            part = self.sum_of(given if is_real is None else given[is_real])
+            sums.add_expert(expert - chosen.start, part, len(chosen))
+        sums.num_tokens = sum(sums.expert_tokens)
 
     def _without_padding(self, inputs: Tensor) -> Tensor:
         """(tokens, I) of inputs (batch, length, I), or of the same flattened.

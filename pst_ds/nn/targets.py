@@ -63,10 +63,10 @@ class EmbeddingTarget:
     places: tuple[tuple[nn.Module, str], ...]
 
 
-def find_targets(model: nn.Module, config: PSTConfig, *, stacks: bool = True) -> list[Target]:
+def find_targets(model: nn.Module, config: PSTConfig) -> list[Target]:
     """The layers that ``config`` prunes, in model order.
 
-    "all-linear" is every linear layer inside the blocks, and the ``stacks`` of experts that transformers lets other
+    "all-linear" is every linear layer inside the blocks, and the stacks of experts that transformers lets other
     code compute, but the routers of experts: they choose, hold next to nothing, and stay dense and frozen. Name them in
     ``target_modules`` to prune them.
 
@@ -80,7 +80,7 @@ def find_targets(model: nn.Module, config: PSTConfig, *, stacks: bool = True) ->
     routers = model_structure.router_names(model) if config.target_modules == ALL_LINEAR else set()
     targets = []
     for name, module in model.named_modules():
-        if stacks and model_structure.is_experts(module):
+        if model_structure.is_experts(module):
             targets += _stacks(name, module, model, config, saved)
             continue
         if name in routers or not _is_wanted(name, module, model, config, saved):

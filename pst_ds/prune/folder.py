@@ -14,7 +14,7 @@ from torch import Tensor
 from pst_ds.atomic_files import atomic_folder, require_writable
 from pst_ds.errors import InputError
 from pst_ds.nn.base_model import PRUNING_RECORD, Pretrained, architecture
-from pst_ds.prune.model import PrunedLayer
+from pst_ds.prune.layer import PrunedLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,8 +65,9 @@ def record_of(layers: Sequence[PrunedLayer], about: Mapping[str, object]) -> dic
 
 
 def _facts(layer: PrunedLayer) -> dict[str, object]:
-    """What the record says of a layer: all but its scales."""
-    return {field.name: getattr(layer, field.name) for field in fields(layer) if field.name != "scales"}
+    """What the record says of a layer: all but its scales, and tokens where it has no experts."""
+    facts = {field.name: getattr(layer, field.name) for field in fields(layer) if field.name != "scales"}
+    return {name: value for name, value in facts.items() if name != "expert_tokens" or value}
 
 
 def scales_of(layers: Sequence[PrunedLayer]) -> dict[str, Tensor]:

@@ -4,47 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.bits import apply_mask_
-from pst_ds.core.one_shot import (
-    Compensated,
-    InverseFactor,
-    inverse_factor,
-    keep_by_score,
-    round_under_mask,
-    sparsegpt,
-    wanda_scores,
-)
+from pst_ds.core.one_shot import InverseFactor, inverse_factor
 from pst_ds.errors import InputError
-from pst_ds.nn.input_sums import InputGatherer, products, squares
+from pst_ds.nn import experts
+from pst_ds.nn.input_sums import InputGatherer, InputSum, products, squares
 from pst_ds.progress import Progress
 from pst_ds.prune.blocks import block_of, find_blocks
+from pst_ds.prune.layer import LayerPruning, PrunedLayer, equal_inputs
 from pst_ds.prune.replay import Batch, BlockReplay
 from pst_ds.prune.rules import LayerRule, Method
 
-
-@dataclass(frozen=True, slots=True)
-class PrunedLayer:
-    """The outcome for one layer."""
-
-    name: str
-    shape: tuple[int, int]
-    """(O, I); (E*O, I) of a stack of experts."""
-    matrices: int
-    """Fused in it, each pruned by itself."""
-    pattern: str
-    sparsity_requested: float
-    pruned: int
-    """Weights that the mask prunes."""
-    zeros: int
-    """Counted in the weight, so with kept weights that are zero."""
-    scales: Tensor | None = field(default=None, repr=False, compare=False)
-    """(O, groups) bf16, on the CPU, of a weight that was rounded to a grid."""
+STATISTICS_BYTES = 4 * 2**30
+"""Bytes that the Gram matrices of a block's experts take at a time, unless those of one expert take more."""
 
 
 def prune_model(
@@ -55,6 +31,8 @@ def prune_model(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    gated: bool = False,
+    statistics_bytes: int = STATISTICS_BYTES,
 ) -> list[PrunedLayer]:
     """Prune a whole ``model`` on the CPU in place; what was done to each layer, in the order of ``rules``.
 
@@ -64,10 +42,14 @@ def prune_model(
     the statistics of one block; the CPU the model and the hidden states of all batches. Kept weights keep their bits
     with "magnitude" and "wanda"; pruned ones are +0.0. Raises InputError, and FloatingPointError, naming the layer, for
     inputs that are not finite. Says on stderr how far it is.
+
+    Each expert of a stack is pruned by the tokens that it was given, ``gated``: times what the router gives them there;
+    without a token by magnitude. Where the Gram matrices of a block's experts take more than ``statistics_bytes``, the
+    block runs again for each group of experts whose do not.
     """
     model.eval()
     if method == "magnitude":
-        return [_prune(rule, rule.target.weight.data, None) for rule in rules]
+        return [_by_magnitude(rule) for rule in rules]
     stack, blocks = find_blocks(model, [rule.target for rule in rules])
     by_block: dict[int, list[LayerRule]] = {}
     for rule in rules:
@@ -79,43 +61,115 @@ def prune_model(
         BlockReplay(model, blocks, batches, device, dtype) as replay,
         Progress("prune", last + 1, "blocks") as shown,
     ):
+        pruner = _BlockPruner(replay, method, gated=gated, statistics_bytes=statistics_bytes)
         for index in range(last + 1):
-            for layer in _prune_block(replay, index, by_block.get(index, []), method, goes_on=index < last):
-                done[layer.name] = layer
+            done |= {layer.name: layer for layer in pruner.prune(index, by_block.get(index, []), goes_on=index < last)}
             shown.add(1, f"{stack}.{index}")
     return [done[rule.target.name] for rule in rules]
 
 
-def _prune_block(
-    replay: BlockReplay, index: int, rules: Sequence[LayerRule], method: Method, *, goes_on: bool
-) -> list[PrunedLayer]:
-    """Gather, prune and, if the pass ``goes_on``, run the block again for what the next one is given."""
-    weights = [rule.target.weight.data for rule in rules]  # as the model has them, not as the device does
-    gatherer = InputGatherer(squares if method == "wanda" else products)
-    factors = _Factors()
-    layers = []
-    with replay.resident(index):
-        if rules:
-            with gatherer.listening({rule.target.name: rule.target.module for rule in rules}):
-                replay.run(index, keep_output=False, before=gatherer.begin)
-        for rule, weight in zip(rules, weights, strict=True):
-            with _naming(rule):
-                total = _total(gatherer, rule.target.name)
-                given = total.sqrt() if method == "wanda" else factors.of(total)
-            layers.append(_prune(rule, weight, given))
-        if goes_on:
-            replay.run(index, keep_output=True)
-    return layers
+def _by_magnitude(rule: LayerRule) -> PrunedLayer:
+    pruning = LayerPruning(rule, rule.target.weight.data)
+    for expert in range(rule.target.layout.num_experts):
+        pruning.prune(None, expert)
+    return pruning.outcome()
+
+
+class _BlockPruner:
+    """Prunes blocks by what the text gives their layers."""
+
+    def __init__(self, replay: BlockReplay, method: Method, *, gated: bool, statistics_bytes: int):
+        self._replay, self._method, self._gated, self._bytes = replay, method, gated, statistics_bytes
+        self._factors = _Factors()
+
+    def prune(self, index: int, rules: Sequence[LayerRule], *, goes_on: bool) -> list[PrunedLayer]:
+        """Gather, prune and, if the pass ``goes_on``, run the block again for what the next one is given.
+
+        Experts are pruned group by group, and what an expert is given does not depend on the others: linear layers,
+        on which it may depend, come last.
+        """
+        layers = [LayerPruning(rule, rule.target.weight.data) for rule in rules]  # as the model has them, not a copy
+        linear = [layer for layer in layers if not layer.rule.target.is_stack]
+        stacks = [layer for layer in layers if layer.rule.target.is_stack]
+        gatherer, tokens = self._gatherer(), dict[str, list[int]]()
+        with self._replay.resident(index):
+            for number, group in enumerate(self._groups(stacks) if rules else []):
+                of_experts = self._gatherer(group)
+                self._gather(index, gatherer, [] if number else linear, of_experts, stacks)
+                for layer in stacks:
+                    sums = _required(of_experts, layer.name)
+                    self._prune_experts(layer, sums, group)
+                    tokens[layer.name] = sums.expert_tokens
+            for layer in linear:
+                with layer.naming():
+                    total = _total(gatherer, layer.name)
+                    given = total.sqrt() if self._method == "wanda" else self._factors.of(total)
+                layer.prune(given)
+            if goes_on:
+                self._replay.run(index, keep_output=True)
+        return [layer.outcome(tokens.get(layer.name, ())) for layer in layers]
+
+    def _gatherer(self, group: range | None = None) -> InputGatherer:
+        return InputGatherer(squares if self._method == "wanda" else products, self._gated, group)
+
+    def _groups(self, stacks: Sequence[LayerPruning]) -> list[range]:
+        """Consecutive experts whose statistics fit; one group where there are no stacks."""
+        layouts = [layer.rule.target.layout for layer in stacks]
+        number = max((layout.num_experts for layout in layouts), default=1)
+        of_expert = sum(4 * layout.in_features**2 for layout in layouts)
+        size = number if self._method == "wanda" or not of_expert else max(1, self._bytes // of_expert)
+        return [range(first, min(first + size, number)) for first in range(0, number, size)]
+
+    def _gather(
+        self,
+        index: int,
+        gatherer: InputGatherer,
+        linear: Sequence[LayerPruning],
+        of_experts: InputGatherer,
+        stacks: Sequence[LayerPruning],
+    ) -> None:
+        """Run the block for what its ``linear`` layers, and a group of the experts of its ``stacks``, are given."""
+
+        def begin(batch: Batch) -> None:
+            gatherer.begin(batch)
+            of_experts.begin(batch)
+
+        places = {(layer.rule.target.module, layer.rule.target.parameter): layer.name for layer in stacks}
+        with (
+            gatherer.listening({layer.name: layer.rule.target.module for layer in linear}),
+            experts.listening(places, of_experts.add_experts),
+        ):
+            self._replay.run(index, keep_output=False, before=begin)
+
+    def _prune_experts(self, layer: LayerPruning, sums: InputSum, group: range) -> None:
+        """Prune the experts of ``group``, whose statistics ``sums`` holds; by magnitude where there was no token."""
+        layout, device = layer.rule.target.layout, layer.rule.target.weight.device
+        for place, expert in enumerate(group):
+            if expert >= layout.num_experts:
+                break
+            if sums.total is None or not sums.expert_tokens[expert]:
+                given = equal_inputs(self._method, layout.in_features, device)
+            else:
+                with layer.naming(expert):
+                    total = sums.total[place]
+                    given = total.sqrt() if self._method == "wanda" else inverse_factor(total)
+            layer.prune(given, expert)
 
 
 def _total(gatherer: InputGatherer, name: str) -> Tensor:
+    total = _required(gatherer, name).total
+    assert total is not None
+    return total
+
+
+def _required(gatherer: InputGatherer, name: str) -> InputSum:
     found = gatherer.sums.get(name)
-    if found is None or found.total is None or not found.num_tokens:
+    if found is None or not found.num_tokens:
         raise InputError(
             f"{name} was given nothing by the calibration text; use more --samples, or leave it dense with "
             "pst.exclude_modules"
         )
-    return found.total
+    return found
 
 
 class _Factors:
@@ -129,91 +183,6 @@ class _Factors:
         if self._last is None or not torch.equal(self._last[0], gram):
             self._last = gram, inverse_factor(gram)
         return self._last[1]
-
-
-def _prune(rule: LayerRule, weight: Tensor, given: Tensor | InverseFactor | None) -> PrunedLayer:
-    """Prune ``weight``, the layer's own, in place, and what the layer computes with if that is a copy of it.
-
-    A stack of experts is pruned an expert at a time, each with what is ``given``.
-    """
-    layout, scales, kept = rule.target.layout, list[Tensor](), 0
-    one = replace(rule, target=replace(rule.target, layout=layout.expert))
-    stored, computing = weight.flatten(0, -2), rule.target.weight.data.flatten(0, -2)
-    for first in range(0, layout.shape[0], layout.expert.shape[0]):
-        rows = slice(first, first + layout.expert.shape[0])
-        with _naming(rule):
-            made = prune_weight(stored[rows], one, given)
-        stored[rows].copy_(made.weight)
-        computing[rows].copy_(made.weight)
-        kept += int(made.keep.sum())
-        scales += [] if made.scales is None else [made.scales.cpu()]
-    pruned = layout.numel - kept
-    return PrunedLayer(
-        name=rule.target.name,
-        shape=(layout.out_features, layout.in_features),
-        matrices=layout.num_matrices,
-        pattern="zeros" if rule.keeps_zeros else str(rule.pattern),
-        sparsity_requested=pruned / layout.numel if rule.keeps_zeros else rule.sparsity,
-        pruned=pruned,
-        zeros=layout.numel - int(torch.count_nonzero(weight)),
-        scales=torch.cat(scales) if scales else None,
-    )
-
-
-def prune_weight(weight: Tensor, rule: LayerRule, given: Tensor | InverseFactor | None) -> Compensated:
-    """Return the pruned weight, in the dtype of ``weight``, and its mask: new tensors, as ``weight`` is stored.
-
-    Scales, if the rule has a grid, are (O, groups) however the weight is stored.
-
-    ``given``: norms of the layer's inputs, (I,), for Wanda; their inverse factor for SparseGPT; None for magnitude. The
-    result is on its device. Raises FloatingPointError for values that are not finite.
-    """
-    layout = rule.target.layout
-    if isinstance(given, InverseFactor):
-        return _sparsegpt(weight.to(given.upper.device), rule, given)
-    if given is None:
-        scores = weight.to(torch.float32).abs()
-    else:
-        weight = weight.to(given.device)
-        scores = wanda_scores(weight, given, transposed=layout.transposed)
-    keep = keep_by_score(scores, layout, rule.pattern, rule.sparsity)
-    return Compensated(apply_mask_(weight.clone(memory_format=torch.contiguous_format), keep), keep)
-
-
-def _sparsegpt(weight: Tensor, rule: LayerRule, factor: InverseFactor) -> Compensated:
-    layout = rule.target.layout
-    pruned = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    keep = torch.empty(layout.shape, dtype=torch.uint8, device=weight.device)
-    scales = []
-    for matrix in layout.matrices():
-        at = slice(matrix.rect.r0, matrix.rect.r1), slice(matrix.rect.c0, matrix.rect.c1)
-        oriented = weight[at].t() if layout.transposed else weight[at]
-        made = _compensated(oriented, rule, factor)
-        pruned[at] = made.weight.t() if layout.transposed else made.weight
-        keep[at] = made.keep.t() if layout.transposed else made.keep
-        if made.scales is not None:
-            scales.append(made.scales)
-    return Compensated(pruned, keep, torch.cat(scales) if scales else None)
-
-
-def _compensated(weight: Tensor, rule: LayerRule, factor: InverseFactor) -> Compensated:
-    """Prune and round one matrix (O, I)."""
-    if not rule.keeps_zeros:
-        return sparsegpt(weight, factor, rule.pattern, rule.sparsity, grid=rule.grid, dtype=weight.dtype)
-    assert rule.grid is not None, "nothing to do"
-    return round_under_mask(weight, weight != 0, factor, rule.grid, dtype=weight.dtype)
-
-
-@contextmanager
-def _naming(rule: LayerRule) -> Iterator[None]:
-    """A FloatingPointError says of which layer it is, and what may help."""
-    try:
-        yield
-    except FloatingPointError as error:
-        raise FloatingPointError(
-            f"{rule.target.name}: {error}. See that the model's weights are finite, and calibrate with --set "
-            "train.precision=fp32"
-        ) from None
 
 
 @contextmanager

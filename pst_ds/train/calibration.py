@@ -71,7 +71,9 @@ def summed_squares(
             with gatherer.listening(layers) if turn < len(batches) else nullcontext():
                 engine(**{k: v for k, v in batch.items() if k != "labels"})
             parts = [gatherer.sums.get(name, InputSum()).total for name in layers]
-            sums = torch.cat([totals.new_zeros(n) if s is None else s for n, s in zip(sizes, parts, strict=True)])
+            sums = torch.cat(
+                [totals.new_zeros(n) if s is None else s.flatten() for n, s in zip(sizes, parts, strict=True)]
+            )
             for source in range(min(world_size(), len(batches) - first)):
                 totals += broadcast(sums, source)
     engine.train()

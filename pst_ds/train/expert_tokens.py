@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pst_ds.core.experts.tokens import unused_experts
 from pst_ds.nn.experts import expert_stacks
 from pst_ds.parallel.ranks import all_gather_numbers
-
-MOST_NAMED = 4
-"""Modules that the warning names with their experts."""
 
 
 def tokens_by_module(model: nn.Module) -> dict[str, Tensor]:
@@ -35,18 +33,9 @@ def token_figures(tokens: dict[str, Tensor]) -> dict[str, float]:
     }
 
 
-def unused_experts(tokens: dict[str, Tensor], first_step: int) -> str:
+def warning_of_unused(tokens: dict[str, Tensor], first_step: int) -> str:
     """The sentence that names experts without a token since ``first_step``; "" if all had some."""
-    unused = {name: (count == 0).nonzero().flatten().tolist() for name, count in tokens.items()}
-    unused = {name: numbers for name, numbers in unused.items() if numbers}
-    if not unused:
-        return ""
-    named = [f"{name}: {', '.join(map(str, numbers))}" for name, numbers in list(unused.items())[:MOST_NAMED]]
-    if len(unused) > MOST_NAMED:
-        named.append(f"and in {len(unused) - MOST_NAMED} more modules")
     since = f" since step {first_step}" if first_step else ""
-    without, number = (sum(map(len, values.values())) for values in (unused, tokens))
-    return (
-        f"{without} of {number} experts were given no token{since}, which leaves their masks to "
-        f"their weights ({'; '.join(named)}). Train on more text, or on text that they are for"
-    )
+    unused = unused_experts({name: counts.tolist() for name, counts in tokens.items()}, since)
+    advice = "which leaves their masks to their weights. Train on more text, or on text that they are for"
+    return f"{unused}, {advice}" if unused else ""

@@ -54,7 +54,7 @@ from pst_ds.train.checkpointer import Checkpointer
 from pst_ds.train.divergence import DivergedError
 from pst_ds.train.documents import require_documents_apart
 from pst_ds.train.evaluate import predict
-from pst_ds.train.expert_tokens import tokens_by_module, unused_experts
+from pst_ds.train.expert_tokens import tokens_by_module, warning_of_unused
 from pst_ds.train.fit import Fit, judged_fit, watched_steps
 from pst_ds.train.loop import FINAL_TAGS, Loop, LoopState
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
@@ -300,7 +300,7 @@ def _train_to_the_end(
             final = checkpointer.finish(state)
         if state.step == loop.num_steps:
             fit = judge()
-            loop.metrics.say(unused_experts(tokens_by_module(loop.engine.module), start.step))
+            loop.metrics.say(warning_of_unused(tokens_by_module(loop.engine.module), start.step))
             loop.metrics.settings(_settings(loop.run), [*(f"eval/{name}" for name in final), *FINAL_TAGS])
     except DivergedError as error:
         raise DivergedError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -10,6 +11,16 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from pst_ds.cli.main import main
+from pst_ds.config.pst import PSTConfig
+from pst_ds.core.one_shot import inverse_factor, sparsegpt
+from pst_ds.core.patterns import parse_pattern
+from pst_ds.core.quantization import Grid
+from pst_ds.nn.model_structure import stack_names
+from pst_ds.nn.targets import find_targets
+from pst_ds.prune.model import prune_model
+from pst_ds.prune.replay import BlockReplay
+from pst_ds.prune.rules import layer_rules, settings_for
+from tests.core.one_shot_references import counter, ranked_together, without_smallest
 from tests.nn.expert_families import tiny_model
 
 RUN_FILE = "tests/data/causal_lm.toml"
@@ -40,9 +51,134 @@ def test_magnitude_prunes_the_smallest_of_every_expert(family, tmp_path, capsys)
     assert said["num_layers"] == 2 * (4 + 2)
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_methods_that_need_the_inputs_of_each_expert_refuse_by_name(method, tmp_path, capsys):
+IDS = torch.randint(0, 48, (6, 9), generator=torch.Generator().manual_seed(1))
+BATCHES = [{"input_ids": ids} for ids in IDS.split(4)]
+
+
+def _prune(model, method, pattern="", batches=BATCHES, grid=None, **more):
+    config = settings_for(model, PSTConfig(), method, pattern)
+    rules = layer_rules(find_targets(model, config), config, method, 0.5, grid=grid)
+    layers = prune_model(model, rules, method, batches, device=torch.device("cpu"), dtype=torch.float32, **more)
+    return {layer.name: layer for layer in layers}
+
+
+@torch.no_grad()
+def _inputs_of_experts(model, index, batches, gated):
+    """By stack, then expert: its inputs in whole passes, (tokens, I) double, as the family's own code makes them."""
+    experts = model.model.layers[index].mlp.experts
+    first, last = stack_names(experts)
+    seen, hook = [], experts.register_forward_pre_hook(lambda module, args: seen.append(args))
+    for batch in batches:
+        model(**batch)
+    hook.remove()
+    hidden, chosen, gates = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    name, found = f"model.layers.{index}.mlp.experts", {}
+    for expert in range(experts.num_experts):
+        token, slot = (chosen == expert).nonzero(as_tuple=True)
+        x, weight = hidden[token], getattr(experts, first)[expert]
+        y = x @ (weight if experts.is_transposed else weight.t())
+        inner = experts._apply_gate(y + getattr(experts, f"{first}_bias")[expert] if experts.has_bias else y)
+        factor = gates[token, slot].unsqueeze(1) if gated else 1.0
+        found.setdefault(f"{name}.{first}", []).append((factor * x).double())
+        found.setdefault(f"{name}.{last}", []).append((factor * inner).double())
+    return found
+
+
+def _alone(weight, x, method, pattern, transposed):
+    """One expert's matrix as a linear layer of its own, (O, I), pruned on its inputs; by its size without any."""
+    weight = weight.t() if transposed else weight
+    if method == "sparsegpt" and len(x):
+        return sparsegpt(weight, inverse_factor(x.T @ x), parse_pattern(pattern), 0.5).weight
+    scores = (weight.double().abs() * (x.square().sum(0).sqrt() if len(x) else 1.0)).numpy()
+    counts = counter(pattern, 0.5)
+    return weight * torch.from_numpy(without_smallest(scores, ranked_together(scores.shape, pattern), counts))
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "pattern", "gated"),
+    [("qwen3_moe", "wanda", "row", False), ("mixtral", "wanda", "2:4", True), ("gpt_oss", "wanda", "row", True),
+     ("gpt_oss", "sparsegpt", "2:4", False), ("qwen3_moe", "sparsegpt", "row", True)],
+)  # fmt: skip
+def test_every_expert_is_pruned_as_a_linear_layer_of_its_own_on_its_tokens(family, method, pattern, gated):
+    model = tiny_model(family)
+    other = copy.deepcopy(model)
+    layers = _prune(model, method, pattern, gated=gated)
+    for index, (block, twin) in enumerate(zip(model.model.layers, other.model.layers, strict=True)):
+        twin.self_attn.load_state_dict(block.self_attn.state_dict())  # linear layers have tests of their own
+        inputs = _inputs_before(other, twin, index, gated)
+        for name, of_experts in inputs.items():
+            experts, attribute = other.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            found = model.get_parameter(name).detach()
+            for expert, x in enumerate(of_experts):
+                assert len(x) == layers[name].expert_tokens[expert]
+                before = getattr(experts, attribute).detach()[expert]
+                wanted = _alone(before, x, method, pattern, experts.is_transposed)
+                got = found[expert].t() if experts.is_transposed else found[expert]
+                assert torch.equal(got == 0, wanted == 0), (name, expert)
+                torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+        twin.load_state_dict(block.state_dict())
+    assert {len(layer.expert_tokens) for layer in layers.values()} == {0, 4}
+    assert model.config._experts_implementation == "eager"
+
+
+def _inputs_before(model, block, index, gated):
+    """What the experts of a block are given while its attention is as it was."""
+    pruned = copy.deepcopy(block.self_attn.state_dict())
+    block.self_attn.load_state_dict(tiny_model(model.config.model_type).model.layers[index].self_attn.state_dict())
+    found = _inputs_of_experts(model, index, BATCHES, gated)
+    block.self_attn.load_state_dict(pruned)
+    return found
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_groups_of_experts_change_no_bit(family, monkeypatch):
+    """One expert's Gram matrices at a time: 4 bytes of 16 x 16 and 12 x 12, so as many passes as experts."""
+    together, apart, runs = tiny_model(family), tiny_model(family), []
+    _prune(together, "sparsegpt")
+    run = BlockReplay.run
+    monkeypatch.setattr(BlockReplay, "run", lambda self, index, **more: (runs.append(index), run(self, index, **more)))
+    layers = _prune(apart, "sparsegpt", statistics_bytes=2 * 4 * (16**2 + 12**2) - 1)
+    assert runs == [0] * (4 + 1) + [1] * 4
+    assert all(torch.equal(one, two) for one, two in zip(together.parameters(), apart.parameters(), strict=True))
+    of_experts = [layer.expert_tokens for layer in layers.values() if layer.expert_tokens]
+    assert [sum(tokens) for tokens in of_experts] == [2 * IDS.numel()] * 4
+
+
+@pytest.mark.parametrize(("method", "grid"), [("wanda", None), ("sparsegpt", None), ("sparsegpt", Grid(8))], ids=str)
+def test_an_expert_without_a_token_is_pruned_by_the_size_of_its_weights(method, grid):
+    model, base = tiny_model("mixtral"), tiny_model("mixtral")
+    layers = _prune(model, method, batches=[{"input_ids": IDS[:1, :1]}], grid=grid)
+    unseen = [i for i, count in enumerate(layers["model.layers.0.mlp.experts.down_proj"].expert_tokens) if not count]
+    assert len(unseen) == 2
+    for name in ("gate_up_proj", "down_proj"):
+        for expert in unseen:
+            found, before = (getattr(m.model.layers[0].mlp.experts, name)[expert].detach() for m in (model, base))
+            smallest = before.abs() <= before.abs().sort(1).values[:, before.shape[1] // 2 - 1, None]
+            assert torch.equal(found == 0, smallest)
+            error = (found - before)[~smallest].abs().max() / before.abs().max()
+            assert error == 0 if grid is None else 0 < error < 1 / 127
+
+
+def test_padding_is_no_token_of_an_expert():
+    """Texts that are padded behind, against the same without padding: causal attention sees no later token."""
+    padded, alone = tiny_model("olmoe"), tiny_model("olmoe")
+    mask = torch.ones_like(IDS[:2]).index_fill(1, torch.arange(5, 9), 0)
+    found = _prune(padded, "wanda", batches=[{"input_ids": IDS[:2], "attention_mask": mask}])
+    expected = _prune(alone, "wanda", batches=[{"input_ids": IDS[:2, :5]}])
+    assert found == expected
+    assert all(torch.equal(one, two) for one, two in zip(padded.parameters(), alone.parameters(), strict=True))
+
+
+def test_unused_experts_are_named_in_one_line_and_the_record_has_the_tokens(tmp_path, capsys):
     _base(tmp_path / "base", "mixtral")
-    command = ["prune", RUN_FILE, "--set", f"model.path={json.dumps(str(tmp_path / 'base'))}", "--method", method]
-    assert main([*command, "--out", str(tmp_path / "out")]) == 2
-    assert "mlp.experts" in capsys.readouterr().err
+    sets = [f"model.path={json.dumps(str(tmp_path / 'base'))}", "data.max_length=2", "pst.gated_norms=true"]
+    command = ["prune", RUN_FILE, "--method", "wanda", "--samples", "1", "--out", str(tmp_path / "out"), "--json"]
+    assert main([*command, *(word for each in sets for word in ("--set", each))]) == 0
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert "of 8 experts were given no token (model.layers." in line
+    record = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert record["gated_norms"] is True
+    stacks = {layer["name"]: layer for layer in record["layers"] if "expert_tokens" in layer}
+    assert len(stacks) == 4
+    assert all(sum(layer["expert_tokens"]) == 2 * 2 for layer in stacks.values())  # two tokens, two experts each

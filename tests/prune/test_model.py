@@ -14,7 +14,8 @@ from pst_ds.core.one_shot import inverse_factor
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import find_targets
 from pst_ds.prune import model as pruning
-from pst_ds.prune.model import prune_model, prune_weight
+from pst_ds.prune.layer import prune_weight
+from pst_ds.prune.model import prune_model
 from pst_ds.prune.rules import layer_rules, settings_for
 
 FAMILIES = [

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -231,23 +230,6 @@ def test_a_packed_folder_is_refused(capsys, tmp_path):
     line = _refused(capsys, tmp_path, "--set", _model_path(tmp_path / "packed"))
     assert "is packed, and its weights cannot be ranked" in line
     assert f"pst-ds export {tmp_path / 'packed'} --format dense" in line
-
-
-def test_experts_in_one_parameter_are_refused_by_name(capsys, tmp_path):
-    config = transformers.MixtralConfig(
-        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, num_local_experts=4, max_position_embeddings=48,
-    )  # fmt: skip
-    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
-    where = (
-        "--set",
-        _model_path(tmp_path / "base"),
-        "--set",
-        "model.tokenizer=tests/data/tiny-llama",
-    )
-    assert 'exclude_modules = ["experts"]' in _refused(capsys, tmp_path, *where)
-    result = _prune(capsys, tmp_path / "out", CAUSAL, "wanda", *where, "--set", "pst.exclude_modules=['experts']")
-    assert result["num_layers"] == 8
 
 
 def test_an_interrupted_prune_leaves_nothing(capsys, tmp_path, monkeypatch):

@@ -1,0 +1,24 @@
+"""How many tokens each expert was given, and which were given none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+MOST_NAMED = 4
+"""Modules that a sentence names with their experts."""
+
+
+def unused_experts(tokens: Mapping[str, Sequence[int]], since: str = "") -> str:
+    """Return "2 of 8 experts were given no token", with ``since`` after it, and their names; "" if all had some.
+
+    ``tokens``: of each expert, by the name of the module that holds them.
+    """
+    found = {name: [i for i, count in enumerate(counts) if not count] for name, counts in tokens.items()}
+    unused = {name: numbers for name, numbers in found.items() if numbers}
+    if not unused:
+        return ""
+    named = [f"{name}: {', '.join(map(str, numbers))}" for name, numbers in list(unused.items())[:MOST_NAMED]]
+    if len(unused) > MOST_NAMED:
+        named.append(f"and in {len(unused) - MOST_NAMED} more modules")
+    without, number = (sum(map(len, values.values())) for values in (unused, tokens))
+    return f"{without} of {number} experts were given no token{since} ({'; '.join(named)})"

@@ -1,0 +1,155 @@
+"""One layer pruned by its rule, from what its inputs are; a stack of experts one expert after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.bits import apply_mask_
+from pst_ds.core.one_shot import (
+    Compensated,
+    InverseFactor,
+    keep_by_score,
+    round_under_mask,
+    sparsegpt,
+    wanda_scores,
+)
+from pst_ds.prune.rules import LayerRule, Method
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedLayer:
+    """The outcome for one layer."""
+
+    name: str
+    shape: tuple[int, int]
+    """(O, I); (E*O, I) of a stack of experts."""
+    matrices: int
+    """Fused in it, each pruned by itself."""
+    pattern: str
+    sparsity_requested: float
+    pruned: int
+    """Weights that the mask prunes."""
+    zeros: int
+    """Counted in the weight, so with kept weights that are zero."""
+    expert_tokens: tuple[int, ...] = ()
+    """Tokens of the calibration text that each expert of a stack was given; empty without such text."""
+    scales: Tensor | None = field(default=None, repr=False, compare=False)
+    """(O, groups) bf16, on the CPU, of a weight that was rounded to a grid."""
+
+
+class LayerPruning:
+    """A layer that is pruned, in place, expert by expert; a linear layer is one expert.
+
+    ``weight`` is the layer's own; what the layer computes with by then may be a copy of it, and is pruned too.
+    """
+
+    def __init__(self, rule: LayerRule, weight: Tensor):
+        self.rule = rule
+        self._weight = weight
+        layout = rule.target.layout
+        self._of_expert = replace(rule, target=replace(rule.target, layout=layout.expert))
+        self._kept = 0
+        self._scales: list[Tensor] = []
+
+    @property
+    def name(self) -> str:
+        return self.rule.target.name
+
+    def prune(self, given: Tensor | InverseFactor | None, expert: int = 0) -> None:
+        """Prune an ``expert``, by what :func:`prune_weight` is ``given``. Experts come in their order.
+
+        Raises FloatingPointError.
+        """
+        height = self.rule.target.layout.expert.shape[0]
+        rows = slice(expert * height, (expert + 1) * height)
+        stored, computing = (whole.flatten(0, -2)[rows] for whole in (self._weight, self.rule.target.weight.data))
+        with self.naming(expert):
+            made = prune_weight(stored, self._of_expert, given)
+        stored.copy_(made.weight)
+        computing.copy_(made.weight)
+        self._kept += int(made.keep.sum())
+        self._scales += [] if made.scales is None else [made.scales.cpu()]
+
+    def outcome(self, expert_tokens: Sequence[int] = ()) -> PrunedLayer:
+        """Return what was done once all experts are pruned."""
+        rule, layout = self.rule, self.rule.target.layout
+        pruned = layout.numel - self._kept
+        return PrunedLayer(
+            name=self.name,
+            shape=(layout.out_features, layout.in_features),
+            matrices=layout.num_matrices,
+            pattern="zeros" if rule.keeps_zeros else str(rule.pattern),
+            sparsity_requested=pruned / layout.numel if rule.keeps_zeros else rule.sparsity,
+            pruned=pruned,
+            zeros=layout.numel - int(torch.count_nonzero(self._weight)),
+            expert_tokens=tuple(expert_tokens),
+            scales=torch.cat(self._scales) if self._scales else None,
+        )
+
+    @contextmanager
+    def naming(self, expert: int = 0) -> Iterator[None]:
+        """A FloatingPointError says of which layer, and expert, it is, and what may help."""
+        try:
+            yield
+        except FloatingPointError as error:
+            which = f"{self.name}, expert {expert}" if self.rule.target.is_stack else self.name
+            raise FloatingPointError(
+                f"{which}: {error}. See that the model's weights are finite, and calibrate with --set "
+                "train.precision=fp32"
+            ) from None
+
+
+def equal_inputs(method: Method, number: int, device: torch.device) -> Tensor | InverseFactor:
+    """What :func:`prune_weight` is given of inputs of which nothing is known: it ranks weights by magnitude alone."""
+    if method == "wanda":
+        return torch.ones(number, device=device)
+    return InverseFactor(torch.eye(number, device=device), torch.zeros(number, dtype=torch.bool, device=device))
+
+
+def prune_weight(weight: Tensor, rule: LayerRule, given: Tensor | InverseFactor | None) -> Compensated:
+    """Return the pruned weight, in the dtype of ``weight``, and its mask: new tensors, as ``weight`` is stored.
+
+    Scales, if the rule has a grid, are (O, groups) however the weight is stored.
+
+    ``given``: norms of the layer's inputs, (I,), for Wanda; their inverse factor for SparseGPT; None for magnitude. The
+    result is on its device. Raises FloatingPointError for values that are not finite.
+    """
+    layout = rule.target.layout
+    if isinstance(given, InverseFactor):
+        return _sparsegpt(weight.to(given.upper.device), rule, given)
+    if given is None:
+        scores = weight.to(torch.float32).abs()
+    else:
+        weight = weight.to(given.device)
+        scores = wanda_scores(weight, given, transposed=layout.transposed)
+    keep = keep_by_score(scores, layout, rule.pattern, rule.sparsity)
+    return Compensated(apply_mask_(weight.clone(memory_format=torch.contiguous_format), keep), keep)
+
+
+def _sparsegpt(weight: Tensor, rule: LayerRule, factor: InverseFactor) -> Compensated:
+    layout = rule.target.layout
+    pruned = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    keep = torch.empty(layout.shape, dtype=torch.uint8, device=weight.device)
+    scales = []
+    for matrix in layout.matrices():
+        at = slice(matrix.rect.r0, matrix.rect.r1), slice(matrix.rect.c0, matrix.rect.c1)
+        oriented = weight[at].t() if layout.transposed else weight[at]
+        made = _compensated(oriented, rule, factor)
+        pruned[at] = made.weight.t() if layout.transposed else made.weight
+        keep[at] = made.keep.t() if layout.transposed else made.keep
+        if made.scales is not None:
+            scales.append(made.scales)
+    return Compensated(pruned, keep, torch.cat(scales) if scales else None)
+
+
+def _compensated(weight: Tensor, rule: LayerRule, factor: InverseFactor) -> Compensated:
+    """Prune and round one matrix (O, I)."""
+    if not rule.keeps_zeros:
+        return sparsegpt(weight, factor, rule.pattern, rule.sparsity, grid=rule.grid, dtype=weight.dtype)
+    assert rule.grid is not None, "nothing to do"
+    return round_under_mask(weight, weight != 0, factor, rule.grid, dtype=weight.dtype)
