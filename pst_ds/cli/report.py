@@ -1,6 +1,7 @@
 """``pst-ds report RUN ...``: one HTML page about runs, with curves, heat maps and tables; needs no network."""
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -14,9 +15,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--export", nargs="+", default=[], metavar="DIR", help="exports that are in none of the runs")
     parser.add_argument("--bench", nargs="+", default=[], metavar="FILE", help="what pst-ds bench --json printed")
     parser.add_argument("--verified", nargs="+", default=[], metavar="FILE", help="what pst-ds verify --json printed")
+    watch = "serve the page over HTTP in place of writing it, and follow the runs"
+    parser.add_argument("--watch", action="store_true", help=watch)
+    parser.add_argument("--host", default="127.0.0.1", help="where --watch listens (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8420, help="its port (default: 8420; 0 takes a free one)")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
+    return _watch(args) if args.watch else _write(args)
+
+
+def _made(args: argparse.Namespace, state: str = "") -> tuple[bytes, dict[str, list[str]]]:
+    """Return the page, and the names of the runs and exports in it."""
     from pst_ds.report.outcomes import bench_tables, export_table, find_exports, verification_table
     from pst_ds.report.page import page
     from pst_ds.report.run_data import read_runs
@@ -33,7 +43,26 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     slow = [table for table in (straggler_table(runs),) if table]
     outcomes = [("Tuning", list(tuning_tables(runs))), ("Checkpoints and exports", saved), ("Speed", speed)]
     outcomes.insert(0, ("Stragglers", slow))
-    data = page(runs, exports, outcomes).encode(errors="replace")  # names of folders may be of any bytes
+    data = page(runs, exports, outcomes, state=state).encode(errors="replace")  # names of folders may be of any bytes
+    return data, {"runs": [run.name for run in runs], "exports": [export.name for export in exports]}
+
+
+def _watch(args: argparse.Namespace) -> dict[str, object]:
+    """Serve the page until the process is asked to end."""
+    from pst_ds.report.live import LiveReport, server_of
+
+    _, names = _made(args)  # what is wrong with the arguments is said at once
+    report = LiveReport([Path(name) for name in args.runs], lambda state: _made(args, state)[0])
+    with server_of(report, args.host, args.port) as server:
+        url = f"http://{args.host}:{server.server_port}/"
+        print(f"serving {', '.join(names['runs'])} at {url} until Ctrl-C", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+    return {"url": url, **names}
+
+
+def _write(args: argparse.Namespace) -> dict[str, object]:
+    data, names = _made(args)
     out = Path(args.out) if args.out else Path(args.runs[0]) / "report.html"
     require_writable(out, f"--out {str(out)!r}")
     try:
@@ -43,6 +72,5 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         raise
     except OSError as error:
         raise InputError(f"--out {str(out)!r} cannot be written: {error}; name an HTML file to write") from None
-    print(f"wrote {out}: {', '.join(run.name for run in runs)}; {len(data):,} bytes")
-    names = {"runs": [run.name for run in runs], "exports": [export.name for export in exports]}
+    print(f"wrote {out}: {', '.join(names['runs'])}; {len(data):,} bytes")
     return {"out": str(out), "bytes": len(data), **names}

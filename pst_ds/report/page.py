@@ -22,10 +22,19 @@ T = TypeVar("T")
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def page(runs: Sequence[RunData], exports: Sequence[ExportData], outcomes: Sequence[tuple[str, list[Table]]]) -> str:
-    """Render the HTML of a report about ``runs``. ``outcomes``: further headings, each with its tables.
+def page(
+    runs: Sequence[RunData],
+    exports: Sequence[ExportData],
+    outcomes: Sequence[tuple[str, list[Table]]],
+    *,
+    state: str = "",
+    seconds: float = 2.0,
+) -> str:
+    """Render the HTML of a report about ``runs``. ``outcomes``: further headings, each with its tables. With a
+    ``state`` the page asks its server every so many ``seconds`` for the state, and takes the new page when it is
+    another.
 
-    All text from the data is escaped, and the browser is told to load nothing and to run no script but ours.
+    All text from the data is escaped, and the browser is told to load nothing else and to run no script but ours.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -41,6 +50,8 @@ def page(runs: Sequence[RunData], exports: Sequence[ExportData], outcomes: Seque
         style=Markup(style),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+        state=state,
+        seconds=seconds,
         axes=axes,
         runs=runs,
         results=result_table(runs),

@@ -112,13 +112,13 @@ class Tab:
         assert "error" not in reply, reply
         return reply["result"]
 
-    def open(self, page: Path, *, width: int, dark: bool = False) -> None:
-        """Show a page at this width in CSS pixels."""
+    def open(self, page: Path | str, *, width: int, dark: bool = False) -> None:
+        """Show a page, of a file or an address, at this width in CSS pixels."""
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self("Emulation.setEmulatedMedia", features=[scheme])
-        self("Page.navigate", url=page.absolute().as_uri())
+        self("Page.navigate", url=page if isinstance(page, str) else page.absolute().as_uri())
         self._until(lambda found: found.get("method") == "Page.loadEventFired")
 
     def value(self, expression: str) -> Any:
