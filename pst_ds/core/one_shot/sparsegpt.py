@@ -45,8 +45,23 @@ class InverseFactor:
 def inverse_factor(gram: Tensor, damping: float = DAMPING) -> InverseFactor:
     """The Cholesky factor of the inverse of a damped ``gram`` = X'X, (I, I); computed in double precision.
 
+    ``damping`` is that of :func:`damped_gram`. Raises FloatingPointError for a ``gram`` that is not finite, or so near
+    to singular that more damping is needed.
+    """
+    damped, dead = damped_gram(gram, damping)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if not int(failed):
+        lower, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower))
+    if int(failed):
+        raise FloatingPointError("the Gram matrix of the inputs is not positive definite: more damping is needed")
+    return InverseFactor(lower.t().to(torch.float32).contiguous(), dead)
+
+
+def damped_gram(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """(``gram`` with ``damping``, in double precision; (I,) bool, inputs that were zero on every token).
+
     ``damping`` is a share of the mean of the diagonal over inputs that are not dead. Raises FloatingPointError for a
-    ``gram`` that is not finite, or so near to singular that more damping is needed.
+    ``gram`` that is not finite.
     """
     if not bool(torch.isfinite(gram).all()):
         raise FloatingPointError("inputs are not finite")
@@ -55,12 +70,7 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> InverseFactor:
     mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
     damped = gram.to(torch.float64, copy=True)
     damped.diagonal().add_(torch.where(dead, mean, damping * mean))
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if not int(failed):
-        lower, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower))
-    if int(failed):
-        raise FloatingPointError("the Gram matrix of the inputs is not positive definite: more damping is needed")
-    return InverseFactor(lower.t().to(torch.float32).contiguous(), dead)
+    return damped, dead
 
 
 @dataclass(frozen=True, slots=True)
