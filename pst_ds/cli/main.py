@@ -39,7 +39,7 @@ VERBS = {
     "launch": "train a run through a launcher, and start it again after failures, without hosts at fault",
     "tune": "search a run's learning rates in a share of its steps, and write the run file with what it found",
     "users": "train, evaluate, list, export and remove personal states of users over one sparse base",
-    "prune": "prune a run's pretrained model once, on calibration text: magnitude, Wanda or SparseGPT",
+    "prune": "prune a run's pretrained model once, on calibration text: magnitude, Wanda, SparseGPT or ALPS",
     "eval": "evaluate a checkpoint of a run",
     "export": "write a run, or a folder with zeros, as a model folder: dense, bitmask, 2:4 or csr",
     "verify": "check an export, alone or against the run it came from: files, tensors, weights, logits",

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="model folder to write, dense with zeros")
     zeros = "fraction of zeros (default: schedule.final_sparsity, or 1 - N/M)"
     parser.add_argument("--sparsity", type=float, metavar="S", help=zeros)
-    pattern = "row, matrix, N:M or blocks (default: pst.pattern, but row instead of matrix for wanda and sparsegpt)"
+    pattern = "row, matrix, N:M or blocks (default: pst.pattern, but row instead of matrix with calibration text)"
     parser.add_argument("--pattern", default="", metavar="P", help=pattern)
     parser.add_argument("--keep-zeros", action="store_true", help="prune what is zero already, and nothing else")
     text = "round what is kept to so many bits in the same pass (sparsegpt)"

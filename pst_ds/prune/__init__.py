@@ -1,1 +1,1 @@
-"""One-shot pruning of a pretrained model on calibration text: magnitude, Wanda, SparseGPT."""
+"""One-shot pruning of a pretrained model on calibration text: magnitude, Wanda, SparseGPT, ALPS."""

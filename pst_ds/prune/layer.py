@@ -12,7 +12,11 @@ from torch import Tensor
 from pst_ds.core.bits import apply_mask_
 from pst_ds.core.one_shot import (
     Compensated,
+    InputSpectrum,
     InverseFactor,
+    alps,
+    input_spectrum,
+    inverse_factor,
     keep_by_score,
     round_under_mask,
     sparsegpt,
@@ -60,7 +64,7 @@ class LayerPruning:
     def name(self) -> str:
         return self.rule.target.name
 
-    def prune(self, given: Tensor | InverseFactor | None, expert: int = 0) -> None:
+    def prune(self, given: Inputs | None, expert: int = 0) -> None:
         """Prune an ``expert``, by what :func:`prune_weight` is ``given``. Experts come in their order.
 
         Raises FloatingPointError.
@@ -104,24 +108,38 @@ class LayerPruning:
             ) from None
 
 
-def equal_inputs(method: Method, number: int, device: torch.device) -> Tensor | InverseFactor:
-    """What :func:`prune_weight` is given of inputs of which nothing is known: it ranks weights by magnitude alone."""
+Inputs = Tensor | InverseFactor | InputSpectrum
+"""What a method knows of a layer's inputs: their norms, (I,), for Wanda; statistics for SparseGPT and ALPS."""
+
+
+def inputs_of(method: Method, total: Tensor) -> Inputs:
+    """Make a method's :data:`Inputs` of a sum over all tokens: of squares, (I,), for Wanda, of products, (I, I), else.
+
+    Raises FloatingPointError.
+    """
     if method == "wanda":
-        return torch.ones(number, device=device)
+        return total.sqrt()
+    return input_spectrum(total) if method == "alps" else inverse_factor(total)
+
+
+def equal_inputs(method: Method, number: int, device: torch.device) -> Inputs | None:
+    """What :func:`prune_weight` is given of inputs of which nothing is known: it ranks weights by magnitude alone."""
+    if method != "sparsegpt":
+        return None
     return InverseFactor(torch.eye(number, device=device), torch.zeros(number, dtype=torch.bool, device=device))
 
 
-def prune_weight(weight: Tensor, rule: LayerRule, given: Tensor | InverseFactor | None) -> Compensated:
+def prune_weight(weight: Tensor, rule: LayerRule, given: Inputs | None) -> Compensated:
     """Return the pruned weight, in the dtype of ``weight``, and its mask: new tensors, as ``weight`` is stored.
 
     Scales, if the rule has a grid, are (O, groups) however the weight is stored.
 
-    ``given``: norms of the layer's inputs, (I,), for Wanda; their inverse factor for SparseGPT; None for magnitude. The
-    result is on its device. Raises FloatingPointError for values that are not finite.
+    ``given``: what is known of the layer's inputs; None for magnitude. The result is on its device. Raises
+    FloatingPointError for values that are not finite.
     """
     layout = rule.target.layout
-    if isinstance(given, InverseFactor):
-        return _sparsegpt(weight.to(given.upper.device), rule, given)
+    if isinstance(given, InverseFactor | InputSpectrum):
+        return _by_matrix(weight.to(given.dead.device), rule, given)
     if given is None:
         scores = weight.to(torch.float32).abs()
     else:
@@ -131,7 +149,7 @@ def prune_weight(weight: Tensor, rule: LayerRule, given: Tensor | InverseFactor 
     return Compensated(apply_mask_(weight.clone(memory_format=torch.contiguous_format), keep), keep)
 
 
-def _sparsegpt(weight: Tensor, rule: LayerRule, factor: InverseFactor) -> Compensated:
+def _by_matrix(weight: Tensor, rule: LayerRule, given: InverseFactor | InputSpectrum) -> Compensated:
     layout = rule.target.layout
     pruned = torch.empty_like(weight, memory_format=torch.contiguous_format)
     keep = torch.empty(layout.shape, dtype=torch.uint8, device=weight.device)
@@ -139,7 +157,7 @@ def _sparsegpt(weight: Tensor, rule: LayerRule, factor: InverseFactor) -> Compen
     for matrix in layout.matrices():
         at = slice(matrix.rect.r0, matrix.rect.r1), slice(matrix.rect.c0, matrix.rect.c1)
         oriented = weight[at].t() if layout.transposed else weight[at]
-        made = _compensated(oriented, rule, factor)
+        made = _compensated(oriented, rule, given)
         pruned[at] = made.weight.t() if layout.transposed else made.weight
         keep[at] = made.keep.t() if layout.transposed else made.keep
         if made.scales is not None:
@@ -147,9 +165,11 @@ def _sparsegpt(weight: Tensor, rule: LayerRule, factor: InverseFactor) -> Compen
     return Compensated(pruned, keep, torch.cat(scales) if scales else None)
 
 
-def _compensated(weight: Tensor, rule: LayerRule, factor: InverseFactor) -> Compensated:
+def _compensated(weight: Tensor, rule: LayerRule, given: InverseFactor | InputSpectrum) -> Compensated:
     """Prune and round one matrix (O, I)."""
+    if isinstance(given, InputSpectrum):
+        return alps(weight, given, rule.pattern, rule.sparsity)
     if not rule.keeps_zeros:
-        return sparsegpt(weight, factor, rule.pattern, rule.sparsity, grid=rule.grid, dtype=weight.dtype)
+        return sparsegpt(weight, given, rule.pattern, rule.sparsity, grid=rule.grid, dtype=weight.dtype)
     assert rule.grid is not None, "nothing to do"
-    return round_under_mask(weight, weight != 0, factor, rule.grid, dtype=weight.dtype)
+    return round_under_mask(weight, weight != 0, given, rule.grid, dtype=weight.dtype)

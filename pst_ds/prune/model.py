@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.one_shot import InverseFactor, inverse_factor
 from pst_ds.errors import InputError
 from pst_ds.nn import experts
 from pst_ds.nn.input_sums import InputGatherer, InputSum, products, squares
 from pst_ds.progress import Progress
 from pst_ds.prune.blocks import block_of, find_blocks
-from pst_ds.prune.layer import LayerPruning, PrunedLayer, equal_inputs
+from pst_ds.prune.layer import Inputs, LayerPruning, PrunedLayer, equal_inputs, inputs_of
 from pst_ds.prune.replay import Batch, BlockReplay
 from pst_ds.prune.rules import LayerRule, Method
 
@@ -80,7 +79,7 @@ class _BlockPruner:
 
     def __init__(self, replay: BlockReplay, method: Method, *, gated: bool, statistics_bytes: int):
         self._replay, self._method, self._gated, self._bytes = replay, method, gated, statistics_bytes
-        self._factors = _Factors()
+        self._inputs = _LastInputs(method)
 
     def prune(self, index: int, rules: Sequence[LayerRule], *, goes_on: bool) -> list[PrunedLayer]:
         """Gather, prune and, if the pass ``goes_on``, run the block again for what the next one is given.
@@ -102,8 +101,7 @@ class _BlockPruner:
                     tokens[layer.name] = sums.expert_tokens
             for layer in linear:
                 with layer.naming():
-                    total = _total(gatherer, layer.name)
-                    given = total.sqrt() if self._method == "wanda" else self._factors.of(total)
+                    given = self._inputs.of(_total(gatherer, layer.name))
                 layer.prune(given)
             if goes_on:
                 self._replay.run(index, keep_output=True)
@@ -151,8 +149,7 @@ class _BlockPruner:
                 given = equal_inputs(self._method, layout.in_features, device)
             else:
                 with layer.naming(expert):
-                    total = sums.total[place]
-                    given = total.sqrt() if self._method == "wanda" else inverse_factor(total)
+                    given = inputs_of(self._method, sums.total[place])
             layer.prune(given, expert)
 
 
@@ -172,16 +169,17 @@ def _required(gatherer: InputGatherer, name: str) -> InputSum:
     return found
 
 
-class _Factors:
-    """Inverse factors of Gram matrices; of equal ones that follow each other, as q, k and v have them, one."""
+class _LastInputs:
+    """What a method knows of layers' inputs; of equal ones that follow each other, as q, k and v have them, one."""
 
-    def __init__(self) -> None:
-        self._last: tuple[Tensor, InverseFactor] | None = None
+    def __init__(self, method: Method) -> None:
+        self._method = method
+        self._last: tuple[Tensor, Inputs] | None = None
 
-    def of(self, gram: Tensor) -> InverseFactor:
-        """Return the inverse factor of ``gram``. Raises FloatingPointError."""
-        if self._last is None or not torch.equal(self._last[0], gram):
-            self._last = gram, inverse_factor(gram)
+    def of(self, total: Tensor) -> Inputs:
+        """Return what the method knows of inputs with this sum. Raises FloatingPointError."""
+        if self._last is None or not torch.equal(self._last[0], total):
+            self._last = total, inputs_of(self._method, total)
         return self._last[1]
 
 

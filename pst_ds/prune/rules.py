@@ -14,7 +14,7 @@ from pst_ds.core.quantization import Grid
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import Target
 
-METHOD_PATTERNS: dict[Method, str] = {"magnitude": "matrix", "wanda": "row", "sparsegpt": "row"}
+METHOD_PATTERNS: dict[Method, str] = {"magnitude": "matrix", "wanda": "row", "sparsegpt": "row", "alps": "row"}
 """The pattern of each method unless another is given."""
 
 
@@ -105,7 +105,7 @@ def _rule(target: Target, settings: PSTConfig, method: Method, share: float) -> 
     if rule.pattern.kind == "block" and method == "sparsegpt":
         raise InputError(
             f"{target.name}: SparseGPT prunes by matrix, row or N:M, not in blocks of {rule.pattern}; choose another "
-            "with --pattern, or --method wanda"
+            "with --pattern, or --method alps"
         )
     try:
         rule.pattern.require_fit(target.layout)

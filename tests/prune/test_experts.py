@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from pst_ds.cli.main import main
 from pst_ds.config.pst import PSTConfig
-from pst_ds.core.one_shot import inverse_factor, sparsegpt
+from pst_ds.core.one_shot import alps, input_spectrum, inverse_factor, sparsegpt
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.core.quantization import Grid
 from pst_ds.nn.model_structure import stack_names
@@ -87,6 +87,8 @@ def _inputs_of_experts(model, index, batches, gated):
 def _alone(weight, x, method, pattern, transposed):
     """One expert's matrix as a linear layer of its own, (O, I), pruned on its inputs; by its size without any."""
     weight = weight.t() if transposed else weight
+    if method == "alps" and len(x):
+        return alps(weight, input_spectrum(x.T @ x), parse_pattern(pattern), 0.5).weight
     if method == "sparsegpt" and len(x):
         return sparsegpt(weight, inverse_factor(x.T @ x), parse_pattern(pattern), 0.5).weight
     scores = (weight.double().abs() * (x.square().sum(0).sqrt() if len(x) else 1.0)).numpy()
@@ -97,7 +99,7 @@ def _alone(weight, x, method, pattern, transposed):
 @pytest.mark.parametrize(
     ("family", "method", "pattern", "gated"),
     [("qwen3_moe", "wanda", "row", False), ("mixtral", "wanda", "2:4", True), ("gpt_oss", "wanda", "row", True),
-     ("gpt_oss", "sparsegpt", "2:4", False), ("qwen3_moe", "sparsegpt", "row", True)],
+     ("gpt_oss", "sparsegpt", "2:4", False), ("qwen3_moe", "sparsegpt", "row", True), ("gpt_oss", "alps", "2:4", False)],
 )  # fmt: skip
 def test_every_expert_is_pruned_as_a_linear_layer_of_its_own_on_its_tokens(family, method, pattern, gated):
     model = tiny_model(family)

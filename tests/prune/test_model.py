@@ -131,22 +131,23 @@ def test_a_pass_block_by_block_is_a_whole_pass_for_each(tiny, batches, monkeypat
         assert torch.equal(one, two), name
 
 
-def test_what_several_layers_are_given_is_summed_and_factored_once(tiny, batches, monkeypatch):
+@pytest.mark.parametrize("method", ["sparsegpt", "alps"])
+def test_what_several_layers_are_given_is_summed_and_factored_once(tiny, batches, monkeypatch, method):
     calls = []
 
     def counting(name, function):
-        def count(values):
-            calls.append((name, values.shape[1]))
-            return function(values)
+        def count(*arguments):
+            calls.append((name, arguments[-1].shape[1]))
+            return function(*arguments)
 
         monkeypatch.setattr(pruning, name, count)
 
     counting("products", pruning.products)
-    counting("inverse_factor", pruning.inverse_factor)
+    counting("inputs_of", pruning.inputs_of)
     model = tiny("llama")
-    _prune(model, _rules(model, "sparsegpt"), "sparsegpt", batches("llama")[:1])
+    _prune(model, _rules(model, method), method, batches("llama")[:1])
     widths = (32, 32, 32, 48)  # q, k, v; o; gate, up; down
-    of_block = [(name, width) for name in ("products", "inverse_factor") for width in widths]
+    of_block = [(name, width) for name in ("products", "inputs_of") for width in widths]
     assert calls == of_block * 3
 
 
@@ -161,7 +162,7 @@ def test_padding_changes_nothing(tiny, batches, monkeypatch):
     _prune_both(monkeypatch, padded, alone, "sparsegpt", texts, single)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_model_is_as_it_was_but_for_the_pruned_weights(tiny, batches, method, dtype):
     model = tiny("gpt2")
@@ -171,7 +172,7 @@ def test_the_model_is_as_it_was_but_for_the_pruned_weights(tiny, batches, method
     pruned = {f"{rule.target.name}.weight" for rule in rules}
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == torch.float32
-        if name in pruned and method != "sparsegpt":  # kept weights keep their bits
+        if name in pruned and method in ("magnitude", "wanda"):  # kept weights keep their bits
             assert torch.equal(tensor, before[name] * (tensor != 0))
         elif name in pruned:
             assert not torch.equal(tensor, before[name] * (tensor != 0))
@@ -187,7 +188,7 @@ def test_the_model_is_as_it_was_but_for_the_pruned_weights(tiny, batches, method
 
 def test_each_matrix_of_a_fused_layer_has_its_own_count(tiny, batches):
     model = tiny("gpt2")
-    for method in ("magnitude", "sparsegpt"):
+    for method in ("magnitude", "sparsegpt", "alps"):
         _prune(model, _rules(model, method, "matrix", 0.37), method, batches("gpt2"))
         for block in model.transformer.h:
             weight = block.attn.c_attn.weight.view(32, 3, 32)  # (I, 3, O)

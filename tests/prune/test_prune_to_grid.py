@@ -150,7 +150,7 @@ def test_words_that_do_not_go_together(capsys, tmp_path, base):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
         return line
 
-    for method in ("wanda", "magnitude"):
+    for method in ("wanda", "magnitude", "alps"):
         assert "round the folder with --method sparsegpt --keep-zeros" in said("--bits", "4", method=method)
     assert "--group 32 is for rounded weights: add --bits 4 or 8" in said("--group", "32")
     assert "--keep-zeros prunes nothing more, so there is nothing to do: add --bits" in said("--keep-zeros")

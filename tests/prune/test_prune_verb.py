@@ -22,7 +22,7 @@ from pst_ds.prune import model as pruning
 
 CAUSAL, CLASSES = "tests/data/causal_lm.toml", "tests/data/world_size.toml"
 DATA = Path(__file__).resolve().parents[1] / "data"
-FORMATS = {"matrix": "bitmask", "row": "bitmask", "2:4": "2:4", "4:8": "bitmask"}
+FORMATS = {"matrix": "bitmask", "row": "bitmask", "2:4": "2:4", "4:8": "bitmask", "4x2": "bitmask"}
 
 
 def _prune(capsys, out, run_file, method, *arguments):
@@ -63,7 +63,7 @@ def test_the_cpu_is_used_when_deepspeed_is_told_so(capsys, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("method", "pattern", "sparsity"),
     [("magnitude", "matrix", 0.6), ("wanda", "row", 0.5), ("wanda", "2:4", 0.5), ("sparsegpt", "row", 0.7),
-     ("sparsegpt", "2:4", 0.5), ("sparsegpt", "matrix", 0.3)],
+     ("sparsegpt", "2:4", 0.5), ("sparsegpt", "matrix", 0.3), ("alps", "row", 0.7), ("alps", "4x2", 0.5)],
 )  # fmt: skip
 def test_a_causal_model_is_pruned_exported_and_verified(capsys, tmp_path, method, pattern, sparsity):
     asked = [] if ":" in pattern else ["--sparsity", str(sparsity)]
@@ -132,7 +132,7 @@ def _sets(tmp_path, *settings):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "roberta"])
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
 def test_other_families_and_files_of_any_number(capsys, tmp_path, tiny, family, method):
     """In many weight files before and after; GPT-2 stores (I, O), with q, k and v in one weight; tied heads stay."""
     model = tiny(family)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pst_ds.config.methods.method import Method
 
-OneShotMethod = Literal["magnitude", "wanda", "sparsegpt"]
+OneShotMethod = Literal["magnitude", "wanda", "sparsegpt", "alps"]
 _NAMES = (
     "pst",
     "dense",
