@@ -10,7 +10,7 @@ result never depends on the sample.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
@@ -22,13 +22,15 @@ from torch import Tensor
 from pst_ds.core.bits import pack_shard, set_bits_
 from pst_ds.core.kernels.scan import KernelScans
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, histogram
-from pst_ds.core.select import DIGIT_BITS, MatrixKeys, NonFiniteScoreError, RankSums, Search, cuts_of, select
+from pst_ds.core.select import DIGIT_BITS, MatrixKeys, NonFiniteScoreError, RankSums, Search, select
 
 _CPU = torch.device("cpu")
 SAMPLE_SHARE, MIN_SAMPLE, MAX_SAMPLE = 1 / 64, 4096, 32768
 """Share of a matrix's keys that is sampled, and its bounds; a matrix of fewer keys than the lower is sampled whole."""
-MAX_POOLED_SAMPLE, MIN_POOLED_SAMPLE = 1 << 21, 64
-"""Keys that are sampled of all matrices in pools together; and the least of each, as far as it has them."""
+MAX_POOLED_SAMPLE = 1 << 21
+"""Keys that are sampled of all matrices in pools together, but one of each at least."""
+MAX_COUNTS, LEAST_DIGIT_BITS = 1 << 21, 4
+"""Counts that are exchanged at a time, with which intervals are narrowed by at least so many bits."""
 BELOW, NOT_FINITE, OVERFLOWED, INSIDE, NUM_COUNTS = 0, 1, 2, 3, 4
 """Columns of a pass's counts."""
 BRACKET_DEVIATIONS = 5.0
@@ -43,29 +45,57 @@ def select_bits(
 ) -> list[Tensor]:
     """Bits of the kept among this rank's keys of each matrix, (ceil(num_keys / 8),) uint8; exactly as ``select`` cuts.
 
-    Every matrix needs ``num_keys``, ``num_in_all`` and ``sample``. Collective when ``ranks`` is: at most 6 exchanges,
-    whatever the number of matrices, and those of ``select`` when some matrix is left to it. Raises
-    NonFiniteScoreError, on every rank, when any score of any rank is NaN or infinite.
+    Every matrix needs ``num_keys``, ``num_in_all`` and ``sample``. Collective when ``ranks`` is: at most 6 exchanges, 7
+    with pools, while no more than 1,024 rows are counted (:class:`pst_ds.core.select.Search`), and those of ``select``
+    when some matrix is left to it. Raises NonFiniteScoreError, on every rank, when any score of any rank is NaN or
+    infinite.
     """
     ranks, device = ranks or RankSums(), device or torch.device("cpu")
     brackets = _brackets(matrices, pools, _sample(matrices, ranks, device))
-    shift = max(0, max((b.high - b.low).bit_length() for b in brackets) - DIGIT_BITS)
-    found = _scans(matrices, brackets, device)
-    first_digits = found.histograms([b.low for b in brackets], shift, 1 << DIGIT_BITS)
-    counts = ranks.all_sum(torch.cat([found.counts(), first_digits], 1)).cpu()
-    bad = counts[:, NOT_FINITE].nonzero().flatten().tolist()
-    if bad:
-        raise NonFiniteScoreError(bad)
-    low = torch.tensor([b.low for b in brackets])
-    search = Search(matrices, pools, low, counts[:, BELOW])
-    missed = _missed(search, counts)
-    _narrow(search, found, counts[:, NUM_COUNTS:], shift, ranks)
-    cuts = cuts_of(search, found.num_equal(search.low.tolist()), ranks)
-    bits = found.decide([cut.threshold for cut in cuts], [int(cut.ties) for cut in cuts])
-    again = sorted({*missed, *search.ties()[1]})
-    if again:
+    search = Search(matrices, pools, [b.low for b in brackets], ranks, device)
+    digit_bits = _digit_bits(len(search.low))
+    shift = max(0, max((b.high - b.low).bit_length() for b in brackets) - digit_bits)
+    scans = _scans([matrices[i] for i in search.present], [brackets[i] for i in search.present], device)
+    missed = _first_counts(search, scans, shift, 1 << digit_bits, ranks)
+    while shift:
+        width, shift = shift, max(0, shift - digit_bits)
+        here = scans.histograms(search.thresholds_here, shift, 1 << (width - shift))
+        search.narrow(here, ranks.all_sum(search.offered(here)).cpu(), shift)
+    cuts = search.cuts()
+    present = [cuts[i] for i in search.present]
+    decided = scans.decide([cut.threshold for cut in present], [int(cut.ties) for cut in present])
+    bits = [torch.empty(0, dtype=torch.uint8, device=device)] * len(matrices)
+    for i, of_matrix in zip(search.present, decided, strict=True):
+        bits[i] = of_matrix
+    at_most, at_most_here = search.at_most()
+    if again := sorted({*missed, *at_most}):
         _decide_by_select(again, missed, matrices, pools, bits, ranks, device)
+    if alone := [i for i in at_most_here if i not in missed]:
+        _decide_by_select(alone, (), matrices, pools, bits, RankSums(), device)
     return bits
+
+
+def _first_counts(search: Search, scans: _Scans, shift: int, bins: int, ranks: RankSums) -> set[int]:
+    """Begin a ``search`` in its brackets; return the matrices whose cut is in none, or that had too much inside.
+
+    These are whole pools. Collective: one exchange. Raises NonFiniteScoreError.
+    """
+    numbers, here = scans.counts(), scans.histograms(search.thresholds_here, shift, bins)
+    flags, below = search.added(numbers[:, [NOT_FINITE, OVERFLOWED]]), search.offered(numbers[:, [BELOW]])
+    search.below_here = numbers[:, BELOW]
+    rows = torch.cat([flags, below, search.offered(numbers[:, [INSIDE]]), search.offered(here)], 1)
+    counts = ranks.all_sum(rows).cpu()
+    not_finite, overflowed, search.below, inside = counts[:, :4].unbind(1)
+    if not_finite.any():
+        raise NonFiniteScoreError(search.everywhere(numbers[:, NOT_FINITE]))
+    missed = search.missed(inside, overflowed)
+    search.narrow(here, counts[:, 4:], shift)
+    return missed
+
+
+def _digit_bits(rows: int) -> int:
+    """Bits by which a pass narrows intervals: fewer where many ``rows`` of counts are exchanged."""
+    return max(LEAST_DIGIT_BITS, min(DIGIT_BITS, (MAX_COUNTS // max(1, rows)).bit_length() - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +120,6 @@ class _Scans(Protocol):
     def histograms(self, lows: Sequence[int], shift: int, bins: int) -> Tensor:
         """Return (matrices, bins) int64, counts of (key - low) >> shift of the keys inside, with each matrix's low."""
 
-    def num_equal(self, thresholds: Sequence[int]) -> Tensor:
-        """Return how many keys of each matrix equal its threshold: (matrices,) int64."""
-
     def decide(self, thresholds: Sequence[int], ties: Sequence[int]) -> list[Tensor]:
         """Return each matrix's bits of the kept: keys above its threshold, and its equals but for the first ties."""
 
@@ -102,15 +129,17 @@ class _TorchScans:
 
     def __init__(self, matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket], device: torch.device):
         self._found = [_Scan(m, bracket, device) for m, bracket in zip(matrices, brackets, strict=True)]
+        self._none = torch.zeros(0, dtype=torch.int64, device=device)
 
     def counts(self) -> Tensor:
-        return torch.stack([scan.counts for scan in self._found])
+        return self._stacked([scan.counts for scan in self._found], NUM_COUNTS)
 
     def histograms(self, lows: Sequence[int], shift: int, bins: int) -> Tensor:
-        return torch.stack([histogram(s.keys, low, shift, bins) for s, low in zip(self._found, lows, strict=True)])
+        found = [histogram(s.keys, low, shift, bins) for s, low in zip(self._found, lows, strict=True)]
+        return self._stacked(found, bins)
 
-    def num_equal(self, thresholds: Sequence[int]) -> Tensor:
-        return torch.stack([(s.keys == cut).sum() for s, cut in zip(self._found, thresholds, strict=True)])
+    def _stacked(self, rows: list[Tensor], width: int) -> Tensor:
+        return torch.stack(rows) if rows else self._none.view(0, width)
 
     def decide(self, thresholds: Sequence[int], ties: Sequence[int]) -> list[Tensor]:
         for scan, threshold, count in zip(self._found, thresholds, ties, strict=True):
@@ -138,7 +167,7 @@ class _Scan:
 
 def _scans(matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket], device: torch.device) -> _Scans:
     own = [m.own_keys for m in matrices if m.own_keys is not None]
-    if len(own) < len(matrices):
+    if len(own) < len(matrices) or not own:
         return _TorchScans(matrices, brackets, device)
     rooms = [bracket.room_for(m) for m, bracket in zip(matrices, brackets, strict=True)]
     return KernelScans(own, [(b.low, b.high) for b in brackets], rooms)
@@ -166,9 +195,7 @@ def _sample_sizes(matrices: Sequence[MatrixKeys]) -> list[int]:
     """How many keys of each matrix are sampled. What a pool is cut by needs no more for being many matrices."""
     share = MAX_POOLED_SAMPLE // max(1, sum(m.pool is not None for m in matrices))
     sizes = [sample_size(m.num_in_all) for m in matrices]
-    return [
-        n if m.pool is None else min(n, max(share, MIN_POOLED_SAMPLE)) for m, n in zip(matrices, sizes, strict=True)
-    ]
+    return [n if m.pool is None else min(n, max(share, 1)) for m, n in zip(matrices, sizes, strict=True)]
 
 
 @lru_cache(maxsize=32)
@@ -238,26 +265,9 @@ def _last_key_where(holds: Callable[[int], bool]) -> int:
     return low
 
 
-def _missed(search: Search, counts: Tensor) -> list[int]:
-    """Matrices, of whole pools, whose cut is not in their bracket, or that had too much inside it."""
-    below, inside = counts[:, BELOW], counts[:, INSIDE]
-    holds = (search.pruned_up_to(below) <= search.wanted) & (search.pruned_up_to(below + inside) >= search.wanted)
-    overflowed = torch.zeros_like(search.wanted).index_add_(0, search.pool_of, counts[:, OVERFLOWED])
-    return (~holds | (overflowed > 0))[search.pool_of].nonzero().flatten().tolist()
-
-
-def _narrow(search: Search, found: _Scans, counts: Tensor, shift: int, ranks: RankSums) -> None:
-    """Narrow every interval to one key. ``counts``: (num matrices, bins) over all ranks, of the first digit."""
-    search.narrow(counts, shift)
-    while shift:
-        width, shift = shift, max(0, shift - DIGIT_BITS)
-        local = found.histograms(search.low.tolist(), shift, 1 << (width - shift))
-        search.narrow(ranks.all_sum(local).cpu(), shift)
-
-
 def _decide_by_select(
-    again: list[int],
-    missed: list[int],
+    again: Sequence[int],
+    missed: Collection[int],
     matrices: Sequence[MatrixKeys],
     pools: Sequence[int],
     bits: list[Tensor],

@@ -23,6 +23,8 @@ from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, histogram, order_key
 DIGIT_BITS = 11
 _KEY_BITS = 32
 _LOWEST_KEY = -(1 << (_KEY_BITS - 1))
+_JOINED_AT_ONCE = 256
+"""Matrices of one row whose counts are added up together."""
 
 
 class NonFiniteScoreError(FloatingPointError):
@@ -63,8 +65,10 @@ class MatrixKeys:
     own: tuple[int, int] | None = None
     """First and last + 1 of the keys that are this rank's to count, when ``tiles`` has keys of its neighbours' before
     and after them, to be decided here too."""
+    is_whole: bool = False
+    """Whether all keys of the matrix are on one rank, whichever that is; the same on every rank."""
     num_keys: int = 0
-    """Keys in ``tiles``; for :mod:`pst_ds.core.bracket`."""
+    """Keys in ``tiles``; for :mod:`pst_ds.core.bracket`, and of a matrix that is whole."""
     num_in_all: int = 0
     """Keys of the whole matrix, over all ranks; for :mod:`pst_ds.core.bracket`."""
     sample: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -105,31 +109,91 @@ def prune_count(sparsity: float, numel: int) -> int:
 class Search:
     """An interval of keys for every matrix that holds its cut, narrowed by counts over all ranks.
 
-    Pure bookkeeping on (num matrices,) int64 tensors, equal on every rank; it does no communication.
+    Ranks sum a row of counts for each matrix, but one for all matrices of a pool that lie whole on a rank: what these
+    offer, each at most its ``prune_count``, is known where they lie. So what is exchanged does not grow with them.
+    Tensors are int64: of rows (rows,), on the CPU and equal on every rank; of matrices ``here``, on the keys' device.
     """
 
-    def __init__(self, matrices: Sequence[MatrixKeys], pools: Sequence[int], low: Tensor, below: Tensor):
-        """``low``: first key of each interval, one value within a pool; ``below``: how many keys are under it."""
-        device = low.device
+    def __init__(
+        self, matrices: Sequence[MatrixKeys], pools: Sequence[int], low: Sequence[int], ranks: RankSums,
+        device: torch.device,
+    ):  # fmt: skip
+        """``low``: first key of each matrix's interval, one value within a pool."""
+        is_joined = [m.pool is not None and m.is_whole for m in matrices]
+        alone = [i for i, joined in enumerate(is_joined) if not joined]
+        row_of = {i: row for row, i in enumerate(alone)}
+        joint = dict.fromkeys(m.pool for m, joined in zip(matrices, is_joined, strict=True) if joined)
+        row_of_pool = {pool: len(alone) + number for number, pool in enumerate(joint)}
         next_pool = iter(range(len(pools), len(pools) + len(matrices)))
-        pool_of = [next(next_pool) if m.pool is None else m.pool for m in matrices]
+        self._ranks, self._matrices = ranks, matrices
+        self._pools = [next(next_pool) if m.pool is None else m.pool for m in matrices]
+        self._rows = [row_of[i] if i in row_of else row_of_pool[m.pool] for i, m in enumerate(matrices)]
+        self._joined = [i for i, joined in enumerate(is_joined) if joined]
+        self.present = [i for i, m in enumerate(matrices) if m.num_keys or not is_joined[i]]
+        """The matrices whose keys this rank counts, by number."""
         wanted = [*pools, *(m.prune_count for m in matrices if m.pool is None)]
-        self.most = torch.tensor([m.prune_count for m in matrices], dtype=torch.int64, device=device)
-        self.pool_of = torch.tensor(pool_of, dtype=torch.int64, device=device)
-        self.wanted = torch.tensor(wanted, dtype=torch.int64, device=device)
-        self.low, self.below = low, below
-        self.equal = torch.zeros_like(low)
+        self.wanted = torch.tensor(wanted, dtype=torch.int64)
+        self.low, self.pool_of = (torch.zeros(len(alone) + len(joint), dtype=torch.int64) for _ in range(2))
+        self.low[self._rows], self.pool_of[self._rows] = torch.tensor(low), torch.tensor(self._pools)
+        most = torch.tensor([m.prune_count for m in matrices], dtype=torch.int64)
+        self.most = torch.zeros_like(self.low).index_add_(0, torch.tensor(self._rows), most)
+        self.below, self.equal = torch.zeros_like(self.low), torch.zeros_like(self.low)
+        self._of_here(is_joined, most, device)
+
+    def _of_here(self, is_joined: Sequence[bool], most: Tensor, device: torch.device) -> None:
+        """Make what is of this rank's matrices: positions among them, rows, and numbers."""
+
+        def indices(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        self._alone_here = indices([at for at, i in enumerate(self.present) if not is_joined[i]])
+        self._joined_here = indices([at for at, i in enumerate(self.present) if is_joined[i]])
+        self._row_here, self._most_here = indices([self._rows[i] for i in self.present]), most[self.present].to(device)
+        self.below_here, self.equal_here = torch.zeros_like(self._row_here), torch.zeros_like(self._row_here)
+
+    @property
+    def thresholds(self) -> list[int]:
+        """First key of the interval of each matrix."""
+        return self.low[self._rows].tolist()
+
+    @property
+    def thresholds_here(self) -> list[int]:
+        """The same of the :attr:`present` ones."""
+        return self.low[self._row_here.cpu()].tolist()
+
+    def added(self, here: Tensor) -> Tensor:
+        """Add up ``here``, (present, columns), by rows: (rows, columns)."""
+        return here.new_zeros(len(self.low), here.shape[1]).index_add_(0, self._row_here, here)
+
+    def offered(self, here: Tensor) -> Tensor:
+        """Add up counts ``here``, (present, columns) in rising order of keys above ``below_here``, by rows.
+
+        Of matrices that share a row only what they may lose counts.
+        """
+        rows = here.new_zeros(len(self.low), here.shape[1])
+        rows[: len(self._alone_here)] = here[self._alone_here]
+        for some in self._joined_here.split(_JOINED_AT_ONCE):
+            before = self.below_here[some].unsqueeze(1)
+            reached = torch.cat([before, here[some].cumsum(1) + before], 1).minimum(self._most_here[some].unsqueeze(1))
+            rows.index_add_(0, self._row_here[some], reached.diff(dim=1))
+        return rows
+
+    def everywhere(self, here: Tensor) -> list[int]:
+        """Numbers of matrices of which some rank has more than 0 ``here``, (present,). Collective."""
+        found = torch.zeros(len(self._matrices), dtype=torch.int64, device=here.device)
+        found[self.present] = here.to(torch.int64)
+        return self._ranks.all_sum(found).cpu().nonzero().flatten().tolist()
 
     def pruned_up_to(self, counts: Tensor) -> Tensor:
-        """Over the pools: how many are pruned when each matrix offers (num matrices, ...) ``counts``."""
+        """Over the pools: how many are pruned when each row offers (rows, ...) ``counts``."""
         offered = torch.minimum(counts, self.most.view(-1, *(1,) * (counts.dim() - 1)))
         totals = offered.new_zeros(len(self.wanted), *counts.shape[1:])
         return totals.index_add_(0, self.pool_of, offered)
 
-    def narrow(self, counts: Tensor, shift: int) -> Tensor:
-        """Go to the bin with the cut: ``counts`` (num matrices, bins) over all ranks, bins of 2**shift keys from low.
+    def narrow(self, here: Tensor, counts: Tensor, shift: int) -> None:
+        """Go to the bin with the cut, of bins of 2**shift keys from low.
 
-        Returns the bin of every matrix, (num matrices,).
+        ``here``: (present, bins) of this rank. ``counts``: (rows, bins) over all ranks, of what is :meth:`offered`.
         """
         cumulative = counts.cumsum(1) + self.below.unsqueeze(1)
         reached = self.pruned_up_to(cumulative) >= self.wanted.unsqueeze(1)
@@ -138,20 +202,44 @@ class Search:
         self.equal = counts.gather(1, own).squeeze(1)
         self.below = cumulative.gather(1, own).squeeze(1) - self.equal
         self.low = self.low + (own.squeeze(1) << shift)
-        return own.squeeze(1)
+        there = own.to(here.device)[self._row_here]
+        self.equal_here = here.gather(1, there).squeeze(1)
+        self.below_here = self.below_here + here.cumsum(1).gather(1, there).squeeze(1) - self.equal_here
 
-    def ties(self) -> tuple[list[int], list[int]]:
-        """Once the intervals hold one key: (how many equals of each matrix are pruned; matrices at their most).
+    def cuts(self) -> list[Cut]:
+        """Return the cut of each matrix for this rank's own keys, once the intervals hold one key. Collective.
 
-        A pool's equals are pruned in the order of its matrices. A matrix at its most has its cut below the pool's.
+        A pool's equals are pruned in the order of its matrices, and in each from its first.
         """
-        below, equal, most = self.below.tolist(), self.equal.tolist(), self.most.tolist()
+        rooms = torch.minimum(self.equal, self.most - self.below)[self._rows]
+        if self._joined:
+            own = torch.zeros(len(self._matrices), dtype=torch.int64, device=self.equal_here.device)
+            own[self.present] = torch.minimum(self.equal_here, self._most_here - self.below_here).clamp(min=0)
+            rooms[self._joined] = self._ranks.all_sum(own[self._joined]).cpu()
+        before = self._ranks.sum_of_lower_ranks(self.equal_here[self._alone_here]).tolist()
         left = (self.wanted - self.pruned_up_to(self.below)).tolist()
-        ties = []
-        for i, pool in enumerate(self.pool_of.tolist()):
-            ties.append(max(0, min(equal[i], most[i] - below[i], left[pool])))
-            left[pool] -= ties[-1]
-        return ties, [i for i in range(len(most)) if below[i] > most[i]]
+        found = []
+        for row, pool, room, key in zip(self._rows, self._pools, rooms.tolist(), self.thresholds, strict=True):
+            ties = max(0, min(room, left[pool]))
+            left[pool] -= ties
+            found.append(Cut(key, ties - (before[row] if row < len(before) else 0)))
+        return found
+
+    def missed(self, inside: Tensor, overflowed: Tensor) -> set[int]:
+        """Matrices, of whole pools, whose cut is not among the ``inside`` (rows,) keys, or some of which overflowed."""
+        below = self.pruned_up_to(self.below)
+        holds = (below <= self.wanted) & (self.pruned_up_to(self.below + inside) >= self.wanted)
+        flawed = torch.zeros_like(self.wanted).index_add_(0, self.pool_of, overflowed)
+        bad = (~holds | (flawed > 0)).tolist()
+        return {i for i, pool in enumerate(self._pools) if bad[pool]}
+
+    def at_most(self) -> tuple[list[int], list[int]]:
+        """Matrices whose cut is below their pool's, as they may lose no more: of several ranks, and of this alone."""
+        beyond = (self.below > self.most).tolist()
+        beyond_here = (self.below_here > self._most_here).tolist()
+        joined = set(self._joined)
+        here = [i for i, is_beyond in zip(self.present, beyond_here, strict=True) if is_beyond and i in joined]
+        return [i for i, row in enumerate(self._rows) if i not in joined and beyond[row]], here
 
 
 def select(
@@ -162,43 +250,31 @@ def select(
 ) -> list[Cut]:
     """The cut that prunes exactly ``prune_count`` of each matrix, or ``pools[i]`` of the matrices of pool i together.
 
-    Collective when ``ranks`` is: four exchanges, whatever the number of matrices, and four more when matrices of a pool
-    are at their most. Raises NonFiniteScoreError, on every rank, when any score of any rank is NaN or infinite.
+    Collective when ``ranks`` is: four exchanges, whatever the number of matrices, five where some lie whole on a rank,
+    and as many more when matrices of a pool are at their most. Raises NonFiniteScoreError, on every rank, when any
+    score of any rank is NaN or infinite.
     """
     ranks = ranks or RankSums()
     device = device or torch.device("cpu")
-    low = torch.full((len(matrices),), _LOWEST_KEY, dtype=torch.int64)
-    search = Search(matrices, pools, low, torch.zeros_like(low))
-    shift, local = _KEY_BITS, torch.empty(0)
-    bins = low
+    search = Search(matrices, pools, [_LOWEST_KEY] * len(matrices), ranks, device)
+    shift = _KEY_BITS
     while shift:
         digit_bits = min(DIGIT_BITS, shift)
         shift -= digit_bits
-        local = torch.stack(
-            [
-                _counts(m, first, shift, 1 << digit_bits, device)
-                for m, first in zip(matrices, search.low.tolist(), strict=True)
-            ]
-        )
-        counts = ranks.all_sum(local.clone()).cpu()
-        if shift == _KEY_BITS - DIGIT_BITS:
-            _refuse_non_finite(counts)
-        bins = search.narrow(counts, shift)
-    cuts = cuts_of(search, local.gather(1, bins.to(device).unsqueeze(1)).squeeze(1), ranks)
-    cuts = [_from_the_first(cut, m) for cut, m in zip(cuts, matrices, strict=True)]
-    _, at_most = search.ties()
-    if at_most:
+        here = torch.zeros(len(search.present), 1 << digit_bits, dtype=torch.int64, device=device)
+        for i, first, out in zip(search.present, search.thresholds_here, here, strict=True):
+            out.copy_(_counts(matrices[i], first, shift, 1 << digit_bits, device))
+        not_finite = _not_finite(here) if shift == _KEY_BITS - DIGIT_BITS else here[:, :0]
+        counts = ranks.all_sum(torch.cat([search.added(not_finite), search.offered(here)], 1)).cpu()
+        if counts[:, : not_finite.shape[1]].any():
+            raise NonFiniteScoreError(search.everywhere(not_finite.squeeze(1)))
+        search.narrow(here, counts[:, not_finite.shape[1] :], shift)
+    cuts = [_from_the_first(cut, m) for cut, m in zip(search.cuts(), matrices, strict=True)]
+    for at_most, sums in zip(search.at_most(), (ranks, RankSums()), strict=True):
         alone = [replace(matrices[i], pool=None) for i in at_most]
-        for i, cut in zip(at_most, select(alone, ranks, device), strict=True):
+        for i, cut in zip(at_most, select(alone, sums, device) if alone else [], strict=True):
             cuts[i] = cut
     return cuts
-
-
-def cuts_of(search: Search, equal_here: Tensor, ranks: RankSums) -> list[Cut]:
-    """The cut of each matrix for this rank's own keys, of which ``equal_here`` equal the threshold. Collective."""
-    ties, _ = search.ties()
-    before = ranks.sum_of_lower_ranks(equal_here).tolist()
-    return [Cut(key, tie - lower) for key, tie, lower in zip(search.low.tolist(), ties, before, strict=True)]
 
 
 def _from_the_first(cut: Cut, matrix: MatrixKeys) -> Cut:
@@ -227,13 +303,14 @@ def _counts(matrix: MatrixKeys, low: int, shift: int, bins: int, device: torch.d
     return counts
 
 
-def _refuse_non_finite(counts: Tensor) -> None:
-    """NaN and infinity have the bins at either end: the first digit is sign, exponent and two more bits."""
+def _not_finite(counts: Tensor) -> Tensor:
+    """How many of the first digit's ``counts``, (n, bins), are of NaN and infinity: (n, 1).
+
+    They have the bins at either end: the first digit is sign, exponent and two more bits.
+    """
     width = _KEY_BITS - DIGIT_BITS
     first, last = (LOWEST_FINITE - _LOWEST_KEY) >> width, (HIGHEST_FINITE - _LOWEST_KEY) >> width
-    bad = (counts[:, :first].sum(1) + counts[:, last + 1 :].sum(1)).nonzero().flatten()
-    if bad.numel():
-        raise NonFiniteScoreError(bad.tolist())
+    return counts[:, :first].sum(1, keepdim=True) + counts[:, last + 1 :].sum(1, keepdim=True)
 
 
 def keep_mask(scores: Tensor, count: int) -> Tensor:

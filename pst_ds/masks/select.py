@@ -56,21 +56,27 @@ class Matrix:
 
     @property
     def lies_whole(self) -> bool:
+        """True if its weights are all in one rank's shard. The same on every rank."""
+        return self.layer.lies_whole(self.stored)
+
+    @property
+    def is_selected_there(self) -> bool:
         """True if no other than one rank's weights are needed to select it. The same on every rank."""
-        return not self.layer.pattern.pools_matrices and self.layer.lies_whole(self.stored)
+        return self.lies_whole and not self.layer.pattern.pools_matrices
 
 
 def select_kept(matrices: Sequence[Matrix], any_weight: nn.Parameter) -> list[Tensor]:
     """Bits of what every matrix keeps on this rank: of its units if it ``selects_units``, else of its weights.
 
-    A matrix that lies whole in a rank's shard is selected there; keys of the others are exchanged. Collective: a number
-    of exchanges that does not depend on the number of matrices. Raises FloatingPointError on every rank, naming the
+    A matrix that lies whole in a rank's shard is selected there, or counted there with others of its pool; counts of
+    those that a border cuts are exchanged. Collective: a number of exchanges that does not depend on the number of
+    matrices. Raises FloatingPointError on every rank, naming the
     layers, for scores that are not finite.
     """
     ranks, device = rank_sums(any_weight), zero3.shard_of(any_weight).values.device
     by_itself = [m for m in matrices if not m.competes]
-    whole = [m for m in matrices if m.competes and m.lies_whole]
-    shared = [m for m in matrices if m.competes and not m.lies_whole]
+    whole = [m for m in matrices if m.competes and m.is_selected_there]
+    shared = [m for m in matrices if m.competes and not m.is_selected_there]
     found = _select_whole(whole, any_weight, device)
     if shared:
         with _naming(shared):
@@ -153,6 +159,7 @@ def _single_weights(matrices: Sequence[Matrix]) -> tuple[list[MatrixKeys], list[
                 prune_count=wanted if pool is None else numel - math.ceil(m.layer.rule.min_kept_share * numel),
                 tiles=partial(m.layer.weight_keys, m.stored),
                 pool=None if pool is None else list(pools).index(pool),
+                is_whole=m.lies_whole,
                 num_keys=m.layer.num_units(m.stored),
                 num_in_all=numel,
                 sample=partial(m.layer.sample, m.stored),

@@ -25,11 +25,13 @@ class Ranks:
 
     def __init__(self, world):
         self.num_exchanges = [0] * world
+        self.num_bytes = 0
         self._slots = [torch.empty(0)] * world
         self._barrier = threading.Barrier(world, timeout=60)
 
     def _exchange(self, rank, value):
         self.num_exchanges[rank] += 1
+        self.num_bytes += value.nbytes if rank == 0 else 0
         self._slots[rank] = value.clone()
         self._barrier.wait()
         everyone = torch.stack(self._slots)
@@ -55,15 +57,21 @@ def tiles_of(keys, size):
     yield from keys.split(size) if keys.numel() else ()
 
 
-def selected(matrices, counts, world, *, pools=(), pool_of=None, tile=50):
-    """Whole keep masks of ``matrices`` (flat fp32 scores), each cut evenly over ranks; and the exchanges of a rank."""
-    ranks = Ranks(world)
+def selected(matrices, counts, world, *, pools=(), pool_of=None, tile=50, home=None, ranks=None):
+    """Whole keep masks of ``matrices`` (flat fp32 scores), and the exchanges of a rank.
+
+    Each is cut evenly over ranks, or lies whole on the one that ``home`` says.
+    """
+    ranks = ranks or Ranks(world)
 
     def work(rank, sums):
         own = []
         for i, (scores, count) in enumerate(zip(matrices, counts, strict=True)):
             share = -(-scores.numel() // world)
             start, stop = min(rank * share, scores.numel()), min((rank + 1) * share, scores.numel())
+            lies_on = None if home is None else home[i]
+            if lies_on is not None:
+                start, stop = 0, scores.numel() if rank == lies_on else 0
             keys = order_keys(scores[start:stop])
 
             def sample(at, _, keys=keys, start=start, stop=stop):
@@ -75,7 +83,7 @@ def selected(matrices, counts, world, *, pools=(), pool_of=None, tile=50):
             pool = None if pool_of is None else pool_of[i]
             tiles = partial(tiles_of, keys, tile)
             sizes = {"num_keys": keys.numel(), "num_in_all": scores.numel()}
-            own.append(MatrixKeys(count, tiles, pool, **sizes, sample=sample))
+            own.append(MatrixKeys(count, tiles, pool, None, lies_on is not None, **sizes, sample=sample))
         found = select_bits(own, sums, None, pools)
         return [unpack_shard(bits, m.num_keys) for bits, m in zip(found, own, strict=True)]
 
@@ -165,6 +173,49 @@ def test_a_pool_prunes_the_smallest_of_all_its_matrices(sizes, world, share, mos
         assert torch.equal(mask, expected)
 
 
+@PROPERTY
+@given(homes=st.lists(st.sampled_from([None, 0, 1, 2]), min_size=1, max_size=6), share=st.floats(0, 1),
+       most_share=st.floats(0.3, 1), distinct=st.sampled_from([None, 2, 7]), misses=st.booleans(),
+       seed=st.integers(0, 10**6))  # fmt: skip
+def test_a_pool_is_the_same_where_some_matrices_lie_whole_on_a_rank(homes, share, most_share, distinct, misses, seed):
+    """Counted together there; also with a bracket that misses, after which all keys are passed."""
+    sizes = [20 + (seed >> i) % 90 for i in range(len(homes))]
+    matrices = [random_scores(n, seed + i, distinct) * (1 + i) for i, n in enumerate(sizes)]
+    most, pool_of = [math.ceil(most_share * n) for n in sizes], [i % 2 for i in range(len(homes))]
+    pools = [math.floor(share * sum(most[pool::2])) for pool in (0, 1)]
+    with pytest.MonkeyPatch.context() as patch:
+        if misses:
+            patch.setattr(bracket, "_pool_bracket", lambda *_: bracket._Bracket(0, 5, 9))
+        masks, _ = selected(matrices, most, 3, pools=pools, pool_of=pool_of, home=homes)
+    for pool in (0, 1):
+        expected = greedy(matrices[pool::2], most[pool::2], pools[pool])
+        assert all(torch.equal(*pair) for pair in zip(masks[pool::2], expected, strict=True))
+
+
+def test_what_a_pool_exchanges_is_bounded(monkeypatch):
+    """A number of each matrix beside a bounded sample and the rows: one of the pool, and one of each that is cut."""
+    monkeypatch.setattr(bracket, "MAX_POOLED_SAMPLE", 2048)
+    number = 200
+    matrices = [random_scores(40, seed) for seed in range(number)]
+    ranks, home = Ranks(2), [i % 2 for i in range(number)]
+    home[50] = home[150] = None
+    masks, _ = selected(matrices, [39] * number, 2, pools=[4000], pool_of=[0] * number, home=home, ranks=ranks)
+    assert sum(int((~mask).sum()) for mask in masks) == 4000
+    sample, rows, numbers = 4 * number * (2048 // number), 3 * 8 * (3 + 1) * (4 + 2048), 8 * number
+    assert ranks.num_bytes <= sample + rows + numbers < number * 2048 * 8
+
+
+def test_many_rows_are_narrowed_by_fewer_bits(monkeypatch):
+    matrices = [random_scores(300, seed) for seed in range(6)]
+    expected, few = selected(matrices, [100] * 6, 2)
+    monkeypatch.setattr(bracket, "MAX_COUNTS", 6 * 16)
+    ranks = Ranks(2)
+    found, more = selected(matrices, [100] * 6, 2, ranks=ranks)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert more[0] > few[0]
+    assert ranks.num_bytes < 6 * 300 * 4 + more[0] * 6 * 8 * (4 + 16)
+
+
 def test_pools_and_single_matrices_side_by_side(small_samples):
     matrices = [random_scores(2000, 1), random_scores(2000, 2) * 5, random_scores(2000, 3)]
     masks, exchanges = selected(matrices, [1900, 700, 1900], 2, pools=[2600], pool_of=[0, None, 0])
@@ -183,11 +234,12 @@ def test_a_pool_with_a_matrix_at_its_most(small_samples):
     assert int((~masks[0]).sum()) == 1000
 
 
+@pytest.mark.parametrize("pooled", [{}, {"pools": [90], "pool_of": [0] * 3, "home": [0, 2, None]}], ids=["", "pooled"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_not_finite_scores_are_refused_on_every_rank_by_matrix(bad):
+def test_not_finite_scores_are_refused_on_every_rank_by_matrix(bad, pooled):
     matrices = [random_scores(100, seed) for seed in range(3)]
     matrices[1][99] = bad
-    errors, _ = selected(matrices, [50] * 3, 3)
+    errors, _ = selected(matrices, [50] * 3, 3, **pooled)
     assert [error.matrices for error in errors] == [[1]] * 3
 
 

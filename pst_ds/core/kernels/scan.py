@@ -70,10 +70,6 @@ class KernelScans:
         launch(kernels.histogram, (self._of_keys.numel(),), *args, BINS=bins)
         return counts.long()
 
-    def num_equal(self, thresholds: Sequence[int]) -> Tensor:
-        """How many keys of each matrix equal its threshold, (matrices,) int64."""
-        return self.histograms(thresholds, 0, 1).squeeze(1)
-
     def decide(self, thresholds: Sequence[int], ties: Sequence[int]) -> list[Tensor]:
         """Bits of the kept of each matrix: keys above its threshold, and equals but for the first ``ties``. Once."""
         from pst_ds.core.kernels import cut_kernels as kernels
