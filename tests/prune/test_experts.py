@@ -99,7 +99,8 @@ def _alone(weight, x, method, pattern, transposed):
 @pytest.mark.parametrize(
     ("family", "method", "pattern", "gated"),
     [("qwen3_moe", "wanda", "row", False), ("mixtral", "wanda", "2:4", True), ("gpt_oss", "wanda", "row", True),
-     ("gpt_oss", "sparsegpt", "2:4", False), ("qwen3_moe", "sparsegpt", "row", True), ("gpt_oss", "alps", "2:4", False)],
+     ("gpt_oss", "sparsegpt", "2:4", False), ("qwen3_moe", "sparsegpt", "row", True),
+     ("gpt_oss", "alps", "2:4", False)],
 )  # fmt: skip
 def test_every_expert_is_pruned_as_a_linear_layer_of_its_own_on_its_tokens(family, method, pattern, gated):
     model = tiny_model(family)

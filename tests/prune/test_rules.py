@@ -11,7 +11,8 @@ from pst_ds.prune.rules import layer_rules, settings_for, share_of_zeros
 @pytest.mark.parametrize(
     ("method", "asked", "of_run", "expected"),
     [("magnitude", "", "matrix", "matrix"), ("wanda", "", "matrix", "row"), ("sparsegpt", "", "matrix", "row"),
-     ("alps", "", "matrix", "row"), ("wanda", "", "2:4", "2:4"), ("magnitude", "", "16x1", "16x1"), ("sparsegpt", "matrix", "2:4", "matrix"),
+     ("alps", "", "matrix", "row"),
+     ("wanda", "", "2:4", "2:4"), ("magnitude", "", "16x1", "16x1"), ("sparsegpt", "matrix", "2:4", "matrix"),
      ("wanda", "4:8", "row", "4:8")],
 )  # fmt: skip
 def test_the_pattern_is_asked_for_or_the_runs_or_the_methods(tiny, method, asked, of_run, expected):
