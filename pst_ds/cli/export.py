@@ -1,17 +1,26 @@
 """``pst-ds export SRC --format FORMAT --out DIR``: write a run or any model folder with dense or packed weights."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import tempfile
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pst_ds.cli.main import add_quiet_argument, add_shard_argument, count, load_run_or_folder, main
 from pst_ds.config.toml import dump_run
 from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF, GROUPS, ONNX, ONNX_FILE, PACKINGS, VALUE_BITS, WHOLE_ROW
 from pst_ds.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pst_ds.checkpoint.format import Checkpoint
+    from pst_ds.config.run import RunConfig
+    from pst_ds.export.prompt_file import SavedPrompt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -178,8 +187,30 @@ def _write_run(args: argparse.Namespace, how: dict[str, Any]) -> dict[str, Any]:
         from pst_ds.cli.vocabulary import vocabulary_of_run
 
         how["vocabulary"] = vocabulary_of_run(args.vocabulary, config, checkpoint.state.labels, tokenizer, model)
-    written = export_run(model, checkpoint, tokenizer, Path(args.out), run=table, **how)
+    prompt = saved_prompt(config, checkpoint, model)
+    written = export_run(model, checkpoint, tokenizer, Path(args.out), prompt=prompt, run=table, **how)
     return {**_with_tokens(written, args), "checkpoint": str(checkpoint.folder)}
+
+
+def saved_prompt(config: RunConfig, checkpoint: Checkpoint, shapes: nn.Module) -> SavedPrompt | None:
+    """Return the prompt of a run's checkpoint; None without one. ``shapes``: the run's model, on the meta device."""
+    from pst_ds.export.prompt_file import SavedPrompt
+    from pst_ds.nn.base_model import DTYPES
+    from pst_ds.nn.prompt import NAME, prompt_of
+
+    prompt = prompt_of(shapes)
+    if prompt is None:
+        return None
+    name = next((name for name in checkpoint.contents.trained if name.endswith(f"{NAME}.pst_P")), None)
+    if name is not None:
+        values = checkpoint.trained[name].to(DTYPES[checkpoint.state.precision])
+    else:  # what an adapter makes of states of the text, which no checkpoint has
+        from pst_ds.train.run import masked_model, prepare_single
+
+        whole = prompt_of(masked_model(prepare_single(config, checkpoint), checkpoint))
+        assert whole is not None
+        values = whole().detach().cpu()
+    return SavedPrompt(config.prompt.text, prompt.after, values.float())
 
 
 def convert(format_name: str, description: str, argv: Sequence[str] | None = None) -> int:

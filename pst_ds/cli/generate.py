@@ -12,7 +12,7 @@ from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
     from pst_ds.decoder import Decoder
     from pst_ds.hf.model_folder import ModelFolder
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if not prompt.strip():
         raise InputError("--prompt is empty: give a text to go on from")
     inputs = _encoded(prompt, tokenizer, args)
-    new_tokens = _new_tokens(args, inputs["input_ids"], folder.config.get_text_config())
+    new_tokens = _new_tokens(args, inputs["input_ids"], folder)
     start = time.perf_counter()
     decoder = _decoder(args, folder, device, inputs["input_ids"].shape[1] + new_tokens)
     model = folder.load(args.load_as, args.dtype, device) if decoder is None else None
@@ -164,8 +164,11 @@ def _encoded(prompt: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Nam
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
-def _new_tokens(args: argparse.Namespace, ids: Tensor, config: PretrainedConfig) -> int:
+def _new_tokens(args: argparse.Namespace, ids: Tensor, folder: ModelFolder) -> int:
     """Return how many tokens are requested, or fewer where the model's positions end. Raises InputError."""
+    from pst_ds.export.prompt_file import read_prompt
+
+    config, trained = folder.config.get_text_config(), read_prompt(folder.path)
     tokens = ids.shape[1]
     if tokens == 0:
         raise InputError("--prompt: the tokenizer makes no token from it")
@@ -178,6 +181,7 @@ def _new_tokens(args: argparse.Namespace, ids: Tensor, config: PretrainedConfig)
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int):
         return int(args.max_new_tokens)
+    positions -= 0 if trained is None else len(trained.values)
     if tokens >= positions:
         raise InputError(f"--prompt has {tokens} tokens, and the model {positions} positions: shorten it")
     return min(args.max_new_tokens, positions - tokens)

@@ -13,6 +13,7 @@ from pst_ds.config.data import DataConfig as DataConfig
 from pst_ds.config.data import EvalConfig as EvalConfig
 from pst_ds.config.methods import METHODS as METHODS_BY_NAME
 from pst_ds.config.methods.method import Method
+from pst_ds.config.prompt import PromptConfig as PromptConfig
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.quantization import QuantizationConfig as QuantizationConfig
 from pst_ds.config.sequences import groups_of_ranks, require_sequences_to_share
@@ -165,6 +166,7 @@ class RunConfig:
     pst: PSTConfig = field(default_factory=PSTConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -183,6 +185,7 @@ class RunConfig:
         self.quantization.require_fit(self.method, self.schedule)
         self._require_frozen_base()
         require_sequences_to_share(self)
+        self.prompt.require_fit(self)
 
     def _require_method_fits(self) -> None:
         masks = self.mask_method.masks
@@ -342,6 +345,7 @@ class RunConfig:
             "score_learning_rate": default.scores,
             "update_learning_rate": default.multiplicative if multiplies else default.updates,
             "gate_learning_rate": default.gates,
+            "prompt_learning_rate": default.prompt,
             "embedding_learning_rate": default.embeddings,
             "head_learning_rate": default.everything if self.mask_method.trains_everything else default.head,
         }

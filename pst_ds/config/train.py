@@ -37,6 +37,8 @@ class TrainConfig:
     """For U and V."""
     gate_learning_rate: Rate | None = None
     """For the gates of ``pst.update_gates``."""
+    prompt_learning_rate: Rate | None = None
+    """For the prompt of ``[prompt]``."""
     embedding_learning_rate: Rate | None = None
     """For U and V of ``pst.update_embeddings``."""
     head_learning_rate: Rate | None = None

@@ -231,6 +231,8 @@ class LearningRates:
     """For U and V of a multiplicative update, SPP's."""
     gates: float = 1e-2
     """For the gates of learned ranks, which are near 1 in a model of any width."""
+    prompt: float = 5e-3
+    """For the vectors of a prompt, or its adapter."""
     embeddings: float = 4e-3
     """For U and V of embeddings, in one pass over the data."""
     head: float = 2e-3

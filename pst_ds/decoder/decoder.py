@@ -15,6 +15,7 @@ from pst_ds.decoder.table import DecoderError, DecoderTable, Part, table_of
 from pst_ds.decoder.weights import Weights, embeddings_of
 from pst_ds.hf.model_folder import open_model_folder
 from pst_ds.hf.tables import StoredTable, stored_tables
+from pst_ds.nn.prompt import prompt_of
 from pst_ds.runtime.decoder import require_library
 
 LEAST_COSINE = 0.9995
@@ -74,6 +75,8 @@ class Decoder:
         as codes (:func:`~pst_ds.hf.tables.stored_tables`). ``options``: those of the class. With ``verify`` the logits
         of some tokens must be those of the model's own forward pass. Raises DecoderError.
         """
+        if prompt_of(model) is not None:
+            raise DecoderError(f"{type(model).__name__} reads a trained prompt, which the native loop does not")
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         context = min(context, limit) if isinstance(limit, int) else context
         by_id = {id(model.get_submodule(name)): table for name, table in (tables or {}).items()}

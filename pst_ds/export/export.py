@@ -27,6 +27,7 @@ from pst_ds.export.gguf import write_gguf
 from pst_ds.export.manifest import DENSE, MANIFEST_FILE, About, ExportError, JsonTable, TensorEntry
 from pst_ds.export.model_card import CARD_FILE, model_card
 from pst_ds.export.plan import SHARD_BYTES, PlannedFile, Source, TensorJob, plan_files, require_packed, require_space
+from pst_ds.export.prompt_file import SavedPrompt, read_prompt
 from pst_ds.export.rounding import linear_layers
 from pst_ds.export.vocabulary import with_fewer_rows, write_vocabulary
 from pst_ds.export.write import write_tensors
@@ -63,6 +64,7 @@ def export_run(
     shard_bytes: int = SHARD_BYTES,
     processes: int = 1,
     vocabulary: Vocabulary | None = None,
+    prompt: SavedPrompt | None = None,
     run: JsonTable | None = None,
 ) -> JsonTable:
     """Write ``out``, a model folder of the model in ``checkpoint``; whole or not at all. Returns what was written.
@@ -73,8 +75,9 @@ def export_run(
     ``packing``: "dense", a format that pruned weights are packed in, "compressed-tensors", or "gguf", one file.
     ``values`` and ``embeddings``: the grids that linear layers and embeddings are rounded to; None leaves them, but for
     the layers of a run that rounds: they have its codes and scales unless ``dtype`` asks for plain values.
-    ``vocabulary``: ``tokenizer`` with fewer tokens, of which the rows alone are written; None: all. ``run``: the
-    resolved run file, to be kept. Raises ExportError, and WorkerError when one of several ``processes`` was killed.
+    ``vocabulary``: ``tokenizer`` with fewer tokens, of which the rows alone are written; None: all. ``prompt``: that of
+    the run, kept in a file of its own. ``run``: the resolved run file, to be kept. Raises ExportError, and WorkerError
+    when one of several ``processes`` was killed.
     """
     encoding = _encoding(packing, _trained_values(checkpoint, packing, values, dtype), embeddings)
     _require_free(out, encoding)
@@ -91,10 +94,12 @@ def export_run(
         "computed_in": state.precision,
         "sparsity_requested": state.sparsity,
         "metrics": {name: value if math.isfinite(value) else None for name, value in state.metrics.items()},
+        "prompt": None if prompt is None else prompt.facts,
         "run": run,
     }
+    _require_reader(prompt, packing, checkpoint.folder)
     jobs = plan_run(model, checkpoint, base, encoding, dtype)
-    write_beside = partial(_write_beside_run, model, base, tokenizer)
+    write_beside = partial(_write_beside_run, model, base, tokenizer, prompt)
     contents = _Contents(jobs, RunSource(checkpoint, base, model), about, linear_layers(model), write_beside)
     if vocabulary:
         contents = _trimmed(contents, model, tokenizer, vocabulary)
@@ -103,8 +108,21 @@ def export_run(
     return _write_folder(contents, out, encoding, shard_bytes, processes)
 
 
-def _write_beside_run(model: nn.Module, base: BaseWeights, tokenizer: Any, folder: Path) -> None:
-    """Write the config, the base's small files and the tokenizer to ``folder``."""
+def _require_reader(prompt: SavedPrompt | None, packing: str, source: Path) -> None:
+    """Raise ExportError for a format whose readers would leave the prompt out without a word."""
+    if prompt is not None and packing in (COMPRESSED_TENSORS, GGUF):
+        raise ExportError(
+            f"{source} has a trained prompt, and the programs that read {packing} know none: they would compute "
+            "without it. Take --format dense, or bitmask"
+        )
+
+
+def _write_beside_run(
+    model: nn.Module, base: BaseWeights, tokenizer: Any, prompt: SavedPrompt | None, folder: Path
+) -> None:
+    """Write the config, the base's small files, the tokenizer and the prompt to ``folder``."""
+    if prompt is not None:
+        prompt.write(folder)
     if is_text_part(model, base.folder):
         base.copy_if_there(CONFIG_FILE, folder)
     else:
@@ -145,7 +163,9 @@ def export_folder(
     jobs, origin = plan_folder(folder, encoding, dtype)
     surviving = (
         "step", "base_model", "base_fingerprint", "computed_in", "sparsity_requested", "metrics", "run", "tokens_kept",
+        "prompt",
     )  # fmt: skip
+    _require_reader(read_prompt(source), packing, source)
     about = {key: folder.about.get(key) for key in surviving} | {"metrics": folder.about.get("metrics") or {}}
     contents = _Contents(jobs, origin, about, linear_layers(folder.model), lambda beside: _copy_folder(folder, beside))
     if vocabulary:

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from pst_ds.core.packings import DENSE
 from pst_ds.errors import InputError, first_line
 from pst_ds.export.base_weights import BaseWeights
+from pst_ds.export.prompt_file import attach_saved_prompt
 from pst_ds.hf import PackedWeightsConfig
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
 
@@ -72,6 +73,7 @@ class ModelFolder:
             options["device_map"] = {"": device}
         kind = architecture(self.config) or transformers.AutoModel
         model, _ = Pretrained(str(self.path)).load(kind, "Name one that the config belongs to", **options)
+        attach_saved_prompt(model, self.path)
         return model.eval()
 
     def tokenizer(self) -> Any:

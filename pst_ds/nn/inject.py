@@ -23,6 +23,7 @@ from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.model_structure import is_experts, stack_names
+from pst_ds.nn.prompt import PSTPrompt, prompt_of
 from pst_ds.nn.targets import InjectionError, Target, find_embeddings, find_targets, modules_named_to_save, suggestion
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_max, group_sum
@@ -224,8 +225,10 @@ def shortened(names: Sequence[str], most: int = 4) -> str:
 
 @contextmanager
 def bypassed(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model`` computes without masks and updates, as the dense model it was made from."""
-    layers: list[PSTLayer | PSTEmbedding] = [*pst_layers(model).values(), *pst_embeddings(model).values()]
+    """Inside, ``model`` computes without masks, updates and prompt, as the dense model it was made from."""
+    prompt = prompt_of(model)
+    layers: list[PSTLayer | PSTEmbedding | PSTPrompt] = [*pst_layers(model).values(), *pst_embeddings(model).values()]
+    layers += [] if prompt is None else [prompt]
     for layer in layers:
         layer.bypassed = True
     try:

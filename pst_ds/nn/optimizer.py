@@ -14,6 +14,7 @@ from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import SCORE_FACTORS
 from pst_ds.nn.model_structure import model_width
+from pst_ds.nn.prompt import NAME as PROMPT
 from pst_ds.parallel import zero3
 from pst_ds.parallel.master_adamw import MasterAdamW
 
@@ -26,6 +27,7 @@ def pst_parameter_groups(
     score_learning_rate: float | None = None,
     update_learning_rate: float | None = None,
     gate_learning_rate: float | None = None,
+    prompt_learning_rate: float | None = None,
     embedding_learning_rate: float | None = None,
     head_learning_rate: float | None = None,
     betas: tuple[float, float] = (_DEFAULTS.adam_beta1, _DEFAULTS.adam_beta2),
@@ -40,6 +42,7 @@ def pst_parameter_groups(
             the rate of :func:`pst_ds.core.schedule.default_learning_rates` for the model's width and ``num_steps``.
         update_learning_rate: of the group "updates": U and V.
         gate_learning_rate: of the group "gates": those of learned ranks.
+        prompt_learning_rate: of the group "prompt".
         embedding_learning_rate: of the group "embeddings": U and V of embeddings.
         head_learning_rate: of the group "head": all that is trained in full.
         betas: Adam's two, of all groups. The default is the run file's.
@@ -57,6 +60,7 @@ def pst_parameter_groups(
         "scores": default.scores if score_learning_rate is None else score_learning_rate,
         "updates": updates if update_learning_rate is None else update_learning_rate,
         "gates": default.gates if gate_learning_rate is None else gate_learning_rate,
+        "prompt": default.prompt if prompt_learning_rate is None else prompt_learning_rate,
         "embeddings": default.embeddings if embedding_learning_rate is None else embedding_learning_rate,
         "head": head if head_learning_rate is None else head_learning_rate,
     }
@@ -68,6 +72,8 @@ def pst_parameter_groups(
         owner, _, last = name.rpartition(".")
         if owner in embeddings:
             groups["embeddings"].append(param)
+        elif owner.rpartition(".")[2] == PROMPT:
+            groups["prompt"].append(param)
         elif last == "pst_G":
             groups["gates"].append(param)
         elif last.startswith("pst_"):

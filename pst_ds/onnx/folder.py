@@ -18,6 +18,7 @@ from pst_ds.atomic_files import atomic_folder, require_writable
 from pst_ds.core.packings import ONNX_FILE
 from pst_ds.export.from_folder import CONFIG_FILE, copy_beside
 from pst_ds.export.manifest import MANIFEST_FILE, ExportError, JsonTable
+from pst_ds.export.prompt_file import PROMPT_FILE
 from pst_ds.hf.config import PackedWeightsConfig
 from pst_ds.hf.tables import stored_tables
 from pst_ds.onnx.nodes import Table
@@ -43,6 +44,8 @@ def write_onnx(packed: Path, out: Path, facts: JsonTable, *, plain: bool = False
 
     from pst_ds.onnx.export import plain_graph, sparse_graph
 
+    if (packed / PROMPT_FILE).is_file():
+        raise ExportError(f"{out} would compute without the model's trained prompt; take --format dense, or bitmask")
     model, reference = _load(packed, "dense" if plain else "sparse"), _load(packed, "dense")
     outputs = _output_names(reference)
     try:

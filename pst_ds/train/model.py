@@ -24,6 +24,7 @@ from pst_ds.nn.targets import modules_to_save
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import raise_on_all_ranks
 from pst_ds.train.documents import flatten_for_flash_attention
+from pst_ds.train.prompts import add_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,7 @@ def build_model(
     _initialise_missing(module, missing, run)
     _keep_statistics(module)
     prepare_for_method(module, run, num_shards=None if keep_alive else num_shards)
+    add_prompt(module, run, tokenizer)
     _refuse_untrained(module, missing, run)
     module.config.use_cache = False  # no run generates text; a cache would hold every layer's keys and values
     flatten_for_flash_attention(module)
@@ -180,6 +182,8 @@ def meta_model(
     )  # fmt: skip
     with torch.device("meta"):
         prepare_for_method(module, run, num_shards=num_shards)
+        if run.prompt.text:
+            add_prompt(module, run, tokenizer or load_tokenizer(run))
     if not num_trainable(module):
         raise ConfigError(
             f"method = {run.method!r} with pst.update_rank = {run.pst.update_rank} would train nothing of model.path = "
@@ -195,6 +199,7 @@ def parameter_groups(module: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
         score_learning_rate=run.train.score_learning_rate,
         update_learning_rate=run.train.update_learning_rate,
         gate_learning_rate=run.train.gate_learning_rate,
+        prompt_learning_rate=run.train.prompt_learning_rate,
         embedding_learning_rate=run.train.embedding_learning_rate,
         head_learning_rate=run.train.head_learning_rate,
         betas=(run.train.adam_beta1, run.train.adam_beta2),

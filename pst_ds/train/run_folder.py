@@ -43,6 +43,7 @@ MAY_DIFFER = (
 examples covers."""
 _MAY_BE_CHANGED = (
     "train.score_learning_rate", "train.update_learning_rate", "train.gate_learning_rate",
+    "train.prompt_learning_rate",
     "train.embedding_learning_rate", "train.head_learning_rate", "train.gradient_clipping",
 )  # fmt: skip
 """Settings that a user may want to change to get over a divergence; a message says so."""

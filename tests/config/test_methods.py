@@ -25,7 +25,7 @@ from pst_ds.train.run import build, prepare, train_run
 
 RUN_FILE = "tests/data/world_size.toml"
 FULL = ("dense", "magnitude", "gmp", "movement", "soft-movement")
-PENALTY = {"soft-movement": ["train.score_penalty=10.0"]}
+NEEDED = {"soft-movement": ["train.score_penalty=10.0"], "sk-tuning": ["prompt.text=a good film"]}
 SPARSE = [name for name, method in METHODS.items() if method.masks != "none"]
 
 
@@ -50,7 +50,7 @@ def test_every_method_trains_exports_and_verifies(tmp_path, capsys, method, prec
     settings = [
         f"method={method}", "deepspeed_config=", f"output_dir={tmp_path / 'run'}", f"train.precision={precision}",
         "train.num_steps=8", "train.update_learning_rate=0.01", 'pst.modules_to_save=["classifier"]',
-        *PENALTY.get(method, []),
+        *NEEDED.get(method, []),
     ]  # fmt: skip
     options = [word for setting in settings for word in ("--set", setting)]
     assert main(["train", RUN_FILE, *options]) == 0
@@ -111,7 +111,7 @@ def _plain(module):
 def test_movement_keeps_the_largest_scores(tmp_path):
     """Of each matrix by itself; soft movement of all together, where the layers' shares of zeros differ."""
     for method in ("movement", "soft-movement"):
-        module = _built(tmp_path, f"method={method}", *PENALTY.get(method, []))
+        module = _built(tmp_path, f"method={method}", *NEEDED.get(method, []))
         generator = torch.Generator().manual_seed(0)
         layers = list(pst_layers(module).values())
         with torch.no_grad():
@@ -224,7 +224,10 @@ def test_a_fixed_mask_of_zeros_is_the_base_models(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["pst.initial_mask=zeros"], "is for methods with a fixed mask ('magnitude', 'spp', 'masked-lora')"),
+        (
+            ["pst.initial_mask=zeros"],
+            "with a fixed mask ('magnitude', 'spp', 'masked-lora', 'sk-tuning')",
+        ),
         (["method=soft-movement"], "needs one above 0"),
         (["train.score_penalty=1.0"], "no other method has one"),
         (["method=spp", "pst.update_rank=0"], "update_rank of at least 1"),
@@ -287,7 +290,7 @@ RIVALS = ("gmp", "movement", "soft-movement", "spp", "masked-lora")
 
 def _all_rivals(folder):
     return [
-        _run(folder / method, f"method={method}", "train.num_steps=6", *PENALTY.get(method, [])) for method in RIVALS
+        _run(folder / method, f"method={method}", "train.num_steps=6", *NEEDED.get(method, [])) for method in RIVALS
     ]
 
 

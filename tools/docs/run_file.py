@@ -21,6 +21,7 @@ from pst_ds.config.run import (
     DistillationConfig,
     ModelConfig,
     PicturesConfig,
+    PromptConfig,
     QuantizationConfig,
     RunConfig,
     TrainConfig,
@@ -35,6 +36,7 @@ PAGE, SCHEMA = ROOT / "docs" / "run-file.md", ROOT / "docs" / "run-file.schema.j
 TABLES = {
     "": RunConfig, "model": ModelConfig, "data": DataConfig, "[data.sources]": DataSource, "train": TrainConfig,
     "schedule": ScheduleConfig, "pst": PSTConfig, "[pst.overrides]": Override, "quantization": QuantizationConfig,
+    "prompt": PromptConfig,
     "distillation": DistillationConfig, "eval": EvalConfig, "checkpoint": CheckpointConfig, "pictures": PicturesConfig,
     "tracking": TrackingConfig,
 }  # fmt: skip

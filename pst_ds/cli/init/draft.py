@@ -72,7 +72,8 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     labels = task.label_names(first.data)
     config = load_model_config(first, labels, tokenizer)
     positions = _positions(config, tokenizer)
-    length = asked or min(first.task_facts.init_max_length, positions or _UNKNOWN_LIMIT)
+    room = (positions or _UNKNOWN_LIMIT) - (len(tokenizer(first.prompt.text)["input_ids"]) if first.prompt.text else 0)
+    length = asked or min(first.task_facts.init_max_length, room)
     table = _laid_over(table, "data", max_length=length)
     examples = len(task.load(run_from_table(table).data, "train", tokenizer, labels))
     batch_size = ranks * max(1, min(_BATCH_SIZE, examples) // ranks)  # a multiple of ranks, at most all examples
@@ -187,6 +188,9 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> dict[
     method = METHODS[args.method]
     if method.score_penalty:
         table["train"]["score_penalty"] = method.score_penalty
+    if method.prompt_text:
+        table["prompt"] = {"text": method.prompt_text}
+        data |= {"document_mask": False} if facts.packs_text else {}
     if method.masks != "none":
         table["pst"] = {"target_modules": "all-linear", "pattern": args.pattern or "matrix"}
         table["schedule"] = {"final_sparsity": _sparsity(args)}

@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from pst_ds.data.tasks import ExampleSet
 from pst_ds.data.tasks.data_to_text import DataToText, Pairs
 from pst_ds.data.text_metrics import missing_libraries
 from pst_ds.errors import InputError
+from pst_ds.export.prompt_file import attach_saved_prompt
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
@@ -203,6 +205,7 @@ def _loaded(prepared: Prepared, folder: str, load_as: Literal["", "dense", "spar
     model = prepared.task.model_class().from_pretrained(folder, dtype=dtype, **options)
     model.config.use_cache = False  # with a cache transformers takes positions for those of one text
     flatten_for_flash_attention(model)
+    attach_saved_prompt(model, Path(folder))
     return model.to(prepared.device).eval()
 
 

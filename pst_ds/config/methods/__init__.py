@@ -18,6 +18,7 @@ _NAMES = (
     "soft-movement",
     "spp",
     "masked-lora",
+    "sk-tuning",
 )
 METHODS: dict[str, Method] = {
     name: import_module(f"pst_ds.config.methods.{name.replace('-', '_')}").METHOD for name in _NAMES

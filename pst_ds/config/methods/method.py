@@ -33,6 +33,9 @@ class Method:
     score_penalty: float = 0.0
     """The ``train.score_penalty`` that ``pst-ds init`` writes; a method with 0 must not have one."""
 
+    prompt_text: str = ""
+    """The ``prompt.text`` that ``pst-ds init`` writes; a method with one needs one, and the others may have one."""
+
     def pst_config(self, asked: PSTConfig) -> PSTConfig:
         """Return the config to inject, given the ``[pst]`` of the run file."""
         settings = dict(self.settings)

@@ -1,0 +1,31 @@
+"""A trained prompt: m vectors that every text of a batch is read with, placed before it or after its first token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def adapted(states: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
+    """Return P = H + H V' U', (m, d), of the states H (m, d) of a text, with U (d, r) and V (r, d).
+
+    Without V it is H + H U' with U (d, d), and H itself without either.
+    """
+    if left is None:
+        return states
+    return states + (states if right is None else states @ right.t()) @ left.t()
+
+
+def with_prompt(values: Tensor, prompt: Tensor, after: int) -> Tensor:
+    """Put ``prompt`` (m, ...) into every row of ``values`` (batch, length, ...), after ``after`` of its entries."""
+    own = prompt.to(values).expand(values.shape[0], *prompt.shape)
+    return _joined(values[:, :after], own, values[:, after:])
+
+
+def without_prompt(values: Tensor, size: int, after: int) -> Tensor:
+    """Return ``values`` (batch, m + length, ...) without the ``size`` entries that :func:`with_prompt` has put in."""
+    return values[:, size:] if after == 0 else _joined(values[:, :after], values[:, after + size :])
+
+
+def _joined(*parts: Tensor) -> Tensor:
+    return torch.cat(parts, dim=1)

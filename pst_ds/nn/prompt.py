@@ -1,0 +1,157 @@
+"""PSTPrompt: vectors that a model reads before every text, begun from the words of a text (arXiv 2410.08598).
+
+The prompt is part of the base model, between its embeddings and its blocks: hooks put it into what the body reads and
+take its places out of what the body returns. So whatever is on top of the body, a language model's head, a pooler or a
+classifier, sees the places of the text alone, and losses, labels and predictions are those of the text.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.config.prompt import Adapter
+from pst_ds.core.prompts import adapted, with_prompt, without_prompt
+from pst_ds.errors import InputError
+from pst_ds.nn.layer import seeded_normal
+from pst_ds.parallel import zero3
+
+NAME = "pst_prompt"
+"""Of the module in the body."""
+_CACHES = ("cache", "past_key_values")
+"""What transformers calls the keys and values of the tokens before."""
+
+
+class PSTPrompt(nn.Module):
+    """m vectors of width d: trained themselves, or states of a text with a small trained adapter on them.
+
+    Parameters: pst_P (m, d) without an adapter; else pst_U, zero at the start, (d, d), or (d, r) with pst_V (r, d) of a
+    low-rank one, on constant states H (m, d), a buffer that no state dict has.
+    """
+
+    pst_P: nn.Parameter | None
+    pst_U: nn.Parameter | None
+    pst_V: nn.Parameter | None
+    states: Tensor | None
+
+    def __init__(self, states: Tensor, adapter: Adapter = "none", *, after: int = 0, rank: int = 0, seed: int = 0):
+        """``states`` (m, d); ``after``: how many tokens of a text come before the prompt; ``rank``: of an adapter
+        "low-rank"; ``seed``: of its V."""
+        super().__init__()
+        self.size, width = states.shape
+        self.after, self.bypassed = after, False
+        self._inside = False
+        left = right = None
+        if adapter != "none":
+            left = nn.Parameter(states.new_zeros(width, rank if adapter == "low-rank" else width))
+        if adapter == "low-rank":
+            right = nn.Parameter(seeded_normal((rank, width), width**-0.5, f"{seed}/{NAME}/V").to(states))
+        self.register_parameter("pst_P", None if left is not None else nn.Parameter(states.clone()))
+        self.register_parameter("pst_U", left)
+        self.register_parameter("pst_V", right)
+        self.register_buffer("states", None if left is None else states, persistent=False)
+
+    def forward(self) -> Tensor:
+        """Return the prompt as it is now, (m, d)."""
+        if self.pst_P is not None:
+            return self.pst_P
+        assert self.states is not None
+        return adapted(self.states, self.pst_U, self.pst_V)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, after={self.after}"
+
+
+def attach_prompt(model: nn.Module, prompt: PSTPrompt) -> None:
+    """Let the base model of ``model``, of transformers, read ``prompt`` with every text. Raises InputError."""
+    body = body_of(model)
+    body.add_module(NAME, prompt)
+    body.register_forward_pre_hook(_put_in, with_kwargs=True)
+    body.register_forward_hook(_take_out)
+
+
+def prompt_of(model: nn.Module) -> PSTPrompt | None:
+    """Return the prompt of ``model``; None without one."""
+    return next((module for module in model.modules() if isinstance(module, PSTPrompt)), None)
+
+
+def body_of(model: nn.Module) -> Any:
+    """Return the base model, which reads embeddings. Raises InputError where it does not."""
+    body: Any = getattr(model, "base_model", model)
+    embeddings = body.get_input_embeddings() if hasattr(body, "get_input_embeddings") else None
+    if embeddings is None or "inputs_embeds" not in inspect.signature(body.forward).parameters:
+        raise InputError(
+            f"{type(model).__name__} reads no embeddings (inputs_embeds), and a prompt is put between them and the "
+            "blocks; leave prompt.text out"
+        )
+    return body
+
+
+@torch.no_grad()
+def embedded(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the embeddings of the tokens ``ids`` (m,): (m, d). Collective under ZeRO-3."""
+    weight = body_of(model).get_input_embeddings().weight
+    with zero3.gathered([weight]):
+        return weight.detach()[ids.to(weight.device)].clone()
+
+
+@torch.no_grad()
+def read(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the last hidden states of the body for a text of the tokens ``ids`` (m,): (m, d). Collective under ZeRO-3,
+    where every rank holds the whole model meanwhile."""
+    body, was_training = body_of(model), model.training
+    model.eval()
+    with zero3.gathered(model.parameters()):
+        found: Tensor = body(input_ids=ids.unsqueeze(0).to(next(model.parameters()).device)).last_hidden_state[0]
+    model.train(was_training)
+    return found.clone()
+
+
+def _put_in(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    prompt: PSTPrompt = getattr(body, NAME)
+    if prompt.bypassed:
+        return None
+    names = iter(inspect.signature(body.forward).parameters)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    mask, positions, kinds = (given.get(name) for name in ("attention_mask", "position_ids", "token_type_ids"))
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        raise InputError("a prompt takes an attention mask of (texts, tokens), and this model was given another")
+    cache = next((found for name in _CACHES if (found := given.get(name)) is not None), None)
+    prompt._inside = cache is None or cache.get_seq_length() == 0
+    after = prompt.after if prompt._inside else 0
+    if mask is not None:
+        given["attention_mask"] = with_prompt(mask, mask.new_ones(prompt.size), after)
+    if positions is not None:
+        given["position_ids"] = _positions(positions, prompt) if prompt._inside else positions + prompt.size
+    if prompt._inside:
+        embeddings = given.get("inputs_embeds")
+        if embeddings is None:
+            embeddings = body.get_input_embeddings()(given.pop("input_ids"))
+        given["inputs_embeds"] = with_prompt(embeddings, prompt(), after)
+        if kinds is not None:
+            given["token_type_ids"] = with_prompt(kinds, kinds.new_zeros(prompt.size), after)
+    return (), given
+
+
+def _positions(positions: Tensor, prompt: PSTPrompt) -> Tensor:
+    """Those of the prompt among those of a text: they count on, (texts, m + tokens)."""
+    own = torch.arange(prompt.size, device=positions.device) + prompt.after
+    moved = torch.cat([positions[:, : prompt.after], positions[:, prompt.after :] + prompt.size], 1)
+    return with_prompt(moved, own, prompt.after)
+
+
+def _take_out(body: Any, args: object, output: Any) -> Any:
+    prompt: PSTPrompt = getattr(body, NAME)
+    if prompt.bypassed or not prompt._inside:
+        return output
+    prompt._inside = False
+    for name in ("last_hidden_state", "hidden_states"):
+        value = getattr(output, name, None)
+        if isinstance(value, Tensor):
+            output[name] = without_prompt(value, prompt.size, prompt.after)
+        elif value is not None:
+            output[name] = tuple(without_prompt(one, prompt.size, prompt.after) for one in value)
+    return output

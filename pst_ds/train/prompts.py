@@ -1,0 +1,63 @@
+"""The prompt of a run: its text's tokens, where it begins, and the model that reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.data.model_limits import is_causal, positions_of
+from pst_ds.nn.inject import bypassed
+from pst_ds.nn.prompt import PSTPrompt, attach_prompt, body_of, embedded, read
+
+
+def add_prompt(module: nn.Module, run: RunConfig, tokenizer: Any) -> None:
+    """Let the run's model read its ``[prompt]`` with every text; nothing without one.
+
+    Also works on the meta device. Raises InputError for a text without tokens, for one that leaves too few positions,
+    and for a model that reads no embeddings. Collective under ``zero.Init``.
+    """
+    if not run.prompt.text:
+        return
+    config: Any = module.config
+    causal = is_causal(config)  # a prompt of PEFT has the special tokens of a text
+    ids = tokenizer(run.prompt.text, add_special_tokens=causal)["input_ids"] if run.prompt.text.strip() else []
+    _require_room(run, config, len(ids))
+    embeddings = body_of(module).get_input_embeddings()
+    tokens = torch.tensor(ids, device="cpu")
+    states = embedded(module, tokens)
+    if run.prompt.source == "hidden":
+        _require_width(config, embeddings.embedding_dim)
+        if not states.is_meta:
+            with bypassed(module):
+                states = read(module, tokens)
+    after = 0 if causal else _tokens_before(tokenizer)
+    adapter = run.prompt.adapter
+    attach_prompt(module, PSTPrompt(states, adapter, after=after, rank=run.prompt.rank, seed=run.seed))
+
+
+def _tokens_before(tokenizer: Any) -> int:
+    """Return 1 where a text begins with a token that stands for all of it, such as [CLS]; else 0."""
+    first = tokenizer("a")["input_ids"][:1]
+    return int(tokenizer.cls_token_id is not None and first == [tokenizer.cls_token_id])
+
+
+def _require_room(run: RunConfig, config: Any, size: int) -> None:
+    if size == 0:
+        raise ConfigError(f"prompt.text = {run.prompt.text!r} has no tokens; give it words, or leave it out")
+    positions, longest = positions_of(config), run.data.max_length
+    if 0 < positions < size + longest:
+        raise ConfigError(
+            f"prompt.text has {size} tokens, and with data.max_length = {longest} that is more than the {positions} "
+            f"positions of the model (max_position_embeddings); set data.max_length to at most {positions - size}"
+        )
+
+
+def _require_width(config: Any, width: int) -> None:
+    if config.get_text_config().hidden_size != width:
+        raise ConfigError(
+            f'prompt.source = "hidden" begins at states of {config.get_text_config().hidden_size} numbers, and the '
+            f'model\'s embeddings have {width}; set prompt.source = "embeddings"'
+        )
