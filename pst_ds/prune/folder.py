@@ -65,9 +65,9 @@ def record_of(layers: Sequence[PrunedLayer], about: Mapping[str, object]) -> dic
 
 
 def _facts(layer: PrunedLayer) -> dict[str, object]:
-    """What the record says of a layer: all but its scales, and tokens where it has no experts."""
+    """What the record says of a layer: all but its scales, and what is of experts where there are none."""
     facts = {field.name: getattr(layer, field.name) for field in fields(layer) if field.name != "scales"}
-    return {name: value for name, value in facts.items() if name != "expert_tokens" or value}
+    return {name: value for name, value in facts.items() if not name.startswith("expert_") or value}
 
 
 def scales_of(layers: Sequence[PrunedLayer]) -> dict[str, Tensor]:

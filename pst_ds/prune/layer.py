@@ -40,6 +40,9 @@ class PrunedLayer:
     """Weights that the mask prunes."""
     zeros: int
     """Counted in the weight, so with kept weights that are zero."""
+    dtype: str = ""
+    expert_zeros: tuple[int, ...] = ()
+    """Of each expert of a stack; empty of a linear layer."""
     expert_tokens: tuple[int, ...] = ()
     """Tokens of the calibration text that each expert of a stack was given; empty without such text."""
     scales: Tensor | None = field(default=None, repr=False, compare=False)
@@ -82,7 +85,7 @@ class LayerPruning:
     def outcome(self, expert_tokens: Sequence[int] = ()) -> PrunedLayer:
         """Return what was done once all experts are pruned."""
         rule, layout = self.rule, self.rule.target.layout
-        pruned = layout.numel - self._kept
+        pruned, experts = layout.numel - self._kept, self._weight if rule.target.is_stack else ()
         return PrunedLayer(
             name=self.name,
             shape=(layout.out_features, layout.in_features),
@@ -91,6 +94,8 @@ class LayerPruning:
             sparsity_requested=pruned / layout.numel if rule.keeps_zeros else rule.sparsity,
             pruned=pruned,
             zeros=layout.numel - int(torch.count_nonzero(self._weight)),
+            dtype=str(self._weight.dtype).removeprefix("torch."),
+            expert_zeros=tuple(one.numel() - int(torch.count_nonzero(one)) for one in experts),
             expert_tokens=tuple(expert_tokens),
             scales=torch.cat(self._scales) if self._scales else None,
         )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pst_ds.core.experts.tokens import hardly_used
 from pst_ds.monitor.curves import DENSE, EVALUATION, is_number
 from pst_ds.progress import duration_text
 from pst_ds.report.axes import short, whole
@@ -83,6 +84,7 @@ def _results(runs: Sequence[RunData]) -> Iterator[tuple[str, list[Cell]]]:
     yield "checkpoint", [number(run.checkpoints[-1].nbytes if run.checkpoints else None, bytes_text) for run in runs]
     speeds = [[value for _, value in run.curves.get("tokens_per_second", [])] for run in runs]
     yield "tokens a second, median", [number(statistics.median(of_run) if of_run else None, whole) for of_run in speeds]
+    yield "experts hardly used", [number(_hardly_used(run), whole) for run in runs]
     yield "ranks", [number(run.result.get("world_size"), whole) for run in runs]
     yield "time", [number(run.result.get("seconds"), duration_text) for run in runs]
 
@@ -90,6 +92,12 @@ def _results(runs: Sequence[RunData]) -> Iterator[tuple[str, list[Cell]]]:
 def _state(run: RunData) -> Cell:
     step = number(run.result.get("steps", run.last_step), whole).text
     return Cell(f"finished, {step} steps" if run.result else f"not finished, at step {step}")
+
+
+def _hardly_used(run: RunData) -> int | None:
+    """Count the experts of few tokens in a run that has counted its experts' tokens."""
+    tokens = run.result.get("expert_tokens")
+    return sum(len(hardly_used(counts)) for counts in tokens.values()) if isinstance(tokens, dict) else None
 
 
 def _final_metrics(run: RunData) -> dict[str, float | None]:

@@ -33,6 +33,12 @@ def token_figures(tokens: dict[str, Tensor]) -> dict[str, float]:
     }
 
 
+def counts_of_experts(model: nn.Module) -> dict[str, dict[str, list[int]]]:
+    """What result.json has of :func:`tokens_by_module`; nothing for a model without stacks. Collective."""
+    tokens = {name: counts.tolist() for name, counts in tokens_by_module(model).items()}
+    return {"expert_tokens": tokens} if tokens else {}
+
+
 def warning_of_unused(tokens: dict[str, Tensor], first_step: int) -> str:
     """The sentence that names experts without a token since ``first_step``; "" if all had some."""
     since = f" since step {first_step}" if first_step else ""

@@ -54,7 +54,7 @@ from pst_ds.train.checkpointer import Checkpointer
 from pst_ds.train.divergence import DivergedError
 from pst_ds.train.documents import require_documents_apart
 from pst_ds.train.evaluate import predict
-from pst_ds.train.expert_tokens import tokens_by_module, warning_of_unused
+from pst_ds.train.expert_tokens import counts_of_experts, tokens_by_module, warning_of_unused
 from pst_ds.train.fit import Fit, judged_fit, watched_steps
 from pst_ds.train.loop import FINAL_TAGS, Loop, LoopState
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
@@ -348,6 +348,7 @@ def _result(
         "optimizer_bytes_per_rank": optimizer_bytes(engine),
         "metrics": metrics,
         "best_step": checkpointer.best_step,
+        **counts_of_experts(engine.module),
         "fit": fit.as_table() if fit else None,
         "seconds": round(loop.metrics.seconds, 1),
     }

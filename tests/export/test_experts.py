@@ -110,6 +110,8 @@ def test_a_packed_export_has_one_entry_a_stack_and_computes_with_it(family, kind
     assert sorted(stacks) == sorted(layers)
     assert all(entry["packing"] == kind for entry in stacks.values())
     assert not any("experts.0" in entry["name"] for entry in entries)
+    layers = {layer["name"]: layer for layer in verb("inspect", str(tmp_path / "out"))["layers"]}
+    assert all(layers[name]["expert_zeros"] == [layers[name]["zeros"] // 4] * 4 for name in stacks)
     verified = verb("verify", str(tmp_path / "out"), "--against", str(tmp_path / "run"))
     assert (verified["differing_weights"], verified["differing_predictions"]) == (0, 0)
     assert verified["max_logit_difference"] == 0.0

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pst_ds.cli.main import main
 from pst_ds.config.pst import PSTConfig
@@ -185,3 +185,19 @@ def test_unused_experts_are_named_in_one_line_and_the_record_has_the_tokens(tmp_
     stacks = {layer["name"]: layer for layer in record["layers"] if "expert_tokens" in layer}
     assert len(stacks) == 4
     assert all(sum(layer["expert_tokens"]) == 2 * 2 for layer in stacks.values())  # two tokens, two experts each
+    _assert_inspected(tmp_path / "out", stacks, capsys)
+
+
+def _assert_inspected(folder, stacks, capsys):
+    assert main(["inspect", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    assert len(layers) == len(stacks) + 8
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for name, layer in stacks.items():
+        zeros = [int((expert == 0).sum()) for expert in model.get_parameter(name)]
+        assert (layers[name]["expert_zeros"], layers[name]["zeros"]) == (zeros, sum(zeros))
+        assert layers[name]["expert_tokens"] == layer["expert_tokens"]
+        assert layers[name]["weights"] == model.get_parameter(name).numel()
+    unused = sum(layer["expert_tokens"].count(0) for layer in stacks.values()) // 2
+    assert (found["hardly_used_experts"]["number"], found["hardly_used_experts"]["of"]) == (unused, 8)

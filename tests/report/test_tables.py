@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from pst_ds.report.charts import charts
 from pst_ds.report.run_data import read_runs
 from pst_ds.report.tables import number, result_table, setting_tables, straggler_table
@@ -28,6 +30,13 @@ def test_results_have_a_column_a_run_and_no_row_that_nobody_has(a_run, write_run
     assert texts["time"] == ["1h02m", "–"]
     assert "ranks" not in texts
     assert table.is_numeric == [False, True, True]
+
+
+def test_experts_of_a_tenth_of_the_mean_tokens_are_hardly_used(a_run):
+    path = a_run("done") / "result.json"
+    tokens = {"first": [0, 5, 6, 100, 400, 10], "second": [9, 9, 9, 9]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "expert_tokens": tokens}))
+    assert _texts(result_table(read_runs([path.parent])))["experts hardly used"] == ["3"]
 
 
 def test_a_result_that_is_no_number_is_written_as_it_is():

@@ -10,7 +10,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from pst_ds.checkpoint.format import read_checkpoint
+from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
+from pst_ds.core.bits import unpack_range
 from pst_ds.core.experts.routing import Routing
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.launch import LaunchEnvironment
@@ -133,3 +136,27 @@ def test_norms_and_tokens_of_experts_are_counted_and_those_without_are_named(tmp
     assert torch.equal(norms[NUM_EXPERTS // 2 :], torch.ones(NUM_EXPERTS // 2, 8))
     torch.testing.assert_close(norms.mean(1), torch.ones(NUM_EXPERTS))
     assert (norms != 1.0).any(1).sum() >= 2
+    _assert_inspected(tmp_path / "run", capsys)
+
+
+def _assert_inspected(run, capsys):
+    """Zeros of every expert as the masks have them, and how many of them are in experts of few tokens."""
+    assert main(["inspect", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    masks = read_checkpoint(run / "checkpoints" / "final").masks
+    (tokens,) = json.loads((run / "result.json").read_text())["expert_tokens"].values()
+    hardly = [i for i, count in enumerate(tokens) if count < sum(tokens) / NUM_EXPERTS / 10]
+    stacks = {layer["name"]: layer for layer in found["layers"] if "expert_zeros" in layer}
+    assert len(stacks) == 2
+    for name, layer in stacks.items():
+        kept = unpack_range(masks[name], layer["weights"], 1, 0, layer["weights"]).view(NUM_EXPERTS, -1)
+        assert layer["expert_zeros"] == (1 - kept.int()).sum(1).tolist()
+        assert layer["expert_tokens"] == tokens
+    weights, zeros = (sum(layer[key] for layer in stacks.values()) for key in ("weights", "zeros"))
+    of_hardly = sum(layer["expert_zeros"][i] for layer in stacks.values() for i in hardly)
+    assert found["hardly_used_experts"] == {
+        "number": len(hardly), "of": NUM_EXPERTS, "share_of_weights": len(hardly) / NUM_EXPERTS,
+        "share_of_zeros": pytest.approx(of_hardly / zeros),
+    }  # fmt: skip
+    assert len(hardly) >= 32
+    assert weights == NUM_EXPERTS * (2 * 8 + 8) * 16

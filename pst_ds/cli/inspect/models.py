@@ -3,8 +3,10 @@
 import math
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from pst_ds.cli.inspect.experts import add_experts, usage
 from pst_ds.cli.inspect.text import Facts, Inspection, Layer, sparsity_of
 from pst_ds.cli.plan_text import name_across_blocks
 from pst_ds.core.bits import INT_OF_SIZE
@@ -80,6 +82,10 @@ def _exported(entry: TensorEntry, files: dict[str, TensorFile], path: Path) -> L
     if entry.values:
         layer |= {"values": entry.values, "group": entry.group, "rounding_error": entry.rounding_error}
         layer["bits_per_weight"] = round(8 * nbytes / max(entry.numel, 1), 4)
+    if entry.pruned_per_matrix and len(entry.shape) == 3:
+        fused = len(entry.pruned_per_matrix) // entry.shape[0]
+        of_matrices = [entry.pruned_per_matrix[i::fused] for i in range(fused)]
+        add_experts(layer, [sum(counts) for counts in zip(*of_matrices, strict=True)])
     return layer
 
 
@@ -93,10 +99,13 @@ def pruned_folder(path: Path) -> Inspection:
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path / RECORD_FILE} is damaged: {error!r}") from None
     note = f"zeros are as pst-ds prune counted them, {RECORD_FILE} says"
-    return Inspection(f"{path}: a result of pst-ds prune", {**facts, **_sizes(weights.file_bytes)}, layers, note)
+    facts |= {**usage(layers), **_sizes(weights.file_bytes)}
+    return Inspection(f"{path}: a result of pst-ds prune", facts, layers, note)
 
 
 def _recorded(row: Facts, weights: BaseWeights) -> Layer:
+    if "expert_zeros" in row:
+        return _recorded_stack(row)
     stored = weights.find(f"{row['name']}.weight")
     if stored is None:
         raise InputError(f"{weights.folder} has no {row['name']}.weight, which {RECORD_FILE} says was pruned")
@@ -112,6 +121,23 @@ def _recorded(row: Facts, weights: BaseWeights) -> Layer:
         "bytes": numel * dtype.itemsize,
         "sparsity_requested": row["sparsity_requested"],
     }
+
+
+def _recorded_stack(row: Facts) -> Layer:
+    """Describe a stack, whose experts the files may hold one by one under other names."""
+    numel, dtype = math.prod(row["shape"]), getattr(torch, row["dtype"])
+    layer: Layer = {
+        "name": row["name"],
+        "shape": row["shape"],
+        "dtype": CODE_OF_DTYPE[dtype],
+        "pattern": row["pattern"],
+        "weights": numel,
+        "zeros": int(row["zeros"]),
+        "bytes": numel * dtype.itemsize,
+        "sparsity_requested": row["sparsity_requested"],
+    }
+    add_experts(layer, row["expert_zeros"], row.get("expert_tokens", ()))
+    return layer
 
 
 def model_folder(path: Path) -> Inspection:

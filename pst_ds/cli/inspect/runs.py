@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError, open_checkpoint, read_checkpoint
+from pst_ds.cli.inspect.experts import add_experts, usage, zeros_of_experts
 from pst_ds.cli.inspect.text import Facts, Inspection, Layer
 from pst_ds.cli.inspect.trained import Mask, totals, trained_layers
 from pst_ds.config.file_names import BEST, CHECKPOINTS, FINAL, LATEST, LAYERS_FILE, RESULT_FILE, RUN_FILE
@@ -41,7 +42,8 @@ def run_folder(path: Path) -> Inspection:
     checkpoint, name, problems = _whole_checkpoint(folder)
     if checkpoint is not None:
         layers = _layers(checkpoint, run)
-        held = _held(checkpoint, layers)
+        _add_experts(layers, checkpoint, result.get("expert_tokens") or {})
+        held = {**_held(checkpoint, layers), **usage(layers)}
         note = f"layers are those of {checkpoint.folder} ({name}), {_WHOLE}"
     else:
         note = "none of its checkpoints is whole" if problems else "it has no checkpoint yet"
@@ -155,6 +157,16 @@ def _layers(checkpoint: Checkpoint, run: RunConfig | None) -> list[Layer]:
         return str(rules.rule_for(name).pattern) if rules else ""
 
     return trained_layers(contents.trained, masks, pattern_of, _BYTES_TRAINED)
+
+
+def _add_experts(layers: list[Layer], checkpoint: Checkpoint, tokens: Mapping[str, list[int]]) -> None:
+    """Add the zeros of every expert to stacks whose experts' ``tokens``, by module, the run has counted."""
+    for layer in layers:
+        name = layer["name"]
+        of_experts = tokens.get(name.rpartition(".")[0])
+        if of_experts and name in checkpoint.masks:
+            bits, shards = checkpoint.masks[name], checkpoint.contents.num_shards
+            add_experts(layer, zeros_of_experts(bits, layer["weights"], shards, len(of_experts)), of_experts)
 
 
 def _add_figures(layers: list[Layer], file: Path) -> str:

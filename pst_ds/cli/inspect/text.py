@@ -34,6 +34,10 @@ class Layer(TypedDict, total=False):
     sparsity_requested: float
     trained: int
     """Trained parameters."""
+    expert_zeros: list[int]
+    """Of a stack: the zeros of each expert."""
+    expert_tokens: list[int]
+    """Of a stack: the tokens that each expert was given, in training or for calibration."""
     flipped: int
     """Weights that the last mask update flipped."""
     correlation: float | None
@@ -118,6 +122,8 @@ def _row(name: str, group: Sequence[Layer]) -> dict[str, str]:
         "values": first.get("values", ""),
         "pattern": first["pattern"],
         "zeros": _range(zeros, "{:.4f}"),
+        "zeros of experts": _range([zeros for layer in group for zeros in _shares_of_experts(layer)], "{:.4f}"),
+        "tokens of experts": _range([n for layer in group for n in layer.get("expert_tokens", ())], "{:.0f}"),
         "flipped": _range(flips, "{:.0f}"),
         "correlation": _range(correlations, "{:.3f}"),
         "trained": f"{trained:,}" if trained else "",
@@ -125,6 +131,12 @@ def _row(name: str, group: Sequence[Layer]) -> dict[str, str]:
         "bits": _range([layer["bits_per_weight"] for layer in group if "bits_per_weight" in layer], "{:.2f}"),
         "bytes": f"{sum(layer['bytes'] for layer in group):,}",
     }
+
+
+def _shares_of_experts(layer: Layer) -> list[float]:
+    """The share of zeros of each expert of a stack."""
+    of_experts = layer.get("expert_zeros", [])
+    return [zeros * len(of_experts) / layer["weights"] for zeros in of_experts]
 
 
 def _range(values: Sequence[float], form: str) -> str:

@@ -1,4 +1,4 @@
-"""How many tokens each expert was given, and which were given none."""
+"""How many tokens each expert was given, and which were given few, or none. Imports nothing: reports need no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from collections.abc import Mapping, Sequence
 
 MOST_NAMED = 4
 """Modules that a sentence names with their experts."""
+HARDLY_USED = 0.1
+"""Share of the mean tokens of its module below which an expert was hardly used."""
+
+
+def hardly_used(tokens: Sequence[int]) -> list[int]:
+    """Return the numbers of the experts of a module that were :data:`HARDLY_USED`, from the ``tokens`` of each."""
+    return [i for i, count in enumerate(tokens) if count * len(tokens) < HARDLY_USED * sum(tokens)]
 
 
 def unused_experts(tokens: Mapping[str, Sequence[int]], since: str = "") -> str:
