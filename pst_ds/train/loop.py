@@ -41,9 +41,9 @@ from pst_ds.train.divergence import DivergedError, MicroBatch, fault_of_batch, r
 from pst_ds.train.expert_tokens import token_figures, tokens_by_module
 from pst_ds.train.objective import Objective
 from pst_ds.train.prefetch import Prefetched
-from pst_ds.train.profiling import recording
-from pst_ds.train.step_clock import StepClock
-from pst_ds.train.stragglers import OwnTime, Pace
+from pst_ds.train.timing.profiling import recording
+from pst_ds.train.timing.step_clock import StepClock
+from pst_ds.train.timing.stragglers import OwnTime, Pace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ import numpy as np
 
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.waits import time_waits
-from pst_ds.train.step_clock import StepClock
+from pst_ds.train.timing.step_clock import StepClock
 
 WINDOW, LEAST_SLOW = 10, 8
 """A straggler is slow in so many of the last steps."""
