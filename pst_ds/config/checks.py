@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from dataclasses import astuple
+from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt, Predicate
@@ -37,7 +38,8 @@ def check_fields(config: object) -> None:
     Raises:
         ValueError: names the field, its value and what it must be.
     """
-    for name, hint in get_type_hints(type(config), include_extras=True).items():
+    kind: Hashable = type(config)
+    for name, hint in _hints(kind).items():
         value = getattr(config, name)
         is_union = get_origin(hint) not in (None, Literal, Annotated, tuple)
         for part in get_args(hint) if is_union else [hint]:
@@ -45,6 +47,11 @@ def check_fields(config: object) -> None:
                 raise ValueError(f"{name} = {value!r} must be one of {', '.join(map(str, get_args(part)))}")
             if get_origin(part) is Annotated and value is not None and not _holds(value, get_args(part)[1:]):
                 raise ValueError(f"{name} = {value} must {_wanted(get_args(part)[1:])}")
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 def _holds(value: float, bounds: tuple[Any, ...]) -> bool:

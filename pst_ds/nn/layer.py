@@ -125,7 +125,10 @@ class PSTLayer(nn.Module):
         def add(factor: str, shape: tuple[int, ...] | None, std: float = 0.0) -> None:
             param = None
             if shape is not None:
-                values = seeded_normal(shape, std, f"{config.factor_seed}/{name}/{factor}")
+                if device.type == "meta":  # a shape alone, which takes no random numbers
+                    values = torch.empty(shape, device=device)
+                else:
+                    values = seeded_normal(shape, std, f"{config.factor_seed}/{name}/{factor}")
                 param = nn.Parameter(values.to(device=device, dtype=dtype))
             self.register_parameter(f"pst_{factor}", param)
 
