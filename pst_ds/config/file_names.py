@@ -3,7 +3,7 @@
 RUN_FILE, RESULT_FILE = "run.toml", "result.json"
 METRICS_FILE, LAYERS_FILE = "metrics.jsonl", "layers.jsonl"
 MANIFEST_FILE = "pst_manifest.json"
-CHECKPOINTS, STALLS, PROFILE = "checkpoints", "stalls", "profile"
+CHECKPOINTS, STALLS, PROFILE, MEMORY = "checkpoints", "stalls", "profile", "memory"
 LAUNCH, ATTEMPTS_FILE = "launch", "attempts.jsonl"
 """The folder of ``pst-ds launch``, and its file with a line for each start of the launcher."""
 EXIT_CODES_VARIABLE = "PST_DS_EXIT_CODES"

@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import pickle
 import socket
 import sys
 import threading
@@ -16,6 +17,8 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+import torch.distributed as dist
 
 from pst_ds.parallel.ranks import rank, world_size
 from pst_ds.parallel.stall_verdict import VERDICT_FILE, StallReport, verdict_of
@@ -68,6 +71,7 @@ class Watchdog:
         who = f"rank {own.rank} ({own.host}, pid {own.pid})"
         where = f"{own.doing}, {'' if own.waits else 'not '}waiting for other ranks:\n{own.stack}"
         print(f"{who} made no progress for {self._timeout:g} seconds in {where}", file=sys.stderr, flush=True)
+        self._leave_collectives()
         others = _gather(self._folder, self._world, min(_GRACE_SECONDS, self._timeout))
         if self._rank == min([own.rank, *(report.rank for report in others)]):
             verdict = verdict_of(others, self._hosts or [""] * self._world)
@@ -78,8 +82,23 @@ class Watchdog:
             _wait_for(self._folder / VERDICT_FILE, min(_GRACE_SECONDS, self._timeout))
         os._exit(_EXIT_CODE)
 
+    def _leave_collectives(self) -> None:
+        """Leave the flight recorder's trace of the last collectives, if it records them, where torchfrtrace looks."""
+        with contextlib.suppress(Exception):  # nothing may keep the process alive
+            if data := recorded_collectives():
+                (self._folder / f"collectives_{self._rank}").write_bytes(data)
+
 
 _current: Watchdog | None = None
+
+
+def recorded_collectives() -> bytes:
+    """Return what torch's flight recorder has of this rank's collectives, a pickle; nothing where it records none."""
+    from torch._C import _distributed_c10d
+
+    dump = getattr(_distributed_c10d, "_dump_fr_trace", None)
+    data = dump() if dump is not None and dist.is_initialized() else b""
+    return data if data and pickle.loads(data).get("entries") else b""
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ from pst_ds.errors import InputError
 from pst_ds.json_text import json_of
 from pst_ds.masks.layer_stats import chosen_layers
 from pst_ds.monitor.dense_run import DenseRun, read_dense_run
+from pst_ds.monitor.memory_snapshot import snapshot_when_memory_ends
 from pst_ds.nn.experts import leaf_class
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.model_structure import model_width
@@ -292,7 +293,8 @@ def _train_to_the_end(
     Raises as train_run."""
     state, fit = start, None
     try:
-        with watching(stalls, loop.run.train.stall_timeout_seconds, loop.pace.hosts):
+        seconds = loop.run.train.stall_timeout_seconds
+        with snapshot_when_memory_ends(stalls.parent, loop.device), watching(stalls, seconds, loop.pace.hosts):
             for state in loop.steps(start):
                 checkpointer.after_step(state)
                 if state.stopped_by:

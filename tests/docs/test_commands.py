@@ -14,7 +14,7 @@ from pst_ds.cli.main import build_parser
 from .pages import ROOT, all_blocks, commands, settings
 
 COMMANDS = [(str(block), words) for block in all_blocks("bash") for words in commands(block)]
-KNOWN_ELSEWHERE = ("cd", "git", "lm_eval", "scancel", "source", "tensorboard")
+KNOWN_ELSEWHERE = ("cd", "git", "kubectl", "lm_eval", "podman", "scancel", "source", "tensorboard")
 WORDS_BEFORE_THE_RUN = {"launch/local.sh": 2, "launch/multinode.sh": 2, "launch/slurm_array.sbatch": 1}
 
 
