@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Hashable
+from collections.abc import Collection
 from dataclasses import astuple
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -38,7 +38,7 @@ def check_fields(config: object) -> None:
     Raises:
         ValueError: names the field, its value and what it must be.
     """
-    kind: Hashable = type(config)
+    kind: Any = type(config)  # which is hashable, whatever its objects are
     for name, hint in _hints(kind).items():
         value = getattr(config, name)
         is_union = get_origin(hint) not in (None, Literal, Annotated, tuple)
