@@ -43,7 +43,8 @@ def inject_pst(
     """Replace the target layers of ``model`` by PSTLinear, and stacks of experts by PSTExpertStack, in place; freeze
     the rest.
 
-    Collective under ``zero.Init``. Call it before ``deepspeed.initialize``.
+    Collective under ``zero.Init``, where one layer at a time is whole on a rank. Call it before
+    ``deepspeed.initialize``.
 
     Args:
         model: a model with its pretrained weights. On the meta device |W| has no scale.
@@ -85,6 +86,7 @@ def inject_pst(
     for target in targets:
         base, own = bases.get(target.name), scales[target.name] if scales else (1.0,) * target.layout.num_matrices
         weight = None if base else target.weight
+        like = base.codes if base else target.weight
         rest = target.layout, config, shards[target.name], own, grid, base
         layer: PSTLayer
         if target.is_stack:
@@ -92,6 +94,7 @@ def inject_pst(
             layer = PSTExpertStack(target.name, weight, *rest)
         else:
             layer = PSTLinear(target.name, weight, target.module.bias, *rest)
+        zero3.split_as(like, layer.parameters(recurse=False))
         layer.train(target.module.training)
         for parent, attribute in target.places:
             setattr(parent, attribute, layer)
@@ -99,6 +102,7 @@ def inject_pst(
     fast_paths.switch_off(model)
     for found in embeddings:
         embedding = PSTEmbedding(found.name, found.module, config)
+        zero3.split_as(embedding.get_parameter("weight"), embedding.parameters(recurse=False))
         embedding.train(found.module.training)
         for parent, attribute in found.places:
             setattr(parent, attribute, embedding)

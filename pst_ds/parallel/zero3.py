@@ -118,6 +118,14 @@ def bytes_split_as(like: nn.Parameter, numel: int, own: Tensor) -> nn.Parameter:
     return param
 
 
+def split_as(like: nn.Parameter, params: Iterable[nn.Parameter]) -> None:
+    """Split ``params``, with the values of rank 0, over the ranks that ``like`` is split over, as
+    ``deepspeed.initialize`` would later. Collective under ZeRO-3; nothing where ``like`` is whole."""
+    whole = [param for param in params if not is_partitioned(param)]
+    if whole and is_partitioned(like):
+        like.convert_to_zero_parameters(param_list=whole)
+
+
 def drop(param: nn.Parameter) -> None:
     """Free the values of a parameter that ZeRO-3 has split and no module holds any more."""
     for tensor in (param, getattr(param, "ds_tensor", None), getattr(param, "ds_secondary_tensor", None)):

@@ -61,7 +61,8 @@ def draw_factors(model):
     generator = torch.Generator().manual_seed(5)
     for layer in pst_layers(model).values():
         for _, param in layer.factor_parameters():
-            param.data = torch.randn(param.shape, generator=generator) * 0.1
+            values, own = torch.randn(zero3.full_shape(param), generator=generator) * 0.1, zero3.shard_of(param)
+            zero3.write_shard(param, values.flatten()[own.start : own.start + own.values.numel()])
     return model
 
 
