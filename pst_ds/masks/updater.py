@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from dataclasses import replace
 
 from torch import nn
 from torch.optim import Optimizer
 
 from pst_ds.config.pst import PSTConfig
-from pst_ds.core.schedule import RoundingSchedule, Schedule
+from pst_ds.core.schedule import CubicSchedule, RoundingSchedule, Schedule
 from pst_ds.errors import InputError
 from pst_ds.masks.ranks import RankStats, update_ranks
 from pst_ds.masks.scales import RoundingStats, update_scales
@@ -91,12 +92,13 @@ class MaskUpdater:
         rounding: when weights are rounded to the grid that ``inject_pst`` was given, and their scales searched; None
             leaves them as they are.
         ranks: the share of the components of U V that is dropped, and when, of a model with gates
-            (``PSTConfig.update_gates``): a CubicSchedule whose final sparsity is 1 - target rank / update rank. None
-            drops none.
+            (``PSTConfig.update_gates``). None drops those that ``PSTConfig.target_rank`` says, along the ramp of
+            ``schedule``.
 
     Raises:
         InputError: ``inject_pst`` was not called on ``model``, or ``schedule`` lacks a method; or ``rounding`` has no
-            grid, or begins while masks change; or ``ranks`` has no gates.
+            grid, or begins while masks change; or ``ranks`` has no gates, or cannot be made of a schedule without a
+            ramp.
     """
 
     def __init__(
@@ -104,10 +106,11 @@ class MaskUpdater:
         ranks: Schedule | None = None,
     ):  # fmt: skip
         _require_schedule(schedule)
-        self.schedule, self.rounding, self.ranks = schedule, rounding, ranks
+        self.schedule, self.rounding = schedule, rounding
         self._model = unwrapped(model)
         _require_pst(self._model)
         _require_rounding_fits(self._model, schedule, rounding)
+        self.ranks = _ranks_of(injected_config(self._model), schedule) if ranks is None else ranks
         if ranks is not None and injected_config(self._model).update_gates == "none":
             raise InputError('ranks drops components by their gates: call inject_pst with update_gates = "component"')
         new = self._begin() if step == 0 else None
@@ -194,6 +197,18 @@ class MaskUpdater:
                 stacklevel=3,
             )
         return new
+
+
+def _ranks_of(config: PSTConfig, schedule: Schedule) -> Schedule | None:
+    """Return the schedule of the share of components that ``config`` drops; None where it keeps them all."""
+    if not config.dropped_share:
+        return None
+    if isinstance(schedule, CubicSchedule):
+        return replace(schedule, final_sparsity=config.dropped_share, initial_sparsity=0.0)
+    raise InputError(
+        f"target_rank = {config.target_rank} drops components along a ramp, and {type(schedule).__name__} has none; "
+        "give MaskUpdater ranks = CubicSchedule(num_steps=…, final_sparsity=config.dropped_share)"
+    )
 
 
 def _require_schedule(schedule: object) -> None:

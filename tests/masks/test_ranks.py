@@ -113,6 +113,21 @@ def test_steps_leave_dropped_components_as_they_are():
     assert kept[0] > 6
 
 
+def test_a_loop_of_its_own_drops_along_its_schedule():
+    model = _model(target_rank=1.2)
+    schedule = CubicSchedule(num_steps=4, final_sparsity=0.5, warmup_fraction=0.0, cooldown_fraction=0.5)
+    optimizer = pst_optimizer(model)
+    updater = MaskUpdater(model, schedule)
+    for _ in range(2):
+        for layer in model.values():
+            layer(torch.randn(4, layer.in_features)).square().mean().backward()
+        optimizer.step()
+        updater.after_step(optimizer)
+    assert sum(_kept(model)) == 6
+    with pytest.raises(InputError, match="OneShotSchedule has none; give MaskUpdater ranks"):
+        MaskUpdater(_model(target_rank=1.2), OneShotSchedule(0.5))
+
+
 def test_a_budget_that_no_gate_fits_into_is_refused():
     with pytest.raises(InputError, match=r"target_rank = 0.1 keeps 0 of the 15 components of 5 .* at least 0.2"):
         _model(target_rank=0.1)
