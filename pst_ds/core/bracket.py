@@ -52,15 +52,15 @@ def select_bits(
     """
     ranks, device = ranks or RankSums(), device or torch.device("cpu")
     brackets = _brackets(matrices, pools, _sample(matrices, ranks, device))
-    search = Search(matrices, pools, [b.low for b in brackets], ranks, device)
+    search = Search(matrices, pools, [b.low for b in brackets], ranks)
     digit_bits = _digit_bits(len(search.low))
     shift = max(0, max((b.high - b.low).bit_length() for b in brackets) - digit_bits)
     scans = _scans([matrices[i] for i in search.present], [brackets[i] for i in search.present], device)
     missed = _first_counts(search, scans, shift, 1 << digit_bits, ranks)
     while shift:
         width, shift = shift, max(0, shift - digit_bits)
-        here = scans.histograms(search.thresholds_here, shift, 1 << (width - shift))
-        search.narrow(here, ranks.all_sum(search.offered(here)).cpu(), shift)
+        here = scans.histograms(search.thresholds_here, shift, 1 << (width - shift)).cpu()
+        search.narrow(here, ranks.all_sum(search.offered(here)), shift)
     cuts = search.cuts()
     present = [cuts[i] for i in search.present]
     decided = scans.decide([cut.threshold for cut in present], [int(cut.ties) for cut in present])
@@ -80,11 +80,12 @@ def _first_counts(search: Search, scans: _Scans, shift: int, bins: int, ranks: R
 
     These are whole pools. Collective: one exchange. Raises NonFiniteScoreError.
     """
-    numbers, here = scans.counts(), scans.histograms(search.thresholds_here, shift, bins)
-    flags, below = search.added(numbers[:, [NOT_FINITE, OVERFLOWED]]), search.offered(numbers[:, [BELOW]])
+    both = torch.cat([scans.counts(), scans.histograms(search.thresholds_here, shift, bins)], 1).cpu()
+    numbers, here = both.split([NUM_COUNTS, bins], 1)
+    flags, below = search.added(numbers[:, NOT_FINITE:INSIDE]), search.offered(numbers[:, BELOW:NOT_FINITE])
     search.below_here = numbers[:, BELOW]
-    rows = torch.cat([flags, below, search.offered(numbers[:, [INSIDE]]), search.offered(here)], 1)
-    counts = ranks.all_sum(rows).cpu()
+    rows = torch.cat([flags, below, search.offered(numbers[:, INSIDE:]), search.offered(here)], 1)
+    counts = ranks.all_sum(rows)
     not_finite, overflowed, search.below, inside = counts[:, :4].unbind(1)
     if not_finite.any():
         raise NonFiniteScoreError(search.everywhere(numbers[:, NOT_FINITE]))

@@ -111,13 +111,10 @@ class Search:
 
     Ranks sum a row of counts for each matrix, but one for all matrices of a pool that lie whole on a rank: what these
     offer, each at most its ``prune_count``, is known where they lie. So what is exchanged does not grow with them.
-    Tensors are int64: of rows (rows,), on the CPU and equal on every rank; of matrices ``here``, on the keys' device.
+    Tensors are int64 and on the CPU: those of rows, (rows,), are equal on every rank, those ``here`` are this rank's.
     """
 
-    def __init__(
-        self, matrices: Sequence[MatrixKeys], pools: Sequence[int], low: Sequence[int], ranks: RankSums,
-        device: torch.device,
-    ):  # fmt: skip
+    def __init__(self, matrices: Sequence[MatrixKeys], pools: Sequence[int], low: Sequence[int], ranks: RankSums):
         """``low``: first key of each matrix's interval, one value within a pool."""
         is_joined = [m.pool is not None and m.is_whole for m in matrices]
         alone = [i for i, joined in enumerate(is_joined) if not joined]
@@ -138,17 +135,9 @@ class Search:
         most = torch.tensor([m.prune_count for m in matrices], dtype=torch.int64)
         self.most = torch.zeros_like(self.low).index_add_(0, torch.tensor(self._rows), most)
         self.below, self.equal = torch.zeros_like(self.low), torch.zeros_like(self.low)
-        self._of_here(is_joined, most, device)
-
-    def _of_here(self, is_joined: Sequence[bool], most: Tensor, device: torch.device) -> None:
-        """Make what is of this rank's matrices: positions among them, rows, and numbers."""
-
-        def indices(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
-
-        self._alone_here = indices([at for at, i in enumerate(self.present) if not is_joined[i]])
-        self._joined_here = indices([at for at, i in enumerate(self.present) if is_joined[i]])
-        self._row_here, self._most_here = indices([self._rows[i] for i in self.present]), most[self.present].to(device)
+        self._row_here, self._most_here = torch.tensor(self._rows)[self.present], most[self.present]
+        joined_here = torch.tensor([is_joined[i] for i in self.present], dtype=torch.bool)
+        self._alone_here, self._joined_here = (~joined_here).nonzero().flatten(), joined_here.nonzero().flatten()
         self.below_here, self.equal_here = torch.zeros_like(self._row_here), torch.zeros_like(self._row_here)
 
     @property
@@ -159,7 +148,7 @@ class Search:
     @property
     def thresholds_here(self) -> list[int]:
         """The same of the :attr:`present` ones."""
-        return self.low[self._row_here.cpu()].tolist()
+        return self.low[self._row_here].tolist()
 
     def added(self, here: Tensor) -> Tensor:
         """Add up ``here``, (present, columns), by rows: (rows, columns)."""
@@ -180,9 +169,9 @@ class Search:
 
     def everywhere(self, here: Tensor) -> list[int]:
         """Numbers of matrices of which some rank has more than 0 ``here``, (present,). Collective."""
-        found = torch.zeros(len(self._matrices), dtype=torch.int64, device=here.device)
-        found[self.present] = here.to(torch.int64)
-        return self._ranks.all_sum(found).cpu().nonzero().flatten().tolist()
+        found = torch.zeros(len(self._matrices), dtype=torch.int64)
+        found[self.present] = here
+        return self._ranks.all_sum(found).nonzero().flatten().tolist()
 
     def pruned_up_to(self, counts: Tensor) -> Tensor:
         """Over the pools: how many are pruned when each row offers (rows, ...) ``counts``."""
@@ -202,7 +191,7 @@ class Search:
         self.equal = counts.gather(1, own).squeeze(1)
         self.below = cumulative.gather(1, own).squeeze(1) - self.equal
         self.low = self.low + (own.squeeze(1) << shift)
-        there = own.to(here.device)[self._row_here]
+        there = own[self._row_here]
         self.equal_here = here.gather(1, there).squeeze(1)
         self.below_here = self.below_here + here.cumsum(1).gather(1, there).squeeze(1) - self.equal_here
 
@@ -213,9 +202,9 @@ class Search:
         """
         rooms = torch.minimum(self.equal, self.most - self.below)[self._rows]
         if self._joined:
-            own = torch.zeros(len(self._matrices), dtype=torch.int64, device=self.equal_here.device)
+            own = torch.zeros_like(rooms)
             own[self.present] = torch.minimum(self.equal_here, self._most_here - self.below_here).clamp(min=0)
-            rooms[self._joined] = self._ranks.all_sum(own[self._joined]).cpu()
+            rooms[self._joined] = self._ranks.all_sum(own[self._joined])
         before = self._ranks.sum_of_lower_ranks(self.equal_here[self._alone_here]).tolist()
         left = (self.wanted - self.pruned_up_to(self.below)).tolist()
         found = []
@@ -256,16 +245,17 @@ def select(
     """
     ranks = ranks or RankSums()
     device = device or torch.device("cpu")
-    search = Search(matrices, pools, [_LOWEST_KEY] * len(matrices), ranks, device)
+    search = Search(matrices, pools, [_LOWEST_KEY] * len(matrices), ranks)
     shift = _KEY_BITS
     while shift:
         digit_bits = min(DIGIT_BITS, shift)
         shift -= digit_bits
-        here = torch.zeros(len(search.present), 1 << digit_bits, dtype=torch.int64, device=device)
-        for i, first, out in zip(search.present, search.thresholds_here, here, strict=True):
+        there = torch.zeros(len(search.present), 1 << digit_bits, dtype=torch.int64, device=device)
+        for i, first, out in zip(search.present, search.thresholds_here, there, strict=True):
             out.copy_(_counts(matrices[i], first, shift, 1 << digit_bits, device))
+        here = there.cpu()
         not_finite = _not_finite(here) if shift == _KEY_BITS - DIGIT_BITS else here[:, :0]
-        counts = ranks.all_sum(torch.cat([search.added(not_finite), search.offered(here)], 1)).cpu()
+        counts = ranks.all_sum(torch.cat([search.added(not_finite), search.offered(here)], 1))
         if counts[:, : not_finite.shape[1]].any():
             raise NonFiniteScoreError(search.everywhere(not_finite.squeeze(1)))
         search.narrow(here, counts[:, not_finite.shape[1] :], shift)
