@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from pst_ds.core.bits import shard_numel
 from pst_ds.core.bracket import BRACKET_DEVIATIONS, sample_size
+from pst_ds.core.keys import MOST_AT_ONCE
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.scores import mask_band_elements
 from pst_ds.core.tiles import plan_tiles, tile_bytes_of
@@ -67,6 +68,12 @@ class MatrixGroup:
     count: int = 1
     share: float = 1.0
     """Share of a micro-batch's tokens that each is multiplied with: k / E of those of experts."""
+    per_layer: int = 1
+    """Matrices of the layer that each is in, one behind the other: those of a stack of experts."""
+
+    def num_cut(self, shards: int) -> int:
+        """Count the matrices that borders of shards cut, which ranks select together; of a linear layer's, all."""
+        return self.count if self.per_layer == 1 else self.count // self.per_layer * min(self.per_layer, shards - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +118,13 @@ class ModelNumbers:
         """Trainable tensors."""
         return sum(t.count for t in self.tensors if t.trainable)
 
-    @property
-    def sampled_keys(self) -> int:
-        """Keys of all matrices that a mask update shows to every rank."""
-        return sum(sample_size(m.numel) * m.count for m in self.matrices)
+    def num_cut(self, shards: int) -> int:
+        """Matrices whose cut ranks find together in a mask update; others lie whole on one."""
+        return sum(m.num_cut(shards) for m in self.matrices)
+
+    def sampled_keys(self, shards: int) -> int:
+        """Keys of these that a mask update shows to every rank."""
+        return sum(sample_size(m.numel) * m.num_cut(shards) for m in self.matrices)
 
     @property
     def parameters(self) -> int:
@@ -293,18 +303,29 @@ def mask_update_bytes(model: ModelNumbers, zero: ZeroSettings, device: str = "cp
 
     The factors' masters arrive in one gather, (ranks, shard), and are copied out of it; the sampled keys are held here,
     by all ranks together, and sorted; the scan holds the new masks, the keys inside every bracket with their places, 8
-    bytes each, and the largest matrix's keys as bytes.
+    bytes each, and the largest matrix's keys as bytes. Of stacks of experts those that lie whole on a rank have a
+    bracket on a GPU alone.
     """
     if not model.pruned_weights:
         return 0
     masters = 4 * model.factor_parameters
     copies = 0 if zero.shards == 1 else 2 if zero.backend == GLOO else 1
     gathering = masters + copies * int(masters * (1 + 1 / zero.shards))
-    sampling = masters + 4 * 4 * model.sampled_keys
-    inside = sum(m.count * m.numel * _bracket_share(m.numel) for m in model.matrices) / zero.shards
+    bracketed = [(m, m.num_cut(zero.shards) / zero.shards + _whole_here(m, zero, device)) for m in model.matrices]
+    sampled = model.sampled_keys(zero.shards)
+    sampled += sum(int(sample_size(m.numel) * _whole_here(m, zero, device)) for m in model.matrices)
+    sampling = masters + 4 * 4 * sampled
+    inside = sum(here * m.numel * _bracket_share(m.numel) for m, here in bracketed)
     largest = max(m.numel for m in model.matrices) / zero.shards
     scanning = masters + int(model.pruned_weights / zero.shards / 8 + 8 * inside + largest)
     return max(gathering, sampling, scanning) + SCORED_TILE_BYTES.get(device, 0)
+
+
+def _whole_here(group: MatrixGroup, zero: ZeroSettings, device: str) -> float:
+    """Return how many matrices that lie whole on this rank are selected by a bracket; on a CPU they are sorted."""
+    if device == "cpu" and group.numel <= MOST_AT_ONCE:
+        return 0.0
+    return (group.count - group.num_cut(zero.shards)) / zero.shards
 
 
 def kept_bytes(model: ModelNumbers, zero: ZeroSettings) -> int:

@@ -46,7 +46,11 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
         ),
         modules=_counted(_module_numbers(module, device) for module in model.modules() if module._parameters),
         matrices=_counted(
-            MatrixGroup(layer.layout.matrix_numel, share=_share_of_tokens(model, name, layer))
+            MatrixGroup(
+                layer.layout.matrix_numel,
+                share=_share_of_tokens(model, name, layer),
+                per_layer=layer.layout.num_matrices if layer.layout.num_experts > 1 else 1,
+            )
             for name, layer in layers.items()
             for _ in layer.layout.matrices()
         ),

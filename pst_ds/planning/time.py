@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from pst_ds.core.bracket import MAX_COUNTS
 from pst_ds.core.select import DIGIT_BITS
 from pst_ds.planning.counts import (
     COUNTS,
@@ -146,14 +147,18 @@ def _exchanged(model: ModelNumbers, batch: Batch, element_size: int) -> int:
 
 
 def update_traffic(model: ModelNumbers, zero: ZeroSettings) -> Traffic:
-    """Count one mask update: fp32 masters in one all-gather; sample, counts, ties and statistics in all-reduces."""
+    """Count one mask update: fp32 masters in one all-gather; sample, counts, ties and statistics in all-reduces.
+
+    Of matrices that lie whole on a rank there is a number each.
+    """
     w = zero.shards
     if w == 1:
         return Traffic(0, 0, 0)
     others = (w - 1) / w
-    counts = HISTOGRAMS * model.num_matrices * (4 + (1 << DIGIT_BITS)) * 8
-    ties = w * model.num_matrices * 8
-    reduced = 4 * model.sampled_keys + counts + ties + 3 * 8
+    cut = model.num_cut(w)
+    counts = HISTOGRAMS * cut * (4 + min(1 << DIGIT_BITS, MAX_COUNTS // max(1, cut))) * 8
+    numbers = (w * cut + model.num_matrices - cut) * 8
+    reduced = 4 * model.sampled_keys(w) + counts + numbers + 3 * 8
     return Traffic(int(4 * model.factor_parameters * others), int(2 * reduced * others), HISTOGRAMS + 4)
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pst_ds.core.bits import pack_mask, unpack_range
+from pst_ds.core.bits import pack_mask, shard_bytes, unpack_range
 from pst_ds.core.experts import products
 from pst_ds.core.experts.routing import Routing
 from pst_ds.core.factors import Constants, Factors
@@ -175,3 +175,33 @@ def test_routing_sorts_pairs_by_expert_and_sums_them_by_token(tokens, per_token,
         by_expert = values.view(-1, 3)[routing.order]
         assert torch.equal(routing.summed(by_expert), values.sum(1))
     assert Routing.of(index, gates, experts).counts == [int((index == e).sum()) for e in range(experts)]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_expert_behind_more_weights_than_32_bits_count(transposed, tmp_path):
+    """Of files that are holes but for the last expert: no memory and no disk for the others."""
+    experts, width = 513, 2048
+    layout = WeightLayout(experts * width, width, transposed, experts, experts)
+    assert layout.matrices()[-1].rect.r0 * width >= 1 << 31
+    weight = torch.from_file(str(tmp_path / "w"), True, layout.numel, dtype=torch.bfloat16).view(layout.shape)
+    bits = torch.from_file(str(tmp_path / "bits"), True, shard_bytes(layout.numel, 1), dtype=torch.uint8)
+    own, kept = weight[-width:], bits[-(width * width // 8) :]
+    generator = torch.Generator().manual_seed(0)
+    own[:8].normal_(generator=generator)
+    kept[: 8 * width // 8].random_(generator=generator)
+    state = dataclasses.replace(
+        make_state(LAYOUTS[0]), weight=weight, bits=bits, layout=layout, factors=Factors(), scores_train=False,
+        weight_scales=(1.0,) * experts,
+    )  # fmt: skip
+    routing = Routing.of(torch.tensor([[experts - 1]]), torch.ones(1, 1), experts)
+    x = torch.randn(1, width, generator=generator).bfloat16()
+    masked = own[:8] * unpack_range(kept, width * width, 1, 0, 8 * width).view(8, width)
+    by_row, by_column = x @ masked.t(), torch.zeros(1, width).bfloat16()
+    by_column += x[:, :8] @ masked
+    forward = products.forward(x, state, routing, by_token=True)
+    backward = products.backward(x, x, state, routing, by_token=True, need_x=True).x
+    of_rows, of_columns = (backward, forward) if transposed else (forward, backward)
+    torch.testing.assert_close(of_rows[:, :8], by_row, rtol=1e-2, atol=1e-2)
+    assert not of_rows[:, 8:].any()
+    torch.testing.assert_close(of_columns, by_column, rtol=1e-2, atol=1e-2)
+    assert masked.any()

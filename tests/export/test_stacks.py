@@ -1,5 +1,7 @@
 """Which experts of a stack a tensor of the files is, in every family whose experts can be pruned."""
 
+import json
+import os
 from itertools import pairwise
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from pst_ds.core.layout import WeightLayout
 from pst_ds.export.base_weights import saved_tensors
 from pst_ds.export.stacks import StackRun, runs_in_files, whole
+from pst_ds.export.tensor_files import TensorFile
 from pst_ds.nn.model_structure import is_experts, stack_layouts
 from tests.nn.expert_families import FAMILIES, tiny_model
 
@@ -56,6 +59,22 @@ def test_pieces_share_a_stack_out(layout, pieces, piece):
         (i * piece.numel, (i + 1) * piece.numel) for i in range(pieces)
     ]
     assert run.flat_range(pieces - 1)[1] == layout.numel
+
+
+def test_the_last_expert_is_read_from_behind_more_weights_than_32_bits_count(tmp_path):
+    """From a file that is a hole but for that expert."""
+    experts, width = 513, 2048
+    layout, size = WeightLayout(experts * width, width, False, experts, experts), 2 * experts * width * width
+    header = json.dumps({"s": {"dtype": "BF16", "shape": [experts, width, width], "data_offsets": [0, size]}}).encode()
+    last = torch.arange(256).repeat(width * width // 256).bfloat16()
+    with (tmp_path / "large").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.seek(size - last.nbytes, os.SEEK_CUR)
+        file.write(last.view(torch.uint8).numpy())
+    run = StackRun(layout, experts - 1, experts, experts)
+    assert run.flat_range(run.first)[0] >= 1 << 31
+    found = TensorFile(tmp_path / "large").read_rows("s", *run.rows)
+    assert torch.equal(found, last.view(width, width))
 
 
 def test_a_layer_that_is_no_stack_is_one_piece():

@@ -7,11 +7,14 @@ import torch
 from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from pst_ds.config.pst import PSTConfig
+from pst_ds.core.experts.routing import Routing
+from pst_ds.core.layout import WeightLayout
+from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.inject import inject_pst
 from pst_ds.planning.activations import trace_micro_batch
-from pst_ds.planning.memory import layer_work_bytes
+from pst_ds.planning.memory import ZeroSettings, layer_work_bytes, mask_update_bytes
 from pst_ds.planning.shapes import model_numbers
-from pst_ds.planning.time import Batch, step_flops
+from pst_ds.planning.time import Batch, step_flops, update_traffic
 
 WIDTH, INNER, EXPERTS, PER_TOKEN, BLOCKS = 64, 24, 16, 4, 2
 SHAPE = {
@@ -48,6 +51,17 @@ def test_a_token_is_multiplied_with_its_own_experts_alone():
     assert products[0] - products[1] == 6 * 1000 * of_experts * PER_TOKEN / EXPERTS
 
 
+def test_a_mask_update_exchanges_no_more_of_experts_than_borders_of_shards_cut():
+    numbers, dense = model_numbers(_qwen3()), model_numbers(_qwen3(exclude_modules=("experts",)))
+    zero = ZeroSettings(stage=3, world_size=3)
+    reduced, of_dense = (update_traffic(n, zero).reductions / (2 * 2 / 3) for n in (numbers, dense))
+    stacks, numel = BLOCKS * 2, INNER * WIDTH  # both of a block are cut in two places
+    of_cut = 4 * numel + 3 * (4 + 2048) * 8 + 3 * 8
+    assert reduced - of_dense == pytest.approx(stacks * 2 * of_cut + 8 * (BLOCKS * EXPERTS * 3 - stacks * 2), abs=4)
+    held = [mask_update_bytes(n, ZeroSettings(stage=3)) - 4 * n.factor_parameters for n in (numbers, dense)]
+    assert held[0] == held[1]  # on one rank none is cut
+
+
 def test_one_stack_is_gathered_at_a_time_and_one_expert_merged():
     model = _qwen3()
     stack = model.model.layers[0].mlp.experts.gate_up_proj
@@ -59,6 +73,27 @@ def test_one_stack_is_gathered_at_a_time_and_one_expert_merged():
         work, layer_work_bytes(model.model.layers[0].self_attn.q_proj.layout, 2)
     )
     assert work < 2 * stack.layout.numel * 2 / EXPERTS * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_temporaries_of_a_stack_are_planned_within_a_tenth(transposed, dtype, torch_bytes):
+    """Of few tokens, so that what is left is the merged expert, or a tile of its gradient; not the stack."""
+    layout, tokens = WeightLayout(6 * 256, 256, transposed, 6, 6), 8
+    weight = torch.nn.Parameter(torch.randn(6, 256, 256).to(dtype), requires_grad=False)
+    stack = PSTExpertStack("stack", weight, layout, PSTConfig(), 1, (1.0,) * 6)
+    index = torch.tensor([[0, 1], [2, 3], [0, 2], [1, 5]])
+    routing = Routing.of(index, torch.ones(4, 2), 6)
+    x, grad_y = (torch.randn(tokens, 256).to(dtype) for _ in range(2))
+
+    def gradients():
+        return stack.gradients(x, grad_y, routing, False, need_x=True, need_weight=False)
+
+    kept = sum(grad.nbytes for grad in gradients() if grad is not None)
+    peaks = [torch_bytes(lambda: stack.product(x, routing, False))[0] - grad_y.nbytes, torch_bytes(gradients)[0] - kept]
+    planned = layer_work_bytes(layout.expert, dtype.itemsize)
+    assert 0.9 * planned < max(peaks) < 1.1 * planned
+    assert min(peaks) > layout.expert.numel * dtype.itemsize
 
 
 @pytest.mark.parametrize("build", [_qwen3, _gpt_oss])
