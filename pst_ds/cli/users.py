@@ -47,14 +47,16 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-rows", type=count, default=1, metavar="N", help="of a user that is trained (default: 1)")
     parser.add_argument("--limit", type=count, metavar="N", help="train the N users with most rows")
     parser.add_argument("--again", action="store_true", help="train users anew that the store has already")
-    form = 'U and V of the layers ("masked", default), or others beside them, which one batch can have several of'
-    parser.add_argument("--form", choices=("masked", "beside"), default="masked", help=form)
+    form = (
+        'U and V of the layers ("masked", default), others beside them, which one batch can have several of, or gates'
+    )
+    parser.add_argument("--form", choices=("masked", "beside", "gates"), default="masked", help=form)
     parser.add_argument("--layers", nargs="+", default=[], metavar="NAME", help="layers, or endings (default: all)")
     parser.add_argument("--rank", type=count, metavar="R", help="of updates beside layers (default: the run's)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the states (default: bf16)")
     parser.add_argument("--epochs", type=float, default=8.0, metavar="E", help="passes over a user's rows (default: 8)")
     parser.add_argument("--batch-size", type=count, default=8, metavar="B", help="most rows of a step (default: 8)")
-    parser.add_argument("--learning-rate", type=float, metavar="LR", help="of U and V (default: the run's)")
+    parser.add_argument("--learning-rate", type=float, metavar="LR", help="of U and V, or gates (default: the run's)")
     parser.add_argument("--head-learning-rate", type=float, metavar="LR", help="of the head (default: the run's)")
     add_quiet_argument(parser)
 

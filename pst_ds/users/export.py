@@ -30,7 +30,7 @@ class UserCheckpoint(Checkpoint):
 def user_checkpoint(checkpoint: Checkpoint, run: RunConfig, store: UserStore, user: str) -> UserCheckpoint:
     """Return the checkpoint with the state of ``user``. Raises UserStoreError when the store is over another model, or
     its states are beside the layers, where no zeros would be left."""
-    if store.common.form != "masked":
+    if store.common.form == "beside":
         raise UserStoreError(
             f"{store.folder} has updates beside the layers, which fill the base's zeros once they are merged; train "
             "the users with --form masked to export them, or serve them over the base's own export"

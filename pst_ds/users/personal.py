@@ -34,7 +34,8 @@ class PersonalPart:
 
     form: Form = "masked"
     """"masked": the U and V of the layers, so that an export has the base's zeros; "beside": others beside them, which
-    users of one batch can have over one packed base."""
+    users of one batch can have over one packed base; "gates": the gates of the layers' U V, which stay shared: a few
+    numbers a layer, of a run with ``pst.update_gates``."""
     layers: tuple[str, ...] = ()
     """Names of the layers, or dotted endings; empty is all that the run prunes."""
     rank: int = 0
@@ -47,7 +48,7 @@ class PersonalModel:
     """The model of a checkpoint with an engine over its personal parameters. Making it and all methods are collective.
 
     Attributes:
-        engine: the engine, whose optimizer has two groups, "updates" and "head".
+        engine: the engine, whose optimizer has the groups "updates" or "gates", and "head".
         common: what states of it have in common.
         shared: the values of the personal parameters before any user has trained: {name: fp32 tensor}.
     """
@@ -143,6 +144,13 @@ def _make_personal(module: nn.Module, run: RunConfig, part: PersonalPart) -> dic
                 layer, name, outputs=layer.out_features, inputs=layer.in_features, rank=rank, beta=config.beta,
                 seed=run.seed, dtype=layer.dtype, device=zero3.shard_of(layer.pst_mask).values.device,
             )  # fmt: skip
+        elif part.form == "gates":
+            if layer.pst_G is None:
+                raise ConfigError(
+                    f'--form gates is for a run with gates, and this one has pst.update_gates = "{config.update_gates}"'
+                    "; take --form masked or beside"
+                )
+            personal[f"{name}.pst_G"] = layer.pst_G
         elif layer.get_parameter("pst_U") is None:
             raise ConfigError(_no_updates(run))
         else:
@@ -170,10 +178,13 @@ def _no_updates(run: RunConfig) -> str:
 
 def _groups(personal: Mapping[str, nn.Parameter], run: RunConfig) -> list[dict[str, object]]:
     train = run.train
-    groups: dict[str, list[nn.Parameter]] = {"updates": [], "head": []}
+    groups: dict[str, list[nn.Parameter]] = {"updates": [], "gates": [], "head": []}
     for name, param in personal.items():
-        groups["updates" if name.rpartition(".")[2] in UPDATES else "head"].append(param)
-    rates = {"updates": train.update_learning_rate, "head": train.head_learning_rate}
+        last = name.rpartition(".")[2]
+        groups["updates" if last in UPDATES else "gates" if last == "pst_G" else "head"].append(param)
+    rates = {
+        "updates": train.update_learning_rate, "gates": train.gate_learning_rate, "head": train.head_learning_rate
+    }  # fmt: skip
     betas = (train.adam_beta1, train.adam_beta2)
     return [
         {"params": params, "name": name, "lr": rates[name], "peak_lr": rates[name], "betas": betas, "weight_decay": 0.0}

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ _LOCK = ".lock"
 _STATE_FILE = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.safetensors")
 _MOST_CHARACTERS = 200
 
-Form = Literal["masked", "beside"]
+Form = Literal["masked", "beside", "gates"]
 State = dict[str, Tensor]
 """Personal values by name, in the store's dtype, on the CPU."""
 
@@ -50,7 +50,8 @@ class Common:
     """What all states of a store belong to."""
 
     form: Form
-    """"masked": U and V of M . (W0 + beta U V), of the layers themselves; "beside": those of beta U V beside them."""
+    """"masked": U and V of M . (W0 + beta U V), of the layers themselves; "beside": those of beta U V beside them;
+    "gates": those of the layers' U V, which all users share."""
     task: str
     labels: list[str]
     """Names of the classes, in the order of their ids."""
@@ -287,7 +288,7 @@ def _read_index(folder: Path) -> tuple[Common, dict[str, UserEntry]]:
 
 def _require_types(common: Common, entries: dict[str, UserEntry]) -> None:
     """Raise ValueError for values that no store has."""
-    if common.form not in ("masked", "beside") or common.dtype not in ("bf16", "fp32"):
+    if common.form not in get_args(Form) or common.dtype not in ("bf16", "fp32"):
         raise ValueError(f"form = {common.form!r}, dtype = {common.dtype!r}")
     for name, shape in common.shapes.items():
         if not all(type(size) is int and size > 0 for size in shape):

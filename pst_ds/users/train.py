@@ -33,7 +33,7 @@ class UserTraining:
     batch_size: int = 8
     """Most rows of a step; users with few have all of theirs in steps of equal size."""
     update_learning_rate: float | None = None
-    """None, here and below, is the run's."""
+    """Of U and V, or of gates. None, here and below, is the run's."""
     head_learning_rate: float | None = None
 
 
@@ -104,6 +104,7 @@ def run_of_users(run: RunConfig, how: UserTraining, **files: str) -> RunConfig:
         sequence_parallel=1, log_interval=_NEVER,
     )  # fmt: skip
     rates = {name: getattr(how, name) for name in ("update_learning_rate", "head_learning_rate")}
+    rates["gate_learning_rate"] = how.update_learning_rate
     train = replace(train, **{name: rate for name, rate in rates.items() if rate is not None})
     return replace(
         run, train=train, dense_run="", distillation=DistillationConfig(), pictures=PicturesConfig(interval=-1),

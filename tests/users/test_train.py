@@ -204,6 +204,32 @@ def test_an_export_has_the_users_values_and_the_zeros_of_the_base(run, store, tm
     assert torch.equal(bob["classifier.bias"], store.state("bob")["classifier.bias"].float())
 
 
+def test_users_share_an_update_and_have_gates_of_their_own(run, tmp_path, capsys):
+    settings = SETTINGS | {"output_dir": str(tmp_path / "run"), "pst.update_gates": "component", "train.num_steps": 2}
+    assert main(["train", "tests/data/world_size.toml", "--quiet", *_settings(settings)]) == 0
+    data = str(run / "rows.jsonl")
+    assert _train(tmp_path / "run", tmp_path / "store", data, "--form", "gates", "--dtype", "fp32") == 0
+    store = UserStore.open(tmp_path / "store")
+    parts = {name.rpartition(".")[2]: shape for name, shape in store.common.shapes.items()}
+    assert parts.keys() == {"pst_G", "weight", "bias"}
+    assert parts["pst_G"] == [8]
+    ann, bob = (store.state(name) for name in ("ann", "bob"))
+    query = next(name for name in ann if name.endswith("query.pst_G"))
+    assert 0 < float((ann[query] - bob[query]).abs().max()) < 1
+    words = ["users", "eval", str(tmp_path / "run"), "--store", str(tmp_path / "store"), "--by", "who", "--json"]
+    assert main([*words, "--split", "train", "--data", data, "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == 27
+    own = ["users", "export", str(tmp_path / "run"), "--store", str(tmp_path / "store"), "--user"]
+    weights = []
+    for name in ("ann", "bob"):
+        assert main([*own, name, "--out", str(tmp_path / name)]) == 0
+        weights.append(open_model_folder(tmp_path / name).load().bert.encoder.layer[0].attention.self.query.weight)
+    assert torch.equal(weights[0] == 0, weights[1] == 0)
+    assert not torch.equal(*weights)
+    assert _train(run / "run", tmp_path / "other", data, "--form", "gates") == 2
+    assert 'pst.update_gates = "none"' in capsys.readouterr().err
+
+
 def test_an_update_beside_layers_is_not_exported(run, tmp_path, capsys):
     assert _train(run / "run", tmp_path / "store", str(run / "rows.jsonl"), "--form", "beside", "--users", "bob") == 0
     own = ["users", "export", str(run / "run"), "--store", str(tmp_path / "store"), "--user", "bob"]
