@@ -25,7 +25,8 @@ from pst_ds.train.run import Prepared
 from pst_ds.users.fingerprint import common_of
 from pst_ds.users.store import Form, State, UserStoreError
 
-UPDATES = ("pst_U", "pst_V", LEFT, RIGHT)
+UPDATES = ("pst_U", "pst_V", "pst_G", LEFT, RIGHT)
+"""Last parts of the names of personal values that are a layer's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +182,7 @@ def _groups(personal: Mapping[str, nn.Parameter], run: RunConfig) -> list[dict[s
     groups: dict[str, list[nn.Parameter]] = {"updates": [], "gates": [], "head": []}
     for name, param in personal.items():
         last = name.rpartition(".")[2]
-        groups["updates" if last in UPDATES else "gates" if last == "pst_G" else "head"].append(param)
+        groups["gates" if last == "pst_G" else "updates" if last in UPDATES else "head"].append(param)
     rates = {
         "updates": train.update_learning_rate, "gates": train.gate_learning_rate, "head": train.head_learning_rate
     }  # fmt: skip

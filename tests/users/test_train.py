@@ -208,7 +208,8 @@ def test_users_share_an_update_and_have_gates_of_their_own(run, tmp_path, capsys
     settings = SETTINGS | {"output_dir": str(tmp_path / "run"), "pst.update_gates": "component", "train.num_steps": 2}
     assert main(["train", "tests/data/world_size.toml", "--quiet", *_settings(settings)]) == 0
     data = str(run / "rows.jsonl")
-    assert _train(tmp_path / "run", tmp_path / "store", data, "--form", "gates", "--dtype", "fp32") == 0
+    how = ("--form", "gates", "--dtype", "fp32", "--layers", "query", "key")
+    assert _train(tmp_path / "run", tmp_path / "store", data, *how) == 0
     store = UserStore.open(tmp_path / "store")
     parts = {name.rpartition(".")[2]: shape for name, shape in store.common.shapes.items()}
     assert parts.keys() == {"pst_G", "weight", "bias"}
