@@ -12,6 +12,7 @@ from torch import nn
 
 from pst_ds.core.formats.foreign import METHODS
 from pst_ds.errors import InputError, first_line
+from pst_ds.nn.sharded_weights import read_by_every_rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -108,12 +109,13 @@ class Pretrained:
         from safetensors import SafetensorError
 
         try:
-            model, info = kind.from_pretrained(
-                self.path,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-                **options,
-            )
+            with read_by_every_rank():
+                model, info = kind.from_pretrained(
+                    self.path,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # they are refused below, by name
+                    **options,
+                )
             differing = [f"{name} of shape {tuple(shape)}" for name, shape, _ in sorted(info["mismatched_keys"])]
         except InputError:
             raise

@@ -138,7 +138,7 @@ def build_model(
     base, misfit = base_of(run), "Name one that the config belongs to"
     if task.new_head:
         misfit += f", or the model without that head (the data has {config.num_labels} classes)"
-    module, missing = raise_on_all_ranks(  # rank 0 alone reads the weights for ZeRO-3
+    module, missing = raise_on_all_ranks(  # rank 0 alone reads what is not read in shards
         lambda: base.load(task.model_class(), misfit, config=config, dtype=DTYPES[run.train.precision])
     )
     if not task.new_head:

@@ -1,0 +1,122 @@
+"""Pretrained weights under ZeRO-3 that every rank reads its own part of; by itself transformers has rank 0 read them
+all and send them to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.parallel import zero3
+from pst_ds.parallel.ranks import all_gather_objects, world_size
+
+_LOAD, _READ = "_load_state_dict_into_zero3_model", "load_state_dict"
+"""What transformers.modeling_utils loads a partitioned model with, and reads a file with."""
+
+
+@contextmanager
+def read_by_every_rank() -> Iterator[None]:
+    """Inside, ``from_pretrained`` of several ranks under ZeRO-3 reads in shards what safetensors files have as the
+    model has it; the rest, such as experts that are to be stacked, comes from rank 0 as ever. Collective."""
+    if world_size() == 1:
+        yield
+        return
+    from transformers import modeling_utils
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    load, read = getattr(modeling_utils, _LOAD, None), getattr(modeling_utils, _READ, None)
+    if not is_deepspeed_zero3_enabled() or load is None or read is None:
+        yield
+        return
+    files: list[str] = []
+
+    def noted(file: str, *args: Any, **kwargs: Any) -> Any:
+        files.append(str(file))
+        return read(file, *args, **kwargs)
+
+    def loaded(model: nn.Module, state: dict[str, Tensor], load_config: Any = None) -> tuple[list[str], set[str]]:
+        new_name = _renaming(model, getattr(load_config, "weight_mapping", None))
+        names = _agreed(lambda: _read_shards(model, state, files, new_name))
+        rest = {key: value for key, value in state.items() if key not in names}
+        problems, missing = load(model, rest, load_config)
+        return problems, missing - set(names.values())
+
+    setattr(modeling_utils, _READ, noted)
+    setattr(modeling_utils, _LOAD, loaded)
+    try:
+        yield
+    finally:
+        setattr(modeling_utils, _READ, read)
+        setattr(modeling_utils, _LOAD, load)
+
+
+def _renaming(model: nn.Module, mapping: Sequence[Any] | None) -> Callable[[str], str]:
+    """Return what tells the name in the model of a tensor in a file; "" for one that is changed, and not only renamed,
+    by the ``mapping`` of transformers."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    prefix = getattr(model, "base_model_prefix", "")
+    own = {name: torch.empty(0, device="meta") for name in model.state_dict()}
+    renamings = [entry for entry in mapping or () if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping or () if isinstance(entry, WeightConverter)]
+
+    def new_name(key: str) -> str:
+        if not mapping:
+            return f"{prefix}.{key}" if f"{prefix}.{key}" in own else key
+        name, changed_by = rename_source_key(key, renamings, converters, base_model_prefix=prefix, meta_state_dict=own)
+        if changed_by is not None:
+            return ""
+        return f"{prefix}.{name}" if f"{prefix}.{name}" in own else name
+
+    return new_name
+
+
+def _agreed(action: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """Return what ``action`` returns. Raises OSError on every rank if it raises on one. Collective."""
+    names, problem = {}, None
+    try:
+        names = action()
+    except Exception as error:  # of files: the other ranks must not wait for this one
+        problem = f"{type(error).__name__}: {error}"
+    for number, other in enumerate(all_gather_objects(problem)):
+        if other is not None:
+            raise OSError(f"rank {number}: {other}")
+    return names
+
+
+@torch.no_grad()
+def _read_shards(
+    model: nn.Module, state: Mapping[str, Tensor], files: Sequence[str], new_name: Callable[[str], str]
+) -> dict[str, str]:
+    """Read this rank's part of all parameters that a file has in their shape; return their names by those in the
+    files, the same on every rank."""
+    from safetensors import safe_open
+
+    params, found = dict(model.named_parameters(remove_duplicate=False)), {}
+    for file in dict.fromkeys(name for name in files if name.endswith(".safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118  # no mapping
+                param = params.get(new_name(key)) if key in state else None
+                stored = opened.get_slice(key)
+                shape = tuple(stored.get_shape())
+                if param is None or not zero3.is_partitioned(param) or shape != tuple(zero3.full_shape(param)):
+                    continue
+                own = zero3.shard_of(param)
+                if shape and own.values.numel():
+                    zero3.write_shard(param, _flat_range(stored, shape, own.start, own.start + own.values.numel()))
+                elif own.values.numel():
+                    zero3.write_shard(param, opened.get_tensor(key).view(-1))
+                param._is_hf_initialized = True  # type: ignore[attr-defined]  # by which transformers knows it
+                found[key] = new_name(key)
+    return found
+
+
+def _flat_range(stored: Any, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+    """Return values [start, stop) of a tensor in a file, of which only the rows that have them are read."""
+    row = prod(shape[1:])
+    first, last = start // row, -(-stop // row)
+    return stored[first:last].reshape(-1)[start - first * row : stop - first * row]

@@ -1,0 +1,89 @@
+"""Pretrained weights that every rank reads its part of: those that one process reads, from whatever files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from transformers import LlamaConfig, Qwen3MoeConfig
+
+from pst_ds.errors import InputError
+from pst_ds.nn import sharded_weights
+from pst_ds.nn.base_model import Pretrained
+from pst_ds.parallel import zero3
+from pst_ds.parallel.ranks import rank
+
+SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 67}
+CONFIGS = {
+    "tied": LlamaConfig(**SIZES, num_key_value_heads=1, tie_word_embeddings=True),
+    "experts": Qwen3MoeConfig(
+        **SIZES, num_key_value_heads=1, head_dim=12, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        decoder_sparse_step=1, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+
+
+def _save(folder, case):
+    torch.manual_seed(5)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[case])
+    model.save_pretrained(folder / case, max_shard_size="20KB")
+    return model
+
+
+def _loaded(folder, case, dtype):
+    """The values of all parameters, gathered one by one; the tensors that were left to rank 0."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    bf16 = {"bf16": {"enabled": dtype == torch.bfloat16}}
+    keep = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, **bf16})
+    left, load = [], transformers.modeling_utils._load_state_dict_into_zero3_model
+
+    def noted(model, state, load_config=None):
+        left.extend(state)
+        return load(model, state, load_config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.modeling_utils, sharded_weights._LOAD, noted)
+        model, missing = Pretrained(str(folder / case)).load(transformers.AutoModelForCausalLM, "", dtype=dtype)
+        assert transformers.modeling_utils._load_state_dict_into_zero3_model is noted
+    values = {}
+    for name, param in model.named_parameters():
+        assert zero3.is_partitioned(param)
+        with zero3.gathered([param]):
+            values[name] = param.detach().clone()
+    del keep
+    return values, missing, left
+
+
+def _all(folder):
+    found = {case: _loaded(folder, case, torch.bfloat16) for case in CONFIGS}
+    with pytest.MonkeyPatch.context() as patch:
+        if rank() == 1:
+            patch.setattr(sharded_weights, "_flat_range", _cut_off)
+        with pytest.raises(InputError, match=r"cannot be loaded .*rank 1: OSError: a file was cut off"):
+            _loaded(folder, "tied", torch.float32)
+    return found
+
+
+def _cut_off(*_):
+    raise OSError("a file was cut off")
+
+
+@pytest.mark.zero3
+def test_ranks_have_the_values_of_one_process_and_an_error_of_one_is_that_of_all(run_ranks, tmp_path):
+    expected = {case: _save(tmp_path, case) for case in CONFIGS}
+    for found in run_ranks(_all, 3, tmp_path):
+        for case, (values, missing, left) in found.items():
+            own = {name: param.to(torch.bfloat16) for name, param in expected[case].named_parameters()}
+            assert values.keys() == own.keys()
+            assert [name for name, value in values.items() if not torch.equal(value, own[name])] == []
+            assert missing == []
+            assert all(".experts." in name for name in left)
+            assert bool(left) == (case == "experts")
+
+
+def test_one_process_reads_as_ever(tmp_path):
+    model = _save(tmp_path, "tied")
+    with sharded_weights.read_by_every_rank():
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
