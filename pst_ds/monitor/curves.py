@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from pst_ds.monitor.jsonl import lines_until
 
@@ -39,7 +39,7 @@ def read_curves(path: Path) -> dict[str, list[Point]]:
     return curves
 
 
-def named_stragglers(path: Path) -> list[dict[str, Any]]:
+def named_stragglers(path: Path) -> list[dict[str, object]]:
     """Read the events of ranks that the others waited for."""
     return [line for line in lines_until(path, sys.maxsize) if line.get("event") == STRAGGLER]
 

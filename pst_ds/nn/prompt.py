@@ -8,7 +8,7 @@ classifier, sees the places of the text alone, and losses, labels and prediction
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,13 @@ from pst_ds.core.prompts import adapted, with_prompt, without_prompt
 from pst_ds.errors import InputError
 from pst_ds.nn.layer import seeded_normal
 from pst_ds.parallel import zero3
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.utils import ModelOutput
+
+Arguments = dict[str, Any]
+"""Of a forward pass, by name."""
 
 NAME = "pst_prompt"
 """Of the module in the body."""
@@ -110,7 +117,7 @@ def read(model: nn.Module, ids: Tensor) -> Tensor:
     return found.clone()
 
 
-def _put_in(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _put_in(body: PreTrainedModel, args: tuple[object, ...], kwargs: Arguments) -> tuple[tuple[()], Arguments] | None:
     prompt: PSTPrompt = getattr(body, NAME)
     if prompt.bypassed:
         return None
@@ -143,7 +150,7 @@ def _positions(positions: Tensor, prompt: PSTPrompt) -> Tensor:
     return with_prompt(moved, own, prompt.after)
 
 
-def _take_out(body: Any, args: object, output: Any) -> Any:
+def _take_out(body: PreTrainedModel, args: object, output: ModelOutput) -> ModelOutput:
     prompt: PSTPrompt = getattr(body, NAME)
     if prompt.bypassed or not prompt._inside:
         return output

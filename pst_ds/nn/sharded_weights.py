@@ -34,11 +34,11 @@ def read_by_every_rank() -> Iterator[None]:
         return
     files: list[str] = []
 
-    def noted(file: str, *args: Any, **kwargs: Any) -> Any:
+    def noted(file: str, *args: object, **kwargs: object) -> object:
         files.append(str(file))
         return read(file, *args, **kwargs)
 
-    def loaded(model: nn.Module, state: dict[str, Tensor], load_config: Any = None) -> tuple[list[str], set[str]]:
+    def loaded(model: nn.Module, state: dict[str, Tensor], load_config: object = None) -> tuple[list[str], set[str]]:
         new_name = _renaming(model, getattr(load_config, "weight_mapping", None))
         names = _agreed(lambda: _read_shards(model, state, files, new_name))
         rest = {key: value for key, value in state.items() if key not in names}
@@ -54,7 +54,7 @@ def read_by_every_rank() -> Iterator[None]:
         setattr(modeling_utils, _LOAD, load)
 
 
-def _renaming(model: nn.Module, mapping: Sequence[Any] | None) -> Callable[[str], str]:
+def _renaming(model: nn.Module, mapping: Sequence[object] | None) -> Callable[[str], str]:
     """Return what tells the name in the model of a tensor in a file; "" for one that is changed, and not only renamed,
     by the ``mapping`` of transformers."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import wraps
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from pst_ds.parallel.engine import Engine
 
 Timing = Callable[[], AbstractContextManager[None]]
 _UNTIMED = "pst_untimed"
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def time_waits(engine: Engine, timing: Timing) -> None:
@@ -27,11 +29,11 @@ def time_waits(engine: Engine, timing: Timing) -> None:
             setattr(owner, name, _inside(timing, getattr(owner, name)))
 
 
-def _inside(timing: Timing, action: Callable[..., Any]) -> Callable[..., Any]:
-    untimed = getattr(action, _UNTIMED, action)
+def _inside(timing: Timing, action: Callable[P, R]) -> Callable[P, R]:
+    untimed: Callable[P, R] = getattr(action, _UNTIMED, action)
 
     @wraps(untimed)
-    def timed(*args: Any, **kwargs: Any) -> Any:
+    def timed(*args: P.args, **kwargs: P.kwargs) -> R:
         with timing():
             return untimed(*args, **kwargs)
 

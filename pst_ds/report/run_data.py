@@ -44,7 +44,7 @@ class RunData:
     """By the names of metrics.jsonl, in order of steps."""
     layers: LayerData | None
     checkpoints: list[CheckpointData]
-    stragglers: list[dict[str, Any]]
+    stragglers: list[dict[str, object]]
     """Ranks that the others waited for, as metrics.jsonl has them."""
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,8 +12,11 @@ from pst_ds.data.model_limits import is_causal, positions_of
 from pst_ds.nn.inject import bypassed
 from pst_ds.nn.prompt import PSTPrompt, attach_prompt, body_of, embedded, read
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-def add_prompt(module: nn.Module, run: RunConfig, tokenizer: Any) -> None:
+
+def add_prompt(module: nn.Module, run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let the run's model read its ``[prompt]`` with every text; nothing without one.
 
     Also works on the meta device. Raises InputError for a text without tokens, for one that leaves too few positions,
@@ -38,13 +41,13 @@ def add_prompt(module: nn.Module, run: RunConfig, tokenizer: Any) -> None:
     attach_prompt(module, PSTPrompt(states, adapter, after=after, rank=run.prompt.rank, seed=run.seed))
 
 
-def _tokens_before(tokenizer: Any) -> int:
+def _tokens_before(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return 1 where a text begins with a token that stands for all of it, such as [CLS]; else 0."""
     first = tokenizer("a")["input_ids"][:1]
     return int(tokenizer.cls_token_id is not None and first == [tokenizer.cls_token_id])
 
 
-def _require_room(run: RunConfig, config: Any, size: int) -> None:
+def _require_room(run: RunConfig, config: PreTrainedConfig, size: int) -> None:
     if size == 0:
         raise ConfigError(f"prompt.text = {run.prompt.text!r} has no tokens; give it words, or leave it out")
     positions, longest = positions_of(config), run.data.max_length
@@ -55,7 +58,7 @@ def _require_room(run: RunConfig, config: Any, size: int) -> None:
         )
 
 
-def _require_width(config: Any, width: int) -> None:
+def _require_width(config: PreTrainedConfig, width: int) -> None:
     if config.get_text_config().hidden_size != width:
         raise ConfigError(
             f'prompt.source = "hidden" begins at states of {config.get_text_config().hidden_size} numbers, and the '
