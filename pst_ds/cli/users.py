@@ -51,6 +51,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         'U and V of the layers ("masked", default), others beside them, which one batch can have several of, or gates'
     )
     parser.add_argument("--form", choices=("masked", "beside", "gates"), default="masked", help=form)
+    text = "train another user on each rank at a time; with --form beside, ZeRO-3 and no head"
+    parser.add_argument("--user-per-rank", action="store_true", help=text)
     parser.add_argument("--layers", nargs="+", default=[], metavar="NAME", help="layers, or endings (default: all)")
     parser.add_argument("--rank", type=count, metavar="R", help="of updates beside layers (default: the run's)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the states (default: bf16)")
@@ -117,7 +119,8 @@ def _train(args: argparse.Namespace) -> Facts:
     part = PersonalPart(form=args.form, layers=tuple(args.layers), rank=args.rank or 0, dtype=args.dtype)
     prepared, checkpoint = _opened(run_of_users(config, how, **({"train": args.data} if args.data else {})), args)
     choice = Choice(names=tuple(args.users), min_rows=args.min_rows, limit=args.limit or 0)
-    facts = train_users(prepared, checkpoint, Path(args.store), args.by, part, choice, again=args.again, say=_say)
+    how_many = {"again": args.again, "user_per_rank": args.user_per_rank}
+    facts = train_users(prepared, checkpoint, Path(args.store), args.by, part, choice, **how_many, say=_say)
     few = f", {facts['with_few_rows']} left out with fewer rows than --min-rows" if facts["with_few_rows"] else ""
     diverged = f", {len(facts['diverged'])} diverged: {', '.join(facts['diverged'][:4])}" if facts["diverged"] else ""
     _say(

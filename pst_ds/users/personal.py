@@ -18,7 +18,7 @@ from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.targets import modules_named_to_save
 from pst_ds.parallel import optimizer_state, zero3
 from pst_ds.parallel.ds_config import zero_stage
-from pst_ds.parallel.engine import Engine, build_engine
+from pst_ds.parallel.engine import Engine, LocalEngine, build_engine, split_frozen
 from pst_ds.runtime.beside import LEFT, RIGHT, add_update
 from pst_ds.train.model import build_model
 from pst_ds.train.run import Prepared
@@ -54,22 +54,35 @@ class PersonalModel:
         shared: the values of the personal parameters before any user has trained: {name: fp32 tensor}.
     """
 
-    def __init__(self, prepared: Prepared, checkpoint: Checkpoint, part: PersonalPart):
-        """Raises InputError where the run has nothing that can be personal, or its masks are not final."""
+    def __init__(self, prepared: Prepared, checkpoint: Checkpoint, part: PersonalPart, *, own_of_rank: bool = False):
+        """With ``own_of_rank`` the personal parameters are those of another user on each rank.
+
+        Raises InputError where the run has nothing that can be personal, or its masks are not final.
+        """
         run = prepared.run
         _require_finished(run, checkpoint)
         ds_config = prepared.ds_config
         partitioned = zero_stage(ds_config) == 3
+        if own_of_rank and (ds_config is None or not partitioned or part.form != "beside"):
+            raise ConfigError(
+                "--user-per-rank trains updates beside the layers of a base that ZeRO-3 splits: take --form beside, a "
+                "launcher, and --set deepspeed_config=ds_configs/zero3.json"
+            )
         built = build_model(run, prepared.labels, prepared.tokenizer, zero3_config=ds_config if partitioned else None)
         module, self._keep_alive = built.module, built.keep_alive
         load_into(module, checkpoint)
         freeze_scores(module)
-        self.personal = _make_personal(module, run, part)
+        self.personal = _make_personal(module, run, part, own_of_rank=own_of_rank)
         if ds_config is None:
             module.to(prepared.device)
-        self.engine: Engine = build_engine(
-            module, _groups(self.personal, run), ds_config=ds_config, gradient_clipping=run.train.gradient_clipping
-        )
+        groups, clipping = _groups(self.personal, run), run.train.gradient_clipping
+        self.engine: Engine
+        if own_of_rank:
+            assert ds_config is not None
+            self._split = split_frozen(module, ds_config)
+            self.engine = LocalEngine(module, groups, gradient_clipping=clipping)
+        else:
+            self.engine = build_engine(module, groups, ds_config=ds_config, gradient_clipping=clipping)
         self._named = list(self.personal.items())
         self._fragments = optimizer_state.local_fragments(self.engine, self._named)
         self._dtype = DTYPES[part.dtype]
@@ -118,7 +131,9 @@ def _require_finished(run: RunConfig, checkpoint: Checkpoint) -> None:
         )
 
 
-def _make_personal(module: nn.Module, run: RunConfig, part: PersonalPart) -> dict[str, nn.Parameter]:
+def _make_personal(
+    module: nn.Module, run: RunConfig, part: PersonalPart, *, own_of_rank: bool = False
+) -> dict[str, nn.Parameter]:
     """Freeze all but the personal parameters, which are returned by name. Raises ConfigError."""
     layers = pst_layers(module)
     chosen = {name: layer for name, layer in layers.items() if not part.layers or name_matches(name, part.layers)}
@@ -129,6 +144,10 @@ def _make_personal(module: nn.Module, run: RunConfig, part: PersonalPart) -> dic
         )
     config = run.mask_method.pst_config(run.seeded_pst)
     trained = configured_parameters(module, config) & _head_parameters(module, config)
+    if own_of_rank and trained:
+        raise ConfigError(
+            "--user-per-rank is for updates alone, and the state of a user of this run has a head too; leave it out"
+        )
     for param in module.parameters():
         param.requires_grad_(False)
     personal: dict[str, nn.Parameter] = {}
@@ -144,6 +163,7 @@ def _make_personal(module: nn.Module, run: RunConfig, part: PersonalPart) -> dic
             personal |= add_update(
                 layer, name, outputs=layer.out_features, inputs=layer.in_features, rank=rank, beta=config.beta,
                 seed=run.seed, dtype=layer.dtype, device=zero3.shard_of(layer.pst_mask).values.device,
+                registers=not own_of_rank,
             )  # fmt: skip
         elif part.form == "gates":
             if layer.pst_G is None:

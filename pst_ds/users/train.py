@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,16 @@ from pst_ds.config.tracking import TrackingConfig
 from pst_ds.data.by_user import RowsByUser, read_by_user
 from pst_ds.monitor.metrics import MetricsWriter
 from pst_ds.parallel import stop_signals
-from pst_ds.parallel.ranks import is_main, raise_on_all_ranks, world_size
+from pst_ds.parallel.ranks import all_gather_objects, is_main, raise_on_all_ranks, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.progress import Progress
 from pst_ds.train.loop import DivergedError, Loop, LoopState
 from pst_ds.train.objective import Objective
 from pst_ds.train.run import Prepared, StoppedError
+from pst_ds.users.lockstep import rounds, train_round
 from pst_ds.users.personal import PersonalModel, PersonalPart
 from pst_ds.users.store import State, UserStore, require_name
+from pst_ds.users.trained import Trained, with_batches_for
 
 _NEVER = 1 << 40
 
@@ -70,20 +72,6 @@ class Choice:
         return chosen, few
 
 
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """One user's training, at its end."""
-
-    state: State
-    rows: int
-    """Examples that the user had."""
-    steps: int
-    loss: float
-    """Of the last batch."""
-    stopped_by: int
-    """The signal that cut it short; 0 for none."""
-
-
 class _Losses(MetricsWriter):
     """Writes nothing, and keeps the loss of the last batch."""
 
@@ -121,12 +109,14 @@ def train_users(
     choice: Choice,
     *,
     again: bool = False,
+    user_per_rank: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train the users of ``column`` of the run's training rows into the store ``folder``; return what was done.
 
     A user that the store has already is left as it is, unless ``again``. Each state is in the store before the next
-    user begins. Collective. Raises InputError, and StoppedError after a signal.
+    user begins; with ``user_per_rank`` all ranks train another user at a time. Collective. Raises InputError, and
+    StoppedError after a signal.
     """
     rows = raise_on_all_ranks(lambda: read_by_user(prepared.run.data, "train", column))
     chosen, few = raise_on_all_ranks(lambda: choice.of(rows))
@@ -134,35 +124,58 @@ def train_users(
     seen = steps * run.train.batch_size  # in one pass: embeddings, whose rate falls with more, are nobody's own
     run = run.with_rates(width=prepared.width, num_steps=steps, num_examples=seen)
     prepared = replace(prepared, run=run)
-    model = PersonalModel(prepared, checkpoint, part)
+    model = PersonalModel(prepared, checkpoint, part, own_of_rank=user_per_rank)
     store = raise_on_all_ranks(lambda: UserStore.create(folder, model.common) if is_main() else None)
     held = raise_on_all_ranks(lambda: UserStore.open(folder))
     waiting = [name for name in chosen if again or name not in held]
     if len(waiting) < len(chosen):
         say(f"{len(chosen) - len(waiting)} users are in {folder} already; --again trains them anew")
     trained, diverged = 0, []
+    one_by_one = ((name, *_alone(model, prepared, rows, name)) for name in waiting)
     with Progress("train users", len(waiting), "users") as progress:
-        for name in waiting:
-            heartbeat(f"the training of user {trained + 1}")
-            try:
-                done = train_user(model, prepared, rows, name)
-            except DivergedError as error:
+        for name, done, why in _in_rounds(model, prepared, rows, waiting) if user_per_rank else one_by_one:
+            if done is None:
                 diverged.append(name)
-                progress.say(f"{name}: {error}")
+                progress.say(f"{name}: {why}")
                 continue
             if done.stopped_by:
-                raise StoppedError(
-                    f"stopped by {stop_signals.name_of(done.stopped_by)} after {trained} users, which are in {folder}; "
-                    "start it again to go on"
-                )
+                raise _stopped(done.stopped_by, trained, folder)
             if store is not None:
                 store.add(name, done.state, rows=done.rows, steps=done.steps, loss=done.loss)
             trained += 1
             progress.add(1, name[:40])
+            if user_per_rank and (signal := max(all_gather_objects(stop_signals.asked_by()))):
+                raise _stopped(signal, trained, folder)
     return {
         "store": str(folder), "users": len(chosen), "trained": trained, "there_already": len(chosen) - len(waiting),
         "with_few_rows": len(few), "diverged": diverged, "state_bytes": _bytes(model.state()),
     }  # fmt: skip
+
+
+def _stopped(signal: int, trained: int, folder: Path) -> StoppedError:
+    return StoppedError(
+        f"stopped by {stop_signals.name_of(signal)} after {trained} users, which are in {folder}; start it again to go "
+        "on"
+    )
+
+
+def _alone(model: PersonalModel, prepared: Prepared, rows: RowsByUser, name: str) -> tuple[Trained | None, str]:
+    """Return what :func:`train_user` does, or None and why."""
+    heartbeat("the training of a user")
+    try:
+        return train_user(model, prepared, rows, name), ""
+    except DivergedError as error:
+        return None, str(error)
+
+
+def _in_rounds(
+    model: PersonalModel, prepared: Prepared, rows: RowsByUser, names: Sequence[str]
+) -> Iterator[tuple[str, Trained | None, str]]:
+    """Yield each user with what training it on one of the ranks has made, or None and why."""
+    for at_a_time in rounds(names, rows):
+        found = train_round(model, prepared, rows, at_a_time)
+        for name in at_a_time:
+            yield name, found.get(name), "its loss is not finite; lower --learning-rate"
 
 
 def train_user(model: PersonalModel, prepared: Prepared, rows: RowsByUser, name: str) -> Trained:
@@ -172,7 +185,7 @@ def train_user(model: PersonalModel, prepared: Prepared, rows: RowsByUser, name:
     """
     examples = raise_on_all_ranks(lambda: rows.load(prepared.task, name, prepared.tokenizer, prepared.labels))
     model.activate(None)
-    run = _with_batches_for(prepared.run, len(examples), name)
+    run = with_batches_for(prepared.run, len(examples), name, ranks=world_size())
     num_steps = run.num_steps(len(examples))
     metrics = _Losses(Path(run.output_dir), num_steps=num_steps, is_main=False, quiet=True)
     given = (examples, prepared.tokenizer, num_steps, prepared.device, metrics, Objective(run))
@@ -181,19 +194,6 @@ def train_user(model: PersonalModel, prepared: Prepared, rows: RowsByUser, name:
         if reached.stopped_by:
             break
     return Trained(model.state(), len(examples), end.step, metrics.last, end.stopped_by)
-
-
-def _with_batches_for(run: RunConfig, count: int, name: str) -> RunConfig:
-    """Return the run with batches that leave out as few of ``count`` examples as can be. Raises ConfigError where a
-    rank would have none."""
-    if count < world_size():
-        raise ConfigError(
-            f"user {name!r} has examples for {count} of {world_size()} ranks; raise --min-rows, or take fewer ranks"
-        )
-    batches = -(-count // run.train.batch_size)
-    while batches > 1 and count // batches < world_size():
-        batches -= 1
-    return replace(run, train=replace(run.train, batch_size=count // batches))
 
 
 def _usual_steps(run: RunConfig, rows: RowsByUser, users: Sequence[str]) -> int:

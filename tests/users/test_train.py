@@ -189,6 +189,55 @@ def test_two_ranks_train_what_one_process_trains(run, store, run_ranks, tmp_path
     assert _same(two.state("cid"), later.state("cid"))
 
 
+@pytest.fixture(scope="module")
+def writer(run, tmp_path_factory):
+    """A finished run of a tiny language model, and four users' texts of different length."""
+    top = tmp_path_factory.mktemp("writers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(Path(__file__).resolve().parents[2])
+        settings = {
+            "deepspeed_config": "", "train.num_steps": 2, "train.precision": "fp32", "eval.interval": 0,
+            "output_dir": str(top / "run"), "data.text_columns": ["text"],
+        }  # fmt: skip
+        assert main(["train", "tests/data/causal_lm.toml", "--quiet", *_settings(settings)]) == 0
+    words = ["film", "good", "plot", "end", "actor", "bad", "scene", "music"]
+    rows = [
+        {"who": who, "text": " ".join(words[(i * k + i) % 8] for i in range(12 * k))}
+        for k, who in enumerate(("ann", "bob", "cid"), 2)
+        for _ in range(4)
+    ]
+    (top / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return top
+
+
+@pytest.mark.zero3
+def test_a_user_on_each_rank_has_the_state_that_it_has_alone(writer, run_ranks, tmp_path):
+    """Three users on two ranks, in lockstep, with steps of their own; the last rank has none in the second round."""
+    words = ["users", "train", str(writer / "run"), "--by", "who", "--data", str(writer / "rows.jsonl"), "--quiet"]
+    how = ["--form", "beside", "--epochs", "2", "--batch-size", "2", "--dtype", "fp32", "--rank", "2"]
+    assert main([*words, *how, "--store", str(tmp_path / "alone")]) == 0
+    split = ["--user-per-rank", "--set", 'deepspeed_config="ds_configs/zero3_cpu.json"']
+    assert run_ranks(main, 2, [*words, *how, *split, "--store", str(tmp_path / "ranks")]) == [0, 0]
+    alone, ranks = (UserStore.open(tmp_path / name) for name in ("alone", "ranks"))
+    assert alone.names == ranks.names == ["ann", "bob", "cid"]
+    assert len({ranks.entry(name).steps for name in ranks.names}) > 1
+    for name in ranks.names:
+        assert (alone.entry(name).rows, alone.entry(name).steps) == (ranks.entry(name).rows, ranks.entry(name).steps)
+        for key, value in alone.state(name).items():
+            torch.testing.assert_close(ranks.state(name)[key], value, rtol=1e-3, atol=1e-5)
+    key = next(key for key in alone.state("ann") if key.endswith("personal_U"))
+    assert float((ranks.state("ann")[key] - ranks.state("bob")[key]).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [(["--form", "masked"], "take --form beside"), (["--form", "beside"], "a base that ZeRO-3 splits")],
+)
+def test_a_user_a_rank_that_cannot_be_is_refused(run, tmp_path, capsys, more, message):
+    assert _train(run / "run", tmp_path / "store", str(run / "rows.jsonl"), "--user-per-rank", *more) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("packing", ["dense", "bitmask"])
 def test_an_export_has_the_users_values_and_the_zeros_of_the_base(run, store, tmp_path, packing):
     of_run = ["export", str(run / "run"), "--out", str(tmp_path / "base"), "--quiet"]
