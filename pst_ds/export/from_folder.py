@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,10 +26,12 @@ from pst_ds.core.quantization import Grid
 from pst_ds.export import manifest
 from pst_ds.export.base_weights import BaseWeights, names_in_files
 from pst_ds.export.encoding import QUANT_METHOD, Encoding, encoding_of
+from pst_ds.export.folder_source import FolderSource, FolderTensor, StackTensor
+from pst_ds.export.folder_stacks import FolderStack, folder_stacks
 from pst_ds.export.manifest import DENSE, MANIFEST_FILE, About, ExportError, JsonTable, TensorEntry, read_table
-from pst_ds.export.plan import PlannedTensor, TensorJob, TensorValues
+from pst_ds.export.plan import PlannedTensor, TensorJob
 from pst_ds.export.promised_grid import PromisedGrid, promised_grid
-from pst_ds.export.rounding import embedding_tables, grids
+from pst_ds.export.rounding import embedding_tables, grids, matrix_of
 from pst_ds.export.tensor_files import DTYPE_OF_CODE
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
 from pst_ds.nn.model_structure import is_conv1d, linear_shape, untied_linear_layers
@@ -38,91 +39,6 @@ from pst_ds.nn.model_structure import is_conv1d, linear_shape, untied_linear_lay
 CONFIG_FILE = "config.json"
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Endings of the small files that go along with the weights: tokenizer, vocabulary, settings of generation."""
-
-
-@dataclass(frozen=True, slots=True)
-class FolderTensor:
-    parts: dict[str, str]
-    """Name in the files of each part; of a tensor that is stored as it is its own under ""."""
-    form: PackedFormat | ForeignFormat | None
-    """The format of the parts; None of a tensor that is stored as it is."""
-    dtype: torch.dtype
-    """The model's."""
-    matrix: tuple[int, ...] | None
-    """(O, I) of a tensor in parts; another library's may be the shape of several."""
-    transposed: bool
-    sha256: dict[str, str]
-    """By the manifest, of each tensor in the files; empty without a manifest."""
-    pruned_per_matrix: tuple[int, ...] = ()
-    rounding_error: float = 0.0
-    promised: str = ""
-    """The layer whose weight this is, if the folder was pruned to a grid."""
-
-    def is_on(self, grid: Grid | None) -> bool:
-        """Return whether its values are codes on that very grid."""
-        if grid is None or self.matrix is None or not isinstance(self.form, QuantizedFormat):
-            return False
-        mine, inputs = self.form.grid, self.matrix[1]
-        return mine.bits == grid.bits and mine.num_groups(inputs) == grid.num_groups(inputs)
-
-
-class FolderSource:
-    """Values of a model folder."""
-
-    def __init__(self, weights: BaseWeights, promised: PromisedGrid | None = None):
-        self._weights, self._promised = weights, promised
-
-    def make(self, job: TensorJob) -> Iterator[TensorValues]:
-        """The values of the job's one output. Raises ExportError and InputError."""
-        recipe: FolderTensor = job.recipe
-        (output,) = job.outputs
-        tensor = self.read(recipe, output.name, output.dtype)
-        scales, error = None, 0.0
-        if recipe.is_on(output.grid):
-            scales, error = self._weights.read(recipe.parts["scales"]), recipe.rounding_error
-        elif recipe.promised and self._promised and output.grid:
-            scales = self._promised.scales_of(recipe.promised, tensor.t() if output.transposed else tensor)
-        yield TensorValues(tensor, None, recipe.pruned_per_matrix, scales, error)
-
-    def read(self, recipe: FolderTensor, name: str, dtype: torch.dtype, *, hashed: bool = True) -> Tensor:
-        """A tensor in the model's shape; codes become weights of ``dtype``. Raises ExportError for damaged parts.
-
-        ``hashed``: hold it against the SHA-256 of the manifest, if there is one.
-        """
-        parts = {part: self._weights.read(stored) for part, stored in recipe.parts.items()}
-        for part, tensor in parts.items():
-            stored = recipe.parts[part]
-            if hashed and stored in recipe.sha256 and manifest.tensor_sha256(tensor) != recipe.sha256[stored]:
-                raise ExportError(
-                    f"{self._weights.folder}: {stored} is not what was exported: its SHA-256 differs. If the weights "
-                    f"were changed on purpose, delete {MANIFEST_FILE}"
-                )
-        form = recipe.form
-        if form is None:
-            return parts[""]
-        if isinstance(form, ForeignFormat):
-            return self._read_foreign(form, recipe, name, parts)
-        assert recipe.matrix is None or len(recipe.matrix) == 2
-        try:
-            form.check(name, parts, recipe.matrix)
-        except FormatError as error:
-            raise ExportError(f"{self._weights.folder}: {error}") from None
-        dense = form.unpack(parts, dtype if isinstance(form, QuantizedFormat) else None)
-        del parts
-        return dense.t().contiguous() if recipe.transposed else dense
-
-    def _read_foreign(self, form: ForeignFormat, recipe: FolderTensor, name: str, parts: dict[str, Tensor]) -> Tensor:
-        """Another library's weight in the model's shape and dtype."""
-        try:
-            weight = form.unpack(name, parts)
-        except FormatError as error:
-            raise ExportError(f"{self._weights.folder}: {error}") from None
-        if tuple(weight.shape) != recipe.matrix:
-            raise ExportError(
-                f"{self._weights.folder}: {name} is {tuple(weight.shape)} in its {form.method} parts, and "
-                f"{recipe.matrix} in the model"
-            )
-        return (weight.t() if recipe.transposed else weight).to(recipe.dtype).contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,23 +138,71 @@ def plan_folder(folder: FolderContents, encoding: Encoding, dtype: str | None) -
     Raises ExportError and InputError.
     """
     source, linear = FolderSource(folder.weights, folder.promised), linear_weights(folder.model)
-    promised = folder.promised.names(folder.model, linear, encoding.values) if folder.promised else {}
+    stacks = [] if folder.foreign else folder_stacks(folder.model, folder.weights)
+    names = [stack.name for stack in stacks]
+    promised = folder.promised.names(folder.model, linear, names, encoding.values) if folder.promised else {}
     rounded = grids(folder.model, encoding)
     cast = None if dtype is None else DTYPES[dtype]
-    jobs = []
-    for name, parts in _tensors(folder, linear).items():
-        recipe = replace(_recipe(folder, name, parts, linear), promised=promised.get(name, ""))
-        planned = _planned(folder, name, recipe, linear, cast).rounded(rounded.get(name))
+    jobs, taken = [], set[str]()
+    for stack in stacks:
+        recipe = _stack_recipe(folder, stack, is_promised=stack.name in promised)
+        outputs = _stack_outputs(folder, source, recipe, encoding, cast)
+        if outputs:
+            jobs.append(TensorJob(outputs, recipe))
+            taken |= {*(recipe.packed.parts.values() if recipe.packed else ()), *stack.stored}
+    for name, parts in _tensors(folder, linear, taken).items():
+        own = replace(_recipe(folder, name, parts, linear), promised=promised.get(name, ""))
+        planned = _planned(folder, name, own, linear, cast).rounded(rounded.get(name))
         if encoding.packing == COMPRESSED_TENSORS:
             planned = planned.for_compressed_tensors()
         elif planned.is_linear and encoding.packing not in (DENSE, GGUF) and planned.grid in (None, encoding.values):
-            planned = _as_packed(source, recipe, planned, encoding)
-        jobs.append(TensorJob((planned,), recipe))
+            weight = source.read(own, planned.name, planned.dtype, hashed=False)
+            planned = _as_packed(weight.to(planned.dtype), planned, encoding)
+        jobs.append(TensorJob((planned,), own))
     return jobs, source
 
 
-def _tensors(folder: FolderContents, linear: dict[str, nn.Module]) -> dict[str, dict[str, str]]:
-    """By the model's name of each tensor: the files' name of each part ("" where it is stored as it is)."""
+def _stack_recipe(folder: FolderContents, stack: FolderStack, *, is_promised: bool) -> StackTensor:
+    entry, packed = stack.entry(folder.entries), None
+    sums = {part.name: part.sha256 for part in entry.parts} if entry else {}
+    pruned, error = (tuple(entry.pruned_per_matrix), entry.rounding_error) if entry else ((), 0.0)
+    stored = {} if folder.encoding.is_plain else _parts_of(stack.name, set(folder.weights.names), folder)
+    if stored:
+        parts, layout = {part: name for name, part in stored.items()}, stack.layout
+        form, dtype = _form_of_parts(folder, stack.name, parts, layout.in_features, entry)
+        matrix = layout.out_features, layout.in_features
+        packed = FolderTensor(parts, form, dtype, matrix, False, sums, pruned, error)
+    return StackTensor(stack, packed, sums, pruned, is_promised)
+
+
+def _stack_outputs(
+    folder: FolderContents, source: FolderSource, recipe: StackTensor, encoding: Encoding, cast: torch.dtype | None
+) -> tuple[PlannedTensor, ...]:
+    """What a stack becomes that is packed, or is to be; nothing where its plain tensors stay as they are."""
+    stack = recipe.stack
+    if recipe.packed is None and (
+        not stack.stored or encoding.is_plain or encoding.packing in (GGUF, COMPRESSED_TENSORS)
+    ):
+        return ()
+    dtype = recipe.packed.dtype if recipe.packed else folder.weights.size(stack.stored[0])[0]
+    entry = stack.entry(folder.entries)
+    planned = stack.planned(cast if cast and dtype.is_floating_point else dtype, entry.origin if entry else "model")
+    as_one = planned
+    if encoding.packing == DENSE:
+        as_one = planned.rounded(encoding.values)
+    elif encoding.packing not in (GGUF, COMPRESSED_TENSORS):
+        rows = source.read_stack(recipe, planned.dtype, hashed=False).to(planned.dtype)
+        as_one = _as_packed(rows.view(stack.shape), planned, encoding)
+    if as_one.form is not None:
+        return (as_one,)
+    return () if recipe.packed is None else stack.planned_pieces(planned)
+
+
+def _tensors(folder: FolderContents, linear: dict[str, nn.Module], taken: set[str]) -> dict[str, dict[str, str]]:
+    """By the model's name of each tensor: the files' name of each part ("" where it is stored as it is).
+
+    Without those that are ``taken``, by their names in the files.
+    """
     by_model = {}
     for name in (*dict(folder.model.named_parameters()), *dict(folder.model.named_buffers())):
         found = folder.weights.find(name)
@@ -252,7 +216,7 @@ def _tensors(folder: FolderContents, linear: dict[str, nn.Module]) -> dict[str, 
         for weight in {**linear, **embedding_tables(folder.model)}:
             part_of |= {stored: (weight, part) for stored, part in _parts_of(weight, known, folder).items()}
     tensors: dict[str, dict[str, str]] = {}
-    for stored in folder.weights.names:
+    for stored in (name for name in folder.weights.names if name not in taken):
         name, part = part_of.get(stored, (by_model.get(stored, stored), ""))
         tensors.setdefault(name, {})[part] = stored
     mixed = next((name for name, parts in tensors.items() if "" in parts and len(parts) > 1), None)
@@ -300,15 +264,23 @@ def _recipe(folder: FolderContents, name: str, parts: dict[str, str], linear: di
     layer = linear.get(name)
     if folder.foreign:
         return _foreign_recipe(folder, folder.foreign, name, parts, layer)
-    sizes = {part: folder.weights.size(stored) for part, stored in parts.items()}
     shape = linear_shape(layer) if layer is not None else embedding_tables(folder.model)[name].shape
     matrix = (shape[0], shape[1])
+    form, dtype = _form_of_parts(folder, name, parts, matrix[1], entry)
+    return FolderTensor(parts, form, dtype, matrix, layer is not None and is_conv1d(layer), sums, pruned, error)
+
+
+def _form_of_parts(
+    folder: FolderContents, name: str, parts: dict[str, str], inputs: int, entry: TensorEntry | None
+) -> tuple[PackedFormat, torch.dtype]:
+    """Return the format of a weight's parts, and the dtype of the weight. Raises ExportError."""
+    sizes = {part: folder.weights.size(stored) for part, stored in parts.items()}
     try:
-        form = form_of(folder.encoding.packing, sizes, matrix[1])
+        form = form_of(folder.encoding.packing, sizes, inputs)
     except FormatError as broken:
         raise ExportError(f"{folder.path}: {name}: {broken}") from None
     dtype = sizes[form.values_name][0] if not isinstance(form, QuantizedFormat) else _model_dtype(folder, entry)
-    return FolderTensor(parts, form, dtype, matrix, layer is not None and is_conv1d(layer), sums, pruned, error)
+    return form, dtype
 
 
 def _foreign_recipe(
@@ -345,14 +317,13 @@ def _planned(
     return PlannedTensor(name, shape, dtype, origin, transposed=transposed, is_linear=is_weight)
 
 
-def _as_packed(source: FolderSource, recipe: FolderTensor, planned: PlannedTensor, encoding: Encoding) -> PlannedTensor:
-    """``planned``, packed if its values fit the format and it pays; what is packed is on the grid of the values."""
+def _as_packed(weight: Tensor, planned: PlannedTensor, encoding: Encoding) -> PlannedTensor:
+    """``planned``, packed if its values, ``weight``, fit the format and it pays; it is on the grid of the values."""
     if planned.dtype not in VALUE_DTYPES:
         return planned
-    weight = source.read(recipe, planned.name, planned.dtype, hashed=False).to(planned.dtype)
-    bits = row_bits(weight.t().contiguous() if planned.transposed else weight)
-    counts, numel = row_counts(bits), weight.numel()
+    bits, numel = row_bits(matrix_of(planned, weight).contiguous()), weight.numel()
     del weight
+    counts = row_counts(bits)
     if int(counts.sum()) == numel:
         return planned
     candidate = planned.rounded(encoding.values)

@@ -39,10 +39,10 @@ def write_gguf(
     ``jobs`` and ``source``: of plan_run or plan_folder. ``config``: of the model. Raises ExportError for a family or a
     tokenizer that GGUF has no words for here.
     """
-    library = _library()
     text = config.get_text_config()
     if text.model_type not in FAMILIES:
         raise ExportError(f"GGUF is written of {' and '.join(FAMILIES)} models, and this is {text.model_type}")
+    library = _library()
     jobs = [job for job in jobs if not job.outputs[0].name.endswith("rotary_emb.inv_freq")]  # computed by llama.cpp
     tensors = [_tensor(output, text, library) for job in jobs for output in job.outputs]
     num_tokens = next((t.output.shape[0] for t in tensors if t.name == "token_embd.weight"), text.vocab_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,10 @@ class PromisedGrid:
     """Names of the layers that were rounded."""
     scales: TensorFile
 
-    def names(self, model: nn.Module, linear: dict[str, nn.Module], asked: Grid | None) -> dict[str, str]:
-        """Return the layers by the names of their weights in ``linear``, for an export to ``asked``.
+    def names(
+        self, model: nn.Module, linear: dict[str, nn.Module], stacks: Sequence[str], asked: Grid | None
+    ) -> dict[str, str]:
+        """Return the layers by the names of their weights, in ``linear`` and ``stacks``, for an export to ``asked``.
 
         Raises ExportError for another grid than theirs, and for layers that ``model`` does not have.
         """
@@ -34,13 +37,14 @@ class PromisedGrid:
                 f"{_words(self.grid)}, or prune the model for that grid"
             )
         modules = dict(model.named_modules())
-        unknown = next((layer for layer in self.layers if layer not in modules), None)
+        unknown = next((layer for layer in self.layers if layer not in modules and layer not in stacks), None)
         if unknown is not None:
             raise ExportError(
                 f"{self.folder / RECORD_FILE} says that {unknown[:200]} was rounded, and there is no such layer"
             )
-        layer_of = {id(modules[layer]): layer for layer in self.layers}
-        return {name: layer_of[id(module)] for name, module in linear.items() if id(module) in layer_of}
+        layer_of = {id(modules[layer]): layer for layer in self.layers if layer in modules}
+        found = {name: layer_of[id(module)] for name, module in linear.items() if id(module) in layer_of}
+        return found | {name: name for name in stacks if name in self.layers}
 
     def scales_of(self, layer: str, weight: Tensor) -> Tensor:
         """Return the scales of a layer, (O, groups) bf16. ``weight``: its own, (O, I), in the dtype of the file.
