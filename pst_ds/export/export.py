@@ -23,7 +23,7 @@ from pst_ds.export.base_weights import BaseWeights, is_text_part
 from pst_ds.export.encoding import Encoding
 from pst_ds.export.from_folder import CONFIG_FILE, FolderContents, copy_beside, open_folder, plan_folder
 from pst_ds.export.from_run import RunSource, plan_run
-from pst_ds.export.gguf import write_gguf
+from pst_ds.export.gguf.model import write_gguf
 from pst_ds.export.manifest import DENSE, MANIFEST_FILE, About, ExportError, JsonTable, TensorEntry
 from pst_ds.export.model_card import CARD_FILE, model_card
 from pst_ds.export.plan import SHARD_BYTES, PlannedFile, Source, TensorJob, plan_files, require_packed, require_space

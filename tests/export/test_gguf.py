@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from pst_ds.core.quantization import Grid, round_to_grid
 from pst_ds.export.export import export_folder
-from pst_ds.export.gguf import _llama3_factors
-from pst_ds.export.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, gguf_tokenizer
+from pst_ds.export.gguf.model import _llama3_factors
+from pst_ds.export.gguf.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, gguf_tokenizer
 from pst_ds.export.manifest import ExportError
 from pst_ds.nn.inject import pst_layers
 

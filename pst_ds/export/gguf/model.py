@@ -18,7 +18,7 @@ from pst_ds.core.formats.gguf_blocks import BLOCK, gguf_blocks
 from pst_ds.core.formats.rows import as_bools
 from pst_ds.core.quantization import Grid
 from pst_ds.export.encoding import Encoding
-from pst_ds.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
+from pst_ds.export.gguf.tokenizer import GgufTokenizer, gguf_tokenizer
 from pst_ds.export.manifest import ExportError, JsonTable
 from pst_ds.export.plan import PlannedTensor, Source, TensorJob, TensorValues, require_space
 from pst_ds.progress import Progress

@@ -1,0 +1,1 @@
+"""GGUF files, which llama.cpp reads: the model and its tokenizer."""
