@@ -14,7 +14,7 @@ from pst_ds.config.train import TrainConfig
 from pst_ds.core.schedule import STEPS_POWER
 from pst_ds.errors import InputError
 
-RATES = ("score_learning_rate", "update_learning_rate", "embedding_learning_rate", "head_learning_rate")
+RATES = tuple(f"{group}_learning_rate" for group in ("score", "update", "gate", "prompt", "embedding", "head"))
 LEAST_STEPS = 40
 """Optimizer steps of the shortest trial: after 20, hardly one had learned anything (docs/tuning.md)."""
 _GROWTH = 3
