@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 
 from pst_ds.checkpoint.format import read_checkpoint
@@ -13,6 +14,7 @@ from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
 from pst_ds.core.updates.gates import is_dropped
 from pst_ds.parallel.launch import LaunchEnvironment
+from pst_ds.parallel.ranks import rank, world_size
 from pst_ds.train.run import prepare, train_run
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -25,7 +27,9 @@ def _train(folder, *more, resume=False):
         "train.update_learning_rate=0.01", "train.gate_learning_rate=0.1", "checkpoint.interval=8", "eval.interval=0",
         "checkpoint.keep_last=9", *more,
     ]  # fmt: skip
-    prepared = prepare(load_run("tests/data/world_size.toml", settings), LaunchEnvironment(0, 1, 0))
+    prepared = prepare(
+        load_run("tests/data/world_size.toml", settings), LaunchEnvironment(rank(), world_size(), rank())
+    )
     return train_run(prepared, resume=resume, quiet=True)
 
 
@@ -74,3 +78,19 @@ def test_a_method_without_masks_drops_components_along_the_same_ramp(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["event"] == "rank_update"] == [4, 5]
     assert not [line for line in lines if line["event"] == "mask_update"]
+
+
+@pytest.mark.zero3
+def test_two_ranks_that_keep_gates_whole_drop_what_one_process_drops(run_ranks, tmp_path):
+    """ZeRO-3 keeps small parameters whole between steps: they are let go of when their values change."""
+    config = tmp_path / "zero3.json"
+    config.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100000}}')
+    more = ("train.num_steps=8", "schedule.warmup_fraction=0.25", "model.dropout=0.0")
+    run_ranks(_train, 2, str(tmp_path / "two"), *more, f"deepspeed_config={config}")
+    _train(tmp_path / "one", *more)
+    one, two = (_values(tmp_path / name) for name in ("one", "two"))
+    assert sum(_kept(two).values()) == BUDGET
+    gates = list(_kept(one))
+    dropped = [(is_dropped(one[name]), is_dropped(two[name])) for name in gates]
+    assert sum(int((a != b).sum()) for a, b in dropped) <= 2  # equal but for sums in another order
+    assert all(bool(two[name][gone].lt(-9000).all()) for name, (_, gone) in zip(gates, dropped, strict=True))
