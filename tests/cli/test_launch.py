@@ -16,6 +16,7 @@ from ..cluster.tools import (
     ended_after,
     environment,
     free_ports,
+    kill_all,
     rank_processes,
     result,
     steps,
@@ -60,9 +61,12 @@ def test_a_run_whose_rank_is_killed_goes_on_by_itself_to_its_end(tmp_path):
     settings = [f"output_dir={folder}", "train.num_steps=30", "checkpoint.interval=2", "eval.interval=-1"]
     command += [word for setting in settings for word in ("--set", setting)]
     with ended_after(Background(tmp_path / "log", *command, env=environment(MASTER_PORT=str(port)))) as run:
-        wait_until((folder / "checkpoints/latest").is_symlink, RUN_SECONDS, run.text)
-        os.kill(rank_processes(folder)[-1], signal.SIGKILL)
-        assert run.exit_code(RUN_SECONDS) == 0, run.text()
+        try:
+            wait_until((folder / "checkpoints/latest").is_symlink, RUN_SECONDS, run.text)
+            os.kill(rank_processes(folder)[-1], signal.SIGKILL)
+            assert run.exit_code(RUN_SECONDS) == 0, run.text()
+        finally:
+            kill_all(rank_processes(folder))
     assert "attempt 1 ended with 1 at step" in run.text()
     assert "attempt 2 ended with 0 at step 30" in run.text()
     assert (result(folder)["steps"], result(folder)["world_size"]) == (30, 2)
