@@ -6,10 +6,12 @@ import argparse
 import random
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from pst_ds.cli.main import add_quiet_argument, add_run_arguments, add_shard_argument, count, load_run_or_folder
+from pst_ds.cli.whole_experts import REAP, drop, require_fit
 from pst_ds.config.methods import OneShotMethod
 from pst_ds.core.experts.tokens import unused_experts
 from pst_ds.core.packings import GROUPS, VALUE_BITS, WHOLE_ROW
@@ -29,9 +31,9 @@ _BITS = tuple(str(bits) for bits in sorted(VALUE_BITS.values()))
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, "run file (TOML) that names the model, the layers and the text")
-    parser.add_argument("--method", required=True, choices=get_args(OneShotMethod))
+    parser.add_argument("--method", required=True, choices=(*get_args(OneShotMethod), REAP))
     parser.add_argument("--out", required=True, metavar="DIR", help="model folder to write, dense with zeros")
-    zeros = "fraction of zeros (default: schedule.final_sparsity, or 1 - N/M)"
+    zeros = "fraction of zeros, or of experts for reap (default: schedule.final_sparsity, or 1 - N/M)"
     parser.add_argument("--sparsity", type=float, metavar="S", help=zeros)
     pattern = "row, matrix, N:M or blocks (default: pst.pattern, but row instead of matrix with calibration text)"
     parser.add_argument("--pattern", default="", metavar="P", help=pattern)
@@ -48,8 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
+    if args.method == REAP:
+        require_fit(args)
     _require_rounding(args)
     start, config = time.perf_counter(), load_run_or_folder(args)
+    import torch
+
     from pst_ds.export.base_weights import BaseWeights
     from pst_ds.export.from_folder import copy_beside
     from pst_ds.export.plan import require_space
@@ -61,6 +67,10 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     require_free(out, path)
     model, base = load_base(path, **attention_options(config)), BaseWeights(path, "").folder
     require_space(out, sum(param.nbytes for param in model.parameters()))
+    if args.method == REAP:
+        batches = _calibration(config, model.config, args)
+        about = {"method": REAP, **_of_base(config), **_of_text(config, args, batches)}
+        return drop(model, base, config, args, batches, about, torch.device(device))
     layers, about, seconds = _pruned(model, config, args, device)
     record, scales = record_of(layers, about), scales_of(layers)
     write_folder(model, record, scales, out, shard_bytes=args.shard_bytes, copy_beside=lambda to: copy_beside(base, to))
@@ -117,7 +127,6 @@ def _pruned(
     """Prune ``model`` in place; return (its layers, the record's facts, seconds)."""
     import torch
 
-    from pst_ds.checkpoint.restore import base_fingerprint
     from pst_ds.nn.base_model import DTYPES
     from pst_ds.nn.targets import find_targets
     from pst_ds.prune.model import prune_model
@@ -137,17 +146,34 @@ def _pruned(
         "method": args.method,
         "pattern": "zeros" if keeps else settings.pattern,
         "sparsity_requested": None if keeps else share,
-        "base_model": config.model.path,
-        "base_fingerprint": base_fingerprint(config.model.path),
+        **_of_base(config),
     }
     if grid is not None:
         about |= {"values": grid.values, "group": grid.group or WHOLE_ROW}
     if batches:
-        tokens = (b["attention_mask"].sum() if "attention_mask" in b else b["input_ids"].numel() for b in batches)
-        about |= {"data": config.data.train, "max_length": config.data.max_length, "samples": args.samples}
-        about |= {"tokens": sum(map(int, tokens)), "seed": args.seed, "precision": config.train.precision}
+        about |= _of_text(config, args, batches)
         about |= {"gated_norms": gated} if any(target.is_stack for target in targets) else {}
     return layers, about, seconds
+
+
+def _of_base(config: RunConfig) -> dict[str, object]:
+    """What the record says of the base model."""
+    from pst_ds.checkpoint.restore import base_fingerprint
+
+    return {"base_model": config.model.path, "base_fingerprint": base_fingerprint(config.model.path)}
+
+
+def _of_text(config: RunConfig, args: argparse.Namespace, batches: Sequence[Batch]) -> dict[str, object]:
+    """What the record says of the text."""
+    tokens = (b["attention_mask"].sum() if "attention_mask" in b else b["input_ids"].numel() for b in batches)
+    return {
+        "data": config.data.train,
+        "max_length": config.data.max_length,
+        "samples": args.samples,
+        "tokens": sum(map(int, tokens)),
+        "seed": args.seed,
+        "precision": config.train.precision,
+    }
 
 
 def _calibration(config: RunConfig, model_config: PretrainedConfig, args: argparse.Namespace) -> list[Batch]:

@@ -174,10 +174,12 @@ def of_routing(
     weights: Tensor,
     routing: Routing,
     before: Callable[[str, Tensor, bool], None] | None = None,
+    after: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """:func:`experts_forward` with the pairs of tokens and experts sorted.
 
-    ``before`` is called ahead of each of the two products: with the attribute of its stack, x, and ``by_token``.
+    ``before`` is called ahead of each of the two products: with the attribute of its stack, x, and ``by_token``;
+    ``after`` with what the experts make of their tokens, (N*k, H) in the order of the experts.
     """
     first, last = stack_names(experts)
 
@@ -197,6 +199,8 @@ def of_routing(
     outer = product(inner, last, by_token=False)
     if experts.has_post_expert_norm:
         outer = experts.post_expert_norm(outer)
+    if after is not None:
+        after(outer)
     weighted = outer * weights.reshape(-1)[routing.order].unsqueeze(-1)
     return routing.summed(weighted).to(hidden.dtype)
 

@@ -8,15 +8,14 @@ from torch import nn
 
 from pst_ds.errors import InputError
 from pst_ds.nn.model_structure import outermost_list
-from pst_ds.nn.targets import Target
 
 
-def find_blocks(model: nn.Module, targets: Sequence[Target]) -> tuple[str, nn.ModuleList]:
-    """(name, the ModuleList whose items are the blocks) of a model; every target is in one of the items.
+def find_blocks(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.ModuleList]:
+    """(name, the ModuleList whose items are the blocks) of a model; all that is named is in one of the items.
 
-    Raises InputError when the targets are in two such lists, or outside, and when blocks are used more than once.
+    Raises InputError when the modules are in two such lists, or outside, and when blocks are used more than once.
     """
-    found = {target.name: outermost_list(target.name, model) for target in targets}
+    found = {name: outermost_list(name, model) for name in names}
     outside = next((name for name, stack in found.items() if not stack), None)
     if outside is not None:
         raise InputError(
@@ -40,6 +39,6 @@ def find_blocks(model: nn.Module, targets: Sequence[Target]) -> tuple[str, nn.Mo
     return stacks[0], blocks
 
 
-def block_of(target: Target, stack: str) -> int:
-    """Return the index of the item of ``stack`` that a target is in."""
-    return int(target.name.removeprefix(stack + ".").partition(".")[0])
+def block_of(name: str, stack: str) -> int:
+    """Return the index of the item of ``stack`` that what is named is in."""
+    return int(name.removeprefix(stack + ".").partition(".")[0])

@@ -49,14 +49,14 @@ def prune_model(
     model.eval()
     if method == "magnitude":
         return [_by_magnitude(rule) for rule in rules]
-    stack, blocks = find_blocks(model, [rule.target for rule in rules])
+    stack, blocks = find_blocks(model, [rule.target.name for rule in rules])
     by_block: dict[int, list[LayerRule]] = {}
     for rule in rules:
-        by_block.setdefault(block_of(rule.target, stack), []).append(rule)
+        by_block.setdefault(block_of(rule.target.name, stack), []).append(rule)
     done: dict[str, PrunedLayer] = {}
     last = max(by_block)
     with (
-        _without_cache(model),
+        without_cache(model),
         BlockReplay(model, blocks, batches, device, dtype) as replay,
         Progress("prune", last + 1, "blocks") as shown,
     ):
@@ -184,8 +184,8 @@ class _LastInputs:
 
 
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """No keys and values are kept for generation; the config is as it was afterwards."""
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Inside, no keys and values are kept for generation; the config is as it was afterwards."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if not hasattr(config, "use_cache"):

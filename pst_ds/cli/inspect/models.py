@@ -95,7 +95,7 @@ def pruned_folder(path: Path) -> Inspection:
     weights = BaseWeights(path, "")
     try:
         layers = [_recorded(row, weights) for row in record["layers"]]
-        facts = {key: value for key, value in record.items() if key not in ("format", "layers")}
+        facts = {key: value for key, value in record.items() if key not in ("format", "layers", "modules")}
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path / RECORD_FILE} is damaged: {error!r}") from None
     note = f"zeros are as pst-ds prune counted them, {RECORD_FILE} says"

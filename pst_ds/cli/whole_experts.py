@@ -1,0 +1,67 @@
+"""``pst-ds prune --method reap``: whole experts dropped, and a model folder with the others."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pst_ds.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from pst_ds.config.run import RunConfig
+    from pst_ds.prune.replay import Batch
+
+REAP = "reap"
+
+
+def drop(
+    model: PreTrainedModel, base: Path, config: RunConfig, args: argparse.Namespace, batches: Sequence[Batch],
+    about: Mapping[str, object], device: torch.device,
+) -> dict[str, object]:  # fmt: skip
+    """Drop experts of ``model``, write it with a record that begins with ``about``, and return the verb's result.
+
+    ``base``: the folder that small files are copied from. Raises InputError.
+    """
+    from pst_ds.export.from_folder import copy_beside
+    from pst_ds.nn.base_model import DTYPES
+    from pst_ds.prune.folder import FORMAT, write_folder
+    from pst_ds.prune.whole_experts import drop_experts
+
+    start = time.perf_counter()
+    share = config.schedule.final_sparsity if args.sparsity is None else args.sparsity
+    if not 0.0 <= share < 1.0:
+        raise InputError(f"--sparsity {share} must be in [0, 1): it is the fraction of experts to drop")
+    modules = drop_experts(model, share, batches, device=device, dtype=DTYPES[config.train.precision])
+    facts = {
+        **about,
+        "sparsity_requested": share,
+        "experts": len(modules[0].kept),
+        "experts_before": len(modules[0].scores),
+    }
+    of_modules = {m.name: {"kept": m.kept, "scores": m.scores, "expert_tokens": m.tokens} for m in modules}
+    record = {"format": FORMAT, **facts, "layers": [], "modules": of_modules}
+    write_folder(
+        model, record, {}, Path(args.out), shard_bytes=args.shard_bytes, copy_beside=lambda to: copy_beside(base, to)
+    )
+    seconds = time.perf_counter() - start
+    print(
+        f"wrote {args.out}: reap, {facts['experts']} of {facts['experts_before']} experts in each of {len(modules)} "
+        f"modules, on {about['samples']} examples of {about['tokens']:,} tokens; in {seconds:.1f} s"
+    )
+    return {**facts, "out": args.out, "seconds": seconds}
+
+
+def require_fit(args: argparse.Namespace) -> None:
+    """Refuse arguments that are about weights. Raises InputError."""
+    for name in ("pattern", "bits", "group", "keep_zeros"):
+        if getattr(args, name):
+            raise InputError(
+                f"--{name.replace('_', '-')} is for weights, and --method reap drops whole experts: leave it out, or "
+                "prune the folder that it writes once more"
+            )
