@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from pst_ds.cli.main import add_quiet_argument, add_run_arguments, add_shard_argument, count, load_run_or_folder
-from pst_ds.cli.whole_experts import REAP, drop, require_fit
+from pst_ds.cli.prune.whole_experts import REAP, drop, require_fit
 from pst_ds.config.methods import OneShotMethod
 from pst_ds.core.experts.tokens import unused_experts
 from pst_ds.core.packings import GROUPS, VALUE_BITS, WHOLE_ROW
