@@ -241,7 +241,9 @@ def test_routers_of_experts_are_left_as_they_are(tmp_path):
     export_folder(tmp_path / "model", tmp_path / "out", values=INT8)
     rounded = by_numpy(_stored(tmp_path / "out"))
     assert any("q_proj" in name for name in rounded)
-    assert not any("gate" in name for name in rounded)
+    assert any("experts.gate_up_proj" in name for name in rounded)
+    assert not any(".gate." in name for name in rounded)
+    assert any(name.endswith(".gate.weight") for name in _stored(tmp_path / "out"))
 
 
 def test_bytes_do_not_depend_on_processes_or_files(models, exports, tmp_path):
