@@ -216,6 +216,8 @@ _EPOCHS_POWER = 3.0
 """The embeddings' rate falls with this power of the passes over the data, once there is more than one: rows of rare
 words learn by heart the few texts that have them. Films were no worse for 4e-3 after 1.04 passes, and were after 2.15,
 where 4e-4 is better (docs/tuning-log.md)."""
+_LEAST_OF_EMBEDDINGS = 0.1
+"""It falls no further: beyond those passes nothing was measured but runs at 4e-4."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,11 +253,11 @@ def default_learning_rates(*, width: int, num_steps: int, epochs: float = 1.0) -
     Adam moves a parameter by its rate at every step, so the way that it can go in a run grows with rate and steps; the
     rates fall with the cube root of the steps. A sum over ``width`` inputs that all move alike grows with the width;
     all rates but those of scores and gates fall with it. That of the embeddings falls with the passes after the first,
-    too.
+    too, to a tenth.
     """
     length = min(max((USUAL_STEPS / num_steps) ** STEPS_POWER, _LEAST), _MOST)
     narrower = min(1.0, _WIDTH / width)
     names = [field.name for field in fields(LearningRates)]
     factors = {name: length * (1.0 if name in ("scores", "gates") else narrower) for name in names}
-    factors["embeddings"] *= max(1.0, epochs) ** -_EPOCHS_POWER
+    factors["embeddings"] *= max(max(1.0, epochs) ** -_EPOCHS_POWER, _LEAST_OF_EMBEDDINGS)
     return LearningRates(**{name: getattr(_MEASURED, name) * factor for name, factor in factors.items()})

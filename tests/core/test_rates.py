@@ -34,15 +34,18 @@ def test_neither_width_nor_steps_ever_raise_a_rate(width, steps, more_width, mor
 
 
 def test_passes_over_the_data_after_the_first_slow_the_embeddings_alone():
-    once, part, thrice = (default_learning_rates(width=384, num_steps=600, epochs=e) for e in (1.0, 0.2, 3.0))
+    once, part, twice, often = (
+        default_learning_rates(width=384, num_steps=600, epochs=e) for e in (1.0, 0.2, 2.0, 30.0)
+    )
     assert once == part == LearningRates()
-    assert thrice == replace(once, embeddings=pytest.approx(once.embeddings / 27))
+    assert twice == replace(once, embeddings=pytest.approx(once.embeddings / 8))
+    assert often == replace(once, embeddings=pytest.approx(once.embeddings / 10))
     run = RunConfig(
         output_dir="o", model=ModelConfig(path="m"), data=DataConfig(train="t"), train=TrainConfig(num_steps=600)
     )
-    twice = run.with_rates(width=384, num_steps=600, num_examples=300 * run.train.batch_size).train
-    assert twice.embedding_learning_rate == pytest.approx(LearningRates().embeddings / 8)
-    assert twice.update_learning_rate == LearningRates().updates
+    chosen = run.with_rates(width=384, num_steps=600, num_examples=300 * run.train.batch_size).train
+    assert chosen.embedding_learning_rate == pytest.approx(LearningRates().embeddings / 8)
+    assert chosen.update_learning_rate == LearningRates().updates
 
 
 def test_a_run_keeps_the_rates_that_it_names():
