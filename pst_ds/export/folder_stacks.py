@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,17 @@ class FilePiece:
 
 
 @dataclass(frozen=True, slots=True)
+class StackFacts:
+    """What a manifest says of a stack, or of all the tensors that are pieces of it."""
+
+    origin: str = "model"
+    sha256: dict[str, str] = field(default_factory=dict)
+    """Of each tensor in the files."""
+    pruned_per_matrix: tuple[int, ...] = ()
+    rounding_error: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class FolderStack:
     """A stack of experts, and where it is in a folder."""
 
@@ -40,16 +51,14 @@ class FolderStack:
     stored: tuple[str, ...]
     """The tensors of the folder's files that these are; empty where the stack is packed."""
 
-    def entry(self, entries: dict[str, TensorEntry]) -> TensorEntry | None:
-        """Return the stack's own, or where every piece has been pruned one of all together."""
-        own = [entries.get(name) for name in (self.stored or (self.name,))]
-        if any(entry is None for entry in own):
-            return None
-        found = [entry for entry in own if entry is not None]
-        pruned = [count for entry in found for count in entry.pruned_per_matrix]
-        origin = "pruned" if len(pruned) == self.layout.num_matrices else "model"
-        parts = [part for entry in found for part in entry.parts]
-        return replace(found[0], origin=origin, parts=parts, pruned_per_matrix=pruned if origin == "pruned" else [])
+    def facts(self, entries: dict[str, TensorEntry]) -> StackFacts:
+        """Return what is known by a manifest: it was pruned where every piece of it was."""
+        found = [entry for name in (self.stored or (self.name,)) if (entry := entries.get(name)) is not None]
+        pruned = tuple(count for entry in found for count in entry.pruned_per_matrix)
+        sums = {part.name: part.sha256 for entry in found for part in entry.parts}
+        error = found[0].rounding_error if len(found) == 1 else 0.0
+        is_pruned = len(pruned) == self.layout.num_matrices
+        return StackFacts("pruned", sums, pruned, error) if is_pruned else StackFacts("model", sums, (), error)
 
     def planned(self, dtype: torch.dtype, origin: str) -> PlannedTensor:
         """Return the stack as one tensor of an export."""

@@ -163,16 +163,15 @@ def plan_folder(folder: FolderContents, encoding: Encoding, dtype: str | None) -
 
 
 def _stack_recipe(folder: FolderContents, stack: FolderStack, *, is_promised: bool) -> StackTensor:
-    entry, packed = stack.entry(folder.entries), None
-    sums = {part.name: part.sha256 for part in entry.parts} if entry else {}
-    pruned, error = (tuple(entry.pruned_per_matrix), entry.rounding_error) if entry else ((), 0.0)
+    facts, packed = stack.facts(folder.entries), None
     stored = {} if folder.encoding.is_plain else _parts_of(stack.name, set(folder.weights.names), folder)
     if stored:
         parts, layout = {part: name for name, part in stored.items()}, stack.layout
+        entry = folder.entries.get(stack.name)
         form, dtype = _form_of_parts(folder, stack.name, parts, layout.in_features, entry)
-        matrix = layout.out_features, layout.in_features
-        packed = FolderTensor(parts, form, dtype, matrix, False, sums, pruned, error)
-    return StackTensor(stack, packed, sums, pruned, is_promised)
+        matrix, pruned = (layout.out_features, layout.in_features), facts.pruned_per_matrix
+        packed = FolderTensor(parts, form, dtype, matrix, False, facts.sha256, pruned, facts.rounding_error)
+    return StackTensor(stack, packed, facts.sha256, facts.pruned_per_matrix, is_promised)
 
 
 def _stack_outputs(
@@ -185,8 +184,8 @@ def _stack_outputs(
     ):
         return ()
     dtype = recipe.packed.dtype if recipe.packed else folder.weights.size(stack.stored[0])[0]
-    entry = stack.entry(folder.entries)
-    planned = stack.planned(cast if cast and dtype.is_floating_point else dtype, entry.origin if entry else "model")
+    origin = stack.facts(folder.entries).origin
+    planned = stack.planned(cast if cast and dtype.is_floating_point else dtype, origin)
     as_one = planned
     if encoding.packing == DENSE:
         as_one = planned.rounded(encoding.values)
