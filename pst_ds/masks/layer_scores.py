@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -184,8 +184,15 @@ class LayerScores:
 
 def whole_factors(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAMES) -> list[Factors]:
     """The factors of each layer as the formulas have them, from :func:`whole_masters`. Collective."""
-    masters = whole_masters(layers, names)
-    return [layer.factors(own) for layer, own in zip(layers, masters, strict=True)]
+    return factors_of(layers, whole_masters(layers, names))
+
+
+def factors_of(layers: Iterable[PSTLayer], masters: Iterable[dict[str, Tensor]]) -> list[Factors]:
+    """The factors of each layer as the formulas have them, given their masters; norms come to where these are."""
+    return [
+        layer.factors(own).to(zero3.shard_of(layer.pst_mask).values.device)
+        for layer, own in zip(layers, masters, strict=True)
+    ]
 
 
 def whole_masters(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAMES) -> list[dict[str, Tensor]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.bits import add_bit_sums, join_bits, pack_shard
-from pst_ds.masks.layer_scores import LayerScores, ranked_weights, whole_masters
+from pst_ds.masks.layer_scores import LayerScores, factors_of, ranked_weights, whole_masters
 from pst_ds.masks.ranks import RankStats, drop_components
 from pst_ds.masks.select import Matrix, select_kept, weights_kept
 from pst_ds.nn.inject import pst_layers
@@ -136,7 +136,7 @@ def _shard_bits(layer: LayerScores, matrices: list[Matrix], kept: list[Tensor]) 
 def _layer_keys(layers: dict[str, PSTLayer], masters: list[dict[str, Tensor]]) -> list[LayerScores]:
     """Every layer with the factors of its whole fp32 ``masters``, and the weights its units need of other ranks.
     Collective: one all-to-all for all layers under ZeRO-3."""
-    factors = [layer.factors(own) for layer, own in zip(layers.values(), masters, strict=True)]
+    factors = factors_of(layers.values(), masters)
     wide = [layer for layer in layers.values() if layer.rule.pattern.unit(layer.layout) != (1, 1)]
     own_weights = {layer: ranked_weights(layer) for layer in layers.values()}
     halos = fetch_halos(
