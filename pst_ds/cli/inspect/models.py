@@ -104,28 +104,15 @@ def pruned_folder(path: Path) -> Inspection:
 
 
 def _recorded(row: Facts, weights: BaseWeights) -> Layer:
+    """Describe a pruned layer; the files may hold the experts of a stack one by one under other names."""
     if "expert_zeros" in row:
-        return _recorded_stack(row)
-    stored = weights.find(f"{row['name']}.weight")
-    if stored is None:
-        raise InputError(f"{weights.folder} has no {row['name']}.weight, which {RECORD_FILE} says was pruned")
-    dtype, shape = weights.size(stored)
+        dtype, shape = getattr(torch, row["dtype"]), row["shape"]
+    else:
+        stored = weights.find(f"{row['name']}.weight")
+        if stored is None:
+            raise InputError(f"{weights.folder} has no {row['name']}.weight, which {RECORD_FILE} says was pruned")
+        dtype, shape = weights.size(stored)
     numel = math.prod(shape)
-    return {
-        "name": row["name"],
-        "shape": row["shape"],
-        "dtype": CODE_OF_DTYPE[dtype],
-        "pattern": row["pattern"],
-        "weights": numel,
-        "zeros": int(row["zeros"]),
-        "bytes": numel * dtype.itemsize,
-        "sparsity_requested": row["sparsity_requested"],
-    }
-
-
-def _recorded_stack(row: Facts) -> Layer:
-    """Describe a stack, whose experts the files may hold one by one under other names."""
-    numel, dtype = math.prod(row["shape"]), getattr(torch, row["dtype"])
     layer: Layer = {
         "name": row["name"],
         "shape": row["shape"],
@@ -136,7 +123,8 @@ def _recorded_stack(row: Facts) -> Layer:
         "bytes": numel * dtype.itemsize,
         "sparsity_requested": row["sparsity_requested"],
     }
-    add_experts(layer, row["expert_zeros"], row.get("expert_tokens", ()))
+    if "expert_zeros" in row:
+        add_experts(layer, row["expert_zeros"], row.get("expert_tokens", ()))
     return layer
 
 
