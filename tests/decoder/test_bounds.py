@@ -20,5 +20,7 @@ def test_sanitizers_find_nothing(tmp_path, sanitizers, cases):
     if tried.returncode or subprocess.run([tmp_path / "empty"]).returncode:
         pytest.skip(f"{compiler} has no {sanitizers} sanitizer that runs here: {tried.stderr[-300:].decode()}")
     subprocess.run([compiler, *flags, DRIVER, "-o", tmp_path / "driver"], check=True)
-    done = subprocess.run([tmp_path / "driver", cases, "1"], capture_output=True, text=True)
+    # GCC before 14 puts vectors of 64 bytes on a stack that is not aligned for them (GCC bug 110027)
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+    done = subprocess.run([tmp_path / "driver", cases, "1"], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0 wrong\n", "")
