@@ -28,6 +28,10 @@ struct Activations {
     const float* scales_of(int64_t token) const { return scales.data() + token * chunks; }
 };
 
+// Bytes of 16 rows, expanded; and those that a thread needs beside a product.
+inline int64_t panel_bytes(int64_t columns) { return 16 * (round_up(columns, WORD) + WORD) + PADDING; }
+inline int64_t room_for(int64_t columns) { return 2 * panel_bytes(columns); }
+
 // y (tokens, y_width) gets the products with rows of the blocks from `first` to `last`; `room`: of this thread,
 // room_for(m) bytes.
 struct ProductJob {
@@ -38,6 +42,7 @@ struct ProductJob {
     float* y;
     int64_t y_width;
     uint8_t* room;
+    int64_t panel = panel_bytes(m.columns);  // from 16 expanded rows in room to the next
 };
 
 // One query head group and what it attends to. K and V: (context, padded head), of this key-value head.
@@ -48,8 +53,11 @@ struct AttentionJob {
     float* y;
     int64_t heads, head, padded, begin, end;  // positions begin .. end
     float scale, cap;
-    float* room;  // round_up(end - begin, 16) + 2 * padded floats
+    float* room;  // attention_room(end - begin, padded) floats
 };
+
+constexpr int HEADS_TOGETHER = 4;
+inline int64_t attention_room(int64_t positions, int64_t padded) { return HEADS_TOGETHER * (round_up(positions, 16) + 2 * padded); }
 
 struct Functions {
     const char* name;
@@ -62,12 +70,11 @@ struct Functions {
     void (*attend)(const AttentionJob&, int64_t bits);  // of keys and values: 8, 16, 32
 };
 
-// Bytes that a thread needs beside a product: 16 rows, expanded.
-inline int64_t room_for(int64_t columns) { return 16 * (round_up(columns, WORD) + WORD) + PADDING; }
-
 // Eight rows of a block, or those that the matrix still has.
 inline void store_rows(const float* rows, const Matrix& m, int64_t block, float* y) {
-    std::memcpy(y + block * ROWS, rows, size_t(std::min(ROWS, m.rows - block * ROWS)) * sizeof(float));
+    const int64_t left = m.rows - block * ROWS;
+    if (left >= ROWS) std::memcpy(y + block * ROWS, rows, ROWS * sizeof(float));  // of a known size: no call
+    else std::memcpy(y + block * ROWS, rows, size_t(left) * sizeof(float));
 }
 
 }  // namespace pst

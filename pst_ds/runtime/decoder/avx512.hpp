@@ -1,19 +1,27 @@
 // Products with codes for AVX-512 with VBMI2 and VNNI: a word of bits expands 64 columns of a row.
 // q is taken as q + 2^15, two unsigned planes of bytes; what that adds to a sum is in Matrix::offsets, modulo 2^32.
 
+constexpr int64_t AHEAD = 4096;  // bytes that are fetched before they are needed
+
 inline __m512i bytes_at(const uint8_t* from) {
     __m512i bytes = _mm512_loadu_si512(from);
     asm("" : "+v"(bytes));  // as an operand of the expansion in memory it would take twice as long
     return bytes;
 }
 
+inline __m512i dot(__m512i sum, __m512i x, __m512i codes) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(codes));
+    return sum;
+}
+
 // The codes of 8 rows in a word of columns, 0 where nothing is kept; `data` and `masks` move on.
 template <int BITS, bool MASKED> inline void expand(const uint8_t*& data, const uint64_t*& masks, __m512i (&codes)[8]) {
-    constexpr int AHEAD = 1024;
+#pragma GCC unroll 4
+    for (int line = 0; line < (MASKED ? 4 : BITS); ++line)  // as many as half of the codes have
+        _mm_prefetch(reinterpret_cast<const char*>(data) + AHEAD + 64 * line, _MM_HINT_T0);
     if (BITS == 8) {
 #pragma GCC unroll 8
         for (int r = 0; r < 8; ++r) {
-            _mm_prefetch(reinterpret_cast<const char*>(data) + AHEAD, _MM_HINT_T0);
             codes[r] = MASKED ? _mm512_maskz_expand_epi8(masks[r], bytes_at(data)) : bytes_at(data);
             data += MASKED ? __builtin_popcountll(masks[r]) : 64;
         }
@@ -21,7 +29,6 @@ template <int BITS, bool MASKED> inline void expand(const uint8_t*& data, const 
         const __m512i table = _mm512_set4_epi32(int(0xfffefdfc), int(0xfbfaf9f8), 0x07060504, 0x03020100);  // signed
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) {
-            _mm_prefetch(reinterpret_cast<const char*>(data) + AHEAD, _MM_HINT_T0);
             const __m512i both = bytes_at(data), fifteen = _mm512_set1_epi8(15);
             const __m512i low = _mm512_shuffle_epi8(table, _mm512_and_si512(both, fifteen));
             const __m512i high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(both, 4), fifteen));
@@ -74,8 +81,8 @@ template <int BITS, bool MASKED> inline void one_vector(const ProductJob& job, i
                 expand<BITS, MASKED>(data, masks, codes);
 #pragma GCC unroll 8
                 for (int r = 0; r < 8; ++r) {
-                    h[r] = _mm512_dpbusd_epi32(h[r], x_high, codes[r]);
-                    l[r] = _mm512_dpbusd_epi32(l[r], x_low, codes[r]);
+                    h[r] = dot(h[r], x_high, codes[r]);
+                    l[r] = dot(l[r], x_low, codes[r]);
                 }
             }
 #pragma GCC unroll 8
@@ -112,12 +119,12 @@ inline void transpose_codes(__m512i (&a)[16], uint8_t* to) {
     }
 }
 
+// Two blocks from `block` on, expanded; the second is the last once more where there is none.
 template <int BITS, bool MASKED> inline void expand_16(const Matrix& m, int64_t block, uint8_t* panel) {
     const uint8_t* data[2];
     const uint64_t* masks[2];
-    const bool has_second = block + 1 < m.blocks();
     for (int i = 0; i < 2; ++i) {
-        const int64_t b = i && has_second ? block + 1 : block;
+        const int64_t b = std::min(block + i, m.blocks() - 1);
         data[i] = m.data.data() + m.first_byte[size_t(b)], masks[i] = m.masks.data() + (MASKED ? b * m.words() * ROWS : 0);
     }
     for (int64_t word = 0; word < m.words(); ++word) {
@@ -136,46 +143,76 @@ inline __m512i four_columns(const uint8_t* x) {
     return _mm512_set1_epi32(four);
 }
 
-// Vectors with 16 expanded rows.
-template <int TOKENS> inline void panel_rows(const ProductJob& job, int64_t block, int64_t token) {
+// What two blocks have in a chunk, of `from` [block][chunk][8].
+template <class T> struct Both {
+    const T *first, *second;
+    Both(const std::vector<T>& from, const Matrix& m, int64_t block, int64_t chunk) {
+        first = from.data() + (block * m.chunks() + chunk) * ROWS;
+        second = block + 1 < m.blocks() ? first + m.chunks() * ROWS : first;
+    }
+};
+inline __m512i offsets_of(const Matrix& m, int64_t block, int64_t chunk) {
+    const Both<int32_t> at(m.offsets, m, block, chunk);
+    const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at.first));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(first), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at.second)), 1);
+}
+inline __m512 scales_of(const Matrix& m, int64_t block, int64_t chunk) {
+    const Both<uint16_t> at(m.scales, m, block, chunk);
+    return _mm512_insertf32x8(_mm512_castps256_ps512(scales_at(at.first)), scales_at(at.second), 1);
+}
+
+// Vectors with PANELS times 16 expanded rows, from `block` on.
+template <int TOKENS, int PANELS> inline void panel_rows(const ProductJob& job, int64_t block, int64_t token) {
     const Matrix& m = job.m;
     const int64_t chunks = m.chunks(), columns = m.words() * m.word;
-    __m512 total[TOKENS];
-    for (int t = 0; t < TOKENS; ++t) total[t] = _mm512_setzero_ps();
+    __m512 total[PANELS][TOKENS];
+    for (auto& of_panel : total)
+        for (__m512& sum : of_panel) sum = _mm512_setzero_ps();
     for (int64_t c = 0; c < chunks; ++c) {
-        __m512i h[TOKENS], l[TOKENS];
+        __m512i h[PANELS][TOKENS], l[PANELS][TOKENS];
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; ++p)
 #pragma GCC unroll 8
-        for (int t = 0; t < TOKENS; ++t) h[t] = l[t] = _mm512_setzero_si512();
+            for (int t = 0; t < TOKENS; ++t) h[p][t] = l[p][t] = _mm512_setzero_si512();
         const int64_t end = c + 1 == chunks ? columns : (c + 1) * m.chunk;
         for (int64_t i = c * m.chunk; i < end; i += 4) {
-            const __m512i codes = _mm512_loadu_si512(job.room + i * 16);
+            __m512i codes[PANELS];
+#pragma GCC unroll 2
+            for (int p = 0; p < PANELS; ++p) codes[p] = _mm512_loadu_si512(job.room + p * job.panel + i * 16);
 #pragma GCC unroll 8
             for (int t = 0; t < TOKENS; ++t) {
-                h[t] = _mm512_dpbusd_epi32(h[t], four_columns(job.q.high_of(token + t) + i), codes);
-                l[t] = _mm512_dpbusd_epi32(l[t], four_columns(job.q.low_of(token + t) + i), codes);
+                const __m512i high = four_columns(job.q.high_of(token + t) + i), low = four_columns(job.q.low_of(token + t) + i);
+#pragma GCC unroll 2
+                for (int p = 0; p < PANELS; ++p) h[p][t] = dot(h[p][t], high, codes[p]), l[p][t] = dot(l[p][t], low, codes[p]);
             }
         }
-        const int64_t first = (block * chunks + c) * ROWS, second = block + 1 < m.blocks() ? first + chunks * ROWS : first;
-        const auto both = [&](const int32_t* from) {
-            return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + first))),
-                                      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + second)), 1);
-        };
-        const __m512i offset = both(m.offsets.data());
-        const __m512 scales = _mm512_insertf32x8(_mm512_castps256_ps512(scales_at(m.scales.data() + first)),
-                                                 scales_at(m.scales.data() + second), 1);
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; ++p) {
+            const __m512i offset = offsets_of(m, block + 2 * p, c);
+            const __m512 scales = scales_of(m, block + 2 * p, c);
 #pragma GCC unroll 8
-        for (int t = 0; t < TOKENS; ++t) {
-            const __m512i sum = _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(h[t], 8), l[t]), offset);
-            const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(job.q.scales_of(token + t)[c]));
-            total[t] = _mm512_add_ps(total[t], _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
+            for (int t = 0; t < TOKENS; ++t) {
+                const __m512i sum = _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(h[p][t], 8), l[p][t]), offset);
+                const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(job.q.scales_of(token + t)[c]));
+                total[p][t] = _mm512_add_ps(total[p][t], _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
+            }
         }
     }
-    for (int t = 0; t < TOKENS; ++t) {
-        float rows[2 * ROWS];
-        _mm512_storeu_ps(rows, total[t]);
-        store_rows(rows, m, block, job.y + (token + t) * job.y_width);
-        if (block + 1 < m.blocks()) store_rows(rows + ROWS, m, block + 1, job.y + (token + t) * job.y_width);
-    }
+    for (int p = 0; p < PANELS; ++p)
+        for (int t = 0; t < TOKENS; ++t) {
+            float rows[2 * ROWS];
+            _mm512_storeu_ps(rows, total[p][t]);
+            store_rows(rows, m, block + 2 * p, job.y + (token + t) * job.y_width);
+            if (block + 2 * p + 1 < m.blocks()) store_rows(rows + ROWS, m, block + 2 * p + 1, job.y + (token + t) * job.y_width);
+        }
+}
+
+template <int BITS, bool MASKED, int PANELS> inline void panels(const ProductJob& job, int64_t block) {
+    for (int p = 0; p < PANELS; ++p) expand_16<BITS, MASKED>(job.m, block + 2 * p, job.room + p * job.panel);
+    int64_t token = 0;
+    for (; token + 6 <= job.tokens; token += 6) panel_rows<6, PANELS>(job, block, token);
+    for (; token + 2 <= job.tokens; token += 2) panel_rows<2, PANELS>(job, block, token);
+    for (; token < job.tokens; ++token) panel_rows<1, PANELS>(job, block, token);
 }
 
 template <int BITS, bool MASKED> inline void code_product_of(const ProductJob& job) {
@@ -183,18 +220,14 @@ template <int BITS, bool MASKED> inline void code_product_of(const ProductJob& j
         for (int64_t token = 0; token < job.tokens; ++token) one_vector<BITS, MASKED>(job, token);
         return;
     }
-    for (int64_t block = job.first; block < job.last; block += 2) {
-        if (block + 1 == job.last && block + 1 < job.m.blocks()) {  // the other block is another thread's
-            const ProductJob rest{job.m, job.x, job.q, job.tokens, block, job.last, job.y, job.y_width, job.room};
-            for (int64_t token = 0; token < job.tokens; ++token) one_vector<BITS, MASKED>(rest, token);
-            return;
-        }
-        expand_16<BITS, MASKED>(job.m, block, job.room);
-        int64_t token = 0;
-        for (; token + 6 <= job.tokens; token += 6) panel_rows<6>(job, block, token);
-        for (; token + 2 <= job.tokens; token += 2) panel_rows<2>(job, block, token);
-        for (; token < job.tokens; ++token) panel_rows<1>(job, block, token);
-    }
+    int64_t block = job.first;
+    for (; block + 4 <= job.last; block += 4) panels<BITS, MASKED, 2>(job, block);
+    for (; block + 2 <= job.last; block += 2) panels<BITS, MASKED, 1>(job, block);
+    if (block == job.last) return;
+    if (job.last == job.m.blocks()) return panels<BITS, MASKED, 1>(job, block);
+    ProductJob rest = job;  // the other block is another thread's
+    rest.first = block;
+    for (int64_t token = 0; token < job.tokens; ++token) one_vector<BITS, MASKED>(rest, token);
 }
 
 inline void code_product(const ProductJob& job) {

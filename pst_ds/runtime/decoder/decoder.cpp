@@ -22,7 +22,11 @@ inline Floats widen(const int8_t* from) {
     return wide;
 }
 inline Floats fused(Floats a, Floats b, Floats c) { return a * b + c; }
+inline void store_sums(const Floats (&of)[4], float* to) {
+    for (int i = 0; i < 4; ++i) to[i] = sum_of(of[i]);
+}
 #include "portable.hpp"
+#include "attention.hpp"
 #include "glue.hpp"
 }  // namespace pst::decoder_portable
 
@@ -43,7 +47,13 @@ inline Floats widen(const int8_t* from) {
     return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
 inline Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline void store_sums(const Floats (&of)[4], float* to) {
+    const __m256 first = _mm256_hadd_ps((__m256)of[0], (__m256)of[1]), second = _mm256_hadd_ps((__m256)of[2], (__m256)of[3]);
+    const __m256 halves = _mm256_hadd_ps(first, second);
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+}
 #include "avx2.hpp"
+#include "attention.hpp"
 #include "glue.hpp"
 }  // namespace pst::decoder_avx2
 #pragma GCC pop_options
@@ -64,7 +74,15 @@ inline Floats widen(const int8_t* from) {
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
 inline Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline __m512 halves_of(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+inline void store_sums(const Floats (&of)[4], float* to) {
+    const __m512d first = (__m512d)halves_of((__m512)of[0], (__m512)of[1]), second = (__m512d)halves_of((__m512)of[2], (__m512)of[3]);
+    const __m512 quarters = _mm512_add_ps((__m512)_mm512_unpacklo_pd(first, second), (__m512)_mm512_unpackhi_pd(first, second));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 #include "avx512.hpp"
+#include "attention.hpp"
 #include "glue.hpp"
 }  // namespace pst::decoder_avx512
 #pragma GCC pop_options

@@ -1,7 +1,5 @@
 // What lies between the products. Included once for each instruction set, after vectors.hpp.
 
-inline Floats widen(const float* from) { return load(from); }  // beside those of bf16 and int8
-
 // The bits of the largest |x|: of infinities and NaN they are the largest.
 inline int32_t largest_bits(const float* x, int64_t count) {
     const int64_t whole = count / LANES * LANES;
@@ -116,77 +114,6 @@ template <class T> inline void float_product(const ProductJob& job) {
     int64_t token = 0;
     for (; token + 4 <= job.tokens; token += 4) float_rows<T, 4>(job, token);
     for (; token < job.tokens; ++token) float_rows<T, 1>(job, token);
-}
-
-// scores = q k' of one head, KEYS keys at a time.
-template <class T, int KEYS> inline void scores_of(const float* q, const T* keys, int64_t padded, float* scores) {
-    Floats sum[KEYS] = {};
-    for (int64_t i = 0; i < padded; i += LANES) {
-        const Floats query = load(q + i);
-#pragma GCC unroll 4
-        for (int k = 0; k < KEYS; ++k) sum[k] = fused(widen(keys + k * padded + i), query, sum[k]);
-    }
-#pragma GCC unroll 4
-    for (int k = 0; k < KEYS; ++k) scores[k] = sum_of(sum[k]);
-}
-
-// e^(score - the largest), soft-capped where there is a cap; places from `count` on become 0. Returns their sum.
-inline float exponentials(float* scores, int64_t count, int64_t places, float cap) {
-    for (int64_t t = count; t < places; ++t) scores[t] = -3.0e38f;
-    Floats largest = all(-3.0e38f), total{};
-    for (int64_t t = 0; t < places; t += LANES) {
-        Floats value = load(scores + t);
-        if (cap > 0) store(scores + t, value = cap * hyperbolic_tangent(value / cap));
-        largest = larger(largest, value);
-    }
-    const Floats top = all(largest_of(largest));
-    for (int64_t t = 0; t < places; t += LANES) {
-        Floats value = exponential(load(scores + t) - top);
-        if (t + LANES > count)
-            for (int64_t j = 0; j < LANES; ++j) value[j] = t + j < count ? value[j] : 0.0f;
-        total += value;
-        store(scores + t, value);
-    }
-    return sum_of(total);
-}
-
-// y = the sum of values, weighted; VECTORS * LANES of their columns at a time.
-template <class T, int VECTORS>
-inline void weighted(const float* weights, float scale, const T* values, int64_t count, int64_t padded, float* y) {
-    Floats sum[VECTORS] = {};
-    for (int64_t t = 0; t < count; ++t) {
-        const Floats weight = all(weights[t]);
-#pragma GCC unroll 8
-        for (int i = 0; i < VECTORS; ++i) sum[i] = fused(weight, widen(values + t * padded + i * LANES), sum[i]);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < VECTORS; ++i) store(y + i * LANES, sum[i] * scale);
-}
-
-// softmax(scale q k', soft-capped) v of one group of heads.
-template <class T> inline void attend_in(const AttentionJob& job) {
-    const int64_t count = job.end - job.begin, places = round_up(count, 16), padded = job.padded;
-    float *scores = job.room, *query = scores + places, *sums = query + padded;
-    const T *keys = static_cast<const T*>(job.k) + job.begin * padded, *values = static_cast<const T*>(job.v) + job.begin * padded;
-    for (int64_t h = 0; h < job.heads; ++h) {
-        for (int64_t i = 0; i < padded; ++i) query[i] = i < job.head ? job.q[h * job.head + i] * job.scale : 0.0f;
-        int64_t t = 0, i = 0;
-        for (; t + 4 <= count; t += 4) scores_of<T, 4>(query, keys + t * padded, padded, scores + t);
-        for (; t < count; ++t) scores_of<T, 1>(query, keys + t * padded, padded, scores + t);
-        if (job.k_scales)
-            for (int64_t j = 0; j < count; ++j) scores[j] *= job.k_scales[job.begin + j];
-        const float inverse = 1.0f / exponentials(scores, count, places, job.cap);
-        if (job.v_scales)
-            for (int64_t j = 0; j < count; ++j) scores[j] *= job.v_scales[job.begin + j];
-        for (; i + 4 * LANES <= padded; i += 4 * LANES) weighted<T, 4>(scores, inverse, values + i, count, padded, sums + i);
-        for (; i < padded; i += LANES) weighted<T, 1>(scores, inverse, values + i, count, padded, sums + i);
-        std::memcpy(job.y + h * job.head, sums, size_t(job.head) * sizeof(float));
-    }
-}
-inline void attend(const AttentionJob& job, int64_t bits) {
-    if (bits == 8) return attend_in<int8_t>(job);
-    if (bits == 16) return attend_in<bf16>(job);
-    attend_in<float>(job);
 }
 
 inline void product(const ProductJob& job) {

@@ -97,7 +97,7 @@ class Decoder {
         for (int64_t i = int64_t(rooms.size()); i < threads; ++i) {
             rooms.emplace_back(new Room);
             rooms.back()->rows.resize(size_t(room_for(widest)));
-            rooms.back()->scores.resize(size_t(round_up(shape.context, 16) + 2 * padded));
+            rooms.back()->scores.resize(size_t(attention_room(shape.context, padded)));
         }
         pool.grow(threads);
         pool.wake(threads);
