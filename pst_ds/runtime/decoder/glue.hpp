@@ -47,14 +47,18 @@ inline void quantize(const Matrix& m, const float* x, int64_t token, Activations
             std::memset(q + begin, 0, size_t(count) * sizeof(int16_t));
         else
             round_to_integers(x + begin, count, inverse, q + begin);
+        if (WORDS_FIRST) continue;  // these kernels take a matrix's offsets instead of sums
         int32_t sum = 0;
         for (int64_t i = begin; i < begin + count; ++i) sum += q[i];
         to.sums[size_t(token * to.chunks + c)] = sum;
     }
     const int64_t stride = to.stride;  // not read again after every byte, which might alias it
     std::memset(q + m.columns, 0, size_t(stride - m.columns) * sizeof(int16_t));
-    for (int64_t i = 0; i < stride; ++i) low[i] = uint8_t(q[i]);
-    for (int64_t i = 0; i < stride; ++i) high[i] = uint8_t((uint16_t(q[i]) >> 8) ^ (WORDS_FIRST ? 0x80 : 0));
+#pragma GCC ivdep
+    for (int64_t i = 0; i < stride; ++i) {
+        low[i] = uint8_t(q[i]);
+        high[i] = uint8_t((uint16_t(q[i]) >> 8) ^ (WORDS_FIRST ? 0x80 : 0));
+    }
 }
 
 inline void rms_norm(const float* x, const float* gain, float epsilon, int64_t width, float* y) {
