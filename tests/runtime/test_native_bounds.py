@@ -10,9 +10,7 @@ import faulthandler
 import mmap
 import os
 import random
-import shutil
 import signal
-import subprocess
 import traceback
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import pytest
 import torch
 
 from pst_ds.runtime import native
+from tests.sanitizers import run_sanitized
 
 COLUMNS = [1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129, 130, 255, 256, 257, 300, 4097, 4160]
 ROWS = [1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 64, 65, 257, 300]
@@ -112,24 +111,8 @@ def test_a_guard_page_is_a_fault(offset):
     assert in_child(touch) == -signal.SIGSEGV
 
 
-def compiled_driver(folder):
-    """The driver with sanitizers; skips where the compiler has none."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    made = folder / "driver"
-    flags = ["-std=c++17", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    (folder / "empty.cpp").write_text("int main() {}\n")
-    tried = subprocess.run([compiler, *flags, folder / "empty.cpp", "-o", made], capture_output=True, text=True)
-    if tried.returncode:
-        pytest.skip(f"{compiler} has no sanitizers: {tried.stderr[-300:]}")
-    subprocess.run([compiler, *flags, "-march=native", "-fopenmp", DRIVER, "-o", made], check=True)
-    return made
-
-
 def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path):
-    driver = compiled_driver(tmp_path)
-    done = subprocess.run([driver, "200", "1"], capture_output=True, text=True)
+    done = run_sanitized(DRIVER, tmp_path, "200", "1", flags=["-march=native", "-fopenmp"])
     assert (done.returncode, done.stderr) == (0, ""), done.stdout[-2000:] + done.stderr[-5000:]
     assert done.stdout.endswith(" 0 wrong\n")
     assert done.stdout.startswith("200 cases, ")

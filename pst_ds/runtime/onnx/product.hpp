@@ -1,7 +1,7 @@
 // y = activation(x W' + bias) with a sparse W: every non-zero times a panel of activations that lie side by side. Included
 // once for each instruction set, after vectors.hpp and a transpose(): no #pragma once.
 
-constexpr int MOST_VECTORS = 6;                     // of activations at a time, as many sums in registers
+constexpr int MOST_VECTORS = LANES == 16 ? 4 : 6;  // of activations at a time, as many sums in registers
 constexpr int64_t PANEL = int64_t(MOST_VECTORS) * LANES;
 
 // Where activations or results of one panel lie: `tokens` rows of `width` floats, at most PANEL of them.
@@ -52,26 +52,18 @@ inline void add(Ints& sum, const Stream::Entry& entry, const float* x) {
 
 // Sums of VECTORS vectors of tokens over the entries of a row. Two sums of each where there are few: a sum waits for itself.
 template <int VECTORS, class Sum>
-inline void add_entries(const Stream::Entry* at, const Stream::Entry* end, const char* panel, Sum (&sum)[VECTORS]) {
-    if (VECTORS <= 3) {
-        Sum other[VECTORS] = {};
-        for (; at + 2 <= end; at += 2) {
-            const float *x = reinterpret_cast<const float*>(panel + at[0].offset);
-            const float *z = reinterpret_cast<const float*>(panel + at[1].offset);
+inline void add_entries(const Stream::Row& row, const char* panel, Sum (&sum)[VECTORS]) {
+    Sum other[VECTORS] = {};
+    for (const Stream::Entry* at = row.begin; at < row.end; at += 2) {
+        const float *x = reinterpret_cast<const float*>(panel + at[0].offset);
+        const float *z = reinterpret_cast<const float*>(panel + at[1].offset);
 #pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; ++v) {
-                add(sum[v], at[0], x + v * LANES);
-                add(other[v], at[1], z + v * LANES);
-            }
-        }
+        for (int v = 0; v < VECTORS; ++v) add(sum[v], at[0], x + v * LANES);
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) sum[v] += other[v];
+        for (int v = 0; v < VECTORS; ++v) add(VECTORS <= 3 ? other[v] : sum[v], at[1], z + v * LANES);
     }
-    for (; at < end; ++at) {
-        const float* x = reinterpret_cast<const float*>(panel + at->offset);
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) add(sum[v], *at, x + v * LANES);
-    }
+    for (int v = 0; v < VECTORS && VECTORS <= 3; ++v) sum[v] += other[v];
 }
 
 // A panel of activations, and what is done to its sums.
@@ -92,22 +84,23 @@ void rows_times_panel(const Stream& w, int64_t first, int64_t last, const Panel&
     for (int64_t chunk = 0; chunk < w.chunks; ++chunk) {
         const char* x = reinterpret_cast<const char*>(panel.x + chunk * w.chunk * PANEL);
         const bool is_last = chunk + 1 == w.chunks;
-        for (int64_t row = first; row < last; ++row) {
-            float* to = out + (row - first) * PANEL;
+        for (int64_t place = first; place < last; ++place) {
+            const Stream::Row of = w.at(chunk, place);
+            float* to = out + (of.row - first) * PANEL;
             Sum sum[VECTORS] = {};
             if (chunk)
 #pragma GCC unroll 8
                 for (int v = 0; v < VECTORS; ++v) sum[v] = (Sum)load(to + v * LANES);
-            add_entries<VECTORS>(w.begin(chunk, row), w.end(chunk, row), x, sum);
+            add_entries<VECTORS>(of, x, sum);
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v)
-                store(to + v * LANES, is_last ? activate(panel.activation, scaled(sum[v], w, panel, row, v) + (panel.bias ? panel.bias[row] : 0.0f))
+                store(to + v * LANES, is_last ? activate(panel.activation, scaled(sum[v], w, panel, of.row, v) + (panel.bias ? panel.bias[of.row] : 0.0f))
                                               : (Floats)sum[v]);
         }
     }
 }
 
-// Rows [first, last) of the results of one panel of activations.
+// Rows [first, last) of the results of one panel of activations; both are multiples of a group, or the last the end.
 template <class Sum>
 void multiply_panel(const Stream& w, int64_t first, int64_t last, const Panel& panel, int64_t tokens, float* out) {
     switch ((tokens + LANES - 1) / LANES) {
@@ -115,8 +108,8 @@ void multiply_panel(const Stream& w, int64_t first, int64_t last, const Panel& p
         case 2: return rows_times_panel<2, Sum>(w, first, last, panel, out);
         case 3: return rows_times_panel<3, Sum>(w, first, last, panel, out);
         case 4: return rows_times_panel<4, Sum>(w, first, last, panel, out);
-        case 5: return rows_times_panel<5, Sum>(w, first, last, panel, out);
-        default: return rows_times_panel<6, Sum>(w, first, last, panel, out);
+        case 5: return rows_times_panel<MOST_VECTORS < 5 ? MOST_VECTORS : 5, Sum>(w, first, last, panel, out);
+        default: return rows_times_panel<MOST_VECTORS, Sum>(w, first, last, panel, out);
     }
 }
 
@@ -166,7 +159,7 @@ bool sparse_product(const Stream& w, const float* x, int64_t tokens, const float
     static thread_local Scratch shared;
     const int64_t panels = (tokens + PANEL - 1) / PANEL, size = (w.width() + 1) * PANEL;  // a panel, and its scales
     const int64_t parts = panels >= ENOUGH ? 1 : (ENOUGH + panels - 1) / panels;
-    const int64_t step = round_up((w.rows + parts - 1) / parts, LANES);
+    const int64_t step = round_up((w.rows + parts - 1) / parts, Stream::GROUP);
     const auto tokens_of = [&](int64_t panel) { return panel + 1 < panels ? PANEL : tokens - panel * PANEL; };
     std::atomic<bool> done{true};
     const auto pack = [&](int64_t panel, float* to) {

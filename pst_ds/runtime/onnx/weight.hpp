@@ -1,8 +1,13 @@
 // A sparse matrix as its product wants it, made once from the parts in the file.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
 
 #include "../kernels/common.hpp"
 
@@ -24,7 +29,8 @@ struct Parts {
     int64_t group_size() const { return groups ? (cols + groups - 1) / groups : cols; }
 };
 
-// Its non-zeros, cut into chunks of columns whose activations fit the first cache, each row by row.
+// Its non-zeros, cut into chunks of columns whose activations fit the first cache. In a chunk rows are taken in groups, and
+// in a group by how many entries they have, so that a processor foresees where a row's loop ends.
 //
 // Codes of 8 bits with a scale a row may be taken two columns at a time, as 16-bit integers whose products are summed
 // exactly in 32 bits: a pair with anything in it is one entry. All else is summed in fp32, an entry for each value.
@@ -37,6 +43,12 @@ class Stream {
         };
         uint32_t offset;  // in bytes, of the column or pair in a panel of activations
     };
+    // A row's entries: an even number of them, the last one zero where the row has an odd number.
+    struct Row {
+        int64_t row;
+        const Entry *begin, *end;
+    };
+    static constexpr int64_t GROUP = 64;  // rows
     int64_t rows = 0, cols = 0, chunk = 0, chunks = 0;  // a chunk is so many columns or pairs
     bool in_pairs = false;
     float limit = 0;  // the largest 16-bit activation whose sums stay within 32 bits
@@ -52,10 +64,9 @@ class Stream {
             in_pairs = pays_in_pairs(parts);
             for (int64_t row = 0; in_pairs && row < rows; ++row) row_scales.push_back(widen(parts.scales[row]));
         }
-        chunk = CHUNK_BYTES / (panel * 4), chunks = (width() + chunk - 1) / chunk;
-        std::vector<std::vector<Entry>> of_chunk;
-        std::vector<std::vector<uint32_t>> ends;
-        of_chunk.resize(size_t(chunks)), ends.resize(size_t(chunks));
+        const int64_t most = std::max<int64_t>(1, chunk_bytes() / (panel * 4));
+        chunks = (width() + most - 1) / most, chunk = chunks ? (width() + chunks - 1) / chunks : most;
+        std::vector<std::vector<Entry>> found(size_t(rows * chunks));  // of a row and a chunk
         double largest_sum = 1;
         for (int64_t row = 0, at = 0; row < rows; ++row) {
             if (!expand(parts, row, at, dense.data())) return false;
@@ -70,21 +81,30 @@ class Stream {
                     entry.value = dense[size_t(unit)];
                 if (in_pairs ? entry.pair == 0 : entry.value == 0) continue;
                 entry.offset = uint32_t(unit % chunk * panel * 4);
-                of_chunk[size_t(unit / chunk)].push_back(entry);
+                found[size_t(row * chunks + unit / chunk)].push_back(entry);
             }
             largest_sum = sum > largest_sum ? sum : largest_sum;
-            for (int64_t c = 0; c < chunks; ++c) ends[size_t(c)].push_back(uint32_t(of_chunk[size_t(c)].size()));
             if (row + 1 == rows && at != parts.count) return false;
         }
         limit = float(std::fmin(32767.0, std::floor(2147483647.0 / largest_sum)));
-        join(of_chunk, ends);
+        join(found);
         return rows > 0 || parts.count == 0;
     }
-    const Entry* begin(int64_t chunk_index, int64_t row) const { return entries_.data() + starts_[size_t(chunk_index * rows + row)]; }
-    const Entry* end(int64_t chunk_index, int64_t row) const { return entries_.data() + starts_[size_t(chunk_index * rows + row + 1)]; }
+    // The row in a place of a chunk: places of a group hold the rows of that group.
+    Row at(int64_t chunk_index, int64_t place) const {
+        const size_t i = size_t(chunk_index * rows + place);
+        return {order_[i], entries_.data() + starts_[i], entries_.data() + starts_[i + 1]};
+    }
 
    private:
-    static constexpr int64_t CHUNK_BYTES = 24 << 10;
+        // What of activations stays in the first cache beside all else.
+    static int64_t chunk_bytes() {
+        int64_t cache = 0;
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+        cache = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#endif
+        return (cache >= 16 << 10 ? cache : 32 << 10) / 4 * 3;
+    }
 
     // An entry of a pair takes as long as one of a value; where they are few, sums in fp32 are as fast, and round less.
     static bool pays_in_pairs(const Parts& parts) {
@@ -120,19 +140,32 @@ class Stream {
         return true;
     }
 
-    // Puts the chunks one after the other. ends: of every chunk and row, its entries in the chunk so far.
-    void join(const std::vector<std::vector<Entry>>& of_chunk, const std::vector<std::vector<uint32_t>>& ends) {
-        uint32_t base = 0;
-        starts_.push_back(0);
-        for (size_t c = 0; c < of_chunk.size(); ++c) {
-            for (uint32_t end : ends[c]) starts_.push_back(base + end);
-            entries_.insert(entries_.end(), of_chunk[c].begin(), of_chunk[c].end());
-            base += uint32_t(of_chunk[c].size());
+    // Puts the chunks one after the other.
+    void join(std::vector<std::vector<Entry>>& found) {
+        size_t count = 0;
+        for (std::vector<Entry>& of_row : found) {
+            if (of_row.size() % 2) of_row.push_back({{0.0f}, of_row.back().offset});
+            count += of_row.size();
         }
+        entries_.reserve(count), starts_.reserve(size_t(rows * chunks + 1)), order_.reserve(size_t(rows * chunks));
+        const auto of = [&](int64_t c, int64_t row) -> const std::vector<Entry>& { return found[size_t(row * chunks + c)]; };
+        for (int64_t c = 0; c < chunks; ++c)
+            for (int64_t first = 0; first < rows; first += GROUP) {
+                const size_t begin = order_.size();
+                for (int64_t row = first; row < std::min(rows, first + GROUP); ++row) order_.push_back(int32_t(row));
+                std::stable_sort(order_.begin() + int64_t(begin), order_.end(),
+                                 [&](int32_t a, int32_t b) { return of(c, a).size() < of(c, b).size(); });
+                for (size_t i = begin; i < order_.size(); ++i) {
+                    starts_.push_back(uint32_t(entries_.size()));
+                    entries_.insert(entries_.end(), of(c, order_[i]).begin(), of(c, order_[i]).end());
+                }
+            }
+        starts_.push_back(uint32_t(entries_.size()));
     }
 
     std::vector<Entry> entries_;
-    std::vector<uint32_t> starts_;  // of every row of every chunk, in order, and the end
+    std::vector<uint32_t> starts_;  // of every place of every chunk, in order, and the end
+    std::vector<int32_t> order_;    // the row in every place
 };
 
 }  // namespace pst
