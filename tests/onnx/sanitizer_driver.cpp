@@ -4,6 +4,7 @@
 
 #define PST_ONNX_WITHOUT_NODES
 #include "../../pst_ds/runtime/onnx/operators.cpp"
+#include "../../pst_ds/runtime/onnx/codes.hpp"
 
 #include <cstdio>
 #include <memory>
@@ -98,7 +99,7 @@ Weight random_weight(Random& random, int64_t rows, int64_t cols) {
         static constexpr int64_t panel = pst::space::PANEL;                                                         \
         template <class... A> static bool product(const A&... a) { return pst::space::sparse_product(a...); }       \
         template <class... A> static void layer_norm(const A&... a) { pst::space::layer_norm(a...); }               \
-        static bool attention(const pst::AttentionJob& job) { return pst::space::attention(job, Serial{}); }        \
+        static bool attention(const pst::AttentionCall& job) { return pst::space::attention(job, Serial{}); }        \
     }
 PST_SET(onnx_portable);
 #if PST_X86
@@ -112,6 +113,23 @@ template <class Call> void for_each_set(const Call& call) {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) call(onnx_avx2_set{});
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")) call(onnx_avx512_set{});
 #endif
+}
+
+void product_of_codes(const Weight& w, const Exact<float>& x, const float* bias, int64_t tokens) {
+    const int64_t rows = w.parts.rows, cols = w.parts.cols;
+    pst::CodeProduct codes;
+    Exact<float> y = exact<float>(tokens * rows);
+    if (!codes.make(w.parts)) ++wrong;
+    codes.multiply(x.get(), tokens, bias, 0, y.get(), Serial{});
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t r = 0; r < rows; ++r) {
+            double sum = bias ? bias[r] : 0, size = 0;
+            for (int64_t c = 0; c < cols; ++c) {
+                sum += double(x[t * cols + c]) * w.dense[r * cols + c];
+                size += std::fabs(w.dense[r * cols + c]);
+            }
+            expect(y[t * rows + r], sum, size * 1e-4 + 1e-5, "product of codes");
+        }
 }
 
 void product(Random& random) {
@@ -135,10 +153,13 @@ void product(Random& random) {
                 expect(y[t * rows + r], sum, size * (stream.in_pairs ? 4e-5 : 2e-6) + 1e-5, "product");
             }
     });
+    if (pst::CodeProduct::pays(w.parts)) product_of_codes(w, x, has_bias ? bias.get() : nullptr, tokens);
     if (w.parts.count) {  // a value too few
         --w.parts.count;
         pst::Stream stream;
+        pst::CodeProduct codes;
         if (stream.make(w.parts, 48)) ++wrong;
+        if (w.parts.kind >= pst::Parts::CODES8 && codes.make(w.parts)) ++wrong;
     }
 }
 
@@ -163,7 +184,7 @@ void attention(Random& random) {
     Exact<float> mask = numbers(random, queries * keys);
     for_each_set([&](auto set) {
         Exact<float> y = exact<float>(queries * 2 * head);
-        pst::AttentionJob job{q.get(), k.get(), v.get(), mask.get(), y.get(), 1, queries, keys, 2, 2, head,
+        pst::AttentionCall job{q.get(), k.get(), v.get(), mask.get(), y.get(), 1, queries, keys, 2, 2, head,
                               width, width, width, 2 * head, 0, 0, keys, 0.3f};
         if (!set.attention(job)) ++wrong;
         for (int64_t h = 0; h < 2; ++h)

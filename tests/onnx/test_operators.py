@@ -61,14 +61,16 @@ def product(run_node, x, form, weight, bias=None, activation=0, threads=1):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("density", [0.2, 0.6])
 @pytest.mark.parametrize("shape", [(1, 32, 1), (7, 64, 5), (24, 96, 48), (70, 128, 100), (33, 1056, 17)])
-def test_a_sparse_product_is_that_of_the_dense_weight(run_node, form, shape):
+def test_a_sparse_product_is_that_of_the_dense_weight(run_node, form, density, shape):
     rows, columns, tokens = shape
     packing, dtype = FORMS[form]
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1))
-    y, dense = product(run_node, x, packing, sparse(rows, columns, dtype=dtype))
+    y, dense = product(run_node, x, packing, sparse(rows, columns, density, dtype=dtype))
     wanted = x.double() @ dense.double().t()
-    rounded = x.abs().amax(1, keepdim=True) / 32767 / 2 * dense.abs().sum(1) if "int8" in form else torch.zeros(1)
+    levels = min(32767, (2**31 - 1) // (127 * columns))  # of activations, so that no sum of codes overflows
+    rounded = x.abs().amax(1, keepdim=True) / levels / 2 * dense.abs().sum(1) if "int" in form else torch.zeros(1)
     assert bool(((y - wanted).abs() <= rounded + 1e-5 * math.sqrt(columns)).all())
 
 
@@ -93,6 +95,18 @@ def test_columns_need_not_fill_bytes_or_chunks(run_node, columns):
     y, dense = product(run_node, x, FORMATS["bitmask"], sparse(19, columns, density=0.6))
     assert y.shape == (2, 11, 19)
     torch.testing.assert_close(y, x @ dense.t(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_dense_codes_get_bias_and_activation(run_node, activation, tokens):
+    """On an odd number of rows, of which threads take parts; 300 tokens are more than go at a time."""
+    x = torch.randn(tokens, 96, generator=torch.Generator().manual_seed(1))
+    bias = torch.randn(77, generator=torch.Generator().manual_seed(2))
+    weight = sparse(77, 96, density=0.6)
+    y, dense = product(run_node, x, QuantizedFormat("bitmask", Grid(8, None)), weight, bias, activation, threads=3)
+    wanted = ACTIVATIONS[activation](x.double() @ dense.double().t() + bias)
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=3e-3)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

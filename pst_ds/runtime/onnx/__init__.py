@@ -16,8 +16,12 @@ SOURCE = NativeSource(
     _FOLDER / "operators.cpp",
     {},
     "operators for ONNX Runtime",
-    flags=("-std=c++17", "-O3", "-Wno-psabi", "-fvisibility=hidden"),
-    headers=(*sorted(_FOLDER.glob("*.hpp")), _FOLDER.parent / "kernels" / "common.hpp"),
+    flags=("-std=c++17", "-O3", "-Wno-psabi", "-fno-math-errno", "-fvisibility=hidden"),
+    headers=(
+        *sorted(_FOLDER.glob("*.hpp")),
+        *sorted((_FOLDER.parent / "decoder").glob("*.hpp")),
+        _FOLDER.parent / "kernels" / "common.hpp",
+    ),
     prebuilt=_FOLDER.parent / f"_onnx_operators{sysconfig.get_config_var('EXT_SUFFIX')}",
     announce=True,
 )

@@ -135,7 +135,7 @@ inline bool attend(const Head& q, const Head& k, const Head& v, int64_t num_quer
 }
 
 // All heads of all sequences. False without memory.
-template <class Parallel> bool attention(const AttentionJob& job, const Parallel& parallel) {
+template <class Parallel> bool attention(const AttentionCall& job, const Parallel& parallel) {
     std::atomic<bool> done{true};
     parallel(job.batch * job.heads, [&](int64_t piece) {
         const int64_t b = piece / job.heads, h = piece % job.heads, shared = h * job.key_value_heads / job.heads;

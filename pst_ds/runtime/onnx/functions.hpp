@@ -24,7 +24,7 @@ struct Parallel {
 
 // q, k, v and y: (batch, queries or keys, width) with heads of `head` floats side by side, the first at a column given by
 // the pointer. mask: added to the scores, (batch, heads, queries, keys) with a stride of 0 where it is shared; or null.
-struct AttentionJob {
+struct AttentionCall {
     const float *q, *k, *v, *mask;
     float* y;
     int64_t batch, queries, keys, heads, key_value_heads, head;
@@ -33,13 +33,13 @@ struct AttentionJob {
     float scale;
 };
 
-struct Functions {
+struct OperatorTable {
     int64_t panel;  // activations side by side, for Stream::make
     bool (*product)(const Stream&, const float* x, int64_t tokens, const float* bias, int64_t activation, float* y,
                     const Parallel&);
     void (*layer_norm)(const float* x, const float* skip, const float* gain, const float* shift, float epsilon,
                        int64_t width, float* y, float* sum);
-    bool (*attention)(const AttentionJob&, const Parallel&);
+    bool (*attention)(const AttentionCall&, const Parallel&);
 };
 
 }  // namespace pst

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "codes.hpp"
 #include "functions.hpp"
 
 namespace pst {
@@ -135,7 +136,9 @@ class SparseLinear {
             require(values.type == ort::FLOAT || values.type == ort::BFLOAT16, "the values of SparseLinear are fp32 or bf16");
             if (values.type == ort::BFLOAT16) parts.kind = Parts::BF16;
         }
-        require(weight_.make(parts, functions().panel), "the mask of SparseLinear keeps another number of values than there are");
+        rows_ = parts.rows, columns_ = parts.cols;
+        const bool fits = CodeProduct::pays(parts) ? codes_.make(parts) : entries_.make(parts, operators().panel);
+        require(fits, "the mask of SparseLinear keeps another number of values than there are");
         if (bias) {
             require(bias.type == ort::FLOAT && bias.numel() == parts.rows, "the bias of SparseLinear is (rows,) fp32");
             bias_.assign(bias.as<float>(), bias.as<float>() + parts.rows);
@@ -144,18 +147,20 @@ class SparseLinear {
 
     void compute(const Call& call) const {
         const Tensor x = call.input(0);
-        require(x.type == ort::FLOAT && !x.shape.empty() && x.width() == weight_.cols, "x of SparseLinear is (..., columns) fp32");
+        require(x.type == ort::FLOAT && !x.shape.empty() && x.width() == columns_, "x of SparseLinear is (..., columns) fp32");
         std::vector<int64_t> shape = x.shape;
-        shape.back() = weight_.rows;
+        shape.back() = rows_;
         float* y = call.output(0, shape);
         if (!y || !x.numel()) return;
-        if (!functions().product(weight_, x.as<float>(), x.rows(), bias_.empty() ? nullptr : bias_.data(), activation_, y, call.parallel))
-            throw std::bad_alloc();
+        const float* bias = bias_.empty() ? nullptr : bias_.data();
+        if (codes_) return codes_.multiply(x.as<float>(), x.rows(), bias, activation_, y, call.parallel);
+        if (!operators().product(entries_, x.as<float>(), x.rows(), bias, activation_, y, call.parallel)) throw std::bad_alloc();
     }
 
    private:
-    int64_t activation_;
-    Stream weight_;
+    int64_t activation_, rows_ = 0, columns_ = 0;
+    CodeProduct codes_;  // one of the two
+    Stream entries_;
     std::vector<float> bias_;
 };
 
@@ -178,7 +183,7 @@ class SkipLayerNorm {
         const int64_t rows = x.rows(), step = 32;
         call.parallel((rows + step - 1) / step, [&](int64_t piece) {
             for (int64_t row = piece * step; row < rows && row < (piece + 1) * step; ++row)
-                functions().layer_norm(x.as<float>() + row * width, skip ? skip.as<float>() + row * width : nullptr,
+                operators().layer_norm(x.as<float>() + row * width, skip ? skip.as<float>() + row * width : nullptr,
                                        gain.as<float>(), shift ? shift.as<float>() : nullptr, epsilon_, width,
                                        y + row * width, sum ? sum + row * width : nullptr);
         });
@@ -207,21 +212,21 @@ class Attention {
         require(fits(q, q_at_, heads_) && fits(k, k_at_, key_value_heads_) && fits(v, v_at_, key_value_heads_) &&
                     q.shape[0] == k.shape[0] && k.shape[0] == v.shape[0] && k.shape[1] == v.shape[1],
                 "q, k and v of Attention are (batch, tokens, heads x head_size) fp32");
-        AttentionJob job{};
+        AttentionCall job{};
         job.batch = q.shape[0], job.queries = q.shape[1], job.keys = k.shape[1];
         job.heads = heads_, job.key_value_heads = key_value_heads_, job.head = head_, job.scale = scale_;
         job.q_width = q.width(), job.k_width = k.width(), job.v_width = v.width(), job.y_width = heads_ * head_;
         job.q = q.as<float>() + q_at_, job.k = k.as<float>() + k_at_, job.v = v.as<float>() + v_at_;
         if (mask) add_mask(mask, job);
         job.y = call.output(0, {job.batch, job.queries, job.y_width});
-        if (job.y && job.batch && job.queries && !functions().attention(job, call.parallel)) throw std::bad_alloc();
+        if (job.y && job.batch && job.queries && !operators().attention(job, call.parallel)) throw std::bad_alloc();
     }
 
    private:
     bool fits(const Tensor& x, int64_t at, int64_t heads) const {
         return x.type == ort::FLOAT && x.shape.size() == 3 && x.width() >= at + heads * head_;
     }
-    void add_mask(const Tensor& mask, AttentionJob& job) const {
+    void add_mask(const Tensor& mask, AttentionCall& job) const {
         const std::vector<int64_t> whole{job.batch, job.heads, job.queries, job.keys};
         bool holds = mask.type == ort::FLOAT && mask.shape.size() == 4 && mask.shape[3] == job.keys;
         for (int i = 0; holds && i < 3; ++i) holds = mask.shape[i] == whole[i] || mask.shape[i] == 1;

@@ -105,8 +105,8 @@ inline Ints add_pairs(Ints sum, Ints a, Ints b) {
 
 namespace pst {
 
-inline const Functions& functions() {
-    static const Functions best = [] {
+inline const OperatorTable& operators() {
+    static const OperatorTable best = [] {
 #if PST_X86
         __builtin_cpu_init();
         const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,3 +1,3 @@
 // The functions of one instruction set. Included once for each, last.
 
-inline Functions table() { return {PANEL, sparse_product<Parallel>, layer_norm, attention<Parallel>}; }
+inline OperatorTable table() { return {PANEL, sparse_product<Parallel>, layer_norm, attention<Parallel>}; }

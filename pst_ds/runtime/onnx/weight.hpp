@@ -29,6 +29,29 @@ struct Parts {
     int64_t group_size() const { return groups ? (cols + groups - 1) / groups : cols; }
 };
 
+// Row `row` at all its columns, zeros where nothing is kept; of codes times their scales if `scaled`. `at`: its first place
+// in the values, then the next row's. False where there are too few values.
+inline bool expand_row(const Parts& p, int64_t row, int64_t& at, float* out, bool scaled) {
+    int64_t in_row = 0;  // 4-bit codes begin a byte in every row
+    for (int64_t col = 0; col < p.cols; ++col) {
+        out[col] = 0;
+        if (!(p.mask[row * ((p.cols + 7) / 8) + col / 8] >> (col % 8) & 1)) continue;
+        const int64_t place = at + (p.kind == Parts::CODES4 ? in_row / 2 : in_row);
+        if (place >= p.count) return false;
+        const float scale = p.scales && scaled ? widen(p.scales[row * p.groups + col / p.group_size()]) : 1.0f;
+        switch (p.kind) {
+            case Parts::FP32: out[col] = static_cast<const float*>(p.values)[place]; break;
+            case Parts::BF16: out[col] = widen(static_cast<const bf16*>(p.values)[place]); break;
+            case Parts::CODES8: out[col] = float(static_cast<const int8_t*>(p.values)[place]) * scale; break;
+            case Parts::CODES4:
+                out[col] = float(nibble(static_cast<const uint8_t*>(p.values)[place], in_row & 1)) * scale;
+        }
+        ++in_row;
+    }
+    at += p.kind == Parts::CODES4 ? (in_row + 1) / 2 : in_row;
+    return true;
+}
+
 // Its non-zeros, cut into chunks of columns whose activations fit the first cache. In a chunk rows are taken in groups, and
 // in a group by how many entries they have, so that a processor foresees where a row's loop ends.
 //
@@ -69,7 +92,7 @@ class Stream {
         std::vector<std::vector<Entry>> found(size_t(rows * chunks));  // of a row and a chunk
         double largest_sum = 1;
         for (int64_t row = 0, at = 0; row < rows; ++row) {
-            if (!expand(parts, row, at, dense.data())) return false;
+            if (!expand_row(parts, row, at, dense.data(), !in_pairs)) return false;
             double sum = 0;
             for (int64_t unit = 0; unit < width(); ++unit) {
                 Entry entry{};
@@ -115,29 +138,6 @@ class Stream {
                 pairs += __builtin_popcount((bits | bits >> 1) & 0x55);
             }
         return double(pairs) < 0.9 * double(parts.count);
-    }
-
-    // Row `row` at all its columns, zeros where nothing is kept; its codes where they are in pairs. `at`: its first place
-    // in the values, then the next row's.
-    bool expand(const Parts& p, int64_t row, int64_t& at, float* out) const {
-        int64_t in_row = 0;  // 4-bit codes begin a byte in every row
-        for (int64_t col = 0; col < cols; ++col) {
-            out[col] = 0;
-            if (!(p.mask[row * ((cols + 7) / 8) + col / 8] >> (col % 8) & 1)) continue;
-            const int64_t place = at + (p.kind == Parts::CODES4 ? in_row / 2 : in_row);
-            if (place >= p.count) return false;
-            const float scale = p.scales && !in_pairs ? widen(p.scales[row * p.groups + col / p.group_size()]) : 1.0f;
-            switch (p.kind) {
-                case Parts::FP32: out[col] = static_cast<const float*>(p.values)[place]; break;
-                case Parts::BF16: out[col] = widen(static_cast<const bf16*>(p.values)[place]); break;
-                case Parts::CODES8: out[col] = float(static_cast<const int8_t*>(p.values)[place]) * scale; break;
-                case Parts::CODES4:
-                    out[col] = float(nibble(static_cast<const uint8_t*>(p.values)[place], in_row & 1)) * scale;
-            }
-            ++in_row;
-        }
-        at += p.kind == Parts::CODES4 ? (in_row + 1) / 2 : in_row;
-        return true;
     }
 
     // Puts the chunks one after the other.
