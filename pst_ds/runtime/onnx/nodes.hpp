@@ -278,13 +278,15 @@ class Embedding {
    private:
     void row_of_codes(int64_t id, float* y) const {
         const int64_t groups = scales_.width(), group = width_ / groups;
-        for (int64_t col = 0; col < width_; ++col) {
-            int code;
+        const int8_t* eight = values_.as<int8_t>() + id * values_.width();
+        const uint8_t* four = values_.as<uint8_t>() + id * values_.width();
+        for (int64_t g = 0; g < groups; ++g) {
+            const float scale = widen(scales_.as<bf16>()[id * groups + g]);
+            const int64_t first = g * group, last = first + group;
             if (bits_ == 8)
-                code = values_.as<int8_t>()[id * width_ + col];
+                for (int64_t col = first; col < last; ++col) y[col] = float(eight[col]) * scale;
             else
-                code = nibble(values_.as<uint8_t>()[id * values_.width() + col / 2], col & 1);
-            y[col] = float(code) * widen(scales_.as<bf16>()[id * groups + col / group]);
+                for (int64_t col = first; col < last; ++col) y[col] = float(nibble(four[col / 2], col & 1)) * scale;
         }
     }
     int64_t bits_, width_;
