@@ -150,7 +150,7 @@ void product(Random& random) {
                     sum += double(x[t * cols + c]) * w.dense[r * cols + c];
                     size += std::fabs(w.dense[r * cols + c]);
                 }
-                expect(y[t * rows + r], sum, size * (stream.in_pairs ? 4e-5 : 2e-6) + 1e-5, "product");
+                expect(y[t * rows + r], sum, size * (stream.form == pst::Form::PAIRS ? 4e-5 : 2e-6) + 1e-5, "product");
             }
     });
     if (pst::CodeProduct::pays(w.parts)) product_of_codes(w, x, has_bias ? bias.get() : nullptr, tokens);

@@ -44,23 +44,46 @@ inline void from_panel(const float* panel, int64_t first, int64_t last, const Ro
     }
 }
 
-// How a row of the weight meets activations: fp32 values, or pairs of integers.
-inline void add(Floats& sum, const Stream::Entry& entry, const float* x) { sum += entry.value * load(x); }
-inline void add(Ints& sum, const Stream::Entry& entry, const float* x) {
-    sum = add_pairs(sum, *reinterpret_cast<const Ints*>(x), Ints{} + int32_t(entry.pair));
-}
+// An entry's words, and how it meets activations.
+template <Form FORM> struct Entry;
+template <> struct Entry<Form::VALUES> {
+    static constexpr int WORDS = 2;
+    using Sum = Floats;
+    static size_t offset(const uint32_t* at) { return at[1]; }
+    static Floats factor(const uint32_t* at) { return (Floats)(Ints{} + int32_t(at[0])); }
+};
+template <> struct Entry<Form::CODES> {
+    static constexpr int WORDS = 1;
+    using Sum = Floats;
+    static size_t offset(const uint32_t* at) { return 8 * size_t(at[0] & 0xffff); }
+    static Floats factor(const uint32_t* at) { return (Floats)((Ints{} + int32_t(at[0])) & int32_t(0xffff0000)); }
+};
+template <> struct Entry<Form::PAIRS> {
+    static constexpr int WORDS = 1;
+    using Sum = Ints;
+    static size_t offset(const uint32_t* at) { return 8 * size_t(at[0] & 0xffff); }
+    static Ints factor(const uint32_t* at) {
+        const int8_t even = int8_t(at[0] >> 16), odd = int8_t(at[0] >> 24);
+        return Ints{} + int32_t(uint32_t(uint16_t(odd)) << 16 | uint16_t(even));
+    }
+};
+inline void add(Floats& sum, Floats factor, const float* x) { sum += factor * load(x); }
+inline void add(Ints& sum, Ints factor, const float* x) { sum = add_pairs(sum, *reinterpret_cast<const Ints*>(x), factor); }
 
 // Sums of VECTORS vectors of tokens over the entries of a row. Two sums of each where there are few: a sum waits for itself.
-template <int VECTORS, class Sum>
-inline void add_entries(const Stream::Row& row, const char* panel, Sum (&sum)[VECTORS]) {
+template <Form FORM, int VECTORS>
+inline void add_entries(const Stream::Row& row, const char* panel, typename Entry<FORM>::Sum (&sum)[VECTORS]) {
+    using Of = Entry<FORM>;
+    using Sum = typename Of::Sum;
     Sum other[VECTORS] = {};
-    for (const Stream::Entry* at = row.begin; at < row.end; at += 2) {
-        const float *x = reinterpret_cast<const float*>(panel + at[0].offset);
-        const float *z = reinterpret_cast<const float*>(panel + at[1].offset);
+    for (const uint32_t* at = row.begin; at < row.end; at += 2 * Of::WORDS) {
+        const uint32_t* next = at + Of::WORDS;
+        const float *x = reinterpret_cast<const float*>(panel + Of::offset(at)), *z = reinterpret_cast<const float*>(panel + Of::offset(next));
+        const Sum first = Of::factor(at), second = Of::factor(next);
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) add(sum[v], at[0], x + v * LANES);
+        for (int v = 0; v < VECTORS; ++v) add(sum[v], first, x + v * LANES);
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) add(VECTORS <= 3 ? other[v] : sum[v], at[1], z + v * LANES);
+        for (int v = 0; v < VECTORS; ++v) add(VECTORS <= 3 ? other[v] : sum[v], second, z + v * LANES);
     }
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS && VECTORS <= 3; ++v) sum[v] += other[v];
@@ -74,13 +97,16 @@ struct Panel {
     int64_t activation;
 };
 
-inline Floats scaled(Floats sum, const Stream&, const Panel&, int64_t, int) { return sum; }
+inline Floats scaled(Floats sum, const Stream& w, const Panel&, int64_t row, int) {
+    return w.form == Form::CODES ? sum * w.row_scales[size_t(row)] : sum;
+}
 inline Floats scaled(Ints sum, const Stream& w, const Panel& panel, int64_t row, int v) {
     return __builtin_convertvector(sum, Floats) * (w.row_scales[size_t(row)] * load(panel.token_scales + v * LANES));
 }
 
-template <int VECTORS, class Sum>
+template <Form FORM, int VECTORS>
 void rows_times_panel(const Stream& w, int64_t first, int64_t last, const Panel& panel, float* out) {
+    using Sum = typename Entry<FORM>::Sum;
     for (int64_t chunk = 0; chunk < w.chunks; ++chunk) {
         const char* x = reinterpret_cast<const char*>(panel.x + chunk * w.chunk * PANEL);
         const bool is_last = chunk + 1 == w.chunks;
@@ -91,7 +117,7 @@ void rows_times_panel(const Stream& w, int64_t first, int64_t last, const Panel&
             if (chunk)
 #pragma GCC unroll 8
                 for (int v = 0; v < VECTORS; ++v) sum[v] = (Sum)load(to + v * LANES);
-            add_entries<VECTORS>(of, x, sum);
+            add_entries<FORM, VECTORS>(of, x, sum);
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v)
                 store(to + v * LANES, is_last ? activate(panel.activation, scaled(sum[v], w, panel, of.row, v) + (panel.bias ? panel.bias[of.row] : 0.0f))
@@ -101,15 +127,15 @@ void rows_times_panel(const Stream& w, int64_t first, int64_t last, const Panel&
 }
 
 // Rows [first, last) of the results of one panel of activations; both are multiples of a group, or the last the end.
-template <class Sum>
+template <Form FORM>
 void multiply_panel(const Stream& w, int64_t first, int64_t last, const Panel& panel, int64_t tokens, float* out) {
     switch ((tokens + LANES - 1) / LANES) {
-        case 1: return rows_times_panel<1, Sum>(w, first, last, panel, out);
-        case 2: return rows_times_panel<2, Sum>(w, first, last, panel, out);
-        case 3: return rows_times_panel<3, Sum>(w, first, last, panel, out);
-        case 4: return rows_times_panel<4, Sum>(w, first, last, panel, out);
-        case 5: return rows_times_panel<MOST_VECTORS < 5 ? MOST_VECTORS : 5, Sum>(w, first, last, panel, out);
-        default: return rows_times_panel<MOST_VECTORS, Sum>(w, first, last, panel, out);
+        case 1: return rows_times_panel<FORM, 1>(w, first, last, panel, out);
+        case 2: return rows_times_panel<FORM, 2>(w, first, last, panel, out);
+        case 3: return rows_times_panel<FORM, 3>(w, first, last, panel, out);
+        case 4: return rows_times_panel<FORM, 4>(w, first, last, panel, out);
+        case 5: return rows_times_panel<FORM, MOST_VECTORS < 5 ? MOST_VECTORS : 5>(w, first, last, panel, out);
+        default: return rows_times_panel<FORM, MOST_VECTORS>(w, first, last, panel, out);
     }
 }
 
@@ -141,7 +167,7 @@ inline float to_pairs(const float* x, int64_t cols, float limit, float* out) {
 
 // The activations of one panel as its product takes them; `scales` (PANEL) are those of integers. False without memory.
 inline bool pack_panel(const Stream& w, const Rows& x, float* panel, float* scales) {
-    if (!w.in_pairs) return to_panel(x, panel), true;
+    if (w.form != Form::PAIRS) return to_panel(x, panel), true;
     static thread_local Scratch rounded;
     float* rows = rounded.get<float>(x.tokens * w.width());
     if (!rows) return false;
@@ -181,10 +207,10 @@ bool sparse_product(const Stream& w, const float* x, int64_t tokens, const float
         if (!in || !out) return done.store(false);
         if (!packed) pack(panel, in);
         const Panel activations{in, in + w.width() * PANEL, bias, activation};
-        if (w.in_pairs)
-            multiply_panel<Ints>(w, first, last, activations, tokens_of(panel), out);
-        else
-            multiply_panel<Floats>(w, first, last, activations, tokens_of(panel), out);
+        const auto multiply = w.form == Form::PAIRS   ? multiply_panel<Form::PAIRS>
+                              : w.form == Form::CODES ? multiply_panel<Form::CODES>
+                                                      : multiply_panel<Form::VALUES>;
+        multiply(w, first, last, activations, tokens_of(panel), out);
         from_panel(out, first, last, Rows{y + panel * PANEL * w.rows, tokens_of(panel), w.rows});
     });
     return done.load();
