@@ -98,18 +98,6 @@ def raise_on_all_ranks(action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-class BackgroundGroup:
-    """A second group of all ranks, over gloo, for objects that a thread exchanges while training uses the first.
-    Creating it is collective."""
-
-    def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() and world_size() > 1 else None
-
-    def all_gather(self, value: T) -> list[T]:
-        """Return the ``value`` of every rank, in order. Collective over the threads that use the group."""
-        return [value] if self._group is None else all_gather_objects(value, self._group)
-
-
 def _reduce(values: Tensor, param: nn.Parameter, op: dist.ReduceOp.RedOpType) -> Tensor:
     if zero3.num_shards(param) == 1:
         return values

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
+from pst_ds.checkpoint import own_part
 from pst_ds.checkpoint import writer as checkpoint_writer
 from pst_ds.checkpoint.format import CheckpointError, CheckpointState, read_checkpoint
 from pst_ds.checkpoint.restore import load_into, weight_scales
@@ -69,14 +70,12 @@ def _state(model, **changes):
 class _OneAfterAnother:
     """The group of ranks that save in this process, the last first."""
 
-    def __init__(self, reports):
-        self.reports = reports
+    def __init__(self, reports, world):
+        self.reports, self.world = reports, world
 
-    def all_gather(self, value):
-        if not hasattr(value, "digest"):
-            return [value]
-        self.reports.insert(0, value)
-        return self.reports
+    def decide(self, report, decision):
+        self.reports.insert(0, report)
+        return decision(self.reports) if len(self.reports) == self.world else ("", 0)
 
 
 def _save(folder, engine, world=1, **changes):
@@ -84,9 +83,10 @@ def _save(folder, engine, world=1, **changes):
     reports = []
     for own in reversed(range(world)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint_writer, "rank", lambda own=own: own)
-            patch.setattr(checkpoint_writer, "world_size", lambda: world)
-            patch.setattr(checkpoint_writer, "BackgroundGroup", lambda: _OneAfterAnother(reports))
+            for module in (checkpoint_writer, own_part):
+                patch.setattr(module, "rank", lambda own=own: own)
+                patch.setattr(module, "world_size", lambda: world)
+            patch.setattr(checkpoint_writer, "StoreGroup", lambda: _OneAfterAnother(reports, world))
             writer = CheckpointWriter(folder.parent, engine)
             writer.save(folder.name, _state(engine.module, **changes))
             written = writer.wait()

@@ -24,7 +24,8 @@ from pst_ds.config.toml import load_run
 from pst_ds.data.tasks.classification import Classification
 from pst_ds.errors import InputError
 from pst_ds.parallel.launch import LaunchEnvironment
-from pst_ds.parallel.ranks import BackgroundGroup, rank, world_size
+from pst_ds.parallel.ranks import rank, world_size
+from pst_ds.parallel.store_group import StoreGroup
 from pst_ds.train import run as run_module
 from pst_ds.train.checkpointer import CheckpointWriteError
 from pst_ds.train.divergence import DivergedError
@@ -298,15 +299,13 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks, tmp_path, num
 
 def test_a_checkpoint_that_is_there_is_not_said_to_have_failed(tmp_path, monkeypatch, capsys):
     """Another rank that is killed right after rank 0 gave the last checkpoint its name."""
-    all_gather = BackgroundGroup.all_gather
 
-    def cut_off(group, value):
-        if isinstance(value, tuple):  # the last exchange of a save
-            raise RuntimeError("Connection closed by peer")
-        return all_gather(group, value)
+    def cut_off(group, report, decision):
+        decision([report])
+        raise RuntimeError("Connection closed by peer")
 
     with monkeypatch.context() as patch:
-        patch.setattr(BackgroundGroup, "all_gather", cut_off)
+        patch.setattr(StoreGroup, "decide", cut_off)
         assert _train(tmp_path / "run")["steps"] == 20
     assert "could not be written" not in capsys.readouterr().err
     assert [n["step"] for n in _events(tmp_path / "run", "checkpoint")] == [4, 8, 12, 16, 20]

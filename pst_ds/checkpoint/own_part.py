@@ -1,0 +1,102 @@
+"""What one rank has of a checkpoint, copied between two steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.checkpoint.format import MASK, SCALES
+from pst_ds.checkpoint.restore import trainable
+from pst_ds.core.bits import pack_shard, shard_bytes, shard_range, unpack_range
+from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.layer import PSTLayer
+from pst_ds.parallel import optimizer_state, zero3
+from pst_ds.parallel.engine import Engine
+from pst_ds.parallel.optimizer_state import Fragment
+from pst_ds.parallel.ranks import rank, world_size
+
+
+class OwnPart:
+    """This rank's part of a checkpoint: 12 bytes for each of its trainable values, the bits of its masks and the bytes
+    of its scales, in the host's memory, which is kept for the next copy."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._named = trainable(engine.module)
+        self._layers = pst_layers(engine.module)
+        self.tensors: dict[str, Tensor] = {}
+        """Flat, under the names of the file."""
+        self.steps: dict[str, int] = {}
+        """Adam's steps of each parameter that it has values of."""
+        self.cuts: list[tuple[int, int, int]] = []
+        """(number of the parameter, first value, after the last) of its values, unless all are cut evenly."""
+
+    def copy(self, masks_of: OwnPart | None = None) -> None:
+        """Copy what the engine has now; the masks are those that ``masks_of`` has copied, if it is given, and are then
+        shared. Does not communicate."""
+        held = self._own_fragments()
+        self._copy_values(held)
+        if masks_of is not None:
+            self.tensors[MASK] = masks_of.tensors[MASK]
+        else:
+            self._copy_masks()
+        self._copy_scales()
+        self.steps = optimizer_state.adam_steps(self._engine, held)
+        self.cuts = []
+        if not optimizer_state.is_cut_evenly(param for _, param in self._named):
+            index = {name: i for i, (name, _) in enumerate(self._named)}
+            self.cuts = [(index[fragment.name], fragment.start, fragment.stop) for fragment in held]
+
+    def _own_fragments(self) -> list[Fragment]:
+        held = optimizer_state.local_fragments(self._engine, self._named)
+        if not optimizer_state.is_replicated(param for _, param in self._named):
+            return held
+        return [fragment.cut(*_even_share(fragment.stop)) for fragment in held]
+
+    def _copy_values(self, held: list[Fragment]) -> None:
+        sizes = [fragment.stop - fragment.start for fragment in held]
+        for kind in optimizer_state.KINDS:
+            parts = self._buffer(kind, sum(sizes), torch.float32).split(sizes)
+            if held:  # ZeRO-1 and 2 may leave a rank with none
+                torch._foreach_copy_(list(parts), optimizer_state.values(self._engine, held, kind))
+
+    def _copy_masks(self) -> None:
+        sizes = [shard_bytes(layer.layout.numel, world_size()) for layer in self._layers.values()]
+        parts = self._buffer(MASK, sum(sizes), torch.uint8).split(sizes)
+        for part, layer in zip(parts, self._layers.values(), strict=True):
+            part.copy_(_mask_share(layer))
+
+    def _copy_scales(self) -> None:
+        shares = [_scale_share(param) for layer in self._layers.values() if (param := layer.pst_scales) is not None]
+        if shares:
+            parts = self._buffer(SCALES, sum(share.numel() for share in shares), torch.uint8)
+            parts.copy_(torch.cat(shares))
+
+    def _buffer(self, key: str, count: int, dtype: torch.dtype) -> Tensor:
+        if key not in self.tensors or self.tensors[key].numel() != count:
+            self.tensors[key] = torch.empty(count, dtype=dtype)
+        return self.tensors[key]
+
+
+def _mask_share(layer: PSTLayer) -> Tensor:
+    """Return the bits of this rank's share of a mask: shard ``rank`` of as many as there are ranks."""
+    bits, numel = layer.pst_mask, layer.layout.numel
+    if zero3.is_partitioned(bits):
+        return zero3.shard_of(bits).values
+    start, stop = _even_share(numel)
+    num_bytes = shard_bytes(numel, world_size())
+    if layer.num_shards == 1 and start % 8 == 0 and stop - start == 8 * num_bytes:
+        return bits.detach()[start // 8 : start // 8 + num_bytes]
+    return pack_shard(unpack_range(bits.detach(), numel, layer.num_shards, start, stop), num_bytes)
+
+
+def _scale_share(param: nn.Parameter) -> Tensor:
+    """Return the bytes of this rank's share of a layer's scales."""
+    if zero3.is_partitioned(param):
+        return zero3.shard_of(param).values
+    return param.detach()[slice(*_even_share(param.numel()))]
+
+
+def _even_share(numel: int) -> tuple[int, int]:
+    """Return (first, after the last) of this rank's share of ``numel`` values, as ZeRO-3 cuts them."""
+    return shard_range(numel, world_size(), rank())

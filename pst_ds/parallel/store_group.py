@@ -1,0 +1,63 @@
+"""All ranks, over the store at which they met: for what threads exchange while training uses the process group."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from pst_ds.parallel.ranks import rank, world_size
+
+T = TypeVar("T")
+R = TypeVar("R")
+_numbers = itertools.count()
+
+
+class StoreGroup:
+    """Exchanges small objects of all ranks. Every rank has one connection to the store and none to another rank, so
+    that their number does not grow with the ranks, nor does it take a collective to connect them.
+
+    All ranks make their groups in the same order, and call the methods of one in the same order, in any thread.
+    """
+
+    def __init__(self) -> None:
+        self._store: dist.Store | None = None
+        if dist.is_initialized() and world_size() > 1:
+            # a connection of its own: one that waits would keep every other thread from using it
+            self._store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        self._name, self._round = f"pst_ds/{next(_numbers)}", 0
+
+    def decide(self, value: T, decision: Callable[[Sequence[T]], R]) -> R:
+        """Return on every rank what ``decision`` makes of the values of all ranks, in order, on rank 0, which alone
+        calls it; it must not raise. Collective. Raises torch.distributed.DistError after the process group's timeout
+        without a rank."""
+        if self._store is None:
+            return decision([value])
+        asked, answer = f"{self._name}/{self._round}/of-", f"{self._name}/{self._round}/answer"
+        self._round += 1
+        if rank():
+            self._store.set(asked + str(rank()), pickle.dumps(value))  # type: ignore[arg-type]
+            return pickle.loads(self._store.get(answer))
+        keys = [asked + str(other) for other in range(1, world_size())]
+        values = [value, *(pickle.loads(self._store.get(key)) for key in keys)]
+        for key in keys:
+            self._store.delete_key(key)
+        decided = decision(values)
+        self._store.set(answer, pickle.dumps(decided))  # type: ignore[arg-type]
+        if self._round > 1:  # all ranks have sent their next value, and so have read it
+            self._store.delete_key(f"{self._name}/{self._round - 2}/answer")
+        return decided
+
+    def announce(self, word: str) -> None:
+        """Let every rank read ``word``, unless one has announced another before; no other rank needs to take part."""
+        if self._store is not None:
+            self._store.compare_set(f"{self._name}/word", "", word)
+
+    def announced(self) -> str:
+        """Return what a rank has announced; "" for nothing yet. Does not wait."""
+        if self._store is None or not self._store.check([f"{self._name}/word"]):
+            return ""
+        return self._store.get(f"{self._name}/word").decode()

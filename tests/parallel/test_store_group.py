@@ -1,0 +1,91 @@
+"""Objects that all ranks exchange through the store at which they met."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pst_ds.parallel.ranks import barrier, rank, world_size
+from pst_ds.parallel.store_group import StoreGroup
+
+
+def test_one_process_decides_by_itself():
+    group = StoreGroup()
+    assert group.decide(3, lambda values: [*values, 4]) == [3, 4]
+    group.announce("stop")
+    assert group.announced() == ""
+
+
+def _decided():
+    first, second = StoreGroup(), StoreGroup()
+    found = []
+    for i in range(3):
+        found.append(first.decide((rank(), i), lambda values: (list(values), os.getpid())))
+        found.append(second.decide(rank(), sum))
+    return found, os.getpid()
+
+
+@pytest.mark.zero3
+def test_every_rank_hears_what_rank_0_decides_from_the_values_of_all_in_order(run_ranks):
+    (one, pid), (other, _), (third, _) = run_ranks(_decided, 3)
+    assert one == other == third
+    assert one[::2] == [([(0, i), (1, i), (2, i)], pid) for i in range(3)]
+    assert one[1::2] == [3, 3, 3]
+
+
+def _beside_a_collective():
+    """A thread's exchange begins before a collective of the main thread on one rank, and after it on the other."""
+    group, found = StoreGroup(), []
+    thread = threading.Thread(target=lambda: found.append(group.decide(rank(), list)))
+    if rank() == 0:
+        thread.start()
+    total = torch.ones(())
+    dist.all_reduce(total)
+    if rank():
+        thread.start()
+    thread.join()
+    return found, float(total)
+
+
+@pytest.mark.zero3
+def test_threads_exchange_while_the_process_group_is_used(run_ranks):
+    assert run_ranks(_beside_a_collective, 2) == [([[0, 1]], 2.0)] * 2
+
+
+def _announced():
+    group = StoreGroup()
+    before = group.announced()
+    barrier()
+    if rank() == world_size() - 1:
+        group.announce("15 30.0")
+        group.announce("10 3.0")
+    barrier()
+    return before, group.announced()
+
+
+@pytest.mark.zero3
+def test_all_ranks_read_the_first_word_that_one_announces(run_ranks):
+    assert run_ranks(_announced, 2) == [("", "15 30.0")] * 2
+
+
+def _keys_left(rounds):
+    group = StoreGroup()
+    store = dist.distributed_c10d._get_default_store()
+    group.decide(0, len)
+    barrier()
+    before = store.num_keys()
+    barrier()
+    for _ in range(rounds):
+        group.decide(0, len)
+    barrier()
+    return store.num_keys() - before
+
+
+@pytest.mark.zero3
+def test_what_was_read_does_not_stay_in_the_store(run_ranks):
+    for few, many in zip(run_ranks(_keys_left, 2, 2), run_ranks(_keys_left, 2, 20), strict=True):
+        assert few == many
