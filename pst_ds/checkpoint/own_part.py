@@ -30,6 +30,7 @@ class OwnPart:
         """Adam's steps of each parameter that it has values of."""
         self.cuts: list[tuple[int, int, int]] = []
         """(number of the parameter, first value, after the last) of its values, unless all are cut evenly."""
+        self._shares_masks = False
 
     def copy(self, masks_of: OwnPart | None = None) -> None:
         """Copy what the engine has now; the masks are those that ``masks_of`` has copied, if it is given, and are then
@@ -38,7 +39,11 @@ class OwnPart:
         self._copy_values(held)
         if masks_of is not None:
             self.tensors[MASK] = masks_of.tensors[MASK]
+            self._shares_masks = masks_of._shares_masks = True
         else:
+            if self._shares_masks:
+                del self.tensors[MASK]
+            self._shares_masks = False
             self._copy_masks()
         self._copy_scales()
         self.steps = optimizer_state.adam_steps(self._engine, held)

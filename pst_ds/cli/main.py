@@ -20,11 +20,12 @@ from typing import NoReturn
 
 from pst_ds import __version__, progress
 from pst_ds.config import toml
-from pst_ds.config.file_names import EXIT_CODES_VARIABLE, RUN_FILE
+from pst_ds.config.file_names import RUN_FILE
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.errors import InputError
 from pst_ds.json_text import json_of
 from pst_ds.parallel.stop_signals import EXIT_STOPPED
+from pst_ds.supervise.exit_codes import leave_code
 
 EXIT_UNREAD = 141
 """The exit code that a shell reports for a program ended by SIGPIPE: 128 and its number."""
@@ -133,7 +134,7 @@ def program() -> NoReturn:
         code = int(ended.code or 0)
     except BrokenPipeError:  # from the message about how it ended
         code = EXIT_UNREAD
-    _leave_code(code)
+    leave_code(code)
     joined = getattr(sys.modules.get("pst_ds.parallel.launch"), "joined", False)
     if joined:
         logging.shutdown()
@@ -143,13 +144,6 @@ def program() -> NoReturn:
     if joined or is_unread:  # the interpreter would complain about the text that is left
         os._exit(code or (EXIT_UNREAD if is_unread else 0))
     sys.exit(code)
-
-
-def _leave_code(code: int) -> None:
-    """Write the exit code where ``pst-ds launch`` looks for it: some launchers lose those of their ranks."""
-    if folder := os.environ.get(EXIT_CODES_VARIABLE):
-        with contextlib.suppress(OSError):
-            (Path(folder) / f"rank-{os.environ.get('RANK', '0')}").write_text(f"{code}\n", encoding="utf-8")
 
 
 def _is_unread() -> bool:

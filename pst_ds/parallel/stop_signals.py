@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import signal
 from types import FrameType
 
@@ -9,18 +12,42 @@ EXIT_STOPPED = 75
 """Exit code of a run that was stopped by a signal and saved: start it again with ``--resume``. EX_TEMPFAIL of BSD's
 sysexits.h, "the user is invited to retry"."""
 
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _asked_by = 0
+_arrivals: tuple[int, int] | None = None
+"""The two ends of a pipe through which signals arrive at once, whatever the main thread does."""
 
 
 def install() -> None:
     """Note SIGTERM and SIGUSR1 from now on instead of ending the process. Only the main thread may."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    global _arrivals
+    for number in _SIGNALS:
         signal.signal(number, _note)
+    before, _arrivals = _arrivals, os.pipe()
+    for end in _arrivals:
+        os.set_blocking(end, False)
+    signal.set_wakeup_fd(_arrivals[1], warn_on_full_buffer=False)
+    for end in before or ():  # of an earlier call, perhaps in the process that this one was forked from
+        os.close(end)
 
 
 def asked_by() -> int:
     """The number of the signal that asked this process to stop; 0 for none."""
     return _asked_by
+
+
+def wait(seconds: float) -> int:
+    """Return what :func:`asked_by` does as soon as there is a signal, after ``seconds`` at the latest. For one thread
+    beside the main one, whose handlers run only between two calls into a library."""
+    if asked_by():
+        return asked_by()
+    reading = [] if _arrivals is None else [_arrivals[0]]
+    if select.select(reading, [], [], seconds)[0]:
+        with contextlib.suppress(BlockingIOError):
+            for number in os.read(reading[0], 64):
+                if number in _SIGNALS:
+                    _note(number, None)
+    return asked_by()
 
 
 def name_of(number: int) -> str:

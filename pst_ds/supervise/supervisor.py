@@ -19,6 +19,7 @@ from types import FrameType
 from pst_ds.config.file_names import ATTEMPTS_FILE, CHECKPOINTS, EXIT_CODES_VARIABLE, LATEST, LAUNCH, STALLS
 from pst_ds.parallel.stall_verdict import VERDICT_FILE, blamed_hosts
 from pst_ds.parallel.stop_signals import EXIT_STOPPED
+from pst_ds.supervise.exit_codes import rank_codes
 from pst_ds.supervise.hosts import Hosts
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -155,15 +156,6 @@ def newest_step(folder: Path) -> int:
         return int((folder / CHECKPOINTS / LATEST).readlink().name.removeprefix("step-"))
     except (OSError, ValueError):
         return -1
-
-
-def rank_codes(folder: Path) -> list[int]:
-    """Return the exit codes that ranks left in ``folder``; one that was killed leaves none."""
-    codes = []
-    for path in folder.iterdir():
-        with suppress(OSError, ValueError):
-            codes.append(int(path.read_text(encoding="utf-8")))
-    return codes
 
 
 def exit_code_of(launcher: int, ranks: Sequence[int]) -> int:

@@ -37,7 +37,6 @@ from pst_ds.monitor.memory_snapshot import snapshot_when_memory_ends
 from pst_ds.nn.experts import leaf_class
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.model_structure import model_width
-from pst_ds.parallel import stop_signals
 from pst_ds.parallel.ds_config import (
     RunNumbers,
     load_deepspeed_config,
@@ -62,6 +61,7 @@ from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_mod
 from pst_ds.train.objective import Objective, load_teacher, require_teacher
 from pst_ds.train.reporting import open_metrics
 from pst_ds.train.shared_sequences import require_shareable, shared_sequences
+from pst_ds.train.stop_grace import StoppedError as StoppedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,10 +70,6 @@ Splits: TypeAlias = tuple[ExampleSet, ExampleSet | None]
 """The examples to train on, and those to validate with."""
 _AFTER_STALL_SECONDS = 60.0
 """Longer than the watchdog's patience, so that it is the one to say which rank hangs, and not the collective."""
-
-
-class StoppedError(RuntimeError):
-    """The run was asked to stop by a signal, and saved; raised on every rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +290,8 @@ def _train_to_the_end(
     state, fit = start, None
     try:
         seconds = loop.run.train.stall_timeout_seconds
-        with snapshot_when_memory_ends(stalls.parent, loop.device), watching(stalls, seconds, loop.pace.hosts):
+        watched = watching(stalls, seconds, loop.pace.hosts)
+        with snapshot_when_memory_ends(stalls.parent, loop.device), watched, checkpointer.ready_to_stop():
             for state in loop.steps(start):
                 checkpointer.after_step(state)
                 if state.stopped_by:
@@ -313,10 +310,7 @@ def _train_to_the_end(
         checkpointer.close()
         loop.metrics.close()
     if state.stopped_by and state.step < loop.num_steps:
-        raise StoppedError(
-            f"stopped by {stop_signals.name_of(state.stopped_by)} after step {state.step} of {loop.num_steps}, saved "
-            f"in {checkpointer.newest()}; go on with --resume"
-        )
+        raise StoppedError(checkpointer.how_it_stopped(state.stopped_by, state.step))
     return state, final, fit
 
 

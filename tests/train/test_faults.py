@@ -5,13 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import math
-import multiprocessing
 import os
 import signal
 import socket
-import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -19,9 +15,7 @@ import pytest
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint import writer as checkpoint_writer
 from pst_ds.checkpoint.format import read_checkpoint
-from pst_ds.cli.main import program
 from pst_ds.config.toml import load_run
-from pst_ds.data.tasks.classification import Classification
 from pst_ds.errors import InputError
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
@@ -193,74 +187,10 @@ def test_a_run_folder_that_is_not_shared_is_refused(run_ranks, tmp_path):
         assert "file system that all hosts share" in said
 
 
-def _free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
-def _hang_in_the_seventh_batch():
-    collate, calls = Classification.collate, iter(range(100))
-
-    def hanging(*arguments):
-        if next(calls) == 6:
-            threading.Event().wait()
-        return collate(*arguments)
-
-    Classification.collate = hanging
-
-
-def _rank(number, port, arguments, err, hangs):
-    os.environ.update(
-        RANK=str(number), WORLD_SIZE="2", LOCAL_RANK=str(number), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-    )  # fmt: skip
-    with err.open("w") as file:
-        os.dup2(file.fileno(), 2)
-    sys.stderr = sys.__stderr__
-    if hangs:
-        _hang_in_the_seventh_batch()
-    sys.argv = ["pst-ds", *arguments]
-    program()
-
-
-@pytest.fixture
-def ranks(imported_by_ranks):
-    """``ranks(folder, *settings, hanging=())``: two forks of ``pst-ds train`` that meet through a port as
-    those of a launcher do, their stderr in files of ``folder``; killed at the end."""
-    started = []
-
-    def start(folder, *more, hanging=()):
-        settings = [f"output_dir={json.dumps(str(folder / 'run'))}", "checkpoint.interval=1", *more]
-        arguments = ["train", RUN_FILE, *(word for setting in settings for word in ("--set", setting))]
-        port, fork = _free_port(), multiprocessing.get_context("fork")
-        for i in range(2):
-            process = fork.Process(target=_rank, args=(i, port, arguments, folder / f"{i}.err", i in hanging))
-            process.start()
-            started.append(process)
-        return started
-
-    yield start
-    for process in started:
-        process.kill()
-        process.join()
-
-
-def _exit_code(process):
-    process.join(120)
-    return process.exitcode
-
-
-def _wait_for(condition, seconds, what):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
-
-
 @pytest.mark.zero3
-def test_a_rank_that_hangs_is_named_with_its_stack(ranks, tmp_path):
+def test_a_rank_that_hangs_is_named_with_its_stack(ranks, exit_code, tmp_path):
     processes = ranks(tmp_path, "train.stall_timeout_seconds=4", hanging=(1,))
-    assert [_exit_code(process) for process in processes] == [1, 1]
+    assert [exit_code(process) for process in processes] == [1, 1]
     first, second = ((tmp_path / f"{i}.err").read_text() for i in range(2))
     host = socket.gethostname()
     hangs = f"rank 1 ({host}, pid {processes[1].pid}) hangs in reading a batch, and the others wait for it"
@@ -274,11 +204,11 @@ def test_a_rank_that_hangs_is_named_with_its_stack(ranks, tmp_path):
 
 
 @pytest.mark.zero3
-def test_a_rank_whose_process_is_stopped_is_named(ranks, tmp_path):
+def test_a_rank_whose_process_is_stopped_is_named(ranks, exit_code, wait_for, tmp_path):
     first, second = ranks(tmp_path, "train.stall_timeout_seconds=4", "train.num_steps=100000")
-    _wait_for((tmp_path / "run/checkpoints/latest").exists, 120, "no checkpoint was written")
+    wait_for((tmp_path / "run/checkpoints/latest").exists, 120, "no checkpoint was written")
     os.kill(second.pid, signal.SIGSTOP)
-    assert _exit_code(first) == 1
+    assert exit_code(first) == 1
     said = (tmp_path / "0.err").read_text()
     assert f"rank 1 ({socket.gethostname()}) gave no sign of life: its process is stopped, or its host is down" in said
     assert checkpoints.step_folders(tmp_path / "run/checkpoints")
@@ -286,11 +216,11 @@ def test_a_rank_whose_process_is_stopped_is_named(ranks, tmp_path):
 
 @pytest.mark.zero3
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks, tmp_path, number):
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks, exit_code, wait_for, tmp_path, number):
     processes = ranks(tmp_path, "train.num_steps=100000")
-    _wait_for((tmp_path / "run/checkpoints/latest").exists, 120, "no checkpoint was written")
+    wait_for((tmp_path / "run/checkpoints/latest").exists, 120, "no checkpoint was written")
     os.kill(processes[1].pid, number)
-    assert [_exit_code(process) for process in processes] == [75, 75]
+    assert [exit_code(process) for process in processes] == [75, 75]
     saved = read_checkpoint((tmp_path / "run/checkpoints/latest").resolve())
     (line,) = [n for n in (tmp_path / "0.err").read_text().splitlines() if "StoppedError" in n]
     assert f"stopped by {number.name} after step {saved.state.step} of 100000, saved in" in line
