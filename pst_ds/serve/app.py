@@ -5,27 +5,31 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import random
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 
-from pst_ds.errors import InputError
-from pst_ds.serve.batches import DONE_STOP, Batches, BusyError, Job
+from pst_ds.serve.batches import DONE_STOP, Batches, BusyError, ClosingError, Job
+from pst_ds.serve.bodies import BodyLimit
 from pst_ds.serve.protocol import ChatRequest, Chunks, ProtocolError, chat_request, completion
 from pst_ds.serve.texts import TextStream
+from pst_ds.users.store import UserNameError, UserStoreError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-    from pst_ds.users.store import UserStore
+    from pst_ds.users.store import State, UserStore
 
-Message = MutableMapping[str, Any]
+_LOG = logging.getLogger(__name__)
 USER_MARK = ":"
 """Stands between the model's name and a user's."""
 
@@ -35,6 +39,8 @@ class Limits:
     """What a request may ask for."""
 
     body_bytes: int = 1 << 20
+    body_seconds: float = 30.0
+    """In which a body must be there, whole."""
     prompt_tokens: int = 0
     """0 is what the model's positions leave."""
     new_tokens: int = 512
@@ -52,20 +58,40 @@ class Service:
     limits: Limits
     store: UserStore | None = None
     keys: Sequence[str] = ()
+    _tokenizing: threading.Lock = field(default_factory=threading.Lock, init=False)
 
-    def user_of(self, model: str) -> str | None:
-        """Return the user that a model's name means, None for the base. Raises ProtocolError."""
+    @property
+    def models(self) -> list[str]:
+        """The names that a request may ask for. Raises ProtocolError."""
+        if self.store is None:
+            return [self.name]
+        try:
+            self.store.refresh()
+        except UserStoreError as error:
+            raise _unreadable(error) from None
+        return [self.name, *(f"{self.name}{USER_MARK}{user}" for user in self.store.names)]
+
+    def state_of(self, model: str) -> State | None:
+        """Return the state of the user that a model's name means, None for the base. Raises ProtocolError."""
         if model == self.name:
             return None
-        name, mark, user = model.partition(USER_MARK)
-        if name == self.name and mark and self.store is not None and user in self.store:
-            return user
-        raise ProtocolError(404, f"the model {model[:200]!r} does not exist", param="model", code="model_not_found")
+        user = model.removeprefix(self.name + USER_MARK)
+        if user != model and self.store is not None:
+            try:
+                return self.store.latest_state(user)
+            except UserNameError:
+                pass
+            except UserStoreError as error:
+                raise _unreadable(error) from None
+        raise _no_model(model)
 
     def prompt_of(self, asked: ChatRequest) -> list[int]:
         """Return the tokens of the messages. Raises ProtocolError."""
         try:
-            ids: Any = self.tokenizer.apply_chat_template(asked.messages, add_generation_prompt=True, return_dict=True)
+            with self._tokenizing:
+                ids: Any = self.tokenizer.apply_chat_template(
+                    asked.messages, add_generation_prompt=True, return_dict=True
+                )
         except Exception as error:  # templates raise what they like
             raise ProtocolError(400, f"the chat template refuses these messages: {error}", param="messages") from None
         prompt = list(ids["input_ids"])
@@ -98,20 +124,38 @@ def make_app(service: Service) -> FastAPI:
 
     @app.exception_handler(ProtocolError)
     async def refused(_: Request, error: ProtocolError) -> JSONResponse:
-        headers = {"Retry-After": "1"} if error.status == 429 else None
+        headers = {"Retry-After": "1"} if error.status in (429, 503) else None
         return JSONResponse(error.body(), error.status, headers=headers)
 
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> JSONResponse:
+        why = ProtocolError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}")
+        return JSONResponse(why.body(), error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:  # whose trace is logged
+        return JSONResponse(ProtocolError(500, "the server failed at this request").body(), 500)
+
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    async def health() -> JSONResponse:
+        is_alive = service.batches.is_alive
+        return JSONResponse({"status": "ok" if is_alive else "failed"}, 200 if is_alive else 503)
+
+    def described(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": began, "owned_by": "pst-ds"}
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         _require_key(request, service.keys)
-        users = [] if service.store is None else service.store.names
-        names = [service.name, *(f"{service.name}{USER_MARK}{user}" for user in users)]
-        data = [{"id": name, "object": "model", "created": began, "owned_by": "pst-ds"} for name in names]
-        return {"object": "list", "data": data}
+        names = await asyncio.to_thread(lambda: service.models)
+        return {"object": "list", "data": [described(name) for name in names]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> dict[str, Any]:
+        _require_key(request, service.keys)
+        if name not in await asyncio.to_thread(lambda: service.models):
+            raise _no_model(name)
+        return described(name)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -120,32 +164,44 @@ def make_app(service: Service) -> FastAPI:
             asked = chat_request(json.loads(await request.body()))
         except (ValueError, RecursionError):
             raise ProtocolError(400, "the body is not JSON") from None
-        return await _answer(service, asked)
+        return await _answer(service, asked, request)
 
-    app.add_middleware(_BodyLimit, most=service.limits.body_bytes)
+    app.add_middleware(BodyLimit, most=service.limits.body_bytes, seconds=service.limits.body_seconds)
     return app
 
 
-async def _answer(service: Service, asked: ChatRequest) -> Response:
-    user, prompt = service.user_of(asked.model), service.prompt_of(asked)
+def _no_model(name: str) -> ProtocolError:
+    return ProtocolError(404, f"the model {name[:200]!r} does not exist", param="model", code="model_not_found")
+
+
+def _unreadable(error: UserStoreError) -> ProtocolError:
+    _LOG.error("%s", error)
+    return ProtocolError(500, "the state of this user, or the store of all, cannot be read", param="model")
+
+
+async def _answer(service: Service, asked: ChatRequest, request: Request) -> Response:
+    state = await asyncio.to_thread(service.state_of, asked.model)
+    prompt = await asyncio.to_thread(service.prompt_of, asked)
     loop = asyncio.get_running_loop()
     arrived: asyncio.Queue[int | str | Exception] = asyncio.Queue()
     seed = random.getrandbits(62) if asked.seed is None else asked.seed
     job = Job(
         prompt, service.new_tokens_of(asked, prompt), asked.sampling, seed,
-        lambda item: _hand_over(loop, arrived, item), user,
+        lambda item: _hand_over(loop, arrived, item), state,
     )  # fmt: skip
     try:
         service.batches.submit(job)
     except BusyError:
         raise ProtocolError(429, "too many requests wait; try again later", code="rate_limit_exceeded") from None
-    except InputError as error:
-        raise ProtocolError(404, str(error), param="model", code="model_not_found") from None
     text = TextStream(service.tokenizer, asked.stop)
     pieces = _pieces(job, arrived, text)
     if asked.stream:
         return StreamingResponse(_events(service, asked, job, pieces, text), media_type="text/event-stream")
-    parts = [item async for item in pieces]
+    watch = asyncio.create_task(_watch(request, arrived))
+    try:
+        parts = [item async for item in pieces]
+    finally:
+        watch.cancel()
     return JSONResponse(
         completion(asked.model, "".join(piece for piece, _ in parts), parts[-1][1], len(prompt), text.count)
     )
@@ -158,6 +214,13 @@ def _hand_over(
         loop.call_soon_threadsafe(arrived.put_nowait, item)
 
 
+async def _watch(request: Request, arrived: asyncio.Queue[int | str | Exception]) -> None:
+    """End the wait for an answer when its client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    arrived.put_nowait(ConnectionError())
+
+
 async def _pieces(
     job: Job, arrived: asyncio.Queue[int | str | Exception], text: TextStream
 ) -> AsyncIterator[tuple[str, str]]:
@@ -165,6 +228,10 @@ async def _pieces(
     try:
         while True:
             item = await arrived.get()
+            if isinstance(item, ConnectionError):
+                raise ProtocolError(499, "the client has gone")  # which nobody reads
+            if isinstance(item, ClosingError):
+                raise ProtocolError(503, "the server is closing; try again later")
             if isinstance(item, Exception):
                 raise ProtocolError(500, "the model failed at this request")
             if isinstance(item, str):
@@ -211,31 +278,3 @@ def _require_key(request: Request, keys: Sequence[str]) -> None:
     same = [hmac.compare_digest(given, key.encode()) for key in keys]  # all of them, in whatever time that takes
     if keys and not any(same):
         raise ProtocolError(401, "this server wants one of its keys (Authorization: Bearer …)", code="invalid_api_key")
-
-
-class _BodyLimit:
-    """Answers 413 to a request whose body is longer than ``most`` bytes, whatever it says of its length."""
-
-    def __init__(self, app: Callable[..., Awaitable[None]], most: int):
-        self._app, self._most = app, most
-
-    async def __call__(self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Any) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                return  # the client has gone
-            body, more = body + message.get("body", b""), message.get("more_body", False)
-            if len(body) > self._most:
-                error = ProtocolError(413, f"the body has more than {self._most} bytes")
-                await JSONResponse(error.body(), 413)(scope, receive, send)
-                return
-        whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def receive_again() -> Message:
-            return whole.pop() if whole else await receive()
-
-        await self._app(scope, receive_again, send)

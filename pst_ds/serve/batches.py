@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -16,13 +17,19 @@ from pst_ds.decoder.sampling import Sampling
 
 if TYPE_CHECKING:
     from pst_ds.users.served import ServedUsers
+    from pst_ds.users.store import State
 
 DONE_LENGTH, DONE_STOP = "length", "stop"
 _JOIN_SECONDS = 60.0
+_LOG = logging.getLogger(__name__)
 
 
 class BusyError(RuntimeError):
     """As many requests wait as may."""
+
+
+class ClosingError(RuntimeError):
+    """The server ends before the request's turn came."""
 
 
 @dataclass(slots=True, eq=False)
@@ -35,7 +42,8 @@ class Job:
     seed: int
     put: Callable[[int | str | Exception], None]
     """Gets the tokens as they come and at the end why it ended, or what went wrong; called in another thread."""
-    user: str | None = None
+    state: State | None = None
+    """Of the user who asks; None is the base model."""
     cancelled: bool = False
     """True once nobody reads on."""
 
@@ -60,11 +68,13 @@ class Batches:
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
         self._thread.start()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether jobs are still decoded."""
+        return self._thread.is_alive()
+
     def submit(self, job: Job) -> None:
-        """Queue a job. Raises BusyError when too many wait, and InputError for a user that is not there."""
-        if job.user is not None:
-            assert self._users is not None
-            self._users.store.entry(job.user)
+        """Queue a job. Raises BusyError when too many wait."""
         if not self._places.acquire(blocking=False):
             raise BusyError
         self._jobs.put(job)
@@ -80,25 +90,27 @@ class Batches:
             batch: list[Job | None] = [self._jobs.get()]
             while len(batch) < self._most and not self._jobs.empty():
                 batch.append(self._jobs.get())
-            jobs = [job for job in batch if job is not None]
-            closing = len(jobs) < len(batch)
-            for _ in jobs:
+            taken = [job for job in batch if job is not None]
+            closing = len(taken) < len(batch)
+            for _ in taken:
                 self._places.release()
+            jobs = [job for job in taken if not job.cancelled]
             if not jobs:
                 continue
             try:
                 self._decode(jobs)
             except Exception as error:  # whatever it is, the next batch may do
+                _LOG.exception("a batch of %d requests failed", len(jobs))
                 for job in jobs:
                     job.put(error)
         while not self._jobs.empty():
             if (left := self._jobs.get()) is not None:
-                left.put(RuntimeError("the server is closing"))
+                left.put(ClosingError())
 
     @torch.inference_mode()
     def _decode(self, jobs: list[Job]) -> None:
         if self._users is not None:
-            self._users.assign([job.user for job in jobs])
+            self._users.assign_states([job.state for job in jobs])
         device, length = self._model.device, max(len(job.prompt) for job in jobs)
         ids = torch.tensor([[self._pad] * (length - len(job.prompt)) + job.prompt for job in jobs], device=device)
         mask = torch.tensor([[0] * (length - len(job.prompt)) + [1] * len(job.prompt) for job in jobs], device=device)

@@ -15,7 +15,7 @@ from pst_ds.core.bits import pack_mask
 from pst_ds.errors import InputError
 from pst_ds.runtime import sparse_layers
 from pst_ds.runtime.beside import LEFT, RIGHT, BatchUpdates
-from pst_ds.users.store import UserStore, UserStoreError
+from pst_ds.users.store import State, UserStore, UserStoreError
 
 
 class ServedUsers:
@@ -36,7 +36,10 @@ class ServedUsers:
     def assign(self, users: Sequence[str | None]) -> None:
         """Let sample i of every batch from now on be one of ``users[i]``, or of nobody for None. Raises UserStoreError
         for a user that is not there, and leaves all as it was."""
-        states = [None if user is None else self.store.state(user) for user in users]
+        self.assign_states([None if user is None else self.store.state(user) for user in users])
+
+    def assign_states(self, states: Sequence[State | None]) -> None:
+        """Let sample i of every batch from now on have ``states[i]``, which the store has given; None for nobody."""
         self._updates.assign(states, like=next(p for p in self._model.parameters() if p.is_floating_point()))
 
     def close(self) -> None:

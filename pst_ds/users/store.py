@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -43,6 +44,10 @@ State = dict[str, Tensor]
 
 class UserStoreError(InputError):
     """A store that is missing or damaged, a user that is not in it, or a state that belongs to another model."""
+
+
+class UserNameError(UserStoreError):
+    """A name of nobody in the store, or that no user can have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,17 +88,24 @@ class UserEntry:
 
 
 class UserStore:
-    """The states in one folder; reads are cached, writes exclude each other among processes.
+    """The states in one folder; reads are cached, and may come from several threads; writes exclude each other among
+    processes.
 
     Attributes:
         folder: where it is.
         common: what its states have in common.
     """
 
-    def __init__(self, folder: Path, common: Common, entries: dict[str, UserEntry], kept: int = KEPT_IN_MEMORY):
+    def __init__(
+        self, folder: Path, common: Common, entries: dict[str, UserEntry], kept: int = KEPT_IN_MEMORY,
+        stamp: tuple[int, ...] = (),
+    ):  # fmt: skip
+        """``stamp``: of the index that ``entries`` are from."""
         self.folder, self.common = folder, common
         self._entries, self._kept = entries, kept
         self._cache: OrderedDict[str, tuple[str, State]] = OrderedDict()
+        self._one_at_a_time = threading.RLock()
+        self._stamp = stamp
 
     @classmethod
     def create(cls, folder: Path, common: Common) -> UserStore:
@@ -115,7 +127,21 @@ class UserStore:
     @classmethod
     def open(cls, folder: Path, kept: int = KEPT_IN_MEMORY) -> UserStore:
         """Open a store, of which up to ``kept`` states stay in memory. Raises UserStoreError."""
-        return cls(folder, *_read_index(folder), kept)
+        stamp = _stamp(folder / INDEX)  # before the reading: what is written meanwhile is then read again
+        return cls(folder, *_read_index(folder), kept, stamp)
+
+    def refresh(self) -> None:
+        """Take over what other processes did to the index since it was read: users added, trained again, or removed,
+        whose states memory forgets. Raises UserStoreError for an index that is gone, damaged, or of another model."""
+        with self._one_at_a_time:
+            stamp = _stamp(self.folder / INDEX)
+            if stamp == self._stamp and stamp:
+                return
+            common, entries = _read_index(self.folder)
+            self.require_common(common)
+            self._entries, self._stamp = entries, stamp
+            for name in [name for name in self._cache if name not in entries]:
+                del self._cache[name]
 
     @property
     def names(self) -> list[str]:
@@ -129,25 +155,41 @@ class UserStore:
         return len(self._entries)
 
     def entry(self, name: str) -> UserEntry:
-        """Return the entry of a user. Raises UserStoreError for one that is not there."""
-        require_name(name)
-        if name not in self._entries:
+        """Return the entry of a user. Raises UserNameError for one that is not there."""
+        found = self._entries.get(name)
+        if found is None:
+            require_name(name)
             some = ", ".join(map(repr, self.names[:6])) or "nobody"
-            raise UserStoreError(f"{self.folder} has no user {name!r}; there is {some}{_more(len(self) - 6)}")
-        return self._entries[name]
+            raise UserNameError(f"{self.folder} has no user {name!r}; there is {some}{_more(len(self) - 6)}")
+        return found
 
     def state(self, name: str) -> State:
         """Return the state of a user, from memory where it was used lately. Do not write into it.
 
-        Raises UserStoreError for a user that is not there, and for a file that is missing or damaged.
+        Raises UserNameError for a user that is not there, and UserStoreError for a file that is missing or damaged.
         """
-        entry = self.entry(name)
-        held = self._cache.pop(name, None)
-        state = held[1] if held is not None and held[0] == entry.sha256 else self._read(name, entry)
-        self._cache[name] = entry.sha256, state
-        while len(self._cache) > self._kept:
-            self._cache.popitem(last=False)
-        return state
+        with self._one_at_a_time:
+            entry = self.entry(name)
+            held = self._cache.pop(name, None)
+            state = held[1] if held is not None and held[0] == entry.sha256 else self._read(name, entry)
+            self._cache[name] = entry.sha256, state
+            while len(self._cache) > self._kept:
+                self._cache.popitem(last=False)
+            return state
+
+    def latest_state(self, name: str) -> State:
+        """Return the state of a user as any process wrote it last; raises what :meth:`state` and :meth:`refresh` do."""
+        self.refresh()
+        try:
+            return self.state(name)
+        except UserNameError:
+            raise
+        except UserStoreError:
+            before = self._stamp
+            self.refresh()
+            if self._stamp == before:
+                raise
+            return self.state(name)  # its file was replaced between the two readings
 
     def add(self, name: str, state: Mapping[str, Tensor], *, rows: int = 0, steps: int = 0, loss: float = 0.0) -> None:
         """Write the state of a user, in place of an older one. Raises UserStoreError when it does not fit."""
@@ -247,10 +289,20 @@ class UserStore:
             "users": {name: asdict(entries[name]) for name in sorted(entries)},
         }
         write_text_atomic(self.folder / INDEX, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+        self._stamp = _stamp(self.folder / INDEX)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Return what changes with every write of a file; empty where it is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def require_name(name: str) -> None:
-    """Raise UserStoreError for a name that is empty, a path, longer than 200 characters, or not printable."""
+    """Raise UserNameError for a name that is empty, a path, longer than 200 characters, or not printable."""
     why = ""
     if not name.strip():
         why = "is empty"
@@ -261,7 +313,7 @@ def require_name(name: str) -> None:
     elif not name.isprintable():
         why = "has characters that cannot be printed"
     if why:
-        raise UserStoreError(f"the user name {name[:80]!r} {why}; give users plain names, without slashes")
+        raise UserNameError(f"the user name {name[:80]!r} {why}; give users plain names, without slashes")
 
 
 def _read_index(folder: Path) -> tuple[Common, dict[str, UserEntry]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ import uvicorn  # noqa: E402
 
 from pst_ds.cli import serve  # noqa: E402
 from pst_ds.serve.app import make_app  # noqa: E402
+from pst_ds.users.store import UserStore  # noqa: E402
 
 ASK = [{"role": "user", "content": "the film"}]
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
@@ -44,10 +47,11 @@ def folders(tmp_path_factory):
     return top
 
 
-def _start(folders, *more):
-    words = ["serve", str(folders / "tiny"), "--store", str(folders / "users"), "--max-new-tokens", "12"]
+def _start(folders, *more, store=None, **limits):
+    words = ["serve", str(folders / "tiny"), "--store", str(store or folders / "users"), "--max-new-tokens", "12"]
     words += ["--chat-template", str(folders / "template.jinja"), "--max-body", "4000", *more]
     service = serve._service(build_parser("serve").parse_args(words))
+    service = replace(service, limits=replace(service.limits, **limits))
     server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -58,18 +62,26 @@ def _start(folders, *more):
     return service, server, thread, f"http://127.0.0.1:{port}/v1"
 
 
-@pytest.fixture(scope="module")
-def server(folders):
-    _, running, thread, url = _start(folders)
-    yield url
+def _stop(running, thread):
     running.should_exit = True
     thread.join(60)
     assert not thread.is_alive()
 
 
+def _client(url, **more):
+    return openai.OpenAI(base_url=url, max_retries=0, **{"api_key": "none"} | more)
+
+
+@pytest.fixture(scope="module")
+def server(folders):
+    _, running, thread, url = _start(folders)
+    yield url
+    _stop(running, thread)
+
+
 @pytest.fixture
 def client(server):
-    with openai.OpenAI(base_url=server, api_key="none", max_retries=0) as made:
+    with _client(server) as made:
         yield made
 
 
@@ -152,16 +164,81 @@ def test_a_body_that_is_not_json_or_too_long(server):
     assert httpx.get(server.removesuffix("/v1") + "/health").json() == {"status": "ok"}
 
 
+def test_every_error_is_the_protocols(server, client):
+    assert client.models.retrieve("tiny:good").id == "tiny:good"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("tiny:../good")
+    assert caught.value.code == "model_not_found"
+    for found, status in ((httpx.get(f"{server}/chat/completions"), 405), (httpx.get(f"{server}/nowhere"), 404)):
+        assert (found.status_code, found.json()["error"]["type"]) == (status, "invalid_request_error")
+
+
+def test_a_body_that_does_not_end(folders):
+    """A client that says of its body more than it sends is told so, and does not hold a connection for good."""
+    _, running, thread, url = _start(folders, body_seconds=0.05)
+    address = httpx.URL(url)
+    with socket.create_connection((address.host, address.port), timeout=30) as link:
+        link.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 90\r\n\r\n{")
+        assert link.recv(1000).startswith(b"HTTP/1.1 408")
+    _stop(running, thread)
+
+
+def test_a_client_that_goes_takes_its_request_along(folders, monkeypatch):
+    service, running, thread, url = _start(folders)
+    held, decode, jobs = threading.Event(), service.batches._decode, []
+    monkeypatch.setattr(service.batches, "_decode", lambda now: (jobs.extend(now), held.wait(30), decode(now)))
+    with pytest.raises(openai.APITimeoutError), _client(url, timeout=0.3) as impatient:
+        _asked(impatient)
+    while not jobs[0].cancelled:
+        thread.join(0.01)
+        assert thread.is_alive()
+    held.set()
+    with _client(url) as client:
+        assert _asked(client).choices
+    _stop(running, thread)
+
+
+def test_users_that_come_and_go_while_it_serves(folders, tmp_path):
+    """Another process adds a user, removes one, and spoils the file of a third: each is told what is so, and others
+    are served."""
+    shutil.copytree(folders / "users", tmp_path / "users")
+    _, running, thread, url = _start(folders, store=tmp_path / "users")
+    store = UserStore.open(tmp_path / "users")
+    with _client(url) as client:
+        bad = _asked(client, "tiny:bad").choices[0].message.content
+        store.add("new", store.state("bad"))
+        store.remove("bad")
+        (store.folder / "states" / store.entry("good").file).write_bytes(b"")
+        assert _asked(client, "tiny:new").choices[0].message.content == bad
+        assert [model.id for model in client.models.list().data] == ["tiny", "tiny:good", "tiny:new"]
+        with pytest.raises(openai.NotFoundError):
+            _asked(client, "tiny:bad")
+        with pytest.raises(openai.InternalServerError) as caught:
+            _asked(client, "tiny:good")
+        assert str(tmp_path) not in caught.value.message  # where files are is nobody's business
+    _stop(running, thread)
+
+
+def test_a_user_is_looked_up_once_for_a_request(folders, monkeypatch):
+    looked, state = [], UserStore.state
+    _, running, thread, url = _start(folders)
+    monkeypatch.setattr(UserStore, "state", lambda store, name: (looked.append(name), state(store, name))[1])
+    with _client(url) as client:
+        _asked(client, "tiny:good")
+    assert looked == ["good"]
+    _stop(running, thread)
+
+
 def test_keys_and_a_full_queue(folders, monkeypatch):
     monkeypatch.setenv(serve.KEYS, "one, two")
     service, running, thread, url = _start(folders, "--max-waiting", "1", "--max-batch", "1")
     held, decode = threading.Event(), service.batches._decode
     monkeypatch.setattr(service.batches, "_decode", lambda jobs: (held.wait(30), decode(jobs)))
-    with openai.OpenAI(base_url=url, api_key="three", max_retries=0) as stranger:
+    with _client(url, api_key="three") as stranger:
         for ask in (lambda: _asked(stranger), stranger.models.list):
             with pytest.raises(openai.AuthenticationError):
                 ask()
-    with openai.OpenAI(base_url=url, api_key="two", max_retries=0) as client, ThreadPoolExecutor(4) as pool:
+    with _client(url, api_key="two") as client, ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(_asked, client) for _ in range(4)]  # one is written, one waits
         refused = []
         while len(refused) < 2:
@@ -169,8 +246,7 @@ def test_keys_and_a_full_queue(folders, monkeypatch):
         assert all(isinstance(error, openai.RateLimitError) for error in refused)
         held.set()
         assert sum(a.exception() is None for a in answers) == 2
-    running.should_exit = True
-    thread.join(60)
+    _stop(running, thread)
 
 
 def test_what_cannot_be_served_is_one_message(folders, tmp_path, capsys):

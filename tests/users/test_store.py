@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pst_ds.users.store import INDEX, STATES, Common, UserStore, UserStoreError
+from pst_ds.users.store import INDEX, STATES, Common, UserNameError, UserStore, UserStoreError
 
 COMMON = Common(
     form="masked", task="classification", labels=["no", "yes"], base_path="base", base_fingerprint="ab",
@@ -50,6 +50,34 @@ def test_a_user_that_is_written_again_has_the_new_values_and_one_file(store):
     store.add("Cid", _state())
     assert float(store.state("Ann")["a.pst_U"][0, 0]) == 5.0
     assert len(_files(store)) == len(store) == 3
+
+
+def test_what_another_process_did_is_taken_over(store):
+    served = UserStore.open(store.folder)
+    assert float(served.latest_state("Ann")["a.pst_U"][0, 0]) == 1.0
+    store.add("Ann", _state(5.0))
+    store.add("Cid", _state(6.0))
+    assert float(served.latest_state("Cid")["a.pst_U"][0, 0]) == 6.0
+    assert float(served.latest_state("Ann")["a.pst_U"][0, 0]) == 5.0
+    store.remove("Ann")
+    with pytest.raises(UserNameError, match="no user 'Ann'"):
+        served.latest_state("Ann")
+    assert "Ann" not in served.names
+    (store.folder / INDEX).unlink()
+    with pytest.raises(UserStoreError, match="does not exist"):
+        served.latest_state("Cid")
+
+
+def test_a_state_that_is_replaced_between_index_and_file(store, monkeypatch):
+    served, read = UserStore.open(store.folder), UserStore._read
+
+    def late(self, name, entry):
+        monkeypatch.setattr(UserStore, "_read", read)
+        store.add("Ann", _state(5.0))
+        return read(self, name, entry)
+
+    monkeypatch.setattr(UserStore, "_read", late)
+    assert float(served.latest_state("Ann")["a.pst_U"][0, 0]) == 5.0
 
 
 def test_a_removed_user_is_gone_from_index_disk_and_memory(store):
