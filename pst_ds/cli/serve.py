@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pst_ds.cli.main import count
+from pst_ds.cli.main import count, quiet_libraries
 from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from pst_ds.hf.model_folder import ModelFolder
     from pst_ds.serve.app import Service
+    from pst_ds.users.store import UserStore
 
 KEYS = "PST_DS_API_KEYS"
 """Environment variable: keys that requests must have one of, with commas between them."""
@@ -24,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="the model's name in requests (default: the folder's)")
     parser.add_argument("--store", metavar="DIR", help="states of users, each served as NAME:USER")
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja file in place of the tokenizer's template")
+    memory = "states of users that stay in memory, those asked for last (default: 64)"
+    parser.add_argument("--users-in-memory", type=count, default=64, metavar="N", help=memory)
+    workers = "processes with a model each; one that dies is replaced (default: 1, this one)"
+    parser.add_argument("--workers", type=count, default=1, metavar="N", help=workers)
     parser.add_argument("--max-batch", type=count, default=8, metavar="N", help="texts written at a time (default: 8)")
     parser.add_argument("--max-waiting", type=count, default=64, metavar="N", help="requests that wait (default: 64)")
     parser.add_argument("--max-body", type=count, default=1 << 20, metavar="B", help="of a request (default: 2^20)")
@@ -38,38 +47,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     try:
         import fastapi  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(f"pst-ds serve needs {error.name}: pip install 'pst-ds[serve]'") from None
     if not 0 <= args.port < 1 << 16:
         raise InputError(f"--port {args.port} is no port: 0 to 65535")
     from pst_ds.serve.app import make_app
+    from pst_ds.serve.processes import answer, answer_from_workers, bound
 
-    service = _service(args)
-    keys = f"{len(service.keys)} keys" if service.keys else f"no key wanted: set {KEYS} to want one"
-    users = f", {len(service.store)} users" if service.store is not None else ""
-    print(f"serving {service.name}{users} at http://{args.host}:{args.port}/v1 ({keys})", flush=True)
-    uvicorn.run(make_app(service), host=args.host, port=args.port, log_level="warning")
-    return {"model": args.model, "name": service.name, "users": len(service.store or ())}
+    folder, tokenizer, store = _opened(args)
+    facts = {"model": args.model, "name": _name(args, folder), "users": len(store or ())}
+    with bound(args.host, args.port) as at:
+        facts["port"] = at.getsockname()[1]
+        if args.workers > 1:
+            _say(args, facts)
+            ended = answer_from_workers(partial(_app_of_worker, args), at, args.workers)
+            return facts if ended else {**facts, "exit_code": 1}
+        app = make_app(_service(args, folder, tokenizer, store))
+        _say(args, facts)
+        answer(app, at)
+    return facts
 
 
-def _service(args: argparse.Namespace) -> Service:
-    """Load what is served. Raises InputError."""
-    import torch
+def _say(args: argparse.Namespace, facts: dict[str, Any]) -> None:
+    users = f", {facts['users']} users" if args.store else ""
+    keys = f"{len(_keys())} keys" if _keys() else f"no key wanted: set {KEYS} to want one"
+    workers = f", {args.workers} workers" if args.workers > 1 else ""
+    print(f"serving {facts['name']}{users} at http://{args.host}:{facts['port']}/v1 ({keys}{workers})", flush=True)
 
+
+def _name(args: argparse.Namespace, folder: ModelFolder) -> str:
+    return str(args.name or folder.path.resolve().name)
+
+
+def _app_of_worker(args: argparse.Namespace) -> FastAPI:
+    """Load what a worker serves, whose share of the cores is its own. Raises InputError."""
+    from pst_ds.serve.app import make_app
+
+    quiet_libraries()
+    if not args.threads and "OMP_NUM_THREADS" not in os.environ:
+        args.threads = max(1, (os.cpu_count() or 1) // args.workers)
+    return make_app(_service(args, *_opened(args)))
+
+
+def _keys() -> tuple[str, ...]:
+    return tuple(key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip())
+
+
+def _opened(args: argparse.Namespace) -> tuple[ModelFolder, Any, UserStore | None]:
+    """Return the folder, its tokenizer and the store, without loading the model. Raises InputError."""
     from pst_ds.data.conversations import read_template
-    from pst_ds.data.generation import end_tokens
-    from pst_ds.data.model_limits import positions_of
     from pst_ds.hf.model_folder import open_model_folder
-    from pst_ds.parallel.launch import LaunchEnvironment, device_of
-    from pst_ds.runtime.dense import quicken_output_layer
-    from pst_ds.serve.app import Limits, Service
-    from pst_ds.serve.batches import Batches
-    from pst_ds.users.served import ServedUsers
     from pst_ds.users.store import UserStore
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
     folder = open_model_folder(args.model)
     folder.require_causal()
     tokenizer = folder.tokenizer()
@@ -77,7 +107,25 @@ def _service(args: argparse.Namespace) -> Service:
         tokenizer.chat_template = read_template(args.chat_template, "--chat-template")
     if tokenizer.chat_template is None:
         raise InputError(f"{args.model}: the tokenizer has no chat template; give a Jinja file with --chat-template")
-    store = UserStore.open(Path(args.store)) if args.store else None
+    store = UserStore.open(Path(args.store), kept=args.users_in_memory) if args.store else None
+    return folder, tokenizer, store
+
+
+def _service(args: argparse.Namespace, folder: ModelFolder, tokenizer: Any, store: UserStore | None) -> Service:
+    """Load what is served. Raises InputError."""
+    import torch
+
+    from pst_ds.data.generation import end_tokens
+    from pst_ds.data.model_limits import positions_of
+    from pst_ds.export.prompt_file import read_prompt
+    from pst_ds.parallel.launch import LaunchEnvironment, device_of
+    from pst_ds.runtime.dense import quicken_output_layer
+    from pst_ds.serve.app import Limits, Service
+    from pst_ds.serve.batches import Batches
+    from pst_ds.users.served import ServedUsers
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
     model = folder.load(args.load_as, args.dtype, device_of(LaunchEnvironment(0, 1, 0)))
     quicken_output_layer(model)
     users = None if store is None else ServedUsers(model, folder.path, store)
@@ -88,9 +136,11 @@ def _service(args: argparse.Namespace) -> Service:
     batches = Batches(
         model, pad=pad, ends=ends, users=users, most_in_batch=args.max_batch, most_waiting=args.max_waiting
     )
+    positions, prompt = positions_of(folder.config), read_prompt(folder.path)
+    if positions and prompt is not None:
+        positions -= len(prompt.values)
     limits = Limits(
         body_bytes=args.max_body, prompt_tokens=args.max_prompt_tokens or 0, new_tokens=args.max_new_tokens,
-        positions=positions_of(folder.config),
+        positions=positions,
     )  # fmt: skip
-    keys = tuple(key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip())
-    return Service(args.name or folder.path.resolve().name, batches, tokenizer, limits, store, keys)
+    return Service(_name(args, folder), batches, tokenizer, limits, store, _keys())

@@ -95,7 +95,8 @@ class Service:
         except Exception as error:  # templates raise what they like
             raise ProtocolError(400, f"the chat template refuses these messages: {error}", param="messages") from None
         prompt = list(ids["input_ids"])
-        most = self.limits.prompt_tokens or max(0, self.limits.positions - 1) or len(prompt)
+        limits = [most for most in (self.limits.prompt_tokens, self.limits.positions - 1) if most > 0]
+        most = min(limits, default=len(prompt))
         if not prompt or len(prompt) > most:
             raise ProtocolError(
                 400, f"the messages are {len(prompt)} tokens, and 1 to {most} are served", param="messages",

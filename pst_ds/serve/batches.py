@@ -65,6 +65,7 @@ class Batches:
         known = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in known
         self._takes_last = "logits_to_keep" in known
+        self._cache_name = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
         self._thread.start()
 
@@ -143,10 +144,10 @@ class Batches:
 
     def _step(self, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """Return the logits of the next tokens, (jobs, vocabulary) fp32 on the CPU, and the cache."""
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {self._cache_name: cache}
         if self._takes_positions:  # of a prompt that is padded on the left they do not begin at 0
             more["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         if self._takes_last:
             more["logits_to_keep"] = 1
-        out = self._model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more)
-        return out.logits[:, -1].float().cpu(), out.past_key_values
+        out = self._model(input_ids=ids, attention_mask=mask, use_cache=True, **more)
+        return out.logits[:, -1].float().cpu(), out[self._cache_name]

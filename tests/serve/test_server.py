@@ -50,7 +50,8 @@ def folders(tmp_path_factory):
 def _start(folders, *more, store=None, **limits):
     words = ["serve", str(folders / "tiny"), "--store", str(store or folders / "users"), "--max-new-tokens", "12"]
     words += ["--chat-template", str(folders / "template.jinja"), "--max-body", "4000", *more]
-    service = serve._service(build_parser("serve").parse_args(words))
+    args = build_parser("serve").parse_args(words)
+    service = serve._service(args, *serve._opened(args))
     service = replace(service, limits=replace(service.limits, **limits))
     server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -246,6 +247,42 @@ def test_keys_and_a_full_queue(folders, monkeypatch):
         assert all(isinstance(error, openai.RateLimitError) for error in refused)
         held.set()
         assert sum(a.exception() is None for a in answers) == 2
+    _stop(running, thread)
+
+
+def test_a_folder_with_a_prompt_and_its_users(tmp_path, capsys):
+    """Texts of one batch, of other lengths and users, are those of ``generate``; the prompt takes its positions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(Path(__file__).resolve().parents[2])
+        small = {"output_dir": str(tmp_path / "run"), "deepspeed_config": "", "train.num_steps": 4}
+        prompt = {"data.max_length": 16, "data.document_mask": False, "prompt.text": "the plot was"}
+        assert main(["train", "tests/data/causal_lm.toml", "--quiet", *_settings(small | prompt)]) == 0
+        words = [str(tmp_path / "run"), "--quiet"]
+        assert main(["export", *words, "--format", "bitmask", "--out", str(tmp_path / "tiny")]) == 0
+        more = ["--form", "beside", "--epochs", "3", "--learning-rate", "0.05"]
+        assert main(["users", "train", *words, "--store", str(tmp_path / "users"), "--by", "label", *more]) == 0
+    asked = [(text, user) for text in ("the film", "a very clever plot and the cast") for user in (None, "bad", "good")]
+    alone = []
+    for text, user in asked:
+        words = ["generate", str(tmp_path / "tiny"), "--prompt", f"{text} ", "--max-new-tokens", "8", "--json"]
+        capsys.readouterr()
+        assert main([*words, *(["--store", str(tmp_path / "users"), "--user", user] if user else [])]) == 0
+        alone.append(json.loads(capsys.readouterr().out.splitlines()[-1])["text"])
+    assert len(set(alone)) > 3
+    (tmp_path / "template.jinja").write_text("{{ bos_token }}" + TEMPLATE)  # a tokenizer adds it to a plain text itself
+    service, running, thread, url = _start(tmp_path)
+    positions = json.loads((tmp_path / "tiny" / "config.json").read_text())["max_position_embeddings"]
+    tokens = len(json.loads((tmp_path / "tiny" / "prompt.json").read_text())["values"])
+    assert service.limits.positions == positions - tokens
+
+    def ask(one):
+        messages = [{"role": "user", "content": one[0]}]
+        model = f"tiny:{one[1]}" if one[1] else "tiny"
+        answer = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=8)
+        return answer.choices[0].message.content
+
+    with _client(url) as client, ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(ask, asked * 2)) == alone * 2
     _stop(running, thread)
 
 

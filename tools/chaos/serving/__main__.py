@@ -1,0 +1,110 @@
+"""Ask a server with users by many clients at a time, some of them wrongly, and kill one of its workers.
+
+A tiny model with users is trained, and its answers are written one at a time by transformers. Then ``pst-ds serve`` is
+started with several workers, and clients ask it in threads: for texts of random users, half of them as streams, with
+wrong requests of all kinds among them, and streams that are left. At a third of the load a worker is killed with
+SIGKILL; what it was writing is asked again. In the end every text must be the one written alone, every wrong request
+must have had its own status, no other worker may have died, another must have come in its place, and memory may not
+have grown.
+
+    python -m tools.chaos.serving --seconds 120 --json
+    python -m tools.chaos.serving --clients 4 --requests 20 --users 4
+
+Needs the extra ``serve`` and the package openai. Exit codes: 0 all of that, 1 not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tools.chaos.serving.clients import Load, client
+from tools.chaos.serving.model import answers, tiny_model
+from tools.chaos.serving.server import Server
+
+MOST_GROWTH = 0.05
+"""Of a worker's memory, from the second fifth of its samples to the last."""
+_LOOK_SECONDS, _LEAST_SAMPLES = 0.25, 40
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m tools.chaos.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--users", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--bad", type=float, default=0.05, metavar="SHARE", help="of wrong requests (default: 0.05)")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of load at most (default: 120)")
+    parser.add_argument("--requests", type=int, default=0, metavar="N", help="of each client at most; 0 is no limit")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as top:
+        facts = load_server(args, Path(top))
+    print(json.dumps(facts) if args.json else json.dumps(facts, indent=1))
+    return 0 if facts["passed"] else 1
+
+
+def load_server(args: argparse.Namespace, top: Path) -> dict[str, Any]:
+    """Serve, ask and kill; return what was found."""
+    served = tiny_model(top, args.users)
+    users = [None, *(f"user {i:02}" for i in range(args.users))]
+    right = answers(served, users)
+    with Server(served.arguments, workers=args.workers, log=top / "server.log") as server:
+        load = Load(right, name=served.model.name, url=server.url)
+        end = time.monotonic() + args.seconds
+
+        def goes_on(number: int) -> bool:
+            return time.monotonic() < end and (not args.requests or number < args.requests)
+
+        threads = [
+            threading.Thread(target=client, args=(load, args.seed + i, goes_on, args.bad)) for i in range(args.clients)
+        ]
+        began = time.monotonic()
+        for thread in threads:
+            thread.start()
+        total = args.clients * args.requests
+        while any(thread.is_alive() for thread in threads):
+            time.sleep(_LOOK_SECONDS)
+            server.look()
+            share = (time.monotonic() - began) / args.seconds
+            if not server.killed and max(share, load.asked / total if total else 0.0) > 1 / 3:
+                server.kill_one()
+        seconds = time.monotonic() - began
+        workers_at_end = len(server.answering())
+        replaced = server.wait_for_replacement()
+        code = server.stop()
+    growth = [grown for samples in server.memory.values() if (grown := _growth(samples)) is not None]
+    facts = {
+        "clients": args.clients, "users": args.users, "workers": args.workers, "seconds": round(seconds, 1),
+        "distinct_answers": len(set(right.values())), "requests": load.asked, "right": load.right,
+        "wrong": len(load.wrong), "refused": load.refused.total(), "misjudged": len(load.misjudged), "cut": load.cut,
+        "left": load.left, "killed": len(server.killed), "died": server.died, "replaced": replaced,
+        "answering_at_end_of_load": workers_at_end, "exit_code": code,
+        "mb_of_workers": [round(samples[-1] / 1e6) for samples in server.memory.values()],
+        "memory_growth": round(max(growth), 4) if growth else None,
+        "examples": [*load.wrong[:5], *load.misjudged[:5]],
+    }  # fmt: skip
+    good = not load.wrong and not load.misjudged and not server.died and replaced and code == 0 and load.right > 0
+    facts["passed"] = bool(good and max(growth, default=0.0) <= MOST_GROWTH)
+    return facts
+
+
+def _growth(samples: list[int]) -> float | None:
+    """Return by what share a worker's memory grew once it was warm; None for one that lived too short to say."""
+    if len(samples) < _LEAST_SAMPLES:
+        return None
+    fifth = len(samples) // 5
+    return median(samples[-fifth:]) / median(samples[fifth : 2 * fifth]) - 1.0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

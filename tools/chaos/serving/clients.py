@@ -1,0 +1,172 @@
+"""Clients of a server, in threads: the official one asks rightly, and plain HTTP wrongly."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import openai
+
+from tools.chaos.serving.model import MOST_TOKENS
+
+KEY = "a key of this load"
+BODY_BYTES = 1 << 16
+_TRIES, _PAUSE = 200, 0.1
+"""For an answer while workers are replaced."""
+
+
+@dataclass(slots=True)
+class Load:
+    """What was asked and what came of it, of all clients together."""
+
+    answers: dict[tuple[str | None, str], str]
+    """What is right for each user and prompt."""
+    name: str
+    url: str
+    right: int = 0
+    wrong: list[str] = field(default_factory=list)
+    """Texts that were not the right ones, and statuses of requests that were right."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Wrong requests that got the right status, by kind."""
+    misjudged: list[str] = field(default_factory=list)
+    """Wrong requests that got another."""
+    cut: int = 0
+    """Connections that ended before the answer did; each was asked again."""
+    left: int = 0
+    """Streams that their client left in the middle."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def asked(self) -> int:
+        return self.right + len(self.wrong) + self.refused.total() + len(self.misjudged) + self.left
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """A wrong request, and the status that it must get."""
+
+    status: int
+    change: dict[str, Any] = field(default_factory=dict)
+    content: bytes | None = None
+    key: str = KEY
+    path: str = "/chat/completions"
+
+
+MISTAKES = {
+    "unknown user": Mistake(404, {"model": "{name}:nobody"}),
+    "a path for a user": Mistake(404, {"model": "{name}:../../user 00"}),
+    "unknown route": Mistake(404, path="/completion"),
+    "temperature of 9": Mistake(400, {"temperature": 9}),
+    "too many new tokens": Mistake(400, {"max_tokens": 1 << 20}),
+    "tools": Mistake(400, {"tools": [{"type": "function"}]}),
+    "no messages": Mistake(400, {"messages": []}),
+    "longer than positions": Mistake(400, {"messages": [{"role": "user", "content": "film " * 4000}]}),
+    "no JSON": Mistake(400, content=b'{"model": '),
+    "no UTF-8": Mistake(400, content=b'{"model": "\xff"}'),
+    "nested without end": Mistake(400, content=b"[" * 20_000),
+    "a body of many bytes": Mistake(413, content=b" " * (BODY_BYTES + 1)),
+    "another's key": Mistake(401, key="guessed"),
+}
+
+
+def client(load: Load, seed: int, goes_on: Callable[[int], bool], bad_share: float) -> None:
+    """Ask until ``goes_on(number of this client's requests)`` is false; a share of the requests is wrong."""
+    draw = random.Random(seed)
+    limits = httpx.Timeout(120.0)
+    with (
+        openai.OpenAI(base_url=load.url, api_key=KEY, max_retries=0, timeout=120.0) as official,
+        httpx.Client(timeout=limits) as plain,
+    ):
+        number = 0
+        while goes_on(number):
+            number += 1
+            if draw.random() < bad_share:
+                _ask_wrongly(load, plain, draw.choice(sorted(MISTAKES)))
+            elif draw.random() < bad_share:
+                _leave(load, official, draw)
+            else:
+                _ask(load, official, draw)
+
+
+def _ask(load: Load, official: openai.OpenAI, draw: random.Random) -> None:
+    user, prompt = draw.choice(sorted(load.answers, key=str))
+    streams = draw.random() < 0.5
+    for _ in range(_TRIES):
+        try:
+            text = _text(official, _request(load, user, prompt), streams)
+        except (openai.APIConnectionError, httpx.TransportError):
+            with load.lock:
+                load.cut += 1
+            time.sleep(_PAUSE)
+            continue
+        except openai.APIStatusError as error:
+            text = f"status {error.status_code}"
+        except openai.APIError as error:  # in the middle of a stream
+            text = f"{type(error).__name__}: {error}"
+        with load.lock:
+            if text == load.answers[user, prompt]:
+                load.right += 1
+            else:
+                load.wrong.append(f"{user}, {prompt!r}: {text!r} instead of {load.answers[user, prompt]!r}")
+        return
+    with load.lock:
+        load.wrong.append(f"{user}, {prompt!r}: no answer after {_TRIES} tries")
+
+
+def _leave(load: Load, official: openai.OpenAI, draw: random.Random) -> None:
+    """Begin to read a stream, and go."""
+    user, prompt = draw.choice(sorted(load.answers, key=str))
+    try:
+        with official.chat.completions.create(**_request(load, user, prompt), stream=True) as stream:
+            next(iter(stream))
+    except (openai.APIError, httpx.TransportError, StopIteration):
+        pass  # of a worker that was killed; whoever goes does not mind
+    with load.lock:
+        load.left += 1
+
+
+def _ask_wrongly(load: Load, plain: httpx.Client, kind: str) -> None:
+    mistake = MISTAKES[kind]
+    url = load.url + mistake.path
+    body = _request(load, None, "the film") | mistake.change
+    body["model"] = body["model"].format(name=load.name)
+    how: dict[str, Any] = {"json": body} if mistake.content is None else {"content": mistake.content}
+    for _ in range(_TRIES):
+        try:
+            status = plain.post(url, headers={"Authorization": f"Bearer {mistake.key}"}, **how).status_code
+        except httpx.TransportError:
+            with load.lock:
+                load.cut += 1
+            time.sleep(_PAUSE)
+            continue
+        with load.lock:
+            if status == mistake.status:
+                load.refused[kind] += 1
+            else:
+                load.misjudged.append(f"{kind}: {status} instead of {mistake.status}")
+        return
+
+
+def _request(load: Load, user: str | None, prompt: str) -> dict[str, Any]:
+    model = load.name if user is None else f"{load.name}:{user}"
+    messages = [{"role": "user", "content": prompt}]
+    return {"model": model, "messages": messages, "temperature": 0, "max_tokens": MOST_TOKENS}
+
+
+def _text(official: openai.OpenAI, request: dict[str, Any], streams: bool) -> str:
+    if not streams:
+        return official.chat.completions.create(**request).choices[0].message.content or ""
+    ended, pieces = False, []
+    with official.chat.completions.create(**request, stream=True) as stream:
+        for chunk in stream:
+            pieces.append(chunk.choices[0].delta.content or "")
+            ended = ended or bool(chunk.choices[0].finish_reason)
+    if not ended:
+        raise httpx.RemoteProtocolError("the stream has no end")
+    return "".join(pieces)

@@ -1,0 +1,78 @@
+"""What the load is served from: a tiny model with users, and what each of them has to answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.chaos.launch import ROOT
+from tools.verbs import verb
+
+RUN_FILE = ROOT / "tests/data/causal_lm.toml"
+ROWS = ROOT / "tests/data/train.jsonl"
+TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
+PROMPTS = ("the film", "a very clever plot and a fine cast", "vague", "the end was tired and the story")
+MOST_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Folders that a server is started on."""
+
+    model: Path
+    store: Path
+    template: Path
+
+    @property
+    def arguments(self) -> list[str]:
+        return [str(self.model), "--store", str(self.store), "--chat-template", str(self.template)]
+
+
+def tiny_model(top: Path, users: int) -> Served:
+    """Train a tiny Llama for a few steps, and ``users`` states beside its layers; into ``top``, in seconds."""
+    run, rows = top / "run", top / "rows.jsonl"
+    settings = {
+        "output_dir": str(run), "deepspeed_config": "", "train.num_steps": 4, "data.max_length": 16,
+        "model.path": str(ROOT / "tests/data/tiny-llama"),
+        **{f"data.{split}": str(ROWS) for split in ("train", "validation", "test")},
+    }  # fmt: skip
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    verb("train", str(RUN_FILE), "--quiet", *words)
+    served = Served(top / "tiny", top / "users", top / "template.jinja")
+    verb("export", str(run), "--format", "bitmask", "--out", str(served.model), "--quiet")
+    lines = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()[: 4 * users]]
+    named = [json.dumps(line | {"who": f"user {i % users:02}"}) + "\n" for i, line in enumerate(lines)]
+    rows.write_text("".join(named), encoding="utf-8")
+    words = ["users", "train", str(run), "--store", str(served.store), "--by", "who", "--data", str(rows), "--quiet"]
+    verb(*words, "--form", "beside", "--epochs", "4", "--learning-rate", "0.05")
+    served.template.write_text(TEMPLATE, encoding="utf-8")
+    return served
+
+
+def answers(served: Served, users: Sequence[str | None]) -> dict[tuple[str | None, str], str]:
+    """Return what transformers' ``generate`` writes for each user and prompt, one at a time: {(user, prompt): text}."""
+    import torch
+
+    from pst_ds.hf.model_folder import open_model_folder
+    from pst_ds.users.served import ServedUsers
+    from pst_ds.users.store import UserStore
+
+    folder = open_model_folder(served.model)
+    model, tokenizer = folder.load(), folder.tokenizer()
+    tokenizer.chat_template = served.template.read_text(encoding="utf-8")
+    states = ServedUsers(model, served.model, UserStore.open(served.store))
+    found = {}
+    for user in users:
+        states.assign([user])
+        for prompt in PROMPTS:
+            message = [{"role": "user", "content": prompt}]
+            ids = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+            with torch.inference_mode():
+                written = model.generate(**ids, do_sample=False, max_new_tokens=MOST_TOKENS)
+            new = written[0, ids["input_ids"].shape[1] :]
+            found[user, prompt] = tokenizer.decode(new, skip_special_tokens=True)
+    return found
