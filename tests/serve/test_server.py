@@ -233,14 +233,16 @@ def test_a_user_is_looked_up_once_for_a_request(folders, monkeypatch):
 def test_keys_and_a_full_queue(folders, monkeypatch):
     monkeypatch.setenv(serve.KEYS, "one, two")
     service, running, thread, url = _start(folders, "--max-waiting", "1", "--max-batch", "1")
-    held, decode = threading.Event(), service.batches._decode
-    monkeypatch.setattr(service.batches, "_decode", lambda jobs: (held.wait(30), decode(jobs)))
+    begun, held, decode = threading.Event(), threading.Event(), service.batches._decode
+    monkeypatch.setattr(service.batches, "_decode", lambda jobs: (begun.set(), held.wait(30), decode(jobs)))
     with _client(url, api_key="three") as stranger:
         for ask in (lambda: _asked(stranger), stranger.models.list):
             with pytest.raises(openai.AuthenticationError):
                 ask()
     with _client(url, api_key="two") as client, ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(_asked, client) for _ in range(4)]  # one is written, one waits
+        answers = [pool.submit(_asked, client)]
+        assert begun.wait(30)
+        answers += [pool.submit(_asked, client) for _ in range(3)]  # one is written, one waits
         refused = []
         while len(refused) < 2:
             refused = [a.exception() for a in answers if a.done()]

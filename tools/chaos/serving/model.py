@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tools.chaos.launch import ROOT
 from tools.verbs import verb
@@ -60,7 +61,8 @@ def answers(served: Served, users: Sequence[str | None]) -> dict[tuple[str | Non
     from pst_ds.users.store import UserStore
 
     folder = open_model_folder(served.model)
-    model, tokenizer = folder.load(), folder.tokenizer()
+    model: Any = folder.load()
+    tokenizer = folder.tokenizer()
     tokenizer.chat_template = served.template.read_text(encoding="utf-8")
     states = ServedUsers(model, served.model, UserStore.open(served.store))
     found = {}
