@@ -36,15 +36,15 @@ FLOORS = {
     "hf": 5,
     "onnx": 6,
     "train": 5,
-    "bench": 6,
     "decoder": 6,
     "tune": 6,
     "users": 6,
-    "report": 7,
+    "bench": 7,
     "serve": 7,
-    "cli": 8,
-    "__init__": 8,
-    "__main__": 9,
+    "report": 8,
+    "cli": 9,
+    "__init__": 9,
+    "__main__": 10,
 }
 MODULES_IN_A_FOLDER = 20
 """Floor of every package and single file right below pst_ds."""

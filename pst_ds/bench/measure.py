@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from pst_ds.bench.decode import Decoder, LinearTime
+from pst_ds.bench.native_loop import NativeLoop
 from pst_ds.bench.variants import Variant
 from pst_ds.hf.model_folder import ModelFolder, ModelFolderError
 from pst_ds.progress import Progress
@@ -19,7 +20,7 @@ Times = dict[str, list[float]]
 
 
 def measure(
-    by_name: dict[str, Variant], folder: ModelFolder, batch: int, args: argparse.Namespace
+    by_name: Mapping[str, Variant | NativeLoop], folder: ModelFolder, batch: int, args: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
     """Return rates of each variant: tokens per second of prefill and decode, and where a decoding step's time goes. A
     model that is not causal has only a forward pass, which counts as its prefill."""
@@ -29,7 +30,7 @@ def measure(
     with Progress("measure", (args.repeats + 1) * len(by_name), "times") as progress:
         for turn in range(args.repeats + 1):
             for name, variant in by_name.items():
-                timed = _run(variant, ids, args.new_tokens) if folder.is_causal else _forward(variant, ids)
+                timed = _timed(variant, folder, ids, args.new_tokens)
                 if turn:  # the first warms up
                     prefill[name] += timed[0]
                     decode[name] += timed[1]
@@ -40,8 +41,18 @@ def measure(
         if decode[name]:
             step = statistics.median(decode[name])
             rates[name] |= {"decode_tokens_per_second": batch / step, "decode_step_seconds": step}
-            rates[name] |= shares(variant, ids, args.new_tokens)
+            if isinstance(variant, Variant):
+                rates[name] |= shares(variant, ids, args.new_tokens)
     return rates
+
+
+def _timed(
+    variant: Variant | NativeLoop, folder: ModelFolder, ids: Tensor, new_tokens: int
+) -> tuple[list[float], list[float]]:
+    """Return seconds of each prefill and of each step."""
+    if isinstance(variant, NativeLoop):
+        return variant.timed(ids, new_tokens)
+    return _run(variant, ids, new_tokens) if folder.is_causal else _forward(variant, ids)
 
 
 def _run(variant: Variant, ids: Tensor, new_tokens: int) -> tuple[list[float], list[float]]:

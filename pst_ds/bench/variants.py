@@ -47,6 +47,7 @@ class Variant:
             "resident_bytes": self.loaded_bytes,
             "file_bytes": self.file_bytes,
             "sparse_layers": len(sparse_layers(self.model)),
+            "copies": len(self.models),
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pst_ds.bench.table import Row, bench_text
@@ -10,6 +11,7 @@ from pst_ds.cli.main import add_quiet_argument, count
 from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
+    from pst_ds.bench.native_loop import NativeLoop
     from pst_ds.bench.variants import Variant
 
 SPARSE = ("bitmask", "csr", "2:4")
@@ -38,6 +40,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     import torch
 
     from pst_ds.bench.measure import measure
+    from pst_ds.bench.native_loop import NativeLoop
     from pst_ds.bench.variants import conditions, copy_until, last_level_cache_bytes, variants
     from pst_ds.hf.model_folder import open_model_folder
 
@@ -51,9 +54,12 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if isinstance(positions, int) and args.prompt_tokens + new_tokens > positions:
         what = f"--prompt-tokens and --new-tokens come to {args.prompt_tokens + new_tokens}"
         raise InputError(f"{args.model} has {positions} positions, and {what}: lower them")
-    by_name = variants(folder, dense, args.formats, args.dtype)
+    models = variants(folder, dense, args.formats, args.dtype)
+    by_name: dict[str, Variant | NativeLoop] = dict(models)
     if args.from_memory:
-        copy_until(by_name, 2 * last_level_cache_bytes())
+        copy_until(models, 2 * last_level_cache_bytes())
+    elif loop := NativeLoop.of(folder, args.prompt_tokens + new_tokens, max(args.batch)):
+        by_name["native loop"] = loop
     threads_before, rows = torch.get_num_threads(), []
     try:
         for threads in args.threads or [threads_before]:
@@ -75,11 +81,13 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     return result
 
 
-def _rows(measured: dict[str, dict[str, float]], by_name: dict[str, Variant], at: dict[str, int]) -> list[Row]:
+def _rows(
+    measured: dict[str, dict[str, float]], by_name: Mapping[str, Variant | NativeLoop], at: dict[str, int]
+) -> list[Row]:
     """Return a row for each variant, with its rates relative to both dense ones."""
     rows: list[Row] = []
     for name, variant in by_name.items():
-        row: Row = {"variant": name, **at, **measured[name], **variant.facts(), "copies": len(variant.models)}
+        row: Row = {"variant": name, **at, **measured[name], **variant.facts()}
         for stage in ("prefill", "decode"):
             rate = f"{stage}_tokens_per_second"
             for base in ("dense", "prepacked"):

@@ -14,6 +14,7 @@ from pst_ds.bench import variants as benched
 from pst_ds.bench.table import bench_text
 from pst_ds.bench.variants import Variant, copy_until, make_sparse, variants
 from pst_ds.cli.main import main
+from pst_ds.decoder import Decoder, DecoderError
 from pst_ds.hf.model_folder import ModelFolderError, open_model_folder
 from pst_ds.runtime import sparse_layers
 
@@ -48,6 +49,9 @@ def folders(tmp_path_factory):
     for name, form in (("half", "bitmask"), ("few", "csr")):
         command = ["export", str(top / name), "--format", form, "--dtype", "bf16", "--out", str(top / f"{name}-{form}")]
         assert main(command) == 0
+    for name in ("half", "bert"):
+        packed = ["--format", "bitmask", "--values", "int8", "--out", str(top / f"{name}-int8")]
+        assert main(["export", str(top / name), *packed]) == 0
     return top
 
 
@@ -64,6 +68,38 @@ def _refused(capsys, *arguments):
     assert main(["bench", *map(str, arguments)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pst-ds bench: ")]
     return line
+
+
+def test_a_decoder_whose_values_are_codes_runs_in_the_native_loop_too(folders, capsys):
+    result, table = _bench(capsys, folders / "half-int8", "--batch", "1,2", "--threads", "1")
+    rows = {(row["variant"], row["batch"]): row for row in result["rows"]}
+    for batch in (1, 2):
+        row = rows["native loop", batch]
+        assert row["decode_tokens_per_second"] == pytest.approx(batch / row["decode_step_seconds"])
+        assert row["file_bytes"] == rows["bitmask", batch]["file_bytes"]
+        assert 0 < row["resident_bytes"] < rows["dense", batch]["resident_bytes"]
+        assert row["decode_over_dense"] > 0
+    assert any("native loop" in line for line in table)
+
+
+@pytest.mark.parametrize(
+    ("folder", "more"), [("half-bitmask", ()), ("bert-int8", ()), ("half-int8", ("--from-memory",))]
+)
+def test_there_is_no_native_loop_of_floats_encoders_or_copies(folders, capsys, folder, more):
+    result, _ = _bench(capsys, folders / folder, *more)
+    assert {row["variant"] for row in result["rows"]} >= {"dense", "bitmask"}
+    assert not any(row["variant"] == "native loop" for row in result["rows"])
+
+
+def test_a_model_that_the_loop_cannot_run_is_measured_without_it(folders, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise DecoderError("an odd layer")
+
+    monkeypatch.setattr(Decoder, "from_pretrained", refuse)
+    assert main(["bench", str(folders / "half-int8"), *SHORT]) == 0
+    out = capsys.readouterr()
+    assert "without the native loop: an odd layer" in out.err
+    assert "native loop" not in out.out
 
 
 def test_every_contestant_has_its_rates_and_ratios(folders, capsys):

@@ -25,7 +25,7 @@ _GATHER_FIX = (
 
 
 def native_code(limit_seconds: float) -> Iterator[Finding]:
-    """Check that the C++ of mask updates, packing and sparse layers compiles and computes what torch does."""
+    """Check that the C++ of mask updates, packing, layers and decoding compiles and computes what torch does."""
     start = time.monotonic()
     last_line, problem = _run(["native"], {}, limit_seconds)
     seconds = time.monotonic() - start
@@ -99,11 +99,15 @@ def _native() -> dict[str, object]:
     from pst_ds.core import native as masks
     from pst_ds.core.bits import count_bits
     from pst_ds.core.formats import FORMATS, rows
+    from pst_ds.runtime import decoder
     from pst_ds.runtime import native as kernels
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        libraries = {"mask updates": masks.library(), "packing": rows.library(), "sparse layers": kernels.library()}
+        libraries = {
+            "mask updates": masks.library(), "packing": rows.library(), "sparse layers": kernels.library(),
+            "decoding": decoder.library(),
+        }  # fmt: skip
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 256, generator=draw) * (torch.rand(96, 256, generator=draw) > 0.7)
     x, bits = torch.randn(5, 256, generator=draw), torch.randint(256, (999,), generator=draw, dtype=torch.uint8)
@@ -112,10 +116,16 @@ def _native() -> dict[str, object]:
     if libraries["sparse layers"] is not None:
         values, mask, offsets = (parts[name] for name in ("compressed", "bitmask", "row_offsets"))
         y = kernels.bitmask_linear(x, values, mask, offsets, None, kernels.best_level())
+    codes = weight.sign().to(torch.int8)
+    decoded = x @ codes.t().float()
+    if libraries["decoding"] is not None:
+        matrix = decoder.Matrix.of_codes(codes, torch.ones(96, 1, dtype=torch.bfloat16), bits=8, group=0)
+        decoded = matrix.multiply(x)
     as_torch = {
         "mask updates": int(count_bits(bits, bits)[1]) == sum(int(byte).bit_count() for byte in bits.tolist()),
         "packing": torch.equal(FORMATS["bitmask"].unpack(parts), weight),
         "sparse layers": torch.allclose(y, x @ weight.t(), rtol=1e-4, atol=1e-4),
+        "decoding": torch.allclose(decoded, x @ codes.t().float(), rtol=1e-3, atol=1e-2),
     }
     return {
         "checked": [name for name, library in libraries.items() if library is not None],
