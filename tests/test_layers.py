@@ -200,7 +200,7 @@ def test_a_folder_can_be_taken_in_at_a_look(folder):
         ("core/x.py", "from pst_ds import __version__", "of pst_ds it may import core alone"),
         ("parallel/x.py", "import pst_ds.nn.linear as c", "parallel (floor 1) imports pst_ds.nn.linear (floor 2)"),
         ("nn/x.py", "def f():\n    from pst_ds.train import loop", "line 2: nn (floor 2) imports pst_ds.train.loop"),
-        ("nn/x.py", "from pst_ds import cli", "nn (floor 2) imports pst_ds.cli (floor 8)"),
+        ("nn/x.py", "from pst_ds import cli", "nn (floor 2) imports pst_ds.cli (floor 9)"),
         ("nn/x.py", "import importlib\nimportlib.import_module('pst_ds.train')", "nn (floor 2) imports pst_ds.train"),
         ("train/x.py", "from pst_ds.hf.callback import x", "train imports its sibling pst_ds.hf.callback"),
         ("runtime/x.py", "from ..prune import rules", "runtime imports its sibling pst_ds.prune.rules"),
