@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from pst_ds.core.formats import FORMATS, QuantizedFormat, form_of
 from pst_ds.core.formats.quantized import without_padding
 from pst_ds.core.quantization import dequantize, unpack_nibbles
-from pst_ds.runtime import gemv, native
+from pst_ds.runtime import gpu, native
 from pst_ds.runtime.backends import backend_for
 
 PANEL_ROWS = 1024
@@ -27,8 +27,8 @@ def bitmask_linear(
     x: Tensor, compressed: Tensor, bitmask: Tensor, row_offsets: Tensor, bias: Tensor | None, backend: str = ""
 ) -> Tensor:
     """Compute x W' + bias: (..., I) to (..., O) with parts of the bitmask format, which must have passed its check."""
-    if not backend and gemv.takes(x, compressed):
-        return gemv.bitmask_linear(x, compressed, bitmask, row_offsets, bias)
+    if not backend and gpu.takes(x, compressed):
+        return gpu.packed_linear(x, gpu.PackedWeight(compressed, bitmask, row_offsets), bias)
     vectors = x.numel() // max(1, x.shape[-1])
     if not backend:
         density = compressed.numel() / max(1, bitmask.shape[0] * x.shape[-1])
@@ -68,8 +68,11 @@ def quantized_linear(
 
     ``codes``, ``scales`` and ``bitmask`` are parts of ``packing``, "bitmask", "2:4" or "dense", that have passed their
     format's check; ``row_offsets`` (O,) int64: the first byte of every row of ``codes``. Sums are those of a dense
-    product: the weight is expanded, on a CPU some rows at a time.
+    product, for which the weight is expanded, on a CPU some rows at a time; or those of :mod:`pst_ds.runtime.gpu`,
+    which up to eight vectors multiplies with codes and rounds no weight.
     """
+    if gpu.takes(x, codes):
+        return gpu.packed_linear(x, gpu.PackedWeight(codes, bitmask, row_offsets, scales), bias)
     rows, columns = scales.shape[0], x.shape[-1]
     step = PANEL_ROWS if x.device.type == "cpu" else max(1, rows)
     if rows <= step:

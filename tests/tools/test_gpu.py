@@ -27,7 +27,7 @@ def test_a_dry_run_goes_through_every_section(tmp_path, capsys):
     written = out.with_suffix(".md").read_text()
     assert written == table(found)
     assert written in capsys.readouterr().out
-    assert "| one vector, dense / bitmask at 90% |" in written
+    assert "| 1 x, dense / int4 bitmask at 90% |" in written
     assert "| peak memory, pst, GB | not measured: no GPU |" in written
 
 

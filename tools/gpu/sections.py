@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.config.pst import PSTConfig
+from pst_ds.core.formats import QuantizedFormat
+from pst_ds.core.quantization import Grid
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.planning.activations import trace_micro_batch
@@ -158,21 +160,24 @@ def kernels(bench: Bench) -> list[Row]:
 
 
 def decode(bench: Bench) -> list[Row]:
-    """Multiply one vector with a bitmask layer, against the dense product."""
+    """Multiply a few vectors with bitmask layers of floats and of codes, against the dense product."""
     outputs, inputs = bench.sizes.matrix
     dense = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0)).bfloat16()
-    x = torch.randn(1, inputs, device=bench.device, dtype=torch.bfloat16)
-    there = dense.to(bench.device)
-    rows = []
-    with torch.no_grad():
-        plain = bench.seconds(lambda: torch.nn.functional.linear(x, there))
-        for sparsity in SPARSITIES:
-            kept = torch.rand(outputs, inputs, generator=torch.Generator().manual_seed(1)) >= sparsity
-            layer = SparseLinear.from_dense(dense * kept).to(bench.device)
-            packed = bench.seconds(lambda layer=layer: layer(x))  # type: ignore[misc]
-            bound = 2 / (2 * (1 - sparsity) + 1 / 8)
-            rows.append({"what": f"one vector, dense / bitmask at {sparsity:.0%}", "measured": plain / packed,
-                         "predicted": bound})  # fmt: skip
+    there, rows = dense.to(bench.device), []
+    for sparsity in SPARSITIES:
+        kept = torch.rand(outputs, inputs, generator=torch.Generator().manual_seed(1)) >= sparsity
+        for grid in (None, Grid(8), Grid(4)):
+            form = "bitmask" if grid is None else QuantizedFormat("bitmask", grid)
+            layer = SparseLinear.from_dense(dense * kept, None, form).to(bench.device)
+            bytes_of_value = 2 if grid is None else grid.bits / 8
+            for vectors in (1, 16):
+                x = torch.randn(vectors, inputs, device=bench.device, dtype=torch.bfloat16)
+                with torch.no_grad():
+                    plain = bench.seconds(lambda x=x: torch.nn.functional.linear(x, there))  # type: ignore[misc]
+                    packed = bench.seconds(lambda x=x, layer=layer: layer(x))  # type: ignore[misc]
+                what = f"{vectors} x, dense / {'bf16' if grid is None else grid.values} bitmask at {sparsity:.0%}"
+                bound = 2 / (bytes_of_value * (1 - sparsity) + 1 / 8)
+                rows.append({"what": what, "measured": plain / packed, "predicted": bound})
     return rows
 
 

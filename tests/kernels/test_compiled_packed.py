@@ -1,0 +1,56 @@
+"""Products with packed weights as a GPU would run them."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", minversion="3.6", reason="needs triton 3.6, the extra of that name")
+
+from pst_ds.runtime import tile_kernels, vector_kernels
+
+from .compiled import CAPABILITIES, compiled
+
+POINTERS = {"bits_ptr": "*i32", "offsets_ptr": "*i64", "bias_ptr": "*bf16", "y_ptr": "*bf16"}
+CODES = {"i8": 8, "u8": 4}
+
+
+def of_values(values, types):
+    """Types and constants of a weight with such ``values``, a scale for 64 inputs of codes."""
+    types = {**POINTERS, **types, "values_ptr": f"*{values}"}
+    constants = {"BITS": CODES.get(values, 0), "GROUP_WORDS": 2, "GROUPS": 64}
+    if values in CODES:
+        return {**types, "scales_ptr": "*bf16"}, constants
+    return types, {**constants, "scales_ptr": None}
+
+
+def walk(capability, values, unroll):
+    types, constants = of_values(
+        values, {"x_ptr": "*fp32", **dict.fromkeys(("x_vector", "columns", "y_vector"), "i32")}
+    )
+    types["lead"] = "i32"
+    return compiled(
+        vector_kernels.packed_vector, types, {**constants, "UNROLL": unroll}, capability, loose=("lead",), num_warps=1,
+        fuse=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("values", ["bf16", *CODES])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_a_kept_weight_takes_few_instructions(capability, values):
+    found = walk(capability, values, vector_kernels.UNROLL)
+    assert found.spilled_bytes == 0
+    assert found.registers <= 48
+    step = 32 // CODES.get(values, 8)  # codes of a word
+    short, long = (walk(capability, values, unroll).num_instructions for unroll in (step, 2 * step))
+    assert (long - short) / step <= 10
+
+
+@pytest.mark.parametrize("values", ["bf16", *CODES])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_tiles_are_expanded_in_registers(capability, values):
+    types, constants = of_values(values, {"x_ptr": "*bf16", **dict.fromkeys(("vectors", "rows", "columns"), "i32")})
+    constants |= {"ROWS": tile_kernels.TILE_ROWS, "VECTORS": 64}
+    found = compiled(tile_kernels.packed_tiles, types, constants, capability, fuse=True)
+    assert found.spilled_bytes == 0
+    assert found.registers <= 168
+    assert found.count("HMMA", "HGMMA", "UTCHMMA") > 0

@@ -1,0 +1,137 @@
+"""Products of packed layers with the kernels for GPUs, in Triton's interpreter, against those of CPUs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", minversion="3.6", reason="needs triton 3.6, the extra of that name")
+
+from pst_ds.core.experts.routing import Routing
+from pst_ds.core.formats import QuantizedFormat
+from pst_ds.core.quantization import Grid
+from pst_ds.runtime import gpu
+from pst_ds.runtime.experts import SparseExperts
+from pst_ds.runtime.linear import SparseLinear
+
+pytestmark = pytest.mark.interpreted
+WALKED, TILED = gpu.MOST_WALKED, gpu.MOST_WALKED + 1
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels that were launched."""
+    names, real = [], gpu.launch
+
+    def launch(kernel, *args, **constants):
+        names.append(kernel.fn.__name__)
+        real(kernel, *args, **constants)
+
+    monkeypatch.setattr(gpu, "launch", launch)
+    return names
+
+
+def weight_of(rows, columns, kept, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(rows + columns)
+    weight = torch.randn(rows, columns, generator=generator)
+    weight = (weight * (torch.rand(weight.shape, generator=generator) < kept)).to(dtype)
+    return weight, torch.randn(rows, generator=generator).to(dtype) if rows % 2 else None
+
+
+def inputs(vectors, columns, dtype=torch.float32):
+    return torch.randn(1, vectors, columns, generator=torch.Generator().manual_seed(vectors)).to(dtype)
+
+
+def require_dense(layer, bias, x, found):
+    """The product of the weight that the layer's parts stand for on a CPU."""
+    weight = layer.format.unpack(layer.parts(), torch.float64)
+    expected = torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
+    assert found.dtype == x.dtype
+    assert found.shape == expected.shape
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[x.dtype]  # the interpreter cuts bf16
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "kept", "dtype"),
+    [
+        (3, 32, 0.5, torch.bfloat16), (1, 1056, 0.2, torch.float32), (2, 64, 0.0, torch.float32),
+        (2, 96, 1.0, torch.bfloat16), (5, 37, 0.4, torch.float32),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("vectors", [1, TILED])
+def test_products_of_kept_values(rows, columns, kept, dtype, vectors, launched):
+    weight, bias = weight_of(rows, columns, kept, dtype)
+    layer, x = SparseLinear.from_dense(weight, bias), inputs(vectors, columns, dtype)
+    require_dense(layer, bias, x, layer(x))
+    assert launched == ["packed_vector" if vectors <= WALKED else "packed_tiles"]
+
+
+@pytest.mark.parametrize(
+    ("packing", "bits", "group", "columns"),
+    [
+        ("bitmask", 8, 32, 96), ("bitmask", 4, 32, 96), ("bitmask", 8, 128, 256), ("bitmask", 4, 64, 1088),
+        ("bitmask", 8, None, 44), ("bitmask", 4, None, 37), ("2:4", 8, 64, 64), ("2:4", 4, None, 44),
+        ("dense", 8, None, 37), ("dense", 4, 32, 64),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("vectors", [1, TILED])
+def test_products_of_codes(packing, bits, group, columns, vectors, launched):
+    weight, bias = weight_of(3, columns, 0.6)
+    if packing == "2:4":
+        weight *= torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(columns // 4)
+    layer = SparseLinear.from_dense(weight, bias, QuantizedFormat(packing, Grid(bits, group)))
+    x = inputs(vectors, columns)
+    require_dense(layer, bias, x, layer(x))
+    assert launched == ["packed_vector" if vectors <= WALKED else "packed_tiles"]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("rows", "vectors", "dtype"), [(2, 3, torch.bfloat16), (66, 131, torch.bfloat16), (2, 2, torch.float16)]
+)
+def test_products_of_codes_in_16_bits(bits, rows, vectors, dtype, launched):
+    weight, _ = weight_of(rows, 64, 0.5)
+    layer = SparseLinear.from_dense(weight, None, QuantizedFormat("bitmask", Grid(bits, 32))).to(dtype)
+    x = inputs(vectors, 64, dtype)
+    require_dense(layer, None, x, layer(x))
+    assert len(launched) == 1
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kept", [0.03, 1.0])
+def test_rows_of_any_number_of_codes(bits, kept, launched):
+    """Rows begin at every byte of a word, and some are empty."""
+    weight, _ = weight_of(12, 32, kept)
+    weight[::3] = 0.0
+    layer, x = SparseLinear.from_dense(weight, None, QuantizedFormat("bitmask", Grid(bits, None))), inputs(1, 32)
+    require_dense(layer, None, x, layer(x))
+    assert launched == ["packed_vector"]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_experts_begin_with_any_byte(bits, launched):
+    stack = torch.stack([weight_of(3, 64 + expert, 0.4)[0][:, :64] for expert in range(4)])
+    experts = SparseExperts.of_stack(stack, QuantizedFormat("bitmask", Grid(bits, 32)))
+    routing = Routing.of(torch.arange(4).view(4, 1), torch.ones(4, 1), 4)
+    x = inputs(4, 64)[0]
+    found = experts(x, routing, by_token=True)
+    weight = experts.format.unpack(experts.parts(), torch.float32).view(4, 3, 64)
+    torch.testing.assert_close(found, torch.einsum("ei,eoi->eo", x, weight), rtol=1e-5, atol=1e-5)
+    assert launched == ["packed_vector"] * 4
+
+
+def test_what_is_pruned_meets_no_infinity_of_few_vectors():
+    weight = torch.tensor([[1.0, 0.0] * 16])
+    x = torch.tensor([[1.0, torch.inf] * 16])
+    assert SparseLinear.from_dense(weight)(x).tolist() == [[16.0]]
+
+
+def test_more_vectors_and_other_dtypes_are_left_to_other_ways():
+    values = torch.ones(4)
+    assert not gpu.takes(torch.ones(gpu.MOST_TILED + 1, 32), values)
+    assert not gpu.takes(torch.ones(1, 32), values.double())
+    assert not gpu.takes(torch.ones(1, 32).double(), values.char())
+    assert not gpu.takes(torch.ones(0, 32), values)
+    assert gpu.takes(torch.ones(gpu.MOST_TILED, 40), values)
+    assert gpu.takes(torch.ones(1, 32), values.char())
