@@ -63,6 +63,23 @@ def test_a_classifier(made, capsys):
     assert max(map(len, text.splitlines())) <= 120
 
 
+@pytest.mark.parametrize(
+    ("model", "more", "pattern", "words"),
+    [
+        (BERT, ("--target", "cpu"), "1x4", "blocks of 4 inputs"),
+        (LLAMA, ("--target", "cpu", "--task", "causal-lm"), "matrix", "decoders on CPUs"),
+        (BERT, ("--target", "cpu", "--pattern", "row"), "row", '"16x1"'),
+        (BERT, (), "matrix", '"16x1"'),
+    ],
+)
+def test_where_a_model_will_run_proposes_a_pattern(made, capsys, model, more, pattern, words):
+    out, table, _ = made(model, "--train", TRAIN, *more)
+    assert table["pst"]["pattern"] == pattern
+    (above,) = (above for above, line in itertools.pairwise(out.read_text().splitlines()) if "pattern = " in line)
+    assert words in above
+    assert _planned(capsys, out)["num_steps"] > 0
+
+
 def test_every_setting_that_has_a_choice_has_a_comment(made):
     out, _, _ = made(BERT, "--train", TRAIN, "--ranks", "2")
     lines = out.read_text().splitlines()

@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label-column", metavar="COLUMN", help="default: label")
     parser.add_argument("--method", choices=tuple(METHODS), default="pst", help="default: pst")
     parser.add_argument("--sparsity", type=float, metavar="S", help="fraction of zeros at the end (default: 0.9)")
-    parser.add_argument("--pattern", metavar="P", help='matrix (default), global, row, N:M or blocks such as "16x1"')
+    pattern = 'matrix (default), global, row, N:M or blocks such as "16x1"'
+    parser.add_argument("--pattern", metavar="P", help=pattern)
+    target = "where the sparse model will run: proposes the pattern that is the quickest there at the same quality"
+    parser.add_argument("--target", choices=("cpu",), help=target)
     steps = parser.add_mutually_exclusive_group()
     steps.add_argument(
         "--epochs", type=float, metavar="N", help="default: 3, and 1 for causal-lm, within 600 to 10,000 steps"

@@ -92,6 +92,7 @@ def _found(chosen: Chosen) -> dict[str, str]:
         "train.num_steps": chosen.length_reason,
         "pst.target_modules": f"{chosen.summary['num_layers']} layers: {', '.join(chosen.layers)}",
     }
+    comments |= {"pst.pattern": chosen.pattern_reason} if chosen.pattern_reason else {}
     return comments | ({"data.label_column": f"{len(chosen.labels)} classes: {classes}"} if chosen.labels else {})
 
 
