@@ -39,7 +39,9 @@ class HeldStates:
 
     def __init__(self, folder: Path, engine: Engine):
         self._folder = folder
-        self._file, self._group = CheckpointFile(folder, engine, _ENDING), StoreGroup()
+        self.group = StoreGroup()
+        """Of the thread that calls :meth:`save`."""
+        self._file = CheckpointFile(folder, engine, _ENDING, self.group)
         self._parts = (OwnPart(engine), OwnPart(engine))
         self._states: list[CheckpointState | None] = [None, None]
         self._newest = 0
@@ -67,7 +69,7 @@ class HeldStates:
         with self._lock:
             self._is_writing = True
         newest = self._states[self._newest]
-        step, is_there = self._group.decide(NEVER if newest is None else newest.step, self._common)
+        step, is_there = self.group.decide(NEVER if newest is None else newest.step, self._common)
         if step == NEVER or is_there:
             return HeldSave(step)
         (held,) = [i for i, state in enumerate(self._states) if state is not None and state.step == step]

@@ -103,9 +103,9 @@ class CheckpointFile:
     until it is whole; writers that may be at work at a time have different ones. Making it, and its method, are
     collective, the method over the threads that call it."""
 
-    def __init__(self, folder: Path, engine: Engine, ending: str = PARTIAL):
+    def __init__(self, folder: Path, engine: Engine, ending: str = PARTIAL, beside: StoreGroup | None = None):
         self._folder, self._model, self._ending = folder, engine.module, ending
-        self._group = StoreGroup()
+        self._group = StoreGroup(beside)
 
     def write(
         self, name: str, state: CheckpointState, part: OwnPart, when_written: Callable[[], None]

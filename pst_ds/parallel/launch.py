@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,6 +67,9 @@ def use_cpu_without_accelerator() -> None:
         )
 
 
+FEW_RANKS = 16
+"""Up to so many, gloo connects every rank with every other at once: then one that dies is noticed at once too."""
+
 joined = False
 """True if this process has joined a process group through :func:`init_distributed`."""
 
@@ -85,6 +89,7 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
             "the deepspeed launcher, torchrun or a script in launch/"
         )
     use_cpu_without_accelerator()
+    _prepare_connections(launch.world_size)
     os.environ["LOCAL_RANK"] = str(launch.local_rank)  # zero.Init reads it from there
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -103,6 +108,16 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
     global joined
     joined = True
     deepspeed.init_distributed(dist_backend=_backend(), auto_mpi_discovery=False, verbose=False, **timeout)
+
+
+def _prepare_connections(world_size: int) -> None:
+    """Let gloo connect ranks when they first send each other something, as most never do, if there are many; and let
+    rank 0, at which all meet, have a connection to each: 1,024 open files are the usual limit."""
+    if world_size > FEW_RANKS:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if least != most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _device_index(launch: LaunchEnvironment, num_devices: int) -> int:

@@ -41,10 +41,12 @@ def wait(seconds: float) -> int:
     beside the main one, whose handlers run only between two calls into a library."""
     if asked_by():
         return asked_by()
-    reading = [] if _arrivals is None else [_arrivals[0]]
-    if select.select(reading, [], [], seconds)[0]:
+    poll = select.poll()  # select would refuse the numbers of files that a rank of thousands opens
+    if _arrivals is not None:
+        poll.register(_arrivals[0], select.POLLIN)
+    for end, _ in poll.poll(round(1000 * seconds)):
         with contextlib.suppress(BlockingIOError):
-            for number in os.read(reading[0], 64):
+            for number in os.read(end, 64):
                 if number in _SIGNALS:
                     _note(number, None)
     return asked_by()

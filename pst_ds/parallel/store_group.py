@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import pickle
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -21,11 +23,14 @@ class StoreGroup:
     that their number does not grow with the ranks, nor does it take a collective to connect them.
 
     All ranks make their groups in the same order, and call the methods of one in the same order, in any thread.
+    Groups of one thread can share a connection: a group made with ``beside`` has that group's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, beside: StoreGroup | None = None) -> None:
         self._store: dist.Store | None = None
-        if dist.is_initialized() and world_size() > 1:
+        if beside is not None:
+            self._store = beside._store
+        elif dist.is_initialized() and world_size() > 1:
             # a connection of its own: one that waits would keep every other thread from using it
             self._store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         self._name, self._round = f"pst_ds/{next(_numbers)}", 0
@@ -50,6 +55,18 @@ class StoreGroup:
         if self._round > 1:  # all ranks have sent their next value, and so have read it
             self._store.delete_key(f"{self._name}/{self._round - 2}/answer")
         return decided
+
+    def leave_last(self, seconds: float) -> None:
+        """Return on rank 0, where the store may be, once every other rank has called this, or after ``seconds``; on the
+        others at once. For a process that is to end: what it has not read by then it needs no more."""
+        if self._store is None:
+            return
+        keys = [f"{self._name}/left-{other}" for other in range(world_size())]
+        if rank():
+            self._store.set(keys[rank()], "")
+            return
+        with suppress(RuntimeError):
+            self._store.wait(keys[1:], timedelta(seconds=seconds))
 
     def announce(self, word: str) -> None:
         """Let every rank read ``word``, unless one has announced another before; no other rank needs to take part."""

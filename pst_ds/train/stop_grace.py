@@ -47,7 +47,7 @@ class StopGrace:
         describe: Callable[[int, int], str],
     ):
         self._grace, self._held, self._when_saved, self._describe = grace_seconds, held, when_saved, describe
-        self._group = StoreGroup()
+        self._group = StoreGroup(held.group)
         self._over = threading.Event()
         self._saved: tuple[int, HeldSave] | None = None
 
@@ -72,7 +72,7 @@ class StopGrace:
                 return
             self._saved = number, saved
             if not self._over.wait(self._until(deadline, 1 - _LEAVE_AT)):
-                self._leave(number, saved)
+                self._leave(number, saved, self._until(deadline, 0.0))
 
     def _asked(self) -> tuple[int, float]:
         """Wait until a rank is asked to stop; return the signal and when its grace ends; (0, 0) if the run ends."""
@@ -94,12 +94,14 @@ class StopGrace:
         """Return the seconds until this share of the grace remains."""
         return max(0.0, deadline - remaining * self._grace - time.monotonic())
 
-    def _leave(self, number: int, saved: HeldSave) -> None:
+    def _leave(self, number: int, saved: HeldSave, seconds: float) -> None:
         self._say(f"pst-ds train: StoppedError: {self._describe(number, saved.step)}")
         leave_code(stop_signals.EXIT_STOPPED)
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):
                 stream.flush()
+        with suppress(Exception):  # the store is gone with rank 0
+            self._group.leave_last(seconds)
         os._exit(stop_signals.EXIT_STOPPED)
 
     @staticmethod

@@ -37,6 +37,18 @@ def test_every_rank_hears_what_rank_0_decides_from_the_values_of_all_in_order(ru
     assert one[1::2] == [3, 3, 3]
 
 
+def _beside():
+    first = StoreGroup()
+    second = StoreGroup(first)
+    found = [first.decide(rank(), list), second.decide(-rank(), list)]
+    return found, first._store is second._store
+
+
+@pytest.mark.zero3
+def test_two_groups_of_a_thread_share_a_connection(run_ranks):
+    assert run_ranks(_beside, 2) == [([[0, 1], [0, -1]], True)] * 2
+
+
 def _beside_a_collective():
     """A thread's exchange begins before a collective of the main thread on one rank, and after it on the other."""
     group, found = StoreGroup(), []
@@ -70,6 +82,33 @@ def _announced():
 @pytest.mark.zero3
 def test_all_ranks_read_the_first_word_that_one_announces(run_ranks):
     assert run_ranks(_announced, 2) == [("", "15 30.0")] * 2
+
+
+def _left_last(folder):
+    group = StoreGroup()
+    if rank():
+        (folder / str(rank())).touch()
+    group.leave_last(100.0)
+    return len(list(folder.iterdir()))
+
+
+@pytest.mark.zero3
+def test_rank_0_leaves_last(run_ranks, tmp_path):
+    (tmp_path / "left").mkdir()
+    assert run_ranks(_left_last, 3, tmp_path / "left")[0] == 2
+
+
+def _alone():
+    group = StoreGroup()
+    barrier()
+    if rank() == 0:
+        group.leave_last(0.01)
+    barrier()
+
+
+@pytest.mark.zero3
+def test_rank_0_does_not_wait_for_ever(run_ranks):
+    run_ranks(_alone, 2)
 
 
 def _kept(rounds):
