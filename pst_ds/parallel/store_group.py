@@ -37,23 +37,25 @@ class StoreGroup:
 
     def decide(self, value: T, decision: Callable[[Sequence[T]], R]) -> R:
         """Return on every rank what ``decision`` makes of the values of all ranks, in order, on rank 0, which alone
-        calls it; it must not raise. Collective. Raises torch.distributed.DistError after the process group's timeout
-        without a rank."""
+        calls it; it must not raise. Rank 0, where the store may be, returns once all others have the answer, and can
+        end then. Collective. Raises torch.distributed.DistError after the process group's timeout without a rank."""
         if self._store is None:
             return decision([value])
-        asked, answer = f"{self._name}/{self._round}/of-", f"{self._name}/{self._round}/answer"
+        name = f"{self._name}/{self._round}"
         self._round += 1
         if rank():
-            self._store.set(asked + str(rank()), pickle.dumps(value))  # type: ignore[arg-type]
-            return pickle.loads(self._store.get(answer))
-        keys = [asked + str(other) for other in range(1, world_size())]
-        values = [value, *(pickle.loads(self._store.get(key)) for key in keys)]
-        for key in keys:
-            self._store.delete_key(key)
+            self._store.set(f"{name}/of-{rank()}", pickle.dumps(value))  # type: ignore[arg-type]
+            decided = pickle.loads(self._store.get(f"{name}/answer"))
+            with suppress(RuntimeError):  # rank 0 is gone, and the answer is here
+                self._store.set(f"{name}/read-{rank()}", "")
+            return decided
+        others = range(1, world_size())
+        values = [value, *(pickle.loads(self._store.get(f"{name}/of-{other}")) for other in others)]
         decided = decision(values)
-        self._store.set(answer, pickle.dumps(decided))  # type: ignore[arg-type]
-        if self._round > 1:  # all ranks have sent their next value, and so have read it
-            self._store.delete_key(f"{self._name}/{self._round - 2}/answer")
+        self._store.set(f"{name}/answer", pickle.dumps(decided))  # type: ignore[arg-type]
+        self._store.wait([f"{name}/read-{other}" for other in others])
+        for key in ("answer", *(f"{kind}-{other}" for kind in ("of", "read") for other in others)):
+            self._store.delete_key(f"{name}/{key}")
         return decided
 
     def leave_last(self, seconds: float) -> None:

@@ -112,16 +112,44 @@ def test_rank_0_does_not_wait_for_ever(run_ranks):
 
 
 def _kept(rounds):
-    """Which answers rank 0 finds in the store after so many exchanges, and whether any question is there."""
+    """Whether rank 0 finds anything of so many exchanges in the store."""
     group = StoreGroup()
     for _ in range(rounds):
         group.decide(0, len)
-    barrier()
     store = dist.distributed_c10d._get_default_store()
-    answers = [i for i in range(rounds) if store.check([f"{group._name}/{i}/answer"])]
-    return answers, any(store.check([f"{group._name}/{i}/of-1"]) for i in range(rounds))
+    names = [f"{group._name}/{i}/{key}" for i in range(rounds) for key in ("answer", "of-1", "read-1")]
+    found = [name for name in names if rank() == 0 and store.check([name])]
+    barrier()
+    return found
 
 
 @pytest.mark.zero3
 def test_what_was_read_does_not_stay_in_the_store(run_ranks):
-    assert run_ranks(_kept, 2, 9)[0] == ([8], False)
+    assert run_ranks(_kept, 2, 9)[0] == []
+
+
+def _late(folder):
+    """What rank 1 has noted when rank 0 goes on."""
+    group = StoreGroup()
+    if rank():
+        group._store = _Noted(group._store, folder / "read")
+    group.decide(0, len)
+    return [path.name for path in folder.iterdir()]
+
+
+class _Noted:
+    """A store of which it is noted that a rank has read from it."""
+
+    def __init__(self, store, note):
+        self._store, self._note, self.set = store, note, store.set
+
+    def get(self, key):
+        answer = self._store.get(key)
+        self._note.touch()
+        return answer
+
+
+@pytest.mark.zero3
+def test_rank_0_goes_on_when_all_have_read_the_answer(run_ranks, tmp_path):
+    (tmp_path / "notes").mkdir()
+    assert run_ranks(_late, 2, tmp_path / "notes")[0] == ["read"]
