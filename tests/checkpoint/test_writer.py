@@ -86,7 +86,7 @@ def _save(folder, engine, world=1, **changes):
             for module in (checkpoint_writer, own_part):
                 patch.setattr(module, "rank", lambda own=own: own)
                 patch.setattr(module, "world_size", lambda: world)
-            patch.setattr(checkpoint_writer, "StoreGroup", lambda: _OneAfterAnother(reports, world))
+            patch.setattr(checkpoint_writer, "StoreGroup", lambda beside: _OneAfterAnother(reports, world))
             writer = CheckpointWriter(folder.parent, engine)
             writer.save(folder.name, _state(engine.module, **changes))
             written = writer.wait()
