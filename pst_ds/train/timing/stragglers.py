@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,7 @@ WINDOW, LEAST_SLOW = 10, 8
 """A straggler is slow in so many of the last steps."""
 SLOWER, LEAST_SECONDS = 1.2, 0.01
 """A slow step takes so many times the median rank's, and so much longer."""
+_NOT_IN_A_STEP = nullcontext()
 
 
 class OwnTime:
@@ -49,13 +50,8 @@ class OwnTime:
         self.seconds = max(0.0, self._busy + now - self._since - self._waits.read()["waits"])
         self._busy, self._since = 0.0, now
 
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        if not self._since:
-            yield
-            return
-        with self._waits.timing("waits"):
-            yield
+    def _waiting(self) -> AbstractContextManager[None]:
+        return self._waits.timing("waits") if self._since else _NOT_IN_A_STEP
 
 
 @dataclass(frozen=True, slots=True)
