@@ -72,6 +72,16 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     add_quiet_argument(parser)
 
 
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("questions", metavar="QUESTIONS", help="LaMP's questions file of one split, as it is")
+    parser.add_argument("--answers", metavar="FILE", help="its outputs file; not for a file with the answers in it")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for history.jsonl and queries.jsonl")
+    text = "put the K nearest of a user's own earlier texts before each prompt, by BM25 (default: 0)"
+    parser.add_argument("--retrieve", type=int, default=0, metavar="K", help=text)
+    text = "put before it how often the user gave each answer"
+    parser.add_argument("--profile", action="store_true", help=text)
+
+
 def _add_list(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="DIR", help="the store")
 
@@ -168,6 +178,28 @@ def _sentence(facts: Facts) -> str:
         if gain == gain:  # no NaN: there is another user
             parts.append(f"own better than {word} by {gain:+.4f} (s.e. {error:.4f}), for {share:.0%} of users")
     return "; ".join(parts)
+
+
+def _rows(args: argparse.Namespace) -> Facts:
+    from pst_ds.atomic_files import write_text_atomic
+    from pst_ds.data.lamp import read_lamp
+    from pst_ds.data.own_history import require_retrieval, rows_of
+    from pst_ds.json_text import json_of
+
+    if args.retrieve < 0:
+        raise InputError(f"--retrieve {args.retrieve} is below 0")
+    if args.retrieve:
+        require_retrieval()
+    users = read_lamp(Path(args.questions), Path(args.answers) if args.answers else None)
+    rows = [rows_of(turns, retrieve=args.retrieve, profile=args.profile) for turns in users]
+    found: Facts = {"out": args.out, "users": len(users)}
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    for name, of_users in (("history", [h for h, _ in rows]), ("queries", [q for _, q in rows])):
+        lines = [json_of(row) + "\n" for of_user in of_users for row in of_user]
+        write_text_atomic(Path(args.out) / f"{name}.jsonl", "".join(lines))
+        found[name] = len(lines)
+    print(f"wrote {args.out}: {found['history']} rows of history and {found['queries']} queries of {len(users)} users")
+    return found
 
 
 def _list(args: argparse.Namespace) -> Facts:
@@ -267,6 +299,7 @@ def _say(text: str) -> None:
 ACTIONS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Facts]]] = {
     "train": ("train a state for each user of a column, over a finished run", _add_train, _train),
     "eval": ("compare each user's own state with the shared one, and with another's", _add_eval, _eval),
+    "rows": ("make rows of LaMP's files, with users' own history in the prompts", _add_rows, _rows),
     "list": ("list the users of a store", _add_list, _list),
     "export": ("write a user's own model, as sparse as the base: dense or packed", _add_export, _export),
     "remove": ("delete the states of users", _add_remove, _remove),

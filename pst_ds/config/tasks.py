@@ -44,7 +44,7 @@ TASKS: dict[str, TaskFacts] = {
         suggested_by=lambda label_type: label_type is not None and not label_type.startswith("float"),
     ),
     "regression": TaskFacts(
-        metrics=("pearson", "spearman", "mse"),
+        metrics=("pearson", "spearman", "mse", "rmse", "mae"),
         loss="mse",
         no_teacher="predicts a number",
         suggested_by=lambda label_type: (label_type or "").startswith("float"),

@@ -1,4 +1,4 @@
-"""How near written texts are to texts by people: BLEU, ROUGE-L and chrF, each with several references."""
+"""How near written texts are to texts by people: BLEU, ROUGE and chrF, each with several references."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> d
 
     ``bleu`` and ``chrf`` are sacrebleu's, of the corpus, with its default tokens and orders (arXiv 1804.08771; chrF
     without word order). ``rouge_l`` is the mean over texts of the F1 of the longest common subsequence of words with
-    that reference for which it is largest, as rouge-score counts it, without stemming.
+    that reference for which it is largest, as rouge-score counts it, without stemming; ``rouge_1`` that of words.
     """
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 
     streams = [list(stream) for stream in zip_longest(*references)]  # None where a text has fewer references
-    scorer = RougeScorer(["rougeL"])
+    scorer = RougeScorer(["rouge1", "rougeL"])
     pairs = zip(texts, references, strict=True)
-    longest = [scorer.score_multi(list(wanted), text)["rougeL"].fmeasure for text, wanted in pairs]
+    rouge = [scorer.score_multi(list(wanted), text) for text, wanted in pairs]
     return {
         "bleu": sacrebleu.corpus_bleu(list(texts), streams).score,
-        "rouge_l": 100.0 * sum(longest) / len(longest),
+        "rouge_1": 100.0 * sum(found["rouge1"].fmeasure for found in rouge) / len(rouge),
+        "rouge_l": 100.0 * sum(found["rougeL"].fmeasure for found in rouge) / len(rouge),
         "chrf": sacrebleu.corpus_chrf(list(texts), streams).score,
     }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pst_ds.core.updates.rows import beside, beside_each
+from pst_ds.core.updates.rows import beside, with_beside_each
 
 LEFT, RIGHT = "personal_U", "personal_V"
 """Names of a layer's U (O, r) and V (r, I)."""
@@ -75,13 +75,21 @@ class BatchUpdates:
             self._handles.append(modules[name].register_forward_hook(self._hook(name)))
 
     def assign(self, states: Sequence[Mapping[str, Tensor] | None], like: Tensor) -> None:
-        """Let sample i of every batch from now on have the update ``states[i]``, or none for None; in the dtype and on
-        the device of ``like``. Without any state nothing is added."""
+        """Let sample i of every batch from now on have the update ``states[i]``, or none for None; on the device of
+        ``like``, in its dtype on an accelerator, and in fp32 on a CPU. Without any state nothing is added, or held."""
         self._now = {}
         if all(state is None for state in states):
             return
+        on_cpu = like.device.type == "cpu"
+        dtype = torch.promote_types(like.dtype, torch.float32) if on_cpu else like.dtype  # whichever is quicker
+        first = states[0]
+        one_user = first is not None and all(state is first for state in states)
+        keys = [f"{name}.{part}" for name in self._layers for part in (LEFT, RIGHT)]
+        found = _together(states[:1] if one_user else states, keys, dtype, like.device)
+        if one_user:
+            found = {key: values.expand(len(states), -1, -1) for key, values in found.items()}
         for name in self._layers:
-            self._now[name] = _Stacked(*(_stacked(states, f"{name}.{part}").to(like) for part in (LEFT, RIGHT)))
+            self._now[name] = _Stacked(found[f"{name}.{LEFT}"], found[f"{name}.{RIGHT}"])
 
     def remove(self) -> None:
         """Take the hooks off the model again."""
@@ -95,19 +103,33 @@ class BatchUpdates:
             now = self._now.get(name)
             if now is None:
                 return None
-            return output + beside_each(args[0].to(output.dtype), now.left, now.right, self._beta)
+            return with_beside_each(output, args[0], now.left, now.right, self._beta)
 
         return hook
 
 
-def _stacked(states: Sequence[Mapping[str, Tensor] | None], key: str) -> Tensor:
-    """Return a tensor of all states, with zeros for None; a view where it is one state alone."""
+def _together(
+    states: Sequence[Mapping[str, Tensor] | None], keys: Sequence[str], dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Return {key: (states, ..., ...)}, zeros for None: views of one tensor, which leaves no holes in memory when it
+    goes; of a single state that is what is wanted already, its own tensors."""
     first = states[0]
-    if first is not None and all(state is first for state in states):
-        return first[key].expand(len(states), *first[key].shape)
+    if (
+        len(states) == 1
+        and first is not None
+        and {(first[key].dtype, first[key].device) for key in keys} == {(dtype, device)}
+    ):
+        return {key: first[key].unsqueeze(0) for key in keys}
     some = next(state for state in states if state is not None)
-    none = torch.zeros_like(some[key]) if any(state is None for state in states) else some[key]
-    return torch.stack([none if state is None else state[key] for state in states])
+    sizes = [len(states) * some[key].numel() for key in keys]
+    pool = torch.zeros(sum(sizes), dtype=dtype, device=device)
+    found = {}
+    for key, piece in zip(keys, pool.split(sizes), strict=True):
+        found[key] = piece.view(len(states), *some[key].shape)
+        for place, state in zip(found[key], states, strict=True):
+            if state is not None:
+                place.copy_(state[key])
+    return found
 
 
 def features(module: nn.Module) -> tuple[int, int]:

@@ -104,6 +104,8 @@ class Batches:
                 _LOG.exception("a batch of %d requests failed", len(jobs))
                 for job in jobs:
                     job.put(error)
+            if self._users is not None:
+                self._users.assign_states(())  # which frees what the batch had of its users
         while not self._jobs.empty():
             if (left := self._jobs.get()) is not None:
                 left.put(ClosingError())

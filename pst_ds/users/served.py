@@ -39,7 +39,8 @@ class ServedUsers:
         self.assign_states([None if user is None else self.store.state(user) for user in users])
 
     def assign_states(self, states: Sequence[State | None]) -> None:
-        """Let sample i of every batch from now on have ``states[i]``, which the store has given; None for nobody."""
+        """Let sample i of every batch from now on have ``states[i]``, which the store has given; None for nobody.
+        An empty sequence is the base for whatever comes."""
         self._updates.assign(states, like=next(p for p in self._model.parameters() if p.is_floating_point()))
 
     def close(self) -> None:

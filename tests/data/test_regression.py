@@ -44,6 +44,8 @@ def test_metrics_are_those_of_their_definitions(pairs):
     found, wanted = [x for x, _ in pairs], [float(y) for _, y in pairs]
     metrics = regression_metrics(np.array(found, dtype=np.float32), wanted)
     assert metrics["mse"] == pytest.approx(sum((x - y) ** 2 for x, y in pairs) / len(pairs))
+    assert metrics["rmse"] == pytest.approx(metrics["mse"] ** 0.5)
+    assert metrics["mae"] == pytest.approx(sum(abs(x - y) for x, y in pairs) / len(pairs))
     if len(set(found)) > 1 and len(set(wanted)) > 1:
         assert metrics["pearson"] == pytest.approx(_correlation(found, wanted), abs=1e-9)
         assert metrics["spearman"] == pytest.approx(_correlation(_ranks(found), _ranks(wanted)), abs=1e-9)
@@ -52,7 +54,9 @@ def test_metrics_are_those_of_their_definitions(pairs):
 
 
 def test_one_example_has_no_correlation():
-    assert regression_metrics(np.array([2.0]), [5.0]) == {"pearson": 0.0, "spearman": 0.0, "mse": 9.0}
+    assert regression_metrics(np.array([2.0]), [5.0]) == {
+        "pearson": 0.0, "spearman": 0.0, "mse": 9.0, "rmse": 3.0, "mae": 3.0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -127,7 +131,7 @@ final_sparsity = 0.5
 def test_from_local_files_to_a_verified_export(tmp_path, task, ending, columns, capsys, verb):
     path = _run_file(tmp_path, ending, task, columns)
     metrics = {
-        "regression": {"pearson", "spearman", "mse"},
+        "regression": {"pearson", "spearman", "mse", "rmse", "mae"},
         "classification": {"accuracy", "f1", "matthews_correlation"},
     }
     trained = verb("train", str(path), "--quiet")

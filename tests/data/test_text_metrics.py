@@ -46,8 +46,11 @@ def test_rouge_l_is_the_f1_of_the_best_reference(examples):
 
 def test_a_text_that_is_one_of_the_references_is_perfect():
     found = text_metrics([REFERENCES[0][1], REFERENCES[1][0], REFERENCES[2][2]], REFERENCES)
-    assert found == {"bleu": pytest.approx(100), "rouge_l": pytest.approx(100), "chrf": pytest.approx(100)}
-    assert text_metrics(["", "", ""], REFERENCES) == {"bleu": 0.0, "rouge_l": 0.0, "chrf": 0.0}
+    assert found == dict.fromkeys(("bleu", "rouge_1", "rouge_l", "chrf"), pytest.approx(100))
+    assert text_metrics(["", "", ""], REFERENCES) == dict.fromkeys(("bleu", "rouge_1", "rouge_l", "chrf"), 0.0)
+    of_words = text_metrics(["end the was"], [["the end was"]])
+    assert of_words["rouge_1"] == pytest.approx(100)
+    assert of_words["rouge_l"] < 99
 
 
 def test_chrf_is_the_f2_of_character_n_grams():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pst_ds.core.updates.rows import beside, beside_each
+from pst_ds.core.updates.rows import beside, with_beside_each
 from pst_ds.runtime.beside import LEFT, RIGHT, BatchUpdates, add_update, features
 from pst_ds.runtime.linear import SparseLinear
 
@@ -20,11 +20,15 @@ def _random(*shape):
 @pytest.mark.parametrize("between", [(), (3,), (3, 2)])
 def test_each_sample_is_multiplied_by_its_own_product(between):
     x, left, right = _random(4, *between, IN), _random(4, OUT, RANK), _random(4, RANK, IN)
-    y = beside_each(x, left, right, BETA)
+    given = _random(4, *between, OUT)
+    y = with_beside_each(given, x, left, right, BETA)
     for i in range(4):
         wanted = x[i] @ (BETA * left[i] @ right[i]).t()
-        torch.testing.assert_close(y[i], wanted)
+        torch.testing.assert_close(y[i], given[i] + wanted)
         torch.testing.assert_close(beside(x[i], left[i], right[i], BETA), wanted)
+    low = with_beside_each(given.bfloat16(), x.bfloat16(), left.float(), right.float(), BETA)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.double(), y, rtol=2e-2, atol=2e-2)
 
 
 def _sparse():
@@ -60,7 +64,7 @@ def test_a_batch_over_a_packed_layer_is_that_of_merged_weights():
 
 def test_one_user_is_a_view_of_its_state():
     model, _ = _sparse()
-    updates, state = BatchUpdates(model, SHAPES, BETA), _state(1)
+    updates, state = BatchUpdates(model, SHAPES, BETA), {name: value.float() for name, value in _state(1).items()}
     updates.assign([state], like=state[f"a.{LEFT}"])
     assert updates._now["a"].left.data_ptr() == state[f"a.{LEFT}"].data_ptr()
 

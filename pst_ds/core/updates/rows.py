@@ -58,8 +58,10 @@ def beside(x: Tensor, left: Tensor, right: Tensor, beta: float) -> Tensor:
     return beta * linear(linear(x, right), left)
 
 
-def beside_each(x: Tensor, left: Tensor, right: Tensor, beta: float) -> Tensor:
-    """Return beta (x V') U' of a user a sample: (B, ..., O) for x (B, ..., I), U (B, O, r) and V (B, r, I)."""
-    flat = x.reshape(x.shape[0], -1, x.shape[-1])
-    inner = torch.bmm(flat, right.transpose(1, 2))
-    return (beta * torch.bmm(inner, left.transpose(1, 2))).view(*x.shape[:-1], left.shape[1])
+def with_beside_each(y: Tensor, x: Tensor, left: Tensor, right: Tensor, beta: float) -> Tensor:
+    """Return y + beta (x V') U' of a user a sample: (B, ..., O) for y (B, ..., O), x (B, ..., I), U (B, O, r) and V
+    (B, r, I); computed in the dtype of U and V, and returned in that of y."""
+    samples = x.shape[0]
+    inner = torch.bmm(x.reshape(samples, -1, x.shape[-1]).to(right.dtype), right.transpose(1, 2))
+    rows = y.reshape(samples, -1, y.shape[-1]).to(left.dtype)
+    return torch.baddbmm(rows, inner, left.transpose(1, 2), alpha=beta).to(y.dtype).view(y.shape)

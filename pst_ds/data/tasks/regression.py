@@ -47,7 +47,8 @@ def _numbers(values: Iterable[Any], column: str, where: str) -> list[float]:
 
 
 def regression_metrics(predicted: np.ndarray, labels: Iterable[float]) -> dict[str, float]:
-    """Return Pearson's and Spearman's correlation, as scipy computes them, and the mean squared error.
+    """Return Pearson's and Spearman's correlation, as scipy computes them, the mean squared error and its root, and the
+    mean absolute error.
 
     ``predicted`` is (examples,). A correlation is 0 where it is not defined: with one example, or when all predictions
     or all labels are the same; it is NaN where a prediction is not finite.
@@ -56,12 +57,13 @@ def regression_metrics(predicted: np.ndarray, labels: Iterable[float]) -> dict[s
 
     values, wanted = predicted.astype(np.float64), np.array(list(labels), dtype=np.float64)
     mse = float(np.mean((values - wanted) ** 2))
+    errors = {"mse": mse, "rmse": math.sqrt(mse), "mae": float(np.mean(np.abs(values - wanted)))}
     if not np.isfinite(values).all():
-        return {"pearson": math.nan, "spearman": math.nan, "mse": mse}
+        return {"pearson": math.nan, "spearman": math.nan, **errors}
     if len(values) < 2 or np.ptp(values) == 0 or np.ptp(wanted) == 0:
-        return {"pearson": 0.0, "spearman": 0.0, "mse": mse}
+        return {"pearson": 0.0, "spearman": 0.0, **errors}
     pearson, spearman = (float(of(values, wanted).statistic) for of in (pearsonr, spearmanr))
-    return {"pearson": pearson, "spearman": spearman, "mse": mse}
+    return {"pearson": pearson, "spearman": spearman, **errors}
 
 
 class Regression(Classification):
@@ -69,7 +71,7 @@ class Regression(Classification):
 
     def __init__(self, evaluation: EvalConfig):
         super().__init__(evaluation)
-        self.lower_is_better = evaluation.metric == "mse"
+        self.lower_is_better = evaluation.metric in ("mse", "rmse", "mae")
 
     def label_names(self, data: DataConfig) -> list[str]:
         return []
