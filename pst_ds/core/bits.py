@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pst_ds.core.kernels.launch import blocks, launch, serves
+from pst_ds.core.kernels.launch import blocks
 from pst_ds.core.native import library
 
 INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -50,10 +50,12 @@ def pack_shard(keep: Tensor, num_bytes: int) -> Tensor:
     if keep.device.type == "cpu":
         packed = torch.from_numpy(np.packbits(keep.contiguous().numpy(), bitorder="little"))
     else:
-        padded = torch.zeros(-(-keep.numel() // 8) * 8, dtype=torch.uint8, device=keep.device)
-        padded[: keep.numel()] = keep
-        weights = 2 ** torch.arange(8, dtype=torch.int32, device=keep.device)
-        packed = (padded.view(-1, 8).int() * weights).sum(-1).to(torch.uint8)
+        flags, shifts = keep.view(torch.uint8), torch.arange(8, dtype=torch.uint8, device=keep.device)
+        if flags.numel() % 8:
+            flags = torch.cat([flags, flags.new_zeros(-flags.numel() % 8)])
+        packed = (flags.reshape(-1, 8) << shifts).sum(-1, dtype=torch.uint8)
+    if packed.numel() == num_bytes:
+        return packed
     out = torch.zeros(num_bytes, dtype=torch.uint8, device=keep.device)
     out[: packed.numel()] = packed
     return out
@@ -125,16 +127,17 @@ def expand_mask_(
 
 
 def set_bits_(bits: Tensor, index: Tensor, chosen: Tensor) -> None:
-    """Set the bits number ``index`` (n,) int32 of ``bits`` in place where ``chosen`` (n,) bool is true."""
+    """Set the bits number ``index`` (n,) int32 of ``bits`` in place where ``chosen`` (n,) bool is true.
+
+    None of them may be set before, or be chosen twice.
+    """
     native = library() if bits.device.type == "cpu" else None
     if native is not None:
         index = index[chosen].contiguous()
         native.pst_set_bits(bits.data_ptr(), index.data_ptr(), index.numel())
         return
-    num_bits = 8 * bits.numel()
-    keep = torch.cat([_unpack_bytes(bits), bits.new_zeros(1)])  # a place for those not chosen: no size depends on data
-    keep.index_fill_(0, torch.where(chosen, index, num_bits).long(), 1)
-    bits.copy_(pack_shard(keep[:num_bits], bits.numel()))
+    ones = chosen.view(torch.uint8) << (index & 7).to(torch.uint8)
+    bits.scatter_add_(0, (index >> 3).long(), ones)  # a sum is an or here; no size depends on data
 
 
 def count_bits(before: Tensor, after: Tensor) -> Tensor:
@@ -150,19 +153,12 @@ def count_bits(before: Tensor, after: Tensor) -> Tensor:
 
 
 def add_bit_sums(out: Tensor, before: Tensor, after: Tensor, count: int, start: int, seed: int) -> None:
-    """Add (differ, set, :func:`checksum` modulo 2**64) of the bits of a shard to ``out``, (3,) int64, in one launch.
+    """Add (differ, set, :func:`checksum` modulo 2**64) of the bits of a shard to ``out``, (3,) int64.
 
     ``before`` and ``after``: byte tensors of equal size; the rest as for :func:`checksum`, of ``after``.
     """
-    if not serves(after.device):
-        out[:2] += count_bits(before, after)
-        out[2] += checksum(after, count, start, seed)
-        return
-    from pst_ds.core.kernels import bit_kernels as kernels
-
-    lead, size = start % 8, kernels.SIZE
-    grid = (blocks(lead + count, 8 * size),)
-    launch(kernels.sum_bits, grid, before, after, count, lead, start // 8, seed, out, SIZE=size)
+    out[:2].add_(count_bits(before, after))
+    out[2].add_(checksum(after, count, start, seed))
 
 
 def pack_mask(keep: Tensor, num_shards: int = 1) -> Tensor:
@@ -214,24 +210,27 @@ def checksum(shard: Tensor, count: int, start: int, seed: int) -> Tensor:
     native = library() if shard.device.type == "cpu" else None
     if native is not None:
         return torch.tensor(_signed(native.pst_checksum(shard.data_ptr(), count, start, seed)))
-    lead, keep = start % 8, unpack_shard(shard, count)
-    padded = torch.cat([keep.new_zeros(lead), keep]) if lead else keep
-    values = pack_shard(padded, -(-padded.numel() // 8)).to(torch.int64)
-    index = torch.arange(start // 8, start // 8 + values.numel(), dtype=torch.int64, device=values.device)
-    return (values * _splitmix64(index, seed)).sum()
+    lead = start % 8
+    if lead:
+        keep = unpack_shard(shard, count)
+        shard = pack_shard(torch.cat([keep.new_zeros(lead), keep]), blocks(lead + count, 8))
+    values = shard[: blocks(lead + count, 8)].to(torch.int64)
+    first = start // 8 + seed + 1
+    numbers = torch.arange(first, first + values.numel(), dtype=torch.int64, device=values.device)
+    return (values * splitmix64(numbers)).sum()
 
 
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _splitmix64(index: Tensor, seed: int) -> Tensor:
-    """A 64-bit hash of each index; int64 products wrap, as the algorithm wants."""
+def splitmix64(numbers: Tensor) -> Tensor:
+    """A 64-bit hash of each number; int64 products wrap, as the algorithm wants."""
 
     def shift(x: Tensor, by: int) -> Tensor:  # logical, not arithmetic
         return (x >> by) & ((1 << (64 - by)) - 1)
 
-    x = (index + seed + 1) * _signed(0x9E3779B97F4A7C15)
+    x = numbers * _signed(0x9E3779B97F4A7C15)
     x = (x ^ shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ shift(x, 27)) * _signed(0x94D049BB133111EB)
     return x ^ shift(x, 31)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pst_ds.core.bits import pack_shard, set_bits_
 from pst_ds.core.kernels.scan import KernelScans
-from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, histogram
+from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, SingleWeights, histograms, keys_of
 from pst_ds.core.select import DIGIT_BITS, MatrixKeys, NonFiniteScoreError, RankSums, Search, select
 
 _CPU = torch.device("cpu")
@@ -29,6 +29,8 @@ SAMPLE_SHARE, MIN_SAMPLE, MAX_SAMPLE = 1 / 64, 4096, 32768
 """Share of a matrix's keys that is sampled, and its bounds; a matrix of fewer keys than the lower is sampled whole."""
 MAX_POOLED_SAMPLE = 1 << 21
 """Keys that are sampled of all matrices in pools together, but one of each at least."""
+_SCORED_AT_ONCE = {"cpu": 1 << 15}
+"""Sampled weights, of one matrix or several, that are scored together; 2**20 on other devices."""
 MAX_COUNTS, LEAST_DIGIT_BITS = 1 << 21, 4
 """Counts that are exchanged at a time, with which intervals are narrowed by at least so many bits."""
 BELOW, NOT_FINITE, OVERFLOWED, INSIDE, NUM_COUNTS = 0, 1, 2, 3, 4
@@ -133,14 +135,12 @@ class _TorchScans:
         self._none = torch.zeros(0, dtype=torch.int64, device=device)
 
     def counts(self) -> Tensor:
-        return self._stacked([scan.counts for scan in self._found], NUM_COUNTS)
+        counts = [scan.counts for scan in self._found]
+        return torch.stack(counts) if counts else self._none.view(0, NUM_COUNTS)
 
     def histograms(self, lows: Sequence[int], shift: int, bins: int) -> Tensor:
-        found = [histogram(s.keys, low, shift, bins) for s, low in zip(self._found, lows, strict=True)]
-        return self._stacked(found, bins)
-
-    def _stacked(self, rows: list[Tensor], width: int) -> Tensor:
-        return torch.stack(rows) if rows else self._none.view(0, width)
+        found = [scan.keys for scan in self._found]
+        return histograms(found, lows, shift, bins) if found else self._none.view(0, bins)
 
     def decide(self, thresholds: Sequence[int], ties: Sequence[int]) -> list[Tensor]:
         for scan, threshold, count in zip(self._found, thresholds, ties, strict=True):
@@ -177,15 +177,30 @@ def _scans(matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket], device:
 def _sample(matrices: Sequence[MatrixKeys], ranks: RankSums, device: torch.device) -> list[Tensor]:
     """The sampled keys of every matrix, on the CPU. Collective: one exchange."""
     sizes = _sample_sizes(matrices)
-    own = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+    own = torch.zeros(sum(sizes), dtype=torch.int32, device=device)  # of other ranks' keys
+    waiting: list[tuple[Tensor, slice | Tensor, SingleWeights]] = []
     for matrix, size, out in zip(matrices, sizes, own.split(sizes), strict=True):
         there = sample_positions(matrix.num_in_all, size, device)
         if matrix.own_keys is not None:
             matrix.own_keys.keys_at(there, out)
             continue
         assert matrix.sample is not None, "a matrix without a sample"
-        out.copy_(matrix.sample(sample_positions(matrix.num_in_all, size), there))
+        places, keys = matrix.sample(sample_positions(matrix.num_in_all, size), there)
+        if isinstance(keys, Tensor):
+            out[places] = keys
+            continue
+        waiting.append((out, places, keys))
+        if sum(single.weight.numel() for *_, single in waiting) >= _SCORED_AT_ONCE.get(device.type, 1 << 20):
+            _write_keys(waiting)
+            waiting = []
+    _write_keys(waiting)
     return list(ranks.all_sum(own).cpu().split(sizes))
+
+
+def _write_keys(waiting: Sequence[tuple[Tensor, slice | Tensor, SingleWeights]]) -> None:
+    """Write keys to places of tensors."""
+    for (out, places, _), keys in zip(waiting, keys_of([single for *_, single in waiting]), strict=True):
+        out[places] = keys
 
 
 def sample_size(numel: int) -> int:

@@ -6,7 +6,9 @@ A key is the int32 that orders like an fp32 score, with -0 equal to +0. On CPU t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import CDLL
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from pst_ds.core.bits import pack_shard
 from pst_ds.core.factors import Constants, TileFactors
+from pst_ds.core.layout import runs_of
 from pst_ds.core.native import library
 from pst_ds.core.scores import importance
 
@@ -21,6 +24,8 @@ LOWEST_FINITE, HIGHEST_FINITE = -0x7F800000, 0x7F7FFFFF
 """Keys of the smallest and the largest finite score."""
 _MORE_ROOM = 16
 """The native loop writes whole vectors."""
+_COUNTED_AT_ONCE = 1 << 22
+"""Keys that torch counts together off the CPU."""
 MOST_AT_ONCE = 1 << 22
 """Keys of one matrix that a CPU holds at once; those of larger ones are read in tiles (:mod:`pst_ds.core.bracket`)."""
 NO_KEY = -(1 << 31)
@@ -87,10 +92,31 @@ def _product(
     return (left.data_ptr(), right.data_ptr(), right.shape[0], strides.data_ptr()), (left, right, strides)
 
 
-def keys_at(
+@dataclass(frozen=True, slots=True)
+class SingleWeights:
+    """Some weights of one matrix, and what scores them."""
+
+    weight: Tensor
+    """(n, 1) W0"""
+    tile: TileFactors
+    """Of n rectangles of one weight each, in a column: right factors and vectors by column have one for each too."""
+    constants: Constants
+    weight_scale: float
+
+    @property
+    def kind(self) -> object:
+        """What is equal for weights that :func:`keys_of` scores together."""
+        ranks = [
+            None if v is None else v.dim() for v in (self.tile.score_rows, self.tile.score_cols, self.tile.row_norms)
+        ]
+        products = (self.tile.score_right, self.tile.update_right)
+        return self.constants, self.weight.dtype, *ranks, *(None if v is None else v.shape[0] for v in products)
+
+
+def single_weights(
     weight: Tensor, rows: Tensor, cols: Tensor, tile: TileFactors, constants: Constants, weight_scale: float = 1.0
-) -> Tensor:
-    """Keys of single weights, (n,) int32: ``weight`` (n,) has W0 at (rows[i], cols[i]) of the rectangle of ``tile``."""
+) -> SingleWeights:
+    """Take from a rectangle's factors ``tile`` what scores ``weight``, (n,) W0 at (rows[i], cols[i]) of it."""
 
     def at_rows(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[rows]
@@ -98,11 +124,52 @@ def keys_at(
     def at_cols(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[..., cols].unsqueeze(-1)
 
-    single = TileFactors(  # a column of n rectangles of one weight each
+    single = TileFactors(
         at_rows(tile.score_left), at_cols(tile.score_right), at_rows(tile.score_rows), at_cols(tile.score_cols),
         at_rows(tile.update_left), at_cols(tile.update_right), _norms_at(tile, rows, cols),
     )  # fmt: skip
-    return order_keys(importance(weight.unsqueeze(1), single, constants, weight_scale)).squeeze(1)
+    return SingleWeights(weight.unsqueeze(1), single, constants, weight_scale)
+
+
+def keys_at(
+    weight: Tensor, rows: Tensor, cols: Tensor, tile: TileFactors, constants: Constants, weight_scale: float = 1.0
+) -> Tensor:
+    """Keys of single weights, (n,) int32; see :func:`single_weights`."""
+    return keys_of([single_weights(weight, rows, cols, tile, constants, weight_scale)])[0]
+
+
+def keys_of(singles: Sequence[SingleWeights]) -> list[Tensor]:
+    """Keys of each of some matrices' single weights, (n,) int32: off a CPU few launches for all of one kind."""
+    kinds: dict[object, list[int]] = {}
+    for i, single in enumerate(singles):
+        kinds.setdefault(single.kind, []).append(i)
+    found: dict[int, Tensor] = {}
+    for members in kinds.values():
+        some = [singles[i] for i in members]
+        found.update(zip(members, _keys_together(some).split([one.weight.shape[0] for one in some]), strict=True))
+    return [found[i] for i in range(len(singles))]
+
+
+def _keys_together(singles: Sequence[SingleWeights]) -> Tensor:
+    """Keys of single weights of one kind, one matrix after the other: (n,) int32."""
+    first = singles[0]
+    if len(singles) == 1:
+        return order_keys(importance(first.weight, first.tile, first.constants, first.weight_scale)).squeeze(1)
+
+    def joined(name: str, dim: int = 0) -> Tensor | None:
+        held = [getattr(single.tile, name) for single in singles]
+        return None if held[0] is None else torch.cat(held, dim)
+
+    tile = TileFactors(
+        joined("score_left"), joined("score_right", 1), joined("score_rows"), joined("score_cols"),
+        joined("update_left"), joined("update_right", 1), joined("row_norms"),
+    )  # fmt: skip
+    factors = [
+        one.weight.new_full(one.weight.shape, first.constants.magnitude_factor(one.weight_scale), dtype=torch.float32)
+        for one in singles
+    ]
+    weight = torch.cat([one.weight for one in singles])
+    return order_keys(importance(weight, tile, first.constants, factors=torch.cat(factors))).squeeze(1)
 
 
 def _norms_at(tile: TileFactors, rows: Tensor, cols: Tensor) -> Tensor | None:
@@ -128,6 +195,7 @@ class Classifier:
         length = room + _MORE_ROOM if self._native else 0
         self._keys = torch.empty(length, dtype=torch.int32, device=device)
         self._index = torch.empty(length, dtype=torch.int32, device=device)
+        self._pieces: list[tuple[Tensor, Tensor]] = []  # of both, from each tile, without the native loop
 
     def take(self, keys: Tensor) -> None:
         """The next ``keys``, (n,) int32."""
@@ -147,17 +215,19 @@ class Classifier:
         self._numbers = [total + more for total, more in zip(self._numbers, counts.tolist(), strict=True)]
 
     def _sort(self, keys: Tensor, above: Tensor) -> None:
-        above.copy_(keys > self.high)
+        torch.gt(keys, self.high, out=above)
         running = ((keys >= self.low) & (keys <= self.high)).cumsum(0, dtype=torch.int32)
         places = torch.arange(1, min(self._room, keys.numel()) + 1, dtype=torch.int32, device=keys.device)
-        index = torch.searchsorted(running, places)  # of the first key inside, the second, ...
-        is_there = index < keys.numel()
+        index = torch.searchsorted(running, places, out_int32=True)  # of the first key inside, the second, ...
+        is_none = index >= keys.numel()
         index.clamp_(max=max(0, keys.numel() - 1))
-        self._keys = torch.cat([self._keys, torch.where(is_there, keys[index], NO_KEY)])
-        self._index = torch.cat([self._index, (index + self._taken).int()])
+        found = keys.index_select(0, index).masked_fill_(is_none, NO_KEY)
+        self._pieces.append((found, index + self._taken if self._taken else index))
         bad = ((keys < LOWEST_FINITE) | (keys > HIGHEST_FINITE)).sum()
         counts = ((keys < self.low).sum(), running[-1:].sum(), bad)
-        self._numbers = [total + more for total, more in zip(self._numbers, counts, strict=True)]
+        self._numbers = [
+            total + more if self._taken else more for total, more in zip(self._numbers, counts, strict=True)
+        ]
 
     def counts(self) -> Tensor:
         """(4,) int64: keys below the interval; not finite; 1 if more were inside than there is room for; inside."""
@@ -176,7 +246,10 @@ class Classifier:
         """(keys, index among all keys) inside the interval, int32 (n,) each, in rising order of index. With more of
         them than room some or all are left out; off the CPU there are some :data:`NO_KEY` among them."""
         if self._native is None:
-            return self._keys, self._index
+            if len(self._pieces) == 1:
+                return self._pieces[0]
+            found, index = zip(*[(self._keys, self._index), *self._pieces], strict=True)
+            return torch.cat(found), torch.cat(index)
         stored = self._numbers[1] if self._numbers[1] <= self._room else 0
         return self._keys[:stored].clone(), self._index[:stored].clone()
 
@@ -188,10 +261,30 @@ def histogram(keys: Tensor, low: int, shift: int, bins: int) -> Tensor:
         counts = torch.zeros(bins, dtype=torch.int64)
         native.pst_histogram(keys.data_ptr(), keys.numel(), low, shift, bins, counts.data_ptr())
         return counts
-    digits = (keys.flatten().long() - low) >> shift
-    digits = torch.where((digits >= 0) & (digits < bins), digits, bins)
-    counts = torch.zeros(bins + 1, dtype=torch.int64, device=keys.device)  # bincount would have the host wait
-    return counts.scatter_add_(0, digits, torch.ones_like(digits))[:bins]
+    return _torch_histograms([keys.flatten()], [low], shift, bins)[0]
+
+
+def histograms(keys: Sequence[Tensor], lows: Sequence[int], shift: int, bins: int) -> Tensor:
+    """:func:`histogram` of each of some runs of ``keys``, (n,) int32 each, with its low: (runs, bins) int64."""
+    if native_for(*keys) is not None:
+        return torch.stack([histogram(own, low, shift, bins) for own, low in zip(keys, lows, strict=True)])
+    parts = [slice(run.start, run.stop) for run in runs_of([own.numel() for own in keys], _COUNTED_AT_ONCE)]
+    counts = [_torch_histograms(keys[part], lows[part], shift, bins) for part in parts]
+    return counts[0] if len(counts) == 1 else torch.cat(counts)
+
+
+def _torch_histograms(keys: Sequence[Tensor], lows: Sequence[int], shift: int, bins: int) -> Tensor:
+    """Counts of every run, (runs, bins) int64: keys off its bins are counted beside them, as bincount would have the
+    host wait."""
+    digits = torch.cat(list(keys)).long()
+    counts = torch.zeros(len(keys), bins + 2, dtype=torch.int64, device=digits.device)
+    runs, one = digits.split([own.numel() for own in keys]), counts.new_ones(())
+    for run, low in zip(runs, lows, strict=True):
+        run.sub_(low)
+    digits.bitwise_right_shift_(shift).clamp_(-1, bins).add_(1)
+    for run, out in zip(runs, counts, strict=True):
+        out.scatter_add_(0, run, one.expand(run.shape))
+    return counts[:, 1:-1]
 
 
 def kept_bits(keys: Tensor, prune_count: int) -> tuple[Tensor, int]:

@@ -8,7 +8,7 @@ index here is a flat index of the tensor in the state dict, and "the lowest flat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -180,3 +180,15 @@ def view_in_shard(shard: Tensor, rect: Rect, row_length: int, start: int) -> Ten
     """A writable (rows, cols) view of ``rect`` in ``shard``, the flat storage from index ``start`` on."""
     offset = rect.r0 * row_length + rect.c0 - start
     return shard.as_strided((rect.r1 - rect.r0, rect.c1 - rect.c0), (row_length, 1), shard.storage_offset() + offset)
+
+
+def runs_of(sizes: Sequence[int], most: int) -> Iterator[range]:
+    """Runs of neighbours, in order, whose ``sizes`` add up to ``most``, or of one."""
+    first, total = 0, 0
+    for i, size in enumerate(sizes):
+        if i > first and total + size > most:
+            yield range(first, i)
+            first, total = i, 0
+        total += size
+    if first < len(sizes):
+        yield range(first, len(sizes))

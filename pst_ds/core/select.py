@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pst_ds.core.kernels.own_keys import OwnKeys
-from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, histogram, order_keys
+from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, SingleWeights, histogram, order_keys
 
 DIGIT_BITS = 11
 _KEY_BITS = 32
@@ -52,6 +53,13 @@ class RankSums:
     """Element-wise sum over the ranks below this one, whose keys come first."""
 
 
+class Sampled(NamedTuple):
+    """This rank's keys of a sample, (n,) int32, or the weights that they are made of; and which of the sample's."""
+
+    places: slice | Tensor
+    keys: Tensor | SingleWeights
+
+
 @dataclass(frozen=True, slots=True)
 class MatrixKeys:
     """The keys of one matrix on this rank, and how many of the whole matrix to prune."""
@@ -71,9 +79,9 @@ class MatrixKeys:
     """Keys in ``tiles``; for :mod:`pst_ds.core.bracket`, and of a matrix that is whole."""
     num_in_all: int = 0
     """Keys of the whole matrix, over all ranks; for :mod:`pst_ds.core.bracket`."""
-    sample: Callable[[Tensor, Tensor], Tensor] | None = None
-    """Keys at the given positions (int64, among the whole matrix's), 0 where another rank has them; for
-    :mod:`pst_ds.core.bracket`. The positions come twice, on the CPU and on the keys' device."""
+    sample: Callable[[Tensor, Tensor], Sampled] | None = None
+    """What this rank has at the given positions (int64, among the whole matrix's); for :mod:`pst_ds.core.bracket`. The
+    positions come twice, on the CPU and on the keys' device."""
     own_keys: OwnKeys | None = None
     """What makes the keys of ``tiles`` and ``sample`` where kernels serve; for :mod:`pst_ds.core.bracket`."""
 

@@ -13,10 +13,11 @@ from pst_ds.core.bits import shard_numel
 from pst_ds.core.factors import Factors, tile_factors
 from pst_ds.core.kernels.launch import serves
 from pst_ds.core.kernels.own_keys import OwnKeys
-from pst_ds.core.keys import keys_at, order_keys, score_keys
+from pst_ds.core.keys import SingleWeights, order_keys, score_keys, single_weights
 from pst_ds.core.layout import Rect, StoredMatrix, positions_before, shard_tiles, view_in_shard
 from pst_ds.core.quantization.coded import CodedRun
 from pst_ds.core.quantization.own_weights import OwnWeights
+from pst_ds.core.select import Sampled
 from pst_ds.core.units import block_keys, loss_keys, unit_tiles
 from pst_ds.nn.layer import FACTOR_NAMES, PSTLayer
 from pst_ds.parallel import zero3
@@ -111,31 +112,37 @@ class LayerScores:
                 count += min(max(0, -(-(index - first) // cols)), across)
         return count
 
-    def sample(self, matrix: StoredMatrix, positions: Tensor, on_device: Tensor) -> Tensor:
-        """Keys, int32, of the weights at ``positions`` (int64, among the matrix's in storage order); 0 for those of
-        other ranks. ``on_device``: the same positions where the weights are."""
-        rect, keys = matrix.rect, torch.zeros(positions.numel(), dtype=torch.int32, device=self.device)
+    def sample(self, matrix: StoredMatrix, positions: Tensor, on_device: Tensor) -> Sampled:
+        """What makes the keys of this rank's weights among those at ``positions`` (int64, among the matrix's in storage
+        order). ``on_device``: the same positions where the weights are."""
+        rect = matrix.rect
         if rect.c1 - rect.c0 == self.row_length:  # in the order of the shard: look at none but this rank's
             offset = rect.r0 * self.row_length
             own = torch.tensor([self.start - offset, self.stop - offset])
             first, last = torch.searchsorted(positions, own).tolist()
-            keys[first:last] = self._keys_at(matrix, on_device[first:last])
-            return keys
-        rows, cols = positions // (rect.c1 - rect.c0), positions % (rect.c1 - rect.c0)
-        flat = (rows + rect.r0) * self.row_length + cols + rect.c0
+            places = slice(first, last)
+            return Sampled(places, self._singles(matrix, on_device[places]))
+        flat = self._flat(matrix, positions)
         here = ((flat >= self.start) & (flat < self.stop)).nonzero().flatten().to(self.device)
-        keys[here] = self._keys_at(matrix, on_device[here])
-        return keys
+        return Sampled(here, self._singles(matrix, on_device[here]))
 
-    def _keys_at(self, matrix: StoredMatrix, positions: Tensor) -> Tensor:
-        """Keys of this rank's weights at ``positions`` of the matrix."""
-        rect = matrix.rect
-        rows, cols = positions // (rect.c1 - rect.c0), positions % (rect.c1 - rect.c0)
-        values = self._own.at((rows + rect.r0) * self.row_length + cols + rect.c0)
+    def _flat(self, matrix: StoredMatrix, positions: Tensor) -> Tensor:
+        """Flat indices in the stored weight of ``positions`` in the matrix."""
+        rect, width = matrix.rect, matrix.rect.c1 - matrix.rect.c0
+        offset = rect.r0 * self.row_length + rect.c0
+        if width != self.row_length:
+            positions = positions // width * self.row_length + positions % width
+        return positions + offset if offset else positions
+
+    def _singles(self, matrix: StoredMatrix, positions: Tensor) -> Tensor | SingleWeights:
+        """This rank's weights at ``positions`` of the matrix, or the keys of their scores."""
+        values = self._own.at(self._flat(matrix, positions))
         if self.layer.pst_S is not None:
             return order_keys(values.float())
-        tile = tile_factors(self._factors, self.layout, matrix, rect)
-        return keys_at(values, rows, cols, tile, self.layer.constants, self.layer.weight_scales[matrix.index])
+        width = matrix.rect.c1 - matrix.rect.c0
+        tile = tile_factors(self._factors, self.layout, matrix, matrix.rect)
+        scale = self.layer.weight_scales[matrix.index]
+        return single_weights(values, positions // width, positions % width, tile, self.layer.constants, scale)
 
     def own_keys(self, matrix: StoredMatrix) -> OwnKeys | None:
         """This rank's weights of ``matrix`` as kernels score them; None where none serve."""

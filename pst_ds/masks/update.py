@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.bits import add_bit_sums, join_bits, pack_shard
+from pst_ds.core.bits import join_bits, pack_shard
+from pst_ds.core.kernels.bit_sums import ShardBits, bit_sums
 from pst_ds.masks.layer_scores import LayerScores, factors_of, ranked_weights, whole_masters
 from pst_ds.masks.ranks import RankStats, drop_components
 from pst_ds.masks.select import Matrix, select_kept, weights_kept
@@ -102,13 +103,14 @@ def mask_stats(model: nn.Module, written: Mapping[PSTLayer, Tensor] | None = Non
     """
     layers = pst_layers(model)
     any_mask = next(iter(layers.values())).pst_mask
-    sums = torch.zeros(len(layers), 3, dtype=torch.int64, device=zero3.shard_of(any_mask).values.device)
-    for (name, layer), out in zip(layers.items(), sums, strict=True):
+    shards = []
+    for name, layer in layers.items():
         before, (start, stop) = zero3.shard_of(layer.pst_mask).values, layer.own_range()
         after = before if written is None else written.get(layer, before)
-        add_bit_sums(out, before, after, stop - start, start, zlib.crc32(name.encode()))
-        if after is not before:
-            zero3.write_shard(layer.pst_mask, after)
+        shards.append(ShardBits(before, after, stop - start, start, zlib.crc32(name.encode())))
+    sums = bit_sums(shards)
+    for layer, bits in (written or {}).items():
+        zero3.write_shard(layer.pst_mask, bits)
     flips, kept, checksums = group_sum(sums, any_mask).t().tolist()
     num_weights = sum(layer.layout.numel for layer in layers.values())
     digits = f"{sum(checksums) % (1 << 64):016x}"

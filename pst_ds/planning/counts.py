@@ -34,7 +34,7 @@ class Counts:
 
 COUNTS = {
     "triton": Counts(4.1, 2, 18.1, 20, 11, 3.7, 5, 37, update_instructions=73.2),
-    "torch": Counts(22.1, 9, 54.4, 20, 22, 533, 244, 17),
+    "torch": Counts(22.1, 9, 54.4, 20, 22, 461, 104, 103),
     "native": Counts(10, 0, 40, 0, 0, 0, 0, 0),
 }
 """By the code that runs: Triton kernels (NVIDIA from sm_80 on), torch's operators alone, or loops in C++ on a CPU,

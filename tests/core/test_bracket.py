@@ -15,7 +15,7 @@ from pst_ds.core import bracket
 from pst_ds.core.bits import unpack_shard
 from pst_ds.core.bracket import sample_positions, sample_size, select_bits
 from pst_ds.core.keys import order_keys
-from pst_ds.core.select import MatrixKeys, NonFiniteScoreError, RankSums
+from pst_ds.core.select import MatrixKeys, NonFiniteScoreError, RankSums, Sampled
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -78,7 +78,7 @@ def selected(matrices, counts, world, *, pools=(), pool_of=None, tile=50, home=N
                 found = torch.zeros(at.numel(), dtype=torch.int32)
                 here = (at >= start) & (at < stop)
                 found[here] = keys[at[here] - start]
-                return found
+                return Sampled(slice(None), found)
 
             pool = None if pool_of is None else pool_of[i]
             tiles = partial(tiles_of, keys, tile)

@@ -17,10 +17,13 @@ from pst_ds.core.keys import (
     NO_KEY,
     Classifier,
     histogram,
+    histograms,
     keys_at,
+    keys_of,
     order_keys,
     score_keys,
     scores_of_keys,
+    single_weights,
 )
 from pst_ds.core.scores import importance
 
@@ -120,6 +123,19 @@ def test_keys_at_are_the_rectangles_keys():
     assert torch.equal(keys_at(weight[rows, cols], rows, cols, terms, Constants(0.5, 2.0, 0.1), 0.2), whole[rows, cols])
 
 
+def test_single_weights_of_many_matrices_have_the_keys_of_each():
+    made = []
+    for i, (norms, constants) in enumerate(
+        [(True, Constants(0.5, 2.0, 0.1)), (False, Constants()), (True, Constants(0.5, 2.0, 0.1)), (False, Constants())]
+    ):
+        weight, terms = torch.randn(4 + i, 9), tile(4 + i, 9, seed=i)
+        terms = replace(terms, col_norms=torch.rand(9)) if norms else terms
+        rows, cols = torch.tensor([0, 3, 1, 3][: i + 1]), torch.tensor([8, 0, 5, 5][: i + 1])
+        made.append((weight[rows, cols], rows, cols, terms, constants, 0.1 + i))
+    found = keys_of([single_weights(*one) for one in made])
+    assert [own.tolist() for own in found] == [keys_at(*one).tolist() for one in made]
+
+
 def test_zeros_have_one_key_and_not_finite_ones_lie_outside():
     found = order_keys(torch.tensor([0.0, -0.0, torch.finfo(torch.float32).max, torch.finfo(torch.float32).min]))
     assert found.tolist() == [0, 0, HIGHEST_FINITE, LOWEST_FINITE]
@@ -172,6 +188,16 @@ def test_histogram_counts_digits(values, low, shift):
     assert histogram(sample, low, shift, 64).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("most", [1, 50, 1 << 22])
+def test_histograms_of_many_runs_are_those_of_each(most, without_native, monkeypatch):
+    monkeypatch.setattr(keys, "_COUNTED_AT_ONCE", most)
+    runs = [torch.randint(-(1 << 31), (1 << 31) - 1, (size,)).int() for size in (40, 0, 7, 30)]
+    lows = [-(1 << 31), 0, 5, (1 << 31) - 1 - (64 << 20)]
+    expected = torch.stack([histogram(own, low, 20, 64) for own, low in zip(runs, lows, strict=True)])
+    assert torch.equal(histograms(runs, lows, 20, 64), expected)
+    assert torch.equal(without_native(lambda: histograms(runs, lows, 20, 64)), expected)
+
+
 def test_torch_twins_of_the_bit_loops(without_native):
     require_native()
     generator = torch.Generator().manual_seed(5)
@@ -180,6 +206,7 @@ def test_torch_twins_of_the_bit_loops(without_native):
     assert counts.tolist() == without_native(lambda: bits.count_bits(before, after)).tolist()
     index = torch.tensor([0, 9, 11, 200, 295], dtype=torch.int32)
     chosen = torch.tensor([True, True, False, True, True])
+    before[index.long() // 8] = 0
     ours, twins = before.clone(), before.clone()
     bits.set_bits_(ours, index, chosen)
     without_native(lambda: bits.set_bits_(twins, index, chosen))

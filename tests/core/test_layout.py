@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pst_ds.core.layout import Rect, WeightLayout, row_tiles, shard_tiles, view_in_shard
+from pst_ds.core.layout import Rect, WeightLayout, row_tiles, runs_of, shard_tiles, view_in_shard
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
 
@@ -148,3 +148,8 @@ def test_views_read_and_write_the_shard(layout, world):
             assert shard[flat_indices(rect, row_length)[0] - start] == -flat_indices(rect, row_length)[0]
             view.neg_()
     assert torch.equal(padded, torch.arange(world * share))
+
+
+def test_runs_of_neighbours_add_up_to_so_many_or_are_one():
+    assert [list(run) for run in runs_of([3, 4, 9, 1, 1, 8], 8)] == [[0, 1], [2], [3, 4], [5]]
+    assert list(runs_of([], 8)) == []

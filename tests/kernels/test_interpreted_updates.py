@@ -12,8 +12,8 @@ pytest.importorskip("triton", minversion="3.6", reason="needs triton 3.6, the ex
 from transformers import BertConfig, BertModel
 
 from pst_ds.config.pst import PSTConfig
-from pst_ds.core import bits, bracket
-from pst_ds.core.kernels import own_keys, scan
+from pst_ds.core import bracket
+from pst_ds.core.kernels import bit_sums, own_keys, scan
 from pst_ds.masks import layer_scores
 from pst_ds.masks.update import mask_stats, update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
@@ -37,9 +37,9 @@ def kernels_on_device(monkeypatch):
         assert all(isinstance(arg, PretendedTensor) for arg in args if isinstance(arg, torch.Tensor)), kernel
         real(kernel, grid, *(to_host(arg) if isinstance(arg, torch.Tensor) else arg for arg in args), **constants)
 
-    for module in (own_keys, scan, bits):
+    for module in (own_keys, scan, bit_sums):
         monkeypatch.setattr(module, "launch", launch)
-    for module in (layer_scores, bits):
+    for module in (layer_scores, bit_sums):
         monkeypatch.setattr(module, "serves", lambda device: device == DEVICE)
     return launched
 

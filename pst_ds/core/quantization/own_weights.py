@@ -37,7 +37,9 @@ class OwnWeights:
 
     def at(self, index: Tensor) -> Tensor:
         """Return single weights by their flat ``index`` in the stored weight, (n,) int64: (n,)."""
-        return self.values.at(index) if isinstance(self.values, CodedRun) else self.values[index - self.start]
+        if isinstance(self.values, CodedRun):
+            return self.values.at(index)
+        return self.values[index - self.start if self.start else index]
 
     def flat(self, first: int, last: int) -> Tensor:
         """Return the flat weights [first, last) of the stored weight, as far as they are in this part: (n,)."""
