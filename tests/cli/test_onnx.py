@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 
 from pst_ds.cli.main import main
+from tests.cli.conftest import ROOT
 from tests.cli.test_quantized import said_by
 
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
@@ -28,6 +30,20 @@ def test_verify_holds_the_file_against_the_run(folders, tmp_path, capsys, option
     assert "against the masked model in fp32" in printed
     assert main([*map(str, against), "final"]) == 1
     assert "is not the model in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_codes_of_a_run_in_bf16_are_not_rounded_again(tmp_path, capsys, monkeypatch, values):
+    """A code times its scale has more bits than bf16: the graph multiplies with them all, and so does what it is held to."""
+    monkeypatch.chdir(ROOT)
+    run, out = tmp_path / "run", tmp_path / "onnx"
+    settings = {"output_dir": str(run), "deepspeed_config": "", "train.num_steps": 4, "train.precision": "bf16"}
+    overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    assert main(["train", "tests/data/causal_lm.toml", "--quiet", *overrides]) == 0
+    options = ["--dtype", "bf16", "--values", values, "--group", "row", "--embeddings", values]
+    said_by(capsys, "export", run, "--format", "onnx", "--out", out, *options)
+    said, _ = said_by(capsys, "verify", out, "--against", run)
+    assert said["max_logit_difference"] <= said["allowed_logit_difference"] / 3
 
 
 def test_a_damaged_file_is_refused_in_one_message(tmp_path, capsys):

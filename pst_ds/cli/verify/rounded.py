@@ -65,8 +65,11 @@ def cast_model(masked: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
 
 
 @torch.no_grad()
-def round_model(masked: nn.Module, folder: str) -> dict[str, Tensor]:
+def round_model(masked: nn.Module, folder: str, *, in_fp32: bool = False) -> dict[str, Tensor]:
     """Round the weights of ``masked`` that the export in ``folder`` has on a grid; return them by name.
+
+    ``in_fp32``: their modules become fp32, which has every code times its scale; otherwise they are rounded once more to
+    the model's own dtype, as a folder's are when it is loaded.
 
     The masks stay, and updates become part of the weights. Scales are searched anew: nothing is taken from the folder
     but which tensors are rounded to what, and the dtype that they had before. Layers that rounded in training stay as
@@ -81,8 +84,9 @@ def round_model(masked: nn.Module, folder: str) -> dict[str, Tensor]:
         elif encoding.values is not None:
             weight, is_transposed = layer.masked_weight().view(layer.weight_shape), layer.layout.transposed
             oriented = (weight.transpose(-1, -2) if is_transposed else weight).contiguous()
-            rows = _rounded(oriented.flatten(0, -2), encoding.values, by_name.get(plain_name(name, layer)))
+            rows = _rounded(oriented.flatten(0, -2), encoding.values, by_name.get(plain_name(name, layer)), in_fp32)
             oriented = rows.view(oriented.shape)
+            _widen(layer, in_fp32)
             settle(layer, (oriented.transpose(-1, -2) if is_transposed else oriented).contiguous())
             rounded[f"{name}.weight"] = layer.masked_weight()
     embeddings = pst_embeddings(masked)
@@ -91,23 +95,31 @@ def round_model(masked: nn.Module, folder: str) -> dict[str, Tensor]:
     for name, grid in grids(masked, encoding).items():
         owner = name.removesuffix(".weight")
         if owner in embeddings:
-            weight = embeddings[owner].updated_weight()
-            settle(embeddings[owner], _rounded(weight, grid, by_name.get(name)))
+            weight = _rounded(embeddings[owner].updated_weight(), grid, by_name.get(name), in_fp32)
+            _widen(embeddings[owner], in_fp32)
+            settle(embeddings[owner], weight)
         elif name in dict(masked.named_parameters()):
             param = masked.get_parameter(name)
             is_transposed = type(masked.get_submodule(owner)).__name__ == "Conv1D"
-            weight = _rounded(param.t().contiguous() if is_transposed else param, grid, by_name.get(name))
-            param.copy_(weight.t() if is_transposed else weight)
+            weight = _rounded(param.t().contiguous() if is_transposed else param, grid, by_name.get(name), in_fp32)
+            _widen(masked.get_submodule(owner), in_fp32)
+            masked.get_parameter(name).copy_(weight.t() if is_transposed else weight)
         else:
             continue  # the files' name of a parameter that has another one
         rounded[name] = masked.get_parameter(name)
     return rounded
 
 
-def _rounded(weight: Tensor, grid: Grid, entry: TensorEntry | None) -> Tensor:
-    """``weight``, (O, I), on its grid, in its own dtype."""
+def _rounded(weight: Tensor, grid: Grid, entry: TensorEntry | None, in_fp32: bool) -> Tensor:
+    """``weight``, (O, I), on its grid, in fp32 or its own dtype."""
     before = weight if entry is None else weight.to(DTYPE_OF_CODE[entry.dtype])
-    return round_to_grid(before.detach().float().cpu(), None, grid).to(weight)
+    found = round_to_grid(before.detach().float().cpu(), None, grid)
+    return found.to(weight.device, torch.float32 if in_fp32 else weight.dtype)
+
+
+def _widen(module: nn.Module, in_fp32: bool) -> None:
+    if in_fp32:
+        nn.Module.float(module)
 
 
 def settle(module: Any, weight: Tensor) -> None:
