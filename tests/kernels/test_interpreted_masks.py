@@ -19,7 +19,7 @@ from pst_ds.core.kernels import own_keys, scan
 from pst_ds.core.kernels.own_keys import OwnKeys
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, order_keys, score_keys
 from pst_ds.core.layout import WeightLayout, positions_before, shard_tiles, view_in_shard
-from pst_ds.core.select import MatrixKeys, NonFiniteScoreError
+from pst_ds.core.select import MatrixKeys, NonFiniteScoreError, Sampled
 from tests.core.test_bracket import Ranks, stable
 
 pytestmark = pytest.mark.interpreted
@@ -244,7 +244,7 @@ def test_pools_are_cut_as_by_the_loops(world, monkeypatch):
         keys = order_keys(flat)
 
         def sample(at, _, keys=keys):
-            return keys[at]
+            return Sampled(slice(None), keys[at])
 
         sizes = {"num_keys": 930, "num_in_all": 930, "sample": sample}
         expected.append(MatrixKeys([800, 930, 500][i], lambda k=keys: iter((k,)), [0, 0, None][i], **sizes))
