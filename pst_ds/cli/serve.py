@@ -6,13 +6,14 @@ import argparse
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pst_ds.cli.main import count, quiet_libraries
 from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from transformers import PreTrainedTokenizerBase
 
     from pst_ds.hf.model_folder import ModelFolder
     from pst_ds.serve.app import Service
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=count, metavar="N", help="threads (default: OMP_NUM_THREADS, or all cores)")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     try:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from pst_ds.serve.processes import answer, answer_from_workers, bound
 
     folder, tokenizer, store = _opened(args)
-    facts = {"model": args.model, "name": _name(args, folder), "users": len(store or ())}
+    facts: dict[str, object] = {"model": args.model, "name": _name(args, folder), "users": len(store or ())}
     with bound(args.host, args.port) as at:
         facts["port"] = at.getsockname()[1]
         if args.workers > 1:
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return facts
 
 
-def _say(args: argparse.Namespace, facts: dict[str, Any]) -> None:
+def _say(args: argparse.Namespace, facts: dict[str, object]) -> None:
     users = f", {facts['users']} users" if args.store else ""
     keys = f"{len(_keys())} keys" if _keys() else f"no key wanted: set {KEYS} to want one"
     workers = f", {args.workers} workers" if args.workers > 1 else ""
@@ -94,7 +95,7 @@ def _keys() -> tuple[str, ...]:
     return tuple(key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip())
 
 
-def _opened(args: argparse.Namespace) -> tuple[ModelFolder, Any, UserStore | None]:
+def _opened(args: argparse.Namespace) -> tuple[ModelFolder, PreTrainedTokenizerBase, UserStore | None]:
     """Return the folder, its tokenizer and the store, without loading the model. Raises InputError."""
     from pst_ds.data.conversations import read_template
     from pst_ds.hf.model_folder import open_model_folder
@@ -111,7 +112,9 @@ def _opened(args: argparse.Namespace) -> tuple[ModelFolder, Any, UserStore | Non
     return folder, tokenizer, store
 
 
-def _service(args: argparse.Namespace, folder: ModelFolder, tokenizer: Any, store: UserStore | None) -> Service:
+def _service(
+    args: argparse.Namespace, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, store: UserStore | None
+) -> Service:
     """Load what is served. Raises InputError."""
     import torch
 

@@ -104,7 +104,7 @@ def _answer(query: JsonTable, golds: dict[str, str], where: str) -> str:
     return str(found)
 
 
-def _kind_of(profile: list[Any], asked: list[tuple[str, str]], where: str) -> _Kind:
+def _kind_of(profile: list[JsonTable], asked: list[tuple[str, str]], where: str) -> _Kind:
     if not profile or not all(isinstance(item, dict) for item in profile):
         raise InputError(f"{where}: the profile is empty, or no list of tables")
     fields = profile[0].keys()

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 from pst_ds.serve.batches import DONE_STOP, Batches, BusyError, ClosingError, Job
 from pst_ds.serve.bodies import BodyLimit
-from pst_ds.serve.protocol import ChatRequest, Chunks, ProtocolError, chat_request, completion
+from pst_ds.serve.protocol import ChatRequest, Chunks, JsonTable, ProtocolError, chat_request, completion
 from pst_ds.serve.texts import TextStream
 from pst_ds.users.store import UserNameError, UserStoreError
 
@@ -142,17 +142,17 @@ def make_app(service: Service) -> FastAPI:
         is_alive = service.batches.is_alive
         return JSONResponse({"status": "ok" if is_alive else "failed"}, 200 if is_alive else 503)
 
-    def described(name: str) -> dict[str, Any]:
+    def described(name: str) -> JsonTable:
         return {"id": name, "object": "model", "created": began, "owned_by": "pst-ds"}
 
     @app.get("/v1/models")
-    async def models(request: Request) -> dict[str, Any]:
+    async def models(request: Request) -> JsonTable:
         _require_key(request, service.keys)
         names = await asyncio.to_thread(lambda: service.models)
         return {"object": "list", "data": [described(name) for name in names]}
 
     @app.get("/v1/models/{name:path}")
-    async def model(request: Request, name: str) -> dict[str, Any]:
+    async def model(request: Request, name: str) -> JsonTable:
         _require_key(request, service.keys)
         if name not in await asyncio.to_thread(lambda: service.models):
             raise _no_model(name)
@@ -269,7 +269,7 @@ async def _events(
     yield "data: [DONE]\n\n"
 
 
-def _event(table: dict[str, Any]) -> str:
+def _event(table: JsonTable) -> str:
     return f"data: {json.dumps(table, ensure_ascii=False)}\n\n"
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable
 
 from fastapi.responses import JSONResponse
+from starlette.types import Message, Receive, Send
 
 from pst_ds.serve.protocol import ProtocolError
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 
 
 class BodyLimit:
@@ -21,7 +18,7 @@ class BodyLimit:
     def __init__(self, app: Callable[..., Awaitable[None]], most: int, seconds: float):
         self._app, self._most, self._seconds = app, most, seconds
 
-    async def __call__(self, scope: Message, receive: Receive, send: Any) -> None:
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -60,7 +57,7 @@ def _after(body: bytes, receive: Receive) -> Receive:
     return receive_again
 
 
-async def _refuse(error: ProtocolError, scope: Message, send: Any) -> None:
+async def _refuse(error: ProtocolError, scope: Message, send: Send) -> None:
     async def nothing() -> Message:
         return {"type": "http.disconnect"}
 

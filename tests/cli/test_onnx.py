@@ -34,7 +34,7 @@ def test_verify_holds_the_file_against_the_run(folders, tmp_path, capsys, option
 
 @pytest.mark.parametrize("values", ["int8", "int4"])
 def test_codes_of_a_run_in_bf16_are_not_rounded_again(tmp_path, capsys, monkeypatch, values):
-    """A code times its scale has more bits than bf16: the graph multiplies with them all, and so does what it is held to."""
+    """A code times its scale has more bits than bf16: the graph multiplies with all of them, and so does its model."""
     monkeypatch.chdir(ROOT)
     run, out = tmp_path / "run", tmp_path / "onnx"
     settings = {"output_dir": str(run), "deepspeed_config": "", "train.num_steps": 4, "train.precision": "bf16"}

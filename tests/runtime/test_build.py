@@ -116,8 +116,8 @@ def test_every_header_of_the_kernels_is_looked_at():
     folder = native.SOURCE.path.parent
     assert set(native.SOURCE.headers) == set(folder.glob("*.hpp"))
     assert set(folder.iterdir()) - {native.SOURCE.path} == set(native.SOURCE.headers)
-    operators = onnx.SOURCE.path.parent
-    assert set(onnx.SOURCE.headers) == {*operators.glob("*.hpp"), folder / "common.hpp"}
+    operators, decoder = onnx.SOURCE.path.parent, folder.parent / "decoder"
+    assert set(onnx.SOURCE.headers) == {*operators.glob("*.hpp"), *decoder.glob("*.hpp"), folder / "common.hpp"}
 
 
 @needs_compiler

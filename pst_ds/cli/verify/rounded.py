@@ -68,8 +68,8 @@ def cast_model(masked: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
 def round_model(masked: nn.Module, folder: str, *, in_fp32: bool = False) -> dict[str, Tensor]:
     """Round the weights of ``masked`` that the export in ``folder`` has on a grid; return them by name.
 
-    ``in_fp32``: their modules become fp32, which has every code times its scale; otherwise they are rounded once more to
-    the model's own dtype, as a folder's are when it is loaded.
+    ``in_fp32``: their modules become fp32, which has every code times its scale; otherwise they are rounded once more
+    to the model's own dtype, as a folder's are when it is loaded.
 
     The masks stay, and updates become part of the weights. Scales are searched anew: nothing is taken from the folder
     but which tensors are rounded to what, and the dtype that they had before. Layers that rounded in training stay as
