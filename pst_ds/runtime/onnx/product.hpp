@@ -75,6 +75,7 @@ template <Form FORM, int VECTORS>
 inline void add_entries(const Stream::Row& row, const char* panel, typename Entry<FORM>::Sum (&sum)[VECTORS]) {
     using Of = Entry<FORM>;
     using Sum = typename Of::Sum;
+    constexpr bool has_two = VECTORS <= (LANES == 16 ? 4 : 3);
     Sum other[VECTORS] = {};
     for (const uint32_t* at = row.begin; at < row.end; at += 2 * Of::WORDS) {
         const uint32_t* next = at + Of::WORDS;
@@ -83,10 +84,10 @@ inline void add_entries(const Stream::Row& row, const char* panel, typename Entr
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) add(sum[v], first, x + v * LANES);
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) add(VECTORS <= 3 ? other[v] : sum[v], second, z + v * LANES);
+        for (int v = 0; v < VECTORS; ++v) add(has_two ? other[v] : sum[v], second, z + v * LANES);
     }
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS && VECTORS <= 3; ++v) sum[v] += other[v];
+    for (int v = 0; v < VECTORS && has_two; ++v) sum[v] += other[v];
 }
 
 // A panel of activations, and what is done to its sums.
