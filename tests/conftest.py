@@ -103,7 +103,7 @@ def torch_bytes() -> Callable[[Callable[[], object]], tuple[int, int]]:
         del result
         events = measured.profiler.kineto_results.events()
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-        alive = list(itertools.accumulate(nbytes for _, nbytes in changes))
+        alive = [0, *itertools.accumulate(nbytes for _, nbytes in changes)]
         return max(alive), alive[-1]
 
     return measure

@@ -152,7 +152,7 @@ def test_without_kernels_a_step_and_an_update_take_longer():
         time_plan(MODEL, zero, BATCH, replace(MACHINES["h100"], code=code)) for code in ("triton", "torch")
     )
     assert without.step_compute > with_kernels.step_compute
-    assert without.update_compute > 10 * with_kernels.update_compute
+    assert without.update_compute > 8 * with_kernels.update_compute
     assert without.full_step == with_kernels.full_step
 
 
