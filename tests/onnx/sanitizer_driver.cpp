@@ -115,12 +115,10 @@ template <class Call> void for_each_set(const Call& call) {
 #endif
 }
 
-void product_of_codes(const Weight& w, const Exact<float>& x, const float* bias, int64_t tokens) {
+// y is x W' + bias, but for `allowed` times the sum of a row's sizes.
+void expect_product(const Weight& w, const Exact<float>& x, const float* bias, int64_t tokens, const Exact<float>& y,
+                    double allowed, const char* what) {
     const int64_t rows = w.parts.rows, cols = w.parts.cols;
-    pst::CodeProduct codes;
-    Exact<float> y = exact<float>(tokens * rows);
-    if (!codes.make(w.parts)) ++wrong;
-    codes.multiply(x.get(), tokens, bias, 0, y.get(), Serial{});
     for (int64_t t = 0; t < tokens; ++t)
         for (int64_t r = 0; r < rows; ++r) {
             double sum = bias ? bias[r] : 0, size = 0;
@@ -128,8 +126,16 @@ void product_of_codes(const Weight& w, const Exact<float>& x, const float* bias,
                 sum += double(x[t * cols + c]) * w.dense[r * cols + c];
                 size += std::fabs(w.dense[r * cols + c]);
             }
-            expect(y[t * rows + r], sum, size * 1e-4 + 1e-5, "product of codes");
+            expect(y[t * rows + r], sum, size * allowed + 1e-5, what);
         }
+}
+
+void product_of_codes(const Weight& w, const Exact<float>& x, const float* bias, int64_t tokens) {
+    pst::CodeProduct codes;
+    Exact<float> y = exact<float>(tokens * w.parts.rows);
+    if (!codes.make(w.parts)) ++wrong;
+    codes.multiply(x.get(), tokens, bias, 0, y.get(), Serial{});
+    expect_product(w, x, bias, tokens, y, 1e-4, "product of codes");
 }
 
 void product(Random& random) {
@@ -143,15 +149,8 @@ void product(Random& random) {
         Exact<float> y = exact<float>(tokens * rows);
         if (!stream.make(w.parts, set.panel)) ++wrong;
         if (!set.product(stream, x.get(), tokens, static_cast<const float*>(has_bias ? bias.get() : nullptr), 0, y.get(), Serial{})) ++wrong;
-        for (int64_t t = 0; t < tokens; ++t)
-            for (int64_t r = 0; r < rows; ++r) {
-                double sum = has_bias ? bias[r] : 0, size = 0;
-                for (int64_t c = 0; c < cols; ++c) {
-                    sum += double(x[t * cols + c]) * w.dense[r * cols + c];
-                    size += std::fabs(w.dense[r * cols + c]);
-                }
-                expect(y[t * rows + r], sum, size * (stream.form == pst::Form::PAIRS ? 4e-5 : 2e-6) + 1e-5, "product");
-            }
+        const double allowed = stream.form == pst::Form::PAIRS ? 4e-5 : 2e-6;
+        expect_product(w, x, has_bias ? bias.get() : nullptr, tokens, y, allowed, "product");
     });
     if (pst::CodeProduct::pays(w.parts)) product_of_codes(w, x, has_bias ? bias.get() : nullptr, tokens);
     if (w.parts.count) {  // a value too few
