@@ -14,6 +14,7 @@ from pst_ds.parallel import launch
 from pst_ds.parallel.launch import FEW_RANKS, LaunchEnvironment, device_of, launch_environment
 from pst_ds.parallel.ranks import all_gather_objects, barrier, of_main
 from pst_ds.parallel.store_group import StoreGroup
+from tools.bench.connections import open_sockets
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 
@@ -103,32 +104,22 @@ def test_many_ranks_are_connected_when_they_need_to_be_unless_told_otherwise(mon
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def _sockets():
-    links = []
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            links.append(os.readlink(f"/proc/self/fd/{name}"))
-        except FileNotFoundError:  # the listing's own
-            continue
-    return sum(link.startswith("socket:") for link in links)
-
-
 def _sockets_after_what_training_does():
     numbers, group = torch.ones(64), StoreGroup()
     dist.all_reduce(numbers)
     dist.all_gather_into_tensor(torch.empty(64 * dist.get_world_size()), numbers)
     dist.reduce_scatter_tensor(torch.empty(64 // dist.get_world_size()), numbers)
     dist.broadcast(numbers, 0)
-    all_gather_objects(_sockets())
-    of_main(_sockets)
+    all_gather_objects(open_sockets())
+    of_main(open_sockets)
     group.decide(0, len)
     barrier()
-    return _sockets()
+    return open_sockets()
 
 
 @pytest.mark.zero3
 def test_a_rank_connects_with_few_others(run_ranks, monkeypatch):
     """Ring and tree: two neighbours, and two for each doubling of the ranks; here ranks meet in a file."""
     monkeypatch.setenv(LAZY, "1")
-    before = _sockets()
+    before = open_sockets()
     assert max(run_ranks(_sockets_after_what_training_does, 16)) - before <= 2 * 4 + 3
