@@ -145,7 +145,7 @@ def packed_vector(
                 else:
                     value = tl.load(own - more, mask=bits != 0, other=0.0).to(tl.float32)
                 place, bits = _take_highest(bits)
-                partial += value * tl.load(x + place.to(tl.int64) * 32)
+                partial = tl.fma(value, tl.load(x + place.to(tl.int64) * 32), partial)
             if not BITS:
                 own -= UNROLL
             step += UNROLL
