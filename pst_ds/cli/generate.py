@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=count, metavar="N", help="threads (default: OMP_NUM_THREADS, or all cores)")
     engine = "the native loop, or transformers; auto: native on a CPU where the folder's values are codes"
     parser.add_argument("--engine", choices=("auto", "native", "torch"), default="auto", help=engine)
+    bits = "of the native loop's activations in prompts: 8 takes less time, and rounds more (default: 16)"
+    parser.add_argument("--prompt-bits", type=int, choices=(8, 16), metavar="BITS", help=bits)
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
@@ -108,11 +110,13 @@ def _decoder(args: argparse.Namespace, folder: ModelFolder, device: str, context
         raise InputError("--engine native has no users: leave it out, and transformers writes")
     is_plain = args.engine == "auto" and folder.values is None
     if args.engine == "torch" or args.user is not None or chosen or device != "cpu" or is_plain:
+        if args.prompt_bits:
+            raise InputError("--prompt-bits is for the native loop, which is not used here: add --engine native")
         return None
     from pst_ds.decoder import Decoder, DecoderError
 
     try:
-        return Decoder.from_pretrained(folder.path, context)
+        return Decoder.from_pretrained(folder.path, context, prompt_bits=args.prompt_bits or 16)
     except (DecoderError, RuntimeError) as error:
         if args.engine == "native":
             raise InputError(str(error)) from None

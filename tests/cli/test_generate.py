@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from pst_ds.cli import generate
 from pst_ds.cli.main import main
+from pst_ds.decoder import Decoder
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 PROMPT = "the film is"
@@ -134,6 +135,16 @@ def test_transformers_goes_on_where_the_native_loop_cannot(folders, tmp_path, ca
 def test_the_native_loop_takes_no_dtype(folders, capsys):
     command = (folders / "dense", "--prompt", PROMPT, "--engine", "native", "--dtype", "bf16", "--load-as", "dense")
     assert "--load-as and --dtype" in _refused(capsys, *command)
+
+
+def test_bits_of_a_prompt_are_of_the_native_loop(folders, tmp_path, capsys, monkeypatch):
+    opened = []
+    native = Decoder.from_pretrained
+    monkeypatch.setattr(Decoder, "from_pretrained", lambda *a, **options: opened.append(options) or native(*a))
+    _generate(capsys, folders / "dense", "--max-new-tokens", "2", "--engine", "native", "--prompt-bits", "8")
+    assert opened == [{"prompt_bits": 8}]
+    said = _refused(capsys, folders / "dense", "--prompt", PROMPT, "--prompt-bits", "8")
+    assert "add --engine native" in said
 
 
 def test_seed_and_temperature(folders, capsys):

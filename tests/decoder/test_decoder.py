@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 import pst_ds.hf  # noqa: F401 (transformers reads packed folders)
 from pst_ds.cli.main import main
 from pst_ds.decoder import Decoder, DecoderError, Sampling
+from pst_ds.decoder.decoder import PROMPT_TOKENS
 from pst_ds.errors import InputError
+from pst_ds.runtime.decoder import LEVELS, best_level
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 EXPORTS = {
@@ -93,6 +95,18 @@ def test_more_tokens_than_a_pass_takes(folders, ids):
     assert torch.equal(decoder.forward(ids), whole[-1])
 
 
+def test_prompts_of_8_bits(folders, ids):
+    """Near those of 16 bits, where the instructions can; fewer than sixteen tokens are as they were."""
+    exact, coarse = (Decoder.from_pretrained(folders / "int8", threads=1, prompt_bits=bits) for bits in (16, 8))
+    expected, got = (decoder.forward(ids, all_logits=True) for decoder in (exact, coarse))
+    assert torch.cosine_similarity(got.double(), expected.double(), dim=-1).min() > 0.999
+    assert torch.equal(got, expected) == (LEVELS[best_level()] != "avx512")
+    exact.reset(), coarse.reset()
+    few = ids[: PROMPT_TOKENS - 1]
+    assert torch.equal(coarse.forward(few), exact.forward(few))
+    assert torch.equal(coarse.forward([4]), exact.forward([4]))
+
+
 def test_sequences_side_by_side_are_those_alone(folders, ids):
     decoder = Decoder.from_pretrained(folders / "int8", threads=1, sequences=3)
     prompts = [ids[:5].tolist(), ids[5:6].tolist(), ids[6:18].tolist()]
@@ -159,6 +173,8 @@ def test_what_a_call_refuses(folders, ids):
 def test_what_cannot_be_opened(folders, tmp_path):
     with pytest.raises(DecoderError, match="fp32, bf16, int8"):
         Decoder.from_pretrained(folders / "int8", cache="int4")
+    with pytest.raises(DecoderError, match="8 or 16 bits"):
+        Decoder.from_pretrained(folders / "int8", prompt_bits=4)
     with pytest.raises(InputError, match="no such folder"):
         Decoder.from_pretrained(tmp_path / "none")
 

@@ -109,6 +109,48 @@ def test_vectors_of_zeros_and_of_the_smallest_numbers():
     assert matrix.multiply(torch.full((1, 64), 1e-42)).abs().max() < 1e-30
 
 
+needs_bytes = pytest.mark.skipif(
+    LEVELS[best_level()] != "avx512", reason="vectors of 8 bits are multiplied by AVX-512 with VBMI2 and VNNI alone"
+)
+
+
+@needs_bytes
+@pytest.mark.parametrize(("bits", "group"), [*BITS_AND_GROUPS, (8, 96)])
+@pytest.mark.parametrize("sparsity", [0.0, 0.4, 0.95, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1), (13, 100), (56, 576), (41, 2530)])
+def test_vectors_of_8_bits(bits, group, sparsity, shape):
+    """Rounded word by word of columns; splits over threads and vectors change no bit."""
+    rows, columns = shape
+    codes, scales = _codes(rows, columns, bits, group, sparsity)
+    matrix = Matrix.of_codes(codes, scales, bits, group)
+    x = torch.randn(15, columns, generator=torch.Generator().manual_seed(1))
+    x[3, : columns // 2] = 0
+    whole = []
+    for part in x.split(32 if group % 64 and group < columns else 64, 1):
+        most = part.abs().amax(1, keepdim=True)
+        whole.append((part * torch.where(most > 0, 127 / most, 0)).round().double() * (most / 127).double())
+    weight = codes.double() * scales.double().repeat_interleave(group or columns, 1)[:, :columns]
+    got = matrix.multiply(x, in_bytes=True)
+    torch.testing.assert_close(got.double(), torch.cat(whole, 1) @ weight.T, rtol=1e-5, atol=1e-5)
+    assert torch.equal(got, matrix.multiply(x, threads=3, in_bytes=True))
+    assert torch.equal(got[5:6], matrix.multiply(x[5:6], in_bytes=True))
+
+
+@needs_bytes
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_stays_none_in_8_bits(value):
+    x = torch.randn(2, 100)
+    x[1, 50] = value
+    y = Matrix.of_codes(*_codes(8, 100, 8, 0, 0.5), 8, 0).multiply(x, in_bytes=True)
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()
+
+
+def test_other_instructions_refuse_vectors_of_8_bits():
+    with pytest.raises(ValueError, match="8 bits for portable"):
+        Matrix.of_codes(*_codes(8, 64, 8, 0, 0.5), 8, 0, 0).multiply(torch.ones(1, 64), in_bytes=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("level", AVAILABLE, ids=lambda level: LEVELS[level])
 def test_floats(level, dtype):

@@ -81,8 +81,8 @@ class StandIn:
     opened: tuple = ()
 
     @classmethod
-    def from_pretrained(cls, folder, *, context, threads, verify):
-        cls.opened = (folder, context)
+    def from_pretrained(cls, folder, *, context, threads, verify, prompt_bits):
+        cls.opened = (folder, context, prompt_bits)
         return cls()
 
     def __init__(self):
@@ -103,7 +103,7 @@ def test_our_decoder_is_called_by_its_own_names(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pst_ds.decoder", module)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     engine = engines.PstDs(tmp_path, context=64)
-    assert StandIn.opened == (tmp_path, 64)
+    assert StandIn.opened == (tmp_path, 64, 16)
     np.testing.assert_array_equal(engine.forward([1, 2])(), np.arange(VOCABULARY))
     assert engine.all_logits([1, 2, 3]).shape == (3, VOCABULARY)
     assert engines.decode_rate(engine, 1, [1, 2], [3]) > 0
@@ -123,12 +123,14 @@ def test_a_ratio_is_ours_over_theirs_on_the_same_threads():
         row("80 % int8, pst-ds", 1, 120.0), row("80 % int8, pst-ds", 2, 250.0), row("90 % int8, pst-ds", 2, 300.0),
         row("80 % int4, pst-ds", 2, 50.0),
         row("dense, llama.cpp Q4_0", 1, 400.0, "prefill"), row("80 % int8, pst-ds", 1, 800.0, "prefill"),
+        row("80 % int8, prompts of 8 bits, pst-ds", 1, 1200.0, "prefill"),
         row("dense, llama.cpp Q8_0", 2, 5.0, model="1.1b"), row("80 % int8, pst-ds", 2, 20.0, model="1.1b"),
     ]  # fmt: skip
     assert decoders.ratios(rows) == {
         "decode_over_llamacpp": {"50/Q8_0/1": 2.0, "80/Q4_0/1": 1.5, "80/Q4_0/2": 2.5, "90/Q4_0/2": 3.0},
         "decode_int4_over_llamacpp": {"80/Q4_0/2": 0.5},
         "prefill_over_llamacpp": {"80/Q4_0/1": 2.0},
+        "prefill_8_bits_over_llamacpp": {"80/Q4_0/1": 3.0},
         "decode_1.1b_over_llamacpp": {"80/Q8_0/2": 4.0},
     }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -30,20 +32,17 @@ def test_a_ratio_is_how_many_times_as_fast_ours_is():
     }
 
 
+def open_fake(folder, name, threads):
+    """In a process of its own, as its file says."""
+    (folder / f"opened-{os.getpid()}").write_text(f"{NAMES.index(name)} {threads}")
+    return lambda feed: np.array([[0.0, float(feed["input_ids"].shape[1] > 3)]])
+
+
 def test_it_prints_its_object(tmp_path, monkeypatch, capsys):
-    calls = []
-
-    def opener(name):
-        def open_it(threads):
-            calls.append((name, threads))
-            return lambda feed: np.array([[0.0, float(feed["input_ids"].shape[1] > 3)]])
-
-        return open_it
-
     config = tmp_path / "dense" / "export" / "config.json"
     config.parent.mkdir(parents=True)
     config.write_text(json.dumps({"vocab_size": 50}))
-    fakes = [encoders.Contestant(name, 1000, opener(name)) for name in NAMES]
+    fakes = [encoders.Contestant(name, 1000, partial(open_fake, tmp_path, name)) for name in NAMES]
     monkeypatch.setattr(encoders, "contestants", lambda folder, sparse: iter(fakes))
     options = [
         "--no-decoders",
@@ -64,5 +63,6 @@ def test_it_prints_its_object(tmp_path, monkeypatch, capsys):
     assert len(found["rows"]) == len(NAMES) * 2 * len(encoders.BARS)
     assert set(found["ratios"]["encoder_over_openvino_int8"]) == set(encoders.BARS)
     assert all(row["quality"] == {"accuracy": None} for row in found["rows"])
-    assert {threads for _, threads in calls} == {1, 2}
+    opened = [file.read_text().split() for file in tmp_path.glob("opened-*")]
+    assert sorted(map(tuple, opened)) == sorted((str(at), str(threads)) for at in range(3) for threads in (1, 2))
     assert printed[0].startswith("| ms | MB | accuracy | 1 x 32, 1 thr.")

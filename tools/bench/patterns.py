@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tools.bench.peers.encoders import SMALL, run_onnx, tokens_of
-from tools.bench.timing import conditions, medians, print_json, progress
+from tools.bench.peers.encoders import SMALL, run_onnx, seconds_in_turn, tokens_of
+from tools.bench.timing import conditions, print_json, progress
 from tools.onnx_int8 import write_int8
 from tools.quality import texts
 from tools.verbs import verb
@@ -70,18 +70,16 @@ def made_files(folder: Path, patterns: list[str], zeros: list[float]) -> dict[st
 
 def measure(files: dict[str, Path], shapes: list[str], threads: int, repeats: int) -> list[dict[str, Any]]:
     vocabulary = json.loads((MINILM / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    runners = {name: run_onnx(file, threads) for name, file in files.items()}
     rows: list[dict[str, Any]] = [
         {"contestant": name, "threads": threads, "file_bytes": file.stat().st_size, "ms": {}}
         for name, file in files.items()
     ]
-    for shape in shapes:
-        batch, tokens = (int(number) for number in shape.split("x"))
-        progress(f"{batch} x {tokens} on {threads} threads")
-        feed = tokens_of(vocabulary, batch, tokens)
-        seconds = medians({name: partial(run, feed) for name, run in runners.items()}, repeats)
+    sizes = [(int(batch), int(tokens)) for batch, tokens in (shape.split("x") for shape in shapes)]
+    feeds = {size: tokens_of(vocabulary, *size) for size in sizes}
+    openers = {name: partial(run_onnx, file) for name, file in files.items()}
+    for (batch, tokens), seconds in seconds_in_turn(openers, threads, feeds, repeats):
         for row in rows:
-            row["ms"][shape] = 1e3 * seconds[row["contestant"]]
+            row["ms"][f"{batch}x{tokens}"] = 1e3 * seconds[row["contestant"]]
     return rows
 
 

@@ -40,7 +40,7 @@ SOURCE = NativeSource(
         "pst_matrix_bytes": ([POINTER], INT),
         "pst_matrix_layout": ([POINTER], c_int),
         "pst_matrix_free": ([POINTER], None),
-        "pst_matrix_multiply": ([POINTER, POINTER, INT, POINTER, c_int, c_int], c_int),
+        "pst_matrix_multiply": ([POINTER, POINTER, INT, POINTER, c_int, c_int, c_int], c_int),
         "pst_decoder_new": ([POINTER, POINTER, c_int], POINTER),
         "pst_decoder_free": ([POINTER], None),
         "pst_decoder_angles": ([POINTER, POINTER, POINTER, INT], None),
@@ -48,7 +48,7 @@ SOURCE = NativeSource(
         "pst_decoder_norm": ([POINTER, INT, c_int, POINTER], None),
         "pst_decoder_attention": ([POINTER, INT, INT, INT], None),
         "pst_decoder_embedding": ([POINTER, POINTER, POINTER, c_int, INT, ctypes.c_float], None),
-        "pst_decoder_run": ([POINTER, POINTER, POINTER, POINTER, INT, POINTER, INT, POINTER, c_int], c_int),
+        "pst_decoder_run": ([POINTER, POINTER, POINTER, POINTER, INT, POINTER, INT, POINTER, c_int, c_int], c_int),
     },
     "native decoding",
     flags=("-std=c++17", "-O3", "-Wno-psabi", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"),
@@ -133,15 +133,21 @@ class Matrix:
         """One of :data:`LAYOUTS`."""
         return LAYOUTS[require_library().pst_matrix_layout(self.handle)]
 
-    def multiply(self, x: Tensor, threads: int = 1) -> Tensor:
-        """Return x W', fp32 (tokens, O), of fp32 ``x`` (tokens, I)."""
+    def multiply(self, x: Tensor, threads: int = 1, *, in_bytes: bool = False) -> Tensor:
+        """Return x W', fp32 (tokens, O), of fp32 ``x`` (tokens, I).
+
+        ``in_bytes``: ``x`` is rounded to 8 bits, with a scale for each word of 64 columns (32, where groups of the
+        weight are no multiple of 64), instead of to 13 to 16. Raises ValueError where the instructions cannot.
+        """
         x = x.float().contiguous()
         if x.dim() != 2 or x.shape[1] != self.shape[1]:
             raise ValueError(f"x is {tuple(x.shape)}; the weight takes (tokens, {self.shape[1]})")
         y = x.new_empty(x.shape[0], self.shape[0])
         failed = require_library().pst_matrix_multiply(
-            self.handle, x.data_ptr(), x.shape[0], y.data_ptr(), threads, self.level
+            self.handle, x.data_ptr(), x.shape[0], y.data_ptr(), threads, self.level, in_bytes
         )
+        if failed == 2:
+            raise ValueError(f"no products with vectors of 8 bits for {LEVELS[self.level]}")
         if failed:
             raise MemoryError(f"no memory to multiply {tuple(x.shape)} with a weight of {self.shape}")
         return y
@@ -206,11 +212,13 @@ class Loop:
         positions: Sequence[int],
         wanted: Sequence[int],
         threads: int,
+        in_bytes: bool = False,
     ) -> Tensor:
         """Run tokens through all layers, and return fp32 logits (number wanted, vocabulary).
 
         ``sequences``, ``positions``: of every token; what a sequence has before a position must be in its cache, or in
-        this pass. ``wanted``: which tokens' logits.
+        this pass. ``wanted``: which tokens' logits. ``in_bytes``: activations of layers have 8 bits, where the
+        instructions can.
         """
         shape, count = self.shape, len(ids)
         assert count == len(sequences) == len(positions) <= shape["most"]
@@ -225,7 +233,7 @@ class Loop:
         logits = torch.empty(len(wanted), shape["vocabulary"])
         failed = self._library.pst_decoder_run(
             self.handle, numbers(*ids), numbers(*sequences), numbers(*positions), count,
-            (ctypes.c_int64 * len(wanted))(*wanted), len(wanted), logits.data_ptr(), threads,
+            (ctypes.c_int64 * len(wanted))(*wanted), len(wanted), logits.data_ptr(), threads, in_bytes,
         )  # fmt: skip
         if failed:
             raise MemoryError(f"no memory for a pass of {count} tokens")

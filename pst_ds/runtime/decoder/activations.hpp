@@ -6,13 +6,15 @@
 namespace pst {
 
 // `tokens` vectors rounded to integers. Each is q, and in planes: the low byte and the high one, which kernels of WORDS
-// take as unsigned (q + 2^15). Zeros follow a vector's columns, as many as a load may read past them.
+// take as unsigned (q + 2^15). Zeros follow a vector's columns, as many as a load may read past them. Or they are bytes,
+// of 8 bits with a scale for each word of columns: low alone has them.
 struct Activations {
+    bool are_bytes = false;
     int64_t stride = 0, chunks = 0;  // of a vector: in integers, and in scales
     std::vector<int16_t> q;
     std::vector<uint8_t> low, high;
     std::vector<float> scales;
-    std::vector<int32_t> sums;  // of a chunk's q
+    std::vector<int32_t> sums;  // of a chunk's q; of bytes -128 times the sum
 
     void reserve(int64_t tokens, int64_t columns) {
         const size_t most = size_t(tokens * (round_up(columns, WORD) + 2 * PADDING));
@@ -20,7 +22,9 @@ struct Activations {
         q.resize(most), low.resize(most), high.resize(most);
         scales.resize(most), sums.resize(most);
     }
-    void begin(const Matrix& m) { stride = round_up(m.columns, WORD) + PADDING, chunks = m.chunks(); }
+    void begin(const Matrix& m, bool in_bytes = false) {
+        are_bytes = in_bytes, stride = round_up(m.columns, WORD) + PADDING, chunks = in_bytes ? m.words() : m.chunks();
+    }
     const int16_t* q_of(int64_t token) const { return q.data() + token * stride; }
     const uint8_t* low_of(int64_t token) const { return low.data() + token * stride; }
     const uint8_t* high_of(int64_t token) const { return high.data() + token * stride; }
@@ -63,6 +67,7 @@ struct Functions {
     const char* name;
     bool words;  // what it wants of pack()
     void (*quantize)(const Matrix&, const float* x, int64_t token, Activations&);
+    void (*quantize_to_bytes)(const Matrix&, const float* x, int64_t token, Activations&);  // null: it does not
     void (*product)(const ProductJob&);
     void (*rms_norm)(const float* x, const float* gain, float epsilon, int64_t width, float* y);
     void (*rotate)(float* x, const float* cosines, const float* sines, int64_t half);

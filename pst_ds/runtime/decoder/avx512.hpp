@@ -119,8 +119,8 @@ inline void transpose_codes(__m512i (&a)[16], uint8_t* to) {
     }
 }
 
-// Two blocks from `block` on, expanded; the second is the last once more where there is none.
-template <int BITS, bool MASKED> inline void expand_16(const Matrix& m, int64_t block, uint8_t* panel) {
+// Two blocks from `block` on, expanded; the second is the last once more where there is none. UNSIGNED: codes + 128.
+template <int BITS, bool MASKED, bool UNSIGNED> inline void expand_16(const Matrix& m, int64_t block, uint8_t* panel) {
     const uint8_t* data[2];
     const uint64_t* masks[2];
     for (int i = 0; i < 2; ++i) {
@@ -131,7 +131,8 @@ template <int BITS, bool MASKED> inline void expand_16(const Matrix& m, int64_t 
         __m512i rows[16], eight[8];
         for (int i = 0; i < 2; ++i) {
             expand<BITS, MASKED>(data[i], masks[i], eight);
-            for (int r = 0; r < 8; ++r) rows[8 * i + r] = eight[r];
+            for (int r = 0; r < 8; ++r)
+                rows[8 * i + r] = UNSIGNED ? _mm512_xor_si512(eight[r], _mm512_set1_epi8(char(0x80))) : eight[r];
         }
         transpose_codes(rows, panel + word * m.word * 16);  // of a word of 32 columns the second half is overwritten
     }
@@ -159,6 +160,16 @@ inline __m512i offsets_of(const Matrix& m, int64_t block, int64_t chunk) {
 inline __m512 scales_of(const Matrix& m, int64_t block, int64_t chunk) {
     const Both<uint16_t> at(m.scales, m, block, chunk);
     return _mm512_insertf32x8(_mm512_castps256_ps512(scales_at(at.first)), scales_at(at.second), 1);
+}
+
+// Two blocks of rows for TOKENS vectors; the second may be another thread's.
+template <int TOKENS> inline void store_panel(const ProductJob& job, int64_t block, int64_t token, const __m512* total) {
+    for (int t = 0; t < TOKENS; ++t) {
+        float rows[2 * ROWS], *y = job.y + (token + t) * job.y_width;
+        _mm512_storeu_ps(rows, total[t]);
+        store_rows(rows, job.m, block, y);
+        if (block + 1 < job.last) store_rows(rows + ROWS, job.m, block + 1, y);
+    }
 }
 
 // Vectors with PANELS times 16 expanded rows, from `block` on.
@@ -198,36 +209,75 @@ template <int TOKENS, int PANELS> inline void panel_rows(const ProductJob& job, 
             }
         }
     }
-    for (int p = 0; p < PANELS; ++p)
-        for (int t = 0; t < TOKENS; ++t) {
-            float rows[2 * ROWS];
-            _mm512_storeu_ps(rows, total[p][t]);
-            store_rows(rows, m, block + 2 * p, job.y + (token + t) * job.y_width);
-            if (block + 2 * p + 1 < m.blocks()) store_rows(rows + ROWS, m, block + 2 * p + 1, job.y + (token + t) * job.y_width);
+    for (int p = 0; p < PANELS; ++p) store_panel<TOKENS>(job, block + 2 * p, token, total[p]);
+}
+
+// The same for vectors of bytes: codes are unsigned, and what that adds is taken from each sum at its start.
+template <int TOKENS, int PANELS> inline void byte_rows(const ProductJob& job, int64_t block, int64_t token) {
+    const Matrix& m = job.m;
+    const int64_t words = m.words(), words_in_chunk = std::max<int64_t>(1, m.chunk / m.word);
+    const uint8_t* x = job.q.low_of(token);
+    const float* x_scales = job.q.scales_of(token);
+    const int32_t* sums = job.q.sums_of(token);
+    __m512 total[PANELS][TOKENS];
+    for (auto& of_panel : total)
+        for (__m512& sum : of_panel) sum = _mm512_setzero_ps();
+    for (int64_t word = 0; word < words; ++word) {
+        __m512i sum[PANELS][TOKENS];
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t)
+#pragma GCC unroll 2
+            for (int p = 0; p < PANELS; ++p) sum[p][t] = _mm512_set1_epi32(sums[t * words + word]);
+        for (int64_t i = word * m.word; i < (word + 1) * m.word; i += 4) {
+            __m512i codes[PANELS];
+#pragma GCC unroll 2
+            for (int p = 0; p < PANELS; ++p) codes[p] = _mm512_loadu_si512(job.room + p * job.panel + i * 16);
+#pragma GCC unroll 8
+            for (int t = 0; t < TOKENS; ++t) {
+                const __m512i four = four_columns(x + t * job.q.stride + i);
+#pragma GCC unroll 2
+                for (int p = 0; p < PANELS; ++p) sum[p][t] = dot(sum[p][t], codes[p], four);
+            }
         }
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; ++p) {
+            const __m512 scales = scales_of(m, block + 2 * p, std::min(m.chunks() - 1, word / words_in_chunk));
+#pragma GCC unroll 8
+            for (int t = 0; t < TOKENS; ++t) {
+                const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(x_scales[t * words + word]));
+                total[p][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[p][t]), scale, total[p][t]);
+            }
+        }
+    }
+    for (int p = 0; p < PANELS; ++p) store_panel<TOKENS>(job, block + 2 * p, token, total[p]);
+}
+
+template <int PANELS, int TOKENS> inline void vectors_with_panels(const ProductJob& job, int64_t block, int64_t& token) {
+    for (; token + TOKENS <= job.tokens; token += TOKENS)
+        if (job.q.are_bytes) byte_rows<TOKENS, PANELS>(job, block, token);
+        else panel_rows<TOKENS, PANELS>(job, block, token);
 }
 
 template <int BITS, bool MASKED, int PANELS> inline void panels(const ProductJob& job, int64_t block) {
-    for (int p = 0; p < PANELS; ++p) expand_16<BITS, MASKED>(job.m, block + 2 * p, job.room + p * job.panel);
+    for (int p = 0; p < PANELS; ++p) {
+        uint8_t* panel = job.room + p * job.panel;
+        if (job.q.are_bytes) expand_16<BITS, MASKED, true>(job.m, block + 2 * p, panel);
+        else expand_16<BITS, MASKED, false>(job.m, block + 2 * p, panel);
+    }
     int64_t token = 0;
-    for (; token + 6 <= job.tokens; token += 6) panel_rows<6, PANELS>(job, block, token);
-    for (; token + 2 <= job.tokens; token += 2) panel_rows<2, PANELS>(job, block, token);
-    for (; token < job.tokens; ++token) panel_rows<1, PANELS>(job, block, token);
+    vectors_with_panels<PANELS, 6>(job, block, token);
+    vectors_with_panels<PANELS, 2>(job, block, token);
+    vectors_with_panels<PANELS, 1>(job, block, token);
 }
 
 template <int BITS, bool MASKED> inline void code_product_of(const ProductJob& job) {
-    if (job.tokens <= 2) {
+    if (job.tokens <= 2 && !job.q.are_bytes) {
         for (int64_t token = 0; token < job.tokens; ++token) one_vector<BITS, MASKED>(job, token);
         return;
     }
     int64_t block = job.first;
     for (; block + 4 <= job.last; block += 4) panels<BITS, MASKED, 2>(job, block);
-    for (; block + 2 <= job.last; block += 2) panels<BITS, MASKED, 1>(job, block);
-    if (block == job.last) return;
-    if (job.last == job.m.blocks()) return panels<BITS, MASKED, 1>(job, block);
-    ProductJob rest = job;  // the other block is another thread's
-    rest.first = block;
-    for (int64_t token = 0; token < job.tokens; ++token) one_vector<BITS, MASKED>(rest, token);
+    for (; block < job.last; block += 2) panels<BITS, MASKED, 1>(job, block);
 }
 
 inline void code_product(const ProductJob& job) {

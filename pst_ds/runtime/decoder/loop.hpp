@@ -68,11 +68,13 @@ struct Embedding {
     }
 };
 
-// What a pass is asked: tokens, each of a sequence and at a position; logits of some.
+// What a pass is asked: tokens, each of a sequence and at a position; logits of some. in_bytes: activations of layers have
+// 8 bits, where the kernels can.
 struct Pass {
     const int64_t *ids, *sequences, *positions, *wanted;
     int64_t tokens, num_wanted;
     float* logits;
+    bool in_bytes;
 };
 
 class Decoder {
@@ -164,7 +166,7 @@ class Decoder {
         each(pass.num_wanted, [&](int64_t i) {
             normalize(last_norm, x.data() + pass.wanted[i] * hidden, hidden, normed.data() + i * hidden);
         });
-        product(head, normed.data(), pass.num_wanted, pass.logits);
+        product(head, normed.data(), pass.num_wanted, pass.logits, false);
         each(pass.num_wanted, [&](int64_t i) { finish(pass.logits + i * shape.vocabulary); });
     }
 
@@ -183,13 +185,15 @@ class Decoder {
     }
 
     // to (tokens, width) = from W' + bias.
-    void product(const Linear& linear, const float* from, int64_t tokens, float* to) {
+    void product(const Linear& linear, const float* from, int64_t tokens, float* to, bool in_bytes) {
         const Matrix* rounded_for = nullptr;
+        in_bytes = in_bytes && kernels.quantize_to_bytes;
+        const auto quantize = in_bytes ? kernels.quantize_to_bytes : kernels.quantize;
         for (const Linear::Part& part : linear.parts) {
             const Matrix& m = *part.matrix;
             if (m.layout != FLOATS && !(rounded_for && rounded_for->chunk == m.chunk && rounded_for->levels == m.levels)) {
-                integers.begin(m);
-                each(tokens, [&](int64_t t) { kernels.quantize(m, from + t * m.columns, t, integers); });
+                integers.begin(m, in_bytes);
+                each(tokens, [&](int64_t t) { quantize(m, from + t * m.columns, t, integers); });
                 rounded_for = &m;
             }
             float* y = to + part.offset;
@@ -209,17 +213,17 @@ class Decoder {
         each(pass.tokens, [&](int64_t t) {
             normalize(layer.norm[BEFORE_ATTENTION], x.data() + t * shape.hidden, shape.hidden, normed.data() + t * shape.hidden);
         });
-        product(layer.linear[QKV], normed.data(), pass.tokens, qkv.data());
+        product(layer.linear[QKV], normed.data(), pass.tokens, qkv.data(), pass.in_bytes);
         attention(pass, layer, index);
-        product(layer.linear[OUTPUT], attended.data(), pass.tokens, added.data());
+        product(layer.linear[OUTPUT], attended.data(), pass.tokens, added.data(), pass.in_bytes);
         add(pass, layer.norm[AFTER_ATTENTION], layer.norm[BEFORE_MLP]);
-        product(layer.linear[GATE_UP], normed.data(), pass.tokens, inner.data());
+        product(layer.linear[GATE_UP], normed.data(), pass.tokens, inner.data(), pass.in_bytes);
         const int64_t width = layer.linear[GATE_UP].width;
         each(pass.tokens, [&](int64_t t) {
             const float* gates = inner.data() + t * width;
             kernels.gate(shape.activation, gates, shape.gated ? gates + shape.inner : nullptr, shape.inner, gated.data() + t * shape.inner);
         });
-        product(layer.linear[DOWN], gated.data(), pass.tokens, added.data());
+        product(layer.linear[DOWN], gated.data(), pass.tokens, added.data(), pass.in_bytes);
         add(pass, layer.norm[AFTER_MLP], nullptr);
     }
 
@@ -312,14 +316,17 @@ PST_API int64_t pst_matrix_bytes(const void* matrix) { return static_cast<const 
 PST_API int pst_matrix_layout(const void* matrix) { return static_cast<const pst::Matrix*>(matrix)->layout; }
 PST_API void pst_matrix_free(void* matrix) { delete static_cast<pst::Matrix*>(matrix); }
 
-// y (tokens, rows) = x W'.
-PST_API int pst_matrix_multiply(const void* matrix, const float* x, int64_t tokens, float* y, int threads, int level) try {
+// y (tokens, rows) = x W'. in_bytes: x of 8 bits; 2 where these kernels have none.
+PST_API int pst_matrix_multiply(const void* matrix, const float* x, int64_t tokens, float* y, int threads, int level,
+                                int in_bytes) try {
     const pst::Matrix& m = *static_cast<const pst::Matrix*>(matrix);
     const pst::Functions& kernels = pst::functions(level);
+    const auto quantize = in_bytes ? kernels.quantize_to_bytes : kernels.quantize;
+    if (!quantize) return 2;
     pst::Activations q;
     if (m.layout != pst::FLOATS) {
-        q.reserve(tokens, m.columns), q.begin(m);
-        for (int64_t t = 0; t < tokens; ++t) kernels.quantize(m, x + t * m.columns, t, q);
+        q.reserve(tokens, m.columns), q.begin(m, in_bytes);
+        for (int64_t t = 0; t < tokens; ++t) quantize(m, x + t * m.columns, t, q);
     }
     const int64_t room = pst::room_for(m.columns);
     std::vector<uint8_t> rooms(size_t(room * threads));
@@ -382,8 +389,9 @@ PST_API void pst_decoder_embedding(void* decoder, const void* rows, const uint16
 }
 
 PST_API int pst_decoder_run(void* decoder, const int64_t* ids, const int64_t* sequences, const int64_t* positions,
-                            int64_t tokens, const int64_t* wanted, int64_t num_wanted, float* logits, int threads) try {
-    static_cast<pst::Decoder*>(decoder)->run({ids, sequences, positions, wanted, tokens, num_wanted, logits}, threads);
+                            int64_t tokens, const int64_t* wanted, int64_t num_wanted, float* logits, int threads,
+                            int in_bytes) try {
+    static_cast<pst::Decoder*>(decoder)->run({ids, sequences, positions, wanted, tokens, num_wanted, logits, in_bytes != 0}, threads);
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;

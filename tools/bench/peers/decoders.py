@@ -1,9 +1,10 @@
 """The sparse decoder beside llama.cpp: one sequence, tokens a second, bytes and perplexity of each contestant.
 
 llama.cpp takes the dense model in its own quantisations of BF16; ours the same model as `pst-ds export` packs it, with
-zeros and without, in int8 and int4. Every contestant has a process of its own, and they take turns. All read the same
-tokens of the same text: 128 are in the cache when decoding begins, and the tokens that follow are given, so that no
-sampling is in the time. A shape with random weights has no text and no perplexity.
+zeros and without, in int8 and int4; two of them also with prompts of 8 bits. Every contestant has a process of its own,
+and they take turns. All read the same tokens of the same text: 128 are in the cache when decoding begins, and the
+tokens that follow are given, so that no sampling is in the time. A shape with random weights has no text and no
+perplexity.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from tools.bench.timing import progress
 
 CONTEXT = 1024
 """Places of everybody's cache."""
+PROMPTS = "int8, prompts of 8 bits"
+"""What our decoder is called where activations of a prompt have 8 bits."""
 SHARES = (0.0, 0.5, 0.8, 0.9)
 PRELOAD = ("pst_ds.decoder", "tools.bench.peers.engines")
 """Imported once for all processes."""
@@ -38,6 +41,7 @@ SHAPES: dict[str, dict[str, int]] = {
 BARS = {
     "decode_over_llamacpp": {"50/Q8_0/1": 1.7, "80/Q4_0/1": 1.5, "80/Q4_0/2": 1.7, "90/Q4_0/2": 1.9},
     "prefill_over_llamacpp": {"80/Q4_0/1": 1.6},
+    "prefill_8_bits_over_llamacpp": {"80/Q4_0/1": 1.6},
     "decode_1.1b_over_llamacpp": {"50/Q8_0/2": 1.5, "80/Q8_0/2": 2.3},
 }
 """Times as fast as llama.cpp our int8 values shall be, by (percent of zeros / its kind of file / threads)."""
@@ -111,6 +115,8 @@ def contestants(top: Path) -> list[Contestant]:
         for share in SHARES:
             folder = decoder_files.packed_folder(top, values, share, source)
             found.append(Contestant(our_name(share, values), folder, engines.PstDs))
+            if values == "int8" and share in (0.0, 0.8):
+                found.append(Contestant(our_name(share, PROMPTS), folder, partial(engines.PstDs, prompt_bits=8)))
     return found
 
 
@@ -159,9 +165,10 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for table, places in BARS.items():
         task, _, rest = table.partition("_")
-        model = rest.removesuffix("over_llamacpp").rstrip("_") or "135M"
-        for values in ("int8", "int4"):
-            name = table if values == "int8" else table.replace(task, f"{task}_int4", 1)
+        in_bytes = rest.startswith("8_bits_")
+        model = rest.removeprefix("8_bits_").removesuffix("over_llamacpp").rstrip("_") or "135M"
+        for values in (PROMPTS,) if in_bytes else ("int8", "int4"):
+            name = table.replace(task, f"{task}_int4", 1) if values == "int4" else table
             for place in places:
                 percent, kind, threads = place.split("/")
                 ours = rates.get((task, model, our_name(int(percent) / 100, values), int(threads)))

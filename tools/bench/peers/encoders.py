@@ -1,15 +1,16 @@
-"""The sparse encoder beside ONNX Runtime and OpenVINO, in one process: speed, bytes and accuracy of each.
+"""The sparse encoder beside ONNX Runtime and OpenVINO: speed, bytes and accuracy of each.
 
 Contestants are made of the demo's runs: the dense run in ONNX Runtime (fp32, dynamic int8) and OpenVINO (fp32, int8 by
 NNCF, calibrated on training text), the sparse runs as `pst-ds export --format onnx` writes them, with int8 values and
-embeddings. They take turns at every size; times are medians. Accuracy is on the demo's test split, one text at a time,
-so that every speed stands beside its loss.
+embeddings. Every contestant has a process of its own, and they take turns at every size; times are medians. Accuracy
+is on the demo's test split, one text at a time, so that every speed stands beside its loss.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,17 +19,21 @@ from typing import Any
 import numpy as np
 
 from pst_ds.onnx.session import open_session
-from tools.bench.timing import medians, progress
+from tools.bench.peers.turns import medians_in_turn, seated
+from tools.bench.timing import progress
 from tools.onnx_int8 import share_of_right_answers, write_int8
 from tools.verbs import verb
 
 Feed = dict[str, np.ndarray]
+Run = Callable[[Feed], np.ndarray]
 BARS = {"1x32": 1.3, "1x128": 1.3, "8x128": 1.2}
 """Times as fast as OpenVINO's int8, by (batch x tokens): the 90 %-sparse encoder on one thread."""
 BAR_ONNXRUNTIME = 1.4
 """The same against ONNX Runtime's int8, at every size."""
 SMALL = ["--dtype", "bf16", "--values", "int8", "--embeddings", "int8"]
 CALIBRATION_TEXTS = 128
+PRELOAD = ("pst_ds.onnx.session",)
+"""Imported once for all processes."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,8 @@ class Contestant:
 
     name: str
     file_bytes: int
-    open: Callable[[int], Callable[[Feed], np.ndarray]]
-    """Called with a number of threads, returns what computes the logits of a feed."""
+    open: Callable[[int], Run]
+    """Called with a number of threads, in a process of its own, returns what computes the logits of a feed."""
 
 
 def measure(
@@ -50,12 +55,8 @@ def measure(
     vocabulary = json.loads((folder / "dense/export/config.json").read_text(encoding="utf-8"))["vocab_size"]
     rows: list[dict[str, Any]] = []
     for count in threads:
-        runners = {one.name: one.open(count) for one in found}
-        for batch, tokens in sizes:
-            progress(f"{batch} x {tokens} on {count} threads")
-            feed = tokens_of(vocabulary, batch, tokens)
-            rounds = repeats if batch * tokens <= 256 else max(5, repeats // 3)
-            seconds = medians({name: partial(run, feed) for name, run in runners.items()}, rounds)
+        feeds = {size: tokens_of(vocabulary, *size) for size in sizes}
+        for (batch, tokens), seconds in seconds_in_turn({one.name: one.open for one in found}, count, feeds, repeats):
             size = {"task": "encode", "threads": count, "batch": batch, "tokens": tokens}
             rows += [{**size, "contestant": name, "ms": 1e3 * time} for name, time in seconds.items()]
     shares = {one.name: accuracy(one, folder) for one in found} if quality else {}
@@ -63,6 +64,26 @@ def measure(
     for row in rows:
         row |= {"file_bytes": nbytes[row["contestant"]], "quality": {"accuracy": shares.get(row["contestant"])}}
     return rows
+
+
+def seconds_in_turn(
+    openers: Mapping[str, Callable[[int], Run]], threads: int, feeds: Mapping[tuple[int, int], Feed], repeats: int
+) -> Iterator[tuple[tuple[int, int], dict[str, float]]]:
+    """Yield the (batch, tokens) of each feed and the median seconds of all who are opened with so many threads."""
+    progress(f"opening {len(openers)} files for {threads} threads")
+    with seated({name: partial(opener, threads) for name, opener in openers.items()}, threads, PRELOAD) as seats:
+        for (batch, tokens), feed in feeds.items():
+            progress(f"{batch} x {tokens} on {threads} threads")
+            rounds = repeats if batch * tokens <= 256 else max(5, repeats // 3)
+            yield (batch, tokens), medians_in_turn(seats, seconds_of, feed, repeats=rounds)
+
+
+def seconds_of(run: Run, feed: Feed) -> float:
+    """Time ``run``, after once that wakes its threads."""
+    run(feed)
+    start = time.perf_counter()
+    run(feed)
+    return time.perf_counter() - start
 
 
 def tokens_of(vocabulary: int, batch: int, tokens: int) -> Feed:
@@ -100,13 +121,13 @@ def contestants(folder: Path, sparse: Sequence[str]) -> Iterator[Contestant]:
         yield Contestant(f"{name} int8, pst-ds", file.stat().st_size, partial(run_onnx, file))
 
 
-def run_onnx(file: Path, threads: int) -> Callable[[Feed], np.ndarray]:
+def run_onnx(file: Path, threads: int) -> Run:
     session = open_session(file, threads=threads)
     takes = [value.name for value in session.get_inputs()]
     return lambda feed: session.run(None, {name: feed[name] for name in takes})[0]
 
 
-def run_openvino(file: Path, threads: int) -> Callable[[Feed], np.ndarray]:
+def run_openvino(file: Path, threads: int) -> Run:
     import openvino
 
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
@@ -141,12 +162,12 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Return how many times as fast the sparse encoders are: by size, and by size and threads."""
     ms = {(row["contestant"], row["threads"], f"{row['batch']}x{row['tokens']}"): row["ms"] for row in rows}
     found: dict[str, dict[str, float]] = {}
-    for (name, threads, size), time in ms.items():
+    for (name, threads, size), ours in ms.items():
         if not name.endswith("pst-ds"):
             continue
         for peer in ("OpenVINO int8", "ONNX Runtime int8"):
             table = f"{name.split(' ')[0]}_over_{peer.lower().replace(' ', '_')}"
-            found.setdefault(table, {})[f"{size}/{threads}"] = ms[f"dense, {peer}", threads, size] / time
+            found.setdefault(table, {})[f"{size}/{threads}"] = ms[f"dense, {peer}", threads, size] / ours
     ours = {size: found.get("pst-90_over_openvino_int8", {}).get(f"{size}/1") for size in BARS}
     found["encoder_over_openvino_int8"] = {size: ratio for size, ratio in ours.items() if ratio is not None}
     return found

@@ -39,13 +39,15 @@ class Engine(Protocol):
 class PstDs:
     """A model folder in the decoder of pst-ds."""
 
-    def __init__(self, folder: Path, context: int) -> None:
+    def __init__(self, folder: Path, context: int, prompt_bits: int = 16) -> None:
         import torch
 
         from pst_ds.decoder import Decoder
 
         torch.set_num_threads(1)  # of what is outside the loop: rows of the embedding
-        self._decoder = Decoder.from_pretrained(folder, context=context, threads=1, verify=False)
+        self._decoder = Decoder.from_pretrained(
+            folder, context=context, threads=1, verify=False, prompt_bits=prompt_bits
+        )
 
     def use(self, threads: int) -> None:
         self._decoder.threads = threads
