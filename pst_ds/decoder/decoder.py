@@ -55,7 +55,7 @@ class Decoder:
         """``prompt_bits``: of activations where 16 tokens and more of a sequence come at once and weights are codes.
 
         16: some 14, as for single tokens. 8: integers of 8 bits with a scale for every 64 columns, which AVX-512
-        multiplies in 0.7 of the time; elsewhere nothing changes. ``tables``: embeddings that are codes, by the id() of
+        multiplies in half the time; elsewhere nothing changes. ``tables``: embeddings that are codes, by the id() of
         their module. Mostly made by the class methods.
         """
         if cache not in CACHES:

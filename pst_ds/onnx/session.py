@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from pst_ds.errors import InputError
-from pst_ds.runtime.onnx import register_operators
+from pst_ds.runtime.onnx import exact_inputs, register_operators
 
 
-def open_session(file: Path, threads: int = 0) -> Any:
+def open_session(file: Path, threads: int = 0, *, exact: bool = False) -> Any:
     """Return an ``onnxruntime.InferenceSession`` of ``file`` on the CPU, with our operators; ``threads``: 0 for all.
 
-    Raises InputError without ONNX Runtime, and where it refuses the file.
+    ``exact``: inputs of sparse products have 16 bits, whatever the file says. Raises InputError without ONNX Runtime,
+    and where it refuses the file.
     """
     try:
         import onnxruntime
@@ -22,6 +24,7 @@ def open_session(file: Path, threads: int = 0) -> Any:
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     register_operators(options)
     try:
-        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        with exact_inputs() if exact else nullcontext():
+            return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a class for each of its codes, and no base of them
         raise InputError(f"{file}: ONNX Runtime {onnxruntime.__version__} refuses it: {error}") from None

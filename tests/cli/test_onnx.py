@@ -32,6 +32,20 @@ def test_verify_holds_the_file_against_the_run(folders, tmp_path, capsys, option
     assert "is not the model in" in capsys.readouterr().err
 
 
+def test_inputs_of_8_bits_do_not_make_verify_lenient(folders, tmp_path, capsys):
+    """The file is compared with inputs of 16 bits, and what 8 change is said beside."""
+    out = tmp_path / "onnx"
+    options = ["--values", "int8", "--activation-bits", "8", "--checkpoint", "step-00000004"]
+    said_by(capsys, "export", folders / "run", "--format", "onnx", "--out", out, *options)
+    against = ["verify", out, "--against", folders / "run", "--checkpoint"]
+    said, printed = said_by(capsys, *against, "step-00000004")
+    assert said["max_logit_difference"] <= said["allowed_logit_difference"]
+    assert said["max_logit_difference_in_8_bits"] >= said["max_logit_difference"]
+    assert "with inputs of 8 bits" in printed
+    assert main([*map(str, against), "final"]) == 1
+    assert "is not the model in" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("values", ["int8", "int4"])
 def test_codes_of_a_run_in_bf16_are_not_rounded_again(tmp_path, capsys, monkeypatch, values):
     """A code times its scale has more bits than bf16: the graph multiplies with all of them, and so does its model."""

@@ -130,12 +130,12 @@ void expect_product(const Weight& w, const Exact<float>& x, const float* bias, i
         }
 }
 
-void product_of_codes(const Weight& w, const Exact<float>& x, const float* bias, int64_t tokens) {
+void product_of_codes(const Weight& w, const Exact<float>& x, const float* bias, int64_t tokens, bool in_bytes) {
     pst::CodeProduct codes;
     Exact<float> y = exact<float>(tokens * w.parts.rows);
-    if (!codes.make(w.parts)) ++wrong;
+    if (!codes.make(w.parts, in_bytes)) ++wrong;
     codes.multiply(x.get(), tokens, bias, 0, y.get(), Serial{});
-    expect_product(w, x, bias, tokens, y, 1e-4, "product of codes");
+    expect_product(w, x, bias, tokens, y, in_bytes ? 1e-2 : 1e-4, "product of codes");
 }
 
 void product(Random& random) {
@@ -152,13 +152,14 @@ void product(Random& random) {
         const double allowed = stream.form == pst::Form::PAIRS ? 4e-5 : 2e-6;
         expect_product(w, x, has_bias ? bias.get() : nullptr, tokens, y, allowed, "product");
     });
-    if (pst::CodeProduct::pays(w.parts)) product_of_codes(w, x, has_bias ? bias.get() : nullptr, tokens);
+    for (bool in_bytes : {false, true})
+        if (pst::CodeProduct::pays(w.parts, in_bytes)) product_of_codes(w, x, has_bias ? bias.get() : nullptr, tokens, in_bytes);
     if (w.parts.count) {  // a value too few
         --w.parts.count;
         pst::Stream stream;
         pst::CodeProduct codes;
         if (stream.make(w.parts, 48)) ++wrong;
-        if (w.parts.kind >= pst::Parts::CODES8 && codes.make(w.parts)) ++wrong;
+        if (w.parts.kind >= pst::Parts::CODES8 && codes.make(w.parts, false)) ++wrong;
     }
 }
 

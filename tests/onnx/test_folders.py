@@ -14,6 +14,7 @@ from pst_ds.cli.main import main
 from pst_ds.export.manifest import ExportError
 from pst_ds.onnx import folder as onnx_folder
 from pst_ds.onnx.session import open_session
+from pst_ds.runtime.decoder import LEVELS, best_level
 
 onnx = pytest.importorskip("onnx", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
@@ -181,6 +182,30 @@ def test_what_cannot_be_traced_is_said_in_one_line(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "GptOssForCausalLM cannot be written as a graph: attention with capped scores or sinks" in said
     assert not out.exists()
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_inputs_of_8_bits_are_near_those_of_16(tmp_path, values, capsys):
+    source, logits = save("bert", tmp_path / "model", share=0.5), {}
+    for bits in ("8", "16"):
+        options = ["--values", values, "--group", "row", "--activation-bits", bits, "--json"]
+        assert main(["export", str(source), "--format", "onnx", *options, "--out", str(tmp_path / bits)]) == 0
+        facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert facts["activation_bits"] == int(bits)
+        session = open_session(tmp_path / bits / "model.onnx", threads=1)
+        logits[bits] = np.concatenate([session.run(None, feed)[0] for feed in feeds(session)])
+    apart = np.abs(logits["8"] - logits["16"]).max() / np.abs(logits["16"]).max()
+    assert apart < 0.05
+    assert (apart > 0) == (LEVELS[best_level()] == "avx512")
+    nodes = [node for node in onnx.load(tmp_path / "8" / "model.onnx").graph.node if node.op_type == "SparseLinear"]
+    assert {one.i for node in nodes for one in node.attribute if one.name == "activation_bits"} == {8}
+
+
+@pytest.mark.parametrize("options", [["--format", "bitmask", "--values", "int8"], ["--format", "onnx"]])
+def test_inputs_of_8_bits_are_for_codes_in_onnx_alone(bert, tmp_path, capsys, options):
+    assert main(["export", str(bert), *options, "--activation-bits", "8", "--out", str(tmp_path / "out")]) == 2
+    assert "--activation-bits 8 is for --format onnx and codes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_plain_is_for_onnx_alone(bert, tmp_path, capsys):

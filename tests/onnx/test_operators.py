@@ -46,7 +46,7 @@ def sparse(rows, columns, density=0.3, seed=0, dtype=torch.float32):
     return weight.to(dtype)
 
 
-def product(run_node, x, form, weight, bias=None, activation=0, threads=1):
+def product(run_node, x, form, weight, bias=None, activation=0, threads=1, **attributes):
     """(what the operator gives, the dense weight that the parts stand for)."""
     parts = form.pack(weight)
     constants = {1: as_numpy(parts["bitmask"]), 2: as_numpy(parts[form.values_name].reshape(-1))}
@@ -55,7 +55,7 @@ def product(run_node, x, form, weight, bias=None, activation=0, threads=1):
         constants[3] = as_numpy(parts["scales"])
     if bias is not None:
         constants[4] = bias.numpy()
-    attributes = {"bits": bits, "columns": weight.shape[1], "activation": activation}
+    attributes |= {"bits": bits, "columns": weight.shape[1], "activation": activation}
     (y,) = run_node("SparseLinear", {0: x.numpy()}, constants, attributes, threads=threads)
     return torch.from_numpy(y), form.unpack(parts)
 
@@ -107,6 +107,30 @@ def test_dense_codes_get_bias_and_activation(run_node, activation, tokens):
     y, dense = product(run_node, x, QuantizedFormat("bitmask", Grid(8, None)), weight, bias, activation, threads=3)
     wanted = ACTIVATIONS[activation](x.double() @ dense.double().t() + bias)
     torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=3e-3)
+
+
+@pytest.mark.parametrize("grid", [Grid(8, None), Grid(4, None), Grid(8, 32), Grid(4, 64)], ids=str)
+@pytest.mark.parametrize("density", [0.25, 0.6, 1.0])
+@pytest.mark.parametrize("shape", [(7, 64, 5), (77, 192, 300)])
+def test_inputs_of_8_bits(run_node, grid, density, shape):
+    """Each within half a step of a grid for 32 or 64 columns; on a processor that has no such products, as without."""
+    rows, columns, tokens = shape
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1))
+    x[:, :64] *= 100
+    weight = sparse(rows, columns, density=density)
+    y, dense = product(run_node, x, QuantizedFormat("bitmask", grid), weight, activation_bits=8)
+    wanted = x.double() @ dense.double().t()
+    step = x.view(tokens, -1, 32).abs().amax(2)
+    step = torch.maximum(step[:, ::2], step[:, 1::2]).repeat_interleave(64, 1) / 127  # at most
+    assert bool(((y - wanted).abs() <= step / 2 @ dense.abs().t() + 1e-3).all())
+    threaded, _ = product(run_node, x, QuantizedFormat("bitmask", grid), weight, threads=3, activation_bits=8)
+    assert torch.equal(y, threaded)
+
+
+def test_inputs_have_8_bits_or_16(run_node):
+    form = QuantizedFormat("bitmask", Grid(8, None))
+    with pytest.raises(Exception, match="activations of SparseLinear have 8 bits or 16"):
+        product(run_node, torch.ones(1, 16), form, sparse(5, 16), activation_bits=4)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

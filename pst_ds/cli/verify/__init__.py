@@ -93,10 +93,12 @@ def _verify_onnx(args: argparse.Namespace, folder: Path, config: RunConfig | Non
     if config is None:
         return facts
     compared = compare_onnx_with_run(args, config)
+    apart = compared.get("max_logit_difference_in_8_bits")
+    rounded = "" if apart is None else f"{apart:.3g} with inputs of 8 bits, as it runs; "
     print(
         f"against the masked model in fp32 on {compared['examples']} {compared['unit']} of {args.split}: "
         f"{compared['differing_predictions']} predictions differ, largest logit difference "
-        f"{compared['max_logit_difference']:.3g}, allowed {compared['allowed_logit_difference']:.3g}; "
+        f"{compared['max_logit_difference']:.3g}, allowed {compared['allowed_logit_difference']:.3g}; {rounded}"
         f"{_metrics(compared['metrics'])}"
     )
     if not compared["max_logit_difference"] <= compared["allowed_logit_difference"]:

@@ -172,3 +172,5 @@ inline void code_product(const ProductJob& job) {
     if (job.m.bits == 4) return code_product_of<4>(job);
     code_product_of<8>(job);
 }
+
+constexpr decltype(Functions::quantize_to_bytes) quantize_to_bytes = nullptr;

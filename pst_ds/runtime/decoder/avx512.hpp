@@ -215,38 +215,47 @@ template <int TOKENS, int PANELS> inline void panel_rows(const ProductJob& job, 
 // The same for vectors of bytes: codes are unsigned, and what that adds is taken from each sum at its start.
 template <int TOKENS, int PANELS> inline void byte_rows(const ProductJob& job, int64_t block, int64_t token) {
     const Matrix& m = job.m;
-    const int64_t words = m.words(), words_in_chunk = std::max<int64_t>(1, m.chunk / m.word);
+    const int64_t chunks = m.chunks(), words = m.words(), words_in_chunk = std::max<int64_t>(1, m.chunk / m.word);
     const uint8_t* x = job.q.low_of(token);
     const float* x_scales = job.q.scales_of(token);
     const int32_t* sums = job.q.sums_of(token);
     __m512 total[PANELS][TOKENS];
     for (auto& of_panel : total)
         for (__m512& sum : of_panel) sum = _mm512_setzero_ps();
-    for (int64_t word = 0; word < words; ++word) {
-        __m512i sum[PANELS][TOKENS];
+    int64_t word = 0;
+    for (int64_t c = 0; c < chunks; ++c) {
+        __m512 of_chunk[PANELS][TOKENS];
+        for (auto& of_panel : of_chunk)
+            for (__m512& sum : of_panel) sum = _mm512_setzero_ps();
+        const int64_t end = c + 1 == chunks ? words : std::min(words, word + words_in_chunk);
+        for (; word < end; ++word) {
+            __m512i sum[PANELS][TOKENS];
 #pragma GCC unroll 8
-        for (int t = 0; t < TOKENS; ++t)
+            for (int t = 0; t < TOKENS; ++t)
 #pragma GCC unroll 2
-            for (int p = 0; p < PANELS; ++p) sum[p][t] = _mm512_set1_epi32(sums[t * words + word]);
-        for (int64_t i = word * m.word; i < (word + 1) * m.word; i += 4) {
-            __m512i codes[PANELS];
+                for (int p = 0; p < PANELS; ++p) sum[p][t] = _mm512_set1_epi32(sums[t * words + word]);
+            for (int64_t i = word * m.word; i < (word + 1) * m.word; i += 4) {
+                __m512i codes[PANELS];
 #pragma GCC unroll 2
-            for (int p = 0; p < PANELS; ++p) codes[p] = _mm512_loadu_si512(job.room + p * job.panel + i * 16);
+                for (int p = 0; p < PANELS; ++p) codes[p] = _mm512_loadu_si512(job.room + p * job.panel + i * 16);
+#pragma GCC unroll 8
+                for (int t = 0; t < TOKENS; ++t) {
+                    const __m512i four = four_columns(x + t * job.q.stride + i);
+#pragma GCC unroll 2
+                    for (int p = 0; p < PANELS; ++p) sum[p][t] = dot(sum[p][t], codes[p], four);
+                }
+            }
 #pragma GCC unroll 8
             for (int t = 0; t < TOKENS; ++t) {
-                const __m512i four = four_columns(x + t * job.q.stride + i);
+                const __m512 scale = _mm512_set1_ps(x_scales[t * words + word]);
 #pragma GCC unroll 2
-                for (int p = 0; p < PANELS; ++p) sum[p][t] = dot(sum[p][t], codes[p], four);
+                for (int p = 0; p < PANELS; ++p)
+                    of_chunk[p][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[p][t]), scale, of_chunk[p][t]);
             }
         }
-#pragma GCC unroll 2
         for (int p = 0; p < PANELS; ++p) {
-            const __m512 scales = scales_of(m, block + 2 * p, std::min(m.chunks() - 1, word / words_in_chunk));
-#pragma GCC unroll 8
-            for (int t = 0; t < TOKENS; ++t) {
-                const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(x_scales[t * words + word]));
-                total[p][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[p][t]), scale, total[p][t]);
-            }
+            const __m512 scales = scales_of(m, block + 2 * p, c);
+            for (int t = 0; t < TOKENS; ++t) total[p][t] = _mm512_fmadd_ps(of_chunk[p][t], scales, total[p][t]);
         }
     }
     for (int p = 0; p < PANELS; ++p) store_panel<TOKENS>(job, block + 2 * p, token, total[p]);
@@ -283,4 +292,33 @@ template <int BITS, bool MASKED> inline void code_product_of(const ProductJob& j
 inline void code_product(const ProductJob& job) {
     if (job.m.bits == 4) return job.m.has_bits ? code_product_of<4, true>(job) : code_product_of<4, false>(job);
     return job.m.has_bits ? code_product_of<8, true>(job) : code_product_of<8, false>(job);
+}
+
+// A vector as bytes, word by word of columns.
+inline void quantize_to_bytes(const Matrix& m, const float* x, int64_t token, Activations& to) {
+    uint8_t* bytes = to.low.data() + token * to.stride;
+    for (int64_t c = 0; c < to.chunks; ++c, x += m.word) {
+        const int64_t count = std::min(m.columns - c * m.word, m.word);
+        __m512 part[4], most = _mm512_setzero_ps();
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const int64_t left = count - 16 * i;
+            part[i] = _mm512_maskz_loadu_ps(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0, x + 16 * i);
+            most = (__m512)_mm512_max_epi32((__m512i)most, (__m512i)_mm512_abs_ps(part[i]));  // of a NaN the largest too
+        }
+        const int32_t bits = _mm512_reduce_max_epi32((__m512i)most);
+        float largest, scale = 0, inverse = 0;
+        std::memcpy(&largest, &bits, 4);
+        if (bits >= 0x7f800000) scale = __builtin_nanf("");
+        else if (largest > 1e-30f) scale = largest / 127, inverse = 127 / largest;
+        __m512i sum = _mm512_setzero_si512();
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const __m512i q = inverse > 0 ? _mm512_cvtps_epi32(_mm512_mul_ps(part[i], _mm512_set1_ps(inverse))) : _mm512_setzero_si512();
+            sum = _mm512_add_epi32(sum, q);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + c * m.word + 16 * i), _mm512_cvtepi32_epi8(q));
+        }
+        to.scales[size_t(token * to.chunks + c)] = scale;
+        to.sums[size_t(token * to.chunks + c)] = -128 * _mm512_reduce_add_epi32(sum);
+    }
 }

@@ -61,29 +61,6 @@ inline void quantize(const Matrix& m, const float* x, int64_t token, Activations
     }
 }
 
-// The same in 8 bits, word by word of columns.
-inline void quantize_to_bytes(const Matrix& m, const float* x, int64_t token, Activations& to) {
-    uint8_t* low = to.low.data() + token * to.stride;
-    int16_t* q = to.q.data() + token * to.stride;
-    for (int64_t c = 0; c < to.chunks; ++c) {
-        const int64_t begin = c * m.word, count = std::min(m.columns - begin, m.word);
-        const int32_t bits = largest_bits(x + begin, count);
-        float largest;
-        std::memcpy(&largest, &bits, 4);
-        const bool is_number = bits < 0x7f800000, is_zero = is_number && !(largest > 1e-30f);
-        to.scales[size_t(token * to.chunks + c)] = is_number ? is_zero ? 0 : largest / 127 : __builtin_nanf("");
-        round_to_integers(x + begin, is_number && !is_zero ? count : 0, is_number && !is_zero ? 127 / largest : 0, q + begin);
-        if (!is_number || is_zero) std::memset(q + begin, 0, size_t(count) * sizeof(int16_t));
-        int32_t sum = 0;
-        for (int64_t i = begin; i < begin + count; ++i) sum += q[i];
-        to.sums[size_t(token * to.chunks + c)] = -128 * sum;
-    }
-    const int64_t columns = m.columns;
-    std::memset(low + columns, 0, size_t(to.stride - columns));
-#pragma GCC ivdep
-    for (int64_t i = 0; i < columns; ++i) low[i] = uint8_t(q[i]);
-}
-
 inline void rms_norm(const float* x, const float* gain, float epsilon, int64_t width, float* y) {
     const int64_t whole = width / LANES * LANES;
     Floats total{};
@@ -151,5 +128,5 @@ inline void product(const ProductJob& job) {
 }
 
 inline Functions table(const char* name) {
-    return {name, WORDS_FIRST, quantize, WORDS_FIRST ? quantize_to_bytes : nullptr, product, rms_norm, rotate, gate, attend};
+    return {name, WORDS_FIRST, quantize, quantize_to_bytes, product, rms_norm, rotate, gate, attend};
 }

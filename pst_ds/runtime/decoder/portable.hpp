@@ -45,3 +45,5 @@ inline void code_product(const ProductJob& job) {
     for (int64_t token = 0; token < job.tokens; ++token)
         for (int64_t block = job.first; block < job.last; ++block) code_rows(job, block, token);
 }
+
+constexpr decltype(Functions::quantize_to_bytes) quantize_to_bytes = nullptr;

@@ -5,7 +5,10 @@ Graphs that use them are written by ``pst-ds export --format onnx``. They need a
 
 from __future__ import annotations
 
+import ctypes
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +41,14 @@ def operator_library() -> Path:
 def register_operators(options: Any) -> None:
     """Let sessions made with ``options``, an ``onnxruntime.SessionOptions``, run graphs with sparse weights."""
     options.register_custom_ops_library(str(operator_library()))
+
+
+@contextmanager
+def exact_inputs() -> Iterator[None]:
+    """Let sessions that are opened inside take inputs of 16 bits where their graph allows 8, in all of the process."""
+    library = ctypes.CDLL(str(operator_library()))
+    library.pst_onnx_exact_inputs(1)
+    try:
+        yield
+    finally:
+        library.pst_onnx_exact_inputs(0)

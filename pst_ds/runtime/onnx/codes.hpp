@@ -1,5 +1,6 @@
 // A weight of codes of which much is kept, as the decoder multiplies it: a row's zeros are expanded, and its codes meet
-// activations of 13 to 16 bits. From about 30 % kept weights on that takes less time than going from one to the next.
+// activations of 13 to 16 bits, or of 8 with a scale for a word of columns. From some share of kept weights on that takes
+// less time than going from one to the next.
 #pragma once
 
 #include <memory>
@@ -12,16 +13,17 @@ namespace pst {
 class CodeProduct {
    public:
     // Whether a weight is multiplied so: where instructions expand bits, and groups have a form that they like.
-    static bool pays(const Parts& parts) {
+    static bool pays(const Parts& parts, bool in_bytes) {
         const bool has_codes = parts.kind == Parts::CODES8 || parts.kind == Parts::CODES4;
         if (!has_codes || best_level() != AVX512 || (parts.groups != 1 && parts.group_size() % 32)) return false;
         int64_t kept = 0;
         for (int64_t i = 0; i < parts.rows * ((parts.cols + 7) / 8); ++i) kept += __builtin_popcount(parts.mask[i]);
-        return double(kept) > LEAST_KEPT * double(parts.rows * parts.cols);
+        return double(kept) > (in_bytes ? LEAST_KEPT_FOR_BYTES : LEAST_KEPT) * double(parts.rows * parts.cols);
     }
 
-    // False where parts do not fit each other.
-    bool make(const Parts& parts) {
+    // False where parts do not fit each other. in_bytes: activations of 8 bits.
+    bool make(const Parts& parts, bool in_bytes) {
+        in_bytes_ = in_bytes && kernels().quantize_to_bytes;
         std::vector<float> row(size_t(parts.cols + 1));
         std::vector<int8_t> codes;
         codes.reserve(size_t(parts.rows * parts.cols));
@@ -43,14 +45,15 @@ class CodeProduct {
     void multiply(const float* x, int64_t tokens, const float* bias, int64_t activation, float* y, const Parallel& parallel) const {
         static thread_local Activations integers;
         const Matrix& m = *matrix_;
+        const auto quantize = in_bytes_ ? kernels().quantize_to_bytes : kernels().quantize;
         for (int64_t first = 0; first < tokens; first += MOST_TOKENS) {
             const int64_t count = std::min(MOST_TOKENS, tokens - first);
             const float* from = x + first * m.columns;
             Activations& q = integers;
-            q.reserve(count, m.columns), q.begin(m);
+            q.reserve(count, m.columns), q.begin(m, in_bytes_);
             parallel(PIECES, [&](int64_t piece) {
                 for (int64_t t = count * piece / PIECES; t < count * (piece + 1) / PIECES; ++t)
-                    kernels().quantize(m, from + t * m.columns, t, q);
+                    quantize(m, from + t * m.columns, t, q);
             });
             const int64_t steps = (m.blocks() + STEP - 1) / STEP, pieces = std::min(PIECES, steps);
             parallel(pieces, [&](int64_t piece) {
@@ -65,7 +68,7 @@ class CodeProduct {
     }
 
    private:
-    static constexpr double LEAST_KEPT = 0.3;
+    static constexpr double LEAST_KEPT = 0.3, LEAST_KEPT_FOR_BYTES = 0.15;
     static constexpr int64_t MOST_TOKENS = 256, PIECES = 8;
     static constexpr int64_t STEP = 4;  // blocks that kernels like to have together
     static const Functions& kernels() { return functions(best_level()); }
@@ -79,6 +82,7 @@ class CodeProduct {
     }
 
     std::unique_ptr<Matrix> matrix_;
+    bool in_bytes_ = false;
 };
 
 }  // namespace pst

@@ -111,6 +111,12 @@ class Call {
     ort::KernelContext* context_;
 };
 
+// Whether inputs keep 16 bits whatever a node says.
+inline bool& exact_inputs() {
+    static bool exact = false;
+    return exact;
+}
+
 class SparseLinear {
    public:
     static constexpr const char* name = "SparseLinear";
@@ -121,6 +127,8 @@ class SparseLinear {
         const Tensor values = info.constant(2, "SparseLinear takes its values as a constant");
         const Tensor scales = info.constant(3, "", true), bias = info.constant(4, "", true);
         const int64_t bits = info.integer("bits", 0), cols = info.integer("columns", 0);
+        const int64_t activation_bits = info.integer("activation_bits", 16);
+        require(activation_bits == 8 || activation_bits == 16, "the activations of SparseLinear have 8 bits or 16");
         require(mask.shape.size() == 2 && mask.type == ort::UINT8 && cols > 0 && mask.width() == (cols + 7) / 8,
                 "the mask of SparseLinear is (rows, ceil(columns / 8)) bytes");
         Parts parts{Parts::FP32, values.data, values.numel(), mask.as<uint8_t>(), nullptr, 0, mask.shape[0], cols};
@@ -137,7 +145,8 @@ class SparseLinear {
             if (values.type == ort::BFLOAT16) parts.kind = Parts::BF16;
         }
         rows_ = parts.rows, columns_ = parts.cols;
-        const bool fits = CodeProduct::pays(parts) ? codes_.make(parts) : entries_.make(parts, operators().panel);
+        const bool in_bytes = activation_bits == 8 && !exact_inputs(), expands = CodeProduct::pays(parts, in_bytes);
+        const bool fits = expands ? codes_.make(parts, in_bytes) : entries_.make(parts, operators().panel);
         require(fits, "the mask of SparseLinear keeps another number of values than there are");
         if (bias) {
             require(bias.type == ort::FLOAT && bias.numel() == parts.rows, "the bias of SparseLinear is (rows,) fp32");

@@ -1,5 +1,5 @@
 // Operators for ONNX Runtime, domain "pst_ds": products with sparse weights, and what lies between them in a transformer.
-//   SparseLinear (x, mask, values, scales?, bias?) -> y                     bits, columns, activation
+//   SparseLinear (x, mask, values, scales?, bias?) -> y                     bits, columns, activation, activation_bits
 //   SkipLayerNorm (x, skip?, gain, shift?) -> y, sum?                       epsilon
 //   Attention (q, k, v, mask?) -> y                                         heads, key_value_heads, head_size, scale, *_offset
 //   Embedding (ids, values, scales?) -> y                                   bits, columns
@@ -129,4 +129,7 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
                                                                                  const ort::ApiBase* base) {
     return pst::register_operators(options, base);
 }
+
+// Whether sessions that are opened from now on take 16 bits where their graph allows 8: for comparisons.
+extern "C" __attribute__((visibility("default"))) void pst_onnx_exact_inputs(int exact) { pst::exact_inputs() = exact != 0; }
 #endif
