@@ -126,6 +126,7 @@ int main(int, char** arguments) {
     generator.seed(unsigned(std::atoi(arguments[2])));
     int wrong = 0;
     for (int i = 0; i < std::atoi(arguments[1]); ++i)
-        for (int level = 0; level <= pst::best_level(); ++level) wrong += product_is_wrong(level) + decoder_is_wrong(level);
+        for (int level = 0; level < pst::LEVELS; ++level)
+            if (pst::supports(level)) wrong += product_is_wrong(level) + decoder_is_wrong(level);
     std::printf("%d wrong\n", wrong);
 }

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pst_ds.runtime.decoder import LEVELS, Matrix, best_level
+from pst_ds.runtime.decoder import LEVELS, Matrix, best_level, supported_levels
 
 BITS_AND_GROUPS = [(8, 0), (8, 128), (4, 32), (4, 64), (4, 0)]
-AVAILABLE = range(best_level() + 1)
+AVAILABLE = supported_levels()
 
 
 def _codes(rows, columns, bits, group, sparsity, seed=0):

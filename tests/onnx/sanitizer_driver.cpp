@@ -104,13 +104,19 @@ Weight random_weight(Random& random, int64_t rows, int64_t cols) {
 PST_SET(onnx_portable);
 #if PST_X86
 PST_SET(onnx_avx2);
+#if PST_COMPILES_AVX_VNNI
+PST_SET(onnx_avx_vnni);
+#endif
 PST_SET(onnx_avx512);
 #endif
 
 template <class Call> void for_each_set(const Call& call) {
     call(onnx_portable_set{});
 #if PST_X86
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) call(onnx_avx2_set{});
+    if (pst::supports(pst::AVX2)) call(onnx_avx2_set{});
+#if PST_COMPILES_AVX_VNNI
+    if (pst::supports(pst::AVX_VNNI)) call(onnx_avx_vnni_set{});
+#endif
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")) call(onnx_avx512_set{});
 #endif
 }

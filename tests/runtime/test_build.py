@@ -13,7 +13,7 @@ import pytest
 
 from pst_ds.core import native as core_native
 from pst_ds.core.native import INT, NativeSource, library_file, load
-from pst_ds.runtime import native, onnx
+from pst_ds.runtime import decoder, native, onnx
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -116,8 +116,10 @@ def test_every_header_of_the_kernels_is_looked_at():
     folder = native.SOURCE.path.parent
     assert set(native.SOURCE.headers) == set(folder.glob("*.hpp"))
     assert set(folder.iterdir()) - {native.SOURCE.path} == set(native.SOURCE.headers)
-    operators, decoder = onnx.SOURCE.path.parent, folder.parent / "decoder"
-    assert set(onnx.SOURCE.headers) == {*operators.glob("*.hpp"), *decoder.glob("*.hpp"), folder / "common.hpp"}
+    operators, shared = onnx.SOURCE.path.parent, [folder / "common.hpp", *(folder.parent / "lanes").glob("*.hpp")]
+    of_decoder = [*(folder.parent / "decoder").glob("*.hpp"), *shared]
+    assert set(decoder.SOURCE.headers) == set(of_decoder)
+    assert set(onnx.SOURCE.headers) == {*operators.glob("*.hpp"), *of_decoder}
 
 
 @needs_compiler

@@ -1,7 +1,7 @@
 """The native loop of a decoder, and the matrices that it multiplies: C++ behind ctypes, see ``loop.hpp``.
 
 Weights are packed again when a model is opened, to what this processor's instructions like (``matrix.hpp``): AVX-512
-with VBMI2 and VNNI, AVX2, or plain C++. :mod:`pst_ds.decoder` fills the table from a transformers model.
+with VBMI2 and VNNI, AVX2 with or without AVX-VNNI, or plain C++. :mod:`pst_ds.decoder` fills the table from a transformers model.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pst_ds.core.native import INT, POINTER, NativeSource, load
 
-LEVELS = ("portable", "avx2", "avx512")
-"""Instructions: plain C++; AVX2 with FMA; AVX-512 with VBMI2 and VNNI."""
+LEVELS = ("portable", "avx2", "avx_vnni", "avx512")
+"""Instructions: plain C++; AVX2 with FMA; AVX-VNNI beside them; AVX-512 with VBMI2 and VNNI."""
 LAYOUTS = ("floats", "pairs", "windows", "words")
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh")
 LINEARS = ("qkv", "output", "gate_up", "down")
@@ -35,6 +35,7 @@ SOURCE = NativeSource(
     _FOLDER / "decoder.cpp",
     {
         "pst_decoder_level": ([], c_int),
+        "pst_decoder_supports": ([c_int], c_int),
         "pst_matrix_of_codes": ([POINTER, POINTER, INT, INT, c_int, INT, c_int], POINTER),
         "pst_matrix_of_floats": ([POINTER, INT, INT, c_int], POINTER),
         "pst_matrix_bytes": ([POINTER], INT),
@@ -56,8 +57,7 @@ SOURCE = NativeSource(
     headers=(
         *sorted(_FOLDER.glob("*.hpp")),
         _FOLDER.parent / "kernels" / "common.hpp",
-        _FOLDER.parent / "onnx" / "lanes.hpp",
-        _FOLDER.parent / "onnx" / "vectors.hpp",
+        *sorted((_FOLDER.parent / "lanes").glob("*.hpp")),
     ),
     prebuilt=_FOLDER.parent / f"_decoder{sysconfig.get_config_var('EXT_SUFFIX')}",
     announce=True,
@@ -82,6 +82,11 @@ def require_library() -> CDLL:
 def best_level() -> int:
     """Return the index in :data:`LEVELS` of the best that this processor supports."""
     return int(require_library().pst_decoder_level())
+
+
+def supported_levels() -> list[int]:
+    """Return the indices in :data:`LEVELS` that this processor, and the library's compiler, support."""
+    return [level for level in range(len(LEVELS)) if require_library().pst_decoder_supports(level)]
 
 
 class Matrix:

@@ -1,4 +1,6 @@
-// Products with codes for AVX2: places in a window are looked up by a byte shuffle, low and high bytes of q apart.
+// Products with codes for AVX2 and AVX-VNNI: places in a window are looked up by a byte shuffle, low and high bytes of q apart.
+
+inline __m256i add_products(__m256i sum, __m256i codes, __m256i q) { return (__m256i)add_pairs((Ints)sum, (Ints)codes, (Ints)q); }
 
 inline __m256i twice(const uint8_t* from) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -30,17 +32,12 @@ template <int TOKENS> struct Sums {
     const uint16_t* row_scales;
     const float* x_scales;
     const int64_t chunks;
-    __m256i chunk[TOKENS];
     __m256 total[TOKENS];
     Sums(const ProductJob& job, int64_t block, int64_t token)
         : row_scales(job.m.scales.data() + block * job.m.chunks() * ROWS), x_scales(job.q.scales_of(token)), chunks(job.q.chunks) {
         for (int t = 0; t < TOKENS; ++t) total[t] = _mm256_setzero_ps();
     }
-    void begin() {
-        for (int t = 0; t < TOKENS; ++t) chunk[t] = _mm256_setzero_si256();
-    }
-    void add(int t, __m256i codes, __m256i q) { chunk[t] = _mm256_add_epi32(chunk[t], _mm256_madd_epi16(codes, q)); }
-    void end() {
+    void add(const __m256i (&chunk)[TOKENS]) {
         const __m256 scales = _mm256_castsi256_ps(eight_scales(row_scales));
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t) {
@@ -85,15 +82,16 @@ template <int BITS, int TOKENS> inline void window_rows(const ProductJob& job, i
                 const uint8_t *l = low + t * job.q.stride, *h = high + t * job.q.stride;
                 const __m256i lows = _mm256_shuffle_epi8(two_windows(l + before, l + at), places);
                 const __m256i highs = _mm256_shuffle_epi8(two_windows(h + before, h + at), places);
-                first_rows[t] = _mm256_add_epi32(first_rows[t], _mm256_madd_epi16(first, _mm256_unpacklo_epi8(lows, highs)));
-                other_rows[t] = _mm256_add_epi32(other_rows[t], _mm256_madd_epi16(other, _mm256_unpackhi_epi8(lows, highs)));
+                first_rows[t] = add_products(first_rows[t], first, _mm256_unpacklo_epi8(lows, highs));
+                other_rows[t] = add_products(other_rows[t], other, _mm256_unpackhi_epi8(lows, highs));
             }
         }
+        __m256i chunk[TOKENS];
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t)
-            sums.chunk[t] = _mm256_add_epi32(_mm256_permute2x128_si256(first_rows[t], other_rows[t], 0x20),
-                                             _mm256_permute2x128_si256(first_rows[t], other_rows[t], 0x31));
-        sums.end();
+            chunk[t] = _mm256_add_epi32(_mm256_permute2x128_si256(first_rows[t], other_rows[t], 0x20),
+                                        _mm256_permute2x128_si256(first_rows[t], other_rows[t], 0x31));
+        sums.add(chunk);
     }
     sums.store(job, block, token);
 }
@@ -118,11 +116,14 @@ template <int BITS> inline void columns_at(const uint8_t* data, __m256i (&codes)
 }
 
 template <int BITS, int TOKENS> inline void pair_rows(const ProductJob& job, int64_t block, int64_t token) {
+    constexpr int CHAINS = TOKENS == 4 ? 2 : 4;  // sums that do not wait for each other
     const Matrix& m = job.m;
     const uint8_t* data = m.data.data() + m.first_byte[size_t(block)];
     Sums<TOKENS> sums(job, block, token);
     for (int64_t c = 0; c < m.chunks(); ++c) {
-        sums.begin();
+        __m256i chain[TOKENS][CHAINS], chunk[TOKENS];
+        for (auto& of_token : chain)
+            for (__m256i& sum : of_token) sum = _mm256_setzero_si256();
         const int16_t *q = job.q.q_of(token) + c * m.chunk, *end = job.q.q_of(token) + m.chunk_end(c);
         for (; q + 8 <= end || (BITS == 4 && q < end); q += 8, data += BITS * 8) {
             __m256i codes[4];
@@ -131,20 +132,24 @@ template <int BITS, int TOKENS> inline void pair_rows(const ProductJob& job, int
 #pragma GCC unroll 8
             for (int t = 0; t < TOKENS; ++t)
 #pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i) sums.add(t, codes[i], two_columns(q + t * job.q.stride + 2 * i));
+                for (int i = 0; i < 4; ++i)
+                    chain[t][i % CHAINS] = add_products(chain[t][i % CHAINS], codes[i], two_columns(q + t * job.q.stride + 2 * i));
         }
         for (; q < end; q += 4, data += 32) {
-            __m256i first, second;
-            codes_at<8>(data, first, second);
-            for (int t = 0; t < TOKENS; ++t) {
-                sums.add(t, first, two_columns(q + t * job.q.stride));
-                sums.add(t, second, two_columns(q + t * job.q.stride + 2));
-            }
-        }
-        if (BITS == 4)  // the codes are 8 too large
+            __m256i codes[2];
+            codes_at<8>(data, codes[0], codes[1]);
             for (int t = 0; t < TOKENS; ++t)
-                sums.chunk[t] = _mm256_sub_epi32(sums.chunk[t], _mm256_set1_epi32(8 * job.q.sums_of(token + t)[c]));
-        sums.end();
+                for (int i = 0; i < 2; ++i)
+                    chain[t][i] = add_products(chain[t][i], codes[i], two_columns(q + t * job.q.stride + 2 * i));
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t) {
+            chunk[t] = chain[t][0];
+            for (int i = 1; i < CHAINS; ++i) chunk[t] = _mm256_add_epi32(chunk[t], chain[t][i]);
+            if (BITS == 4)  // the codes are 8 too large
+                chunk[t] = _mm256_sub_epi32(chunk[t], _mm256_set1_epi32(8 * job.q.sums_of(token + t)[c]));
+        }
+        sums.add(chunk);
     }
     sums.store(job, block, token);
 }

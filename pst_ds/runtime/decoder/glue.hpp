@@ -1,4 +1,4 @@
-// What lies between the products. Included once for each instruction set, after vectors.hpp.
+// What lies between the products. Included once for each instruction set, after its lanes.
 
 // The bits of the largest |x|: of infinities and NaN they are the largest.
 inline int32_t largest_bits(const float* x, int64_t count) {

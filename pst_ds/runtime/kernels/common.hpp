@@ -15,6 +15,7 @@
 #include <cpuid.h>
 #include <immintrin.h>
 #endif
+#define PST_COMPILES_AVX_VNNI (PST_X86 && __GNUC__ >= 11)  // clang calls itself 4
 
 namespace pst {
 

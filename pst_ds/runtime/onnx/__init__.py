@@ -23,6 +23,7 @@ SOURCE = NativeSource(
     headers=(
         *sorted(_FOLDER.glob("*.hpp")),
         *sorted((_FOLDER.parent / "decoder").glob("*.hpp")),
+        *sorted((_FOLDER.parent / "lanes").glob("*.hpp")),
         _FOLDER.parent / "kernels" / "common.hpp",
     ),
     prebuilt=_FOLDER.parent / f"_onnx_operators{sysconfig.get_config_var('EXT_SUFFIX')}",

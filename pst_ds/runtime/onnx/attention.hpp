@@ -1,4 +1,4 @@
-// softmax(scale q k' + mask) v, one head at a time. Included once for each instruction set, after vectors.hpp.
+// softmax(scale q k' + mask) v, one head at a time. Included once for each instruction set, after its lanes.
 
 // A head of q, k, v or the result: rows of `head` floats that begin `stride` floats after each other.
 struct Head {

@@ -1,5 +1,5 @@
 // y = activation(x W' + bias) with a sparse W: every non-zero times a panel of activations that lie side by side. Included
-// once for each instruction set, after vectors.hpp and a transpose(): no #pragma once.
+// once for each instruction set, after its lanes: no #pragma once.
 
 constexpr int MOST_VECTORS = LANES == 16 ? 4 : 6;  // of activations at a time, as many sums in registers
 constexpr int64_t PANEL = int64_t(MOST_VECTORS) * LANES;

@@ -1,5 +1,4 @@
-// Vectors of LANES floats. Included once for each instruction set, first, inside a region compiled for it and a namespace
-// that has LANES: no #pragma once.
+// Vectors of LANES floats. Included by the lanes of each instruction set: no #pragma once.
 
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4)));

@@ -1,5 +1,5 @@
-// The exponential of a vector, and the activation functions. Included once for each instruction set, after lanes.hpp,
-// larger() and smaller(): no #pragma once.
+// The exponential of a vector, and the activation functions. Included by the lanes of each instruction set, after larger()
+// and smaller(): no #pragma once.
 
 inline float sum_of(Floats x) {
     typedef float Four __attribute__((vector_size(16)));
