@@ -32,6 +32,14 @@ def test_a_ratio_is_how_many_times_as_fast_ours_is():
     }
 
 
+def test_bits_of_inputs_are_part_of_a_name():
+    rows = rows_of((8.0, 6.0, 2.0))
+    rows[-1]["contestant"] = encoders.our_name("pst-50:8")
+    assert rows[-1]["contestant"] == "pst-50 int8, inputs of 8 bits, pst-ds"
+    assert encoders.ratios(rows)["pst-50_in_8_bits_over_openvino_int8"] == {"1x32/1": 4.0}
+    assert encoders.our_name("pst-90") == NAMES[-1]
+
+
 def open_fake(folder, name, threads):
     """In a process of its own, as its file says."""
     (folder / f"opened-{os.getpid()}").write_text(f"{NAMES.index(name)} {threads}")

@@ -1,7 +1,8 @@
 """The native loop of a decoder, and the matrices that it multiplies: C++ behind ctypes, see ``loop.hpp``.
 
 Weights are packed again when a model is opened, to what this processor's instructions like (``matrix.hpp``): AVX-512
-with VBMI2 and VNNI, AVX2 with or without AVX-VNNI, or plain C++. :mod:`pst_ds.decoder` fills the table from a transformers model.
+with VBMI2 and VNNI, AVX2 with or without AVX-VNNI, or plain C++. :mod:`pst_ds.decoder` fills the table from a
+transformers model.
 """
 
 from __future__ import annotations

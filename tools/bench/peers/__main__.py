@@ -83,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     encoders = parser.add_argument_group("encoders")
     encoders.add_argument("--no-encoders", action="store_true")
     encoders.add_argument("--folder", type=Path, default=Path("runs/demo"), help="runs of make demo")
-    encoders.add_argument("--sparse", nargs="*", default=["pst-90-1x4", "pst-90", "pst-50"], help="runs in it")
+    runs = "runs in it; NAME:8 for products with inputs of 8 bits (default: %(default)s)"
+    ours = ["pst-90-1x4", "pst-90", "pst-50", "pst-50:8"]
+    encoders.add_argument("--sparse", nargs="*", default=ours, help=runs, metavar="NAME")
     encoders.add_argument("--shapes", nargs="*", default=list(ENCODER_SHAPES), metavar="BATCHxTOKENS")
     encoders.add_argument("--repeats", type=int, default=21)
     decoding = parser.add_argument_group("decoders")

@@ -49,7 +49,8 @@ class Contestant:
 def measure(
     folder: Path, sparse: Sequence[str], *, threads: Sequence[int], shapes: Sequence[str], repeats: int, quality: bool
 ) -> list[dict[str, Any]]:
-    """Return the rows of all contestants, made of the demo's runs in ``folder``; ``sparse`` names ours."""
+    """Return the rows of all contestants, made of the demo's runs in ``folder``; ``sparse``: ours, "NAME" or
+    "NAME:BITS"."""
     sizes = [(int(batch), int(tokens)) for batch, tokens in (shape.split("x") for shape in shapes)]
     found = list(contestants(folder, sparse))
     vocabulary = json.loads((folder / "dense/export/config.json").read_text(encoding="utf-8"))["vocab_size"]
@@ -113,12 +114,20 @@ def contestants(folder: Path, sparse: Sequence[str]) -> Iterator[Contestant]:
     yield Contestant("dense, OpenVINO fp32", fp32.stat().st_size, partial(run_openvino, fp32))
     nbytes = openvino.stat().st_size + openvino.with_suffix(".bin").stat().st_size
     yield Contestant("dense, OpenVINO int8", nbytes, partial(run_openvino, openvino))
-    for name in sparse:
-        file = folder / name / "onnx-int8" / "model.onnx"
+    for run in sparse:
+        name, _, bits = run.partition(":")
+        file = folder / name / (f"onnx-int8-{bits}" if bits else "onnx-int8") / "model.onnx"
         if not file.is_file():
-            progress(f"exporting {name}")
-            verb("export", str(folder / name), "--format", "onnx", *SMALL, "--out", str(file.parent))
-        yield Contestant(f"{name} int8, pst-ds", file.stat().st_size, partial(run_onnx, file))
+            progress(f"exporting {run}")
+            options = [*SMALL, *(["--activation-bits", bits] if bits else [])]
+            verb("export", str(folder / name), "--format", "onnx", *options, "--out", str(file.parent))
+        yield Contestant(our_name(run), file.stat().st_size, partial(run_onnx, file))
+
+
+def our_name(run: str) -> str:
+    """Return what the contestant of "NAME" or "NAME:BITS" is called, BITS those of its products' inputs."""
+    name, _, bits = run.partition(":")
+    return f"{name} int8{f', inputs of {bits} bits' if bits else ''}, pst-ds"
 
 
 def run_onnx(file: Path, threads: int) -> Run:
@@ -166,7 +175,10 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         if not name.endswith("pst-ds"):
             continue
         for peer in ("OpenVINO int8", "ONNX Runtime int8"):
-            table = f"{name.split(' ')[0]}_over_{peer.lower().replace(' ', '_')}"
+            ours_named = (
+                name.removesuffix(", pst-ds").replace(" int8", "").replace(", inputs of ", "_in_").replace(" ", "_")
+            )
+            table = f"{ours_named}_over_{peer.lower().replace(' ', '_')}"
             found.setdefault(table, {})[f"{size}/{threads}"] = ms[f"dense, {peer}", threads, size] / ours
     ours = {size: found.get("pst-90_over_openvino_int8", {}).get(f"{size}/1") for size in BARS}
     found["encoder_over_openvino_int8"] = {size: ratio for size, ratio in ours.items() if ratio is not None}
