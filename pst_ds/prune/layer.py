@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.bits import apply_mask_
+from pst_ds.core.layout import WeightLayout
 from pst_ds.core.one_shot import (
     Compensated,
     InputSpectrum,
     InverseFactor,
+    UnitGram,
     alps,
     input_spectrum,
     inverse_factor,
     keep_by_score,
+    refine_by_swaps,
     round_under_mask,
     sparsegpt,
+    unit_gram,
     wanda_scores,
 )
 from pst_ds.prune.rules import LayerRule, Method
@@ -113,18 +117,33 @@ class LayerPruning:
             ) from None
 
 
-Inputs = Tensor | InverseFactor | InputSpectrum
-"""What a method knows of a layer's inputs: their norms, (I,), for Wanda; statistics for SparseGPT and ALPS."""
+@dataclass(frozen=True, slots=True)
+class SwapInputs:
+    """What a method knows of a layer's inputs, and what swaps need to refine its masks."""
+
+    start: Tensor | InverseFactor | InputSpectrum | None
+    """Of the method; None for magnitude."""
+    gram: UnitGram
 
 
-def inputs_of(method: Method, total: Tensor) -> Inputs:
-    """Make a method's :data:`Inputs` of a sum over all tokens: of squares, (I,), for Wanda, of products, (I, I), else.
+Inputs = Tensor | InverseFactor | InputSpectrum | SwapInputs
+"""What a method knows of a layer's inputs: their norms, (I,), for Wanda; statistics for SparseGPT, ALPS and swaps."""
 
-    Raises FloatingPointError.
+
+def inputs_of(method: Method, total: Tensor, *, swaps: bool = False) -> Inputs:
+    """Make a method's :data:`Inputs` of a sum over all tokens: of products, (I, I), or of squares, (I,).
+
+    Squares are for Wanda without ``swaps`` of its masks. Raises FloatingPointError.
     """
-    if method == "wanda":
+    if method == "alps":
+        spectrum = input_spectrum(total)
+        return SwapInputs(spectrum, spectrum) if swaps else spectrum
+    if method == "sparsegpt":
+        factor = inverse_factor(total)
+        return SwapInputs(factor, unit_gram(total)) if swaps else factor
+    if not swaps:
         return total.sqrt()
-    return input_spectrum(total) if method == "alps" else inverse_factor(total)
+    return SwapInputs(total.diagonal().sqrt() if method == "wanda" else None, unit_gram(total))
 
 
 def equal_inputs(method: Method, number: int, device: torch.device) -> Inputs | None:
@@ -143,18 +162,25 @@ def prune_weight(weight: Tensor, rule: LayerRule, given: Inputs | None) -> Compe
     FloatingPointError for values that are not finite.
     """
     layout = rule.target.layout
+    if isinstance(given, SwapInputs):
+        return _by_matrix(weight.to(given.gram.dead.device), rule, given)
     if isinstance(given, InverseFactor | InputSpectrum):
         return _by_matrix(weight.to(given.dead.device), rule, given)
-    if given is None:
+    weight = weight if given is None else weight.to(given.device)
+    return _scored(weight, layout, rule, given)
+
+
+def _scored(weight: Tensor, layout: WeightLayout, rule: LayerRule, norms: Tensor | None) -> Compensated:
+    """Keep the weights of largest magnitude, times the ``norms`` of their inputs where these are known."""
+    if norms is None:
         scores = weight.to(torch.float32).abs()
     else:
-        weight = weight.to(given.device)
-        scores = wanda_scores(weight, given, transposed=layout.transposed)
+        scores = wanda_scores(weight, norms, transposed=layout.transposed)
     keep = keep_by_score(scores, layout, rule.pattern, rule.sparsity)
     return Compensated(apply_mask_(weight.clone(memory_format=torch.contiguous_format), keep), keep)
 
 
-def _by_matrix(weight: Tensor, rule: LayerRule, given: InverseFactor | InputSpectrum) -> Compensated:
+def _by_matrix(weight: Tensor, rule: LayerRule, given: InverseFactor | InputSpectrum | SwapInputs) -> Compensated:
     layout = rule.target.layout
     pruned = torch.empty_like(weight, memory_format=torch.contiguous_format)
     keep = torch.empty(layout.shape, dtype=torch.uint8, device=weight.device)
@@ -162,12 +188,21 @@ def _by_matrix(weight: Tensor, rule: LayerRule, given: InverseFactor | InputSpec
     for matrix in layout.matrices():
         at = slice(matrix.rect.r0, matrix.rect.r1), slice(matrix.rect.c0, matrix.rect.c1)
         oriented = weight[at].t() if layout.transposed else weight[at]
-        made = _compensated(oriented, rule, given)
+        made = _swapped(oriented, rule, given) if isinstance(given, SwapInputs) else _compensated(oriented, rule, given)
         pruned[at] = made.weight.t() if layout.transposed else made.weight
         keep[at] = made.keep.t() if layout.transposed else made.keep
         if made.scales is not None:
             scales.append(made.scales)
     return Compensated(pruned, keep, torch.cat(scales) if scales else None)
+
+
+def _swapped(weight: Tensor, rule: LayerRule, given: SwapInputs) -> Compensated:
+    """Prune one matrix (O, I), and refine its mask by swaps."""
+    if isinstance(given.start, InverseFactor | InputSpectrum):
+        start, refit = _compensated(weight, rule, given.start), True
+    else:
+        start, refit = _scored(weight, WeightLayout(*weight.shape), rule, given.start), False
+    return refine_by_swaps(weight, start, given.gram, rule.pattern, rule.swaps, refit=refit)
 
 
 def _compensated(weight: Tensor, rule: LayerRule, given: InverseFactor | InputSpectrum) -> Compensated:

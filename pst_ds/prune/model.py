@@ -35,19 +35,20 @@ def prune_model(
 ) -> list[PrunedLayer]:
     """Prune a whole ``model`` on the CPU in place; what was done to each layer, in the order of ``rules``.
 
-    "magnitude" needs no ``batches``. The others run every block twice on them, on ``device`` and in ``dtype``: once to
-    gather what its layers are given, once, pruned, for its output. A batch has the model's arguments; where it has an
-    ``attention_mask`` (batch, length), the positions with 0 count for nothing. The device holds one block, a batch, and
-    the statistics of one block; the CPU the model and the hidden states of all batches. Kept weights keep their bits
-    with "magnitude" and "wanda"; pruned ones are +0.0. Raises InputError, and FloatingPointError, naming the layer, for
-    inputs that are not finite. Says on stderr how far it is.
+    "magnitude" needs no ``batches``, unless the rules have swaps. The others run every block twice on them, on
+    ``device`` and in ``dtype``: once to gather what its layers are given, once, pruned, for its output. A batch has the
+    model's arguments; where it has an ``attention_mask`` (batch, length), the positions with 0 count for nothing. The
+    device holds one block, a batch, and the statistics of one block; the CPU the model and the hidden states of all
+    batches. Kept weights keep their bits with "magnitude" and "wanda"; pruned ones are +0.0. Raises InputError, and
+    FloatingPointError, naming the layer, for inputs that are not finite. Says on stderr how far it is.
 
     Each expert of a stack is pruned by the tokens that it was given, ``gated``: times what the router gives them there;
     without a token by magnitude. Where the Gram matrices of a block's experts take more than ``statistics_bytes``, the
     block runs again for each group of experts whose do not.
     """
     model.eval()
-    if method == "magnitude":
+    swaps = any(rule.swaps for rule in rules)
+    if method == "magnitude" and not swaps:
         return [_by_magnitude(rule) for rule in rules]
     stack, blocks = find_blocks(model, [rule.target.name for rule in rules])
     by_block: dict[int, list[LayerRule]] = {}
@@ -60,7 +61,7 @@ def prune_model(
         BlockReplay(model, blocks, batches, device, dtype) as replay,
         Progress("prune", last + 1, "blocks") as shown,
     ):
-        pruner = _BlockPruner(replay, method, gated=gated, statistics_bytes=statistics_bytes)
+        pruner = _BlockPruner(replay, method, gated=gated, swaps=swaps, statistics_bytes=statistics_bytes)
         for index in range(last + 1):
             done |= {layer.name: layer for layer in pruner.prune(index, by_block.get(index, []), goes_on=index < last)}
             shown.add(1, f"{stack}.{index}")
@@ -77,9 +78,10 @@ def _by_magnitude(rule: LayerRule) -> PrunedLayer:
 class _BlockPruner:
     """Prunes blocks by what the text gives their layers."""
 
-    def __init__(self, replay: BlockReplay, method: Method, *, gated: bool, statistics_bytes: int):
+    def __init__(self, replay: BlockReplay, method: Method, *, gated: bool, swaps: bool, statistics_bytes: int):
         self._replay, self._method, self._gated, self._bytes = replay, method, gated, statistics_bytes
-        self._inputs = _LastInputs(method)
+        self._swaps, self._sum_of = swaps, squares if method == "wanda" and not swaps else products
+        self._inputs = _LastInputs(method, swaps=swaps)
 
     def prune(self, index: int, rules: Sequence[LayerRule], *, goes_on: bool) -> list[PrunedLayer]:
         """Gather, prune and, if the pass ``goes_on``, run the block again for what the next one is given.
@@ -108,14 +110,14 @@ class _BlockPruner:
         return [layer.outcome(tokens.get(layer.name, ())) for layer in layers]
 
     def _gatherer(self, group: range | None = None) -> InputGatherer:
-        return InputGatherer(squares if self._method == "wanda" else products, self._gated, group)
+        return InputGatherer(self._sum_of, self._gated, group)
 
     def _groups(self, stacks: Sequence[LayerPruning]) -> list[range]:
         """Consecutive experts whose statistics fit; one group where there are no stacks."""
         layouts = [layer.rule.target.layout for layer in stacks]
         number = max((layout.num_experts for layout in layouts), default=1)
         of_expert = sum(4 * layout.in_features**2 for layout in layouts)
-        size = number if self._method == "wanda" or not of_expert else max(1, self._bytes // of_expert)
+        size = number if self._sum_of is squares or not of_expert else max(1, self._bytes // of_expert)
         return [range(first, min(first + size, number)) for first in range(0, number, size)]
 
     def _gather(
@@ -149,7 +151,7 @@ class _BlockPruner:
                 given = equal_inputs(self._method, layout.in_features, device)
             else:
                 with layer.naming(expert):
-                    given = inputs_of(self._method, sums.total[place])
+                    given = inputs_of(self._method, sums.total[place], swaps=self._swaps)
             layer.prune(given, expert)
 
 
@@ -172,14 +174,14 @@ def _required(gatherer: InputGatherer, name: str) -> InputSum:
 class _LastInputs:
     """What a method knows of layers' inputs; of equal ones that follow each other, as q, k and v have them, one."""
 
-    def __init__(self, method: Method) -> None:
-        self._method = method
+    def __init__(self, method: Method, *, swaps: bool) -> None:
+        self._method, self._swaps = method, swaps
         self._last: tuple[Tensor, Inputs] | None = None
 
     def of(self, total: Tensor) -> Inputs:
         """Return what the method knows of inputs with this sum. Raises FloatingPointError."""
         if self._last is None or not torch.equal(self._last[0], total):
-            self._last = total, inputs_of(self._method, total)
+            self._last = total, inputs_of(self._method, total, swaps=self._swaps)
         return self._last[1]
 
 

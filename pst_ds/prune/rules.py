@@ -29,6 +29,8 @@ class LayerRule:
     """What kept weights are rounded to, by SparseGPT alone."""
     keeps_zeros: bool = False
     """Whether exactly the weights that are zero already are pruned, whatever the pattern."""
+    swaps: int = 0
+    """Passes of swaps that refine the method's mask, at most; 0: none."""
 
 
 def settings_for(model: nn.Module, config: PSTConfig, method: Method, pattern: str = "") -> PSTConfig:
@@ -72,18 +74,20 @@ def layer_rules(
     *,
     grid: Grid | None = None,
     keeps_zeros: bool = False,
+    swaps: int = 0,
 ) -> list[LayerRule]:
     """The rules of all ``targets``, in their order; ``settings.overrides`` have the last word on their layers.
 
-    ``keeps_zeros``: no pattern and no override prunes anything. Raises InputError, naming the layer, for a pattern or a
-    ``grid`` that does not fit it, or a pattern that the method does not have.
+    ``keeps_zeros``: no pattern and no override prunes anything. ``swaps``: passes, see :class:`LayerRule`. Raises
+    InputError, naming the layer, for a pattern or a ``grid`` that does not fit it, or a pattern that the method, or
+    swaps, do not have.
     """
     for target in targets:
         if grid is not None:
             _require_groups(target, grid)
     if keeps_zeros:
         return [LayerRule(target, Pattern("matrix"), 0.0, grid, keeps_zeros=True) for target in targets]
-    return [replace(_rule(target, settings, method, share), grid=grid) for target in targets]
+    return [replace(_rule(target, settings, method, share, swaps), grid=grid) for target in targets]
 
 
 def _require_groups(target: Target, grid: Grid) -> None:
@@ -95,7 +99,7 @@ def _require_groups(target: Target, grid: Grid) -> None:
         ) from None
 
 
-def _rule(target: Target, settings: PSTConfig, method: Method, share: float) -> LayerRule:
+def _rule(target: Target, settings: PSTConfig, method: Method, share: float, swaps: int) -> LayerRule:
     rule = settings.rule_for(target.name)
     if rule.pattern.pools_matrices:
         raise InputError(
@@ -107,6 +111,11 @@ def _rule(target: Target, settings: PSTConfig, method: Method, share: float) -> 
             f"{target.name}: SparseGPT prunes by matrix, row or N:M, not in blocks of {rule.pattern}; choose another "
             "with --pattern, or --method alps"
         )
+    if rule.pattern.kind == "block" and swaps:
+        raise InputError(
+            f"{target.name}: --swaps {swaps} swaps single weights, and pattern {rule.pattern} prunes whole blocks; "
+            "leave --swaps out, or choose --pattern matrix, row or N:M"
+        )
     try:
         rule.pattern.require_fit(target.layout)
     except ValueError as error:
@@ -114,4 +123,5 @@ def _rule(target: Target, settings: PSTConfig, method: Method, share: float) -> 
             f"{target.name}: {error}. Leave it dense with pst.exclude_modules, or give it another pattern with "
             "pst.overrides"
         ) from None
-    return LayerRule(target, rule.pattern, share if rule.final_sparsity is None else rule.final_sparsity)
+    sparsity = share if rule.final_sparsity is None else rule.final_sparsity
+    return LayerRule(target, rule.pattern, sparsity, swaps=swaps)

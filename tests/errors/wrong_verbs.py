@@ -47,6 +47,15 @@ VERBS = {
     "prune to a sparsity that the pattern does not have": Wrong(
         _prune("--method", "wanda", "--pattern", "2:4", "--sparsity", "0.7"), "--sparsity", "0.7", "leave it out"
     ),
+    "prune with swaps of blocks": Wrong(
+        _prune("--method", "wanda", "--pattern", "2x2", "--swaps", "3"), "--swaps", "3", "choose --pattern matrix, row"
+    ),
+    "prune with no swap": Wrong(
+        _prune("--method", "wanda", "--swaps", "0"), "--swaps", "'0'", "not a whole number of at least 1"
+    ),
+    "prune with swaps of whole experts": Wrong(
+        _prune("--method", "reap", "--swaps", "1"), "--swaps", "--method reap", "leave it out"
+    ),
     "prune into the base": Wrong(
         _prune("--method", "magnitude", "--out", "tests/data/tiny-llama"),
         "--out",

@@ -42,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=int, choices=sorted(VALUE_BITS.values()), help=text)
     text = "weights of a row that share a scale (default: row for 8 bits, 64 for 4)"
     parser.add_argument("--group", choices=(*map(str, GROUPS), WHOLE_ROW), help=text)
+    text = "refine the masks in up to N passes of swaps: a kept weight for a pruned one where outputs then change less"
+    parser.add_argument("--swaps", type=count, metavar="N", help=text)
     samples = "examples of data.train to calibrate on (default: 128)"
     parser.add_argument("--samples", type=count, default=128, metavar="N", help=samples)
     parser.add_argument("--seed", type=int, default=0, help="seed for the choice of examples (default: 0)")
@@ -53,6 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if args.method == REAP:
         require_fit(args)
     _require_rounding(args)
+    _require_swaps(args)
     start, config = time.perf_counter(), load_run_or_folder(args)
     import torch
 
@@ -113,6 +116,15 @@ def _require_rounding(args: argparse.Namespace) -> None:
         raise InputError(f"--keep-zeros keeps the mask that the folder has: leave out {' and '.join(given)}")
 
 
+def _require_swaps(args: argparse.Namespace) -> None:
+    """Refuse swaps of masks that are chosen as weights are rounded. Raises InputError."""
+    if args.swaps and args.bits:
+        raise InputError(
+            f"--swaps {args.swaps} changes masks, and with --bits {args.bits} weights are rounded under theirs: prune "
+            "with --swaps first, and then round the folder with --method sparsegpt --keep-zeros"
+        )
+
+
 def _grid(args: argparse.Namespace) -> Grid | None:
     if not args.bits:
         return None
@@ -134,10 +146,10 @@ def _pruned(
 
     settings = settings_for(model, config.pst, args.method, args.pattern)
     share = 0.0 if args.keep_zeros else share_of_zeros(settings, args.sparsity, config.schedule.final_sparsity)
-    grid, keeps = _grid(args), args.keep_zeros
+    grid, keeps, swaps = _grid(args), args.keep_zeros, args.swaps or 0
     targets = find_targets(model, settings)
-    rules = layer_rules(targets, settings, args.method, share, grid=grid, keeps_zeros=keeps)
-    batches = [] if args.method == "magnitude" else _calibration(config, model.config, args)
+    rules = layer_rules(targets, settings, args.method, share, grid=grid, keeps_zeros=keeps, swaps=swaps)
+    batches = [] if args.method == "magnitude" and not swaps else _calibration(config, model.config, args)
     start = time.perf_counter()
     dtype, gated = DTYPES[config.train.precision], settings.gated_norms
     layers = prune_model(model, rules, args.method, batches, device=torch.device(device), dtype=dtype, gated=gated)
@@ -150,6 +162,8 @@ def _pruned(
     }
     if grid is not None:
         about |= {"values": grid.values, "group": grid.group or WHOLE_ROW}
+    if swaps:
+        about |= {"swaps": swaps}
     if batches:
         about |= _of_text(config, args, batches)
         about |= {"gated_norms": gated} if any(target.is_stack for target in targets) else {}

@@ -1,28 +1,29 @@
-"""Masks made once, on calibration text: by a score of every weight, by SparseGPT, which rounds too, or by ALPS."""
+"""Masks made once, on calibration text: by a score of every weight, by SparseGPT, which rounds too, or by ALPS.
+
+Any of them may then be refined by swaps.
+"""
 
 from pst_ds.core.one_shot.alps import InputSpectrum, alps, input_spectrum
-from pst_ds.core.one_shot.scored import keep_but, keep_by_score, output_error, wanda_scores
-from pst_ds.core.one_shot.sparsegpt import (
-    DAMPING,
-    Compensated,
-    InverseFactor,
-    inverse_factor,
-    round_under_mask,
-    sparsegpt,
-)
+from pst_ds.core.one_shot.gram import DAMPING, UnitGram, unit_gram
+from pst_ds.core.one_shot.scored import Compensated, keep_but, keep_by_score, output_error, wanda_scores
+from pst_ds.core.one_shot.sparsegpt import InverseFactor, inverse_factor, round_under_mask, sparsegpt
+from pst_ds.core.one_shot.swaps import refine_by_swaps
 
 __all__ = [
     "DAMPING",
     "Compensated",
     "InputSpectrum",
     "InverseFactor",
+    "UnitGram",
     "alps",
     "input_spectrum",
     "inverse_factor",
     "keep_but",
     "keep_by_score",
     "output_error",
+    "refine_by_swaps",
     "round_under_mask",
     "sparsegpt",
+    "unit_gram",
     "wanda_scores",
 ]

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.one_shot.scored import keep_by_score
-from pst_ds.core.one_shot.sparsegpt import DAMPING, Compensated, damped_gram
+from pst_ds.core.one_shot.gram import DAMPING, UnitGram, scaled_gram
+from pst_ds.core.one_shot.least_squares import least_squares
+from pst_ds.core.one_shot.scored import Compensated, keep_by_score
 from pst_ds.core.patterns import Pattern
 
 FIRST_PENALTY = 0.1
@@ -26,23 +27,16 @@ ROUNDS_PER_PENALTY = 3
 """Penalties are shares of H's diagonal; the authors grow theirs every three rounds too."""
 ROUNDS = 30
 """With twice as many, errors of layers of a 135M Llama are the same within 0.1 %."""
-GRADIENT_STEPS = 15
 
 
 @dataclass(frozen=True, slots=True)
-class InputSpectrum:
-    """A layer's input statistics, damped, with inputs of equal norm; :func:`input_spectrum` makes it once a layer."""
+class InputSpectrum(UnitGram):
+    """A layer's input statistics with their eigenvalues; :func:`input_spectrum` makes it once a layer."""
 
-    norms: Tensor
-    """(I,) fp32: what the inputs were divided by."""
-    gram: Tensor
-    """(I, I) fp32 with ones on the diagonal."""
     values: Tensor
     """(I,) fp32: the eigenvalues of ``gram``."""
     vectors: Tensor
     """(I, I) fp32: its eigenvectors, one a column."""
-    dead: Tensor
-    """(I,) bool: inputs that were zero on every token, whose weights are pruned first."""
 
     def inverse(self, penalty: float) -> Tensor:
         """(gram + penalty * identity)^-1, (I, I)."""
@@ -52,14 +46,12 @@ class InputSpectrum:
 def input_spectrum(gram: Tensor, damping: float = DAMPING) -> InputSpectrum:
     """Damp ``gram`` = X'X, (I, I), as :func:`~pst_ds.core.one_shot.inverse_factor` does, scale and decompose it.
 
-    In double precision. Raises FloatingPointError for a ``gram`` that is not finite.
+    The decomposition is in double precision. Raises FloatingPointError for a ``gram`` that is not finite.
     """
-    damped, dead = damped_gram(gram, damping)
-    norms = damped.diagonal().sqrt()
-    scaled = damped / norms.unsqueeze(1) / norms
+    norms, scaled, dead = scaled_gram(gram, damping)
     values, vectors = torch.linalg.eigh(scaled)
     norms, scaled, values, vectors = (part.to(torch.float32) for part in (norms, scaled, values, vectors))
-    return InputSpectrum(norms, scaled, values.clamp_(min=0.0), vectors, dead)
+    return InputSpectrum(norms, scaled, dead, values.clamp_(min=0.0), vectors)
 
 
 def alps(weight: Tensor, inputs: InputSpectrum, pattern: Pattern, sparsity: float, rounds: int = ROUNDS) -> Compensated:
@@ -84,25 +76,5 @@ def alps(weight: Tensor, inputs: InputSpectrum, pattern: Pattern, sparsity: floa
         keep = keep_by_score(shifted.square().masked_fill_(inputs.dead, 0.0), layout, pattern, sparsity)
         sparse = shifted * keep
         multiplier += penalty * (dense - sparse)
-    found = _least_squares(sparse, keep, pulled, inputs.gram) / inputs.norms
+    found = least_squares(sparse, keep, pulled, inputs.gram) / inputs.norms
     return Compensated(found.masked_fill_(keep == 0, 0.0), keep)
-
-
-def _least_squares(start: Tensor, keep: Tensor, pulled: Tensor, gram: Tensor, steps: int = GRADIENT_STEPS) -> Tensor:
-    """The weights W under a mask that come nearest to W H = ``pulled``: conjugate gradients, each row by itself."""
-    found, mask = start.clone(), keep.to(start.dtype)
-    residual = (pulled - found @ gram) * mask
-    direction, size = residual.clone(), residual.square().sum(1, keepdim=True)
-    for _ in range(steps):
-        moved = (direction @ gram) * mask
-        step = _ratio(size, (direction * moved).sum(1, keepdim=True))
-        found += step * direction
-        residual -= step * moved
-        size, before = residual.square().sum(1, keepdim=True), size
-        direction = residual + _ratio(size, before) * direction
-    return found
-
-
-def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """above / below, and 0 where nothing is left to divide."""
-    return torch.where(below > 0, above / below, 0.0)

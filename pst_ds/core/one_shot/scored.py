@@ -9,6 +9,8 @@ x_j are the values of input j over all calibration tokens. O = out_features, I =
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,18 @@ from pst_ds.core.layout import Rect, WeightLayout
 from pst_ds.core.patterns import Pattern
 from pst_ds.core.select import MatrixKeys, prune_count, select
 from pst_ds.core.units import block_keys, expand_units, keep_in_rows, keep_n_of_m
+
+
+@dataclass(frozen=True, slots=True)
+class Compensated:
+    """A matrix that was pruned, rounded, or both."""
+
+    weight: Tensor
+    """(O, I) fp32: +0.0 where pruned; code * scale where it was rounded."""
+    keep: Tensor
+    """(O, I) uint8, 0/1."""
+    scales: Tensor | None = None
+    """(O, groups) bf16 of a weight that was rounded."""
 
 
 def wanda_scores(weight: Tensor, input_norms: Tensor, *, transposed: bool = False) -> Tensor:

@@ -19,14 +19,13 @@ from torch import Tensor
 
 from pst_ds.core.keys import order_keys
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.one_shot.scored import keep_but
+from pst_ds.core.one_shot.gram import DAMPING, damped_gram
+from pst_ds.core.one_shot.scored import Compensated, keep_but
 from pst_ds.core.patterns import Pattern
 from pst_ds.core.quantization import LEAST_SCALE, SCALE_DTYPE, UNUSED_SCALE, Grid, group_scales, rounded_codes
 from pst_ds.core.select import prune_count
 from pst_ds.core.units import keep_in_rows, keep_n_of_m
 
-DAMPING = 0.01
-"""Share of the mean of H's diagonal that is added to it (the papers')."""
 COLUMNS_AT_A_TIME = 128
 """Inputs whose mask SparseGPT chooses together (the paper's)."""
 
@@ -55,34 +54,6 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> InverseFactor:
     if int(failed):
         raise FloatingPointError("the Gram matrix of the inputs is not positive definite: more damping is needed")
     return InverseFactor(lower.t().to(torch.float32).contiguous(), dead)
-
-
-def damped_gram(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """(``gram`` with ``damping``, in double precision; (I,) bool, inputs that were zero on every token).
-
-    ``damping`` is a share of the mean of the diagonal over inputs that are not dead. Raises FloatingPointError for a
-    ``gram`` that is not finite.
-    """
-    if not bool(torch.isfinite(gram).all()):
-        raise FloatingPointError("inputs are not finite")
-    diagonal = gram.diagonal().to(torch.float64)
-    dead = diagonal == 0
-    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
-    damped = gram.to(torch.float64, copy=True)
-    damped.diagonal().add_(torch.where(dead, mean, damping * mean))
-    return damped, dead
-
-
-@dataclass(frozen=True, slots=True)
-class Compensated:
-    """A matrix that was pruned, rounded, or both."""
-
-    weight: Tensor
-    """(O, I) fp32: +0.0 where pruned; code * scale where it was rounded."""
-    keep: Tensor
-    """(O, I) uint8, 0/1."""
-    scales: Tensor | None = None
-    """(O, groups) bf16 of a weight that was rounded."""
 
 
 def sparsegpt(

@@ -1,0 +1,61 @@
+"""Statistics of a layer's inputs that the methods share: X'X damped, and X'X of inputs of norm 1.
+
+X are a layer's inputs over all calibration tokens; I = in_features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.01
+"""Share of the mean of H's diagonal that is added to it (SparseGPT's)."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnitGram:
+    """A layer's input statistics, damped, with inputs of norm 1; :func:`unit_gram` makes it once a layer."""
+
+    norms: Tensor
+    """(I,) fp32: what the inputs were divided by."""
+    gram: Tensor
+    """(I, I) fp32 with ones on the diagonal."""
+    dead: Tensor
+    """(I,) bool: inputs that were zero on every token, whose weights are pruned first."""
+
+
+def damped_gram(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+    """(``gram`` = X'X, (I, I), with ``damping``, in double precision; (I,) bool, inputs that were zero on every token).
+
+    ``damping`` is a share of the mean of the diagonal over inputs that are not dead. Raises FloatingPointError for a
+    ``gram`` that is not finite.
+    """
+    if not bool(torch.isfinite(gram).all()):
+        raise FloatingPointError("inputs are not finite")
+    diagonal = gram.diagonal().to(torch.float64)
+    dead = diagonal == 0
+    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+    damped = gram.to(torch.float64, copy=True)
+    damped.diagonal().add_(torch.where(dead, mean, damping * mean))
+    return damped, dead
+
+
+def scaled_gram(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor, Tensor]:
+    """(norms (I,), Gram matrix (I, I) of inputs divided by them, dead (I,)) of a damped ``gram``, in double precision.
+
+    Raises FloatingPointError for a ``gram`` that is not finite.
+    """
+    damped, dead = damped_gram(gram, damping)
+    norms = damped.diagonal().sqrt()
+    return norms, damped / norms.unsqueeze(1) / norms, dead
+
+
+def unit_gram(gram: Tensor, damping: float = DAMPING) -> UnitGram:
+    """Damp ``gram`` = X'X, (I, I), as :func:`damped_gram` does, and divide the inputs by their norms.
+
+    Raises FloatingPointError for a ``gram`` that is not finite.
+    """
+    norms, scaled, dead = scaled_gram(gram, damping)
+    return UnitGram(norms.to(torch.float32), scaled.to(torch.float32), dead)

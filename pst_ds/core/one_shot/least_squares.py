@@ -1,0 +1,32 @@
+"""The best weights under a mask, by conjugate gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GRADIENT_STEPS = 15
+
+
+def least_squares(start: Tensor, keep: Tensor, pulled: Tensor, gram: Tensor, steps: int = GRADIENT_STEPS) -> Tensor:
+    """The weights W (O, I) under a mask that come nearest to W H = ``pulled``: conjugate gradients, each row by itself.
+
+    ``start``: (O, I) fp32, 0 where pruned. ``keep``: (O, I), 0/1. ``pulled``: (O, I). ``gram``: H, (I, I), of inputs of
+    norm 1. What is pruned stays 0.
+    """
+    found, mask = start.clone(), keep.to(start.dtype)
+    residual = (pulled - found @ gram) * mask
+    direction, size = residual.clone(), residual.square().sum(1, keepdim=True)
+    for _ in range(steps):
+        moved = (direction @ gram) * mask
+        step = _ratio(size, (direction * moved).sum(1, keepdim=True))
+        found += step * direction
+        residual -= step * moved
+        size, before = residual.square().sum(1, keepdim=True), size
+        direction = residual + _ratio(size, before) * direction
+    return found
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """above / below, and 0 where nothing is left to divide."""
+    return torch.where(below > 0, above / below, 0.0)

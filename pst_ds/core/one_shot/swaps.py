@@ -1,0 +1,136 @@
+"""Masks refined by swaps: a kept weight for a pruned one of its row, wherever the row's outputs then change less.
+
+    E = d H d' of a row, d = w - v: what is wanted less what is there, v = 0 where pruned        arXiv 2512.10922
+
+Without the kept weight j, E changes by v_j^2 H_jj + 2 v_j c_j, with c = H d; with the pruned weight p at the value u
+then by u^2 H_pp - 2 u (c_p + v_j H_jp). Both are exact: a swap is made only where E falls, and two rows of H bring c up
+to date. u is w_p, the weight as it was, or, for methods that change weights, what lowers E most; kept weights are then
+fitted to the mask by least squares. H = X'X, (I, I), is the Gram matrix of a layer's inputs X over all calibration
+tokens; O = out_features, I = in_features.
+"""
+
+from __future__ import annotations
+
+from ctypes import CDLL
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.native import INT, POINTER, NativeSource, load
+from pst_ds.core.one_shot.gram import UnitGram
+from pst_ds.core.one_shot.least_squares import least_squares
+from pst_ds.core.one_shot.scored import Compensated
+from pst_ds.core.patterns import Pattern
+
+LEAST_GAIN = 1e-6
+"""Share of a row's error that a swap must save; rounding in fp32 is below it."""
+SOURCE = NativeSource(
+    Path(__file__).with_name("swaps.cpp"),
+    {"pst_swap_pass": ([*([POINTER] * 6), *([INT] * 5)], INT)},
+    "swaps of a mask",
+    may_flags=("-fopenmp",),
+)
+
+
+@cache
+def library() -> CDLL | None:
+    """Return the function of swaps.cpp, or None where it cannot be had."""
+    return load(SOURCE)
+
+
+def refine_by_swaps(
+    weight: Tensor, start: Compensated, inputs: UnitGram, pattern: Pattern, passes: int, *, refit: bool
+) -> Compensated:
+    """Swap kept with pruned weights of ``start`` until no swap helps, in at most ``passes`` over every row.
+
+    ``weight``: (O, I), as it was before it was pruned. In a pass every kept weight, from first to last, is swapped with
+    the pruned one that lowers the error of its row most, if any does. Every row keeps its count of zeros, and of N:M
+    every group. Without ``refit`` kept weights are those of ``weight``, to the bit; with it they are fitted to the
+    mask, from where ``start`` has them. No row's error is larger than with ``start``. Of equal swaps that with the
+    lowest index is made, whatever the number of threads.
+
+    Raises ValueError for blocks and for patterns that pool matrices, and FloatingPointError for a weight that is not
+    finite.
+    """
+    if pattern.kind not in ("matrix", "row", "n:m"):
+        raise ValueError(f'swaps are for the patterns "matrix", "row" and N:M, not {str(pattern)!r}')
+    wanted = weight.to(torch.float32) * inputs.norms
+    if not bool(torch.isfinite(wanted).all()):
+        raise FloatingPointError("weights are not finite")
+    span = pattern.m or weight.shape[1]
+    live = wanted.masked_fill(inputs.dead, 0.0)
+    keep, values = (
+        start.keep.clone(memory_format=torch.contiguous_format),
+        start.weight.to(torch.float32) * inputs.norms,
+    )
+    before = _row_errors(live, values, inputs)
+    pulled = wanted @ inputs.gram
+    for _ in range(passes):
+        if refit:
+            values = least_squares(values, keep, pulled, inputs.gram)
+        values.masked_fill_(inputs.dead, 0.0)
+        pull, errors = _pull(live, values, inputs)
+        least = (errors * LEAST_GAIN).to(torch.float32)
+        if not _swap_pass(live, values, keep, pull, least, inputs.gram, span, refit=refit):
+            break
+    if refit:
+        values = least_squares(values, keep, pulled, inputs.gram)
+    is_better = (_row_errors(live, values, inputs) < before).unsqueeze(1)
+    keep = torch.where(is_better, keep, start.keep)
+    if not refit:
+        return Compensated(weight.masked_fill(keep == 0, 0.0), keep)
+    fitted = (values / inputs.norms).masked_fill_(keep == 0, 0.0)
+    return Compensated(torch.where(is_better, fitted, start.weight.to(torch.float32)), keep)
+
+
+def _pull(wanted: Tensor, values: Tensor, inputs: UnitGram) -> tuple[Tensor, Tensor]:
+    """(what the outputs lack, seen from every input: c, (O, I) fp32; the rows' errors, (O,) double)."""
+    lacking = (wanted - values).to(torch.float64)
+    pull = lacking @ inputs.gram.to(torch.float64)
+    return pull.to(torch.float32), (pull * lacking).sum(1).clamp_(min=0.0)
+
+
+def _row_errors(live: Tensor, values: Tensor, inputs: UnitGram) -> Tensor:
+    """(O,) double: how much the outputs of every row change, over inputs that are there."""
+    return _pull(live, values.masked_fill(inputs.dead, 0.0), inputs)[1]
+
+
+def _swap_pass(
+    wanted: Tensor, values: Tensor, keep: Tensor, pull: Tensor, least: Tensor, gram: Tensor, span: int, *, refit: bool
+) -> int:
+    """Make the swaps of one pass over all rows, in place; return their number."""
+    tensors = wanted, values, keep, pull, least, gram
+    native = library() if all(each.device.type == "cpu" for each in tensors) else None
+    if native is None:
+        return _swap_pass_in_torch(*tensors, span, refit=refit)
+    assert all(each.is_contiguous() for each in tensors)
+    pointers = (each.data_ptr() for each in tensors)
+    return int(native.pst_swap_pass(*pointers, *wanted.shape, span, refit, torch.get_num_threads()))
+
+
+def _swap_pass_in_torch(
+    wanted: Tensor, values: Tensor, keep: Tensor, pull: Tensor, least: Tensor, gram: Tensor, span: int, *, refit: bool
+) -> int:
+    """All rows at once, one input after another: the same bits as from the native loop."""
+    swaps = 0
+    for j in range(wanted.shape[1]):
+        first = j // span * span
+        within = slice(first, first + span)
+        left, lacking = values[:, j], pull[:, j]
+        pulls = pull[:, within] + left.unsqueeze(1) * gram[j, within]
+        scores = -(pulls * pulls) if refit else wanted[:, within] * (wanted[:, within] - (pulls + pulls))
+        scores.masked_fill_(keep[:, within] != 0, torch.inf)
+        at = scores.argmin(1, keepdim=True)  # the first of equals
+        change = left * (lacking + lacking + left) + scores.gather(1, at).squeeze(1)
+        rows = ((keep[:, j] != 0) & (change < -least)).nonzero().squeeze(1)
+        if not len(rows):
+            continue
+        back_at = at[rows, 0] + first
+        back = pulls[rows, at[rows, 0]] if refit else wanted[rows, back_at]
+        pull[rows] = (pull[rows] + left[rows].unsqueeze(1) * gram[j]) - back.unsqueeze(1) * gram[back_at]
+        values[rows, j], keep[rows, j] = 0.0, 0
+        values[rows, back_at], keep[rows, back_at] = back, 1
+        swaps += len(rows)
+    return swaps
