@@ -31,6 +31,8 @@ class LayerRule:
     """Whether exactly the weights that are zero already are pruned, whatever the pattern."""
     swaps: int = 0
     """Passes of swaps that refine the method's mask, at most; 0: none."""
+    has_own_share: bool = False
+    """Whether an override says its fraction of zeros."""
 
 
 def settings_for(model: nn.Module, config: PSTConfig, method: Method, pattern: str = "") -> PSTConfig:
@@ -123,5 +125,5 @@ def _rule(target: Target, settings: PSTConfig, method: Method, share: float, swa
             f"{target.name}: {error}. Leave it dense with pst.exclude_modules, or give it another pattern with "
             "pst.overrides"
         ) from None
-    sparsity = share if rule.final_sparsity is None else rule.final_sparsity
-    return LayerRule(target, rule.pattern, sparsity, swaps=swaps)
+    own = rule.final_sparsity
+    return LayerRule(target, rule.pattern, share if own is None else own, swaps=swaps, has_own_share=own is not None)

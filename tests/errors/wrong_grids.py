@@ -58,6 +58,9 @@ GRIDS = {
     "bits of another method": Wrong(
         lambda shop: shop.prune("--method", "wanda", "--bits", "4"), "--bits", "4", "--method sparsegpt --keep-zeros"
     ),
+    "zeros that are kept, and moved": Wrong(
+        _prune("--keep-zeros", "--bits", "8", "--budgets", "owl"), "--keep-zeros", "--budgets owl", "leave out"
+    ),
     "swaps of masks under which weights are rounded": Wrong(
         _prune("--bits", "4", "--swaps", "2"), "--swaps", "2", "round the folder with --method sparsegpt --keep-zeros"
     ),

@@ -50,6 +50,21 @@ VERBS = {
     "prune with swaps of blocks": Wrong(
         _prune("--method", "wanda", "--pattern", "2x2", "--swaps", "3"), "--swaps", "3", "choose --pattern matrix, row"
     ),
+    "prune by budgets of a pattern that has one share": Wrong(
+        _prune("--method", "wanda", "--pattern", "2:4", "--budgets", "owl"), "--budgets", "2:4", "leave --budgets out"
+    ),
+    "prune by budgets further apart than there is room": Wrong(
+        _prune("--method", "wanda", "--sparsity", "0.95", "--budgets", "owl"), "--spread", "0.08", "at most 0.05"
+    ),
+    "prune by budgets that are not numbers": Wrong(
+        _prune("--method", "wanda", "--budgets", "owl", "--spread", "wide"), "--spread", "'wide'", "invalid float value"
+    ),
+    "prune with a spread of equal budgets": Wrong(
+        _prune("--method", "wanda", "--spread", "0.1"), "--spread", "0.1", "add --budgets owl"
+    ),
+    "prune by budgets of whole experts": Wrong(
+        _prune("--method", "reap", "--budgets", "owl"), "--budgets", "--method reap", "leave it out"
+    ),
     "prune with no swap": Wrong(
         _prune("--method", "wanda", "--swaps", "0"), "--swaps", "'0'", "not a whole number of at least 1"
     ),

@@ -44,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group", choices=(*map(str, GROUPS), WHOLE_ROW), help=text)
     text = "refine the masks in up to N passes of swaps: a kept weight for a pruned one where outputs then change less"
     parser.add_argument("--swaps", type=count, metavar="N", help=text)
+    text = "zeros by block: as many in each, or fewer in blocks where more weights stand out (default: equal)"
+    parser.add_argument("--budgets", choices=("equal", "owl"), help=text)
+    text = "how far a block's share of zeros may be from the mean of all, with --budgets owl (default: 0.08)"
+    parser.add_argument("--spread", type=float, metavar="L", help=text)
     samples = "examples of data.train to calibrate on (default: 128)"
     parser.add_argument("--samples", type=count, default=128, metavar="N", help=samples)
     parser.add_argument("--seed", type=int, default=0, help="seed for the choice of examples (default: 0)")
@@ -56,6 +60,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         require_fit(args)
     _require_rounding(args)
     _require_swaps(args)
+    if args.spread is not None and args.budgets != "owl":
+        raise InputError(f"--spread {args.spread} is for zeros by block: add --budgets owl, or leave it out")
     start, config = time.perf_counter(), load_run_or_folder(args)
     import torch
 
@@ -110,7 +116,9 @@ def _require_rounding(args: argparse.Namespace) -> None:
             f"--keep-zeros prunes nothing more, so there is nothing to do: add --bits {' or '.join(_BITS)}"
         )
     given = [
-        f"--{name} {value}" for name in ("sparsity", "pattern") if (value := getattr(args, name)) not in (None, "")
+        f"--{name} {value}"
+        for name in ("sparsity", "pattern", "budgets")
+        if (value := getattr(args, name)) not in (None, "")
     ]
     if given:
         raise InputError(f"--keep-zeros keeps the mask that the folder has: leave out {' and '.join(given)}")
@@ -139,8 +147,10 @@ def _pruned(
     """Prune ``model`` in place; return (its layers, the record's facts, seconds)."""
     import torch
 
+    from pst_ds.core.one_shot import SPREAD
     from pst_ds.nn.base_model import DTYPES
     from pst_ds.nn.targets import find_targets
+    from pst_ds.prune.budgets import require_movable, rules_by_outliers
     from pst_ds.prune.model import prune_model
     from pst_ds.prune.rules import layer_rules, settings_for, share_of_zeros
 
@@ -149,10 +159,16 @@ def _pruned(
     grid, keeps, swaps = _grid(args), args.keep_zeros, args.swaps or 0
     targets = find_targets(model, settings)
     rules = layer_rules(targets, settings, args.method, share, grid=grid, keeps_zeros=keeps, swaps=swaps)
-    batches = [] if args.method == "magnitude" and not swaps else _calibration(config, model.config, args)
-    start = time.perf_counter()
-    dtype, gated = DTYPES[config.train.precision], settings.gated_norms
-    layers = prune_model(model, rules, args.method, batches, device=torch.device(device), dtype=dtype, gated=gated)
+    by_outliers, spread = args.budgets == "owl", SPREAD if args.spread is None else args.spread
+    if by_outliers:
+        require_movable(rules, spread)
+    needs_text = args.method != "magnitude" or swaps or by_outliers
+    batches = _calibration(config, model.config, args) if needs_text else []
+    start, outliers = time.perf_counter(), list[float]()
+    place, dtype, gated = torch.device(device), DTYPES[config.train.precision], settings.gated_norms
+    if by_outliers:
+        rules, outliers = rules_by_outliers(model, rules, batches, device=place, dtype=dtype, spread=spread)
+    layers = prune_model(model, rules, args.method, batches, device=place, dtype=dtype, gated=gated)
     seconds = time.perf_counter() - start
     about: dict[str, object] = {
         "method": args.method,
@@ -164,6 +180,8 @@ def _pruned(
         about |= {"values": grid.values, "group": grid.group or WHOLE_ROW}
     if swaps:
         about |= {"swaps": swaps}
+    if by_outliers:
+        about |= {"budgets": "owl", "spread": spread, "outliers": outliers}
     if batches:
         about |= _of_text(config, args, batches)
         about |= {"gated_norms": gated} if any(target.is_stack for target in targets) else {}
