@@ -86,6 +86,10 @@ class LayerPruning:
         self._kept += int(made.keep.sum())
         self._scales += [] if made.scales is None else [made.scales.cpu()]
 
+    def take(self, values: Tensor) -> None:
+        """Replace the weight by fitted ``values``, of its shape, that are 0 where it is pruned."""
+        self._weight.copy_(values)
+
     def outcome(self, expert_tokens: Sequence[int] = ()) -> PrunedLayer:
         """Return what was done once all experts are pruned."""
         rule, layout = self.rule, self.rule.target.layout
@@ -130,10 +134,10 @@ Inputs = Tensor | InverseFactor | InputSpectrum | SwapInputs
 """What a method knows of a layer's inputs: their norms, (I,), for Wanda; statistics for SparseGPT, ALPS and swaps."""
 
 
-def inputs_of(method: Method, total: Tensor, *, swaps: bool = False) -> Inputs:
+def inputs_of(method: Method, total: Tensor, *, swaps: bool = False) -> Inputs | None:
     """Make a method's :data:`Inputs` of a sum over all tokens: of products, (I, I), or of squares, (I,).
 
-    Squares are for Wanda without ``swaps`` of its masks. Raises FloatingPointError.
+    Squares are for Wanda and magnitude without ``swaps`` of their masks. Raises FloatingPointError.
     """
     if method == "alps":
         spectrum = input_spectrum(total)
@@ -142,7 +146,7 @@ def inputs_of(method: Method, total: Tensor, *, swaps: bool = False) -> Inputs:
         factor = inverse_factor(total)
         return SwapInputs(factor, unit_gram(total)) if swaps else factor
     if not swaps:
-        return total.sqrt()
+        return total.sqrt() if method == "wanda" else None
     return SwapInputs(total.diagonal().sqrt() if method == "wanda" else None, unit_gram(total))
 
 

@@ -15,7 +15,8 @@ from pst_ds.nn.input_sums import InputGatherer, InputSum, products, squares
 from pst_ds.progress import Progress
 from pst_ds.prune.blocks import block_of, find_blocks
 from pst_ds.prune.layer import Inputs, LayerPruning, PrunedLayer, equal_inputs, inputs_of
-from pst_ds.prune.replay import Batch, BlockReplay
+from pst_ds.prune.reconstruction import BlockFit
+from pst_ds.prune.replay import Batch, BlockReplay, Compute
 from pst_ds.prune.rules import LayerRule, Method
 
 STATISTICS_BYTES = 4 * 2**30
@@ -31,16 +32,21 @@ def prune_model(
     device: torch.device,
     dtype: torch.dtype,
     gated: bool = False,
+    reconstruct: int = 0,
     statistics_bytes: int = STATISTICS_BYTES,
 ) -> list[PrunedLayer]:
     """Prune a whole ``model`` on the CPU in place; what was done to each layer, in the order of ``rules``.
 
-    "magnitude" needs no ``batches``, unless the rules have swaps. The others run every block twice on them, on
-    ``device`` and in ``dtype``: once to gather what its layers are given, once, pruned, for its output. A batch has the
-    model's arguments; where it has an ``attention_mask`` (batch, length), the positions with 0 count for nothing. The
-    device holds one block, a batch, and the statistics of one block; the CPU the model and the hidden states of all
-    batches. Kept weights keep their bits with "magnitude" and "wanda"; pruned ones are +0.0. Raises InputError, and
-    FloatingPointError, naming the layer, for inputs that are not finite. Says on stderr how far it is.
+    "magnitude" needs no ``batches``, unless the rules have swaps or there is ``reconstruct``. The others run every
+    block twice on them, on ``device`` and in ``dtype``: once to gather what its layers are given, once, pruned, for its
+    output. A batch has the model's arguments; where it has an ``attention_mask`` (batch, length), the positions with 0
+    count for nothing. The device holds one block, a batch, and the statistics of one block; the CPU the model and the
+    hidden states of all batches. Kept weights keep their bits with "magnitude" and "wanda"; pruned ones are +0.0.
+    Raises InputError, and FloatingPointError, naming the layer, for inputs that are not finite. Says on stderr how far
+    it is.
+
+    With ``reconstruct`` the kept weights of each block are then fitted to its dense outputs, in so many passes more
+    and with gradients; the device then also holds three fp32 numbers for each weight of one block.
 
     Each expert of a stack is pruned by the tokens that it was given, ``gated``: times what the router gives them there;
     without a token by magnitude. Where the Gram matrices of a block's experts take more than ``statistics_bytes``, the
@@ -48,7 +54,7 @@ def prune_model(
     """
     model.eval()
     swaps = any(rule.swaps for rule in rules)
-    if method == "magnitude" and not swaps:
+    if method == "magnitude" and not swaps and not reconstruct:
         return [_by_magnitude(rule) for rule in rules]
     stack, blocks = find_blocks(model, [rule.target.name for rule in rules])
     by_block: dict[int, list[LayerRule]] = {}
@@ -61,7 +67,9 @@ def prune_model(
         BlockReplay(model, blocks, batches, device, dtype) as replay,
         Progress("prune", last + 1, "blocks") as shown,
     ):
-        pruner = _BlockPruner(replay, method, gated=gated, swaps=swaps, statistics_bytes=statistics_bytes)
+        pruner = _BlockPruner(
+            replay, method, gated=gated, swaps=swaps, reconstruct=reconstruct, statistics_bytes=statistics_bytes
+        )
         for index in range(last + 1):
             done |= {layer.name: layer for layer in pruner.prune(index, by_block.get(index, []), goes_on=index < last)}
             shown.add(1, f"{stack}.{index}")
@@ -78,9 +86,19 @@ def _by_magnitude(rule: LayerRule) -> PrunedLayer:
 class _BlockPruner:
     """Prunes blocks by what the text gives their layers."""
 
-    def __init__(self, replay: BlockReplay, method: Method, *, gated: bool, swaps: bool, statistics_bytes: int):
+    def __init__(
+        self,
+        replay: BlockReplay,
+        method: Method,
+        *,
+        gated: bool,
+        swaps: bool,
+        reconstruct: int,
+        statistics_bytes: int,
+    ):
+        self._reconstruct = reconstruct
         self._replay, self._method, self._gated, self._bytes = replay, method, gated, statistics_bytes
-        self._swaps, self._sum_of = swaps, squares if method == "wanda" and not swaps else products
+        self._swaps, self._sum_of = swaps, products if swaps or method in ("sparsegpt", "alps") else squares
         self._inputs = _LastInputs(method, swaps=swaps)
 
     def prune(self, index: int, rules: Sequence[LayerRule], *, goes_on: bool) -> list[PrunedLayer]:
@@ -93,10 +111,12 @@ class _BlockPruner:
         linear = [layer for layer in layers if not layer.rule.target.is_stack]
         stacks = [layer for layer in layers if layer.rule.target.is_stack]
         gatherer, tokens = self._gatherer(), dict[str, list[int]]()
+        fit = BlockFit(self._replay, index, self._reconstruct) if self._reconstruct and rules else None
         with self._replay.resident(index):
             for number, group in enumerate(self._groups(stacks) if rules else []):
                 of_experts = self._gatherer(group)
-                self._gather(index, gatherer, [] if number else linear, of_experts, stacks)
+                remember = fit.remember if fit is not None and not number else None
+                self._gather(index, gatherer, [] if number else linear, of_experts, stacks, remember)
                 for layer in stacks:
                     sums = _required(of_experts, layer.name)
                     self._prune_experts(layer, sums, group)
@@ -105,6 +125,9 @@ class _BlockPruner:
                 with layer.naming():
                     given = self._inputs.of(_total(gatherer, layer.name))
                 layer.prune(given)
+            if fit is not None:
+                for layer, values in zip(layers, fit.fit([r.target.weight for r in rules]), strict=True):
+                    layer.take(values)
             if goes_on:
                 self._replay.run(index, keep_output=True)
         return [layer.outcome(tokens.get(layer.name, ())) for layer in layers]
@@ -127,6 +150,7 @@ class _BlockPruner:
         linear: Sequence[LayerPruning],
         of_experts: InputGatherer,
         stacks: Sequence[LayerPruning],
+        compute: Compute | None,
     ) -> None:
         """Run the block for what its ``linear`` layers, and a group of the experts of its ``stacks``, are given."""
 
@@ -139,7 +163,7 @@ class _BlockPruner:
             gatherer.listening({layer.name: layer.rule.target.module for layer in linear}),
             experts.listening(places, of_experts.add_experts),
         ):
-            self._replay.run(index, keep_output=False, before=begin)
+            self._replay.run(index, keep_output=False, before=begin, compute=compute)
 
     def _prune_experts(self, layer: LayerPruning, sums: InputSum, group: range) -> None:
         """Prune the experts of ``group``, whose statistics ``sums`` holds; by magnitude where there was no token."""
@@ -176,9 +200,9 @@ class _LastInputs:
 
     def __init__(self, method: Method, *, swaps: bool) -> None:
         self._method, self._swaps = method, swaps
-        self._last: tuple[Tensor, Inputs] | None = None
+        self._last: tuple[Tensor, Inputs | None] | None = None
 
-    def of(self, total: Tensor) -> Inputs:
+    def of(self, total: Tensor) -> Inputs | None:
         """Return what the method knows of inputs with this sum. Raises FloatingPointError."""
         if self._last is None or not torch.equal(self._last[0], total):
             self._last = total, inputs_of(self._method, total, swaps=self._swaps)

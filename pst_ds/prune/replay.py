@@ -21,6 +21,14 @@ Batch = Mapping[str, Tensor]
 """Arguments of a model's forward pass, on the CPU."""
 
 
+Compute = Callable[[Callable[[], Any]], Any]
+"""Given what runs a block on a batch; returns the output."""
+
+
+def _plainly(forward: Callable[[], Any]) -> Any:
+    return forward()
+
+
 class _BlockDone(Exception):
     """Ends a forward pass at the block that it was for."""
 
@@ -45,6 +53,7 @@ class BlockReplay:
         self._outputs: list[Any] = [None] * len(batches)
         self._block = self._batch = 0
         self._keeps_output = False
+        self._compute: Compute = _plainly
 
     def __enter__(self) -> BlockReplay:
         self._own_forward = [block.__dict__.get("forward") for block in self._blocks]
@@ -75,13 +84,21 @@ class BlockReplay:
             for tensor, data in zip(tensors, held, strict=True):
                 tensor.data = data
 
-    def run(self, index: int, *, keep_output: bool, before: Callable[[Batch], None] | None = None) -> None:
+    def run(
+        self,
+        index: int,
+        *,
+        keep_output: bool,
+        before: Callable[[Batch], None] | None = None,
+        compute: Compute | None = None,
+    ) -> None:
         """Block ``index`` on every batch; with ``keep_output`` its outputs go to the block after it.
 
-        ``before`` is called with every batch ahead of its pass. Blocks must be run in order, each with ``keep_output``
-        last. Raises InputError when the model's pass does not come to the block.
+        ``before`` is called with every batch ahead of its pass, and ``compute`` with what runs the block, for its
+        output; a pass is without gradients unless ``compute`` turns them on. Blocks must be run in order, each with
+        ``keep_output`` last. Raises InputError when the model's pass does not come to the block.
         """
-        self._block, self._keeps_output = index, keep_output
+        self._block, self._keeps_output, self._compute = index, keep_output, compute or _plainly
         for number, batch in enumerate(self._batches):
             self._batch = number
             if before is not None:
@@ -101,7 +118,7 @@ class BlockReplay:
             if index < self._block:
                 return self._outputs[self._batch]
             args, kwargs = _moved((args, kwargs), self._device, self._dtype)
-            output = forward(*args, **kwargs)
+            output = self._compute(lambda: forward(*args, **kwargs))
             if self._keeps_output:
                 self._outputs[self._batch] = _moved(output, torch.device("cpu"), self._dtype)
             raise _BlockDone

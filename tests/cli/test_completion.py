@@ -53,6 +53,7 @@ def _complete(script, *words):
         (["export", "--format", ""], ["dense", "bitmask", "2:4", "csr", "compressed-tensors", "gguf", "onnx"]),
         (["prune", "--method", "s"], ["sparsegpt"]),
         (["prune", "--sw"], ["--swaps"]),
+        (["prune", "--rec"], ["--reconstruct"]),
         (["prune", "--budgets", ""], ["equal", "owl"]),
         (["init", "--task", "c"], ["classification", "causal-lm", "chat"]),
         (["train", "tests/data/cau"], ["tests/data/causal_lm.toml"]),

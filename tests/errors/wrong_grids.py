@@ -64,6 +64,9 @@ GRIDS = {
     "swaps of masks under which weights are rounded": Wrong(
         _prune("--bits", "4", "--swaps", "2"), "--swaps", "2", "round the folder with --method sparsegpt --keep-zeros"
     ),
+    "weights that are fitted after they are rounded": Wrong(
+        _prune("--bits", "4", "--reconstruct", "2"), "--reconstruct", "2", "round the folder with --method sparsegpt"
+    ),
     "a group without bits": Wrong(_prune("--group", "32"), "--group", "32", "add --bits 4 or 8"),
     "zeros that are kept, and nothing to do": Wrong(
         _prune("--keep-zeros"), "--keep-zeros", "prunes nothing more", "add --bits 4 or 8"

@@ -65,6 +65,12 @@ VERBS = {
     "prune by budgets of whole experts": Wrong(
         _prune("--method", "reap", "--budgets", "owl"), "--budgets", "--method reap", "leave it out"
     ),
+    "prune and reconstruct whole experts": Wrong(
+        _prune("--method", "reap", "--reconstruct", "1"), "--reconstruct", "--method reap", "leave it out"
+    ),
+    "prune and reconstruct in no pass": Wrong(
+        _prune("--method", "wanda", "--reconstruct", "0"), "--reconstruct", "'0'", "not a whole number of at least 1"
+    ),
     "prune with no swap": Wrong(
         _prune("--method", "wanda", "--swaps", "0"), "--swaps", "'0'", "not a whole number of at least 1"
     ),

@@ -48,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budgets", choices=("equal", "owl"), help=text)
     text = "how far a block's share of zeros may be from the mean of all, with --budgets owl (default: 0.08)"
     parser.add_argument("--spread", type=float, metavar="L", help=text)
+    text = "then fit the kept weights of each block to the dense block's outputs, in N passes of the text"
+    parser.add_argument("--reconstruct", type=count, metavar="N", help=text)
     samples = "examples of data.train to calibrate on (default: 128)"
     parser.add_argument("--samples", type=count, default=128, metavar="N", help=samples)
     parser.add_argument("--seed", type=int, default=0, help="seed for the choice of examples (default: 0)")
@@ -59,9 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if args.method == REAP:
         require_fit(args)
     _require_rounding(args)
-    _require_swaps(args)
-    if args.spread is not None and args.budgets != "owl":
-        raise InputError(f"--spread {args.spread} is for zeros by block: add --budgets owl, or leave it out")
+    _require_refinement(args)
     start, config = time.perf_counter(), load_run_or_folder(args)
     import torch
 
@@ -124,13 +124,16 @@ def _require_rounding(args: argparse.Namespace) -> None:
         raise InputError(f"--keep-zeros keeps the mask that the folder has: leave out {' and '.join(given)}")
 
 
-def _require_swaps(args: argparse.Namespace) -> None:
-    """Refuse swaps of masks that are chosen as weights are rounded. Raises InputError."""
-    if args.swaps and args.bits:
-        raise InputError(
-            f"--swaps {args.swaps} changes masks, and with --bits {args.bits} weights are rounded under theirs: prune "
-            "with --swaps first, and then round the folder with --method sparsegpt --keep-zeros"
-        )
+def _require_refinement(args: argparse.Namespace) -> None:
+    """Refuse what changes masks or weights after they were rounded. Raises InputError."""
+    for name in ("swaps", "reconstruct"):
+        if args.bits and (passes := getattr(args, name)):
+            raise InputError(
+                f"--{name} {passes} would move what --bits {args.bits} has rounded: prune with --{name} first, and "
+                "then round the folder with --method sparsegpt --keep-zeros"
+            )
+    if args.spread is not None and args.budgets != "owl":
+        raise InputError(f"--spread {args.spread} is for zeros by block: add --budgets owl, or leave it out")
 
 
 def _grid(args: argparse.Namespace) -> Grid | None:
@@ -162,13 +165,15 @@ def _pruned(
     by_outliers, spread = args.budgets == "owl", SPREAD if args.spread is None else args.spread
     if by_outliers:
         require_movable(rules, spread)
-    needs_text = args.method != "magnitude" or swaps or by_outliers
+    needs_text = args.method != "magnitude" or swaps or by_outliers or args.reconstruct
     batches = _calibration(config, model.config, args) if needs_text else []
     start, outliers = time.perf_counter(), list[float]()
     place, dtype, gated = torch.device(device), DTYPES[config.train.precision], settings.gated_norms
     if by_outliers:
         rules, outliers = rules_by_outliers(model, rules, batches, device=place, dtype=dtype, spread=spread)
-    layers = prune_model(model, rules, args.method, batches, device=place, dtype=dtype, gated=gated)
+    layers = prune_model(
+        model, rules, args.method, batches, device=place, dtype=dtype, gated=gated, reconstruct=args.reconstruct or 0
+    )
     seconds = time.perf_counter() - start
     about: dict[str, object] = {
         "method": args.method,
@@ -180,6 +185,8 @@ def _pruned(
         about |= {"values": grid.values, "group": grid.group or WHOLE_ROW}
     if swaps:
         about |= {"swaps": swaps}
+    if args.reconstruct:
+        about |= {"reconstruct": args.reconstruct}
     if by_outliers:
         about |= {"budgets": "owl", "spread": spread, "outliers": outliers}
     if batches:

@@ -59,7 +59,7 @@ def drop(
 
 def require_fit(args: argparse.Namespace) -> None:
     """Refuse arguments that are about weights. Raises InputError."""
-    for name in ("pattern", "bits", "group", "keep_zeros", "swaps", "budgets"):
+    for name in ("pattern", "bits", "group", "keep_zeros", "swaps", "budgets", "reconstruct"):
         if getattr(args, name):
             raise InputError(
                 f"--{name.replace('_', '-')} is for weights, and --method reap drops whole experts: leave it out, or "

@@ -1,0 +1,128 @@
+"""Kept weights of a pruned block fitted to what the block gave while it was dense, on the calibration text.
+
+Layers that were pruned one by one are each as near to their own outputs as can be; together they are not. So the block
+is run again with gradients, and Adam moves what is kept towards the dense block's outputs (arXiv 2510.14444).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.prune.replay import Batch, BlockReplay
+
+RATE = 0.01
+"""Adam's first rate, as a share of the root of the mean square of a layer's kept weights; it falls to 0 in a line."""
+
+
+class BlockFit:
+    """Fits one block of a ``replay``, which is resident, in so many ``passes`` of the text.
+
+    Holds the dense block's outputs on the CPU, and for every weight that is fitted three fp32 numbers on its device.
+    """
+
+    def __init__(self, replay: BlockReplay, index: int, passes: int):
+        self._replay, self._index, self._passes = replay, index, passes
+        self._wanted: list[Tensor] = []
+        self._number = 0
+        self._is_real: Tensor | None = None
+        self.errors: tuple[float, float] = (0.0, 0.0)
+        """Mean squared error of a value of the block's output over all tokens, before and after."""
+
+    def remember(self, forward: Callable[[], Any]) -> Any:
+        """Run the block while it is dense, on one batch after another, and keep what it gives."""
+        output = forward()
+        self._wanted.append(_hidden(output).to("cpu"))
+        return output
+
+    def fit(self, weights: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Return the fitted values of the pruned ``weights``, fp32 on their device, which the block then has.
+
+        What is 0 stays 0. Where the error over all tokens is not lower afterwards, the values are those of before.
+        """
+        held = [weight.detach().to(torch.float32, copy=True) for weight in weights]
+        masters = [values.clone() for values in held]
+        sizes = [float(m.square().sum() / m.count_nonzero().clamp(min=1)) ** 0.5 for m in masters]
+        groups = [{"params": [m], "lr": RATE * size} for m, size in zip(masters, sizes, strict=True)]
+        optimizer, steps = torch.optim.Adam(groups), self._passes * len(self._wanted)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
+
+        def step(forward: Callable[[], Any]) -> Any:
+            with torch.enable_grad():
+                output = forward()
+                gradients = torch.autograd.grad(self._difference(output).square().mean(), list(weights))
+            for master, gradient, before in zip(masters, gradients, held, strict=True):
+                master.grad = gradient.to(torch.float32) * (before != 0)
+            optimizer.step()
+            schedule.step()
+            _write(weights, masters)
+            return output
+
+        before = self._error()
+        with _asking_for_gradients(weights):
+            for _ in range(self._passes):
+                self._run(step)
+        after = self._error()
+        if not after < before:
+            _write(weights, held)
+            self.errors = before, before
+            return held
+        self.errors = before, after
+        return masters
+
+    def _run(self, compute: Callable[[Callable[[], Any]], Any]) -> None:
+        self._number = -1
+        self._replay.run(self._index, keep_output=False, before=self._begin, compute=compute)
+
+    def _begin(self, batch: Batch) -> None:
+        mask = batch.get("attention_mask")
+        self._number, self._is_real = self._number + 1, None if mask is None else mask.bool()
+
+    def _difference(self, output: Any) -> Tensor:
+        """The output less the dense block's, of the batch that runs, (tokens, width) fp32; padding is left out."""
+        made = _hidden(output)
+        wanted = self._wanted[self._number].to(made.device)
+        difference = made.to(torch.float32) - wanted.to(torch.float32)
+        if self._is_real is None or self._is_real.shape != difference.shape[:-1]:
+            return difference.flatten(0, -2)
+        return difference[self._is_real.to(made.device)]
+
+    def _error(self) -> float:
+        """The mean squared error of a value over all tokens."""
+        total, number = 0.0, 0
+
+        def add(forward: Callable[[], Any]) -> Any:
+            nonlocal total, number
+            output = forward()
+            difference = self._difference(output)
+            total, number = total + float(difference.square().sum(dtype=torch.float64)), number + difference.numel()
+            return output
+
+        self._run(add)
+        return total / number
+
+
+def _hidden(output: Any) -> Tensor:
+    """The hidden states among what a block returns: all of it, or the first of several."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _write(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for weight, value in zip(weights, values, strict=True):
+        weight.data.copy_(value)
+
+
+@contextmanager
+def _asking_for_gradients(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    asked = [weight.requires_grad for weight in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight, before in zip(weights, asked, strict=True):
+            weight.requires_grad_(before)
