@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import os
+import traceback
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from pst_ds.core.one_shot import (
 from pst_ds.core.patterns import parse_pattern
 
 from .one_shot_references import correlated_inputs, normal_weight
+from .test_formats import Guarded
 
 PATTERNS = ["matrix", "row", "2:4", "4:8"]
 UNTIL_NOTHING_MOVES = 100
@@ -213,3 +216,30 @@ def test_what_cannot_be_swapped_is_refused():
         refine_by_swaps(weight, start, inputs, parse_pattern("row"), 1, refit=False)
     with pytest.raises(FloatingPointError, match="inputs are not finite"):
         unit_gram(torch.full((3, 3), math.nan))
+
+
+def _pass_between_guards(native, rows, features, span, refit):
+    """A pass with no byte to spare behind any array, against the loop in torch."""
+    weight, gram = normal_weight(rows, features, features), torch.rand(features, features)
+    keep = (torch.rand(rows, features) < 0.5).to(torch.uint8)
+    state = weight, weight * keep, keep, torch.rand(rows, features), torch.zeros(rows), gram
+    guarded = [Guarded(each.numpy()) for each in state]
+    count = native.pst_swap_pass(*(each.address for each in guarded), rows, features, span, refit, 1)
+    assert count == swaps._swap_pass_in_torch(*state, span, refit=refit)
+    assert all(np.array_equal(g.array(), each.numpy().ravel()) for g, each in zip(guarded, state, strict=True))
+
+
+def test_no_byte_beyond_an_array_is_touched():
+    native, child = swaps.library(), os.fork()
+    if child == 0:
+        try:
+            for features in (1, 7, 8, 15, 16, 17, 31, 33, 48, 100):
+                for refit in (False, True):
+                    _pass_between_guards(native, 3, features, features, refit)
+                    if features % 8 == 0:
+                        _pass_between_guards(native, 3, features, 4, refit)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
