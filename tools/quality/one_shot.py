@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--samples", default="64", help="sequences to calibrate on")
     parser.add_argument("--tested", type=int, default=96, help="sequences of each text")
     parser.add_argument("--texts", nargs="+", default=[], metavar="FILE", help="texts to test on besides data.test")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the tested models (fp32)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every run")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     args = parser.parse_args()
@@ -58,7 +59,7 @@ def main() -> None:
             rows[-1]["of_reference"] = shares_of_reference(rows)
             print(f"{zeros} {method}: {_said(rows[-1])}; pruned in {found['prune_cpu_seconds']:.0f} CPU s")
     if args.json:
-        facts = {"samples": int(args.samples), "tested": args.tested, "dense": dense}
+        facts = {"samples": int(args.samples), "tested": args.tested, "dtype": args.dtype, "dense": dense}
         print(json.dumps({"comparison": "one_shot", "hardware": hardware(), **facts, "rows": rows}))
 
 
@@ -94,20 +95,23 @@ def measured(args: argparse.Namespace, model: str, folder: Path, facts: dict[str
     """Return the losses of a ``model``, "" for the run's own, with the ``facts``; kept in ``folder`` once known."""
     if (folder / OUTCOME).is_file():
         return json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
-    found = {**facts, "losses": losses_of(args.run, model, args.set, args.texts, args.tested)}
+    found = {**facts, "losses": losses_of(args.run, model, args.set, args.texts, args.tested, args.dtype)}
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomic(folder / OUTCOME, json.dumps(found) + "\n")
     return found
 
 
-def losses_of(run_file: str, model: str, settings: list[str], texts: list[str], limit: int) -> dict[str, float]:
+def losses_of(
+    run_file: str, model: str, settings: list[str], texts: list[str], limit: int, dtype: str = "fp32"
+) -> dict[str, float]:
     """The mean loss, in nats a token, of a folder (of the run's model: "") on the first sequences of each text."""
     from transformers import AutoModelForCausalLM
 
     from pst_ds.config.toml import load_run
+    from pst_ds.nn.base_model import DTYPES
 
     run = load_run(run_file, settings)
-    causal = AutoModelForCausalLM.from_pretrained(model or run.model.path, dtype=torch.float32).eval()
+    causal = AutoModelForCausalLM.from_pretrained(model or run.model.path, dtype=DTYPES[dtype]).eval()
     found = {OWN_TEXT: _loss(run, causal, limit)}
     for text in texts:
         of_text = load_run(run_file, [*settings, f"data.test={json.dumps(text)}"])
