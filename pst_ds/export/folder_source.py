@@ -36,6 +36,8 @@ class FolderTensor:
     rounding_error: float = 0.0
     promised: str = ""
     """The layer whose weight this is, if the folder was pruned to a grid."""
+    rows: tuple[int, int] | None = None
+    """First and last + 1 of those of a stack of experts that this is."""
 
     def is_on(self, grid: Grid | None) -> bool:
         """Return whether its values are codes on that very grid."""
@@ -77,7 +79,8 @@ class FolderSource:
         if recipe.is_on(output.grid):
             scales, error = self._weights.read(recipe.parts["scales"]), recipe.rounding_error
         elif recipe.promised and self._promised and output.grid:
-            scales = self._promised.scales_of(recipe.promised, tensor.t() if output.transposed else tensor)
+            matrix = tensor.t() if output.transposed else tensor
+            scales = self._promised.scales_of(recipe.promised, matrix, recipe.rows)
         yield TensorValues(tensor, None, recipe.pruned_per_matrix, scales, error)
 
     def read(self, recipe: FolderTensor, name: str, dtype: torch.dtype, *, hashed: bool = True) -> Tensor:
@@ -111,19 +114,20 @@ class FolderSource:
 
     def _of_stack(self, recipe: StackTensor, outputs: tuple[PlannedTensor, ...]) -> Iterator[TensorValues]:
         """A stack as one tensor, or as those that plain files have of it."""
-        stack, scales, error = recipe.stack, None, 0.0
+        stack, scales, error, grid = recipe.stack, None, 0.0, outputs[0].grid
         rows = self.read_stack(recipe, outputs[0].dtype)
+        if recipe.packed is not None and recipe.packed.is_on(grid):
+            scales, error = self._weights.read(recipe.packed.parts["scales"]), recipe.packed.rounding_error
         if outputs[0].name == stack.name:
-            tensor, grid = rows.view(stack.shape), outputs[0].grid
-            if recipe.packed is not None and recipe.packed.is_on(grid):
-                scales, error = self._weights.read(recipe.packed.parts["scales"]), recipe.packed.rounding_error
-            elif recipe.promised and self._promised and grid:
+            tensor = rows.view(stack.shape)
+            if scales is None and recipe.promised and self._promised and grid:
                 scales = self._promised.scales_of(stack.name, matrix_of(outputs[0], tensor))
             yield TensorValues(tensor, None, recipe.pruned_per_matrix, scales, error)
             return
         for piece in stack.pieces:
-            own = rows[slice(*piece.rows)].view(piece.shape)
-            yield TensorValues(own, None, stack.pruned_of(piece, recipe.pruned_per_matrix))
+            own, pruned = slice(*piece.rows), stack.pruned_of(piece, recipe.pruned_per_matrix)
+            own_scales = None if scales is None else scales[own]
+            yield TensorValues(rows[own].view(piece.shape), None, pruned, own_scales, error)
 
     def _stored(self, name: str, sha256: dict[str, str]) -> Tensor:
         """A tensor of the files, held against its SHA-256 if that is known."""

@@ -141,8 +141,7 @@ def plan_folder(folder: FolderContents, encoding: Encoding, dtype: str | None) -
     stacks = [] if folder.foreign else folder_stacks(folder.model, folder.weights)
     names = [stack.name for stack in stacks]
     promised = folder.promised.names(folder.model, linear, names, encoding.values) if folder.promised else {}
-    rounded = grids(folder.model, encoding)
-    cast = None if dtype is None else DTYPES[dtype]
+    rounded, cast = grids(folder.model, encoding), None if dtype is None else DTYPES[dtype]
     jobs, taken = [], set[str]()
     for stack in stacks:
         recipe = _stack_recipe(folder, stack, is_promised=stack.name in promised)
@@ -150,9 +149,13 @@ def plan_folder(folder: FolderContents, encoding: Encoding, dtype: str | None) -
         if outputs:
             jobs.append(TensorJob(outputs, recipe))
             taken |= {*(recipe.packed.parts.values() if recipe.packed else ()), *stack.stored}
+    of_stacks = _pieces_of_plain(stacks) if encoding.packing == GGUF else {}
     for name, parts in _tensors(folder, linear, taken).items():
-        own = replace(_recipe(folder, name, parts, linear), promised=promised.get(name, ""))
-        planned = _planned(folder, name, own, linear, cast).rounded(rounded.get(name))
+        layer, rows, grid = name, None, rounded.get(name)
+        if name in of_stacks:  # which GGUF stacks again, and is filled with expert by expert
+            (layer, rows), grid = of_stacks[name], encoding.values
+        own = replace(_recipe(folder, name, parts, linear), promised=promised.get(layer, ""), rows=rows)
+        planned = _planned(folder, name, own, linear, cast).rounded(grid)
         if encoding.packing == COMPRESSED_TENSORS:
             planned = planned.for_compressed_tensors()
         elif planned.is_linear and encoding.packing not in (DENSE, GGUF) and planned.grid in (None, encoding.values):
@@ -160,6 +163,13 @@ def plan_folder(folder: FolderContents, encoding: Encoding, dtype: str | None) -
             planned = _as_packed(weight.to(planned.dtype), planned, encoding)
         jobs.append(TensorJob((planned,), own))
     return jobs, source
+
+
+def _pieces_of_plain(stacks: list[FolderStack]) -> dict[str, tuple[str, tuple[int, int]]]:
+    """(stack, its rows) by the files' name of each plain tensor that is rows of one."""
+    return {
+        at: (stack.name, piece.rows) for stack in stacks for at, piece in zip(stack.stored, stack.pieces, strict=False)
+    }
 
 
 def _stack_recipe(folder: FolderContents, stack: FolderStack, *, is_promised: bool) -> StackTensor:
@@ -177,7 +187,7 @@ def _stack_recipe(folder: FolderContents, stack: FolderStack, *, is_promised: bo
 def _stack_outputs(
     folder: FolderContents, source: FolderSource, recipe: StackTensor, encoding: Encoding, cast: torch.dtype | None
 ) -> tuple[PlannedTensor, ...]:
-    """What a stack becomes that is packed, or is to be; nothing where its plain tensors stay as they are."""
+    """What a stack becomes that is packed, or is to be; nothing where its plain tensors stay ones by themselves."""
     stack = recipe.stack
     if recipe.packed is None and (
         not stack.stored or encoding.is_plain or encoding.packing in (GGUF, COMPRESSED_TENSORS)
@@ -194,7 +204,9 @@ def _stack_outputs(
         as_one = _as_packed(rows.view(stack.shape), planned, encoding)
     if as_one.form is not None:
         return (as_one,)
-    return () if recipe.packed is None else stack.planned_pieces(planned)
+    if recipe.packed is None:
+        return ()
+    return stack.planned_pieces(planned.rounded(encoding.values) if encoding.packing == GGUF else planned)
 
 
 def _tensors(folder: FolderContents, linear: dict[str, nn.Module], taken: set[str]) -> dict[str, dict[str, str]]:

@@ -243,14 +243,17 @@ class _Planner:
                 yield self._job(name, in_base, in_files, tensor)
 
     def _of_stack(self, name: str) -> Iterator[TensorJob]:
-        """The stack ``name``: packed as one tensor, or in those of the base's files, such as a matrix of an expert."""
+        """The stack ``name``: packed as one tensor, or in those of the base's files, such as a matrix of an expert.
+
+        GGUF stacks the latter again, and is filled expert by expert.
+        """
         layer = self._layers[name]
         parts = self._parts_of_stack(name, layer)
         rows = tuple((part.in_base, *part.run.rows) for part in parts)
         recipe = self._recipe(f"{name}.weight", parts[0].in_base)
         recipe = replace(recipe, layer=(all_experts(layer.layout), layer.constants), rows_in_base=rows)
         as_one = self._planned(recipe, name, layer.weight_shape)
-        if as_one.form is not None:
+        if as_one.form is not None and self._encoding.packing != GGUF:
             yield TensorJob((as_one,), replace(recipe, masked=as_one.packing == DENSE))
             return
         for part in parts:

@@ -46,14 +46,16 @@ class PromisedGrid:
         found = {name: layer_of[id(module)] for name, module in linear.items() if id(module) in layer_of}
         return found | {name: name for name in stacks if name in self.layers}
 
-    def scales_of(self, layer: str, weight: Tensor) -> Tensor:
+    def scales_of(self, layer: str, weight: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
         """Return the scales of a layer, (O, groups) bf16. ``weight``: its own, (O, I), in the dtype of the file.
+
+        ``rows``: first and last + 1 of those that ``weight`` has of a stack; None: all.
 
         Raises ExportError for damaged scales, and for a weight that is not code * scale to the bit.
         """
         path, name = self.scales.path, scales_name(layer)
         try:
-            scales = self.scales.read(name)
+            scales = self.scales.read(name) if rows is None else self.scales.read_rows(name, *rows)
             off = first_off_grid(weight, self.grid, scales)
         except (TensorFileError, ValueError) as error:
             raise ExportError(f"{path}: {name}: {error}; prune again, or see {_opt_out(self.folder)}") from None

@@ -1,31 +1,26 @@
-"""A GGUF file of a Llama or Mistral, for llama.cpp: int8 and int4 values in blocks of 32 that share a scale."""
+"""A GGUF file of a model, for llama.cpp: int8 and int4 values in blocks of 32 that share a scale."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from pst_ds.core.formats.gguf_blocks import BLOCK, gguf_blocks
-from pst_ds.core.formats.rows import as_bools
-from pst_ds.core.quantization import Grid
 from pst_ds.export.encoding import Encoding
+from pst_ds.export.gguf.families import family_of
+from pst_ds.export.gguf.tensors import GgufPiece, GgufPlan, GgufTensor, num_experts
 from pst_ds.export.gguf.tokenizer import GgufTokenizer, gguf_tokenizer
 from pst_ds.export.manifest import ExportError, JsonTable
-from pst_ds.export.plan import PlannedTensor, Source, TensorJob, TensorValues, require_space
+from pst_ds.export.plan import Source, TensorJob, require_space
+from pst_ds.export.tensor_files import write_at
 from pst_ds.progress import Progress
 
-FAMILIES = ("llama", "mistral")
-"""Values of ``model_type`` that llama.cpp runs as its architecture "llama"."""
-_ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
 _SPARE_BYTES = 64 << 20
 _FILE_TYPES = {None: 32, 4: 2, 8: 7}
 """llama.cpp's numbers of mostly BF16, Q4_0 and Q8_0 files, by the bits of the values."""
@@ -40,44 +35,34 @@ def write_gguf(
     tokenizer that GGUF has no words for here.
     """
     text = config.get_text_config()
-    if text.model_type not in FAMILIES:
-        raise ExportError(f"GGUF is written of {' and '.join(FAMILIES)} models, and this is {text.model_type}")
-    library = _library()
+    family, library = family_of(text), _library()
     jobs = [job for job in jobs if not job.outputs[0].name.endswith("rotary_emb.inv_freq")]  # computed by llama.cpp
-    tensors = [_tensor(output, text, library) for job in jobs for output in job.outputs]
-    num_tokens = next((t.output.shape[0] for t in tensors if t.name == "token_embd.weight"), text.vocab_size)
+    plan = GgufPlan([output for job in jobs for output in job.outputs], text, family, library)
+    num_tokens = next((t.shape[0] for t in plan.tensors if t.name == "token_embd.weight"), text.vocab_size)
     words = gguf_tokenizer(tokenizer, num_tokens)
+    tensors, factors = plan.tensors, _llama3_factors(text)
+    if factors is not None:
+        kind = library.GGMLQuantizationType.F32
+        tensors = [*tensors, GgufTensor("rope_freqs.weight", factors.shape, kind, np.float32, factors.nbytes)]
     require_space(out, sum(tensor.nbytes for tensor in tensors) + _SPARE_BYTES)
     partial = out.with_name(f".{out.name}.partial")
-    writer = library.GGUFWriter(partial, "llama")
+    writer = library.GGUFWriter(partial, family.architecture)
     try:
         _describe(writer, text, words, out.stem, encoding)
-        for tensor in tensors:
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(tensor.numpy), tensor.nbytes, tensor.kind)
-        factors = _llama3_factors(text)
-        if factors is not None:
-            writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        inexact = 0
-        with Progress("export", sum(tensor.nbytes for tensor in tensors), "bytes") as progress:
-            for tensor, values in zip(tensors, _made(jobs, source), strict=True):
-                data, changed = tensor.data(values)
-                writer.write_tensor_data(data)
-                inexact += changed
-                progress.add(tensor.nbytes)
-        if factors is not None:
-            writer.write_tensor_data(factors)
-        writer.close()
+        offsets = _write_head(writer, tensors, partial)
+        with partial.open("r+b") as file:
+            if factors is not None:
+                write_at(file.fileno(), factors.data.cast("B"), offsets["rope_freqs.weight"])
+            inexact = _write_pieces(file.fileno(), offsets, plan.pieces, jobs, source)
         os.replace(partial, out)
     finally:
+        writer.close()
         partial.unlink(missing_ok=True)
-    rounded = [tensor for tensor in tensors if tensor.grid]
     return {
-        "export_dir": str(out), "kind": "gguf", **encoding.facts(), "tensors": len(tensors),
-        "rounded_tensors": len(rounded), "file_bytes": out.stat().st_size, "inexact_scales": inexact,
-        "bits_per_weight": round(8 * out.stat().st_size / sum(t.numel for t in tensors), 4),
+        "export_dir": str(out), "kind": "gguf", **encoding.facts(), "tensors": len(plan.tensors),
+        "rounded_tensors": sum(tensor.is_rounded for tensor in plan.tensors), "file_bytes": out.stat().st_size,
+        "inexact_scales": inexact,
+        "bits_per_weight": round(8 * out.stat().st_size / sum(math.prod(p.output.shape) for p in plan.pieces), 4),
     }  # fmt: skip
 
 
@@ -89,78 +74,34 @@ def _library() -> Any:
     return gguf
 
 
-def _made(jobs: Sequence[TensorJob], source: Source) -> Iterator[TensorValues]:
-    for job in jobs:
-        yield from source.make(job)
+def _write_head(writer: Any, tensors: Sequence[GgufTensor], path: Path) -> dict[str, int]:
+    """Write all but the tensors to ``path``, and make room for these; the byte at which each of them begins."""
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(tensor.numpy), tensor.nbytes, tensor.kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    offsets, end = {}, path.stat().st_size
+    for tensor in tensors:
+        offsets[tensor.name] = end = writer.ggml_pad(end, writer.data_alignment)
+        end += tensor.nbytes
+    os.truncate(path, writer.ggml_pad(end, writer.data_alignment))
+    return offsets
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """One tensor of the file."""
-
-    name: str
-    shape: tuple[int, ...]
-    """Of what is written: bytes, where it is blocks."""
-    kind: Any
-    """ggml's type."""
-    numpy: type[np.generic]
-    numel: int
-    nbytes: int
-    output: PlannedTensor
-    grid: Grid | None
-    heads: int = 0
-    """Of a query's or key's projection, whose rows are put in another order."""
-
-    def data(self, values: TensorValues) -> tuple[NDArray[Any], int]:
-        """Return (the array to write, number of scales that fp16 does not hold exactly). Raises ExportError."""
-        tensor = values.tensor.to(self.output.dtype)
-        if self.grid is None:
-            tensor = _for_interleaved_rotation(tensor, self.heads)
-            if self.numpy is np.float32:
-                return tensor.float().contiguous().numpy(), 0
-            return tensor.contiguous().view(torch.uint8).numpy(), 0
-        keep = None if values.keep is None else as_bools(values.keep, tensor.shape[1])
-        try:
-            blocks, changed = gguf_blocks(tensor, keep, self.grid, values.scales)
-        except ValueError as error:
-            raise ExportError(f"{self.output.name}: {error}") from None
-        return _for_interleaved_rotation(blocks, self.heads).contiguous().numpy(), changed
-
-
-def _tensor(output: PlannedTensor, config: Any, library: Any) -> _Tensor:
-    """Plan a tensor of the model for the file. Raises ExportError where it has no place there."""
-    names = library.get_tensor_name_map(library.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    name = names.get_name(output.name, try_suffixes=(".weight", ".bias"))
-    if name is None:
-        raise ExportError(f"{output.name} has no name in a GGUF file of a Llama")
-    kinds = library.GGMLQuantizationType
-    owner = output.name.rpartition(".")[0]
-    heads = config.num_attention_heads if owner.endswith(_ROTATED[0]) else 0
-    if owner.endswith(_ROTATED[1]):
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    numel = math.prod(output.shape)
-    if output.grid is not None:
-        if output.shape[1] % BLOCK:
-            raise ExportError(f"{output.name} has {output.shape[1]} inputs, and GGUF's blocks have {BLOCK}")
-        row = output.shape[1] // BLOCK * (2 + BLOCK * output.grid.bits // 8)
-        kind = kinds.Q8_0 if output.grid.bits == 8 else kinds.Q4_0
-        shape = (output.shape[0], row)
-        return _Tensor(name, shape, kind, np.uint8, numel, math.prod(shape), output, output.grid, heads)
-    halves = {torch.bfloat16: kinds.BF16, torch.float16: kinds.F16}
-    if len(output.shape) == 1 or output.dtype not in halves:  # llama.cpp takes vectors in fp32 alone
-        return _Tensor(name, output.shape, kinds.F32, np.float32, numel, 4 * numel, output, None, heads)
-    shape = (output.shape[0], 2 * output.shape[1])
-    return _Tensor(name, shape, halves[output.dtype], np.uint8, numel, 2 * numel, output, None, heads)
-
-
-def _for_interleaved_rotation(tensor: Tensor, heads: int) -> Tensor:
-    """Put the rows of a query's or key's projection in llama.cpp's order.
-
-    transformers rotates dimension i of a head with i + d / 2; llama.cpp's "llama" rotates 2 i with 2 i + 1.
-    """
-    if not heads:
-        return tensor
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+def _write_pieces(
+    handle: int, offsets: dict[str, int], pieces: Sequence[GgufPiece], jobs: Sequence[TensorJob], source: Source
+) -> int:
+    """Make and write every piece at its place, one at a time. Returns how many scales fp16 does not hold exactly."""
+    inexact = 0
+    with Progress("export", sum(piece.nbytes for piece in pieces), "bytes") as progress:
+        for piece, values in zip(pieces, (made for job in jobs for made in source.make(job)), strict=True):
+            data, changed = piece.data(values)
+            write_at(handle, data.data.cast("B"), offsets[piece.name] + (piece.expert or 0) * piece.nbytes)
+            inexact += changed
+            progress.add(piece.nbytes)
+    return inexact
 
 
 def _describe(writer: Any, config: Any, words: GgufTokenizer, name: str, encoding: Encoding) -> None:
@@ -175,6 +116,8 @@ def _describe(writer: Any, config: Any, words: GgufTokenizer, name: str, encodin
     writer.add_embedding_length(width)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
+    if experts := num_experts(config):
+        _describe_experts(writer, config, experts)
     writer.add_head_count(heads)
     writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -196,6 +139,15 @@ def _describe(writer: Any, config: Any, words: GgufTokenizer, name: str, encodin
         getattr(writer, f"add_{key}_token_id")(number)
     writer.add_add_bos_token(words.adds_bos)
     writer.add_add_space_prefix(words.adds_space)
+
+
+def _describe_experts(writer: Any, config: Any, experts: int) -> None:
+    writer.add_expert_count(experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if width := getattr(config, "moe_intermediate_size", None):
+        writer.add_expert_feed_forward_length(width)
+    if width := getattr(config, "shared_expert_intermediate_size", None):
+        writer.add_expert_shared_feed_forward_length(width)
 
 
 def _rotation(config: Any) -> dict[str, Any]:
