@@ -10,7 +10,7 @@ from torch import Tensor
 from pst_ds.core.experts.routing import Routing
 from pst_ds.core.formats import FORMATS, PackedFormat, QuantizedFormat
 from pst_ds.core.packings import DENSE
-from pst_ds.runtime import ops
+from pst_ds.runtime import gpu, ops
 from pst_ds.runtime.linear import SparseLinear
 
 
@@ -18,7 +18,8 @@ class SparseExperts(SparseLinear):
     """y = x W' with the expert of each token, and W packed: the parts are those of the (E*O, I) matrix of all experts.
 
     For inference, as :class:`SparseLinear` is, with the same parts and the same check. Experts without a token cost
-    nothing. It stands for a stack (E, O, I), or (E, I, O), in a transformers experts module.
+    nothing; where :mod:`pst_ds.runtime.gpu` serves, one launch multiplies with all others. It stands for a stack
+    (E, O, I), or (E, I, O), in a transformers experts module.
     """
 
     expert_offsets: Tensor
@@ -80,9 +81,19 @@ class SparseExperts(SparseLinear):
             self._refuse_unchecked()
         x = self._accepted(x, self.dtype)
         y = x.new_empty(routing.order.numel(), self.rows_of_expert)
-        for expert, rows in routing.runs():
+        runs = list(routing.runs())
+        if (weight := self._in_one_launch(x)) is not None:
+            runs = gpu.packed_experts(x[routing.tokens] if by_token else x, weight, routing.experts, runs, y)
+        for expert, rows in runs:
             y[rows] = self.product(expert, routing.rows_of(x, rows, by_token))
         return y
+
+    def _in_one_launch(self, x: Tensor) -> gpu.PackedWeight | None:
+        """Return all experts as one weight, where kernels multiply with them at once; None where each is by itself."""
+        values, needs_gradient = getattr(self, self.format.values_name), x.requires_grad and torch.is_grad_enabled()
+        if needs_gradient or self.format.name == "csr" or not gpu.multiplies(x, values):
+            return None
+        return gpu.PackedWeight(values, self._buffers.get("bitmask"), self.row_offsets, self._buffers.get("scales"))
 
     def product(self, expert: int, x: Tensor) -> Tensor:
         """Return x W' of one expert: (n, I) to (n, O)."""

@@ -1,11 +1,13 @@
 """Products with bitmask, 2:4 and dense weights of codes or floats on a GPU, without expanding the weight.
 
 Few vectors take a walk along the kept values of each row (:mod:`pst_ds.runtime.vector_kernels`), more take tiles that
-are expanded on the chip and go through the tensor cores (:mod:`pst_ds.runtime.tile_kernels`).
+are expanded on the chip and go through the tensor cores (:mod:`pst_ds.runtime.tile_kernels`). Experts of a stack, each
+with vectors of its own, share a launch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -41,10 +43,13 @@ class PackedWeight:
 
 def takes(x: Tensor, values: Tensor) -> bool:
     """Return whether kernels compute the product of ``x`` (..., I) with a weight that has such ``values``."""
-    columns = x.shape[-1]
-    if x.dtype not in _FLOATS or not (values.dtype == x.dtype or values.dtype in _CODES) or not columns:
-        return False
-    return 0 < x.numel() // columns <= MOST_TILED and serves(x.device)
+    return multiplies(x, values) and x.numel() // x.shape[-1] <= MOST_TILED
+
+
+def multiplies(x: Tensor, values: Tensor) -> bool:
+    """Return whether kernels multiply ``x`` (..., I) of any number of vectors with such ``values``."""
+    fits = values.dtype == x.dtype or values.dtype in _CODES
+    return x.dtype in _FLOATS and fits and x.numel() > 0 and serves(x.device)
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -60,7 +65,34 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
     return y.view(*x.shape[:-1], rows)
 
 
-def _walk(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> None:
+def packed_experts(
+    x: Tensor, weight: PackedWeight, experts: Tensor, runs: Iterable[tuple[int, slice]], y: Tensor
+) -> list[tuple[int, slice]]:
+    """Compute x W' with the expert of each vector, (P, I) to ``y`` (P, O), in one launch for all experts.
+
+    ``weight``: (E*O, I), of all experts. ``experts``: (P,), the expert of each vector, rising; ``runs``: each expert
+    that has vectors, and which. As :func:`packed_linear`, but that all take the same way: a walk, where there are no
+    more than :data:`MOST_WALKED` vectors for each tile that there would be. Returns the runs of more than
+    :data:`MOST_TILED` vectors, of which nothing is written. See :func:`multiplies`.
+    """
+    few: list[tuple[int, slice]] = []
+    many: list[tuple[int, slice]] = []
+    for expert, rows in runs:
+        (few if rows.stop - rows.start <= MOST_TILED else many).append((expert, rows))
+    in_tile = _in_tile(max((rows.stop - rows.start for _, rows in few), default=1))
+    tiles = [
+        (expert, first, min(in_tile, rows.stop - first))
+        for expert, rows in few
+        for first in range(rows.start, rows.stop, in_tile)
+    ]
+    if not many and len(x) <= MOST_WALKED * len(tiles):
+        _walk(x, weight, None, y, experts)
+    elif tiles:
+        _tile(x, weight, None, y, torch.tensor(tiles, dtype=torch.int32, device=x.device), in_tile)
+    return many
+
+
+def _walk(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, experts: Tensor | None = None) -> None:
     from pst_ds.runtime import vector_kernels as kernels
 
     (vectors, rows), columns = y.shape, x.shape[1]
@@ -70,20 +102,28 @@ def _walk(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> No
     by_place = x.new_zeros((vectors, blocks(columns, per_block), kernels.X_ROWS, kernels.WARP), dtype=torch.float32)
     by_place[:, :, 1:] = spread.view(vectors, -1, kernels.WARP, _WORD).transpose(2, 3)
     launch(
-        kernels.packed_vector, (rows, vectors), by_place, by_place.stride(0), weight.values,
+        kernels.packed_vector, (rows, vectors), by_place, by_place.stride(0), experts, weight.values,
         weight.values.data_ptr() % 4, _bits(weight, columns), columns, weight.row_offsets, weight.scales, bias, y, rows,
         num_warps=1, fuse=True, UNROLL=kernels.UNROLL, **_grid_of(weight, columns),
     )  # fmt: skip
 
 
-def _tile(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> None:
+def _in_tile(vectors: int) -> int:
+    """How many vectors tiles for so many have room for."""
+    return min(_MOST_IN_TILE, max(_LEAST_IN_TILE, 1 << (vectors - 1).bit_length()))
+
+
+def _tile(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, tiles: Tensor | None = None, in_tile: int = 0
+) -> None:
     from pst_ds.runtime import tile_kernels as kernels
 
     (vectors, rows), columns = y.shape, x.shape[1]
-    in_tile = min(_MOST_IN_TILE, max(_LEAST_IN_TILE, 1 << (vectors - 1).bit_length()))
+    in_tile = in_tile or _in_tile(vectors)
+    count = blocks(vectors, in_tile) if tiles is None else len(tiles)
     launch(
-        kernels.packed_tiles, (blocks(rows, kernels.TILE_ROWS), blocks(vectors, in_tile)), x.contiguous(), vectors,
-        weight.values, _bits(weight, columns), rows, columns, weight.row_offsets, weight.scales, bias, y, fuse=True,
+        kernels.packed_tiles, (blocks(rows, kernels.TILE_ROWS), count), x.contiguous(), vectors, tiles, weight.values,
+        _bits(weight, columns), rows, columns, weight.row_offsets, weight.scales, bias, y, fuse=True,
         ROWS=kernels.TILE_ROWS, VECTORS=in_tile, **_grid_of(weight, columns),
     )  # fmt: skip
 

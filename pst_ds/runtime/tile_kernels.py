@@ -31,15 +31,25 @@ def _expanded(values, first, bits, scale, BITS: tl.constexpr):
 
 @triton.jit
 def packed_tiles(
-    x_ptr, vectors, values_ptr, bits_ptr, rows, columns, offsets_ptr, scales_ptr, bias_ptr, y_ptr,
+    x_ptr, vectors, tiles_ptr, values_ptr, bits_ptr, rows, columns, offsets_ptr, scales_ptr, bias_ptr, y_ptr,
     ROWS: tl.constexpr, VECTORS: tl.constexpr, BITS: tl.constexpr, GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """y (vectors, rows) = x (vectors, columns) W' + bias, with W rounded to the dtype of x and sums in fp32."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    vector = tl.program_id(1) * VECTORS + tl.arange(0, VECTORS)
-    is_row, is_vector = row < rows, vector < vectors
+    """y (vectors, rows) = x (vectors, columns) W' + bias, with W rounded to the dtype of x and sums in fp32.
+
+    ``tiles_ptr``: of experts (their number, the first vector, how many) int32 of each tile; None: a weight by itself.
+    """
+    output = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first_vector, end, first_row = tl.program_id(1) * VECTORS, vectors, 0
+    if tiles_ptr is not None:
+        tile = tiles_ptr + tl.program_id(1) * 3
+        first_row = tl.load(tile) * rows
+        first_vector = tl.load(tile + 1)
+        end = first_vector + tl.load(tile + 2)
+    vector = first_vector + tl.arange(0, VECTORS)
+    is_row, is_vector = output < rows, vector < end
+    row = first_row + output
     offsets = tl.load(offsets_ptr + row, mask=is_row, other=0)
-    base = tl.load(offsets_ptr + tl.program_id(0) * ROWS)
+    base = tl.load(offsets_ptr + first_row + tl.program_id(0) * ROWS)
     first = (offsets - base).to(tl.int32) * (2 if BITS == 4 else 1)
     values = values_ptr + base
     x = x_ptr + vector.to(tl.int64)[None, :] * columns
@@ -61,6 +71,6 @@ def packed_tiles(
         sums = tl.dot(weight, part, sums, input_precision="ieee")
         word += 1
     if bias_ptr is not None:
-        sums += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
-    y = y_ptr + vector.to(tl.int64)[None, :] * rows + row[:, None]
+        sums += tl.load(bias_ptr + output, mask=is_row, other=0.0).to(tl.float32)[:, None]
+    y = y_ptr + vector.to(tl.int64)[None, :] * rows + output[:, None]
     tl.store(y, sums.to(y_ptr.dtype.element_ty), mask=is_row[:, None] & is_vector[None, :])

@@ -98,15 +98,19 @@ def _code(word, two_to_23, number: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def packed_vector(
-    x_ptr, x_vector, values_ptr, lead, bits_ptr, columns, offsets_ptr, scales_ptr, bias_ptr, y_ptr, y_vector,
-    UNROLL: tl.constexpr, BITS: tl.constexpr, GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr,
+    x_ptr, x_vector, experts_ptr, values_ptr, lead, bits_ptr, columns, offsets_ptr, scales_ptr, bias_ptr, y_ptr,
+    y_vector, UNROLL: tl.constexpr, BITS: tl.constexpr, GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """y[vector, row] = sum of the kept values of a row times their x (fp32), plus the bias. For one warp.
 
     ``BITS``: of a code, 8 or 4; 0: values are floats. ``lead``: bytes between a multiple of four and ``values_ptr``, of
-    codes. x: (words / WARP, X_ROWS, WARP) of a vector.
+    codes. x: (words / WARP, X_ROWS, WARP) of a vector. ``experts_ptr``: the expert of each vector, whose rows are those
+    from y_vector times its number on; None: a weight by itself.
     """
-    row, vector = tl.program_id(0), tl.program_id(1)
+    output, vector = tl.program_id(0), tl.program_id(1)
+    row = output
+    if experts_ptr is not None:
+        row += tl.load(experts_ptr + vector).to(tl.int32) * y_vector
     lanes = tl.arange(0, 32)
     offset = tl.load(offsets_ptr + row)
     if BITS:
@@ -160,5 +164,5 @@ def packed_vector(
         x_ptr += 32 * _X_ROWS
     result = tl.sum(sums, 0)
     if bias_ptr is not None:
-        result += tl.load(bias_ptr + row).to(tl.float32)
-    tl.store(y_ptr + vector * y_vector + row, result.to(y_ptr.dtype.element_ty))
+        result += tl.load(bias_ptr + output).to(tl.float32)
+    tl.store(y_ptr + vector * y_vector + output, result.to(y_ptr.dtype.element_ty))

@@ -109,16 +109,67 @@ def test_rows_of_any_number_of_codes(bits, kept, launched):
     assert launched == ["packed_vector"]
 
 
+def require_experts(experts, counts, launches, launched, *, by_token=False, dtype=torch.float32):
+    """Products of a stack with so many vectors for each expert, against dense ones, in these launches."""
+    launched.clear()
+    index = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).view(-1, 1)
+    if by_token:  # in another order than the experts', and two experts a token
+        index = torch.cat([index.flip(0), (index.flip(0) + 1) % len(counts)], 1)
+    routing = Routing.of(index, torch.ones(index.shape), len(counts))
+    x = inputs(len(index), experts.in_features, dtype)[0]
+    rows = x[routing.tokens] if by_token else x
+    found = experts(x, routing, by_token=by_token)
+    weight = experts.format.unpack(experts.parts(), torch.float64).view(len(counts), -1, experts.in_features)
+    expected = torch.einsum("pi,poi->po", rows.double(), weight[routing.experts].double())
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    assert launched == launches
+
+
+def stack_of(experts, rows, columns):
+    return torch.stack([weight_of(rows, columns + i, 0.4)[0][:, :columns] for i in range(experts)])
+
+
 @pytest.mark.parametrize("bits", [8, 4])
-def test_experts_begin_with_any_byte(bits, launched):
-    stack = torch.stack([weight_of(3, 64 + expert, 0.4)[0][:, :64] for expert in range(4)])
-    experts = SparseExperts.of_stack(stack, QuantizedFormat("bitmask", Grid(bits, 32)))
-    routing = Routing.of(torch.arange(4).view(4, 1), torch.ones(4, 1), 4)
-    x = inputs(4, 64)[0]
-    found = experts(x, routing, by_token=True)
-    weight = experts.format.unpack(experts.parts(), torch.float32).view(4, 3, 64)
-    torch.testing.assert_close(found, torch.einsum("ei,eoi->eo", x, weight), rtol=1e-5, atol=1e-5)
-    assert launched == ["packed_vector"] * 4
+def test_experts_begin_with_any_byte_and_share_a_launch(bits, launched):
+    experts = SparseExperts.of_stack(stack_of(4, 3, 64), QuantizedFormat("bitmask", Grid(bits, 32)))
+    require_experts(experts, [1, 1, 1, 1], ["packed_vector"], launched)
+    require_experts(experts, [2, 0, 3, 0], ["packed_vector"], launched, by_token=True)
+    require_experts(experts, [1, 0, 9, 1], ["packed_vector"], launched)  # 11 vectors: fewer than 8 for each of 3 tiles
+    require_experts(experts, [9, 0, 17, 1], ["packed_tiles"], launched)
+
+
+@pytest.mark.parametrize(("packing", "bits"), [("bitmask", 0), ("2:4", 0), ("dense", 8), ("2:4", 4)])
+def test_experts_of_every_format(packing, bits, launched):
+    stack = stack_of(3, 2, 64).bfloat16()
+    if packing == "2:4":
+        stack *= torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(16)
+    form = QuantizedFormat(packing, Grid(bits, 32)) if bits else packing
+    experts = SparseExperts.of_stack(stack, form)
+    require_experts(experts, [2, 0, 1], ["packed_vector"], launched, dtype=torch.bfloat16)
+    require_experts(experts, [9, 0, 10], ["packed_tiles"], launched, dtype=torch.bfloat16)
+
+
+def test_rows_of_an_expert_end_within_a_tile(launched):
+    """66 rows are a tile and two rows of the next, which is no other expert's."""
+    experts = SparseExperts.of_stack(stack_of(3, 66, 32))
+    require_experts(experts, [9, 70, 0], ["packed_tiles"], launched)
+
+
+def test_an_expert_with_many_vectors_is_multiplied_by_itself(launched, monkeypatch):
+    monkeypatch.setattr(gpu, "MOST_TILED", 10)
+    experts = SparseExperts.of_stack(stack_of(3, 2, 32))
+    require_experts(experts, [9, 11, 1], ["packed_tiles"], launched)
+    require_experts(experts, [0, 11, 0], [], launched)
+
+
+def test_experts_whose_inputs_have_a_gradient_are_multiplied_as_dense_ones(launched):
+    experts = SparseExperts.of_stack(stack_of(2, 3, 32))
+    x = inputs(2, 32)[0].requires_grad_()
+    routing = Routing.of(torch.tensor([[0], [1]]), torch.ones(2, 1), 2)
+    experts(x, routing, by_token=True).sum().backward()
+    torch.testing.assert_close(x.grad, experts.dense_weight().view(2, 3, 32).sum(1))
+    assert launched == []
 
 
 def test_what_is_pruned_meets_no_infinity_of_few_vectors():
