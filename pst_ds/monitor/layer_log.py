@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from pst_ds.config.file_names import LAYERS_FILE
+from pst_ds.core.experts.tokens import of_equal_numbers
 from pst_ds.masks.layer_stats import LayerStats, ScoreHistogram
 from pst_ds.masks.ranks import RankStats
 from pst_ds.masks.update import MaskStats
@@ -23,6 +26,12 @@ THUMBNAIL = (
     "The mask, shrunk: share of kept weights in each cell, dark violet none, green as many as on average, yellow twice "
     "as many or more. Outputs from top to bottom, inputs from left to right."
 )
+_EXPERTS = "One column an expert; one row {}, the first on top."
+EXPERT_TOKENS = (
+    "Tokens that each expert was trained on since the process began: dark violet none, green as many as the experts of "
+    f"its module on average, yellow twice as many or more. {_EXPERTS.format('a module')}"
+)
+EXPERT_ZEROS = f"Share of zeros in each expert: dark violet 0, yellow 1. {_EXPERTS.format('a stack')}"
 SCORES = (
     "Importance scores S of single weights, from four standard deviations below their mean to four above it; the bars "
     "at both ends have all that is beyond."
@@ -63,6 +72,16 @@ class LayerLog:
         self._file.write({"step": step, "event": "rounding", "error": [_six_digits(error) for error in errors]})
         for name, error in zip(self._names, errors, strict=True):
             self._board.scalar(f"layers/{name}/rounding_error", error, step)
+
+    def experts(self, step: int, tokens: Mapping[str, Sequence[int]], zeros: Mapping[str, Sequence[int]]) -> None:
+        """Picture the tokens of each expert, by module, and its zeros, by stack."""
+        weights = dict(zip(self._names, self._weights, strict=True))
+        for i, table in enumerate(of_equal_numbers(tokens)):
+            drawn = pictures.heat_map(np.concatenate([pictures.share_on_scale([row]) for row in table.values()]))
+            self._board.picture(f"experts/tokens{i or ''}", drawn, step, EXPERT_TOKENS)
+        for i, table in enumerate(of_equal_numbers(zeros)):
+            share = np.array([np.array(row) * len(row) / weights[name] for name, row in table.items()])
+            self._board.picture(f"experts/zeros{i or ''}", pictures.heat_map(share), step, EXPERT_ZEROS)
 
     def figures(self, step: int, found: LayerStats) -> None:
         """Record statistics and images of the layers as they are after ``step``."""

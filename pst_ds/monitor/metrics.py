@@ -100,6 +100,11 @@ class MetricsWriter:
         if self._layers is not None:
             self._layers.figures(step, found)
 
+    def experts(self, step: int, counts: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
+        """Picture the "expert_tokens" by module and "expert_zeros" by stack of a run that has ended, if it has any."""
+        if self._layers is not None:
+            self._layers.experts(step, counts.get("expert_tokens", {}), counts.get("expert_zeros", {}))
+
     def settings(self, settings: Mapping[str, object], metric_tags: Sequence[str]) -> None:
         """The settings of a run that has ended; its last values of ``metric_tags`` are what came of them."""
         if self._file is not None:

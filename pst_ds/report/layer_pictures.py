@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +22,7 @@ MOST_SNAPSHOTS = 4
 
 @dataclass(frozen=True, slots=True)
 class HeatMap:
-    """Layers from top to bottom, mask updates from left to right, a pixel a cell."""
+    """Layers from top to bottom, mask updates or experts from left to right, a pixel a cell."""
 
     title: str
     note: str
@@ -30,12 +30,14 @@ class HeatMap:
     """A data URI."""
     scale: tuple[str, str]
     """The values of the lowest and the highest colour."""
-    step_ticks: list[Tick]
+    ticks: list[Tick]
     layers: list[str]
-    steps: list[str]
-    """Label of each column."""
+    columns: list[str]
+    """Label of each."""
     values: str
     """Every cell, row by row: little-endian float32 in base64."""
+    column: str = "step"
+    """What a column is called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +67,21 @@ def _heat_map(
     layers: LayerData, title: str, note: str, values: np.ndarray, on_scale: np.ndarray, scale: tuple[str, str]
 ) -> HeatMap:
     columns = layers.column_steps()
-    count = len(columns)
-    shown = sorted({0, count // 2, count - 1})
-    ticks = [Tick(round(LEFT + (i + 0.5) / count * (RIGHT - LEFT), 1), short(columns[i][0])) for i in shown]
     texts = [whole(first) if first == last else f"{first:,} to {last:,}" for first, last in columns]
-    packed = base64.b64encode(values.astype("<f4").tobytes()).decode("ascii")
-    return HeatMap(title, note, png_uri(coloured(on_scale)), scale, ticks, layers.names, texts, packed)
+    ticks = column_ticks([first for first, _ in columns])
+    return HeatMap(title, note, png_uri(coloured(on_scale)), scale, ticks, layers.names, texts, packed(values))
+
+
+def column_ticks(numbers: Sequence[int]) -> list[Tick]:
+    """Label the first, the middle and the last of columns that stand for these numbers."""
+    count = len(numbers)
+    shown = sorted({0, count // 2, count - 1})
+    return [Tick(round(LEFT + (i + 0.5) / count * (RIGHT - LEFT), 1), short(numbers[i])) for i in shown]
+
+
+def packed(values: np.ndarray) -> str:
+    """Return cells as :attr:`HeatMap.values`."""
+    return base64.b64encode(values.astype("<f4").tobytes()).decode("ascii")
 
 
 def png_uri(pixels: np.ndarray) -> str:

@@ -12,6 +12,7 @@ from pst_ds import __version__
 from pst_ds.monitor.verdict import sentence
 from pst_ds.report import axes
 from pst_ds.report.charts import charts
+from pst_ds.report.expert_pictures import expert_maps
 from pst_ds.report.layer_pictures import heat_maps, layer_pictures
 from pst_ds.report.layer_table import layer_table
 from pst_ds.report.outcomes import ExportData
@@ -59,6 +60,7 @@ def page(
         settings=list(setting_tables(runs)),
         charts=list(charts(runs)),
         heat_maps=_in_rows([[(run, heat_map) for heat_map in heat_maps(run)] for run in runs]),
+        expert_maps=[row for run in runs if (row := [(run, heat_map) for heat_map in expert_maps(run)])],
         layers=layer_table(runs, {key: shape for export in exports for key, shape in export.shapes.items()}),
         pictures=[(run, *pictures) for run in runs for pictures in layer_pictures(run)],
         outcomes=[(heading, tables) for heading, tables in outcomes if tables],

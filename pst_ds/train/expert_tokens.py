@@ -1,13 +1,20 @@
-"""How many tokens the experts of a run have been trained on, and which have seen none."""
+"""How many tokens the experts of a run have been trained on, which have seen none, and how many zeros they have."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from pst_ds.core.bits import unpack_range
 from pst_ds.core.experts.tokens import unused_experts
 from pst_ds.nn.experts import expert_stacks
-from pst_ds.parallel.ranks import all_gather_numbers
+from pst_ds.parallel import zero3
+from pst_ds.parallel.ranks import all_gather_numbers, group_sum
+
+CountsOfExperts = dict[str, dict[str, list[int]]]
+""" "expert_tokens" by module and "expert_zeros" by stack; empty for a model without stacks."""
 
 
 def tokens_by_module(model: nn.Module) -> dict[str, Tensor]:
@@ -33,15 +40,28 @@ def token_figures(tokens: dict[str, Tensor]) -> dict[str, float]:
     }
 
 
-def counts_of_experts(model: nn.Module) -> dict[str, dict[str, list[int]]]:
-    """What result.json has of :func:`tokens_by_module`; nothing for a model without stacks. Collective."""
+def zeros_by_stack(model: nn.Module) -> dict[str, list[int]]:
+    """Zeros in the mask of each expert, by stack; of all ranks. Collective."""
+    found = {}
+    for name, stack in expert_stacks(model).items():
+        bits, (start, stop) = zero3.shard_of(stack.pst_mask).values, stack.own_range()
+        zeros = torch.zeros(stack.layout.num_experts, dtype=torch.int64, device=bits.device)
+        for expert in range(len(zeros)):
+            first, last = (min(max(at, start), stop) - start for at in stack.layout.expert_range(expert))
+            zeros[expert] = last - first - unpack_range(bits, stop - start, 1, first, last).sum()
+        found[name] = group_sum(zeros, stack.pst_mask).tolist()
+    return found
+
+
+def counts_of_experts(model: nn.Module) -> CountsOfExperts:
+    """What result.json has of each expert, by module and by stack; nothing for a model without stacks. Collective."""
     tokens = {name: counts.tolist() for name, counts in tokens_by_module(model).items()}
-    return {"expert_tokens": tokens} if tokens else {}
+    return {"expert_tokens": tokens, "expert_zeros": zeros_by_stack(model)} if tokens else {}
 
 
-def warning_of_unused(tokens: dict[str, Tensor], first_step: int) -> str:
+def warning_of_unused(tokens: Mapping[str, Sequence[int]], first_step: int) -> str:
     """The sentence that names experts without a token since ``first_step``; "" if all had some."""
     since = f" since step {first_step}" if first_step else ""
-    unused = unused_experts({name: counts.tolist() for name, counts in tokens.items()}, since)
+    unused = unused_experts(tokens, since)
     advice = "which leaves their masks to their weights. Train on more text, or on text that they are for"
     return f"{unused}, {advice}" if unused else ""

@@ -54,7 +54,7 @@ from pst_ds.train.checkpointer import Checkpointer
 from pst_ds.train.divergence import DivergedError
 from pst_ds.train.documents import require_documents_apart
 from pst_ds.train.evaluate import predict
-from pst_ds.train.expert_tokens import counts_of_experts, tokens_by_module, warning_of_unused
+from pst_ds.train.expert_tokens import CountsOfExperts, counts_of_experts, warning_of_unused
 from pst_ds.train.fit import Fit, judged_fit, watched_steps
 from pst_ds.train.loop import FINAL_TAGS, Loop, LoopState
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
@@ -245,8 +245,8 @@ def train_run(
         checkpoint=checkpoint,
     )
     judge = partial(judged_fit, run, prepared.task, examples, num_steps, dense, metrics)
-    state, final, fit = _train_to_the_end(loop, checkpointer, state, folder / STALLS, judge)
-    return _result(prepared, loop, state, checkpointer, final, fit)
+    state, final, fit, experts = _train_to_the_end(loop, checkpointer, state, folder / STALLS, judge)
+    return _result(prepared, loop, state, checkpointer, final, fit, experts)
 
 
 def load_splits(prepared: Prepared) -> Splits:
@@ -284,9 +284,9 @@ def _calibrate(prepared: Prepared, engine: Engine, examples: ExampleSet, *, resu
 
 def _train_to_the_end(
     loop: Loop, checkpointer: Checkpointer, start: LoopState, stalls: Path, judge: Callable[[], Fit]
-) -> tuple[LoopState, dict[str, float], Fit | None]:
-    """Return the state after the last step, its metrics and what ``judge`` returns, all being on disk. Collective.
-    Raises as train_run."""
+) -> tuple[LoopState, dict[str, float], Fit | None, CountsOfExperts]:
+    """Return the state after the last step, its metrics, what ``judge`` returns, and counts of experts, all being on
+    disk. Collective. Raises as train_run."""
     state, fit = start, None
     try:
         seconds = loop.run.train.stall_timeout_seconds
@@ -296,10 +296,11 @@ def _train_to_the_end(
                 checkpointer.after_step(state)
                 if state.stopped_by:
                     break
-            final = checkpointer.finish(state)
+            final, experts = checkpointer.finish(state), counts_of_experts(loop.engine.module)
         if state.step == loop.num_steps:
             fit = judge()
-            loop.metrics.say(warning_of_unused(tokens_by_module(loop.engine.module), start.step))
+            loop.metrics.say(warning_of_unused(experts.get("expert_tokens", {}), start.step))
+            loop.metrics.experts(state.step, experts)
             loop.metrics.settings(_settings(loop.run), [*(f"eval/{name}" for name in final), *FINAL_TAGS])
     except DivergedError as error:
         raise DivergedError(
@@ -311,7 +312,7 @@ def _train_to_the_end(
         loop.metrics.close()
     if state.stopped_by and state.step < loop.num_steps:
         raise StoppedError(checkpointer.how_it_stopped(state.stopped_by, state.step))
-    return state, final, fit
+    return state, final, fit, experts
 
 
 def _settings(run: RunConfig) -> dict[str, Any]:
@@ -328,6 +329,7 @@ def _result(
     checkpointer: Checkpointer,
     metrics: dict[str, float],
     fit: Fit | None,
+    experts: CountsOfExperts,
 ) -> dict[str, Any]:
     """Return the result of a finished run, which rank 0 also writes. Collective."""
     engine, schedule = loop.engine, loop.schedule
@@ -344,7 +346,7 @@ def _result(
         "optimizer_bytes_per_rank": optimizer_bytes(engine),
         "metrics": metrics,
         "best_step": checkpointer.best_step,
-        **counts_of_experts(engine.module),
+        **experts,
         "fit": fit.as_table() if fit else None,
         "seconds": round(loop.metrics.seconds, 1),
     }

@@ -15,6 +15,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from pst_ds.config.run import ConfigError, PicturesConfig
 from pst_ds.config.toml import load_run
 from pst_ds.data import labelled as data
+from pst_ds.monitor.metrics import MetricsWriter
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train.run import prepare, train_run
 
@@ -252,3 +253,19 @@ def test_a_layer_that_is_not_there_is_refused_before_the_run(tmp_path):
     with pytest.raises(ConfigError, match=r"pictures\.layers: 'self\.querry' is not a pruned layer.*query"):
         _train(tmp_path, 'pictures.layers=["self.querry"]')
     assert not (tmp_path / "layers.jsonl").exists()
+
+
+def test_experts_are_pictured_at_the_end_a_picture_for_each_number_of_them(tmp_path):
+    writer = MetricsWriter(tmp_path, num_steps=4, is_main=True, quiet=True, layers={"a.up": 80, "a.down": 40})
+    tokens = {"a": [0, 1, 1, 2], "b": [5, 5]}
+    writer.experts(4, {"expert_tokens": tokens, "expert_zeros": {"a.up": [20, 0, 10, 10], "a.down": [0, 0, 0, 10]}})
+    writer.close()
+    board = _board(tmp_path, plugin_event_accumulator)
+    drawn = {tag: _pictures(board, tag) for tag in ("experts/tokens", "experts/tokens1", "experts/zeros")}
+    assert [list(found) for found in drawn.values()] == [[4]] * 3
+    violet, green, yellow = (68, 1, 84, 255), (33, 145, 140, 255), (253, 231, 37, 255)
+    row = drawn["experts/tokens"][4]
+    assert [row.getpixel((12 + 24 * i, 12)) for i in range(4)] == [violet, green, green, yellow]
+    zeros = drawn["experts/zeros"][4]
+    assert [zeros.getpixel((12 + 24 * i, 12)) for i in range(4)] == [yellow, violet, green, green]
+    assert [zeros.getpixel((12 + 24 * i, 36)) for i in range(4)] == [violet, violet, violet, yellow]

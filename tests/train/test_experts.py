@@ -106,7 +106,9 @@ def test_masks_do_not_depend_on_ranks_stops_or_checkpointing_though_most_experts
     run_ranks(_goes_on, 3, tmp_path / "stopped", base)
     expected, losses = _checksums(tmp_path / "1"), _lines(tmp_path / "1", "step")
     assert len(set(expected.values())) >= 4
+    zeros = json.loads((tmp_path / "1" / "result.json").read_text())["expert_zeros"]
     for name in ("2", "3", "checkpointing", "stopped"):
+        assert json.loads((tmp_path / name / "result.json").read_text())["expert_zeros"] == zeros
         assert _checksums(tmp_path / name) == expected, name
         for step, line in _lines(tmp_path / name, "step").items():
             assert line["loss"] == pytest.approx(losses[step]["loss"], abs=1e-5), (name, step)
@@ -144,7 +146,8 @@ def _assert_inspected(run, capsys):
     assert main(["inspect", str(run), "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     masks = read_checkpoint(run / "checkpoints" / "final").masks
-    (tokens,) = json.loads((run / "result.json").read_text())["expert_tokens"].values()
+    result = json.loads((run / "result.json").read_text())
+    (tokens,) = result["expert_tokens"].values()
     hardly = [i for i, count in enumerate(tokens) if count < sum(tokens) / NUM_EXPERTS / 10]
     stacks = {layer["name"]: layer for layer in found["layers"] if "expert_zeros" in layer}
     assert len(stacks) == 2
@@ -152,6 +155,7 @@ def _assert_inspected(run, capsys):
         kept = unpack_range(masks[name], layer["weights"], 1, 0, layer["weights"]).view(NUM_EXPERTS, -1)
         assert layer["expert_zeros"] == (1 - kept.int()).sum(1).tolist()
         assert layer["expert_tokens"] == tokens
+        assert result["expert_zeros"][name] == layer["expert_zeros"]
     weights, zeros = (sum(layer[key] for layer in stacks.values()) for key in ("weights", "zeros"))
     of_hardly = sum(layer["expert_zeros"][i] for layer in stacks.values() for i in hardly)
     assert found["hardly_used_experts"] == {

@@ -29,3 +29,11 @@ def unused_experts(tokens: Mapping[str, Sequence[int]], since: str = "") -> str:
         named.append(f"and in {len(unused) - MOST_NAMED} more modules")
     without, number = (sum(map(len, values.values())) for values in (unused, tokens))
     return f"{without} of {number} experts were given no token{since} ({'; '.join(named)})"
+
+
+def of_equal_numbers(counts: Mapping[str, Sequence[int]]) -> list[dict[str, Sequence[int]]]:
+    """Split numbers of each expert, by module or stack, into tables of as many experts, each in their order."""
+    tables: dict[int, dict[str, Sequence[int]]] = {}
+    for name, row in counts.items():
+        tables.setdefault(len(row), {})[name] = row
+    return list(tables.values())

@@ -64,18 +64,18 @@ function readChart(figure) {
 
 /** Below a heat map stands the value of the cell at the pointer. */
 function readHeatMap(figure) {
-  const { layers, steps, values } = dataOf(figure);
+  const { layers, column: word, columns, values } = dataOf(figure);
   const bytes = Uint8Array.from(atob(values), (letter) => letter.charCodeAt(0)), cells = new DataView(bytes.buffer);
   const output = figure.querySelector("output"), before = output.textContent, frame = figure.querySelector(".pointer");
-  const width = (RIGHT - LEFT) / steps.length, height = (BOTTOM - TOP) / layers.length;
-  let row = 0, column = steps.length - 1;
+  const width = (RIGHT - LEFT) / columns.length, height = (BOTTOM - TOP) / layers.length;
+  let row = 0, column = columns.length - 1;
   const show = (newRow, newColumn) => {
     row = clamp(newRow, 0, layers.length - 1);
-    column = clamp(newColumn, 0, steps.length - 1);
-    const value = cells.getFloat32(4 * (row * steps.length + column), true);
+    column = clamp(newColumn, 0, columns.length - 1);
+    const value = cells.getFloat32(4 * (row * columns.length + column), true);
     const box = { x: LEFT + column * width, y: TOP + row * height, width, height };
     Object.entries(box).forEach(([name, number]) => frame.setAttribute(name, number));
-    output.textContent = `${layers[row]}, step ${steps[column]}: ${digits(value)}`;
+    output.textContent = `${layers[row]}, ${word} ${columns[column]}: ${digits(value)}`;
   };
   const leave = () => {
     output.textContent = before;
