@@ -1,0 +1,60 @@
+"""Makes runs/upcycled/start: SmolLM2-135M with eight copies of every MLP and routers, a Mixtral of 692 M parameters.
+
+It computes what the dense model does until it is trained. run.toml trains every weight on four corpora, with which the
+copies part; --apart says how far they are. The experts of what comes out have weights worth pruning.
+
+    python -m tools.upcycle
+    pst-ds train tools/upcycle/run.toml
+    pst-ds export runs/upcycled/run --out runs/upcycled/dense
+    python -m tools.upcycle --apart runs/upcycled/dense
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pst_ds.atomic_files import atomic_folder
+from tools.fetch_smollm2 import dense_folder
+from tools.quality import texts
+from tools.upcycle.mixtral import apart, upcycled
+
+START = Path("runs/upcycled/start")
+CORPORA = ("brown", "films", "newsgroups", "reuters")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, help="folder of a Llama (default: the package's SmolLM2-135M)")
+    parser.add_argument("--out", type=Path, default=START)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--per-token", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--apart", type=Path, metavar="DIR", help="say how far the experts of a trained model are apart"
+    )
+    arguments = parser.parse_args()
+    if arguments.apart:
+        for name, distance in apart(AutoModelForCausalLM.from_pretrained(arguments.apart)).items():
+            print(f"{name}: {distance:.4f}")
+        return
+    if arguments.base is None:
+        texts.make(CORPORA)
+    base, counts = arguments.base or dense_folder(), (arguments.experts, arguments.per_token)
+    print(make_start(base, arguments.out, *counts, arguments.seed))
+
+
+def make_start(base: Path, out: Path, experts: int, per_token: int, seed: int) -> Path:
+    """Write ``out``, the model in ``base`` as a mixture, and its tokenizer; whole or not at all."""
+    dense = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    with atomic_folder(out) as partial:
+        upcycled(dense, experts, per_token, seed).save_pretrained(partial)
+        AutoTokenizer.from_pretrained(base).save_pretrained(partial)
+    return out
+
+
+if __name__ == "__main__":
+    main()
