@@ -11,7 +11,14 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE, WordLevel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from pst_ds.core.quantization import Grid, round_to_grid
 from pst_ds.export.export import export_folder
@@ -128,6 +135,32 @@ def test_llama_cpp_reads_words_and_weights(tmp_path, kind, values):
     found = np.array(theirs.scores[: len(ids)])
     theirs.close()
     assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config])
+def test_llama_cpp_computes_other_dense_families(config, tmp_path):
+    """Biases, norms of queries and keys, heads of another width; in fp32, with its 16 bits for keys and values."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 303, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+    wide = {"head_dim": 32} if config is Qwen3Config else {}
+    ours = AutoModelForCausalLM.from_config(config(**sizes, **wide, initializer_range=0.2)).eval()
+    for param in ours.parameters():
+        if param.dim() == 1:
+            torch.nn.init.normal_(param, 1.0, 0.1)
+    ours.save_pretrained(tmp_path / "model")
+    byte_level().save_pretrained(tmp_path / "model")
+    export_folder(tmp_path / "model", tmp_path / "m.gguf", packing="gguf")
+    ids = byte_level()(LINES[0], add_special_tokens=False)["input_ids"]
+    theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, logits_all=True, verbose=False, n_threads=1)
+    theirs.eval(ids)
+    found = np.array(theirs.scores[: len(ids)])
+    theirs.close()
+    with torch.no_grad():
+        expected = ours(torch.tensor([ids])).logits[0].numpy()
+    assert np.abs(found - expected).max() < 0.005 * np.abs(expected).max()
 
 
 def test_a_run_becomes_a_file(models, tmp_path):

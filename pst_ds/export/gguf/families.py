@@ -27,6 +27,8 @@ _FAMILIES = {
     "llama": Family("llama", rotates_neighbours=True),
     "mistral": Family("llama", rotates_neighbours=True),
     "mixtral": Family("llama", rotates_neighbours=True, only_with={"sliding_window": None}),
+    "qwen2": Family("qwen2", only_with=_FULL_ATTENTION),
+    "qwen3": Family("qwen3", only_with=_FULL_ATTENTION),
     "qwen2_moe": Family("qwen2moe", only_with={"norm_topk_prob": False, **_FULL_ATTENTION}),
     "qwen3_moe": Family("qwen3moe", only_with={"norm_topk_prob": True, **_FULL_ATTENTION}),
     "olmoe": Family("olmoe", only_with={"norm_topk_prob": False, "clip_qkv": None}),
