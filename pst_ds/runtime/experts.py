@@ -10,8 +10,12 @@ from torch import Tensor
 from pst_ds.core.experts.routing import Routing
 from pst_ds.core.formats import FORMATS, PackedFormat, QuantizedFormat
 from pst_ds.core.packings import DENSE
-from pst_ds.runtime import gpu, ops
+from pst_ds.runtime import gpu, native, ops
+from pst_ds.runtime.backends import backend_for
 from pst_ds.runtime.linear import SparseLinear
+
+FEW_PAIRS = 64
+"""Pairs of a token and an expert up to which one call takes all experts, and a copy of ``x`` for each."""
 
 
 class SparseExperts(SparseLinear):
@@ -80,13 +84,25 @@ class SparseExperts(SparseLinear):
         if not self._is_checked:
             self._refuse_unchecked()
         x = self._accepted(x, self.dtype)
-        y = x.new_empty(routing.order.numel(), self.rows_of_expert)
         runs = list(routing.runs())
+        if routing.order.numel() <= FEW_PAIRS and self._is_native(x):
+            x = x[routing.tokens] if by_token else x
+            parts = getattr(self, self.format.values_name).view(-1), self.bitmask, self.expert_offsets
+            return native.bitmask_experts(x, *parts, self._starts, runs, native.best_level())
+        y = x.new_empty(routing.order.numel(), self.rows_of_expert)
         if (weight := self._in_one_launch(x)) is not None:
             runs = gpu.packed_experts(x[routing.tokens] if by_token else x, weight, routing.experts, runs, y)
         for expert, rows in runs:
             y[rows] = self.product(expert, routing.rows_of(x, rows, by_token))
         return y
+
+    def _is_native(self, x: Tensor) -> bool:
+        """Whether our CPU kernel multiplies a few vectors with an expert."""
+        if (x.requires_grad and torch.is_grad_enabled()) or self.format.name not in ("bitmask", "2:4"):
+            return False
+        values = getattr(self, self.format.values_name)
+        backend = backend_for("bitmask", x.dtype, x.device.type, FEW_PAIRS, values.numel() / self.bitmask.numel() / 8)
+        return backend == "native" and values.dtype == x.dtype and self.in_features > 0
 
     def _in_one_launch(self, x: Tensor) -> gpu.PackedWeight | None:
         """Return all experts as one weight, where kernels multiply with them at once; None where each is by itself."""

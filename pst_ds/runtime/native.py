@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sysconfig
-from ctypes import CDLL, c_int
+from collections.abc import Sequence
+from ctypes import CDLL, c_int, c_int64
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +22,7 @@ SOURCE = NativeSource(
     {
         "pst_best_level": ([], c_int),
         "pst_bitmask_linear": ([POINTER] * 3 + [INT] * 3 + [POINTER] * 3 + [INT] + [c_int] * 3, c_int),
+        "pst_bitmask_experts": ([POINTER] * 3 + [INT] * 2 + [POINTER, INT] + [POINTER] * 2 + [c_int] * 3, c_int),
     },
     "sparse layers",
     flags=("-std=c++17", "-O3"),
@@ -75,4 +77,36 @@ def bitmask_linear(
     )  # fmt: skip
     if failed:
         raise MemoryError(f"no memory to multiply {tuple(x.shape)} with a sparse weight of {rows} x {columns}")
+    return y
+
+
+def bitmask_experts(
+    x: Tensor, values: Tensor, bitmask: Tensor, expert_offsets: Tensor, starts: Sequence[int],
+    runs: Sequence[tuple[int, slice]], level: int,
+) -> Tensor:  # fmt: skip
+    """Compute x W' with the expert of each run of rows: (n, I) to (n, O), as :func:`bitmask_linear` does.
+
+    ``values``, ``bitmask`` (E*O, ceil(I / 8)): of all experts. ``expert_offsets``: (E*O,), of each row from its
+    expert's first value; ``starts``: of those, and the end, E + 1. ``runs``: experts and their rows of ``x``, all of
+    them. Raises MemoryError without room for a copy of ``x``.
+    """
+    native = library()
+    assert native is not None
+    x = x.contiguous()
+    columns, rows = x.shape[-1], bitmask.shape[0] // (len(starts) - 1)
+    assert bitmask.shape[1] == (columns + 7) // 8
+    assert values.dtype == x.dtype
+    y = x.new_empty(x.shape[0], rows)
+    numbers = [
+        number
+        for expert, of in runs
+        for number in (expert, starts[expert], starts[expert + 1] - starts[expert], of.start, of.stop - of.start)
+    ]
+    failed = native.pst_bitmask_experts(
+        values.data_ptr(), bitmask.data_ptr(), expert_offsets.data_ptr(), rows, columns,
+        (c_int64 * len(numbers))(*numbers), len(runs), x.data_ptr(), y.data_ptr(), x.element_size(),
+        torch.get_num_threads(), level,
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"no memory to multiply {tuple(x.shape)} with experts of {rows} x {columns}")
     return y

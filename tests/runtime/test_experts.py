@@ -6,6 +6,7 @@ import torch
 from pst_ds.core.experts.routing import Routing
 from pst_ds.core.formats import packed_format
 from pst_ds.core.quantization import Grid, round_to_grid
+from pst_ds.runtime import experts
 from pst_ds.runtime.experts import SparseExperts
 
 EXPERTS, OUTPUTS, INPUTS, TOKENS = 5, 6, 64, 9
@@ -67,6 +68,17 @@ def test_a_product_is_with_the_expert_of_each_token(kind, by_token):
     pairs = routing.order // 2 if by_token else torch.arange(2 * TOKENS)
     wanted.index_add_(0, pairs, stack.sum(1)[routing.experts])
     torch.testing.assert_close(x.grad, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["bitmask", "2:4"])
+def test_one_call_for_all_experts_gives_what_a_call_for_each_does(kind, dtype, monkeypatch):
+    form, how = FORMS[kind]
+    layer = SparseExperts.of_stack(_stack(**how, dtype=dtype), form)
+    x, routing = _routed(dtype)
+    together = layer(x, routing, True)
+    monkeypatch.setattr(experts, "FEW_PAIRS", 0)
+    assert torch.equal(layer(x, routing, True), together)
 
 
 @pytest.mark.parametrize("kind", ["bitmask", "csr", "2:4"])

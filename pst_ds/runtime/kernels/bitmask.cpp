@@ -121,3 +121,21 @@ extern "C" int pst_bitmask_linear(const void* values, const uint8_t* mask, const
         return !pst::run<float>(values, mask, row_offsets, rows, cols, count, x, bias, y, n, threads, level);
     return 2;
 }
+
+// The same for the experts of a stack whose masks and row_offsets follow each other, `rows` of each; row_offsets count from
+// an expert's first value. runs: (num_runs, 5) of an expert, its first value, its number of values, and its rows of x and
+// y: the first, and how many.
+extern "C" int pst_bitmask_experts(const void* values, const uint8_t* mask, const int64_t* row_offsets, int64_t rows,
+                                   int64_t cols, const int64_t* runs, int64_t num_runs, const void* x, void* y, int bytes,
+                                   int threads, int level) {
+    const auto at = [](const void* from, int64_t element, int size) { return static_cast<const char*>(from) + element * size; };
+    for (const int64_t* run = runs; run < runs + 5 * num_runs; run += 5) {
+        const int64_t row = run[0] * rows, first = run[3];
+        char* to = static_cast<char*>(y) + first * rows * bytes;
+        const int failed =
+            pst_bitmask_linear(at(values, run[1], bytes), mask + row * ((cols + 7) / 8), row_offsets + row, rows, cols, run[2],
+                               at(x, first * cols, bytes), nullptr, to, run[4], bytes, threads, level);
+        if (failed) return failed;
+    }
+    return 0;
+}
