@@ -1,7 +1,9 @@
 """Products with a stack of experts, forward and backward, against a loop over its experts in full fine-tuning.
 
-Every expert gets as many tokens. Nanoseconds of processor time a weight of the stack, medians of turns; bytes are the
-most that torch's allocator gave at a time in either pass, by the bytes of one expert's matrix, without what it returns.
+The loop's backward pass is written out ("dense backward"), and as autograd does it, which makes a gradient as large as
+the stack for each expert ("autograd backward"). Every expert gets as many tokens. Nanoseconds of processor time a
+weight of the stack, medians of turns; bytes are the most that torch's allocator gave at a time in either pass, by the
+bytes of one expert's matrix, without what it returns.
 
     python -m tools.bench.experts --json --experts 32 --outputs 1536 --inputs 2048 --tokens 16 64 256
 """
@@ -79,8 +81,16 @@ def _measured(stack: PSTExpertStack, tokens: int, repeats: int) -> dict[str, flo
             grad_x[routing.tokens[rows]] = grad_y[rows] @ trained[expert]
         return grad_x, grad
 
+    with torch.enable_grad():
+        given = x.clone().requires_grad_()
+        graph = torch.cat([given[routing.tokens[rows]] @ trained[expert].t() for expert, rows in routing.runs()])
+
+    def autograd_backward() -> object:
+        return torch.autograd.grad(graph, (given, trained), grad_y, retain_graph=True)
+
     runs: dict[str, Callable[[], object]] = {
         "forward": pst, "backward": pst_backward, "dense forward": dense, "dense backward": dense_backward,
+        "autograd backward": autograd_backward,
     }  # fmt: skip
     with torch.no_grad():
         seconds = medians(runs, repeats, warmup=1, clock=time.process_time)
