@@ -40,27 +40,27 @@ def correlation(sums: Tensor, count: int) -> float | None:
     return max(-1.0, min(1.0, found)) if math.isfinite(found) else None
 
 
-def product_norm(left: Tensor, right: Tensor) -> float:
-    """Frobenius norm of left @ right, for (O, k) and (k, I), from their two (k, k) Gram matrices.
+def product_norm(left: Tensor, right: Tensor) -> Tensor:
+    """Frobenius norm of left @ right, for (O, k) and (k, I), from their two (k, k) Gram matrices; () float64.
 
     |L R|^2 = trace(R' L' L R) = sum of (L' L) . (R R')
     """
     left, right = left.double(), right.double()
     squared = ((left.t() @ left) * (right @ right.t())).sum()
-    return math.sqrt(squared.clamp(min=0.0))
+    return squared.clamp(min=0.0).sqrt()
 
 
-def update_norm(layout: WeightLayout, factors: Factors, constants: Constants) -> float:
-    """Frobenius norm of beta U V of a whole layer; 0 without U and V. Not of a multiplicative update."""
+def update_norm(layout: WeightLayout, factors: Factors, constants: Constants) -> Tensor:
+    """Frobenius norm of beta U V of a whole layer, () float64; 0 without U and V. Not of a multiplicative update."""
     norms = []
     for tile in _matrices(layout, factors):
         if tile.update_left is not None and tile.update_right is not None:
             norms.append(product_norm(tile.update_left, tile.update_right))
-    return abs(constants.beta) * math.hypot(*norms)
+    return abs(constants.beta) * _norm_of_all(norms)
 
 
-def learned_score_norm(layout: WeightLayout, factors: Factors, constants: Constants) -> float:
-    """Frobenius norm of alpha1 A B + alpha2 (R 1' + 1 C') of a whole layer; 0 without these factors.
+def learned_score_norm(layout: WeightLayout, factors: Factors, constants: Constants) -> Tensor:
+    """Frobenius norm of alpha1 A B + alpha2 (R 1' + 1 C') of a whole layer, () float64; 0 without these factors.
 
     The sum is one product, of [alpha1 A | alpha2 R | alpha2 1] and [B; 1'; C].
     """
@@ -76,7 +76,11 @@ def learned_score_norm(layout: WeightLayout, factors: Factors, constants: Consta
             right.append(torch.stack([torch.ones_like(cols), cols]))
         if left:
             norms.append(product_norm(torch.cat(left, 1), torch.cat(right)))
-    return math.hypot(*norms)
+    return _norm_of_all(norms)
+
+
+def _norm_of_all(norms: list[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
 
 
 def _matrices(layout: WeightLayout, factors: Factors) -> list[TileFactors]:

@@ -209,9 +209,11 @@ def whole_masters(layers: Sequence[PSTLayer], names: Sequence[str] = FACTOR_NAME
     """
     held = ((i, name, param) for i, layer in enumerate(layers) for name, param in layer.factor_parameters())
     owned = [entry for entry in held if entry[1] in names]
+    homes = [zero3.shard_of(layer.pst_mask).values.device for layer in layers]
+    masters = zero3.fp32_masters([param for *_, param in owned], homes[0]) if owned else []
     values: list[dict[str, Tensor]] = [{} for _ in layers]
-    for (i, name, _), master in zip(owned, zero3.fp32_masters([param for *_, param in owned]), strict=True):
-        values[i][name] = master.to(zero3.shard_of(layers[i].pst_mask).values.device)
+    for (i, name, _), master in zip(owned, masters, strict=True):
+        values[i][name] = master.to(homes[i])
     return values
 
 

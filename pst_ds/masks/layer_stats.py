@@ -29,6 +29,8 @@ _MOMENTS, _OF_SCORES = slice(0, 5), slice(0, 3, 2)
 _WEIGHT_SQUARES, _UPDATE_SQUARES, _NUM_SUMS = 5, 6, 7
 """Places in a layer's sums: :func:`pst_ds.core.stats.moment_sums` of S and |W| (S and its square among them), the
 square of W0, and that of a multiplicative update."""
+_SCORE_NORM, _UPDATE_NORM, _NUM_NORMS = 0, 1, 2
+"""Places in a layer's norms of products."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,17 +102,20 @@ def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> La
     """Return statistics of the PST layers of ``model``, with pictures of the ``chosen`` ones.
 
     Without ``with_scores`` norms of updates and weights alone: scores and masks are not looked at. Collective: the
-    factors travel in one all-gather, the sums of all layers in one exchange, and all that is counted in another.
+    factors travel in one all-gather, the sums of all layers in one exchange, and all that is counted in another. The
+    host waits for each of these once.
     """
     layers = pst_layers(model)
     parts = [_Part(*each) for each in zip(layers.items(), whole_factors(list(layers.values())), strict=True)]
     any_weight = parts[0].layer.pst_mask
     here = [part.sums(with_scores and (part.learns_scores or i in chosen)) for i, part in enumerate(parts)]
-    sums = group_sum(torch.stack(here), any_weight)
+    norms = torch.stack([part.norms(with_scores) for part in parts])
+    numbers = torch.cat([group_sum(torch.stack(here), any_weight), norms], 1).cpu()
+    sums, norms = numbers.split([_NUM_SUMS, _NUM_NORMS], 1)
     found = LayerStats(
         [part.correlation(s) if with_scores else None for part, s in zip(parts, sums, strict=True)],
-        [part.score_norm(s) if with_scores else None for part, s in zip(parts, sums, strict=True)],
-        [part.update_norm(s) for part, s in zip(parts, sums, strict=True)],
+        [part.score_norm(s, n) if with_scores else None for part, s, n in zip(parts, sums, norms, strict=True)],
+        [part.update_norm(s, n) for part, s, n in zip(parts, sums, norms, strict=True)],
         [_finite(math.sqrt(s[_WEIGHT_SQUARES])) for s in sums],
         with_scores,
     )
@@ -118,7 +123,7 @@ def measure(model: nn.Module, chosen: Sequence[int], *, with_scores: bool) -> La
     if with_scores and finite:
         ranges = [parts[i].histogram_range(sums[i]) for i in finite]
         counts = [parts[i].counts(*bounds) for i, bounds in zip(finite, ranges, strict=True)]
-        summed = group_sum(torch.cat(counts), any_weight).split([count.numel() for count in counts])
+        summed = group_sum(torch.cat(counts), any_weight).cpu().split([count.numel() for count in counts])
         for i, bounds, counted in zip(finite, ranges, summed, strict=True):
             bins, cells = counted[: 2 * stats.HISTOGRAM_BINS], counted[2 * stats.HISTOGRAM_BINS :]
             found.histograms.append(_histogram(i, parts[i].layer, bounds, bins))
@@ -153,7 +158,17 @@ class _Part:
             if with_scores:
                 magnitude = updated.abs_() / self.layer.weight_scales[matrix.index]
                 sums[_MOMENTS] += stats.moment_sums(self._scores(matrix, rect), magnitude)
-        return sums.cpu()
+        return sums
+
+    def norms(self, with_scores: bool) -> Tensor:
+        """(_NUM_NORMS,) float64, of the whole layer: of what low-rank factors learn in the scores, and of beta U V."""
+        norms = torch.zeros(_NUM_NORMS, dtype=torch.float64, device=self._weight.device)
+        layout, constants = self.layer.layout, self.layer.constants
+        if with_scores and self.learns_scores and self.layer.pst_S is None:
+            norms[_SCORE_NORM] = stats.learned_score_norm(layout, self._factors, constants)
+        if self.layer.pst_U is not None and not constants.multiplicative:
+            norms[_UPDATE_NORM] = stats.update_norm(layout, self._factors, constants)
+        return norms
 
     def counts(self, low: float, high: float) -> Tensor:
         """This rank's counts: of scores in bins, pruned then kept, and of the kept in the cells of a thumbnail."""
@@ -165,7 +180,7 @@ class _Part:
             kept = self._view(kept_here, rect)
             bins += stats.count_in_bins(self._scores(matrix, rect), kept, low, high)
             stats.add_kept_by_cell_(cells, kept, rect, shape)
-        return torch.cat([bins.flatten(), cells.flatten()]).cpu()
+        return torch.cat([bins.flatten(), cells.flatten()])
 
     def correlation(self, sums: Tensor) -> float | None:
         """From the ``sums`` over all ranks, as all below."""
@@ -175,19 +190,16 @@ class _Part:
         total, squares = sums[_OF_SCORES].tolist()
         return stats.histogram_range(total, squares, self.numel)
 
-    def score_norm(self, sums: Tensor) -> float | None:
+    def score_norm(self, sums: Tensor, norms: Tensor) -> float | None:
         if self.layer.pst_S is not None:
             return _finite(math.sqrt(sums[_OF_SCORES][1]))
-        if not self.learns_scores:
-            return None
-        return _finite(stats.learned_score_norm(self.layer.layout, self._factors, self.layer.constants))
+        return _finite(float(norms[_SCORE_NORM])) if self.learns_scores else None
 
-    def update_norm(self, sums: Tensor) -> float | None:
+    def update_norm(self, sums: Tensor, norms: Tensor) -> float | None:
         if self.layer.pst_U is None:
             return None
-        if self.layer.constants.multiplicative:
-            return _finite(math.sqrt(sums[_UPDATE_SQUARES]))
-        return _finite(stats.update_norm(self.layer.layout, self._factors, self.layer.constants))
+        multiplicative = self.layer.constants.multiplicative
+        return _finite(math.sqrt(sums[_UPDATE_SQUARES]) if multiplicative else float(norms[_UPDATE_NORM]))
 
     def _rects(self) -> Iterator[tuple[StoredMatrix, Rect]]:
         return ((matrix, rect) for matrix in self._keys.matrices for rect in self._keys.own_rects(matrix))

@@ -101,9 +101,10 @@ def raise_on_all_ranks(action: Callable[[], T]) -> T:
 def _reduce(values: Tensor, param: nn.Parameter, op: dist.ReduceOp.RedOpType) -> Tensor:
     if zero3.num_shards(param) == 1:
         return values
-    on_device = values.to(zero3.shard_of(param).values.device)
+    from_host = values.device.type == "cpu"  # the device takes such a copy in its turn, and the host goes on
+    on_device = values.to(zero3.shard_of(param).values.device, non_blocking=from_host)
     if dist.get_backend(zero3.process_group(param)) == "nccl":
-        on_device = on_device.cuda()
+        on_device = on_device.cuda(non_blocking=True)
     dist.all_reduce(on_device, op=op, group=zero3.process_group(param))
     return on_device.to(values.device)
 

@@ -85,11 +85,9 @@ def fill_where(param: nn.Parameter, where: Tensor, value: float) -> None:
     """
     flat = where.flatten()
     if _has_zero3_master(param):
-        optimizer = param._z3_optimizer
         shard = shard_of(param)
         own = flat[shard.start : shard.start + shard.values.numel()]
-        group, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
-        _fill(optimizer.fp32_partitioned_groups_flat[group].narrow(0, offset, own.numel()), own, value)
+        _fill(_zero3_master(param)[: own.numel()], own, value)
     elif getattr(param, "_hp_mapping", None) is not None:  # ZeRO stages 1 and 2
         outside = param._hp_mapping.lp_fragment_address
         own = flat[outside.start : outside.start + outside.numel]
@@ -158,35 +156,44 @@ def master_shard(param: nn.Parameter) -> Shard:
         return shard_of(param)
     if not _has_zero3_master(param):
         return shard_of(param) if is_partitioned(param) else Shard(fp32_masters([param])[0].view(-1), 0)
-    from deepspeed.utils import safe_get_local_fp32_param
-
     own = shard_of(param)
-    return Shard(safe_get_local_fp32_param(param).detach().flatten()[: own.values.numel()], own.start)
+    return Shard(_zero3_master(param)[: own.values.numel()], own.start)
 
 
-def fp32_masters(params: Sequence[nn.Parameter]) -> list[Tensor]:
-    """The whole fp32 values that the optimizer holds of trainable ``params``, in their full shapes.
+def fp32_masters(params: Sequence[nn.Parameter], device: torch.device | None = None) -> list[Tensor]:
+    """The whole fp32 values that the optimizer holds of trainable ``params``, in their full shapes; on ``device``, by
+    default wherever they are.
 
     Parameters that no optimizer keeps a master of are returned as fp32 copies. Collective; under ZeRO-3 the shards of
-    all ``params`` travel in one all-gather.
+    all ``params`` travel in one all-gather, and to ``device`` in one copy.
     """
     if params and all(_has_zero3_master(p) for p in params):
-        return _gather_zero3_masters(params)
-    return [_master_of(p, kept) for p, kept in zip(params, kept_masters(params), strict=True)]
+        return _gather_zero3_masters(params, device)
+    masters = [_master_of(p, kept) for p, kept in zip(params, kept_masters(params), strict=True)]
+    return masters if device is None else [master.to(device) for master in masters]
 
 
 def _has_zero3_master(param: nn.Parameter) -> bool:
     return is_partitioned(param) and param.requires_grad and hasattr(param, "_z3_optimizer")
 
 
-def _gather_zero3_masters(params: Sequence[nn.Parameter]) -> list[Tensor]:
-    from deepspeed.utils import safe_get_local_fp32_param
+def _zero3_master(param: nn.Parameter) -> Tensor:
+    """This rank's part of the fp32 values of ``param``, a flat view with padding, where the optimizer holds it: on the
+    host if it is offloaded."""
+    optimizer = param._z3_optimizer
+    group, offset, count = optimizer.grad_position[optimizer.get_param_id(param)]
+    return optimizer.fp32_partitioned_groups_flat[group].detach().narrow(0, offset, count)
 
-    local = [safe_get_local_fp32_param(p).detach().flatten() for p in params]
+
+def _gather_zero3_masters(params: Sequence[nn.Parameter], device: torch.device | None) -> list[Tensor]:
+    local = [_zero3_master(p) for p in params]
     world, group = num_shards(params[0]), params[0].ds_process_group
     flat = torch.cat(local)
+    if dist.get_backend(group) == "nccl":
+        flat = flat.cuda(non_blocking=True)
     everyone = torch.empty(world * flat.numel(), dtype=flat.dtype, device=flat.device)
     dist.all_gather_into_tensor(everyone, flat, group=group)
+    everyone = everyone.to(device or everyone.device)
     pieces = everyone.view(world, -1).split([piece.numel() for piece in local], dim=1)
     return [piece.reshape(-1)[: p.ds_numel].view(p.ds_shape) for p, piece in zip(params, pieces, strict=True)]
 

@@ -37,13 +37,15 @@ def _by_part(left, right, parts):
 def test_norms_are_those_of_the_whole_matrices(layout):
     f = _factors(layout)
     update = CONSTANTS.beta * _by_part(f.U, f.V, layout.num_matrices)
-    assert stats.update_norm(layout, f, CONSTANTS) == pytest.approx(float(update.norm()), rel=1e-12)
+    assert float(stats.update_norm(layout, f, CONSTANTS)) == pytest.approx(float(update.norm()), rel=1e-12)
     structured = f.R.double()[:, None] + f.C.double().repeat_interleave(layout.out_features // layout.num_matrices, 0)
     low_rank = CONSTANTS.alpha1 * _by_part(f.A, f.B, layout.num_matrices)
     whole = low_rank + CONSTANTS.alpha2 * structured
-    assert stats.learned_score_norm(layout, f, CONSTANTS) == pytest.approx(float(whole.norm()), rel=1e-12)
+    assert float(stats.learned_score_norm(layout, f, CONSTANTS)) == pytest.approx(float(whole.norm()), rel=1e-12)
     without = Factors(A=f.A, B=f.B)
-    assert stats.learned_score_norm(layout, without, CONSTANTS) == pytest.approx(float(low_rank.norm()), rel=1e-12)
+    assert float(stats.learned_score_norm(layout, without, CONSTANTS)) == pytest.approx(
+        float(low_rank.norm()), rel=1e-12
+    )
     assert stats.update_norm(layout, without, CONSTANTS) == 0.0
     assert stats.learned_score_norm(layout, Factors(U=f.U, V=f.V), CONSTANTS) == 0.0
 

@@ -3,7 +3,9 @@ on, and tests of other kinds in the same process would see it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,3 +13,17 @@ import pytest
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     is_test = collection_path.name.startswith("test_")
     return True if is_test and config.getoption("markexpr") != "device" else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork come first: the first backward pass starts a thread for the device, which a fork has not."""
+    items.sort(key=lambda item: not (item.get_closest_marker("device") and item.get_closest_marker("zero3")))
+
+
+@pytest.fixture
+def run_on_device(run_ranks: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """``run_on_device(function, world_size, *args)``: as ``run_ranks``, on ranks with a pretended device each."""
+    from .accelerator import with_device
+
+    return lambda function, world_size, *args: run_ranks(with_device, world_size, function, *args)

@@ -2,8 +2,8 @@
 
 Pure Python, on torch's private-use backend. It computes with torch's CPU kernels, so the bits are those of the CPU, and
 counts what a card would be asked for: launches, bytes, the host's waits, and the most memory at a time. There are no
-streams, no collectives of its own, and ``data_ptr()`` is 0. Importing this changes what torch says of the machine for
-the rest of the process: see conftest.py.
+streams, collectives are gloo's on the host (accelerator.py has DeepSpeed's side), and ``data_ptr()`` is 0. Importing
+this changes what torch says of the machine for the rest of the process: see conftest.py.
 """
 
 from __future__ import annotations
@@ -12,20 +12,36 @@ import math
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "gpu"
-_setup_privateuseone_for_python_backend(NAME)  # before any backward pass: autograd counts the devices once
+
+
+class _Module(_DummyBackendModule):
+    """``torch.gpu``; the device draws its random numbers from the CPU's generator."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def get_rng_state(self, device: object = NAME) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, device: object = NAME) -> None:
+        torch.set_rng_state(state)
+
+
+_setup_privateuseone_for_python_backend(NAME, _Module())  # before any backward pass: autograd counts the devices once
+torch.accelerator.max_memory_allocated = lambda device=None: counts.peak_bytes  # what asks an allocator in C++
 DEVICE = torch.device(NAME, 0)
 VIEWS = frozenset({
     "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "diagonal", "empty", "empty_like",
@@ -85,8 +101,32 @@ class PretendedTensor(Tensor):
         )  # fmt: skip
 
     def __init__(self, host: Tensor, requires_grad: bool = False):
+        self._take(host)
+
+    def _take(self, host: Tensor) -> None:
         self.host = host
-        _hold(self, host.untyped_storage())
+        self._release = _hold(self, host.untyped_storage())
+
+    @property
+    def data(self) -> Tensor:
+        return Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        """Other numbers, in another shape perhaps, for the same tensor: those that another holds."""
+        if not isinstance(value, PretendedTensor):
+            raise WrongDeviceError(f"a tensor on {self.device} was given the data of one on {value.device}")
+        Tensor.data.__set__(self, value)
+        if value is not self:
+            self._release()
+            self._take(value.host)
+
+    def untyped_storage(self) -> Any:
+        """What tells whether two tensors share memory."""
+        return self.host.untyped_storage()
+
+    def record_stream(self, stream: object) -> None:
+        """Nothing: memory is given back when no tensor holds it, and every stream has done its work by then."""
 
     def tolist(self) -> Any:
         counts.waits[_place("tolist")] += 1
@@ -100,15 +140,16 @@ class PretendedTensor(Tensor):
         return _run(func, args, kwargs or {})
 
 
-def _hold(tensor: PretendedTensor, storage: Any) -> None:
+def _hold(tensor: PretendedTensor, storage: Any) -> Callable[[], object]:
+    """Count the storage as alive until the tensor is gone, or what is returned is called."""
     address, nbytes = storage.data_ptr(), storage.nbytes()
     if address == 0:
-        return
+        return lambda: None
     if address not in _live:
         counts.live_bytes += nbytes
         counts.peak_bytes = max(counts.peak_bytes, counts.live_bytes)
     _live[address] = _live.get(address, 0) + 1
-    weakref.finalize(tensor, _release, address, nbytes)
+    return weakref.finalize(tensor, _release, address, nbytes)
 
 
 def _release(address: int, nbytes: int) -> None:
@@ -132,7 +173,7 @@ def to_host(value: Tensor) -> Tensor:
 def pretended() -> Iterator[Counts]:
     """Have the device; yield what it is asked for inside, counted from nothing."""
     _reset()
-    with _Constructors(), _Dispatch():
+    with _BelowTheDispatcher(), _Dispatch():
         yield counts
 
 
@@ -166,8 +207,9 @@ class _Dispatch(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
-class _Constructors(TorchFunctionMode):
-    """``torch.tensor(list, device="gpu")`` is made below the dispatcher: make it on the CPU, and copy."""
+class _BelowTheDispatcher(TorchFunctionMode):
+    """``torch.tensor(list, device="gpu")`` is made on the CPU, and copied; ``param.data = param.data.to("gpu")``, by
+    which DeepSpeed moves a model that was built on the CPU, moves the parameter."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -175,7 +217,24 @@ class _Constructors(TorchFunctionMode):
             return func(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)
         if func is Tensor.new_tensor and isinstance(args[0], PretendedTensor):
             return torch.tensor(*args[1:], dtype=kwargs.get("dtype", args[0].dtype)).to(DEVICE)
+        if func in _MOVING and isinstance(args[1], PretendedTensor) and not isinstance(args[0], PretendedTensor):
+            return True if func is torch._has_compatible_shallow_copy_type else _become(*args)
         return func(*args, **kwargs)
+
+
+_MOVING = (Tensor.data.__set__, torch._has_compatible_shallow_copy_type)  # type: ignore[attr-defined]
+"""How a tensor is given the data of another, and how a module asks whether it may be."""
+
+
+def _become(tensor: Tensor, value: PretendedTensor) -> None:
+    """Let a tensor of the CPU be one of the device, with the numbers of ``value``; the same object as before."""
+    is_param = isinstance(tensor, nn.Parameter)
+    fresh = value.detach().requires_grad_(tensor.requires_grad)
+    tensor.__class__ = PretendedTensor
+    torch._C._swap_tensor_impl(tensor, fresh)  # torch.utils.swap_tensors, for one that DeepSpeed has weak references to
+    moved = cast(PretendedTensor, tensor)
+    moved._is_param = is_param
+    moved._take(value.host)
 
 
 def _is_ours(wanted: Any) -> bool:
@@ -188,6 +247,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     on_device = [t for t in tensors if isinstance(t, PretendedTensor)]
     wanted = kwargs.get("device")
+    if name == "_foreach_copy_" and len(on_device) < len(tensors):  # between devices, one by one
+        for own, other in zip(*args[:2], strict=True):
+            own.copy_(other)
+        return None
     if on_device and name not in MOVES:
         _require_one_device(func, name, tensors)
     result = func(*tree_map(_host_of, args), **tree_map(_host_of, kwargs))
@@ -198,7 +261,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if on_device or is_ours:
         out = {id(leaf) for leaf in tree_leaves(kwargs.get("out"))}  # written, not read
         read = [t for t in tensors if id(t) not in out]
-        _count(func, name, read, [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)], is_ours)
+        asynchronous = is_ours and (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
+        waits = not asynchronous and name in ("_to_copy", "copy_") and _crosses(name, tensors, is_ours)
+        _count(func, name, read, [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)], waits)
     known = {id(_host_of(t)): t for t in tensors}
 
     def placed(leaf: Any) -> Any:
@@ -227,13 +292,15 @@ def _require_one_device(func: Any, name: str, tensors: list[Tensor]) -> None:
         raise WrongDeviceError(f"{func} has tensors on {devices}, at {_place(name)}")
 
 
-def _count(func: Any, name: str, tensors: list[Tensor], results: list[Tensor], is_ours: bool) -> None:
-    crosses = name in ("_to_copy", "copy_") and (
-        len({isinstance(t, PretendedTensor) for t in tensors}) > 1
-        or (name == "_to_copy" and is_ours != _any_ours(tensors))
-    )
+def _crosses(name: str, tensors: list[Tensor], is_ours: bool) -> bool:
+    """Return whether a copy goes from one device to the other."""
+    ours = {isinstance(t, PretendedTensor) for t in tensors}
+    return len(ours) > 1 or (name == "_to_copy" and is_ours not in ours)
+
+
+def _count(func: Any, name: str, tensors: list[Tensor], results: list[Tensor], waits: bool) -> None:
     by_mask = name in INDEXED and any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
-    if crosses or by_mask or name in WAITS:
+    if waits or by_mask or name in WAITS:
         counts.waits[_place(name)] += 1
     if name in VIEWS or name == "_local_scalar_dense":
         return
@@ -243,10 +310,6 @@ def _count(func: Any, name: str, tensors: list[Tensor], results: list[Tensor], i
     counts.launches += 4 if by_mask or name in ("nonzero", "bincount") else 2 if name == "addmm" else 1
     counts.bytes_moved += read + written + (2 * written if name == "addmm" else 0)
     counts.operators[name] += 1
-
-
-def _any_ours(tensors: list[Tensor]) -> bool:
-    return any(isinstance(t, PretendedTensor) for t in tensors)
 
 
 def _nbytes(tensor: Tensor) -> int:

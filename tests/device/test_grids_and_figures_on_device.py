@@ -53,6 +53,18 @@ def test_figures_of_layers():
     assert found == expected
 
 
+def test_the_host_waits_for_figures_as_often_for_many_layers_as_for_few():
+    waits = []
+    for num_layers in (1, 3):
+        with pretended() as counts:
+            model = module_to_device(inject_pst(tiny_llama(num_layers), PSTConfig(modules_to_save=())))
+            measure(model, [0, 1], with_scores=True)
+            before = counts.num_waits
+            measure(model, [0, 1], with_scores=True)
+            waits.append(counts.num_waits - before)
+    assert waits[0] == waits[1]
+
+
 def test_masks_of_zeros():
     def compute(model):
         with torch.no_grad():

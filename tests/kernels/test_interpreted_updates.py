@@ -79,7 +79,7 @@ def test_masks_and_their_sums_are_those_of_the_cpu(pattern, kernels_on_device, m
 
 def test_five_launches_a_matrix_and_some_for_all(kernels_on_device, monkeypatch):
     """With masters at hand, as from ZeRO-3's one gather of all."""
-    monkeypatch.setattr(layer_scores.zero3, "fp32_masters", lambda params: [param.detach() for param in params])
+    monkeypatch.setattr(layer_scores.zero3, "fp32_masters", lambda params, _: [param.detach() for param in params])
     with pretended() as counts:
         model = module_to_device(mid_ramp(dtype=torch.float32))
         layers = pst_layers(model).values()

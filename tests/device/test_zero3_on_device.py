@@ -1,0 +1,218 @@
+"""ZeRO on ranks with a pretended device each: DeepSpeed's partition, gathers, hooks and steps; the masks of CPUs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from pst_ds.checkpoint.format import read_checkpoint
+from pst_ds.config.pst import Override, PSTConfig
+from pst_ds.config.toml import load_run
+from pst_ds.core.quantization import Grid
+from pst_ds.masks.layer_stats import measure
+from pst_ds.masks.scales import update_scales
+from pst_ds.masks.update import update_masks
+from pst_ds.nn.inject import inject_pst, pst_layers
+from pst_ds.parallel import zero3
+from pst_ds.parallel.engine import build_engine
+from pst_ds.parallel.launch import launch_environment
+from pst_ds.train.run import prepare, train_run
+
+from .pretended import NAME, counts, to_device, to_host
+from .tiny import tiny_llama
+
+pytestmark = [pytest.mark.device, pytest.mark.zero3]
+OFFLOAD = {
+    "offload_param": {"device": "cpu", "pin_memory": True}, "offload_optimizer": {"device": "cpu", "pin_memory": True}
+}  # fmt: skip
+ZERO = {
+    "3": {"stage3_param_persistence_threshold": 0},
+    "3 persistent": {"stage3_param_persistence_threshold": 1 << 20},
+    "3 offload": {**OFFLOAD, "stage3_param_persistence_threshold": 0},
+    "2": {"stage": 2},
+    "3 hpZ": {"stage3_param_persistence_threshold": 0, "zero_hpz_partition_size": 2},
+}
+PATTERNS = {"q_proj": "row", "k_proj": "2:4", "v_proj": "4x4", "o_proj": "stack", "gate_proj": "matrix"}
+
+
+def _model(num_shards, num_layers=2, grid=None, **settings):
+    """On the CPU, with factors that are not zero; the same in every call."""
+    model = tiny_llama(num_layers)
+    inject_pst(model, PSTConfig(modules_to_save=(), **settings), num_shards=num_shards, grid=grid)
+    for layer in pst_layers(model).values():
+        for _, param in layer.factor_parameters():
+            param.data = torch.randn_like(param) * 0.05
+    return model
+
+
+def _engine(model, kind, dtype=torch.float32):
+    """DeepSpeed's, which moves the model to its accelerator."""
+    zero = {"stage": 3, "overlap_comm": True, "reduce_bucket_size": 1 << 16, **ZERO[kind]}
+    config = {
+        "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 1.0, "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == torch.bfloat16}, "zero_optimization": zero,
+    }  # fmt: skip
+    return build_engine(model.to(dtype), _groups(model), ds_config=config)
+
+
+def _groups(model):
+    return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-2, "name": "all"}]
+
+
+def _tokens(engine, rank):
+    tokens = torch.arange(24).view(2, 12).add(7 * rank) % 40
+    return to_device(tokens) if next(engine.module.parameters()).device.type == NAME else tokens
+
+
+def _shards(model):
+    """Where the shards of weights, masks and factors are."""
+    found = {}
+    for layer in pst_layers(model).values():
+        for name, param in (("weight", layer.weight), ("mask", layer.pst_mask), *layer.factor_parameters()):
+            found.setdefault(name, set()).add(zero3.shard_of(param).values.device.type)
+    return found
+
+
+def _trained(world_size, kind):
+    """Per step: loss, gradient norm, masks. Then the masters, where the shards were, and the device of the weights."""
+    engine = _engine(_model(1 if kind == "2" else world_size), kind)
+    tokens, steps = _tokens(engine, torch.distributed.get_rank()), []
+    for sparsity in (0.2, 0.5):
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss)
+        engine.step()
+        masks = update_masks(engine.module, sparsity)
+        steps.append((float(loss), float(engine.get_global_grad_norm()), masks))
+    trained = [param for param in engine.module.parameters() if param.requires_grad]
+    masters = [to_host(values).clone() for values in zero3.fp32_masters(trained)]
+    return steps, masters, _shards(engine.module)
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size"), [("3", 2), ("3 persistent", 2), ("3 offload", 2), ("3 hpZ", 4), ("2", 2)]
+)
+def test_training_steps_are_those_of_cpus(run_ranks, run_on_device, kind, world_size):
+    on_cpus = run_ranks(_trained, world_size, world_size, kind)
+    on_devices = run_on_device(_trained, world_size, world_size, kind)
+    for (steps, masters, shards), (own_steps, own_masters, own_shards) in zip(on_cpus, on_devices, strict=True):
+        assert [masks for *_, masks in own_steps] == [masks for *_, masks in steps]
+        for (*numbers, _), (*own_numbers, _) in zip(steps, own_steps, strict=True):
+            assert own_numbers == pytest.approx(numbers, rel=1e-4)
+        for own, other in zip(own_masters, masters, strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4)
+        assert all(places == {"cpu"} for places in shards.values())
+        assert own_shards["weight"] == ({"cpu"} if "offload" in kind else {NAME})
+
+
+def _of_all_patterns(num_shards):
+    overrides = [Override(modules=(name,), pattern=pattern) for name, pattern in PATTERNS.items()]
+    return _model(num_shards, pattern="global", overrides=overrides)
+
+
+def _updated(world_size, kind, dtype):
+    return _two_updates(_engine(_of_all_patterns(world_size), kind, dtype))
+
+
+def _two_updates(engine):
+    """Of each of two mask updates: its stats, and the logits under the new masks."""
+    found = []
+    engine.eval()
+    for sparsity in (0.3, 0.6):
+        masks = update_masks(engine.module, sparsity)
+        with torch.no_grad():
+            logits = engine(input_ids=_tokens(engine, 0)).logits
+        found.append((masks, to_host(logits).clone()))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["3", "3 offload"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_of_every_pattern_are_those_of_one_process_on_the_cpu(run_on_device, kind, dtype):
+    """On three ranks, whose borders cut rows, groups and blocks."""
+    model = _of_all_patterns(1).to(dtype)
+    expected = _two_updates(build_engine(model, _groups(model), ds_config=None))
+    for found in run_on_device(_updated, 3, 3, kind, dtype):
+        for (masks, logits), (own_masks, own_logits) in zip(expected, found, strict=True):
+            assert own_masks == masks
+            torch.testing.assert_close(own_logits, logits)
+
+
+def _with_ranks_and_grid(num_shards):
+    return _model(num_shards, grid=Grid(8, 32), update_gates="component")
+
+
+def _all_figures(model):
+    """Masks and ranks of the updates; numbers: errors of the scales of rounded weights, and figures of the layers;
+    pictures of the masks."""
+    masks, scales = update_masks(model, 0.5, dropped_share=0.4), update_scales(model)
+    figures = measure(model, [0, 1], with_scores=True)
+    numbers = [*scales.errors, *figures.correlation, *figures.score_norm, *figures.update_norm, *figures.weight_norm]
+    return masks, numbers, figures.thumbnails
+
+
+def _figures_of_rank(world_size, kind):
+    return _all_figures(_engine(_with_ranks_and_grid(world_size), kind).module)
+
+
+@pytest.mark.parametrize("kind", ["3", "3 offload"])
+def test_ranks_scales_and_figures_are_those_of_one_process_on_the_cpu(run_on_device, kind):
+    model = _with_ranks_and_grid(1)
+    masks, numbers, pictures = _all_figures(build_engine(model, _groups(model), ds_config=None).module)
+    for own_masks, own_numbers, own_pictures in run_on_device(_figures_of_rank, 2, 2, kind):
+        assert (own_masks, own_pictures) == (masks, pictures)
+        assert own_numbers == pytest.approx(numbers, rel=1e-6)
+
+
+def _waits(kind, pattern):
+    """How often a second mask update has the host wait, by line: of models of one layer, and of three."""
+    found = []
+    for num_layers in (1, 3):
+        engine = _engine(_model(2, num_layers, pattern=pattern), kind)
+        update_masks(engine.module, 0.3)
+        before = counts.waits.copy()
+        update_masks(engine.module, 0.5)
+        found.append(dict(counts.waits - before))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern", "most"), [("3", "matrix", 7), ("3", "row", 2), ("3", "4x4", 8), ("3 offload", "matrix", 0)]
+)
+def test_the_host_waits_as_often_for_many_layers_as_for_few(run_on_device, kind, pattern, most):
+    for few, many in run_on_device(_waits, 2, kind, pattern):
+        assert few == many
+        assert sum(few.values()) <= most
+
+
+def _train(folder, config):
+    settings = [f"output_dir={folder}", f'deepspeed_config="ds_configs/{config}"', "train.num_steps=8"]
+    run = load_run("tests/data/world_size.toml", settings)
+    return train_run(prepare(run, launch_environment()), quiet=True)
+
+
+def _losses(folder):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if line["event"] == "step"}
+
+
+def _final(folder):
+    """The last checkpoint's masks, by layer, and the device that it was trained on."""
+    checkpoint = read_checkpoint(folder / "checkpoints" / "final")
+    masks = {name: bits.tolist() for name, bits in dict(checkpoint.masks).items()}
+    return masks, checkpoint.state.device_type
+
+
+def test_a_run_file_trains_as_on_cpus(run_ranks, run_on_device, tmp_path):
+    """Partitioned while it loads, through checkpoints, evaluation and pictures, to the result."""
+    expected, _ = run_ranks(_train, 2, str(tmp_path / "cpu"), "zero3_cpu.json")
+    masks, _ = _final(tmp_path / "cpu")
+    for config in ("zero3.json", "zero3_offload.json"):
+        folder = tmp_path / config
+        found, _ = run_on_device(_train, 2, str(folder), config)
+        for key in ("mask_checksum", "optimizer_bytes_per_rank"):
+            assert found[key] == expected[key]
+        assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)
+        assert _losses(folder) == pytest.approx(_losses(tmp_path / "cpu"), rel=1e-4)
+        assert _final(folder) == (masks, NAME)
