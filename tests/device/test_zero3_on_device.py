@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from pst_ds.masks.layer_stats import measure
 from pst_ds.masks.scales import update_scales
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
-from pst_ds.parallel import zero3
+from pst_ds.parallel import stop_signals, zero3
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.run import prepare, train_run
+from pst_ds.train.run import StoppedError, prepare, train_run
 
 from .pretended import NAME, counts, to_device, to_host
 from .tiny import tiny_llama
@@ -35,6 +36,14 @@ ZERO = {
     "3 hpZ": {"stage3_param_persistence_threshold": 0, "zero_hpz_partition_size": 2},
 }
 PATTERNS = {"q_proj": "row", "k_proj": "2:4", "v_proj": "4x4", "o_proj": "stack", "gate_proj": "matrix"}
+
+WITH_MUCH = (
+    'pst.magnitude="activation"', 'pst.update_gates="component"', "pst.target_rank=4",
+    'pst.update_embeddings=["word_embeddings"]', "model.gradient_checkpointing=true",
+    "model.gradient_checkpointing_reentrant=true", "model.activation_offload=true", "schedule.cooldown_fraction=0.4",
+    'quantization.values="int8"',
+)  # fmt: skip
+"""Settings by which a run has calibration, learned ranks, an updated embedding, offloaded activations and rounding."""
 
 
 def _model(num_shards, num_layers=2, grid=None, **settings):
@@ -127,8 +136,9 @@ def _two_updates(engine):
     return found
 
 
-@pytest.mark.parametrize("kind", ["3", "3 offload"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("3", torch.float32), ("3", torch.bfloat16), ("3 offload", torch.bfloat16)], ids=str
+)
 def test_masks_of_every_pattern_are_those_of_one_process_on_the_cpu(run_on_device, kind, dtype):
     """On three ranks, whose borders cut rows, groups and blocks."""
     model = _of_all_patterns(1).to(dtype)
@@ -186,10 +196,17 @@ def test_the_host_waits_as_often_for_many_layers_as_for_few(run_on_device, kind,
         assert sum(few.values()) <= most
 
 
-def _train(folder, config):
-    settings = [f"output_dir={folder}", f'deepspeed_config="ds_configs/{config}"', "train.num_steps=8"]
-    run = load_run("tests/data/world_size.toml", settings)
-    return train_run(prepare(run, launch_environment()), quiet=True)
+def _train(folder, *settings, resume=False):
+    run = load_run("tests/data/world_size.toml", [f"output_dir={folder}", "train.num_steps=8", *settings])
+    return train_run(prepare(run, launch_environment()), resume=resume, quiet=True)
+
+
+def _stop_and_go_on(folder, *settings):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stop_signals, "_asked_by", signal.SIGUSR1)  # after the first step
+        with pytest.raises(StoppedError):
+            _train(folder, *settings)
+    return _train(folder, *settings, resume=True)
 
 
 def _losses(folder):
@@ -204,15 +221,18 @@ def _final(folder):
     return masks, checkpoint.state.device_type
 
 
-def test_a_run_file_trains_as_on_cpus(run_ranks, run_on_device, tmp_path):
+@pytest.mark.parametrize(
+    ("train", "config", "settings"),
+    [(_train, "zero3_offload.json", WITH_MUCH), (_stop_and_go_on, "zero3.json", ())],
+    ids=["offloaded, with much", "stopped"],
+)
+def test_a_run_file_trains_as_on_cpus(run_ranks, run_on_device, tmp_path, train, config, settings):
     """Partitioned while it loads, through checkpoints, evaluation and pictures, to the result."""
-    expected, _ = run_ranks(_train, 2, str(tmp_path / "cpu"), "zero3_cpu.json")
-    masks, _ = _final(tmp_path / "cpu")
-    for config in ("zero3.json", "zero3_offload.json"):
-        folder = tmp_path / config
-        found, _ = run_on_device(_train, 2, str(folder), config)
-        for key in ("mask_checksum", "optimizer_bytes_per_rank"):
-            assert found[key] == expected[key]
-        assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)
-        assert _losses(folder) == pytest.approx(_losses(tmp_path / "cpu"), rel=1e-4)
-        assert _final(folder) == (masks, NAME)
+    cpu, folder = tmp_path / "cpu", tmp_path / "device"
+    expected, _ = run_ranks(_train, 2, str(cpu), 'deepspeed_config="ds_configs/zero3_cpu.json"', *settings)
+    found, _ = run_on_device(train, 2, str(folder), f'deepspeed_config="ds_configs/{config}"', *settings)
+    for key in ("mask_checksum", "optimizer_bytes_per_rank"):
+        assert found[key] == expected[key]
+    assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)
+    assert _losses(folder) == pytest.approx(_losses(cpu), rel=1e-4)
+    assert _final(folder) == (_final(cpu)[0], NAME)
