@@ -80,7 +80,7 @@ def search(run: RunConfig, ask: Ask, plan: Plan, node_size: int) -> list[Plan]:
                 traces[key] = Trace(**planned["trace"]) if planned["trace"] else None
                 found.append(_line(choice, planned))
             progress.at(number)
-    return sorted(found, key=lambda line: (line["fits"] is False, line["hours"], line["peak_bytes"]))
+    return sorted(found, key=lambda line: (line["fits"] is False, line["hours"], line["needed_bytes"]))
 
 
 def choices(run: RunConfig, plan: Plan, node_size: int) -> Iterator[Choice]:
@@ -103,6 +103,7 @@ def _line(choice: Choice, plan: Plan) -> Plan:
         "zero_optimization": choice.zero,
         "micro_batch_size": plan["micro_batch_size"],
         "peak_bytes": plan["memory_bytes_per_rank"]["peak"],
+        "needed_bytes": judged["needed_bytes"],
         "fits": judged["fits"],
         "step": plan["time"]["step"],
         "tokens_per_second": judged["tokens_per_second"],
@@ -112,14 +113,14 @@ def _line(choice: Choice, plan: Plan) -> Plan:
 
 def print_search(lines: list[Plan]) -> None:
     """Print the first few, and how to take the first."""
-    head = ("", "micro-batch", "accumulated", "checkpointed", "ranks a sequence", "hpZ", "peak", "fits", "tokens/s")
+    head = ("", "micro-batch", "accumulated", "checkpointed", "ranks a sequence", "hpZ", "memory", "fits", "tokens/s")
     rows = [head]
     for number, line in enumerate(lines[:_SHOWN], 1):
         steps, degree, checkpointed = line["settings"].values()
         fits = {True: "yes", False: "no", None: "?"}[line["fits"]]
         rows.append((
             str(number), str(line["micro_batch_size"]), steps, "yes" if checkpointed == "true" else "no", degree,
-            str(line["zero_optimization"].get(HPZ, "-")), bytes_text(line["peak_bytes"]), fits,
+            str(line["zero_optimization"].get(HPZ, "-")), bytes_text(line["needed_bytes"]), fits,
             f"{line['tokens_per_second']:,.0f}",
         ))  # fmt: skip
     print(f"of {len(lines)} ways to run the same batch, the best:")

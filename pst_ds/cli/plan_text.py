@@ -20,6 +20,7 @@ MEMORY_LINES = {
     "communication": "staging of a gather",
     "layer_work": "temporaries of a layer",
     "activations": "activations of a micro-batch",
+    "packed": "a weight as its product lays it out, in place of the staging",
     "optimizer_step": "an optimizer step, at other times",
     "mask_update": "a mask update, at other times",
     "host": "in host memory (offloaded)",
@@ -88,12 +89,14 @@ def print_plan(plan: Plan) -> None:
 
 
 def _print_verdict(plan: Plan) -> None:
-    found, peak = plan["verdict"], plan["memory_bytes_per_rank"]["peak"]
-    if found["fits"] is not None:
-        margin, capacity = found["margin_bytes"], bytes_text(found["capacity_bytes"])
-        share = f"{abs(margin) / found['capacity_bytes']:.0%}"
-        says = f"fits, {share} to spare" if found["fits"] else f"does NOT fit, by {bytes_text(-margin)}"
-        print(f"memory: {bytes_text(peak)} of {capacity} that a rank has: {says}")
+    found = plan["verdict"]
+    beside = ", with the process and a save" if found["needed_bytes"] != plan["memory_bytes_per_rank"]["peak"] else ""
+    needed = f"memory: {bytes_text(found['needed_bytes'])}{beside}"
+    if found["fits"] is None:
+        if beside:
+            print(f"{needed}, of a rank is enough; less than {bytes_text(found['least_bytes'])} is too little")
+    else:
+        print(f"{needed}, of {bytes_text(found['capacity_bytes'])} that a rank has: {_fit_text(found)}")
     mfu = "" if found["mfu"] is None else f", {found['mfu']:.0%} of the data sheet's products"
     print(
         f"speed: {found['tokens_per_second']:,.0f} tokens a second, {found['tokens_per_second_per_rank']:,.0f} a rank"
@@ -104,6 +107,15 @@ def _print_verdict(plan: Plan) -> None:
         f"the run: {_seconds(3600 * found['hours'])}, {found['rank_hours']:,.2f} rank hours{cost}; the least batch of "
         f"these ranks is {found['least_batch']}"
     )
+
+
+def _fit_text(found: Plan) -> str:
+    margin, capacity = found["margin_bytes"], found["capacity_bytes"]
+    if found["fits"]:
+        return f"fits, {margin / capacity:.0%} to spare"
+    if capacity >= found["least_bytes"]:
+        return f"too close to tell, and {bytes_text(found['least_bytes'])} is the least"
+    return f"does NOT fit, by {bytes_text(-margin)}"
 
 
 def name_across_blocks(name: str) -> str:

@@ -190,7 +190,7 @@ class MemoryPlan:
     gathers: int
     """Parameters whole at the peak of a step: persistent, kept or fetched ahead, and the module's own."""
     communication: int
-    """Staging of one gather (gloo copies what it sends and receives)."""
+    """Staging of one gather (gloo copies what it sends and receives); free again when the module's product begins."""
     layer_work: int
     """Temporaries of the layer that needs most."""
     activations: int
@@ -202,6 +202,8 @@ class MemoryPlan:
     """A teacher that is a model of its own, whole on every rank."""
     scales: int = 0
     """Scales of rounded weights."""
+    packed: int = 0
+    """On a CPU, the largest 16-bit weight once more, as its product lays it out; in memory that staging has left."""
     host: int = 0
     """Host memory of what is offloaded, not in ``peak``."""
 
@@ -213,7 +215,7 @@ class MemoryPlan:
 
     @property
     def step_peak(self) -> int:
-        turn = self.gathers + self.communication + self.layer_work + self.activations
+        turn = self.gathers + max(self.communication, self.packed) + self.layer_work + self.activations
         return self.resident + max(turn, self.optimizer_step)
 
     @property
@@ -273,8 +275,14 @@ def memory_plan(
         runtime=RUNTIME_BYTES.get(device, 0),
         teacher=teacher,
         scales=0 if zero.offload_param else scales,
+        packed=_packed_bytes(model) if device == "cpu" and element_size == 2 else 0,
         host=host,
     )
+
+
+def _packed_bytes(model: ModelNumbers) -> int:
+    """The largest 16-bit weight, which oneDNN reorders before it multiplies; one of 32 bits is read in place."""
+    return 2 * max([model.dense_weights, *(matrix.numel for matrix in model.matrices)])
 
 
 def optimizer_bytes(model: ModelNumbers, zero: ZeroSettings, element_size: int = 2) -> int:
@@ -366,7 +374,7 @@ def _turn(model: ModelNumbers, zero: ZeroSettings, element_size: int) -> tuple[i
     """(whole parameters, staging, temporaries) in bytes, each of the module that needs most of it: their peaks may lie
     in different modules' turns, but an allocator keeps what one has freed until another needs it."""
     work = max((m.work_bytes for m in model.modules), default=0)
-    if zero.stage != 3:
+    if zero.stage != 3 or (zero.shards == 1 and not zero.offload_param):  # the share of one rank is used as it is
         return 0, 0, work
     resident = persistent_bytes(model, zero) + kept_bytes(model, zero)
     whole = min(resident + max((m.gathered_bytes for m in model.modules), default=0), model.whole_bytes)

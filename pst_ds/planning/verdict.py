@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pst_ds.planning.machines import Machine
+from pst_ds.planning.process_memory import Need
 from pst_ds.planning.time import TimePlan
 
 
@@ -19,7 +20,7 @@ class Work:
     """Of a global batch, padding included."""
     flops: float
     """Of a rank in a step, without what is recomputed."""
-    peak_bytes: int
+    need: Need
     """Memory of a rank, on the device that it computes on."""
     model_bytes: int
     """Read at the start, in the precision of the run."""
@@ -32,11 +33,16 @@ class Work:
 class Verdict:
     """Bytes, seconds and hours; None for what the machine does not tell."""
 
+    needed_bytes: int
+    """Memory with which a rank trains."""
+    least_bytes: int
+    """Memory with less of which it is killed; what lies between the two is too close to tell."""
     capacity_bytes: int | None
     """Memory that a rank has."""
     fits: bool | None
+    """True where it has what is needed."""
     margin_bytes: int | None
-    """Memory that is left at the peak; negative where it is too little."""
+    """Memory beyond what is needed; negative where it is too little."""
     tokens_per_second: float
     """Of all ranks, mask updates included."""
     tokens_per_second_per_rank: float
@@ -61,9 +67,11 @@ def verdict(work: Work, times: TimePlan, machine: Machine, *, memory: int = 0, p
     per_second = work.steps * work.tokens / training if training else 0.0
     mfu = work.flops / (times.step * machine.peak_flops) if machine.peak_flops and times.step else None
     return Verdict(
+        needed_bytes=work.need.enough,
+        least_bytes=work.need.least,
         capacity_bytes=capacity,
-        fits=None if capacity is None else work.peak_bytes <= capacity,
-        margin_bytes=None if capacity is None else capacity - work.peak_bytes,
+        fits=None if capacity is None else work.need.enough <= capacity,
+        margin_bytes=None if capacity is None else capacity - work.need.enough,
         tokens_per_second=per_second,
         tokens_per_second_per_rank=per_second / work.ranks,
         mfu=mfu,

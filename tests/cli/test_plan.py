@@ -110,6 +110,23 @@ def test_a_plan_says_whether_it_fits_how_long_it_takes_and_what_it_costs(capsys,
     assert ", costs " not in text
 
 
+def test_on_a_cpu_the_process_and_a_save_are_needed_too_and_what_is_close_is_not_judged(capsys, llama_of_4_layers):
+    asked = [*llama_of_4_layers, "--world-size", "8", "--machine", "cpu"]
+    text, plan = _plan(capsys, asked)
+    judged = plan["verdict"]
+    enough, least = judged["needed_bytes"], judged["least_bytes"]
+    assert plan["memory_bytes_per_rank"]["peak"] + 300e6 < enough
+    assert f"memory: {bytes_text(enough)}, with the process and a save, of a rank is enough; less than" in text
+    between, below = f"{(enough + least) / 2e9:.6f}", f"{0.99 * least / 1e9:.6f}"
+    text, plan = _plan(capsys, [*asked, "--memory", between])
+    assert not plan["verdict"]["fits"]
+    assert f"too close to tell, and {bytes_text(least)} is the least" in text
+    text, _ = _plan(capsys, [*asked, "--memory", below])
+    assert "does NOT fit, by" in text
+    text, _ = _plan(capsys, [*asked, "--memory", f"{2 * enough / 1e9:.6f}"])
+    assert "fits, 50% to spare" in text
+
+
 def test_rates_may_be_a_file(capsys, llama_of_4_layers, tmp_path):
     rates = {"name": "mine", "flops": 1e9, "memory_bytes": 1e12, "node_size": 8, "node_bytes": 1e12,
              "network_bytes": 1e12, "latency": 0}  # fmt: skip

@@ -91,6 +91,25 @@ def test_what_is_kept_or_fetched_ahead_is_gathered_too_but_never_more_than_the_m
     assert _plan(everything).gathers == _model(2).whole_bytes
 
 
+def test_a_rank_alone_uses_its_share_as_it_is():
+    plan = _plan(ZeroSettings(stage=3, world_size=1, max_reuse_distance=1 << 40))
+    assert plan.gathers == plan.communication == 0
+    offloaded = _plan(ZeroSettings(stage=3, world_size=1, offload_param=True))
+    assert offloaded.gathers == 2 * (WEIGHT + FACTORS) + 126
+
+
+@pytest.mark.parametrize(("device", "element_size", "packed"), [("cpu", 2, 2 * WEIGHT), ("cpu", 4, 0), ("cuda", 2, 0)])
+def test_a_16_bit_weight_is_laid_out_anew_on_a_cpu_where_staging_was(device, element_size, packed):
+    alone, two = ZeroSettings(stage=3), ZeroSettings(stage=3, world_size=2)
+    sizes = {"activations": 100_000, "element_size": element_size, "device": device}  # so that the step decides
+    for zero in (alone, two):
+        plan = memory_plan(_model(zero.shards), zero, **sizes)
+        assert plan.packed == packed
+        turn = plan.gathers + plan.layer_work + plan.activations + max(plan.communication, packed)
+        assert plan.step_peak == plan.resident + turn
+    assert plan.communication > packed
+
+
 def test_a_teacher_of_its_own_is_there_all_the_time():
     zero = ZeroSettings(stage=3, world_size=3)
     without, plan = _plan(zero), _plan(zero, teacher=5000)

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 
 from pst_ds.planning.machines import MACHINES
+from pst_ds.planning.process_memory import Need
 from pst_ds.planning.time import TimePlan
 from pst_ds.planning.verdict import Work, verdict
 
 WORK = Work(
-    ranks=8, steps=1000, mask_updates=50, tokens=64 * 4096, flops=3e14, peak_bytes=int(70e9), model_bytes=int(16e9),
-    checkpoint_bytes=int(1e9), least_batch=16,
+    ranks=8, steps=1000, mask_updates=50, tokens=64 * 4096, flops=3e14, need=Need(int(70e9), int(60e9)),
+    model_bytes=int(16e9), checkpoint_bytes=int(1e9), least_batch=16,
 )  # fmt: skip
 TIMES = TimePlan(
     step_compute=1.0, step_network=0.2, step_launching=0.1, step=1.2, full_step=1.1, update_compute=0.3,
@@ -32,12 +33,13 @@ def test_time_and_money_are_those_of_steps_updates_and_loading():
     assert (found.load_seconds, found.checkpoint_seconds, found.least_batch) == (8.0, 0.5, 16)
 
 
-@pytest.mark.parametrize(("peak", "fits"), [(73.5e9, True), (73.7e9, False)])
-def test_a_rank_has_what_is_left_of_its_device(peak, fits):
-    found = verdict(replace(WORK, peak_bytes=int(peak)), TIMES, MACHINES["h100"])
+@pytest.mark.parametrize(("enough", "fits"), [(73.5e9, True), (73.7e9, False)])
+def test_a_rank_has_what_is_left_of_its_device(enough, fits):
+    found = verdict(replace(WORK, need=Need(int(enough), int(60e9))), TIMES, MACHINES["h100"])
     assert found.capacity_bytes == round(0.92 * 80e9)
     assert found.fits is fits
-    assert found.margin_bytes == found.capacity_bytes - int(peak)
+    assert found.margin_bytes == found.capacity_bytes - int(enough)
+    assert (found.needed_bytes, found.least_bytes) == (int(enough), int(60e9))
 
 
 def test_memory_of_one_s_own_is_taken_in_its_place_and_a_machine_without_any_judges_nothing():

@@ -1,0 +1,35 @@
+"""Memory that a process on a CPU must have, beside the tensors that its plan counts; numbers in, bytes out.
+
+``python -m tools.bench.fits`` trains under limits of what this says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PROCESS_BYTES = 300 << 20
+"""A rank after its imports, as far as no file backs it: measured."""
+COPIES_OF_A_SAVE = 3
+"""How often a share of a checkpoint is in memory while it is written: a copy, and the file in the making."""
+SCATTERED = 0.05
+"""Of all that a run takes, what the allocator holds in pieces too small for the next tensor."""
+SCATTERED_AMONG_KEPT = 0.3
+"""The same of activations that are kept to the backward pass, between which others come and go."""
+LEAST_SHARE = 0.8
+"""Of what is enough, what is certainly needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes of a rank: with ``enough`` it trains, with less than ``least`` it is killed."""
+
+    enough: int
+    least: int
+
+
+def need_of_process(peak: int, kept: int, checkpoint_share: float) -> Need:
+    """Return what a rank needs whose tensors take ``peak`` bytes, ``kept`` of them activations that are not made anew,
+    and whose share of a checkpoint has ``checkpoint_share`` bytes."""
+    taken = (1 + SCATTERED) * (peak + COPIES_OF_A_SAVE * checkpoint_share) + SCATTERED_AMONG_KEPT * kept
+    enough = PROCESS_BYTES + round(taken)
+    return Need(enough, round(LEAST_SHARE * enough))
