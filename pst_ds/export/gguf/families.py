@@ -18,6 +18,8 @@ class Family:
     """Its name there."""
     rotates_neighbours: bool = False
     """Whether dimension 2 i of a head is rotated with 2 i + 1, and not i with i + d / 2 as in transformers."""
+    has_sigmoid_gates: bool = False
+    """Whether a router's numbers become gates one by one, and not all by one softmax."""
     only_with: Mapping[str, object] = field(default_factory=dict)
     """Settings that llama.cpp has no word for, and their values in what it computes."""
 
@@ -31,6 +33,7 @@ _FAMILIES = {
     "qwen3": Family("qwen3", only_with=_FULL_ATTENTION),
     "qwen2_moe": Family("qwen2moe", only_with={"norm_topk_prob": False, **_FULL_ATTENTION}),
     "qwen3_moe": Family("qwen3moe", only_with={"norm_topk_prob": True, **_FULL_ATTENTION}),
+    "glm4_moe": Family("glm4moe", has_sigmoid_gates=True, only_with={"n_group": 1}),
     "olmoe": Family("olmoe", only_with={"norm_topk_prob": False, "clip_qkv": None}),
 }
 """By ``model_type``."""

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from pst_ds.export.encoding import Encoding
-from pst_ds.export.gguf.families import family_of
+from pst_ds.export.gguf.families import Family, family_of
 from pst_ds.export.gguf.tensors import GgufPiece, GgufPlan, GgufTensor, num_experts
 from pst_ds.export.gguf.tokenizer import GgufTokenizer, gguf_tokenizer
 from pst_ds.export.manifest import ExportError, JsonTable
@@ -49,6 +49,8 @@ def write_gguf(
     writer = library.GGUFWriter(partial, family.architecture)
     try:
         _describe(writer, text, words, out.stem, encoding)
+        if experts := num_experts(text):
+            _describe_experts(writer, text, experts, family)
         offsets = _write_head(writer, tensors, partial)
         with partial.open("r+b") as file:
             if factors is not None:
@@ -116,12 +118,10 @@ def _describe(writer: Any, config: Any, words: GgufTokenizer, name: str, encodin
     writer.add_embedding_length(width)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
-    if experts := num_experts(config):
-        _describe_experts(writer, config, experts)
     writer.add_head_count(heads)
     writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head_width)
+    writer.add_rope_dimension_count(int(head_width * _rotation(config).get("partial_rotary_factor", 1.0)))
     if head_width * heads != width:
         writer.add_key_length(head_width)
         writer.add_value_length(head_width)
@@ -141,13 +141,22 @@ def _describe(writer: Any, config: Any, words: GgufTokenizer, name: str, encodin
     writer.add_add_space_prefix(words.adds_space)
 
 
-def _describe_experts(writer: Any, config: Any, experts: int) -> None:
+def _describe_experts(writer: Any, config: Any, experts: int, family: Family) -> None:
+    """Write how many experts there are, how wide, and what a router makes of its numbers."""
     writer.add_expert_count(experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
-    if width := getattr(config, "moe_intermediate_size", None):
-        writer.add_expert_feed_forward_length(width)
-    if width := getattr(config, "shared_expert_intermediate_size", None):
-        writer.add_expert_shared_feed_forward_length(width)
+    for setting, add in (
+        ("moe_intermediate_size", writer.add_expert_feed_forward_length),
+        ("shared_expert_intermediate_size", writer.add_expert_shared_feed_forward_length),
+        ("n_shared_experts", writer.add_expert_shared_count),
+        ("first_k_dense_replace", writer.add_leading_dense_block_count),
+        ("routed_scaling_factor", writer.add_expert_weights_scale),
+    ):
+        if (value := getattr(config, setting, None)) is not None:
+            add(value)
+    if family.has_sigmoid_gates:
+        writer.add_expert_gating_func(_library().ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_norm(config.norm_topk_prob)
 
 
 def _rotation(config: Any) -> dict[str, Any]:

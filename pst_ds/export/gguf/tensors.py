@@ -25,6 +25,8 @@ from pst_ds.export.plan import PlannedTensor, TensorValues
 
 _ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
 _OF_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
+_CORRECTION = ".e_score_correction_bias", ".e_score_correction.bias"
+"""What is added to a router's gates where it chooses, in transformers and in the map of names."""
 _ROUTERS = (".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight")
 
 
@@ -79,8 +81,8 @@ class GgufPlan:
 
     def __init__(self, outputs: Sequence[PlannedTensor], config: Any, family: Family, library: Any):
         self._config, self._family, self._kinds = config, family, library.GGMLQuantizationType
-        architecture = library.MODEL_ARCH[family.architecture.upper()]
-        self._names = library.get_tensor_name_map(architecture, config.num_hidden_layers)
+        architectures = {name: number for number, name in library.MODEL_ARCH_NAMES.items()}
+        self._names = library.get_tensor_name_map(architectures[family.architecture], config.num_hidden_layers)
         self.pieces = [self._piece(output) for output in outputs]
         """Of the outputs, in their order."""
         by_name: dict[str, list[GgufPiece]] = {}
@@ -90,7 +92,7 @@ class GgufPlan:
 
     def _piece(self, output: PlannedTensor) -> GgufPiece:
         of_expert = _OF_EXPERT.fullmatch(output.name)
-        merged = f"{of_expert[1]}.{of_expert[3]}" if of_expert else output.name
+        merged = f"{of_expert[1]}.{of_expert[3]}" if of_expert else output.name.replace(*_CORRECTION)
         name = self._names.get_name(merged, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ExportError(f"{output.name} has no name in a GGUF file of a {self._family.architecture}")
