@@ -204,6 +204,13 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(family, setting, mess
     assert not (tmp_path / "m.gguf").exists()
 
 
+def test_a_package_that_is_too_old_for_a_family_is_named(tmp_path, monkeypatch):
+    folder = saved(random_model("glm4_moe"), tmp_path / "model")
+    monkeypatch.delitem(gguf.MODEL_ARCH_NAMES, gguf.MODEL_ARCH.GLM4_MOE)
+    with pytest.raises(ExportError, match="this version of the package gguf has no glm4moe: pip install -U gguf"):
+        export_folder(folder, tmp_path / "m.gguf", packing="gguf")
+
+
 def test_an_expert_that_is_missing_is_noticed(tmp_path):
     folder = saved(random_model("olmoe"), tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")

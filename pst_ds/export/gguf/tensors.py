@@ -82,7 +82,10 @@ class GgufPlan:
     def __init__(self, outputs: Sequence[PlannedTensor], config: Any, family: Family, library: Any):
         self._config, self._family, self._kinds = config, family, library.GGMLQuantizationType
         architectures = {name: number for number, name in library.MODEL_ARCH_NAMES.items()}
-        self._names = library.get_tensor_name_map(architectures[family.architecture], config.num_hidden_layers)
+        architecture = architectures.get(family.architecture)
+        if architecture is None:
+            raise ExportError(f"this version of the package gguf has no {family.architecture}: pip install -U gguf")
+        self._names = library.get_tensor_name_map(architecture, config.num_hidden_layers)
         self.pieces = [self._piece(output) for output in outputs]
         """Of the outputs, in their order."""
         by_name: dict[str, list[GgufPiece]] = {}
