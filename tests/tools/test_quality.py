@@ -19,7 +19,7 @@ from tools.quality.workers import Options, next_cell, selected
 from .small_grid import filled, line_of, table
 
 ROOT = Path(__file__).resolve().parents[2]
-GRIDS = sorted((ROOT / "tools" / "quality").glob("*.toml"))
+GRIDS = [*sorted((ROOT / "tools" / "quality").glob("*.toml")), ROOT / "tools" / "upcycle" / "grid.toml"]
 
 
 def test_tries_come_first_and_then_one_seed_of_everything():

@@ -7,6 +7,7 @@ copies part; --apart says how far they are. The experts of what comes out have w
     pst-ds train tools/upcycle/run.toml
     pst-ds export runs/upcycled/run --out runs/upcycled/dense
     python -m tools.upcycle --apart runs/upcycled/dense
+    python -m tools.quality tools/upcycle/grid.toml --results runs/upcycled/results
 """
 
 from __future__ import annotations
