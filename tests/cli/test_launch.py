@@ -9,8 +9,7 @@ import signal
 import pytest
 
 from pst_ds.cli.main import main
-
-from ..cluster.tools import (
+from tools.cluster.processes import (
     RUN_FILE,
     Background,
     ended_after,

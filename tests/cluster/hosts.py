@@ -10,10 +10,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .tools import Background, call, ended_after, environment, kill_all, lack, require, search_path, wait_until
+from tools.cluster.namespaces import INTERFACE, Network, network
+from tools.cluster.processes import (
+    Background,
+    call,
+    ended_after,
+    environment,
+    kill_all,
+    require,
+    search_path,
+    wait_until,
+)
 
 UP_SECONDS = 30
-INTERFACE = "eth0"
 ADDRESSES = {"host-a": "10.213.77.1", "host-b": "10.213.77.2"}
 
 
@@ -22,71 +31,41 @@ class Hosts:
     """Hosts that are up. ssh knows them by name; nothing else does."""
 
     folder: Path
-    namespaces: dict[str, str]
+    network: Network
 
     @property
     def hostfile(self) -> str:
         return str(self.folder / "hostfile")
-
-    def on(self, host: str, *command: str) -> list[str]:
-        """The command, as it runs there."""
-        return ["ip", "netns", "exec", self.namespaces[host], *command]
 
     def environment(self, **changes: str) -> dict[str, str]:
         """With an ssh that knows the hosts. Their names do not resolve, so gloo is told where to listen."""
         path = f"{self.folder / 'bin'}{os.pathsep}{search_path()}"
         return environment(**{"PATH": path, "GLOO_SOCKET_IFNAME": INTERFACE, **changes})
 
-    def processes(self, host: str) -> list[int]:
-        return [int(pid) for pid in call("ip", "netns", "pids", self.namespaces[host]).split()]
-
-    def cut_off(self, host: str) -> None:
-        call("ip", "-n", self.namespaces[host], "link", "set", INTERFACE, "down")
-
 
 @contextmanager
 def two_hosts(folder: Path) -> Iterator[Hosts]:
     """Brings them up, and ends all their processes and removes them."""
     require("ip", "unshare", "sshd", "ssh", "ssh-keygen", "pdsh")
-    hosts = Hosts(folder, {host: f"pst-ds-{os.getpid()}-{host}" for host in ADDRESSES})
     with ExitStack() as stack:
-        for namespace in hosts.namespaces.values():
-            _allowed("ip", "netns", "add", namespace)
-            stack.callback(call, "ip", "netns", "delete", namespace)
-        _lay_cable(hosts)
+        hosts = Hosts(folder, stack.enter_context(network(ADDRESSES)))
         _write_ssh_files(hosts)
         if not Path("/run/sshd").exists():  # sshd insists on this folder; its package makes it only at boot
             Path("/run/sshd").mkdir(mode=0o755)
             stack.callback(Path("/run/sshd").rmdir)
-        for host in hosts.namespaces:
+        for host in ADDRESSES:
             sshd_there = f"hostname {host} && exec {_absolute('sshd')} -D -e -f {folder}/sshd-{host}"
             apart = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "--uts")
-            command = hosts.on(host, *apart, "sh", "-c", sshd_there)
+            command = hosts.network.on(host, *apart, "sh", "-c", sshd_there)
             sshd = stack.enter_context(ended_after(Background(folder / f"sshd-{host}.log", *command)))
-            stack.callback(lambda host=host: kill_all(hosts.processes(host)))
+            stack.callback(lambda host=host: kill_all(hosts.network.processes(host)))
             wait_until(lambda host=host: _answers(hosts, host), UP_SECONDS, sshd.text)
         yield hosts
-
-
-def _allowed(*command: str) -> None:
-    """Runs what a container may not be permitted to."""
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode:
-        lack(f"'{' '.join(command[:4])}' is refused here: {done.stderr.strip()}")
 
 
 def _absolute(program: str) -> str:
     """sshd starts itself anew by its path."""
     return str(shutil.which(program, path=search_path()))
-
-
-def _lay_cable(hosts: Hosts) -> None:
-    a, b = hosts.namespaces.values()
-    _allowed("ip", "-n", a, "link", "add", INTERFACE, "type", "veth", "peer", "name", INTERFACE, "netns", b)
-    for host, namespace in hosts.namespaces.items():
-        call("ip", "-n", namespace, "address", "add", f"{ADDRESSES[host]}/24", "dev", INTERFACE)
-        for interface in ("lo", INTERFACE):
-            call("ip", "-n", namespace, "link", "set", interface, "up")
 
 
 def _write_ssh_files(hosts: Hosts) -> None:
@@ -113,6 +92,6 @@ def _write_ssh_files(hosts: Hosts) -> None:
 
 
 def _answers(hosts: Hosts, host: str) -> bool:
-    command = hosts.on(host, str(hosts.folder / "bin" / "ssh"), "-oBatchMode=yes", host, "true")
+    command = hosts.network.on(host, str(hosts.folder / "bin" / "ssh"), "-oBatchMode=yes", host, "true")
     done = subprocess.run(command, env=hosts.environment(), capture_output=True, timeout=60, check=False)
     return done.returncode == 0

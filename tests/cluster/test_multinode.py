@@ -6,7 +6,9 @@ import os
 
 import pytest
 
-from .tools import RUN_FILE, environment_of, free_ports, rank_processes, result, steps, wait_until
+from tools.cluster.processes import RUN_FILE, environment_of, free_ports, rank_processes, result, steps, wait_until
+
+from .hosts import ADDRESSES
 
 pytestmark = [pytest.mark.cluster, pytest.mark.launcher]
 RUN_SECONDS = 240
@@ -18,16 +20,16 @@ KEPT = {"HF_TOKEN": "secret", "UNRELATED_TEST": "here"}
 
 def test_both_hosts_train_in_the_environment_of_the_caller(hosts, start, tmp_path):
     folder = tmp_path / "run"
-    command = hosts.on(
+    command = hosts.network.on(
         "host-a", "launch/multinode.sh", "--hostfile", hosts.hostfile, RUN_FILE, "--set", f"output_dir={folder}",
         "--set", 'data.text_columns=["text"]', "--json",
     )  # fmt: skip
     (tmp_path / "own").write_text(f"\n{OWN}=8", encoding="utf-8")
     job = start(*command, env=hosts.environment(**FORWARDED, **KEPT, DS_ENV_FILE=str(tmp_path / "own")))
     wait_until(lambda: len(steps(folder)) >= 1, RUN_SECONDS, job.text)
-    seen = {host: [] for host in hosts.namespaces}
+    seen = {host: [] for host in ADDRESSES}
     for pid in rank_processes(folder):
-        (host,) = [host for host in seen if pid in hosts.processes(host)]
+        (host,) = [host for host in seen if pid in hosts.network.processes(host)]
         seen[host].append(environment_of(pid))
     for found in seen.values():
         assert len(found) == 1
@@ -48,7 +50,7 @@ def test_a_run_that_is_stopped_and_then_loses_a_host_goes_on_each_time(hosts, st
     # ssh takes the first value of an option: these come before the script's minute
     patience = "-oServerAliveInterval=1 -oServerAliveCountMax=5 -oConnectTimeout=5"
     env = hosts.environment(PDSH_SSH_ARGS_APPEND=patience)
-    command = hosts.on("host-a", "launch/multinode.sh", "--hostfile", hosts.hostfile, *settings)
+    command = hosts.network.on("host-a", "launch/multinode.sh", "--hostfile", hosts.hostfile, *settings)
 
     first = start(*command, env=env)
     wait_until(lambda: len(steps(folder)) >= 10, RUN_SECONDS, first.text)
@@ -59,7 +61,7 @@ def test_a_run_that_is_stopped_and_then_loses_a_host_goes_on_each_time(hosts, st
 
     second = start(*command, env=env)
     wait_until(lambda: steps(folder)[-1] >= stopped_at + 20, RUN_SECONDS, second.text)
-    hosts.cut_off("host-b")
+    hosts.network.cut_off("host-b")
     code = second.exit_code(END_SECONDS)
     assert code not in (0, 2, 75), second.text()
     assert "StalledError" in second.text()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from .slurm import Slurm
-from .tools import RUN_FILE, call, environment, free_ports, rank_processes, result, steps, wait_until
+from tools.cluster.processes import RUN_FILE, call, environment, free_ports, rank_processes, result, steps, wait_until
+from tools.cluster.slurm import Slurm
 
 pytestmark = [pytest.mark.cluster, pytest.mark.launcher]
 JOB_SECONDS = 420

@@ -15,7 +15,9 @@ from .pages import ROOT, all_blocks, commands, settings
 
 COMMANDS = [(str(block), words) for block in all_blocks("bash") for words in commands(block)]
 KNOWN_ELSEWHERE = ("cd", "git", "kubectl", "lm_eval", "podman", "scancel", "source", "tensorboard")
-WORDS_BEFORE_THE_RUN = {"launch/local.sh": 2, "launch/multinode.sh": 2, "launch/slurm_array.sbatch": 1}
+WORDS_BEFORE_THE_RUN = {
+    "launch/local.sh": 2, "launch/multinode.sh": 2, "launch/slurm_array.sbatch": 1, "launch/slurm_unattended.sbatch": 1,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("words", [words for _, words in COMMANDS], ids=[f"{at} {' '.join(w)}" for at, w in COMMANDS])
@@ -42,7 +44,8 @@ def _launch_script(script: str, arguments: list[str]) -> None:
     assert (ROOT / script).is_file(), script
     first = {"launch/local.sh": "--ranks", "launch/multinode.sh": "--hostfile"}.get(script)
     assert first in (None, arguments[0]), f"{script} wants {first} first"
-    _pst_ds(["train", *arguments[WORDS_BEFORE_THE_RUN.get(script, 0) :]])
+    verb = "launch" if "unattended" in script else "train"
+    _pst_ds([verb, *arguments[WORDS_BEFORE_THE_RUN.get(script, 0) :]])
 
 
 def _sbatch(arguments: list[str]) -> None:

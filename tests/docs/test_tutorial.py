@@ -8,8 +8,8 @@ import subprocess
 import pytest
 
 from pst_ds.cli.main import main
+from tools.cluster.processes import environment, free_ports
 
-from ..cluster.tools import environment, free_ports
 from .pages import ROOT, blocks, commands
 
 pytestmark = pytest.mark.launcher

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from pst_ds.cli.main import main
+from tools.cluster.processes import environment, free_ports
 
-from ..cluster.tools import environment, free_ports
 from .workshop import Workshop, Wrong
 from .wrong_data import DATA
 from .wrong_deepspeed import DEEPSPEED

@@ -27,6 +27,7 @@ exit $code
 RECORD = '#!/bin/bash\necho "$*" >>"$RECORD/{name}"\n'
 PST_DS = """#!/bin/bash
 printf "%s\\n" "$PST_DS_SUBMITTED" >"$RECORD/submitted"
+[[ $1 != launch ]] || printf "%s\\n" "$PST_DS_SRUN_ARGS" >"$RECORD/srun-args"
 echo "$RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $MASTER_PORT: $*" >>"$RECORD/pst-ds"
 exit "${CODE:-0}"
 """
@@ -115,6 +116,36 @@ def test_a_site_s_container_and_modules_need_no_edit(tmp_path):
     assert " --container-image=an-image --gpu-bind=none bash " in records["srun"]
     assert records["set-up"] == "0\n1\n"
     assert len(records["pst-ds"].splitlines()) == 2
+
+
+UNATTENDED = {"SLURM_JOB_NUM_NODES": "3", "SLURM_NTASKS_PER_NODE": "8", "SLURMD_NODENAME": "n1"}
+
+
+def test_an_unattended_job_supervises_the_other_script_on_fewer_nodes(tmp_path):
+    settings = ("--retries", "20", "--set", f"output_dir={tmp_path}/run")
+    script, site = "slurm_unattended.sbatch", {**UNATTENDED, "PST_DS_SRUN_ARGS": "--gpu-bind=none"}
+    code, records = _job(tmp_path, script, "1", RUN_FILE, *settings, **site)
+    assert code == 0
+    by = f"env PST_DS_EXCLUDED={{excluded}} bash {Path.cwd()}/launch/slurm.sbatch"
+    assert records["pst-ds"].endswith(f": launch {RUN_FILE} {' '.join(settings)} --spares 1 --by {by}\n")
+    assert records["srun-args"] == "--overlap --nodes=2 --nodelist=n1 --ntasks=16 --gpu-bind=none\n"
+    assert records["submitted"] == (FOLDER / script).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("spares", ["3", "one"])
+def test_an_unattended_job_leaves_a_node_to_train_on(tmp_path, spares):
+    code, records = _job(tmp_path, "slurm_unattended.sbatch", spares, RUN_FILE, **UNATTENDED)
+    assert (code, records) == (2, {})
+
+
+def test_under_pst_ds_launch_a_job_leaves_out_nodes_and_is_not_requeued_by_its_script(tmp_path):
+    supervised = {"PST_DS_EXIT_CODES": str(tmp_path), "PST_DS_SUBMITTED": "another", "PST_DS_EXCLUDED": "n2,n3"}
+    settings = ("--set", f"output_dir={tmp_path}/run")
+    code, records = _job(tmp_path, "slurm.sbatch", RUN_FILE, *settings, CODE="75", **supervised)
+    assert code == 75
+    assert " --exclude=n2,n3 bash " in records["srun"]
+    assert records["submitted"] == "another\n"
+    assert "scontrol" not in records
 
 
 def test_a_program_that_is_not_on_path_is_named(tmp_path):

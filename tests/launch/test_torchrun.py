@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ..cluster.tools import (
+from tools.cluster.processes import (
     RUN_FILE,
     Background,
     ended_after,

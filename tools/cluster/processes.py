@@ -1,4 +1,4 @@
-"""What the tests of both kinds of cluster need: missing pieces, waiting, commands in the background, run folders."""
+"""What clusters on this machine need: missing pieces, waiting, commands in the background, ranks and run folders."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
-
-import pytest
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUN_FILE = "tests/data/world_size.toml"
@@ -23,20 +21,17 @@ END_SECONDS = 20
 T = TypeVar("T")
 
 
-def lack(reason: str) -> NoReturn:
-    """A piece is missing: the test is skipped, or fails where PST_DS_REQUIRE_CLUSTER=1 says that it must be there."""
-    if os.environ.get("PST_DS_REQUIRE_CLUSTER") == "1":
-        pytest.fail(f"PST_DS_REQUIRE_CLUSTER=1, but {reason}", pytrace=False)
-    pytest.skip(reason)
+class LackError(Exception):
+    """A piece that this needs is missing here."""
 
 
 def require(*programs: str) -> None:
-    """Root and these programs."""
+    """Root and these programs. Raises LackError."""
     if os.geteuid() != 0:
-        lack(f"this needs root, for daemons and network namespaces; the user id is {os.geteuid()}")
+        raise LackError(f"this needs root, for daemons and network namespaces; the user id is {os.geteuid()}")
     missing = [name for name in programs if shutil.which(name, path=search_path()) is None]
     if missing:
-        lack(f"not installed: {', '.join(missing)}; .ci/run names the packages")
+        raise LackError(f"not installed: {', '.join(missing)}; .ci/run names the packages")
 
 
 def search_path() -> str:
@@ -53,20 +48,21 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def call(*command: str, env: dict[str, str] | None = None, seconds: float = 60) -> str:
-    """Output of a command that must succeed."""
+    """Output of a command that must succeed. Raises RuntimeError for one that does not."""
     done = subprocess.run(
         command, env=env or environment(), capture_output=True, text=True, timeout=seconds, check=False, cwd=ROOT
     )
-    assert done.returncode == 0, f"{' '.join(command)}: exit code {done.returncode}: {done.stdout}{done.stderr}"
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}: {done.stdout}{done.stderr}")
     return done.stdout.strip()
 
 
 def wait_until(condition: Callable[[], T], seconds: float, what: Callable[[], str]) -> T:
-    """The first true value of ``condition``; fails with ``what()`` when there was none for so long."""
+    """The first true value of ``condition``. Raises TimeoutError with ``what()`` when there was none for so long."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         if time.monotonic() > deadline:
-            pytest.fail(f"not within {seconds:g} s: {what()}")
+            raise TimeoutError(f"not within {seconds:g} s: {what()}")
         time.sleep(0.05)
     return value
 
@@ -92,7 +88,7 @@ class Background:
     def exit_code(self, seconds: float) -> int:
         """Waits for its end."""
         wait_until(lambda: self.process.poll() is not None, seconds, lambda: f"an end of it:\n{self.text()}")
-        return self.process.returncode
+        return int(self.process.returncode)
 
     def text(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace")
@@ -163,4 +159,5 @@ def steps(folder: Path) -> list[int]:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return found

@@ -1,0 +1,198 @@
+"""A Slurm of one controller and a few nodes on this machine, all in one folder, with a munge of its own. Its nodes
+share this machine's network, or are hosts in namespaces, of which one can be cut off."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tools.cluster.namespaces import INTERFACE, SWITCH, Network, network
+from tools.cluster.processes import (
+    Background,
+    LackError,
+    call,
+    ended_after,
+    environment,
+    free_ports,
+    kill_all,
+    processes,
+    require,
+    wait_until,
+)
+
+UP_SECONDS = 60
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+"""States of a job that is over."""
+NODES = ("n1", "n2")
+TIMEOUTS = "MessageTimeout=3\nTCPTimeout=1\nSlurmdTimeout=40\nKillWait=3"
+"""Where a node may go without a word: Slurm is quicker to notice than in minutes, and slower than a stalled run."""
+CONTROLLER = "10.213.78.254"
+ADDRESSES = {"n1": "10.213.78.1", "n2": "10.213.78.2", "n3": "10.213.78.3"}
+"""Of nodes that are hosts of their own."""
+
+# cred_expire is also how long a requeued job waits, two minutes by default; sched_interval how often the queue is
+# looked through. Nodes are processes: nothing here may need a name to be resolved, a cgroup or another user.
+CONFIG = """
+ClusterName=pst-ds
+SlurmctldHost={host}({controller})
+SlurmctldPort={port}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdSpoolDir={folder}/spool-%n
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/linear
+SchedulerParameters=sched_interval=2,bf_interval=2
+PropagateResourceLimits=CORE
+MpiDefault=none
+MailProg=/bin/true
+ReturnToService=2
+{timeouts}
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """A cluster that is up."""
+
+    folder: Path
+    network: Network | None = None
+    """Of nodes that are hosts of their own."""
+    daemons: dict[str, Background] = field(default_factory=dict)
+
+    def environment(self) -> dict[str, str]:
+        apart = {"GLOO_SOCKET_IFNAME": INTERFACE} if self.network else {}  # names of nodes do not resolve
+        return environment(SLURM_CONF=str(self.folder / "slurm.conf"), **apart)
+
+    def on(self, node: str, *command: str) -> list[str]:
+        """Return the command, as it runs on a node, or where the controller is."""
+        return self.network.on(node, *command) if self.network else list(command)
+
+    def call(self, *command: str, env: dict[str, str] | None = None) -> str:
+        return call(*self.on(SWITCH, *command), env=env or self.environment())
+
+    def submit(self, *arguments: str, env: dict[str, str] | None = None) -> str:
+        """The number of the job that ``sbatch ARGUMENTS`` makes."""
+        return self.call("sbatch", "--parsable", *arguments, env=env).partition(";")[0]
+
+    def cut_off(self, node: str, shared: Path) -> None:
+        """Take a node that is a host of its own from the network for good, and the shared folder from it."""
+        assert self.network is not None
+        self.network.cut_off(node)
+        mounts = ("nsenter", "--mount", "--target", str(self.daemons[f"slurmd-{node}"].process.pid))
+        call(*mounts, "mount", "-t", "tmpfs", "none", str(shared))
+
+    def shown(self, job: str) -> dict[str, str]:
+        """What ``scontrol show job`` says of it, such as JobState, Restarts and ExitCode."""
+        words = self.call("scontrol", "--oneliner", "show", "job", job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait(self, job: str, seconds: float, log: Path) -> dict[str, str]:
+        """Waits until the job has left the queue for good; fails with its log. What is shown of it then."""
+
+        def shown_at_end() -> dict[str, str] | None:
+            shown = self.shown(job)
+            return shown if shown["JobState"] in ENDED else None
+
+        shown = wait_until(shown_at_end, seconds, lambda: f"an end of job {job}, {self.shown(job)}:\n{_tail(log)}")
+        assert shown is not None
+        return shown
+
+
+@contextmanager
+def slurm_cluster(folder: Path, *, apart: bool = False) -> Iterator[Slurm]:
+    """Bring it up in an empty folder, and end its daemons, jobs and their processes: of two nodes on this machine's
+    network, or, ``apart``, of three that are hosts of their own. Raises LackError."""
+    require("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
+    if apart:
+        require("ip", "nsenter", "unshare")
+    with ExitStack() as stack:
+        laid = stack.enter_context(network(ADDRESSES, CONTROLLER)) if apart else None
+        slurm = Slurm(folder, laid)
+        nodes = ADDRESSES if apart else dict.fromkeys(NODES, "127.0.0.1")
+        _write_files(folder, nodes, apart)
+        stack.callback(_kill_what_is_left, slurm)
+        daemons = {
+            "munged": ["munged", "--foreground", "--force", *_munge_files(folder)],
+            "slurmctld": slurm.on(SWITCH, "slurmctld", "-D", "-i"),
+            **{f"slurmd-{node}": _slurmd(slurm, node) for node in nodes},
+        }
+        for name, command in daemons.items():
+            daemon = Background(folder / f"{name}.out", *command, env=slurm.environment())
+            slurm.daemons[name] = stack.enter_context(ended_after(daemon))
+            if name == "munged":
+                wait_until((folder / "munge.socket").exists, UP_SECONDS, lambda: _tail(folder / "munged.out"))
+        _wait_for_nodes(slurm, len(nodes))
+        yield slurm
+
+
+def _slurmd(slurm: Slurm, node: str) -> list[str]:
+    if slurm.network is None:
+        return ["slurmd", "-D", "-N", node]
+    named = f"hostname {node} && exec slurmd -D -N {node}"
+    return slurm.on(node, "unshare", "--uts", "sh", "-c", named)
+
+
+def _write_files(folder: Path, nodes: Mapping[str, str], apart: bool) -> None:
+    host = socket.gethostname().partition(".")[0]
+    (folder / "state").mkdir()
+    for node in nodes:
+        (folder / f"spool-{node}").mkdir()
+    (folder / "munge.key").write_bytes(os.urandom(1024))
+    (folder / "munge.key").chmod(0o400)
+    (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n", encoding="utf-8")
+    port, *ports = free_ports(1 + len(nodes))
+    lines = [
+        f"NodeName={node} NodeHostname={node if apart else host} NodeAddr={address} Port={port_of_node}"
+        for (node, address), port_of_node in zip(nodes.items(), ports, strict=True)
+    ]
+    config = CONFIG.format(
+        host=host, folder=folder, controller=CONTROLLER if apart else "127.0.0.1", port=port, nodes="\n".join(lines),
+        timeouts=TIMEOUTS if apart else "",
+    )  # fmt: skip
+    (folder / "slurm.conf").write_text(config, encoding="utf-8")
+
+
+def _munge_files(folder: Path) -> list[str]:
+    files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munge.pid"}
+    files |= {"log-file": "munge.log", "seed-file": "munge.seed"}
+    return [f"--{option}={folder / name}" for option, name in files.items()]
+
+
+def _wait_for_nodes(slurm: Slurm, count: int) -> None:
+    def idle() -> bool:
+        command = slurm.on(SWITCH, "sinfo", "--noheader", "--Node", "--format=%T")
+        done = subprocess.run(
+            command, env=slurm.environment(), capture_output=True, text=True, timeout=60, check=False
+        )  # fmt: skip
+        return done.stdout.split() == ["idle"] * count
+
+    logs = [slurm.folder / f"{name}.out" for name in slurm.daemons if name != "munged"]
+    try:
+        wait_until(idle, UP_SECONDS, lambda: "idle nodes:\n" + "\n".join(map(_tail, logs)))
+    except TimeoutError as error:
+        raise LackError(f"Slurm does not come up here: {error}") from None
+
+
+def _kill_what_is_left(slurm: Slurm) -> None:
+    """Steps and tasks outlive the daemons. All have the place of the configuration in their environment."""
+    mark = f"SLURM_CONF={slurm.folder}/slurm.conf".encode()
+    kill_all(processes(lambda entry: mark in (entry / "environ").read_bytes().split(b"\0")))
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")[-4000:] if log.is_file() else f"{log.name} is not there"
