@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,32 @@ def test_a_sweep_trains_every_sparsity_in_a_folder_of_its_own(slurm, tmp_path):
         assert (result(folder)["sparsity_requested"], result(folder)["world_size"]) == (sparsity, 2)
         assert (folder / "submitted.sbatch").read_text() == Path("launch/slurm_array.sbatch").read_text()
     assert sorted(path.name for path in sweep.iterdir()) == ["sparsity-0.500", "sparsity-0.750"]
+
+
+def test_a_job_of_a_grid_that_is_preempted_saves_and_comes_back(slurm, tmp_path):
+    """submitit's signal, which Slurm sends to every process of a task."""
+    pytest.importorskip("submitit")
+    sweep = tmp_path / "sweep"
+    words = [
+        sys.executable,
+        "launch/sweep.py",
+        str(sweep),
+        RUN_FILE,
+        "--vary",
+        "seed",
+        "1",
+        "--set",
+        "train.num_steps=60",
+    ]
+    submitted = slurm.call(*words, "--parameter", "nodes=2", "--parameter", "timeout_min=30")
+    job, folder = submitted.partition(":")[0], sweep / "seed-1"
+    log = sweep / "submitit" / job / f"{job}_0_log.err"
+    wait_until(lambda: len(steps(folder)) >= 3, JOB_SECONDS, lambda: f"3 steps: {slurm.shown(job)}")
+    slurm.call("scancel", "--signal=USR2", job)
+    shown = slurm.wait(job, JOB_SECONDS, log)
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), log.read_text()
+    assert "going on from" in log.read_text()
+    assert (result(folder)["world_size"], steps(folder)) == (2, list(range(1, 61)))
 
 
 # the root of another tree of mounts, and of the environment what container runtimes hand on
