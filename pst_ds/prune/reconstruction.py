@@ -6,14 +6,13 @@ is run again with gradients, and Adam moves what is kept towards the dense block
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pst_ds.prune.replay import Batch, BlockReplay
+from pst_ds.prune.replay import Batch, BlockReplay, Compute, Forward, Output
 
 RATE = 0.01
 """Adam's first rate, as a share of the root of the mean square of a layer's kept weights; it falls to 0 in a line."""
@@ -33,7 +32,7 @@ class BlockFit:
         self.errors: tuple[float, float] = (0.0, 0.0)
         """Mean squared error of a value of the block's output over all tokens, before and after."""
 
-    def remember(self, forward: Callable[[], Any]) -> Any:
+    def remember(self, forward: Forward) -> Output:
         """Run the block while it is dense, on one batch after another, and keep what it gives."""
         output = forward()
         self._wanted.append(_hidden(output).to("cpu"))
@@ -51,7 +50,7 @@ class BlockFit:
         optimizer, steps = torch.optim.Adam(groups), self._passes * len(self._wanted)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
 
-        def step(forward: Callable[[], Any]) -> Any:
+        def step(forward: Forward) -> Output:
             with torch.enable_grad():
                 output = forward()
                 gradients = torch.autograd.grad(self._difference(output).square().mean(), list(weights))
@@ -74,7 +73,7 @@ class BlockFit:
         self.errors = before, after
         return masters
 
-    def _run(self, compute: Callable[[Callable[[], Any]], Any]) -> None:
+    def _run(self, compute: Compute) -> None:
         self._number = -1
         self._replay.run(self._index, keep_output=False, before=self._begin, compute=compute)
 
@@ -82,7 +81,7 @@ class BlockFit:
         mask = batch.get("attention_mask")
         self._number, self._is_real = self._number + 1, None if mask is None else mask.bool()
 
-    def _difference(self, output: Any) -> Tensor:
+    def _difference(self, output: Output) -> Tensor:
         """The output less the dense block's, of the batch that runs, (tokens, width) fp32; padding is left out."""
         made = _hidden(output)
         wanted = self._wanted[self._number].to(made.device)
@@ -95,7 +94,7 @@ class BlockFit:
         """The mean squared error of a value over all tokens."""
         total, number = 0.0, 0
 
-        def add(forward: Callable[[], Any]) -> Any:
+        def add(forward: Forward) -> Output:
             nonlocal total, number
             output = forward()
             difference = self._difference(output)
@@ -106,7 +105,7 @@ class BlockFit:
         return total / number
 
 
-def _hidden(output: Any) -> Tensor:
+def _hidden(output: Output) -> Tensor:
     """The hidden states among what a block returns: all of it, or the first of several."""
     return output if isinstance(output, Tensor) else output[0]
 

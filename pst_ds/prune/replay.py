@@ -20,12 +20,15 @@ from pst_ds.errors import InputError
 Batch = Mapping[str, Tensor]
 """Arguments of a model's forward pass, on the CPU."""
 
-
-Compute = Callable[[Callable[[], Any]], Any]
+Output = Any
+"""What a block's forward returns: hidden states, or a tuple that begins with them."""
+Forward = Callable[[], Output]
+"""Runs a block on a batch."""
+Compute = Callable[[Forward], Output]
 """Given what runs a block on a batch; returns the output."""
 
 
-def _plainly(forward: Callable[[], Any]) -> Any:
+def _plainly(forward: Forward) -> Output:
     return forward()
 
 
@@ -50,7 +53,7 @@ class BlockReplay:
     ):
         self._model, self._blocks, self._batches = model, list(blocks), batches
         self._device, self._dtype = device, dtype
-        self._outputs: list[Any] = [None] * len(batches)
+        self._outputs: list[Output] = [None] * len(batches)
         self._block = self._batch = 0
         self._keeps_output = False
         self._compute: Compute = _plainly
@@ -113,7 +116,7 @@ class BlockReplay:
                 f"{type(self._blocks[index]).__name__}; it cannot be pruned block by block"
             )
 
-    def _stand_in(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _stand_in(self, index: int, forward: Callable[..., Output]) -> Callable[..., Output]:
         def replay(*args: object, **kwargs: object) -> object:
             if index < self._block:
                 return self._outputs[self._batch]
@@ -126,7 +129,7 @@ class BlockReplay:
         return replay
 
 
-def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def _moved(value: Output, device: torch.device, dtype: torch.dtype) -> Output:
     """``value`` with every tensor in it on ``device``, and those of floating-point numbers in ``dtype``."""
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.is_floating_point() else value.dtype)

@@ -1,6 +1,6 @@
 """Masks made once, on calibration text: by a score of every weight, by SparseGPT, which rounds too, or by ALPS.
 
-Any of them may then be refined by swaps.
+The mask of each may then be refined by swaps.
 """
 
 from pst_ds.core.one_shot.alps import InputSpectrum, alps, input_spectrum

@@ -9,6 +9,9 @@ from typing import Any
 
 from pst_ds.export.manifest import ExportError
 
+Config = Any
+"""A configuration of transformers, whose settings differ by family."""
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -39,7 +42,7 @@ _FAMILIES = {
 """By ``model_type``."""
 
 
-def family_of(config: Any) -> Family:
+def family_of(config: Config) -> Family:
     """Return the family of a model's text config. Raises ExportError where llama.cpp would compute something else."""
     kind = config.model_type
     family = _FAMILIES.get(kind)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from pst_ds.export.encoding import Encoding
-from pst_ds.export.gguf.families import Family, family_of
+from pst_ds.export.gguf.families import Config, Family, family_of
 from pst_ds.export.gguf.tensors import GgufPiece, GgufPlan, GgufTensor, num_experts
 from pst_ds.export.gguf.tokenizer import GgufTokenizer, gguf_tokenizer
 from pst_ds.export.manifest import ExportError, JsonTable
@@ -27,7 +27,7 @@ _FILE_TYPES = {None: 32, 4: 2, 8: 7}
 
 
 def write_gguf(
-    jobs: Sequence[TensorJob], source: Source, config: Any, tokenizer: Any, out: Path, encoding: Encoding
+    jobs: Sequence[TensorJob], source: Source, config: Config, tokenizer: Any, out: Path, encoding: Encoding
 ) -> JsonTable:
     """Write ``out``, whole or not at all. Returns counts.
 
@@ -106,7 +106,7 @@ def _write_pieces(
     return inexact
 
 
-def _describe(writer: Any, config: Any, words: GgufTokenizer, name: str, encoding: Encoding) -> None:
+def _describe(writer: Any, config: Config, words: GgufTokenizer, name: str, encoding: Encoding) -> None:
     """Write the model's shape and its tokenizer."""
     heads, width = config.num_attention_heads, config.hidden_size
     head_width = getattr(config, "head_dim", None) or width // heads
@@ -141,7 +141,7 @@ def _describe(writer: Any, config: Any, words: GgufTokenizer, name: str, encodin
     writer.add_add_space_prefix(words.adds_space)
 
 
-def _describe_experts(writer: Any, config: Any, experts: int, family: Family) -> None:
+def _describe_experts(writer: Any, config: Config, experts: int, family: Family) -> None:
     """Write how many experts there are, how wide, and what a router makes of its numbers."""
     writer.add_expert_count(experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
@@ -159,7 +159,7 @@ def _describe_experts(writer: Any, config: Any, experts: int, family: Family) ->
         writer.add_expert_weights_norm(config.norm_topk_prob)
 
 
-def _rotation(config: Any) -> dict[str, Any]:
+def _rotation(config: Config) -> dict[str, Any]:
     """The rotary settings of a config, old or new: rope_theta, rope_type and what belongs to it."""
     found = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
     if getattr(config, "rope_theta", None):
@@ -167,7 +167,7 @@ def _rotation(config: Any) -> dict[str, Any]:
     return found
 
 
-def _require_rotation(config: Any) -> None:
+def _require_rotation(config: Config) -> None:
     kind = _rotation(config).get("rope_type", "default")
     if kind not in ("default", "llama3"):
         raise ExportError(
@@ -175,7 +175,7 @@ def _require_rotation(config: Any) -> None:
         )
 
 
-def _llama3_factors(config: Any) -> NDArray[np.float32] | None:
+def _llama3_factors(config: Config) -> NDArray[np.float32] | None:
     """By what Llama 3.1 divides each frequency, as transformers computes it; None for default rotary embeddings."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

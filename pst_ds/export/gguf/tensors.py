@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pst_ds.core.formats.gguf_blocks import BLOCK, gguf_blocks
 from pst_ds.core.formats.rows import as_bools
-from pst_ds.export.gguf.families import Family
+from pst_ds.export.gguf.families import Config, Family
 from pst_ds.export.manifest import ExportError
 from pst_ds.export.plan import PlannedTensor, TensorValues
 
@@ -50,7 +50,7 @@ class GgufPiece:
     def nbytes(self) -> int:
         return math.prod(self.shape) * np.dtype(self.numpy).itemsize
 
-    def data(self, values: TensorValues) -> tuple[NDArray[Any], int]:
+    def data(self, values: TensorValues) -> tuple[NDArray[np.generic], int]:
         """Return (the array to write, number of scales that fp16 does not hold exactly). Raises ExportError."""
         tensor, grid = values.tensor.to(self.output.dtype), self.output.grid
         if grid is None:
@@ -79,7 +79,7 @@ class GgufTensor:
 class GgufPlan:
     """What a GGUF file of a family holds of a model's tensors. Raises ExportError where one has no place there."""
 
-    def __init__(self, outputs: Sequence[PlannedTensor], config: Any, family: Family, library: Any):
+    def __init__(self, outputs: Sequence[PlannedTensor], config: Config, family: Family, library: Any):
         self._config, self._family, self._kinds = config, family, library.GGMLQuantizationType
         architectures = {name: number for number, name in library.MODEL_ARCH_NAMES.items()}
         architecture = architectures.get(family.architecture)
@@ -142,7 +142,7 @@ class GgufPlan:
         return GgufTensor(name, (count, *first.shape), first.kind, first.numpy, count * first.nbytes, rounded)
 
 
-def num_experts(config: Any) -> int:
+def num_experts(config: Config) -> int:
     """Return the experts of a block by a model's text config; 0 of a dense model."""
     return getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
 
