@@ -47,6 +47,8 @@ REDUCE_BYTES = 14
 their number, and sent (DeepSpeed 0.19.8, stage 3)."""
 REDUCE_LAUNCHES = 3
 """A trainable tensor and micro-batch: into the bucket, and this rank's share out of it; and what a bucket takes."""
-OPTIMIZER_BYTES = 56
-"""A trainable of a rank's share: its gradient in one run, as fp32, its norm, a check, clipped; AdamW reads four fp32
-numbers and writes three; a 16-bit copy (DeepSpeed 0.19.8, stage 3)."""
+STEP_BYTES = 42
+"""A trainable of a rank's share: its gradient's norm, of a copy in fp64 (18); the gradient in one run (4), as fp32 (6),
+clipped (8); a 16-bit copy of the updated value (6) (DeepSpeed 0.19.8, stage 3)."""
+OPTIMIZER_BYTES = STEP_BYTES + 28
+"""The same with a fused AdamW, which reads four fp32 numbers and writes three."""

@@ -103,7 +103,7 @@ def test_times_add_up_and_overlap_where_the_machine_does():
     cpu, zero = MACHINES["cpu"], ZeroSettings(stage=3, world_size=2, reduce_bucket_size=1 << 20)
     batch = replace(BATCH, moved=7_000_000)
     t = time_plan(MODEL, zero, batch, cpu)
-    moved = 4_000_000 * (10 + 40) + 7_000_000 + 40_000 * (14 + 56 / 2)
+    moved = 4_000_000 * (10 + 40) + 7_000_000 + 40_000 * (14 + 70 / 2)
     assert t.step_compute == pytest.approx(step_flops(MODEL, batch) / cpu.flops + moved / cpu.memory_bytes)
     assert t.step_network == pytest.approx(t.step_received / cpu.node_bytes + 11 * cpu.latency)
     assert (t.step, t.step_launching) == (pytest.approx(t.step_compute + t.step_network), 0.0)
@@ -139,7 +139,7 @@ def test_full_fine_tuning_trains_every_weight_and_makes_no_mask():
     cpu, zero = MACHINES["cpu"], ZeroSettings(stage=3, world_size=2, reduce_bucket_size=1 << 30)
     parameters = 4_000_000 + 500_000
     flops = 4_000_000 * 10 * 6 + 500_000 * 10 * 6
-    moved = parameters * (14 + 56 / 2)
+    moved = parameters * (14 + 70 / 2)
     received = (2 * 2 * parameters + 2 * parameters) / 2
     expected = flops / cpu.flops + moved / cpu.memory_bytes + received / cpu.node_bytes
     found = time_plan(MODEL, zero, BATCH, replace(cpu, latency=0.0)).full_step
