@@ -105,7 +105,7 @@ def _select_whole(matrices: Sequence[Matrix], any_weight: nn.Parameter, device: 
         not_finite[[in_passes[i] for i in error.matrices]] = 1
     if matrices:
         with _naming(matrices):
-            if bad := group_sum(not_finite, any_weight).nonzero().flatten().tolist():
+            if bad := group_sum(not_finite.to(device), any_weight).cpu().nonzero().flatten().tolist():
                 raise NonFiniteScoreError(bad)
     return found
 
