@@ -84,13 +84,13 @@ class SparseExperts(SparseLinear):
         if not self._is_checked:
             self._refuse_unchecked()
         x = self._accepted(x, self.dtype)
-        runs = list(routing.runs())
-        if routing.order.numel() <= FEW_PAIRS and self._is_native(x):
+        runs, weight = list(routing.runs()), self._in_one_launch(x)
+        if weight is None and routing.order.numel() <= FEW_PAIRS and self._is_native(x):
             x = x[routing.tokens] if by_token else x
             parts = getattr(self, self.format.values_name).view(-1), self.bitmask, self.expert_offsets
             return native.bitmask_experts(x, *parts, self._starts, runs, native.best_level())
         y = x.new_empty(routing.order.numel(), self.rows_of_expert)
-        if (weight := self._in_one_launch(x)) is not None:
+        if weight is not None:
             runs = gpu.packed_experts(x[routing.tokens] if by_token else x, weight, routing.experts, runs, y)
         for expert, rows in runs:
             y[rows] = self.product(expert, routing.rows_of(x, rows, by_token))
