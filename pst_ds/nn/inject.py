@@ -192,11 +192,10 @@ def _fitting_rules(targets: Sequence[Target], config: PSTConfig) -> list[MaskRul
     for override in config.overrides:
         if not any(name_matches(target.name, override.modules) for target in targets):
             asked = override.modules if isinstance(override.modules, str) else list(override.modules)
-            first = asked if isinstance(asked, str) else asked[0]
             seen = {target.name.rpartition(".")[2] for target in targets}
             raise InjectionError(
                 f"overrides for {asked!r} match none of the pruned layers."
-                f"{suggestion(first, seen)} Names seen: {', '.join(sorted(seen)[:12])}"
+                f"{suggestion(override.modules, seen)} Names seen: {', '.join(sorted(seen)[:12])}"
             )
     return rules
 

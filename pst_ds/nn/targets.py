@@ -174,7 +174,7 @@ def _require_all_found(setting: str, wanted: tuple[str, ...], found: Iterable[st
         if not any(name_matches(n, (name,)) for n in found):
             raise InjectionError(
                 f"{setting} names {name!r}, which the model does not have."
-                + suggestion(name, {n.rpartition(".")[2] for n, _ in model.named_modules()})
+                + suggestion((name,), {n.rpartition(".")[2] for n, _ in model.named_modules()})
             )
 
 
@@ -306,12 +306,17 @@ def _nothing_matched(model: nn.Module, config: PSTConfig) -> str:
     seen = list(dict.fromkeys(n.rpartition(".")[2] for n in layers))
     patterns = config.target_modules
     shown = patterns if isinstance(patterns, str) else list(patterns)
-    first = patterns if isinstance(patterns, str) else (patterns[0] if patterns else "")
     names = ", ".join(seen[:12]) + (", …" if len(seen) > 12 else "")
-    return f"target_modules {shown!r} matched no linear layer.{suggestion(first, set(seen))} Names seen: {names}"
+    return f"target_modules {shown!r} matched no linear layer.{suggestion(patterns, set(seen))} Names seen: {names}"
 
 
-def suggestion(wanted: str, known: set[str]) -> str:
-    """The sentence that names the nearest of the ``known`` names, after a space; nothing where none is near."""
-    near = difflib.get_close_matches(wanted, sorted(known), n=1)
+def suggestion(wanted: str | tuple[str, ...], known: set[str]) -> str:
+    """The sentence that says what may have been meant by a string, or a list's first; nothing where nothing is near.
+
+    ``known``: last parts of names. The sentence comes after a space.
+    """
+    if isinstance(wanted, str) and wanted in known:
+        return f' A string is a regular expression for whole names; for the layers of that name write ["{wanted}"].'
+    first = wanted if isinstance(wanted, str) else "".join(wanted[:1])
+    near = difflib.get_close_matches(first, sorted(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""

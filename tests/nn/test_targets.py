@@ -213,6 +213,14 @@ def test_nothing_matches_names_the_layers_seen_and_a_near_miss():
     assert "Names seen: project_in, q_proj, v_proj, classifier" in message
 
 
+@pytest.mark.parametrize(
+    "options", [{"target_modules": "q_proj"}, {"overrides": (Override(modules="q_proj", pattern="row"),)}]
+)
+def test_a_name_as_a_string_is_told_from_a_list_of_it(options):
+    with pytest.raises(InjectionError, match=r'for the layers of that name write \["q_proj"\]'):
+        inject_pst(Toy(), PSTConfig(**options))
+
+
 def test_unknown_modules_to_save_are_refused_with_a_near_miss():
     with pytest.raises(InjectionError, match=r"modules_to_save names 'clasifier'.*Did you mean 'classifier'"):
         names(Toy(), modules_to_save=("clasifier",))
