@@ -51,5 +51,6 @@ def test_counts_add_up_stay_near_the_mean_and_fall_with_outliers(outliers, size,
 def test_the_numbers_of_an_example():
     assert zeros_by_outliers([0.01, 0.02, 0.06], 70, 100, 0.08) == [75, 73, 62]
     assert zeros_by_outliers([0.02, 0.02, 0.02], 70, 100) == [70, 70, 70]
+    assert zeros_by_outliers([0.003, 0.003, 0.003], 1, 3, 0.5) == [1, 1, 1]  # their sum by three is another float
     assert zeros_by_outliers([0.0, 0.0, 0.0, 0.3], 70, 100, 0.08) == [73, 73, 72, 62]  # of equals the first lose more
     assert zeros_by_outliers([0.5, 0.1], 95, 100, 0.08) == [91, 99]  # one is left

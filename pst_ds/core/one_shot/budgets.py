@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -40,10 +41,11 @@ def zeros_by_outliers(outliers: Sequence[float], count: int, size: int, spread: 
     equal remainders the first layers lose one more.
     """
     reach = min(math.floor(spread * size), count, size - 1 - count)
-    mean = math.fsum(outliers) / len(outliers)
-    apart = [mean - one for one in outliers]
+    exact = [Fraction(one) for one in outliers]  # a mean of equal floats may be another float
+    mean = sum(exact, Fraction()) / len(exact)
+    apart = [mean - one for one in exact]
     widest = max(map(abs, apart))
-    if widest == 0.0:
+    if widest == 0:
         return [count] * len(outliers)
     wanted = [count + reach * one / widest for one in apart]
     found = [math.floor(one) for one in wanted]
