@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pst_ds.config.file_names import LAYERS_FILE
-from pst_ds.core.experts.tokens import of_equal_numbers
+from pst_ds.core.experts.tokens import of_equal_numbers, shares_of_zeros
 from pst_ds.masks.layer_stats import LayerStats, ScoreHistogram
 from pst_ds.masks.ranks import RankStats
 from pst_ds.masks.update import MaskStats
@@ -80,7 +80,7 @@ class LayerLog:
             drawn = pictures.heat_map(np.concatenate([pictures.share_on_scale([row]) for row in table.values()]))
             self._board.picture(f"experts/tokens{i or ''}", drawn, step, EXPERT_TOKENS)
         for i, table in enumerate(of_equal_numbers(zeros)):
-            share = np.array([np.array(row) * len(row) / weights[name] for name, row in table.items()])
+            share = np.array([shares_of_zeros(row, weights[name]) for name, row in table.items()])
             self._board.picture(f"experts/zeros{i or ''}", pictures.heat_map(share), step, EXPERT_ZEROS)
 
     def figures(self, step: int, found: LayerStats) -> None:

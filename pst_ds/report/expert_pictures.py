@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from pst_ds.core.experts.tokens import of_equal_numbers
+from pst_ds.core.experts.tokens import of_equal_numbers, shares_of_zeros
 from pst_ds.monitor.images import coloured, share_on_scale
 from pst_ds.report.layer_pictures import HeatMap, column_ticks, packed, png_uri
 from pst_ds.report.run_data import RunData
@@ -23,7 +23,7 @@ def expert_maps(run: RunData) -> Iterator[HeatMap]:
     for table in _tables(run, "expert_zeros"):
         known = {name: row for name, row in table.items() if weights.get(name)}
         if known:
-            share = np.array([np.array(row) * len(row) / weights[name] for name, row in known.items()])
+            share = np.array([shares_of_zeros(row, weights[name]) for name, row in known.items()])
             yield _map("Zeros of experts", "share of zeros", known, share, share, ("0", "1"))
 
 

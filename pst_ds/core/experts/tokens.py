@@ -1,4 +1,5 @@
-"""How many tokens each expert was given, and which were given few, or none. Imports nothing: reports need no torch."""
+"""How many tokens each expert was given, which were given few, or none, and its share of zeros. Imports nothing:
+reports need no torch."""
 
 from __future__ import annotations
 
@@ -37,3 +38,8 @@ def of_equal_numbers(counts: Mapping[str, Sequence[int]]) -> list[dict[str, Sequ
     for name, row in counts.items():
         tables.setdefault(len(row), {})[name] = row
     return list(tables.values())
+
+
+def shares_of_zeros(zeros: Sequence[int], weights: int) -> list[float]:
+    """Return the share of zeros in each expert of a stack that has so many ``weights``, from the ``zeros`` of each."""
+    return [count * len(zeros) / weights for count in zeros]
