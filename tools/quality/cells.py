@@ -49,6 +49,8 @@ class Cell:
     train: bool
     base: Step | None = None
     teacher: Step | None = None
+    tune: float = 0.0
+    """Share of the steps that ``pst-ds tune`` takes first."""
 
     @property
     def name(self) -> str:
@@ -60,7 +62,8 @@ class Cell:
     def id(self) -> str:
         """A hash of all that decides the result. A try that was run for the search is thus the cell that needs it."""
         steps = {name: step and step.id for name, step in (("base", self.base), ("teacher", self.teacher))}
-        return digest({"settings": self.settings, "tests": self.tests, "train": self.train, **steps})
+        tuned = {"tune": self.tune} if self.tune else {}
+        return digest({"settings": self.settings, "tests": self.tests, "train": self.train, **steps, **tuned})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +168,7 @@ def cell_of(
     settings = settings if row.train else untrained(settings)
     return Cell(
         kind=kind, data_set=data_set, method=method, sparsity=sparsity, seed=seed, attempt=attempt, settings=settings,
-        tests=tests, train=row.train, base=base, teacher=teacher,
+        tests=tests, train=row.train, base=base, teacher=teacher, tune=row.tune,
     )  # fmt: skip
 
 
