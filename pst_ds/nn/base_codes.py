@@ -1,21 +1,28 @@
-"""The frozen weight of a layer as codes and scales of few bits, split over ranks as the weight was."""
+"""The frozen weights W0 as injection finds them: as codes and scales of few bits, split over ranks as the weight was,
+and how large they are on average."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pst_ds.core.bits import all_ones, pack_shard, shard_bytes
-from pst_ds.core.layout import WeightLayout
+from pst_ds.core.layout import StoredMatrix, WeightLayout, shard_tiles
 from pst_ds.core.quantization import CodedWeight, CodeLayout, Grid, StoredGrid, coded_run
 from pst_ds.core.quantization.own_weights import OwnWeights
+from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent
 from pst_ds.nn.targets import InjectionError, Target
 from pst_ds.parallel import zero3
+from pst_ds.parallel.ranks import group_max, group_sum
 
 BASE_CODES, BASE_SCALES = "pst_base_codes", "pst_base_scales"
 """Names of the two parameters of a layer, bytes both."""
+_TILE = 1 << 22
+"""Weights that are looked at together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +92,42 @@ def _non_zeros(weight: Tensor, layout: CodeLayout, shard: int) -> Tensor:
     numel = layout.stored.layout.numel
     start, stop = layout.weights_of(shard)
     return pack_shard(weight.detach().reshape(-1)[start:stop] != 0, shard_bytes(numel, layout.num_shards))
+
+
+def mean_magnitudes(targets: Sequence[Target], bases: Mapping[str, BaseCodes]) -> dict[str, tuple[float, ...]]:
+    """Mean of |W0| of every matrix, by layer name: exact integer sums, so the same bits for any sharding.
+
+    ``bases``: of the layers whose W0 is codes. Collective under ZeRO-3. Raises InjectionError for a matrix that is all
+    zeros, or has NaN or infinite values.
+    """
+    owners = [(t, matrix) for t in targets for matrix in t.layout.matrices()]
+    any_base = bases.get(targets[0].name)
+    any_param = any_base.codes if any_base else targets[0].weight
+    zero = torch.zeros((), device=zero3.shard_of(any_param).values.device)
+
+    def own_tiles(target: Target, matrix: StoredMatrix) -> Iterator[Tensor]:
+        return _own_tiles(target, bases.get(target.name), matrix)
+
+    own_largest = [torch.stack([zero, *(v.abs().max().float() for v in own_tiles(t, m))]).max() for t, m in owners]
+    largest = group_max(torch.stack(own_largest).double().nan_to_num(nan=math.inf, posinf=math.inf), any_param).tolist()
+    for (target, _), value in zip(owners, largest, strict=True):
+        if not math.isfinite(value):
+            raise InjectionError(f"{target.weight_name} has NaN or infinite values; the base model is damaged")
+    exponents = [fixed_point_exponent(value) for value in largest]
+    scaled = zip(owners, exponents, strict=True)
+    own = [sum(int(abs_sum_fixed_point(v, e)) for v in own_tiles(t, m)) for (t, m), e in scaled]
+    sums = torch.tensor(own, dtype=torch.int64)
+    scales: dict[str, tuple[float, ...]] = {}
+    for (target, matrix), total, exponent in zip(owners, group_sum(sums, any_param).tolist(), exponents, strict=True):
+        mean = total / 2.0**exponent / matrix.rect.numel
+        if mean == 0.0:
+            raise InjectionError(f"{target.weight_name} is all zeros; leave it out with exclude_modules")
+        scales[target.name] = (*scales.get(target.name, ()), mean)
+    return scales
+
+
+def _own_tiles(target: Target, base: BaseCodes | None, matrix: StoredMatrix) -> Iterator[Tensor]:
+    """This rank's values of one matrix, in rectangles."""
+    own = own_weights(target.weight, target.layout) if base is None else base.own(base.dtype)
+    for rect in shard_tiles(matrix.rect, own.row_length, own.start, own.stop, _TILE):
+        yield own.rect(rect)

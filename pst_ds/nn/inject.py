@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from pst_ds.config.pst import MaskRule, PSTConfig, name_matches
-from pst_ds.core.layout import StoredMatrix, shard_tiles
 from pst_ds.core.quantization import Grid, StoredGrid
-from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent
 from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
 from pst_ds.core.updates.gates import rank_budget
 from pst_ds.errors import InputError
 from pst_ds.nn import experts, fast_paths
-from pst_ds.nn.base_codes import BaseCodes, encode_base, own_weights
+from pst_ds.nn.base_codes import BaseCodes, encode_base, mean_magnitudes
 from pst_ds.nn.embedding import PSTEmbedding, pst_embeddings
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
@@ -26,10 +23,7 @@ from pst_ds.nn.model_structure import is_experts, stack_names
 from pst_ds.nn.prompt import PSTPrompt, prompt_of
 from pst_ds.nn.targets import InjectionError, Target, find_embeddings, find_targets, modules_named_to_save, suggestion
 from pst_ds.parallel import zero3
-from pst_ds.parallel.ranks import group_max, group_sum
 from pst_ds.parallel.steps import unwrapped
-
-_SCALE_TILE = 1 << 22
 
 
 def inject_pst(
@@ -65,51 +59,68 @@ def inject_pst(
     if pst_layers(model):
         raise InjectionError("the model already has PST modules; inject into the base model, once")
     targets, embeddings = find_targets(model, config), find_embeddings(model, config)
-    _require_tiles(targets, config)
-    _require_ranks(targets, config.of_experts)
-    _require_budget(targets, config)
-    rules = _fitting_rules(targets, config)
-    _require_groups(targets, grid)
-    _require_groups(targets, base_grid, "the base: ")
-    _require_frozen(config, base_grid)
+    rules = _require_fit(targets, config, grid, base_grid)
     shards = {target.name: _shards_of(target, num_shards) for target in targets}
     bases: dict[str, BaseCodes] = {}
     if base_grid is not None:
         zeros = config.initial_mask == "zeros"
         bases = {t.name: encode_base(t, base_grid, shards[t.name], from_zeros=zeros) for t in targets}
-    pools = config.update_gates != "none" or any(rule.pattern.pools_matrices for rule in rules)
-    compared = not config.full_scores and (config.has_scores or pools)
-    has_values = not targets[0].weight.is_meta
-    scales = _weight_scales(targets, bases) if config.relative_magnitude and compared and has_values else None
+    scales = _scales_in_scores(targets, bases, rules, config)
     for param in model.parameters():
         param.requires_grad_(False)
     for target in targets:
-        base, own = bases.get(target.name), scales[target.name] if scales else (1.0,) * target.layout.num_matrices
-        weight = None if base else target.weight
-        like = base.codes if base else target.weight
-        rest = target.layout, config, shards[target.name], own, grid, base
-        layer: PSTLayer
-        if target.is_stack:
-            del target.module._parameters[target.parameter]  # a module takes its place
-            layer = PSTExpertStack(target.name, weight, *rest)
-        else:
-            layer = PSTLinear(target.name, weight, target.module.bias, *rest)
-        zero3.split_as(like, layer.parameters(recurse=False))
-        layer.train(target.module.training)
-        for parent, attribute in target.places:
-            setattr(parent, attribute, layer)
+        _replace(target, config, shards[target.name], scales[target.name], grid, bases.get(target.name))
     experts.switch_on(dict.fromkeys(target.module for target in targets if target.is_stack))
     fast_paths.switch_off(model)
     for found in embeddings:
         embedding = PSTEmbedding(found.name, found.module, config)
         zero3.split_as(embedding.get_parameter("weight"), embedding.parameters(recurse=False))
         embedding.train(found.module.training)
-        for parent, attribute in found.places:
-            setattr(parent, attribute, embedding)
+        _put(embedding, found.places)
     for param in configured_parameters(model, config):
         param.requires_grad_(True)
     model.pst_config = config  # type: ignore[assignment]
     return model
+
+
+def _replace(
+    target: Target,
+    config: PSTConfig,
+    num_shards: int,
+    scales: tuple[float, ...],
+    grid: Grid | None,
+    base: BaseCodes | None,
+) -> None:
+    """Put a PST layer in a target's place. ``scales``: of |W| in scores, one for each matrix."""
+    weight = None if base else target.weight
+    rest = target.layout, config, num_shards, scales, grid, base
+    like = base.codes if base else target.weight
+    layer: PSTLayer
+    if target.is_stack:
+        del target.module._parameters[target.parameter]  # a module takes its place
+        layer = PSTExpertStack(target.name, weight, *rest)
+    else:
+        layer = PSTLinear(target.name, weight, target.module.bias, *rest)
+    zero3.split_as(like, layer.parameters(recurse=False))
+    layer.train(target.module.training)
+    _put(layer, target.places)
+
+
+def _put(module: nn.Module, places: Iterable[tuple[nn.Module, str]]) -> None:
+    """Make ``module`` the attribute that each of ``places``, (parent, attribute), is."""
+    for parent, attribute in places:
+        setattr(parent, attribute, module)
+
+
+def _scales_in_scores(
+    targets: Sequence[Target], bases: dict[str, BaseCodes], rules: Sequence[MaskRule], config: PSTConfig
+) -> dict[str, tuple[float, ...]]:
+    """What |W| is divided by in the scores, for each matrix of a target; 1 where scores are compared with |W| alone."""
+    pools = config.update_gates != "none" or any(rule.pattern.pools_matrices for rule in rules)
+    compared = not config.full_scores and (config.has_scores or pools)
+    if config.relative_magnitude and compared and not targets[0].weight.is_meta:
+        return mean_magnitudes(targets, bases)
+    return {target.name: (1.0,) * target.layout.num_matrices for target in targets}
 
 
 def configured_parameters(model: nn.Module, config: PSTConfig) -> set[nn.Parameter]:
@@ -277,6 +288,20 @@ def _shards_of(target: Target, num_shards: int | None) -> int:
     return shards
 
 
+def _require_fit(
+    targets: Sequence[Target], config: PSTConfig, grid: Grid | None, base_grid: Grid | None
+) -> list[MaskRule]:
+    """The mask rule of every target. Raises InjectionError for what ``config`` or a grid asks of one that cannot be."""
+    _require_tiles(targets, config)
+    _require_ranks(targets, config.of_experts)
+    _require_budget(targets, config)
+    rules = _fitting_rules(targets, config)
+    _require_groups(targets, grid)
+    _require_groups(targets, base_grid, "the base: ")
+    _require_frozen(config, base_grid)
+    return rules
+
+
 def _require_frozen(config: PSTConfig, base_grid: Grid | None) -> None:
     if base_grid is not None and (config.train_weights or config.full_scores):
         what = "train_weights" if config.train_weights else "full_scores"
@@ -335,41 +360,3 @@ def _require_tiles(targets: Sequence[Target], config: PSTConfig) -> None:
         plan_tiles(target.layout.expert, itemsize, config.tile_bytes, name=target.name)
     except TileBudgetError as error:
         raise InjectionError(str(error)) from None
-
-
-def _weight_scales(targets: Sequence[Target], bases: dict[str, BaseCodes]) -> dict[str, tuple[float, ...]]:
-    """Mean of |W0| of every matrix, by layer name: exact integer sums, so the same bits for any sharding.
-
-    Collective under ZeRO-3.
-    """
-    owners = [(t, matrix) for t in targets for matrix in t.layout.matrices()]
-    any_base = bases.get(targets[0].name)
-    any_param = any_base.codes if any_base else targets[0].weight
-    zero = torch.zeros((), device=zero3.shard_of(any_param).values.device)
-
-    def own_tiles(target: Target, matrix: StoredMatrix) -> Iterator[Tensor]:
-        return _own_tiles(target, bases.get(target.name), matrix)
-
-    own_largest = [torch.stack([zero, *(v.abs().max().float() for v in own_tiles(t, m))]).max() for t, m in owners]
-    largest = group_max(torch.stack(own_largest).double().nan_to_num(nan=math.inf, posinf=math.inf), any_param).tolist()
-    for (target, _), value in zip(owners, largest, strict=True):
-        if not math.isfinite(value):
-            raise InjectionError(f"{target.weight_name} has NaN or infinite values; the base model is damaged")
-    exponents = [fixed_point_exponent(value) for value in largest]
-    scaled = zip(owners, exponents, strict=True)
-    own = [sum(int(abs_sum_fixed_point(v, e)) for v in own_tiles(t, m)) for (t, m), e in scaled]
-    sums = torch.tensor(own, dtype=torch.int64)
-    scales: dict[str, tuple[float, ...]] = {}
-    for (target, matrix), total, exponent in zip(owners, group_sum(sums, any_param).tolist(), exponents, strict=True):
-        mean = total / 2.0**exponent / matrix.rect.numel
-        if mean == 0.0:
-            raise InjectionError(f"{target.weight_name} is all zeros; leave it out with exclude_modules")
-        scales[target.name] = (*scales.get(target.name, ()), mean)
-    return scales
-
-
-def _own_tiles(target: Target, base: BaseCodes | None, matrix: StoredMatrix) -> Iterator[Tensor]:
-    """This rank's values of one matrix, in rectangles."""
-    own = own_weights(target.weight, target.layout) if base is None else base.own(base.dtype)
-    for rect in shard_tiles(matrix.rect, own.row_length, own.start, own.stop, _SCALE_TILE):
-        yield own.rect(rect)

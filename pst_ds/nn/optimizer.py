@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -67,25 +68,28 @@ def pst_parameter_groups(
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     embeddings = pst_embeddings(model)
     for name, param in model.named_parameters():
-        if not param.requires_grad:
-            continue
-        owner, _, last = name.rpartition(".")
-        if owner in embeddings:
-            groups["embeddings"].append(param)
-        elif owner.rpartition(".")[2] == PROMPT:
-            groups["prompt"].append(param)
-        elif last == "pst_G":
-            groups["gates"].append(param)
-        elif last.startswith("pst_"):
-            groups["scores" if last.removeprefix("pst_") in SCORE_FACTORS else "updates"].append(param)
-        else:
-            groups["head"].append(param)
+        if param.requires_grad:
+            groups[_group_of(name, embeddings)].append(param)
     shared = {"weight_decay": 0.0, "betas": betas}
     return [
         {"params": params, "name": name, "lr": rates[name], "peak_lr": rates[name], **shared}
         for name, params in groups.items()
         if params
     ]
+
+
+def _group_of(name: str, embeddings: Container[str]) -> str:
+    """Name of the group of a trained parameter. ``embeddings``: names of the modules that are PST embeddings."""
+    owner, _, last = name.rpartition(".")
+    if owner in embeddings:
+        return "embeddings"
+    if owner.rpartition(".")[2] == PROMPT:
+        return "prompt"
+    if last == "pst_G":
+        return "gates"
+    if last.startswith("pst_"):
+        return "scores" if last.removeprefix("pst_") in SCORE_FACTORS else "updates"
+    return "head"
 
 
 def pst_optimizer(model: nn.Module, **rates: Any) -> MasterAdamW:
