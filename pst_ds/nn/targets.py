@@ -142,7 +142,7 @@ def _stacks(
 def modules_to_save(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]:
     """The modules trained in full, by name; raises InjectionError for a name that matches none."""
     found = modules_named_to_save(model, config)
-    _require_all_found("modules_to_save", config.modules_to_save or (), found, model)
+    _require_all_found("modules_to_save", config.modules_to_save or (), found, [n for n, _ in model.named_modules()])
     return found
 
 
@@ -169,12 +169,13 @@ def _task_head(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in (poolers | on_top).items() if any(True for _ in m.parameters())}
 
 
-def _require_all_found(setting: str, wanted: tuple[str, ...], found: Iterable[str], model: nn.Module) -> None:
+def _require_all_found(setting: str, wanted: tuple[str, ...], found: Iterable[str], usable: Iterable[str]) -> None:
+    """Refuse a name that matches none of the modules ``found``. ``usable``: names of those that it could have meant."""
     for name in wanted:
         if not any(name_matches(n, (name,)) for n in found):
             raise InjectionError(
                 f"{setting} names {name!r}, which the model does not have."
-                + suggestion((name,), {n.rpartition(".")[2] for n, _ in model.named_modules()})
+                + suggestion((name,), {n.rpartition(".")[2] for n in usable})
             )
 
 
@@ -186,7 +187,8 @@ def find_embeddings(model: nn.Module, config: PSTConfig) -> list[EmbeddingTarget
     """
     wanted, saved, places = config.update_embeddings, modules_to_save(model, config), places_by_module(model)
     found = {n: m for n, m in model.named_modules() if n and name_matches(n, wanted)}
-    _require_all_found("update_embeddings", wanted, found, model)
+    embeddings = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    _require_all_found("update_embeddings", wanted, found, embeddings)
     for name, module in found.items():
         if hooks(name, module):
             raise InjectionError(hooks(name, module))

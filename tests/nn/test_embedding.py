@@ -287,6 +287,7 @@ def test_an_unknown_name_is_refused_with_a_near_miss():
     message = refusal(Toy(), "embed", "postion")
     assert "update_embeddings names 'postion', which the model does not have. Did you mean 'position'?" in message
     assert "update_embeddings names 'bed', which" in refusal(Toy(), "bed")  # no part of a name
+    assert "Did you mean" not in refusal(Toy(), "clasifier")  # a layer is no embedding
 
 
 def test_what_is_no_plain_embedding_is_refused_by_name():
