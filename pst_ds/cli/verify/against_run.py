@@ -59,15 +59,41 @@ def compare_with_run(args: argparse.Namespace, config: RunConfig) -> dict[str, A
     if kept := tokens_of_folder(args.export):
         prepared, examples, trimmed = trimmed_to_export(args, prepared, examples, masked, kept)
     plain = _aligned(_loaded(prepared, args.export, "" if encoding.is_plain else "dense"))
-    rounded: dict[str, torch.Tensor] = {}
     changed: dict[str, Any] = {}
     dtypes = narrower_dtypes(masked, args.export)
     if dtypes or encoding.is_quantized:
         differences, metrics = _on_examples(prepared, examples, plain, masked)
         changed = {"rounding": {**differences, "metrics_before": metrics}}
     cast_model(masked, dtypes)
-    if encoding.is_quantized:
-        rounded = round_model(masked, args.export)
+    rounded = round_model(masked, args.export) if encoding.is_quantized else {}
+    pairs = _weights_of_both(args, masked, plain, rounded)
+    largest = LargestLogit(masked)
+    differences, metrics = _on_examples(prepared, examples, largest, plain)
+    dtype, inputs = next(plain.parameters()).dtype, max(w.shape[-1] for w, _ in pairs if w.dim())
+    compared = {
+        "examples": len(examples),
+        "unit": prepared.task.unit,
+        "compared_weights": len(pairs),
+        "differing_weights": sum(not torch.equal(ours, theirs) for ours, theirs in pairs),
+        **differences,
+        "allowed_logit_difference": allowed_difference(dtype, len(pairs), inputs)[0] * largest.value,
+        "metrics": metrics,
+        **changed,
+        **trimmed,
+        **_compare_texts(prepared, examples, masked, plain),
+    }
+    if not encoding.is_plain:
+        compared["kept_sparse"] = _compare_sparse(prepared, examples, masked, plain, args.export)
+    return compared
+
+
+def _weights_of_both(
+    args: argparse.Namespace, masked: nn.Module, plain: nn.Module, rounded: dict[str, torch.Tensor]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(what ``masked`` multiplies with, the export's) of every weight that training changed, ``rounded`` and buffers.
+
+    Raises InputError for an export that lacks one, or has it in another shape.
+    """
     merged: dict[str, torch.Tensor] = {
         plain_name(name, layer): layer.masked_weight().view(layer.weight_shape)
         for name, layer in pst_layers(masked).items()
@@ -82,24 +108,7 @@ def compare_with_run(args: argparse.Namespace, config: RunConfig) -> dict[str, A
             f"{args.export} has no {foreign[0]} such as the model of --against {args.run} has ({len(foreign)} weights "
             "differ in name or shape): it is the export of another model; name the run it came from"
         )
-    largest = LargestLogit(masked)
-    differences, metrics = _on_examples(prepared, examples, largest, plain)
-    dtype, inputs = next(plain.parameters()).dtype, max(w.shape[-1] for w in merged.values() if w.dim())
-    compared = {
-        "examples": len(examples),
-        "unit": prepared.task.unit,
-        "compared_weights": len(merged),
-        "differing_weights": sum(not torch.equal(weight, loaded[n]) for n, weight in merged.items()),
-        **differences,
-        "allowed_logit_difference": allowed_difference(dtype, len(merged), inputs)[0] * largest.value,
-        "metrics": metrics,
-        **changed,
-        **trimmed,
-        **_compare_texts(prepared, examples, masked, plain),
-    }
-    if not encoding.is_plain:
-        compared["kept_sparse"] = _compare_sparse(prepared, examples, masked, plain, args.export)
-    return compared
+    return [(weight, loaded[n]) for n, weight in merged.items()]
 
 
 def trimmed_to_export(
