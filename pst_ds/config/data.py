@@ -30,11 +30,24 @@ class DataSource:
     kind: Literal["auto", "text", "chat", "tokens"] = "auto"
     """What ``path`` holds: "auto" sees tokens, and takes all else for text. Of conversations ("chat", a column
     "messages", or "prompt" and "completion") the assistant's part is learnt."""
+    stream: bool = False
+    """Tokenise the text as it comes, without a store, for text that is too much to prepare: files, a URL, or a data set
+    of the hub. It begins anew at its end, and needs ``train.num_steps``."""
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ConfigError("data.sources.path = '' is empty: name a store, or files of text")
         check_fields(self)
+        if self.stream and self.kind == "tokens":
+            raise ConfigError(
+                f'data.sources: {self.path!r} has kind = "tokens" and stream = true, and tokens on disk are mapped; '
+                "leave stream out"
+            )
+        if self.stream and self.epochs:
+            raise ConfigError(
+                f"data.sources: {self.path!r} has stream = true and epochs = {self.epochs}, and the length of a stream "
+                "is not known; leave epochs out, or make a store of it (pst-ds prepare)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,11 +132,21 @@ class DataConfig:
                     f"data.sources: {limited.path!r} has epochs = {limited.epochs} and no weight, and sources without "
                     "weights are read once each in an epoch; give all of them a weight, or leave epochs out"
                 )
+            if self.streams and len(self.sources) > 1:
+                raise ConfigError(
+                    f"data.sources: {self.streams[0].path!r} has stream = true and no weight, and a stream has no last "
+                    "sequence; give all sources a weight"
+                )
         elif abs(sum(weights) - 1.0) > _SUM_TOLERANCE or 0.0 in weights:
             raise ConfigError(
                 f"data.sources have the weights {weights}, whose sum is {sum(weights):.7g}: shares above 0 that add up "
                 "to 1 are wanted, or none at all"
             )
+
+    @property
+    def streams(self) -> tuple[DataSource, ...]:
+        """The sources that are read as they come."""
+        return tuple(source for source in self.sources if source.stream)
 
     @property
     def trained_on(self) -> str:

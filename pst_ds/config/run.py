@@ -182,7 +182,7 @@ class RunConfig:
             raise ConfigError("output_dir = '' is empty: name the folder that the run writes to")
         require_choice("task", self.task, TASKS)
         require_choice("method", self.method, METHODS_BY_NAME)
-        check_task(self.task, self.data, self.eval)
+        check_task(self.task, self.data, self.eval, self.train.num_steps)
         self._require_method_fits()
         self.make_schedule(1)  # refuse bad numbers now
         self._require_reachable_sparsity()

@@ -64,8 +64,8 @@ TASKS: dict[str, TaskFacts] = {
 }  # fmt: skip
 
 
-def check_task(task: str, data: DataConfig, evaluation: EvalConfig) -> None:
-    """Raise ConfigError for settings that do not fit the task."""
+def check_task(task: str, data: DataConfig, evaluation: EvalConfig, num_steps: int) -> None:
+    """Raise ConfigError for settings that do not fit the task; ``num_steps`` is 0 for a run of some epochs."""
     facts = TASKS[task]
     if evaluation.metric and evaluation.metric not in facts.metrics:
         raise ConfigError(
@@ -77,5 +77,10 @@ def check_task(task: str, data: DataConfig, evaluation: EvalConfig) -> None:
     if data.sources and not facts.packs_text:
         mixing = ", ".join(repr(name) for name, other in TASKS.items() if other.packs_text)
         raise ConfigError(f"data.sources are for task {mixing}, not for {task!r}; name its text with data.train")
+    if data.streams and not num_steps:
+        raise ConfigError(
+            f"train.num_epochs is set, and data.sources has a stream ({data.streams[0].path!r}), whose length is not "
+            "known; set train.num_steps instead"
+        )
     if data.max_length < facts.min_length:
         raise ConfigError(f"data.max_length = {data.max_length} must be at least {facts.min_length} for task {task!r}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.config.run import ConfigError, RunConfig
-from pst_ds.data.tasks import ExampleSet
+from pst_ds.data.tasks import ExampleSet, task_of
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import raise_on_all_ranks
 
@@ -76,7 +76,8 @@ def require_documents_apart(engine: Engine, run: RunConfig, examples: ExampleSet
     """
     if not getattr(examples, "several_documents", False):
         return
-    ids = torch.as_tensor(examples[0][: 2 * _TOKENS].astype("int64"), device=device)  # type: ignore[index]
+    drawn, (some,) = raise_on_all_ranks(lambda: task_of(run).sample(examples, 1, run.seed))
+    ids = torch.as_tensor(drawn[some][: 2 * _TOKENS].astype("int64"), device=device)  # type: ignore[index]
     first, second = ids.split([len(ids) // 2, len(ids) - len(ids) // 2])
     if len(first) == 0 or torch.equal(first, first.flip(0)):
         return

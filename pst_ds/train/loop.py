@@ -37,6 +37,7 @@ from pst_ds.parallel import stop_signals
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import all_gather_numbers, all_gather_objects, rank, world_size
 from pst_ds.parallel.watchdog import heartbeat
+from pst_ds.train.batches import OwnBatch, Places, agreed, next_or_problem, own_batches
 from pst_ds.train.divergence import DivergedError, MicroBatch, fault_of_batch, require_finite
 from pst_ds.train.expert_tokens import token_figures, tokens_by_module
 from pst_ds.train.objective import Objective
@@ -68,6 +69,8 @@ class LoopState:
     """How long this rank has waited for data since the last report."""
     last_report_seconds: float = 0.0
     skipped_in_a_row: int = 0
+    streams: list[Places] = field(default_factory=list)
+    """Where each reader of streams is, the same on every rank; empty for a run without."""
     stopped_by: int = 0
     """The signal that asked some rank to stop; the same on every rank, after the same step. 0 for none."""
 
@@ -115,15 +118,16 @@ class Loop:
             return
         buffers = {name: buffer.clone() for name, buffer in persistent_buffers(engine.module).items()}
         recorded = recording(self.run.train.profiled, self.num_steps, Path(self.run.output_dir))
-        with Prefetched(partial(_batches, self, state.batch)) as batches, recorded as recorder:
+        make = partial(own_batches, self.run, self.examples, self.tokenizer, self.device, state.batch, state.streams)
+        with Prefetched(make) as batches, recorded as recorder:
             while state.step < self.num_steps:
                 recorder.before(state.step + 1)
                 before = batches.waited_seconds
                 with self.own_time.working():
-                    micro_batches, tokens = next(batches)
+                    batch = self._next(batches, state)
                     state.waited_seconds += batches.waited_seconds - before
-                    self._train_on(micro_batches, state)
-                state.tokens += tokens
+                    self._train_on(batch.micro_batches, state)
+                state.tokens += batch.tokens
                 if not engine.was_step_applied():
                     _stop_if_stuck(state)
                     continue
@@ -140,6 +144,15 @@ class Loop:
                 _picture_if_due(self, state)
                 _report_if_due(self, state)
                 yield state
+
+    def _next(self, batches: Iterator[OwnBatch], state: LoopState) -> OwnBatch:
+        """Return this rank's part of the next batch. Collective where data is read from streams."""
+        if not task_of(self.run).has_streams(self.examples):
+            return next(batches)
+        taken = next_or_problem(batches)
+        with self.own_time.waiting():
+            batch, state.streams = agreed(taken, self.run.train.sequence_parallel)
+        return batch
 
     def _saving(self) -> AbstractContextManager[object]:
         """Decide where tensors lie that a forward pass saves."""
@@ -226,28 +239,6 @@ def set_rates(loop: Loop, step: int) -> None:
     masks_fixed = loop.schedule is not None and loop.schedule.is_final(step)
     for group in loop.engine.optimizer.param_groups:
         group["lr"] = 0.0 if masks_fixed and group["name"] == "scores" else group["peak_lr"] * factor
-
-
-def _batches(loop: Loop, first: int) -> Iterator[tuple[list[MicroBatch], int]]:
-    """Yield this rank's micro-batches of each global batch from number ``first`` on, and the tokens of the whole batch.
-    Ranks that share sequences have the same.
-
-    They are on the CPU, in pinned memory if a GPU is to copy them. A micro-batch has a share, on average 1 over all
-    ranks, by which its mean loss is to be multiplied: then the mean of all is the global batch's, however it is cut.
-    Endless.
-    """
-    run, task, lengths = loop.run, task_of(loop.run), loop.examples.lengths
-    degree, group_by_length = run.train.sequence_parallel, run.data.group_by_length
-    groups = world_size() // degree
-    batches = task.batches(loop.examples, run.train.batch_size, run.seed, group_by_length=group_by_length)
-    for batch in batches.after(first):
-        own = batches.micro_batches(batch, rank() // degree, groups, run.train.gradient_accumulation_steps)
-        per_target = len(own) * groups / max(1, task.num_targets(loop.examples, batch))
-        collated = [task.collate(loop.examples, indices, loop.tokenizer) for indices in own]
-        if loop.device.startswith("cuda"):
-            collated = [{name: values.pin_memory() for name, values in inputs.items()} for inputs in collated]
-        shares = [per_target * task.num_targets(loop.examples, indices) for indices in own]
-        yield list(map(MicroBatch, collated, shares, own)), int(sum(lengths[i] for i in batch))
 
 
 def _update_masks_if_due(loop: Loop, state: LoopState) -> None:

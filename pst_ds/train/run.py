@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -274,9 +273,9 @@ def _calibrate(prepared: Prepared, engine: Engine, examples: ExampleSet, *, resu
         set_norms(engine.module, raise_on_all_ranks(lambda: load_norms(folder, engine.module)))
         return
     count = min(run.pst.calibration_examples, len(examples))
-    chosen = random.Random(f"{run.seed}/calibration").sample(range(len(examples)), count)
     task, tokenizer = prepared.task, prepared.tokenizer
-    norms = activation_norms(engine, task, examples, chosen, tokenizer, run.eval_batch_size, prepared.device)
+    drawn, chosen = raise_on_all_ranks(partial(task.sample, examples, count, f"{run.seed}/calibration"))
+    norms = activation_norms(engine, task, drawn, chosen, tokenizer, run.eval_batch_size, prepared.device)
     if is_main():
         save_norms(folder, norms)
     set_norms(engine.module, norms)

@@ -7,10 +7,10 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pst_ds.masks.update import MaskStats, mask_stats
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.optimizer_state import set_counters
 from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, raise_on_all_ranks, world_size
+from pst_ds.train.batches import Places
 from pst_ds.train.loop import LoopState
 
 MAY_DIFFER = (
@@ -48,7 +49,7 @@ _MAY_BE_CHANGED = (
 )  # fmt: skip
 """Settings that a user may want to change to get over a divergence; a message says so."""
 
-_SHARED = ("batch", "losses", "tokens", "last_report_seconds", "skipped_in_a_row")
+_SHARED = ("batch", "losses", "tokens", "last_report_seconds", "skipped_in_a_row", "streams")
 """Fields that LoopState and RunProgress have in common."""
 
 
@@ -201,6 +202,8 @@ class RunProgress:
     """The resolved run file."""
     world_size: int
     zero_stage: int
+    streams: list[Places] = field(default_factory=list)
+    """Where each reader of streams is; these alone belong to a number of ranks."""
 
     @classmethod
     def read(cls, checkpoint: Checkpoint) -> RunProgress:
@@ -235,7 +238,22 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
             "tokens or labels differ, or data.document_mask), so the batches would be others. Fix: bring the old file "
             "or setting back, or start a new run in another output_dir"
         )
+    if progress.streams:
+        _require_same_readers(run, len(progress.streams), before)
     return [f"{key} = {now[key]!r} (was {before[key]!r})" for key in changed if key in _MAY_BE_CHANGED]
+
+
+def _require_same_readers(run: RunConfig, readers: int, before: Mapping[str, object]) -> None:
+    """Raise ConfigError unless the streams of ``run`` are dealt out as they were to so many ``readers``."""
+    accumulation = "train.gradient_accumulation_steps"
+    was = (readers, before[accumulation])
+    now = (world_size() // run.train.sequence_parallel, run.train.gradient_accumulation_steps)
+    if now != was:
+        raise ConfigError(
+            f"data.sources has a stream ({run.data.streams[0].path!r}), of which {was[0]} readers have read a part "
+            f"each, with {accumulation} = {was[1]}, and here are {now[0]} with {now[1]}. Fix: start so many ranks "
+            "again, times train.sequence_parallel, and with that setting; or start a new run in another output_dir"
+        )
 
 
 def require_base(checkpoint: Checkpoint, path: str, fingerprint: str) -> None:

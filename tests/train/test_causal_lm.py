@@ -23,7 +23,7 @@ from pst_ds.config.toml import load_run
 from pst_ds.data.tasks import causal_lm as tasks
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.launch import LaunchEnvironment, launch_environment
-from pst_ds.train import loop as loop_module
+from pst_ds.train.batches import own_batches
 from pst_ds.train.evaluate import evaluation_batches, predict
 from pst_ds.train.model import meta_model
 from pst_ds.train.run import build, prepare, train_run
@@ -224,11 +224,9 @@ def test_metrics_are_those_of_their_definitions():
 def test_every_token_of_a_batch_is_counted_and_the_loss_is_its_mean(tmp_path):
     prepared = _prepared(tmp_path, **{"train.gradient_accumulation_steps": 2})
     _, engine = build(prepared)
-    loop = loop_module.Loop(
-        prepared.run, engine, None, prepared.load("train"), prepared.tokenizer, 6, "cpu", None, None
-    )
-    micro_batches, tokens = next(loop_module._batches(loop, 0))
-    assert tokens == 2 * 6 * 32
+    own = next(own_batches(prepared.run, prepared.load("train"), prepared.tokenizer, "cpu", 0))
+    micro_batches = own.micro_batches
+    assert own.tokens == 2 * 6 * 32
     assert len(micro_batches) == 2
     predicted = [int((batch["labels"][:, 1:] != -100).sum()) for batch in (one.inputs for one in micro_batches)]
     for one, count in zip(micro_batches, predicted, strict=True):
@@ -244,10 +242,9 @@ def test_every_token_of_a_batch_is_counted_and_the_loss_is_its_mean(tmp_path):
 def test_padding_is_not_counted_among_tokens(tmp_path):
     run = load_run("tests/data/world_size.toml", ["deepspeed_config=", f"output_dir={tmp_path}"])
     prepared = prepare(run, LaunchEnvironment(0, 1, 0))
-    loop = loop_module.Loop(run, None, None, prepared.load("train"), prepared.tokenizer, 6, "cpu", None, None)
-    (one,), tokens = next(loop_module._batches(loop, 0))
-    batch = one.inputs
-    assert tokens == int(batch["attention_mask"].sum()) < batch["input_ids"].numel()
+    own = next(own_batches(run, prepared.load("train"), prepared.tokenizer, "cpu", 0))
+    batch = own.micro_batches[0].inputs
+    assert own.tokens == int(batch["attention_mask"].sum()) < batch["input_ids"].numel()
 
 
 def test_the_best_checkpoint_has_the_lowest_perplexity(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 import time
 from collections.abc import Sequence
@@ -228,8 +227,8 @@ def _calibration(config: RunConfig, model_config: PretrainedConfig, args: argpar
             f"data.train has {len(examples)} {task.unit}, fewer than --samples {args.samples}; lower it"
             + (f", or data.max_length = {config.data.max_length}" if not task.pads else "")
         )
-    lengths, size = examples.lengths, config.eval_batch_size
-    drawn = random.Random(args.seed).sample(range(len(examples)), args.samples)
+    sample, drawn = task.sample(examples, args.samples, args.seed)
+    lengths, size = sample.lengths, config.eval_batch_size
     drawn.sort(key=lambda i: lengths[i])
-    batches = [task.collate(examples, drawn[at : at + size], tokenizer) for at in range(0, len(drawn), size)]
+    batches = [task.collate(sample, drawn[at : at + size], tokenizer) for at in range(0, len(drawn), size)]
     return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]

@@ -14,8 +14,9 @@ from torch.nn.functional import cross_entropy
 from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.data.labelled import GlobalBatches
 from pst_ds.data.model_limits import check_causal_model
-from pst_ds.data.tasks.task import E, Task
+from pst_ds.data.tasks.task import E, ExampleSet, Task
 from pst_ds.data.tokens.batches import SequenceBatches, collate_sequences
+from pst_ds.data.tokens.drawn import DrawnSequences, MixedReader
 from pst_ds.data.tokens.loading import load_sequences
 from pst_ds.data.tokens.mixed import MixedSequences
 from pst_ds.data.tokens.sequences import Sequences
@@ -61,11 +62,13 @@ class CausalLM(CausalTask[Sequences | MixedSequences]):
         return load_sequences(data, split, tokenizer)
 
     def collate(
-        self, examples: Sequences | MixedSequences, indices: Sequence[int], tokenizer: Tokenizer
+        self, examples: Sequences | MixedSequences | DrawnSequences, indices: Sequence[int], tokenizer: Tokenizer
     ) -> dict[str, Tensor]:
         return collate_sequences(examples, indices)
 
-    def num_targets(self, examples: Sequences | MixedSequences, indices: Sequence[int]) -> int:
+    def num_targets(
+        self, examples: Sequences | MixedSequences | DrawnSequences, indices: Sequence[int]
+    ) -> int:  # fmt: skip
         if not examples.masks_tokens:
             return sum(examples.length - 1 - len(examples.starts_in(i)) for i in indices)
         return sum(int(examples.predicted_in(i).sum()) for i in indices)
@@ -74,6 +77,27 @@ class CausalLM(CausalTask[Sequences | MixedSequences]):
         self, examples: Sequences | MixedSequences, batch_size: int, seed: int, *, group_by_length: bool = False
     ) -> GlobalBatches:
         return SequenceBatches(examples.lengths, batch_size, seed, sequences=examples)
+
+    def has_streams(self, examples: Sequences | MixedSequences) -> bool:
+        return isinstance(examples, MixedSequences) and examples.has_streams
+
+    def reader(
+        self,
+        examples: Sequences | MixedSequences,
+        seed: int,
+        part: int,
+        parts: int,
+        places: Sequence[Sequence[int]],
+    ) -> MixedReader | None:
+        if not isinstance(examples, MixedSequences) or not examples.has_streams:
+            return None
+        return MixedReader(examples, seed, part, parts, places)
+
+    def sample(self, examples: Sequences | MixedSequences, count: int, seed: str | int) -> tuple[ExampleSet, list[int]]:
+        if not isinstance(examples, MixedSequences) or not examples.has_streams:
+            return super().sample(examples, count, seed)
+        turns = examples.ordered(np.arange(count), 0).tolist()
+        return MixedReader(examples, 0, 0, 1, window=1).take(turns), list(range(count))
 
     def require_enough(self, examples: Sequences | MixedSequences, count: int) -> None:
         most = examples.most if isinstance(examples, MixedSequences) else None

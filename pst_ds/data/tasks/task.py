@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
@@ -42,6 +43,19 @@ class ExampleSet(Protocol):
 
 
 E = TypeVar("E", bound=ExampleSet)
+
+
+class Reader(Protocol):
+    """Draws examples that cannot be looked up, in the order in which they come."""
+
+    @property
+    def places(self) -> list[list[int]]:
+        """Where another reader has to go on to give what this one would give next; JSON values."""
+        ...
+
+    def take(self, indices: Sequence[int]) -> ExampleSet:
+        """Return the examples whose turns these are. Raises InputError."""
+        ...
 
 
 class Task(ABC, Generic[E]):
@@ -92,6 +106,20 @@ class Task(ABC, Generic[E]):
     def batches(self, examples: E, batch_size: int, seed: int, *, group_by_length: bool = False) -> GlobalBatches:
         """Return which examples make each batch of a run."""
         return GlobalBatches(examples.lengths, batch_size, seed, group_by_length)
+
+    def has_streams(self, examples: E) -> bool:
+        """Return whether some ``examples`` can only be drawn by a :meth:`reader`."""
+        return False
+
+    def reader(self, examples: E, seed: int, part: int, parts: int, places: Sequence[Sequence[int]]) -> Reader | None:
+        """Return what draws the examples of one of ``parts`` readers from ``places`` on, or from the beginning without
+        any; None where they are looked up by their index."""
+        return None
+
+    def sample(self, examples: E, count: int, seed: str | int) -> tuple[ExampleSet, list[int]]:
+        """Return ``count`` of ``examples``, drawn without repetition, as indices of the set that is returned. The same
+        on every rank."""
+        return examples, random.Random(seed).sample(range(len(examples)), count)
 
     def require_enough(self, examples: E, count: int) -> None:
         """Raise ConfigError if a run may not take ``count`` examples, repeated as they are."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pst_ds.data.labelled import GlobalBatches
 from pst_ds.data.tasks.task import IGNORED
+from pst_ds.data.tokens.drawn import DrawnSequences
 from pst_ds.data.tokens.mixed import MixedSequences
 from pst_ds.data.tokens.sequences import Sequences
 
@@ -29,7 +30,9 @@ class SequenceBatches(GlobalBatches):
             yield self.sequences.ordered(numbers, self.seed).tolist()
 
 
-def collate_sequences(sequences: Sequences | MixedSequences, indices: Sequence[int]) -> dict[str, Tensor]:
+def collate_sequences(
+    sequences: Sequences | MixedSequences | DrawnSequences, indices: Sequence[int]
+) -> dict[str, Tensor]:
     """Return model inputs of sequences of equal length: input_ids and labels, (len(indices), length) int64.
 
     Labels are the input: the model predicts each from those before it. There is no padding, so no attention mask.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from pst_ds.data.tokens.identity import identity_of
 from pst_ds.data.tokens.mixed import MixedSequences
 from pst_ds.data.tokens.sequences import Sequences
 from pst_ds.data.tokens.store import TokenStream, stream_of_documents
+from pst_ds.data.tokens.streamed import PIECE_BYTES, StreamReader, TextStream
 from pst_ds.data.tokens.tokenize import tokenize
 
 if TYPE_CHECKING:
@@ -34,10 +35,24 @@ def load_sequences(data: DataConfig, split: str, tokenizer: Tokenizer) -> Sequen
     for one sequence.
     """
     if split == "train" and data.sources:
-        sources = tuple(_cut(data, split, _stream_of_source(data, of, tokenizer), of.path) for of in data.sources)
+        sources = tuple(_source(data, of, tokenizer) for of in data.sources)
         weights = tuple(of.weight for of in data.sources) if data.sources[0].weight else ()
+        if data.streams and not weights:
+            weights = (1.0,)
         return MixedSequences(sources, weights, tuple(of.epochs for of in data.sources) if weights else ())
     return _cut(data, split, _stream_of_split(data, split, tokenizer), getattr(data, split))
+
+
+def _source(data: DataConfig, source: DataSource, tokenizer: Tokenizer) -> Sequences | TextStream:
+    if not source.stream:
+        return _cut(data, "train", _stream_of_source(data, source, tokenizer), source.path)
+    reading = replace(_reading(data, source.kind), subset=data.subset, revision=data.revision)
+    plan = plan_store([source.path], tokenizer, reading, piece_bytes=PIECE_BYTES)
+    spans = tuple(span for piece in plan.pieces for span in piece)
+    what = f"data.sources.path = {source.path!r}"
+    stream = TextStream(what, spans, plan.reading, tokenizer, data.max_length, data.document_mask)
+    StreamReader(stream, "", 0, 1, window=1).next()  # refuses what cannot be read before a model is loaded
+    return stream
 
 
 def _cut(data: DataConfig, split: str, stream: TokenStream, where: str) -> Sequences:
@@ -104,9 +119,7 @@ def _stream_of_files(
     data: DataConfig, where: str, tokenizer: Tokenizer, *, count: bool, kind: str = "text"
 ) -> TokenStream:
     """Map the tokens of the files that a path names, as ``pst-ds prepare`` finds and reads them."""
-    column, kind = ("messages", "chat") if kind == "chat" else (data.text_columns[0], "text")
-    reading = Reading(column=column, kind=kind, sample_by=data.sample_by, setting="data.text_columns")
-    plan = plan_store([where], tokenizer, reading, count_bytes=count)
+    plan = plan_store([where], tokenizer, _reading(data, kind), count_bytes=count)
     paths = dict.fromkeys(span.path for piece in plan.pieces for span in piece)
     remote = next((path for path in paths if not Path(path).exists()), None)
     if remote is not None:
@@ -117,6 +130,11 @@ def _stream_of_files(
     files = (file for path in paths for file in _files_of(Path(path)))
     contents = [*map(hash_of_file, files), *map(str, asdict(plan.reading).values()), f"count {count}"]
     return cached_store(contents, plan.tokenizer, lambda folder: write_pieces(plan, tokenizer, folder), where)
+
+
+def _reading(data: DataConfig, kind: str) -> Reading:
+    column, kind = ("messages", "chat") if kind == "chat" else (data.text_columns[0], "text")
+    return Reading(column=column, kind=kind, sample_by=data.sample_by, setting="data.text_columns")
 
 
 def _files_of(path: Path) -> Iterable[Path]:

@@ -10,6 +10,7 @@ import numpy as np
 from pst_ds.data.tokens.mixture import Mixture
 from pst_ds.data.tokens.order import in_passes
 from pst_ds.data.tokens.sequences import Sequences
+from pst_ds.data.tokens.streamed import TextStream
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,10 +18,11 @@ class MixedSequences:
     """The sequences of sources one after another by index; a run takes them in the order of :meth:`ordered`.
 
     Without ``weights`` it takes each sequence once in an epoch. With them, each source has its share of any number of
-    sequences, and is gone through anew, in another order, as often as that takes.
+    sequences, and is gone through anew, in another order, as often as that takes. An index of a stream says whose turn
+    it is and nothing more: :class:`~pst_ds.data.tokens.drawn.MixedReader` draws what comes.
     """
 
-    sources: tuple[Sequences, ...]
+    sources: tuple[Sequences | TextStream, ...]
     """All of one length, for training."""
     weights: tuple[float, ...] = ()
     epochs: tuple[float, ...] = ()
@@ -52,9 +54,20 @@ class MixedSequences:
         source, inside = self._place(index)
         return source.predicted_in(inside)
 
+    def source_of(self, index: int) -> int:
+        """Return the number of the source of a sequence."""
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
+
     def _place(self, index: int) -> tuple[Sequences, int]:
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.sources[number], index - int(self._starts[number])
+        number = self.source_of(index)
+        source = self.sources[number]
+        assert isinstance(source, Sequences), "the sequences of a stream are drawn, not looked up"
+        return source, index - int(self._starts[number])
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether some sources are read as they come."""
+        return any(isinstance(source, TextStream) for source in self.sources)
 
     @property
     def length(self) -> int:
@@ -89,8 +102,8 @@ class MixedSequences:
 
     @property
     def num_predicted(self) -> int:
-        """Predicted tokens of all sequences."""
-        return sum(source.num_predicted for source in self.sources)
+        """Predicted tokens of all sequences that are no stream's."""
+        return sum(source.num_predicted for source in self.sources if isinstance(source, Sequences))
 
     @property
     def predicted_bytes(self) -> int | None:
@@ -109,12 +122,17 @@ class MixedSequences:
         sources, before = self._mixture.at(numbers)
         found = np.empty_like(before)
         for source in np.unique(sources):
-            chosen = sources == source
-            inside = in_passes(before[chosen], len(self.sources[source]), f"{seed}/{source}")
+            chosen, of = sources == source, self.sources[source]
+            key = f"{seed}/{source}"
+            inside = before[chosen] if isinstance(of, TextStream) else in_passes(before[chosen], len(of), key)
             found[chosen] = self._starts[source] + inside
         return found
 
     def first(self, count: int) -> MixedSequences:
-        """Return the first ``count`` sequences by index."""
-        kept = [of.first(max(0, count - int(begin))) for of, begin in zip(self.sources, self._starts, strict=False)]
+        """Return the first ``count`` sequences by index, without those of streams."""
+        kept = [
+            of.first(max(0, count - int(begin)))
+            for of, begin in zip(self.sources, self._starts, strict=False)
+            if isinstance(of, Sequences)
+        ]
         return replace(self, sources=tuple(of for of in kept if len(of)), weights=(), epochs=())

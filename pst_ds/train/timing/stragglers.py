@@ -29,7 +29,7 @@ class OwnTime:
         self._busy, self._since = 0.0, 0.0
         self.seconds = 0.0
         """Of the last step that is over; 0 before there is one."""
-        time_waits(engine, self._waiting)
+        time_waits(engine, self.waiting)
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -44,13 +44,14 @@ class OwnTime:
     @contextmanager
     def exchanging(self) -> Iterator[None]:
         """What is done inside ends a step: the numbers that all ranks wait for."""
-        with self._waiting():
+        with self.waiting():
             yield
         now = time.perf_counter()
         self.seconds = max(0.0, self._busy + now - self._since - self._waits.read()["waits"])
         self._busy, self._since = 0.0, now
 
-    def _waiting(self) -> AbstractContextManager[None]:
+    def waiting(self) -> AbstractContextManager[None]:
+        """What is done inside waits for other ranks."""
         return self._waits.timing("waits") if self._since else _NOT_IN_A_STEP
 
 

@@ -1,0 +1,101 @@
+"""The batches of a run: what this rank takes of each, made ahead, and what all ranks have to agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from pst_ds.config.run import RunConfig
+from pst_ds.data.tasks import ExampleSet, task_of
+from pst_ds.errors import InputError
+from pst_ds.parallel.ranks import all_gather_objects, raise_on_all_ranks, rank, world_size
+from pst_ds.train.divergence import MicroBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Places = list[list[int]]
+"""Where a reader is in each of the run's streams; JSON values."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnBatch:
+    """A rank's part of a global batch."""
+
+    micro_batches: list[MicroBatch]
+    tokens: int
+    """Of the whole batch."""
+    targets: int = 0
+    """Predicted tokens of this part; 0 where every rank knows those of the whole batch."""
+    places: Places | None = None
+    """Where this rank's reader is behind it; None of a run without streams."""
+
+
+def own_batches(
+    run: RunConfig,
+    examples: ExampleSet,
+    tokenizer: PreTrainedTokenizerBase,
+    device: str,
+    first: int,
+    streams: Sequence[Places] = (),
+) -> Iterator[OwnBatch]:
+    """Yield this rank's part of each global batch from number ``first`` on. Endless; not collective.
+
+    Tensors are on the CPU, in pinned memory if a GPU is to copy them. A micro-batch has a share, on average 1 over all
+    ranks, by which its mean loss is to be multiplied: then the mean of all is the global batch's, however it is cut.
+    Ranks that share sequences have the same. Where ``examples`` have streams, each reader goes on at its place in
+    ``streams``, and the share is a count of targets until :func:`agreed` has seen those of all ranks.
+    """
+    task, lengths = task_of(run), examples.lengths
+    degree, accumulation = run.train.sequence_parallel, run.train.gradient_accumulation_steps
+    group, groups = rank() // degree, world_size() // degree
+    reader = task.reader(examples, run.seed, group, groups, streams[group] if streams else ())
+    batches = task.batches(examples, run.train.batch_size, run.seed, group_by_length=run.data.group_by_length)
+    for batch in batches.after(first):
+        own = batches.micro_batches(batch, group, groups, accumulation)
+        tokens = int(sum(lengths[i] for i in batch))
+        if reader is None:
+            parts = [(examples, indices) for indices in own]
+            per_target = len(own) * groups / max(1, task.num_targets(examples, batch))
+        else:
+            drawn = [reader.take(indices) for indices in own]
+            parts = [(of, range(len(of))) for of in drawn]
+            per_target = 1.0
+        collated = [task.collate(of, indices, tokenizer) for of, indices in parts]
+        if device.startswith("cuda"):
+            collated = [{name: values.pin_memory() for name, values in inputs.items()} for inputs in collated]
+        targets = [task.num_targets(of, indices) for of, indices in parts]
+        micro_batches = list(map(MicroBatch, collated, [per_target * count for count in targets], own))
+        if reader is None:
+            yield OwnBatch(micro_batches, tokens)
+        else:
+            yield OwnBatch(micro_batches, tokens, sum(targets), reader.places)
+
+
+def next_or_problem(batches: Iterator[OwnBatch]) -> OwnBatch | InputError:
+    """Return the next batch, or why this rank cannot have it."""
+    try:
+        return next(batches)
+    except InputError as problem:
+        return problem
+
+
+def agreed(taken: OwnBatch | InputError, degree: int) -> tuple[OwnBatch, list[Places]]:
+    """Return this rank's part of a batch of streams with its shares, and where all readers are behind it.
+
+    ``degree`` ranks share a reader. Collective; raises InputError on all ranks if one could not read.
+    """
+    batch = raise_on_all_ranks(partial(_raise_or_return, taken))
+    of_ranks = all_gather_objects((batch.targets, batch.places or []))[::degree]
+    total = sum(targets for targets, _ in of_ranks)
+    per_target = len(batch.micro_batches) * len(of_ranks) / max(1, total)
+    shared = [replace(one, share=per_target * one.share) for one in batch.micro_batches]
+    return replace(batch, micro_batches=shared), [places for _, places in of_ranks]
+
+
+def _raise_or_return(taken: OwnBatch | InputError) -> OwnBatch:
+    if isinstance(taken, InputError):
+        raise taken
+    return taken
