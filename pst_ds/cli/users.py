@@ -69,6 +69,8 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     _add_column(parser)
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="(default: test)")
     parser.add_argument("--data", metavar="FILE", help="a file in place of that split of the run")
+    text = "score with the states of N others, those that follow by name, and take the mean (default: 1)"
+    parser.add_argument("--others", type=count, default=1, metavar="N", help=text)
     add_quiet_argument(parser)
 
 
@@ -142,8 +144,6 @@ def _train(args: argparse.Namespace) -> Facts:
 
 def _eval(args: argparse.Namespace) -> Facts:
     config = load_run_or_folder(args)
-    from dataclasses import asdict
-
     from pst_ds.data.by_user import read_by_user
     from pst_ds.parallel.ranks import raise_on_all_ranks
     from pst_ds.users.evaluate import evaluate_users, metric_of, summary
@@ -159,7 +159,7 @@ def _eval(args: argparse.Namespace) -> Facts:
     model = PersonalModel(prepared, checkpoint, part_of(store))
     raise_on_all_ranks(lambda: store.require_common(model.common))
     metric = metric_of(prepared)
-    scores = evaluate_users(model, prepared, store, rows, users, metric)
+    scores = evaluate_users(model, prepared, store, rows, users, metric, others=args.others)
     facts = {"metric": metric, **summary(scores, lower_is_better=prepared.task.lower_is_better)}
     if is_first_rank():
         head = ["user", "rows", "shared", "own", "another's"]
@@ -167,7 +167,7 @@ def _eval(args: argparse.Namespace) -> Facts:
         print("\n".join(aligned([head, *lines[:_SHOWN]])))
         print(f"and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else "", end="\n" if lines[_SHOWN:] else "")
         print(_sentence(facts))
-    return {**facts, "scores": [asdict(score) for score in scores]}
+    return {**facts, "scores": [score.as_table() for score in scores]}
 
 
 def _sentence(facts: Facts) -> str:

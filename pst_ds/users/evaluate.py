@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pst_ds.data.by_user import RowsByUser
@@ -28,14 +28,31 @@ class UserScores:
     rows: int
     shared: float
     own: float
-    other: float
-    """With the state of the user that follows in the order of names; NaN where there is no other."""
+    others: tuple[float, ...]
+    """With the states of the users that follow in the order of names, the first of them behind the last."""
+
+    @property
+    def other(self) -> float:
+        """The mean with another user's state; NaN where there is no other."""
+        return _mean(self.others) if self.others else math.nan
+
+    def as_table(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {**asdict(self), "others": list(self.others), "other": self.other}
 
 
 def evaluate_users(
-    model: PersonalModel, prepared: Prepared, store: UserStore, rows: RowsByUser, users: Sequence[str], metric: str
+    model: PersonalModel,
+    prepared: Prepared,
+    store: UserStore,
+    rows: RowsByUser,
+    users: Sequence[str],
+    metric: str,
+    *,
+    others: int = 1,
 ) -> list[UserScores]:
-    """Return the scores of ``users``, each on its own rows, once with each state. Collective. Raises InputError."""
+    """Return the scores of ``users``, each on its own rows: with the shared state, its own, and those of as many
+    ``others`` as there are up to that number. Collective. Raises InputError."""
     scores, names = [], store.names
     with Progress("evaluate users", len(users), "users") as progress:
         for user in users:
@@ -43,13 +60,14 @@ def evaluate_users(
             examples = raise_on_all_ranks(lambda user=user: rows.load(
                 prepared.task, user, prepared.tokenizer, prepared.labels
             ))  # type: ignore[misc]  # fmt: skip
-            follower = names[(names.index(user) + 1) % len(names)]
+            begin = names.index(user) + 1
+            followers = [*names[begin:], *names[: begin - 1]][:others]
             found = []
-            for state in (None, user, follower if follower != user else None):
+            for state in (None, user, *followers):
                 model.activate(None if state is None else store.state(state))
                 found.append(_score(model, prepared, examples, metric))
-            shared, own, other = found
-            scores.append(UserScores(user, len(examples), shared, own, other if follower != user else math.nan))
+            shared, own, *of_others = found
+            scores.append(UserScores(user, len(examples), shared, own, tuple(of_others)))
             progress.add(1)
     model.activate(None)
     return scores

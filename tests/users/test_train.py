@@ -122,6 +122,19 @@ def test_own_state_is_scored_against_shared_and_anothers(run, store, capsys):
     assert facts["gain_over_shared_standard_error"] == pytest.approx(float(torch.tensor(gains).std()) / 3**0.5)
 
 
+def test_own_state_is_scored_against_the_mean_of_others(run, store, capsys):
+    words = ["users", "eval", str(run / "run"), "--store", str(run / "store"), "--by", "who", "--quiet", "--json"]
+    words += ["--split", "train", "--data", str(run / "rows.jsonl")]
+    found = {}
+    for others in ("1", "9"):
+        assert main([*words, "--others", others]) == 0
+        found[others] = json.loads(capsys.readouterr().out.splitlines()[-1])["scores"]
+    for one, more in zip(found["1"], found["9"], strict=True):
+        assert len(more["others"]) == 2
+        assert more["others"][0] == one["others"][0] == one["other"]
+        assert more["other"] == pytest.approx(sum(more["others"]) / 2)
+
+
 def test_the_shared_score_is_that_of_the_run(run, store, tmp_path, capsys):
     """The state None is the checkpoint's own values, whoever was active before."""
     data = _rows(tmp_path / "rows.jsonl", ("bob",), each=20)
