@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
+from pst_ds.config.toml import load_run
 from tools.quality import one_shot
 
 RUN = "tests/data/causal_lm.toml"
@@ -23,6 +25,43 @@ def test_a_share_is_of_what_the_reference_adds_with_as_many_zeros():
     ]
     assert one_shot.shares_of_reference(rows) == pytest.approx({"test": 0.75, "other": 0.2})
     assert one_shot.shares_of_reference(rows[:1]) == {}
+
+
+def test_what_training_wins_back_is_a_share_of_what_the_reference_adds_before_it():
+    rows = [
+        {"zeros": "0.5", "method": "sparsegpt", "added": {"test": 0.4, "other": 0.5}},
+        {"zeros": "0.5", "method": "alps", "added": {"test": 0.2, "other": 0.3}},
+    ]
+    dense, trained = {"test": 3.0, "other": 2.0}, {"test": 3.1, "other": 2.2}
+    assert one_shot.shares_won_back(rows, trained, dense) == pytest.approx({"test": 0.75, "other": 0.6})
+    assert one_shot.shares_won_back(rows[1:], trained, dense) == {}
+
+
+@pytest.mark.parametrize(("method", "is_fixed"), [("masked-lora", True), ("pst", False)])
+def test_a_run_is_trained_from_every_folder_once(method, is_fixed, tmp_path, monkeypatch, capsys):
+    train = tmp_path / "train.toml"
+    train.write_text(f'method = "{method}"\n' + Path(RUN).read_text())
+    words = [RUN, "--out", str(tmp_path), "--zeros", "0.5", "2:4", "--methods", "sparsegpt", "alps --swaps 2", "--json"]
+    monkeypatch.setattr(sys, "argv", ["one_shot", *words, "--train", str(train)])
+    calls = []
+    monkeypatch.setattr(one_shot, "verb", lambda *words: calls.append(words))
+
+    def losses_of(run_file, model, *_):
+        return {"test": 2.0 if not model else 2.5 if "trained-train" in model else 3.0}
+
+    monkeypatch.setattr(one_shot, "losses_of", losses_of)
+    for made in (4, 0):
+        calls.clear()
+        one_shot.main()
+        rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+        assert [row["won_back"] for row in rows] == [{"test": 0.5}] * 4
+        assert [sum(words[0] == verb for words in calls) for verb in ("prune", "train", "export")] == [made] * 3
+    folders = [tmp_path / f"{name}-{zeros}" for zeros in ("0.5", "2of4") for name in ("sparsegpt", "alps-swaps-2")]
+    assert all((folder / "trained-train" / one_shot.OUTCOME).is_file() for folder in folders)
+
+    run = load_run(str(train), one_shot.training_settings(train, folders[3], "2:4"))
+    assert (run.model.path, run.pst.pattern, run.schedule.final_sparsity) == (str(folders[3] / "model"), "2:4", 0.5)
+    assert (run.pst.initial_mask == "zeros") == is_fixed
 
 
 def test_models_are_pruned_and_tested_once(tmp_path, monkeypatch, capsys):

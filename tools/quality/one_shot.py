@@ -1,11 +1,13 @@
 """What one-shot pruning adds to the loss of a language model, by method: nats a token above the dense model.
 
 Every method, with options of pst-ds prune if need be, prunes the run's model to every share of zeros ("2:4" names a
-pattern), and the folder is tested on the first sequences of data.test, and of other texts. Folders that are there
-already are read, so a killed comparison goes on.
+pattern), and the folder is tested on the first sequences of data.test, and of other texts. With --train a run file is
+trained from every folder too, and what it exports is tested. What is there already is read, so a killed comparison
+goes on.
 
     python -m tools.quality.one_shot run.toml --out runs/one-shot --set train.precision=fp32 --json
     python -m tools.quality.one_shot run.toml --out runs/one-shot --methods sparsegpt "alps --budgets owl" --zeros 0.7
+    python -m tools.quality.one_shot run.toml --out runs/one-shot --zeros 0.5 --train masked-lora.toml
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 
 from pst_ds.atomic_files import write_text_atomic
 from tools.bench.timing import hardware
+from tools.quality.grid import sparsity_settings
 from tools.verbs import verb
 
 if TYPE_CHECKING:
@@ -45,7 +48,8 @@ def main() -> None:
     parser.add_argument("--tested", type=int, default=96, help="sequences of each text")
     parser.add_argument("--texts", nargs="+", default=[], metavar="FILE", help="texts to test on besides data.test")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the tested models (fp32)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every run")
+    parser.add_argument("--train", type=Path, metavar="RUN.toml", help="a run to train from every pruned folder")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every run but --train's")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     args = parser.parse_args()
     dense = measured(args, "", args.out / "dense", {})["losses"]
@@ -57,6 +61,9 @@ def main() -> None:
             added = {text: loss - dense[text] for text, loss in found["losses"].items()}
             rows.append({"zeros": zeros, "method": method, **found, "added": added})
             rows[-1]["of_reference"] = shares_of_reference(rows)
+            if args.train:
+                after = trained(args, folder_of(args, method, zeros), zeros)
+                rows[-1] |= {"trained": after, "won_back": shares_won_back(rows, after["losses"], dense)}
             print(f"{zeros} {method}: {_said(rows[-1])}; pruned in {found['prune_cpu_seconds']:.0f} CPU s")
     if args.json:
         facts = {"samples": int(args.samples), "tested": args.tested, "dtype": args.dtype, "dense": dense}
@@ -64,23 +71,41 @@ def main() -> None:
 
 
 def _said(row: dict[str, Any]) -> str:
-    shares = row["of_reference"]
+    shares, losses, won = row["of_reference"], row.get("trained", {}).get("losses", {}), row.get("won_back", {})
     of = {text: f" ({share:.3f} of {REFERENCE}'s)" for text, share in shares.items()}
-    return ", ".join(f"{text} {added:.4f} above dense{of.get(text, '')}" for text, added in row["added"].items())
+    back = {text: f" ({share:.3f} of it won back)" for text, share in won.items()}
+    after = {text: f", trained {loss:.4f}{back.get(text, '')}" for text, loss in losses.items()}
+    found = row["added"].items()
+    return ", ".join(f"{text} {added:.4f} above dense{of.get(text, '')}{after.get(text, '')}" for text, added in found)
 
 
 def shares_of_reference(rows: list[dict[str, Any]]) -> dict[str, float]:
     """By text, where it is known: what the last row adds, as a share of what the reference adds with as many zeros."""
-    last = rows[-1]
-    known = [row for row in rows if row["method"] == REFERENCE and row["zeros"] == last["zeros"]]
-    reference = known[0]["added"] if known else {}
-    return {text: last["added"][text] / added for text, added in reference.items() if added > 0}
+    return {text: rows[-1]["added"][text] / added for text, added in _added_by_reference(rows).items()}
+
+
+def shares_won_back(rows: list[dict[str, Any]], trained: dict[str, float], dense: dict[str, float]) -> dict[str, float]:
+    """By text, where it is known: 1 less what is left of the loss that the reference adds, before it is trained, once
+    the last row's folder was."""
+    return {text: 1.0 - (trained[text] - dense[text]) / added for text, added in _added_by_reference(rows).items()}
+
+
+def _added_by_reference(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What the reference adds with as many zeros as the last row, by text, where it adds any."""
+    known = [row for row in rows if row["method"] == REFERENCE and row["zeros"] == rows[-1]["zeros"]]
+    return {text: added for text, added in known[0]["added"].items() if added > 0} if known else {}
+
+
+def folder_of(args: argparse.Namespace, method: str, zeros: str) -> Path:
+    """Where the pruned model and its losses are."""
+    name, *options = method.split()
+    return args.out / "-".join([name, *(word.lstrip("-") for word in options), zeros.replace(":", "of")])
 
 
 def pruned(args: argparse.Namespace, method: str, zeros: str) -> dict[str, Any]:
     """Prune by a method and test what it made."""
     name, *options = method.split()
-    folder = args.out / "-".join([name, *(word.lstrip("-") for word in options), zeros.replace(":", "of")])
+    folder = folder_of(args, method, zeros)
     if (folder / OUTCOME).is_file():
         return json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
     share = ["--pattern", zeros] if ":" in zeros else ["--sparsity", zeros]
@@ -89,6 +114,32 @@ def pruned(args: argparse.Namespace, method: str, zeros: str) -> dict[str, Any]:
     words = ["--method", name, *options, "--out", str(model), "--samples", args.samples, "--quiet"]
     verb("prune", args.run, *words, *share, *settings)
     return measured(args, str(model), folder, {"prune_cpu_seconds": time.process_time() - start})
+
+
+def trained(args: argparse.Namespace, pruned_folder: Path, zeros: str) -> dict[str, Any]:
+    """Train ``args.train`` from a pruned folder, export it dense and test it."""
+    folder = pruned_folder / f"trained-{args.train.stem}"
+    if (folder / OUTCOME).is_file():
+        return json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
+    run_folder, export, start = folder / "run", folder / "model", time.process_time()
+    settings = [f"output_dir={json.dumps(str(run_folder))}", *training_settings(args.train, pruned_folder, zeros)]
+    verb("train", str(args.train), "--resume", "--quiet", *(word for one in settings for word in ("--set", one)))
+    seconds = time.process_time() - start
+    verb("export", str(run_folder), "--out", str(export))
+    return measured(args, str(export), folder, {"train_cpu_seconds": seconds})
+
+
+def training_settings(run_file: Path, pruned_folder: Path, zeros: str) -> list[str]:
+    """What a run has to be told to start from a pruned folder, and where its masks are fixed, to keep those zeros."""
+    from pst_ds.config.methods import METHODS
+    from pst_ds.config.toml import load_run
+
+    settings: dict[str, object] = {"model.path": str(pruned_folder / "model")}
+    for table, values in sparsity_settings(zeros).items():
+        settings |= {f"{table}.{key}": value for key, value in values.items()}
+    if METHODS[load_run(str(run_file)).method].masks == "fixed":
+        settings["pst.initial_mask"] = "zeros"
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
 def measured(args: argparse.Namespace, model: str, folder: Path, facts: dict[str, float]) -> dict[str, Any]:
