@@ -29,6 +29,7 @@ from pst_ds.checkpoint.restore import (
     base_fingerprint,
     base_grid_numbers,
     grid_numbers,
+    input_bits,
     is_of_hub,
     same_base,
     weight_scales,
@@ -119,7 +120,10 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
         _require_formula(inject.injected_config(model), config, folder)
         _require_grid(model, saved, folder)
     else:
-        inject.inject_pst(model, config, grid=_grid(saved, folder), base_grid=_grid(saved, folder, "base_grid"))
+        inject.inject_pst(
+            model, config, grid=_grid(saved, folder), activation_bits=saved.get("activation_bits", 16),
+            base_grid=_grid(saved, folder, "base_grid"),
+        )  # fmt: skip
     also_trained = set(saved.get("also_trained", ()))
     for name, param in model.named_parameters():
         if name in also_trained:
@@ -208,6 +212,7 @@ def write_adapter_state(
         "weight_scales": weight_scales(model),
         "grid": grid_numbers(model),
         "base_grid": base_grid_numbers(model),
+        "activation_bits": input_bits(model),
         "rounds": any(layer.rounds for layer in layers.values()),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
@@ -268,6 +273,12 @@ def _require_grid(model: nn.Module, saved: dict[str, Any], folder: Path) -> None
                 f"{folder / CONFIG_FILE} has {key} = {grid}, and the model was injected with another {key}: it would "
                 "compute something else. Load onto the base model"
             )
+    bits = saved.get("activation_bits", 16)
+    if bits != input_bits(model):
+        raise PretrainedError(
+            f"{folder / CONFIG_FILE} has activation_bits = {bits!r}, and the model was injected with "
+            f"{input_bits(model)}: it would compute something else. Load onto the base model"
+        )
 
 
 def _require_formula(own: PSTConfig, saved: PSTConfig, folder: Path) -> None:

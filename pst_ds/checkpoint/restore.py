@@ -87,6 +87,11 @@ def grid_numbers(model: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def input_bits(model: nn.Module) -> int:
+    """Return to how many bits ``model`` rounds inputs where it rounds weights: 8, or 16 for never."""
+    return 16 if all(layer.inputs is None for layer in pst_layers(model).values()) else 8
+
+
 def base_grid_numbers(model: nn.Module) -> tuple[int, int] | None:
     """Return the grid of the frozen weights of ``model``, as :func:`grid_numbers` has it; None for plain weights."""
     for layer in pst_layers(model).values():

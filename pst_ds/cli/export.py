@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = "of onnx: dense fp32 weights and ONNX's own operators, which any runtime reads and none runs faster"
     parser.add_argument("--plain", action="store_true", help=text)
-    text = "of onnx with --values: bits that inputs of sparse products are rounded to; 8 takes less time (default: 16)"
+    text = (
+        "of onnx with --values: bits that inputs of sparse products are rounded to; 8 is faster (default: as trained)"
+    )
     parser.add_argument("--activation-bits", type=int, choices=(8, 16), metavar="BITS", help=text)
     _add_value_arguments(parser)
     text = 'embed fewer tokens: those "seen" in a run\'s training and validation text, or in a FILE with a text a line'
@@ -105,7 +107,8 @@ def _write_onnx(args: argparse.Namespace) -> dict[str, Any]:
         packed = Path(scratch) / out.name
         how = {"format": "dense" if args.plain else "bitmask", "out": str(packed)}
         facts = _written(argparse.Namespace(**{**vars(args), **how}))
-        written = write_onnx(packed, out, facts, plain=args.plain, activation_bits=args.activation_bits or 16)
+        trained = 16 if args.plain or facts.get("values") not in VALUE_BITS else facts.get("activation_bits", 16)
+        written = write_onnx(packed, out, facts, plain=args.plain, activation_bits=args.activation_bits or trained)
     weights = "dense weights" if args.plain else f"{written['sparse_nodes']} sparse products"
     difference = written["max_relative_difference"]
     said = "not run: no onnxruntime here" if difference is None else f"outputs within {difference:.1g} of the model's"
@@ -195,6 +198,8 @@ def _write_run(args: argparse.Namespace, how: dict[str, Any]) -> dict[str, Any]:
         how["vocabulary"] = vocabulary_of_run(args.vocabulary, config, checkpoint.state.labels, tokenizer, model)
     prompt = saved_prompt(config, checkpoint, model)
     written = export_run(model, checkpoint, tokenizer, Path(args.out), prompt=prompt, run=table, **how)
+    if checkpoint.state.rounds and config.quantization.activations:
+        written["activation_bits"] = config.quantization.activation_bits
     return {**_with_tokens(written, args), "checkpoint": str(checkpoint.folder)}
 
 

@@ -72,8 +72,10 @@ def print_plan(plan: Plan) -> None:
         )
     rounding = plan["rounding"]
     if rounding:
+        inputs = " and inputs to int8" if rounding["activation_bits"] == 8 else ""
         print(
-            f"weights rounded to {rounding['grid']}, from step {rounding['start']} on: {rounding['searches']} searches"
+            f"weights rounded to {rounding['grid']}{inputs}, from step {rounding['start']} on: "
+            f"{rounding['searches']} searches"
         )
     time = plan["time"]
     print(

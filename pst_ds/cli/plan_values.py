@@ -289,4 +289,9 @@ def _rounding(config: RunConfig, num_steps: int) -> Plan | None:
     if schedule is None:
         return None
     searches = sum(schedule.updates_scales_at(step) for step in range(num_steps + 1))
-    return {"grid": str(grid_of_run(config)), "start": schedule.start, "searches": searches}
+    return {
+        "grid": str(grid_of_run(config)),
+        "activation_bits": config.quantization.activation_bits,
+        "start": schedule.start,
+        "searches": searches,
+    }

@@ -25,6 +25,9 @@ class QuantizationConfig:
     group: Literal[32, 64, 128, "row"] | None = None
     """Inputs of an output that share a scale, which must divide those of every layer; or all of them. Unset, it is
     "row" for int8 and 64 for int4."""
+    activations: Literal["", "int8"] = ""
+    """What the inputs of these layers are rounded to wherever the weights are, with a scale for every 64 columns of a
+    token, as kernels with inputs of 8 bits do. Empty leaves them."""
     start_fraction: Share | None = None
     """Share of all steps after which weights are rounded, not before the masks are final. Unset, it is right then:
     after the ramp, or from the first step on where there is none."""
@@ -34,11 +37,16 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("group", "start_fraction", "interval"):
+        for name in ("group", "activations", "start_fraction", "interval"):
             if not self.values and getattr(self, name):
                 raise ValueError(
                     f"{name} = {getattr(self, name)!r} does nothing without values; set values to int8 or int4"
                 )
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of the inputs of rounded layers: 8, or 16 where they are not rounded."""
+        return 8 if self.activations else 16
 
     def require_fit(self, method: str, schedule: ScheduleConfig) -> None:
         """Refuse to round where no layer could be, and while the masks of ``method`` change. Raises ConfigError."""

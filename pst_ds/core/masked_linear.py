@@ -1,7 +1,8 @@
 """y = x (M . W)' + b and its straight-through gradient, tile by tile (arXiv 2205.11005, section 3; G = dL/d(M . W)).
 
 M . W may be rounded to a grid of few bits. G is then the gradient at the rounded weight, and passes straight through
-the rounding too: all that is made of it below is as without.
+the rounding too: all that is made of it below is as without. So may x, which is then rounded in both passes: G is that
+of the rounded inputs, and dX passes straight through.
 
 Names: N tokens, O outputs, I inputs. The gradient G, as large as the weight, exists one tile at a time, see
 :mod:`pst_ds.core.tiles`; nothing here keeps a tensor of the weight's size for later.
@@ -18,7 +19,7 @@ from pst_ds.core.bits import INT_OF_SIZE, bits_of_range, expand_mask_, shard_num
 from pst_ds.core.factors import Constants, Factors, tile_factors
 from pst_ds.core.kernels.merge import MaskBytes, gradients_into, mask_bytes
 from pst_ds.core.layout import Rect, StoredMatrix, WeightLayout, row_tiles
-from pst_ds.core.quantization import CodedWeight, Rounding, weights_at
+from pst_ds.core.quantization import CodedWeight, InputGrid, Rounding, weights_at
 from pst_ds.core.scores import masked_weight, updated_weight
 from pst_ds.core.tiles import Tiles, plan_tiles
 
@@ -41,6 +42,8 @@ class LayerState:
     """False once the masks are fixed: the scores then have no gradient, nor has |W| through them."""
     rounding: Rounding | None = None
     """What M . W is rounded to."""
+    inputs: InputGrid | None = None
+    """What x is rounded to."""
 
     def expert(self, expert: int) -> LayerState:
         """Return the same of one expert of a stack: views, but of bits that begin within a byte or cross a shard."""
@@ -62,6 +65,10 @@ class LayerState:
         return masked_weight(
             self.weight, self.bits, self.num_shards, self.layout, self.factors, self.constants, self.rounding
         )
+
+    def rounded_inputs(self, x: Tensor) -> Tensor:
+        """Return what the layer multiplies ``x`` (..., I) as."""
+        return x if self.inputs is None else self.inputs.rounded(x)
 
 
 @dataclass(slots=True)
@@ -88,7 +95,7 @@ class Gradients:
 def forward(x: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:
     """y = x (M . W)' + bias: (..., I) to (..., O)."""
     merged = state.masked_weight()
-    return torch.nn.functional.linear(x, merged.t() if state.layout.transposed else merged, bias)
+    return torch.nn.functional.linear(state.rounded_inputs(x), merged.t() if state.layout.transposed else merged, bias)
 
 
 def backward(
@@ -113,7 +120,7 @@ def backward(
     ``tile_bytes``: budget of :mod:`pst_ds.core.tiles`; 0 is the device's default. Raises TileBudgetError.
     """
     tiles = plan_tiles(state.layout, x.element_size(), tile_bytes, device_type=x.device.type)
-    x, grad_y = x.contiguous(), grad_y.contiguous()
+    x, grad_y = state.rounded_inputs(x).contiguous(), grad_y.contiguous()
     high = torch.promote_types(x.dtype, torch.float32)
     factors = _with_ones(state) if state.scores_train else Factors(U=state.factors.U, V=state.factors.V)
     sums = Factors(**{n: torch.zeros_like(f, dtype=high) for n in "ABUV" if (f := getattr(factors, n)) is not None})

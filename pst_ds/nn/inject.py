@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from pst_ds.config.pst import MaskRule, PSTConfig, name_matches
-from pst_ds.core.quantization import Grid, StoredGrid
+from pst_ds.core.quantization import INPUT_BITS, Grid, InputGrid, StoredGrid
 from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
 from pst_ds.core.updates.gates import rank_budget
 from pst_ds.errors import InputError
@@ -32,6 +32,7 @@ def inject_pst(
     *,
     num_shards: int | None = None,
     grid: Grid | None = None,
+    activation_bits: int = 16,
     base_grid: Grid | None = None,
 ) -> nn.Module:
     """Replace the target layers of ``model`` by PSTLinear, and stacks of experts by PSTExpertStack, in place; freeze
@@ -47,6 +48,8 @@ def inject_pst(
         num_shards: the number of ranks that ZeRO-3 will split the weights over; None takes it from a model that was
             built under ``zero.Init``, and 1 from any other.
         grid: what the pruned weights are rounded to once :func:`round_weights` says so; None for never.
+        activation_bits: 8 rounds the inputs of these layers where their weights are rounded, as kernels with such
+            inputs do; 16 leaves them.
         base_grid: the pretrained weights W0 of the target layers are rounded to it now, and kept as codes and scales of
             8 or 4 bits, in shards under ZeRO-3; None keeps them as they are.
 
@@ -60,6 +63,7 @@ def inject_pst(
         raise InjectionError("the model already has PST modules; inject into the base model, once")
     targets, embeddings = find_targets(model, config), find_embeddings(model, config)
     rules = _require_fit(targets, config, grid, base_grid)
+    inputs = _input_grid(activation_bits, grid)
     shards = {target.name: _shards_of(target, num_shards) for target in targets}
     bases: dict[str, BaseCodes] = {}
     if base_grid is not None:
@@ -69,7 +73,8 @@ def inject_pst(
     for param in model.parameters():
         param.requires_grad_(False)
     for target in targets:
-        _replace(target, config, shards[target.name], scales[target.name], grid, bases.get(target.name))
+        layer = _replace(target, config, shards[target.name], scales[target.name], grid, bases.get(target.name))
+        layer.inputs = inputs
     experts.switch_on(dict.fromkeys(target.module for target in targets if target.is_stack))
     fast_paths.switch_off(model)
     for found in embeddings:
@@ -90,8 +95,8 @@ def _replace(
     scales: tuple[float, ...],
     grid: Grid | None,
     base: BaseCodes | None,
-) -> None:
-    """Put a PST layer in a target's place. ``scales``: of |W| in scores, one for each matrix."""
+) -> PSTLayer:
+    """Put a PST layer in a target's place, and return it. ``scales``: of |W| in scores, one for each matrix."""
     weight = None if base else target.weight
     rest = target.layout, config, num_shards, scales, grid, base
     like = base.codes if base else target.weight
@@ -104,6 +109,7 @@ def _replace(
     zero3.split_as(like, layer.parameters(recurse=False))
     layer.train(target.module.training)
     _put(layer, target.places)
+    return layer
 
 
 def _put(module: nn.Module, places: Iterable[tuple[nn.Module, str]]) -> None:
@@ -274,7 +280,8 @@ def freeze_scores(model: nn.Module, *, frozen: bool = True) -> None:
 
 
 def round_weights(model: nn.Module, *, rounds: bool = True) -> None:
-    """Round M . W of every layer that has a grid in all forward and backward passes from now on, or no longer."""
+    """Round M . W of every layer that has a grid, and the inputs of those that round them, in all forward and backward
+    passes from now on, or no longer."""
     for layer in pst_layers(model).values():
         layer.rounds = rounds and layer.stored_grid is not None
 
@@ -322,6 +329,18 @@ def _require_groups(targets: Sequence[Target], grid: Grid | None, what: str = ""
             raise InjectionError(
                 f'{target.name}: {what}{error}; or leave the layer out with exclude_modules = ["{target.name}"]'
             ) from None
+
+
+def _input_grid(bits: int, grid: Grid | None) -> InputGrid | None:
+    """What inputs of ``bits`` are rounded to that meet weights on ``grid``; None for 16."""
+    if bits not in INPUT_BITS:
+        raise InjectionError(f"activation_bits = {bits!r}: inputs of layers have 8 bits, or 16, which are not rounded")
+    if bits == 8 and grid is None:
+        raise InjectionError(
+            "activation_bits = 8 rounds the inputs of layers whose weights are rounded, and there is no grid for "
+            "these: give inject_pst one, such as grid=Grid(bits=8)"
+        )
+    return None if bits == 16 or grid is None else InputGrid.of(grid)
 
 
 def _require_ranks(targets: Sequence[Target], config: PSTConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from pst_ds.core.quantization import (
     UNUSED_SCALE,
     CodedWeight,
     Grid,
+    InputGrid,
     Rounding,
     StoredGrid,
     bytes_of_scales,
@@ -88,7 +90,9 @@ class PSTLayer(nn.Module):
         """True while scores have a gradient now; False once the masks are fixed."""
         self.stored_grid = None if grid is None else StoredGrid(layout, grid)
         self.rounds = False
-        """True while M . W is rounded to the grid, with the scales as they are."""
+        """True while M . W is rounded to the grid, with the scales as they are, and x where it has a grid."""
+        self.inputs: InputGrid | None = None
+        """What x is rounded to where M . W is; None leaves it as it is."""
         self.input_norms: Tensor | None = None
         """(I,) fp32, of ``magnitude = "activation"``; the same on every rank, and on the weight's device."""
         self.score_penalty = 0.0
@@ -220,7 +224,7 @@ class PSTLayer(nn.Module):
         factors = self.factors({name: param.detach() for name, param in self.factor_parameters()})
         return masked_linear.LayerState(
             weight, mask, self.num_shards, self.layout, factors, self.constants, self.weight_scales, self.scores_train,
-            self.rounding() if self.rounds else None,
+            self.rounding() if self.rounds else None, self.inputs if self.rounds else None,
         )  # fmt: skip
 
     def rounding(self) -> Rounding:
@@ -270,6 +274,20 @@ class PSTLayer(nn.Module):
         """Return the gradients of what :meth:`trained` names, but of the weight, in the layer's dtype."""
         of_factors = (getattr(grads, name) for name in (*FACTOR_NAMES, "S"))
         return tuple(None if g is None else g.to(self.dtype) for g in of_factors)
+
+
+@contextmanager
+def exact_inputs(model: nn.Module) -> Iterator[bool]:
+    """Inside, no layer of ``model`` rounds its inputs. Gives whether some do outside."""
+    layers = [module for module in model.modules() if isinstance(module, PSTLayer)]
+    before = [layer.inputs for layer in layers]
+    for layer in layers:
+        layer.inputs = None
+    try:
+        yield any(layer.rounds and inputs is not None for layer, inputs in zip(layers, before, strict=True))
+    finally:
+        for layer, inputs in zip(layers, before, strict=True):
+            layer.inputs = inputs
 
 
 def init_std(kind: UpdateInit, rank: int, in_features: int) -> float:

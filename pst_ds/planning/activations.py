@@ -220,7 +220,7 @@ def layers_save_their_input(model: nn.Module) -> Iterator[None]:
     for layer in layers:
         anchor = next((param for _, param in layer.factor_parameters()), next(layer.parameters()))
         of_kind = _products_of_experts if isinstance(layer, PSTExpertStack) else _product
-        layer.forward = partial(of_kind, anchor, layer.layout.expert.out_features)
+        layer.forward = partial(of_kind, anchor, layer.layout.expert.out_features, layer.inputs is not None)
     try:
         with registered(_evenly_routed):
             yield
@@ -234,23 +234,31 @@ def _evenly_routed(experts: nn.Module, hidden: Tensor, index: Tensor, weights: T
     return of_routing(experts, hidden, weights, Routing.even(index, weights, experts.num_experts))  # type: ignore[arg-type]
 
 
-def _product(anchor: Tensor, out_features: int, input: Tensor) -> Tensor:
-    return _Product.apply(input, anchor, out_features)
+def _product(anchor: Tensor, out_features: int, rounded: bool, input: Tensor) -> Tensor:
+    return _Product.apply(input, anchor, out_features, rounded)
 
 
-def _products_of_experts(anchor: Tensor, out_features: int, x: Tensor, routing: Routing, by_token: bool) -> Tensor:
-    return _ProductsOfExperts.apply(x, anchor, out_features, routing, by_token)
+def _products_of_experts(
+    anchor: Tensor, out_features: int, rounded: bool, x: Tensor, routing: Routing, by_token: bool
+) -> Tensor:
+    return _ProductsOfExperts.apply(x, anchor, out_features, routing, by_token)  # rounds one expert's inputs at a time
 
 
 class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, out_features: int) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.new_empty(*x.shape[:-1], out_features)
+    """``rounded``: x is rounded in both passes, into a tensor that each lets go of."""
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
-        return torch.empty_like(ctx.saved_tensors[0]), None, None
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, out_features: int, rounded: bool) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.rounded = rounded
+        multiplied = torch.empty_like(x) if rounded else x
+        return multiplied.new_empty(*x.shape[:-1], out_features)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        multiplied = torch.empty_like(x) if ctx.rounded else x
+        return torch.empty_like(multiplied), None, None, None
 
 
 class _ProductsOfExperts(torch.autograd.Function):

@@ -161,7 +161,10 @@ def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | N
     method = run.mask_method
     if method.injects:
         grid, base_grid = grid_of_run(run), base_grid_of_run(run)
-        inject_pst(module, pst_config(run), num_shards=num_shards, grid=grid, base_grid=base_grid)
+        inject_pst(
+            module, pst_config(run), num_shards=num_shards, grid=grid,
+            activation_bits=run.quantization.activation_bits, base_grid=base_grid,
+        )  # fmt: skip
     if method.trains_everything:  # that can have a gradient
         for param in module.parameters():
             param.requires_grad_(param.dtype.is_floating_point)

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional
 
 from pst_ds.core.formats import FORMATS, QuantizedFormat
-from pst_ds.core.quantization import Grid
+from pst_ds.core.quantization import Grid, InputGrid
+from pst_ds.runtime.decoder import LEVELS, best_level
 
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="comes with onnx")
@@ -125,6 +126,18 @@ def test_inputs_of_8_bits(run_node, grid, density, shape):
     assert bool(((y - wanted).abs() <= step / 2 @ dense.abs().t() + 1e-3).all())
     threaded, _ = product(run_node, x, QuantizedFormat("bitmask", grid), weight, threads=3, activation_bits=8)
     assert torch.equal(y, threaded)
+
+
+@pytest.mark.skipif(LEVELS[best_level()] != "avx512", reason="no products with inputs of 8 bits for this processor")
+@pytest.mark.parametrize("grid", [Grid(8, None), Grid(4, None), Grid(8, 32), Grid(4, 64)], ids=str)
+def test_training_rounds_inputs_as_products_do(run_node, grid):
+    x = torch.randn(30, 192, generator=torch.Generator().manual_seed(1))
+    x[:, :64] *= 100
+    weight = sparse(40, 192, density=0.5)
+    y, dense = product(run_node, x, QuantizedFormat("bitmask", grid), weight, activation_bits=8)
+    rounded = InputGrid.of(grid).rounded(x).double()
+    torch.testing.assert_close(y.double(), rounded @ dense.double().t(), rtol=1e-5, atol=1e-3)
+    assert not torch.allclose(y.double(), x.double() @ dense.double().t(), rtol=1e-5, atol=1e-3)
 
 
 def test_inputs_have_8_bits_or_16(run_node):

@@ -8,18 +8,19 @@ from transformers import AutoModelForSequenceClassification, BertConfig, LlamaCo
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.head_loss import ChunkSizes
+from pst_ds.core.quantization import Grid
 from pst_ds.nn.inject import inject_pst
 from pst_ds.planning.activations import UntraceableError, activation_bytes, trace_micro_batch
 
 
-def _llama(vocabulary, attention="sdpa"):
+def _llama(vocabulary, attention="sdpa", **grids):
     config = LlamaConfig(
         hidden_size=256, intermediate_size=640, num_hidden_layers=6, num_attention_heads=4, vocab_size=vocabulary,
         use_cache=False,
     )  # fmt: skip
     with torch.device("meta"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
-        return inject_pst(model, PSTConfig(modules_to_save=(), relative_magnitude=False))
+        return inject_pst(model, PSTConfig(modules_to_save=(), relative_magnitude=False), **grids)
 
 
 @pytest.mark.parametrize("vocabulary", [100, 4000])
@@ -65,6 +66,15 @@ def test_without_checkpointing_every_layer_keeps_what_its_matrices_multiply():
     assert inputs * 2 < found < inputs * 8
     twice = activation_bytes(_llama(100), batch=4, sequence=64, checkpointing=False)
     assert twice == pytest.approx(2 * found, rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_rounded_inputs_are_held_for_a_layer_at_a_time(checkpointing):
+    shape = {"batch": 2, "sequence": 64, "checkpointing": checkpointing}
+    without, found = (
+        activation_bytes(_llama(100, grid=Grid(4), activation_bits=bits), **shape) for bits in (16, 8)
+    )  # fmt: skip
+    assert 0 <= found - without <= 128 * 2 * 640
 
 
 def test_eager_attention_keeps_a_square_for_every_head():

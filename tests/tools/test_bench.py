@@ -221,6 +221,16 @@ def test_rounding_prints_its_object():
     assert "search" not in found["plain"]
     step = found["rounded"]["step"] + found["rounded"]["search"] / 18
     assert found["ratio"] == pytest.approx(step / found["plain"]["step"], rel=0.01)
+    assert "inputs" not in found
+
+
+@pytest.mark.launcher
+def test_rounding_of_inputs_has_a_ratio_to_rounded_weights_alone():
+    tiny = [*TINY_ARGUMENTS, "--hidden", "64", "--intermediate", "64", "--activations", "int8"]
+    found = run_script("rounding", "--ranks", "1", "--repeats", "1", "--precision", "fp32", *tiny)
+    share = found["rounded"]["search"] / 18
+    ratio = (found["inputs"]["step"] + share) / (found["rounded"]["step"] + share)
+    assert found["inputs_ratio"] == pytest.approx(ratio, rel=0.01)
 
 
 @pytest.mark.launcher

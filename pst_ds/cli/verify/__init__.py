@@ -82,6 +82,13 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             f"{kept['max_logit_difference']:.3g}, allowed {kept['allowed_logit_difference']:.3g} ({kept['rule']})"
         )
     _require_equal(args, compared, kept)
+    if "inputs" in compared:
+        trained = compared["inputs"]
+        print(
+            f"inputs of 8 bits, as trained, change {trained['differing_predictions']} predictions, and a logit by at "
+            f"most {trained['max_logit_difference']:.3g}: {_metrics(trained['metrics_as_trained'])} with them, "
+            f"{_metrics(compared['metrics'])} without"
+        )
     return {**counts, **compared, "reloaded_equal": True, "export_dir": args.export}
 
 

@@ -18,10 +18,12 @@ from pst_ds.data.tasks import ExampleSet
 from pst_ds.data.tasks.data_to_text import DataToText, Pairs
 from pst_ds.data.text_metrics import missing_libraries
 from pst_ds.errors import InputError
+from pst_ds.export.encoding import Encoding
 from pst_ds.export.prompt_file import attach_saved_prompt
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
+from pst_ds.nn.layer import exact_inputs
 from pst_ds.nn.model_structure import is_conv1d
 from pst_ds.runtime import sparse_layers
 from pst_ds.runtime.experts import SparseExperts
@@ -41,7 +43,8 @@ def compare_with_run(args: argparse.Namespace, config: RunConfig) -> dict[str, A
     """Rebuild the masked training model and the export, and compare them on the same batches.
 
     With values on a grid, or in a dtype of fewer bits, the masked model is rounded first; what that changes is under
-    "rounding". Raises InputError.
+    "rounding". Inputs are not rounded, whatever the run trained with; what 8 bits change is under "inputs". Raises
+    InputError.
     """
     encoding = encoding_of_folder(args.export)
     if encoding.packing == COMPRESSED_TENSORS:
@@ -55,6 +58,18 @@ def compare_with_run(args: argparse.Namespace, config: RunConfig) -> dict[str, A
     if args.limit:
         examples = examples.first(args.limit)
     masked = _aligned(masked_model(prepared, checkpoint))
+    with exact_inputs(masked) as rounds_inputs:
+        compared, prepared, examples, plain = _compare_exact(args, prepared, examples, masked, encoding)
+    if rounds_inputs:
+        differences, metrics = _on_examples(prepared, examples, plain, masked)
+        compared["inputs"] = {**differences, "metrics_as_trained": metrics}
+    return compared
+
+
+def _compare_exact(
+    args: argparse.Namespace, prepared: Prepared, examples: ExampleSet, masked: nn.Module, encoding: Encoding
+) -> tuple[dict[str, Any], Prepared, ExampleSet, nn.Module]:
+    """Return what :func:`compare_with_run` says, what read the examples and these, and the export made dense."""
     trimmed: dict[str, Any] = {}
     if kept := tokens_of_folder(args.export):
         prepared, examples, trimmed = trimmed_to_export(args, prepared, examples, masked, kept)
@@ -84,7 +99,7 @@ def compare_with_run(args: argparse.Namespace, config: RunConfig) -> dict[str, A
     }
     if not encoding.is_plain:
         compared["kept_sparse"] = _compare_sparse(prepared, examples, masked, plain, args.export)
-    return compared
+    return compared, prepared, examples, plain
 
 
 def _weights_of_both(

@@ -19,6 +19,7 @@ from pst_ds.config.run import RunConfig
 from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError
 from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.layer import exact_inputs
 from pst_ds.onnx.folder import ALLOWED
 from pst_ds.onnx.session import open_session
 from pst_ds.train.evaluate import compare
@@ -42,8 +43,9 @@ def facts_of_file(folder: Path) -> dict[str, Any]:
 def compare_onnx_with_run(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
     """Compute the logits of a split with the file and with the masked model in fp32, rounded as the file is.
 
-    A file whose products take inputs of 8 bits is held against the model with 16, and once more as it is: that counts
-    predictions and metrics. Raises InputError for a file of several outputs, or none called logits.
+    A file whose products take inputs of 8 bits is held against the model with 16, and once more as it is, against the
+    model as it was trained: that counts predictions and metrics. Raises InputError for a file of several outputs, or
+    none called logits.
     """
     model = _OnnxModel(Path(args.export) / ONNX_FILE)
     checkpoint = open_checkpoint(config, args.checkpoint)
@@ -64,7 +66,8 @@ def compare_onnx_with_run(args: argparse.Namespace, config: RunConfig) -> dict[s
     largest = LargestLogit(nn.Module.float(masked))
     batch_size = prepared.run.eval_batch_size
     how = (prepared.task, examples, prepared.tokenizer, batch_size, prepared.device)
-    differences, metrics = compare(largest, model, *how)
+    with exact_inputs(masked):
+        differences, metrics = compare(largest, model, *how)
     if model.activation_bits == 8:
         rounded, metrics = compare(largest, _OnnxModel(Path(args.export) / ONNX_FILE, exact=False), *how)
         differences |= {

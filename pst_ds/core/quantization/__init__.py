@@ -15,6 +15,7 @@ sharded.
 
 from pst_ds.core.quantization.coded import CodedRun, CodedWeight, CodeLayout, coded_run, weights_at
 from pst_ds.core.quantization.grid import Grid, grid_of
+from pst_ds.core.quantization.inputs import INPUT_BITS, InputGrid
 from pst_ds.core.quantization.matrices import dequantize, first_off_grid, quantize, round_to_grid, squared_norms
 from pst_ds.core.quantization.nibbles import pack_nibbles, unpack_nibbles
 from pst_ds.core.quantization.scales import (
@@ -35,6 +36,7 @@ from pst_ds.core.quantization.scales import (
 from pst_ds.core.quantization.stored import Rounding, StoredGrid, bytes_of_scales, scales_of_bytes
 
 __all__ = [
+    "INPUT_BITS",
     "LEAST_SCALE",
     "SCALE_DTYPE",
     "UNUSED_SCALE",
@@ -42,6 +44,7 @@ __all__ = [
     "CodedRun",
     "CodedWeight",
     "Grid",
+    "InputGrid",
     "Rounding",
     "StoredGrid",
     "bytes_of_scales",

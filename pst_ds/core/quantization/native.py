@@ -17,6 +17,7 @@ SOURCE = NativeSource(
     Path(__file__).with_name("rounding.cpp"),
     {
         "pst_round_to_grid": ([POINTER, INT, INT, INT, INT, POINTER, POINTER, INT, INT], None),
+        "pst_round_inputs": ([POINTER, POINTER, INT, INT, INT, INT, INT], None),
         "pst_expand_codes": (
             [POINTER, POINTER, POINTER, INT, POINTER, POINTER, INT, INT, INT, INT, INT],
             None,
