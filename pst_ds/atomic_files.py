@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,18 +43,26 @@ def file_sha256(path: Path) -> str:
 
 
 def write_new(path: Path, data: bytes) -> str:
-    """Write a file, wait for the disk, read it back from there; its SHA-256.
+    """:func:`write_pieces` of one."""
+    return write_pieces(path, (data,))
 
-    Raises OSError when the disk is full, or gives back other bytes than it was given.
+
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+    """Write a file of ``pieces``, one behind the other, wait for the disk, read it back from there; its SHA-256.
+
+    Memory holds one piece at a time, as far as the caller makes them one by one. Raises OSError when the disk is full,
+    or gives back other bytes than it was given.
     """
-    digest = hashlib.sha256(data).hexdigest()
+    taken = hashlib.sha256()
     with path.open("wb") as stream:
-        stream.write(data)
+        for piece in pieces:
+            taken.update(piece)
+            stream.write(piece)
         stream.flush()
         os.fsync(stream.fileno())
         if hasattr(os, "posix_fadvise"):  # or the page cache would answer for the disk
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if file_sha256(path) != digest:
+    if file_sha256(path) != (digest := taken.hexdigest()):
         raise OSError(f"{path} was read back with other bytes than were written; the disk is failing")
     return digest
 

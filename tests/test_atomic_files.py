@@ -21,6 +21,7 @@ from pst_ds.atomic_files import (
     require_writable,
     restore_replaced,
     write_new,
+    write_pieces,
     write_text_atomic,
 )
 from pst_ds.errors import InputError
@@ -63,6 +64,14 @@ def test_a_new_file_has_the_bytes_and_their_sum(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("new") / "file"
     assert write_new(path, data) == hashlib.sha256(data).hexdigest() == durable.file_sha256(path)
     assert path.read_bytes() == data
+
+
+@given(st.lists(st.binary(max_size=300), max_size=5))
+def test_pieces_follow_each_other_in_a_file(tmp_path_factory, pieces):
+    path = tmp_path_factory.mktemp("new") / "file"
+    digest = write_pieces(path, (memoryview(piece) for piece in pieces))
+    assert path.read_bytes() == b"".join(pieces)
+    assert digest == hashlib.sha256(b"".join(pieces)).hexdigest()
 
 
 def test_a_disk_that_gives_back_other_bytes_is_noticed(tmp_path, monkeypatch):

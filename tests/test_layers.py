@@ -18,6 +18,7 @@ FLOORS = {
     "errors": 0,
     "json_text": 0,
     "progress": 0,
+    "tensor_layout": 0,
     "text_table": 0,
     "core": 0,
     "atomic_files": 1,

@@ -1,6 +1,8 @@
-"""What one rank has of a checkpoint, copied between two steps."""
+"""What one rank has of a checkpoint, copied between two steps, or as it lies in the engine."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,39 +20,54 @@ from pst_ds.parallel.ranks import rank, world_size
 
 class OwnPart:
     """This rank's part of a checkpoint: 12 bytes for each of its trainable values, the bits of its masks and the bytes
-    of its scales, in the host's memory, which is kept for the next copy."""
+    of its scales.
+
+    :meth:`copy` takes it into the host's memory, which is kept for the next copy; :meth:`refer` leaves it where it is.
+    """
 
     def __init__(self, engine: Engine):
         self._engine = engine
         self._named = trainable(engine.module)
         self._layers = pst_layers(engine.module)
-        self.tensors: dict[str, Tensor] = {}
-        """Flat, under the names of the file."""
+        self.tensors: dict[str, Sequence[Tensor]] = {}
+        """Under the names of the file: flat pieces of one dtype, at least one each, that follow each other there."""
         self.steps: dict[str, int] = {}
         """Adam's steps of each parameter that it has values of."""
         self.cuts: list[tuple[int, int, int]] = []
         """(number of the parameter, first value, after the last) of its values, unless all are cut evenly."""
+        self._copies: dict[str, Tensor] = {}
         self._shares_masks = False
 
     def copy(self, masks_of: OwnPart | None = None) -> None:
         """Copy what the engine has now; the masks are those that ``masks_of`` has copied, if it is given, and are then
         shared. Does not communicate."""
         held = self._own_fragments()
-        self._copy_values(held)
+        for kind in optimizer_state.KINDS:
+            self._copy_into(kind, optimizer_state.values(self._engine, held, kind), torch.float32)
         if masks_of is not None:
-            self.tensors[MASK] = masks_of.tensors[MASK]
+            self._copies[MASK] = masks_of._copies[MASK]
             self._shares_masks = masks_of._shares_masks = True
         else:
             if self._shares_masks:
-                del self.tensors[MASK]
+                del self._copies[MASK]
             self._shares_masks = False
-            self._copy_masks()
-        self._copy_scales()
-        self.steps = optimizer_state.adam_steps(self._engine, held)
-        self.cuts = []
-        if not optimizer_state.is_cut_evenly(param for _, param in self._named):
-            index = {name: i for i, (name, _) in enumerate(self._named)}
-            self.cuts = [(index[fragment.name], fragment.start, fragment.stop) for fragment in held]
+            self._copy_into(MASK, self._masks(), torch.uint8)
+        if scales := self._scales():
+            self._copy_into(SCALES, scales, torch.uint8)
+        self.tensors = {name: [copy] for name, copy in self._copies.items()}
+        self._note(held)
+
+    def refer(self) -> None:
+        """Take the engine's own tensors: the part is what they are when it is read. Does not communicate."""
+        held = self._own_fragments()
+        none = torch.empty(0)
+        self.tensors = {
+            kind: optimizer_state.values(self._engine, held, kind) or [none] for kind in optimizer_state.KINDS
+        }
+        self.tensors[MASK] = self._masks() or [none.byte()]
+        if scales := self._scales():
+            self.tensors[SCALES] = scales
+        self._note(held)
 
     def _own_fragments(self) -> list[Fragment]:
         held = optimizer_state.local_fragments(self._engine, self._named)
@@ -58,29 +75,26 @@ class OwnPart:
             return held
         return [fragment.cut(*_even_share(fragment.stop)) for fragment in held]
 
-    def _copy_values(self, held: list[Fragment]) -> None:
-        sizes = [fragment.stop - fragment.start for fragment in held]
-        for kind in optimizer_state.KINDS:
-            parts = self._buffer(kind, sum(sizes), torch.float32).split(sizes)
-            if held:  # ZeRO-1 and 2 may leave a rank with none
-                torch._foreach_copy_(list(parts), optimizer_state.values(self._engine, held, kind))
+    def _masks(self) -> list[Tensor]:
+        return [_mask_share(layer) for layer in self._layers.values()]
 
-    def _copy_masks(self) -> None:
-        sizes = [shard_bytes(layer.layout.numel, world_size()) for layer in self._layers.values()]
-        parts = self._buffer(MASK, sum(sizes), torch.uint8).split(sizes)
-        for part, layer in zip(parts, self._layers.values(), strict=True):
-            part.copy_(_mask_share(layer))
+    def _scales(self) -> list[Tensor]:
+        return [_scale_share(param) for layer in self._layers.values() if (param := layer.pst_scales) is not None]
 
-    def _copy_scales(self) -> None:
-        shares = [_scale_share(param) for layer in self._layers.values() if (param := layer.pst_scales) is not None]
-        if shares:
-            parts = self._buffer(SCALES, sum(share.numel() for share in shares), torch.uint8)
-            parts.copy_(torch.cat(shares))
+    def _copy_into(self, name: str, pieces: Sequence[Tensor], dtype: torch.dtype) -> None:
+        sizes = [piece.numel() for piece in pieces]
+        if name not in self._copies or self._copies[name].numel() != sum(sizes):
+            self._copies[name] = torch.empty(sum(sizes), dtype=dtype)
+        if pieces:  # ZeRO-1 and 2 may leave a rank with none
+            torch._foreach_copy_(list(self._copies[name].split(sizes)), list(pieces))
 
-    def _buffer(self, key: str, count: int, dtype: torch.dtype) -> Tensor:
-        if key not in self.tensors or self.tensors[key].numel() != count:
-            self.tensors[key] = torch.empty(count, dtype=dtype)
-        return self.tensors[key]
+    def _note(self, held: list[Fragment]) -> None:
+        """Note steps and cuts of what is held."""
+        self.steps = optimizer_state.adam_steps(self._engine, held)
+        self.cuts = []
+        if not optimizer_state.is_cut_evenly(param for _, param in self._named):
+            index = {name: i for i, (name, _) in enumerate(self._named)}
+            self.cuts = [(index[fragment.name], fragment.start, fragment.stop) for fragment in held]
 
 
 def _mask_share(layer: PSTLayer) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import shutil
 import threading
@@ -11,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
-from pst_ds.atomic_files import PARTIAL, publish, sync, write_new
+from pst_ds.atomic_files import PARTIAL, publish, sync, write_new, write_pieces
 from pst_ds.checkpoint.format import (
     MANIFEST,
     SUMS,
@@ -31,6 +32,7 @@ from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import rank, world_size
 from pst_ds.parallel.store_group import StoreGroup
+from pst_ds.tensor_layout import header_and_slots, tensor_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,7 @@ class CheckpointWriter:
 
     :meth:`save` copies this rank's part (12 bytes for each trainable value, and its mask bits) and returns; a thread
     writes it, exchanges reports with the other ranks, and names the folder once everything is on disk. The memory of
-    the copy is kept for the next save; while the file is made it takes twice as much again. Making a writer, and
-    :meth:`save`, are collective.
+    the copy is kept for the next save; the file is written from it. Making a writer, and :meth:`save`, are collective.
     """
 
     def __init__(self, folder: Path, engine: Engine):
@@ -71,14 +72,25 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._outcome: SaveResult | None = None
 
-    def save(self, name: str, state: CheckpointState, *, when_written: Callable[[], None] = lambda: None) -> None:
+    def save(
+        self,
+        name: str,
+        state: CheckpointState,
+        *,
+        copies: bool = True,
+        when_written: Callable[[], None] = lambda: None,
+    ) -> None:
         """Start to write ``folder/name``, after waiting for a save that is still being written.
 
-        ``when_written`` is called on rank 0, in the thread, once the checkpoint is there.
+        Without ``copies`` the engine's own tensors are written, and nothing may change them until :meth:`wait` has
+        returned the result. ``when_written`` is called on rank 0, in the thread, once the checkpoint is there.
         """
         began = time.perf_counter()
         self.wait()
-        self._part.copy()
+        if copies:
+            self._part.copy()
+        else:
+            self._part.refer()
         self._thread = threading.Thread(target=self._run, args=(name, state, when_written), daemon=True)
         self._blocked = time.perf_counter() - began
         self._thread.start()
@@ -99,7 +111,7 @@ class CheckpointWriter:
 
 
 class CheckpointFile:
-    """Writes the folder of a checkpoint in ``folder`` from what every rank has copied. ``ending`` is that of the folder
+    """Writes the folder of a checkpoint in ``folder`` from what every rank has taken. ``ending`` is that of the folder
     until it is whole; writers that may be at work at a time have different ones. Making it, and its method, are
     collective, the method over the threads that call it."""
 
@@ -156,15 +168,15 @@ class CheckpointFile:
 
 
 def _write_shard(partial: Path, part: OwnPart) -> _Report:
-    from safetensors.torch import save
-
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        data = save(dict(part.tensors))
-        digest = write_new(partial / shard_name(rank(), world_size()), data)
+        kinds = {name: (held[0].dtype, (sum(map(Tensor.numel, held)),)) for name, held in part.tensors.items()}
+        header, slots, size = header_and_slots(kinds)
+        data = (tensor_bytes(piece.cpu()) for name in slots for piece in part.tensors[name])
+        digest = write_pieces(partial / shard_name(rank(), world_size()), itertools.chain([header], data))
     except Exception as error:  # MemoryError too: who does not report leaves the others waiting
         return _Report(_in_words(error), "", 0, part.cuts, part.steps)
-    return _Report("", digest, len(data), part.cuts, part.steps)
+    return _Report("", digest, size, part.cuts, part.steps)
 
 
 def _contents(model: nn.Module, reports: Sequence[_Report]) -> Contents:

@@ -92,7 +92,8 @@ def print_plan(plan: Plan) -> None:
 
 def _print_verdict(plan: Plan) -> None:
     found = plan["verdict"]
-    beside = ", with the process and a save" if found["needed_bytes"] != plan["memory_bytes_per_rank"]["peak"] else ""
+    peak = plan["memory_bytes_per_rank"]["peak"]
+    beside = ", with the process and its saves" if found["needed_bytes"] != peak else ""
     needed = f"memory: {bytes_text(found['needed_bytes'])}{beside}"
     if found["fits"] is None:
         if beside:

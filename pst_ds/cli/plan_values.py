@@ -27,7 +27,7 @@ from pst_ds.planning.activations import Trace, UntraceableError, trace_micro_bat
 from pst_ds.planning.machine_file import machine_of
 from pst_ds.planning.machines import Machine
 from pst_ds.planning.memory import ModelNumbers, memory_plan
-from pst_ds.planning.process_memory import Need, need_of_process
+from pst_ds.planning.process_memory import Need, held_saves, need_of_process
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import Batch, step_flops, time_plan
 from pst_ds.planning.verdict import Work, verdict
@@ -114,18 +114,21 @@ def make_plan(config: RunConfig, ask: Ask) -> Plan:
     batch = _batch(config, micro_batch_size, teacher, trace)
     times = time_plan(numbers, zero, batch, rates)
     share = times.share_of_masks(num_steps, schedule["mask_updates"] if schedule else 0)
-    work = _work(config, plan, numbers, batch, _need(plan, device))
+    work = _work(config, plan, numbers, batch, _need(config, plan, device))
     judged = asdict(verdict(work, times, rates, memory=ask.memory, price=ask.price))
     return {**plan, "time": {**asdict(times), "over_full": times.over_full, "share_of_masks": share}, "verdict": judged}
 
 
-def _need(plan: Plan, device: str) -> Need:
-    """Return what a rank must have: on a GPU its peak, on a CPU the process and a save beside it."""
+def _need(config: RunConfig, plan: Plan, device: str) -> Need:
+    """Return what a rank must have: on a GPU its peak, on a CPU the process and copies to save beside it."""
     memory = plan["memory_bytes_per_rank"]
     if device != "cpu":
         return Need(memory["peak"], memory["peak"])
     kept = 0 if plan["activation_checkpointing"] else memory["activations"] or 0
-    return need_of_process(memory["peak"], kept, plan["checkpoint_bytes"] / plan["ranks"])
+    checkpoint = config.checkpoint
+    on_the_way = 0 < checkpoint.interval < plan["num_steps"] or config.eval.interval > 0
+    copies = held_saves(saves_on_the_way=on_the_way, holds_steps=checkpoint.grace_seconds > 0)
+    return need_of_process(memory["peak"], kept, copies * plan["checkpoint_bytes"] / plan["ranks"])
 
 
 def _work(config: RunConfig, plan: Plan, numbers: ModelNumbers, batch: Batch, need: Need) -> Work:

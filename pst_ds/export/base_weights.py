@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.errors import InputError, first_line
-from pst_ds.export.tensor_files import Slot, TensorFile
+from pst_ds.export.tensor_files import TensorFile
+from pst_ds.tensor_layout import Slot
 
 _WeightFile = TensorFile | dict[str, Tensor]
 _WHOLE = ("model.safetensors", "pytorch_model.bin")

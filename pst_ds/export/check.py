@@ -26,9 +26,10 @@ from pst_ds.export.manifest import (
     read_table,
 )
 from pst_ds.export.model_card import CARD_FILE
-from pst_ds.export.tensor_files import CODE_OF_DTYPE, TensorFile, TensorFileError
+from pst_ds.export.tensor_files import TensorFile, TensorFileError
 from pst_ds.nn.inject import shortened
 from pst_ds.progress import Progress
+from pst_ds.tensor_layout import CODE_OF_DTYPE
 
 
 def check_export(folder: Path) -> JsonTable:

@@ -32,9 +32,9 @@ from pst_ds.export.manifest import DENSE, MANIFEST_FILE, About, ExportError, Jso
 from pst_ds.export.plan import PlannedTensor, TensorJob
 from pst_ds.export.promised_grid import PromisedGrid, promised_grid
 from pst_ds.export.rounding import embedding_tables, grids, matrix_of
-from pst_ds.export.tensor_files import DTYPE_OF_CODE
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
 from pst_ds.nn.model_structure import is_conv1d, linear_shape, untied_linear_layers
+from pst_ds.tensor_layout import DTYPE_OF_CODE
 
 CONFIG_FILE = "config.json"
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")

@@ -22,7 +22,8 @@ from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, PACKINGS
 from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.errors import InputError
 from pst_ds.export.encoding import STEMS, Encoding, encoding_of
-from pst_ds.export.tensor_files import DTYPE_OF_CODE, tensor_bytes, unique_json
+from pst_ds.export.tensor_files import unique_json
+from pst_ds.tensor_layout import DTYPE_OF_CODE, tensor_bytes
 
 FORMAT, QUANTIZED_FORMAT = 2, 3
 """Of manifests: the second has ``values``, ``group`` and ``rounding_error`` of tensors, the first knows none."""

@@ -23,8 +23,9 @@ from pst_ds.export.detect_pattern import detect_pattern, per_row
 from pst_ds.export.manifest import DENSE, ExportError, PartEntry, TensorEntry, count_nonzero
 from pst_ds.export.plan import PlannedFile, PlannedTensor, Source, TensorJob, TensorValues
 from pst_ds.export.rounding import matrix_of, rounded
-from pst_ds.export.tensor_files import CODE_OF_DTYPE, Slot, tensor_bytes, write_at
+from pst_ds.export.tensor_files import write_at
 from pst_ds.progress import Progress
+from pst_ds.tensor_layout import CODE_OF_DTYPE, Slot, tensor_bytes
 
 WriterArguments = tuple[Path, Sequence[PlannedFile], Source]
 _Result = Future[list[TensorEntry]]

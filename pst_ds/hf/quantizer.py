@@ -15,7 +15,6 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from pst_ds.export.base_weights import is_text_part
-from pst_ds.export.tensor_files import CODE_OF_DTYPE
 from pst_ds.hf.config import QUANT_METHOD, PackedWeightsConfig
 from pst_ds.hf.layers import clear_cast_zeros, end_loading, make_dense, named_groups, put_sparse_layers
 from pst_ds.hf.loaded_keys import LoadedKeys
@@ -30,6 +29,7 @@ from pst_ds.hf.weight_files import (
     reread_parts,
 )
 from pst_ds.runtime import SparseLinear, sparse_layers
+from pst_ds.tensor_layout import CODE_OF_DTYPE
 
 
 class PackedWeightsQuantizer(HfQuantizer):

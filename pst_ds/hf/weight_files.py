@@ -14,7 +14,7 @@ from torch import nn
 
 from pst_ds.core.formats import FORMATS, FormatError, PackedFormat, form_of
 from pst_ds.errors import InputError
-from pst_ds.export.tensor_files import DTYPE_OF_CODE
+from pst_ds.tensor_layout import DTYPE_OF_CODE
 
 _PARTS_OF_CODES = ("codes", "bitmask", "scales", "shape")
 

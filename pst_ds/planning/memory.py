@@ -270,7 +270,7 @@ def memory_plan(
         communication=communication,
         layer_work=work,
         activations=activations,
-        optimizer_step=0 if zero.offload_optimizer else _optimizer_step_bytes(model, zero, trainable_groups),
+        optimizer_step=_optimizer_step_bytes(model, zero, trainable_groups, element_size, device),
         mask_update=mask_update_bytes(model, zero, device),
         runtime=RUNTIME_BYTES.get(device, 0),
         teacher=teacher,
@@ -364,8 +364,15 @@ def _trainables_here(model: ModelNumbers, zero: ZeroSettings, *, shared_from_sta
     return math.ceil(model.trainables / (zero.world_size if (zero.stage or 0) >= shared_from_stage else 1))
 
 
-def _optimizer_step_bytes(model: ModelNumbers, zero: ZeroSettings, groups: Sequence[int] | None) -> int:
-    """fp32 gradients of a group, and two temporaries of AdamW as large."""
+def _optimizer_step_bytes(
+    model: ModelNumbers, zero: ZeroSettings, groups: Sequence[int] | None, element_size: int, device: str
+) -> int:
+    """fp32 gradients of a group, and two temporaries of AdamW as large. Of one process on a CPU AdamW is fused, without
+    temporaries; it takes all gradients at once, and those that are fp32 already as they are."""
+    if zero.offload_optimizer:
+        return 0
+    if zero.stage is None and device == "cpu":
+        return 0 if element_size == 4 else 4 * model.trainables
     largest = max(groups) if groups else model.trainables
     return 3 * 4 * math.ceil(largest / (zero.world_size if zero.stage else 1))
 

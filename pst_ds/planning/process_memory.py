@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 PROCESS_BYTES = 300 << 20
 """A rank after its imports, as far as no file backs it: measured."""
-COPIES_OF_A_SAVE = 3
-"""How often a share of a checkpoint is in memory while it is written: a copy, and the file in the making."""
 SCATTERED = 0.05
 """Of all that a run takes, what the allocator holds in pieces too small for the next tensor."""
 SCATTERED_AMONG_KEPT = 0.3
@@ -27,9 +25,15 @@ class Need:
     least: int
 
 
-def need_of_process(peak: int, kept: int, checkpoint_share: float) -> Need:
+def need_of_process(peak: int, kept: int, saves: float) -> Need:
     """Return what a rank needs whose tensors take ``peak`` bytes, ``kept`` of them activations that are not made anew,
-    and whose share of a checkpoint has ``checkpoint_share`` bytes."""
-    taken = (1 + SCATTERED) * (peak + COPIES_OF_A_SAVE * checkpoint_share) + SCATTERED_AMONG_KEPT * kept
+    and which holds ``saves`` bytes of checkpoints while it trains: see :func:`held_saves`."""
+    taken = (1 + SCATTERED) * (peak + saves) + SCATTERED_AMONG_KEPT * kept
     enough = PROCESS_BYTES + round(taken)
     return Need(enough, round(LEAST_SHARE * enough))
+
+
+def held_saves(*, saves_on_the_way: bool, holds_steps: bool) -> int:
+    """Return how many copies of its share of a checkpoint a rank has in memory while it trains: one to write a save
+    from before the last, which needs none, and two where the last two steps are held (``checkpoint.grace_seconds``)."""
+    return saves_on_the_way + 2 * holds_steps

@@ -89,7 +89,8 @@ class Checkpointer:
         self._size_limit = size_limit(engine.module)
 
     def after_step(self, state: LoopState) -> None:
-        """Evaluate and save what is due; to be called after each applied step."""
+        """Evaluate and save what is due; to be called after each applied step. After the last one, or one that a signal
+        has stopped, the engine has to stay as it is until :meth:`finish`: it is saved without a copy."""
         self._report(self._writer.wait(0.0))
         is_last = state.step == self._num_steps
         interval = self._run.eval.interval
@@ -106,7 +107,8 @@ class Checkpointer:
             heartbeat("saving")
             settle = partial(self._settle, state.step, self.best_step, is_last)
             self._report(self._writer.wait())
-            self._writer.save(step_name(state.step), self._state(state), when_written=settle)
+            goes_on = not (is_last or state.stopped_by)
+            self._writer.save(step_name(state.step), self._state(state), copies=goes_on, when_written=settle)
 
     def ready_to_stop(self) -> AbstractContextManager[object]:
         """While training goes on inside, stop within a step where ``checkpoint.grace_seconds`` asks for it. Raises

@@ -102,10 +102,10 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
     _step(engine)
     held.hold(_state(engine, 1), None)
 
-    def full(path, data):
+    def full(path, pieces):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_writer, "write_new", full)
+    monkeypatch.setattr(checkpoint_writer, "write_pieces", full)
     assert held.save(pytest.fail) == HeldSave(1, "rank 0: [Errno 28] No space left on device")
     assert list(tmp_path.iterdir()) == []
 

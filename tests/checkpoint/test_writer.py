@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
@@ -23,6 +22,7 @@ from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel import optimizer_state
 from pst_ds.parallel.engine import build_engine
 from pst_ds.parallel.ranks import barrier, is_main, rank
+from tools.bench.timing import status_bytes
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -78,7 +78,7 @@ class _OneAfterAnother:
         return decision(self.reports) if len(self.reports) == self.world else ("", 0)
 
 
-def _save(folder, engine, world=1, **changes):
+def _save(folder, engine, world=1, copies=True, **changes):
     """Save as ``world`` ranks that all hold everything; what rank 0 says of it."""
     reports = []
     for own in reversed(range(world)):
@@ -88,7 +88,7 @@ def _save(folder, engine, world=1, **changes):
                 patch.setattr(module, "world_size", lambda: world)
             patch.setattr(checkpoint_writer, "StoreGroup", lambda beside: _OneAfterAnother(reports, world))
             writer = CheckpointWriter(folder.parent, engine)
-            writer.save(folder.name, _state(engine.module, **changes))
+            writer.save(folder.name, _state(engine.module, **changes), copies=copies)
             written = writer.wait()
     assert written.error == ""
     return written
@@ -117,12 +117,13 @@ def _assert_holds(folder, values, keep):
     return checkpoint
 
 
+@pytest.mark.parametrize("copies", [True, False])
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_written_is_the_masters_moments_and_masks_whatever_the_number_of_ranks(tmp_path, world, dtype):
+def test_what_is_written_is_the_masters_moments_and_masks_whatever_the_number_of_ranks(tmp_path, world, dtype, copies):
     engine, keep = _trained(dtype=dtype)
     folder = tmp_path / "step-00000012"
-    written = _save(folder, engine, world)
+    written = _save(folder, engine, world, copies)
     values, named = _optimizer_values(engine), _named(engine.module)
     assert all(of_kind["classifier.weight"].all() for of_kind in values.values())
     checkpoint = _assert_holds(folder, values, keep)
@@ -239,15 +240,29 @@ def _failing(patch, owner, name, number, error):
 
 NO_SPACE = OSError(28, "No space left on device")
 FAILURES = {  # name: (rank, owner of the function, its name, which call, error, what is said)
-    "the shard of rank 1": (1, checkpoint_writer, "write_new", 0, NO_SPACE, f"rank 1: {NO_SPACE}"),
-    "the shard of rank 0": (0, checkpoint_writer, "write_new", 0, NO_SPACE, f"rank 0: {NO_SPACE}"),
-    "the manifest": (0, checkpoint_writer, "write_new", 1, NO_SPACE, f"rank 0: {NO_SPACE}"),
-    "the sums": (0, checkpoint_writer, "write_new", 2, NO_SPACE, f"rank 0: {NO_SPACE}"),
+    "the shard of rank 1": (1, checkpoint_writer, "write_pieces", 0, NO_SPACE, f"rank 1: {NO_SPACE}"),
+    "the shard of rank 0": (0, checkpoint_writer, "write_pieces", 0, NO_SPACE, f"rank 0: {NO_SPACE}"),
+    "the manifest": (0, checkpoint_writer, "write_new", 0, NO_SPACE, f"rank 0: {NO_SPACE}"),
+    "the sums": (0, checkpoint_writer, "write_new", 1, NO_SPACE, f"rank 0: {NO_SPACE}"),
     "the name": (0, checkpoint_writer, "publish", 0, NO_SPACE, f"rank 0: {NO_SPACE}"),
     "the rename": (0, Path, "rename", 0, NO_SPACE, f"rank 0: {NO_SPACE}"),
     "the folder": (1, Path, "mkdir", 0, NO_SPACE, f"rank 1: {NO_SPACE}"),
-    "memory of rank 1": (1, safetensors.torch, "save", 0, MemoryError("no room"), "rank 1: MemoryError: no room"),
-    "memory of rank 0": (0, safetensors.torch, "save", 0, MemoryError("no room"), "rank 0: MemoryError: no room"),
+    "memory of rank 1": (
+        1,
+        checkpoint_writer,
+        "tensor_bytes",
+        1,
+        MemoryError("no room"),
+        "rank 1: MemoryError: no room",
+    ),
+    "memory of rank 0": (
+        0,
+        checkpoint_writer,
+        "tensor_bytes",
+        1,
+        MemoryError("no room"),
+        "rank 0: MemoryError: no room",
+    ),
     "a state that is no JSON": (0, checkpoint_writer, "manifest_bytes", 0, TypeError("set"), "rank 0: TypeError: set"),
 }
 
@@ -309,7 +324,7 @@ def test_an_error_after_the_last_rename_is_told_on_every_rank_and_the_checkpoint
 
 def test_save_checkpoint_raises_what_went_wrong(tmp_path, monkeypatch):
     engine, _ = _trained()
-    _failing(monkeypatch, checkpoint_writer, "write_new", 0, NO_SPACE)
+    _failing(monkeypatch, checkpoint_writer, "write_pieces", 0, NO_SPACE)
     with pytest.raises(OSError, match=r"c could not be written: rank 0: .*No space left on device"):
         save_checkpoint(tmp_path / "c", engine, _state(engine.module))
     save_checkpoint(tmp_path / "c", engine, _state(engine.module))
@@ -352,13 +367,13 @@ def test_a_disk_that_is_really_full_costs_the_newest_checkpoint_only(small_disk)
 def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_save_waits(tmp_path, monkeypatch, dtype):
     engine, keep = _trained(dtype=dtype)
     writer, go, written = CheckpointWriter(tmp_path, engine), threading.Event(), []
-    save, join, fragments = safetensors.torch.save, threading.Thread.join, optimizer_state.local_fragments
+    write, join, fragments = checkpoint_writer.write_pieces, threading.Thread.join, optimizer_state.local_fragments
 
-    def blocked(tensors):
+    def blocked(path, pieces):
         assert go.wait(60)
-        return save(tensors)
+        return write(path, pieces)
 
-    monkeypatch.setattr(safetensors.torch, "save", blocked)
+    monkeypatch.setattr(checkpoint_writer, "write_pieces", blocked)
     before = _optimizer_values(engine)
     writer.save("one", _state(engine.module))
     assert writer.wait(0.0) is None
@@ -397,3 +412,31 @@ def test_a_second_save_copies_into_the_memory_of_the_first(tmp_path, torch_bytes
     assert size <= kept <= first < 2 * size
     most, kept = torch_bytes(lambda: (writer.save("two", _state(engine.module)), writer.wait()))
     assert (most < size / 4, kept) == (True, 0)
+
+
+@pytest.mark.parametrize(("copies", "most"), [(True, 1.4), (False, 0.4)])
+def test_a_save_takes_the_memory_of_its_copy_and_no_more(tmp_path, copies, most):
+    model = torch.nn.Linear(1 << 14, 1 << 9)  # 8 million values: 100 MB
+    engine = build_engine(model, [{"params": list(model.parameters()), "lr": 1e-3, "name": "all"}], ds_config=None)
+    engine.backward(engine(torch.ones(1, 1 << 14)).sum())
+    engine.step()
+    size = 12 * sum(p.numel() for p in model.parameters())
+    writer = CheckpointWriter(tmp_path, engine)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    before = status_bytes("VmRSS")
+    writer.save("c", _state(model), copies=copies)
+    assert writer.wait().error == ""
+    assert status_bytes("VmHWM") - before < most * size
+
+
+def test_after_a_save_without_a_copy_the_next_has_one(tmp_path):
+    engine, keep = _trained()
+    writer = CheckpointWriter(tmp_path, engine)
+    writer.save("as-it-lies", _state(engine.module), copies=False)
+    assert writer.wait().error == ""
+    values = _optimizer_values(engine)
+    writer.save("copied", _state(engine.module))
+    engine.module.classifier.weight.data.zero_()
+    assert writer.wait().error == ""
+    for name in ("as-it-lies", "copied"):
+        _assert_holds(tmp_path / name, values, keep)

@@ -123,7 +123,7 @@ def test_on_a_cpu_the_process_and_a_save_are_needed_too_and_what_is_close_is_not
     judged = plan["verdict"]
     enough, least = judged["needed_bytes"], judged["least_bytes"]
     assert plan["memory_bytes_per_rank"]["peak"] + 300e6 < enough
-    assert f"memory: {bytes_text(enough)}, with the process and a save, of a rank is enough; less than" in text
+    assert f"memory: {bytes_text(enough)}, with the process and its saves, of a rank is enough; less than" in text
     between, below = f"{(enough + least) / 2e9:.6f}", f"{0.99 * least / 1e9:.6f}"
     text, plan = _plan(capsys, [*asked, "--memory", between])
     assert not plan["verdict"]["fits"]

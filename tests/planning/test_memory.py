@@ -77,6 +77,16 @@ def test_fp32_on_one_process_needs_no_master():
     assert optimizer_bytes(_model(1), ZeroSettings(stage=0), element_size=4) == 12 * 2 * FACTORS
 
 
+@pytest.mark.parametrize(
+    ("stage", "device", "element_size", "bytes_a_trainable"),
+    [(None, "cpu", 2, 4), (None, "cpu", 4, 0), (None, "cuda", 2, 12), (0, "cpu", 2, 12)],
+)
+def test_a_fused_step_on_a_cpu_takes_gradients_in_fp32_alone(stage, device, element_size, bytes_a_trainable):
+    model = _model(1)
+    plan = memory_plan(model, ZeroSettings(stage=stage), activations=0, element_size=element_size, device=device)
+    assert plan.optimizer_step == bytes_a_trainable * model.trainables
+
+
 def test_what_is_kept_or_fetched_ahead_is_gathered_too_but_never_more_than_the_model():
     base = {"stage": 3, "world_size": 2, "backend": "nccl"}
     alone = _plan(ZeroSettings(**base)).gathers

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from pst_ds.planning.process_memory import LEAST_SHARE, PROCESS_BYTES, SCATTERED, SCATTERED_AMONG_KEPT, need_of_process
+from pst_ds.planning.process_memory import (
+    LEAST_SHARE,
+    PROCESS_BYTES,
+    SCATTERED,
+    SCATTERED_AMONG_KEPT,
+    held_saves,
+    need_of_process,
+)
 
 
-def test_a_process_needs_its_imports_copies_of_its_save_and_a_share_that_is_scattered():
+def test_a_process_needs_its_imports_copies_to_save_and_a_share_that_is_scattered():
     need = need_of_process(1_000_000_000, 0, 50_000_000)
-    assert need.enough == pytest.approx(PROCESS_BYTES + (1 + SCATTERED) * 1_150_000_000, abs=1)
+    assert need.enough == pytest.approx(PROCESS_BYTES + (1 + SCATTERED) * 1_050_000_000, abs=1)
     assert need.least == pytest.approx(LEAST_SHARE * need.enough, abs=1)
 
 
 def test_activations_that_are_kept_scatter_more():
     alike, kept = need_of_process(1_000_000_000, 0, 0), need_of_process(1_000_000_000, 400_000_000, 0)
     assert kept.enough - alike.enough == pytest.approx(SCATTERED_AMONG_KEPT * 400_000_000, abs=1)
+
+
+@pytest.mark.parametrize(("on_the_way", "holds", "copies"), [(False, False, 0), (True, False, 1), (True, True, 3)])
+def test_only_saves_on_the_way_and_steps_that_are_held_are_copied(on_the_way, holds, copies):
+    assert held_saves(saves_on_the_way=on_the_way, holds_steps=holds) == copies

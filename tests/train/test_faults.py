@@ -104,16 +104,16 @@ def test_skipped_steps_are_remembered(tmp_path, monkeypatch):
 
 def _full_disk(patch, *, after):
     """From the ``after``-th file on no shard can be written."""
-    write_new = checkpoint_writer.write_new
+    write = checkpoint_writer.write_pieces
     calls = iter(range(10**6))
 
-    def failing(path, data):
-        if path.name.startswith("shard") and next(calls) in after:
-            path.write_bytes(data[: len(data) // 2])
+    def failing(path, pieces):
+        if next(calls) in after:
+            path.write_bytes(next(iter(pieces)))
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write_new(path, data)
+        return write(path, pieces)
 
-    patch.setattr(checkpoint_writer, "write_new", failing)
+    patch.setattr(checkpoint_writer, "write_pieces", failing)
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, capsys):

@@ -26,9 +26,10 @@ from pst_ds.export.manifest import (
     read_manifest,
     read_table,
 )
-from pst_ds.export.tensor_files import CODE_OF_DTYPE, TensorFile
+from pst_ds.export.tensor_files import TensorFile
 from pst_ds.progress import Progress
 from pst_ds.prune.folder import RECORD_FILE
+from pst_ds.tensor_layout import CODE_OF_DTYPE
 
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
