@@ -21,15 +21,20 @@ from pst_ds.prune.replay import Batch, BlockReplay
 from pst_ds.prune.rules import LayerRule
 
 
-def require_movable(rules: Sequence[LayerRule], spread: float) -> None:
-    """Shares of zeros must be such that they can move ``spread`` up and down. Raises InputError."""
-    movable = [rule for rule in rules if _is_movable(rule)]
+def require_movable(rules: Sequence[LayerRule], budgets: str) -> list[LayerRule]:
+    """Return those of the ``rules`` whose shares of zeros ``budgets`` may move. Raises InputError for none."""
+    movable = [rule for rule in rules if is_movable(rule)]
     if not movable:
         raise InputError(
-            f"--budgets owl moves zeros from block to block, and pattern {rules[0].pattern} has "
-            f"{rules[0].sparsity} of them in every layer; leave --budgets out, or choose --pattern row or matrix"
+            f"--budgets {budgets} moves zeros from layer to layer, and pattern {rules[0].pattern} has "
+            f"{rules[0].sparsity} of them in every one; leave --budgets out, or choose --pattern row or matrix"
         )
-    for rule in movable:
+    return movable
+
+
+def require_room(rules: Sequence[LayerRule], spread: float) -> None:
+    """Shares of zeros must be such that they can move ``spread`` up and down. Raises InputError."""
+    for rule in require_movable(rules, "owl"):
         room = min(rule.sparsity, 1.0 - rule.sparsity)
         if not 0.0 < spread <= room:
             raise InputError(
@@ -111,7 +116,8 @@ def _layer_scores(rule: LayerRule, sums: InputSum | None) -> Iterator[Tensor]:
         yield wanda_scores(own, total.sqrt(), transposed=layout.transposed)
 
 
-def _is_movable(rule: LayerRule) -> bool:
+def is_movable(rule: LayerRule) -> bool:
+    """Return whether a budget may give the layer another share of zeros."""
     return rule.pattern.fixed_sparsity is None and not rule.has_own_share
 
 
@@ -119,27 +125,27 @@ def _with_budgets(rules: Sequence[LayerRule], outliers: Sequence[float], spread:
     """The rules with shares by the ``outliers`` of their blocks, those of one shape, pattern and share together."""
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, rule in enumerate(rules):
-        if _is_movable(rule):
+        if is_movable(rule):
             alike.setdefault((rule.target.layout, rule.pattern, rule.sparsity), []).append(i)
     found = list(rules)
     for members in alike.values():
         first = rules[members[0]]
-        size = _ranked_together(first)
+        size = ranked_together(first)
         count = prune_count(first.sparsity, size)
         counts = zeros_by_outliers([outliers[i] for i in members], count, size, spread)
         for i, zeros in zip(members, counts, strict=True):
-            found[i] = replace(rules[i], sparsity=_share_of(zeros, size))
+            found[i] = replace(rules[i], sparsity=share_of(zeros, size))
     return found
 
 
-def _ranked_together(rule: LayerRule) -> int:
+def ranked_together(rule: LayerRule) -> int:
     """How many units of a rule's pattern are ranked against each other: those of a row, or of a matrix."""
     if rule.pattern.kind == "row":
         return rule.target.layout.in_features
     return rule.target.layout.matrix_numel // (rule.pattern.outputs * rule.pattern.inputs)
 
 
-def _share_of(count: int, size: int) -> float:
+def share_of(count: int, size: int) -> float:
     """Return the share of which ``count`` is the whole part."""
     share = count / size
     return share if prune_count(share, size) == count else math.nextafter(share, 1.0)

@@ -162,9 +162,22 @@ def prune_weight(weight: Tensor, rule: LayerRule, given: Inputs | None) -> Compe
 
     Scales, if the rule has a grid, are (O, groups) however the weight is stored.
 
-    ``given``: what is known of the layer's inputs; None for magnitude. The result is on its device. Raises
-    FloatingPointError for values that are not finite.
+    ``given``: what is known of the layer's inputs; None for magnitude. The result is on its device. Rows are ranked
+    as if each were multiplied by its ``rule.output_factors``. Raises FloatingPointError for values that are not finite.
     """
+    if rule.output_factors is None:
+        return _pruned(weight, rule, given)
+    factors = rule.output_factors.to(weight.device)
+    factors = factors if rule.target.layout.transposed else factors.unsqueeze(1)
+    made = _pruned(weight.to(torch.float32) * factors, rule, given)
+    start = given.start if isinstance(given, SwapInputs) else given
+    if isinstance(start, InverseFactor | InputSpectrum):
+        return replace(made, weight=made.weight / factors.to(made.weight.device))
+    own = weight.to(made.keep.device, memory_format=torch.contiguous_format, copy=True)
+    return replace(made, weight=apply_mask_(own, made.keep))
+
+
+def _pruned(weight: Tensor, rule: LayerRule, given: Inputs | None) -> Compensated:
     layout = rule.target.layout
     if isinstance(given, SwapInputs):
         return _by_matrix(weight.to(given.gram.dead.device), rule, given)

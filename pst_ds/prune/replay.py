@@ -81,7 +81,7 @@ class BlockReplay:
         held = [tensor.data for tensor in tensors]
         try:
             for tensor in tensors:
-                tensor.data = _moved(tensor.data, self._device, self._dtype)
+                tensor.data = moved(tensor.data, self._device, self._dtype)
             yield
         finally:
             for tensor, data in zip(tensors, held, strict=True):
@@ -120,21 +120,21 @@ class BlockReplay:
         def replay(*args: object, **kwargs: object) -> object:
             if index < self._block:
                 return self._outputs[self._batch]
-            args, kwargs = _moved((args, kwargs), self._device, self._dtype)
+            args, kwargs = moved((args, kwargs), self._device, self._dtype)
             output = self._compute(lambda: forward(*args, **kwargs))
             if self._keeps_output:
-                self._outputs[self._batch] = _moved(output, torch.device("cpu"), self._dtype)
+                self._outputs[self._batch] = moved(output, torch.device("cpu"), self._dtype)
             raise _BlockDone
 
         return replay
 
 
-def _moved(value: Output, device: torch.device, dtype: torch.dtype) -> Output:
+def moved(value: Output, device: torch.device, dtype: torch.dtype) -> Output:
     """``value`` with every tensor in it on ``device``, and those of floating-point numbers in ``dtype``."""
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.is_floating_point() else value.dtype)
     if type(value) in (tuple, list):
-        return type(value)(_moved(item, device, dtype) for item in value)
+        return type(value)(moved(item, device, dtype) for item in value)
     if type(value) is dict:
-        return {key: _moved(item, device, dtype) for key, item in value.items()}
+        return {key: moved(item, device, dtype) for key, item in value.items()}
     return value

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from pst_ds.config.methods import OneShotMethod as Method
 from pst_ds.config.pst import PSTConfig, name_matches
@@ -33,6 +33,8 @@ class LayerRule:
     """Passes of swaps that refine the method's mask, at most; 0: none."""
     has_own_share: bool = False
     """Whether an override says its fraction of zeros."""
+    output_factors: Tensor | None = field(default=None, repr=False, compare=False)
+    """(O,) fp32, above 0: how much a change of each output counts where rows are ranked together; None: all alike."""
 
 
 def settings_for(model: nn.Module, config: PSTConfig, method: Method, pattern: str = "") -> PSTConfig:

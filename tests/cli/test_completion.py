@@ -54,7 +54,7 @@ def _complete(script, *words):
         (["prune", "--method", "s"], ["sparsegpt"]),
         (["prune", "--sw"], ["--swaps"]),
         (["prune", "--rec"], ["--reconstruct"]),
-        (["prune", "--budgets", ""], ["equal", "owl"]),
+        (["prune", "--budgets", ""], ["equal", "owl", "saliency"]),
         (["init", "--task", "c"], ["classification", "causal-lm", "chat"]),
         (["train", "tests/data/cau"], ["tests/data/causal_lm.toml"]),
         (["inspect", "tests/data/tiny-"], ["tests/data/tiny-bert", "tests/data/tiny-llama"]),

@@ -53,6 +53,12 @@ VERBS = {
     "prune by budgets of a pattern that has one share": Wrong(
         _prune("--method", "wanda", "--pattern", "2:4", "--budgets", "owl"), "--budgets", "2:4", "leave --budgets out"
     ),
+    "prune by saliency where a pattern has one share": Wrong(
+        _prune("--method", "wanda", "--pattern", "2:4", "--budgets", "saliency"), "--budgets", "2:4", "leave --budgets"
+    ),
+    "prune to a grid by saliency": Wrong(
+        _prune("--method", "sparsegpt", "--bits", "4", "--budgets", "saliency"), "--bits 4", "saliency", "prune first"
+    ),
     "prune by budgets further apart than there is room": Wrong(
         _prune("--method", "wanda", "--sparsity", "0.95", "--budgets", "owl"), "--spread", "0.08", "at most 0.05"
     ),

@@ -13,7 +13,7 @@ from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.core.one_shot import zeros_by_outliers
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import find_targets
-from pst_ds.prune.budgets import require_movable, rules_by_outliers
+from pst_ds.prune.budgets import require_room, rules_by_outliers
 from pst_ds.prune.model import prune_model
 from pst_ds.prune.rules import layer_rules, settings_for
 from tests.nn.expert_families import tiny_model
@@ -139,13 +139,13 @@ def test_layers_with_a_share_of_their_own_or_a_fixed_one_keep_it(tiny, batches):
 
 @pytest.mark.parametrize(
     ("pattern", "share", "spread", "said"),
-    [("2:4", 0.5, 0.08, "pattern 2:4 has 0.5 of them in every layer"), ("row", 0.95, 0.08, "at most 0.05"),
+    [("2:4", 0.5, 0.08, "pattern 2:4 has 0.5 of them in every one"), ("row", 0.95, 0.08, "at most 0.05"),
      ("row", 0.05, 0.08, "at most 0.05"), ("row", 0.5, 0.0, "above 0"), ("row", 0.5, float("nan"), "above 0"),
      ("row", 0.0, 0.08, "at most 0")],
 )  # fmt: skip
 def test_shares_that_cannot_move_are_refused(tiny, pattern, share, spread, said):
     with pytest.raises(InputError, match=said):
-        require_movable(_rules(tiny("llama"), pattern=pattern, share=share), spread)
+        require_room(_rules(tiny("llama"), pattern=pattern, share=share), spread)
 
 
 def test_what_is_done_is_in_the_record(tmp_path, capsys):

@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group", choices=(*map(str, GROUPS), WHOLE_ROW), help=text)
     text = "refine the masks in up to N passes of swaps: a kept weight for a pruned one where outputs then change less"
     parser.add_argument("--swaps", type=count, metavar="N", help=text)
-    text = "zeros by block: as many in each, or fewer in blocks where more weights stand out (default: equal)"
-    parser.add_argument("--budgets", choices=("equal", "owl"), help=text)
+    text = "as many zeros in each layer, fewer in blocks where weights stand out, or where the loss loses most (equal)"
+    parser.add_argument("--budgets", choices=("equal", "owl", "saliency"), help=text)
     text = "how far a block's share of zeros may be from the mean of all, with --budgets owl (default: 0.08)"
     parser.add_argument("--spread", type=float, metavar="L", help=text)
     text = "then fit the kept weights of each block to the dense block's outputs, in N passes of the text"
@@ -131,6 +131,11 @@ def _require_refinement(args: argparse.Namespace) -> None:
                 f"--{name} {passes} would move what --bits {args.bits} has rounded: prune with --{name} first, and "
                 "then round the folder with --method sparsegpt --keep-zeros"
             )
+    if args.bits and args.budgets == "saliency":
+        raise InputError(
+            f"--bits {args.bits} rounds as it prunes, which --budgets saliency does not go with: prune first, and then "
+            "round the folder with --method sparsegpt --keep-zeros"
+        )
     if args.spread is not None and args.budgets != "owl":
         raise InputError(f"--spread {args.spread} is for zeros by block: add --budgets owl, or leave it out")
 
@@ -152,24 +157,31 @@ def _pruned(
     from pst_ds.core.one_shot import SPREAD
     from pst_ds.nn.base_model import DTYPES
     from pst_ds.nn.targets import find_targets
-    from pst_ds.prune.budgets import require_movable, rules_by_outliers
+    from pst_ds.prune.budgets import require_movable, require_room, rules_by_outliers
     from pst_ds.prune.model import prune_model
     from pst_ds.prune.rules import layer_rules, settings_for, share_of_zeros
+    from pst_ds.prune.saliency import rules_by_saliency
 
-    settings = settings_for(model, config.pst, args.method, args.pattern)
+    by_saliency = args.budgets == "saliency"
+    by_rows = args.pattern or not by_saliency or config.pst.pattern != "matrix"
+    settings = settings_for(model, config.pst, args.method, args.pattern if by_rows else "matrix")
     share = 0.0 if args.keep_zeros else share_of_zeros(settings, args.sparsity, config.schedule.final_sparsity)
     grid, keeps, swaps = _grid(args), args.keep_zeros, args.swaps or 0
     targets = find_targets(model, settings)
     rules = layer_rules(targets, settings, args.method, share, grid=grid, keeps_zeros=keeps, swaps=swaps)
     by_outliers, spread = args.budgets == "owl", SPREAD if args.spread is None else args.spread
     if by_outliers:
-        require_movable(rules, spread)
-    needs_text = args.method != "magnitude" or swaps or by_outliers or args.reconstruct
+        require_room(rules, spread)
+    if by_saliency:
+        require_movable(rules, "saliency")
+    needs_text = args.method != "magnitude" or swaps or by_outliers or by_saliency or args.reconstruct
     batches = _calibration(config, model.config, args) if needs_text else []
     start, outliers = time.perf_counter(), list[float]()
     place, dtype, gated = torch.device(device), DTYPES[config.train.precision], settings.gated_norms
     if by_outliers:
         rules, outliers = rules_by_outliers(model, rules, batches, device=place, dtype=dtype, spread=spread)
+    if by_saliency:
+        rules = rules_by_saliency(model, rules, batches, device=place, dtype=dtype)
     layers = prune_model(
         model, rules, args.method, batches, device=place, dtype=dtype, gated=gated, reconstruct=args.reconstruct or 0
     )
@@ -188,6 +200,8 @@ def _pruned(
         about |= {"reconstruct": args.reconstruct}
     if by_outliers:
         about |= {"budgets": "owl", "spread": spread, "outliers": outliers}
+    if by_saliency:
+        about |= {"budgets": "saliency"}
     if batches:
         about |= _of_text(config, args, batches)
         about |= {"gated_norms": gated} if any(target.is_stack for target in targets) else {}

@@ -1,0 +1,80 @@
+"""Shares of zeros by what the loss loses: all weights of a model ranked together, by a score that spans layers.
+
+    s_ij = |W_ij| ||x_j|| ||g_i||        x_j: values of input j, g_i: the loss's gradients at output i, over all tokens
+
+s squared is twice what the loss rises by as W_ij goes, to second order, where the gradients of tokens are independent
+of each other and of the inputs: the diagonal of the Fisher information in Kronecker factors, as LLM Surgeon has it (van
+der Ouderaa et al., 2023, arXiv 2312.17244). Within a row it is Wanda's score; between rows and layers it is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.keys import HIGHEST_FINITE, order_keys
+from pst_ds.core.one_shot.scored import wanda_scores
+
+LEAST_KEPT = 0.05
+"""Share of the weights that every layer keeps at least."""
+_DROPPED_BITS = 16
+"""Of a score's fp32 bits: the rest tells scores apart that differ by 1 %."""
+BINS = (HIGHEST_FINITE >> _DROPPED_BITS) + 1
+
+
+def saliency_scores(weight: Tensor, inputs: Tensor, outputs: Tensor, *, transposed: bool = False) -> Tensor:
+    """|W_ij| ||x_j|| ||g_i||: fp32 in the stored shape of ``weight``, (O, I), or (I, O) when ``transposed``.
+
+    ``inputs`` (I,) and ``outputs`` (O,): the norms, over all calibration tokens.
+    """
+    of_outputs = outputs.to(weight.device, torch.float32)
+    scores = wanda_scores(weight, inputs, transposed=transposed)
+    return scores.mul_(of_outputs if transposed else of_outputs.unsqueeze(1))
+
+
+def score_histogram(scores: Tensor) -> Tensor:
+    """Return how many ``scores``, fp32 and none below 0, are in each of :data:`BINS` bins: (BINS,) int64.
+
+    Raises FloatingPointError for scores that are not finite.
+    """
+    keys = order_keys(scores)
+    if bool((keys > HIGHEST_FINITE).any()) or bool((keys < 0).any()):
+        raise FloatingPointError("scores are not finite")
+    return torch.bincount((keys >> _DROPPED_BITS).flatten(), minlength=BINS)
+
+
+def zeros_by_saliency(
+    histograms: Sequence[Tensor],
+    wanted: int,
+    sizes: Sequence[int],
+    weights_each: Sequence[int],
+    least_kept: float = LEAST_KEPT,
+) -> list[int]:
+    """Return how many of its ``sizes`` units each layer loses if the ``wanted`` smallest scores of all layers go.
+
+    ``histograms``: :func:`score_histogram` of each layer. A unit of layer l is ``weights_each[l]`` weights, such as one
+    of every row. Every layer keeps ceil(``least_kept`` * size) units, and one at least; others then lose more. The
+    layers lose at most ``wanted`` weights together, and less than a unit of any layer fewer that could lose one. Raises
+    ValueError where they cannot lose as many.
+    """
+    most = [size - max(1, math.ceil(least_kept * size)) for size in sizes]
+    caps = torch.tensor([n * each for n, each in zip(most, weights_each, strict=True)])
+    if int(caps.sum()) < wanted:
+        raise ValueError(f"{wanted} weights are to go, and {int(caps.sum())} can")
+    upto = torch.minimum(torch.stack(list(histograms)).cumsum(1), caps.unsqueeze(1))  # (layers, BINS)
+    cut = min(int(torch.searchsorted(upto.sum(0), wanted)), BINS - 1)
+    below = upto[:, cut - 1] if cut else torch.zeros_like(caps)
+    inside, left = upto[:, cut] - below, wanted - int(below.sum())
+    share = left / max(1, int(inside.sum()))
+    exact = [(b + share * i) / each for b, i, each in zip(below.tolist(), inside.tolist(), weights_each, strict=True)]
+    found = [min(math.floor(one), n) for one, n in zip(exact, most, strict=True)]
+    left = wanted - sum(n * each for n, each in zip(found, weights_each, strict=True))
+    order = sorted(range(len(found)), key=lambda i: (found[i] - exact[i], i))
+    for at_once in (1, max(sizes)):  # the largest remainders first, then whoever has a unit that still goes in
+        for i in order:
+            more = min(left // weights_each[i], most[i] - found[i], at_once)
+            found[i], left = found[i] + more, left - more * weights_each[i]
+    return found
