@@ -41,7 +41,7 @@ struct Weight {
 };
 
 bool product_is_wrong(int level) {
-    const int64_t rows = between(1, 40), columns = between(1, 700), tokens = between(1, 9);
+    const int64_t rows = between(1, 40), columns = between(1, 700), tokens = between(0, 1) ? between(1, 9) : between(10, 40);
     const Weight weight(rows, columns, level);
     const std::vector<float> x = normals(tokens * columns);
     std::vector<float> y(static_cast<size_t>(tokens * rows), -1.0f);

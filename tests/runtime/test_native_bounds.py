@@ -8,16 +8,15 @@ compiler would join with a masked instruction, and so make harmless, is still a 
 import ctypes
 import faulthandler
 import mmap
-import os
 import random
 import signal
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 
 from pst_ds.runtime import native
+from tests.guard_pages import Region, in_child
 from tests.sanitizers import run_sanitized
 
 COLUMNS = [1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129, 130, 255, 256, 257, 300, 4097, 4160]
@@ -26,26 +25,6 @@ VECTORS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 32, 33, 129, 513]
 DENSITIES = [0.0, 0.02, 0.1, 0.5, 0.9, 1.0]
 CASES, WORK, ROOM = 1500, 4_000_000, 20 << 20
 DRIVER = Path(__file__).with_name("asan_driver.cpp")
-
-
-class Region:
-    """Pages between two that may be neither read nor written; room for one array at a time."""
-
-    def __init__(self, nbytes):
-        self.size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._pages = mmap.mmap(-1, self.size + 2 * mmap.PAGESIZE)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
-        self.start = start + mmap.PAGESIZE
-        libc = ctypes.CDLL(None, use_errno=True)
-        for guard in (start, self.start + self.size):
-            assert libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
-
-    def place(self, tensor, at_end):
-        """Address of a copy that ends with the last byte of the region, or begins with its first."""
-        assert tensor.nbytes <= self.size
-        address = self.start + (self.size - tensor.nbytes if at_end else 0)
-        ctypes.memmove(address, tensor.data_ptr(), tensor.nbytes)
-        return address
 
 
 def multiply_between_guards(regions, case, level, at_end):
@@ -80,19 +59,6 @@ def many_cases(dtype, problem):
         for level in range(native.best_level() + 1):
             y = multiply_between_guards(regions, case, level, rng.random() < 0.7)
             assert torch.equal(y, expected), (native.LEVELS[level], shape, density)
-
-
-def in_child(run):
-    """The exit code of ``run`` in a fork: a fault ends the process with -SIGSEGV."""
-    child = os.fork()
-    if child == 0:
-        try:
-            run()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -1,8 +1,8 @@
 """The native loop of a decoder, and the matrices that it multiplies: C++ behind ctypes, see ``loop.hpp``.
 
 Weights are packed again when a model is opened, to what this processor's instructions like (``matrix.hpp``): AVX-512
-with VBMI2 and VNNI, AVX2 with or without AVX-VNNI, or plain C++. :mod:`pst_ds.decoder` fills the table from a
-transformers model.
+with VBMI2 and VNNI, with or without AMX, AVX2 with or without AVX-VNNI, or plain C++. :mod:`pst_ds.decoder` fills the
+table from a transformers model.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.native import INT, POINTER, NativeSource, load
+from pst_ds.runtime.instructions import LEVELS, as_asked
 
-LEVELS = ("portable", "avx2", "avx_vnni", "avx512")
-"""Instructions: plain C++; AVX2 with FMA; AVX-VNNI beside them; AVX-512 with VBMI2 and VNNI."""
 LAYOUTS = ("floats", "pairs", "windows", "words")
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh")
 LINEARS = ("qkv", "output", "gate_up", "down")
@@ -57,7 +56,7 @@ SOURCE = NativeSource(
     may_flags=("-pthread",),
     headers=(
         *sorted(_FOLDER.glob("*.hpp")),
-        _FOLDER.parent / "kernels" / "common.hpp",
+        *(_FOLDER.parent / "kernels" / name for name in ("common.hpp", "tile_config.hpp")),
         *sorted((_FOLDER.parent / "lanes").glob("*.hpp")),
     ),
     prebuilt=_FOLDER.parent / f"_decoder{sysconfig.get_config_var('EXT_SUFFIX')}",
@@ -81,12 +80,19 @@ def require_library() -> CDLL:
 
 @cache
 def best_level() -> int:
-    """Return the index in :data:`LEVELS` of the best that this processor supports."""
-    return int(require_library().pst_decoder_level())
+    """Return the index in :data:`LEVELS` of the best that this processor supports, or that the environment asks for.
+
+    AMX, which nobody has timed yet, is used where it is asked for alone. Raises InputError where what is asked for is
+    not supported.
+    """
+    return as_asked(int(require_library().pst_decoder_level()))
 
 
 def supported_levels() -> list[int]:
-    """Return the indices in :data:`LEVELS` that this processor, and the library's compiler, support."""
+    """Return the indices in :data:`LEVELS` that this processor, its system and the library's compiler support.
+
+    "amx" has passed a check: products of tiles are those of plain sums.
+    """
     return [level for level in range(len(LEVELS)) if require_library().pst_decoder_supports(level)]
 
 

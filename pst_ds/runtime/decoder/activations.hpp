@@ -64,7 +64,6 @@ constexpr int HEADS_TOGETHER = 4;
 inline int64_t attention_room(int64_t positions, int64_t padded) { return HEADS_TOGETHER * (round_up(positions, 16) + 2 * padded); }
 
 struct Functions {
-    const char* name;
     bool words;  // what it wants of pack()
     void (*quantize)(const Matrix&, const float* x, int64_t token, Activations&);
     void (*quantize_to_bytes)(const Matrix&, const float* x, int64_t token, Activations&);  // null: it does not

@@ -162,6 +162,12 @@ inline __m512 scales_of(const Matrix& m, int64_t block, int64_t chunk) {
     return _mm512_insertf32x8(_mm512_castps256_ps512(scales_at(at.first)), scales_at(at.second), 1);
 }
 
+// total + what a chunk of 16 rows adds for a vector: its sums with the high and the low plane.
+inline __m512 with_planes(__m512 total, __m512i high, __m512i low, __m512i offset, __m512 scales, float x_scale) {
+    const __m512i sum = _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low), offset);
+    return _mm512_add_ps(total, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scales, _mm512_set1_ps(x_scale))));
+}
+
 // Two blocks of rows for TOKENS vectors; the second may be another thread's.
 template <int TOKENS> inline void store_panel(const ProductJob& job, int64_t block, int64_t token, const __m512* total) {
     for (int t = 0; t < TOKENS; ++t) {
@@ -203,9 +209,7 @@ template <int TOKENS, int PANELS> inline void panel_rows(const ProductJob& job, 
             const __m512 scales = scales_of(m, block + 2 * p, c);
 #pragma GCC unroll 8
             for (int t = 0; t < TOKENS; ++t) {
-                const __m512i sum = _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(h[p][t], 8), l[p][t]), offset);
-                const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(job.q.scales_of(token + t)[c]));
-                total[p][t] = _mm512_add_ps(total[p][t], _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
+                total[p][t] = with_planes(total[p][t], h[p][t], l[p][t], offset, scales, job.q.scales_of(token + t)[c]);
             }
         }
     }

@@ -127,6 +127,6 @@ inline void product(const ProductJob& job) {
     }
 }
 
-inline Functions table(const char* name) {
-    return {name, WORDS_FIRST, quantize, quantize_to_bytes, product, rms_norm, rotate, gate, attend};
+inline Functions table() {
+    return {WORDS_FIRST, quantize, quantize_to_bytes, product, rms_norm, rotate, gate, attend};
 }

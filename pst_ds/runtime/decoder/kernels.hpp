@@ -2,8 +2,12 @@
 #pragma once
 
 #include <cmath>
+#include <cstdlib>
 
 #include "activations.hpp"
+#if PST_COMPILES_TILES
+#include "../kernels/tile_config.hpp"
+#endif
 
 namespace pst::decoder_portable {
 constexpr bool WORDS_FIRST = false;
@@ -49,12 +53,23 @@ constexpr bool WORDS_FIRST = true;
 #include "attention.hpp"
 #include "glue.hpp"
 }  // namespace pst::decoder_avx512
+
+#if PST_COMPILES_TILES
+#if !PST_PRETENDED_TILES
+#pragma GCC target("amx-tile,amx-int8")
+#endif
+#include "tiles.hpp"
+namespace pst::decoder_avx512 {
+#include "amx.hpp"
+}  // namespace pst::decoder_avx512
+#endif
 #pragma GCC pop_options
 #endif
 
 namespace pst {
 
-constexpr int PORTABLE = 0, AVX2 = 1, AVX_VNNI = 2, AVX512 = 3, LEVELS = 4;
+constexpr int PORTABLE = 0, AVX2 = 1, AVX_VNNI = 2, AVX512 = 3, AMX = 4, LEVELS = 5;
+constexpr const char* NAMES[LEVELS] = {"portable", "avx2", "avx_vnni", "avx512", "amx"};
 
 inline bool supports(int level) {
     if (level == PORTABLE) return true;
@@ -68,31 +83,51 @@ inline bool supports(int level) {
     if (level == AVX512)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi2");
+#if PST_COMPILES_TILES
+    if (level == AMX) {
+        using namespace decoder_avx512;
+        static const bool holds = supports(AVX512) && Tiles::available() && tiles_hold<false>() && tiles_hold<true>();
+        return holds;
+    }
+#endif
 #endif
     return false;
 }
 
+// The one that PST_DS_INSTRUCTIONS names, if it is supported; or the best of those that have been timed: AMX has not.
 inline int best_level() {
-    int level = LEVELS - 1;
-    while (!supports(level)) --level;
-    return level;
+    static const int best = [] {
+        const char* asked = std::getenv("PST_DS_INSTRUCTIONS");
+        for (int level = 0; asked && level < LEVELS; ++level)
+            if (!std::strcmp(asked, NAMES[level]) && supports(level)) return level;
+        int level = AVX512;
+        while (!supports(level)) --level;
+        return level;
+    }();
+    return best;
+}
+
+// A table is made when it is asked for: its maker's own instructions may be those of the level.
+template <Functions (*MAKE)()> inline const Functions& made() {
+    static const Functions found = MAKE();
+    return found;
 }
 
 // Of a level that is supported.
 inline const Functions& functions(int level) {
+    switch (level) {
 #if PST_X86
+        case AVX2: return made<decoder_avx2::table>();
 #if PST_COMPILES_AVX_VNNI
-    static const Functions avx_vnni = decoder_avx_vnni::table("avx_vnni");
-#else
-    static const Functions avx_vnni{};
+        case AVX_VNNI: return made<decoder_avx_vnni::table>();
 #endif
-    static const Functions tables[LEVELS] = {decoder_portable::table("portable"), decoder_avx2::table("avx2"), avx_vnni,
-                                             decoder_avx512::table("avx512")};
-    return tables[level];
-#else
-    static const Functions table = decoder_portable::table("portable");
-    return table;
+        case AVX512: return made<decoder_avx512::table>();
+#if PST_COMPILES_TILES
+        case AMX: return made<decoder_avx512::tile_table>();
 #endif
+#endif
+        default: return made<decoder_portable::table>();
+    }
 }
 
 }  // namespace pst

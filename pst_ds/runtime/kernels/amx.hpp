@@ -3,25 +3,10 @@
 // compiled for AVX-512 and AMX, after amx_expand.hpp.
 #pragma once
 
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include "amx_expand.hpp"
+#include "tile_config.hpp"
 
 namespace pst::amx {
-
-// Linux lets a process use the tile registers once it has asked for them.
-inline bool allowed() {
-    constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    static const bool yes = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-    return yes;
-}
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-};
 
 // The tile registers of this thread, for as long as the object lives.
 class Tiles {

@@ -42,10 +42,7 @@ int best_level() {
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16") &&
                         __builtin_cpu_supports("bmi2");
-    unsigned a, b, c, d = 0;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) d = 0;
-    const bool amx = (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
-    return avx512 ? (amx && amx::allowed() ? AMX : AVX512) : avx2 ? AVX2 : PORTABLE;
+    return avx512 ? (may_use_tiles(AMX_BF16) ? AMX : AVX512) : avx2 ? AVX2 : PORTABLE;
 #else
     return PORTABLE;
 #endif

@@ -16,6 +16,10 @@
 #include <immintrin.h>
 #endif
 #define PST_COMPILES_AVX_VNNI (PST_X86 && __GNUC__ >= 11)  // clang calls itself 4
+// PST_PRETENDED_TILES: a build for tests, with arrays in the place of AMX's registers, see decoder/tiles.hpp.
+#if PST_X86 && defined(__linux__) && (__GNUC__ >= 11 || PST_PRETENDED_TILES)
+#define PST_COMPILES_TILES 1
+#endif
 
 namespace pst {
 

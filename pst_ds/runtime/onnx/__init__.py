@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.core.native import NativeSource, library_file
+from pst_ds.runtime.instructions import as_asked
 
 _FOLDER = Path(__file__).parent
 SOURCE = NativeSource(
@@ -24,7 +25,7 @@ SOURCE = NativeSource(
         *sorted(_FOLDER.glob("*.hpp")),
         *sorted((_FOLDER.parent / "decoder").glob("*.hpp")),
         *sorted((_FOLDER.parent / "lanes").glob("*.hpp")),
-        _FOLDER.parent / "kernels" / "common.hpp",
+        *(_FOLDER.parent / "kernels" / name for name in ("common.hpp", "tile_config.hpp")),
     ),
     prebuilt=_FOLDER.parent / f"_onnx_operators{sysconfig.get_config_var('EXT_SUFFIX')}",
     announce=True,
@@ -40,8 +41,13 @@ def operator_library() -> Path:
 
 
 def register_operators(options: Any) -> None:
-    """Let sessions made with ``options``, an ``onnxruntime.SessionOptions``, run graphs with sparse weights."""
-    options.register_custom_ops_library(str(operator_library()))
+    """Let sessions made with ``options``, an ``onnxruntime.SessionOptions``, run graphs with sparse weights.
+
+    Raises InputError where the environment asks for instructions that are not supported.
+    """
+    library = str(operator_library())
+    as_asked(ctypes.CDLL(library).pst_onnx_level())
+    options.register_custom_ops_library(library)
 
 
 @contextmanager

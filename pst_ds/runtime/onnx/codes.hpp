@@ -15,7 +15,7 @@ class CodeProduct {
     // Whether a weight is multiplied so: where instructions expand bits, and groups have a form that they like.
     static bool pays(const Parts& parts, bool in_bytes) {
         const bool has_codes = parts.kind == Parts::CODES8 || parts.kind == Parts::CODES4;
-        if (!has_codes || best_level() != AVX512 || (parts.groups != 1 && parts.group_size() % 32)) return false;
+        if (!has_codes || !kernels().words || (parts.groups != 1 && parts.group_size() % 32)) return false;
         int64_t kept = 0;
         for (int64_t i = 0; i < parts.rows * ((parts.cols + 7) / 8); ++i) kept += __builtin_popcount(parts.mask[i]);
         return double(kept) > (in_bytes ? LEAST_KEPT_FOR_BYTES : LEAST_KEPT) * double(parts.rows * parts.cols);

@@ -9,6 +9,7 @@ CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python 'pst-ds[pee
     python -m tools.bench.peers --no-decoders --threads 1 --shapes 1x128 --no-quality
     python -m tools.bench.peers --no-encoders --json
     python -m tools.bench.peers --no-encoders --shape 1.1b --threads 2 --json
+    PST_DS_INSTRUCTIONS=amx python -m tools.bench.peers --json           # ours with other instructions
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.errors import InputError
+from pst_ds.runtime.decoder import LEVELS, best_level
 from tools.bench.peers import decoders, engines
 from tools.bench.timing import conditions, print_json
 
@@ -40,7 +42,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run everybody, print a table of each kind, and return the object of ``--json``. Raises InputError."""
     rows: list[dict[str, Any]] = []
     ratios: dict[str, dict[str, float]] = {}
-    stated: dict[str, Any] = {}
+    stated: dict[str, Any] = {"instructions": LEVELS[best_level()]}
     if not arguments.no_decoders:
         stated["llama_cpp"] = llama_cpp_build()
     if not arguments.no_encoders:
