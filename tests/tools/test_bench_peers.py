@@ -16,11 +16,13 @@ from tools.bench.peers import __main__ as peers
 from tools.bench.peers import encoders
 
 NAMES = ("dense, OpenVINO int8", "dense, ONNX Runtime int8", "pst-90 int8, pst-ds")
+IN_RATIOS = ("", "", "pst-90")
 
 
 def rows_of(milliseconds, threads=1, batch=1, tokens=32):
     size = {"task": "encode", "threads": threads, "batch": batch, "tokens": tokens}
-    return [{**size, "contestant": name, "ms": ms} for name, ms in zip(NAMES, milliseconds, strict=True)]
+    named = zip(NAMES, IN_RATIOS, milliseconds, strict=True)
+    return [{**size, "contestant": name, "in_ratios": short, "ms": ms} for name, short, ms in named]
 
 
 def test_a_ratio_is_how_many_times_as_fast_ours_is():
@@ -32,12 +34,15 @@ def test_a_ratio_is_how_many_times_as_fast_ours_is():
     }
 
 
-def test_bits_of_inputs_are_part_of_a_name():
+def test_bits_of_inputs_are_part_of_both_names(tmp_path):
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"graph")
+    rounded, exact = (encoders.ours("pst-50", bits, file) for bits in ("8", ""))
+    assert rounded.name == "pst-50 int8, inputs of 8 bits, pst-ds"
+    assert (exact.name, exact.in_ratios, exact.file_bytes) == ("pst-50 int8, pst-ds", "pst-50", 5)
     rows = rows_of((8.0, 6.0, 2.0))
-    rows[-1]["contestant"] = encoders.our_name("pst-50:8")
-    assert rows[-1]["contestant"] == "pst-50 int8, inputs of 8 bits, pst-ds"
+    rows[-1] |= {"contestant": rounded.name, "in_ratios": rounded.in_ratios}
     assert encoders.ratios(rows)["pst-50_in_8_bits_over_openvino_int8"] == {"1x32/1": 4.0}
-    assert encoders.our_name("pst-90") == NAMES[-1]
 
 
 def open_fake(folder, name, threads):
@@ -50,7 +55,10 @@ def test_it_prints_its_object(tmp_path, monkeypatch, capsys):
     config = tmp_path / "dense" / "export" / "config.json"
     config.parent.mkdir(parents=True)
     config.write_text(json.dumps({"vocab_size": 50}))
-    fakes = [encoders.Contestant(name, 1000, partial(open_fake, tmp_path, name)) for name in NAMES]
+    fakes = [
+        encoders.Contestant(name, 1000, partial(open_fake, tmp_path, name), short)
+        for name, short in zip(NAMES, IN_RATIOS, strict=True)
+    ]
     monkeypatch.setattr(encoders, "contestants", lambda folder, sparse: iter(fakes))
     options = [
         "--no-decoders",

@@ -44,6 +44,8 @@ class Contestant:
     file_bytes: int
     open: Callable[[int], Run]
     """Called with a number of threads, in a process of its own, returns what computes the logits of a feed."""
+    in_ratios: str = ""
+    """What tables of ratios call one of ours."""
 
 
 def measure(
@@ -61,9 +63,10 @@ def measure(
             size = {"task": "encode", "threads": count, "batch": batch, "tokens": tokens}
             rows += [{**size, "contestant": name, "ms": 1e3 * time} for name, time in seconds.items()]
     shares = {one.name: accuracy(one, folder) for one in found} if quality else {}
-    nbytes = {one.name: one.file_bytes for one in found}
+    named = {one.name: one for one in found}
     for row in rows:
-        row |= {"file_bytes": nbytes[row["contestant"]], "quality": {"accuracy": shares.get(row["contestant"])}}
+        one = named[row["contestant"]]
+        row |= {"file_bytes": one.file_bytes, "quality": {"accuracy": shares.get(one.name)}, "in_ratios": one.in_ratios}
     return rows
 
 
@@ -121,13 +124,13 @@ def contestants(folder: Path, sparse: Sequence[str]) -> Iterator[Contestant]:
             progress(f"exporting {run}")
             options = [*SMALL, *(["--activation-bits", bits] if bits else [])]
             verb("export", str(folder / name), "--format", "onnx", *options, "--out", str(file.parent))
-        yield Contestant(our_name(run), file.stat().st_size, partial(run_onnx, file))
+        yield ours(name, bits, file)
 
 
-def our_name(run: str) -> str:
-    """Return what the contestant of "NAME" or "NAME:BITS" is called, BITS those of its products' inputs."""
-    name, _, bits = run.partition(":")
-    return f"{name} int8{f', inputs of {bits} bits' if bits else ''}, pst-ds"
+def ours(name: str, bits: str, file: Path) -> Contestant:
+    """Return the contestant of a run; ``bits``: of its products' inputs, empty for those that are exact."""
+    words, short = (f", inputs of {bits} bits", f"_in_{bits}_bits") if bits else ("", "")
+    return Contestant(f"{name} int8{words}, pst-ds", file.stat().st_size, partial(run_onnx, file), name + short)
 
 
 def run_onnx(file: Path, threads: int) -> Run:
@@ -171,17 +174,15 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Return how many times as fast the sparse encoders are: by size, and by size and threads."""
     ms = {(row["contestant"], row["threads"], f"{row['batch']}x{row['tokens']}"): row["ms"] for row in rows}
     found: dict[str, dict[str, float]] = {}
-    for (name, threads, size), ours in ms.items():
-        if not name.endswith("pst-ds"):
+    for row in rows:
+        if not row["in_ratios"]:
             continue
+        threads, size = row["threads"], f"{row['batch']}x{row['tokens']}"
         for peer in ("OpenVINO int8", "ONNX Runtime int8"):
-            ours_named = (
-                name.removesuffix(", pst-ds").replace(" int8", "").replace(", inputs of ", "_in_").replace(" ", "_")
-            )
-            table = f"{ours_named}_over_{peer.lower().replace(' ', '_')}"
-            found.setdefault(table, {})[f"{size}/{threads}"] = ms[f"dense, {peer}", threads, size] / ours
-    ours = {size: found.get("pst-90_over_openvino_int8", {}).get(f"{size}/1") for size in BARS}
-    found["encoder_over_openvino_int8"] = {size: ratio for size, ratio in ours.items() if ratio is not None}
+            table = f"{row['in_ratios']}_over_{peer.lower().replace(' ', '_')}"
+            found.setdefault(table, {})[f"{size}/{threads}"] = ms[f"dense, {peer}", threads, size] / row["ms"]
+    barred = {size: found.get("pst-90_over_openvino_int8", {}).get(f"{size}/1") for size in BARS}
+    found["encoder_over_openvino_int8"] = {size: ratio for size, ratio in barred.items() if ratio is not None}
     return found
 
 
