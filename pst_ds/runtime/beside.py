@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pst_ds.core.updates.each import EachBeside
 from pst_ds.core.updates.rows import beside, with_beside_each
 
 LEFT, RIGHT = "personal_U", "personal_V"
@@ -47,22 +48,28 @@ def add_update(
 
 @dataclass(slots=True)
 class _Stacked:
-    """The updates of one layer for a batch: U (B, O, r) and V (B, r, I)."""
+    """The updates of one layer for a batch on an accelerator: U (B, O, r) and V (B, r, I)."""
 
     left: Tensor
     right: Tensor
+    beta: float
+
+    def added_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y + beta (x V') U' of each sample, (B, ..., O)."""
+        return with_beside_each(y, x, self.left, self.right, self.beta)
 
 
 class BatchUpdates:
     """The updates of the users of a batch, beside some layers of a model; nothing at first.
 
-    A switch to one user takes its factors as they are, one of several stacks them, and neither touches a weight.
+    A switch of users takes their factors as they are on a CPU, and stacks those of several on an accelerator; neither
+    touches a weight.
     """
 
     def __init__(self, model: nn.Module, shapes: Mapping[str, Sequence[int]], beta: float):
         """``shapes``: of U and V by their names in ``model``. Raises KeyError or ValueError where they do not fit."""
         self._beta = beta
-        self._now: dict[str, _Stacked] = {}
+        self._now: dict[str, _Stacked | EachBeside] = {}
         self._handles: list[RemovableHandle] = []
         self._layers = sorted({name.rpartition(".")[0] for name in shapes})
         modules = dict(model.named_modules())
@@ -76,20 +83,28 @@ class BatchUpdates:
 
     def assign(self, states: Sequence[Mapping[str, Tensor] | None], like: Tensor) -> None:
         """Let sample i of every batch from now on have the update ``states[i]``, or none for None; on the device of
-        ``like``, in its dtype on an accelerator, and in fp32 on a CPU. Without any state nothing is added, or held."""
+        ``like``, in its dtype on an accelerator, and as they are on a CPU. Without any state nothing is added, or
+        held."""
         self._now = {}
         if all(state is None for state in states):
             return
-        on_cpu = like.device.type == "cpu"
-        dtype = torch.promote_types(like.dtype, torch.float32) if on_cpu else like.dtype  # whichever is quicker
+        if like.device.type == "cpu":
+            self._assign_where_they_are(states)
+            return
         first = states[0]
         one_user = first is not None and all(state is first for state in states)
         keys = [f"{name}.{part}" for name in self._layers for part in (LEFT, RIGHT)]
-        found = _together(states[:1] if one_user else states, keys, dtype, like.device)
+        found = _together(states[:1] if one_user else states, keys, like.dtype, like.device)
         if one_user:
             found = {key: values.expand(len(states), -1, -1) for key, values in found.items()}
         for name in self._layers:
-            self._now[name] = _Stacked(found[f"{name}.{LEFT}"], found[f"{name}.{RIGHT}"])
+            self._now[name] = _Stacked(found[f"{name}.{LEFT}"], found[f"{name}.{RIGHT}"], self._beta)
+
+    def _assign_where_they_are(self, states: Sequence[Mapping[str, Tensor] | None]) -> None:
+        for name in self._layers:
+            left, right = f"{name}.{LEFT}", f"{name}.{RIGHT}"
+            factors = [None if state is None else (state[left], state[right]) for state in states]
+            self._now[name] = EachBeside(factors, self._beta)
 
     def remove(self) -> None:
         """Take the hooks off the model again."""
@@ -103,7 +118,7 @@ class BatchUpdates:
             now = self._now.get(name)
             if now is None:
                 return None
-            return with_beside_each(output, args[0], now.left, now.right, self._beta)
+            return now.added_to(output, args[0])
 
         return hook
 
