@@ -16,7 +16,8 @@ from pst_ds.train.run import prepare, train_run
 from tools.chaos import kill_points
 from tools.chaos.__main__ import Findings, Kill, parse, summary
 from tools.chaos.compare import differences, false_failures, metric_lines, same_bits, set_aside, whole_checkpoints
-from tools.chaos.kill_points import WHERE, Timing, Watch, deck, last_step, moment, victims
+from tools.chaos.corpora import first_words
+from tools.chaos.kill_points import HALF, WHERE, Timing, Watch, deck, last_step, moment, victims
 from tools.chaos.launch import descendants, ranks_below
 
 TIMING = Timing(start=1.0, step=1.0, save=1.0, whole=9.0, num_steps=12)
@@ -36,6 +37,22 @@ def test_every_class_comes_up_in_turn_and_any_ranks_may_be_hit():
     found = {tuple(victims(3, rng)) for _ in range(200)}
     assert found == {(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)}
     assert victims(1, rng) == [0]
+
+
+def test_a_kill_in_the_middle_waits_for_the_middle_step(tmp_path):
+    run = Run(tmp_path / "run")
+    watch = Watch(run.folder)
+    timing = Timing(start=1.0, step=0.0, save=1.0, whole=9.0, num_steps=12)
+    run.metrics(1, 5)
+    waits = moment(HALF, watch, timing, random.Random(0))
+    assert next(waits, "now") is None
+    run.metrics(1, 5, 6)
+    assert has_ended(waits)
+
+
+def test_a_corpus_is_its_first_words():
+    assert first_words(["a b c", "d e", "f"], 4) == ["a b c", "d"]
+    assert first_words(["a b", "c"], 9) == ["a b", "c"]
 
 
 class Run:

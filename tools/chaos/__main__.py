@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.chaos.compare import differences, false_failures, set_aside, whole_checkpoints
-from tools.chaos.kill_points import WHERE, Timing, Watch, deck, moment, victims
+from tools.chaos.kill_points import HALF, WHERE, Timing, Watch, deck, moment, victims
 from tools.chaos.launch import ROOT, Launch
 
 RUN_FILE = "tests/data/world_size.toml"
@@ -111,7 +111,8 @@ class Soak:
             f"{timing.save * 1e3:.0f} ms to write a checkpoint",
             flush=True,
         )
-        aims, misses = deck(self._arguments.kills, self._rng), 0
+        where, kills, misses = self._arguments.where, self._arguments.kills, 0
+        aims = [where] * kills if where else deck(kills, self._rng)
         folder = self._begin()
         while True:
             kill = self._start(folder, timing, aims[0] if aims else None)
@@ -241,7 +242,7 @@ def summary(findings: Findings, arguments: argparse.Namespace, seconds: float) -
     counts = Counter(kill.where for kill in kills)
     return {
         "kills": len(kills),
-        "where": {where: counts[where] for where in WHERE},
+        "where": {where: counts[where] for where in dict.fromkeys([*WHERE, *counts])},
         "resumed": findings.resumed,
         "broken_checkpoints": len(findings.broken),
         "false_failures": findings.false_failures,
@@ -296,6 +297,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--where", choices=(*WHERE, HALF), help="what every kill is aimed at (default: each in turn)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--grace", type=float, default=45.0, help="seconds that other ranks may take to end after a kill"

@@ -15,6 +15,8 @@ from pathlib import Path
 WHERE = ("start", "step", "saving", "named", "final", "any")
 """What a kill is aimed at: loading and resuming; a training step; a checkpoint half written; one that has just got its
 name, when links and retention follow; the end of the run; anything, after a random time."""
+HALF = "half"
+"""Only where it is asked for: the step in the middle of the run."""
 NAMED_SECONDS = 0.02
 """About what the links and the retention take after a checkpoint has its name."""
 _STEP_FOLDER = re.compile(r"step-(\d+)(\.partial)?")
@@ -133,6 +135,10 @@ def moment(where: str, watch: Watch, timing: Timing, rng: random.Random) -> Iter
     elif where == "step":
         target = min(watch.newest + rng.randint(1, max(1, timing.num_steps // 4)), timing.num_steps - 1)
         while watch.last_step() < target:
+            yield
+        yield from _pause(rng.uniform(0, timing.step))
+    elif where == HALF:
+        while watch.last_step() < timing.num_steps // 2:
             yield
         yield from _pause(rng.uniform(0, timing.step))
     elif where == "saving":
