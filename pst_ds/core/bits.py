@@ -8,14 +8,14 @@ the canonical form, used in files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pst_ds.core.kernels.launch import blocks
-from pst_ds.core.native import library
+from pst_ds.core.native import library, merges
 
 INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer as wide as a float of so many bytes: masks are applied to weights as integers."""
@@ -81,13 +81,12 @@ def unpack_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: in
     """Mask of flat weights [start, stop), uint8 zeros and ones, from the whole mask ``bits``."""
     per_shard, per_shard_bytes = shard_numel(numel, num_shards), shard_bytes(numel, num_shards)
     pieces = []
-    while start < stop:
-        shard, inside = divmod(start, per_shard)
-        count = min(stop - start, per_shard - inside)
+    for begin, end in _cut_at_shards(start, stop, per_shard):
+        shard, inside = divmod(begin, per_shard)
+        count = end - begin
         first = shard * per_shard_bytes + inside // 8
         last = shard * per_shard_bytes + -(-(inside + count) // 8)
         pieces.append(_unpack_bytes(bits[first:last])[inside % 8 : inside % 8 + count])
-        start += count
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else bits.new_empty(0)
 
 
@@ -198,6 +197,29 @@ def apply_mask_(weight: Tensor, mask: Tensor) -> Tensor:
     as_int = weight.view(INT_OF_SIZE[weight.element_size()])
     as_int.bitwise_and_(mask.view(torch.int8).neg().to(as_int.dtype))
     return weight
+
+
+def apply_range_(weight: Tensor, bits: Tensor, numel: int, num_shards: int, start: int) -> Tensor:
+    """:func:`apply_mask_` to contiguous flat weights from ``start`` on, by the whole mask ``bits``; any shape."""
+    flat = weight.view(-1)
+    native = merges() if weight.device.type == bits.device.type == "cpu" and weight.element_size() in (2, 4) else None
+    per_shard, stop = shard_numel(numel, num_shards), start + flat.numel()
+    for first, last in _cut_at_shards(start, stop, per_shard):
+        run, inside = flat[first - start : last - start], first % per_shard
+        if native is None or inside % 8:
+            apply_mask_(run, unpack_range(bits, numel, num_shards, first, last))
+        else:
+            at = first // per_shard * shard_bytes(numel, num_shards) + inside // 8
+            native.pst_apply_bits(run.data_ptr(), run.element_size(), bits[at:].data_ptr(), run.numel())
+    return weight
+
+
+def _cut_at_shards(start: int, stop: int, per_shard: int) -> Iterator[tuple[int, int]]:
+    """Cut [start, stop) where shards end."""
+    while start < stop:
+        last = min(stop, (start // per_shard + 1) * per_shard)
+        yield start, last
+        start = last
 
 
 def checksum(shard: Tensor, count: int, start: int, seed: int) -> Tensor:

@@ -68,10 +68,21 @@ _MASKS = NativeSource(
 )
 
 
+_MERGES = NativeSource(
+    Path(__file__).with_name("apply.cpp"), {"pst_apply_bits": ([POINTER, INT, POINTER, INT], None)}, "masks on weights"
+)
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The functions of a mask update, or None where they cannot be had; a failed compilation warns once."""
     return load(_MASKS)
+
+
+@cache
+def merges() -> ctypes.CDLL | None:
+    """Return what puts masks on weights, as :func:`library` returns the functions of a mask update."""
+    return load(_MERGES)
 
 
 def load(source: NativeSource) -> ctypes.CDLL | None:

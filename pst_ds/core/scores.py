@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pst_ds.core.bits import apply_mask_, shard_numel, unpack_range
+from pst_ds.core.bits import apply_range_, shard_numel
 from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
 from pst_ds.core.kernels.merge import mask_bytes, merge_into
 from pst_ds.core.layout import Rect, WeightLayout, row_tiles
@@ -139,8 +139,7 @@ def masked_weight(
         return merged
     merged = merged_weight(weight, layout, factors, constants)
     for band in row_tiles(Rect(0, height, 0, width), mask_band_elements(weight.device.type)):
-        mask = unpack_range(bits, layout.numel, num_shards, band.r0 * width, band.r1 * width)
-        apply_mask_(merged[band.r0 : band.r1], mask.view(-1, width))
+        apply_range_(merged[band.r0 : band.r1], bits, layout.numel, num_shards, band.r0 * width)
         if rounding is not None:
             rounding.round_(merged[band.r0 : band.r1], band)
     return merged

@@ -124,6 +124,27 @@ def test_apply_mask_picks_entry_by_entry(dtype):
     assert torch.equal(weight.view(INT_OF[dtype]), expected.view(INT_OF[dtype]))
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", INT_OF, ids=str)
+@pytest.mark.parametrize(("numel", "num_shards"), [(7, 1), (400, 1), (1000, 3), (1001, 4), (130, 2), (8, 16)])
+def test_a_range_of_weights_is_masked_as_the_whole_is(monkeypatch, native, dtype, numel, num_shards):
+    if not native:
+        monkeypatch.setattr(b, "merges", lambda: None)
+    weight = torch.randn(numel, generator=torch.Generator().manual_seed(numel)).to(dtype)
+    weight[::5], weight[1::5] = float("nan"), -0.0
+    keep = random_mask(numel, seed=num_shards)
+    expected = b.apply_mask_(weight.clone(), keep.to(torch.uint8)).view(INT_OF[dtype])
+    ends = [b.shard_range(numel, num_shards, shard) for shard in range(num_shards)]
+    bits = torch.cat([b.pack_shard(keep[first:last], b.shard_bytes(numel, num_shards)) for first, last in ends])
+    for start, stop in ((0, numel), (0, 3), (3, numel), (numel // 3, numel // 2 + 1), (8, numel), (numel, numel)):
+        found = weight.clone()
+        part = found[start:stop]
+        assert b.apply_range_(part, bits, numel, num_shards, start) is part
+        assert torch.equal(part.view(INT_OF[dtype]), expected[start:stop])
+        outside = torch.cat([torch.arange(min(start, stop)), torch.arange(stop, numel)])
+        assert torch.equal(found.view(INT_OF[dtype])[outside], weight.view(INT_OF[dtype])[outside])
+
+
 def wrapped(total: int) -> int:
     return total % (1 << 64)
 
