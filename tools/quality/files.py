@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tools import onnx_int8
+from tools import onnx_int8, torchao_files
 from tools.verbs import verb
 
 Table = dict[str, Any]
@@ -38,5 +39,15 @@ def onnxruntime_int8(dense: Path, out: Path, tests: dict[str, str], max_length: 
     return {"bytes": file.stat().st_size, "tests": {name: {"accuracy": share} for name, share in right.items()}}
 
 
-PEERS: dict[str, Callable[[Path, Path, dict[str, str], int], Table]] = {"ONNX Runtime int8": onnxruntime_int8}
+def torchao(bits: int, dense: Path, out: Path, tests: dict[str, str], max_length: int) -> Table:
+    found = {name: torchao_files.measure(dense, out, Path(path), max_length, bits) for name, path in tests.items()}
+    nbytes = next(iter(found.values()))["file_bytes"]
+    return {"bytes": nbytes, "tests": {name: {"accuracy": row["accuracy"]} for name, row in found.items()}}
+
+
+PEERS: dict[str, Callable[[Path, Path, dict[str, str], int], Table]] = {
+    "ONNX Runtime int8": onnxruntime_int8,
+    "torchao int8": partial(torchao, 8),
+    "torchao int4": partial(torchao, 4),
+}
 """What ``files.peers`` may name: (dense folder, folder to write, test files, most tokens) to bytes and tests."""
