@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from pst_ds.errors import InputError
+from pst_ds.parallel.store_server import AGENT_STORE, StoreServer
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,8 @@ FEW_RANKS = 16
 
 joined = False
 """True if this process has joined a process group through :func:`init_distributed`."""
+_store_server: StoreServer | None = None
+"""On rank 0 of many."""
 
 
 def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0) -> None:
@@ -90,6 +93,8 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
         )
     use_cpu_without_accelerator()
     _prepare_connections(launch.world_size)
+    if launch.world_size > FEW_RANKS and launch.rank == 0:
+        _start_store_server()  # it takes as long as the imports below
     os.environ["LOCAL_RANK"] = str(launch.local_rank)  # zero.Init reads it from there
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -105,6 +110,8 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
     timeout = {"timeout": timedelta(seconds=timeout_seconds)} if timeout_seconds else {}
     if launch.world_size == 1 and not dist.is_initialized():
         dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
+    if _store_server is not None:
+        _store_server.wait()
     global joined
     joined = True
     deepspeed.init_distributed(dist_backend=_backend(), auto_mpi_discovery=False, verbose=False, **timeout)
@@ -112,12 +119,22 @@ def init_distributed(launch: LaunchEnvironment, *, timeout_seconds: float = 0.0)
 
 def _prepare_connections(world_size: int) -> None:
     """Let gloo connect ranks when they first send each other something, as most never do, if there are many; and let
-    rank 0, at which all meet, have a connection to each: 1,024 open files are the usual limit."""
+    the store at which all meet have two connections to each: 1,024 open files are the usual limit."""
     if world_size > FEW_RANKS:
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if least != most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _start_store_server() -> None:
+    """Have the store at which the ranks meet in a process beside this one, rank 0, unless the launcher has it."""
+    import torch.distributed as dist
+
+    global _store_server
+    if os.environ.get(AGENT_STORE) != "True" and not dist.is_initialized():
+        _store_server = StoreServer(int(os.environ["MASTER_PORT"]))
+        os.environ[AGENT_STORE] = "True"
 
 
 def _device_index(launch: LaunchEnvironment, num_devices: int) -> int:
@@ -146,6 +163,11 @@ def shut_down() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+    global _store_server
+    if _store_server is not None:
+        _store_server.stop()
+        _store_server = None
+        del os.environ[AGENT_STORE]
 
 
 def device_of(launch: LaunchEnvironment) -> str:

@@ -2,7 +2,7 @@
 
 The ranks are forks. They do what training does with each other: collectives over gloo, and an exchange over the store;
 with ``--train`` they train a tiny model for two steps and save it, and DeepSpeed makes groups of its own. Counted are
-the sockets that a rank has open at the end. Rank 0 also is the store at which the ranks meet.
+the sockets that a rank has open at the end, and those of the store at which more than a few ranks meet.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pst_ds.config.toml import load_run
+from pst_ds.parallel import launch
 from pst_ds.parallel.launch import LaunchEnvironment
 
 RUN_FILE = "tests/data/world_size.toml"
@@ -30,8 +31,8 @@ IMPORTS = (
     "torch.utils.tensorboard",
     "pst_ds.train.run",
 )
-Action = Callable[[int, int, Path], None]
-"""What a rank does, given its number, how many there are, and a folder."""
+Action = Callable[[int, int, Path], object]
+"""What a rank does, given its number, how many there are, and a folder; it returns what has connections of its own."""
 LAZY = "TORCH_GLOO_LAZY_INIT"
 
 
@@ -42,22 +43,25 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     args = parser.parse_args()
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", MASTER_ADDR="127.0.0.1")
-    for name in IMPORTS if args.train else ("torch.distributed",):
+    for name in IMPORTS if args.train else IMPORTS[:1]:
         importlib.import_module(name)
     act = train if args.train else communicate
     found = {}
     for ranks in args.ranks:
         for lazily in ("0", "1"):
             counts = measured(act, ranks, lazily)
-            found[f"{ranks}, {'as used' if lazily == '1' else 'full mesh'}"] = counts
             way = "connected when used" if lazily == "1" else "all connected"
-            print(f"{ranks} ranks, {way}: rank 0 {counts[0]}, the others at most {max(counts[1:])}", flush=True)
+            *of_ranks, of_store = counts
+            name = f"{ranks}, {'as used' if lazily == '1' else 'full mesh'}"
+            found[name] = {"ranks": of_ranks, "store": of_store}
+            text = f"rank 0 {of_ranks[0]}, the others at most {max(of_ranks[1:])}, the store's process {of_store}"
+            print(f"{ranks} ranks, {way}: {text}", flush=True)
     if args.json:
         print(json.dumps({"benchmark": "connections", "sockets": found}))
 
 
 def measured(act: Action, ranks: int, lazily: str) -> list[int]:
-    """Return the sockets of every rank, by rank."""
+    """Return the sockets of every rank, by rank, and those of the store's process, 0 where it is rank 0."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         os.environ["MASTER_PORT"] = str(s.getsockname()[1])
@@ -66,7 +70,7 @@ def measured(act: Action, ranks: int, lazily: str) -> list[int]:
         children = [fork(act, rank, ranks, Path(folder)) for rank in range(ranks)]
         for child in children:
             os.waitpid(child, 0)
-        return [int((Path(folder) / f"{rank}.sockets").read_text()) for rank in range(ranks)]
+        return [int((Path(folder) / f"{name}.sockets").read_text()) for name in (*range(ranks), "store")]
 
 
 def fork(act: Action, rank: int, ranks: int, folder: Path) -> int:
@@ -77,9 +81,12 @@ def fork(act: Action, rank: int, ranks: int, folder: Path) -> int:
     try:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
         before = open_sockets()
-        act(rank, ranks, folder)
+        kept = act(rank, ranks, folder)
+        if rank == 0:
+            (folder / "store.sockets").write_text(str(sockets_of_store()))
         (folder / f"{rank}.sockets").write_text(str(open_sockets() - before))
         wait_for_all(folder, ranks)  # a rank that leaves closes connections of others
+        del kept
         code = 0
     except BaseException:
         traceback.print_exc(file=sys.stderr)
@@ -87,11 +94,11 @@ def fork(act: Action, rank: int, ranks: int, folder: Path) -> int:
 
 
 def wait_for_all(folder: Path, ranks: int) -> None:
-    while len(list(folder.glob("*.sockets"))) < ranks:
+    while len(list(folder.glob("*.sockets"))) < ranks + 1:
         time.sleep(0.05)
 
 
-def communicate(rank: int, ranks: int, folder: Path) -> None:
+def communicate(rank: int, ranks: int, folder: Path) -> object:
     import torch
     import torch.distributed as dist
 
@@ -99,7 +106,7 @@ def communicate(rank: int, ranks: int, folder: Path) -> None:
     from pst_ds.parallel.store_group import StoreGroup
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    launch.init_distributed(LaunchEnvironment(rank, ranks, rank))
     numbers, group = torch.ones(ranks), StoreGroup()
     dist.all_reduce(numbers)
     dist.all_gather_into_tensor(torch.empty(ranks**2), numbers)
@@ -109,6 +116,7 @@ def communicate(rank: int, ranks: int, folder: Path) -> None:
     of_main(lambda: rank)
     group.decide(rank, len)
     barrier()
+    return group
 
 
 def train(rank: int, ranks: int, folder: Path) -> None:
@@ -122,12 +130,18 @@ def train(rank: int, ranks: int, folder: Path) -> None:
     train_run(prepare(run, LaunchEnvironment(rank, ranks, rank)), quiet=True)
 
 
-def open_sockets() -> int:
-    """Return how many sockets this process has open."""
+def sockets_of_store() -> int:
+    """Return the sockets of the process that this one started to hold the store; 0 for none."""
+    server = launch._store_server
+    return open_sockets(str(server._process.pid)) if server else 0
+
+
+def open_sockets(process: str = "self") -> int:
+    """Return how many sockets a process has open, by default this one."""
     links = []
-    for name in os.listdir("/proc/self/fd"):
+    for name in os.listdir(f"/proc/{process}/fd"):
         try:
-            links.append(os.readlink(f"/proc/self/fd/{name}"))
+            links.append(os.readlink(f"/proc/{process}/fd/{name}"))
         except FileNotFoundError:  # the listing's own
             continue
     return sum(link.startswith("socket:") for link in links)
