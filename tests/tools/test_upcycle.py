@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from pst_ds.cli.main import main as pst_ds
 from pst_ds.errors import InputError
 from tools.upcycle import __main__ as tool
-from tools.upcycle.mixtral import apart, mixtral_config, upcycled
+from tools.upcycle.mixtral import apart, mixtral_config, token_shares, upcycled
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -60,6 +60,19 @@ def test_experts_are_apart_by_what_differs_from_their_mean():
     assert apart(made)["model.layers.0.mlp.experts.down_proj"] == pytest.approx(0.5)
 
 
+@torch.no_grad()
+def test_shares_of_tokens_are_those_that_the_router_chose():
+    made = upcycled(llama(), 4, 2)
+    for block in made.model.layers:
+        block.mlp.gate.weight.zero_()  # all alike: the same two for every token
+    shares = token_shares(made, IDS)
+    assert list(shares) == [f"model.layers.{i}.mlp.gate" for i in range(2)]
+    assert [sorted(row) for row in shares.values()] == [[0.0, 0.0, 0.5, 0.5]] * 2
+    spread = token_shares(upcycled(llama(), 4, 2), IDS)["model.layers.1.mlp.gate"]
+    assert sum(spread) == pytest.approx(1.0)
+    assert len([share for share in spread if share]) > 2
+
+
 @pytest.mark.parametrize(
     ("config", "experts", "per_token", "message"),
     [
@@ -90,8 +103,12 @@ def test_the_run_file_trains_the_copies_apart(tmp_path, monkeypatch, capsys):
     assert pst_ds(["train", str(run_file), "--quiet", *(part for one in settings for part in ("--set", one))]) == 0
     assert pst_ds(["export", str(tmp_path / "run"), "--out", str(tmp_path / "dense")]) == 0
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["upcycle", "--apart", str(tmp_path / "dense")])
+    (tmp_path / "text.txt").write_text("a film of films and no more. " * 200, encoding="utf-8")
+    text = ["--text", str(tmp_path / "text.txt")]
+    monkeypatch.setattr(sys, "argv", ["upcycle", "--apart", str(tmp_path / "dense"), *text])
     tool.main()
-    distances = [float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines()]
-    assert len(distances) == 2 * 2
+    lines = capsys.readouterr().out.splitlines()
+    distances = [float(line.rpartition(" ")[2]) for line in lines[:4]]
     assert min(distances) > 0.001
+    shares = [[float(number) for number in line.split(" ")[1:9]] for line in lines[4:]]
+    assert [sum(row) for row in shares] == pytest.approx([1.0, 1.0], abs=0.005)

@@ -1,12 +1,13 @@
 """Makes runs/upcycled/start: SmolLM2-135M with eight copies of every MLP and routers, a Mixtral of 692 M parameters.
 
 It computes what the dense model does until it is trained. run.toml trains every weight on four corpora, with which the
-copies part; --apart says how far they are. The experts of what comes out have weights worth pruning.
+copies part; --apart says how far they are, and with --text what share of its tokens each expert is given. The experts
+of what comes out have weights worth pruning.
 
     python -m tools.upcycle
     pst-ds train tools/upcycle/run.toml
     pst-ds export runs/upcycled/run --out runs/upcycled/dense
-    python -m tools.upcycle --apart runs/upcycled/dense
+    python -m tools.upcycle --apart runs/upcycled/dense --text runs/quality/data/brown-validation.txt
     python -m tools.quality tools/upcycle/grid.toml --results runs/upcycled/results
 """
 
@@ -21,10 +22,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pst_ds.atomic_files import atomic_folder
 from tools.fetch_smollm2 import dense_folder
 from tools.quality import texts
-from tools.upcycle.mixtral import apart, upcycled
+from tools.upcycle.mixtral import apart, token_shares, upcycled
 
 START = Path("runs/upcycled/start")
 CORPORA = ("brown", "films", "newsgroups", "reuters")
+SEQUENCE, MOST_TOKENS = 256, 4096
+"""Tokens of a sequence whose experts are counted, and of all."""
 
 
 def main() -> None:
@@ -37,15 +40,27 @@ def main() -> None:
     parser.add_argument(
         "--apart", type=Path, metavar="DIR", help="say how far the experts of a trained model are apart"
     )
+    parser.add_argument("--text", type=Path, metavar="FILE", help="with --apart, say who is given its first tokens")
     arguments = parser.parse_args()
     if arguments.apart:
-        for name, distance in apart(AutoModelForCausalLM.from_pretrained(arguments.apart)).items():
-            print(f"{name}: {distance:.4f}")
+        _describe(arguments.apart, arguments.text)
         return
     if arguments.base is None:
         texts.make(CORPORA)
     base, counts = arguments.base or dense_folder(), (arguments.experts, arguments.per_token)
     print(make_start(base, arguments.out, *counts, arguments.seed))
+
+
+def _describe(folder: Path, text: Path | None) -> None:
+    """Print how far the experts of a model are apart, and their shares of the first tokens of ``text``."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for name, distance in apart(model).items():
+        print(f"{name}: {distance:.4f}")
+    if text is not None:
+        ids = AutoTokenizer.from_pretrained(folder)(text.read_text(encoding="utf-8"))["input_ids"]
+        rows = torch.tensor(ids[:MOST_TOKENS][: len(ids) // SEQUENCE * SEQUENCE]).view(-1, SEQUENCE)
+        for name, shares in token_shares(model, rows).items():
+            print(f"{name}: {' '.join(f'{share:.3f}' for share in shares)} of the tokens")
 
 
 def make_start(base: Path, out: Path, experts: int, per_token: int, seed: int) -> Path:

@@ -69,3 +69,27 @@ def apart(model: nn.Module) -> dict[str, float]:
             squares = sum(float((one.detach().float() - mean).square().sum()) for one in stack)
             found[name] = (squares / len(stack)) ** 0.5 / float(mean.norm())
     return found
+
+
+@torch.no_grad()
+def token_shares(model: Any, ids: Tensor) -> dict[str, list[float]]:
+    """Return the share of the tokens of ``ids`` (B, T) that each expert of a Mixtral is given, by the router's name.
+
+    Each of the k experts of a token counts; the shares of a router add up to 1.
+    """
+    counts: dict[str, Tensor] = {}
+
+    def count(name: str, chosen: Tensor) -> None:
+        counts[name] = chosen.flatten().bincount(minlength=model.config.num_local_experts)
+
+    routers = {name: module for name, module in model.named_modules() if name.endswith("mlp.gate")}
+    hooks = [
+        router.register_forward_hook(lambda _, __, output, name=name: count(name, output[2]))
+        for name, router in routers.items()
+    ]
+    try:
+        model(ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: (found / found.sum()).tolist() for name, found in counts.items()}
