@@ -113,7 +113,11 @@ class TileFactors:
 
     def tensors(self) -> list[Tensor]:
         """Those that are there."""
-        return [value for field in fields(self) if (value := getattr(self, field.name)) is not None]
+        held = (
+            self.score_left, self.score_right, self.score_rows, self.score_cols, self.update_left, self.update_right,
+            self.row_norms, self.col_norms,
+        )  # fmt: skip
+        return [value for value in held if value is not None]
 
 
 def tile_factors(factors: Factors, layout: WeightLayout, matrix: StoredMatrix, rect: Rect) -> TileFactors:

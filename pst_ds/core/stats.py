@@ -7,12 +7,17 @@ products come from the small matrices alone.
 from __future__ import annotations
 
 import math
+from ctypes import CDLL, c_double
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
+from pst_ds.core.keys import scores_of_keys
 from pst_ds.core.layout import Rect, WeightLayout
+from pst_ds.core.native import INT, POINTER, NativeSource, load
 
 HISTOGRAM_BINS = 64
 HISTOGRAM_DEVIATIONS = 4.0
@@ -21,6 +26,41 @@ THUMBNAIL_CELLS = 32
 """Most rows, and most columns, of a thumbnail."""
 _LEAST_VARIANCE = 1e-12
 """Relative to the mean square; below it what is left of the sums is rounding."""
+_NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+SOURCE = NativeSource(
+    Path(__file__).with_name("sums.cpp"),
+    {"pst_moments": ([POINTER, POINTER, INT, POINTER], None), "pst_squares": ([POINTER, *([INT] * 4)], c_double)},
+    "figures of layers",
+)
+
+
+@cache
+def library() -> CDLL | None:
+    """Return the functions of sums.cpp, or None where they cannot be had."""
+    return load(SOURCE)
+
+
+def score_moments(keys: Tensor, weights: Tensor, weight_scale: float) -> Tensor:
+    """:func:`moment_sums` of the scores that have ``keys`` (int32), and of |weights| / ``weight_scale`` (fp32, of the
+    same shape). Native code reads each number once."""
+    native = library() if keys.device.type == "cpu" else None
+    if native is None:
+        sums = moment_sums(scores_of_keys(keys), weights.abs())
+    else:
+        keys, weights, sums = keys.contiguous(), weights.contiguous(), torch.empty(5, dtype=torch.float64)
+        native.pst_moments(keys.data_ptr(), weights.data_ptr(), keys.numel(), sums.data_ptr())
+    by = 1.0 / weight_scale
+    return sums * sums.new_tensor([1.0, by, 1.0, by * by, by])
+
+
+def square_sum(values: Tensor) -> Tensor:
+    """The sum of the squares of (rows, cols) ``values``, () float64 on their device."""
+    native = library() if values.device.type == "cpu" else None
+    if native is None or values.dtype not in _NATIVE_DTYPES or values.stride(1) != 1:
+        flat = values.float().flatten().double()
+        return flat @ flat
+    found = native.pst_squares(values.data_ptr(), _NATIVE_DTYPES[values.dtype], values.stride(0), *values.shape)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def moment_sums(x: Tensor, y: Tensor) -> Tensor:
@@ -110,8 +150,9 @@ def count_in_bins(values: Tensor, kept: Tensor, low: float, high: float) -> Tens
 
     ``kept``: uint8 0/1, of the same shape. The first and the last bin have what is beyond them too.
     """
-    bins = ((values.flatten() - low) * (HISTOGRAM_BINS / (high - low))).long().clamp_(0, HISTOGRAM_BINS - 1)
-    bins += kept.flatten().long() * HISTOGRAM_BINS
+    scaled = (values.flatten() - low) * (HISTOGRAM_BINS / (high - low))
+    bins = scaled.clamp_(0, HISTOGRAM_BINS - 1).byte()
+    bins += kept.flatten().byte() * HISTOGRAM_BINS
     return torch.bincount(bins, minlength=2 * HISTOGRAM_BINS).view(2, HISTOGRAM_BINS)
 
 

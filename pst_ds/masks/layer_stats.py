@@ -16,10 +16,16 @@ from pst_ds.config.pst import name_matches
 from pst_ds.core import stats
 from pst_ds.core.bits import unpack_shard
 from pst_ds.core.factors import Factors, tile_factors
-from pst_ds.core.keys import scores_of_keys
+from pst_ds.core.keys import score_keys, scores_of_keys
 from pst_ds.core.layout import Rect, StoredMatrix, view_in_shard
 from pst_ds.core.scores import updated_weight
-from pst_ds.masks.layer_scores import LayerScores, current_base, ranked_weights, whole_factors
+from pst_ds.masks.layer_scores import (
+    LayerScores,
+    current_base,
+    ranked_weights,
+    whole_factors,
+    with_contiguous_columns,
+)
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import SCORE_FACTORS, PSTLayer
 from pst_ds.parallel import zero3
@@ -27,7 +33,7 @@ from pst_ds.parallel.ranks import group_sum
 
 _MOMENTS, _OF_SCORES = slice(0, 5), slice(0, 3, 2)
 _WEIGHT_SQUARES, _UPDATE_SQUARES, _NUM_SUMS = 5, 6, 7
-"""Places in a layer's sums: :func:`pst_ds.core.stats.moment_sums` of S and |W| (S and its square among them), the
+"""Places in a layer's sums: :func:`pst_ds.core.stats.score_moments` of S and |W| (S and its square among them), the
 square of W0, and that of a multiplicative update."""
 _SCORE_NORM, _UPDATE_NORM, _NUM_NORMS = 0, 1, 2
 """Places in a layer's norms of products."""
@@ -136,7 +142,7 @@ class _Part:
 
     def __init__(self, named: tuple[str, PSTLayer], factors: Factors):
         name, self.layer = named
-        self._factors = factors
+        self._factors = with_contiguous_columns(factors) if self.layer.layout.transposed else factors
         ranked = ranked_weights(self.layer)
         self._weight = ranked if self.layer.pst_S is None else current_base(self.layer)
         self._keys = LayerScores(name, self.layer, factors, ranked)
@@ -147,17 +153,21 @@ class _Part:
         """(_NUM_SUMS,) float64 over this rank's weights; those of scores only where asked for."""
         sums = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=self._weight.device)
         for matrix, rect in self._rects():
-            weight = self._weight.rect(rect).float()
-            sums[_WEIGHT_SQUARES] += _squares(weight)
+            weight = self._weight.rect(rect)
+            sums[_WEIGHT_SQUARES] += stats.square_sum(weight)
             if not with_scores and not self.layer.constants.multiplicative:
                 continue
             tile = tile_factors(self._factors, self.layer.layout, matrix, rect)
-            updated = updated_weight(weight, tile, self.layer.constants)
+            updated = updated_weight(weight.float(), tile, self.layer.constants)
             if self.layer.constants.multiplicative:
-                sums[_UPDATE_SQUARES] += _squares(updated - weight)
+                sums[_UPDATE_SQUARES] += stats.square_sum(updated - weight)
             if with_scores:
-                magnitude = updated.abs_() / self.layer.weight_scales[matrix.index]
-                sums[_MOMENTS] += stats.moment_sums(self._scores(matrix, rect), magnitude)
+                scale = self.layer.weight_scales[matrix.index]
+                if self.layer.pst_S is None:
+                    keys = score_keys(weight, tile, self.layer.constants, scale)
+                else:
+                    keys = self._keys.keys(matrix, rect)
+                sums[_MOMENTS] += stats.score_moments(keys, updated, scale)
         return sums
 
     def norms(self, with_scores: bool) -> Tensor:
@@ -210,11 +220,6 @@ class _Part:
 
     def _view(self, values: Tensor, rect: Rect) -> Tensor:
         return view_in_shard(values, rect, self.layer.layout.shape[1], self._weight.start)
-
-
-def _squares(values: Tensor) -> Tensor:
-    flat = values.flatten().double()
-    return flat @ flat
 
 
 def _finite(value: float) -> float | None:

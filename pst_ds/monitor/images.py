@@ -1,7 +1,9 @@
-"""Pictures of a run as arrays of RGBA pixels, (height, width, 4) uint8, legible on a light and on a dark page."""
+"""Pictures of a run as arrays of pixels, legible on a light and on a dark page. Pixels are numbers of colours in
+:data:`PALETTE`, (height, width) uint8: files are half as large as in full colour, and made several times faster."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,8 +18,10 @@ _HISTOGRAM_HEIGHT = 192
 _GAP, _SCALE_WIDTH = 8, 12
 _COLOURS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], dtype=float)
 """From low to high: even steps of the viridis map, which gets lighter all the way."""
-_PRUNED, _KEPT, _AXIS = (224, 130, 40, 255), (60, 130, 220, 255), (128, 128, 128, 255)
-_THRESHOLD = (255, 255, 255, 255), (0, 0, 0, 255), (255, 255, 255, 255)
+_SHADES = 249
+"""Of that map, from which one value in two hundred does not differ; the middle one is its middle colour."""
+_CLEAR, _PRUNED, _KEPT, _AXIS, _LIGHT, _DARK = range(_SHADES, _SHADES + 6)
+_THRESHOLD = _LIGHT, _DARK, _LIGHT
 """A dark line between two light ones: it shows on every colour, and on both pages."""
 
 
@@ -26,9 +30,9 @@ def heat_map(values: np.ndarray, size: int = MAP_SIZE) -> np.ndarray:
     ``size`` pixels wide, and high: cells are of whole pixels, at least one wide and two high."""
     down = max(2, min(_MOST_CELL_PIXELS, size // values.shape[0]))
     across = max(1, min(_MOST_CELL_PIXELS, size // values.shape[1]))
-    cells = coloured(values).repeat(down, 0).repeat(across, 1)
-    scale = coloured(np.linspace(1.0, 0.0, len(cells))[:, None].repeat(_SCALE_WIDTH, 1))
-    return np.hstack([cells, np.zeros((len(cells), _GAP, 4), np.uint8), scale])
+    cells = shaded(values).repeat(down, 0).repeat(across, 1)
+    scale = shaded(np.linspace(1.0, 0.0, len(cells))[:, None].repeat(_SCALE_WIDTH, 1))
+    return np.hstack([cells, np.full((len(cells), _GAP), _CLEAR, np.uint8), scale])
 
 
 def flips_on_scale(flipped: np.ndarray) -> np.ndarray:
@@ -58,7 +62,7 @@ def histogram(kept: Sequence[int], pruned: Sequence[int], threshold: float | Non
     counts = counts[:, first:last]
     heights = np.rint(counts.cumsum(0) / max(1.0, counts.sum(0).max()) * (_HISTOGRAM_HEIGHT - 2)).astype(int)
     width = max(4, HISTOGRAM_WIDTH // counts.shape[1])
-    picture = np.zeros((_HISTOGRAM_HEIGHT, counts.shape[1] * width, 4), np.uint8)
+    picture = np.full((_HISTOGRAM_HEIGHT, counts.shape[1] * width), _CLEAR, np.uint8)
     floor = _HISTOGRAM_HEIGHT - 2
     for i, (low, high) in enumerate(heights.T):
         bar = slice(i * width, (i + 1) * width - 1)
@@ -111,8 +115,30 @@ class MaskHistory:
         return np.stack([column[1] for column in self._columns], 1)
 
 
-def coloured(values: np.ndarray) -> np.ndarray:
-    """RGBA of values in [0, 1]."""
+def shaded(values: np.ndarray) -> np.ndarray:
+    """Numbers of the colours in the palette of values in [0, 1]."""
+    return np.rint(np.asarray(values, dtype=float) * (_SHADES - 1)).astype(np.uint8)
+
+
+def _palette() -> np.ndarray:
     places = np.linspace(0.0, 1.0, len(_COLOURS))
-    channels = [np.interp(values, places, _COLOURS[:, i]) for i in range(3)]
-    return np.stack([*channels, np.full(values.shape, 255.0)], -1).astype(np.uint8)
+    shades = [np.interp(np.linspace(0.0, 1.0, _SHADES), places, channel) for channel in _COLOURS.T]
+    found = np.zeros((256, 4), np.uint8)
+    found[:_SHADES] = np.stack([*shades, np.full(_SHADES, 255.0)], -1)
+    found[_PRUNED], found[_KEPT], found[_AXIS] = (224, 130, 40, 255), (60, 130, 220, 255), (128, 128, 128, 255)
+    found[_LIGHT], found[_DARK] = (255, 255, 255, 255), (0, 0, 0, 255)
+    return found
+
+
+PALETTE = _palette()
+"""The colours of pictures, (256, 4) uint8: red, green, blue and how solid each is."""
+
+
+def png_of(pixels: np.ndarray, *, smallest: bool = False) -> bytes:
+    """Return a picture as a file, which ``smallest`` takes several times longer for."""
+    from PIL import Image
+
+    image, png = Image.fromarray(pixels), io.BytesIO()
+    image.putpalette(PALETTE[:, :3].tobytes())
+    image.save(png, format="PNG", compress_level=9 if smallest else 2, transparency=PALETTE[:, 3].tobytes())
+    return png.getvalue()

@@ -64,14 +64,14 @@ class LayerLog:
     def ranks(self, step: int, ranks: RankStats) -> None:
         """Record the components that each layer's update keeps."""
         self._file.write({"step": step, "event": "ranks", "kept": ranks.kept})
-        for name, kept in zip(self._names, ranks.kept, strict=True):
-            self._board.scalar(f"layers/{name}/update_rank", kept, step)
+        kept = zip(self._names, ranks.kept, strict=True)
+        self._board.scalars({f"layers/{name}/update_rank": of_layer for name, of_layer in kept}, step)
 
     def rounding(self, step: int, errors: Sequence[float]) -> None:
         """Record the relative error of each layer's rounded weights."""
         self._file.write({"step": step, "event": "rounding", "error": [_six_digits(error) for error in errors]})
-        for name, error in zip(self._names, errors, strict=True):
-            self._board.scalar(f"layers/{name}/rounding_error", error, step)
+        by_layer = zip(self._names, errors, strict=True)
+        self._board.scalars({f"layers/{name}/rounding_error": error for name, error in by_layer}, step)
 
     def experts(self, step: int, tokens: Mapping[str, Sequence[int]], zeros: Mapping[str, Sequence[int]]) -> None:
         """Picture the tokens of each expert, by module, and its zeros, by stack."""
@@ -88,7 +88,7 @@ class LayerLog:
         names = ("correlation", "score_norm", "update_norm", "weight_norm")
         values = {name: [_six_digits(value) for value in getattr(found, name)] for name in names}
         self._file.write({"step": step, "event": "scores", **values})
-        self._scalars(step, found)
+        self._board.scalars(self._scalars(found), step)
         if found.with_scores and self._latest is not None:
             sparsity, flips = self._history.sparsity(), pictures.flips_on_scale(self._history.flips())
             self._board.picture("heatmap/sparsity", pictures.heat_map(sparsity), step, SPARSITY_MAP)
@@ -108,7 +108,9 @@ class LayerLog:
         self._latest = kept, flipped
         self._history.add(kept, flipped)
 
-    def _scalars(self, step: int, found: LayerStats) -> None:
+    def _scalars(self, found: LayerStats) -> dict[str, float]:
+        """Return what TensorBoard has of each layer, by tag."""
+        points: dict[str, float] = {}
         for i, name in enumerate(self._names):
             values = {"correlation": found.correlation[i], "score_norm": found.score_norm[i]}
             if found.with_scores and self._latest is not None:
@@ -117,9 +119,8 @@ class LayerLog:
                 values["flip_rate"] = flipped[i] / self._weights[i]
             update, weight = found.update_norm[i], found.weight_norm[i]
             values["relative_update_norm"] = update / weight if update is not None and weight else None
-            for figure, value in values.items():
-                if value is not None:
-                    self._board.scalar(f"layers/{name}/{figure}", value, step)
+            points |= {f"layers/{name}/{figure}": value for figure, value in values.items() if value is not None}
+        return points
 
     def _histogram(self, step: int, found: ScoreHistogram) -> None:
         name, width = self._names[found.layer], (found.high - found.low) / len(found.kept)

@@ -67,8 +67,7 @@ class MetricsWriter:
         event = values.get("event")
         group = f"{event}/" if event in _GROUPS else ""
         numbers = {group + name: value for name, value in values.items() if isinstance(value, int | float)}
-        for name, value in numbers.items():
-            self._board.scalar(name, value, step)
+        self._board.scalars(numbers, step)
         if self._trackers is not None:
             self._trackers.log(step, numbers)
 

@@ -2,44 +2,64 @@
 
 from __future__ import annotations
 
-import io
+import os
 import shutil
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pst_ds.monitor.images import png_of
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
 FOLDER = "tensorboard"
+_FORMAT = "brain.Event:2"
 
 
 class TensorBoardWriter:
-    """The event files of a run folder. Of a run that is continued after ``step`` the points up to there stay."""
+    """The event files of a run folder. Of a run that is continued after ``step`` the points up to there stay.
+
+    Records are written as they come. SummaryWriter has a thread with a queue of ten, for which training would wait
+    whenever there is more to write.
+    """
 
     def __init__(self, folder: Path, step: int):
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         if not step:
             shutil.rmtree(folder / FOLDER, ignore_errors=True)
-        # also where nothing is to be purged: readers take the first such mark for the beginning of the run
-        self._writer = SummaryWriter(str(folder / FOLDER), purge_step=step + 1 if step else 0)
+        (folder / FOLDER).mkdir(exist_ok=True)
+        now = time.time_ns()
+        name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{os.getpid()}.{now}"  # read in this order
+        self._records = RecordWriter((folder / FOLDER / name).open("xb"))
         self._newest: dict[str, int] = {}
+        self._write(Event(file_version=_FORMAT), None)
+        # also where nothing is to be purged: readers take the first such mark for the beginning of the run
+        self._write(Event(session_log=SessionLog(status=SessionLog.START)), step + 1 if step else 0)
 
-    def scalar(self, tag: str, value: float, step: int) -> None:
-        """A point, unless the tag has one at ``step``: a mask update and a report of the same step say the same."""
-        if self._newest.get(tag) != step:
-            self._newest[tag] = step
-            self._writer.add_scalar(tag, value, step)
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """A point for every tag, unless it has one at ``step``: mask updates and reports of one step say the same."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        new = {tag: value for tag, value in values.items() if self._newest.get(tag) != step}
+        if new:
+            self._newest.update(dict.fromkeys(new, step))
+            self._add(Summary(value=[Summary.Value(tag=tag, simple_value=new[tag]) for tag in new]), step)
 
     def picture(self, tag: str, pixels: np.ndarray, step: int, description: str) -> None:
-        """``pixels``: (height, width, 4) uint8. ``description``: Markdown, shown with the tag."""
-        from PIL import Image
+        """``pixels`` as :mod:`pst_ds.monitor.images` draws them. ``description``: Markdown, shown with the tag."""
         from tensorboard.plugins.image import metadata
 
-        png = io.BytesIO()
-        Image.fromarray(pixels).save(png, format="PNG")
-        height, width, _ = pixels.shape
+        height, width = pixels.shape
         about = metadata.create_summary_metadata(display_name="", description=description)
-        self._tensor(tag, [str(width).encode(), str(height).encode(), png.getvalue()], step, about)
+        self._tensor(tag, [str(width).encode(), str(height).encode(), png_of(pixels)], step, about)
 
     def histogram(self, tag: str, counts: Sequence[int], low: float, high: float, step: int, description: str) -> None:
         """``counts`` of values in equal bins of [low, high]."""
@@ -60,10 +80,12 @@ class TensorBoardWriter:
 
     def text(self, tag: str, text: str, step: int) -> None:
         """``text``: Markdown."""
-        self._writer.add_text(tag, text, step)
+        from torch.utils.tensorboard import summary
+
+        self._add(summary.text(tag, text), step)
 
     def close(self) -> None:
-        self._writer.close()
+        self._records.close()
 
     def _tensor(self, tag: str, data: list[bytes] | np.ndarray, step: int, about: object) -> None:
         """One point of the kind that ``about`` names. SummaryWriter's own pictures and histograms have no description:
@@ -71,9 +93,16 @@ class TensorBoardWriter:
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.util.tensor_util import make_tensor_proto
 
-        value = Summary.Value(tag=tag, metadata=about, tensor=make_tensor_proto(data))
-        self._add(Summary(value=[value]), step)
+        self._add(Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=make_tensor_proto(data))]), step)
 
-    def _add(self, summary: object, step: int | None) -> None:
-        assert self._writer.file_writer is not None, "the board is closed"
-        self._writer.file_writer.add_summary(summary, step)
+    def _add(self, summary: Summary, step: int | None) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._write(Event(summary=summary), step)
+
+    def _write(self, event: Event, step: int | None) -> None:
+        event.wall_time = time.time()
+        if step is not None:
+            event.step = step
+        self._records.write(event.SerializeToString())
+        self._records.flush()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import pickle
 import socket
@@ -25,6 +26,8 @@ from pst_ds.parallel.stall_verdict import VERDICT_FILE, StallReport, verdict_of
 
 _GRACE_SECONDS = 5.0
 _BACKSTOP_SECONDS = 30.0
+_ARM_SECONDS = 1.0
+"""The backstop, which takes a thread each time, is put off no more often."""
 _EXIT_CODE = 1
 _COLLECTIVE_FILES = (os.path.join("torch", "distributed", ""), os.path.join("deepspeed", "comm", ""))
 _DEEPSPEED_FILES = os.path.join("deepspeed", "")
@@ -38,7 +41,7 @@ class Watchdog:
         self._rank, self._world = rank(), world_size()
         self._main = threading.get_ident()
         self._closed = threading.Event()
-        self._beats = 0
+        self._beats, self._armed = 0, -math.inf
         self.heartbeat("start")
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -47,7 +50,8 @@ class Watchdog:
         self._last, self._doing, self._beats = time.monotonic(), doing, self._beats + 1
         self._worker = worker
         # for a main thread that never gives the interpreter to ours; this one is C and needs no interpreter
-        if sys.__stderr__ is not None:
+        if sys.__stderr__ is not None and self._last - self._armed >= _ARM_SECONDS:
+            self._armed = self._last
             after = self._timeout + _GRACE_SECONDS + _BACKSTOP_SECONDS
             faulthandler.dump_traceback_later(after, exit=True, file=sys.__stderr__)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from pst_ds.core.experts.tokens import of_equal_numbers, shares_of_zeros
-from pst_ds.monitor.images import coloured, share_on_scale
+from pst_ds.monitor.images import shaded, share_on_scale
 from pst_ds.report.layer_pictures import HeatMap, column_ticks, packed, png_uri
 from pst_ds.report.run_data import RunData
 
@@ -38,6 +38,6 @@ def _map(
 ) -> HeatMap:  # fmt: skip
     numbers = range(values.shape[1])
     return HeatMap(
-        title, note, png_uri(coloured(on_scale)), scale, column_ticks(numbers), list(table), [str(i) for i in numbers],
+        title, note, png_uri(shaded(on_scale)), scale, column_ticks(numbers), list(table), [str(i) for i in numbers],
         packed(values), "expert",
     )  # fmt: skip

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from pst_ds.monitor.images import FLIP_DECADES, coloured, filled_bins, flips_on_scale, histogram, share_on_scale
+from pst_ds.monitor.images import FLIP_DECADES, filled_bins, flips_on_scale, histogram, png_of, shaded, share_on_scale
 from pst_ds.report.axes import LEFT, RIGHT, Tick, short, whole
 from pst_ds.report.layer_data import LayerData, Picture
 from pst_ds.report.run_data import RunData
@@ -69,7 +68,7 @@ def _heat_map(
     columns = layers.column_steps()
     texts = [whole(first) if first == last else f"{first:,} to {last:,}" for first, last in columns]
     ticks = column_ticks([first for first, _ in columns])
-    return HeatMap(title, note, png_uri(coloured(on_scale)), scale, ticks, layers.names, texts, packed(values))
+    return HeatMap(title, note, png_uri(shaded(on_scale)), scale, ticks, layers.names, texts, packed(values))
 
 
 def column_ticks(numbers: Sequence[int]) -> list[Tick]:
@@ -85,12 +84,8 @@ def packed(values: np.ndarray) -> str:
 
 
 def png_uri(pixels: np.ndarray) -> str:
-    """Encode (height, width, 4) uint8 pixels as a data URI."""
-    from PIL import Image
-
-    png = io.BytesIO()
-    Image.fromarray(pixels).save(png, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode('ascii')}"
+    """Return a picture as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(png_of(pixels, smallest=True)).decode('ascii')}"
 
 
 def layer_pictures(run: RunData) -> Iterator[tuple[str, list[Snapshot]]]:
@@ -121,4 +116,4 @@ def _scores(line: Picture) -> Snapshot:
 def _mask(line: Picture) -> Snapshot:
     share = np.array(line["share"], dtype=float)
     caption = f"cells keep {share.min():.1%} to {share.max():.1%}"
-    return Snapshot("mask", line["step"], png_uri(coloured(share_on_scale(line["share"]))), caption)
+    return Snapshot("mask", line["step"], png_uri(shaded(share_on_scale(line["share"]))), caption)

@@ -329,8 +329,9 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
     losses, tokens = [float(f"{value:.6g}") for value in state.losses], state.tokens
     loss = sum(state.losses) / len(state.losses)
     parts = loop.clock.read()
-    of_ranks = all_gather_objects((peak_memory_bytes(loop.device), state.waited_seconds, *parts.values()))
-    memory, waited, *spent = (max(values) for values in zip(*of_ranks, strict=True))
+    own = [peak_memory_bytes(loop.device), state.waited_seconds, *parts.values()]
+    of_ranks = all_gather_numbers(torch.tensor(own, dtype=torch.float64, device=loop.device))
+    memory, waited, *spent = of_ranks.amax(0).tolist()
     state.losses.clear()
     state.tokens, state.waited_seconds = 0, 0.0
     elapsed = loop.metrics.seconds - state.last_report_seconds
@@ -350,7 +351,7 @@ def _report_if_due(loop: Loop, state: LoopState) -> None:
         "tokens_per_second_per_rank": per_second / world_size(),
         **{f"time/{part}": seconds / elapsed for part, seconds in zip(parts, spent, strict=True) if elapsed > 0},
         "data_wait": waited / elapsed if elapsed > 0 else 0.0,
-        "peak_memory_bytes": memory,
+        "peak_memory_bytes": int(memory),
         "skipped_steps": loop.engine.skipped_steps,
         **loop.pace.figures(),
         **token_figures(tokens_by_module(loop.engine.module)),

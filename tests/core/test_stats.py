@@ -9,6 +9,7 @@ import torch
 
 from pst_ds.core import stats
 from pst_ds.core.factors import Constants, Factors
+from pst_ds.core.keys import order_keys
 from pst_ds.core.layout import Rect, WeightLayout, shard_tiles
 
 CONSTANTS = Constants(alpha1=0.7, alpha2=1.9, beta=-1.3)
@@ -155,3 +156,30 @@ def test_cells_count_every_weight_once_whatever_the_shards(shape, world_size):
     assert torch.equal(counts, expected)
     assert torch.equal(stats.weights_by_cell(shape), size)
     assert max(cells) <= stats.THUMBNAIL_CELLS
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 64), (40, 61)])
+def test_moments_of_keys_and_squares_are_those_of_the_numbers(native, shape, monkeypatch):
+    if not native:
+        monkeypatch.setattr(stats, "library", lambda: None)
+    scores, weights = _normal(*shape) - 0.5, _normal(*shape, seed=1)
+    found = stats.score_moments(order_keys(scores), weights, 0.25)
+    expected = stats.moment_sums(scores, weights.double().abs() / 0.25)
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-12)
+    for values in (weights, weights.bfloat16(), weights[:, : shape[1] // 2 + 1], weights.t(), weights.double()):
+        found = stats.square_sum(values)
+        assert found.dtype == torch.float64
+        assert float(found) == pytest.approx(
+            float((values.double() ** 2).sum()), rel=1e-6 if values.dtype == torch.float64 else 1e-12
+        )
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_what_is_not_finite_is_not_in_moments_either(native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(stats, "library", lambda: None)
+    weights = _normal(4, 9)
+    weights[3, 8] = math.inf
+    assert stats.score_moments(order_keys(weights), weights, 1.0).isfinite().tolist() == [False] * 5
+    assert not stats.square_sum(weights).isfinite()

@@ -54,9 +54,10 @@ def _pictures(board, tag):
     for event in board.Tensors(tag):
         width, height, png = make_ndarray(event.tensor_proto)
         assert event.step not in found
-        found[event.step] = picture = Image.open(io.BytesIO(png))
+        picture = Image.open(io.BytesIO(png))
         assert picture.size == (int(width), int(height))
-        assert picture.mode == "RGBA"
+        assert picture.mode == "P"
+        found[event.step] = picture.convert("RGBA")
     return found
 
 

@@ -58,6 +58,12 @@ class Case:
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         transformers.LlamaForCausalLM._from_config(config, dtype=dtype).save_pretrained(folder)
 
+    def write_inputs(self, folder: Path) -> None:
+        """Write the model, a text, and a run file to be filled by :meth:`arguments`."""
+        self.write_model(folder / "model")
+        (folder / "run.toml").write_text("", encoding="utf-8")
+        (folder / "text.jsonl").write_text(40 * Path(TEXT).read_text(encoding="utf-8"), encoding="utf-8")
+
     def arguments(self, folder: Path) -> list[str]:
         """The run file in ``folder`` and what is set over it."""
         settings = [
@@ -140,9 +146,7 @@ def line(need: Need, outcomes: list[Outcome]) -> str:
 
 def planned(case: Case, folder: Path) -> Need:
     """Write the model and the run into ``folder``, and plan it."""
-    case.write_model(folder / "model")
-    (folder / "run.toml").write_text("", encoding="utf-8")
-    (folder / "text.jsonl").write_text(40 * Path(TEXT).read_text(encoding="utf-8"), encoding="utf-8")
+    case.write_inputs(folder)
     words = ["plan", *case.arguments(folder), "--json", "--ranks", str(case.ranks), "--machine", "cpu"]
     done = subprocess.run([sys.executable, "-m", "pst_ds", *words], capture_output=True, text=True, check=True)
     plan: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

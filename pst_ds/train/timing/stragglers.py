@@ -83,13 +83,16 @@ class Pace:
 
     hosts: Sequence[str]
     _steps: deque[np.ndarray] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    _is_slow: deque[np.ndarray] = field(default_factory=lambda: deque(maxlen=WINDOW))
     _memory: np.ndarray = field(default_factory=lambda: np.zeros(0))
     _named: int | None = None
 
     def add(self, seconds: Sequence[float], memory: Sequence[float]) -> None:
         """Note a step: a number for every rank. One without a rank that was measured does not count."""
         if all(seconds):
-            self._steps.append(np.array(seconds))
+            step = np.array(seconds)
+            self._steps.append(step)
+            self._is_slow.append(step > _typical(step) * SLOWER + LEAST_SECONDS)
         self._memory = np.array(memory)
 
     def figures(self) -> dict[str, float]:
@@ -110,12 +113,10 @@ class Pace:
         """Return the straggler, if there is one now."""
         if len(self._steps) < WINDOW:
             return None
-        steps = np.stack(self._steps)
-        is_slow = steps > np.apply_along_axis(_typical, 1, steps)[:, None] * SLOWER + LEAST_SECONDS
-        slow = is_slow.sum(0) >= LEAST_SLOW
+        slow = np.sum(self._is_slow, axis=0) >= LEAST_SLOW
         if not slow.any():
             return None
-        seconds = np.median(steps, axis=0)
+        seconds = np.median(self._steps, axis=0)
         rank = int(np.where(slow, seconds, 0.0).argmax())
         figures = float(seconds[rank]), float(_typical(seconds)), int(self._memory[rank])
         return Straggler(rank, self.hosts[rank], *figures, others=int(slow.sum()) - 1)
