@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 PROCESS_BYTES = 300 << 20
 """A rank after its imports, as far as no file backs it: measured."""
-SCATTERED = 0.05
-"""Of all that a run takes, what the allocator holds in pieces too small for the next tensor."""
+SCATTERED = 0.11
+"""Of all that a run takes, what the allocator holds in pieces too small for the next tensor: with it, no run of
+tools.bench.fits took more than is enough."""
 SCATTERED_AMONG_KEPT = 0.3
 """The same of activations that are kept to the backward pass, between which others come and go."""
 LEAST_SHARE = 0.8
