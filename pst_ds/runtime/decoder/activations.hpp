@@ -5,6 +5,20 @@
 
 namespace pst {
 
+// How numbers become integers of -levels .. levels: times `inverse`, to nearest; `scale` takes them back. Both are 0 where all
+// numbers are, or nearly; with an infinity or a NaN among them the scale is NaN.
+struct Rounding {
+    float scale = 0, inverse = 0;
+
+    // largest_bits: of the largest |x|, of which those of infinities and NaN are the largest of all.
+    Rounding(int32_t largest_bits, float levels) {
+        float largest;
+        std::memcpy(&largest, &largest_bits, 4);
+        if (largest_bits >= 0x7f800000) scale = __builtin_nanf("");
+        else if (largest > 1e-30f) scale = largest / levels, inverse = levels / largest;
+    }
+};
+
 // `tokens` vectors rounded to integers. Each is q, and in planes: the low byte and the high one, which kernels of WORDS
 // take as unsigned (q + 2^15). Zeros follow a vector's columns, as many as a load may read past them. Or they are bytes,
 // of 8 bits with a scale for each word of columns: low alone has them.

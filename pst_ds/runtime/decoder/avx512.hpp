@@ -310,19 +310,16 @@ inline void quantize_to_bytes(const Matrix& m, const float* x, int64_t token, Ac
             part[i] = _mm512_maskz_loadu_ps(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0, x + 16 * i);
             most = (__m512)_mm512_max_epi32((__m512i)most, (__m512i)_mm512_abs_ps(part[i]));  // of a NaN the largest too
         }
-        const int32_t bits = _mm512_reduce_max_epi32((__m512i)most);
-        float largest, scale = 0, inverse = 0;
-        std::memcpy(&largest, &bits, 4);
-        if (bits >= 0x7f800000) scale = __builtin_nanf("");
-        else if (largest > 1e-30f) scale = largest / 127, inverse = 127 / largest;
+        const Rounding rounding(_mm512_reduce_max_epi32((__m512i)most), 127);
+        const __m512 inverse = _mm512_set1_ps(rounding.inverse);
         __m512i sum = _mm512_setzero_si512();
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-            const __m512i q = inverse > 0 ? _mm512_cvtps_epi32(_mm512_mul_ps(part[i], _mm512_set1_ps(inverse))) : _mm512_setzero_si512();
+            const __m512i q = rounding.inverse > 0 ? _mm512_cvtps_epi32(_mm512_mul_ps(part[i], inverse)) : _mm512_setzero_si512();
             sum = _mm512_add_epi32(sum, q);
             _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + c * m.word + 16 * i), _mm512_cvtepi32_epi8(q));
         }
-        to.scales[size_t(token * to.chunks + c)] = scale;
+        to.scales[size_t(token * to.chunks + c)] = rounding.scale;
         to.sums[size_t(token * to.chunks + c)] = -128 * _mm512_reduce_add_epi32(sum);
     }
 }

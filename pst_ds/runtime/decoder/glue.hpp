@@ -35,18 +35,12 @@ inline void quantize(const Matrix& m, const float* x, int64_t token, Activations
     uint8_t *low = to.low.data() + token * to.stride, *high = to.high.data() + token * to.stride;
     for (int64_t c = 0; c < to.chunks; ++c) {
         const int64_t begin = c * m.chunk, count = m.chunk_end(c) - begin;
-        const int32_t bits = largest_bits(x + begin, count);
-        float largest, scale = 0, inverse = 0;
-        std::memcpy(&largest, &bits, 4);
-        if (bits >= 0x7f800000)
-            scale = __builtin_nanf("");
-        else if (largest > 1e-30f)
-            scale = largest / float(m.levels), inverse = float(m.levels) / largest;
-        to.scales[size_t(token * to.chunks + c)] = scale;
-        if (inverse == 0)
-            std::memset(q + begin, 0, size_t(count) * sizeof(int16_t));
+        const Rounding rounding(largest_bits(x + begin, count), float(m.levels));
+        to.scales[size_t(token * to.chunks + c)] = rounding.scale;
+        if (rounding.inverse > 0)
+            round_to_integers(x + begin, count, rounding.inverse, q + begin);
         else
-            round_to_integers(x + begin, count, inverse, q + begin);
+            std::memset(q + begin, 0, size_t(count) * sizeof(int16_t));
         if (WORDS_FIRST) continue;  // these kernels take a matrix's offsets instead of sums
         int32_t sum = 0;
         for (int64_t i = begin; i < begin + count; ++i) sum += q[i];

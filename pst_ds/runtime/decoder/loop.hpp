@@ -61,7 +61,7 @@ struct Embedding {
             if (bits == 16) std::memcpy(&narrow, row + 2 * i, 2);
             if (bits == 16) to[i] = widen(narrow);
             if (bits == 8) to[i] = float(int8_t(row[i]));
-            if (bits == 4) to[i] = float((((i % 2 ? row[i / 2] >> 4 : row[i / 2]) & 15) ^ 8) - 8);
+            if (bits == 4) to[i] = float(nibble(row[i / 2], i % 2));
             if (bits <= 8) to[i] *= widen(scales[id * groups + i / group]);
             to[i] *= scale;
         }
@@ -134,16 +134,15 @@ class Decoder {
         } else if (shape.cache_bits == 16) {
             for (int64_t i = 0; i < shape.head; ++i) narrow(from[i], reinterpret_cast<bf16*>(row) + i);
         } else {
-            float largest = 0;
-            bool finite = true;
+            int32_t largest = 0, bits;
             for (int64_t i = 0; i < shape.head; ++i) {
-                largest = std::max(largest, std::abs(from[i]));
-                finite = finite && std::abs(from[i]) < 3e38f;
+                std::memcpy(&bits, from + i, 4);
+                largest = std::max(largest, bits & 0x7fffffff);
             }
-            const float inverse = finite && largest > 1e-30f ? 127 / largest : 0;
+            const Rounding rounding(largest, 127);
             for (int64_t i = 0; i < shape.head; ++i)
-                row[i] = uint8_t(inverse > 0 ? int8_t(std::lrint(from[i] * inverse)) : 0);
-            to.scales[position] = finite ? largest / 127 : __builtin_nanf("");
+                row[i] = uint8_t(rounding.inverse > 0 ? int8_t(std::lrint(from[i] * rounding.inverse)) : 0);
+            to.scales[position] = rounding.scale;
         }
     }
 

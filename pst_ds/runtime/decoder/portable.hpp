@@ -10,8 +10,6 @@ inline void code_rows(const ProductJob& job, int64_t block, int64_t token) {
     for (int64_t c = 0; c < m.chunks(); ++c) {
         int32_t sum[ROWS] = {};
         const auto add = [&](int64_t row, int64_t column, int code) { sum[row] += code * q[column]; };
-        const auto low = [](uint8_t byte) { return ((byte & 15) ^ 8) - 8; };
-        const auto high = [](uint8_t byte) { return ((byte >> 4) ^ 8) - 8; };
         if (windows) {
             int64_t at = c * m.chunk;
             for (int step = 0; step < m.steps[size_t(block * m.chunks() + c)]; ++step, data += m.bits == 4 ? 32 : 48) {
@@ -20,7 +18,7 @@ inline void code_rows(const ProductJob& job, int64_t block, int64_t token) {
                     for (int i = 0; i < 16; ++i) {
                         const int64_t column = at + (window ? data[i] >> 4 : data[i] & 15);
                         const uint8_t byte = data[16 + window * 8 + i % 8 + (m.bits == 8 ? i / 8 * 16 : 0)];
-                        add(i / 2, column, m.bits == 8 ? int8_t(byte) : i < 8 ? low(byte) : high(byte));
+                        add(i / 2, column, m.bits == 8 ? int8_t(byte) : nibble(byte, i >= 8));
                     }
                 }
             }

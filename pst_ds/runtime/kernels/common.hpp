@@ -80,6 +80,9 @@ inline uint32_t mask_word(const uint8_t* row, int64_t bytes_per_row, int64_t col
     return word;
 }
 
+// The lower or upper of two 4-bit codes of a byte.
+inline int nibble(uint8_t pair, int64_t upper) { return ((upper ? pair >> 4 : pair & 15) ^ 8) - 8; }
+
 inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
 // Memory that a thread keeps from call to call, aligned to a cache line.

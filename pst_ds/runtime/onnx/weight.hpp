@@ -13,9 +13,6 @@
 
 namespace pst {
 
-// The lower or upper of two 4-bit codes of a byte.
-inline int nibble(uint8_t pair, int64_t upper) { return int((upper ? pair >> 4 : pair & 15) ^ 8) - 8; }
-
 // The parts of a weight of `rows` by `cols`, as in core/formats: a bitmask, and the values it keeps, row after row.
 struct Parts {
     enum Kind { FP32, BF16, CODES8, CODES4 };
