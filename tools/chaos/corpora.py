@@ -102,7 +102,7 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder for texts, stores and runs")
-    parser.add_argument("--words", type=int, default=2100, help="of each corpus (default: 2100)")
+    parser.add_argument("--words", type=int, default=1500, help="of each corpus (default: 1500)")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence (default: 128)")
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step, over both ranks (default: 4)")
     return parser
