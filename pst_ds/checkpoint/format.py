@@ -7,6 +7,8 @@ A folder with
                                            "exp_avg" and "exp_avg_sq" (fp32) of its part of every trainable parameter,
                                            and "mask" (uint8), the bits of its part of every pruned weight; of a run
                                            that rounds, also "scales" (uint8), its part of the bytes of bf16 scales
+    host-00001-of-00002.safetensors, ...   or one file for the ranks of each host, with those tensors of rank 3 named
+                                           "master/3" and so on
     SHA256SUMS                             of all the above, as ``sha256sum -c`` reads it
 
 The frozen weights are the base model's and are not copied. There is no pickle, only safetensors and JSON, and a folder
@@ -19,7 +21,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from pst_ds.atomic_files import file_sha256
 from pst_ds.checkpoint.chunks import ChunkedTensors
+from pst_ds.checkpoint.file_names import TensorFiles, is_tensor_file
 from pst_ds.core.bits import pack_shard, shard_bytes, shard_numel, shard_range, unpack_shard
 from pst_ds.core.quantization import SCALE_DTYPE, Grid, scales_of_bytes
 from pst_ds.errors import InputError
@@ -38,11 +40,10 @@ from pst_ds.parallel.optimizer_state import KINDS, MASTER
 if TYPE_CHECKING:
     from safetensors import safe_open
 
-FORMAT, READ_FORMATS = 3, (2, 3)
-"""2 has neither scales nor a grid."""
+FORMAT, HOSTS_FORMAT, READ_FORMATS = 3, 4, (2, 3, 4)
+"""2 has neither scales nor a grid; 4 is written where ranks of a host share a file."""
 MANIFEST, SUMS, MASK, SCALES = "manifest.json", "SHA256SUMS", "mask", "scales"
 SCALE_BYTES = SCALE_DTYPE.itemsize
-_SHARD_NAME = re.compile(r"shard-(\d{5,})-of-(\d{5,})\.safetensors")
 
 
 class CheckpointError(InputError):
@@ -94,6 +95,13 @@ class Contents:
     """Bits of the codes that weights are rounded to, and inputs that share a scale, or 0 for all; None without."""
     scales: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Shape of each PST layer's scales as the weight is stored, in the order of the files' bytes; cut evenly."""
+    hosts: list[list[int]] | None = None
+    """Shards that lie in each file, where ranks of a host wrote one together; None for a file each."""
+
+    @property
+    def files(self) -> TensorFiles:
+        """The files that the shards lie in. Raises ValueError."""
+        return TensorFiles(self.num_shards, self.hosts)
 
     @property
     def value_grid(self) -> Grid | None:
@@ -105,7 +113,7 @@ class Checkpoint:
     """A checkpoint opened for reading; its values are read from disk on request."""
 
     def __init__(self, folder: Path, state: CheckpointState, contents: Contents):
-        self.folder, self.state, self.contents = folder, state, contents
+        self.folder, self.state, self.contents, self.files = folder, state, contents, contents.files
         sizes = {name: torch.Size(shape).numel() for name, shape in contents.trained.items()}
         self._tensors = ChunkedTensors(sizes, contents.num_shards, contents.cuts)
         scale_bytes = {name: SCALE_BYTES * math.prod(shape) for name, shape in contents.scales.items()}
@@ -176,13 +184,15 @@ class Checkpoint:
             found.append(unpack_shard(data, last - first // 8 * 8)[first % 8 :])
         return torch.cat(found)
 
-    def check_shard(self, file: int) -> None:
+    def check_file(self, file: int) -> None:
         """Raise CheckpointError if the tensors of a file have not the types and sizes that the manifest says."""
-        path = self.folder / shard_name(file, self.contents.num_shards)
-        values = self._tensors.length(file)
-        wanted = {kind: ("F32", [values]) for kind in KINDS} | {MASK: ("U8", [self._mask_bytes])}
-        if self.contents.scales:
-            wanted[SCALES] = ("U8", [self._scales.length(file)])
+        path = self.folder / self.files.name(file)
+        wanted: dict[str, tuple[str, list[int]]] = {}
+        for shard in self.files.shards(file):
+            found = dict.fromkeys(KINDS, ("F32", [self._tensors.length(shard)])) | {MASK: ("U8", [self._mask_bytes])}
+            if self.contents.scales:
+                found[SCALES] = ("U8", [self._scales.length(shard)])
+            wanted |= {self.files.key(key, shard): about for key, about in found.items()}
         with _opened(path) as tensors:  # not kept: a process may have fewer open files than a checkpoint has
             slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118  not iterable
             held = {key: (values.get_dtype(), values.get_shape()) for key, values in slices.items()}
@@ -197,12 +207,12 @@ class Checkpoint:
         shape = torch.Size(self.contents.trained[name])
         return self.values(name, MASTER, 0, shape.numel()).view(shape)
 
-    def _tensor(self, file: int, key: str) -> Any:
-        return self._handle(file).get_slice(key)
+    def _tensor(self, shard: int, key: str) -> Any:
+        return self._handle(self.files.file_of(shard)).get_slice(self.files.key(key, shard))
 
     def _handle(self, file: int) -> safe_open:
         if file not in self._open:
-            self._open[file] = _opened(self.folder / shard_name(file, self.contents.num_shards))
+            self._open[file] = _opened(self.folder / self.files.name(file))
         return self._open[file]
 
 
@@ -243,17 +253,17 @@ def most_bytes(trained: int, masked: int, scales: int = 0) -> int:
     return trained * 12 + masked // 8 + scales * SCALE_BYTES + 10**6
 
 
-def shard_name(file: int, num_shards: int) -> str:
-    return f"shard-{file + 1:05d}-of-{num_shards:05d}.safetensors"
-
-
 def sums_text(sums: Mapping[str, str]) -> str:
     """Return the content of SHA256SUMS for file names with their sums."""
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
 
 
 def manifest_bytes(state: CheckpointState, contents: Contents) -> bytes:
-    table = {"format": FORMAT, "state": asdict(state), "contents": asdict(contents)}
+    of_contents = asdict(contents)
+    if contents.hosts is None:
+        del of_contents["hosts"]
+    number = FORMAT if contents.hosts is None else HOSTS_FORMAT
+    table = {"format": number, "state": asdict(state), "contents": of_contents}
     return (json.dumps(table, indent=1) + "\n").encode()
 
 
@@ -261,8 +271,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Open the checkpoint in ``folder`` and verify all its files. Raises CheckpointError, naming the file."""
     checkpoint = open_checkpoint(folder)
     check_sums(folder, {name: file_sha256(folder / name) for name in listed_files(folder)})
-    for file in range(checkpoint.contents.num_shards):
-        checkpoint.check_shard(file)
+    for file in range(checkpoint.files.count):
+        checkpoint.check_file(file)
     return checkpoint
 
 
@@ -279,7 +289,7 @@ def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
 
 
 def listed_files(folder: Path) -> list[str]:
-    """Return the names of manifest and shards in ``folder``. Raises CheckpointError for a missing or foreign file."""
+    """Return the names of the manifest and the files of tensors. Raises CheckpointError for one missing or foreign."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else []
     names = [entry.name for entry in entries]
     for name in (MANIFEST, SUMS):
@@ -288,10 +298,10 @@ def listed_files(folder: Path) -> list[str]:
     for entry in entries:  # whose kinds the folder itself knows, without a call for each
         if not entry.is_file(follow_symlinks=False):
             raise CheckpointError(f"{entry.path} is a link or a folder; a checkpoint holds plain files only")
-        if entry.name not in (MANIFEST, SUMS) and not _SHARD_NAME.fullmatch(entry.name):
+        if entry.name not in (MANIFEST, SUMS) and not is_tensor_file(entry.name):
             raise CheckpointError(
                 f"{entry.path} does not belong in a checkpoint, which holds {MANIFEST}, {SUMS} and "
-                "shard-*.safetensors; it was not opened. Move it elsewhere"
+                "shard-*.safetensors or host-*.safetensors; it was not opened. Move it elsewhere"
             )
     return [name for name in names if name != SUMS]
 
@@ -320,12 +330,14 @@ def open_checkpoint(folder: Path, names: Sequence[str] | None = None) -> Checkpo
         _require_keys(table, {"format", "state", "contents"}, "its parts")
         if number == 2:
             table["contents"] |= {"grid": None, "scales": {}}
+        if number < HOSTS_FORMAT:
+            table["contents"]["hosts"] = None
         state, contents = _state(table["state"]), _contents(table["contents"])
         checkpoint = Checkpoint(folder, state, contents)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from None
-    shards = range(min(contents.num_shards, len(names) + 1))  # enough to name one that is missing
-    wanted = {MANIFEST, *(shard_name(i, contents.num_shards) for i in shards)}
+    files = range(min(checkpoint.files.count, len(names) + 1))  # enough to name one that is missing
+    wanted = {MANIFEST, *map(checkpoint.files.name, files)}
     for name in sorted(wanted ^ set(names)):
         raise CheckpointError(f"{folder / name} is {'missing' if name in wanted else 'not in the manifest'}")
     return checkpoint
@@ -356,7 +368,7 @@ def _state(table: dict[str, Any]) -> CheckpointState:
 def _contents(table: dict[str, Any]) -> Contents:
     """Build the contents from their JSON. Raises ValueError or TypeError for impossible values."""
     _require_keys(table, {f.name for f in fields(Contents)}, "contents")
-    cuts, grid = table["cuts"], table["grid"]
+    cuts, grid, hosts = table["cuts"], table["grid"], table["hosts"]
     contents = Contents(
         num_shards=_count(table["num_shards"], 1),
         trained={name: tuple(_count(n) for n in shape) for name, shape in table["trained"].items()},
@@ -365,6 +377,7 @@ def _contents(table: dict[str, Any]) -> Contents:
         cuts=None if cuts is None else [[(_count(i), _count(a), _count(b)) for i, a, b in of_file] for of_file in cuts],
         grid=None if grid is None else _grid(*grid),
         scales={name: (_count(rows, 1), _count(cols, 1)) for name, (rows, cols) in table["scales"].items()},
+        hosts=None if hosts is None else [[_count(shard) for shard in of_host] for of_host in hosts],
     )
     if set(contents.steps) != set(contents.trained):
         raise ValueError("steps are not those of the trained parameters")

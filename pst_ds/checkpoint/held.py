@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pst_ds.atomic_files import PARTIAL
 from pst_ds.checkpoint.format import CheckpointState
+from pst_ds.checkpoint.host_file import plan_host_file
 from pst_ds.checkpoint.own_part import OwnPart
 from pst_ds.checkpoint.retention import step_name
 from pst_ds.checkpoint.writer import CheckpointFile
@@ -34,15 +35,16 @@ class HeldStates:
     trainable values and its mask bits, into memory that is kept.
 
     No rank ends a step before all have begun it, so the last step of the slowest rank is one of the two that each
-    holds. Making it is collective.
+    holds. ``file_of_host`` as for a CheckpointWriter. Making it is collective.
     """
 
-    def __init__(self, folder: Path, engine: Engine):
+    def __init__(self, folder: Path, engine: Engine, *, file_of_host: bool = False):
         self._folder = folder
         self.group = StoreGroup()
         """Of the thread that calls :meth:`save`."""
-        self._file = CheckpointFile(folder, engine, _ENDING, self.group)
         self._parts = (OwnPart(engine), OwnPart(engine))
+        together = plan_host_file(self._parts[0].lengths()) if file_of_host else None
+        self._file = CheckpointFile(folder, engine, _ENDING, self.group, together)
         self._states: list[CheckpointState | None] = [None, None]
         self._newest = 0
         self._masks: object = self

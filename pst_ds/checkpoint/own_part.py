@@ -38,6 +38,17 @@ class OwnPart:
         self._copies: dict[str, Tensor] = {}
         self._shares_masks = False
 
+    def lengths(self) -> dict[str, tuple[torch.dtype, int]]:
+        """Return the type and the number of values of each tensor that :meth:`copy` makes."""
+        values = sum(fragment.stop - fragment.start for fragment in self._own_fragments())
+        masks = sum(shard_bytes(layer.layout.numel, world_size()) for layer in self._layers.values())
+        found = dict.fromkeys(optimizer_state.KINDS, (torch.float32, values)) | {MASK: (torch.uint8, masks)}
+        if scales := [
+            _scale_share(p).numel() for layer in self._layers.values() if (p := layer.pst_scales) is not None
+        ]:
+            found[SCALES] = (torch.uint8, sum(scales))
+        return found
+
     def copy(self, masks_of: OwnPart | None = None) -> None:
         """Copy what the engine has now; the masks are those that ``masks_of`` has copied, if it is given, and are then
         shared. Does not communicate."""

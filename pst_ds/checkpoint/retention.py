@@ -75,8 +75,8 @@ def _verified(path: Path) -> tuple[Checkpoint | None, str]:
         names = of_main(lambda: listed_files(path))
         checkpoint = open_checkpoint(path, names)
         sums = {name: file_sha256(path / name) for name in names[rank() :: world_size()]}
-        for file in range(rank(), checkpoint.contents.num_shards, world_size()):
-            checkpoint.check_shard(file)
+        for file in range(rank(), checkpoint.files.count, world_size()):
+            checkpoint.check_file(file)
     except (CheckpointError, OSError) as error:
         problem = str(error)
     gathered = all_gather_objects((problem, sums))
@@ -119,8 +119,8 @@ def _learn(path: Path, known: Known) -> bool:
     """Return whether a checkpoint is good, and make it known if it is."""
     try:
         checkpoint = open_checkpoint(path)
-        for file in range(checkpoint.contents.num_shards):
-            checkpoint.check_shard(file)
+        for file in range(checkpoint.files.count):
+            checkpoint.check_file(file)
     except (CheckpointError, OSError):
         return False
     known[path.name] = checkpoint.state.progress.get("best_step")

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from pst_ds.atomic_files import PARTIAL, publish, sync, write_new, write_pieces
+from pst_ds.checkpoint.file_names import shard_name
 from pst_ds.checkpoint.format import (
     MANIFEST,
     SUMS,
@@ -22,9 +23,9 @@ from pst_ds.checkpoint.format import (
     Contents,
     manifest_bytes,
     most_bytes,
-    shard_name,
     sums_text,
 )
+from pst_ds.checkpoint.host_file import HostFile, plan_host_file
 from pst_ds.checkpoint.own_part import OwnPart
 from pst_ds.checkpoint.restore import grid_numbers, scale_shapes, trainable
 from pst_ds.nn.inject import pst_layers
@@ -50,11 +51,14 @@ class SaveResult:
 
 @dataclass(frozen=True, slots=True)
 class _Report:
-    """A rank's report on its part."""
+    """A rank's report on its part, and on a file that is whole."""
 
     error: str
+    file: str
+    """Name of the file that it has the digest of; "" where another rank of the host does."""
     digest: str
     bytes: int
+    """Of that file."""
     cuts: list[tuple[int, int, int]]
     steps: dict[str, int]
 
@@ -64,11 +68,14 @@ class CheckpointWriter:
 
     :meth:`save` copies this rank's part (12 bytes for each trainable value, and its mask bits) and returns; a thread
     writes it, exchanges reports with the other ranks, and names the folder once everything is on disk. The memory of
-    the copy is kept for the next save; the file is written from it. Making a writer, and :meth:`save`, are collective.
+    the copy is kept for the next save; the file is written from it. With ``file_of_host`` the ranks of a host write one
+    file. Making a writer, and :meth:`save`, are collective.
     """
 
-    def __init__(self, folder: Path, engine: Engine):
-        self._file, self._part = CheckpointFile(folder, engine), OwnPart(engine)
+    def __init__(self, folder: Path, engine: Engine, *, file_of_host: bool = False):
+        self._part = OwnPart(engine)
+        together = plan_host_file(self._part.lengths()) if file_of_host else None
+        self._file = CheckpointFile(folder, engine, together=together)
         self._thread: threading.Thread | None = None
         self._outcome: SaveResult | None = None
 
@@ -112,11 +119,19 @@ class CheckpointWriter:
 
 class CheckpointFile:
     """Writes the folder of a checkpoint in ``folder`` from what every rank has taken. ``ending`` is that of the folder
-    until it is whole; writers that may be at work at a time have different ones. Making it, and its method, are
-    collective, the method over the threads that call it."""
+    until it is whole; writers that may be at work at a time have different ones. ``together`` is the file of this
+    rank's host, if its ranks have one. Making it, and its method, are collective, the method over the threads that call
+    it."""
 
-    def __init__(self, folder: Path, engine: Engine, ending: str = PARTIAL, beside: StoreGroup | None = None):
-        self._folder, self._model, self._ending = folder, engine.module, ending
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        ending: str = PARTIAL,
+        beside: StoreGroup | None = None,
+        together: HostFile | None = None,
+    ):
+        self._folder, self._model, self._ending, self._together = folder, engine.module, ending, together
         self._group = StoreGroup(beside)
 
     def write(
@@ -141,17 +156,28 @@ class CheckpointFile:
             return problem, size
 
         try:
-            return self._group.decide(_write_shard(partial, part), finish)
+            return self._group.decide(self._write_own(partial, part), finish)
         except Exception as error:  # of the exchange: another rank is gone, and this one will hear of it in training
             return ("" if is_there else _in_words(error)), 0
+
+    def _write_own(self, partial: Path, part: OwnPart) -> _Report:
+        """Write what is this rank's. Collective where ranks share a file, which is read when all have written."""
+        file = self._together
+        if file is None:
+            return _report(partial, part, lambda: _write_shard(partial, part))
+        written = _report(partial, part, lambda: _write_part(partial, part, file))
+        if self._group.decide(bool(written.error), any) or not file.is_first:
+            return written
+        return _report(partial, part, lambda: (file.name, file.digest(partial), file.size))
 
     def _finish(
         self, partial: Path, name: str, state: CheckpointState, reports: Sequence[_Report], done: Callable[[], None]
     ) -> tuple[str, int]:
         """Write the manifest and the sums, and name the folder; return (problem, bytes)."""
         try:
-            sums = {shard_name(i, len(reports)): report.digest for i, report in enumerate(reports)}
-            manifest = manifest_bytes(state, _contents(self._model, reports))
+            sums = {report.file: report.digest for report in reports if report.file}
+            hosts = self._together.hosts if self._together else None
+            manifest = manifest_bytes(state, _contents(self._model, reports, hosts))
             sums[MANIFEST] = hashlib.sha256(manifest).hexdigest()
             for path in partial.iterdir():  # of a save by other ranks that was killed
                 if path.name not in sums:
@@ -167,19 +193,31 @@ class CheckpointFile:
         return "", sum(report.bytes for report in reports) + len(manifest) + len(listing)
 
 
-def _write_shard(partial: Path, part: OwnPart) -> _Report:
+def _report(partial: Path, part: OwnPart, write: Callable[[], tuple[str, str, int]]) -> _Report:
+    """Report on what ``write`` does in ``partial``: it returns a file that is whole, its digest and its bytes."""
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        kinds = {name: (held[0].dtype, (sum(map(Tensor.numel, held)),)) for name, held in part.tensors.items()}
-        header, slots, size = header_and_slots(kinds)
-        data = (tensor_bytes(piece.cpu()) for name in slots for piece in part.tensors[name])
-        digest = write_pieces(partial / shard_name(rank(), world_size()), itertools.chain([header], data))
+        return _Report("", *write(), part.cuts, part.steps)
     except Exception as error:  # MemoryError too: who does not report leaves the others waiting
-        return _Report(_in_words(error), "", 0, part.cuts, part.steps)
-    return _Report("", digest, size, part.cuts, part.steps)
+        return _Report(_in_words(error), "", "", 0, part.cuts, part.steps)
 
 
-def _contents(model: nn.Module, reports: Sequence[_Report]) -> Contents:
+def _write_shard(partial: Path, part: OwnPart) -> tuple[str, str, int]:
+    """Write a file of this rank alone; return its name, digest and bytes."""
+    kinds = {name: (held[0].dtype, (sum(map(Tensor.numel, held)),)) for name, held in part.tensors.items()}
+    header, slots, size = header_and_slots(kinds)
+    data = (tensor_bytes(piece.cpu()) for name in slots for piece in part.tensors[name])
+    name = shard_name(rank(), world_size())
+    return name, write_pieces(partial / name, itertools.chain([header], data)), size
+
+
+def _write_part(partial: Path, part: OwnPart, file: HostFile) -> tuple[str, str, int]:
+    """Write this rank's part of a file that is not whole yet."""
+    file.write_part(partial, part.tensors)
+    return "", "", 0
+
+
+def _contents(model: nn.Module, reports: Sequence[_Report], hosts: list[list[int]] | None) -> Contents:
     trained = trainable(model)
     steps = {name: 0 for name, _ in trained}
     for report in reports:
@@ -193,12 +231,13 @@ def _contents(model: nn.Module, reports: Sequence[_Report]) -> Contents:
         cuts=cuts if any(cuts) else None,
         grid=grid_numbers(model),
         scales=scale_shapes(model),
+        hosts=hosts,
     )
 
 
-def save_checkpoint(folder: Path, engine: Engine, state: CheckpointState) -> None:
+def save_checkpoint(folder: Path, engine: Engine, state: CheckpointState, *, file_of_host: bool = False) -> None:
     """Write ``folder`` whole or not at all, and wait for it. Collective. Raises OSError on every rank."""
-    writer = CheckpointWriter(folder.parent, engine)
+    writer = CheckpointWriter(folder.parent, engine, file_of_host=file_of_host)
     writer.save(folder.name, state)
     written = writer.wait()
     assert written is not None

@@ -86,6 +86,9 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; 0 saves only the best, the last, and when a signal asks for it."""
     keep_last: Positive = 2
     """Newest checkpoints to keep, besides the best one and the last."""
+    file_per: Literal["rank", "host"] = "rank"
+    """Whether every rank writes a file of its own, or the ranks of each host write one together: so many times fewer
+    files, which older versions refuse (docs/checkpoints.md)."""
     grace_seconds: Annotated[float, Ge(0.0), Lt(1e7)] = 0.0
     """Seconds between SIGTERM or SIGUSR1 and the kill, where that may be shorter than a step: each rank then holds a
     copy of what the last two steps have left, and when half of the time is over and the step is not, that is saved

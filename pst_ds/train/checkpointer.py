@@ -84,8 +84,9 @@ class Checkpointer:
             self._last_evaluated = (progress.evaluated_step, checkpoint.state.metrics)
             if is_main():
                 self._settle(step, self.best_step, step == num_steps)
-        self._writer = CheckpointWriter(folder, engine)
-        self._held = HeldStates(folder, engine) if run.checkpoint.grace_seconds else None
+        of_host = run.checkpoint.file_per == "host"
+        self._writer = CheckpointWriter(folder, engine, file_of_host=of_host)
+        self._held = HeldStates(folder, engine, file_of_host=of_host) if run.checkpoint.grace_seconds else None
         self._size_limit = size_limit(engine.module)
 
     def after_step(self, state: LoopState) -> None:

@@ -12,13 +12,13 @@ from safetensors.torch import save
 
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.chunks import ChunkedTensors
+from pst_ds.checkpoint.file_names import shard_name
 from pst_ds.checkpoint.format import (
     Checkpoint,
     CheckpointState,
     Contents,
     listed_files,
     manifest_bytes,
-    shard_name,
     sums_text,
 )
 from pst_ds.checkpoint.retention import keep, newest_valid, step_folders, step_name
@@ -77,8 +77,8 @@ def test_a_rank_asks_for_its_own_file_and_what_lists_them(folder, monkeypatch):
 def test_what_is_known_to_be_good_is_not_read_again(folder, tmp_path, monkeypatch):
     for step in (1, 2, 3):
         shutil.copytree(folder / step_name(1), tmp_path / step_name(step), copy_function=os.link)
-    read, original = [], Checkpoint.check_shard
-    monkeypatch.setattr(Checkpoint, "check_shard", lambda self, file: (read.append(file), original(self, file))[1])
+    read, original = [], Checkpoint.check_file
+    monkeypatch.setattr(Checkpoint, "check_file", lambda self, file: (read.append(file), original(self, file))[1])
     known = {step_name(3): None}
     assert keep(tmp_path, 2, known) == [step_name(1)]
     assert len(read) == RANKS

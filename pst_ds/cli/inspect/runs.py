@@ -103,7 +103,7 @@ def checkpoint_folder(path: Path) -> Inspection:
         "base_model": state.base_path,
         "world_size": state.progress.get("world_size"),
         "zero_stage": state.progress.get("zero_stage"),
-        "files": checkpoint.contents.num_shards,
+        "files": checkpoint.files.count,
     }
     return Inspection(f"{path}: a checkpoint", facts, layers, f"it is one {_WHOLE}")
 
