@@ -7,6 +7,7 @@
 #include <cmath>
 #include <new>
 
+#include "../decoder/kernels.hpp"
 #include "functions.hpp"
 
 namespace pst::onnx_portable {
@@ -66,11 +67,10 @@ inline const OperatorTable& operators() {
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                             __builtin_cpu_supports("avx512vnni");
         if (avx512) return onnx_avx512::table();
-        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #if PST_COMPILES_AVX_VNNI
-        if (avx2 && __builtin_cpu_supports("avxvnni")) return onnx_avx_vnni::table();
+        if (supports(AVX_VNNI)) return onnx_avx_vnni::table();
 #endif
-        if (avx2) return onnx_avx2::table();
+        if (supports(AVX2)) return onnx_avx2::table();
 #endif
         return onnx_portable::table();
     }();
