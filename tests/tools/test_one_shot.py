@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pst_ds.config.toml import load_run
@@ -68,18 +69,31 @@ def test_models_are_pruned_and_tested_once(tmp_path, monkeypatch, capsys):
     other = tmp_path / "other.txt"
     other.write_text("a film that nobody saw, and a song that nobody heard. " * 40)
     words = [RUN, "--out", str(tmp_path), "--zeros", "2:4", "--samples", "4", "--tested", "3", "--json"]
-    words += ["--texts", str(other), "--methods", "sparsegpt", "alps", "wanda --swaps 2"]
+    methods = [
+        "sparsegpt",
+        "alps",
+        "wanda --swaps 2",
+        "alps --values int4 --group row",
+        "sparsegpt --bits 4 --group row",
+    ]
+    words += ["--texts", str(other), "--methods", *methods]
     monkeypatch.setattr(sys, "argv", ["one_shot", *words])
     one_shot.main()
     said = capsys.readouterr().out
     rows = json.loads(said.splitlines()[-1])["rows"]
-    assert [row["method"] for row in rows] == ["sparsegpt", "alps", "wanda --swaps 2"]
+    assert [row["method"] for row in rows] == methods
     assert rows[0]["of_reference"] == {"test": 1.0, "other": 1.0}
     for text in ("test", "other"):
         assert rows[1]["added"][text] == pytest.approx(rows[1]["of_reference"][text] * rows[0]["added"][text])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "alps-2of4" / "model")
     assert (model.model.layers[0].mlp.up_proj.weight.view(-1, 4).count_nonzero(1) == 2).all()
     assert json.loads((tmp_path / "wanda-swaps-2-2of4" / "model" / "pruning.json").read_text())["swaps"] == 2
+
+    coded = load_file(tmp_path / "alps-values-int4-group-row-2of4" / "model" / "pst_dense.safetensors")
+    assert "model.layers.0.mlp.up_proj.codes" in coded
+    assert len({row["losses"]["test"] for row in rows}) == len(methods)
+    told = json.loads((tmp_path / "sparsegpt-bits-4-group-row-2of4" / "model" / "pruning.json").read_text())
+    assert told["values"] == "int4"
 
     monkeypatch.setattr(one_shot, "verb", lambda *_: pytest.fail("pruned again"))
     monkeypatch.setattr(one_shot, "losses_of", lambda *_: pytest.fail("tested again"))

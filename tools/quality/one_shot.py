@@ -1,12 +1,15 @@
 """What one-shot pruning adds to the loss of a language model, by method: nats a token above the dense model.
 
 Every method, with options of pst-ds prune if need be, prunes the run's model to every share of zeros ("2:4" names a
-pattern), and the folder is tested on the first sequences of data.test, and of other texts. With --train a run file is
+pattern), and the folder is tested on the first sequences of data.test, and of other texts. From ``--values`` on options
+are those of pst-ds export, which rounds the folder that the method made without them. With --train a run file is
 trained from every folder too, and what it exports is tested. What is there already is read, so a killed comparison
 goes on.
 
     python -m tools.quality.one_shot run.toml --out runs/one-shot --set train.precision=fp32 --json
     python -m tools.quality.one_shot run.toml --out runs/one-shot --methods sparsegpt "alps --budgets owl" --zeros 0.7
+    python -m tools.quality.one_shot run.toml --out runs/one-shot --zeros 0.5 0.8 --methods sparsegpt
+        "sparsegpt --values int4 --group 64" "sparsegpt --bits 4 --group 64"
     python -m tools.quality.one_shot run.toml --out runs/one-shot --zeros 0.5 --train masked-lora.toml
 """
 
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 REFERENCE = "sparsegpt"
 """What the others are compared with."""
 OUTCOME = "loss.json"
+ROUNDS = "--values"
+"""From this word on the options of a method are those of an export."""
 OWN_TEXT = "test"
 """The name of data.test among the texts."""
 
@@ -41,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN.toml", help='run file of task "causal-lm"')
     parser.add_argument("--out", type=Path, required=True, help="folder for the pruned models")
-    words = "each in one word: a method, and options of pst-ds prune"
+    words = "each in one word: a method, options of pst-ds prune, and from --values on of pst-ds export"
     parser.add_argument("--methods", nargs="+", default=[REFERENCE, "alps"], help=words)
     parser.add_argument("--zeros", nargs="+", default=["0.5", "0.7", "2:4"], help="shares or patterns")
     parser.add_argument("--samples", default="64", help="sequences to calibrate on")
@@ -108,12 +113,24 @@ def pruned(args: argparse.Namespace, method: str, zeros: str) -> dict[str, Any]:
     folder = folder_of(args, method, zeros)
     if (folder / OUTCOME).is_file():
         return json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
+    if ROUNDS in options:
+        return rounded(args, method, zeros, folder)
     share = ["--pattern", zeros] if ":" in zeros else ["--sparsity", zeros]
     settings = [word for setting in args.set for word in ("--set", setting)]
     model, start = folder / "model", time.process_time()
     words = ["--method", name, *options, "--out", str(model), "--samples", args.samples, "--quiet"]
     verb("prune", args.run, *words, *share, *settings)
     return measured(args, str(model), folder, {"prune_cpu_seconds": time.process_time() - start})
+
+
+def rounded(args: argparse.Namespace, method: str, zeros: str, folder: Path) -> dict[str, Any]:
+    """Round what the method makes without its options of an export, and test that."""
+    words = method.split()
+    plain = " ".join(words[: words.index(ROUNDS)])
+    made = pruned(args, plain, zeros)
+    model, source = folder / "model", folder_of(args, plain, zeros) / "model"
+    verb("export", str(source), "--format", "dense", *words[words.index(ROUNDS) :], "--out", str(model))
+    return measured(args, str(model), folder, {"prune_cpu_seconds": made["prune_cpu_seconds"]})
 
 
 def trained(args: argparse.Namespace, pruned_folder: Path, zeros: str) -> dict[str, Any]:
@@ -158,6 +175,7 @@ def losses_of(
     """The mean loss, in nats a token, of a folder (of the run's model: "") on the first sequences of each text."""
     from transformers import AutoModelForCausalLM
 
+    import pst_ds.hf  # noqa: F401  which folders of codes need
     from pst_ds.config.toml import load_run
     from pst_ds.nn.base_model import DTYPES
 
