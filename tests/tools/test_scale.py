@@ -30,6 +30,13 @@ def test_a_prediction_grows_with_the_model_and_is_of_the_named_size():
     assert large["seconds"]["step"] > 4 * small["seconds"]["step"] > 0
 
 
+def test_half_of_olmoe_is_planned_with_its_stacks():
+    found = scale.predict(ARGUMENTS, "olmoe-8", RATES)
+    assert found["parameters"] == pytest.approx(3.6e9, rel=0.02)
+    assert found["memory"]["gathers"] >= 64 * 2048 * 2048 * 2  # a stack whole
+    assert found["memory"]["peak"] < 9e9
+
+
 def test_a_base_of_few_bits_takes_less_of_what_grows_with_weights():
     args = argparse.Namespace(**{**vars(ARGUMENTS), "base_bits": 4})
     whole, coded = (scale.predict(a, "0.5B", RATES) for a in (ARGUMENTS, args))

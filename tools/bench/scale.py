@@ -1,4 +1,4 @@
-"""Step time, mask update time and peak memory of Llama-shaped models, from 0.1 to 7 billion parameters.
+"""Step time, mask update time and peak memory of Llama-shaped models, from 0.1 to 7 billion parameters, and of OLMoE.
 
 Every size runs through the deepspeed launcher in fresh processes; beside each figure stands what ``plan`` predicts.
 Memory is a rank's peak resident set above what it was after its imports.
@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.host import available_bytes
@@ -32,16 +31,25 @@ from pst_ds.planning.memory import memory_plan
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import Batch, time_plan
 from pst_ds.planning.zero_settings import zero_settings
+from tools.bench.scale_rank import model_of
 from tools.bench.timing import hardware
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPES: dict[str, dict[str, int]] = {
+VOCABULARY = 32000
+LLAMAS: dict[str, dict[str, int]] = {
     "0.1B": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12},
     "0.5B": {"hidden_size": 1280, "intermediate_size": 3456, "num_hidden_layers": 20, "num_attention_heads": 20},
     "1.5B": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 28, "num_attention_heads": 16},
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
-VOCABULARY = 32000
+SHAPES: dict[str, dict[str, int | str]] = {
+    **{size: {"model_type": "llama", **shape, "vocab_size": VOCABULARY} for size, shape in LLAMAS.items()},
+    **{f"olmoe-{layers}": {
+        "model_type": "olmoe", "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": layers,
+        "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8, "vocab_size": 50304,
+    } for layers in (1, 2, 4, 8, 16)},
+}  # fmt: skip
+"""Settings of models; OLMoE with so many of its 16 layers: 0.6, 1.0, 1.9, 3.6 and 6.9 billion parameters."""
 MIN_AVAILABLE = 1 << 30
 """Bytes that a run leaves to others on this machine; with less it is stopped."""
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4194304", "MALLOC_ARENA_MAX": "1"}
@@ -50,7 +58,7 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4194304", "MALLOC_ARENA_MAX": "1"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=list(LLAMAS))
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--sequence", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--batch", type=int, default=1, help="sequences a rank")
@@ -76,7 +84,7 @@ def main() -> None:
         settings = {key: value for key, value in vars(args).items() if key not in ("json", "sizes", "port")}
         result = {
             "benchmark": "scale", "hardware": hardware(), **settings, "dtype": "bfloat16", "threads": 1,
-            "vocabulary": VOCABULARY, "shapes": {size: SHAPES[size] for size in args.sizes}, "malloc": MALLOC,
+            "shapes": {size: SHAPES[size] for size in args.sizes}, "malloc": MALLOC,
             "ds_config": ds_config(args), "sizes": sizes, "fits": fits,
         }  # fmt: skip
         print(json.dumps(result))
@@ -118,9 +126,8 @@ def compared(args: argparse.Namespace, size: str, ranks: list[dict[str, Any]]) -
 
 def predict(args: argparse.Namespace, size: str, rates: dict[str, float]) -> dict[str, Any]:
     """Memory from shapes alone; times with the machine's rates, measured by every rank at once."""
-    shape: dict[str, Any] = {**SHAPES[size], "vocab_size": VOCABULARY, "use_cache": False}
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**shape), dtype=torch.bfloat16)
+        model = model_of(SHAPES[size])
         base_grid = grid_of(f"int{args.base_bits}", args.base_group) if args.base_bits < 16 else None
         config = PSTConfig(modules_to_save=(), relative_magnitude=False)
         inject_pst(model, config, num_shards=args.ranks, base_grid=base_grid)
@@ -162,7 +169,7 @@ def run(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
     """What each rank measured."""
     with tempfile.TemporaryDirectory() as folder:
         job = {
-            "model": {**SHAPES[size], "vocab_size": VOCABULARY},
+            "model": SHAPES[size],
             "ds_config": ds_config(args),
             "threads": 1,
             "batch": args.batch,
@@ -221,6 +228,7 @@ def ds_config(args: argparse.Namespace) -> dict[str, Any]:
             "stage3_param_persistence_threshold": 0,
             "stage3_max_live_parameters": 0,
             "stage3_max_reuse_distance": 0,
+            "leaf_module": {"classes": ["pst_ds.nn.experts.PSTExpertStack"]},
         },
     }
 

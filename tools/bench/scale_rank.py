@@ -1,4 +1,4 @@
-"""One rank of ``scale.py``: a Llama-shaped model with random weights, built shard by shard, trained and re-masked."""
+"""One rank of ``scale.py``: a model with random weights, built shard by shard, trained and re-masked."""
 
 from __future__ import annotations
 
@@ -182,15 +182,13 @@ def step(engine: Engine, tokens: torch.Tensor) -> None:
 def build(job: dict[str, Any]) -> tuple[nn.Module, Any]:
     """The model, of which each rank only ever draws its own shards."""
     import deepspeed
-    from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.initialization import no_init_weights
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
     keep_alive = HfDeepSpeedConfig(job["ds_config"])
-    config = LlamaConfig(**job["model"], dtype=torch.bfloat16, use_cache=False)
     with no_init_weights(), prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=job["ds_config"]):
-        model = LlamaForCausalLM(config)
+        model = model_of(job["model"])
     draw(model)
     if job["checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -198,14 +196,25 @@ def build(job: dict[str, Any]) -> tuple[nn.Module, Any]:
     return model, keep_alive
 
 
+def model_of(settings: dict[str, Any]) -> Any:
+    """Return the causal language model of a config with these ``settings``, among them its "model_type", in bf16."""
+    from transformers import AutoConfig
+    from transformers.modeling_utils import local_torch_dtype
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = AutoConfig.for_model(**settings, dtype=torch.bfloat16, use_cache=False)
+    with local_torch_dtype(torch.bfloat16):
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return kind(config)
+
+
 def draw(model: nn.Module) -> None:
-    """N(0, 0.02**2) for every matrix, on its own shard; the norms are ones from their constructor."""
+    """N(0, 0.02**2) for every matrix and stack, on its own shard; the norms are ones from their constructor."""
     generator = torch.Generator().manual_seed(rank())
     scratch = torch.empty(DRAW_ELEMENTS)
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            weight: Any = module.weight
-            for chunk in zero3.shard_of(weight).values.split(DRAW_ELEMENTS):
+    for param in model.parameters():
+        if len(zero3.full_shape(param)) > 1:
+            for chunk in zero3.shard_of(param).values.split(DRAW_ELEMENTS):
                 chunk.copy_(scratch[: chunk.numel()].normal_(0.0, 0.02, generator=generator))
 
 
