@@ -120,12 +120,13 @@ class _TwoWay:
                 if forward is not None:
                     block.forward = forward
 
-    def _stand_in(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
+    def _stand_in(self, index: int, forward: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., object]:
+        def run(*args: object, **kwargs: object) -> object:
             if args:
                 hidden, args = args[0], args[1:]
             else:
                 hidden = kwargs.pop("hidden_states")
+            assert isinstance(hidden, Tensor), "a block without hidden states"
             if index == 0:
                 self.first = hidden = hidden.detach().requires_grad_()
             is_tuple = False
@@ -135,7 +136,7 @@ class _TwoWay:
                 states, others, named = moved((states, args, kwargs), self.device, self.dtype)
                 output = forward(states, *others, **named)
                 is_tuple = not isinstance(output, Tensor)
-                return output[0] if is_tuple else output
+                return output if isinstance(output, Tensor) else output[0]
 
             output = _Recomputed.apply(hidden, self, index, block)
             return (output,) if is_tuple else output
