@@ -50,7 +50,11 @@ def test_figures_of_layers():
         return measure(model, [0, 1], with_scores=True)
 
     expected, found = _on_both(compute)
-    assert found == expected
+    in_another_order = ("correlation", "weight_norm")  # sums in double precision, which native code adds up on a CPU
+    for name in in_another_order:
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-13)
+    others = {name: getattr(expected, name) for name in in_another_order}
+    assert dataclasses.replace(found, **others) == expected
 
 
 def test_the_host_waits_for_figures_as_often_for_many_layers_as_for_few():
