@@ -8,7 +8,6 @@ to let several hosts write into one file.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -21,10 +20,8 @@ from torch import Tensor
 from pst_ds.atomic_files import file_sha256
 from pst_ds.checkpoint.file_names import host_name, shared_key
 from pst_ds.parallel.ranks import all_gather_objects, rank
-from pst_ds.tensor_layout import tensor_bytes
+from pst_ds.tensor_layout import Slot, header_and_slots, tensor_bytes
 
-_TYPES = {torch.float32: ("F32", 4), torch.uint8: ("U8", 1)}
-_ALIGNMENT = 8
 Lengths = Mapping[str, tuple[torch.dtype, int]]
 """The type and the number of values of each tensor of a rank, by the names of a shard's file."""
 
@@ -39,8 +36,8 @@ class HostFile:
     is_first: bool
     """True for the one rank of the host that writes the header, and reads the whole file in the end."""
     header: bytes
-    places: Mapping[str, tuple[int, torch.dtype]]
-    """Where each tensor of this rank begins in the file, and its type."""
+    slots: Mapping[str, Slot]
+    """Where each tensor of this rank lies in the file."""
     size: int
 
     def write_part(self, folder: Path, tensors: Mapping[str, Sequence[Tensor]]) -> None:
@@ -69,9 +66,10 @@ class HostFile:
     def _parts(self, tensors: Mapping[str, Sequence[Tensor]]) -> dict[int, memoryview]:
         """Return what this rank writes, by where it begins."""
         parts = {0: memoryview(self.header)} if self.is_first else {}
-        for key, (place, dtype) in self.places.items():
+        for key, slot in self.slots.items():
+            place = slot.offset
             for piece in filter(Tensor.numel, tensors[key]):
-                parts[place] = tensor_bytes(piece.to("cpu", dtype))
+                parts[place] = tensor_bytes(piece.to("cpu", slot.dtype))
                 place += len(parts[place])
         return parts
 
@@ -91,36 +89,21 @@ def plan_host_file(lengths: Lengths) -> HostFile:
         by_host.setdefault(host, []).append(other)
     own, hosts = rank(), list(by_host.values())
     (file,) = [i for i, ranks in enumerate(hosts) if own in ranks]
-    header, places, size = _laid_out({other: of_ranks[other][1] for other in hosts[file]})
+    kinds = {
+        shared_key(key, other): (dtype, (count,))
+        for other in hosts[file]
+        for key, (dtype, count) in of_ranks[other][1].items()
+    }
+    header, slots, size = header_and_slots(kinds)
     name = host_name(file, len(hosts))
     return HostFile(
         name,
         hosts,
         own == hosts[file][0],
         header,
-        {key: (places[shared_key(key, own)], dtype) for key, (dtype, _) in lengths.items()},
+        {key: slots[shared_key(key, own)] for key in lengths},
         size,
     )
-
-
-def _laid_out(of_ranks: Mapping[int, Lengths]) -> tuple[bytes, dict[str, int], int]:
-    """Return the header, where each tensor begins, and the size of the whole file."""
-    entries: dict[str, dict[str, object]] = {}
-    starts: dict[str, int] = {}
-    at = 0
-    keys = sorted(
-        {(dtype != torch.float32, key) for lengths in of_ranks.values() for key, (dtype, _) in lengths.items()}
-    )
-    for _, key in keys:
-        for other, lengths in of_ranks.items():
-            kind, size = _TYPES[lengths[key][0]]
-            end, name = at + lengths[key][1] * size, shared_key(key, other)
-            entries[name] = {"dtype": kind, "shape": [lengths[key][1]], "data_offsets": [at, end]}
-            starts[name], at = at, end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    header = len(text).to_bytes(8, "little") + text
-    return header, {name: len(header) + start for name, start in starts.items()}, len(header) + at
 
 
 def _write_at(handle: int, data: memoryview, place: int) -> None:
