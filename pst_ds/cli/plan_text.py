@@ -1,6 +1,7 @@
 """A plan as lines of text."""
 
 import re
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 from pst_ds.text_table import bytes_text
@@ -28,85 +29,101 @@ MEMORY_LINES = {
 
 
 def print_plan(plan: Plan) -> None:
-    print(f"{len(plan['layers'])} layers to prune, {plan['pruned_parameters']:,} weights:")
+    for lines in (_of_layers, _of_memory, _of_steps, _of_time, _of_verdict):
+        for line in lines(plan):
+            print(line)
+
+
+def _of_layers(plan: Plan) -> Iterator[str]:
+    yield f"{len(plan['layers'])} layers to prune, {plan['pruned_parameters']:,} weights:"
     for group in layer_groups(plan["layers"]):
         experts = group["experts"]
         each = f"{experts} experts of " if experts > 1 else ""
         matrices = group["matrices"] // experts
         fused = f" x {matrices} matrices" if matrices > 1 else ""
         times = f"{group['count']} times " if group["count"] > 1 else ""
-        print(
+        yield (
             f"  {group['pattern']}  {times}{each}{group['out_features'] // experts} x {group['in_features']}{fused}, "
             f"{group['factor_parameters']:,} factor parameters{' each' if times else ''}"
         )
     for e in plan["updated_embeddings"]:
-        print(f"updated: {e['name']}  {e['rows']} x {e['width']}, {e['factor_parameters']:,} factor parameters")
+        yield f"updated: {e['name']}  {e['rows']} x {e['width']}, {e['factor_parameters']:,} factor parameters"
     if plan["base_grid"]:
-        print(f"their frozen weights: {plan['base_grid']}")
-    print(f"trained in full: {', '.join(plan['trained_in_full']) or 'nothing'}")
+        yield f"their frozen weights: {plan['base_grid']}"
+    yield f"trained in full: {', '.join(plan['trained_in_full']) or 'nothing'}"
     share = plan["trained_parameters"] / plan["parameters"]
-    print(f"trained parameters: {plan['trained_parameters']:,} of {plan['parameters']:,} ({share:.2%})")
+    yield f"trained parameters: {plan['trained_parameters']:,} of {plan['parameters']:,} ({share:.2%})"
+
+
+def _of_memory(plan: Plan) -> Iterator[str]:
     stage = "no DeepSpeed" if plan["zero_stage"] is None else f"ZeRO stage {plan['zero_stage']}"
     shared = f", shared by {plan['sequence_parallel']} ranks" if plan["sequence_parallel"] > 1 else ""
     checkpointed = ", checkpointed" if plan["activation_checkpointing"] else ""
-    print(
+    yield (
         f"{plan['ranks']} ranks, {stage}, {plan['precision']}, micro-batches of {plan['micro_batch_size']} x "
         f"{plan['sequence']} tokens{shared}{checkpointed}"
     )
     memory = plan["memory_bytes_per_rank"]
-    print(f"memory of a rank: {bytes_text(memory['peak'])} at the peak, {bytes_text(memory['resident'])} all the time")
+    yield f"memory of a rank: {bytes_text(memory['peak'])} at the peak, {bytes_text(memory['resident'])} all the time"
     for key, text in MEMORY_LINES.items():
         if memory[key] is None:
-            print(f"  {text}: unknown, the model cannot be traced without values; not in the peak")
+            yield f"  {text}: unknown, the model cannot be traced without values; not in the peak"
         elif memory[key]:
-            print(f"  {text}: {bytes_text(memory[key])}")
-    checkpoint = f"at most {bytes_text(plan['checkpoint_bytes'])}"
-    print(f"a checkpoint: {checkpoint}, and three times a rank's share of it in host memory")
+            yield f"  {text}: {bytes_text(memory[key])}"
+    yield (
+        f"a checkpoint: at most {bytes_text(plan['checkpoint_bytes'])}, and a copy of a rank's share of it in host "
+        "memory while it is written"
+    )
+
+
+def _of_steps(plan: Plan) -> Iterator[str]:
     examples = "" if plan["num_examples"] is None else f" over {plan['num_examples']:,} {plan['unit']}"
-    print(f"{plan['num_steps']} steps{examples}")
+    yield f"{plan['num_steps']} steps{examples}"
     schedule = plan["schedule"]
     if schedule:
-        print(
+        yield (
             f"{schedule['mask_updates']} mask updates, steps {schedule['first_update']} to {schedule['last_update']}: "
             + ", ".join(f"{step}: {value:.3f}" for step, value in schedule["sparsity_at"].items())
         )
     rounding = plan["rounding"]
     if rounding:
         inputs = " and inputs to int8" if rounding["activation_bits"] == 8 else ""
-        print(
+        yield (
             f"weights rounded to {rounding['grid']}{inputs}, from step {rounding['start']} on: "
             f"{rounding['searches']} searches"
         )
+
+
+def _of_time(plan: Plan) -> Iterator[str]:
     time = plan["time"]
-    print(
+    yield (
         f"expected on {plan['machine']}: a step {_seconds(time['step'])} ({bytes_text(time['step_received'])} received "
         f"by a rank), a mask update {_seconds(time['update'])} ({bytes_text(time['update_received'])}); masks take "
         f"{time['share_of_masks']:.2%} of the run"
     )
-    print(
+    yield (
         f"full fine-tuning of the same model there: a step {_seconds(time['full_step'])}; PST takes "
         f"{time['step'] / time['full_step']:.2f} of it, {time['over_full']:.2f} with a mask update in every step"
     )
-    _print_verdict(plan)
 
 
-def _print_verdict(plan: Plan) -> None:
+def _of_verdict(plan: Plan) -> Iterator[str]:
     found = plan["verdict"]
     peak = plan["memory_bytes_per_rank"]["peak"]
     beside = ", with the process and its saves" if found["needed_bytes"] != peak else ""
     needed = f"memory: {bytes_text(found['needed_bytes'])}{beside}"
     if found["fits"] is None:
         if beside:
-            print(f"{needed}, of a rank is enough; less than {bytes_text(found['least_bytes'])} is too little")
+            yield f"{needed}, of a rank is enough; less than {bytes_text(found['least_bytes'])} is too little"
     else:
-        print(f"{needed}, of {bytes_text(found['capacity_bytes'])} that a rank has: {_fit_text(found)}")
+        yield f"{needed}, of {bytes_text(found['capacity_bytes'])} that a rank has: {_fit_text(found)}"
     mfu = "" if found["mfu"] is None else f", {found['mfu']:.0%} of the data sheet's products"
-    print(
+    yield (
         f"speed: {found['tokens_per_second']:,.0f} tokens a second, {found['tokens_per_second_per_rank']:,.0f} a rank"
         f"{mfu}; loading {_seconds(found['load_seconds'])}, a checkpoint {_seconds(found['checkpoint_seconds'])}"
     )
     cost = "" if found["cost"] is None else f", costs {found['cost']:,.2f}"
-    print(
+    yield (
         f"the run: {_seconds(3600 * found['hours'])}, {found['rank_hours']:,.2f} rank hours{cost}; the least batch of "
         f"these ranks is {found['least_batch']}"
     )

@@ -1,11 +1,12 @@
 """``pst-ds verify DIR [--against RUN]``: check an export against its manifest and against the trained model."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pst_ds.cli.export import rounding_text
 from pst_ds.cli.main import add_quiet_argument, count, load_run_or_folder
+from pst_ds.cli.verify.text import lines_of_comparison, lines_of_file, lines_of_inputs, metrics_text
 from pst_ds.config.run import RunConfig
 from pst_ds.core.packings import ONNX_FILE
 
@@ -33,63 +34,21 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         return _verify_onnx(args, folder, config)
     counts = check_export(folder)
     check_model(folder)
-    packed = f"{counts['packed_tensors']} packed as {counts['kind']}, " if counts["packed_tensors"] else ""
-    requested = "unknown" if counts["sparsity_requested"] is None else counts["sparsity_requested"]
-    print(
-        f"{args.export}: {counts['tensors']} tensors as in the manifest, {packed}sparsity "
-        f"{counts['sparsity_measured']:.6f} measured in the file, {requested} requested"
-    )
-    if "rounded_tensors" in counts:
-        print(rounding_text(counts))
+    _say(lines_of_file(args.export, counts))
     if config is None:
         return {**counts, "export_dir": args.export}
     from pst_ds.cli.verify.against_run import compare_with_run
 
     compared = compare_with_run(args, config)
-    is_rounded = "rounding" in compared
-    if is_rounded:
-        changed = compared["rounding"]
-        print(
-            f"rounding changed {changed['differing_predictions']} predictions, and a logit by at most "
-            f"{changed['max_logit_difference']:.3g}: {_metrics(changed['metrics_before'])} before, "
-            f"{_metrics(compared['metrics'])} after"
-        )
-    if "vocabulary" in compared:
-        fewer = compared["vocabulary"]
-        same = (
-            f", {fewer['same_tokens']} of {compared['examples']} texts read as before" if "same_tokens" in fewer else ""
-        )
-        print(
-            f"{fewer['tokens']} tokens{same}: {_metrics(fewer['metrics_before'])} before, "
-            f"{_metrics(compared['metrics'])} after"
-        )
-    on_grid = " on the grid" if "rounded_tensors" in counts else " cast as the file is" if is_rounded else ""
-    by = "pst_ds.hf, made dense," if "kept_sparse" in compared else "plain transformers"
-    print(
-        f"reloaded with {by} against the masked model{on_grid} on "
-        f"{compared['examples']} {compared['unit']} of {args.split}: {compared['differing_weights']} of "
-        f"{compared['compared_weights']} weight tensors differ, {compared['differing_predictions']} predictions "
-        f"differ, largest logit difference {compared['max_logit_difference']:.3g}"
-    )
-    if "differing_texts" in compared:
-        shown = ", ".join(f"{name} {value:.2f}" for name, value in compared["text_metrics"].items()) or "not scored"
-        print(f"of {compared['texts']} texts that both write {compared['differing_texts']} differ: {shown}")
-    kept = compared.get("kept_sparse")
-    if kept:
-        print(
-            f"kept sparse: {kept['differing_weights']} of {kept['layers']} layers differ, "
-            f"{kept['differing_predictions']} predictions differ, largest logit difference "
-            f"{kept['max_logit_difference']:.3g}, allowed {kept['allowed_logit_difference']:.3g} ({kept['rule']})"
-        )
-    _require_equal(args, compared, kept)
-    if "inputs" in compared:
-        trained = compared["inputs"]
-        print(
-            f"inputs of 8 bits, as trained, change {trained['differing_predictions']} predictions, and a logit by at "
-            f"most {trained['max_logit_difference']:.3g}: {_metrics(trained['metrics_as_trained'])} with them, "
-            f"{_metrics(compared['metrics'])} without"
-        )
+    _say(lines_of_comparison(args.split, compared, on_grid="rounded_tensors" in counts))
+    _require_equal(args, compared, compared.get("kept_sparse"))
+    _say(lines_of_inputs(compared))
     return {**counts, **compared, "reloaded_equal": True, "export_dir": args.export}
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
 
 
 def _verify_onnx(args: argparse.Namespace, folder: Path, config: RunConfig | None) -> dict[str, object]:
@@ -106,15 +65,11 @@ def _verify_onnx(args: argparse.Namespace, folder: Path, config: RunConfig | Non
         f"against the masked model in fp32 on {compared['examples']} {compared['unit']} of {args.split}: "
         f"{compared['differing_predictions']} predictions differ, largest logit difference "
         f"{compared['max_logit_difference']:.3g}, allowed {compared['allowed_logit_difference']:.3g}; {rounded}"
-        f"{_metrics(compared['metrics'])}"
+        f"{metrics_text(compared['metrics'])}"
     )
     if not compared["max_logit_difference"] <= compared["allowed_logit_difference"]:
         raise VerificationError(f"{args.export} is not the model in {args.run}, checkpoint {args.checkpoint}")
     return {**facts, **compared, "reloaded_equal": True}
-
-
-def _metrics(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
 def _require_equal(args: argparse.Namespace, compared: dict[str, Any], kept: dict[str, Any] | None) -> None:
