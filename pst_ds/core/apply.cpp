@@ -1,7 +1,10 @@
-// Masks on weights, as plain C functions for ctypes; the torch twin is apply_mask_ in core/bits.py.
+// Masks on weights, and low-rank updates of bf16 weights, as plain C functions for ctypes; the torch twins are apply_mask_ in
+// core/bits.py and updated_weight in core/scores.py, whose sums may have another order.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #ifdef __AVX512BW__
 #include <immintrin.h>
@@ -54,10 +57,131 @@ template <class T> void keep(T* values, const uint8_t* bits, int64_t n) {
         if (!(bits[i >> 3] >> (i & 7) & 1)) values[i] = 0;
 }
 
+#ifdef __AVX512BW__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+constexpr int64_t ROWS = 4, CHUNK = 2 * LANES;  // rows and columns of a block: eight sums in registers
+typedef float floats __attribute__((vector_size(LANES * 4)));
+typedef uint32_t words __attribute__((vector_size(LANES * 4)));
+typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
+
+template <class V, class T> inline V load(const T* from) {
+    V value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+#ifdef __AVX512BW__
+inline floats widen_many(const uint16_t* from) {
+    const __m256i found = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(found), 16));
+}
+#else
+inline floats widen_many(const uint16_t* from) { return floats(__builtin_convertvector(load<halves>(from), words) << 16); }
+#endif
+
+// To nearest, ties to even; a NaN stays one.
+inline void narrow_many(floats values, uint16_t* to) {
+    const words bits = words(values), is_nan = words(values != values);
+    const words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, wide = is_nan ? (bits >> 16 | 0x40) : rounded;
+#ifdef __AVX512BW__
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(__m512i(wide)));
+#else
+    const halves found = __builtin_convertvector(wide, halves);
+    std::memcpy(to, &found, sizeof found);
+#endif
+}
+
+// sum + the products of two bf16 numbers of `left` with those of each word of `right`, the lower half first.
+inline floats add_products(floats sum, uint32_t left, words right) {
+#ifdef __AVX512BF16__
+    return _mm512_dpbf16_ps(sum, __m512bh(_mm512_set1_epi32(int(left))), __m512bh(right));
+#else
+    const uint32_t low = left << 16, high = left & 0xffff0000;
+    return sum + load<float>(&low) * floats(right << 16) + load<float>(&high) * floats(right & 0xffff0000);
+#endif
+}
+
+// Factors of an update, two ranks to a word: left (rows, words), row after row; right in panels of CHUNK columns, a panel's words
+// of (words, CHUNK) after one another. What is beyond the last rank or column is zero.
+struct Product {
+    int64_t pairs;
+    std::vector<uint32_t> left, right;
+
+    Product(int64_t rows, int64_t cols, int64_t rank, const uint16_t* of_left, const int64_t* left_strides,
+            const uint16_t* of_right, const int64_t* right_strides)
+        : pairs((rank + 1) / 2), left(rows * pairs), right((cols + CHUNK - 1) / CHUNK * CHUNK * pairs) {
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t k = 0; k < rank; ++k)
+                left[r * pairs + k / 2] |= uint32_t(of_left[r * left_strides[0] + k * left_strides[1]]) << k % 2 * 16;
+        for (int64_t k = 0; k < rank; ++k)
+            for (int64_t c = 0; c < cols; ++c)
+                right[(c / CHUNK * pairs + k / 2) * CHUNK + c % CHUNK] |=
+                    uint32_t(of_right[k * right_strides[0] + c * right_strides[1]]) << k % 2 * 16;
+    }
+};
+
+// from + beta `product` of CHUNK columns of N rows, in one order: a weight has the same bits in whatever rectangle.
+template <int64_t N>
+inline void add_chunk(const Product& product, float beta, int64_t row, int64_t col, const uint16_t* from, int64_t stride,
+                      uint16_t* to, int64_t to_stride) {
+    const int64_t pairs = product.pairs;
+    const uint32_t *left = product.left.data() + row * pairs, *right = product.right.data() + col * pairs;
+    floats sums[N][2] = {};
+    for (int64_t k = 0; k < pairs; ++k) {
+        const words first = load<words>(right + k * CHUNK), second = load<words>(right + k * CHUNK + LANES);
+        for (int64_t i = 0; i < N; ++i) {
+            sums[i][0] = add_products(sums[i][0], left[i * pairs + k], first);
+            sums[i][1] = add_products(sums[i][1], left[i * pairs + k], second);
+        }
+    }
+    for (int64_t i = 0; i < N; ++i)
+        for (int64_t j = 0; j < 2; ++j)
+            narrow_many(widen_many(from + i * stride + j * LANES) + beta * sums[i][j], to + i * to_stride + j * LANES);
+}
+
+// Row `row` and the N - 1 after it.
+template <int64_t N>
+void add_rows(const Product& product, float beta, int64_t row, int64_t cols, const uint16_t* from, int64_t stride,
+              uint16_t* to, int64_t to_stride) {
+    int64_t c = 0;
+    for (; c + CHUNK <= cols; c += CHUNK) add_chunk<N>(product, beta, row, c, from + c, stride, to + c, to_stride);
+    if (c == cols) return;
+    uint16_t rest[N * CHUNK] = {};
+    for (int64_t i = 0; i < N; ++i) std::memcpy(rest + i * CHUNK, from + i * stride + c, size_t(cols - c) * 2);
+    add_chunk<N>(product, beta, row, c, rest, CHUNK, rest, CHUNK);
+    for (int64_t i = 0; i < N; ++i) std::memcpy(to + i * to_stride + c, rest + i * CHUNK, size_t(cols - c) * 2);
+}
+
 }  // namespace
 
 // Of n values of `size` bytes, 2 or 4, those whose bit is 0 become +0.0.
 extern "C" void pst_apply_bits(void* values, int64_t size, const uint8_t* bits, int64_t n) {
     if (size == 2) keep(static_cast<uint16_t*>(values), bits, n);
     else keep(static_cast<uint32_t*>(values), bits, n);
+}
+
+// out = weight + beta left right of a rectangle of bf16, or +0.0 where the bits are 0. `weight` and `out`, which may be one, have
+// rows of contiguous numbers; left (rows, rank) and right (rank, cols) have any strides {row, column}. `bits`, unless it is null,
+// has a row's in `row_bytes` bytes.
+extern "C" void pst_merge(const uint16_t* weight, int64_t stride, uint16_t* out, int64_t out_stride, int64_t rows, int64_t cols,
+                          const uint16_t* left, const int64_t* left_strides, const uint16_t* right,
+                          const int64_t* right_strides, int64_t rank, float beta, const uint8_t* bits, int64_t row_bytes,
+                          int threads) {
+    const Product product(rows, cols, rank, left, left_strides, right, right_strides);
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows > ROWS) schedule(static)
+#endif
+    for (int64_t row = 0; row < rows; row += ROWS) {
+        const int64_t end = std::min(row + ROWS, rows);
+        if (end - row == ROWS)
+            add_rows<ROWS>(product, beta, row, cols, weight + row * stride, stride, out + row * out_stride, out_stride);
+        for (int64_t r = row; r < end; ++r) {
+            if (end - row < ROWS)
+                add_rows<1>(product, beta, r, cols, weight + r * stride, stride, out + r * out_stride, out_stride);
+            if (bits) keep(out + r * out_stride, bits + r * row_bytes, cols);
+        }
+    }
 }

@@ -98,6 +98,12 @@ def forward(x: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:
     return torch.nn.functional.linear(state.rounded_inputs(x), merged.t() if state.layout.transposed else merged, bias)
 
 
+def forward_into(out: Tensor, x: Tensor, state: LayerState) -> None:
+    """Write the same without a bias to ``out`` (N, O), for ``x`` (N, I)."""
+    merged = state.masked_weight()
+    torch.mm(state.rounded_inputs(x), merged if state.layout.transposed else merged.t(), out=out)
+
+
 def backward(
     x: Tensor,
     grad_y: Tensor,

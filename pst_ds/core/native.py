@@ -69,7 +69,16 @@ _MASKS = NativeSource(
 
 
 _MERGES = NativeSource(
-    Path(__file__).with_name("apply.cpp"), {"pst_apply_bits": ([POINTER, INT, POINTER, INT], None)}, "masks on weights"
+    Path(__file__).with_name("apply.cpp"),
+    {
+        "pst_apply_bits": ([POINTER, INT, POINTER, INT], None),
+        "pst_merge": (
+            [*([POINTER, INT] * 2), INT, INT, *([POINTER] * 4), INT, ctypes.c_float, POINTER, INT, ctypes.c_int],
+            None,
+        ),
+    },
+    "masks and updates on weights",
+    may_flags=("-fopenmp",),
 )
 
 
@@ -81,7 +90,7 @@ def library() -> ctypes.CDLL | None:
 
 @cache
 def merges() -> ctypes.CDLL | None:
-    """Return what puts masks on weights, as :func:`library` returns the functions of a mask update."""
+    """Return what puts masks and updates on weights, as :func:`library` returns the functions of a mask update."""
     return load(_MERGES)
 
 

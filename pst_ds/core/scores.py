@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from pst_ds.core.bits import apply_range_, shard_numel
 from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
-from pst_ds.core.kernels.merge import mask_bytes, merge_into
+from pst_ds.core.kernels.merge import MaskBytes, mask_bytes, mask_rows, merge_into
 from pst_ds.core.layout import Rect, WeightLayout, row_tiles
 from pst_ds.core.quantization import CodedWeight, Rounding, weights_at
+from pst_ds.core.updates import merging
 
 MASK_BAND_ELEMENTS = {"cpu": 1 << 19}
 """Weights whose mask is unpacked at a time when a whole matrix is merged; 2**24 on other devices."""
@@ -90,6 +92,11 @@ def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants, out:
     if constants.multiplicative:
         product = torch.mm(tile.update_left, tile.update_right)
         return torch.addcmul(weight, weight, product, value=constants.beta, out=out)
+    in_rows = out is None or out.stride(-1) == 1
+    if in_rows and merging.serves(weight, tile.update_left, tile.update_right, constants):
+        out = torch.empty_like(weight) if out is None else out
+        merging.merge_into(out, weight, None, Rect(0, weight.shape[0], 0, weight.shape[1]), tile, constants)
+        return out
     return torch.addmm(weight, tile.update_left, tile.update_right, alpha=constants.beta, out=out)
 
 
@@ -125,15 +132,16 @@ def masked_weight(
     ``bits``: the layer's whole mask, (num_shards * ceil(shard / 8),) uint8 as in :mod:`pst_ds.core.bits`.
     ``rounding``: the grid that the result is rounded to.
     """
-    held = mask_bytes(weight, bits, layout.shape, shard_numel(layout.numel, num_shards))
+    held = _masks_in_one_pass(weight, bits, num_shards, layout, factors, constants)
     height, width = layout.shape
-    if held is not None and all(held.holds(matrix.rect) for matrix in layout.matrices()):
+    if held is not None:
         assert isinstance(weight, Tensor)
+        mask, merge = held
         merged = torch.empty_like(weight)
         for matrix in layout.matrices():
             rect = matrix.rect
             at, tile = (slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)), tile_factors(factors, layout, matrix, rect)
-            merge_into(merged[at], weight[at], held, rect, tile, constants)
+            merge(merged[at], weight[at], mask, rect, tile, constants)
         if rounding is not None:
             rounding.round_(merged, Rect(0, height, 0, width))
         return merged
@@ -143,6 +151,19 @@ def masked_weight(
         if rounding is not None:
             rounding.round_(merged[band.r0 : band.r1], band)
     return merged
+
+
+def _masks_in_one_pass(
+    weight: Tensor | CodedWeight, bits: Tensor, num_shards: int, layout: WeightLayout, factors: Factors,
+    constants: Constants,
+) -> tuple[MaskBytes, Callable[[Tensor, Tensor, MaskBytes, Rect, TileFactors, Constants], None]] | None:  # fmt: skip
+    """Return the mask and what merges under it, on a GPU or by compiled code; None where neither takes the layer."""
+    per_shard = shard_numel(layout.numel, num_shards)
+    mask, merge = mask_bytes(weight, bits, layout.shape, per_shard), merge_into
+    if mask is None and merging.serves(weight, factors.U, factors.V, constants):
+        mask, merge = mask_rows(bits, layout.shape, per_shard), merging.merge_into
+    whole = mask is not None and all(mask.holds(matrix.rect) for matrix in layout.matrices())
+    return (mask, merge) if mask is not None and whole else None
 
 
 def abs_sum_fixed_point(weight: Tensor, exponent: int) -> Tensor:

@@ -30,20 +30,24 @@ def forward(x: Tensor, state: LayerState, routing: Routing, *, by_token: bool) -
 def dense_forward(x: Tensor, stack: Tensor, routing: Routing, *, by_token: bool, transposed: bool) -> Tensor:
     """The same with an unmasked ``stack``: (E, O, I), or (E, I, O) if ``transposed``."""
     by_input = stack if transposed else stack.transpose(1, 2)
-    return _products(x, routing, by_input.shape[2], by_token, by_input.__getitem__, torch.mm)
+    return _products(x, routing, by_input.shape[2], by_token, by_input.__getitem__, _dense_of_one)
 
 
-def _forward_of_one(x: Tensor, state: LayerState) -> Tensor:
-    return masked_linear.forward(x, None, state)
+def _forward_of_one(x: Tensor, state: LayerState, out: Tensor) -> None:
+    masked_linear.forward_into(out, x, state)
+
+
+def _dense_of_one(x: Tensor, by_input: Tensor, out: Tensor) -> None:
+    torch.mm(x, by_input, out=out)
 
 
 def _products(
     x: Tensor, routing: Routing, outputs: int, by_token: bool, of_expert: Callable[[int], T],
-    product: Callable[[Tensor, T], Tensor],
+    product: Callable[[Tensor, T, Tensor], None],
 ) -> Tensor:  # fmt: skip
     y = x.new_empty(routing.order.numel(), outputs)
     for expert, rows in routing.runs():
-        y[rows] = product(routing.rows_of(x, rows, by_token), of_expert(expert))
+        product(routing.rows_of(x, rows, by_token), of_expert(expert), y[rows])
     return y
 
 

@@ -26,12 +26,21 @@ class MaskBytes:
         """Return whether a rectangle begins with a byte of its own."""
         return rect.c0 % 8 == 0
 
+    def first(self, rect: Rect) -> int:
+        """Return the byte that a rectangle begins with."""
+        return rect.r0 * self.row_bytes + rect.c0 // 8
+
+
+def mask_rows(bits: Tensor, shape: tuple[int, int], shard_numel: int) -> MaskBytes | None:
+    """Return the mask of a stored weight of ``shape``, or None where its rows or shards begin within a byte."""
+    return MaskBytes(bits, shape[1] // 8) if shape[1] % 8 == 0 and shard_numel % 8 == 0 else None
+
 
 def mask_bytes(weight: Any, bits: Tensor, shape: tuple[int, int], shard_numel: int) -> MaskBytes | None:
     """Return the mask as the kernels take it, or None where they do not serve a layer with this weight."""
     if not isinstance(weight, Tensor) or weight.dtype not in _DTYPES or not serves(weight.device):
         return None
-    return MaskBytes(bits, shape[1] // 8) if shape[1] % 8 == 0 and shard_numel % 8 == 0 else None
+    return mask_rows(bits, shape, shard_numel)
 
 
 def merge_into(
@@ -76,8 +85,7 @@ def _merged(
     from pst_ds.core.kernels import merge_kernels as kernels
 
     left, right = tile.update_left, tile.update_right
-    first = rect.r0 * mask.row_bytes + rect.c0 // 8
-    arguments = [weight, weight.stride(0), *weight.shape, mask.bits, mask.row_bytes, first]
+    arguments = [weight, weight.stride(0), *weight.shape, mask.bits, mask.row_bytes, mask.first(rect)]
     if left is None or right is None:
         return [*arguments, None, 0, 0, None, 0, 0, 0.0, 0], {"RANK": 0, "MULTIPLICATIVE": False}
     rank = right.shape[0]

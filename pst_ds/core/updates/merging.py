@@ -1,0 +1,51 @@
+"""W0 + beta U V of bf16 weights on a CPU, and M . W, in one pass over the weight by compiled code (core/apply.cpp).
+
+Sums are fp32, in the order of the ranks, and rounded once, so a weight has the same bits in whatever rectangle. Where
+there is no compiler torch's product takes over, whose sums may have another order.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_int64
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.factors import Constants, TileFactors
+from pst_ds.core.kernels.merge import MaskBytes
+from pst_ds.core.layout import Rect
+from pst_ds.core.native import merges
+
+MOST_RANK = 16
+"""Of an update, up to which this is faster than torch's product and a pass for the mask."""
+
+
+def serves(weight: object, left: Tensor | None, right: Tensor | None, constants: Constants) -> bool:
+    """Return whether :func:`merge_into` takes a layer, or a part, with this weight and the factors of its update."""
+    if not isinstance(weight, Tensor) or left is None or right is None or constants.multiplicative:
+        return False
+    fits = all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in (weight, left, right))
+    return fits and left.shape[1] <= MOST_RANK and weight.stride(-1) == 1 and merges() is not None
+
+
+def merge_into(
+    out: Tensor, weight: Tensor, mask: MaskBytes | None, rect: Rect, tile: TileFactors, constants: Constants
+) -> None:
+    """Write M . (W0 + beta U V) of ``rect`` to ``out`` from ``weight``, (rows, cols) with contiguous rows.
+
+    ``out`` may be ``weight``. Without a ``mask`` every weight is kept. Only where :func:`serves` says so.
+    """
+    native, left, right = merges(), tile.update_left, tile.update_right
+    assert native is not None
+    assert left is not None
+    assert right is not None
+    bits, row_bytes = (None, 0) if mask is None else (mask.bits[mask.first(rect) :].data_ptr(), mask.row_bytes)
+    native.pst_merge(
+        weight.data_ptr(), weight.stride(0), out.data_ptr(), out.stride(0), *weight.shape,
+        left.data_ptr(), _strides(left), right.data_ptr(), _strides(right), right.shape[0], constants.beta,
+        bits, row_bytes, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _strides(matrix: Tensor) -> object:
+    return (c_int64 * 2)(*matrix.stride())
