@@ -205,3 +205,16 @@ def test_an_expert_behind_more_weights_than_32_bits_count(transposed, tmp_path):
     assert not of_rows[:, 8:].any()
     torch.testing.assert_close(of_columns, by_column, rtol=1e-2, atol=1e-2)
     assert masked.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_over_the_experts_of_a_token_are_the_same_in_parts_and_with_a_gradient(dtype, monkeypatch):
+    routing, width = Routing.of(INDEX, GATES, EXPERTS), 5
+    values = torch.randn(INDEX.numel(), width, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    whole = routing.summed(values)
+    by_pair = values.detach()[routing.order.argsort()].view(*INDEX.shape, width)
+    assert torch.equal(whole, by_pair.sum(1))
+    monkeypatch.setattr("pst_ds.core.experts.routing.ELEMENTS_AT_A_TIME", {"cpu": 3 * INDEX.shape[1] * width})
+    assert torch.equal(routing.summed(values.detach()), whole)
+    whole.backward(torch.ones_like(whole))
+    assert torch.equal(values.grad, torch.ones_like(values))

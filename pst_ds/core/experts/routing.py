@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+ELEMENTS_AT_A_TIME = {"cpu": 1 << 19}
+"""Numbers that :meth:`Routing.summed` puts in another order at a time; 2**24 on other devices."""
+
 
 class Routing(NamedTuple):
     """Which expert each token goes to. A tuple, in which DeepSpeed's hooks find the tensors."""
@@ -63,8 +66,15 @@ class Routing(NamedTuple):
     def summed(self, values: Tensor) -> Tensor:
         """Sum what belongs to the k experts of a token: (N*k, width) in the order of the experts to (N, width).
 
-        The k terms are added in the order of the router's choice, so the sum has the same bits every time.
+        The k terms are added in the order of the router's choice, so the sum has the same bits every time. Without a
+        gradient ``values`` are put in that order a part at a time.
         """
         places = torch.arange(self.order.numel(), device=self.order.device)
-        by_pair = torch.empty_like(places).scatter_(0, self.order, places)
-        return values[by_pair].view(-1, self.per_token, values.shape[-1]).sum(1)
+        by_pair = torch.empty_like(places).scatter_(0, self.order, places).view(-1, self.per_token)
+        if torch.is_grad_enabled() and values.requires_grad:  # each part's gradient would be as large as all values
+            return values[by_pair].sum(1)
+        out = values.new_empty(len(by_pair), values.shape[-1])
+        step = max(1, ELEMENTS_AT_A_TIME.get(values.device.type, 1 << 24) // (self.per_token * values.shape[-1]))
+        for start in range(0, len(by_pair), step):
+            torch.sum(values[by_pair[start : start + step]], 1, out=out[start : start + step])
+        return out
