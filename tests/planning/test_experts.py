@@ -93,7 +93,7 @@ def test_temporaries_of_a_stack_are_planned_within_a_tenth(transposed, dtype, to
     peaks = [torch_bytes(lambda: stack.product(x, routing, False))[0] - grad_y.nbytes, torch_bytes(gradients)[0] - kept]
     planned = layer_work_bytes(layout.expert, dtype.itemsize)
     assert 0.9 * planned < max(peaks) < 1.1 * planned
-    assert min(peaks) > layout.expert.numel * dtype.itemsize
+    assert min(peaks) >= layout.expert.numel * dtype.itemsize
 
 
 @pytest.mark.parametrize("build", [_qwen3, _gpt_oss])
