@@ -20,6 +20,7 @@ from pst_ds.data.tokens import loading
 from pst_ds.data.tokens.batches import collate_sequences
 from pst_ds.data.tokens.borders import Starts
 from pst_ds.data.tokens.loading import load_sequences
+from pst_ds.data.tokens.mixed import MixedSequences
 from pst_ds.data.tokens.sequences import Sequences
 from pst_ds.data.tokens.tokenize import tokenize
 
@@ -304,3 +305,15 @@ def test_the_digest_tells_whether_documents_run_on(tmp_path):
     apart, run_on = (load_sequences(_data(path, document_mask=mask), "train", TOKENIZER) for mask in (True, False))
     assert apart.digest != run_on.digest
     assert collate_sequences(run_on, [0]).keys() == {"input_ids", "labels"}
+
+
+def test_what_is_drawn_of_a_mixture_has_its_weights():
+    large, small = (Sequences(np.arange(4 * n), 4, borders=Starts(np.array([0]))) for n in (90, 10))
+    task = CausalLM(evaluation=None)
+    drawn = task.sample(MixedSequences((large, small), (0.75, 0.25)), 40, 0)[1]
+    assert sum(index >= 90 for index in drawn) == 10  # all of the small one, before any comes again
+    assert len(set(drawn)) == 40
+    assert drawn == task.sample(MixedSequences((large, small), (0.75, 0.25)), 40, 0)[1]
+    assert drawn != task.sample(MixedSequences((large, small), (0.75, 0.25)), 40, 1)[1]
+    as_they_are = task.sample(MixedSequences((large, small)), 100, 0)[1]
+    assert sorted(as_they_are) == list(range(100))

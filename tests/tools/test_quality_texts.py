@@ -96,6 +96,16 @@ def test_a_publishers_corpus_is_split_without_copies_or_classes_that_nothing_tra
     assert splits == ladder_texts.orange_splits(tmp_path, "c")
 
 
+def test_tales_are_found_by_the_name_of_their_column(tmp_path):
+    folder = tmp_path / ladder_texts.ORANGE_FOLDER
+    folder.mkdir(parents=True)
+    grimm, andersen = ladder_texts.TALES
+    head = "Topic\tTitle\tContent\tNumber\nd\tstring\tstring\td\nclass\t\tinclude=True\tmeta\n"
+    (folder / grimm).write_text(head + '\nmagic\tA\tOnce, he said: "No."\t1\nmagic\tB\t"two ""lines"" of it"\t2\n')
+    (folder / andersen).write_text("Title\tContent\nstring\tstring\n\tinclude=True\n\nC\tthree\nD\t\n")
+    assert ladder_texts.tales(tmp_path) == ['Once, he said: "No."', 'two "lines" of it', "three"]
+
+
 def test_pairs_are_of_one_film_as_often_as_of_two_and_stay_in_the_split_of_their_films(monkeypatch, tmp_path):
     reviews = [(f"film {i}", f"{i}/{j}", "fresh") for i in range(100) for j in range(6)]
     monkeypatch.setattr(films, "reviews", lambda packages: iter(reviews))

