@@ -19,7 +19,7 @@ from tools.quality.workers import Options, next_cell, selected
 from .small_grid import filled, line_of, table
 
 ROOT = Path(__file__).resolve().parents[2]
-GRIDS = [*sorted((ROOT / "tools" / "quality").glob("*.toml")), ROOT / "tools" / "upcycle" / "grid.toml"]
+GRIDS = sorted((ROOT / "tools" / "quality").glob("*.toml"))
 
 
 def test_tries_come_first_and_then_one_seed_of_everything():
@@ -142,9 +142,13 @@ def test_what_comes_before_a_cell_belongs_to_it():
         "masked": {"run": {"method": "spp"}, "base": {"prune": "wanda", "samples": 8}, "tries_of": "pst"},
         "taught": {"run": {"method": "pst"}, "teacher": "dense", "tries_of": "pst"},
     }
+    more["gated"] = {**more["wanda"], "base": {**more["wanda"]["base"], "run": {"pst": {"gated_norms": True}}}}
     grid = grid_from_table(table(methods=more))
     wanda = cell_of(grid, {}, "cell", "films", "wanda", "2:4", 0)
     assert wanda.base.prune == {"prune": "wanda", "samples": 8, "seed": 0, "sparsity": "2:4"}
+    gated = cell_of(grid, {}, "cell", "films", "gated", "2:4", 0)
+    assert (gated.base.prune, gated.settings) == (wanda.base.prune, wanda.settings)
+    assert gated.base.settings["pst"] == {**wanda.base.settings.get("pst", {}), "gated_norms": True}
     longer = grid_from_table(table(methods=more), ["train.num_steps=9"])
     assert cell_of(longer, {}, "cell", "films", "wanda", "2:4", 0).id == wanda.id  # no training is in it
     assert cell_of(grid, {}, "cell", "films", "taught", "0.5", 0) is None  # waits for two searches

@@ -13,9 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from tools.quality.__main__ import main
-from tools.quality.run_cell import count_parameters
+from tools.quality.run_cell import count_parameters, sparsity_of_targets, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -181,6 +182,25 @@ base = {prune = "wanda", samples = 8}
     assert wanda["steps_before"]["base"]["prune"] == "wanda"
     assert wanda["base"] == {"prune": "wanda", "samples": 8, "seed": 0, "sparsity": "0.5"}
     assert "trained_share" not in wanda
+
+
+def test_zeros_of_stacks_of_experts_are_counted(tmp_path):
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 35,
+    }
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2))
+    stack, zeros = model.model.layers[0].mlp.experts.down_proj, 2 * 32 * 20
+    stack.data[:, :, :20] = 0.0
+    model.save_pretrained(tmp_path / "model")
+    settings = {"task": "causal-lm", "model": {"path": str(tmp_path / "model")}, "train": {"num_steps": 1}}
+    settings["data"] = {"train": "tests/data/train.jsonl"}
+    attention = 2 * 32 * 32 + 2 * 16 * 32
+    found = sparsity_of_targets(write_run(settings, tmp_path, "run"), tmp_path / "model")
+    assert found == zeros / (2 * 3 * 32 * 48 + attention)
 
 
 def test_a_signal_ends_the_children_and_leaves_nothing_half_written(tmp_path):

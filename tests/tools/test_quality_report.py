@@ -73,6 +73,24 @@ def test_bars_are_computed_from_the_lines():
     assert (near.met, level.met) == (False, False)
 
 
+def test_methods_are_compared_seed_by_seed():
+    bar = {**BARS[1], "kind": "ahead", "standard_errors": 2.0}
+    grid = grid_from_table(table(bars=[bar], seeds=[0, 1, 2]))
+    check_bars(grid)
+    ahead = [0.010, 0.012, 0.011]
+
+    def accuracy(cell):  # seeds are farther apart than the methods
+        return 0.7 + 0.05 * cell.seed + (ahead[cell.seed] if cell.method == "pst" else 0.0)
+
+    (found,) = verdicts(grid, filled(grid, accuracy)[0])
+    assert (found.measured, found.met) == ("1.1 points ahead of pst-plain (standard error 0.058), 3 seeds", True)
+    ahead[:] = [0.010, -0.012, 0.011]
+    assert verdicts(grid, filled(grid, accuracy)[0])[0].met is False
+    alone = grid_from_table(table(bars=[bar], seeds=[0]))
+    (found,) = verdicts(alone, filled(alone, accuracy)[0])
+    assert (found.measured, found.met) == ("not measured: two seeds of pst and pst-plain", None)
+
+
 def test_a_bar_that_cannot_be_computed_is_refused():
     for change, said in (
         ({"kind": "near"}, "must be one of"),

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from pst_ds.cli.main import main as pst_ds
 from pst_ds.errors import InputError
 from tools.upcycle import __main__ as tool
-from tools.upcycle.mixtral import apart, mixtral_config, token_shares, upcycled
+from tools.upcycle.mixtral import apart, average_experts, loss_of, mixtral_config, token_shares, upcycled
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -61,6 +61,20 @@ def test_experts_are_apart_by_what_differs_from_their_mean():
 
 
 @torch.no_grad()
+def test_averaged_experts_compute_what_their_mean_does():
+    made, start = upcycled(llama(), 4, 2), upcycled(llama(), 4, 2)
+    expected = torch.nn.functional.cross_entropy(start(IDS).logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    for stack in (made.model.layers[1].mlp.experts.down_proj, made.model.layers[0].mlp.experts.gate_up_proj):
+        apart_by = torch.randn_like(stack[:2])
+        stack[:2] += apart_by
+        stack[2:] -= apart_by
+    assert loss_of(made, IDS) != pytest.approx(float(expected), rel=1e-3)
+    average_experts(made)
+    assert max(apart(made).values()) == 0.0
+    assert loss_of(made, IDS) == pytest.approx(float(expected), rel=1e-5)
+
+
+@torch.no_grad()
 def test_shares_of_tokens_are_those_that_the_router_chose():
     made = upcycled(llama(), 4, 2)
     for block in made.model.layers:
@@ -92,7 +106,7 @@ def test_the_run_file_trains_the_copies_apart(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["upcycle", "--base", str(tmp_path / "base"), "--out", str(tmp_path / "start")])
     tool.main()
     start = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
-    assert (start.config.num_local_experts, start.dtype) == (8, torch.bfloat16)
+    assert (start.config.num_local_experts, start.dtype) == (4, torch.bfloat16)
     text = Path("tools/upcycle/run.toml").read_text(encoding="utf-8")
     assert text.count("[[data.sources]]") == len(tool.CORPORA)
     data = Path("tests/data").resolve()
@@ -110,5 +124,6 @@ def test_the_run_file_trains_the_copies_apart(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     distances = [float(line.rpartition(" ")[2]) for line in lines[:4]]
     assert min(distances) > 0.001
-    shares = [[float(number) for number in line.split(" ")[1:9]] for line in lines[4:]]
+    assert re.fullmatch(r"loss \d\.\d{4}, with every expert the mean of its stack \d\.\d{4}", lines.pop())
+    shares = [[float(number) for number in line.split(" ")[1:5]] for line in lines[4:]]
     assert [sum(row) for row in shares] == pytest.approx([1.0, 1.0], abs=0.005)

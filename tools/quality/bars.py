@@ -2,6 +2,7 @@
 
 kind = "within"      the method is at most ``points`` (of the metric in percent) below the best of ``against``
 kind = "not-below"   the method is not below any of ``against`` by more than ``standard_errors`` of the difference
+kind = "ahead"       the method is ahead of each of ``against`` by ``standard_errors`` of the differences seed by seed
 kind = "won-back"    of the loss that the best of ``against`` adds to ``dense``, the method wins ``share`` back
 kind = "verified"    every export of the grid passed ``pst-ds verify``
 """
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 
 from tools.quality.cells import Line, plan
 from tools.quality.grid import Grid, GridError, Table
-from tools.quality.stats import Figure, figure
+from tools.quality.stats import Figure, figure, figure_of, lines_of, test_names
 
 KINDS: dict[str, frozenset[str]] = {
     "within": frozenset({"method", "sparsity", "against", "points"}),
     "not-below": frozenset({"method", "sparsity", "against", "standard_errors"}),
+    "ahead": frozenset({"method", "sparsity", "against", "standard_errors"}),
     "won-back": frozenset({"method", "sparsity", "against", "dense", "share"}),
     "verified": frozenset(),
 }
@@ -87,7 +89,7 @@ def _within(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) ->
 
 def _not_below(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) -> Verdict:
     """Perplexities are compared by their logarithm, the loss. One seed has no standard error, so no room below."""
-    metric = "loss" if grid.metric == "perplexity" else grid.metric
+    metric = _compared_by(grid)
     own, others = _figures(grid, lines, bar, data_set, metric)
     if own is None or not others or None in others.values():
         return _missing(bar, data_set, own, others)
@@ -96,11 +98,43 @@ def _not_below(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str)
         assert other is not None
         ahead = other.mean - own.mean if grid.lower_is_better else own.mean - other.mean
         error = None if own.error is None or other.error is None else math.hypot(own.error, other.error)
-        scale, unit = (1.0, "nats") if metric == "loss" else (100.0, "points")
-        side = "ahead of" if ahead >= 0 else "behind"
-        said.append(f"{abs(scale * ahead):.3g} {unit} {side} {name} ({_error_text(error, scale)})")
+        said.append(_ahead_text(metric, ahead, name, error))
         met = met and ahead >= -bar["standard_errors"] * (error or 0.0)
     return Verdict(title=bar["title"], data_set=data_set, measured="; ".join(said), met=met)
+
+
+def _ahead(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) -> Verdict:
+    """Seeds fix batches and starts of factors, the same for all methods; those that both have are compared."""
+    metric, sign = _compared_by(grid), 1 if grid.lower_is_better else -1
+    own = _by_seed(grid, lines, bar, data_set, bar["method"], metric)
+    said, met = [], True
+    for name in bar["against"]:
+        other = _by_seed(grid, lines, bar, data_set, name, metric)
+        difference = figure_of([sign * (other[seed] - own[seed]) for seed in own.keys() & other.keys()])
+        if difference is None or difference.error is None:
+            words = f"not measured: two seeds of {bar['method']} and {name}"
+            return Verdict(title=bar["title"], data_set=data_set, measured=words, met=None)
+        said.append(f"{_ahead_text(metric, difference.mean, name, difference.error)}, {difference.seeds} seeds")
+        met = met and difference.mean > bar["standard_errors"] * difference.error
+    return Verdict(title=bar["title"], data_set=data_set, measured="; ".join(said), met=met)
+
+
+def _by_seed(
+    grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str, method: str, metric: str
+) -> dict[int, float]:
+    test = bar.get("test", "") or test_names(grid, data_set)[0]
+    cells = lines_of(grid, lines, data_set, method, bar["sparsity"])
+    return {line["seed"]: line["tests"][test][metric] for line in cells}
+
+
+def _compared_by(grid: Grid) -> str:
+    return "loss" if grid.metric == "perplexity" else grid.metric
+
+
+def _ahead_text(metric: str, ahead: float, name: str, error: float | None) -> str:
+    scale, unit = (1.0, "nats") if metric == "loss" else (100.0, "points")
+    side = "ahead of" if ahead >= 0 else "behind"
+    return f"{abs(scale * ahead):.3g} {unit} {side} {name} ({_error_text(error, scale)})"
 
 
 def _error_text(error: float | None, scale: float) -> str:
@@ -121,7 +155,7 @@ def _won_back(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) 
     return Verdict(title=bar["title"], data_set=data_set, measured=said, met=share >= bar["share"])
 
 
-_RULES = {"within": _within, "not-below": _not_below, "won-back": _won_back}
+_RULES = {"within": _within, "not-below": _not_below, "ahead": _ahead, "won-back": _won_back}
 
 
 def _figures(

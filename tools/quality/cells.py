@@ -160,8 +160,10 @@ def cell_of(
         tests = {}  # such a try is no cell of the table: the validation file alone says which is best
     base = None
     if row.base:
+        options = {key: value for key, value in row.base.items() if key != "run"}
         base = Step(
-            settings=untrained(laid_over(*given, grid.overrides)), prune={"seed": 0, **row.base, "sparsity": sparsity}
+            settings=untrained(laid_over(*given, row.base.get("run", {}), grid.overrides)),
+            prune={"seed": 0, **options, "sparsity": sparsity},
         )
         if settings.get("method") in FIXED_MASK and "initial_mask" not in settings.get("pst", {}):
             settings = laid_over(settings, {"pst": {"initial_mask": "zeros"}})

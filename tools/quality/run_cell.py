@@ -204,7 +204,7 @@ def sparsity_of_targets(run_file: Path, model: Path) -> float:
 
     run = load_run(run_file)
     network = task_of(run).model_class().from_pretrained(model)
-    weights = [network.get_submodule(target.name).weight for target in find_targets(network, pst_config(run))]
+    weights = [target.weight for target in find_targets(network, pst_config(run))]
     return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
 
 

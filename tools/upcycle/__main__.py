@@ -1,14 +1,14 @@
-"""Makes runs/upcycled/start: SmolLM2-135M with eight copies of every MLP and routers, a Mixtral of 692 M parameters.
+"""Makes runs/upcycled/start: SmolLM2-135M with four copies of every MLP and routers, a Mixtral of 373 M parameters.
 
 It computes what the dense model does until it is trained. run.toml trains every weight on four corpora, with which the
-copies part; --apart says how far they are, and with --text what share of its tokens each expert is given. The experts
-of what comes out have weights worth pruning.
+copies part; --apart says how far they are, and with --text what share of its tokens each expert is given, and what the
+loss is with and without their differences.
 
     python -m tools.upcycle
     pst-ds train tools/upcycle/run.toml
     pst-ds export runs/upcycled/run --out runs/upcycled/dense
     python -m tools.upcycle --apart runs/upcycled/dense --text runs/quality/data/brown-validation.txt
-    python -m tools.quality tools/upcycle/grid.toml --results runs/upcycled/results
+    python -m tools.quality tools/quality/experts.toml
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pst_ds.atomic_files import atomic_folder
 from tools.fetch_smollm2 import dense_folder
 from tools.quality import texts
-from tools.upcycle.mixtral import apart, token_shares, upcycled
+from tools.upcycle.mixtral import apart, average_experts, loss_of, token_shares, upcycled
 
 START = Path("runs/upcycled/start")
 CORPORA = ("brown", "films", "newsgroups", "reuters")
@@ -34,13 +34,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="folder of a Llama (default: the package's SmolLM2-135M)")
     parser.add_argument("--out", type=Path, default=START)
-    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--per-token", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--apart", type=Path, metavar="DIR", help="say how far the experts of a trained model are apart"
     )
-    parser.add_argument("--text", type=Path, metavar="FILE", help="with --apart, say who is given its first tokens")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="with --apart, say who is given its first tokens, and their loss"
+    )
     arguments = parser.parse_args()
     if arguments.apart:
         _describe(arguments.apart, arguments.text)
@@ -52,7 +54,8 @@ def main() -> None:
 
 
 def _describe(folder: Path, text: Path | None) -> None:
-    """Print how far the experts of a model are apart, and their shares of the first tokens of ``text``."""
+    """Print how far the experts of a model are apart, and of the first tokens of ``text`` the experts' shares and the
+    loss, as it is and with their mean in the place of each."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     for name, distance in apart(model).items():
         print(f"{name}: {distance:.4f}")
@@ -61,6 +64,9 @@ def _describe(folder: Path, text: Path | None) -> None:
         rows = torch.tensor(ids[:MOST_TOKENS][: len(ids) // SEQUENCE * SEQUENCE]).view(-1, SEQUENCE)
         for name, shares in token_shares(model, rows).items():
             print(f"{name}: {' '.join(f'{share:.3f}' for share in shares)} of the tokens")
+        own = loss_of(model, rows)
+        average_experts(model)
+        print(f"loss {own:.4f}, with every expert the mean of its stack {loss_of(model, rows):.4f}")
 
 
 def make_start(base: Path, out: Path, experts: int, per_token: int, seed: int) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
 
 from pst_ds.errors import InputError
@@ -19,6 +20,7 @@ _KEPT = (
     "attention_dropout", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
 """Settings that both families have."""
+STACKS = ("experts.gate_up_proj", "experts.down_proj")
 
 
 def mixtral_config(config: Any, experts: int, per_token: int) -> MixtralConfig:
@@ -64,11 +66,26 @@ def apart(model: nn.Module) -> dict[str, float]:
     """
     found = {}
     for name, stack in model.named_parameters():
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        if name.endswith(STACKS):
             mean = stack.detach().float().mean(0)
             squares = sum(float((one.detach().float() - mean).square().sum()) for one in stack)
             found[name] = (squares / len(stack)) ** 0.5 / float(mean.norm())
     return found
+
+
+@torch.no_grad()
+def average_experts(model: nn.Module) -> None:
+    """Put the mean of a stack's experts in the place of each, in every stack."""
+    for name, stack in model.named_parameters():
+        if name.endswith(STACKS):
+            stack.copy_(stack.float().mean(0, keepdim=True).expand_as(stack))
+
+
+@torch.no_grad()
+def loss_of(model: Any, ids: Tensor) -> float:
+    """Return the mean loss of a causal model on ``ids`` (B, T), in nats a token."""
+    logits = torch.cat([model(row.unsqueeze(0)).logits for row in ids])[:, :-1]
+    return float(cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten()))
 
 
 @torch.no_grad()
