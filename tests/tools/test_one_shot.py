@@ -60,6 +60,11 @@ def test_a_run_is_trained_from_every_folder_once(method, is_fixed, tmp_path, mon
     folders = [tmp_path / f"{name}-{zeros}" for zeros in ("0.5", "2of4") for name in ("sparsegpt", "alps-swaps-2")]
     assert all((folder / "trained-train" / one_shot.OUTCOME).is_file() for folder in folders)
 
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--train-from", "alps --swaps 2"])
+    one_shot.main()
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row.get("won_back") for row in rows] == [None, {"test": 0.5}] * 2
+
     run = load_run(str(train), one_shot.training_settings(train, folders[3], "2:4"))
     assert (run.model.path, run.pst.pattern, run.schedule.final_sparsity) == (str(folders[3] / "model"), "2:4", 0.5)
     assert (run.pst.initial_mask == "zeros") == is_fixed

@@ -3,8 +3,8 @@
 Every method, with options of pst-ds prune if need be, prunes the run's model to every share of zeros ("2:4" names a
 pattern), and the folder is tested on the first sequences of data.test, and of other texts. From ``--values`` on options
 are those of pst-ds export, which rounds the folder that the method made without them. With --train a run file is
-trained from every folder too, and what it exports is tested. What is there already is read, so a killed comparison
-goes on.
+trained from every folder too, or from those of --train-from, and what it exports is tested. What is there already is
+read, so a killed comparison goes on.
 
     python -m tools.quality.one_shot run.toml --out runs/one-shot --set train.precision=fp32 --json
     python -m tools.quality.one_shot run.toml --out runs/one-shot --methods sparsegpt "alps --budgets owl" --zeros 0.7
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", default=[], metavar="FILE", help="texts to test on besides data.test")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the tested models (fp32)")
     parser.add_argument("--train", type=Path, metavar="RUN.toml", help="a run to train from every pruned folder")
+    parser.add_argument("--train-from", nargs="+", default=[], metavar="METHOD", help="of these methods alone (all)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every run but --train's")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     args = parser.parse_args()
@@ -66,7 +67,7 @@ def main() -> None:
             added = {text: loss - dense[text] for text, loss in found["losses"].items()}
             rows.append({"zeros": zeros, "method": method, **found, "added": added})
             rows[-1]["of_reference"] = shares_of_reference(rows)
-            if args.train:
+            if args.train and (not args.train_from or method in args.train_from):
                 after = trained(args, folder_of(args, method, zeros), zeros)
                 rows[-1] |= {"trained": after, "won_back": shares_won_back(rows, after["losses"], dense)}
             print(f"{zeros} {method}: {_said(rows[-1])}; pruned in {found['prune_cpu_seconds']:.0f} CPU s")
