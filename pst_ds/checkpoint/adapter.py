@@ -28,6 +28,7 @@ from pst_ds.atomic_files import file_sha256, write_bytes_atomic, write_text_atom
 from pst_ds.checkpoint.restore import (
     base_fingerprint,
     base_grid_numbers,
+    embedding_grid_numbers,
     grid_numbers,
     input_bits,
     is_of_hub,
@@ -122,7 +123,7 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
     else:
         inject.inject_pst(
             model, config, grid=_grid(saved, folder), activation_bits=saved.get("activation_bits", 16),
-            base_grid=_grid(saved, folder, "base_grid"),
+            base_grid=_grid(saved, folder, "base_grid"), embedding_grid=_grid(saved, folder, "embedding_grid"),
         )  # fmt: skip
     also_trained = set(saved.get("also_trained", ()))
     for name, param in model.named_parameters():
@@ -212,6 +213,7 @@ def write_adapter_state(
         "weight_scales": weight_scales(model),
         "grid": grid_numbers(model),
         "base_grid": base_grid_numbers(model),
+        "embedding_grid": embedding_grid_numbers(model),
         "activation_bits": input_bits(model),
         "rounds": any(layer.rounds for layer in layers.values()),
         "sha256": hashlib.sha256(data).hexdigest(),
@@ -266,7 +268,8 @@ def _grid(saved: dict[str, Any], folder: Path, key: str = "grid") -> Grid | None
 
 
 def _require_grid(model: nn.Module, saved: dict[str, Any], folder: Path) -> None:
-    for key, own in (("grid", grid_numbers(model)), ("base_grid", base_grid_numbers(model))):
+    own_grids = {"grid": grid_numbers, "base_grid": base_grid_numbers, "embedding_grid": embedding_grid_numbers}
+    for key, own in ((key, numbers_of(model)) for key, numbers_of in own_grids.items()):
         grid = _grid(saved, folder, key)
         if own != (None if grid is None else (grid.bits, grid.group or 0)):
             raise PretrainedError(

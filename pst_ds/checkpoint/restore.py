@@ -13,6 +13,7 @@ from pst_ds.checkpoint.format import SCALE_BYTES, Checkpoint, CheckpointError
 from pst_ds.core.quantization import require_scales, scales_of_bytes
 from pst_ds.nn.inject import pst_layers, round_weights
 from pst_ds.nn.layer import PSTLayer
+from pst_ds.nn.tables.coded import coded_tables
 from pst_ds.parallel import optimizer_state, zero3
 from pst_ds.parallel.engine import Engine
 
@@ -98,6 +99,14 @@ def base_grid_numbers(model: nn.Module) -> tuple[int, int] | None:
         if layer.base_codes is not None:
             grid = layer.base_codes.layout.stored.grid
             return grid.bits, grid.group or 0
+    return None
+
+
+def embedding_grid_numbers(model: nn.Module) -> tuple[int, int] | None:
+    """Return the grid of the frozen embedding of ``model``, as :func:`grid_numbers` has it; None for plain weights."""
+    for table in coded_tables(model).values():
+        grid = table.layout.stored.grid
+        return grid.bits, grid.group or 0
     return None
 
 

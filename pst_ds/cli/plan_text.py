@@ -50,6 +50,8 @@ def _of_layers(plan: Plan) -> Iterator[str]:
         yield f"updated: {e['name']}  {e['rows']} x {e['width']}, {e['factor_parameters']:,} factor parameters"
     if plan["base_grid"]:
         yield f"their frozen weights: {plan['base_grid']}"
+    if plan["embedding_grid"]:
+        yield f"frozen embedding and output layer: {plan['embedding_grid']}"
     yield f"trained in full: {', '.join(plan['trained_in_full']) or 'nothing'}"
     share = plan["trained_parameters"] / plan["parameters"]
     yield f"trained parameters: {plan['trained_parameters']:,} of {plan['parameters']:,} ({share:.2%})"

@@ -34,6 +34,7 @@ from pst_ds.planning.verdict import Work, verdict
 from pst_ds.planning.zero_settings import ZeroSettings, zero_settings
 from pst_ds.train.model import (
     base_grid_of_run,
+    embedding_grid_of_run,
     grid_of_run,
     head_names,
     load_tokenizer,
@@ -102,6 +103,7 @@ def make_plan(config: RunConfig, ask: Ask) -> Plan:
         "schedule": schedule,
         "rounding": _rounding(config, num_steps),
         "base_grid": str(base_grid) if (base_grid := base_grid_of_run(config)) else None,
+        "embedding_grid": str(table_grid) if (table_grid := embedding_grid_of_run(config)) else None,
     }
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, config)]
     trace = ask.trace or _trace(model, config, micro_batch_size, zero.persistence_threshold, device)  # uses it up

@@ -58,9 +58,12 @@ class ModelConfig:
     base_group: Literal[32, 64, 128, "row"] | None = None
     """Inputs of an output that share a scale of the frozen weights, which must divide those of every layer; or all of
     them. Unset, it is "row" for 8 bits and 64 for 4."""
+    embedding_bits: Literal[16, 8, 4] = 16
+    """The same for the frozen token embedding and a language model's output layer, tied or not, with the same groups.
+    Neither exists as a whole in 16 bits once the model is loaded."""
 
     def __post_init__(self) -> None:
-        if self.base_bits == 16 and self.base_group is not None:
+        if self.base_bits == self.embedding_bits == 16 and self.base_group is not None:
             raise ConfigError(
                 f"model.base_group = {self.base_group!r} does nothing with model.base_bits = 16; set model.base_bits "
                 "to 8 or 4"
@@ -223,11 +226,12 @@ class RunConfig:
         """Refuse few bits for weights that train."""
         injected, method = self.mask_method.pst_config(self.pst), self.mask_method
         trains = method.trains_everything or injected.train_weights or injected.full_scores
-        if self.model.base_bits != 16 and trains:
+        few = {"base_bits": trains, "embedding_bits": method.trains_everything}
+        for key in [key for key, trained in few.items() if trained and getattr(self.model, key) != 16]:
             frozen = ", ".join(repr(name) for name, other in METHODS_BY_NAME.items() if not other.trains_everything)
             raise ConfigError(
-                f"model.base_bits = {self.model.base_bits} rounds frozen weights once, and method = {self.method!r} "
-                f"trains every weight; take one of {frozen}, or model.base_bits = 16"
+                f"model.{key} = {getattr(self.model, key)} rounds frozen weights once, and method = {self.method!r} "
+                f"trains every weight; take one of {frozen}, or model.{key} = 16"
             )
 
     def _require_ranking(self, injected: PSTConfig) -> None:

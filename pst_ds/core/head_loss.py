@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from pst_ds.core.distillation import loss_and_gradient
+from pst_ds.core.quantization import CodedWeight, of_table_inputs, times_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +48,24 @@ def chunk_sizes(device_type: str) -> ChunkSizes:
 class Readout:
     """Logits of hidden states h: s z, or c tanh(s z / c) with a cap c above 0; z = h W' + b."""
 
-    weight: Tensor
+    weight: Tensor | CodedWeight
     """(classes, width)."""
     bias: Tensor | None = None
     """(classes,)."""
     scale: float = 1.0
     cap: float = 0.0
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """Return the head's output z of hidden states (rows, width): (rows, classes), in their dtype."""
+        if isinstance(self.weight, CodedWeight):
+            return times_table(hidden, self.weight, self.bias)
+        return linear(hidden, self.weight, self.bias)
+
+    def of_hidden(self, of_output: Tensor) -> Tensor:
+        """Return dL/dh, (rows, width), of dL/dz."""
+        if isinstance(self.weight, CodedWeight):
+            return of_table_inputs(of_output, self.weight)
+        return of_output @ self.weight.detach()
 
     def final(self, logits: Tensor) -> Tensor:
         """Return the logits of the head's output z, (rows, classes), in fp32."""
@@ -98,8 +111,9 @@ def head_loss(
     pass, which reads no weight, a tensor like ``hidden`` is kept, and one like the weight if it trains.
     """
     sizes = sizes or chunk_sizes(hidden.device.type)
+    weight = None if isinstance(readout.weight, CodedWeight) else readout.weight
     loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, readout.weight, readout.bias, readout, targets, rows, teacher, count, sizes
+        hidden, weight, readout.bias, readout, targets, rows, teacher, count, sizes
     )
     return loss
 
@@ -114,7 +128,7 @@ def token_losses(
     losses = [hidden.new_empty(0, dtype=torch.float32)]
     classes = readout.weight.shape[0]
     for part in _slices(len(targets), sizes.rows(classes)):
-        logits = linear(_chosen(hidden, rows, part), readout.weight, readout.bias)
+        logits = readout.output(_chosen(hidden, rows, part))
         for block in _slices(len(logits), sizes.rows_in_fp32(classes)):
             losses.append(cross_entropy(readout.final(logits[block]), targets[part][block], reduction="none"))
     return torch.cat(losses)
@@ -123,18 +137,15 @@ def token_losses(
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, readout: Readout, targets: Tensor,
+        ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, readout: Readout, targets: Tensor,
         rows: Tensor | None, teacher: Teacher | None, count: Tensor | int | None, sizes: ChunkSizes,
     ) -> Tensor:  # fmt: skip
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
-        for part in _slices(len(targets), sizes.rows(weight.shape[0])):
+        grads = _Gradients(hidden, weight, bias, readout, ctx.needs_input_grad[:3])
+        for part in _slices(len(targets), sizes.rows(readout.weight.shape[0])):
             own = _chosen(hidden, rows, part)
-            logits = linear(own, weight, bias)
-            taught = None
-            if teacher is not None:
-                other = teacher.readout
-                taught = linear(_chosen(teacher.hidden, rows, part), other.weight, other.bias)
+            logits = readout.output(own)
+            taught = None if teacher is None else teacher.readout.output(_chosen(teacher.hidden, rows, part))
             total += _loss_of_chunk(logits, readout, targets[part], taught, teacher, sizes)
             grads.add(part if rows is None else rows[part], own, logits)
         ctx.save_for_backward(*grads.tensors)
@@ -152,15 +163,17 @@ class _HeadLoss(torch.autograd.Function):
 class _Gradients:
     """Those of the sum of all tokens, as far as they are wanted; that of the weight is summed in fp32."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wants: tuple[bool, ...]):
-        self._weight, self._dtype = weight.detach(), weight.dtype
+    def __init__(
+        self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, readout: Readout, wants: tuple[bool, ...]
+    ):
+        self._readout, self._dtype = readout, readout.weight.dtype
         self._hidden = torch.zeros_like(hidden) if wants[0] else None
-        self._of_weight = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None
+        self._of_weight = None if weight is None or not wants[1] else torch.zeros_like(weight, dtype=torch.float32)
         self._of_bias = None if bias is None or not wants[2] else torch.zeros_like(bias, dtype=torch.float32)
 
     def add(self, rows: Tensor | slice, hidden: Tensor, of_logits: Tensor) -> None:
         if self._hidden is not None:
-            self._hidden[rows] = of_logits @ self._weight
+            self._hidden[rows] = self._readout.of_hidden(of_logits)
         if self._of_weight is not None and self._dtype == torch.float32:
             self._of_weight.addmm_(of_logits.T, hidden)
         elif self._of_weight is not None:

@@ -39,6 +39,7 @@ from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.layer import FACTOR_NAMES, PSTLayer
 from pst_ds.nn.model_structure import is_conv1d, is_linear
+from pst_ds.nn.tables.coded import plain_tables
 from pst_ds.parallel.optimizer_state import MASTER
 
 
@@ -59,7 +60,7 @@ class RunTensor:
     grid: StoredGrid | None = None
     """What training rounded the layer to."""
     base: CodeLayout | None = None
-    """How the layer held the base's weight, where that was in few bits."""
+    """How the model held the base's weight, where that was in few bits."""
     embedding_beta: float | None = None
     masked: bool = True
     """False where values that the mask prunes may be anything, because the packing does not look at them."""
@@ -101,6 +102,10 @@ class RunSource:
             return TensorValues(checkpoint.trained[recipe.name].to(compute).to(recipe.dtype).contiguous())
         assert recipe.in_base is not None
         stored = self._base.read(recipe.in_base)
+        if recipe.base is not None:
+            weight = stored.to(compute)
+            rounded = CodedWeight(recipe.base, *recipe.base.encode(weight, 0), compute).dense()
+            return TensorValues(rounded.to(recipe.dtype))
         if beta is None:
             return TensorValues(stored.contiguous())
         left, right = (checkpoint.trained[f"{recipe.name.removesuffix('weight')}pst_{f}"].to(compute) for f in "UV")
@@ -206,6 +211,7 @@ class _Planner:
         self, model: nn.Module, checkpoint: Checkpoint, base: BaseWeights, encoding: Encoding, dtype: str | None
     ):
         self._model, self._checkpoint, self._base = model, checkpoint, base
+        self._tables = plain_tables(model)
         self._encoding, self._cast = encoding, None if dtype is None else DTYPES[dtype]
         # of a run that rounds, layers that it left as they are stay so: the file computes what was trained
         self._grids = grids(model, replace(encoding, values=None) if checkpoint.state.rounds else encoding)
@@ -295,19 +301,20 @@ class _Planner:
         compute, stored = DTYPES[state.precision], in_base or of_base
         layer = self._layers.get(owner) if last == "weight" else None
         embedding = self._embeddings.get(owner) if last == "weight" else None
+        coded = self._tables.get(name) if layer is None or layer.base_codes is None else layer.base_codes.layout
         if in_base is None and embedding is not None:
             raise ExportError(f"{name} is not in the base model {state.base_path!r}")
         if in_base is None and not trained:
             raise ExportError(f"{name} is neither trained nor in the base model {state.base_path!r}")
         # values are those computed with; they are stored at least as wide as the base's, so that files stay uniform
         width = compute if stored is None else self._base.size(stored)[0]
-        if layer is not None or trained or embedding is not None:
+        if layer is not None or trained or embedding is not None or coded is not None:
             width = torch.promote_types(compute, width)
         return RunTensor(
             name, in_base, width, trained,
             layer=None if layer is None else (whole(layer.layout), layer.constants),
             grid=None if layer is None or not state.rounds else layer.stored_grid,
-            base=None if layer is None or layer.base_codes is None else replace(layer.base_codes.layout, num_shards=1),
+            base=None if coded is None else replace(coded, num_shards=1),
             embedding_beta=None if embedding is None else embedding.beta,
         )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -21,7 +21,16 @@ from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.model_structure import is_experts, stack_names
 from pst_ds.nn.prompt import PSTPrompt, prompt_of
-from pst_ds.nn.targets import InjectionError, Target, find_embeddings, find_targets, modules_named_to_save, suggestion
+from pst_ds.nn.tables.coded import encode_tables, find_tables
+from pst_ds.nn.targets import (
+    InjectionError,
+    Target,
+    find_embeddings,
+    find_targets,
+    modules_named_to_save,
+    put,
+    suggestion,
+)
 from pst_ds.parallel import zero3
 from pst_ds.parallel.steps import unwrapped
 
@@ -34,6 +43,7 @@ def inject_pst(
     grid: Grid | None = None,
     activation_bits: int = 16,
     base_grid: Grid | None = None,
+    embedding_grid: Grid | None = None,
 ) -> nn.Module:
     """Replace the target layers of ``model`` by PSTLinear, and stacks of experts by PSTExpertStack, in place; freeze
     the rest.
@@ -52,6 +62,7 @@ def inject_pst(
             inputs do; 16 leaves them.
         base_grid: the pretrained weights W0 of the target layers are rounded to it now, and kept as codes and scales of
             8 or 4 bits, in shards under ZeRO-3; None keeps them as they are.
+        embedding_grid: the same for the frozen token embedding of a model of transformers and its output layer.
 
     Returns:
         ``model`` itself.
@@ -63,6 +74,8 @@ def inject_pst(
         raise InjectionError("the model already has PST modules; inject into the base model, once")
     targets, embeddings = find_targets(model, config), find_embeddings(model, config)
     rules = _require_fit(targets, config, grid, base_grid)
+    pruned = {target.module for target in targets}
+    tables = find_tables(model, config, embedding_grid, pruned) if embedding_grid else []
     inputs = _input_grid(activation_bits, grid)
     shards = {target.name: _shards_of(target, num_shards) for target in targets}
     bases: dict[str, BaseCodes] = {}
@@ -70,6 +83,7 @@ def inject_pst(
         zeros = config.initial_mask == "zeros"
         bases = {t.name: encode_base(t, base_grid, shards[t.name], from_zeros=zeros) for t in targets}
     scales = _scales_in_scores(targets, bases, rules, config)
+    encode_tables(tables)
     for param in model.parameters():
         param.requires_grad_(False)
     for target in targets:
@@ -81,7 +95,7 @@ def inject_pst(
         embedding = PSTEmbedding(found.name, found.module, config)
         zero3.split_as(embedding.get_parameter("weight"), embedding.parameters(recurse=False))
         embedding.train(found.module.training)
-        _put(embedding, found.places)
+        put(embedding, found.places)
     for param in configured_parameters(model, config):
         param.requires_grad_(True)
     model.pst_config = config  # type: ignore[assignment]
@@ -108,14 +122,8 @@ def _replace(
         layer = PSTLinear(target.name, weight, target.module.bias, *rest)
     zero3.split_as(like, layer.parameters(recurse=False))
     layer.train(target.module.training)
-    _put(layer, target.places)
+    put(layer, target.places)
     return layer
-
-
-def _put(module: nn.Module, places: Iterable[tuple[nn.Module, str]]) -> None:
-    """Make ``module`` the attribute that each of ``places``, (parent, attribute), is."""
-    for parent, attribute in places:
-        setattr(parent, attribute, module)
 
 
 def _scales_in_scores(

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from pst_ds.core.head_loss import Readout
 from pst_ds.errors import first_line
+from pst_ds.nn.tables.coded import CodedOutput
 
 _TOKENS = 4
 _SMALL, _LARGE = 2.0**-10, 2.0**20
@@ -27,14 +28,15 @@ class UnknownHeadError(RuntimeError):
 class LanguageHead:
     """The last linear layer of a model, whose logits are ``scale`` times its output, or capped by ``cap``."""
 
-    module: nn.Linear
+    module: nn.Linear | CodedOutput
     scale: float = 1.0
     cap: float = 0.0
 
     @property
     def readout(self) -> Readout:
         """The head with the weight that it has now: whole only in a call of ``read`` in :meth:`reading`."""
-        return Readout(self.module.weight, self.module.bias, self.scale, self.cap)
+        weight = self.module.table() if isinstance(self.module, CodedOutput) else self.module.weight
+        return Readout(weight, self.module.bias, self.scale, self.cap)
 
     @contextmanager
     def reading(self, read: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
@@ -86,7 +88,7 @@ def language_head(model: nn.Module) -> LanguageHead:
     """
     find = getattr(model, "get_output_embeddings", None)
     head: Any = find() if callable(find) else None
-    if type(head) is not nn.Linear:
+    if type(head) not in (nn.Linear, CodedOutput):
         kind = "no head" if head is None else f"a head of class {type(head).__name__}"
         raise UnknownHeadError(f"{type(model).__name__} has {kind}, not a plain linear layer")
     if "forward" in vars(head):
@@ -157,9 +159,9 @@ class _Body(nn.Module):
 
 
 class _Head(nn.Module):
-    def __init__(self, like: nn.Linear, numbers: Tensor):
+    def __init__(self, like: nn.Linear | CodedOutput, numbers: Tensor):
         super().__init__()
-        self.weight, self.bias, self.numbers = like.weight, like.bias, numbers
+        self.weight, self.bias, self.numbers = getattr(like, "weight", None), like.bias, numbers
         self.in_features, self.out_features = like.in_features, like.out_features
         self.calls: list[torch.Size] = []
 
@@ -169,7 +171,7 @@ class _Head(nn.Module):
 
 
 @contextmanager
-def _stand_ins(model: nn.Module, head: nn.Linear, numbers: Tensor) -> Iterator[list[torch.Size]]:
+def _stand_ins(model: nn.Module, head: nn.Linear | CodedOutput, numbers: Tensor) -> Iterator[list[torch.Size]]:
     """Replace the head, and every part of the model that it is not in; yield shapes that the head is called with."""
     owner, name = next(
         (module, name) for module in model.modules() for name, part in module._modules.items() if part is head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -14,6 +15,7 @@ from pst_ds.nn.embedding import PSTEmbedding
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.inject import injected_config, layers_never_called, pst_layers, shortened
 from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
+from pst_ds.nn.tables.coded import coded_tables, plain_tables
 from pst_ds.nn.targets import places_by_module
 from pst_ds.parallel import zero3
 from pst_ds.parallel.steps import unwrapped
@@ -25,7 +27,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     A PSTLinear becomes an ``nn.Linear``, or ``Conv1D``, whose weight is M . W as the masked model multiplied with it,
     bit for bit but that a kept -0.0 is +0.0; a PSTExpertStack the Parameter that it was made from; a PSTEmbedding an
-    ``nn.Embedding``. The weights are frozen: without its
+    ``nn.Embedding``, and so do tables in few bits. The weights are frozen: without its
     mask a layer that is trained on loses its zeros. Warns of layers that were never called where others were: what
     they become is not what the model computed. Not collective: each rank merges its own model.
 
@@ -56,6 +58,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             stacklevel=2,
         )
     whole_checkpoints(model)
+    plain_tables(model)
     for module, places in places_by_module(model).items():
         if isinstance(module, PSTLayer | PSTEmbedding):
             plain = _plain(module)
@@ -77,10 +80,12 @@ def print_trainable_parameters(model: nn.Module) -> None:
     """
     model = unwrapped(model)
     layers = pst_layers(model).values()
-    constants = {getattr(layer, part) for layer in layers for part in CONSTANT_PARTS}
+    tables = coded_tables(model).values()
+    constants = {getattr(layer, part, None) for layer in (*layers, *tables) for part in CONSTANT_PARTS}
     params = [param for param in model.parameters() if param not in constants]
     total = sum(zero3.full_numel(param) for param in params)
     total += sum(layer.layout.numel for layer in layers if layer.weight is None)
+    total += sum({t.codes: math.prod(t.shape) for t in tables}.values())  # tied ones once
     trained = sum(zero3.full_numel(param) for param in params if param.requires_grad)
     print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 

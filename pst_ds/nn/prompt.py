@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from pst_ds.config.prompt import Adapter
 from pst_ds.core.prompts import adapted, with_prompt, without_prompt
+from pst_ds.core.quantization import table_rows
 from pst_ds.errors import InputError
 from pst_ds.nn.layer import seeded_normal
+from pst_ds.nn.tables.coded import CodedEmbedding
 from pst_ds.parallel import zero3
 
 if TYPE_CHECKING:
@@ -100,8 +102,12 @@ def body_of(model: nn.Module) -> Any:
 @torch.no_grad()
 def embedded(model: nn.Module, ids: Tensor) -> Tensor:
     """Return the embeddings of the tokens ``ids`` (m,): (m, d). Collective under ZeRO-3."""
-    weight = body_of(model).get_input_embeddings().weight
-    with zero3.gathered([weight]):
+    embeddings = body_of(model).get_input_embeddings()
+    with zero3.gathered(embeddings.parameters()):
+        if isinstance(embeddings, CodedEmbedding):
+            table = embeddings.table()
+            return table_rows(table, ids.to(table.device))
+        weight = embeddings.weight
         return weight.detach()[ids.to(weight.device)].clone()
 
 

@@ -263,6 +263,12 @@ def places_by_module(model: nn.Module) -> dict[nn.Module, tuple[tuple[nn.Module,
     return {module: tuple(found) for module, found in places.items()}
 
 
+def put(module: nn.Module, places: Iterable[tuple[nn.Module, str]]) -> None:
+    """Make ``module`` the attribute that each of ``places``, (parent, attribute), is."""
+    for parent, attribute in places:
+        setattr(parent, attribute, module)
+
+
 def _layout(name: str, module: Any, config: PSTConfig) -> WeightLayout:
     outputs, inputs = model_structure.linear_shape(module)
     fused = name_matches(name, config.fused_modules) and outputs % inputs == 0

@@ -116,6 +116,12 @@ def bytes_split_as(like: nn.Parameter, numel: int, own: Tensor) -> nn.Parameter:
     return param
 
 
+def own_part(like: nn.Parameter, whole: Tensor) -> Tensor:
+    """Return what this rank holds of the flat values ``whole`` once they are split as ``like`` is: (n,)."""
+    share = -(-whole.numel() // num_shards(like))
+    return whole[shard_index(like) * share :][:share]
+
+
 def split_as(like: nn.Parameter, params: Iterable[nn.Parameter]) -> None:
     """Split ``params``, with the values of rank 0, over the ranks that ``like`` is split over, as
     ``deepspeed.initialize`` would later. Collective under ZeRO-3; nothing where ``like`` is whole."""

@@ -16,10 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 from pst_ds.core.experts.routing import Routing
 from pst_ds.core.head_loss import ChunkSizes, Teacher, chunk_sizes, head_loss
+from pst_ds.core.quantization import CodedWeight
 from pst_ds.errors import first_line
 from pst_ds.nn.experts import PSTExpertStack, of_routing, registered
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.language_head import LanguageHead, UnknownHeadError, language_head
+from pst_ds.nn.tables.coded import CodedEmbedding, CodedTable, coded_tables
 from pst_ds.planning.operators import operator_traffic
 
 
@@ -159,7 +161,7 @@ def _loss_in_chunks(
     """
     targets = inputs["input_ids"].flatten()
     width, rows = head.module.in_features, sizes.rows(head.module.out_features)
-    taught = head.module.weight.new_empty(len(targets), width) if distilled else None
+    taught = torch.empty(len(targets), width, dtype=head.readout.weight.dtype) if distilled else None
 
     def read(hidden: Tensor) -> Tensor:
         teacher = None if taught is None else Teacher(taught, head.readout, 0.5)
@@ -217,6 +219,12 @@ def _pretend_on_cpu(model: nn.Module, mode: Any) -> None:
 def layers_save_their_input(model: nn.Module) -> Iterator[None]:
     """Let PST layers keep their input alone; their temporaries of the weight's size are counted elsewhere."""
     layers = pst_layers(model).values()
+    tables = coded_tables(model).values()
+    for table in tables:
+        if isinstance(table, CodedEmbedding):
+            table.forward = partial(_looked_up, table)  # type: ignore[method-assign]
+        else:
+            table.table = partial(_unread, table)  # type: ignore[method-assign]
     for layer in layers:
         anchor = next((param for _, param in layer.factor_parameters()), next(layer.parameters()))
         of_kind = _products_of_experts if isinstance(layer, PSTExpertStack) else _product
@@ -227,11 +235,28 @@ def layers_save_their_input(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+        for table in tables:
+            del vars(table)["forward" if isinstance(table, CodedEmbedding) else "table"]
 
 
 def _evenly_routed(experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Compute an experts module as if each of its experts got as many tokens: which do is not known from shapes."""
     return of_routing(experts, hidden, weights, Routing.even(index, weights, experts.num_experts))  # type: ignore[arg-type]
+
+
+def _looked_up(table: CodedEmbedding, ids: Tensor) -> Tensor:
+    return torch.empty(*ids.shape, table.embedding_dim, dtype=table.dtype)
+
+
+def _unread(table: CodedTable) -> CodedWeight:
+    return _Unread(table.layout, table.codes.detach(), table.scales.detach(), table.dtype)
+
+
+class _Unread(CodedWeight):
+    """A table whose codes have no values; its weights are tensors without values too."""
+
+    def dense(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype)
 
 
 def _product(anchor: Tensor, out_features: int, rounded: bool, input: Tensor) -> Tensor:

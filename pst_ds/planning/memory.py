@@ -87,6 +87,8 @@ class ModelNumbers:
     update_rank: int = 0
     dense_weights: int = 0
     """Weights of linear layers that are not pruned, such as a causal model's head."""
+    sliced_weights: int = 0
+    """Of these, those of output layers that are codes, and become weights a slice at a time."""
     attention_width: int = 0
     """Width of all attention heads of a layer, summed over layers."""
 
@@ -282,7 +284,7 @@ def memory_plan(
 
 def _packed_bytes(model: ModelNumbers) -> int:
     """The largest 16-bit weight, which oneDNN reorders before it multiplies; one of 32 bits is read in place."""
-    return 2 * max([model.dense_weights, *(matrix.numel for matrix in model.matrices)])
+    return 2 * max([model.dense_weights - model.sliced_weights, *(matrix.numel for matrix in model.matrices)])
 
 
 def optimizer_bytes(model: ModelNumbers, zero: ZeroSettings, element_size: int = 2) -> int:

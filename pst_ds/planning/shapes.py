@@ -11,11 +11,13 @@ from typing import TypeVar
 from torch import nn
 
 from pst_ds.core.layout import row_tiles
+from pst_ds.core.quantization import slice_numel
 from pst_ds.core.tiles import plan_tiles
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.model_structure import is_linear, linear_shape
+from pst_ds.nn.tables.coded import CodedOutput, coded_tables
 from pst_ds.parallel import zero3
 from pst_ds.planning.memory import MatrixGroup, ModelNumbers, ModuleNumbers, TensorGroup, layer_work_bytes
 
@@ -31,6 +33,9 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
     masks, scales = ({id(getattr(layer, part)) for layer in layers.values()} for part in ("pst_mask", "pst_scales"))
     coded = [(layer.layout.numel, layer.base_codes) for layer in layers.values() if layer.base_codes is not None]
     stands_for = {id(base.codes): numel for numel, base in coded} | {id(base.scales): 0 for _, base in coded}
+    tables = coded_tables(model).values()
+    stands_for |= {id(table.codes): math.prod(table.shape) for table in tables} | {id(t.scales): 0 for t in tables}
+    sliced = sum(math.prod(table.shape) for table in tables if isinstance(table, CodedOutput))
     return ModelNumbers(
         tensors=_counted(
             TensorGroup(
@@ -56,7 +61,8 @@ def model_numbers(model: nn.Module, *, device: str = "cpu") -> ModelNumbers:
         ),
         score_rank=max((_rank(layer, "B") for layer in layers.values()), default=0),
         update_rank=max((_rank(layer, "V") for layer in layers.values()), default=0),
-        dense_weights=sum(math.prod(linear_shape(module)) for module in model.modules() if is_linear(module)),
+        dense_weights=sliced + sum(math.prod(linear_shape(m)) for m in model.modules() if is_linear(m)),
+        sliced_weights=sliced,
         attention_width=_attention_width(model),
     )
 
@@ -98,6 +104,8 @@ def _module_numbers(module: nn.Module, device: str) -> ModuleNumbers:
     if isinstance(module, PSTLayer):
         work = layer_work_bytes(module.layout.expert, module.dtype.itemsize, module.tile_bytes, device)
         bands = _num_bands(module, device)
+    elif isinstance(module, CodedOutput):
+        work = slice_numel(*module.shape, device) * module.dtype.itemsize
     numel, sizes = sum(map(zero3.full_numel, params)), by_dtype.values()
     return ModuleNumbers(numel, sum(sizes), max(sizes, default=0), work, bands=bands)
 

@@ -18,8 +18,9 @@ from pst_ds.data.conversations import read_template
 from pst_ds.data.tasks import Task, task_of
 from pst_ds.errors import first_line
 from pst_ds.nn.base_model import DTYPES, Pretrained
-from pst_ds.nn.inject import inject_pst, persistent_buffers, shortened
+from pst_ds.nn.inject import inject_pst, persistent_buffers, plain_name, pst_layers, shortened
 from pst_ds.nn.optimizer import pst_parameter_groups
+from pst_ds.nn.tables.coded import coded_tables
 from pst_ds.nn.targets import modules_to_save
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import raise_on_all_ranks
@@ -55,6 +56,12 @@ def grid_of_run(run: RunConfig) -> Grid | None:
 def base_grid_of_run(run: RunConfig) -> Grid | None:
     """Return the grid that the run's frozen weights are on; None for weights as they were loaded."""
     return None if run.model.base_bits == 16 else grid_of(f"int{run.model.base_bits}", run.model.base_group)
+
+
+def embedding_grid_of_run(run: RunConfig) -> Grid | None:
+    """Return the grid that the run's frozen embedding and output layer are on; None for weights as they were loaded."""
+    bits = run.model.embedding_bits
+    return None if bits == 16 else grid_of(f"int{bits}", run.model.base_group)
 
 
 def load_tokenizer(run: RunConfig) -> Any:
@@ -164,6 +171,7 @@ def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | N
         inject_pst(
             module, pst_config(run), num_shards=num_shards, grid=grid,
             activation_bits=run.quantization.activation_bits, base_grid=base_grid,
+            embedding_grid=embedding_grid_of_run(run),
         )  # fmt: skip
     if method.trains_everything:  # that can have a gradient
         for param in module.parameters():
@@ -249,6 +257,8 @@ def _keep_statistics(module: nn.Module) -> None:
 def _refuse_untrained(module: nn.Module, missing: Any, run: RunConfig) -> None:
     """Refuse random values that nothing would train: those of modules that the base model lacks and the run freezes."""
     frozen = {name for name, param in module.named_parameters() if not param.requires_grad}
+    frozen |= {f"{name}.weight" for name in coded_tables(module)}
+    frozen |= {plain_name(name, layer) for name, layer in pst_layers(module).items() if layer.weight is None}
     owners = sorted({name.rpartition(".")[0] for name in missing if name in frozen})
     if owners:
         trained = [*head_names(module, run), *owners]

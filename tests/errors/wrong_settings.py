@@ -23,6 +23,15 @@ SETTINGS = {
     "few bits for weights that train": Wrong(
         setting("model.base_bits=4", "method=dense"), "model.base_bits", "4", "take one of 'pst', 'lora'"
     ),
+    "an embedding of few bits that trains": Wrong(
+        setting("model.embedding_bits=8", 'pst.update_embeddings=["word_embeddings"]'),
+        "word_embeddings",
+        "few bits",
+        "leave one of them out",
+    ),
+    "an embedding of few bits in groups that do not divide": Wrong(
+        setting("model.embedding_bits=4"), "word_embeddings.weight", "groups of 64", "take 32 or row"
+    ),
     "bits that there are not": Wrong(setting("model.base_bits=2"), "model.base_bits", "2", "must be one of 16, 8, 4"),
     "a group of the base without few bits": Wrong(
         setting("model.base_group=64"), "model.base_group", "64", "set model.base_bits to 8 or 4"

@@ -33,13 +33,15 @@ WIDE = {**SHAPE, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layer
 WIDE_AND_SHALLOW = {**WIDE, "num_hidden_layers": 2}
 
 
-def _llama(num_shards: int, device: str = "meta", shape=SHAPE, grid=None, base_grid=None):
+def _llama(num_shards: int, device: str = "meta", shape=SHAPE, grid=None, base_grid=None, embedding_grid=None):
     config = PSTConfig(modules_to_save=(), relative_magnitude=False)
     if shape["hidden_size"] == WIDE["hidden_size"]:  # factors as small beside the weights as those of a large model
         config = replace(config, score_rank=1, update_rank=1)
     with torch.device(device):
         model = LlamaForCausalLM._from_config(LlamaConfig(**shape, use_cache=False), dtype=torch.bfloat16)
-        return inject_pst(model, config, num_shards=num_shards, grid=grid, base_grid=base_grid)
+        return inject_pst(
+            model, config, num_shards=num_shards, grid=grid, base_grid=base_grid, embedding_grid=embedding_grid
+        )
 
 
 @pytest.mark.parametrize("num_shards", [1, 3])
@@ -94,6 +96,21 @@ def test_codes_count_as_the_weights_that_they_are_and_take_fewer_bytes(num_shard
     assert whole.whole_bytes - coded.whole_bytes == 2 * sum(o * i for o, i in shapes) - codes - scales
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tables_count_as_the_weights_that_they_are_and_take_fewer_bytes(bits):
+    whole, coded = model_numbers(_llama(2)), model_numbers(_llama(2, embedding_grid=Grid(bits)))
+    assert (coded.parameters, coded.trainables, coded.matrices) == (whole.parameters, whole.trainables, whole.matrices)
+    assert (coded.dense_weights, coded.sliced_weights) == (whole.dense_weights, 56 * 71)
+    assert whole.whole_bytes - coded.whole_bytes == 2 * 71 * (2 * 56 - 56 * bits // 8 - 2)
+    plain, traced = (
+        trace_micro_batch(model, batch=2, sequence=9, checkpointing=False)
+        for model in (_llama(2), _llama(2, embedding_grid=Grid(bits)))
+    )
+    assert plain.gathered - traced.gathered == 2 * 71 * (2 * 56 - 56 * bits // 8 - 2)  # each once, past a frozen head
+    assert plain.gathers < traced.gathers + 1
+    assert traced.activations <= plain.activations + 2 * 71 * 56  # a slice, which is all of so small a head
+
+
 def _loss(head, ids, hidden):
     return head_loss(hidden.flatten(0, 1), head.readout, ids.flatten())
 
@@ -110,8 +127,8 @@ def _received(cases):
         return gather(shard, whole, *more)
 
     partition_parameters._dist_allgather_fn = counted
-    for shape, checkpointing, ds_config, base_grid in cases:
-        model = _llama(2, "cpu", shape, base_grid=base_grid)
+    for shape, checkpointing, ds_config, frozen in cases:
+        model = _llama(2, "cpu", shape, base_grid=frozen, embedding_grid=frozen)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3}]
@@ -138,15 +155,16 @@ def test_a_step_gathers_what_deepspeed_gathers(run_ranks):
                 "stage3_max_reuse_distance": reuse, "stage3_prefetch_bucket_size": ahead,
                 "stage3_max_live_parameters": live,
             },
-        }, base_grid)
-        for checkpointing, small, reuse, ahead, live, base_grid in [
+        }, frozen)
+        for checkpointing, small, reuse, ahead, live, frozen in [
             (False, 0, 0, 0, 0, None), (False, 0, 500_000, 0, 0, None), (False, 0, 0, 60_000, 200_000, None),
             (True, 0, 0, 0, 0, None), (True, 500, 500_000, 0, 0, None), (True, 0, 0, 60_000, 200_000, None),
             (False, 0, 0, 0, 0, Grid(4, 64)), (True, 0, 0, 0, 0, Grid(8)),
         ]
     ]  # fmt: skip
-    for (shape, checkpointing, config, base_grid), found in zip(cases, run_ranks(_received, 2, cases)[0], strict=True):
-        model, zero = _llama(2, shape=shape, base_grid=base_grid), zero_settings(config, 2, "gloo")
+    for (shape, checkpointing, config, frozen), found in zip(cases, run_ranks(_received, 2, cases)[0], strict=True):
+        model = _llama(2, shape=shape, base_grid=frozen, embedding_grid=frozen)
+        zero = zero_settings(config, 2, "gloo")
         numbers = model_numbers(model)
         small = zero.persistence_threshold
         trace = trace_micro_batch(model, batch=1, sequence=16, checkpointing=checkpointing, persistence_threshold=small)

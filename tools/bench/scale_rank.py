@@ -108,8 +108,7 @@ def measure(job: dict[str, Any], memory: Memory) -> dict[str, Any]:
     started = time.perf_counter()
     model, keep_alive = build(job)
     memory.phase("build")
-    bits, group = job["base_bits"], job["base_group"]
-    inject_pst(model, PSTConfig(modules_to_save=()), base_grid=grid_of(f"int{bits}", group) if bits < 16 else None)
+    inject(model, PSTConfig(modules_to_save=()), job)
     memory.phase("inject")
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3}]
     engine = build_engine(model, groups, ds_config=job["ds_config"])
@@ -133,6 +132,15 @@ def measure(job: dict[str, Any], memory: Memory) -> dict[str, Any]:
     return {"rank": rank(), "seconds": seconds, "phases": memory.phases, "peak": memory.peak, "base": memory.base,
             "training_peak": memory.training_peak, "gathered": gathered, "held": held(engine),
             "rates": rates}  # fmt: skip
+
+
+def inject(model: nn.Module, config: PSTConfig, settings: dict[str, Any], num_shards: int | None = None) -> None:
+    """Inject with what does not train in as many bits as a job's ``settings`` say."""
+    base, embedding = (
+        grid_of(f"int{bits}", settings["base_group"]) if (bits := settings[f"{kind}_bits"]) < 16 else None
+        for kind in ("base", "embedding")
+    )
+    inject_pst(model, config, num_shards=num_shards, base_grid=base, embedding_grid=embedding)
 
 
 def machine_rates(job: dict[str, Any]) -> dict[str, float]:

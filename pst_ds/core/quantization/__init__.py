@@ -34,6 +34,7 @@ from pst_ds.core.quantization.scales import (
     whole_weights,
 )
 from pst_ds.core.quantization.stored import Rounding, StoredGrid, bytes_of_scales, scales_of_bytes
+from pst_ds.core.quantization.tables import of_table_inputs, slice_numel, table_rows, times_table
 
 __all__ = [
     "INPUT_BITS",
@@ -57,6 +58,7 @@ __all__ = [
     "group_moments",
     "group_scales",
     "nearest_codes",
+    "of_table_inputs",
     "pack_nibbles",
     "quantize",
     "require_scales",
@@ -64,7 +66,10 @@ __all__ = [
     "rounded_codes",
     "scales_of_bytes",
     "search_scales",
+    "slice_numel",
     "squared_norms",
+    "table_rows",
+    "times_table",
     "unit_of",
     "unpack_nibbles",
     "weights_at",
