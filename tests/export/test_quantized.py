@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
+import pst_ds.hf  # noqa: F401 (teaches transformers the format)
 from pst_ds.core.formats import mask_row_bits
 from pst_ds.core.formats.rows import as_bools
 from pst_ds.core.quantization import Grid, grid_of, quantize, round_to_grid
@@ -136,8 +137,6 @@ def test_what_the_folder_says(models, exports, index, case):
 
 @pytest.mark.parametrize(("index", "case"), enumerate(CASES), ids=str)
 def test_loaded_with_transformers_it_is_the_rounded_model(exports, index, case):
-    import pst_ds.hf  # noqa: F401 (teaches transformers the format)
-
     model = AutoModelForCausalLM.from_pretrained(exports[index])
     for module, (_, weight) in by_numpy(_stored(exports[index])).items():
         found = model.get_submodule(module).weight
