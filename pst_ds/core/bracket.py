@@ -156,14 +156,35 @@ class _Scan:
         found = Classifier(matrix.num_keys, bracket.low, bracket.high, room=room, device=device)
         for keys in matrix.tiles():
             found.take(keys.flatten())
-        self.keys, self.index = found.inside()
+        self.keys, index = found.inside()
+        self._index = _RisingNumbers(index)
         self.bits = pack_shard(found.above(), -(-matrix.num_keys // 8))
         self.counts = found.counts()
 
     def decide(self, threshold: int, ties: int) -> None:
         """Set the bits of the kept among the keys inside: those above, and the equals but for the first ``ties``."""
         equal = self.keys == threshold
-        set_bits_(self.bits, self.index, (self.keys > threshold) | (equal & (equal.cumsum(0) > ties)))
+        set_bits_(self.bits, self._index.all(), (self.keys > threshold) | (equal & (equal.cumsum(0) > ties)))
+
+
+class _RisingNumbers:
+    """Numbers that do not fall, (n,) int32: on a CPU a byte each, the step to it, where that is less than 255.
+
+    Elsewhere they stay as they are, for how many steps are larger the host would have to wait.
+    """
+
+    def __init__(self, numbers: Tensor):
+        self._numbers = numbers if numbers.device.type != "cpu" else None
+        if self._numbers is None:
+            steps = numbers.diff(prepend=numbers.new_zeros(1))
+            self._steps, self._large = steps.clamp(max=255).to(torch.uint8), steps[steps >= 255]
+
+    def all(self) -> Tensor:
+        if self._numbers is not None:
+            return self._numbers
+        steps = self._steps.int()
+        steps[self._steps == 255] = self._large
+        return steps.cumsum(0, dtype=torch.int32)
 
 
 def _scans(matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket], device: torch.device) -> _Scans:

@@ -313,21 +313,22 @@ def mask_update_bytes(model: ModelNumbers, zero: ZeroSettings, device: str = "cp
 
     The factors' masters arrive in one gather, (ranks, shard), and are copied out of it; the sampled keys are held here,
     by all ranks together, and sorted; the scan holds the new masks, the keys inside every bracket with their places, 8
-    bytes each, and the largest matrix's keys as bytes. Of stacks of experts those that lie whole on a rank have a
-    bracket on a GPU alone.
+    bytes each, 5 on a CPU, and the largest matrix's keys as bytes. Of stacks of experts those that lie whole on a rank
+    have a bracket on a GPU alone.
     """
     if not model.pruned_weights:
         return 0
     masters = 4 * model.factor_parameters
-    copies = 0 if zero.shards == 1 else 2 if zero.backend == GLOO else 1
-    gathering = masters + copies * int(masters * (1 + 1 / zero.shards))
+    arrived = 0 if zero.shards == 1 else int(masters * (1 + 1 / zero.shards))
+    gathering = max(arrived + masters, 2 * arrived if zero.backend == GLOO else 0)  # gloo stages them, and lets go
     bracketed = [(m, m.num_cut(zero.shards) / zero.shards + _whole_here(m, zero, device)) for m in model.matrices]
     sampled = model.sampled_keys(zero.shards)
     sampled += sum(int(sample_size(m.numel) * _whole_here(m, zero, device)) for m in model.matrices)
     sampling = masters + 4 * 4 * sampled
     inside = sum(here * m.numel * _bracket_share(m.numel) for m, here in bracketed)
     largest = max(m.numel for m in model.matrices) / zero.shards
-    scanning = masters + int(model.pruned_weights / zero.shards / 8 + 8 * inside + largest)
+    place = 1 if device == "cpu" else 4
+    scanning = masters + int(model.pruned_weights / zero.shards / 8 + (4 + place) * inside + largest)
     return max(gathering, sampling, scanning) + SCORED_TILE_BYTES.get(device, 0)
 
 

@@ -255,3 +255,11 @@ def test_one_sample_of_every_stratum(numel):
         assert int(at[-1]) < numel
         assert bool(((stratum - torch.arange(at.numel())) > -1).all())
         assert bool(((stratum - torch.arange(at.numel())) < 1 + at.numel() / numel).all())
+
+
+@pytest.mark.parametrize("numbers", [[], [0], [255], [0, 254, 509, 764, 764, 70_000, 2**31 - 1]], ids=len)
+def test_places_of_keys_inside_are_kept_as_steps(numbers):
+    index = torch.tensor(numbers, dtype=torch.int32)
+    found = bracket._RisingNumbers(index).all()
+    assert found.dtype == torch.int32
+    assert torch.equal(found, index)

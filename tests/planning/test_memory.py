@@ -136,11 +136,19 @@ def test_offload_moves_shares_to_the_host():
 def test_a_mask_update_at_scale_holds_masters_bits_and_brackets():
     numel = 1 << 26
     model = ModelNumbers((TensorGroup(1000, 2, 1, True, is_factor=True),), (), (MatrixGroup(numel, 10),))
-    for world in (1, 4):
-        found = mask_update_bytes(model, ZeroSettings(stage=3, world_size=world))
-        bits, inside = 10 * numel / world / 8, 8 * 10 * numel / world * (2 * 5 * 0.5 / math.sqrt(sample_size(numel)))
-        assert found == pytest.approx(4000 + bits + inside + numel / world + (2 << 20), rel=0.01)
+    for world, device, each, tile in ((1, "cpu", 5, 2 << 20), (4, "cpu", 5, 2 << 20), (4, "cuda", 8, 256 << 20)):
+        found = mask_update_bytes(model, ZeroSettings(stage=3, world_size=world), device)
+        inside = each * 10 * numel / world * (2 * 5 * 0.5 / math.sqrt(sample_size(numel)))
+        assert found == pytest.approx(4000 + 10 * numel / world / 8 + inside + numel / world + tile, rel=0.01)
     assert mask_update_bytes(ModelNumbers((), (), ()), ZeroSettings(stage=3)) == 0
+
+
+@pytest.mark.parametrize(("backend", "times"), [("gloo", 3), ("nccl", 2.5)])
+def test_a_mask_update_of_many_factors_holds_their_masters_and_what_brings_them(backend, times):
+    """Of two ranks half is sent and all arrives, which gloo has twice; or what arrived and the masters cut from it."""
+    model = ModelNumbers((TensorGroup(10**8, 2, 1, True, is_factor=True),), (), (MatrixGroup(1 << 20),))
+    found = mask_update_bytes(model, ZeroSettings(stage=3, world_size=2, backend=backend))
+    assert found == pytest.approx(times * 4e8, rel=0.01)
 
 
 def test_a_layers_temporaries_are_its_merged_weight_or_a_tile():
