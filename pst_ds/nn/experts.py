@@ -70,6 +70,7 @@ class PSTExpertStack(PSTLayer):
         self.was_called = True
         if self.training and torch._C._current_graph_task_id() == -1:  # no backward pass is under way
             self.tokens_seen += torch.tensor(routing.counts)
+        self.keep_if_recomputed()
         weight, factors = self.trained()
         return _product(x, self, routing, by_token, weight, *factors)
 

@@ -243,9 +243,19 @@ class PSTLayer(nn.Module):
         weight = self.weight if self.weight is not None and self.weight.requires_grad else None
         return weight, [getattr(self, f"pst_{name}") for name in (*FACTOR_NAMES, "S")]
 
+    def keep_if_recomputed(self) -> None:
+        """Where a forward pass is repeated inside a backward pass, leave what is frozen whole until the layer's turn.
+
+        DeepSpeed has those of a checkpointed block whole at once, until the module whose gradients asked for the
+        repetition is done, and would gather each of them a third time for its own.
+        """
+        if torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled():
+            zero3.hold(param for param in self.parameters(recurse=False) if not param.requires_grad)
+
     def gathered_gradients(self, backward: Callable[..., masked_linear.Gradients]) -> masked_linear.Gradients:
         """Call ``backward`` of pst_ds.core with the layer's state, for which what ZeRO-3 has released is gathered."""
         params = list(self.parameters(recurse=False))
+        zero3.let_go(params)
         with zero3.gathered([p for p in params if zero3.is_released(p)]):
             grads = backward(
                 state=self.state(),

@@ -38,6 +38,7 @@ class PSTLinear(PSTLayer):
     def _eager(self, x: Tensor) -> Tensor:
         if not self.was_called:
             self.was_called = True
+        self.keep_if_recomputed()
         weight, factors = self.trained()
         if not torch.is_autocast_enabled(x.device.type):
             return _MaskedLinear.apply(x, self, weight, self.bias, *factors)

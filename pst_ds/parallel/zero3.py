@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+_HOLDER = -1
+"""In the set of modules that use a parameter, by number, one that DeepSpeed does not know."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -62,6 +65,20 @@ def shard_of(param: nn.Parameter) -> Shard:
     start = min(param.ds_zero_partition_rank * param.ds_tensor.ds_numel, param.ds_numel)
     count = min(param.ds_tensor.ds_numel, param.ds_numel - start)
     return Shard(param.ds_tensor.detach()[:count], start)
+
+
+def hold(params: Iterable[nn.Parameter]) -> None:
+    """Keep those of ``params`` whole that are gathered now, whatever modules' turns end, until :func:`let_go`."""
+    for param in params:
+        if is_partitioned(param) and not is_released(param):
+            param.ds_active_sub_modules.add(_HOLDER)
+
+
+def let_go(params: Iterable[nn.Parameter]) -> None:
+    """End :func:`hold`: ZeRO-3 releases them when the turn of the module that they are in ends."""
+    for param in params:
+        if is_partitioned(param):
+            param.ds_active_sub_modules.discard(_HOLDER)
 
 
 def write_shard(param: nn.Parameter, values: Tensor) -> None:

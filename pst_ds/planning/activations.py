@@ -21,6 +21,7 @@ from pst_ds.errors import first_line
 from pst_ds.nn.experts import PSTExpertStack, of_routing, registered
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.language_head import LanguageHead, UnknownHeadError, language_head
+from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.tables.coded import CodedEmbedding, CodedTable, coded_tables
 from pst_ds.planning.operators import operator_traffic
 
@@ -69,19 +70,19 @@ def trace_micro_batch(
 
 def _count_gathers(module: nn.Module, trace: Trace, threshold: int) -> None:
     """Count a fetch for every forward turn that ends, and one for its backward turn. A recomputed forward turn has its
-    backward counted already, and the turn that recomputing stops in, since nothing behind it is needed, does not end:
-    DeepSpeed, too, finds the parameters of that module there."""
+    backward counted already, and that of a pruned layer leaves what is frozen for it. The turn that recomputing stops
+    in, since nothing behind it is needed, does not end: DeepSpeed, too, finds the parameters of that module there."""
     params = [p for p in module.parameters(recurse=False) if p.numel() > threshold]
-    nbytes, dtypes = sum(p.numel() * p.element_size() for p in params), len({p.dtype for p in params})
+    not_left = [p for p in params if p.requires_grad or not isinstance(module, PSTLayer)]
     if not params:
         return
 
     def count(module: nn.Module, args: Any, output: Any) -> None:
         recomputes = torch._C._current_graph_task_id() != -1
         has_backward = any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(output))
-        turns = 1 if recomputes else 1 + has_backward
-        trace.gathered += turns * nbytes
-        trace.gathers += turns * dtypes
+        turns, fetched = (1, not_left) if recomputes else (1 + has_backward, params)
+        trace.gathered += turns * sum(p.numel() * p.element_size() for p in fetched)
+        trace.gathers += turns * len({p.dtype for p in fetched})
 
     module.register_forward_hook(count)
 

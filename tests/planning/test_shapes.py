@@ -141,13 +141,15 @@ def _received(cases):
             engine.backward(losses[0])
             engine.step()
         found.append((sum(gathered), len(gathered)))
+        if not ds_config["zero_optimization"]["stage3_param_persistence_threshold"]:
+            assert all(zero3.is_released(param) for param in engine.module.parameters())
     return found
 
 
 @pytest.mark.zero3
 def test_a_step_gathers_what_deepspeed_gathers(run_ranks):
     cases = [
-        # what is kept beyond a layer shows in a deep model; the rest is exact in any
+        # what is kept beyond a block shows in a deep model; the rest is exact in any
         (WIDE if reuse or ahead else WIDE_AND_SHALLOW, checkpointing, {
             "train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True},
             "zero_optimization": {
@@ -171,7 +173,7 @@ def test_a_step_gathers_what_deepspeed_gathers(run_ranks):
         batch = Batch(16, 16, checkpointing=checkpointing, gathered=trace.gathered, gathers=trace.gathers)
         counted = step_traffic(numbers, zero, batch).gathers * 2  # a rank receives half of what two gather
         kept = zero.max_reuse_distance or zero.prefetch_bucket_size
-        assert counted == pytest.approx(found[0], rel=0.04 if kept or small else 1e-6), (checkpointing, config)
+        assert counted == pytest.approx(found[0], rel=0.06 if kept or small else 1e-6), (checkpointing, config)
         assert found[1] <= trace.gathers + (small > 0)
         if not kept and not small:
             assert found[1] == trace.gathers

@@ -27,7 +27,7 @@ MODELS = {
     "405B": (16384, 53248, 126, 128256, 128, 8),
 }
 FEW_BITS = ("7B", "70B")
-"""Models whose base is planned in 4 bits too."""
+"""Models whose base and embeddings are planned in 4 bits too."""
 RUN = """
 output_dir = "runs/scaling"
 task = "causal-lm"
@@ -50,13 +50,14 @@ def write_run(folder: Path, name: str, world: int) -> Path:
 
 
 @cache
-def plans(name: str, base_bits: int = 16) -> dict[int, dict[str, Any]]:
+def plans(name: str, bits: int = 16) -> dict[int, dict[str, Any]]:
     """Return the plans by number of GPUs. One trace serves all: a micro-batch is the same on every rank."""
     found: dict[int, dict[str, Any]] = {}
     trace = None
     with tempfile.TemporaryDirectory() as folder:
         for world in WORLDS:
-            run = load_run(write_run(Path(folder), name, world), [f"model.base_bits={base_bits}"])
+            frozen = [f"model.base_bits={bits}", f"model.embedding_bits={bits}"]
+            run = load_run(write_run(Path(folder), name, world), frozen)
             found[world] = make_plan(run, Ask(world, "h100", no_data=True, trace=trace))
             trace = Trace(**found[world]["trace"])
     return found
