@@ -3,10 +3,9 @@
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from pst_ds.cli.main import add_quiet_argument, count, load_run_or_folder
-from pst_ds.cli.verify.text import lines_of_comparison, lines_of_file, lines_of_inputs, metrics_text
+from pst_ds.cli.verify.text import Found, lines_of_comparison, lines_of_file, lines_of_inputs, metrics_text
 from pst_ds.config.run import RunConfig
 from pst_ds.core.packings import ONNX_FILE
 
@@ -72,7 +71,7 @@ def _verify_onnx(args: argparse.Namespace, folder: Path, config: RunConfig | Non
     return {**facts, **compared, "reloaded_equal": True}
 
 
-def _require_equal(args: argparse.Namespace, compared: dict[str, Any], kept: dict[str, Any] | None) -> None:
+def _require_equal(args: argparse.Namespace, compared: Found, kept: Found | None) -> None:
     what = f"{args.export} is not the model in {args.run}, checkpoint {args.checkpoint}"
     if compared["differing_predictions"] or compared["differing_weights"]:
         raise VerificationError(what)

@@ -6,10 +6,10 @@ and multiplies without the whole table as weights. Under ZeRO-3 codes are gather
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class CodedTable(nn.Module):
         """Return the rows in the dtype that the model computes in. The parameters must be gathered."""
         return CodedWeight(self.layout, self.codes.detach(), self.scales.detach(), self.dtype)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedTable:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # follows a cast of the model, which codes do not
         return super()._apply(fn, recurse)
 
@@ -114,17 +114,24 @@ class CodedOutput(CodedTable):
             return _TimesTable.apply(x.to(self.dtype), self, self.bias)
 
 
+class _Context(Protocol):
+    """What autograd keeps from the forward pass to the backward pass."""
+
+    module: CodedOutput
+    needs_input_grad: tuple[bool, ...]
+
+
 class _TimesTable(torch.autograd.Function):
     """Saves nothing: the gradient of x needs the codes alone, which ZeRO-3 has again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: CodedOutput, bias: Tensor | None) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, module: CodedOutput, bias: Tensor | None) -> Tensor:
         ctx.module = module
         return times_table(x.flatten(0, -2), module.table(), bias).view(*x.shape[:-1], module.out_features)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        module: CodedOutput = ctx.module
+    def backward(ctx: _Context, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        module = ctx.module
         rows = grad_y.flatten(0, -2)
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -151,7 +158,7 @@ def find_tables(model: nn.Module, config: PSTConfig, grid: Grid, pruned: Collect
     updates, that a module reads which is no plain ``nn.Embedding`` or ``nn.Linear``, or whose rows ``grid`` does not
     fit.
     """
-    weights = {id(m.weight): m.weight for m in _ends(model) if m not in pruned}
+    weights = {id(p): p for p in (m.get_parameter("weight") for m in _ends(model) if m not in pruned)}
     if not weights:
         raise InjectionError(
             f"{type(model).__name__} says of no module that it embeds its tokens; leave embeddings in 16 bits"
@@ -170,7 +177,7 @@ def find_tables(model: nn.Module, config: PSTConfig, grid: Grid, pruned: Collect
     return found
 
 
-def _ends(model: nn.Module) -> Iterator[Any]:
+def _ends(model: nn.Module) -> Iterator[nn.Module]:
     """The modules that embed tokens and multiply with a vocabulary, as far as the model says which do."""
     for name in ("get_input_embeddings", "get_output_embeddings"):
         with suppress(NotImplementedError, AttributeError):
