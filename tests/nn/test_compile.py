@@ -169,6 +169,7 @@ def test_layers_that_zero3_has_split_stay_outside_the_graphs():
     model, seen = _model(), Counting()
     for layer in pst_layers(model).values():
         layer.pst_mask.ds_id, layer.pst_mask.ds_status = 0, SimpleNamespace(name="AVAILABLE")
+        layer.pst_mask.ds_active_sub_modules = set()
     _assert_same_step(model, torch.compile(model, backend=seen))
     assert not any("pst_ds.masked_linear" in operators for operators in seen.operators())
 
