@@ -27,7 +27,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     A PSTLinear becomes an ``nn.Linear``, or ``Conv1D``, whose weight is M . W as the masked model multiplied with it,
     bit for bit but that a kept -0.0 is +0.0; a PSTExpertStack the Parameter that it was made from; a PSTEmbedding an
-    ``nn.Embedding``, and so do tables in few bits. The weights are frozen: without its
+    ``nn.Embedding``; a table in few bits the plain module that it was. The weights are frozen: without its
     mask a layer that is trained on loses its zeros. Warns of layers that were never called where others were: what
     they become is not what the model computed. Not collective: each rank merges its own model.
 
