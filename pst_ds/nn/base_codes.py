@@ -15,6 +15,7 @@ from pst_ds.core.layout import StoredMatrix, WeightLayout, shard_tiles
 from pst_ds.core.quantization import CodedWeight, CodeLayout, Grid, StoredGrid, coded_run
 from pst_ds.core.quantization.own_weights import OwnWeights
 from pst_ds.core.scores import abs_sum_fixed_point, fixed_point_exponent
+from pst_ds.nn.sharded_weights import read_now
 from pst_ds.nn.targets import InjectionError, Target
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import group_max, group_sum
@@ -71,6 +72,7 @@ def encode_base(target: Target, grid: Grid, num_shards: int, *, from_zeros: bool
     if weight.is_meta:
         parts = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
     else:
+        read_now([weight])
         own = [zero3.shard_index(weight)] if zero3.is_partitioned(weight) else range(num_shards)
         with zero3.gathered([weight]):
             if not bool(torch.isfinite(weight).all()):

@@ -95,12 +95,16 @@ class Pretrained:
         except Exception as error:  # whatever strange values make transformers do
             raise InputError(f"{self}{purpose} cannot be built: {first_line(error)}. {fix}".rstrip()) from error
 
-    def load(self, kind: Any, misfit: str, **options: object) -> tuple[PreTrainedModel, list[str]]:
+    def load(
+        self, kind: Any, misfit: str, *, linear_later: bool = False, **options: object
+    ) -> tuple[PreTrainedModel, list[str]]:
         """Return a model of ``kind`` with its pretrained weights, and the names of the tensors that the files lack.
 
         Args:
             kind: a class or an Auto class of transformers.
             misfit: the fix where a tensor in the files has another shape.
+            linear_later: under ZeRO-3 weights of linear layers stay in the files until
+                :func:`~pst_ds.nn.sharded_weights.read_now`, as :func:`~pst_ds.nn.inject.inject_pst` does.
             options: for ``from_pretrained``.
 
         Raises:
@@ -109,7 +113,7 @@ class Pretrained:
         from safetensors import SafetensorError
 
         try:
-            with read_by_every_rank():
+            with read_by_every_rank(later=linear_later):
                 model, info = kind.from_pretrained(
                     self.path,
                     output_loading_info=True,

@@ -21,6 +21,7 @@ from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.model_structure import is_experts, stack_names
 from pst_ds.nn.prompt import PSTPrompt, prompt_of
+from pst_ds.nn.sharded_weights import read_now
 from pst_ds.nn.tables.coded import encode_tables, find_tables
 from pst_ds.nn.targets import (
     InjectionError,
@@ -82,6 +83,7 @@ def inject_pst(
     if base_grid is not None:
         zeros = config.initial_mask == "zeros"
         bases = {t.name: encode_base(t, base_grid, shards[t.name], from_zeros=zeros) for t in targets}
+    read_now(model.parameters())
     scales = _scales_in_scores(targets, bases, rules, config)
     encode_tables(tables)
     for param in model.parameters():

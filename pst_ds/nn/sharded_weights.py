@@ -1,35 +1,41 @@
 """Pretrained weights under ZeRO-3 that every rank reads its own part of; by itself transformers has rank 0 read them
-all and send them to the others."""
+all and send them to the others. Weights that are to become codes can stay in their files until they do, so that never
+more than one of them is in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from math import prod
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from pst_ds.nn.model_structure import is_linear
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import all_gather_objects, world_size
 
 _LOAD, _READ = "_load_state_dict_into_zero3_model", "load_state_dict"
 """What transformers.modeling_utils loads a partitioned model with, and reads a file with."""
+_UNREAD = "pst_unread"
+"""Attribute of a parameter whose values are still in a file: (file, name there)."""
 
 
 @contextmanager
-def read_by_every_rank() -> Iterator[None]:
+def read_by_every_rank(*, later: bool = False) -> Iterator[None]:
     """Inside, ``from_pretrained`` of several ranks under ZeRO-3 reads in shards what safetensors files have as the
-    model has it; the rest, such as experts that are to be stacked, comes from rank 0 as ever. Collective."""
-    if world_size() == 1:
-        yield
-        return
+    model has it; the rest, such as experts that are to be stacked, comes from rank 0 as ever. Collective.
+
+    ``later``: weights of linear layers take no memory before :func:`read_now`, as far as files have them so.
+    """
     from transformers import modeling_utils
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     load, read = getattr(modeling_utils, _LOAD, None), getattr(modeling_utils, _READ, None)
-    if not is_deepspeed_zero3_enabled() or load is None or read is None:
+    is_needed = is_deepspeed_zero3_enabled() and (later or world_size() > 1)
+    if not is_needed or load is None or read is None:
         yield
         return
     files: list[str] = []
@@ -41,6 +47,9 @@ def read_by_every_rank() -> Iterator[None]:
     def loaded(model: nn.Module, state: dict[str, Tensor], load_config: object = None) -> tuple[list[str], set[str]]:
         new_name = _renaming(model, getattr(load_config, "weight_mapping", None))
         names = _agreed(lambda: _read_shards(model, state, files, new_name))
+        for param in model.parameters():
+            if zero3.is_unfilled(param) and not hasattr(param, _UNREAD):
+                zero3.make_shard(param)
         rest = {key: value for key, value in state.items() if key not in names}
         problems, missing = load(model, rest, load_config)
         return problems, missing - set(names.values())
@@ -48,10 +57,26 @@ def read_by_every_rank() -> Iterator[None]:
     setattr(modeling_utils, _READ, noted)
     setattr(modeling_utils, _LOAD, loaded)
     try:
-        yield
+        with zero3.unfilled(_is_linear_weight) if later else nullcontext():
+            yield
     finally:
         setattr(modeling_utils, _READ, read)
         setattr(modeling_utils, _LOAD, load)
+
+
+def read_now(params: Iterable[nn.Parameter]) -> None:
+    """Read this rank's part of those of ``params`` that were left in their files."""
+    for param in params:
+        if hasattr(param, _UNREAD):
+            file, key = getattr(param, _UNREAD)
+            zero3.make_shard(param)
+            with safe_open(file, framework="pt") as opened:
+                _read_shard(param, opened, key)
+            delattr(param, _UNREAD)
+
+
+def _is_linear_weight(module: nn.Module, name: str) -> bool:
+    return name == "weight" and is_linear(module)
 
 
 def _renaming(model: nn.Module, mapping: Sequence[object] | None) -> Callable[[str], str]:
@@ -92,27 +117,34 @@ def _agreed(action: Callable[[], dict[str, str]]) -> dict[str, str]:
 def _read_shards(
     model: nn.Module, state: Mapping[str, Tensor], files: Sequence[str], new_name: Callable[[str], str]
 ) -> dict[str, str]:
-    """Read this rank's part of all parameters that a file has in their shape; return their names by those in the
-    files, the same on every rank."""
-    from safetensors import safe_open
-
+    """Read this rank's part of all parameters that a file has in their shape, or note where those are that are to be
+    read later; return their names by those in the files, the same on every rank."""
     params, found = dict(model.named_parameters(remove_duplicate=False)), {}
     for file in dict.fromkeys(name for name in files if name.endswith(".safetensors")):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118  # no mapping
                 param = params.get(new_name(key)) if key in state else None
-                stored = opened.get_slice(key)
-                shape = tuple(stored.get_shape())
+                shape = tuple(opened.get_slice(key).get_shape())
                 if param is None or not zero3.is_partitioned(param) or shape != tuple(zero3.full_shape(param)):
                     continue
-                own = zero3.shard_of(param)
-                if shape and own.values.numel():
-                    zero3.write_shard(param, _flat_range(stored, shape, own.start, own.start + own.values.numel()))
-                elif own.values.numel():
-                    zero3.write_shard(param, opened.get_tensor(key).view(-1))
+                if zero3.is_unfilled(param):
+                    setattr(param, _UNREAD, (file, key))
+                else:
+                    _read_shard(param, opened, key)
                 param._is_hf_initialized = True  # type: ignore[attr-defined]  # by which transformers knows it
                 found[key] = new_name(key)
     return found
+
+
+@torch.no_grad()
+def _read_shard(param: nn.Parameter, opened: safe_open, key: str) -> None:
+    """Read this rank's part of a tensor in a file."""
+    own, shape = zero3.shard_of(param), zero3.full_shape(param)
+    start, stop = own.start, own.start + own.values.numel()
+    if shape and start < stop:
+        zero3.write_shard(param, _flat_range(opened.get_slice(key), shape, start, stop))
+    elif start < stop:
+        zero3.write_shard(param, opened.get_tensor(key).view(-1))
 
 
 def _flat_range(stored: Any, shape: tuple[int, ...], start: int, stop: int) -> Tensor:

@@ -4,7 +4,7 @@ memory, which nothing here ever hands out. Without ZeRO-3 a parameter is one sha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -152,6 +152,37 @@ def drop(param: nn.Parameter) -> None:
     for tensor in (param, getattr(param, "ds_tensor", None), getattr(param, "ds_secondary_tensor", None)):
         if tensor is not None and is_partitioned(param):
             tensor.data = tensor.new_empty(0)
+
+
+@contextmanager
+def unfilled(chosen: Callable[[nn.Module, str], bool]) -> Iterator[None]:
+    """Inside, parameters of new modules that are ``chosen``, by their module and their name in it, keep no memory once
+    ``zero.Init`` has split them. Each needs :func:`make_shard` before anything gathers it."""
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    split = Init._post_init_method
+
+    def without_values(self: object, module: nn.Module) -> None:
+        split(self, module)
+        for name, param in module.named_parameters(recurse=False):
+            if chosen(module, name) and is_partitioned(param) and param.ds_tensor.final_location is None:  # no NVMe
+                drop(param)
+
+    Init._post_init_method = without_values
+    try:
+        yield
+    finally:
+        Init._post_init_method = split
+
+
+def is_unfilled(param: nn.Parameter) -> bool:
+    """Return whether ``param`` is one of :func:`unfilled` that has no shard yet."""
+    return is_partitioned(param) and param.ds_tensor.numel() < param.ds_tensor.ds_numel
+
+
+def make_shard(param: nn.Parameter) -> None:
+    """Give an unfilled ``param`` memory for its shard, with undefined values."""
+    param.ds_tensor.data = param.ds_tensor.new_empty(param.ds_tensor.ds_numel)
 
 
 @contextmanager

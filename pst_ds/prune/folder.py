@@ -25,10 +25,10 @@ SCALES_FILE = "scales.safetensors"
 FORMAT = 1
 
 
-def load_base(path: str, **options: object) -> PreTrainedModel:
+def load_base(path: str, *, attn_implementation: str | None = None) -> PreTrainedModel:
     """Return the whole model that ``path`` says it is, on the CPU, in its own dtype and in evaluation mode.
 
-    ``options`` are for ``from_pretrained``. Raises InputError when it cannot be loaded, is quantised or lacks weights.
+    Raises InputError when it cannot be loaded, is quantised or lacks weights.
     """
     import transformers
 
@@ -36,7 +36,8 @@ def load_base(path: str, **options: object) -> PreTrainedModel:
     config = place.config()
     place.require_dense(config)
     fix = 'Name in "architectures" of its config.json the class that it was saved from'
-    model, missing = place.load(architecture(config) or transformers.AutoModel, fix, dtype="auto", **options)
+    kind = architecture(config) or transformers.AutoModel
+    model, missing = place.load(kind, fix, dtype="auto", attn_implementation=attn_implementation)
     place.require_whole(model, missing, fix)
     return model.eval()
 

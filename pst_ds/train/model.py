@@ -20,6 +20,7 @@ from pst_ds.errors import first_line
 from pst_ds.nn.base_model import DTYPES, Pretrained
 from pst_ds.nn.inject import inject_pst, persistent_buffers, plain_name, pst_layers, shortened
 from pst_ds.nn.optimizer import pst_parameter_groups
+from pst_ds.nn.sharded_weights import read_now
 from pst_ds.nn.tables.coded import coded_tables
 from pst_ds.nn.targets import modules_to_save
 from pst_ds.parallel import zero3
@@ -145,8 +146,10 @@ def build_model(
     base, misfit = base_of(run), "Name one that the config belongs to"
     if task.new_head:
         misfit += f", or the model without that head (the data has {config.num_labels} classes)"
+    options = {"config": config, "dtype": DTYPES[run.train.precision]}
+    in_few_bits = run.mask_method.injects and base_grid_of_run(run) is not None
     module, missing = raise_on_all_ranks(  # rank 0 alone reads what is not read in shards
-        lambda: base.load(task.model_class(), misfit, config=config, dtype=DTYPES[run.train.precision])
+        lambda: base.load(task.model_class(), misfit, linear_later=in_few_bits, **options)
     )
     if not task.new_head:
         base.require_whole(module, missing, "Name a model that was saved with its language modelling head")
@@ -239,6 +242,7 @@ def _initialise_missing(module: nn.Module, missing: Any, run: RunConfig) -> None
     for owner in owners:
         part = module.get_submodule(owner)
         params = dict(part.named_parameters(recurse=False))
+        read_now(params.values())
         with zero3.gathered(params.values(), writer_rank=0), torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(zlib.crc32(f"{run.seed}/{owner}".encode()))
             for name, param in params.items():

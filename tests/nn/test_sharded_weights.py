@@ -7,9 +7,12 @@ import torch
 import transformers
 from transformers import LlamaConfig, Qwen3MoeConfig
 
+from pst_ds import PSTConfig, inject_pst
+from pst_ds.core.quantization import CodedWeight, CodeLayout, Grid
 from pst_ds.errors import InputError
 from pst_ds.nn import sharded_weights
 from pst_ds.nn.base_model import Pretrained
+from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import rank
 
@@ -80,6 +83,47 @@ def test_ranks_have_the_values_of_one_process_and_an_error_of_one_is_that_of_all
             assert missing == []
             assert all(".experts." in name for name in left)
             assert bool(left) == (case == "experts")
+
+
+def _encoded(folder):
+    """What lay in memory of linear layers' weights while each became codes, and the weights that came of them."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    keep = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
+    place, kind = Pretrained(str(folder / "tied")), transformers.AutoModelForCausalLM
+    model, missing = place.load(kind, "", linear_later=True, dtype=torch.float32)
+    linear = {n: m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    in_memory, encode = [sum(zero3.shard_of(p).values.numel() for p in linear.values())], CodeLayout.encode
+
+    def noted(*args):
+        in_memory.append(sum(not zero3.is_unfilled(p) and p.ds_tensor.numel() > 0 for p in linear.values()))
+        return encode(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CodeLayout, "encode", noted)
+        inject_pst(model, PSTConfig(target_modules=["q_proj", "down_proj"]), base_grid=Grid(4))
+    values = {}
+    for name, param in model.named_parameters():
+        with zero3.gathered([param]):
+            values[name] = param.detach().clone()
+    del keep
+    return in_memory, missing, values
+
+
+@pytest.mark.zero3
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_weights_that_become_codes_are_read_one_at_a_time(run_ranks, tmp_path, world):
+    whole = inject_pst(_save(tmp_path, "tied"), PSTConfig(target_modules=["q_proj", "down_proj"]), base_grid=Grid(4))
+    expected = dict(whole.named_parameters())
+    for in_memory, missing, values in run_ranks(_encoded, world, tmp_path):
+        assert in_memory == [0, 1, 1, 1, 1]
+        assert missing == []
+        kept = [name for name in expected if "pst_" not in name]
+        assert [name for name in kept if not torch.equal(values[name], expected[name])] == []
+        for name, layer in pst_layers(whole).items():
+            codes = values[f"{name}.pst_base_codes"], values[f"{name}.pst_base_scales"]
+            layout = CodeLayout(layer.base_codes.layout.stored, world)
+            assert torch.equal(CodedWeight(layout, *codes, torch.float32).dense(), layer.base_weight().dense())
 
 
 def test_one_process_reads_as_ever(tmp_path):

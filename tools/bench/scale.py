@@ -29,6 +29,7 @@ from pst_ds.planning.memory import memory_plan
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import Batch, time_plan
 from pst_ds.planning.zero_settings import zero_settings
+from tools.bench.scale_folder import write_folder
 from tools.bench.scale_rank import inject, model_of
 from tools.bench.timing import hardware
 
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--base-bits", type=int, choices=(16, 8, 4), default=16, help="of a frozen weight")
     parser.add_argument("--embedding-bits", type=int, choices=(16, 8, 4), default=16, help="of embedding and head")
     parser.add_argument("--base-group", default=None, help="inputs that share a scale of the frozen weights, or row")
+    parser.add_argument("--from-files", action="store_true", help="write the model first, and load it as a run does")
     parser.add_argument("--no-checkpointing", action="store_true")
     parser.add_argument("--port", type=int, default=29517)
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
@@ -178,8 +180,11 @@ def run(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
             "base_bits": args.base_bits,
             "embedding_bits": args.embedding_bits,
             "base_group": args.base_group,
+            "folder": f"{folder}/model" if args.from_files else "",
             "result": f"{folder}/result.json",
         }
+        if args.from_files:
+            write_folder(SHAPES[size], Path(folder, "model"))
         Path(folder, "job.json").write_text(json.dumps(job))
         command = [
             str(Path(sys.executable).parent / "deepspeed"),

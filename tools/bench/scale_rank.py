@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.quantization import grid_of
 from pst_ds.masks.update import update_masks
+from pst_ds.nn.base_model import Pretrained
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import Engine, build_engine, optimizer_bytes
@@ -188,20 +190,33 @@ def step(engine: Engine, tokens: torch.Tensor) -> None:
 
 
 def build(job: dict[str, Any]) -> tuple[nn.Module, Any]:
-    """The model, of which each rank only ever draws its own shards."""
-    import deepspeed
-    from transformers.initialization import no_init_weights
+    """The model, of which each rank only ever draws, or reads, its own shards."""
+    from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
-    from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
     keep_alive = HfDeepSpeedConfig(job["ds_config"])
-    with no_init_weights(), prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=job["ds_config"]):
-        model = model_of(job["model"])
-    draw(model)
+    if job["folder"]:
+        place, later = Pretrained(job["folder"]), job["base_bits"] < 16
+        model, missing = place.load(AutoModelForCausalLM, "", linear_later=later, dtype=torch.bfloat16)
+        assert not missing
+    else:
+        model = drawn(job)
     if job["checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     return model, keep_alive
+
+
+def drawn(job: dict[str, Any]) -> PreTrainedModel:
+    """Return a model of random weights."""
+    import deepspeed
+    from transformers.initialization import no_init_weights
+    from transformers.integrations.deepspeed import prevent_arange_dtype_change
+
+    with no_init_weights(), prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=job["ds_config"]):
+        model = model_of(job["model"])
+    draw(model)
+    return model
 
 
 def model_of(settings: dict[str, Any]) -> Any:
