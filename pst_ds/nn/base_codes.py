@@ -75,8 +75,7 @@ def encode_base(target: Target, grid: Grid, num_shards: int, *, from_zeros: bool
         read_now([weight])
         own = [zero3.shard_index(weight)] if zero3.is_partitioned(weight) else range(num_shards)
         with zero3.gathered([weight]):
-            if not bool(torch.isfinite(weight).all()):
-                raise InjectionError(f"{target.name}.weight has NaN or infinite values; the base model is damaged")
+            require_finite(f"{target.name}.weight", weight)
             coded = [layout.encode(weight, shard) for shard in own]
             parts = [torch.cat(part) for part in zip(*coded, strict=True)]
             bits = [_non_zeros(weight, layout, shard) for shard in own] if from_zeros else None
@@ -87,6 +86,12 @@ def encode_base(target: Target, grid: Grid, num_shards: int, *, from_zeros: bool
     codes, scales, mask = (zero3.bytes_split_as(weight, size, part) for size, part in zip(sizes, parts, strict=True))
     zero3.drop(weight)
     return BaseCodes(layout, codes, scales, mask, weight.dtype)
+
+
+def require_finite(name: str, weight: Tensor) -> None:
+    """Raise InjectionError, naming it, for a ``weight`` that has NaN or infinite values."""
+    if not torch.stack(torch.aminmax(weight)).isfinite().all():  # without a copy of the weight
+        raise InjectionError(f"{name} has NaN or infinite values; the base model is damaged")
 
 
 def _non_zeros(weight: Tensor, layout: CodeLayout, shard: int) -> Tensor:

@@ -25,7 +25,7 @@ from pst_ds.core.quantization import (
     table_rows,
     times_table,
 )
-from pst_ds.nn.base_codes import BASE_CODES, BASE_SCALES
+from pst_ds.nn.base_codes import BASE_CODES, BASE_SCALES, require_finite
 from pst_ds.nn.targets import InjectionError, find_embeddings, modules_to_save, places_by_module, put
 from pst_ds.parallel import zero3
 
@@ -224,8 +224,7 @@ def encode_table(name: str, weight: nn.Parameter, layout: CodeLayout) -> TableCo
         parts = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
     else:
         with zero3.gathered([weight]):
-            if not bool(torch.isfinite(weight).all()):
-                raise InjectionError(f"{name} has NaN or infinite values; the base model is damaged")
+            require_finite(name, weight)
             parts = [zero3.own_part(weight, part) for part in layout.encode(weight, 0)]
     codes, scales = (zero3.bytes_split_as(weight, size, part) for size, part in zip(sizes, parts, strict=True))
     zero3.drop(weight)
