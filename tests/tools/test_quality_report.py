@@ -50,6 +50,21 @@ BARS = [
 ]  # fmt: skip
 
 
+def test_the_try_that_is_best_elsewhere_is_judged_on_the_data_set_left_out():
+    bar = {"title": "carries", "kind": "left-out", "method": "pst", "points": 0.5}
+    grid = grid_from_table(table(bars=[bar]))
+    check_bars(grid)
+    assert {v.met for v in verdicts(grid, {})} == {None}
+    values = {("films", 0): 0.80, ("films", 1): 0.70, ("tweets", 0): 0.690, ("tweets", 1): 0.694}
+    lines, _ = filled(grid, lambda cell: values.get((cell.data_set, cell.attempt), 0.6))
+    found = {v.data_set: v for v in verdicts(grid, lines)}
+    assert (found["films"].met, found["tweets"].met) == (False, True)
+    assert found["films"].measured == "10.00 points below, by `train.head_learning_rate = 0.001`"
+    assert found["tweets"].measured == "0.40 points below, by `train.head_learning_rate = 0.0001`"
+    with pytest.raises(GridError, match="needs tries that are whole runs"):
+        check_bars(grid_from_table(table(bars=[bar | {"method": "pst-plain"}])))
+
+
 def test_bars_are_computed_from_the_lines():
     grid = grid_from_table(table(bars=BARS))
     check_bars(grid)

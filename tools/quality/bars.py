@@ -4,6 +4,8 @@ kind = "within"      the method is at most ``points`` (of the metric in percent)
 kind = "not-below"   the method is not below any of ``against`` by more than ``standard_errors`` of the difference
 kind = "ahead"       the method is ahead of each of ``against`` by ``standard_errors`` of the differences seed by seed
 kind = "won-back"    of the loss that the best of ``against`` adds to ``dense``, the method wins ``share`` back
+kind = "left-out"    the try that is best on the other data sets' validation files is on the test file here at most
+                     ``points`` below the one that is best on the validation file here
 kind = "verified"    every export of the grid passed ``pst-ds verify``
 """
 
@@ -13,15 +15,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tools.quality.cells import Line, plan
+from tools.quality.cells import Line, chosen, plan, tries_run
 from tools.quality.grid import Grid, GridError, Table
-from tools.quality.stats import Figure, figure, figure_of, lines_of, test_names
+from tools.quality.stats import Figure, figure, figure_of, lines_of, settings_text, test_names
 
 KINDS: dict[str, frozenset[str]] = {
     "within": frozenset({"method", "sparsity", "against", "points"}),
     "not-below": frozenset({"method", "sparsity", "against", "standard_errors"}),
     "ahead": frozenset({"method", "sparsity", "against", "standard_errors"}),
     "won-back": frozenset({"method", "sparsity", "against", "dense", "share"}),
+    "left-out": frozenset({"method", "points"}),
     "verified": frozenset(),
 }
 _EVERY_KIND = frozenset({"title", "kind", "data_sets", "test"})
@@ -52,6 +55,8 @@ def check_bars(grid: Grid) -> None:
         for name in [bar.get("method"), bar.get("dense"), *bar.get("against", [])]:
             if name is not None and name not in grid.methods:
                 raise GridError(f"bars, {title!r}: {name!r} is not one of the methods {', '.join(grid.methods)}")
+        if kind == "left-out" and (grid.search.run or len(grid.methods[bar["method"]].tries) < 2):
+            raise GridError(f"bars, {title!r}: {bar['method']!r} needs tries that are whole runs (no [search.run])")
         for name in bar.get("data_sets", []):
             if name not in grid.data_sets:
                 raise GridError(f"bars, {title!r}: {name!r} is not one of the data sets {', '.join(grid.data_sets)}")
@@ -155,7 +160,36 @@ def _won_back(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) 
     return Verdict(title=bar["title"], data_set=data_set, measured=said, met=share >= bar["share"])
 
 
-_RULES = {"within": _within, "not-below": _not_below, "ahead": _ahead, "won-back": _won_back}
+def _left_out(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) -> Verdict:
+    method, test = bar["method"], bar.get("test", "") or test_names(grid, data_set)[0]
+    here = [line["tests"][test][grid.metric] if line else 0.0 for line in tries_run(grid, lines, data_set, method)]
+    best = chosen(grid, lines, data_set, method)
+    taken = _best_elsewhere(grid, lines, bar, data_set)
+    if best is None or taken is None:
+        return Verdict(title=bar["title"], data_set=data_set, measured=f"not measured: tries of {method}", met=None)
+    below = 100 * (here[best] - here[taken]) * (-1 if grid.lower_is_better else 1)
+    tried = settings_text(grid.methods[method].tries[taken])
+    said = f"{abs(below):.2f} points {'below' if below > 0 else 'above'}, by {tried}"
+    return Verdict(title=bar["title"], data_set=data_set, measured=said, met=below <= bar["points"])
+
+
+def _best_elsewhere(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) -> int | None:
+    """The try that is least below the best of each other data set, on average; None while some have not been run."""
+    sign, losses = -1 if grid.lower_is_better else 1, []
+    for name in bar.get("data_sets", grid.data_sets):
+        run = tries_run(grid, lines, name, bar["method"])
+        if any(line is None or line["outcome"] != "done" for line in run):
+            return None
+        if name != data_set:
+            values = [sign * line["validation"][grid.metric] for line in run if line]
+            losses.append([max(values) - value for value in values])
+    totals = [sum(of_try) for of_try in zip(*losses, strict=True)]
+    return totals.index(min(totals)) if totals else None
+
+
+_RULES = {
+    "within": _within, "not-below": _not_below, "ahead": _ahead, "won-back": _won_back, "left-out": _left_out,
+}  # fmt: skip
 
 
 def _figures(

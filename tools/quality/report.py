@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pst_ds.atomic_files import write_text_atomic
-from pst_ds.config.toml import flatten
 from tools.quality.bars import check_bars, verdicts
 from tools.quality.cells import Line, chosen, plan, tries_run
-from tools.quality.grid import Grid, Method, Table
+from tools.quality.grid import Grid, Method
 from tools.quality.lines import Lines
-from tools.quality.stats import figure, figure_of, lines_of, number, shown, test_names
+from tools.quality.stats import figure, figure_of, lines_of, number, settings_text, shown, test_names
 
 _HEAD = """# Results
 
@@ -177,11 +176,6 @@ def validation(grid: Grid, line: Line | None, *, bold: bool) -> str:
     done = line["outcome"] == "done"
     value = number(line["validation"][grid.metric], grid.metric) if done else line["outcome"]
     return f"**{value}**" if bold else value
-
-
-def settings_text(settings: Table) -> str:
-    """`train.head_learning_rate = 0.0002` and the like, after one another."""
-    return ", ".join(f"`{name} = {value}`" for name, value in flatten(settings).items())
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pst_ds.config.toml import flatten
 from tools.quality.cells import Line, cell_of
-from tools.quality.grid import Grid
+from tools.quality.grid import Grid, Table
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,8 @@ def shown(figure: Figure | None, metric: str) -> str:
         return ""
     error = "" if figure.error is None else f" ± {number(figure.error, metric)}"
     return f"{number(figure.mean, metric)}{error} ({figure.seeds})"
+
+
+def settings_text(settings: Table) -> str:
+    """`train.head_learning_rate = 0.0002` and the like, after one another."""
+    return ", ".join(f"`{name} = {value}`" for name, value in flatten(settings).items())
