@@ -162,11 +162,10 @@ def _won_back(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) 
 
 def _left_out(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) -> Verdict:
     method, test = bar["method"], bar.get("test", "") or test_names(grid, data_set)[0]
-    here = [line["tests"][test][grid.metric] if line else 0.0 for line in tries_run(grid, lines, data_set, method)]
-    best = chosen(grid, lines, data_set, method)
-    taken = _best_elsewhere(grid, lines, bar, data_set)
+    best, taken = chosen(grid, lines, data_set, method), _best_elsewhere(grid, lines, bar, data_set)
     if best is None or taken is None:
         return Verdict(title=bar["title"], data_set=data_set, measured=f"not measured: tries of {method}", met=None)
+    here = [line["tests"][test][grid.metric] for line in tries_run(grid, lines, data_set, method) if line]
     below = 100 * (here[best] - here[taken]) * (-1 if grid.lower_is_better else 1)
     tried = settings_text(grid.methods[method].tries[taken])
     said = f"{abs(below):.2f} points {'below' if below > 0 else 'above'}, by {tried}"
