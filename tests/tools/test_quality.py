@@ -220,7 +220,7 @@ def test_the_grids_of_the_project_can_be_used(path):
 
     grid = load_grid(path)
     check_bars(grid)
-    value = {"accuracy": 0.8, "perplexity": 50.0, "loss": 4.0}
+    value = {"accuracy": 0.8, "pearson": 0.8, "perplexity": 50.0, "loss": 4.0}
     lines = {}
     for _ in range(3):  # searches, what waits for them, what waits for that
         for planned in plan(grid, lines):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -104,6 +105,22 @@ def test_tales_are_found_by_the_name_of_their_column(tmp_path):
     (folder / grimm).write_text(head + '\nmagic\tA\tOnce, he said: "No."\t1\nmagic\tB\t"two ""lines"" of it"\t2\n')
     (folder / andersen).write_text("Title\tContent\nstring\tstring\n\tinclude=True\n\nC\tthree\nD\t\n")
     assert ladder_texts.tales(tmp_path) == ['Once, he said: "No."', 'two "lines" of it', "three"]
+
+
+def test_popularity_is_of_a_candidates_own_tweets_each_in_one_split(tmp_path):
+    folder = tmp_path / ladder_texts.ORANGE_FOLDER
+    folder.mkdir(parents=True)
+    head = "Is retweet\tRetweet count\tContent\ndiscrete\tcontinuous\tstring\n\t\tmeta\n"
+    own = [f'False\t{i}.0\t"tweet, {i}"' for i in range(200)]
+    lines = [*own, "True\t7.0\tof somebody else", "False\t999.0\t", own[9]]
+    (folder / ladder_texts.CANDIDATES).write_text(head + "\n".join(lines) + "\n")
+    splits = ladder_texts.popularity_splits(tmp_path)
+    rows = [row for of_split in splits.values() for row in of_split]
+    expected = {f"tweet, {i}": round(math.log10(1 + i), 3) for i in range(200)}
+    assert {row["text"]: row["label"] for row in rows} == expected
+    assert len(rows) == 200
+    assert 25 <= len(splits["test"]) <= 55
+    assert 10 <= len(splits["validation"]) <= 40
 
 
 def test_pairs_are_of_one_film_as_often_as_of_two_and_stay_in_the_split_of_their_films(monkeypatch, tmp_path):

