@@ -21,9 +21,10 @@ class PromptConfig:
     text: str = ""
     """What it begins as, such as "classify the review as positive or negative:"; it has a vector for each token.
     Decoders read it before the text, encoders after the first token, [CLS]. Empty is no prompt."""
-    source: Literal["embeddings", "hidden"] = "embeddings"
-    """Where the vectors begin: at the embeddings of the text's tokens, as PEFT's prompt tuning from text does, or at
-    the last hidden states with which the dense model has read it (SK-Tuning, arXiv 2410.08598)."""
+    source: Literal["embeddings", "hidden", "random"] = "embeddings"
+    """Where the vectors begin: at the embeddings of the text's tokens, as PEFT's prompt tuning from text does; at the
+    last hidden states with which the dense model has read it (SK-Tuning, arXiv 2410.08598); or, to compare with, as
+    many vectors of random numbers, as large as the embeddings of the text are on average."""
     adapter: Adapter = "none"
     """What trains: with "none" the vectors themselves; else they stay, and a linear map that begins as the identity is
     trained, of the model's whole width or, "low-rank", its difference from the identity of rank ``rank``."""

@@ -123,6 +123,12 @@ def read(model: nn.Module, ids: Tensor) -> Tensor:
     return found.clone()
 
 
+def random_like(states: Tensor, seed: int) -> Tensor:
+    """Return normal numbers, the same for a seed everywhere, with the root mean square of ``states`` (m, d)."""
+    size = float(states.float().square().mean().sqrt())
+    return seeded_normal(tuple(states.shape), size, f"{seed}/{NAME}/P").to(states)
+
+
 def _put_in(body: PreTrainedModel, args: tuple[object, ...], kwargs: Arguments) -> tuple[tuple[()], Arguments] | None:
     prompt: PSTPrompt = getattr(body, NAME)
     if prompt.bypassed:

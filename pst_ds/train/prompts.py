@@ -10,7 +10,7 @@ from torch import nn
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.data.model_limits import is_causal, positions_of
 from pst_ds.nn.inject import bypassed
-from pst_ds.nn.prompt import PSTPrompt, attach_prompt, body_of, embedded, read
+from pst_ds.nn.prompt import PSTPrompt, attach_prompt, body_of, embedded, random_like, read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -36,6 +36,8 @@ def add_prompt(module: nn.Module, run: RunConfig, tokenizer: PreTrainedTokenizer
         if not states.is_meta:
             with bypassed(module):
                 states = read(module, tokens)
+    elif run.prompt.source == "random" and not states.is_meta:
+        states = random_like(states, run.seed)
     after = 0 if causal else _tokens_before(tokenizer)
     adapter = run.prompt.adapter
     attach_prompt(module, PSTPrompt(states, adapter, after=after, rank=run.prompt.rank, seed=run.seed))

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from pst_ds.checkpoint.format import read_checkpoint
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
 from pst_ds.errors import InputError
+from pst_ds.nn.prompt import prompt_of
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
+from pst_ds.train.prompts import add_prompt
 from pst_ds.train.run import prepare, train_run
 
 SHARED = ["task=causal-lm", "data.document_mask=false", "deepspeed_config=ds_configs/zero3_cpu.json"]
@@ -57,6 +60,23 @@ def test_beside_pst_from_hidden_states_with_an_adapter(tmp_path):
     trained = _trained(tmp_path)
     assert trained["bert.pst_prompt.pst_U"].any()
     assert trained["bert.encoder.layer.0.attention.self.query.pst_U"].any()
+
+
+def test_a_random_start_is_of_the_size_of_the_words_and_of_the_seed(tmp_path):
+    found = {}
+    for name, more in (
+        ("words", []),
+        ("first", ["prompt.source=random"]),
+        ("second", ["prompt.source=random", "seed=11"]),
+    ):
+        run = _run(tmp_path / name, *more)
+        model = AutoModelForSequenceClassification.from_pretrained(run.model.path)
+        add_prompt(model, run, prepare(run, LaunchEnvironment(0, 1, 0)).tokenizer)
+        found[name] = prompt_of(model)().detach()
+    assert found["first"].shape == found["words"].shape
+    assert not torch.equal(found["first"], found["second"])
+    sizes = {name: float(values.square().mean().sqrt()) for name, values in found.items()}
+    assert sizes["first"] == pytest.approx(sizes["words"], rel=0.25)
 
 
 @pytest.mark.zero3
