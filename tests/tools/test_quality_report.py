@@ -106,6 +106,30 @@ def test_methods_are_compared_seed_by_seed():
     assert (found.measured, found.met) == ("not measured: two seeds of pst and pst-plain", None)
 
 
+def test_a_gap_is_won_back_where_the_seeds_show_one():
+    bar = {
+        "title": "gap", "kind": "gap", "method": "pst", "sparsity": "0.5", "lower": "pst-plain", "upper": "dense",
+        "standard_errors": 2.0, "share": 0.3, "data_sets": ["films"],
+    }  # fmt: skip
+    grid = grid_from_table(table(bars=[bar], seeds=[0, 1, 2], methods={"dense": {"sparsities": ["0.5"]}}))
+    check_bars(grid)
+    above = {"pst-plain": [0.0] * 3, "pst": [0.004, 0.006, 0.005], "dense": [0.010, 0.012, 0.011]}
+
+    def accuracy(cell):
+        return 0.7 + 0.05 * cell.seed + above[cell.method][cell.seed]
+
+    (found,) = verdicts(grid, filled(grid, accuracy)[0])
+    said = "dense is 1.1 points ahead of pst-plain (standard error 0.058), 3 seeds; pst is 45% of the way"
+    assert (found.measured, found.met) == (said, True)
+    above["pst"] = [0.001] * 3
+    assert verdicts(grid, filled(grid, accuracy)[0])[0].met is False
+    above["dense"] = [0.010, -0.012, 0.011]
+    (found,) = verdicts(grid, filled(grid, accuracy)[0])
+    assert found.measured.endswith("3 seeds: no gap")
+    assert found.met is True
+    assert verdicts(grid, {})[0].met is None
+
+
 def test_a_bar_that_cannot_be_computed_is_refused():
     for change, said in (
         ({"kind": "near"}, "must be one of"),

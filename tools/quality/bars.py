@@ -6,6 +6,8 @@ kind = "ahead"       the method is ahead of each of ``against`` by ``standard_er
 kind = "won-back"    of the loss that the best of ``against`` adds to ``dense``, the method wins ``share`` back
 kind = "left-out"    the try that is best on the other data sets' validation files is on the test file here at most
                      ``points`` below the one that is best on the validation file here
+kind = "gap"         where ``upper`` is ahead of ``lower`` by more than ``standard_errors`` of the differences seed by
+                     seed, the method is ``share`` of the way from ``lower`` to ``upper``
 kind = "verified"    every export of the grid passed ``pst-ds verify``
 """
 
@@ -25,6 +27,7 @@ KINDS: dict[str, frozenset[str]] = {
     "ahead": frozenset({"method", "sparsity", "against", "standard_errors"}),
     "won-back": frozenset({"method", "sparsity", "against", "dense", "share"}),
     "left-out": frozenset({"method", "points"}),
+    "gap": frozenset({"method", "sparsity", "lower", "upper", "standard_errors", "share"}),
     "verified": frozenset(),
 }
 _EVERY_KIND = frozenset({"title", "kind", "data_sets", "test"})
@@ -52,7 +55,7 @@ def check_bars(grid: Grid) -> None:
         wrong = sorted((wanted - bar.keys()) | (bar.keys() - wanted - _EVERY_KIND))
         if wrong:
             raise GridError(f"bars, {title!r}: {', '.join(wrong)} missing or not of kind {kind!r}")
-        for name in [bar.get("method"), bar.get("dense"), *bar.get("against", [])]:
+        for name in [*map(bar.get, ("method", "dense", "lower", "upper")), *bar.get("against", [])]:
             if name is not None and name not in grid.methods:
                 raise GridError(f"bars, {title!r}: {name!r} is not one of the methods {', '.join(grid.methods)}")
         if kind == "left-out" and (grid.search.run or len(grid.methods[bar["method"]].tries) < 2):
@@ -110,18 +113,41 @@ def _not_below(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str)
 
 def _ahead(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) -> Verdict:
     """Seeds fix batches and starts of factors, the same for all methods; those that both have are compared."""
-    metric, sign = _compared_by(grid), 1 if grid.lower_is_better else -1
-    own = _by_seed(grid, lines, bar, data_set, bar["method"], metric)
     said, met = [], True
     for name in bar["against"]:
-        other = _by_seed(grid, lines, bar, data_set, name, metric)
-        difference = figure_of([sign * (other[seed] - own[seed]) for seed in own.keys() & other.keys()])
+        difference = _seed_by_seed(grid, lines, bar, data_set, bar["method"], name)
         if difference is None or difference.error is None:
             words = f"not measured: two seeds of {bar['method']} and {name}"
             return Verdict(title=bar["title"], data_set=data_set, measured=words, met=None)
-        said.append(f"{_ahead_text(metric, difference.mean, name, difference.error)}, {difference.seeds} seeds")
+        ahead = _ahead_text(_compared_by(grid), difference.mean, name, difference.error)
+        said.append(f"{ahead}, {difference.seeds} seeds")
         met = met and difference.mean > bar["standard_errors"] * difference.error
     return Verdict(title=bar["title"], data_set=data_set, measured="; ".join(said), met=met)
+
+
+def _gap(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) -> Verdict:
+    """Where there is no gap that the seeds can tell from nothing, there is none to win back, and the bar is met."""
+    lower, upper = bar["lower"], bar["upper"]
+    gap = _seed_by_seed(grid, lines, bar, data_set, upper, lower)
+    own = _seed_by_seed(grid, lines, bar, data_set, bar["method"], lower)
+    if gap is None or gap.error is None or own is None:
+        words = f"not measured: two seeds of {lower}, {upper} and {bar['method']}"
+        return Verdict(title=bar["title"], data_set=data_set, measured=words, met=None)
+    said = f"{upper} is {_ahead_text(_compared_by(grid), gap.mean, lower, gap.error)}, {gap.seeds} seeds"
+    if gap.mean <= bar["standard_errors"] * gap.error:
+        return Verdict(title=bar["title"], data_set=data_set, measured=f"{said}: no gap", met=True)
+    share = own.mean / gap.mean
+    said += f"; {bar['method']} is {share:.0%} of the way"
+    return Verdict(title=bar["title"], data_set=data_set, measured=said, met=share >= bar["share"])
+
+
+def _seed_by_seed(
+    grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str, name: str, other: str
+) -> Figure | None:
+    """How far a method is ahead of another, over the seeds that both have."""
+    metric, sign = _compared_by(grid), 1 if grid.lower_is_better else -1
+    own, theirs = (_by_seed(grid, lines, bar, data_set, of, metric) for of in (name, other))
+    return figure_of([sign * (theirs[seed] - own[seed]) for seed in sorted(own.keys() & theirs.keys())])
 
 
 def _by_seed(
@@ -188,6 +214,7 @@ def _best_elsewhere(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set:
 
 _RULES = {
     "within": _within, "not-below": _not_below, "ahead": _ahead, "won-back": _won_back, "left-out": _left_out,
+    "gap": _gap,
 }  # fmt: skip
 
 
