@@ -19,6 +19,7 @@ from pst_ds.hf.model_folder import ModelFolder, ModelFolderError
 from pst_ds.hf.semi_structured import is_two_four
 from pst_ds.nn.model_structure import is_conv1d, untied_linear_layers
 from pst_ds.runtime import SparseLinear, native, sparse_layers
+from pst_ds.runtime.attention import quicken_attention
 from pst_ds.runtime.backends import CSR_FROM_SPARSITY
 from pst_ds.runtime.dense import can_prepack, prepack, quicken_output_layer
 
@@ -54,7 +55,7 @@ class Variant:
 def variants(folder: ModelFolder, dense: ModelFolder | None, formats: list[str], dtype: str) -> dict[str, Variant]:
     """Return the models by name: "dense" as transformers runs it, "prepacked", and each sparse format. Without
     ``formats`` these are :func:`default_formats`; without ``dense`` the folder is unpacked. All but "dense" have a
-    quick output layer too. Raises ModelFolderError."""
+    quick output layer and quick attention too. Raises ModelFolderError."""
     base = dense or folder
     plain = base.load("dense", dtype)
     by_name = {"dense": Variant(plain, base.weight_file_bytes if base.format == "dense" else None)}
@@ -62,10 +63,12 @@ def variants(folder: ModelFolder, dense: ModelFolder | None, formats: list[str],
         packed = copy.deepcopy(plain)
         prepack(packed, vectors=1)
         quicken_output_layer(packed)
+        quicken_attention(packed)
         by_name["prepacked"] = Variant(packed)
     for name in formats or default_formats(folder, plain if dense is None else folder.load("dense", dtype)):
         by_name[name] = _sparse(folder, plain if dense is None else None, name, dtype)
         quicken_output_layer(by_name[name].model)
+        quicken_attention(by_name[name].model)
     return by_name
 
 

@@ -137,9 +137,11 @@ def _activate(args: argparse.Namespace, model: Any) -> None:
 def _facts(model: PreTrainedModel) -> Facts:
     """Quicken a model of transformers and say what it is."""
     from pst_ds.runtime import sparse_layers
+    from pst_ds.runtime.attention import quicken_attention
     from pst_ds.runtime.dense import quicken_output_layer
 
     quicken_output_layer(model)
+    quicken_attention(model)
     dtype = str(model.dtype).removeprefix("torch.")
     return {"engine": "torch", "sparse_layers": len(sparse_layers(model)), "dtype": dtype}
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from pst_ds.bench.decode import resident_bytes
-from pst_ds.runtime import SparseLinear
+from pst_ds.runtime import SparseLinear, decoder
 from pst_ds.runtime.dense import PrepackedLinear, VectorLinear, can_prepack, prepack, quicken_output_layer
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
@@ -41,6 +41,14 @@ def test_vector_linear_is_the_layer(dtype, bias, lead):
         _close(VectorLinear.of(layer)(x), exact, dtype)
     else:
         assert VectorLinear.of(layer)(x).shape == exact.shape
+
+
+@torch.no_grad()
+def test_vector_linear_without_a_compiler_is_torchs(monkeypatch):
+    layer, x = nn.Linear(200, 75).bfloat16(), torch.randn(1, 1, 200).bfloat16()
+    found = VectorLinear.of(layer)(x)
+    monkeypatch.setattr(decoder, "library", lambda: None)
+    _close(found, VectorLinear.of(layer)(x).double(), torch.bfloat16)
 
 
 def test_vector_linear_is_the_very_weight_and_has_its_gradient():

@@ -16,18 +16,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from pst_ds.bench.decode import Decoder
+from pst_ds.core.updates.each import EachBeside
 from pst_ds.hf.model_folder import ModelFolder
-from pst_ds.runtime import sparse_layers
+from pst_ds.runtime import attention, native, sparse_layers
+from pst_ds.runtime.attention import quicken_attention
 from pst_ds.runtime.beside import LEFT, RIGHT, BatchUpdates
-from pst_ds.runtime.dense import quicken_output_layer
+from pst_ds.runtime.dense import VectorLinear, quicken_output_layer
 from pst_ds.users.store import Common, State, UserStore
 from tools.bench.decode import packed_folder
 from tools.bench.timing import conditions, print_json, progress, status_bytes
@@ -106,6 +110,44 @@ def speed(model: Any, store: UserStore, repeats: int) -> dict[str, Any]:
     }
 
 
+def parts(model: Any, store: UserStore, repeats: int) -> dict[str, Any]:
+    """Return milliseconds of the processor that parts of a step take, for eight users and for one, by turns."""
+    spent: Counter[str] = Counter()
+
+    def timed(owner: Any, name: str, part: str) -> Any:
+        whole = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = time.process_time()
+            found = whole(*args, **kwargs)
+            spent[part] += time.process_time() - began
+            return found
+
+        return mock.patch.object(owner, name, call)
+
+    updates = BatchUpdates(model, store.common.shapes, store.common.beta)
+    states = [store.state(name) for name in store.names[:BATCH]]
+    ids = torch.randint(5, 40_000, (BATCH, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
+    writers = {str(n): Writer(model, updates, states[:n], ids[:n]) for n in (BATCH, 1)}
+    found: dict[str, list[Counter[str]]] = {name: [] for name in writers}
+    with (
+        timed(native, "bitmask_linear", "products"), timed(EachBeside, "added_to", "updates"),
+        timed(attention, "one_query", "attention"), timed(VectorLinear, "forward", "output_layer"),
+        timed(Writer, "step", "all"),
+    ):  # fmt: skip
+        for _ in range(repeats):
+            for name, writer in writers.items():
+                writer.turn()
+                spent.clear()
+                writer.step()
+                found[name].append(spent.copy())
+    updates.remove()
+    return {
+        name: {part: round(1e3 * statistics.median(one[part] for one in steps), 1) for part in steps[0]}
+        for name, steps in found.items()
+    }
+
+
 @torch.inference_mode()
 def nearness(folder: ModelFolder, store: UserStore) -> dict[str, Any]:
     """Return how far the logits of a mixed batch are from those of each user alone, by dtype, as a share of how far
@@ -139,6 +181,7 @@ def memory(top: Path) -> dict[str, Any]:
     last eight still do, whose factors are side by side for it, and after that. In a process of its own."""
     model = packed_folder(FOLDER, SPARSITY).load("sparse")
     quicken_output_layer(model)
+    quicken_attention(model)
     store = UserStore.open(top, kept=USERS)
     ids = torch.full((BATCH, PROMPT_TOKENS), 7)
     decoder, updates = Decoder(model), BatchUpdates(model, store.common.shapes, store.common.beta)
@@ -174,9 +217,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as top:
         model = folder.load("sparse")
         quicken_output_layer(model)
+        quicken_attention(model)
         store = make_store(Path(top) / "store", model, USERS)
         progress("steps of batches")
         fast = speed(model, store, args.repeats)
+        progress("parts of a step")
+        fast["parts_cpu_ms_of_users"] = parts(model, store, args.repeats)
         progress("batches against users alone")
         near = nearness(folder, store)
         progress(f"memory of {USERS} users")
