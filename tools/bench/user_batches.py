@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def speed(model: Any, store: UserStore, repeats: int) -> dict[str, Any]:
 
 def parts(model: Any, store: UserStore, repeats: int) -> dict[str, Any]:
     """Return milliseconds of the processor that parts of a step take, for eight users and for one, by turns."""
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = defaultdict(float)
 
     def timed(owner: Any, name: str, part: str) -> Any:
         whole = getattr(owner, name)
@@ -129,7 +129,7 @@ def parts(model: Any, store: UserStore, repeats: int) -> dict[str, Any]:
     states = [store.state(name) for name in store.names[:BATCH]]
     ids = torch.randint(5, 40_000, (BATCH, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
     writers = {str(n): Writer(model, updates, states[:n], ids[:n]) for n in (BATCH, 1)}
-    found: dict[str, list[Counter[str]]] = {name: [] for name in writers}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in writers}
     with (
         timed(native, "bitmask_linear", "products"), timed(EachBeside, "added_to", "updates"),
         timed(attention, "one_query", "attention"), timed(VectorLinear, "forward", "output_layer"),
@@ -140,7 +140,7 @@ def parts(model: Any, store: UserStore, repeats: int) -> dict[str, Any]:
                 writer.turn()
                 spent.clear()
                 writer.step()
-                found[name].append(spent.copy())
+                found[name].append(dict(spent))
     updates.remove()
     return {
         name: {part: round(1e3 * statistics.median(one[part] for one in steps), 1) for part in steps[0]}
