@@ -11,12 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pst_ds.config.train import TrainConfig
-from pst_ds.core.schedule import STEPS_POWER
 from pst_ds.errors import InputError
 
 RATES = tuple(f"{group}_learning_rate" for group in ("score", "update", "gate", "prompt", "embedding", "head"))
 LEAST_STEPS = 40
 """Optimizer steps of the shortest trial: after 20, hardly one had learned anything (docs/tuning.md)."""
+TRIAL_POWER = 1 / 6
+"""Rates of a trial rise with this power of how much shorter it is: half of what long runs have, since near 40 steps the
+edge above which runs collapse is hardly higher than at 600 (docs/tuning.md)."""
+DEVIATIONS = 2.0
+"""By how many standard errors of the metric other rates must be better than the run's own."""
 _GROWTH = 3
 _FINALISTS = 3
 
@@ -36,7 +40,7 @@ class Candidate:
 
     def rates(self, train: TrainConfig, steps: int = 1, of_steps: int = 1) -> dict[str, float]:
         """Return the rates of ``train`` by name; those of a trial of ``steps`` that stands for ``of_steps``."""
-        fewer = (of_steps / steps) ** STEPS_POWER
+        fewer = (of_steps / steps) ** TRIAL_POWER
         factors = dict.fromkeys(RATES, self.factor * fewer)
         factors["head_learning_rate"] *= self.head_factor
         rates = {name: (getattr(train, name), factor) for name, factor in factors.items()}
@@ -116,7 +120,7 @@ def promoted(outcomes: Sequence[Outcome], count: int, *, lower_is_better: bool) 
 
 def chosen(outcomes: Sequence[Outcome], *, lower_is_better: bool) -> int:
     """Return the candidate to take after the last rung: the best, if it is better than the run's own rates by more than
-    the standard error of their metric; else 0. Raises InputError when no trial has a value."""
+    :data:`DEVIATIONS` standard errors of their metric; else 0. Raises InputError when no trial has a value."""
     best, own = ranked(outcomes, lower_is_better=lower_is_better)[0], next(o for o in outcomes if o.candidate == 0)
     if math.isnan(best.value):
         raise InputError(
@@ -125,4 +129,4 @@ def chosen(outcomes: Sequence[Outcome], *, lower_is_better: bool) -> int:
         )
     if math.isnan(own.value):
         return best.candidate
-    return best.candidate if abs(best.value - own.value) > own.standard_error else 0
+    return best.candidate if abs(best.value - own.value) > DEVIATIONS * own.standard_error else 0

@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.config.run import TrainConfig
-from pst_ds.core.schedule import STEPS_POWER
 from pst_ds.errors import InputError
 from pst_ds.tune import halving
-from pst_ds.tune.halving import CANDIDATES, LEAST_STEPS, RATES, Candidate, Outcome
+from pst_ds.tune.halving import CANDIDATES, DEVIATIONS, LEAST_STEPS, RATES, TRIAL_POWER, Candidate, Outcome
 
 OUTCOMES = st.lists(
     st.tuples(st.one_of(st.floats(-10, 10), st.just(math.nan)), st.floats(0, 1)), min_size=3, max_size=9
@@ -88,7 +87,7 @@ def test_other_rates_are_taken_only_if_they_are_best_and_better_by_more_than_the
         return
     chosen = outcomes[halving.chosen(outcomes, lower_is_better=lower)]
     best, own = (min(values) if lower else max(values)), outcomes[0]
-    if math.isnan(own.value) or abs(best - own.value) > own.standard_error:
+    if math.isnan(own.value) or abs(best - own.value) > DEVIATIONS * own.standard_error:
         assert chosen.value == best
     else:
         assert chosen is own
@@ -97,7 +96,7 @@ def test_other_rates_are_taken_only_if_they_are_best_and_better_by_more_than_the
 def test_a_difference_within_the_error_keeps_the_own_rates():
     outcomes = [Outcome(0, 0.70, 0.02), Outcome(1, 0.71, 0.02), Outcome(2, 0.60, 0.02)]
     assert halving.chosen(outcomes, lower_is_better=False) == 0
-    assert halving.chosen([outcomes[0], Outcome(1, 0.73, 0.02)], lower_is_better=False) == 1
+    assert halving.chosen([outcomes[0], Outcome(1, 0.75, 0.02)], lower_is_better=False) == 1
     assert halving.chosen(outcomes, lower_is_better=True) == 2
 
 
@@ -121,7 +120,7 @@ def test_factors_reach_all_rates_and_fewer_steps_raise_them():
         "prompt_learning_rate": 0.015, "embedding_learning_rate": 0.0, "head_learning_rate": 0.0005,
     }  # fmt: skip
     longer = Candidate().rates(train, 100, 1600)
-    assert longer["update_learning_rate"] == pytest.approx(1e-3 * 16**STEPS_POWER, rel=1e-2)
+    assert longer["update_learning_rate"] == pytest.approx(1e-3 * 16**TRIAL_POWER, rel=1e-2)
 
 
 def test_without_a_head_there_is_one_factor():

@@ -194,7 +194,7 @@ def test_perplexity_is_minimised(tmp_path, planned, verb):
 
 def test_a_trial_that_diverges_is_passed_over(run_file, planned, verb, capsys):
     def metrics(train, steps):
-        if train.update_learning_rate > 5e-3:
+        if train.update_learning_rate > 4e-3:
             raise DivergedError("the loss is not finite")
         return {"accuracy": 1e-3 / train.update_learning_rate, "standard_error": 0.01}
 
