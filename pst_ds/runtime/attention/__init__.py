@@ -9,7 +9,6 @@ from __future__ import annotations
 from ctypes import CDLL, c_float, c_int, c_int64
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +97,7 @@ def quicken_attention(model: nn.Module) -> bool:
 
     Everything else, such as prompts and what trains, stays with torch's attention.
     """
-    config: Any = getattr(model, "config", None)
+    config = getattr(model, "config", None)
     if getattr(config, "_attn_implementation", None) != "sdpa" or library() is None:
         return False
     if any(param.device.type != "cpu" for param in model.parameters()):
@@ -109,12 +108,12 @@ def quicken_attention(model: nn.Module) -> bool:
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)  # type: ignore[operator]
-    return bool(config._attn_implementation == NAME)
+    return bool(getattr(config, "_attn_implementation", None) == NAME)
 
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-    scaling: float | None = None, **more: Any,
+    scaling: float | None = None, **more: object,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute what transformers' "sdpa" does, (B, tokens, H, D)."""
     plain = dropout == 0.0 and all(more.get(name) is None for name in _OTHERS_HAVE)
