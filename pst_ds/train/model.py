@@ -129,14 +129,21 @@ def attention_options(run: RunConfig) -> dict[str, str]:
 
 
 def build_model(
-    run: RunConfig, labels: list[str], tokenizer: Any, *, zero3_config: dict[str, Any] | None, num_shards: int = 1
+    run: RunConfig,
+    labels: list[str],
+    tokenizer: Any,
+    *,
+    zero3_config: dict[str, Any] | None,
+    num_shards: int = 1,
+    first_answer: list[float] | None = None,
 ) -> BuiltModel:
     """Build the pretrained model of the run's task with the PST modules of the run's method.
 
     With ``zero3_config``, a resolved DeepSpeed config of stage 3, the weights are partitioned while they load; without
     it they are whole, and will be split over ``num_shards`` ranks if ``deepspeed.initialize`` is still to do so.
     The new head of a task that has one is drawn from the run's seed and its name, so it is the same for every world
-    size. Raises ConfigError when other weights are missing from the pretrained model, or have another shape.
+    size; with a ``first_answer`` the bias of its outputs, if it has one, begins there. Raises ConfigError when other
+    weights are missing from the pretrained model, or have another shape.
     Collective.
     """
     from transformers.integrations import HfDeepSpeedConfig
@@ -154,6 +161,8 @@ def build_model(
     if not task.new_head:
         base.require_whole(module, missing, "Name a model that was saved with its language modelling head")
     _initialise_missing(module, missing, run)
+    if first_answer is not None:
+        _begin_at(module, missing, first_answer)
     _keep_statistics(module)
     prepare_for_method(module, run, num_shards=None if keep_alive else num_shards)
     add_prompt(module, run, tokenizer)
@@ -248,6 +257,16 @@ def _initialise_missing(module: nn.Module, missing: Any, run: RunConfig) -> None
             for name, param in params.items():
                 param._is_hf_initialized = f"{owner}.{name}" not in missing  # type: ignore[attr-defined]
             module._init_weights(part)  # type: ignore[operator]
+
+
+def _begin_at(module: nn.Module, missing: Any, answer: list[float]) -> None:
+    """Give the outputs of a new head the bias ``answer``; nothing where its last layer has no bias. Collective."""
+    shape = torch.Size([len(answer)])
+    biases = [name for name in missing if name.endswith("bias")]
+    found = [p for n, p in module.named_parameters() if n in biases and zero3.full_shape(p) == shape]
+    for bias in found[-1:]:
+        with zero3.gathered([bias], writer_rank=0), torch.no_grad():
+            bias.copy_(torch.tensor(answer))
 
 
 def _keep_statistics(module: nn.Module) -> None:

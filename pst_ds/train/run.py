@@ -160,11 +160,15 @@ def prepare_single(run: RunConfig, checkpoint: Checkpoint) -> Prepared:
     return Prepared(run, launch, checkpoint.state.labels, load_tokenizer(run), None, device_of(launch))
 
 
-def build(prepared: Prepared, checkpoint: Checkpoint | None = None) -> tuple[BuiltModel, Engine]:
-    """Build the run's model, with the values of ``checkpoint`` if given, and its engine. Collective."""
+def build(
+    prepared: Prepared, checkpoint: Checkpoint | None = None, *, first_answer: list[float] | None = None
+) -> tuple[BuiltModel, Engine]:
+    """Build the run's model, with the values of ``checkpoint`` if given, and its engine; ``first_answer`` as
+    :func:`build_model` has it. Collective."""
     run, ds_config = prepared.run, prepared.ds_config
     partitioned = zero_stage(ds_config) == 3
-    built = build_model(run, prepared.labels, prepared.tokenizer, zero3_config=ds_config if partitioned else None)
+    zero3_config = ds_config if partitioned else None
+    built = build_model(run, prepared.labels, prepared.tokenizer, zero3_config=zero3_config, first_answer=first_answer)
     if checkpoint is not None:
         load_into(built.module, checkpoint)
     if ds_config is None:
@@ -207,7 +211,7 @@ def train_run(
         if checkpoint is None and not restart:
             run_folder.require_no_checkpoints(folder)
         teacher = raise_on_all_ranks(partial(load_teacher, run, prepared.labels, prepared.tokenizer, prepared.device))
-        _, engine = build(prepared, checkpoint)
+        _, engine = build(prepared, checkpoint, first_answer=prepared.task.first_answer(examples))
         require_documents_apart(engine, run, examples, prepared.device)
         objective = Objective(run, teacher, shared_sequences(engine, run, prepared.device))
         state = run_folder.restore(engine, checkpoint, run) if checkpoint else LoopState()

@@ -20,6 +20,7 @@ from pst_ds.config.toml import load_run
 from pst_ds.data.tasks import task_of
 from pst_ds.data.tasks.regression import load_scored_texts, regression_metrics
 from pst_ds.parallel.launch import launch_environment
+from pst_ds.train.model import build_model, load_tokenizer
 from pst_ds.train.run import prepare, train_run
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -219,6 +220,48 @@ def test_the_error_falls(tmp_path, capsys):
     errors = {line["step"]: line["eval/mse"] for line in lines if line["event"] == "evaluation"}
     best = json.loads((tmp_path / "run" / "result.json").read_text())["best_step"]
     assert errors[best] == min(errors.values())
+
+
+def test_a_new_head_begins_at_the_mean_of_the_labels(tmp_path, capsys):
+    """However far that is: rates of Adam would take thousands of steps there."""
+    path = _run_file(tmp_path, "jsonl", "regression", ["one", "other"], metric="mse")
+    rows = [(one, other, 400.0 + score) for one, other, score in _rows(48, "far")]
+    _write(tmp_path / "train.jsonl", rows)
+    _train(path, "train.log_interval=1")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["event"] == "step"]
+    assert max(losses) < 10 * np.var([score for *_, score in rows])
+    assert "standard deviation" not in capsys.readouterr().out
+
+
+def test_a_head_that_was_trained_keeps_its_bias(tmp_path):
+    path = _run_file(tmp_path, "jsonl", "regression", ["one", "other"])
+    _train(path)
+    out = str(tmp_path / "out")
+    assert main(["export", f"{tmp_path}/run", "--format", "dense", "--out", out]) == 0
+    tokenizer = load_tokenizer(load_run(path))
+    new, trained = (
+        build_model(
+            load_run(path, [f"model.path={model}"]), [], tokenizer, zero3_config=None, first_answer=[7.5]
+        ).module.classifier.bias.item()
+        for model in ("tests/data/tiny-bert", out)
+    )
+    assert new == 7.5
+    assert 0 < trained < 4
+
+
+@pytest.mark.parametrize(("factor", "fix"), [(1000.0, "divide"), (0.01, "multiply"), (1.0, "")])
+def test_labels_that_the_rates_do_not_suit_are_named(tmp_path, factor, fix):
+    """The fix is said with the figure, once, before the first step."""
+    rows = [(one, other, factor * score) for one, other, score in _rows(48, "train")]
+    path = _write(tmp_path / "rows.jsonl", rows)
+    data = DataConfig(train=str(path), text_columns=("one",), label_column="score")
+    from transformers import AutoTokenizer
+
+    task = task_of(load_run(_run_file(tmp_path, "jsonl", "regression", ["one"])))
+    examples = task.load(data, "train", AutoTokenizer.from_pretrained("tests/data/tiny-bert"), [])
+    said = task.remark(examples)
+    assert (f"{np.std(examples.labels):.3g}" in said and f"{fix} them" in said) if fix else said == ""
 
 
 def _train(path, *overrides):

@@ -132,6 +132,11 @@ class Task(ABC, Generic[E]):
         """Return the least loss of an answer that is the same for all ``examples``; None if it is not known."""
         return None
 
+    def first_answer(self, examples: E) -> list[float] | None:
+        """Return what a new head is to answer before training, a value for each of its outputs; None leaves its bias at
+        what the model's own rule draws."""
+        return None
+
     @abstractmethod
     def outcomes(self, logits: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
         """Return what the metrics need of each example of a batch: (examples, k)."""
