@@ -19,9 +19,9 @@ from pst_ds.hf.model_folder import ModelFolder, ModelFolderError
 from pst_ds.hf.semi_structured import is_two_four
 from pst_ds.nn.model_structure import is_conv1d, untied_linear_layers
 from pst_ds.runtime import SparseLinear, native, sparse_layers
-from pst_ds.runtime.attention import quicken_attention
 from pst_ds.runtime.backends import CSR_FROM_SPARSITY
-from pst_ds.runtime.dense import can_prepack, prepack, quicken_output_layer
+from pst_ds.runtime.dense import can_prepack, prepack
+from pst_ds.runtime.quicken import quicken_decoding
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -62,13 +62,11 @@ def variants(folder: ModelFolder, dense: ModelFolder | None, formats: list[str],
     if can_prepack(plain.dtype):
         packed = copy.deepcopy(plain)
         prepack(packed, vectors=1)
-        quicken_output_layer(packed)
-        quicken_attention(packed)
+        quicken_decoding(packed)
         by_name["prepacked"] = Variant(packed)
     for name in formats or default_formats(folder, plain if dense is None else folder.load("dense", dtype)):
         by_name[name] = _sparse(folder, plain if dense is None else None, name, dtype)
-        quicken_output_layer(by_name[name].model)
-        quicken_attention(by_name[name].model)
+        quicken_decoding(by_name[name].model)
     return by_name
 
 

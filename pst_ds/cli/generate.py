@@ -65,9 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     new_tokens = _new_tokens(args, inputs["input_ids"], folder)
     start = time.perf_counter()
     decoder = _decoder(args, folder, device, inputs["input_ids"].shape[1] + new_tokens)
-    model = folder.load(args.load_as, args.dtype, device) if decoder is None else None
-    if args.user is not None:
-        _activate(args, model)
+    model = _loaded(args, folder, device) if decoder is None else None
     load_seconds = time.perf_counter() - start
     if new_tokens < args.max_new_tokens:
         positions = inputs["input_ids"].shape[1] + new_tokens
@@ -124,7 +122,18 @@ def _decoder(args: argparse.Namespace, folder: ModelFolder, device: str, context
         return None
 
 
-def _activate(args: argparse.Namespace, model: Any) -> None:
+def _loaded(args: argparse.Namespace, folder: ModelFolder, device: str) -> PreTrainedModel:
+    """Return a quickened model of transformers, that of the user where one is named. Raises InputError."""
+    from pst_ds.runtime.quicken import quicken_decoding
+
+    model = folder.load(args.load_as, args.dtype, device)
+    quicken_decoding(model)
+    if args.user is not None:
+        _activate(args, model)
+    return model
+
+
+def _activate(args: argparse.Namespace, model: PreTrainedModel) -> None:
     """Let the model be that of a user. Raises InputError."""
     from pathlib import Path
 
@@ -135,13 +144,8 @@ def _activate(args: argparse.Namespace, model: Any) -> None:
 
 
 def _facts(model: PreTrainedModel) -> Facts:
-    """Quicken a model of transformers and say what it is."""
     from pst_ds.runtime import sparse_layers
-    from pst_ds.runtime.attention import quicken_attention
-    from pst_ds.runtime.dense import quicken_output_layer
 
-    quicken_output_layer(model)
-    quicken_attention(model)
     dtype = str(model.dtype).removeprefix("torch.")
     return {"engine": "torch", "sparse_layers": len(sparse_layers(model)), "dtype": dtype}
 

@@ -122,8 +122,7 @@ def _service(
     from pst_ds.data.model_limits import positions_of
     from pst_ds.export.prompt_file import read_prompt
     from pst_ds.parallel.launch import LaunchEnvironment, device_of
-    from pst_ds.runtime.attention import quicken_attention
-    from pst_ds.runtime.dense import quicken_output_layer
+    from pst_ds.runtime.quicken import quicken_decoding
     from pst_ds.serve.app import Limits, Service
     from pst_ds.serve.batches import Batches
     from pst_ds.users.served import ServedUsers
@@ -131,8 +130,7 @@ def _service(
     if args.threads:
         torch.set_num_threads(args.threads)
     model = folder.load(args.load_as, args.dtype, device_of(LaunchEnvironment(0, 1, 0)))
-    quicken_output_layer(model)
-    quicken_attention(model)
+    quicken_decoding(model)
     users = None if store is None else ServedUsers(model, folder.path, store)
     ends = end_tokens(model.generation_config)
     if not ends and tokenizer.eos_token_id is not None:

@@ -29,9 +29,9 @@ from pst_ds.bench.decode import Decoder
 from pst_ds.core.updates.each import EachBeside
 from pst_ds.hf.model_folder import ModelFolder
 from pst_ds.runtime import attention, native, sparse_layers
-from pst_ds.runtime.attention import quicken_attention
 from pst_ds.runtime.beside import LEFT, RIGHT, BatchUpdates
-from pst_ds.runtime.dense import VectorLinear, quicken_output_layer
+from pst_ds.runtime.dense import VectorLinear
+from pst_ds.runtime.quicken import quicken_decoding
 from pst_ds.users.store import Common, State, UserStore
 from tools.bench.decode import packed_folder
 from tools.bench.timing import conditions, print_json, progress, status_bytes
@@ -180,8 +180,7 @@ def memory(top: Path) -> dict[str, Any]:
     """Return resident bytes with the base alone, and once all users of the store in ``top`` have written: while the
     last eight still do, whose factors are side by side for it, and after that. In a process of its own."""
     model = packed_folder(FOLDER, SPARSITY).load("sparse")
-    quicken_output_layer(model)
-    quicken_attention(model)
+    quicken_decoding(model)
     store = UserStore.open(top, kept=USERS)
     ids = torch.full((BATCH, PROMPT_TOKENS), 7)
     decoder, updates = Decoder(model), BatchUpdates(model, store.common.shapes, store.common.beta)
@@ -216,8 +215,7 @@ def main() -> None:
     folder = packed_folder(FOLDER, SPARSITY)
     with tempfile.TemporaryDirectory() as top:
         model = folder.load("sparse")
-        quicken_output_layer(model)
-        quicken_attention(model)
+        quicken_decoding(model)
         store = make_store(Path(top) / "store", model, USERS)
         progress("steps of batches")
         fast = speed(model, store, args.repeats)
