@@ -15,6 +15,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "pst_ds"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
+    "backward_pass": 0,
     "errors": 0,
     "json_text": 0,
     "progress": 0,

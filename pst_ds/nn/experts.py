@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pst_ds.backward_pass import in_backward_pass
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.experts import products
 from pst_ds.core.experts.routing import Routing
@@ -68,7 +69,7 @@ class PSTExpertStack(PSTLayer):
         if self.bypassed:
             return _product(x, _DenseStack(self, self._dense_weight, self.layout.transposed), routing, by_token)
         self.was_called = True
-        if self.training and torch._C._current_graph_task_id() == -1:  # no backward pass is under way
+        if self.training and not in_backward_pass():
             self.tokens_seen += torch.tensor(routing.counts)
         self.keep_if_recomputed()
         weight, factors = self.trained()

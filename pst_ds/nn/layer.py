@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pst_ds.backward_pass import in_backward_pass
 from pst_ds.config.pst import PSTConfig, UpdateInit
 from pst_ds.core import masked_linear
 from pst_ds.core.bits import all_ones, shard_range
@@ -249,7 +250,7 @@ class PSTLayer(nn.Module):
         DeepSpeed has those of a checkpointed block whole at once, until the module whose gradients asked for the
         repetition is done, and would gather each of them a third time for its own.
         """
-        if torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled():
+        if in_backward_pass() and torch.is_grad_enabled():
             zero3.hold(param for param in self.parameters(recurse=False) if not param.requires_grad)
 
     def gathered_gradients(self, backward: Callable[..., masked_linear.Gradients]) -> masked_linear.Gradients:

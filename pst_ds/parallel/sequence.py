@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from pst_ds.backward_pass import in_backward_pass
 
 _CORE = "pst_ds_core"
 """Where an attention that was replaced keeps the one it replaced."""
@@ -68,8 +69,7 @@ class SequenceParallel:
     def _attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        in_backward = torch._C._current_graph_task_id() != -1  # a checkpointed block is recomputed
-        if self._positions is None or not (self._is_sharing or in_backward):
+        if self._positions is None or not (self._is_sharing or in_backward_pass()):
             return self._core(module, query, key, value, mask, *args, **kwargs)
         kwargs["position_ids"] = self.part(self._positions)
         groups = getattr(module, "num_key_value_groups", None)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pst_ds.backward_pass import in_backward_pass
 from pst_ds.core.experts.routing import Routing
 from pst_ds.core.head_loss import ChunkSizes, Teacher, chunk_sizes, head_loss
 from pst_ds.core.quantization import CodedWeight
@@ -78,7 +79,7 @@ def _count_gathers(module: nn.Module, trace: Trace, threshold: int) -> None:
         return
 
     def count(module: nn.Module, args: Any, output: Any) -> None:
-        recomputes = torch._C._current_graph_task_id() != -1
+        recomputes = in_backward_pass()
         has_backward = any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(output))
         turns, fetched = (1, not_left) if recomputes else (1 + has_backward, params)
         trace.gathered += turns * sum(p.numel() * p.element_size() for p in fetched)
