@@ -19,8 +19,8 @@ from pst_ds.json_text import JsonObject
 from pst_ds.masks.layer_stats import chosen_layers
 from pst_ds.monitor.dense_run import read_dense_run
 from pst_ds.nn.base_model import DTYPES
-from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.parallel.ds_config import RunNumbers, load_deepspeed_config, resolve_deepspeed_config, zero_stage
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.planning.activations import Trace, UntraceableError, trace_micro_batch

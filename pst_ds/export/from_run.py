@@ -35,11 +35,11 @@ from pst_ds.export.plan import PlannedTensor, TensorJob, TensorValues
 from pst_ds.export.rounding import grids
 from pst_ds.export.stacks import FilePart, StackRun, all_experts, runs_in_files, whole
 from pst_ds.nn.base_model import DTYPES
-from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.layer import FACTOR_NAMES, PSTLayer
 from pst_ds.nn.model_structure import is_conv1d, is_linear
 from pst_ds.nn.tables.coded import plain_tables
+from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.parallel.optimizer_state import MASTER
 
 

@@ -16,9 +16,9 @@ from pst_ds.export.detect_pattern import detect_pattern
 from pst_ds.export.encoding import Encoding
 from pst_ds.export.manifest import DENSE, ExportError
 from pst_ds.export.plan import PlannedTensor, TensorValues
-from pst_ds.nn.embedding import PSTEmbedding
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.model_structure import is_inside_block, is_linear, router_names, untied_linear_layers
+from pst_ds.nn.tables.embedding import PSTEmbedding
 
 LEAST_ROWS = 16
 """Smaller tables, such as those of two kinds of sentences, would save nothing, and are added to every token."""

@@ -15,7 +15,6 @@ from pst_ds.core.updates.gates import rank_budget
 from pst_ds.errors import InputError
 from pst_ds.nn import experts, fast_paths
 from pst_ds.nn.base_codes import BaseCodes, encode_base, mean_magnitudes
-from pst_ds.nn.embedding import PSTEmbedding, pst_embeddings
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
 from pst_ds.nn.linear import PSTLinear
@@ -23,6 +22,7 @@ from pst_ds.nn.model_structure import is_experts, stack_names
 from pst_ds.nn.prompt import PSTPrompt, prompt_of
 from pst_ds.nn.sharded_weights import read_now
 from pst_ds.nn.tables.coded import encode_tables, find_tables
+from pst_ds.nn.tables.embedding import PSTEmbedding, pst_embeddings
 from pst_ds.nn.targets import (
     InjectionError,
     Target,

@@ -11,11 +11,11 @@ from torch import nn
 from pst_ds.errors import InputError
 from pst_ds.nn import experts, fast_paths
 from pst_ds.nn.adapter_checkpoints import whole_checkpoints
-from pst_ds.nn.embedding import PSTEmbedding
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.inject import injected_config, layers_never_called, pst_layers, shortened
 from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
 from pst_ds.nn.tables.coded import coded_tables, plain_tables
+from pst_ds.nn.tables.embedding import PSTEmbedding
 from pst_ds.nn.targets import places_by_module
 from pst_ds.parallel import zero3
 from pst_ds.parallel.steps import unwrapped

@@ -11,11 +11,11 @@ from torch import nn
 from pst_ds.config.train import TrainConfig
 from pst_ds.core.schedule import USUAL_STEPS, default_learning_rates
 from pst_ds.errors import InputError
-from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import SCORE_FACTORS
 from pst_ds.nn.model_structure import model_width
 from pst_ds.nn.prompt import NAME as PROMPT
+from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.parallel import zero3
 from pst_ds.parallel.master_adamw import MasterAdamW
 

@@ -23,8 +23,8 @@ from pst_ds.export import tensor_files, write
 from pst_ds.export.check import check_export
 from pst_ds.export.export import export_run
 from pst_ds.export.manifest import ExportError
-from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import pst_layers
+from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train import run as run_module
 from pst_ds.train.model import meta_model

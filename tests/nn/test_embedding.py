@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pst_ds.config.pst import PSTConfig
-from pst_ds.nn.embedding import PSTEmbedding, pst_embeddings
 from pst_ds.nn.inject import inject_pst, pst_layers
+from pst_ds.nn.tables.embedding import PSTEmbedding, pst_embeddings
 from pst_ds.nn.targets import InjectionError, find_embeddings
 from pst_ds.parallel import zero3
 from pst_ds.parallel.engine import build_engine

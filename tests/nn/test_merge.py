@@ -16,10 +16,10 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.errors import InputError
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.adapter_checkpoints import adapter_checkpoints
-from pst_ds.nn.embedding import PSTEmbedding
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.merge import merge_and_unload, print_trainable_parameters
+from pst_ds.nn.tables.embedding import PSTEmbedding
 
 BERT = AutoConfig.from_pretrained("tests/data/tiny-bert")
 GPT2 = GPT2Config(vocab_size=60, n_embd=24, n_layer=2, n_head=2, n_positions=48, initializer_range=0.2)

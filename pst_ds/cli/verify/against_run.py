@@ -21,10 +21,10 @@ from pst_ds.errors import InputError
 from pst_ds.export.encoding import Encoding
 from pst_ds.export.prompt_file import attach_saved_prompt
 from pst_ds.nn.base_model import DTYPES
-from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.layer import exact_inputs
 from pst_ds.nn.model_structure import is_conv1d
+from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.runtime import sparse_layers
 from pst_ds.runtime.experts import SparseExperts
 from pst_ds.train.documents import flatten_for_flash_attention

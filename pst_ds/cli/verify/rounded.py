@@ -15,9 +15,9 @@ from pst_ds.export.encoding import Encoding
 from pst_ds.export.manifest import TensorEntry, encoding_by, read_manifest
 from pst_ds.export.rounding import grids
 from pst_ds.export.stacks import runs_in_files
-from pst_ds.nn.embedding import pst_embeddings
 from pst_ds.nn.inject import plain_name, pst_layers
 from pst_ds.nn.layer import PSTLayer
+from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.tensor_layout import DTYPE_OF_CODE
 
 
