@@ -57,8 +57,15 @@ def own_weights(param: nn.Parameter, layout: WeightLayout) -> OwnWeights:
     return OwnWeights(shard.values, shard.start, layout.shape[1])
 
 
+def encode_bases(
+    targets: Sequence[Target], grid: Grid, num_shards: Mapping[str, int], *, from_zeros: bool
+) -> dict[str, BaseCodes]:
+    """Encode the weights of ``targets`` one after the other, each in ``num_shards`` by its name; as encode_base."""
+    return {t.name: encode_base(t, grid, num_shards[t.name], from_zeros=from_zeros) for t in targets}
+
+
 @torch.no_grad()
-def encode_base(target: Target, grid: Grid, num_shards: int, *, from_zeros: bool = False) -> BaseCodes:
+def encode_base(target: Target, grid: Grid, num_shards: int, *, from_zeros: bool) -> BaseCodes:
     """Encode the weight of a target layer and let go of it; on the meta device only shapes are made.
 
     ``from_zeros``: the mask keeps what is not zero before it is rounded, for afterwards small weights are zero too;

@@ -14,7 +14,7 @@ from pst_ds.core.tiles import TileBudgetError, least_tile_bytes, plan_tiles
 from pst_ds.core.updates.gates import rank_budget
 from pst_ds.errors import InputError
 from pst_ds.nn import experts, fast_paths
-from pst_ds.nn.base_codes import BaseCodes, encode_base, mean_magnitudes
+from pst_ds.nn.base_codes import BaseCodes, encode_bases, mean_magnitudes
 from pst_ds.nn.experts import PSTExpertStack
 from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
 from pst_ds.nn.linear import PSTLinear
@@ -22,7 +22,7 @@ from pst_ds.nn.model_structure import is_experts, stack_names
 from pst_ds.nn.prompt import PSTPrompt, prompt_of
 from pst_ds.nn.sharded_weights import read_now
 from pst_ds.nn.tables.coded import encode_tables, find_tables
-from pst_ds.nn.tables.embedding import PSTEmbedding, pst_embeddings
+from pst_ds.nn.tables.embedding import PSTEmbedding, pst_embeddings, replace_embeddings
 from pst_ds.nn.targets import (
     InjectionError,
     Target,
@@ -46,11 +46,9 @@ def inject_pst(
     base_grid: Grid | None = None,
     embedding_grid: Grid | None = None,
 ) -> nn.Module:
-    """Replace the target layers of ``model`` by PSTLinear, and stacks of experts by PSTExpertStack, in place; freeze
-    the rest.
+    """Put PSTLinear in the places of ``model``'s target layers, PSTExpertStack in those of stacks; freeze the rest.
 
-    Collective under ``zero.Init``, where one layer at a time is whole on a rank. Call it before
-    ``deepspeed.initialize``.
+    Call it before ``deepspeed.initialize``. Collective under ``zero.Init``, where one layer at a time is whole.
 
     Args:
         model: a model with its pretrained weights. On the meta device |W| has no scale.
@@ -75,29 +73,20 @@ def inject_pst(
         raise InjectionError("the model already has PST modules; inject into the base model, once")
     targets, embeddings = find_targets(model, config), find_embeddings(model, config)
     rules = _require_fit(targets, config, grid, base_grid)
-    pruned = {target.module for target in targets}
-    tables = find_tables(model, config, embedding_grid, pruned) if embedding_grid else []
+    tables = find_tables(model, config, embedding_grid, {t.module for t in targets}) if embedding_grid else []
     inputs = _input_grid(activation_bits, grid)
     shards = {target.name: _shards_of(target, num_shards) for target in targets}
-    bases: dict[str, BaseCodes] = {}
-    if base_grid is not None:
-        zeros = config.initial_mask == "zeros"
-        bases = {t.name: encode_base(t, base_grid, shards[t.name], from_zeros=zeros) for t in targets}
+    bases = encode_bases(targets, base_grid, shards, from_zeros=config.initial_mask == "zeros") if base_grid else {}
     read_now(model.parameters())
     scales = _scales_in_scores(targets, bases, rules, config)
     encode_tables(tables)
-    for param in model.parameters():
-        param.requires_grad_(False)
+    model.requires_grad_(False)
     for target in targets:
         layer = _replace(target, config, shards[target.name], scales[target.name], grid, bases.get(target.name))
         layer.inputs = inputs
     experts.switch_on(dict.fromkeys(target.module for target in targets if target.is_stack))
     fast_paths.switch_off(model)
-    for found in embeddings:
-        embedding = PSTEmbedding(found.name, found.module, config)
-        zero3.split_as(embedding.get_parameter("weight"), embedding.parameters(recurse=False))
-        embedding.train(found.module.training)
-        put(embedding, found.places)
+    replace_embeddings(embeddings, config)
     for param in configured_parameters(model, config):
         param.requires_grad_(True)
     model.pst_config = config  # type: ignore[assignment]

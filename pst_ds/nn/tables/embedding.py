@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.updates.rows import row_gradients, updated_rows
 from pst_ds.nn.layer import init_std, seeded_normal
+from pst_ds.nn.targets import EmbeddingTarget, put
 from pst_ds.parallel import zero3
 
 
@@ -58,6 +60,15 @@ class PSTEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, update_rank={zero3.full_shape(self.pst_V)[0]}"
+
+
+def replace_embeddings(targets: Sequence[EmbeddingTarget], config: PSTConfig) -> None:
+    """Put a PSTEmbedding in the places of each of ``targets``. Collective under ZeRO-3."""
+    for target in targets:
+        embedding = PSTEmbedding(target.name, target.module, config)
+        zero3.split_as(embedding.get_parameter("weight"), embedding.parameters(recurse=False))
+        embedding.train(target.module.training)
+        put(embedding, target.places)
 
 
 def pst_embeddings(model: nn.Module) -> dict[str, PSTEmbedding]:
