@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,16 +14,8 @@ from torch import nn
 from pst_ds.atomic_files import write_text_atomic
 from pst_ds.checkpoint.format import Checkpoint, CheckpointState
 from pst_ds.checkpoint.restore import base_fingerprint, load_into
-from pst_ds.config.file_names import (
-    CHECKPOINTS,
-    RESULT_FILE,
-    RUN_FILE,
-    STALLS,
-    SUBMITTED_FILE,
-    SUBMITTED_VARIABLE,
-)
+from pst_ds.config.file_names import CHECKPOINTS, RESULT_FILE, STALLS
 from pst_ds.config.run import ConfigError, RunConfig
-from pst_ds.config.toml import dump_run
 from pst_ds.data.tasks import ExampleSet, Task, task_of
 from pst_ds.errors import InputError
 from pst_ds.json_text import json_of
@@ -205,7 +194,48 @@ def train_run(
     run = prepared.run.with_rates(width=prepared.width, num_steps=num_steps, num_examples=len(examples))
     prepared, folder = replace(prepared, run=run), Path(run.output_dir)
     dense = raise_on_all_ranks(lambda: _dense_run(run, examples.digest))
-    schedule, rounding = run.make_schedule(num_steps), run.make_rounding(num_steps)
+    schedule, rounding, ranks = run.make_schedule(num_steps), run.make_rounding(num_steps), run.make_ranks(num_steps)
+    begun = _begin(prepared, examples, num_steps, resume=resume, restart=restart, quiet=quiet)
+    checkpoint, engine, objective = begun.checkpoint, begun.engine, begun.objective
+    step, seconds = run_folder.reached(checkpoint)
+    metrics = open_metrics(run, engine.module, prepared.device, num_steps, step, seconds, quiet=quiet, dense=dense)
+    why = objective.why_all_logits(engine.module)
+    about_loss = f"the loss holds the logits of a whole micro-batch, because {why}" if why else ""
+    for remark in filter(None, (prepared.task.remark(examples), about_loss)):
+        metrics.say(remark)
+    given = (examples, prepared.tokenizer, num_steps, prepared.device, metrics, objective, rounding)
+    loop = Loop(run, engine, schedule, *given, ranks)
+    checkpointer = Checkpointer(
+        run, engine, schedule, metrics, folder=folder / CHECKPOINTS, num_steps=num_steps,
+        evaluate=None if validation is None else partial(evaluation or evaluate, engine, validation, prepared),
+        lower_is_better=prepared.task.lower_is_better, rounding=rounding, ranks=ranks,
+        watched=watched_steps(run, schedule, num_steps, len(examples), len(validation or ())),
+        new_state=_new_state(prepared),
+        new_progress=partial(run_folder.progress_of, run, engine, examples.digest, zero_stage(prepared.ds_config)),
+        checkpoint=checkpoint,
+    )  # fmt: skip
+    judge = partial(judged_fit, run, prepared.task, examples, num_steps, dense, metrics)
+    state, final, fit, experts = _train_to_the_end(loop, checkpointer, begun.state, folder / STALLS, judge)
+    return _result(prepared, loop, state, checkpointer, final, fit, experts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A run whose folder is begun, at the step that it trains from."""
+
+    engine: Engine
+    objective: Objective
+    state: LoopState
+    checkpoint: Checkpoint | None
+    """That it goes on from."""
+
+
+def _begin(
+    prepared: Prepared, examples: ExampleSet, num_steps: int, *, resume: bool, restart: bool, quiet: bool
+) -> _Begun:
+    """Build what trains, from the checkpoint to go on from if there is one, and begin the folder. Collective. Raises as
+    train_run."""
+    run, folder = prepared.run, Path(prepared.run.output_dir)
     with run_folder.shared_folder(folder):
         checkpoint = run_folder.checkpoint_to_go_on_from(run, examples.digest, quiet=quiet) if resume else None
         if checkpoint is None and not restart:
@@ -218,38 +248,11 @@ def train_run(
     if checkpoint is None:
         run_folder.set_aside_checkpoints(folder)
     if is_main():
-        _start_folder(folder, prepared, is_over=state.step == num_steps)
+        run_folder.write_files(run, prepared.ds_config, is_over=state.step == num_steps)
     barrier()
     if run.ranks_by_activation:
         _calibrate(prepared, engine, examples, resumed=checkpoint is not None)
-    step, seconds = run_folder.reached(checkpoint)
-    metrics = open_metrics(run, engine.module, prepared.device, num_steps, step, seconds, quiet=quiet, dense=dense)
-    why = objective.why_all_logits(engine.module)
-    about_loss = f"the loss holds the logits of a whole micro-batch, because {why}" if why else ""
-    for remark in filter(None, (prepared.task.remark(examples), about_loss)):
-        metrics.say(remark)
-    given = (examples, prepared.tokenizer, num_steps, prepared.device, metrics, objective, rounding)
-    ranks = run.make_ranks(num_steps)
-    loop = Loop(run, engine, schedule, *given, ranks)
-    checkpointer = Checkpointer(
-        run,
-        engine,
-        schedule,
-        metrics,
-        folder=folder / CHECKPOINTS,
-        num_steps=num_steps,
-        evaluate=None if validation is None else partial(evaluation or evaluate, engine, validation, prepared),
-        lower_is_better=prepared.task.lower_is_better,
-        rounding=rounding,
-        ranks=ranks,
-        watched=watched_steps(run, schedule, num_steps, len(examples), len(validation or ())),
-        new_state=_new_state(prepared),
-        new_progress=partial(run_folder.progress_of, run, engine, examples.digest, zero_stage(prepared.ds_config)),
-        checkpoint=checkpoint,
-    )
-    judge = partial(judged_fit, run, prepared.task, examples, num_steps, dense, metrics)
-    state, final, fit, experts = _train_to_the_end(loop, checkpointer, state, folder / STALLS, judge)
-    return _result(prepared, loop, state, checkpointer, final, fit, experts)
+    return _Begun(engine, objective, state, checkpoint)
 
 
 def load_splits(prepared: Prepared) -> Splits:
@@ -385,15 +388,3 @@ def masked_model(prepared: Prepared, checkpoint: Checkpoint) -> nn.Module:
     built = build_model(prepared.run, prepared.labels, prepared.tokenizer, zero3_config=None)
     load_into(built.module, checkpoint)
     return built.module.to(prepared.device).eval()
-
-
-def _start_folder(folder: Path, prepared: Prepared, *, is_over: bool) -> None:
-    """Write the run's files into ``folder``; an old result stays only if the run ``is_over``, since it is its own."""
-    if not is_over:
-        (folder / RESULT_FILE).unlink(missing_ok=True)
-    shutil.rmtree(folder / STALLS, ignore_errors=True)
-    write_text_atomic(folder / RUN_FILE, dump_run(prepared.run))
-    if script := os.environ.get(SUBMITTED_VARIABLE):
-        write_text_atomic(folder / SUBMITTED_FILE, script.rstrip("\n") + "\n")
-    if prepared.ds_config is not None:
-        write_text_atomic(folder / "deepspeed.json", json.dumps(prepared.ds_config, indent=1) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,13 +15,20 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pst_ds.atomic_files import require_writable
+from pst_ds.atomic_files import require_writable, write_text_atomic
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError, read_checkpoint
 from pst_ds.checkpoint.restore import base_fingerprint, load_optimizer, same_base
-from pst_ds.config.file_names import CHECKPOINTS
+from pst_ds.config.file_names import (
+    CHECKPOINTS,
+    RESULT_FILE,
+    RUN_FILE,
+    STALLS,
+    SUBMITTED_FILE,
+    SUBMITTED_VARIABLE,
+)
 from pst_ds.config.run import ConfigError, QuantizationConfig, RunConfig
-from pst_ds.config.toml import flatten
+from pst_ds.config.toml import dump_run, flatten
 from pst_ds.errors import InputError
 from pst_ds.masks.update import MaskStats, mask_stats
 from pst_ds.parallel.engine import Engine
@@ -134,6 +142,19 @@ def set_aside_checkpoints(folder: Path) -> None:
             made.rename(previous)
             print(f"{made} of an earlier run is now {previous}")
     barrier()
+
+
+def write_files(run: RunConfig, ds_config: Mapping[str, object] | None, *, is_over: bool) -> None:
+    """Write what a run is into its folder; an old result stays only if the run ``is_over``, since it is its own."""
+    folder = Path(run.output_dir)
+    if not is_over:
+        (folder / RESULT_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / STALLS, ignore_errors=True)
+    write_text_atomic(folder / RUN_FILE, dump_run(run))
+    if script := os.environ.get(SUBMITTED_VARIABLE):
+        write_text_atomic(folder / SUBMITTED_FILE, script.rstrip("\n") + "\n")
+    if ds_config is not None:
+        write_text_atomic(folder / "deepspeed.json", json.dumps(ds_config, indent=1) + "\n")
 
 
 def checkpoint_to_go_on_from(run: RunConfig, data_digest: str, *, quiet: bool) -> Checkpoint | None:
