@@ -135,10 +135,6 @@ def reloaded(folders, trained, tmp_path_factory):
     return {name: np.load(out / f"{name}.npz") for name in load_as}
 
 
-def _expected_logits(trained):
-    return _logits(trained.module, trained)
-
-
 def _logits(model, trained):
     batch = collate(trained.examples, range(len(trained.examples)), trained.prepared.tokenizer)
     batch.pop("labels")
@@ -162,7 +158,7 @@ ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
 def test_plain_transformers_computes_what_the_masked_model_does(folders, reloaded, name):
     of, _, _ = folders[name]
     rounding = ROUNDING[torch.bfloat16 if name == "bf16 run" else torch.float32]
-    _assert_alike(reloaded[name]["logits"], _expected_logits(of), rounding)
+    _assert_alike(reloaded[name]["logits"], _logits(of.module, of), rounding)
     assert reloaded[name]["labels"].tolist() == ["bad", "good"]
 
 
@@ -376,7 +372,7 @@ def test_the_manifest_says_that_an_updated_embedding_was_trained(updated):
 
 def test_an_export_with_updated_embeddings_computes_what_the_masked_model_does(updated):
     plain = AutoModelForSequenceClassification.from_pretrained(updated.out, dtype=updated.dtype).eval()
-    _assert_alike(_logits(plain, updated), _expected_logits(updated), ROUNDING[updated.dtype])
+    _assert_alike(_logits(plain, updated), _logits(updated.module, updated), ROUNDING[updated.dtype])
 
 
 def test_updated_embeddings_survive_the_checkpoint(updated):
@@ -389,7 +385,7 @@ def test_updated_embeddings_survive_the_checkpoint(updated):
     for name, embedding in pst_embeddings(restored).items():
         assert embedding.pst_U.any()
         assert torch.equal(embedding.updated_weight().float(), tensors[f"{name}.weight"])
-    np.testing.assert_array_equal(_logits(restored, updated), _expected_logits(updated))
+    np.testing.assert_array_equal(_logits(restored, updated), _logits(updated.module, updated))
 
 
 def test_an_updated_embedding_that_the_base_lacks_is_refused_by_name(updated, tmp_path):

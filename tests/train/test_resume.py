@@ -245,6 +245,10 @@ WITHOUT_DROPOUT = ("model.dropout=0.0", "eval.interval=0")
 """Dropout differs by rank."""
 
 
+def _step_lines(folder):
+    return {line["step"]: line for line in _lines(folder) if line["event"] == "step"}
+
+
 @pytest.fixture(scope="module")
 def steps_of_whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
@@ -252,10 +256,6 @@ def steps_of_whole(tmp_path_factory):
         patch.chdir(Path(__file__).parents[2])
         _train(folder / "run", "local", *WITHOUT_DROPOUT)
     return _step_lines(folder / "run")
-
-
-def _step_lines(folder):
-    return {line["step"]: line for line in _lines(folder) if line["event"] == "step"}
 
 
 @pytest.mark.zero3
@@ -379,12 +379,8 @@ def test_the_seed_that_counts_is_compared_not_where_it_stands(stopped):
 
 def test_rates_may_be_changed_and_it_is_said(stopped, tmp_path, capsys):
     folder = Path(shutil.copytree(stopped, tmp_path / "run", symlinks=True))
-    run = load_run(
-        "tests/data/world_size.toml",
-        _settings(
-            folder, "local", "train.update_learning_rate=1e-4", "eval.interval=5", "data.label_names=['bad', 'good']"
-        ),
-    )
+    changed = ("train.update_learning_rate=1e-4", "eval.interval=5", "data.label_names=['bad', 'good']")
+    run = load_run("tests/data/world_size.toml", _settings(folder, "local", *changed))
     train_run(prepare(run, LaunchEnvironment(0, 1, 0)), resume=True)
     said = capsys.readouterr().err
     assert f"going on from {folder}/checkpoints/step-{STOP_AT:08d}, after step {STOP_AT}" in said
