@@ -9,6 +9,8 @@
 #include <cstring>
 #include <vector>
 
+#include "bf16.hpp"
+
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -31,13 +33,8 @@ template <class V, class T> inline V load(const T* from) {
     return value;
 }
 
-inline float widen(float value) { return value; }
-inline float widen(uint16_t bf16) {
-    uint32_t bits = uint32_t(bf16) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
+using pst::widen;
+
 inline floats widen_many(const float* from) { return load<floats>(from); }
 inline floats widen_many(const uint16_t* from) {
     typedef uint32_t words __attribute__((vector_size(LANES * 4)));

@@ -24,6 +24,8 @@ from pst_ds.core.host import cpu_facts
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno")
 INT, POINTER = ctypes.c_int64, ctypes.c_void_p
 _PACKAGE = Path(__file__).resolve().parents[1]
+BF16_HEADER = Path(__file__).with_name("bf16.hpp")
+"""Included by sources of core and of runtime."""
 Signature = tuple[list[type], type | None]
 """ctypes of the arguments, and of the result."""
 
@@ -65,6 +67,7 @@ _MASKS = NativeSource(
         "pst_checksum": ([POINTER, INT, INT, INT], ctypes.c_uint64),
     },
     "mask updates",
+    headers=(BF16_HEADER,),
 )
 
 

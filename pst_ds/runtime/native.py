@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pst_ds.core.native import INT, POINTER, NativeSource, load
+from pst_ds.core.native import BF16_HEADER, INT, POINTER, NativeSource, load
 
 LEVELS = ("portable", "avx2", "avx512", "amx")
 """Instructions a kernel may use: plain C++; AVX2 with FMA; AVX-512 with VBMI2 and BF16; AMX as well."""
@@ -27,7 +27,7 @@ SOURCE = NativeSource(
     "sparse layers",
     flags=("-std=c++17", "-O3"),
     may_flags=("-fopenmp",),
-    headers=tuple(sorted(_FOLDER.glob("*.hpp"))),
+    headers=(*sorted(_FOLDER.glob("*.hpp")), BF16_HEADER),
     prebuilt=_FOLDER.parent / f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}",
     announce=True,
 )

@@ -1,6 +1,7 @@
 """The library that an installation makes: what a wheel holds, and when it is used, compiled anew, or done without."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,13 @@ from pathlib import Path
 import pytest
 
 from pst_ds.core import native as core_native
+from pst_ds.core import stats
+from pst_ds.core.formats import rows
 from pst_ds.core.native import INT, NativeSource, library_file, load
-from pst_ds.runtime import decoder, native, onnx
+from pst_ds.core.one_shot import swaps
+from pst_ds.core.quantization import native as rounding
+from pst_ds.core.updates import each
+from pst_ds.runtime import attention, decoder, native, onnx
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -112,14 +118,28 @@ def test_the_environment_can_do_without(source, monkeypatch):
         assert load(source) is None
 
 
-def test_every_header_of_the_kernels_is_looked_at():
-    folder = native.SOURCE.path.parent
-    assert set(native.SOURCE.headers) == set(folder.glob("*.hpp"))
-    assert set(folder.iterdir()) - {native.SOURCE.path} == set(native.SOURCE.headers)
-    operators, shared = onnx.SOURCE.path.parent, [folder / "common.hpp", folder / "tile_config.hpp"]
-    shared += [*(folder.parent / "lanes").glob("*.hpp"), *(folder.parent / "decoder").glob("*.hpp")]
-    assert set(decoder.SOURCE.headers) == set(shared)
-    assert set(onnx.SOURCE.headers) == {*operators.glob("*.hpp"), *shared}
+def included(path):
+    """The files that a source or a header includes by a path, and those that these include."""
+    names = re.findall(r'^#include "(.+)"$', path.read_text(), re.MULTILINE)
+    direct = {(path.parent / name).resolve() for name in names}
+    return direct.union(*(included(header) for header in direct))
+
+
+NATIVE = [
+    value
+    for module in (attention, core_native, decoder, each, native, onnx, rounding, rows, stats, swaps)
+    for value in vars(module).values()
+    if isinstance(value, NativeSource)
+]
+
+
+@pytest.mark.parametrize("of", NATIVE, ids=lambda of: of.path.name)
+def test_every_header_that_is_included_is_looked_at(of):
+    assert included(of.path) <= {path.resolve() for path in of.headers}
+
+
+def test_every_source_is_among_them():
+    assert {of.path for of in NATIVE} == set((ROOT / "pst_ds").rglob("*.cpp"))
 
 
 @needs_compiler

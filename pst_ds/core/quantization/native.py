@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pst_ds.core.native import INT, POINTER, NativeSource, load
+from pst_ds.core.native import BF16_HEADER, INT, POINTER, NativeSource, load
 
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes of weights that the loops round, by what the loops call them."""
@@ -28,6 +28,7 @@ SOURCE = NativeSource(
     },
     "rounding to a grid",
     may_flags=("-fopenmp",),
+    headers=(BF16_HEADER,),
 )
 _WORTH_THREADS = 1 << 16
 

@@ -5,15 +5,11 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../bf16.hpp"
+
 namespace {
 
-inline float widen(float value) { return value; }
-inline float widen(uint16_t bf16) {
-    uint32_t bits = uint32_t(bf16) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
+using pst::widen;
 
 inline void narrow(float value, float* to) { *to = value; }
 inline void narrow(float value, uint16_t* to) {  // half to even, and NaN to torch's

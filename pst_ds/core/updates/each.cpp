@@ -1,28 +1,15 @@
 // y[b] + beta U_b (V_b x[b]) for samples with an update of their own, or none, whose factors stay where they are: a plain C
 // function for ctypes. U is (outputs, rank) and V (rank, inputs), row after row, of bf16 or fp32; sums are fp32.
 #include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "../bf16.hpp"
 
 namespace {
 
-using bf16 = uint16_t;
-
-inline float widen(float value) { return value; }
-inline float widen(bf16 value) {
-    const uint32_t bits = uint32_t(value) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, 4);
-    return wide;
-}
-
-inline void narrow(float value, float* to) { *to = value; }
-inline void narrow(float value, bf16* to) {  // to nearest, ties to even; a NaN stays one
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-    *to = bf16(is_nan ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
+using pst::bf16;
+using pst::narrow;
+using pst::widen;
 
 constexpr int LANES = 16;
 

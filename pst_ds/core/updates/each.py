@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pst_ds.core.native import FLAGS, INT, POINTER, NativeSource, load
+from pst_ds.core.native import BF16_HEADER, FLAGS, INT, POINTER, NativeSource, load
 
 SOURCE = NativeSource(
     Path(__file__).with_name("each.cpp"),
@@ -19,6 +19,7 @@ SOURCE = NativeSource(
     flags=(*(flag for flag in FLAGS if flag != "-ffp-contract=off"), "-fassociative-math", "-fno-signed-zeros",
            "-fno-trapping-math"),
     may_flags=("-fopenmp",),
+    headers=(BF16_HEADER,),
 )  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float32)
 FEW_TOKENS = 4

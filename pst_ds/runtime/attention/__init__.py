@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.native import FLAGS, POINTER, NativeSource, load
+from pst_ds.core.native import BF16_HEADER, FLAGS, POINTER, NativeSource, load
 
 _FOLDER = Path(__file__).parent
 _DECODER = _FOLDER.parent / "decoder"
@@ -27,6 +27,7 @@ SOURCE = NativeSource(
         *(_DECODER / name for name in ("activations.hpp", "attention.hpp", "matrix.hpp")),
         _FOLDER.parent / "kernels" / "common.hpp",
         *sorted((_FOLDER.parent / "lanes").glob("*.hpp")),
+        BF16_HEADER,
     ),
 )
 DTYPES = (torch.bfloat16, torch.float32)

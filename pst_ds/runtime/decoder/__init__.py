@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pst_ds.core.native import INT, POINTER, NativeSource, load
+from pst_ds.core.native import BF16_HEADER, INT, POINTER, NativeSource, load
 from pst_ds.runtime.instructions import LEVELS, as_asked
 
 LAYOUTS = ("floats", "pairs", "windows", "words")
@@ -58,6 +58,7 @@ SOURCE = NativeSource(
         *sorted(_FOLDER.glob("*.hpp")),
         *(_FOLDER.parent / "kernels" / name for name in ("common.hpp", "tile_config.hpp")),
         *sorted((_FOLDER.parent / "lanes").glob("*.hpp")),
+        BF16_HEADER,
     ),
     prebuilt=_FOLDER.parent / f"_decoder{sysconfig.get_config_var('EXT_SUFFIX')}",
     announce=True,

@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../../core/bf16.hpp"
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -22,27 +24,6 @@
 #endif
 
 namespace pst {
-
-using bf16 = uint16_t;
-
-inline float widen(float value) { return value; }
-inline float widen(bf16 value) {
-    uint32_t bits = uint32_t(value) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, 4);
-    return wide;
-}
-
-inline void narrow(float value, float* to) { *to = value; }
-inline void narrow(float value, bf16* to) {  // to nearest, ties to even; a NaN stays one
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) {
-        *to = bf16(bits >> 16 | 0x40);
-        return;
-    }
-    *to = bf16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 template <class T> inline void convert(T value, T* to) { *to = value; }
 inline void convert(bf16 value, float* to) { *to = widen(value); }

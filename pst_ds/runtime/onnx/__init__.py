@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pst_ds.core.native import NativeSource, library_file
+from pst_ds.core.native import BF16_HEADER, NativeSource, library_file
 from pst_ds.runtime.instructions import as_asked
 
 _FOLDER = Path(__file__).parent
@@ -26,6 +26,7 @@ SOURCE = NativeSource(
         *sorted((_FOLDER.parent / "decoder").glob("*.hpp")),
         *sorted((_FOLDER.parent / "lanes").glob("*.hpp")),
         *(_FOLDER.parent / "kernels" / name for name in ("common.hpp", "tile_config.hpp")),
+        BF16_HEADER,
     ),
     prebuilt=_FOLDER.parent / f"_onnx_operators{sysconfig.get_config_var('EXT_SUFFIX')}",
     announce=True,

@@ -1,0 +1,27 @@
+// bf16 numbers as fp32 and back, for every C++ source of the package.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace pst {
+
+using bf16 = uint16_t;
+
+inline float widen(float value) { return value; }
+inline float widen(bf16 value) {
+    const uint32_t bits = uint32_t(value) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, 4);
+    return wide;
+}
+
+inline void narrow(float value, float* to) { *to = value; }
+inline void narrow(float value, bf16* to) {  // to nearest, ties to even; a NaN stays one
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    *to = bf16(is_nan ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+}  // namespace pst
