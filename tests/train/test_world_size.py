@@ -30,10 +30,13 @@ def _steps(folder):
 
 @pytest.mark.zero3
 def test_losses_and_masks_do_not_depend_on_the_world_size(run_ranks, tmp_path, capsys):
+    """Nor on DeepSpeed, which one process can do without."""
     for world_size in (1, 2, 3):
         run_ranks(_train, world_size, str(tmp_path / str(world_size)))
+    run_ranks(_train, 1, str(tmp_path / "local"), "deepspeed_config=")
     reference, sums = _steps(tmp_path / "1")
     assert len(reference) == 20
+    assert _steps(tmp_path / "local")[0] == pytest.approx(reference, abs=1e-3)
     first_update = min(sums)
     masks = dict(read_checkpoint(tmp_path / "1" / "checkpoints" / "final").masks)
     for world_size in (2, 3):
@@ -50,16 +53,13 @@ def test_losses_and_masks_do_not_depend_on_the_world_size(run_ranks, tmp_path, c
 
 
 @pytest.mark.zero3
-def test_one_process_without_deepspeed_follows_the_same_run(run_ranks, tmp_path):
-    """Adam's betas too reach both engines: with others the losses are elsewhere."""
-    run_ranks(_train, 2, str(tmp_path / "zero3"))
-    run_ranks(_train, 1, str(tmp_path / "local"), "deepspeed_config=")
-    losses, local = (_steps(tmp_path / name)[0] for name in ("zero3", "local"))
-    assert local == pytest.approx(losses, abs=1e-3)
-    betas = ["train.adam_beta1=0.5", "train.adam_beta2=0.5"]
-    run_ranks(_train, 2, str(tmp_path / "zero3-betas"), *betas)
-    run_ranks(_train, 1, str(tmp_path / "local-betas"), "deepspeed_config=", *betas)
-    changed, local = (_steps(tmp_path / name)[0] for name in ("zero3-betas", "local-betas"))
+def test_adam_s_betas_reach_deepspeed_and_the_one_process_without_it(run_ranks, tmp_path):
+    """With others the losses are elsewhere, and the same on both."""
+    short, betas = "train.num_steps=8", ["train.adam_beta1=0.5", "train.adam_beta2=0.5"]
+    run_ranks(_train, 2, str(tmp_path / "zero3"), short, *betas)
+    run_ranks(_train, 1, str(tmp_path / "local"), "deepspeed_config=", short, *betas)
+    run_ranks(_train, 1, str(tmp_path / "default"), "deepspeed_config=", short)
+    changed, local, losses = (_steps(tmp_path / name)[0] for name in ("zero3", "local", "default"))
     assert local == pytest.approx(changed, abs=1e-3)
     assert max(abs(changed[step] - losses[step]) for step in losses) > 1e-2
 
