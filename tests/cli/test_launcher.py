@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import socket
@@ -17,7 +19,6 @@ from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.run import prepare, train_run
 
 RUN_FILE = "tests/data/world_size.toml"
-DEEPSPEED = str(Path(sys.executable).parent / "deepspeed")
 
 
 def _free_port() -> str:
@@ -34,15 +35,16 @@ def _launch(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300, check=False)
 
 
-def _deepspeed(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return _launch(
-        DEEPSPEED, "--num_accelerators", "2", "--master_port", _free_port(), "--module", "pst_ds", *arguments
-    )
-
-
-def _last_json(done: subprocess.CompletedProcess[str]) -> dict:
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+def _only_json(text: str) -> dict:
+    (line,) = [line for line in text.splitlines() if line.startswith("{")]
     return json.loads(line)
+
+
+def _evaluated(folder) -> tuple[int, str]:
+    """(exit code, stdout) of ``pst-ds eval`` on a rank."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = main(["eval", str(folder), "--split", "validation", "--json"])
+    return code, out.getvalue()
 
 
 def _train(folder):
@@ -53,16 +55,16 @@ def _train(folder):
 def test_local_sh_is_the_run_of_two_ranks_as_planned_and_eval_reads_it(run_ranks, tmp_path, capsys):
     done = _launch("launch/local.sh", "--ranks", "2", RUN_FILE, "--set", f"output_dir={tmp_path}/a", "--json")
     assert done.returncode == 0, done.stderr[-3000:]
-    a, (b, _) = _last_json(done), run_ranks(_train, 2, tmp_path / "b")
+    a, (b, _) = _only_json(done.stdout), run_ranks(_train, 2, tmp_path / "b")
     assert a["world_size"] == 2
     assert a["mask_checksum"] == b["mask_checksum"] != ""
     assert a["metrics"] == b["metrics"]
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in "ab"]
     losses = [[json.loads(line).get("loss") for line in of_run] for of_run in lines]
     assert losses[0] == losses[1]
-    evaluated = _deepspeed("eval", str(tmp_path / "a"), "--split", "validation", "--json")
-    assert evaluated.returncode == 0, evaluated.stderr[-3000:]
-    assert _last_json(evaluated)["accuracy"] == a["metrics"]["accuracy"]
+    (code, said), other = run_ranks(_evaluated, 2, tmp_path / "a")
+    assert (code, other) == (0, (0, ""))
+    assert _only_json(said)["accuracy"] == a["metrics"]["accuracy"]
     assert main(["plan", RUN_FILE, "--ranks", "2", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert planned["optimizer_bytes_per_rank"] == a["optimizer_bytes_per_rank"]
