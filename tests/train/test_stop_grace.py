@@ -45,7 +45,7 @@ def _has_logged(folder, step):
 @pytest.mark.zero3
 @pytest.mark.parametrize("hanging", [0, 1])
 def test_a_step_that_does_not_end_costs_that_step_alone(ranks, exit_code, wait_for, run_ranks, tmp_path, hanging):
-    processes = ranks(tmp_path, *SAVING, "checkpoint.grace_seconds=20", hanging=(hanging,))
+    processes = ranks(tmp_path, *SAVING, "checkpoint.grace_seconds=12", hanging=(hanging,))
     wait_for(lambda: _has_logged(tmp_path / "run", 6), 120, "no sixth step")
     os.kill(processes[1].pid, signal.SIGTERM)
     assert [exit_code(process) for process in processes] == [75, 75]
@@ -72,7 +72,7 @@ def test_a_step_that_ends_in_time_is_saved_itself(ranks, exit_code, wait_for, tm
 
 @pytest.mark.zero3
 def test_a_run_in_its_first_step_stops_too(ranks, exit_code, wait_for, tmp_path):
-    processes = ranks(tmp_path, *SAVING, "checkpoint.grace_seconds=20", hanging=(1,), at=0)
+    processes = ranks(tmp_path, *SAVING, "checkpoint.grace_seconds=12", hanging=(1,), at=0)
     wait_for((tmp_path / "run/metrics.jsonl").exists, 120, "the run has not begun")
     os.kill(processes[0].pid, signal.SIGTERM)
     assert [exit_code(process) for process in processes] == [75, 75]
