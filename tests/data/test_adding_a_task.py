@@ -62,7 +62,6 @@ def _run(package, *verbs):
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.launcher
 @pytest.mark.parametrize(
     ("name", "setting"), [("word_count", "task=word-count"), ("masked_probe", "method=masked-probe")]
 )

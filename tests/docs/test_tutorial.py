@@ -12,7 +12,6 @@ from tools.cluster.processes import environment, free_ports
 
 from .pages import ROOT, blocks, commands
 
-pytestmark = pytest.mark.launcher
 RUN_SECONDS = 240
 
 
@@ -57,6 +56,7 @@ def _require_lines(shown: str, printed: str, at: str) -> None:
         assert line == "..." or _shape(line) in rest, f"{at}: not printed: {line}\n{printed}"
 
 
+@pytest.mark.launcher
 def test_the_tutorial_does_what_it_says(at_a_copy_of_the_top_folder, capfd):
     printed = ""
     for block in blocks("docs/tutorial.md"):

@@ -199,7 +199,7 @@ def run_script(name, *arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.launcher
+@pytest.mark.zero3
 def test_train_step_prints_its_object_and_goes_on_from_earlier_results(tmp_path):
     results = tmp_path / "train_step.json"
     options = ["--ranks", "1", "--repeats", "1", "--results", str(results), *TINY_ARGUMENTS]
@@ -213,7 +213,7 @@ def test_train_step_prints_its_object_and_goes_on_from_earlier_results(tmp_path)
     assert again["ratios"] == pytest.approx(found["ratios"], rel=0.01)
 
 
-@pytest.mark.launcher
+@pytest.mark.zero3
 def test_rounding_prints_its_object():
     tiny = [*TINY_ARGUMENTS, "--hidden", "64", "--intermediate", "64"]
     found = run_script("rounding", "--ranks", "1", "--repeats", "1", "--precision", "fp32", *tiny)
@@ -224,7 +224,7 @@ def test_rounding_prints_its_object():
     assert "inputs" not in found
 
 
-@pytest.mark.launcher
+@pytest.mark.zero3
 def test_rounding_of_inputs_has_a_ratio_to_rounded_weights_alone():
     tiny = [*TINY_ARGUMENTS, "--hidden", "64", "--intermediate", "64", "--activations", "int8"]
     found = run_script("rounding", "--ranks", "1", "--repeats", "1", "--precision", "fp32", *tiny)
@@ -233,7 +233,7 @@ def test_rounding_of_inputs_has_a_ratio_to_rounded_weights_alone():
     assert found["inputs_ratio"] == pytest.approx(ratio, rel=0.01)
 
 
-@pytest.mark.launcher
+@pytest.mark.zero3
 def test_mask_update_prints_its_object():
     found = run_script("mask_update", "--ranks", "2", "--widths", "32", "--repeats", "1", "--no-share")
     assert {"gather_topk", "gather_kthvalue", "read"} <= set(found["ratios"])
@@ -242,13 +242,13 @@ def test_mask_update_prints_its_object():
     assert size["agreement"] > 0.999
 
 
-@pytest.mark.launcher
+@pytest.mark.zero3
 def test_a_rank_that_fails_ends_the_benchmark_with_its_traceback():
     with pytest.raises(RuntimeError, match=r"(?s)rank 0: Traceback.*ZeroDivisionError"):
         Ranks(1, divmod, 1, 0)
 
 
-@pytest.mark.launcher
+@pytest.mark.zero3
 def test_a_rank_that_is_gone_is_reported():
     with Ranks(1, dict) as gone:
         assert gone.call("get", "key", 3) == [3]
@@ -258,7 +258,7 @@ def test_a_rank_that_is_gone_is_reported():
             gone.call("get", "key")
 
 
-@pytest.mark.launcher
+@pytest.mark.zero3
 def test_benchmarks_of_experts_print_their_objects():
     shape = ["--experts", "8", "--repeats", "1"]
     masks = run_script("expert_masks", *shape, "--outputs", "6", "--inputs", "16", "--ranks", "3")

@@ -34,7 +34,7 @@ def test_the_default_shape_is_smollm2_135m():
     assert shape.layers * block + shape.vocabulary * shape.hidden == pytest.approx(134.5e6, rel=0.001)
 
 
-@pytest.mark.launcher
+@pytest.mark.zero3
 def test_it_prints_its_object(tmp_path):
     options = [f"--{name}={value}" for name, value in TINY.items()]
     command = [sys.executable, "-m", "tools.bench.checkpoint", "--json", "--ranks=2", "--saves=2", *options]
