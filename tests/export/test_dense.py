@@ -71,7 +71,7 @@ def _train(folder, *overrides, base=None):
         patch.chdir(ROOT)
         built = []
         build = run_module.build
-        patch.setattr(run_module, "build", lambda *a: built.append(build(*a)) or built[-1])
+        patch.setattr(run_module, "build", lambda *a, **k: built.append(build(*a, **k)) or built[-1])
         prepared = prepare(load_run("tests/data/world_size.toml", overrides), LaunchEnvironment(0, 1, 0))
         train_run(prepared, quiet=True)
         examples = load_examples(prepared.run.data, "validation", prepared.tokenizer, prepared.labels)

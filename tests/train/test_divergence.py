@@ -28,8 +28,8 @@ def _ends_in(folder, *more):
     text = prepared.task.collate(prepared.load("train"), [EXAMPLE], prepared.tokenizer)["input_ids"][0]
     text, seen, build = text[text != prepared.tokenizer.pad_token_id], [], run_module.build
 
-    def spoiled(*arguments):
-        built, engine = build(*arguments)
+    def spoiled(*arguments, **named):
+        built, engine = build(*arguments, **named)
         model = engine.module
         model.register_forward_pre_hook(lambda module, args, more: seen.append(more["input_ids"]), with_kwargs=True)
         model.get_submodule(LAYER).register_forward_hook(spoil)

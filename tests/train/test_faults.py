@@ -48,8 +48,8 @@ def _poisoned(patch, bad):
     build = run_module.build
     calls = iter(range(10**6))
 
-    def poisoned(*arguments):
-        built, engine = build(*arguments)
+    def poisoned(*arguments, **named):
+        built, engine = build(*arguments, **named)
         param = next(p for n, p in engine.module.named_parameters() if n.endswith("pst_V"))
         param.register_hook(lambda grad: grad * (math.inf if next(calls) in bad else 1.0))
         return built, engine
@@ -61,8 +61,8 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoints_and_says_where_to_go_o
     build = run_module.build
     calls = iter(range(10**6))
 
-    def spoiled(*arguments):
-        built, engine = build(*arguments)
+    def spoiled(*arguments, **named):
+        built, engine = build(*arguments, **named)
 
         def forward(module, inputs, output):
             if module.training and next(calls) == 10:

@@ -106,8 +106,8 @@ def _with_slow_rank(folder):
     settings += ["checkpoint.interval=0", "eval.interval=-1"]
     calls, in_steps, build, began = Counter(), [], run_module.build, [time.monotonic()]
 
-    def build_slow(*arguments):
-        built, engine = build(*arguments)
+    def build_slow(*arguments, **named):
+        built, engine = build(*arguments, **named)
         if rank() == 1:
             engine.module.bert.encoder.layer[1].register_forward_pre_hook(slow_down)
         return built, engine
