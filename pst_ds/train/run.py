@@ -47,6 +47,7 @@ from pst_ds.train.fit import Fit, judged_fit, watched_steps
 from pst_ds.train.loop import FINAL_TAGS, Loop, LoopState
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
 from pst_ds.train.objective import Objective, load_teacher, require_teacher
+from pst_ds.train.pruned_base import remark_on_shares
 from pst_ds.train.reporting import open_metrics
 from pst_ds.train.shared_sequences import require_shareable, shared_sequences
 from pst_ds.train.stop_grace import StoppedError as StoppedError
@@ -201,7 +202,7 @@ def train_run(
     metrics = open_metrics(run, engine.module, prepared.device, num_steps, step, seconds, quiet=quiet, dense=dense)
     why = objective.why_all_logits(engine.module)
     about_loss = f"the loss holds the logits of a whole micro-batch, because {why}" if why else ""
-    for remark in filter(None, (prepared.task.remark(examples), about_loss)):
+    for remark in filter(None, (prepared.task.remark(examples), remark_on_shares(run), about_loss)):
         metrics.say(remark)
     given = (examples, prepared.tokenizer, num_steps, prepared.device, metrics, objective, rounding)
     loop = Loop(run, engine, schedule, *given, ranks)
