@@ -43,7 +43,7 @@ from pst_ds.train.model import (
     parameter_groups,
 )
 from pst_ds.train.objective import require_teacher, teacher_shapes
-from pst_ds.train.shared_sequences import require_shareable
+from pst_ds.train.sequences.shared import require_shareable
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,8 @@ from pst_ds.nn.tables.coded import coded_tables
 from pst_ds.nn.targets import modules_to_save
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import raise_on_all_ranks
-from pst_ds.train.documents import flatten_for_flash_attention
 from pst_ds.train.prompts import add_prompt
+from pst_ds.train.sequences.documents import flatten_for_flash_attention
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ from pst_ds.nn.inject import bypassed
 from pst_ds.nn.language_head import LanguageHead
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.sequence import SequenceParallel
-from pst_ds.train.documents import flatten_for_flash_attention
 from pst_ds.train.model import attention_options, set_padding
-from pst_ds.train.shared_sequences import part_of_batch
+from pst_ds.train.sequences.documents import flatten_for_flash_attention
+from pst_ds.train.sequences.shared import part_of_batch
 from pst_ds.train.token_heads import following, head_of, predicted, why_all_logits
 
 

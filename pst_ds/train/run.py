@@ -40,7 +40,6 @@ from pst_ds.train import run_folder
 from pst_ds.train.calibration import activation_norms, load_norms, save_norms, set_norms
 from pst_ds.train.checkpointer import Checkpointer
 from pst_ds.train.divergence import DivergedError
-from pst_ds.train.documents import require_documents_apart
 from pst_ds.train.evaluate import predict
 from pst_ds.train.expert_tokens import CountsOfExperts, counts_of_experts, warning_of_unused
 from pst_ds.train.fit import Fit, judged_fit, watched_steps
@@ -49,7 +48,8 @@ from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_mod
 from pst_ds.train.objective import Objective, load_teacher, require_teacher
 from pst_ds.train.pruned_base import remark_on_shares
 from pst_ds.train.reporting import open_metrics
-from pst_ds.train.shared_sequences import require_shareable, shared_sequences
+from pst_ds.train.sequences.documents import require_documents_apart
+from pst_ds.train.sequences.shared import require_shareable, shared_sequences
 from pst_ds.train.stop_grace import StoppedError as StoppedError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pst_ds.cli.main import main
 from pst_ds.data.tasks.causal_lm import Sequences, collate_sequences
 from pst_ds.data.tokens.borders import Starts
-from pst_ds.train.documents import flatten_packed_rows
+from pst_ds.train.sequences.documents import flatten_packed_rows
 
 _SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -27,11 +27,11 @@ from pst_ds.nn.model_structure import is_conv1d
 from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.runtime import sparse_layers
 from pst_ds.runtime.experts import SparseExperts
-from pst_ds.train.documents import flatten_for_flash_attention
 from pst_ds.train.evaluate import compare, predict
 from pst_ds.train.model import attention_options
 from pst_ds.train.run import Prepared, masked_model, prepare_single
 from pst_ds.train.run_folder import open_checkpoint
+from pst_ds.train.sequences.documents import flatten_for_flash_attention
 
 ROUNDINGS = 2.0
 """One for each of the two computations of a logit."""
