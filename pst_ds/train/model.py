@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,14 @@ class BuiltModel:
     tokenizer: Any
     keep_alive: Any = None
     """transformers finds the ZeRO-3 config through a weak reference to this."""
+    outputs: list[nn.Parameter] = field(default_factory=list)
+    """Of the last layer of a new head, where labels have a scale."""
+    unit: float = 1.0
+    """The standard deviation of such labels."""
+
+    def parameter_groups(self, run: RunConfig) -> list[dict[str, Any]]:
+        """Return :func:`parameter_groups` of the module, whose outputs train in the labels' unit."""
+        return on_scale(parameter_groups(self.module, run), self.outputs, self.unit)
 
 
 def base_of(run: RunConfig) -> Pretrained:
@@ -135,15 +143,16 @@ def build_model(
     *,
     zero3_config: dict[str, Any] | None,
     num_shards: int = 1,
-    first_answer: list[float] | None = None,
+    label_scale: tuple[float, float] | None = None,
 ) -> BuiltModel:
     """Build the pretrained model of the run's task with the PST modules of the run's method.
 
     With ``zero3_config``, a resolved DeepSpeed config of stage 3, the weights are partitioned while they load; without
     it they are whole, and will be split over ``num_shards`` ranks if ``deepspeed.initialize`` is still to do so.
     The new head of a task that has one is drawn from the run's seed and its name, so it is the same for every world
-    size; with a ``first_answer`` the bias of its outputs, if it has one, begins there. Raises ConfigError when other
-    weights are missing from the pretrained model, or have another shape.
+    size; with a ``label_scale``, a mean and a standard deviation, its outputs begin on that scale, but in the unit 1
+    for methods that train every weight, at one rate. Raises ConfigError when other weights are missing from the
+    pretrained model, or have another shape.
     Collective.
     """
     from transformers.integrations import HfDeepSpeedConfig
@@ -161,8 +170,10 @@ def build_model(
     if not task.new_head:
         base.require_whole(module, missing, "Name a model that was saved with its language modelling head")
     _initialise_missing(module, missing, run)
-    if first_answer is not None:
-        _begin_at(module, missing, first_answer)
+    mean, unit = label_scale or (0.0, 1.0)
+    unit = 1.0 if run.mask_method.trains_everything else unit
+    outputs = _new_outputs(module, missing, config.num_labels) if label_scale else []
+    _put_on_scale(outputs, mean, unit)
     _keep_statistics(module)
     prepare_for_method(module, run, num_shards=None if keep_alive else num_shards)
     add_prompt(module, run, tokenizer)
@@ -172,7 +183,7 @@ def build_model(
     if run.model.gradient_checkpointing:
         reentrant = run.model.gradient_checkpointing_reentrant
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    return BuiltModel(module, tokenizer, keep_alive)
+    return BuiltModel(module, tokenizer, keep_alive, outputs, unit)
 
 
 def prepare_for_method(module: nn.Module, run: RunConfig, *, num_shards: int | None) -> None:
@@ -259,14 +270,36 @@ def _initialise_missing(module: nn.Module, missing: Any, run: RunConfig) -> None
             module._init_weights(part)  # type: ignore[operator]
 
 
-def _begin_at(module: nn.Module, missing: Any, answer: list[float]) -> None:
-    """Give the outputs of a new head the bias ``answer``; nothing where its last layer has no bias. Collective."""
-    shape = torch.Size([len(answer)])
-    biases = [name for name in missing if name.endswith("bias")]
-    found = [p for n, p in module.named_parameters() if n in biases and zero3.full_shape(p) == shape]
-    for bias in found[-1:]:
-        with zero3.gathered([bias], writer_rank=0), torch.no_grad():
-            bias.copy_(torch.tensor(answer))
+def _new_outputs(module: nn.Module, missing: Any, count: int) -> list[nn.Parameter]:
+    """Return the parameters of the last layer of a new head, which has ``count`` outputs."""
+    new = {name: param for name, param in module.named_parameters() if name in set(missing)}
+    owners = [name.rpartition(".")[0] for name, param in new.items() if zero3.full_shape(param)[:1] == (count,)]
+    return [param for name, param in new.items() if owners and name.rpartition(".")[0] == owners[-1]]
+
+
+def _put_on_scale(outputs: list[nn.Parameter], mean: float, unit: float) -> None:
+    """Let what a new layer answers have this mean and this unit; without a bias only the unit. Collective."""
+    with zero3.gathered(outputs, writer_rank=0), torch.no_grad():
+        for param in outputs:
+            param.mul_(unit)
+            if zero3.full_shape(param).numel() == len(param):  # a bias
+                param.add_(mean)
+
+
+def on_scale(groups: list[dict[str, Any]], outputs: list[nn.Parameter], unit: float) -> list[dict[str, Any]]:
+    """Return optimizer ``groups`` of which ``outputs`` train at the rate of their group times ``unit``.
+
+    A step of Adam is as long as its rate, whatever the loss: so a head that begins on that scale goes the way that it
+    would go on labels brought to a standard deviation of 1.
+    """
+    chosen, found = set(map(id, outputs)), []
+    for group in groups:
+        own = [param for param in group["params"] if id(param) in chosen]
+        rest = [param for param in group["params"] if id(param) not in chosen]
+        rate = group["peak_lr"] * unit
+        found += [{**group, "params": rest}] if rest else []
+        found += [{**group, "params": own, "name": "outputs", "lr": rate, "peak_lr": rate}] if own else []
+    return found
 
 
 def _keep_statistics(module: nn.Module) -> None:

@@ -44,7 +44,7 @@ from pst_ds.train.evaluate import predict
 from pst_ds.train.expert_tokens import CountsOfExperts, counts_of_experts, warning_of_unused
 from pst_ds.train.fit import Fit, judged_fit, watched_steps
 from pst_ds.train.loop import FINAL_TAGS, Loop, LoopState
-from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, parameter_groups
+from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable
 from pst_ds.train.objective import Objective, load_teacher, require_teacher
 from pst_ds.train.pruned_base import remark_on_shares
 from pst_ds.train.reporting import open_metrics
@@ -151,21 +151,20 @@ def prepare_single(run: RunConfig, checkpoint: Checkpoint) -> Prepared:
 
 
 def build(
-    prepared: Prepared, checkpoint: Checkpoint | None = None, *, first_answer: list[float] | None = None
+    prepared: Prepared, checkpoint: Checkpoint | None = None, *, label_scale: tuple[float, float] | None = None
 ) -> tuple[BuiltModel, Engine]:
-    """Build the run's model, with the values of ``checkpoint`` if given, and its engine; ``first_answer`` as
-    :func:`build_model` has it. Collective."""
+    """Build the run's model, with the values of ``checkpoint`` if given, and its engine, which learns labels on their
+    ``label_scale``, a mean and a standard deviation. Collective."""
     run, ds_config = prepared.run, prepared.ds_config
-    partitioned = zero_stage(ds_config) == 3
-    zero3_config = ds_config if partitioned else None
-    built = build_model(run, prepared.labels, prepared.tokenizer, zero3_config=zero3_config, first_answer=first_answer)
+    zero3_config = ds_config if zero_stage(ds_config) == 3 else None
+    built = build_model(run, prepared.labels, prepared.tokenizer, zero3_config=zero3_config, label_scale=label_scale)
     if checkpoint is not None:
         load_into(built.module, checkpoint)
     if ds_config is None:
         built.module.to(prepared.device)
     engine = build_engine(
         built.module,
-        parameter_groups(built.module, run),
+        built.parameter_groups(run),
         ds_config=ds_config,
         gradient_accumulation_steps=run.train.gradient_accumulation_steps,
         gradient_clipping=run.train.gradient_clipping,
@@ -242,7 +241,7 @@ def _begin(
         if checkpoint is None and not restart:
             run_folder.require_no_checkpoints(folder)
         teacher = raise_on_all_ranks(partial(load_teacher, run, prepared.labels, prepared.tokenizer, prepared.device))
-        _, engine = build(prepared, checkpoint, first_answer=prepared.task.first_answer(examples))
+        _, engine = build(prepared, checkpoint, label_scale=prepared.task.label_scale(examples))
         require_documents_apart(engine, run, examples, prepared.device)
         objective = Objective(run, teacher, shared_sequences(engine, run, prepared.device))
         state = run_folder.restore(engine, checkpoint, run) if checkpoint else LoopState()

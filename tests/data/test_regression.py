@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import random
+import shutil
 import warnings
 
 import datasets
@@ -222,46 +223,59 @@ def test_the_error_falls(tmp_path, capsys):
     assert errors[best] == min(errors.values())
 
 
-def test_a_new_head_begins_at_the_mean_of_the_labels(tmp_path, capsys):
-    """However far that is: rates of Adam would take thousands of steps there."""
-    path = _run_file(tmp_path, "jsonl", "regression", ["one", "other"], metric="mse")
-    rows = [(one, other, 400.0 + score) for one, other, score in _rows(48, "far")]
-    _write(tmp_path / "train.jsonl", rows)
-    _train(path, "train.log_interval=1")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if line["event"] == "step"]
-    assert max(losses) < 10 * np.var([score for *_, score in rows])
-    assert "standard deviation" not in capsys.readouterr().out
+@pytest.mark.parametrize(("mean", "unit"), [(400.0, 1.0), (-3.0, 0.01), (0.0, 1e4)])
+def test_labels_on_any_scale_are_learned_as_those_of_mean_0_and_unit_1(tmp_path, mean, unit):
+    losses = {}
+    for name, (offset, factor) in {"given": (mean, unit), "standard": (0.0, 1.0)}.items():
+        (tmp_path / name).mkdir()
+        path = _run_file(tmp_path / name, "jsonl", "regression", ["one", "other"], metric="mse")
+        rows = list(_rows(48, "far"))
+        scores = np.array([score for *_, score in rows])
+        scores = offset + factor * (scores - scores.mean()) / scores.std()
+        _write(
+            tmp_path / name / "train.jsonl", [(*texts, score) for (*texts, _), score in zip(rows, scores, strict=True)]
+        )
+        settings = ["train.log_interval=1", "train.precision=fp32", "train.gradient_clipping=0.0", "train.num_steps=12"]
+        _train(path, *settings, "train.head_learning_rate=1e-2", "train.update_learning_rate=1e-2")
+        lines = [json.loads(line) for line in (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [line["loss"] / factor**2 for line in lines if line["event"] == "step"]
+        rates = next(line for line in lines if line["event"] == "step")
+        assert rates["lr/outputs"] == pytest.approx(rates["lr/head"] * factor)
+    assert losses["standard"][0] == pytest.approx(1.0, abs=0.5)
+    assert losses["given"] == pytest.approx(losses["standard"], rel=0.02)
 
 
-def test_a_head_that_was_trained_keeps_its_bias(tmp_path):
+def test_a_head_that_was_trained_keeps_its_values_and_its_rate(tmp_path):
     path = _run_file(tmp_path, "jsonl", "regression", ["one", "other"])
     _train(path)
     out = str(tmp_path / "out")
     assert main(["export", f"{tmp_path}/run", "--format", "dense", "--out", out]) == 0
     tokenizer = load_tokenizer(load_run(path))
     new, trained = (
-        build_model(
-            load_run(path, [f"model.path={model}"]), [], tokenizer, zero3_config=None, first_answer=[7.5]
-        ).module.classifier.bias.item()
+        build_model(load_run(path, [f"model.path={model}"]), [], tokenizer, zero3_config=None, label_scale=(7.5, 2.0))
         for model in ("tests/data/tiny-bert", out)
     )
-    assert new == 7.5
-    assert 0 < trained < 4
+    assert new.module.classifier.bias.item() == 7.5
+    assert list(map(id, new.outputs)) == list(map(id, new.module.classifier.parameters()))
+    assert 0 < trained.module.classifier.bias.item() < 4
+    assert trained.outputs == []
 
 
-@pytest.mark.parametrize(("factor", "fix"), [(1000.0, "divide"), (0.01, "multiply"), (1.0, "")])
-def test_labels_that_the_rates_do_not_suit_are_named(tmp_path, factor, fix):
-    """The fix is said with the figure, once, before the first step."""
-    rows = [(one, other, factor * score) for one, other, score in _rows(48, "train")]
-    path = _write(tmp_path / "rows.jsonl", rows)
-    data = DataConfig(train=str(path), text_columns=("one",), label_column="score")
-    from transformers import AutoTokenizer
-
-    task = task_of(load_run(_run_file(tmp_path, "jsonl", "regression", ["one"])))
-    examples = task.load(data, "train", AutoTokenizer.from_pretrained("tests/data/tiny-bert"), [])
-    said = task.remark(examples)
-    assert (f"{np.std(examples.labels):.3g}" in said and f"{fix} them" in said) if fix else said == ""
+def test_a_stopped_run_goes_on_with_the_rate_of_its_outputs(tmp_path):
+    path = _run_file(tmp_path, "jsonl", "regression", ["one", "other"])
+    same = ["train.log_interval=1", "checkpoint.interval=2", "train.precision=fp32"]
+    _train(path, *same, f"output_dir={tmp_path}/whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    for checkpoint in (tmp_path / "resumed" / "checkpoints").iterdir():
+        if checkpoint.name != "step-00000004":
+            shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
+    run = load_run(path, [*same, f"output_dir={tmp_path}/resumed"])
+    train_run(prepare(run, launch_environment()), quiet=True, resume=True)
+    steps = []
+    for name in ("whole", "resumed"):
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        steps.append({x["step"]: (x["loss"], x["lr/outputs"]) for x in lines if x["event"] == "step"})
+    assert steps[0] == steps[1]
 
 
 def _train(path, *overrides):

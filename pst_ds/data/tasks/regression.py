@@ -16,10 +16,6 @@ from pst_ds.data.tasks.classification import Classification
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-LEAST_SPREAD, MOST_SPREAD = 0.1, 10.0
-"""Standard deviations of labels that the default rates suit. Adam moves a weight of the head by about its rate in a
-step, however large the loss: labels that differ less are lost in such steps, and others take too many."""
-
 
 def load_scored_texts(data: DataConfig, split: str, tokenizer: Tokenizer) -> Examples:
     """Return the examples of one split, with numbers for labels.
@@ -89,18 +85,8 @@ class Regression(Classification):
     def constant_loss(self, examples: Examples) -> float | None:
         return float(np.var(examples.labels))
 
-    def first_answer(self, examples: Examples) -> list[float]:
-        """Their mean: rates of Adam are the same for numbers far from 0, which would take much of a run to reach."""
-        return [float(np.mean(examples.labels))]
-
-    def remark(self, examples: Examples) -> str:
-        spread = float(np.std(examples.labels))
-        if LEAST_SPREAD <= spread <= MOST_SPREAD:
-            return ""
-        return (
-            f"the labels to train on have a standard deviation of {spread:.3g}, and rates are made for one near 1; "
-            f"{'divide' if spread > 1 else 'multiply'} them, or set train.head_learning_rate"
-        )
+    def label_scale(self, examples: Examples) -> tuple[float, float]:
+        return float(np.mean(examples.labels)), float(np.std(examples.labels)) or 1.0
 
     def metrics(self, outcomes: np.ndarray, examples: Examples) -> dict[str, float]:
         return regression_metrics(outcomes[:, 0], examples.labels)

@@ -132,9 +132,9 @@ class Task(ABC, Generic[E]):
         """Return the least loss of an answer that is the same for all ``examples``; None if it is not known."""
         return None
 
-    def first_answer(self, examples: E) -> list[float] | None:
-        """Return what a new head is to answer before training, a value for each of its outputs; None leaves its bias at
-        what the model's own rule draws."""
+    def label_scale(self, examples: E) -> tuple[float, float] | None:
+        """Return the mean and the standard deviation of labels that are numbers, in which a new head begins and trains;
+        None for other labels."""
         return None
 
     @abstractmethod
