@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ from pst_ds.parallel.ranks import raise_on_all_ranks
 from pst_ds.train.prompts import add_prompt
 from pst_ds.train.sequences.documents import flatten_for_flash_attention
 
+Groups: TypeAlias = list[dict[str, Any]]
+"""Of parameters, as torch's optimizers take them."""
+
 
 @dataclass(frozen=True, slots=True)
 class BuiltModel:
@@ -42,7 +45,7 @@ class BuiltModel:
     unit: float = 1.0
     """The standard deviation of such labels."""
 
-    def parameter_groups(self, run: RunConfig) -> list[dict[str, Any]]:
+    def parameter_groups(self, run: RunConfig) -> Groups:
         """Return :func:`parameter_groups` of the module, whose outputs train in the labels' unit."""
         return on_scale(parameter_groups(self.module, run), self.outputs, self.unit)
 
@@ -226,7 +229,7 @@ def meta_model(
     return module
 
 
-def parameter_groups(module: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, run: RunConfig) -> Groups:
     """:func:`pst_parameter_groups` with the run's rates."""
     return pst_parameter_groups(
         module,
@@ -286,7 +289,7 @@ def _put_on_scale(outputs: list[nn.Parameter], mean: float, unit: float) -> None
                 param.add_(mean)
 
 
-def on_scale(groups: list[dict[str, Any]], outputs: list[nn.Parameter], unit: float) -> list[dict[str, Any]]:
+def on_scale(groups: Groups, outputs: list[nn.Parameter], unit: float) -> Groups:
     """Return optimizer ``groups`` of which ``outputs`` train at the rate of their group times ``unit``.
 
     A step of Adam is as long as its rate, whatever the loss: so a head that begins on that scale goes the way that it

@@ -205,7 +205,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, workers):
     while _killed([path], tmp_path / "s", workers, draw.randint(0, 2), 250):
         kills += 1
         assert not (tmp_path / "s").exists()
-    assert kills > 1  # how many depends on which worker gets how far
+    assert kills > (workers == 1)  # of two, how many depends on which gets how far
     assert _bytes_of(tmp_path / "s") == _bytes_of(tmp_path / "whole")
     assert not (tmp_path / "s.partial").exists()
 
