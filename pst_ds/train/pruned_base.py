@@ -8,8 +8,8 @@ from pathlib import Path
 from pst_ds.config.run import RunConfig
 from pst_ds.nn.base_model import PRUNING_RECORD
 
-_COARSE = ("matrix", "stack", "global")
-"""Patterns that keep the zeros of a folder in which every matrix has the same share of them, whatever its own."""
+_COARSE = ("matrix", "stack")
+"""Patterns that, as "global" always does, keep the zeros of a folder whose matrices all have the same share of them."""
 
 
 def remark_on_shares(run: RunConfig) -> str:
