@@ -210,8 +210,9 @@ USUAL_STEPS = 600
 """The length that they were measured at, and of a run that says nothing of its own."""
 STEPS_POWER = 1 / 3
 """Rates fall with this power of the steps, as was found for pretraining with AdamW (arXiv 2409.19913: 0.32)."""
-_LEAST, _MOST = 0.25, 1.5
-"""Bounds of the factor for the length."""
+_LEAST, _MOST = 0.25, 2.0**STEPS_POWER
+"""Bounds of the factor for the length. Runs of fewer than 300 steps have the rates of 300: with the 1.44 that 200 would
+have, one seed in three of a regression learned little (docs/tuning-log.md)."""
 _EPOCHS_POWER = 3.0
 """The embeddings' rate falls with this power of the passes over the data, once there is more than one: rows of rare
 words learn by heart the few texts that have them. Films were no worse for 4e-3 after 1.04 passes, and were after 2.15,
@@ -251,7 +252,7 @@ def default_learning_rates(*, width: int, num_steps: int, epochs: float = 1.0) -
     ``epochs`` times over the data.
 
     Adam moves a parameter by its rate at every step, so the way that it can go in a run grows with rate and steps; the
-    rates fall with the cube root of the steps. A sum over ``width`` inputs that all move alike grows with the width;
+    rates fall with the cube root of the steps, from 300 on. A sum over ``width`` inputs that all move alike grows with the width;
     all rates but those of scores and gates fall with it. That of the embeddings falls with the passes after the first,
     too, to a tenth.
     """

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.config.run import DataConfig, ModelConfig, RunConfig, TrainConfig
-from pst_ds.core.schedule import LearningRates, default_learning_rates
+from pst_ds.core.schedule import USUAL_STEPS, LearningRates, default_learning_rates
 
 
 def test_where_they_were_measured_they_are_as_measured():
@@ -23,6 +23,12 @@ def test_eight_times_the_steps_halve_every_rate_and_twice_the_width_all_but_the_
         usual = getattr(LearningRates(), name)
         assert getattr(longer, name) == pytest.approx(usual / 2)
         assert getattr(wider, name) == pytest.approx(usual if name == "scores" else usual / 2)
+
+
+def test_short_runs_have_the_rates_of_half_the_usual_length():
+    half = default_learning_rates(width=384, num_steps=USUAL_STEPS // 2)
+    assert half.head == pytest.approx(LearningRates().head * 2 ** (1 / 3))
+    assert half == default_learning_rates(width=384, num_steps=200) == default_learning_rates(width=384, num_steps=1)
 
 
 @given(st.integers(1, 20_000), st.integers(1, 10**9), st.integers(1, 20_000), st.integers(1, 10**9))
