@@ -163,7 +163,7 @@ def cell_of(
         options = {key: value for key, value in row.base.items() if key != "run"}
         base = Step(
             settings=untrained(laid_over(*given, row.base.get("run", {}), grid.overrides)),
-            prune={"seed": 0, **options, "sparsity": sparsity},
+            prune={"seed": 0, "sparsity": sparsity, **options},
         )
         if settings.get("method") in FIXED_MASK and "initial_mask" not in settings.get("pst", {}):
             settings = laid_over(settings, {"pst": {"initial_mask": "zeros"}})

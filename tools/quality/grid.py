@@ -19,6 +19,7 @@ from pst_ds.errors import InputError
 Table = dict[str, Any]
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mse", "byte_perplexity", "bits_per_byte"})
 _SPARSITY = re.compile(r"0|0\.\d+|\d+:\d+")
+_BASE = ("prune", "samples", "seed", "pattern", "reconstruct", "sparsity", "run")
 
 
 class GridError(InputError):
@@ -67,9 +68,9 @@ class Method:
     data_sets: tuple[str, ...] = ()
     """Empty is all."""
     base: Table = field(default_factory=dict)
-    """{prune = "wanda", samples = 128, seed = 0, pattern = "", run = {}}: first ``pst-ds prune`` to the sparsity of the
-    cell, with the grid's settings and those of ``run``; the result is the cell's base model, and a method with a fixed
-    mask takes its zeros."""
+    """{prune = "wanda", samples = 128, seed = 0, pattern = "", reconstruct = 0, sparsity = "", run = {}}: first
+    ``pst-ds prune``, to the cell's sparsity where none is given, with the grid's settings and those of ``run``; the
+    result is the cell's base model, and a method with a fixed mask takes its zeros."""
     teacher: str = ""
     """A method without zeros, trained first with the cell's seed; its export is distillation.teacher."""
     plot: bool = True
@@ -295,7 +296,7 @@ def _check_method(grid: Grid, method: Method) -> None:
     if method.teacher and grid.sparsities_of(grid.methods[method.teacher]) != ("0",):
         raise GridError(f'{where}.teacher = {method.teacher!r} must be a method with sparsities = ["0"]')
     _require_known(method.at, own, f"{where}.at")
-    _require_known(method.base, ("prune", "samples", "seed", "pattern", "run"), f"{where}.base")
+    _require_known(method.base, _BASE, f"{where}.base")
     if method.base and "prune" not in method.base:
         raise GridError(f'{where}.base must say how to prune, such as base = {{prune = "wanda"}}')
 

@@ -142,8 +142,9 @@ def pruned(step: Table, place: Path, model: Path) -> Table:
         options += ["--pattern", prune["sparsity"]]
     else:
         options += ["--sparsity", prune["sparsity"], *(["--pattern", prune["pattern"]] if prune.get("pattern") else [])]
-    if prune.get("samples"):
-        options += ["--samples", str(prune["samples"])]
+    for name in ("samples", "reconstruct"):
+        if prune.get(name):
+            options += [f"--{name}", str(prune[name])]
     verb("prune", str(write_run(step["settings"], place, "run")), *options)
     return {"prune": prune["prune"]}
 
