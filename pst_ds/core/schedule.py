@@ -252,9 +252,9 @@ def default_learning_rates(*, width: int, num_steps: int, epochs: float = 1.0) -
     ``epochs`` times over the data.
 
     Adam moves a parameter by its rate at every step, so the way that it can go in a run grows with rate and steps; the
-    rates fall with the cube root of the steps, from 300 on. A sum over ``width`` inputs that all move alike grows with the width;
-    all rates but those of scores and gates fall with it. That of the embeddings falls with the passes after the first,
-    too, to a tenth.
+    rates fall with the cube root of the steps, from 300 on. A sum over ``width`` inputs that all move alike grows with
+    the width; all rates but those of scores and gates fall with it. That of the embeddings falls with the passes after
+    the first, too, to a tenth.
     """
     length = min(max((USUAL_STEPS / num_steps) ** STEPS_POWER, _LEAST), _MOST)
     narrower = min(1.0, _WIDTH / width)
