@@ -7,14 +7,15 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS ?=
 # processes that run the unit tests, each of up to 8 GiB
 TEST_WORKERS ?= 2
-# processes that run the tests which fork ranks: two at a time leave fewer cores idle, and no port is shared
+# processes that run the tests which start ranks: two at a time leave fewer cores idle; they look at their own alone
 RANK_WORKERS ?= 2
-LAUNCHER_TESTS := launcher or cluster
-RANK_TESTS := zero3 or $(LAUNCHER_TESTS)
+RANK_TESTS := zero3 or launcher or cluster
 DEVICE_TESTS := device
 KERNEL_TESTS := interpreted
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
+# every process of the tests, and every rank that they start, would compile the tests and the package anew
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: venv demo lint types test test-unit check constraints bench gpu docs clean
 .NOTPARALLEL:
@@ -37,15 +38,14 @@ lint: venv
 types: venv
 	$(BIN)/mypy
 
-# after the others; those that start launchers, and so take ports and look at processes, run one at a time
+# after the others; one test at a time of those with a cluster, which share it or the names of hosts
 test: test-unit
-	$(BIN)/python -m pytest -m 'zero3 and not ($(LAUNCHER_TESTS))' --numprocesses $(RANK_WORKERS) --dist worksteal
-	$(BIN)/python -m pytest -m '$(LAUNCHER_TESTS)'
+	$(BIN)/python -m pytest -m '$(RANK_TESTS)' --numprocesses $(RANK_WORKERS) --dist loadgroup
 
 test-unit: venv
-	$(BIN)/python -m pytest -m '$(DEVICE_TESTS)' tests/device
+	$(BIN)/python -m pytest -m '$(DEVICE_TESTS)' tests/device --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m '$(KERNEL_TESTS)' tests/kernels
-	$(BIN)/python -m pytest -m 'not ($(RANK_TESTS) or $(DEVICE_TESTS) or $(KERNEL_TESTS))' --numprocesses $(TEST_WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m 'not ($(RANK_TESTS) or $(DEVICE_TESTS) or $(KERNEL_TESTS))' --numprocesses $(TEST_WORKERS) --dist worksteal
 
 check: lint types test
 

@@ -10,7 +10,7 @@ from tools.cluster.processes import RUN_FILE, environment_of, free_ports, rank_p
 
 from .hosts import ADDRESSES
 
-pytestmark = [pytest.mark.cluster, pytest.mark.launcher]
+pytestmark = [pytest.mark.cluster, pytest.mark.launcher, pytest.mark.xdist_group("cluster")]
 RUN_SECONDS = 240
 END_SECONDS = 90
 FORWARDED = {"HF_TEST": "a b\"c'd$HOME`id`\\e%h;f&g", "NCCL_TEST": "%n", "PST_DS_TEST": "plain"}

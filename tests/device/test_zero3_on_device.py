@@ -24,7 +24,7 @@ from pst_ds.train.run import StoppedError, prepare, train_run
 from .pretended import NAME, counts, to_device, to_host
 from .tiny import tiny_llama
 
-pytestmark = [pytest.mark.device, pytest.mark.zero3]
+pytestmark = [pytest.mark.device, pytest.mark.zero3, pytest.mark.xdist_group("forks")]
 OFFLOAD = {
     "offload_param": {"device": "cpu", "pin_memory": True}, "offload_optimizer": {"device": "cpu", "pin_memory": True}
 }  # fmt: skip
@@ -197,7 +197,7 @@ def test_the_host_waits_as_often_for_many_layers_as_for_few(run_on_device, kind,
 
 
 def _train(folder, *settings, resume=False):
-    run = load_run("tests/data/world_size.toml", [f"output_dir={folder}", "train.num_steps=8", *settings])
+    run = load_run("tests/data/world_size.toml", [f"output_dir={folder}", "train.num_steps=6", *settings])
     return train_run(prepare(run, launch_environment()), resume=resume, quiet=True)
 
 
