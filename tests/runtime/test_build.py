@@ -156,8 +156,8 @@ def test_a_library_for_others_that_cannot_be_built_is_an_error(source, monkeypat
 
 
 def built_wheel(folder, **environment):
-    """A wheel of a copy of this tree, unpacked as an installer does; returns (its names, where it is). Its libraries are
-    compiled without optimisation, in a fraction of the time."""
+    """A wheel of a copy of this tree, unpacked as an installer does; returns (its names, where it is). Compiled without
+    optimisation, in a fraction of the time."""
     tree = folder / "tree"
     shutil.copytree(ROOT / "pst_ds", tree / "pst_ds", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("README.md", "LICENSE"):

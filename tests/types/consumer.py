@@ -1,4 +1,4 @@
-"""A script that uses the public names, checked under ``mypy --strict`` by tests/test_types.py; never run."""
+"""A script that uses the public names, which ``make types`` checks with all that --strict has; never run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def train(model: nn.Module, loss_of: Callable[[nn.Module], torch.Tensor]) -> nn.
     pst_ds.print_trainable_parameters(model)
     pst_ds.adapter_checkpoints(model)
     while not assert_type(masks.is_final, bool):
-        loss_of(model).backward()  # type: ignore[no-untyped-call]  # torch's own
+        loss_of(model).backward()
         optimizer.step()
         assert_type(masks.after_step(optimizer), MaskStats | None)
     pst_ds.save_pretrained(model, "adapter", step=masks.step)
