@@ -14,9 +14,7 @@ from pathlib import Path
 import pytest
 
 from pst_ds.cli.main import main
-from pst_ds.config.toml import load_run
-from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.run import prepare, train_run
+from tests.forks import train_as_rank
 
 RUN_FILE = "tests/data/world_size.toml"
 
@@ -47,15 +45,11 @@ def _evaluated(folder) -> tuple[int, str]:
     return code, out.getvalue()
 
 
-def _train(folder):
-    return train_run(prepare(load_run(RUN_FILE, [f"output_dir={folder}"]), launch_environment()), quiet=True)
-
-
 @pytest.mark.launcher
 def test_local_sh_is_the_run_of_two_ranks_as_planned_and_eval_reads_it(run_ranks, tmp_path, capsys):
     done = _launch("launch/local.sh", "--ranks", "2", RUN_FILE, "--set", f"output_dir={tmp_path}/a", "--json")
     assert done.returncode == 0, done.stderr[-3000:]
-    a, (b, _) = _only_json(done.stdout), run_ranks(_train, 2, tmp_path / "b")
+    a, (b, _) = _only_json(done.stdout), run_ranks(train_as_rank, 2, RUN_FILE, tmp_path / "b")
     assert a["world_size"] == 2
     assert a["mask_checksum"] == b["mask_checksum"] != ""
     assert a["metrics"] == b["metrics"]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.cluster.processes import RUN_FILE, call, environment, free_ports, rank_processes, result, steps, wait_until
+from tests.forks import train_as_rank
+from tools.cluster.processes import RUN_FILE, rank_processes, result, steps, wait_until
 from tools.cluster.slurm import Slurm
 
 pytestmark = [pytest.mark.cluster, pytest.mark.launcher, pytest.mark.xdist_group("cluster")]
@@ -44,13 +45,13 @@ def _tensors(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files}
 
 
-def test_before_the_time_limit_a_job_saves_requeues_itself_and_ends_as_if_never_stopped(slurm, tmp_path):
+def test_before_the_time_limit_a_job_saves_requeues_itself_and_ends_as_if_never_stopped(slurm, run_ranks, tmp_path):
     """The ranks are frozen until the signal has come, for a run that certainly lasts until then takes minutes more."""
     folder, log = tmp_path / "job", tmp_path / "job.log"
-    settings = ("--set", "train.num_steps=60", "--set", "train.log_interval=1")
+    settings = ("train.num_steps=60", "train.log_interval=1")
     job = slurm.submit(
-        "--time=1", "--signal=USR1@20", f"--output={log}", "launch/slurm.sbatch", RUN_FILE, *settings,
-        "--set", f"output_dir={folder}",
+        "--time=1", "--signal=USR1@20", f"--output={log}", "launch/slurm.sbatch", RUN_FILE,
+        *(word for setting in (*settings, f"output_dir={folder}") for word in ("--set", setting)),
     )  # fmt: skip
     wait_until(lambda: len(steps(folder)) >= 3, JOB_SECONDS, lambda: f"3 steps: {slurm.shown(job)} {log.read_text()}")
     ranks = rank_processes(folder)
@@ -71,11 +72,7 @@ def test_before_the_time_limit_a_job_saves_requeues_itself_and_ends_as_if_never_
     assert (folder / "submitted.sbatch").read_text() == Path("launch/slurm.sbatch").read_text()
     assert (folder / "run.toml").is_file()
     whole = tmp_path / "whole"
-    (port,) = free_ports(1)
-    call(
-        "launch/local.sh", "--ranks", "2", RUN_FILE, *settings, "--set", f"output_dir={whole}",
-        env=environment(MASTER_PORT=str(port)), seconds=300,
-    )  # fmt: skip
+    run_ranks(train_as_rank, 2, RUN_FILE, whole, *settings)
     assert steps(folder)[-1] == steps(whole)[-1] == 60
     assert result(folder)["world_size"] == 2
     assert result(folder)["mask_checksum"] == result(whole)["mask_checksum"] != ""

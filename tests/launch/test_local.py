@@ -26,14 +26,14 @@ RUN_SECONDS = 240
 
 
 @pytest.fixture
-def local(tmp_path: Path) -> Iterator[Callable[[Path], Background]]:
-    """``local(folder)``: a run of 80 steps on two ranks, or the rest of it, in the background."""
+def local(tmp_path: Path) -> Iterator[Callable[..., Background]]:
+    """``local(folder, ranks=2)``: a run of 80 steps, or the rest of it, in the background."""
     with ExitStack() as stack:
         logs = (tmp_path / f"output-{number}" for number in range(1000))
 
-        def start(folder: Path) -> Background:
+        def start(folder: Path, ranks: int = 2) -> Background:
             (port,) = free_ports(1)
-            command = ["launch/local.sh", "--ranks", "2", RUN_FILE, "--resume", "--set", f"output_dir={folder}"]
+            command = ["launch/local.sh", "--ranks", str(ranks), RUN_FILE, "--resume", "--set", f"output_dir={folder}"]
             command += ["--set", "train.num_steps=80"]
             return stack.enter_context(
                 ended_after(Background(next(logs), *command, env=environment(MASTER_PORT=str(port))))
@@ -44,9 +44,9 @@ def local(tmp_path: Path) -> Iterator[Callable[[Path], Background]]:
 
 def test_term_and_usr1_save_and_exit_with_75_and_the_run_goes_on(local, tmp_path):
     folder = tmp_path / "run"
-    for number in (signal.SIGUSR1, signal.SIGTERM):
+    for number, ranks in ((signal.SIGUSR1, 2), (signal.SIGTERM, 1)):  # one takes half of the time to start
         reached = len(steps(folder))
-        run = local(folder)
+        run = local(folder, ranks)
         wait_until(lambda reached=reached: len(steps(folder)) > reached + 3, RUN_SECONDS, run.text)
         run.process.send_signal(number)
         assert run.exit_code(RUN_SECONDS) == 75, run.text()

@@ -11,10 +11,13 @@ import time
 import tomllib
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from tests.forks import ForkedModule
+from tools.quality import workers
 from tools.quality.__main__ import main
 from tools.quality.run_cell import count_parameters, sparsity_of_targets, write_run
 
@@ -64,6 +67,12 @@ kind = "verified"
 """
 
 
+@pytest.fixture
+def forked(imported_by_ranks, alone, monkeypatch):
+    """Cells are forks of this process, in place of interpreters."""
+    monkeypatch.setattr(workers, "subprocess", SimpleNamespace(Popen=ForkedModule, DEVNULL=subprocess.DEVNULL))
+
+
 def write_grid(folder, methods=METHODS, cpu_seconds=300, num_steps=4):
     path = folder / "tiny.toml"
     path.write_text(GRID.format(methods=methods, cpu_seconds=cpu_seconds, num_steps=num_steps))
@@ -78,7 +87,7 @@ def lines_in(folder):
     return lines
 
 
-def test_cells_become_lines_and_a_page_and_are_not_run_again(tmp_path, capsys):
+def test_cells_become_lines_and_a_page_and_are_not_run_again(forked, tmp_path, capsys):
     arguments = write_grid(tmp_path)
     assert main([*arguments, "--workers", "2"]) == 1  # one method cannot be run
     said = capsys.readouterr().out
@@ -116,7 +125,7 @@ def test_cells_become_lines_and_a_page_and_are_not_run_again(tmp_path, capsys):
     assert (tmp_path / "results" / "tiny.jsonl").read_bytes() == before
 
 
-def test_a_cell_may_look_for_its_rates_first(tmp_path):
+def test_a_cell_may_look_for_its_rates_first(forked, tmp_path):
     methods = "[methods.tune]\nuntuned = true\ntune = 1.0\nrun.train.score_learning_rate = 0.02\n"
     assert main(write_grid(tmp_path, methods, num_steps=120)) == 0
     (line,) = lines_in(tmp_path).values()
@@ -158,7 +167,7 @@ def test_a_cell_over_its_budget_is_ended_and_said_to_be(tmp_path, capsys):
     assert "over budget" in capsys.readouterr().out
 
 
-def test_a_model_is_tested_as_it_is_or_as_a_step_before_made_it(tmp_path):
+def test_a_model_is_tested_as_it_is_or_as_a_step_before_made_it(forked, tmp_path):
     methods = """
 [methods.dense]
 train = false
