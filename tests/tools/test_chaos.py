@@ -13,8 +13,9 @@ import torch
 from pst_ds.config.toml import load_run
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.train.run import prepare, train_run
+from tests.forks import ForkedLaunch
 from tools.chaos import kill_points
-from tools.chaos.__main__ import Findings, Kill, parse, summary
+from tools.chaos.__main__ import Findings, Kill, main, parse, summary
 from tools.chaos.compare import differences, false_failures, metric_lines, same_bits, set_aside, whole_checkpoints
 from tools.chaos.corpora import first_words
 from tools.chaos.kill_points import HALF, WHERE, Timing, Watch, deck, last_step, moment, victims
@@ -241,18 +242,31 @@ def _chaos(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
 
 
-@pytest.mark.launcher
-def test_three_kills_change_nothing(tmp_path):
+@pytest.mark.zero3
+def test_three_kills_change_nothing(imported_by_ranks, tmp_path, monkeypatch, capsys):
+    """Ranks are forks, which start in a second."""
+    monkeypatch.setattr("tools.chaos.__main__.Launch", ForkedLaunch)
     out = tmp_path / "out"
-    done = _chaos("--kills", "3", "--seed", "8", "--set", "train.num_steps=24", "--out", str(out))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    options = ["--kills", "3", "--seed", "8", "--set", "train.num_steps=24", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["chaos", "--json", *options])
+    code, said = main(), capsys.readouterr().out
+    assert code == 0, said
+    found = json.loads(said.splitlines()[-1])
     assert (found["kills"], found["resumed"], found["broken_checkpoints"]) == (3, 3, 0)
     assert found["where"] == {**dict.fromkeys(WHERE, 0), "step": 1, "saving": 1, "named": 1}
     assert found["identical"]
     assert found["problems"] == []
     assert found["lost_steps_max"] == max(found["lost_steps"]) <= 2 * 3  # a save may still be written at the next one
     assert (out / "reference" / "export").is_dir()
+
+
+@pytest.mark.launcher
+def test_a_kill_under_the_launcher_changes_nothing(tmp_path):
+    done = _chaos("--kills", "1", "--ranks", "1", "--where", "saving", "--set", "train.num_steps=12")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["kills"], found["resumed"], found["ranks_killed"], found["where"]["saving"]) == (1, 1, [1], 1)
+    assert found["identical"]
 
 
 @pytest.mark.launcher
