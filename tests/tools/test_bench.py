@@ -193,6 +193,7 @@ def test_the_share_of_a_step_is_extrapolated_by_layers():
 
 
 def run_script(name, *arguments):
+    """In an interpreter, from which ranks are spawned, as benchmarks are; of the others see ``forked_bench``."""
     command = [sys.executable, "-m", f"tools.bench.{name}", "--json", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -200,23 +201,23 @@ def run_script(name, *arguments):
 
 
 @pytest.mark.zero3
-def test_train_step_prints_its_object_and_goes_on_from_earlier_results(tmp_path):
+def test_train_step_prints_its_object_and_goes_on_from_earlier_results(forked_bench, tmp_path):
     results = tmp_path / "train_step.json"
     options = ["--ranks", "1", "--repeats", "1", "--results", str(results), *TINY_ARGUMENTS]
-    found = run_script("train_step", "--methods", "lora", *options)
+    found = forked_bench("train_step", "--methods", "lora", *options)
     assert set(found["ratios"]) == set(found["memory_ratios"]) == {"lora"}
     assert found["conditions"]["ranks"] == 1
     assert found["conditions"]["shape"]["hidden"] == 32
     assert {"hardware", "threads_per_rank", "versions", "zero_stage"} <= set(found["conditions"])
     assert found["pairs"]["lora"]["repeats"] == 1
-    again = run_script("train_step", "--methods", "", *options)
+    again = forked_bench("train_step", "--methods", "", *options)
     assert again["ratios"] == pytest.approx(found["ratios"], rel=0.01)
 
 
 @pytest.mark.zero3
-def test_rounding_prints_its_object():
+def test_rounding_prints_its_object(forked_bench):
     tiny = [*TINY_ARGUMENTS, "--hidden", "64", "--intermediate", "64"]
-    found = run_script("rounding", "--ranks", "1", "--repeats", "1", "--precision", "fp32", *tiny)
+    found = forked_bench("rounding", "--ranks", "1", "--repeats", "1", "--precision", "fp32", *tiny)
     assert {"step", "cpu_step", "search"} <= set(found["rounded"])
     assert "search" not in found["plain"]
     step = found["rounded"]["step"] + found["rounded"]["search"] / 18
@@ -225,9 +226,9 @@ def test_rounding_prints_its_object():
 
 
 @pytest.mark.zero3
-def test_rounding_of_inputs_has_a_ratio_to_rounded_weights_alone():
+def test_rounding_of_inputs_has_a_ratio_to_rounded_weights_alone(forked_bench):
     tiny = [*TINY_ARGUMENTS, "--hidden", "64", "--intermediate", "64", "--activations", "int8"]
-    found = run_script("rounding", "--ranks", "1", "--repeats", "1", "--precision", "fp32", *tiny)
+    found = forked_bench("rounding", "--ranks", "1", "--repeats", "1", "--precision", "fp32", *tiny)
     share = found["rounded"]["search"] / 18
     ratio = (found["inputs"]["step"] + share) / (found["rounded"]["step"] + share)
     assert found["inputs_ratio"] == pytest.approx(ratio, rel=0.01)

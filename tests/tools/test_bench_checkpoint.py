@@ -1,9 +1,5 @@
 """The benchmark of checkpoints measures what it says and prints its keys."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
 from tools.bench.checkpoint import SmolShape, summary
@@ -35,12 +31,10 @@ def test_the_default_shape_is_smollm2_135m():
 
 
 @pytest.mark.zero3
-def test_it_prints_its_object(tmp_path):
+def test_it_prints_its_object(forked_bench, tmp_path):
     options = [f"--{name}={value}" for name, value in TINY.items()]
-    command = [sys.executable, "-m", "tools.bench.checkpoint", "--json", "--ranks=2", "--saves=2", *options]
-    done = subprocess.run([*command, f"--folder={tmp_path}"], capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    (tmp_path / "saves").mkdir()
+    found = forked_bench("checkpoint", "--ranks=2", "--saves=2", f"--folder={tmp_path / 'saves'}", *options)
     assert set(found["seconds"]) >= SECONDS
     assert all(found["seconds"][name] > 0 for name in SECONDS)
     assert found["conditions"]["shape"]["kv_heads"] == 2
@@ -50,4 +44,4 @@ def test_it_prints_its_object(tmp_path):
     trainables = 2 * sum((o + i) * (2 * 2 + 1) for o, i in pairs)
     assert found["bytes"]["trainables"] == trainables
     assert trainables * 12 < found["bytes"]["checkpoint"] < found["bytes"]["limit"]
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "saves").iterdir()) == []
