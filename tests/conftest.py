@@ -6,6 +6,7 @@ import gc
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import signal
@@ -14,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -194,6 +196,13 @@ def _outcome(path: Path) -> tuple[bool, Any]:
     if not path.is_file():
         return False, "ended without a result (killed after another rank failed, or out of time)"
     return pickle.loads(path.read_bytes())
+
+
+@pytest.fixture
+def forked_writers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of an export are forks of this one, in place of interpreters; tests of their end have real ones."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr("pst_ds.export.write.multiprocessing", SimpleNamespace(get_context=lambda method: fork))
 
 
 @pytest.fixture

@@ -78,7 +78,9 @@ def test_a_dense_export_has_the_tensors_of_the_base_and_the_values_of_the_run(fa
     assert verified["max_logit_difference"] == 0.0
 
 
-def test_the_bytes_do_not_depend_on_the_number_of_processes_and_missing_zeros_are_found(tmp_path, verb, capsys):
+def test_the_bytes_do_not_depend_on_the_number_of_processes_and_missing_zeros_are_found(
+    forked_writers, tmp_path, verb, capsys
+):
     _trained(tmp_path, "mixtral", **{"train.num_steps": 2})
     for processes in ("1", "4"):
         verb("export", str(tmp_path / "run"), "--out", str(tmp_path / processes), "--processes", processes)

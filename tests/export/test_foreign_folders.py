@@ -75,7 +75,7 @@ def test_it_becomes_plain_numbers_if_that_is_asked(tmp_path, kind):
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in plain.items())
 
 
-def test_it_can_go_straight_to_our_own_grid(tmp_path):
+def test_it_can_go_straight_to_our_own_grid(forked_writers, tmp_path):
     from pst_ds.core.quantization import Grid
 
     foreign_folder(tmp_path / "theirs", "gptq")

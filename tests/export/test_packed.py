@@ -131,7 +131,7 @@ def test_every_format_becomes_every_other_and_dense_again_to_the_bit(exports, tm
     ("name", "packing", "runs"),
     [("bf16", "bitmask", [(5 << 30, 2), (6000, 1), (6000, 3)]), ("gpt2", "dense", [(6000, 1), (6000, 2)])],
 )
-def test_bytes_do_not_depend_on_the_number_of_processes(models, exports, tmp_path, name, packing, runs):
+def test_bytes_do_not_depend_on_the_number_of_processes(forked_writers, models, exports, tmp_path, name, packing, runs):
     made = {}
     for shard_bytes, processes in runs:
         out = tmp_path / f"{shard_bytes}-{processes}"

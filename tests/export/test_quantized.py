@@ -245,7 +245,7 @@ def test_routers_of_experts_are_left_as_they_are(tmp_path):
     assert any(name.endswith(".gate.weight") for name in _stored(tmp_path / "out"))
 
 
-def test_bytes_do_not_depend_on_processes_or_files(models, exports, tmp_path):
+def test_bytes_do_not_depend_on_processes_or_files(forked_writers, models, exports, tmp_path):
     how = {"packing": "bitmask", "values": INT4_32, "embeddings": INT4_32}
     for processes, shard_bytes in ((1, 6000), (3, 6000)):
         models["bf16"].export(tmp_path / str(processes), processes=processes, shard_bytes=shard_bytes, **how)

@@ -262,7 +262,7 @@ def test_another_grid_would_round_twice(capsys, tmp_path, on_grid):
     _export(tmp_path / "anew", folder, "--values", "int8")
 
 
-def test_processes_share_the_work(tmp_path, on_grid):
+def test_processes_share_the_work(forked_writers, tmp_path, on_grid):
     words = ["--format", "bitmask", "--values", "int4", "--group", "32", "--embeddings", "int8"]
     for count in ("1", "2"):
         _export(tmp_path / count, on_grid, *words, "--processes", count)
