@@ -200,9 +200,9 @@ def _killed(sources, out, workers, after, piece_bytes=700):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, workers):
     path = _many(tmp_path / "a.jsonl")
-    _store([path], tmp_path / "whole", piece_bytes=250)
+    _store([path], tmp_path / "whole", piece_bytes=400)
     draw, kills = random.Random(5), 0
-    while _killed([path], tmp_path / "s", workers, draw.randint(0, 2), 250):
+    while _killed([path], tmp_path / "s", workers, draw.randint(0, 2), 400):
         kills += 1
         assert not (tmp_path / "s").exists()
     assert kills > (workers == 1)  # of two, how many depends on which gets how far
