@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,9 @@ from pst_ds.train import loop as loop_module
 from pst_ds.train.run import StoppedError, prepare, train_run
 from pst_ds.train.run_folder import require_same_run
 
-STOP_AT = 9
+STOP_AT, NUM_STEPS = 9, 20
+EARLY, SHORT, OF_SHORT = 5, 14, "train.num_steps=14"
+"""Where many runs are stopped, and how long they are: between two log lines, and three mask updates before the end."""
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 STAGES = {
     "local": "",
@@ -105,9 +108,9 @@ def _go_on(folder, stage, *more):
     return _train(folder, stage, *more, resume=True)
 
 
-def _assert_same_run(folder, *outcomes):
+def _assert_same_run(folder, *outcomes, at=STOP_AT, num_steps=NUM_STEPS):
     for whole, said, resumed in zip(*outcomes, strict=True):
-        assert f"stopped by SIGUSR1 after step {STOP_AT} of 20, saved in {folder}/stopped" in said
+        assert f"stopped by SIGUSR1 after step {at} of {num_steps}, saved in {folder}/stopped" in said
         assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
     assert _lines(folder / "whole") == _lines(folder / "stopped")
     assert _differing(_values(folder / "whole"), _values(folder / "stopped")) == []
@@ -130,18 +133,17 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one_on_one_process(tmp_path, met
      ("3-offload", "bf16")],
 )  # fmt: skip
 def test_a_stopped_run_ends_as_an_uninterrupted_one_on_two_ranks(run_ranks, tmp_path, stage, precision):
-    more = (f"train.precision={precision}", 'pst.pattern="2:4"', "schedule.final_sparsity=0.5")
+    more = (f"train.precision={precision}", 'pst.pattern="2:4"', "schedule.final_sparsity=0.5", OF_SHORT)
     whole = run_ranks(_train, 2, tmp_path / "whole", stage, *more)
-    said = run_ranks(_stopped, 2, tmp_path / "stopped", stage, *more)
-    _assert_same_run(tmp_path, whole, said, run_ranks(_go_on, 2, tmp_path / "stopped", stage, *more))
+    said = run_ranks(partial(_stopped, at=EARLY), 2, tmp_path / "stopped", stage, *more)
+    resumed = run_ranks(_go_on, 2, tmp_path / "stopped", stage, *more)
+    _assert_same_run(tmp_path, whole, said, resumed, at=EARLY, num_steps=SHORT)
 
 
 ROUNDED = (
-    'quantization.values="int4"',
-    'quantization.group="row"',
-    "quantization.interval=4",
+    'quantization.values="int4"', 'quantization.group="row"', "quantization.interval=4",
     "schedule.cooldown_fraction=0.7",
-)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -232,15 +234,12 @@ def _batches_of_rank(folder, stage, more):
     batches = []
     order = data.GlobalBatches.micro_batches
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            data.GlobalBatches,
-            "micro_batches",
-            lambda self, batch, *arguments: (batches.append(list(batch)), order(self, batch, *arguments))[1],
-        )
+        noted = lambda self, batch, *more: (batches.append(list(batch)), order(self, batch, *more))[1]  # noqa: E731
+        patch.setattr(data.GlobalBatches, "micro_batches", noted)
         return (*_masks_at_load(folder, stage, more), batches)
 
 
-WITHOUT_DROPOUT = ("model.dropout=0.0", "eval.interval=0")
+WITHOUT_DROPOUT = ("model.dropout=0.0", "eval.interval=0", OF_SHORT)
 """Dropout differs by rank."""
 
 
@@ -265,17 +264,17 @@ def steps_of_whole(tmp_path_factory):
 )  # fmt: skip
 def test_a_run_goes_on_with_other_ranks_and_stages(run_ranks, steps_of_whole, tmp_path, before, after):
     stopped = tmp_path / "stopped"
-    run_ranks(_stopped, before[0], stopped, before[1], *WITHOUT_DROPOUT)
+    run_ranks(partial(_stopped, at=EARLY), before[0], stopped, before[1], *WITHOUT_DROPOUT)
     saved = read_checkpoint((stopped / "checkpoints" / "latest").resolve())
     outcomes = run_ranks(_batches_of_rank, after[0], stopped, after[1], WITHOUT_DROPOUT)
     texts = [json.loads(line)["text"] for line in Path("tests/data/train.jsonl").read_text().splitlines()]
     lengths = [len(text.split()) + 2 for text in texts]
     expected = data.GlobalBatches(lengths, 24, 7).epoch(0) + data.GlobalBatches(lengths, 24, 7).epoch(1)
     for seen, result, batches in outcomes:
-        assert seen["step"] == STOP_AT
+        assert seen["step"] == EARLY
         assert seen["checksum"] == saved.state.progress["masks"]["checksum"]
-        assert result["steps"] == 20
-        assert batches[: 20 - STOP_AT] == expected[STOP_AT:20]  # a few more are made ahead
+        assert result["steps"] == SHORT
+        assert batches[: SHORT - EARLY] == expected[EARLY:SHORT]  # a few more are made ahead
     of_resumed = _step_lines(stopped)
     assert steps_of_whole.keys() == of_resumed.keys()
     for step, line in steps_of_whole.items():

@@ -17,7 +17,7 @@ from pst_ds.parallel.ranks import rank, world_size
 from pst_ds.train.run import prepare, train_run
 
 RUN_FILE = "tests/data/world_size.toml"
-SAVING = ("checkpoint.interval=0", "eval.interval=0", "train.log_interval=1")
+SAVING = ("checkpoint.interval=0", "eval.interval=0", "train.log_interval=1", "train.num_steps=12")
 
 
 def _train(folder, *, resume=False):
@@ -45,12 +45,12 @@ def _has_logged(folder, step):
 @pytest.mark.zero3
 @pytest.mark.parametrize("hanging", [0, 1])
 def test_a_step_that_does_not_end_costs_that_step_alone(ranks, exit_code, wait_for, run_ranks, tmp_path, hanging):
-    processes = ranks(tmp_path, *SAVING, "checkpoint.grace_seconds=12", hanging=(hanging,))
+    processes = ranks(tmp_path, *SAVING, "checkpoint.grace_seconds=8", hanging=(hanging,))
     wait_for(lambda: _has_logged(tmp_path / "run", 6), 120, "no sixth step")
     os.kill(processes[1].pid, signal.SIGTERM)
     assert [exit_code(process) for process in processes] == [75, 75]
     said = (tmp_path / "0.err").read_text()
-    assert f"StoppedError: stopped by SIGTERM after step 6 of 20, saved in {tmp_path}/run/checkpoints/step-" in said
+    assert f"StoppedError: stopped by SIGTERM after step 6 of 12, saved in {tmp_path}/run/checkpoints/step-" in said
     folder = tmp_path / "run/checkpoints"
     assert [path.name for path in checkpoints.step_folders(folder)] == ["step-00000006"]
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000006"]
@@ -72,7 +72,7 @@ def test_a_step_that_ends_in_time_is_saved_itself(ranks, exit_code, wait_for, tm
 
 @pytest.mark.zero3
 def test_a_run_in_its_first_step_stops_too(ranks, exit_code, wait_for, tmp_path):
-    processes = ranks(tmp_path, *SAVING, "checkpoint.grace_seconds=12", hanging=(1,), at=0)
+    processes = ranks(tmp_path, *SAVING, "checkpoint.grace_seconds=8", hanging=(1,), at=0)
     wait_for((tmp_path / "run/metrics.jsonl").exists, 120, "the run has not begun")
     os.kill(processes[0].pid, signal.SIGTERM)
     assert [exit_code(process) for process in processes] == [75, 75]

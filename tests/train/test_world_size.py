@@ -31,11 +31,13 @@ def _steps(folder):
 @pytest.mark.zero3
 def test_losses_and_masks_do_not_depend_on_the_world_size(run_ranks, tmp_path, capsys):
     """Nor on DeepSpeed, which one process can do without."""
+    short = "train.num_steps=12"
     for world_size in (1, 2, 3):
-        run_ranks(_train, world_size, str(tmp_path / str(world_size)))
-    run_ranks(_train, 1, str(tmp_path / "local"), "deepspeed_config=")
+        run_ranks(_train, world_size, str(tmp_path / str(world_size)), short)
+    run_ranks(_train, 1, str(tmp_path / "local"), "deepspeed_config=", short)
     reference, sums = _steps(tmp_path / "1")
-    assert len(reference) == 20
+    assert len(reference) == 12
+    assert len(sums) > 2
     assert _steps(tmp_path / "local")[0] == pytest.approx(reference, abs=1e-3)
     first_update = min(sums)
     masks = dict(read_checkpoint(tmp_path / "1" / "checkpoints" / "final").masks)
