@@ -43,7 +43,7 @@ test: test-unit
 	$(BIN)/python -m pytest -m '$(RANK_TESTS)' --numprocesses $(RANK_WORKERS) --dist loadgroup
 
 test-unit: venv
-	$(BIN)/python -m pytest -m '$(DEVICE_TESTS)' tests/device --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -m '$(DEVICE_TESTS)' tests/device --numprocesses $(RANK_WORKERS) --dist loadgroup --no-loadscope-reorder
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m '$(KERNEL_TESTS)' tests/kernels
 	$(BIN)/python -m pytest -m 'not ($(RANK_TESTS) or $(DEVICE_TESTS) or $(KERNEL_TESTS))' --numprocesses $(TEST_WORKERS) --dist worksteal
 
