@@ -46,22 +46,24 @@ def _tensors(folder: Path) -> dict[str, bytes]:
 
 
 def test_before_the_time_limit_a_job_saves_requeues_itself_and_ends_as_if_never_stopped(slurm, run_ranks, tmp_path):
-    """The ranks are frozen until the signal has come, for a run that certainly lasts until then takes minutes more."""
+    """The time limit is moved to where the run is, on any machine; ranks are frozen until the signal has come."""
     folder, log = tmp_path / "job", tmp_path / "job.log"
     settings = ("train.num_steps=60", "train.log_interval=1")
     job = slurm.submit(
-        "--time=1", "--signal=USR1@20", f"--output={log}", "launch/slurm.sbatch", RUN_FILE,
+        "--time=30", "--signal=USR1@20", f"--output={log}", "launch/slurm.sbatch", RUN_FILE,
         *(word for setting in (*settings, f"output_dir={folder}") for word in ("--set", setting)),
     )  # fmt: skip
     wait_until(lambda: len(steps(folder)) >= 3, JOB_SECONDS, lambda: f"3 steps: {slurm.shown(job)} {log.read_text()}")
     ranks = rank_processes(folder)
     _send(ranks, signal.SIGSTOP)
     wait_until(lambda: all(map(_is_stopped, ranks)), 10, lambda: f"a stop of {ranks}")
+    _limit(slurm, job, 1 + (_run_seconds(slurm, job) + 20) // 60)
     wait_until(
         lambda: all(_has_usr1(pid) or not _is_stopped(pid) for pid in ranks),
-        90,
+        150,
         lambda: f"USR1: {slurm.shown(job)} {log.read_text()}",
     )
+    _limit(slurm, job, 30)  # for the start that ends
     _send(ranks, signal.SIGCONT)
     shown = slurm.wait(job, JOB_SECONDS, log)
 
@@ -78,6 +80,15 @@ def test_before_the_time_limit_a_job_saves_requeues_itself_and_ends_as_if_never_
     assert result(folder)["mask_checksum"] == result(whole)["mask_checksum"] != ""
     assert result(folder)["metrics"] == result(whole)["metrics"]
     assert _tensors(folder) == _tensors(whole)
+
+
+def _run_seconds(slurm: Slurm, job: str) -> int:
+    hours, minutes, seconds = map(int, slurm.shown(job)["RunTime"].split(":"))
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def _limit(slurm: Slurm, job: str, minutes: int) -> None:
+    slurm.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
 
 
 def _send(pids: list[int], number: int) -> None:
