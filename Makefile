@@ -38,12 +38,11 @@ lint: venv
 types: venv
 	$(BIN)/mypy
 
-# after the others; one test at a time of those with a cluster, which share it or the names of hosts
 test: test-unit
-	$(BIN)/python -m pytest -m '$(RANK_TESTS)' --numprocesses $(RANK_WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -m '$(RANK_TESTS)' --numprocesses $(RANK_WORKERS) --dist worksteal
 
 test-unit: venv
-	$(BIN)/python -m pytest -m '$(DEVICE_TESTS)' tests/device --numprocesses $(RANK_WORKERS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -m '$(DEVICE_TESTS)' tests/device --numprocesses $(RANK_WORKERS) --dist loadfile
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m '$(KERNEL_TESTS)' tests/kernels
 	$(BIN)/python -m pytest -m 'not ($(RANK_TESTS) or $(DEVICE_TESTS) or $(KERNEL_TESTS))' --numprocesses $(TEST_WORKERS) --dist worksteal
 

@@ -58,9 +58,16 @@ def test_a_classifier(made, capsys):
         "at most 48",
         "# 240 examples",
         "query, key, value, dense",
+        "begun by ALPS it costs less",
     ):
         assert words in text
     assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("more", [("--sparsity", "0.8"), ("--method", "gmp"), ("--task", "causal-lm")])
+def test_a_start_by_alps_is_for_classifiers_with_many_zeros(made, more):
+    out, _, _ = made(LLAMA if "causal-lm" in more else BERT, "--train", TRAIN, *more)
+    assert "ALPS" not in out.read_text()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tools.cluster.processes import RUN_FILE, environment_of, rank_processes, re
 
 from .hosts import ADDRESSES
 
-pytestmark = [pytest.mark.cluster, pytest.mark.launcher, pytest.mark.xdist_group("cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.launcher]
 RUN_SECONDS = 240
 END_SECONDS = 90
 FORWARDED = {"HF_TEST": "a b\"c'd$HOME`id`\\e%h;f&g", "NCCL_TEST": "%n", "PST_DS_TEST": "plain"}

@@ -15,7 +15,7 @@ from tests.forks import train_as_rank
 from tools.cluster.processes import RUN_FILE, rank_processes, result, steps, wait_until
 from tools.cluster.slurm import Slurm
 
-pytestmark = [pytest.mark.cluster, pytest.mark.launcher, pytest.mark.xdist_group("cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.launcher]
 JOB_SECONDS = 420
 # in place of pst-ds: task 900 of an array is asked to stop in its first start, 500 fails, others wait for a signal
 STAND_IN = """#!/bin/bash

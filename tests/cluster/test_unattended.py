@@ -6,7 +6,7 @@ import pytest
 
 from tools.chaos.slurm import disturbed
 
-pytestmark = [pytest.mark.cluster, pytest.mark.launcher, pytest.mark.xdist_group("cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.launcher]
 
 
 def test_a_run_whose_rank_is_killed_and_then_loses_a_host_ends_by_itself_as_if_never_disturbed(

@@ -17,7 +17,7 @@ from pst_ds.planning.counts import COUNTS
 from .pretended import module_to_device, pretended, to_device
 from .tiny import tiny_llama
 
-pytestmark = [pytest.mark.device, pytest.mark.xdist_group("here")]
+pytestmark = [pytest.mark.device]
 OUT, IN, TOKENS = 1024, 2048, 8
 PLANNED = COUNTS["torch"]
 

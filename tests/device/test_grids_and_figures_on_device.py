@@ -17,7 +17,7 @@ from pst_ds.nn.inject import inject_pst, pst_layers
 from .pretended import module_to_device, pretended, to_device, to_host
 from .tiny import tiny_llama
 
-pytestmark = [pytest.mark.device, pytest.mark.xdist_group("here")]
+pytestmark = [pytest.mark.device]
 GRIDS = [Grid(4, 32), Grid(8, 32)]
 
 

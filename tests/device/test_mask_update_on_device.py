@@ -12,7 +12,7 @@ from pst_ds.nn.inject import inject_pst, pst_layers
 
 from .pretended import PretendedTensor, WrongDeviceError, module_to_device, pretended, to_device, to_host
 
-pytestmark = [pytest.mark.device, pytest.mark.xdist_group("here")]
+pytestmark = [pytest.mark.device]
 PATTERNS = ["matrix", "stack", "global", "row", "2:4", "4x4"]
 
 

@@ -19,7 +19,7 @@ from pst_ds.parallel.engine import LocalEngine
 from .pretended import module_to_device, pretended, to_device, to_host
 from .tiny import tiny_llama
 
-pytestmark = [pytest.mark.device, pytest.mark.xdist_group("here")]
+pytestmark = [pytest.mark.device]
 
 
 def _model(**config):

@@ -11,7 +11,7 @@ from pst_ds.planning.counts import REDUCE_BYTES, STEP_BYTES
 
 from .pretended import counts, to_device
 
-pytestmark = [pytest.mark.device, pytest.mark.zero3, pytest.mark.xdist_group("forks")]
+pytestmark = [pytest.mark.device, pytest.mark.zero3]
 RANKS, LAYERS = 2, 4
 REDUCING = ("reduce_independent_p_g_buckets_and_remove_grads", "independent_gradient_partition_epilogue")
 CONFIG = {

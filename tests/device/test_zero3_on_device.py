@@ -24,7 +24,7 @@ from pst_ds.train.run import StoppedError, prepare, train_run
 from .pretended import NAME, counts, to_device, to_host
 from .tiny import tiny_llama
 
-pytestmark = [pytest.mark.device, pytest.mark.zero3, pytest.mark.xdist_group("forks")]
+pytestmark = [pytest.mark.device, pytest.mark.zero3]
 OFFLOAD = {
     "offload_param": {"device": "cpu", "pin_memory": True}, "offload_optimizer": {"device": "cpu", "pin_memory": True}
 }  # fmt: skip

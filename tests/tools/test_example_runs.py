@@ -93,7 +93,7 @@ def test_on_a_tiny_model_it_ends_in_the_zeros_that_it_asks_for(path, verb, tmp_p
     if one_shot:
         settings["model.path"] = str(tmp_path / "start")
         words = one_shot[1 : one_shot.index("--out")]
-        few = {**settings, **LLAMA}
+        few = {**settings, **LLAMA, **TINY[path.stem]}
         verb(*words, "--out", tmp_path / "start", "--samples", 8, *_set(few))
     planned = verb("plan", path, *_set(settings))
     trained = verb("train", path, "--quiet", *_set(settings))

@@ -36,9 +36,11 @@ ADDRESSES = {"n1": "10.213.78.1", "n2": "10.213.78.2", "n3": "10.213.78.3"}
 """Of nodes that are hosts of their own."""
 
 # cred_expire is also how long a requeued job waits, two minutes by default; sched_interval how often the queue is
-# looked through. Nodes are processes: nothing here may need a name to be resolved, a cgroup or another user.
+# looked through. Nodes are processes: nothing here may need a name to be resolved, a cgroup or another user. The first
+# job's number differs from process to process, since launch/slurm.sbatch makes a port of it.
 CONFIG = """
 ClusterName=pst-ds
+FirstJobId={first_job}
 SlurmctldHost={host}({controller})
 SlurmctldPort={port}
 SlurmUser=root
@@ -162,7 +164,7 @@ def _write_files(folder: Path, nodes: Mapping[str, str], apart: bool) -> None:
     ]
     config = CONFIG.format(
         host=host, folder=folder, controller=CONTROLLER if apart else "127.0.0.1", port=port, nodes="\n".join(lines),
-        timeouts=TIMEOUTS if apart else "",
+        first_job=50 * (1 + os.getpid() % 380), timeouts=TIMEOUTS if apart else "",
     )  # fmt: skip
     (folder / "slurm.conf").write_text(config, encoding="utf-8")
 

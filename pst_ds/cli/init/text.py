@@ -30,6 +30,9 @@ _COMMENTS = {
     "schedule.update_interval": "optimizer steps between mask updates",
 }
 
+_MANY_ZEROS = 0.85
+"""From here on a classifier is better off with a one-shot start; see docs/pruning.md, "Classifiers with many zeros".
+Measured at 0.9 and 0.95, not between that and half."""
 _ESCAPED = ("Cc", "Cs", "Zl", "Zp")
 """Categories of Unicode: control characters, halves of surrogate pairs, ends of lines and of paragraphs."""
 
@@ -93,6 +96,10 @@ def _found(chosen: Chosen) -> dict[str, str]:
         "pst.target_modules": f"{chosen.summary['num_layers']} layers: {', '.join(chosen.layers)}",
     }
     comments |= {"pst.pattern": chosen.pattern_reason} if chosen.pattern_reason else {}
+    run = chosen.run
+    if run.task_facts.has_labels and run.method == "pst" and run.schedule.final_sparsity >= _MANY_ZEROS:
+        said = f"{_COMMENTS['schedule.final_sparsity']}; begun by ALPS it costs less accuracy: docs/pruning.md"
+        comments["schedule.final_sparsity"] = said
     return comments | ({"data.label_column": f"{len(chosen.labels)} classes: {classes}"} if chosen.labels else {})
 
 
