@@ -32,9 +32,9 @@ for argument in "${@:3}"; do
   arguments+=("$argument")
 done
 
-# Ranks only: the launcher's children on each host. Before there are any, nothing is lost with the launcher.
+# Ranks only: the launcher's children; those of a host may have ended by then. With none on any host, nothing is lost with it.
 launchers="^[^ ]+ -u -m deepspeed.launcher.launch .*--master_addr=$address --master_port=$port "
-stop_ranks() { pdsh -S -R ssh -w "$hosts" "pkill -P \"\$(pgrep -d, -f '$launchers')\"" || kill -TERM "$1"; }
-
+kill_ranks="pkill -P \"\$(pgrep -d, -f '$launchers')\" && echo stopped"
+stop_ranks() { [[ $(pdsh -R ssh -w "$hosts" "$kill_ranks") == *stopped* ]] || kill -TERM "$1"; }
 run_stoppable stop_ranks deepspeed --hostfile "$2" --force_multi --no_ssh_check \
   --master_addr "$address" --master_port "$port" --module pst_ds train "${arguments[@]}"
