@@ -7,9 +7,10 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS ?=
 # processes that run the unit tests, each of up to 8 GiB
 TEST_WORKERS ?= 2
-# processes that run the tests which start ranks: two at a time leave fewer cores idle; they look at their own alone
+# processes that run the tests which fork ranks: two at a time leave fewer cores idle, and no port is shared
 RANK_WORKERS ?= 2
-RANK_TESTS := zero3 or launcher or cluster
+LAUNCHER_TESTS := launcher or cluster
+RANK_TESTS := zero3 or $(LAUNCHER_TESTS)
 DEVICE_TESTS := device
 KERNEL_TESTS := interpreted
 export OMP_NUM_THREADS ?= 1
@@ -38,8 +39,10 @@ lint: venv
 types: venv
 	$(BIN)/mypy
 
+# after the others; those that start launchers, and so take ports and look at processes, run one at a time
 test: test-unit
-	$(BIN)/python -m pytest -m '$(RANK_TESTS)' --numprocesses $(RANK_WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m 'zero3 and not ($(LAUNCHER_TESTS))' --numprocesses $(RANK_WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m '$(LAUNCHER_TESTS)'
 
 test-unit: venv
 	$(BIN)/python -m pytest -m '$(DEVICE_TESTS)' tests/device --numprocesses $(RANK_WORKERS) --dist loadfile
