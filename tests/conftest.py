@@ -49,9 +49,8 @@ HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, sign
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Cheap tests first; then launchers, which take longest, before forks, so that two processes end together. GPU
-    tests are skipped, with the reason, where there is no GPU."""
-    order = {"launcher": 1, "cluster": 1, "zero3": 2}
+    """Cheap tests first, launchers last; GPU tests are skipped, with the reason, where there is no GPU."""
+    order = {"zero3": 1, "launcher": 2, "cluster": 3}
     items.sort(key=lambda item: max((order.get(mark.name, 0) for mark in item.iter_markers()), default=0))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items:
