@@ -44,8 +44,10 @@ test: test-unit
 	$(BIN)/python -m pytest -m 'zero3 and not ($(LAUNCHER_TESTS))' --numprocesses $(RANK_WORKERS) --dist worksteal
 	$(BIN)/python -m pytest -m '$(LAUNCHER_TESTS)'
 
+# tests that fork ranks of devices first, in processes of their own: none forks once a backward pass has had a device
 test-unit: venv
-	$(BIN)/python -m pytest -m '$(DEVICE_TESTS)' tests/device --numprocesses $(RANK_WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m '$(DEVICE_TESTS) and zero3' tests/device --numprocesses $(RANK_WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m '$(DEVICE_TESTS) and not zero3' tests/device --numprocesses $(RANK_WORKERS) --dist worksteal
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m '$(KERNEL_TESTS)' tests/kernels
 	$(BIN)/python -m pytest -m 'not ($(RANK_TESTS) or $(DEVICE_TESTS) or $(KERNEL_TESTS))' --numprocesses $(TEST_WORKERS) --dist worksteal
 

@@ -1,5 +1,5 @@
-"""Tests on the pretended device are collected by ``pytest -m device`` alone: torch takes it for the machine's from then
-on, and tests of other kinds in the same process would see it."""
+"""Tests on the pretended device are collected by ``pytest -m device`` (or ``device and ...``) alone: torch takes it for
+the machine's from then on, and tests of other kinds in the same process would see it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import pytest
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     is_test = collection_path.name.startswith("test_")
-    return True if is_test and config.getoption("markexpr") != "device" else None
+    return True if is_test and not config.getoption("markexpr").startswith("device") else None
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that fork come first: the first backward pass starts a thread for the device, which a fork has not."""
+    """Tests that fork come first: the first backward pass starts a thread for the device, which a fork has not.
+
+    This is the order in one process; on several, those that fork have to have theirs (see the Makefile)."""
     items.sort(key=lambda item: not (item.get_closest_marker("device") and item.get_closest_marker("zero3")))
 
 
