@@ -88,6 +88,17 @@ def test_bars_are_computed_from_the_lines():
     assert (near.met, level.met) == (False, False)
 
 
+def test_a_method_that_is_to_be_ahead_has_to_be_ahead_by_that_much():
+    bar = {**BARS[0], "kind": "ahead-by", "against": ["pst-plain"], "points": 1.5, "data_sets": ["films"]}
+    grid = grid_from_table(table(bars=[bar], seeds=[0]))
+    check_bars(grid)
+    for ahead in (0.016, 0.014, -0.016):
+        lines, _ = filled(grid, lambda cell, ahead=ahead: 0.8 + (ahead if cell.method == "pst" else 0.0))
+        (found,) = verdicts(grid, lines)
+        assert found.met == (ahead > 0.015)
+        assert found.measured.startswith(f"{100 * abs(ahead):.1f} points {'ahead of' if ahead > 0 else 'behind'} pst-plain")
+
+
 def test_methods_are_compared_seed_by_seed():
     bar = {**BARS[1], "kind": "ahead", "standard_errors": 2.0}
     grid = grid_from_table(table(bars=[bar], seeds=[0, 1, 2]))

@@ -2,6 +2,7 @@
 
 kind = "within"      the method is at most ``points`` (of the metric in percent) below the best of ``against``
 kind = "not-below"   the method is not below any of ``against`` by more than ``standard_errors`` of the difference
+kind = "ahead-by"    the method is at least ``points`` (as above) ahead of each of ``against``
 kind = "ahead"       the method is ahead of each of ``against`` by ``standard_errors`` of the differences seed by seed
 kind = "won-back"    of the loss that the best of ``against`` adds to ``dense``, the method wins ``share`` back
 kind = "left-out"    the try that is best on the other data sets' validation files is on the test file here at most
@@ -14,7 +15,7 @@ kind = "verified"    every export of the grid passed ``pst-ds verify``
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tools.quality.cells import Line, chosen, plan, tries_run
@@ -24,6 +25,7 @@ from tools.quality.stats import Figure, figure, figure_of, lines_of, settings_te
 KINDS: dict[str, frozenset[str]] = {
     "within": frozenset({"method", "sparsity", "against", "points"}),
     "not-below": frozenset({"method", "sparsity", "against", "standard_errors"}),
+    "ahead-by": frozenset({"method", "sparsity", "against", "points"}),
     "ahead": frozenset({"method", "sparsity", "against", "standard_errors"}),
     "won-back": frozenset({"method", "sparsity", "against", "dense", "share"}),
     "left-out": frozenset({"method", "points"}),
@@ -96,7 +98,19 @@ def _within(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) ->
 
 
 def _not_below(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) -> Verdict:
-    """Perplexities are compared by their logarithm, the loss. One seed has no standard error, so no room below."""
+    """One seed has no standard error, so no room below."""
+    return _on_means(grid, lines, bar, data_set, lambda error: -bar["standard_errors"] * (error or 0.0))
+
+
+def _ahead_by(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) -> Verdict:
+    return _on_means(grid, lines, bar, data_set, lambda _: bar["points"] / 100)
+
+
+def _on_means(
+    grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str, wanted: Callable[[float | None], float]
+) -> Verdict:
+    """Is the method ahead of each of the others by what is ``wanted``, given the difference's standard error?
+    Perplexities are compared by their logarithm, the loss."""
     metric = _compared_by(grid)
     own, others = _figures(grid, lines, bar, data_set, metric)
     if own is None or not others or None in others.values():
@@ -107,7 +121,7 @@ def _not_below(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str)
         ahead = other.mean - own.mean if grid.lower_is_better else own.mean - other.mean
         error = None if own.error is None or other.error is None else math.hypot(own.error, other.error)
         said.append(_ahead_text(metric, ahead, name, error))
-        met = met and ahead >= -bar["standard_errors"] * (error or 0.0)
+        met = met and ahead >= wanted(error)
     return Verdict(title=bar["title"], data_set=data_set, measured="; ".join(said), met=met)
 
 
@@ -213,8 +227,8 @@ def _best_elsewhere(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set:
 
 
 _RULES = {
-    "within": _within, "not-below": _not_below, "ahead": _ahead, "won-back": _won_back, "left-out": _left_out,
-    "gap": _gap,
+    "within": _within, "not-below": _not_below, "ahead-by": _ahead_by, "ahead": _ahead, "won-back": _won_back,
+    "left-out": _left_out, "gap": _gap,
 }  # fmt: skip
 
 
