@@ -96,7 +96,8 @@ def test_a_method_that_is_to_be_ahead_has_to_be_ahead_by_that_much():
         lines, _ = filled(grid, lambda cell, ahead=ahead: 0.8 + (ahead if cell.method == "pst" else 0.0))
         (found,) = verdicts(grid, lines)
         assert found.met == (ahead > 0.015)
-        assert found.measured.startswith(f"{100 * abs(ahead):.1f} points {'ahead of' if ahead > 0 else 'behind'} pst-plain")
+        side = "ahead of" if ahead > 0 else "behind"
+        assert found.measured.startswith(f"{100 * abs(ahead):.1f} points {side} pst-plain")
 
 
 def test_methods_are_compared_seed_by_seed():
