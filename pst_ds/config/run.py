@@ -17,6 +17,7 @@ from pst_ds.config.prompt import PromptConfig as PromptConfig
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.quantization import QuantizationConfig as QuantizationConfig
 from pst_ds.config.sequences import groups_of_ranks, require_sequences_to_share
+from pst_ds.config.start import StartConfig
 from pst_ds.config.tasks import TASKS, TaskFacts, check_task
 from pst_ds.config.tracking import TrackingConfig
 from pst_ds.config.train import TrainConfig as TrainConfig
@@ -174,6 +175,7 @@ class RunConfig:
     """Run folder of a dense run (method "dense" or "lora") of the same base, data and batch size. Its losses are shown
     with those of this run, and it is judged by them."""
     pst: PSTConfig = field(default_factory=PSTConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
@@ -192,6 +194,7 @@ class RunConfig:
         self._require_method_fits()
         self.make_schedule(1)  # refuse bad numbers now
         self._require_reachable_sparsity()
+        self.start.require_fit(self)
         self.quantization.require_fit(self.method, self.schedule)
         self._require_frozen_base()
         require_sequences_to_share(self)

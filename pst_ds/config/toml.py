@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pst_ds.config.file_names import RUN_FILE
+from pst_ds.config.file_names import RUN_FILE, START
 from pst_ds.config.methods import METHODS
 from pst_ds.config.presets import with_data_preset
 from pst_ds.config.pst import PAPER, PSTConfig
@@ -38,7 +38,11 @@ def load_run_folder(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
             f"--set {other!r}: {str(folder)!r} is a run folder, which is its own output_dir. Leave it out, or name the "
             f"run file {str(folder / RUN_FILE)!r} to train elsewhere"
         )
-    return run_from_table({**_table(folder / RUN_FILE, overrides), "output_dir": str(folder)})
+    table = _table(folder / RUN_FILE, overrides)
+    model, was = table.get("model"), table.get("output_dir")
+    if isinstance(model, dict) and isinstance(was, str) and model.get("path") == str(Path(was) / START):
+        table["model"] = {**model, "path": str(folder / START)}  # the pruned model that it began with moved too
+    return run_from_table({**table, "output_dir": str(folder)})
 
 
 def _table(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from pst_ds.train.fit import Fit, judged_fit, watched_steps
 from pst_ds.train.loop import FINAL_TAGS, Loop, LoopState
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable
 from pst_ds.train.objective import Objective, load_teacher, require_teacher
-from pst_ds.train.pruned_base import remark_on_shares
+from pst_ds.train.one_shot.start import remark_on_shares, start_run
 from pst_ds.train.reporting import open_metrics
 from pst_ds.train.sequences.documents import require_documents_apart
 from pst_ds.train.sequences.shared import require_shareable, shared_sequences
@@ -188,6 +188,7 @@ def train_run(
     refused. ``splits``: those of :func:`load_splits`, if loaded before; ``evaluation`` replaces :func:`evaluate`.
     Raises InputError, StoppedError after a signal, DivergedError, CheckpointWriteError.
     """
+    prepared = begin_with_start(prepared, fresh=not (resume or restart), quiet=quiet)
     examples, validation = splits or load_splits(prepared)
     num_steps = prepared.run.num_steps(len(examples))
     prepared.task.require_enough(examples, num_steps * prepared.run.train.batch_size)
@@ -217,6 +218,14 @@ def train_run(
     judge = partial(judged_fit, run, prepared.task, examples, num_steps, dense, metrics)
     state, final, fit, experts = _train_to_the_end(loop, checkpointer, begun.state, folder / STALLS, judge)
     return _result(prepared, loop, state, checkpointer, final, fit, experts)
+
+
+def begin_with_start(prepared: Prepared, *, fresh: bool, quiet: bool) -> Prepared:
+    """Return the run as it goes on from the one-shot pruning that it begins with, if any. A ``fresh`` one is refused
+    before that where its folder has checkpoints. Collective. Raises InputError."""
+    if fresh and prepared.run.start.method != "none":
+        run_folder.require_no_checkpoints(Path(prepared.run.output_dir))
+    return replace(prepared, run=start_run(prepared.run, quiet=quiet))
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from pst_ds.config.file_names import (
     SUBMITTED_VARIABLE,
 )
 from pst_ds.config.run import ConfigError, QuantizationConfig, RunConfig
+from pst_ds.config.start import StartConfig
 from pst_ds.config.toml import dump_run, flatten
 from pst_ds.errors import InputError
 from pst_ds.masks.update import MaskStats, mask_stats
@@ -180,7 +181,8 @@ def checkpoint_to_go_on_from(run: RunConfig, data_digest: str, *, quiet: bool) -
 
 
 def open_checkpoint(run: RunConfig, name: str) -> Checkpoint:
-    """Open a checkpoint of the run by name; "best" falls back to "final" when none was chosen.
+    """Open a checkpoint of the run by name; "best" falls back to "final" when none was chosen. Its base model is where
+    the run says.
 
     Raises InputError, also when the base model is not the one that was trained.
     """
@@ -192,6 +194,7 @@ def open_checkpoint(run: RunConfig, name: str) -> Checkpoint:
         there = ", ".join(checkpoints.known_names(folder))
         raise CheckpointError(f"{error}. Name another with --checkpoint; there are {there}") from None
     require_base(checkpoint, run.model.path, base_fingerprint(run.model.path))
+    checkpoint.state = replace(checkpoint.state, base_path=run.model.path)
     return checkpoint
 
 
@@ -245,7 +248,8 @@ def require_same_run(checkpoint: Checkpoint, run: RunConfig, fingerprint: str, d
     """Raise ConfigError when ``run`` is not the run of ``checkpoint``; return the permitted changes, as text."""
     progress = RunProgress.read(checkpoint)
     require_base(checkpoint, run.model.path, fingerprint)
-    unset = flatten({"quantization": asdict(QuantizationConfig())})  # a checkpoint may be older than these settings
+    # a checkpoint may be older than these settings
+    unset = flatten({"quantization": asdict(QuantizationConfig()), "start": asdict(StartConfig())})
     before, now = unset | flatten(progress.run), flat_table(run)
     changed = [key for key in now | before if before.get(key) != now.get(key)]  # pst.seed after the seed it may follow
     for key in changed:

@@ -18,7 +18,7 @@ from pst_ds.config.pst import PSTConfig
 from pst_ds.core.one_shot import keep_by_score
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.nn.targets import find_targets
-from pst_ds.prune import model as pruning
+from pst_ds.train.one_shot import pruning
 
 CAUSAL, CLASSES = "tests/data/causal_lm.toml", "tests/data/world_size.toml"
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -209,7 +209,9 @@ def test_wrong_input_is_one_message(capsys, tmp_path):
     )
     assert 'pattern "global" ranks the weights of several matrices' in said("--pattern", "global", method="magnitude")
     assert "SparseGPT prunes by matrix, row or N:M" in said("--pattern", "2x2", method="sparsegpt")
-    assert "sequences, fewer than --samples 99999; lower it, or data.max_length = 32" in said("--samples", "99999")
+    assert "sequences, fewer than the 99999 samples to calibrate on; lower them, or data.max_length = 32" in said(
+        "--samples", "99999"
+    )
     assert "does not exist (looked in" in said("--set", "model.path=nowhere/at/all", method="magnitude")
     assert "run file 'nothing.toml' does not exist" in said(run_file="nothing.toml")
     assert "matched no linear layer" in said("--set", "pst.target_modules=['nothing']")
@@ -236,6 +238,6 @@ def test_an_interrupted_prune_leaves_nothing(capsys, tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("pst_ds.export.from_folder.copy_beside", fails)
+    monkeypatch.setattr("pst_ds.train.one_shot.pruning.copy_beside", fails)
     assert main(["prune", CAUSAL, "--method", "magnitude", "--out", str(tmp_path / "out")]) == 1
     assert not list(tmp_path.iterdir())

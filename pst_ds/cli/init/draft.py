@@ -22,9 +22,16 @@ from pst_ds.errors import InputError
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.targets import find_embeddings
 from pst_ds.train.model import load_model_config, load_tokenizer, meta_model, num_trainable, pst_config
+from pst_ds.train.one_shot.start import require_startable
 
 _UNKNOWN_LIMIT, _BATCH_SIZE = 128, 32
 _LEAST_STEPS, _MOST_STEPS, _LONGER = 600, 10_000, 3.0
+MANY_ZEROS = 0.85
+"""From here on a classifier begins with zeros of ALPS; see docs/pruning.md, "Classifiers with many zeros". Measured at
+0.9 and 0.95, not between that and half."""
+_START_SPARSITY, _START_SAMPLES = 0.8, 1024
+_MOST_WEIGHTS_TO_START = 1_000_000_000
+"""More would take a processor hours."""
 _GUESSED_PAIRS = (["sentence1", "sentence2"], ["premise", "hypothesis"], ["question1", "question2"])
 _GUESSED_TEXTS = (["text"], ["sentence"], *_GUESSED_PAIRS)
 _GUESSED_CONVERSATIONS = (["messages"], ["conversations"], ["prompt", "completion"])
@@ -89,7 +96,7 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     run.micro_batch_size(ranks)
     model = meta_model(run, labels, tokenizer)
     if task.new_head and _has_small_update(run):
-        table = _for_a_new_task(table, model, run)
+        table = _for_a_new_task(table, model, run, examples)
         run = run_from_table(table)
         model = meta_model(run, labels, tokenizer)
     layers = pst_layers(model)
@@ -116,15 +123,34 @@ def _has_small_update(run: RunConfig) -> bool:
     return bool(run.mask_method.injects and config.update_rank and not config.multiplicative_update)
 
 
-def _for_a_new_task(table: dict[str, Any], model: nn.Module, run: RunConfig) -> dict[str, Any]:
+def _for_a_new_task(table: dict[str, Any], model: nn.Module, run: RunConfig, examples: int) -> dict[str, Any]:
     """Return ``table`` for a model that learns a new task: with an update of its embeddings, and with masks that are
-    half empty at once and final early. docs/tuning-log.md says what each is worth."""
+    half empty at once and final early; if many weights go, with most of their zeros from ALPS. docs/tuning-log.md and
+    docs/pruning.md say what each is worth."""
     if embeddings := _updatable_embeddings(model, run):
         table = _laid_over(table, "pst", update_embeddings=embeddings)
     if run.method != "pst" or run.pst.magnitude == "none":
         return table
     initial = round(run.schedule.final_sparsity / 2, 4)
-    return _laid_over(table, "schedule", initial_sparsity=initial, warmup_fraction=0.0, cooldown_fraction=0.4)
+    table = _laid_over(table, "schedule", initial_sparsity=initial, warmup_fraction=0.0, cooldown_fraction=0.4)
+    return _with_start(table, model, run, examples)
+
+
+def _with_start(table: dict[str, Any], model: nn.Module, run: RunConfig, examples: int) -> dict[str, Any]:
+    """Return ``table`` with a start by ALPS where many weights of a model of moderate size go, and it can be pruned so;
+    else as it is."""
+    weights = sum(param.numel() for param in model.parameters())
+    if run.schedule.final_sparsity < MANY_ZEROS or weights > _MOST_WEIGHTS_TO_START:
+        return table
+    samples = min(_START_SAMPLES, examples)
+    begun = _laid_over(table, "start", method="alps", samples=samples, reconstruct=2)
+    begun = _laid_over(begun, "pst", magnitude="activation")
+    begun = _laid_over(begun, "schedule", initial_sparsity=_START_SPARSITY)
+    try:
+        require_startable(run_from_table(begun))
+    except InputError:
+        return table
+    return begun
 
 
 def _updatable_embeddings(model: nn.Module, run: RunConfig) -> list[str]:

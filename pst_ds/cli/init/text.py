@@ -22,6 +22,10 @@ _COMMENTS = {
     "train.precision": '"bf16" or "fp32"; optimizer and masters are fp32 in both',
     "train.score_penalty": "what the mean of sigmoid(S) costs at the final sparsity",
     "pst.pattern": '"matrix", "stack", "global", "row", N:M such as "2:4", or blocks such as "16x1"',
+    "pst.magnitude": "scores rank |W| times the norms of inputs, as the start did",
+    "start.method": "prunes the model before the first step; what that is worth: docs/pruning.md",
+    "start.samples": "training examples that this looks at",
+    "start.reconstruct": "passes of them that fit what is left to the dense model",
     "pst.update_embeddings": "these get a low-rank update too, and no zeros",
     "schedule.final_sparsity": "fraction of zeros in every pruned matrix at the end",
     "schedule.initial_sparsity": "fraction of zeros from the first step on: the smallest weights cost next to nothing",
@@ -30,9 +34,6 @@ _COMMENTS = {
     "schedule.update_interval": "optimizer steps between mask updates",
 }
 
-_MANY_ZEROS = 0.85
-"""From here on a classifier is better off with a one-shot start; see docs/pruning.md, "Classifiers with many zeros".
-Measured at 0.9 and 0.95, not between that and half."""
 _ESCAPED = ("Cc", "Cs", "Zl", "Zp")
 """Categories of Unicode: control characters, halves of surrogate pairs, ends of lines and of paragraphs."""
 
@@ -96,10 +97,8 @@ def _found(chosen: Chosen) -> dict[str, str]:
         "pst.target_modules": f"{chosen.summary['num_layers']} layers: {', '.join(chosen.layers)}",
     }
     comments |= {"pst.pattern": chosen.pattern_reason} if chosen.pattern_reason else {}
-    run = chosen.run
-    if run.task_facts.has_labels and run.method == "pst" and run.schedule.final_sparsity >= _MANY_ZEROS:
-        said = f"{_COMMENTS['schedule.final_sparsity']}; begun by ALPS it costs less accuracy: docs/pruning.md"
-        comments["schedule.final_sparsity"] = said
+    if chosen.run.start.method != "none":
+        comments["schedule.initial_sparsity"] = "fraction of zeros from the first step on, by [start]"
     return comments | ({"data.label_column": f"{len(chosen.labels)} classes: {classes}"} if chosen.labels else {})
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.pruned_base import remark_on_shares
+from pst_ds.train.one_shot.start import remark_on_shares
 from pst_ds.train.run import prepare, train_run
 
 pytestmark = pytest.mark.usefixtures("alone")

@@ -1,0 +1,105 @@
+"""A base model that was pruned once: by the run itself before its first step, or by ``pst-ds prune``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from pst_ds.checkpoint.restore import base_fingerprint
+from pst_ds.config.file_names import CHECKPOINTS, START
+from pst_ds.config.run import ConfigError, RunConfig
+from pst_ds.config.start import started
+from pst_ds.errors import InputError
+from pst_ds.export.plan import SHARD_BYTES
+from pst_ds.nn.base_model import PRUNING_RECORD
+from pst_ds.parallel.ranks import of_main
+from pst_ds.prune.blocks import find_blocks
+from pst_ds.prune.folder import load_base
+from pst_ds.prune.rules import METHOD_PATTERNS
+from pst_ds.train.model import attention_options
+from pst_ds.train.one_shot.pruning import Pruning, prune_to_folder, rules_for
+
+_POOLED = ("stack", "global")
+_COARSE = ("matrix", "stack")
+"""Patterns that, as "global" always does, keep the zeros of a folder whose matrices all have the same share of them."""
+
+
+def start_run(run: RunConfig, *, quiet: bool) -> RunConfig:
+    """Prune the run's pretrained model if ``[start]`` says so and it was not done yet, and return the run that goes on
+    from there. Collective: rank 0 prunes, and the others wait, as long as ``train.stall_timeout_seconds`` allows.
+    Raises InputError on all ranks."""
+    if run.start.method != "none":
+        of_main(partial(_prune_once, run, quiet=quiet))
+    return started(run)
+
+
+def require_startable(run: RunConfig) -> None:
+    """Raise InputError unless ``[start]`` can prune the run's model, as far as it is known without text. Loads the
+    model on the CPU."""
+    model = load_base(run.model.path, **attention_options(run))
+    _, _, rules = rules_for(model, run, _asked(run))
+    find_blocks(model, [rule.target.name for rule in rules])
+
+
+def _prune_once(run: RunConfig, *, quiet: bool) -> None:
+    out, asked = Path(run.output_dir) / START, _asked(run)
+    expected: dict[str, object] = {"start": asdict(run.start), "sparsity_requested": asked.sparsity, "seed": run.seed}
+    expected["base_fingerprint"] = base_fingerprint(run.model.path)
+    found = _record(out)
+    if all(found.get(name) == value for name, value in expected.items()):
+        return
+    if (Path(run.output_dir) / CHECKPOINTS).exists():
+        raise ConfigError(
+            f"{out} is not what [start], seed and model.path now ask for, and the checkpoints in {run.output_dir} go "
+            "on from it. Fix: the old values, or another output_dir"
+        )
+    if not quiet:
+        print(f"pruning {run.model.path} to {asked.sparsity} by {asked.method}: {out}", file=sys.stderr, flush=True)
+    try:
+        prune_to_folder(run, asked, out, shard_bytes=SHARD_BYTES, more={"start": asdict(run.start)})
+    except InputError as error:
+        raise InputError(f'start.method = "{asked.method}": {error}') from None
+
+
+def _asked(run: RunConfig) -> Pruning:
+    start, method, pattern = run.start, run.start.method, ""
+    assert method != "none"
+    if run.pst.pattern in _POOLED:  # which no method has: matrices are pruned one after another
+        pattern = "matrix" if start.budgets == "saliency" else METHOD_PATTERNS[method]
+    return Pruning(
+        method=method, sparsity=start.sparsity(run), pattern=pattern, budgets=start.budgets,
+        reconstruct=start.reconstruct, samples=start.samples, seed=run.seed,
+    )  # fmt: skip
+
+
+def _record(folder: Path) -> dict[str, object]:
+    """What ``pst-ds prune`` says of a folder that it wrote; empty where there is none, or it is damaged."""
+    try:
+        found = json.loads((folder / PRUNING_RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def remark_on_shares(run: RunConfig) -> str:
+    """Return what a user should know, as a sentence without a full stop, when the run's pattern shares zeros out
+    otherwise than ``pst-ds prune`` did in the run's base model; "" when it keeps them, or there is no such model.
+
+    Zeros score lowest, so a pattern keeps them as long as none of its groups has more of them than it prunes.
+    """
+    if run.mask_method.masks != "ramp" or run.pst.pattern == "global":
+        return ""
+    about = _record(Path(run.model.path))
+    if "pattern" not in about:
+        return ""
+    pattern, budgets = str(about["pattern"]), str(about.get("budgets", "equal"))
+    if budgets == "equal" and (run.pst.pattern == pattern or run.pst.pattern in _COARSE):
+        return ""
+    return (
+        f'pst-ds prune shared the zeros of model.path out with pattern "{pattern}" and {budgets} budgets, which '
+        f'pst.pattern = "{run.pst.pattern}" does not keep: its first masks prune other weights. pst.pattern = "global" '
+        "begins with the zeros that are there"
+    )

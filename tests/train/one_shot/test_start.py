@@ -1,0 +1,155 @@
+"""A run that prunes its own base before the first step, against ``pst-ds prune`` and a run from its folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pst_ds.checkpoint.format import read_checkpoint
+from pst_ds.cli.main import main
+from pst_ds.config.run import ConfigError
+from pst_ds.config.start import started
+from pst_ds.config.toml import load_run, load_run_folder
+from pst_ds.errors import InputError
+from pst_ds.parallel.launch import LaunchEnvironment
+from pst_ds.parallel.ranks import rank, world_size
+from pst_ds.train.run import prepare, train_run
+
+RUN_FILE = "tests/data/world_size.toml"
+SETTINGS = ("train.num_steps=4", "schedule.initial_sparsity=0.5", "deepspeed_config=", "eval.interval=0")
+START = ("start.method=alps", "start.samples=24", "start.reconstruct=1")
+
+
+def _run(folder, *more):
+    return load_run(RUN_FILE, [*SETTINGS, f"output_dir={json.dumps(str(folder))}", *more])
+
+
+def _train(folder, *more, **how):
+    prepared = prepare(_run(folder, *more), LaunchEnvironment(rank(), world_size(), rank()))
+    return train_run(prepared, quiet=True, **how)
+
+
+def _trained(folder):
+    """The masters and the masks of the last checkpoint."""
+    checkpoint = read_checkpoint((Path(folder) / "checkpoints" / "final").resolve())
+    shapes = checkpoint.contents.trained
+    values = {n: checkpoint.values(n, "master", 0, torch.Size(shape).numel()) for n, shape in shapes.items()}
+    return values | {f"mask {name}": bits for name, bits in checkpoint.masks.items()}
+
+
+def _differing(one, other):
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def _started(run_ranks, tmp_path, ranks):
+    run_ranks(_train, ranks, str(tmp_path / str(ranks)), *START, f"deepspeed_config={_zero3(tmp_path)}")
+    return tmp_path / str(ranks)
+
+
+def test_it_is_the_run_from_the_folder_that_prune_writes_and_its_folder_says_so(tmp_path, alone):
+    _train(tmp_path / "run", *START)
+    words = ["--method", "alps", "--samples", "24", "--reconstruct", "1", "--sparsity", "0.5", "--seed", "7", "--quiet"]
+    assert main(["prune", RUN_FILE, *words, "--out", str(tmp_path / "pruned")]) == 0
+    begun, pruned = (
+        load_file(path / "model.safetensors") for path in (tmp_path / "run" / "start", tmp_path / "pruned")
+    )
+    assert _differing(begun, pruned) == []
+    _train(tmp_path / "from-folder", f"model.path={json.dumps(str(tmp_path / 'pruned'))}")
+    assert _differing(_trained(tmp_path / "run"), _trained(tmp_path / "from-folder")) == []
+
+    run = load_run_folder(tmp_path / "run")
+    assert (run.model.path, run.start.method) == (str(tmp_path / "run" / "start"), "none")
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    assert main(["export", str(tmp_path / "moved"), "--out", str(tmp_path / "export")]) == 0
+    assert main(["verify", str(tmp_path / "export"), "--against", str(tmp_path / "moved")]) == 0
+
+
+def test_a_run_that_goes_on_does_not_prune_again_and_another_start_is_refused(tmp_path, alone, capsys):
+    _train(tmp_path, *START)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "start").iterdir()}
+    whole = _trained(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    _train(tmp_path, *START)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "start").iterdir()} == files
+    assert _differing(whole, _trained(tmp_path)) == []
+    _train(tmp_path, *START, resume=True)
+    with pytest.raises(ConfigError, match="has checkpoints up to"):
+        _train(tmp_path, *START)
+    with pytest.raises(ConfigError, match=r"is not what .* now ask for, and the checkpoints in .* go on"):
+        _train(tmp_path, *START, "start.samples=23", resume=True)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "start").iterdir()} == files
+
+
+def test_a_start_that_was_not_finished_or_is_of_other_settings_is_made_anew(tmp_path, alone):
+    _train(tmp_path / "whole", *START)
+    _train(tmp_path / "other", *START, "start.samples=12")
+    for name, damage in (("other", None), ("damaged", b"{")):
+        if damage:
+            shutil.copytree(tmp_path / "whole" / "start", tmp_path / name / "start")
+            (tmp_path / name / "start" / "pruning.json").write_bytes(damage)
+        else:
+            shutil.rmtree(tmp_path / name / "checkpoints")
+        _train(tmp_path / name, *START)
+        assert _differing(_trained(tmp_path / "whole"), _trained(tmp_path / name)) == []
+
+
+@pytest.mark.zero3
+def test_ranks_begin_with_the_same_zeros_as_one_process(run_ranks, tmp_path):
+    one, two = (_started(run_ranks, tmp_path, ranks) for ranks in (1, 2))
+    assert _differing(*(load_file(folder / "start" / "model.safetensors") for folder in (one, two))) == []
+    masks = [{n: bits for n, bits in _trained(folder).items() if n.startswith("mask ")} for folder in (one, two)]
+    assert _differing(*masks) == []
+
+
+def _refused(folder, *more):
+    with pytest.raises(InputError) as caught:
+        _train(folder, *more)
+    return str(caught.value)
+
+
+@pytest.mark.zero3
+def test_what_cannot_be_pruned_ends_all_ranks_with_one_message(run_ranks, tmp_path):
+    said = run_ranks(_refused, 2, str(tmp_path), *START, "start.samples=2000", f"deepspeed_config={_zero3(tmp_path)}")
+    assert said[0].startswith('start.method = "alps": data.train has 240 examples, fewer than the 2000 samples')
+    assert said == said[:1] * 2
+    assert not (tmp_path / "start").exists()
+
+
+def _zero3(tmp_path):
+    path = tmp_path / "zero3.json"
+    path.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
+    return path
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["start.samples=12"], 'does nothing with start.method = "none"'),
+        (["method=lora"], "method = 'lora' does not"),
+        (["method=masked-lora"], 'Fix: pst.initial_mask = "zeros"'),
+        (["schedule.initial_sparsity=0.0"], "schedule.initial_sparsity says, which is 0"),
+        (
+            ["pst.pattern=2:4", "schedule.final_sparsity=0.5", "schedule.initial_sparsity=0.25"],
+            "initial_sparsity = 0.5",
+        ),
+        (['pst.overrides=[{modules="query", final_sparsity=0.6}]'], "a final_sparsity of its own"),
+    ],
+)
+def test_a_start_that_the_run_would_not_begin_with_is_refused(tmp_path, settings, said):
+    method = [] if settings[0].startswith("start.") else ["start.method=alps"]
+    with pytest.raises(ConfigError) as caught:
+        _run(tmp_path, *method, *settings)
+    assert said in str(caught.value)
+
+
+def test_a_model_that_was_its_own_teacher_is_taught_by_what_was_not_pruned(tmp_path):
+    run = started(_run(tmp_path, "start.method=alps", "distillation.weight=0.5"))
+    assert run.distillation.teacher == "tests/data/tiny-bert"
+    assert run.model.path == str(tmp_path / "start")
+    assert started(run) == run
