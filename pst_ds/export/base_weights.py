@@ -57,6 +57,12 @@ class BaseWeights:
         """The file's name for the model's tensor ``name``: with or without the base model's prefix; None if absent."""
         return _spelled(name, self._prefix, self._file_of)
 
+    def unused_by(self, model: nn.Module) -> list[str]:
+        """Return the files' own names of tensors that ``model`` has none of: of another head, or of a pooler."""
+        state = saved_tensors(model, model.state_dict())
+        used = {self.find(name) for name in state}
+        return [name for name in self.names if name not in used]
+
     def size(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """dtype and shape of the tensor under the file's own ``name``; its values are not read."""
         file = self._file(name)

@@ -88,14 +88,17 @@ def write_folder(
     out: Path,
     *,
     shard_bytes: int,
+    unused: Mapping[str, Tensor],
     copy_beside: Callable[[Path], None],
 ) -> None:
     """Write ``out``, whole or not at all: weights in files of at most ``shard_bytes``, config, ``record``, ``scales``.
 
+    ``unused``: tensors of the base model's files that ``model`` has none of, which are written as they are.
     ``copy_beside`` is given the folder to put the small files of the base model into: its tokenizer's, for one.
     """
     with atomic_folder(out) as folder:
-        model.save_pretrained(folder, max_shard_size=shard_bytes)
+        state = {**model.state_dict(), **unused} if unused else None
+        model.save_pretrained(folder, max_shard_size=shard_bytes, state_dict=state)
         copy_beside(folder)
         if scales:
             save_file(scales, folder / SCALES_FILE)

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import shlex
+import shutil
 import sys
 import tomllib
 from pathlib import Path
@@ -46,8 +47,10 @@ def test_a_classifier(made, capsys):
     assert table["data"]["validation"] == "tests/data/validation.jsonl"
     assert "deepspeed_config" not in table
     assert table["pst"]["update_embeddings"] == ["word_embeddings"]
-    early = {"initial_sparsity": 0.45, "warmup_fraction": 0.0, "cooldown_fraction": 0.4}
+    early = {"initial_sparsity": 0.8, "warmup_fraction": 0.0, "cooldown_fraction": 0.4}
     assert {name: table["schedule"][name] for name in early} == early
+    assert table["start"] == {"method": "alps", "samples": 240, "reconstruct": 2}
+    assert table["pst"]["magnitude"] == "activation"
     assert (result["classes"], result["examples"], result["num_layers"]) == (["bad", "good"], 240, 12)
     plan = _planned(capsys, out)
     assert (plan["num_steps"], plan["trained_parameters"]) == (result["num_steps"], result["trained_parameters"])
@@ -58,7 +61,7 @@ def test_a_classifier(made, capsys):
         "at most 48",
         "# 240 examples",
         "query, key, value, dense",
-        "begun by ALPS it costs less",
+        "prunes the model before the first step",
     ):
         assert words in text
     assert max(map(len, text.splitlines())) <= 120
@@ -66,8 +69,20 @@ def test_a_classifier(made, capsys):
 
 @pytest.mark.parametrize("more", [("--sparsity", "0.8"), ("--method", "gmp"), ("--task", "causal-lm")])
 def test_a_start_by_alps_is_for_classifiers_with_many_zeros(made, more):
-    out, _, _ = made(LLAMA if "causal-lm" in more else BERT, "--train", TRAIN, *more)
-    assert "ALPS" not in out.read_text()
+    _, table, _ = made(LLAMA if "causal-lm" in more else BERT, "--train", TRAIN, *more)
+    assert "start" not in table
+    assert "magnitude" not in table["pst"]
+    assert table["schedule"].get("initial_sparsity") in (None, 0.4)
+
+
+def test_a_model_that_cannot_be_pruned_block_by_block_begins_without(made, tmp_path):
+    """As a folder whose class has weights that it lacks."""
+    base = Path(shutil.copytree(BERT, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
+    _, table, _ = made(str(base), "--train", TRAIN)
+    assert "start" not in table
+    assert table["schedule"]["initial_sparsity"] == 0.45
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForPreTraining
 
 from pst_ds.atomic_files import file_sha256
 from pst_ds.checkpoint.restore import base_fingerprint
@@ -224,6 +224,23 @@ def test_a_model_that_lacks_weights_is_refused(capsys, tmp_path):
     line = _refused(capsys, tmp_path, "--set", _model_path(base), run_file=CLASSES)
     assert "lacks cls.predictions" in line
     assert "which a BertForMaskedLM has" in line
+
+
+def test_weights_that_the_named_class_has_not_are_kept(capsys, tmp_path):
+    """A BERT of masked language modelling has no pooler, and its files have one, which classifiers begin with."""
+    config = BertConfig.from_pretrained(DATA / "tiny-bert")
+    torch.manual_seed(0)
+    BertForPreTraining(config).save_pretrained(tmp_path / "base", max_shard_size=20_000)
+    written = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**written, "architectures": ["BertForMaskedLM"]}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DATA / "tiny-bert" / name, tmp_path / "base" / name)
+    _prune(capsys, tmp_path / "out", CLASSES, "magnitude", "--set", _model_path(tmp_path / "base"))
+    before, after = (BertForPreTraining.from_pretrained(tmp_path / name).state_dict() for name in ("base", "out"))
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert "bert.pooler.dense.weight" in before
+    assert len(changed) == 12
+    assert all("layer." in name for name in changed)
 
 
 def test_a_packed_folder_is_refused(capsys, tmp_path):

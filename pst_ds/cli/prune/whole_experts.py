@@ -41,7 +41,15 @@ def drop(run: RunConfig, args: argparse.Namespace) -> dict[str, object]:
     }
     of_modules = {m.name: {"kept": m.kept, "scores": m.scores, "expert_tokens": m.tokens} for m in modules}
     record = {"format": FORMAT, **facts, "layers": [], "modules": of_modules}
-    write_folder(model, record, {}, out, shard_bytes=args.shard_bytes, copy_beside=lambda to: copy_beside(base, to))
+    write_folder(
+        model,
+        record,
+        {},
+        out,
+        shard_bytes=args.shard_bytes,
+        unused={},
+        copy_beside=lambda to: copy_beside(base.folder, to),
+    )
     seconds = time.perf_counter() - start
     print(
         f"wrote {args.out}: reap, {facts['experts']} of {facts['experts_before']} experts in each of {len(modules)} "

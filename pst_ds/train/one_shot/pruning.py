@@ -70,18 +70,20 @@ def prune_to_folder(
     model, base = load_whole(run, out)
     layers, about = _pruned(model, run, asked)
     record = record_of(layers, about | dict(more or {}))
+    unused = {name: base.read(name) for name in base.unused_by(model)}
     write_folder(
-        model, record, scales_of(layers), out, shard_bytes=shard_bytes, copy_beside=lambda to: copy_beside(base, to)
-    )
+        model, record, scales_of(layers), out, shard_bytes=shard_bytes, unused=unused,
+        copy_beside=lambda to: copy_beside(base.folder, to),
+    )  # fmt: skip
     return record, layers
 
 
-def load_whole(run: RunConfig, out: Path) -> tuple[PreTrainedModel, Path]:
-    """Return the run's model, and the folder that it is in, once ``out`` is free and has the space. Raises
-    InputError."""
+def load_whole(run: RunConfig, out: Path) -> tuple[PreTrainedModel, BaseWeights]:
+    """Return the run's model, and its files, once ``out`` is free and has the space. Raises InputError."""
     path = run.model.path
     require_free(out, path)
-    model, base = load_base(path, **attention_options(run)), BaseWeights(path, "").folder
+    model = load_base(path, **attention_options(run))
+    base = BaseWeights(path, getattr(model, "base_model_prefix", ""))
     require_space(out, sum(param.nbytes for param in model.parameters()))
     return model, base
 
