@@ -26,6 +26,7 @@ from pst_ds.config.run import (
     RunConfig,
     TrainConfig,
 )
+from pst_ds.config.start import StartConfig
 from pst_ds.config.tasks import TASKS
 from pst_ds.config.toml import PRESETS
 from pst_ds.config.tracking import TrackingConfig
@@ -35,7 +36,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE, SCHEMA = ROOT / "docs" / "run-file.md", ROOT / "docs" / "run-file.schema.json"
 TABLES = {
     "": RunConfig, "model": ModelConfig, "data": DataConfig, "[data.sources]": DataSource, "train": TrainConfig,
-    "schedule": ScheduleConfig, "pst": PSTConfig, "[pst.overrides]": Override, "quantization": QuantizationConfig,
+    "start": StartConfig, "schedule": ScheduleConfig, "pst": PSTConfig, "[pst.overrides]": Override,
+    "quantization": QuantizationConfig,
     "prompt": PromptConfig,
     "distillation": DistillationConfig, "eval": EvalConfig, "checkpoint": CheckpointConfig, "pictures": PicturesConfig,
     "tracking": TrackingConfig,

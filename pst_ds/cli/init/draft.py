@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -36,13 +36,15 @@ _GUESSED_PAIRS = (["sentence1", "sentence2"], ["premise", "hypothesis"], ["quest
 _GUESSED_TEXTS = (["text"], ["sentence"], *_GUESSED_PAIRS)
 _GUESSED_CONVERSATIONS = (["messages"], ["conversations"], ["prompt", "completion"])
 _TEXT_TYPES = ("string", "large_string")
+Settings: TypeAlias = dict[str, Any]
+"""Values of settings, or tables of them, by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """A run, and the findings that led to it."""
 
-    table: dict[str, Any]
+    table: Settings
     """The run file's settings, those that it names."""
     run: RunConfig
     labels: list[str]
@@ -56,7 +58,7 @@ class Chosen:
     """Why the run is as long as it is."""
     pattern_reason: str
     """Why zeros lie as they do; empty where nothing was chosen."""
-    summary: dict[str, Any]
+    summary: Settings
 
     def plan_command(self, out: Path) -> str:
         """Return the command for a shell, as :meth:`train_command` does."""
@@ -123,7 +125,7 @@ def _has_small_update(run: RunConfig) -> bool:
     return bool(run.mask_method.injects and config.update_rank and not config.multiplicative_update)
 
 
-def _for_a_new_task(table: dict[str, Any], model: nn.Module, run: RunConfig, examples: int) -> dict[str, Any]:
+def _for_a_new_task(table: Settings, model: nn.Module, run: RunConfig, examples: int) -> Settings:
     """Return ``table`` for a model that learns a new task: with an update of its embeddings, and with masks that are
     half empty at once and final early; if many weights go, with most of their zeros from ALPS. docs/tuning-log.md and
     docs/pruning.md say what each is worth."""
@@ -136,7 +138,7 @@ def _for_a_new_task(table: dict[str, Any], model: nn.Module, run: RunConfig, exa
     return _with_start(table, model, run, examples)
 
 
-def _with_start(table: dict[str, Any], model: nn.Module, run: RunConfig, examples: int) -> dict[str, Any]:
+def _with_start(table: Settings, model: nn.Module, run: RunConfig, examples: int) -> Settings:
     """Return ``table`` with a start by ALPS where many weights of a model of moderate size go, and it can be pruned so;
     else as it is."""
     weights = sum(param.numel() for param in model.parameters())
@@ -164,7 +166,7 @@ def _updatable_embeddings(model: nn.Module, run: RunConfig) -> list[str]:
     return list(names)
 
 
-def proposed_length(usual_epochs: float, examples: int, batch_size: int) -> tuple[dict[str, Any], str]:
+def proposed_length(usual_epochs: float, examples: int, batch_size: int) -> tuple[Settings, str]:
     """Return ``num_epochs`` or ``num_steps`` for a run over ``examples``, and why.
 
     It is the task's usual epochs. Of little data it is up to three times as many, since masks need steps to settle
@@ -183,7 +185,7 @@ def proposed_length(usual_epochs: float, examples: int, batch_size: int) -> tupl
     return {"num_steps": _LEAST_STEPS}, f"{epochs:.1f} epochs, for the masks to settle"
 
 
-def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> dict[str, Any]:
+def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Settings:
     """Return the settings that need no model, in the order of the file, without defaults that say nothing."""
     rows = read_rows(DataConfig(train=args.train), "train", {})
     features = {name: getattr(feature, "dtype", "") for name, feature in rows.features.items()}
@@ -196,7 +198,7 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> dict[
     facts = TASKS[task]
     if facts.packs_text and not args.task:
         _require_labels_or_causal(args, features)
-    data: dict[str, Any] = {"train": args.train}
+    data: Settings = {"train": args.train}
     data |= {name: getattr(args, name) for name in ("validation", "test") if getattr(args, name)}
     found = _conversations(features) if task == "chat" else []
     data["text_columns"] = args.text_columns or found or _text_columns(features, label_column, task, args.train)
@@ -205,7 +207,7 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> dict[
     if args.max_length:
         data["max_length"] = args.max_length
     epochs = {"num_epochs": facts.init_epochs if args.epochs is None else args.epochs}
-    table: dict[str, Any] = {
+    table: Settings = {
         "output_dir": args.output_dir or f"runs/{Path(args.out).stem}",
         "task": task,
         "method": args.method,
@@ -287,5 +289,5 @@ def _positions(config: Any, tokenizer: Any) -> int | None:
     return min(known, default=None)
 
 
-def _laid_over(table: dict[str, Any], section: str, **settings: Any) -> dict[str, Any]:
+def _laid_over(table: Settings, section: str, **settings: Any) -> Settings:
     return {**table, section: {**table.get(section, {}), **settings}}
