@@ -105,7 +105,7 @@ VERBS = {
         "give it a row",
     ),
     "calibration with too little text": Wrong(
-        _prune("--method", "wanda", "--samples", "9999"), "--samples", "9999", "lower it"
+        _prune("--method", "wanda", "--samples", "9999"), "--samples", "9999", "lower --samples"
     ),
     "prune of a packed folder": Wrong(
         _prune("--method", "magnitude", settings=("model.path={made}/bitmask",)),
