@@ -81,7 +81,10 @@ def _of_memory(plan: Plan) -> Iterator[str]:
 def _of_steps(plan: Plan) -> Iterator[str]:
     examples = "" if plan["num_examples"] is None else f" over {plan['num_examples']:,} {plan['unit']}"
     yield f"{plan['num_steps']} steps{examples}"
-    schedule = plan["schedule"]
+    start, schedule = plan["start"], plan["schedule"]
+    if start:
+        text = "" if start["method"] == "magnitude" else f" on {start['samples']} examples"
+        yield f"before them, rank 0 prunes to {start['sparsity']} by {start['method']}{text}: {start['folder']}"
     if schedule:
         yield (
             f"{schedule['mask_updates']} mask updates, steps {schedule['first_update']} to {schedule['last_update']}: "

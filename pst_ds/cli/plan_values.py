@@ -13,6 +13,7 @@ from pst_ds.checkpoint.format import SCALE_BYTES, most_bytes
 from pst_ds.cli.plan_text import Plan
 from pst_ds.config.run import RunConfig
 from pst_ds.config.sequences import groups_of_ranks
+from pst_ds.config.start import started
 from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError
 from pst_ds.json_text import JsonObject
@@ -100,6 +101,7 @@ def make_plan(config: RunConfig, ask: Ask) -> Plan:
         "parameters": numbers.parameters,
         "trained_parameters": numbers.trainables,
         "pruned_parameters": numbers.pruned_weights,
+        "start": _start(config),
         "schedule": schedule,
         "rounding": _rounding(config, num_steps),
         "base_grid": str(base_grid) if (base_grid := base_grid_of_run(config)) else None,
@@ -131,6 +133,13 @@ def _need(config: RunConfig, plan: Plan, device: str) -> Need:
     on_the_way = 0 < checkpoint.interval < plan["num_steps"] or config.eval.interval > 0
     copies = held_saves(saves_on_the_way=on_the_way, holds_steps=checkpoint.grace_seconds > 0)
     return need_of_process(memory["peak"], kept, copies * plan["checkpoint_bytes"] / plan["ranks"])
+
+
+def _start(config: RunConfig) -> dict[str, object] | None:
+    """The one-shot pruning that the run begins with; None for none."""
+    if config.start.method == "none":
+        return None
+    return {**asdict(config.start), "sparsity": config.start.sparsity(config), "folder": started(config).model.path}
 
 
 def _work(config: RunConfig, plan: Plan, numbers: ModelNumbers, batch: Batch, need: Need) -> Work:

@@ -31,6 +31,7 @@ from pst_ds.export.prompt_file import SavedPrompt, read_prompt
 from pst_ds.export.rounding import linear_layers
 from pst_ds.export.vocabulary import with_fewer_rows, write_vocabulary
 from pst_ds.export.write import write_tensors
+from pst_ds.nn.base_model import pretrained_before
 
 _SMALL = "generation_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
 """Small files of the base that the tokenizer does not write."""
@@ -97,6 +98,8 @@ def export_run(
         "prompt": None if prompt is None else prompt.facts,
         "run": run,
     }
+    if pruned_from := pretrained_before(state.base_path):
+        about["pruned_from"] = pruned_from
     _require_reader(prompt, packing, checkpoint.folder)
     jobs = plan_run(model, checkpoint, base, encoding, dtype)
     write_beside = partial(_write_beside_run, model, base, tokenizer, prompt)
@@ -167,6 +170,7 @@ def export_folder(
     )  # fmt: skip
     _require_reader(read_prompt(source), packing, source)
     about = {key: folder.about.get(key) for key in surviving} | {"metrics": folder.about.get("metrics") or {}}
+    about |= {key: folder.about[key] for key in ("pruned_from",) if key in folder.about}
     contents = _Contents(jobs, origin, about, linear_layers(folder.model), lambda beside: _copy_folder(folder, beside))
     if vocabulary:
         contents = _trimmed(contents, folder.model, tokenizer, vocabulary)

@@ -21,7 +21,7 @@ def model_card(name: str, entries: Sequence[TensorEntry], about: About) -> str:
 
 def _front_matter(about: About) -> list[str]:
     encoding = encoding_by(about)
-    base = about.get("base_model")
+    base = _base(about)
     grids = dict.fromkeys(grid.values for grid in (encoding.values, encoding.embeddings) if grid)
     formats = [] if encoding.is_plain else [f"format-{about['kind'].replace(':', '-of-')}"]
     tags = ["sparse", "pruned", "pst-ds", *formats, *grids]
@@ -31,9 +31,14 @@ def _front_matter(about: About) -> list[str]:
     return [*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""]
 
 
+def _base(about: About) -> str:
+    """The pretrained model: where the run's base was pruned from, if it was; "" where that is not known."""
+    return about.get("pruned_from") or about.get("base_model") or ""
+
+
 def _summary(name: str, about: About) -> list[str]:
     how = "stored densely, with exact zeros" if about["kind"] == DENSE else f"packed as {about['kind']}"
-    base = f" of {about['base_model']}" if about.get("base_model") else ""
+    base = f" of {_base(about)}" if _base(about) else ""
     zeros = f"{about['sparsity_measured']:.2%} of the weights in its pruned layers are zero; they are {how}."
     lines = [f"# {name}", "", f"A sparse version{base}. {zeros}{_grids(about)}"]
     if about.get("step") is not None:

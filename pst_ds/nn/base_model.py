@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,16 @@ class Pretrained:
                 f"{self} lacks {', '.join(missing[:4])}{' and others' if len(missing) > 4 else ''}, which a "
                 f"{type(model).__name__} has: there would be random values. {fix}"
             )
+
+
+def pretrained_before(path: str) -> str:
+    """Return the model that the folder ``path`` was pruned from, by ``pst-ds prune`` or by a run; "" where no record
+    says so."""
+    try:
+        base = json.loads((Path(path) / PRUNING_RECORD).read_text(encoding="utf-8")).get("base_model")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return base if isinstance(base, str) else ""
 
 
 def architecture(config: PreTrainedConfig) -> type[PreTrainedModel] | None:

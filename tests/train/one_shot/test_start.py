@@ -68,6 +68,17 @@ def test_it_is_the_run_from_the_folder_that_prune_writes_and_its_folder_says_so(
     shutil.move(tmp_path / "run", tmp_path / "moved")
     assert main(["export", str(tmp_path / "moved"), "--out", str(tmp_path / "export")]) == 0
     assert main(["verify", str(tmp_path / "export"), "--against", str(tmp_path / "moved")]) == 0
+    assert "A sparse version of tests/data/tiny-bert." in (tmp_path / "export" / "README.md").read_text()
+
+
+def test_a_plan_names_it(tmp_path, capsys):
+    words = [
+        word
+        for setting in (*SETTINGS, *START, f"output_dir={json.dumps(str(tmp_path))}")
+        for word in ("--set", setting)
+    ]
+    assert main(["plan", RUN_FILE, *words]) == 0
+    assert f"rank 0 prunes to 0.5 by alps on 24 examples: {tmp_path / 'start'}" in capsys.readouterr().out
 
 
 def test_a_run_that_goes_on_does_not_prune_again_and_another_start_is_refused(tmp_path, alone, capsys):
