@@ -80,8 +80,9 @@ def test_a_model_that_cannot_be_pruned_block_by_block_begins_without(made, tmp_p
     base = Path(shutil.copytree(BERT, tmp_path / "base"))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
-    _, table, _ = made(str(base), "--train", TRAIN)
+    out, table, _ = made(str(base), "--train", TRAIN)
     assert "start" not in table
+    assert "begun by ALPS it costs less" in out.read_text()
     assert table["schedule"]["initial_sparsity"] == 0.45
 
 
