@@ -326,12 +326,13 @@ class RunConfig:
             raise ConfigError(f"schedule.{error}") from None
 
     def make_ranks(self, num_steps: int) -> Schedule | None:
-        """Return the schedule of the share of the updates' components that a run of ``num_steps`` drops
-        (:meth:`CubicSchedule.for_ranks`), with any method; None for a run that keeps them all."""
+        """Return the schedule of the share of the updates' components that a run of ``num_steps`` drops, along the ramp
+        of ``[schedule]`` with any method; None for a run that keeps them all."""
         dropped_share = self.mask_method.pst_config(self.pst).dropped_share if self.mask_method.injects else 0.0
         if not dropped_share:
             return None
-        return CubicSchedule(num_steps=num_steps, **asdict(self.schedule)).for_ranks(dropped_share)
+        ramp = replace(self.schedule, final_sparsity=dropped_share, initial_sparsity=0.0)
+        return CubicSchedule(num_steps=num_steps, **asdict(ramp))
 
     def make_rounding(self, num_steps: int) -> RoundingSchedule | None:
         """Return when a run of ``num_steps`` rounds its weights; None for never. Raises ConfigError if too late."""

@@ -4,7 +4,7 @@ the rates of a run that names none."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 
@@ -100,18 +100,6 @@ class CubicSchedule(ScheduleConfig):
     def ramp_end(self) -> int:
         """The step of the last mask update. At least one after ``ramp_start``."""
         return max(self.num_steps - math.floor(self.cooldown_fraction * self.num_steps), self.ramp_start + 1)
-
-    def for_ranks(self, dropped_share: float) -> CubicSchedule:
-        """Return the schedule of the share of updates' components that is dropped: from none to ``dropped_share``
-        along the first half of this ramp. What is kept has the other half and the cool-down to learn what went with
-        the rest (docs/decisions.md)."""
-        half = (1.0 - self.warmup_fraction - self.cooldown_fraction) / 2.0
-        return replace(
-            self,
-            final_sparsity=dropped_share,
-            initial_sparsity=0.0,
-            cooldown_fraction=self.cooldown_fraction + half,
-        )
 
     def sparsity_at(self, step: int) -> float:
         """v_f + (v_i - v_f) (1 - progress)^3 at the latest mask update up to ``step``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from dataclasses import replace
 
 from torch import nn
 from torch.optim import Optimizer
@@ -91,8 +92,8 @@ class MaskUpdater:
         rounding: when weights are rounded to the grid that ``inject_pst`` was given, and their scales searched; None
             leaves them as they are.
         ranks: the share of the components of U V that is dropped, and when, of a model with gates
-            (``PSTConfig.update_gates``). None drops those that ``PSTConfig.target_rank`` says, along the first half of
-            the ramp of ``schedule``.
+            (``PSTConfig.update_gates``). None drops those that ``PSTConfig.target_rank`` says, along the ramp of
+            ``schedule``.
 
     Raises:
         InputError: ``inject_pst`` was not called on ``model``, or ``schedule`` lacks a method; or ``rounding`` has no
@@ -203,10 +204,10 @@ def _ranks_of(config: PSTConfig, schedule: Schedule) -> Schedule | None:
     if not config.dropped_share:
         return None
     if isinstance(schedule, CubicSchedule):
-        return schedule.for_ranks(config.dropped_share)
+        return replace(schedule, final_sparsity=config.dropped_share, initial_sparsity=0.0)
     raise InputError(
         f"target_rank = {config.target_rank} drops components along a ramp, and {type(schedule).__name__} has none; "
-        "give MaskUpdater ranks = CubicSchedule(num_steps=…, final_sparsity=…).for_ranks(config.dropped_share)"
+        "give MaskUpdater ranks = CubicSchedule(num_steps=…, final_sparsity=config.dropped_share)"
     )
 
 

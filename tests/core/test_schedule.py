@@ -58,25 +58,6 @@ def test_an_interval_longer_than_the_ramp_updates_once():
     assert update_steps(schedule, 100) == [70]
 
 
-def test_components_are_dropped_along_the_first_half_of_the_ramp():
-    masks = CubicSchedule(
-        final_sparsity=0.9,
-        initial_sparsity=0.45,
-        num_steps=100,
-        warmup_fraction=0.2,
-        cooldown_fraction=0.4,
-        update_interval=5,
-    )
-    ranks = masks.for_ranks(0.75)
-    assert (ranks.ramp_start, ranks.ramp_end) == (20, 40)
-    assert [ranks.sparsity_at(step) for step in (20, 30, 40, 100)] == pytest.approx(
-        [0.0, 0.75 * (1 - 0.5**3), 0.75, 0.75]
-    )
-    updates = [step for step in range(101) if ranks.updates_masks_at(step)]
-    assert updates == [25, 30, 35, 40]
-    assert all(masks.updates_masks_at(step) for step in updates)  # whose masters they are chosen by
-
-
 def test_initial_sparsity_is_set_before_the_first_step():
     schedule = CubicSchedule(final_sparsity=0.7, initial_sparsity=0.1, num_steps=100)
     assert schedule.updates_masks_at(0)
