@@ -188,11 +188,11 @@ def train_run(
     refused. ``splits``: those of :func:`load_splits`, if loaded before; ``evaluation`` replaces :func:`evaluate`.
     Raises InputError, StoppedError after a signal, DivergedError, CheckpointWriteError.
     """
-    prepared = begin_with_start(prepared, fresh=not (resume or restart), quiet=quiet)
     examples, validation = splits or load_splits(prepared)
     num_steps = prepared.run.num_steps(len(examples))
     prepared.task.require_enough(examples, num_steps * prepared.run.train.batch_size)
-    run = prepared.run.with_rates(width=prepared.width, num_steps=num_steps, num_examples=len(examples))
+    run = start_run(prepared.run, is_new=not (resume or restart), quiet=quiet)
+    run = run.with_rates(width=prepared.width, num_steps=num_steps, num_examples=len(examples))
     prepared, folder = replace(prepared, run=run), Path(run.output_dir)
     dense = raise_on_all_ranks(lambda: _dense_run(run, examples.digest))
     schedule, rounding, ranks = run.make_schedule(num_steps), run.make_rounding(num_steps), run.make_ranks(num_steps)
@@ -218,14 +218,6 @@ def train_run(
     judge = partial(judged_fit, run, prepared.task, examples, num_steps, dense, metrics)
     state, final, fit, experts = _train_to_the_end(loop, checkpointer, begun.state, folder / STALLS, judge)
     return _result(prepared, loop, state, checkpointer, final, fit, experts)
-
-
-def begin_with_start(prepared: Prepared, *, fresh: bool, quiet: bool) -> Prepared:
-    """Return the run as it goes on from the one-shot pruning that it begins with, if any. A ``fresh`` one is refused
-    before that where its folder has checkpoints. Collective. Raises InputError."""
-    if fresh and prepared.run.start.method != "none":
-        run_folder.require_no_checkpoints(Path(prepared.run.output_dir))
-    return replace(prepared, run=start_run(prepared.run, quiet=quiet))
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,15 +64,15 @@ _SHARED = ("batch", "losses", "tokens", "last_report_seconds", "skipped_in_a_row
 
 
 @contextmanager
-def shared_folder(folder: Path) -> Iterator[None]:
-    """Create ``folder``; remove what was created for it if the input inside is bad. Collective.
+def shared_folder(folder: Path) -> Iterator[Path]:
+    """Create ``folder``, which is what is entered; remove what was created for it if the input inside is bad.
 
-    Raises ConfigError when the ranks do not all see the same folder.
+    Collective. Raises ConfigError when the ranks do not all see the same folder.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         _require_shared(folder)
-        yield
+        yield folder
     except InputError:
         for path in made if is_main() else ():
             with suppress(OSError):  # never made, or no longer empty

@@ -26,7 +26,8 @@ from pst_ds.progress import Progress
 from pst_ds.train import run_folder
 from pst_ds.train.divergence import DivergedError
 from pst_ds.train.evaluate import predict
-from pst_ds.train.run import Prepared, Splits, StoppedError, begin_with_start, load_splits, train_run
+from pst_ds.train.one_shot.start import start_run
+from pst_ds.train.run import Prepared, Splits, StoppedError, load_splits, train_run
 from pst_ds.tune.halving import RATES, Candidate, Outcome, Rung, candidates, chosen, promoted, rungs
 
 Record = dict[str, Any]
@@ -60,7 +61,8 @@ def search(prepared: Prepared, share: float, *, restart: bool = False) -> list[R
             shutil.rmtree(folder / TRIALS, ignore_errors=True)
             _write_lines(folder, lines)
         _write_run_file(folder, run)
-        begun = begin_with_start(prepared, fresh=False, quiet=False)  # one for all trials, and for the run itself
+        # one start for all trials, and for the run itself
+        begun = replace(prepared, run=start_run(run, is_new=False, quiet=False))
         with Progress("tune", sum(rung.trials * rung.steps for rung in plan), "steps") as progress:
             best = _run_trials(begun, splits, plan, tried, lines, progress)
         rates: dict[str, Any] = dict(best.rates(run.train))

@@ -21,17 +21,25 @@ from pst_ds.prune.folder import load_base
 from pst_ds.prune.rules import METHOD_PATTERNS
 from pst_ds.train.model import attention_options
 from pst_ds.train.one_shot.pruning import Pruning, prune_to_folder, rules_for
+from pst_ds.train.run_folder import require_no_checkpoints, shared_folder
 
 _POOLED = ("stack", "global")
 _COARSE = ("matrix", "stack")
 """Patterns that, as "global" always does, keep the zeros of a folder whose matrices all have the same share of them."""
 
 
-def start_run(run: RunConfig, *, quiet: bool) -> RunConfig:
+def start_run(run: RunConfig, *, is_new: bool, quiet: bool) -> RunConfig:
     """Prune the run's pretrained model if ``[start]`` says so and it was not done yet, and return the run that goes on
-    from there. Collective: rank 0 prunes, and the others wait, as long as ``train.stall_timeout_seconds`` allows.
-    Raises InputError on all ranks."""
-    if run.start.method != "none":
+    from there. One that ``is_new`` is refused before that where its folder has checkpoints.
+
+    Collective: rank 0 prunes, and the others wait, as long as ``train.stall_timeout_seconds`` allows. Raises InputError
+    on all ranks.
+    """
+    if run.start.method == "none":
+        return run
+    with shared_folder(Path(run.output_dir)) as folder:
+        if is_new:
+            require_no_checkpoints(folder)
         of_main(partial(_prune_once, run, quiet=quiet))
     return started(run)
 

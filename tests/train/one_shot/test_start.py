@@ -126,10 +126,12 @@ def _refused(folder, *more):
 
 @pytest.mark.zero3
 def test_what_cannot_be_pruned_ends_all_ranks_with_one_message(run_ranks, tmp_path):
-    said = run_ranks(_refused, 2, str(tmp_path), *START, "start.samples=2000", f"deepspeed_config={_zero3(tmp_path)}")
+    said = run_ranks(
+        _refused, 2, str(tmp_path / "new"), *START, "start.samples=2000", f"deepspeed_config={_zero3(tmp_path)}"
+    )
     assert said[0].startswith('start.method = "alps": data.train has 240 examples, fewer than the 2000 samples')
     assert said == said[:1] * 2
-    assert not (tmp_path / "start").exists()
+    assert not (tmp_path / "new").exists()
 
 
 def _zero3(tmp_path):
