@@ -183,6 +183,18 @@ def test_own_rates_are_carried_into_every_rung_and_stay_within_the_error(run_fil
     assert "as they were" in Path(said["out"]).read_text().partition("\n")[0]
 
 
+def test_all_trials_begin_with_one_start_and_the_run_makes_no_other(run_file, tmp_path, planned, verb):
+    runs = planned(lambda train, steps: {"accuracy": train.update_learning_rate, "standard_error": 1e-9})
+    start = ("start.method=wanda", "start.samples=12", "schedule.initial_sparsity=0.5")
+    verb("tune", run_file, *(word for setting in start for word in ("--set", setting)))
+    assert {(run.model.path, run.start.method) for run in runs} == {(str(tmp_path / "run" / "start"), "none")}
+    made = (tmp_path / "run" / "start" / "model.safetensors").stat().st_mtime_ns
+    tuned = load_run(tmp_path / "run" / "run.toml")
+    assert (tuned.model.path, tuned.start.method) == ("tests/data/tiny-bert", "wanda")
+    verb("train", str(tmp_path / "run"), "--set", "train.num_steps=2", "--set", "schedule.update_interval=1")
+    assert (tmp_path / "run" / "start" / "model.safetensors").stat().st_mtime_ns == made
+
+
 def test_perplexity_is_minimised(tmp_path, planned, verb):
     runs = planned(lambda train, steps: {"perplexity": 1 / train.update_learning_rate, "standard_error": 1.0})
     more = ["deepspeed_config=", f"output_dir={tmp_path}/run", "train.num_steps=600", "train.update_learning_rate=1e-3"]
