@@ -28,8 +28,8 @@ _UNKNOWN_LIMIT, _BATCH_SIZE = 128, 32
 _LEAST_STEPS, _MOST_STEPS, _LONGER = 600, 10_000, 3.0
 MANY_ZEROS = 0.85
 """From here on a classifier begins with zeros of ALPS; see docs/pruning.md, "Classifiers with many zeros". Measured at
-0.9 and 0.95, not between that and half."""
-_START_SPARSITY, _START_SAMPLES = 0.8, 1024
+0.9 and 0.95, not between that and half, and worth nothing in blocks."""
+_START_SPARSITY, _START_SAMPLES, _START_PATTERNS = 0.8, 1024, ("matrix", "row")
 _MOST_WEIGHTS_TO_START = 1_000_000_000
 """More would take a processor hours."""
 _GUESSED_PAIRS = (["sentence1", "sentence2"], ["premise", "hypothesis"], ["question1", "question2"])
@@ -138,11 +138,17 @@ def _for_a_new_task(table: Settings, model: nn.Module, run: RunConfig, examples:
     return _with_start(table, model, run, examples)
 
 
+def gains_by_start(run: RunConfig) -> bool:
+    """Return whether a start by ALPS makes ``run`` better, as far as was measured."""
+    many = run.schedule.final_sparsity >= MANY_ZEROS and run.pst.pattern in _START_PATTERNS
+    return run.task_facts.has_labels and run.method == "pst" and many
+
+
 def _with_start(table: Settings, model: nn.Module, run: RunConfig, examples: int) -> Settings:
-    """Return ``table`` with a start by ALPS where many weights of a model of moderate size go, and it can be pruned so;
-    else as it is."""
+    """Return ``table`` with a start by ALPS where the run gains by it, and its model is of moderate size and can be
+    pruned so; else as it is."""
     weights = sum(param.numel() for param in model.parameters())
-    if run.schedule.final_sparsity < MANY_ZEROS or weights > _MOST_WEIGHTS_TO_START:
+    if not gains_by_start(run) or weights > _MOST_WEIGHTS_TO_START:
         return table
     samples = min(_START_SAMPLES, examples)
     begun = _laid_over(table, "start", method="alps", samples=samples, reconstruct=2)

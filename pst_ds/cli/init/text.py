@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.atomic_files import write_text_atomic
-from pst_ds.cli.init.draft import MANY_ZEROS, Chosen
+from pst_ds.cli.init.draft import Chosen, gains_by_start
 from pst_ds.config.toml import run_from_table, toml_value
 from pst_ds.errors import InputError
 
@@ -97,10 +97,9 @@ def _found(chosen: Chosen) -> dict[str, str]:
         "pst.target_modules": f"{chosen.summary['num_layers']} layers: {', '.join(chosen.layers)}",
     }
     comments |= {"pst.pattern": chosen.pattern_reason} if chosen.pattern_reason else {}
-    run = chosen.run
-    if run.start.method != "none":
+    if chosen.run.start.method != "none":
         comments["schedule.initial_sparsity"] = "fraction of zeros from the first step on, by [start]"
-    elif run.task_facts.has_labels and run.method == "pst" and run.schedule.final_sparsity >= MANY_ZEROS:
+    elif gains_by_start(chosen.run):
         said = f"{_COMMENTS['schedule.final_sparsity']}; begun by ALPS it costs less accuracy: docs/pruning.md"
         comments["schedule.final_sparsity"] = said
     return comments | ({"data.label_column": f"{len(chosen.labels)} classes: {classes}"} if chosen.labels else {})
