@@ -22,7 +22,7 @@ class StartConfig:
     """How the zeros are chosen that the run begins with: those of ``schedule.initial_sparsity``, or all of them where
     masks are fixed. The run folder keeps the pruned model, which is the run's base from then on."""
     samples: Positive = 128
-    """Examples of ``data.train`` that the pruning looks at."""
+    """Examples of ``data.train`` that the pruning looks at; all, where there are fewer."""
     reconstruct: NotNegative = 0
     """Passes of these examples that fit the kept weights of each block to what the dense block gives."""
     budgets: Literal["equal", "owl", "saliency"] = "equal"

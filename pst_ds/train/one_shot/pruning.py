@@ -170,7 +170,7 @@ def calibration(run: RunConfig, model_config: PretrainedConfig, samples: int, se
     if len(examples) < samples:
         raise InputError(
             f"data.train has {len(examples)} {task.unit}, fewer than the {samples} samples to calibrate on; lower "
-            "--samples, of a run start.samples" + ("" if task.pads else f", or data.max_length = {run.data.max_length}")
+            "--samples" + ("" if task.pads else f", or data.max_length = {run.data.max_length}")
         )
     sample, drawn = task.sample(examples, samples, seed)
     lengths, size = sample.lengths, run.eval_batch_size

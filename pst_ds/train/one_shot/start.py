@@ -28,9 +28,10 @@ _COARSE = ("matrix", "stack")
 """Patterns that, as "global" always does, keep the zeros of a folder whose matrices all have the same share of them."""
 
 
-def start_run(run: RunConfig, *, is_new: bool, quiet: bool) -> RunConfig:
+def start_run(run: RunConfig, num_examples: int, *, is_new: bool, quiet: bool) -> RunConfig:
     """Prune the run's pretrained model if ``[start]`` says so and it was not done yet, and return the run that goes on
-    from there. One that ``is_new`` is refused before that where its folder has checkpoints.
+    from there. One that ``is_new`` is refused before that where its folder has checkpoints. ``num_examples``: those of
+    data.train, the most that there are to look at.
 
     Collective: rank 0 prunes, and the others wait, as long as ``train.stall_timeout_seconds`` allows. Raises InputError
     on all ranks.
@@ -40,7 +41,7 @@ def start_run(run: RunConfig, *, is_new: bool, quiet: bool) -> RunConfig:
     with shared_folder(Path(run.output_dir)) as folder:
         if is_new:
             require_no_checkpoints(folder)
-        of_main(partial(_prune_once, run, quiet=quiet))
+        of_main(partial(_prune_once, run, num_examples, quiet=quiet))
     return started(run)
 
 
@@ -48,12 +49,12 @@ def require_startable(run: RunConfig) -> None:
     """Raise InputError unless ``[start]`` can prune the run's model, as far as it is known without text. Loads the
     model on the CPU."""
     model = load_base(run.model.path, **attention_options(run))
-    _, _, rules = rules_for(model, run, _asked(run))
+    _, _, rules = rules_for(model, run, _asked(run, run.start.samples))
     find_blocks(model, [rule.target.name for rule in rules])
 
 
-def _prune_once(run: RunConfig, *, quiet: bool) -> None:
-    out, asked = Path(run.output_dir) / START, _asked(run)
+def _prune_once(run: RunConfig, num_examples: int, *, quiet: bool) -> None:
+    out, asked = Path(run.output_dir) / START, _asked(run, min(run.start.samples, num_examples))
     expected: dict[str, object] = {"start": asdict(run.start), "sparsity_requested": asked.sparsity, "seed": run.seed}
     expected["base_fingerprint"] = base_fingerprint(run.model.path)
     found = _record(out)
@@ -72,14 +73,14 @@ def _prune_once(run: RunConfig, *, quiet: bool) -> None:
         raise InputError(f'start.method = "{asked.method}": {error}') from None
 
 
-def _asked(run: RunConfig) -> Pruning:
+def _asked(run: RunConfig, samples: int) -> Pruning:
     start, method, pattern = run.start, run.start.method, ""
     assert method != "none"
     if run.pst.pattern in _POOLED:  # which no method has: matrices are pruned one after another
         pattern = "matrix" if start.budgets == "saliency" else METHOD_PATTERNS[method]
     return Pruning(
         method=method, sparsity=start.sparsity(run), pattern=pattern, budgets=start.budgets,
-        reconstruct=start.reconstruct, samples=start.samples, seed=run.seed,
+        reconstruct=start.reconstruct, samples=samples, seed=run.seed,
     )  # fmt: skip
 
 

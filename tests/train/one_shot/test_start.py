@@ -126,12 +126,20 @@ def _refused(folder, *more):
 
 @pytest.mark.zero3
 def test_what_cannot_be_pruned_ends_all_ranks_with_one_message(run_ranks, tmp_path):
-    said = run_ranks(
-        _refused, 2, str(tmp_path / "new"), *START, "start.samples=2000", f"deepspeed_config={_zero3(tmp_path)}"
-    )
-    assert said[0].startswith('start.method = "alps": data.train has 240 examples, fewer than the 2000 samples')
+    """A folder whose class has weights that it lacks, which no run needs."""
+    base = Path(shutil.copytree("tests/data/tiny-bert", tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
+    settings = (*START, f"model.path={json.dumps(str(base))}", f"deepspeed_config={_zero3(tmp_path)}")
+    said = run_ranks(_refused, 2, str(tmp_path / "new"), *settings)
+    assert said[0].startswith(f"start.method = \"alps\": model.path = '{base}' lacks cls.predictions")
     assert said == said[:1] * 2
     assert not (tmp_path / "new").exists()
+
+
+def test_of_little_text_all_is_looked_at(tmp_path, alone):
+    _train(tmp_path, *START, "start.samples=2000")
+    assert json.loads((tmp_path / "start" / "pruning.json").read_text())["samples"] == 240
 
 
 def _zero3(tmp_path):
