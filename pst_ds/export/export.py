@@ -31,7 +31,7 @@ from pst_ds.export.prompt_file import SavedPrompt, read_prompt
 from pst_ds.export.rounding import linear_layers
 from pst_ds.export.vocabulary import with_fewer_rows, write_vocabulary
 from pst_ds.export.write import write_tensors
-from pst_ds.nn.base_model import pretrained_before
+from pst_ds.nn.base_model import pruning_record
 
 _SMALL = "generation_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
 """Small files of the base that the tokenizer does not write."""
@@ -98,7 +98,7 @@ def export_run(
         "prompt": None if prompt is None else prompt.facts,
         "run": run,
     }
-    if pruned_from := pretrained_before(state.base_path):
+    if pruned_from := pruning_record(state.base_path).get("base_model"):
         about["pruned_from"] = pruned_from
     _require_reader(prompt, packing, checkpoint.folder)
     jobs = plan_run(model, checkpoint, base, encoding, dtype)

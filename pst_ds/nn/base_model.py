@@ -146,14 +146,14 @@ class Pretrained:
             )
 
 
-def pretrained_before(path: str) -> str:
-    """Return the model that the folder ``path`` was pruned from, by ``pst-ds prune`` or by a run; "" where no record
-    says so."""
+def pruning_record(path: str | Path) -> dict[str, object]:
+    """Return what ``pst-ds prune``, or a run, says of a folder that it pruned a model into; empty where there is no
+    such record, or it is damaged."""
     try:
-        base = json.loads((Path(path) / PRUNING_RECORD).read_text(encoding="utf-8")).get("base_model")
-    except (OSError, ValueError, AttributeError):
-        return ""
-    return base if isinstance(base, str) else ""
+        found = json.loads((Path(path) / PRUNING_RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def architecture(config: PreTrainedConfig) -> type[PreTrainedModel] | None:

@@ -191,7 +191,7 @@ def train_run(
     examples, validation = splits or load_splits(prepared)
     num_steps = prepared.run.num_steps(len(examples))
     prepared.task.require_enough(examples, num_steps * prepared.run.train.batch_size)
-    run = start_run(prepared.run, len(examples), is_new=not (resume or restart), quiet=quiet)
+    run = start_run(prepared.run, examples, is_new=not (resume or restart), quiet=quiet)
     run = run.with_rates(width=prepared.width, num_steps=num_steps, num_examples=len(examples))
     prepared, folder = replace(prepared, run=run), Path(run.output_dir)
     dense = raise_on_all_ranks(lambda: _dense_run(run, examples.digest))

@@ -62,7 +62,7 @@ def search(prepared: Prepared, share: float, *, restart: bool = False) -> list[R
             _write_lines(folder, lines)
         _write_run_file(folder, run)
         # one start for all trials, and for the run itself
-        begun = replace(prepared, run=start_run(run, len(splits[0]), is_new=False, quiet=False))
+        begun = replace(prepared, run=start_run(run, splits[0], is_new=False, quiet=False))
         with Progress("tune", sum(rung.trials * rung.steps for rung in plan), "steps") as progress:
             best = _run_trials(begun, splits, plan, tried, lines, progress)
         rates: dict[str, Any] = dict(best.rates(run.train))

@@ -26,7 +26,7 @@ from pst_ds.train.one_shot.start import require_startable
 
 _UNKNOWN_LIMIT, _BATCH_SIZE = 128, 32
 _LEAST_STEPS, _MOST_STEPS, _LONGER = 600, 10_000, 3.0
-MANY_ZEROS = 0.85
+_MANY_ZEROS = 0.85
 """From here on a classifier begins with zeros of ALPS; see docs/pruning.md, "Classifiers with many zeros". Measured at
 0.9 and 0.95, not between that and half, and worth nothing in blocks."""
 _START_SPARSITY, _START_SAMPLES, _START_PATTERNS = 0.8, 1024, ("matrix", "row")
@@ -140,7 +140,7 @@ def _for_a_new_task(table: Settings, model: nn.Module, run: RunConfig, examples:
 
 def gains_by_start(run: RunConfig) -> bool:
     """Return whether a start by ALPS makes ``run`` better, as far as was measured."""
-    many = run.schedule.final_sparsity >= MANY_ZEROS and run.pst.pattern in _START_PATTERNS
+    many = run.schedule.final_sparsity >= _MANY_ZEROS and run.pst.pattern in _START_PATTERNS
     return run.task_facts.has_labels and run.method == "pst" and many
 
 

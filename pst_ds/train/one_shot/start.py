@@ -12,9 +12,10 @@ from pst_ds.checkpoint.restore import base_fingerprint
 from pst_ds.config.file_names import CHECKPOINTS, START
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.start import started
+from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError
 from pst_ds.export.plan import SHARD_BYTES
-from pst_ds.nn.base_model import PRUNING_RECORD
+from pst_ds.nn.base_model import pruning_record
 from pst_ds.parallel.ranks import of_main
 from pst_ds.prune.blocks import find_blocks
 from pst_ds.prune.folder import load_base
@@ -23,15 +24,17 @@ from pst_ds.train.model import attention_options
 from pst_ds.train.one_shot.pruning import Pruning, prune_to_folder, rules_for
 from pst_ds.train.run_folder import require_no_checkpoints, shared_folder
 
+_OF_LAYERS = ("pattern", "target_modules", "exclude_modules", "modules_to_save", "gated_norms")
+"""Settings of ``[pst]`` that say which weights are pruned against which."""
 _POOLED = ("stack", "global")
 _COARSE = ("matrix", "stack")
 """Patterns that, as "global" always does, keep the zeros of a folder whose matrices all have the same share of them."""
 
 
-def start_run(run: RunConfig, num_examples: int, *, is_new: bool, quiet: bool) -> RunConfig:
+def start_run(run: RunConfig, examples: ExampleSet, *, is_new: bool, quiet: bool) -> RunConfig:
     """Prune the run's pretrained model if ``[start]`` says so and it was not done yet, and return the run that goes on
-    from there. One that ``is_new`` is refused before that where its folder has checkpoints. ``num_examples``: those of
-    data.train, the most that there are to look at.
+    from there. One that ``is_new`` is refused before that where its folder has checkpoints. ``examples``: those of
+    data.train.
 
     Collective: rank 0 prunes, and the others wait, as long as ``train.stall_timeout_seconds`` allows. Raises InputError
     on all ranks.
@@ -41,7 +44,7 @@ def start_run(run: RunConfig, num_examples: int, *, is_new: bool, quiet: bool) -
     with shared_folder(Path(run.output_dir)) as folder:
         if is_new:
             require_no_checkpoints(folder)
-        of_main(partial(_prune_once, run, num_examples, quiet=quiet))
+        of_main(partial(_prune_once, run, examples, quiet=quiet))
     return started(run)
 
 
@@ -53,24 +56,32 @@ def require_startable(run: RunConfig) -> None:
     find_blocks(model, [rule.target.name for rule in rules])
 
 
-def _prune_once(run: RunConfig, num_examples: int, *, quiet: bool) -> None:
-    out, asked = Path(run.output_dir) / START, _asked(run, min(run.start.samples, num_examples))
-    expected: dict[str, object] = {"start": asdict(run.start), "sparsity_requested": asked.sparsity, "seed": run.seed}
-    expected["base_fingerprint"] = base_fingerprint(run.model.path)
-    found = _record(out)
+def _prune_once(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> None:
+    out, asked = Path(run.output_dir) / START, _asked(run, min(run.start.samples, len(examples)))
+    expected = {"start": _decides(run, examples.digest), "base_fingerprint": base_fingerprint(run.model.path)}
+    found = pruning_record(out)
     if all(found.get(name) == value for name, value in expected.items()):
         return
     if (Path(run.output_dir) / CHECKPOINTS).exists():
         raise ConfigError(
-            f"{out} is not what [start], seed and model.path now ask for, and the checkpoints in {run.output_dir} go "
-            "on from it. Fix: the old values, or another output_dir"
+            f"{out} is not what [start], [pst], seed, model and text now ask for, and the checkpoints in "
+            f"{run.output_dir} go on from it. Fix: the old values, or another output_dir"
         )
     if not quiet:
         print(f"pruning {run.model.path} to {asked.sparsity} by {asked.method}: {out}", file=sys.stderr, flush=True)
     try:
-        prune_to_folder(run, asked, out, shard_bytes=SHARD_BYTES, more={"start": asdict(run.start)})
+        prune_to_folder(run, asked, out, shard_bytes=SHARD_BYTES, more={"start": expected["start"]})
     except InputError as error:
         raise InputError(f'start.method = "{asked.method}": {error}') from None
+
+
+def _decides(run: RunConfig, data_digest: str) -> dict[str, object]:
+    """Return what the start depends on besides the base model, as JSON values."""
+    layers = {name: getattr(run.pst, name) for name in _OF_LAYERS}
+    overrides = [asdict(one) for one in run.pst.overrides]
+    more = {"seed": run.seed, "sparsity": run.start.sparsity(run), "precision": run.train.precision}
+    found = {**asdict(run.start), **more, **layers, "overrides": overrides, "data_digest": data_digest}
+    return json.loads(json.dumps(found))
 
 
 def _asked(run: RunConfig, samples: int) -> Pruning:
@@ -84,15 +95,6 @@ def _asked(run: RunConfig, samples: int) -> Pruning:
     )  # fmt: skip
 
 
-def _record(folder: Path) -> dict[str, object]:
-    """What ``pst-ds prune`` says of a folder that it wrote; empty where there is none, or it is damaged."""
-    try:
-        found = json.loads((folder / PRUNING_RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def remark_on_shares(run: RunConfig) -> str:
     """Return what a user should know, as a sentence without a full stop, when the run's pattern shares zeros out
     otherwise than ``pst-ds prune`` did in the run's base model; "" when it keeps them, or there is no such model.
@@ -101,7 +103,7 @@ def remark_on_shares(run: RunConfig) -> str:
     """
     if run.mask_method.masks != "ramp" or run.pst.pattern == "global":
         return ""
-    about = _record(Path(run.model.path))
+    about = pruning_record(run.model.path)
     if "pattern" not in about:
         return ""
     pattern, budgets = str(about["pattern"]), str(about.get("budgets", "equal"))

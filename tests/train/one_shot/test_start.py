@@ -100,7 +100,8 @@ def test_a_run_that_goes_on_does_not_prune_again_and_another_start_is_refused(tm
 def test_a_start_that_was_not_finished_or_is_of_other_settings_is_made_anew(tmp_path, alone):
     _train(tmp_path / "whole", *START)
     _train(tmp_path / "other", *START, "start.samples=12")
-    for name, damage in (("other", None), ("damaged", b"{")):
+    _train(tmp_path / "layers", *START, "pst.exclude_modules=['query']")
+    for name, damage in (("other", None), ("layers", None), ("damaged", b"{")):
         if damage:
             shutil.copytree(tmp_path / "whole" / "start", tmp_path / name / "start")
             (tmp_path / name / "start" / "pruning.json").write_bytes(damage)
