@@ -118,6 +118,9 @@ def _use(about: About) -> list[str]:
     if is_ours:
         lines += ["Without the import transformers finds no weights here, and says so.", ""]
     if about["kind"] == COMPRESSED_TENSORS:
-        lines += ["It takes the package compressed-tensors, and vLLM serves the folder as it is.", ""]
+        lines += [
+            "It takes the package compressed-tensors. vLLM reads the folder as it is, where it has a kernel for it.",
+            "",
+        ]
     checks = "pst-ds verify path/to/this/folder"
     return [*lines, "## Check it", "", "```bash", checks, "```", "", "Tensors and hashes are in pst_manifest.json.", ""]

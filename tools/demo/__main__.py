@@ -35,11 +35,18 @@ RUNS: dict[str, dict[str, Any]] = {
         "train.adam_beta2": 0.999,
     },
     "pst-50": {"schedule.final_sparsity": 0.5, "schedule.initial_sparsity": 0.25},
-    "pst-90": {"schedule.final_sparsity": 0.9, "schedule.initial_sparsity": 0.45},
+    "pst-90": {
+        "schedule.final_sparsity": 0.9,
+        "schedule.initial_sparsity": 0.8,
+        "start.method": "alps",
+        "start.samples": 1024,
+        "start.reconstruct": 2,
+        "pst.magnitude": "activation",
+    },
     "pst-90-1x4": {"schedule.final_sparsity": 0.9, "schedule.initial_sparsity": 0.45, "pst.pattern": "1x4"},
 }
-"""What each run sets over tools/demo/run.toml: PST what `pst-ds init` writes but for a start by ALPS, the last one with
-`--target cpu`; the others have rates chosen for this text (docs/tuning-log.md)."""
+"""What each run sets over tools/demo/run.toml: PST what `pst-ds init` writes, at 90 % with a start by ALPS, the last one
+with `--target cpu`; the others have rates chosen for this text (docs/tuning-log.md)."""
 
 
 def main() -> int:
