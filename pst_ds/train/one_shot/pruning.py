@@ -16,7 +16,7 @@ from pst_ds.config.run import RunConfig
 from pst_ds.core.one_shot import SPREAD
 from pst_ds.core.packings import WHOLE_ROW
 from pst_ds.core.quantization import Grid
-from pst_ds.data.tasks import task_of
+from pst_ds.data.tasks import ExampleSet, task_of
 from pst_ds.errors import InputError
 from pst_ds.export.base_weights import BaseWeights
 from pst_ds.export.from_folder import copy_beside
@@ -63,12 +63,19 @@ class Pruning:
 
 
 def prune_to_folder(
-    run: RunConfig, asked: Pruning, out: Path, *, shard_bytes: int, more: Mapping[str, object] | None = None
+    run: RunConfig,
+    asked: Pruning,
+    out: Path,
+    *,
+    shard_bytes: int,
+    examples: ExampleSet | None = None,
+    more: Mapping[str, object] | None = None,
 ) -> tuple[dict[str, Any], list[PrunedLayer]]:
     """Prune the run's model and write it to ``out``, whole or not at all; return its record, which has ``more`` in it,
-    and what was done to each layer. One process, on its device. Raises InputError."""
+    and what was done to each layer. ``examples``: those of data.train, which are loaded where they are not given.
+    One process, on its device. Raises InputError."""
     model, base = load_whole(run, out)
-    layers, about = _pruned(model, run, asked)
+    layers, about = _pruned(model, run, asked, examples)
     record = record_of(layers, about | dict(more or {}))
     unused = {name: base.read(name) for name in base.unused_by(model)}
     write_folder(
@@ -114,11 +121,13 @@ def rules_for(model: PreTrainedModel, run: RunConfig, asked: Pruning) -> tuple[P
     return settings, share, rules
 
 
-def _pruned(model: PreTrainedModel, run: RunConfig, asked: Pruning) -> tuple[list[PrunedLayer], dict[str, object]]:
+def _pruned(
+    model: PreTrainedModel, run: RunConfig, asked: Pruning, examples: ExampleSet | None
+) -> tuple[list[PrunedLayer], dict[str, object]]:
     """Prune ``model`` in place; return (its layers, the record's facts)."""
     settings, share, rules = rules_for(model, run, asked)
     by_outliers, by_saliency, spread = asked.budgets == "owl", asked.budgets == "saliency", asked.outlier_spread
-    batches = calibration(run, model.config, asked.samples, asked.seed) if _needs_text(asked) else []
+    batches = calibration(run, model.config, asked.samples, asked.seed, examples) if _needs_text(asked) else []
     place, dtype, gated, outliers = pruning_device(), DTYPES[run.train.precision], settings.gated_norms, list[float]()
     if by_outliers:
         rules, outliers = rules_by_outliers(model, rules, batches, device=place, dtype=dtype, spread=spread)
@@ -162,11 +171,15 @@ def facts_of_text(run: RunConfig, samples: int, seed: int, batches: Sequence[Bat
     }
 
 
-def calibration(run: RunConfig, model_config: PretrainedConfig, samples: int, seed: int) -> list[Batch]:
-    """Batch inputs of some examples of data.train, drawn without repetition, sorted by length. Raises InputError."""
+def calibration(
+    run: RunConfig, model_config: PretrainedConfig, samples: int, seed: int, examples: ExampleSet | None = None
+) -> list[Batch]:
+    """Batch inputs of some ``examples``, by default those of data.train, drawn without repetition, sorted by length.
+    Raises InputError."""
     task, tokenizer = task_of(run), load_tokenizer(run)
     task.check_model(run.data, model_config, tokenizer)
-    examples = task.load(run.data, "train", tokenizer, task.label_names(run.data))
+    if examples is None:
+        examples = task.load(run.data, "train", tokenizer, task.label_names(run.data))
     if len(examples) < samples:
         raise InputError(
             f"data.train has {len(examples)} {task.unit}, fewer than the {samples} samples to calibrate on; lower "

@@ -70,7 +70,8 @@ def _prune_once(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> None:
     if not quiet:
         print(f"pruning {run.model.path} to {asked.sparsity} by {asked.method}: {out}", file=sys.stderr, flush=True)
     try:
-        prune_to_folder(run, asked, out, shard_bytes=SHARD_BYTES, more={"start": expected["start"]})
+        more = {"start": expected["start"]}
+        prune_to_folder(run, asked, out, shard_bytes=SHARD_BYTES, examples=examples, more=more)
     except InputError as error:
         raise InputError(f'start.method = "{asked.method}": {error}') from None
 
