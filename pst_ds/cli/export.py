@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from pst_ds.cli.main import add_quiet_argument, add_shard_argument, count, load_run_or_folder, main
 from pst_ds.config.toml import dump_run
-from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF, GROUPS, ONNX, ONNX_FILE, PACKINGS, VALUE_BITS, WHOLE_ROW
+from pst_ds.core.packings import (
+    COMPRESSED_TENSORS,
+    COMPRESSED_TENSORS_W8A8,
+    GGUF,
+    GROUPS,
+    ONNX,
+    ONNX_FILE,
+    PACKINGS,
+    VALUE_BITS,
+    WHOLE_ROW,
+)
 from pst_ds.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "of onnx: dense fp32 weights and ONNX's own operators, which any runtime reads and none runs faster"
     parser.add_argument("--plain", action="store_true", help=text)
     text = (
-        "of onnx with --values: bits that inputs of sparse products are rounded to; 8 is faster (default: as trained)"
+        "of onnx with --values: bits that inputs of sparse products are rounded to; 8 is faster (default: as trained); "
+        "of compressed-tensors with int8: 8 has its readers round inputs token by token (default: 16, as they are)"
     )
     parser.add_argument("--activation-bits", type=int, choices=(8, 16), metavar="BITS", help=text)
     _add_value_arguments(parser)
@@ -66,9 +77,11 @@ def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.plain and args.format != ONNX:
         raise InputError(f"--plain is for --format {ONNX}, and this is {args.format}: leave it out")
-    if args.activation_bits == 8 and (args.format != ONNX or args.plain or args.values not in VALUE_BITS):
+    to_onnx = args.format == ONNX and not args.plain and args.values in VALUE_BITS
+    if args.activation_bits == 8 and not to_onnx and args.format != COMPRESSED_TENSORS:
         raise InputError(
-            f"--activation-bits 8 is for --format {ONNX} and codes: add --values {' or '.join(VALUE_BITS)}"
+            f"--activation-bits 8 is for --format {ONNX} and codes: add --values {' or '.join(VALUE_BITS)}; or for "
+            f"--format {COMPRESSED_TENSORS}"
         )
     if args.format == ONNX:
         return _write_onnx(args)
@@ -164,7 +177,9 @@ def _with_tokens(written: dict[str, Any], args: argparse.Namespace) -> dict[str,
 
 def _storage(args: argparse.Namespace) -> dict[str, Any]:
     """Return what ``--format``, ``--values``, ``--embeddings`` and ``--group`` are for an export. Raises InputError."""
-    storage = {"packing": args.format, "values": None, "embeddings": None}
+    rounds_inputs = args.format == COMPRESSED_TENSORS and args.activation_bits == 8
+    packing = COMPRESSED_TENSORS_W8A8 if rounds_inputs else args.format
+    storage = {"packing": packing, "values": None, "embeddings": None}
     on_a_grid = [name for name in ("values", "embeddings") if getattr(args, name) in VALUE_BITS]
     if args.group and not on_a_grid:
         raise InputError(

@@ -6,7 +6,10 @@
 DENSE = "dense"
 PACKINGS = ("bitmask", "2:4", "csr")
 COMPRESSED_TENSORS = "compressed-tensors"
-"""Dense matrices on a grid, as the library of that name reads them."""
+"""Dense matrices on a grid, as the library of that name reads them; inputs have the model's dtype."""
+COMPRESSED_TENSORS_W8A8 = "compressed-tensors-w8a8"
+"""The same in int8, a scale a row, of layers whose inputs are rounded to int8 too, token by token."""
+FOR_COMPRESSED_TENSORS = (COMPRESSED_TENSORS, COMPRESSED_TENSORS_W8A8)
 GGUF = "gguf"
 """One file for llama.cpp; blocks of 32 weights share a scale."""
 ONNX = "onnx"

@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, GGUF, PACKINGS, QUANTIZED_PACKINGS, WHOLE_ROW
+from pst_ds.core.packings import (
+    COMPRESSED_TENSORS,
+    COMPRESSED_TENSORS_W8A8,
+    DENSE,
+    FOR_COMPRESSED_TENSORS,
+    GGUF,
+    PACKINGS,
+    QUANTIZED_PACKINGS,
+    WHOLE_ROW,
+)
 from pst_ds.core.quantization import Grid, grid_of
 
 QUANT_METHOD = "pst_ds"
@@ -16,6 +25,7 @@ PLAIN_STEM = "model"
 """What plain transformers looks for; weights that it cannot read are never called so."""
 _STEMS = {
     COMPRESSED_TENSORS: PLAIN_STEM,
+    COMPRESSED_TENSORS_W8A8: PLAIN_STEM,
     DENSE: "pst_dense",
     "bitmask": "pst_bitmask",
     "2:4": "pst_2of4",
@@ -37,9 +47,13 @@ class Encoding:
     """The grid of embedding tables, and of an output layer that is none of them."""
 
     def __post_init__(self) -> None:
-        if self.packing == COMPRESSED_TENSORS:
+        if self.packing in FOR_COMPRESSED_TENSORS:
             if self.values is None or self.embeddings is not None:
                 raise ValueError(f"{COMPRESSED_TENSORS} holds linear layers of int8 or int4 values, and no embeddings")
+            if self.packing == COMPRESSED_TENSORS_W8A8 and self.values != Grid(8):
+                raise ValueError(
+                    f"{COMPRESSED_TENSORS} with inputs of 8 bits has int8 values with a scale a row, not {self.values}"
+                )
             return
         if self.packing == GGUF:
             return
@@ -63,7 +77,7 @@ class Encoding:
     @property
     def is_ours(self) -> bool:
         """Whether loading the export takes pst_ds.hf."""
-        return not self.is_plain and self.packing != COMPRESSED_TENSORS
+        return not self.is_plain and self.packing not in FOR_COMPRESSED_TENSORS
 
     @property
     def stem(self) -> str:
@@ -94,29 +108,31 @@ class Encoding:
         """
         if self.is_plain:
             return None
-        if self.packing == COMPRESSED_TENSORS:
+        if self.packing in FOR_COMPRESSED_TENSORS:
             assert self.values is not None
-            return _compressed_tensors_config(self.values, left_alone)
+            return _compressed_tensors_config(self.packing, self.values, left_alone)
         version = QUANTIZED_VERSION if self.is_quantized else PLAIN_VERSION
         name = self.weights_file(num_files)
         table = {"quant_method": QUANT_METHOD, "format": self.packing, "format_version": version}
         return table | self.facts() | {"weights_file": name}
 
 
-def _compressed_tensors_config(grid: Grid, left_alone: Sequence[str]) -> dict[str, Any]:
-    """The library's own description of weights alone rounded, nn.Linear by nn.Linear."""
-    weights = {
-        "num_bits": grid.bits,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "channel" if grid.group is None else "group",
-        "group_size": grid.group,
-        "dynamic": False,
+def _compressed_tensors_config(packing: str, grid: Grid, left_alone: Sequence[str]) -> dict[str, Any]:
+    """The library's own description of rounded weights, nn.Linear by nn.Linear, and of inputs where they are."""
+    of_codes = {"type": "int", "symmetric": True}
+    strategy = {"strategy": "channel" if grid.group is None else "group", "group_size": grid.group}
+    weights = {"num_bits": grid.bits, **of_codes, **strategy, "dynamic": False}
+    inputs = {"num_bits": 8, **of_codes, "strategy": "token", "group_size": None, "dynamic": True}
+    rounds_inputs = packing == COMPRESSED_TENSORS_W8A8
+    scheme = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": inputs if rounds_inputs else None,
+        "output_activations": None,
     }
-    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     return {
         "quant_method": COMPRESSED_TENSORS,
-        "format": "pack-quantized",
+        "format": "int-quantized" if rounds_inputs else "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": scheme},
         "ignore": list(left_alone),

@@ -15,7 +15,7 @@ from torch import nn
 
 from pst_ds.atomic_files import atomic_folder, file_sha256, require_writable
 from pst_ds.checkpoint.format import Checkpoint
-from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF, QUANTIZED_PACKINGS
+from pst_ds.core.packings import FOR_COMPRESSED_TENSORS, GGUF, QUANTIZED_PACKINGS
 from pst_ds.core.quantization import Grid
 from pst_ds.data.vocabulary import Vocabulary
 from pst_ds.export import manifest
@@ -113,7 +113,7 @@ def export_run(
 
 def _require_reader(prompt: SavedPrompt | None, packing: str, source: Path) -> None:
     """Raise ExportError for a format whose readers would leave the prompt out without a word."""
-    if prompt is not None and packing in (COMPRESSED_TENSORS, GGUF):
+    if prompt is not None and packing in (*FOR_COMPRESSED_TENSORS, GGUF):
         raise ExportError(
             f"{source} has a trained prompt, and the programs that read {packing} know none: they would compute "
             "without it. Take --format dense, or bitmask"
@@ -206,7 +206,7 @@ def _trained_values(checkpoint: Checkpoint, packing: str, asked: Grid | None, dt
     if not checkpoint.state.rounds or trained is None:
         return asked
     if asked is None:
-        return trained if dtype is None and packing in (*QUANTIZED_PACKINGS, COMPRESSED_TENSORS, GGUF) else None
+        return trained if dtype is None and packing in (*QUANTIZED_PACKINGS, *FOR_COMPRESSED_TENSORS, GGUF) else None
     if asked != trained:
         raise ExportError(
             f"values in {asked}, but {checkpoint.folder} was trained with weights in {trained}, and rounding them "
@@ -248,7 +248,7 @@ def _write_folder(contents: _Contents, out: Path, encoding: Encoding, shard_byte
         entries = write_tensors(partial, files, contents.jobs, contents.source, processes)
         _write_index(partial, files, encoding)
         contents.write_beside(partial)
-        left_alone = _left_alone(contents.linear, entries) if encoding.packing == COMPRESSED_TENSORS else []
+        left_alone = _left_alone(contents.linear, entries) if encoding.packing in FOR_COMPRESSED_TENSORS else []
         architecture = _finish_config(partial, entries, encoding.quantization_config(len(files), left_alone))
         about = {"kind": encoding.packing, **encoding.facts(), "architecture": architecture, **contents.about}
         about |= _counted(entries, files)

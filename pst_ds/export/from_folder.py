@@ -21,7 +21,7 @@ from pst_ds.core.formats import (
 )
 from pst_ds.core.formats.foreign import METHODS as FOREIGN_METHODS
 from pst_ds.core.formats.rows import row_counts
-from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF
+from pst_ds.core.packings import FOR_COMPRESSED_TENSORS, GGUF
 from pst_ds.core.quantization import Grid
 from pst_ds.export import manifest
 from pst_ds.export.base_weights import BaseWeights, names_in_files
@@ -156,8 +156,8 @@ def plan_folder(folder: FolderContents, encoding: Encoding, dtype: str | None) -
             (layer, rows), grid = of_stacks[name], encoding.values
         own = replace(_recipe(folder, name, parts, linear), promised=promised.get(layer, ""), rows=rows)
         planned = _planned(folder, name, own, linear, cast).rounded(grid)
-        if encoding.packing == COMPRESSED_TENSORS:
-            planned = planned.for_compressed_tensors()
+        if encoding.packing in FOR_COMPRESSED_TENSORS:
+            planned = planned.for_compressed_tensors(encoding.packing)
         elif planned.is_linear and encoding.packing not in (DENSE, GGUF) and planned.grid in (None, encoding.values):
             weight = source.read(own, planned.name, planned.dtype, hashed=False)
             planned = _as_packed(weight.to(planned.dtype), planned, encoding)
@@ -190,7 +190,7 @@ def _stack_outputs(
     """What a stack becomes that is packed, or is to be; nothing where its plain tensors stay ones by themselves."""
     stack = recipe.stack
     if recipe.packed is None and (
-        not stack.stored or encoding.is_plain or encoding.packing in (GGUF, COMPRESSED_TENSORS)
+        not stack.stored or encoding.is_plain or encoding.packing in (GGUF, *FOR_COMPRESSED_TENSORS)
     ):
         return ()
     dtype = recipe.packed.dtype if recipe.packed else folder.weights.size(stack.stored[0])[0]
@@ -199,7 +199,7 @@ def _stack_outputs(
     as_one = planned
     if encoding.packing == DENSE:
         as_one = planned.rounded(encoding.values)
-    elif encoding.packing not in (GGUF, COMPRESSED_TENSORS):
+    elif encoding.packing not in (GGUF, *FOR_COMPRESSED_TENSORS):
         rows = source.read_stack(recipe, planned.dtype, hashed=False).to(planned.dtype)
         as_one = _as_packed(rows.view(stack.shape), planned, encoding)
     if as_one.form is not None:

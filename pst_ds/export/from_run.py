@@ -15,7 +15,7 @@ from pst_ds.core.factors import Constants, layer_factors
 from pst_ds.core.formats import mask_row_bits, packed_format
 from pst_ds.core.formats.rows import row_counts
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.packings import COMPRESSED_TENSORS, GGUF
+from pst_ds.core.packings import FOR_COMPRESSED_TENSORS, GGUF
 from pst_ds.core.quantization import (
     SCALE_DTYPE,
     CodedWeight,
@@ -333,11 +333,11 @@ class _Planner:
         grid = self._grids.get(recipe.name) if recipe.layer is None else self._encoding.values
         planned = PlannedTensor(name, shape, dtype, origin, transposed=transposed, is_linear=is_linear_weight)
         packing = self._encoding.packing
-        if packing == COMPRESSED_TENSORS and len(shape) > 2:
+        if packing in FOR_COMPRESSED_TENSORS and len(shape) > 2:
             return planned  # its readers know linear layers alone
         planned = planned.rounded(grid)
-        if packing == COMPRESSED_TENSORS:
-            return planned.for_compressed_tensors()
+        if packing in FOR_COMPRESSED_TENSORS:
+            return planned.for_compressed_tensors(packing)
         if recipe.layer is None or packing in (DENSE, GGUF):
             return planned
         keep = mask_row_bits(self._checkpoint.reopened().masks[owner], recipe.layer[0].stack)

@@ -18,7 +18,7 @@ from torch import Tensor
 from pst_ds.config.file_names import MANIFEST_FILE
 from pst_ds.core.bits import INT_OF_SIZE
 from pst_ds.core.formats import PackedFormat, packed_format
-from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, PACKINGS
+from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS, PACKINGS
 from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.errors import InputError
 from pst_ds.export.encoding import STEMS, Encoding, encoding_of
@@ -27,7 +27,7 @@ from pst_ds.tensor_layout import DTYPE_OF_CODE, tensor_bytes
 
 FORMAT, QUANTIZED_FORMAT = 2, 3
 """Of manifests: the second has ``values``, ``group`` and ``rounding_error`` of tensors, the first knows none."""
-KINDS = (DENSE, *PACKINGS, COMPRESSED_TENSORS)
+KINDS = (DENSE, *PACKINGS, *FOR_COMPRESSED_TENSORS)
 ORIGINS = ("base", "trained", "pruned", "model")
 MOST_BYTES = 1 << 30
 """The limit for a manifest or an index."""

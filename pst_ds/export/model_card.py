@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from pst_ds.core.packings import COMPRESSED_TENSORS
+from pst_ds.core.packings import FOR_COMPRESSED_TENSORS
 from pst_ds.export.manifest import DENSE, About, TensorEntry, encoding_by
 
 CARD_FILE = "README.md"
@@ -117,7 +117,7 @@ def _use(about: About) -> list[str]:
     lines += [f'model = {kind}.from_pretrained("path/to/this/folder")', "```", ""]
     if is_ours:
         lines += ["Without the import transformers finds no weights here, and says so.", ""]
-    if about["kind"] == COMPRESSED_TENSORS:
+    if about["kind"] in FOR_COMPRESSED_TENSORS:
         lines += [
             "It takes the package compressed-tensors. vLLM reads the folder as it is, where it has a kernel for it.",
             "",

@@ -84,8 +84,8 @@ class PlannedTensor:
         can_be = self.dtype in VALUE_DTYPES and (len(self.shape) == 2 or self.is_linear) and self.nbytes
         return replace(self, grid=grid) if can_be else self
 
-    def for_compressed_tensors(self) -> PlannedTensor:
-        """Return the tensor in that library's layout, if it is on a grid. Raises ExportError for a Conv1D."""
+    def for_compressed_tensors(self, packing: str) -> PlannedTensor:
+        """Return the tensor in that layout of the library, if it is on a grid. Raises ExportError for a Conv1D."""
         if self.grid is None:
             return self
         if self.transposed:
@@ -93,7 +93,7 @@ class PlannedTensor:
                 f"{self.name} is the weight of a Conv1D, and {COMPRESSED_TENSORS} knows nn.Linear alone; export with "
                 "--format dense, and load with pst_ds.hf"
             )
-        return replace(self, packing=COMPRESSED_TENSORS)
+        return replace(self, packing=packing)
 
     def packed(self, packing: str, counts: Tensor) -> PlannedTensor:
         """Return the tensor packed, if that is not larger than with every position stored; else it stays dense.

@@ -134,6 +134,18 @@ def test_a_folder_for_compressed_tensors_is_checked_but_not_computed_with(folder
     assert "compares the same codes in a folder of --format dense" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("grid", [("int8", "32"), ("int4", "64")])
+def test_inputs_of_8_bits_take_whole_rows_of_int8(folders, tmp_path, capsys, grid):
+    values, group = grid
+    words = ["export", str(folders / "run"), "--format", "compressed-tensors", "--activation-bits", "8", "--out"]
+    assert main([*words, str(tmp_path / "whole"), "--values", "int8"]) == 0
+    said, _ = said_by(capsys, "verify", str(tmp_path / "whole"))
+    assert said["kind"] == "compressed-tensors-w8a8"
+    assert main([*words, str(tmp_path / "other"), "--values", values, "--group", group]) == 2
+    assert "with inputs of 8 bits has int8 values with a scale a row" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_file_for_llama_cpp_needs_a_tokenizer_that_it_knows(folders, tmp_path, capsys):
     pytest.importorskip("gguf")
     words = ["export", str(folders / "run"), "--format", "gguf", "--values", "int8", "--out"]

@@ -1,4 +1,4 @@
-"""The layout "pack-quantized" of compressed-tensors: against numpy, against the library if it is there, damaged."""
+"""The layouts of compressed-tensors: against numpy, against the library if it is there, damaged."""
 
 import numpy as np
 import pytest
@@ -81,3 +81,48 @@ def test_bits_beyond_a_row():
         form.check("w", parts)
     with pytest.raises(FormatError, match=r"its shape is \(3, 37\), and \(37, 3\) is needed"):
         form.check("w", made(Grid(8), (3, 37))[1], (37, 3))
+
+
+def of_int8(shape=(5, 64)):
+    weight = made(Grid(8), shape)[0]
+    return weight, packed_format("compressed-tensors-w8a8", Grid(8)).pack(weight)
+
+
+@pytest.mark.parametrize("columns", [64, 37])
+def test_int8_codes_as_they_are(columns):
+    form = packed_format("compressed-tensors-w8a8", Grid(8))
+    weight, parts = of_int8((5, columns))
+    codes, scales = quantize(weight, None, Grid(8))
+    assert list(parts) == ["weight", "weight_scale"]
+    assert torch.equal(parts["weight"], codes)
+    assert torch.equal(parts["weight_scale"], scales)
+    assert form.check("w", parts, (5, columns)) == (5, columns)
+    assert torch.equal(form.unpack(parts), dequantize(codes, scales))
+    sizes = form.parts((5, columns), 0, torch.bfloat16)
+    assert {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()} == sizes
+
+
+@pytest.mark.parametrize("grid", [Grid(8, 32), Grid(4)], ids=str)
+def test_inputs_of_8_bits_go_with_whole_rows_of_int8(grid):
+    with pytest.raises(ValueError, match="int8 values with a scale a row, not"):
+        packed_format("compressed-tensors-w8a8", grid)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda parts: parts.pop("weight"), "has the parts weight, weight_scale, found weight_scale"),
+        (lambda parts: parts.update(weight=parts["weight"].flatten()), r"must be a matrix, and has the shape \(320,\)"),
+        (lambda parts: parts.update(weight=parts["weight"].float()), "weight of a 5 x 64 matrix is torch.int8"),
+        (lambda parts: parts.update(weight_scale=parts["weight_scale"][:4]), r"is torch.bfloat16 of shape \(5, 1\)"),
+        (lambda parts: parts["weight"][2, 7].fill_(-128), "weight has the code -128 in row 2"),
+        (lambda parts: parts["weight_scale"][3].fill_(float("inf")), "weight_scale 3 is inf; scales are at least"),
+    ],
+)
+def test_each_rule_of_int8_broken_once_is_refused_by_name(change, message):
+    _, parts = of_int8()
+    change(parts)
+    with pytest.raises(FormatError, match=f"^w: .*{message}"):
+        packed_format("compressed-tensors-w8a8", Grid(8)).check("w", parts)
+    with pytest.raises(FormatError, match=r"its shape is \(5, 64\), and \(64, 5\) is needed"):
+        packed_format("compressed-tensors-w8a8", Grid(8)).check("w", of_int8()[1], (64, 5))

@@ -18,6 +18,7 @@ from tests.core.test_compressed_tensors import by_numpy
 from tests.export.test_quantized import by_numpy as of_ours
 
 CASES = [("llama", Grid(8)), ("2:4", Grid(4)), ("bf16", Grid(4, 32))]
+W8A8 = "compressed-tensors-w8a8"
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
@@ -77,6 +78,45 @@ def test_a_folder_becomes_one(models, tmp_path):
     found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "expected"))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.fixture(scope="module")
+def with_inputs_of_8_bits(models, tmp_path_factory):
+    """(folder for compressed-tensors whose inputs are rounded too, dense folder of ours)."""
+    top = tmp_path_factory.mktemp("exports")
+    models["llama"].export(top / "theirs", packing=W8A8, values=Grid(8))
+    models["llama"].export(top / "ours", packing="dense", values=Grid(8))
+    return top / "theirs", top / "ours"
+
+
+def test_inputs_of_8_bits_go_with_the_codes_as_they_are(with_inputs_of_8_bits):
+    theirs, ours = with_inputs_of_8_bits
+    tensors, known = load_file(theirs / "model.safetensors"), load_file(ours / "pst_dense.safetensors")
+    packed = {name.removesuffix(".codes") for name in known if name.endswith(".codes")}
+    for module in packed:
+        assert torch.equal(tensors[f"{module}.weight"], known[f"{module}.codes"])
+        assert torch.equal(tensors[f"{module}.weight_scale"], known[f"{module}.scales"])
+    assert {name for name, tensor in tensors.items() if tensor.dtype == torch.int8} == {f"{m}.weight" for m in packed}
+    said = check_export(theirs)
+    check_model(theirs)
+    assert (said["kind"], said["packed_tensors"]) == (W8A8, len(packed))
+    table = json.loads((theirs / "config.json").read_text())["quantization_config"]
+    assert table["format"] == "int-quantized"
+    (group,) = table["config_groups"].values()
+    inputs = group["input_activations"]
+    assert (inputs["num_bits"], inputs["strategy"], inputs["dynamic"]) == (8, "token", True)
+    assert (group["weights"]["num_bits"], group["weights"]["strategy"]) == (8, "channel")
+
+
+def test_transformers_rounds_inputs_of_8_bits(with_inputs_of_8_bits):
+    pytest.importorskip("compressed_tensors")
+    import pst_ds.hf  # noqa: F401 (for the folder of ours)
+
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        found, expected = (AutoModelForCausalLM.from_pretrained(f).eval()(ids).logits for f in with_inputs_of_8_bits)
+    apart = (found - expected).norm() / expected.norm()
+    assert 1e-4 < apart < 0.05
 
 
 @pytest.mark.parametrize(

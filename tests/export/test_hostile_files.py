@@ -37,6 +37,7 @@ ENCODINGS = {
     "int4": {"packing": "bitmask", "values": Grid(4), "embeddings": Grid(8), "shard_bytes": 9000},
     "dense int4": {"values": Grid(4)},
     "compressed-tensors": {"packing": "compressed-tensors", "values": Grid(4)},
+    "inputs of 8 bits": {"packing": "compressed-tensors-w8a8", "values": Grid(8)},
     "fewer tokens": {"packing": "bitmask", "values": Grid(8), "embeddings": Grid(4), "vocabulary": "abc"},
     "dense, fewer tokens": {"vocabulary": "the film"},
 }
@@ -271,7 +272,8 @@ def _assert_consistent_codes(entry: dict, tensors: dict[str, torch.Tensor]) -> N
     keep = np.ones((rows, columns), np.uint8)
     if "bitmask" in parts:
         keep = np.unpackbits(parts["bitmask"].numpy(), axis=1, bitorder="little")[:, :columns]
-    data = parts["codes"].view(torch.uint8).flatten().tolist()
+    codes, scales = ("weight", "weight_scale") if "weight" in parts else ("codes", "scales")
+    data = parts[codes].view(torch.uint8).flatten().tolist()
     dense, at = np.zeros((rows, columns)), 0
     for row in range(rows):
         count = int(keep[row].sum())
@@ -281,7 +283,7 @@ def _assert_consistent_codes(entry: dict, tensors: dict[str, torch.Tensor]) -> N
             held = [half for byte in held for half in (byte % 16, byte // 16)][:count]
         limit = 256 if entry["values"] == "int8" else 16
         signed = [code - limit if code >= limit // 2 else code for code in held]
-        dense[row, keep[row] == 1] = np.array(signed) * float(parts["scales"][row, 0])
+        dense[row, keep[row] == 1] = np.array(signed) * float(parts[scales][row, 0])
         at += size
     assert at == len(data)
     assert np.array_equal(form.unpack(parts).double().numpy(), dense)

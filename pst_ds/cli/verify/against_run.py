@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 from pst_ds.cli.verify.rounded import cast_model, encoding_of_folder, narrower_dtypes, round_model
 from pst_ds.cli.verify.vocabulary import same_tokens, tokens_of_folder, trim_model
 from pst_ds.config.run import RunConfig
-from pst_ds.core.packings import COMPRESSED_TENSORS
+from pst_ds.core.packings import COMPRESSED_TENSORS, FOR_COMPRESSED_TENSORS
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.data.tasks.data_to_text import DataToText, Pairs
 from pst_ds.data.text_metrics import missing_libraries
@@ -47,7 +47,7 @@ def compare_with_run(args: argparse.Namespace, config: RunConfig) -> dict[str, A
     InputError.
     """
     encoding = encoding_of_folder(args.export)
-    if encoding.packing == COMPRESSED_TENSORS:
+    if encoding.packing in FOR_COMPRESSED_TENSORS:
         raise InputError(
             f"{args.export} is for {COMPRESSED_TENSORS}, which computes in its own way; --against compares the same "
             "codes in a folder of --format dense"

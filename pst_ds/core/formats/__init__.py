@@ -20,14 +20,14 @@ from functools import cache
 import torch
 
 from pst_ds.core.formats.bitmask import BitmaskFormat
-from pst_ds.core.formats.compressed_tensors import CompressedTensorsFormat
+from pst_ds.core.formats.compressed_tensors import IntQuantizedFormat, PackQuantizedFormat
 from pst_ds.core.formats.csr import CsrFormat
 from pst_ds.core.formats.foreign import ForeignFormat
 from pst_ds.core.formats.parts import VALUE_DTYPES, FormatError, PackedFormat, Part
 from pst_ds.core.formats.quantized import QuantizedFormat
 from pst_ds.core.formats.rows import mask_row_bits, row_bits
 from pst_ds.core.formats.two_four import TwoFourFormat
-from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, GROUPS, PACKINGS
+from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE, FOR_COMPRESSED_TENSORS, GROUPS, PACKINGS
 from pst_ds.core.quantization import Grid
 
 _FORMATS: tuple[PackedFormat, ...] = (BitmaskFormat(), TwoFourFormat(), CsrFormat())
@@ -40,8 +40,8 @@ def packed_format(packing: str, grid: Grid | None = None) -> PackedFormat:
 
     Raises ValueError for what there is not: a dense matrix without a grid is not packed, and csr has no grid.
     """
-    if grid is not None and packing == COMPRESSED_TENSORS:
-        return CompressedTensorsFormat(grid)
+    if grid is not None and packing in FOR_COMPRESSED_TENSORS:
+        return PackQuantizedFormat(grid) if packing == COMPRESSED_TENSORS else IntQuantizedFormat(grid)
     if grid is not None:
         return QuantizedFormat(packing, grid)
     if packing not in FORMATS:

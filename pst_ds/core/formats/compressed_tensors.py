@@ -1,7 +1,8 @@
-"""Dense matrices of codes in the layout that compressed-tensors calls "pack-quantized": vLLM and transformers read it.
+"""Dense matrices of codes in two layouts of compressed-tensors, which vLLM and transformers read.
 
-Described in the library's source (compressed_tensors/compressors/pack_quantized, version 0.20): codes as unsigned
+Described in the library's source (compressed_tensors/compressors, version 0.20). "pack-quantized": codes as unsigned
 numbers, 128 or 8 added, side by side from the lowest bit of each int32 on; a row begins with an int32 of its own.
+"int-quantized": int8 codes as they are.
 """
 
 from __future__ import annotations
@@ -13,12 +14,47 @@ from torch import Tensor
 
 from pst_ds.core.formats.parts import MAX_BYTES, FormatError, Part
 from pst_ds.core.formats.quantized import QuantizedFormat
-from pst_ds.core.packings import COMPRESSED_TENSORS, DENSE
+from pst_ds.core.packings import COMPRESSED_TENSORS, COMPRESSED_TENSORS_W8A8, DENSE
 from pst_ds.core.quantization import Grid, dequantize
 from pst_ds.core.quantization.scales import RULE_OF_SCALES, SCALE_DTYPE, first_bad_scale
 
 
-class CompressedTensorsFormat(QuantizedFormat):
+class _OfCompressedTensors(QuantizedFormat):
+    """A matrix of codes, and ``weight_scale`` (O, groups) bf16."""
+
+    def _require_names(self, name: str, parts: Mapping[str, Tensor]) -> None:
+        if set(parts) != set(self.part_names):
+            known, found = ", ".join(self.part_names), ", ".join(parts)
+            raise FormatError(f"{name}: {self.name} has the parts {known}, found {found}")
+
+    def _require_parts(
+        self, name: str, parts: Mapping[str, Tensor], found: tuple[int, int], shape: tuple[int, int] | None
+    ) -> None:
+        """Raise FormatError unless a matrix that says its shape is ``found`` may be one of ``shape``, has parts of its
+        dtypes and shapes, and scales that are."""
+        rows, columns = found
+        if shape is not None and found != tuple(shape):
+            raise FormatError(f"{name}: its shape is {found}, and {tuple(shape)} is needed")
+        try:
+            expected = self.parts(found, 0, torch.bfloat16)
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from None
+        for part, (dtype, dims) in expected.items():
+            if parts[part].dtype != dtype or tuple(parts[part].shape) != dims:
+                raise FormatError(
+                    f"{name}: {part} of a {rows} x {columns} matrix is {dtype} of shape {dims}, found "
+                    f"{parts[part].dtype} of shape {tuple(parts[part].shape)}"
+                )
+        bad = first_bad_scale(parts["weight_scale"], self.grid)
+        if bad is not None:
+            value = float(parts["weight_scale"].flatten()[bad])
+            raise FormatError(f"{name}: weight_scale {bad} is {value:g}; {RULE_OF_SCALES}")
+
+    def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
+        return dequantize(self.unpack_codes(parts), parts["weight_scale"], dtype or torch.float32)
+
+
+class PackQuantizedFormat(_OfCompressedTensors):
     """``weight_packed`` (O, ceil(I bits / 32)) int32, ``weight_scale`` (O, groups) bf16, ``weight_shape`` (2,)."""
 
     values_name = "weight_packed"
@@ -66,9 +102,7 @@ class CompressedTensorsFormat(QuantizedFormat):
         return raw[:, :columns]
 
     def check(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int] | None = None) -> tuple[int, int]:
-        if set(parts) != set(self.part_names):
-            known, found = ", ".join(self.part_names), ", ".join(parts)
-            raise FormatError(f"{name}: {self.name} has the parts {known}, found {found}")
+        self._require_names(name, parts)
         said = parts["weight_shape"]
         if said.dtype != torch.int64 or tuple(said.shape) != (2,):
             found = f"{said.dtype} of shape {tuple(said.shape)}"
@@ -76,22 +110,7 @@ class CompressedTensorsFormat(QuantizedFormat):
         rows, columns = said.tolist()
         if rows < 0 or columns < 0 or max(rows, 1) * max(columns, 1) > MAX_BYTES:
             raise FormatError(f"{name}: no matrix has the shape {(rows, columns)}")
-        if shape is not None and (rows, columns) != tuple(shape):
-            raise FormatError(f"{name}: its shape is {(rows, columns)}, and {tuple(shape)} is needed")
-        try:
-            expected = self.parts((rows, columns), 0, torch.bfloat16)
-        except FormatError as error:
-            raise FormatError(f"{name}: {error}") from None
-        for part, (dtype, dims) in expected.items():
-            if parts[part].dtype != dtype or tuple(parts[part].shape) != dims:
-                raise FormatError(
-                    f"{name}: {part} of a {rows} x {columns} matrix is {dtype} of shape {dims}, found "
-                    f"{parts[part].dtype} of shape {tuple(parts[part].shape)}"
-                )
-        bad = first_bad_scale(parts["weight_scale"], self.grid)
-        if bad is not None:
-            value = float(parts["weight_scale"].flatten()[bad])
-            raise FormatError(f"{name}: weight_scale {bad} is {value:g}; {RULE_OF_SCALES}")
+        self._require_parts(name, parts, (rows, columns), shape)
         if columns:
             self._refuse_codes(name, parts["weight_packed"].cpu(), columns)
         return rows, columns
@@ -104,5 +123,39 @@ class CompressedTensorsFormat(QuantizedFormat):
                 row = int(wrong.any(1).to(torch.uint8).argmax())
                 raise FormatError(f"{name}: weight_packed has {what} in row {row}")
 
-    def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
-        return dequantize(self.unpack_codes(parts), parts["weight_scale"], dtype or torch.float32)
+
+class IntQuantizedFormat(_OfCompressedTensors):
+    """``weight`` (O, I) int8 and ``weight_scale`` (O, 1) bf16, of layers whose inputs are rounded to int8 as well."""
+
+    values_name = "weight"
+
+    def __init__(self, grid: Grid):
+        """Raises ValueError for another grid than int8 with a scale a row."""
+        if grid != Grid(8):
+            raise ValueError(f"{COMPRESSED_TENSORS_W8A8} has int8 values with a scale a row, not {grid}")
+        super().__init__(DENSE, grid)
+        self.packing = self.name = COMPRESSED_TENSORS_W8A8
+        self.part_names = ("weight", "weight_scale")
+
+    def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
+        """Neither ``nonzero`` nor ``dtype`` is looked at."""
+        return {"weight": (torch.int8, shape), "weight_scale": (SCALE_DTYPE, (shape[0], 1))}
+
+    def pack_codes(self, codes: Tensor, scales: Tensor, keep: Tensor, name: str = "") -> dict[str, Tensor]:
+        return {"weight": codes, "weight_scale": scales}
+
+    def unpack_codes(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return parts["weight"].detach().cpu()
+
+    def check(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int] | None = None) -> tuple[int, int]:
+        self._require_names(name, parts)
+        codes = parts["weight"]
+        if codes.ndim != 2:
+            raise FormatError(f"{name}: weight must be a matrix, and has the shape {tuple(codes.shape)}")
+        found = (codes.shape[0], codes.shape[1])
+        self._require_parts(name, parts, found, shape)
+        wrong = (codes.cpu() == -self.grid.largest - 1).any(1)
+        if wrong.any():
+            row = int(wrong.to(torch.uint8).argmax())
+            raise FormatError(f"{name}: weight has the code {-self.grid.largest - 1} in row {row}")
+        return found
