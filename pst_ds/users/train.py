@@ -25,6 +25,9 @@ from pst_ds.users.store import State, UserStore, require_name
 from pst_ds.users.trained import Trained, with_batches_for
 
 _NEVER = 1 << 40
+SHARE_BESIDE_A_HEAD = 0.2
+"""Of the run's rate of updates, where a user has a head of its own too: at the whole of it updates learn a few rows by
+heart that the head alone has the measure of (docs/users.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +38,9 @@ class UserTraining:
     batch_size: int = 8
     """Most rows of a step; users with few have all of theirs in steps of equal size."""
     update_learning_rate: float | None = None
-    """Of U and V, or of gates. None, here and below, is the run's."""
+    """Of U and V, or of gates. None is the run's; for U and V beside a head :data:`SHARE_BESIDE_A_HEAD` of it."""
     head_learning_rate: float | None = None
+    """None is the run's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,10 +98,19 @@ def run_of_users(run: RunConfig, how: UserTraining, **files: str) -> RunConfig:
     rates = {name: getattr(how, name) for name in ("update_learning_rate", "head_learning_rate")}
     rates["gate_learning_rate"] = how.update_learning_rate
     train = replace(train, **{name: rate for name, rate in rates.items() if rate is not None})
-    return replace(
+    run = replace(
         run, train=train, dense_run="", distillation=DistillationConfig(), pictures=PicturesConfig(interval=-1),
         tracking=TrackingConfig(),
     )  # fmt: skip
+    return _beside_a_head(run) if how.update_learning_rate is None else run
+
+
+def _beside_a_head(run: RunConfig) -> RunConfig:
+    """Return the run with less of its rate of updates, if it has one, where its users have heads."""
+    rate = run.train.update_learning_rate
+    if rate is None or not run.task_facts.has_labels:
+        return run
+    return replace(run, train=replace(run.train, update_learning_rate=SHARE_BESIDE_A_HEAD * rate))
 
 
 def train_users(
@@ -122,7 +135,8 @@ def train_users(
     chosen, few = raise_on_all_ranks(lambda: choice.of(rows))
     run, steps = prepared.run, _usual_steps(prepared.run, rows, chosen)
     seen = steps * run.train.batch_size  # in one pass: embeddings, whose rate falls with more, are nobody's own
-    run = run.with_rates(width=prepared.width, num_steps=steps, num_examples=seen)
+    whole = run.with_rates(width=prepared.width, num_steps=steps, num_examples=seen)
+    run = _beside_a_head(whole) if run.train.update_learning_rate is None else whole
     prepared = replace(prepared, run=run)
     model = PersonalModel(prepared, checkpoint, part, own_of_rank=user_per_rank)
     store = raise_on_all_ranks(lambda: UserStore.create(folder, model.common) if is_main() else None)

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from pst_ds.cli.main import main
+from pst_ds.config.toml import load_run
+from pst_ds.core.schedule import default_learning_rates
 from pst_ds.hf.model_folder import open_model_folder
 from pst_ds.users.store import UserStore
+from pst_ds.users.train import SHARE_BESIDE_A_HEAD, UserTraining, run_of_users
 
 SETTINGS = {
     "deepspeed_config": "", "train.num_steps": 6, "schedule.update_interval": 1, "train.precision": "fp32",
@@ -80,6 +84,24 @@ def test_a_users_bits_do_not_depend_on_who_came_before(run, tmp_path, form):
     assert _same(everyone.state("bob"), backwards.state("bob"))
     assert _same(everyone.state("cid"), backwards.state("cid"))
     assert not _same(everyone.state("ann"), everyone.state("bob"))
+
+
+def test_updates_beside_a_head_train_at_less_than_the_run_s_rate(run, store, tmp_path):
+    rate = default_learning_rates(width=AutoConfig.from_pretrained("tests/data/tiny-bert").hidden_size, num_steps=4)
+    for share in (SHARE_BESIDE_A_HEAD, 1.0):
+        said = ("--learning-rate", str(share * rate.updates), "--users", "ann")
+        assert _train(run / "run", tmp_path / str(share), str(run / "rows.jsonl"), *said) == 0
+    gentle, whole = (UserStore.open(tmp_path / str(share)).state("ann") for share in (SHARE_BESIDE_A_HEAD, 1.0))
+    assert _same(gentle, store.state("ann"))
+    assert not _same(whole, store.state("ann"))
+
+
+def test_what_rate_is_the_run_s():
+    labels = load_run("tests/data/world_size.toml", ["train.update_learning_rate=0.01"])
+    text = load_run("tests/data/causal_lm.toml", ["train.update_learning_rate=0.01"])
+    assert run_of_users(labels, UserTraining()).train.update_learning_rate == 0.01 * SHARE_BESIDE_A_HEAD
+    assert run_of_users(labels, UserTraining(update_learning_rate=0.02)).train.update_learning_rate == 0.02
+    assert run_of_users(text, UserTraining()).train.update_learning_rate == 0.01
 
 
 def test_a_state_has_updates_and_head_and_no_mask(store):
