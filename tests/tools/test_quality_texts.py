@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tools.demo import films
 from tools.quality import ladder_texts, mpnet, texts
 from tools.quality.brown_prose import prose
 
@@ -123,16 +122,19 @@ def test_popularity_is_of_a_candidates_own_tweets_each_in_one_split(tmp_path):
     assert 10 <= len(splits["validation"]) <= 40
 
 
-def test_pairs_are_of_one_film_as_often_as_of_two_and_stay_in_the_split_of_their_films(monkeypatch, tmp_path):
-    reviews = [(f"film {i}", f"{i}/{j}", "fresh") for i in range(100) for j in range(6)]
-    monkeypatch.setattr(films, "reviews", lambda packages: iter(reviews))
+def test_pairs_are_of_one_group_as_often_as_of_two_and_stay_in_the_split_of_their_posts(monkeypatch, tmp_path):
+    posts = {
+        split: [{"text": f"{split}: {group} {i}", "label": group} for group in "abc" for i in range(60)] + extra
+        for split, extra in (("test", []), ("train", [{"text": "train: d 0", "label": "d"}]))
+    }
+    monkeypatch.setattr(ladder_texts, "orange_splits", lambda packages, name: posts)
     for split, rows in ladder_texts.pair_splits(tmp_path).items():
         same = [row["label"] == "same" for row in rows]
-        assert same == [row["text"].split("/")[0] == row["other"].split("/")[0] for row in rows]
+        assert same == [row["text"].split()[1] == row["other"].split()[1] for row in rows]
         assert 0.35 < sum(same) / len(same) < 0.65
         assert all(row["text"] != row["other"] for row in rows)
-        of_films = {text.split("/")[0] for row in rows for text in (row["text"], row["other"])}
-        assert {films.split_of_film(f"film {i}") for i in of_films} == {split}
+        assert {text.split(":")[0] for row in rows for text in (row["text"], row["other"])} == {split}
+        assert 180 <= len(rows) <= 181
 
 
 def _packages_of_pieces(folder: Path, content: bytes, cuts: list[int]) -> None:

