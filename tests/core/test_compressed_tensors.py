@@ -59,7 +59,7 @@ def test_the_library_reads_them(grid):
         (lambda parts: parts.update(weight_shape=torch.tensor([5.0, 64.0])), "weight_shape must be int64"),
         (lambda parts: parts.update(weight_shape=torch.tensor([-5, 64])), "no matrix has the shape"),
         (lambda parts: parts.update(weight_shape=torch.tensor([5, 96])), "weight_packed of a 5 x 96 matrix"),
-        (lambda parts: parts.update(weight_packed=parts["weight_packed"].short()), "is torch.int32 of shape"),
+        (lambda parts: parts.update(weight_packed=parts["weight_packed"].short()), "weight_packed must be torch.int32"),
         (lambda parts: parts["weight_packed"][2].zero_(), "weight_packed has the code -8 in row 2"),
         (lambda parts: parts["weight_scale"][3].fill_(0.0), "weight_scale 3 is 0; scales are at least"),
         (lambda parts: parts["weight_scale"][3].fill_(float("nan")), "weight_scale 3 is nan"),
@@ -113,7 +113,7 @@ def test_inputs_of_8_bits_go_with_whole_rows_of_int8(grid):
     [
         (lambda parts: parts.pop("weight"), "has the parts weight, weight_scale, found weight_scale"),
         (lambda parts: parts.update(weight=parts["weight"].flatten()), r"must be a matrix, and has the shape \(320,\)"),
-        (lambda parts: parts.update(weight=parts["weight"].float()), "weight of a 5 x 64 matrix is torch.int8"),
+        (lambda parts: parts.update(weight=parts["weight"].float()), "weight must be torch.int8, found"),
         (lambda parts: parts.update(weight_scale=parts["weight_scale"][:4]), r"is torch.bfloat16 of shape \(5, 1\)"),
         (lambda parts: parts["weight"][2, 7].fill_(-128), "weight has the code -128 in row 2"),
         (lambda parts: parts["weight_scale"][3].fill_(float("inf")), "weight_scale 3 is inf; scales are at least"),
@@ -124,5 +124,8 @@ def test_each_rule_of_int8_broken_once_is_refused_by_name(change, message):
     change(parts)
     with pytest.raises(FormatError, match=f"^w: .*{message}"):
         packed_format("compressed-tensors-w8a8", Grid(8)).check("w", parts)
+
+
+def test_int8_codes_of_another_shape_than_the_model_has():
     with pytest.raises(FormatError, match=r"its shape is \(5, 64\), and \(64, 5\) is needed"):
         packed_format("compressed-tensors-w8a8", Grid(8)).check("w", of_int8()[1], (64, 5))

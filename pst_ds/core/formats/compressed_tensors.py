@@ -7,12 +7,13 @@ numbers, 128 or 8 added, side by side from the lowest bit of each int32 on; a ro
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from pst_ds.core.formats.parts import MAX_BYTES, FormatError, Part
+from pst_ds.core.formats.parts import FormatError, Part
 from pst_ds.core.formats.quantized import QuantizedFormat
 from pst_ds.core.packings import COMPRESSED_TENSORS, COMPRESSED_TENSORS_W8A8, DENSE
 from pst_ds.core.quantization import Grid, dequantize
@@ -22,33 +23,17 @@ from pst_ds.core.quantization.scales import RULE_OF_SCALES, SCALE_DTYPE, first_b
 class _OfCompressedTensors(QuantizedFormat):
     """A matrix of codes, and ``weight_scale`` (O, groups) bf16."""
 
-    def _require_names(self, name: str, parts: Mapping[str, Tensor]) -> None:
-        if set(parts) != set(self.part_names):
-            known, found = ", ".join(self.part_names), ", ".join(parts)
-            raise FormatError(f"{name}: {self.name} has the parts {known}, found {found}")
-
-    def _require_parts(
-        self, name: str, parts: Mapping[str, Tensor], found: tuple[int, int], shape: tuple[int, int] | None
-    ) -> None:
-        """Raise FormatError unless a matrix that says its shape is ``found`` may be one of ``shape``, has parts of its
-        dtypes and shapes, and scales that are."""
-        rows, columns = found
-        if shape is not None and found != tuple(shape):
-            raise FormatError(f"{name}: its shape is {found}, and {tuple(shape)} is needed")
-        try:
-            expected = self.parts(found, 0, torch.bfloat16)
-        except FormatError as error:
-            raise FormatError(f"{name}: {error}") from None
-        for part, (dtype, dims) in expected.items():
-            if parts[part].dtype != dtype or tuple(parts[part].shape) != dims:
-                raise FormatError(
-                    f"{name}: {part} of a {rows} x {columns} matrix is {dtype} of shape {dims}, found "
-                    f"{parts[part].dtype} of shape {tuple(parts[part].shape)}"
-                )
+    def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         bad = first_bad_scale(parts["weight_scale"], self.grid)
         if bad is not None:
             value = float(parts["weight_scale"].flatten()[bad])
             raise FormatError(f"{name}: weight_scale {bad} is {value:g}; {RULE_OF_SCALES}")
+        if shape[1]:
+            self._refuse_codes(name, parts[self.values_name], shape[1])
+
+    @abstractmethod
+    def _refuse_codes(self, name: str, values: Tensor, columns: int) -> None:
+        """Raise FormatError where ``values`` are no codes of the grid; they are of rows that are not empty."""
 
     def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
         return dequantize(self.unpack_codes(parts), parts["weight_scale"], dtype or torch.float32)
@@ -57,7 +42,7 @@ class _OfCompressedTensors(QuantizedFormat):
 class PackQuantizedFormat(_OfCompressedTensors):
     """``weight_packed`` (O, ceil(I bits / 32)) int32, ``weight_scale`` (O, groups) bf16, ``weight_shape`` (2,)."""
 
-    values_name = "weight_packed"
+    values_name, shape_name = "weight_packed", "weight_shape"
 
     def __init__(self, grid: Grid):
         super().__init__(DENSE, grid)
@@ -101,22 +86,8 @@ class PackQuantizedFormat(_OfCompressedTensors):
             raw = torch.stack([raw & 15, raw >> 4], -1).flatten(1)
         return raw[:, :columns]
 
-    def check(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int] | None = None) -> tuple[int, int]:
-        self._require_names(name, parts)
-        said = parts["weight_shape"]
-        if said.dtype != torch.int64 or tuple(said.shape) != (2,):
-            found = f"{said.dtype} of shape {tuple(said.shape)}"
-            raise FormatError(f"{name}: weight_shape must be int64 of shape (2,), found {found}")
-        rows, columns = said.tolist()
-        if rows < 0 or columns < 0 or max(rows, 1) * max(columns, 1) > MAX_BYTES:
-            raise FormatError(f"{name}: no matrix has the shape {(rows, columns)}")
-        self._require_parts(name, parts, (rows, columns), shape)
-        if columns:
-            self._refuse_codes(name, parts["weight_packed"].cpu(), columns)
-        return rows, columns
-
-    def _refuse_codes(self, name: str, words: Tensor, columns: int) -> None:
-        raw = self._raw(words, words.shape[1] * 32 // self.grid.bits)
+    def _refuse_codes(self, name: str, values: Tensor, columns: int) -> None:
+        raw = self._raw(values, values.shape[1] * 32 // self.grid.bits)
         least = -self.grid.largest - 1
         for what, wrong in ((f"the code {least}", raw[:, :columns] == 0), ("a bit beyond it", raw[:, columns:] != 0)):
             if wrong.any():
@@ -136,6 +107,7 @@ class IntQuantizedFormat(_OfCompressedTensors):
         super().__init__(DENSE, grid)
         self.packing = self.name = COMPRESSED_TENSORS_W8A8
         self.part_names = ("weight", "weight_scale")
+        self.value_dtypes = (torch.int8,)
 
     def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
         """Neither ``nonzero`` nor ``dtype`` is looked at."""
@@ -147,15 +119,14 @@ class IntQuantizedFormat(_OfCompressedTensors):
     def unpack_codes(self, parts: Mapping[str, Tensor]) -> Tensor:
         return parts["weight"].detach().cpu()
 
-    def check(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int] | None = None) -> tuple[int, int]:
-        self._require_names(name, parts)
+    def _claimed_shape(self, name: str, parts: Mapping[str, Tensor]) -> tuple[int, int]:
         codes = parts["weight"]
         if codes.ndim != 2:
             raise FormatError(f"{name}: weight must be a matrix, and has the shape {tuple(codes.shape)}")
-        found = (codes.shape[0], codes.shape[1])
-        self._require_parts(name, parts, found, shape)
-        wrong = (codes.cpu() == -self.grid.largest - 1).any(1)
+        return codes.shape[0], codes.shape[1]
+
+    def _refuse_codes(self, name: str, values: Tensor, columns: int) -> None:
+        wrong = (values == -self.grid.largest - 1).any(1)
         if wrong.any():
             row = int(wrong.to(torch.uint8).argmax())
             raise FormatError(f"{name}: weight has the code {-self.grid.largest - 1} in row {row}")
-        return found

@@ -33,8 +33,10 @@ class PackedFormat(ABC):
     """The part that has the weights' dtype, or their codes."""
     value_dtypes: tuple[torch.dtype, ...] = VALUE_DTYPES
     """The dtypes that it may have."""
+    shape_name: str = "shape"
+    """The part that says the shape of the matrix, where one does,"""
     shape_dims: tuple[int, ...] = (2,)
-    """Shape of the part "shape"."""
+    """and the shape of that part."""
 
     @abstractmethod
     def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
@@ -87,7 +89,9 @@ class PackedFormat(ABC):
         if set(parts) != set(self.part_names):
             raise FormatError(f"{name}: {self.name} has the parts {_listed(self.part_names)}, found {_listed(parts)}")
         held = {part: self._plain(name, part, parts[part]) for part in self.part_names}
-        rows, columns = self._claimed_shape(name, held["shape"], held[self.values_name].dtype)
+        rows, columns = self._claimed_shape(name, held)
+        if max(rows, 1) * max(columns, 1) * held[self.values_name].dtype.itemsize > MAX_BYTES:
+            raise FormatError(f"{name}: no matrix has the shape {(rows, columns)}")
         if shape is not None and (rows, columns) != tuple(shape):
             raise FormatError(f"{name}: its shape is {(rows, columns)}, and {tuple(shape)} is needed")
         values = held[self.values_name]
@@ -143,11 +147,15 @@ class PackedFormat(ABC):
             raise FormatError(f"{name}: {part} must be {known}, found {_described(tensor)}")
         return tensor.detach().cpu()
 
-    def _claimed_shape(self, name: str, part: Tensor, dtype: torch.dtype) -> tuple[int, int]:
+    def _claimed_shape(self, name: str, parts: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Return (O, I) as the parts say it: names are right, dtypes and shapes were not looked at."""
+        part = parts[self.shape_name]
         if part.dtype != torch.int64 or tuple(part.shape) != self.shape_dims:
-            raise FormatError(f"{name}: shape must be int64 of shape {self.shape_dims}, found {_described(part)}")
+            raise FormatError(
+                f"{name}: {self.shape_name} must be int64 of shape {self.shape_dims}, found {_described(part)}"
+            )
         rows, columns = part.flatten().tolist()
-        if rows < 0 or columns < 0 or max(rows, 1) * max(columns, 1) * dtype.itemsize > MAX_BYTES:
+        if rows < 0 or columns < 0:
             raise FormatError(f"{name}: no matrix has the shape {(rows, columns)}")
         return rows, columns
 
