@@ -83,7 +83,7 @@ def _columns(path: Path) -> Iterator[dict[str, str]]:
 def pair_splits(packages: Path) -> dict[str, list[Row]]:
     """Return every post of 20 Newsgroups with another of its split, as often of its group as of another group."""
     splits = orange_splits(packages, "20newsgroups")
-    return {split: _pairs(rows, random.Random(f"pairs/{split}")) for split, rows in splits.items()}
+    return {split: _pairs(rows, random.Random(f"posts/{split}")) for split, rows in splits.items()}
 
 
 def _pairs(rows: list[Row], draw: random.Random) -> list[Row]:
