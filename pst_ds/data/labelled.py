@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 _LENGTH_WINDOW_BATCHES = 50
 _FEW_ROWS = 20
 """Up to so many rows may well have a label each."""
+_ROWS_AT_A_TIME = 256
+"""Tokenizers keep what they cut off until a call returns."""
+_MORE_TOKENS = 32
+"""Of a text that is cut before it is tokenised: far enough behind the last token that is wanted not to change it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +138,45 @@ def refuse_hidden(label: object, row: int, where: str) -> None:
 def tokenized_texts(rows: Dataset, data: DataConfig, split: str, tokenizer: Tokenizer) -> list[dict[str, list[int]]]:
     """Tokenise each row's text, or pair of texts. Raises ConfigError for a row without one."""
     texts = [text_column(rows[column], column, getattr(data, split)) for column in data.text_columns]
-    encoded = tokenizer(*texts, truncation=True, max_length=data.max_length)
-    return [{key: values[i] for key, values in encoded.items()} for i in range(len(rows))]
+    features = []
+    for start in range(0, len(rows), _ROWS_AT_A_TIME):
+        part = [column[start : start + _ROWS_AT_A_TIME] for column in texts]
+        if len(part) > 1 and tokenizer.is_fast:
+            part = _as_far_as_needed(part, data.max_length, tokenizer)
+        encoded = tokenizer(*part, truncation=True, max_length=data.max_length)
+        features += [{key: values[i] for key, values in encoded.items()} for i in range(len(part[0]))]
+    return features
+
+
+def _as_far_as_needed(pairs: list[list[str]], max_length: int, tokenizer: Tokenizer) -> list[list[str]]:
+    """Return both columns of pairs, cut to what ``max_length`` tokens can hold and a little more, of two long texts the
+    longer one less: it may be the one to keep a token more than the other.
+
+    Of a pair that it truncates a fast tokenizer makes, besides, every combination of a piece of one text with a piece
+    of the other: memory grows with the product of their lengths, to gigabytes for two of 10,000 tokens.
+    """
+    limit = max_length + _MORE_TOKENS
+    spans = [_token_spans(column, limit, tokenizer) for column in pairs]
+    cut = [list(column) for column in pairs]
+    for row in range(len(pairs[0])):
+        for side, other in ((0, 1), (1, 0)):
+            span = spans[side].get(row)
+            if span and len(span) > limit:
+                longer = len(span) > len(spans[other].get(row, ()))
+                kept = limit + _MORE_TOKENS * longer
+                text = pairs[side][row]
+                from_end = tokenizer.truncation_side == "left"
+                cut[side][row] = text[span[-kept:][0][0] :] if from_end else text[: span[:kept][-1][1]]
+    return cut
+
+
+def _token_spans(texts: list[str], limit: int, tokenizer: Tokenizer) -> dict[int, list[tuple[int, int]]]:
+    """Return where the tokens of each text of more than ``limit`` characters begin and end in it, by its number."""
+    long = [i for i, text in enumerate(texts) if len(text) > limit]
+    if not long:
+        return {}
+    encoded = tokenizer([texts[i] for i in long], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return dict(zip(long, encoded["offset_mapping"], strict=True))
 
 
 def collate(examples: Examples, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:

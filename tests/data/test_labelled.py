@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from pst_ds.config.run import ConfigError, DataConfig
+from pst_ds.data import labelled
 from pst_ds.data.labelled import Examples, GlobalBatches, collate, label_names, load_examples, read_labelled
 
 ROWS = [
@@ -185,6 +187,47 @@ def test_a_split_s_own_names_are_read_as_those_of_training(tmp_path, tokenizer):
     assert "label 'bad' in row 1 is not one of the training labels good, ugly" in _refusal(
         load_examples, back, "validation", tokenizer, label_names(back)
     )
+
+
+WORDS = ("the", "plot", "was", "a", "warm", "and", "moving", "story", "unbelievably", "vague", "ctenophore", "film")
+
+
+def _long(seed, count):
+    draw = random.Random(seed)
+    return " ".join(draw.choice(WORDS) for _ in range(count))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("folder", ["tests/data/tiny-bert", "tests/data/tiny-llama"])
+def test_a_long_pair_is_cut_as_if_tokenised_whole(tmp_path, folder, side):
+    tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side=side)
+    sizes = [(300, 3), (3, 300), (300, 290), (290, 300), (45, 44), (16, 300), (1, 1)]
+    pairs = [(_long(i, first), _long(~i, second), i % 2) for i, (first, second) in enumerate(sizes)]
+    path = _write(tmp_path / "pairs.jsonl", ("premise", "hypothesis", "label"), pairs)
+    data = DataConfig(train=path, text_columns=("premise", "hypothesis"), max_length=32)
+    whole = tokenizer([pair[0] for pair in pairs], [pair[1] for pair in pairs], truncation=True, max_length=32)
+    found = load_examples(data, "train", tokenizer, ["0", "1"]).features
+    assert found == [{key: values[i] for key, values in whole.items()} for i in range(len(pairs))]
+
+
+def test_long_pairs_reach_the_tokenizer_short_and_few_at_a_time(tmp_path, tokenizer, monkeypatch):
+    """Of two texts of 10,000 tokens it would make 100,000 pieces for every example, and hold those of all rows."""
+    pairs = [(_long(1, 5000), _long(2, 5000), i % 2) for i in range(5)]
+    path = _write(tmp_path / "pairs.jsonl", ("premise", "hypothesis", "label"), pairs)
+    data = DataConfig(train=path, text_columns=("premise", "hypothesis"), max_length=32)
+    pieces = []
+
+    def counting(*texts, **options):
+        encoded = AutoTokenizer.from_pretrained("tests/data/tiny-bert")(*texts, **options)
+        if len(texts) == 2:
+            pieces.append([1 + len(encoding.overflowing) for encoding in encoded.encodings])
+        return encoded
+
+    counting.is_fast, counting.truncation_side = True, "right"
+    monkeypatch.setattr(labelled, "_ROWS_AT_A_TIME", 2)
+    assert len(load_examples(data, "train", counting, ["0", "1"]).features) == 5
+    assert [len(of_call) for of_call in pieces] == [2, 2, 1]
+    assert max(map(max, pieces)) < 80
 
 
 @pytest.mark.parametrize(
