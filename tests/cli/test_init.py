@@ -69,10 +69,10 @@ def test_a_classifier(made, capsys):
 
 @pytest.mark.parametrize(
     "more",
-    [("--sparsity", "0.8"), ("--method", "gmp"), ("--task", "causal-lm"), ("--target", "cpu"), ("--pattern", "4x4")],
+    [("--sparsity", "0.8"), ("--method", "gmp"), ("--target", "cpu"), ("--pattern", "4x4")],
 )
 def test_a_start_by_alps_is_for_classifiers_with_many_zeros_anywhere(made, more):
-    out, table, _ = made(LLAMA if "causal-lm" in more else BERT, "--train", TRAIN, *more)
+    out, table, _ = made(BERT, "--train", TRAIN, *more)
     assert "start" not in table
     assert "ALPS" not in out.read_text()
     assert "magnitude" not in table["pst"]
@@ -94,7 +94,7 @@ def test_a_model_that_cannot_be_pruned_block_by_block_begins_without(made, tmp_p
     ("model", "more", "pattern", "words"),
     [
         (BERT, ("--target", "cpu"), "1x4", "blocks of 4 inputs"),
-        (LLAMA, ("--target", "cpu", "--task", "causal-lm"), "matrix", "decoders on CPUs"),
+        (LLAMA, ("--target", "cpu", "--task", "causal-lm"), "global", "decoders on CPUs"),
         (BERT, ("--target", "cpu", "--pattern", "row"), "row", '"16x1"'),
         (BERT, (), "matrix", '"16x1"'),
     ],
@@ -138,7 +138,33 @@ def test_a_language_model(made, capsys):
     assert _planned(capsys, out)["num_steps"] == result["num_steps"] == 7
     assert result["unit"] == "sequences"
     assert "update_embeddings" not in table["pst"]
+    assert table["start"] == {"method": "alps", "samples": result["examples"], "reconstruct": 2}
+
+
+@pytest.mark.parametrize(
+    ("more", "zeros", "pattern", "shares"),
+    [
+        ((), 0.5, "global", "saliency"),
+        (("--target", "cpu"), 0.5, "global", "saliency"),
+        (("--sparsity", "0.7"), 0.7, "matrix", None),
+        (("--pattern", "row"), 0.5, "row", None),
+    ],
+)
+def test_a_language_model_begins_by_alps_with_all_its_zeros(made, capsys, more, zeros, pattern, shares):
+    out, table, _ = made(LLAMA, "--train", TRAIN, "--task", "causal-lm", *more)
+    schedule = table["schedule"]
+    assert (schedule["final_sparsity"], schedule["initial_sparsity"]) == (zeros, zeros)
+    assert (table["pst"]["pattern"], table["start"].get("budgets")) == (pattern, shares)
+    assert table["pst"]["frozen_magnitude"] is True
+    assert _planned(capsys, out)["num_steps"] > 0
+
+
+@pytest.mark.parametrize("more", [("--pattern", "4x4"), ("--method", "gmp"), ("--pattern", "stack")])
+def test_a_language_model_begins_dense_where_no_start_was_measured(made, more):
+    out, table, _ = made(LLAMA, "--train", TRAIN, "--task", "causal-lm", *more)
+    assert "start" not in table
     assert "initial_sparsity" not in table["schedule"]
+    assert "ALPS" not in out.read_text()
 
 
 @pytest.mark.parametrize(
@@ -291,7 +317,8 @@ def test_the_questions_go_to_stderr_and_say_what_is_wrong(typed, tmp_path, capsy
     typed(f"{TRAIN}\n\n\n1\n")
     assert main(["init", BERT, "--out", str(tmp_path / "run.toml")]) == 0
     said = capsys.readouterr()
-    assert "fraction of zeros at the end [0.9]: " in said.err
+    assert "fraction of zeros at the end (0.9, and 0.5 for language models) [usual]: " in said.err
+    assert tomllib.loads((tmp_path / "run.toml").read_text())["schedule"]["final_sparsity"] == 0.9
     assert said.out.startswith("wrote ")
     typed("no.jsonl\n" * 9)
     assert "file to train on" in _refused(capsys, BERT, "--out", str(tmp_path / "other.toml"))

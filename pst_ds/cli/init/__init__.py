@@ -12,6 +12,8 @@ from pst_ds.config.methods import METHODS
 from pst_ds.config.tasks import TASKS
 from pst_ds.errors import InputError
 
+_USUAL, _USUAL_ZEROS = "usual", "0.9, and 0.5 for language models"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="DIR", help="model folder, or a name on the hub")
@@ -22,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-columns", type=_names, metavar="COLUMN,...", help="one column, or two for pairs")
     parser.add_argument("--label-column", metavar="COLUMN", help="default: label")
     parser.add_argument("--method", choices=tuple(METHODS), default="pst", help="default: pst")
-    parser.add_argument("--sparsity", type=float, metavar="S", help="fraction of zeros at the end (default: 0.9)")
+    zeros = f"fraction of zeros at the end (default: {_USUAL_ZEROS})"
+    parser.add_argument("--sparsity", type=float, metavar="S", help=zeros)
     pattern = 'matrix (default), global, row, N:M or blocks such as "16x1"'
     parser.add_argument("--pattern", metavar="P", help=pattern)
     target = "where the sparse model will run: proposes the pattern that is the quickest there at the same quality"
@@ -79,7 +82,8 @@ def _complete(args: argparse.Namespace) -> None:
         args.train = _ask("file to train on (.jsonl, .csv, .parquet, .txt)", check=_file_problem)
         args.validation = args.validation or _ask("file for validation", "none", check=_file_problem)
     if args.sparsity is None and args.pattern is None and METHODS[args.method].masks != "none":
-        args.sparsity = float(_ask("fraction of zeros at the end", "0.9", check=_share_problem))
+        asked = _ask(f"fraction of zeros at the end ({_USUAL_ZEROS})", _USUAL, check=_share_problem)
+        args.sparsity = None if asked == _USUAL else float(asked)
     if args.ranks is None:
         args.ranks = int(_ask("processes to train on", "1", check=_count_problem))
 
@@ -107,6 +111,8 @@ def _file_problem(answer: str) -> str:
 
 
 def _share_problem(answer: str) -> str:
+    if answer == _USUAL:
+        return ""
     try:
         return "" if 0.0 <= float(answer) < 1.0 else f"{answer} is not in [0, 1)"
     except ValueError:

@@ -5,14 +5,15 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 
+from pst_ds.cli.init.start import Settings, laid_over, with_start
 from pst_ds.config.methods import METHODS
 from pst_ds.config.run import DataConfig, RunConfig
-from pst_ds.config.tasks import TASKS
+from pst_ds.config.tasks import TASKS, TaskFacts
 from pst_ds.config.toml import run_from_table
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.data.dataset import read_rows
@@ -22,22 +23,13 @@ from pst_ds.errors import InputError
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.targets import find_embeddings
 from pst_ds.train.model import load_model_config, load_tokenizer, meta_model, num_trainable, pst_config
-from pst_ds.train.one_shot.start import require_startable
 
 _UNKNOWN_LIMIT, _BATCH_SIZE = 128, 32
 _LEAST_STEPS, _MOST_STEPS, _LONGER = 600, 10_000, 3.0
-_MANY_ZEROS = 0.85
-"""From here on a classifier begins with zeros of ALPS; see docs/pruning.md, "Classifiers with many zeros". Measured at
-0.9 and 0.95, not between that and half, and worth nothing in blocks."""
-_START_SPARSITY, _START_SAMPLES, _START_PATTERNS = 0.8, 1024, ("matrix", "row")
-_MOST_WEIGHTS_TO_START = 1_000_000_000
-"""More would take a processor hours."""
 _GUESSED_PAIRS = (["sentence1", "sentence2"], ["premise", "hypothesis"], ["question1", "question2"])
 _GUESSED_TEXTS = (["text"], ["sentence"], *_GUESSED_PAIRS)
 _GUESSED_CONVERSATIONS = (["messages"], ["conversations"], ["prompt", "completion"])
 _TEXT_TYPES = ("string", "large_string")
-Settings: TypeAlias = dict[str, Any]
-"""Values of settings, or tables of them, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,29 +70,30 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     has_accelerator = torch.accelerator.is_available()
     table = _first_table(args, deepspeed_file if ranks > 1 or has_accelerator else None)
     asked = table["data"].pop("max_length", 0)
-    first = run_from_table(_laid_over(table, "data", max_length=TASKS[table["task"]].min_length))
+    first = run_from_table(laid_over(table, "data", max_length=TASKS[table["task"]].min_length))
     task, tokenizer = task_of(first), load_tokenizer(first)
     labels = task.label_names(first.data)
     config = load_model_config(first, labels, tokenizer)
     positions = _positions(config, tokenizer)
     room = (positions or _UNKNOWN_LIMIT) - (len(tokenizer(first.prompt.text)["input_ids"]) if first.prompt.text else 0)
     length = asked or min(first.task_facts.init_max_length, room)
-    table = _laid_over(table, "data", max_length=length)
+    table = laid_over(table, "data", max_length=length)
     examples = len(task.load(run_from_table(table).data, "train", tokenizer, labels))
     batch_size = ranks * max(1, min(_BATCH_SIZE, examples) // ranks)  # a multiple of ranks, at most all examples
     batch_size = args.batch_size or batch_size
-    table, length_reason = _laid_over(table, "train", batch_size=batch_size), "as given"
+    table, length_reason = laid_over(table, "train", batch_size=batch_size), "as given"
     if not (args.steps or args.epochs is not None):
         train, length_reason = proposed_length(first.task_facts.init_epochs, examples, batch_size)
         del table["train"]["num_epochs"]
-        table = _laid_over(table, "train", **train)
+        table = laid_over(table, "train", **train)
     run = run_from_table(table)
     run.micro_batch_size(ranks)
     model = meta_model(run, labels, tokenizer)
     if task.new_head and _has_small_update(run):
-        table = _for_a_new_task(table, model, run, examples)
-        run = run_from_table(table)
-        model = meta_model(run, labels, tokenizer)
+        table = _for_a_new_task(table, model, run)
+    table = with_start(table, model, examples, any_pattern=not args.pattern)
+    run = run_from_table(table)
+    model = meta_model(run, labels, tokenizer)
     layers = pst_layers(model)
     summary = {
         "task": run.task,
@@ -125,40 +118,15 @@ def _has_small_update(run: RunConfig) -> bool:
     return bool(run.mask_method.injects and config.update_rank and not config.multiplicative_update)
 
 
-def _for_a_new_task(table: Settings, model: nn.Module, run: RunConfig, examples: int) -> Settings:
+def _for_a_new_task(table: Settings, model: nn.Module, run: RunConfig) -> Settings:
     """Return ``table`` for a model that learns a new task: with an update of its embeddings, and with masks that are
-    half empty at once and final early; if many weights go, with most of their zeros from ALPS. docs/tuning-log.md and
-    docs/pruning.md say what each is worth."""
+    half empty at once and final early. docs/tuning-log.md says what each is worth."""
     if embeddings := _updatable_embeddings(model, run):
-        table = _laid_over(table, "pst", update_embeddings=embeddings)
+        table = laid_over(table, "pst", update_embeddings=embeddings)
     if run.method != "pst" or run.pst.magnitude == "none":
         return table
     initial = round(run.schedule.final_sparsity / 2, 4)
-    table = _laid_over(table, "schedule", initial_sparsity=initial, warmup_fraction=0.0, cooldown_fraction=0.4)
-    return _with_start(table, model, run, examples)
-
-
-def gains_by_start(run: RunConfig) -> bool:
-    """Return whether a start by ALPS makes ``run`` better, as far as was measured."""
-    many = run.schedule.final_sparsity >= _MANY_ZEROS and run.pst.pattern in _START_PATTERNS
-    return run.task_facts.has_labels and run.method == "pst" and many
-
-
-def _with_start(table: Settings, model: nn.Module, run: RunConfig, examples: int) -> Settings:
-    """Return ``table`` with a start by ALPS where the run gains by it, and its model is of moderate size and can be
-    pruned so; else as it is."""
-    weights = sum(param.numel() for param in model.parameters())
-    if not gains_by_start(run) or weights > _MOST_WEIGHTS_TO_START:
-        return table
-    samples = min(_START_SAMPLES, examples)
-    begun = _laid_over(table, "start", method="alps", samples=samples, reconstruct=2)
-    begun = _laid_over(begun, "pst", magnitude="activation")
-    begun = _laid_over(begun, "schedule", initial_sparsity=_START_SPARSITY)
-    try:
-        require_startable(run_from_table(begun))
-    except InputError:
-        return table
-    return begun
+    return laid_over(table, "schedule", initial_sparsity=initial, warmup_fraction=0.0, cooldown_fraction=0.4)
 
 
 def _updatable_embeddings(model: nn.Module, run: RunConfig) -> list[str]:
@@ -230,7 +198,7 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Setti
         data |= {"document_mask": False} if facts.packs_text else {}
     if method.masks != "none":
         table["pst"] = {"target_modules": "all-linear", "pattern": _proposed_pattern(args, task)[0]}
-        table["schedule"] = {"final_sparsity": _sparsity(args)}
+        table["schedule"] = {"final_sparsity": _sparsity(args, facts)}
     return table
 
 
@@ -243,12 +211,12 @@ def _proposed_pattern(args: argparse.Namespace, task: str) -> tuple[str, str]:
     return "matrix", "decoders on CPUs are as fast with zeros anywhere as with blocks"
 
 
-def _sparsity(args: argparse.Namespace) -> float:
+def _sparsity(args: argparse.Namespace, facts: TaskFacts) -> float:
     try:
         fixed = parse_pattern(args.pattern or "matrix").fixed_sparsity
     except ValueError as error:
         raise InputError(f"--pattern {args.pattern!r}: {error}") from None
-    default = 0.9 if fixed is None else fixed
+    default = facts.init_sparsity if fixed is None else fixed
     return default if args.sparsity is None else float(args.sparsity)
 
 
@@ -293,7 +261,3 @@ def _positions(config: Any, tokenizer: Any) -> int | None:
     of_model = getattr(config.get_text_config(), "max_position_embeddings", None)
     known = [n for n in (of_model, tokenizer.model_max_length) if isinstance(n, int) and 0 < n < 10**9]
     return min(known, default=None)
-
-
-def _laid_over(table: Settings, section: str, **settings: Any) -> Settings:
-    return {**table, section: {**table.get(section, {}), **settings}}

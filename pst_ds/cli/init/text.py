@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.atomic_files import write_text_atomic
-from pst_ds.cli.init.draft import Chosen, gains_by_start
+from pst_ds.cli.init.draft import Chosen
+from pst_ds.cli.init.start import gains_by_start
 from pst_ds.config.toml import run_from_table, toml_value
 from pst_ds.errors import InputError
 
@@ -26,6 +27,8 @@ _COMMENTS = {
     "start.method": "prunes the model before the first step; what that is worth: docs/pruning.md",
     "start.samples": "training examples that this looks at",
     "start.reconstruct": "passes of them that fit what is left to the dense model",
+    "start.budgets": "layers have more or fewer zeros by what the loss loses; pst.pattern keeps that",
+    "pst.frozen_magnitude": "scores rank the weights as the start left them",
     "pst.update_embeddings": "these get a low-rank update too, and no zeros",
     "schedule.final_sparsity": "fraction of zeros in every pruned matrix at the end",
     "schedule.initial_sparsity": "fraction of zeros from the first step on: the smallest weights cost next to nothing",

@@ -1,0 +1,75 @@
+"""Runs that begin with a model that was pruned once: which ``pst-ds init`` proposes, as far as was measured."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from pst_ds.config.run import RunConfig
+from pst_ds.config.toml import run_from_table
+from pst_ds.core.patterns import parse_pattern
+from pst_ds.errors import InputError
+from pst_ds.train.one_shot.start import require_startable
+
+_MANY_ZEROS = 0.85
+"""From here on a classifier begins with zeros of ALPS; see docs/pruning.md, "Classifiers with many zeros". Measured at
+0.9 and 0.95, not between that and half, and worth nothing in blocks."""
+_START_SPARSITY, _EXAMPLES, _PATTERNS = 0.8, 1024, ("matrix", "row")
+_SHARES_FOR_ALL = 0.6
+"""Up to here a language model begins with shares of zeros by what its loss loses; measured at 0.5, and worse than equal
+ones at 0.7 (docs/pruning-measured.md)."""
+_SEQUENCES = 64
+_MOST_WEIGHTS = 1_000_000_000
+"""More would take a processor hours."""
+Settings: TypeAlias = dict[str, Any]
+"""Values of settings, or tables of them, by name."""
+
+
+def laid_over(table: Settings, section: str, **settings: Any) -> Settings:
+    """Return ``table`` with ``settings`` in a section."""
+    return {**table, section: {**table.get(section, {}), **settings}}
+
+
+def with_start(table: Settings, model: nn.Module, examples: int, *, any_pattern: bool) -> Settings:
+    """Return ``table`` with a start by ALPS where the run gains by it, and its model is of moderate size and can be
+    pruned so; else as it is. With ``any_pattern`` where zeros lie is left to the start."""
+    run = run_from_table(table)
+    if not gains_by_start(run) or sum(param.numel() for param in model.parameters()) > _MOST_WEIGHTS:
+        return table
+    began = _language_model(table, run, examples, any_pattern) if _writes(run) else _classifier(table, examples)
+    try:
+        require_startable(run_from_table(began))
+    except InputError:
+        return table
+    return began
+
+
+def gains_by_start(run: RunConfig) -> bool:
+    """Return whether a start by ALPS makes ``run`` better, as far as was measured."""
+    if run.method != "pst" or run.pst.magnitude == "none":
+        return False
+    if _writes(run):
+        return run.pst.pattern in _PATTERNS or parse_pattern(run.pst.pattern).fixed_sparsity is not None
+    return run.schedule.final_sparsity >= _MANY_ZEROS and run.pst.pattern in _PATTERNS
+
+
+def _writes(run: RunConfig) -> bool:
+    return run.task_facts.predicts_tokens
+
+
+def _classifier(table: Settings, examples: int) -> Settings:
+    """The rest of the zeros is chosen by scores that have the norms of the inputs in them, as ALPS had."""
+    table = laid_over(table, "start", method="alps", samples=min(_EXAMPLES, examples), reconstruct=2)
+    table = laid_over(table, "pst", magnitude="activation")
+    return laid_over(table, "schedule", initial_sparsity=_START_SPARSITY)
+
+
+def _language_model(table: Settings, run: RunConfig, examples: int, any_pattern: bool) -> Settings:
+    """All zeros are the start's, and PST makes up for them."""
+    table = laid_over(table, "start", method="alps", samples=min(_SEQUENCES, examples), reconstruct=2)
+    if any_pattern and run.schedule.final_sparsity <= _SHARES_FOR_ALL:
+        table = laid_over(table, "start", budgets="saliency")
+        table = laid_over(table, "pst", pattern="global")
+    table = laid_over(table, "pst", frozen_magnitude=True)
+    return laid_over(table, "schedule", initial_sparsity=run.schedule.final_sparsity)
