@@ -156,6 +156,7 @@ def test_a_language_model_begins_by_alps_with_all_its_zeros(made, capsys, more, 
     assert (schedule["final_sparsity"], schedule["initial_sparsity"]) == (zeros, zeros)
     assert (table["pst"]["pattern"], table["start"].get("budgets")) == (pattern, shares)
     assert table["pst"]["frozen_magnitude"] is True
+    assert ("in all pruned matrices together" in out.read_text()) is (pattern == "global")
     assert _planned(capsys, out)["num_steps"] > 0
 
 

@@ -100,6 +100,8 @@ def _found(chosen: Chosen) -> dict[str, str]:
         "pst.target_modules": f"{chosen.summary['num_layers']} layers: {', '.join(chosen.layers)}",
     }
     comments |= {"pst.pattern": chosen.pattern_reason} if chosen.pattern_reason else {}
+    if chosen.run.pst.pattern == "global":
+        comments["schedule.final_sparsity"] = "fraction of zeros in all pruned matrices together at the end"
     if chosen.run.start.method != "none":
         comments["schedule.initial_sparsity"] = "fraction of zeros from the first step on, by [start]"
     elif gains_by_start(chosen.run):
