@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +19,18 @@ DRAW_SECONDS, LINE_SECONDS = 0.1, 10.0
 """Least time between two updates of a bar, and between two plain lines."""
 _BAR_COLUMNS = 24
 _outermost: Progress | None = None
+_listener: Callable[[], None] | None = None
+
+
+@contextmanager
+def heard_by(listener: Callable[[], None]) -> Iterator[None]:
+    """Call ``listener`` whenever work makes progress in this process, shown or not."""
+    global _listener
+    before, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = before
 
 
 def is_first_rank() -> bool:
@@ -57,6 +71,8 @@ class Progress:
     def at(self, done: int, note: str = "") -> None:
         """Set the number of units that are done."""
         self._done = done
+        if _listener is not None:
+            _listener()
         now = time.monotonic()
         if not self._is_shown or now - self._last < self._interval:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 from pst_ds.core.select import RankSums
 from pst_ds.errors import InputError
 from pst_ds.parallel import zero3
+from pst_ds.progress import heard_by
 
 T = TypeVar("T")
+_BEAT_SECONDS = 10.0
+"""Least time between two signs of life of long work."""
 
 
 def rank() -> int:
@@ -59,6 +63,39 @@ def of_main(action: Callable[[], T]) -> T:
     if isinstance(outcome[1], Exception):
         raise outcome[1]
     return outcome[0]  # type: ignore[return-value]
+
+
+def of_main_at_length(action: Callable[[], T]) -> T:
+    """Return what :func:`of_main` does, of work that takes longer than a collective may wait: the others wait anew as
+    often as it reports its :class:`~pst_ds.progress.Progress`. Collective."""
+    if not is_main():
+        while _goes_on(True):
+            pass
+        return of_main(action)
+    last = time.monotonic()
+
+    def still_there() -> None:
+        nonlocal last
+        if time.monotonic() - last >= _BEAT_SECONDS:
+            last = time.monotonic()
+            _goes_on(True)
+
+    def heard() -> T:
+        try:
+            with heard_by(still_there):
+                return action()
+        finally:
+            _goes_on(False)
+
+    return of_main(heard)
+
+
+def _goes_on(said: bool) -> bool:
+    """What rank 0 says. Collective."""
+    outcome = [said]
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome, 0)
+    return outcome[0]
 
 
 def all_gather_numbers(value: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError
 from pst_ds.export.plan import SHARD_BYTES
 from pst_ds.nn.base_model import pruning_record
-from pst_ds.parallel.ranks import of_main
+from pst_ds.parallel.ranks import of_main_at_length
 from pst_ds.prune.blocks import find_blocks
 from pst_ds.prune.folder import load_base
 from pst_ds.prune.rules import METHOD_PATTERNS
@@ -36,15 +36,15 @@ def start_run(run: RunConfig, examples: ExampleSet, *, is_new: bool, quiet: bool
     from there. One that ``is_new`` is refused before that where its folder has checkpoints. ``examples``: those of
     data.train.
 
-    Collective: rank 0 prunes, and the others wait, as long as ``train.stall_timeout_seconds`` allows. Raises InputError
-    on all ranks.
+    Collective: rank 0 prunes, and the others wait, for ``train.stall_timeout_seconds`` at most from one block to the
+    next. Raises InputError on all ranks.
     """
     if run.start.method == "none":
         return run
     with shared_folder(Path(run.output_dir)) as folder:
         if is_new:
             require_no_checkpoints(folder)
-        of_main(partial(_prune_once, run, examples, quiet=quiet))
+        of_main_at_length(partial(_prune_once, run, examples, quiet=quiet))
     return started(run)
 
 
