@@ -353,7 +353,9 @@ class RunConfig:
     def with_rates(self, *, width: int, num_steps: int, num_examples: int) -> RunConfig:
         """Return the run with a number for every learning rate, for a model of hidden size ``width``."""
         epochs = num_steps * self.train.batch_size / num_examples
-        default = default_learning_rates(width=width, num_steps=num_steps, epochs=epochs)
+        default = default_learning_rates(
+            width=width, num_steps=num_steps, epochs=epochs, predicts_tokens=self.task_facts.predicts_tokens
+        )
         multiplies = self.mask_method.pst_config(self.pst).multiplicative_update
         rates = {
             "score_learning_rate": default.scores,

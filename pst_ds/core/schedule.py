@@ -245,11 +245,16 @@ class LearningRates:
 
 
 _MEASURED = LearningRates()
+_OF_TOKENS = LearningRates(scores=1e-3, updates=5e-3)
+"""For a loss of every token, from a model that was pretrained to it: masks that were well chosen move little, and U V
+bears more (docs/tuning-log.md, "Language models")."""
 
 
-def default_learning_rates(*, width: int, num_steps: int, epochs: float = 1.0) -> LearningRates:
+def default_learning_rates(
+    *, width: int, num_steps: int, epochs: float = 1.0, predicts_tokens: bool = False
+) -> LearningRates:
     """Return the rates for a model of hidden size ``width``, trained for ``num_steps`` optimizer steps that pass
-    ``epochs`` times over the data.
+    ``epochs`` times over the data; ``predicts_tokens``: as language models do.
 
     Adam moves a parameter by its rate at every step, so the way that it can go in a run grows with rate and steps; the
     rates fall with the cube root of the steps, from 300 on. A sum over ``width`` inputs that all move alike grows with
@@ -261,4 +266,5 @@ def default_learning_rates(*, width: int, num_steps: int, epochs: float = 1.0) -
     names = [field.name for field in fields(LearningRates)]
     factors = {name: length * (1.0 if name in ("scores", "gates") else narrower) for name in names}
     factors["embeddings"] *= max(max(1.0, epochs) ** -_EPOCHS_POWER, _LEAST_OF_EMBEDDINGS)
-    return LearningRates(**{name: getattr(_MEASURED, name) * factor for name, factor in factors.items()})
+    measured = _OF_TOKENS if predicts_tokens else _MEASURED
+    return LearningRates(**{name: getattr(measured, name) * factor for name, factor in factors.items()})

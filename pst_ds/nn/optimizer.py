@@ -40,7 +40,8 @@ def pst_parameter_groups(
     Args:
         model: a model with PST modules.
         score_learning_rate: of the group "scores": A, B, R and C, or a score of each weight. None, here and below, is
-            the rate of :func:`pst_ds.core.schedule.default_learning_rates` for the model's width and ``num_steps``.
+            the rate of :func:`pst_ds.core.schedule.default_learning_rates` for the model's width and ``num_steps``, and
+            for whether it has an output layer for tokens.
         update_learning_rate: of the group "updates": U and V.
         gate_learning_rate: of the group "gates": those of learned ranks.
         prompt_learning_rate: of the group "prompt".
@@ -52,7 +53,9 @@ def pst_parameter_groups(
     Returns:
         Groups for ``torch.optim.AdamW``, each with "name", "lr" and "peak_lr" (what a warmup goes up to).
     """
-    default = default_learning_rates(width=model_width(model), num_steps=num_steps, epochs=epochs)
+    default = default_learning_rates(
+        width=model_width(model), num_steps=num_steps, epochs=epochs, predicts_tokens=_predicts_tokens(model)
+    )
     whole = all(param.requires_grad for param in model.parameters() if param.dtype.is_floating_point)
     head = default.everything if whole else default.head
     multiplies = any(layer.constants.multiplicative for layer in pst_layers(model).values())
@@ -76,6 +79,11 @@ def pst_parameter_groups(
         for name, params in groups.items()
         if params
     ]
+
+
+def _predicts_tokens(model: nn.Module) -> bool:
+    output_layer = getattr(model, "get_output_embeddings", lambda: None)
+    return output_layer() is not None
 
 
 def _group_of(name: str, embeddings: Container[str]) -> str:

@@ -16,6 +16,14 @@ def test_where_they_were_measured_they_are_as_measured():
     assert default_learning_rates(width=384, num_steps=600) == LearningRates()
 
 
+def test_of_tokens_u_and_v_learn_faster_and_scores_slower():
+    labels, tokens = (
+        default_learning_rates(width=576, num_steps=100, predicts_tokens=tokens) for tokens in (False, True)
+    )
+    assert tokens == replace(labels, scores=labels.scores / 10, updates=pytest.approx(2.5 * labels.updates))
+    assert tokens.updates == pytest.approx(4.2e-3, rel=0.01)
+
+
 def test_eight_times_the_steps_halve_every_rate_and_twice_the_width_all_but_the_scores():
     longer = default_learning_rates(width=384, num_steps=4800)
     wider = default_learning_rates(width=768, num_steps=600)
@@ -52,6 +60,21 @@ def test_passes_over_the_data_after_the_first_slow_the_embeddings_alone():
     chosen = run.with_rates(width=384, num_steps=600, num_examples=300 * run.train.batch_size).train
     assert chosen.embedding_learning_rate == pytest.approx(LearningRates().embeddings / 8)
     assert chosen.update_learning_rate == LearningRates().updates
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "chat", "data-to-text", "regression", "classification"])
+def test_a_run_has_the_rates_of_its_task(task):
+    run = RunConfig(
+        output_dir="o",
+        task=task,
+        model=ModelConfig(path="m"),
+        data=DataConfig(train="t"),
+        train=TrainConfig(num_steps=9),
+    )
+    tokens = task not in ("regression", "classification")
+    expected = default_learning_rates(width=384, num_steps=9, predicts_tokens=tokens)
+    chosen = run.with_rates(width=384, num_steps=9, num_examples=10**6).train
+    assert (chosen.score_learning_rate, chosen.update_learning_rate) == (expected.scores, expected.updates)
 
 
 def test_a_run_keeps_the_rates_that_it_names():

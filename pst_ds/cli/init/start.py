@@ -66,10 +66,11 @@ def _classifier(table: Settings, examples: int) -> Settings:
 
 
 def _language_model(table: Settings, run: RunConfig, examples: int, any_pattern: bool) -> Settings:
-    """All zeros are the start's, and PST makes up for them."""
+    """All zeros are the start's, and PST makes up for them: docs/pruning.md, "Language models"."""
     table = laid_over(table, "start", method="alps", samples=min(_SEQUENCES, examples), reconstruct=2)
     if any_pattern and run.schedule.final_sparsity <= _SHARES_FOR_ALL:
         table = laid_over(table, "start", budgets="saliency")
         table = laid_over(table, "pst", pattern="global")
-    table = laid_over(table, "pst", frozen_magnitude=True)
+    update: Settings = {"update_rank": 16, "update_init": "lora", "update_init_scale": 1.0}
+    table = laid_over(table, "pst", frozen_magnitude=True, **update)
     return laid_over(table, "schedule", initial_sparsity=run.schedule.final_sparsity)
