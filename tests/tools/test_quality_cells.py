@@ -137,6 +137,20 @@ def test_a_cell_may_look_for_its_rates_first(forked, tmp_path):
     assert tomllib.loads(trained.read_text())["train"]["score_learning_rate"] == pytest.approx(found)
 
 
+def test_a_cell_may_begin_with_a_model_that_it_prunes(forked, tmp_path):
+    methods = """
+[methods.started]
+untuned = true
+run.start = {method = "wanda", samples = 8}
+run.schedule.initial_sparsity = 0.5
+"""
+    assert main(write_grid(tmp_path, methods)) == 0
+    (line,) = lines_in(tmp_path).values()
+    assert (line["outcome"], line["verified"], line["sparsity_measured"]) == ("done", True, 0.5)
+    assert line["validation"]["accuracy"] == line["tests"]["test"]["accuracy"]
+    assert not list((tmp_path / "work" / "cells").rglob("*.safetensors"))
+
+
 def assert_files_of(dense, pst):
     """Each is smaller than with more bits and without zeros, and the tests are those of its own weights."""
     for line in (dense, pst):

@@ -190,10 +190,12 @@ def test(run_file: Path, model: Path, tests: dict[str, str]) -> dict[str, dict[s
 
 def best_validation(run_file: Path, result: Table) -> dict[str, float]:
     """The validation metrics of the checkpoint that was exported."""
+    from pst_ds.config.file_names import RUN_FILE
     from pst_ds.config.toml import load_run
     from pst_ds.train.run_folder import open_checkpoint
 
-    return dict(open_checkpoint(load_run(run_file), "best").state.metrics) or dict(result["metrics"])
+    run = load_run(Path(load_run(run_file).output_dir) / RUN_FILE)  # whose base is what [start] made
+    return dict(open_checkpoint(run, "best").state.metrics) or dict(result["metrics"])
 
 
 def sparsity_of_targets(run_file: Path, model: Path) -> float:

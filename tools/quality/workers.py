@@ -16,6 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from pst_ds.config.file_names import CHECKPOINTS, START
 from pst_ds.core.host import cpu_facts, cpu_name
 from pst_ds.progress import Progress
 from tools.quality.cells import Cell, Line, Planned, State, plan
@@ -230,8 +231,9 @@ def said_of(line: Line, grid: Grid) -> str:
 
 
 def clean_up(folder: Path) -> None:
-    """Remove what is large in a cell's folder: checkpoints and exports. Metrics and the run file stay."""
-    for path in (folder / "run" / "checkpoints", folder / "run" / "tensorboard", folder / "export", folder / FOLDER):
+    """Remove what is large in a cell's folder: models, checkpoints and exports. Metrics and the run file stay."""
+    of_run = (folder / "run" / name for name in (START, CHECKPOINTS, "tensorboard"))
+    for path in (*of_run, folder / "export", folder / FOLDER):
         shutil.rmtree(path, ignore_errors=True)
 
 
