@@ -58,7 +58,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the states (default: bf16)")
     parser.add_argument("--epochs", type=float, default=8.0, metavar="E", help="passes over a user's rows (default: 8)")
     parser.add_argument("--batch-size", type=count, default=8, metavar="B", help="most rows of a step (default: 8)")
-    text = "of U and V, or gates (default: the run's; for U and V beside a head 0.2 of it)"
+    text = "of U and V, or gates (default: the run's; for U and V 0.4 of it, beside a head 0.2)"
     parser.add_argument("--learning-rate", type=float, metavar="LR", help=text)
     parser.add_argument("--head-learning-rate", type=float, metavar="LR", help="of the head (default: the run's)")
     add_quiet_argument(parser)

@@ -28,6 +28,8 @@ _NEVER = 1 << 40
 SHARE_BESIDE_A_HEAD = 0.2
 """Of the run's rate of updates, where a user has a head of its own too: at the whole of it updates learn a few rows by
 heart that the head alone has the measure of (docs/users.md)."""
+SHARE_OF_TOKENS = 0.4
+"""The same of a language model, whose few texts of a user are learned by heart at the whole of it (docs/users.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +40,8 @@ class UserTraining:
     batch_size: int = 8
     """Most rows of a step; users with few have all of theirs in steps of equal size."""
     update_learning_rate: float | None = None
-    """Of U and V, or of gates. None is the run's; for U and V beside a head :data:`SHARE_BESIDE_A_HEAD` of it."""
+    """Of U and V, or of gates. None is the run's, for U and V a share of it: :data:`SHARE_BESIDE_A_HEAD`, or
+    :data:`SHARE_OF_TOKENS` in a language model."""
     head_learning_rate: float | None = None
     """None is the run's."""
 
@@ -102,15 +105,16 @@ def run_of_users(run: RunConfig, how: UserTraining, **files: str) -> RunConfig:
         run, train=train, dense_run="", distillation=DistillationConfig(), pictures=PicturesConfig(interval=-1),
         tracking=TrackingConfig(),
     )  # fmt: skip
-    return _beside_a_head(run) if how.update_learning_rate is None else run
+    return _at_less(run) if how.update_learning_rate is None else run
 
 
-def _beside_a_head(run: RunConfig) -> RunConfig:
-    """Return the run with less of its rate of updates, if it has one, where its users have heads."""
+def _at_less(run: RunConfig) -> RunConfig:
+    """Return the run with less of its rate of updates, if it has one."""
     rate = run.train.update_learning_rate
-    if rate is None or not run.task_facts.has_labels:
+    if rate is None:
         return run
-    return replace(run, train=replace(run.train, update_learning_rate=SHARE_BESIDE_A_HEAD * rate))
+    share = SHARE_OF_TOKENS if run.task_facts.predicts_tokens else SHARE_BESIDE_A_HEAD
+    return replace(run, train=replace(run.train, update_learning_rate=share * rate))
 
 
 def train_users(
@@ -136,7 +140,7 @@ def train_users(
     run, steps = prepared.run, _usual_steps(prepared.run, rows, chosen)
     seen = steps * run.train.batch_size  # in one pass: embeddings, whose rate falls with more, are nobody's own
     whole = run.with_rates(width=prepared.width, num_steps=steps, num_examples=seen)
-    run = _beside_a_head(whole) if run.train.update_learning_rate is None else whole
+    run = _at_less(whole) if run.train.update_learning_rate is None else whole
     prepared = replace(prepared, run=run)
     model = PersonalModel(prepared, checkpoint, part, own_of_rank=user_per_rank)
     store = raise_on_all_ranks(lambda: UserStore.create(folder, model.common) if is_main() else None)

@@ -14,7 +14,7 @@ from pst_ds.config.toml import load_run
 from pst_ds.core.schedule import default_learning_rates
 from pst_ds.hf.model_folder import open_model_folder
 from pst_ds.users.store import UserStore
-from pst_ds.users.train import SHARE_BESIDE_A_HEAD, UserTraining, run_of_users
+from pst_ds.users.train import SHARE_BESIDE_A_HEAD, SHARE_OF_TOKENS, UserTraining, run_of_users
 
 SETTINGS = {
     "deepspeed_config": "", "train.num_steps": 6, "schedule.update_interval": 1, "train.precision": "fp32",
@@ -101,7 +101,7 @@ def test_what_rate_is_the_run_s():
     text = load_run("tests/data/causal_lm.toml", ["train.update_learning_rate=0.01"])
     assert run_of_users(labels, UserTraining()).train.update_learning_rate == 0.01 * SHARE_BESIDE_A_HEAD
     assert run_of_users(labels, UserTraining(update_learning_rate=0.02)).train.update_learning_rate == 0.02
-    assert run_of_users(text, UserTraining()).train.update_learning_rate == 0.01
+    assert run_of_users(text, UserTraining()).train.update_learning_rate == 0.01 * SHARE_OF_TOKENS
 
 
 def test_a_state_has_updates_and_head_and_no_mask(store):
