@@ -24,9 +24,17 @@ _listener: Callable[[], None] | None = None
 
 @contextmanager
 def heard_by(listener: Callable[[], None]) -> Iterator[None]:
-    """Call ``listener`` whenever work makes progress in this process, shown or not."""
+    """Call ``listener`` whenever work makes progress in this process, shown or not, after those that hear of it
+    already. What it raises ends the work."""
     global _listener
-    before, _listener = _listener, listener
+    before = _listener
+
+    def both() -> None:
+        if before is not None:
+            before()
+        listener()
+
+    _listener = both
     try:
         yield
     finally:

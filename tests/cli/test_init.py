@@ -318,7 +318,7 @@ def test_the_questions_go_to_stderr_and_say_what_is_wrong(typed, tmp_path, capsy
     typed(f"{TRAIN}\n\n\n1\n")
     assert main(["init", BERT, "--out", str(tmp_path / "run.toml")]) == 0
     said = capsys.readouterr()
-    assert "fraction of zeros at the end (0.9, and 0.5 for language models) [usual]: " in said.err
+    assert "fraction of zeros at the end [0.9, and 0.5 for language models]: " in said.err
     assert tomllib.loads((tmp_path / "run.toml").read_text())["schedule"]["final_sparsity"] == 0.9
     assert said.out.startswith("wrote ")
     typed("no.jsonl\n" * 9)

@@ -12,7 +12,7 @@ from pst_ds.config.methods import METHODS
 from pst_ds.config.tasks import TASKS
 from pst_ds.errors import InputError
 
-_USUAL, _USUAL_ZEROS = "usual", "0.9, and 0.5 for language models"
+_ZEROS = "0.9, and 0.5 for language models"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-columns", type=_names, metavar="COLUMN,...", help="one column, or two for pairs")
     parser.add_argument("--label-column", metavar="COLUMN", help="default: label")
     parser.add_argument("--method", choices=tuple(METHODS), default="pst", help="default: pst")
-    zeros = f"fraction of zeros at the end (default: {_USUAL_ZEROS})"
-    parser.add_argument("--sparsity", type=float, metavar="S", help=zeros)
+    parser.add_argument("--sparsity", type=float, metavar="S", help=f"fraction of zeros at the end (default: {_ZEROS})")
     pattern = 'matrix (default), global, row, N:M or blocks such as "16x1"'
     parser.add_argument("--pattern", metavar="P", help=pattern)
     target = "where the sparse model will run: proposes the pattern that is the quickest there at the same quality"
@@ -82,14 +81,15 @@ def _complete(args: argparse.Namespace) -> None:
         args.train = _ask("file to train on (.jsonl, .csv, .parquet, .txt)", check=_file_problem)
         args.validation = args.validation or _ask("file for validation", "none", check=_file_problem)
     if args.sparsity is None and args.pattern is None and METHODS[args.method].masks != "none":
-        asked = _ask(f"fraction of zeros at the end ({_USUAL_ZEROS})", _USUAL, check=_share_problem)
-        args.sparsity = None if asked == _USUAL else float(asked)
+        asked = _ask("fraction of zeros at the end", _ZEROS, check=_share_problem)
+        args.sparsity = None if asked == _ZEROS else float(asked)
     if args.ranks is None:
         args.ranks = int(_ask("processes to train on", "1", check=_count_problem))
 
 
 def _ask(question: str, default: str = "", check: Callable[[str], str] = lambda answer: "") -> str:
-    """Return the answer, "" for the default "none". Raises InputError after three bad ones, or at the end of input."""
+    """Return the answer, "" for the default "none". Raises InputError after three answers that ``check``, which is not
+    asked about the default, finds a problem with, or at the end of input."""
     problem = ""
     for _ in range(3):
         print(f"{question}{f' [{default}]' if default else ''}: ", end="", file=sys.stderr, flush=True)
@@ -97,8 +97,8 @@ def _ask(question: str, default: str = "", check: Callable[[str], str] = lambda 
         answer = line.strip() or default
         if not line:
             break
-        if answer == default == "none":
-            return ""
+        if answer and answer == default:
+            return "" if default == "none" else default
         problem = check(answer) if answer else "an answer is needed"
         if not problem:
             return answer
@@ -111,8 +111,6 @@ def _file_problem(answer: str) -> str:
 
 
 def _share_problem(answer: str) -> str:
-    if answer == _USUAL:
-        return ""
     try:
         return "" if 0.0 <= float(answer) < 1.0 else f"{answer} is not in [0, 1)"
     except ValueError:

@@ -92,8 +92,8 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     if task.new_head and _has_small_update(run):
         table = _for_a_new_task(table, model, run)
     table = with_start(table, model, examples, any_pattern=not args.pattern)
-    run = run_from_table(table)
-    model = meta_model(run, labels, tokenizer)
+    if (proposed := run_from_table(table)) != run:
+        run, model = proposed, meta_model(proposed, labels, tokenizer)
     layers = pst_layers(model)
     summary = {
         "task": run.task,

@@ -16,13 +16,16 @@ from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError
 from pst_ds.export.plan import SHARD_BYTES
 from pst_ds.nn.base_model import pruning_record
+from pst_ds.parallel import stop_signals
 from pst_ds.parallel.ranks import of_main_at_length
+from pst_ds.progress import heard_by
 from pst_ds.prune.blocks import find_blocks
 from pst_ds.prune.folder import load_base
 from pst_ds.prune.rules import METHOD_PATTERNS
 from pst_ds.train.model import attention_options
 from pst_ds.train.one_shot.pruning import Pruning, prune_to_folder, rules_for
 from pst_ds.train.run_folder import require_no_checkpoints, shared_folder
+from pst_ds.train.stop_grace import StoppedError
 
 _OF_LAYERS = ("pattern", "target_modules", "exclude_modules", "modules_to_save", "gated_norms")
 """Settings of ``[pst]`` that say which weights are pruned against which."""
@@ -37,14 +40,19 @@ def start_run(run: RunConfig, examples: ExampleSet, *, is_new: bool, quiet: bool
     data.train.
 
     Collective: rank 0 prunes, and the others wait, for ``train.stall_timeout_seconds`` at most from one block to the
-    next. Raises InputError on all ranks.
+    next. Raises on all ranks InputError, and StoppedError after a signal to rank 0, with nothing left of the start.
     """
     if run.start.method == "none":
         return run
     with shared_folder(Path(run.output_dir)) as folder:
         if is_new:
             require_no_checkpoints(folder)
-        of_main_at_length(partial(_prune_once, run, examples, quiet=quiet))
+        signal = of_main_at_length(partial(_prune_once, run, examples, quiet=quiet))
+    if signal:
+        raise StoppedError(
+            f"stopped by {stop_signals.name_of(signal)} while {run.model.path} was pruned, of which nothing is kept; "
+            "start it again, and it is pruned anew"
+        )
     return started(run)
 
 
@@ -56,12 +64,22 @@ def require_startable(run: RunConfig) -> None:
     find_blocks(model, [rule.target.name for rule in rules])
 
 
-def _prune_once(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> None:
+class _Asked(Exception):
+    """A signal asked the process to stop."""
+
+
+def _end_if_asked() -> None:
+    if stop_signals.asked_by():
+        raise _Asked
+
+
+def _prune_once(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> int:
+    """Return the number of the signal that ended it between two blocks; 0 where the start is there."""
     out, asked = Path(run.output_dir) / START, _asked(run, min(run.start.samples, len(examples)))
     expected = {"start": _decides(run, examples.digest), "base_fingerprint": base_fingerprint(run.model.path)}
     found = pruning_record(out)
     if all(found.get(name) == value for name, value in expected.items()):
-        return
+        return 0
     if (Path(run.output_dir) / CHECKPOINTS).exists():
         raise ConfigError(
             f"{out} is not what [start], [pst], seed, model and text now ask for, and the checkpoints in "
@@ -71,9 +89,13 @@ def _prune_once(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> None:
         print(f"pruning {run.model.path} to {asked.sparsity} by {asked.method}: {out}", file=sys.stderr, flush=True)
     try:
         more = {"start": expected["start"]}
-        prune_to_folder(run, asked, out, shard_bytes=SHARD_BYTES, examples=examples, more=more)
+        with heard_by(_end_if_asked):
+            prune_to_folder(run, asked, out, shard_bytes=SHARD_BYTES, examples=examples, more=more)
+    except _Asked:
+        return stop_signals.asked_by()
     except InputError as error:
         raise InputError(f'start.method = "{asked.method}": {error}') from None
+    return 0
 
 
 def _decides(run: RunConfig, data_digest: str) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from pst_ds.config.run import ConfigError
 from pst_ds.config.start import started
 from pst_ds.config.toml import load_run, load_run_folder
 from pst_ds.errors import InputError
+from pst_ds.parallel import stop_signals
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
-from pst_ds.train.run import prepare, train_run
+from pst_ds.progress import heard_by
+from pst_ds.train.run import StoppedError, prepare, train_run
 
 RUN_FILE = "tests/data/world_size.toml"
 SETTINGS = ("train.num_steps=4", "schedule.initial_sparsity=0.5", "deepspeed_config=", "eval.interval=0")
@@ -147,6 +150,38 @@ def _zero3(tmp_path):
     path = tmp_path / "zero3.json"
     path.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
     return path
+
+
+def _stopped_after(blocks, folder, *more):
+    """What ends a run of which each rank gets SIGTERM after so many blocks of its start, and how many there were."""
+    seen = 0
+
+    def count():
+        nonlocal seen
+        seen += 1
+        if seen == blocks:
+            signal.raise_signal(signal.SIGTERM)
+
+    stop_signals.install()
+    with heard_by(count):
+        try:
+            _train(folder, *more)
+        except StoppedError as error:
+            return str(error), seen
+    return "", seen
+
+
+@pytest.mark.zero3
+def test_a_signal_ends_a_start_on_all_ranks_and_leaves_nothing(run_ranks, tmp_path):
+    settings = (*START, f"deepspeed_config={_zero3(tmp_path)}")
+    (first, blocks), (other, _) = run_ranks(_stopped_after, 2, 1, str(tmp_path / "run"), *settings)
+    assert first == other
+    assert first.startswith("stopped by SIGTERM while")
+    assert blocks == 1
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"run.lock"}
+    _train(tmp_path / "run", *START)
+    _train(tmp_path / "undisturbed", *START)
+    assert _differing(_trained(tmp_path / "run"), _trained(tmp_path / "undisturbed")) == []
 
 
 @pytest.mark.parametrize(
