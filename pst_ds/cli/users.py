@@ -133,7 +133,7 @@ def _train(args: argparse.Namespace) -> Facts:
     prepared, checkpoint = _opened(run_of_users(config, how, **({"train": args.data} if args.data else {})), args)
     choice = Choice(names=tuple(args.users), min_rows=args.min_rows, limit=args.limit or 0)
     how_many = {"again": args.again, "user_per_rank": args.user_per_rank}
-    facts = train_users(prepared, checkpoint, Path(args.store), args.by, part, choice, **how_many, say=_say)
+    facts = train_users(prepared, checkpoint, Path(args.store), args.by, part, choice, how, **how_many, say=_say)
     few = f", {facts['with_few_rows']} left out with fewer rows than --min-rows" if facts["with_few_rows"] else ""
     diverged = f", {len(facts['diverged'])} diverged: {', '.join(facts['diverged'][:4])}" if facts["diverged"] else ""
     _say(

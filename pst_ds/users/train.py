@@ -101,17 +101,19 @@ def run_of_users(run: RunConfig, how: UserTraining, **files: str) -> RunConfig:
     rates = {name: getattr(how, name) for name in ("update_learning_rate", "head_learning_rate")}
     rates["gate_learning_rate"] = how.update_learning_rate
     train = replace(train, **{name: rate for name, rate in rates.items() if rate is not None})
-    run = replace(
+    return replace(
         run, train=train, dense_run="", distillation=DistillationConfig(), pictures=PicturesConfig(interval=-1),
         tracking=TrackingConfig(),
     )  # fmt: skip
-    return _at_less(run) if how.update_learning_rate is None else run
 
 
-def _at_less(run: RunConfig) -> RunConfig:
-    """Return the run with less of its rate of updates, if it has one."""
+def with_rates_of_users(run: RunConfig, how: UserTraining, *, width: int, steps: int) -> RunConfig:
+    """Return ``run``, of :func:`run_of_users`, with the rates that it left open for a model of that width and users of
+    so many steps; that of updates is its share where ``how`` names none."""
+    seen = steps * run.train.batch_size  # in one pass: embeddings, whose rate falls with more, are nobody's own
+    run = run.with_rates(width=width, num_steps=steps, num_examples=seen)
     rate = run.train.update_learning_rate
-    if rate is None:
+    if rate is None or how.update_learning_rate is not None:
         return run
     share = SHARE_OF_TOKENS if run.task_facts.predicts_tokens else SHARE_BESIDE_A_HEAD
     return replace(run, train=replace(run.train, update_learning_rate=share * rate))
@@ -124,12 +126,14 @@ def train_users(
     column: str,
     part: PersonalPart,
     choice: Choice,
+    how: UserTraining,
     *,
     again: bool = False,
     user_per_rank: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train the users of ``column`` of the run's training rows into the store ``folder``; return what was done.
+    """Train the users of ``column`` of the training rows of a run, that of :func:`run_of_users` of ``how``, into the
+    store ``folder``; return what was done.
 
     A user that the store has already is left as it is, unless ``again``. Each state is in the store before the next
     user begins; with ``user_per_rank`` all ranks train another user at a time. Collective. Raises InputError, and
@@ -137,10 +141,8 @@ def train_users(
     """
     rows = raise_on_all_ranks(lambda: read_by_user(prepared.run.data, "train", column))
     chosen, few = raise_on_all_ranks(lambda: choice.of(rows))
-    run, steps = prepared.run, _usual_steps(prepared.run, rows, chosen)
-    seen = steps * run.train.batch_size  # in one pass: embeddings, whose rate falls with more, are nobody's own
-    whole = run.with_rates(width=prepared.width, num_steps=steps, num_examples=seen)
-    run = _at_less(whole) if run.train.update_learning_rate is None else whole
+    steps = _usual_steps(prepared.run, rows, chosen)
+    run = with_rates_of_users(prepared.run, how, width=prepared.width, steps=steps)
     prepared = replace(prepared, run=run)
     model = PersonalModel(prepared, checkpoint, part, own_of_rank=user_per_rank)
     store = raise_on_all_ranks(lambda: UserStore.create(folder, model.common) if is_main() else None)

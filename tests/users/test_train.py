@@ -14,7 +14,7 @@ from pst_ds.config.toml import load_run
 from pst_ds.core.schedule import default_learning_rates
 from pst_ds.hf.model_folder import open_model_folder
 from pst_ds.users.store import UserStore
-from pst_ds.users.train import SHARE_BESIDE_A_HEAD, SHARE_OF_TOKENS, UserTraining, run_of_users
+from pst_ds.users.train import SHARE_BESIDE_A_HEAD, SHARE_OF_TOKENS, UserTraining, run_of_users, with_rates_of_users
 
 SETTINGS = {
     "deepspeed_config": "", "train.num_steps": 6, "schedule.update_interval": 1, "train.precision": "fp32",
@@ -96,12 +96,19 @@ def test_updates_beside_a_head_train_at_less_than_the_run_s_rate(run, store, tmp
     assert not _same(whole, store.state("ann"))
 
 
-def test_what_rate_is_the_run_s():
-    labels = load_run("tests/data/world_size.toml", ["train.update_learning_rate=0.01"])
-    text = load_run("tests/data/causal_lm.toml", ["train.update_learning_rate=0.01"])
-    assert run_of_users(labels, UserTraining()).train.update_learning_rate == 0.01 * SHARE_BESIDE_A_HEAD
-    assert run_of_users(labels, UserTraining(update_learning_rate=0.02)).train.update_learning_rate == 0.02
-    assert run_of_users(text, UserTraining()).train.update_learning_rate == 0.01 * SHARE_OF_TOKENS
+@pytest.mark.parametrize("run_s", [(), ("train.update_learning_rate=0.01",)])
+def test_updates_have_a_share_of_the_run_s_rate_or_the_named_one(run_s):
+    def rate(run_file, **how):
+        training = UserTraining(**how)
+        run = run_of_users(load_run(run_file, run_s), training)
+        return with_rates_of_users(run, training, width=32, steps=40).train.update_learning_rate
+
+    def whole(**task):
+        return 0.01 if run_s else default_learning_rates(width=32, num_steps=40, **task).updates
+
+    assert rate("tests/data/world_size.toml") == whole() * SHARE_BESIDE_A_HEAD
+    assert rate("tests/data/causal_lm.toml") == whole(predicts_tokens=True) * SHARE_OF_TOKENS
+    assert rate("tests/data/world_size.toml", update_learning_rate=0.02) == 0.02
 
 
 def test_a_state_has_updates_and_head_and_no_mask(store):
