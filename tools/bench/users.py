@@ -1,11 +1,13 @@
 """Users over one sparse base: films as users, against the shared state and another's; and what a switch costs.
 
     python -m tools.bench.users films RUN --packages DIR --out DIR     # RUN: the demo's runs/demo/pst-90
+    python -m tools.bench.users counts EXPORT --packages DIR --out DIR # EXPORT: its runs/demo/pst-90/export
     python -m tools.bench.users switch
 
 The corpus names no reviewers, so the film is the user: of films that the run did not train on, with 30 reviews or more,
-the first 20 are the user's history and the others its queries. ``switch`` has states of the shapes of a Llama of 135M
-parameters, rank 8 in all linear layers, in a store of its own.
+the first 20 are the user's history and the others its queries. ``counts`` is the simplest rival of a state: the shared
+logits and the log of the user's share of each class, with one review of each more than there are. ``switch`` has states
+of the shapes of a Llama of 135M parameters, rank 8 in all linear layers, in a store of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from pst_ds.runtime.beside import LEFT, RIGHT, BatchUpdates
 from pst_ds.users.store import Common, UserStore
@@ -58,11 +67,50 @@ def films(args: argparse.Namespace) -> dict[str, Any]:
     return {"films": found, "queries": queries, "cpu_seconds": round(seconds, 1), **trained, **facts}
 
 
+def counts(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the shares of queries that are right by the shared logits, and by those with the user's counts."""
+    write_rows(Path(args.packages), Path(args.out))
+    history, queries = (_by_film(Path(args.out) / f"{name}.jsonl") for name in ("history", "queries"))
+    logits = _logits(args.export, [row["text"] for rows in queries.values() for row in rows]).split(
+        [len(rows) for rows in queries.values()]
+    )
+    labels = AutoConfig.from_pretrained(args.export).label2id
+    right: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for (film, rows), shared in zip(queries.items(), logits, strict=True):
+        seen = torch.tensor([labels[row["label"]] for row in history[film]])
+        more = (torch.bincount(seen, minlength=len(labels)) + 1.0).log()
+        wanted = torch.tensor([labels[row["label"]] for row in rows])
+        for name, of in (("shared", shared), ("with_counts", shared + more)):
+            right[name].append((of.argmax(-1) == wanted).float())
+    gains = [float(own.mean() - one.mean()) for own, one in zip(right["with_counts"], right["shared"], strict=True)]
+    return {
+        **{name: round(float(torch.cat(of).mean()), 4) for name, of in right.items()},
+        "gain_over_shared": round(statistics.mean(gains), 4),
+        "gain_over_shared_standard_error": round(statistics.stdev(gains) / len(gains) ** 0.5, 4),
+    }
+
+
+def _by_film(file: Path) -> dict[str, list[dict[str, Any]]]:
+    by_film: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in file.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        by_film[row["film"]].append(row)
+    return by_film
+
+
+def _logits(folder: str, texts: list[str]) -> torch.Tensor:
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    batches = [
+        tokenizer(texts[i : i + 32], padding=True, truncation=True, max_length=64, return_tensors="pt")
+        for i in range(0, len(texts), 32)
+    ]
+    with torch.inference_mode():
+        return torch.cat([model.eval()(**batch).logits.float() for batch in batches])
+
+
 def switch(args: argparse.Namespace) -> dict[str, Any]:
     """Return the median milliseconds of a switch to a user that is in memory, and to one that is not, by the wall clock
     and by the processor's."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(
             vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -105,6 +153,11 @@ def main() -> None:
     of_films.add_argument("--limit", type=int, default=0)
     of_films.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="options of pst-ds users train")
     of_films.set_defaults(run_it=films)
+    of_counts = what.add_parser("counts")
+    of_counts.add_argument("export", help="the run's export")
+    of_counts.add_argument("--packages", required=True, help="where the demo unpacked its packages")
+    of_counts.add_argument("--out", required=True, help="folder for rows")
+    of_counts.set_defaults(run_it=counts)
     what.add_parser("switch").set_defaults(run_it=switch)
     args = parser.parse_args()
     print(json.dumps(args.run_it(args), indent=1))
