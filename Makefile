@@ -48,7 +48,7 @@ test: test-unit
 test-unit: venv
 	$(BIN)/python -m pytest -m '$(DEVICE_TESTS) and zero3' tests/device --numprocesses $(RANK_WORKERS) --dist worksteal
 	$(BIN)/python -m pytest -m '$(DEVICE_TESTS) and not zero3' tests/device --numprocesses $(RANK_WORKERS) --dist worksteal
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m '$(KERNEL_TESTS)' tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m '$(KERNEL_TESTS)' tests/kernels --numprocesses $(TEST_WORKERS) --dist worksteal
 	$(BIN)/python -m pytest -m 'not ($(RANK_TESTS) or $(DEVICE_TESTS) or $(KERNEL_TESTS))' --numprocesses $(TEST_WORKERS) --dist worksteal
 
 check: lint types test
