@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsity", type=float, metavar="S", help=f"fraction of zeros at the end (default: {_ZEROS})")
     pattern = 'matrix (default), global, row, N:M or blocks such as "16x1"'
     parser.add_argument("--pattern", metavar="P", help=pattern)
-    target = "where the sparse model will run: proposes the pattern that is the quickest there at the same quality"
+    target = "where the sparse model will run: proposes the quickest pattern there of about the same quality"
     parser.add_argument("--target", choices=("cpu",), help=target)
     steps = parser.add_mutually_exclusive_group()
     steps.add_argument(

@@ -12,7 +12,7 @@ from pst_ds.core.patterns import parse_pattern
 from pst_ds.errors import InputError
 from pst_ds.train.one_shot.start import require_startable
 
-_MANY_ZEROS = 0.85
+MANY_ZEROS = 0.85
 """From here on a classifier begins with zeros of ALPS; see docs/pruning.md, "Classifiers with many zeros". Measured at
 0.9 and 0.95, not between that and half, and worth nothing in blocks."""
 _START_SPARSITY, _EXAMPLES, _PATTERNS = 0.8, 1024, ("matrix", "row")
@@ -51,7 +51,7 @@ def gains_by_start(run: RunConfig) -> bool:
         return False
     if _writes(run):
         return run.pst.pattern in _PATTERNS or parse_pattern(run.pst.pattern).fixed_sparsity is not None
-    return run.schedule.final_sparsity >= _MANY_ZEROS and run.pst.pattern in _PATTERNS
+    return run.schedule.final_sparsity >= MANY_ZEROS and run.pst.pattern in _PATTERNS
 
 
 def _writes(run: RunConfig) -> bool:
