@@ -36,9 +36,8 @@ def test_the_settings_page_is_the_codes():
 
 def test_the_tables_of_the_scaling_page_are_what_is_planned():
     written = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert {*re.findall(r"<!-- table: (\w+) -->\n\n\|", written)} == {*scaling.TABLES}
     assert written == scaling.page(written), "run python -m tools.docs.scaling"
-    for name, table in scaling.TABLES.items():
-        assert f"<!-- table: {name} -->\n\n{table()}\n" in written
 
 
 @pytest.mark.parametrize(("model", "gpus"), [("7B", 8), ("70B", 512)])
