@@ -41,8 +41,8 @@ def line_of(cell, accuracy, **more):
     tests = {name: {"accuracy": accuracy, "loss": 1 - accuracy} for name in cell.tests}
     facts = {
         "id": cell.id, "name": cell.name, "outcome": "done", "tests": tests, "cpu_seconds": 30.0, "machine": "a CPU",
-        "validation": {"accuracy": accuracy}, "trained_share": 0.05, "verified": True, "budget_cpu_seconds": 60,
-        "seed": cell.seed, "sparsity_measured": 0.5, "settings": cell.settings,
+        "validation": {"accuracy": accuracy, "loss": 1 - accuracy}, "trained_share": 0.05, "verified": True,
+        "budget_cpu_seconds": 60, "seed": cell.seed, "sparsity_measured": 0.5, "settings": cell.settings,
     }  # fmt: skip
     return {**facts, **more}
 

@@ -88,6 +88,16 @@ def test_bars_are_computed_from_the_lines():
     assert (near.met, level.met) == (False, False)
 
 
+def test_a_loss_is_within_by_how_much_it_is_above():
+    bar = {**BARS[0], "against": ["dense", "pst-plain"], "points": 0.005, "data_sets": ["films"]}
+    grid = grid_from_table(table(metric="loss", bars=[bar], seeds=[0]))
+    losses = {"dense": 0.200, "pst-plain": 0.300}
+    for loss, said in ((0.204, "0.004 nats below"), (0.210, "0.01 nats below"), (0.190, "0.01 nats above")):
+        losses["pst"] = loss
+        (found,) = verdicts(grid, filled(grid, lambda cell: 1.0 - losses[cell.method])[0])
+        assert (found.measured, found.met) == (said, loss < 0.205)
+
+
 def test_a_method_that_is_to_be_ahead_has_to_be_ahead_by_that_much():
     bar = {**BARS[0], "kind": "ahead-by", "against": ["pst-plain"], "points": 1.5, "data_sets": ["films"]}
     grid = grid_from_table(table(bars=[bar], seeds=[0]))

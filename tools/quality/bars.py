@@ -1,6 +1,7 @@
 """What a grid's table is measured against: its ``[[bars]]``, computed from the lines.
 
-kind = "within"      the method is at most ``points`` (of the metric in percent) below the best of ``against``
+kind = "within"      the method is at most ``points`` (of the metric in percent; nats of a loss, which perplexities are
+                     compared by) below the best of ``against``
 kind = "not-below"   the method is not below any of ``against`` by more than ``standard_errors`` of the difference
 kind = "ahead-by"    the method is at least ``points`` (as above) ahead of each of ``against``
 kind = "ahead"       the method is ahead of each of ``against`` by ``standard_errors`` of the differences seed by seed
@@ -88,12 +89,14 @@ def _verified(grid: Grid, lines: Mapping[str, Line], bar: Table) -> Verdict:
 
 
 def _within(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) -> Verdict:
-    own, others = _figures(grid, lines, bar, data_set, grid.metric)
+    metric = _compared_by(grid)
+    own, others = _figures(grid, lines, bar, data_set, metric)
     if own is None or not others or None in others.values():
         return _missing(bar, data_set, own, others)
-    best = max(f.mean for f in others.values() if f)
-    below = 100 * (best - own.mean)
-    said = f"{abs(below):.2f} points {'below' if below > 0 else 'above'}"
+    sign, (scale, unit) = -1 if grid.lower_is_better else 1, _unit(metric)
+    below = scale * (max(sign * f.mean for f in others.values() if f) - sign * own.mean)
+    shown = f"{abs(below):.2f}" if unit == "points" else f"{abs(below):.3g}"
+    said = f"{shown} {unit} {'below' if below > 0 else 'above'}"
     return Verdict(title=bar["title"], data_set=data_set, measured=said, met=below <= bar["points"])
 
 
@@ -176,8 +179,13 @@ def _compared_by(grid: Grid) -> str:
     return "loss" if grid.metric == "perplexity" else grid.metric
 
 
+def _unit(metric: str) -> tuple[float, str]:
+    """What a difference of the metric is multiplied by to be shown, and is then called."""
+    return (1.0, "nats") if metric == "loss" else (100.0, "points")
+
+
 def _ahead_text(metric: str, ahead: float, name: str, error: float | None) -> str:
-    scale, unit = (1.0, "nats") if metric == "loss" else (100.0, "points")
+    scale, unit = _unit(metric)
     side = "ahead of" if ahead >= 0 else "behind"
     return f"{abs(scale * ahead):.3g} {unit} {side} {name} ({_error_text(error, scale)})"
 
