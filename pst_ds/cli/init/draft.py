@@ -209,10 +209,7 @@ def _proposed_pattern(args: argparse.Namespace, task: str) -> tuple[str, str]:
     if not TASKS[task].has_labels:
         return "matrix", "decoders on CPUs are as fast with zeros anywhere as with blocks"
     if args.method == "pst" and _sparsity(args, TASKS[task]) >= MANY_ZEROS:
-        return (
-            "matrix",
-            '"1x4" is 1.3 times as fast on CPUs, but so many zeros cost 2 to 3 points more in blocks',
-        )
+        return "matrix", '"1x4" is 1.3 times as fast on CPUs, but so many zeros cost 2 to 3 points more in blocks'
     return "1x4", "blocks of 4 inputs: encoders on CPUs are 1.3 times as fast as with zeros anywhere"
 
 

@@ -64,13 +64,13 @@ def require_startable(run: RunConfig) -> None:
     find_blocks(model, [rule.target.name for rule in rules])
 
 
-class _Asked(Exception):
+class _Stopped(Exception):
     """A signal asked the process to stop."""
 
 
-def _end_if_asked() -> None:
+def _stop_if_asked() -> None:
     if stop_signals.asked_by():
-        raise _Asked
+        raise _Stopped
 
 
 def _prune_once(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> int:
@@ -89,9 +89,9 @@ def _prune_once(run: RunConfig, examples: ExampleSet, *, quiet: bool) -> int:
         print(f"pruning {run.model.path} to {asked.sparsity} by {asked.method}: {out}", file=sys.stderr, flush=True)
     try:
         more = {"start": expected["start"]}
-        with heard_by(_end_if_asked):
+        with heard_by(_stop_if_asked):
             prune_to_folder(run, asked, out, shard_bytes=SHARD_BYTES, examples=examples, more=more)
-    except _Asked:
+    except _Stopped:
         return stop_signals.asked_by()
     except InputError as error:
         raise InputError(f'start.method = "{asked.method}": {error}') from None
