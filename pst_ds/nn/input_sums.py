@@ -79,6 +79,7 @@ class InputGatherer:
                 hook.remove()
 
     def _hook(self, name: str) -> Callable[..., None]:
+        @torch.no_grad()  # a sum over many batches would keep the graphs of all of them
         def take(module: object, args: tuple[Any, ...]) -> None:
             inputs = args[0]
             if len(args) > 1 and isinstance(args[1], Routing):

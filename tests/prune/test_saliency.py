@@ -79,6 +79,12 @@ def test_norms_are_those_of_a_plain_backward_pass(tiny, batches, family):
     assert not any("forward" in block.__dict__ for block in find_blocks(model, list(found))[1])
 
 
+def test_norms_keep_no_batch_in_memory(tiny, batches):
+    for name, norms in _norms(tiny("llama"), batches("llama")).items():
+        assert norms.inputs.grad_fn is None, f"{name}: the graphs of all batches hang on a sum"
+        assert norms.outputs.grad_fn is None, name
+
+
 def test_padding_and_the_first_tokens_of_documents_are_not_predicted(tiny):
     model, ids = tiny("llama"), torch.randint(4, 60, (2, 9), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
