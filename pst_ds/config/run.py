@@ -350,12 +350,14 @@ class RunConfig:
             return self.train.num_steps
         return max(1, round(self.train.num_epochs * (num_examples // self.train.batch_size)))
 
-    def with_rates(self, *, width: int, num_steps: int, num_examples: int) -> RunConfig:
-        """Return the run with a number for every learning rate, for a model of hidden size ``width``."""
+    def with_rates(self, *, width: int, num_steps: int, num_examples: int, num_classes: int = 0) -> RunConfig:
+        """Return the run with a number for every learning rate, for a model of hidden size ``width`` and
+        ``num_classes`` of the labels, 0 where they are no classes."""
         epochs = num_steps * self.train.batch_size / num_examples
         default = default_learning_rates(
-            width=width, num_steps=num_steps, epochs=epochs, predicts_tokens=self.task_facts.predicts_tokens
-        )
+            width=width, num_steps=num_steps, epochs=epochs, num_classes=num_classes,
+            predicts_tokens=self.task_facts.predicts_tokens,
+        )  # fmt: skip
         multiplies = self.mask_method.pst_config(self.pst).multiplicative_update
         rates = {
             "score_learning_rate": default.scores,

@@ -41,7 +41,7 @@ def pst_parameter_groups(
         model: a model with PST modules.
         score_learning_rate: of the group "scores": A, B, R and C, or a score of each weight. None, here and below, is
             the rate of :func:`pst_ds.core.schedule.default_learning_rates` for the model's width and ``num_steps``, and
-            for whether it has an output layer for tokens.
+            for what it predicts: tokens, or as many classes as its config has labels (one: numbers).
         update_learning_rate: of the group "updates": U and V.
         gate_learning_rate: of the group "gates": those of learned ranks.
         prompt_learning_rate: of the group "prompt".
@@ -54,8 +54,9 @@ def pst_parameter_groups(
         Groups for ``torch.optim.AdamW``, each with "name", "lr" and "peak_lr" (what a warmup goes up to).
     """
     default = default_learning_rates(
-        width=model_width(model), num_steps=num_steps, epochs=epochs, predicts_tokens=_predicts_tokens(model)
-    )
+        width=model_width(model), num_steps=num_steps, epochs=epochs, num_classes=_num_classes(model),
+        predicts_tokens=_predicts_tokens(model),
+    )  # fmt: skip
     whole = all(param.requires_grad for param in model.parameters() if param.dtype.is_floating_point)
     head = default.everything if whole else default.head
     multiplies = any(layer.constants.multiplicative for layer in pst_layers(model).values())
@@ -84,6 +85,12 @@ def pst_parameter_groups(
 def _predicts_tokens(model: nn.Module) -> bool:
     output_layer = getattr(model, "get_output_embeddings", lambda: None)
     return output_layer() is not None
+
+
+def _num_classes(model: nn.Module) -> int:
+    """Return how many classes a classifier's config has; 0 for a regression, which has one label there."""
+    labels: int = getattr(getattr(model, "config", None), "num_labels", 0)
+    return labels if labels > 1 else 0
 
 
 def _group_of(name: str, embeddings: Container[str]) -> str:

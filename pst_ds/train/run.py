@@ -83,6 +83,11 @@ class Prepared:
         """Return the examples of a split. Raises ConfigError."""
         return self.task.load(self.run.data, split, self.tokenizer, self.labels)
 
+    def with_rates(self, run: RunConfig, num_examples: int) -> RunConfig:
+        """Return ``run``, on this model and these labels, with a number for every learning rate."""
+        num_steps, num_classes = run.num_steps(num_examples), len(self.labels)
+        return run.with_rates(width=self.width, num_steps=num_steps, num_examples=num_examples, num_classes=num_classes)
+
 
 Evaluation: TypeAlias = Callable[[Engine, ExampleSet, Prepared], dict[str, float]]
 """Computes the metrics of an engine's model. Collective."""
@@ -192,7 +197,7 @@ def train_run(
     num_steps = prepared.run.num_steps(len(examples))
     prepared.task.require_enough(examples, num_steps * prepared.run.train.batch_size)
     run = start_run(prepared.run, examples, is_new=not (resume or restart), quiet=quiet)
-    run = run.with_rates(width=prepared.width, num_steps=num_steps, num_examples=len(examples))
+    run = prepared.with_rates(run, len(examples))
     prepared, folder = replace(prepared, run=run), Path(run.output_dir)
     dense = raise_on_all_ranks(lambda: _dense_run(run, examples.digest))
     schedule, rounding, ranks = run.make_schedule(num_steps), run.make_rounding(num_steps), run.make_ranks(num_steps)

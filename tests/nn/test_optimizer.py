@@ -23,3 +23,14 @@ def test_a_script_has_the_rates_of_what_its_model_predicts(of_class, folder, tok
     rates = {group["name"]: group["lr"] for group in pst_parameter_groups(model, num_steps=100)}
     expected = default_learning_rates(width=model.config.hidden_size, num_steps=100, predicts_tokens=tokens)
     assert (rates["scores"], rates["updates"]) == (expected.scores, expected.updates)
+
+
+@pytest.mark.parametrize(("num_labels", "slower"), [(1, False), (2, True), (20, False)])
+def test_a_script_has_the_rates_of_its_labels(num_labels, slower):
+    model = AutoModelForSequenceClassification.from_pretrained("tests/data/tiny-bert", num_labels=num_labels)
+    model = inject_pst(model, PSTConfig(score_rank=2, update_rank=2, update_embeddings=("word_embeddings",)))
+    once, thrice = (
+        next(group["lr"] for group in pst_parameter_groups(model, epochs=e) if group["name"] == "embeddings")
+        for e in (1.0, 3.0)
+    )
+    assert (thrice < once) == slower
