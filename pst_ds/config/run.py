@@ -350,12 +350,12 @@ class RunConfig:
             return self.train.num_steps
         return max(1, round(self.train.num_epochs * (num_examples // self.train.batch_size)))
 
-    def with_rates(self, *, width: int, num_steps: int, num_examples: int, num_classes: int = 0) -> RunConfig:
-        """Return the run with a number for every learning rate, for a model of hidden size ``width`` and
-        ``num_classes`` of the labels, 0 where they are no classes."""
+    def with_rates(self, *, width: int, num_steps: int, num_examples: int, num_labels: int = 0) -> RunConfig:
+        """Return the run with a number for every learning rate, for a model of hidden size ``width`` and labels of
+        ``num_labels`` different values, 0 without labels."""
         epochs = num_steps * self.train.batch_size / num_examples
         default = default_learning_rates(
-            width=width, num_steps=num_steps, epochs=epochs, num_classes=num_classes,
+            width=width, num_steps=num_steps, epochs=epochs, num_labels=num_labels,
             predicts_tokens=self.task_facts.predicts_tokens,
         )  # fmt: skip
         multiplies = self.mask_method.pst_config(self.pst).multiplicative_update

@@ -213,10 +213,10 @@ STEPS_POWER = 1 / 3
 _LEAST, _MOST = 0.25, 2.0**STEPS_POWER
 """Bounds of the factor for the length. Runs of fewer than 300 steps have the rates of 300: with the 1.44 that 200 would
 have, one seed in three of a regression learned little (docs/tuning-log.md)."""
-FEW_CLASSES = 3
-"""Of labels with no more classes the embeddings' rate falls with the passes over the data, once there is more than one:
-rows of rare words learn by heart the few texts that have them, where a label says little else. Measured at 2, 3, 20 and
-52 classes, and on numbers (docs/tuning-log.md)."""
+FEW_LABELS = 3
+"""Where labels have no more different values the embeddings' rate falls with the passes over the data, once there is
+more than one: rows of rare words learn by heart the few texts that have them. Measured with 2, 3, 20 and 52 classes,
+and with numbers, of two values and of many (docs/tuning-log.md)."""
 _EPOCHS_POWER = 3.0
 """It falls with this power of the passes. Films were no worse for 4e-3 after 1.04 passes, and were after 2.15, where
 4e-4 is better."""
@@ -254,22 +254,22 @@ bears more (docs/tuning-log.md, "Language models")."""
 
 
 def default_learning_rates(
-    *, width: int, num_steps: int, epochs: float = 1.0, num_classes: int = 0, predicts_tokens: bool = False
+    *, width: int, num_steps: int, epochs: float = 1.0, num_labels: int = 0, predicts_tokens: bool = False
 ) -> LearningRates:
     """Return the rates for a model of hidden size ``width``, trained for ``num_steps`` optimizer steps that pass
-    ``epochs`` times over the data; ``num_classes`` of the labels, 0 where they are numbers; ``predicts_tokens``: as
-    language models do.
+    ``epochs`` times over the data; ``num_labels``: different values that its labels have, 0 without labels;
+    ``predicts_tokens``: as language models do.
 
     Adam moves a parameter by its rate at every step, so the way that it can go in a run grows with rate and steps; the
     rates fall with the cube root of the steps, from 300 on. A sum over ``width`` inputs that all move alike grows with
     the width; all rates but those of scores and gates fall with it. That of the embeddings falls with the passes after
-    the first, too, to a tenth, for tokens and for labels of up to :data:`FEW_CLASSES` classes.
+    the first, too, to a tenth, for tokens and for labels of up to :data:`FEW_LABELS` values.
     """
     length = min(max((USUAL_STEPS / num_steps) ** STEPS_POWER, _LEAST), _MOST)
     narrower = min(1.0, _WIDTH / width)
     names = [field.name for field in fields(LearningRates)]
     factors = {name: length * (1.0 if name in ("scores", "gates") else narrower) for name in names}
-    if predicts_tokens or 0 < num_classes <= FEW_CLASSES:
+    if predicts_tokens or 0 < num_labels <= FEW_LABELS:
         factors["embeddings"] *= max(max(1.0, epochs) ** -_EPOCHS_POWER, _LEAST_OF_EMBEDDINGS)
     measured = _OF_TOKENS if predicts_tokens else _MEASURED
     return LearningRates(**{name: getattr(measured, name) * factor for name, factor in factors.items()})

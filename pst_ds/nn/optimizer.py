@@ -41,7 +41,7 @@ def pst_parameter_groups(
         model: a model with PST modules.
         score_learning_rate: of the group "scores": A, B, R and C, or a score of each weight. None, here and below, is
             the rate of :func:`pst_ds.core.schedule.default_learning_rates` for the model's width and ``num_steps``, and
-            for what it predicts: tokens, or as many classes as its config has labels (one: numbers).
+            for what it predicts: tokens, or as many classes as its config has labels (one: numbers of many values).
         update_learning_rate: of the group "updates": U and V.
         gate_learning_rate: of the group "gates": those of learned ranks.
         prompt_learning_rate: of the group "prompt".
@@ -54,7 +54,7 @@ def pst_parameter_groups(
         Groups for ``torch.optim.AdamW``, each with "name", "lr" and "peak_lr" (what a warmup goes up to).
     """
     default = default_learning_rates(
-        width=model_width(model), num_steps=num_steps, epochs=epochs, num_classes=_num_classes(model),
+        width=model_width(model), num_steps=num_steps, epochs=epochs, num_labels=_num_labels(model),
         predicts_tokens=_predicts_tokens(model),
     )  # fmt: skip
     whole = all(param.requires_grad for param in model.parameters() if param.dtype.is_floating_point)
@@ -87,8 +87,8 @@ def _predicts_tokens(model: nn.Module) -> bool:
     return output_layer() is not None
 
 
-def _num_classes(model: nn.Module) -> int:
-    """Return how many classes a classifier's config has; 0 for a regression, which has one label there."""
+def _num_labels(model: nn.Module) -> int:
+    """Return how many classes a classifier's config has; 0 for a regression, whose labels may have many values."""
     labels: int = getattr(getattr(model, "config", None), "num_labels", 0)
     return labels if labels > 1 else 0
 

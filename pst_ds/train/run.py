@@ -83,10 +83,12 @@ class Prepared:
         """Return the examples of a split. Raises ConfigError."""
         return self.task.load(self.run.data, split, self.tokenizer, self.labels)
 
-    def with_rates(self, run: RunConfig, num_examples: int) -> RunConfig:
-        """Return ``run``, on this model and these labels, with a number for every learning rate."""
-        num_steps, num_classes = run.num_steps(num_examples), len(self.labels)
-        return run.with_rates(width=self.width, num_steps=num_steps, num_examples=num_examples, num_classes=num_classes)
+    def with_rates(self, run: RunConfig, examples: ExampleSet) -> RunConfig:
+        """Return ``run``, of this model on ``examples``, with a number for every learning rate."""
+        number, num_labels = len(examples), self.task.num_labels(examples)
+        return run.with_rates(
+            width=self.width, num_steps=run.num_steps(number), num_examples=number, num_labels=num_labels
+        )
 
 
 Evaluation: TypeAlias = Callable[[Engine, ExampleSet, Prepared], dict[str, float]]
@@ -197,7 +199,7 @@ def train_run(
     num_steps = prepared.run.num_steps(len(examples))
     prepared.task.require_enough(examples, num_steps * prepared.run.train.batch_size)
     run = start_run(prepared.run, examples, is_new=not (resume or restart), quiet=quiet)
-    run = prepared.with_rates(run, len(examples))
+    run = prepared.with_rates(run, examples)
     prepared, folder = replace(prepared, run=run), Path(run.output_dir)
     dense = raise_on_all_ranks(lambda: _dense_run(run, examples.digest))
     schedule, rounding, ranks = run.make_schedule(num_steps), run.make_rounding(num_steps), run.make_ranks(num_steps)

@@ -44,7 +44,7 @@ def search(prepared: Prepared, share: float, *, restart: bool = False) -> list[R
     """
     splits = load_splits(prepared)
     num_steps = prepared.run.num_steps(len(splits[0]))
-    run = prepared.with_rates(prepared.run, len(splits[0]))
+    run = prepared.with_rates(prepared.run, splits[0])
     prepared, folder = replace(prepared, run=run), Path(run.output_dir)
     has_head = not run.mask_method.trains_everything and (prepared.task.new_head or bool(run.pst.modules_to_save))
     tried = candidates(has_head=has_head)

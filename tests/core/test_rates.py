@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.config.run import DataConfig, ModelConfig, RunConfig, TrainConfig
-from pst_ds.core.schedule import FEW_CLASSES, USUAL_STEPS, LearningRates, default_learning_rates
+from pst_ds.core.schedule import FEW_LABELS, USUAL_STEPS, LearningRates, default_learning_rates
 
 
 def test_where_they_were_measured_they_are_as_measured():
@@ -47,7 +47,7 @@ def test_neither_width_nor_steps_ever_raise_a_rate(width, steps, more_width, mor
         assert 0.0 < getattr(lower, name) <= getattr(rates, name)
 
 
-@pytest.mark.parametrize("predicted", [{"num_classes": 2}, {"num_classes": FEW_CLASSES}, {"predicts_tokens": True}])
+@pytest.mark.parametrize("predicted", [{"num_labels": 2}, {"num_labels": FEW_LABELS}, {"predicts_tokens": True}])
 def test_passes_over_the_data_after_the_first_slow_the_embeddings_alone(predicted):
     once, part, twice, often = (
         default_learning_rates(width=384, num_steps=600, epochs=e, **predicted) for e in (1.0, 0.2, 2.0, 30.0)
@@ -58,18 +58,18 @@ def test_passes_over_the_data_after_the_first_slow_the_embeddings_alone(predicte
     assert often == replace(once, embeddings=pytest.approx(once.embeddings / 10))
 
 
-@pytest.mark.parametrize("num_classes", [0, FEW_CLASSES + 1, 52])
-def test_labels_of_many_classes_and_numbers_slow_nothing(num_classes):
-    assert default_learning_rates(width=384, num_steps=600, epochs=3.0, num_classes=num_classes) == LearningRates()
+@pytest.mark.parametrize("num_labels", [0, FEW_LABELS + 1, 52])
+def test_labels_of_many_values_slow_nothing(num_labels):
+    assert default_learning_rates(width=384, num_steps=600, epochs=3.0, num_labels=num_labels) == LearningRates()
 
 
-@pytest.mark.parametrize(("num_classes", "times_lower"), [(2, 8), (20, 1)])
-def test_a_run_has_the_rates_of_its_labels(num_classes, times_lower):
+@pytest.mark.parametrize(("num_labels", "times_lower"), [(2, 8), (20, 1)])
+def test_a_run_has_the_rates_of_its_labels(num_labels, times_lower):
     run = RunConfig(
         output_dir="o", model=ModelConfig(path="m"), data=DataConfig(train="t"), train=TrainConfig(num_steps=600)
     )
     examples = 300 * run.train.batch_size
-    chosen = run.with_rates(width=384, num_steps=600, num_examples=examples, num_classes=num_classes).train
+    chosen = run.with_rates(width=384, num_steps=600, num_examples=examples, num_labels=num_labels).train
     assert chosen.embedding_learning_rate == pytest.approx(LearningRates().embeddings / times_lower)
     assert chosen.update_learning_rate == LearningRates().updates
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pst_ds.cli.main import main
 from pst_ds.config.run import ConfigError, DataConfig
 from pst_ds.config.toml import load_run
+from pst_ds.data.labelled import Examples
 from pst_ds.data.tasks import task_of
 from pst_ds.data.tasks.regression import load_scored_texts, regression_metrics
 from pst_ds.parallel.launch import launch_environment
@@ -209,6 +210,16 @@ def test_the_best_checkpoint_has_the_lowest_error_or_the_highest_correlation(tmp
     assert load_run(path).metric == "pearson"
     with pytest.raises(ConfigError, match=r"eval\.metric = 'accuracy' is not a metric of task 'regression'"):
         load_run(path, ["eval.metric=accuracy"])
+
+
+@pytest.mark.parametrize(("labels", "slower"), [([0.0, 1.0, 1.0, 0.0], True), ([0.0, 0.5, 1.0, 1.5], False)])
+def test_numbers_of_few_values_are_learned_by_heart_as_classes_are(tmp_path, labels, slower):
+    run = load_run(_run_file(tmp_path, "jsonl", "regression", ["one", "other"]), ["train.num_steps=600"])
+    prepared = prepare(run, launch_environment())
+    train = prepared.with_rates(run, Examples([{}] * 64, labels * 16)).train
+    once = run.with_rates(width=prepared.width, num_steps=600, num_examples=10**6, num_labels=2).train
+    assert (train.embedding_learning_rate < once.embedding_learning_rate) == slower
+    assert train.head_learning_rate == once.head_learning_rate
 
 
 def test_the_error_falls(tmp_path, capsys):

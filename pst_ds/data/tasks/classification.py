@@ -56,6 +56,9 @@ class Classification(Task[texts.Examples]):
     def collate(self, examples: texts.Examples, indices: Sequence[int], tokenizer: Tokenizer) -> dict[str, Tensor]:
         return texts.collate(examples, indices, tokenizer)
 
+    def num_labels(self, examples: texts.Examples) -> int:
+        return len(set(examples.labels))
+
     def constant_loss(self, examples: texts.Examples) -> float | None:
         counts = np.unique(examples.labels, return_counts=True)[1]
         shares = counts / counts.sum()

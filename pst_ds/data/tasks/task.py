@@ -132,6 +132,10 @@ class Task(ABC, Generic[E]):
         """Return the least loss of an answer that is the same for all ``examples``; None if it is not known."""
         return None
 
+    def num_labels(self, examples: E) -> int:
+        """Return how many different labels the ``examples`` have; 0 if they have none."""
+        return 0
+
     def label_scale(self, examples: E) -> tuple[float, float] | None:
         """Return the mean and the standard deviation of labels that are numbers, in which a new head begins and trains;
         None for other labels."""
