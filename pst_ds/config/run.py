@@ -350,7 +350,7 @@ class RunConfig:
             return self.train.num_steps
         return max(1, round(self.train.num_epochs * (num_examples // self.train.batch_size)))
 
-    def with_rates(self, *, width: int, num_steps: int, num_examples: int, num_labels: int = 0) -> RunConfig:
+    def with_rates(self, *, width: int, num_steps: int, num_examples: int, num_labels: int) -> RunConfig:
         """Return the run with a number for every learning rate, for a model of hidden size ``width`` and labels of
         ``num_labels`` different values, 0 without labels."""
         epochs = num_steps * self.train.batch_size / num_examples

@@ -111,7 +111,7 @@ def with_rates_of_users(run: RunConfig, how: UserTraining, *, width: int, steps:
     """Return ``run``, of :func:`run_of_users`, with the rates that it left open for a model of that width and users of
     so many steps; that of updates is its share where ``how`` names none."""
     seen = steps * run.train.batch_size  # in one pass: embeddings, whose rate falls with more, are nobody's own
-    run = run.with_rates(width=width, num_steps=steps, num_examples=seen)
+    run = run.with_rates(width=width, num_steps=steps, num_examples=seen, num_labels=0)
     rate = run.train.update_learning_rate
     if rate is None or how.update_learning_rate is not None:
         return run

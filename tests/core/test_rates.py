@@ -85,14 +85,14 @@ def test_a_run_has_the_rates_of_its_task(task):
     )
     tokens = task not in ("regression", "classification")
     expected = default_learning_rates(width=384, num_steps=9, predicts_tokens=tokens)
-    chosen = run.with_rates(width=384, num_steps=9, num_examples=10**6).train
+    chosen = run.with_rates(width=384, num_steps=9, num_examples=10**6, num_labels=2).train
     assert (chosen.score_learning_rate, chosen.update_learning_rate) == (expected.scores, expected.updates)
 
 
 def test_a_run_keeps_the_rates_that_it_names():
     train = TrainConfig(num_steps=600, head_learning_rate=0.0)
     run = RunConfig(output_dir="o", model=ModelConfig(path="m"), data=DataConfig(train="t"), train=train)
-    chosen = run.with_rates(width=384, num_steps=600, num_examples=10**6).train
+    chosen = run.with_rates(width=384, num_steps=600, num_examples=10**6, num_labels=2).train
     assert (chosen.head_learning_rate, chosen.update_learning_rate) == (0.0, LearningRates().updates)
 
 
@@ -103,4 +103,6 @@ def test_a_run_keeps_the_rates_that_it_names():
 def test_a_method_may_have_rates_of_its_own(method, setting, rate):
     train = TrainConfig(num_steps=600)
     run = RunConfig(output_dir="o", method=method, model=ModelConfig(path="m"), data=DataConfig(train="t"), train=train)
-    assert getattr(run.with_rates(width=384, num_steps=600, num_examples=10**6).train, setting) == pytest.approx(rate)
+    assert getattr(
+        run.with_rates(width=384, num_steps=600, num_examples=10**6, num_labels=2).train, setting
+    ) == pytest.approx(rate)

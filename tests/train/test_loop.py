@@ -321,7 +321,7 @@ def test_the_run_folder_can_be_read_back(tmp_path):
     prepared = _prepared(tmp_path, "train.num_steps=2")
     result = train_run(prepared, quiet=True)
     assert load_run(tmp_path / "run.toml") == prepared.run.with_rates(
-        width=prepared.width, num_steps=2, num_examples=len(prepared.load("train"))
+        width=prepared.width, num_steps=2, num_examples=len(prepared.load("train")), num_labels=2
     )
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert open_checkpoint(prepared.run, "final").state.labels == ["bad", "good"]

@@ -362,7 +362,7 @@ def test_the_seed_that_counts_is_compared_not_where_it_stands(stopped):
 
     def changes(*overrides):
         run = load_run("tests/data/world_size.toml", _settings(stopped, "local", *overrides))
-        run = run.with_rates(width=32, num_steps=run.train.num_steps, num_examples=num_examples)
+        run = run.with_rates(width=32, num_steps=run.train.num_steps, num_examples=num_examples, num_labels=2)
         return require_same_run(checkpoint, run, state.base_fingerprint, state.progress["data_digest"])
 
     assert state.progress["run"]["pst"]["seed"] == 7
