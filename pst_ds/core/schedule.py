@@ -214,11 +214,12 @@ _LEAST, _MOST = 0.25, 2.0**STEPS_POWER
 """Bounds of the factor for the length. Runs of fewer than 300 steps have the rates of 300: with the 1.44 that 200 would
 have, one seed in three of a regression learned little (docs/tuning-log.md)."""
 FEW_LABELS = 3
-"""Where labels have no more different values the embeddings' rate falls with the passes over the data, once there is
-more than one: rows of rare words learn by heart the few texts that have them. Measured with 2, 3, 20 and 52 classes,
-and with numbers, of two values and of many (docs/tuning-log.md)."""
+"""Labels of no more different values are soon learned by heart, through the rows of rare words. Measured with 2, 3, 20
+and 52 classes, and with numbers, of two values and of many (docs/tuning-log.md)."""
+_PASSES_OF_FEW, _PASSES_OF_MANY = 1.0, 2.0
+"""Over the data, that leave the embeddings' rate as it is."""
 _EPOCHS_POWER = 3.0
-"""It falls with this power of the passes. Films were no worse for 4e-3 after 1.04 passes, and were after 2.15, where
+"""It falls with this power of more passes. Films were no worse for 4e-3 after 1.04 passes, and were after 2.15, where
 4e-4 is better."""
 _LEAST_OF_EMBEDDINGS = 0.1
 """It falls no further: beyond those passes nothing was measured but runs at 4e-4."""
@@ -262,14 +263,15 @@ def default_learning_rates(
 
     Adam moves a parameter by its rate at every step, so the way that it can go in a run grows with rate and steps; the
     rates fall with the cube root of the steps, from 300 on. A sum over ``width`` inputs that all move alike grows with
-    the width; all rates but those of scores and gates fall with it. That of the embeddings falls with the passes after
-    the first, too, to a tenth, for tokens and for labels of up to :data:`FEW_LABELS` values.
+    the width; all rates but those of scores and gates fall with it. That of the embeddings falls with the passes, to a
+    tenth: after the first for tokens and for labels of up to :data:`FEW_LABELS` values, after the second for others.
     """
     length = min(max((USUAL_STEPS / num_steps) ** STEPS_POWER, _LEAST), _MOST)
     narrower = min(1.0, _WIDTH / width)
     names = [field.name for field in fields(LearningRates)]
     factors = {name: length * (1.0 if name in ("scores", "gates") else narrower) for name in names}
-    if predicts_tokens or 0 < num_labels <= FEW_LABELS:
-        factors["embeddings"] *= max(max(1.0, epochs) ** -_EPOCHS_POWER, _LEAST_OF_EMBEDDINGS)
+    few = predicts_tokens or 0 < num_labels <= FEW_LABELS
+    passes = max(1.0, epochs / (_PASSES_OF_FEW if few else _PASSES_OF_MANY))
+    factors["embeddings"] *= max(passes**-_EPOCHS_POWER, _LEAST_OF_EMBEDDINGS)
     measured = _OF_TOKENS if predicts_tokens else _MEASURED
     return LearningRates(**{name: getattr(measured, name) * factor for name, factor in factors.items()})

@@ -59,8 +59,13 @@ def test_passes_over_the_data_after_the_first_slow_the_embeddings_alone(predicte
 
 
 @pytest.mark.parametrize("num_labels", [0, FEW_LABELS + 1, 52])
-def test_labels_of_many_values_slow_nothing(num_labels):
-    assert default_learning_rates(width=384, num_steps=600, epochs=3.0, num_labels=num_labels) == LearningRates()
+def test_labels_of_many_values_slow_the_embeddings_after_the_second_pass(num_labels):
+    once, twice, thrice, often = (
+        default_learning_rates(width=384, num_steps=600, epochs=e, num_labels=num_labels) for e in (1.0, 2.0, 3.0, 30.0)
+    )
+    assert once == twice == LearningRates()
+    assert thrice == replace(once, embeddings=pytest.approx(once.embeddings / 1.5**3))
+    assert often == replace(once, embeddings=pytest.approx(once.embeddings / 10))
 
 
 @pytest.mark.parametrize(("num_labels", "times_lower"), [(2, 8), (20, 1)])
