@@ -219,8 +219,8 @@ and 52 classes, and with numbers, of two values and of many (docs/tuning-log.md)
 _PASSES_OF_FEW, _PASSES_OF_MANY = 1.0, 2.0
 """Over the data, that leave the embeddings' rate as it is."""
 _EPOCHS_POWER = 3.0
-"""It falls with this power of more passes. Films were no worse for 4e-3 after 1.04 passes, and were after 2.15, where
-4e-4 is better."""
+"""Beyond those it falls with this power of the passes. Films were no worse for 4e-3 after 1.04 passes, and were after
+2.15, where 4e-4 is better."""
 _LEAST_OF_EMBEDDINGS = 0.1
 """It falls no further: beyond those passes nothing was measured but runs at 4e-4."""
 
