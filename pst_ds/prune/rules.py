@@ -14,8 +14,11 @@ from pst_ds.core.quantization import Grid
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import Target
 
-METHOD_PATTERNS: dict[Method, str] = {"magnitude": "matrix", "wanda": "row", "sparsegpt": "row", "alps": "row"}
+_METHOD_PATTERNS: dict[Method, str] = {"magnitude": "matrix", "wanda": "row", "sparsegpt": "row", "alps": "row"}
 """The pattern of each method unless another is given."""
+_ROWS_TOGETHER = 0.6
+"""Up to this share of zeros rows are ranked together by what the loss loses with their outputs: measured as better at
+0.5, and as far worse than rows of equal shares at 0.7 (docs/pruning-measured.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +40,31 @@ class LayerRule:
     """(O,) fp32, above 0: how much a change of each output counts where rows are ranked together; None: all alike."""
 
 
-def settings_for(model: nn.Module, config: PSTConfig, method: Method, pattern: str = "") -> PSTConfig:
+def usual_pattern(method: Method, budgets: str, share: float) -> str:
+    """Return the pattern of a ``method`` unless another is given, with ``share`` zeros in all.
+
+    With ``budgets`` by saliency rows are ranked together up to 60 % of zeros, and have equal shares beyond.
+    """
+    if budgets == "saliency":
+        return "matrix" if share <= _ROWS_TOGETHER else "row"
+    return _METHOD_PATTERNS[method]
+
+
+def settings_for(
+    model: nn.Module,
+    config: PSTConfig,
+    method: Method,
+    pattern: str = "",
+    *,
+    budgets: str = "equal",
+    share: float = 0.0,
+) -> PSTConfig:
     """``config`` with the pattern to prune by, for a ``model`` that has not the head of the run's task.
 
-    ``pattern``: "" takes the config's, or the method's own where the config has "matrix". Raises InputError for a
+    ``pattern``: "" takes the config's, or :func:`usual_pattern` where the config has "matrix". Raises InputError for a
     pattern that there is not, or that does not go with the config.
     """
-    chosen = pattern or (METHOD_PATTERNS[method] if config.pattern == "matrix" else config.pattern)
+    chosen = pattern or (usual_pattern(method, budgets, share) if config.pattern == "matrix" else config.pattern)
     saved = config.modules_to_save
     if saved is not None:
         names = [name for name, _ in model.named_modules()]

@@ -5,7 +5,7 @@ import pytest
 from pst_ds.config.pst import Override, PSTConfig
 from pst_ds.errors import InputError
 from pst_ds.nn.targets import find_targets
-from pst_ds.prune.rules import layer_rules, settings_for, share_of_zeros
+from pst_ds.prune.rules import layer_rules, settings_for, share_of_zeros, usual_pattern
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,18 @@ from pst_ds.prune.rules import layer_rules, settings_for, share_of_zeros
 )  # fmt: skip
 def test_the_pattern_is_asked_for_or_the_runs_or_the_methods(tiny, method, asked, of_run, expected):
     assert settings_for(tiny("llama"), PSTConfig(pattern=of_run), method, asked).pattern == expected
+
+
+@pytest.mark.parametrize("method", ["magnitude", "alps"])
+@pytest.mark.parametrize(("share", "expected"), [(0.3, "matrix"), (0.6, "matrix"), (0.61, "row"), (0.9, "row")])
+def test_rows_are_ranked_together_by_what_the_loss_loses_up_to_a_share(tiny, method, share, expected):
+    assert usual_pattern(method, "saliency", share) == expected
+    of_run = {one: settings_for(tiny("llama"), PSTConfig(pattern=one), method, budgets="saliency", share=share).pattern
+              for one in ("matrix", "4x4")}  # fmt: skip
+    assert of_run == {"matrix": expected, "4x4": "4x4"}
+    assert (
+        settings_for(tiny("llama"), PSTConfig(), method, "matrix", budgets="saliency", share=share).pattern == "matrix"
+    )
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,8 @@ def _needs_text(asked: Pruning) -> bool:
 def rules_for(model: PreTrainedModel, run: RunConfig, asked: Pruning) -> tuple[PSTConfig, float, list[LayerRule]]:
     """Return the settings to prune ``model`` by, the share of zeros that is asked for, and the rule of each layer.
     Raises InputError for what cannot be, as far as it is known without text."""
-    by_rows = asked.pattern or asked.budgets != "saliency" or run.pst.pattern != "matrix"
-    settings = settings_for(model, run.pst, asked.method, asked.pattern if by_rows else "matrix")
+    wanted = run.schedule.final_sparsity if asked.sparsity is None else asked.sparsity
+    settings = settings_for(model, run.pst, asked.method, asked.pattern, budgets=asked.budgets, share=wanted)
     share = 0.0 if asked.keep_zeros else share_of_zeros(settings, asked.sparsity, run.schedule.final_sparsity)
     rules = layer_rules(
         find_targets(model, settings), settings, asked.method, share, grid=asked.grid, keeps_zeros=asked.keep_zeros,

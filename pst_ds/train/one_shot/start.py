@@ -21,7 +21,7 @@ from pst_ds.parallel.ranks import of_main_at_length
 from pst_ds.progress import heard_by
 from pst_ds.prune.blocks import find_blocks
 from pst_ds.prune.folder import load_base
-from pst_ds.prune.rules import METHOD_PATTERNS
+from pst_ds.prune.rules import usual_pattern
 from pst_ds.train.model import attention_options
 from pst_ds.train.one_shot.pruning import Pruning, prune_to_folder, rules_for
 from pst_ds.train.run_folder import require_no_checkpoints, shared_folder
@@ -111,7 +111,7 @@ def _asked(run: RunConfig, samples: int) -> Pruning:
     start, method, pattern = run.start, run.start.method, ""
     assert method != "none"
     if run.pst.pattern in _POOLED:  # which no method has: matrices are pruned one after another
-        pattern = "matrix" if start.budgets == "saliency" else METHOD_PATTERNS[method]
+        pattern = usual_pattern(method, start.budgets, start.sparsity(run))
     return Pruning(
         method=method, sparsity=start.sparsity(run), pattern=pattern, budgets=start.budgets,
         reconstruct=start.reconstruct, samples=samples, seed=run.seed,

@@ -74,6 +74,24 @@ def test_it_is_the_run_from_the_folder_that_prune_writes_and_its_folder_says_so(
     assert "A sparse version of tests/data/tiny-bert." in (tmp_path / "export" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("share", "pattern"), [(0.5, "matrix"), (0.7, "row")])
+def test_a_language_model_begins_with_shares_by_saliency(tmp_path, alone, share, pattern):
+    begun = ("start.method=wanda", "start.budgets=saliency", "start.samples=12", "pst.pattern=global")
+    shares = (f"schedule.initial_sparsity={share}", f"schedule.final_sparsity={share}")
+    run = load_run(
+        "tests/data/causal_lm.toml", ["deepspeed_config=", f"output_dir={json.dumps(str(tmp_path))}", *begun, *shares]
+    )
+    prepared = prepare(run, LaunchEnvironment(rank(), world_size(), rank()))
+    train_run(prepared, quiet=True)
+    record = json.loads((tmp_path / "start" / "pruning.json").read_text())
+    assert (record["budgets"], record["pattern"]) == ("saliency", pattern)
+    in_rows = [
+        (weight == 0).sum(1).unique().numel()
+        for name, weight in load_file(tmp_path / "start" / "model.safetensors").items() if name.endswith("_proj.weight")
+    ]  # fmt: skip
+    assert (max(in_rows) == 1) is (pattern == "row")
+
+
 def test_a_plan_names_it(tmp_path, capsys):
     words = [
         word
