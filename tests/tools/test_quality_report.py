@@ -110,6 +110,16 @@ def test_a_method_that_is_to_be_ahead_has_to_be_ahead_by_that_much():
         assert found.measured.startswith(f"{100 * abs(ahead):.1f} points {side} pst-plain")
 
 
+def test_a_loss_is_ahead_by_nats():
+    bar = {**BARS[0], "kind": "ahead-by", "against": ["pst-plain"], "points": 0.02, "data_sets": ["films"]}
+    grid = grid_from_table(table(metric="loss", bars=[bar], seeds=[0]))
+    for ahead, said in ((0.03, "0.03 nats ahead of"), (0.01, "0.01 nats ahead of")):
+        lines, _ = filled(grid, lambda cell, ahead=ahead: 0.7 + (ahead if cell.method == "pst" else 0.0))
+        (found,) = verdicts(grid, lines)
+        assert found.measured.startswith(said)
+        assert found.met == (ahead > 0.02)
+
+
 def test_methods_are_compared_seed_by_seed():
     bar = {**BARS[1], "kind": "ahead", "standard_errors": 2.0}
     grid = grid_from_table(table(bars=[bar], seeds=[0, 1, 2]))

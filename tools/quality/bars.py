@@ -106,7 +106,8 @@ def _not_below(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str)
 
 
 def _ahead_by(grid: Grid, lines: Mapping[str, Line], bar: Table, data_set: str) -> Verdict:
-    return _on_means(grid, lines, bar, data_set, lambda _: bar["points"] / 100)
+    scale, _ = _unit(_compared_by(grid))
+    return _on_means(grid, lines, bar, data_set, lambda _: bar["points"] / scale)
 
 
 def _on_means(
