@@ -148,8 +148,8 @@ def test_a_language_model(made, capsys):
     [
         ((), 0.5, "global", "saliency"),
         (("--target", "cpu"), 0.5, "global", "saliency"),
-        (("--sparsity", "0.7"), 0.7, "global", "saliency"),
-        (("--sparsity", "0.8"), 0.8, "matrix", None),
+        (("--sparsity", "0.8"), 0.8, "global", "saliency"),
+        (("--sparsity", "0.85"), 0.85, "matrix", None),
         (("--pattern", "row"), 0.5, "row", None),
     ],
 )
