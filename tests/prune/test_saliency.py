@@ -182,13 +182,13 @@ def test_what_cannot_be_done_is_refused(tiny, batches):
         rules_by_saliency(experts, _rules(experts), batches("llama"), device=CPU, dtype=FP32)
 
 
-@pytest.mark.parametrize(("share", "pattern"), [("0.6", "matrix"), ("0.7", "row")])
-def test_what_is_done_is_in_the_record(tmp_path, capsys, share, pattern):
+@pytest.mark.parametrize(("share", "pattern", "near"), [("0.6", "matrix", 1e-3), ("0.7", "row", 1 / 32)])
+def test_what_is_done_is_in_the_record(tmp_path, capsys, share, pattern, near):
     out = tmp_path / "out"
     words = ["--method", "wanda", "--budgets", "saliency", "--samples", "12", "--sparsity", share, "--out", str(out)]
     assert main(["prune", RUN_FILE, *words, "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     record = json.loads((out / "pruning.json").read_text())
     assert (record["budgets"], record["pattern"]) == ("saliency", pattern)
-    assert result["sparsity_measured"] == pytest.approx(float(share), abs=0.02)  # of whole weights of a row of 32
+    assert result["sparsity_measured"] == pytest.approx(float(share), abs=near)  # a row of 32 loses whole weights
     assert len({layer["sparsity_requested"] for layer in record["layers"]}) > 4
