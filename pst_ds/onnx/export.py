@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from pst_ds.export.manifest import ExportError
 from pst_ds.onnx.fuse import fuse
 from pst_ds.onnx.nodes import ATTENTION, EmbeddingNode, SparseLinearNode, Table, attention
 from pst_ds.runtime import SparseLinear
@@ -49,7 +50,7 @@ def sparse_graph(model: Any, tables: Mapping[str, Table], outputs: Sequence[str]
     """Trace ``model``, whose packed layers are SparseLinear, in fp32 with its sparse products as single nodes.
 
     ``tables``: embeddings that stay as they are stored, by name. ``outputs``: fields of what its forward returns. The
-    model is used up: its layers become nodes without values. Raises what torch's exporter raises.
+    model is used up: its layers become nodes without values. Raises ExportError where torch's exporter cannot trace it.
     """
     _register_attention()
     sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
@@ -68,7 +69,7 @@ def sparse_graph(model: Any, tables: Mapping[str, Table], outputs: Sequence[str]
 
 
 def plain_graph(model: Any, outputs: Sequence[str]) -> ir.Model:
-    """Trace ``model``, whose layers are dense, in fp32 with ONNX's own operators."""
+    """Trace ``model``, whose layers are dense, in fp32 with ONNX's own operators. Raises ExportError too."""
     return _trace(nn.Module.float(model).eval(), outputs)
 
 
@@ -83,18 +84,28 @@ def _trace(model: Any, outputs: Sequence[str]) -> ir.Model:
     most = getattr(model.config, "max_position_embeddings", None)
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=most or 1 << 20)}
     with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            _ByPosition(model, inputs, outputs),
-            tuple(torch.ones(2, 8, dtype=torch.long) for _ in inputs),
-            input_names=inputs,
-            output_names=list(outputs),
-            dynamic_shapes={"values": tuple(axes for _ in inputs)},
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                _ByPosition(model, inputs, outputs),
+                tuple(torch.ones(2, 8, dtype=torch.long) for _ in inputs),
+                input_names=inputs,
+                output_names=list(outputs),
+                dynamic_shapes={"values": tuple(axes for _ in inputs)},
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise ExportError(f"{type(model).__name__} cannot be written as a graph: {_cause(error)}") from error
     assert program is not None
     return program.model
+
+
+def _cause(error: BaseException) -> str:
+    """Return the first line of the error that the others were raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

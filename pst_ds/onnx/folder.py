@@ -53,10 +53,7 @@ def write_onnx(
         raise ExportError(f"{out} would compute without the model's trained prompt; take --format dense, or bitmask")
     model, reference = _load(packed, "dense" if plain else "sparse"), _load(packed, "dense")
     outputs = _output_names(reference)
-    try:
-        graph = plain_graph(model, outputs) if plain else sparse_graph(model, _tables(packed, model), outputs)
-    except Exception as error:  # whatever torch's exporter raises for what it does not know
-        raise ExportError(f"{type(model).__name__} cannot be written as a graph: {_first_line(error)}") from error
+    graph = plain_graph(model, outputs) if plain else sparse_graph(model, _tables(packed, model), outputs)
     kept = {key: facts[key] for key in ("values", "group", "embeddings", "sparsity_measured") if facts.get(key)}
     if activation_bits == 8:
         kept["activation_bits"] = activation_bits
@@ -106,13 +103,6 @@ def _require_libraries() -> None:
         raise ExportError("ONNX files take onnx and onnxscript: pip install 'pst-ds[onnx]'")
 
 
-def _first_line(error: Exception) -> str:
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-
-
 def _load(folder: Path, load_as: Literal["dense", "sparse"]) -> Any:
     """Return the model in ``folder`` in fp32, of the class that its config names."""
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -153,7 +143,8 @@ def _tables(folder: Path, model: nn.Module) -> dict[str, Table]:
 
 def _compare(file: Path, reference: Any, allowed: float, *, exact: bool = False) -> float | None:
     """Run ``file`` and the model on tokens of all lengths; return the largest difference, as a share of the largest
-    output. ``exact``: with inputs of 16 bits. None without ONNX Runtime. Raises ExportError above ``allowed``."""
+    output. Outputs at padding, which no user reads, may differ. ``exact``: with inputs of 16 bits. None without ONNX
+    Runtime. Raises ExportError above ``allowed``."""
     if find_spec("onnxruntime") is None:
         return None
     from pst_ds.onnx.session import open_session
@@ -166,13 +157,18 @@ def _compare(file: Path, reference: Any, allowed: float, *, exact: bool = False)
         feed["input_ids"] = draw.integers(1, reference.get_input_embeddings().num_embeddings, (batch, tokens))
         if "token_type_ids" in feed:
             feed["token_type_ids"][:] = 0
+        real = np.ones((batch, tokens), bool)
         if "attention_mask" in feed:
-            feed["attention_mask"][-1, (tokens + 1) // 2 :] = 0
+            real[-1, (tokens + 1) // 2 :] = False
+            feed["attention_mask"][~real] = 0
+            feed["input_ids"][~real] = max(getattr(reference.config, "pad_token_id", None) or 0, 0)  # heads look for it
         names = [value.name for value in session.get_outputs()]
         with torch.no_grad():
             wanted = reference(**{name: torch.from_numpy(array) for name, array in feed.items()}, return_dict=True)
         for name, got in zip(names, session.run(names, feed), strict=True):
             want = wanted[name].float().numpy()
+            if want.shape[:2] == real.shape:
+                got, want = got[real], want[real]
             apart = float(np.maximum(apart, np.abs(got - want).max()))  # keeps a NaN
             largest = max(largest, float(np.abs(want).max()))
     worst = apart / largest

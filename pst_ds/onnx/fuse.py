@@ -93,14 +93,16 @@ def _join_projections(graph: ir.Graph, node: ir.Node) -> None:
             return
         linears.append(made)
     first = linears[0]
-    alike = {(one.inputs[0], one.attributes["bits"].as_int(), one.inputs[4] is None) for one in linears}
-    widths = {None if one.inputs[3] is None else _array(one.inputs[3]).shape[1] for one in linears}
-    kinds = {_array(one.inputs[2]).dtype for one in linears}
+    given = [(*one.inputs, None, None)[:5] for one in linears]  # torch's exporter omits trailing inputs that are None
+    alike = {
+        (x, one.attributes["bits"].as_int(), bias is None) for one, (x, *_, bias) in zip(linears, given, strict=True)
+    }
+    widths = {None if scales is None else _array(scales).shape[1] for *_, scales, _ in given}
+    kinds = {_array(values).dtype for _, _, values, *_ in given}
     if len(alike) > 1 or len(widths) > 1 or len(kinds) > 1 or len({id(one) for one in linears}) < 3:
         return
     inputs: list[ir.Value | None] = [first.inputs[0]]
-    for index in range(1, 5):
-        parts = [one.inputs[index] for one in linears]
+    for index, parts in enumerate(list(zip(*given, strict=True))[1:], 1):
         inputs.append(None if parts[0] is None else _joined(graph, f"{first.outputs[0].name}_qkv_{index}", parts))
     outputs = [_array(one.inputs[1]).shape[0] for one in linears]
     joined = ir.Node(DOMAIN, "SparseLinear", inputs, list(first.attributes.values()), num_outputs=1)

@@ -70,13 +70,19 @@ def compare(
         for indices in batches:
             batch = task.collate(examples, indices, tokenizer)
             ours, theirs = (_logits(model, batch, device) for model in (one, other))
+            pieces.append((indices, task.outcomes(theirs.float(), batch)))
+            ours, theirs = (_without_padding(logits, batch) for logits in (ours, theirs))
             differing += _differing(ours, theirs)
-            ours, theirs = ours.float(), theirs.float()
-            largest = torch.maximum(largest, (ours - theirs).abs().max())  # keeps a NaN
-            pieces.append((indices, task.outcomes(theirs, batch)))
+            largest = torch.maximum(largest, (ours.float() - theirs.float()).abs().max())  # keeps a NaN
             progress.add(1)
     metrics = task.metrics(_in_order(pieces, len(examples)), examples)
     return {"differing_predictions": differing, "max_logit_difference": float(largest)}, metrics
+
+
+def _without_padding(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Return the logits of real tokens, (tokens, vocabulary); those of whole examples unchanged."""
+    real = batch.get("attention_mask")
+    return logits if real is None or logits.dim() < 3 else logits[real.to(logits.device).bool()]
 
 
 def _differing(ours: Tensor, theirs: Tensor) -> int:

@@ -12,6 +12,7 @@ import transformers as hf
 
 from pst_ds.cli.main import main
 from pst_ds.export.manifest import ExportError
+from pst_ds.onnx import export as onnx_export
 from pst_ds.onnx import folder as onnx_folder
 from pst_ds.onnx.session import open_session
 from pst_ds.runtime.decoder import LEVELS, best_level
@@ -28,6 +29,8 @@ SIZES = {
     "vocab_size": 160,
 }
 DECODER = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64}
+WINDOW = {"use_sliding_window": True, "sliding_window": 8}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 FAMILIES = {
     "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**SIZES, num_labels=3)),
     "bert without a head": lambda: hf.BertModel(hf.BertConfig(**SIZES)),
@@ -39,6 +42,14 @@ FAMILIES = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER)),
     "qwen2": lambda: hf.Qwen2ForSequenceClassification(hf.Qwen2Config(**DECODER, num_labels=2, pad_token_id=0)),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=160)),
+    "smollm3": lambda: hf.SmolLM3ForCausalLM(hf.SmolLM3Config(**DECODER, **WINDOW, **TOKENS, no_rope_layer_interval=2)),
+    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**DECODER, sliding_window=8)),
+    "qwen2 with a window": lambda: hf.Qwen2ForSequenceClassification(
+        hf.Qwen2Config(**DECODER, **WINDOW, max_window_layers=1, num_labels=2, pad_token_id=0)
+    ),
+    "modernbert": lambda: hf.ModernBertForMaskedLM(
+        hf.ModernBertConfig(**SIZES, **TOKENS, cls_token_id=1, sep_token_id=2, local_attention=8)
+    ),
 }
 OUTPUTS = {"distilbert": ["start_logits", "end_logits"], "bert without a head": ["last_hidden_state", "pooler_output"]}
 NODES = {
@@ -50,6 +61,10 @@ NODES = {
     "llama": {"SparseLinear": 2 * 7, "Attention": 2},
     "qwen2": {"SparseLinear": 2 * 7, "Attention": 2},
     "gpt2": {"SparseLinear": 2 * 4, "SkipLayerNorm": 2 * 2 + 1, "Attention": 2},
+    "smollm3": {"SparseLinear": 7 + 5, "Attention": 2},  # without rotary angles q, k and v are one product
+    "mistral": {"SparseLinear": 2 * 7, "Attention": 2},
+    "qwen2 with a window": {"SparseLinear": 2 * 7, "Attention": 2},
+    "modernbert": {"SparseLinear": 2 * 4, "SkipLayerNorm": 1 + 2 * 2 + 1, "Attention": 2},
 }
 
 
@@ -182,6 +197,17 @@ def test_what_cannot_be_traced_is_said_in_one_line(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "GptOssForCausalLM cannot be written as a graph: attention with capped scores or sinks" in said
     assert not out.exists()
+
+
+def test_a_bug_of_ours_is_not_blamed_on_the_model(bert, tmp_path, monkeypatch, capsys):
+    def fuse(graph):
+        raise IndexError("tuple index out of range")
+
+    monkeypatch.setattr(onnx_export, "fuse", fuse)
+    assert main(["export", str(bert), "--format", "onnx", "--out", str(tmp_path / "onnx")]) == 1
+    said = capsys.readouterr().err
+    assert "IndexError: tuple index out of range" in said
+    assert "cannot be written as a graph" not in said
 
 
 @pytest.mark.parametrize("values", ["int8", "int4"])

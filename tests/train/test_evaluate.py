@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from pst_ds.config.toml import load_run
 from pst_ds.data.tasks.classification import classification_metrics
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.train.evaluate import _differing, predict
+from pst_ds.train.evaluate import _differing, compare, predict
 from pst_ds.train.run import build, prepare
 
 
@@ -54,3 +56,31 @@ def test_a_number_differs_beyond_its_rounding():
     assert _differing(ours[:3], ours[:3] * (1 + 2**-22)) == 0
     assert _differing(ours[:3].bfloat16(), (ours[:3] * (1 + 2**-7)).bfloat16()) == 0
     assert _differing(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.5]])) == 1
+
+
+def test_padding_has_no_predictions_to_compare():
+    """What a model computes there depends on its attention: a window can leave a padded position nothing to look at."""
+    batch = {"input_ids": torch.tensor([[5, 6, 0], [5, 6, 7]]), "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
+    task = SimpleNamespace(
+        pads=True,
+        collate=lambda examples, indices, tokenizer: batch,
+        outcomes=lambda logits, batch: logits.sum((1, 2))[:, None].numpy(),
+        metrics=lambda outcomes, examples: {},
+    )
+    logits = torch.arange(24.0).view(2, 3, 4)
+
+    class Two:
+        lengths = (2, 3)
+
+        def __len__(self):
+            return 2
+
+    def differences(other):
+        models = (lambda **_: SimpleNamespace(logits=logits), lambda **_: SimpleNamespace(logits=other))
+        return compare(*models, task, Two(), None, 2, "cpu")[0]
+
+    other = logits.clone()
+    other[0, 2] = -other[0, 2]
+    assert differences(other) == {"differing_predictions": 0, "max_logit_difference": 0.0}
+    other[0, 1] = -other[0, 1]
+    assert differences(other) == {"differing_predictions": 1, "max_logit_difference": 14.0}
