@@ -47,11 +47,13 @@ def write_onnx(
     """
     import onnx_ir as ir
 
-    from pst_ds.onnx.export import plain_graph, sparse_graph
+    from pst_ds.onnx.export import input_names, plain_graph, sparse_graph
 
     if (packed / PROMPT_FILE).is_file():
         raise ExportError(f"{out} would compute without the model's trained prompt; take --format dense, or bitmask")
     model, reference = _load(packed, "dense" if plain else "sparse"), _load(packed, "dense")
+    if getattr(reference.config, "is_encoder_decoder", False) or "input_ids" not in input_names(reference):
+        raise ExportError(f"{type(reference).__name__} does not read one sequence of tokens; use --format bitmask")
     outputs = _output_names(reference)
     graph = plain_graph(model, outputs) if plain else sparse_graph(model, _tables(packed, model), outputs)
     kept = {key: facts[key] for key in ("values", "group", "embeddings", "sparsity_measured") if facts.get(key)}
