@@ -98,7 +98,7 @@ def save_pretrained(
         raise kind(f"{folder} could not be written: {problem}") from failure
 
 
-def load_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
+def load_pretrained(model: inject.ModelT, folder: str | Path) -> inject.ModelT:
     """Put what :func:`save_pretrained` wrote onto the base ``model``, in place, and return it.
 
     What was trained in addition to what the config trains has a gradient afterwards. Under ``zero.Init`` each rank

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from pst_ds.hf.weight_files import (
 )
 from pst_ds.runtime import SparseLinear, sparse_layers
 from pst_ds.tensor_layout import CODE_OF_DTYPE
+
+_LOG = logging.getLogger(__name__)
 
 
 class PackedWeightsQuantizer(HfQuantizer):
@@ -66,6 +69,8 @@ class PackedWeightsQuantizer(HfQuantizer):
         if config.load_as == "auto":
             is_fast = config.format == "bitmask" and config.values is None
             config.load_as = "sparse" if is_fast and _is_on_cpu(device_map) else "dense"
+            if config.values is not None:
+                _LOG.warning(_UNPACKS, config.values)
         return device_map
 
     # One of these two is called by every transformers 5, before it looks for the weight file.
@@ -156,6 +161,10 @@ class PackedWeightsQuantizer(HfQuantizer):
         return False
 
 
+_UNPACKS = (
+    "%s weights are unpacked into plain dense layers, since PyTorch has no fast kernel for them. ONNX Runtime (pst-ds "
+    "export --format onnx) and the native decoder (pst_ds.decoder, pst-ds generate) compute with them packed"
+)
 _NO_DISK = "offloading packed weights to disk is not supported: leave 'disk' out of device_map, or use the dense export"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -35,9 +36,11 @@ from pst_ds.nn.targets import (
 from pst_ds.parallel import zero3
 from pst_ds.parallel.steps import unwrapped
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
 
 def inject_pst(
-    model: nn.Module,
+    model: ModelT,
     config: PSTConfig,
     *,
     num_shards: int | None = None,
@@ -45,7 +48,7 @@ def inject_pst(
     activation_bits: int = 16,
     base_grid: Grid | None = None,
     embedding_grid: Grid | None = None,
-) -> nn.Module:
+) -> ModelT:
     """Put PSTLinear in the places of ``model``'s target layers, PSTExpertStack in those of stacks; freeze the rest.
 
     Call it before ``deepspeed.initialize``. Collective under ``zero.Init``, where one layer at a time is whole.
@@ -68,6 +71,7 @@ def inject_pst(
 
     Raises:
         InjectionError: a layer cannot be pruned, or a name matches none; see :func:`pst_ds.nn.targets.find_targets`.
+        InputError: FSDP2 or tensor parallelism has split the model.
     """
     if pst_layers(model):
         raise InjectionError("the model already has PST modules; inject into the base model, once")
@@ -217,7 +221,12 @@ def _fitting_rules(targets: Sequence[Target], config: PSTConfig) -> list[MaskRul
 
 
 def pst_layers(model: nn.Module) -> dict[str, PSTLayer]:
-    """The PST layers of ``model`` by name, in model order; a shared layer once."""
+    """Return the PST layers of ``model`` by name, in model order; a shared layer once.
+
+    Raises InputError for a model that FSDP2 or tensor parallelism has split: every function that reads or changes PST
+    layers looks them up here.
+    """
+    zero3.refuse_dtensors(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, PSTLayer)}
 
 

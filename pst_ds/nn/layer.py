@@ -221,6 +221,7 @@ class PSTLayer(nn.Module):
 
     def state(self) -> masked_linear.LayerState:
         """The weight that the layer multiplies with now. The parameters must be gathered."""
+        zero3.refuse_dtensors(self, recurse=False)
         weight, mask = self.base_weight(), self.pst_mask.detach()
         factors = self.factors({name: param.detach() for name, param in self.factor_parameters()})
         return masked_linear.LayerState(

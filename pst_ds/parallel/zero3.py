@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pst_ds.errors import InputError
+
 _HOLDER = -1
 """In the set of modules that use a parameter, by number, one that DeepSpeed does not know."""
 
@@ -27,6 +29,20 @@ class Shard:
 def is_partitioned(param: nn.Parameter) -> bool:
     """Return whether ZeRO-3 splits ``param`` over ranks."""
     return hasattr(param, "ds_id")
+
+
+def refuse_dtensors(module: nn.Module, *, recurse: bool = True) -> None:
+    """Raise InputError if FSDP2 or tensor parallelism has split a parameter of ``module``.
+
+    Such a DTensor has the shape of the whole and the memory of a shard, so native code would read past its end.
+    """
+    for name, param in module.named_parameters(recurse=recurse):
+        if hasattr(param, "placements"):  # a DTensor's, whose class takes two seconds to import
+            raise InputError(
+                f"{name} is a DTensor: FSDP2 (fully_shard, fsdp_version) or tensor parallelism (tp_plan) has split it, "
+                "which PST layers do not support. Remove that, and split the model by DeepSpeed ZeRO: "
+                "deepspeed.initialize, or a DeepSpeed config for accelerate or TrainingArguments"
+            )
 
 
 def full_shape(param: nn.Parameter) -> torch.Size:

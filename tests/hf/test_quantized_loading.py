@@ -68,9 +68,19 @@ def test_sparse_keeps_codes_of_linear_layers(quantized, name, auto_class, how):
 
 
 @pytest.mark.parametrize(("how", "sparse"), [(HOW[0], False), (HOW[3], False), (HOW[5], True)], ids=str)
-def test_codes_are_unpacked_without_being_asked(quantized, how, sparse):
+def test_codes_are_unpacked_without_being_asked_and_that_is_said(quantized, how, sparse, caplog):
     loaded = AutoModelForCausalLM.from_pretrained(quantized("llama", *how)[0])
     assert bool(sparse_layers(loaded)) is sparse
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("pst_ds")]
+    assert len(said) == (not sparse)
+    assert all("int8" in line and "--format onnx" in line and "pst_ds.decoder" in line for line in said)
+    assert not any("\n" in line for line in said)
+
+
+@pytest.mark.parametrize("load_as", ["dense", "sparse"])
+def test_nothing_is_said_to_whoever_chose(quantized, load_as, caplog):
+    load(AutoModelForCausalLM, quantized("llama", "bitmask")[0], load_as)
+    assert not [record for record in caplog.records if record.name.startswith("pst_ds")]
 
 
 @pytest.mark.parametrize("group", [32, None])

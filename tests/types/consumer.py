@@ -20,8 +20,12 @@ assert_type(schedule.sparsity_at(10), float)
 assert_type(pst_ds.OneShotSchedule(0.5).updates_masks_at(0), bool)
 
 
-def train(model: nn.Module, loss_of: Callable[[nn.Module], torch.Tensor]) -> nn.Module:
-    model = assert_type(pst_ds.inject_pst(model, config), nn.Module)
+class Classifier(nn.Module):
+    num_labels = 2
+
+
+def train(model: Classifier, loss_of: Callable[[nn.Module], torch.Tensor]) -> nn.Module:
+    model = assert_type(pst_ds.inject_pst(model, config), Classifier)
     assert_type(pst_ds.pst_parameter_groups(model), list[dict[str, Any]])
     optimizer = assert_type(pst_ds.pst_optimizer(model), MasterAdamW)
     masks = pst_ds.MaskUpdater(model, schedule)
@@ -32,7 +36,7 @@ def train(model: nn.Module, loss_of: Callable[[nn.Module], torch.Tensor]) -> nn.
         optimizer.step()
         assert_type(masks.after_step(optimizer), MaskStats | None)
     pst_ds.save_pretrained(model, "adapter", step=masks.step)
-    assert_type(pst_ds.load_pretrained(model, "adapter"), nn.Module)
+    assert_type(pst_ds.load_pretrained(model, "adapter").num_labels, int)
     return assert_type(pst_ds.merge_and_unload(model), nn.Module)
 
 
