@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pst_ds.atomic_files import atomic_folder, file_sha256, require_writable
 from pst_ds.config.run import ConfigError
+from pst_ds.core.native.library_cache import cache_folder as private_folder
 from pst_ds.data.tokens.identity import TokenizerIdentity, identity_of
 from pst_ds.data.tokens.manifest import BYTES, VERSION
 from pst_ds.data.tokens.store import TokenStream, is_store, open_store
@@ -32,7 +33,10 @@ def cache_folder() -> Path:
     """Return the folder of all cached stores: $PST_DS_CACHE/tokens, or pst-ds/tokens beside the hub's cache."""
     from huggingface_hub.constants import HF_HOME
 
-    return Path(os.environ.get(CACHE) or Path(HF_HOME) / "pst-ds").expanduser() / "tokens"
+    try:
+        return Path(os.environ.get(CACHE) or Path(HF_HOME) / "pst-ds").expanduser() / "tokens"
+    except RuntimeError:  # neither HOME nor a passwd entry
+        return private_folder() / "tokens"
 
 
 def cached_tokens(

@@ -18,7 +18,7 @@ from pst_ds.runtime.instructions import as_asked
 _FOLDER = Path(__file__).parent
 SOURCE = NativeSource(
     _FOLDER / "operators.cpp",
-    {},
+    {"pst_onnx_level": ([], ctypes.c_int), "pst_onnx_exact_inputs": ([ctypes.c_int], None)},
     "operators for ONNX Runtime",
     flags=("-std=c++17", "-O3", "-Wno-psabi", "-fno-math-errno", "-fvisibility=hidden"),
     headers=(

@@ -1,8 +1,8 @@
 """C++ loops for CPU tensors, compiled at first use; everything that calls them has a torch twin for where they are not.
 
-A source is compiled once for each machine and version with the system's C++ compiler and kept in
-``$XDG_CACHE_HOME/pst_ds`` (``~/.cache/pst_ds``). Without a compiler, or with ``PST_DS_NATIVE=0`` in the environment,
-the torch twins run: the same results, several times slower.
+A source is compiled once for each machine and version with ``$CXX`` or the system's C++ compiler, and kept in
+``$XDG_CACHE_HOME/pst_ds`` (``~/.cache/pst_ds``, see library_cache). Without a compiler, or with ``PST_DS_NATIVE=0`` in
+the environment, the torch twins run: the same results, several times slower.
 """
 
 from __future__ import annotations
@@ -10,21 +10,26 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from pst_ds.core.host import cpu_facts
+from pst_ds.core.native.library_cache import cache_folder, find_libraries, store_library
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno")
 INT, POINTER = ctypes.c_int64, ctypes.c_void_p
-_PACKAGE = Path(__file__).resolve().parents[1]
-BF16_HEADER = Path(__file__).with_name("bf16.hpp")
+_CORE = Path(__file__).resolve().parents[1]
+_PACKAGE = _CORE.parent
+BF16_HEADER = _CORE / "bf16.hpp"
 """Included by sources of core and of runtime."""
 Signature = tuple[list[type], type | None]
 """ctypes of the arguments, and of the result."""
@@ -48,7 +53,7 @@ class NativeSource:
 
 
 _MASKS = NativeSource(
-    Path(__file__).with_name("native.cpp"),
+    _CORE / "native.cpp",
     {
         "pst_score_keys": (
             [POINTER, INT, INT, INT, INT, *([POINTER, POINTER, INT, POINTER] * 2), *([POINTER] * 6)],
@@ -72,7 +77,7 @@ _MASKS = NativeSource(
 
 
 _MERGES = NativeSource(
-    Path(__file__).with_name("apply.cpp"),
+    _CORE / "apply.cpp",
     {
         "pst_apply_bits": ([POINTER, INT, POINTER, INT], None),
         "pst_merge": (
@@ -101,40 +106,46 @@ def load(source: NativeSource) -> ctypes.CDLL | None:
     """The compiled functions of ``source``, or None where they cannot be had, with a warning. Keep what it returns."""
     if os.environ.get("PST_DS_NATIVE") == "0":
         return None
-    if source.prebuilt is not None and _is_current(source.prebuilt, (source.path, *source.headers)):
-        try:
-            return _declared(source.prebuilt, source.functions)
-        except (OSError, AttributeError):  # made for another machine, or for other sources: compile here
-            pass
-    slow = f"{source.purpose} run in torch, several times slower"
-    compiler = _compiler()
-    if compiler is None:
-        warnings.warn(f"no C++ compiler found: {slow}", stacklevel=2)
-        return None
     try:
-        return _declared(compiled(source, compiler), source.functions)
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or error
-        warnings.warn(f"native code cannot be built, {slow}: {said}", stacklevel=2)
+        return _library(source)
+    except RuntimeError as error:
+        warnings.warn(f"{error}: {source.purpose} run in torch, several times slower", stacklevel=2)
         return None
 
 
 def library_file(source: NativeSource) -> Path:
     """Return the shared library of ``source``, which somebody else loads; compiled if need be. Raises RuntimeError."""
-    if source.prebuilt is not None and _is_current(source.prebuilt, (source.path, *source.headers)):
-        return source.prebuilt
-    compiler = _compiler()
-    if compiler is None:
-        raise RuntimeError(f"{source.purpose} are compiled at first use, and there is no C++ compiler: install one")
     try:
-        return compiled(source, compiler)
-    except (OSError, subprocess.CalledProcessError) as error:
+        return Path(_library(source)._name)
+    except RuntimeError as error:
+        raise RuntimeError(f"{source.purpose} cannot be built: {error}") from None
+
+
+def _library(source: NativeSource) -> ctypes.CDLL:
+    """Return the prebuilt library, the cached one, or one that is compiled now. Raises RuntimeError."""
+    if source.prebuilt is not None and _is_current(source.prebuilt, (source.path, *source.headers)):
+        with suppress(OSError, AttributeError):  # made for another machine, or for other sources
+            return _declared(source.prebuilt, source.functions)
+    try:
+        compiler = _compiler()
+        folder, name = cache_folder(), f"{source.path.stem}-{_key(source, compiler)}"
+        for path in find_libraries(folder, name):
+            with suppress(OSError, AttributeError):
+                return _declared(path, source.functions)
+        return _declared(store_library(folder, name, _compiled(source, compiler)), source.functions)
+    except (OSError, ValueError, AttributeError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or error
-        raise RuntimeError(f"{source.purpose} cannot be built: {said}") from None
+        raise RuntimeError(f"native code cannot be built: {said}") from None
 
 
-def _compiler() -> str | None:
-    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+def _compiler() -> tuple[str, ...]:
+    """Return the words that start the C++ compiler. Raises FileNotFoundError."""
+    if words := shlex.split(os.environ.get("CXX", "")):
+        return tuple(words)
+    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        raise FileNotFoundError("there is no C++ compiler; install one")
+    return (found,)
 
 
 def _is_current(built: Path, sources: tuple[Path, ...]) -> bool:
@@ -154,34 +165,35 @@ def _declared(path: Path, functions: dict[str, Signature]) -> ctypes.CDLL:
     return loaded
 
 
-def compiled(source: NativeSource, compiler: str) -> Path:
-    """The library for this source, compiler and processor; compiled now if it is not in the cache."""
-    flags = (*source.flags, "-shared", "-fPIC")
+def _key(source: NativeSource, compiler: tuple[str, ...]) -> str:
+    """Return a hash of the source, compiler, flags, C library and processor, which decide what the library is."""
     texts = [path.read_text(encoding="utf-8") for path in (source.path, *source.headers)]
-    parts = [*texts, compiler, *flags, *source.may_flags, _instructions()]
-    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pst_ds"
-    target = folder / f"{source.path.stem}-{key}.so"
-    if target.is_file():
-        return target
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # no home to write to
-        folder = Path(tempfile.mkdtemp(prefix="pst_ds-"))
-        target = folder / target.name
+    host = (_version(compiler), *platform.libc_ver(), _instructions())
+    parts = [*texts, *compiler, *source.flags, *source.may_flags, *host]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@cache
+def _version(compiler: tuple[str, ...]) -> str:
+    said = subprocess.run([*compiler, "--version"], check=False, capture_output=True, text=True).stdout
+    return said.partition("\n")[0]
+
+
+def _compiled(source: NativeSource, compiler: tuple[str, ...]) -> bytes:
+    """Compile ``source``; return the library. Raises OSError, CalledProcessError."""
     if source.announce:
-        print(f"pst-ds: compiling {source.purpose} with {compiler}, once for this machine", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # several ranks may compile at once; the last rename stays
-        made = Path(scratch) / target.name
-        command = [compiler, *flags, str(source.path), "-o", str(made)]
+        words = shlex.join(compiler)
+        print(f"pst-ds: compiling {source.purpose} with {words}, once for this machine", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(prefix="pst_ds-") as scratch:
+        made = Path(scratch) / "library.so"
+        command = [*compiler, *source.flags, "-shared", "-fPIC", str(source.path), "-o", str(made)]
         try:
             subprocess.run([*command, *source.may_flags], check=True, capture_output=True, text=True)
         except subprocess.CalledProcessError:
             if not source.may_flags:
                 raise
             subprocess.run(command, check=True, capture_output=True, text=True)
-        made.replace(target)
-    return target
+        return made.read_bytes()
 
 
 def _instructions() -> str:
