@@ -35,8 +35,9 @@ from pst_ds.export.plan import PlannedTensor, TensorJob, TensorValues
 from pst_ds.export.rounding import grids
 from pst_ds.export.stacks import FilePart, StackRun, all_experts, runs_in_files, whole
 from pst_ds.nn.base_model import DTYPES
-from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
+from pst_ds.nn.inject import persistent_buffers, pst_layers
 from pst_ds.nn.layer import FACTOR_NAMES, PSTLayer
+from pst_ds.nn.merge import plain_tensors
 from pst_ds.nn.model_structure import is_conv1d, is_linear
 from pst_ds.nn.tables.coded import plain_tables
 from pst_ds.nn.tables.embedding import pst_embeddings
@@ -220,12 +221,7 @@ class _Planner:
         self._buffers, self._keeps_rest = persistent_buffers(model), is_text_part(model, base.folder)
 
     def jobs(self) -> Iterator[TensorJob]:
-        tensors = {n: p.to("meta") for n, p in self._model.named_parameters() if ".pst_" not in n}
-        coded = {name: layer for name, layer in self._layers.items() if layer.weight is None}
-        tensors |= {f"{n}.weight": torch.empty(c.weight_shape, dtype=c.dtype, device="meta") for n, c in coded.items()}
-        stacks = {f"{n}.weight": n for n, layer in self._layers.items() if plain_name(n, layer) == n}
-        tensors = {stacks.get(name, name): tensor for name, tensor in tensors.items()}
-        tensors |= {name: buffer.to("meta") for name, buffer in self._buffers.items()}
+        tensors = plain_tensors(self._model)
         in_files = {name: saved for saved, name in names_in_files(self._model, tensors).items()}
         done: set[str] = set()
         for name, tensor in tensors.items():

@@ -6,13 +6,20 @@ import math
 import warnings
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pst_ds.errors import InputError
 from pst_ds.nn import experts, fast_paths
 from pst_ds.nn.adapter_checkpoints import whole_checkpoints
 from pst_ds.nn.experts import PSTExpertStack
-from pst_ds.nn.inject import injected_config, layers_never_called, pst_layers, shortened
+from pst_ds.nn.inject import (
+    injected_config,
+    layers_never_called,
+    persistent_buffers,
+    plain_name,
+    pst_layers,
+    shortened,
+)
 from pst_ds.nn.layer import CONSTANT_PARTS, PSTLayer
 from pst_ds.nn.tables.coded import coded_tables, plain_tables
 from pst_ds.nn.tables.embedding import PSTEmbedding
@@ -69,6 +76,18 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     for name in ("pst_config", "save_pretrained"):  # that of PSTCallback writes the adapter state
         vars(model).pop(name, None)
     return model
+
+
+def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that the model has without its PST modules, on the meta device, by name: parameters, weights
+    that are kept as codes, persistent buffers."""
+    layers = pst_layers(model)
+    tensors = {name: param.to("meta") for name, param in model.named_parameters() if ".pst_" not in name}
+    coded = {f"{name}.weight": layer for name, layer in layers.items() if layer.weight is None}
+    tensors |= {n: torch.empty(c.weight_shape, dtype=c.dtype, device="meta") for n, c in coded.items()}
+    names = {f"{name}.weight": plain_name(name, layer) for name, layer in layers.items()}
+    tensors = {names.get(name, name): tensor for name, tensor in tensors.items()}
+    return tensors | {name: buffer.to("meta") for name, buffer in persistent_buffers(model).items()}
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

@@ -129,3 +129,29 @@ def test_a_packed_export_has_one_entry_a_stack_and_computes_with_it(family, kind
         sparse.dequantize()
         assert torch.equal(sparse(ids).logits, expected)
     assert isinstance(experts.down_proj, torch.nn.Parameter)
+
+
+ROUNDED_IN_TRAINING = {"quantization.values": "int8", "model.base_bits": 8, "schedule.cooldown_fraction": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "more", "options"),
+    [
+        ("mixtral", "bitmask", {}, "--values int8"),
+        ("mixtral", "dense", {"model.base_bits": 8, "pst.exclude_modules": ["experts"]}, "--dtype bf16"),
+        ("qwen3_moe", "dense", {}, "--values int4 --group row"),
+        ("qwen3_next", "bitmask", {}, "--values int8"),
+        ("glm4_moe", "dense", {}, "--values int8 --dtype bf16"),
+        ("deepseek_v3", "bitmask", {}, "--values int4 --group row"),
+        ("gpt_oss", "bitmask", {}, "--values int4 --group row"),
+        ("gpt_oss", "dense", ROUNDED_IN_TRAINING, "--values int8"),
+        ("granitemoe", "dense", {"pst.exclude_modules": ["attn"]}, "--values int8 --embeddings int8"),
+    ],
+)
+def test_an_export_in_fewer_bits_is_found_equal_to_its_run(family, kind, more, options, tmp_path, verb):
+    _trained(tmp_path, family, **more)
+    verb("export", str(tmp_path / "run"), "--format", kind, *options.split(), "--out", str(tmp_path / "out"))
+    verified = verb("verify", str(tmp_path / "out"), "--against", str(tmp_path / "run"))
+    assert "rounding" in verified
+    assert (verified["differing_weights"], verified["differing_predictions"]) == (0, 0)
+    assert verified["max_logit_difference"] == 0.0

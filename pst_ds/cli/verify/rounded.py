@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.quantization import Grid, round_to_grid
-from pst_ds.export.base_weights import names_in_files
+from pst_ds.export.base_weights import names_in_files, saved_tensors
 from pst_ds.export.encoding import Encoding
 from pst_ds.export.manifest import TensorEntry, encoding_by, read_manifest
 from pst_ds.export.rounding import grids
-from pst_ds.export.stacks import runs_in_files
-from pst_ds.nn.inject import plain_name, pst_layers
+from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.layer import PSTLayer
+from pst_ds.nn.merge import plain_tensors
 from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.tensor_layout import DTYPE_OF_CODE
 
@@ -27,46 +27,48 @@ def encoding_of_folder(folder: str) -> Encoding:
 
 
 def narrower_dtypes(masked: nn.Module, folder: str) -> dict[str, torch.dtype]:
-    """Return the dtypes of the parameters of ``masked`` that have fewer bits in the export in ``folder``, by name.
+    """Return the dtypes of the tensors of ``masked`` that have fewer bits in the export in ``folder``, by plain name.
 
     They have them after ``pst-ds export --dtype bf16`` of a run in fp32. Raises ExportError.
     """
-    params = dict(masked.named_parameters())
-    dtype_of = {entry.name: DTYPE_OF_CODE[entry.dtype] for entry in read_manifest(Path(folder))[0]}
-    stacks = {name: layer for name, layer in pst_layers(masked).items() if plain_name(name, layer) == name}
-    plain = {n: p for n, p in params.items() if ".pst_" not in n and n.removesuffix(".weight") not in stacks}
-    model_names = {**names_in_files(masked, plain), **{name: name for name in plain}}
-    for name, layer in stacks.items():
-        model_names |= dict.fromkeys([name, *runs_in_files(masked, name, layer.layout)], f"{name}.weight")
-    stored = {model_names[name]: dtype for name, dtype in dtype_of.items() if name in model_names}
+    tensors = plain_tensors(masked)
+    model_names = names_in_files(masked, tensors)
+    for name in tensors.keys() - set(model_names.values()):  # the files hold it in parts, such as single experts
+        model_names |= dict.fromkeys(saved_tensors(masked, {name: tensors[name]}), name)
+    model_names |= {name: name for name in tensors}
+    entries = [entry for entry in read_manifest(Path(folder))[0] if entry.name in model_names]
+    stored = {model_names[entry.name]: DTYPE_OF_CODE[entry.dtype] for entry in entries}
     return {
         name: dtype
         for name, dtype in stored.items()
-        if params[name].is_floating_point() and dtype.itemsize < params[name].dtype.itemsize
+        if tensors[name].is_floating_point() and dtype.itemsize < tensors[name].dtype.itemsize
     }
 
 
 @torch.no_grad()
 def cast_model(masked: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Give parameters of ``masked`` in place the numbers that they have in these ``dtypes``, and keep their own dtypes.
+    """Give tensors of ``masked`` in place the numbers that they have in these ``dtypes``, and keep their own dtypes.
 
     Layers that rounded in training stay as they are.
     """
-    layers, embeddings = pst_layers(masked), pst_embeddings(masked)
+    layers = {plain_name(name, layer): layer for name, layer in pst_layers(masked).items()}
+    embeddings = {f"{name}.weight": embedding for name, embedding in pst_embeddings(masked).items()}
+    tensors = {**dict(masked.named_parameters()), **persistent_buffers(masked)}
     for name, dtype in dtypes.items():
-        owner, param = name.removesuffix(".weight"), masked.get_parameter(name)
-        if name == f"{owner}.weight" and owner in layers:
-            if not layers[owner].rounds:
-                settle(layers[owner], layers[owner].masked_weight().to(dtype))
-        elif name == f"{owner}.weight" and owner in embeddings:
-            settle(embeddings[owner], embeddings[owner].updated_weight().to(dtype))
+        if name in layers:
+            if not layers[name].rounds:
+                settle(layers[name], layers[name].masked_weight().to(dtype))
+        elif name in embeddings:
+            settle(embeddings[name], embeddings[name].updated_weight().to(dtype))
         else:
-            param.copy_(param.to(dtype))
+            tensors[name].copy_(tensors[name].to(dtype))
 
 
 @torch.no_grad()
 def round_model(masked: nn.Module, folder: str, *, in_fp32: bool = False) -> dict[str, Tensor]:
-    """Round the weights of ``masked`` that the export in ``folder`` has on a grid; return them by name.
+    """Round the weights of ``masked`` that the export in ``folder`` has on a grid.
+
+    Returns the rounded parameters of modules that are not pruned layers, by name.
 
     ``in_fp32``: their modules become fp32, which has every code times its scale; otherwise they are rounded once more
     to the model's own dtype, as a folder's are when it is loaded.
@@ -77,21 +79,18 @@ def round_model(masked: nn.Module, folder: str, *, in_fp32: bool = False) -> dic
     """
     entries, about = read_manifest(Path(folder))
     by_name, encoding = {entry.name: entry for entry in entries}, encoding_by(about)
-    rounded = {}
     for name, layer in pst_layers(masked).items():
-        if layer.rounds:
-            rounded[f"{name}.weight"] = layer.masked_weight()
-        elif encoding.values is not None:
+        if encoding.values is not None and not layer.rounds:
             weight, is_transposed = layer.masked_weight().view(layer.weight_shape), layer.layout.transposed
             oriented = (weight.transpose(-1, -2) if is_transposed else weight).contiguous()
             rows = _rounded(oriented.flatten(0, -2), encoding.values, by_name.get(plain_name(name, layer)), in_fp32)
             oriented = rows.view(oriented.shape)
             _widen(layer, in_fp32)
             settle(layer, (oriented.transpose(-1, -2) if is_transposed else oriented).contiguous())
-            rounded[f"{name}.weight"] = layer.masked_weight()
     embeddings = pst_embeddings(masked)
     if any(layer.rounds for layer in pst_layers(masked).values()):
         encoding = replace(encoding, values=None)  # what training left as it is stays so in the file
+    rounded: dict[str, Tensor] = {}
     for name, grid in grids(masked, encoding).items():
         owner = name.removesuffix(".weight")
         if owner in embeddings:
