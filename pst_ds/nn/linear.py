@@ -48,7 +48,9 @@ class PSTLinear(PSTLayer):
     def product(self, x: Tensor) -> Tensor:
         """Return x (M . W)' + bias, (..., I) to (..., O), without a gradient. The parameters must be gathered."""
         bias = None if self.bias is None else self.bias.detach()
-        return masked_linear.forward(x.detach(), bias, self.state())
+        # Some products are views, which autograd lets no one modify once a Function has returned them; to autograd,
+        # what detach returns is not a view. Two dimensions would do too, but not bit for bit as nn.Linear multiplies.
+        return masked_linear.forward(x.detach(), bias, self.state()).detach()
 
     def gradients(
         self, x: Tensor, grad_y: Tensor, *, need_x: bool, need_weight: bool, need_bias: bool

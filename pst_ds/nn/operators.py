@@ -69,7 +69,8 @@ def _updated_rows(
 ) -> Tensor:
     # torch's own lookup, not an index: a row number of -1 is an error, as in the base embedding
     stored, own = (torch.nn.functional.embedding(ids.reshape(-1), table) for table in (weight, left))
-    return updated_rows(stored, own, right, beta).view(*ids.shape, stored.shape[1])
+    # detach: see PSTLinear.product
+    return updated_rows(stored, own, right, beta).view(*ids.shape, stored.shape[1]).detach()
 
 
 def _row_gradients(

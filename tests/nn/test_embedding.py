@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -181,6 +182,29 @@ def test_any_shape_of_row_numbers(shape, dtype):
     assert torch.equal(y, functional.embedding(ids, embedding.updated_weight()))
     y.sum().backward()
     assert embedding.pst_U.grad.any() == (ids != PADDING).any()
+
+
+def _by_operator(embedding, ids):
+    own = embedding.weight, embedding.pst_U, embedding.pst_V
+    return torch.ops.pst_ds.updated_rows(ids, *own, embedding.beta, embedding.padding_idx)
+
+
+@pytest.mark.parametrize("look_up", [lambda embedding, ids: embedding(ids), _by_operator], ids=["plain", "operator"])
+@pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 4)], ids=str)
+def test_the_output_can_be_changed_in_place(look_up, shape):
+    """Models add positions to the embeddings of tokens in place."""
+    model, ids = randomised(injected()), torch.arange(math.prod(shape)).remainder(ROWS).view(shape)
+    found = []
+    for in_place in (True, False):
+        rows = look_up(model.embed, ids)
+        if in_place:
+            rows += 1
+        else:
+            rows = rows + 1
+        rows.square().sum().backward()
+        found.append([rows.detach(), *(param.grad for param in (model.embed.pst_U, model.embed.pst_V))])
+        model.zero_grad(set_to_none=True)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("bad", [-1, ROWS])

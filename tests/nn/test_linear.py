@@ -1,6 +1,7 @@
 """PSTLinear as a module: adopts its layer, starts dense, and has the gradients of the formula."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -292,6 +293,43 @@ def test_any_leading_dimensions(shape):
     assert y.shape == (*shape[:-1], 40)
     y.sum().backward()
     torch.testing.assert_close(x.grad, layer.masked_weight().sum(0).expand(shape), rtol=1e-5, atol=1e-5)
+
+
+def _by_operator(layer, x):
+    weight, factors = layer.trained()
+    return torch.ops.pst_ds.masked_linear(x, layer._number, layer.out_features, weight, layer.bias, *factors)
+
+
+CALLS = {
+    "plain": lambda layer, x: layer(x),
+    "operator": _by_operator,
+    "reentrant": lambda layer, x: checkpoint(layer, x, use_reentrant=True),
+    "non-reentrant": lambda layer, x: checkpoint(layer, x, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
+@pytest.mark.parametrize("shape", [(INPUTS,), (5, INPUTS), (2, 5, INPUTS), (2, 3, 5, INPUTS)], ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_output_can_be_changed_in_place(with_bias, shape, call):
+    """Models add residuals and divide queries in place; values and gradients are those of new tensors."""
+    found = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"fc": nn.Linear(INPUTS, 8, bias=with_bias)})
+        layer = inject_pst(model, PSTConfig(target_modules=("fc",), bias="all"))["fc"]
+        randomised(layer)
+        x = torch.linspace(-2.0, 2.0, math.prod(shape)).view(shape).requires_grad_()
+        y = call(layer, x)
+        if in_place:
+            y += 1
+            y /= 2
+        else:
+            y = (y + 1) / 2
+        y.square().sum().backward()
+        found.append({"y": y.detach(), **gradients(layer, x)})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 @each_kind

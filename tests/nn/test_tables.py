@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -84,6 +85,21 @@ def test_a_loss_in_chunks_reads_slices_of_the_vocabulary(monkeypatch, with_bias)
     assert max(rows for rows, _ in made) == 7
     for one, other in zip(*results, strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 5, 64)], ids=str)
+def test_logits_can_be_changed_in_place(shape):
+    model, found = inject_pst(llama(), PSTConfig(), embedding_grid=GRID), []
+    for in_place in (True, False):
+        states = torch.linspace(-1.0, 1.0, math.prod(shape)).view(shape).requires_grad_()
+        logits = model.lm_head(states)
+        if in_place:
+            logits /= 8
+        else:
+            logits = logits / 8
+        logits.square().sum().backward()
+        found.append((logits.detach(), states.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_no_weight_stays_and_casts_leave_the_codes():

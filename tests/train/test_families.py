@@ -41,6 +41,10 @@ FAMILIES = {
     "deberta_v2": ("DebertaV2Model", {**_ODD, "relative_attention": True, "pos_att_type": ["p2c", "c2p"],
                                       "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True,
                                       "position_biased_input": False, "type_vocab_size": 0}, 12, "pooler classifier"),
+    "deberta": ("DebertaModel", {**_ODD, "relative_attention": True, "pos_att_type": ["p2c", "c2p"],
+                                 "type_vocab_size": 0}, 12, "pooler classifier"),
+    "falcon": ("FalconModel", {**_ENCODER, "num_kv_heads": 1, "new_decoder_architecture": True, "bias": True,
+                               "bos_token_id": 2, "eos_token_id": 3}, 8, "score"),
     "opt": ("OPTModel", {"vocab_size": 60, "hidden_size": 27, "num_hidden_layers": 2, "num_attention_heads": 3,
                          "ffn_dim": 37, "word_embed_proj_dim": 15, "max_position_embeddings": 48, "init_std": 0.2,
                          "bos_token_id": 2, "eos_token_id": 3}, 12, "score"),
@@ -146,6 +150,16 @@ def test_family_from_base_to_reloaded_export(run_ranks, tmp_path, family, checkp
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == exported.keys()
     assert all(torch.equal(again[name], exported[name]) for name in exported)
+
+
+@pytest.mark.parametrize("family", ["deberta", "falcon"])
+def test_a_family_that_changes_outputs_in_place_trains_without_zero3(tmp_path, family):
+    """Under ZeRO-3 DeepSpeed's hooks replace the outputs of layers."""
+    _write_base(family, tmp_path / "base")
+    more = {"train.precision": "fp32", "train.num_steps": 2}  # transformers loads some of DeBERTa in fp32 alone
+    _train_alone(_settings(tmp_path, **more))
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "export")]) == 0
+    assert main(["verify", str(tmp_path / "export"), "--against", str(tmp_path / "run")]) == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

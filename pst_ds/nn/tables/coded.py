@@ -127,12 +127,13 @@ class _TimesTable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Context, x: Tensor, module: CodedOutput, bias: Tensor | None) -> Tensor:
         ctx.module = module
-        return times_table(x.flatten(0, -2), module.table(), bias).view(*x.shape[:-1], module.out_features)
+        rows = times_table(x.reshape(-1, module.in_features), module.table(), bias)
+        return rows.view(*x.shape[:-1], module.out_features).detach()  # detach: see PSTLinear.product
 
     @staticmethod
     def backward(ctx: _Context, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         module = ctx.module
-        rows = grad_y.flatten(0, -2)
+        rows = grad_y.reshape(-1, module.out_features)
         grad_x = None
         if ctx.needs_input_grad[0]:
             with zero3.gathered([p for p in module.parameters(recurse=False) if zero3.is_released(p)]):

@@ -86,7 +86,8 @@ class _UpdatedRows(torch.autograd.Function):
         flat = ids.reshape(-1)
         # torch's own lookup, not an index: a row number of -1 is an error, as in the base embedding
         stored, own = (functional.embedding(flat, table) for table in (module.weight.detach(), left))
-        return updated_rows(stored, own, right, module.beta).view(*ids.shape, stored.shape[1])
+        rows = updated_rows(stored, own, right, module.beta)
+        return rows.view(*ids.shape, stored.shape[1]).detach()  # detach: see PSTLinear.product
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[None, None, Tensor, Tensor]:
