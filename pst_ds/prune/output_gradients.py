@@ -20,7 +20,7 @@ from pst_ds.errors import InputError
 from pst_ds.nn.input_sums import InputGatherer, squares
 from pst_ds.progress import Progress
 from pst_ds.prune.model import without_cache
-from pst_ds.prune.replay import Batch, BlockReplay, moved
+from pst_ds.prune.replay import Batch, BlockReplay, Output, moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +120,8 @@ class _TwoWay:
                 if forward is not None:
                     block.forward = forward
 
-    def _stand_in(self, index: int, forward: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., object]:
-        def run(*args: object, **kwargs: object) -> object:
+    def _stand_in(self, index: int, forward: Callable[..., Output]) -> Callable[..., Output]:
+        def run(*args: object, **kwargs: object) -> Output:
             if args:
                 hidden, args = args[0], args[1:]
             else:
@@ -129,17 +129,12 @@ class _TwoWay:
             assert isinstance(hidden, Tensor), "a block without hidden states"
             if index == 0:
                 self.first = hidden = hidden.detach().requires_grad_()
-            is_tuple = False
 
-            def block(states: Tensor) -> Tensor:
-                nonlocal is_tuple
+            def block(states: Tensor) -> Output:
                 states, others, named = moved((states, args, kwargs), self.device, self.dtype)
-                output = forward(states, *others, **named)
-                is_tuple = not isinstance(output, Tensor)
-                return output if isinstance(output, Tensor) else output[0]
+                return forward(states, *others, **named)
 
-            output = _Recomputed.apply(hidden, self, index, block)
-            return (output,) if is_tuple else output
+            return _Recomputed.apply(hidden, self, index, block)
 
         return run
 
@@ -166,20 +161,24 @@ class _TwoWay:
 
 
 class _Recomputed(torch.autograd.Function):
-    """A block that keeps its input alone, and runs again for its gradient."""
+    """A block that keeps its input alone, and runs again for the gradient of its hidden states.
+
+    What it returns after them, such as attention weights, is handed on without a gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, two_way: _TwoWay, index: int, block: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, two_way: _TwoWay, index: int, block: Callable[[Tensor], Output]) -> Output:
         ctx.save_for_backward(hidden)
         ctx.two_way, ctx.index, ctx.block = two_way, index, block
         with two_way.replay.resident(index):
-            return block(hidden).to(hidden.device, hidden.dtype)
+            return moved(block(hidden), hidden.device, hidden.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor, *_others: Tensor | None) -> tuple[Tensor, None, None, None]:
         (hidden,), two_way = ctx.saved_tensors, ctx.two_way
         hidden = hidden.detach().requires_grad_()
         with two_way.replay.resident(ctx.index), torch.enable_grad(), two_way.listening(ctx.index):
             output = ctx.block(hidden)
-            (back,) = torch.autograd.grad(output, hidden, gradient.to(output.device, output.dtype))
+            states = output if isinstance(output, Tensor) else output[0]
+            (back,) = torch.autograd.grad(states, hidden, gradient.to(states.device, states.dtype))
         return back, None, None, None

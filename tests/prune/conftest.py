@@ -25,6 +25,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                                "ffn_dim": 48, "word_embed_proj_dim": 16, "max_position_embeddings": 48,
                                "init_std": 0.2, "bos_token_id": 2, "eos_token_id": 3}),
     "gpt_neox": ("GPTNeoXForCausalLM", {**_SIZES, "bos_token_id": 2, "eos_token_id": 3}),
+    "bamba": ("BambaForCausalLM", {**_SIZES, "num_key_value_heads": 2, "attn_layer_indices": [1], "mamba_n_heads": 4,
+                                   "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8, "pad_token_id": 0}),
     "bert": ("BertModel", _SIZES),
     "roberta": ("RobertaForMaskedLM", {**_SIZES, "type_vocab_size": 1, "pad_token_id": 0}),
     "distilbert": ("DistilBertModel", {"vocab_size": 60, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48,

@@ -65,7 +65,7 @@ def _plain_norms(model, batches):
     return {name: (inputs[name].sqrt(), outputs[name].sqrt()) for name in inputs}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "gemma3", "bamba"])
 def test_norms_are_those_of_a_plain_backward_pass(tiny, batches, family):
     model = tiny(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -171,9 +171,10 @@ def test_layers_with_a_share_of_their_own_keep_it(tiny, batches):
 
 
 def test_what_cannot_be_done_is_refused(tiny, batches):
-    bert = tiny("bert")
-    with pytest.raises(InputError, match="no logits for every token"):
-        rules_by_saliency(bert, _rules(bert), batches("bert"), device=CPU, dtype=FP32)
+    for family in ("bert", "deberta_v2"):
+        encoder = tiny(family)
+        with pytest.raises(InputError, match="no logits for every token"):
+            rules_by_saliency(encoder, _rules(encoder), batches(family), device=CPU, dtype=FP32)
     llama = tiny("llama")
     with pytest.raises(InputError, match=r"leaves every layer 0.05 of its weights"):
         rules_by_saliency(llama, _rules(llama, share=0.97), batches("llama"), device=CPU, dtype=FP32)
