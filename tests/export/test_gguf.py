@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import BPE, WordLevel
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -29,6 +32,16 @@ from pst_ds.nn.inject import pst_layers
 
 LINES = ["the quick brown fox jumps over the lazy dog 12345", "a film that is good, and one that is not", "théâtre"]
 INT8, INT4 = Grid(8, 32), Grid(4, 32)
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}\n"
+    "    {%- generation %}{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}\n"
+    "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""Marks answers, for training, with a tag that only transformers knows."""
+TOOLS = "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+CHAT = [{"role": role, "content": text} for role, text in zip(("system", "user", "assistant", "user"),
+                                                              ("be brief", *LINES), strict=True)]  # fmt: skip
 
 
 def byte_level(pre=None) -> PreTrainedTokenizerFast:
@@ -137,6 +150,73 @@ def test_llama_cpp_reads_words_and_weights(tmp_path, kind, values):
     assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
 
 
+@pytest.fixture(scope="module")
+def with_templates(folder, tmp_path_factory):
+    """Folders of the model by how they keep their chat templates, and GGUF files of them."""
+    pytest.importorskip("gguf")
+    top, tokenizer, files = tmp_path_factory.mktemp("chats"), byte_level(), {}
+    for name, template, in_files in (
+        ("none", None, True),
+        ("chat_template.jinja", CHATML, True),
+        ("tokenizer_config.json", CHATML, False),
+        ("named", {"default": CHATML, "tool_use": TOOLS}, True),
+        ("no default", {"tool_use": TOOLS, "rag": CHATML}, True),
+    ):
+        tokenizer.chat_template = template
+        shutil.copytree(folder, top / name)
+        tokenizer.save_pretrained(top / name, save_jinja_files=in_files)
+        assert (top / name / "chat_template.jinja").exists() == (in_files and name not in ("none", "no default"))
+        files[name] = top / f"{name}.gguf"
+        export_folder(top / name, files[name], packing="gguf")
+    return files
+
+
+def test_chat_templates_of_a_folder_are_in_the_file(with_templates):
+    """Under the keys that llama.cpp reads, and without the tag that only transformers knows."""
+    gguf, plain = (
+        pytest.importorskip("gguf"),
+        CHATML.replace("endgeneration", "endif").replace("generation %", "if true %"),
+    )
+    expected = {
+        "none": {},
+        "chat_template.jinja": {"": plain},
+        "tokenizer_config.json": {"": plain},
+        "named": {"": plain, ".tool_use": TOOLS, "s": ["tool_use"]},
+        "no default": {".tool_use": TOOLS, ".rag": plain, "s": ["rag", "tool_use"]},
+    }
+    for name, file in with_templates.items():
+        prefix, fields = "tokenizer.chat_template", gguf.GGUFReader(file).fields
+        found = {key.removeprefix(prefix): fields[key].contents() for key in fields if key.startswith(prefix)}
+        if "s" in found:
+            found["s"] = sorted(found["s"])
+        assert found == expected[name], name
+
+
+def test_llama_cpp_renders_the_prompt_of_transformers(with_templates):
+    """By its own C function and by the template in the file; the bindings know no {% generation %} and would raise."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install 'pst-ds[peers]'")
+    formatter = pytest.importorskip("llama_cpp.llama_chat_format").Jinja2ChatFormatter
+    for name in ("chat_template.jinja", "tokenizer_config.json", "named", "no default"):
+        tokenizer = AutoTokenizer.from_pretrained(with_templates[name].with_suffix(""))
+        theirs = llama_cpp.Llama(str(with_templates[name]), n_ctx=64, verbose=False, n_threads=1)
+        read = {key: text for key, text in theirs.metadata.items() if key.startswith("tokenizer.chat_template")}
+        default = llama_cpp.llama_model_chat_template(theirs.model, None)
+        theirs.close()
+        for key, text in read.items():
+            which = key.removeprefix("tokenizer.chat_template").lstrip(".") or None
+            expected = tokenizer.apply_chat_template(
+                CHAT, tokenize=False, add_generation_prompt=True, chat_template=which
+            )
+            assert formatter(text, tokenizer.eos_token, tokenizer.bos_token)(messages=CHAT).prompt == expected
+            if which is None:
+                messages = [(m["role"].encode(), m["content"].encode()) for m in CHAT]
+                array = (llama_cpp.llama_chat_message * len(CHAT))(*messages)
+                buffer = ctypes.create_string_buffer(4096)
+                size = llama_cpp.llama_chat_apply_template(default, array, len(CHAT), True, buffer, 4096)
+                assert buffer.raw[:size].decode() == expected
+        assert (default is None) == (name == "no default")
+
+
 @pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config])
 def test_llama_cpp_computes_other_dense_families(config, tmp_path):
     """Biases, norms of queries and keys, heads of another width; in fp32, with its 16 bits for keys and values."""
@@ -168,10 +248,13 @@ def test_a_run_becomes_a_file(models, tmp_path):
     gguf = pytest.importorskip("gguf")
     letters = Tokenizer(BPE({letter: number for number, letter in enumerate("abcdefghij")}, []))
     letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    pruned = replace(models["bf16"], tokenizer=PreTrainedTokenizerFast(tokenizer_object=letters))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, chat_template=CHATML)
+    pruned = replace(models["bf16"], tokenizer=tokenizer)
     said = pruned.export(tmp_path / "run.gguf", packing="gguf", values=INT4)
     assert (said["step"], said["rounded_tensors"]) == (3, 14)
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "run.gguf").tensors}
+    file = gguf.GGUFReader(tmp_path / "run.gguf")
+    assert file.fields["tokenizer.chat_template"].contents().startswith("{% for m in messages %}")
+    tensors = {tensor.name: tensor for tensor in file.tensors}
     layers = pst_layers(pruned.model)
     known = {"blk.1.ffn_up": "model.layers.1.mlp.up_proj", "blk.0.attn_q": "model.layers.0.self_attn.q_proj"}
     for name, module in known.items():

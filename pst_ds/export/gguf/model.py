@@ -139,6 +139,8 @@ def _describe(writer: Any, config: Config, words: GgufTokenizer, name: str, enco
         getattr(writer, f"add_{key}_token_id")(number)
     writer.add_add_bos_token(words.adds_bos)
     writer.add_add_space_prefix(words.adds_space)
+    if words.chat_templates:
+        writer.add_chat_template(words.chat_templates)
 
 
 def _describe_experts(writer: Any, config: Config, experts: int, family: Family) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,8 @@ class GgufTokenizer:
     """Numbers of "bos", "eos", "unk" and "pad" tokens, where there are any."""
     adds_bos: bool
     adds_space: bool
+    chat_templates: list[dict[str, str]]
+    """Chat templates as ``GGUFWriter.add_chat_template`` expects them: name and template of each."""
 
 
 def gguf_tokenizer(tokenizer: Any, vocab_size: int) -> GgufTokenizer:
@@ -60,6 +63,7 @@ def gguf_tokenizer(tokenizer: Any, vocab_size: int) -> GgufTokenizer:
         "llama" if falls_back else "gpt2", pre, tokens, kinds, [] if falls_back else merges,
         _scores(tokens, merges) if falls_back else [], special,
         adds_bos=bool(encoded) and encoded[0] == special.get("bos"), adds_space=_adds_space(table),
+        chat_templates=_chat_templates(tokenizer),
     )  # fmt: skip
 
 
@@ -112,3 +116,18 @@ def _adds_space(table: JsonTable) -> bool:
     """Whether a space is put before the text."""
     said = json.dumps([table.get("normalizer"), table.get("pre_tokenizer")])
     return '"Prepend"' in said or '"prepend_scheme": "first"' in said or '"prepend_scheme": "always"' in said
+
+
+def _chat_templates(tokenizer: Any) -> list[dict[str, str]]:
+    """Return names and texts of the chat templates.
+
+    ``{% generation %}``, a tag that marks answers in training, is an extension of transformers: plain Jinja rejects it.
+    ``{% if true %}`` renders the same.
+    """
+    found = tokenizer.chat_template or {}
+    named = {"default": found} if isinstance(found, str) else found
+    plain = {name: re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", text) for name, text in named.items()}
+    return [
+        {"name": name, "template": re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", text)}
+        for name, text in plain.items()
+    ]
