@@ -109,11 +109,14 @@ class Decoder:
         tables = stored_tables(opened.path, model) if packed else None
         return cls.from_model(model, context, verify=verify, tables=tables, **options)
 
-    def with_fp32_cache(self, context: int) -> Decoder:
-        """Return a decoder of the same weights in memory, with one empty sequence of ``context`` positions in fp32."""
+    def with_fp32_cache(self, context: int, first: int = 0) -> Decoder:
+        """Return a decoder of the same weights in memory, with one empty sequence of ``context`` positions in fp32.
+
+        ``first``: the position in the model of the sequence's first one.
+        """
         other = copy.copy(self)
-        other.context, other.sequences, other._lengths = min(context, self.context), 1, [0]
-        other._loop = self._weights.loop(other.context, 1, self._most, cache_bits=32)
+        other.context, other.sequences, other._lengths = context, 1, [0]
+        other._loop = self._weights.loop(context, 1, self._most, cache_bits=32, first=first)
         return other
 
     @property
@@ -225,17 +228,24 @@ def _numbers(ids: Sequence[int] | Tensor) -> list[int]:
 
 
 def _require_same(decoder: Decoder, model: Part) -> None:
-    """Compare logits of some tokens, a part of them one by one, with the model's own. Raises DecoderError."""
+    """Compare logits of some tokens, a part of them one by one, with the model's own. Raises DecoderError.
+
+    They stand at the first positions of the context, and at the last: a model may do there what it does not before.
+    """
     count = min(PROBE_TOKENS, decoder.context)
-    probe = decoder.with_fp32_cache(count)
+    firsts = sorted({0, decoder.context - count})
     ids = torch.randint(0, decoder.vocabulary, (count,), generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor(firsts)[:, None] + torch.arange(count)
     with torch.no_grad():
-        expected = model(input_ids=ids[None], use_cache=False).logits[0].float()
-    parts = [probe.forward(ids[: count // 2], all_logits=True)]
-    parts += [probe.forward(ids[i : i + 1], all_logits=True) for i in range(count // 2, count)]
-    cosine = torch.cosine_similarity(torch.cat(parts).double(), expected.double(), dim=-1).mean().item()
-    if not cosine >= LEAST_COSINE:
-        raise DecoderError(
-            f"{type(model).__name__}: the native loop gives other logits (mean cosine {cosine:.5f}, at least "
-            f"{LEAST_COSINE} is right): a part of this model is not in its table. Use transformers' own generate()"
-        )
+        logits = model(input_ids=ids.expand(len(firsts), -1), position_ids=positions, use_cache=False).logits.double()
+    for first, expected in zip(firsts, logits, strict=True):
+        probe = decoder.with_fp32_cache(count, first)
+        parts = [probe.forward(ids[: count // 2], all_logits=True)] if count > 1 else []
+        parts += [probe.forward(ids[i : i + 1], all_logits=True) for i in range(count // 2, count)]
+        cosine = torch.cosine_similarity(torch.cat(parts).double(), expected, dim=-1).mean().item()
+        if not cosine >= LEAST_COSINE:
+            raise DecoderError(
+                f"{type(model).__name__}: the native loop gives other logits at positions {first} to "
+                f"{first + count - 1} (mean cosine {cosine:.5f}, at least {LEAST_COSINE} is right): a part of this "
+                "model is not in its table. Use transformers' own generate()"
+            )

@@ -1,8 +1,8 @@
 """What a transformers model's decoder consists of, as a table: read from its modules, and never from its name.
 
 Any model whose layers are attention and an MLP with residuals around them, under the names that transformers gives
-these parts, has a table: Llama, Mistral, Qwen2 and 3, SmolLM3, Phi-3, Gemma 1 to 3, Granite, OLMo 2 are tested. What a
-table cannot say is found by :meth:`Decoder.from_model`, which compares logits.
+these parts, has a table: Llama, Mistral, Ministral 3, Qwen2 and 3, SmolLM3, Phi-3, Gemma 1 to 3, Granite, OLMo 2 are
+tested. What a table cannot say is found by :meth:`Decoder.from_model`, which compares logits.
 """
 
 from __future__ import annotations
@@ -25,6 +25,25 @@ _ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu", "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "tanh": "tanh",
 }  # fmt: skip
+_ROPE_PARAMETERS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "longrope": ("factor", "attention_factor", "short_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+"""Rotary parameters by rope_type. Each shapes only the angles, which the model's own module computes for the table."""
+_ROPE_PARAMETERS_OF_ALL = (
+    "rope_type", "type", "rope_theta", "partial_rotary_factor", "max_position_embeddings",
+    "original_max_position_embeddings", "mrope_section", "mrope_interleaved",
+)  # fmt: skip
+"""mrope is for images: the three positions of a text token are equal."""
+_CHANGES_BEYOND_ORIGINAL = {
+    "long_factor": "longrope uses other angles",
+    "llama_4_scaling_beta": "attention scales queries by position",
+}
+"""Rotary parameters without effect up to original_max_position_embeddings, and what they do in longer sequences."""
 
 
 Part = Any
@@ -70,9 +89,15 @@ def table_of(model: Part, context: int) -> DecoderTable:
     Raises DecoderError for what there is no place for in a table.
     """
     config, body = model.config.get_text_config(), model.get_decoder()
-    layers = getattr(body, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers) or not hasattr(body, "norm"):
-        raise DecoderError(f"{type(model).__name__}: its decoder is no list of layers with a norm after them")
+    _require_known_rope(type(model).__name__, config, context)
+    layers: Part = getattr(body, "layers", None)
+    has_layers = isinstance(layers, nn.ModuleList) and len(layers) > 0
+    if not has_layers or not hasattr(body, "norm"):
+        missing = "'norm'" if has_layers else "list 'layers'"
+        raise DecoderError(
+            f"{type(model).__name__}: {type(body).__name__} has no {missing}: the native loop reads a list 'layers' "
+            "and a 'norm' after it. Use transformers' own generate()"
+        )
     reader = _Reader(type(model).__name__, config, body, context)
     found = [reader.layer(layer, index) for index, layer in enumerate(layers)]
     first: Part = layers[0]
@@ -106,6 +131,30 @@ def table_of(model: Part, context: int) -> DecoderTable:
         reader.embedding_scale(model.get_input_embeddings()), model.get_output_embeddings(), reader.gain(body.norm),
         found, reader.tables,
     )  # fmt: skip
+
+
+def _require_known_rope(name: str, config: Part, context: int) -> None:
+    """Raise DecoderError for rotary parameters that do more than shape the angles of positions up to ``context``."""
+    found = getattr(config, "rope_parameters", None) or {}
+    for parameters in [value for value in found.values() if isinstance(value, dict)] or [found]:
+        kind = parameters.get("rope_type", "default")
+        known = {*_ROPE_PARAMETERS_OF_ALL, *_CHANGES_BEYOND_ORIGINAL, *_ROPE_PARAMETERS.get(kind, ())}
+        if kind not in _ROPE_PARAMETERS:
+            known.discard("rope_type")
+        for key, value in {"rope_type": kind, **parameters}.items():
+            if value is not None and key not in known:
+                raise DecoderError(
+                    f"{name}: {key} = {value!r} in rope_parameters: the native loop does not compute it. Use "
+                    "transformers' own generate()"
+                )
+        original = parameters.get("original_max_position_embeddings") or 0
+        for key, change in _CHANGES_BEYOND_ORIGINAL.items():
+            if parameters.get(key) is not None and context > original:
+                raise DecoderError(
+                    f"{name}: context = {context}: {change} in sequences beyond the original {original} positions "
+                    f"({key}), and the native loop does not. Lower context to {original}, or use transformers' own "
+                    "generate()"
+                )
 
 
 def features(module: Part) -> tuple[int, int]:

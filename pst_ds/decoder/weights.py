@@ -101,13 +101,16 @@ class Weights:
         products[0, "head"] = ([matrix], joined_bias([head]))
         return cls(table.without_modules(), embeddings, products)
 
-    def loop(self, context: int, sequences: int, most: int, cache_bits: int) -> Loop:
-        """Return a loop with an empty cache of 32, 16 or 8 bits; ``most``: tokens in a pass. Raises MemoryError."""
+    def loop(self, context: int, sequences: int, most: int, cache_bits: int, first: int = 0) -> Loop:
+        """Return a loop with an empty cache of 32, 16 or 8 bits; ``most``: tokens in a pass. Raises MemoryError.
+
+        ``first``: the position in the model of the loop's first one.
+        """
         more = {"context": context, "sequences": sequences, "most": most, "cache_bits": cache_bits}
         loop = Loop(self.table.shape | more, self.table.numbers)
         self.embeddings.put(loop)
         for cosines, sines in self.table.angles:
-            loop.add_angles(cosines, sines)
+            loop.add_angles(cosines[first:], sines[first:])
         for (index, name), (matrices, bias) in self.products.items():
             loop.set_linear(index, name, matrices, bias)
         for index, layer in enumerate(self.table.layers):

@@ -6,6 +6,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from pst_ds.decoder import Decoder, DecoderError
+from pst_ds.decoder.decoder import PROBE_TOKENS
 from pst_ds.decoder.table import table_of
 
 SIZES = {
@@ -17,6 +18,10 @@ FAMILIES = {
     "Mistral": {"sliding_window": 7, "head_dim": 16},
     "Qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     "Qwen3": {"head_dim": 16},
+    "Ministral3": {"head_dim": 16, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64,
+        "max_position_embeddings": 256, "llama_4_scaling_beta": 0.5,
+    }},
     "SmolLM3": {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True},
     "Phi3": {"sliding_window": 9, "partial_rotary_factor": 0.5},
     "Gemma": {"head_dim": 16},
@@ -35,7 +40,7 @@ FAMILIES = {
 def _model(family, **more):
     """Every parameter is random, gains and biases too: what a table forgets shows in the logits."""
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SIZES, **FAMILIES[family], **more)
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **FAMILIES[family], **more})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, param in model.named_parameters():
@@ -83,12 +88,91 @@ def test_a_model_that_computes_something_else_is_refused_by_its_logits():
         Decoder.from_model(model, 64)
 
 
+def _rope(kind, **more):
+    return {"rope_type": kind, "rope_theta": 500.0, **more}
+
+
+_LONG = {"short_factor": [1.0] * 3, "long_factor": [4.0] * 3}
+_YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+ROPES = {
+    "default": _rope("default", partial_rotary_factor=0.5),
+    "linear": _rope("linear", factor=2.0),
+    "dynamic": _rope("dynamic", factor=2.0),
+    "yarn": _rope("yarn", **_YARN, beta_fast=8.0, beta_slow=2.0, mscale=0.7, mscale_all_dim=0.5, truncate=False),
+    "llama3": _rope("llama3", **_YARN, low_freq_factor=1.0, high_freq_factor=4.0),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_every_kind_of_rotary_angles_up_to_the_last_position(kind):
+    model = _model("Llama", rope_parameters=ROPES[kind])
+    ids = torch.randint(0, 97, (64,))
+    decoder = Decoder.from_model(model, 64, cache="fp32")
+    assert _least_cosine(decoder.forward(ids, all_logits=True), _expected(model, ids)) > 1 - 1e-6
+
+
+@pytest.mark.parametrize("by_layer_type", [False, True])
+def test_unknown_rotary_parameters_are_refused_by_name(by_layer_type):
+    """One that says what happens to more than the angles cannot be told from one that does not."""
+    unknown = _rope("default", foo_scaling_beta=0.1)
+    rope = {"sliding_attention": _rope("default"), "full_attention": unknown} if by_layer_type else unknown
+    model = _model("Gemma3Text" if by_layer_type else "Llama", rope_parameters=rope)
+    with pytest.raises(DecoderError, match=r"foo_scaling_beta = 0\.1 in rope_parameters"):
+        table_of(model, 8)
+    model.config.rope_parameters = _rope("spiral")
+    with pytest.raises(DecoderError, match="rope_type = 'spiral'"):
+        table_of(model, 8)
+
+
+@pytest.mark.parametrize(("family", "rope", "cause"), [
+    ("Ministral3", _rope("yarn", **_YARN, llama_4_scaling_beta=0.5), r"queries .* 32 positions \(llama_4"),
+    ("Phi3", _rope("longrope", **_LONG), "longrope .* 32 positions"),
+])  # fmt: skip
+def test_what_changes_beyond_the_original_positions_is_right_up_to_them(family, rope, cause):
+    model = _model(family, rope_parameters=rope, original_max_position_embeddings=32)
+    ids = torch.randint(0, 97, (32,))
+    decoder = Decoder.from_model(model, 32, cache="fp32")
+    assert _least_cosine(decoder.forward(ids, all_logits=True), _expected(model, ids)) > 1 - 1e-6
+    with pytest.raises(DecoderError, match=f"context = 33: .*{cause}"):
+        Decoder.from_model(model, 33, verify=False)
+
+
+def test_positions_near_the_end_of_the_context_are_checked():
+    """A part of a model that begins to matter only there, at the price of as few tokens as at the start."""
+    model = _model("Llama", max_position_embeddings=1 << 17)
+    tokens = []
+    model.model.embed_tokens.register_forward_hook(lambda _module, args, _output: tokens.append(args[0].numel()))
+    assert Decoder.from_model(model, 1 << 17).context == 1 << 17
+    assert sum(tokens) <= 2 * PROBE_TOKENS
+
+    def late(_module, _args, kwargs, output):
+        return output * torch.where(kwargs["position_ids"] < 900, 1.0, 1.5)[..., None]
+
+    for layer in model.model.layers:
+        layer.register_forward_hook(late, with_kwargs=True)
+    Decoder.from_model(model, 900)
+    with pytest.raises(DecoderError, match="other logits at positions 1000 to 1023"):
+        Decoder.from_model(model, 1024)
+
+
+_NEOX = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+
+
+def _not_a_list(model):
+    model.model.layers = torch.nn.Sequential(*model.model.layers)
+    return model
+
+
 def _of_config(config):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 REFUSED = {
-    "another structure": (lambda: _of_config(transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2)), "no list of"),
+    "layers under another name": (
+        lambda: _of_config(transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2)), "GPT2Model has no list 'layers'",
+    ),
+    "a norm under another name": (lambda: _of_config(transformers.GPTNeoXConfig(**_NEOX)), "NeoXModel has no 'norm'"),
+    "layers that are no list": (lambda: _not_a_list(_model("Llama")), "LlamaModel has no list 'layers'"),
     "experts": (
         lambda: _of_config(transformers.Qwen3MoeConfig(**SIZES, num_experts=2, moe_intermediate_size=8)),
         "has no|no place",
