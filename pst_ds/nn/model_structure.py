@@ -56,13 +56,23 @@ def is_inside_block(name: str, model: nn.Module) -> bool:
 
 
 def outermost_list(name: str, model: nn.Module) -> str:
-    """Name of the first ModuleList on the way to a module inside one of its items; "" when there is none."""
+    """Name of the first stack of blocks on the way to a module inside one of its items; "" when there is none.
+
+    A stack is a ModuleList. One of single layers next to one of blocks, such as Gemma-3n's altup_projections, is not.
+    """
     parts = name.split(".")
     for i in range(1, len(parts)):
         parent = ".".join(parts[:i])
-        if parts[i].isdigit() and isinstance(model.get_submodule(parent), nn.ModuleList):
-            return parent
+        stack = model.get_submodule(parent) if parts[i].isdigit() else None
+        if isinstance(stack, nn.ModuleList):
+            beside = model.get_submodule(parent.rpartition(".")[0]).children()
+            if _holds_blocks(stack) or not any(isinstance(m, nn.ModuleList) and _holds_blocks(m) for m in beside):
+                return parent
     return ""
+
+
+def _holds_blocks(stack: nn.ModuleList) -> bool:
+    return any(next(item.children(), None) is not None for item in stack)
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -224,16 +225,27 @@ def _refuse_loose_matrices(
     if not loose:
         return
     first, dense = loose[0], sum(matrix.numel for matrix in loose)
-    owners = [short_name(matrix.owner) for matrix in loose]
+    owners = _names_to_exclude(loose, targets)
     if any(isinstance(matrix.module, nn.MultiheadAttention) for matrix in loose):
         owners += attention_names(model)
     raise InjectionError(
         f"{first.owner} ({type(first.module).__name__}) has {first.attribute} of shape {first.shape}, "
-        f"{'a stack of matrices' if first.is_stack else 'a matrix'} that belongs to no linear layer, which PST cannot "
-        f"prune. With all like it ({len(loose)} Parameters) {dense:,} weights would stay dense, next to "
+        f"{'a stack of matrices' if first.is_stack else 'a matrix or a state'} that belongs to no linear layer, which "
+        f"PST cannot prune. With all like it ({len(loose)} Parameters) {dense:,} weights would stay dense, next to "
         f"{sum(t.layout.numel for t in targets):,} that would be pruned. If that is meant, say so with "
         f"exclude_modules = {listed(dict.fromkeys(owners))}"
     )
+
+
+def _names_to_exclude(loose: list[LooseMatrix], targets: list[Target]) -> list[str]:
+    """Return names for ``exclude_modules`` that leave ``loose`` dense, and as few as possible of ``targets``."""
+    holders = {part for target in targets for part in accumulate(target.name.split("."), "{}.{}".format)}
+    names = []
+    for matrix in loose:
+        names.append(matrix.attribute if matrix.owner in holders else short_name(matrix.owner))
+        if matrix.attribute == "A_log" and hasattr(matrix.module, "dt_proj"):
+            names.append("dt_proj")  # Mamba's mixers multiply with its weight without calling it: a mask has no effect
+    return names
 
 
 def _is_excluded(owner: str, attribute: str, config: PSTConfig) -> bool:

@@ -1,5 +1,6 @@
 """Mixture of experts and other matrices that are no linear layers: refused by name, or left dense on purpose."""
 
+import json
 import re
 
 import pytest
@@ -8,10 +9,11 @@ import transformers
 from torch import nn
 
 from pst_ds.config.pst import PSTConfig
-from pst_ds.nn.inject import inject_pst, pst_layers
+from pst_ds.nn.inject import inject_pst, layers_never_called, pst_layers
 from pst_ds.nn.model_structure import loose_matrices, router_names
 from pst_ds.nn.replaceable import listed
 from pst_ds.nn.targets import InjectionError, find_targets
+from pst_ds.prune.blocks import find_blocks
 
 TINY = {
     "vocab_size": 20, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -84,6 +86,42 @@ def test_stacks_of_matrices_are_refused_by_name_shape_and_number(build, owner, s
     assert message.endswith(f"exclude_modules = {listed(excluded)}")
 
 
+_MAMBA = {"vocab_size": 20, "hidden_size": 12, "num_hidden_layers": 2, "state_size": 8}
+_JAMBA = {**TINY, "num_experts": 2, "attn_layer_offset": 1, "attn_layer_period": 2, "use_mamba_kernels": False,
+          "mamba_d_state": 8}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "mixer"),
+    [("Mamba", _MAMBA, "mixer"), ("FalconMamba", _MAMBA, "mixer"), ("Jamba", _JAMBA, "mamba")],
+)
+def test_states_of_mamba_layers_are_excluded_as_the_message_says(family, config, mixer):
+    """The mixers' linear layers are pruned then, and every pruned one is called."""
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**config))
+    with pytest.raises(InjectionError, match=r"has A_log of shape .*, a matrix or a state that") as caught:
+        names(model)
+    suggested = tuple(json.loads(str(caught.value).rpartition("exclude_modules = ")[2]))
+    assert suggested == ("A_log", "dt_proj")
+    found = names(model, exclude_modules=suggested)
+    assert [name.rpartition(".")[2] for name in found if f".0.{mixer}." in name] == ["in_proj", "x_proj", "out_proj"]
+    inject_pst(model.train(), PSTConfig(exclude_modules=suggested))
+    model(input_ids=torch.arange(8).view(2, 4))
+    assert not [name for name in layers_never_called(model) if mixer in name]
+
+
+def test_a_list_of_projections_next_to_the_blocks_is_no_stack_of_blocks():
+    config = transformers.Gemma3nTextConfig(
+        **{**TINY, "intermediate_size": [10, 10]}, head_dim=6, layer_types=["sliding_attention", "full_attention"],
+        num_kv_shared_layers=0, hidden_size_per_layer_input=6, laurel_rank=4, vocab_size_per_layer_input=20,
+        activation_sparsity_pattern=[0.0, 0.0],
+    )  # fmt: skip
+    found = names(model := transformers.Gemma3nForCausalLM(config))
+    assert len(model.model.altup_projections) == 3
+    assert find_blocks(model, found)[0] == "model.layers"
+    assert not any("altup_projections" in name or "altup_unembed" in name for name in found)
+    assert "model.layers.0.altup.modality_router" in found
+
+
 def test_qwen2_moe_with_its_experts_left_dense():
     model = inject_pst(qwen2_moe(), PSTConfig(exclude_modules=("experts",)))
     linears = [*ATTENTION, *(f"mlp.shared_expert.{n}_proj" for n in ("gate", "up", "down"))]
@@ -150,7 +188,9 @@ def test_vectors_kernels_and_small_tables_are_no_matrices_to_prune(shape):
     assert len(names(blocks(scale=shape))) == 12
 
 
-@pytest.mark.parametrize(("shape", "kind"), [((2, 3, 4), "a stack of matrices"), ((9, 6), "a matrix")], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "kind"), [((2, 3, 4), "a stack of matrices"), ((9, 6), "a matrix or a state")], ids=str
+)
 def test_what_is_as_large_as_a_pruned_layer_is_refused(shape, kind):
     model = blocks(weight=shape)
     with pytest.raises(InjectionError, match=rf"layers\.0\.other \(Module\) has weight of shape .*, {kind} that"):
