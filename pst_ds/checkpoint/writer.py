@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from torch import Tensor, nn
 
@@ -49,9 +50,8 @@ class SaveResult:
     """Why there is no checkpoint, or why ``when_written`` failed, with the rank; empty after success."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Report:
-    """A rank's report on its part, and on a file that is whole."""
+class _Report(TypedDict):
+    """A rank's report on its part, and on a file that is whole; JSON, as a StoreGroup sends it."""
 
     error: str
     file: str
@@ -144,10 +144,8 @@ class CheckpointFile:
 
         def finish(reports: Sequence[_Report]) -> tuple[str, int]:
             nonlocal is_there
-            problem, size = (
-                next((f"rank {i}: {report.error}" for i, report in enumerate(reports) if report.error), ""),
-                0,
-            )
+            errors = (f"rank {i}: {error}" for i, report in enumerate(reports) if (error := report["error"]))
+            problem, size = next(errors, ""), 0
             if not problem:
                 problem, size = self._finish(partial, name, state, reports, when_written)
             if problem:
@@ -166,7 +164,7 @@ class CheckpointFile:
         if file is None:
             return _report(partial, part, lambda: _write_shard(partial, part))
         written = _report(partial, part, lambda: _write_part(partial, part, file))
-        if self._group.decide(bool(written.error), any) or not file.is_first:
+        if self._group.decide(bool(written["error"]), any) or not file.is_first:
             return written
         return _report(partial, part, lambda: (file.name, file.digest(partial), file.size))
 
@@ -175,7 +173,7 @@ class CheckpointFile:
     ) -> tuple[str, int]:
         """Write the manifest and the sums, and name the folder; return (problem, bytes)."""
         try:
-            sums = {report.file: report.digest for report in reports if report.file}
+            sums = {report["file"]: report["digest"] for report in reports if report["file"]}
             hosts = self._together.hosts if self._together else None
             manifest = manifest_bytes(state, _contents(self._model, reports, hosts))
             sums[MANIFEST] = hashlib.sha256(manifest).hexdigest()
@@ -190,16 +188,17 @@ class CheckpointFile:
             done()
         except Exception as error:
             return f"rank 0: {_in_words(error)}", 0
-        return "", sum(report.bytes for report in reports) + len(manifest) + len(listing)
+        return "", sum(report["bytes"] for report in reports) + len(manifest) + len(listing)
 
 
 def _report(partial: Path, part: OwnPart, write: Callable[[], tuple[str, str, int]]) -> _Report:
     """Report on what ``write`` does in ``partial``: it returns a file that is whole, its digest and its bytes."""
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        return _Report("", *write(), part.cuts, part.steps)
-    except Exception as error:  # MemoryError too: who does not report leaves the others waiting
-        return _Report(_in_words(error), "", "", 0, part.cuts, part.steps)
+        error, (name, digest, size) = "", write()
+    except Exception as failure:  # MemoryError too: who does not report leaves the others waiting
+        error, (name, digest, size) = _in_words(failure), ("", "", 0)
+    return {"error": error, "file": name, "digest": digest, "bytes": size, "cuts": part.cuts, "steps": part.steps}
 
 
 def _write_shard(partial: Path, part: OwnPart) -> tuple[str, str, int]:
@@ -221,8 +220,8 @@ def _contents(model: nn.Module, reports: Sequence[_Report], hosts: list[list[int
     trained = trainable(model)
     steps = {name: 0 for name, _ in trained}
     for report in reports:
-        steps |= report.steps
-    cuts = [report.cuts for report in reports]
+        steps |= report["steps"]
+    cuts = [report["cuts"] for report in reports]
     return Contents(
         num_shards=len(reports),
         trained={name: tuple(zero3.full_shape(param)) for name, param in trained},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import pickle
+import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -19,7 +19,7 @@ _numbers = itertools.count()
 
 
 class StoreGroup:
-    """Exchanges small objects of all ranks. Every rank has one connection to the store and none to another rank, so
+    """Exchanges small JSON values of all ranks. Every rank has one connection to the store and none to another rank, so
     that their number does not grow with the ranks, nor does it take a collective to connect them.
 
     All ranks make their groups in the same order, and call the methods of one in the same order, in any thread.
@@ -37,26 +37,29 @@ class StoreGroup:
 
     def decide(self, value: T, decision: Callable[[Sequence[T]], R]) -> R:
         """Return on every rank what ``decision`` makes of the values of all ranks, in order, on rank 0, which alone
-        calls it; it must not raise. Rank 0, where the store may be, returns once all others have the answer, and can
-        end then. Collective. Raises torch.distributed.DistError after the process group's timeout without a rank."""
+        calls it; it must not raise. Values and decision travel as JSON, in which a tuple becomes a list: whoever
+        reaches the store could run code on every rank if they were unpickled. Rank 0, where the store may be, returns
+        once all others have the answer, and can end then. Collective. Raises torch.distributed.DistError after the
+        process group's timeout without a rank, and ValueError for what no rank has sent."""
+        own = json.dumps(value)
         if self._store is None:
-            return decision([value])
+            return json.loads(json.dumps(decision([json.loads(own)])))
         name = f"{self._name}/{self._round}"
         self._round += 1
         if rank():
-            self._store.set(f"{name}/of-{rank()}", pickle.dumps(value))  # type: ignore[arg-type]
-            decided = pickle.loads(self._store.get(f"{name}/answer"))
+            self._store.set(f"{name}/of-{rank()}", own)
+            decided = json.loads(self._store.get(f"{name}/answer"))
             with suppress(RuntimeError):  # rank 0 is gone, and the answer is here
                 self._store.set(f"{name}/read-{rank()}", "")
             return decided
         others = range(1, world_size())
-        values = [value, *(pickle.loads(self._store.get(f"{name}/of-{other}")) for other in others)]
-        decided = decision(values)
-        self._store.set(f"{name}/answer", pickle.dumps(decided))  # type: ignore[arg-type]
+        sent = [own, *(self._store.get(f"{name}/of-{other}").decode() for other in others)]
+        answer = json.dumps(decision([json.loads(text) for text in sent]))
+        self._store.set(f"{name}/answer", answer)
         self._store.wait([f"{name}/read-{other}" for other in others])
         for key in ("answer", *(f"{kind}-{other}" for kind in ("of", "read") for other in others)):
             self._store.delete_key(f"{name}/{key}")
-        return decided
+        return json.loads(answer)
 
     def leave_last(self, seconds: float) -> None:
         """Return on rank 0, where the store may be, once every other rank has called this, or after ``seconds``; on the

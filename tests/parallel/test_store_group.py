@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ def _decided():
     first, second = StoreGroup(), StoreGroup()
     found = []
     for i in range(3):
-        found.append(first.decide((rank(), i), lambda values: (list(values), os.getpid())))
+        found.append(first.decide([rank(), i], lambda values: (list(values), os.getpid())))
         found.append(second.decide(rank(), sum))
     return found, os.getpid()
 
@@ -33,8 +35,48 @@ def _decided():
 def test_every_rank_hears_what_rank_0_decides_from_the_values_of_all_in_order(run_ranks):
     (one, pid), (other, _), (third, _) = run_ranks(_decided, 3)
     assert one == other == third
-    assert one[::2] == [([(0, i), (1, i), (2, i)], pid) for i in range(3)]
+    assert one[::2] == [[[[0, i], [1, i], [2, i]], pid] for i in range(3)]
     assert one[1::2] == [3, 3, 3]
+
+
+def _exact():
+    value = {"error": "caf\u00e9 \udcff", "bytes": 2**63 + rank(), "cuts": [[0, 2**53 + 1, 2**62]], "part": -0.1, "is": None}
+    decided = StoreGroup().decide(value, lambda values: [values, True])
+    return value, decided
+
+
+@pytest.mark.zero3
+def test_values_arrive_as_they_were_sent(run_ranks):
+    sent, decided = zip(*run_ranks(_exact, 2), strict=True)
+    assert decided == ([list(sent), True],) * 2
+    assert [type(number) for number in decided[1][0][1].values()] == [str, int, list, float, type(None)]
+
+
+class _RunsWhenUnpickled:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def _poisoned(folder):
+    """Whoever reaches the store leaves a pickle where each rank reads."""
+    group, key = StoreGroup(), "of-1" if rank() == 0 else "answer"
+    store = group._store
+    store.set(f"{group._name}/0/{key}", pickle.dumps(_RunsWhenUnpickled(str(folder / key))))
+    barrier()
+    group._store = SimpleNamespace(get=store.get, set=lambda *_: None)  # so that both read what the stranger wrote
+    with pytest.raises(ValueError, match="invalid start byte|Expecting value"):
+        group.decide(0, len)
+    barrier()
+
+
+@pytest.mark.zero3
+def test_what_a_stranger_writes_into_the_store_is_never_run(run_ranks, tmp_path):
+    (tmp_path / "run").mkdir()
+    run_ranks(_poisoned, 2, tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def _beside():
