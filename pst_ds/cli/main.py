@@ -6,6 +6,7 @@
 import argparse
 import contextlib
 import difflib
+import errno
 import importlib
 import io
 import logging
@@ -113,6 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind = type(error).__name__
         if kind in _REPORTED:
             _say_on_main(f"pst-ds {args.verb}: {kind}: {error}")
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            told = f"{error}. Make room on that disk, or write to another"  # from each rank that has no room
+            print(f"pst-ds {args.verb}: {kind}: {told}", file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
         return _leave(EXIT_STOPPED if kind == "StoppedError" else 1)

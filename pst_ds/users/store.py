@@ -122,9 +122,10 @@ class UserStore:
             raise UserStoreError(
                 f"{folder} is no store of users, since {INDEX} is missing, and it is not empty; name a new folder"
             )
-        (folder / STATES).mkdir(parents=True, exist_ok=True)
         store = cls(folder, common, {})
-        store._write_index({})
+        with _failing_as_one_message(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            store._write_index({})
         return store
 
     @classmethod
@@ -195,7 +196,8 @@ class UserStore:
             return self.state(name)  # its file was replaced between the two readings
 
     def add(self, name: str, state: Mapping[str, Tensor], *, rows: int = 0, steps: int = 0, loss: float = 0.0) -> None:
-        """Write the state of a user, in place of an older one. Raises UserStoreError when it does not fit."""
+        """Write the state of a user, in place of an older one. Raises UserStoreError when it does not fit, or the disk
+        is full: the store is then as it was."""
         from safetensors.torch import save
 
         require_name(name)
@@ -271,17 +273,22 @@ class UserStore:
     @contextmanager
     def _writing(self) -> Iterator[dict[str, UserEntry]]:
         """Inside, the entries as other processes left them; what is done to them is in the index afterwards, and files
-        that it does not name are gone."""
-        with only_writer(self.folder / _LOCK, f"write {self.folder}"):
+        that it does not name are gone, also after an error."""
+        with _failing_as_one_message(self.folder), only_writer(self.folder / _LOCK, f"write {self.folder}"):
             common, entries = _read_index(self.folder)
             self.require_common(common)
-            yield entries
-            self._write_index(entries)
-            self._entries = entries
-            named = {entry.file for entry in entries.values()}
-            for path in (self.folder / STATES).iterdir():
-                if path.name not in named:
-                    path.unlink()
+            try:
+                yield entries
+                self._write_index(entries)
+                self._entries = entries
+            except BaseException:
+                _, entries = _read_index(self.folder)
+                raise
+            finally:
+                named = {entry.file for entry in entries.values()}
+                for path in (self.folder / STATES).iterdir():
+                    if path.name not in named:
+                        path.unlink()
 
     def _write_index(self, entries: dict[str, UserEntry]) -> None:
         table = {
@@ -292,6 +299,15 @@ class UserStore:
         }
         write_text_atomic(self.folder / INDEX, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
         self._stamp = _stamp(self.folder / INDEX)
+
+
+@contextmanager
+def _failing_as_one_message(folder: Path) -> Iterator[None]:
+    """Raise UserStoreError for an OSError, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise UserStoreError(f"{folder} cannot be written: {error}; make room, or name a folder elsewhere") from error
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pst_ds.config.tracking import TrackingConfig
 from pst_ds.data.by_user import RowsByUser, read_by_user
 from pst_ds.monitor.metrics import MetricsWriter
 from pst_ds.parallel import stop_signals
-from pst_ds.parallel.ranks import all_gather_objects, is_main, raise_on_all_ranks, world_size
+from pst_ds.parallel.ranks import all_gather_objects, of_main, raise_on_all_ranks, world_size
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.progress import Progress
 from pst_ds.train.loop import DivergedError, Loop, LoopState
@@ -145,9 +146,9 @@ def train_users(
     run = with_rates_of_users(prepared.run, how, width=prepared.width, steps=steps)
     prepared = replace(prepared, run=run)
     model = PersonalModel(prepared, checkpoint, part, own_of_rank=user_per_rank)
-    store = raise_on_all_ranks(lambda: UserStore.create(folder, model.common) if is_main() else None)
-    held = raise_on_all_ranks(lambda: UserStore.open(folder))
-    waiting = [name for name in chosen if again or name not in held]
+    of_main(lambda: UserStore.create(folder, model.common).names)
+    store = raise_on_all_ranks(lambda: UserStore.open(folder))
+    waiting = [name for name in chosen if again or name not in store]
     if len(waiting) < len(chosen):
         say(f"{len(chosen) - len(waiting)} users are in {folder} already; --again trains them anew")
     trained, diverged = 0, []
@@ -160,8 +161,7 @@ def train_users(
                 continue
             if done.stopped_by:
                 raise _stopped(done.stopped_by, trained, folder)
-            if store is not None:
-                store.add(name, done.state, rows=done.rows, steps=done.steps, loss=done.loss)
+            of_main(partial(store.add, name, done.state, rows=done.rows, steps=done.steps, loss=done.loss))
             trained += 1
             progress.add(1, name[:40])
             if user_per_rank and (signal := max(all_gather_objects(stop_signals.asked_by()))):

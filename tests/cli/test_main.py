@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -72,6 +73,19 @@ def test_another_broken_pipe_is_a_bug_with_its_traceback(monkeypatch, capsys):
     monkeypatch.setattr(run_file, "load_run", broken)
     assert main(["plan", "run.toml"]) == 1
     assert "BrokenPipeError: a process of ours has died" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_message_whoever_finds_it(monkeypatch, capsys, number):
+    def full(*arguments):
+        raise OSError(number, os.strerror(number), "runs/x/metrics.jsonl")
+
+    monkeypatch.setattr(run_file, "load_run", full)
+    monkeypatch.setenv("RANK", "3")  # whose disk it is
+    assert main(["train", "run.toml"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pst-ds train: OSError: [Errno ")
+    assert "'runs/x/metrics.jsonl'. Make room" in line
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])

@@ -40,7 +40,13 @@ def test_every_rank_hears_what_rank_0_decides_from_the_values_of_all_in_order(ru
 
 
 def _exact():
-    value = {"error": "caf\u00e9 \udcff", "bytes": 2**63 + rank(), "cuts": [[0, 2**53 + 1, 2**62]], "part": -0.1, "is": None}
+    value = {
+        "error": "caf\u00e9 \udcff",
+        "bytes": 2**63 + rank(),
+        "cuts": [[0, 2**53 + 1, 2**62]],
+        "part": -0.1,
+        "is": None,
+    }
     decided = StoreGroup().decide(value, lambda values: [values, True])
     return value, decided
 
@@ -67,7 +73,7 @@ def _poisoned(folder):
     store.set(f"{group._name}/0/{key}", pickle.dumps(_RunsWhenUnpickled(str(folder / key))))
     barrier()
     group._store = SimpleNamespace(get=store.get, set=lambda *_: None)  # so that both read what the stranger wrote
-    with pytest.raises(ValueError, match="invalid start byte|Expecting value"):
+    with pytest.raises(ValueError, match=r"invalid start byte|Expecting value"):
         group.decide(0, len)
     barrier()
 

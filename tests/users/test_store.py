@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -99,15 +101,47 @@ def test_files_of_a_write_that_was_cut_short_do_not_stay(store):
     assert len(_files(store)) == 3
 
 
-def test_an_index_that_cannot_be_written_loses_nobody(store, monkeypatch):
-    def fails(path, text):
-        raise OSError("disk full")
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pst_ds.users.store.write_text_atomic", fails)
-    with pytest.raises(OSError, match="disk full"):
-        store.add("Ann", _state(9.0))
-    monkeypatch.undo()
-    assert float(UserStore.open(store.folder).state("Ann")["a.pst_U"][0, 0]) == 1.0
+
+def _fails_at(monkeypatch, number):
+    """The disk is full at the ``number``-th file or folder that is waited for."""
+    calls, fsync = iter(range(1000)), os.fsync
+
+    def failing(handle):
+        if next(calls) == number:
+            raise OSError(*NO_SPACE.args)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", failing)
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("name", ["Ann", "Cid"])
+def test_a_full_disk_is_one_message_and_loses_nobody(store, monkeypatch, name, number):
+    with monkeypatch.context() as patch:
+        _fails_at(patch, number)  # the state, its folder, the index, its folder
+        with pytest.raises(UserStoreError, match=f"^{store.folder} cannot be written: .*No space left on device"):
+            store.add(name, _state(9.0))
+    again = UserStore.open(store.folder)
+    assert len(_files(store)) == len(again)
+    assert {name: float(again.state(name)["head.bias"][0]) for name in again.names} in (
+        {"Ann": 1.0, "Blade Runner: 2049 ü": 2.0},
+        {"Ann": 1.0, "Blade Runner: 2049 ü": 2.0, name: 9.0},
+    )
+    assert {path.name for path in store.folder.iterdir()} == {INDEX, STATES}
+    store.add(name, _state(9.0))
+    assert float(UserStore.open(store.folder).state(name)["head.bias"][0]) == 9.0
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_a_store_that_could_not_be_made_can_be_made_later(tmp_path, monkeypatch, number):
+    with monkeypatch.context() as patch:
+        _fails_at(patch, number)
+        with pytest.raises(UserStoreError, match=r"cannot be written: .*No space left on device"):
+            UserStore.create(tmp_path / "store", COMMON)
+    UserStore.create(tmp_path / "store", COMMON).add("Ann", _state(1.0))
+    assert UserStore.open(tmp_path / "store").names == ["Ann"]
 
 
 def test_memory_keeps_the_last_states_used(tmp_path):

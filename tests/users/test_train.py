@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -229,6 +231,35 @@ def test_two_ranks_train_what_one_process_trains(run, store, run_ranks, tmp_path
         for key, value in one.state(name).items():
             torch.testing.assert_close(two.state(name)[key], value, rtol=1e-3, atol=1e-5)
     assert _same(two.state("cid"), later.state("cid"))
+
+
+def _main_on_a_full_disk(words, store):
+    """Run the verb where the second state cannot be written."""
+    calls, fsync = iter(range(1000)), os.fsync
+    writes_of_one = 4  # its state, the index, and their folders
+
+    def failing(handle):
+        if Path(os.readlink(f"/proc/self/fd/{handle}")).is_relative_to(store) and next(calls) > 2 + writes_of_one:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        return main(words)
+
+
+@pytest.mark.zero3
+def test_a_full_disk_is_one_message_from_all_ranks_and_what_was_trained_stays(run, run_ranks, tmp_path, capfd):
+    folder = tmp_path / "store"
+    words = ["users", "train", str(run / "run"), "--store", str(folder), "--by", "who", "--epochs", "1", "--quiet"]
+    words += ["--data", str(run / "rows.jsonl"), "--set", 'deepspeed_config="ds_configs/zero3_cpu.json"']
+    assert run_ranks(_main_on_a_full_disk, 2, words, folder) == [2, 2]
+    said = capfd.readouterr().err
+    assert said.count(f"pst-ds users: UserStoreError: {folder} cannot be written: [Errno 28] No space left") == 1
+    assert "Traceback" not in said
+    store = UserStore.open(folder)
+    assert len(store.names) == len(list((folder / "states").iterdir())) == 1
+    assert store.state(store.names[0])
 
 
 @pytest.fixture(scope="module")
