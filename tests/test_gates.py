@@ -65,6 +65,29 @@ def test_a_workflow_makes_what_there_is(workflow):
     assert targets <= known
 
 
+def unpinned(workflow: str) -> list[str]:
+    """Return the actions of a workflow without a commit, and what pip installs without a version."""
+    uses = re.findall(r"\buses: *(\S+.*)", workflow)
+    installs = re.findall(r"^\s*(?:run: )?(?:python -m )?pip install (.*)", workflow, flags=re.M)
+    words = [word for line in installs for word in line.split() if not word.startswith("-")]
+    return [
+        *(action for action in uses if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action)),
+        *(word for word in words if not re.fullmatch(r"[\w-]+==[\w.]+", word)),
+    ]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_what_a_workflow_fetches_is_pinned(workflow):
+    assert unpinned(read(str(workflow))) == []
+
+
+def test_what_is_not_pinned_is_found():
+    steps = (
+        "- uses: a/b@v4\n- uses: a/b@{0}\n- uses: a/b@{0} # v4.0.1\n  run: pip install uv\n  pip install -q c==1.2\n"
+    )
+    assert unpinned(steps.format("0f" * 20)) == ["a/b@v4", f"a/b@{'0f' * 20}", "uv"]
+
+
 def test_the_newest_release_is_this_version():
     headings = re.findall(r"^## \[(.*?)\](?: - (\d{4}-\d\d-\d\d))?$", read("CHANGELOG.md"), flags=re.M)
     assert headings[0] == ("Unreleased", "")
