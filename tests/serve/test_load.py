@@ -62,7 +62,7 @@ def test_texts_of_many_clients_are_those_written_alone(load):
 
 @pytest.mark.parametrize("kind", sorted(MISTAKES))
 def test_a_wrong_request_has_its_own_status(load, kind):
-    import httpx
+    import httpx2 as httpx
 
     before = load.refused[kind]
     with httpx.Client(timeout=60.0) as plain:

@@ -15,7 +15,7 @@ import pytest
 for _name in ("fastapi", "uvicorn", "openai"):
     pytest.importorskip(_name)
 
-import httpx  # noqa: E402
+import httpx2 as httpx  # noqa: E402
 
 from pst_ds.errors import InputError  # noqa: E402
 from pst_ds.serve.processes import bound  # noqa: E402

@@ -17,7 +17,7 @@ from pst_ds.cli.main import build_parser, main
 for _name in ("fastapi", "uvicorn", "openai"):
     pytest.importorskip(_name)
 
-import httpx  # noqa: E402
+import httpx2 as httpx  # noqa: E402
 import openai  # noqa: E402
 import uvicorn  # noqa: E402
 

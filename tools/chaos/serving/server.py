@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-import httpx
+import httpx2 as httpx
 
 from tools.chaos.launch import ROOT, descendants
 from tools.chaos.serving.clients import BODY_BYTES, KEY
