@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below it choose the likeliest token: logits divided by less may not be finite in fp32."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """The likeliest token with ``temperature`` 0; else one drawn from softmax(logits / temperature).
+    """The likeliest token with a ``temperature`` below 1e-5; else one drawn from softmax(logits / temperature).
 
     ``top_k``: among the so many likeliest, 0 for all; ``top_p``: among the likeliest that sum up to it.
     """
@@ -30,7 +33,7 @@ class Sampling:
 
     def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return a token for each row of fp32 ``logits`` (rows, vocabulary), (rows,) int64."""
-        if self.temperature == 0.0:
+        if self.temperature < GREEDY_BELOW:
             return logits.argmax(-1)
         ids = torch.empty(logits.shape[0], 0, dtype=torch.long)
         logits = TemperatureLogitsWarper(float(self.temperature))(ids, logits)

@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +46,18 @@ class Job:
     """Of the user who asks; None is the base model."""
     cancelled: bool = False
     """True once nobody reads on."""
+    is_finished: bool = field(default=False, init=False)
+    written: list[int] = field(default_factory=list, init=False)
+    """Tokens that were handed on."""
+    generator: torch.Generator = field(default_factory=torch.Generator, init=False)
+
+    def __post_init__(self) -> None:
+        self.generator.manual_seed(self.seed)
+
+    def end(self, outcome: str | Exception) -> None:
+        """Hand on why the text ends."""
+        self.is_finished = True
+        self.put(outcome)
 
 
 class Batches:
@@ -98,51 +110,61 @@ class Batches:
             jobs = [job for job in taken if not job.cancelled]
             if not jobs:
                 continue
-            try:
-                self._decode(jobs)
-            except Exception as error:  # whatever it is, the next batch may do
-                _LOG.exception("a batch of %d requests failed", len(jobs))
-                for job in jobs:
-                    job.put(error)
+            self._write(jobs)
             if self._users is not None:
                 self._users.assign_states(())  # which frees what the batch had of its users
         while not self._jobs.empty():
             if (left := self._jobs.get()) is not None:
                 left.put(ClosingError())
 
+    def _write(self, jobs: list[Job]) -> None:
+        """Decode a batch. When it fails, continue its jobs one by one: only those that fail alone get an error."""
+        try:
+            self._decode(jobs)
+            return
+        except Exception as error:  # of the model or a user's state; the next batch may succeed
+            _LOG.exception("a batch of %d requests failed", len(jobs))
+            if len(jobs) == 1:
+                jobs[0].end(error)
+        for job in jobs:  # after the except clause, whose traceback holds the memory of the batch
+            if not job.is_finished:
+                self._write([job])
+
     @torch.inference_mode()
     def _decode(self, jobs: list[Job]) -> None:
         if self._users is not None:
             self._users.assign_states([job.state for job in jobs])
-        device, length = self._model.device, max(len(job.prompt) for job in jobs)
-        ids = torch.tensor([[self._pad] * (length - len(job.prompt)) + job.prompt for job in jobs], device=device)
-        mask = torch.tensor([[0] * (length - len(job.prompt)) + [1] * len(job.prompt) for job in jobs], device=device)
-        generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
-        counts, open_jobs, cache = [0] * len(jobs), set(range(len(jobs))), None
-        while open_jobs:
+        device, prompts = self._model.device, [job.prompt + job.written for job in jobs]
+        length = max(map(len, prompts))
+        ids = torch.tensor([[self._pad] * (length - len(prompt)) + prompt for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        cache = None
+        while not all(job.is_finished for job in jobs):
             logits, cache = self._step(ids, mask, cache)
-            chosen = []
-            for i, job in enumerate(jobs):
-                token = self._pad
-                if i in open_jobs:
-                    token = int(job.sampling.choose(logits[i : i + 1], generators[i])[0])
-                    counts[i] += 1
-                    if self._end_of(job, token, counts[i]):
-                        open_jobs.discard(i)
-                chosen.append(token)
+            chosen = [self._next(job, row) for job, row in zip(jobs, logits.split(1), strict=True)]
             ids = torch.tensor(chosen, device=device)[:, None]
             mask = torch.cat([mask, mask.new_ones(len(jobs), 1)], 1)
 
-    def _end_of(self, job: Job, token: int, count: int) -> bool:
-        """Hand a token on; return whether the text ends with it."""
+    def _next(self, job: Job, logits: Tensor) -> int:
+        """Choose a job's next token from its logits (1, vocabulary) and hand it on. An error ends this job only."""
+        if job.is_finished:
+            return self._pad
+        try:
+            if not logits.max().isfinite():  # a NaN anywhere makes the maximum NaN
+                raise ValueError("the model's logits are not finite")
+            token = int(job.sampling.choose(logits, job.generator)[0])
+        except Exception as error:
+            _LOG.exception("a request of a batch failed")
+            job.end(error)
+            return self._pad
         if token in self._ends:
-            job.put(DONE_STOP)
-            return True
+            job.end(DONE_STOP)
+            return token
+        job.written.append(token)
         job.put(token)
-        if count >= job.max_tokens or job.cancelled:
-            job.put(DONE_LENGTH)
-            return True
-        return False
+        if len(job.written) >= job.max_tokens or job.cancelled:
+            job.end(DONE_LENGTH)
+        return token
 
     def _step(self, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """Return the logits of the next tokens, (jobs, vocabulary) fp32 on the CPU, and the cache."""

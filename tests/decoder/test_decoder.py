@@ -137,6 +137,7 @@ def test_the_stream_is_greedy_and_ends(folders, ids):
 def test_sampling():
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 2.0, 1.0, 0.0]])
     assert Sampling().choose(logits).tolist() == [3, 0]
+    assert Sampling(1e-45).choose(logits).tolist() == [3, 0]  # which is no normal number in fp32
     assert Sampling(1.0, top_k=1).choose(logits).tolist() == [3, 0]
     assert Sampling(1.0, top_p=0.5).choose(logits).tolist() == [3, 0]
     many = logits[:1].expand(4000, -1)
