@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from pst_ds.decoder.sampling import Sampling
 
 JsonTable = dict[str, Any]
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_NOT_HERE = {
-    "tools": None, "functions": None, "logprobs": False, "audio": None, "logit_bias": None, "response_format": None,
-    "presence_penalty": 0, "frequency_penalty": 0,
-}  # fmt: skip
-"""Parameters that change the answer and are not served, with the values that change nothing."""
 _MOST_SEED = 1 << 63
+_STOPS, _STOP_CHARACTERS = 4, 256
+_NAME_CHARACTERS = 64
+"""Of an unknown field, in messages."""
+
+_SERVED = (
+    "model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "stream",
+    "stream_options", "n",
+)  # fmt: skip
+_WITHOUT_EFFECT = (
+    "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "parallel_tool_calls",
+)  # fmt: skip
+"""Fields of the protocol that never change an answer."""
+_NOT_SERVED: dict[str, tuple[object, ...]] = {
+    "tools": (), "tool_choice": ("none", "auto"), "functions": (), "function_call": ("none", "auto"),
+    "logprobs": (), "top_logprobs": (), "logit_bias": (), "presence_penalty": (), "frequency_penalty": (),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (), "store": (),
+    "reasoning_effort": (), "verbosity": (), "web_search_options": (),
+}  # fmt: skip
+"""Fields of the protocol that change an answer, with the values that do not, besides null and empty ones."""
+_OF_MESSAGES: dict[str, tuple[object, ...]] = {
+    "refusal": (), "annotations": (), "audio": (), "tool_calls": (), "function_call": (),
+}  # fmt: skip
 
 
 class ProtocolError(Exception):
@@ -48,17 +69,27 @@ class ChatRequest:
     """Whether the last chunk of a stream says how many tokens there were."""
 
 
+def read_request(body: bytes) -> ChatRequest:
+    """Read the body of a request. Raises ProtocolError for an invalid request, and for a field that is not served."""
+    try:
+        table = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ProtocolError(400, "the body is not JSON") from None
+    return chat_request(table)
+
+
 def chat_request(table: object) -> ChatRequest:
-    """Read a request. Raises ProtocolError for what is wrong, or not served."""
+    """Check a request. Raises ProtocolError as :func:`read_request` does."""
     if not isinstance(table, dict):
         raise ProtocolError(400, "the body must be a JSON object")
-    for name, plain in _NOT_HERE.items():
-        if table.get(name) not in (plain, None, False, [], {}, {"type": "text"}):
-            raise ProtocolError(400, f"{name} is not supported here; leave it out", param=name)
+    _require_known(table, _SERVED, _WITHOUT_EFFECT, _NOT_SERVED)
     if table.get("n") not in (None, 1):
         raise ProtocolError(400, "n must be 1", param="n")
     most = "max_completion_tokens" if table.get("max_completion_tokens") is not None else "max_tokens"
     options = table.get("stream_options") or {}
+    if not isinstance(options, dict):
+        raise ProtocolError(400, "stream_options must be an object", param="stream_options")
+    _require_known(options, ("include_usage",), ("include_obfuscation",), place="stream_options.")
     temperature = _number(table, "temperature", 1.0, 0.0, 2.0)
     return ChatRequest(
         model=_text(table, "model"),
@@ -68,7 +99,7 @@ def chat_request(table: object) -> ChatRequest:
         seed=_whole(table, "seed", -_MOST_SEED),
         stop=_stop(table.get("stop")),
         stream=_flag(table, "stream"),
-        with_usage=isinstance(options, dict) and bool(options.get("include_usage")),
+        with_usage=_flag(options, "include_usage", place="stream_options."),
     )
 
 
@@ -110,20 +141,40 @@ def _messages(messages: object) -> list[JsonTable]:
         place = f"messages[{number}]"
         if not isinstance(message, dict) or message.get("role") not in _ROLES:
             raise ProtocolError(400, f"{place}.role must be one of {', '.join(_ROLES)}", param=f"{place}.role")
+        _require_known(message, ("role", "content"), ("name", "tool_call_id"), _OF_MESSAGES, place=f"{place}.")
         content = message.get("content")
         if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            content = "".join(str(part.get("text", "")) for part in content)
+            texts = [part.get("text") for part in content]
+            content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
         if not isinstance(content, str):
-            raise ProtocolError(400, f"{place}.content must be a text", param=f"{place}.content")
+            where = f"{place}.content"
+            raise ProtocolError(400, f"{where} must be a string, or a list of text parts", param=where)
         role = "system" if message["role"] == "developer" else message["role"]
         read.append({"role": role, "content": content})
     return read
 
 
+def _require_known(
+    table: JsonTable, served: Sequence[str], without_effect: Sequence[str] = (),
+    not_served: Mapping[str, tuple[object, ...]] = MappingProxyType({}), *, place: str = "",
+) -> None:  # fmt: skip
+    """Raise ProtocolError for the first field of ``table`` that is unknown, or asks for what is not served."""
+    for name, value in table.items():
+        if name in served or name in without_effect:
+            continue
+        shown = ascii(name)[1:-1][:_NAME_CHARACTERS]
+        if name not in not_served:
+            near = difflib.get_close_matches(shown, served, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else "Omit it."
+            raise ProtocolError(400, f"unknown field '{place}{shown}'. {hint}", param=f"{place}{shown}")
+        if value not in (None, False, [], {}, *not_served[name]):
+            raise ProtocolError(400, f"{place}{name} is not supported. Omit it.", param=f"{place}{name}")
+
+
 def _text(table: JsonTable, name: str) -> str:
     value = table.get(name)
     if not isinstance(value, str) or not value:
-        raise ProtocolError(400, f"{name} must be a text", param=name)
+        raise ProtocolError(400, f"{name} must be a string", param=name)
     return value
 
 
@@ -145,15 +196,19 @@ def _whole(table: JsonTable, name: str, least: int) -> int | None:
     return value
 
 
-def _flag(table: JsonTable, name: str) -> bool:
+def _flag(table: JsonTable, name: str, place: str = "") -> bool:
     value = table.get(name)
-    if value not in (None, True, False):
-        raise ProtocolError(400, f"{name} must be true or false", param=name)
+    if value is not None and not isinstance(value, bool):
+        raise ProtocolError(400, f"{place}{name} must be true or false", param=f"{place}{name}")
     return bool(value)
 
 
 def _stop(value: object) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value or []
-    if not isinstance(texts, list) or len(texts) > 4 or not all(isinstance(text, str) and text for text in texts):
-        raise ProtocolError(400, "stop must be a text, or up to four", param="stop")
+    is_valid = isinstance(texts, list) and all(
+        isinstance(text, str) and 0 < len(text) <= _STOP_CHARACTERS for text in texts
+    )
+    if not is_valid or len(texts) > _STOPS:
+        most = f"{_STOP_CHARACTERS} characters"
+        raise ProtocolError(400, f"stop must be a string of 1 to {most}, or a list of up to {_STOPS}", param="stop")
     return tuple(texts)

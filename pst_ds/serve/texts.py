@@ -1,4 +1,4 @@
-"""Text from tokens that come one by one: whole characters, up to a stop text."""
+"""Streaming detokenisation: complete characters, up to a stop string."""
 
 from __future__ import annotations
 
@@ -9,50 +9,73 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _UNFINISHED = "\ufffd"
-"""What a decoder writes for bytes that are no whole character yet."""
+"""What a decoder writes for bytes that are not a complete character yet."""
+_MOST_PENDING = 64
+"""Tokens that may wait for the end of a character. One has at most 4 bytes, so what waits longer is not text."""
 
 
 class TextStream:
-    """Text as it grows; pieces that are handed out are never taken back."""
+    """Text as it grows; pieces that are handed out are never taken back.
+
+    A token costs the same work in a long text as in a short one: only the tokens of the last piece are decoded again,
+    since some decoders treat the first token differently, and only text that may begin a stop string is compared again.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
         self._tokenizer, self._stops = tokenizer, tuple(stops)
-        self._ids: list[int] = []
-        self._given = 0
-        self.stopped = False
-        """True once a stop text has come; what follows is not given out."""
-
-    @property
-    def count(self) -> int:
+        self._last: list[int] = []
+        """Tokens of the last piece."""
+        self._last_text = ""
+        self._pending: list[int] = []
+        """Tokens since then."""
+        self._held = ""
+        """Text that may begin a stop string."""
+        self.count = 0
         """Tokens so far."""
-        return len(self._ids)
+        self.stopped = False
+        """True once a stop string has come; what follows is not given out."""
 
     def add(self, token: int) -> str:
-        """Return the text that is sure now; "" while a character or a stop text may be incomplete."""
-        self._ids.append(token)
-        text = self._text()
-        return "" if text.endswith(_UNFINISHED) else self._give(text, len(text) - self._may_begin_stop(text))
+        """Return the text that is final now; "" while a character or a stop string may be incomplete."""
+        self.count += 1
+        self._pending.append(token)
+        text = self._decoded(self._last + self._pending)
+        is_complete = len(text) > len(self._last_text) and not text.endswith(_UNFINISHED)
+        if not is_complete and len(self._pending) < _MOST_PENDING:
+            return ""
+        piece = text[len(self._last_text) :]
+        self._last, self._pending = self._pending, []
+        self._last_text = self._decoded(self._last)
+        return self._give(piece)
 
     def end(self) -> str:
         """Return what was held back."""
-        text = self._text()
-        return self._give(text, len(text))
+        text = self._decoded(self._last + self._pending)
+        return self._give(text[len(self._last_text) :], is_last=True)
 
-    def _text(self) -> str:
-        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _give(self, text: str, upto: int) -> str:
+    def _give(self, piece: str, is_last: bool = False) -> str:
         if self.stopped:
             return ""
-        places = [place for stop in self._stops if (place := text.find(stop, max(0, self._given - len(stop)))) >= 0]
+        text, self._held = self._held + piece, ""
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
         if places:
-            self.stopped, upto = True, min(places)
-        piece = text[self._given : upto]
-        self._given = max(self._given, upto)
-        return piece
+            self.stopped = True
+            return text[: min(places)]
+        upto = len(text) if is_last else len(text) - self._may_begin_stop(text)
+        self._held = text[upto:]
+        return text[:upto]
 
     def _may_begin_stop(self, text: str) -> int:
-        """Return how many of the last characters may be the beginning of a stop text."""
+        """Return how many of the last characters may be the beginning of a stop string."""
         return max(
-            (size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0
+            (
+                size
+                for stop in self._stops
+                for size in range(1, min(len(stop), len(text) + 1))
+                if text.endswith(stop[:size])
+            ),
+            default=0,
         )

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
 import pytest
+from transformers import AutoTokenizer
 
 from pst_ds.decoder.sampling import Sampling
-from pst_ds.serve.protocol import ProtocolError, chat_request
+from pst_ds.serve.protocol import ProtocolError, chat_request, read_request
 from pst_ds.serve.texts import TextStream
 
+WHAT_CLIENTS_SEND = {
+    "user": "a", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True,
+    "tools": [], "tool_choice": "auto", "n": 1, "logit_bias": {}, "logprobs": False, "presence_penalty": 0.0,
+    "frequency_penalty": 0, "response_format": {"type": "text"}, "modalities": ["text"],
+    "stream_options": {"include_usage": True}, "top_logprobs": None, "reasoning_effort": None, "safety_identifier": "b",
+    "prompt_cache_key": "c",
+}  # fmt: skip
+"""Fields that change no answer."""
+DATA = Path(__file__).resolve().parents[1] / "data"
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -18,6 +31,34 @@ def test_what_a_request_leaves_out_has_the_protocols_defaults():
     asked = chat_request(HELLO | {"temperature": 0, "max_completion_tokens": 5, "stop": "x", "stream": True})
     assert asked.sampling == Sampling(0.0)
     assert (asked.max_tokens, asked.stop, asked.stream) == (5, ("x",), True)
+
+
+def test_fields_that_change_no_answer_are_accepted():
+    dumped = dict.fromkeys(("refusal", "annotations", "audio", "tool_calls", "function_call"))
+    answer = {"role": "assistant", "content": "x", **dumped}  # as the official client dumps one
+    asked = chat_request(HELLO | WHAT_CLIENTS_SEND | {"messages": [answer, *HELLO["messages"]]})
+    assert asked.messages == [{"role": "assistant", "content": "x"}, *HELLO["messages"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temprature": 0}, "unknown field 'temprature'. Did you mean 'temperature'?"),
+        ({"repetition_penalty": 1.1}, "unknown field 'repetition_penalty'. Omit it."),
+        ({"tools": [{}]}, "tools is not supported. Omit it."),
+    ],
+)
+def test_an_unknown_field_is_named_with_the_near_miss(change, message):
+    with pytest.raises(ProtocolError) as caught:
+        chat_request(HELLO | change)
+    assert caught.value.message == message
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[" * 99_999, b"9" * 99_999, b'{"model": "\xff"}', b"[]"])
+def test_a_body_that_is_not_a_json_object(body):
+    with pytest.raises(ProtocolError, match="JSON") as caught:
+        read_request(body)
+    assert caught.value.status == 400
 
 
 def test_parts_of_text_are_one_text():
@@ -41,12 +82,26 @@ def test_parts_of_text_are_one_text():
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
         ({"seed": "x"}, "seed"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"stop": [""]}, "stop"),
+        ({"stop": "x" * 257}, "stop"),
         ({"stream": "yes"}, "stream"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"logprobs": True}, "logprobs"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"top_k": 5}, "top_k"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"x" * 999: 1}, "x" * 64),
+        ({"\ud800": 1}, "\\ud800"),
+        ({"stream_options": 5}, "stream_options"),
+        ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
+        ({"stream_options": {"usage": True}}, "stream_options.usage"),
+        ({"messages": [{"role": "user", "content": "x", "contents": "y"}]}, "messages[0].contents"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages[0].content"),
+        ({"messages": [{"role": [], "content": "x"}]}, "messages[0].role"),
     ],
 )
 def test_what_is_wrong_is_named(change, param):
@@ -83,6 +138,47 @@ def test_a_stop_text_ends_it_and_is_not_given_out():
     pieces, stream = _given("one END two", ("END", "two"))
     assert "".join(pieces) == "one "
     assert stream.stopped
+
+
+@pytest.mark.parametrize("stops", [(), ("x" * 256, "ab" * 100 + "c")])
+def test_a_token_costs_the_same_work_in_a_long_text_as_in_a_short_one(stops):
+    decoded = []
+
+    class Counting(_Letters):
+        def decode(self, ids, skip_special_tokens):
+            decoded.append(len(ids))
+            return super().decode(ids, skip_special_tokens)
+
+    stream = TextStream(Counting(), stops)
+    for token in [*map(ord, "ab" * 2000), *[0] * 2000]:  # whole characters, then unfinished ones
+        stream.add(token)
+    assert max(decoded) < 200
+    assert stream.count == 6000
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-bert"])
+def test_pieces_are_the_text_decoded_at_once(name):
+    tokenizer = AutoTokenizer.from_pretrained(DATA / name)
+    draw = random.Random(0)
+    for _ in range(20):
+        ids = [draw.randrange(len(tokenizer)) for _ in range(50)]
+        stream = TextStream(tokenizer, ("never written",))
+        pieces = [*map(stream.add, ids), stream.end()]
+        assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_stop_text_is_found_wherever_pieces_are_cut(seed):
+    """Text and stop texts of two letters overlap in every way; the expected cut is a search in the whole text."""
+    draw = random.Random(seed)
+    for _ in range(200):
+        text = "".join(draw.choices("ab", k=30))
+        stops = ["".join(draw.choices("ab", k=draw.randint(1, 9))) for _ in range(3)]
+        pieces, stream = _given(text, stops)
+        ends = [text.find(stop) + len(stop) for stop in stops if stop in text]  # the first that is complete ends it
+        done = [stop for stop in stops if stop in text[: min(ends, default=0)]]
+        assert "".join(pieces) == text[: min((text.find(stop) for stop in done), default=len(text))]
+        assert stream.stopped == bool(done)
 
 
 def test_what_only_looked_like_a_stop_text_is_given_out():
