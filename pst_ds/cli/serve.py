@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from pst_ds.hf.model_folder import ModelFolder
     from pst_ds.serve.app import Service
-    from pst_ds.users.store import UserStore
+    from pst_ds.users.store import State, UserStore
 
 KEYS = "PST_DS_API_KEYS"
 """Environment variable: keys that requests must have one of, with commas between them."""
@@ -125,6 +125,7 @@ def _service(
     from pst_ds.runtime.quicken import quicken_decoding
     from pst_ds.serve.app import Limits, Service
     from pst_ds.serve.batches import Batches
+    from pst_ds.serve.gate import Access
     from pst_ds.users.served import ServedUsers
 
     if args.threads:
@@ -146,4 +147,25 @@ def _service(
         body_bytes=args.max_body, prompt_tokens=args.max_prompt_tokens or 0, new_tokens=args.max_new_tokens,
         positions=positions,
     )  # fmt: skip
-    return Service(_name(args, folder), batches, tokenizer, limits, store, _keys())
+    service = Service(_name(args, folder), batches, tokenizer, limits, store, Access(_keys(), args.host))
+    _warm_up(args, service)
+    return service
+
+
+def _warm_up(args: argparse.Namespace, service: Service) -> None:
+    """Compute as requests do, for a user too, so that none of them waits for a compiler. Raises InputError."""
+    import torch
+
+    from pst_ds.serve.protocol import ProtocolError
+
+    states: list[State | None] = [None]
+    if service.store is not None:
+        common = service.store.common
+        dtype = torch.bfloat16 if common.dtype == "bf16" else torch.float32
+        states.append({name: torch.zeros(shape, dtype=dtype) for name, shape in common.shapes.items()})
+    try:
+        service.batches.warm_up(service.prompt_of([{"role": "user", "content": "What is the time?"}]), states)
+    except ProtocolError as error:
+        raise InputError(f"{args.chat_template or args.model}: {error.message}") from None
+    except Exception as error:
+        raise InputError(f"{args.model}: the model fails at a prompt: {error}") from error

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 import random
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -19,8 +19,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from pst_ds.serve.batches import DONE_STOP, Batches, BusyError, ClosingError, Job
-from pst_ds.serve.bodies import BodyLimit
-from pst_ds.serve.protocol import ChatRequest, Chunks, JsonTable, ProtocolError, chat_request, completion
+from pst_ds.serve.cpu_limit import call_within
+from pst_ds.serve.gate import HEALTH, Access, Gate
+from pst_ds.serve.protocol import ChatRequest, Chunks, JsonTable, ProtocolError, completion, read_request
 from pst_ds.serve.texts import TextStream
 from pst_ds.users.store import UserNameError, UserStoreError
 
@@ -41,6 +42,8 @@ class Limits:
     body_bytes: int = 1 << 20
     body_seconds: float = 30.0
     """In which a body must be there, whole."""
+    template_seconds: float = 1.0
+    """CPU time of the chat template for one request."""
     prompt_tokens: int = 0
     """0 is what the model's positions leave."""
     new_tokens: int = 512
@@ -57,7 +60,7 @@ class Service:
     tokenizer: Tokenizer
     limits: Limits
     store: UserStore | None = None
-    keys: Sequence[str] = ()
+    access: Access = field(default_factory=Access)
     _tokenizing: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @property
@@ -85,16 +88,14 @@ class Service:
                 raise _unreadable(error) from None
         raise _no_model(model)
 
-    def prompt_of(self, asked: ChatRequest) -> list[int]:
+    def prompt_of(self, messages: list[JsonTable]) -> list[int]:
         """Return the tokens of the messages. Raises ProtocolError."""
         try:
             with self._tokenizing:
-                ids: Any = self.tokenizer.apply_chat_template(
-                    asked.messages, add_generation_prompt=True, return_dict=True
-                )
+                prompt = self._tokens(messages)
         except Exception as error:  # templates raise what they like
-            raise ProtocolError(400, f"the chat template refuses these messages: {error}", param="messages") from None
-        prompt = list(ids["input_ids"])
+            why = f"the chat template refuses these messages: {str(error)[:1000]}"
+            raise ProtocolError(400, why, param="messages") from None
         limits = [most for most in (self.limits.prompt_tokens, self.limits.positions - 1) if most > 0]
         most = min(limits, default=len(prompt))
         if not prompt or len(prompt) > most:
@@ -103,6 +104,13 @@ class Service:
                 code="context_length_exceeded",
             )  # fmt: skip
         return prompt
+
+    def _tokens(self, messages: list[JsonTable]) -> list[int]:
+        render: Any = partial(self.tokenizer.apply_chat_template, messages, add_generation_prompt=True, tokenize=False)
+        text: str = call_within(self.limits.template_seconds, render)
+        if len(text) > 4 * self.limits.body_bytes:  # only a template that loops turns a body into so much
+            raise ValueError(f"it wrote {len(text)} characters")
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def new_tokens_of(self, asked: ChatRequest, prompt: Sequence[int]) -> int:
         """Return how many tokens may be written. Raises ProtocolError."""
@@ -130,14 +138,14 @@ def make_app(service: Service) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> JSONResponse:
-        why = ProtocolError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}")
+        why = ProtocolError(error.status_code, f"{request.method} {request.scope['path'][:200]}: {error.detail}")
         return JSONResponse(why.body(), error.status_code, headers=error.headers)
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:  # whose trace is logged
         return JSONResponse(ProtocolError(500, "the server failed at this request").body(), 500)
 
-    @app.get("/health")
+    @app.get(HEALTH)
     async def health() -> JSONResponse:
         is_alive = service.batches.is_alive
         return JSONResponse({"status": "ok" if is_alive else "failed"}, 200 if is_alive else 503)
@@ -146,28 +154,23 @@ def make_app(service: Service) -> FastAPI:
         return {"id": name, "object": "model", "created": began, "owned_by": "pst-ds"}
 
     @app.get("/v1/models")
-    async def models(request: Request) -> JsonTable:
-        _require_key(request, service.keys)
+    async def models() -> JsonTable:
         names = await asyncio.to_thread(lambda: service.models)
         return {"object": "list", "data": [described(name) for name in names]}
 
     @app.get("/v1/models/{name:path}")
-    async def model(request: Request, name: str) -> JsonTable:
-        _require_key(request, service.keys)
+    async def model(name: str) -> JsonTable:
         if name not in await asyncio.to_thread(lambda: service.models):
             raise _no_model(name)
         return described(name)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        _require_key(request, service.keys)
-        try:
-            asked = chat_request(json.loads(await request.body()))
-        except (ValueError, RecursionError):
-            raise ProtocolError(400, "the body is not JSON") from None
+        asked = await asyncio.to_thread(read_request, await request.body())
         return await _answer(service, asked, request)
 
-    app.add_middleware(BodyLimit, most=service.limits.body_bytes, seconds=service.limits.body_seconds)
+    limits = service.limits
+    app.add_middleware(Gate, access=service.access, most=limits.body_bytes, seconds=limits.body_seconds)
     return app
 
 
@@ -182,7 +185,7 @@ def _unreadable(error: UserStoreError) -> ProtocolError:
 
 async def _answer(service: Service, asked: ChatRequest, request: Request) -> Response:
     state = await asyncio.to_thread(service.state_of, asked.model)
-    prompt = await asyncio.to_thread(service.prompt_of, asked)
+    prompt = await asyncio.to_thread(service.prompt_of, asked.messages)
     loop = asyncio.get_running_loop()
     arrived: asyncio.Queue[int | str | Exception] = asyncio.Queue()
     seed = random.getrandbits(62) if asked.seed is None else asked.seed
@@ -211,7 +214,7 @@ async def _answer(service: Service, asked: ChatRequest, request: Request) -> Res
 def _hand_over(
     loop: asyncio.AbstractEventLoop, arrived: asyncio.Queue[int | str | Exception], item: int | str | Exception
 ) -> None:
-    if not loop.is_closed():
+    with suppress(RuntimeError):  # of a loop that is closed
         loop.call_soon_threadsafe(arrived.put_nowait, item)
 
 
@@ -271,11 +274,3 @@ async def _events(
 
 def _event(table: JsonTable) -> str:
     return f"data: {json.dumps(table, ensure_ascii=False)}\n\n"
-
-
-def _require_key(request: Request, keys: Sequence[str]) -> None:
-    """Raise ProtocolError unless the request has one of ``keys``, where there are some."""
-    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-    same = [hmac.compare_digest(given, key.encode()) for key in keys]  # all of them, in whatever time that takes
-    if keys and not any(same):
-        raise ProtocolError(401, "this server wants one of its keys (Authorization: Bearer …)", code="invalid_api_key")

@@ -86,6 +86,18 @@ class Batches:
         """Whether jobs are still decoded."""
         return self._thread.is_alive()
 
+    @torch.inference_mode()
+    def warm_up(self, prompt: Sequence[int], states: Sequence[State | None]) -> None:
+        """Compute two steps of a batch with ``states``, before any job: what requests need is compiled then."""
+        if self._users is not None:
+            self._users.assign_states(states)
+        ids = torch.tensor([list(prompt)] * len(states), device=self._model.device)
+        mask = torch.ones_like(ids)
+        _, cache = self._step(ids, mask, None)
+        self._step(ids[:, -1:], torch.cat([mask, mask[:, :1]], 1), cache)
+        if self._users is not None:
+            self._users.assign_states(())
+
     def submit(self, job: Job) -> None:
         """Queue a job. Raises BusyError when too many wait."""
         if not self._places.acquire(blocking=False):

@@ -12,9 +12,12 @@ from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
 from pst_ds.errors import InputError
+from pst_ds.serve.connections import Connection
 
 GRACE_SECONDS = 30
 """For answers that are being written when the server is told to end."""
+_READ_SECONDS = 60
+"""After which a client that does not read its answer is disconnected."""
 _HANG_SECONDS = 20
 """After which a worker that gives no sign of life is replaced."""
 
@@ -25,6 +28,7 @@ def bound(host: str, port: int) -> socket.socket:
         family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(family, kind, number)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _READ_SECONDS)  # of accepted ones too
         made.bind(address)
     except OSError as error:
         raise InputError(f"cannot listen on {host}:{port}: {error}; take another --port or --host") from None
@@ -33,7 +37,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 def answer(app: FastAPI, at: socket.socket) -> None:
     """Answer from this process until it is told to end."""
-    uvicorn.Server(_config(app)).run(sockets=[at])
+    uvicorn.Server(config(app)).run(sockets=[at])
 
 
 def answer_from_workers(make: Callable[[], FastAPI], at: socket.socket, workers: int) -> bool:
@@ -41,15 +45,16 @@ def answer_from_workers(make: Callable[[], FastAPI], at: socket.socket, workers:
 
     ``make`` is pickled. Returns whether it ended because it was told to, and not because a worker could not start.
     """
-    supervisor = Multiprocess(_config(_Maker(make), factory=True, workers=workers), sockets=[at])
+    supervisor = Multiprocess(config(_Maker(make), factory=True, workers=workers), sockets=[at])
     supervisor.run()
     return all(process.exitcode != STARTUP_FAILURE for process in supervisor.processes)
 
 
-def _config(app: FastAPI | Callable[[], FastAPI], *, factory: bool = False, workers: int = 1) -> uvicorn.Config:
+def config(app: FastAPI | Callable[[], FastAPI], *, factory: bool = False, workers: int = 1) -> uvicorn.Config:
+    """Return the settings of a server, one of ``workers``."""
     level = "info" if workers > 1 else "warning"  # which says of workers when they begin and when they die
     return uvicorn.Config(
-        app, factory=factory, workers=workers, log_level=level, access_log=False,
+        app, factory=factory, workers=workers, log_level=level, access_log=False, http=Connection, ws="none",
         timeout_graceful_shutdown=GRACE_SECONDS, timeout_worker_healthcheck=_HANG_SECONDS,
     )  # fmt: skip
 

@@ -73,6 +73,8 @@ def read_request(body: bytes) -> ChatRequest:
     """Read the body of a request. Raises ProtocolError for an invalid request, and for a field that is not served."""
     try:
         table = json.loads(body)
+        if rb"\ud" in body.lower():
+            json.dumps(table, ensure_ascii=False).encode()  # half a surrogate pair is not text: nothing can encode it
     except (ValueError, RecursionError):
         raise ProtocolError(400, "the body is not JSON") from None
     return chat_request(table)
@@ -162,7 +164,7 @@ def _require_known(
     for name, value in table.items():
         if name in served or name in without_effect:
             continue
-        shown = ascii(name)[1:-1][:_NAME_CHARACTERS]
+        shown = name[:_NAME_CHARACTERS]
         if name not in not_served:
             near = difflib.get_close_matches(shown, served, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else "Omit it."
@@ -204,7 +206,7 @@ def _flag(table: JsonTable, name: str, place: str = "") -> bool:
 
 
 def _stop(value: object) -> tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else value or []
+    texts: Any = [value] if isinstance(value, str) else value or []
     is_valid = isinstance(texts, list) and all(
         isinstance(text, str) and 0 < len(text) <= _STOP_CHARACTERS for text in texts
     )

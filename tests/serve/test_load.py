@@ -8,13 +8,12 @@ for _name in ("fastapi", "uvicorn", "openai"):
     pytest.importorskip(_name)
 
 import threading  # noqa: E402
-
-import uvicorn  # noqa: E402
+from dataclasses import replace  # noqa: E402
 
 from pst_ds.cli import serve  # noqa: E402
 from pst_ds.cli.main import build_parser  # noqa: E402
 from pst_ds.serve.app import make_app  # noqa: E402
-from pst_ds.serve.processes import bound  # noqa: E402
+from tests.serve.servers import start, stop  # noqa: E402
 from tools.chaos.serving.__main__ import _growth  # noqa: E402
 from tools.chaos.serving.clients import BODY_BYTES, KEY, MISTAKES, Load, _ask_wrongly, client  # noqa: E402
 from tools.chaos.serving.model import answers, tiny_model  # noqa: E402
@@ -31,19 +30,14 @@ def served(tmp_path_factory):
 def load(served):
     """A load of a server in a thread, whose right answers are those of transformers, one at a time."""
     found = answers(served, [None, *(f"user {i:02}" for i in range(USERS))])
-    with pytest.MonkeyPatch.context() as patch, bound("127.0.0.1", 0) as at:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv(serve.KEYS, KEY)
         args = build_parser("serve").parse_args(["serve", *served.arguments, "--max-body", str(BODY_BYTES)])
-        server = uvicorn.Server(uvicorn.Config(make_app(serve._service(args, *serve._opened(args)))))
-        thread = threading.Thread(target=server.run, args=([at],), daemon=True)
-        thread.start()
-        while not server.started:
-            thread.join(0.05)
-            assert thread.is_alive()
-        yield Load(found, name="tiny", url=f"http://127.0.0.1:{at.getsockname()[1]}/v1")
-        server.should_exit = True
-        thread.join(60)
-        assert not thread.is_alive()
+        service = serve._service(args, *serve._opened(args))
+        quick = replace(service.limits, template_seconds=0.05)  # for the template that loops
+        server, thread, url = start(make_app(replace(service, limits=quick)))
+        yield Load(found, name="tiny", url=f"{url}/v1")
+        stop(server, thread)
 
 
 def test_texts_of_many_clients_are_those_written_alone(load):
@@ -57,6 +51,7 @@ def test_texts_of_many_clients_are_those_written_alone(load):
     assert load.right > 24
     assert load.refused.total()
     assert load.left
+    assert load.held
     assert len(set(load.answers.values())) > USERS
 
 

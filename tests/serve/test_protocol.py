@@ -54,7 +54,9 @@ def test_an_unknown_field_is_named_with_the_near_miss(change, message):
     assert caught.value.message == message
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[" * 99_999, b"9" * 99_999, b'{"model": "\xff"}', b"[]"])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[" * 99_999, b"9" * 99_999, b'{"model": "\xff"}', b'{"\\uD800": 1}', b"[]"]
+)
 def test_a_body_that_is_not_a_json_object(body):
     with pytest.raises(ProtocolError, match="JSON") as caught:
         read_request(body)
@@ -94,7 +96,6 @@ def test_parts_of_text_are_one_text():
         ({"top_k": 5}, "top_k"),
         ({"repetition_penalty": 1.1}, "repetition_penalty"),
         ({"x" * 999: 1}, "x" * 64),
-        ({"\ud800": 1}, "\\ud800"),
         ({"stream_options": 5}, "stream_options"),
         ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
         ({"stream_options": {"usage": True}}, "stream_options.usage"),

@@ -19,13 +19,16 @@ for _name in ("fastapi", "uvicorn", "openai"):
 
 import httpx2 as httpx  # noqa: E402
 import openai  # noqa: E402
-import uvicorn  # noqa: E402
 
 from pst_ds.cli import serve  # noqa: E402
 from pst_ds.serve.app import make_app  # noqa: E402
+from pst_ds.serve.batches import Batches  # noqa: E402
+from pst_ds.users.served import ServedUsers  # noqa: E402
 from pst_ds.users.store import UserStore  # noqa: E402
+from tests.serve.servers import start, stop  # noqa: E402
 
 ASK = [{"role": "user", "content": "the film"}]
+JSON = {"Content-Type": "application/json"}
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 
 
@@ -47,26 +50,17 @@ def folders(tmp_path_factory):
     return top
 
 
-def _start(folders, *more, store=None, **limits):
+def _words(folders, store=None):
     words = ["serve", str(folders / "tiny"), "--store", str(store or folders / "users"), "--max-new-tokens", "12"]
-    words += ["--chat-template", str(folders / "template.jinja"), "--max-body", "4000", *more]
-    args = build_parser("serve").parse_args(words)
+    return [*words, "--chat-template", str(folders / "template.jinja"), "--max-body", "4000"]
+
+
+def _start(folders, *more, store=None, **limits):
+    args = build_parser("serve").parse_args([*_words(folders, store), *more])
     service = serve._service(args, *serve._opened(args))
     service = replace(service, limits=replace(service.limits, **limits))
-    server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        thread.join(0.05)
-        assert thread.is_alive()
-    port = server.servers[0].sockets[0].getsockname()[1]
-    return service, server, thread, f"http://127.0.0.1:{port}/v1"
-
-
-def _stop(running, thread):
-    running.should_exit = True
-    thread.join(60)
-    assert not thread.is_alive()
+    server, thread, url = start(make_app(service))
+    return service, server, thread, f"{url}/v1"
 
 
 def _client(url, **more):
@@ -77,7 +71,7 @@ def _client(url, **more):
 def server(folders):
     _, running, thread, url = _start(folders)
     yield url
-    _stop(running, thread)
+    stop(running, thread)
 
 
 @pytest.fixture
@@ -157,11 +151,13 @@ def test_what_is_refused_has_the_protocols_error(client, change, error, code):
 
 
 def test_a_body_that_is_not_json_or_too_long(server):
-    url = f"{server}/chat/completions"
-    assert httpx.post(url, content=b"{").status_code == 400
-    assert httpx.post(url, content=b"[" * 3000).status_code == 400
-    assert httpx.post(url, content=b" " * 5000).status_code == 413
-    assert httpx.post(url, content=iter([b" " * 3000, b" " * 3000])).status_code == 413
+    def status(content):
+        return httpx.post(f"{server}/chat/completions", content=content, headers=JSON).status_code
+
+    assert status(b"{") == 400
+    assert status(b"[" * 3000) == 400
+    assert status(b" " * 5000) == 413
+    assert status(iter([b" " * 3000, b" " * 3000])) == 413
     assert httpx.get(server.removesuffix("/v1") + "/health").json() == {"status": "ok"}
 
 
@@ -179,9 +175,10 @@ def test_a_body_that_does_not_end(folders):
     _, running, thread, url = _start(folders, body_seconds=0.05)
     address = httpx.URL(url)
     with socket.create_connection((address.host, address.port), timeout=30) as link:
-        link.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 90\r\n\r\n{")
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        link.sendall(head + b"Content-Length: 90\r\n\r\n{")
         assert link.recv(1000).startswith(b"HTTP/1.1 408")
-    _stop(running, thread)
+    stop(running, thread)
 
 
 def test_a_client_that_goes_takes_its_request_along(folders, monkeypatch):
@@ -196,7 +193,7 @@ def test_a_client_that_goes_takes_its_request_along(folders, monkeypatch):
     held.set()
     with _client(url) as client:
         assert _asked(client).choices
-    _stop(running, thread)
+    stop(running, thread)
 
 
 def test_users_that_come_and_go_while_it_serves(folders, tmp_path):
@@ -217,7 +214,7 @@ def test_users_that_come_and_go_while_it_serves(folders, tmp_path):
         with pytest.raises(openai.InternalServerError) as caught:
             _asked(client, "tiny:good")
         assert str(tmp_path) not in caught.value.message  # where files are is nobody's business
-    _stop(running, thread)
+    stop(running, thread)
 
 
 def test_a_user_is_looked_up_once_for_a_request(folders, monkeypatch):
@@ -227,7 +224,7 @@ def test_a_user_is_looked_up_once_for_a_request(folders, monkeypatch):
     with _client(url) as client:
         _asked(client, "tiny:good")
     assert looked == ["good"]
-    _stop(running, thread)
+    stop(running, thread)
 
 
 def test_keys_and_a_full_queue(folders, monkeypatch):
@@ -249,7 +246,7 @@ def test_keys_and_a_full_queue(folders, monkeypatch):
         assert all(isinstance(error, openai.RateLimitError) for error in refused)
         held.set()
         assert sum(a.exception() is None for a in answers) == 2
-    _stop(running, thread)
+    stop(running, thread)
 
 
 def test_a_folder_with_a_prompt_and_its_users(tmp_path, capsys):
@@ -285,7 +282,47 @@ def test_a_folder_with_a_prompt_and_its_users(tmp_path, capsys):
 
     with _client(url) as client, ThreadPoolExecutor(12) as pool:
         assert list(pool.map(ask, asked * 2)) == alone * 2
-    _stop(running, thread)
+    stop(running, thread)
+
+
+def test_a_template_that_loops_fails_its_request_alone(folders, tmp_path):
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (tmp_path / "loops.jinja").write_text(TEMPLATE + "{% if 'loop' in messages[0].content %}" + loop + "{% endif %}")
+    more = ("--chat-template", str(tmp_path / "loops.jinja"))
+    _, running, thread, url = _start(folders, *more, template_seconds=0.05)
+    with _client(url) as client, ThreadPoolExecutor(4) as pool:
+        looping = pool.submit(
+            client.chat.completions.create, model="tiny", messages=[{"role": "user", "content": "loop"}]
+        )
+        assert all(answer.choices for answer in pool.map(lambda _: _asked(client), range(3)))
+        with pytest.raises(openai.BadRequestError, match=r"template .* ran for more than 0\.05 seconds"):
+            looping.result()
+    stop(running, thread)
+
+
+def test_a_template_may_not_write_far_more_than_a_body(folders, tmp_path):
+    (tmp_path / "writes.jinja").write_text(TEMPLATE + "{{ 20000 * ('film' in messages[0].content) * 'xyz' }}")
+    _, running, thread, url = _start(folders, "--chat-template", str(tmp_path / "writes.jinja"))
+    with _client(url) as client, pytest.raises(openai.BadRequestError, match="wrote 60009 characters"):
+        _asked(client)
+    stop(running, thread)
+
+
+def test_a_server_is_warm_before_it_listens(folders, monkeypatch):
+    """Of a prompt and of a next token, for the base model and for a user: what they need is compiled before /health."""
+    steps, step = [], Batches._step
+    users, assign = [], ServedUsers.assign_states
+    monkeypatch.setattr(
+        Batches, "_step", lambda batches, ids, *of: (steps.append(ids.shape), step(batches, ids, *of))[1]
+    )
+    monkeypatch.setattr(ServedUsers, "assign_states", lambda to, states: (users.append(states), assign(to, states))[1])
+    args = build_parser("serve").parse_args(_words(folders))
+    serve._service(args, *serve._opened(args)).batches.close()
+    (rows, tokens), *rest = steps
+    assert (rows, rest) == (2, [(2, 1)])
+    assert tokens > 1
+    assert users[0][0] is None
+    assert users[0][1].keys() == UserStore.open(folders / "users").common.shapes.keys()
 
 
 def test_what_cannot_be_served_is_one_message(folders, tmp_path, capsys):
@@ -297,3 +334,6 @@ def test_what_cannot_be_served_is_one_message(folders, tmp_path, capsys):
     assert main([*words, "--store", str(tmp_path / "users")]) == 2
     assert "is damaged" in capsys.readouterr().err
     assert main([*words, "--port", "70000"]) == 2
+    (tmp_path / "refuses.jinja").write_text("{{ raise_exception('never') }}")
+    assert main(["serve", str(folders / "tiny"), "--chat-template", str(tmp_path / "refuses.jinja")]) == 2
+    assert "refuses.jinja: the chat template refuses these messages: never" in capsys.readouterr().err

@@ -2,13 +2,14 @@
 
 A tiny model with users is trained, and its answers are written one at a time by transformers. Then ``pst-ds serve`` is
 started with several workers, and clients ask it in threads: for texts of random users, half of them as streams, with
-wrong requests of all kinds among them, and streams that are left. At a third of the load a worker is killed with
-SIGKILL; what it was writing is asked again. In the end every text must be the one written alone, every wrong request
-must have had its own status, no other worker may have died, another must have come in its place, and memory may not
-have grown.
+wrong requests of all kinds among them, streams that are left, and connections with half a request. At a third of the
+load a worker is killed with SIGKILL; what it was writing is asked again. In the end every text must be the one written
+alone, every wrong request must have had its own status, no other worker may have died, another must have come in its
+place, and memory may not have grown. With ``--no-kill``, ``/health`` must have answered within a second throughout.
 
     python -m tools.chaos.serving --seconds 120 --json
     python -m tools.chaos.serving --clients 4 --requests 20 --users 4
+    python -m tools.chaos.serving --clients 64 --bad 0.1 --no-kill
 
 Needs the extra ``serve`` and the package openai. Exit codes: 0 all of that, 1 not.
 """
@@ -26,11 +27,14 @@ from statistics import median
 from typing import Any
 
 from tools.chaos.serving.clients import Load, client
+from tools.chaos.serving.health import HealthWatch
 from tools.chaos.serving.model import answers, tiny_model
 from tools.chaos.serving.server import Server
 
 MOST_GROWTH = 0.05
 """Of a worker's memory, from the second fifth of its samples to the last."""
+MOST_HEALTH_SECONDS = 1.0
+"""For an answer of /health, while no worker is killed."""
 _LOOK_SECONDS, _LEAST_SAMPLES = 0.25, 40
 
 
@@ -42,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--users", type=int, default=16)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--bad", type=float, default=0.05, metavar="SHARE", help="of wrong requests (default: 0.05)")
+    kill = "kill a worker at a third of the load, which may cut answers of /health too (default)"
+    parser.add_argument("--kill", action=argparse.BooleanOptionalAction, default=True, help=kill)
     parser.add_argument("--seconds", type=float, default=120.0, help="of load at most (default: 120)")
     parser.add_argument("--requests", type=int, default=0, metavar="N", help="of each client at most; 0 is no limit")
     parser.add_argument("--seed", type=int, default=0)
@@ -69,15 +75,18 @@ def load_server(args: argparse.Namespace, top: Path) -> dict[str, Any]:
             threading.Thread(target=client, args=(load, args.seed + i, goes_on, args.bad)) for i in range(args.clients)
         ]
         began = time.monotonic()
-        for thread in threads:
-            thread.start()
         total = args.clients * args.requests
-        while any(thread.is_alive() for thread in threads):
-            time.sleep(_LOOK_SECONDS)
-            server.look()
-            share = (time.monotonic() - began) / args.seconds
-            if not server.killed and max(share, load.asked / total if total else 0.0) > 1 / 3:
-                server.kill_one()
+        with HealthWatch(server.url) as health:
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                time.sleep(_LOOK_SECONDS)
+                server.look()
+                share = (time.monotonic() - began) / args.seconds
+                if args.kill and not server.killed and max(share, load.asked / total if total else 0.0) > 1 / 3:
+                    server.kill_one()
+        for held in load.held:
+            held.close()
         seconds = time.monotonic() - began
         workers_at_end = len(server.answering())
         replaced = server.wait_for_replacement()
@@ -87,14 +96,16 @@ def load_server(args: argparse.Namespace, top: Path) -> dict[str, Any]:
         "clients": args.clients, "users": args.users, "workers": args.workers, "seconds": round(seconds, 1),
         "distinct_answers": len(set(right.values())), "requests": load.asked, "right": load.right,
         "wrong": len(load.wrong), "refused": load.refused.total(), "misjudged": len(load.misjudged), "cut": load.cut,
-        "left": load.left, "killed": len(server.killed), "died": server.died, "replaced": replaced,
+        "left": load.left, "held": len(load.held), "health": health.found,
+        "killed": len(server.killed), "died": server.died, "replaced": replaced,
         "answering_at_end_of_load": workers_at_end, "exit_code": code,
         "mb_of_workers": [round(samples[-1] / 1e6) for samples in server.memory.values()],
         "memory_growth": round(max(growth), 4) if growth else None,
         "examples": [*load.wrong[:5], *load.misjudged[:5]],
     }  # fmt: skip
     good = not load.wrong and not load.misjudged and not server.died and replaced and code == 0 and load.right > 0
-    facts["passed"] = bool(good and max(growth, default=0.0) <= MOST_GROWTH)
+    is_healthy = args.kill or (health.found["slowest_seconds"] < MOST_HEALTH_SECONDS and not health.found["failed"])
+    facts["passed"] = bool(good and is_healthy and max(growth, default=0.0) <= MOST_GROWTH)
     return facts
 
 

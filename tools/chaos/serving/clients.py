@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import random
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2 as httpx
 import openai
 
-from tools.chaos.serving.model import MOST_TOKENS
+from tools.chaos.serving.model import LOOP, MOST_TOKENS
 
 KEY = "a key of this load"
 BODY_BYTES = 1 << 16
@@ -40,11 +42,13 @@ class Load:
     """Connections that ended before the answer did; each was asked again."""
     left: int = 0
     """Streams that their client left in the middle."""
+    held: list[socket.socket] = field(default_factory=list)
+    """Connections with half a request."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def asked(self) -> int:
-        return self.right + len(self.wrong) + self.refused.total() + len(self.misjudged) + self.left
+        return self.right + len(self.wrong) + self.refused.total() + len(self.misjudged) + self.left + len(self.held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +60,18 @@ class Mistake:
     content: bytes | None = None
     key: str = KEY
     path: str = "/chat/completions"
+    kind: str = "application/json"
 
 
 MISTAKES = {
     "unknown user": Mistake(404, {"model": "{name}:nobody"}),
     "a path for a user": Mistake(404, {"model": "{name}:../../user 00"}),
     "unknown route": Mistake(404, path="/completion"),
+    "unknown field": Mistake(400, {"temprature": 0}),
+    "no JSON by its type": Mistake(415, kind="text/plain"),
+    "long stop strings": Mistake(400, {"stop": ["a" * 15_000] * 4}),
+    "many messages": Mistake(400, {"messages": [{"role": "user", "content": ""}] * 1500}),
+    "a template that loops": Mistake(400, {"messages": [{"role": "user", "content": LOOP}]}),
     "temperature of 9": Mistake(400, {"temperature": 9}),
     "too many new tokens": Mistake(400, {"max_tokens": 1 << 20}),
     "tools": Mistake(400, {"tools": [{"type": "function"}]}),
@@ -73,6 +83,13 @@ MISTAKES = {
     "a body of many bytes": Mistake(413, content=b" " * (BODY_BYTES + 1)),
     "another's key": Mistake(401, key="guessed"),
 }
+
+_HEAD = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+HALVES = {
+    "half a head": _HEAD.encode(),
+    "half a body": f"{_HEAD}Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{{".encode(),
+}
+"""Beginnings of requests that never end."""
 
 
 def client(load: Load, seed: int, goes_on: Callable[[int], bool], bad_share: float) -> None:
@@ -87,7 +104,11 @@ def client(load: Load, seed: int, goes_on: Callable[[int], bool], bad_share: flo
         while goes_on(number):
             number += 1
             if draw.random() < bad_share:
-                _ask_wrongly(load, plain, draw.choice(sorted(MISTAKES)))
+                kind = draw.choice([*sorted(MISTAKES), *HALVES])
+                if kind in HALVES:
+                    _hold(load, HALVES[kind])
+                else:
+                    _ask_wrongly(load, plain, kind)
             elif draw.random() < bad_share:
                 _leave(load, official, draw)
             else:
@@ -97,9 +118,10 @@ def client(load: Load, seed: int, goes_on: Callable[[int], bool], bad_share: flo
 def _ask(load: Load, official: openai.OpenAI, draw: random.Random) -> None:
     user, prompt = draw.choice(sorted(load.answers, key=str))
     streams = draw.random() < 0.5
+    request = _request(load, user, prompt) | {"temperature": draw.choice((0, 1e-45))}
     for _ in range(_TRIES):
         try:
-            text = _text(official, _request(load, user, prompt), streams)
+            text = _text(official, request, streams)
         except (openai.APIConnectionError, httpx.TransportError):
             with load.lock:
                 load.cut += 1
@@ -131,6 +153,16 @@ def _leave(load: Load, official: openai.OpenAI, draw: random.Random) -> None:
         load.left += 1
 
 
+def _hold(load: Load, half: bytes) -> None:
+    """Begin a request, and keep its connection until the load ends."""
+    address = httpx.URL(load.url)
+    with suppress(OSError):
+        held = socket.create_connection((address.host, address.port or 80))
+        held.sendall(half)
+        with load.lock:
+            load.held.append(held)
+
+
 def _ask_wrongly(load: Load, plain: httpx.Client, kind: str) -> None:
     mistake = MISTAKES[kind]
     url = load.url + mistake.path
@@ -139,7 +171,8 @@ def _ask_wrongly(load: Load, plain: httpx.Client, kind: str) -> None:
     how: dict[str, Any] = {"json": body} if mistake.content is None else {"content": mistake.content}
     for _ in range(_TRIES):
         try:
-            status = plain.post(url, headers={"Authorization": f"Bearer {mistake.key}"}, **how).status_code
+            headers = {"Authorization": f"Bearer {mistake.key}", "Content-Type": mistake.kind}
+            status = plain.post(url, headers=headers, **how).status_code
         except httpx.TransportError:
             with load.lock:
                 load.cut += 1

@@ -13,7 +13,12 @@ from tools.verbs import verb
 
 RUN_FILE = ROOT / "tests/data/causal_lm.toml"
 ROWS = ROOT / "tests/data/train.jsonl"
-TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
+LOOP = "loop without end"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.content }} {% if m.content == '" + LOOP + "' %}"
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}{% endfor %}"
+)
+"""Repeats what it is given, and loops at one message."""
 PROMPTS = ("the film", "a very clever plot and a fine cast", "vague", "the end was tired and the story")
 MOST_TOKENS = 16
 

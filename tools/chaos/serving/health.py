@@ -1,0 +1,61 @@
+"""Ask ``/health`` again and again, from a process whose clock no client's threads delay.
+
+    python -m tools.chaos.serving.health http://127.0.0.1:8000
+
+Ends with its standard input, and prints how many answers there were, the slowest one's seconds and the failures.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import subprocess
+import sys
+import time
+from http.client import HTTPConnection
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+from tools.chaos.launch import ROOT
+
+_PAUSE, _GIVE_UP = 0.05, 30.0
+
+
+class HealthWatch:
+    """The process, for as long as its context. ``found``: what it printed."""
+
+    def __init__(self, url: str):
+        command = [sys.executable, "-m", "tools.chaos.serving.health", url]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )  # fmt: skip
+        self.found: dict[str, Any] = {}
+
+    def __enter__(self) -> HealthWatch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        printed, _ = self._process.communicate()
+        self.found = json.loads(printed)
+
+
+def main(url: str) -> None:
+    address = urlsplit(url)
+    answers, failures, slowest = 0, 0, 0.0
+    while not select.select([sys.stdin], [], [], _PAUSE)[0]:
+        began = time.monotonic()
+        connection = HTTPConnection(address.hostname or "", address.port, timeout=_GIVE_UP)
+        try:
+            connection.request("GET", "/health")
+            failures += connection.getresponse().status != 200
+        except OSError:
+            failures += 1
+        connection.close()
+        answers += 1
+        slowest = max(slowest, time.monotonic() - began)
+    print(json.dumps({"asked": answers, "failed": failures, "slowest_seconds": round(slowest, 3)}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
