@@ -47,6 +47,9 @@ def update_masks_if_due(
     that are not finite, and InputError for layers never called.
     """
     masks = None
+    if step == 0:  # a forward pass before training may call layers whose weight training reads without a call
+        for layer in pst_layers(model).values():
+            layer.was_called = False
     if step == 1:
         _require_called(model)
     if schedule.updates_masks_at(step):

@@ -307,19 +307,21 @@ def test_fp16_parameters_are_refused_with_the_way_out():
 
 
 class _Reader(nn.Module):
-    """As a Mamba mixer does, it multiplies with the weight of a layer that it never calls."""
+    """In training it multiplies with the weight of a layer without calling it, as Gemma-3n and Mamba do."""
 
     def __init__(self):
         super().__init__()
         self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
 
     def forward(self, x):
-        return self.blocks[0](x) @ self.blocks[1].weight.t()
+        y = self.blocks[0](x)
+        return y @ self.blocks[1].weight.t() if self.training else self.blocks[1](y)
 
 
 def _step(model):
+    model.eval()(torch.randn(4, 8))
     optimizer, masks = pst_optimizer(model), MaskUpdater(model, SCHEDULE)
-    model(torch.randn(4, 8)).square().mean().backward()
+    model.train()(torch.randn(4, 8)).square().mean().backward()
     optimizer.step()
     masks.after_step(optimizer)
     return masks.step == 1
