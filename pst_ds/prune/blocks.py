@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +14,8 @@ from pst_ds.nn.model_structure import outermost_list
 def find_blocks(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.ModuleList]:
     """(name, the ModuleList whose items are the blocks) of a model; all that is named is in one of the items.
 
-    Raises InputError when the modules are in two such lists, or outside, and when blocks are used more than once.
+    Raises InputError when the modules are in two such lists, or outside, and when blocks are used more than once or
+    depend on each other's keys and values.
     """
     found = {name: outermost_list(name, model) for name in names}
     outside = next((name for name, stack in found.items() if not stack), None)
@@ -30,7 +32,14 @@ def find_blocks(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.ModuleL
         )
     blocks = model.get_submodule(stacks[0])
     assert isinstance(blocks, nn.ModuleList)
-    layers, num_own = getattr(getattr(model, "config", None), "num_hidden_layers", None), len(set(blocks))
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if shared := getattr(text, "num_kv_shared_layers", 0):
+        raise InputError(
+            f"num_kv_shared_layers = {shared}: the last blocks of {stacks[0]} use keys and values of earlier ones, and "
+            "calibration runs each block alone; use --method magnitude"
+        )
+    layers, num_own = getattr(config, "num_hidden_layers", None), len(set(blocks))
     if num_own < len(blocks) or (isinstance(layers, int) and layers > len(blocks)):
         raise InputError(
             f"{stacks[0]} has {num_own} blocks of its own for {max(len(blocks), layers or 0)} layers: a block that "

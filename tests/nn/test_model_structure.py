@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 from pst_ds.config.pst import PSTConfig
+from pst_ds.errors import InputError
 from pst_ds.nn.inject import inject_pst, layers_never_called, pst_layers
 from pst_ds.nn.model_structure import loose_matrices, router_names
 from pst_ds.nn.replaceable import listed
@@ -109,17 +110,29 @@ def test_states_of_mamba_layers_are_excluded_as_the_message_says(family, config,
     assert not [name for name in layers_never_called(model) if mixer in name]
 
 
-def test_a_list_of_projections_next_to_the_blocks_is_no_stack_of_blocks():
+def gemma3n(shared):
+    """Its last ``shared`` layers use keys and values of those before."""
+    kinds = ["sliding_attention", "full_attention"] * 2
     config = transformers.Gemma3nTextConfig(
-        **{**TINY, "intermediate_size": [10, 10]}, head_dim=6, layer_types=["sliding_attention", "full_attention"],
-        num_kv_shared_layers=0, hidden_size_per_layer_input=6, laurel_rank=4, vocab_size_per_layer_input=20,
-        activation_sparsity_pattern=[0.0, 0.0],
+        **{**TINY, "num_hidden_layers": 4, "intermediate_size": [10] * 4}, head_dim=6, layer_types=kinds,
+        num_kv_shared_layers=shared, hidden_size_per_layer_input=6, laurel_rank=4, vocab_size_per_layer_input=20,
+        activation_sparsity_pattern=[0.0] * 4,
     )  # fmt: skip
-    found = names(model := transformers.Gemma3nForCausalLM(config))
+    return transformers.Gemma3nForCausalLM(config)
+
+
+def test_a_list_of_projections_next_to_the_blocks_is_no_stack_of_blocks():
+    found = names(model := gemma3n(0))
     assert len(model.model.altup_projections) == 3
     assert find_blocks(model, found)[0] == "model.layers"
     assert not any("altup_projections" in name or "altup_unembed" in name for name in found)
     assert "model.layers.0.altup.modality_router" in found
+
+
+def test_blocks_that_use_keys_and_values_of_others_are_not_replayed_alone():
+    model = gemma3n(2)
+    with pytest.raises(InputError, match=r"num_kv_shared_layers = 2: .* use --method magnitude"):
+        find_blocks(model, names(model))
 
 
 def test_qwen2_moe_with_its_experts_left_dense():
