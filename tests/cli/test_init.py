@@ -110,7 +110,8 @@ def test_where_a_model_will_run_proposes_a_pattern(made, capsys, model, more, pa
 
 
 def test_every_setting_that_has_a_choice_has_a_comment(made):
-    out, _, _ = made(BERT, "--train", TRAIN, "--ranks", "2")
+    out, table, result = made(BERT, "--train", TRAIN, "--ranks", "2", "--exclude-modules", "query,key")
+    assert (table["pst"]["exclude_modules"], result["num_layers"]) == (["query", "key"], 8)
     lines = out.read_text().splitlines()
     plain = [line for above, line in itertools.pairwise(lines) if " = " in line and not above.startswith("#")]
     assert plain == ['task = "classification"', 'text_columns = ["text"]']

@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pattern", metavar="P", help=pattern)
     target = "where the sparse model will run: proposes the quickest pattern there of about the same quality"
     parser.add_argument("--target", choices=("cpu",), help=target)
+    excluded = "modules and Parameters to leave dense, as pst.exclude_modules names them"
+    parser.add_argument("--exclude-modules", type=_names, metavar="NAME,...", help=excluded)
     steps = parser.add_mutually_exclusive_group()
     steps.add_argument(
         "--epochs", type=float, metavar="N", help="default: 3, and 1 for causal-lm, within 600 to 10,000 steps"

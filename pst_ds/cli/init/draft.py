@@ -198,6 +198,7 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Setti
         data |= {"document_mask": False} if facts.packs_text else {}
     if method.masks != "none":
         table["pst"] = {"target_modules": "all-linear", "pattern": _proposed_pattern(args, task)[0]}
+        table["pst"] |= {"exclude_modules": args.exclude_modules} if args.exclude_modules else {}
         table["schedule"] = {"final_sparsity": _sparsity(args, facts)}
     return table
 

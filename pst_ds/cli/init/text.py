@@ -22,6 +22,7 @@ _COMMENTS = {
     "train.batch_size": "examples of an optimizer step, over all ranks",
     "train.precision": '"bf16" or "fp32"; optimizer and masters are fp32 in both',
     "train.score_penalty": "what the mean of sigmoid(S) costs at the final sparsity",
+    "pst.exclude_modules": "these stay dense and frozen",
     "pst.pattern": '"matrix", "stack", "global", "row", N:M such as "2:4", or blocks such as "16x1"',
     "pst.magnitude": "scores rank |W| times the norms of inputs, as the start did",
     "start.method": "prunes the model before the first step; what that is worth: docs/pruning.md",
