@@ -33,6 +33,7 @@ _FEWEST_TOKENS = 64
 """Fewer may well look like anything."""
 _MOST_HIGH_HALF = 4
 """High halves of tokens of 4 bytes are below it for vocabularies up to 262,144."""
+_NUMBERS_AT_A_TIME = 1 << 20
 
 
 def is_token_source(path: Path) -> bool:
@@ -111,7 +112,9 @@ def _open_datatrove(path: Path, tokenizer: TokenizerIdentity) -> TokenStream:
                 f"{str(path)!r} has {size} bytes, and {index.name} says {count} tokens, of 2 or 4 bytes each; one of "
                 "the two files is cut short, or of another"
             )
-        tokens, borders = mapped(path, np.dtype(f"<u{size // count}")), Ends(ends.view(np.int64))
+        ends = ends.view(np.int64)
+        _require_ascending(ends, index)
+        tokens, borders = mapped(path, np.dtype(f"<u{size // count}")), Ends(ends)
         digest = fingerprint(path, index)
     learned = None
     if loss.is_file():
@@ -174,7 +177,25 @@ def _open_megatron(path: Path, tokenizer: TokenizerIdentity) -> TokenStream:
             f"{str(path)!r} has {size} bytes in {sequences} sequences, and {index.name} says {end} in "
             f"{int(borders.documents[-1])}; one of the two files is cut short, or of another"
         )
+    _require_ascending(borders.pointers, index)
+    _require_ascending(borders.documents, index)
     return TokenStream(mapped(path, dtype), borders, fingerprint(path, index))
+
+
+def _require_ascending(places: np.ndarray, index: Path) -> None:
+    """Raise ConfigError for a negative place, or one below the place before it; equal places are empty documents."""
+    before = 0
+    for start in range(0, len(places), _NUMBERS_AT_A_TIME):
+        window = places[start : start + _NUMBERS_AT_A_TIME]
+        previous = np.concatenate([[before], window[:-1]])
+        wrong = np.flatnonzero(window < previous)
+        if len(wrong):
+            at = wrong[0]
+            raise ConfigError(
+                f"{str(index)!r} does not ascend: offset {start + at} is {window[at]}, after {previous[at]}. Write the "
+                "pair again, or name another file"
+            )
+        before = window[-1]
 
 
 def _at(data: np.ndarray, place: int, count: int, dtype: str) -> np.ndarray:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pst_ds.config.run import ConfigError
+from pst_ds.data.tokens import foreign
 from pst_ds.data.tokens.foreign import is_token_source, open_tokens
 from pst_ds.data.tokens.identity import TokenizerIdentity
 
@@ -197,3 +198,45 @@ def test_what_is_not_whole_or_not_of_the_model_is_refused(tmp_path, name, words)
         open_tokens(path, SMALL)
     for word in [str(path.parent if path.suffix else path), *words]:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [
+        ([4, 3, 9], "offset 1 is 3, after 4"),
+        ([2**64 - 5, 3, 9], "offset 0 is -5, after 0"),
+        ([3, 2**63, 9], f"offset 1 is {-(2**63)}, after 3"),
+        ([3, 10, 9], "offset 2 is 9, after 10"),
+    ],
+)
+def test_an_index_of_datatrove_that_descends_is_refused(tmp_path, ends, words):
+    path = _write_datatrove(tmp_path / "a.ds", DOCUMENTS)
+    (tmp_path / "a.ds.index").write_bytes(_pack("Q", ends))
+    with pytest.raises(ConfigError, match=r"a\.ds\.index' does not ascend") as caught:
+        open_tokens(path, SMALL)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "letter", "value"), [(46, "q", -2), (54, "q", -6), (54, "q", 99), (78, "q", -1), (78, "q", 99)]
+)
+def test_an_index_of_megatron_that_descends_is_refused(tmp_path, place, letter, value):
+    """Pointers to sequences, and borders of documents."""
+    path = _write_megatron(tmp_path / "a.bin", DOCUMENTS)
+    data = bytearray(path.with_suffix(".idx").read_bytes())
+    struct.pack_into(f"<{letter}", data, place, value)
+    path.with_suffix(".idx").write_bytes(data)
+    with pytest.raises(ConfigError, match=r"a\.idx' does not ascend"):
+        open_tokens(path, SMALL)
+
+
+def test_an_index_is_looked_at_across_windows(tmp_path, monkeypatch):
+    monkeypatch.setattr(foreign, "_NUMBERS_AT_A_TIME", 2)
+    path = _write_datatrove(tmp_path / "a.ds", [[5, END]] * 7)
+    assert open_tokens(path, SMALL).borders.several
+    for i in range(1, 6):
+        ends = [2, 4, 6, 8, 10, 12, 14]
+        ends[i] = ends[i - 1] - 1
+        (tmp_path / "a.ds.index").write_bytes(_pack("Q", ends))
+        with pytest.raises(ConfigError, match=f"offset {i} is {ends[i]}, after {ends[i - 1]}"):
+            open_tokens(path, SMALL)
