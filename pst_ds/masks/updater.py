@@ -35,16 +35,16 @@ SPARSITY_TOLERANCE = 0.01
 
 
 def update_masks_if_due(
-    model: nn.Module, schedule: Schedule, step: int, *, from_zeros: bool = False, ranks: Schedule | None = None
+    model: nn.Module, schedule: Schedule, step: int, *, ranks: Schedule | None = None
 ) -> MaskStats | None:
     """Select new masks if ``schedule`` does so after applied step ``step`` (0: before the first), and fix them for good
     once it is final. Return the new masks' counts, or None.
 
     After the first step it refuses layers that no forward pass has called (``PSTConfig.prune_uncalled``).
-    ``from_zeros`` keeps the non-zeros of the weights instead of selecting. ``ranks``: the share of the components of
-    U V that is dropped, which new masks are chosen after; see :func:`update_ranks_if_due`. Collective: a schedule and
-    a step that are equal on every rank update on all or on none. Raises FloatingPointError on every rank for scores
-    that are not finite, and InputError for layers never called.
+    A model injected with ``initial_mask = "zeros"`` keeps the non-zeros of its weights instead. ``ranks``: the share of
+    the components of U V that is dropped, which new masks are chosen after; see :func:`update_ranks_if_due`.
+    Collective: a schedule and a step that are equal on every rank update on all or on none. Raises FloatingPointError
+    on every rank for scores that are not finite, and InputError for layers never called.
     """
     masks = None
     if step == 0:  # a forward pass before training may call layers whose weight training reads without a call
@@ -55,7 +55,7 @@ def update_masks_if_due(
     if schedule.updates_masks_at(step):
         target, progress = schedule.sparsity_at(step), schedule.progress_at(step)
         share = ranks.sparsity_at(step) if ranks is not None and ranks.updates_masks_at(step) else None
-        masks = masks_of_zeros(model) if from_zeros else update_masks(
+        masks = masks_of_zeros(model) if _keeps_zeros(model) else update_masks(
             model, target, progress=progress, dropped_share=share
         )  # fmt: skip
     if schedule.is_final(step):
@@ -101,7 +101,7 @@ class MaskUpdater:
     Raises:
         InputError: ``inject_pst`` was not called on ``model``, or ``schedule`` lacks a method; or ``rounding`` has no
             grid, or begins while masks change; or ``ranks`` has no gates, or cannot be made of a schedule without a
-            ramp.
+            ramp; or ``schedule`` would not keep the zeros that ``PSTConfig.initial_mask`` asks for.
     """
 
     def __init__(
@@ -112,6 +112,11 @@ class MaskUpdater:
         self.schedule, self.rounding = schedule, rounding
         self._model = unwrapped(model)
         _require_pst(self._model)
+        if _keeps_zeros(self._model) and not schedule.is_final(0):
+            raise InputError(
+                f'initial_mask = "zeros" keeps the zeros of the base model, and {type(schedule).__name__} would choose '
+                "others; give MaskUpdater OneShotSchedule(final_sparsity=…) with the sparsity of the base model"
+            )
         _require_rounding_fits(self._model, schedule, rounding)
         self.ranks = _ranks_of(injected_config(self._model), schedule) if ranks is None else ranks
         if ranks is not None and injected_config(self._model).update_gates == "none":
@@ -191,6 +196,11 @@ class MaskUpdater:
         """The masks before the first step."""
         found = mask_stats(self._model)
         new = update_masks_if_due(self._model, self.schedule, 0)
+        if new and _keeps_zeros(self._model) and abs(new.sparsity - self.schedule.final_sparsity) > SPARSITY_TOLERANCE:
+            raise InputError(
+                f"final_sparsity = {self.schedule.final_sparsity}, but {new.sparsity:.4f} of the pruned weights are "
+                f'zero, and initial_mask = "zeros" keeps these; set final_sparsity = {new.sparsity:.4f}'
+            )
         begins = new.sparsity if new else self.schedule.sparsity_at(0)
         if begins + SPARSITY_TOLERANCE < found.sparsity and is_main():
             warnings.warn(
@@ -200,6 +210,10 @@ class MaskUpdater:
                 stacklevel=3,
             )
         return new
+
+
+def _keeps_zeros(model: nn.Module) -> bool:
+    return injected_config(model).initial_mask == "zeros"
 
 
 def _ranks_of(config: PSTConfig, schedule: Schedule) -> Schedule | None:

@@ -244,18 +244,16 @@ def set_rates(loop: Loop, step: int) -> None:
 def _update_masks_if_due(loop: Loop, state: LoopState) -> None:
     """Update the masks, and the ranks of the updates; schedules and ``state.step`` are equal on every rank, so all
     ranks do or none does."""
-    schedule, from_zeros, masks = loop.schedule, loop.run.pst.initial_mask == "zeros", None
+    schedule, masks = loop.schedule, None
     if schedule is not None:
-        masks = update_masks_if_due(
-            loop.engine.module, schedule, state.step, from_zeros=from_zeros, ranks=loop.ranks
-        )  # fmt: skip
+        masks = update_masks_if_due(loop.engine.module, schedule, state.step, ranks=loop.ranks)
     ranks = update_ranks_if_due(loop.engine.module, loop.ranks, state.step, masks)
     if ranks is not None:
         loop.metrics.write(state.step, {"event": "rank_update", "mean_rank": ranks.mean_rank})
         loop.metrics.ranks(state.step, ranks)
     if schedule is None or masks is None:
         return
-    if from_zeros:
+    if loop.run.pst.initial_mask == "zeros":
         _require_sparsity(loop.run, masks)
     state.masks = masks
     sparsity = {"sparsity/target": schedule.sparsity_at(state.step), "sparsity/actual": masks.sparsity}

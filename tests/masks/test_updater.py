@@ -275,6 +275,37 @@ def test_a_mask_that_is_chosen_once():
     assert mask_stats(model).checksum == checksum
 
 
+def _with_zeros():
+    """A model that was pruned, one layer more than the other."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]))
+    model.forward = lambda x: model[0][1](torch.tanh(model[0][0](x)))
+    for layer, zeros in zip(model[0], (16, 48), strict=True):
+        layer.weight.data.view(-1)[:zeros] = 0.0
+    return inject_pst(model, PSTConfig(initial_mask="zeros", score_rank=0, structured_scores=False))
+
+
+def test_the_zeros_of_the_base_model_are_kept():
+    model = _with_zeros()
+    kept = [layer.weight != 0 for layer in pst_layers(model).values()]
+    optimizer = pst_optimizer(model)
+    masks = MaskUpdater(model, OneShotSchedule(final_sparsity=0.5))
+    for step in range(3):
+        assert all(map(torch.equal, (layer.masked_weight() != 0 for layer in pst_layers(model).values()), kept))
+        optimizer.zero_grad()
+        _backward(model, step)
+        optimizer.step()
+        assert masks.after_step(optimizer) is None
+    assert masks.masks.sparsity == 0.5
+
+
+def test_zeros_that_a_schedule_would_not_keep_are_refused():
+    with pytest.raises(InputError, match=r'initial_mask = "zeros" .* CubicSchedule .* OneShotSchedule\(final_sparsity'):
+        MaskUpdater(_with_zeros(), SCHEDULE)
+    with pytest.raises(InputError, match=r"final_sparsity = 0\.9, but 0\.5000 of the pruned weights are zero"):
+        MaskUpdater(_with_zeros(), OneShotSchedule(final_sparsity=0.9))
+
+
 def test_a_model_that_cannot_be_masked_is_refused():
     with pytest.raises(InputError, match=r"no PST layers; call inject_pst"):
         MaskUpdater(nn.Linear(2, 2), SCHEDULE)
