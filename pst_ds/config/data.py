@@ -55,8 +55,8 @@ class DataConfig:
     """Where the texts are, and how long the model's inputs. ``data.preset`` fills in a benchmark's (docs/tasks.md)."""
 
     train: str = ""
-    """Local JSONL, CSV, Parquet or text file to train on. For task "causal-lm" also a store of tokens, and many
-    files of text (docs/data.md)."""
+    """Local JSONL, CSV, Parquet or text file to train on, or a slice of its rows such as "reviews.csv[:80%]", as for
+    the next two. For task "causal-lm" also a store of tokens, and many files of text (docs/data.md)."""
     sources: tuple[DataSource, ...] = ()
     """Texts to train on in a mixture, instead of ``train``, for task "causal-lm": tables [[data.sources]]."""
     validation: str = ""
@@ -89,8 +89,8 @@ class DataConfig:
     """For task "chat", a Jinja file by which conversations are written; exports take it along. Empty is the tokenizer's
     own template."""
     sample_by: Literal["line", "paragraph", "document"] = "line"
-    """A row of a .txt file, as in ``datasets``: a line, the text between empty lines, or the whole file. Its
-    column is "text"."""
+    """A row of a .txt file, as in ``datasets``: a line, the text between empty lines, or the whole file, of which a
+    slice is then some lines. Its column is "text"."""
     max_length: Positive = 128
     """Tokens a text is cut to. For task "causal-lm" the length of every training sequence: the documents, with the
     end-of-text token between them, are one stream that is cut into such sequences; what is left at the end, less than a

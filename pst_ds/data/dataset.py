@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _TSV = ".tsv"
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", _TSV: "csv", ".parquet": "parquet", ".txt": "text"}
+_SLICED = re.compile(r"(?P<file>.+)(?P<slice>\[(-?\d+%?)?:(-?\d+%?)?\])")
 _QUOTED, _QUOTED_INSIDE = r'^"([^"]|"")*"$', r'^"([^"]|"")*""([^"]|"")*"$'
 
 
@@ -40,10 +42,11 @@ class DataInMemory(DataConfig):
 def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, nested: bool = False) -> Dataset:
     """Read one split, which must have ``columns``: each with the setting of ``data`` that names it.
 
-    A .txt file has the one column "text", and ``data.sample_by`` says what a row of it is. In a .tsv file quotes are
-    characters like others, as in GLUE's. Raises ConfigError for a file or column that is missing, and for a column that
-    holds no plain values. With ``nested`` a column may hold any values, and be a path into them, such as "lex.text",
-    which :func:`values_of` follows.
+    A local file may be followed by a slice of its rows, such as "[:80%]". A .txt file has the one column "text", and
+    ``data.sample_by`` says what a row of it is; where that is the document, a slice is of its lines. In a .tsv file
+    quotes are characters like others, as in GLUE's. Raises ConfigError for a file or column that is missing, and for a
+    column that holds no plain values. With ``nested`` a column may hold any values, and be a path into them, such as
+    "lex.text", which :func:`values_of` follows.
     """
     import datasets
 
@@ -55,7 +58,7 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
         rows = data.rows
     else:
         rows = _read_from_hub(data, where) if data.dataset else _read_local(where, split, data.sample_by)
-    if not data.dataset and Path(where).suffix.lower() == _TSV:
+    if not data.dataset and Path(file_and_slice(where)[0]).suffix.lower() == _TSV:
         _require_unquoted(rows, [column for column in columns if column in rows.column_names], where)
     for column, setting in columns.items():
         top, *path = _path_of(column, rows) if nested else [column]
@@ -74,6 +77,12 @@ def read_rows(data: DataConfig, split: str, columns: Mapping[str, str], *, neste
         column, wanted = data.test_rows
         rows = _rows_with(rows, column, wanted, where)
     return rows
+
+
+def file_and_slice(where: str) -> tuple[str, str]:
+    """Split the name of a local file and the slice behind it, "" without one: "a.csv[:80%]" is "a.csv", "[:80%]"."""
+    found = None if Path(where).exists() else _SLICED.fullmatch(where)
+    return (found["file"], found["slice"]) if found else (where, "")
 
 
 def values_of(rows: Dataset, column: str) -> Iterable[object]:
@@ -166,7 +175,8 @@ def _read_local(where: str, split: str, sample_by: str) -> Dataset:
     import datasets
 
     setting = f"data.{split}"
-    path = Path(where)
+    file, piece = file_and_slice(where)
+    path = Path(file)
     if not path.is_file():
         raise ConfigError(
             f"{setting} = {where!r} does not exist (looked in {path.absolute()}); name a local file, or a split of "
@@ -181,12 +191,26 @@ def _read_local(where: str, split: str, sample_by: str) -> Dataset:
         if path.suffix.lower() == _TSV:
             options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
     elif kind == "text":
-        options = {"sample_by": sample_by}
+        options = {"sample_by": "line" if piece and sample_by == "document" else sample_by}
     try:
-        return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+        rows = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+        if piece:
+            rows = rows.select(_places(piece, len(rows)))
     except Exception as error:
         problem = _why_unreadable(path, kind, error)
         raise ConfigError(f"{setting} = {where!r} {problem}") from error
+    if len(rows) and kind == "text" and options["sample_by"] != sample_by:
+        rows = datasets.Dataset.from_dict({"text": ["\n".join(rows["text"]) + "\n"]})
+    return rows
+
+
+def _places(piece: str, count: int) -> range:
+    """Return the rows, of ``count``, in a slice such as "[:80%]" or "[-100:]", as datasets on the hub are sliced."""
+    ends = [
+        round(int(end[:-1]) * count / 100) if end.endswith("%") else int(end) if end else None
+        for end in piece[1:-1].split(":")
+    ]
+    return range(count)[slice(*ends)] or range(0)
 
 
 def _why_unreadable(path: Path, kind: str, error: Exception) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pst_ds.config.data import DataConfig, DataSource
 from pst_ds.config.run import ConfigError
-from pst_ds.data.dataset import DataInMemory, read_rows, text_column
+from pst_ds.data.dataset import DataInMemory, file_and_slice, read_rows, text_column
 from pst_ds.data.preparation.pieces import COMPRESSIONS, Reading
 from pst_ds.data.preparation.prepare import plan_store, write_pieces
 from pst_ds.data.tokens.cache import cached_store, cached_tokens, hash_of_file, hash_of_texts
@@ -84,11 +84,18 @@ def _stream_of_source(data: DataConfig, source: DataSource, tokenizer: Tokenizer
 def _stream_of_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream:
     column, where, count = data.text_columns[0], getattr(data, split), split != "train"
     is_given = isinstance(data, DataInMemory)
+    file, piece = (where, "") if data.dataset else file_and_slice(where)
     if not is_given and not data.dataset and where:
-        if is_token_source(Path(where)):
-            return open_tokens(Path(where), identity_of(tokenizer))
-        if _is_several(where):
-            return _stream_of_files(data, where, tokenizer, count=count)
+        is_tokens = is_token_source(Path(file))
+        if piece and (is_tokens or _is_several(file)):
+            raise ConfigError(
+                f"data.{split} = {where!r}: only a single file of text can be sliced, uncompressed. Name two stores or "
+                "two sets of files instead"
+            )
+        if is_tokens:
+            return open_tokens(Path(file), identity_of(tokenizer))
+        if _is_several(file):
+            return _stream_of_files(data, file, tokenizer, count=count)
 
     def texts() -> Iterator[list[str]]:
         rows = read_rows(data, split, {column: "text_columns"}).select_columns([column])
@@ -98,8 +105,10 @@ def _stream_of_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> Toke
     if is_given:
         found = [text for batch in texts() for text in batch]
         return stream_of_documents(tokenize(found, tokenizer, count=count))
-    is_file = not data.dataset and Path(where).is_file()
-    contents = [hash_of_file(Path(where)) if is_file else hash_of_texts(texts()), column, data.sample_by]
+    is_file = not data.dataset and Path(file).is_file()
+    contents = [hash_of_file(Path(file)) if is_file else hash_of_texts(texts()), column, data.sample_by]
+    if piece:
+        contents.append(piece)
     if split == "test":
         contents += data.test_rows
     return cached_tokens(contents, texts, tokenizer, count=count, what=where)
