@@ -209,7 +209,7 @@ def train_run(
     metrics = open_metrics(run, engine.module, prepared.device, num_steps, step, seconds, quiet=quiet, dense=dense)
     why = objective.why_all_logits(engine.module)
     about_loss = f"the loss holds the logits of a whole micro-batch, because {why}" if why else ""
-    for remark in filter(None, (prepared.task.remark(examples), remark_on_shares(run), about_loss)):
+    for remark in filter(None, (prepared.task.remark(run.data, examples), remark_on_shares(run), about_loss)):
         metrics.say(remark)
     given = (examples, prepared.tokenizer, num_steps, prepared.device, metrics, objective, rounding)
     loop = Loop(run, engine, schedule, *given, ranks)

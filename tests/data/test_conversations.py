@@ -170,7 +170,7 @@ def test_cutting_takes_tokens_and_mask_alike_and_leaves_out_what_has_no_answer(t
         assert found.row(0) == (whole.ids[:length], expected[:length])
         assert len(found) + found.left_out == 2
         said = f"conversations without an answer in their first {length} tokens are left out: 1"
-        assert Chat(EvalConfig()).remark(found) == (said if found.left_out else "")
+        assert Chat(EvalConfig()).remark(_data(path), found) == (said if found.left_out else "")
     with pytest.raises(ConfigError, match=r"no conversation has an answer within data\.max_length = 8"):
         load_conversations(_data(path, max_length=8), "train", tokenizer)
 

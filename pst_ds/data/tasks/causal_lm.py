@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from pst_ds.config.run import ConfigError, DataConfig
+from pst_ds.data.dataset import file_and_slice
 from pst_ds.data.labelled import GlobalBatches
 from pst_ds.data.model_limits import check_causal_model
+from pst_ds.data.preparation.pieces import format_of
 from pst_ds.data.tasks.task import E, ExampleSet, Task
 from pst_ds.data.tokens.batches import SequenceBatches, collate_sequences
 from pst_ds.data.tokens.drawn import DrawnSequences, MixedReader
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from transformers import PreTrainedTokenizerBase as Tokenizer
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+
+_SHORT_DOCUMENT = 4
+"""A median document with less than this part of a sequence is short."""
 
 
 class CausalTask(Task[E]):
@@ -111,6 +117,16 @@ class CausalLM(CausalTask[Sequences | MixedSequences]):
                 "train.batch_size); allow more epochs, or train fewer steps"
             )
 
+    def remark(self, data: DataConfig, examples: Sequences | MixedSequences) -> str:
+        if isinstance(examples, Sequences):
+            return _remark_on_documents(data, f"data.train = {data.train!r}", data.train, examples)
+        remarks = (
+            _remark_on_documents(data, f"data.sources.path = {source.path!r}", source.path, of)
+            for source, of in zip(data.sources, examples.sources, strict=True)
+            if isinstance(of, Sequences)
+        )
+        return next(filter(None, remarks), "")
+
     def metrics(self, outcomes: np.ndarray, examples: Sequences | MixedSequences) -> dict[str, float]:
         return language_model_metrics(outcomes[:, 0], examples.num_predicted, examples.predicted_bytes)
 
@@ -131,6 +147,23 @@ def language_model_metrics(loss_sums: np.ndarray, num_predicted: int, num_bytes:
         metrics["byte_perplexity"] = _exponential(total / num_bytes)
         metrics["bits_per_byte"] = total / num_bytes / math.log(2)
     return metrics
+
+
+def _remark_on_documents(data: DataConfig, setting: str, where: str, sequences: Sequences) -> str:
+    """Return a warning about documents that are far shorter than a sequence; conversations are, and meant to be."""
+    median = None if sequences.masks_tokens else sequences.median_document
+    if median is None or median * _SHORT_DOCUMENT >= sequences.length:
+        return ""
+    kind, _ = format_of(file_and_slice(where)[0]) or ("", "")
+    fix = (
+        'data.sample_by = "document"'
+        if kind == "text" and data.sample_by != "document"
+        else "data.document_mask = false"
+    )
+    return (
+        f"{setting}: the median document has {median} tokens, far fewer than data.max_length = {sequences.length}, and "
+        f"each is learnt without the text before it. If documents are parts of longer ones, set {fix}"
+    )
 
 
 def _exponential(loss: float) -> float:

@@ -162,7 +162,7 @@ class Chat(AnswerTask[Conversations]):
     def load(self, data: DataConfig, split: str, tokenizer: Tokenizer, labels: Sequence[str]) -> Conversations:
         return load_conversations(data, split, tokenizer)
 
-    def remark(self, examples: Conversations) -> str:
+    def remark(self, data: DataConfig, examples: Conversations) -> str:
         count, length = examples.left_out, examples.max_length
         return f"conversations without an answer in their first {length} tokens are left out: {count}" if count else ""
 

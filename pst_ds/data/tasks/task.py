@@ -124,8 +124,9 @@ class Task(ABC, Generic[E]):
     def require_enough(self, examples: E, count: int) -> None:
         """Raise ConfigError if a run may not take ``count`` examples, repeated as they are."""
 
-    def remark(self, examples: E) -> str:
-        """Return what a user should know of ``examples``, as a sentence without a full stop; "" for nothing."""
+    def remark(self, data: DataConfig, examples: E) -> str:
+        """Return what a user should know of the ``examples`` to train on, as a sentence without a full stop; "" for
+        nothing."""
         return ""
 
     def constant_loss(self, examples: E) -> float | None:

@@ -1,0 +1,55 @@
+"""What a document of a plain text file is: each line, a paragraph, or the whole file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import quantiles
+
+DOCUMENT_BYTES = 1 << 24
+"""Size of the largest file that is one document: tokenizing a text takes some 100 times its bytes of memory."""
+_WINDOWS, _WINDOW_BYTES = 4, 1 << 16
+_FEWEST_LINES = 8
+_WIDTHS = range(30, 141)
+"""Characters at which hard-wrapped lines end."""
+_SENTENCE_ENDS = tuple(".!?:;…。！？\"'”’»)*_")
+_FULL_LINES, _RUN_ON_LINES = 0.5, 0.3
+_EMPTY_LINES, _LINES_OF_PARAGRAPH = 0.1, 1.5
+
+
+def proposed_sample_by(path: Path) -> str:
+    """Return the ``data.sample_by`` for a .txt file, by a sample of its lines."""
+    if not lines_belong_together(sampled_lines(path)):
+        return "line"
+    return "document" if path.stat().st_size <= DOCUMENT_BYTES else "paragraph"
+
+
+def lines_belong_together(lines: Sequence[str]) -> bool:
+    """Return whether lines are parts of a longer text, and not documents by themselves: prose that is wrapped at some
+    width, or verse, dialogue and code, whose short lines form groups between empty ones."""
+    filled = [line.strip() for line in lines if line.strip()]
+    if len(filled) < _FEWEST_LINES:
+        return False
+    width = quantiles(map(len, filled), n=10)[-1]
+    if not _WIDTHS.start <= width < _WIDTHS.stop:
+        return False
+    groups = sum(bool(line.strip()) and not before.strip() for before, line in pairwise(["", *lines]))
+    has_groups = len(lines) - len(filled) >= _EMPTY_LINES * len(lines) and len(filled) >= _LINES_OF_PARAGRAPH * groups
+    full = sum(len(line) >= 0.8 * width for line in filled)
+    runs_on = sum(not line.endswith(_SENTENCE_ENDS) and not after[0].isupper() for line, after in pairwise(filled))
+    is_wrapped = full >= _FULL_LINES * len(filled) and runs_on >= _RUN_ON_LINES * len(filled)
+    return has_groups or is_wrapped
+
+
+def sampled_lines(path: Path) -> list[str]:
+    """Return the lines of a file, or of four windows of a large one, without those that a window cuts."""
+    size, lines = path.stat().st_size, list[str]()
+    is_whole = size <= _WINDOWS * _WINDOW_BYTES
+    with path.open("rb") as file:
+        for window in range(1 if is_whole else _WINDOWS):
+            file.seek((size - _WINDOW_BYTES) * window // (_WINDOWS - 1) if window else 0)
+            text = file.read(-1 if is_whole else _WINDOW_BYTES).decode(errors="replace")
+            found = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+            lines += found if is_whole else found[1:-1]
+    return lines
