@@ -32,6 +32,8 @@ def print_plan(plan: Plan) -> None:
     for lines in (_of_layers, _of_memory, _of_steps, _of_time, _of_verdict):
         for line in lines(plan):
             print(line)
+    for remark in plan["remarks"]:
+        print(f"note: {remark}")
 
 
 def _of_layers(plan: Plan) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pst_ds.checkpoint.format import SCALE_BYTES, most_bytes
+from pst_ds.cli.init.start import remark_on_dense_start
 from pst_ds.cli.plan_text import Plan
 from pst_ds.config.run import RunConfig
 from pst_ds.config.sequences import groups_of_ranks
@@ -69,7 +70,7 @@ def make_plan(config: RunConfig, ask: Ask) -> Plan:
     no_data = ask.no_data
     micro_batch_size = config.micro_batch_size(ranks)
     stage = zero_stage(raw) if raw is not None else None
-    tokenizer, labels, unit, num_examples = _data(config, no_data)
+    tokenizer, labels, unit, num_examples, about_data = _data(config, no_data)
     model = meta_model(config, labels, tokenizer, num_shards=ranks if stage == 3 else 1)
     require_shareable(config, model.config, stage or 0, micro_batch_size)
     chosen_layers(list(pst_layers(model)), config.pictures.layers)  # refuse layers that are not there, as train does
@@ -106,6 +107,7 @@ def make_plan(config: RunConfig, ask: Ask) -> Plan:
         "rounding": _rounding(config, num_steps),
         "base_grid": str(base_grid) if (base_grid := base_grid_of_run(config)) else None,
         "embedding_grid": str(table_grid) if (table_grid := embedding_grid_of_run(config)) else None,
+        "remarks": [remark for remark in (about_data, remark_on_dense_start(config, model)) if remark],
     }
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, config)]
     trace = ask.trace or _trace(model, config, micro_batch_size, zero.persistence_threshold, device)  # uses it up
@@ -172,8 +174,9 @@ def _ranks_and_deepspeed(config: RunConfig, ask: Ask) -> tuple[int, JsonObject |
     return ranks, None
 
 
-def _data(config: RunConfig, no_data: bool) -> tuple[Any, list[str], str, int | None]:
-    """Return (tokenizer, labels, unit of the examples, their number); nothing is read with ``no_data``."""
+def _data(config: RunConfig, no_data: bool) -> tuple[Any, list[str], str, int | None, str]:
+    """Return (tokenizer, labels, unit of the examples, their number, a remark on them); nothing is read with
+    ``no_data``."""
     task = task_of(config)
     if no_data:
         if not config.train.num_steps:
@@ -181,9 +184,10 @@ def _data(config: RunConfig, no_data: bool) -> tuple[Any, list[str], str, int | 
                 f"--no-data, and train.num_steps = {config.train.num_steps}: the number of steps follows from the data "
                 "then; set it with --set train.num_steps=1000"
             )
-        return None, ["0", "1"] if task.new_head else [], task.unit, None
+        return None, ["0", "1"] if task.new_head else [], task.unit, None, ""
     tokenizer, labels = load_tokenizer(config), task.label_names(config.data)
-    return tokenizer, labels, task.unit, len(task.load(config.data, "train", tokenizer, labels))
+    examples = task.load(config.data, "train", tokenizer, labels)
+    return tokenizer, labels, task.unit, len(examples), task.remark(config.data, examples)
 
 
 def _zero_settings(

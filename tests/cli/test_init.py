@@ -5,18 +5,22 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 import shlex
 import shutil
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from pst_ds.cli import init
+from pst_ds.cli.init import start
 from pst_ds.cli.init.text import deepspeed_settings
 from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
+from pst_ds.tune import trials
 
 ROOT = Path(__file__).resolve().parents[2]
 BERT, LLAMA, TRAIN = "tests/data/tiny-bert", "tests/data/tiny-llama", "tests/data/train.jsonl"
@@ -197,6 +201,128 @@ def test_a_text_file_is_for_a_language_model(made, tmp_path):
     assert table["task"] == "causal-lm"
 
 
+@pytest.fixture
+def book(tmp_path):
+    """Prose in narrow lines: some eight tokens a line, of the 48 that the tiny model takes."""
+    sentence = "the film was fine and the plot was a clever story , and the warm film was fine ."
+    paragraphs = [textwrap.fill(f"{sentence} " * count, 36) for count in (2, 1, 5, 3) * 9]
+    (tmp_path / "book.txt").write_text("\n\n".join(paragraphs) + "\n")
+    return str(tmp_path / "book.txt")
+
+
+def test_a_book_is_one_text_and_says_so(made, capsys, book):
+    out, table, result = made(LLAMA, "--train", book)
+    assert table["data"]["sample_by"] == "document"
+    assert (table["data"]["train"], table["data"]["validation"]) == (f"{book}[:90%]", f"{book}[90%:]")
+    lines, held_out = result["remarks"]
+    assert lines == f'{book}: its lines continue one another, so none is a document: data.sample_by = "document"'
+    assert held_out.startswith(f"held out for validation: the last 10 % of {book}, ")
+    assert "# a document of this file, whose lines continue one another\n" in out.read_text()
+    assert _planned(capsys, out)["remarks"] == []
+
+
+def test_documents_far_shorter_than_a_sequence_are_warned_of(made, capsys, book):
+    """By plan and train: a run file keeps the setting that it has."""
+    out, _, _ = made(LLAMA, "--train", book, "--steps", "1", "--batch-size", "2", "--method", "lora")
+    more = ("--set", "data.sample_by=line", "--set", f"output_dir={out.with_suffix('')}")
+    (remark,) = _planned(capsys, out, *more)["remarks"]
+    assert remark.startswith(f"data.train = '{book}[:90%]': the median document has ")
+    assert remark.endswith('set data.sample_by = "document"')
+    assert main(["plan", str(out), *more]) == 0
+    assert capsys.readouterr().out.endswith(f"note: {remark}\n")
+    assert main(["train", str(out), *more]) == 0
+    assert capsys.readouterr().err.count(remark) == 1
+
+
+def test_a_tenth_is_held_out(made, capsys):
+    out, table, result = made(BERT, "--train", TRAIN, "--steps", "80", "--method", "lora")
+    assert (table["data"]["train"], table["data"]["validation"]) == (f"{TRAIN}[:90%]", f"{TRAIN}[90%:]")
+    assert result["remarks"] == [f"held out for validation: the last 10 % of {TRAIN}, 24 examples"]
+    assert (result["examples"], _planned(capsys, out)["num_examples"]) == (216, 216)
+    assert list(table["data"])[:2] == ["train", "validation"]
+
+
+def test_a_run_with_rows_held_out_is_tuned_trained_resumed_and_evaluated(made, capsys, tmp_path, monkeypatch):
+    run = ("--method", "lora", "--steps", "120", "--output-dir", str(tmp_path / "run"))
+    out, _, _ = made(BERT, "--train", TRAIN, *run)
+    measured = {"metrics": {"accuracy": 0.5, trials.STANDARD_ERROR: 0.1}, "seconds": 1.0}
+    monkeypatch.setattr(trials, "train_run", lambda *_, **__: measured)
+    assert main(["tune", str(out), "--budget", "1"]) == 0
+    steps = ("--set", "train.num_steps=2")
+    assert main(["train", str(out.with_suffix(".tuned.toml")), *steps]) == 0
+    assert main(["eval", str(tmp_path / "run"), "--split", "validation", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["examples"] == 24
+    resume = ("train", str(tmp_path / "run"), "--resume")
+    assert main([*resume]) == 0
+    assert main([*resume, "--set", f'data.train="{TRAIN}[:80%]"']) == 2
+    assert f"data.train = '{TRAIN}[:80%]' is not the text that the run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"text": "the film", "label": i // 50} for i in range(100)], "[90%:] has one class only"),
+        ([{"text": "the film", "label": i // 5} for i in range(100)], "[:90%] lacks some classes"),
+        ([{"text": "the film", "label": i % 2} for i in range(4)], "[90%:]' has no examples"),
+    ],
+)
+def test_rows_that_make_no_fair_validation_are_not_held_out(made, capsys, tmp_path, rows, words):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out, table, result = made(BERT, "--train", str(file), "--method", "lora")
+    assert table["data"]["train"] == str(file)
+    assert "validation" not in table["data"]
+    (remark,) = result["remarks"]
+    assert remark.startswith("no validation data: ")
+    assert words in remark
+    assert remark.endswith(". Name a file with --validation")
+    assert _planned(capsys, out)["num_examples"] == len(rows)
+
+
+def test_nothing_is_held_out_where_it_is_not_wanted(made):
+    _, table, result = made(BERT, "--train", TRAIN, "--validation", "none")
+    assert "validation" not in table["data"]
+    assert (result["examples"], result["remarks"]) == (240, [])
+    _, table, result = made(BERT, "--train", f"{TRAIN}[:50%]", "--force")
+    assert (table["data"]["train"], result["examples"]) == (f"{TRAIN}[:50%]", 120)
+    assert result["remarks"] == [
+        f"no validation data: {TRAIN}[:50%] is a slice, and --validation may name the rest of {TRAIN}"
+    ]
+
+
+def test_a_model_too_large_for_a_start_is_warned_of_with_what_to_do(made, capsys, tmp_path, monkeypatch, book):
+    monkeypatch.setattr(start, "_MOST_WEIGHTS", 1000)
+    out, table, result = made(
+        LLAMA, "--train", book, "--steps", "2", "--batch-size", "2", "--output-dir", str(tmp_path / "run")
+    )
+    assert "start" not in table
+    remark = result["remarks"][-1]
+    assert "prunes dense weights by their size" in remark
+    assert _planned(capsys, out)["remarks"] == [remark]
+    command, then = re.fullmatch(r".*?: pst-ds (prune .*), and then train with (.*)", remark).groups()
+    words = (
+        command.replace("RUN.toml", str(out))
+        .replace("DIR", str(tmp_path / "pruned"))
+        .replace("--samples 64", "--samples 4")
+    )
+    assert main(words.split()) == 0
+    settings = [
+        text.replace(" = ", "=").replace("DIR", str(tmp_path / "pruned")) for text in re.split(", | and ", then)
+    ]
+    more = [word for setting in settings for word in ("--set", setting)]
+    assert _planned(capsys, out, *more)["remarks"] == []
+    assert main(["train", str(out), *more]) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["sparsity_in_masks"] == pytest.approx(
+        0.5, abs=0.01
+    )
+
+
+@pytest.mark.parametrize("more", [("--method", "lora"), ("--pattern", "4x4"), ("--method", "gmp")])
+def test_other_large_runs_are_not_warned_of(made, monkeypatch, book, more):
+    monkeypatch.setattr(start, "_MOST_WEIGHTS", 1000)
+    assert "ALPS" not in str(made(LLAMA, "--train", book, *more)[2]["remarks"])
+
+
 @pytest.mark.parametrize("odd", ["bad\nmethod = 3", "bad\x00\x1b[2J", "bad\r\x7f", "bad\u2028x"])
 def test_a_comment_is_one_line_whatever_the_classes_are_called(made, tmp_path, odd):
     file = tmp_path / "rows.jsonl"
@@ -313,9 +439,16 @@ def typed(monkeypatch):
 def test_a_terminal_is_asked_for_what_is_missing(typed, made, capsys):
     typed(f"{BERT}\nno.jsonl\n{TRAIN}\n\n1.5\n0.8\n2\n")
     _, table, result = made()
-    assert (table["model"]["path"], table["data"]["train"]) == (BERT, TRAIN)
-    assert "validation" not in table["data"]
+    assert (table["model"]["path"], table["data"]["train"]) == (BERT, f"{TRAIN}[:90%]")
+    assert table["data"]["validation"] == f"{TRAIN}[90%:]"
     assert (table["schedule"]["final_sparsity"], result["ranks"]) == (0.8, 2)
+
+
+def test_validation_data_can_be_declined(typed, made):
+    typed(f"{BERT}\n{TRAIN}[:80%]\nnone\n0.8\n1\n")
+    _, table, _ = made()
+    assert table["data"]["train"] == f"{TRAIN}[:80%]"
+    assert "validation" not in table["data"]
 
 
 def test_the_questions_go_to_stderr_and_say_what_is_wrong(typed, tmp_path, capsys):

@@ -13,12 +13,16 @@ from pst_ds.config.tasks import TASKS
 from pst_ds.errors import InputError
 
 _ZEROS = "0.9, and 0.5 for language models"
+_HELD_OUT = "the last 10 % of it"
+NO_VALIDATION = "none"
+"""What ``--validation`` names to hold nothing out."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="DIR", help="model folder, or a name on the hub")
     parser.add_argument("--train", metavar="FILE", help="JSONL, CSV, Parquet or text file to train on")
-    parser.add_argument("--validation", metavar="FILE", help="file that chooses the best checkpoint")
+    validation = "file that chooses the best checkpoint, or none (default: the last 10 %% of the training file)"
+    parser.add_argument("--validation", metavar="FILE", help=validation)
     parser.add_argument("--test", metavar="FILE", help="file for pst-ds eval and verify")
     parser.add_argument("--task", choices=tuple(TASKS), help="default: what the columns of the training file suggest")
     parser.add_argument("--text-columns", type=_names, metavar="COLUMN,...", help="one column, or two for pairs")
@@ -65,6 +69,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"{result['trained_parameters']:,} trained parameters, {result['num_steps']} steps over {result['examples']} "
         f"{result['unit']}"
     )
+    for remark in result["remarks"]:
+        print(remark)
     print(f"next: {chosen.plan_command(out)}; then {chosen.train_command(out)}")
     return result
 
@@ -81,7 +87,9 @@ def _complete(args: argparse.Namespace) -> None:
         args.model = _ask("model folder, or its name on the hub")
     if not args.train:
         args.train = _ask("file to train on (.jsonl, .csv, .parquet, .txt)", check=_file_problem)
-        args.validation = args.validation or _ask("file for validation", "none", check=_file_problem)
+        if not args.validation:
+            asked = _ask("file for validation, or none", _HELD_OUT, check=_file_problem)
+            args.validation = None if asked == _HELD_OUT else asked
     if args.sparsity is None and args.pattern is None and METHODS[args.method].masks != "none":
         asked = _ask("fraction of zeros at the end", _ZEROS, check=_share_problem)
         args.sparsity = None if asked == _ZEROS else float(asked)
@@ -90,8 +98,8 @@ def _complete(args: argparse.Namespace) -> None:
 
 
 def _ask(question: str, default: str = "", check: Callable[[str], str] = lambda answer: "") -> str:
-    """Return the answer, "" for the default "none". Raises InputError after three answers that ``check``, which is not
-    asked about the default, finds a problem with, or at the end of input."""
+    """Return the answer. Raises InputError after three answers that ``check``, which is not asked about the default,
+    finds a problem with, or at the end of input."""
     problem = ""
     for _ in range(3):
         print(f"{question}{f' [{default}]' if default else ''}: ", end="", file=sys.stderr, flush=True)
@@ -100,7 +108,7 @@ def _ask(question: str, default: str = "", check: Callable[[str], str] = lambda 
         if not line:
             break
         if answer and answer == default:
-            return "" if default == "none" else default
+            return default
         problem = check(answer) if answer else "an answer is needed"
         if not problem:
             return answer
@@ -109,7 +117,11 @@ def _ask(question: str, default: str = "", check: Callable[[str], str] = lambda 
 
 
 def _file_problem(answer: str) -> str:
-    return "" if Path(answer).is_file() else f"{answer!r} is no file (looked in {Path(answer).absolute()})"
+    from pst_ds.data.dataset import file_and_slice
+
+    if answer == NO_VALIDATION or Path(file_and_slice(answer)[0]).is_file():
+        return ""
+    return f"{answer!r} is no file (looked in {Path(answer).absolute()})"
 
 
 def _share_problem(answer: str) -> str:

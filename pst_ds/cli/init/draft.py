@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from pst_ds.cli.init.start import MANY_ZEROS, Settings, laid_over, with_start
+from pst_ds.cli.init import NO_VALIDATION
+from pst_ds.cli.init.held_out import with_validation
+from pst_ds.cli.init.start import MANY_ZEROS, Settings, laid_over, remark_on_dense_start, with_start
 from pst_ds.config.methods import METHODS
 from pst_ds.config.run import DataConfig, RunConfig
 from pst_ds.config.tasks import TASKS, TaskFacts
 from pst_ds.config.toml import run_from_table
 from pst_ds.core.patterns import parse_pattern
-from pst_ds.data.dataset import read_rows
+from pst_ds.data.dataset import file_and_slice, read_rows
 from pst_ds.data.model_limits import is_causal
+from pst_ds.data.plain_text import proposed_sample_by
 from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError
 from pst_ds.nn.inject import pst_layers
@@ -78,7 +81,12 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     room = (positions or _UNKNOWN_LIMIT) - (len(tokenizer(first.prompt.text)["input_ids"]) if first.prompt.text else 0)
     length = asked or min(first.task_facts.init_max_length, room)
     table = laid_over(table, "data", max_length=length)
-    examples = len(task.load(run_from_table(table).data, "train", tokenizer, labels))
+    held_out = ""
+    if not args.validation:
+        table, held_out = with_validation(table, task, tokenizer, labels)
+    data = run_from_table(table).data
+    training = task.load(data, "train", tokenizer, labels)
+    examples, remarks = len(training), [_remark_on_lines(data), held_out, task.remark(data, training)]
     batch_size = ranks * max(1, min(_BATCH_SIZE, examples) // ranks)  # a multiple of ranks, at most all examples
     batch_size = args.batch_size or batch_size
     table, length_reason = laid_over(table, "train", batch_size=batch_size), "as given"
@@ -95,6 +103,7 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     if (proposed := run_from_table(table)) != run:
         run, model = proposed, meta_model(proposed, labels, tokenizer)
     layers = pst_layers(model)
+    remarks += [remark_on_dense_start(run, model)]
     summary = {
         "task": run.task,
         "method": run.method,
@@ -106,10 +115,18 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
         "examples": examples,
         "unit": task.unit,
         "ranks": ranks,
+        "remarks": [remark for remark in remarks if remark],
     }
     names = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
     reasons = length_reason, _proposed_pattern(args, run.task)[1]
     return Chosen(table, run, labels, config.model_type, positions, has_accelerator, names, *reasons, summary)
+
+
+def _remark_on_lines(data: DataConfig) -> str:
+    if data.sample_by == "line":
+        return ""
+    file, _ = file_and_slice(data.train)
+    return f'{file}: its lines continue one another, so none is a document: data.sample_by = "{data.sample_by}"'
 
 
 def _has_small_update(run: RunConfig) -> bool:
@@ -173,11 +190,14 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Setti
     if facts.packs_text and not args.task:
         _require_labels_or_causal(args, features)
     data: Settings = {"train": args.train}
-    data |= {name: getattr(args, name) for name in ("validation", "test") if getattr(args, name)}
+    data |= {name: of for name in ("validation", "test") if (of := getattr(args, name)) and of != NO_VALIDATION}
     found = _conversations(features) if task == "chat" else []
     data["text_columns"] = args.text_columns or found or _text_columns(features, label_column, task, args.train)
     if facts.has_labels:
         data["label_column"] = label_column
+    plain = Path(file_and_slice(args.train)[0])
+    if facts.packs_text and plain.suffix.lower() == ".txt" and (proposed := proposed_sample_by(plain)) != "line":
+        data["sample_by"] = proposed
     if args.max_length:
         data["max_length"] = args.max_length
     epochs = {"num_epochs": facts.init_epochs if args.epochs is None else args.epochs}

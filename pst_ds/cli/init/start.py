@@ -10,6 +10,7 @@ from pst_ds.config.run import RunConfig
 from pst_ds.config.toml import run_from_table
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.errors import InputError
+from pst_ds.nn.base_model import pruning_record
 from pst_ds.train.one_shot.start import require_startable
 
 MANY_ZEROS = 0.85
@@ -35,7 +36,7 @@ def with_start(table: Settings, model: nn.Module, examples: int, *, any_pattern:
     """Return ``table`` with a start by ALPS where the run gains by it, and its model is of moderate size and can be
     pruned so; else as it is. With ``any_pattern`` where zeros lie is left to the start."""
     run = run_from_table(table)
-    if not gains_by_start(run) or sum(param.numel() for param in model.parameters()) > _MOST_WEIGHTS:
+    if not gains_by_start(run) or _is_large(model):
         return table
     began = _language_model(table, run, examples, any_pattern) if _writes(run) else _classifier(table, examples)
     try:
@@ -52,6 +53,24 @@ def gains_by_start(run: RunConfig) -> bool:
     if _writes(run):
         return run.pst.pattern in _PATTERNS or parse_pattern(run.pst.pattern).fixed_sparsity is not None
     return run.schedule.final_sparsity >= MANY_ZEROS and run.pst.pattern in _PATTERNS
+
+
+def remark_on_dense_start(run: RunConfig, model: nn.Module) -> str:
+    """Return a warning for a language model that is too large for a start by ALPS, and begins dense; "" for others."""
+    gains = _writes(run) and gains_by_start(run) and run.start.method == "none"
+    if not gains or not _is_large(model) or pruning_record(run.model.path):
+        return ""
+    fits = run.pst.pattern == "matrix" and run.schedule.final_sparsity <= _SHARES_FOR_ALL
+    return (
+        "the run prunes dense weights by their size, and by that a model of 135M weights ended at a perplexity of 99, "
+        "begun by ALPS at 43 (docs/pruning.md). A run of more than a billion weights does not begin so by itself: "
+        f"pst-ds prune RUN.toml --method alps --reconstruct 2 --samples {_SEQUENCES}{' --budgets saliency' * fits} "
+        '--out DIR, and then train with model.path = "DIR", method = "masked-lora" and pst.initial_mask = "zeros"'
+    )
+
+
+def _is_large(model: nn.Module) -> bool:
+    return sum(param.numel() for param in model.parameters()) > _MOST_WEIGHTS
 
 
 def _writes(run: RunConfig) -> bool:
