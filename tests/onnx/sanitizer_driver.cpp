@@ -1,10 +1,9 @@
 // Runs the loops behind the operators for ONNX Runtime on arrays of exactly their size, for a build with
-// -fsanitize=address,undefined, and compares every result with a loop written out. Prints what it found wrong.
-// Arguments: number of random cases, seed.
+// -fsanitize=address,undefined, and compares every result with a loop written out; then the operators themselves, as a
+// crafted file would describe them. Prints what it found wrong.
+// Arguments: number of random cases, seed, number of mutated attributes.
 
-#define PST_ONNX_WITHOUT_NODES
 #include "../../pst_ds/runtime/onnx/operators.cpp"
-#include "../../pst_ds/runtime/onnx/codes.hpp"
 
 #include <cstdio>
 #include <memory>
@@ -213,14 +212,17 @@ void attention(Random& random) {
 
 }  // namespace driver
 
+#include "mutated_nodes.hpp"
+
 int main(int argc, char** argv) {
-    if (argc != 3) return 2;
+    if (argc != 4) return 2;
     driver::Random random(std::strtoull(argv[2], nullptr, 10));
     for (int64_t i = 0; i < std::atoll(argv[1]); ++i) {
         driver::product(random);
         driver::normalization(random);
         driver::attention(random);
     }
+    driver::mutated_nodes(random, std::atoll(argv[3]));
     std::printf("%lld wrong\n", static_cast<long long>(driver::wrong));
     return driver::wrong != 0;
 }

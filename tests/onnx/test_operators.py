@@ -140,12 +140,6 @@ def test_training_rounds_inputs_as_products_do(run_node, grid):
     assert not torch.allclose(y.double(), x.double() @ dense.double().t(), rtol=1e-5, atol=1e-3)
 
 
-def test_inputs_have_8_bits_or_16(run_node):
-    form = QuantizedFormat("bitmask", Grid(8, None))
-    with pytest.raises(Exception, match="activations of SparseLinear have 8 bits or 16"):
-        product(run_node, torch.ones(1, 16), form, sparse(5, 16), activation_bits=4)
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(run_node, activation):
     x = torch.linspace(-30, 30, 400).view(400, 1) * torch.tensor([[1.0, 0.0, 0.1]])
@@ -226,6 +220,53 @@ def test_an_input_of_another_width_is_refused(run_node):
     constants = {1: parts["bitmask"].numpy(), 2: parts["compressed"].numpy()}
     with pytest.raises(Exception, match=r"x of SparseLinear is \(\.\.\., columns\) fp32"):
         run_node("SparseLinear", {0: np.zeros((2, 23), np.float32)}, constants, {"columns": 24})
+
+
+ZEROS = np.zeros((2, 3, 16), np.float32)
+VALID = {
+    "SparseLinear": (
+        {0: ZEROS}, {1: np.full((5, 2), 255, np.uint8), 2: np.zeros(80, np.float32)},
+        {"bits": 0, "columns": 16, "activation": 0, "activation_bits": 16},
+    ),
+    "SkipLayerNorm": ({0: ZEROS, 1: None, 2: ZEROS[0, 0]}, {}, {"epsilon": 1e-5}),
+    "Attention": (
+        dict.fromkeys(range(3), ZEROS), {},
+        {"heads": 2, "key_value_heads": 2, "head_size": 8, "q_offset": 0, "k_offset": 0, "v_offset": 0, "scale": 1.0},
+    ),
+    "Embedding": (
+        {0: np.zeros(3, np.int64)}, {1: np.zeros((4, 16), np.int8), 2: np.ones((4, 1), ml_dtypes.bfloat16)},
+        {"bits": 8, "columns": 16},
+    ),
+}  # fmt: skip
+"""Inputs, constants and attributes of a node of each operator."""
+
+
+WHOLE = [(name, key) for name, (*_, given) in VALID.items() for key in given if key not in ("epsilon", "scale")]
+
+
+@pytest.mark.parametrize("value", [-1, 3, 17, 2**31, 2**62, 2**63 - 32, -(2**63)])
+@pytest.mark.parametrize(("operator", "attribute"), WHOLE)
+def test_a_whole_number_out_of_bounds_is_refused_by_name(run_node, operator, attribute, value):
+    inputs, constants, attributes = VALID[operator]
+    run_node(operator, inputs, constants, attributes)
+    if value == 3 and attribute in ("activation", "head_size", "q_offset", "k_offset", "v_offset"):
+        value = 9  # 3 is within bounds
+    with pytest.raises(Exception, match=f"\\b{attribute} = {value}\\b"):
+        run_node(operator, inputs, constants, attributes | {attribute: value})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("operator", "attribute"), [("SkipLayerNorm", "epsilon"), ("Attention", "scale")])
+def test_what_is_no_finite_number_is_refused_by_name(run_node, operator, attribute, value):
+    inputs, constants, attributes = VALID[operator]
+    with pytest.raises(Exception, match=f"{operator}: {attribute} = -?(nan|inf) is not a finite number"):
+        run_node(operator, inputs, constants, attributes | {attribute: value})
+
+
+def test_keys_without_tokens_are_refused(run_node):
+    inputs = {0: ZEROS, 1: ZEROS[:, :0], 2: ZEROS[:, :0]}
+    with pytest.raises(Exception, match="k and v of Attention have no tokens"):
+        run_node("Attention", inputs, {}, VALID["Attention"][2])
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 30, 384])

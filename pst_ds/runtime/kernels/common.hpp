@@ -74,7 +74,9 @@ class Scratch {
     Scratch& operator=(const Scratch&) = delete;
     ~Scratch() { std::free(data_); }
 
+    // Null without so much memory.
     template <class C> C* get(int64_t count) {
+        if (count < 0 || count > (INT64_MAX - 63) / int64_t(sizeof(C))) return nullptr;
         size_t bytes = size_t(round_up(count * int64_t(sizeof(C)), 64));
         if (bytes > size_) {
             std::free(data_);

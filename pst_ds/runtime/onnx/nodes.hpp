@@ -1,115 +1,13 @@
 // The operators as ONNX Runtime sees them: their inputs, attributes and shapes, checked.
 #pragma once
 
-#include <stdexcept>
-#include <string>
-#include <vector>
+#include <cfloat>
 
 #include "codes.hpp"
 #include "functions.hpp"
+#include "node_inputs.hpp"
 
 namespace pst {
-
-// A failed call of the API, whose message the runtime has.
-struct Failed {
-    ort::Status* status;
-};
-
-inline void check(ort::Status* status) {
-    if (status) throw Failed{status};
-}
-
-// A tensor of the runtime, or nothing where an optional one is missing.
-struct Tensor {
-    void* data = nullptr;
-    int type = ort::ANY;
-    std::vector<int64_t> shape;
-
-    explicit operator bool() const { return data || !shape.empty(); }
-    int64_t numel() const {
-        int64_t count = 1;
-        for (int64_t size : shape) count *= size;
-        return count;
-    }
-    int64_t width() const { return shape.empty() ? 1 : shape.back(); }
-    int64_t rows() const { return width() ? numel() / width() : 0; }
-    template <class T> const T* as() const { return static_cast<const T*>(data); }
-};
-
-inline Tensor tensor_of(const ort::Api& api, const ort::Value* value) {
-    Tensor tensor;
-    if (!value) return tensor;
-    ort::ShapeInfo* info = nullptr;
-    check(api.shape_info(value, &info));
-    size_t rank = 0;
-    ort::Status* status = api.rank(info, &rank);
-    tensor.shape.resize(rank);
-    if (!status) status = api.sizes(info, tensor.shape.data(), rank);
-    if (!status) status = api.element_type(info, &tensor.type);
-    api.release(info);
-    check(status);
-    check(api.data(const_cast<ort::Value*>(value), &tensor.data));
-    return tensor;
-}
-
-inline void require(bool holds, const char* message) {
-    if (!holds) throw std::invalid_argument(message);
-}
-
-// What a node is made from.
-class Info {
-   public:
-    Info(const ort::Api& api, const ort::KernelInfo* info) : api(api), info_(info) {}
-    int64_t integer(const char* name, int64_t otherwise) const { return value(name, otherwise); }
-    float number(const char* name, float otherwise) const { return value(name, otherwise); }
-    Tensor constant(size_t index, const char* missing, bool may_miss = false) const {
-        size_t count = 0;
-        check(api.input_count(info_, &count));
-        int is_constant = 0;
-        const ort::Value* value = nullptr;
-        if (index < count) {
-            ort::Status* status = api.constant_input(info_, index, &is_constant, &value);
-            if (status) api.release(status), value = nullptr;  // an input left out
-        }
-        require(value || may_miss, missing);
-        return tensor_of(api, value);
-    }
-    const ort::Api& api;
-
-   private:
-    template <class T> T value(const char* name, T otherwise) const {
-        T found{};
-        ort::Status* status = api.attribute(info_, name, &found);
-        if (!status) return found;
-        api.release(status);
-        return otherwise;
-    }
-    const ort::KernelInfo* info_;
-};
-
-// What a node computes with.
-class Call {
-   public:
-    Call(const ort::Api& api, ort::KernelContext* context) : parallel{&api, context}, api_(api), context_(context) {}
-    Tensor input(size_t index) const {
-        const ort::Value* value = nullptr;
-        check(api_.input(context_, index, &value));
-        return tensor_of(api_, value);
-    }
-    // The memory of an output; null where nothing takes it.
-    float* output(size_t index, const std::vector<int64_t>& shape) const {
-        ort::Value* value = nullptr;
-        check(api_.output(context_, index, shape.data(), shape.size(), &value));
-        void* data = nullptr;
-        if (value) check(api_.data(value, &data));
-        return static_cast<float*>(data);
-    }
-    const Parallel parallel;
-
-   private:
-    const ort::Api& api_;
-    ort::KernelContext* context_;
-};
 
 // Whether inputs keep 16 bits whatever a node says.
 inline bool& exact_inputs() {
@@ -122,32 +20,32 @@ class SparseLinear {
     static constexpr const char* name = "SparseLinear";
     static constexpr size_t inputs = 5, required = 3, outputs = 1;
 
-    explicit SparseLinear(const Info& info) : activation_(info.integer("activation", 0)) {
+    explicit SparseLinear(const Info& info) : activation_(info.choice("activation", 0, {0, 1, 2, 3, 4, 5})) {
         const Tensor mask = info.constant(1, "SparseLinear takes its mask as a constant");
         const Tensor values = info.constant(2, "SparseLinear takes its values as a constant");
         const Tensor scales = info.constant(3, "", true), bias = info.constant(4, "", true);
-        const int64_t bits = info.integer("bits", 0), cols = info.integer("columns", 0);
-        const int64_t activation_bits = info.integer("activation_bits", 16);
-        require(activation_bits == 8 || activation_bits == 16, "the activations of SparseLinear have 8 bits or 16");
-        require(mask.shape.size() == 2 && mask.type == ort::UINT8 && cols > 0 && mask.width() == (cols + 7) / 8,
-                "the mask of SparseLinear is (rows, ceil(columns / 8)) bytes");
+        const int64_t bits = info.choice("bits", 0, {0, 4, 8}), cols = info.integer("columns", 0, 1);
+        const int64_t activation_bits = info.choice("activation_bits", 16, {8, 16});
+        require(mask.shape.size() == 2 && mask.type == ort::UINT8 && mask.width() == (cols + 7) / 8 && mask.shape[0] > 0 &&
+                    mask.shape[0] <= LARGEST_ATTRIBUTE,
+                "the mask of SparseLinear is (rows, ceil(columns / 8)) bytes, for columns = ", cols);
         Parts parts{Parts::FP32, values.data, values.numel(), mask.as<uint8_t>(), nullptr, 0, mask.shape[0], cols};
         if (bits) {
+            require(values.type == (bits == 8 ? ort::INT8 : ort::UINT8),
+                    "the codes of SparseLinear are int8, or uint8 for two of 4 bits; bits = ", bits);
             require(scales.type == ort::BFLOAT16 && scales.shape.size() == 2 && scales.shape[0] == parts.rows &&
                         scales.shape[1] > 0 && cols % scales.shape[1] == 0,
-                    "the scales of SparseLinear are (rows, groups) bf16, of groups that divide the columns");
-            require(bits == 8 ? values.type == ort::INT8 : bits == 4 && values.type == ort::UINT8,
-                    "the codes of SparseLinear are int8, or uint8 for two of 4 bits");
+                    "the scales of SparseLinear are (rows, groups) bf16, of groups that divide columns = ", cols);
             parts.kind = bits == 8 ? Parts::CODES8 : Parts::CODES4;
             parts.scales = scales.as<bf16>(), parts.groups = scales.shape[1];
         } else {
-            require(values.type == ort::FLOAT || values.type == ort::BFLOAT16, "the values of SparseLinear are fp32 or bf16");
+            require(values.type == ort::FLOAT || values.type == ort::BFLOAT16, "the values of SparseLinear are fp32 or bf16, for bits = 0");
             if (values.type == ort::BFLOAT16) parts.kind = Parts::BF16;
         }
         rows_ = parts.rows, columns_ = parts.cols;
         const bool in_bytes = activation_bits == 8 && !exact_inputs(), expands = CodeProduct::pays(parts, in_bytes);
         const bool fits = expands ? codes_.make(parts, in_bytes) : entries_.make(parts, operators().panel);
-        require(fits, "the mask of SparseLinear keeps another number of values than there are");
+        require(fits, "the mask of SparseLinear keeps another number of values than there are, for columns = ", cols);
         if (bias) {
             require(bias.type == ort::FLOAT && bias.numel() == parts.rows, "the bias of SparseLinear is (rows,) fp32");
             bias_.assign(bias.as<float>(), bias.as<float>() + parts.rows);
@@ -178,7 +76,7 @@ class SkipLayerNorm {
     static constexpr const char* name = "SkipLayerNorm";
     static constexpr size_t inputs = 4, required = 1, outputs = 2;
 
-    explicit SkipLayerNorm(const Info& info) : epsilon_(info.number("epsilon", 1e-5f)) {}
+    explicit SkipLayerNorm(const Info& info) : epsilon_(info.number("epsilon", 1e-5f, 0)) {}
 
     void compute(const Call& call) const {
         const Tensor x = call.input(0), skip = call.input(1), gain = call.input(2), shift = call.input(3);
@@ -208,32 +106,37 @@ class Attention {
     static constexpr size_t inputs = 4, required = 3, outputs = 1;
 
     explicit Attention(const Info& info)
-        : heads_(info.integer("heads", 0)), key_value_heads_(info.integer("key_value_heads", 0)),
-          head_(info.integer("head_size", 0)), q_at_(info.integer("q_offset", 0)), k_at_(info.integer("k_offset", 0)),
-          v_at_(info.integer("v_offset", 0)), scale_(info.number("scale", 1.0f)) {
-        require(heads_ > 0 && key_value_heads_ > 0 && head_ > 0 && heads_ % key_value_heads_ == 0 && q_at_ >= 0 &&
-                    k_at_ >= 0 && v_at_ >= 0,
-                "Attention has heads, key_value_heads that divide them, and a head_size");
+        : heads_(info.integer("heads", 0, 1)), key_value_heads_(info.integer("key_value_heads", 0, 1)),
+          head_(info.integer("head_size", 0, 1)), q_at_(info.integer("q_offset", 0, 0)), k_at_(info.integer("k_offset", 0, 0)),
+          v_at_(info.integer("v_offset", 0, 0)), scale_(info.number("scale", 1.0f, -FLT_MAX)) {
+        require(heads_ % key_value_heads_ == 0, "Attention: key_value_heads = ", key_value_heads_,
+                " does not divide heads = ", heads_);
     }
 
     void compute(const Call& call) const {
         const Tensor q = call.input(0), k = call.input(1), v = call.input(2), mask = call.input(3);
-        require(fits(q, q_at_, heads_) && fits(k, k_at_, key_value_heads_) && fits(v, v_at_, key_value_heads_) &&
-                    q.shape[0] == k.shape[0] && k.shape[0] == v.shape[0] && k.shape[1] == v.shape[1],
-                "q, k and v of Attention are (batch, tokens, heads x head_size) fp32");
+        require_heads(q, "q", q_at_, "heads", heads_);
+        require_heads(k, "k", k_at_, "key_value_heads", key_value_heads_);
+        require_heads(v, "v", v_at_, "key_value_heads", key_value_heads_);
+        require(q.shape[0] == k.shape[0] && k.shape[0] == v.shape[0] && k.shape[1] == v.shape[1],
+                "q, k and v of Attention are of one batch, k and v of as many tokens");
         AttentionCall job{};
         job.batch = q.shape[0], job.queries = q.shape[1], job.keys = k.shape[1];
         job.heads = heads_, job.key_value_heads = key_value_heads_, job.head = head_, job.scale = scale_;
         job.q_width = q.width(), job.k_width = k.width(), job.v_width = v.width(), job.y_width = heads_ * head_;
-        job.q = q.as<float>() + q_at_, job.k = k.as<float>() + k_at_, job.v = v.as<float>() + v_at_;
         if (mask) add_mask(mask, job);
         job.y = call.output(0, {job.batch, job.queries, job.y_width});
-        if (job.y && job.batch && job.queries && !operators().attention(job, call.parallel)) throw std::bad_alloc();
+        if (!job.y || !job.batch || !job.queries) return;
+        require(job.keys > 0, "k and v of Attention have no tokens");
+        job.q = q.as<float>() + q_at_, job.k = k.as<float>() + k_at_, job.v = v.as<float>() + v_at_;
+        if (!operators().attention(job, call.parallel)) throw std::bad_alloc();
     }
 
    private:
-    bool fits(const Tensor& x, int64_t at, int64_t heads) const {
-        return x.type == ort::FLOAT && x.shape.size() == 3 && x.width() >= at + heads * head_;
+    void require_heads(const Tensor& x, const char* name, int64_t at, const char* of, int64_t heads) const {
+        require(x.type == ort::FLOAT && x.shape.size() == 3, name, " of Attention is (batch, tokens, columns) fp32");
+        require(x.width() >= at + heads * head_, name, " of Attention has ", x.width(), " columns: too few for ", of, " = ",
+                heads, " of head_size = ", head_, " from ", name, "_offset = ", at, " on");
     }
     void add_mask(const Tensor& mask, AttentionCall& job) const {
         const std::vector<int64_t> whole{job.batch, job.heads, job.queries, job.keys};
@@ -254,18 +157,17 @@ class Embedding {
     static constexpr const char* name = "Embedding";
     static constexpr size_t inputs = 3, required = 2, outputs = 1;
 
-    explicit Embedding(const Info& info) : bits_(info.integer("bits", 0)), width_(info.integer("columns", 0)) {
+    explicit Embedding(const Info& info)
+        : bits_(info.choice("bits", 0, {4, 8, 16})), width_(info.integer("columns", 0, 1)) {
         values_ = info.constant(1, "Embedding takes its values as a constant");
         scales_ = info.constant(2, "", true);
-        require(bits_ == 16  ? values_.type == ort::BFLOAT16
-                : bits_ == 8 ? values_.type == ort::INT8
-                             : bits_ == 4 && values_.type == ort::UINT8,
-                "the values of Embedding are bf16, int8 codes, or uint8 for two codes of 4 bits");
-        require(values_.shape.size() == 2 && width_ > 0 && values_.width() == (bits_ == 4 ? (width_ + 1) / 2 : width_),
-                "the values of Embedding are (tokens, columns)");
+        require(values_.type == (bits_ == 16 ? ort::BFLOAT16 : bits_ == 8 ? ort::INT8 : ort::UINT8),
+                "the values of Embedding are bf16, int8 codes, or uint8 for two codes of 4 bits; bits = ", bits_);
+        require(values_.shape.size() == 2 && values_.width() == (bits_ == 4 ? (width_ + 1) / 2 : width_),
+                "the values of Embedding are (tokens, columns), of columns = ", width_);
         require(bits_ == 16 || (scales_.type == ort::BFLOAT16 && scales_.shape.size() == 2 && scales_.width() > 0 &&
                                 scales_.shape[0] == values_.shape[0] && width_ % scales_.width() == 0),
-                "the scales of Embedding are (tokens, groups) bf16, of groups that divide the columns");
+                "the scales of Embedding are (tokens, groups) bf16, of groups that divide columns = ", width_);
     }
 
     void compute(const Call& call) const {
@@ -341,7 +243,7 @@ template <class Node> ort::Operator describe() {
     op.last_version = [](const ort::Operator*) { return 1 << 30; };
     op.create_kernel_v2 = [](const ort::Operator*, const void* table, const ort::KernelInfo* info, void** out) {
         const ort::Api api(table);
-        return guarded(api, [&] { *out = new Kernel<Node>{api, Node(Info(api, info))}; });
+        return guarded(api, [&] { *out = new Kernel<Node>{api, Node(Info(api, info, Node::name))}; });
     };
     op.compute_v2 = [](void* kernel, ort::KernelContext* context) {
         const auto* self = static_cast<const Kernel<Node>*>(kernel);

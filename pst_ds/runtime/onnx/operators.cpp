@@ -79,7 +79,6 @@ inline const OperatorTable& operators() {
 
 }  // namespace pst
 
-#ifndef PST_ONNX_WITHOUT_NODES  // for tests of what is above
 #include "nodes.hpp"
 
 extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
@@ -92,4 +91,3 @@ extern "C" __attribute__((visibility("default"))) int pst_onnx_level() { return 
 
 // Whether sessions that are opened from now on take 16 bits where their graph allows 8: for comparisons.
 extern "C" __attribute__((visibility("default"))) void pst_onnx_exact_inputs(int exact) { pst::exact_inputs() = exact != 0; }
-#endif

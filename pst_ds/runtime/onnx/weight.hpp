@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -149,6 +150,7 @@ class Stream {
             if (of_row.size() / words % 2) of_row.insert(of_row.end(), words, 0);
             count += of_row.size();
         }
+        if (count > UINT32_MAX) throw std::length_error("a weight of SparseLinear has more than 2^32 entries");
         words_.reserve(count), starts_.reserve(size_t(rows * chunks + 1)), order_.reserve(size_t(rows * chunks));
         const auto of = [&](int64_t c, int64_t row) -> const std::vector<uint32_t>& { return found[size_t(row * chunks + c)]; };
         for (int64_t c = 0; c < chunks; ++c)
