@@ -121,8 +121,8 @@ def _adds_space(table: JsonTable) -> bool:
 def _chat_templates(tokenizer: Any) -> list[dict[str, str]]:
     """Return names and texts of the chat templates.
 
-    ``{% generation %}``, a tag that marks answers in training, is an extension of transformers: plain Jinja rejects it.
-    ``{% if true %}`` renders the same.
+    ``{% generation %}``, a tag that marks answers in training, is an extension of transformers. Plain Jinja rejects it,
+    and older llama-cpp-python does not load such a file (its issue 2225). ``{% if true %}`` renders the same.
     """
     found = tokenizer.chat_template or {}
     named = {"default": found} if isinstance(found, str) else found
