@@ -48,6 +48,11 @@ class Chart:
     series: list[Series]
 
     @property
+    def has_curve(self) -> bool:
+        """Whether there is more to draw than single points."""
+        return any(len(one.points) > 1 for one in self.series)
+
+    @property
     def step_ticks(self) -> list[Tick]:
         return self.steps.ticks(5)
 

@@ -17,7 +17,7 @@ from pst_ds.report.layer_pictures import heat_maps, layer_pictures
 from pst_ds.report.layer_table import layer_table
 from pst_ds.report.outcomes import ExportData
 from pst_ds.report.run_data import RunData
-from pst_ds.report.tables import Table, result_table, setting_tables
+from pst_ds.report.tables import Table, measured_once_table, result_table, setting_tables
 
 T = TypeVar("T")
 TEMPLATES = Path(__file__).parent / "templates"
@@ -44,6 +44,7 @@ def page(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
+    all_charts = list(charts(runs))
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     return environment.get_template("report.html").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
@@ -58,7 +59,8 @@ def page(
         results=result_table(runs),
         verdicts=[(run, text) for run in runs if (text := sentence(run.result.get("fit")))],
         settings=list(setting_tables(runs)),
-        charts=list(charts(runs)),
+        charts=[chart for chart in all_charts if chart.has_curve],
+        measured_once=measured_once_table([chart for chart in all_charts if not chart.has_curve]),
         heat_maps=_in_rows([[(run, heat_map) for heat_map in heat_maps(run)] for run in runs]),
         expert_maps=[row for run in runs if (row := [(run, heat_map) for heat_map in expert_maps(run)])],
         layers=layer_table(runs, {key: shape for export in exports for key, shape in export.shapes.items()}),

@@ -13,6 +13,7 @@ from pst_ds.core.experts.tokens import hardly_used
 from pst_ds.monitor.curves import DENSE, EVALUATION, is_number
 from pst_ds.progress import duration_text
 from pst_ds.report.axes import short, whole
+from pst_ds.report.charts import Chart
 from pst_ds.report.run_data import RunData
 from pst_ds.text_table import bytes_text
 
@@ -105,6 +106,17 @@ def _final_metrics(run: RunData) -> dict[str, float | None]:
     curves = [name for name in run.curves if name.startswith(EVALUATION) and not name.endswith(DENSE)]
     names = [name.removeprefix(EVALUATION) for name in curves]
     return run.result.get("metrics") or {name: run.last(EVALUATION + name) for name in names}
+
+
+def measured_once_table(charts: Sequence[Chart]) -> Table | None:
+    """Tabulate charts of single points, if there are any."""
+    rows = [
+        [Cell(chart.title), Cell(one.label), number(step, whole), number(value)]
+        for chart in charts
+        for one in chart.series
+        for step, value in one.points
+    ]
+    return Table("Measured once", ["", "of", "step", "value"], rows) if rows else None
 
 
 def setting_tables(runs: Sequence[RunData]) -> Iterator[Table]:

@@ -80,11 +80,30 @@ def test_the_page_is_whole_and_refers_to_nothing_outside(a_run, report, names):
 def test_every_drawing_has_a_name_and_every_heading_a_scope(a_run, report):
     document = Document(report(a_run("one")))
     plots = [attributes for tag, attributes in document.tags if tag == "svg" and attributes.get("class") == "plot"]
-    assert len(plots) == 7 + 2
+    assert len(plots) == 5 + 2
     assert all(attributes["role"] == "img" and attributes["aria-label"] for attributes in plots)
     assert document.count("title") == 1 + len(plots)
     assert all(attributes["alt"] for tag, attributes in document.tags if tag == "img")
     assert all(attributes.get("scope") for tag, attributes in document.tags if tag == "th")
+
+
+def test_what_was_measured_once_is_a_number_and_no_chart(write_run, report):
+    once = {"step": 200, "event": "evaluation", "eval/accuracy": 0.8512, "eval/loss": 0.25}
+    steps = [{"step": step, "event": "step", "loss": 1.0 / step} for step in (1, 200)]
+    text = report(write_run("one", metrics=[*steps, once]))
+    assert re.findall(r'aria-label="(.*) by step"', text) == ["Loss"]
+    row = r"Evaluation: accuracy</th><td>one</td>\s*<td [^>]*>200</td>\s*<td [^>]*>0.8512</td>"
+    assert re.search(row, text)
+    assert Document(text).texts.count("Measured once") == 1
+    text = report(write_run("two", metrics=[once]), write_run("three", metrics=[{**once, "step": 300}]))
+    assert "by step" not in text
+    assert re.findall(r"Evaluation: loss</th><td>(\w+)</td>\s*<td [^>]*>(\d+)<", text) == [
+        ("two", "200"),
+        ("three", "300"),
+    ]
+    text = report(write_run("four", metrics=[once, {**once, "step": 300}]))
+    assert re.findall(r'aria-label="(.*) by step"', text) == ["Evaluation: accuracy", "Evaluation: loss"]
+    assert "Measured once" not in text
 
 
 def test_only_our_script_may_run(a_run, report):
