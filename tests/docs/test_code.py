@@ -6,17 +6,21 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import itertools
 import tomllib
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
+import torch
 
+from pst_ds.cli.main import main
 from pst_ds.config.toml import run_from_table
+from pst_ds.nn.inject import pst_layers
 from pst_ds.planning.machine_file import read_machine
 from pst_ds.planning.machines import Machine
 
-from .pages import PAGES, Block, all_blocks, blocks
+from .pages import PAGES, ROOT, Block, all_blocks, blocks, commands
 
 EXTRAS = ("trl", "openai")
 """Modules of extras that tests do without."""
@@ -71,6 +75,27 @@ def _require_fit(function: Any, call: ast.Call) -> None:
         return  # f(...): the arguments are left out
     named = {keyword.arg: None for keyword in call.keywords if keyword.arg}
     inspect.signature(function).bind(*([None] * len(call.args)), **named)
+
+
+def test_a_script_trains_under_the_zeros_of_a_pruned_model(tmp_path, monkeypatch, capsys):
+    bash, script = blocks("docs/in-your-script.md"), "initial_mask="
+    prune = next(before for before, after in itertools.pairwise(bash) if script in after.text)
+    code = next(block for block in bash if script in block.text)
+    monkeypatch.chdir(tmp_path)
+    train = ("--train", str(ROOT / "tests/data/train.jsonl"), "--task", "causal-lm", "--method", "lora")
+    assert main(["init", str(ROOT / "tests/data/tiny-llama"), *train]) == 0
+    ((_, *words),) = commands(prune)
+    assert main([word.replace("64", "4") for word in words]) == 0
+    names: dict[str, Any] = {}
+    exec(compile(code.text, str(code), "exec"), names)
+    model, optimizer, masks = names["model"], names["optimizer"], names["masks"]
+    kept = [layer.weight != 0 for layer in pst_layers(model).values()]
+    model(input_ids=torch.arange(3, 9)[None], labels=torch.arange(3, 9)[None]).loss.backward()
+    optimizer.step()
+    masks.after_step(optimizer)
+    assert masks.masks.sparsity == pytest.approx(0.5, abs=0.01)
+    assert all(not layer.masked_weight()[~of].any() for layer, of in zip(pst_layers(model).values(), kept, strict=True))
+    assert any((layer.masked_weight() != layer.weight).any() for layer in pst_layers(model).values())
 
 
 def test_every_block_says_its_language():
