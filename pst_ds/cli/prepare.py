@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     from pst_ds.data.conversations import read_template
+    from pst_ds.data.plain_text import is_wrapped
     from pst_ds.data.preparation.pieces import Reading
     from pst_ds.data.preparation.prepare import as_result, plan_store, prepare_store
 
@@ -60,6 +62,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         revision=args.revision,
     )  # fmt: skip
     plan = plan_store(args.sources, tokenizer, reading, count_bytes=args.count_bytes, piece_bytes=args.shard_bytes)
+    if args.sample_by == "line" and (path := next(filter(is_wrapped, plan.plain_files), None)):
+        fix = "--sample-by document keeps them together"
+        print(f"note: {path}: its lines continue one another, and each becomes a document; {fix}", file=sys.stderr)
     workers = args.workers or min(64, len(os.sched_getaffinity(0)))
     manifest = prepare_store(plan, tokenizer, Path(args.out), num_workers=workers, force=args.force)
     seconds = time.perf_counter() - start

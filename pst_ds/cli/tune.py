@@ -41,7 +41,10 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     config = load_run(args.run, args.set)
     out = Path(args.out) if args.out else Path(args.run).with_suffix(".tuned.toml")
     if not config.data.validation:
-        raise ConfigError("data.validation is missing: the trials are compared on it; name a validation file or split")
+        raise ConfigError(
+            "data.validation is missing: the trials are compared on it; name a validation file or split, or a part of "
+            'the training file: data.train = "a.csv[:90%]", data.validation = "a.csv[90%:]"'
+        )
     if out.exists() and not args.force:
         raise InputError(f"--out {str(out)!r} exists; --force writes over it, or name another file")
     require_writable(out, f"--out {str(out)!r}")

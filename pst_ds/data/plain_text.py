@@ -20,9 +20,14 @@ _EMPTY_LINES, _LINES_OF_PARAGRAPH = 0.1, 1.5
 
 def proposed_sample_by(path: Path) -> str:
     """Return the ``data.sample_by`` for a .txt file, by a sample of its lines."""
-    if not lines_belong_together(sampled_lines(path)):
+    if not is_wrapped(path):
         return "line"
     return "document" if path.stat().st_size <= DOCUMENT_BYTES else "paragraph"
+
+
+def is_wrapped(path: Path) -> bool:
+    """Return whether the lines of a file are parts of a longer text, by a sample of them."""
+    return lines_belong_together(sampled_lines(path))
 
 
 def lines_belong_together(lines: Sequence[str]) -> bool:
@@ -38,8 +43,8 @@ def lines_belong_together(lines: Sequence[str]) -> bool:
     has_groups = len(lines) - len(filled) >= _EMPTY_LINES * len(lines) and len(filled) >= _LINES_OF_PARAGRAPH * groups
     full = sum(len(line) >= 0.8 * width for line in filled)
     runs_on = sum(not line.endswith(_SENTENCE_ENDS) and not after[0].isupper() for line, after in pairwise(filled))
-    is_wrapped = full >= _FULL_LINES * len(filled) and runs_on >= _RUN_ON_LINES * len(filled)
-    return has_groups or is_wrapped
+    fills_lines = full >= _FULL_LINES * len(filled) and runs_on >= _RUN_ON_LINES * len(filled)
+    return has_groups or fills_lines
 
 
 def sampled_lines(path: Path) -> list[str]:

@@ -53,3 +53,13 @@ def test_wrong_input_is_one_message(tmp_path, texts, options, words, capsys):
     message = capsys.readouterr().err
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(("options", "is_noted"), [((), True), (("--sample-by", "document"), False)])
+def test_a_book_of_which_each_line_becomes_a_document_is_noted(tmp_path, alone, capsys, options, is_noted):
+    book = tmp_path / "book.txt"
+    book.write_text("the film was fine and the plot was warm ,\nand the film and the plot were dull .\n\n" * 30)
+    (tmp_path / "other.txt").write_text("the film\n" * 30)
+    out = ("--tokenizer", "tests/data/tiny-llama", "--out", str(tmp_path / "store"), "--workers", "1")
+    assert main(["prepare", str(tmp_path / "other.txt"), str(book), *out, *options]) == 0
+    assert (f"note: {book}: its lines continue one another" in capsys.readouterr().err) is is_noted

@@ -51,6 +51,17 @@ def test_the_trainer_s_logs_have_the_sparsity_of_every_step(base, data, tmp_path
     assert not any(layer.scores_train for layer in pst_layers(model).values())
 
 
+def test_the_trainer_keeps_the_zeros_of_a_pruned_model(base, data, tmp_path):
+    pruned = AutoModelForSequenceClassification.from_pretrained(base)
+    for layer in pruned.bert.encoder.layer:
+        layer.output.dense.weight.data[:, ::2] = 0.0
+    model = inject_pst(pruned, PSTConfig(initial_mask="zeros", target_modules=["output.dense"]))
+    kept = [layer.weight != 0 for layer in pst_layers(model).values()]
+    sparsity = 1.0 - sum(int(of.sum()) for of in kept) / sum(of.numel() for of in kept)
+    pst_trainer(model, data, tmp_path, callbacks=[PSTCallback(OneShotSchedule(sparsity))]).train()
+    assert all(map(torch.equal, (layer.masked_weight() != 0 for layer in pst_layers(model).values()), kept))
+
+
 def test_a_callback_that_is_added_later_is_refused(base, data, tmp_path):
     model = pst_model(base)
     trainer = Trainer(model, pst_arguments(tmp_path), train_dataset=data, optimizers=(pst_optimizer(model), None))

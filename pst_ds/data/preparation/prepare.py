@@ -45,6 +45,13 @@ class Preparation:
     count_bytes: bool
 
     @property
+    def plain_files(self) -> list[Path]:
+        """Local plain text files without compression."""
+        spans = (span for piece in self.pieces for span in piece)
+        plain = (of.path for of in spans if of.kind == "text" and not of.compression and "://" not in of.path)
+        return [Path(path) for path in dict.fromkeys(plain)]
+
+    @property
     def num_bytes(self) -> int:
         """About the bytes to read."""
         return sum(span.num_bytes for piece in self.pieces for span in piece)
