@@ -12,7 +12,7 @@ from pst_ds.core.one_shot.saliency import LEAST_KEPT, saliency_scores, score_his
 from pst_ds.core.select import prune_count
 from pst_ds.errors import InputError
 from pst_ds.prune.blocks import block_of, find_blocks
-from pst_ds.prune.budgets import is_movable, ranked_together, share_of
+from pst_ds.prune.budgets import ranked_together, require_movable, share_of
 from pst_ds.prune.output_gradients import LayerNorms, layer_norms
 from pst_ds.prune.replay import Batch
 from pst_ds.prune.rules import LayerRule
@@ -40,10 +40,7 @@ def rules_by_saliency(
     FloatingPointError, naming the layer, for what is not finite.
     """
     model.eval()
-    movable = [rule for rule in rules if is_movable(rule)]
-    stacked = next((rule.target.name for rule in movable if rule.target.is_stack), None)
-    if stacked is not None:
-        raise InputError(f"{stacked} is a stack of experts, which --budgets saliency does not go through; choose owl")
+    movable = require_linear(rules)
     stack, blocks = find_blocks(model, [rule.target.name for rule in movable])
     of_blocks: list[dict[str, nn.Module]] = [{} for _ in blocks]
     for rule in movable:
@@ -66,6 +63,17 @@ def rules_by_saliency(
         for rule, count, size in zip(movable, counts, sizes, strict=True)
     }
     return [moved.get(rule.target.name, rule) for rule in rules]
+
+
+def require_linear(rules: Sequence[LayerRule]) -> list[LayerRule]:
+    """Return those of the ``rules`` whose shares of zeros may move. Raises InputError for none, and for experts."""
+    movable = require_movable(rules, "saliency")
+    stacked = next((rule.target.name for rule in movable if rule.target.is_stack), None)
+    if stacked is not None:
+        raise InputError(
+            f'budgets = "saliency" needs linear layers, and {stacked} is a stack of experts; choose budgets "owl"'
+        )
+    return movable
 
 
 def _factors(rule: LayerRule, norms: LayerNorms) -> Tensor | None:

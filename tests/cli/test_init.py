@@ -14,6 +14,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from pst_ds.cli import init
 from pst_ds.cli.init import start
@@ -21,6 +22,7 @@ from pst_ds.cli.init.text import deepspeed_settings
 from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
 from pst_ds.tune import trials
+from tests.nn.expert_families import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 BERT, LLAMA, TRAIN = "tests/data/tiny-bert", "tests/data/tiny-llama", "tests/data/train.jsonl"
@@ -166,6 +168,21 @@ def test_a_language_model_begins_by_alps_with_all_its_zeros(made, capsys, more, 
     assert (table["pst"]["frozen_magnitude"], table["pst"]["update_init"]) == (True, "lora")
     assert ("in all pruned matrices together" in out.read_text()) is (pattern == "global")
     assert _planned(capsys, out)["num_steps"] > 0
+
+
+def test_a_mixture_of_experts_begins_by_alps_with_equal_shares(made, tmp_path, monkeypatch):
+    """Shares by saliency do not go through stacks of experts."""
+    base = tmp_path / "base"
+    tiny_model("qwen3_moe").save_pretrained(base)
+    AutoTokenizer.from_pretrained(LLAMA).save_pretrained(base)
+    flags = (str(base), "--train", TRAIN, "--task", "causal-lm", "--max-length", "32", "--force")
+    _, table, _ = made(*flags)
+    assert (table["start"]["method"], table["start"].get("budgets")) == ("alps", None)
+    assert table["pst"]["pattern"] == "matrix"
+    monkeypatch.setattr(start, "_MOST_WEIGHTS", 1000)
+    _, _, result = made(*flags)
+    (said,) = [remark for remark in result["remarks"] if "--method alps" in remark]
+    assert "--budgets" not in said
 
 
 @pytest.mark.parametrize("more", [("--pattern", "4x4"), ("--method", "gmp"), ("--pattern", "stack")])

@@ -11,6 +11,7 @@ from pst_ds.config.toml import run_from_table
 from pst_ds.core.patterns import parse_pattern
 from pst_ds.errors import InputError
 from pst_ds.nn.base_model import pruning_record
+from pst_ds.nn.experts import expert_stacks
 from pst_ds.train.one_shot.start import require_startable
 
 MANY_ZEROS = 0.85
@@ -38,12 +39,20 @@ def with_start(table: Settings, model: nn.Module, examples: int, *, any_pattern:
     run = run_from_table(table)
     if not gains_by_start(run) or _is_large(model):
         return table
-    began = _language_model(table, run, examples, any_pattern) if _writes(run) else _classifier(table, examples)
+    if _writes(run):
+        shares = (True, False) if any_pattern and run.schedule.final_sparsity <= _SHARES_FOR_ALL else (False,)
+        proposed = [_language_model(table, run, examples, by_saliency) for by_saliency in shares]
+    else:
+        proposed = [_classifier(table, examples)]
+    return next(filter(_is_startable, proposed), table)
+
+
+def _is_startable(table: Settings) -> bool:
     try:
-        require_startable(run_from_table(began))
+        require_startable(run_from_table(table))
     except InputError:
-        return table
-    return began
+        return False
+    return True
 
 
 def gains_by_start(run: RunConfig) -> bool:
@@ -60,7 +69,7 @@ def remark_on_dense_start(run: RunConfig, model: nn.Module) -> str:
     gains = _writes(run) and gains_by_start(run) and run.start.method == "none"
     if not gains or not _is_large(model) or pruning_record(run.model.path):
         return ""
-    fits = run.pst.pattern == "matrix" and run.schedule.final_sparsity <= _SHARES_FOR_ALL
+    fits = run.pst.pattern == "matrix" and run.schedule.final_sparsity <= _SHARES_FOR_ALL and not expert_stacks(model)
     return (
         "the run prunes dense weights by their size, and by that a model of 135M weights ended at a perplexity of 99, "
         "begun by ALPS at 43 (docs/pruning.md). A run of more than a billion weights does not begin so by itself: "
@@ -84,10 +93,10 @@ def _classifier(table: Settings, examples: int) -> Settings:
     return laid_over(table, "schedule", initial_sparsity=_START_SPARSITY)
 
 
-def _language_model(table: Settings, run: RunConfig, examples: int, any_pattern: bool) -> Settings:
+def _language_model(table: Settings, run: RunConfig, examples: int, by_saliency: bool) -> Settings:
     """All zeros are the start's, and PST makes up for them: docs/pruning.md, "Language models"."""
     table = laid_over(table, "start", method="alps", samples=min(_SEQUENCES, examples), reconstruct=2)
-    if any_pattern and run.schedule.final_sparsity <= _SHARES_FOR_ALL:
+    if by_saliency:
         table = laid_over(table, "start", budgets="saliency")
         table = laid_over(table, "pst", pattern="global")
     update: Settings = {"update_rank": 16, "update_init": "lora", "update_init_scale": 1.0}

@@ -24,13 +24,13 @@ from pst_ds.export.plan import require_space
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.targets import find_targets
 from pst_ds.parallel.launch import LaunchEnvironment, device_of
-from pst_ds.prune.budgets import require_movable, require_room, rules_by_outliers
+from pst_ds.prune.budgets import require_room, rules_by_outliers
 from pst_ds.prune.folder import load_base, record_of, require_free, scales_of, write_folder
 from pst_ds.prune.layer import PrunedLayer
 from pst_ds.prune.model import prune_model
 from pst_ds.prune.replay import Batch
 from pst_ds.prune.rules import LayerRule, layer_rules, settings_for, share_of_zeros
-from pst_ds.prune.saliency import rules_by_saliency
+from pst_ds.prune.saliency import require_linear, rules_by_saliency
 from pst_ds.train.model import attention_options, load_tokenizer
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def rules_for(model: PreTrainedModel, run: RunConfig, asked: Pruning) -> tuple[P
     if asked.budgets == "owl":
         require_room(rules, asked.outlier_spread)
     if asked.budgets == "saliency":
-        require_movable(rules, "saliency")
+        require_linear(rules)
     return settings, share, rules
 
 
