@@ -41,7 +41,7 @@ def input_names(model: Any) -> list[str]:
     """Return the inputs of a model's graph: those of :data:`INPUTS` that its forward takes, and has a table for."""
     takes = inspect.signature(model.forward).parameters
     names = [name for name in INPUTS if name in takes]
-    if getattr(model.config, "type_vocab_size", 0) == 0:
+    if getattr(model.config, "type_vocab_size", 0) < 2:  # of one type, as RoBERTa's, 0 is the only choice
         names = [name for name in names if name != "token_type_ids"]
     return names
 
@@ -98,6 +98,11 @@ def _trace(model: Any, outputs: Sequence[str]) -> ir.Model:
         except torch.onnx.OnnxExporterError as error:
             raise ExportError(f"{type(model).__name__} cannot be written as a graph: {_cause(error)}") from error
     assert program is not None
+    if any(isinstance(size, int) for value in program.model.graph.inputs for size in value.shape or ()):
+        raise ExportError(
+            f"{type(model).__name__} cannot be written as a graph: torch's exporter fixes its number of tokens; use "
+            "--format bitmask"
+        )
     return program.model
 
 

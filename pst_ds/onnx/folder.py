@@ -21,6 +21,7 @@ from pst_ds.export.manifest import MANIFEST_FILE, ExportError, JsonTable
 from pst_ds.export.prompt_file import PROMPT_FILE
 from pst_ds.hf.config import PackedWeightsConfig
 from pst_ds.hf.tables import stored_tables
+from pst_ds.nn.model_structure import is_experts
 from pst_ds.onnx.nodes import Table
 from pst_ds.runtime.dense import narrowed
 
@@ -54,6 +55,10 @@ def write_onnx(
     model, reference = _load(packed, "dense" if plain else "sparse"), _load(packed, "dense")
     if getattr(reference.config, "is_encoder_decoder", False) or "input_ids" not in input_names(reference):
         raise ExportError(f"{type(reference).__name__} does not read one sequence of tokens; use --format bitmask")
+    if any(is_experts(module) for module in reference.modules()):
+        raise ExportError(
+            f"{type(reference).__name__} has experts, and a graph cannot choose them by token; use --format bitmask"
+        )
     outputs = _output_names(reference)
     graph = plain_graph(model, outputs) if plain else sparse_graph(model, _tables(packed, model), outputs)
     kept = {key: facts[key] for key in ("values", "group", "embeddings", "sparsity_measured") if facts.get(key)}

@@ -74,7 +74,12 @@ def _rows_behind(value: ir.Value) -> ir.Value | None:
 
 
 def _as_rows(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
-    """Put the heads ``value``, (batch, heads, tokens, size), side by side in rows, before ``node``."""
+    """Put the heads ``value``, (batch, heads, tokens, size), side by side in rows, before ``node``.
+
+    Layers may share keys and values, which are put in rows once."""
+    for user in (use.node for use in value.uses()):
+        if user.outputs[0].name == f"{value.name}_turned":
+            return next(iter(user.outputs[0].uses())).node.outputs[0]
     turned = ir.Node("", "Transpose", [value], [ir.AttrInt64s("perm", _HEADS_FIRST)])
     sizes = _new_constant(graph, f"{value.name}_sizes", np.array([0, 0, -1], np.int64))
     joined = ir.Node("", "Reshape", [turned.outputs[0], sizes])

@@ -18,6 +18,7 @@ from pst_ds.onnx.session import open_session
 from pst_ds.runtime.decoder import LEVELS, best_level
 
 onnx = pytest.importorskip("onnx", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
+ir = pytest.importorskip("onnx_ir", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install 'pst-ds[onnx]'")
 pytestmark = pytest.mark.usefixtures("_compiler")
 
@@ -34,7 +35,9 @@ TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 FAMILIES = {
     "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**SIZES, num_labels=3)),
     "bert without a head": lambda: hf.BertModel(hf.BertConfig(**SIZES)),
-    "roberta": lambda: hf.RobertaForTokenClassification(hf.RobertaConfig(**SIZES, num_labels=5)),
+    "roberta": lambda: hf.RobertaForTokenClassification(
+        hf.RobertaConfig(**SIZES, num_labels=5, type_vocab_size=1)  # as all published ones
+    ),
     "electra": lambda: hf.ElectraForMaskedLM(hf.ElectraConfig(**SIZES, embedding_size=24)),
     "distilbert": lambda: hf.DistilBertForQuestionAnswering(
         hf.DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=160)
@@ -184,11 +187,21 @@ def test_a_graph_that_computes_something_else_is_not_kept(bert, tmp_path, monkey
 
 
 REFUSED = {
-    "GptOssForCausalLM cannot be written as a graph: attention with capped scores or sinks": lambda: (
-        hf.GptOssForCausalLM(hf.GptOssConfig(**DECODER, head_dim=8, num_local_experts=2, num_experts_per_tok=1))
+    "Gemma2ForCausalLM cannot be written as a graph: attention with capped scores or sinks": lambda: (
+        hf.Gemma2ForCausalLM(hf.Gemma2Config(**DECODER, head_dim=8))
     ),
     "T5ForConditionalGeneration does not read one sequence of tokens": lambda: hf.T5ForConditionalGeneration(
         hf.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=160)
+    ),
+    "MixtralForCausalLM has experts, and a graph cannot choose them by token; use --format bitmask": lambda: (
+        hf.MixtralForCausalLM(hf.MixtralConfig(**DECODER, num_local_experts=2))
+    ),
+    "BambaForCausalLM cannot be written as a graph: torch's exporter fixes its number of tokens; use": lambda: (
+        hf.BambaForCausalLM(
+            hf.BambaConfig(
+                **DECODER | TOKENS | {"num_hidden_layers": 1}, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8
+            )
+        )
     ),
 }
 
@@ -206,6 +219,27 @@ def test_what_cannot_be_traced_is_said_in_one_line(message, tmp_path, capsys):
     assert main(["export", str(tmp_path / "model"), "--format", "onnx", "--out", str(out)]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_layers_that_share_keys_and_values_have_nodes_of_their_own():
+    """As those of Gemma 3n: no two values of a graph may have one name."""
+    heads = [
+        ir.Value(name=name, shape=ir.Shape(["batch", 2, "tokens", 8]), type=ir.TensorType(ir.DataType.FLOAT))
+        for name in ("first", "second", "keys", "values")
+    ]
+    sizes = {"heads": 2, "head_size": 8}
+    nodes = [
+        ir.node("Attention", [query, *heads[2:]], attributes=sizes, domain="pst_ds", name=query.name)
+        for query in heads[:2]
+    ]
+    for node in nodes:
+        node.outputs[0].name, node.outputs[0].shape = f"{node.name}_out", heads[0].shape
+    read = [ir.node("Identity", [node.outputs[0]]) for node in nodes]
+    graph = ir.Graph(heads, [node.outputs[0] for node in read], nodes=[*nodes, *read], opset_imports={"": 20})
+    onnx_export.fuse(graph)
+    names = [value.name for node in graph for value in node.outputs]
+    assert len(names) == len(set(names))
+    assert [node.op_type for node in graph].count("Transpose") == 4  # two queries, the keys and the values
 
 
 def test_a_bug_of_ours_is_not_blamed_on_the_model(bert, tmp_path, monkeypatch, capsys):
