@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from pst_ds.decoder import Decoder, DecoderError
 from pst_ds.decoder.decoder import PROBE_TOKENS
 from pst_ds.decoder.table import table_of
+from pst_ds.errors import InputError
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -196,3 +197,28 @@ def test_a_norm_that_is_none_of_root_mean_squares_is_refused():
     model.model.norm = torch.nn.LayerNorm(48)
     with pytest.raises(DecoderError, match="root-mean-square"):
         table_of(model, 16)
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "changed", "said"),
+    [
+        ("Mistral", {"sliding_window": -5}, {}, "sliding_window = -5"),
+        ("Phi3", {"partial_rotary_factor": 2.0}, {}, "rotary angles turn 24 columns of a head of 12"),
+        ("Llama", {}, {"num_attention_heads": 400}, r"qkv: weights of \(96, 48\) where the config has \(4848, 48\)"),
+        ("Llama", {}, {"num_key_value_heads": 3}, "key_value_heads = 3 does not divide heads = 4"),
+        ("Llama", {}, {"hidden_size": 1 << 31}, "hidden = 2147483648"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights_is_refused(family, more, changed, said):
+    """Before C++ reads or writes by it."""
+    model = _model(family, **more)
+    for key, value in changed.items():
+        setattr(model.config, key, value)
+    with pytest.raises(InputError, match=said):
+        Decoder.from_model(model, verify=False)
+
+
+def test_a_window_of_any_size_is_one_of_the_context():
+    model, ids = _model("Mistral", sliding_window=10**20), torch.arange(1, 30)
+    got = Decoder.from_model(model, verify=False).forward(ids, all_logits=True)
+    assert _least_cosine(got, _expected(model, ids)) > 0.999

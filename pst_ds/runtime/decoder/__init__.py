@@ -8,6 +8,7 @@ table from a transformers model.
 from __future__ import annotations
 
 import ctypes
+import math
 import sysconfig
 import weakref
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.native import BF16_HEADER, INT, POINTER, NativeSource, load
+from pst_ds.errors import InputError
 from pst_ds.runtime.instructions import LEVELS, as_asked
 
 LAYOUTS = ("floats", "pairs", "windows", "words")
@@ -166,12 +168,37 @@ class Matrix:
         return y
 
 
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise InputError(message)
+
+
 class Loop:
-    """The C++ decoder: a table of layers, and a cache of ``sequences`` times ``context`` positions."""
+    """The C++ decoder: a table of layers, and a cache of ``sequences`` times ``context`` positions.
+
+    C++ trusts what it is given. It comes from a model's config and tensors, so every method checks it against ``shape``
+    and raises InputError where it does not fit.
+    """
 
     def __init__(self, shape: dict[str, int], numbers: dict[str, float], level: int | None = None):
         """``shape`` and ``numbers`` have the keys :data:`SHAPE` and :data:`NUMBERS`."""
         self._library, self.shape = require_library(), dict(shape)
+        for key in SHAPE:
+            least = 0 if key in ("activation", "gated", "norm_of_heads") else 1
+            _require(least <= shape[key] < 1 << 31, f"{key} = {shape[key]}: not from {least} to 2^31 - 1")
+        hidden, heads, shared, head = (shape[key] for key in ("hidden", "heads", "key_value_heads", "head"))
+        _require(heads % shared == 0, f"key_value_heads = {shared} does not divide heads = {heads}")
+        inner = shape["inner"] * (2 if shape["gated"] else 1)
+        self._sizes = {
+            "qkv": ((heads + 2 * shared) * head, hidden), "output": (hidden, heads * head), "gate_up": (inner, hidden),
+            "down": (hidden, shape["inner"]), "head": (shape["vocabulary"], hidden),
+        }  # fmt: skip
+        of_heads = bool(shape["norm_of_heads"])
+        self._widths = {"queries": head if of_heads else heads * head, "keys": head if of_heads else shared * head}
+        self._num_angles = 0
+        cached = math.prod(shape[key] for key in ("layers", "sequences", "context", "key_value_heads", "head"))
+        if cached > 1 << 46:  # beyond any memory, and below 2^63 bytes
+            raise MemoryError(f"no memory for a cache of {shape['sequences']} x {shape['context']} positions")
         sizes = (ctypes.c_int64 * len(SHAPE))(*(shape[key] for key in SHAPE))
         values = (ctypes.c_double * len(NUMBERS))(*(numbers[key] for key in NUMBERS))
         handle = self._library.pst_decoder_new(sizes, values, best_level() if level is None else level)
@@ -189,10 +216,19 @@ class Loop:
 
     def add_angles(self, cosines: Tensor, sines: Tensor) -> None:
         """Add a table of rotary angles, both (context, half of what is turned in a head)."""
+        turned, head, context = 2 * cosines.shape[1], self.shape["head"], self.shape["context"]
+        _require(turned <= head, f"rotary angles turn {turned} columns of a head of {head}")
+        _require(cosines.shape == sines.shape and cosines.shape[0] >= context, f"rotary angles of {tuple(sines.shape)}")
+        self._num_angles += 1
         self._library.pst_decoder_angles(self.handle, self._pointer(cosines), self._pointer(sines), cosines.shape[1])
 
     def set_linear(self, layer: int, name: str, matrices: Sequence[Matrix], bias: Tensor | None) -> None:
         """Set one of :data:`LINEARS` of a layer, or "head": products of one input, side by side, and their biases."""
+        rows = sum(matrix.shape[0] for matrix in matrices)
+        for matrix in matrices:
+            found, wanted = (rows, matrix.shape[1]), self._sizes[name]
+            _require(found == wanted, f"layer {layer}, {name}: weights of {found} where the config has {wanted}")
+        _require(bias is None or bias.numel() == rows, f"layer {layer}, {name}: a bias not of {rows} numbers")
         handles = (ctypes.c_void_p * len(matrices))(*(matrix.handle for matrix in matrices))
         self._keep += matrices
         which = -1 if name == "head" else LINEARS.index(name)
@@ -200,18 +236,28 @@ class Loop:
 
     def set_norm(self, layer: int, name: str, gain: Tensor | None) -> None:
         """Set one of :data:`NORMS` of a layer, or "last"."""
+        width = self._widths.get(name, self.shape["hidden"])
+        _require(gain is None or gain.numel() == width, f"layer {layer}, norm {name}: a gain not of {width} numbers")
         which = -1 if name == "last" else NORMS.index(name)
         self._library.pst_decoder_norm(self.handle, layer, which, self._pointer(gain))
 
     def set_attention(self, layer: int, window: int, angles: int) -> None:
         """Let a layer look back over ``window`` positions, 0 for all, turned by table ``angles``, -1 for none."""
-        self._library.pst_decoder_attention(self.handle, layer, window, angles)
+        _require(window >= 0, f"layer {layer}: sliding_window = {window}; it is at least 1, or null for all positions")
+        _require(-1 <= angles < self._num_angles, f"layer {layer}: there is no table of rotary angles {angles}")
+        self._library.pst_decoder_attention(self.handle, layer, min(window, self.shape["context"]), angles)
 
     def set_embedding(self, rows: Tensor, scales: Tensor | None, bits: int, group: int, scale: float) -> None:
         """Set the embedding: fp32 or bf16 ``rows`` (vocabulary, hidden), or codes of 8 or 4 ``bits`` and their scales.
 
         ``scales``: bf16 (vocabulary, groups). ``group``: columns that share one, 0: a row. ``scale``: of all rows.
         """
+        hidden = self.shape["hidden"]
+        wanted = (hidden + 1) // 2 if bits == 4 else hidden
+        _require(rows.shape[1] == wanted, f"the embedding has rows of {rows.shape[1]} where the config has {wanted}")
+        groups = -(-hidden // group) if group else 1
+        fits = scales is None or tuple(scales.shape) == (rows.shape[0], groups)
+        _require(fits, f"the embedding's scales are not {rows.shape[0]} x {groups}")
         self._num_rows = rows.shape[0]
         held = [rows.detach().contiguous(), None if scales is None else scales.contiguous()]
         self._keep += held
