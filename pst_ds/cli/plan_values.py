@@ -265,7 +265,7 @@ def _trace(model: Any, config: RunConfig, micro_batch_size: int, threshold: int,
         )
     except UntraceableError:
         return None
-    keeps_apart = config.task_facts.packs_text and config.data.document_mask
+    keeps_apart = config.task_facts.packs_text and config.data.keeps_documents_apart
     if config.train.sequence_parallel > 1 and keeps_apart and model.config._attn_implementation == "sdpa":
         trace.activations += micro_batch_size * config.data.max_length**2  # the mask of whole sequences
     return trace

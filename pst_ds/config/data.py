@@ -97,9 +97,10 @@ class DataConfig:
     sequence, is not trained on. An evaluation predicts every token but the first once: there a sequence begins with the
     last token of the one before, and the last is shorter.
     For task "data-to-text" data and text together; the data is cut first. For task "chat" a whole conversation."""
-    document_mask: bool = True
+    document_mask: bool | None = None
     """For task "causal-lm": positions and attention begin anew at each document of a sequence, and its first token is
-    not predicted. False lets documents run on, as if they were one text."""
+    not predicted. True refuses a model with layers that read on, such as recurrent ones; None warns of them. False lets
+    documents run on, as if they were one text."""
     group_by_length: bool = False
     """Make batches of texts of similar length; less padding, the same examples in another order."""
 
@@ -114,6 +115,11 @@ class DataConfig:
         if len(self.test_rows) not in (0, 2):
             raise ConfigError(f"data.test_rows = {list(self.test_rows)} must be a column and a value, or empty")
         check_fields(self)
+
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """True unless documents of a sequence are to run on."""
+        return self.document_mask is not False
 
     def _require_mixture(self) -> None:
         if not self.sources:

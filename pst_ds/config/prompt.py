@@ -51,10 +51,10 @@ class PromptConfig:
             )
         if not self.text:
             return
-        if run.task_facts.packs_text and run.data.document_mask:
+        if run.task_facts.packs_text and run.data.keeps_documents_apart:
             raise ConfigError(
-                f"prompt.text with task {run.task!r} and data.document_mask = true: the first document of a sequence "
-                "alone would see the prompt; set data.document_mask = false"
+                f"prompt.text with task {run.task!r}, which keeps the documents of a sequence apart: the first alone "
+                "would see the prompt; set data.document_mask = false"
             )
         if run.train.sequence_parallel > 1:
             raise ConfigError(

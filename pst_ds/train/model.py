@@ -26,7 +26,7 @@ from pst_ds.nn.targets import modules_to_save
 from pst_ds.parallel import zero3
 from pst_ds.parallel.ranks import raise_on_all_ranks
 from pst_ds.train.prompts import add_prompt
-from pst_ds.train.sequences.documents import flatten_for_flash_attention
+from pst_ds.train.sequences.documents import keep_documents_apart
 
 Groups: TypeAlias = list[dict[str, Any]]
 """Of parameters, as torch's optimizers take them."""
@@ -182,7 +182,7 @@ def build_model(
     add_prompt(module, run, tokenizer)
     _refuse_untrained(module, missing, run)
     module.config.use_cache = False  # no run generates text; a cache would hold every layer's keys and values
-    flatten_for_flash_attention(module)
+    keep_documents_apart(module)
     if run.model.gradient_checkpointing:
         reentrant = run.model.gradient_checkpointing_reentrant
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})

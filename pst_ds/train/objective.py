@@ -22,7 +22,7 @@ from pst_ds.nn.language_head import LanguageHead
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.sequence import SequenceParallel
 from pst_ds.train.model import attention_options, set_padding
-from pst_ds.train.sequences.documents import flatten_for_flash_attention
+from pst_ds.train.sequences.documents import keep_documents_apart
 from pst_ds.train.sequences.shared import part_of_batch
 from pst_ds.train.token_heads import following, head_of, predicted, why_all_logits
 
@@ -255,6 +255,6 @@ def load_teacher(run: RunConfig, labels: list[str], tokenizer: Any, device: str)
     teacher, missing = place.load(task.model_class(), fix, config=config, dtype=DTYPES[run.train.precision])
     place.require_whole(teacher, missing, fix)
     teacher.config.use_cache = False
-    flatten_for_flash_attention(teacher)
+    keep_documents_apart(teacher)
     whole: nn.Module = teacher
     return whole.requires_grad_(False).to(device).eval()

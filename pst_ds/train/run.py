@@ -209,7 +209,7 @@ def train_run(
     metrics = open_metrics(run, engine.module, prepared.device, num_steps, step, seconds, quiet=quiet, dense=dense)
     why = objective.why_all_logits(engine.module)
     about_loss = f"the loss holds the logits of a whole micro-batch, because {why}" if why else ""
-    for remark in filter(None, (prepared.task.remark(run.data, examples), remark_on_shares(run), about_loss)):
+    for remark in (begun.warning, prepared.task.remark(run.data, examples), remark_on_shares(run), about_loss):
         metrics.say(remark)
     given = (examples, prepared.tokenizer, num_steps, prepared.device, metrics, objective, rounding)
     loop = Loop(run, engine, schedule, *given, ranks)
@@ -236,6 +236,7 @@ class _Begun:
     state: LoopState
     checkpoint: Checkpoint | None
     """That it goes on from."""
+    warning: str
 
 
 def _begin(
@@ -250,7 +251,7 @@ def _begin(
             run_folder.require_no_checkpoints(folder)
         teacher = raise_on_all_ranks(partial(load_teacher, run, prepared.labels, prepared.tokenizer, prepared.device))
         _, engine = build(prepared, checkpoint, label_scale=prepared.task.label_scale(examples))
-        require_documents_apart(engine, run, examples, prepared.device)
+        warning = require_documents_apart(engine, run, examples, prepared.device)
         objective = Objective(run, teacher, shared_sequences(engine, run, prepared.device))
         state = run_folder.restore(engine, checkpoint, run) if checkpoint else LoopState()
     if checkpoint is None:
@@ -260,7 +261,7 @@ def _begin(
     barrier()
     if run.ranks_by_activation:
         _calibrate(prepared, engine, examples, resumed=checkpoint is not None)
-    return _Begun(engine, objective, state, checkpoint)
+    return _Begun(engine, objective, state, checkpoint, warning)
 
 
 def load_splits(prepared: Prepared) -> Splits:

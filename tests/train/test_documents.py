@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from pst_ds.cli.main import main
 from pst_ds.data.tasks.causal_lm import Sequences, collate_sequences
 from pst_ds.data.tokens.borders import Starts
-from pst_ds.train.sequences.documents import flatten_packed_rows
+from pst_ds.parallel.engine import LocalEngine
+from pst_ds.train.sequences.documents import flatten_packed_rows, keep_documents_apart, reads_on
+from tests.nn.expert_families import tiny_model
 
 _SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -21,6 +24,11 @@ FAMILIES = {
     "llama": _SMALL, "qwen2": _SMALL, "qwen3": _SMALL, "phi3": _SMALL, "gemma2": {**_SMALL, "sliding_window": 5},
     "gemma3_text": {**_SMALL, "sliding_window": 5}, "granite": _SMALL, "olmo2": _SMALL, "gpt2": _GPT2,
     "gpt_neox": {key: value for key, value in _SMALL.items() if key not in ("num_key_value_heads", "head_dim")},
+    # these make their masks without positions
+    "opt": {**_SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "bloom": {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mpt": {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+    "gpt_oss": {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
 }  # fmt: skip
 
 
@@ -29,10 +37,14 @@ def _model(family):
     config = AutoConfig.for_model(family, **FAMILIES[family])
     model = AutoModelForCausalLM.from_config(config).eval()
     model.config.use_cache = False
-    with torch.no_grad():
-        for param in model.parameters():
-            if param.dim() > 1:
-                param.normal_(std=0.3)  # small ones as drawn by transformers would hide a leak
+    return _drawn_wide(model)
+
+
+@torch.no_grad()
+def _drawn_wide(model):
+    for param in model.parameters():
+        if param.dim() > 1:
+            param.normal_(std=0.3)  # small ones as drawn by transformers would hide a leak
     return model
 
 
@@ -50,6 +62,7 @@ def _packed(*lengths):
 @torch.no_grad()
 def test_a_packed_document_has_the_logits_that_it_has_alone(family):
     model, (batch, documents) = _model(family), _packed(7, 12, 1, 9)
+    keep_documents_apart(model)
     alone = torch.cat([model(input_ids=document[None]).logits[0] for document in documents])
     packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
     assert (packed - alone).abs().max() <= 1e-5 * alone.abs().max()
@@ -77,21 +90,89 @@ def test_rows_made_one_give_the_same_loss_and_gradients(family):
         torch.testing.assert_close(flat.grad, param.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("mask", [True, False])
-def test_a_model_that_reads_on_from_document_to_document_is_refused(mask, tmp_path, capsys):
-    from transformers import AutoTokenizer
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_masks_are_made_for_documents_in_their_own_model_alone(implementation):
+    model, other, (batch, _) = _model("opt"), _model("opt"), _packed(7, 9)
+    for one in (model, other):
+        one.set_attn_implementation(implementation)
+    expected = other(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+    keep_documents_apart(model)
+    keep_documents_apart(model)  # twice is once
+    found = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+    assert (found[:, 7:] - expected[:, 7:]).abs().max() > 1e-2
+    torch.testing.assert_close(found[:, :7], expected[:, :7])
+    with pytest.raises(IndexError):
+        model(input_ids=batch["input_ids"] + 1000, position_ids=batch["position_ids"])
+    assert torch.equal(other(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits, expected)
 
+
+def _experts(seed, layers=24):
+    torch.manual_seed(seed)
     config = AutoConfig.for_model(
-        "opt", vocab_size=64, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
-        word_embed_proj_dim=16, max_position_embeddings=64,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "opt")
-    AutoTokenizer.from_pretrained("tests/data/tiny-llama").save_pretrained(tmp_path / "opt")
+        "qwen3_moe", **_SMALL, moe_intermediate_size=16, num_experts=16, num_experts_per_tok=4, use_cache=False
+    )
+    config.num_hidden_layers = layers
+    return _drawn_wide(AutoModelForCausalLM.from_config(config))
+
+
+def _engine(model):
+    return LocalEngine(model, [{"params": list(model.parameters())[:1]}])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_leak_is_told_from_the_roundings_of_many_experts(dtype, monkeypatch):
+    for seed in range(4):
+        assert not reads_on(_engine(_experts(seed).to(dtype)), "cpu")
+    for name in ("positions", "mask"):  # an attention that forgets either
+        model = _experts(0, layers=2).to(dtype)
+        if name == "positions":
+            forward = model.forward
+            model.forward = lambda forward=forward, **inputs: forward(input_ids=inputs["input_ids"])
+        else:
+            functions = ALL_MASK_ATTENTION_FUNCTIONS
+            monkeypatch.setitem(functions, "sdpa", lambda mask_function, q_length, **_: torch.ones(q_length, q_length))
+        assert reads_on(_engine(model), "cpu")
+
+
+def _train(folder, model, capsys, **more):
+    model.save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained("tests/data/tiny-llama").save_pretrained(folder / "base")
     settings = {
-        "output_dir": tmp_path / "run", "model.path": tmp_path / "opt", "deepspeed_config": "",
-        "train.num_steps": 1, "data.document_mask": str(mask).lower(), "data.max_length": 16,
+        "output_dir": folder / "run", "model.path": folder / "base", "deepspeed_config": "", "train.num_steps": 1,
+        "data.max_length": 16, **more,
     }  # fmt: skip
-    code = main(["train", "tests/data/causal_lm.toml", "--quiet", *(f"--set={k}={v}" for k, v in settings.items())])
-    said = capsys.readouterr().err
-    assert code == (2 if mask else 0), said
-    assert ("(opt) reads on from one document to the next" in said) == mask
+    code = main(["train", "tests/data/causal_lm.toml", *(f"--set={k}={v}" for k, v in settings.items())])
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("opt", {}),
+        ("opt", {"data.document_mask": "true"}),
+        ("gpt_oss", {}),
+        ("qwen3_moe", {"data.document_mask": "true", "pst.exclude_modules": '["experts"]'}),
+    ],
+    ids=str,
+)
+def test_a_model_whose_masks_can_keep_documents_apart_trains(family, more, tmp_path, capsys):
+    model = _experts(0, layers=12) if family == "qwen3_moe" else _model(family)
+    code, said = _train(tmp_path, model, capsys, **more)
+    assert code == 0, said
+    assert "reads on" not in said
+
+
+@pytest.mark.parametrize("mask", ["", "true", "false"])
+def test_a_model_that_reads_on_trains_with_a_warning_unless_it_was_asked_not_to(mask, tmp_path, capsys):
+    """Its linear attention heeds neither positions nor masks."""
+    code, said = _train(tmp_path, tiny_model("qwen3_next"), capsys, **({"data.document_mask": mask} if mask else {}))
+    assert code == (2 if mask == "true" else 0), said
+    expected = {
+        "": "data.document_mask is not set, and model.path",
+        "true": "data.document_mask = true, but model.path",
+        "false": "",
+    }[mask]
+    assert said.count("(qwen3_next) reads on from one document to the next") == bool(expected)
+    assert expected in said

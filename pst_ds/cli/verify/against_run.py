@@ -31,7 +31,7 @@ from pst_ds.train.evaluate import compare, predict
 from pst_ds.train.model import attention_options
 from pst_ds.train.run import Prepared, masked_model, prepare_single
 from pst_ds.train.run_folder import open_checkpoint
-from pst_ds.train.sequences.documents import flatten_for_flash_attention
+from pst_ds.train.sequences.documents import keep_documents_apart
 
 ROUNDINGS = 2.0
 """One for each of the two computations of a logit."""
@@ -228,7 +228,7 @@ def _loaded(prepared: Prepared, folder: str, load_as: Literal["", "dense", "spar
     dtype = DTYPES[prepared.run.train.precision]
     model = prepared.task.model_class().from_pretrained(folder, dtype=dtype, **options)
     model.config.use_cache = False  # with a cache transformers takes positions for those of one text
-    flatten_for_flash_attention(model)
+    keep_documents_apart(model)
     attach_saved_prompt(model, Path(folder))
     return model.to(prepared.device).eval()
 

@@ -50,7 +50,7 @@ def _source(data: DataConfig, source: DataSource, tokenizer: Tokenizer) -> Seque
     plan = plan_store([source.path], tokenizer, reading, piece_bytes=PIECE_BYTES)
     spans = tuple(span for piece in plan.pieces for span in piece)
     what = f"data.sources.path = {source.path!r}"
-    stream = TextStream(what, spans, plan.reading, tokenizer, data.max_length, data.document_mask)
+    stream = TextStream(what, spans, plan.reading, tokenizer, data.max_length, data.keeps_documents_apart)
     StreamReader(stream, "", 0, 1, window=1).next()  # refuses what cannot be read before a model is loaded
     return stream
 
@@ -59,7 +59,7 @@ def _cut(data: DataConfig, split: str, stream: TokenStream, where: str) -> Seque
     trains = split == "train"
     is_given = isinstance(data, DataInMemory)  # one user's, who may have written less than a sequence
     length = min(data.max_length, max(2, len(stream))) if is_given else data.max_length
-    sequences = Sequences.of(stream, length, trains=trains, apart=data.document_mask)
+    sequences = Sequences.of(stream, length, trains=trains, apart=data.keeps_documents_apart)
     if not len(sequences):
         needed = f"one sequence of data.max_length = {data.max_length}" if trains else "2, a token to predict"
         raise ConfigError(

@@ -14,6 +14,7 @@ from pst_ds.data.tasks.task import IGNORED
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import raise_on_all_ranks
 from pst_ds.parallel.sequence import SequenceParallel
+from pst_ds.train.sequences.documents import LEAST_LEAK
 from pst_ds.train.token_heads import following, why_all_logits
 
 _ATTENTIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
@@ -107,15 +108,17 @@ def require_same_when_shared(engine: Engine, run: RunConfig, shared: SequencePar
     config: Any = engine.module.config
     ids = (torch.arange(length, device=device) * 5 + 3).remainder(config.get_text_config().vocab_size)[None]
     positions = torch.arange(length, device=device)[None]
-    if run.task_facts.packs_text and run.data.document_mask:
+    if run.task_facts.packs_text and run.data.keeps_documents_apart:
         positions = positions.remainder(_TOKENS + 3)
     engine.eval()
     expected = shared.part(engine(input_ids=ids, position_ids=positions).logits).float()
     with shared.sharing(positions):
         found = engine(input_ids=shared.part(ids), position_ids=shared.part(positions)).logits.float()
     engine.train()
-    rounding = _ROUNDINGS * torch.finfo(torch.bfloat16 if run.train.precision == "bf16" else torch.float32).eps
-    differs = bool((found - expected).abs().max() > rounding * expected.abs().max())
+    eps = torch.finfo(torch.bfloat16 if run.train.precision == "bf16" else torch.float32).eps
+    # products of experts have other sizes on each rank: in fp32 their roundings were up to 40 eps in 24 blocks
+    allowed = max(_ROUNDINGS * eps, LEAST_LEAK)
+    differs = bool((found - expected).abs().max() > allowed * expected.abs().max())
 
     def refuse() -> None:
         if differs:
