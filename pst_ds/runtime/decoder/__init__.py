@@ -253,8 +253,8 @@ class Loop:
         ``scales``: bf16 (vocabulary, groups). ``group``: columns that share one, 0: a row. ``scale``: of all rows.
         """
         hidden = self.shape["hidden"]
-        wanted = (hidden + 1) // 2 if bits == 4 else hidden
-        _require(rows.shape[1] == wanted, f"the embedding has rows of {rows.shape[1]} where the config has {wanted}")
+        wanted = (rows.shape[0], (hidden + 1) // 2 if bits == 4 else hidden)
+        _require(rows.shape == wanted, f"an embedding of {tuple(rows.shape)} where the config has {wanted}")
         groups = -(-hidden // group) if group else 1
         fits = scales is None or tuple(scales.shape) == (rows.shape[0], groups)
         _require(fits, f"the embedding's scales are not {rows.shape[0]} x {groups}")
