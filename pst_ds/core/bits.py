@@ -126,11 +126,11 @@ def expand_mask_(
 
 
 def set_bits_(bits: Tensor, index: Tensor, chosen: Tensor) -> None:
-    """Set the bits number ``index`` (n,) int32 of ``bits`` in place where ``chosen`` (n,) bool is true.
+    """Set the bits number ``index`` (n,) of ``bits`` in place where ``chosen`` (n,) bool is true.
 
-    None of them may be set before, or be chosen twice.
+    None of them may be set before, or be chosen twice. The native loop takes an int32 index; int64 is for torch.
     """
-    native = library() if bits.device.type == "cpu" else None
+    native = library() if bits.device.type == "cpu" and index.dtype == torch.int32 else None
     if native is not None:
         index = index[chosen].contiguous()
         native.pst_set_bits(bits.data_ptr(), index.data_ptr(), index.numel())

@@ -168,7 +168,7 @@ class _Scan:
 
 
 class _RisingNumbers:
-    """Numbers that do not fall, (n,) int32: on a CPU a byte each, the step to it, where that is less than 255.
+    """Numbers that do not fall, (n,) integers: on a CPU a byte each, the step to it, where that is less than 255.
 
     Elsewhere they stay as they are, for how many steps are larger the host would have to wait.
     """
@@ -182,9 +182,9 @@ class _RisingNumbers:
     def all(self) -> Tensor:
         if self._numbers is not None:
             return self._numbers
-        steps = self._steps.int()
+        steps = self._steps.to(self._large.dtype)
         steps[self._steps == 255] = self._large
-        return steps.cumsum(0, dtype=torch.int32)
+        return steps.cumsum(0, dtype=steps.dtype)
 
 
 def _scans(matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket], device: torch.device) -> _Scans:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import CDLL
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -191,10 +192,12 @@ class Classifier:
         self._room, self._taken = room, 0
         self._above = torch.empty(num_keys, dtype=torch.uint8, device=device)
         self._native = library() if device.type == "cpu" else None
+        self._index_dtype = torch.int32 if num_keys < 1 << 31 else torch.int64
         self._numbers: list[Any] = [0, 0, 0]  # below, inside, not finite; tensors off the CPU
         length = room + _MORE_ROOM if self._native else 0
         self._keys = torch.empty(length, dtype=torch.int32, device=device)
         self._index = torch.empty(length, dtype=torch.int32, device=device)
+        self._tiles: list[tuple[int, int]] = []  # (keys inside, keys) before each tile that has an index of its own
         self._pieces: list[tuple[Tensor, Tensor]] = []  # of both, from each tile, without the native loop
 
     def take(self, keys: Tensor) -> None:
@@ -208,17 +211,23 @@ class Classifier:
 
     def _sort_natively(self, native: CDLL, keys: Tensor, above: Tensor) -> None:
         counts, stored = torch.zeros(3, dtype=torch.int64), min(self._numbers[1], self._room)
+        first = self._taken
+        if self._index_dtype == torch.int64:  # the loop writes 32 bits: let it count from the tile's first key
+            self._tiles.append((stored, first))
+            first = 0
         native.pst_classify(
-            keys.data_ptr(), keys.numel(), self.low, self.high, self._taken, above.data_ptr(),
+            keys.data_ptr(), keys.numel(), self.low, self.high, first, above.data_ptr(),
             self._keys[stored:].data_ptr(), self._index[stored:].data_ptr(), self._room - stored, counts.data_ptr(),
         )  # fmt: skip
         self._numbers = [total + more for total, more in zip(self._numbers, counts.tolist(), strict=True)]
 
     def _sort(self, keys: Tensor, above: Tensor) -> None:
         torch.gt(keys, self.high, out=above)
-        running = ((keys >= self.low) & (keys <= self.high)).cumsum(0, dtype=torch.int32)
-        places = torch.arange(1, min(self._room, keys.numel()) + 1, dtype=torch.int32, device=keys.device)
-        index = torch.searchsorted(running, places, out_int32=True)  # of the first key inside, the second, ...
+        dtype = self._index_dtype
+        running = ((keys >= self.low) & (keys <= self.high)).cumsum(0, dtype=dtype)
+        places = torch.arange(1, min(self._room, keys.numel()) + 1, dtype=dtype, device=keys.device)
+        # of the first key inside, the second, ...
+        index = torch.searchsorted(running, places, out_int32=dtype == torch.int32)
         is_none = index >= keys.numel()
         index.clamp_(max=max(0, keys.numel() - 1))
         found = keys.index_select(0, index).masked_fill_(is_none, NO_KEY)
@@ -243,15 +252,19 @@ class Classifier:
         return self._above
 
     def inside(self) -> tuple[Tensor, Tensor]:
-        """(keys, index among all keys) inside the interval, int32 (n,) each, in rising order of index. With more of
-        them than room some or all are left out; off the CPU there are some :data:`NO_KEY` among them."""
+        """(keys, index among all keys) inside the interval, (n,) each, in rising order of index; int32, but an index
+        among 2**31 keys or more is int64. With more of them than room some or all are left out; off the CPU there are
+        some :data:`NO_KEY` among them."""
         if self._native is None:
             if len(self._pieces) == 1:
                 return self._pieces[0]
-            found, index = zip(*[(self._keys, self._index), *self._pieces], strict=True)
-            return torch.cat(found), torch.cat(index)
+            found, places = zip(*[(self._keys, self._index), *self._pieces], strict=True)
+            return torch.cat(found), torch.cat(places)
         stored = self._numbers[1] if self._numbers[1] <= self._room else 0
-        return self._keys[:stored].clone(), self._index[:stored].clone()
+        index = self._index[:stored].to(self._index_dtype, copy=True)
+        for (first, before), (last, _) in pairwise([*self._tiles, (stored, 0)]):
+            index[first:last] += before
+        return self._keys[:stored].clone(), index
 
 
 def histogram(keys: Tensor, low: int, shift: int, bins: int) -> Tensor:

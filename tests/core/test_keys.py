@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pst_ds.core import bits, keys, native
+from pst_ds.core import bits, bracket, keys, native
 from pst_ds.core.factors import Constants, TileFactors
 from pst_ds.core.keys import (
     HIGHEST_FINITE,
@@ -175,6 +175,31 @@ def test_classifier_sorts_keys_about_the_interval(values, bounds, room, tile_siz
                 found, index = found[found != NO_KEY], index[found != NO_KEY]
             assert index.tolist() == inside.nonzero()[0].tolist()
             assert found.tolist() == array[inside].tolist()
+
+
+@pytest.mark.parametrize("use_native", [True, False])
+def test_a_matrix_may_have_more_than_two_to_31_keys(use_native, monkeypatch):
+    """As if all but the last 100 keys had come: of tensors as large as the matrix no more than the ends are touched."""
+    if not use_native:
+        monkeypatch.setattr(keys, "library", lambda: None)
+        monkeypatch.setattr(bits, "library", lambda: None)
+    before, size = 2**31 - 40, 100
+    sorter = Classifier(before + size, 0, 9, room=size, device=CPU)
+    sorter._taken = before
+    values = torch.arange(size, dtype=torch.int32) % 20 - 5
+    for part in values.split(30):
+        sorter.take(part)
+    found, index = sorter.inside()
+    is_key = found != NO_KEY
+    expected = ((values >= 0) & (values <= 9)).nonzero().flatten() + before
+    assert index[is_key].tolist() == expected.tolist()
+    held = bracket._RisingNumbers(index).all()
+    assert torch.equal(held, index)
+    first_byte = before // 8
+    mask = torch.empty(first_byte + 13, dtype=torch.uint8)
+    mask[first_byte:] = 0
+    bits.set_bits_(mask, held, is_key)
+    assert torch.equal(bits.unpack_shard(mask[first_byte:], size).nonzero().flatten() + before, expected)
 
 
 @PROPERTY
