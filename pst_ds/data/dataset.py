@@ -200,7 +200,7 @@ def _read_local(where: str, split: str, sample_by: str) -> Dataset:
         problem = _why_unreadable(path, kind, error)
         raise ConfigError(f"{setting} = {where!r} {problem}") from error
     if len(rows) and kind == "text" and options["sample_by"] != sample_by:
-        rows = datasets.Dataset.from_dict({"text": ["\n".join(rows["text"]) + "\n"]})
+        rows = datasets.Dataset.from_dict({"text": ["\n".join(rows[:]["text"]) + "\n"]})
     return rows
 
 

@@ -11,11 +11,14 @@ DOCUMENT_BYTES = 1 << 24
 """Size of the largest file that is one document: tokenizing a text takes some 100 times its bytes of memory."""
 _WINDOWS, _WINDOW_BYTES = 4, 1 << 16
 _FEWEST_LINES = 8
+"""Lines with text below which nothing can be said."""
 _WIDTHS = range(30, 141)
-"""Characters at which hard-wrapped lines end."""
-_SENTENCE_ENDS = tuple(".!?:;…。！？\"'”’»)*_")
+"""Characters of the longer lines of a text that is wrapped, or has short lines."""
+_EMPTY_LINES, _LINES_OF_GROUP = 0.1, 1.5
+"""Least share of empty lines, and least mean number of lines between two, of a text with groups of lines."""
 _FULL_LINES, _RUN_ON_LINES = 0.5, 0.3
-_EMPTY_LINES, _LINES_OF_PARAGRAPH = 0.1, 1.5
+"""Least shares of wrapped lines that are nearly as long as the longest, and that end within a sentence."""
+_SENTENCE_ENDS = tuple(".!?:;…。！？\"'”’»)*_")
 
 
 def proposed_sample_by(path: Path) -> str:
@@ -40,11 +43,11 @@ def lines_belong_together(lines: Sequence[str]) -> bool:
     if not _WIDTHS.start <= width < _WIDTHS.stop:
         return False
     groups = sum(bool(line.strip()) and not before.strip() for before, line in pairwise(["", *lines]))
-    has_groups = len(lines) - len(filled) >= _EMPTY_LINES * len(lines) and len(filled) >= _LINES_OF_PARAGRAPH * groups
+    if len(lines) - len(filled) >= _EMPTY_LINES * len(lines) and len(filled) >= _LINES_OF_GROUP * groups:
+        return True
     full = sum(len(line) >= 0.8 * width for line in filled)
-    runs_on = sum(not line.endswith(_SENTENCE_ENDS) and not after[0].isupper() for line, after in pairwise(filled))
-    fills_lines = full >= _FULL_LINES * len(filled) and runs_on >= _RUN_ON_LINES * len(filled)
-    return has_groups or fills_lines
+    run_on = sum(not line.endswith(_SENTENCE_ENDS) and not after[0].isupper() for line, after in pairwise(filled))
+    return full >= _FULL_LINES * len(filled) and run_on >= _RUN_ON_LINES * len(filled)
 
 
 def sampled_lines(path: Path) -> list[str]:

@@ -21,6 +21,7 @@ from pst_ds.cli.init import start
 from pst_ds.cli.init.text import deepspeed_settings
 from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
+from pst_ds.data import plain_text
 from pst_ds.tune import trials
 from tests.nn.expert_families import tiny_model
 
@@ -235,6 +236,13 @@ def test_a_book_is_one_text_and_says_so(made, capsys, book):
     assert lines == f'{book}: its lines continue one another, so none is a document: data.sample_by = "document"'
     assert held_out.startswith(f"held out for validation: the last 10 % of {book}, ")
     assert "# a document of this file, whose lines continue one another\n" in out.read_text()
+    assert _planned(capsys, out)["remarks"] == []
+
+
+def test_a_large_book_is_read_by_paragraphs_that_run_on(made, capsys, book, monkeypatch):
+    monkeypatch.setattr(plain_text, "DOCUMENT_BYTES", 1000)
+    out, table, _ = made(LLAMA, "--train", book)
+    assert (table["data"]["sample_by"], table["data"]["document_mask"]) == ("paragraph", False)
     assert _planned(capsys, out)["remarks"] == []
 
 

@@ -329,7 +329,7 @@ def _remark(data):
     ("settings", "fix"),
     [
         ({}, 'set data.sample_by = "document"'),
-        ({"sample_by": "paragraph"}, 'set data.sample_by = "document"'),
+        ({"sample_by": "paragraph"}, "set data.document_mask = false"),
         ({"sample_by": "document"}, ""),
         ({"document_mask": False}, ""),
         ({"max_length": 12}, ""),

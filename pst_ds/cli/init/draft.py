@@ -198,6 +198,7 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Setti
     plain = Path(file_and_slice(args.train)[0])
     if facts.packs_text and plain.suffix.lower() == ".txt" and (proposed := proposed_sample_by(plain)) != "line":
         data["sample_by"] = proposed
+        data |= {"document_mask": False} if proposed == "paragraph" else {}
     if args.max_length:
         data["max_length"] = args.max_length
     epochs = {"num_epochs": facts.init_epochs if args.epochs is None else args.epochs}

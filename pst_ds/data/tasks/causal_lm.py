@@ -155,11 +155,7 @@ def _remark_on_documents(data: DataConfig, setting: str, where: str, sequences: 
     if median is None or median * _SHORT_DOCUMENT >= sequences.length:
         return ""
     kind, _ = format_of(file_and_slice(where)[0]) or ("", "")
-    fix = (
-        'data.sample_by = "document"'
-        if kind == "text" and data.sample_by != "document"
-        else "data.document_mask = false"
-    )
+    fix = 'data.sample_by = "document"' if kind == "text" and data.sample_by == "line" else "data.document_mask = false"
     return (
         f"{setting}: the median document has {median} tokens, far fewer than data.max_length = {sequences.length}, and "
         f"each is learnt without the text before it. If documents are parts of longer ones, set {fix}"
