@@ -26,6 +26,8 @@ def test_the_tree_in_the_readme_names_what_is_there():
         path = line.split()[0] if line.split() else ""
         if path:
             assert (ROOT / path).exists(), path
+    packages = {f"pst_ds/{path.parent.name}" for path in (ROOT / "pst_ds").glob("*/__init__.py")}
+    assert packages == {*re.findall(r"\bpst_ds/\w+", tree[1])}
 
 
 def test_the_settings_page_is_the_codes():

@@ -182,7 +182,7 @@ def _data(config: RunConfig, no_data: bool) -> tuple[Any, list[str], str, int | 
         if not config.train.num_steps:
             raise InputError(
                 f"--no-data, and train.num_steps = {config.train.num_steps}: the number of steps follows from the data "
-                "then; set it with --set train.num_steps=1000"
+                "then; set it with --set train.num_steps=1000 --set train.num_epochs=0"
             )
         return None, ["0", "1"] if task.new_head else [], task.unit, None, ""
     tokenizer, labels = load_tokenizer(config), task.label_names(config.data)

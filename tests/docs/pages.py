@@ -24,6 +24,8 @@ class Block:
     line: int
     language: str
     text: str
+    not_run: str = ""
+    """Why no test runs it: the page says so in a comment above it, ``<!-- not run: needs a GPU -->``."""
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -32,8 +34,8 @@ class Block:
 def blocks(page: str) -> list[Block]:
     """Those of a page, in its order."""
     text = PAGES[page]
-    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, flags=re.M | re.S)
-    return [Block(page, text[: match.start()].count("\n") + 1, match[1], match[2]) for match in found]
+    found = re.finditer(r"(?:^<!-- not run: (.*) -->\n+)?^```(\w*)\n(.*?)^```$", text, flags=re.M | re.S)
+    return [Block(page, text[: match.start(2)].count("\n") + 1, match[2], match[3], match[1] or "") for match in found]
 
 
 def all_blocks(language: str) -> list[Block]:
