@@ -235,7 +235,7 @@ def test_a_book_is_one_text_and_says_so(made, capsys, book):
     lines, held_out = result["remarks"]
     assert lines == f'{book}: its lines continue one another, so none is a document: data.sample_by = "document"'
     assert held_out.startswith(f"held out for validation: the last 10 % of {book}, ")
-    assert "# a document of this file, whose lines continue one another\n" in out.read_text()
+    assert "# what a document is; the lines of this file continue one another\n" in out.read_text()
     assert _planned(capsys, out)["remarks"] == []
 
 
@@ -322,7 +322,7 @@ def test_a_model_too_large_for_a_start_is_warned_of_with_what_to_do(made, capsys
     )
     assert "start" not in table
     remark = result["remarks"][-1]
-    assert "prunes dense weights by their size" in remark
+    assert "starts dense and prunes by magnitude" in remark
     assert _planned(capsys, out)["remarks"] == [remark]
     command, then = re.fullmatch(r".*?: pst-ds (prune .*), and then train with (.*)", remark).groups()
     words = (

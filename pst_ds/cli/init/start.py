@@ -71,8 +71,8 @@ def remark_on_dense_start(run: RunConfig, model: nn.Module) -> str:
         return ""
     fits = run.pst.pattern == "matrix" and run.schedule.final_sparsity <= _SHARES_FOR_ALL and not expert_stacks(model)
     return (
-        "the run prunes dense weights by their size, and by that a model of 135M weights ended at a perplexity of 99, "
-        "begun by ALPS at 43 (docs/pruning.md). A run of more than a billion weights does not begin so by itself: "
+        "the run starts dense and prunes by magnitude: a model of 135M weights ended at a perplexity of 99 that way, "
+        "and at 43 from a start by ALPS (docs/pruning.md). Above a billion weights, prune first: "
         f"pst-ds prune RUN.toml --method alps --reconstruct 2 --samples {_SEQUENCES}{' --budgets saliency' * fits} "
         '--out DIR, and then train with model.path = "DIR", method = "masked-lora" and pst.initial_mask = "zeros"'
     )

@@ -18,7 +18,7 @@ _COMMENTS = {
     "method": '"pst", or a rival with the same data, schedule and export: docs/methods.md',
     "deepspeed_config": "memory, precision and communication; batch and optimizer are this file's",
     "data.validation": "chooses the best checkpoint, among those at the final sparsity",
-    "data.sample_by": "a document of this file, whose lines continue one another",
+    "data.sample_by": "what a document is; the lines of this file continue one another",
     "data.document_mask": "documents run on, as if they were one text",
     "data.test": "read by pst-ds eval and verify alone",
     "train.batch_size": "examples of an optimizer step, over all ranks",
