@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.config.run import ConfigError, RunConfig
-from pst_ds.data.tasks import ExampleSet
+from pst_ds.data.tasks import ExampleSet, task_of
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import raise_on_all_ranks
 
@@ -74,16 +74,16 @@ def _leave(module: nn.Module, args: tuple[object, ...], out: object) -> None:
 def _adding_documents(make_mask: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``make_mask``, a mask function of transformers, such that tokens see those of their own document alone."""
 
-    def make(*, mask_function: Callable[..., Tensor], kv_length: int, **settings: Any) -> Any:
+    def make(*args: Any, **settings: Any) -> Any:
         documents = _DOCUMENTS.get()
-        if documents is None or documents.shape[1] != kv_length:
-            return make_mask(mask_function=mask_function, kv_length=kv_length, **settings)
+        if documents is None or settings.get("kv_length") != documents.shape[1]:
+            return make_mask(*args, **settings)
+        others: Callable[..., Tensor] = settings["mask_function"]
 
         def see(text: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return mask_function(text, head, query, key) & (documents[text, query] == documents[text, key])
+            return others(text, head, query, key) & (documents[text, query] == documents[text, key])
 
-        settings["allow_is_causal_skip"] = False  # for no mask at all
-        return make_mask(mask_function=see, kv_length=kv_length, **settings)
+        return make_mask(*args, **{**settings, "mask_function": see, "allow_is_causal_skip": False})
 
     make.adds_documents = True  # type: ignore[attr-defined]
     return make
@@ -125,7 +125,9 @@ def require_documents_apart(engine: Engine, run: RunConfig, examples: ExampleSet
     ConfigError, on every rank, where ``data.document_mask = true`` asks for documents that are kept apart."""
     if not getattr(examples, "several_documents", False):
         return ""
-    leaks = reads_on(engine, device)
+    drawn, (some,) = raise_on_all_ranks(lambda: task_of(run).sample(examples, 1, run.seed))
+    ids = drawn[some][: 2 * _TOKENS].astype("int64")  # type: ignore[index]
+    leaks = reads_on(engine, torch.as_tensor(ids, device=device))
     kind: str = getattr(getattr(engine.module, "config", None), "model_type", "model")
     found = (
         f"model.path = {run.model.path!r} ({kind}) reads on from one document to the next whatever their positions are"
@@ -138,27 +140,29 @@ def require_documents_apart(engine: Engine, run: RunConfig, examples: ExampleSet
             )
 
     raise_on_all_ranks(refuse)  # a rounding on one rank alone must not leave the others waiting
-    return leaks * (
+    warning = (
         f"warning: data.document_mask is not set, and {found}: they are kept apart in some layers at most. Set "
         "data.document_mask = false to let them run on"
     )
+    return warning if leaks else ""
 
 
 @torch.no_grad()
-def reads_on(engine: Engine, device: str) -> bool:
+def reads_on(engine: Engine, ids: Tensor) -> bool:
     """Return whether the model sees a document before the one that it reads. Collective under ZeRO-3.
 
-    Two pairs of documents differ in the first alone; the logits of the second must not. The pairs are rows of one
-    batch, so that products have the same shapes and roundings for both, those of experts too. A model is taken as it is
-    found to be, as transformers has no list of those that heed positions: most attention does, recurrent layers do not.
+    ``ids``: (n,) tokens, whose halves are the documents. Two pairs of them differ in the first alone; the logits of the
+    second must not. The pairs are rows of one batch, so that products have the same shapes and roundings for both,
+    those of experts too. A model is taken as it is found to be, as transformers has no list of those that heed
+    positions: most attention does, recurrent layers do not.
     """
-    config: Any = engine.module.config
-    ids = (torch.arange(2 * _TOKENS, device=device) * 5 + 3).remainder(config.get_text_config().vocab_size)
-    first, second = ids.split(_TOKENS)
+    first, second = ids.tensor_split(2)
+    if torch.equal(first, first.flip(0)):
+        return False
     pairs = torch.stack([torch.cat([before, second]) for before in (first, first.flip(0))])
-    positions = torch.arange(_TOKENS, device=device).repeat(2).expand_as(pairs)
+    positions = torch.cat([torch.arange(len(part), device=ids.device) for part in (first, second)]).expand_as(pairs)
     engine.eval()
-    logits = engine(input_ids=pairs, position_ids=positions).logits[:, _TOKENS:]
+    logits = engine(input_ids=pairs, position_ids=positions).logits[:, len(first) :]
     engine.train()
     allowed = max(_ROUNDINGS * torch.finfo(logits.dtype).eps, LEAST_LEAK) * logits.abs().max().float()
     return bool((logits[0].float() - logits[1].float()).abs().max() > allowed)
