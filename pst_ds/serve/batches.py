@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -72,8 +71,11 @@ class Batches:
     ):  # fmt: skip
         """``model``: a causal model of transformers in eval mode; ``ends``: tokens that end a text."""
         self._model, self._pad, self._ends, self._users = model, pad, frozenset(ends), users
-        self._most, self._places = most_in_batch, threading.BoundedSemaphore(most_waiting)
-        self._jobs: queue.Queue[Job | None] = queue.Queue()
+        self._most, self._most_waiting = most_in_batch, most_waiting
+        self._waiting: list[Job] = []
+        self._closing = False
+        self._changed = threading.Condition()
+        """Guards the two; notified when they change."""
         known = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in known
         self._takes_last = "logits_to_keep" in known
@@ -100,34 +102,34 @@ class Batches:
 
     def submit(self, job: Job) -> None:
         """Queue a job. Raises BusyError when too many wait."""
-        if not self._places.acquire(blocking=False):
-            raise BusyError
-        self._jobs.put(job)
+        with self._changed:
+            self._waiting = [other for other in self._waiting if not other.cancelled]
+            if len(self._waiting) >= self._most_waiting:
+                raise BusyError
+            self._waiting.append(job)
+            self._changed.notify()
 
     def close(self) -> None:
-        """End the thread after the batch that it is at; jobs that wait get an error."""
-        self._jobs.put(None)
+        """End the thread after the current batch; jobs that wait get an error."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
         self._thread.join(_JOIN_SECONDS)
 
     def _run(self) -> None:
-        closing = False
-        while not closing:
-            batch: list[Job | None] = [self._jobs.get()]
-            while len(batch) < self._most and not self._jobs.empty():
-                batch.append(self._jobs.get())
-            taken = [job for job in batch if job is not None]
-            closing = len(taken) < len(batch)
-            for _ in taken:
-                self._places.release()
-            jobs = [job for job in taken if not job.cancelled]
-            if not jobs:
-                continue
-            self._write(jobs)
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closing)
+                if self._closing:
+                    break
+                waiting = [job for job in self._waiting if not job.cancelled]
+                jobs, self._waiting = waiting[: self._most], waiting[self._most :]
+            if jobs:
+                self._write(jobs)
             if self._users is not None:
                 self._users.assign_states(())  # which frees what the batch had of its users
-        while not self._jobs.empty():
-            if (left := self._jobs.get()) is not None:
-                left.put(ClosingError())
+        for job in self._waiting:
+            job.end(ClosingError())
 
     def _write(self, jobs: list[Job]) -> None:
         """Decode a batch. When it fails, continue its jobs one by one: only those that fail alone get an error."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pst_ds.decoder.sampling import Sampling
-from pst_ds.serve.batches import DONE_LENGTH, DONE_STOP, Batches, Job
+from pst_ds.serve.batches import DONE_LENGTH, DONE_STOP, Batches, BusyError, ClosingError, Job
 
 VOCABULARY, END, PAD = 40, 39, 0
 NAN, INFINITE, NOTHING, LARGE = 33, 34, 35, 36
@@ -47,18 +48,35 @@ def _job(*prompt, temperature=0.0, max_tokens=4, state=None):
     return {"prompt": list(prompt), "max_tokens": max_tokens, "sampling": Sampling(temperature), "state": state}
 
 
+@contextmanager
+def _held(**more):
+    """Batches whose first batch, of another job, ends when the context does."""
+    batches = Batches(Counting(), pad=PAD, ends=[END], users=Users(), **more)
+    begun, ends = threading.Event(), threading.Event()
+    first = _job(1, max_tokens=1)
+    batches.submit(Job(**first, seed=0, put=lambda item: begun.set() if item == 2 else ends.wait(30)))
+    assert begun.wait(30)
+    yield batches
+    ends.set()
+
+
+def _outcome(arrived):
+    items = [arrived.get(timeout=30)]
+    while isinstance(items[-1], int):
+        items.append(arrived.get(timeout=30))
+    return items[:-1], items[-1]
+
+
 def _written(*jobs):
     """Decode jobs in one batch; return for each its tokens and its outcome."""
-    batches = Batches(Counting(), pad=PAD, ends=[END], users=Users())
-    submitted, arrived = threading.Event(), [queue.Queue() for _ in jobs]
-    batches.submit(Job(**_job(1, max_tokens=1), seed=0, put=lambda _: submitted.wait(30)))  # the batch before
-    for job, to in zip(jobs, arrived, strict=True):
-        batches.submit(Job(**job, seed=0, put=to.put))
-    submitted.set()
+    arrived = [queue.Queue() for _ in jobs]
+    with _held() as batches:
+        for job, to in zip(jobs, arrived, strict=True):
+            batches.submit(Job(**job, seed=0, put=to.put))
+    found = [_outcome(to) for to in arrived]
     batches.close()
     assert not batches.is_alive
-    found = [[to.get_nowait() for _ in range(to.qsize())] for to in arrived]
-    return [(items[:-1], items[-1]) for items in found]
+    return found
 
 
 RIGHT = [_job(1), _job(5, 6, temperature=0.5), _job(2, 6, max_tokens=6), _job(37, max_tokens=9)]
@@ -91,3 +109,31 @@ def test_a_batch_that_fails_midway_continues_one_by_one():
 def test_the_smallest_temperatures_write_the_likeliest_tokens(temperature):
     jobs = [job | {"sampling": Sampling(temperature)} for job in RIGHT]
     assert _written(*jobs) == WRITTEN
+
+
+def test_a_waiting_job_whose_client_has_gone_gives_up_its_place():
+    jobs, arrived = [], queue.Queue()
+    with _held(most_waiting=2) as batches:
+        for _ in range(5):
+            jobs.append(Job(**_job(1), seed=0, put=arrived.put))
+            batches.submit(jobs[-1])
+            jobs[-1].cancelled = len(jobs) < 4
+        with pytest.raises(BusyError):
+            batches.submit(Job(**_job(1), seed=0, put=arrived.put))
+    for _ in range(10):  # four tokens and an outcome of each of two
+        arrived.get(timeout=30)
+    batches.close()
+    assert [job.written for job in jobs] == [[], [], [], [2, 3, 4, 5], [2, 3, 4, 5]]
+
+
+def test_jobs_that_wait_at_the_end_are_told():
+    arrived = queue.Queue()
+    with _held() as batches:
+        batches.submit(Job(**_job(1), seed=0, put=arrived.put))
+        closing = threading.Thread(target=batches.close)
+        closing.start()
+        while not batches._closing:
+            closing.join(0.01)
+    assert isinstance(_outcome(arrived)[1], ClosingError)
+    closing.join(30)
+    assert not batches.is_alive
