@@ -6,14 +6,16 @@ import asyncio
 import json
 import logging
 import random
-import threading
+import sys
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import anyio
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from pst_ds.users.store import State, UserStore
 
 _LOG = logging.getLogger(__name__)
+_SWITCH_SECONDS = 0.0005
+"""For which another thread may keep the interpreter from the event loop, after each time that it sends or receives."""
 USER_MARK = ":"
 """Stands between the model's name and a user's."""
 
@@ -61,7 +65,8 @@ class Service:
     limits: Limits
     store: UserStore | None = None
     access: Access = field(default_factory=Access)
-    _tokenizing: threading.Lock = field(default_factory=threading.Lock, init=False)
+    reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "reader"), init=False)
+    """One thread that reads requests: tokenizers are not thread-safe, and more threads would delay the event loop."""
 
     @property
     def models(self) -> list[str]:
@@ -88,11 +93,15 @@ class Service:
                 raise _unreadable(error) from None
         raise _no_model(model)
 
+    def read(self, body: bytes) -> tuple[ChatRequest, State | None, list[int]]:
+        """Return a request, the state of its user and the tokens of its messages. Raises ProtocolError."""
+        asked = read_request(body)
+        return asked, self.state_of(asked.model), self.prompt_of(asked.messages)
+
     def prompt_of(self, messages: list[JsonTable]) -> list[int]:
         """Return the tokens of the messages. Raises ProtocolError."""
         try:
-            with self._tokenizing:
-                prompt = self._tokens(messages)
+            prompt = self._tokens(messages)
         except Exception as error:  # templates raise what they like
             why = f"the chat template refuses these messages: {str(error)[:1000]}"
             raise ProtocolError(400, why, param="messages") from None
@@ -125,8 +134,14 @@ def make_app(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        async with anyio.create_task_group():
+            pass  # which imports what the first stream would wait for
         yield
+        service.reader.shutdown()
         await asyncio.to_thread(service.batches.close)
+        sys.setswitchinterval(before)
 
     app = FastAPI(title="pst-ds", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     began = int(time.time())
@@ -166,8 +181,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        asked = await asyncio.to_thread(read_request, await request.body())
-        return await _answer(service, asked, request)
+        return await _answer(service, await request.body(), request)
 
     limits = service.limits
     app.add_middleware(Gate, access=service.access, most=limits.body_bytes, seconds=limits.body_seconds)
@@ -183,10 +197,9 @@ def _unreadable(error: UserStoreError) -> ProtocolError:
     return ProtocolError(500, "the state of this user, or the store of all, cannot be read", param="model")
 
 
-async def _answer(service: Service, asked: ChatRequest, request: Request) -> Response:
-    state = await asyncio.to_thread(service.state_of, asked.model)
-    prompt = await asyncio.to_thread(service.prompt_of, asked.messages)
+async def _answer(service: Service, body: bytes, request: Request) -> Response:
     loop = asyncio.get_running_loop()
+    asked, state, prompt = await loop.run_in_executor(service.reader, service.read, body)
     arrived: asyncio.Queue[int | str | Exception] = asyncio.Queue()
     seed = random.getrandbits(62) if asked.seed is None else asked.seed
     job = Job(
