@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import threading
@@ -103,7 +104,8 @@ def load_server(args: argparse.Namespace, top: Path) -> dict[str, Any]:
         "memory_growth": round(max(growth), 4) if growth else None,
         "examples": [*load.wrong[:5], *load.misjudged[:5]],
     }  # fmt: skip
-    good = not load.wrong and not load.misjudged and not server.died and replaced and code == 0 and load.right > 0
+    ended = code == (0 if args.workers > 1 else -signal.SIGTERM)  # as uvicorn ends
+    good = ended and not load.wrong and not load.misjudged and not server.died and replaced and load.right > 0
     is_healthy = args.kill or (health.found["slowest_seconds"] < MOST_HEALTH_SECONDS and not health.found["failed"])
     facts["passed"] = bool(good and is_healthy and max(growth, default=0.0) <= MOST_GROWTH)
     return facts

@@ -70,7 +70,9 @@ class Server:
         return [pid for pid in descendants(self._process.pid) if b"spawn_main" in _command_line(pid)]
 
     def answering(self) -> list[int]:
-        """Return the processes that have their model."""
+        """Return the processes that have their model; a single one has it once the server says where it is."""
+        if self._workers == 1:
+            return [self._process.pid] if self._process.poll() is None else []
         started = {int(pid) for pid in _STARTED.findall(self._said())}
         return [pid for pid in self.workers() if pid in started]
 
