@@ -31,11 +31,10 @@ SETTINGS = {
 }  # fmt: skip
 VERBS = ("eval", "export", "generate", "init", "inspect", "plan", "prune", "report", "verify")
 """Verbs whose commands run on the pages of COMMANDS; the others take long, listen, or start ranks."""
-COMMANDS = {
-    "docs/command-line.md": "decoder", "docs/decoding.md": "decoder", "docs/onnx.md": "encoder",
-    "docs/pruning.md": "decoder", "docs/pruning-measured.md": "decoder", "docs/report.md": "decoder",
-    "docs/scaling.md": "decoder", "docs/sparse-checkpoints.md": "decoder", "docs/troubleshooting.md": "decoder",
-}  # fmt: skip
+COMMANDS = {"docs/onnx.md": "encoder"} | dict.fromkeys((
+    "docs/command-line.md", "docs/decoding.md", "docs/in-your-script.md", "docs/pruning.md", "docs/pruning-measured.md",
+    "docs/report.md", "docs/scaling.md", "docs/sparse-checkpoints.md", "docs/troubleshooting.md",
+), "decoder")  # fmt: skip
 """Pages whose commands run, and which of the tiny models they are about."""
 NOT_HERE = {
     "--watch": "does not end",
@@ -59,6 +58,10 @@ def _llama() -> torch.nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(vocab_size=35, max_position_embeddings=2048, initializer_range=0.1, **sizes))
+
+
+def _pruned() -> torch.nn.Module:
+    return LlamaForCausalLM.from_pretrained("runs/pruned")
 
 
 def _args() -> object:
@@ -89,7 +92,7 @@ def _deepspeed_config() -> dict[str, Any]:
 GIVEN: dict[str, dict[str, Callable[[], Any]]] = {
     "README.md": {"model": _classifier, "args": _args, "data": _rows},
     "docs/in-your-script.md": {
-        "model": _classifier, "base": _classifier, "args": _args, "data": _rows, "loader": _loader,
+        "model": _classifier, "base": _pruned, "args": _args, "data": _rows, "loader": _loader,
         "conversations": _conversations, "config": _deepspeed_config, "folder": str,
     },
     "docs/migrating.md": {"model": _llama},
@@ -168,7 +171,7 @@ def _run_python(block: Block, names: dict[str, Any]) -> None:
     if any(f"from {extra} import" in block.text and find_spec(extra) is None for extra in EXTRAS):
         return
     for name, make in GIVEN.get(block.page, {}).items():
-        if name not in names or f"inject_pst({name}," in block.text:
+        if f"inject_pst({name}," in block.text or (name not in names and re.search(rf"\b{name}\b", block.text)):
             names[name] = make()
     text = block.text
     for words, ours in ON_A_CPU.items():
