@@ -49,6 +49,11 @@ class SparseLinearNode(nn.Module):
         self.register_buffer("scales", scales)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
 
+    @property
+    def weight(self) -> Tensor:
+        """Refuse what reads a weight without calling its layer, as Mamba's mixers do."""
+        raise NotImplementedError("other code reads the weight of a packed layer; use --format bitmask")
+
     def forward(self, x: Tensor) -> Tensor:
         return _node(
             "SparseLinear",

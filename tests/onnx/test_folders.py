@@ -187,6 +187,13 @@ def test_a_graph_that_computes_something_else_is_not_kept(bert, tmp_path, monkey
 
 
 REFUSED = {
+    "MambaForCausalLM cannot be written as a graph: other code reads the weight of a packed layer": lambda: (
+        hf.MambaForCausalLM(
+            hf.MambaConfig(
+                **TOKENS, vocab_size=160, hidden_size=32, num_hidden_layers=1, state_size=4, time_step_rank=16
+            )
+        )
+    ),
     "Gemma2ForCausalLM cannot be written as a graph: attention with capped scores or sinks": lambda: (
         hf.Gemma2ForCausalLM(hf.Gemma2Config(**DECODER, head_dim=8))
     ),

@@ -1,0 +1,149 @@
+"""Families of models in one process: begun by one-shot pruning, trained, exported, checked and reloaded; or refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from pst_ds.cli.main import main
+from pst_ds.config.pst import PSTConfig
+from pst_ds.nn.replaceable import listed
+from pst_ds.nn.targets import InjectionError, find_targets
+from tests.nn.expert_families import FAMILIES as OF_EXPERTS
+from tests.nn.expert_families import tiny_model
+
+_TEXT = {
+    "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_PLAIN = {name: value for name, value in _TEXT.items() if name != "num_key_value_heads"}
+_ENCODER = {name: value for name, value in _PLAIN.items() if name not in ("bos_token_id", "eos_token_id")}
+_MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+_CONFIGS = {
+    "bamba": lambda: transformers.BambaConfig(**_TEXT, **_MAMBA2, attn_layer_indices=[1]),
+    "bloom": lambda: transformers.BloomConfig(vocab_size=48, hidden_size=16, n_layer=2, n_head=2),
+    "falcon": lambda: transformers.FalconConfig(**_PLAIN, num_kv_heads=1, new_decoder_architecture=True, bias=True),
+    "gemma": lambda: transformers.GemmaConfig(**_TEXT, head_dim=8),
+    "gemma2": lambda: transformers.Gemma2Config(**_TEXT, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(**_TEXT, head_dim=8, sliding_window=6),
+    "gemma3n_text": lambda: transformers.Gemma3nTextConfig(
+        **_TEXT, head_dim=8, vocab_size_per_layer_input=48, hidden_size_per_layer_input=8, altup_num_inputs=2,
+        laurel_rank=4, num_kv_shared_layers=0, layer_types=["sliding_attention", "full_attention"], sliding_window=6,
+        activation_sparsity_pattern=[0.0, 0.0],
+    ),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=48, n_embd=16, n_layer=2, n_head=2, n_positions=32),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**_PLAIN),
+    "jamba": lambda: transformers.JambaConfig(
+        **_TEXT, num_experts=4, num_experts_per_tok=2, attn_layer_period=2, attn_layer_offset=1,
+        expert_layer_period=2, expert_layer_offset=1, use_mamba_kernels=False, mamba_d_state=8,
+    ),
+    "mamba": lambda: transformers.MambaConfig(vocab_size=48, hidden_size=16, num_hidden_layers=2, state_size=8),
+    "granite": lambda: transformers.GraniteConfig(**_TEXT, embedding_multiplier=3.0, residual_multiplier=0.3),
+    "granitemoehybrid": lambda: transformers.GraniteMoeHybridConfig(
+        **_TEXT, **_MAMBA2, num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=8,
+        layer_types=["mamba", "attention"],
+    ),
+    "deberta": lambda: transformers.DebertaConfig(**_ENCODER, relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    "deberta_v2": lambda: transformers.DebertaV2Config(**_ENCODER, relative_attention=True, pos_att_type=["p2c"]),
+    "llama": lambda: transformers.LlamaConfig(**_TEXT),
+    "ministral3": lambda: transformers.Ministral3Config(**_TEXT, head_dim=8),
+    "mistral": lambda: transformers.MistralConfig(**_TEXT, sliding_window=6),
+    "mpt": lambda: transformers.MptConfig(vocab_size=48, d_model=16, n_layers=2, n_heads=2, expansion_ratio=2),
+    "olmo2": lambda: transformers.Olmo2Config(**_TEXT),
+    "opt": lambda: transformers.OPTConfig(**_PLAIN, ffn_dim=24, word_embed_proj_dim=8),
+    "phi": lambda: transformers.PhiConfig(**_TEXT),
+    "phi3_longrope": lambda: transformers.Phi3Config(
+        **_TEXT, original_max_position_embeddings=16, rope_parameters={
+            "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+        },
+    ),
+    "qwen2": lambda: transformers.Qwen2Config(**_TEXT),
+    "qwen3": lambda: transformers.Qwen3Config(**_TEXT, head_dim=8),
+    "smollm3": lambda: transformers.SmolLM3Config(**_TEXT, no_rope_layers=[1, 0]),
+}  # fmt: skip
+_ENCODERS = ("deberta", "deberta_v2")
+FAMILIES = list(dict.fromkeys([*_CONFIGS, *OF_EXPERTS]))
+LEAVES_DENSE = {"gemma3n_text": ["correction_coefs"], "jamba": ["A_log", "dt_proj"], "mamba": ["A_log", "dt_proj"]}
+
+
+def _write_base(family, folder):
+    torch.manual_seed(1)
+    if family in _ENCODERS:
+        model = AutoModel.from_config(_CONFIGS[family](), dtype=torch.float32)
+    elif family in _CONFIGS:
+        model = AutoModelForCausalLM.from_config(_CONFIGS[family](), dtype=torch.float32)
+    else:
+        model = tiny_model(family)
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained("tests/data/tiny-llama", pad_token="</s>")
+    tokenizer.save_pretrained(folder)
+
+
+def _budgets(family):
+    """Return the budgets of the one-shot start: by saliency for language models without stacks of experts."""
+    if family in _ENCODERS:
+        return "equal"
+    has_stacks = family in OF_EXPERTS or family in ("granitemoehybrid", "jamba")
+    return "owl" if has_stacks else "saliency"
+
+
+def _arguments(family, folder):
+    settings = {
+        "output_dir": str(folder / "run"), "model.path": str(folder / "base"), "deepspeed_config": "",
+        "task": "classification" if family in _ENCODERS else "causal-lm",
+        "pst.exclude_modules": LEAVES_DENSE.get(family, []), "pst.pattern": "global", "start.method": "alps",
+        "start.samples": 2, "start.budgets": _budgets(family), "data.max_length": 16, "eval.interval": 0,
+        "train.num_steps": 2, "train.batch_size": 2, "schedule.initial_sparsity": 0.5, "schedule.update_interval": 1,
+        "schedule.warmup_fraction": 0.0, "schedule.cooldown_fraction": 0.5,
+    }  # fmt: skip
+    words = (word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}"))
+    return ["tests/data/causal_lm.toml", *words]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_begun_trained_exported_and_reloaded(tmp_path, capsys, family):
+    _write_base(family, tmp_path / "base")
+    run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    assert main(["train", *_arguments(family, tmp_path), "--quiet"]) == 0
+    assert main(["export", run, "--out", out, "--format", "bitmask", "--values", "int8", "--quiet"]) == 0
+    assert main(["verify", out, "--against", run, "--limit", "2", "--quiet", "--json"]) == 0
+    verified = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert verified["differing_weights"] == 0
+    assert verified["kept_sparse"]["layers"] > 0
+
+
+REFUSED = {
+    "jamba": (_CONFIGS["jamba"], ["A_log", "dt_proj"]),
+    "mamba": (_CONFIGS["mamba"], ["A_log", "dt_proj"]),
+    "llama4": (lambda: transformers.Llama4TextConfig(**_TEXT, head_dim=8, num_local_experts=4), ["experts"]),
+    "dbrx": (
+        lambda: transformers.DbrxConfig(
+            vocab_size=48, d_model=16, n_layers=1, n_heads=2,
+            attn_config={"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 1e4},
+            ffn_config={"ffn_hidden_size": 8, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 16},
+        ),
+        ["mlp"],
+    ),
+    "jetmoe": (
+        lambda: transformers.JetMoeConfig(
+            vocab_size=48, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_key_value_heads=1,
+            kv_channels=8, num_local_experts=4, num_experts_per_tok=2,
+        ),
+        ["input_linear", "output_linear"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_family_that_would_stay_dense_in_part_is_refused_with_what_to_exclude(family):
+    config, names = REFUSED[family]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config())
+    with pytest.raises(InjectionError) as refusal:
+        find_targets(model, PSTConfig())
+    assert str(refusal.value).endswith(f"If that is meant, say so with exclude_modules = {listed(names)}")
+    assert find_targets(model, PSTConfig(exclude_modules=tuple(names)))
