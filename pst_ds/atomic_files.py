@@ -1,19 +1,32 @@
-"""Files and folders that are whole on disk or not there at all, whatever kills the process that writes them."""
+"""Files and folders that are whole on disk or not there at all, whatever kills the process that writes them, and locks
+that keep other processes from writing them at the same time."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
+import math
 import os
+import re
+import secrets
 import shutil
+import socket
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from pathlib import Path
 
 from pst_ds.errors import InputError
+from pst_ds.progress import Progress
 
 PARTIAL, OLD = ".partial", ".old"
-"""Endings of a folder that is being written, and of one that is being replaced."""
+"""Endings of a file or folder that is being written, and of a folder that is being replaced."""
+LOCK = ".lock"
+_POLL_SECONDS = 0.2
+_held_locks: set[int] = set()
+"""Descriptors of the locks that this process holds."""
 
 
 def require_writable(path: Path, what: str) -> None:
@@ -83,7 +96,7 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
         path.write_bytes(data)
         return
     path = Path(os.path.realpath(path))
-    beside = path.with_name(f".{path.name}{PARTIAL}")
+    beside = partial_name(path)
     try:
         write_new(beside, data)
         beside.replace(path)
@@ -95,32 +108,75 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
 
 def replace_link(path: Path, target: str) -> None:
     """Make ``path`` a symbolic link to ``target`` beside it, in one step."""
-    beside = path.with_name(f".{path.name}{PARTIAL}")
-    beside.unlink(missing_ok=True)
-    beside.symlink_to(target)
-    beside.replace(path)
+    beside = partial_name(path)
+    try:
+        beside.symlink_to(target)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     sync(path.parent)
+
+
+def partial_name(path: Path) -> Path:
+    """Return a name next to ``path`` for what is being written, which no other process uses."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+
+
+def remove_partial(*paths: Path) -> None:
+    """Remove what killed processes left unfinished of ``paths``, all in one folder. No process may be writing them."""
+    names = "|".join(re.escape(path.name) for path in paths)
+    unfinished = re.compile(rf"\.({names})\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
+    for path in [path for path in paths[0].parent.iterdir() if unfinished.fullmatch(path.name)]:
+        _remove(path)
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into, which takes the name ``folder`` at the end; after an error nothing of it is left.
 
-    A link stays one: the folder that it names is replaced.
+    A link stays one: the folder that it names is replaced. Other processes that write the same folder wait.
     """
     folder = Path(os.path.realpath(folder))
-    restore_replaced(folder)
-    partial = folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with _written_alone(folder) as partial:
+        restore_replaced(folder)
+        partial.mkdir()
         yield partial
         for path in partial.rglob("*"):
             sync(path)
         publish(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """:func:`atomic_folder` of a file: yield a name to write it under."""
+    path = Path(os.path.realpath(path))
+    with _written_alone(path) as partial:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+
+
+@contextmanager
+def _written_alone(path: Path) -> Iterator[Path]:
+    """Yield the partial name of ``path`` when no other process has one; remove it after an error."""
+    with only_writer(path.with_name(f".{path.name}{PARTIAL}{LOCK}"), f"write {path}") as doubt:
+        if not doubt:
+            remove_partial(path)
+        partial = partial_name(path)
+        try:
+            yield partial
+        except BaseException:
+            _remove(partial)
+            raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def publish(partial: Path, folder: Path) -> None:
@@ -148,3 +204,80 @@ def restore_replaced(folder: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(folder)
+
+
+@contextmanager
+def only_writer(path: Path, what: str, patience: float = math.inf) -> Iterator[str]:
+    """Enter once no other process is inside for the lock file ``path``, which is made if need be; ``what`` names the
+    work. Yield why there may be another one all the same, on a file system without locks, or "".
+
+    The kernel releases the lock when the process ends, whatever ends it. Raises InputError that names the process
+    inside after ``patience`` seconds of waiting.
+    """
+    # flock and not a POSIX record lock: that would be lost as soon as anything in this process, such as a copy of the
+    # folder, opened and closed the file. NFS shows flock to all hosts too.
+    with ExitStack() as stack:
+        deadline, waiting = time.monotonic() + patience, None
+        while True:
+            handle, text = _try_lock(path)
+            if handle is not None:
+                break
+            owner = text or "another process"
+            if time.monotonic() >= deadline:
+                raise InputError(f"{what}: {owner}, writes there. Wait until it has ended, or name another folder")
+            if waiting is None:
+                waiting = stack.enter_context(Progress(what, 1))
+                waiting.say(f"{what}: waiting for {owner}")
+            waiting.at(0)
+            time.sleep(_POLL_SECONDS)
+    _held_locks.add(handle)
+    try:
+        yield text
+    finally:
+        if handle in _held_locks:  # not in a fork
+            path.unlink(missing_ok=True)
+            _held_locks.remove(handle)
+            os.close(handle)
+
+
+def _try_lock(path: Path) -> tuple[int | None, str]:
+    """Return a descriptor of the lock file, locked, and what :func:`only_writer` yields; or None, and which process has
+    locked it."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, doubt = os.open(path, os.O_CREAT | os.O_RDWR, 0o666), ""
+        owner = os.pread(handle, 200, 0).decode(errors="replace")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None, owner
+        except OSError:
+            doubt = f"{path.parent} is on a file system without file locks"
+        host = f"on {socket.gethostname()},"
+        if owner and (doubt or host not in owner):  # killed, or some file systems keep locks from other hosts
+            doubt = " and ".join(filter(None, (doubt, f"{path} was left by {owner}")))
+        if _is_there(path, handle):
+            os.ftruncate(handle, 0)
+            started = datetime.now().astimezone()
+            os.pwrite(handle, f"pid {os.getpid()} {host} started {started:%Y-%m-%d %H:%M:%S %z}".encode(), 0)
+            return handle, doubt
+        os.close(handle)  # the one before has removed the file, or the folder
+
+
+def _is_there(path: Path, handle: int) -> bool:
+    """Return whether ``path`` names the file that ``handle`` has open."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _let_go() -> None:
+    """In a fork: close its copies of the locks, which would outlive the process that holds them."""
+    for handle in _held_locks:
+        os.close(handle)
+    _held_locks.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)

@@ -198,6 +198,31 @@ def _outcome(path: Path) -> tuple[bool, Any]:
 
 
 @pytest.fixture
+def locked_elsewhere() -> Iterator[Callable[[Path], int]]:
+    """``locked_elsewhere(path)``: the pid of a process that holds the lock of ``path`` until it is killed."""
+    from pst_ds.atomic_files import only_writer
+
+    pids = []
+
+    def hold(path: Path) -> int:
+        ready, say = os.pipe()
+        pids.append(os.fork())
+        if not pids[-1]:
+            with only_writer(path, "test"):
+                os.write(say, b".")
+                signal.pause()
+        os.close(say)
+        assert os.read(ready, 1) == b"."
+        os.close(ready)
+        return pids[-1]
+
+    yield hold
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@pytest.fixture
 def forked_writers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes of an export are forks of this one, in place of interpreters; tests of their end have real ones."""
     fork = multiprocessing.get_context("fork")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
 import signal
+import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,9 @@ from hypothesis import strategies as st
 
 from pst_ds import atomic_files as durable
 from pst_ds.atomic_files import (
+    atomic_file,
     atomic_folder,
+    only_writer,
     publish,
     replace_link,
     require_writable,
@@ -272,6 +277,7 @@ def test_a_kill_between_the_two_renames_is_repaired(tmp_path, monkeypatch, again
     else:
         with pytest.raises(OSError, match="No space"), atomic_folder(folder):
             _full()
+        shutil.rmtree(partial)
         assert _tree(tmp_path) == {f"c/{name}": data for name, data in _made(b"old").items()}
 
 
@@ -312,12 +318,184 @@ def test_a_killed_process_leaves_no_folder_of_the_name_and_the_next_begins_anew(
     if older:
         _make(tmp_path / "c", b"old")
     assert _killed_while_writing(tmp_path / "c", chunks) == -signal.SIGKILL
-    assert (tmp_path / "c.partial" / "a").stat().st_size == chunks * 1000  # it was really on its way
+    (partial,) = tmp_path.glob(".c.*.partial")
+    assert (partial / "a").stat().st_size == chunks * 1000  # it was really on its way
     assert (tmp_path / "c").exists() == older
     if older:
         assert _tree(tmp_path / "c") == _made(b"old")
     _make(tmp_path / "c", b"new")
     assert _tree(tmp_path) == {f"c/{name}": data for name, data in _made(b"new").items()}
+
+
+def _writes(path, kind, content):
+    """A process that writes ``content`` to ``path`` in two steps; (its pid, a pipe with what it prints, "." once it has
+    begun, and a pipe that it waits for)."""
+    heard, say = os.pipe()
+    wait, go = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(say)
+        os.close(wait)
+        return pid, heard, go
+    code = 1
+    os.close(go)
+    try:
+        sys.stderr = os.fdopen(say, "w")
+        with (atomic_folder if kind == "folder" else atomic_file)(path) as partial:
+            part = partial / "a" if kind == "folder" else partial
+            part.write_bytes(content)
+            print(".", file=sys.stderr, flush=True)
+            os.read(wait, 1)
+            if kind == "folder":
+                (partial / "b").write_bytes(content)
+            else:
+                part.write_bytes(part.read_bytes() + content)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _finish(writer):
+    os.write(writer[2], b"!")
+    assert os.waitstatus_to_exitcode(os.waitpid(writer[0], 0)[1]) == 0
+
+
+WHOLE = {"folder": lambda text: {"c/a": text, "c/b": text}, "file": lambda text: {"c": text * 2}}
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_two_processes_write_one_after_the_other(tmp_path, kind):
+    one = _writes(tmp_path / "c", kind, b"one")
+    assert os.read(one[1], 99) == b".\n"
+    two = _writes(tmp_path / "c", kind, b"two")
+    said = os.read(two[1], 999).decode()
+    assert said.startswith(f"write {tmp_path}/c: waiting for pid {one[0]} on {socket.gethostname()}, started 20")
+    _finish(one)
+    assert os.read(two[1], 99) == b".\n"
+    assert (
+        _tree(tmp_path / "c" if kind == "folder" else tmp_path).items()
+        >= {name.removeprefix("c/"): text for name, text in WHOLE[kind](b"one").items()}.items()
+    )
+    _finish(two)
+    assert _tree(tmp_path) == WHOLE[kind](b"two")
+
+
+def _no_locks(handle, operation):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_without_locks_the_last_of_two_processes_wins_whole(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(fcntl, "flock", _no_locks)
+    one, two = (_writes(tmp_path / "c", kind, text) for text in (b"one", b"two"))
+    assert [os.read(writer[1], 99) for writer in (one, two)] == [b".\n"] * 2
+    for writer, text in ((two, b"two"), (one, b"one")):
+        _finish(writer)
+        there = {name: data for name, data in _tree(tmp_path).items() if not name.startswith(".")}
+        assert there == WHOLE[kind](text)
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_text_is_written_by_two_processes_under_two_names(tmp_path, monkeypatch):
+    names, replace = [], Path.replace
+
+    def interrupted(self, target):
+        names.append(self.name)
+        if len(names) == 1:
+            write_text_atomic(tmp_path / "text", "meanwhile")
+            assert (tmp_path / "text").read_text() == "meanwhile"
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    write_text_atomic(tmp_path / "text", "last")
+    assert len(set(names)) == 2
+    assert _tree(tmp_path) == {"text": b"last"}
+
+
+def test_a_lock_names_its_owner_and_ends_with_it(tmp_path, locked_elsewhere):
+    lock = tmp_path / "new" / "x.lock"
+    pid = locked_elsewhere(lock)
+    owner = rf"pid {pid} on {socket.gethostname()}, started 20\d\d-[-0-9: +]+"
+    with (
+        pytest.raises(InputError, match=rf"^the work: {owner}, writes there\. Wait until"),
+        only_writer(lock, "the work", 0),
+    ):
+        pass
+    os.kill(pid, signal.SIGKILL)  # and leaves the file
+    with only_writer(lock, "the work") as doubt:
+        assert doubt == ""
+        assert f"pid {os.getpid()} on" in lock.read_text()
+        with pytest.raises(InputError, match=f"the work: pid {os.getpid()} on"), only_writer(lock, "the work", 0):
+            pass
+    assert not lock.exists()
+
+
+def test_a_fork_does_not_keep_a_lock(tmp_path):
+    lock = tmp_path / "x.lock"
+    ready, say = os.pipe()
+    wait, go = os.pipe()
+    pid = os.fork()
+    if not pid:
+        with only_writer(lock, "test"):
+            if not os.fork():  # such as a worker that loads data
+                os.write(say, b".")
+                os.close(go)
+                os.read(wait, 1)
+                os._exit(0)
+            signal.pause()
+    os.close(wait)
+    assert os.read(ready, 1) == b"."
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with only_writer(lock, "test", 0):
+        assert lock.exists()
+    os.close(go)  # only now the fork ends
+
+
+def test_an_exception_in_a_fork_does_not_release_the_lock(tmp_path):
+    lock, parent = tmp_path / "x.lock", os.getpid()
+    try:
+        with only_writer(lock, "test"):
+            pid = os.fork()
+            if not pid:
+                raise _Killed
+            os.waitpid(pid, 0)
+            with pytest.raises(InputError), only_writer(lock, "test", 0):
+                pass
+    except _Killed:
+        pass
+    finally:
+        if os.getpid() != parent:
+            os._exit(0)
+
+
+@pytest.mark.parametrize(("owner", "expected"), [
+    ("pid 7 on elsewhere, started 2026-01-02 03:04:05 +0000", True), ("pid 7 on {host}, started 2026-01-02", False),
+])  # fmt: skip
+def test_a_lock_that_another_host_has_left_is_doubted(tmp_path, owner, expected):
+    """A host may be gone; or the file system keeps the locks of each host from the others."""
+    lock, owner = tmp_path / "x.lock", owner.format(host=socket.gethostname())
+    lock.write_text(owner)
+    with only_writer(lock, "test") as doubt:
+        assert doubt == (f"{lock} was left by {owner}" if expected else "")
+
+
+def test_what_a_killed_process_left_is_removed_only_by_one_that_has_the_lock(tmp_path, monkeypatch):
+    names = [
+        ".c.0123abcd.partial",
+        ".c.0123abcd.partials",
+        ".cc.0123abcd.partial",
+        ".c.0.partial",
+        "c.0123abcd.partial",
+    ]
+    for name in names:
+        (tmp_path / name).mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", _no_locks)
+        _make(tmp_path / "c", b"new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, "c"])
+    _make(tmp_path / "c", b"new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names[1:], "c"])
 
 
 def test_what_cannot_be_made_is_said_before_it_is_tried(tmp_path, monkeypatch):

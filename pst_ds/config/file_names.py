@@ -1,6 +1,8 @@
 """Names in a run folder and in an export. Imports nothing, so that a reader needs no torch."""
 
-RUN_FILE, RESULT_FILE = "run.toml", "result.json"
+RUN_FILE, RESULT_FILE, DEEPSPEED_FILE = "run.toml", "result.json", "deepspeed.json"
+RUN_LOCK = "run.lock"
+"""Held by the run that writes to the folder, and names its process."""
 METRICS_FILE, LAYERS_FILE = "metrics.jsonl", "layers.jsonl"
 MANIFEST_FILE = "pst_manifest.json"
 CHECKPOINTS, STALLS, PROFILE, MEMORY = "checkpoints", "stalls", "profile", "memory"

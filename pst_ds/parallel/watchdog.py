@@ -136,7 +136,7 @@ def _waits(stack: traceback.StackSummary) -> bool:
 
 def _write(folder: Path, report: StallReport) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"rank-{report.rank}.partial"
+    partial = folder / f"rank-{report.rank}.{os.getpid()}.partial"
     partial.write_text(json.dumps(asdict(report)), encoding="utf-8")
     partial.replace(folder / f"rank-{report.rank}.json")
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from pst_ds.atomic_files import LOCK, only_writer
 from pst_ds.config.file_names import ATTEMPTS_FILE, CHECKPOINTS, EXIT_CODES_VARIABLE, LATEST, LAUNCH, STALLS
 from pst_ds.parallel.stall_verdict import VERDICT_FILE, blamed_hosts
 from pst_ds.parallel.stop_signals import EXIT_STOPPED
@@ -60,9 +61,9 @@ class Supervisor:
 
     def run(self) -> int:
         """Return the exit code of the run: 0, 1, 2, or 75 if it was stopped or is queued again. Only the main thread
-        may call it."""
-        (self.folder / LAUNCH).mkdir(parents=True, exist_ok=True)
-        with self._signals():
+        may call it. Raises InputError when another process of this host does the same."""
+        lock = self.folder / LAUNCH / f"{socket.gethostname()}{LOCK}"
+        with only_writer(lock, f"pst-ds launch of {self.folder}", patience=0.0), self._signals():
             while (code := self._once()) is None:
                 self._asked.wait(self.wait_seconds)
                 if self._asked_by:

@@ -179,6 +179,7 @@ def build(
     return built, engine
 
 
+@run_folder.without_other_runs
 def train_run(
     prepared: Prepared,
     *,
@@ -245,15 +246,14 @@ def _begin(
     """Build what trains, from the checkpoint to go on from if there is one, and begin the folder. Collective. Raises as
     train_run."""
     run, folder = prepared.run, Path(prepared.run.output_dir)
-    with run_folder.shared_folder(folder):
-        checkpoint = run_folder.checkpoint_to_go_on_from(run, examples.digest, quiet=quiet) if resume else None
-        if checkpoint is None and not restart:
-            run_folder.require_no_checkpoints(folder)
-        teacher = raise_on_all_ranks(partial(load_teacher, run, prepared.labels, prepared.tokenizer, prepared.device))
-        _, engine = build(prepared, checkpoint, label_scale=prepared.task.label_scale(examples))
-        warning = require_documents_apart(engine, run, examples, prepared.device)
-        objective = Objective(run, teacher, shared_sequences(engine, run, prepared.device))
-        state = run_folder.restore(engine, checkpoint, run) if checkpoint else LoopState()
+    checkpoint = run_folder.checkpoint_to_go_on_from(run, examples.digest, quiet=quiet) if resume else None
+    if checkpoint is None and not restart:
+        run_folder.require_no_checkpoints(folder)
+    teacher = raise_on_all_ranks(partial(load_teacher, run, prepared.labels, prepared.tokenizer, prepared.device))
+    _, engine = build(prepared, checkpoint, label_scale=prepared.task.label_scale(examples))
+    warning = require_documents_apart(engine, run, examples, prepared.device)
+    objective = Objective(run, teacher, shared_sequences(engine, run, prepared.device))
+    state = run_folder.restore(engine, checkpoint, run) if checkpoint else LoopState()
     if checkpoint is None:
         run_folder.set_aside_checkpoints(folder)
     if is_main():

@@ -8,21 +8,27 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from pst_ds.atomic_files import require_writable, write_text_atomic
+from pst_ds.atomic_files import only_writer, remove_partial, require_writable, write_text_atomic
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError, read_checkpoint
 from pst_ds.checkpoint.restore import base_fingerprint, load_optimizer, same_base
 from pst_ds.config.file_names import (
     CHECKPOINTS,
+    DEEPSPEED_FILE,
+    EXIT_CODES_VARIABLE,
+    LAYERS_FILE,
+    METRICS_FILE,
     RESULT_FILE,
     RUN_FILE,
+    RUN_LOCK,
     STALLS,
     SUBMITTED_FILE,
     SUBMITTED_VARIABLE,
@@ -34,9 +40,23 @@ from pst_ds.errors import InputError
 from pst_ds.masks.update import MaskStats, mask_stats
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.optimizer_state import set_counters
-from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, raise_on_all_ranks, world_size
+from pst_ds.parallel.ranks import (
+    all_gather_objects,
+    barrier,
+    is_main,
+    of_main,
+    of_main_at_length,
+    raise_on_all_ranks,
+    world_size,
+)
 from pst_ds.train.batches import Places
 from pst_ds.train.loop import LoopState
+
+if TYPE_CHECKING:
+    from pst_ds.train.run import Prepared
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MAY_DIFFER = (
     "output_dir", "deepspeed_config", "dense_run", "model.path", "model.tokenizer", "model.attn_implementation",
@@ -59,25 +79,49 @@ _MAY_BE_CHANGED = (
 )  # fmt: skip
 """Settings that a user may want to change to get over a divergence; a message says so."""
 
+_PATIENCE_SECONDS = 120.0
+"""Longer than an NFS server keeps the locks of a host that is gone, which is 90 seconds."""
 _SHARED = ("batch", "losses", "tokens", "last_report_seconds", "skipped_in_a_row", "streams")
 """Fields that LoopState and RunProgress have in common."""
 
 
-@contextmanager
-def shared_folder(folder: Path) -> Iterator[Path]:
-    """Create ``folder``, which is what is entered; remove what was created for it if the input inside is bad.
+def without_other_runs(work: Callable[Concatenate[Prepared, P], T]) -> Callable[Concatenate[Prepared, P], T]:
+    """Decorate what writes to the run folder of its first argument: create the folder, and keep other runs out of it
+    until the work has ended; remove what was created for it if the input is bad.
 
-    Collective. Raises ConfigError when the ranks do not all see the same folder.
+    Collective. Raises ConfigError when the ranks do not all see the same folder, and InputError when another run
+    writes to it.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        _require_shared(folder)
-        yield folder
-    except InputError:
-        for path in made if is_main() else ():
-            with suppress(OSError):  # never made, or no longer empty
-                path.rmdir()
-        raise
+
+    @wraps(work)
+    def alone(prepared: Prepared, *more: P.args, **settings: P.kwargs) -> T:
+        folder = Path(prepared.run.output_dir)
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            _require_shared(folder)
+            with ExitStack() as locks:
+                _warn_of_other_runs(of_main_at_length(partial(_lock, folder, locks)))
+                return work(prepared, *more, **settings)
+        except InputError:
+            for path in made if is_main() else ():
+                with suppress(OSError):  # never made, or no longer empty
+                    path.rmdir()
+            raise
+
+    return alone
+
+
+def _lock(folder: Path, locks: ExitStack) -> str:
+    # under pst-ds launch, the ranks of the start before may still be ending
+    patience = _PATIENCE_SECONDS if EXIT_CODES_VARIABLE in os.environ else 0.0
+    return locks.enter_context(only_writer(folder / RUN_LOCK, f"output_dir = {str(folder)!r}", patience))
+
+
+@cache
+def _warn_of_other_runs(doubt: str) -> None:
+    """Warn once, on rank 0."""
+    if doubt and is_main():
+        print(f"WARNING: {doubt}. Make sure that no other run writes there", file=sys.stderr, flush=True)
 
 
 def _require_shared(folder: Path) -> None:
@@ -151,11 +195,13 @@ def write_files(run: RunConfig, ds_config: Mapping[str, object] | None, *, is_ov
     if not is_over:
         (folder / RESULT_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / STALLS, ignore_errors=True)
+    files = (RUN_FILE, RESULT_FILE, METRICS_FILE, LAYERS_FILE, SUBMITTED_FILE, DEEPSPEED_FILE)
+    remove_partial(*(folder / name for name in files))
     write_text_atomic(folder / RUN_FILE, dump_run(run))
     if script := os.environ.get(SUBMITTED_VARIABLE):
         write_text_atomic(folder / SUBMITTED_FILE, script.rstrip("\n") + "\n")
     if ds_config is not None:
-        write_text_atomic(folder / "deepspeed.json", json.dumps(ds_config, indent=1) + "\n")
+        write_text_atomic(folder / DEEPSPEED_FILE, json.dumps(ds_config, indent=1) + "\n")
 
 
 def checkpoint_to_go_on_from(run: RunConfig, data_digest: str, *, quiet: bool) -> Checkpoint | None:

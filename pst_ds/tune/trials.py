@@ -36,6 +36,7 @@ STANDARD_ERROR = "standard_error"
 _DRAWS = 100
 
 
+@run_folder.without_other_runs
 def search(prepared: Prepared, share: float, *, restart: bool = False) -> list[Record]:
     """Run the trials that the folder does not have yet; return all its lines, the last of which says what was chosen.
 
@@ -54,8 +55,7 @@ def search(prepared: Prepared, share: float, *, restart: bool = False) -> list[R
         "metric": run.metric, "lower_is_better": prepared.task.lower_is_better,
         "data_digest": splits[0].digest, "run": run_folder.as_table(run),
     }  # fmt: skip
-    with run_folder.shared_folder(folder):
-        lines = raise_on_all_ranks(partial(_lines_to_go_on_from, folder, json.loads(json_of(head)), restart))
+    lines = raise_on_all_ranks(partial(_lines_to_go_on_from, folder, json.loads(json_of(head)), restart))
     if lines[-1]["event"] != "choice":
         if is_main() and (restart or not (folder / TUNE_FILE).is_file()):
             shutil.rmtree(folder / TRIALS, ignore_errors=True)

@@ -26,17 +26,15 @@ import torch
 from torch import Tensor
 
 from pst_ds import __version__
-from pst_ds.atomic_files import require_writable, write_bytes_atomic, write_text_atomic
+from pst_ds.atomic_files import LOCK, only_writer, require_writable, write_bytes_atomic, write_text_atomic
 from pst_ds.checkpoint.restore import same_base
 from pst_ds.errors import InputError
 from pst_ds.export.tensor_files import TensorFile, TensorFileError
-from pst_ds.parallel.file_locks import only_writer
 
 INDEX, STATES = "index.json", "states"
 FORMAT = 1
 KEPT_IN_MEMORY = 64
 """States that a store keeps in memory, the last ones used."""
-_LOCK = ".lock"
 _STATE_FILE = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.safetensors")
 _MOST_CHARACTERS = 200
 
@@ -113,20 +111,21 @@ class UserStore:
     @classmethod
     def create(cls, folder: Path, common: Common) -> UserStore:
         """Make an empty store, or open the one that is there. Raises UserStoreError if that is of another model."""
-        if (folder / INDEX).exists():
-            store = cls.open(folder)
-            store.require_common(common)
-            return store
-        require_writable(folder, f"the store {str(folder)!r}")
-        if folder.exists() and any(folder.iterdir()):
-            raise UserStoreError(
-                f"{folder} is no store of users, since {INDEX} is missing, and it is not empty; name a new folder"
-            )
-        store = cls(folder, common, {})
-        with _failing_as_one_message(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            store._write_index({})
+        if not (folder / INDEX).exists():
+            require_writable(folder, f"the store {str(folder)!r}")
+            with _failing_as_one_message(folder), only_writer(folder / LOCK, f"write {folder}"):
+                if not (folder / INDEX).exists():  # nor did another process make it meanwhile
+                    cls(folder, common, {})._make()
+        store = cls.open(folder)
+        store.require_common(common)
         return store
+
+    def _make(self) -> None:
+        if any(path.name != LOCK for path in self.folder.iterdir()):
+            raise UserStoreError(
+                f"{self.folder} is no store of users, since {INDEX} is missing, and it is not empty; name a new folder"
+            )
+        self._write_index({})
 
     @classmethod
     def open(cls, folder: Path, kept: int = KEPT_IN_MEMORY) -> UserStore:
@@ -274,7 +273,7 @@ class UserStore:
     def _writing(self) -> Iterator[dict[str, UserEntry]]:
         """Inside, the entries as other processes left them; what is done to them is in the index afterwards, and files
         that it does not name are gone, also after an error."""
-        with _failing_as_one_message(self.folder), only_writer(self.folder / _LOCK, f"write {self.folder}"):
+        with _failing_as_one_message(self.folder), only_writer(self.folder / LOCK, f"write {self.folder}"):
             common, entries = _read_index(self.folder)
             self.require_common(common)
             try:

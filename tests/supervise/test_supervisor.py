@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 
 import pytest
@@ -189,3 +190,10 @@ def test_hosts_that_cannot_be_used_so_are_refused(tmp_path, text, spares, check,
 def test_a_hostfile_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         read_hosts(str(tmp_path / "none"), 0, "", ["{hostfile}"])
+
+
+def test_two_on_one_host_are_one_too_many(supervised, tmp_path, locked_elsewhere):
+    pid = locked_elsewhere(tmp_path / "run" / "launch" / f"{socket.gethostname()}.lock")
+    with pytest.raises(InputError, match=rf"^pst-ds launch of {tmp_path}/run: pid {pid} on "):
+        supervised("0 5")
+    assert not (tmp_path / "calls").exists()

@@ -269,3 +269,10 @@ def test_a_folder_of_another_search_or_of_a_trained_run_is_refused(run_file, tmp
     assert main(["tune", run_file, "--force"]) == 0  # what was found is still written
     (tmp_path / "run" / "tune.jsonl").write_text("{")
     assert "tune.jsonl is damaged" in _refused(capsys, run_file, "--force")
+
+
+def test_a_search_in_the_folder_of_another_run_is_refused(run_file, tmp_path, locked_elsewhere, capsys):
+    pid = locked_elsewhere(tmp_path / "run" / "run.lock")
+    assert main(["tune", run_file]) == 2
+    assert f"pst-ds tune: InputError: output_dir = '{tmp_path}/run': pid {pid} on " in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pst_ds.users import store as store_module
 from pst_ds.users.store import INDEX, STATES, Common, UserNameError, UserStore, UserStoreError
 
 COMMON = Common(
@@ -227,3 +228,14 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("")
     with pytest.raises(UserStoreError, match="not empty"):
         UserStore.create(tmp_path, COMMON)
+
+
+def test_two_processes_that_make_a_store_at_once_make_one(tmp_path, monkeypatch):
+    def late(*arguments):
+        monkeypatch.undo()
+        UserStore.create(tmp_path / "store", COMMON).add("Ann", _state(1.0))  # by the other one
+        return store_module.only_writer(*arguments)
+
+    monkeypatch.setattr(store_module, "only_writer", late)
+    UserStore.create(tmp_path / "store", COMMON).add("Bob", _state(2.0))
+    assert UserStore.open(tmp_path / "store").names == ["Ann", "Bob"]

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pst_ds.atomic_files import PARTIAL, publish, require_writable, restore_replaced, sync, write_text_atomic
+from pst_ds.atomic_files import (
+    LOCK,
+    PARTIAL,
+    only_writer,
+    publish,
+    require_writable,
+    restore_replaced,
+    sync,
+    write_text_atomic,
+)
 from pst_ds.data.conversations import require_template
 from pst_ds.data.preparation.chats import template_hash, tokenize_chats
 from pst_ds.data.preparation.pieces import Piece, Reading, find_pieces
@@ -23,7 +32,6 @@ from pst_ds.data.tokens.manifest import BYTES, LEARNED, MANIFEST, Manifest, read
 from pst_ds.data.tokens.tokenize import tokenize
 from pst_ds.data.tokens.writer import ShardWriter, clean_up, finish_store, finished_shard
 from pst_ds.errors import InputError
-from pst_ds.parallel.file_locks import only_writer
 from pst_ds.progress import Progress
 
 if TYPE_CHECKING:
@@ -31,7 +39,7 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 64 << 20
 """Of the files that a shard is made from."""
-PLAN, LOCK = "plan", ".lock"
+PLAN = "plan"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pst_ds.atomic_files import atomic_folder, file_sha256, require_writable
+from pst_ds.atomic_files import LOCK, atomic_folder, file_sha256, only_writer, require_writable
 from pst_ds.config.run import ConfigError
 from pst_ds.core.native.library_cache import cache_folder as private_folder
 from pst_ds.data.tokens.identity import TokenizerIdentity, identity_of
@@ -18,13 +18,11 @@ from pst_ds.data.tokens.manifest import BYTES, VERSION
 from pst_ds.data.tokens.store import TokenStream, is_store, open_store
 from pst_ds.data.tokens.tokenize import tokenize
 from pst_ds.data.tokens.writer import ShardWriter, finish_store
-from pst_ds.parallel.file_locks import only_writer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 CACHE = "PST_DS_CACHE"
-_LOCK_SUFFIX = ".lock"
 Build = Callable[[Path], None]
 """Writes a store into an empty folder."""
 
@@ -73,7 +71,7 @@ def cached_store(contents: Iterable[str], identity: TokenizerIdentity, build: Bu
     if (found := _whole(folder, identity)) is not None:
         return found
     require_writable(folder, f"the cache of {what} ({CACHE})")
-    with only_writer(folder.with_name(f".{folder.name}{_LOCK_SUFFIX}"), f"tokenize {what}"):
+    with only_writer(folder.with_name(f".{folder.name}{LOCK}"), f"tokenize {what}"):
         if (found := _whole(folder, identity)) is not None:
             return found
         with atomic_folder(folder) as partial:

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from pst_ds.atomic_files import PARTIAL, sync, write_text_atomic
+from pst_ds.atomic_files import partial_name, sync, write_text_atomic
 from pst_ds.data.tokens.identity import TokenizerIdentity
 from pst_ds.data.tokens.manifest import (
     BYTES,
@@ -31,7 +31,7 @@ class _HashedFile:
     """A file that is hashed while it is written, under another name until :meth:`finish`."""
 
     def __init__(self, path: Path):
-        self._path, self._partial = path, path.with_name(f".{path.name}{PARTIAL}")
+        self._path, self._partial = path, partial_name(path)
         self._stream: IO[bytes] = self._partial.open("wb")
         self._digest = hashlib.sha256()
 

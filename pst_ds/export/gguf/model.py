@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pst_ds.atomic_files import atomic_file
 from pst_ds.export.encoding import Encoding
 from pst_ds.export.gguf.families import Config, Family, family_of
 from pst_ds.export.gguf.tensors import GgufPiece, GgufPlan, GgufTensor, num_experts
@@ -45,9 +47,7 @@ def write_gguf(
         kind = library.GGMLQuantizationType.F32
         tensors = [*tensors, GgufTensor("rope_freqs.weight", factors.shape, kind, np.float32, factors.nbytes)]
     require_space(out, sum(tensor.nbytes for tensor in tensors) + _SPARE_BYTES)
-    partial = out.with_name(f".{out.name}.partial")
-    writer = library.GGUFWriter(partial, family.architecture)
-    try:
+    with atomic_file(out) as partial, closing(library.GGUFWriter(partial, family.architecture)) as writer:
         _describe(writer, text, words, out.stem, encoding)
         if experts := num_experts(text):
             _describe_experts(writer, text, experts, family)
@@ -56,10 +56,6 @@ def write_gguf(
             if factors is not None:
                 write_at(file.fileno(), factors.data.cast("B"), offsets["rope_freqs.weight"])
             inexact = _write_pieces(file.fileno(), offsets, plan.pieces, jobs, source)
-        os.replace(partial, out)
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
     return {
         "export_dir": str(out), "kind": "gguf", **encoding.facts(), "tensors": len(plan.tensors),
         "rounded_tensors": sum(tensor.is_rounded for tensor in plan.tensors), "file_bytes": out.stat().st_size,

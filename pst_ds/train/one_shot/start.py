@@ -24,7 +24,7 @@ from pst_ds.prune.folder import load_base
 from pst_ds.prune.rules import usual_pattern
 from pst_ds.train.model import attention_options
 from pst_ds.train.one_shot.pruning import Pruning, prune_to_folder, rules_for
-from pst_ds.train.run_folder import require_no_checkpoints, shared_folder
+from pst_ds.train.run_folder import require_no_checkpoints
 from pst_ds.train.stop_grace import StoppedError
 
 _OF_LAYERS = ("pattern", "target_modules", "exclude_modules", "modules_to_save", "gated_norms")
@@ -44,10 +44,9 @@ def start_run(run: RunConfig, examples: ExampleSet, *, is_new: bool, quiet: bool
     """
     if run.start.method == "none":
         return run
-    with shared_folder(Path(run.output_dir)) as folder:
-        if is_new:
-            require_no_checkpoints(folder)
-        signal = of_main_at_length(partial(_prune_once, run, examples, quiet=quiet))
+    if is_new:
+        require_no_checkpoints(Path(run.output_dir))
+    signal = of_main_at_length(partial(_prune_once, run, examples, quiet=quiet))
     if signal:
         raise StoppedError(
             f"stopped by {stop_signals.name_of(signal)} while {run.model.path} was pruned, of which nothing is kept; "
