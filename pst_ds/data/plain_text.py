@@ -1,4 +1,4 @@
-"""What a document of a plain text file is: each line, a paragraph, or the whole file."""
+"""Detect whether the lines, paragraphs or all of a plain text file form a document."""
 
 from __future__ import annotations
 

@@ -37,9 +37,9 @@ class StoreGroup:
 
     def decide(self, value: T, decision: Callable[[Sequence[T]], R]) -> R:
         """Return on every rank what ``decision`` makes of the values of all ranks, in order, on rank 0, which alone
-        calls it; it must not raise. Values and decision travel as JSON, in which a tuple becomes a list: whoever
-        reaches the store could run code on every rank if they were unpickled. Rank 0, where the store may be, returns
-        once all others have the answer, and can end then. Collective. Raises torch.distributed.DistError after the
+        calls it; it must not raise. Values and decision travel as JSON, so a tuple becomes a list: unpickling
+        would let anyone who reaches the store run code on every rank. Rank 0, where the store may be, returns once all
+        others have the answer, and can end then. Collective. Raises torch.distributed.DistError after the
         process group's timeout without a rank, and ValueError for what no rank has sent."""
         own = json.dumps(value)
         if self._store is None:

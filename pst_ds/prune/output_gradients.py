@@ -161,9 +161,9 @@ class _TwoWay:
 
 
 class _Recomputed(torch.autograd.Function):
-    """A block that keeps its input alone, and runs again for the gradient of its hidden states.
+    """Block that saves only its input and runs again in the backward pass.
 
-    What it returns after them, such as attention weights, is handed on without a gradient.
+    Only hidden states have a gradient; further outputs, such as attention weights, have none.
     """
 
     @staticmethod

@@ -66,7 +66,7 @@ def rules_by_saliency(
 
 
 def require_linear(rules: Sequence[LayerRule]) -> list[LayerRule]:
-    """Return those of the ``rules`` whose shares of zeros may move. Raises InputError for none, and for experts."""
+    """Return the rules whose sparsity may change. Raises InputError if there are none, and for stacks of experts."""
     movable = require_movable(rules, "saliency")
     stacked = next((rule.target.name for rule in movable if rule.target.is_stack), None)
     if stacked is not None:

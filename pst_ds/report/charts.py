@@ -49,7 +49,7 @@ class Chart:
 
     @property
     def has_curve(self) -> bool:
-        """Whether there is more to draw than single points."""
+        """True if a series has two points or more."""
         return any(len(one.points) > 1 for one in self.series)
 
     @property

@@ -18,7 +18,7 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 _MOST_SEED = 1 << 63
 _STOPS, _STOP_CHARACTERS = 4, 256
 _NAME_CHARACTERS = 64
-"""Of an unknown field, in messages."""
+"""Characters of an unknown field's name that a message quotes."""
 
 _SERVED = (
     "model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "stream",

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _UNFINISHED = "\ufffd"
-"""What a decoder writes for bytes that are not a complete character yet."""
+"""Placeholder that tokenizers write for the bytes of an incomplete character."""
 _MOST_PENDING = 64
 """Tokens that may wait for the end of a character. One has at most 4 bytes, so what waits longer is not text."""
 

@@ -80,7 +80,7 @@ def compare(
 
 
 def _without_padding(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Return the logits of real tokens, (tokens, vocabulary); those of whole examples unchanged."""
+    """Return logits without padding: (tokens, vocabulary) per token; logits per example unchanged."""
     real = batch.get("attention_mask")
     return logits if real is None or logits.dim() < 3 else logits[real.to(logits.device).bool()]
 

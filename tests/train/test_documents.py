@@ -175,5 +175,5 @@ def test_a_model_that_reads_on_trains_with_a_warning_unless_it_was_asked_not_to(
         "true": "data.document_mask = true, but model.path",
         "false": "",
     }[mask]
-    assert said.count("(qwen3_next) reads on from one document to the next") == bool(expected)
+    assert said.count("(qwen3_next) lets tokens see the documents before their own") == bool(expected)
     assert expected in said

@@ -15,7 +15,7 @@ from pst_ds.errors import InputError
 _ZEROS = "0.9, and 0.5 for language models"
 _HELD_OUT = "the last 10 % of it"
 NO_VALIDATION = "none"
-"""What ``--validation`` names to hold nothing out."""
+"""Value of ``--validation`` that holds nothing out."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

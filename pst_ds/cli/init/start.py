@@ -65,7 +65,7 @@ def gains_by_start(run: RunConfig) -> bool:
 
 
 def remark_on_dense_start(run: RunConfig, model: nn.Module) -> str:
-    """Return a warning for a language model that is too large for a start by ALPS, and begins dense; "" for others."""
+    """Return a warning for a language model that starts dense because it is too large for ALPS; "" for others."""
     gains = _writes(run) and gains_by_start(run) and run.start.method == "none"
     if not gains or not _is_large(model) or pruning_record(run.model.path):
         return ""

@@ -129,20 +129,18 @@ def require_documents_apart(engine: Engine, run: RunConfig, examples: ExampleSet
     ids = drawn[some][: 2 * _TOKENS].astype("int64")  # type: ignore[index]
     leaks = reads_on(engine, torch.as_tensor(ids, device=device))
     kind: str = getattr(getattr(engine.module, "config", None), "model_type", "model")
-    found = (
-        f"model.path = {run.model.path!r} ({kind}) reads on from one document to the next whatever their positions are"
-    )
+    found = f"model.path = {run.model.path!r} ({kind}) lets tokens see the documents before their own"
 
     def refuse() -> None:
         if leaks and run.data.document_mask:
             raise ConfigError(
-                f"data.document_mask = true, but {found}. Fix: data.document_mask = false, which lets documents run on"
+                f"data.document_mask = true, but {found}. Set data.document_mask = false, which joins documents"
             )
 
     raise_on_all_ranks(refuse)  # a rounding on one rank alone must not leave the others waiting
     warning = (
-        f"warning: data.document_mask is not set, and {found}: they are kept apart in some layers at most. Set "
-        "data.document_mask = false to let them run on"
+        f"warning: data.document_mask is not set, and {found}: at most some of its layers keep documents apart. Set "
+        "data.document_mask = false to join them"
     )
     return warning if leaks else ""
 
@@ -152,9 +150,9 @@ def reads_on(engine: Engine, ids: Tensor) -> bool:
     """Return whether the model sees a document before the one that it reads. Collective under ZeRO-3.
 
     ``ids``: (n,) tokens, whose halves are the documents. Two pairs of them differ in the first alone; the logits of the
-    second must not. The pairs are rows of one batch, so that products have the same shapes and roundings for both,
-    those of experts too. A model is taken as it is found to be, as transformers has no list of those that heed
-    positions: most attention does, recurrent layers do not.
+    second must not. The pairs are rows of one batch: products, also of experts, then have the same shapes and rounding
+    for both. This is measured because transformers does not list the models that use positions for this: most attention
+    does, recurrent layers do not.
     """
     first, second = ids.tensor_split(2)
     if torch.equal(first, first.flip(0)):
