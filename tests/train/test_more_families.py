@@ -67,6 +67,8 @@ _CONFIGS = {
 }  # fmt: skip
 _ENCODERS = ("deberta", "deberta_v2")
 FAMILIES = list(dict.fromkeys([*_CONFIGS, *OF_EXPERTS]))
+IN_FP32 = ("deberta", *OF_EXPERTS)
+"""transformers adds fp32 biases to DeBERTa's bf16 queries, and multiplies no experts of odd sizes in bf16."""
 LEAVES_DENSE = {"gemma3n_text": ["correction_coefs"], "jamba": ["A_log", "dt_proj"], "mamba": ["A_log", "dt_proj"]}
 
 
@@ -94,6 +96,7 @@ def _budgets(family):
 def _arguments(family, folder):
     settings = {
         "output_dir": str(folder / "run"), "model.path": str(folder / "base"), "deepspeed_config": "",
+        "train.precision": "fp32" if family in IN_FP32 else "bf16",
         "task": "classification" if family in _ENCODERS else "causal-lm",
         "pst.exclude_modules": LEAVES_DENSE.get(family, []), "pst.pattern": "global", "start.method": "alps",
         "start.samples": 2, "start.budgets": _budgets(family), "data.max_length": 16, "eval.interval": 0,

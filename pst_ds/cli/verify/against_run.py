@@ -80,7 +80,7 @@ def _compare_exact(
         differences, metrics = _on_examples(prepared, examples, plain, masked)
         changed = {"rounding": {**differences, "metrics_before": metrics}}
     cast_model(masked, dtypes)
-    rounded = round_model(masked, args.export) if encoding.is_quantized else {}
+    rounded = round_model(masked, args.export, prepared.run.model.path) if encoding.is_quantized else {}
     pairs = _weights_of_both(args, masked, plain, rounded)
     largest = LargestLogit(masked)
     differences, metrics = _on_examples(prepared, examples, largest, plain)

@@ -59,7 +59,7 @@ def compare_onnx_with_run(args: argparse.Namespace, config: RunConfig) -> dict[s
         prepared, examples, _ = trimmed_to_export(args, prepared, examples, masked, kept)
     cast_model(masked, narrower_dtypes(masked, args.export))
     if encoding_of_folder(args.export).is_quantized:
-        round_model(masked, args.export, in_fp32=True)
+        round_model(masked, args.export, config.model.path, in_fp32=True)
     for layer in pst_layers(masked).values():
         if not layer.rounds:
             settle(layer, layer.masked_weight())

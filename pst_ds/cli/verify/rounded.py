@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.quantization import Grid, round_to_grid
-from pst_ds.export.base_weights import names_in_files, saved_tensors
+from pst_ds.export.base_weights import BaseWeights, names_in_files, saved_tensors
 from pst_ds.export.encoding import Encoding
 from pst_ds.export.manifest import TensorEntry, encoding_by, read_manifest
 from pst_ds.export.rounding import grids
@@ -65,7 +65,7 @@ def cast_model(masked: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
 
 
 @torch.no_grad()
-def round_model(masked: nn.Module, folder: str, *, in_fp32: bool = False) -> dict[str, Tensor]:
+def round_model(masked: nn.Module, folder: str, base_path: str, *, in_fp32: bool = False) -> dict[str, Tensor]:
     """Round the weights of ``masked`` that the export in ``folder`` has on a grid.
 
     Returns the rounded parameters of modules that are not pruned layers, by name.
@@ -73,9 +73,9 @@ def round_model(masked: nn.Module, folder: str, *, in_fp32: bool = False) -> dic
     ``in_fp32``: their modules become fp32, which has every code times its scale; otherwise they are rounded once more
     to the model's own dtype, as a folder's are when it is loaded.
 
-    The masks stay, and updates become part of the weights. Scales are searched anew: nothing is taken from the folder
-    but which tensors are rounded to what, and the dtype that they had before. Layers that rounded in training stay as
-    they are. Raises ExportError.
+    Frozen weights are read from the base model at ``base_path``, and only which tensors are rounded to what, and the
+    dtype that they had before, from the folder. Masks stay, and updates become part of the weights. Layers that rounded
+    in training stay as they are. Raises ExportError.
     """
     entries, about = read_manifest(Path(folder))
     by_name, encoding = {entry.name: entry for entry in entries}, encoding_by(about)
@@ -87,6 +87,7 @@ def round_model(masked: nn.Module, folder: str, *, in_fp32: bool = False) -> dic
             oriented = rows.view(oriented.shape)
             _widen(layer, in_fp32)
             settle(layer, (oriented.transpose(-1, -2) if is_transposed else oriented).contiguous())
+    base = BaseWeights(base_path, getattr(masked, "base_model_prefix", ""))
     embeddings = pst_embeddings(masked)
     if any(layer.rounds for layer in pst_layers(masked).values()):
         encoding = replace(encoding, values=None)  # what training left as it is stays so in the file
@@ -98,7 +99,7 @@ def round_model(masked: nn.Module, folder: str, *, in_fp32: bool = False) -> dic
             _widen(embeddings[owner], in_fp32)
             settle(embeddings[owner], weight)
         elif name in dict(masked.named_parameters()):
-            param = masked.get_parameter(name)
+            param = _before_rounding(masked, name, base)
             is_transposed = type(masked.get_submodule(owner)).__name__ == "Conv1D"
             weight = _rounded(param.t().contiguous() if is_transposed else param, grid, by_name.get(name), in_fp32)
             _widen(masked.get_submodule(owner), in_fp32)
@@ -107,6 +108,16 @@ def round_model(masked: nn.Module, folder: str, *, in_fp32: bool = False) -> dic
             continue  # the files' name of a parameter that has another one
         rounded[name] = masked.get_parameter(name)
     return rounded
+
+
+def _before_rounding(masked: nn.Module, name: str, base: BaseWeights) -> Tensor:
+    """Return the values that an export rounds: those of a frozen parameter as the base's files have them, which may be
+    fp32 where the run is in bf16."""
+    param = masked.get_parameter(name)
+    source = None if param.requires_grad else base.find(name)
+    if source is None or base.size(source)[1] != tuple(param.shape):  # trained, or trimmed to fewer tokens
+        return param
+    return base.read(source).to(param.device)
 
 
 def _rounded(weight: Tensor, grid: Grid, entry: TensorEntry | None, in_fp32: bool) -> Tensor:
