@@ -43,6 +43,7 @@ from pst_ds.train.model import (
     meta_model,
     num_trainable,
     parameter_groups,
+    require_precision,
 )
 from pst_ds.train.objective import require_teacher, teacher_shapes
 from pst_ds.train.sequences.shared import require_shareable
@@ -72,6 +73,7 @@ def make_plan(config: RunConfig, ask: Ask) -> Plan:
     stage = zero_stage(raw) if raw is not None else None
     tokenizer, labels, unit, num_examples, about_data = _data(config, no_data)
     model = meta_model(config, labels, tokenizer, num_shards=ranks if stage == 3 else 1)
+    require_precision(config, model)
     require_shareable(config, model.config, stage or 0, micro_batch_size)
     chosen_layers(list(pst_layers(model)), config.pictures.layers)  # refuse layers that are not there, as train does
     if not no_data:

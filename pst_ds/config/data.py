@@ -98,8 +98,8 @@ class DataConfig:
     last token of the one before, and the last is shorter.
     For task "data-to-text" data and text together; the data is cut first. For task "chat" a whole conversation."""
     document_mask: bool | None = None
-    """For task "causal-lm": restart positions and attention at each document of a sequence, and do not predict its first
-    token. True rejects a model that cannot do so, such as one with recurrent layers; unset warns of it. False joins
+    """For task "causal-lm": restart positions and attention at each document of a sequence, whose first token is not
+    predicted. True rejects a model that cannot do so, such as one with recurrent layers; unset warns of it. False joins
     documents as if they were one text."""
     group_by_length: bool = False
     """Make batches of texts of similar length; less padding, the same examples in another order."""

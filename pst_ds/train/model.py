@@ -229,6 +229,30 @@ def meta_model(
     return module
 
 
+def kept_in_fp32(module: nn.Module) -> list[str]:
+    """Return names of the base's parameters that are fp32 although their class does not declare it to transformers.
+
+    In a bf16 model a forward pass that uses them fails, such as DeBERTa's with q_bias.
+    """
+    declared: set[str] = set()
+    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        declared |= set(getattr(module, attribute, None) or ())
+    return [
+        name
+        for name, param in module.named_parameters()
+        if param.dtype == torch.float32 and ".pst_" not in name and not any(part in name for part in declared)
+    ]
+
+
+def require_precision(run: RunConfig, module: nn.Module) -> None:
+    """Raise ConfigError if a model in bf16 has parameters that only work in fp32."""
+    if run.train.precision != "fp32" and (names := kept_in_fp32(module)):
+        raise ConfigError(
+            f"train.precision = {run.train.precision!r}: {type(module).__name__} keeps {names[0]} in fp32, and torch "
+            'cannot multiply the two. Set train.precision = "fp32"'
+        )
+
+
 def parameter_groups(module: nn.Module, run: RunConfig) -> Groups:
     """:func:`pst_parameter_groups` with the run's rates."""
     return pst_parameter_groups(

@@ -44,7 +44,7 @@ from pst_ds.train.evaluate import predict
 from pst_ds.train.expert_tokens import CountsOfExperts, counts_of_experts, warning_of_unused
 from pst_ds.train.fit import Fit, judged_fit, watched_steps
 from pst_ds.train.loop import FINAL_TAGS, Loop, LoopState
-from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable
+from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, require_precision
 from pst_ds.train.objective import Objective, load_teacher, require_teacher
 from pst_ds.train.one_shot.start import remark_on_shares, start_run
 from pst_ds.train.reporting import open_metrics
@@ -126,6 +126,7 @@ def _checked(run: RunConfig, launch: LaunchEnvironment, run_file: str, labels: l
     labels = labels or task_of(run).label_names(run.data)
     tokenizer = load_tokenizer(run)
     shapes = meta_model(run, labels, tokenizer, num_shards=launch.world_size)  # refuses what cannot be injected
+    require_precision(run, shapes)
     require_teacher(run, shapes)
     require_shareable(run, shapes.config, zero_stage(raw), run.micro_batch_size(launch.world_size))
     chosen_layers(list(pst_layers(shapes)), run.pictures.layers)  # refuses what is not there

@@ -150,3 +150,17 @@ def test_a_family_that_would_stay_dense_in_part_is_refused_with_what_to_exclude(
         find_targets(model, PSTConfig())
     assert str(refusal.value).endswith(f"If that is meant, say so with exclude_modules = {listed(names)}")
     assert find_targets(model, PSTConfig(exclude_modules=tuple(names)))
+
+
+def test_a_family_that_only_works_in_fp32_is_refused_in_bf16(tmp_path, capsys):
+    """transformers adds fp32 biases to DeBERTa's queries and declares them nowhere; init proposes fp32."""
+    _write_base("deberta", tmp_path / "base")
+    words = [*_arguments("deberta", tmp_path), "--set", "train.precision=bf16"]
+    for verb in ("train", "plan"):
+        assert main([verb, *words]) == 2
+        assert "DebertaForSequenceClassification keeps deberta" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    file = tmp_path / "run.toml"
+    model, data = str(tmp_path / "base"), "tests/data/train.jsonl"
+    assert main(["init", model, "--train", data, "--steps", "2", "--out", str(file)]) == 0
+    assert 'precision = "fp32"' in file.read_text(encoding="utf-8")

@@ -25,7 +25,7 @@ from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.targets import find_embeddings
-from pst_ds.train.model import load_model_config, load_tokenizer, meta_model, num_trainable, pst_config
+from pst_ds.train.model import kept_in_fp32, load_model_config, load_tokenizer, meta_model, num_trainable, pst_config
 
 _UNKNOWN_LIMIT, _BATCH_SIZE = 128, 32
 _LEAST_STEPS, _MOST_STEPS, _LONGER = 600, 10_000, 3.0
@@ -97,6 +97,8 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     run = run_from_table(table)
     run.micro_batch_size(ranks)
     model = meta_model(run, labels, tokenizer)
+    if kept_in_fp32(model):
+        table = laid_over(table, "train", precision="fp32")
     if task.new_head and _has_small_update(run):
         table = _for_a_new_task(table, model, run)
     table = with_start(table, model, examples, any_pattern=not args.pattern)
