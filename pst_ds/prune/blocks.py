@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
@@ -32,7 +31,7 @@ def find_blocks(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.ModuleL
         )
     blocks = model.get_submodule(stacks[0])
     assert isinstance(blocks, nn.ModuleList)
-    config: Any = getattr(model, "config", None)
+    config: object = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if shared := getattr(text, "num_kv_shared_layers", 0):
         raise InputError(

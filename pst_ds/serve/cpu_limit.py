@@ -7,7 +7,10 @@ import time
 from collections.abc import Callable
 from itertools import count
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import TraceFunction
 
 _EVENTS = 256
 """Lines and calls between two looks at the clock, which takes longer than they do."""
@@ -22,7 +25,7 @@ def call_within(seconds: float, function: Callable[[], Result]) -> Result:
     """
     end, events = time.thread_time() + seconds, count(1)
 
-    def check(frame: FrameType, event: str, arg: Any) -> Any:
+    def check(frame: FrameType, event: str, arg: object) -> TraceFunction:
         if not next(events) % _EVENTS and time.thread_time() > end:
             raise TimeoutError(f"it ran for more than {seconds:g} seconds")
         return check

@@ -206,11 +206,11 @@ def _flag(table: JsonTable, name: str, place: str = "") -> bool:
 
 
 def _stop(value: object) -> tuple[str, ...]:
-    texts: Any = [value] if isinstance(value, str) else value or []
-    is_valid = isinstance(texts, list) and all(
-        isinstance(text, str) and 0 < len(text) <= _STOP_CHARACTERS for text in texts
-    )
-    if not is_valid or len(texts) > _STOPS:
+    if value is None:
+        return ()
+    given = value if isinstance(value, list) else [value]
+    texts = [text for text in given if isinstance(text, str) and 0 < len(text) <= _STOP_CHARACTERS]
+    if len(texts) < len(given) or len(texts) > _STOPS:
         most = f"{_STOP_CHARACTERS} characters"
         raise ProtocolError(400, f"stop must be a string of 1 to {most}, or a list of up to {_STOPS}", param="stop")
     return tuple(texts)

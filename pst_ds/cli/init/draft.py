@@ -83,7 +83,7 @@ def chosen_run(args: argparse.Namespace, deepspeed_file: Path) -> Chosen:
     table = laid_over(table, "data", max_length=length)
     held_out = ""
     if not args.validation:
-        table, held_out = with_validation(table, task, tokenizer, labels)
+        table, held_out = with_validation(table, tokenizer, labels)
     data = run_from_table(table).data
     training = task.load(data, "train", tokenizer, labels)
     examples, remarks = len(training), [_remark_on_lines(data), held_out, task.remark(data, training)]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pst_ds.export.manifest import ExportError, JsonTable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of tokens, as llama.cpp numbers them."""
@@ -40,7 +43,7 @@ class GgufTokenizer:
     """Chat templates as ``GGUFWriter.add_chat_template`` expects them: name and template of each."""
 
 
-def gguf_tokenizer(tokenizer: Any, vocab_size: int) -> GgufTokenizer:
+def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> GgufTokenizer:
     """Describe a fast tokenizer of transformers for a model of ``vocab_size`` rows. Raises ExportError."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     table: JsonTable = json.loads(backend.to_str()) if backend is not None else {}
@@ -118,7 +121,7 @@ def _adds_space(table: JsonTable) -> bool:
     return '"Prepend"' in said or '"prepend_scheme": "first"' in said or '"prepend_scheme": "always"' in said
 
 
-def _chat_templates(tokenizer: Any) -> list[dict[str, str]]:
+def _chat_templates(tokenizer: Tokenizer) -> list[dict[str, str]]:
     """Return names and texts of the chat templates.
 
     ``{% generation %}``, a tag that marks answers in training, is an extension of transformers. Plain Jinja rejects it,

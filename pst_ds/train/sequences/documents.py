@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,14 +71,14 @@ def _leave(module: nn.Module, args: tuple[object, ...], out: object) -> None:
     _DOCUMENTS.set(None)
 
 
-def _adding_documents(make_mask: Callable[..., Any]) -> Callable[..., Any]:
+def _adding_documents(make_mask: Callable[..., object]) -> Callable[..., object]:
     """Return ``make_mask``, a mask function of transformers, such that tokens see those of their own document alone."""
 
-    def make(*args: Any, **settings: Any) -> Any:
+    def make(*args: object, **settings: object) -> object:
         documents = _DOCUMENTS.get()
         if documents is None or settings.get("kv_length") != documents.shape[1]:
             return make_mask(*args, **settings)
-        others: Callable[..., Tensor] = settings["mask_function"]
+        others = cast("Callable[..., Tensor]", settings["mask_function"])
 
         def see(text: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return others(text, head, query, key) & (documents[text, query] == documents[text, key])
