@@ -216,6 +216,7 @@ def only_writer(path: Path, what: str, patience: float = math.inf) -> Iterator[s
     """
     # flock and not a POSIX record lock: that would be lost as soon as anything in this process, such as a copy of the
     # folder, opened and closed the file. NFS shows flock to all hosts too.
+    is_unusual = patience < math.inf or os.environ.get("WORLD_SIZE", "1") == "1"  # ranks of a run share work
     with ExitStack() as stack:
         deadline, waiting = time.monotonic() + patience, None
         while True:
@@ -227,7 +228,8 @@ def only_writer(path: Path, what: str, patience: float = math.inf) -> Iterator[s
                 raise InputError(f"{what}: {owner}, writes there. Wait until it has ended, or name another folder")
             if waiting is None:
                 waiting = stack.enter_context(Progress(what, 1))
-                waiting.say(f"{what}: waiting for {owner}")
+                if is_unusual:
+                    waiting.say(f"{what}: waiting for {owner}")
             waiting.at(0)
             time.sleep(_POLL_SECONDS)
     _held_locks.add(handle)

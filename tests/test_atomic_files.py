@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import shutil
 import signal
@@ -508,3 +509,18 @@ def test_what_cannot_be_made_is_said_before_it_is_tried(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=rf"no permission to write in {tmp_path}; name a place elsewhere"):
         require_writable(tmp_path / "new", "--out x")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "patience", "speaks"), [("1", math.inf, True), ("2", math.inf, False), ("2", 9.0, True)]
+)
+def test_ranks_wait_for_shared_work_in_silence_and_for_another_run_aloud(
+    tmp_path, monkeypatch, capsys, ranks, patience, speaks
+):
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.setattr(durable, "_POLL_SECONDS", 0.0)
+    answers = iter([(None, "pid 7 on host"), (os.open(os.devnull, os.O_RDONLY), "")])
+    monkeypatch.setattr(durable, "_try_lock", lambda path: next(answers))
+    with durable.only_writer(tmp_path / "lock", "tokenize", patience):
+        pass
+    assert capsys.readouterr().err == ("tokenize: waiting for pid 7 on host\n" if speaks else "")
