@@ -48,17 +48,12 @@ def write_onnx(
     """
     import onnx_ir as ir
 
-    from pst_ds.onnx.export import input_names, plain_graph, sparse_graph
+    from pst_ds.onnx.export import plain_graph, sparse_graph
 
     if (packed / PROMPT_FILE).is_file():
         raise ExportError(f"{out} would compute without the model's trained prompt; take --format dense, or bitmask")
     model, reference = _load(packed, "dense" if plain else "sparse"), _load(packed, "dense")
-    if getattr(reference.config, "is_encoder_decoder", False) or "input_ids" not in input_names(reference):
-        raise ExportError(f"{type(reference).__name__} does not read one sequence of tokens; use --format bitmask")
-    if any(is_experts(module) for module in reference.modules()):
-        raise ExportError(
-            f"{type(reference).__name__} has experts, and a graph cannot choose them by token; use --format bitmask"
-        )
+    _require_graph(reference)
     outputs = _output_names(reference)
     graph = plain_graph(model, outputs) if plain else sparse_graph(model, _tables(packed, model), outputs)
     kept = {key: facts[key] for key in ("values", "group", "embeddings", "sparsity_measured") if facts.get(key)}
@@ -95,6 +90,17 @@ def write_onnx(
         "activation_bits": activation_bits,
         "max_relative_difference": difference,
     }
+
+
+def _require_graph(model: nn.Module) -> None:
+    """Raise ExportError for a model that no graph can represent."""
+    from pst_ds.onnx.export import input_names
+
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or "input_ids" not in input_names(model):
+        raise ExportError(f"{name} does not read one sequence of tokens; use --format bitmask")
+    if any(is_experts(module) for module in model.modules()):
+        raise ExportError(f"{name} has experts, and a graph cannot choose them by token; use --format bitmask")
 
 
 def require_free(out: Path) -> None:
