@@ -111,8 +111,10 @@ def round_model(masked: nn.Module, folder: str, base_path: str, *, in_fp32: bool
 
 
 def _before_rounding(masked: nn.Module, name: str, base: BaseWeights) -> Tensor:
-    """Return the values that an export rounds: those of a frozen parameter as the base's files have them, which may be
-    fp32 where the run is in bf16."""
+    """Return the values that an export quantises.
+
+    A frozen parameter is read from the base's files, which may be fp32 although the run is in bf16.
+    """
     param = masked.get_parameter(name)
     source = None if param.requires_grad else base.find(name)
     if source is None or base.size(source)[1] != tuple(param.shape):  # trained, or trimmed to fewer tokens
