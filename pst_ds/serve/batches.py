@@ -80,7 +80,7 @@ class Batches:
         self._takes_positions = "position_ids" in known
         self._takes_last = "logits_to_keep" in known
         self._cache_name = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5
-        self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
         self._thread.start()
 
     @property

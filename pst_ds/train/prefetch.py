@@ -29,7 +29,7 @@ class Prefetched(Generic[T]):
         self._make = make
         self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(AHEAD)
         self._unwanted = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
         self.waited_seconds = 0.0
         """How long :meth:`__next__` has waited in all."""
 

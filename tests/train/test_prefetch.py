@@ -11,7 +11,7 @@ from pst_ds.train.prefetch import AHEAD, Prefetched
 
 
 def _threads():
-    return [thread for thread in threading.enumerate() if thread.name == "batches"]
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
 def test_items_come_in_their_order_and_the_thread_is_never_further_ahead():
