@@ -23,9 +23,9 @@ from typing import Any
 
 import submitit
 
-from pst_ds.config.file_names import RESULT_FILE
 from pst_ds.config.toml import load_run
 from pst_ds.errors import InputError
+from pst_ds.file_names import RESULT_FILE
 
 EXIT_STOPPED = 75
 MOST_TIME_LIMITS = 1000

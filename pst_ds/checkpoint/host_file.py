@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pst_ds.atomic_files import file_sha256
 from pst_ds.checkpoint.file_names import host_name, shared_key
+from pst_ds.formats.tensor_layout import Slot, header_and_slots, tensor_bytes
 from pst_ds.parallel.ranks import all_gather_objects, rank
-from pst_ds.tensor_layout import Slot, header_and_slots, tensor_bytes
 
 Lengths = Mapping[str, tuple[torch.dtype, int]]
 """The type and the number of values of each tensor of a rank, by the names of a shard's file."""

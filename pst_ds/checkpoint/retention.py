@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from pst_ds.atomic_files import OLD, PARTIAL, file_sha256, replace_link, restore_replaced
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError, check_sums, listed_files, open_checkpoint
-from pst_ds.config.file_names import BEST, FINAL, LATEST
+from pst_ds.file_names import BEST, FINAL, LATEST
 from pst_ds.parallel.ranks import all_gather_objects, barrier, is_main, of_main, rank, world_size
 
 Known: TypeAlias = dict[str, int | None]

@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from pst_ds.bench.table import Row, bench_text
 from pst_ds.cli.main import add_quiet_argument, count
 from pst_ds.errors import InputError
+from pst_ds.report.bench_table import Row, bench_text
 
 if TYPE_CHECKING:
-    from pst_ds.bench.native_loop import NativeLoop
-    from pst_ds.bench.variants import Variant
+    from pst_ds.inference.bench.native_loop import NativeLoop
+    from pst_ds.inference.bench.variants import Variant
 
 SPARSE = ("bitmask", "csr", "2:4")
 
@@ -39,10 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, object]:
     import torch
 
-    from pst_ds.bench.measure import measure
-    from pst_ds.bench.native_loop import NativeLoop
-    from pst_ds.bench.variants import conditions, copy_until, last_level_cache_bytes, variants
-    from pst_ds.hf.model_folder import open_model_folder
+    from pst_ds.inference.bench.measure import measure
+    from pst_ds.inference.bench.native_loop import NativeLoop
+    from pst_ds.inference.bench.variants import conditions, copy_until, last_level_cache_bytes, variants
+    from pst_ds.inference.hf.model_folder import open_model_folder
 
     folder = open_model_folder(args.model)
     dense = open_model_folder(args.dense) if args.dense else None

@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _write_onnx(args: argparse.Namespace) -> dict[str, Any]:
     """Write a packed folder that is not kept, and the graph of it."""
-    from pst_ds.onnx.folder import require_free, write_onnx
+    from pst_ds.inference.onnx.folder import require_free, write_onnx
 
     out = Path(args.out)
     require_free(out)

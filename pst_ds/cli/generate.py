@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-    from pst_ds.decoder import Decoder
-    from pst_ds.hf.model_folder import ModelFolder
+    from pst_ds.inference.decoder import Decoder
+    from pst_ds.inference.hf.model_folder import ModelFolder
 
 Sampling = dict[str, bool | float]
 Facts = dict[str, Any]
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         raise InputError("--store and --user go together: a folder of states, and whose of them writes")
     import torch
 
-    from pst_ds.hf.model_folder import open_model_folder
+    from pst_ds.inference.hf.model_folder import open_model_folder
     from pst_ds.parallel.launch import LaunchEnvironment, device_of
 
     if args.threads:
@@ -111,7 +111,7 @@ def _decoder(args: argparse.Namespace, folder: ModelFolder, device: str, context
         if args.prompt_bits:
             raise InputError("--prompt-bits is for the native loop, which is not used here: add --engine native")
         return None
-    from pst_ds.decoder import Decoder, DecoderError
+    from pst_ds.inference.decoder import Decoder, DecoderError
 
     try:
         return Decoder.from_pretrained(folder.path, context, prompt_bits=args.prompt_bits or 16)
@@ -124,7 +124,7 @@ def _decoder(args: argparse.Namespace, folder: ModelFolder, device: str, context
 
 def _loaded(args: argparse.Namespace, folder: ModelFolder, device: str) -> PreTrainedModel:
     """Return a quickened model of transformers, that of the user where one is named. Raises InputError."""
-    from pst_ds.runtime.quicken import quicken_decoding
+    from pst_ds.inference.runtime.quicken import quicken_decoding
 
     model = folder.load(args.load_as, args.dtype, device)
     quicken_decoding(model)
@@ -137,14 +137,14 @@ def _activate(args: argparse.Namespace, model: PreTrainedModel) -> None:
     """Let the model be that of a user. Raises InputError."""
     from pathlib import Path
 
-    from pst_ds.users.served import ServedUsers
-    from pst_ds.users.store import UserStore
+    from pst_ds.inference.serve.users import ServedUsers
+    from pst_ds.train.users.store import UserStore
 
     ServedUsers(model, Path(args.model), UserStore.open(Path(args.store))).assign([args.user])
 
 
 def _facts(model: PreTrainedModel) -> Facts:
-    from pst_ds.runtime import sparse_layers
+    from pst_ds.inference.runtime import sparse_layers
 
     dtype = str(model.dtype).removeprefix("torch.")
     return {"engine": "torch", "sparse_layers": len(sparse_layers(model)), "dtype": dtype}
@@ -267,7 +267,7 @@ def _write_natively(
     from transformers import GenerationConfig, TextStreamer
 
     from pst_ds.data.generation import end_tokens
-    from pst_ds.decoder import Sampling as NativeSampling
+    from pst_ds.inference.decoder import Sampling as NativeSampling
 
     try:
         own = GenerationConfig.from_pretrained(folder.path, local_files_only=True)

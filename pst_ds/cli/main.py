@@ -21,9 +21,9 @@ from typing import NoReturn
 
 from pst_ds import __version__, progress
 from pst_ds.config import toml
-from pst_ds.config.file_names import RUN_FILE
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.errors import InputError
+from pst_ds.file_names import RUN_FILE
 from pst_ds.json_text import json_of
 from pst_ds.parallel.stop_signals import EXIT_STOPPED
 from pst_ds.supervise.exit_codes import leave_code

@@ -19,7 +19,6 @@ from pst_ds.data.tasks import task_of
 from pst_ds.errors import InputError
 from pst_ds.json_text import JsonObject
 from pst_ds.masks.layer_stats import chosen_layers
-from pst_ds.monitor.dense_run import read_dense_run
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.tables.embedding import pst_embeddings
@@ -45,6 +44,7 @@ from pst_ds.train.model import (
     parameter_groups,
     require_precision,
 )
+from pst_ds.train.monitor.dense_run import read_dense_run
 from pst_ds.train.objective import require_teacher, teacher_shapes
 from pst_ds.train.sequences.shared import require_shareable
 

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from transformers import PreTrainedTokenizerBase
 
-    from pst_ds.hf.model_folder import ModelFolder
-    from pst_ds.serve.app import Service
-    from pst_ds.users.store import State, UserStore
+    from pst_ds.inference.hf.model_folder import ModelFolder
+    from pst_ds.inference.serve.app import Service
+    from pst_ds.train.users.store import State, UserStore
 
 KEYS = "PST_DS_API_KEYS"
 """Environment variable: keys that requests must have one of, with commas between them."""
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         raise InputError(f"pst-ds serve needs {error.name}: pip install 'pst-ds[serve]'") from None
     if not 0 <= args.port < 1 << 16:
         raise InputError(f"--port {args.port} is no port: 0 to 65535")
-    from pst_ds.serve.app import make_app
-    from pst_ds.serve.processes import answer, answer_from_workers, bound
+    from pst_ds.inference.serve.app import make_app
+    from pst_ds.inference.serve.processes import answer, answer_from_workers, bound
 
     folder, tokenizer, store = _opened(args)
     facts: dict[str, object] = {"model": args.model, "name": _name(args, folder), "users": len(store or ())}
@@ -83,7 +83,7 @@ def _name(args: argparse.Namespace, folder: ModelFolder) -> str:
 
 def _app_of_worker(args: argparse.Namespace) -> FastAPI:
     """Load what a worker serves, whose share of the cores is its own. Raises InputError."""
-    from pst_ds.serve.app import make_app
+    from pst_ds.inference.serve.app import make_app
 
     quiet_libraries()
     if not args.threads and "OMP_NUM_THREADS" not in os.environ:
@@ -98,8 +98,8 @@ def _keys() -> tuple[str, ...]:
 def _opened(args: argparse.Namespace) -> tuple[ModelFolder, PreTrainedTokenizerBase, UserStore | None]:
     """Return the folder, its tokenizer and the store, without loading the model. Raises InputError."""
     from pst_ds.data.conversations import read_template
-    from pst_ds.hf.model_folder import open_model_folder
-    from pst_ds.users.store import UserStore
+    from pst_ds.inference.hf.model_folder import open_model_folder
+    from pst_ds.train.users.store import UserStore
 
     folder = open_model_folder(args.model)
     folder.require_causal()
@@ -121,12 +121,12 @@ def _service(
     from pst_ds.data.generation import end_tokens
     from pst_ds.data.model_limits import positions_of
     from pst_ds.export.prompt_file import read_prompt
+    from pst_ds.inference.runtime.quicken import quicken_decoding
+    from pst_ds.inference.serve.app import Limits, Service
+    from pst_ds.inference.serve.batches import Batches
+    from pst_ds.inference.serve.gate import Access
+    from pst_ds.inference.serve.users import ServedUsers
     from pst_ds.parallel.launch import LaunchEnvironment, device_of
-    from pst_ds.runtime.quicken import quicken_decoding
-    from pst_ds.serve.app import Limits, Service
-    from pst_ds.serve.batches import Batches
-    from pst_ds.serve.gate import Access
-    from pst_ds.users.served import ServedUsers
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -156,7 +156,7 @@ def _warm_up(args: argparse.Namespace, service: Service) -> None:
     """Compute as requests do, for a user too, so that none of them waits for a compiler. Raises InputError."""
     import torch
 
-    from pst_ds.serve.protocol import ProtocolError
+    from pst_ds.inference.serve.protocol import ProtocolError
 
     states: list[State | None] = [None]
     if service.store is not None:

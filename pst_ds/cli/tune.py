@@ -50,10 +50,10 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     require_writable(out, f"--out {str(out)!r}")
     from pst_ds.parallel.launch import launch_environment
     from pst_ds.train.run import prepare
-    from pst_ds.tune.halving import RATES
-    from pst_ds.tune.run_file import tuned_text
-    from pst_ds.tune.table import budget_text, trial_table, why
-    from pst_ds.tune.trials import search
+    from pst_ds.train.tune.halving import RATES
+    from pst_ds.train.tune.run_file import tuned_text
+    from pst_ds.train.tune.table import budget_text, trial_table, why
+    from pst_ds.train.tune.trials import search
 
     prepared = prepare(config, launch_environment(), run_file=args.run)
     lines = search(prepared, args.budget, restart=args.restart)

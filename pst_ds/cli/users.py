@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from pst_ds.checkpoint.format import Checkpoint
     from pst_ds.config.run import RunConfig
     from pst_ds.train.run import Prepared
-    from pst_ds.users.personal import PersonalPart
-    from pst_ds.users.store import UserStore
+    from pst_ds.train.users.personal import PersonalPart
+    from pst_ds.train.users.store import UserStore
 
 Facts = dict[str, Any]
 _SHOWN = 20
@@ -120,8 +120,8 @@ def _add_column(parser: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace) -> Facts:
     stop_signals.install()
     config = load_run_or_folder(args)
-    from pst_ds.users.personal import PersonalPart
-    from pst_ds.users.train import Choice, UserTraining, run_of_users, train_users
+    from pst_ds.train.users.personal import PersonalPart
+    from pst_ds.train.users.train import Choice, UserTraining, run_of_users, train_users
 
     if not 0 < args.epochs < float("inf"):
         raise InputError(f"--epochs {args.epochs} is no number above 0")
@@ -147,10 +147,10 @@ def _eval(args: argparse.Namespace) -> Facts:
     config = load_run_or_folder(args)
     from pst_ds.data.by_user import read_by_user
     from pst_ds.parallel.ranks import raise_on_all_ranks
-    from pst_ds.users.evaluate import evaluate_users, metric_of, summary
-    from pst_ds.users.personal import PersonalModel
-    from pst_ds.users.store import UserStore
-    from pst_ds.users.train import UserTraining, run_of_users
+    from pst_ds.train.users.evaluate import evaluate_users, metric_of, summary
+    from pst_ds.train.users.personal import PersonalModel
+    from pst_ds.train.users.store import UserStore
+    from pst_ds.train.users.train import UserTraining, run_of_users
 
     data = {args.split: args.data} if args.data else {}
     prepared, checkpoint = _opened(run_of_users(config, UserTraining(), **data), args)
@@ -204,7 +204,7 @@ def _rows(args: argparse.Namespace) -> Facts:
 
 
 def _list(args: argparse.Namespace) -> Facts:
-    from pst_ds.users.store import UserStore
+    from pst_ds.train.users.store import UserStore
 
     store = UserStore.open(Path(args.store))
     entries = {name: store.entry(name) for name in store.names}
@@ -224,8 +224,8 @@ def _export(args: argparse.Namespace) -> Facts:
     from pst_ds.export.export import export_run
     from pst_ds.train.model import load_tokenizer, meta_model
     from pst_ds.train.run_folder import as_table, open_checkpoint
-    from pst_ds.users.export import user_checkpoint
-    from pst_ds.users.store import UserStore
+    from pst_ds.train.users.export import user_checkpoint
+    from pst_ds.train.users.store import UserStore
 
     checkpoint = open_checkpoint(config, args.checkpoint)
     own = user_checkpoint(checkpoint, config, UserStore.open(Path(args.store)), args.user)
@@ -243,7 +243,7 @@ def _export(args: argparse.Namespace) -> Facts:
 
 
 def _remove(args: argparse.Namespace) -> Facts:
-    from pst_ds.users.store import UserStore
+    from pst_ds.train.users.store import UserStore
 
     store = UserStore.open(Path(args.store))
     names = list(dict.fromkeys(args.user))
@@ -267,7 +267,7 @@ def _opened(config: RunConfig, args: argparse.Namespace) -> tuple[Prepared, Chec
 
 def part_of(store: UserStore) -> PersonalPart:
     """Return what of a model is personal by a store's index."""
-    from pst_ds.users.personal import UPDATES, PersonalPart
+    from pst_ds.train.users.personal import UPDATES, PersonalPart
 
     common = store.common
     owners = {name: shape for name, shape in common.shapes.items() if name.rpartition(".")[2] in UPDATES}

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pst_ds.config.checks import ConfigError, NotNegative, Positive, check_fields
-from pst_ds.config.file_names import START
 from pst_ds.core.patterns import parse_pattern
+from pst_ds.file_names import START
 
 if TYPE_CHECKING:
     from pst_ds.config.run import RunConfig

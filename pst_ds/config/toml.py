@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pst_ds.config.file_names import RUN_FILE, START
 from pst_ds.config.methods import METHODS
 from pst_ds.config.presets import with_data_preset
 from pst_ds.config.pst import PAPER, PSTConfig
 from pst_ds.config.run import ConfigError, DataConfig, RunConfig
+from pst_ds.file_names import RUN_FILE, START
 
 T = TypeVar("T")
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER}

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pst_ds.core.kernels.launch import blocks
-from pst_ds.core.native import library, merges
+from pst_ds.core.kernels import library, merges
+from pst_ds.core.kernels.triton.launch import blocks
 
 INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer as wide as a float of so many bytes: masks are applied to weights as integers."""

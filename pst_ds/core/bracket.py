@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.bits import pack_shard, set_bits_
-from pst_ds.core.kernels.scan import KernelScans
+from pst_ds.core.kernels.triton.scan import KernelScans
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, SingleWeights, histograms, keys_of
 from pst_ds.core.select import DIGIT_BITS, MatrixKeys, NonFiniteScoreError, RankSums, Search, select
 

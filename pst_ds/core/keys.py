@@ -1,7 +1,7 @@
 """Importance scores as integers that sort like them, and what selection does with runs of such keys.
 
 A key is the int32 that orders like an fp32 score, with -0 equal to +0. On CPU the loops are native code
-(:mod:`pst_ds.core.native`); elsewhere, and without a compiler, torch gives the same bits.
+(:mod:`pst_ds.core.kernels`); elsewhere, and without a compiler, torch gives the same bits.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pst_ds.core.bits import pack_shard
 from pst_ds.core.factors import Constants, TileFactors
+from pst_ds.core.kernels import library
 from pst_ds.core.layout import runs_of
-from pst_ds.core.native import library
 from pst_ds.core.scores import importance
 
 LOWEST_FINITE, HIGHEST_FINITE = -0x7F800000, 0x7F7FFFFF

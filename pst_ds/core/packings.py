@@ -1,6 +1,6 @@
 """Names of packed formats and of values, for those that must not wait for torch.
 
-:data:`pst_ds.core.formats.FORMATS` and :mod:`pst_ds.core.quantization` are what they name.
+:data:`pst_ds.formats.FORMATS` and :mod:`pst_ds.core.quantization` are what they name.
 """
 
 DENSE = "dense"

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pst_ds.core.kernels.own_keys import OwnKeys
+from pst_ds.core.kernels.triton.own_keys import OwnKeys
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, SingleWeights, histogram, order_keys
 
 DIGIT_BITS = 11

@@ -9,15 +9,14 @@ from __future__ import annotations
 import math
 from ctypes import CDLL, c_double
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pst_ds.core.factors import Constants, Factors, TileFactors, tile_factors
+from pst_ds.core.kernels import INT, POINTER, NativeSource, load
 from pst_ds.core.keys import scores_of_keys
 from pst_ds.core.layout import Rect, WeightLayout
-from pst_ds.core.native import INT, POINTER, NativeSource, load
 
 HISTOGRAM_BINS = 64
 HISTOGRAM_DEVIATIONS = 4.0
@@ -28,7 +27,7 @@ _LEAST_VARIANCE = 1e-12
 """Relative to the mean square; below it what is left of the sums is rounding."""
 _NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 SOURCE = NativeSource(
-    Path(__file__).with_name("sums.cpp"),
+    "sums.cpp",
     {"pst_moments": ([POINTER, POINTER, INT, POINTER], None), "pst_squares": ([POINTER, *([INT] * 4)], c_double)},
     "figures of layers",
 )

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from pst_ds.atomic_files import file_sha256
-from pst_ds.core.formats import FormatError
 from pst_ds.export import manifest
-from pst_ds.export.base_weights import saved_tensors, tensors_lacking
 from pst_ds.export.encoding import Encoding
 from pst_ds.export.export import measured_sparsity, storage_facts
 from pst_ds.export.from_folder import CONFIG_FILE, model_of
@@ -26,10 +24,12 @@ from pst_ds.export.manifest import (
     read_table,
 )
 from pst_ds.export.model_card import CARD_FILE
-from pst_ds.export.tensor_files import TensorFile, TensorFileError
+from pst_ds.formats import FormatError
+from pst_ds.formats.base_weights import saved_tensors, tensors_lacking
+from pst_ds.formats.tensor_files import TensorFile, TensorFileError
+from pst_ds.formats.tensor_layout import CODE_OF_DTYPE
 from pst_ds.nn.inject import shortened
 from pst_ds.progress import Progress
-from pst_ds.tensor_layout import CODE_OF_DTYPE
 
 
 def check_export(folder: Path) -> JsonTable:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pst_ds.core.formats.rows import row_counts
+from pst_ds.formats.rows import row_counts
 
 LEAST_FILLED = 0.75
 """Share of the places of N:M that must be non-zero: any matrix with next to nothing in it would pass for one else."""

@@ -19,7 +19,6 @@ from pst_ds.core.packings import FOR_COMPRESSED_TENSORS, GGUF, QUANTIZED_PACKING
 from pst_ds.core.quantization import Grid
 from pst_ds.data.vocabulary import Vocabulary
 from pst_ds.export import manifest
-from pst_ds.export.base_weights import BaseWeights, is_text_part
 from pst_ds.export.encoding import Encoding
 from pst_ds.export.from_folder import CONFIG_FILE, FolderContents, copy_beside, open_folder, plan_folder
 from pst_ds.export.from_run import RunSource, plan_run
@@ -31,6 +30,7 @@ from pst_ds.export.prompt_file import SavedPrompt, read_prompt
 from pst_ds.export.rounding import linear_layers
 from pst_ds.export.vocabulary import with_fewer_rows, write_vocabulary
 from pst_ds.export.write import write_tensors
+from pst_ds.formats.base_weights import BaseWeights, is_text_part
 from pst_ds.nn.base_model import pruning_record
 
 _SMALL = "generation_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pst_ds.core.formats import ForeignFormat, FormatError, PackedFormat, QuantizedFormat
 from pst_ds.core.quantization import Grid
 from pst_ds.export import manifest
-from pst_ds.export.base_weights import BaseWeights
 from pst_ds.export.folder_stacks import FolderStack
 from pst_ds.export.manifest import MANIFEST_FILE, ExportError
 from pst_ds.export.plan import PlannedTensor, TensorJob, TensorValues
 from pst_ds.export.promised_grid import PromisedGrid
 from pst_ds.export.rounding import matrix_of
+from pst_ds.formats import ForeignFormat, FormatError, PackedFormat, QuantizedFormat
+from pst_ds.formats.base_weights import BaseWeights
 
 
 @dataclass(frozen=True, slots=True)

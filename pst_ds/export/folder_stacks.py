@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.layout import WeightLayout
-from pst_ds.export.base_weights import BaseWeights
 from pst_ds.export.manifest import TensorEntry
 from pst_ds.export.plan import PlannedTensor
 from pst_ds.export.stacks import runs_in_files
+from pst_ds.formats.base_weights import BaseWeights
 from pst_ds.nn.model_structure import is_experts, stack_layouts
 
 

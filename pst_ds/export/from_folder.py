@@ -9,7 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.formats import (
+from pst_ds.core.packings import FOR_COMPRESSED_TENSORS, GGUF
+from pst_ds.core.quantization import Grid
+from pst_ds.export import manifest
+from pst_ds.export.encoding import QUANT_METHOD, Encoding, encoding_of
+from pst_ds.export.folder_source import FolderSource, FolderTensor, StackTensor
+from pst_ds.export.folder_stacks import FolderStack, folder_stacks
+from pst_ds.export.manifest import DENSE, MANIFEST_FILE, About, ExportError, JsonTable, TensorEntry, read_table
+from pst_ds.export.plan import PlannedTensor, TensorJob
+from pst_ds.export.promised_grid import PromisedGrid, promised_grid
+from pst_ds.export.rounding import embedding_tables, grids, matrix_of
+from pst_ds.formats import (
     VALUE_DTYPES,
     ForeignFormat,
     FormatError,
@@ -19,22 +29,12 @@ from pst_ds.core.formats import (
     packed_format,
     row_bits,
 )
-from pst_ds.core.formats.foreign import METHODS as FOREIGN_METHODS
-from pst_ds.core.formats.rows import row_counts
-from pst_ds.core.packings import FOR_COMPRESSED_TENSORS, GGUF
-from pst_ds.core.quantization import Grid
-from pst_ds.export import manifest
-from pst_ds.export.base_weights import BaseWeights, names_in_files
-from pst_ds.export.encoding import QUANT_METHOD, Encoding, encoding_of
-from pst_ds.export.folder_source import FolderSource, FolderTensor, StackTensor
-from pst_ds.export.folder_stacks import FolderStack, folder_stacks
-from pst_ds.export.manifest import DENSE, MANIFEST_FILE, About, ExportError, JsonTable, TensorEntry, read_table
-from pst_ds.export.plan import PlannedTensor, TensorJob
-from pst_ds.export.promised_grid import PromisedGrid, promised_grid
-from pst_ds.export.rounding import embedding_tables, grids, matrix_of
+from pst_ds.formats.base_weights import BaseWeights, names_in_files
+from pst_ds.formats.foreign import METHODS as FOREIGN_METHODS
+from pst_ds.formats.rows import row_counts
+from pst_ds.formats.tensor_layout import DTYPE_OF_CODE
 from pst_ds.nn.base_model import DTYPES, Pretrained, architecture
 from pst_ds.nn.model_structure import is_conv1d, linear_shape, untied_linear_layers
-from pst_ds.tensor_layout import DTYPE_OF_CODE
 
 CONFIG_FILE = "config.json"
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.core.factors import Constants, layer_factors
-from pst_ds.core.formats import mask_row_bits, packed_format
-from pst_ds.core.formats.rows import row_counts
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.packings import FOR_COMPRESSED_TENSORS, GGUF
 from pst_ds.core.quantization import (
@@ -27,13 +25,15 @@ from pst_ds.core.quantization import (
 )
 from pst_ds.core.scores import masked_weight, merged_weight
 from pst_ds.core.updates.rows import updated_rows
-from pst_ds.export.base_weights import BaseWeights, is_text_part, may_be_missing, names_in_files, saved_tensors
 from pst_ds.export.detect_pattern import per_row
 from pst_ds.export.encoding import Encoding
 from pst_ds.export.manifest import DENSE, ExportError
 from pst_ds.export.plan import PlannedTensor, TensorJob, TensorValues
 from pst_ds.export.rounding import grids
 from pst_ds.export.stacks import FilePart, StackRun, all_experts, runs_in_files, whole
+from pst_ds.formats import mask_row_bits, packed_format
+from pst_ds.formats.base_weights import BaseWeights, is_text_part, may_be_missing, names_in_files, saved_tensors
+from pst_ds.formats.rows import row_counts
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.inject import persistent_buffers, pst_layers
 from pst_ds.nn.layer import FACTOR_NAMES, PSTLayer

@@ -15,15 +15,15 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from pst_ds.config.file_names import MANIFEST_FILE
 from pst_ds.core.bits import INT_OF_SIZE
-from pst_ds.core.formats import PackedFormat, packed_format
 from pst_ds.core.packings import DENSE, FOR_COMPRESSED_TENSORS, PACKINGS
 from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.errors import InputError
 from pst_ds.export.encoding import STEMS, Encoding, encoding_of
-from pst_ds.export.tensor_files import unique_json
-from pst_ds.tensor_layout import DTYPE_OF_CODE, tensor_bytes
+from pst_ds.file_names import MANIFEST_FILE
+from pst_ds.formats import PackedFormat, packed_format
+from pst_ds.formats.tensor_files import unique_json
+from pst_ds.formats.tensor_layout import DTYPE_OF_CODE, tensor_bytes
 
 FORMAT, QUANTIZED_FORMAT = 2, 3
 """Of manifests: the second has ``values``, ``group`` and ``rounding_error`` of tensors, the first knows none."""

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pst_ds.core.formats import VALUE_DTYPES, FormatError, PackedFormat, packed_format
 from pst_ds.core.packings import COMPRESSED_TENSORS
 from pst_ds.core.quantization import Grid
 from pst_ds.export.encoding import Encoding
 from pst_ds.export.manifest import DENSE, ExportError
-from pst_ds.tensor_layout import Slot, header_and_slots
+from pst_ds.formats import VALUE_DTYPES, FormatError, PackedFormat, packed_format
+from pst_ds.formats.tensor_layout import Slot, header_and_slots
 
 SHARD_BYTES = 5 << 30
 MOST_OF_DENSE = 1.01

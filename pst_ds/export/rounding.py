@@ -8,14 +8,14 @@ from collections.abc import Container
 import torch
 from torch import Tensor, nn
 
-from pst_ds.core.formats import FormatError, QuantizedFormat, row_bits
-from pst_ds.core.formats.rows import as_bools
 from pst_ds.core.quantization import Grid, quantize, squared_norms
-from pst_ds.export.base_weights import names_in_files
 from pst_ds.export.detect_pattern import detect_pattern
 from pst_ds.export.encoding import Encoding
 from pst_ds.export.manifest import DENSE, ExportError
 from pst_ds.export.plan import PlannedTensor, TensorValues
+from pst_ds.formats import FormatError, QuantizedFormat, row_bits
+from pst_ds.formats.base_weights import names_in_files
+from pst_ds.formats.rows import as_bools
 from pst_ds.nn.linear import PSTLinear
 from pst_ds.nn.model_structure import is_inside_block, is_linear, router_names, untied_linear_layers
 from pst_ds.nn.tables.embedding import PSTEmbedding

@@ -10,7 +10,7 @@ from torch import nn
 
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.quantization import CodeLayout, StoredGrid
-from pst_ds.export.base_weights import saved_tensors
+from pst_ds.formats.base_weights import saved_tensors
 
 
 @dataclass(frozen=True)

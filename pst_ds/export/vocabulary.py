@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from pst_ds.data.vocabulary import Vocabulary, ids_in, renumbered
-from pst_ds.export.base_weights import names_in_files
 from pst_ds.export.manifest import ExportError, JsonTable
 from pst_ds.export.plan import Source, TensorJob, TensorValues
+from pst_ds.formats.base_weights import names_in_files
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.model_structure import is_inside_block
 from pst_ds.nn.tables.embedding import PSTEmbedding

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.bits import INT_OF_SIZE
-from pst_ds.core.formats import FormatError, PackedFormat, QuantizedFormat, row_bits
 from pst_ds.core.packings import WHOLE_ROW
 from pst_ds.export.detect_pattern import detect_pattern, per_row
 from pst_ds.export.manifest import DENSE, ExportError, PartEntry, TensorEntry, count_nonzero
 from pst_ds.export.plan import PlannedFile, PlannedTensor, Source, TensorJob, TensorValues
 from pst_ds.export.rounding import matrix_of, rounded
-from pst_ds.export.tensor_files import write_at
+from pst_ds.formats import FormatError, PackedFormat, QuantizedFormat, row_bits
+from pst_ds.formats.tensor_files import write_at
+from pst_ds.formats.tensor_layout import CODE_OF_DTYPE, Slot, tensor_bytes
 from pst_ds.progress import Progress
-from pst_ds.tensor_layout import CODE_OF_DTYPE, Slot, tensor_bytes
 
 WriterArguments = tuple[Path, Sequence[PlannedFile], Source]
 _Result = Future[list[TensorEntry]]

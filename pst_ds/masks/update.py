@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.bits import join_bits, pack_shard
-from pst_ds.core.kernels.bit_sums import ShardBits, bit_sums
+from pst_ds.core.kernels.triton.bit_sums import ShardBits, bit_sums
 from pst_ds.masks.layer_scores import LayerScores, factors_of, ranked_weights, whole_masters
 from pst_ds.masks.ranks import RankStats, drop_components
 from pst_ds.masks.select import Matrix, select_kept, weights_kept

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pst_ds.core.formats.foreign import METHODS
 from pst_ds.errors import InputError, first_line
+from pst_ds.formats.foreign import METHODS
 from pst_ds.nn.sharded_weights import read_by_every_rank
 
 if TYPE_CHECKING:

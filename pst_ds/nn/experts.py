@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pst_ds.backward_pass import in_backward_pass
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core.experts import products
 from pst_ds.core.experts.routing import Routing
@@ -26,6 +25,7 @@ from pst_ds.nn.base_codes import BaseCodes
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.model_structure import stack_names
 from pst_ds.parallel import zero3
+from pst_ds.parallel.backward_pass import in_backward_pass
 
 IMPLEMENTATION = "pst"
 """Name under which transformers knows :func:`experts_forward`."""

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pst_ds.backward_pass import in_backward_pass
 from pst_ds.config.pst import PSTConfig, UpdateInit
 from pst_ds.core import masked_linear
 from pst_ds.core.bits import all_ones, shard_range
@@ -30,6 +29,7 @@ from pst_ds.core.quantization.own_weights import OwnWeights
 from pst_ds.core.updates.gates import gate_gradients
 from pst_ds.nn.base_codes import BASE_CODES, BASE_SCALES, BaseCodes, own_weights
 from pst_ds.parallel import zero3
+from pst_ds.parallel.backward_pass import in_backward_pass
 
 FACTOR_NAMES = ("A", "B", "R", "C", "U", "V", "G")
 """The small ones; a score of each weight, S, is none of them."""

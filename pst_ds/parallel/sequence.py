@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from pst_ds.backward_pass import in_backward_pass
+from pst_ds.parallel.backward_pass import in_backward_pass
 
 _CORE = "pst_ds_core"
 """Where an attention that was replaced keeps the one it replaced."""

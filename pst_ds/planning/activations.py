@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pst_ds.backward_pass import in_backward_pass
 from pst_ds.core.experts.routing import Routing
 from pst_ds.core.head_loss import ChunkSizes, Teacher, chunk_sizes, head_loss
 from pst_ds.core.quantization import CodedWeight
@@ -24,6 +23,7 @@ from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.language_head import LanguageHead, UnknownHeadError, language_head
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.tables.coded import CodedEmbedding, CodedTable, coded_tables
+from pst_ds.parallel.backward_pass import in_backward_pass
 from pst_ds.planning.operators import operator_traffic
 
 

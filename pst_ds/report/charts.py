@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from pst_ds.monitor.curves import DENSE, EVALUATION, Point
 from pst_ds.report.axes import BOTTOM, LEFT, RIGHT, TOP, Axis, Tick, axis_of, short
 from pst_ds.report.run_data import RunData
 from pst_ds.report.thin import thinned
+from pst_ds.train.monitor.curves import DENSE, EVALUATION, Point
 
 MOST_POINTS = 600
 """Points of a curve: about two a pixel."""

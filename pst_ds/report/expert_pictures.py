@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from pst_ds.core.experts.tokens import of_equal_numbers, shares_of_zeros
-from pst_ds.monitor.images import shaded, share_on_scale
 from pst_ds.report.layer_pictures import HeatMap, column_ticks, packed, png_uri
 from pst_ds.report.run_data import RunData
+from pst_ds.train.monitor.images import shaded, share_on_scale
 
 
 def expert_maps(run: RunData) -> Iterator[HeatMap]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pst_ds.monitor.images import MaskHistory
-from pst_ds.monitor.jsonl import lines_until
 from pst_ds.report.thin import EvenlyApart
+from pst_ds.train.monitor.images import MaskHistory
+from pst_ds.train.monitor.jsonl import lines_until
 
 FIGURES = ("correlation", "score_norm", "update_norm", "weight_norm")
 _MOST_PICTURES = 64

@@ -9,11 +9,19 @@ from typing import Literal
 
 import numpy as np
 
-from pst_ds.monitor.images import FLIP_DECADES, filled_bins, flips_on_scale, histogram, png_of, shaded, share_on_scale
 from pst_ds.report.axes import LEFT, RIGHT, Tick, short, whole
 from pst_ds.report.layer_data import LayerData, Picture
 from pst_ds.report.run_data import RunData
 from pst_ds.report.thin import spread
+from pst_ds.train.monitor.images import (
+    FLIP_DECADES,
+    filled_bins,
+    flips_on_scale,
+    histogram,
+    png_of,
+    shaded,
+    share_on_scale,
+)
 
 MOST_SNAPSHOTS = 4
 """Pictures of one layer's scores, or of its mask."""

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from pst_ds.config.file_names import CHECKPOINTS, LAYERS_FILE, METRICS_FILE, RESULT_FILE, RUN_FILE, TUNE_FILE
 from pst_ds.errors import InputError
+from pst_ds.file_names import CHECKPOINTS, LAYERS_FILE, METRICS_FILE, RESULT_FILE, RUN_FILE, TUNE_FILE
 
 STATE_PATH = "/state"
 FOLLOWED = (RUN_FILE, METRICS_FILE, LAYERS_FILE, RESULT_FILE, TUNE_FILE, CHECKPOINTS)

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.atomic_files import PARTIAL
-from pst_ds.bench.table import bench_table
-from pst_ds.config.file_names import MANIFEST_FILE
 from pst_ds.errors import InputError
-from pst_ds.monitor.curves import is_number
+from pst_ds.file_names import MANIFEST_FILE
 from pst_ds.report.axes import whole
+from pst_ds.report.bench_table import bench_table
 from pst_ds.report.run_data import RunData, read_object
 from pst_ds.report.tables import Cell, Table, number
 from pst_ds.text_table import bytes_text
+from pst_ds.train.monitor.curves import is_number
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from pst_ds import __version__
-from pst_ds.monitor.verdict import sentence
 from pst_ds.report import axes
 from pst_ds.report.charts import charts
 from pst_ds.report.expert_pictures import expert_maps
@@ -18,6 +17,7 @@ from pst_ds.report.layer_table import layer_table
 from pst_ds.report.outcomes import ExportData
 from pst_ds.report.run_data import RunData
 from pst_ds.report.tables import Table, measured_once_table, result_table, setting_tables
+from pst_ds.train.monitor.verdict import sentence
 
 T = TypeVar("T")
 TEMPLATES = Path(__file__).parent / "templates"

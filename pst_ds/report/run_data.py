@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pst_ds.config.file_names import BEST, CHECKPOINTS, FINAL, LATEST, LAYERS_FILE, METRICS_FILE, RESULT_FILE, RUN_FILE
 from pst_ds.config.toml import flatten
 from pst_ds.errors import InputError
-from pst_ds.monitor.curves import Point, named_stragglers, read_curves
+from pst_ds.file_names import BEST, CHECKPOINTS, FINAL, LATEST, LAYERS_FILE, METRICS_FILE, RESULT_FILE, RUN_FILE
 from pst_ds.report.layer_data import LayerData, read_layers
+from pst_ds.train.monitor.curves import Point, named_stragglers, read_curves
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 
-from pst_ds.config.file_names import TUNE_FILE
 from pst_ds.errors import InputError
+from pst_ds.file_names import TUNE_FILE
 from pst_ds.report.run_data import RunData
 from pst_ds.report.tables import Cell, Table, number
-from pst_ds.tune.table import trial_table, why
+from pst_ds.train.tune.table import trial_table, why
 
 
 def tuning_tables(runs: Sequence[RunData]) -> Iterator[Table]:

@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from pst_ds.config.file_names import EXIT_CODES_VARIABLE
+from pst_ds.file_names import EXIT_CODES_VARIABLE
 
 
 def leave_code(code: int) -> None:

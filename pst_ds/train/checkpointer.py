@@ -19,12 +19,12 @@ from pst_ds.checkpoint.retention import step_name
 from pst_ds.checkpoint.writer import CheckpointWriter, SaveResult, size_limit
 from pst_ds.config.run import RunConfig
 from pst_ds.core.schedule import RoundingSchedule, Schedule
-from pst_ds.monitor.metrics import MetricsWriter
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.ranks import is_main
 from pst_ds.parallel.stop_signals import name_of
 from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.loop import LoopState
+from pst_ds.train.monitor.metrics import MetricsWriter
 from pst_ds.train.run_folder import RunProgress
 from pst_ds.train.stop_grace import StopGrace
 

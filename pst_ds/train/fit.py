@@ -6,15 +6,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pst_ds.config.file_names import METRICS_FILE
 from pst_ds.config.run import RunConfig
 from pst_ds.core.schedule import Schedule
 from pst_ds.data.tasks import ExampleSet, Task
-from pst_ds.monitor.curves import EVALUATION, Point, batch_losses, read_curves
-from pst_ds.monitor.dense_run import DenseRun
-from pst_ds.monitor.metrics import MetricsWriter
-from pst_ds.monitor.verdict import END, Losses, Verdict, end_loss, judge, sentence
+from pst_ds.file_names import METRICS_FILE
 from pst_ds.parallel.ranks import all_gather_objects, is_main
+from pst_ds.train.monitor.curves import EVALUATION, Point, batch_losses, read_curves
+from pst_ds.train.monitor.dense_run import DenseRun
+from pst_ds.train.monitor.metrics import MetricsWriter
+from pst_ds.train.monitor.verdict import END, Losses, Verdict, end_loss, judge, sentence
 
 _MOST_WATCHED, _FEWEST_WATCHED = 4, 2
 _SHARE_WATCHED = 0.05

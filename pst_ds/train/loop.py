@@ -23,8 +23,6 @@ from pst_ds.masks.layer_stats import chosen_layers, measure
 from pst_ds.masks.scales import update_scales
 from pst_ds.masks.update import MaskStats
 from pst_ds.masks.updater import SPARSITY_TOLERANCE, update_masks_if_due, update_ranks_if_due
-from pst_ds.monitor.curves import STRAGGLER
-from pst_ds.monitor.metrics import MetricsWriter, peak_memory_bytes
 from pst_ds.nn.inject import (
     freeze_scores,
     persistent_buffers,
@@ -40,6 +38,8 @@ from pst_ds.parallel.watchdog import heartbeat
 from pst_ds.train.batches import OwnBatch, Places, agreed, next_or_problem, own_batches
 from pst_ds.train.divergence import DivergedError, MicroBatch, fault_of_batch, require_finite
 from pst_ds.train.expert_tokens import token_figures, tokens_by_module
+from pst_ds.train.monitor.curves import STRAGGLER
+from pst_ds.train.monitor.metrics import MetricsWriter, peak_memory_bytes
 from pst_ds.train.objective import Objective
 from pst_ds.train.prefetch import Prefetched
 from pst_ds.train.timing.profiling import recording

@@ -9,12 +9,12 @@ from pathlib import Path
 from torch import nn
 
 from pst_ds.config.run import RunConfig
-from pst_ds.core.host import multiplies_bf16
-from pst_ds.monitor.dense_run import DenseRun
-from pst_ds.monitor.metrics import MetricsWriter
-from pst_ds.monitor.trackers import Trackers
+from pst_ds.core.kernels.host import multiplies_bf16
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.ranks import is_main, raise_on_all_ranks
+from pst_ds.train.monitor.dense_run import DenseRun
+from pst_ds.train.monitor.metrics import MetricsWriter
+from pst_ds.train.monitor.trackers import Trackers
 from pst_ds.train.run_folder import flat_table
 
 _EMULATED_BF16 = (

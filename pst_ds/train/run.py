@@ -14,14 +14,12 @@ from torch import nn
 from pst_ds.atomic_files import write_text_atomic
 from pst_ds.checkpoint.format import Checkpoint, CheckpointState
 from pst_ds.checkpoint.restore import base_fingerprint, load_into
-from pst_ds.config.file_names import CHECKPOINTS, RESULT_FILE, STALLS
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.data.tasks import ExampleSet, Task, task_of
 from pst_ds.errors import InputError
+from pst_ds.file_names import CHECKPOINTS, RESULT_FILE, STALLS
 from pst_ds.json_text import json_of
 from pst_ds.masks.layer_stats import chosen_layers
-from pst_ds.monitor.dense_run import DenseRun, read_dense_run
-from pst_ds.monitor.memory_snapshot import snapshot_when_memory_ends
 from pst_ds.nn.experts import leaf_class
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.model_structure import model_width
@@ -45,6 +43,8 @@ from pst_ds.train.expert_tokens import CountsOfExperts, counts_of_experts, warni
 from pst_ds.train.fit import Fit, judged_fit, watched_steps
 from pst_ds.train.loop import FINAL_TAGS, Loop, LoopState
 from pst_ds.train.model import BuiltModel, build_model, load_tokenizer, meta_model, num_trainable, require_precision
+from pst_ds.train.monitor.dense_run import DenseRun, read_dense_run
+from pst_ds.train.monitor.memory_snapshot import snapshot_when_memory_ends
 from pst_ds.train.objective import Objective, load_teacher, require_teacher
 from pst_ds.train.one_shot.start import remark_on_shares, start_run
 from pst_ds.train.reporting import open_metrics

@@ -20,7 +20,11 @@ from pst_ds.atomic_files import only_writer, remove_partial, require_writable, w
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import Checkpoint, CheckpointError, read_checkpoint
 from pst_ds.checkpoint.restore import base_fingerprint, load_optimizer, same_base
-from pst_ds.config.file_names import (
+from pst_ds.config.run import ConfigError, QuantizationConfig, RunConfig
+from pst_ds.config.start import StartConfig
+from pst_ds.config.toml import dump_run, flatten
+from pst_ds.errors import InputError
+from pst_ds.file_names import (
     CHECKPOINTS,
     DEEPSPEED_FILE,
     EXIT_CODES_VARIABLE,
@@ -33,10 +37,6 @@ from pst_ds.config.file_names import (
     SUBMITTED_FILE,
     SUBMITTED_VARIABLE,
 )
-from pst_ds.config.run import ConfigError, QuantizationConfig, RunConfig
-from pst_ds.config.start import StartConfig
-from pst_ds.config.toml import dump_run, flatten
-from pst_ds.errors import InputError
 from pst_ds.masks.update import MaskStats, mask_stats
 from pst_ds.parallel.engine import Engine
 from pst_ds.parallel.optimizer_state import set_counters

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pst_ds.bench import variants as benched
-from pst_ds.bench.table import bench_text
-from pst_ds.bench.variants import Variant, copy_until, make_sparse, variants
 from pst_ds.cli.main import main
-from pst_ds.decoder import Decoder, DecoderError
-from pst_ds.hf.model_folder import ModelFolderError, open_model_folder
-from pst_ds.runtime import sparse_layers
+from pst_ds.inference.bench import variants as benched
+from pst_ds.inference.bench.variants import Variant, copy_until, make_sparse, variants
+from pst_ds.inference.decoder import Decoder, DecoderError
+from pst_ds.inference.hf.model_folder import ModelFolderError, open_model_folder
+from pst_ds.inference.runtime import sparse_layers
+from pst_ds.report.bench_table import bench_text
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SHORT = ("--prompt-tokens", "5", "--new-tokens", "4", "--repeats", "2")
@@ -86,7 +86,9 @@ def test_a_decoder_whose_values_are_codes_runs_in_the_native_loop_too(folders, c
     ("folder", "more"), [("half-bitmask", ()), ("bert-int8", ()), ("half-int8", ("--from-memory",))]
 )
 def test_there_is_no_native_loop_of_floats_encoders_or_copies(folders, capsys, monkeypatch, folder, more):
-    monkeypatch.setattr("pst_ds.bench.variants.last_level_cache_bytes", lambda: 2**20)  # a few copies, not thousands
+    monkeypatch.setattr(
+        "pst_ds.inference.bench.variants.last_level_cache_bytes", lambda: 2**20
+    )  # a few copies, not thousands
     result, _ = _bench(capsys, folders / folder, *more)
     assert {row["variant"] for row in result["rows"]} >= {"dense", "bitmask"}
     assert not any(row["variant"] == "native loop" for row in result["rows"])
@@ -199,7 +201,7 @@ def test_copies_that_do_not_fit_are_refused(monkeypatch):
 
 
 def test_from_memory_steps_through_the_copies(folders, capsys, monkeypatch):
-    monkeypatch.setattr("pst_ds.bench.variants.last_level_cache_bytes", lambda: 30_000)
+    monkeypatch.setattr("pst_ds.inference.bench.variants.last_level_cache_bytes", lambda: 30_000)
     result, _ = _bench(capsys, folders / "half-bitmask", "--from-memory")
     assert {row["copies"] for row in result["rows"] if row["variant"] == "bitmask"} != {1}
     assert all(row["copies"] * row["resident_bytes"] >= 60_000 for row in result["rows"])

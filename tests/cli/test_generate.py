@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from pst_ds.cli import generate
 from pst_ds.cli.main import main
-from pst_ds.decoder import Decoder
+from pst_ds.inference.decoder import Decoder
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 PROMPT = "the film is"
@@ -125,7 +125,7 @@ def test_the_native_loop_takes_dense_folders_too(folders, capsys):
 def test_transformers_goes_on_where_the_native_loop_cannot(folders, tmp_path, capsys, monkeypatch):
     options = ["--format", "bitmask", "--values", "int8"]
     assert main(["export", str(folders / "dense"), *options, "--out", str(tmp_path / "codes")]) == 0
-    monkeypatch.setattr("pst_ds.decoder.decoder.LEAST_COSINE", 1.1)
+    monkeypatch.setattr("pst_ds.inference.decoder.decoder.LEAST_COSINE", 1.1)
     result, _, err = _generate(capsys, tmp_path / "codes", "--max-new-tokens", "2")
     assert result["engine"] == "torch"
     assert "transformers decodes, for the native loop cannot" in err

@@ -22,7 +22,7 @@ from pst_ds.cli.init.text import deepspeed_settings
 from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
 from pst_ds.data import plain_text
-from pst_ds.tune import trials
+from pst_ds.train.tune import trials
 from tests.nn.expert_families import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]

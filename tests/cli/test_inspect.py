@@ -18,7 +18,7 @@ from pst_ds.checkpoint.adapter import save_pretrained
 from pst_ds.cli.inspect.text import layer_table
 from pst_ds.cli.main import main
 from pst_ds.config.pst import PSTConfig
-from pst_ds.hf.model_folder import open_model_folder
+from pst_ds.inference.hf.model_folder import open_model_folder
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from pst_ds.cli.main import main
-from pst_ds.runtime.decoder import LEVELS, best_level
+from pst_ds.inference.runtime.native_loop import LEVELS, best_level
 from tests.cli.conftest import ROOT
 from tests.cli.test_quantized import said_by
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pst_ds.core.formats import FormatError
-from pst_ds.core.formats.foreign import METHODS, ForeignFormat
+from pst_ds.formats import FormatError
+from pst_ds.formats.foreign import METHODS, ForeignFormat
 
 NF4 = torch.linspace(-1.0, 1.0, 16).double().pow(3).float()  # any table of 16 numbers does
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from pst_ds.core.bits import INT_OF_SIZE, pack_mask
 from pst_ds.core.factors import Constants, Factors
-from pst_ds.core.formats import FORMATS, FormatError, mask_row_bits, row_bits, rows
+from pst_ds.core.kernels import FLAGS, load
 from pst_ds.core.layout import WeightLayout
-from pst_ds.core.native import FLAGS, load
 from pst_ds.core.scores import masked_weight, merged_weight
+from pst_ds.formats import FORMATS, FormatError, mask_row_bits, row_bits, rows
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

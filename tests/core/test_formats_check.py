@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pst_ds.core.bits import INT_OF_SIZE
-from pst_ds.core.formats import FORMATS, FormatError
+from pst_ds.formats import FORMATS, FormatError
 
 NAME = "model.layers.0.q_proj"
 SHAPE = (5, 20)  # two whole bytes and half of one

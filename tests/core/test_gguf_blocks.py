@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pst_ds.core.formats.gguf_blocks import gguf_blocks, weights_of_blocks
 from pst_ds.core.quantization import Grid, dequantize, quantize, round_to_grid
+from pst_ds.formats.gguf_blocks import gguf_blocks, weights_of_blocks
 
 GRIDS = [Grid(8, 32), Grid(4, 32)]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pst_ds.core import host
+from pst_ds.core.kernels import host
 
 PROC = {
     "/proc/cpuinfo": """processor\t: 0

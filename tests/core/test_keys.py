@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pst_ds.core import bits, bracket, keys, native
+from pst_ds.core import bits, bracket, keys
+from pst_ds.core import kernels as native
 from pst_ds.core.factors import Constants, TileFactors
 from pst_ds.core.keys import (
     HIGHEST_FINITE,

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from pst_ds.core import native
-from pst_ds.core.native import INT, NativeSource, load
-from pst_ds.core.native.library_cache import cache_folder, store_library
+from pst_ds.core import kernels as native
+from pst_ds.core.kernels import INT, NativeSource, load
+from pst_ds.core.kernels.library_cache import cache_folder, store_library
 from pst_ds.data.tokens import cache as tokens
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")

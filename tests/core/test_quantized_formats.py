@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pst_ds.core.formats import FormatError, QuantizedFormat, packed_format, row_bits
 from pst_ds.core.quantization import Grid, dequantize, quantize, round_to_grid
+from pst_ds.formats import FormatError, QuantizedFormat, packed_format, row_bits
 
 PACKINGS = ["bitmask", "2:4", "dense"]
 GRIDS = [Grid(8), Grid(8, 32), Grid(4), Grid(4, 32)]

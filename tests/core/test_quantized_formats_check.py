@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pst_ds.core.formats import FormatError, packed_format
 from pst_ds.core.quantization import Grid, dequantize, quantize
+from pst_ds.formats import FormatError, packed_format
 from tests.core.test_formats_check import CONTENTS, NAME, STRUCTURE, permute_bits, replaced, with_item
 
 SHAPE = (5, 36)

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from ..test_layers import FLOORS
+from ..test_layers import LAYER_OF
 from .pages import PAGES, ROOT, blocks, settings
 
 TREE_FOLDERS = ("pst_ds", "tests", "tools", "launch", "docs", "ds_configs")
@@ -60,10 +60,10 @@ def test_the_index_has_every_page():
     assert pages == set(re.findall(r"\]\((\w[\w-]*\.md)\)", index))
 
 
-def test_the_floors_of_the_architecture_page_are_those_of_the_code():
+def test_the_layers_of_the_architecture_page_are_those_of_the_code():
     rows = re.findall(r"^\| `pst_ds/(\w+)` \| (\d) \|", PAGES["docs/architecture.md"], flags=re.M)
     packages = {path.name for path in (ROOT / "pst_ds").iterdir() if (path / "__init__.py").exists()}
-    assert {name: int(floor) for name, floor in rows} == {name: FLOORS[name] for name in packages}
+    assert {name: int(layer) for name, layer in rows} == {name: LAYER_OF[name] for name in packages}
 
 
 def test_the_readme_is_short_enough_to_read():

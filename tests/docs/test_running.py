@@ -19,8 +19,8 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from pst_ds.cli.main import main
-from pst_ds.users.store import UserStore
-from tests.users.test_store import COMMON, _state
+from pst_ds.train.users.store import UserStore
+from tests.train.users.test_store import COMMON, _state
 
 from .pages import PAGES, ROOT, Block, blocks, commands
 from .test_code import EXTRAS

@@ -19,10 +19,11 @@ from transformers import AutoModelForSequenceClassification
 from pst_ds.checkpoint.format import Checkpoint
 from pst_ds.config.toml import load_run
 from pst_ds.data.labelled import collate, load_examples
-from pst_ds.export import tensor_files, write
+from pst_ds.export import write
 from pst_ds.export.check import check_export
 from pst_ds.export.export import export_run
 from pst_ds.export.manifest import ExportError
+from pst_ds.formats import tensor_files
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.tables.embedding import pst_embeddings
 from pst_ds.parallel.launch import LaunchEnvironment

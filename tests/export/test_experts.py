@@ -13,9 +13,9 @@ from pst_ds.cli.main import main
 from pst_ds.config.toml import load_run
 from pst_ds.export.manifest import MANIFEST_FILE
 from pst_ds.hf import PackedWeightsConfig
+from pst_ds.inference.runtime.experts import SparseExperts
 from pst_ds.nn.inject import persistent_buffers
 from pst_ds.parallel.launch import launch_environment
-from pst_ds.runtime.experts import SparseExperts
 from pst_ds.train.run import prepare, train_run
 from tests.nn.expert_families import tiny_model
 

@@ -14,7 +14,7 @@ from pst_ds.export.check import check_export
 from pst_ds.export.export import export_folder
 from pst_ds.export.manifest import ExportError, read_manifest
 from pst_ds.hf import PackedWeightsConfig
-from pst_ds.runtime.experts import SparseExperts
+from pst_ds.inference.runtime.experts import SparseExperts
 from tests.nn.expert_families import tiny_model
 
 FAMILIES = ["mixtral", "gpt_oss", "granitemoe"]

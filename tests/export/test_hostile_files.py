@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pst_ds.core.formats import FORMATS, packed_format
 from pst_ds.core.quantization import Grid, grid_of
 from pst_ds.data.vocabulary import trim
 from pst_ds.errors import InputError
 from pst_ds.export.check import check_export
 from pst_ds.export.manifest import MANIFEST_FILE, ExportError, sealed
-from pst_ds.export.tensor_files import TensorFile, TensorFileError
-from pst_ds.tensor_layout import header_and_slots
+from pst_ds.formats import FORMATS, packed_format
+from pst_ds.formats.tensor_files import TensorFile, TensorFileError
+from pst_ds.formats.tensor_layout import header_and_slots
 
 TIMES = int(os.environ.get("PST_DS_FUZZ_TIMES", "1"))
 RAW, AGREEING, MANIFESTS = 3300 * TIMES, 1320 * TIMES, 600 * TIMES

@@ -11,7 +11,7 @@ import torch
 from pst_ds.cli.main import main
 from pst_ds.errors import InputError
 from pst_ds.export.prompt_file import PROMPT_FILE, attach_saved_prompt, read_prompt
-from pst_ds.hf.model_folder import open_model_folder
+from pst_ds.inference.hf.model_folder import open_model_folder
 from pst_ds.nn.prompt import prompt_of
 
 

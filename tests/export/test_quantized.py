@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 import pst_ds.hf  # noqa: F401 (teaches transformers the format)
-from pst_ds.core.formats import mask_row_bits
-from pst_ds.core.formats.rows import as_bools
 from pst_ds.core.quantization import Grid, grid_of, quantize, round_to_grid
 from pst_ds.export.check import check_export, check_model
 from pst_ds.export.export import export_folder
 from pst_ds.export.manifest import MANIFEST_FILE, ExportError, read_manifest
+from pst_ds.formats import mask_row_bits
+from pst_ds.formats.rows import as_bools
 from pst_ds.nn.inject import pst_layers
 
 INT8, INT4, INT4_32 = Grid(8), Grid(4), Grid(4, 32)

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton", minversion="3.6", reason="needs triton 3.6, the extra of that name")
 
-from pst_ds.runtime import tile_kernels, vector_kernels
+from pst_ds.core.kernels.triton import tile_kernels, vector_kernels
 
 from .compiled import CAPABILITIES, compiled
 

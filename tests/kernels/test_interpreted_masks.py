@@ -15,8 +15,8 @@ from pst_ds.core import bracket
 from pst_ds.core.bits import pack_shard, unpack_shard
 from pst_ds.core.bracket import select_bits
 from pst_ds.core.factors import Constants, Factors, tile_factors
-from pst_ds.core.kernels import own_keys, scan
-from pst_ds.core.kernels.own_keys import OwnKeys
+from pst_ds.core.kernels.triton import own_keys, scan
+from pst_ds.core.kernels.triton.own_keys import OwnKeys
 from pst_ds.core.keys import HIGHEST_FINITE, LOWEST_FINITE, Classifier, order_keys, score_keys
 from pst_ds.core.layout import WeightLayout, positions_before, shard_tiles, view_in_shard
 from pst_ds.core.select import MatrixKeys, NonFiniteScoreError, Sampled

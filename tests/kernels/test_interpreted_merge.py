@@ -10,7 +10,7 @@ pytest.importorskip("triton", minversion="3.6", reason="needs triton 3.6, the ex
 from pst_ds.core import masked_linear, scores
 from pst_ds.core.bits import pack_mask
 from pst_ds.core.factors import Constants, Factors
-from pst_ds.core.kernels import merge
+from pst_ds.core.kernels.triton import merge
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.masked_linear import LayerState, backward
 

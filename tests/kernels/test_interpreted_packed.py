@@ -8,11 +8,11 @@ import torch
 pytest.importorskip("triton", minversion="3.6", reason="needs triton 3.6, the extra of that name")
 
 from pst_ds.core.experts.routing import Routing
-from pst_ds.core.formats import QuantizedFormat
 from pst_ds.core.quantization import Grid
-from pst_ds.runtime import gpu
-from pst_ds.runtime.experts import SparseExperts
-from pst_ds.runtime.linear import SparseLinear
+from pst_ds.formats import QuantizedFormat
+from pst_ds.inference.runtime import gpu
+from pst_ds.inference.runtime.experts import SparseExperts
+from pst_ds.inference.runtime.linear import SparseLinear
 
 pytestmark = pytest.mark.interpreted
 WALKED, TILED = gpu.MOST_WALKED, gpu.MOST_WALKED + 1

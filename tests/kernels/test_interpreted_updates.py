@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel
 
 from pst_ds.config.pst import PSTConfig
 from pst_ds.core import bracket
-from pst_ds.core.kernels import bit_sums, own_keys, scan
+from pst_ds.core.kernels.triton import bit_sums, own_keys, scan
 from pst_ds.masks import layer_scores
 from pst_ds.masks.update import mask_stats, update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers

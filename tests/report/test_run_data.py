@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pst_ds.errors import InputError
-from pst_ds.monitor.curves import read_curves
 from pst_ds.report.run_data import read_object, read_runs, short_names
+from pst_ds.train.monitor.curves import read_curves
 
 
 def test_curves_are_finite_numbers_by_name_with_the_last_of_each_step(tmp_path):

@@ -76,7 +76,7 @@ def test_losses_of_large_logits_are_finite():
 
 
 class StandIn:
-    """pst_ds.decoder's Decoder as the benchmark calls it."""
+    """pst_ds.inference.decoder's Decoder as the benchmark calls it."""
 
     opened: tuple = ()
 
@@ -98,9 +98,9 @@ class StandIn:
 
 
 def test_our_decoder_is_called_by_its_own_names(monkeypatch, tmp_path):
-    module = type(sys)("pst_ds.decoder")
+    module = type(sys)("pst_ds.inference.decoder")
     module.Decoder = StandIn
-    monkeypatch.setitem(sys.modules, "pst_ds.decoder", module)
+    monkeypatch.setitem(sys.modules, "pst_ds.inference.decoder", module)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     engine = engines.PstDs(tmp_path, context=64)
     assert StandIn.opened == (tmp_path, 64, 16)

@@ -11,9 +11,9 @@ import pytest
 from pst_ds.config.run import ConfigError
 from pst_ds.config.toml import load_run
 from pst_ds.core.schedule import CubicSchedule, OneShotSchedule
-from pst_ds.monitor.verdict import Verdict
 from pst_ds.parallel.launch import launch_environment
 from pst_ds.train.fit import fixes, masks_final, watched_steps
+from pst_ds.train.monitor.verdict import Verdict
 from pst_ds.train.run import prepare, train_run
 
 _RATES = (

@@ -14,7 +14,6 @@ from pst_ds.core.bits import unpack_range
 from pst_ds.core.schedule import learning_rate_factor
 from pst_ds.data.labelled import load_examples
 from pst_ds.masks.update import mask_stats
-from pst_ds.monitor.metrics import MetricsWriter
 from pst_ds.nn.inject import pst_layers
 from pst_ds.parallel.engine import LocalEngine
 from pst_ds.parallel.launch import LaunchEnvironment
@@ -22,6 +21,7 @@ from pst_ds.train import loop as loop_module
 from pst_ds.train.divergence import DivergedError
 from pst_ds.train.loop import Loop, LoopState
 from pst_ds.train.model import parameter_groups
+from pst_ds.train.monitor.metrics import MetricsWriter
 from pst_ds.train.objective import Objective
 from pst_ds.train.run import build, prepare, train_run
 from pst_ds.train.run_folder import open_checkpoint

@@ -14,10 +14,10 @@ import socket
 import pytest
 
 from pst_ds.cli.main import main
-from pst_ds.config.file_names import EXIT_CODES_VARIABLE
 from pst_ds.config.toml import load_run
 from pst_ds.data.tasks import classification as tasks
 from pst_ds.errors import InputError
+from pst_ds.file_names import EXIT_CODES_VARIABLE
 from pst_ds.parallel.launch import LaunchEnvironment
 from pst_ds.parallel.ranks import rank, world_size
 from pst_ds.progress import Progress

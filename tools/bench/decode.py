@@ -26,14 +26,14 @@ from typing import Any
 
 import torch
 
-import pst_ds.bench.variants as benched
-from pst_ds.bench.decode import Decoder
-from pst_ds.bench.measure import measure
+import pst_ds.inference.bench.variants as benched
 from pst_ds.cli.main import main as pst_ds_main
 from pst_ds.cli.verify.against_run import allowed_difference
-from pst_ds.hf.model_folder import ModelFolder, open_model_folder
-from pst_ds.runtime import sparse_layers
-from pst_ds.runtime.dense import quicken_output_layer
+from pst_ds.inference.bench.decode import Decoder
+from pst_ds.inference.bench.measure import measure
+from pst_ds.inference.hf.model_folder import ModelFolder, open_model_folder
+from pst_ds.inference.runtime import sparse_layers
+from pst_ds.inference.runtime.dense import quicken_output_layer
 from tools.bench.timing import conditions, print_json, progress, status_bytes
 from tools.fetch_smollm2 import FOLDER, dense_folder, pruned_folder
 

@@ -95,9 +95,9 @@ class Metered:
 
     def train(self) -> dict[str, float]:
         """Return the processor seconds of a step, and of a call of each part. Collective."""
-        from pst_ds.monitor.metrics import MetricsWriter
         from pst_ds.parallel.launch import launch_environment
         from pst_ds.train import loop
+        from pst_ds.train.monitor.metrics import MetricsWriter
         from pst_ds.train.run import prepare, train_run
         from pst_ds.train.timing.step_clock import _HostPart
         from pst_ds.train.timing.stragglers import Pace

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from pst_ds.core.bits import pack_mask
 from pst_ds.core.factors import Constants, Factors
-from pst_ds.core.formats import FORMATS, mask_row_bits
 from pst_ds.core.layout import WeightLayout
 from pst_ds.core.scores import masked_weight, merged_weight
+from pst_ds.formats import FORMATS, mask_row_bits
 from tools.bench.timing import conditions, print_json, progress, timed
 
 DTYPE, RANK = torch.bfloat16, 8

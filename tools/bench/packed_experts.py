@@ -1,7 +1,7 @@
 """How fast tokens go through packed experts against dense ones on this CPU: both stacks of a layer, without its gate.
 
 A token has ``--chosen`` of ``--experts`` experts, others in every turn, so that weights come from memory. Dense is a
-loop of F.linear over the chosen experts of a bf16 stack; packed is :class:`pst_ds.runtime.experts.SparseExperts`, with
+loop of F.linear over the chosen experts of a bf16 stack; packed is ``SparseExperts``, with
 the bitmask format. Both take turns; medians.
 
     python -m tools.bench.packed_experts --json
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pst_ds.core.experts.routing import Routing
-from pst_ds.runtime.experts import SparseExperts
+from pst_ds.inference.runtime.experts import SparseExperts
 from tools.bench.timing import conditions, medians, print_json, rounded
 
 BARS = {0.5: 2.5, 0.8: 3.3}

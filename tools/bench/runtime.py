@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pst_ds.core.formats import FORMATS
-from pst_ds.runtime import SparseLinear, native, ops
+from pst_ds.formats import FORMATS
+from pst_ds.inference.runtime import SparseLinear, native, ops
 from tools.bench.pack import default_input_bytes, shape_of
 from tools.bench.timing import conditions, print_json, progress
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from pst_ds.config.pst import PSTConfig
-from pst_ds.core.host import available_bytes
+from pst_ds.core.kernels.host import available_bytes
 from pst_ds.planning.activations import trace_micro_batch
 from pst_ds.planning.machines import MACHINES
 from pst_ds.planning.memory import memory_plan

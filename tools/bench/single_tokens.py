@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from pst_ds.runtime.attention import one_query
-from pst_ds.runtime.dense import VectorLinear
+from pst_ds.inference.runtime.attention import one_query
+from pst_ds.inference.runtime.dense import VectorLinear
 from tools.bench.timing import conditions, medians, print_json
 
 HEADS, GROUPS, SIZE = 9, 3, 64

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pst_ds.core.host import cpu_name
+from pst_ds.core.kernels.host import cpu_name
 
 
 def medians(

@@ -20,7 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pst_ds.core.host import available_bytes
+from pst_ds.core.kernels.host import available_bytes
 from tools.bench.ranks import Ranks, slowest
 from tools.bench.timing import conditions, print_json, progress, rounded
 from tools.bench.variants import METHODS, Shape, Variant, add_shape_options, shape_of

@@ -25,14 +25,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from pst_ds.bench.decode import Decoder
 from pst_ds.core.updates.each import EachBeside
-from pst_ds.hf.model_folder import ModelFolder
-from pst_ds.runtime import attention, native, sparse_layers
-from pst_ds.runtime.beside import LEFT, RIGHT, BatchUpdates
-from pst_ds.runtime.dense import VectorLinear
-from pst_ds.runtime.quicken import quicken_decoding
-from pst_ds.users.store import Common, State, UserStore
+from pst_ds.inference.bench.decode import Decoder
+from pst_ds.inference.hf.model_folder import ModelFolder
+from pst_ds.inference.runtime import attention, native, sparse_layers
+from pst_ds.inference.runtime.dense import VectorLinear
+from pst_ds.inference.runtime.quicken import quicken_decoding
+from pst_ds.nn.batched_updates import LEFT, RIGHT, BatchUpdates
+from pst_ds.train.users.store import Common, State, UserStore
 from tools.bench.decode import packed_folder
 from tools.bench.timing import conditions, print_json, progress, status_bytes
 from tools.fetch_smollm2 import FOLDER

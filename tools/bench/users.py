@@ -30,8 +30,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from pst_ds.runtime.beside import LEFT, RIGHT, BatchUpdates
-from pst_ds.users.store import Common, UserStore
+from pst_ds.nn.batched_updates import LEFT, RIGHT, BatchUpdates
+from pst_ds.train.users.store import Common, UserStore
 from tools.demo.films import reviews, split_of_film
 from tools.verbs import verb
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pst_ds.checkpoint import retention as checkpoints
 from pst_ds.checkpoint.format import CheckpointError, read_checkpoint
-from pst_ds.config.file_names import BEST, CHECKPOINTS, FINAL, LATEST, METRICS_FILE, RESULT_FILE
 from pst_ds.errors import InputError
+from pst_ds.file_names import BEST, CHECKPOINTS, FINAL, LATEST, METRICS_FILE, RESULT_FILE
 from pst_ds.parallel.optimizer_state import KINDS
 from tools.verbs import verb
 

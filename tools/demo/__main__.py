@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_ds.config.toml import load_run
-from pst_ds.core.host import cpu_name, multiplies_bf16
+from pst_ds.core.kernels.host import cpu_name, multiplies_bf16
 from tools.demo.films import install_packages, write_splits
 from tools.demo.small_files import small_files
 from tools.verbs import verb

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.config.pst import PSTConfig
-from pst_ds.core.formats import QuantizedFormat
 from pst_ds.core.quantization import Grid
+from pst_ds.formats import QuantizedFormat
+from pst_ds.inference.runtime import SparseLinear
 from pst_ds.masks.update import update_masks
 from pst_ds.nn.inject import inject_pst, pst_layers
 from pst_ds.planning.activations import trace_micro_batch
@@ -21,7 +22,6 @@ from pst_ds.planning.counts import COUNTS
 from pst_ds.planning.memory import ZeroSettings, memory_plan
 from pst_ds.planning.shapes import model_numbers
 from pst_ds.planning.time import Batch, TimePlan, time_plan
-from pst_ds.runtime import SparseLinear
 from tools.gpu.bench import Bench
 
 Row = dict[str, Any]

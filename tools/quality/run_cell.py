@@ -162,8 +162,8 @@ def test(run_file: Path, model: Path, tests: dict[str, str]) -> dict[str, dict[s
     from pst_ds.config.toml import load_run
     from pst_ds.core.packings import DENSE
     from pst_ds.data.tasks import task_of
-    from pst_ds.hf.config import PackedWeightsConfig
-    from pst_ds.hf.model_folder import open_model_folder
+    from pst_ds.inference.hf.config import PackedWeightsConfig
+    from pst_ds.inference.hf.model_folder import open_model_folder
     from pst_ds.nn.base_model import DTYPES
     from pst_ds.parallel.launch import LaunchEnvironment, device_of
     from pst_ds.train.evaluate import predict
@@ -190,8 +190,8 @@ def test(run_file: Path, model: Path, tests: dict[str, str]) -> dict[str, dict[s
 
 def best_validation(run_file: Path, result: Table) -> dict[str, float]:
     """The validation metrics of the checkpoint that was exported."""
-    from pst_ds.config.file_names import RUN_FILE
     from pst_ds.config.toml import load_run
+    from pst_ds.file_names import RUN_FILE
     from pst_ds.train.run_folder import open_checkpoint
 
     run = load_run(Path(load_run(run_file).output_dir) / RUN_FILE)  # whose base is what [start] made

@@ -16,8 +16,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pst_ds.config.file_names import CHECKPOINTS, START
-from pst_ds.core.host import cpu_facts, cpu_name
+from pst_ds.core.kernels.host import cpu_facts, cpu_name
+from pst_ds.file_names import CHECKPOINTS, START
 from pst_ds.progress import Progress
 from tools.quality.cells import Cell, Line, Planned, State, plan
 from tools.quality.files import FOLDER

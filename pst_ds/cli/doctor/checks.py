@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 from typing import Literal
 
-from pst_ds.core.host import multiplies_bf16
+from pst_ds.core.kernels.host import multiplies_bf16
 
 DISTRIBUTION = "pst-ds"
 _FREE_GB, _SHM_GB = 10.0, 1.0

@@ -96,11 +96,11 @@ def _native() -> dict[str, object]:
     """Load all native code, compiling what is not in the cache, and compare it with torch."""
     import torch
 
-    from pst_ds.core import native as masks
+    from pst_ds.core import kernels as masks
     from pst_ds.core.bits import count_bits
-    from pst_ds.core.formats import FORMATS, rows
-    from pst_ds.runtime import decoder
-    from pst_ds.runtime import native as kernels
+    from pst_ds.formats import FORMATS, rows
+    from pst_ds.inference.runtime import native as kernels
+    from pst_ds.inference.runtime import native_loop as decoder
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

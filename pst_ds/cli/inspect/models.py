@@ -10,9 +10,7 @@ from pst_ds.cli.inspect.experts import add_experts, usage
 from pst_ds.cli.inspect.text import Facts, Inspection, Layer, sparsity_of
 from pst_ds.cli.plan_text import name_across_blocks
 from pst_ds.core.bits import INT_OF_SIZE
-from pst_ds.core.formats import row_bits
 from pst_ds.errors import InputError
-from pst_ds.export.base_weights import BaseWeights
 from pst_ds.export.detect_pattern import detect_pattern, per_row
 from pst_ds.export.encoding import QUANT_METHOD
 from pst_ds.export.export import storage_facts
@@ -26,10 +24,12 @@ from pst_ds.export.manifest import (
     read_manifest,
     read_table,
 )
-from pst_ds.export.tensor_files import TensorFile
+from pst_ds.formats import row_bits
+from pst_ds.formats.base_weights import BaseWeights
+from pst_ds.formats.tensor_files import TensorFile
+from pst_ds.formats.tensor_layout import CODE_OF_DTYPE
 from pst_ds.progress import Progress
 from pst_ds.prune.folder import RECORD_FILE
-from pst_ds.tensor_layout import CODE_OF_DTYPE
 
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 

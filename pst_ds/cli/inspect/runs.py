@@ -9,11 +9,11 @@ from pst_ds.checkpoint.format import Checkpoint, CheckpointError, open_checkpoin
 from pst_ds.cli.inspect.experts import add_experts, usage, zeros_of_experts
 from pst_ds.cli.inspect.text import Facts, Inspection, Layer
 from pst_ds.cli.inspect.trained import Mask, totals, trained_layers
-from pst_ds.config.file_names import BEST, CHECKPOINTS, FINAL, LATEST, LAYERS_FILE, RESULT_FILE, RUN_FILE
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.toml import load_run, run_from_table
 from pst_ds.core.bits import count_bits, shard_bytes
 from pst_ds.export.manifest import read_table
+from pst_ds.file_names import BEST, CHECKPOINTS, FINAL, LATEST, LAYERS_FILE, RESULT_FILE, RUN_FILE
 from pst_ds.report.layer_data import read_layers
 from pst_ds.train.model import pst_config
 

@@ -20,13 +20,13 @@ from pst_ds.data.text_metrics import missing_libraries
 from pst_ds.errors import InputError
 from pst_ds.export.encoding import Encoding
 from pst_ds.export.prompt_file import attach_saved_prompt
+from pst_ds.inference.runtime import sparse_layers
+from pst_ds.inference.runtime.experts import SparseExperts
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.layer import exact_inputs
 from pst_ds.nn.model_structure import is_conv1d
 from pst_ds.nn.tables.embedding import pst_embeddings
-from pst_ds.runtime import sparse_layers
-from pst_ds.runtime.experts import SparseExperts
 from pst_ds.train.evaluate import compare, predict
 from pst_ds.train.model import attention_options
 from pst_ds.train.run import Prepared, masked_model, prepare_single
@@ -222,7 +222,7 @@ def _loaded(prepared: Prepared, folder: str, load_as: Literal["", "dense", "spar
     """Load the export with transformers; ``load_as``: "" for a dense folder, else what to do with packed weights."""
     options: dict[str, object] = {**attention_options(prepared.run)}
     if load_as:
-        from pst_ds.hf import PackedWeightsConfig  # a dense export is to load without it
+        from pst_ds.inference.hf.config import PackedWeightsConfig  # a dense export is to load without it
 
         options["quantization_config"] = PackedWeightsConfig(load_as=load_as)
     dtype = DTYPES[prepared.run.train.precision]

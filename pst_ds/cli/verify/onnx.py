@@ -18,10 +18,10 @@ from pst_ds.cli.verify.vocabulary import tokens_of_folder
 from pst_ds.config.run import RunConfig
 from pst_ds.core.packings import ONNX_FILE
 from pst_ds.errors import InputError
+from pst_ds.inference.onnx.folder import ALLOWED
+from pst_ds.inference.onnx.session import open_session
 from pst_ds.nn.inject import pst_layers
 from pst_ds.nn.layer import exact_inputs
-from pst_ds.onnx.folder import ALLOWED
-from pst_ds.onnx.session import open_session
 from pst_ds.train.evaluate import compare
 from pst_ds.train.run import masked_model, prepare_single
 from pst_ds.train.run_folder import open_checkpoint

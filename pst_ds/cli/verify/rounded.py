@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from pst_ds.core.quantization import Grid, round_to_grid
-from pst_ds.export.base_weights import BaseWeights, names_in_files, saved_tensors
 from pst_ds.export.encoding import Encoding
 from pst_ds.export.manifest import TensorEntry, encoding_by, read_manifest
 from pst_ds.export.rounding import grids
+from pst_ds.formats.base_weights import BaseWeights, names_in_files, saved_tensors
+from pst_ds.formats.tensor_layout import DTYPE_OF_CODE
 from pst_ds.nn.inject import persistent_buffers, plain_name, pst_layers
 from pst_ds.nn.layer import PSTLayer
 from pst_ds.nn.merge import plain_tensors
 from pst_ds.nn.tables.embedding import pst_embeddings
-from pst_ds.tensor_layout import DTYPE_OF_CODE
 
 
 def encoding_of_folder(folder: str) -> Encoding:

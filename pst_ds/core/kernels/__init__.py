@@ -1,5 +1,214 @@
-"""Triton kernels for GPUs. Each has a torch twin, and loops for CPUs, elsewhere in core, with which its bits agree.
+"""C++ loops for CPU tensors, compiled at first use; everything that calls them has a torch twin for where they are not.
 
-Triton comes with torch's CUDA builds; :func:`pst_ds.core.kernels.launch.serves` says whether kernels run somewhere.
-Files whose names end in ``_kernels`` need it to be imported, so functions import them when they are called.
+A source is compiled once for each machine and version with ``$CXX`` or the system's C++ compiler, and kept in
+``$XDG_CACHE_HOME/pst_ds`` (``~/.cache/pst_ds``, see library_cache). Without a compiler, or with ``PST_DS_NATIVE=0`` in
+the environment, the torch twins run: the same results, several times slower.
 """
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from pst_ds.core.kernels.host import cpu_facts
+from pst_ds.core.kernels.library_cache import cache_folder, find_libraries, store_library
+
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno")
+INT, POINTER = ctypes.c_int64, ctypes.c_void_p
+_FOLDER = Path(__file__).resolve().parent
+_PACKAGE = _FOLDER.parents[1]
+Signature = tuple[list[type], type | None]
+"""ctypes of the arguments, and of the result."""
+
+
+@dataclass(frozen=True, eq=False)
+class NativeSource:
+    """One C++ file in ``cpp/``, its functions, and what is slow without it.
+
+    Every header in ``cpp/`` counts as one of its sources: a change in one compiles the file again.
+    """
+
+    name: str
+    """Path below ``cpp/``."""
+    functions: dict[str, Signature]
+    purpose: str
+    flags: tuple[str, ...] = FLAGS
+    may_flags: tuple[str, ...] = ()
+    """Left out where the compiler refuses them."""
+    announce: bool = False
+    """Say on stderr that it is being compiled: it takes more than a moment."""
+
+    @property
+    def path(self) -> Path:
+        return _FOLDER / "cpp" / self.name
+
+    @property
+    def prebuilt(self) -> Path:
+        """Library that an installation may have made; a checkout uses it unless a source is newer."""
+        return _FOLDER / f"_{self.path.stem}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+    @property
+    def sources(self) -> list[Path]:
+        return [self.path, *sorted((_FOLDER / "cpp").rglob("*.hpp"))]
+
+
+_MASKS = NativeSource(
+    "masks.cpp",
+    {
+        "pst_score_keys": (
+            [POINTER, INT, INT, INT, INT, *([POINTER, POINTER, INT, POINTER] * 2), *([POINTER] * 6)],
+            None,
+        ),
+        "pst_classify": (
+            [POINTER, INT, ctypes.c_int32, ctypes.c_int32, INT, POINTER, POINTER, POINTER, INT, POINTER],
+            INT,
+        ),
+        "pst_histogram": ([POINTER, INT, INT, INT, INT, POINTER], None),
+        "pst_select": ([POINTER, INT, INT, POINTER], INT),
+        "pst_keep_n_of_m": ([POINTER, INT, INT, INT, INT, POINTER], None),
+        "pst_keep_in_rows": ([POINTER, INT, INT, INT, POINTER], None),
+        "pst_set_bits": ([POINTER, POINTER, INT], None),
+        "pst_count_bits": ([POINTER, POINTER, INT, POINTER], None),
+        "pst_checksum": ([POINTER, INT, INT, INT], ctypes.c_uint64),
+    },
+    "mask updates",
+)
+
+
+_MERGES = NativeSource(
+    "apply.cpp",
+    {
+        "pst_apply_bits": ([POINTER, INT, POINTER, INT], None),
+        "pst_merge": (
+            [*([POINTER, INT] * 2), INT, INT, *([POINTER] * 4), INT, ctypes.c_float, POINTER, INT, ctypes.c_int],
+            None,
+        ),
+    },
+    "masks and updates on weights",
+    may_flags=("-fopenmp",),
+)
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The functions of a mask update, or None where they cannot be had; a failed compilation warns once."""
+    return load(_MASKS)
+
+
+@cache
+def merges() -> ctypes.CDLL | None:
+    """Return what puts masks and updates on weights, as :func:`library` returns the functions of a mask update."""
+    return load(_MERGES)
+
+
+def load(source: NativeSource) -> ctypes.CDLL | None:
+    """The compiled functions of ``source``, or None where they cannot be had, with a warning. Keep what it returns."""
+    if os.environ.get("PST_DS_NATIVE") == "0":
+        return None
+    try:
+        return _library(source)
+    except RuntimeError as error:
+        warnings.warn(f"{error}: {source.purpose} run in torch, several times slower", stacklevel=2)
+        return None
+
+
+def library_file(source: NativeSource) -> Path:
+    """Return the shared library of ``source``, which somebody else loads; compiled if need be. Raises RuntimeError."""
+    try:
+        return Path(_library(source)._name)
+    except RuntimeError as error:
+        raise RuntimeError(f"{source.purpose} cannot be built: {error}") from None
+
+
+def _library(source: NativeSource) -> ctypes.CDLL:
+    """Return the prebuilt library, the cached one, or one that is compiled now. Raises RuntimeError."""
+    if _is_current(source.prebuilt, source.sources):
+        with suppress(OSError, AttributeError):  # made for another machine, or for other sources
+            return _declared(source.prebuilt, source.functions)
+    try:
+        compiler = _compiler()
+        folder, name = cache_folder(), f"{source.path.stem}-{_key(source, compiler)}"
+        for path in find_libraries(folder, name):
+            with suppress(OSError, AttributeError):
+                return _declared(path, source.functions)
+        return _declared(store_library(folder, name, _compiled(source, compiler)), source.functions)
+    except (OSError, ValueError, AttributeError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or error
+        raise RuntimeError(f"native code cannot be built: {said}") from None
+
+
+def _compiler() -> tuple[str, ...]:
+    """Return the words that start the C++ compiler. Raises FileNotFoundError."""
+    if words := shlex.split(os.environ.get("CXX", "")):
+        return tuple(words)
+    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        raise FileNotFoundError("there is no C++ compiler; install one")
+    return (found,)
+
+
+def _is_current(built: Path, sources: list[Path]) -> bool:
+    """Return whether ``built`` was made from these sources. In an installation it was, whatever dates pip gave them."""
+    if not built.is_file():
+        return False
+    is_installed = any(_PACKAGE.parent.glob("pst_ds-*.dist-info"))
+    return is_installed or built.stat().st_mtime >= max(path.stat().st_mtime for path in sources)
+
+
+def _declared(path: Path, functions: dict[str, Signature]) -> ctypes.CDLL:
+    """The library with its functions given their types."""
+    loaded = ctypes.CDLL(str(path))
+    for name, (arguments, result) in functions.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, result
+    return loaded
+
+
+def _key(source: NativeSource, compiler: tuple[str, ...]) -> str:
+    """Return a hash of the source, compiler, flags, C library and processor, which decide what the library is."""
+    texts = [path.read_text(encoding="utf-8") for path in source.sources]
+    host = (_version(compiler), *platform.libc_ver(), _instructions())
+    parts = [*texts, *compiler, *source.flags, *source.may_flags, *host]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@cache
+def _version(compiler: tuple[str, ...]) -> str:
+    said = subprocess.run([*compiler, "--version"], check=False, capture_output=True, text=True).stdout
+    return said.partition("\n")[0]
+
+
+def _compiled(source: NativeSource, compiler: tuple[str, ...]) -> bytes:
+    """Compile ``source``; return the library. Raises OSError, CalledProcessError."""
+    if source.announce:
+        words = shlex.join(compiler)
+        print(f"pst-ds: compiling {source.purpose} with {words}, once for this machine", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(prefix="pst_ds-") as scratch:
+        made = Path(scratch) / "library.so"
+        command = [*compiler, *source.flags, "-shared", "-fPIC", str(source.path), "-o", str(made)]
+        try:
+            subprocess.run([*command, *source.may_flags], check=True, capture_output=True, text=True)
+        except subprocess.CalledProcessError:
+            if not source.may_flags:
+                raise
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        return made.read_bytes()
+
+
+def _instructions() -> str:
+    """Return the processor features that -march=native depends on."""
+    facts = cpu_facts()
+    return facts.get("flags") or facts.get("Features", "")

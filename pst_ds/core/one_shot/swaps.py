@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from ctypes import CDLL
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pst_ds.core.native import INT, POINTER, NativeSource, load
+from pst_ds.core.kernels import INT, POINTER, NativeSource, load
 from pst_ds.core.one_shot.gram import UnitGram
 from pst_ds.core.one_shot.least_squares import least_squares
 from pst_ds.core.one_shot.scored import Compensated
@@ -27,7 +26,7 @@ from pst_ds.core.patterns import Pattern
 LEAST_GAIN = 1e-6
 """Share of a row's error that a swap must save; rounding in fp32 is below it."""
 SOURCE = NativeSource(
-    Path(__file__).with_name("swaps.cpp"),
+    "swaps.cpp",
     {"pst_swap_pass": ([*([POINTER] * 6), *([INT] * 5)], INT)},
     "swaps of a mask",
     may_flags=("-fopenmp",),

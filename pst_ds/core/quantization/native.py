@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from ctypes import CDLL
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pst_ds.core.native import BF16_HEADER, INT, POINTER, NativeSource, load
+from pst_ds.core.kernels import INT, POINTER, NativeSource, load
 
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes of weights that the loops round, by what the loops call them."""
 SOURCE = NativeSource(
-    Path(__file__).with_name("rounding.cpp"),
+    "rounding.cpp",
     {
         "pst_round_to_grid": ([POINTER, INT, INT, INT, INT, POINTER, POINTER, INT, INT], None),
         "pst_round_inputs": ([POINTER, POINTER, INT, INT, INT, INT, INT], None),
@@ -28,7 +27,6 @@ SOURCE = NativeSource(
     },
     "rounding to a grid",
     may_flags=("-fopenmp",),
-    headers=(BF16_HEADER,),
 )
 _WORTH_THREADS = 1 << 16
 

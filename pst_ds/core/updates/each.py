@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import CDLL, c_float, c_int, c_void_p
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pst_ds.core.native import BF16_HEADER, FLAGS, INT, POINTER, NativeSource, load
+from pst_ds.core.kernels import FLAGS, INT, POINTER, NativeSource, load
 
 SOURCE = NativeSource(
-    Path(__file__).with_name("each.cpp"),
+    "each.cpp",
     {"pst_add_beside_each": ([*([POINTER] * 2), *([INT] * 5), c_float, c_int, *([POINTER] * 3), c_int, c_int], None)},
     "updates of users in a batch",
     flags=(*(flag for flag in FLAGS if flag != "-ffp-contract=off"), "-fassociative-math", "-fno-signed-zeros",
            "-fno-trapping-math"),
     may_flags=("-fopenmp",),
-    headers=(BF16_HEADER,),
 )  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float32)
 FEW_TOKENS = 4

@@ -1,4 +1,4 @@
-"""W0 + beta U V of bf16 weights on a CPU, and M . W, in one pass over the weight by compiled code (core/apply.cpp).
+"""W0 + beta U V of bf16 weights on a CPU, and M . W, in one pass over the weight by compiled code (apply.cpp).
 
 Sums are fp32, in the order of the ranks, and rounded once, so a weight has the same bits in whatever rectangle. Where
 there is no compiler torch's product takes over, whose sums may have another order.
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pst_ds.core.factors import Constants, TileFactors
-from pst_ds.core.kernels.merge import MaskBytes
+from pst_ds.core.kernels import merges
+from pst_ds.core.kernels.triton.merge import MaskBytes
 from pst_ds.core.layout import Rect
-from pst_ds.core.native import merges
 
 MOST_RANK = 16
 """Of an update, up to which this is faster than torch's product and a pass for the mask."""

@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pst_ds.core.formats.gguf_blocks import BLOCK, gguf_blocks
-from pst_ds.core.formats.rows import as_bools
 from pst_ds.export.gguf.families import Config, Family
 from pst_ds.export.manifest import ExportError
 from pst_ds.export.plan import PlannedTensor, TensorValues
+from pst_ds.formats.gguf_blocks import BLOCK, gguf_blocks
+from pst_ds.formats.rows import as_bools
 
 _ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
 _OF_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")

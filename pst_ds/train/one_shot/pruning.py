@@ -18,9 +18,9 @@ from pst_ds.core.packings import WHOLE_ROW
 from pst_ds.core.quantization import Grid
 from pst_ds.data.tasks import ExampleSet, task_of
 from pst_ds.errors import InputError
-from pst_ds.export.base_weights import BaseWeights
 from pst_ds.export.from_folder import copy_beside
 from pst_ds.export.plan import require_space
+from pst_ds.formats.base_weights import BaseWeights
 from pst_ds.nn.base_model import DTYPES
 from pst_ds.nn.targets import find_targets
 from pst_ds.parallel.launch import LaunchEnvironment, device_of

@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 
 from pst_ds.checkpoint.restore import base_fingerprint
-from pst_ds.config.file_names import CHECKPOINTS, START
 from pst_ds.config.run import ConfigError, RunConfig
 from pst_ds.config.start import started
 from pst_ds.data.tasks import ExampleSet
 from pst_ds.errors import InputError
 from pst_ds.export.plan import SHARD_BYTES
+from pst_ds.file_names import CHECKPOINTS, START
 from pst_ds.nn.base_model import pruning_record
 from pst_ds.parallel import stop_signals
 from pst_ds.parallel.ranks import of_main_at_length

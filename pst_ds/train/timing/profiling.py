@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pst_ds.config.file_names import PROFILE
+from pst_ds.file_names import PROFILE
 from pst_ds.parallel.ranks import is_main
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ CONTEXT = 1024
 PROMPTS = "int8, prompts of 8 bits"
 """What our decoder is called where activations of a prompt have 8 bits."""
 SHARES = (0.0, 0.5, 0.8, 0.9)
-PRELOAD = ("pst_ds.decoder", "tools.bench.peers.engines")
+PRELOAD = ("pst_ds.inference.decoder", "tools.bench.peers.engines")
 """Imported once for all processes."""
 TEXT = Path("runs/quality/data/brown-test.txt")
 CHUNKS, CHUNK_TOKENS = 8, 512

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pst_ds.onnx.session import open_session
+from pst_ds.inference.onnx.session import open_session
 from tools.bench.peers.turns import medians_in_turn, seated
 from tools.bench.timing import progress
 from tools.onnx_int8 import share_of_right_answers, write_int8
@@ -32,7 +32,7 @@ BAR_ONNXRUNTIME = 1.4
 """The same against ONNX Runtime's int8, at every size."""
 SMALL = ["--dtype", "bf16", "--values", "int8", "--embeddings", "int8"]
 CALIBRATION_TEXTS = 128
-PRELOAD = ("pst_ds.onnx.session",)
+PRELOAD = ("pst_ds.inference.onnx.session",)
 """Imported once for all processes."""
 
 

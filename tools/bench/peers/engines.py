@@ -42,7 +42,7 @@ class PstDs:
     def __init__(self, folder: Path, context: int, prompt_bits: int = 16) -> None:
         import torch
 
-        from pst_ds.decoder import Decoder
+        from pst_ds.inference.decoder import Decoder
 
         torch.set_num_threads(1)  # of what is outside the loop: rows of the embedding
         self._decoder = Decoder.from_pretrained(

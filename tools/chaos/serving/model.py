@@ -61,9 +61,9 @@ def answers(served: Served, users: Sequence[str | None]) -> dict[tuple[str | Non
     """Return what transformers' ``generate`` writes for each user and prompt, one at a time: {(user, prompt): text}."""
     import torch
 
-    from pst_ds.hf.model_folder import open_model_folder
-    from pst_ds.users.served import ServedUsers
-    from pst_ds.users.store import UserStore
+    from pst_ds.inference.hf.model_folder import open_model_folder
+    from pst_ds.inference.serve.users import ServedUsers
+    from pst_ds.train.users.store import UserStore
 
     folder = open_model_folder(served.model)
     model: Any = folder.load()

@@ -1,0 +1,5 @@
+// A transformer's decoder as a loop over a table of layers, with weights that stay packed: see pst_ds/inference/decoder.
+#include <new>
+
+#include "kernels.hpp"
+#include "loop.hpp"

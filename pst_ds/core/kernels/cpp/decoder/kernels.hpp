@@ -1,0 +1,133 @@
+// Products, attention and what lies between them, for each instruction set; functions(level) has those of one.
+#pragma once
+
+#include <cmath>
+#include <cstdlib>
+
+#include "activations.hpp"
+#if PST_COMPILES_TILES
+#include "../bitmask/tile_config.hpp"
+#endif
+
+namespace pst::decoder_portable {
+constexpr bool WORDS_FIRST = false;
+#include "../lanes/portable.hpp"
+#include "portable.hpp"
+#include "attention.hpp"
+#include "glue.hpp"
+}  // namespace pst::decoder_portable
+
+#if PST_X86
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace pst::decoder_avx2 {
+constexpr bool WORDS_FIRST = false;
+#include "../lanes/avx2.hpp"
+#include "avx2.hpp"
+#include "attention.hpp"
+#include "glue.hpp"
+}  // namespace pst::decoder_avx2
+#pragma GCC pop_options
+
+#if PST_COMPILES_AVX_VNNI
+#define PST_AVX_VNNI
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avxvnni")
+namespace pst::decoder_avx_vnni {
+constexpr bool WORDS_FIRST = false;
+#include "../lanes/avx2.hpp"
+#include "avx2.hpp"
+#include "attention.hpp"
+#include "glue.hpp"
+}  // namespace pst::decoder_avx_vnni
+#pragma GCC pop_options
+#undef PST_AVX_VNNI
+#endif
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,popcnt,fma")
+namespace pst::decoder_avx512 {
+constexpr bool WORDS_FIRST = true;
+#include "../lanes/avx512.hpp"
+#include "avx512.hpp"
+#include "attention.hpp"
+#include "glue.hpp"
+}  // namespace pst::decoder_avx512
+
+#if PST_COMPILES_TILES
+#if !PST_PRETENDED_TILES
+#pragma GCC target("amx-tile,amx-int8")
+#endif
+#include "tiles.hpp"
+namespace pst::decoder_avx512 {
+#include "amx.hpp"
+}  // namespace pst::decoder_avx512
+#endif
+#pragma GCC pop_options
+#endif
+
+namespace pst {
+
+constexpr int PORTABLE = 0, AVX2 = 1, AVX_VNNI = 2, AVX512 = 3, AMX = 4, LEVELS = 5;
+constexpr const char* NAMES[LEVELS] = {"portable", "avx2", "avx_vnni", "avx512", "amx"};
+
+inline bool supports(int level) {
+    if (level == PORTABLE) return true;
+#if PST_X86
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (level == AVX2) return avx2;
+#if PST_COMPILES_AVX_VNNI
+    if (level == AVX_VNNI) return avx2 && __builtin_cpu_supports("avxvnni");
+#endif
+    if (level == AVX512)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi2");
+#if PST_COMPILES_TILES
+    if (level == AMX) {
+        using namespace decoder_avx512;
+        static const bool holds = supports(AVX512) && Tiles::available() && tiles_hold<false>() && tiles_hold<true>();
+        return holds;
+    }
+#endif
+#endif
+    return false;
+}
+
+// The one that PST_DS_INSTRUCTIONS names, if it is supported; or the best of those that have been timed: AMX has not.
+inline int best_level() {
+    static const int best = [] {
+        const char* asked = std::getenv("PST_DS_INSTRUCTIONS");
+        for (int level = 0; asked && level < LEVELS; ++level)
+            if (!std::strcmp(asked, NAMES[level]) && supports(level)) return level;
+        int level = AVX512;
+        while (!supports(level)) --level;
+        return level;
+    }();
+    return best;
+}
+
+// A table is made when it is asked for: its maker's own instructions may be those of the level.
+template <Functions (*MAKE)()> inline const Functions& made() {
+    static const Functions found = MAKE();
+    return found;
+}
+
+// Of a level that is supported.
+inline const Functions& functions(int level) {
+    switch (level) {
+#if PST_X86
+        case AVX2: return made<decoder_avx2::table>();
+#if PST_COMPILES_AVX_VNNI
+        case AVX_VNNI: return made<decoder_avx_vnni::table>();
+#endif
+        case AVX512: return made<decoder_avx512::table>();
+#if PST_COMPILES_TILES
+        case AMX: return made<decoder_avx512::tile_table>();
+#endif
+#endif
+        default: return made<decoder_portable::table>();
+    }
+}
+
+}  // namespace pst

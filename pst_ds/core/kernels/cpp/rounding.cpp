@@ -1,0 +1,207 @@
+// Loops of rounding to a grid, as plain C functions for ctypes. Each has a torch twin, in core/quantization, with the same
+// results to the bit: divisions, products and roundings are IEEE's (-ffp-contract=off), and what is summed are integers.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "bf16.hpp"
+
+namespace {
+
+using pst::widen;
+
+inline void narrow(float value, float* to) { *to = value; }
+inline void narrow(float value, uint16_t* to) {  // half to even, and NaN to torch's
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    *to = uint16_t(value == value ? rounded : 0x7fc0u);
+}
+
+inline float code_of(float weight, float scale, float largest) {
+    float code = std::rint(weight / scale);
+    code = code < -largest ? -largest : code;
+    return code > largest ? largest : code;
+}
+
+template <class T> inline void round_one(T* weight, float scale, float largest) {
+    narrow(code_of(widen(*weight), scale, largest) * scale + 0.0f, weight);  // the sum makes -0 a +0
+}
+
+// How a rectangle lies in the stored weight: groups of `tall` rows by `wide` columns, one of which is 1.
+struct Groups {
+    const uint16_t* scales;
+    int64_t stride, tall, wide, first_row, first_col;
+    float largest;
+};
+
+template <class T> void round_row(T* weight, int64_t row, int64_t cols, const Groups& g) {
+    const uint16_t* scales = g.scales + (g.first_row + row) / g.tall * g.stride;
+    if (g.wide == 1) {
+        for (int64_t col = 0; col < cols; ++col) round_one(weight + col, widen(scales[g.first_col + col]), g.largest);
+        return;
+    }
+    for (int64_t col = 0, group = g.first_col / g.wide; col < cols; ++group) {
+        int64_t stop = (group + 1) * g.wide - g.first_col;
+        stop = stop < cols ? stop : cols;
+        const float scale = widen(scales[group]);
+        for (int64_t i = col; i < stop; ++i) round_one(weight + i, scale, g.largest);
+        col = stop;
+    }
+}
+
+template <class T>
+void round_rows(T* weight, int64_t stride, int64_t rows, int64_t cols, const Groups& g, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < rows; ++row) round_row(weight + row * stride, row, cols, g);
+}
+
+// Weights of `count` codes from number `first` on, which share a scale.
+template <class T> void expand_run(const uint8_t* codes, int64_t bits, int64_t first, int64_t count, float scale, T* out) {
+    if (bits == 8) {
+        for (int64_t i = 0; i < count; ++i) narrow(float(int8_t(codes[first + i])) * scale, out + i);
+        return;
+    }
+    int64_t done = 0;
+    if (first % 2 && count) narrow(float(int8_t(codes[first / 2]) >> 4) * scale, out), done = 1;
+    const uint8_t* pairs = codes + (first + done) / 2;
+    const int64_t whole = (count - done) / 2;
+    for (int64_t i = 0; i < whole; ++i) {
+        narrow(float(int8_t(pairs[i] << 4) >> 4) * scale, out + done + 2 * i);
+        narrow(float(int8_t(pairs[i]) >> 4) * scale, out + done + 2 * i + 1);
+    }
+    if ((count - done) % 2) narrow(float(int8_t(pairs[whole] << 4) >> 4) * scale, out + count - 1);
+}
+
+// Codes of flat weights from number `first` on, of a stored weight with rows of `length`.
+struct Codes {
+    const uint8_t* data;
+    int64_t bits, first, length;
+};
+
+template <class T> void expand_row(const Codes& codes, T* out, int64_t row, int64_t cols, const Groups& g) {
+    const uint16_t* scales = g.scales + (g.first_row + row) / g.tall * g.stride;
+    const int64_t number = (g.first_row + row) * codes.length + g.first_col - codes.first;
+    for (int64_t col = 0, group = g.first_col / g.wide; col < cols; ++group) {
+        int64_t stop = (group + 1) * g.wide - g.first_col;
+        stop = stop < cols ? stop : cols;
+        expand_run(codes.data, codes.bits, number + col, stop - col, widen(scales[group]), out + col);
+        col = stop;
+    }
+}
+
+template <class T>
+void expand_rows(const Codes& codes, T* out, int64_t stride, int64_t rows, int64_t cols, const Groups& g, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < rows; ++row) expand_row(codes, out + row * stride, row, cols, g);
+}
+
+// A row's inputs on the grid of core/quantization/inputs.py, word by word of `width` columns.
+template <class T> void round_inputs(const T* x, T* out, int64_t columns, int64_t width) {
+    for (int64_t first = 0; first < columns; first += width) {
+        const int64_t count = columns - first < width ? columns - first : width;
+        const T* from = x + first;
+        int32_t bits = 0;  // of the largest |x|: those of infinities and NaN are the largest
+        for (int64_t i = 0; i < count; ++i) {
+            const float value = widen(from[i]);
+            int32_t word;
+            std::memcpy(&word, &value, 4);
+            word &= 0x7fffffff;
+            bits = word > bits ? word : bits;
+        }
+        float largest;
+        std::memcpy(&largest, &bits, 4);
+        const bool is_zero = largest <= 1e-30f;
+        const float scale = is_zero ? 0.0f : largest / 127.0f, inverse = is_zero ? 0.0f : 127.0f / largest;
+        for (int64_t i = 0; i < count; ++i) narrow(std::rint(widen(from[i]) * inverse) * scale, out + first + i);
+    }
+}
+
+template <class T> void round_all_inputs(const T* x, T* out, int64_t rows, int64_t columns, int64_t width, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < rows; ++row) round_inputs(x + row * columns, out + row * columns, columns, width);
+}
+
+}  // namespace
+
+extern "C" {
+
+// out = code * scale for a rectangle (rows, cols) of a stored weight, of which a run of flat weights is here. `groups`:
+// as below; the scale of a group is scales[its number in the whole weight - first_scale]. `codes`: {bits of a code,
+// number of the first flat weight, length of a stored row}.
+void pst_expand_codes(const uint8_t* data, const int64_t* codes, const uint16_t* scales, int64_t first_scale,
+                      const int64_t* groups, void* out, int64_t is_bf16, int64_t stride, int64_t rows, int64_t cols,
+                      int64_t threads) {
+    const Codes c{data, codes[0], codes[1], codes[2]};
+    const Groups g{scales - first_scale, groups[0], groups[1], groups[2], groups[3], groups[4], 0.0f};
+    if (is_bf16) expand_rows(c, static_cast<uint16_t*>(out), stride, rows, cols, g, threads);
+    else expand_rows(c, static_cast<float*>(out), stride, rows, cols, g, threads);
+}
+
+// weight = code * scale for a rectangle (rows, cols), in place. `groups`: {stride of the scales, rows and columns of a
+// group, first row and column of the rectangle}; scales are bf16.
+void pst_round_to_grid(void* weight, int64_t is_bf16, int64_t stride, int64_t rows, int64_t cols, const uint16_t* scales,
+                       const int64_t* groups, int64_t largest, int64_t threads) {
+    const Groups g{scales, groups[0], groups[1], groups[2], groups[3], groups[4], float(largest)};
+    if (is_bf16) round_rows(static_cast<uint16_t*>(weight), stride, rows, cols, g, threads);
+    else round_rows(static_cast<float*>(weight), stride, rows, cols, g, threads);
+}
+
+// out = x (rows, columns), each number as 8 bits times the scale of its word of `width` columns.
+void pst_round_inputs(const void* x, void* out, int64_t is_bf16, int64_t rows, int64_t columns, int64_t width,
+                      int64_t threads) {
+    if (is_bf16) round_all_inputs(static_cast<const uint16_t*>(x), static_cast<uint16_t*>(out), rows, columns, width, threads);
+    else round_all_inputs(static_cast<const float*>(x), static_cast<float*>(out), rows, columns, width, threads);
+}
+
+// Weights as integers: w times its group's factor, a power of two, rounded half to even.
+void pst_whole_weights(const float* weights, int64_t groups, int64_t size, const double* factors, int32_t* whole,
+                       int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t g = 0; g < groups; ++g)
+        for (int64_t i = g * size; i < (g + 1) * size; ++i) whole[i] = int32_t(std::rint(double(weights[i]) * factors[g]));
+}
+
+// Of every group the sums of (w - code * scale)^2 and of w^2, in no certain order.
+void pst_grid_losses(const float* weights, int64_t groups, int64_t size, const float* scales, int64_t largest,
+                     double* errors, double* squares, int64_t threads) {
+    constexpr int64_t LANES = 8;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t g = 0; g < groups; ++g) {
+        const float* own = weights + g * size;
+        double error[LANES] = {}, square[LANES] = {};
+        for (int64_t first = 0; first < size; first += LANES) {
+            const int64_t count = size - first < LANES ? size - first : LANES;
+            for (int64_t i = 0; i < count; ++i) {
+                const float weight = own[first + i], rounded = code_of(weight, scales[g], float(largest)) * scales[g];
+                const double off = double(weight) - double(rounded);
+                error[i] += off * off;
+                square[i] += double(weight) * double(weight);
+            }
+        }
+        for (int64_t i = 1; i < LANES; ++i) error[0] += error[i], square[0] += square[i];
+        errors[g] = error[0];
+        squares[g] = square[0];
+    }
+}
+
+// Of every group of `size` weights the sums of whole * code and of code^2. `whole`: the weights as integers.
+void pst_grid_moments(const float* weights, const int32_t* whole, int64_t groups, int64_t size, const float* scales,
+                      int64_t largest, double* by_weight, double* by_code, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t g = 0; g < groups; ++g) {
+        const float* own = weights + g * size;
+        const int32_t* integers = whole + g * size;
+        int64_t weight_sum = 0, code_sum = 0;
+        for (int64_t i = 0; i < size; ++i) {
+            const int32_t code = int32_t(code_of(own[i], scales[g], float(largest)));
+            weight_sum += int64_t(integers[i]) * code;
+            code_sum += code * code;
+        }
+        by_weight[g] = double(weight_sum);
+        by_code[g] = double(code_sum);
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,100 @@
+"""Kernels that cut many matrices at once, from the bits of their keys inside a bracket.
+
+The bits of all matrices lie in one run of int32 words, those of a matrix in whole blocks of WORDS; the keys inside lie
+in another run, in whole blocks of KEYS, in any order. A table tells each block its matrix. Rows of the ``matrices``
+table:
+
+    first block of words, first block of keys, room for keys, keys inside
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pst_ds.core.kernels.triton.score_kernels import popcount
+
+WORDS, KEYS = 256, 1024
+FIRST_WORDS, FIRST_KEYS, ROOM, NUM_INSIDE, COLUMNS = 0, 1, 2, 3, 4
+_WORDS, _KEYS = tl.constexpr(WORDS), tl.constexpr(KEYS)
+_FIRST_WORDS, _FIRST_KEYS, _ROOM = tl.constexpr(FIRST_WORDS), tl.constexpr(FIRST_KEYS), tl.constexpr(ROOM)
+_NUM_INSIDE, _COLUMNS = tl.constexpr(NUM_INSIDE), tl.constexpr(COLUMNS)
+
+
+@triton.jit
+def collect(matrices_ptr, matrix_of_block_ptr, inside_ptr, index_ptr):
+    """Write the index in its matrix of every key inside, in any order, as long as there is room; count them."""
+    block = tl.program_id(0)
+    matrix = matrices_ptr + tl.load(matrix_of_block_ptr + block) * _COLUMNS
+    lanes = tl.arange(0, _WORDS)
+    word = tl.load(inside_ptr + block.to(tl.int64) * _WORDS + lanes)
+    number = popcount(word)
+    place = tl.atomic_add(matrix + _NUM_INSIDE, tl.sum(number, 0)) + tl.cumsum(number, 0) - number
+    room = tl.load(matrix + _ROOM)
+    index_ptr += tl.load(matrix + _FIRST_KEYS).to(tl.int64) * _KEYS
+    first = ((block - tl.load(matrix + _FIRST_WORDS)) * _WORDS + lanes) * 32
+    while tl.max((word != 0).to(tl.int32), 0) > 0:  # a step for each bit of the fullest word
+        lowest = word & -word
+        tl.store(index_ptr + place, first + popcount(lowest - 1), mask=(word != 0) & (place < room))
+        place += 1
+        word = word ^ lowest
+
+
+@triton.jit
+def histogram(matrices_ptr, matrix_of_block_ptr, keys_ptr, lows_ptr, shift, counts_ptr, BINS: tl.constexpr):
+    """counts (matrices, BINS): of (key - low) >> shift of the keys inside, where that is a bin."""
+    block = tl.program_id(0)
+    number = tl.load(matrix_of_block_ptr + block)
+    matrix = matrices_ptr + number * _COLUMNS
+    at = (block - tl.load(matrix + _FIRST_KEYS)) * _KEYS + tl.arange(0, _KEYS)
+    is_there = at < tl.minimum(tl.load(matrix + _NUM_INSIDE), tl.load(matrix + _ROOM))
+    key = tl.load(keys_ptr + block.to(tl.int64) * _KEYS + tl.arange(0, _KEYS), mask=is_there, other=0)
+    digit = (key.to(tl.int64) - tl.load(lows_ptr + number)) >> shift
+    is_there = is_there & (digit >= 0) & (digit < BINS)
+    tl.atomic_add(counts_ptr + number * BINS + digit, 1, mask=is_there, sem="relaxed")
+
+
+@triton.jit
+def mark(matrices_ptr, matrix_of_block_ptr, keys_ptr, index_ptr, cuts_ptr, above_ptr, inside_ptr, equal_ptr):
+    """Set the bits of keys above the cut among those above; leave of the bits inside those that equal it.
+
+    ``equal_ptr`` counts these by block of words. ``cuts_ptr``: (matrices, 2), the cut and how many equals it prunes.
+    """
+    block = tl.program_id(0)
+    number = tl.load(matrix_of_block_ptr + block)
+    matrix = matrices_ptr + number * _COLUMNS
+    lanes = tl.arange(0, _KEYS)
+    at = (block - tl.load(matrix + _FIRST_KEYS)) * _KEYS + lanes
+    is_there = at < tl.minimum(tl.load(matrix + _NUM_INSIDE), tl.load(matrix + _ROOM))
+    key = tl.load(keys_ptr + block.to(tl.int64) * _KEYS + lanes, mask=is_there, other=0)
+    index = tl.load(index_ptr + block.to(tl.int64) * _KEYS + lanes, mask=is_there, other=0)
+    cut = tl.load(cuts_ptr + 2 * number)
+    first = tl.load(matrix + _FIRST_WORDS)
+    word = first.to(tl.int64) * _WORDS + (index >> 5)
+    bit = 1 << (index & 31)
+    tl.atomic_or(above_ptr + word, bit, mask=is_there & (key > cut), sem="relaxed")
+    tl.atomic_and(inside_ptr + word, ~bit, mask=is_there & (key != cut), sem="relaxed")
+    tl.atomic_add(equal_ptr + first + index // (32 * _WORDS), 1, mask=is_there & (key == cut), sem="relaxed")
+
+
+@triton.jit
+def finish(matrices_ptr, matrix_of_block_ptr, cuts_ptr, equal_ptr, inside_ptr, above_ptr, STEP: tl.constexpr):
+    """Set, among the bits above, those of the equals behind the first that are pruned; most blocks have none."""
+    block = tl.program_id(0)
+    if tl.load(equal_ptr + block) > 0:
+        number = tl.load(matrix_of_block_ptr + block)
+        start = tl.load(matrices_ptr + number * _COLUMNS + _FIRST_WORDS)
+        before = 0
+        while start < block:
+            blocks = start + tl.arange(0, STEP)
+            before += tl.sum(tl.load(equal_ptr + blocks, mask=blocks < block, other=0), 0)
+            start += STEP
+        at = block.to(tl.int64) * _WORDS + tl.arange(0, _WORDS)
+        equal = tl.load(inside_ptr + at)
+        count = popcount(equal)
+        pruned = tl.load(cuts_ptr + 2 * number + 1) - before - tl.cumsum(count, 0) + count
+        equal = tl.where(pruned >= count, 0, equal)
+        while tl.max(((pruned > 0) & (equal != 0)).to(tl.int32), 0) > 0:  # in one word of a matrix
+            equal = tl.where(pruned > 0, equal & (equal - 1), equal)
+            pruned -= 1
+        tl.store(above_ptr + at, tl.load(above_ptr + at) | equal)

@@ -1,0 +1,94 @@
+"""One launch for a layer's merged weight, and one for what its backward pass makes of a band of G."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.factors import Constants, TileFactors
+from pst_ds.core.kernels.triton.launch import blocks, launch, serves
+from pst_ds.core.layout import Rect
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskBytes:
+    """A mask in which every row of the stored weight, and every shard, begins with a byte of its own."""
+
+    bits: Tensor
+    row_bytes: int
+
+    def holds(self, rect: Rect) -> bool:
+        """Return whether a rectangle begins with a byte of its own."""
+        return rect.c0 % 8 == 0
+
+    def first(self, rect: Rect) -> int:
+        """Return the byte that a rectangle begins with."""
+        return rect.r0 * self.row_bytes + rect.c0 // 8
+
+
+def mask_rows(bits: Tensor, shape: tuple[int, int], shard_numel: int) -> MaskBytes | None:
+    """Return the mask of a stored weight of ``shape``, or None where its rows or shards begin within a byte."""
+    return MaskBytes(bits, shape[1] // 8) if shape[1] % 8 == 0 and shard_numel % 8 == 0 else None
+
+
+def mask_bytes(weight: Any, bits: Tensor, shape: tuple[int, int], shard_numel: int) -> MaskBytes | None:
+    """Return the mask as the kernels take it, or None where they do not serve a layer with this weight."""
+    if not isinstance(weight, Tensor) or weight.dtype not in _DTYPES or not serves(weight.device):
+        return None
+    return mask_rows(bits, shape, shard_numel)
+
+
+def merge_into(
+    out: Tensor, weight: Tensor, mask: MaskBytes, rect: Rect, tile: TileFactors, constants: Constants
+) -> None:
+    """Write M . (W0 + beta U V) of ``rect`` to ``out`` from ``weight``, (rows, cols) with contiguous rows."""
+    from pst_ds.core.kernels.triton import merge_kernels as kernels
+
+    grid = blocks(out.shape[0], kernels.TILE_ROWS), blocks(out.shape[1], kernels.TILE_COLS)
+    arguments, shapes = _merged(weight, mask, rect, tile, constants)
+    launch(
+        kernels.merge, grid, *arguments, out, out.stride(0), fuse=True, ROWS=kernels.TILE_ROWS, COLS=kernels.TILE_COLS,
+        **shapes,
+    )  # fmt: skip
+
+
+def gradients_into(
+    merged: Tensor, scores: Tensor | None, updates: Tensor | None, weight: Tensor, grad: Tensor, mask: MaskBytes,
+    rect: Rect, tile: TileFactors, constants: Constants, factor: float,
+) -> None:  # fmt: skip
+    """Write M . W to ``merged``, G . W to ``scores`` and G . M + ``factor`` G . |W| . 1 n' to ``updates``.
+
+    All are (rows, cols) of ``rect`` with contiguous rows. A multiplicative update has the latter times W0. Without
+    ``factor`` |W| has no gradient.
+    """
+    from pst_ds.core.kernels.triton import merge_kernels as kernels
+
+    grid = blocks(grad.shape[0], kernels.GRADIENT_ROWS), blocks(grad.shape[1], kernels.GRADIENT_COLS)
+    arguments, shapes = _merged(weight, mask, rect, tile, constants)
+    norms = [n if n is None else n.float().contiguous() for n in (tile.row_norms, tile.col_norms)]
+    outputs = (part for out in (merged, scores, updates) for part in (out, 0 if out is None else out.stride(0)))
+    launch(
+        kernels.gradients, grid, *arguments, grad, grad.stride(0), *norms, factor, *outputs, fuse=True,
+        HAS_MAGNITUDE=factor != 0.0, ROWS=kernels.GRADIENT_ROWS, COLS=kernels.GRADIENT_COLS, **shapes,
+    )  # fmt: skip
+
+
+def _merged(
+    weight: Tensor, mask: MaskBytes, rect: Rect, tile: TileFactors, constants: Constants
+) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments of the kernels' merged weight, and their constants."""
+    from pst_ds.core.kernels.triton import merge_kernels as kernels
+
+    left, right = tile.update_left, tile.update_right
+    arguments = [weight, weight.stride(0), *weight.shape, mask.bits, mask.row_bytes, mask.first(rect)]
+    if left is None or right is None:
+        return [*arguments, None, 0, 0, None, 0, 0, 0.0, 0], {"RANK": 0, "MULTIPLICATIVE": False}
+    rank = right.shape[0]
+    padded = max(kernels.LEAST_RANK, 1 << (rank - 1).bit_length())
+    arguments += [left, *left.stride(), right, *right.stride(), constants.beta, rank]
+    return arguments, {"RANK": padded, "MULTIPLICATIVE": constants.multiplicative}

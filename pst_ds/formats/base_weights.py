@@ -1,0 +1,217 @@
+"""The tensors of a model folder's files, one at a time, under the names the model gives them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.errors import InputError, first_line
+from pst_ds.formats.tensor_files import TensorFile
+from pst_ds.formats.tensor_layout import Slot
+
+_WeightFile = TensorFile | dict[str, Tensor]
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+_OLD_ENDINGS = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
+_LOOKED_FOR = (*(f"{name}.index.json" for name in _WHOLE), *_WHOLE)
+
+
+class BaseWeights:
+    """Read single tensors of a model folder (safetensors, or PyTorch files) without loading the rest."""
+
+    def __init__(self, path: str | Path, base_model_prefix: str, index: str = ""):
+        """``index``: the weight file, or the index of several, if it is not one that transformers looks for.
+
+        Raises InputError.
+        """
+        self.folder = _local_folder(path)
+        self._prefix = base_model_prefix + "." if base_model_prefix else ""
+        self._file_of = _index(self.folder, index)
+        self._open: dict[str, _WeightFile] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The files' own names, in the order of the files."""
+        return list(self._file_of)
+
+    def has(self, name: str) -> bool:
+        """Return whether the files have a tensor of that very name."""
+        return name in self._file_of
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of the files that the tensors are in. Raises InputError for one that is missing."""
+        files = [self.folder / file for file in sorted(set(self._file_of.values()))]
+        for file in files:
+            if not file.is_file():
+                raise InputError(f"{file} is missing")
+        return sum(file.stat().st_size for file in files)
+
+    def find(self, name: str) -> str | None:
+        """The file's name for the model's tensor ``name``: with or without the base model's prefix; None if absent."""
+        return _spelled(name, self._prefix, self._file_of)
+
+    def unused_by(self, model: nn.Module) -> list[str]:
+        """Return the files' own names of tensors that ``model`` has none of: of another head, or of a pooler."""
+        state = saved_tensors(model, model.state_dict())
+        used = {self.find(name) for name in state}
+        return [name for name in self.names if name not in used]
+
+    def size(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """dtype and shape of the tensor under the file's own ``name``; its values are not read."""
+        file = self._file(name)
+        slot = _tensors_of(file)[name]
+        return slot.dtype, tuple(slot.shape)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor under the file's own ``name``; of a safetensors file in memory of its own."""
+        file = self._file(name)
+        return file.read(name) if isinstance(file, TensorFile) else file[name]
+
+    def read_rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows [first, last) of the matrix that the tensor ``name`` of the file is in memory."""
+        file = self._file(name)
+        return (
+            file.read_rows(name, first, last) if isinstance(file, TensorFile) else file[name].flatten(0, -2)[first:last]
+        )
+
+    def _file(self, name: str) -> _WeightFile:
+        file = self._file_of[name]
+        if file not in self._open:
+            opened = _opened(self.folder / file)
+            missing = {n for n, at in self._file_of.items() if at == file} - set(_tensors_of(opened))
+            if missing:
+                raise InputError(f"{self.folder / file} lacks {min(missing)}, which the index says is in it")
+            self._open[file] = opened
+        return self._open[file]
+
+    def copy_if_there(self, name: str, folder: Path) -> None:
+        """Copy a file of the model's that is no weight file into ``folder``."""
+        if (self.folder / name).is_file():
+            shutil.copyfile(self.folder / name, folder / name)
+
+
+def is_text_part(model: nn.Module, folder: Path) -> bool:
+    """Return whether the config of ``model`` is the text config of the model in ``folder``.
+
+    If so, :func:`saved_tensors` from now on gives the names in the whole model, as far as transformers knows them.
+    """
+    from transformers import AutoConfig
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if not (folder / "config.json").is_file():
+        return False
+    config, own = AutoConfig.from_pretrained(folder), type(model.config)
+    if own is type(config) or config.sub_configs.get("text_config") is not own:
+        return False
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # type: ignore
+    return True
+
+
+def saved_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what ``save_pretrained`` writes for these of the model's tensors, by name; they may be on the meta device.
+
+    transformers builds some models of other tensors than their files hold: it renames them, or stacks the experts of a
+    layer in one Parameter. This is its own way back. One that is renamed is the same object.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, dict(tensors))  # type: ignore[arg-type]
+
+
+def names_in_files(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The model's names of ``tensors`` by those that ``save_pretrained`` gives them; without what it takes apart."""
+    name_of = {id(tensor): name for name, tensor in tensors.items()}
+    return {saved: name_of[id(t)] for saved, t in saved_tensors(model, tensors).items() if id(t) in name_of}
+
+
+def may_be_missing(model: nn.Module, name: str) -> bool:
+    """Return whether transformers has a rule of its own for the tensor ``name`` where the files do not have it."""
+    rules = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]  # type: ignore[misc]
+    return any(re.search(rule, name) for rule in rules)
+
+
+def tensors_lacking(model: nn.Module, in_files: Collection[str]) -> list[str]:
+    """The tensors of ``model``, as ``save_pretrained`` names them, that ``in_files`` lacks; tied ones once."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}.".removeprefix(".")
+    state = model.state_dict(keep_vars=True)
+
+    def is_there(name: str) -> bool:
+        return may_be_missing(model, name) or _spelled(name, prefix, in_files) is not None
+
+    lacking = [names for names in _tied(state.items()) if not any(map(is_there, names))]
+    saved = saved_tensors(model, {name: state[name] for names in lacking for name in names})
+    return [min(names) for names in _tied(saved.items()) if not any(name in in_files for name in names)]
+
+
+def _tied(tensors: Iterable[tuple[str, Tensor]]) -> list[list[str]]:
+    """The names of each tensor."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors:
+        names.setdefault(id(tensor), []).append(name)
+    return list(names.values())
+
+
+def _spelled(name: str, prefix: str, known: Collection[str]) -> str | None:
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        for new, old in (("", ""), *_OLD_ENDINGS):
+            if candidate.endswith(new):
+                spelled = candidate[: len(candidate) - len(new)] + old
+                if spelled in known:
+                    return spelled
+    return None
+
+
+def _local_folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:  # the run has loaded it, so it is in the cache
+        return Path(snapshot_download(str(path), local_files_only=True))
+    except Exception as error:
+        raise InputError(f"base model {str(path)!r} is neither a folder nor in the hub's cache") from error
+
+
+def _index(folder: Path, named: str) -> dict[str, str]:
+    """File of each tensor."""
+    for name in [named] if named else _LOOKED_FOR:
+        path = folder / name
+        if path.is_file():
+            return _weight_map(path) if name.endswith(".json") else dict.fromkeys(_tensors_of(_opened(path)), name)
+    raise InputError(f"{folder.absolute()} has no {named or 'model.safetensors or pytorch_model.bin'}")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = set(table.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{index} is damaged: {error!r}") from None
+    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if strange:
+        raise InputError(f"{index} names {strange[0]!r}, which is no file in its own folder")
+    return table
+
+
+def _tensors_of(file: _WeightFile) -> Mapping[str, Slot | Tensor]:
+    return file.slots if isinstance(file, TensorFile) else file
+
+
+def _opened(path: Path) -> _WeightFile:
+    """A TensorFile, or the tensors of a PyTorch file by name, mapped from it."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing")
+    if path.suffix == ".safetensors":
+        return TensorFile(path)
+    try:
+        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+    except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+        raise InputError(f"{path} is damaged: {first_line(error)}") from None

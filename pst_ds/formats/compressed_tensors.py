@@ -1,0 +1,132 @@
+"""Dense matrices of codes in two layouts of compressed-tensors, which vLLM and transformers read.
+
+Described in the library's source (compressed_tensors/compressors, version 0.20). "pack-quantized": codes as unsigned
+numbers, 128 or 8 added, side by side from the lowest bit of each int32 on; a row begins with an int32 of its own.
+"int-quantized": int8 codes as they are.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.packings import COMPRESSED_TENSORS, COMPRESSED_TENSORS_W8A8, DENSE
+from pst_ds.core.quantization import Grid, dequantize
+from pst_ds.core.quantization.scales import RULE_OF_SCALES, SCALE_DTYPE, first_bad_scale
+from pst_ds.formats.parts import FormatError, Part
+from pst_ds.formats.quantized import QuantizedFormat
+
+
+class _OfCompressedTensors(QuantizedFormat):
+    """A matrix of codes, and ``weight_scale`` (O, groups) bf16."""
+
+    def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
+        bad = first_bad_scale(parts["weight_scale"], self.grid)
+        if bad is not None:
+            value = float(parts["weight_scale"].flatten()[bad])
+            raise FormatError(f"{name}: weight_scale {bad} is {value:g}; {RULE_OF_SCALES}")
+        if shape[1]:
+            self._refuse_codes(name, parts[self.values_name], shape[1])
+
+    @abstractmethod
+    def _refuse_codes(self, name: str, values: Tensor, columns: int) -> None:
+        """Raise FormatError where ``values`` are no codes of the grid; they are of rows that are not empty."""
+
+    def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
+        return dequantize(self.unpack_codes(parts), parts["weight_scale"], dtype or torch.float32)
+
+
+class PackQuantizedFormat(_OfCompressedTensors):
+    """``weight_packed`` (O, ceil(I bits / 32)) int32, ``weight_scale`` (O, groups) bf16, ``weight_shape`` (2,)."""
+
+    values_name, shape_name = "weight_packed", "weight_shape"
+
+    def __init__(self, grid: Grid):
+        super().__init__(DENSE, grid)
+        self.packing, self.name = COMPRESSED_TENSORS, f"{COMPRESSED_TENSORS} {grid.values}"
+        self.part_names = ("weight_packed", "weight_scale", "weight_shape")
+        self.value_dtypes = (torch.int32,)
+
+    def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
+        """Neither ``nonzero`` nor ``dtype`` is looked at."""
+        rows, columns = shape
+        try:
+            groups = self.grid.num_groups(columns)
+        except ValueError as error:
+            raise FormatError(str(error)) from None
+        return {
+            "weight_packed": (torch.int32, (rows, -(-columns * self.grid.bits // 32))),
+            "weight_scale": (SCALE_DTYPE, (rows, groups)),
+            "weight_shape": (torch.int64, (2,)),
+        }
+
+    def pack_codes(self, codes: Tensor, scales: Tensor, keep: Tensor, name: str = "") -> dict[str, Tensor]:
+        raw = (codes.to(torch.int16) + (self.grid.largest + 1)).to(torch.uint8)
+        if self.grid.bits == 4:
+            raw = torch.nn.functional.pad(raw, (0, raw.shape[1] % 2))
+            raw = raw[:, ::2] | raw[:, 1::2] << 4
+        words = torch.nn.functional.pad(raw, (0, -raw.shape[1] % 4)).contiguous()
+        return {
+            "weight_packed": words.view(torch.int32),
+            "weight_scale": scales,
+            "weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
+        }
+
+    def unpack_codes(self, parts: Mapping[str, Tensor]) -> Tensor:
+        raw = self._raw(parts["weight_packed"].detach().cpu(), int(parts["weight_shape"][1]))
+        return (raw.to(torch.int16) - (self.grid.largest + 1)).to(torch.int8)
+
+    def _raw(self, words: Tensor, columns: int) -> Tensor:
+        """The unsigned codes, (O, I) uint8."""
+        raw = words.contiguous().view(torch.uint8)
+        if self.grid.bits == 4:
+            raw = torch.stack([raw & 15, raw >> 4], -1).flatten(1)
+        return raw[:, :columns]
+
+    def _refuse_codes(self, name: str, values: Tensor, columns: int) -> None:
+        raw = self._raw(values, values.shape[1] * 32 // self.grid.bits)
+        least = -self.grid.largest - 1
+        for what, wrong in ((f"the code {least}", raw[:, :columns] == 0), ("a bit beyond it", raw[:, columns:] != 0)):
+            if wrong.any():
+                row = int(wrong.any(1).to(torch.uint8).argmax())
+                raise FormatError(f"{name}: weight_packed has {what} in row {row}")
+
+
+class IntQuantizedFormat(_OfCompressedTensors):
+    """``weight`` (O, I) int8 and ``weight_scale`` (O, 1) bf16, of layers whose inputs are rounded to int8 as well."""
+
+    values_name = "weight"
+
+    def __init__(self, grid: Grid):
+        """Raises ValueError for another grid than int8 with a scale a row."""
+        if grid != Grid(8):
+            raise ValueError(f"{COMPRESSED_TENSORS_W8A8} has int8 values with a scale a row, not {grid}")
+        super().__init__(DENSE, grid)
+        self.packing = self.name = COMPRESSED_TENSORS_W8A8
+        self.part_names = ("weight", "weight_scale")
+        self.value_dtypes = (torch.int8,)
+
+    def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
+        """Neither ``nonzero`` nor ``dtype`` is looked at."""
+        return {"weight": (torch.int8, shape), "weight_scale": (SCALE_DTYPE, (shape[0], 1))}
+
+    def pack_codes(self, codes: Tensor, scales: Tensor, keep: Tensor, name: str = "") -> dict[str, Tensor]:
+        return {"weight": codes, "weight_scale": scales}
+
+    def unpack_codes(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return parts["weight"].detach().cpu()
+
+    def _claimed_shape(self, name: str, parts: Mapping[str, Tensor]) -> tuple[int, int]:
+        codes = parts["weight"]
+        if codes.ndim != 2:
+            raise FormatError(f"{name}: weight must be a matrix, and has the shape {tuple(codes.shape)}")
+        return codes.shape[0], codes.shape[1]
+
+    def _refuse_codes(self, name: str, values: Tensor, columns: int) -> None:
+        wrong = (values == -self.grid.largest - 1).any(1)
+        if wrong.any():
+            row = int(wrong.to(torch.uint8).argmax())
+            raise FormatError(f"{name}: weight has the code {-self.grid.largest - 1} in row {row}")

@@ -1,0 +1,191 @@
+"""The interface of every packed format, and the checks that formats share."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.bits import INT_OF_SIZE
+from pst_ds.formats.rows import bytes_of_row, first_padded_row, row_bits
+
+VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+MAX_BYTES = 1 << 62
+"""Most weights of the dense matrix: sizes and offsets in bytes are far from the end of int64."""
+
+Part = tuple[torch.dtype, tuple[int, ...]]
+"""dtype and shape of a part."""
+
+
+class FormatError(ValueError):
+    """An invalid packed tensor, or a matrix that a format cannot hold; the message begins with its name."""
+
+
+class PackedFormat(ABC):
+    """One packed format. It keeps no state: one object serves all tensors."""
+
+    name: str
+    part_names: tuple[str, ...]
+    values_name: str
+    """The part that has the weights' dtype, or their codes."""
+    value_dtypes: tuple[torch.dtype, ...] = VALUE_DTYPES
+    """The dtypes that it may have."""
+    shape_name: str = "shape"
+    """The part that says the shape of the matrix, where one does,"""
+    shape_dims: tuple[int, ...] = (2,)
+    """and the shape of that part."""
+
+    @abstractmethod
+    def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
+        """dtype and shape of every part for an (O, I) matrix of which ``nonzero`` positions are kept, or as many as
+        :meth:`stored` says.
+
+        Raises FormatError for a shape that the format cannot hold.
+        """
+
+    def stored(self, counts: Tensor) -> int:
+        """Return what :meth:`parts` takes as ``nonzero`` for rows of which so many positions are kept, (O,) int64."""
+        return int(counts.sum())
+
+    def nbytes(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> int:
+        """Bytes of all parts together."""
+        sizes = self.parts(shape, nonzero, dtype).values()
+        return sum(math.prod(dims) * part_dtype.itemsize for part_dtype, dims in sizes)
+
+    def accepts(self, bits: Tensor, shape: tuple[int, int]) -> bool:
+        """Return whether a matrix whose kept positions are ``bits``, (O, ceil(I / 8)) uint8, can be packed."""
+        return bits.shape == (shape[0], bytes_of_row(shape[1]))
+
+    def pack(self, weight: Tensor, keep: Tensor | None = None, name: str = "") -> dict[str, Tensor]:
+        """The parts of ``weight``, (O, I) float; they are on the CPU.
+
+        ``keep``: row bits of the kept positions, (O, ceil(I / 8)) uint8; None keeps what is not zero. A kept position
+        is stored even when its value is 0, a stored -0.0 becomes +0.0, and values that are not kept are not looked at:
+        an unmasked weight may be given. The parts share no memory with the arguments. Raises FormatError.
+        """
+        if weight.dim() != 2 or weight.dtype not in VALUE_DTYPES:
+            raise FormatError(
+                f"{name}: a weight to pack is a matrix of bf16, fp16, fp32 or fp64, got {_described(weight)}"
+            )
+        weight = weight.detach().cpu().contiguous()
+        if keep is None:
+            return self._pack(weight, row_bits(weight), name)
+        expected = (weight.shape[0], bytes_of_row(weight.shape[1]))
+        if keep.dtype != torch.uint8 or tuple(keep.shape) != expected:
+            raise FormatError(f"{name}: the kept positions are uint8 of shape {expected}, got {_described(keep)}")
+        keep = keep.cpu().clone(memory_format=torch.contiguous_format)
+        _refuse_padding(name, "the kept positions", keep, weight.shape[1])
+        return self._pack(weight, keep, name)
+
+    def check(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(O, I) of the matrix, after a look at every invariant. Raises FormatError, which begins with ``name``.
+
+        ``shape``: (O, I) that the matrix must have. Give it where it is known: the parts of csr do not bound I, so a
+        small file may claim a matrix that no memory holds. Nothing is allocated beyond the size of the parts.
+        """
+        if set(parts) != set(self.part_names):
+            raise FormatError(f"{name}: {self.name} has the parts {_listed(self.part_names)}, found {_listed(parts)}")
+        held = {part: self._plain(name, part, parts[part]) for part in self.part_names}
+        rows, columns = self._claimed_shape(name, held)
+        if max(rows, 1) * max(columns, 1) * held[self.values_name].dtype.itemsize > MAX_BYTES:
+            raise FormatError(f"{name}: no matrix has the shape {(rows, columns)}")
+        if shape is not None and (rows, columns) != tuple(shape):
+            raise FormatError(f"{name}: its shape is {(rows, columns)}, and {tuple(shape)} is needed")
+        values = held[self.values_name]
+        try:
+            expected = self.parts((rows, columns), self.stored_of(values.numel()), values.dtype)
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from None
+        for part, (dtype, dims) in expected.items():
+            if held[part].dtype != dtype or tuple(held[part].shape) != dims:
+                raise FormatError(
+                    f"{name}: {part} of a {rows} x {columns} matrix with {values.numel()} values is {dtype} of shape "
+                    f"{dims}, found {_described(held[part])}"
+                )
+        self._check_contents(name, held, (rows, columns))
+        if values.is_floating_point():
+            _refuse_negative_zero(name, self.values_name, values)
+        return rows, columns
+
+    def unpack(self, parts: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        """The (O, I) matrix on the CPU, +0.0 where nothing is kept. The parts must have passed :meth:`check`.
+
+        ``dtype``: of the matrix; None takes that of the values; for codes fp32, where code times scale is exact.
+        """
+        return self._unpack({part: parts[part].detach().cpu().contiguous() for part in self.part_names}, dtype)
+
+    @abstractmethod
+    def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
+        """``pack`` of a contiguous weight and bits that were looked at and are ours."""
+
+    @abstractmethod
+    def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
+        """``unpack`` of contiguous parts on the CPU."""
+
+    @abstractmethod
+    def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
+        """Check the values of the parts; their dtypes and shapes are right already."""
+
+    def stored_of(self, num_values: int) -> int:
+        """Return what :meth:`parts` takes as ``nonzero``, by the size of the part of the values."""
+        return num_values
+
+    def _shape_part(self, shape: tuple[int, int] | torch.Size) -> Tensor:
+        return torch.tensor(tuple(shape), dtype=torch.int64).view(self.shape_dims)
+
+    def _plain(self, name: str, part: str, tensor: Tensor) -> Tensor:
+        """``tensor`` on the CPU, after a look at how it is stored."""
+        if not isinstance(tensor, Tensor):
+            raise FormatError(f"{name}: {part} is a {type(tensor).__name__}, not a tensor")
+        if tensor.layout != torch.strided or tensor.device.type == "meta" or not tensor.is_contiguous():
+            raise FormatError(f"{name}: {part} must be a contiguous tensor with values, found {_described(tensor)}")
+        if part == self.values_name and tensor.dtype not in self.value_dtypes:
+            known = "bf16, fp16, fp32 or fp64" if self.value_dtypes == VALUE_DTYPES else self.value_dtypes[0]
+            raise FormatError(f"{name}: {part} must be {known}, found {_described(tensor)}")
+        return tensor.detach().cpu()
+
+    def _claimed_shape(self, name: str, parts: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Return (O, I) as the parts say it: names are right, dtypes and shapes were not looked at."""
+        part = parts[self.shape_name]
+        if part.dtype != torch.int64 or tuple(part.shape) != self.shape_dims:
+            raise FormatError(
+                f"{name}: {self.shape_name} must be int64 of shape {self.shape_dims}, found {_described(part)}"
+            )
+        rows, columns = part.flatten().tolist()
+        if rows < 0 or columns < 0:
+            raise FormatError(f"{name}: no matrix has the shape {(rows, columns)}")
+        return rows, columns
+
+
+def checked_bits(name: str, bits: Tensor, columns: int) -> None:
+    """Raise FormatError where a part "bitmask" has a bit beyond its row."""
+    _refuse_padding(name, "bitmask", bits, columns)
+
+
+def _refuse_padding(name: str, part: str, bits: Tensor, columns: int) -> None:
+    row = first_padded_row(bits, columns)
+    if row is not None:
+        raise FormatError(f"{name}: {part} set a bit beyond the {columns} inputs of row {row}; padding bits must be 0")
+
+
+def _refuse_negative_zero(name: str, part: str, values: Tensor) -> None:
+    as_int = values.view(INT_OF_SIZE[values.element_size()])
+    found = as_int == torch.iinfo(as_int.dtype).min
+    if found.any():
+        first = int(found.flatten().to(torch.uint8).argmax())
+        raise FormatError(f"{name}: {part} has -0.0 at position {first}; a packed zero is +0.0")
+
+
+def _described(tensor: Tensor) -> str:
+    shape = tuple(tensor.shape)
+    if tensor.layout != torch.strided:
+        return f"{tensor.dtype} of shape {shape}, {tensor.layout}"
+    strides = "" if tensor.is_contiguous() else f", strides {tensor.stride()}"
+    return f"{tensor.dtype} of shape {shape} on {tensor.device.type}{strides}"
+
+
+def _listed(names: Mapping[str, Tensor] | tuple[str, ...]) -> str:
+    return ", ".join(sorted(map(str, names))) or "none"

@@ -1,0 +1,191 @@
+"""Packed forms whose values are codes on a grid: bitmask, 2:4, and dense matrices.
+
+Of bitmask and 2:4 the codes stand for the kept positions row by row, and the bits say where those are; "dense" has a
+code for every position. int8 codes are a byte each. Two int4 codes share a byte, the first in its lower half, and every
+row begins with a byte of its own; what a row of an odd number of codes leaves of its last byte is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pst_ds.core.packings import DENSE, QUANTIZED_PACKINGS
+from pst_ds.core.quantization import Grid, dequantize, first_bad_scale, pack_nibbles, quantize, unpack_nibbles
+from pst_ds.core.quantization.scales import RULE_OF_SCALES, SCALE_DTYPE
+from pst_ds.formats.bitmask import BitmaskFormat
+from pst_ds.formats.parts import FormatError, PackedFormat, Part, checked_bits
+from pst_ds.formats.rows import as_bools, bytes_of_row, gather_codes, row_counts, scatter_codes
+from pst_ds.formats.two_four import TwoFourFormat, checked_groups, filled_groups
+
+_HAS_MINUS_8 = np.array([byte & 15 == 8 or byte >> 4 == 8 for byte in range(256)])
+
+
+class QuantizedFormat(PackedFormat):
+    """``codes``, ``scales`` (O, groups) bf16 and ``shape``, with ``bitmask`` (O, ceil(I / 8)) uint8 where not dense.
+
+    ``codes`` of bitmask are (nnz,), of 2:4 (O, I / 2), of a dense matrix (O, I) int8; int4 ones are uint8, with half as
+    many bytes a row, rounded up, and those of bitmask row by row in one dimension.
+    """
+
+    values_name = "codes"
+    shape_dims: tuple[int, ...]
+    _POSITIONS: ClassVar[dict[str, PackedFormat]] = {"bitmask": BitmaskFormat(), "2:4": TwoFourFormat()}
+
+    def __init__(self, packing: str, grid: Grid):
+        """``packing``: "bitmask", "2:4" or "dense". Raises ValueError for others."""
+        if packing not in QUANTIZED_PACKINGS:
+            raise ValueError(f"values on a grid are packed as {', '.join(QUANTIZED_PACKINGS)}, not as {packing}")
+        self.packing, self.grid = packing, grid
+        self._base = self._POSITIONS.get(packing)
+        self.name = f"{packing} {grid.values}"
+        self.shape_dims = self._base.shape_dims if self._base else (2,)
+        self.part_names = ("codes", *(["bitmask"] if self._base else []), "scales", "shape")
+        self.value_dtypes = (torch.int8,) if grid.bits == 8 else (torch.uint8,)
+
+    def stored(self, counts: Tensor) -> int:
+        """int4 codes of rows that keep ``counts`` take whole bytes in every row."""
+        return int((counts + (counts & 1 if self.grid.bits == 4 else 0)).sum())
+
+    def parts(self, shape: tuple[int, int], nonzero: int, dtype: torch.dtype) -> dict[str, Part]:
+        """``nonzero``: what :meth:`stored` gives for the rows. ``dtype`` is not looked at."""
+        rows, columns = shape
+        sizes: dict[str, tuple[int, ...]] = {"bitmask": (nonzero,), "2:4": (rows, columns // 2), DENSE: (rows, columns)}
+        *outer, codes = sizes[self.packing]
+        if self._base is not None:
+            self._base.parts(shape, nonzero, torch.float32)  # which refuses what it cannot hold
+        try:
+            groups = self.grid.num_groups(columns)
+        except ValueError as error:
+            raise FormatError(str(error)) from None
+        parts: dict[str, Part] = {
+            "codes": (self.value_dtypes[0], (*outer, codes if self.grid.bits == 8 else -(-codes // 2))),
+            "bitmask": (torch.uint8, (rows, bytes_of_row(columns))),
+            "scales": (SCALE_DTYPE, (rows, groups)),
+            "shape": (torch.int64, self.shape_dims),
+        }
+        return {part: parts[part] for part in self.part_names}
+
+    def accepts(self, bits: Tensor, shape: tuple[int, int]) -> bool:
+        return self._base is None or self._base.accepts(bits, shape)
+
+    def _pack(self, weight: Tensor, keep: Tensor, name: str) -> dict[str, Tensor]:
+        try:
+            codes, scales = quantize(weight, as_bools(keep, weight.shape[1]), self.grid)
+        except ValueError as error:
+            raise FormatError(f"{name}: {error}") from None
+        return self.pack_codes(codes, scales, keep, name)
+
+    def pack_codes(self, codes: Tensor, scales: Tensor, keep: Tensor, name: str = "") -> dict[str, Tensor]:
+        """Return the parts of codes (O, I) int8 and their scales, on the CPU; others than those of ``keep`` are 0.
+
+        ``keep``: row bits of the kept positions, (O, ceil(I / 8)) uint8. Raises FormatError where 2:4 cannot hold them.
+        """
+        rows, columns = codes.shape
+        held = {"scales": scales, "shape": self._shape_part(codes.shape)}
+        if self.packing == "2:4":
+            held["bitmask"] = filled_groups(name, keep, columns)
+        elif self.packing == "bitmask":
+            held["bitmask"] = keep
+        if self._base is not None:
+            codes = gather_codes(codes, held["bitmask"])
+        if self.packing == "2:4":
+            codes = codes.view(rows, columns // 2)
+        if self.grid.bits == 4:
+            codes = _packed_rows(codes, row_counts(keep)) if self.packing == "bitmask" else pack_nibbles(codes)
+        held["codes"] = codes
+        return {part: held[part] for part in self.part_names}
+
+    def row_offsets(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return the first byte of every row in ``codes``, (O,) int64, on the device of these parts."""
+        codes, rows = parts["codes"], int(parts["shape"].flatten()[0])
+        if self.packing != "bitmask":
+            return torch.arange(rows, device=codes.device) * (codes.shape[1] if rows else 0)
+        counts = row_counts(parts["bitmask"].cpu())
+        nbytes = counts if self.grid.bits == 8 else (counts + 1) // 2
+        return (nbytes.cumsum(0) - nbytes).to(codes.device)
+
+    def unpack_codes(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return the codes, (O, I) int8 on the CPU, 0 where nothing is kept. The parts must have passed the check."""
+        codes, columns = parts["codes"].detach().cpu().contiguous(), int(parts["shape"].flatten()[1])
+        if self._base is None:
+            return unpack_nibbles(codes, columns).contiguous() if self.grid.bits == 4 else codes
+        bits = parts["bitmask"].detach().cpu().contiguous()
+        if self.grid.bits == 4 and columns:
+            flat = unpack_nibbles(codes, 2 * codes.shape[-1])
+            codes = without_padding(flat, row_counts(bits)) if self.packing == "bitmask" else flat
+        return scatter_codes(codes.reshape(-1), bits, columns)
+
+    def _unpack(self, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
+        return dequantize(self.unpack_codes(parts), parts["scales"], dtype or torch.float32)
+
+    def stored_of(self, num_values: int) -> int:
+        return num_values * (2 if self.grid.bits == 4 else 1)
+
+    def _check_contents(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
+        bad = first_bad_scale(parts["scales"], self.grid)
+        if bad is not None:
+            row, group = divmod(bad, parts["scales"].shape[1])
+            value = float(parts["scales"][row, group])
+            raise FormatError(f"{name}: scale {group} of row {row} is {value:g}; {RULE_OF_SCALES}")
+        if self._base is not None:
+            checked_bits(name, parts["bitmask"], shape[1])
+        if self.packing == "2:4":
+            checked_groups(name, parts["bitmask"], shape[1])
+        if shape[1]:
+            self._check_codes(name, parts["codes"], self._counts(name, parts, shape))
+        elif parts["codes"].numel():  # there may be more rows than anyone counts to
+            raise FormatError(f"{name}: codes has {parts['codes'].numel()} bytes, and there are no inputs")
+
+    def _counts(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        """Codes of every row, (O,) int64, by bits that were looked at."""
+        if self.packing != "bitmask":
+            return torch.full((shape[0],), shape[1] // (2 if self.packing == "2:4" else 1), dtype=torch.int64)
+        counts = row_counts(parts["bitmask"])
+        total, held = self.stored(counts), self.stored_of(parts["codes"].numel())
+        if total != held:
+            filled = ", with those that fill up rows," if self.grid.bits == 4 else ""
+            raise FormatError(
+                f"{name}: bitmask keeps {int(counts.sum())} positions, for which codes must have {total}{filled} and "
+                f"has {held}"
+            )
+        return counts
+
+    def _check_codes(self, name: str, codes: Tensor, counts: Tensor) -> None:
+        flat = codes.flatten()
+        bad = torch.from_numpy(_HAS_MINUS_8[flat.numpy()]) if self.grid.bits == 4 else flat == -128
+        if bad.any():
+            at, least = int(bad.to(torch.uint8).argmax()), -self.grid.largest - 1
+            raise FormatError(
+                f"{name}: codes has {least} in byte {at}; {self.grid.values} codes go from {least + 1} to {-least - 1}"
+            )
+        if self.grid.bits == 4 and bool((counts & 1).any()):
+            ends = ((counts + 1) // 2).cumsum(0) - 1
+            odd = (counts & 1).nonzero().flatten()
+            wrong = (flat[ends[odd]] >> 4) != 0
+            if wrong.any():
+                row = int(odd[int(wrong.to(torch.uint8).argmax())])
+                raise FormatError(f"{name}: the last half byte of row {row} in codes fills it up, and must be 0")
+
+
+def _packed_rows(codes: Tensor, counts: Tensor) -> Tensor:
+    """Pack int4 codes row by row, (nnz,) int8 to (bytes,) uint8; ``counts``: codes of each row."""
+    odd = (counts & 1).bool()
+    if odd.any():
+        codes = torch.from_numpy(np.insert(codes.numpy(), counts.cumsum(0)[odd].numpy(), 0))
+    return pack_nibbles(codes)
+
+
+def without_padding(codes: Tensor, counts: Tensor) -> Tensor:
+    """Drop what rows of an odd number of codes were filled up with; ``counts``: codes of each row, (O,) int64.
+
+    On any device.
+    """
+    odd = counts & 1
+    whole = torch.ones(codes.shape, dtype=torch.bool, device=codes.device)
+    whole[((counts + odd).cumsum(0) - 1)[odd.bool()]] = False
+    return codes[whole]

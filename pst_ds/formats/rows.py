@@ -1,0 +1,196 @@
+"""Row bits, and the moves between a dense row and its kept values: C++ loops, with numpy twins of the same results.
+
+Row bits are (O, ceil(I / 8)) uint8, little-endian within a byte; every row begins with a byte of its own and its
+padding bits are zero. Weights are moved as integers of their width, so that all NaNs keep their bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from ctypes import CDLL
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pst_ds.core.bits import INT_OF_SIZE, unpack_range
+from pst_ds.core.kernels import INT, POINTER, NativeSource, load
+from pst_ds.core.layout import WeightLayout
+
+SOURCE = NativeSource(
+    "pack.cpp",
+    {
+        "pst_row_bits": ([POINTER, INT, INT, INT, POINTER], None),
+        "pst_row_counts": ([POINTER, INT, INT, POINTER], None),
+        "pst_gather": ([POINTER, POINTER, INT, INT, INT, POINTER, INT], None),
+        "pst_scatter": ([POINTER, POINTER, INT, INT, INT, POINTER, INT], None),
+        "pst_columns": ([POINTER, INT, INT, INT, POINTER, INT], None),
+        "pst_scatter_columns": ([POINTER, POINTER, POINTER, INT, INT, INT, INT, POINTER], None),
+    },
+    "packed formats",
+)
+_BAND_CODES = 1 << 20
+POPCOUNT = np.array([value.bit_count() for value in range(256)], dtype=np.uint8)
+
+
+@cache
+def library() -> CDLL | None:
+    """The functions of pack.cpp, or None where they cannot be had."""
+    return load(SOURCE)
+
+
+def bytes_of_row(columns: int) -> int:
+    return -(-columns // 8)
+
+
+def row_bits(weight: Tensor) -> Tensor:
+    """Bits of what is not zero in ``weight``, (O, I) float on the CPU: (O, ceil(I / 8)) uint8. -0.0 is a zero."""
+    as_int = _as_int(weight.detach().contiguous())
+    rows, columns = as_int.shape
+    native = library()
+    if native is None:
+        nonzero = (as_int.numpy() & np.iinfo(as_int.numpy().dtype).max) != 0
+        return torch.from_numpy(np.packbits(nonzero, axis=1, bitorder="little"))
+    bits = torch.empty(rows, bytes_of_row(columns), dtype=torch.uint8)
+    native.pst_row_bits(as_int.data_ptr(), as_int.element_size(), rows, columns, bits.data_ptr())
+    return bits
+
+
+def mask_row_bits(mask: Tensor, layout: WeightLayout) -> Tensor:
+    """Row bits in (O, I) orientation of a whole mask in one shard, as :mod:`pst_ds.core.bits` has it in storage order.
+
+    A view of ``mask`` where the rows begin with bytes of their own, else a new tensor.
+    """
+    if not layout.transposed and layout.in_features % 8 == 0:
+        return mask.view(layout.out_features, layout.in_features // 8)
+    keep = unpack_range(mask, layout.numel, 1, 0, layout.numel).view(layout.num_experts, *layout.expert.shape)
+    keep = (keep.transpose(1, 2) if layout.transposed else keep).flatten(0, 1)
+    return torch.from_numpy(np.packbits(keep.contiguous().numpy(), axis=1, bitorder="little"))
+
+
+def as_bools(bits: Tensor, columns: int) -> Tensor:
+    """Row bits as (O, I) bool."""
+    return torch.from_numpy(_unpacked(bits, columns))
+
+
+def row_counts(bits: Tensor) -> Tensor:
+    """Set bits of every row, (O,) int64."""
+    native = library()
+    if native is None:
+        return torch.from_numpy(POPCOUNT[bits.numpy()].sum(axis=1, dtype=np.int64))
+    counts = torch.empty(bits.shape[0], dtype=torch.int64)
+    native.pst_row_counts(bits.data_ptr(), bits.shape[0], bits.shape[1], counts.data_ptr())
+    return counts
+
+
+def first_padded_row(bits: Tensor, columns: int) -> int | None:
+    """The first row with a bit set beyond ``columns``."""
+    if columns % 8 == 0 or not bits.numel():
+        return None
+    padded = (bits[:, -1] >> (columns % 8)) != 0
+    return int(padded.to(torch.uint8).argmax()) if padded.any() else None
+
+
+def gather(weight: Tensor, bits: Tensor, count: int) -> Tensor:
+    """The kept values of ``weight``, (O, I) contiguous, row by row: (count,), -0.0 made +0.0.
+
+    ``bits`` must have ``count`` bits set, none of them padding.
+    """
+    as_int = _as_int(weight)
+    rows, columns = as_int.shape
+    values = torch.empty(count, dtype=as_int.dtype)
+    native = library()
+    if native is None:
+        values.copy_(torch.from_numpy(as_int.numpy()[_unpacked(bits, columns)]))
+        values[values == torch.iinfo(values.dtype).min] = 0
+    else:
+        size = as_int.element_size()
+        native.pst_gather(as_int.data_ptr(), bits.data_ptr(), size, rows, columns, values.data_ptr(), count)
+    return values.view(weight.dtype)
+
+
+def scatter(values: Tensor, bits: Tensor, columns: int) -> Tensor:
+    """The (O, I) matrix whose kept values are ``values``, any shape, and +0.0 elsewhere.
+
+    ``bits`` must have as many bits set as there are values, none of them padding.
+    """
+    as_int = _as_int(values)
+    rows, count = bits.shape[0], values.numel()
+    native = library()
+    if not rows * columns:  # with no bytes behind them, there may be more rows than anyone counts to
+        dense = torch.empty(rows, columns, dtype=as_int.dtype)
+    elif native is None:
+        dense = torch.zeros(rows, columns, dtype=as_int.dtype)
+        dense.numpy()[_unpacked(bits, columns)] = as_int.flatten().numpy()
+    else:
+        dense = torch.empty(rows, columns, dtype=as_int.dtype)
+        size = as_int.element_size()
+        native.pst_scatter(as_int.data_ptr(), bits.data_ptr(), size, rows, columns, dense.data_ptr(), count)
+    return dense.view(values.dtype)
+
+
+def gather_codes(codes: Tensor, bits: Tensor) -> Tensor:
+    """The kept ones of ``codes``, (O, I) int8, row by row: (count,) int8. See :func:`gather`."""
+    counts = row_counts(bits) if codes.shape[1] else codes.new_empty(0, dtype=torch.int64)
+    kept, at = torch.empty(int(counts.sum()), dtype=torch.int8), 0
+    for band in _bands(codes.shape):
+        count = int(counts[band].sum())
+        kept[at : at + count] = gather(codes[band].to(torch.int16), bits[band], count)
+        at += count
+    return kept
+
+
+def scatter_codes(kept: Tensor, bits: Tensor, columns: int) -> Tensor:
+    """The (O, I) int8 matrix whose kept codes are ``kept``, (count,) int8, and 0 elsewhere. See :func:`scatter`."""
+    codes, at = torch.empty(bits.shape[0], columns, dtype=torch.int8), 0
+    for band in _bands(codes.shape):
+        count = int(row_counts(bits[band]).sum())
+        codes[band] = scatter(kept[at : at + count].to(torch.int16), bits[band], columns)
+        at += count
+    return codes
+
+
+def _bands(shape: torch.Size) -> Iterator[slice]:
+    """Slices of some rows each, so that codes may be moved as integers of two bytes, which the loops know."""
+    rows, columns = shape
+    step = max(1, _BAND_CODES // max(1, columns))
+    yield from (slice(first, first + step) for first in range(0, rows if columns else 0, step))
+
+
+def columns_of(bits: Tensor, columns: int, count: int, dtype: torch.dtype) -> Tensor:
+    """The column of every set bit, row by row: (count,), uint16 or int32."""
+    native = library()
+    if native is None:
+        found = np.nonzero(_unpacked(bits, columns))[1]
+        return torch.from_numpy(found.astype(np.uint16 if dtype == torch.uint16 else np.int32))
+    indices = torch.empty(count, dtype=dtype)
+    native.pst_columns(bits.data_ptr(), bits.shape[0], columns, dtype.itemsize, indices.data_ptr(), count)
+    return indices
+
+
+def scatter_columns(values: Tensor, starts: Tensor, indices: Tensor, columns: int) -> Tensor:
+    """The (O, I) matrix with ``values`` (nnz,) at ``indices`` (nnz,), row r's from ``starts[r]`` (O + 1,) int64 on."""
+    as_int = _as_int(values)
+    rows = starts.numel() - 1
+    native = library()
+    if native is None:
+        dense = torch.zeros(rows, columns, dtype=as_int.dtype)
+        row_of = np.repeat(np.arange(rows), np.diff(starts.numpy()))
+        dense.numpy()[row_of, indices.numpy()] = as_int.numpy()
+    else:
+        dense = torch.empty(rows, columns, dtype=as_int.dtype)
+        sizes = (as_int.element_size(), indices.element_size())
+        native.pst_scatter_columns(
+            as_int.data_ptr(), starts.data_ptr(), indices.data_ptr(), *sizes, rows, columns, dense.data_ptr()
+        )
+    return dense.view(values.dtype)
+
+
+def _as_int(weight: Tensor) -> Tensor:
+    return weight.view(INT_OF_SIZE[weight.element_size()])
+
+
+def _unpacked(bits: Tensor, columns: int) -> np.ndarray:
+    """(O, I) bool."""
+    return np.unpackbits(bits.numpy(), axis=1, count=columns, bitorder="little").view(bool)

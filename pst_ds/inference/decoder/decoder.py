@@ -1,0 +1,251 @@
+"""The decoder that users hold: sequences with a cache, tokens in, logits or tokens out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from pst_ds.inference.decoder.sampling import Sampling
+from pst_ds.inference.decoder.table import DecoderError, DecoderTable, Part, table_of
+from pst_ds.inference.decoder.weights import Weights, embeddings_of
+from pst_ds.inference.hf.model_folder import open_model_folder
+from pst_ds.inference.hf.tables import StoredTable, stored_tables
+from pst_ds.inference.runtime.native_loop import require_library
+from pst_ds.nn.prompt import prompt_of
+
+LEAST_COSINE = 0.9995
+"""Mean cosine of the loop's logits, keys and values in fp32, with the model's own: below it a model is refused.
+
+Activations are rounded to some 14 bits; what that moves in a model that pruning left with little sense is the most
+that was seen, 7e-5."""
+PROBE_TOKENS = 24
+TOKENS_IN_A_PASS = 128
+PROMPT_TOKENS = 16
+"""Tokens of one sequence in a pass from which on they count as a prompt."""
+PROMPT_BITS = (8, 16)
+CACHES = {"fp32": 32, "bf16": 16, "int8": 8}
+"""Bits of keys and values. int8: codes, with a scale for every position of a head."""
+
+
+class Options(TypedDict, total=False):
+    """How a decoder is opened: sequences side by side, threads (torch's number by default), its cache, its prompts."""
+
+    sequences: int
+    threads: int | None
+    cache: str
+    prompt_bits: int
+
+
+class Decoder:
+    """A causal language model on the CPU: a native loop over packed weights, with a cache for each sequence.
+
+    Results do not depend on the number of threads, nor, with ``prompt_bits=16``, on how tokens are split over calls:
+    bit for bit.
+    """
+
+    def __init__(
+        self, table: DecoderTable, *, sequences: int = 1, threads: int | None = None, cache: str = "bf16",
+        prompt_bits: int = 16, tables: Mapping[int, StoredTable] | None = None,
+    ):  # fmt: skip
+        """``prompt_bits``: of activations where 16 tokens and more of a sequence come at once and weights are codes.
+
+        16: some 14, as for single tokens. 8: integers of 8 bits with a scale for every 64 columns, which AVX-512
+        multiplies in half the time; elsewhere nothing changes. ``tables``: embeddings that are codes, by the id() of
+        their module. Mostly made by the class methods.
+        """
+        if cache not in CACHES:
+            raise DecoderError(f"cache={cache!r}: keys and values are kept in {', '.join(CACHES)}")
+        if prompt_bits not in PROMPT_BITS:
+            raise DecoderError(f"prompt_bits={prompt_bits!r}: activations of a prompt have 8 or 16 bits")
+        require_library()
+        self.threads = threads or torch.get_num_threads()
+        self.context, self.sequences = table.shape["context"], sequences
+        self._lengths, self._prompts_in_bytes = [0] * sequences, prompt_bits == 8
+        self._most = max(TOKENS_IN_A_PASS, sequences)
+        self._embeddings = embeddings_of(table.embeddings, tables or {}, table.embedding_scale)
+        self._weights = Weights.of(table, self._embeddings)
+        self._loop = self._weights.loop(self.context, sequences, self._most, cache_bits=CACHES[cache])
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a token reads."""
+        return sum(matrix.nbytes for matrices, _ in self._weights.products.values() for matrix in matrices)
+
+    @classmethod
+    def from_model(
+        cls, model: Part, context: int = 2048, *, verify: bool = True, tables: Mapping[str, StoredTable] | None = None,
+        **options: Unpack[Options],
+    ) -> Decoder:  # fmt: skip
+        """Make a decoder of a transformers causal language model on the CPU, its layers dense or ours.
+
+        ``context``: positions of a sequence, no more than the model has. ``tables``: embeddings that its folder holds
+        as codes (:func:`~.stored_tables`). ``options``: those of the class. With ``verify`` the logits
+        of some tokens must be those of the model's own forward pass. Raises DecoderError.
+        """
+        if prompt_of(model) is not None:
+            raise DecoderError(f"{type(model).__name__} reads a trained prompt, which the native loop does not")
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        context = min(context, limit) if isinstance(limit, int) else context
+        by_id = {id(model.get_submodule(name)): table for name, table in (tables or {}).items()}
+        decoder = cls(table_of(model, context), tables=by_id, **options)
+        if verify:
+            _require_same(decoder, model)
+        return decoder
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, context: int = 2048, *, verify: bool = True, **options: Unpack[Options]
+    ) -> Decoder:
+        """Make a decoder of a model folder, dense or packed, as :meth:`from_model` does."""
+        opened = open_model_folder(folder)
+        opened.require_causal()
+        packed = opened.format != "dense"
+        model = opened.load("sparse" if packed else "auto", "fp32")
+        tables = stored_tables(opened.path, model) if packed else None
+        return cls.from_model(model, context, verify=verify, tables=tables, **options)
+
+    def with_fp32_cache(self, context: int, first: int = 0) -> Decoder:
+        """Return a decoder of the same weights in memory, with one empty sequence of ``context`` positions in fp32.
+
+        ``first``: the position in the model of the sequence's first one.
+        """
+        other = copy.copy(self)
+        other.context, other.sequences, other._lengths = context, 1, [0]
+        other._loop = self._weights.loop(context, 1, self._most, cache_bits=32, first=first)
+        return other
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens that there are."""
+        return self._embeddings.num_rows
+
+    @property
+    def length(self) -> int:
+        """Tokens of the first sequence that are in its cache."""
+        return self._lengths[0]
+
+    def reset(self, length: int = 0, sequence: int = 0) -> None:
+        """Cut a sequence's cache back to its first ``length`` tokens."""
+        if not 0 <= length <= self._lengths[sequence]:
+            raise ValueError(f"sequence {sequence} has {self._lengths[sequence]} tokens, and cannot have {length}")
+        self._lengths[sequence] = length
+
+    def forward(self, ids: Sequence[int] | Tensor, *, sequence: int = 0, all_logits: bool = False) -> Tensor:
+        """Append ``ids`` to a sequence; return fp32 logits of the last, (vocabulary,), or of all, (tokens, vocabulary).
+
+        Raises ValueError where they do not fit into the context, and without any.
+        """
+        tokens = _numbers(ids)
+        if not tokens:
+            raise ValueError("forward takes at least one token")
+        self._require_room(self._lengths[sequence] + len(tokens))
+        found: list[Tensor] = []
+        for first in range(0, len(tokens), self._most):
+            part = tokens[first : first + self._most]
+            last = [len(part) - 1] if first + len(part) == len(tokens) else []
+            in_bytes = self._prompts_in_bytes and len(part) >= PROMPT_TOKENS
+            found.append(self._pass(part, [sequence] * len(part), range(len(part)) if all_logits else last, in_bytes))
+        return torch.cat(found) if all_logits else found[-1][0]
+
+    def step(self, ids: Sequence[int] | Tensor, sequences: Sequence[int] | None = None) -> Tensor:
+        """Append one token to each of ``sequences`` (by default the first ones); return logits (tokens, vocabulary)."""
+        tokens = _numbers(ids)
+        of = list(range(len(tokens)) if sequences is None else sequences)
+        if len(of) != len(tokens) or len(set(of)) != len(of):
+            raise ValueError(f"one token for each of different sequences, got {len(tokens)} for {of}")
+        return self._pass(tokens, of, range(len(tokens)))
+
+    def _pass(self, ids: list[int], sequences: list[int], wanted: Sequence[int], in_bytes: bool = False) -> Tensor:
+        if min(ids) < 0 or max(ids) >= self.vocabulary:
+            raise ValueError(f"tokens are 0 to {self.vocabulary - 1}, got {min(ids)} to {max(ids)}")
+        positions, lengths = [], list(self._lengths)
+        for sequence in sequences:
+            positions.append(lengths[sequence])
+            lengths[sequence] += 1
+        self._require_room(max(lengths))
+        logits = self._loop.run(ids, sequences, positions, wanted, self.threads, in_bytes)
+        self._lengths = lengths
+        return logits
+
+    def _require_room(self, length: int) -> None:
+        if length > self.context:
+            raise ValueError(f"{length} tokens do not fit into a context of {self.context}")
+
+    def stream(
+        self, prompt: Sequence[int] | Tensor, max_new_tokens: int, *, sampling: Sampling | None = None,
+        end: Collection[int] = (), seed: int | None = None,
+    ) -> Iterator[int]:  # fmt: skip
+        """Yield the tokens that follow ``prompt``, the one of ``end`` that stops them among them.
+
+        The first sequence is begun anew. ``sampling``: the likeliest token by default. Ends where the context does.
+        """
+        sampling = sampling or Sampling()
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.reset()
+        logits = self.forward(prompt)
+        for number in range(max_new_tokens):
+            token = int(sampling.choose(logits[None], generator))
+            yield token
+            if token in end or number + 1 == max_new_tokens or self.length == self.context:
+                return
+            logits = self.forward([token])
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, sampling: Sampling | None = None,
+        end: Collection[int] = (), seed: int | None = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """Return the tokens that follow each of up to ``sequences`` prompts, which are decoded side by side."""
+        if len(prompts) > self.sequences:
+            raise ValueError(f"{len(prompts)} prompts for {self.sequences} sequences: open the decoder with more")
+        sampling = sampling or Sampling()
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        logits = []
+        for number, prompt in enumerate(prompts):
+            self.reset(sequence=number)
+            logits.append(self.forward(prompt, sequence=number))
+        going, written = list(range(len(prompts))), [list[int]() for _ in prompts]
+        while going and max_new_tokens > 0:
+            chosen = sampling.choose(torch.stack(logits), generator).tolist()
+            for number, token in zip(going, chosen, strict=True):
+                written[number].append(token)
+            left = [
+                (number, token)
+                for number, token in zip(going, chosen, strict=True)
+                if token not in end and len(written[number]) < max_new_tokens and self._lengths[number] < self.context
+            ]
+            going = [number for number, _ in left]
+            logits = list(self.step([token for _, token in left], going)) if left else []
+        return written
+
+
+def _numbers(ids: Sequence[int] | Tensor) -> list[int]:
+    return ids.flatten().tolist() if isinstance(ids, Tensor) else [int(token) for token in ids]
+
+
+def _require_same(decoder: Decoder, model: Part) -> None:
+    """Compare logits of some tokens, a part of them one by one, with the model's own. Raises DecoderError.
+
+    They stand at the first positions of the context, and at the last: a model may do there what it does not before.
+    """
+    count = min(PROBE_TOKENS, decoder.context)
+    firsts = sorted({0, decoder.context - count})
+    ids = torch.randint(0, decoder.vocabulary, (count,), generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor(firsts)[:, None] + torch.arange(count)
+    with torch.no_grad():
+        logits = model(input_ids=ids.expand(len(firsts), -1), position_ids=positions, use_cache=False).logits.double()
+    for first, expected in zip(firsts, logits, strict=True):
+        probe = decoder.with_fp32_cache(count, first)
+        parts = [probe.forward(ids[: count // 2], all_logits=True)] if count > 1 else []
+        parts += [probe.forward(ids[i : i + 1], all_logits=True) for i in range(count // 2, count)]
+        cosine = torch.cosine_similarity(torch.cat(parts).double(), expected, dim=-1).mean().item()
+        if not cosine >= LEAST_COSINE:
+            raise DecoderError(
+                f"{type(model).__name__}: the native loop gives other logits at positions {first} to "
+                f"{first + count - 1} (mean cosine {cosine:.5f}, at least {LEAST_COSINE} is right): a part of this "
+                "model is not in its table. Use transformers' own generate()"
+            )

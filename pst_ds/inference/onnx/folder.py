@@ -1,0 +1,192 @@
+"""A packed folder becomes a folder with one ONNX file, checked against the model before it is kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from pst_ds import __version__
+from pst_ds.atomic_files import atomic_folder, require_writable
+from pst_ds.core.packings import ONNX_FILE
+from pst_ds.export.from_folder import CONFIG_FILE, copy_beside
+from pst_ds.export.manifest import MANIFEST_FILE, ExportError, JsonTable
+from pst_ds.export.prompt_file import PROMPT_FILE
+from pst_ds.inference.hf.config import PackedWeightsConfig
+from pst_ds.inference.hf.tables import stored_tables
+from pst_ds.inference.onnx.nodes import Table
+from pst_ds.inference.runtime.dense import narrowed
+from pst_ds.nn.model_structure import is_experts
+
+_TABLE_ROWS = 100
+"""Embeddings of so many rows stay as they are stored; smaller ones are not worth it."""
+ALLOWED = 1e-3
+"""Sums in another order, and an exponential of its own, stay far below this share of the largest output."""
+ALLOWED_IN_8_BITS = 0.1
+"""The same with activations of 8 bits: MiniLM's outputs were up to 0.02 apart."""
+_NOT_LOGITS = ("loss", "past_key_values", "hidden_states", "attentions", "encoder_last_hidden_state")
+
+
+def write_onnx(
+    packed: Path, out: Path, facts: JsonTable, *, plain: bool = False, activation_bits: int = 16
+) -> JsonTable:
+    """Write ``out``, a folder with model.onnx, config.json and the tokenizer, from the folder ``packed``.
+
+    ``packed`` is a bitmask folder, or any with ``plain``: dense fp32 weights, ONNX's own operators. ``facts``: of the
+    export that made ``packed``; the file's metadata keeps the small ones. ``activation_bits``: 8 lets products with
+    codes round their inputs to 8 bits. The file is run, where ONNX Runtime is installed, against the model that
+    transformers loads from ``packed``: with 16 bits, and then as it will be. Returns ``facts`` with those of the file.
+    Raises ExportError, and leaves nothing, where the model cannot be traced, its attention has no operator, or the
+    results differ.
+    """
+    import onnx_ir as ir
+
+    from pst_ds.inference.onnx.export import plain_graph, sparse_graph
+
+    if (packed / PROMPT_FILE).is_file():
+        raise ExportError(f"{out} would compute without the model's trained prompt; take --format dense, or bitmask")
+    model, reference = _load(packed, "dense" if plain else "sparse"), _load(packed, "dense")
+    _require_graph(reference)
+    outputs = _output_names(reference)
+    graph = plain_graph(model, outputs) if plain else sparse_graph(model, _tables(packed, model), outputs)
+    kept = {key: facts[key] for key in ("values", "group", "embeddings", "sparsity_measured") if facts.get(key)}
+    if activation_bits == 8:
+        kept["activation_bits"] = activation_bits
+    graph.metadata_props["pst_ds"] = json.dumps({"version": __version__, **kept})
+    nodes = [node for node in graph.graph if node.op_type == "SparseLinear"]
+    for node in nodes if activation_bits == 8 else ():
+        node.attributes.add(ir.AttrInt64("activation_bits", activation_bits))
+    nbytes = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
+    external = f"{ONNX_FILE}.data" if nbytes > 1 << 30 else None
+    with atomic_folder(out) as partial:
+        file = partial / ONNX_FILE
+        ir.save(graph, file, external_data=external)
+        copy_beside(packed, partial)
+        shutil.copy2(packed / MANIFEST_FILE, partial / MANIFEST_FILE)  # what verify rounds the model as
+        config = json.loads((packed / CONFIG_FILE).read_text(encoding="utf-8"))
+        config.pop("quantization_config", None)
+        (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        difference = _compare(file, reference, ALLOWED, exact=True)
+        if activation_bits == 8:
+            difference = _compare(file, reference, ALLOWED_IN_8_BITS)
+        nbytes = sum(path.stat().st_size for path in partial.glob(f"{ONNX_FILE}*"))
+    return {
+        **facts,
+        "kind": "onnx",
+        "export_dir": str(out),
+        "file_bytes": nbytes,
+        "operators": "standard" if plain else "pst_ds",
+        "inputs": [value.name for value in graph.graph.inputs],
+        "outputs": outputs,
+        "nodes": len(list(graph.graph)),
+        "sparse_nodes": len(nodes),
+        "activation_bits": activation_bits,
+        "max_relative_difference": difference,
+    }
+
+
+def _require_graph(model: nn.Module) -> None:
+    """Raise ExportError for a model that no graph can represent."""
+    from pst_ds.inference.onnx.export import input_names
+
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or "input_ids" not in input_names(model):
+        raise ExportError(f"{name} does not read one sequence of tokens; use --format bitmask")
+    if any(is_experts(module) for module in model.modules()):
+        raise ExportError(f"{name} has experts, and a graph cannot choose them by token; use --format bitmask")
+
+
+def require_free(out: Path) -> None:
+    """Raise ExportError unless ``out`` is free, an empty folder, or an older one of these, and ONNX can be written."""
+    _require_libraries()
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / ONNX_FILE).is_file())):
+        raise ExportError(f"{out.absolute()} exists and is no folder of an ONNX file; name another folder with --out")
+    require_writable(out, f"--out {out}")
+
+
+def _require_libraries() -> None:
+    if find_spec("onnxscript") is None:  # which onnx and onnx_ir come with
+        raise ExportError("ONNX files take onnx and onnxscript: pip install 'pst-ds[onnx]'")
+
+
+def _load(folder: Path, load_as: Literal["dense", "sparse"]) -> Any:
+    """Return the model in ``folder`` in fp32, of the class that its config names."""
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    names = config.get("architectures") or ["AutoModel"]
+    cls = getattr(transformers, names[0], None)
+    if cls is None:
+        raise ExportError(f"config.json names {names[0]}, which transformers {transformers.__version__} does not have")
+    how: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+    if "quantization_config" in config:
+        how["quantization_config"] = PackedWeightsConfig(load_as=load_as)
+    model = cls.from_pretrained(folder, **how).eval()
+    if getattr(model.config, "use_cache", False):
+        model.config.use_cache = False
+    return model
+
+
+def _output_names(model: Any) -> list[str]:
+    """Return the names of the tensors that a model's forward returns, without states and caches."""
+    from pst_ds.inference.onnx.export import input_names
+
+    with torch.no_grad():
+        found = model(**{name: torch.ones(1, 8, dtype=torch.long) for name in input_names(model)}, return_dict=True)
+    return [name for name, value in found.items() if isinstance(value, Tensor) and name not in _NOT_LOGITS]
+
+
+def _tables(folder: Path, model: nn.Module) -> dict[str, Table]:
+    """Return the large embeddings, as the folder stores them, by name in ``model``."""
+    stored, found = stored_tables(folder, model), dict[str, Table]()
+    for name, module in model.named_modules():
+        if type(module) is not nn.Embedding or module.num_embeddings < _TABLE_ROWS:
+            continue
+        if name in stored:
+            found[name] = (stored[name].codes, stored[name].scales, stored[name].bits)
+        elif (weight := narrowed(module.weight.detach())).dtype == torch.bfloat16:
+            found[name] = (weight, None, 16)
+    return found
+
+
+def _compare(file: Path, reference: Any, allowed: float, *, exact: bool = False) -> float | None:
+    """Run ``file`` and the model on tokens of all lengths; return the largest difference, as a share of the largest
+    output. Outputs at padding, which no user reads, may differ. ``exact``: with inputs of 16 bits. None without ONNX
+    Runtime. Raises ExportError above ``allowed``."""
+    if find_spec("onnxruntime") is None:
+        return None
+    from pst_ds.inference.onnx.session import open_session
+
+    session = open_session(file, threads=1, exact=exact)
+    most = min(getattr(reference.config, "max_position_embeddings", None) or 64, 64)
+    draw, apart, largest = np.random.default_rng(0), 0.0, 1e-30
+    for batch, tokens in ((1, 1), (2, 7), (3, most)):
+        feed = {value.name: np.ones((batch, tokens), np.int64) for value in session.get_inputs()}
+        feed["input_ids"] = draw.integers(1, reference.get_input_embeddings().num_embeddings, (batch, tokens))
+        if "token_type_ids" in feed:
+            feed["token_type_ids"][:] = 0
+        real = np.ones((batch, tokens), bool)
+        if "attention_mask" in feed:
+            real[-1, (tokens + 1) // 2 :] = False
+            feed["attention_mask"][~real] = 0
+            feed["input_ids"][~real] = max(getattr(reference.config, "pad_token_id", None) or 0, 0)  # heads look for it
+        names = [value.name for value in session.get_outputs()]
+        with torch.no_grad():
+            wanted = reference(**{name: torch.from_numpy(array) for name, array in feed.items()}, return_dict=True)
+        for name, got in zip(names, session.run(names, feed), strict=True):
+            want = wanted[name].float().numpy()
+            if want.shape[:2] == real.shape:
+                got, want = got[real], want[real]
+            apart = float(np.maximum(apart, np.abs(got - want).max()))  # keeps a NaN
+            largest = max(largest, float(np.abs(want).max()))
+    worst = apart / largest
+    if not worst <= allowed:
+        raise ExportError(
+            f"the graph computes something else than the model: outputs differ by {worst:.2g} of the largest"
+        )
+    return worst

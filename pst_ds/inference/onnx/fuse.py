@@ -1,0 +1,212 @@
+"""Fewer and larger nodes: what lies around sparse products and attention becomes part of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from pst_ds.inference.onnx.nodes import DOMAIN
+
+ACTIVATIONS = {"Relu": 1, "Gelu": 2, "Tanh": 5}
+"""Numbers that SparseLinear has for nodes of one input; 3 is the Gelu of a tanh, 4 SiLU."""
+_GELU_TANH, _SILU = 3, 4
+_HEADS_FIRST = (0, 2, 1, 3)
+
+
+def fuse(graph: ir.Graph) -> None:
+    """Rewrite ``graph`` in place. What it computes is the same, but for the rounding of sums."""
+    for node in list(_nodes(graph, "Attention")):
+        _take_rows(graph, node)
+    _remove_unused(graph)
+    for node in list(_nodes(graph, "Attention")):
+        _join_projections(graph, node)
+    for node in list(_nodes(graph, "SparseLinear")):
+        _take_activation(node)
+    for node in list(graph):
+        if node.domain == "" and node.op_type == "LayerNormalization":
+            _take_sum(graph, node)
+    _remove_unused(graph)
+
+
+def _nodes(graph: ir.Graph, name: str) -> Iterator[ir.Node]:
+    return (node for node in graph if node.domain == DOMAIN and node.op_type == name)
+
+
+def _producer(value: ir.Value | None, name: str) -> ir.Node | None:
+    node = None if value is None else value.producer()
+    return node if node is not None and node.domain == "" and node.op_type == name else None
+
+
+def _only_user(value: ir.Value) -> ir.Node | None:
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def _take_rows(graph: ir.Graph, node: ir.Node) -> None:
+    """Let attention read heads from rows, and write them side by side: nothing moves where they were so before."""
+    for index, value in enumerate(node.inputs[:3]):
+        assert value is not None
+        node.replace_input_with(index, _rows_behind(value) or _as_rows(graph, node, value))
+    y = node.outputs[0]
+    joined = _only_user(y)
+    if joined is not None and joined.op_type == "Reshape" and len(joined.outputs[0].shape or ()) == 3:
+        y.shape = joined.outputs[0].shape
+        ir.convenience.replace_all_uses_with(joined.outputs[0], y)
+        return
+    sizes = [0, 0, node.attributes["heads"].as_int(), node.attributes["head_size"].as_int()]
+    split = ir.Node("", "Reshape", [y, _new_constant(graph, f"{y.name}_sizes", np.array(sizes, np.int64))])
+    split.outputs[0].shape, split.outputs[0].type, split.outputs[0].name = y.shape, y.type, f"{y.name}_heads"
+    ir.convenience.replace_all_uses_with(y, split.outputs[0])
+    split.replace_input_with(0, y)
+    graph.insert_after(node, split)
+
+
+def _rows_behind(value: ir.Value) -> ir.Value | None:
+    """Return the (batch, tokens, width) whose columns were split into the heads ``value``, if they were."""
+    turned = _producer(value, "Transpose")
+    if turned is None or tuple(turned.attributes["perm"].as_ints()) != _HEADS_FIRST:
+        return None
+    split = _producer(turned.inputs[0], "Reshape")
+    rows = None if split is None else split.inputs[0]
+    return rows if rows is not None and len(rows.shape or ()) == 3 else None
+
+
+def _as_rows(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
+    """Put the heads ``value``, (batch, heads, tokens, size), side by side in rows, before ``node``.
+
+    Layers may share keys and values, which are put in rows once."""
+    for user in (use.node for use in value.uses()):
+        if user.outputs[0].name == f"{value.name}_turned":
+            return next(iter(user.outputs[0].uses())).node.outputs[0]
+    turned = ir.Node("", "Transpose", [value], [ir.AttrInt64s("perm", _HEADS_FIRST)])
+    sizes = _new_constant(graph, f"{value.name}_sizes", np.array([0, 0, -1], np.int64))
+    joined = ir.Node("", "Reshape", [turned.outputs[0], sizes])
+    for made, ending in ((turned, "turned"), (joined, "rows")):
+        made.outputs[0].type, made.outputs[0].name = value.type, f"{value.name}_{ending}"
+        graph.insert_before(node, made)
+    return joined.outputs[0]
+
+
+def _join_projections(graph: ir.Graph, node: ir.Node) -> None:
+    """Compute q, k and v of one input in one product, whose columns attention takes from offsets."""
+    linears = []
+    for value in node.inputs[:3]:
+        made = None if value is None else value.producer()
+        if value is None or made is None or made.op_type != "SparseLinear" or _only_user(value) is not node:
+            return
+        linears.append(made)
+    first = linears[0]
+    given = [(*one.inputs, None, None)[:5] for one in linears]  # torch's exporter omits trailing inputs that are None
+    alike = {
+        (x, one.attributes["bits"].as_int(), bias is None) for one, (x, *_, bias) in zip(linears, given, strict=True)
+    }
+    widths = {None if scales is None else _array(scales).shape[1] for *_, scales, _ in given}
+    kinds = {_array(values).dtype for _, _, values, *_ in given}
+    if len(alike) > 1 or len(widths) > 1 or len(kinds) > 1 or len({id(one) for one in linears}) < 3:
+        return
+    inputs: list[ir.Value | None] = [first.inputs[0]]
+    for index, parts in enumerate(list(zip(*given, strict=True))[1:], 1):
+        inputs.append(None if parts[0] is None else _joined(graph, f"{first.outputs[0].name}_qkv_{index}", parts))
+    outputs = [_array(one.inputs[1]).shape[0] for one in linears]
+    joined = ir.Node(DOMAIN, "SparseLinear", inputs, list(first.attributes.values()), num_outputs=1)
+    shape = first.outputs[0].shape
+    assert shape is not None
+    joined.outputs[0].shape = ir.Shape([*shape.dims[:-1], sum(outputs)])
+    joined.outputs[0].dtype = ir.DataType.FLOAT
+    joined.outputs[0].name = f"{first.outputs[0].name}_qkv"
+    graph.insert_before(node, joined)
+    offset = 0
+    for index, (name, width) in enumerate(zip("qkv", outputs, strict=True)):
+        node.replace_input_with(index, joined.outputs[0])
+        node.attributes[f"{name}_offset"] = ir.AttrInt64(f"{name}_offset", offset)
+        offset += width
+
+
+def _array(value: ir.Value | None) -> np.ndarray:
+    tensor = None if value is None else value.const_value
+    assert tensor is not None
+    return tensor.numpy()
+
+
+def _joined(graph: ir.Graph, name: str, values: Sequence[ir.Value | None]) -> ir.Value:
+    """Make an initializer of ``values`` one after the other. Equal ones may share a name, so it has one of its own."""
+    return _new_constant(graph, name, np.concatenate([_array(value) for value in values]))
+
+
+def _new_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    made = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)  # type: ignore[arg-type]
+    graph.register_initializer(made)
+    return made
+
+
+def _take_activation(node: ir.Node) -> None:
+    """Apply what follows a product as it is written."""
+    y = node.outputs[0]
+    after = _only_user(y)
+    number = 0
+    if after is not None and after.domain == "" and after.op_type in ACTIVATIONS:
+        number = ACTIVATIONS[after.op_type]
+        approximate = after.attributes.get("approximate")
+        if approximate is not None and approximate.as_string() == "tanh":
+            number = _GELU_TANH
+    else:
+        users = {use.node for use in y.uses()}
+        gates = [user for user in users if user.op_type == "Sigmoid" and user.domain == ""]
+        products = [user for user in users if user.op_type == "Mul" and user.domain == ""]
+        if (
+            not y.is_graph_output()
+            and len(users) == 2
+            and len(gates) == len(products) == 1
+            and gates[0].outputs[0] in products[0].inputs
+        ):
+            after, number = products[0], _SILU
+    if not number or after is None:
+        return
+    node.attributes["activation"] = ir.AttrInt64("activation", number)
+    ir.convenience.replace_all_uses_with(after.outputs[0], y, replace_graph_outputs=True)
+
+
+def _take_sum(graph: ir.Graph, node: ir.Node) -> None:
+    """Normalize a sum of two tensors of one shape in one pass; the sum stays an output where others use it."""
+    axis = node.attributes.get("axis")
+    if (axis is not None and axis.as_int() != -1) or node.inputs[1] is None:
+        return
+    added = _producer(node.inputs[0], "Add")
+    sides: list[ir.Value | None] = [node.inputs[0], None]
+    if added is not None and _same_shape(added.inputs[0], added.inputs[1]):
+        sides = list(added.inputs)
+    epsilon = node.attributes.get("epsilon")
+    inputs = [*sides, *node.inputs[1:]]
+    fused = ir.Node(
+        DOMAIN, "SkipLayerNorm", inputs, [ir.AttrFloat32("epsilon", 1e-5 if epsilon is None else epsilon.as_float())],
+        num_outputs=2 if sides[1] is not None and _only_user(added.outputs[0]) is None else 1,  # type: ignore[union-attr]
+    )  # fmt: skip
+    for output, old in zip(fused.outputs, (node.outputs[0], node.inputs[0]), strict=False):
+        assert old is not None
+        output.shape, output.dtype, output.name = old.shape, ir.DataType.FLOAT, f"{old.name}_fused"
+    graph.insert_before(node, fused)
+    name = node.outputs[0].name
+    ir.convenience.replace_all_uses_with(node.outputs[0], fused.outputs[0], replace_graph_outputs=True)
+    node.outputs[0].name, fused.outputs[0].name = f"{name}_replaced", name  # a graph's outputs keep their names
+    if len(fused.outputs) == 2:
+        assert added is not None
+        ir.convenience.replace_all_uses_with(added.outputs[0], fused.outputs[1])
+
+
+def _same_shape(one: ir.Value | None, other: ir.Value | None) -> bool:
+    if one is None or other is None or one.shape is None or other.shape is None:
+        return False
+    return one.shape == other.shape and one.const_value is None and other.const_value is None
+
+
+def _remove_unused(graph: ir.Graph) -> None:
+    """Drop nodes and initializers that nothing uses any more."""
+    for node in reversed(list(graph)):
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]

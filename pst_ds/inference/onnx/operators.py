@@ -1,0 +1,52 @@
+"""Operators for ONNX Runtime that multiply with sparse weights: ``register_operators(options)`` before a session.
+
+Graphs that use them are written by ``pst-ds export --format onnx``. They need a CPU and ONNX Runtime 1.18 or newer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pst_ds.core.kernels import NativeSource, library_file
+from pst_ds.inference.runtime.instructions import as_asked
+
+SOURCE = NativeSource(
+    "onnx/operators.cpp",
+    {"pst_onnx_level": ([], ctypes.c_int), "pst_onnx_exact_inputs": ([ctypes.c_int], None)},
+    "operators for ONNX Runtime",
+    flags=("-std=c++17", "-O3", "-Wno-psabi", "-fno-math-errno", "-fvisibility=hidden"),
+    announce=True,
+)
+
+
+def operator_library() -> Path:
+    """Return the shared library to register, built now if no installation made it. Raises RuntimeError if it cannot be.
+
+    Any program that runs ONNX Runtime loads it, in any language; it needs neither Python nor this package.
+    """
+    return library_file(SOURCE)
+
+
+def register_operators(options: Any) -> None:
+    """Let sessions made with ``options``, an ``onnxruntime.SessionOptions``, run graphs with sparse weights.
+
+    Raises InputError where the environment asks for instructions that are not supported.
+    """
+    library = str(operator_library())
+    as_asked(ctypes.CDLL(library).pst_onnx_level())
+    options.register_custom_ops_library(library)
+
+
+@contextmanager
+def exact_inputs() -> Iterator[None]:
+    """Let sessions that are opened inside take inputs of 16 bits where their graph allows 8, in all of the process."""
+    library = ctypes.CDLL(str(operator_library()))
+    library.pst_onnx_exact_inputs(1)
+    try:
+        yield
+    finally:
+        library.pst_onnx_exact_inputs(0)

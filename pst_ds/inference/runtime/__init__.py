@@ -1,0 +1,5 @@
+"""Sparse layers that compute with packed weights, for inference."""
+
+from pst_ds.inference.runtime.linear import SparseLinear, sparse_layers
+
+__all__ = ["SparseLinear", "sparse_layers"]

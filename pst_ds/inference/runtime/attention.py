@@ -1,0 +1,122 @@
+"""Attention of one new token a text on a CPU, which decoding does at every step, by compiled code (one_query.cpp).
+
+torch's takes several times as long for bf16, whose keys and values it converts head by head for products with a single
+row. Here they are read once for all heads that share them, where the cache has them.
+"""
+
+from __future__ import annotations
+
+from ctypes import CDLL, c_float, c_int, c_int64
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.core.kernels import FLAGS, POINTER, NativeSource, load
+
+SOURCE = NativeSource(
+    "attention/one_query.cpp",
+    {"pst_one_query": ([*([POINTER] * 5), c_float, c_int, c_int, POINTER], None)},
+    "attention of single tokens",
+    flags=(*FLAGS, "-Wno-psabi"),
+    may_flags=("-fopenmp",),
+)
+DTYPES = (torch.bfloat16, torch.float32)
+LANES = 16
+"""What the size of a head must be a multiple of."""
+NAME = "pst_ds_one_query"
+"""Of the attention among those of transformers."""
+_OTHERS_HAVE = ("softcap", "position_bias", "s_aux")
+"""What is added to the scores, or done to them, in some models besides a mask."""
+
+
+@cache
+def library() -> CDLL | None:
+    """Return the function of one_query.cpp, or None where it cannot be had."""
+    return load(SOURCE)
+
+
+def one_query(query: Tensor, key: Tensor, value: Tensor, begins: list[int], scale: float) -> Tensor:
+    """Return softmax(scale q K') V of one query a head, (B, H, D), in its dtype.
+
+    ``query`` (B, H, 1, D), ``key`` and ``value`` (B, G, L, D), which :func:`takes`; ``begins``: the first position that
+    a sample sees. Sums are fp32, and a sample has the same bits in every batch, wherever it begins.
+    """
+    native = library()
+    assert native is not None
+    (samples, heads, _, size), (_, groups, length, _) = query.shape, key.shape
+    sizes = (samples, groups, heads, size, length, *query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
+    out = query.new_empty(samples, heads, size)
+    native.pst_one_query(
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), (c_int64 * len(sizes))(*sizes),
+        (c_int64 * samples)(*begins), scale, query.element_size(), torch.get_num_threads(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return whether :func:`one_query` computes this, and nothing has to have a gradient."""
+    size = query.shape[3]
+    if query.shape[2] != 1 or size % LANES or query.dtype not in DTYPES or torch.compiler.is_compiling():
+        return False
+    for tensor in (query, key, value):
+        if tensor.device.type != "cpu" or tensor.dtype != query.dtype or tensor.stride(3) != 1:
+            return False
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return False
+    dense = all(of.stride(2) == size and of.shape == key.shape and of.shape[2] for of in (key, value))
+    return dense and key.shape[3] == size and query.shape[1] % key.shape[1] == 0 and library() is not None
+
+
+def first_seen(mask: Tensor | None, samples: int, length: int) -> list[int] | None:
+    """Return the first position that each sample sees by ``mask``, bool (B or 1, 1, 1, L), or by None all of them.
+
+    None where it is another mask: one that is not for all heads alike, or that hides positions after the first seen.
+    """
+    if mask is None:
+        return [0] * samples
+    if mask.dtype != torch.bool or mask.dim() != 4 or tuple(mask.shape[1:]) != (1, 1, length):
+        return None
+    seen = mask[:, 0, 0].numpy()
+    if not seen[:, -1].all() or (seen[:, 1:] < seen[:, :-1]).any():
+        return None
+    found: list[int] = (length - seen.sum(1)).tolist()
+    return found * samples if len(found) == 1 else found
+
+
+def quicken_attention(model: nn.Module) -> bool:
+    """Let a model of transformers on the CPU compute the attention of single tokens here; return whether it changed.
+
+    Everything else, such as prompts and what trains, stays with torch's attention.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) != "sdpa" or library() is None:
+        return False
+    if any(param.device.type != "cpu" for param in model.parameters()):
+        return False
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)  # type: ignore[operator]
+    return bool(getattr(config, "_attn_implementation", None) == NAME)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | None = None, **more: object,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Compute what transformers' "sdpa" does, (B, tokens, H, D)."""
+    plain = dropout == 0.0 and all(more.get(name) is None for name in _OTHERS_HAVE)
+    if plain and takes(query, key, value):
+        begins = first_seen(attention_mask, query.shape[0], key.shape[2])
+        if begins is not None:
+            scale = query.shape[3] ** -0.5 if scaling is None else scaling
+            return one_query(query, key, value, begins, scale).unsqueeze(1), None
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    found: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
+    )
+    return found

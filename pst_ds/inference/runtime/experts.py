@@ -1,0 +1,135 @@
+"""A stack of experts whose weights stay packed, each of which is multiplied as a slice of the packed matrix's rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.experts.routing import Routing
+from pst_ds.core.packings import DENSE
+from pst_ds.formats import FORMATS, PackedFormat, QuantizedFormat
+from pst_ds.inference.runtime import gpu, native, ops
+from pst_ds.inference.runtime.backends import backend_for
+from pst_ds.inference.runtime.linear import SparseLinear
+
+FEW_PAIRS = 64
+"""Pairs of a token and an expert up to which one call takes all experts, and a copy of ``x`` for each."""
+
+
+class SparseExperts(SparseLinear):
+    """y = x W' with the expert of each token, and W packed: the parts are those of the (E*O, I) matrix of all experts.
+
+    For inference, as :class:`SparseLinear` is, with the same parts and the same check. Experts without a token cost
+    nothing; where gpu.py serves, one launch multiplies with all others. It stands for a stack
+    (E, O, I), or (E, I, O), in a transformers experts module.
+    """
+
+    expert_offsets: Tensor
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int, nonzero: int, **options: Any):
+        """``out_features``: of one expert; ``nonzero``: of all. The rest is as for :class:`SparseLinear`."""
+        super().__init__(in_features, num_experts * out_features, nonzero, bias=False, **options)
+        self.num_experts = num_experts
+        self._starts: list[int] = []
+
+    @classmethod
+    def of_stack(cls, stack: Tensor, format: str | PackedFormat = "bitmask") -> SparseExperts:
+        """Make one from the non-zeros of a ``stack``, (E, O, I)."""
+        form = FORMATS[format] if isinstance(format, str) else format
+        parts = form.pack(stack.detach().flatten(0, 1))
+        experts, outputs, inputs = stack.shape
+        count = form.stored_of(parts[form.values_name].numel())
+        made = cls(experts, inputs, outputs, count, format=form, dtype=stack.dtype, device="meta")
+        for name, part in parts.items():
+            made._set_part(name, part)
+        made._prepare()
+        return made
+
+    @property
+    def rows_of_expert(self) -> int:
+        """Outputs of one expert."""
+        return self.out_features // self.num_experts
+
+    def _prepare(self) -> None:
+        """Where each expert's values begin, and its rows' offsets from there."""
+        super()._prepare()
+        rows, values = self.rows_of_expert, getattr(self, self.format.values_name)
+        offsets = self.crow_indices[:-1] if self.format.name == "csr" else self.row_offsets
+        first = offsets[::rows]
+        self._starts = [*first.tolist(), values.numel()]
+        self.register_buffer("expert_offsets", offsets - first.repeat_interleave(rows), persistent=False)
+
+    def expert_parts(self, expert: int) -> dict[str, Tensor]:
+        """Return the parts of one expert's (O, I) matrix: views, but of what counts from its first value."""
+        count = self.rows_of_expert
+        rows, (start, stop) = slice(expert * count, (expert + 1) * count), self._starts[expert : expert + 2]
+        found = {"shape": torch.tensor([count, self.in_features]).view(self.format.shape_dims)}
+        for name, part in self.parts().items():
+            if name == "row_offsets":
+                found[name] = self.expert_offsets[rows]
+            elif name == "crow_indices":
+                found[name] = part[rows.start : rows.stop + 1] - start
+            elif name != "shape":
+                by_row = part.dim() == 2 and part.shape[0] == self.out_features
+                found[name] = part[rows] if by_row else part[start:stop]
+        return found
+
+    def forward(self, x: Tensor, routing: Routing, by_token: bool) -> Tensor:  # type: ignore[override]
+        """Products with the expert of each pair of a token and an expert: (N*k, O) in the order of the experts.
+
+        ``x``: (N, I) ``by_token``, or (N*k, I) in the order of the experts.
+        """
+        if not self._is_checked:
+            self._refuse_unchecked()
+        x = self._accepted(x, self.dtype)
+        runs, weight = list(routing.runs()), self._in_one_launch(x)
+        if weight is None and routing.order.numel() <= FEW_PAIRS and self._is_native(x):
+            x = x[routing.tokens] if by_token else x
+            parts = getattr(self, self.format.values_name).view(-1), self.bitmask, self.expert_offsets
+            return native.bitmask_experts(x, *parts, self._starts, runs, native.best_level())
+        y = x.new_empty(routing.order.numel(), self.rows_of_expert)
+        if weight is not None:
+            runs = gpu.packed_experts(x[routing.tokens] if by_token else x, weight, routing.experts, runs, y)
+        for expert, rows in runs:
+            y[rows] = self.product(expert, routing.rows_of(x, rows, by_token))
+        return y
+
+    def _is_native(self, x: Tensor) -> bool:
+        """Whether our CPU kernel multiplies a few vectors with an expert."""
+        if (x.requires_grad and torch.is_grad_enabled()) or self.format.name not in ("bitmask", "2:4"):
+            return False
+        values = getattr(self, self.format.values_name)
+        backend = backend_for("bitmask", x.dtype, x.device.type, FEW_PAIRS, values.numel() / self.bitmask.numel() / 8)
+        return backend == "native" and values.dtype == x.dtype and self.in_features > 0
+
+    def _in_one_launch(self, x: Tensor) -> gpu.PackedWeight | None:
+        """Return all experts as one weight, where kernels multiply with them at once; None where each is by itself."""
+        values, needs_gradient = getattr(self, self.format.values_name), x.requires_grad and torch.is_grad_enabled()
+        if needs_gradient or self.format.name == "csr" or not gpu.multiplies(x, values):
+            return None
+        return gpu.PackedWeight(values, self._buffers.get("bitmask"), self.row_offsets, self._buffers.get("scales"))
+
+    def product(self, expert: int, x: Tensor) -> Tensor:
+        """Return x W' of one expert: (n, I) to (n, O)."""
+        form, rows = self.format, self.rows_of_expert
+        needs_gradient = x.requires_grad and torch.is_grad_enabled()
+        offsets = self.expert_offsets[expert * rows : (expert + 1) * rows]
+        if not needs_gradient and form.name in ("bitmask", "2:4"):  # slices alone: a token's product is short
+            start, stop = self._starts[expert : expert + 2]
+            values = getattr(self, form.values_name).view(-1)[start:stop]
+            return ops.bitmask_linear(x, values, self.bitmask[expert * rows : (expert + 1) * rows], offsets, None)
+        parts = self.expert_parts(expert)
+        if needs_gradient:
+            dense = form.unpack(parts, self.dtype if self.is_quantized else None)
+            return ops.dense_linear(x, dense.to(x.device), None)
+        if isinstance(form, QuantizedFormat):
+            bits = None if form.packing == DENSE else parts["bitmask"]
+            return ops.quantized_linear(x, parts["codes"], parts["scales"], bits, offsets, None, form.packing)
+        start, stop = self._starts[expert : expert + 2]
+        columns, values = self.csr_columns[start:stop], self.csr_values[start:stop]
+        return ops.csr_linear(x, parts["crow_indices"].to(columns.dtype), columns, values, None)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}, {self.in_features}, {self.rows_of_expert}, {self.format.name}"

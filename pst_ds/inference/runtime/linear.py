@@ -1,0 +1,219 @@
+"""A linear layer whose weight stays packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.core.packings import DENSE
+from pst_ds.formats import FORMATS, FormatError, PackedFormat, QuantizedFormat
+from pst_ds.inference.runtime import gradients as gradients  # registers them
+from pst_ds.inference.runtime import ops
+from pst_ds.inference.runtime.backends import backend_for
+
+
+class SparseLinear(nn.Module):
+    """y = x W' + bias with W packed: (..., in_features) to (..., out_features).
+
+    For inference: x may have a gradient, the weight has none. The parts of the weight (:mod:`pst_ds.formats`) are
+    tensors of this module, so that state-dict keys are those of the files. A new layer's parts are empty: load them,
+    then call :meth:`check` before the first forward, and again after every load_state_dict. It replaces ``nn.Linear``
+    and GPT-2's ``Conv1D``.
+    """
+
+    bitmask: Tensor
+    row_offsets: Tensor
+    crow_indices: Tensor
+    col_indices: Tensor
+    csr_columns: Tensor
+    csr_values: Tensor
+    values: Tensor
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        nonzero: int,
+        *,
+        format: str | PackedFormat = "bitmask",
+        bias: bool = True,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self._is_checked = False
+        self.format = FORMATS[format] if isinstance(format, str) else format
+        self._dtype = dtype
+        for name, (part_dtype, shape) in self.format.parts((out_features, in_features), nonzero, dtype).items():
+            self._set_part(name, torch.empty(shape, dtype=part_dtype, device=device))
+        self.bias: nn.Parameter | None
+        values = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", None if values is None else nn.Parameter(values, requires_grad=False))
+
+    @classmethod
+    def from_dense(
+        cls, weight: Tensor, bias: Tensor | None = None, format: str | PackedFormat = "bitmask"
+    ) -> SparseLinear:
+        """Make a layer from the non-zeros of ``weight`` (O, I)."""
+        form = FORMATS[format] if isinstance(format, str) else format
+        parts = form.pack(weight.detach())
+        layer = cls(
+            weight.shape[1], weight.shape[0], form.stored_of(parts[form.values_name].numel()), format=form,
+            bias=bias is not None, dtype=weight.dtype, device="meta",
+        )  # fmt: skip
+        for name, part in parts.items():
+            layer._set_part(name, part)
+        layer._prepare()
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().to(weight.dtype).contiguous(), requires_grad=False)
+        return layer
+
+    def _set_part(self, name: str, part: Tensor) -> None:
+        if part.is_floating_point() and name == self.format.values_name:
+            self.register_parameter(name, nn.Parameter(part, requires_grad=False))
+        else:
+            self.register_buffer(name, part)
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return the parts of the weight by name."""
+        return {name: getattr(self, name).detach() for name in self.format.part_names}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that it computes in: that of its values, or of the weight that codes stand for."""
+        return self._dtype if self.is_quantized else getattr(self, self.format.values_name).dtype
+
+    @dtype.setter
+    def dtype(self, dtype: torch.dtype) -> None:
+        """Choose what the weight of a layer of codes is rounded to, and computed in."""
+        assert self.is_quantized
+        self._dtype = dtype
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its values are codes on a grid."""
+        return isinstance(self.format, QuantizedFormat)
+
+    def check(self, name: str) -> None:
+        """Raise FormatError, naming ``name``, unless the parts and the bias fit a layer of this shape."""
+        self.format.check(name, self.parts(), (self.out_features, self.in_features))
+        bias, dtype, shape = self.bias, self.dtype, (self.out_features,)
+        if bias is not None and (bias.dtype != dtype or tuple(bias.shape) != shape or not bias.is_contiguous()):
+            raise FormatError(
+                f"{name}: bias must be a contiguous {dtype} of shape {shape}, found {bias.dtype} of shape "
+                f"{tuple(bias.shape)}, strides {bias.stride()}"
+            )
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Derive what the product needs: offsets of rows, and the fp32 values of torch's CSR product."""
+        self._is_checked = True
+        if self.format.name == "2:4":
+            offsets = torch.arange(self.out_features, device=self.bitmask.device) * (self.in_features // 2)
+            self.register_buffer("row_offsets", offsets, persistent=False)
+        elif isinstance(self.format, QuantizedFormat):
+            self.register_buffer("row_offsets", self.format.row_offsets(self.parts()), persistent=False)
+        elif self.format.name == "csr":
+            index = torch.int64 if self.crow_indices.dtype == torch.int64 else torch.int32
+            self.register_buffer("csr_columns", self.col_indices.to(index), persistent=False)
+            wide = self.values.detach() if self.values.dtype == torch.float64 else self.values.detach().float()
+            self.register_buffer("csr_values", wide, persistent=False)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._is_checked = False
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        """Handle ``.to`` and the like: undo casts to -0.0 of small negative values, of ``csr_values`` and of scales."""
+        if self.is_quantized:
+            return self._apply_to_codes(fn, recurse)
+        before = getattr(self, self.format.values_name)
+        dtype, had_values = before.dtype, not before.is_meta
+        super()._apply(fn, recurse)
+        values = getattr(self, self.format.values_name)
+        self._is_checked = self._is_checked and had_values
+        if self._is_checked and (values.dtype != dtype or self.format.name == "csr"):
+            with torch.no_grad():
+                values.add_(0.0)
+            self._prepare()
+        return self
+
+    def _apply_to_codes(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> SparseLinear:
+        """A cast changes what codes are multiplied in, and leaves the scales, which have one dtype."""
+        scales, had_values = self.scales, not self.scales.is_meta
+        super()._apply(fn, recurse)
+        self._is_checked = self._is_checked and had_values
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=scales.device)).dtype
+        return self
+
+    def _refuse_unchecked(self) -> None:
+        if not self._is_checked:
+            raise RuntimeError(
+                "the parts of this sparse layer have not been checked since they were made or loaded: call check(name) "
+                "before its first product"
+            )
+
+    def dense_weight(self) -> Tensor:
+        """Return the (O, I) weight, +0.0 where pruned. Raises RuntimeError before :meth:`check`."""
+        self._refuse_unchecked()
+        return self.format.unpack(self.parts(), self.dtype if self.is_quantized else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., out_features) in the weight's dtype, under autocast too, where x may have another."""
+        if not self._is_checked:
+            self._refuse_unchecked()
+        if self.is_quantized:
+            return self._forward_codes(x)
+        values: Tensor = self._parameters[self.format.values_name]  # type: ignore[assignment]
+        x = self._accepted(x, values.dtype)
+        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return ops.dense_linear(x, self.dense_weight().to(x.device), self.bias)
+        in_eager = type(x) is Tensor and not torch.compiler.is_compiling()
+        if in_eager and self.format.name != "csr":
+            # straight from the dictionaries: four of nn.Module's look-ups take as long as a small product
+            flat, buffers = values if values.dim() == 1 else values.view(-1), self._buffers
+            return ops.bitmask_linear(x, flat, buffers["bitmask"], buffers["row_offsets"], self._parameters["bias"])  # type: ignore[arg-type]
+        if self.format.name == "csr":
+            density = values.numel() / max(1, self.in_features * self.out_features)
+            vectors = x.numel() // max(1, self.in_features)
+            if in_eager and backend_for("csr", x.dtype, x.device.type, vectors, density) == "expand":
+                return ops.dense_linear(x, self.dense_weight().to(x.device), self.bias)
+            csr = ops.csr_linear if in_eager else torch.ops.pst_ds.csr_linear
+            return csr(x, self.crow_indices, self.csr_columns, self.csr_values, self.bias)
+        return torch.ops.pst_ds.bitmask_linear(x, values.view(-1), self.bitmask, self.row_offsets, self.bias)
+
+    def _accepted(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if x.dtype != dtype:
+            if not torch.is_autocast_enabled(x.device.type):
+                raise TypeError(f"x is {x.dtype}, the sparse weight {dtype}; convert one of them")
+            x = x.to(dtype)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x is {tuple(x.shape)}, the layer takes {self.in_features} features")
+        return x
+
+    def _forward_codes(self, x: Tensor) -> Tensor:
+        x = self._accepted(x, self._dtype)
+        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return ops.dense_linear(x, self.dense_weight().to(x.device), self.bias)
+        in_eager = type(x) is Tensor and not torch.compiler.is_compiling()
+        product = ops.quantized_linear if in_eager else torch.ops.pst_ds.quantized_linear
+        form = self.format
+        assert isinstance(form, QuantizedFormat)
+        bits = None if form.packing == DENSE else self.bitmask
+        return product(x, self.codes, self.scales, bits, self.row_offsets, self.bias, form.packing)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.format.name}, bias={self.bias is not None}"
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
+    """Return the sparse layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}

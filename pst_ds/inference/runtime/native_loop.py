@@ -1,0 +1,289 @@
+"""The native loop of a decoder, and the matrices that it multiplies: C++ behind ctypes, see ``loop.hpp``.
+
+Weights are packed again when a model is opened, to what this processor's instructions like (``matrix.hpp``): AVX-512
+with VBMI2 and VNNI, with or without AMX, AVX2 with or without AVX-VNNI, or plain C++. decoder.py fills the
+table from a transformers model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import weakref
+from collections.abc import Sequence
+from ctypes import CDLL, c_int
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from pst_ds.core.kernels import INT, POINTER, NativeSource, load
+from pst_ds.errors import InputError
+from pst_ds.inference.runtime.instructions import LEVELS, as_asked
+
+LAYOUTS = ("floats", "pairs", "windows", "words")
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh")
+LINEARS = ("qkv", "output", "gate_up", "down")
+NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "queries", "keys")
+SHAPE = (
+    "layers", "hidden", "heads", "key_value_heads", "head", "inner", "vocabulary", "context", "sequences", "most",
+    "activation", "gated", "cache_bits", "norm_of_heads",
+)  # fmt: skip
+NUMBERS = ("epsilon", "attention_scale", "attention_cap", "logits_cap", "logits_scale", "residual_scale")
+SOURCE = NativeSource(
+    "decoder/decoder.cpp",
+    {
+        "pst_decoder_level": ([], c_int),
+        "pst_decoder_supports": ([c_int], c_int),
+        "pst_matrix_of_codes": ([POINTER, POINTER, INT, INT, c_int, INT, c_int], POINTER),
+        "pst_matrix_of_floats": ([POINTER, INT, INT, c_int], POINTER),
+        "pst_matrix_bytes": ([POINTER], INT),
+        "pst_matrix_layout": ([POINTER], c_int),
+        "pst_matrix_free": ([POINTER], None),
+        "pst_matrix_multiply": ([POINTER, POINTER, INT, POINTER, c_int, c_int, c_int], c_int),
+        "pst_decoder_new": ([POINTER, POINTER, c_int], POINTER),
+        "pst_decoder_free": ([POINTER], None),
+        "pst_decoder_angles": ([POINTER, POINTER, POINTER, INT], None),
+        "pst_decoder_linear": ([POINTER, INT, c_int, POINTER, INT, POINTER], None),
+        "pst_decoder_norm": ([POINTER, INT, c_int, POINTER], None),
+        "pst_decoder_attention": ([POINTER, INT, INT, INT], None),
+        "pst_decoder_embedding": ([POINTER, POINTER, POINTER, c_int, INT, ctypes.c_float], None),
+        "pst_decoder_run": ([POINTER, POINTER, POINTER, POINTER, INT, POINTER, INT, POINTER, c_int, c_int], c_int),
+    },
+    "native decoding",
+    flags=("-std=c++17", "-O3", "-Wno-psabi", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"),
+    may_flags=("-pthread",),
+    announce=True,
+)
+
+
+@cache
+def library() -> CDLL | None:
+    """Return the compiled loop, or None where it cannot be built."""
+    return load(SOURCE)
+
+
+def require_library() -> CDLL:
+    """Return the compiled loop. Raises RuntimeError where there is none."""
+    found = library()
+    if found is None:
+        raise RuntimeError("native decoding is compiled at first use: install a C++ compiler, and unset PST_DS_NATIVE")
+    return found
+
+
+@cache
+def best_level() -> int:
+    """Return the index in :data:`LEVELS` of the best that this processor supports, or that the environment asks for.
+
+    AMX, which nobody has timed yet, is used where it is asked for alone. Raises InputError where what is asked for is
+    not supported.
+    """
+    return as_asked(int(require_library().pst_decoder_level()))
+
+
+def supported_levels() -> list[int]:
+    """Return the indices in :data:`LEVELS` that this processor, its system and the library's compiler support.
+
+    "amx" has passed a check: products of tiles are those of plain sums.
+    """
+    return [level for level in range(len(LEVELS)) if require_library().pst_decoder_supports(level)]
+
+
+class Matrix:
+    """A linear layer's weight (O, I), packed for the instructions of ``level``."""
+
+    def __init__(self, handle: int | None, shape: tuple[int, int], level: int, keep: Tensor | None = None):
+        if not handle:
+            raise MemoryError(f"no memory to pack a weight of {shape[0]} x {shape[1]}")
+        self.handle, self.shape, self.level, self._keep = handle, shape, level, keep
+        weakref.finalize(self, require_library().pst_matrix_free, handle)
+
+    @classmethod
+    def of_codes(cls, codes: Tensor, scales: Tensor, bits: int, group: int, level: int | None = None) -> Matrix:
+        """Pack ``codes`` (O, I) int8, 0 where nothing is kept, with bf16 ``scales`` (O, groups).
+
+        ``group``: columns of a group, a multiple of 32; 0 where a row has one scale.
+        """
+        level = best_level() if level is None else level
+        rows, columns = codes.shape
+        groups = -(-columns // group) if group else 1
+        if codes.dtype != torch.int8 or scales.dtype != torch.bfloat16 or tuple(scales.shape) != (rows, groups):
+            found = f"{codes.dtype} codes {tuple(codes.shape)}, {scales.dtype} scales {tuple(scales.shape)}"
+            raise ValueError(f"{found}; int8 codes take bf16 scales of shape {(rows, groups)}")
+        if group % 32:
+            raise ValueError(f"groups of {group} columns; they must be a multiple of 32")
+        codes, scales = codes.contiguous(), scales.contiguous()
+        found = require_library().pst_matrix_of_codes(
+            codes.data_ptr(), scales.data_ptr(), rows, columns, bits, group, level
+        )
+        return cls(found, (rows, columns), level)
+
+    @classmethod
+    def of_floats(cls, weight: Tensor, level: int | None = None) -> Matrix:
+        """Take ``weight`` (O, I), fp32 or bf16, as it is, without a copy where it is contiguous."""
+        weight = weight.detach().contiguous()
+        if weight.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"a weight of {weight.dtype}; fp32 and bf16 are multiplied")
+        shape = (weight.shape[0], weight.shape[1])
+        found = require_library().pst_matrix_of_floats(weight.data_ptr(), *shape, 8 * weight.element_size())
+        return cls(found, shape, best_level() if level is None else level, weight)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return int(require_library().pst_matrix_bytes(self.handle))
+
+    @property
+    def layout(self) -> str:
+        """One of :data:`LAYOUTS`."""
+        return LAYOUTS[require_library().pst_matrix_layout(self.handle)]
+
+    def multiply(self, x: Tensor, threads: int = 1, *, in_bytes: bool = False) -> Tensor:
+        """Return x W', fp32 (tokens, O), of fp32 ``x`` (tokens, I).
+
+        ``in_bytes``: ``x`` is rounded to 8 bits, with a scale for each word of 64 columns (32, where groups of the
+        weight are no multiple of 64), instead of to 13 to 16. Raises ValueError where the instructions cannot.
+        """
+        x = x.float().contiguous()
+        if x.dim() != 2 or x.shape[1] != self.shape[1]:
+            raise ValueError(f"x is {tuple(x.shape)}; the weight takes (tokens, {self.shape[1]})")
+        y = x.new_empty(x.shape[0], self.shape[0])
+        failed = require_library().pst_matrix_multiply(
+            self.handle, x.data_ptr(), x.shape[0], y.data_ptr(), threads, self.level, in_bytes
+        )
+        if failed == 2:
+            raise ValueError(f"no products with vectors of 8 bits for {LEVELS[self.level]}")
+        if failed:
+            raise MemoryError(f"no memory to multiply {tuple(x.shape)} with a weight of {self.shape}")
+        return y
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise InputError(message)
+
+
+class Loop:
+    """The C++ decoder: a table of layers, and a cache of ``sequences`` times ``context`` positions.
+
+    C++ trusts what it is given. It comes from a model's config and tensors, so every method checks it against ``shape``
+    and raises InputError where it does not fit.
+    """
+
+    def __init__(self, shape: dict[str, int], numbers: dict[str, float], level: int | None = None):
+        """``shape`` and ``numbers`` have the keys :data:`SHAPE` and :data:`NUMBERS`."""
+        self._library, self.shape = require_library(), dict(shape)
+        for key in SHAPE:
+            least = 0 if key in ("activation", "gated", "norm_of_heads") else 1
+            _require(least <= shape[key] < 1 << 31, f"{key} = {shape[key]}: not from {least} to 2^31 - 1")
+        hidden, heads, shared, head = (shape[key] for key in ("hidden", "heads", "key_value_heads", "head"))
+        _require(heads % shared == 0, f"key_value_heads = {shared} does not divide heads = {heads}")
+        inner = shape["inner"] * (2 if shape["gated"] else 1)
+        self._sizes = {
+            "qkv": ((heads + 2 * shared) * head, hidden), "output": (hidden, heads * head), "gate_up": (inner, hidden),
+            "down": (hidden, shape["inner"]), "head": (shape["vocabulary"], hidden),
+        }  # fmt: skip
+        of_heads = bool(shape["norm_of_heads"])
+        self._widths = {"queries": head if of_heads else heads * head, "keys": head if of_heads else shared * head}
+        self._num_angles = 0
+        cached = math.prod(shape[key] for key in ("layers", "sequences", "context", "key_value_heads", "head"))
+        if cached > 1 << 46:  # beyond any memory, and below 2^63 bytes
+            raise MemoryError(f"no memory for a cache of {shape['sequences']} x {shape['context']} positions")
+        sizes = (ctypes.c_int64 * len(SHAPE))(*(shape[key] for key in SHAPE))
+        values = (ctypes.c_double * len(NUMBERS))(*(numbers[key] for key in NUMBERS))
+        handle = self._library.pst_decoder_new(sizes, values, best_level() if level is None else level)
+        if not handle:
+            raise MemoryError(f"no memory for a cache of {shape['sequences']} x {shape['context']} positions")
+        self.handle, self._keep = handle, list[object]()
+        weakref.finalize(self, self._library.pst_decoder_free, handle)
+
+    def _pointer(self, values: Tensor | None) -> int:
+        if values is None:
+            return 0
+        values = values.detach().float().contiguous()
+        self._keep.append(values)
+        return values.data_ptr()
+
+    def add_angles(self, cosines: Tensor, sines: Tensor) -> None:
+        """Add a table of rotary angles, both (context, half of what is turned in a head)."""
+        turned, head, context = 2 * cosines.shape[1], self.shape["head"], self.shape["context"]
+        _require(turned <= head, f"rotary angles turn {turned} columns of a head of {head}")
+        _require(cosines.shape == sines.shape and cosines.shape[0] >= context, f"rotary angles of {tuple(sines.shape)}")
+        self._num_angles += 1
+        self._library.pst_decoder_angles(self.handle, self._pointer(cosines), self._pointer(sines), cosines.shape[1])
+
+    def set_linear(self, layer: int, name: str, matrices: Sequence[Matrix], bias: Tensor | None) -> None:
+        """Set one of :data:`LINEARS` of a layer, or "head": products of one input, side by side, and their biases."""
+        rows = sum(matrix.shape[0] for matrix in matrices)
+        for matrix in matrices:
+            found, wanted = (rows, matrix.shape[1]), self._sizes[name]
+            _require(found == wanted, f"layer {layer}, {name}: weights of {found} where the config has {wanted}")
+        _require(bias is None or bias.numel() == rows, f"layer {layer}, {name}: a bias not of {rows} numbers")
+        handles = (ctypes.c_void_p * len(matrices))(*(matrix.handle for matrix in matrices))
+        self._keep += matrices
+        which = -1 if name == "head" else LINEARS.index(name)
+        self._library.pst_decoder_linear(self.handle, layer, which, handles, len(matrices), self._pointer(bias))
+
+    def set_norm(self, layer: int, name: str, gain: Tensor | None) -> None:
+        """Set one of :data:`NORMS` of a layer, or "last"."""
+        width = self._widths.get(name, self.shape["hidden"])
+        _require(gain is None or gain.numel() == width, f"layer {layer}, norm {name}: a gain not of {width} numbers")
+        which = -1 if name == "last" else NORMS.index(name)
+        self._library.pst_decoder_norm(self.handle, layer, which, self._pointer(gain))
+
+    def set_attention(self, layer: int, window: int, angles: int) -> None:
+        """Let a layer look back over ``window`` positions, 0 for all, turned by table ``angles``, -1 for none."""
+        _require(window >= 0, f"layer {layer}: sliding_window = {window}; it is at least 1, or null for all positions")
+        _require(-1 <= angles < self._num_angles, f"layer {layer}: there is no table of rotary angles {angles}")
+        self._library.pst_decoder_attention(self.handle, layer, min(window, self.shape["context"]), angles)
+
+    def set_embedding(self, rows: Tensor, scales: Tensor | None, bits: int, group: int, scale: float) -> None:
+        """Set the embedding: fp32 or bf16 ``rows`` (vocabulary, hidden), or codes of 8 or 4 ``bits`` and their scales.
+
+        ``scales``: bf16 (vocabulary, groups). ``group``: columns that share one, 0: a row. ``scale``: of all rows.
+        """
+        hidden = self.shape["hidden"]
+        wanted = (rows.shape[0], (hidden + 1) // 2 if bits == 4 else hidden)
+        _require(rows.shape == wanted, f"an embedding of {tuple(rows.shape)} where the config has {wanted}")
+        groups = -(-hidden // group) if group else 1
+        fits = scales is None or tuple(scales.shape) == (rows.shape[0], groups)
+        _require(fits, f"the embedding's scales are not {rows.shape[0]} x {groups}")
+        self._num_rows = rows.shape[0]
+        held = [rows.detach().contiguous(), None if scales is None else scales.contiguous()]
+        self._keep += held
+        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in held]
+        self._library.pst_decoder_embedding(self.handle, *pointers, bits, group, scale)
+
+    def run(
+        self,
+        ids: Sequence[int],
+        sequences: Sequence[int],
+        positions: Sequence[int],
+        wanted: Sequence[int],
+        threads: int,
+        in_bytes: bool = False,
+    ) -> Tensor:
+        """Run tokens through all layers, and return fp32 logits (number wanted, vocabulary).
+
+        ``sequences``, ``positions``: of every token; what a sequence has before a position must be in its cache, or in
+        this pass. ``wanted``: which tokens' logits. ``in_bytes``: activations of layers have 8 bits, where the
+        instructions can.
+        """
+        shape, count = self.shape, len(ids)
+        assert count == len(sequences) == len(positions) <= shape["most"]
+        limits = (
+            (ids, self._num_rows),
+            (sequences, shape["sequences"]),
+            (positions, shape["context"]),
+            (wanted, count),
+        )
+        assert all(0 <= value < limit for values, limit in limits for value in values)
+        numbers = ctypes.c_int64 * count
+        logits = torch.empty(len(wanted), shape["vocabulary"])
+        failed = self._library.pst_decoder_run(
+            self.handle, numbers(*ids), numbers(*sequences), numbers(*positions), count,
+            (ctypes.c_int64 * len(wanted))(*wanted), len(wanted), logits.data_ptr(), threads, in_bytes,
+        )  # fmt: skip
+        if failed:
+            raise MemoryError(f"no memory for a pass of {count} tokens")
+        return logits

@@ -1,0 +1,289 @@
+"""The HTTP application: routes of the chat-completions protocol, keys and limits."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from pst_ds.inference.serve.batches import DONE_STOP, Batches, BusyError, ClosingError, Job
+from pst_ds.inference.serve.cpu_limit import call_within
+from pst_ds.inference.serve.gate import HEALTH, Access, Gate
+from pst_ds.inference.serve.protocol import ChatRequest, Chunks, JsonTable, ProtocolError, completion, read_request
+from pst_ds.inference.serve.texts import TextStream
+from pst_ds.train.users.store import UserNameError, UserStoreError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+    from pst_ds.train.users.store import State, UserStore
+
+_LOG = logging.getLogger(__name__)
+_SWITCH_SECONDS = 0.0005
+"""For which another thread may keep the interpreter from the event loop, after each time that it sends or receives."""
+USER_MARK = ":"
+"""Stands between the model's name and a user's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a request may ask for."""
+
+    body_bytes: int = 1 << 20
+    body_seconds: float = 30.0
+    """In which a body must be there, whole."""
+    template_seconds: float = 1.0
+    """CPU time of the chat template for one request."""
+    prompt_tokens: int = 0
+    """0 is what the model's positions leave."""
+    new_tokens: int = 512
+    positions: int = 0
+    """Of the model; 0 for no limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What the routes answer from."""
+
+    name: str
+    batches: Batches
+    tokenizer: Tokenizer
+    limits: Limits
+    store: UserStore | None = None
+    access: Access = field(default_factory=Access)
+    reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "reader"), init=False)
+    """One thread that reads requests: tokenizers are not thread-safe, and more threads would delay the event loop."""
+
+    @property
+    def models(self) -> list[str]:
+        """The names that a request may ask for. Raises ProtocolError."""
+        if self.store is None:
+            return [self.name]
+        try:
+            self.store.refresh()
+        except UserStoreError as error:
+            raise _unreadable(error) from None
+        return [self.name, *(f"{self.name}{USER_MARK}{user}" for user in self.store.names)]
+
+    def state_of(self, model: str) -> State | None:
+        """Return the state of the user that a model's name means, None for the base. Raises ProtocolError."""
+        if model == self.name:
+            return None
+        user = model.removeprefix(self.name + USER_MARK)
+        if user != model and self.store is not None:
+            try:
+                return self.store.latest_state(user)
+            except UserNameError:
+                pass
+            except UserStoreError as error:
+                raise _unreadable(error) from None
+        raise _no_model(model)
+
+    def read(self, body: bytes) -> tuple[ChatRequest, State | None, list[int]]:
+        """Return a request, the state of its user and the tokens of its messages. Raises ProtocolError."""
+        asked = read_request(body)
+        return asked, self.state_of(asked.model), self.prompt_of(asked.messages)
+
+    def prompt_of(self, messages: list[JsonTable]) -> list[int]:
+        """Return the tokens of the messages. Raises ProtocolError."""
+        try:
+            prompt = self._tokens(messages)
+        except Exception as error:  # templates raise what they like
+            why = f"the chat template refuses these messages: {str(error)[:1000]}"
+            raise ProtocolError(400, why, param="messages") from None
+        limits = [most for most in (self.limits.prompt_tokens, self.limits.positions - 1) if most > 0]
+        most = min(limits, default=len(prompt))
+        if not prompt or len(prompt) > most:
+            raise ProtocolError(
+                400, f"the messages are {len(prompt)} tokens, and 1 to {most} are served", param="messages",
+                code="context_length_exceeded",
+            )  # fmt: skip
+        return prompt
+
+    def _tokens(self, messages: list[JsonTable]) -> list[int]:
+        render: Any = partial(self.tokenizer.apply_chat_template, messages, add_generation_prompt=True, tokenize=False)
+        text: str = call_within(self.limits.template_seconds, render)
+        if len(text) > 4 * self.limits.body_bytes:  # only a template that loops turns a body into so much
+            raise ValueError(f"it wrote {len(text)} characters")
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def new_tokens_of(self, asked: ChatRequest, prompt: Sequence[int]) -> int:
+        """Return how many tokens may be written. Raises ProtocolError."""
+        if asked.max_tokens is not None and asked.max_tokens > self.limits.new_tokens:
+            raise ProtocolError(400, f"max_tokens may be at most {self.limits.new_tokens}", param="max_tokens")
+        most = asked.max_tokens or self.limits.new_tokens
+        return min(most, self.limits.positions - len(prompt)) if self.limits.positions else most
+
+
+def make_app(service: Service) -> FastAPI:
+    """Return the application of a service."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        async with anyio.create_task_group():
+            pass  # which imports what the first stream would wait for
+        yield
+        service.reader.shutdown()
+        await asyncio.to_thread(service.batches.close)
+        sys.setswitchinterval(before)
+
+    app = FastAPI(title="pst-ds", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    began = int(time.time())
+
+    @app.exception_handler(ProtocolError)
+    async def refused(_: Request, error: ProtocolError) -> JSONResponse:
+        headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+        return JSONResponse(error.body(), error.status, headers=headers)
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> JSONResponse:
+        why = ProtocolError(error.status_code, f"{request.method} {request.scope['path'][:200]}: {error.detail}")
+        return JSONResponse(why.body(), error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:  # whose trace is logged
+        return JSONResponse(ProtocolError(500, "the server failed at this request").body(), 500)
+
+    @app.get(HEALTH)
+    async def health() -> JSONResponse:
+        is_alive = service.batches.is_alive
+        return JSONResponse({"status": "ok" if is_alive else "failed"}, 200 if is_alive else 503)
+
+    def described(name: str) -> JsonTable:
+        return {"id": name, "object": "model", "created": began, "owned_by": "pst-ds"}
+
+    @app.get("/v1/models")
+    async def models() -> JsonTable:
+        names = await asyncio.to_thread(lambda: service.models)
+        return {"object": "list", "data": [described(name) for name in names]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> JsonTable:
+        if name not in await asyncio.to_thread(lambda: service.models):
+            raise _no_model(name)
+        return described(name)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await _answer(service, await request.body(), request)
+
+    limits = service.limits
+    app.add_middleware(Gate, access=service.access, most=limits.body_bytes, seconds=limits.body_seconds)
+    return app
+
+
+def _no_model(name: str) -> ProtocolError:
+    return ProtocolError(404, f"the model {name[:200]!r} does not exist", param="model", code="model_not_found")
+
+
+def _unreadable(error: UserStoreError) -> ProtocolError:
+    _LOG.error("%s", error)
+    return ProtocolError(500, "the state of this user, or the store of all, cannot be read", param="model")
+
+
+async def _answer(service: Service, body: bytes, request: Request) -> Response:
+    loop = asyncio.get_running_loop()
+    asked, state, prompt = await loop.run_in_executor(service.reader, service.read, body)
+    arrived: asyncio.Queue[int | str | Exception] = asyncio.Queue()
+    seed = random.getrandbits(62) if asked.seed is None else asked.seed
+    job = Job(
+        prompt, service.new_tokens_of(asked, prompt), asked.sampling, seed,
+        lambda item: _hand_over(loop, arrived, item), state,
+    )  # fmt: skip
+    try:
+        service.batches.submit(job)
+    except BusyError:
+        raise ProtocolError(429, "too many requests wait; try again later", code="rate_limit_exceeded") from None
+    text = TextStream(service.tokenizer, asked.stop)
+    pieces = _pieces(job, arrived, text)
+    if asked.stream:
+        return StreamingResponse(_events(service, asked, job, pieces, text), media_type="text/event-stream")
+    watch = asyncio.create_task(_watch(request, arrived))
+    try:
+        parts = [item async for item in pieces]
+    finally:
+        watch.cancel()
+    return JSONResponse(
+        completion(asked.model, "".join(piece for piece, _ in parts), parts[-1][1], len(prompt), text.count)
+    )
+
+
+def _hand_over(
+    loop: asyncio.AbstractEventLoop, arrived: asyncio.Queue[int | str | Exception], item: int | str | Exception
+) -> None:
+    with suppress(RuntimeError):  # of a loop that is closed
+        loop.call_soon_threadsafe(arrived.put_nowait, item)
+
+
+async def _watch(request: Request, arrived: asyncio.Queue[int | str | Exception]) -> None:
+    """End the wait for an answer when its client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    arrived.put_nowait(ConnectionError())
+
+
+async def _pieces(
+    job: Job, arrived: asyncio.Queue[int | str | Exception], text: TextStream
+) -> AsyncIterator[tuple[str, str]]:
+    """Yield (text, "") as it comes, and at the end (rest, why). Raises ProtocolError where the model failed."""
+    try:
+        while True:
+            item = await arrived.get()
+            if isinstance(item, ConnectionError):
+                raise ProtocolError(499, "the client has gone")  # which nobody reads
+            if isinstance(item, ClosingError):
+                raise ProtocolError(503, "the server is closing; try again later")
+            if isinstance(item, Exception):
+                raise ProtocolError(500, "the model failed at this request")
+            if isinstance(item, str):
+                rest = text.end()
+                yield rest, DONE_STOP if text.stopped else item
+                return
+            if piece := text.add(item):
+                yield piece, ""
+            if text.stopped:
+                yield "", DONE_STOP
+                return
+    finally:
+        job.cancelled = True  # nobody reads on
+
+
+async def _events(
+    service: Service, asked: ChatRequest, job: Job, pieces: AsyncIterator[tuple[str, str]], text: TextStream
+) -> AsyncIterator[str]:
+    """Yield the server-sent events of a stream."""
+    chunks = Chunks(asked.model)
+    yield _event(chunks.delta({"role": "assistant", "content": ""}))
+    try:
+        async for piece, why in pieces:
+            if piece:
+                yield _event(chunks.delta({"content": piece}))
+            if why:
+                yield _event(chunks.delta({}, why))
+        if asked.with_usage:
+            yield _event(chunks.usage(len(job.prompt), text.count))
+    except ProtocolError as error:  # the status is sent already
+        yield _event(error.body())
+    finally:
+        job.cancelled = True
+    yield "data: [DONE]\n\n"
+
+
+def _event(table: JsonTable) -> str:
+    return f"data: {json.dumps(table, ensure_ascii=False)}\n\n"

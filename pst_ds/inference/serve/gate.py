@@ -1,0 +1,149 @@
+"""Checks before a request is answered: who sends it, then the size of its body and the time until it has arrived."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Send
+
+from pst_ds.inference.serve.protocol import ProtocolError
+
+HEALTH = "/health"
+"""Route that everyone may ask for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may send requests: clients with one of ``keys``, or without keys every program that can reach the server.
+
+    Web pages may not: a browser sends requests of any page to local servers, from the page's own origin (Origin) or,
+    with a DNS entry that was changed meanwhile, under the page's host name (Host). No page knows a key, so with keys
+    Host and Origin may be those of a proxy.
+    """
+
+    keys: Sequence[str] = ()
+    host: str = "localhost"
+    """Host name of the server, which is accepted without keys like localhost and every IP address."""
+
+    def require(self, method: str, headers: Headers) -> None:
+        """Raise ProtocolError unless the sender may send it."""
+        if self.keys:
+            self._require_key(headers)
+        else:
+            self._require_program(headers)
+        if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ProtocolError(415, "the body must be JSON; send the header Content-Type: application/json")
+
+    def _require_key(self, headers: Headers) -> None:
+        scheme, _, given = headers.get("authorization", "").encode("latin-1").partition(b" ")
+        codes = [code for key in self.keys for code in _on_the_wire(key)]
+        same = [hmac.compare_digest(given.strip(), code) for code in codes]  # all of them: the time tells nothing
+        if scheme.lower() != b"bearer" or not any(same):
+            raise ProtocolError(
+                401, "this server requires one of its keys (Authorization: Bearer KEY)", code="invalid_api_key"
+            )
+
+    def _require_program(self, headers: Headers) -> None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if _name(host) not in ("localhost", self.host.lower()) and not _is_address(_name(host)):
+            raise ProtocolError(
+                403, f"Host {host[:200]!r} is not a name of this server, which has no keys. Use its IP address, or "
+                "start the server with keys",
+            )  # fmt: skip
+        if origin is not None and origin.lower().partition("://")[2] != host.lower():
+            raise ProtocolError(
+                403, f"Origin {origin[:200]!r}: requests from web pages are refused by a server without keys. Start "
+                "the server with keys",
+            )  # fmt: skip
+
+
+class Gate:
+    """Reads the bodies of requests that ``access`` lets pass, and hands these on to ``app``.
+
+    It answers 401, 403 or 415 to others without reading their body, 413 to a body of more than ``most`` bytes,
+    regardless of its stated length, and 408 to one that has not arrived after ``seconds``.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]], access: Access, most: int, seconds: float):
+        self._app, self._access, self._most, self._seconds = app, access, most, seconds
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            if scope["path"] != HEALTH:
+                self._access.require(scope["method"], Headers(scope=scope))
+            async with asyncio.timeout(self._seconds):
+                whole = await self._body(receive)
+        except TimeoutError:
+            await _refuse(ProtocolError(408, f"the body was not there after {self._seconds:g} seconds"), scope, send)
+        except ProtocolError as error:
+            await _refuse(error, scope, send)
+        else:
+            if whole is not None:
+                await self._app(scope, _after(whole, receive), send)
+
+    async def _body(self, receive: Receive) -> bytes | None:
+        """Return the body, or None when its client has gone. Raises ProtocolError."""
+        body, more = bytearray(), True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return None
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self._most:
+                raise ProtocolError(413, f"the body has more than {self._most} bytes")
+        return bytes(body)
+
+
+def _on_the_wire(key: str) -> set[bytes]:
+    """Return the bytes that clients send for a key: its bytes in the environment, or Latin-1."""
+    codes = {os.fsencode(key)}
+    with suppress(UnicodeEncodeError):
+        codes.add(key.encode("latin-1"))
+    return codes
+
+
+def _name(host: str) -> str:
+    """Return the host name or address of a Host header, without the port; "" for an invalid one."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _after(body: bytes, receive: Receive) -> Receive:
+    """Return a ``receive`` that gives ``body`` first."""
+    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return receive_again
+
+
+async def _refuse(error: ProtocolError, scope: Message, send: Send) -> None:
+    async def nothing() -> Message:
+        return {"type": "http.disconnect"}
+
+    closes = {"Connection": "close"}  # the rest of the body is not read
+    await JSONResponse(error.body(), error.status, headers=closes)(scope, nothing, send)

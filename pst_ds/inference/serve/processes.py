@@ -1,0 +1,73 @@
+"""The processes that answer: this one, or workers with a model each, in place of which others come when they die."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.supervisors import Multiprocess
+
+from pst_ds.errors import InputError
+from pst_ds.inference.serve.connections import Connection
+
+GRACE_SECONDS = 30
+"""For answers that are being written when the server is told to end."""
+_READ_SECONDS = 60
+"""After which a client that does not read its answer is disconnected."""
+_HANG_SECONDS = 20
+"""After which a worker that gives no sign of life is replaced."""
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """Return a socket of an address, which refuses connections until a server listens on it. Raises InputError."""
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind, number)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _READ_SECONDS)  # of accepted ones too
+        made.bind(address)
+    except OSError as error:
+        raise InputError(f"cannot listen on {host}:{port}: {error}; take another --port or --host") from None
+    return made
+
+
+def answer(app: FastAPI, at: socket.socket) -> None:
+    """Answer from this process until it is told to end."""
+    uvicorn.Server(config(app)).run(sockets=[at])
+
+
+def answer_from_workers(make: Callable[[], FastAPI], at: socket.socket, workers: int) -> bool:
+    """Answer from ``workers`` processes, each with what ``make`` returns there; one that dies is replaced.
+
+    ``make`` is pickled. Returns whether it ended because it was told to, and not because a worker could not start.
+    """
+    supervisor = Multiprocess(config(_Maker(make), factory=True, workers=workers), sockets=[at])
+    supervisor.run()
+    return all(process.exitcode != STARTUP_FAILURE for process in supervisor.processes)
+
+
+def config(app: FastAPI | Callable[[], FastAPI], *, factory: bool = False, workers: int = 1) -> uvicorn.Config:
+    """Return the settings of a server, one of ``workers``."""
+    level = "info" if workers > 1 else "warning"  # which says of workers when they begin and when they die
+    return uvicorn.Config(
+        app, factory=factory, workers=workers, log_level=level, access_log=False, http=Connection, ws="none",
+        timeout_graceful_shutdown=GRACE_SECONDS, timeout_worker_healthcheck=_HANG_SECONDS,
+    )  # fmt: skip
+
+
+class _Maker:
+    """Makes an application in a worker. One that cannot be made ends the server: it would fail again and again."""
+
+    def __init__(self, make: Callable[[], FastAPI]):
+        self._make = make
+
+    def __call__(self) -> FastAPI:
+        try:
+            return self._make()
+        except InputError as error:
+            print(f"pst-ds serve: {error}", file=sys.stderr, flush=True)
+            sys.exit(STARTUP_FAILURE)

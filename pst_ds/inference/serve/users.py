@@ -1,0 +1,98 @@
+"""Users over a model folder, dense or packed: each sample of a batch with the update of another user, or none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pst_ds.core.bits import pack_mask
+from pst_ds.errors import InputError
+from pst_ds.file_names import MANIFEST_FILE
+from pst_ds.inference.runtime import sparse_layers
+from pst_ds.nn.batched_updates import LEFT, RIGHT, BatchUpdates
+from pst_ds.train.users.store import State, UserStore, UserStoreError
+
+
+class ServedUsers:
+    """A store over a model in memory. A switch of users is a look-up of their states; no weight changes."""
+
+    def __init__(self, model: nn.Module, folder: Path, store: UserStore):
+        """``model``: that of ``folder``, an export of the run that the users were trained over. Raises UserStoreError
+        for a store of another form, base or mask, and for states with a head, which belong to one user at a time."""
+        self.store, self._model = store, model
+        _require_served(store)
+        _require_base(folder, store)
+        _require_masks(model, folder, store)
+        try:
+            self._updates = BatchUpdates(model, store.common.shapes, store.common.beta)
+        except (KeyError, ValueError, AttributeError) as error:
+            raise UserStoreError(f"{store.folder} does not fit the model in {folder}: {error}") from None
+
+    def assign(self, users: Sequence[str | None]) -> None:
+        """Let sample i of every batch from now on be one of ``users[i]``, or of nobody for None. Raises UserStoreError
+        for a user that is not there, and leaves all as it was."""
+        self.assign_states([None if user is None else self.store.state(user) for user in users])
+
+    def assign_states(self, states: Sequence[State | None]) -> None:
+        """Let sample i of every batch from now on have ``states[i]``, which the store has given; None for nobody.
+        An empty sequence is the base for whatever comes."""
+        self._updates.assign(states, like=next(p for p in self._model.parameters() if p.is_floating_point()))
+
+    def close(self) -> None:
+        """Take the updates off the model."""
+        self._updates.remove()
+
+
+def _require_served(store: UserStore) -> None:
+    common = store.common
+    if common.form != "beside":
+        raise UserStoreError(
+            f"{store.folder} has states of the form {common.form!r}, whose weight is made for one user at a time: "
+            "export a user (pst-ds users export), or train the users with --form beside"
+        )
+    others = [name for name in common.shapes if name.rpartition(".")[2] not in (LEFT, RIGHT)]
+    if others:
+        raise UserStoreError(f"{store.folder} has a head for each user ({others[0]}), and no such model writes text")
+
+
+def _require_base(folder: Path, store: UserStore) -> None:
+    try:
+        known = json.loads((folder / MANIFEST_FILE).read_bytes()).get("base_fingerprint")
+    except (OSError, ValueError, AttributeError):
+        known = None
+    if not known:
+        raise InputError(
+            f"{folder / MANIFEST_FILE} does not say which base it was made of; take an export of the run that the "
+            "users were trained over"
+        )
+    if known != store.common.base_fingerprint:
+        raise UserStoreError(f"{store.folder} has states over another base model than {folder} was made of")
+
+
+def _require_masks(model: nn.Module, folder: Path, store: UserStore) -> None:
+    """Compare the zeros of the layers with the masks; of codes, which may be zero where the mask keeps, none are."""
+    layers = sparse_layers(model)
+    if any(layer.is_quantized for layer in layers.values()):
+        return
+    modules = dict(model.named_modules())
+    for name, known in store.common.masks_sha256.items():
+        if name not in modules:
+            raise UserStoreError(f"{store.folder} has states over a layer {name}, which the model in {folder} has not")
+        keep = _weight(modules[name], name in layers) != 0
+        found = {hashlib.sha256(pack_mask(bits).numpy().data).hexdigest() for bits in (keep, keep.t().contiguous())}
+        if known not in found:  # in the order of nn.Linear, or in that of Conv1D, which a packed layer has not
+            raise UserStoreError(
+                f"{store.folder} has states over other masks than {folder} ({name}); take the export of the run and "
+                "checkpoint that they were trained over"
+            )
+
+
+@torch.no_grad()
+def _weight(module: nn.Module, is_sparse: bool) -> Tensor:
+    weight: Tensor = module.dense_weight() if is_sparse else module.get_parameter("weight")  # type: ignore[operator]
+    return weight.detach().cpu()

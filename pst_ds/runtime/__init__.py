@@ -1,5 +1,0 @@
-"""Sparse layers that compute with packed weights, for inference."""
-
-from pst_ds.runtime.linear import SparseLinear, sparse_layers
-
-__all__ = ["SparseLinear", "sparse_layers"]

@@ -1,5 +1,0 @@
-// A transformer's decoder as a loop over a table of layers, with weights that stay packed: see pst_ds/decoder.
-#include <new>
-
-#include "kernels.hpp"
-#include "loop.hpp"

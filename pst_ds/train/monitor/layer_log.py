@@ -1,0 +1,141 @@
+"""Record a run's layers from rank 0: layers.jsonl, and scalars of each layer and images for TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pst_ds.core.experts.tokens import of_equal_numbers, shares_of_zeros
+from pst_ds.file_names import LAYERS_FILE
+from pst_ds.masks.layer_stats import LayerStats, ScoreHistogram
+from pst_ds.masks.ranks import RankStats
+from pst_ds.masks.update import MaskStats
+from pst_ds.train.monitor import images as pictures
+from pst_ds.train.monitor.jsonl import JsonLines, lines_until
+from pst_ds.train.monitor.tensorboard import TensorBoardWriter
+
+_ROWS = "One row a layer, the first on top; one column a mask update, the oldest left (of long runs a few updates)."
+SPARSITY_MAP = f"Share of zeros: dark violet 0, yellow 1, as on the scale to its right. {_ROWS}"
+FLIPS_MAP = (
+    "Share of a layer's weights whose mask bit flips at an update, on a logarithmic scale: dark violet one in 100,000 "
+    f"or fewer, yellow one in ten or more. {_ROWS}"
+)
+THUMBNAIL = (
+    "The mask, shrunk: share of kept weights in each cell, dark violet none, green as many as on average, yellow twice "
+    "as many or more. Outputs from top to bottom, inputs from left to right."
+)
+_EXPERTS = "One column an expert; one row {}, the first on top."
+EXPERT_TOKENS = (
+    "Tokens that each expert was trained on since the process began: dark violet none, green as many as the experts of "
+    f"its module on average, yellow twice as many or more. {_EXPERTS.format('a module')}"
+)
+EXPERT_ZEROS = f"Share of zeros in each expert: dark violet 0, yellow 1. {_EXPERTS.format('a stack')}"
+SCORES = (
+    "Importance scores S of single weights, from four standard deviations below their mean to four above it; the bars "
+    "at both ends have all that is beyond."
+)
+SPLIT_SCORES = (
+    f"{SCORES} Orange: pruned by the mask; blue: kept. The line: where a mask update would cut now. Orange on its "
+    "right and blue on its left have crossed it since the last update."
+)
+
+
+class LayerLog:
+    """``layers``: names in model order, with their numbers of weights. ``step``: where a continued run goes on."""
+
+    def __init__(self, folder: Path, board: TensorBoardWriter, layers: dict[str, int], step: int):
+        self._board = board
+        self._names, self._weights = list(layers), list(layers.values())
+        self._history = pictures.MaskHistory(self._weights)
+        self._latest: tuple[Sequence[int], Sequence[int]] | None = None
+        path = folder / LAYERS_FILE
+        self._file = JsonLines(path, step, head={"layers": self._names, "weights": self._weights})
+        for line in lines_until(path, step):
+            if line["event"] == "masks":
+                self._remember(line["kept"], line["flipped"])
+
+    def masks(self, step: int, masks: MaskStats) -> None:
+        """Record a mask update."""
+        self._remember(masks.kept, masks.flipped)
+        self._file.write({"step": step, "event": "masks", "kept": masks.kept, "flipped": masks.flipped})
+
+    def ranks(self, step: int, ranks: RankStats) -> None:
+        """Record the components that each layer's update keeps."""
+        self._file.write({"step": step, "event": "ranks", "kept": ranks.kept})
+        kept = zip(self._names, ranks.kept, strict=True)
+        self._board.scalars({f"layers/{name}/update_rank": of_layer for name, of_layer in kept}, step)
+
+    def rounding(self, step: int, errors: Sequence[float]) -> None:
+        """Record the relative error of each layer's rounded weights."""
+        self._file.write({"step": step, "event": "rounding", "error": [_six_digits(error) for error in errors]})
+        by_layer = zip(self._names, errors, strict=True)
+        self._board.scalars({f"layers/{name}/rounding_error": error for name, error in by_layer}, step)
+
+    def experts(self, step: int, tokens: Mapping[str, Sequence[int]], zeros: Mapping[str, Sequence[int]]) -> None:
+        """Picture the tokens of each expert, by module, and its zeros, by stack."""
+        weights = dict(zip(self._names, self._weights, strict=True))
+        for i, table in enumerate(of_equal_numbers(tokens)):
+            drawn = pictures.heat_map(np.concatenate([pictures.share_on_scale([row]) for row in table.values()]))
+            self._board.picture(f"experts/tokens{i or ''}", drawn, step, EXPERT_TOKENS)
+        for i, table in enumerate(of_equal_numbers(zeros)):
+            share = np.array([shares_of_zeros(row, weights[name]) for name, row in table.items()])
+            self._board.picture(f"experts/zeros{i or ''}", pictures.heat_map(share), step, EXPERT_ZEROS)
+
+    def figures(self, step: int, found: LayerStats) -> None:
+        """Record statistics and images of the layers as they are after ``step``."""
+        names = ("correlation", "score_norm", "update_norm", "weight_norm")
+        values = {name: [_six_digits(value) for value in getattr(found, name)] for name in names}
+        self._file.write({"step": step, "event": "scores", **values})
+        self._board.scalars(self._scalars(found), step)
+        if found.with_scores and self._latest is not None:
+            sparsity, flips = self._history.sparsity(), pictures.flips_on_scale(self._history.flips())
+            self._board.picture("heatmap/sparsity", pictures.heat_map(sparsity), step, SPARSITY_MAP)
+            self._board.picture("heatmap/flips", pictures.heat_map(flips), step, FLIPS_MAP)
+        for histogram in found.histograms:
+            self._histogram(step, histogram)
+        for thumbnail in found.thumbnails:
+            share = [[_six_digits(cell) for cell in row] for row in thumbnail.share]
+            self._file.write({"step": step, "event": "thumbnail", "layer": thumbnail.layer, "share": share})
+            drawn = pictures.thumbnail(thumbnail.share)
+            self._board.picture(f"mask/{self._names[thumbnail.layer]}", drawn, step, THUMBNAIL)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _remember(self, kept: Sequence[int], flipped: Sequence[int]) -> None:
+        self._latest = kept, flipped
+        self._history.add(kept, flipped)
+
+    def _scalars(self, found: LayerStats) -> dict[str, float]:
+        """Return what TensorBoard has of each layer, by tag."""
+        points: dict[str, float] = {}
+        for i, name in enumerate(self._names):
+            values = {"correlation": found.correlation[i], "score_norm": found.score_norm[i]}
+            if found.with_scores and self._latest is not None:
+                kept, flipped = self._latest
+                values["sparsity"] = 1.0 - kept[i] / self._weights[i]
+                values["flip_rate"] = flipped[i] / self._weights[i]
+            update, weight = found.update_norm[i], found.weight_norm[i]
+            values["relative_update_norm"] = update / weight if update is not None and weight else None
+            points |= {f"layers/{name}/{figure}": value for figure, value in values.items() if value is not None}
+        return points
+
+    def _histogram(self, step: int, found: ScoreHistogram) -> None:
+        name, width = self._names[found.layer], (found.high - found.low) / len(found.kept)
+        line = {
+            "layer": found.layer, "low": found.low, "high": found.high, "kept": found.kept, "pruned": found.pruned,
+            "threshold": _six_digits(found.threshold),
+        }  # fmt: skip
+        self._file.write({"step": step, "event": "histogram", **line})
+        at = None if found.threshold is None else (found.threshold - found.low) / width
+        drawn = pictures.histogram(found.kept, found.pruned, at)
+        self._board.picture(f"histogram/{name}", drawn, step, SPLIT_SCORES)
+        counts = [kept + pruned for kept, pruned in zip(found.kept, found.pruned, strict=True)]
+        self._board.histogram(f"scores/{name}", counts, found.low, found.high, step, SCORES)
+
+
+def _six_digits(value: float | None) -> float | None:
+    """To six digits, which is all that lines of many layers need."""
+    return None if value is None else float(f"{value:.6g}")

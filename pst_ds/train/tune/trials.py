@@ -1,0 +1,204 @@
+"""The trials of a search on the ranks of a run, each a short run of its own, and the file that remembers them."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import shutil
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pst_ds.atomic_files import write_text_atomic
+from pst_ds.config.run import ConfigError, PicturesConfig, RunConfig
+from pst_ds.config.toml import dump_run, flatten
+from pst_ds.data.tasks import ExampleSet, Task
+from pst_ds.file_names import CHECKPOINTS, RESULT_FILE, RUN_FILE, TRIALS, TUNE_FILE
+from pst_ds.json_text import json_of
+from pst_ds.parallel.engine import Engine, release
+from pst_ds.parallel.ranks import all_gather_objects, is_main, raise_on_all_ranks
+from pst_ds.progress import Progress
+from pst_ds.train import run_folder
+from pst_ds.train.divergence import DivergedError
+from pst_ds.train.evaluate import predict
+from pst_ds.train.one_shot.start import start_run
+from pst_ds.train.run import Prepared, Splits, StoppedError, load_splits, train_run
+from pst_ds.train.tune.halving import RATES, Candidate, Outcome, Rung, candidates, chosen, promoted, rungs
+
+Record = dict[str, Any]
+"""A line of the file."""
+STANDARD_ERROR = "standard_error"
+_DRAWS = 100
+
+
+@run_folder.without_other_runs
+def search(prepared: Prepared, share: float, *, restart: bool = False) -> list[Record]:
+    """Run the trials that the folder does not have yet; return all its lines, the last of which says what was chosen.
+
+    Collective. ``restart`` sets the trials of an earlier search aside. Raises InputError, and StoppedError after a
+    signal.
+    """
+    splits = load_splits(prepared)
+    num_steps = prepared.run.num_steps(len(splits[0]))
+    run = prepared.with_rates(prepared.run, splits[0])
+    prepared, folder = replace(prepared, run=run), Path(run.output_dir)
+    has_head = not run.mask_method.trains_everything and (prepared.task.new_head or bool(run.pst.modules_to_save))
+    tried = candidates(has_head=has_head)
+    plan = rungs(num_steps, share, len(tried))
+    head: Record = {
+        "event": "search", "num_steps": num_steps, "share": share, "rungs": [asdict(rung) for rung in plan],
+        "metric": run.metric, "lower_is_better": prepared.task.lower_is_better,
+        "data_digest": splits[0].digest, "run": run_folder.as_table(run),
+    }  # fmt: skip
+    lines = raise_on_all_ranks(partial(_lines_to_go_on_from, folder, json.loads(json_of(head)), restart))
+    if lines[-1]["event"] != "choice":
+        if is_main() and (restart or not (folder / TUNE_FILE).is_file()):
+            shutil.rmtree(folder / TRIALS, ignore_errors=True)
+            _write_lines(folder, lines)
+        _write_run_file(folder, run)
+        # one start for all trials, and for the run itself
+        begun = replace(prepared, run=start_run(run, splits[0], is_new=False, quiet=False))
+        with Progress("tune", sum(rung.trials * rung.steps for rung in plan), "steps") as progress:
+            best = _run_trials(begun, splits, plan, tried, lines, progress)
+        rates: dict[str, Any] = dict(best.rates(run.train))
+        _write_run_file(folder, replace(run, train=replace(run.train, **rates)))
+        _add(folder, lines, {"event": "choice", "trial": tried.index(best), **asdict(best), **rates})
+    return lines
+
+
+def _run_trials(
+    prepared: Prepared,
+    splits: Splits,
+    plan: list[Rung],
+    tried: tuple[Candidate, ...],
+    lines: list[Record],
+    progress: Progress,
+) -> Candidate:
+    """Run what ``lines`` lack, and add it to them and to the file; return what is chosen. What comes next follows from
+    the lines alone."""
+    folder, lower, outcomes = Path(prepared.run.output_dir), prepared.task.lower_is_better, list[Outcome]()
+    for i, rung in enumerate(plan):
+        names = list(range(rung.trials)) if i == 0 else promoted(outcomes, rung.trials, lower_is_better=lower)
+        outcomes = []
+        for name in names:
+            line = next((of for of in lines if of["event"] == "trial" and (of["rung"], of["trial"]) == (i, name)), None)
+            if line is None:
+                line = {"event": "trial", "rung": i, "trial": name, **asdict(tried[name])}
+                line |= _run_trial(prepared, splits, tried[name], rung.steps, lines[0]["num_steps"], f"{i}-{name}")
+                line = _add(folder, lines, line)
+            if is_main():
+                shutil.rmtree(folder / TRIALS / f"{i}-{name}" / CHECKPOINTS, ignore_errors=True)
+            outcomes.append(Outcome(name, math.nan if line["value"] is None else line["value"], line[STANDARD_ERROR]))
+            progress.add(rung.steps, f"{tried[name]}: {prepared.run.metric} {outcomes[-1].value:.4g}")
+    return tried[chosen(outcomes, lower_is_better=lower)]
+
+
+def _lines_to_go_on_from(folder: Path, head: Record, restart: bool) -> list[Record]:
+    """Return the lines of this search that are there already, at least ``head``. Raises ConfigError for a folder that
+    has another search, or a trained run."""
+    path = folder / TUNE_FILE
+    is_trained = (folder / RESULT_FILE).exists() or (folder / CHECKPOINTS).exists()
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() and not restart else json_of(head)
+        lines = [json.loads(line) for line in text.splitlines()]
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged: {error}; --restart begins again") from None
+    before, now = ({key.removeprefix("run."): value for key, value in flatten(of).items()} for of in (lines[0], head))
+    for key in now | before:
+        if before.get(key) != now.get(key) and key not in run_folder.MAY_DIFFER:
+            raise ConfigError(
+                f"{path} has the trials of another search: {key} = {before.get(key)!r} there, and {now.get(key)!r} "
+                "now. Fix: the old value, a new search with --restart, or another output_dir"
+            )
+    if lines[-1]["event"] != "choice" and is_trained:
+        raise ConfigError(
+            f"output_dir = {str(folder)!r} has a trained run, and a search comes before it; name another folder, with "
+            "--set output_dir="
+        )
+    return lines
+
+
+def _write_run_file(folder: Path, run: RunConfig) -> None:
+    if is_main():
+        write_text_atomic(folder / RUN_FILE, dump_run(run))
+
+
+def _add(folder: Path, lines: list[Record], line: Record) -> Record:
+    """Add a line to ``lines`` and to the file; return it. Collective: all ranks take that of rank 0."""
+    lines.append(all_gather_objects(line)[0])
+    if is_main():
+        _write_lines(folder, lines)
+    return lines[-1]
+
+
+def _write_lines(folder: Path, lines: list[Record]) -> None:
+    write_text_atomic(folder / TUNE_FILE, "".join(json_of(line) + "\n" for line in lines))
+
+
+def trial_run(run: RunConfig, candidate: Candidate, steps: int, num_steps: int, folder: Path) -> RunConfig:
+    """Return the run of ``num_steps`` in fewer ``steps``, with the rates of a candidate. Masks change as often on the
+    way as in the whole run, as far as steps are enough; it is evaluated at its end."""
+    rates: dict[str, Any] = dict(candidate.rates(run.train, steps, num_steps))
+    interval = max(1, round(run.schedule.update_interval * steps / num_steps))
+    return replace(
+        run,
+        output_dir=str(folder),
+        train=replace(run.train, num_steps=steps, num_epochs=0.0, **rates),
+        schedule=replace(run.schedule, update_interval=interval),
+        eval=replace(run.eval, interval=-1),
+        pictures=PicturesConfig(interval=-1),
+        checkpoint=replace(run.checkpoint, keep_last=1),
+    )
+
+
+def _run_trial(
+    prepared: Prepared, splits: Splits, candidate: Candidate, steps: int, num_steps: int, name: str
+) -> Record:
+    """Run one trial, or go on with it where it was stopped. Collective."""
+    run = trial_run(prepared.run, candidate, steps, num_steps, Path(prepared.run.output_dir) / TRIALS / name)
+    line: Record = {"steps": steps, **{rate: getattr(run.train, rate) for rate in RATES}}
+    failed: Record = {"value": None, STANDARD_ERROR: 0.0}
+    used: list[Engine] = []
+
+    def evaluation(engine: Engine, examples: ExampleSet, prepared: Prepared) -> dict[str, float]:
+        used[:] = [engine]
+        return evaluate_with_error(engine, examples, prepared)
+
+    try:
+        result = train_run(replace(prepared, run=run), resume=True, quiet=True, splits=splits, evaluation=evaluation)
+    except DivergedError:
+        return line | failed
+    except StoppedError as error:
+        message = str(error).replace("go on with --resume", "the same command goes on")
+        raise StoppedError(f"trial {name}: {message}") from None
+    finally:
+        for engine in used:
+            release(engine)
+        used.clear()
+        gc.collect()  # an engine and its model hold each other
+        if torch.accelerator.is_available():
+            torch.accelerator.memory.empty_cache()
+    value, spread = result["metrics"][run.metric], result["metrics"][STANDARD_ERROR]
+    measured = {"value": value, STANDARD_ERROR: spread} if math.isfinite(value) and math.isfinite(spread) else failed
+    return line | measured | {"seconds": result["seconds"]}
+
+
+def evaluate_with_error(engine: Engine, examples: ExampleSet, prepared: Prepared) -> dict[str, float]:
+    """Compute the metrics, and the standard error of that which the run is judged by. Collective."""
+    engine.eval()
+    task, run = prepared.task, prepared.run
+    outcomes = predict(engine, task, examples, prepared.tokenizer, run.eval_batch_size, prepared.device)
+    metrics = task.metrics(outcomes, examples)
+    return {**metrics, STANDARD_ERROR: standard_error(task, outcomes, examples, run.metric)}
+
+
+def standard_error(task: Task, outcomes: np.ndarray, examples: ExampleSet, metric: str) -> float:
+    """Return the bootstrap's standard error of a metric over the examples; the same for the same outcomes."""
+    generator = np.random.default_rng(0)
+    draws = (generator.integers(len(outcomes), size=len(outcomes)) for _ in range(_DRAWS))
+    return float(np.std([task.resampled_metrics(outcomes, examples, draw)[metric] for draw in draws], ddof=1))

@@ -1,0 +1,114 @@
+"""How much better a user's own state is than the shared one, and than another user's."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pst_ds.data.by_user import RowsByUser
+from pst_ds.parallel.ranks import raise_on_all_ranks
+from pst_ds.parallel.watchdog import heartbeat
+from pst_ds.progress import Progress
+from pst_ds.train.evaluate import predict
+from pst_ds.train.run import Prepared
+from pst_ds.train.users.personal import PersonalModel
+from pst_ds.train.users.store import UserStore
+
+SHARED, OWN, OTHER = "shared", "own", "another's"
+
+
+@dataclass(frozen=True, slots=True)
+class UserScores:
+    """The metric of one user's rows with each of three states."""
+
+    user: str
+    rows: int
+    shared: float
+    own: float
+    others: tuple[float, ...]
+    """With the states of the users that follow in the order of names, the first of them behind the last."""
+
+    @property
+    def other(self) -> float:
+        """The mean with another user's state; NaN where there is no other."""
+        return _mean(self.others) if self.others else math.nan
+
+    def as_table(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {**asdict(self), "others": list(self.others), "other": self.other}
+
+
+def evaluate_users(
+    model: PersonalModel,
+    prepared: Prepared,
+    store: UserStore,
+    rows: RowsByUser,
+    users: Sequence[str],
+    metric: str,
+    *,
+    others: int = 1,
+) -> list[UserScores]:
+    """Return the scores of ``users``, each on its own rows: with the shared state, its own, and those of as many
+    ``others`` as there are up to that number. Collective. Raises InputError."""
+    scores, names = [], store.names
+    with Progress("evaluate users", len(users), "users") as progress:
+        for user in users:
+            heartbeat("the evaluation of users")
+            examples = raise_on_all_ranks(lambda user=user: rows.load(
+                prepared.task, user, prepared.tokenizer, prepared.labels
+            ))  # type: ignore[misc]  # fmt: skip
+            begin = names.index(user) + 1
+            followers = [*names[begin:], *names[: begin - 1]][:others]
+            found = []
+            for state in (None, user, *followers):
+                model.activate(None if state is None else store.state(state))
+                found.append(_score(model, prepared, examples, metric))
+            shared, own, *of_others = found
+            scores.append(UserScores(user, len(examples), shared, own, tuple(of_others)))
+            progress.add(1)
+    model.activate(None)
+    return scores
+
+
+def metric_of(prepared: Prepared) -> str:
+    """Return what users are compared by: the run's metric, or the loss of a language model."""
+    return "loss" if prepared.task.lower_is_better else prepared.run.metric
+
+
+def summary(scores: Sequence[UserScores], *, lower_is_better: bool) -> dict[str, Any]:
+    """Return means over users, and how much the own state gains, with the standard error of the mean over users."""
+    sign = -1.0 if lower_is_better else 1.0
+    facts: dict[str, Any] = {"users": len(scores), "rows": sum(score.rows for score in scores)}
+    for name in ("shared", "own", "other"):
+        facts[name] = _mean([getattr(score, name) for score in scores])
+    for name in ("shared", "other"):
+        gains = [sign * (score.own - getattr(score, name)) for score in scores]
+        facts[f"gain_over_{name}"] = _mean(gains)
+        facts[f"gain_over_{name}_standard_error"] = _standard_error(gains)
+        facts[f"share_better_than_{name}"] = _mean([float(gain > 0.0) for gain in gains])
+        facts[f"share_worse_than_{name}"] = _mean([float(gain < 0.0) for gain in gains])
+    return facts
+
+
+def _score(model: PersonalModel, prepared: Prepared, examples: Any, metric: str) -> float:
+    model.engine.eval()
+    outcomes = predict(
+        model.engine, prepared.task, examples, prepared.tokenizer, prepared.run.eval_batch_size, prepared.device
+    )
+    with warnings.catch_warnings():  # scores that need two classes, of a user whose rows have one
+        warnings.simplefilter("ignore")
+        return float(prepared.task.metrics(outcomes, examples)[metric])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return math.nan
+    mean = _mean(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))

@@ -1,0 +1,378 @@
+"""A folder of personal states over one sparse base, written whole or not at all.
+
+    index.json               what all users share (base, masks, shapes), and the file and SHA-256 of every user
+    states/….safetensors     the personal values of one user, by the names that the model has for them
+
+Masks and base weights are not copied: a state belongs to those that the index names. The index decides who is there, so
+a write that is cut short leaves the states that it names, and a removed user has neither entry nor file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pst_ds import __version__
+from pst_ds.atomic_files import LOCK, only_writer, require_writable, write_bytes_atomic, write_text_atomic
+from pst_ds.checkpoint.restore import same_base
+from pst_ds.errors import InputError
+from pst_ds.formats.tensor_files import TensorFile, TensorFileError
+
+INDEX, STATES = "index.json", "states"
+FORMAT = 1
+KEPT_IN_MEMORY = 64
+"""States that a store keeps in memory, the last ones used."""
+_STATE_FILE = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.safetensors")
+_MOST_CHARACTERS = 200
+
+Form = Literal["masked", "beside", "gates"]
+State = dict[str, Tensor]
+"""Personal values by name, in the store's dtype, on the CPU."""
+
+
+class UserStoreError(InputError):
+    """A store that is missing or damaged, a user that is not in it, or a state that belongs to another model."""
+
+
+class UserNameError(UserStoreError):
+    """A name of nobody in the store, or that no user can have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Common:
+    """What all states of a store belong to."""
+
+    form: Form
+    """"masked": U and V of M . (W0 + beta U V), of the layers themselves; "beside": those of beta U V beside them;
+    "gates": those of the layers' U V, which all users share."""
+    task: str
+    labels: list[str]
+    """Names of the classes, in the order of their ids."""
+    base_path: str
+    base_fingerprint: str
+    masks_sha256: dict[str, str]
+    """Of the bits of every mask, by layer."""
+    shared_sha256: str
+    """Of what was trained and is not personal."""
+    beta: float
+    dtype: Literal["bf16", "fp32"]
+    """Of the values in the files."""
+    shapes: dict[str, list[int]]
+    """Of the personal values, by name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserEntry:
+    """One user in the index."""
+
+    file: str
+    sha256: str
+    bytes: int
+    rows: int
+    """Rows of text that the state was trained on."""
+    steps: int
+    loss: float
+    """Mean loss of the last step."""
+
+
+class UserStore:
+    """The states in one folder; reads are cached, and may come from several threads; writes exclude each other among
+    processes.
+
+    Attributes:
+        folder: where it is.
+        common: what its states have in common.
+    """
+
+    def __init__(
+        self, folder: Path, common: Common, entries: dict[str, UserEntry], kept: int = KEPT_IN_MEMORY,
+        stamp: tuple[int, ...] = (),
+    ):  # fmt: skip
+        """``stamp``: of the index that ``entries`` are from."""
+        self.folder, self.common = folder, common
+        self._entries, self._kept = entries, kept
+        self._cache: OrderedDict[str, tuple[str, State]] = OrderedDict()
+        self._one_at_a_time = threading.RLock()
+        self._stamp = stamp
+
+    @classmethod
+    def create(cls, folder: Path, common: Common) -> UserStore:
+        """Make an empty store, or open the one that is there. Raises UserStoreError if that is of another model."""
+        if not (folder / INDEX).exists():
+            require_writable(folder, f"the store {str(folder)!r}")
+            with _failing_as_one_message(folder), only_writer(folder / LOCK, f"write {folder}"):
+                if not (folder / INDEX).exists():  # nor did another process make it meanwhile
+                    cls(folder, common, {})._make()
+        store = cls.open(folder)
+        store.require_common(common)
+        return store
+
+    def _make(self) -> None:
+        if any(path.name != LOCK for path in self.folder.iterdir()):
+            raise UserStoreError(
+                f"{self.folder} is no store of users, since {INDEX} is missing, and it is not empty; name a new folder"
+            )
+        self._write_index({})
+
+    @classmethod
+    def open(cls, folder: Path, kept: int = KEPT_IN_MEMORY) -> UserStore:
+        """Open a store, of which up to ``kept`` states stay in memory. Raises UserStoreError."""
+        stamp = _stamp(folder / INDEX)  # before the reading: what is written meanwhile is then read again
+        return cls(folder, *_read_index(folder), kept, stamp)
+
+    def refresh(self) -> None:
+        """Take over what other processes did to the index since it was read: users added, trained again, or removed,
+        whose states memory forgets. Raises UserStoreError for an index that is gone, damaged, or of another model."""
+        with self._one_at_a_time:
+            stamp = _stamp(self.folder / INDEX)
+            if stamp == self._stamp and stamp:
+                return
+            common, entries = _read_index(self.folder)
+            self.require_common(common)
+            self._entries, self._stamp = entries, stamp
+            for name in [name for name in self._cache if name not in entries]:
+                del self._cache[name]
+
+    @property
+    def names(self) -> list[str]:
+        """The users, in the order of their names."""
+        return sorted(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def entry(self, name: str) -> UserEntry:
+        """Return the entry of a user. Raises UserNameError for one that is not there."""
+        found = self._entries.get(name)
+        if found is None:
+            require_name(name)
+            some = ", ".join(map(repr, self.names[:6])) or "nobody"
+            raise UserNameError(f"{self.folder} has no user {name!r}; there is {some}{_more(len(self) - 6)}")
+        return found
+
+    def state(self, name: str) -> State:
+        """Return the state of a user, from memory where it was used lately. Do not write into it.
+
+        Raises UserNameError for a user that is not there, and UserStoreError for a file that is missing or damaged.
+        """
+        with self._one_at_a_time:
+            entry = self.entry(name)
+            held = self._cache.pop(name, None)
+            state = held[1] if held is not None and held[0] == entry.sha256 else self._read(name, entry)
+            self._cache[name] = entry.sha256, state
+            while len(self._cache) > self._kept:
+                self._cache.popitem(last=False)
+            return state
+
+    def latest_state(self, name: str) -> State:
+        """Return the state of a user as any process wrote it last; raises what :meth:`state` and :meth:`refresh` do."""
+        self.refresh()
+        try:
+            return self.state(name)
+        except UserNameError:
+            raise
+        except UserStoreError:
+            before = self._stamp
+            self.refresh()
+            if self._stamp == before:
+                raise
+            return self.state(name)  # its file was replaced between the two readings
+
+    def add(self, name: str, state: Mapping[str, Tensor], *, rows: int = 0, steps: int = 0, loss: float = 0.0) -> None:
+        """Write the state of a user, in place of an older one. Raises UserStoreError when it does not fit, or the disk
+        is full: the store is then as it was."""
+        from safetensors.torch import save
+
+        require_name(name)
+        self._require_shapes(state, f"the state of {name!r}")
+        data = save({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()})
+        digest = hashlib.sha256(data).hexdigest()
+        file = f"{hashlib.sha256(name.encode()).hexdigest()[:32]}-{digest[:16]}.safetensors"
+        entry = UserEntry(file=file, sha256=digest, bytes=len(data), rows=rows, steps=steps, loss=loss)
+        with self._writing() as entries:
+            (self.folder / STATES).mkdir(exist_ok=True)
+            write_bytes_atomic(self.folder / STATES / file, data)
+            entries[name] = entry
+
+    def remove(self, name: str) -> None:
+        """Delete a user: entry, file and what memory holds. Raises UserStoreError for one that is not there."""
+        self.entry(name)
+        with self._writing() as entries:
+            entries.pop(name, None)
+        self._cache.pop(name, None)
+
+    def require_common(self, common: Common) -> None:
+        """Raise UserStoreError unless the states belong to a model of ``common``: its base, masks and shapes."""
+        own = self.common
+        self._require_same({
+            "base model": same_base(own.base_fingerprint, common.base_fingerprint),
+            "masks": own.masks_sha256 == common.masks_sha256,
+        }, common)  # fmt: skip
+        if own.shapes != common.shapes:
+            raise UserStoreError(
+                f"{self.folder} has states of {_difference(own.shapes, common.shapes)}; take the run and the layers "
+                "that they were trained with, or another folder"
+            )
+        for name in ("form", "task", "labels", "beta", "dtype"):
+            if getattr(own, name) != getattr(common, name):
+                raise UserStoreError(
+                    f"{self.folder} has states with {name} = {getattr(own, name)!r}, and {getattr(common, name)!r} is "
+                    "asked for; take the same, or another folder"
+                )
+        self._require_same({"shared training": own.shared_sha256 == common.shared_sha256}, common)
+
+    def _require_same(self, found: Mapping[str, bool], common: Common) -> None:
+        for what, same in found.items():
+            if not same:
+                raise UserStoreError(
+                    f"{self.folder} has states over another {what} than that of {common.base_path!r} now; take the run "
+                    "that they were trained from, or another folder"
+                )
+
+    def _read(self, name: str, entry: UserEntry) -> State:
+        path = self.folder / STATES / entry.file
+        try:
+            data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+            if hashlib.sha256(data.numpy().data).hexdigest() != entry.sha256:
+                raise UserStoreError(
+                    f"{path} of user {name!r} is damaged: its SHA-256 is not the one in {INDEX}; remove the user, or "
+                    "train it again"
+                )
+            slots = TensorFile(path).slots
+        except (OSError, TensorFileError) as error:
+            raise UserStoreError(
+                f"{path} of user {name!r} cannot be read: {error}; remove the user, or train it again"
+            ) from None
+        # views of the file's bytes: hundreds of small tensors would leave holes of a fifth of their size in memory
+        state = {key: data[s.offset : s.offset + s.nbytes].view(s.dtype).view(s.shape) for key, s in slots.items()}
+        self._require_shapes(state, f"{path} of user {name!r}")
+        return state
+
+    def _require_shapes(self, state: Mapping[str, Tensor], what: str) -> None:
+        shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+        if shapes != self.common.shapes:
+            raise UserStoreError(f"{what} does not fit {self.folder}: it has {_difference(shapes, self.common.shapes)}")
+
+    @contextmanager
+    def _writing(self) -> Iterator[dict[str, UserEntry]]:
+        """Inside, the entries as other processes left them; what is done to them is in the index afterwards, and files
+        that it does not name are gone, also after an error."""
+        with _failing_as_one_message(self.folder), only_writer(self.folder / LOCK, f"write {self.folder}"):
+            common, entries = _read_index(self.folder)
+            self.require_common(common)
+            try:
+                yield entries
+                self._write_index(entries)
+                self._entries = entries
+            except BaseException:
+                _, entries = _read_index(self.folder)
+                raise
+            finally:
+                named = {entry.file for entry in entries.values()}
+                for path in (self.folder / STATES).iterdir():
+                    if path.name not in named:
+                        path.unlink()
+
+    def _write_index(self, entries: dict[str, UserEntry]) -> None:
+        table = {
+            "format": FORMAT,
+            "pst_ds_version": __version__,
+            "common": asdict(self.common),
+            "users": {name: asdict(entries[name]) for name in sorted(entries)},
+        }
+        write_text_atomic(self.folder / INDEX, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+        self._stamp = _stamp(self.folder / INDEX)
+
+
+@contextmanager
+def _failing_as_one_message(folder: Path) -> Iterator[None]:
+    """Raise UserStoreError for an OSError, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise UserStoreError(f"{folder} cannot be written: {error}; make room, or name a folder elsewhere") from error
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Return what changes with every write of a file; empty where it is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def require_name(name: str) -> None:
+    """Raise UserNameError for a name that is empty, a path, longer than 200 characters, or not printable."""
+    why = ""
+    if not name.strip():
+        why = "is empty"
+    elif "/" in name or "\\" in name or os.sep in name or name in (".", ".."):
+        why = "is a path"
+    elif len(name) > _MOST_CHARACTERS:
+        why = f"has {len(name)} characters, more than {_MOST_CHARACTERS}"
+    elif not name.isprintable():
+        why = "has characters that cannot be printed"
+    if why:
+        raise UserNameError(f"the user name {name[:80]!r} {why}; give users plain names, without slashes")
+
+
+def _read_index(folder: Path) -> tuple[Common, dict[str, UserEntry]]:
+    path = folder / INDEX
+    try:
+        table = json.loads(path.read_bytes())
+        number = table.get("format") if isinstance(table, dict) else None
+    except FileNotFoundError:
+        raise UserStoreError(
+            f"{path.absolute()} does not exist; name a store that pst-ds users train has written"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserStoreError(f"{path} is damaged: {error}; take a copy, or train the users again") from None
+    if number != FORMAT:
+        raise UserStoreError(f"{path} has format {number!r}; this version reads {FORMAT}")
+    try:
+        common = Common(**table["common"])
+        entries = {name: UserEntry(**entry) for name, entry in table["users"].items()}
+        _require_types(common, entries)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserStoreError(f"{path} is damaged: {error!r}; take a copy, or train the users again") from None
+    return common, entries
+
+
+def _require_types(common: Common, entries: dict[str, UserEntry]) -> None:
+    """Raise ValueError for values that no store has."""
+    if common.form not in get_args(Form) or common.dtype not in ("bf16", "fp32"):
+        raise ValueError(f"form = {common.form!r}, dtype = {common.dtype!r}")
+    for name, shape in common.shapes.items():
+        if not all(type(size) is int and size > 0 for size in shape):
+            raise ValueError(f"shape of {name}")
+    for name, entry in entries.items():
+        require_name(name)
+        numbers = [getattr(entry, field.name) for field in fields(entry) if field.name not in ("file", "sha256")]
+        if not _STATE_FILE.fullmatch(entry.file) or not all(type(number) in (int, float) for number in numbers):
+            raise ValueError(f"entry of {name!r}")
+
+
+def _difference(found: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> str:
+    name = next(name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name))
+    return f"{name} of shape {found.get(name)}, and {wanted.get(name)} is wanted (None: it is not there)"
+
+
+def _more(count: int) -> str:
+    return f" and {count} more" if count > 0 else ""

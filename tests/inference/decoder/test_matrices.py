@@ -1,0 +1,194 @@
+"""Products of the native loop with codes, against exact sums: layouts, instruction sets, shapes, splits of threads."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pst_ds.core.quantization import Grid, InputGrid, dequantize
+from pst_ds.inference.runtime.native_loop import LEVELS, Matrix, best_level, supported_levels
+
+BITS_AND_GROUPS = [(8, 0), (8, 128), (4, 32), (4, 64), (4, 0)]
+AVAILABLE = supported_levels()
+
+
+def _codes(rows, columns, bits, group, sparsity, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    largest = 127 if bits == 8 else 7
+    codes = torch.randint(1, largest + 1, (rows, columns), generator=generator, dtype=torch.int8)
+    codes *= torch.randint(0, 2, (rows, columns), generator=generator, dtype=torch.int8) * 2 - 1
+    codes[torch.rand(rows, columns, generator=generator) < sparsity] = 0
+    groups = -(-columns // group) if group else 1
+    return codes, (torch.rand(rows, groups, generator=generator) * 0.01 + 0.001).bfloat16()
+
+
+def _rounded(x, columns_of_a_chunk, largest):
+    """The activations as the layout rounds them: integers of as many levels as a chunk's sum in 32 bits allows."""
+    whole = []
+    for part in x.split(columns_of_a_chunk, 1):
+        levels = min(32767, (2**31 - 1) // (largest * min(columns_of_a_chunk, x.shape[1])))
+        most = part.abs().amax(1, keepdim=True)
+        whole.append((part * (torch.tensor(float(levels)) / most)).round().double() * (most / levels).double())
+    return torch.cat(whole, 1)
+
+
+@pytest.mark.parametrize("level", AVAILABLE, ids=lambda level: LEVELS[level])
+@pytest.mark.parametrize(("bits", "group"), BITS_AND_GROUPS)
+@pytest.mark.parametrize("sparsity", [0.0, 0.4, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1), (13, 100), (24, 576), (9, 4500)])
+def test_a_product_is_that_of_the_rounded_activations(level, bits, group, sparsity, shape):
+    rows, columns = shape
+    codes, scales = _codes(rows, columns, bits, group, sparsity)
+    matrix = Matrix.of_codes(codes, scales, bits, group, level)
+    x = torch.randn(7, columns, generator=torch.Generator().manual_seed(1))
+    largest = 127 if bits == 8 else 7
+    weight = codes.double() * scales.double().repeat_interleave(group or columns, 1)[:, :columns]
+    expected = _rounded(x, group or 2048, largest) @ weight.T
+    torch.testing.assert_close(matrix.multiply(x).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", AVAILABLE, ids=lambda level: LEVELS[level])
+@pytest.mark.parametrize(("bits", "group"), BITS_AND_GROUPS)
+@pytest.mark.parametrize("sparsity", [0.0, 0.8])
+def test_threads_and_the_number_of_vectors_change_no_bit(level, bits, group, sparsity):
+    codes, scales = _codes(200, 320, bits, group, sparsity)
+    matrix = Matrix.of_codes(codes, scales, bits, group, level)
+    x = torch.randn(17, 320, generator=torch.Generator().manual_seed(2))
+    together = matrix.multiply(x)
+    assert torch.equal(together, torch.cat([matrix.multiply(row[None]) for row in x]))
+    assert torch.equal(together, matrix.multiply(x, threads=3))
+
+
+@pytest.mark.skipif(best_level() == 0, reason="this processor has plain C++ alone")
+@pytest.mark.parametrize(("bits", "group"), BITS_AND_GROUPS)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
+def test_every_instruction_set_gives_the_same_bits(bits, group, sparsity):
+    codes, scales = _codes(40, 2500, bits, group, sparsity)
+    x = torch.randn(9, 2500, generator=torch.Generator().manual_seed(3))
+    first, *others = [Matrix.of_codes(codes, scales, bits, group, level).multiply(x) for level in AVAILABLE]
+    for other in others:
+        assert torch.equal(first, other)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 400), st.floats(0, 1), st.integers(0, 1000))
+def test_any_pattern_of_zeros(rows, columns, sparsity, seed):
+    codes, scales = _codes(rows, columns, 8, 0, sparsity, seed)
+    codes[:, torch.rand(columns, generator=torch.Generator().manual_seed(seed)) < sparsity / 2] = 0  # whole columns too
+    x = torch.randn(3, columns, generator=torch.Generator().manual_seed(seed))
+    expected = _rounded(x, 2048, 127) @ (codes.double() * scales.double()).T
+    for level in AVAILABLE:
+        got = Matrix.of_codes(codes, scales, 8, 0, level).multiply(x)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_largest_sums_are_exact():
+    """Every code 127 and every activation the largest: the sum of a chunk comes to the end of 32 bits."""
+    for columns in (516, 2048, 5000):
+        codes, scales = torch.full((8, columns), 127, dtype=torch.int8), torch.ones(8, 1).bfloat16()
+        for level in AVAILABLE:
+            for sign in (1, -1):
+                got = Matrix.of_codes(codes * sign, scales, 8, 0, level).multiply(torch.full((1, columns), 3.0))
+                torch.testing.assert_close(got, torch.full((1, 8), 3.0 * 127 * columns * sign), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("level", AVAILABLE, ids=lambda level: LEVELS[level])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_stays_none(level, value):
+    codes, scales = _codes(8, 100, 8, 0, 0.5)
+    x = torch.randn(2, 100)
+    x[1, 50] = value
+    y = Matrix.of_codes(codes, scales, 8, 0, level).multiply(x)
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()
+
+
+def test_vectors_of_zeros_and_of_the_smallest_numbers():
+    codes, scales = _codes(8, 64, 8, 0, 0.0)
+    matrix = Matrix.of_codes(codes, scales, 8, 0)
+    assert torch.equal(matrix.multiply(torch.zeros(1, 64)), torch.zeros(1, 8))
+    assert matrix.multiply(torch.full((1, 64), 1e-42)).abs().max() < 1e-30
+
+
+needs_bytes = pytest.mark.skipif(
+    LEVELS[best_level()] != "avx512", reason="vectors of 8 bits are multiplied by AVX-512 with VBMI2 and VNNI alone"
+)
+
+
+@needs_bytes
+@pytest.mark.parametrize(("bits", "group"), [*BITS_AND_GROUPS, (8, 96)])
+@pytest.mark.parametrize("sparsity", [0.0, 0.4, 0.95, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1), (13, 100), (56, 576), (41, 2530)])
+def test_vectors_of_8_bits(bits, group, sparsity, shape):
+    """Rounded word by word of columns; splits over threads and vectors change no bit."""
+    rows, columns = shape
+    codes, scales = _codes(rows, columns, bits, group, sparsity)
+    matrix = Matrix.of_codes(codes, scales, bits, group)
+    x = torch.randn(15, columns, generator=torch.Generator().manual_seed(1))
+    x[3, : columns // 2] = 0
+    whole = []
+    for part in x.split(32 if group % 64 and group < columns else 64, 1):
+        most = part.abs().amax(1, keepdim=True)
+        whole.append((part * torch.where(most > 0, 127 / most, 0)).round().double() * (most / 127).double())
+    weight = codes.double() * scales.double().repeat_interleave(group or columns, 1)[:, :columns]
+    got = matrix.multiply(x, in_bytes=True)
+    torch.testing.assert_close(got.double(), torch.cat(whole, 1) @ weight.T, rtol=1e-5, atol=1e-5)
+    assert torch.equal(got, matrix.multiply(x, threads=3, in_bytes=True))
+    assert torch.equal(got[5:6], matrix.multiply(x[5:6], in_bytes=True))
+
+
+@needs_bytes
+@pytest.mark.parametrize(("bits", "group"), [(8, 0), (8, 32), (4, 64), (4, 128)])
+def test_training_rounds_inputs_as_products_do(bits, group):
+    codes, scales = _codes(24, 640, bits, group, 0.5)
+    x = torch.randn(9, 640, generator=torch.Generator().manual_seed(1))
+    x[4, :64] *= 1e3
+    rounded = InputGrid.of(Grid(bits, group or None)).rounded(x).double()
+    weight = dequantize(codes, scales, torch.float64)
+    got = Matrix.of_codes(codes, scales, bits, group).multiply(x, in_bytes=True)
+    torch.testing.assert_close(got.double(), rounded @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+@needs_bytes
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_stays_none_in_8_bits(value):
+    x = torch.randn(2, 100)
+    x[1, 50] = value
+    y = Matrix.of_codes(*_codes(8, 100, 8, 0, 0.5), 8, 0).multiply(x, in_bytes=True)
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()
+
+
+def test_other_instructions_refuse_vectors_of_8_bits():
+    with pytest.raises(ValueError, match="8 bits for portable"):
+        Matrix.of_codes(*_codes(8, 64, 8, 0, 0.5), 8, 0, 0).multiply(torch.ones(1, 64), in_bytes=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", AVAILABLE, ids=lambda level: LEVELS[level])
+def test_floats(level, dtype):
+    weight, x = torch.randn(21, 83).to(dtype), torch.randn(6, 83)
+    matrix = Matrix.of_floats(weight, level)
+    torch.testing.assert_close(matrix.multiply(x), x @ weight.float().T, rtol=1e-5, atol=1e-5)
+    assert torch.equal(matrix.multiply(x), matrix.multiply(x, threads=2))
+
+
+def test_zeros_make_a_matrix_smaller():
+    sizes = [Matrix.of_codes(*_codes(512, 576, 8, 0, s), 8, 0).nbytes * 8 / (512 * 576) for s in (0.0, 0.5, 0.8, 0.9)]
+    assert sizes[0] < 8.2
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[2] < 4.2
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales", "group", "said"),
+    [
+        (torch.ones(8, 64), torch.ones(8, 1).bfloat16(), 0, "int8 codes take bf16 scales"),
+        (torch.ones(8, 64, dtype=torch.int8), torch.ones(8, 1), 0, "int8 codes take bf16 scales"),
+        (torch.ones(8, 64, dtype=torch.int8), torch.ones(8, 1).bfloat16(), 32, r"\(8, 2\)"),
+        (torch.ones(8, 60, dtype=torch.int8), torch.ones(8, 3).bfloat16(), 20, "multiple of 32"),
+    ],
+)
+def test_other_parts_are_refused(codes, scales, group, said):
+    with pytest.raises(ValueError, match=said):
+        Matrix.of_codes(codes, scales, 8, group)

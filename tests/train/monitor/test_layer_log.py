@@ -1,0 +1,272 @@
+"""What a run leaves to look at: layers.jsonl and the event files hold every figure, once, and say the same."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
+from tensorboard.plugins.hparams.metadata import PLUGIN_NAME as HPARAMS
+from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.util.tensor_util import make_ndarray
+
+from pst_ds.config.run import ConfigError, PicturesConfig
+from pst_ds.config.toml import load_run
+from pst_ds.data import labelled as data
+from pst_ds.parallel.launch import LaunchEnvironment
+from pst_ds.train.monitor.metrics import MetricsWriter
+from pst_ds.train.run import prepare, train_run
+
+LAYER_SCALARS = {"sparsity", "flip_rate", "correlation", "score_norm", "relative_update_norm"}
+SCALARS = {
+    "loss", "grad_norm", "lr/scores", "lr/updates", "lr/head", "sparsity/target", "sparsity/actual", "flip_rate",
+    "correlation", "tokens_per_second", "tokens_per_second_per_rank", "data_wait", "peak_memory_bytes", "skipped_steps",
+    "time/forward", "time/backward", "time/optimizer", "time/masks", "eval/accuracy", "checkpoint/bytes",
+}  # fmt: skip
+
+
+def _train(folder, *more, resume=False):
+    settings = ["deepspeed_config=", f"output_dir={json.dumps(str(folder))}", "checkpoint.interval=4", *more]
+    prepared = prepare(load_run("tests/data/world_size.toml", settings), LaunchEnvironment(0, 1, 0))
+    return train_run(prepared, resume=resume, quiet=True)
+
+
+def _lines(folder, name="layers.jsonl"):
+    head, *lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return head, lines
+
+
+def _of(lines, event):
+    return [line for line in lines if line["event"] == event]
+
+
+def _board(folder, reader=event_accumulator):
+    return reader.EventAccumulator(str(folder / "tensorboard"), size_guidance={reader.TENSORS: 0}).Reload()
+
+
+def _pictures(board, tag):
+    """{step: RGBA pixels}"""
+    from PIL import Image
+
+    found = {}
+    for event in board.Tensors(tag):
+        width, height, png = make_ndarray(event.tensor_proto)
+        assert event.step not in found
+        picture = Image.open(io.BytesIO(png))
+        assert picture.size == (int(width), int(height))
+        assert picture.mode == "P"
+        found[event.step] = picture.convert("RGBA")
+    return found
+
+
+def test_a_run_holds_every_figure_of_its_layers_in_both_places(tmp_path):
+    result = _train(tmp_path)
+    head, lines = _lines(tmp_path)
+    names, weights = head["layers"], head["weights"]
+    assert len(names) == len(weights) == 12
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    updates = _of(metrics, "mask_update")
+    masks = _of(lines, "masks")
+    assert [line["step"] for line in masks] == [line["step"] for line in updates]
+    for line, update in zip(masks, updates, strict=True):
+        assert sum(line["flipped"]) / sum(weights) == pytest.approx(update["flip_rate"])
+        assert 1 - sum(line["kept"]) / sum(weights) == pytest.approx(update["sparsity/actual"])
+    assert 1 - sum(masks[-1]["kept"]) / sum(weights) == pytest.approx(result["sparsity_in_masks"])
+
+    scores = _of(lines, "scores")
+    assert [line["step"] for line in scores] == list(range(21))  # 20 times in 20 steps, and before the first
+    assert scores[0]["correlation"] == pytest.approx([1.0] * 12)
+    assert scores[0]["update_norm"] == [0.0] * 12
+    assert all(None not in line["correlation"] for line in scores[:17])
+    assert all(set(line["correlation"]) == set(line["score_norm"]) == {None} for line in scores[17:])  # masks are fixed
+    assert all(None not in line["update_norm"] for line in scores)
+    means = {line["step"]: line["correlation"] for line in _of(metrics, "scores")}
+    assert means == pytest.approx({line["step"]: sum(line["correlation"]) / 12 for line in scores[:17]}, rel=1e-5)
+
+    board = _board(tmp_path)
+    scalars = set(board.Tags()["scalars"])
+    assert scalars >= SCALARS
+    assert {tag for tag in scalars if tag.startswith("layers/")} == {
+        f"layers/{name}/{figure}" for name in names for figure in LAYER_SCALARS
+    }
+    i = 5
+    for figure in ("correlation", "score_norm"):
+        expected = {line["step"]: line[figure][i] for line in scores if line[figure][i] is not None}
+        assert _scalar(board, f"layers/{names[i]}/{figure}") == pytest.approx(expected, rel=1e-5, abs=1e-9)
+    ratios = {line["step"]: line["update_norm"][i] / line["weight_norm"][i] for line in scores}
+    assert _scalar(board, f"layers/{names[i]}/relative_update_norm") == pytest.approx(ratios, rel=1e-5)
+    sparsity = _scalar(board, f"layers/{names[i]}/sparsity")
+    assert {line["step"]: 1 - line["kept"][i] / weights[i] for line in masks} == pytest.approx(
+        {line["step"]: sparsity[line["step"]] for line in masks}
+    )
+
+
+def _scalar(board, tag):
+    events = board.Scalars(tag)
+    found = {event.step: event.value for event in events}
+    assert len(found) == len(events), f"{tag} has a step twice"
+    return found
+
+
+VERDICT = "fit/text_summary"
+
+
+def test_pictures_are_of_the_chosen_layers_with_what_they_mean(tmp_path):
+    _train(tmp_path, "pictures.interval=6", 'pictures.layers=["0.output.dense", "self.query"]')
+    head, lines = _lines(tmp_path)
+    chosen = [i for i, name in enumerate(head["layers"]) if name.endswith(("0.output.dense", "self.query"))]
+    assert len(chosen) == 3
+    board = _board(tmp_path)
+    tensors = set(board.Tags()["tensors"]) - {VERDICT}
+    names = [head["layers"][i] for i in chosen]
+    kinds = ("histogram", "scores", "mask")
+    assert tensors == {"heatmap/sparsity", "heatmap/flips", *(f"{kind}/{name}" for kind in kinds for name in names)}
+    for tag in tensors:
+        metadata = board.SummaryMetadata(tag)
+        assert len(metadata.summary_description) > 50, tag
+        assert metadata.plugin_data.plugin_name == ("histograms" if tag.startswith("scores/") else "images")
+    assert list(_pictures(board, "heatmap/flips")) == [6, 12, 18]  # the ramp is steps 4 to 16
+    widths = [picture.size[0] for picture in _pictures(board, "heatmap/sparsity").values()]
+    assert widths == [24 + 20, 4 * 24 + 20, 6 * 24 + 20]  # mask updates so far
+    histograms, thumbnails = _of(lines, "histogram"), _of(lines, "thumbnail")
+    assert {(line["step"], line["layer"]) for line in histograms} == {(s, i) for s in (0, 6, 12, 18) for i in chosen}
+    assert {(line["step"], line["layer"]) for line in thumbnails} == {(s, i) for s in (0, 6, 12, 18) for i in chosen}
+    for line in histograms:
+        assert len(line["kept"]) == len(line["pruned"]) == 64
+        assert sum(line["kept"]) + sum(line["pruned"]) == head["weights"][line["layer"]]
+        assert (line["threshold"] is None) == (line["step"] == 0)  # nothing is pruned before the first step
+        (event,) = [e for e in board.Tensors(f"scores/{head['layers'][line['layer']]}") if e.step == line["step"]]
+        bins = make_ndarray(event.tensor_proto)
+        assert bins[:, 2].tolist() == [a + b for a, b in zip(line["kept"], line["pruned"], strict=True)]
+        assert (bins[0, 0], bins[-1, 1]) == pytest.approx((line["low"], line["high"]))
+    for name in names:
+        assert list(_pictures(board, f"histogram/{name}")) == list(_pictures(board, f"mask/{name}")) == [0, 6, 12, 18]
+
+
+def test_settings_and_final_metrics_are_in_the_run_itself(tmp_path):
+    _train(tmp_path)
+    assert [path.is_file() for path in (tmp_path / "tensorboard").iterdir()] == [True]
+    board = _board(tmp_path)
+    told = HParamsPluginData.FromString(board.PluginTagToContent(HPARAMS)[SESSION_START_INFO_TAG])
+    settings = told.session_start_info.hparams
+    assert settings["method"].string_value == "pst"
+    assert settings["schedule.final_sparsity"].number_value == 0.8
+    assert not any(name.startswith(("data.", "output_dir")) for name in settings)
+    experiment = HParamsPluginData.FromString(board.PluginTagToContent(HPARAMS)["_hparams_/experiment"]).experiment
+    tags = {info.name.tag for info in experiment.metric_infos}
+    assert tags >= {"eval/accuracy", "loss", "sparsity/actual"}
+    assert tags <= set(board.Tags()["scalars"])
+
+
+def test_a_run_that_goes_on_has_every_point_once(tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    _train(whole)
+    order, calls = data.GlobalBatches.micro_batches, iter(range(1, 1000))
+
+    def killed_at_11(self, *arguments):
+        if next(calls) == 11:
+            raise KeyboardInterrupt
+        return order(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.GlobalBatches, "micro_batches", killed_at_11)
+        with pytest.raises(KeyboardInterrupt):
+            _train(stopped)
+    _, lines = _lines(stopped)
+    assert lines[-1]["step"] == 10  # the newest checkpoint is of step 8
+    with (stopped / "layers.jsonl").open("a") as file:
+        file.write('{"step": 11, "event": "ma')  # a crash in the middle of a line
+    _train(stopped, resume=True)
+    assert _lines(stopped) == _lines(whole)
+    boards = [_board(folder) for folder in (whole, stopped)]
+    assert set(boards[0].Tags()["scalars"]) == set(boards[1].Tags()["scalars"])
+    for tag in boards[0].Tags()["scalars"]:
+        one, other = (_scalar(board, tag) for board in boards)
+        if tag in (
+            "tokens_per_second",
+            "tokens_per_second_per_rank",
+            "data_wait",
+            "peak_memory_bytes",
+        ) or tag.startswith(("checkpoint/", "time/")):
+            one, other = list(one), list(other)  # the steps
+        assert one == other, tag
+    served = [_board(folder, plugin_event_accumulator) for folder in (whole, stopped)]  # the other keeps old pictures
+    for tag in ("heatmap/flips", "heatmap/sparsity"):
+        one, other = (_pictures(board, tag) for board in served)
+        assert list(one) == list(other)
+        assert all(one[step].tobytes() == other[step].tobytes() for step in one)
+
+
+def test_a_run_that_begins_anew_leaves_nothing_of_the_one_before(tmp_path):
+    _train(tmp_path, "train.num_steps=8", "checkpoint.interval=0")
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    _train(tmp_path, "train.num_steps=4")
+    assert max(_scalar(_board(tmp_path), "loss")) == 4
+    assert max(line["step"] for line in _lines(tmp_path)[1]) == 4
+
+
+@pytest.mark.parametrize("method", ["dense", "lora", "magnitude", "gmp", "movement", "spp"])
+def test_other_methods_leave_out_what_they_lack(tmp_path, method):
+    _train(tmp_path, f"method={method}", "train.num_steps=10", "schedule.final_sparsity=0.5")
+    tags = _board(tmp_path).Tags()
+    scalars = {tag.rpartition("/")[2] for tag in tags["scalars"] if tag.startswith("layers/")}
+    expected = {
+        "dense": set(),
+        "lora": {"relative_update_norm"},
+        "magnitude": {"sparsity", "flip_rate"},
+        "gmp": {"sparsity", "flip_rate"},
+        "movement": {"sparsity", "flip_rate", "correlation", "score_norm"},
+        "spp": {"sparsity", "flip_rate", "relative_update_norm"},
+    }
+    assert scalars == expected[method]
+    pictures = {tag.partition("/")[0] for tag in tags["tensors"] if tag != VERDICT} - {"_hparams_"}
+    assert pictures == (set() if method in ("dense", "lora") else {"heatmap", "histogram", "scores", "mask"})
+    assert (tmp_path / "layers.jsonl").is_file() == (method != "dense")
+    if method == "magnitude":  # fixed before the first step: looked at once
+        _, lines = _lines(tmp_path)
+        assert {line["step"] for line in _of(lines, "histogram")} == {0}
+
+
+def test_pictures_can_be_switched_off_and_masks_are_still_counted(tmp_path):
+    _train(tmp_path, "pictures.interval=-1")
+    _, lines = _lines(tmp_path)
+    assert {line["event"] for line in lines} == {"masks"}
+    assert set(_board(tmp_path).Tags()["tensors"]) <= {VERDICT}
+
+
+def test_pictures_come_about_twenty_times_and_at_the_last_step():
+    def steps(pictures, num_steps):
+        return [step for step in range(num_steps + 1) if pictures.is_due(step, num_steps)]
+
+    assert steps(PicturesConfig(), 1000) == list(range(0, 1001, 50))
+    assert steps(PicturesConfig(), 7) == list(range(8))
+    assert steps(PicturesConfig(interval=300), 1000) == [0, 300, 600, 900, 1000]
+    assert steps(PicturesConfig(interval=-1), 1000) == []
+    every = PicturesConfig(interval=300)
+    assert [every.last_before(step, 1000) for step in (0, 1, 300, 301, 1000)] == [-1, 0, 0, 300, 900]
+    with pytest.raises(ConfigError, match=r"pictures\.interval = -2"):
+        PicturesConfig(interval=-2)
+
+
+def test_a_layer_that_is_not_there_is_refused_before_the_run(tmp_path):
+    with pytest.raises(ConfigError, match=r"pictures\.layers: 'self\.querry' is not a pruned layer.*query"):
+        _train(tmp_path, 'pictures.layers=["self.querry"]')
+    assert not (tmp_path / "layers.jsonl").exists()
+
+
+def test_experts_are_pictured_at_the_end_a_picture_for_each_number_of_them(tmp_path):
+    writer = MetricsWriter(tmp_path, num_steps=4, is_main=True, quiet=True, layers={"a.up": 80, "a.down": 40})
+    tokens = {"a": [0, 1, 1, 2], "b": [5, 5]}
+    writer.experts(4, {"expert_tokens": tokens, "expert_zeros": {"a.up": [20, 0, 10, 10], "a.down": [0, 0, 0, 10]}})
+    writer.close()
+    board = _board(tmp_path, plugin_event_accumulator)
+    drawn = {tag: _pictures(board, tag) for tag in ("experts/tokens", "experts/tokens1", "experts/zeros")}
+    assert [list(found) for found in drawn.values()] == [[4]] * 3
+    violet, green, yellow = (68, 1, 84, 255), (33, 145, 140, 255), (253, 231, 37, 255)
+    row = drawn["experts/tokens"][4]
+    assert [row.getpixel((12 + 24 * i, 12)) for i in range(4)] == [violet, green, green, yellow]
+    zeros = drawn["experts/zeros"][4]
+    assert [zeros.getpixel((12 + 24 * i, 12)) for i in range(4)] == [yellow, violet, green, green]
+    assert [zeros.getpixel((12 + 24 * i, 36)) for i in range(4)] == [violet, violet, violet, yellow]

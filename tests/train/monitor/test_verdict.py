@@ -1,0 +1,188 @@
+"""The verdict on losses: curves made of a shape and noise, and what a shape that is fine must never be called."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import linregress
+
+from pst_ds.train.monitor.verdict import Losses, judge, noise, sentence, trend
+
+STEPS, CONSTANT = 400, math.log(2)
+EVALUATIONS = range(40, STEPS + 1, 40)
+
+
+def _training(shape, seed=0, spread=0.08, steps=STEPS):
+    """The losses of batches about ``shape``, (share of the steps) -> loss, with noise in proportion to them."""
+    rng = np.random.default_rng(seed)
+    return [(s, shape(s / steps) * (1 + spread * rng.standard_normal())) for s in range(1, steps + 1)]
+
+
+def _validation(shape, seed=0, spread=0.01, at=EVALUATIONS):
+    rng = np.random.default_rng(seed + 10_000)
+    return [(s, shape(s / STEPS) * (1 + spread * rng.standard_normal())) for s in at]
+
+
+def _losses(training, validation=None, seed=0, spread=0.08, **more):
+    facts = {"num_steps": STEPS, "masks_final": 0, "epochs": 3.0, "is_same_loss": True, "constant": CONSTANT}
+    points = _validation(validation, seed) if validation else []
+    return Losses(training=_training(training, seed, spread), validation=points, **{**facts, **more})
+
+
+def _kind(losses):
+    found = judge(losses)
+    return found and found.kind
+
+
+def _settled(share):
+    """Falls early, and no longer."""
+    return 0.3 + 0.4 * math.exp(-12 * share)
+
+
+def _falling(share):
+    """Is still falling at the end."""
+    return 0.7 - 0.25 * share
+
+
+def _turning(share):
+    """Is lowest at 0.4."""
+    return 0.4 + 0.5 * (share - 0.4) ** 2
+
+
+def _ramped(share):
+    """Falls, rises while the sparsity does, up to 0.7, and recovers."""
+    dense = 0.25 + 0.4 * math.exp(-10 * share)
+    return dense + 0.25 * min(1, share / 0.7) ** 3 - (0.05 * (1 - math.exp(-15 * (share - 0.7))) if share > 0.7 else 0)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_healthy_run_is_never_blamed(seed):
+    above = lambda share: _settled(share) + 0.04  # noqa: E731
+    assert judge(_losses(_settled, above, seed)) is None
+    assert judge(_losses(_settled, None, seed)) is None
+    assert judge(_losses(_ramped, lambda share: _ramped(share) + 0.05, seed, masks_final=280)) is None
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_run_that_is_still_falling_underfits(seed):
+    found = judge(_losses(_falling, _falling, seed))
+    assert found.kind == "underfits"
+    assert not found.is_slow
+    assert "still falls, by " in found.reason
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_validation_loss_that_turned_overfits(seed):
+    """And the step at which it was lowest is found to a tenth of the run."""
+    found = judge(_losses(lambda share: 0.5 * math.exp(-3 * share), _turning, seed))
+    assert found.kind == "overfits"
+    assert abs(found.best_step - 0.4 * STEPS) <= 0.1 * STEPS
+
+
+def test_a_rise_along_the_ramp_is_not_overfitting():
+    """The same rise counts once the masks are final."""
+    rise = lambda share: 0.4 + 0.3 * min(share, 0.7)  # noqa: E731
+    falls = lambda share: 0.5 - 0.3 * share  # noqa: E731
+    assert judge(_losses(falls, rise, masks_final=280)) is None
+    assert _kind(_losses(falls, rise, masks_final=0)) == "overfits"
+
+
+def test_a_validation_loss_that_rises_with_the_training_loss_is_not_overfitting():
+    worse = lambda share: 0.3 + 0.2 * share  # noqa: E731
+    assert judge(_losses(worse, worse)) is None
+
+
+def test_a_rise_within_the_noise_is_none():
+    points = [(s, v) for s, v in zip(EVALUATIONS, [0.5, 0.62, 0.49, 0.6, 0.47, 0.61, 0.5, 0.6, 0.48, 0.6], strict=True)]
+    smooth = [(s, 0.47 + 0.13 * i / 9) for i, s in enumerate(EVALUATIONS)]
+    losses = replace(_losses(lambda share: 0.4 - 0.2 * share), validation=points)
+    assert judge(losses) is None
+    assert _kind(replace(losses, validation=smooth)) == "overfits"
+
+
+def test_a_metric_that_gained_outweighs_the_loss():
+    """Of classes the loss may rise with the model's confidence while more answers are right."""
+    losses = _losses(lambda share: 0.5 * math.exp(-3 * share), _turning)
+    gained = [(s, 0.8 + s / 10_000) for s in EVALUATIONS]
+    assert judge(replace(losses, metric=gained)) is None
+    assert _kind(replace(losses, metric=[(s, 0.8) for s in EVALUATIONS])) == "overfits"
+
+
+def test_one_evaluation_shows_what_is_worse_than_guessing():
+    known = replace(_losses(lambda share: 0.6 * math.exp(-5 * share)), validation=[(STEPS, 1.1)])
+    found = judge(known)
+    assert (found.kind, found.best_step) == ("overfits", None)
+    assert judge(replace(known, validation=[(STEPS, 0.6)])) is None
+    assert judge(replace(known, constant=None)) is None
+
+
+def test_a_run_that_learned_nothing_is_slow():
+    found = judge(_losses(lambda share: 0.68))
+    assert found.kind == "underfits"
+    assert found.is_slow
+    assert judge(_losses(lambda share: 0.68, constant=None)) is None
+    assert judge(_losses(lambda share: 0.5 if 0.3 < share < 0.6 else 0.68)) is None  # learned, and lost again
+
+
+def test_training_that_falls_by_heart_is_not_underfitting():
+    """What it falls by is not found on other text, or it is read once and there is nothing to know by heart."""
+    flat = lambda share: 0.62  # noqa: E731
+    assert judge(_losses(_falling, flat)) is None
+    end_only = replace(_losses(_falling), validation=[(STEPS, 0.62)])
+    assert judge(end_only) is None
+    assert _kind(replace(end_only, epochs=1.0)) == "underfits"
+
+
+def test_a_dense_run_is_the_measure_where_there_is_one():
+    slower = lambda share: 0.6 - 0.08 * share  # noqa: E731
+    losses = _losses(slower, slower, constant=2.0, spread=0.04)
+    assert judge(losses) is None
+    assert _kind(replace(losses, dense_first_epoch=0.4)) == "underfits"
+    assert "a dense run had 0.4 after its first epoch" in judge(replace(losses, dense_first_epoch=0.4)).reason
+    assert judge(replace(losses, dense_first_epoch=0.53)) is None
+    assert judge(replace(_losses(_falling, _falling), dense_first_epoch=0.45)) is None
+
+
+def test_a_distance_from_a_teacher_says_nothing_by_itself():
+    """Its scale is its own: it falls, and is far from anything that the labels have."""
+    distance = lambda share: 2.0 * math.exp(-2 * share)  # noqa: E731
+    with_teacher = {"is_same_loss": False}
+    assert judge(_losses(distance, lambda share: 0.4, **with_teacher)) is None
+    assert judge(_losses(distance, None, **with_teacher)) is None
+    assert _kind(_losses(distance, _falling, **with_teacher)) == "underfits"
+    assert _kind(_losses(distance, _turning, **with_teacher)) == "overfits"
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_a_few_steps_say_nothing(count):
+    losses = replace(_losses(_falling), training=_training(_falling, steps=count) if count else [], num_steps=count)
+    assert judge(losses) is None
+
+
+def test_the_trend_is_the_regression_on_the_logarithm():
+    points = _training(_falling, seed=3)
+    late = [(math.log(s), value) for s, value in points if s >= 200]
+    known = linregress(*zip(*late, strict=True))
+    found = trend(points, 200)
+    assert (found.slope, found.error) == (pytest.approx(known.slope), pytest.approx(known.stderr))
+    exact = trend([(s, 5 - 0.7 * math.log2(s)) for s in (1, 3, 9, 20)], 0)
+    assert (exact.per_doubling, exact.error) == (pytest.approx(0.7), pytest.approx(0, abs=1e-9))
+    assert trend(points[:2], 0) is trend([(5, 1.0)] * 4, 0) is None
+
+
+def test_noise_is_its_standard_deviation():
+    rng = np.random.default_rng(0)
+    steps = np.cumsum(rng.integers(1, 5, 4000))
+    points = [(int(s), float(0.01 * s + 0.3 * rng.standard_normal())) for s in steps]
+    assert noise(points) == pytest.approx(0.3, rel=0.05)
+    assert noise([(s, 2.0 - s) for s in (1, 2, 5, 6)]) == pytest.approx(0, abs=1e-12)
+    assert noise([(1, 0.5), (2, 0.4), (3, 0.5), (4, 0.6)]) == pytest.approx(0, abs=1e-12)  # a turn is no noise
+
+
+def test_a_sentence_names_the_changes():
+    fit = {"verdict": "overfits", "reason": "it does", "fixes": [{"a": 1}, {"b": 2.0, "c": 3}]}
+    assert sentence(fit) == "The run overfits: it does. Fix: a = 1; or b = 2.0, c = 3. More training data helps too."
+    assert sentence({"verdict": None}) == sentence({}) == ""
