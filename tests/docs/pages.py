@@ -12,8 +12,18 @@ from pathlib import Path
 from pst_ds.config.run import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-         for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))}  # fmt: skip
+_FILES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in _FILES}
+REPLACED = [page for page in PAGES if re.fullmatch(r"docs/[\w-]+\.md", page)]
+"""Pages outside the four sections, which other pages replace. Their links and paths are not checked."""
+NAVIGATION = (ROOT / "tools/docs/mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+PLANNED = ["docs/" + page for page in re.findall(r": (\S+/\S+\.md)$", NAVIGATION, flags=re.M)]
+"""Pages of the site's navigation, in its order."""
+
+
+def first_of(*pages: str) -> str:
+    """The first of the pages that exists: a page and the one that it replaces."""
+    return next(page for page in pages if page in PAGES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +36,8 @@ class Block:
     text: str
     not_run: str = ""
     """Why no test runs it: the page says so in a comment above it, ``<!-- not run: needs a GPU -->``."""
+    is_encoder: bool = False
+    """Whether it is about an encoder although its page is about a decoder: ``<!-- encoder -->`` above it."""
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -34,8 +46,19 @@ class Block:
 def blocks(page: str) -> list[Block]:
     """Those of a page, in its order."""
     text = PAGES[page]
-    found = re.finditer(r"(?:^<!-- not run: (.*) -->\n+)?^```(\w*)\n(.*?)^```$", text, flags=re.M | re.S)
-    return [Block(page, text[: match.start(2)].count("\n") + 1, match[2], match[3], match[1] or "") for match in found]
+    comment = r"(?:^<!-- (?:not run: (?P<why>[^\n]*)|(?P<encoder>encoder)) -->\n+)?"
+    found = re.finditer(comment + r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", text, flags=re.M | re.S)
+    return [
+        Block(
+            page,
+            text[: m.start("language")].count("\n") + 1,
+            m["language"],
+            m["text"],
+            m["why"] or "",
+            bool(m["encoder"]),
+        )
+        for m in found
+    ]
 
 
 def all_blocks(language: str) -> list[Block]:

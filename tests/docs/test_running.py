@@ -24,6 +24,7 @@ from tests.train.users.test_store import COMMON, _state
 
 from .pages import PAGES, ROOT, Block, blocks, commands
 from .test_code import EXTRAS
+from .test_tutorial import TUTORIAL
 
 SETTINGS = {
     "deepspeed_config": "", "train.num_steps": 2, "train.batch_size": 4, "eval.interval": 0, "data.max_length": 16,
@@ -32,10 +33,14 @@ SETTINGS = {
 VERBS = ("eval", "export", "generate", "init", "inspect", "plan", "prune", "report", "verify")
 """Verbs whose commands run on the pages of COMMANDS; the others take long, listen, or start ranks."""
 COMMANDS = {"docs/onnx.md": "encoder"} | dict.fromkeys((
-    "docs/command-line.md", "docs/decoding.md", "docs/in-your-script.md", "docs/pruning.md", "docs/pruning-measured.md",
+    "docs/command-line.md", "docs/decoding.md", "docs/in-your-script.md", "docs/pruning.md",
     "docs/report.md", "docs/scaling.md", "docs/sparse-checkpoints.md", "docs/troubleshooting.md",
+    "docs/how-to/export.md", "docs/how-to/inference.md", "docs/how-to/large-models.md", "docs/how-to/methods.md",
+    "docs/how-to/monitor.md", "docs/how-to/your-script.md", "docs/reference/api.md", "docs/reference/command-line.md",
+    "docs/reference/troubleshooting.md",
 ), "decoder")  # fmt: skip
-"""Pages whose commands run, and which of the tiny models they are about."""
+"""Pages whose commands run, and which of the tiny models they are about: a block under ``<!-- encoder -->`` is about
+the encoder on any page."""
 NOT_HERE = {
     "--watch": "does not end",
     "--format gguf": "needs a BPE tokenizer; tests/export/test_gguf.py",
@@ -45,7 +50,7 @@ NOT_HERE = {
     "--bench bench.txt": "needs what bench measures; tests/cli/test_report.py",
 }
 """Commands that do not run here, by a pattern for them."""
-PYTHON = [page for page in PAGES if any(b.language == "python" for b in blocks(page)) and page != "docs/tutorial.md"]
+PYTHON = [page for page in PAGES if any(b.language == "python" for b in blocks(page)) and page != TUTORIAL]
 
 
 def _classifier() -> torch.nn.Module:
@@ -89,14 +94,18 @@ def _deepspeed_config() -> dict[str, Any]:
     return {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3}}
 
 
+_SCRIPT: dict[str, Callable[[], Any]] = {
+    "model": _classifier, "base": _pruned, "args": _args, "data": _rows, "loader": _loader,
+    "conversations": _conversations, "config": _deepspeed_config, "folder": str,
+}  # fmt: skip
 GIVEN: dict[str, dict[str, Callable[[], Any]]] = {
     "README.md": {"model": _classifier, "args": _args, "data": _rows},
-    "docs/in-your-script.md": {
-        "model": _classifier, "base": _pruned, "args": _args, "data": _rows, "loader": _loader,
-        "conversations": _conversations, "config": _deepspeed_config, "folder": str,
-    },
+    "docs/in-your-script.md": _SCRIPT,
+    "docs/how-to/your-script.md": _SCRIPT,
+    "docs/reference/api.md": _SCRIPT,
     "docs/migrating.md": {"model": _llama},
-}  # fmt: skip
+    "docs/how-to/migrate.md": {"model": _llama},
+}
 """What pages take from the reader's script, by name. A block that injects into a model begins with a new one."""
 ON_A_CPU = {'SFTConfig("out", max_steps=500,': 'SFTConfig("out", max_steps=4, use_cpu=True, bf16=False,'}
 """Words that are written for a GPU, and what takes their place here."""
@@ -153,12 +162,14 @@ def place(places, tmp_path, monkeypatch, forked_writers) -> Callable[[str], None
     return go
 
 
-def _run_page(page: str, python: bool, shell: bool) -> None:
+def _run_page(page: str, python: bool, shell: bool, encoder: bool = False) -> None:
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page):
+        if block.is_encoder != encoder:
+            continue
         if block.language == "python" and python and not block.not_run:
             _run_python(block, names)
-        elif block.language == "bash" and shell:
+        elif block.language == "bash" and shell and not block.not_run:
             for words in commands(block):
                 line = " ".join(words)
                 if words[0] == "pst-ds" and words[1] in VERBS and not re.search("|".join(NOT_HERE), line):
@@ -184,6 +195,15 @@ def _run_python(block: Block, names: dict[str, Any]) -> None:
 def test_a_page_runs(page, place, run_ranks):
     place(COMMANDS.get(page, "decoder"))
     run_ranks(_run_page, 1, page, page in PYTHON, page in COMMANDS)
+
+
+@pytest.mark.zero3
+@pytest.mark.parametrize(
+    "page", [page for page in COMMANDS if page in PAGES and any(b.is_encoder for b in blocks(page))]
+)
+def test_commands_about_an_encoder_run(page, place, run_ranks):
+    place("encoder")
+    run_ranks(_run_page, 1, page, False, True, True)
 
 
 def test_code_that_uses_what_nobody_defined_is_found():

@@ -10,9 +10,10 @@ import pytest
 from pst_ds.cli.main import main
 from tools.cluster.processes import environment, free_ports
 
-from .pages import ROOT, blocks, commands
+from .pages import ROOT, blocks, commands, first_of
 
 RUN_SECONDS = 240
+TUTORIAL = first_of("docs/learn/tutorial.md", "docs/tutorial.md")
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def _require_lines(shown: str, printed: str, at: str) -> None:
 @pytest.mark.launcher
 def test_the_tutorial_does_what_it_says(at_a_copy_of_the_top_folder, capfd):
     printed = ""
-    for block in blocks("docs/tutorial.md"):
+    for block in blocks(TUTORIAL):
         if block.language == "text":
             _require_lines(block.text, printed, str(block))
             continue

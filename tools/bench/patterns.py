@@ -2,7 +2,7 @@
 
 MiniLM with a new head is pruned by magnitude, without training, and exported for ONNX Runtime with int8 values and
 embeddings; beside it stands ONNX Runtime's own int8 of the same model. All take turns; times are medians. What the
-patterns cost in accuracy once trained is in docs/results.md (tools/quality/patterns.toml).
+patterns cost in accuracy once trained is in tools/quality/logs/results.md (tools/quality/patterns.toml).
 
     OMP_NUM_THREADS=1 python -m tools.bench.patterns --json
 """

@@ -46,7 +46,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "pst-90-1x4": {"schedule.final_sparsity": 0.9, "schedule.initial_sparsity": 0.45, "pst.pattern": "1x4"},
 }
 """What each run sets over tools/demo/run.toml: PST what `pst-ds init` writes, at 90 % with a start by ALPS, the last
-one with `--pattern 1x4`; the others have rates chosen for this text (docs/tuning-log.md)."""
+one with `--pattern 1x4`; the others have rates chosen for this text (tools/quality/logs/tuning-log.md)."""
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Hooks of the site: pages that are not in docs/, and links that lead out of it."""
+"""Hooks of the site: its front page is the README, and the API page ends with the docstrings of every public name."""
 
 from __future__ import annotations
 
@@ -9,40 +9,43 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLIC = ("pst_ds", "pst_ds.hf")
+API_PAGE = "reference/api.md"
 
 
 def on_files(files: Any, *, config: Any) -> Any:
-    """Add the top README and the API reference."""
+    """Add the front page."""
     from mkdocs.structure.files import File
 
-    for name, text in {"overview.md": overview(), "api.md": api_reference()}.items():
-        files.append(File.generated(config, name, content=text))
+    files.append(File.generated(config, "index.md", content=front_page()))
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Lead ../README.md to its page here; of other places outside docs/ keep the name."""
-    return re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", markdown.replace("](../README.md)", "](overview.md)"))
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Resolve links that leave docs/, and append the docstrings to the API page."""
+    uri = page.file.src_uri
+    depth = uri.count("/") + 1
+    markdown = markdown.replace(f"]({'../' * depth}README.md)", f"]({'../' * (depth - 1)}index.md)")
+    markdown = re.sub(rf"\[([^\]]+)\]\((?:\.\./){{{depth}}}[^)]*\)", r"\1", markdown)
+    return markdown + api_reference() if uri == API_PAGE else markdown
 
 
-def overview() -> str:
-    """Return the top README with its links made for this folder; of places outside docs/ keep the name."""
+def front_page() -> str:
+    """Return the README with links relative to docs/. Links to other folders become plain words."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.sub(r"\[([^\]]+)\]\((?!https?://)([^)]*)\)", _link_from_docs, text)
+    return re.sub(r"(!?)\[([^\]]*)\]\((?!https?://)([^)]*)\)", _link_from_docs, text)
 
 
 def _link_from_docs(link: re.Match[str]) -> str:
-    name, target = link.groups()
-    in_docs = target.startswith("docs/") and target.partition("#")[0].endswith(".md")
-    return f"[{name}]({target.removeprefix('docs/')})" if in_docs else name
+    mark, name, target = link.groups()
+    return f"{mark}[{name}]({target.removeprefix('docs/')})" if target.startswith("docs/") else name
 
 
 def api_reference() -> str:
-    """Return a page with every public name under the module that exports it."""
-    lines = ["# API", "", "What a script of your own imports; [in-your-script.md](in-your-script.md) shows how.", ""]
+    """Return every public name with its docstring, under the module that exports it."""
+    lines = [""]
     for package in PUBLIC:
         module = importlib.import_module(package)
-        lines += [f"## {package}", ""]
+        lines += [f"## Docstrings: {package}", ""]
         for name in sorted(set(module.__all__) - {"__version__"}):
             home = getattr(module, name).__module__
             lines += [f"::: {home}.{name}", "    options:", f'      heading: "{package}.{name}"',

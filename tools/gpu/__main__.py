@@ -68,7 +68,7 @@ def measured(device: str, names: list[str]) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Return the rows as Markdown for docs/performance.md."""
+    """Return the rows as Markdown for tools/quality/logs/performance.md."""
     lines = [f"{found['card']}, torch {found['torch']}; predicted for {found['predicted_for']}", ""]
     lines += ["| | measured | predicted |", "|---|---|---|"]
     for rows in found["sections"].values():

@@ -1,8 +1,8 @@
-"""Fills the results table, a grid of methods x sparsities x seeds x data sets, and writes docs/results.md.
+"""Fill the results table, a grid of methods x sparsities x seeds x data sets, and write tools/quality/logs/results.md.
 
 A grid is a TOML file (tools/quality/encoders.toml, causal.toml). Each cell trains, exports, verifies and tests in a
-process with one thread and a budget of CPU seconds; it becomes a line of docs/results/NAME.jsonl. Cells that have a
-line are not run again, so the command can be stopped at any time and given again.
+process with one thread and a budget of CPU seconds, and becomes a line of tools/quality/logs/results/NAME.jsonl. Cells
+that have a line are not run again, so the command can be interrupted at any time and repeated.
 
     python -m tools.quality tools/quality/encoders.toml --workers 2
     python -m tools.quality tools/quality/encoders.toml --list
@@ -33,7 +33,7 @@ from tools.quality.report import write_report
 from tools.quality.workers import Options, run_cells, selected
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = Path("docs/results")
+RESULTS = Path("tools/quality/logs/results")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of every run"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="lines (default: docs/results)")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="lines (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Options.folder, help="where cells run (default: runs/quality)")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--list", action="store_true", help="show the cells and what is known of them; run nothing")

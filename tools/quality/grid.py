@@ -1,4 +1,4 @@
-"""A grid: methods x sparsities x seeds x data sets, as a TOML file says it. docs/results.md is made of such files.
+"""A grid of methods x sparsities x seeds x data sets, read from a TOML file; tools/quality/logs/results.md shows all.
 
 Tables called ``run`` hold settings of the run file and are laid over one another: the grid's, the data set's, the
 sparsity's, the method's, the try's, the method's for that sparsity, and those given on the command line.

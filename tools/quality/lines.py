@@ -1,4 +1,4 @@
-"""The results of a grid: docs/results/NAME.jsonl, one line of sorted keys for each cell that was run."""
+"""The results of a grid: tools/quality/logs/results/NAME.jsonl, one line of sorted keys for each cell that was run."""
 
 from __future__ import annotations
 

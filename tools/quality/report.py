@@ -1,4 +1,4 @@
-"""docs/results.md, written from the lines alone."""
+"""tools/quality/logs/results.md, written from the lines alone."""
 
 from __future__ import annotations
 
