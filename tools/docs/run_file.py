@@ -1,4 +1,4 @@
-"""Write docs/run-file.md and docs/run-file.schema.json from the settings classes and the docstrings of their fields."""
+"""Write docs/reference/run-file.md and run-file.schema.json from the settings classes and their fields' docstrings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pst_ds.config.tracking import TrackingConfig
 from pst_ds.core.schedule import ScheduleConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE, SCHEMA = ROOT / "docs" / "run-file.md", ROOT / "docs" / "run-file.schema.json"
+PAGE, SCHEMA = ROOT / "docs/reference/run-file.md", ROOT / "docs/reference/run-file.schema.json"
 TABLES = {
     "": RunConfig, "model": ModelConfig, "data": DataConfig, "[data.sources]": DataSource, "train": TrainConfig,
     "start": StartConfig, "schedule": ScheduleConfig, "pst": PSTConfig, "[pst.overrides]": Override,
@@ -42,19 +42,48 @@ TABLES = {
     "distillation": DistillationConfig, "eval": EvalConfig, "checkpoint": CheckpointConfig, "pictures": PicturesConfig,
     "tracking": TrackingConfig,
 }  # fmt: skip
-KINDS = {"string": "a string", "integer": "a whole number", "number": "a number", "boolean": "`true` or `false`"}
+KINDS = {"string": "a string", "integer": "a whole number", "number": "a number", "boolean": "true or false"}
+GROUPS = {
+    "The run and its model": ("", "model"),
+    "Data": ("data", "[data.sources]"),
+    "Training": ("train", "distillation", "prompt", "quantization"),
+    "Pruning": ("schedule", "start", "pst", "[pst.overrides]"),
+    "Evaluation, checkpoints and monitoring": ("eval", "checkpoint", "pictures", "tracking"),
+}
+"""Headings of the page, and the sections of a run file whose settings follow them in one table."""
+LONGEST = 120
+"""Characters of a description on the page. The first sentence is always there; the schema has all of it."""
 HEAD = """# The run file
 
-One TOML file describes a run. Paths are relative to the working directory; `--set key=value` on the command line
-overrides any setting (`--set train.num_steps=20`). An unknown key is an error that names the nearest known one, and the
-resolved file is written to the run folder as `run.toml`. `pst.preset = "paper"` sets the paper's constants (no relative
-magnitude, A and U from N(0, 1)), and `data.preset` those of a benchmark ([tasks.md](tasks.md)); settings in the file
-win over both.
+```toml
+#:schema docs/reference/run-file.schema.json
+output_dir = "runs/mine"
 
-Editors that know TOML complete and check a run file by [run-file.schema.json](run-file.schema.json): the first line
-`#:schema PATH/run-file.schema.json` tells Taplo and the editors that use it.
+[model]
+path = "path/to/model"
 
-This page is written by `python -m tools.docs.run_file` from the code.
+[data]
+train = "train.jsonl"
+validation = "validation.jsonl"
+
+[train]
+num_epochs = 2
+
+[schedule]
+final_sparsity = 0.5
+```
+
+One TOML file describes a run; `pst-ds init` writes one for your model and data. Paths are relative to the working
+directory. `--set train.num_steps=20` on the command line overrides a setting, by its name in the tables below. An
+unknown setting is an error that suggests the nearest known one. The run folder keeps the resolved file as `run.toml`.
+
+`pst.preset = "paper"` starts from the paper's constants, and `data.preset` from a benchmark's data settings
+([Prepare data](../how-to/data.md)); settings in the file override both. [Choose a method](../how-to/methods.md)
+compares the values of `method`.
+
+The first line of the example lets editors with TOML support (Taplo, Even Better TOML) complete and check the file by
+[run-file.schema.json](run-file.schema.json), which also has the full text of descriptions that are shortened here.
+An empty default means "unset". This page is written by `python -m tools.docs.run_file` from the code.
 """
 
 
@@ -94,25 +123,36 @@ def _in_markdown(value: Any) -> Any:
 
 
 def page(table: dict[str, Any]) -> str:
-    sections = [HEAD]
-    for name, cls in TABLES.items():
-        one = table["$defs"][cls.__name__] if name else table
-        title = f"## [{name}]" if name else "## Top level"
-        summary = re.split(r"(?<=[.)]) (?=[A-Z])", one["description"])[0]
-        rows = ["", title, "", summary, "", "| setting | value | default | |", "|---|---|---|---|"]
-        rows += [
-            _row(key, entry) for key, entry in one["properties"].items() if "$ref" not in entry and key != "preset"
-        ]
-        sections.append("\n".join(rows))
-    return "\n".join(sections) + "\n"
+    """Return the page: one table for each group of sections, with a row for each setting."""
+    parts = [HEAD]
+    for title, names in GROUPS.items():
+        rows = [f"## {title}", "", "| setting | value | default | meaning |", "|---|---|---|---|"]
+        for name in names:
+            section = table["$defs"][TABLES[name].__name__] if name else table
+            lead = f"[{name}] " if name.startswith("[") else f"{name}." if name else ""
+            entries = section["properties"].items()
+            rows += [_row(lead + key, entry) for key, entry in entries if "$ref" not in entry and key != "preset"]
+        parts.append("\n".join(rows) + "\n")
+    return "\n".join(parts)
 
 
 def _row(name: str, entry: dict[str, Any]) -> str:
-    default = (
-        "" if entry.get("default", "") is None else json.dumps(entry["default"]) if "default" in entry else "required"
-    )
-    shown = f"`{default}`" if default not in ("", "required") else default
-    return f"| `{name}` | {_kind(entry)} | {shown} | {entry.get('description', '')} |"
+    default = entry.get("default", "") if "default" in entry else "required"
+    shown = default if default in ("", "required") else f"`{json.dumps(default)}`"
+    if default is None or default == []:
+        shown = ""
+    return f"| `{name}` | {_kind(entry)} | {shown} | {_shortened(entry.get('description', ''))} |"
+
+
+def _shortened(text: str) -> str:
+    """Return the first sentences of ``text`` that fit into LONGEST characters, at least one."""
+    sentences = re.split(r"(?<=[.)]) (?=[A-Z\"])", text)
+    kept = sentences[:1]
+    for sentence in sentences[1:]:
+        if len(" ".join([*kept, sentence])) > LONGEST:
+            break
+        kept.append(sentence)
+    return " ".join(kept)
 
 
 def _kind(entry: dict[str, Any]) -> str:
