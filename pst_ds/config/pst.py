@@ -55,7 +55,7 @@ class MaskRule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PSTConfig:
-    """The PST modules of a model; defaults as docs/tuning-log.md measured them, and ``PSTConfig.paper()`` the paper's.
+    """What PST prunes and trains in a model. ``PSTConfig.paper()`` has the paper's constants.
 
     S = |W| / scale + alpha1 A B + alpha2 (R 1' + 1 C'),  W = W0 + beta U V,  y = x (M . W)' + bias
     """

@@ -34,7 +34,7 @@ class TaskFacts:
     init_max_length: int = 128
     init_epochs: float = 3.0
     init_sparsity: float = 0.9
-    """Where the pattern does not say it. Language models lose too much at 0.9: docs/pruning-measured.md."""
+    """Where the pattern does not say it. Language models lose too much at 0.9: docs/background/results.md."""
     suggested_by: Callable[[str | None], bool] = lambda label_type: False
     """True where ``pst-ds init`` proposes it for a label column of this Arrow type, or for None, no such column. The
     first such task is taken."""

@@ -48,7 +48,7 @@ class TrainConfig:
     adam_beta1: Share = 0.9
     """Decay of Adam's first moment."""
     adam_beta2: Share = 0.98
-    """Decay of Adam's second moment. Shorter than Adam's 0.999: held-out loss was lower (docs/tuning-log.md)."""
+    """Decay of Adam's second moment. Held-out loss was lower than with Adam's 0.999."""
     learning_rate_warmup_fraction: Share = 0.06
     """Share of all steps over which learning rates rise from zero; they then fall linearly to zero."""
     gradient_clipping: Rate = 1.0

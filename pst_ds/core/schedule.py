@@ -212,10 +212,10 @@ STEPS_POWER = 1 / 3
 """Rates fall with this power of the steps, as was found for pretraining with AdamW (arXiv 2409.19913: 0.32)."""
 _LEAST, _MOST = 0.25, 2.0**STEPS_POWER
 """Bounds of the factor for the length. Runs of fewer than 300 steps have the rates of 300: with the 1.44 that 200 would
-have, one seed in three of a regression learned little (docs/tuning-log.md)."""
+have, one seed in three of a regression learned little (tools/quality/logs/tuning-log.md)."""
 FEW_LABELS = 3
 """Labels of no more different values are soon learned by heart, through the rows of rare words. Measured with 2, 3, 20
-and 52 classes, and with numbers, of two values and of many (docs/tuning-log.md)."""
+and 52 classes, and with numbers, of two values and of many (tools/quality/logs/tuning-log.md)."""
 _PASSES_OF_FEW, _PASSES_OF_MANY = 1.0, 2.0
 """Over the data, that leave the embeddings' rate as it is."""
 _EPOCHS_POWER = 3.0
@@ -251,7 +251,7 @@ class LearningRates:
 _MEASURED = LearningRates()
 _OF_TOKENS = LearningRates(scores=1e-3, updates=5e-3)
 """For a loss of every token, from a model that was pretrained to it: masks that were well chosen move little, and U V
-bears more (docs/tuning-log.md, "Language models")."""
+bears more (tools/quality/logs/tuning-log.md, "Language models")."""
 
 
 def default_learning_rates(

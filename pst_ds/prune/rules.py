@@ -18,7 +18,7 @@ _METHOD_PATTERNS: dict[Method, str] = {"magnitude": "matrix", "wanda": "row", "s
 """The pattern of each method unless another is given."""
 _ROWS_TOGETHER = 0.6
 """Up to this share of zeros rows are ranked together by what the loss loses with their outputs: measured as better at
-0.5, and as far worse than rows of equal shares at 0.7 (docs/pruning-measured.md)."""
+0.5, and as far worse than rows of equal shares at 0.7 (docs/background/results.md)."""
 
 
 @dataclass(frozen=True, slots=True)

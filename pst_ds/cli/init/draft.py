@@ -139,7 +139,7 @@ def _has_small_update(run: RunConfig) -> bool:
 
 def _for_a_new_task(table: Settings, model: nn.Module, run: RunConfig) -> Settings:
     """Return ``table`` for a model that learns a new task: with an update of its embeddings, and with masks that are
-    half empty at once and final early. docs/tuning-log.md says what each is worth."""
+    half empty at once and final early. tools/quality/logs/tuning-log.md says what each is worth."""
     if embeddings := _updatable_embeddings(model, run):
         table = laid_over(table, "pst", update_embeddings=embeddings)
     if run.method != "pst" or run.pst.magnitude == "none":
@@ -227,7 +227,7 @@ def _first_table(args: argparse.Namespace, deepspeed_file: Path | None) -> Setti
 
 
 def _proposed_pattern(args: argparse.Namespace, task: str) -> tuple[str, str]:
-    """Return the pattern as given or by ``args.target``, and why. docs/performance.md has what blocks are worth."""
+    """Return the requested pattern, or that of ``args.target``, and the reason (docs/background/results.md)."""
     if args.pattern or args.target != "cpu":
         return args.pattern or "matrix", ""
     if not TASKS[task].has_labels:

@@ -20,7 +20,7 @@ MANY_ZEROS = 0.85
 _START_SPARSITY, _EXAMPLES, _PATTERNS = 0.8, 1024, ("matrix", "row")
 _SHARES_FOR_ALL = 0.8
 """Up to here a language model begins with shares of zeros by what its loss loses; measured at 0.5, 0.7 and 0.8
-(docs/pruning-measured.md)."""
+(docs/background/results.md)."""
 _SEQUENCES = 64
 _MOST_WEIGHTS = 1_000_000_000
 """More would take a processor hours."""

@@ -68,7 +68,7 @@ def run_file_text(chosen: Chosen, out: Path) -> str:
         _comment(f"What the run would do: {chosen.plan_command(out)}"),
         _comment(f"Start it: {chosen.train_command(out)}"),
         _comment(f"Try other learning rates: pst-ds tune {shlex.quote(str(out))}"),
-        _comment("Every other setting: docs/run-file.md"),
+        _comment("Every other setting: docs/reference/run-file.md"),
     ]
     tables = {name: value for name, value in chosen.table.items() if isinstance(value, dict)}
     lines += _lines({name: value for name, value in chosen.table.items() if name not in tables}, "", comments)

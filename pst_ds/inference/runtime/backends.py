@@ -1,4 +1,4 @@
-"""The choice of how a product with a packed weight is computed, as measured in docs/performance.md."""
+"""The choice of how a product with a packed weight is computed, as measured in docs/background/results.md."""
 
 from __future__ import annotations
 
