@@ -102,7 +102,7 @@ GIVEN: dict[str, dict[str, Callable[[], Any]]] = {
     "README.md": {"model": _classifier, "args": _args, "data": _rows},
     "docs/in-your-script.md": _SCRIPT,
     "docs/how-to/your-script.md": _SCRIPT,
-    "docs/reference/api.md": _SCRIPT,
+    "docs/reference/api.md": _SCRIPT | {"base": _classifier},
     "docs/migrating.md": {"model": _llama},
     "docs/how-to/migrate.md": {"model": _llama},
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import operator
 import os
 import re
 import subprocess
@@ -53,6 +55,20 @@ def test_links_that_leave_the_folder_become_words(site_pages):
 
 def test_the_reference_has_every_public_name(site_pages):
     assert set(re.findall(r'heading: "(.+)"', site_pages.api_reference())) == PUBLIC
+
+
+def test_the_api_page_has_the_signature_of_every_public_name():
+    """Parameters are those of the function, in their order; ``...`` leaves out the rest."""
+    headings = re.findall(r"^### `([\w.]+)(?:\((.*)\))?`$", PAGES["docs/reference/api.md"], flags=re.M)
+    assert {f"pst_ds.{name}" for name, _ in headings} == PUBLIC
+    for name, shown in headings:
+        value = operator.attrgetter(name)(pst_ds)
+        if isinstance(value, type) and issubclass(value, Exception):
+            continue
+        names = [part.strip().partition("=")[0] for part in re.sub(r"\([^()]*\)", "", shown).split(",")]
+        names = [part.lstrip("*") for part in names if part not in ("", "*")]
+        actual = list(inspect.signature(value).parameters)
+        assert (names[:-1] == actual[: len(names) - 1]) if names[-1] == "..." else (names == actual), name
 
 
 def test_make_docs_is_strict_and_lets_warnings_count():
