@@ -12,7 +12,7 @@ from pst_ds.config.checks import ConfigError as ConfigError
 from pst_ds.config.data import DataConfig as DataConfig
 from pst_ds.config.data import EvalConfig as EvalConfig
 from pst_ds.config.methods import METHODS as METHODS_BY_NAME
-from pst_ds.config.methods.method import Method
+from pst_ds.config.methods import Method
 from pst_ds.config.prompt import PromptConfig as PromptConfig
 from pst_ds.config.pst import PSTConfig
 from pst_ds.config.quantization import QuantizationConfig as QuantizationConfig

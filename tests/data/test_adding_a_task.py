@@ -1,4 +1,4 @@
-"""A task or a method is one new file and one line: those of docs/extending.md, in a copy of the package."""
+"""A task is one file and one line, a method one table entry: those of docs/extending.md, in a copy of the package."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ from pst_ds.cli.main import main
 for words in json.loads(sys.argv[1]):
     assert main(words) == 0, words
 """
-LAST_ENTRY = {"pst_ds/config/tasks.py": '    "data-to-text": TaskFacts(', "pst_ds/config/methods/__init__.py": ")"}
-"""The line that a new one is put before."""
+LAST_ENTRY = {
+    "pst_ds/config/tasks.py": '    "data-to-text": TaskFacts(',
+    "pst_ds/config/methods.py": '    "sk-tuning": Method(',
+}
+"""Line of each table that a new entry is inserted before."""
 
 
 def _blocks(language):
@@ -32,15 +35,15 @@ def _blocks(language):
 
 
 def _extended(folder, name):
-    """Copy the package, and add the file and the line of ``name``: the line."""
+    """Copy the package, add the file of ``name`` where it has one, and its table entry. Return the entry."""
     shutil.copytree(ROOT / "pst_ds", folder / "pst_ds", ignore=shutil.ignore_patterns("__pycache__"))
-    ((path, code),) = [block for block in _blocks("python") if name in block[0]]
-    (folder / path).write_text(code, encoding="utf-8")
-    ((table, line),) = [block for block in _blocks("text") if f'"{name.replace("_", "-")}"' in block[1]]
+    for path, code in [block for block in _blocks("python") if name in block[0]]:
+        (folder / path).write_text(code, encoding="utf-8")
+    ((table, entry),) = [block for block in _blocks("text") if f'"{name.replace("_", "-")}"' in block[1]]
     lines = (folder / table).read_text(encoding="utf-8").splitlines(keepends=True)
     place = next(i for i, known in enumerate(lines) if known.rstrip("\n").startswith(LAST_ENTRY[table]))
-    (folder / table).write_text("".join([*lines[:place], line, *lines[place:]]), encoding="utf-8")
-    return line
+    (folder / table).write_text("".join([*lines[:place], entry, *lines[place:]]), encoding="utf-8")
+    return entry
 
 
 def _differences(compared, where=""):
@@ -63,16 +66,17 @@ def _run(package, *verbs):
 
 
 @pytest.mark.parametrize(
-    ("name", "setting"), [("word_count", "task=word-count"), ("masked_probe", "method=masked-probe")]
+    ("name", "setting", "files"),
+    [("word_count", "task=word-count", ["word_count.py"]), ("masked_probe", "method=masked-probe", [])],
 )
-def test_one_file_and_one_line_are_all_it_takes(tmp_path, name, setting):
-    line, run = _extended(tmp_path, name), str(tmp_path / "run")
+def test_a_task_is_one_file_and_one_line_and_a_method_is_one_entry(tmp_path, name, setting, files):
+    entry, run = _extended(tmp_path, name), str(tmp_path / "run")
     new, changed = _differences(filecmp.dircmp(ROOT / "pst_ds", tmp_path / "pst_ds"))
-    assert [Path(path).name for path in new] == [f"{name}.py"]
+    assert [Path(path).name for path in new] == files
     (table,) = changed
     before, after = ((top / "pst_ds" / table).read_text(encoding="utf-8").splitlines() for top in (ROOT, tmp_path))
     difference = [shown for shown in difflib.ndiff(before, after) if shown[0] in "+-"]
-    assert difference == [f"+ {line.rstrip()}"]
+    assert difference == [f"+ {line}" for line in entry.splitlines()]
 
     settings = [setting, "deepspeed_config=", f"output_dir={run}", "train.num_steps=2", "schedule.update_interval=1"]
     exported = str(tmp_path / "exported")

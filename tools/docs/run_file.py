@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -96,19 +96,24 @@ def schema() -> dict[str, Any]:
     for name, presets in (("PSTConfig", PRESETS), ("DataConfig", DATA_PRESETS)):
         preset = {"description": "Settings to start from.", "enum": list(presets), "type": "string"}
         table["$defs"][name]["properties"]["preset"] = preset
-    for key, names, package in (
-        ("task", TASKS, "pst_ds.data.tasks"), ("method", METHODS, "pst_ds.config.methods")
-    ):  # fmt: skip
+    for key, choices in (
+        ("task", {name: _first_line(f"pst_ds.data.tasks.{name.replace('-', '_')}") for name in TASKS}),
+        ("method", {name: method.description for name, method in METHODS.items()}),
+    ):
         setting = table["properties"][key]
-        setting |= {"enum": list(names), "description": f"{setting['description']} {_choices(names, package)}"}
+        setting |= {"enum": list(choices), "description": f"{setting['description']} {_in_one_sentence(choices)}"}
     table["$defs"]["DataConfig"].pop("required", None)  # a preset may have them
     return _in_markdown(table)
 
 
-def _choices(names: Iterable[str], package: str) -> str:
-    """The first lines of the files that the names stand for."""
-    lines = {name: str(import_module(f"{package}.{name.replace('-', '_')}").__doc__).strip(".\n") for name in names}
-    return "; ".join(f'"{name}": {line[0].lower()}{line[1:]}' for name, line in lines.items()) + "."
+def _first_line(module: str) -> str:
+    return str(import_module(module).__doc__).partition("\n")[0]
+
+
+def _in_one_sentence(choices: Mapping[str, str]) -> str:
+    """Join the choices of a setting and their descriptions."""
+    lines = {name: text.strip(".\n") for name, text in choices.items()}
+    return "; ".join(f'"{name}": {text[0].lower()}{text[1:]}' for name, text in lines.items()) + "."
 
 
 def _in_markdown(value: Any) -> Any:
