@@ -35,6 +35,7 @@ demo: venv
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m tools.lint_prose
 
 types: venv
 	$(BIN)/mypy

@@ -1,0 +1,62 @@
+"""Check the language of pages, docstrings, comments and raised messages: ``python -m tools.lint_prose``."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted({*ROOT.glob("C*.md"), *ROOT.glob("docs/*/*.md")} - {ROOT / "docs/reference/run-file.md"})
+"""Written pages; the page of settings is made from docstrings."""
+PATTERNS = {
+    "start with the subject": (r"(?m)(?:^|[.;:] )(?:Of|Beside|As many|So far as)\b", 112),
+    '"is not a", "has no"': (r"\b(?:is|are) no (?!longer|more|less|such|\w+er\b)|\b(?:has|have) none\b", 85),
+    '"only"': (r"\balone[.,;:)]", 69),
+    '"start", "initialise"': (r"\b(?:begins?|began|begun)\b", 125),
+    '"sparsity", "pruned weights"': (r"(?:%|half|shares?) (?:of )?(?:the )?zeros\b", 28),
+    '"next to", "compared with"': (r"\bbeside\b", 37),
+    '"continue", "resume"': (r"\b(?:go|goes|went|gone) on\b", 32),
+    '"separate", "its"': (r"\bof (?:its|their|your|our|one's) own\b", 75),
+    '"omit", "exclude"': (r"\b(?:leaves?|left|leaving) out\b", 36),
+    '"regardless of", "every"': (r"\b(?:[Ww]hoever|[Ww]hatever|however many)\b", 48),
+    '"per"': (r"\b(?:bits|bytes|MB|GB|ns|seconds|state) an? (?:rank|weight|row|token|step|second)\b", 4),
+    '"unchanged"': (r"\bas (?:it is|they are)\b", 83),
+    '"int8", "int4"': (r"\bof [48] bits\b", 10),
+    '"quantised"': (r"\bon (?:a|the) grid\b", 20),
+    '"overfits", "atomically", "bit-identical"': (r"\bby heart\b|\bwhole or not at all\b|\bto the bit\b", 16),
+}
+"""What to write, the pattern to avoid, and how often pst_ds may still have it: lower that number, never raise it."""
+
+
+def page_text(text: str) -> str:
+    """Return a page without code and quoted messages."""
+    return re.sub(r'(?ms)^```.*?^```$|`[^`\n]+`|\*"[^"]*"\*', "", text)
+
+
+def code_texts(source: str) -> Iterator[str]:
+    """Yield the docstrings, the strings of ``raise`` statements and the comments of a module."""
+    for node in ast.walk(ast.parse(source)):
+        parts = list(ast.walk(node)) if isinstance(node, ast.Raise) else [getattr(node, "value", None)]
+        if isinstance(node, ast.Raise | ast.Expr):
+            yield from (c.value for c in parts if isinstance(c, ast.Constant) and isinstance(c.value, str))
+    yield from (t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT)
+
+
+def offences(name: str, text: str, strict: bool = True) -> Iterator[str]:
+    """Yield a line for each pattern that ``text`` has, or has more often than pst_ds may."""
+    for better, (pattern, allowed) in PATTERNS.items():
+        shown = [text[max(0, m.start() - 30) : m.end() + 30].replace("\n", " ") for m in re.finditer(pattern, text)]
+        if len(shown) > (0 if strict else allowed):
+            yield f"{name}: {len(shown)} times; write {better}, not: {' | '.join(shown[:5])}"
+
+
+if __name__ == "__main__":
+    sources = [path.read_text("utf-8") for path in sorted(ROOT.glob("pst_ds/**/*.py"))]
+    lines = [line for path in PAGES for line in offences(path.name, page_text(path.read_text("utf-8")))]
+    code = "\n".join(text for source in sources for text in code_texts(source))
+    sys.exit("\n".join([*lines, *offences("pst_ds", code, strict=False)]) or 0)
