@@ -1,9 +1,9 @@
-"""Masks as bits: one bit a weight, 1 keeps, little-endian within a byte.
+"""Masks as bits: one bit per weight, 1 keeps the weight, little-endian within a byte.
 
-A mask lies in ``num_shards`` equal runs of bytes, one for each ZeRO-3 shard of the weight. Shard i holds the bits of
-flat weights [i * p, (i + 1) * p) with p = ceil(numel / num_shards), from bit 0 of its first byte on, padded with zero
-bits to whole bytes. ZeRO's own split of the byte tensor then gives each rank the bits of its own weights. One shard is
-the canonical form, used in files.
+A mask consists of ``num_shards`` runs of bytes of equal length, one per ZeRO-3 shard of the weight. Shard i holds the
+bits of flat weights [i * p, (i + 1) * p) with p = ceil(numel / num_shards), starting at bit 0 of its first byte and
+padded with zero bits to whole bytes. ZeRO's split of the byte tensor then gives each rank the bits of its weights.
+Files store the mask as a single shard.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from pst_ds.core.kernels import library, merges
 from pst_ds.core.kernels.triton.launch import blocks
 
 INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""The integer as wide as a float of so many bytes: masks are applied to weights as integers."""
+"""Integer dtype of the same width as a float of that many bytes: masks are applied to weights as integers."""
 
 
 def shard_numel(numel: int, num_shards: int) -> int:
-    """Weights in every shard but the last, which may hold fewer: ceil(numel / num_shards)."""
+    """Return the number of weights per shard, ceil(numel / num_shards). The last shards may have fewer."""
     return -(-numel // num_shards)
 
 
 def shard_range(numel: int, num_shards: int, shard: int) -> tuple[int, int]:
-    """Return the flat range [first, last) of the weights of a shard; the last shards may have fewer, or none."""
+    """Return the flat range [first, last) of a shard's weights. It may be shorter or empty in the last shards."""
     share = shard_numel(numel, num_shards)
     return min(shard * share, numel), min((shard + 1) * share, numel)
 
 
 def shard_bytes(numel: int, num_shards: int) -> int:
-    """Bytes of one shard's bits."""
+    """Return the bytes per shard of a mask."""
     return -(-shard_numel(numel, num_shards) // 8)
 
 
 def _unpack_bytes(data: Tensor) -> Tensor:
-    """uint8 (n,) -> uint8 (8n,) of zeros and ones."""
+    """Unpack uint8 (n,) to uint8 (8n,) of zeros and ones."""
     if data.device.type == "cpu":  # numpy unpacks ten times as fast as torch shifts
         return torch.from_numpy(np.unpackbits(data.numpy(), bitorder="little"))
     shifts = torch.arange(8, dtype=torch.uint8, device=data.device)
@@ -46,7 +46,7 @@ def _unpack_bytes(data: Tensor) -> Tensor:
 
 
 def pack_shard(keep: Tensor, num_bytes: int) -> Tensor:
-    """Bits of one shard: ``keep`` (n,) bool or 0/1, to (num_bytes,) uint8 with zero padding bits."""
+    """Pack ``keep`` (n,), bool or 0/1, into the bits of one shard: (num_bytes,) uint8, padded with zero bits."""
     if keep.device.type == "cpu":
         packed = torch.from_numpy(np.packbits(keep.contiguous().numpy(), bitorder="little"))
     else:
@@ -62,12 +62,12 @@ def pack_shard(keep: Tensor, num_bytes: int) -> Tensor:
 
 
 def unpack_shard(data: Tensor, count: int) -> Tensor:
-    """The first ``count`` bits of one shard as uint8 zeros and ones, (count,)."""
+    """Return the first ``count`` bits of one shard as (count,) uint8 zeros and ones."""
     return _unpack_bytes(data[: -(-count // 8)])[:count]
 
 
 def join_bits(runs: Sequence[tuple[Tensor, int]], num_bytes: int) -> Tensor:
-    """Bits of one shard from those of runs of it: (bits, how many of them) of each, in order; (num_bytes,) uint8."""
+    """Concatenate the bits of consecutive runs of one shard, given as (bits, number of bits), to (num_bytes,) uint8."""
     there = [(bits, count) for bits, count in runs if count]
     if any(count % 8 for _, count in there[:-1]):
         return pack_shard(torch.cat([unpack_shard(bits, count) for bits, count in there]), num_bytes)
@@ -78,7 +78,7 @@ def join_bits(runs: Sequence[tuple[Tensor, int]], num_bytes: int) -> Tensor:
 
 
 def unpack_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: int) -> Tensor:
-    """Mask of flat weights [start, stop), uint8 zeros and ones, from the whole mask ``bits``."""
+    """Return the mask of flat weights [start, stop) as uint8 zeros and ones. ``bits``: the whole mask."""
     per_shard, per_shard_bytes = shard_numel(numel, num_shards), shard_bytes(numel, num_shards)
     pieces = []
     for begin, end in _cut_at_shards(start, stop, per_shard):
@@ -91,9 +91,10 @@ def unpack_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: in
 
 
 def bits_of_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: int) -> Tensor:
-    """The bits of flat weights [start, stop), from bit 0 on; a view where they begin with a byte of a shard.
+    """Return the bits of flat weights [start, stop), from bit 0 on; a view where ``start`` is aligned to a byte of a
+    shard.
 
-    The last byte of a view may go on with the bits of the weights that follow.
+    The last byte of a view may contain bits of the weights that follow.
     """
     per_shard = shard_numel(numel, num_shards)
     shard, inside = divmod(start, per_shard)
@@ -106,19 +107,19 @@ def bits_of_range(bits: Tensor, numel: int, num_shards: int, start: int, stop: i
 def expand_mask_(
     out: Tensor, bits: Tensor, shape: tuple[int, int], num_shards: int, rows: slice, cols: slice
 ) -> Tensor:
-    """Write the mask of a rectangle as integers to AND with: all ones where it keeps, 0 where it prunes.
+    """Write the mask of a rectangle as integers for a bitwise AND: all ones to keep a weight, 0 to prune it.
 
-    ``out``: (rows, cols), int16, int32 or int64. ``shape``: the stored weight's. Beside ``out`` at most
-    2 * max(out.numel(), shape[1]) bytes are alive at a time.
+    ``out``: (rows, cols), int16, int32 or int64. ``shape``: shape of the stored weight. Needs at most 2 *
+    max(out.numel(), shape[1]) bytes in addition to ``out``.
     """
     row_length, numel = shape[1], shape[0] * shape[1]
     if row_length % 8 == 0 and cols.start % 8 == 0 and shard_numel(numel, num_shards) % 8 == 0:
-        # every row, and every shard, begins with a byte of its own
+        # every row and every shard starts at a byte boundary
         part = bits[: numel // 8].view(-1, row_length // 8)[rows, cols.start // 8 : -(-cols.stop // 8)]
         keep = _unpack_bytes(part.reshape(-1)).view(part.shape[0], -1)[:, : cols.stop - cols.start]
         return out.copy_(keep.view(torch.int8).neg_())
     step = max(1, out.numel() // row_length)
-    for r0 in range(rows.start, rows.stop, step):  # whole rows, of which the columns are taken
+    for r0 in range(rows.start, rows.stop, step):  # whole rows, from which the columns are selected
         r1 = min(r0 + step, rows.stop)
         keep = unpack_range(bits, numel, num_shards, r0 * row_length, r1 * row_length).view(-1, row_length)[:, cols]
         out[r0 - rows.start : r1 - rows.start].copy_(keep.view(torch.int8).neg_())
@@ -126,9 +127,9 @@ def expand_mask_(
 
 
 def set_bits_(bits: Tensor, index: Tensor, chosen: Tensor) -> None:
-    """Set the bits number ``index`` (n,) of ``bits`` in place where ``chosen`` (n,) bool is true.
+    """Set the bits at positions ``index`` (n,) of ``bits`` in place where ``chosen`` (n,) bool is true.
 
-    None of them may be set before, or be chosen twice. The native loop takes an int32 index; int64 is for torch.
+    The bits must be unset and the chosen positions distinct. The native loop requires an int32 index; int64 uses torch.
     """
     native = library() if bits.device.type == "cpu" and index.dtype == torch.int32 else None
     if native is not None:
@@ -136,11 +137,12 @@ def set_bits_(bits: Tensor, index: Tensor, chosen: Tensor) -> None:
         native.pst_set_bits(bits.data_ptr(), index.data_ptr(), index.numel())
         return
     ones = chosen.view(torch.uint8) << (index & 7).to(torch.uint8)
-    bits.scatter_add_(0, (index >> 3).long(), ones)  # a sum is an or here; no size depends on data
+    # each bit is set at most once, so the sum is an OR; no size depends on the data
+    bits.scatter_add_(0, (index >> 3).long(), ones)
 
 
 def count_bits(before: Tensor, after: Tensor) -> Tensor:
-    """(2,) int64 of two byte tensors of equal size: how many bits differ, and how many are set in ``after``."""
+    """Return (2,) int64 for two byte tensors of equal size: the bits that differ, and the bits set in ``after``."""
     counts = torch.zeros(2, dtype=torch.int64, device=after.device)
     native = library() if before.device.type == after.device.type == "cpu" else None
     if native is not None:
@@ -152,30 +154,31 @@ def count_bits(before: Tensor, after: Tensor) -> Tensor:
 
 
 def add_bit_sums(out: Tensor, before: Tensor, after: Tensor, count: int, start: int, seed: int) -> None:
-    """Add (differ, set, :func:`checksum` modulo 2**64) of the bits of a shard to ``out``, (3,) int64.
+    """Add (bits that differ, bits set, :func:`checksum` modulo 2**64) of one shard to ``out``, (3,) int64.
 
-    ``before`` and ``after``: byte tensors of equal size; the rest as for :func:`checksum`, of ``after``.
+    ``before`` and ``after``: byte tensors of equal size. The other arguments are those of :func:`checksum`, for
+    ``after``.
     """
     out[:2].add_(count_bits(before, after))
     out[2].add_(checksum(after, count, start, seed))
 
 
 def pack_mask(keep: Tensor, num_shards: int = 1) -> Tensor:
-    """A whole mask, (numel,) bool or 0/1 in storage order, as bits in ``num_shards`` shards."""
+    """Pack a whole mask, (numel,) bool or 0/1 in storage order, into ``num_shards`` shards of bits."""
     flat = keep.flatten()
     per_shard, num_bytes = shard_numel(flat.numel(), num_shards), shard_bytes(flat.numel(), num_shards)
     return torch.cat([pack_shard(flat[i * per_shard : (i + 1) * per_shard], num_bytes) for i in range(num_shards)])
 
 
 def relayout(bits: Tensor, numel: int, num_shards: int, new_num_shards: int) -> Tensor:
-    """The same mask, in another number of shards."""
+    """Return the same mask in a different number of shards."""
     if num_shards == new_num_shards:
         return bits.clone()
     return pack_mask(unpack_range(bits, numel, num_shards, 0, numel), new_num_shards)
 
 
 def all_ones(numel: int, num_shards: int) -> Tensor:
-    """The mask that keeps everything (padding bits are zero)."""
+    """Return a mask that keeps every weight. Padding bits are zero."""
     per_shard = shard_numel(numel, num_shards)
     bits = torch.full((num_shards, shard_bytes(numel, num_shards)), 255, dtype=torch.uint8)
     whole, rest = divmod(numel, per_shard) if per_shard else (num_shards, 0)
@@ -190,9 +193,9 @@ def all_ones(numel: int, num_shards: int) -> Tensor:
 
 
 def apply_mask_(weight: Tensor, mask: Tensor) -> Tensor:
-    """Zero the pruned entries of ``weight`` in place, to +0.0 exactly; ``mask`` is uint8 0/1 of the same shape.
+    """Set the pruned entries of ``weight`` to +0.0 in place. ``mask``: uint8 0/1 of the same shape.
 
-    A bitwise AND: one pass, right for NaN, infinity and -0.0, where a product would leave NaN or -0.0.
+    Uses a bitwise AND: one pass, and correct for NaN, infinity and -0.0, where multiplying would leave NaN or -0.0.
     """
     as_int = weight.view(INT_OF_SIZE[weight.element_size()])
     as_int.bitwise_and_(mask.view(torch.int8).neg().to(as_int.dtype))
@@ -200,7 +203,7 @@ def apply_mask_(weight: Tensor, mask: Tensor) -> Tensor:
 
 
 def apply_range_(weight: Tensor, bits: Tensor, numel: int, num_shards: int, start: int) -> Tensor:
-    """:func:`apply_mask_` to contiguous flat weights from ``start`` on, by the whole mask ``bits``; any shape."""
+    """Apply the whole mask ``bits`` in place to contiguous flat weights that start at index ``start``; any shape."""
     flat = weight.view(-1)
     native = merges() if weight.device.type == bits.device.type == "cpu" and weight.element_size() in (2, 4) else None
     per_shard, stop = shard_numel(numel, num_shards), start + flat.numel()
@@ -215,7 +218,7 @@ def apply_range_(weight: Tensor, bits: Tensor, numel: int, num_shards: int, star
 
 
 def _cut_at_shards(start: int, stop: int, per_shard: int) -> Iterator[tuple[int, int]]:
-    """Cut [start, stop) where shards end."""
+    """Split [start, stop) at shard boundaries."""
     while start < stop:
         last = min(stop, (start // per_shard + 1) * per_shard)
         yield start, last
@@ -223,11 +226,11 @@ def _cut_at_shards(start: int, stop: int, per_shard: int) -> Iterator[tuple[int,
 
 
 def checksum(shard: Tensor, count: int, start: int, seed: int) -> Tensor:
-    """Checksum of the mask of flat weights [start, start + count), the bits of one shard; it *adds* over shards.
+    """Return a checksum of the mask of flat weights [start, start + count), given as the bits of one shard.
 
-    The sum over all shards of a weight, modulo 2**64, depends on the mask and ``seed`` alone, not on where it was cut:
-    sum of bit_i * 2**(i % 8) * hash(i // 8, seed), with the finaliser of splitmix64 (Steele et al., 2014) as hash.
-    Returned as one signed int64, () and where ``shard`` is.
+    Checksums add over shards: the sum modulo 2**64 over all shards of a weight depends on the mask and ``seed`` only,
+    not on where the weight was split. It is the sum of bit_i * 2**(i % 8) * hash(i // 8, seed), with the finaliser of
+    splitmix64 (Steele et al., 2014) as the hash. The result is a signed int64 scalar on the device of ``shard``.
     """
     native = library() if shard.device.type == "cpu" else None
     if native is not None:
@@ -247,9 +250,9 @@ def _signed(value: int) -> int:
 
 
 def splitmix64(numbers: Tensor) -> Tensor:
-    """A 64-bit hash of each number; int64 products wrap, as the algorithm wants."""
+    """Hash each number to 64 bits. int64 products wrap around, as the algorithm requires."""
 
-    def shift(x: Tensor, by: int) -> Tensor:  # logical, not arithmetic
+    def shift(x: Tensor, by: int) -> Tensor:  # logical shift, not arithmetic
         return (x >> by) & ((1 << (64 - by)) - 1)
 
     x = numbers * _signed(0x9E3779B97F4A7C15)

@@ -1,10 +1,10 @@
 """Selection that reads the keys once: a sample brackets the cut, and the exact cut is found among the few keys inside.
 
-One key of every stratum of a matrix, at a place fixed by its number, is shown to all ranks. Order statistics of the
-sample bracket the cut so widely that it is missed about once in a million times. One pass over the keys then counts
-those below, marks those above as kept, and remembers those inside; the exact cut is narrowed down among these. A matrix
-whose bracket missed, or had too much inside (many equal scores), is left to :func:`pst_ds.core.select.select`: the
-result never depends on the sample.
+Each rank contributes the keys at fixed positions, one per stratum of a matrix. Order statistics of this sample bracket
+the cut, so widely that it is missed about once in a million times. One pass over the keys then counts the keys below
+the bracket, marks those above as kept, and stores those inside, among which the exact cut is narrowed down. A matrix
+whose bracket missed, or which had too many keys inside (many equal scores), is passed to
+:func:`pst_ds.core.select.select`: the result never depends on the sample.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ from pst_ds.core.select import DIGIT_BITS, MatrixKeys, NonFiniteScoreError, Rank
 
 _CPU = torch.device("cpu")
 SAMPLE_SHARE, MIN_SAMPLE, MAX_SAMPLE = 1 / 64, 4096, 32768
-"""Share of a matrix's keys that is sampled, and its bounds; a matrix of fewer keys than the lower is sampled whole."""
+"""Fraction of a matrix's keys that is sampled, and its bounds. A matrix with fewer keys than the minimum is read in
+full.
+"""
 MAX_POOLED_SAMPLE = 1 << 21
-"""Keys that are sampled of all matrices in pools together, but one of each at least."""
+"""Sampled keys of all pooled matrices together, at least one per matrix."""
 _SCORED_AT_ONCE = {"cpu": 1 << 15}
-"""Sampled weights, of one matrix or several, that are scored together; 2**20 on other devices."""
+"""Sampled weights, of one or several matrices, that are scored in one call; 2**20 on other devices."""
 MAX_COUNTS, LEAST_DIGIT_BITS = 1 << 21, 4
-"""Counts that are exchanged at a time, with which intervals are narrowed by at least so many bits."""
+"""Counts per exchange, and the minimum number of bits by which each exchange narrows the intervals."""
 BELOW, NOT_FINITE, OVERFLOWED, INSIDE, NUM_COUNTS = 0, 1, 2, 3, 4
-"""Columns of a pass's counts."""
+"""Columns of the counts of one pass."""
 BRACKET_DEVIATIONS = 5.0
-"""Half width of a bracket in standard deviations of the sample's rank of the cut: missed with probability 6e-7."""
+"""Half width of a bracket in standard deviations of the cut's position in the sample: missed with probability 6e-7."""
 
 
 def select_bits(
@@ -45,12 +47,12 @@ def select_bits(
     device: torch.device | None = None,
     pools: Sequence[int] = (),
 ) -> list[Tensor]:
-    """Bits of the kept among this rank's keys of each matrix, (ceil(num_keys / 8),) uint8; exactly as ``select`` cuts.
+    """Return the bits of the kept keys of this rank per matrix, (ceil(num_keys / 8),) uint8; cuts exactly as
+    ``select``.
 
-    Every matrix needs ``num_keys``, ``num_in_all`` and ``sample``. Collective when ``ranks`` is: at most 6 exchanges, 7
-    with pools, while no more than 1,024 rows are counted (:class:`pst_ds.core.select.Search`), and those of ``select``
-    when some matrix is left to it. Raises NonFiniteScoreError, on every rank, when any score of any rank is NaN or
-    infinite.
+    Every matrix needs ``num_keys``, ``num_in_all`` and ``sample``. Collective if ``ranks`` is: at most 6 exchanges, 7
+    with pools, while at most 1,024 rows are counted (:class:`pst_ds.core.select.Search`), plus those of ``select`` if a
+    matrix needs it. Raises NonFiniteScoreError on every rank if any score on any rank is NaN or infinite.
     """
     ranks, device = ranks or RankSums(), device or torch.device("cpu")
     brackets = _brackets(matrices, pools, _sample(matrices, ranks, device))
@@ -78,9 +80,9 @@ def select_bits(
 
 
 def _first_counts(search: Search, scans: _Scans, shift: int, bins: int, ranks: RankSums) -> set[int]:
-    """Begin a ``search`` in its brackets; return the matrices whose cut is in none, or that had too much inside.
+    """Start ``search`` in its brackets. Return the matrices whose cut is outside, or which had too many keys inside.
 
-    These are whole pools. Collective: one exchange. Raises NonFiniteScoreError.
+    If one matrix of a pool is returned, all are. Collective: one exchange. Raises NonFiniteScoreError.
     """
     both = torch.cat([scans.counts(), scans.histograms(search.thresholds_here, shift, bins)], 1).cpu()
     numbers, here = both.split([NUM_COUNTS, bins], 1)
@@ -97,38 +99,43 @@ def _first_counts(search: Search, scans: _Scans, shift: int, bins: int, ranks: R
 
 
 def _digit_bits(rows: int) -> int:
-    """Bits by which a pass narrows intervals: fewer where many ``rows`` of counts are exchanged."""
+    """Return the bits by which a pass narrows intervals: fewer if many ``rows`` of counts are exchanged."""
     return max(LEAST_DIGIT_BITS, min(DIGIT_BITS, (MAX_COUNTS // max(1, rows)).bit_length() - 1))
 
 
 @dataclass(frozen=True, slots=True)
 class _Bracket:
-    """Keys that the cut of a matrix lies between, both included; and how many keys inside are too many."""
+    """Interval of keys, both ends included, that contains the cut of a matrix, and the most keys stored from inside it.
+    """
 
     low: int
     high: int
     most_inside: int
 
     def room_for(self, matrix: MatrixKeys) -> int:
-        """How many keys inside one rank remembers."""
+        """Return how many keys inside the bracket one rank stores."""
         return min(matrix.num_keys, self.most_inside)
 
 
 class _Scans(Protocol):
-    """One pass over this rank's keys of all matrices, sorted about their brackets; every key is this rank's own."""
+    """One pass over this rank's keys of all matrices, classified by their brackets."""
 
     def counts(self) -> Tensor:
-        """Return (matrices, NUM_COUNTS) int64: keys BELOW, NOT_FINITE, whether OVERFLOWED, INSIDE."""
+        """Return (matrices, NUM_COUNTS) int64: the number of keys BELOW, NOT_FINITE and INSIDE, and whether it
+        OVERFLOWED.
+        """
 
     def histograms(self, lows: Sequence[int], shift: int, bins: int) -> Tensor:
-        """Return (matrices, bins) int64, counts of (key - low) >> shift of the keys inside, with each matrix's low."""
+        """Return (matrices, bins) int64, counts of (key - low) >> shift of the keys inside, with ``low`` of each
+        matrix.
+        """
 
     def decide(self, thresholds: Sequence[int], ties: Sequence[int]) -> list[Tensor]:
-        """Return each matrix's bits of the kept: keys above its threshold, and its equals but for the first ties."""
+        """Return the kept bits of each matrix: keys above its threshold, and equal keys except the first ``ties``."""
 
 
 class _TorchScans:
-    """By tiles of keys, on any device; on CPUs in native loops."""
+    """Scan tiles of keys with torch on any device; on CPUs with native loops."""
 
     def __init__(self, matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket], device: torch.device):
         self._found = [_Scan(m, bracket, device) for m, bracket in zip(matrices, brackets, strict=True)]
@@ -149,7 +156,7 @@ class _TorchScans:
 
 
 class _Scan:
-    """One matrix of :class:`_TorchScans`."""
+    """Pass over one matrix, for :class:`_TorchScans`."""
 
     def __init__(self, matrix: MatrixKeys, bracket: _Bracket, device: torch.device):
         room = bracket.room_for(matrix)
@@ -162,15 +169,16 @@ class _Scan:
         self.counts = found.counts()
 
     def decide(self, threshold: int, ties: int) -> None:
-        """Set the bits of the kept among the keys inside: those above, and the equals but for the first ``ties``."""
+        """Set the kept bits among the keys inside: keys above ``threshold``, and equal keys except the first ``ties``.
+        """
         equal = self.keys == threshold
         set_bits_(self.bits, self._index.all(), (self.keys > threshold) | (equal & (equal.cumsum(0) > ties)))
 
 
 class _RisingNumbers:
-    """Numbers that do not fall, (n,) integers: on a CPU a byte each, the step to it, where that is less than 255.
+    """Non-decreasing numbers, (n,) integers, stored on a CPU as one byte per difference below 255.
 
-    Elsewhere they stay as they are, for how many steps are larger the host would have to wait.
+    On other devices they are stored unchanged: counting the larger differences would make the host wait.
     """
 
     def __init__(self, numbers: Tensor):
@@ -196,9 +204,9 @@ def _scans(matrices: Sequence[MatrixKeys], brackets: Sequence[_Bracket], device:
 
 
 def _sample(matrices: Sequence[MatrixKeys], ranks: RankSums, device: torch.device) -> list[Tensor]:
-    """The sampled keys of every matrix, on the CPU. Collective: one exchange."""
+    """Return the sampled keys of every matrix, on the CPU. Collective: one exchange."""
     sizes = _sample_sizes(matrices)
-    own = torch.zeros(sum(sizes), dtype=torch.int32, device=device)  # of other ranks' keys
+    own = torch.zeros(sum(sizes), dtype=torch.int32, device=device)  # zero where another rank has the key
     waiting: list[tuple[Tensor, slice | Tensor, SingleWeights]] = []
     for matrix, size, out in zip(matrices, sizes, own.split(sizes), strict=True):
         there = sample_positions(matrix.num_in_all, size, device)
@@ -219,7 +227,7 @@ def _sample(matrices: Sequence[MatrixKeys], ranks: RankSums, device: torch.devic
 
 
 def _write_keys(waiting: Sequence[tuple[Tensor, slice | Tensor, SingleWeights]]) -> None:
-    """Write keys to places of tensors."""
+    """Compute the keys and write them to their places."""
     for (out, places, _), keys in zip(waiting, keys_of([single for *_, single in waiting]), strict=True):
         out[places] = keys
 
@@ -229,7 +237,7 @@ def sample_size(numel: int) -> int:
 
 
 def _sample_sizes(matrices: Sequence[MatrixKeys]) -> list[int]:
-    """How many keys of each matrix are sampled. What a pool is cut by needs no more for being many matrices."""
+    """Return how many keys of each matrix are sampled. A pool needs no more keys for having many matrices."""
     share = MAX_POOLED_SAMPLE // max(1, sum(m.pool is not None for m in matrices))
     sizes = [sample_size(m.num_in_all) for m in matrices]
     return [n if m.pool is None else min(n, max(share, 1)) for m, n in zip(matrices, sizes, strict=True)]
@@ -237,7 +245,8 @@ def _sample_sizes(matrices: Sequence[MatrixKeys]) -> list[int]:
 
 @lru_cache(maxsize=32)
 def sample_positions(numel: int, size: int, device: torch.device = _CPU) -> Tensor:
-    """One position in each of ``size`` equal strata of [0, numel), int64, rising; not to be changed."""
+    """Return one position in each of ``size`` equal strata of [0, numel): int64, increasing. Do not modify the result.
+    """
     number = torch.arange(size + 1, dtype=torch.int64, device=device)
     edges = number * numel // max(1, size)
     mixed = number[:-1] * 0x9E3779B1 & 0xFFFFFFFF  # Knuth's multiplicative hash
@@ -245,7 +254,7 @@ def sample_positions(numel: int, size: int, device: torch.device = _CPU) -> Tens
 
 
 def _half_width(matrix: MatrixKeys, size: int) -> int:
-    """Half the width of a matrix's bracket, in keys of the whole matrix, of which ``size`` are sampled."""
+    """Return half the width of a matrix's bracket in keys of the whole matrix, of which ``size`` are sampled."""
     numel = matrix.num_in_all
     if numel == 0:
         return 0
@@ -255,7 +264,7 @@ def _half_width(matrix: MatrixKeys, size: int) -> int:
 
 
 def _brackets(matrices: Sequence[MatrixKeys], pools: Sequence[int], samples: list[Tensor]) -> list[_Bracket]:
-    """The bracket of every matrix, the same within a pool."""
+    """Return the bracket of every matrix. Matrices of a pool share one."""
     of_pool = []
     for pool, wanted in enumerate(pools):
         members = [i for i, m in enumerate(matrices) if m.pool == pool]
@@ -294,7 +303,7 @@ def _pool_bracket(members: Sequence[MatrixKeys], samples: Sequence[Tensor], want
 
 
 def _last_key_where(holds: Callable[[int], bool]) -> int:
-    """The last finite key that ``holds``, which is true up to some key and false from there on; the lowest if none."""
+    """Return the last finite key for which ``holds`` is true, or the lowest; ``holds`` is true up to some key only."""
     low, high = LOWEST_FINITE, HIGHEST_FINITE + 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -311,7 +320,8 @@ def _decide_by_select(
     ranks: RankSums,
     device: torch.device,
 ) -> None:
-    """Redo some matrices by passes over all their keys: whole pools that missed, and matrices at their pool's most."""
+    """Decide matrices again in passes over all their keys: pools that missed, and matrices that reached their maximum.
+    """
     kept_pools = sorted({pool for i in missed if (pool := matrices[i].pool) is not None})
     chosen = []
     for i in again:
