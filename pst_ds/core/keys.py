@@ -1,7 +1,7 @@
-"""Importance scores as integers that sort like them, and what selection does with runs of such keys.
+"""Importance scores as integers of the same order, and what selection does with runs of such keys.
 
-A key is the int32 that orders like an fp32 score, with -0 equal to +0. On CPU the loops are native code
-(:mod:`pst_ds.core.kernels`); elsewhere, and without a compiler, torch gives the same bits.
+A key is an int32 that orders like an fp32 score, with -0 equal to +0. On CPUs the loops are native code
+(:mod:`pst_ds.core.kernels`). On other devices, and without a compiler, torch computes bit-identical results.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from pst_ds.core.scores import importance
 LOWEST_FINITE, HIGHEST_FINITE = -0x7F800000, 0x7F7FFFFF
 """Keys of the smallest and the largest finite score."""
 _MORE_ROOM = 16
-"""The native loop writes whole vectors."""
+"""Spare elements at the end of a buffer: the native loop writes whole vectors."""
 _COUNTED_AT_ONCE = 1 << 22
-"""Keys that torch counts together off the CPU."""
+"""Keys that torch counts in one call, on devices other than CPUs."""
 MOST_AT_ONCE = 1 << 22
-"""Keys of one matrix that a CPU holds at once; those of larger ones are read in tiles (:mod:`pst_ds.core.bracket`)."""
+"""Most keys of one matrix held at once on a CPU. Larger matrices are read in tiles (:mod:`pst_ds.core.bracket`)."""
 NO_KEY = -(1 << 31)
-"""In place of a key where there is none: below every finite score's."""
+"""Placeholder for a missing key, below the key of every finite score."""
 _NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def order_keys(scores: Tensor) -> Tensor:
-    """int32 keys that sort like the fp32 ``scores``, with -0 equal to +0."""
+    """Return int32 keys that order like the fp32 ``scores``, with -0 equal to +0."""
     bits = scores.add(0.0).contiguous().view(torch.int32)  # -0.0 + 0.0 is +0.0
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def scores_of_keys(keys: Tensor) -> Tensor:
-    """The fp32 scores that have these keys."""
+    """Return the fp32 scores of the given keys."""
     return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
 
@@ -51,9 +51,9 @@ def native_for(*tensors: Tensor) -> CDLL | None:
 
 
 def score_keys(weight: Tensor, tile: TileFactors, constants: Constants, weight_scale: float = 1.0) -> Tensor:
-    """order_keys(importance(...)) of one rectangle, (rows, cols) int32: the same bits in whatever rectangle.
+    """Return order_keys(importance(...)) of one rectangle, (rows, cols) int32, bit-identical for any rectangle.
 
-    ``weight``: W0, (rows, cols). Fastest when rows of the weight, of V and of B are contiguous.
+    ``weight``: W0, (rows, cols). Fastest if the rows of the weight, of V and of B are contiguous.
     """
     is_simple = weight.dtype in _NATIVE_DTYPES and weight.stride(1) == 1
     native = native_for(weight, *tile.tensors()) if is_simple else None
@@ -73,7 +73,7 @@ def score_keys(weight: Tensor, tile: TileFactors, constants: Constants, weight_s
         weight.data_ptr(), _NATIVE_DTYPES[weight.dtype], weight.stride(0), rows, cols, *update, *score,
         _pointer(by_row), _pointer(by_col), *map(_pointer, norms), numbers.data_ptr(), out.data_ptr(),
     )  # fmt: skip
-    del kept_update, kept_score  # alive until the call has returned
+    del kept_update, kept_score  # keep both alive until the call has returned
     return out
 
 
@@ -84,7 +84,7 @@ def _pointer(values: Tensor | None) -> int | None:
 def _product(
     left: Tensor | None, right: Tensor | None
 ) -> tuple[tuple[int | None, int | None, int, int], tuple[Tensor, ...]]:
-    """Arguments of a low-rank product for the native loop, and the tensors they point into."""
+    """Return the arguments of a low-rank product for the native loop, and the tensors that they point into."""
     if left is None or right is None:
         strides = torch.zeros(3, dtype=torch.int64)
         return (None, None, 0, strides.data_ptr()), (strides,)
@@ -95,18 +95,20 @@ def _product(
 
 @dataclass(frozen=True, slots=True)
 class SingleWeights:
-    """Some weights of one matrix, and what scores them."""
+    """Individual weights of one matrix, with the factors that score them."""
 
     weight: Tensor
-    """(n, 1) W0"""
+    """W0, (n, 1)."""
     tile: TileFactors
-    """Of n rectangles of one weight each, in a column: right factors and vectors by column have one for each too."""
+    """Factors of n rectangles of one weight each, in a column: right factors and column vectors have one entry per
+    weight.
+    """
     constants: Constants
     weight_scale: float
 
     @property
     def kind(self) -> object:
-        """What is equal for weights that :func:`keys_of` scores together."""
+        """Return a value that is equal for weights which :func:`keys_of` can score in one call."""
         ranks = [
             None if v is None else v.dim() for v in (self.tile.score_rows, self.tile.score_cols, self.tile.row_norms)
         ]
@@ -117,7 +119,7 @@ class SingleWeights:
 def single_weights(
     weight: Tensor, rows: Tensor, cols: Tensor, tile: TileFactors, constants: Constants, weight_scale: float = 1.0
 ) -> SingleWeights:
-    """Take from a rectangle's factors ``tile`` what scores ``weight``, (n,) W0 at (rows[i], cols[i]) of it."""
+    """Select from the factors ``tile`` of a rectangle those that score ``weight``, (n,) W0 at (rows[i], cols[i])."""
 
     def at_rows(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[rows]
@@ -135,12 +137,12 @@ def single_weights(
 def keys_at(
     weight: Tensor, rows: Tensor, cols: Tensor, tile: TileFactors, constants: Constants, weight_scale: float = 1.0
 ) -> Tensor:
-    """Keys of single weights, (n,) int32; see :func:`single_weights`."""
+    """Return the keys of individual weights, (n,) int32; see :func:`single_weights`."""
     return keys_of([single_weights(weight, rows, cols, tile, constants, weight_scale)])[0]
 
 
 def keys_of(singles: Sequence[SingleWeights]) -> list[Tensor]:
-    """Keys of each of some matrices' single weights, (n,) int32: off a CPU few launches for all of one kind."""
+    """Return the keys of individual weights per matrix, (n,) int32. On a GPU, weights of one kind share launches."""
     kinds: dict[object, list[int]] = {}
     for i, single in enumerate(singles):
         kinds.setdefault(single.kind, []).append(i)
@@ -152,7 +154,7 @@ def keys_of(singles: Sequence[SingleWeights]) -> list[Tensor]:
 
 
 def _keys_together(singles: Sequence[SingleWeights]) -> Tensor:
-    """Keys of single weights of one kind, one matrix after the other: (n,) int32."""
+    """Return the keys of individual weights of one kind, matrix after matrix: (n,) int32."""
     first = singles[0]
     if len(singles) == 1:
         return order_keys(importance(first.weight, first.tile, first.constants, first.weight_scale)).squeeze(1)
@@ -174,17 +176,17 @@ def _keys_together(singles: Sequence[SingleWeights]) -> Tensor:
 
 
 def _norms_at(tile: TileFactors, rows: Tensor, cols: Tensor) -> Tensor | None:
-    """The norm of each single weight's input."""
+    """Return the norm of the input of each individual weight."""
     if tile.row_norms is not None:
         return tile.row_norms[rows]
     return None if tile.col_norms is None else tile.col_norms[cols]
 
 
 class Classifier:
-    """Sorts one matrix's keys into those above an interval, those below, and the few inside, which it remembers.
+    """Classifies the keys of one matrix as above, below or inside an interval, and stores the few that are inside.
 
-    ``num_keys`` keys are to come, in rising order, through :meth:`take`. At most ``room`` keys inside are remembered.
-    Off the CPU no size depends on the keys, so the host never waits.
+    :meth:`take` receives all ``num_keys`` keys, in increasing order of their weights. At most ``room`` keys inside are
+    stored. On a GPU no size depends on the keys, so the host never waits.
     """
 
     def __init__(self, num_keys: int, low: int, high: int, *, room: int, device: torch.device):
@@ -201,7 +203,7 @@ class Classifier:
         self._pieces: list[tuple[Tensor, Tensor]] = []  # of both, from each tile, without the native loop
 
     def take(self, keys: Tensor) -> None:
-        """The next ``keys``, (n,) int32."""
+        """Classify the next ``keys``, (n,) int32."""
         above = self._above[self._taken : self._taken + keys.numel()]
         if self._native is None:
             self._sort(keys, above)
@@ -239,7 +241,9 @@ class Classifier:
         ]
 
     def counts(self) -> Tensor:
-        """(4,) int64: keys below the interval; not finite; 1 if more were inside than there is room for; inside."""
+        """Return (4,) int64: keys below the interval; keys that are not finite; 1 if ``room`` was exceeded; keys
+        inside.
+        """
         below, inside, not_finite = self._numbers
         numbers = [below, not_finite, inside > self._room, inside]
         if isinstance(inside, int):
@@ -247,14 +251,16 @@ class Classifier:
         return torch.stack(numbers)
 
     def above(self) -> Tensor:
-        """uint8 0/1, (num_keys,): which keys are above the interval."""
+        """Return which keys are above the interval, (num_keys,) uint8 0/1."""
         assert self._taken == self._above.numel(), f"{self._taken} keys came, not {self._above.numel()}"
         return self._above
 
     def inside(self) -> tuple[Tensor, Tensor]:
-        """(keys, index among all keys) inside the interval, (n,) each, in rising order of index; int32, but an index
-        among 2**31 keys or more is int64. With more of them than room some or all are left out; off the CPU there are
-        some :data:`NO_KEY` among them."""
+        """Return the keys inside the interval and their indices among all keys, (n,) each, in increasing order.
+
+        Both are int32; indices are int64 if there are 2**31 keys or more. If ``room`` was exceeded, some or all are
+        missing. On a GPU the result contains some :data:`NO_KEY`.
+        """
         if self._native is None:
             if len(self._pieces) == 1:
                 return self._pieces[0]
@@ -268,7 +274,7 @@ class Classifier:
 
 
 def histogram(keys: Tensor, low: int, shift: int, bins: int) -> Tensor:
-    """Counts, (bins,) int64, of (key - low) >> shift for the keys in [low, low + (bins << shift))."""
+    """Return the counts of (key - low) >> shift for the keys in [low, low + (bins << shift)): (bins,) int64."""
     native = native_for(keys)
     if native is not None and keys.is_contiguous():
         counts = torch.zeros(bins, dtype=torch.int64)
@@ -278,7 +284,7 @@ def histogram(keys: Tensor, low: int, shift: int, bins: int) -> Tensor:
 
 
 def histograms(keys: Sequence[Tensor], lows: Sequence[int], shift: int, bins: int) -> Tensor:
-    """:func:`histogram` of each of some runs of ``keys``, (n,) int32 each, with its low: (runs, bins) int64."""
+    """Return :func:`histogram` of every run of ``keys``, (n,) int32 each, with its low: (runs, bins) int64."""
     if native_for(*keys) is not None:
         return torch.stack([histogram(own, low, shift, bins) for own, low in zip(keys, lows, strict=True)])
     parts = [slice(run.start, run.stop) for run in runs_of([own.numel() for own in keys], _COUNTED_AT_ONCE)]
@@ -287,8 +293,10 @@ def histograms(keys: Sequence[Tensor], lows: Sequence[int], shift: int, bins: in
 
 
 def _torch_histograms(keys: Sequence[Tensor], lows: Sequence[int], shift: int, bins: int) -> Tensor:
-    """Counts of every run, (runs, bins) int64: keys off its bins are counted beside them, as bincount would have the
-    host wait."""
+    """Return the counts of every run, (runs, bins) int64.
+
+    Keys outside the bins get a bin of their own, because bincount would make the host wait.
+    """
     digits = torch.cat(list(keys)).long()
     counts = torch.zeros(len(keys), bins + 2, dtype=torch.int64, device=digits.device)
     runs, one = digits.split([own.numel() for own in keys]), counts.new_ones(())
@@ -301,9 +309,9 @@ def _torch_histograms(keys: Sequence[Tensor], lows: Sequence[int], shift: int, b
 
 
 def kept_bits(keys: Tensor, prune_count: int) -> tuple[Tensor, int]:
-    """Return (bits of all but the ``prune_count`` smallest ``keys``, (ceil(n / 8),) uint8; how many are not finite).
+    """Return the bits of all but the ``prune_count`` smallest keys, (ceil(n / 8),) uint8, and how many are not finite.
 
-    ``keys``: int32 of any shape on the CPU, all of a matrix in rising order of its weights: of equals the first go.
+    ``keys``: int32 of any shape on the CPU, all keys of a matrix in storage order. Of equal keys, the first are pruned.
     """
     keys = keys.flatten()
     native = native_for(keys)

@@ -16,19 +16,19 @@ from pst_ds.core.quantization import CodedWeight, Rounding, weights_at
 from pst_ds.core.updates import merging
 
 MASK_BAND_ELEMENTS = {"cpu": 1 << 19}
-"""Weights whose mask is unpacked at a time when a whole matrix is merged; 2**24 on other devices."""
+"""Weights whose mask is unpacked in one step when a whole matrix is merged; 2**24 on other devices."""
 
 
 def mask_band_elements(device_type: str) -> int:
-    """:data:`MASK_BAND_ELEMENTS` of a kind of device."""
+    """Return :data:`MASK_BAND_ELEMENTS` for a device type."""
     return MASK_BAND_ELEMENTS.get(device_type, 1 << 24)
 
 
 def add_low_rank_(out: Tensor, left: Tensor | None, right: Tensor | None, scale: float, scratch: Tensor) -> None:
-    """out += scale * left @ right, one rank after another, multiply and add rounded apart.
+    """Add scale * left @ right to ``out``, one component after another, with separate rounding of product and sum.
 
-    A BLAS product's rounding depends on the shape of the slice, and a fused multiply-add on where a vector loop ends,
-    so neither gives the same score for the same weight at every world size. This does.
+    The rounding of a BLAS product depends on the shape of the slice, and that of a fused multiply-add on where a vector
+    loop ends. Neither gives the same score for the same weight at every world size. This does.
     """
     if left is None or right is None:
         return
@@ -41,11 +41,11 @@ def add_low_rank_(out: Tensor, left: Tensor | None, right: Tensor | None, scale:
 def importance(
     weight: Tensor, tile: TileFactors, constants: Constants, weight_scale: float = 1.0, factors: Tensor | None = None
 ) -> Tensor:
-    """S = |W0 + beta U V| . 1 n' / weight_scale + alpha1 A B + alpha2 (R 1' + 1 C') for one rectangle.
+    """Return S = |W0 + beta U V| . 1 n' / weight_scale + alpha1 A B + alpha2 (R 1' + 1 C') of one rectangle.
 
-    ``weight``: W0, (rows, cols), any float dtype. Returns fp32 (rows, cols), the same bits for a given weight whatever
-    rectangle it is computed in. The update is left out of S where ``constants.update_in_scores`` says so. ``factors``:
-    (rows, 1) fp32, what |W| of each row is multiplied by, in place of 1 / weight_scale for all.
+    ``weight``: W0, (rows, cols), any float dtype. ``factors``: (rows, 1) fp32 multipliers of |W| per row, in place of 1
+    / weight_scale. The update is omitted from S if ``constants.update_in_scores`` is false. Returns fp32 (rows, cols),
+    bit-identical for a given weight regardless of the rectangle.
     """
     updated = constants.update_in_scores
     scores = sliced_weight(weight, tile, constants) if updated else weight.to(torch.float32, copy=True)
@@ -53,7 +53,7 @@ def importance(
     scores.abs_()
     factor = constants.magnitude_factor(weight_scale) if factors is None else factors
     if isinstance(factor, Tensor) or factor != 1.0:
-        scores.mul_(factor)  # a product: torch divides by a number in two ways, CPU and CUDA
+        scores.mul_(factor)  # multiply: torch divides by a number differently on CPUs and on CUDA
     if tile.row_norms is not None:
         scores.mul_(tile.row_norms.unsqueeze(1))
     if tile.col_norms is not None:
@@ -67,9 +67,9 @@ def importance(
 
 
 def sliced_weight(weight: Tensor, tile: TileFactors, constants: Constants) -> Tensor:
-    """W0 + beta U V, or W0 + beta W0 . (U V), for one rectangle: fp32 (rows, cols).
+    """Return W0 + beta U V, or W0 + beta W0 . (U V), of one rectangle: fp32 (rows, cols).
 
-    A weight has the same bits in whatever rectangle, which :func:`updated_weight` does not promise.
+    A weight is bit-identical regardless of the rectangle, which :func:`updated_weight` does not guarantee.
     """
     updated = weight.to(torch.float32, copy=True)
     scratch = torch.empty_like(updated)
@@ -83,9 +83,9 @@ def sliced_weight(weight: Tensor, tile: TileFactors, constants: Constants) -> Te
 
 
 def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants, out: Tensor | None = None) -> Tensor:
-    """W = W0 + beta U V for one rectangle, in the dtype of ``weight``; a new tensor, or written to ``out``.
+    """Return W = W0 + beta U V of one rectangle in the dtype of ``weight``, written to ``out`` if given.
 
-    Or W0 + beta W0 . (U V), whose zeros are those of W0. ``out`` may be ``weight`` itself.
+    Multiplicative updates give W0 + beta W0 . (U V), which keeps the zeros of W0. ``out`` may be ``weight`` itself.
     """
     if tile.update_left is None or tile.update_right is None:
         return weight.clone() if out is None else out.copy_(weight)
@@ -101,10 +101,10 @@ def updated_weight(weight: Tensor, tile: TileFactors, constants: Constants, out:
 
 
 def merged_weight(weight: Tensor | CodedWeight, layout: WeightLayout, factors: Factors, constants: Constants) -> Tensor:
-    """W0 + beta U V of a whole layer, in storage shape and in the dtype of ``weight``: a new, contiguous tensor.
+    """Return W0 + beta U V of a whole layer, in storage shape and in the dtype of ``weight``: a new, contiguous tensor.
 
-    The products are made matrix by matrix, as :func:`masked_weight` makes them: where its mask keeps, the bits agree,
-    unless a kernel for GPUs made that one, whose sums have another order.
+    Products are computed matrix by matrix, as in :func:`masked_weight`. Where the mask keeps a weight, both are
+    bit-identical, except if a GPU kernel with another order of summation computed that one.
     """
     merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     for matrix in layout.matrices():
@@ -125,12 +125,12 @@ def masked_weight(
     constants: Constants,
     rounding: Rounding | None = None,
 ) -> Tensor:
-    """M . (W0 + beta U V), in storage shape and in the dtype of ``weight``; pruned entries are +0.0.
+    """Return M . (W0 + beta U V) in storage shape and in the dtype of ``weight``. Pruned entries are +0.0.
 
-    The forward pass, evaluation and export all call this on the same values: what is exported is what was multiplied.
-    The one tensor of the weight's size is the result; the mask is unpacked a band of rows at a time.
-    ``bits``: the layer's whole mask, (num_shards * ceil(shard / 8),) uint8 as in :mod:`pst_ds.core.bits`.
-    ``rounding``: the grid that the result is rounded to.
+    The forward pass, evaluation and export all call this with the same values, so an export contains exactly the
+    weights that the model multiplied with. Only the result has the size of the weight: the mask is unpacked in bands of
+    rows. ``bits``: the layer's whole mask, (num_shards * ceil(shard / 8),) uint8 as in :mod:`pst_ds.core.bits`.
+    ``rounding``: quantisation of the result.
     """
     held = _masks_in_one_pass(weight, bits, num_shards, layout, factors, constants)
     height, width = layout.shape
@@ -157,7 +157,7 @@ def _masks_in_one_pass(
     weight: Tensor | CodedWeight, bits: Tensor, num_shards: int, layout: WeightLayout, factors: Factors,
     constants: Constants,
 ) -> tuple[MaskBytes, Callable[[Tensor, Tensor, MaskBytes, Rect, TileFactors, Constants], None]] | None:  # fmt: skip
-    """Return the mask and what merges under it, on a GPU or by compiled code; None where neither takes the layer."""
+    """Return the mask and the function that merges under it, on a GPU or in compiled code; None if neither can."""
     per_shard = shard_numel(layout.numel, num_shards)
     mask, merge = mask_bytes(weight, bits, layout.shape, per_shard), merge_into
     if mask is None and merging.serves(weight, factors.U, factors.V, constants):
@@ -167,13 +167,13 @@ def _masks_in_one_pass(
 
 
 def abs_sum_fixed_point(weight: Tensor, exponent: int) -> Tensor:
-    """Sum of |w| * 2**exponent, each term rounded to an integer: 0-d int64, the same in any order of summation.
+    """Return the sum of |w| * 2**exponent, each term rounded to an integer: 0-d int64, the same in any order.
 
-    With ``exponent`` from :func:`fixed_point_exponent` a term is at most 2**30, so 2**33 of them cannot overflow.
+    With ``exponent`` from :func:`fixed_point_exponent` a term is at most 2**30, so 2**33 terms cannot overflow.
     """
     return weight.double().abs().mul_(2.0**exponent).round_().to(torch.int64).sum()
 
 
 def fixed_point_exponent(largest: float) -> int:
-    """The power of two that brings the largest |w| of a matrix to at most 2**30."""
+    """Return the power of two that brings the largest |w| of a matrix to at most 2**30."""
     return 30 - math.frexp(largest)[1] if largest > 0.0 else 0

@@ -1,11 +1,11 @@
-"""Exact selection of the smallest scores of many matrices at once, over scores that lie on many ranks.
+"""Exact selection of the smallest scores of many matrices at once, for scores that are distributed over ranks.
 
 Scores are order-preserving 32-bit keys (:mod:`pst_ds.core.keys`). Counts of keys in 2048 bins, summed over ranks,
-narrow an interval around the cut of every matrix until one key is left; one exchange of tie counts settles equals: the
-first are pruned. Counts are integers, so the result is the same for every world size. What is selected need not be
-single weights: a block, or a group of N:M, has one key too.
+narrow an interval around the cut of every matrix until it contains one key. One exchange of tie counts then decides
+equal keys: the first are pruned. Counts are integers, so the result is the same for every world size. A key may also
+belong to a block or to a group of N:M instead of a single weight.
 
-:func:`select` reads all keys once a pass. :mod:`pst_ds.core.bracket` reads them once in all.
+:func:`select` reads all keys in every pass. :mod:`pst_ds.core.bracket` reads them once.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ DIGIT_BITS = 11
 _KEY_BITS = 32
 _LOWEST_KEY = -(1 << (_KEY_BITS - 1))
 _JOINED_AT_ONCE = 256
-"""Matrices of one row whose counts are added up together."""
+"""Matrices of one row whose counts are summed in one call."""
 
 
 class NonFiniteScoreError(FloatingPointError):
-    """Some scores are NaN or infinite; ``matrices`` has the positions of theirs in the call."""
+    """Some scores are NaN or infinite. ``matrices``: their matrices' positions in the call."""
 
     def __init__(self, matrices: list[int]):
         super().__init__(f"non-finite importance scores in matrices {matrices}")
@@ -42,9 +42,9 @@ def _unchanged(counts: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class RankSums:
-    """The two collectives selection needs, on integer tensors of equal shape on every rank.
+    """The two collectives that selection needs, for integer tensors of equal shape on every rank.
 
-    The defaults are for scores that lie whole on one rank.
+    The defaults are for scores that are all on one rank.
     """
 
     all_sum: Callable[[Tensor], Tensor] = _unchanged
@@ -54,7 +54,7 @@ class RankSums:
 
 
 class Sampled(NamedTuple):
-    """This rank's keys of a sample, (n,) int32, or the weights that they are made of; and which of the sample's."""
+    """This rank's keys in a sample, (n,) int32, or the weights to compute them from, and their places in the sample."""
 
     places: slice | Tensor
     keys: Tensor | SingleWeights
@@ -62,40 +62,45 @@ class Sampled(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MatrixKeys:
-    """The keys of one matrix on this rank, and how many of the whole matrix to prune."""
+    """The keys of one matrix on this rank, and how many keys of the whole matrix to prune."""
 
     prune_count: int
-    """Exactly so many; in a pool, at most so many."""
+    """Keys to prune; in a pool, the most that may be pruned."""
     tiles: Callable[[], Iterator[Tensor]]
-    """Called once a pass: int32 key tensors, together this rank's keys in rising order."""
+    """Iterator over int32 key tensors, which together are this rank's keys in increasing order. Called once per pass.
+    """
     pool: int | None = None
-    """Matrices of one pool share a threshold and a number of keys to prune."""
+    """Number of the pool. Matrices of one pool share a threshold and a number of keys to prune."""
     own: tuple[int, int] | None = None
-    """First and last + 1 of the keys that are this rank's to count, when ``tiles`` has keys of its neighbours' before
-    and after them, to be decided here too."""
+    """First and last + 1 of the keys that this rank counts, if ``tiles`` also has keys of its neighbours before and
+    after them. All keys in ``tiles`` are decided here.
+    """
     is_whole: bool = False
-    """Whether all keys of the matrix are on one rank, whichever that is; the same on every rank."""
+    """Whether all keys of the matrix are on one rank. Equal on every rank."""
     num_keys: int = 0
-    """Keys in ``tiles``; for :mod:`pst_ds.core.bracket`, and of a matrix that is whole."""
+    """Keys in ``tiles``. Required by :mod:`pst_ds.core.bracket` and if ``is_whole``."""
     num_in_all: int = 0
-    """Keys of the whole matrix, over all ranks; for :mod:`pst_ds.core.bracket`."""
+    """Keys of the whole matrix, over all ranks. Required by :mod:`pst_ds.core.bracket`."""
     sample: Callable[[Tensor, Tensor], Sampled] | None = None
-    """What this rank has at the given positions (int64, among the whole matrix's); for :mod:`pst_ds.core.bracket`. The
-    positions come twice, on the CPU and on the keys' device."""
+    """Return this rank's part of a sample at the given positions in the whole matrix, int64, which are passed twice: on
+    the CPU and on the keys' device. Required by :mod:`pst_ds.core.bracket`.
+    """
     own_keys: OwnKeys | None = None
-    """What makes the keys of ``tiles`` and ``sample`` where kernels serve; for :mod:`pst_ds.core.bracket`."""
+    """Computes the keys of ``tiles`` and ``sample`` where GPU kernels are available, for :mod:`pst_ds.core.bracket`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Prune the keys below ``threshold``, and the first ``ties`` of this rank's that equal it."""
+    """Prune the keys below ``threshold``, and the first ``ties`` of this rank's keys that equal it."""
 
     threshold: int
     ties: int | Tensor
-    """Off the CPU a tensor once some keys have been seen, which the host need not wait for."""
+    """On a GPU a tensor after the first keys, so that the host need not wait."""
 
     def keep(self, keys: Tensor) -> tuple[Tensor, Cut]:
-        """(mask of the kept among the next ``keys``, bool of their shape; the cut for the keys after these)."""
+        """Return the mask of the kept among the next ``keys``, bool of the same shape, and the cut for the keys after
+        them.
+        """
         kept = keys > self.threshold
         equal = keys == self.threshold
         if keys.device.type != "cpu":
@@ -103,27 +108,28 @@ class Cut:
             return kept | (equal & (number > self.ties)), Cut(self.threshold, (self.ties - equal.sum()).clamp(min=0))
         num_equal = int(equal.sum())
         if num_equal > self.ties:
-            # The first `ties` of the equals go, the rest stays.
+            # The first `ties` of the equal keys are pruned.
             stay = equal.flatten().nonzero().flatten()[self.ties :]
             kept.view(-1)[stay] = True
         return kept, Cut(self.threshold, max(0, self.ties - num_equal))
 
 
 def prune_count(sparsity: float, numel: int) -> int:
-    """floor(sparsity * numel), in double precision: how many weights of a matrix are zero."""
+    """Return floor(sparsity * numel) in double precision: how many weights of a matrix are pruned."""
     return math.floor(sparsity * numel)
 
 
 class Search:
-    """An interval of keys for every matrix that holds its cut, narrowed by counts over all ranks.
+    """An interval of keys per matrix that contains its cut, narrowed by counts over all ranks.
 
-    Ranks sum a row of counts for each matrix, but one for all matrices of a pool that lie whole on a rank: what these
-    offer, each at most its ``prune_count``, is known where they lie. So what is exchanged does not grow with them.
-    Tensors are int64 and on the CPU: those of rows, (rows,), are equal on every rank, those ``here`` are this rank's.
+    Ranks sum one row of counts per matrix. Matrices of a pool that are whole on some rank share one row: their counts,
+    each limited to its ``prune_count``, are known where they are stored. The exchange thus does not grow with their
+    number. Tensors are int64 on the CPU. Tensors of rows, (rows,), are equal on every rank; those named ``here`` are
+    local to this rank.
     """
 
     def __init__(self, matrices: Sequence[MatrixKeys], pools: Sequence[int], low: Sequence[int], ranks: RankSums):
-        """``low``: first key of each matrix's interval, one value within a pool."""
+        """``low``: first key of each matrix's interval, one value per pool."""
         is_joined = [m.pool is not None and m.is_whole for m in matrices]
         alone = [i for i, joined in enumerate(is_joined) if not joined]
         row_of = {i: row for row, i in enumerate(alone)}
@@ -135,7 +141,7 @@ class Search:
         self._rows = [row_of[i] if i in row_of else row_of_pool[m.pool] for i, m in enumerate(matrices)]
         self._joined = [i for i, joined in enumerate(is_joined) if joined]
         self.present = [i for i, m in enumerate(matrices) if m.num_keys or not is_joined[i]]
-        """The matrices whose keys this rank counts, by number."""
+        """Indices of the matrices whose keys this rank counts."""
         wanted = [*pools, *(m.prune_count for m in matrices if m.pool is None)]
         self.wanted = torch.tensor(wanted, dtype=torch.int64)
         self.low, self.pool_of = (torch.zeros(len(alone) + len(joint), dtype=torch.int64) for _ in range(2))
@@ -150,22 +156,22 @@ class Search:
 
     @property
     def thresholds(self) -> list[int]:
-        """First key of the interval of each matrix."""
+        """Return the first key of each matrix's interval."""
         return self.low[self._rows].tolist()
 
     @property
     def thresholds_here(self) -> list[int]:
-        """The same of the :attr:`present` ones."""
+        """Return the first key of the interval of each matrix in :attr:`present`."""
         return self.low[self._row_here].tolist()
 
     def added(self, here: Tensor) -> Tensor:
-        """Add up ``here``, (present, columns), by rows: (rows, columns)."""
+        """Sum ``here``, (present, columns), by rows: (rows, columns)."""
         return here.new_zeros(len(self.low), here.shape[1]).index_add_(0, self._row_here, here)
 
     def offered(self, here: Tensor) -> Tensor:
-        """Add up counts ``here``, (present, columns) in rising order of keys above ``below_here``, by rows.
+        """Sum counts ``here``, (present, columns) in increasing order of keys above ``below_here``, by rows.
 
-        Of matrices that share a row only what they may lose counts.
+        For matrices that share a row, only the keys that they may lose are counted.
         """
         rows = here.new_zeros(len(self.low), here.shape[1])
         rows[: len(self._alone_here)] = here[self._alone_here]
@@ -176,19 +182,19 @@ class Search:
         return rows
 
     def everywhere(self, here: Tensor) -> list[int]:
-        """Numbers of matrices of which some rank has more than 0 ``here``, (present,). Collective."""
+        """Return the indices of the matrices for which some rank has a positive ``here``, (present,). Collective."""
         found = torch.zeros(len(self._matrices), dtype=torch.int64)
         found[self.present] = here
         return self._ranks.all_sum(found).nonzero().flatten().tolist()
 
     def pruned_up_to(self, counts: Tensor) -> Tensor:
-        """Over the pools: how many are pruned when each row offers (rows, ...) ``counts``."""
+        """Return how many keys each pool prunes if its rows offer (rows, ...) ``counts``."""
         offered = torch.minimum(counts, self.most.view(-1, *(1,) * (counts.dim() - 1)))
         totals = offered.new_zeros(len(self.wanted), *counts.shape[1:])
         return totals.index_add_(0, self.pool_of, offered)
 
     def narrow(self, here: Tensor, counts: Tensor, shift: int) -> None:
-        """Go to the bin with the cut, of bins of 2**shift keys from low.
+        """Narrow every interval to the bin that contains the cut, for bins of 2**shift keys from low.
 
         ``here``: (present, bins) of this rank. ``counts``: (rows, bins) over all ranks, of what is :meth:`offered`.
         """
@@ -204,9 +210,9 @@ class Search:
         self.below_here = self.below_here + here.cumsum(1).gather(1, there).squeeze(1) - self.equal_here
 
     def cuts(self) -> list[Cut]:
-        """Return the cut of each matrix for this rank's own keys, once the intervals hold one key. Collective.
+        """Return the cut of each matrix for this rank's keys, once every interval has a single key. Collective.
 
-        A pool's equals are pruned in the order of its matrices, and in each from its first.
+        Equal keys of a pool are pruned in the order of its matrices, and within a matrix from the first.
         """
         rooms = torch.minimum(self.equal, self.most - self.below)[self._rows]
         if self._joined:
@@ -223,7 +229,7 @@ class Search:
         return found
 
     def missed(self, inside: Tensor, overflowed: Tensor) -> set[int]:
-        """Matrices, of whole pools, whose cut is not among the ``inside`` (rows,) keys, or some of which overflowed."""
+        """Return the matrices, in whole pools, whose cut is not among the ``inside`` (rows,) keys or which overflowed."""
         below = self.pruned_up_to(self.below)
         holds = (below <= self.wanted) & (self.pruned_up_to(self.below + inside) >= self.wanted)
         flawed = torch.zeros_like(self.wanted).index_add_(0, self.pool_of, overflowed)
@@ -231,7 +237,9 @@ class Search:
         return {i for i, pool in enumerate(self._pools) if bad[pool]}
 
     def at_most(self) -> tuple[list[int], list[int]]:
-        """Matrices whose cut is below their pool's, as they may lose no more: of several ranks, and of this alone."""
+        """Return the matrices that may not lose as many keys as their pool's cut asks: shared ones, and this rank's
+        only.
+        """
         beyond = (self.below > self.most).tolist()
         beyond_here = (self.below_here > self._most_here).tolist()
         joined = set(self._joined)
@@ -245,11 +253,11 @@ def select(
     device: torch.device | None = None,
     pools: Sequence[int] = (),
 ) -> list[Cut]:
-    """The cut that prunes exactly ``prune_count`` of each matrix, or ``pools[i]`` of the matrices of pool i together.
+    """Return the cuts that prune exactly ``prune_count`` keys of each matrix, or ``pools[i]`` of pool i.
 
-    Collective when ``ranks`` is: four exchanges, whatever the number of matrices, five where some lie whole on a rank,
-    and as many more when matrices of a pool are at their most. Raises NonFiniteScoreError, on every rank, when any
-    score of any rank is NaN or infinite.
+    Collective if ``ranks`` is: four exchanges regardless of the number of matrices, five if some are whole on a rank,
+    and as many again if matrices of a pool reach their maximum. Raises NonFiniteScoreError on every rank if any score
+    on any rank is NaN or infinite.
     """
     ranks = ranks or RankSums()
     device = device or torch.device("cpu")
@@ -276,7 +284,9 @@ def select(
 
 
 def _from_the_first(cut: Cut, matrix: MatrixKeys) -> Cut:
-    """The cut counted from the first of the tiles, not from this rank's own first: equals before it come first too."""
+    """Return the cut counted from the first key of the tiles, not from this rank's first: equal keys before it come
+    first.
+    """
     equal = 0
     for keys in _between(matrix, 0, matrix.own[0]) if matrix.own else ():
         equal += int((keys == cut.threshold).sum())
@@ -284,7 +294,7 @@ def _from_the_first(cut: Cut, matrix: MatrixKeys) -> Cut:
 
 
 def _between(matrix: MatrixKeys, first: int, last: int) -> Iterator[Tensor]:
-    """The keys at positions [first, last) of the tiles, flat."""
+    """Yield the keys at positions [first, last) of the tiles, flat."""
     at = 0
     for keys in matrix.tiles() if first < last else ():
         yield keys.flatten()[max(0, first - at) : max(0, last - at)]
@@ -294,7 +304,7 @@ def _between(matrix: MatrixKeys, first: int, last: int) -> Iterator[Tensor]:
 
 
 def _counts(matrix: MatrixKeys, low: int, shift: int, bins: int, device: torch.device) -> Tensor:
-    """Counts, (bins,) int64, of this rank's own keys in bins of 2**shift keys from ``low`` on."""
+    """Return the counts of the keys that this rank counts, in bins of 2**shift keys from ``low`` on: (bins,) int64."""
     counts = torch.zeros(bins, dtype=torch.int64, device=device)
     for keys in matrix.tiles() if matrix.own is None else _between(matrix, *matrix.own):
         counts += histogram(keys.flatten(), low, shift, bins)
@@ -302,9 +312,9 @@ def _counts(matrix: MatrixKeys, low: int, shift: int, bins: int, device: torch.d
 
 
 def _not_finite(counts: Tensor) -> Tensor:
-    """How many of the first digit's ``counts``, (n, bins), are of NaN and infinity: (n, 1).
+    """Return how many of the first digit's ``counts``, (n, bins), belong to NaN and infinity: (n, 1).
 
-    They have the bins at either end: the first digit is sign, exponent and two more bits.
+    The first digit is the sign, the exponent and two more bits, so these are the bins at either end.
     """
     width = _KEY_BITS - DIGIT_BITS
     first, last = (LOWEST_FINITE - _LOWEST_KEY) >> width, (HIGHEST_FINITE - _LOWEST_KEY) >> width
@@ -312,7 +322,7 @@ def _not_finite(counts: Tensor) -> Tensor:
 
 
 def keep_mask(scores: Tensor, count: int) -> Tensor:
-    """bool mask of ``scores`` (any shape, fp32) that drops the ``count`` smallest: selection on one rank."""
+    """Return a bool mask of ``scores`` (any shape, fp32) without the ``count`` smallest: selection on one rank."""
     keys = order_keys(scores)
     (cut,) = select([MatrixKeys(count, lambda: iter((keys,)))], device=scores.device)
     return cut.keep(keys)[0]

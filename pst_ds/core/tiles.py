@@ -1,19 +1,19 @@
 """Cut the backward pass of a layer into tiles, so that its buffers stay within a byte budget.
 
-A tile has two buffers in the dtype of the weight, used again for the next tile:
+A tile has two buffers in the dtype of the weight, reused for the next tile:
 
     W    W0 + beta U V, later M . W
     G    dL/d(M . W)
 
-What is made of G is made in bands of rows of the tile, small enough to stay in a CPU's cache, in three more buffers:
+The results of G are computed in bands of rows of the tile, small enough for a CPU's cache, in three more buffers:
 
     P    G . W, later G . M + G . |W| / scale
     Q    |W|
-    M    the mask as integers to AND with
+    M    the mask as integers for a bitwise AND
 
-and while M is made up to two more bytes a weight of the band (or two rows of the stored weight, if they are more). Not
-in the budget: tensors as large as x or the factors (dX, its fp32 sum where it is one, the gradients of the factors in
-fp32), and the scratch memory of the BLAS library (on CPUs with AMX, oneDNN packs copies of bf16 operands).
+Unpacking M needs up to two more bytes per weight of the band (or two rows of the stored weight, if they are more). The
+budget excludes tensors of the size of x or the factors (dX, its fp32 sum if it is one, the gradients of the factors in
+fp32) and the scratch memory of the BLAS library (on CPUs with AMX, oneDNN packs copies of bf16 operands).
 """
 
 from __future__ import annotations
@@ -24,34 +24,37 @@ from functools import cache
 from pst_ds.core.layout import Rect, WeightLayout
 
 DEFAULT_TILE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
-"""Bytes of a tile by kind of device, see docs/decisions.md."""
+"""Bytes of a tile by device type, see docs/background/decisions.md."""
 _BAND_ELEMENTS = {"cpu": 1 << 19}
-"""Weights of a band, where a quarter of the budget allows them; elsewhere that quarter alone counts."""
+"""Weights of a band, if a quarter of the budget allows them. On other devices that quarter is the only limit."""
 MIN_STRIP = 32
-"""Rows or columns of the thinnest tile, a strip of the weight. Thinner, its products would mostly copy x or dY."""
+"""Rows or columns of the thinnest tile. The products of a thinner strip would mostly copy x or dY."""
 _WIDE_STRIP = 256
-"""Tiles of all outputs are cut at least so wide, or else the other way where that makes them twice as wide."""
+"""Least width of tiles with all outputs. Below it, tiles are cut along the outputs if that makes them twice as wide."""
 _WIDEST_STRIP = {"cpu": 1024}
-"""Wider tiles are no faster there: dY' X with 5,504 inputs took 8.6 ns a weight for 1,024 of them, 9.6 for all."""
+"""Widest strip: wider tiles are no faster on CPUs (dY' X with 5,504 inputs took 8.6 ns per weight for 1,024 of them,
+9.6 for all).
+"""
 _ALIGNMENT = 64
-"""Strips are multiples of this where they can be, so that tiles of the mask begin with whole bytes."""
+"""Strips are multiples of this where possible, so that the mask of a tile starts at a byte boundary."""
 
 
 class TileBudgetError(ValueError):
-    """The byte budget holds no useful tile of a layer."""
+    """The byte budget is too small for any tile of a layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """A layer's backward pass: rectangles of the stored weight that cover it."""
+    """Rectangles of the stored weight that cover it, for the backward pass of a layer."""
 
     rects: tuple[Rect, ...]
     cut_outputs: bool
-    """True: a tile has some outputs and all inputs, and dX is a sum over tiles. False: it has all outputs (of every
-    fused matrix), so that each tile writes its own columns of dX, once."""
+    """True: a tile has some outputs and all inputs, and dX is a sum over tiles. False: a tile has all outputs (of every
+    fused matrix) and writes its columns of dX once.
+    """
 
     band_elements: int
-    """Weights of a band of rows, or those of one row of the tile if they are more."""
+    """Weights per band of rows, at least one row of the tile."""
 
     @property
     def max_numel(self) -> int:
@@ -63,12 +66,14 @@ class Tiles:
 
 
 def tile_bytes_of(numel: int, band: int, itemsize: int) -> int:
-    """Bytes alive in the backward pass of a tile of ``numel`` weights of ``itemsize`` bytes, ``band`` at a time."""
+    """Return the bytes needed by the backward pass of a tile of ``numel`` weights of ``itemsize`` bytes, ``band`` per
+    band.
+    """
     return 2 * itemsize * numel + (3 * itemsize + 2) * band
 
 
 def least_tile_bytes(layout: WeightLayout, itemsize: int) -> int:
-    """The smallest budget that :func:`plan_tiles` takes for a layer."""
+    """Return the smallest budget for which :func:`plan_tiles` accepts a layer."""
     short, long = sorted((layout.out_features, layout.in_features))
     return tile_bytes_of(short * min(long, MIN_STRIP), layout.shape[1], itemsize)
 
@@ -77,10 +82,10 @@ def least_tile_bytes(layout: WeightLayout, itemsize: int) -> int:
 def plan_tiles(
     layout: WeightLayout, itemsize: int, tile_bytes: int = 0, *, device_type: str = "cpu", name: str = "layer"
 ) -> Tiles:
-    """Cut a layer so that a tile has at most ``tile_bytes``; 0 is the default for ``device_type``.
+    """Cut a layer so that a tile needs at most ``tile_bytes``; 0 is the default for ``device_type``.
 
     Tiles have all outputs unless the layer has so many more outputs than inputs that they would be thin. Raises
-    TileBudgetError, naming the layer, when no tile of MIN_STRIP rows or columns fits.
+    TileBudgetError, naming the layer, if no tile of MIN_STRIP rows or columns fits.
     """
     outputs, inputs = layout.out_features, layout.in_features
     least, needed = min(outputs, inputs) * min(max(outputs, inputs), MIN_STRIP), least_tile_bytes(layout, itemsize)
@@ -93,7 +98,7 @@ def plan_tiles(
     quarter = tile_bytes // 4 // tile_bytes_of(0, 1, itemsize)
     band_elements = max(layout.shape[1], min(quarter, _BAND_ELEMENTS.get(device_type, quarter)))
     fits = (tile_bytes - tile_bytes_of(0, band_elements, itemsize)) // tile_bytes_of(1, 0, itemsize)
-    if fits < least:  # of a small budget the tile needs more than three quarters
+    if fits < least:  # with a small budget the tile needs more than three quarters
         band_elements, fits = layout.shape[1], least
     input_strip, output_strip = fits // outputs, fits // inputs
     too_thin = input_strip < min(inputs, MIN_STRIP)
@@ -108,7 +113,7 @@ def plan_tiles(
 
 
 def _strips(whole: int, strip: int) -> list[tuple[int, int]]:
-    """[0, whole) in strips of nearly equal size, none above ``strip``."""
+    """Split [0, whole) into strips of nearly equal size, each at most ``strip``."""
     if strip >= whole:
         return [(0, whole)]
     step = -(-whole // -(-whole // strip))

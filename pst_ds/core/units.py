@@ -1,4 +1,4 @@
-"""Units of a pattern (blocks, N:M groups, rows): their tiles, keys and masks, and what expands them to weights."""
+"""Units of a pattern (blocks, N:M groups, rows): their tiles, keys and masks, and their expansion to weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pst_ds.core.layout import Rect, shard_tiles
 def unit_tiles(
     matrix: Rect, unit: tuple[int, int], row_length: int, start: int, stop: int, size: int
 ) -> Iterator[Rect]:
-    """The part of ``matrix`` in the flat range [start, stop), as rectangles of whole units in rising order of units.
+    """Yield the part of ``matrix`` in the flat range [start, stop) as rectangles of whole units, in increasing order.
 
     The range must be aligned (:meth:`Pattern.aligned`). A rectangle has about ``size`` weights, at least one unit.
     """
@@ -36,26 +36,28 @@ def unit_tiles(
 
 
 def block_keys(keys: Tensor, unit: tuple[int, int]) -> Tensor:
-    """Keys of the blocks in a rectangle's ``keys`` (rows, cols): of the sum of their scores, (num blocks,) int32."""
+    """Return the keys of the blocks in a rectangle's ``keys`` (rows, cols): of the sum of their scores, (blocks,)
+    int32.
+    """
     return order_keys(_sum_of_units(scores_of_keys(keys), unit)).flatten()
 
 
 def loss_keys(keys: Tensor, unit: tuple[int, int], prune: int) -> Tensor:
-    """Keys of N:M groups: of the sum of the scores that pruning ``prune`` of each would lose, (num groups,) int32."""
+    """Return the keys of N:M groups: of the sum of the ``prune`` scores that each would lose, (groups,) int32."""
     kept = keep_n_of_m(keys, unit, prune)
     return order_keys(_sum_of_units(scores_of_keys(keys).masked_fill_(kept.bool(), 0.0), unit)).flatten()
 
 
 def expand_units(kept: Tensor, rect: Rect, unit: tuple[int, int]) -> Tensor:
-    """The weights' mask (rows, cols) of ``rect`` from its units', (num units,) uint8."""
+    """Expand the mask of the units of ``rect``, (units,) uint8, to the mask of its weights, (rows, cols)."""
     grid = kept.view((rect.r1 - rect.r0) // unit[0], (rect.c1 - rect.c0) // unit[1])
     return grid.repeat_interleave(unit[0], 0).repeat_interleave(unit[1], 1)
 
 
 def keep_n_of_m(keys: Tensor, unit: tuple[int, int], prune: int) -> Tensor:
-    """uint8 mask (rows, cols) without the ``prune`` smallest keys of every unit, (1, M) or (M, 1).
+    """Return the uint8 mask (rows, cols) without the ``prune`` smallest keys of every unit, (1, M) or (M, 1).
 
-    Of equals the first go.
+    Of equal keys, the first are pruned.
     """
     size, stride = max(unit), keys.shape[1] if unit[0] > 1 else 1
     native = native_for(keys)
@@ -70,9 +72,9 @@ def keep_n_of_m(keys: Tensor, unit: tuple[int, int], prune: int) -> Tensor:
 
 
 def keep_in_rows(keys: Tensor, unit: tuple[int, int], prune: int) -> Tensor:
-    """uint8 mask (rows, cols) without the ``prune`` smallest keys of every unit, a whole row or column.
+    """Return the uint8 mask (rows, cols) without the ``prune`` smallest keys of every unit, a whole row or column.
 
-    Of equals the first go.
+    Of equal keys, the first are pruned.
     """
     along = (keys if unit[0] == 1 else keys.t()).contiguous()
     native = native_for(keys)
@@ -86,9 +88,9 @@ def keep_in_rows(keys: Tensor, unit: tuple[int, int], prune: int) -> Tensor:
 
 
 def _sum_of_units(scores: Tensor, unit: tuple[int, int]) -> Tensor:
-    """Sums over units, (unit rows, unit cols).
+    """Return the sums over units, (unit rows, unit cols).
 
-    Halves are added to halves, so a unit's sum has the same bits in any tile.
+    Sums are computed by pairwise halving, so the sum of a unit is bit-identical in any tile.
     """
     rows, cols = unit
     units = scores.view(scores.shape[0] // rows, rows, scores.shape[1] // cols, cols)
