@@ -1,4 +1,4 @@
-"""Distances of a student's predictions and hidden states from a teacher's."""
+"""Distances between a student's and a teacher's predictions and hidden states."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import torch
 from torch import Tensor
 
 _NUMBERS_AT_A_TIME = 1 << 20
-"""Number of fp32 logits: a few rows of a large vocabulary stay in the caches."""
+"""fp32 logits per block: a few rows of a large vocabulary stay in the caches."""
 
 
 def distilled_loss(
     student: Tensor, teacher: Tensor, targets: Tensor, weight: float, temperature: float = 1.0
 ) -> Tensor:
-    """(1 - w) CE(targets, student) + w T^2 KL(softmax(teacher / T) || softmax(student / T)): means over rows, in nats;
-    0-d, fp32 (arXiv 1503.02531, section 2).
+    """Return (1 - w) CE(targets, student) + w T^2 KL(softmax(teacher / T) || softmax(student / T)), a scalar, fp32.
 
-    ``student`` and ``teacher``: logits (rows, classes); ``targets``: (rows,) int64; w = ``weight`` in [0, 1]. The
-    gradient goes to ``student`` alone. With the vocabulary of a language model as classes, one tensor in the dtype of
-    ``student`` is all that is kept for it, where autograd would keep several in fp32.
+    Means over rows, in nats (arXiv 1503.02531, section 2). ``student`` and ``teacher``: logits (rows, classes).
+    ``targets``: (rows,) int64. w = ``weight`` in [0, 1]. Only ``student`` receives a gradient, for which one tensor in
+    its dtype is kept; autograd would keep several in fp32.
     """
     loss: Tensor = _DistilledLoss.apply(  # type: ignore[no-untyped-call]
         student, teacher, targets, weight, temperature
@@ -29,11 +28,12 @@ def distilled_loss(
 
 
 def relative_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
-    """The mean over layers and tokens of |s - t|^2 / |t|^2: 0-d, fp32.
+    """Return the mean over layers and tokens of |s - t|^2 / |t|^2: a scalar, fp32.
 
-    ``student``, ``teacher``: hidden states of the same layers, (..., width) each; ``rows``: (...,) bool, the tokens
-    that count, or None for all. SquareHead (arXiv 2310.06927) divides by the squares of all tokens together; here each
-    token has its own, since a few tokens of a language model have states a thousand times as large as the others'.
+    ``student``, ``teacher``: hidden states of the same layers, (..., width) each. ``rows``: (...,) bool, the tokens
+    that count; None for all. SquareHead (arXiv 2310.06927) divides by the squares of all tokens together. Here each
+    token has its own divisor, because the states of a few tokens of a language model are a thousand times as large as
+    those of the others.
     """
     total = student[0].new_zeros((), dtype=torch.float32)
     for own, other in zip(student, teacher, strict=True):
@@ -45,7 +45,9 @@ def relative_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], rows
 
 
 class _DistilledLoss(torch.autograd.Function):
-    """Its gradient is known as soon as the loss is: of a row's logits (1 - w) (q - onehot) + w T (q_T - p_T)."""
+    """Autograd function whose gradient is known in the forward pass: (1 - w) (q - onehot) + w T (q_T - p_T) per row of
+    logits.
+    """
 
     @staticmethod
     def forward(
@@ -73,8 +75,11 @@ class _DistilledLoss(torch.autograd.Function):
 def loss_and_gradient(
     student: Tensor, teacher: Tensor | None, targets: Tensor, weight: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum over rows of what :func:`distilled_loss` is the mean of, 0-d float64, and its gradient, (rows,
-    classes) fp32; ``targets``: (rows, 1). Without a ``teacher`` it is the cross-entropy, and ``weight`` must be 0."""
+    """Return the sum over rows of the terms of :func:`distilled_loss`, a float64 scalar, and its gradient.
+
+    The gradient is (rows, classes) fp32. ``targets``: (rows, 1). Without a ``teacher`` the loss is the cross-entropy,
+    and ``weight`` must be 0.
+    """
     log_q = torch.log_softmax(student, -1)
     hard = log_q.gather(1, targets).sum(dtype=torch.float64)
     if teacher is None:
@@ -90,15 +95,15 @@ def loss_and_gradient(
 
 
 def _divergence(log_q: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum over rows of KL(p || q), p, q) from log q, which is overwritten, and the teacher's logits.
+    """Return (sum over rows of KL(p || q), p, q) from log q, which is overwritten, and the teacher's logits.
 
-    A class that the teacher rules out with a logit of -inf adds 0, the limit of p log p.
+    A class that the teacher excludes with a logit of -inf adds 0, the limit of p log p.
     """
     log_p = torch.log_softmax(teacher, -1)
     p = log_p.exp()
     difference = log_p.sub_(log_q)
     apart = torch.linalg.vecdot(p, difference)
-    # to look would make an accelerator wait, and a tensor of another class may have no values
+    # checking first would make the host wait for the accelerator
     if apart.device.type != "cpu" or type(apart) is not Tensor or not apart.isfinite().all():
         apart = torch.linalg.vecdot(p, difference.masked_fill_(p == 0.0, 0.0))
     return apart.sum(dtype=torch.float64), p, log_q.exp_()

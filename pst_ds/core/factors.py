@@ -4,14 +4,14 @@ Shapes, for O outputs, I inputs, P fused matrices, score rank k and update rank 
 
     A (O, k)    B (P*k, I)    R (O,)    C (P, I)    U (O, r)    V (P*r, I)    G (P*r,) or (P,)
 
-Each output row belongs to exactly one part, so A, R and U are shared by stacking, while B, C and V hold one set a
-part. For an ordinary layer P = 1 and these are the matrices of the paper (arXiv 2205.11005, section 3). In a stack of
-experts O and P count all of them, so every factor is in expert order.
+Each output row belongs to exactly one part, so A, R and U stack the parts, while B, C and V have one set per part. For
+an ordinary layer P = 1, and these are the matrices of the paper (arXiv 2205.11005, section 3). In a stack of experts, O
+and P count all experts, so every factor is in expert order.
 
-A multiplicative update, SPP's (arXiv 2405.16057), has r groups of consecutive outputs in each part: its U is (O,), one
-factor an output, and a row of V belongs to one group. :func:`grouped_columns` makes the (O, r) matrix of it.
+A multiplicative update (SPP, arXiv 2405.16057) has r groups of consecutive outputs per part: its U is (O,), one factor
+per output, and a row of V belongs to one group. :func:`grouped_columns` expands it to an (O, r) matrix.
 
-The gates G of learned ranks (:mod:`pst_ds.core.updates.gates`) are folded into V, so no formula but that knows of them.
+The gates G of learned ranks (:mod:`pst_ds.core.updates.gates`) are folded into V, so they occur in no other formula.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pst_ds.core.updates.gates import gated_rows
 
 @dataclass(frozen=True, slots=True)
 class Constants:
-    """The numbers of the score and of the update.
+    """The constants of the score and of the update.
 
     S = |W| / weight_scale + alpha1 A B + alpha2 (R 1' + 1 C'),  W = W0 + beta U V
     |W| is |W| . 1 n' where the inputs have norms n.
@@ -38,17 +38,17 @@ class Constants:
     alpha2: float = 1.0
     beta: float = 1.0
     detach_magnitude: bool = False
-    """True drops the path of the gradient through |W| in S."""
+    """Whether to drop the gradient through |W| in S."""
     magnitude: bool = True
-    """False leaves |W| out of S."""
+    """Whether S includes |W|."""
     frozen_magnitude: bool = False
-    """True has |W0| in S, which the update does not move."""
+    """Whether S uses |W0|, which the update does not change, instead of |W|."""
     multiplicative: bool = False
-    """True makes W = W0 + beta W0 . (U V), which keeps every zero of W0."""
+    """Whether W = W0 + beta W0 . (U V), which keeps every zero of W0."""
 
     @property
     def update_in_scores(self) -> bool:
-        """True if S is computed from the updated weight. The mask of a multiplicative update is chosen before it."""
+        """True if S is computed from the updated weight. A multiplicative update is not part of it."""
         return not self.multiplicative and not self.frozen_magnitude
 
     @property
@@ -57,13 +57,13 @@ class Constants:
         return self.magnitude and not self.detach_magnitude and not self.frozen_magnitude
 
     def magnitude_factor(self, weight_scale: float) -> float:
-        """Factor of |W| in S."""
+        """Return the factor of |W| in S."""
         return 1.0 / weight_scale if self.magnitude else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The factors a layer has; None for those it was built without. See the module's docstring for shapes."""
+    """The factors of a layer, None for those that it was built without. The module's docstring has the shapes."""
 
     A: Tensor | None = None
     B: Tensor | None = None
@@ -72,7 +72,7 @@ class Factors:
     U: Tensor | None = None
     V: Tensor | None = None
     norms: Tensor | None = None
-    """(I,) fp32, of a stack of experts (E*I,): how large each input is, relative to their mean; not trained."""
+    """(I,) fp32, or (E*I,) for a stack of experts: norm of each input relative to their mean. Not trained."""
 
     def of_expert(self, expert: int, num_experts: int) -> Factors:
         """Return views of the factors of one of ``num_experts`` experts."""
@@ -86,7 +86,7 @@ class Factors:
         return ((field.name, value) for field in fields(self) if (value := getattr(self, field.name)) is not None)
 
     def to(self, device: torch.device) -> Factors:
-        """The same on ``device``."""
+        """Return the factors on ``device``."""
         return Factors(**{name: value.to(device) for name, value in self._held()})
 
 
@@ -107,12 +107,12 @@ class TileFactors:
     update_right: Tensor | None
     """(r, cols)"""
     row_norms: Tensor | None = None
-    """(rows,), of a weight stored (I, O)"""
+    """(rows,), for a weight stored as (I, O)"""
     col_norms: Tensor | None = None
-    """(cols,), of one stored (O, I)"""
+    """(cols,), for a weight stored as (O, I)"""
 
     def tensors(self) -> list[Tensor]:
-        """Those that are there."""
+        """Return the tensors that are not None."""
         held = (
             self.score_left, self.score_right, self.score_rows, self.score_cols, self.update_left, self.update_right,
             self.row_norms, self.col_norms,
@@ -121,7 +121,7 @@ class TileFactors:
 
 
 def tile_factors(factors: Factors, layout: WeightLayout, matrix: StoredMatrix, rect: Rect) -> TileFactors:
-    """Views of the factors that make the scores and the update of ``rect``, which lies inside ``matrix``."""
+    """Return views of the factors that compute the scores and the update of ``rect``, which lies inside ``matrix``."""
     outputs, inputs = matrix.ranges(rect, transposed=layout.transposed)
 
     def pair(by_output: Tensor | None, by_input: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -143,9 +143,9 @@ def tile_factors(factors: Factors, layout: WeightLayout, matrix: StoredMatrix, r
 
 
 def layer_factors(values: dict[str, Tensor], count: int, constants: Constants, norms: Tensor | None = None) -> Factors:
-    """Return the matrices of the formulas from ``values``, those that a layer of ``count`` matrices holds, by name.
+    """Return the matrices of the formulas from ``values``, the tensors of a layer of ``count`` matrices by name.
 
-    They differ in a multiplicative update's U, and in the V of an update with gates.
+    They differ from the stored ones in U of a multiplicative update, and in V of an update with gates.
     """
     if "G" in values:
         gates = values["G"]
@@ -157,22 +157,22 @@ def layer_factors(values: dict[str, Tensor], count: int, constants: Constants, n
 
 
 def group_of_rows(num_rows: int, num_matrices: int, num_groups: int, device: torch.device | None = None) -> Tensor:
-    """Return which of its matrix's ``num_groups`` runs of nearly equal length each row belongs to: (num_rows,) int64.
+    """Return the group of each row, (num_rows,) int64, among ``num_groups`` runs of nearly equal length per matrix.
 
-    Run g of a matrix with n rows begins at floor(g n / num_groups). ``num_rows`` counts all ``num_matrices`` together.
+    Run g of a matrix with n rows starts at floor(g n / num_groups). ``num_rows`` counts all ``num_matrices`` together.
     """
     per_matrix = max(num_rows // num_matrices, 1)
     return ((torch.arange(num_rows, device=device) % per_matrix + 1) * num_groups - 1) // per_matrix
 
 
 def grouped_columns(column: Tensor, num_matrices: int, num_groups: int) -> Tensor:
-    """(O,) to (O, num_groups): each value in the column of its row's group, zeros elsewhere in the row."""
+    """Expand (O,) to (O, num_groups): each value in the column of its row's group, zeros elsewhere."""
     wide = column.new_zeros(column.numel(), num_groups)
     groups = group_of_rows(column.numel(), num_matrices, num_groups, column.device)
     return wide.scatter_(1, groups.unsqueeze(1), column.unsqueeze(1))
 
 
 def ungrouped_columns(wide: Tensor, num_matrices: int) -> Tensor:
-    """The adjoint of :func:`grouped_columns`: (O, num_groups) to (O,)."""
+    """Apply the adjoint of :func:`grouped_columns`: (O, num_groups) to (O,)."""
     groups = group_of_rows(wide.shape[0], num_matrices, wide.shape[1], wide.device)
     return wide.gather(1, groups.unsqueeze(1)).squeeze(1)

@@ -16,14 +16,14 @@ from pst_ds.core.quantization import CodedWeight, of_table_inputs, times_table
 
 @dataclass(frozen=True, slots=True)
 class ChunkSizes:
-    """How much of the logits exists at a time."""
+    """How many logits exist at a time."""
 
     least_rows: int
-    """Rows of one product with the head, however many classes: fewer would read its weight more often than pays."""
+    """Minimum rows of one product with the head: fewer rows would read its weight too often."""
     numbers: int
-    """Logits of one product, where that is more rows."""
+    """Logits of one product, if that allows more rows."""
     numbers_in_fp32: int
-    """Logits of which softmax and gradient are held in fp32 at a time."""
+    """Logits whose softmax and gradient are held in fp32 at a time."""
 
     def rows(self, classes: int) -> int:
         return max(self.least_rows, self.numbers // classes)
@@ -33,20 +33,21 @@ class ChunkSizes:
 
 
 _ON_CPU = ChunkSizes(least_rows=128, numbers=1 << 22, numbers_in_fp32=1 << 20)
-"""A block in fp32 stays in the caches."""
+"""An fp32 block stays in the caches."""
 _ON_ACCELERATOR = ChunkSizes(least_rows=512, numbers=1 << 26, numbers_in_fp32=1 << 23)
-"""A product with 512 rows does more operations a byte of the weight than keep an H100 busy; 8 million numbers keep a
-kernel busy for longer than it takes to launch."""
+"""A product with 512 rows does enough operations per byte of the weight to keep an H100 busy; a kernel over 8 million
+numbers takes longer than its launch.
+"""
 
 
 def chunk_sizes(device_type: str) -> ChunkSizes:
-    """Return the sizes for a type of device, such as "cpu"."""
+    """Return the sizes for a device type, such as "cpu"."""
     return _ON_CPU if device_type == "cpu" else _ON_ACCELERATOR
 
 
 @dataclass(frozen=True, slots=True)
 class Readout:
-    """Logits of hidden states h: s z, or c tanh(s z / c) with a cap c above 0; z = h W' + b."""
+    """Maps hidden states h to logits: s z, or c tanh(s z / c) with a cap c above 0, where z = h W' + b."""
 
     weight: Tensor | CodedWeight
     """(classes, width)."""
@@ -62,20 +63,20 @@ class Readout:
         return linear(hidden, self.weight, self.bias)
 
     def of_hidden(self, of_output: Tensor) -> Tensor:
-        """Return dL/dh, (rows, width), of dL/dz."""
+        """Return dL/dh, (rows, width), from dL/dz."""
         if isinstance(self.weight, CodedWeight):
             return of_table_inputs(of_output, self.weight)
         return of_output @ self.weight.detach()
 
     def final(self, logits: Tensor) -> Tensor:
-        """Return the logits of the head's output z, (rows, classes), in fp32."""
+        """Return the logits for the head's output z, (rows, classes), in fp32."""
         logits = logits.float()
         if self.cap:
             return (logits * (self.scale / self.cap)).tanh_().mul_(self.cap)
         return logits if self.scale == 1.0 else logits * self.scale
 
     def gradient(self, of_final: Tensor, final: Tensor) -> Tensor:
-        """Return dL/dz of dL/d(logits), which is overwritten; ``final`` are the logits."""
+        """Return dL/dz from dL/d(logits), which is overwritten. ``final``: the logits."""
         if self.cap:
             of_final.mul_(1.0 - (final / self.cap).square_())
         return of_final if self.scale == 1.0 else of_final.mul_(self.scale)
@@ -83,12 +84,12 @@ class Readout:
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """Whose predictions count besides the targets: those of ``hidden`` (tokens, width) through its own head."""
+    """Teacher whose predictions count in addition to the targets, given by its hidden states and its head."""
 
     hidden: Tensor
     readout: Readout
     weight: float
-    """Share of the divergence in the loss, in [0, 1]."""
+    """Weight of the divergence in the loss, in [0, 1]."""
     temperature: float = 1.0
 
 
@@ -102,13 +103,12 @@ def head_loss(
     count: Tensor | int | None = None,
     sizes: ChunkSizes | None = None,
 ) -> Tensor:
-    """The mean over targets of the cross-entropy, in nats, or with a ``teacher`` of what :func:`distilled_loss` is the
-    mean of: 0-d, fp32.
+    """Return the mean cross-entropy over targets, in nats: a scalar, fp32. With a ``teacher``, :func:`distilled_loss`.
 
-    ``hidden``: (tokens, width); ``targets``: (n,) int64 classes; ``rows``: (n,) int64, the token that predicts each,
-    all different; None is every token in turn. ``count`` divides the sum in place of n. The gradient goes to ``hidden``
-    and to weight and bias of ``readout`` as far as they require one, and is made in the forward pass. For the backward
-    pass, which reads no weight, a tensor like ``hidden`` is kept, and one like the weight if it trains.
+    ``hidden``: (tokens, width). ``targets``: (n,) int64 classes. ``rows``: (n,) int64, the token that predicts each
+    target, all different; None uses every token in order. ``count`` divides the sum instead of n. The gradients of
+    ``hidden`` and of the weight and bias of ``readout``, if they require one, are computed in the forward pass. The
+    backward pass reads no weight; it keeps a tensor like ``hidden``, and one like the weight if it trains.
     """
     sizes = sizes or chunk_sizes(hidden.device.type)
     weight = None if isinstance(readout.weight, CodedWeight) else readout.weight
@@ -122,8 +122,9 @@ def head_loss(
 def token_losses(
     hidden: Tensor, readout: Readout, targets: Tensor, rows: Tensor | None = None, sizes: ChunkSizes | None = None
 ) -> Tensor:
-    """Return the cross-entropy of each target, in nats: (n,) fp32, without a gradient. Arguments as of
-    :func:`head_loss`."""
+    """Return the cross-entropy of each target in nats, (n,) fp32, without a gradient. Arguments as in
+    :func:`head_loss`.
+    """
     sizes = sizes or chunk_sizes(hidden.device.type)
     losses = [hidden.new_empty(0, dtype=torch.float32)]
     classes = readout.weight.shape[0]
@@ -161,7 +162,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 class _Gradients:
-    """Those of the sum of all tokens, as far as they are wanted; that of the weight is summed in fp32."""
+    """The requested gradients of the sum over all tokens. The gradient of the weight is accumulated in fp32."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, readout: Readout, wants: tuple[bool, ...]
@@ -194,7 +195,7 @@ def _chosen(hidden: Tensor, rows: Tensor | None, part: slice) -> Tensor:
 def _loss_of_chunk(
     logits: Tensor, readout: Readout, targets: Tensor, taught: Tensor | None, teacher: Teacher | None, sizes: ChunkSizes
 ) -> Tensor:
-    """Return the sum over rows, 0-d float64, and put the gradient in place of the head's output ``logits``."""
+    """Return the sum over rows, a float64 scalar, and overwrite the head's output ``logits`` by the gradient."""
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     for block in _slices(len(logits), sizes.rows_in_fp32(logits.shape[1])):
         final = readout.final(logits[block])

@@ -1,11 +1,11 @@
 """y = x (M . W)' + b and its straight-through gradient, tile by tile (arXiv 2205.11005, section 3; G = dL/d(M . W)).
 
-M . W may be rounded to a grid of few bits. G is then the gradient at the rounded weight, and passes straight through
-the rounding too: all that is made of it below is as without. So may x, which is then rounded in both passes: G is that
-of the rounded inputs, and dX passes straight through.
+M . W may be quantised. G is then the gradient at the quantised weight and passes straight through the quantisation, so
+the formulas below hold unchanged. x may be quantised too, in both passes: G is then computed from the quantised inputs,
+and dX passes straight through.
 
-Names: N tokens, O outputs, I inputs. The gradient G, as large as the weight, exists one tile at a time, see
-:mod:`pst_ds.core.tiles`; nothing here keeps a tensor of the weight's size for later.
+Names: N tokens, O outputs, I inputs. The gradient G, as large as the weight, exists one tile at a time (see
+:mod:`pst_ds.core.tiles`). Nothing here keeps a tensor of the size of the weight between the passes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from pst_ds.core.tiles import Tiles, plan_tiles
 
 @dataclass(frozen=True, slots=True)
 class LayerState:
-    """Tensors that one layer multiplies with, all whole: ZeRO-3 has gathered them for the layer's turn."""
+    """The tensors that one layer multiplies with, complete: ZeRO-3 has gathered them."""
 
     weight: Tensor | CodedWeight
-    """W0 in storage shape, (O, I), or (I, O) when transposed."""
+    """W0 in storage shape: (O, I), or (I, O) if transposed."""
     bits: Tensor
     """The mask, see :mod:`pst_ds.core.bits`."""
     num_shards: int
@@ -37,16 +37,18 @@ class LayerState:
     factors: Factors
     constants: Constants
     weight_scales: tuple[float, ...]
-    """|W| is divided by this in the scores; one for each fused part."""
+    """Divisor of |W| in the scores, one per fused matrix."""
     scores_train: bool
-    """False once the masks are fixed: the scores then have no gradient, nor has |W| through them."""
+    """False once the masks are fixed: scores then have no gradient, and |W| has none through them."""
     rounding: Rounding | None = None
-    """What M . W is rounded to."""
+    """Quantisation of M . W."""
     inputs: InputGrid | None = None
-    """What x is rounded to."""
+    """Quantisation of x."""
 
     def expert(self, expert: int) -> LayerState:
-        """Return the same of one expert of a stack: views, but of bits that begin within a byte or cross a shard."""
+        """Return the state of one expert of a stack. Its tensors are views, except bits that start within a byte or
+        cross a shard.
+        """
         layout, share = self.layout, self.layout.num_matrices // self.layout.num_experts
         start, stop = layout.expert_range(expert)
         height = layout.expert.shape[0]
@@ -67,13 +69,13 @@ class LayerState:
         )
 
     def rounded_inputs(self, x: Tensor) -> Tensor:
-        """Return what the layer multiplies ``x`` (..., I) as."""
+        """Return ``x`` (..., I) as the layer multiplies it."""
         return x if self.inputs is None else self.inputs.rounded(x)
 
 
 @dataclass(slots=True)
 class Gradients:
-    """Gradients of a layer, each None unless asked for. Those of the factors are fp32 (fp64 for fp64 input)."""
+    """Gradients of a layer, None where not requested. Those of the factors are fp32 (fp64 for fp64 input)."""
 
     x: Tensor | None = None
     weight: Tensor | None = None
@@ -86,20 +88,20 @@ class Gradients:
     V: Tensor | None = None
     G: Tensor | None = None
     S: Tensor | None = None
-    """Gradient of a score of each weight (movement pruning): G . W, in storage shape and the dtype of x."""
+    """Gradient of the score of each weight (movement pruning): G . W, in storage shape and the dtype of x."""
 
     def factors(self) -> Factors:
         return Factors(self.A, self.B, self.R, self.C, self.U, self.V)
 
 
 def forward(x: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:
-    """y = x (M . W)' + bias: (..., I) to (..., O)."""
+    """Return y = x (M . W)' + bias, (..., O), for ``x`` (..., I)."""
     merged = state.masked_weight()
     return torch.nn.functional.linear(state.rounded_inputs(x), merged.t() if state.layout.transposed else merged, bias)
 
 
 def forward_into(out: Tensor, x: Tensor, state: LayerState) -> None:
-    """Write the same without a bias to ``out`` (N, O), for ``x`` (N, I)."""
+    """Write x (M . W)' to ``out`` (N, O), for ``x`` (N, I)."""
     merged = state.masked_weight()
     torch.mm(state.rounded_inputs(x), merged if state.layout.transposed else merged.t(), out=out)
 
@@ -115,15 +117,15 @@ def backward(
     need_scores: bool = False,
     tile_bytes: int = 0,
 ) -> Gradients:
-    """Gradients for ``x`` (N, I) and ``grad_y`` (N, O), and for every factor the layer has.
+    """Return the gradients for ``x`` (N, I) and ``grad_y`` (N, O), and for every factor of the layer.
 
         dS = G . W     dA = alpha1 dS B'   dB = alpha1 A' dS   dR = alpha2 rowsum(dS)   dC = alpha2 colsum(dS)
-        dW = G . M + G . |W| / weight_scale (not when |W| is detached, or the masks are fixed)
-        dU = beta dW V'   dV = beta U' dW (of a multiplicative update, with dW . W0 for dW)
+        dW = G . M + G . |W| / weight_scale (not if |W| is detached, or the masks are fixed)
+        dU = beta dW V'   dV = beta U' dW (for a multiplicative update, with dW . W0 for dW)
 
-    ``need_weight``: the weight itself is trained; its gradient is G . M. ``need_scores``: so is a score of each weight,
-    whose gradient is G . W (arXiv 2005.07683).
-    ``tile_bytes``: budget of :mod:`pst_ds.core.tiles`; 0 is the device's default. Raises TileBudgetError.
+    ``need_weight``: return the gradient of the weight, G . M. ``need_scores``: return the gradient of the score of each
+    weight, G . W (arXiv 2005.07683). ``tile_bytes``: budget of :mod:`pst_ds.core.tiles`; 0 is the device's default.
+    Raises TileBudgetError.
     """
     tiles = plan_tiles(state.layout, x.element_size(), tile_bytes, device_type=x.device.type)
     x, grad_y = state.rounded_inputs(x).contiguous(), grad_y.contiguous()
@@ -137,7 +139,7 @@ def backward(
         grads.weight = _like_weight(state)
     if need_scores:
         grads.S = _like_weight(state)
-    if need_x:  # a sum over tiles is kept wide
+    if need_x:  # accumulate the sum over tiles in a wider dtype
         grads.x = torch.zeros_like(x, dtype=high) if tiles.cut_outputs else torch.empty_like(x)
     trains_weights = need_weight or need_scores or x.dtype != state.weight.dtype
     per_shard = shard_numel(state.layout.numel, state.num_shards)
@@ -172,19 +174,19 @@ class _Buffers:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """Tensors that every tile of a layer reads, and adds to."""
+    """Tensors that every tile of a layer reads and accumulates into."""
 
     x: Tensor
     grad_y: Tensor
     state: LayerState
     factors: Factors
-    """With ones, see :func:`_with_ones`; without A and B when scores do not train."""
+    """With a column of ones, see :func:`_with_ones`. Without A and B if scores do not train."""
     sums: Factors
     grads: Gradients
     tiles: Tiles
     buffers: _Buffers
     mask: MaskBytes | None
-    """Where kernels serve the layer."""
+    """Set if GPU kernels compute the layer."""
 
 
 def _tile_backward(work: _Work, rect: Rect) -> None:
@@ -214,25 +216,25 @@ def _shaped(buffer: Tensor, rect: Rect) -> Tensor:
 
 
 def _inside(rect: Rect, whole: Rect) -> tuple[slice, slice]:
-    """``rect`` counted from the corner of ``whole``."""
+    """Return ``rect`` relative to the corner of ``whole``."""
     return slice(rect.r0 - whole.r0, rect.r1 - whole.r0), slice(rect.c0 - whole.c0, rect.c1 - whole.c0)
 
 
 def _weight_gradient(x: Tensor, grad_y: Tensor, grad: Tensor, *, transposed: bool) -> None:
-    """G. It, and all that is made of it, are in the dtype of x: what autograd would multiply."""
+    """Compute G. It and everything derived from it have the dtype of x, which is what autograd would multiply."""
     left, right = (x, grad_y) if transposed else (grad_y, x)
     torch.mm(left.t(), right, out=grad)
 
 
 def _merge(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor) -> None:
-    """W of one matrix' part of a tile."""
+    """Compute W of one matrix's part of a tile."""
     state = work.state
     factors = tile_factors(state.factors, state.layout, matrix, rect)
     updated_weight(weights_at(state.weight, rect, weight), factors, state.constants, out=weight)
 
 
 def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor, grad: Tensor) -> None:
-    """Turn G and W of a band into its gradients; W becomes M . W, rounded where it is in the forward pass."""
+    """Turn G and W of a band into gradients. W becomes M . W, quantised if the forward pass quantises it."""
     state = work.state
     rows, cols = slice(rect.r0, rect.r1), slice(rect.c0, rect.c1)
     mask = _shaped(work.buffers.mask, rect)
@@ -264,7 +266,7 @@ def _band_backward(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor
 
 
 def _band_by_kernel(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tensor, grad: Tensor) -> None:
-    """As :func:`_band_backward`, from W0, in one launch and the products with factors."""
+    """Do the same as :func:`_band_backward`, from W0, in one launch and the products with the factors."""
     state, constants = work.state, work.state.constants
     assert work.mask is not None
     assert isinstance(state.weight, Tensor)
@@ -286,7 +288,7 @@ def _band_by_kernel(work: _Work, matrix: StoredMatrix, rect: Rect, weight: Tenso
 
 
 def _input_gradient(work: _Work, grad_y: Tensor, merged: Tensor, inputs: slice) -> None:
-    """dX of a tile's inputs, or its share of the sum over tiles; ``merged``: M . W, (outputs, inputs)."""
+    """Compute dX of a tile's inputs, or its term of the sum over tiles. ``merged``: M . W, (outputs, inputs)."""
     grad_x = work.grads.x
     assert grad_x is not None
     if not work.tiles.cut_outputs:
@@ -298,14 +300,14 @@ def _input_gradient(work: _Work, grad_y: Tensor, merged: Tensor, inputs: slice) 
 
 
 def _and(values: Tensor, mask: Tensor, out: Tensor) -> None:
-    """out = values where the mask keeps, +0.0 elsewhere."""
+    """Write ``values`` to ``out`` where the mask keeps a weight, and +0.0 elsewhere."""
     torch.bitwise_and(values.view(mask.dtype), mask, out=out.view(mask.dtype))
 
 
 def _with_ones(state: LayerState) -> Factors:
-    """U, V, and A, B of rank k + 1: the gradients of [A | 1] and [B; 1] have dR and dC as their last row or column.
+    """Return the factors with A and B of rank k + 1: the gradients of [A | 1] and [B; 1] contain dR and dC.
 
-    So dS is read twice, not four times. Without R and C, A and B are as they are.
+    dS is thus read twice instead of four times. Without R and C, A and B stay unchanged.
     """
     own, num_matrices = state.factors, state.layout.num_matrices
     A, B = own.A, own.B
@@ -318,7 +320,7 @@ def _with_ones(state: LayerState) -> Factors:
 
 
 def _finish_factors(sums: Factors, state: LayerState, grads: Gradients) -> None:
-    """Gradients of the factors from the sums over tiles; zero for scores that do not train."""
+    """Set the gradients of the factors from the sums over tiles. They are zero for scores that do not train."""
     own, constants = state.factors, state.constants
     if sums.U is not None and sums.V is not None:
         grads.U, grads.V = sums.U * constants.beta, sums.V * constants.beta
@@ -341,7 +343,7 @@ def _finish_factors(sums: Factors, state: LayerState, grads: Gradients) -> None:
 def _add_low_rank_gradients(
     grad: Tensor, left: Tensor | None, right: Tensor | None, sum_left: Tensor | None, sum_right: Tensor | None
 ) -> None:
-    """sum_left += grad right',  sum_right += left' grad."""
+    """Compute sum_left += grad right' and sum_right += left' grad."""
     if left is None or right is None or sum_left is None or sum_right is None:
         return
     sum_left += grad @ right.t()

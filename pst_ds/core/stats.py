@@ -1,7 +1,7 @@
-"""Figures that describe a layer: how its scores go with |W|, norms, a histogram of scores, a thumbnail of its mask.
+"""Statistics of a layer: correlation of scores with |W|, norms, a histogram of scores, a thumbnail of its mask.
 
-All that is counted or summed over weights adds up over parts of a matrix, so every rank looks at its own. Norms of
-products come from the small matrices alone.
+Counts and sums over weights add up over parts of a matrix, so every rank computes its own part. Norms of products are
+computed from the small matrices only.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pst_ds.core.layout import Rect, WeightLayout
 
 HISTOGRAM_BINS = 64
 HISTOGRAM_DEVIATIONS = 4.0
-"""A histogram reaches so many standard deviations to either side of the mean."""
+"""Half width of a histogram in standard deviations around the mean."""
 THUMBNAIL_CELLS = 32
-"""Most rows, and most columns, of a thumbnail."""
+"""Maximum rows and columns of a thumbnail."""
 _LEAST_VARIANCE = 1e-12
-"""Relative to the mean square; below it what is left of the sums is rounding."""
+"""Relative to the mean square. A smaller variance is rounding error of the sums."""
 _NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 SOURCE = NativeSource(
     "sums.cpp",
@@ -35,13 +35,16 @@ SOURCE = NativeSource(
 
 @cache
 def library() -> CDLL | None:
-    """Return the functions of sums.cpp, or None where they cannot be had."""
+    """Return the functions of sums.cpp, or None if they are not available."""
     return load(SOURCE)
 
 
 def score_moments(keys: Tensor, weights: Tensor, weight_scale: float) -> Tensor:
-    """:func:`moment_sums` of the scores that have ``keys`` (int32), and of |weights| / ``weight_scale`` (fp32, of the
-    same shape). Native code reads each number once."""
+    """Return :func:`moment_sums` of the scores with ``keys`` (int32) and of |weights| / ``weight_scale`` (fp32, same
+    shape).
+
+    Native code reads each number once.
+    """
     native = library() if keys.device.type == "cpu" else None
     if native is None:
         sums = moment_sums(scores_of_keys(keys), weights.abs())
@@ -49,13 +52,14 @@ def score_moments(keys: Tensor, weights: Tensor, weight_scale: float) -> Tensor:
         keys, weights, sums = keys.contiguous(), weights.contiguous(), torch.empty(5, dtype=torch.float64)
         native.pst_moments(keys.data_ptr(), weights.data_ptr(), keys.numel(), sums.data_ptr())
     by = 1.0 / weight_scale
-    for place, factor in ((1, by), (3, by * by), (4, by)):  # numbers, since a host waits for a tensor made of them
+    # Python numbers: a tensor made of them would make the host wait
+    for place, factor in ((1, by), (3, by * by), (4, by)):
         sums[place].mul_(factor)
     return sums
 
 
 def square_sum(values: Tensor) -> Tensor:
-    """The sum of the squares of (rows, cols) ``values``, () float64 on their device."""
+    """Return the sum of the squares of (rows, cols) ``values``, a float64 scalar on their device."""
     native = library() if values.device.type == "cpu" else None
     if native is None or values.dtype not in _NATIVE_DTYPES or values.stride(1) != 1:
         flat = values.float().flatten().double()
@@ -65,14 +69,16 @@ def square_sum(values: Tensor) -> Tensor:
 
 
 def moment_sums(x: Tensor, y: Tensor) -> Tensor:
-    """Sums of x, y, x**2, y**2 and x y over two tensors of one shape: (5,) float64."""
+    """Return the sums of x, y, x**2, y**2 and x y over two tensors of one shape: (5,) float64."""
     x, y = x.flatten().double(), y.flatten().double()
     return torch.stack([x.sum(), y.sum(), x @ x, y @ y, x @ y])
 
 
 def correlation(sums: Tensor, count: int) -> float | None:
-    """Pearson's of x and y, in [-1, 1], from :func:`moment_sums` over ``count`` pairs; None where one does not vary, or
-    is not finite."""
+    """Return Pearson's correlation of x and y, in [-1, 1], from :func:`moment_sums` over ``count`` pairs.
+
+    None if one of them does not vary or is not finite.
+    """
     x, y, xx, yy, xy = (sums.double() / count).tolist()
     variances = xx - x * x, yy - y * y
     if not (variances[0] > _LEAST_VARIANCE * xx and variances[1] > _LEAST_VARIANCE * yy):
@@ -82,7 +88,7 @@ def correlation(sums: Tensor, count: int) -> float | None:
 
 
 def product_norm(left: Tensor, right: Tensor) -> Tensor:
-    """Frobenius norm of left @ right, for (O, k) and (k, I), from their two (k, k) Gram matrices; () float64.
+    """Return the Frobenius norm of left @ right, (O, k) and (k, I), from their (k, k) Gram matrices: a float64 scalar.
 
     |L R|^2 = trace(R' L' L R) = sum of (L' L) . (R R')
     """
@@ -92,7 +98,9 @@ def product_norm(left: Tensor, right: Tensor) -> Tensor:
 
 
 def update_norm(layout: WeightLayout, factors: Factors, constants: Constants) -> Tensor:
-    """Frobenius norm of beta U V of a whole layer, () float64; 0 without U and V. Not of a multiplicative update."""
+    """Return the Frobenius norm of beta U V of a layer, a float64 scalar; 0 without U and V. Not for multiplicative
+    updates.
+    """
     norms = []
     for tile in _matrices(layout, factors):
         if tile.update_left is not None and tile.update_right is not None:
@@ -101,7 +109,8 @@ def update_norm(layout: WeightLayout, factors: Factors, constants: Constants) ->
 
 
 def learned_score_norm(layout: WeightLayout, factors: Factors, constants: Constants) -> Tensor:
-    """Frobenius norm of alpha1 A B + alpha2 (R 1' + 1 C') of a whole layer, () float64; 0 without these factors.
+    """Return the Frobenius norm of alpha1 A B + alpha2 (R 1' + 1 C') of a layer, a float64 scalar; 0 without these
+    factors.
 
     The sum is one product, of [alpha1 A | alpha2 R | alpha2 1] and [B; 1'; C].
     """
@@ -129,10 +138,10 @@ def _matrices(layout: WeightLayout, factors: Factors) -> list[TileFactors]:
 
 
 def histogram_range(total: float, total_of_squares: float, count: int) -> tuple[float, float]:
-    """(low, high) of a histogram over ``count`` values with these sums.
+    """Return (low, high) of a histogram over ``count`` values with these sums.
 
-    The deviation is rounded to three digits and the mean to the last of them, so that sums that differ by their order
-    alone give the same one. Without a deviation the range is as wide as for one of the mean.
+    The deviation is rounded to three digits and the mean to the last of them, so that sums which differ only by their
+    order give the same range. Without a deviation the range is as wide as for a deviation equal to the mean.
     """
     mean, mean_square = total / count, total_of_squares / count
     variance = mean_square - mean * mean
@@ -147,9 +156,9 @@ def histogram_range(total: float, total_of_squares: float, count: int) -> tuple[
 
 
 def count_in_bins(values: Tensor, kept: Tensor, low: float, high: float) -> Tensor:
-    """How many of ``values`` are in each of HISTOGRAM_BINS equal bins of [low, high]: (2, bins) int64, pruned and kept.
+    """Return the counts of ``values`` in HISTOGRAM_BINS equal bins of [low, high]: (2, bins) int64, pruned and kept.
 
-    ``kept``: uint8 0/1, of the same shape. The first and the last bin have what is beyond them too.
+    ``kept``: uint8 0/1 of the same shape. Values outside the range count in the first or last bin.
     """
     scaled = (values.flatten() - low) * (HISTOGRAM_BINS / (high - low))
     bins = scaled.clamp_(0, HISTOGRAM_BINS - 1).byte()
@@ -158,7 +167,7 @@ def count_in_bins(values: Tensor, kept: Tensor, low: float, high: float) -> Tens
 
 
 def cut_in_bins(counts: Tensor, num_below: int, low: float, high: float) -> float | None:
-    """The value that ``num_below`` of the values in ``counts`` (bins,) are below, within a bin; None for 0."""
+    """Return the value below which ``num_below`` of the values in ``counts`` (bins,) lie, interpolated; None for 0."""
     if num_below == 0:
         return None
     up_to = counts.cumsum(0)
@@ -168,7 +177,7 @@ def cut_in_bins(counts: Tensor, num_below: int, low: float, high: float) -> floa
 
 
 def add_kept_by_cell_(counts: Tensor, kept: Tensor, rect: Rect, shape: tuple[int, int]) -> None:
-    """Add the kept weights of ``rect`` to the cells they lie in.
+    """Add the kept weights of ``rect`` to the counts of their cells.
 
     ``counts``: (rows, cols) int64, the cells of the whole stored weight of ``shape``. ``kept``: uint8 0/1, (rows, cols)
     of the rectangle.
@@ -180,16 +189,16 @@ def add_kept_by_cell_(counts: Tensor, kept: Tensor, rect: Rect, shape: tuple[int
 
 
 def thumbnail_cells(shape: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of cells for a stored weight of ``shape``."""
+    """Return the rows and columns of cells for a stored weight of ``shape``."""
     return min(shape[0], THUMBNAIL_CELLS), min(shape[1], THUMBNAIL_CELLS)
 
 
 def weights_by_cell(shape: tuple[int, int]) -> Tensor:
-    """How many weights lie in each cell of :func:`thumbnail_cells`: (rows, cols) int64."""
+    """Return how many weights lie in each cell of :func:`thumbnail_cells`: (rows, cols) int64."""
     rows, cols = (torch.bincount(_cell_of(n, k)) for n, k in zip(shape, thumbnail_cells(shape), strict=True))
     return rows.unsqueeze(1) * cols
 
 
 def _cell_of(count: int, cells: int, device: torch.device | None = None) -> Tensor:
-    """Which of ``cells`` nearly equal cells each of ``count`` rows or columns lies in: (count,) int64."""
+    """Return the cell of each of ``count`` rows or columns, among ``cells`` nearly equal ones: (count,) int64."""
     return torch.arange(count, device=device) * cells // count

@@ -1,1 +1,1 @@
-"""Low-rank updates beyond a single product: rows of an embedding, and gates of components."""
+"""Low-rank updates beyond a single product: rows of an embedding, gates of components, per-sample updates."""

@@ -1,4 +1,4 @@
-"""y + beta (x V') U' of a sample's own U and V on a CPU, which stay where they are: nothing of a state is copied."""
+"""y + beta (x V') U' with a different U and V for each sample, on a CPU, without copying them."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ SOURCE = NativeSource(
 )  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float32)
 FEW_TOKENS = 4
-"""Of each sample, up to which its product is native; a matrix product of more is torch's."""
+"""Most tokens per sample for which the native product is used; for more, torch's matrix product is faster."""
 
 
 @cache
 def library() -> CDLL | None:
-    """Return the function of each.cpp, or None where it cannot be had."""
+    """Return the function of each.cpp, or None if it is not available."""
     return load(SOURCE)
 
 
 class EachBeside:
-    """The updates of a batch's samples beside one layer: U (O, r) and V (r, I) of each, or None.
+    """The updates of the samples of a batch for one layer: U (O, r) and V (r, I) of each, or None.
 
-    All are on the CPU, of one shape and one of DTYPES, and are held, not copied, where they are contiguous.
+    All are on the CPU, of one shape and one of DTYPES. Contiguous ones are referenced, not copied.
     """
 
     def __init__(self, factors: Sequence[tuple[Tensor, Tensor] | None], beta: float):
@@ -46,8 +46,10 @@ class EachBeside:
         self._rights = pointers(*(None if pair is None else pair[1].data_ptr() for pair in self._factors))
 
     def added_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y + beta (x V') U': (B, ..., O) for y (B, ..., O) and x (B, ..., I), in the dtype of y. Sums are fp32;
-        a sample has the same bits in every batch."""
+        """Return y + beta (x V') U', (B, ..., O), for y (B, ..., O) and x (B, ..., I), in the dtype of y.
+
+        Sums are fp32. The result of a sample is bit-identical in every batch.
+        """
         samples, tokens = len(self._factors), x[0].numel() // self._inputs
         has_gradient = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
         native = library() if tokens <= FEW_TOKENS and y.dtype in DTYPES and not has_gradient else None

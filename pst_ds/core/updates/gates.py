@@ -1,11 +1,11 @@
 """Learned ranks: a gate on every component of an update, W = W0 + beta U diag(g) V, and which components are kept.
 
-Component j of a matrix is the outer product of column j of its U and row j of its V. Its gate is g = 2 sigmoid(a), with
-a trained number of its own, or one that all components of the matrix share ("layer", arXiv 2509.03057). a starts at 0,
-where g is 1 and the update is as without gates. A component that a budget drops has a = :data:`DROPPED`, whose sigmoid
-is exactly 0 and has no gradient: then neither it nor its U and V change any more, and nothing else needs to be saved.
+Component j of a matrix is the outer product of column j of U and row j of V. Its gate is g = 2 sigmoid(a), where a is
+trained per component, or shared by all components of the matrix ("layer", arXiv 2509.03057). a starts at 0, where g is
+1 and the update is the same as without gates. A component that a budget drops has a = :data:`DROPPED`, whose sigmoid is
+exactly 0 and has no gradient. The gate and its U and V then no longer change, and no further state needs to be saved.
 
-Shapes, with those of :mod:`pst_ds.core.factors`: gates G (P*r,), or (P,) for one a matrix.
+Shapes, with those of :mod:`pst_ds.core.factors`: gates G (P*r,), or (P,) for one per matrix.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from pst_ds.core.layout import WeightLayout
 
 DROPPED = -1e4
-"""Of a dropped component's gate, before the sigmoid: finite, representable in every float dtype."""
+"""Gate of a dropped component before the sigmoid: finite, and representable in every float dtype."""
 
 
 def gate_values(gates: Tensor) -> Tensor:
@@ -28,19 +28,20 @@ def gate_values(gates: Tensor) -> Tensor:
 
 
 def is_dropped(gates: Tensor) -> Tensor:
-    """Return which gates are shut for good, bool."""
+    """Return which gates are dropped, bool."""
     return gates <= DROPPED / 2
 
 
 def gated_rows(V: Tensor, gates: Tensor, num_matrices: int) -> Tensor:
-    """Return diag(g) V, (P*r, I): what stands in place of V in every formula."""
+    """Return diag(g) V, (P*r, I), which replaces V in every formula."""
     return V * _by_row(gate_values(gates), V, num_matrices)
 
 
 def gate_gradients(grad: Tensor, V: Tensor, gates: Tensor, num_matrices: int) -> tuple[Tensor, Tensor]:
-    """Return the gradients of V (P*r, I) and of the gates for ``grad``, that of :func:`gated_rows`; in its dtype.
+    """Return the gradients of V (P*r, I) and of the gates from ``grad``, the gradient of :func:`gated_rows`, in its
+    dtype.
 
-    dV = g dVg    da = sum over components of rowsum(dVg . V) g (1 - g / 2)
+        dV = g dVg    da = sum over components of rowsum(dVg . V) g (1 - g / 2)
     """
     values = gate_values(gates.to(grad.dtype))
     by_row = torch.einsum("ri,ri->r", grad, V.to(grad.dtype)).view(num_matrices, -1)
@@ -50,16 +51,17 @@ def gate_gradients(grad: Tensor, V: Tensor, gates: Tensor, num_matrices: int) ->
 
 
 def _by_row(values: Tensor, V: Tensor, num_matrices: int) -> Tensor:
-    """(P*r,) or (P,) to (P*r, 1)."""
+    """Expand (P*r,) or (P,) to (P*r, 1)."""
     rank = V.shape[0] // num_matrices
     return values.view(num_matrices, -1).expand(num_matrices, rank).reshape(-1, 1)
 
 
 def importance(U: Tensor, V: Tensor, gates: Tensor, layout: WeightLayout, weight_scales: Sequence[float]) -> Tensor:
-    """Return how far the components of each gate move the weights, relative to these: float64, in the gates' shape.
+    """Return how far the components of each gate move the weights, relative to these: float64, in the shape of the
+    gates.
 
-    It is |U_j g_j V_j|_F / (sqrt(o I) mean|W0|) of a matrix of o outputs, the root mean square of what a component adds
-    to a weight. Of a gate that several share, it is that of their sum. -1 where the gate is shut.
+    It is |U_j g_j V_j|_F / (sqrt(o I) mean|W0|) for a matrix of o outputs: the root mean square of what a component
+    adds to a weight. For a shared gate, it is that of the sum of its components. A dropped gate has -1.
     """
     P, outputs = layout.num_matrices, layout.out_features // layout.num_matrices
     left = U.double().view(P, outputs, -1)
@@ -73,10 +75,10 @@ def importance(U: Tensor, V: Tensor, gates: Tensor, layout: WeightLayout, weight
 
 
 def kept_gates(importances: Sequence[Tensor], sizes: Sequence[int], budget: int) -> list[Tensor]:
-    """Return which gates stay open: bool, one tensor for each of ``importances``.
+    """Return which gates are kept: bool, one tensor per entry of ``importances``.
 
-    The most important come first, among equals those of the lowest index; gates are taken in this order until the next
-    would exceed ``budget`` components. ``sizes``: components behind each gate of a tensor. A shut gate is never taken.
+    Gates are kept in decreasing order of importance, equal ones by lowest index, until the next would exceed ``budget``
+    components. ``sizes``: components per gate of each tensor. Dropped gates stay dropped.
     """
     flat = torch.cat(list(importances))
     order = flat.argsort(descending=True, stable=True)

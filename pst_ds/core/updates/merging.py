@@ -1,7 +1,7 @@
 """W0 + beta U V of bf16 weights on a CPU, and M . W, in one pass over the weight by compiled code (apply.cpp).
 
-Sums are fp32, in the order of the ranks, and rounded once, so a weight has the same bits in whatever rectangle. Where
-there is no compiler torch's product takes over, whose sums may have another order.
+Sums are fp32, in the order of the components, and rounded once, so a weight is bit-identical in any rectangle. Without
+a compiler, torch's product is used, which may sum in another order.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pst_ds.core.kernels.triton.merge import MaskBytes
 from pst_ds.core.layout import Rect
 
 MOST_RANK = 16
-"""Of an update, up to which this is faster than torch's product and a pass for the mask."""
+"""Highest rank of an update for which this is faster than torch's product followed by a pass for the mask."""
 
 
 def serves(weight: object, left: Tensor | None, right: Tensor | None, constants: Constants) -> bool:
-    """Return whether :func:`merge_into` takes a layer, or a part, with this weight and the factors of its update."""
+    """Return whether :func:`merge_into` supports a layer, or a part, with this weight and these factors of its update."""
     if not isinstance(weight, Tensor) or left is None or right is None or constants.multiplicative:
         return False
     fits = all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in (weight, left, right))
@@ -33,7 +33,7 @@ def merge_into(
 ) -> None:
     """Write M . (W0 + beta U V) of ``rect`` to ``out`` from ``weight``, (rows, cols) with contiguous rows.
 
-    ``out`` may be ``weight``. Without a ``mask`` every weight is kept. Only where :func:`serves` says so.
+    ``out`` may be ``weight``. Without a ``mask`` every weight is kept. Requires :func:`serves`.
     """
     native, left, right = merges(), tile.update_left, tile.update_right
     assert native is not None

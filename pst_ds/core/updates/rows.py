@@ -1,5 +1,4 @@
-"""Rows of W0 + beta U V, where W0 is looked up by row: an embedding with a low-rank update; and beta (x V') U' of the
-rows of x beside a layer.
+"""Low-rank updates of looked-up rows of W0 (an embedding), and beta (x V') U' of inputs x as a separate product.
 
 Names: n rows in the table, d its width, r the rank, N rows looked up; of a layer O outputs, I inputs, B samples.
 """
@@ -16,10 +15,10 @@ TILE_ELEMENTS = 1 << 22
 
 
 def updated_rows(weight: Tensor, left: Tensor, right: Tensor, beta: float) -> Tensor:
-    """``weight`` + beta ``left`` ``right``, in the dtype of ``weight``: (N, d), (N, r), (r, d) to (N, d).
+    """Return ``weight`` + beta ``left`` ``right``, (N, d), (N, r), (r, d) to (N, d), in the dtype of ``weight``.
 
-    Summed in fp32 (fp64 for fp64) and one rank after another, so a row has the same bits whether it is looked up alone
-    or the whole table is merged; a row whose ``left`` is zero keeps its values.
+    Sums are fp32 (fp64 for fp64), one component after another, so a row is bit-identical whether it is looked up or the
+    whole table is merged. A row whose ``left`` is zero keeps its values.
     """
     out = torch.empty_like(weight)
     step = max(1, TILE_ELEMENTS // max(1, weight.shape[1]))
@@ -36,11 +35,11 @@ def updated_rows(weight: Tensor, left: Tensor, right: Tensor, beta: float) -> Te
 def row_gradients(
     ids: Tensor, grad_y: Tensor, left: Tensor, right: Tensor, beta: float, *, padding_idx: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of U (n, r) and V (r, d) for ``ids`` (N,) and ``grad_y`` (N, d), in fp32 (fp64 for fp64).
+    """Return the gradients of U (n, r) and V (r, d) for ``ids`` (N,) and ``grad_y`` (N, d), in fp32 (fp64 for fp64).
 
         dU[i] = beta sum over {k : ids[k] = i} of grad_y[k] V'      dV = beta U[ids]' grad_y
 
-    The row ``padding_idx`` gets none, as in ``torch.nn.Embedding``.
+    The row ``padding_idx`` has no gradient, as in ``torch.nn.Embedding``.
     """
     high = torch.promote_types(grad_y.dtype, torch.float32)
     grad = grad_y.to(high) * beta
@@ -59,8 +58,10 @@ def beside(x: Tensor, left: Tensor, right: Tensor, beta: float) -> Tensor:
 
 
 def with_beside_each(y: Tensor, x: Tensor, left: Tensor, right: Tensor, beta: float) -> Tensor:
-    """Return y + beta (x V') U' of a user a sample: (B, ..., O) for y (B, ..., O), x (B, ..., I), U (B, O, r) and V
-    (B, r, I); computed in the dtype of U and V, and returned in that of y."""
+    """Return y + beta (x V') U' with one user per sample, (B, ..., O).
+
+    y (B, ..., O), x (B, ..., I), U (B, O, r) and V (B, r, I). Computed in the dtype of U and V, returned in that of y.
+    """
     samples = x.shape[0]
     inner = torch.bmm(x.reshape(samples, -1, x.shape[-1]).to(right.dtype), right.transpose(1, 2))
     rows = y.reshape(samples, -1, y.shape[-1]).to(left.dtype)
