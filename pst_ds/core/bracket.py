@@ -105,7 +105,8 @@ def _digit_bits(rows: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Bracket:
-    """Interval of keys, both ends included, that contains the cut of a matrix, and the most keys stored from inside it."""
+    """Interval of keys, both ends included, that contains the cut of a matrix, and the most keys stored from inside
+    it."""
 
     low: int
     high: int
@@ -168,7 +169,8 @@ class _Scan:
         self.counts = found.counts()
 
     def decide(self, threshold: int, ties: int) -> None:
-        """Set the kept bits among the keys inside: keys above ``threshold``, and equal keys except the first ``ties``."""
+        """Set the kept bits among the keys inside: keys above ``threshold``, and equal keys except the first
+        ``ties``."""
         equal = self.keys == threshold
         set_bits_(self.bits, self._index.all(), (self.keys > threshold) | (equal & (equal.cumsum(0) > ties)))
 
@@ -243,7 +245,8 @@ def _sample_sizes(matrices: Sequence[MatrixKeys]) -> list[int]:
 
 @lru_cache(maxsize=32)
 def sample_positions(numel: int, size: int, device: torch.device = _CPU) -> Tensor:
-    """Return one position in each of ``size`` equal strata of [0, numel): int64, increasing. Do not modify the result."""
+    """Return one position in each of ``size`` equal strata of [0, numel): int64, increasing. Do not modify the
+    result."""
     number = torch.arange(size + 1, dtype=torch.int64, device=device)
     edges = number * numel // max(1, size)
     mixed = number[:-1] * 0x9E3779B1 & 0xFFFFFFFF  # Knuth's multiplicative hash
@@ -317,7 +320,8 @@ def _decide_by_select(
     ranks: RankSums,
     device: torch.device,
 ) -> None:
-    """Decide matrices again in passes over all their keys: pools that missed, and matrices that reached their maximum."""
+    """Decide matrices again in passes over all their keys: pools that missed, and matrices that reached their
+    maximum."""
     kept_pools = sorted({pool for i in missed if (pool := matrices[i].pool) is not None})
     chosen = []
     for i in again:

@@ -229,7 +229,8 @@ class Search:
         return found
 
     def missed(self, inside: Tensor, overflowed: Tensor) -> set[int]:
-        """Return the matrices, in whole pools, whose cut is not among the ``inside`` (rows,) keys or which overflowed."""
+        """Return the matrices, in whole pools, whose cut is not among the ``inside`` (rows,) keys or which
+        overflowed."""
         below = self.pruned_up_to(self.below)
         holds = (below <= self.wanted) & (self.pruned_up_to(self.below + inside) >= self.wanted)
         flawed = torch.zeros_like(self.wanted).index_add_(0, self.pool_of, overflowed)
