@@ -1,7 +1,7 @@
-"""y = x (M . W)' with the experts of a stack, and its gradient, one expert after another for those that got tokens.
+"""y = x (M . W)' with the experts of a stack, and its gradient, for one expert after another that has tokens.
 
-What is merged, and what the backward pass makes of it, is one expert's at a time: no tensor here is as large as the
-stack but gradients of weights that are trained in full. Gradients are zero for experts without a token.
+Merged weights and the buffers of the backward pass belong to one expert at a time. Only gradients of weights that are
+trained in full have the size of the stack. Gradients are zero for experts without a token.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ T = TypeVar("T")
 
 
 def forward(x: Tensor, state: LayerState, routing: Routing, *, by_token: bool) -> Tensor:
-    """y = x (M . W)' of each pair's expert, (N*k, O) in the order of the experts.
+    """Return y = x (M . W)' of the expert of each pair, (N*k, O) in the order of the experts.
 
-    ``x``: (N, I) ``by_token``, or (N*k, I) in the order of the experts. ``state``: of the whole stack.
+    ``x``: (N, I) if ``by_token``, or (N*k, I) in the order of the experts. ``state``: of the whole stack.
     """
     return _products(x, routing, state.layout.expert.out_features, by_token, state.expert, _forward_of_one)
 
 
 def dense_forward(x: Tensor, stack: Tensor, routing: Routing, *, by_token: bool, transposed: bool) -> Tensor:
-    """The same with an unmasked ``stack``: (E, O, I), or (E, I, O) if ``transposed``."""
+    """Return the same with an unmasked ``stack``: (E, O, I), or (E, I, O) if ``transposed``."""
     by_input = stack if transposed else stack.transpose(1, 2)
     return _products(x, routing, by_input.shape[2], by_token, by_input.__getitem__, _dense_of_one)
 
@@ -63,9 +63,9 @@ def backward(
     need_scores: bool = False,
     tile_bytes: int = 0,
 ) -> Gradients:
-    """Gradients of :func:`forward`, as :func:`pst_ds.core.masked_linear.backward` has them of one matrix.
+    """Return the gradients of :func:`forward`, as :func:`pst_ds.core.masked_linear.backward` does for one matrix.
 
-    Those of x are as x is; those of the others are of the whole stack, zero for experts without a token.
+    The gradient of x has its shape. The others cover the whole stack and are zero for experts without a token.
     """
     layout, grads = state.layout, Gradients()
     if need_x:
@@ -91,13 +91,13 @@ def backward(
 
 
 def dense_backward(grad_y: Tensor, stack: Tensor, routing: Routing, *, by_token: bool, transposed: bool) -> Tensor:
-    """The gradient of x in :func:`dense_forward`."""
+    """Return the gradient of x in :func:`dense_forward`."""
     grad_x = dense_forward(grad_y, stack, routing, by_token=False, transposed=not transposed)
     return routing.summed(grad_x) if by_token else grad_x
 
 
 def _zeros(state: LayerState, *, need_weight: bool, need_scores: bool) -> dict[str, Tensor]:
-    """The gradients of a stack, by name: of its factors, and of its weights and their scores where these train."""
+    """Return zero gradients of a stack by name: of its factors, and of its weights and their scores if these train."""
     weight = state.weight
     found = {
         name: torch.zeros_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Which expert each token goes to, and the runs of rows that this makes when they are sorted."""
+"""Assignment of tokens to experts, and the runs of rows after sorting by expert."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import torch
 from torch import Tensor
 
 ELEMENTS_AT_A_TIME = {"cpu": 1 << 19}
-"""Numbers that :meth:`Routing.summed` puts in another order at a time; 2**24 on other devices."""
+"""Numbers that :meth:`Routing.summed` reorders in one step; 2**24 on other devices."""
 
 
 class Routing(NamedTuple):
-    """Which expert each token goes to. A tuple, in which DeepSpeed's hooks find the tensors."""
+    """Assignment of tokens to experts. A tuple, in which DeepSpeed's hooks find the tensors."""
 
     order: Tensor
-    """(N*k,) int64: the numbers of the pairs, which count the k experts of one token after the other, by expert."""
+    """(N*k,) int64: indices of the (token, expert) pairs, counted token by token, sorted by expert."""
     tokens: Tensor
-    """(N*k,) int64: the token of each of them."""
+    """(N*k,) int64: token of each of them."""
     experts: Tensor
-    """(N*k,) int64: the expert of each of them, rising."""
+    """(N*k,) int64: expert of each of them, increasing."""
     gates: Tensor
-    """(N*k,): what the router gives each of them, without its gradient."""
+    """(N*k,): router weight of each of them, without its gradient."""
     counts: list[int]
-    """Tokens of each of the E experts."""
+    """Tokens per expert, for all E experts."""
     per_token: int
-    """k"""
+    """Experts per token (k)."""
 
     @classmethod
     def of(cls, index: Tensor, gates: Tensor, num_experts: int) -> Routing:
-        """Sort the pairs of ``index`` (N, k), the experts of each token, and of their ``gates``.
+        """Sort the pairs of ``index`` (N, k), the experts of each token, and their ``gates``.
 
         The host waits for the counts.
         """
@@ -41,7 +41,7 @@ class Routing(NamedTuple):
 
     @classmethod
     def even(cls, index: Tensor, gates: Tensor, num_experts: int) -> Routing:
-        """The same with counts as equal as they can be, which asks for no values of ``index``."""
+        """Return the same with counts as equal as possible, which needs no values of ``index``."""
         experts, order = torch.sort(index.reshape(-1), stable=True)
         borders = [expert * len(order) // num_experts for expert in range(num_experts + 1)]
         counts = [stop - start for start, stop in pairwise(borders)]
@@ -52,7 +52,7 @@ class Routing(NamedTuple):
         return cls(order, order // per_token, experts, gates.detach().reshape(-1)[order], counts, per_token)
 
     def runs(self) -> Iterator[tuple[int, slice]]:
-        """Each expert that got tokens, and the rows of its pairs."""
+        """Yield each expert that has tokens, and the rows of its pairs."""
         start = 0
         for expert, count in enumerate(self.counts):
             if count:
@@ -60,18 +60,19 @@ class Routing(NamedTuple):
             start += count
 
     def rows_of(self, x: Tensor, rows: slice, by_token: bool) -> Tensor:
-        """Rows of ``x``, which is (N, width) ``by_token``, or (N*k, width) in the order of the experts."""
+        """Return rows of ``x``, which is (N, width) if ``by_token``, or (N*k, width) in the order of the experts."""
         return x[self.tokens[rows]] if by_token else x[rows]
 
     def summed(self, values: Tensor) -> Tensor:
-        """Sum what belongs to the k experts of a token: (N*k, width) in the order of the experts to (N, width).
+        """Sum over the k experts of each token: (N*k, width) in the order of the experts to (N, width).
 
-        The k terms are added in the order of the router's choice, so the sum has the same bits every time. Without a
-        gradient ``values`` are put in that order a part at a time.
+        The k terms are added in the order of the router's choice, so the sum is bit-identical every time. Without a
+        gradient, ``values`` are reordered in parts.
         """
         places = torch.arange(self.order.numel(), device=self.order.device)
         by_pair = torch.empty_like(places).scatter_(0, self.order, places).view(-1, self.per_token)
-        if torch.is_grad_enabled() and values.requires_grad:  # each part's gradient would be as large as all values
+        # the gradient of each part would be as large as all values
+        if torch.is_grad_enabled() and values.requires_grad:
             return values[by_pair].sum(1)
         out = values.new_empty(len(by_pair), values.shape[-1])
         step = max(1, ELEMENTS_AT_A_TIME.get(values.device.type, 1 << 24) // (self.per_token * values.shape[-1]))

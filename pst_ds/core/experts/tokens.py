@@ -1,25 +1,24 @@
-"""How many tokens each expert was given, which were given few, or none, and its share of zeros. Imports nothing:
-reports need no torch."""
+"""Tokens per expert: which experts received few or none, and the sparsity of each. Imports no torch, for reports."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 MOST_NAMED = 4
-"""Modules that a sentence names with their experts."""
+"""Modules named in one sentence."""
 HARDLY_USED = 0.1
-"""Share of the mean tokens of its module below which an expert was hardly used."""
+"""Fraction of the mean tokens per expert of a module below which an expert counts as hardly used."""
 
 
 def hardly_used(tokens: Sequence[int]) -> list[int]:
-    """Return the numbers of the experts of a module that were :data:`HARDLY_USED`, from the ``tokens`` of each."""
+    """Return the indices of the experts of a module that are :data:`HARDLY_USED`, from the ``tokens`` of each."""
     return [i for i, count in enumerate(tokens) if count * len(tokens) < HARDLY_USED * sum(tokens)]
 
 
 def unused_experts(tokens: Mapping[str, Sequence[int]], since: str = "") -> str:
-    """Return "2 of 8 experts were given no token", with ``since`` after it, and their names; "" if all had some.
+    """Return "2 of 8 experts were given no token", followed by ``since`` and their names; "" if all received some.
 
-    ``tokens``: of each expert, by the name of the module that holds them.
+    ``tokens``: per expert, by the name of the module that contains them.
     """
     found = {name: [i for i, count in enumerate(counts) if not count] for name, counts in tokens.items()}
     unused = {name: numbers for name, numbers in found.items() if numbers}
@@ -33,7 +32,7 @@ def unused_experts(tokens: Mapping[str, Sequence[int]], since: str = "") -> str:
 
 
 def of_equal_numbers(counts: Mapping[str, Sequence[int]]) -> list[dict[str, Sequence[int]]]:
-    """Split numbers of each expert, by module or stack, into tables of as many experts, each in their order."""
+    """Split counts per expert, by module or stack, into tables with the same number of experts, each in their order."""
     tables: dict[int, dict[str, Sequence[int]]] = {}
     for name, row in counts.items():
         tables.setdefault(len(row), {})[name] = row
@@ -41,5 +40,5 @@ def of_equal_numbers(counts: Mapping[str, Sequence[int]]) -> list[dict[str, Sequ
 
 
 def shares_of_zeros(zeros: Sequence[int], weights: int) -> list[float]:
-    """Return the share of zeros in each expert of a stack that has so many ``weights``, from the ``zeros`` of each."""
+    """Return the sparsity of each expert of a stack with ``weights`` weights, from its pruned weights ``zeros``."""
     return [count * len(zeros) / weights for count in zeros]

@@ -1,6 +1,6 @@
-"""Masks made once, on calibration text: by a score of every weight, by SparseGPT, which rounds too, or by ALPS.
+"""One-shot masks from calibration examples: by a score per weight, by SparseGPT, which can also quantise, or by ALPS.
 
-The mask of each may then be refined by swaps.
+Swaps may refine each of the masks.
 """
 
 from pst_ds.core.one_shot.alps import InputSpectrum, alps, input_spectrum

@@ -1,7 +1,8 @@
-"""Shares of zeros by block: fewer where more weights stand out (OWL: Yin et al., 2023, arXiv 2310.05175).
+"""Sparsity per block, lower for blocks with more outliers (OWL: Yin et al., 2023, arXiv 2310.05175).
 
-A weight stands out whose |W_ij| ||x_j|| is more than 5 times the mean of its block. The more of them a block has, the
-fewer of its weights go; how far blocks may be apart is bounded, and as many go in all as with equal shares.
+A weight is an outlier if |W_ij| ||x_j|| is more than 5 times the mean of its block. Blocks with more outliers lose
+fewer weights. The sparsities stay within a bounded distance, and the total number of pruned weights is that of uniform
+sparsity.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import torch
 from torch import Tensor
 
 STANDS_OUT = 5.0
-"""Times the mean of a block (the paper's M)."""
+"""Multiple of a block's mean score above which a weight is an outlier (the paper's M)."""
 SPREAD = 0.08
-"""How far a block's share of zeros may be from the mean of all (the paper's lambda)."""
+"""Largest distance of a block's sparsity from the mean (the paper's lambda)."""
 
 
 def outlier_share(scores: Callable[[], Iterator[Tensor]], multiple: float = STANDS_OUT) -> float:
-    """Return the share of the weights of a block whose score is more than ``multiple`` times the mean of all of them.
+    """Return the fraction of a block's weights whose score is more than ``multiple`` times the mean of the block.
 
-    ``scores`` is called twice and yields the block's fp32 scores, none below 0, in parts of any shape. Raises
+    ``scores`` is called twice and yields the block's fp32 scores, at least 0, in parts of any shape. Raises
     FloatingPointError for scores that are not finite.
     """
     total, number = 0.0, 0
@@ -34,14 +35,14 @@ def outlier_share(scores: Callable[[], Iterator[Tensor]], multiple: float = STAN
 
 
 def zeros_by_outliers(outliers: Sequence[float], count: int, size: int, spread: float = SPREAD) -> list[int]:
-    """Return how many of ``size`` weights go in each of several layers, ``count`` on the mean, by their ``outliers``.
+    """Return how many of ``size`` weights each of several layers loses, ``count`` on average, from their ``outliers``.
 
-    A layer whose share of outliers is above the mean loses fewer, in proportion; the one furthest from it loses
-    floor(``spread`` * size) fewer, or more, than ``count``, but never all. The sum is ``count`` for each, exactly: of
-    equal remainders the first layers lose one more.
+    A layer with more outliers than the mean loses proportionally fewer weights. The layer furthest from the mean loses
+    floor(``spread`` * size) fewer or more than ``count``, but never all weights. The mean is exactly ``count``: among
+    equal remainders, the first layers lose one more.
     """
     reach = min(math.floor(spread * size), count, size - 1 - count)
-    exact = [Fraction(one) for one in outliers]  # a mean of equal floats may be another float
+    exact = [Fraction(one) for one in outliers]  # exact, because the mean of equal floats may be another float
     mean = sum(exact, Fraction()) / len(exact)
     apart = [mean - one for one in exact]
     widest = max(map(abs, apart))

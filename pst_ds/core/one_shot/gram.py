@@ -1,4 +1,4 @@
-"""Statistics of a layer's inputs that the methods share: X'X damped, and X'X of inputs of norm 1.
+"""Statistics of a layer's inputs that the methods share: damped X'X, and X'X of inputs with norm 1.
 
 X are a layer's inputs over all calibration tokens; I = in_features.
 """
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 DAMPING = 0.01
-"""Share of the mean of H's diagonal that is added to it (SparseGPT's)."""
+"""Fraction of the mean of H's diagonal that is added to the diagonal (SparseGPT's)."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnitGram:
-    """A layer's input statistics, damped, with inputs of norm 1; :func:`unit_gram` makes it once a layer."""
+    """A layer's damped input statistics for inputs with norm 1, computed once per layer by :func:`unit_gram`."""
 
     norms: Tensor
-    """(I,) fp32: what the inputs were divided by."""
+    """(I,) fp32: divisors of the inputs."""
     gram: Tensor
     """(I, I) fp32 with ones on the diagonal."""
     dead: Tensor
@@ -27,10 +27,10 @@ class UnitGram:
 
 
 def damped_gram(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
-    """(``gram`` = X'X, (I, I), with ``damping``, in double precision; (I,) bool, inputs that were zero on every token).
+    """Return ``gram`` = X'X, (I, I), with ``damping`` in double precision, and the dead inputs, (I,) bool.
 
-    ``damping`` is a share of the mean of the diagonal over inputs that are not dead. Raises FloatingPointError for a
-    ``gram`` that is not finite.
+    Dead inputs were zero on every token. ``damping`` is a fraction of the mean of the diagonal over the other inputs.
+    Raises FloatingPointError for a ``gram`` that is not finite.
     """
     if not bool(torch.isfinite(gram).all()):
         raise FloatingPointError("inputs are not finite")
@@ -43,7 +43,8 @@ def damped_gram(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]
 
 
 def scaled_gram(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor, Tensor]:
-    """(norms (I,), Gram matrix (I, I) of inputs divided by them, dead (I,)) of a damped ``gram``, in double precision.
+    """Return (norms (I,), Gram matrix (I, I) of inputs divided by them, dead (I,)) of a damped ``gram``, in double
+    precision.
 
     Raises FloatingPointError for a ``gram`` that is not finite.
     """

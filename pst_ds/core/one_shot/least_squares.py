@@ -9,10 +9,10 @@ GRADIENT_STEPS = 15
 
 
 def least_squares(start: Tensor, keep: Tensor, pulled: Tensor, gram: Tensor, steps: int = GRADIENT_STEPS) -> Tensor:
-    """The weights W (O, I) under a mask that come nearest to W H = ``pulled``: conjugate gradients, each row by itself.
+    """Return the weights W (O, I) under a mask with W H nearest to ``pulled``: conjugate gradients, row by row.
 
-    ``start``: (O, I) fp32, 0 where pruned. ``keep``: (O, I), 0/1. ``pulled``: (O, I). ``gram``: H, (I, I), of inputs of
-    norm 1. What is pruned stays 0.
+    ``start``: (O, I) fp32, 0 where pruned. ``keep``: (O, I), 0/1. ``pulled``: (O, I). ``gram``: H, (I, I), of inputs
+    with norm 1. Pruned weights stay 0.
     """
     found, mask = start.clone(), keep.to(start.dtype)
     residual = (pulled - found @ gram) * mask
@@ -28,5 +28,5 @@ def least_squares(start: Tensor, keep: Tensor, pulled: Tensor, gram: Tensor, ste
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """above / below, and 0 where nothing is left to divide."""
+    """Return above / below, and 0 where the denominator is 0."""
     return torch.where(below > 0, above / below, 0.0)

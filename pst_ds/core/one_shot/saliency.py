@@ -1,10 +1,10 @@
-"""Shares of zeros by what the loss loses: all weights of a model ranked together, by a score that spans layers.
+"""Sparsity per layer by estimated loss: all weights of a model are ranked together by a score comparable across layers.
 
-    s_ij = |W_ij| ||x_j|| ||g_i||        x_j: values of input j, g_i: the loss's gradients at output i, over all tokens
+    s_ij = |W_ij| ||x_j|| ||g_i||        x_j: values of input j, g_i: gradients of the loss at output i, over all tokens
 
-s squared is twice what the loss rises by as W_ij goes, to second order, where the gradients of tokens are independent
-of each other and of the inputs: the diagonal of the Fisher information in Kronecker factors, as LLM Surgeon has it (van
-der Ouderaa et al., 2023, arXiv 2312.17244). Within a row it is Wanda's score; between rows and layers it is not.
+s squared is twice the second-order increase of the loss when W_ij is pruned, if gradients of tokens are independent of
+each other and of the inputs: the diagonal of the Fisher information in Kronecker factors, as in LLM Surgeon (van der
+Ouderaa et al., 2023, arXiv 2312.17244). Within a row it is Wanda's score; between rows and layers it is not.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pst_ds.core.keys import HIGHEST_FINITE, order_keys
 from pst_ds.core.one_shot.scored import wanda_scores
 
 LEAST_KEPT = 0.05
-"""Share of the weights that every layer keeps at least."""
+"""Fraction of the weights that every layer keeps."""
 _DROPPED_BITS = 16
-"""Of a score's fp32 bits: the rest tells scores apart that differ by 1 %."""
+"""Low bits of a score's fp32 representation that are ignored; the others distinguish scores that differ by 1 %."""
 BINS = (HIGHEST_FINITE >> _DROPPED_BITS) + 1
 
 
 def saliency_scores(weight: Tensor, inputs: Tensor, outputs: Tensor, *, transposed: bool = False) -> Tensor:
-    """|W_ij| ||x_j|| ||g_i||: fp32 in the stored shape of ``weight``, (O, I), or (I, O) when ``transposed``.
+    """Return |W_ij| ||x_j|| ||g_i||: fp32 in the stored shape of ``weight``, (O, I), or (I, O) if ``transposed``.
 
     ``inputs`` (I,) and ``outputs`` (O,): the norms, over all calibration tokens.
     """
@@ -36,7 +36,7 @@ def saliency_scores(weight: Tensor, inputs: Tensor, outputs: Tensor, *, transpos
 
 
 def score_histogram(scores: Tensor) -> Tensor:
-    """Return how many ``scores``, fp32 and none below 0, are in each of :data:`BINS` bins: (BINS,) int64.
+    """Return how many ``scores``, fp32 and at least 0, fall into each of :data:`BINS` bins: (BINS,) int64.
 
     Raises FloatingPointError for scores that are not finite.
     """
@@ -53,12 +53,13 @@ def zeros_by_saliency(
     weights_each: Sequence[int],
     least_kept: float = LEAST_KEPT,
 ) -> list[int]:
-    """Return how many of its ``sizes`` units each layer loses if the ``wanted`` smallest scores of all layers go.
+    """Return how many of its ``sizes`` units each layer loses if the ``wanted`` smallest scores of all layers are
+    pruned.
 
-    ``histograms``: :func:`score_histogram` of each layer. A unit of layer l is ``weights_each[l]`` weights, such as one
-    of every row. Every layer keeps ceil(``least_kept`` * size) units, and one at least; others then lose more. The
-    layers lose at most ``wanted`` weights together, and less than a unit of any layer fewer that could lose one. Raises
-    ValueError where they cannot lose as many.
+    ``histograms``: :func:`score_histogram` of each layer. A unit of layer l has ``weights_each[l]`` weights, for
+    example one per row. Every layer keeps at least ceil(``least_kept`` * size) units, and at least one; others then
+    lose more. Together the layers lose at most ``wanted`` weights, and fall short by less than one unit of any layer
+    that could lose another. Raises ValueError if they cannot lose that many.
     """
     most = [size - max(1, math.ceil(least_kept * size)) for size in sizes]
     caps = torch.tensor([n * each for n, each in zip(most, weights_each, strict=True)])
@@ -73,7 +74,7 @@ def zeros_by_saliency(
     found = [min(math.floor(one), n) for one, n in zip(exact, most, strict=True)]
     left = wanted - sum(n * each for n, each in zip(found, weights_each, strict=True))
     order = sorted(range(len(found)), key=lambda i: (found[i] - exact[i], i))
-    for at_once in (1, max(sizes)):  # the largest remainders first, then whoever has a unit that still goes in
+    for at_once in (1, max(sizes)):  # largest remainders first, then any layer with a unit that still fits
         for i in order:
             more = min(left // weights_each[i], most[i] - found[i], at_once)
             found[i], left = found[i] + more, left - more * weights_each[i]

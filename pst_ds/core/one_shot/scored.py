@@ -1,10 +1,10 @@
-"""Masks made once by a score of every weight, from a weight and the inputs of its layer.
+"""One-shot masks from a score per weight, computed from the weight and the inputs of its layer.
 
     magnitude    keep the largest |W_ij|
     Wanda        keep the largest |W_ij| ||x_j||_2               Sun et al., 2023, arXiv 2306.11695
 
 x_j are the values of input j over all calibration tokens. O = out_features, I = in_features.
-:mod:`pst_ds.core.one_shot.sparsegpt` has the method that changes the kept weights too.
+:mod:`pst_ds.core.one_shot.sparsegpt` also changes the kept weights.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from pst_ds.core.units import block_keys, expand_units, keep_in_rows, keep_n_of_
 
 @dataclass(frozen=True, slots=True)
 class Compensated:
-    """A matrix that was pruned, rounded, or both."""
+    """A pruned or quantised matrix, or both."""
 
     weight: Tensor
-    """(O, I) fp32: +0.0 where pruned; code * scale where it was rounded."""
+    """(O, I) fp32: +0.0 where pruned; code * scale if quantised."""
     keep: Tensor
     """(O, I) uint8, 0/1."""
     scales: Tensor | None = None
-    """(O, groups) bf16 of a weight that was rounded."""
+    """(O, groups) bf16, if quantised."""
 
 
 def wanda_scores(weight: Tensor, input_norms: Tensor, *, transposed: bool = False) -> Tensor:
-    """|W_ij| ||x_j||_2: fp32 in the stored shape of ``weight``, (O, I), or (I, O) when ``transposed``.
+    """Return |W_ij| ||x_j||_2: fp32 in the stored shape of ``weight``, (O, I), or (I, O) if ``transposed``.
 
     ``input_norms``: (I,), over all calibration tokens.
     """
@@ -43,12 +43,12 @@ def wanda_scores(weight: Tensor, input_norms: Tensor, *, transposed: bool = Fals
 
 
 def keep_by_score(scores: Tensor, layout: WeightLayout, pattern: Pattern, sparsity: float) -> Tensor:
-    """uint8 mask, 0/1, in the stored shape of ``layout``: each of its matrices loses its smallest scores.
+    """Return the uint8 mask, 0/1, in the stored shape of ``layout``: each of its matrices loses its smallest scores.
 
-    ``scores``: fp32. The counts are those of training: floor(sparsity * O * I) of a matrix, floor(sparsity * I) of
-    every row, M - N of every group whatever ``sparsity``, floor(sparsity * blocks); of equals the lowest flat index
-    goes first. Raises ValueError for units that do not tile the matrices and for the patterns "stack" and
-    "global", and FloatingPointError for scores that are not finite.
+    ``scores``: fp32. The counts are those of training: floor(sparsity * O * I) per matrix, floor(sparsity * I) per row,
+    M - N per group regardless of ``sparsity``, floor(sparsity * blocks). Among equal scores the lowest flat index is
+    pruned first. Raises ValueError for units that do not tile the matrices and for the patterns "stack" and "global",
+    and FloatingPointError for scores that are not finite.
     """
     if pattern.pools_matrices:
         raise ValueError(
@@ -65,7 +65,7 @@ def keep_by_score(scores: Tensor, layout: WeightLayout, pattern: Pattern, sparsi
 
 
 def _keep_in_matrix(keys: Tensor, layout: WeightLayout, pattern: Pattern, sparsity: float) -> Tensor:
-    """The mask of one matrix, of the shape of its ``keys``."""
+    """Return the mask of one matrix, in the shape of its ``keys``."""
     unit = pattern.unit(layout)
     if pattern.kind == "row":
         return keep_in_rows(keys, unit, prune_count(sparsity, layout.in_features))
@@ -79,13 +79,14 @@ def _keep_in_matrix(keys: Tensor, layout: WeightLayout, pattern: Pattern, sparsi
 
 
 def keep_but(keys: Tensor, count: int) -> Tensor:
-    """uint8 mask of the shape of ``keys`` without the ``count`` smallest."""
+    """Return the uint8 mask without the ``count`` smallest ``keys``, in their shape."""
     (cut,) = select([MatrixKeys(count, lambda: iter((keys,)))], device=keys.device)
     return cut.keep(keys)[0].to(torch.uint8)
 
 
 def output_error(change: Tensor, gram: Tensor) -> float:
-    """||X D'||^2, the squared change of a layer's outputs over all calibration tokens for a ``change`` D of W, (O, I).
+    """Return ||X D'||^2, the squared change of a layer's outputs over all calibration tokens for a change D of W, (O,
+    I).
 
     ``gram``: X'X, (I, I). Computed in double precision.
     """

@@ -1,9 +1,9 @@
-"""SparseGPT and GPTQ in one pass: kept weights make up for those that are pruned, and for what rounding takes.
+"""SparseGPT and GPTQ in one pass: kept weights compensate for pruning and for quantisation.
 
     SparseGPT    keep the largest W_ij^2 / [H^-1]_jj of the inputs not yet passed      arXiv 2301.00774
-    GPTQ         round the kept weights to their grid                                  arXiv 2210.17323
+    GPTQ         quantise the kept weights                                             arXiv 2210.17323
 
-Both pass the inputs from first to last and give what an input loses to the inputs after it, so that the output of the
+Both pass the inputs from first to last and move what an input loses to the inputs after it, so that the output of the
 row changes least. H = X'X, (I, I), is the Gram matrix of a layer's inputs X over all calibration tokens; O =
 out_features, I = in_features.
 """
@@ -32,20 +32,23 @@ COLUMNS_AT_A_TIME = 128
 
 @dataclass(frozen=True, slots=True)
 class InverseFactor:
-    """The inverse of a layer's input statistics; :func:`inverse_factor` makes it once for all its matrices."""
+    """The inverse of a layer's input statistics, computed once by :func:`inverse_factor` for all matrices of the
+    layer.
+    """
 
     upper: Tensor
-    """Upper triangular U with U'U = (H + damping)^-1, (I, I) fp32: the square of [U]_jj is [H^-1]_jj once the inputs
-    before j are gone, and the rest of row j says how the inputs after j make up for it."""
+    """Upper triangular U with U'U = (H + damping)^-1, (I, I) fp32. The square of [U]_jj is [H^-1]_jj once the inputs
+    before j are passed; the rest of row j says how the inputs after j compensate for it.
+    """
     dead: Tensor
     """Inputs that were zero on every token, (I,) bool: their weights are pruned first."""
 
 
 def inverse_factor(gram: Tensor, damping: float = DAMPING) -> InverseFactor:
-    """The Cholesky factor of the inverse of a damped ``gram`` = X'X, (I, I); computed in double precision.
+    """Return the Cholesky factor of the inverse of a damped ``gram`` = X'X, (I, I), computed in double precision.
 
-    ``damping`` is that of :func:`damped_gram`. Raises FloatingPointError for a ``gram`` that is not finite, or so near
-    to singular that more damping is needed.
+    ``damping`` is that of :func:`damped_gram`. Raises FloatingPointError for a ``gram`` that is not finite, or so close
+    to singular that it needs more damping.
     """
     damped, dead = damped_gram(gram, damping)
     lower, failed = torch.linalg.cholesky_ex(damped)
@@ -66,20 +69,20 @@ def sparsegpt(
     grid: Grid | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Compensated:
-    """Prune a matrix (O, I), and round it if there is a ``grid``: SparseGPT, algorithm 1 of the paper.
+    """Prune a matrix (O, I), and quantise it if ``grid`` is given: SparseGPT, algorithm 1 of the paper.
 
-    The inputs are passed from first to last. The mask of ``columns_at_a_time`` of them is chosen when the first is
-    reached, by w^2 / U_jj^2 of the weights as they are by then; of N:M that of a group of M. What pruning a weight
-    takes from the output of its row is then given back, as far as it can be, by the weights of the inputs after it.
-    "matrix" takes each block's share of the smallest over all rows, "row" in every row; the counts are exact:
-    floor(sparsity * O * I), and floor(sparsity * I) of every row. Of equals the lowest flat index goes first.
+    The inputs are passed from first to last. The mask of ``columns_at_a_time`` inputs is chosen at the first of them,
+    by w^2 / U_jj^2 of the weights at that point; for N:M, that of a group of M. The change of the row's output from
+    pruning a weight is then compensated as far as possible by the weights of the inputs after it. "matrix" prunes the
+    block's share of the smallest over all rows, "row" in every row. The counts are exact: floor(sparsity * O * I), and
+    floor(sparsity * I) per row. Among equal scores the lowest flat index is pruned first.
 
-    With a ``grid`` every kept weight is rounded when it is reached, and what that takes is given back too. The scale of
-    a group is searched as its first input is reached, over the weights that are kept by the scores of then. ``dtype``:
-    what the weight will be stored in; its codes can be told from it.
+    With ``grid``, every kept weight is quantised when it is passed, and the error is compensated too. The scale of a
+    group is searched at its first input, over the weights that are kept by the scores at that point. ``dtype``: the
+    dtype that the weight will be stored in; its codes can be recovered from it.
 
-    Raises ValueError for other patterns, for groups that do not divide I, and FloatingPointError for a weight that is
-    not finite.
+    Raises ValueError for other patterns and for groups that do not divide I, and FloatingPointError for a weight that
+    is not finite.
     """
     if pattern.kind not in ("matrix", "row", "n:m"):
         raise ValueError(f'SparseGPT has the patterns "matrix", "row" and N:M, not {str(pattern)!r}')
@@ -96,23 +99,23 @@ def round_under_mask(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Compensated:
-    """Round the kept weights of a matrix (O, I) as :func:`sparsegpt` does with a grid: GPTQ, under a mask.
+    """Quantise the kept weights of a matrix (O, I) under a mask as :func:`sparsegpt` does with ``grid``: GPTQ.
 
-    ``keep``: (O, I), true or 1 where a weight is kept. Weights that it prunes and that are not 0 are made up for.
+    ``keep``: (O, I), true or 1 for kept weights. Pruned weights that are not 0 are compensated for.
     """
     return _compensated(weight, factor, _Given(keep), columns_at_a_time, grid, dtype)
 
 
 class _Choice(Protocol):
-    """What is kept."""
+    """The choice of the mask."""
 
     @property
     def unit(self) -> int:
-        """Inputs whose mask must be chosen together; 0: as many as are passed at a time."""
+        """Return the inputs whose mask must be chosen together; 0 for all that are passed in one step."""
         ...
 
     def mask(self, left: Tensor, start: int, stop: int) -> Tensor:
-        """uint8 mask (O, stop - start) of some inputs, of the weights ``left`` as they are by now."""
+        """Return the uint8 mask (O, stop - start) of some inputs, for the current weights ``left``."""
         ...
 
 
@@ -148,7 +151,7 @@ class _Given:
 
 
 class _Rounder:
-    """Rounds columns of a matrix to its grid; a group's scale is found as its first column is reached."""
+    """Quantises the columns of a matrix; the scale of a group is searched at its first column."""
 
     def __init__(self, grid: Grid, left: Tensor, dtype: torch.dtype):
         outputs, inputs = left.shape
@@ -157,17 +160,17 @@ class _Rounder:
         self.scales = torch.full((outputs, groups), UNUSED_SCALE, dtype=SCALE_DTYPE, device=left.device)
         numbers = torch.finfo(dtype)
         self._least = max(LEAST_SCALE, 2 * numbers.smallest_normal * numbers.eps)
-        """Below it steps of the grid would be no steps of the dtype."""
+        """Smaller scales would give steps below the resolution of the dtype."""
 
     def enter(self, first: int, kept: Tensor) -> None:
-        """Search the scales of the group that begins with the column ``first``; ``kept``: (O, size), 0 where pruned."""
+        """Search the scales of the group that starts at column ``first``. ``kept``: (O, size), 0 where pruned."""
         if not bool(torch.isfinite(kept).all()):
             raise FloatingPointError("weights that make up for others are not finite")
         found = group_scales(kept.contiguous(), self._grid, self._dtype)
         self.scales[:, first // self.size] = found.clamp(min=self._least)
 
     def rounded(self, column: Tensor, index: int) -> Tensor:
-        """Return code * scale of the column numbered ``index``, (O,)."""
+        """Return code * scale of column ``index``, (O,)."""
         scales = self.scales[:, index // self.size].float()
         return rounded_codes(column, scales, self._grid).mul_(scales).add_(0.0)
 

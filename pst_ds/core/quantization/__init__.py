@@ -1,16 +1,16 @@
-"""Values on a grid: every kept weight is a small integer, its code, times a scale that it shares with its neighbours.
+"""Quantised weights: every kept weight is a small integer, its quantised value, times a scale shared by a group.
 
-    w  ~  code * scale        code: -127 .. 127 (int8) or -7 .. 7 (int4); scale: bf16, one for a group of inputs
+    w  ~  code * scale        code: -127 .. 127 (int8) or -7 .. 7 (int4); scale: bf16, one per group of inputs
 
-The grid is symmetric: it has no zero point, and 0 is on it, so a pruned weight has code 0 and stays 0. Scales are
-rounded to bf16 before any weight is rounded, and ``code * scale`` is exact in fp32 (7 bits times 8), so every program
-that multiplies the two has the same weight. bf16 and not fp16, because scales of small weights are far below what fp16
-holds (6e-5 without loss), and a scale needs no more than 8 bits: codes are chosen for the rounded one.
+The scheme is symmetric, without a zero point, so a pruned weight has code 0 and stays 0. Scales are rounded to bf16
+before any weight is quantised, and ``code * scale`` is exact in fp32 (7 bits times 8), so every program that multiplies
+the two gets the same weight. Scales are bf16 instead of fp16 because scales of small weights are far below the range of
+fp16 (6e-5 without loss), and a scale needs at most 8 bits: codes are chosen for the rounded scale.
 
-A weight's code is ``w / scale``, divided in fp32 and rounded half to even, limited to the largest code. A group's scale
-is the one of least squared error of some (:func:`~pst_ds.core.quantization.scales.search_scales`). What decides are
-sums of integers, so it depends on the weights of the group alone: not on their order, the device, or how they are
-sharded.
+The code of a weight is ``w / scale``, divided in fp32, rounded half to even and limited to the largest code. The scale
+of a group has the least squared error of those tried (:func:`~pst_ds.core.quantization.scales.search_scales`). The
+search compares sums of integers, so the result depends only on the weights of the group, not on their order, the device
+or the sharding.
 """
 
 from pst_ds.core.quantization.coded import CodedRun, CodedWeight, CodeLayout, coded_run, weights_at

@@ -1,9 +1,9 @@
-"""A frozen weight as codes and scales, in as many shards as ZeRO-3 splits it into.
+"""A frozen weight as int8 or int4 codes and scales, in as many shards as ZeRO-3 splits it into.
 
-Shard i holds the codes of flat weights [i * p, (i + 1) * p) of the stored weight, p = ceil(numel / num_shards), packed
-from its first byte on (int4: two a byte, see :mod:`pst_ds.core.quantization.nibbles`) and padded to whole bytes; and
-the scales of every group that one of them is in, so a group that a boundary cuts has its scale in both shards. As with
-masks, ZeRO's own split of the two byte tensors then gives each rank the codes and scales of its own weights.
+Shard i contains the codes of flat weights [i * p, (i + 1) * p) of the stored weight, p = ceil(numel / num_shards),
+packed from its first byte (int4: two per byte, see :mod:`pst_ds.core.quantization.nibbles`) and padded to whole bytes.
+It also contains the scales of every group with weights in the shard: the scale of a group that crosses a boundary is in
+both shards. As with masks, ZeRO's split of the two byte tensors gives each rank the codes and scales of its weights.
 
 A weight is code * scale, exact in fp32 and rounded once to the dtype that the layer computes in.
 """
@@ -25,35 +25,35 @@ from pst_ds.core.quantization.stored import StoredGrid, bytes_of_scales, scales_
 
 _ENCODED_AT_A_TIME = 1 << 20
 _EXPANDED_AT_A_TIME = {"cpu": 1 << 17}
-"""Weights that torch expands at a time, with some 8 bytes beside each; 2**22 on other devices."""
+"""Weights that torch expands in one step, with about 8 extra bytes each; 2**22 on other devices."""
 _ALL = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
 class CodeLayout:
-    """Where the codes and scales of a stored weight lie."""
+    """Positions of the codes and scales of a stored weight."""
 
     stored: StoredGrid
     num_shards: int = 1
 
     @property
     def bits(self) -> int:
-        """Of a code: 8 or 4."""
+        """Bits per code: 8 or 4."""
         return self.stored.grid.bits
 
     @property
     def shard_numel(self) -> int:
-        """Weights of every shard but the last ones, which may have fewer."""
+        """Weights per shard. The last shards may have fewer."""
         return shard_numel(self.stored.layout.numel, self.num_shards)
 
     @property
     def shard_code_bytes(self) -> int:
-        """Bytes of a shard's codes."""
+        """Bytes of codes per shard."""
         return -(-self.shard_numel * self.bits // 8)
 
     @property
     def shard_num_scales(self) -> int:
-        """Scales of a shard, padding included: those of the shard that meets most groups."""
+        """Scales per shard including padding: as many as the shard with most groups has."""
         spans = (self.periods_of(i) for i in range(self.num_shards))
         return max(last - first for first, last in spans) * self.stored.groups_per_period
 
@@ -70,20 +70,20 @@ class CodeLayout:
         return shard_range(self.stored.layout.numel, self.num_shards, shard)
 
     def periods_of(self, shard: int) -> tuple[int, int]:
-        """Return the first and the last + 1 of the periods that a shard's weights are in."""
+        """Return the first and the last + 1 of the periods that contain weights of a shard."""
         start, stop = self.weights_of(shard)
         return start // self.stored.period, -(-stop // self.stored.period)
 
     @property
     def is_contiguous(self) -> bool:
-        """True if the shards, one after another, are what one shard of the whole weight would be."""
+        """True if the concatenated shards equal a single shard of the whole weight."""
         share = self.shard_numel
         return self.num_shards == 1 or (share % self.stored.period == 0 and share * self.bits % 8 == 0)
 
     def encode(self, weight: Tensor, shard: int) -> tuple[Tensor, Tensor]:
-        """Return the bytes of a shard's codes and scales, with scales of least squared error; on the weight's device.
+        """Return the bytes of a shard's codes and scales, with scales of least squared error, on the weight's device.
 
-        ``weight``: the whole stored weight, of any float dtype; values that are not finite become 0.
+        ``weight``: the whole stored weight, of any float dtype. Values that are not finite become 0.
         """
         stored, flat = self.stored, weight.detach().reshape(-1)
         (start, stop), (first, last) = self.weights_of(shard), self.periods_of(shard)
@@ -108,7 +108,7 @@ class CodeLayout:
         return padded, bytes_of_scales(scales)
 
     def _in_storage_order(self, grouped: Tensor) -> Tensor:
-        """The inverse of :meth:`StoredGrid.grouped`: (groups, weights of a group) to flat."""
+        """Invert :meth:`StoredGrid.grouped`: (groups, weights per group) to flat."""
         if not self.stored.layout.transposed:
             return grouped.flatten()
         return grouped.view(-1, self.stored.layout.shape[1], self.stored.size).transpose(1, 2).reshape(-1)
@@ -116,20 +116,20 @@ class CodeLayout:
 
 @dataclass(frozen=True, slots=True)
 class CodedRun:
-    """Flat weights [start, stop) of a stored weight, as codes and scales: what one shard holds, or all of it.
+    """Codes and scales of the flat weights [start, stop) of a stored weight, from one shard or all of it.
 
-    Like a flat tensor it has a dtype, a device and ``numel()``, and a slice of it is a tensor.
+    Like a flat tensor it has a dtype, a device and ``numel()``, and slicing it returns a tensor.
     """
 
     stored: StoredGrid
     start: int
     stop: int
     codes: Tensor
-    """uint8, from the code of ``start`` on."""
+    """uint8, starting with the code of ``start``."""
     scales: Tensor
-    """bf16, from the first of the period of ``start`` on."""
+    """bf16, starting with the first scale of the period that contains ``start``."""
     dtype: torch.dtype
-    """Of the weights that are made of them."""
+    """Dtype of the expanded weights."""
 
     @property
     def device(self) -> torch.device:
@@ -139,7 +139,7 @@ class CodedRun:
         return self.stop - self.start
 
     def element_size(self) -> int:
-        """Bytes of a weight that is made."""
+        """Return the bytes per expanded weight."""
         return self.dtype.itemsize
 
     def __getitem__(self, part: slice) -> Tensor:
@@ -149,7 +149,7 @@ class CodedRun:
         return self.flat(self.start + first, self.start + max(first, last))
 
     def flat(self, first: int, last: int) -> Tensor:
-        """Return the flat weights [first, last) of the stored weight, which lie in this run."""
+        """Return the flat weights [first, last) of the stored weight, which must be in this run."""
         out = torch.empty(last - first, dtype=self.dtype, device=self.device)
         height, width = self.stored.layout.shape
         for rect in shard_tiles(Rect(0, height, 0, width), width, first, last, _ALL):
@@ -157,12 +157,12 @@ class CodedRun:
         return out
 
     def rect(self, rect: Rect) -> Tensor:
-        """Return a rectangle of weights, all of which lie in this run: (rows, cols)."""
+        """Return a rectangle of weights, (rows, cols), which must be in this run."""
         out = torch.empty(rect.r1 - rect.r0, rect.c1 - rect.c0, dtype=self.dtype, device=self.device)
         return self.expand_(out, rect)
 
     def at(self, index: Tensor) -> Tensor:
-        """Return single weights, by their flat ``index`` in the stored weight, (n,) int64, all in this run: (n,)."""
+        """Return individual weights by flat ``index`` in the stored weight, (n,) int64, all in this run: (n,)."""
         width, (tall, wide) = self.stored.layout.shape[1], self.stored.unit
         local = index - self.start
         if self.stored.grid.bits == 4:
@@ -174,7 +174,7 @@ class CodedRun:
         return (codes.float() * self.scales[groups].float()).to(self.dtype)
 
     def expand_(self, out: Tensor, rect: Rect) -> Tensor:
-        """Write the weights of a rectangle, all of which lie in this run, to ``out``, (rows, cols); and return it."""
+        """Write the weights of a rectangle in this run to ``out``, (rows, cols), and return it."""
         can = out.dtype in NATIVE_DTYPES and out.stride(1) == 1
         native = native_for(out, self.codes, self.scales) if can else None
         if native is None:
@@ -193,12 +193,14 @@ class CodedRun:
 
     @property
     def _first_scale(self) -> int:
-        """Number, among the whole weight's, of the first scale."""
+        """Return the index of the first scale among those of the whole weight."""
         period = self.stored.period
         return self.start // period * self.stored.groups_per_period
 
     def _expand_in_torch_(self, out: Tensor, rect: Rect) -> None:
-        """Products in fp32, of int8 and fp32, rounded as they are written: no tensor wider than ``out``."""
+        """Expand with torch: fp32 products of int8 and fp32, rounded on writing, without a tensor wider than
+        ``out``.
+        """
         codes, wide = self._codes_of(rect), self.stored.unit[1]
         if wide > 1 and rect.c0 % wide == 0 and rect.c1 % wide == 0:  # whole groups
             by_group = (-1, wide)
@@ -214,7 +216,7 @@ class CodedRun:
         torch.mul(codes, scales, out=out)
 
     def _codes_of(self, rect: Rect) -> Tensor:
-        """The codes of a rectangle, (rows, cols) int8."""
+        """Return the codes of a rectangle, (rows, cols) int8."""
         width, bits = self.stored.layout.shape[1], self.stored.grid.bits
         first, last = rect.r0 * width + rect.c0, (rect.r1 - 1) * width + rect.c1
         local = first - self.start
@@ -226,7 +228,7 @@ class CodedRun:
         return flat.as_strided((rect.r1 - rect.r0, rect.c1 - rect.c0), (width, 1), flat.storage_offset())
 
     def _scales_of(self, rect: Rect) -> Tensor:
-        """The scales of the groups of a rectangle, fp32: (rows, groups of a row)."""
+        """Return the scales of the groups of a rectangle, fp32: (rows, groups per row)."""
         (tall, wide), device = self.stored.unit, self.device
         blocks = torch.arange(rect.r0 // tall, (rect.r1 - 1) // tall + 1, device=device)
         across = torch.arange(rect.c0 // wide, (rect.c1 - 1) // wide + 1, device=device)
@@ -238,7 +240,9 @@ class CodedRun:
 
 @dataclass(frozen=True, slots=True)
 class CodedWeight:
-    """A whole frozen weight as codes and scales, in shards: what stands in a layer's formulas for the tensor W0."""
+    """A whole frozen weight as codes and scales, in shards. It takes the place of the tensor W0 in a layer's
+    formulas.
+    """
 
     layout: CodeLayout
     codes: Tensor
@@ -247,7 +251,7 @@ class CodedWeight:
     """uint8, the bytes of bf16 scales, (num_scale_bytes,)."""
     dtype: torch.dtype
     rows: slice | None = None
-    """Rows of the stored weight that it is; None is all of them."""
+    """Rows of the stored weight; None for all of them."""
 
     def __getitem__(self, rows: slice) -> CodedWeight:
         """Return some rows of the whole stored weight."""
@@ -263,7 +267,7 @@ class CodedWeight:
         return self.codes.device
 
     def expand_(self, out: Tensor, rect: Rect) -> Tensor:
-        """Write the weights of a rectangle to ``out``, (rows, cols); and return it."""
+        """Write the weights of a rectangle to ``out``, (rows, cols), and return it."""
         width, first = self.shape[1], 0 if self.rows is None else self.rows.start
         rect = Rect(rect.r0 + first, rect.r1 + first, rect.c0, rect.c1)
         for run in self._runs(rect):
@@ -272,12 +276,12 @@ class CodedWeight:
         return out
 
     def dense(self) -> Tensor:
-        """Return the weight as a tensor of its own."""
+        """Return the weight as a new tensor."""
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         return self.expand_(out, Rect(0, self.shape[0], 0, self.shape[1]))
 
     def _runs(self, rect: Rect) -> Iterator[CodedRun]:
-        """What ``rect`` needs: one run where shards follow each other without a gap."""
+        """Yield the runs that ``rect`` needs: one if the shards follow each other without a gap."""
         layout, width = self.layout, self.shape[1]
         if layout.is_contiguous:
             yield coded_run(layout, self.codes, self.scales, self.dtype, None)
@@ -289,14 +293,14 @@ class CodedWeight:
 
 
 def coded_run(layout: CodeLayout, codes: Tensor, scales: Tensor, dtype: torch.dtype, shard: int | None) -> CodedRun:
-    """Return the weights of a shard from the bytes of its codes and scales; of all shards in a row for None."""
+    """Return the weights of a shard from the bytes of its codes and scales; of all consecutive shards for None."""
     start, stop = (0, layout.stored.layout.numel) if shard is None else layout.weights_of(shard)
     table = scales_of_bytes(scales, (1, scales.numel() // SCALE_DTYPE.itemsize))
     return CodedRun(layout.stored, start, stop, codes, table.view(-1), dtype)
 
 
 def weights_at(weight: Tensor | CodedWeight, rect: Rect, out: Tensor) -> Tensor:
-    """Return a rectangle of W0, (rows, cols): a view of a tensor; codes are written to ``out`` as weights."""
+    """Return a rectangle of W0, (rows, cols): a view of a tensor, or codes expanded to ``out``."""
     if isinstance(weight, CodedWeight):
         return weight.expand_(out, rect)
     return weight[rect.r0 : rect.r1, rect.c0 : rect.c1]

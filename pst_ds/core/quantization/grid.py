@@ -1,4 +1,4 @@
-"""The grid that values are rounded to: how wide their codes are, and how many share a scale."""
+"""The quantisation scheme: bits per value, and how many values share a scale."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pst_ds.core.packings import GROUPS, VALUE_BITS, WHOLE_ROW
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The width of codes, and how many weights share a scale. Raises ValueError for values that there are not."""
+    """Quantisation scheme. Raises ValueError for unsupported bits or groups."""
 
     bits: int
-    """8 or 4."""
+    """Bits per value: 8 or 4."""
     group: int | None = None
-    """Consecutive inputs of an output that share a scale: 32, 64 or 128; None: all of them."""
+    """Consecutive inputs of an output that share a scale: 32, 64 or 128; None for all of them (per-row scale)."""
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in VALUE_BITS.values():
@@ -24,16 +24,16 @@ class Grid:
 
     @property
     def values(self) -> str:
-        """The name of the values: "int8" or "int4"."""
+        """Name of the values: "int8" or "int4"."""
         return f"int{self.bits}"
 
     @property
     def largest(self) -> int:
-        """The largest code: 127 or 7. The smallest is its negative: -128 and -8 are not used."""
+        """The largest code: 127 or 7. The smallest is its negative; -128 and -8 are not used."""
         return (1 << self.bits - 1) - 1
 
     def num_groups(self, columns: int) -> int:
-        """Return the number of scales of a row of ``columns`` inputs; ValueError where groups do not divide it."""
+        """Return the number of scales of a row of ``columns`` inputs. Raises ValueError if groups do not divide it."""
         if self.group is None:
             return 1
         if columns % self.group:
@@ -48,11 +48,11 @@ class Grid:
 
 
 def grid_of(values: str, group: int | str | None = None) -> Grid:
-    """Return the grid of the names that users write: "int8" or "int4", and 32, 64, 128 or "row".
+    """Return the scheme for the names that users write: "int8" or "int4", and 32, 64, 128 or "row".
 
-    Without a group int8 has a scale for each row and int4 one for 64 inputs. Raises ValueError.
+    Without a group, int8 has per-row scales and int4 has groups of 64 inputs. Raises ValueError.
     """
-    if values not in tuple(VALUE_BITS):  # they may be anything that JSON has
+    if values not in tuple(VALUE_BITS):  # any JSON value is possible here
         raise ValueError(f"values on a grid are {' or '.join(VALUE_BITS)}, got {values!r}")
     if group is None:
         return Grid(VALUE_BITS[values], None if values == "int8" else 64)

@@ -1,10 +1,10 @@
-"""Inputs of a layer as integers of 8 bits: what kernels with such inputs multiply codes with, and training too.
+"""int8 activations: inputs of a layer, quantised as in the kernels that use them, for training and inference.
 
     x  ~  q * scale        scale = largest / 127;  q = x * (127 / largest), rounded half to even
 
-``largest`` is the largest |x| of a word of columns of a token: of 64, or of 32 where groups of the weight have 32, so
-that a scale of the weight is one of whole words. All is fp32, in this order, as ``quantize_to_bytes`` of
-runtime/decoder/avx512.hpp computes it. Nothing is clipped, so the gradient passes straight through.
+``largest`` is the largest |x| in a word of columns of a token: 64 columns, or 32 if groups of the weight have 32, so
+that a weight's scale covers whole words. Everything is fp32, in this order, as ``quantize_to_bytes`` in
+decoder/avx512.hpp computes it. Nothing is clipped, so the gradient passes straight through.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from pst_ds.core.quantization.grid import Grid
 from pst_ds.core.quantization.native import NATIVE_DTYPES, native_for, threads_for
 
 INPUT_BITS = (8, 16)
-"""Bits that inputs of a layer can have; 16 are not rounded in training."""
+"""Supported bits of a layer's inputs; 16-bit inputs are not quantised in training."""
 _LARGEST = 127.0
 _LEAST = 1e-30
-"""A word without a number above this is all zeros."""
+"""A word without a larger magnitude is all zeros."""
 _AT_A_TIME = 1 << 22
-"""Numbers that torch rounds at a time."""
+"""Numbers that torch quantises in one step."""
 
 
 @dataclass(frozen=True, slots=True)
 class InputGrid:
-    """Which numbers of a token share a scale, and rounding to 8 bits with it."""
+    """Quantisation of inputs to int8: which numbers of a token share a scale."""
 
     word: int
-    """Consecutive columns that share one; the last word of a token may be shorter."""
+    """Consecutive columns that share a scale; the last word of a token may be shorter."""
 
     @classmethod
     def of(cls, grid: Grid) -> InputGrid:
-        """The grid of inputs that are multiplied with weights on ``grid``."""
+        """Return the scheme for inputs that are multiplied with weights quantised by ``grid``."""
         return cls(32 if grid.group == 32 else 64)
 
     def rounded(self, x: Tensor) -> Tensor:
-        """Return q * scale of every number of ``x`` (..., columns): a new tensor of its shape and dtype.
+        """Return q * scale for every number of ``x`` (..., columns): a new tensor of its shape and dtype.
 
-        Exact in fp32 up to one rounding, and rounded once more to a narrower dtype. A word that holds an infinity or a
-        NaN is NaN.
+        Exact in fp32 up to one rounding, and rounded once more to a narrower dtype. A word with an infinity or a NaN
+        becomes NaN.
         """
         rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
         native = native_for(rows) if rows.dtype in NATIVE_DTYPES else None
@@ -62,8 +62,9 @@ class InputGrid:
         columns = rows.shape[1]
         words = torch.nn.functional.pad(rows.float(), (0, -columns % self.word)).unflatten(1, (-1, self.word))
         largest = words.abs().amax(2, keepdim=True)
-        is_zero = largest <= _LEAST  # not of a NaN, whose scale is one
-        most = torch.full_like(largest, _LARGEST)  # torch divides a Python number by way of the reciprocal
+        is_zero = largest <= _LEAST  # false for NaN, whose scale is NaN
+        # a tensor: torch divides a Python number by multiplying with the reciprocal
+        most = torch.full_like(largest, _LARGEST)
         scale, inverse = (ratio.masked_fill_(is_zero, 0.0) for ratio in (largest / most, most / largest))
         rounded: Tensor = (words * inverse).round_().mul_(scale)
         return rounded.flatten(1)[:, :columns]

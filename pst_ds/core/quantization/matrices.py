@@ -1,4 +1,4 @@
-"""Whole matrices to codes and scales and back, a band of rows at a time."""
+"""Quantise whole matrices and back, a band of rows at a time."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pst_ds.core.quantization.scales import (
 )
 
 _AT_A_TIME = {"cpu": 1 << 17}
-"""Weights that are rounded at a time by kind of device; on a CPU what is made of them then stays in its cache."""
+"""Weights quantised in one step by device type; on a CPU the intermediate results then stay in the cache."""
 _AT_A_TIME_ELSEWHERE = 1 << 24
 
 
 def quantize(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Round a matrix to its grid: (codes (O, I) int8, scales (O, groups) bf16), where the weight is.
+    """Quantise a matrix: (codes (O, I) int8, scales (O, groups) bf16), on the device of ``weight``.
 
-    ``weight``: (O, I) of any float dtype. ``keep``: (O, I) bool, true where a weight is kept; None keeps all. Others
-    have code 0 and no say in the scale. ``scales``: take these (O, groups), in bf16, instead of searching. Raises
-    ValueError where groups do not divide the inputs, and for kept weights that are not finite.
+    ``weight``: (O, I) of any float dtype. ``keep``: (O, I) bool, true for kept weights; None keeps all. Pruned weights
+    have code 0 and do not affect the scale. ``scales``: use these (O, groups) bf16 scales instead of searching. Raises
+    ValueError if groups do not divide the inputs, and for kept weights that are not finite.
     """
     rows, columns = weight.shape
     groups = grid.num_groups(columns)
@@ -51,7 +51,7 @@ def quantize(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor | N
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return code * scale, (O, I): exact in fp32 and float64, rounded once to a narrower ``dtype``; +0.0 for code 0.
 
-    ``codes``: (O, I) int8. ``scales``: (O, groups) bf16, of which groups divide I.
+    ``codes``: (O, I) int8. ``scales``: (O, groups) bf16; the number of groups divides I.
     """
     rows, columns = codes.shape
     dense = torch.empty(rows, columns, dtype=dtype, device=codes.device)
@@ -64,12 +64,12 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32
 
 
 def round_to_grid(weight: Tensor, keep: Tensor | None, grid: Grid, scales: Tensor | None = None) -> Tensor:
-    """Return the weight that a program with codes and scales has: :func:`quantize`, then :func:`dequantize`."""
+    """Return the weight as a program with codes and scales computes it: :func:`quantize`, then :func:`dequantize`."""
     return dequantize(*quantize(weight, keep, grid, scales), weight.dtype)
 
 
 def first_off_grid(weight: Tensor, grid: Grid, scales: Tensor) -> tuple[int, int] | None:
-    """Return (row, column) of the first weight that is no code * scale, rounded to its dtype, to the bit; or None.
+    """Return (row, column) of the first weight that is not bit-identical to a code * scale in its dtype, or None.
 
     ``weight``: (O, I), finite. ``scales``: (O, groups) bf16. Raises ValueError as :func:`quantize` does.
     """
@@ -80,10 +80,10 @@ def first_off_grid(weight: Tensor, grid: Grid, scales: Tensor) -> tuple[int, int
 
 
 def squared_norms(weight: Tensor, keep: Tensor, codes: Tensor, scales: Tensor) -> tuple[float, float]:
-    """Return the squared norms of (what rounding changed, the kept weights) of a matrix on the CPU, in float64.
+    """Return the squared norms of the quantisation error and of the kept weights of a matrix on the CPU, in float64.
 
-    ``weight``: (O, I) of any float dtype. ``keep``: (O, I) bool, true where it is kept. ``codes`` and ``scales``: of
-    :func:`quantize`. numpy adds on one thread, so the sums do not depend on their number.
+    ``weight``: (O, I) of any float dtype. ``keep``: (O, I) bool, true for kept weights. ``codes`` and ``scales``: from
+    :func:`quantize`. numpy adds on one thread, so the sums do not depend on the number of threads.
     """
     changed, norm = 0.0, 0.0
     step = _rows_at_a_time(weight.shape[1], weight.device)

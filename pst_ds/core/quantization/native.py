@@ -1,4 +1,4 @@
-"""The C++ loops of rounding, see ``rounding.cpp``; what calls them has a torch twin for where they are not."""
+"""C++ loops of quantisation (``rounding.cpp``). Callers have a torch version for machines without them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from pst_ds.core.kernels import INT, POINTER, NativeSource, load
 
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""Dtypes of weights that the loops round, by what the loops call them."""
+"""Dtypes of weights that the loops support, by their number in C++."""
 SOURCE = NativeSource(
     "rounding.cpp",
     {
@@ -33,7 +33,7 @@ _WORTH_THREADS = 1 << 16
 
 @cache
 def library() -> CDLL | None:
-    """Return the functions of rounding.cpp, or None where they cannot be had."""
+    """Return the functions of rounding.cpp, or None if they are not available."""
     return load(SOURCE)
 
 
@@ -43,5 +43,5 @@ def native_for(*tensors: Tensor) -> CDLL | None:
 
 
 def threads_for(numel: int) -> int:
-    """Return how many threads a loop over ``numel`` weights takes."""
+    """Return how many threads a loop over ``numel`` weights uses."""
     return torch.get_num_threads() if numel >= _WORTH_THREADS else 1

@@ -1,4 +1,4 @@
-"""int4 codes, two a byte."""
+"""int4 codes, two per byte."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Pack int4 codes, (..., n) int8, two a byte: (..., ceil(n / 2)) uint8.
+    """Pack int4 codes, (..., n) int8, two per byte: (..., ceil(n / 2)) uint8.
 
-    The first of two is in the lower four bits, as two's complement; the last upper four bits of an odd n are 0.
+    The first of two is in the lower four bits, in two's complement. For odd n, the last upper four bits are 0.
     """
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))

@@ -1,4 +1,4 @@
-"""A rank's part of a stored weight, a flat run of it: values in memory, or codes of which weights are made in tiles."""
+"""A rank's part of a stored weight: a flat run of values, or of codes that are expanded in tiles."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class OwnWeights:
     """The flat weights from ``start`` on of a stored weight with rows of ``row_length``."""
 
     values: Tensor | CodedRun
-    """(n,); a slice of either is a tensor."""
+    """(n,). Slicing either type returns a tensor."""
     start: int
     row_length: int
 
     @property
     def stop(self) -> int:
-        """The flat index behind the last one."""
+        """Flat index after the last weight."""
         return self.start + self.values.numel()
 
     @property
@@ -30,17 +30,17 @@ class OwnWeights:
         return self.values.device
 
     def rect(self, rect: Rect) -> Tensor:
-        """Return a rectangle of the stored weight that lies in this part, (rows, cols); not to be written to."""
+        """Return a rectangle of the stored weight that is in this part, (rows, cols). Do not modify it."""
         if isinstance(self.values, CodedRun):
             return self.values.rect(rect)
         return view_in_shard(self.values, rect, self.row_length, self.start)
 
     def at(self, index: Tensor) -> Tensor:
-        """Return single weights by their flat ``index`` in the stored weight, (n,) int64: (n,)."""
+        """Return individual weights by flat ``index`` in the stored weight, (n,) int64: (n,)."""
         if isinstance(self.values, CodedRun):
             return self.values.at(index)
         return self.values[index - self.start if self.start else index]
 
     def flat(self, first: int, last: int) -> Tensor:
-        """Return the flat weights [first, last) of the stored weight, as far as they are in this part: (n,)."""
+        """Return those of the flat weights [first, last) of the stored weight that are in this part: (n,)."""
         return self.values[max(0, first - self.start) : max(0, last - self.start)]

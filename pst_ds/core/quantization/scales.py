@@ -1,4 +1,4 @@
-"""Rounding to codes, and the choice of the scale to round with."""
+"""Quantisation to codes, and the search for the scale."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from pst_ds.core.quantization.native import native_for, threads_for
 
 SCALE_DTYPE = torch.bfloat16
 LEAST_SCALE = torch.finfo(SCALE_DTYPE).tiny
-"""The smallest scale, 2^-126: smaller ones would be denormal, which some processors take for 0."""
+"""The smallest scale, 2^-126. Smaller ones would be denormal, which some processors treat as 0."""
 RULE_OF_SCALES = "scales are at least 2^-126, and times the largest code still finite in bf16"
 UNUSED_SCALE = 1.0
-"""The scale of a group without weights."""
+"""Scale of a group without weights."""
 _DIVISORS = {
     8: (124.0, 125.0, 126.0, 128.0, 130.0, 133.0, 136.0, 140.0, 145.0, 150.0),
     4: (4.0, 5.0, 5.5, 6.0, 6.5, 7.5, 8.0, 8.5, 9.0, 10.0, 11.0),
 }
-"""Scales that are tried are the group's largest magnitude divided by these; beyond the largest code it is clipped."""
+"""Scales that are tried: the largest magnitude of the group divided by these. Weights beyond the largest code are
+clipped.
+"""
 _REFITS = 2
 _WEIGHT_BITS = 28
-"""Weights of a group become integers of so many bits; sums over 2^18 of them times a code stay below 2^53."""
+"""Bits of a group's weights as integers; sums over 2^18 of them times a code stay below 2^53."""
 
 
 def group_scales(grouped: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the scale of least squared error of every row of ``grouped``: (groups, weights of a group) to (groups,).
+    """Return the scale of least squared error for every row of ``grouped``: (groups, weights per group) to (groups,).
 
-    ``grouped``: finite, fp32, 0 where pruned. ``dtype``: what a rounded weight must be finite in.
+    ``grouped``: finite, fp32, 0 where pruned. ``dtype``: the dtype in which a quantised weight must be finite.
     """
     magnitudes, grouped = grouped.abs().amax(1), grouped.contiguous()
     whole = whole_weights(grouped, magnitudes)
@@ -39,7 +41,7 @@ def group_scales(grouped: Tensor, grid: Grid, dtype: torch.dtype = torch.float32
 def whole_weights(grouped: Tensor, magnitudes: Tensor) -> Tensor:
     """Return weights in units of :func:`unit_of`, rounded: (groups, n) fp32, contiguous, to (groups, n) int32.
 
-    ``magnitudes``: (groups,) fp32, the largest of each whole group, of which these may be a part.
+    ``magnitudes``: (groups,) fp32, the largest of each whole group, which may include more weights.
     """
     unit, native = unit_of(magnitudes), native_for(grouped)
     if native is None:
@@ -55,7 +57,7 @@ def whole_weights(grouped: Tensor, magnitudes: Tensor) -> Tensor:
 def group_losses(grouped: Tensor, scales: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Return the sums of (w - code * scale)^2 and of w^2 over each row: (groups,) float64.
 
-    ``grouped``: (groups, n) fp32, contiguous; ``scales``: (groups,) fp32.
+    ``grouped``: (groups, n) fp32, contiguous. ``scales``: (groups,) fp32.
     """
     native = native_for(grouped)
     if native is None:
@@ -72,9 +74,9 @@ def group_losses(grouped: Tensor, scales: Tensor, grid: Grid) -> tuple[Tensor, T
 
 
 def group_moments(grouped: Tensor, whole: Tensor, scales: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Return the sums of w code and of code^2 over each row, as :func:`search_scales` takes them: (groups,) float64.
+    """Return the sums of w code and of code^2 over each row for :func:`search_scales`: (groups,) float64.
 
-    ``grouped``: (groups, n) fp32, contiguous, 0 where pruned; ``whole``: its :func:`whole_weights`; ``scales``:
+    ``grouped``: (groups, n) fp32, contiguous, 0 where pruned. ``whole``: its :func:`whole_weights`. ``scales``:
     (groups,) fp32.
     """
     native = native_for(grouped)
@@ -91,7 +93,8 @@ def group_moments(grouped: Tensor, whole: Tensor, scales: Tensor, grid: Grid) ->
 
 
 def unit_of(magnitudes: Tensor) -> Tensor:
-    """Return what :func:`search_scales` counts weights in: float64 powers of two, 2^-28 of a group's magnitude or so.
+    """Return the unit in which :func:`search_scales` measures weights: powers of two, float64, about 2^-28 of a group's
+    magnitude.
 
     ``magnitudes``: the largest of each group, fp32.
     """
@@ -105,15 +108,15 @@ def search_scales(
     grid: Grid,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return bf16 scales of least squared error among those tried: (groups,).
+    """Return the bf16 scales of least squared error among those tried: (groups,).
 
     Tried are ``magnitude / largest code``, so the error is never above that of plain rounding, some larger and smaller
-    ones, and the least-squares scale of the codes of the best, sum(w code) / sum(code^2), twice.
+    scales, and the least-squares scale for the codes of the best, sum(w code) / sum(code^2), twice.
 
-    ``magnitudes``: (groups,) fp32, the largest of each. ``moments``: gives for fp32 scales (groups,), which are bf16
-    numbers, the sums of w code and of code^2 over each group in float64, (groups,) each, w a weight in units of
-    :func:`unit_of`, rounded. These are integers below 2^53, so sums over shards of a group may be added up. ``dtype``:
-    what a rounded weight must be finite in. Of a group of magnitude 0 the scale is 1.
+    ``magnitudes``: (groups,) fp32, the largest of each group. ``moments``: function that returns, for fp32 scales
+    (groups,) which are bf16 numbers, the sums of w code and of code^2 over each group in float64, (groups,) each, where
+    w is a rounded weight in units of :func:`unit_of`. These are integers below 2^53, so sums over shards of a group may
+    be added. ``dtype``: the dtype in which a quantised weight must be finite. A group of magnitude 0 has scale 1.
     """
     limit = largest_scale(grid, dtype)
     unit = unit_of(magnitudes)
@@ -140,7 +143,7 @@ def search_scales(
 
 
 def rounded_codes(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
-    """Return the codes of fp32 weights for fp32 scales that broadcast to them, as fp32.
+    """Return the codes of fp32 weights as fp32, for fp32 scales that broadcast to them.
 
     Division and rounding are IEEE's, the same on every device.
     """
@@ -153,16 +156,16 @@ def nearest_codes(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
 
 
 def first_bad_scale(scales: Tensor, grid: Grid) -> int | None:
-    """Return the flat index of the first bf16 scale that the grid cannot have, or None.
+    """Return the flat index of the first bf16 scale that is outside the valid range, or None.
 
-    Scales are at least 2^-126, and their products with the largest code finite in bf16.
+    Scales are at least 2^-126, and their products with the largest code are finite in bf16.
     """
     good = (scales >= LEAST_SCALE) & (scales <= largest_scale(grid, SCALE_DTYPE))
     return None if bool(good.all()) else int(good.flatten().to(torch.uint8).argmin())
 
 
 def require_scales(scales: Tensor, grid: Grid) -> None:
-    """Raise ValueError for bf16 scales that :func:`first_bad_scale` finds, with its flat index and its value."""
+    """Raise ValueError with index and value for the first bf16 scale that :func:`first_bad_scale` finds."""
     bad = first_bad_scale(scales, grid)
     if bad is not None:
         raise ValueError(f"scale {bad} is {float(scales.flatten()[bad]):g}; {RULE_OF_SCALES}")

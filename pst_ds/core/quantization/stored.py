@@ -1,6 +1,6 @@
-"""The grid of a layer's stored weight: which of its weights share a scale, and rounding a rectangle of it in place.
+"""Quantisation of a layer's stored weight: which weights share a scale, and quantising a rectangle in place.
 
-Scales lie as the weight does: (O, groups) for ``nn.Linear``, (groups, O) for a ``Conv1D``, which stores (I, O).
+Scales are stored like the weight: (O, groups) for ``nn.Linear``, (groups, O) for a ``Conv1D``, which stores (I, O).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pst_ds.core.quantization.native import NATIVE_DTYPES, native_for, threads_f
 from pst_ds.core.quantization.scales import SCALE_DTYPE, rounded_codes
 
 _AT_A_TIME = {"cpu": 1 << 17}
-"""Weights that torch rounds at a time; 2**22 on other devices."""
+"""Weights that torch quantises in one step; 2**22 on other devices."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredGrid:
-    """A grid of a layer's weight. Raises ValueError where groups do not divide the layer's inputs."""
+    """Quantisation scheme of a layer's weight. Raises ValueError if groups do not divide the layer's inputs."""
 
     layout: WeightLayout
     grid: Grid
@@ -32,7 +32,7 @@ class StoredGrid:
 
     @property
     def size(self) -> int:
-        """Weights of a group."""
+        """Weights per group."""
         return self.grid.group or self.layout.in_features
 
     @property
@@ -52,7 +52,7 @@ class StoredGrid:
 
     @property
     def period(self) -> int:
-        """The least run of flat weights, from a multiple of it on, that holds whole groups and nothing else."""
+        """Length of the shortest run of flat weights that, aligned to a multiple of it, contains whole groups only."""
         return self.size * (self.layout.shape[1] if self.layout.transposed else 1)
 
     @property
@@ -60,7 +60,7 @@ class StoredGrid:
         return self.period // self.size
 
     def grouped(self, rect: Tensor) -> Tensor:
-        """Return the groups of a rectangle's weights as rows: (rows, cols) to (groups, weights of a group), contiguous.
+        """Return the groups of a rectangle's weights as rows: (rows, cols) to (groups, weights per group), contiguous.
 
         ``rect``: rows and columns of whole groups. The groups are in the order of their scales.
         """
@@ -72,16 +72,16 @@ class StoredGrid:
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """What a layer's weight is rounded to: its grid, and the scales (bf16, of the grid's shape)."""
+    """Quantisation of a layer's weight: its scheme, and the scales (bf16, of the scheme's shape)."""
 
     stored: StoredGrid
     scales: Tensor
 
     def round_(self, weight: Tensor, rect: Rect | None = None) -> Tensor:
-        """Round ``weight``, the rectangle ``rect`` of the stored one or all of it, in place; and return it.
+        """Quantise ``weight``, the rectangle ``rect`` of the stored weight or all of it, in place, and return it.
 
-        What is written is code * scale, exact in fp32 and rounded once to the dtype of ``weight``, where the code is
-        :func:`nearest_codes`'. Zeros stay +0.0.
+        Writes code * scale, exact in fp32 and rounded once to the dtype of ``weight``, with the code of
+        :func:`nearest_codes`. Zeros stay +0.0.
         """
         whole = Rect(0, self.stored.layout.shape[0], 0, self.stored.layout.shape[1])
         rect = whole if rect is None else rect
@@ -100,20 +100,21 @@ class Rounding:
         return weight
 
     def of_expert(self, expert: int) -> Rounding:
-        """Return the rounding of one expert of a stack."""
+        """Return the quantisation of one expert of a stack."""
         own = StoredGrid(self.stored.layout.expert, self.stored.grid)
         height = own.shape[0]
         return Rounding(own, self.scales[expert * height : (expert + 1) * height])
 
     @property
     def scales_by_output(self) -> Tensor:
-        """The scales as files have them, (O, groups)."""
+        """Return the scales as files store them, (O, groups)."""
         return self.scales.t() if self.stored.layout.transposed else self.scales
 
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return what a file stores of a whole stored weight: codes (O, I) int8 and scales (O, groups) bf16.
 
-        ``weight``: before it was rounded or after, which gives the same; :func:`dequantize` has it rounded.
+        ``weight``: before or after quantisation, which gives the same result. :func:`dequantize` returns the quantised
+        weight.
         """
         matrix = weight.t() if self.stored.layout.transposed else weight
         return quantize(matrix, None, self.stored.grid, self.scales_by_output)
@@ -125,12 +126,12 @@ class Rounding:
 
 
 def bytes_of_scales(scales: Tensor) -> Tensor:
-    """Return bf16 scales as bytes, (2 n,) uint8: of a type that nothing converts along with a model's weights."""
+    """Return bf16 scales as bytes, (2 n,) uint8: a dtype that a conversion of the model's weights does not touch."""
     return scales.to(SCALE_DTYPE).contiguous().view(torch.uint8).flatten()
 
 
 def scales_of_bytes(data: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Return the scales of :func:`bytes_of_scales`; a view where the bytes begin at an even address."""
+    """Return the scales of :func:`bytes_of_scales`; a view if the bytes start at an even address."""
     aligned = data if data.is_meta or (data.data_ptr() % 2 == 0 and data.storage_offset() % 2 == 0) else data.clone()
     return aligned.view(SCALE_DTYPE).view(shape)
 

@@ -1,7 +1,7 @@
-"""A table of frozen rows, an embedding or an output layer, as codes: its rows by number, and products with it.
+"""A quantised table of frozen rows, an embedding or an output layer: row look-up and products.
 
-Codes become weights for the rows that are asked for, or for a slice of rows at a time, so the whole table exists as
-codes alone. All functions take a :class:`CodedWeight` of one shard, (rows, width), whose rows begin at whole bytes.
+Codes are expanded for the requested rows, or for a slice of rows at a time, so the whole table exists only as codes.
+All functions take a :class:`CodedWeight` of one shard, (rows, width), whose rows start at byte boundaries.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pst_ds.core.quantization.nibbles import unpack_nibbles
 from pst_ds.core.quantization.stored import scales_of_bytes
 
 _EXPANDED_AT_A_TIME = {"cpu": 1 << 20}
-"""Weights of a slice, which stays in a CPU's caches; 2**24 on other devices."""
+"""Weights per slice, which stays in a CPU's caches; 2**24 on other devices."""
 
 
 def table_rows(table: CodedWeight, numbers: Tensor) -> Tensor:
-    """Return rows by their ``numbers``, (...,) int64, as an embedding looks them up: (..., width)."""
+    """Return rows by their ``numbers``, (...,) int64, like an embedding: (..., width)."""
     stored, flat = table.layout.stored, numbers.reshape(-1)
     height, width = stored.layout.shape
     packed = embedding(flat, table.codes.view(height, -1))
@@ -34,7 +34,7 @@ def table_rows(table: CodedWeight, numbers: Tensor) -> Tensor:
 
 
 def times_table(x: Tensor, table: CodedWeight, bias: Tensor | None = None) -> Tensor:
-    """Return x T' + bias, (n, width) to (n, rows), as ``linear`` does with the whole table T."""
+    """Return x T' + bias, (n, width) to (n, rows), like ``linear`` with the whole table T."""
     out = x.new_empty(len(x), table.shape[0])
     for rows in _slices(table):
         out[:, rows] = linear(x, table[rows].dense(), None if bias is None else bias[rows])
@@ -42,7 +42,7 @@ def times_table(x: Tensor, table: CodedWeight, bias: Tensor | None = None) -> Te
 
 
 def of_table_inputs(grad_y: Tensor, table: CodedWeight) -> Tensor:
-    """Return the gradient of x, (n, width), of that of x T', (n, rows): products of slices, summed in fp32."""
+    """Return the gradient of x, (n, width), from that of x T', (n, rows): products of slices, summed in fp32."""
     slices = list(_slices(table))
     if len(slices) == 1:
         return grad_y @ table.dense()
@@ -53,7 +53,7 @@ def of_table_inputs(grad_y: Tensor, table: CodedWeight) -> Tensor:
 
 
 def slice_numel(rows: int, width: int, device_type: str) -> int:
-    """Return the weights of a slice of a table, which exist as weights at a time."""
+    """Return the weights per slice of a table that are expanded in one step."""
     return width * min(rows, max(1, _EXPANDED_AT_A_TIME.get(device_type, 1 << 24) // width))
 
 

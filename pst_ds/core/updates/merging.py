@@ -21,7 +21,8 @@ MOST_RANK = 16
 
 
 def serves(weight: object, left: Tensor | None, right: Tensor | None, constants: Constants) -> bool:
-    """Return whether :func:`merge_into` supports a layer, or a part, with this weight and these factors of its update."""
+    """Return whether :func:`merge_into` supports a layer, or a part, with this weight and these factors of its
+    update."""
     if not isinstance(weight, Tensor) or left is None or right is None or constants.multiplicative:
         return False
     fits = all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in (weight, left, right))
