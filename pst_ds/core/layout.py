@@ -1,9 +1,9 @@
-"""Where the matrices of a layer lie inside its stored weight.
+"""Positions of the matrices of a layer in its stored weight.
 
-``nn.Linear`` stores (O, I); GPT-2's ``Conv1D`` stores (I, O). A fused projection holds several matrices side by side
-along its outputs (``c_attn`` is q, k, v). A stack of experts, (E, O, I) or transposed (E, I, O), is in memory the
-matrix (E*O, I) or (E*I, O), one expert below the other. Everything below works on *storage* coordinates, so that a flat
-index here is a flat index of the tensor in the state dict, and "the lowest flat index is pruned first" has one meaning.
+``nn.Linear`` stores (O, I); GPT-2's ``Conv1D`` stores (I, O). A fused projection contains several matrices side by side
+along its outputs (``c_attn`` is q, k, v). A stack of experts, (E, O, I) or transposed (E, I, O), is stored as the
+matrix (E*O, I) or (E*I, O), one expert below the other. Everything below uses *storage* coordinates, so that a flat
+index is a flat index of the tensor in the state dict, and "the lowest flat index is pruned first" has one meaning.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # layouts are needed where torch is not
+if TYPE_CHECKING:  # layouts are used where torch is not imported
     from torch import Tensor
 
 
@@ -31,16 +31,16 @@ class Rect:
         return (self.r1 - self.r0) * (self.c1 - self.c0)
 
     def meet(self, other: Rect) -> Rect | None:
-        """Return the intersection with another rectangle; None where it is empty."""
+        """Return the intersection with another rectangle, or None if it is empty."""
         rows, cols = (max(self.r0, other.r0), min(self.r1, other.r1)), (max(self.c0, other.c0), min(self.c1, other.c1))
         return Rect(*rows, *cols) if rows[0] < rows[1] and cols[0] < cols[1] else None
 
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
-    """A matrix of a layer: where it is stored, which outputs it makes, and of which inputs.
+    """A matrix of a layer: where it is stored, and its outputs and inputs.
 
-    Outputs and inputs are counted through all experts of a stack.
+    Outputs and inputs are counted over all experts of a stack.
     """
 
     index: int
@@ -49,7 +49,7 @@ class StoredMatrix:
     inputs: slice
 
     def ranges(self, rect: Rect, *, transposed: bool) -> tuple[slice, slice]:
-        """Outputs and inputs of a rectangle inside the matrix, both counted from the matrix's first."""
+        """Return the outputs and inputs of a rectangle inside the matrix, counted from the matrix's first."""
         rows = slice(rect.r0 - self.rect.r0, rect.r1 - self.rect.r0)
         cols = slice(rect.c0 - self.rect.c0, rect.c1 - self.rect.c0)
         return (cols, rows) if transposed else (rows, cols)
@@ -57,20 +57,20 @@ class StoredMatrix:
 
 @dataclass(frozen=True, slots=True)
 class WeightLayout:
-    """Shape of a linear layer, or of a stack of experts, the order of its storage, and how many matrices it fuses.
+    """Shape of a linear layer or stack of experts, its storage order, and how many matrices it fuses.
 
-    Raises ValueError when ``out_features`` cannot be split into ``num_matrices`` equal matrices, or these into
+    Raises ValueError if ``out_features`` cannot be split into ``num_matrices`` equal matrices, or these into
     ``num_experts`` equal experts.
     """
 
     out_features: int
-    """Of all experts together."""
+    """Outputs of all experts together."""
     in_features: int
-    """Of each expert."""
+    """Inputs per expert."""
     transposed: bool = False
-    """True for Conv1D, which stores (I, O), and for experts that do."""
+    """True for Conv1D, which stores (I, O), and for experts stored that way."""
     num_matrices: int = 1
-    """Matrices fused along the outputs; each is ranked and scored by itself. Those of all experts together."""
+    """Matrices fused along the outputs, over all experts. Each is ranked and scored separately."""
     num_experts: int = 1
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class WeightLayout:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Storage shape: (O, I), or (I, O) when transposed; of experts (E*O, I), or (E*I, O)."""
+        """Storage shape: (O, I), or (I, O) if transposed; for experts (E*O, I), or (E*I, O)."""
         if self.transposed:
             return self.num_experts * self.in_features, self.out_features // self.num_experts
         return self.out_features, self.in_features
@@ -92,7 +92,7 @@ class WeightLayout:
 
     @property
     def num_inputs(self) -> int:
-        """Inputs of all experts together, each of which has a norm."""
+        """Inputs over all experts, each of which has a norm."""
         return self.num_experts * self.in_features
 
     @property
@@ -102,7 +102,7 @@ class WeightLayout:
 
     @property
     def expert(self) -> WeightLayout:
-        """Layout of one expert, which is what a product takes; the layout itself where there are no others."""
+        """Layout of one expert, as used in a product; the layout itself if it is not a stack."""
         share = self.num_experts
         return WeightLayout(
             self.out_features // share, self.in_features, self.transposed, self.num_matrices // share
@@ -114,13 +114,13 @@ class WeightLayout:
         return expert * numel, (expert + 1) * numel
 
     def matrices(self) -> tuple[StoredMatrix, ...]:
-        """Return every matrix in storage order of their corners, expert by expert."""
+        """Return every matrix in storage order of the corners, expert by expert."""
         return _matrices(self)
 
 
 @cache
 def _matrices(layout: WeightLayout) -> tuple[StoredMatrix, ...]:
-    """Stacks have thousands, so they are made once."""
+    """Return the matrices of a layout, cached because stacks have thousands."""
     inputs, fused = layout.in_features, layout.num_matrices // layout.num_experts
     width = layout.out_features // layout.num_matrices
     found = []
@@ -137,17 +137,17 @@ def _matrices(layout: WeightLayout) -> tuple[StoredMatrix, ...]:
 
 
 def row_tiles(rect: Rect, max_elements: int) -> Iterator[Rect]:
-    """``rect`` cut into bands of whole rows with at most ``max_elements`` each (at least one row)."""
+    """Split ``rect`` into bands of whole rows with at most ``max_elements`` each (at least one row)."""
     step = max(1, max_elements // max(1, rect.c1 - rect.c0))
     for r0 in range(rect.r0, rect.r1, step):
         yield Rect(r0, min(r0 + step, rect.r1), rect.c0, rect.c1)
 
 
 def shard_tiles(whole: Rect, row_length: int, start: int, stop: int, max_elements: int) -> Iterator[Rect]:
-    """The part of ``whole`` that lies in the flat range [start, stop), as rectangles in rising flat order.
+    """Yield the part of ``whole`` in the flat range [start, stop) as rectangles in increasing flat order.
 
-    A flat range that begins and ends inside a row is a partial row, a band of whole rows and a partial row; one that
-    begins or ends with a row has no part of it by itself. ``row_length`` is the storage row length of the whole weight.
+    A flat range that starts and ends inside a row consists of a partial row, a band of whole rows and a partial row.
+    Empty parts are omitted. ``row_length`` is the storage row length of the whole weight.
     """
     if stop <= start:
         return
@@ -169,7 +169,7 @@ def shard_tiles(whole: Rect, row_length: int, start: int, stop: int, max_element
 
 
 def positions_before(rect: Rect, row_length: int, index: int) -> int:
-    """Return how many weights of ``rect`` lie before the flat ``index`` of a stored weight with such rows."""
+    """Return how many weights of ``rect`` precede the flat ``index`` of a stored weight with rows of ``row_length``."""
     row, col = divmod(index, row_length)
     width = rect.c1 - rect.c0
     within = min(max(0, col - rect.c0), width) if rect.r0 <= row < rect.r1 else 0
@@ -177,13 +177,13 @@ def positions_before(rect: Rect, row_length: int, index: int) -> int:
 
 
 def view_in_shard(shard: Tensor, rect: Rect, row_length: int, start: int) -> Tensor:
-    """A writable (rows, cols) view of ``rect`` in ``shard``, the flat storage from index ``start`` on."""
+    """Return a writable (rows, cols) view of ``rect`` in ``shard``, the flat storage from index ``start`` on."""
     offset = rect.r0 * row_length + rect.c0 - start
     return shard.as_strided((rect.r1 - rect.r0, rect.c1 - rect.c0), (row_length, 1), shard.storage_offset() + offset)
 
 
 def runs_of(sizes: Sequence[int], most: int) -> Iterator[range]:
-    """Runs of neighbours, in order, whose ``sizes`` add up to ``most``, or of one."""
+    """Yield runs of neighbours, in order, whose ``sizes`` add up to at most ``most``, or of one."""
     first, total = 0, 0
     for i, size in enumerate(sizes):
         if i > first and total + size > most:

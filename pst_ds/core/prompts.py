@@ -1,4 +1,4 @@
-"""A trained prompt: m vectors that every text of a batch is read with, placed before it or after its first token."""
+"""A trained prompt: m vectors that are inserted into every example of a batch, before or after its first token."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def adapted(states: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
-    """Return P = H + H V' U', (m, d), of the states H (m, d) of a text, with U (d, r) and V (r, d).
+    """Return P = H + H V' U', (m, d), for the states H (m, d) of the prompt's words, with U (d, r) and V (r, d).
 
-    Without V it is H + H U' with U (d, d), and H itself without either.
+    Without V it is H + H U' with U (d, d). Without both it is H.
     """
     if left is None:
         return states
@@ -17,13 +17,13 @@ def adapted(states: Tensor, left: Tensor | None = None, right: Tensor | None = N
 
 
 def with_prompt(values: Tensor, prompt: Tensor, after: int) -> Tensor:
-    """Put ``prompt`` (m, ...) into every row of ``values`` (batch, length, ...), after ``after`` of its entries."""
+    """Insert ``prompt`` (m, ...) into every row of ``values`` (batch, length, ...), after ``after`` of its entries."""
     own = prompt.to(values).expand(values.shape[0], *prompt.shape)
     return _joined(values[:, :after], own, values[:, after:])
 
 
 def without_prompt(values: Tensor, size: int, after: int) -> Tensor:
-    """Return ``values`` (batch, m + length, ...) without the ``size`` entries that :func:`with_prompt` has put in."""
+    """Return ``values`` (batch, m + length, ...) without the ``size`` entries that :func:`with_prompt` inserted."""
     return values[:, size:] if after == 0 else _joined(values[:, :after], values[:, after + size :])
 
 

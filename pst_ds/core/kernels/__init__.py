@@ -1,8 +1,8 @@
-"""C++ loops for CPU tensors, compiled at first use; everything that calls them has a torch twin for where they are not.
+"""Loader of all compiled C++ code for CPUs. Every caller has a torch version for machines without it.
 
-A source is compiled once for each machine and version with ``$CXX`` or the system's C++ compiler, and kept in
+A source is compiled once per machine and version with ``$CXX`` or the system's C++ compiler, and cached in
 ``$XDG_CACHE_HOME/pst_ds`` (``~/.cache/pst_ds``, see library_cache). Without a compiler, or with ``PST_DS_NATIVE=0`` in
-the environment, the torch twins run: the same results, several times slower.
+the environment, the torch versions run: same results, several times slower. Triton kernels are in ``triton/``.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ INT, POINTER = ctypes.c_int64, ctypes.c_void_p
 _FOLDER = Path(__file__).resolve().parent
 _PACKAGE = _FOLDER.parents[1]
 Signature = tuple[list[type], type | None]
-"""ctypes of the arguments, and of the result."""
+"""ctypes of the arguments and of the result."""
 
 
 @dataclass(frozen=True, eq=False)
 class NativeSource:
-    """One C++ file in ``cpp/``, its functions, and what is slow without it.
+    """A C++ file in ``cpp/``, its functions, and what is slow without it.
 
-    Every header in ``cpp/`` counts as one of its sources: a change in one compiles the file again.
+    Every header in ``cpp/`` counts as a source: changing one recompiles the file.
     """
 
     name: str
@@ -47,9 +47,9 @@ class NativeSource:
     purpose: str
     flags: tuple[str, ...] = FLAGS
     may_flags: tuple[str, ...] = ()
-    """Left out where the compiler refuses them."""
+    """Flags that are omitted if the compiler rejects them."""
     announce: bool = False
-    """Say on stderr that it is being compiled: it takes more than a moment."""
+    """Whether to announce the compilation on stderr, because it takes longer than a moment."""
 
     @property
     def path(self) -> Path:
@@ -57,7 +57,7 @@ class NativeSource:
 
     @property
     def prebuilt(self) -> Path:
-        """Library that an installation may have made; a checkout uses it unless a source is newer."""
+        """Library built at installation. A checkout uses it unless a source is newer."""
         return _FOLDER / f"_{self.path.stem}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
     @property
@@ -104,18 +104,18 @@ _MERGES = NativeSource(
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The functions of a mask update, or None where they cannot be had; a failed compilation warns once."""
+    """Return the functions of mask updates, or None if they are not available; a failed compilation warns once."""
     return load(_MASKS)
 
 
 @cache
 def merges() -> ctypes.CDLL | None:
-    """Return what puts masks and updates on weights, as :func:`library` returns the functions of a mask update."""
+    """Return the functions that apply masks and updates to weights, or None, as :func:`library` does."""
     return load(_MERGES)
 
 
 def load(source: NativeSource) -> ctypes.CDLL | None:
-    """The compiled functions of ``source``, or None where they cannot be had, with a warning. Keep what it returns."""
+    """Return the compiled functions of ``source``, or None with a warning. The caller keeps the result."""
     if os.environ.get("PST_DS_NATIVE") == "0":
         return None
     try:
@@ -126,7 +126,9 @@ def load(source: NativeSource) -> ctypes.CDLL | None:
 
 
 def library_file(source: NativeSource) -> Path:
-    """Return the shared library of ``source``, which somebody else loads; compiled if need be. Raises RuntimeError."""
+    """Return the shared library of ``source`` for another program to load, compiled if necessary. Raises
+    RuntimeError.
+    """
     try:
         return Path(_library(source)._name)
     except RuntimeError as error:
@@ -134,9 +136,9 @@ def library_file(source: NativeSource) -> Path:
 
 
 def _library(source: NativeSource) -> ctypes.CDLL:
-    """Return the prebuilt library, the cached one, or one that is compiled now. Raises RuntimeError."""
+    """Return the prebuilt or cached library, or compile it. Raises RuntimeError."""
     if _is_current(source.prebuilt, source.sources):
-        with suppress(OSError, AttributeError):  # made for another machine, or for other sources
+        with suppress(OSError, AttributeError):  # built for another machine, or from other sources
             return _declared(source.prebuilt, source.functions)
     try:
         compiler = _compiler()
@@ -151,7 +153,7 @@ def _library(source: NativeSource) -> ctypes.CDLL:
 
 
 def _compiler() -> tuple[str, ...]:
-    """Return the words that start the C++ compiler. Raises FileNotFoundError."""
+    """Return the command that starts the C++ compiler. Raises FileNotFoundError."""
     if words := shlex.split(os.environ.get("CXX", "")):
         return tuple(words)
     found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -161,7 +163,9 @@ def _compiler() -> tuple[str, ...]:
 
 
 def _is_current(built: Path, sources: list[Path]) -> bool:
-    """Return whether ``built`` was made from these sources. In an installation it was, whatever dates pip gave them."""
+    """Return whether ``built`` is newer than these sources. In an installation it is, regardless of the dates that pip
+    set.
+    """
     if not built.is_file():
         return False
     is_installed = any(_PACKAGE.parent.glob("pst_ds-*.dist-info"))
@@ -169,7 +173,7 @@ def _is_current(built: Path, sources: list[Path]) -> bool:
 
 
 def _declared(path: Path, functions: dict[str, Signature]) -> ctypes.CDLL:
-    """The library with its functions given their types."""
+    """Load a library and declare the types of its functions."""
     loaded = ctypes.CDLL(str(path))
     for name, (arguments, result) in functions.items():
         function = getattr(loaded, name)
@@ -178,7 +182,7 @@ def _declared(path: Path, functions: dict[str, Signature]) -> ctypes.CDLL:
 
 
 def _key(source: NativeSource, compiler: tuple[str, ...]) -> str:
-    """Return a hash of the source, compiler, flags, C library and processor, which decide what the library is."""
+    """Return a hash of the source, compiler, flags, C library and processor, which determine the library."""
     texts = [path.read_text(encoding="utf-8") for path in source.sources]
     host = (_version(compiler), *platform.libc_ver(), _instructions())
     parts = [*texts, *compiler, *source.flags, *source.may_flags, *host]
@@ -192,7 +196,7 @@ def _version(compiler: tuple[str, ...]) -> str:
 
 
 def _compiled(source: NativeSource, compiler: tuple[str, ...]) -> bytes:
-    """Compile ``source``; return the library. Raises OSError, CalledProcessError."""
+    """Compile ``source`` and return the library. Raises OSError, CalledProcessError."""
     if source.announce:
         words = shlex.join(compiler)
         print(f"pst-ds: compiling {source.purpose} with {words}, once for this machine", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Cache of compiled libraries: files that nobody but this user and root can change, named by their SHA-256.
+"""Cache of compiled libraries: files that only this user and root can change, named by their SHA-256.
 
 The digest is part of the name, so a library and its digest appear in one rename, and a rebuilt library never has the
 name of a damaged one that this process has already loaded.
@@ -20,8 +20,11 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Return the folder of compiled libraries, created if need be: ``$XDG_CACHE_HOME/pst_ds``, ``~/.cache/pst_ds``, or
-    else a private one for temporary files. Warns about a folder that others could change."""
+    """Return the folder of compiled libraries, created if necessary.
+
+    It is ``$XDG_CACHE_HOME/pst_ds``, ``~/.cache/pst_ds``, or a private temporary folder. Warns about a folder that
+    others can change.
+    """
     for folder in _candidates():
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -37,7 +40,7 @@ def cache_folder() -> Path:
 
 
 def find_libraries(folder: Path, name: str) -> Iterator[Path]:
-    """Yield the files of library ``name`` that are as they were written, by this user or root."""
+    """Yield the files of library ``name`` that are unchanged since this user or root wrote them."""
     for path in sorted(folder.glob(f"{name}-*.so")):
         with suppress(OSError):
             if not _why_untrusted(path) and path.name == _file_name(name, path.read_bytes()):
@@ -45,7 +48,7 @@ def find_libraries(folder: Path, name: str) -> Iterator[Path]:
 
 
 def store_library(folder: Path, name: str, data: bytes) -> Path:
-    """Write library ``name`` atomically and wait for the disk; return its path. Raises OSError."""
+    """Write library ``name`` atomically, sync it to disk and return its path. Raises OSError."""
     handle, partial = tempfile.mkstemp(prefix=f".{name}-", dir=folder)
     try:
         with os.fdopen(handle, "wb") as stream:
@@ -82,7 +85,8 @@ def _why_untrusted(path: Path) -> str:
         if found.st_uid not in _trusted_users():
             return f"user {found.st_uid} owns {place}"
         by_others = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and _has_members(found.st_gid))
-        if by_others and (place == path or not found.st_mode & stat.S_ISVTX):  # /tmp keeps other users' entries safe
+        # /tmp protects the entries of other users
+        if by_others and (place == path or not found.st_mode & stat.S_ISVTX):
             return f"other users can write to {place}"
     return ""
 
@@ -90,15 +94,17 @@ def _why_untrusted(path: Path) -> str:
 def _trusted_users() -> set[int]:
     users = {0, os.geteuid()}
     with suppress(OSError):
-        # in a user namespace, as of rootless containers, the overflow user stands for root of the host
+        # in a user namespace, as in rootless containers, the overflow user represents root of the host
         if Path("/proc/self/uid_map").read_text().split() != ["0", "0", "4294967295"]:
             users.add(int(Path("/proc/sys/kernel/overflowuid").read_text()))
     return users
 
 
 def _has_members(gid: int) -> bool:
-    """Return whether a group may have members besides this user. One with the name of the user and without a list of
-    members, which many systems make with each user, has none."""
+    """Return whether a group may have members besides this user.
+
+    A group with the name of the user and no list of members, which many systems create with each user, has none.
+    """
     try:
         group = grp.getgrgid(gid)
         return group.gr_name != pwd.getpwuid(os.geteuid()).pw_name or bool(set(group.gr_mem) - {group.gr_name})

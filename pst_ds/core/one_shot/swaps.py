@@ -1,12 +1,12 @@
-"""Masks refined by swaps: a kept weight for a pruned one of its row, wherever the row's outputs then change less.
+"""Masks refined by swaps: exchange a kept and a pruned weight of a row if the row's outputs then change less.
 
-    E = d H d' of a row, d = w - v: what is wanted less what is there, v = 0 where pruned        arXiv 2512.10922
+    E = d H d' of a row, d = w - v: target minus current weights, v = 0 where pruned        arXiv 2512.10922
 
-Without the kept weight j, E changes by v_j^2 H_jj + 2 v_j c_j, with c = H d; with the pruned weight p at the value u
-then by u^2 H_pp - 2 u (c_p + v_j H_jp). Both are exact: a swap is made only where E falls, and two rows of H bring c up
-to date. u is w_p, the weight as it was, or, for methods that change weights, what lowers E most; kept weights are then
-fitted to the mask by least squares. H = X'X, (I, I), is the Gram matrix of a layer's inputs X over all calibration
-tokens; O = out_features, I = in_features.
+Removing the kept weight j changes E by v_j^2 H_jj + 2 v_j c_j, with c = H d; adding the pruned weight p with the value
+u then changes it by u^2 H_pp - 2 u (c_p + v_j H_jp). Both are exact: a swap is made only if E falls, and two rows of H
+update c. u is w_p, the original weight, or, for methods that change weights, the value that lowers E most; kept weights
+are then fitted to the mask by least squares. H = X'X, (I, I), is the Gram matrix of a layer's inputs X over all
+calibration tokens; O = out_features, I = in_features.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pst_ds.core.one_shot.scored import Compensated
 from pst_ds.core.patterns import Pattern
 
 LEAST_GAIN = 1e-6
-"""Share of a row's error that a swap must save; rounding in fp32 is below it."""
+"""Fraction of a row's error that a swap must save, above the rounding error of fp32."""
 SOURCE = NativeSource(
     "swaps.cpp",
     {"pst_swap_pass": ([*([POINTER] * 6), *([INT] * 5)], INT)},
@@ -35,7 +35,7 @@ SOURCE = NativeSource(
 
 @cache
 def library() -> CDLL | None:
-    """Return the function of swaps.cpp, or None where it cannot be had."""
+    """Return the function of swaps.cpp, or None if it is not available."""
     return load(SOURCE)
 
 
@@ -44,11 +44,11 @@ def refine_by_swaps(
 ) -> Compensated:
     """Swap kept with pruned weights of ``start`` until no swap helps, in at most ``passes`` over every row.
 
-    ``weight``: (O, I), as it was before it was pruned. In a pass every kept weight, from first to last, is swapped with
-    the pruned one that lowers the error of its row most, if any does. Every row keeps its count of zeros, and of N:M
-    every group. Without ``refit`` kept weights are those of ``weight``, to the bit; with it they are fitted to the
-    mask, from where ``start`` has them. No row's error is larger than with ``start``. Of equal swaps that with the
-    lowest index is made, whatever the number of threads.
+    ``weight``: (O, I), before pruning. In a pass every kept weight, from first to last, is swapped with the pruned
+    weight that lowers the error of its row most, if any does. Every row keeps its number of zeros, and with N:M every
+    group. Without ``refit`` kept weights are bit-identical to those of ``weight``; with it they are fitted to the mask,
+    starting from ``start``. No row's error exceeds that of ``start``. Among equal swaps the one with the lowest index
+    is made, regardless of the number of threads.
 
     Raises ValueError for blocks and for patterns that pool matrices, and FloatingPointError for a weight that is not
     finite.
@@ -85,21 +85,21 @@ def refine_by_swaps(
 
 
 def _pull(wanted: Tensor, values: Tensor, inputs: UnitGram) -> tuple[Tensor, Tensor]:
-    """(what the outputs lack, seen from every input: c, (O, I) fp32; the rows' errors, (O,) double)."""
+    """Return c = H d, (O, I) fp32, the output error seen from every input, and the errors of the rows, (O,) double."""
     lacking = (wanted - values).to(torch.float64)
     pull = lacking @ inputs.gram.to(torch.float64)
     return pull.to(torch.float32), (pull * lacking).sum(1).clamp_(min=0.0)
 
 
 def _row_errors(live: Tensor, values: Tensor, inputs: UnitGram) -> Tensor:
-    """(O,) double: how much the outputs of every row change, over inputs that are there."""
+    """Return the error of every row's outputs, over inputs that are not dead: (O,) double."""
     return _pull(live, values.masked_fill(inputs.dead, 0.0), inputs)[1]
 
 
 def _swap_pass(
     wanted: Tensor, values: Tensor, keep: Tensor, pull: Tensor, least: Tensor, gram: Tensor, span: int, *, refit: bool
 ) -> int:
-    """Make the swaps of one pass over all rows, in place; return their number."""
+    """Make the swaps of one pass over all rows, in place. Return their number."""
     tensors = wanted, values, keep, pull, least, gram
     native = library() if all(each.device.type == "cpu" for each in tensors) else None
     if native is None:
@@ -112,7 +112,7 @@ def _swap_pass(
 def _swap_pass_in_torch(
     wanted: Tensor, values: Tensor, keep: Tensor, pull: Tensor, least: Tensor, gram: Tensor, span: int, *, refit: bool
 ) -> int:
-    """All rows at once, one input after another: the same bits as from the native loop."""
+    """Process all rows at once, one input after another: bit-identical to the native loop."""
     swaps = 0
     for j in range(wanted.shape[1]):
         first = j // span * span
@@ -121,7 +121,7 @@ def _swap_pass_in_torch(
         pulls = pull[:, within] + left.unsqueeze(1) * gram[j, within]
         scores = -(pulls * pulls) if refit else wanted[:, within] * (wanted[:, within] - (pulls + pulls))
         scores.masked_fill_(keep[:, within] != 0, torch.inf)
-        at = scores.argmin(1, keepdim=True)  # the first of equals
+        at = scores.argmin(1, keepdim=True)  # the first of equal scores
         change = left * (lacking + lacking + left) + scores.gather(1, at).squeeze(1)
         rows = ((keep[:, j] != 0) & (change < -least)).nonzero().squeeze(1)
         if not len(rows):

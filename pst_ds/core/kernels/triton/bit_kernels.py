@@ -1,4 +1,4 @@
-"""A kernel that sums up what a mask's bits are: pst_ds.core.bits."""
+"""Kernel that counts and checksums the bits of a mask, for pst_ds.core.bits."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ def _splitmix64(x):
 def sum_bits(before_ptr, after_ptr, count, lead, first_byte, seed, out_ptr, SIZE: tl.constexpr):
     """Add to ``out_ptr``, int64, how many of ``count`` bits differ, how many are set after, and their checksum.
 
-    The first bit is number ``lead`` of byte ``first_byte`` of the whole mask.
+    The first bit is bit ``lead`` of byte ``first_byte`` of the whole mask.
     """
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     num_bytes = (count + 7) // 8
     before = tl.load(before_ptr + at, mask=at < num_bytes, other=0).to(tl.int32)
     after = tl.load(after_ptr + at, mask=at < num_bytes, other=0).to(tl.int32)
     previous = tl.load(after_ptr + at - 1, mask=(at > 0) & (at <= num_bytes), other=0).to(tl.int32)
-    value = ((after << lead) | (previous >> (8 - lead))) & 0xFF  # the whole mask's byte is of bits of two of ours
+    # a byte of the whole mask combines bits of two of our bytes
+    value = ((after << lead) | (previous >> (8 - lead))) & 0xFF
     is_byte = at < (lead + count + 7) // 8
     hashed = _splitmix64((at.to(tl.int64) + first_byte + seed + 1).to(tl.uint64))
     checksum = tl.where(is_byte, value.to(tl.uint64) * hashed, 0).to(tl.int64)

@@ -1,4 +1,4 @@
-"""Counts and checksums of many shards' bits: a launch for each where kernels serve, and few for all in torch."""
+"""Counts and checksums of the bits of many shards: one launch per shard on a GPU, few operations for all in torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pst_ds.core.kernels.triton.launch import blocks, launch, serves
 from pst_ds.core.layout import runs_of
 
 _AT_A_TIME = 1 << 22
-"""Bytes of bits that torch unpacks together off the CPU."""
+"""Bytes of bits that torch unpacks in one step, on devices other than CPUs."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardBits:
-    """The bits of a shard before and after an update: byte tensors of equal size, of weights from ``start`` on."""
+    """The bits of a shard before and after an update: byte tensors of equal size, for weights from ``start`` on."""
 
     before: Tensor
     after: Tensor
@@ -28,7 +28,7 @@ class ShardBits:
 
 
 def bit_sums(shards: Sequence[ShardBits]) -> Tensor:
-    """(n, 3) int64 where the shards are: how many bits differ, how many are set after, and their checksum.
+    """Return (n, 3) int64 on the device of the shards: bits that differ, bits set after, and their checksum.
 
     The checksum is :func:`pst_ds.core.bits.checksum` modulo 2**64.
     """
@@ -60,7 +60,7 @@ def _launch(shard: ShardBits, out: Tensor) -> None:
 
 
 def _sum_together(shards: Sequence[ShardBits], sums: Sequence[Tensor]) -> None:
-    """Write the sums of shards that begin with a whole byte: what is made of each bit is made for all at once."""
+    """Write the sums of shards that start at a byte boundary, for which all bits are processed together."""
     sizes = [shard.after.numel() for shard in shards]
     after = torch.cat([shard.after for shard in shards])
     differ = torch.cat([shard.before for shard in shards]) ^ after

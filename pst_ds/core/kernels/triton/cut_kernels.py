@@ -1,7 +1,7 @@
 """Kernels that cut many matrices at once, from the bits of their keys inside a bracket.
 
-The bits of all matrices lie in one run of int32 words, those of a matrix in whole blocks of WORDS; the keys inside lie
-in another run, in whole blocks of KEYS, in any order. A table tells each block its matrix. Rows of the ``matrices``
+The bits of all matrices are in one run of int32 words, those of a matrix in whole blocks of WORDS. The keys inside are
+in another run, in whole blocks of KEYS, in any order. A table maps each block to its matrix. Rows of the ``matrices``
 table:
 
     first block of words, first block of keys, room for keys, keys inside
@@ -23,7 +23,7 @@ _NUM_INSIDE, _COLUMNS = tl.constexpr(NUM_INSIDE), tl.constexpr(COLUMNS)
 
 @triton.jit
 def collect(matrices_ptr, matrix_of_block_ptr, inside_ptr, index_ptr):
-    """Write the index in its matrix of every key inside, in any order, as long as there is room; count them."""
+    """Write the index in its matrix of every key inside, in any order, as long as there is room, and count them."""
     block = tl.program_id(0)
     matrix = matrices_ptr + tl.load(matrix_of_block_ptr + block) * _COLUMNS
     lanes = tl.arange(0, _WORDS)
@@ -33,7 +33,7 @@ def collect(matrices_ptr, matrix_of_block_ptr, inside_ptr, index_ptr):
     room = tl.load(matrix + _ROOM)
     index_ptr += tl.load(matrix + _FIRST_KEYS).to(tl.int64) * _KEYS
     first = ((block - tl.load(matrix + _FIRST_WORDS)) * _WORDS + lanes) * 32
-    while tl.max((word != 0).to(tl.int32), 0) > 0:  # a step for each bit of the fullest word
+    while tl.max((word != 0).to(tl.int32), 0) > 0:  # one step per bit of the fullest word
         lowest = word & -word
         tl.store(index_ptr + place, first + popcount(lowest - 1), mask=(word != 0) & (place < room))
         place += 1
@@ -42,7 +42,7 @@ def collect(matrices_ptr, matrix_of_block_ptr, inside_ptr, index_ptr):
 
 @triton.jit
 def histogram(matrices_ptr, matrix_of_block_ptr, keys_ptr, lows_ptr, shift, counts_ptr, BINS: tl.constexpr):
-    """counts (matrices, BINS): of (key - low) >> shift of the keys inside, where that is a bin."""
+    """Count (key - low) >> shift of the keys inside into counts (matrices, BINS), if it is a bin."""
     block = tl.program_id(0)
     number = tl.load(matrix_of_block_ptr + block)
     matrix = matrices_ptr + number * _COLUMNS
@@ -56,9 +56,10 @@ def histogram(matrices_ptr, matrix_of_block_ptr, keys_ptr, lows_ptr, shift, coun
 
 @triton.jit
 def mark(matrices_ptr, matrix_of_block_ptr, keys_ptr, index_ptr, cuts_ptr, above_ptr, inside_ptr, equal_ptr):
-    """Set the bits of keys above the cut among those above; leave of the bits inside those that equal it.
+    """Set the bits of keys above the cut among those above. Of the bits inside, leave those that equal it.
 
-    ``equal_ptr`` counts these by block of words. ``cuts_ptr``: (matrices, 2), the cut and how many equals it prunes.
+    ``equal_ptr`` counts these per block of words. ``cuts_ptr``: (matrices, 2), the cut and how many equal keys it
+    prunes.
     """
     block = tl.program_id(0)
     number = tl.load(matrix_of_block_ptr + block)
@@ -79,7 +80,7 @@ def mark(matrices_ptr, matrix_of_block_ptr, keys_ptr, index_ptr, cuts_ptr, above
 
 @triton.jit
 def finish(matrices_ptr, matrix_of_block_ptr, cuts_ptr, equal_ptr, inside_ptr, above_ptr, STEP: tl.constexpr):
-    """Set, among the bits above, those of the equals behind the first that are pruned; most blocks have none."""
+    """Set, among the bits above, those of equal keys after the first that are pruned. Most blocks have none."""
     block = tl.program_id(0)
     if tl.load(equal_ptr + block) > 0:
         number = tl.load(matrix_of_block_ptr + block)

@@ -1,4 +1,4 @@
-"""Where Triton kernels run, and the one place that launches them."""
+"""Where Triton kernels run, and the only function that launches them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 Grid = tuple[int, ...]
 LEAST_CAPABILITY = (8, 0)
-"""Of an NVIDIA GPU: bf16 arithmetic, and what the kernels are compiled for in the tests."""
+"""Required compute capability of an NVIDIA GPU: bf16 arithmetic, and the target that the tests compile for."""
 
 
 def is_interpreted() -> bool:
-    """Return whether Triton was told to run kernels in Python, on the CPU: ``TRITON_INTERPRET=1``."""
+    """Return whether Triton runs kernels in Python on the CPU: ``TRITON_INTERPRET=1``."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -40,9 +40,9 @@ def _is_capable(device: torch.device) -> bool:
 
 
 def launch(kernel: Any, grid: Grid, *args: Any, num_warps: int = 4, fuse: bool = False, **constants: Any) -> None:
-    """Run ``kernel`` on ``grid`` where its first argument, a tensor, is; on an empty grid do nothing.
+    """Run ``kernel`` on ``grid`` on the device of its first argument, a tensor. Do nothing for an empty grid.
 
-    Unless ``fuse``, products and sums are rounded apart, as in the loops for CPUs.
+    Unless ``fuse``, products and sums are rounded separately, as in the C++ loops.
     """
     if 0 in grid:
         return
@@ -52,5 +52,5 @@ def launch(kernel: Any, grid: Grid, *args: Any, num_warps: int = 4, fuse: bool =
 
 
 def blocks(count: int, size: int) -> int:
-    """How many blocks of ``size`` hold ``count``."""
+    """Return how many blocks of ``size`` contain ``count``."""
     return -(-count // size)

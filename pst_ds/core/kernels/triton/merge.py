@@ -1,4 +1,4 @@
-"""One launch for a layer's merged weight, and one for what its backward pass makes of a band of G."""
+"""Launch the kernels for a layer's merged weight and for the backward pass of a band of G."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True, slots=True)
 class MaskBytes:
-    """A mask in which every row of the stored weight, and every shard, begins with a byte of its own."""
+    """A mask in which every row of the stored weight, and every shard, starts at a byte boundary."""
 
     bits: Tensor
     row_bytes: int
 
     def holds(self, rect: Rect) -> bool:
-        """Return whether a rectangle begins with a byte of its own."""
+        """Return whether a rectangle starts at a byte boundary."""
         return rect.c0 % 8 == 0
 
     def first(self, rect: Rect) -> int:
-        """Return the byte that a rectangle begins with."""
+        """Return the first byte of a rectangle."""
         return rect.r0 * self.row_bytes + rect.c0 // 8
 
 
 def mask_rows(bits: Tensor, shape: tuple[int, int], shard_numel: int) -> MaskBytes | None:
-    """Return the mask of a stored weight of ``shape``, or None where its rows or shards begin within a byte."""
+    """Return the mask of a stored weight of ``shape``, or None if its rows or shards start within a byte."""
     return MaskBytes(bits, shape[1] // 8) if shape[1] % 8 == 0 and shard_numel % 8 == 0 else None
 
 
 def mask_bytes(weight: Any, bits: Tensor, shape: tuple[int, int], shard_numel: int) -> MaskBytes | None:
-    """Return the mask as the kernels take it, or None where they do not serve a layer with this weight."""
+    """Return the mask as the kernels take it, or None if they do not support a layer with this weight."""
     if not isinstance(weight, Tensor) or weight.dtype not in _DTYPES or not serves(weight.device):
         return None
     return mask_rows(bits, shape, shard_numel)
@@ -63,8 +63,8 @@ def gradients_into(
 ) -> None:  # fmt: skip
     """Write M . W to ``merged``, G . W to ``scores`` and G . M + ``factor`` G . |W| . 1 n' to ``updates``.
 
-    All are (rows, cols) of ``rect`` with contiguous rows. A multiplicative update has the latter times W0. Without
-    ``factor`` |W| has no gradient.
+    All are (rows, cols) of ``rect`` with contiguous rows. For a multiplicative update, ``updates`` is multiplied by W0.
+    Without ``factor``, |W| has no gradient.
     """
     from pst_ds.core.kernels.triton import merge_kernels as kernels
 
@@ -81,7 +81,7 @@ def gradients_into(
 def _merged(
     weight: Tensor, mask: MaskBytes, rect: Rect, tile: TileFactors, constants: Constants
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments of the kernels' merged weight, and their constants."""
+    """Return the kernels' arguments for the merged weight, and their constants."""
     from pst_ds.core.kernels.triton import merge_kernels as kernels
 
     left, right = tile.update_left, tile.update_right

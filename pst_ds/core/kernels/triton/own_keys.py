@@ -1,4 +1,4 @@
-"""One rank's weights of a matrix as the score kernels take them."""
+"""One rank's weights of a matrix, as arguments of the score kernels."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from pst_ds.core.layout import Rect, positions_before
 
 _DEFAULTS = Constants()
 _MOST = 1 << 30
-"""Indices are int32 in the kernels, those just beyond an edge too."""
+"""Limit for int32 indices in the kernels, including those just beyond an edge."""
 
 
 @dataclass(frozen=True, slots=True)
 class OwnKeys:
-    """The weights of ``rect`` that lie in ``values``, a flat run of a stored weight, and what scores them."""
+    """The weights of ``rect`` in ``values``, a flat run of a stored weight, with the factors that score them."""
 
     values: Tensor
-    """(n,) W0, or scores, of at most 32 bits, from the flat index ``start`` on."""
+    """(n,) W0, or scores, of at most 32 bits, from flat index ``start`` on."""
     start: int
     row_length: int
     rect: Rect
     tile: TileFactors | None
-    """Factors of the whole ``rect``, fp32; None where ``values`` are the scores."""
+    """Factors of the whole ``rect``, fp32; None if ``values`` are the scores."""
     constants: Constants = _DEFAULTS
     weight_scale: float = 1.0
 
     @property
     def first(self) -> int:
-        """Which of the matrix's weights, in storage order, this rank's first is."""
+        """Return the position of this rank's first weight among the matrix's weights, in storage order."""
         return positions_before(self.rect, self.row_length, self.start)
 
     @property
@@ -41,7 +41,7 @@ class OwnKeys:
 
     @property
     def fits(self) -> bool:
-        """Return whether the kernels' indices reach."""
+        """Return whether int32 indices suffice."""
         return self.values.numel() < _MOST and self.rect.numel < 2 * _MOST
 
     @property
@@ -49,10 +49,10 @@ class OwnKeys:
         return self.rect.c1 - self.rect.c0
 
     def sort(self, bracket: Tensor, above: Tensor, inside: Tensor, counts: Tensor) -> None:
-        """Write bits of the keys above and of those inside a bracket; count.
+        """Write the bits of the keys above and of those inside a bracket, and count them.
 
-        ``bracket``: int32 (low, high), both included. ``above``, ``inside``: uint8, of at least ceil(count / 8) bytes.
-        To ``counts``, int64, are added {above, not finite (not how many, but whether any), inside}.
+        ``bracket``: int32 (low, high), both included. ``above``, ``inside``: uint8, at least ceil(count / 8) bytes.
+        Adds {above, whether any key is not finite, inside} to ``counts``, int64.
         """
         from pst_ds.core.kernels.triton import score_kernels as kernels
 
@@ -74,9 +74,10 @@ class OwnKeys:
         )  # fmt: skip
 
     def keys_at(self, positions: Tensor, out: Tensor, *, base: int = 0, limit: Tensor | None = None) -> None:
-        """Write the keys of the weights at ``base`` + ``positions`` of the matrix to ``out``, 0 for other ranks'.
+        """Write the keys of the weights at ``base`` + ``positions`` of the matrix to ``out``, 0 for those of other
+        ranks.
 
-        ``positions``: (n,) int32 or int64. ``out``: (n,) int32, where from ``limit``, () int32, on nothing is written.
+        ``positions``: (n,) int32 or int64. ``out``: (n,) int32; nothing is written from ``limit``, an int32 scalar, on.
         """
         from pst_ds.core.kernels.triton import score_kernels as kernels
 
@@ -89,11 +90,11 @@ class OwnKeys:
 
     @property
     def _offset(self) -> int:
-        """Element of ``values`` that the matrix's first weight is, or would be."""
+        """Return the index in ``values`` of the matrix's first weight, which may be outside."""
         return self.rect.r0 * self.row_length + self.rect.c0 - self.start
 
     def _factors(self) -> tuple[list[Any], dict[str, Any]]:
-        """Arguments of ``score`` in the kernels, and its constants."""
+        """Return the arguments of ``score`` in the kernels, and its constants."""
         tile, constants = self.tile, self.constants
         if tile is None:
             return [*_pair(None, None), *_pair(None, None), *[None] * 4, 0.0, 1.0, 0.0, 0.0], _constants(0, 0, False)
@@ -113,7 +114,7 @@ def _constants(update_rank: int, score_rank: int, has_magnitude: bool) -> dict[s
 
 
 def _pair(left: Tensor | None, right: Tensor | None) -> list[Any]:
-    """A product's factors with their strides."""
+    """Return the factors of a product with their strides."""
     if left is None or right is None:
         return [None, 0, 1, None, 0]
     right = right if right.stride(1) == 1 else right.contiguous()

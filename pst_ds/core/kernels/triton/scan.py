@@ -1,4 +1,6 @@
-"""The passes of :mod:`pst_ds.core.bracket` over one rank's keys, with kernels: three launches a matrix, few for all."""
+"""The passes of :mod:`pst_ds.core.bracket` over one rank's keys with kernels: three launches per matrix, few for
+all.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,19 @@ from pst_ds.core.kernels.triton.launch import blocks, launch
 from pst_ds.core.kernels.triton.own_keys import OwnKeys
 
 _BLOCK_STEP = 1024
-"""Blocks whose counts of equals are summed at a time."""
+"""Blocks whose counts of equal keys are summed in one step."""
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """Copy numbers of the host to ``device`` without waiting for it."""
+    """Copy numbers from the host to ``device`` without waiting for it."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 class KernelScans:
-    """All matrices' keys on this rank, sorted about their brackets; see bracket.py for what it is asked."""
+    """The keys of all matrices on this rank, classified by their brackets; bracket.py defines the interface."""
 
     def __init__(self, matrices: Sequence[OwnKeys], brackets: Sequence[tuple[int, int]], rooms: Sequence[int]):
-        """``brackets``: (low, high) of each matrix. ``rooms``: the most keys inside that are remembered."""
+        """``brackets``: (low, high) per matrix. ``rooms``: most keys inside that are stored per matrix."""
         from pst_ds.core.kernels.triton import cut_kernels as kernels
 
         self._device = matrices[0].values.device
@@ -54,14 +56,18 @@ class KernelScans:
         self._found, self._counts = found, there[4]
 
     def counts(self) -> Tensor:
-        """(matrices, 4) int64, as :meth:`pst_ds.core.keys.Classifier.counts`; of those not finite whether any are."""
+        """Return (matrices, 4) int64, as :meth:`pst_ds.core.keys.Classifier.counts`, except that "not finite" is 0
+        or 1.
+        """
         from pst_ds.core.kernels.triton.cut_kernels import ROOM
 
         above, not_finite, inside = self._found.unbind(1)
         return torch.stack([self._counts - above - inside, not_finite, inside > self._table[:, ROOM], inside], 1)
 
     def histograms(self, lows: Sequence[int], shift: int, bins: int) -> Tensor:
-        """(matrices, bins) int64 of the keys inside, as :func:`pst_ds.core.keys.histogram` with the low of each."""
+        """Return (matrices, bins) int64 of the keys inside, as :func:`pst_ds.core.keys.histogram` with the low of
+        each.
+        """
         from pst_ds.core.kernels.triton import cut_kernels as kernels
 
         counts = torch.zeros(len(lows), bins, dtype=torch.int32, device=self._device)
@@ -71,7 +77,9 @@ class KernelScans:
         return counts.long()
 
     def decide(self, thresholds: Sequence[int], ties: Sequence[int]) -> list[Tensor]:
-        """Bits of the kept of each matrix: keys above its threshold, and equals but for the first ``ties``. Once."""
+        """Return the kept bits of each matrix: keys above its threshold, and equal keys except the first ``ties``. Call
+        once.
+        """
         from pst_ds.core.kernels.triton import cut_kernels as kernels
 
         most = torch.iinfo(torch.int32).max

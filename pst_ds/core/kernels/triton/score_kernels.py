@@ -1,7 +1,7 @@
-"""Kernels that score weights: those above and inside a bracket as bits, and the keys of single weights.
+"""Kernels that score weights: bits of those above and inside a bracket, and keys of individual weights.
 
-A score is made as in masks.cpp, one rank of a product after another, products and sums rounded apart
-(``enable_fp_fusion=False``), so its bits are those of the CPU. Pointers that are None leave a term out.
+A score is computed as in masks.cpp, one component of a product after another, with separate rounding of products and
+sums (``enable_fp_fusion=False``), so it is bit-identical to that of the CPU. A pointer that is None omits its term.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit
 def order_key(score):
-    """The int32 that sorts like an fp32 score, with -0 equal to +0."""
+    """Return the int32 that orders like an fp32 score, with -0 equal to +0."""
     bits = (score + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & _MAGNITUDE)
 
 
 @triton.jit
 def _product(a, b):
-    """a * b, rounded by itself: for sm_100 the ptxas of triton 3.6 fuses pairs of products and sums against orders."""
+    """Return a * b, rounded separately: for sm_100, the ptxas of triton 3.6 fuses pairs of products and sums despite
+    the flag.
+    """
     if INTERPRETED:
         return a * b
     else:
@@ -43,7 +45,7 @@ def _add_rank(sums, row, col, left, left_row, left_rank, right, right_rank, scal
 
 @triton.jit
 def _add_low_rank(sums, row, col, left, left_row, left_rank, right, right_rank, scale, RANK: tl.constexpr):
-    """sums + (left * scale) @ right at (row, col), eight ranks unrolled at a time."""
+    """Return sums + (left * scale) @ right at (row, col), with eight components unrolled."""
     for first in range(0, RANK - RANK % 8, 8):
         for more in tl.static_range(8):
             sums = _add_rank(sums, row, col, left, left_row, left_rank, right, right_rank, scale, first + more)
@@ -59,7 +61,7 @@ def score(
     row_norms, col_norms, beta, factor, alpha1, alpha2, UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr,
     HAS_MAGNITUDE: tl.constexpr,
 ):  # fmt: skip
-    """S of weights (fp32) at (row, col), which broadcast to their shape: pst_ds.core.scores.importance."""
+    """Return S of weights (fp32) at (row, col), which broadcast to their shape, as pst_ds.core.scores.importance."""
     sums = weight
     if UPDATE_RANK > 0:
         sums = _add_low_rank(
@@ -86,7 +88,7 @@ def score(
 
 @triton.jit
 def popcount(bits):
-    """Bits that are set in each int32."""
+    """Return the number of set bits of each int32."""
     bits = bits - ((bits >> 1) & 0x55555555)
     bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
     return (((bits + (bits >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
@@ -103,9 +105,10 @@ def _popcount_of_byte(bits):
 def _store_bits(
     scores, at, count, bracket, above_ptr, inside_ptr, counts_ptr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    """Bytes of what is above and inside the bracket, and what they count to.
+    """Store the bytes of what is above and inside the bracket, and add to their counts.
 
-    ``scores``: (ROWS, COLS). ``at``: (ROWS, COLS // 8), which of the ``count`` keys the first of a byte is, or -1.
+    ``scores``: (ROWS, COLS). ``at``: (ROWS, COLS // 8), the index of a byte's first key among the ``count`` keys, or
+    -1.
     """
     keys = order_key(scores)
     low, high = tl.load(bracket), tl.load(bracket + 1)
@@ -135,16 +138,16 @@ def bracket_rows(
     UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr, HAS_MAGNITUDE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Sort ``count`` weights, from column ``lead`` of row ``row0`` on, of a matrix (rows, cols) about a bracket.
+    """Classify ``count`` weights, from column ``lead`` of row ``row0`` on, of a matrix (rows, cols) by a bracket.
 
-    For a matrix with rows as long as those of its storage; ``cols`` and ``lead`` are multiples of 8.
+    For matrices whose rows are as long as those of the storage. ``cols`` and ``lead`` are multiples of 8.
     """
     below = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     across = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
     at = below * cols + across - lead
     is_own = (across < cols) & (at >= 0) & (at < count)
     weight = tl.load(weight_ptr + at, mask=is_own, other=0.0).to(tl.float32)
-    # loads of factors need no mask: those beyond an edge are of its last row, or of column 0
+    # loads of factors need no mask: loads beyond an edge read the last row, or column 0
     row = tl.minimum(row0 + below, rows - 1)
     col = tl.max_contiguous(tl.multiple_of(tl.where(across < cols, across, 0), [1, 8]), [1, 8])
     scores = score(
@@ -165,9 +168,10 @@ def bracket_flat(
     row_norms, col_norms, beta, factor, alpha1, alpha2, bracket, above_ptr, inside_ptr, counts_ptr,
     UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`bracket_rows` for any shape: the keys from position ``first`` of a matrix ``width`` wide on.
+    """Do the same as :func:`bracket_rows` for any shape: the keys from position ``first`` of a matrix of width
+    ``width`` on.
 
-    Its position (row, col) is element ``row * row_length + col + offset`` of the shard.
+    Position (row, col) is element ``row * row_length + col + offset`` of the shard.
     """
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)[None, :]
     position = first + tl.minimum(at, count - 1)
@@ -190,9 +194,10 @@ def keys_at(
     row_norms, col_norms, beta, factor, alpha1, alpha2, keys_ptr,
     UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Keys of the weights at ``base`` + positions of a matrix, as in :func:`bracket_flat`; 0 for other ranks' weights.
+    """Write the keys of the weights at ``base`` + positions of a matrix, as in :func:`bracket_flat`; 0 for those of
+    other ranks.
 
-    With a limit, a number on the device, positions from it on are left alone.
+    With a limit, a number on the device, positions from it on are left unchanged.
     """
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     asked = at < num_positions

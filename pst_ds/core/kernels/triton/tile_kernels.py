@@ -1,4 +1,4 @@
-"""Products of a packed weight with many vectors: tiles of it are expanded on the chip, and multiplied as dense ones."""
+"""Products of a packed weight with many vectors: tiles are expanded on the chip and multiplied as dense ones."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _INTERPRETED = tl.constexpr(is_interpreted())
 
 @triton.jit
 def _expanded(values, first, bits, scale, BITS: tl.constexpr):
-    """(rows, 32) fp32 of a word of the mask for each row: kept values times the row's scale, zeros elsewhere.
+    """Return (rows, 32) fp32 for one word of the mask per row: kept values times the row's scale, zeros elsewhere.
 
-    ``first``: (rows,) which of ``values`` is the first of the word, a code of so many BITS or, with 0, a float.
+    ``first``: (rows,) index in ``values`` of the first value of the word: a code of BITS bits, or a float if BITS is 0.
     """
     places = tl.arange(0, 32)[None, :]
     is_kept = ((bits[:, None] >> places) & 1) != 0
@@ -34,9 +34,9 @@ def packed_tiles(
     x_ptr, vectors, tiles_ptr, values_ptr, bits_ptr, rows, columns, offsets_ptr, scales_ptr, bias_ptr, y_ptr,
     ROWS: tl.constexpr, VECTORS: tl.constexpr, BITS: tl.constexpr, GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """y (vectors, rows) = x (vectors, columns) W' + bias, with W rounded to the dtype of x and sums in fp32.
+    """Compute y (vectors, rows) = x (vectors, columns) W' + bias, with W rounded to the dtype of x and sums in fp32.
 
-    ``tiles_ptr``: of experts (their number, the first vector, how many) int32 of each tile; None: a weight by itself.
+    ``tiles_ptr``: (expert, first vector, number of vectors) int32 per tile of experts; None for a single weight.
     """
     output = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first_vector, end, first_row = tl.program_id(1) * VECTORS, vectors, 0
@@ -66,7 +66,7 @@ def packed_tiles(
         first += count_bits(bits)
         column = word * 32 + places
         part = tl.load(x + column[:, None], mask=is_vector[None, :] & (column < columns)[:, None], other=0.0)
-        if _INTERPRETED:  # which multiplies the bits of bf16
+        if _INTERPRETED:  # the interpreter would multiply the bits of bf16
             weight, part = weight.to(tl.float32), part.to(tl.float32)
         sums = tl.dot(weight, part, sums, input_precision="ieee")
         word += 1

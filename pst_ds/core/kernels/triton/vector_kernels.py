@@ -1,6 +1,6 @@
-"""Products of a packed weight with a vector: a lane takes the set bits of a 32-bit word, from the highest down.
+"""Products of a packed weight with a vector: a lane processes the set bits of a 32-bit word from the highest down.
 
-Lanes of a warp take as many steps as the one with the most bits. Of a word without bits left place -1 is taken, where x
+Lanes of a warp take as many steps as the lane with the most bits. A word without remaining bits uses place -1, where x
 has a zero.
 """
 
@@ -13,19 +13,19 @@ from pst_ds.core.kernels.triton.launch import is_interpreted
 from pst_ds.core.kernels.triton.score_kernels import popcount
 
 UNROLL = 8
-"""Bits of a word between two looks whether any lane has one left; of codes of 4 bits a multiple of eight."""
+"""Bits of a word between two checks whether any lane has one left; a multiple of eight for int4 codes."""
 WARP = 32
 X_ROWS = 33
-"""Rows of x for a WARP of words of the mask: zeros, and one for each place in a word. A column belongs to a word."""
+"""Rows of x per WARP words of the mask: zeros, and one per place in a word. A column belongs to a word."""
 _X_ROWS = tl.constexpr(X_ROWS)
 _INTERPRETED = tl.constexpr(is_interpreted())
-_TWO_TO_23 = tl.constexpr(0x4B000000)  # as fp32
+_TWO_TO_23 = tl.constexpr(0x4B000000)  # 2**23 as fp32
 _SIGNS_OF_8, _SIGNS_OF_4 = tl.constexpr(-0x7F7F7F80), tl.constexpr(-0x77777778)  # 0x80808080, 0x88888888
 
 
 @triton.jit
 def count_bits(bits):
-    """How many bits of each int32 are set."""
+    """Return the number of set bits of each int32."""
     if _INTERPRETED:
         return popcount(bits)
     else:
@@ -34,9 +34,9 @@ def count_bits(bits):
 
 @triton.jit
 def mask_word(bits_ptr, row, at, columns, is_row):
-    """The 32 bits number ``at`` of a row's mask, zeros past its end and where not ``is_row``.
+    """Return word ``at`` of a row's mask, 32 bits, zeros beyond its end and where not ``is_row``.
 
-    ``bits_ptr``: int32 where rows have whole words of bits, or uint8; None: every bit is set.
+    ``bits_ptr``: int32 if rows have whole words of bits, or uint8; None if every bit is set.
     """
     if bits_ptr is None:
         left = tl.minimum(tl.maximum(columns - at * 32, 0), 32)
@@ -57,7 +57,7 @@ def mask_word(bits_ptr, row, at, columns, is_row):
 
 @triton.jit
 def _take_highest(word):
-    """(the place of the highest bit that is set, or -1; the other bits)."""
+    """Return the place of the highest set bit, or -1, and the remaining bits."""
     if _INTERPRETED:
         filled = word.to(tl.uint32, bitcast=True)
         for shift in tl.static_range(5):
@@ -67,22 +67,22 @@ def _take_highest(word):
         place = tl.inline_asm_elementwise("bfind.u32 $0, $1;", "=r,r", [word], tl.int32, is_pure=True, pack=1)
         below = tl.inline_asm_elementwise(
             "szext.clamp.u32 $0, $1, $2;", "=r,r,r", [word, place], tl.int32, is_pure=True, pack=1
-        )  # bits below the place; of -1 all, which are 0
+        )  # bits below the place; for -1 all bits, which are 0
         return place, below
 
 
 @triton.jit
 def _from_bit(low, high, shift):
-    """32 bits of two words, from bit ``shift`` of the lower on."""
+    """Return 32 bits of two words, from bit ``shift`` of the lower on."""
     low, high = low.to(tl.uint32, bitcast=True).to(tl.uint64), high.to(tl.uint32, bitcast=True).to(tl.uint64)
     return (((high << 32) | low) >> shift).to(tl.int32)
 
 
 @triton.jit
 def _code(word, two_to_23, number: tl.constexpr, BITS: tl.constexpr):
-    """Code ``number`` of a word of them as fp32, by its sum with 2**23, whose last bit is 1: all of it is exact.
+    """Return code ``number`` of a word as fp32, exactly, through its sum with 2**23, whose last bit is 1.
 
-    Codes have the opposite sign bit, and so are 8 or 128 more.
+    Codes are stored with an inverted sign bit, so they are 8 or 128 too large.
     """
     if BITS == 4:
         word = (word if number % 2 == 0 else word >> 4) & 0x0F0F0F0F
@@ -101,11 +101,11 @@ def packed_vector(
     x_ptr, x_vector, experts_ptr, values_ptr, lead, bits_ptr, columns, offsets_ptr, scales_ptr, bias_ptr, y_ptr,
     y_vector, UNROLL: tl.constexpr, BITS: tl.constexpr, GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """y[vector, row] = sum of the kept values of a row times their x (fp32), plus the bias. For one warp.
+    """Compute y[vector, row] = sum of the kept values of a row times their x (fp32), plus the bias, in one warp.
 
-    ``BITS``: of a code, 8 or 4; 0: values are floats. ``lead``: bytes between a multiple of four and ``values_ptr``, of
-    codes. x: (words / WARP, X_ROWS, WARP) of a vector. ``experts_ptr``: the expert of each vector, whose rows are those
-    from y_vector times its number on; None: a weight by itself.
+    ``BITS``: 8 or 4 for codes, 0 for floats. ``lead``: bytes between a multiple of four and ``values_ptr``, for codes.
+    x: (words / WARP, X_ROWS, WARP) per vector. ``experts_ptr``: the expert of each vector, whose rows start at y_vector
+    times its number; None for a single weight.
     """
     output, vector = tl.program_id(0), tl.program_id(1)
     row = output
@@ -127,10 +127,11 @@ def packed_vector(
         bits = mask_word(bits_ptr, row, start + lanes, columns, True)
         count = count_bits(bits)
         end = before + tl.cumsum(count, 0)
-        if BITS:  # of the codes in front of ``end``
+        if BITS:  # of the codes before ``end``
             word, shift = end * BITS >> 5, (end * BITS & 31).to(tl.uint64)
             high = tl.load(words + word, mask=shift != 0, other=0)
-            two_to_23 = _TWO_TO_23 + (count >> 6)  # a count is at most 32: this has the number in a register
+            # a count is at most 32, so this adds 0 and keeps the number in a register
+            two_to_23 = _TWO_TO_23 + (count >> 6)
         else:
             own = values + end
         x = x_ptr + lanes
