@@ -1,13 +1,13 @@
-"""Patterns of zeros: the units of weights that are decided together, which tile a stored matrix.
+"""Sparsity patterns: the units of weights that are pruned together, which tile a stored matrix.
 
-    "matrix"   every weight by itself, ranked within its matrix                  the paper's
-    "stack"    every weight by itself, ranked over all matrices of its layer: fused ones, or a stack of experts
-    "global"   every weight by itself, ranked over all matrices of the pattern
-    "row"      the same share of every output's weights
+    "matrix"   single weights, ranked within their matrix (the paper's)
+    "stack"    single weights, ranked over all matrices of their layer: fused matrices, or a stack of experts
+    "global"   single weights, ranked over all matrices of the pattern
+    "row"      single weights, ranked within their output: the same sparsity for every output
     "2:4"      N:M: at most N of every M consecutive inputs of an output are kept, N < M <= 16
-    "16x1"     blocks of outputs x inputs, kept or pruned whole, ranked within their matrix by the sum of their scores
+    "16x1"     blocks of outputs x inputs, kept or pruned together, ranked within their matrix by the sum of their scores
 
-All positions are those of the *stored* weight, as in :mod:`pst_ds.core.layout`.
+All positions refer to the *stored* weight, as in :mod:`pst_ds.core.layout`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:  # a run file is read without torch
+if TYPE_CHECKING:  # run files are read without torch
     from pst_ds.core.layout import WeightLayout
 
 Kind = Literal["matrix", "stack", "global", "row", "n:m", "block"]
@@ -25,7 +25,7 @@ MAX_M = 16
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """A pattern of zeros; :func:`parse_pattern` makes one from its name."""
+    """A sparsity pattern. :func:`parse_pattern` returns the pattern of a name."""
 
     kind: Kind
     n: int = 0
@@ -33,7 +33,7 @@ class Pattern:
     """For N:M: n of m consecutive inputs are kept."""
     outputs: int = 1
     inputs: int = 1
-    """For blocks: their size."""
+    """Inputs of a block."""
 
     def __str__(self) -> str:
         if self.kind == "n:m":
@@ -42,7 +42,7 @@ class Pattern:
 
     @property
     def fixed_sparsity(self) -> float | None:
-        """The only final sparsity the pattern has, 1 - N/M; None for a pattern that takes any."""
+        """The only final sparsity that the pattern supports, 1 - N/M; None if it supports any."""
         return (self.m - self.n) / self.m if self.kind == "n:m" else None
 
     @property
@@ -51,13 +51,13 @@ class Pattern:
         return self.kind in ("stack", "global")
 
     def unit(self, layout: WeightLayout) -> tuple[int, int]:
-        """(rows, cols) of a unit in the stored weight."""
+        """Return (rows, cols) of a unit in the stored weight."""
         by_output = {"row": (1, layout.in_features), "n:m": (1, self.m), "block": (self.outputs, self.inputs)}
         outputs, inputs = by_output.get(self.kind, (1, 1))
         return (inputs, outputs) if layout.transposed else (outputs, inputs)
 
     def require_fit(self, layout: WeightLayout) -> None:
-        """Raise ValueError when units do not tile each matrix of ``layout``, with the number that does not divide."""
+        """Raise ValueError if units do not tile each matrix of ``layout``, naming the number that does not divide."""
         outputs, inputs = reversed(self.unit(layout)) if layout.transposed else self.unit(layout)
         per_matrix = layout.out_features // layout.num_matrices
         if layout.in_features % inputs:
@@ -66,7 +66,7 @@ class Pattern:
             raise ValueError(f"pattern {self} needs out_features divisible by {outputs}, got {per_matrix}")
 
     def aligned(self, layout: WeightLayout, start: int, stop: int) -> tuple[int, int]:
-        """The flat range of whole units (and whole rows of them) that covers the weights [start, stop)."""
+        """Return the flat range of whole units (and whole rows of units) that covers the weights [start, stop)."""
         if stop <= start:
             return start, start
         rows, cols = self.unit(layout)
@@ -75,7 +75,7 @@ class Pattern:
 
 
 def parse_pattern(text: str) -> Pattern:
-    """Return the pattern of that name. Raises ValueError with the known names."""
+    """Return the pattern with a name. Raises ValueError, listing the known names."""
     if text in ("matrix", "stack", "global", "row"):
         return Pattern(text)  # type: ignore[arg-type]
     if match := re.fullmatch(r"(\d+):(\d+)", text):

@@ -195,10 +195,10 @@ def _compensated(
 def _pass_columns(
     left: Tensor, keep: Tensor, upper: Tensor, choice: _Choice, rounder: _Rounder | None, start: int, stop: int
 ) -> Tensor:
-    """Choose the mask of the columns from ``start`` to ``stop``, prune and round them, and correct those to the right.
+    """Choose the mask of the columns from ``start`` to ``stop``, prune and quantise them, and correct those after them.
 
-    Writes ``keep``, and ``left`` up to ``stop``; returns the errors, (O, stop - start), by which the inputs after them
-    are to be corrected.
+    Writes ``keep``, and ``left`` up to ``stop``. Returns the errors, (O, stop - start), from which later inputs are
+    corrected.
     """
     together = choice.unit or stop - start
     errors = left.new_zeros(len(left), stop - start)
