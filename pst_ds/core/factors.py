@@ -114,9 +114,15 @@ class TileFactors:
     def tensors(self) -> list[Tensor]:
         """Return the tensors that are not None."""
         held = (
-            self.score_left, self.score_right, self.score_rows, self.score_cols, self.update_left, self.update_right,
-            self.row_norms, self.col_norms,
-        )  # fmt: skip
+            self.score_left,
+            self.score_right,
+            self.score_rows,
+            self.score_cols,
+            self.update_left,
+            self.update_right,
+            self.row_norms,
+            self.col_norms,
+        )
         return [value for value in held if value is not None]
 
 

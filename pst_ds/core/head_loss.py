@@ -138,9 +138,17 @@ def token_losses(
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, readout: Readout, targets: Tensor,
-        rows: Tensor | None, teacher: Teacher | None, count: Tensor | int | None, sizes: ChunkSizes,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        readout: Readout,
+        targets: Tensor,
+        rows: Tensor | None,
+        teacher: Teacher | None,
+        count: Tensor | int | None,
+        sizes: ChunkSizes,
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grads = _Gradients(hidden, weight, bias, readout, ctx.needs_input_grad[:3])
         for part in _slices(len(targets), sizes.rows(readout.weight.shape[0])):

@@ -128,9 +128,14 @@ def single_weights(
         return None if values is None else values[..., cols].unsqueeze(-1)
 
     single = TileFactors(
-        at_rows(tile.score_left), at_cols(tile.score_right), at_rows(tile.score_rows), at_cols(tile.score_cols),
-        at_rows(tile.update_left), at_cols(tile.update_right), _norms_at(tile, rows, cols),
-    )  # fmt: skip
+        at_rows(tile.score_left),
+        at_cols(tile.score_right),
+        at_rows(tile.score_rows),
+        at_cols(tile.score_cols),
+        at_rows(tile.update_left),
+        at_cols(tile.update_right),
+        _norms_at(tile, rows, cols),
+    )
     return SingleWeights(weight.unsqueeze(1), single, constants, weight_scale)
 
 
@@ -164,9 +169,14 @@ def _keys_together(singles: Sequence[SingleWeights]) -> Tensor:
         return None if held[0] is None else torch.cat(held, dim)
 
     tile = TileFactors(
-        joined("score_left"), joined("score_right", 1), joined("score_rows"), joined("score_cols"),
-        joined("update_left"), joined("update_right", 1), joined("row_norms"),
-    )  # fmt: skip
+        joined("score_left"),
+        joined("score_right", 1),
+        joined("score_rows"),
+        joined("score_cols"),
+        joined("update_left"),
+        joined("update_right", 1),
+        joined("row_norms"),
+    )
     factors = [
         one.weight.new_full(one.weight.shape, first.constants.magnitude_factor(one.weight_scale), dtype=torch.float32)
         for one in singles
@@ -218,9 +228,17 @@ class Classifier:
             self._tiles.append((stored, first))
             first = 0
         native.pst_classify(
-            keys.data_ptr(), keys.numel(), self.low, self.high, first, above.data_ptr(),
-            self._keys[stored:].data_ptr(), self._index[stored:].data_ptr(), self._room - stored, counts.data_ptr(),
-        )  # fmt: skip
+            keys.data_ptr(),
+            keys.numel(),
+            self.low,
+            self.high,
+            first,
+            above.data_ptr(),
+            self._keys[stored:].data_ptr(),
+            self._index[stored:].data_ptr(),
+            self._room - stored,
+            counts.data_ptr(),
+        )
         self._numbers = [total + more for total, more in zip(self._numbers, counts.tolist(), strict=True)]
 
     def _sort(self, keys: Tensor, above: Tensor) -> None:

@@ -104,9 +104,7 @@ class WeightLayout:
     def expert(self) -> WeightLayout:
         """Layout of one expert, as used in a product; the layout itself if it is not a stack."""
         share = self.num_experts
-        return WeightLayout(
-            self.out_features // share, self.in_features, self.transposed, self.num_matrices // share
-        )  # fmt: skip
+        return WeightLayout(self.out_features // share, self.in_features, self.transposed, self.num_matrices // share)
 
     def expert_range(self, expert: int) -> tuple[int, int]:
         """Return the flat range [first, last) of an expert's weights."""

@@ -5,7 +5,7 @@
     "global"   single weights, ranked over all matrices of the pattern
     "row"      single weights, ranked within their output: the same sparsity for every output
     "2:4"      N:M: at most N of every M consecutive inputs of an output are kept, N < M <= 16
-    "16x1"     blocks of outputs x inputs, kept or pruned together, ranked within their matrix by the sum of their scores
+    "16x1"     blocks of outputs x inputs, kept or pruned together, ranked within their matrix by summed scores
 
 All positions refer to the *stored* weight, as in :mod:`pst_ds.core.layout`.
 """

@@ -154,9 +154,13 @@ def masked_weight(
 
 
 def _masks_in_one_pass(
-    weight: Tensor | CodedWeight, bits: Tensor, num_shards: int, layout: WeightLayout, factors: Factors,
+    weight: Tensor | CodedWeight,
+    bits: Tensor,
+    num_shards: int,
+    layout: WeightLayout,
+    factors: Factors,
     constants: Constants,
-) -> tuple[MaskBytes, Callable[[Tensor, Tensor, MaskBytes, Rect, TileFactors, Constants], None]] | None:  # fmt: skip
+) -> tuple[MaskBytes, Callable[[Tensor, Tensor, MaskBytes, Rect, TileFactors, Constants], None]] | None:
     """Return the mask and the function that merges under it, on a GPU or in compiled code; None if neither can."""
     per_shard = shard_numel(layout.numel, num_shards)
     mask, merge = mask_bytes(weight, bits, layout.shape, per_shard), merge_into

@@ -42,9 +42,13 @@ def _dense_of_one(x: Tensor, by_input: Tensor, out: Tensor) -> None:
 
 
 def _products(
-    x: Tensor, routing: Routing, outputs: int, by_token: bool, of_expert: Callable[[int], T],
+    x: Tensor,
+    routing: Routing,
+    outputs: int,
+    by_token: bool,
+    of_expert: Callable[[int], T],
     product: Callable[[Tensor, T, Tensor], None],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     y = x.new_empty(routing.order.numel(), outputs)
     for expert, rows in routing.runs():
         product(routing.rows_of(x, rows, by_token), of_expert(expert), y[rows])
@@ -74,9 +78,15 @@ def backward(
     for expert, rows in routing.runs():
         one = state.expert(expert)
         own = masked_linear.backward(
-            routing.rows_of(x, rows, by_token), grad_y[rows], one,
-            need_x=need_x, need_weight=need_weight, need_bias=False, need_scores=need_scores, tile_bytes=tile_bytes,
-        )  # fmt: skip
+            routing.rows_of(x, rows, by_token),
+            grad_y[rows],
+            one,
+            need_x=need_x,
+            need_weight=need_weight,
+            need_bias=False,
+            need_scores=need_scores,
+            tile_bytes=tile_bytes,
+        )
         if grads.x is not None:
             assert own.x is not None
             grads.x[rows] = own.x

@@ -185,10 +185,18 @@ class CodedRun:
         codes = torch.tensor([self.stored.grid.bits, self.start, width])
         groups = torch.tensor([self.stored.shape[1], *self.stored.unit, rect.r0, rect.c0])
         native.pst_expand_codes(
-            self.codes.data_ptr(), codes.data_ptr(), self.scales.data_ptr(), self._first_scale, groups.data_ptr(),
-            out.data_ptr(), NATIVE_DTYPES[out.dtype], out.stride(0), rect.r1 - rect.r0, rect.c1 - rect.c0,
+            self.codes.data_ptr(),
+            codes.data_ptr(),
+            self.scales.data_ptr(),
+            self._first_scale,
+            groups.data_ptr(),
+            out.data_ptr(),
+            NATIVE_DTYPES[out.dtype],
+            out.stride(0),
+            rect.r1 - rect.r0,
+            rect.c1 - rect.c0,
             threads_for(rect.numel),
-        )  # fmt: skip
+        )
         return out
 
     @property
@@ -204,9 +212,7 @@ class CodedRun:
         codes, wide = self._codes_of(rect), self.stored.unit[1]
         if wide > 1 and rect.c0 % wide == 0 and rect.c1 % wide == 0:  # whole groups
             by_group = (-1, wide)
-            torch.mul(
-                codes.unflatten(1, by_group), self._scales_of(rect).unsqueeze(2), out=out.unflatten(1, by_group)
-            )  # fmt: skip
+            torch.mul(codes.unflatten(1, by_group), self._scales_of(rect).unsqueeze(2), out=out.unflatten(1, by_group))
             return
         scales = self._scales_of(rect)
         if wide > 1:

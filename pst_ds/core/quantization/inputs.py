@@ -49,9 +49,13 @@ class InputGrid:
         out = torch.empty_like(rows)
         if native is not None:
             native.pst_round_inputs(
-                rows.data_ptr(), out.data_ptr(), NATIVE_DTYPES[rows.dtype], *rows.shape, self.word,
+                rows.data_ptr(),
+                out.data_ptr(),
+                NATIVE_DTYPES[rows.dtype],
+                *rows.shape,
+                self.word,
                 threads_for(rows.numel()),
-            )  # fmt: skip
+            )
             return out.view(x.shape)
         step = max(1, _AT_A_TIME // max(1, rows.shape[1]))
         for first in range(0, len(rows), step):

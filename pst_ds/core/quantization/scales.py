@@ -67,9 +67,15 @@ def group_losses(grouped: Tensor, scales: Tensor, grid: Grid) -> tuple[Tensor, T
     (groups, size), scales = grouped.shape, scales.contiguous()
     errors, squares = torch.empty(2, groups, dtype=torch.float64)
     native.pst_grid_losses(
-        grouped.data_ptr(), groups, size, scales.data_ptr(), grid.largest, errors.data_ptr(), squares.data_ptr(),
+        grouped.data_ptr(),
+        groups,
+        size,
+        scales.data_ptr(),
+        grid.largest,
+        errors.data_ptr(),
+        squares.data_ptr(),
         threads_for(grouped.numel()),
-    )  # fmt: skip
+    )
     return errors, squares
 
 
@@ -86,9 +92,16 @@ def group_moments(grouped: Tensor, whole: Tensor, scales: Tensor, grid: Grid) ->
     (groups, size), scales = grouped.shape, scales.contiguous()
     by_weight, by_code = torch.empty(2, groups, dtype=torch.float64)
     native.pst_grid_moments(
-        grouped.data_ptr(), whole.data_ptr(), groups, size, scales.data_ptr(), grid.largest, by_weight.data_ptr(),
-        by_code.data_ptr(), threads_for(grouped.numel()),
-    )  # fmt: skip
+        grouped.data_ptr(),
+        whole.data_ptr(),
+        groups,
+        size,
+        scales.data_ptr(),
+        grid.largest,
+        by_weight.data_ptr(),
+        by_code.data_ptr(),
+        threads_for(grouped.numel()),
+    )
     return by_weight, by_code
 
 

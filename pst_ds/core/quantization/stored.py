@@ -94,9 +94,16 @@ class Rounding:
         groups = torch.tensor([scales.shape[1], *self.stored.unit, rect.r0, rect.c0])
         rows, cols = weight.shape
         native.pst_round_to_grid(
-            weight.data_ptr(), NATIVE_DTYPES[weight.dtype], weight.stride(0), rows, cols, scales.data_ptr(),
-            groups.data_ptr(), self.stored.grid.largest, threads_for(weight.numel()),
-        )  # fmt: skip
+            weight.data_ptr(),
+            NATIVE_DTYPES[weight.dtype],
+            weight.stride(0),
+            rows,
+            cols,
+            scales.data_ptr(),
+            groups.data_ptr(),
+            self.stored.grid.largest,
+            threads_for(weight.numel()),
+        )
         return weight
 
     def of_expert(self, expert: int) -> Rounding:

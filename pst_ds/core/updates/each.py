@@ -15,10 +15,14 @@ SOURCE = NativeSource(
     "each.cpp",
     {"pst_add_beside_each": ([*([POINTER] * 2), *([INT] * 5), c_float, c_int, *([POINTER] * 3), c_int, c_int], None)},
     "updates of users in a batch",
-    flags=(*(flag for flag in FLAGS if flag != "-ffp-contract=off"), "-fassociative-math", "-fno-signed-zeros",
-           "-fno-trapping-math"),
+    flags=(
+        *(flag for flag in FLAGS if flag != "-ffp-contract=off"),
+        "-fassociative-math",
+        "-fno-signed-zeros",
+        "-fno-trapping-math",
+    ),
     may_flags=("-fopenmp",),
-)  # fmt: skip
+)
 DTYPES = (torch.bfloat16, torch.float32)
 FEW_TOKENS = 4
 """Most tokens per sample for which the native product is used; for more, torch's matrix product is faster."""
@@ -70,6 +74,10 @@ class EachBeside:
             return y
         high = torch.promote_types(y.dtype, torch.float32)
         left, right = (of.to(high) for of in pair)
-        rows = torch.addmm(y.reshape(-1, self._outputs).to(high), x.reshape(-1, self._inputs).to(high) @ right.t(),
-                           left.t(), alpha=self._beta)  # fmt: skip
+        rows = torch.addmm(
+            y.reshape(-1, self._outputs).to(high),
+            x.reshape(-1, self._inputs).to(high) @ right.t(),
+            left.t(),
+            alpha=self._beta,
+        )
         return rows.to(y.dtype).view(y.shape)

@@ -52,15 +52,30 @@ def merge_into(
     grid = blocks(out.shape[0], kernels.TILE_ROWS), blocks(out.shape[1], kernels.TILE_COLS)
     arguments, shapes = _merged(weight, mask, rect, tile, constants)
     launch(
-        kernels.merge, grid, *arguments, out, out.stride(0), fuse=True, ROWS=kernels.TILE_ROWS, COLS=kernels.TILE_COLS,
+        kernels.merge,
+        grid,
+        *arguments,
+        out,
+        out.stride(0),
+        fuse=True,
+        ROWS=kernels.TILE_ROWS,
+        COLS=kernels.TILE_COLS,
         **shapes,
-    )  # fmt: skip
+    )
 
 
 def gradients_into(
-    merged: Tensor, scores: Tensor | None, updates: Tensor | None, weight: Tensor, grad: Tensor, mask: MaskBytes,
-    rect: Rect, tile: TileFactors, constants: Constants, factor: float,
-) -> None:  # fmt: skip
+    merged: Tensor,
+    scores: Tensor | None,
+    updates: Tensor | None,
+    weight: Tensor,
+    grad: Tensor,
+    mask: MaskBytes,
+    rect: Rect,
+    tile: TileFactors,
+    constants: Constants,
+    factor: float,
+) -> None:
     """Write M . W to ``merged``, G . W to ``scores`` and G . M + ``factor`` G . |W| . 1 n' to ``updates``.
 
     All are (rows, cols) of ``rect`` with contiguous rows. For a multiplicative update, ``updates`` is multiplied by W0.

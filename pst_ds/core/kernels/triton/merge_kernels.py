@@ -30,7 +30,7 @@ def _product(left, right):
 def _updated(
     weight, row, col, rows, cols, left, left_row, left_rank, right, right_rank, right_col, beta, rank,
     RANK: tl.constexpr, MULTIPLICATIVE: tl.constexpr,
-):  # fmt: skip
+):
     """W0 + beta U V in fp32 from W0 of a tile."""
     wide = weight.to(tl.float32)
     if RANK > 0:
@@ -61,7 +61,7 @@ def merge(
     weight_ptr, weight_row, rows, cols, bits, bit_row, bit_first, left, left_row, left_rank,
     right, right_rank, right_col, beta, rank, out_ptr, out_row,
     RANK: tl.constexpr, MULTIPLICATIVE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+):
     """out = M . (W0 + beta U V); +0.0 where the mask prunes."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     first_col = tl.program_id(1) * COLS
@@ -71,7 +71,7 @@ def merge(
     merged = _updated(
         weight, row, col, rows, cols, left, left_row, left_rank, right, right_rank, right_col, beta, rank, RANK,
         MULTIPLICATIVE,
-    )  # fmt: skip
+    )
     keep = _kept(bits, row, first_col, rows, cols, bit_row, bit_first, ROWS, COLS)
     kept = tl.where(keep, merged, 0.0).to(weight.dtype)
     tl.store(out_ptr + row.to(tl.int64) * out_row + col, kept, mask=is_in)
@@ -84,7 +84,7 @@ def gradients(
     merged_ptr, merged_row, scores_ptr, scores_row, updates_ptr, updates_row,
     RANK: tl.constexpr, MULTIPLICATIVE: tl.constexpr, HAS_MAGNITUDE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+):
     """Of a tile of G = dL/d(M . W): M . W, dS = G . W, and dW = G . M + G . |W| . factor; dW . W0 if multiplicative.
 
     ``scores_ptr`` (dS) and ``updates_ptr`` (dW) may be None. ``merged_ptr`` may be ``weight_ptr``.
@@ -97,7 +97,7 @@ def gradients(
     merged = _updated(
         held, row, col, rows, cols, left, left_row, left_rank, right, right_rank, right_col, beta, rank, RANK,
         MULTIPLICATIVE,
-    ).to(held.dtype)  # fmt: skip
+    ).to(held.dtype)
     keep = _kept(bits, row, first_col, rows, cols, bit_row, bit_first, ROWS, COLS)
     zero = tl.zeros((ROWS, COLS), held.dtype)
     tl.store(merged_ptr + row.to(tl.int64) * merged_row + col, tl.where(keep, merged, zero), mask=is_in)

@@ -37,9 +37,12 @@ class KernelScans:
         columns = [words.cumsum(0) - words, keys.cumsum(0) - keys, torch.tensor(rooms), torch.zeros_like(words)]
         numbers = torch.arange(len(matrices))
         tables = [
-            torch.stack(columns, 1), numbers.repeat_interleave(words), numbers.repeat_interleave(keys),
-            torch.tensor(brackets).view(-1, 2), torch.tensor(self._num_keys),
-        ]  # fmt: skip
+            torch.stack(columns, 1),
+            numbers.repeat_interleave(words),
+            numbers.repeat_interleave(keys),
+            torch.tensor(brackets).view(-1, 2),
+            torch.tensor(self._num_keys),
+        ]
         sizes = [table.numel() for table in tables]
         there = upload(torch.cat([table.flatten() for table in tables]).int(), self._device).split(sizes)
         self._table, self._of_words, self._of_keys = there[0].view(-1, kernels.COLUMNS), there[1], there[2]
@@ -87,12 +90,27 @@ class KernelScans:
         cuts = upload(cuts, self._device)
         equal = torch.zeros(max(1, self._of_words.numel()), dtype=torch.int32, device=self._device)
         launch(
-            kernels.mark, (self._of_keys.numel(),), self._table, self._of_keys, self._keys, self._index, cuts,
-            self._above, self._inside, equal,
-        )  # fmt: skip
+            kernels.mark,
+            (self._of_keys.numel(),),
+            self._table,
+            self._of_keys,
+            self._keys,
+            self._index,
+            cuts,
+            self._above,
+            self._inside,
+            equal,
+        )
         launch(
-            kernels.finish, (self._of_words.numel(),), self._table, self._of_words, cuts, equal, self._inside,
-            self._above, STEP=_BLOCK_STEP,
-        )  # fmt: skip
+            kernels.finish,
+            (self._of_words.numel(),),
+            self._table,
+            self._of_words,
+            cuts,
+            equal,
+            self._inside,
+            self._above,
+            STEP=_BLOCK_STEP,
+        )
         ends = zip(self._first_word, self._num_keys, strict=True)
         return [self._above[first:].view(torch.uint8)[: blocks(count, 8)] for first, count in ends]

@@ -60,14 +60,14 @@ def score(
     score_left, score_left_row, score_left_rank, score_right, score_right_rank, score_rows, score_cols,
     row_norms, col_norms, beta, factor, alpha1, alpha2, UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr,
     HAS_MAGNITUDE: tl.constexpr,
-):  # fmt: skip
+):
     """Return S of weights (fp32) at (row, col), which broadcast to their shape, as pst_ds.core.scores.importance."""
     sums = weight
     if UPDATE_RANK > 0:
         sums = _add_low_rank(
             sums, row, col, update_left, update_left_row, update_left_rank, update_right, update_right_rank, beta,
             UPDATE_RANK,
-        )  # fmt: skip
+        )
     if HAS_MAGNITUDE:
         sums = _product(tl.abs(sums), factor)
     if row_norms is not None:
@@ -78,7 +78,7 @@ def score(
         sums = _add_low_rank(
             sums, row, col, score_left, score_left_row, score_left_rank, score_right, score_right_rank, alpha1,
             SCORE_RANK,
-        )  # fmt: skip
+        )
     if score_rows is not None:
         sums = sums + _product(tl.load(score_rows + row), alpha2)
     if score_cols is not None:
@@ -104,7 +104,7 @@ def _popcount_of_byte(bits):
 @triton.jit
 def _store_bits(
     scores, at, count, bracket, above_ptr, inside_ptr, counts_ptr, ROWS: tl.constexpr, COLS: tl.constexpr
-):  # fmt: skip
+):
     """Store the bytes of what is above and inside the bracket, and add to their counts.
 
     ``scores``: (ROWS, COLS). ``at``: (ROWS, COLS // 8), the index of a byte's first key among the ``count`` keys, or
@@ -137,7 +137,7 @@ def bracket_rows(
     row_norms, col_norms, beta, factor, alpha1, alpha2, bracket, above_ptr, inside_ptr, counts_ptr,
     UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr, HAS_MAGNITUDE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+):
     """Classify ``count`` weights, from column ``lead`` of row ``row0`` on, of a matrix (rows, cols) by a bracket.
 
     For matrices whose rows are as long as those of the storage. ``cols`` and ``lead`` are multiples of 8.
@@ -154,7 +154,7 @@ def bracket_rows(
         weight, row, col, update_left, update_left_row, update_left_rank, update_right, update_right_rank,
         score_left, score_left_row, score_left_rank, score_right, score_right_rank, score_rows, score_cols,
         row_norms, col_norms, beta, factor, alpha1, alpha2, UPDATE_RANK, SCORE_RANK, HAS_MAGNITUDE,
-    )  # fmt: skip
+    )
     first = tl.program_id(1) * COLS + 8 * tl.arange(0, COLS // 8)[None, :]
     byte_at = tl.where(first < cols, below * cols + first - lead, -1)
     _store_bits(scores, byte_at, count, bracket, above_ptr, inside_ptr, counts_ptr, ROWS, COLS)
@@ -167,7 +167,7 @@ def bracket_flat(
     score_left, score_left_row, score_left_rank, score_right, score_right_rank, score_rows, score_cols,
     row_norms, col_norms, beta, factor, alpha1, alpha2, bracket, above_ptr, inside_ptr, counts_ptr,
     UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
+):
     """Do the same as :func:`bracket_rows` for any shape: the keys from position ``first`` of a matrix of width
     ``width`` on.
 
@@ -181,7 +181,7 @@ def bracket_flat(
         weight, row, col, update_left, update_left_row, update_left_rank, update_right, update_right_rank,
         score_left, score_left_row, score_left_rank, score_right, score_right_rank, score_rows, score_cols,
         row_norms, col_norms, beta, factor, alpha1, alpha2, UPDATE_RANK, SCORE_RANK, HAS_MAGNITUDE,
-    )  # fmt: skip
+    )
     byte_at = tl.program_id(0) * SIZE + 8 * tl.arange(0, SIZE // 8)[None, :]
     _store_bits(scores, byte_at, count, bracket, above_ptr, inside_ptr, counts_ptr, 1, SIZE)
 
@@ -193,7 +193,7 @@ def keys_at(
     score_left, score_left_row, score_left_rank, score_right, score_right_rank, score_rows, score_cols,
     row_norms, col_norms, beta, factor, alpha1, alpha2, keys_ptr,
     UPDATE_RANK: tl.constexpr, SCORE_RANK: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
+):
     """Write the keys of the weights at ``base`` + positions of a matrix, as in :func:`bracket_flat`; 0 for those of
     other ranks.
 
@@ -212,5 +212,5 @@ def keys_at(
         weight, row, col, update_left, update_left_row, update_left_rank, update_right, update_right_rank,
         score_left, score_left_row, score_left_rank, score_right, score_right_rank, score_rows, score_cols,
         row_norms, col_norms, beta, factor, alpha1, alpha2, UPDATE_RANK, SCORE_RANK, HAS_MAGNITUDE,
-    )  # fmt: skip
+    )
     tl.store(keys_ptr + at, tl.where(is_own, order_key(scores), 0), mask=asked)

@@ -33,7 +33,7 @@ def _expanded(values, first, bits, scale, BITS: tl.constexpr):
 def packed_tiles(
     x_ptr, vectors, tiles_ptr, values_ptr, bits_ptr, rows, columns, offsets_ptr, scales_ptr, bias_ptr, y_ptr,
     ROWS: tl.constexpr, VECTORS: tl.constexpr, BITS: tl.constexpr, GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+):
     """Compute y (vectors, rows) = x (vectors, columns) W' + bias, with W rounded to the dtype of x and sums in fp32.
 
     ``tiles_ptr``: (expert, first vector, number of vectors) int32 per tile of experts; None for a single weight.

@@ -100,7 +100,7 @@ def _code(word, two_to_23, number: tl.constexpr, BITS: tl.constexpr):
 def packed_vector(
     x_ptr, x_vector, experts_ptr, values_ptr, lead, bits_ptr, columns, offsets_ptr, scales_ptr, bias_ptr, y_ptr,
     y_vector, UNROLL: tl.constexpr, BITS: tl.constexpr, GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+):
     """Compute y[vector, row] = sum of the kept values of a row times their x (fp32), plus the bias, in one warp.
 
     ``BITS``: 8 or 4 for codes, 0 for floats. ``lead``: bytes between a multiple of four and ``values_ptr``, for codes.
